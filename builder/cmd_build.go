@@ -25,7 +25,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// The headings under which --help lists the settings.
+// These constants are the headings under which --help lists the settings.
 const (
 	groupWhat      = cli.What
 	groupFrom      = cli.From
@@ -41,7 +41,7 @@ const (
 	builderID    = "https://prebake.dev/builder/local"
 )
 
-// mirrorFlags say where kernels and drivers come from.
+// mirrorFlags returns the flags that name the buckets of kernels and drivers.
 func mirrorFlags() []ucli.Flag {
 	return cli.Group(groupFrom,
 		cli.String("kernel-mirror", kernelBucket,
@@ -102,8 +102,8 @@ func defaultCache() string {
 	return filepath.Join(dir, "prebake", "build")
 }
 
-// programFlags name the programs of the load test, by default those beside this
-// program.
+// programFlags returns the flags that name the programs of the load test. By default these programs lie in the folder
+// of this program.
 func programFlags() []ucli.Flag {
 	guestinit := cli.String("guestinit", programBeside("guestinit"), "init `PROGRAM` of the test VM")
 	probe := cli.String("probe", programBeside("nvmlprobe"), "test `PROGRAM` for NVML")
@@ -111,7 +111,7 @@ func programFlags() []ucli.Flag {
 	return cli.Group(groupOutput, guestinit, probe)
 }
 
-// programBeside names a program beside this one.
+// programBeside returns the path of a program in the folder of this program.
 func programBeside(name string) string {
 	self, err := os.Executable()
 	if err != nil {
@@ -120,7 +120,7 @@ func programBeside(name string) string {
 	return filepath.Join(filepath.Dir(self), name)
 }
 
-// missing returns an error that names the flags of these that nobody set.
+// missing returns an error that lists those of the named flags that nobody set.
 func missing(cmd *ucli.Command, names ...string) error {
 	var none []string
 	for _, name := range names {
@@ -134,7 +134,7 @@ func missing(cmd *ucli.Command, names ...string) error {
 	return fault.New(fault.Usage, "missing: "+strings.Join(none, ", "), "see "+cmd.FullName()+" --help")
 }
 
-// refuseFlags refuses flags that mean nothing beside the one that was given.
+// refuseFlags returns an error if one of the named flags is set. These flags have no effect together with beside.
 func refuseFlags(cmd *ucli.Command, beside string, names ...string) error {
 	for _, name := range names {
 		if cmd.IsSet(name) {
@@ -145,8 +145,8 @@ func refuseFlags(cmd *ucli.Command, beside string, names ...string) error {
 	return nil
 }
 
-// oneSignature refuses settings that would have modules signed twice, or that
-// mean nothing for modules which somebody else made.
+// oneSignature refuses settings with which modules would be signed twice. oneSignature also refuses settings that have
+// no effect on modules which somebody else made.
 func oneSignature(cmd *ucli.Command) error {
 	if cmd.Bool("google-modules") {
 		return refuseFlags(cmd, "--google-modules", "module-key", "google-signatures", "debug-symbols", "btf")

@@ -32,7 +32,7 @@ func bundleCommand() *ucli.Command {
 	}
 }
 
-// registryFlags are those of commands that go to registries.
+// registryFlags returns the flags of the commands that connect to registries.
 func registryFlags() []ucli.Flag {
 	return []ucli.Flag{
 		cli.String("username", "", "user `NAME` for that registry (default: from Docker's configuration)"),
@@ -40,12 +40,12 @@ func registryFlags() []ucli.Flag {
 	}
 }
 
-// openBundle opens a bundle, or a registry with the credentials that are configured for it.
+// openBundle opens a bundle or a registry. For a registry it takes the credentials that are configured for it.
 func openBundle(ref string) (*registry.Repository, error) {
 	return registry.Open(ref, registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()})
 }
 
-// openNamed opens the one registry that --username and --password are for.
+// openNamed opens the registry to which --username and --password belong.
 func openNamed(cmd *ucli.Command, ref string) (*registry.Repository, error) {
 	return registry.Open(ref, registry.Options{
 		UserAgent: "prebake-builder/" + version, Keychain: login.Keychain(),
@@ -53,8 +53,8 @@ func openNamed(cmd *ucli.Command, ref string) (*registry.Repository, error) {
 	})
 }
 
-// fileRef makes a reference of a file's name, or of several with + between; what is a
-// reference already stays.
+// fileRef makes a reference from a file's name, or from several names with + between them. A name that is a reference
+// already is returned unchanged.
 func fileRef(name string) string {
 	if strings.HasPrefix(name, "oci:") || strings.HasPrefix(name, "oci-archive:") {
 		return name
@@ -132,7 +132,7 @@ func oneArg(cmd *ucli.Command, what string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// writeAtomically writes a file atomically.
+// writeAtomically writes a file so that its name shows the complete content or nothing.
 func writeAtomically(file string, fill func(io.Writer) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
 	if err != nil {
@@ -207,7 +207,7 @@ func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
 	return c, err
 }
 
-// mayTrust is trusted where somebody is named, and nil else.
+// mayTrust returns the verifier of the flags, or nil if the flags name neither a public key nor a trusted root.
 func mayTrust(cmd *ucli.Command) (*trust.Verifier, error) {
 	if len(cmd.StringSlice("public-key")) == 0 && cmd.String("trusted-root") == "" {
 		return nil, nil

@@ -75,8 +75,9 @@ Example:
 	}
 }
 
-// pushDrivers copies the drivers of a bundle, if each flavour among them may go there. It asks
-// before anything is sent, and checks again when it is there (docs/decisions/0031).
+// pushDrivers copies the drivers of a bundle to a registry, if the rule allows this for each of their flavours. It
+// checks the rule before it sends anything. pushDrivers checks again after the copy, when it can see who can read the
+// drivers (docs/decisions/0031).
 func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licence.Rule) ([]registry.Tagged, error) {
 	flavours := map[string]target.Flavour{} // by digest
 	err := registry.EachTagged(ctx, from, func(_ string, d v1.Descriptor, m *v1.Manifest) error {
@@ -102,7 +103,8 @@ func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licenc
 	isDriver := func(d v1.Descriptor, _ *v1.Manifest) bool { return flavours[d.Digest.String()] != "" }
 	all, err := registry.CopyTagged(ctx, from, to, isDriver, nil)
 	seen := map[string]bool{}
-	for _, t := range all { // also where the copy ended early: what was sent is there
+	// This check also follows a copy that ended early, because the drivers that were sent are there.
+	for _, t := range all {
 		if !seen[t.Digest] {
 			seen[t.Digest] = true
 			err = errors.Join(err, rule.Published(ctx, to.Name(), to, flavours[t.Digest], t.Digest))

@@ -23,9 +23,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// destination is the client library's registry, which answers with this audience, unless
-// that is empty, and lists nothing without credentials where that is hidden. It counts what was
-// written.
+// destination runs the client library's registry. The registry reports the given audience in a header, unless audience
+// is empty. If hidden is true, it lists tags only to clients with credentials. The counter has the number of writes.
 func destination(t *testing.T, audience string, hidden bool) (ref string, writes *atomic.Int64) {
 	t.Helper()
 	writes = &atomic.Int64{}
@@ -47,7 +46,7 @@ func destination(t *testing.T, audience string, hidden bool) (ref string, writes
 	return strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver", writes
 }
 
-// flavoured is a bundle in a folder with a driver of each flavour.
+// flavoured makes a bundle in a folder with one driver of each flavour.
 func flavoured(t *testing.T, flavours ...target.Flavour) string {
 	t.Helper()
 	ref := "oci:" + filepath.Join(t.TempDir(), "bundle")
@@ -63,7 +62,8 @@ func flavoured(t *testing.T, flavours ...target.Flavour) string {
 	return ref
 }
 
-// What may not go to a public destination is refused before anything is sent.
+// TestBundlePushLicence checks that the push refuses a driver before it sends anything, if the driver may not go to a
+// public destination.
 func TestBundlePushLicence(t *testing.T) {
 	t.Parallel()
 	open, both := flavoured(t, target.Open), flavoured(t, target.Open, target.Proprietary)
@@ -103,7 +103,8 @@ func TestBundlePushLicence(t *testing.T) {
 	}
 }
 
-// Marks hold for destinations on the internet, until a client without credentials reads what was pushed.
+// TestPushDriversOnTheInternet checks that --private counts for a destination on the internet, until a client without
+// credentials can read what was pushed.
 func TestPushDriversOnTheInternet(t *testing.T) {
 	t.Parallel()
 	from, err := registry.Open(flavoured(t, target.Proprietary), registry.Options{})
@@ -116,7 +117,7 @@ func TestPushDriversOnTheInternet(t *testing.T) {
 		t.Fatal(err)
 	}
 	rule := licence.Rule{Addresses: func(context.Context, string) ([]netip.Addr, error) {
-		return []netip.Addr{netip.MustParseAddr("203.0.113.7")}, nil // RFC 5737
+		return []netip.Addr{netip.MustParseAddr("203.0.113.7")}, nil // an example address of RFC 5737
 	}}
 	if got, err := pushDrivers(t.Context(), from, repo, rule); !fault.Is(err, fault.PublishRefused) || writes.Load() != 0 {
 		t.Errorf("pushDrivers without a mark = %v, %v, and %d writes; want publish-refused, and none", got, err,
@@ -134,7 +135,7 @@ func TestPushDriversOnTheInternet(t *testing.T) {
 	}
 }
 
-// A driver of a flavour that nobody knows goes nowhere.
+// TestBundlePushOfAnUnknownFlavour checks that a driver of an unknown flavour is not pushed anywhere.
 func TestBundlePushOfAnUnknownFlavour(t *testing.T) {
 	t.Parallel()
 	ref := flavoured(t, target.Open)

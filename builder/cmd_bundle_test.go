@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestBundle carries drivers from one registry to another, by the commands of an operator.
+// TestBundle copies drivers from one registry to another with the commands that an operator uses.
 func TestBundle(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -17,15 +17,15 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// What a build takes at its peak, as docs/decisions/0016 measured: a work
-// folder with debug information, and what it adds to the cache.
+// buildNeeds is the disk space in bytes that a build takes at its peak. docs/decisions/0016 measured it: a work folder
+// with debug information, and what the build adds to the cache.
 const buildNeeds = 4 << 30
 
 func cacheFlag() ucli.Flag {
 	return homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache"))
 }
 
-// homeDefault has help show a default folder below the user's home as ~.
+// homeDefault makes help show the user's home as ~ in a default folder.
 func homeDefault(f *ucli.StringFlag) *ucli.StringFlag {
 	if home, err := os.UserHomeDir(); err == nil && home != "/" {
 		if rest, ok := strings.CutPrefix(f.Value, home+"/"); ok {
@@ -35,7 +35,7 @@ func homeDefault(f *ucli.StringFlag) *ucli.StringFlag {
 	return f
 }
 
-// cacheSizeFlag is the bound that build and work keep; see trimCache.
+// cacheSizeFlag sets the size limit of the cache that build and work keep (see trimCache).
 func cacheSizeFlag() ucli.Flag {
 	f := cli.String("cache-size", "", "keep the cache below `SIZE`, such as 20GiB")
 	f.Validator = validSize
@@ -56,8 +56,7 @@ func parseSize(text string) (int64, error) {
 	return int64(n), nil
 }
 
-// trimCache keeps the cache within --cache-size. To be called after a build;
-// without the flag it does nothing.
+// trimCache keeps the cache within --cache-size. Callers call it after each build. Without the flag it does nothing.
 func trimCache(ctx context.Context, cmd *ucli.Command, cache *cas.Cache) (*cas.Trimmed, error) {
 	size, err := parseSize(cmd.String("cache-size"))
 	if err != nil || size == 0 {
@@ -91,7 +90,7 @@ time. A build fetches or makes a removed entry again when it needs it.`,
 	}
 }
 
-// withCache opens the cache for one command.
+// withCache opens the cache, runs do with it, and closes it.
 func withCache(cmd *ucli.Command, do func(*cas.Cache) error) error {
 	cache, err := cas.Open(cmd.String("cache"))
 	if err != nil {
@@ -129,7 +128,7 @@ func listCache(ctx context.Context, cmd *ucli.Command) error {
 	})
 }
 
-// kindTable fits 80 columns.
+// kindTable prints a table of at most 80 columns.
 func kindTable(kinds []cas.Kind, used bool) string {
 	text := fmt.Sprintf("%-24s %8s %10s", "KIND", "ENTRIES", "SIZE")
 	if used {

@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// runOne runs one command by itself.
+// runOne runs a single command, without the other commands of the program.
 func runOne(t *testing.T, command *ucli.Command, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
@@ -27,7 +27,7 @@ func runOne(t *testing.T, command *ucli.Command, args ...string) (code int, stdo
 	return code, out.String(), errs.String()
 }
 
-// A cache is listed and trimmed as an operator does it.
+// TestCache lists and trims a cache with the commands that an operator uses.
 func TestCache(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "cache")
@@ -112,7 +112,7 @@ func TestCache(t *testing.T) {
 	}
 }
 
-// The bound that build and work keep is off without its flag.
+// TestTrimCache checks that the cache has no size limit without --cache-size.
 func TestTrimCache(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

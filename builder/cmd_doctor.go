@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// doctorCommand takes the settings of build and work, none of which it needs.
+// doctorCommand accepts the settings of build and work, and requires none of them.
 func doctorCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "doctor",
@@ -81,7 +81,7 @@ func runDoctor(ctx context.Context, cmd *ucli.Command) error {
 	return report.Err()
 }
 
-// reportTable fits 80 columns.
+// reportTable prints the report in at most 80 columns.
 func reportTable(r *doctor.Report) string {
 	var out strings.Builder
 	for _, f := range r.Findings {
@@ -97,8 +97,8 @@ func reportTable(r *doctor.Report) string {
 	return out.String()
 }
 
-// hang writes text behind a head, in lines of at most 80 columns but for words
-// that are longer.
+// hang writes text after a head and indents the following lines. Lines have at most 80 columns, unless one word is
+// longer.
 func hang(out *strings.Builder, head, text string) {
 	const width = 80
 	line := head

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Whatever else this machine has: a destination that cannot be written fails
-// the check, as text for people and as JSON for programs.
+// TestDoctor checks that doctor fails for a destination that it cannot write, in the text output and in the JSON
+// output. The result does not depend on what else this machine has.
 func TestDoctor(t *testing.T) {
 	t.Parallel()
 	args := []string{"doctor", "--cache", filepath.Join(t.TempDir(), "cache"), "--to", "oci:/proc/self/x", "--to",

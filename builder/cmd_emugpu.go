@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// emugpuCommand compiles the emulated GPU for the program that lays out a bucket with boot
-// archives, which is deploy/mirror. Load tests compile their own.
+// emugpuCommand compiles the emulated GPU. deploy/mirror, which writes a bucket with boot archives, runs this command.
+// Load tests compile their own emulated GPU.
 func emugpuCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:   "emugpu",

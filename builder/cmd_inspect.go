@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inspectCommand tells in a minute whether a COS build is served.
+// inspectCommand checks in about a minute whether a bucket serves a COS build.
 func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",

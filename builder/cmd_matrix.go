@@ -32,7 +32,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// wishFlags are the settings of build and work that go with --wish.
+// wishFlags returns the settings of build and work that apply with --wish only.
 func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: retry cells that failed with the same inputs")),
@@ -47,7 +47,7 @@ func wishFlag() ucli.Flag {
 	return cli.String("wish", "", "wish list `FILE`: which kernels with which drivers")
 }
 
-// oneOf demands exactly one of two flags.
+// oneOf returns an error unless exactly one of two flags is set.
 func oneOf(cmd *ucli.Command, a, b string) error {
 	if (cmd.String(a) == "") == (cmd.String(b) == "") {
 		what := "neither --" + a + " nor --" + b
@@ -95,7 +95,7 @@ func wishCommand() *ucli.Command {
 	}
 }
 
-// planCommand takes the settings of build that it has a use for.
+// planCommand accepts those settings of build that a plan uses.
 func planCommand() *ucli.Command {
 	flags := cli.Group(groupWhat, wishFlag())
 	for _, f := range pipelineFlags() {
@@ -145,13 +145,13 @@ func readWish(file string) (*plan.Wish, error) {
 	return plan.Parse(file, text)
 }
 
-// matrix is a batch that is set up, with what it holds open.
+// matrix is a batch that is ready to run, together with the connections that it holds open.
 type matrix struct {
 	cfg              pipeline.Config
 	batch            batch.Config
 	kernels, drivers *cosbucket.Bucket
 	destinations     *batch.Destinations
-	telemetry        *telemetry.Telemetry // nil tells nothing
+	telemetry        *telemetry.Telemetry // nil records nothing
 }
 
 func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
@@ -180,8 +180,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	}
 	m.batch.Attempts = cmd.Int("attempts")
 	m.batch.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
-	// Whose signature modules carry, and whether symbols and BTF are there, only
-	// the pipeline compares.
+	// The destinations' list does not say whose signature the modules carry, nor whether symbols and BTF are there.
+	// Only the pipeline compares these. So the list decides only if none of these settings is in use.
 	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules &&
 		cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto &&
 		!m.cfg.DebugSymbols &&
@@ -191,7 +191,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	if m.batch.Failures, err = failureStore(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
 		return nil, err
 	}
-	m.cfg.LabelsLater = true // the wish list says which, of all cells together
+	// The wish list gives the labels after all cells are built, because a label depends on all cells together.
+	m.cfg.LabelsLater = true
 	m.batch.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{
 			Kernel: c.Kernel.String(), Driver: c.Driver.Version, Flavour: string(c.Driver.Flavour), EarlyWarning: c.EarlyWarning,
@@ -200,7 +201,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 			BuildID: c.Kernel.BuildID, Board: c.Kernel.Board, Driver: target.Wish(c.Driver.Version), Flavour: c.Driver.Flavour,
 		}, log, line)
 		end(err)
-		if _, terr := trimCache(ctx, cmd, m.cfg.Cache); terr != nil { // the build is what it is
+		// A cache that was not trimmed does not change the result of the build.
+		if _, terr := trimCache(ctx, cmd, m.cfg.Cache); terr != nil {
 			fmt.Fprintf(log, "cache not trimmed: %v\n", terr)
 		}
 		return res, err
@@ -223,8 +225,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	return m, nil
 }
 
-// openDestinations opens the destinations, and the key whose statements count there.
-// Both have to work before the first minute of work.
+// openDestinations opens the destinations, and loads the key whose statements count there. Both must work before the
+// first build begins.
 func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinations, error) {
 	signer, err := sign.LoadSigner(ctx, cfg.Key, cfg.KeyOptions...)
 	if err != nil {
@@ -270,7 +272,7 @@ func (m *matrix) close() error {
 	return errors.Join(append(errs, m.telemetry.Close(), m.cfg.Cache.Close())...)
 }
 
-// plan asks the bucket for the present cells of a wish list.
+// plan asks the buckets for the current cells of a wish list.
 func (m *matrix) plan(ctx context.Context, w *plan.Wish) (*plan.Plan, error) {
 	images, err := plan.LoadImageMap(ctx, w.ImageMap)
 	if err != nil {
@@ -279,7 +281,7 @@ func (m *matrix) plan(ctx context.Context, w *plan.Wish) (*plan.Plan, error) {
 	return plan.Expand(ctx, w, m.kernels, images)
 }
 
-// openPlan reads the wish list, and opens what making it takes, which the caller closes.
+// openPlan reads the wish list, opens the mirrors and destinations, and plans the cells. The caller closes the matrix.
 func openPlan(ctx context.Context, cmd *ucli.Command) (*matrix, *plan.Plan, error) {
 	w, err := readWish(cmd.String("wish"))
 	if err != nil {
@@ -296,7 +298,7 @@ func openPlan(ctx context.Context, cmd *ucli.Command) (*matrix, *plan.Plan, erro
 	return m, p, nil
 }
 
-// runPlan looks and makes nothing.
+// runPlan prints what a build would do, and builds nothing.
 func runPlan(ctx context.Context, cmd *ucli.Command) (err error) {
 	m, p, err := openPlan(ctx, cmd)
 	if err != nil {
@@ -315,7 +317,7 @@ func runPlan(ctx context.Context, cmd *ucli.Command) (err error) {
 	return show(cmd, report, 0)
 }
 
-// runBuildWish makes what is missing of a wish list.
+// runBuildWish builds the cells of a wish list that are not published yet.
 func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	if cmd.Bool("dry-run") {
 		return runPlan(ctx, cmd)

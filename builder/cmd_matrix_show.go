@@ -14,10 +14,10 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// columns is the width of everything that is printed.
+// columns is the width of all printed output.
 const columns = 80
 
-// names returns what the first two columns say of a job.
+// names returns the text of the columns kernel, driver and flavour for a job.
 func names(j *batch.Job) (kernel, driver, flavour string) {
 	kernel, driver, flavour = j.Cell.Kernel.String(), j.Cell.Driver.Version, string(j.Cell.Driver.Flavour)
 	if j.Cell.Kernel.BuildID == "" {
@@ -35,7 +35,7 @@ func title(j *batch.Job) string {
 	return strings.TrimSuffix(kernel+" "+driver+"-"+flavour, "--")
 }
 
-// cut shortens s to n letters.
+// cut shortens s to n characters.
 func cut(s string, n int) string {
 	if letters := []rune(s); len(letters) > n {
 		return string(letters[:n-1]) + "…"
@@ -43,8 +43,8 @@ func cut(s string, n int) string {
 	return s
 }
 
-// printMatrix writes a table of 80 columns: a row for each cell, and below it
-// why it failed.
+// printMatrix writes a table of 80 columns. Each cell has one row, and below it the reason of its failure, if it
+// failed.
 func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 	rows := [][4]string{{"KERNEL", "DRIVER", "FLAVOUR", "STATE"}}
 	for _, j := range r.Jobs {
@@ -84,7 +84,8 @@ func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 			for _, line := range wrap(text, columns-4) {
 				fmt.Fprintf(out, "    %s\n", line)
 			}
-			// What was tried has its log; of the rest this is all there is to know.
+			// A cell that was tried has a log with the hint. For a cell that was not tried, the table is the only place
+			// for it.
 			if hint := j.Failure.Hint; hint != "" && j.Attempts == 0 && text == why {
 				for _, line := range wrap("next: "+hint, columns-4) {
 					fmt.Fprintf(out, "    %s\n", line)
@@ -98,7 +99,7 @@ func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 	return err
 }
 
-// reason says why a cell is not published.
+// reason explains why a cell is not published.
 func reason(j *batch.Job) string {
 	s := j.Failure.Class.String()
 	if j.Cell.EarlyWarning {
@@ -134,11 +135,10 @@ func summary(r *batch.Report, took time.Duration) string {
 	return text
 }
 
-// maxReason bounds what the table shows of an error; the log has all of it.
+// maxReason is the number of characters that the table shows of an error. The log has the full text.
 const maxReason = 600
 
-// wrap breaks a text into lines at its spaces, and within words that are
-// longer than a line.
+// wrap breaks a text into lines at its spaces. wrap breaks a word only if the word is longer than a line.
 func wrap(text string, width int) []string {
 	var lines []string
 	line := []rune(nil)
@@ -159,12 +159,11 @@ func wrap(text string, width int) []string {
 	return append(lines, string(line))
 }
 
-// screen shows the progress of many cells: on a terminal a moving line for each
-// running cell and a lasting one for each that is settled; elsewhere plain
-// lines, one for each finished phase.
+// screen shows the progress of many cells. On a terminal it shows a moving line for each running cell and a permanent
+// line for each finished one. Elsewhere it prints a plain line for each finished phase.
 type screen struct {
 	w    io.Writer
-	bars *mpb.Progress // nil elsewhere
+	bars *mpb.Progress // nil unless the output is a terminal
 
 	mu    sync.Mutex
 	lines map[int]*moving
@@ -188,7 +187,8 @@ func newScreen(w io.Writer) *screen {
 
 func (s *screen) progress(text string) {
 	if s.bars != nil {
-		_, _ = s.bars.Write([]byte(text + "\n")) // a failing terminal has nobody to tell
+		// If the terminal fails, there is no other place to report it.
+		_, _ = s.bars.Write([]byte(text + "\n"))
 		return
 	}
 	s.mu.Lock()

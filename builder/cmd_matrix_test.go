@@ -32,8 +32,7 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"builder": main})
 }
 
-// publicRegistry is a registry of the client library that says of itself what a public
-// server of ours says.
+// publicRegistry runs the client library's registry. The registry reports the same audience as a public Prebake server.
 func publicRegistry(t *testing.T) string {
 	t.Helper()
 	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
@@ -45,8 +44,8 @@ func publicRegistry(t *testing.T) string {
 	return strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver"
 }
 
-// TestScript drives the program as an operator does. $KEY is a signing key, and $PUBLIC
-// a repository that is public.
+// TestScript runs the scripts in testdata/script, which use the program as an operator does. $KEY is a signing key.
+// $PUBLIC is a public repository.
 func TestScript(t *testing.T) {
 	t.Parallel()
 	public := publicRegistry(t)
@@ -67,7 +66,7 @@ func TestScript(t *testing.T) {
 	})
 }
 
-// await waits until a file is there, as long as the test may run.
+// await waits until a file exists. await stops waiting when the test's time is over.
 func await(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 {
 		ts.Fatalf("usage: await FILE")
@@ -81,8 +80,8 @@ func await(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// The table has 80 columns at most, whatever is in it, and says why a cell
-// failed in the compiler's words.
+// TestTable checks that the table has at most 80 columns for any content, and that it quotes the compiler's error for a
+// failed cell.
 func TestTable(t *testing.T) {
 	t.Parallel()
 	job := func(id, version string, f target.Flavour, s batch.State) *batch.Job {
@@ -129,8 +128,8 @@ func TestTable(t *testing.T) {
 	}
 }
 
-// On a terminal, each running cell has a moving line, and each that is
-// settled a lasting one; nothing is left moving at the end.
+// TestScreen checks the progress on a terminal: each running cell has a moving line and each finished cell a permanent
+// one. At the end no moving line is left.
 func TestScreen(t *testing.T) {
 	t.Parallel()
 	out := &safeBuffer{}
@@ -147,7 +146,7 @@ func TestScreen(t *testing.T) {
 	e.Phase = timeline.Event{Phase: "compile", Text: "conftest 3/390"}
 	s.watch(e)
 	for !strings.Contains(out.String(), "conftest 3/390") {
-		runtime.Gosched() // until the line was drawn
+		runtime.Gosched() // until the line is drawn
 	}
 	again := event(1, batch.Again)
 	again.Failure = &batch.Failure{Class: fault.Transient, Error: "down"}

@@ -13,19 +13,19 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// defaultGrace is how long cells of a wish list may go on: there is no queue to
-// hand them back to.
+// defaultGrace is how long running cells of a wish list may continue after a stop signal. The time is long, because
+// without a queue no other builder takes these cells.
 const defaultGrace = 10 * time.Minute
 
-// runWorkWish keeps a wish list published: it reads the file and asks the
-// buckets again and again, and makes what is missing. After a stop signal, it begins
-// nothing more; after a second one, it cancels what is running.
+// runWorkWish keeps a wish list published. In each round it reads the file, asks the buckets, and builds what is
+// missing. After a stop signal it starts no more builds. After a second one it cancels the running builds.
 func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	log, err := cli.Logger(cmd)
 	if err != nil {
 		return err
 	}
-	if _, err := readWish(cmd.String("wish")); err != nil { // a mistake at the start is the operator's, who is there
+	// At the start a mistake in the list ends the program, because the operator is there and sees it.
+	if _, err := readWish(cmd.String("wish")); err != nil {
 		return err
 	}
 	m, err := openMatrix(ctx, cmd)
@@ -61,8 +61,7 @@ func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 }
 
-// runOnce makes what is missing at this moment. A list with a mistake is said
-// and builds nothing until it is mended.
+// runOnce builds what is missing now. If the list has a mistake, runOnce returns an error and builds nothing.
 func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) error {
 	begin := time.Now()
 	w, err := readWish(file)
@@ -87,8 +86,8 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 	return m.label(ctx, p, func(note string) { log.DebugContext(ctx, "label not given", "note", note) })
 }
 
-// logEvent logs what changes something: what was there before, and what failed
-// before from the same inputs, is in the log of the round that met it first.
+// logEvent logs events that change something. Cells that were published before are logged at debug level only. So are
+// cells that failed before from the same inputs, because the log of that earlier round has them.
 func logEvent(ctx context.Context, log *slog.Logger, e batch.Event) {
 	log = log.With("kernel", e.Job.Cell.Kernel.String(), "driver", e.Job.Cell.Driver.String())
 	switch e.Kind {

@@ -63,8 +63,8 @@ Example:
 	}
 }
 
-// splitReference parts host/repository@digest, or with :tag, into repository
-// and the rest. A port is not a tag.
+// splitReference splits host/repository@digest or host/repository:tag into the repository and the digest or tag. A port
+// is not taken for a tag.
 func splitReference(ref string) (repository, name string, err error) {
 	if at := strings.LastIndex(ref, "@"); at > 0 {
 		return ref[:at], ref[at+1:], nil
@@ -143,8 +143,8 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	return nil
 }
 
-// reproduceAll makes one cell after the other. They share one cache for
-// products, which begins empty and ends with this call.
+// reproduceAll builds one cell after the other. All cells share one cache for build products. This cache is empty at
+// the start and is removed at the end of the call.
 func reproduceAll(ctx context.Context, cmd *ucli.Command, cache *cas.Cache,
 	all []reproduce.Config) (_ []*reproduce.Report, err error) {
 	dir, cleanup, err := cache.TempDir("products-")

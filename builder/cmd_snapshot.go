@@ -39,10 +39,10 @@ web server can serve it. Example:
 	}
 }
 
-// The parts of a snapshot that have a key of their own, beside the root.
+// snapshotRoles are the roles of a snapshot that have a key of their own, in addition to the root.
 var snapshotRoles = []string{"targets", "snapshot", "timestamp"}
 
-// toFlag names the folder, and keyFlags its keys.
+// toFlag names the snapshot's folder. keyFlags names the keys of roles.
 func toFlag() ucli.Flag { return cli.String("to", "", "`FOLDER` of the snapshot") }
 
 func keyFlags(roles ...string) []ucli.Flag {
@@ -53,7 +53,8 @@ func keyFlags(roles ...string) []ucli.Flag {
 	return flags
 }
 
-// keyRef names a key: the one that a flag has, or its file in the folder of keys.
+// keyRef returns the reference of a role's key: the value of the role's flag, or else the key's file in the --keys
+// folder.
 func keyRef(cmd *ucli.Command, role string) (string, error) {
 	if ref := cmd.String(role + "-key"); ref != "" {
 		return ref, nil
@@ -61,7 +62,8 @@ func keyRef(cmd *ucli.Command, role string) (string, error) {
 	if dir := cmd.String("keys"); dir != "" {
 		path := filepath.Join(dir, role+".key")
 		if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) && cmd.Name == "root" {
-			return path + ".pub", nil // a root needs no more
+			// The root file needs only the public key.
+			return path + ".pub", nil
 		}
 		return path, nil
 	}
@@ -171,7 +173,8 @@ before it, as many as that root's threshold says.`,
 	}
 }
 
-// rootKeys finds the root keys of a folder: private ones, or else their public halves.
+// rootKeys lists the root keys of a folder. For each one it takes the private key, or the public key if that is
+// missing.
 func rootKeys(dir string) ([]string, error) {
 	var refs []string
 	for i := 1; ; i++ {
@@ -192,7 +195,7 @@ func rootKeys(dir string) ([]string, error) {
 	return refs, nil
 }
 
-// within works on the snapshot's folder.
+// within opens the snapshot's folder and calls do with it.
 func within(cmd *ucli.Command, do func(*maker.Repository) error) error {
 	r, err := maker.Open(cmd.String("to"), time.Now)
 	if err != nil {
@@ -201,13 +204,13 @@ func within(cmd *ucli.Command, do func(*maker.Repository) error) error {
 	return errors.Join(do(r), r.Close())
 }
 
-// timestampLifetime is the flag of how long a list counts without anybody saying that it still
-// does: so long can somebody hide a newer one from a node.
+// timestampLifetime is the flag that sets how long a timestamp is valid. Somebody can hide a newer list from a node for
+// at most this time.
 func timestampLifetime() ucli.Flag {
 	return lifetimeFlag("life", 7*24*time.Hour, "`TIME` until nodes want a newer timestamp")
 }
 
-// lifetimeFlag is a flag of how long something counts.
+// lifetimeFlag returns a flag that sets how long a file of the snapshot is valid.
 func lifetimeFlag(name string, value time.Duration, usage string) ucli.Flag {
 	f := cli.Duration(name, value, usage)
 	f.Validator = func(d time.Duration) error {
@@ -284,8 +287,8 @@ func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.
 	return by, err
 }
 
-// listOf asks a server for all that it has published. What is seen twice, because it changed
-// while the pages were read, counts as withdrawn if it was so once.
+// listOf asks a server for everything that it has published. If an artifact changes while the pages are read, it can
+// appear twice. Such an artifact counts as withdrawn if either entry says so.
 func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Catalogue, error) {
 	c := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: now.UTC().Truncate(time.Second)}
 	all, err := server.Artifacts(ctx)
@@ -344,7 +347,7 @@ func snapshotRefreshCommand() *ucli.Command {
 	}
 }
 
-// printSnapshot prints what was published.
+// printSnapshot prints a summary of the published snapshot.
 func printSnapshot(cmd *ucli.Command, s *snapshot.Snapshot) error {
 	count := map[snapshot.State]int{}
 	for _, a := range s.Artifacts {

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/snapshot"
 )
 
-// What the verbs write is what a node takes, step by step, as the help shows them.
+// TestSnapshot runs the commands in the order of their help, and checks after each step that a node accepts the result.
 func TestSnapshot(t *testing.T) {
 	t.Parallel()
 	digest := func(c string) string { return "sha256:" + strings.Repeat(c, 64) }
@@ -41,7 +41,7 @@ func TestSnapshot(t *testing.T) {
 		return out
 	}
 	does("root-3.key", "keys", keys)
-	// The third root key is in a safe: only its public half is here.
+	// The third root key is kept offline: only its public key is in the folder.
 	if err := os.Remove(filepath.Join(keys, "root-3.key")); err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +76,7 @@ func TestSnapshot(t *testing.T) {
 	all[1].State = api.Quarantined
 	does("list      7,", "make", "--to", list, "--keys", keys, "--server", server.URL, "--least-version", "7")
 	takes(7, snapshot.Quarantined)
-	// The timestamp's key is replaced, and so is a root key.
+	// The timestamp's key and one root key are replaced.
 	if code, out, errs := run(t, "keygen", filepath.Join(dir, "next.key")); code != 0 {
 		t.Fatalf("keygen = %d %s%s", code, out, errs)
 	}
@@ -125,7 +125,7 @@ func TestSnapshot(t *testing.T) {
 		filepath.Join(dir, "next.key"), "--server", server.URL); code != fault.NoArtifact.ExitCode() {
 		t.Errorf("make of nothing = %d %s; want no artifact", code, errs)
 	}
-	if got := takes(8, snapshot.Yanked); got != newest { // nothing of that was published
+	if got := takes(8, snapshot.Yanked); got != newest { // the failed commands published nothing
 		t.Errorf("the timestamp has version %d; want %d", got, newest)
 	}
 }

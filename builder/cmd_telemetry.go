@@ -11,13 +11,13 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// metricsFlag is for programs that run long enough to be scraped.
+// metricsFlag is for commands that run long enough for Prometheus to scrape them.
 func metricsFlag() ucli.Flag {
 	return cli.String("metrics-address", "", "serve Prometheus metrics at http://`ADDR`/metrics")
 }
 
-// startTelemetry begins what --metrics-address and the OTEL_* environment ask
-// for. A command without that flag has traces only.
+// startTelemetry starts the metrics of --metrics-address and the traces of the OTEL_* environment variables. A command
+// without that flag has traces only.
 func startTelemetry(ctx context.Context, cmd *ucli.Command, cache *cas.Cache, log *slog.Logger) (*telemetry.Telemetry,
 	error) {
 	return telemetry.Start(ctx,

@@ -24,7 +24,8 @@ import (
 )
 
 func workCommand() *ucli.Command {
-	host, _ := os.Hostname() // an empty name falls to the check below
+	// If there is no host name, the name stays empty and the check below reports it.
+	host, _ := os.Hostname()
 	if host == "" {
 		host = "builder"
 	}
@@ -67,7 +68,7 @@ func workCommand() *ucli.Command {
 	}, cli.Config{Secrets: secretFlags(), Check: checkWork})
 }
 
-// secretFlags are what a configuration file may not hold.
+// secretFlags maps each flag that a configuration file must not contain to what the operator sets in its place.
 func secretFlags() map[string]string {
 	return map[string]string{
 		"token":    "token-file, or the variable PREBAKE_TOKEN",
@@ -75,13 +76,13 @@ func secretFlags() map[string]string {
 	}
 }
 
-// checkWork names all settings of work that do not go together, and those that are missing.
+// checkWork reports all settings of work that are missing or exclude each other.
 func checkWork(cmd *ucli.Command) error {
 	_, err := serverURL(cmd)
 	return errors.Join(oneOf(cmd, "wish", "queue"), missing(cmd, "to", "key"), oneSignature(cmd), checkKey(cmd), err)
 }
 
-// serverURL is where the server is that work asks.
+// serverURL returns the URL of the server from which work takes builds.
 func serverURL(cmd *ucli.Command) (*url.URL, error) {
 	u, err := url.Parse(cmd.String("server"))
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
@@ -137,8 +138,8 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 	})
 }
 
-// embedded adds to a destination on the server itself what --server and --token
-// say already: its registry uses the protocol of the API, and takes its token.
+// embedded completes the options of a destination whose registry is the server's own. Such a registry uses the protocol
+// of --server and accepts --token, so that the operator need not set them twice.
 func embedded(
 	server *url.URL,
 	token func() (string, error),
@@ -150,7 +151,8 @@ func embedded(
 			return o
 		}
 		o.Plain = o.Plain || server.Scheme == "http"
-		if secret, err := token(); err == nil && o.Password == "" { // without it, the registry says what is missing
+		// Without a token, the registry's answer says what is missing.
+		if secret, err := token(); err == nil && o.Password == "" {
 			o.Username, o.Password = "token", secret
 		}
 		return o

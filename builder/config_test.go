@@ -7,8 +7,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
-// The example has no mistake, and each mistake that somebody puts into it is found with its
-// line and column, before anything is opened.
+// TestConfigCheck checks that the example file has no mistake. For each mistake that a row adds, the check reports line
+// and column before it opens anything.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
 	configcheck.Check(t, filepath.Join("..", "docs", "examples", "builder.yaml"), root, []configcheck.Row{

@@ -6,7 +6,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/importrule"
 )
 
-// TestDependencies tests import rules that the compiler does not.
+// TestDependencies checks the import rules that the compiler does not enforce.
 func TestDependencies(t *testing.T) {
 	t.Parallel()
 	importrule.CheckBanned(t, map[string]string{
@@ -21,7 +21,7 @@ func TestDependencies(t *testing.T) {
 	})
 }
 
-// TestHomes keeps one home for each heavy library.
+// TestHomes checks that each heavy library is imported by one package only.
 func TestHomes(t *testing.T) {
 	t.Parallel()
 	importrule.CheckOwners(t, "github.com/prebake/prebake/builder", []importrule.Owner{

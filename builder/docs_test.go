@@ -10,7 +10,7 @@ import (
 
 var rewrite = flag.Bool("update", false, "write the pages in docs that come of the commands anew")
 
-// The pages in docs that come of the commands are those of these commands.
+// TestDocs compares the pages in docs that are generated from the commands with these commands.
 func TestDocs(t *testing.T) {
 	t.Setenv("HOME", "/home/user") // defaults name folders below it
 	t.Setenv("XDG_CACHE_HOME", "")

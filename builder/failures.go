@@ -13,8 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// failureStore keeps failures under the settings of this run. Builds of one cell
-// and of wish lists share it.
+// failureStore opens the store of failures for the settings of this run. Single builds and wish lists share the store.
 func failureStore(cfg pipeline.Config, kernels, drivers *cosbucket.Bucket, forget bool) (*batch.FailureStore, error) {
 	host, err := sandbox.HostTools()
 	if err != nil {
@@ -27,9 +26,8 @@ func failureStore(cfg pipeline.Config, kernels, drivers *cosbucket.Bucket, forge
 	}, nil
 }
 
-// keepFailure records why a single build failed, so that a wish list does not
-// try the cell again. What failed before the inputs were there is not kept: they
-// may come.
+// keepFailure records why a single build failed, so that a wish list does not try the cell again. A failure before all
+// inputs were fetched is not recorded, because a missing input may be published later.
 func keepFailure(ctx context.Context, cfg pipeline.Config, res *pipeline.Result, failed error) (err error) {
 	if ctx.Err() != nil || !batch.Permanent(fault.Of(failed), res) || res == nil || len(res.Phases) < 2 {
 		return nil

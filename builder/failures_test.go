@@ -15,8 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// What a single build came to grief on is known to a wish list, if the same inputs
-// would do the same again.
+// TestKeepFailure checks that a wish list finds the failure of a single build, if the same inputs would fail again.
 func TestKeepFailure(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// envToken is where a CI system puts its token for Sigstore's own tools.
+// envToken is the variable in which a CI system passes its token to Sigstore's own tools.
 const envToken = "SIGSTORE_ID_TOKEN"
 
 func identityTokenFlag() ucli.Flag {
@@ -28,7 +28,7 @@ func isKeyless(cmd *ucli.Command) bool {
 	return strings.HasPrefix(cmd.String("key"), sign.PrefixKeyless)
 }
 
-// checkKey refuses settings of the key that do not go together.
+// checkKey returns an error for settings of the key that exclude each other.
 func checkKey(cmd *ucli.Command) error {
 	if isKeyless(cmd) {
 		return cli.About(missing(cmd, "trusted-root"), "key")
@@ -36,7 +36,7 @@ func checkKey(cmd *ucli.Command) error {
 	return refuseFlags(cmd, "a key of one's own", "identity-token")
 }
 
-// keyOptions says how the key is loaded that --key names.
+// keyOptions returns the options for loading the key that --key names.
 func keyOptions(cmd *ucli.Command) ([]sign.Option, error) {
 	if err := checkKey(cmd); err != nil || !isKeyless(cmd) {
 		return nil, err
@@ -49,7 +49,7 @@ func keyOptions(cmd *ucli.Command) ([]sign.Option, error) {
 	return []sign.Option{sign.WithIdentity(root, func() ([]byte, error) { return identityToken(file) })}, nil
 }
 
-// trusted is whom the flags of reproduce name.
+// trusted returns a verifier for the keys and the identity that the flags name.
 func trusted(cmd *ucli.Command) (*trust.Verifier, error) {
 	var policy trust.Policy
 	for _, file := range cmd.StringSlice("public-key") {

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestKeylessFlags is not parallel: a token may be in the environment.
+// TestKeylessFlags is not parallel, because it sets an environment variable.
 func TestKeylessFlags(t *testing.T) {
 	t.Setenv(envToken, "")
 	dir := t.TempDir()
@@ -34,7 +34,7 @@ func TestKeylessFlags(t *testing.T) {
 		t.Fatalf("keygen = %d %s%s", code, out, errs)
 	}
 
-	// What doctor says about the key, by its level; the rest is the machine's.
+	// try returns what doctor reports about the key. The other findings depend on the machine.
 	try := func(args ...string) (level, text string) {
 		_, out, errs := run(t, append([]string{"doctor", "--cache", filepath.Join(dir, "cache"), "--output", "json", "--key",
 			ref, "--trusted-root", trusted}, args...)...)
@@ -94,7 +94,7 @@ func TestKeylessFlags(t *testing.T) {
 			t.Errorf("%s: %v = %d\n%s%s\nwant 2 with %q and nothing on stdout", row.name, row.args, code, out, errs, row.err)
 		}
 	}
-	// All that is missing now is the artifact.
+	// With these flags only the artifact is missing.
 	if code, _, errs := run(t,
 		reproduce(append(someone, "--trusted-root", trusted, "--attest", "--key", ref)...)...); code == 2 || code == 0 {
 		t.Errorf("reproduce for an identity = %d %s; want it to look for the artifact", code, errs)

@@ -32,9 +32,10 @@ func labelsOf(cmd *ucli.Command, flavour target.Flavour) ([]string, error) {
 	return labels, nil
 }
 
-// label gives the labels of a wish list, once its cells are there.
+// label gives the labels of a wish list after its cells are published.
 func (m *matrix) label(ctx context.Context, p *plan.Plan, note func(string)) error {
-	if ctx.Err() != nil { // told to stop, which the report says
+	// After a stop signal no labels are given. The report says that the run was stopped.
+	if ctx.Err() != nil {
 		return nil
 	}
 	return m.destinations.Label(ctx, p, m.cfg.BuilderID, m.kernels, note)

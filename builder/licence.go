@@ -32,7 +32,7 @@ func licenceRule(cmd *ucli.Command) licence.Rule {
 	}
 }
 
-// refused tells which flavours of a plan may not go to which destination.
+// refused lists the destinations to which a flavour of the plan may not go, with the reason.
 func (m *matrix) refused(ctx context.Context, p *plan.Plan) (notes []string, err error) {
 	var flavours []target.Flavour
 	for _, c := range p.Cells {

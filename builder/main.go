@@ -1,6 +1,5 @@
-// Command builder compiles NVIDIA's kernel modules for Container-Optimized OS
-// kernels, proves that they fit, signs them and publishes them as OCI
-// artifacts. This package is wiring only.
+// Command builder compiles NVIDIA's kernel modules for Container-Optimized OS kernels, proves that they fit, signs them
+// and publishes them as OCI artifacts. This package only connects the packages below internal.
 package main
 
 import (

@@ -23,8 +23,7 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	return code, out.String(), errs.String()
 }
 
-// TestOperator makes the mistakes that people make: each one has its exit code
-// and names the next move.
+// TestOperator makes common mistakes. Each one must end with its own exit code and name the next step.
 func TestOperator(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -77,7 +76,7 @@ func TestOperator(t *testing.T) {
 				row.err)
 		}
 	}
-	// The log of the failed build tells the same, and no lock is left.
+	// The log of the failed build has the same error, and no lock file is left.
 	logs, err := filepath.Glob(filepath.Join(dir, "cache", "logs", "*.log"))
 	if err != nil || len(logs) != 1 {
 		t.Fatalf("logs = %v, %v; want one", logs, err)
@@ -90,7 +89,7 @@ func TestOperator(t *testing.T) {
 	}
 }
 
-// The server's own registry takes the API's token; no other registry sees it.
+// TestEmbedded checks that the server's own registry gets the API's token, and that no other registry gets it.
 func TestEmbedded(t *testing.T) {
 	t.Parallel()
 	server, err := url.Parse("http://prebake.svc:8440")
@@ -118,7 +117,7 @@ func TestEmbedded(t *testing.T) {
 	}
 }
 
-// Help fits a terminal, and has each flag in a group.
+// TestHelp checks that help fits a terminal and that each flag is in a group.
 func TestHelp(t *testing.T) {
 	t.Parallel()
 	if err := cli.CheckHelp(root); err != nil {

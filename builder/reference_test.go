@@ -9,7 +9,7 @@ import (
 
 var writePage = flag.Bool("write-page", false, "write docs/reference/builder.md anew")
 
-// The page in docs is what --help says.
+// TestReference checks that the page in docs has the same content as --help.
 func TestReference(t *testing.T) {
 	t.Parallel()
 	clidoc.Check(t, "../docs/reference/builder.md", *writePage, root)

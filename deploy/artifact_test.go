@@ -15,11 +15,11 @@ import (
 	"github.com/prebake/prebake/deploy/internal/page"
 )
 
-// formatName is an annotation, a media type or a predicate type of ours.
+// formatName matches Prebake's own annotations, media types and predicate types.
 var formatName = regexp.MustCompile(
 	`^(dev\.prebake\.[a-z.-]+|application/vnd\.prebake\.[a-z0-9.+-]+|https://prebake\.dev/[a-z-]+/v[0-9]+)$`)
 
-// The page about the artifact's format has each name that the source has, and no other.
+// TestArtifactPage checks that the page about the artifact's format has exactly the names that the source has.
 func TestArtifactPage(t *testing.T) {
 	t.Parallel()
 	var want, got []string

@@ -17,9 +17,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// An artifact is an image like any other to containerd: it mounts it, as kubelet has it do
-// for an image volume, and pulls it through a mirror that hosts.toml names, which is what
-// peers such as Spegel are to it. No name here leads anywhere but to the mirrors.
+// TestCarriers checks that containerd handles an artifact as any other image. It mounts the artifact, as kubelet does
+// for an image volume. It pulls the artifact through a mirror that hosts.toml names, as it does with peers such as
+// Spegel. All names in the test lead to the mirrors.
 func TestCarriers(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("containerd wants to be root")
@@ -52,8 +52,8 @@ func TestCarriers(t *testing.T) {
 			}
 		})
 	}
-	// What the mirror hands on are manifests and layers; it has no list of statements, so a
-	// node takes nothing from it (docs/how-to/carriers.md).
+	// The mirror passes on manifests and layers, but it has no list of statements. A node therefore accepts nothing from
+	// it (docs/how-to/carriers.md).
 	through, err := registry.Open(passing+"/prebake/driver", registry.Options{Plain: true})
 	if err != nil {
 		t.Fatal(err)
@@ -67,7 +67,7 @@ func TestCarriers(t *testing.T) {
 	}
 }
 
-// hostsDir tells containerd where a registry's images are (containerd, docs/hosts.md).
+// hostsDir returns a folder that tells containerd where a registry's images are (containerd, docs/hosts.md).
 func hostsDir(t *testing.T, registry, mirror string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -82,7 +82,7 @@ func hostsDir(t *testing.T, registry, mirror string) string {
 	return dir
 }
 
-// unpacked has the artifact's files as a node installs them.
+// unpacked returns a folder with the artifact's files, as a node installs them.
 func unpacked(t *testing.T, repo *registry.Repository, s testkit.Sample) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -106,7 +106,7 @@ func unpacked(t *testing.T, repo *registry.Repository, s testkit.Sample) string 
 	return dir
 }
 
-// tree maps the files of a folder to what they are.
+// tree maps each file of a folder to its mode and its content or target.
 func tree(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	all := map[string]string{}

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// script runs one of deploy/ci with nothing in its environment but env.
+// script runs a script of deploy/ci with only env as its environment.
 func script(t *testing.T, name string, env []string, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "ci/"+name, args...)
@@ -36,7 +36,7 @@ func script(t *testing.T, name string, env []string, args ...string) (code int, 
 	return cmd.ProcessState.ExitCode(), out.String(), errs.String()
 }
 
-// TestCIScripts runs the scripts as a CI does, against a server that runs.
+// TestCIScripts runs the scripts as a CI system does, against a running server.
 func TestCIScripts(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)
@@ -54,7 +54,7 @@ func TestCIScripts(t *testing.T) {
 		name, script string
 		env, args    []string
 		code         int
-		out, err     string // parts of stdout and stderr
+		out, err     string // expected parts of stdout and stderr
 	}{
 		{"announce", "announce.sh", withToken, []string{"17800.66.78"}, 0, "17800.66.78", ""},
 		{"announce again", "announce.sh", withToken, []string{"17800.66.78"}, 0, "17800.66.78", ""},
@@ -116,13 +116,14 @@ func TestCIScripts(t *testing.T) {
 		t.Errorf("the summary is %q, %v; want %q", noted, err, want)
 	}
 
-	// What was announced is in the catalogue.
+	// The catalogue has the announced COS build.
 	if release, err := r.Client.Release(t.Context(), "17800.66.78"); err != nil || len(release.Kernels) != 1 {
 		t.Errorf("Release() after announcing = %+v, %v; want one kernel", release, err)
 	}
 }
 
-// A pool that may not move yet may, as soon as its artifact is there; GitHub shows which.
+// TestPreflightWaits checks that preflight.sh waits until the artifact of a pool is published, and then lets the pool
+// move. The summary for GitHub lists the pool.
 func TestPreflightWaits(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)
@@ -140,7 +141,7 @@ func TestPreflightWaits(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	// It asked once, and begins to ask again, before there is anything.
+	// Wait until the script has asked once and begins to ask again, while nothing is published.
 	var text strings.Builder
 	buf := make([]byte, 4096)
 	for strings.Count(text.String(), "== ") < 2 {
@@ -159,12 +160,13 @@ func TestPreflightWaits(t *testing.T) {
 	}
 }
 
-// The image's command line gets server, token and network as the program gets them.
+// TestCIScriptsRunAnImage checks that a script that runs an image passes server, token and network to the program in
+// it.
 func TestCIScriptsRunAnImage(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)
 	bin := t.TempDir()
-	// Stands in for Docker: runs the program with those variables only that were named.
+	// This script replaces Docker. It runs the program with only the variables that the command line names.
 	docker := "#!/bin/bash\nset -eu\n[[ \"$1 $2 $3\" == 'run --rm --network=host' ]]\nshift 3\nwith=()\n" +
 		"while [[ $1 == -e ]]; do with+=(\"$2=${!2-}\"); shift 2; done\n[[ $1 == ghcr.io/prebake/server:1 ]]\nshift\nexec " +
 		"env -i \"${with[@]}\" " + r.Binary + " \"$@\"\n"
@@ -182,7 +184,7 @@ func TestCIScriptsRunAnImage(t *testing.T) {
 	}
 }
 
-// variables are what the scripts read of their environment.
+// variables returns the names of the environment variables that the scripts read.
 func variables(t *testing.T) map[string]bool {
 	t.Helper()
 	known := map[string]bool{}
@@ -194,7 +196,7 @@ func variables(t *testing.T) map[string]bool {
 	return known
 }
 
-// TestCloudBuild reads the file as Google's own client has the type, member by member.
+// TestCloudBuild decodes the file into the type of Google's own client, and refuses unknown members.
 func TestCloudBuild(t *testing.T) {
 	t.Parallel()
 	strict := func(text string) (b cloudbuild.Build, err error) {
@@ -238,8 +240,8 @@ func TestCloudBuild(t *testing.T) {
 	}
 }
 
-// TestGitHubFiles has the workflow looked over by actionlint, against the action as a
-// local one, and the action's steps by hand: actionlint reads its inputs only.
+// TestGitHubFiles checks the workflow with actionlint, which reads the action as a local one. The test checks the
+// action's steps itself, because actionlint reads only the action's inputs.
 func TestGitHubFiles(t *testing.T) {
 	t.Parallel()
 	action := read(t, "deploy/ci/action.yml")
@@ -292,7 +294,7 @@ func TestGitHubFiles(t *testing.T) {
 	known := variables(t)
 	input := regexp.MustCompile(`inputs\.([a-z-]+)`)
 	for _, step := range a.Runs.Steps {
-		// An input in the text of a script is a script of whoever gives it.
+		// An input inside the text of a script could inject commands, so the steps must pass inputs in the environment.
 		if strings.Contains(step.Run, "${{") || step.Shell != "bash" {
 			t.Errorf("step %q with shell %q; want bash, and inputs by the environment", step.Run, step.Shell)
 		}

@@ -24,11 +24,11 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// stockClients are the programs of others that the registry is used with: oras and
-// regctl as deploy/tool.sh builds them, the rest as Debian packages it.
+// stockClients are the foreign programs that the tests use with the registry. deploy/tool.sh builds oras and regctl;
+// Debian packages the others.
 var stockClients = []string{"oras", "regctl", "skopeo", "containerd", "ctr"}
 
-// client runs stock programs against a server, each with a home folder of its own.
+// client runs stock programs against a server. Each client has a home folder of its own.
 type client struct {
 	t    *testing.T
 	home string
@@ -46,7 +46,7 @@ func newClient(t *testing.T, r running) client {
 	return client{t, t.TempDir(), r.Host}
 }
 
-// try runs a program to its end.
+// try runs a program until it ends.
 func (c client) try(input, program string, args ...string) (stdout string, err error) {
 	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
@@ -71,7 +71,7 @@ func (c client) must(program string, args ...string) string {
 	return out
 }
 
-// login gives the token as a password, under any user name.
+// login runs a login command with the token as the password. The registry accepts any user name.
 func (c client) login(program string, args ...string) {
 	c.t.Helper()
 	if out, err := c.try(secret+"\n", program, args...); err != nil {
@@ -79,7 +79,7 @@ func (c client) login(program string, args ...string) {
 	}
 }
 
-// refused runs what has to fail.
+// refused runs a command that must fail.
 func (c client) refused(why, program string, args ...string) {
 	c.t.Helper()
 	if out, err := c.try("", program, args...); err == nil {
@@ -87,8 +87,8 @@ func (c client) refused(why, program string, args ...string) {
 	}
 }
 
-// has compares what the registry holds under a name with want; "" means nothing. It asks
-// with a library that none of the clients use, and without credentials.
+// has compares the digest that the registry has under a name with want; "" means that there must be none. It uses a
+// library that none of the clients use, and no credentials.
 func (c client) has(ref, want string) {
 	c.t.Helper()
 	parsed, err := name.ParseReference(c.host+"/"+ref, name.Insecure)
@@ -107,8 +107,7 @@ func (c client) has(ref, want string) {
 	}
 }
 
-// imageLayout writes an image for two platforms, as an OCI layout with the tag v1, and
-// returns its digest.
+// imageLayout writes an image for two platforms as an OCI layout, with the tag v1. It returns the image's digest.
 func imageLayout(t *testing.T, dir string) string {
 	t.Helper()
 	must := func(err error) {
@@ -143,15 +142,14 @@ func imageLayout(t *testing.T, dir string) string {
 	return digest.String()
 }
 
-// The registry is one that people use with the clients that they have: they log in
-// with the token as password, push, copy within the registry, read without a login,
-// and delete.
+// TestStockClients checks that common clients work with the registry. They log in with the token as the password, push,
+// copy within the registry, read without a login, and delete.
 func TestStockClients(t *testing.T) {
 	r := startServer(t)
 	t.Run("oras", func(t *testing.T) { orasClient(newClient(t, r)) })
 	t.Run("regctl", func(t *testing.T) { regctlClient(newClient(t, r)) })
 	t.Run("skopeo", func(t *testing.T) { skopeoClient(newClient(t, r)) })
-	if os.Geteuid() == 0 { // containerd wants to be root, and no other does
+	if os.Geteuid() == 0 { // only containerd needs root
 		t.Run("ctr", func(t *testing.T) { ctrClient(newClient(t, r)) })
 	}
 }
@@ -240,7 +238,7 @@ func skopeoClient(c client) {
 	c.refused("nobody is logged in", "skopeo", cp("oci:layout:v1", repo+":v1")...)
 	c.login("skopeo", "login", "--tls-verify=false", "-u", "prebake", "--password-stdin", c.host)
 	c.must("skopeo", cp("oci:layout:v1", repo+":v1")...)
-	said, err := os.ReadFile(filepath.Join(c.home, "digest")) // Debian's skopeo writes an index in its own way
+	said, err := os.ReadFile(filepath.Join(c.home, "digest")) // Debian's skopeo encodes an index anew
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -257,14 +255,13 @@ func skopeoClient(c client) {
 	c.must("skopeo", cp(other+":v1", "dir:pulled")...)
 	c.refused("nobody is logged in", "skopeo", "delete", "--tls-verify=false", other+":v1")
 	c.login("skopeo", "login", "--tls-verify=false", "-u", "prebake", "--password-stdin", c.host)
-	c.must("skopeo", "delete", "--tls-verify=false", other+":v1") // by digest, so that both tags go
+	c.must("skopeo", "delete", "--tls-verify=false", other+":v1") // deletes by digest, so both tags disappear
 	c.has("skopeo/copy:v1", "")
 	c.has("skopeo/copy:v2", "")
 	c.has("skopeo/image:v1", digest)
 }
 
-// ctr has no command that deletes from a registry: regctl does it, and ctr then finds
-// nothing there.
+// ctrClient tests ctr. ctr has no command that deletes from a registry, so regctl deletes, and ctr then finds nothing.
 func ctrClient(c client) {
 	t := c.t
 	repo, other := c.host+"/ctr/image", c.host+"/ctr/copy"
@@ -295,20 +292,19 @@ func ctrClient(c client) {
 	c.refused("it was deleted", "ctr", pull...)
 }
 
-// startContainerd runs a containerd of the test's own until the test ends, and returns
-// its socket.
+// startContainerd runs a separate containerd until the test ends, and returns the path of its socket.
 func startContainerd(c client) string {
 	t := c.t
 	t.Helper()
-	// A socket's name has 107 letters at most, and a test's folder may have more.
+	// The path of a socket has at most 107 bytes, and the path of a test's folder may be longer.
 	dir, err := os.MkdirTemp("", "prebake-ctr-")
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) }) // of the system's temporary folder
+	t.Cleanup(func() { _ = os.RemoveAll(dir) }) // a folder in the system's temporary folder
 	socket := filepath.Join(dir, "s")
 	file := filepath.Join(dir, "config.toml")
-	// Nothing is run: no CRI, which would want a network and /opt.
+	// The test runs no container, so the CRI plugin is disabled. It would need a network and /opt.
 	text := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", "+
 		"\"io.containerd.internal.v1.opt\"]\n[grpc]\naddress = %q\n",
 		filepath.Join(dir, "root"), filepath.Join(dir, "state"), socket)
@@ -324,7 +320,7 @@ func startContainerd(c client) string {
 	}
 	t.Cleanup(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
-		_ = cmd.Wait() // it was told to stop
+		_ = cmd.Wait() // the signal has stopped it
 		if t.Failed() {
 			t.Logf("containerd said: %s", said.String())
 		}

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/cluster"
 )
 
-// foreignKinds are the objects of others that the components make, by the module that
-// publishes their definition and the file in it.
+// foreignKinds are the kinds of other projects that the components use. Each has the Go module that publishes its
+// definition, and the file there.
 var foreignKinds = []struct{ module, file string }{
 	{"github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"},
 	{"github.com/prometheus-operator/prometheus-operator@v0.85.0",
@@ -28,11 +28,11 @@ var foreignKinds = []struct{ module, file string }{
 		"example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml"},
 }
 
-// moduleFile reads a file of a Go module, which is fetched where it is not in Go's cache.
+// moduleFile reads a file of a Go module. It downloads the module if Go's cache does not have it.
 func moduleFile(t *testing.T, module, file string) string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "go", "mod", "download", "-json", module)
-	cmd.Dir = t.TempDir() // no module of ours: it asks for no line of go.mod
+	cmd.Dir = t.TempDir() // outside of this module, so that go.mod needs no line for it
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	raw, err := cmd.Output()
@@ -50,7 +50,7 @@ func moduleFile(t *testing.T, module, file string) string {
 	return string(text)
 }
 
-// whole writes an overlay with components, as an operator writes one.
+// whole writes an overlay with components, as an operator would write it.
 func whole(t *testing.T, components ...string) string {
 	t.Helper()
 	base, err := filepath.Abs("kubernetes")
@@ -73,8 +73,8 @@ func whole(t *testing.T, components ...string) string {
 	return dir
 }
 
-// Everything, with all that wants definitions of others, is what a real API server takes,
-// twice: the second time changes nothing.
+// TestClusterTakesComponents checks that a real API server accepts the manifests with all components that need
+// definitions of other projects. A second apply must change nothing.
 func TestClusterTakesComponents(t *testing.T) {
 	c := cluster.Start(t)
 	for _, kind := range foreignKinds {
@@ -91,7 +91,7 @@ func TestClusterTakesComponents(t *testing.T) {
 	}
 	var first map[string]map[string]any
 	for i := range 2 {
-		// What was established a moment ago is not in the API server's list of kinds at once.
+		// The API server needs a moment until it knows a kind whose definition was just established.
 		for end := time.Now().Add(time.Minute); ; time.Sleep(time.Second) {
 			_, err := c.Kubectl(rendered, "apply", "--server-side", "--validate=strict", "-f", "-")
 			if err == nil {
@@ -102,7 +102,7 @@ func TestClusterTakesComponents(t *testing.T) {
 			}
 		}
 		if i == 0 {
-			// KEDA's doing: what it set must outlive the next apply.
+			// KEDA sets the number of replicas in this way. The next apply must not change it back.
 			if _, err := c.Kubectl("", "-n", "prebake-privileged", "scale", "deployment", "prebake-builder",
 				"--replicas=7"); err != nil {
 				t.Fatal(err)
@@ -124,7 +124,7 @@ func TestClusterTakesComponents(t *testing.T) {
 			t.Errorf("there is no %s", want)
 		}
 	}
-	// The definitions have teeth: a member that they lack is refused.
+	// The definitions must really be checked: a manifest with an unknown member is refused.
 	for _, row := range []struct{ name, from, to string }{
 		{"KEDA", "pollingInterval:", "poolingInterval:"}, {"rules", "expr: absent", "query: absent"},
 		{"monitor", "scrapeTimeout:", "scrapeTimeOut:"},
@@ -141,7 +141,7 @@ func TestClusterTakesComponents(t *testing.T) {
 	}
 }
 
-// applied asks for each object that was applied, without what the API server notes of it.
+// applied reads each applied object back, without the fields that the API server adds.
 func applied(t *testing.T, c *cluster.Cluster, rendered string) map[string]map[string]any {
 	t.Helper()
 	raw, err := c.Kubectl(rendered, "get", "-o", "json", "-f", "-")

@@ -15,13 +15,13 @@ import (
 
 var commandPrograms = []string{"builder", "server", "fetcher"}
 
-// otherValues are flags whose values go by several names, and why they mean one thing.
+// otherValues lists flags whose values have several names in help, with the reason why the values are of one kind.
 var otherValues = map[string]string{
 	"--to": "where the result goes: a REF, or the FOLDER of a snapshot, which is published as files",
 }
 
-// A flag of one name takes one kind of value, in every command of every program. The pages
-// are generated from the commands.
+// TestFlagsAgree checks that flags of one name take the same kind of value in every command of every program. It reads
+// the pages, which are generated from the commands.
 func TestFlagsAgree(t *testing.T) {
 	t.Parallel()
 	type place struct{ value, where string }
@@ -48,8 +48,8 @@ func TestFlagsAgree(t *testing.T) {
 	}
 }
 
-// Manual pages are read by mandoc without a warning. They have no date: what they are made
-// of is the program, which has a version.
+// TestManPages checks that mandoc reads the manual pages without a warning. The pages have no date, because they are
+// generated from the program, which has a version.
 func TestManPages(t *testing.T) {
 	t.Parallel()
 	pages, err := filepath.Glob(filepath.Join(root, "docs", "man", "*.1"))
@@ -68,8 +68,8 @@ func TestManPages(t *testing.T) {
 	}
 }
 
-// The schemas of configuration files are judged by a validator that nobody here wrote: each
-// takes the example, and refuses what the program refuses.
+// TestConfigSchemas checks the schemas of the configuration files with an independent validator. Each schema must
+// accept the example, and must refuse the mistakes that the program refuses.
 func TestConfigSchemas(t *testing.T) {
 	t.Parallel()
 	for program, command := range map[string]string{"builder": "work", "server": "serve", "fetcher": "run"} {
@@ -97,7 +97,7 @@ func TestConfigSchemas(t *testing.T) {
 				row.add = "interval: 15\n"
 			}
 			text := example
-			if row.add != "" { // which may be in the example already
+			if row.add != "" { // the example may have the setting already
 				lines := slices.DeleteFunc(strings.SplitAfter(example, "\n"), func(line string) bool {
 					return strings.HasPrefix(line, row.add[:strings.Index(row.add, ":")+1])
 				})

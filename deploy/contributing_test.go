@@ -10,10 +10,11 @@ import (
 	"testing"
 )
 
-// wayRow is a row of the table in CONTRIBUTING.md: number, text, file, function.
+// wayRow matches a row of the table in CONTRIBUTING.md: number, text, file, function.
 var wayRow = regexp.MustCompile("(?m)^\\| [0-9]+ \\| [^|]+ \\| `([^`]+)` \\| `([^`]+)` \\|$")
 
-// What CONTRIBUTING names on the way from BUILD_ID to a loaded module is in the code.
+// TestContributingNamesFunctions checks that the code has the functions that CONTRIBUTING lists on the way from
+// BUILD_ID to a loaded module.
 func TestContributingNamesFunctions(t *testing.T) {
 	t.Parallel()
 	rows := wayRow.FindAllStringSubmatch(read(t, "CONTRIBUTING.md"), -1)
@@ -29,7 +30,7 @@ func TestContributingNamesFunctions(t *testing.T) {
 	}
 }
 
-// functions lists what a file declares: functions by their name, methods as Type.Method.
+// functions returns the functions that a file declares. A method has the form Type.Method.
 func functions(name string) (all []string, err error) {
 	file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
 	if err != nil {

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// A decision fits on a page: what is longer belongs into reference or background.
+// TestDecisionLength checks that each decision fits on a page. Longer texts belong to reference or background.
 func TestDecisionLength(t *testing.T) {
 	t.Parallel()
 	const most = 800

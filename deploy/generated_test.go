@@ -15,7 +15,7 @@ import (
 
 var update = flag.Bool("update", false, "write the generated parts of documents again")
 
-// TestGeneratedExitCodes keeps the page's table equal to package fault's.
+// TestGeneratedExitCodes checks that the table on the page equals the table of package fault.
 func TestGeneratedExitCodes(t *testing.T) {
 	t.Parallel()
 	var table strings.Builder
@@ -30,8 +30,7 @@ func TestGeneratedExitCodes(t *testing.T) {
 	between(t, "docs/reference/exit-codes.md", "exit codes", table.String())
 }
 
-// between compares the text between the two marker comments of a part with
-// want, and writes it under -update.
+// between compares the text between the two marker comments of a part with want. With -update it writes want there.
 func between(t *testing.T, name, part, want string) {
 	t.Helper()
 	begin := fmt.Sprintf("<!-- begin generated: %s (make generate) -->\n", part)

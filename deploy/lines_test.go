@@ -12,11 +12,12 @@ import (
 // maxColumns is the longest line of Go and Markdown, in characters; a tab counts as one.
 const maxColumns = 120
 
-// unbreakable is a link or an address that a line break would cut.
+// unbreakable matches a link or an address, which must not be broken.
 var unbreakable = regexp.MustCompile(`\S{80,}|://`)
 
-// TestLineLength refuses long lines. Left out are what a line break would change: raw strings, Markdown's tables and
-// code blocks, addresses, and lines with a nolint directive, which holds for its own line only.
+// TestLineLength refuses long lines. It ignores lines that a line break would change: raw strings, Markdown's tables
+// and code blocks, and addresses. It also ignores lines with a nolint directive, because the directive holds only for
+// its own line.
 func TestLineLength(t *testing.T) {
 	t.Parallel()
 	for _, name := range files(t, ".go", ".md") {
@@ -38,7 +39,7 @@ func TestLineLength(t *testing.T) {
 	}
 }
 
-// TestLineLengthExceptions shows what counts and what does not.
+// TestLineLengthExceptions shows which lines count and which are ignored.
 func TestLineLengthExceptions(t *testing.T) {
 	t.Parallel()
 	source := "package a\n\nvar a = `\nraw\n`\nvar b = 1 //nolint:x // why\nvar c = \"`\"\n"
@@ -51,7 +52,7 @@ func TestLineLengthExceptions(t *testing.T) {
 	}
 }
 
-// rawLines returns the lines of a Go file that hold a part of a raw string or a nolint directive.
+// rawLines returns the lines of a Go file that contain part of a raw string or a nolint directive.
 func rawLines(text string) map[int]bool {
 	found := map[int]bool{}
 	file := token.NewFileSet().AddFile("", -1, len(text))
@@ -73,7 +74,7 @@ func rawLines(text string) map[int]bool {
 	}
 }
 
-// fixedLines returns the lines of a Markdown file that stay as they are: code blocks, tables and headings.
+// fixedLines returns the lines of a Markdown file that cannot be broken: code blocks, tables and headings.
 func fixedLines(text string) map[int]bool {
 	found := map[int]bool{}
 	code := false

@@ -13,7 +13,7 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// manifest is what the tests look at of a Kubernetes object.
+// manifest has the fields of a Kubernetes object that the tests check.
 type manifest struct {
 	Kind     string
 	Metadata struct {
@@ -88,7 +88,7 @@ type container struct {
 	} `yaml:"volumeMounts"`
 }
 
-// manifests reads every object of deploy/kubernetes/base.
+// manifests reads all objects of deploy/kubernetes/base.
 func manifests(t *testing.T) map[string]manifest {
 	t.Helper()
 	all := map[string]manifest{}
@@ -119,7 +119,7 @@ func manifests(t *testing.T) map[string]manifest {
 	return all
 }
 
-// object returns one object and its only container.
+// object returns an object, and its only container.
 func object(t *testing.T, name string) (manifest, container) {
 	t.Helper()
 	m, ok := manifests(t)[name]
@@ -163,14 +163,14 @@ func TestBuilderManifest(t *testing.T) {
 	if p.AutomountToken == nil || *p.AutomountToken {
 		t.Error("builder gets a service account token; want none: it never asks the cluster")
 	}
-	// Kubernetes refuses an unmasked /proc outside a user namespace.
+	// Kubernetes allows an unmasked /proc only inside a user namespace.
 	if p.HostUsers == nil || *p.HostUsers || c.SecurityContext.ProcMount != "Unmasked" {
 		t.Errorf("builder: hostUsers %v, procMount %q; want false, Unmasked: the sandbox mounts a /proc of its own",
 			p.HostUsers, c.SecurityContext.ProcMount)
 	}
 	unprivileged(t, c)
-	// The builder gives its token to the registry at --server only, and the
-	// server tells its own repository from others by that name.
+	// The builder sends its token only to the registry at --server. The server recognises its own repository by the same
+	// name.
 	value := func(flag string) string {
 		for _, arg := range c.Args {
 			if v, ok := strings.CutPrefix(arg, "--"+flag+"="); ok {
@@ -184,7 +184,7 @@ func TestBuilderManifest(t *testing.T) {
 	}
 }
 
-// unprivileged wants what the restricted profile wants of a container.
+// unprivileged checks that a container meets Kubernetes' restricted profile.
 func unprivileged(t *testing.T, c container) {
 	t.Helper()
 	s := c.SecurityContext
@@ -216,7 +216,7 @@ func TestFetcherManifest(t *testing.T) {
 	if !c.SecurityContext.Privileged || !c.SecurityContext.ReadOnlyRoot {
 		t.Errorf("fetcher's security context = %+v; want privileged with a read-only root", c.SecurityContext)
 	}
-	// What that account may do is tried on a real API server: TestCluster of fetcher/internal/kube.
+	// TestCluster of fetcher/internal/kube tests the rights of this account on a real API server.
 	if p.ServiceAccount != "prebake-fetcher" ||
 		!slices.ContainsFunc(c.Env, func(e variable) bool { return e.Name == "PREBAKE_NODE_NAME" }) {
 		t.Errorf("fetcher runs as %q with %v; want its own account, and the name of its node", p.ServiceAccount, c.Env)
@@ -271,8 +271,7 @@ func TestSelectors(t *testing.T) {
 	}
 }
 
-// TestManifestFlags holds every flag and variable of the manifests against what the
-// programs have.
+// TestManifestFlags checks that the programs have every flag and variable that the manifests use.
 func TestManifestFlags(t *testing.T) {
 	t.Parallel()
 	for name, m := range manifests(t) {
@@ -316,8 +315,7 @@ func TestCloudInitFlags(t *testing.T) {
 	}
 }
 
-// words returns the names of a program's commands and flags, as the pages say that are
-// generated from them.
+// words returns the names of a program's commands and flags, from its generated pages.
 func words(t *testing.T, program string) map[string]bool {
 	t.Helper()
 	found := map[string]bool{}

@@ -13,13 +13,13 @@ import (
 	"testing"
 )
 
-// metric is what the source of a program says of one of its metrics.
+// metric is one metric, as the source of a program declares it.
 type metric struct {
 	program, name, kind, help string
 	labels                    []string
 }
 
-// TestGeneratedMetrics keeps the page's table equal to what the programs declare.
+// TestGeneratedMetrics checks that the table on the page equals the metrics that the programs declare.
 func TestGeneratedMetrics(t *testing.T) {
 	t.Parallel()
 	var all []metric
@@ -46,9 +46,9 @@ func TestGeneratedMetrics(t *testing.T) {
 	between(t, "docs/reference/metrics.md", "metrics", table.String())
 }
 
-// metricsOf finds calls such as prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: …},
-// labels) and prometheus.NewDesc(name, help, labels, nil), and calls of a function of
-// the file that wraps the former for one namespace.
+// metricsOf finds the metrics that a file declares. It reads calls such as
+// prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: …}, labels) and prometheus.NewDesc(name, help, labels, nil). It
+// also reads calls of a function in the file that wraps such a call for one namespace.
 func metricsOf(program string, file *ast.File) (all []metric) {
 	wrappers := map[string]metric{}
 	ast.Inspect(file, func(n ast.Node) bool {
@@ -80,7 +80,7 @@ func metricsOf(program string, file *ast.File) (all []metric) {
 	return all
 }
 
-// declared reads one call of the library.
+// declared reads one call of the Prometheus library.
 func declared(n ast.Node) (m metric, ok bool) {
 	call, ok := n.(*ast.CallExpr)
 	if !ok || len(call.Args) == 0 {
@@ -121,7 +121,7 @@ func declared(n ast.Node) (m metric, ok bool) {
 	return m, m.name != ""
 }
 
-// text is the value of a string in the source; "" means one that is not a constant.
+// text returns the value of a string constant in the source; "" means that the expression is none.
 func text(e ast.Expr) string {
 	switch e := e.(type) {
 	case *ast.BasicLit:
@@ -134,7 +134,7 @@ func text(e ast.Expr) string {
 	return ""
 }
 
-// texts are the strings of a list, or the keys of a map.
+// texts returns the strings of a list, or the keys of a map.
 func texts(e ast.Expr) (all []string) {
 	list, ok := e.(*ast.CompositeLit)
 	if !ok {

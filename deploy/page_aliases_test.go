@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// earlierFlags returns the former names of a program's flags, each with the present one. They
-// are what the program's source gives to cli.WasCalled; --help does not show them.
+// earlierFlags maps the former names of a program's flags to the present ones. It reads the calls of cli.WasCalled in
+// the program's source, because --help does not show former names.
 func earlierFlags(t *testing.T, program string) map[string]string {
 	t.Helper()
 	text := func(e ast.Expr) string {
@@ -54,9 +54,9 @@ func earlierFlags(t *testing.T, program string) map[string]string {
 	return earlier
 }
 
-// The page of a program names its flags as --help does, also where a flag stands alone. A
-// former name that another of the program's commands has as its own is let through.
-// TestPageCommands does this for whole commands, on all pages.
+// TestPageAliases checks that the page of a program uses the present names of its flags, also where a flag stands
+// alone. A former name is allowed if another command of the program has a flag of that name. TestPageCommands checks
+// whole commands on all pages.
 func TestPageAliases(t *testing.T) {
 	t.Parallel()
 	all, found := pages(t), 0

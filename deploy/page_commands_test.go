@@ -13,11 +13,11 @@ import (
 	"github.com/prebake/prebake/deploy/internal/page"
 )
 
-// programsOfPages are the programs whose help docs/reference has.
+// programsOfPages are the programs whose help is in docs/reference.
 var programsOfPages = []string{"builder", "server", "fetcher", "mirror"}
 
-// flagsOf has the flags of each command, such as "builder build", as --help names them.
-// The tests TestReference of the programs keep the pages equal to --help.
+// flagsOf returns the flags of each command, such as "builder build", as --help names them. TestReference of each
+// program checks that the pages equal --help.
 func flagsOf(t *testing.T) map[string]map[string]bool {
 	t.Helper()
 	flagNames := regexp.MustCompile(`(?m)^ +(--?[a-z0-9-]+(?:, --?[a-z0-9-]+)*)\b`)
@@ -40,8 +40,8 @@ func flagsOf(t *testing.T) map[string]map[string]bool {
 	return all
 }
 
-// checkShell parses a script and looks up the commands of ours in it. Elisions ("…") are
-// words like others.
+// checkShell parses a script and checks the calls of Prebake's programs in it. The mark "…" for an omission counts as a
+// word.
 func checkShell(script string, flags map[string]map[string]bool) (problems []string) {
 	file, err := syntax.NewParser().Parse(strings.NewReader(script), "")
 	if err != nil {
@@ -60,7 +60,7 @@ func checkShell(script string, flags map[string]map[string]bool) (problems []str
 	return problems
 }
 
-// literal is the text of a word up to the first expansion in it.
+// literal returns the text of a word up to the first expansion in it.
 func literal(w *syntax.Word) string {
 	var b strings.Builder
 	for _, part := range w.Parts {
@@ -76,8 +76,8 @@ func literal(w *syntax.Word) string {
 	return b.String()
 }
 
-// checkCall checks the flags of a call of one of the programs, which may stand behind
-// another program's words, as in "kubectl exec POD -- fetcher status".
+// checkCall checks the flags in a call of one of the programs. The words of another program may come before, as in
+// "kubectl exec POD -- fetcher status".
 func checkCall(words []string, flags map[string]map[string]bool) (problems []string) {
 	if len(words) == 0 {
 		return nil
@@ -95,12 +95,12 @@ func checkCall(words []string, flags map[string]map[string]bool) (problems []str
 		name, words = name+" "+words[0], words[1:]
 	}
 	if len(words) > 0 && !slices.Contains(programsOfPages, name) {
-		// A command with commands below it takes no other word than those and flags.
+		// A command that has subcommands accepts only those and flags as its next word.
 	} else if len(words) > 0 && !strings.HasPrefix(words[0], "-") && words[0] != "…" && words[0] != "completion" {
 		problems = append(problems, name+" has no command "+words[0])
 	}
 	if len(words) > 0 && words[0] == "…" {
-		return problems // of some command
+		return problems // "…" may stand for any command
 	}
 	for _, w := range words {
 		f, _, _ := strings.Cut(w, "=")
@@ -114,8 +114,8 @@ func checkCall(words []string, flags map[string]map[string]bool) (problems []str
 	return problems
 }
 
-// Command blocks are bash, and commands of ours in them have the flags that they use.
-// Examples that stand in a line, between backquotes, are held to the same.
+// TestPageCommands checks that command blocks are valid bash, and that the calls of Prebake's programs in them use
+// existing flags. Commands between backquotes in a line are checked in the same way.
 func TestPageCommands(t *testing.T) {
 	t.Parallel()
 	flags := flagsOf(t)
@@ -133,7 +133,7 @@ func TestPageCommands(t *testing.T) {
 			}
 		}
 		if name == "CHANGELOG.md" {
-			continue // tells of what was
+			continue // it describes former versions
 		}
 		for _, span := range p.Spans {
 			program, _, _ := strings.Cut(span.Text, " ")
@@ -150,7 +150,7 @@ func TestPageCommands(t *testing.T) {
 	}
 }
 
-// What the README tells a newcomer to run is what CI runs.
+// TestReadmeCommandsAreRun checks that CI runs the commands that the README gives to a newcomer.
 func TestReadmeCommandsAreRun(t *testing.T) {
 	t.Parallel()
 	ci, commands := read(t, ".ci/run"), 0
@@ -169,7 +169,7 @@ func TestReadmeCommandsAreRun(t *testing.T) {
 	}
 }
 
-// The README is two screens: 100 lines of 116 columns.
+// TestReadmeLength checks that the README is at most two screens long: 100 lines of 116 columns.
 func TestReadmeLength(t *testing.T) {
 	t.Parallel()
 	lines := strings.Split(strings.TrimSuffix(read(t, "README.md"), "\n"), "\n")

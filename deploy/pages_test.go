@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/deploy/internal/page"
 )
 
-// pages are the repository's Markdown files, by name.
+// pages returns the repository's Markdown files by name.
 func pages(t *testing.T) map[string]*page.Page {
 	t.Helper()
 	all := map[string]*page.Page{}
@@ -22,8 +22,8 @@ func pages(t *testing.T) map[string]*page.Page {
 	return all
 }
 
-// Links within the repository lead to a file, and to a heading of it. Links to other
-// places are not followed.
+// TestPageLinks checks that each link within the repository leads to an existing file and heading. It does not follow
+// links to other places.
 func TestPageLinks(t *testing.T) {
 	t.Parallel()
 	all := pages(t)
@@ -52,7 +52,7 @@ func TestPageLinks(t *testing.T) {
 	}
 }
 
-// Each page of docs can be reached from the README by links.
+// TestPagesAreReached checks that links lead from the README to each page of docs.
 func TestPagesAreReached(t *testing.T) {
 	t.Parallel()
 	all := pages(t)
@@ -77,14 +77,14 @@ func TestPagesAreReached(t *testing.T) {
 	}
 }
 
-// A path of the repository, as pages write it between backquotes.
+// pathSpan matches a path of the repository, as pages write it between backquotes.
 var pathSpan = regexp.MustCompile(`^\.{0,2}/?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)+/?$`)
 
-// A package and a name of it, as in pkg/queue.Open.
+// goName matches a package with a name in it, such as pkg/queue.Open.
 var goName = regexp.MustCompile(`^(.*/[a-z0-9]+)\.[A-Z]\w*$`)
 
-// What a page names between backquotes and begins with one of the top folders is in
-// the repository: from the top, or from the page's own folder.
+// TestPagePaths checks the paths that pages write between backquotes. If a path begins with a top folder, it must
+// exist, from the repository's top or from the page's own folder.
 func TestPagePaths(t *testing.T) {
 	t.Parallel()
 	folders := map[string]bool{}
@@ -93,11 +93,11 @@ func TestPagePaths(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, e := range entries {
-		folders[e.Name()] = e.IsDir() && e.Name() != "bin" // programs are built
+		folders[e.Name()] = e.IsDir() && e.Name() != "bin" // programs there are built, so they may be missing
 	}
 	for name, p := range pages(t) {
 		if name == "CHANGELOG.md" {
-			continue // tells of what was
+			continue // it describes former versions
 		}
 		for _, span := range p.Spans {
 			top, _, _ := strings.Cut(span.Text, "/")

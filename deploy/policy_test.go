@@ -12,12 +12,12 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// selector is how a policy or budget names pods.
+// selector is the part of a policy or budget that selects pods.
 type selector struct {
 	MatchLabels map[string]string `yaml:"matchLabels"`
 }
 
-// policy is what the tests look at of budgets and network policies.
+// policy has the fields of budgets and network policies that the tests check.
 type policy struct {
 	Kind     string
 	Metadata struct{ Name, Namespace string }
@@ -42,7 +42,7 @@ type rule struct {
 	}
 }
 
-// policies reads budgets and network policies of base and components.
+// policies reads the budgets and network policies of base and components.
 func policies(t *testing.T) map[string]policy {
 	t.Helper()
 	all := map[string]policy{}
@@ -82,7 +82,8 @@ func policies(t *testing.T) map[string]policy {
 	return all
 }
 
-// A policy that selects nothing protects nothing, and nobody would see it.
+// TestPoliciesSelectOurPods checks that each policy selects existing pods. A policy that selects none protects nothing,
+// and nobody would notice.
 func TestPoliciesSelectOurPods(t *testing.T) {
 	t.Parallel()
 	pods := map[string]bool{} // by namespace and component
@@ -127,7 +128,7 @@ func TestPoliciesSelectOurPods(t *testing.T) {
 	}
 }
 
-// Nobody calls a builder, and it calls by few ports.
+// TestBuilderNetwork checks that nothing may connect to a builder, and that a builder may connect to few ports only.
 func TestBuilderNetwork(t *testing.T) {
 	t.Parallel()
 	p := policies(t)["NetworkPolicy/prebake-builder"]
@@ -154,8 +155,8 @@ func TestBuilderNetwork(t *testing.T) {
 	}
 }
 
-// Kubernetes gives a probe one second unless told otherwise: a busy disk takes longer, and
-// the pod would be killed for it.
+// TestProbesHaveTimeouts checks that each probe sets a timeout. Kubernetes' default is one second. A busy disk may take
+// longer, and Kubernetes would then kill the pod.
 func TestProbesHaveTimeouts(t *testing.T) {
 	t.Parallel()
 	found := 0

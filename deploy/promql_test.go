@@ -19,8 +19,8 @@ import (
 
 const monitoring = "deploy/kubernetes/components/monitoring/"
 
-// rules is what the tests look at of a PrometheusRule. That it is one, an API server with
-// the operator's own definition says: TestClusterTakesComponents.
+// rules has the fields of a PrometheusRule that the tests check. TestClusterTakesComponents checks its form, on an API
+// server with the definition of the Prometheus operator.
 type rules struct {
 	Spec struct {
 		Groups []struct {
@@ -32,7 +32,7 @@ type rules struct {
 	}
 }
 
-// expressions are all of PromQL that the manifests have, by where they are.
+// expressions returns all PromQL expressions of the manifests. The key says where the expression is.
 func expressions(t *testing.T) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -100,7 +100,8 @@ func scaledObject(t *testing.T) scaled {
 	return s
 }
 
-// KEDA finds a value by Prometheus's own selector, and asks the server where it listens.
+// TestScaledObject checks that KEDA's value location is a valid Prometheus selector, and that KEDA asks the address on
+// which the server listens.
 func TestScaledObject(t *testing.T) {
 	t.Parallel()
 	s := scaledObject(t)
@@ -124,15 +125,14 @@ func TestScaledObject(t *testing.T) {
 	}
 }
 
-// Prometheus's own: whether a target answered.
+// up is Prometheus's own metric that says whether a target answered.
 const up = "up"
 
 // nameLabel is the label that holds a metric's name ("Data model", prometheus.io/docs).
 const nameLabel = "__name__"
 
-// TestMetricsExist parses every expression as Prometheus does, and looks its metrics and
-// labels up in what a server that runs prints. The fetcher's are looked up by a test beside
-// them: TestMetricsOfDeploy of fetcher/internal/report.
+// TestMetricsExist parses every expression as Prometheus does. It checks that a running server exports the metrics and
+// labels that the expression uses. TestMetricsOfDeploy of fetcher/internal/report checks the fetcher's metrics.
 func TestMetricsExist(t *testing.T) {
 	t.Parallel()
 	known := serverMetrics(t)
@@ -162,7 +162,7 @@ func TestMetricsExist(t *testing.T) {
 	}
 }
 
-// The dashboard is one by Grafana's own schema, out of which Grafana generates its types.
+// TestDashboard checks the dashboard with Grafana's own schema. Grafana generates its types from that schema.
 func TestDashboard(t *testing.T) {
 	t.Parallel()
 	runtime := cog.NewRuntime()
@@ -173,7 +173,7 @@ func TestDashboard(t *testing.T) {
 	strict := func(text string) error {
 		var d dashboard.Dashboard //nolint:staticcheck // the format that dashboards in a ConfigMap have; its successor is a Kubernetes object
 		err := errors.Join(d.UnmarshalJSONStrict([]byte(text)), d.Validate())
-		if err == nil || err.Error() == "" { // the library has lists of errors with nothing in them
+		if err == nil || err.Error() == "" { // the library returns lists of errors that have no entries
 			return nil
 		}
 		return err

@@ -19,8 +19,8 @@ const root = ".."
 
 const module = "github.com/prebake/prebake/"
 
-// files returns the repository's files with these endings, relative to root.
-// Folders that a build or a tool makes are left out.
+// files returns the repository's files with these endings, relative to root. It leaves out the folders that a build or
+// a tool makes.
 func files(t *testing.T, endings ...string) []string {
 	t.Helper()
 	var found []string
@@ -92,8 +92,8 @@ func TestPackageComments(t *testing.T) {
 	}
 }
 
-// walls lists, for folders, which imports are banned and why. The longest
-// matching folder does not win: every row that matches applies.
+// walls lists the banned imports of folders, with the reasons. All rows that match a file apply, not only the row of
+// the longest folder.
 var walls = []struct {
 	below, banned, why string
 }{
@@ -141,7 +141,7 @@ func checkImport(t *testing.T, name string, spec *ast.ImportSpec) {
 			t.Errorf("%s imports %s: %s", name, imported, wall.why)
 		}
 	}
-	// Terminal output belongs to programs.
+	// Only programs may use the package for terminal output.
 	if imported == module+"pkg/cli" && !isProgram(name) && !testsPrograms(name) {
 		t.Errorf("%s imports %s: only programs do", name, imported)
 	}
@@ -151,7 +151,7 @@ func checkImport(t *testing.T, name string, spec *ast.ImportSpec) {
 	}
 }
 
-// testsPrograms reports whether a file is for tests of package main only.
+// testsPrograms reports whether a file belongs to a package that only tests of package main use.
 func testsPrograms(name string) bool {
 	return strings.HasPrefix(name, "pkg/testkit/clidoc/") || strings.HasPrefix(name, "pkg/testkit/configcheck/")
 }
@@ -173,8 +173,8 @@ func TestFileLength(t *testing.T) {
 	}
 }
 
-// foreign are words that have no place in the tree: hosts that only the
-// machine's own configuration may name.
+// foreign are host names that must not be in the repository, because only a machine's own configuration may contain
+// them.
 var foreign = []string{
 	"deb." + "debian.org", "security." + "debian.org", "ftp." + "debian.org", "snapshot." + "debian.org",
 	"proxy." + "golang.org", "sum." + "golang.org", "registry." + "npmjs.org",

@@ -24,8 +24,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// programs is where the server is built for all tests of this package, by whoever wants
-// it first.
+// programs is the folder with the server's program. The first test that needs the program builds it, for all tests of
+// this package.
 var programs string
 
 // program builds the server once.
@@ -54,13 +54,13 @@ func TestMain(m *testing.M) {
 
 const secret = testserver.Token
 
-// running is a server process with a mirror of two COS builds.
+// running is a server process, with a mirror that has two COS builds.
 type running struct {
 	Binary, URL, Host string
 	Client            *api.Client
 }
 
-// startServer runs the real program until the test ends.
+// startServer runs the real server until the test ends.
 func startServer(t *testing.T) running {
 	t.Helper()
 	built, err := program()
@@ -88,7 +88,7 @@ func startServer(t *testing.T) running {
 	return running{Binary: built, URL: url, Host: strings.TrimPrefix(url, "http://"), Client: client}
 }
 
-// publish does what a builder does at the end of a build of this cell.
+// publish does the steps that a builder does at the end of a build of this cell.
 func (r running) publish(t *testing.T, buildID, driver string) {
 	t.Helper()
 	b, err := r.Client.RequestBuild(t.Context(),
@@ -120,11 +120,11 @@ func (r running) publish(t *testing.T, buildID, driver string) {
 	}
 }
 
-// serverMetrics are the metrics that a server prints, with the labels of each.
+// serverMetrics returns the metrics that a server exports, with the labels of each.
 func serverMetrics(t *testing.T) map[string][]string {
 	t.Helper()
 	r := startServer(t)
-	// What has series only once it happened.
+	// Some metrics have series only after an event of their kind, so the test causes such events.
 	r.publish(t, "17800.66.78", "535.261.03")
 	if _, err := r.Client.Resolve(t.Context(),
 		api.Question{BuildID: "17800.66.78", Board: "lakitu", Driver: "535.261.03"}); err != nil {
@@ -150,7 +150,7 @@ func serverMetrics(t *testing.T) map[string][]string {
 	}
 	known := map[string][]string{}
 	for name, family := range families {
-		has := []string{"namespace", "job", "instance", "node"} // Prometheus adds them
+		has := []string{"namespace", "job", "instance", "node"} // Prometheus adds these labels
 		for _, l := range family.GetMetric()[0].GetLabel() {
 			has = append(has, l.GetName())
 		}

@@ -8,7 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The page about troubleshooting has a row for each exit code.
+// TestTroubleshootingPage checks that the page about troubleshooting has a row for each exit code.
 func TestTroubleshootingPage(t *testing.T) {
 	t.Parallel()
 	text := read(t, "docs/how-to/troubleshooting.md")

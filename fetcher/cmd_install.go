@@ -35,7 +35,7 @@ func installCommand() *ucli.Command {
 	}
 }
 
-// traced is runOnce of a command that runs once.
+// traced is [runOnce] for commands that run once. It starts and closes the tracer.
 func traced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*agent.Report, error)) error {
 	log, err := logger(cmd, false)
 	if err != nil {
@@ -46,7 +46,8 @@ func traced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*
 	return runOnce(ctx, cmd, tracer, run)
 }
 
-// startTraces reads the OTEL_* environment. A node gets its driver whatever is set there.
+// startTraces reads the OTEL_* environment. Wrong settings there only cost the traces, because the node must get its
+// driver anyway.
 func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *traces.Tracer {
 	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
 	if err != nil {
@@ -56,7 +57,7 @@ func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *trac
 	return tracer
 }
 
-// runOnce prints the report whatever came out, traces it, and returns the error.
+// runOnce prints the report even when the run failed, traces the run, and returns its error.
 func runOnce(ctx context.Context, cmd *ucli.Command, tracer *traces.Tracer,
 	run func(context.Context) (*agent.Report, error)) error {
 	ctx, span := tracer.Begin(ctx, cmd.Name, nil)

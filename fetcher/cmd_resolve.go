@@ -28,7 +28,7 @@ func resolveOnce(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	finder, err := newFinder(cmd, nil, false) // without keys, lists of supported GPUs say nothing
+	finder, err := newFinder(cmd, nil, false) // without trusted keys no list of supported GPUs counts
 	if err != nil {
 		return err
 	}

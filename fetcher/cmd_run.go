@@ -48,7 +48,7 @@ Examples:
 	}, cli.Config{Check: checkRun})
 }
 
-// checkRun names all settings of run that do not go together.
+// checkRun reports all settings of run that contradict each other.
 func checkRun(cmd *ucli.Command) error {
 	_, err := readConfig(cmd)
 	errs := []error{err, checkTrust(cmd), checkTaint(cmd), checkReport(cmd)}
@@ -68,15 +68,15 @@ func checkTaint(cmd *ucli.Command) error {
 		"startup-taint")
 }
 
-// checkTimeout is longer than a look takes where the driver answers, or the probe is given
-// up.
+// checkTimeout bounds one check of the driver. A check ends sooner in any case: either the driver answers, or the probe
+// times out.
 const checkTimeout = 3 * time.Minute
 
-// retryChecks is after how many looks a run is tried again that left the node with
-// another driver than the one that it wants.
+// retryChecks is a number of checks. After so many checks the daemon runs the agent again, if the last run left the
+// node with another driver than the wanted one.
 const retryChecks = 10
 
-// runAndWatch brings the node to its driver and, while one is ready, watches it until ctx ends.
+// runAndWatch installs the node's driver. While a driver is ready, it watches the driver until ctx ends.
 func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	outside := &listeners{server: report.New(time.Now)}
 	a.Watch(outside)
@@ -101,7 +101,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 		g.Go(func() error { return outside.cluster.Run(gctx) })
 	}
 	g.Go(func() error {
-		defer cancel() // the server has nothing to tell after this
+		defer cancel() // the HTTP server has nothing to report after this
 		k := daemon{
 			node: a, every: max(cmd.Duration("interval"), time.Second), once: cmd.Bool("dry-run"), outside: outside,
 			run: func(run func(context.Context) (*agent.Report, error)) error { return runOnce(gctx, cmd, tracer, run) },
@@ -114,7 +114,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 				}
 			},
 		}
-		if outside.cluster != nil { // what it was told in an earlier boot may not be so
+		if outside.cluster != nil { // what an earlier boot reported to the cluster may be wrong now
 			if v, ok := a.QuickVerdict(gctx); ok {
 				outside.cluster.Report(v)
 			}
@@ -122,7 +122,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 		}
 		err := k.stay(gctx)
 		if outside.cluster != nil && ctx.Err() == nil {
-			// It ends because no driver is ready: that is what people look for.
+			// The run ends because no driver is ready. Operators look for this reason in the cluster, so it must arrive there.
 			last, done := context.WithTimeout(context.WithoutCancel(ctx), flushTime)
 			defer done()
 			outside.cluster.Flush(last)
@@ -132,10 +132,10 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	return g.Wait()
 }
 
-// flushTime is how long a run that failed waits for the cluster to know it.
+// flushTime is how long a failed run waits until the cluster has its report.
 const flushTime = 10 * time.Second
 
-// listeners are told how the driver is: the node's own server, and possibly a cluster.
+// listeners receive the state of the driver: the fetcher's own HTTP server, and optionally a cluster.
 type listeners struct {
 	server  *report.Server
 	cluster *kube.Node
@@ -157,7 +157,7 @@ func (l *listeners) Alive() {
 	}
 }
 
-// daemon installs the driver of a node, and keeps running.
+// daemon installs the driver of a node, and then keeps watching it.
 type daemon struct {
 	node interface {
 		Run(ctx context.Context) (*agent.Report, error)
@@ -168,13 +168,14 @@ type daemon struct {
 	outside *listeners
 	// run does one run and prints its report.
 	run func(func(context.Context) (*agent.Report, error)) error
-	// quickVerdict says the verdict to report where a run came to no verdict; nil means nobody asks.
+	// quickVerdict returns the verdict to report after a run that came to none; nil means that there is no cluster.
 	quickVerdict func(context.Context) (gpucheck.Verdict, bool)
-	// pending is told why the node serves with another driver than the one it wants; nil means that it does not.
+	// pending receives the reason why the node serves with another driver than the wanted one. It receives nil when the
+	// node has the wanted driver.
 	pending func(error)
 }
 
-// reportFailure tells the cluster why no driver is ready, although no check was made.
+// reportFailure reports to the cluster why no driver is ready, although this run made no check.
 func (k daemon) reportFailure(ctx context.Context, why error) {
 	if k.quickVerdict == nil {
 		return
@@ -190,16 +191,16 @@ func (k daemon) reportFailure(ctx context.Context, why error) {
 func (k daemon) stay(ctx context.Context) error {
 	ready := false
 	for {
-		k.outside.server.Watch(0) // nobody looks while a run is running
+		k.outside.server.Watch(0) // no checks happen during a run, so the deadline between checks is off
 		var pending error
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
 			if err == nil && r.Pending != "" {
-				pending = errors.New(r.Pending) // nobody said so just now, and it is so still
+				pending = errors.New(r.Pending) // this run reported no error, but an earlier reason still holds
 			}
-			if r.Verdict.State != "" { // else it came to no look, and what was seen before holds
+			if r.Verdict.State != "" { // without a verdict this run made no check, and the last one holds
 				k.outside.Report(r.Verdict)
-				// A fabric starts after the driver, with programs that wait for this one.
+				// NVLink's fabric manager starts after the driver, together with programs that wait for this one.
 				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
 			} else if err != nil && !ready {
 				k.reportFailure(ctx, err)
@@ -216,11 +217,11 @@ func (k daemon) stay(ctx context.Context) error {
 		}
 		k.pending(pending)
 		if pending != nil {
-			// Another driver is wanted than the one that serves this node: that is no reason
-			// to end, and to be started again, and again.
+			// The node wants another driver than the one that serves it. Ending here would only make kubelet or systemd start
+			// this program again and again.
 			watch, stop = context.WithTimeout(ctx, retryChecks*k.every)
 		}
-		footprint.Trim() // a node's memory is not for what is over
+		footprint.Trim() // give the node the memory that only the run needed
 		k.outside.server.Watch(3*k.every + checkTimeout)
 		held := k.node.Monitor(watch, k.every, k.outside)
 		stop()

@@ -52,7 +52,7 @@ func rollbackCommand() *ucli.Command {
 	}
 }
 
-// localAgent wires an agent that asks nobody.
+// localAgent wires an agent that asks no server and no registry.
 func localAgent(cmd *ucli.Command) (*agent.Agent, func() error, error) {
 	cfg, err := readHostConfig(cmd)
 	if err != nil {
@@ -77,7 +77,7 @@ func localAgent(cmd *ucli.Command) (*agent.Agent, func() error, error) {
 		} else if cmd.Name == "verify" {
 			return nil, nil, errors.Join(err, done())
 		} else {
-			parts.Verifier = refuseAll{err} // it matters where something is to be loaded
+			parts.Verifier = refuseAll{err} // the error matters only if the command loads something
 		}
 	}
 	return agent.New(cfg, parts), done, nil
@@ -91,7 +91,7 @@ func localVerifier(cmd *ucli.Command, node *noderoot.Root) (*trust.Verifier, fun
 	return newVerifier(cmd, p, node)
 }
 
-// refuseAll is trusted, for a reason.
+// refuseAll is a verifier that refuses everything, with the reason why there is no real one.
 type refuseAll struct{ reason error }
 
 func (n refuseAll) Verify([][]byte, trust.Expect) (*trust.Verdict, error) { return nil, n.reason }

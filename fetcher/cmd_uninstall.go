@@ -62,7 +62,7 @@ func historyCommand() *ucli.Command {
 	}
 }
 
-// clip cuts a text to n bytes and marks the cut.
+// clip shortens a text to n bytes and marks the cut with dots.
 func clip(s string, n int) string {
 	if len(s) <= n {
 		return s

@@ -8,8 +8,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
-// The example has no mistake, and each mistake that somebody puts into it is found with its
-// line and column, before anything is opened.
+// TestConfigCheck checks that the example file has no mistake. Each planted mistake is found with its line and column,
+// before the program opens anything.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
 	configcheck.Check(t, filepath.Join("..", "docs", "examples", "fetcher.yaml"), root, []configcheck.Row{

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// banned are packages that the program on the node must not contain, with the
-// reason. A trailing slash bans everything below.
+// banned are the packages that the program on the node must not contain, each with its reason. A trailing slash bans
+// everything below the path.
 var banned = map[string]string{
 	"runtime/cgo": "the program is static: it runs in any image and beside any C " +
 		"library",
@@ -53,11 +53,11 @@ func TestDependencies(t *testing.T) {
 	}
 }
 
-// TestSize builds the program as it is shipped. The bound is the project's.
+// TestSize builds the program as it is shipped. The size limit is a requirement of the project.
 func TestSize(t *testing.T) {
 	t.Parallel()
 	program := filepath.Join(t.TempDir(), "fetcher")
-	goTool(t, "build", "-trimpath", "-tags=grpcnotrace", "-ldflags", "-s -w", "-o", program, ".") // as in the Makefile
+	goTool(t, "build", "-trimpath", "-tags=grpcnotrace", "-ldflags", "-s -w", "-o", program, ".") // as in Makefile
 	info, err := os.Stat(program)
 	if err != nil {
 		t.Fatal(err)

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// The headings under which --help lists the settings.
+// These are the headings under which --help lists the settings.
 const (
 	groupWhat      = cli.What
 	groupFrom      = cli.From
@@ -31,7 +31,7 @@ const (
 	groupOutput    = cli.Advanced
 )
 
-// hostFlags say where the node is.
+// hostFlags are the flags that locate the node's root and the install folder.
 func hostFlags() []ucli.Flag {
 	root := cli.String("host-root", "/", "`FOLDER` where the node's root is mounted; /root in a DaemonSet")
 	install := cli.String("install-dir", "/home/kubernetes/bin/nvidia",
@@ -40,7 +40,7 @@ func hostFlags() []ucli.Flag {
 	return cli.Group(groupTo, root, install)
 }
 
-// wishFlags say what the node wants and who is asked for it.
+// wishFlags are the flags for the wanted driver and for the sources to ask.
 func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat,
@@ -63,7 +63,7 @@ func probeFlag() ucli.Flag {
 	return probe
 }
 
-// changeFlags are those of commands that change the node.
+// changeFlags are the flags of commands that change the node.
 func changeFlags() []ucli.Flag {
 	foreign := cli.Choice("foreign", "keep", "foreign driver: `MODE` is keep or replace", "keep", "replace")
 	maintenance := cli.String(
@@ -93,7 +93,7 @@ func changeFlags() []ucli.Flag {
 	)
 }
 
-// installFlags are what install and run share.
+// installFlags are the flags that install and run share.
 func installFlags() []ucli.Flag {
 	builder := cli.String(
 		"builder",
@@ -119,7 +119,7 @@ func installFlags() []ucli.Flag {
 	)
 }
 
-// trustFlags say whom to trust: nothing is loaded that they do not sign.
+// trustFlags are the flags that name the trusted signers. The fetcher loads nothing that these have not signed.
 func trustFlags() []ucli.Flag {
 	loadTest := cli.WasCalled(cli.String("load-test-policy", "any",
 		"`MODE` is any, or tested: only artifacts whose modules a kernel loaded in a test"), "load-test")
@@ -146,7 +146,7 @@ func stateFlag() ucli.Flag {
 	return state
 }
 
-// defaultKeys is where an image or a node keeps the trusted keys.
+// defaultKeys is the default path of the file with the trusted public keys.
 const defaultKeys = "/etc/prebake/keys.pem"
 
 func absolute(path string) error {
@@ -156,7 +156,7 @@ func absolute(path string) error {
 	return nil
 }
 
-// programBeside names a program beside this one.
+// programBeside returns the path of a program in the folder of this program.
 func programBeside(name string) string {
 	self, err := os.Executable()
 	if err != nil {
@@ -165,7 +165,7 @@ func programBeside(name string) string {
 	return filepath.Join(filepath.Dir(self), name)
 }
 
-// readHostConfig reads what every command has.
+// readHostConfig reads the settings that every command has.
 func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg := agent.Config{
 		InstallDir: filepath.Clean(cmd.String("install-dir")),
@@ -192,7 +192,7 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	return cfg, usage(cmd, errs)
 }
 
-// readConfig also reads the node's wish; every mistake is told at once.
+// readConfig also reads which driver the node wants. It reports all mistakes at once.
 func readConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg, err := readHostConfig(cmd)
 	errs := []error{err}
@@ -211,15 +211,15 @@ func readConfig(cmd *ucli.Command) (agent.Config, error) {
 	return cfg, usage(cmd, errs)
 }
 
-// usage makes one error of several.
+// usage joins several errors into one of kind Usage.
 func usage(cmd *ucli.Command, errs []error) error {
 	return fault.Wrap(fault.Usage, errors.Join(errs...), "see "+cmd.FullName()+" --help")
 }
 
-// digestPrefix begins the digest of one artifact, in place of a wish.
+// digestPrefix begins a value of --driver that is the digest of one artifact instead of a wish.
 const digestPrefix = "sha256:"
 
-// paramPattern keeps a parameter one word: the kernel splits at white space.
+// paramPattern permits no white space in a module parameter, because the kernel splits the text there.
 var paramPattern = regexp.MustCompile(`^([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,128}=[!-~]*)$`)
 
 func readParams(list []string) (map[string]string, error) {
@@ -235,8 +235,8 @@ func readParams(list []string) (map[string]string, error) {
 	return params, nil
 }
 
-// logger is for programs that run long; short commands say what they have to
-// say through progress and errors.
+// logger returns the logger of a program that runs long. Short commands do not log; they report by progress lines and
+// errors.
 func logger(cmd *ucli.Command, long bool) (*slog.Logger, error) {
 	if !long {
 		return slog.New(slog.NewTextHandler(io.Discard, nil)), nil

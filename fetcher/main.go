@@ -1,6 +1,5 @@
-// Command fetcher installs on a Container-Optimized OS node the NVIDIA driver
-// that it should run. It is static and small, and it refuses to hold a private
-// key, to speak SQL, and to link C. This package is wiring only.
+// Command fetcher finds, verifies and installs the NVIDIA driver that a Container-Optimized OS node should run. The
+// program is static and small. It refuses to hold a private key, to use SQL and to link C. This package is wiring only.
 package main
 
 import (
@@ -18,18 +17,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// version is set at link time.
+// version is the program's version. The linker sets it.
 var version = "devel"
 
 func main() {
-	if len(os.Args) > 1 && os.Args[1] == localbuild.EnterCommand { // this program, started by itself
+	if len(os.Args) > 1 && os.Args[1] == localbuild.EnterCommand { // localbuild started this program a second time
 		err := localbuild.Enter(os.Args[2:])
 		cli.PrintError(os.Stderr, err)
 		os.Exit(fault.Of(err).ExitCode())
 	}
 	if os.Getenv("GOGC") == "" {
-		// What lives is the windows of two layers, some 17 MB, and little is made besides: a
-		// node's memory is worth more than the time that this costs.
+		// The live heap is the windows of two layers, some 17 MB, and the program allocates little besides. GC percent 10
+		// keeps the heap small and costs CPU time. On a node, memory is worth more.
 		debug.SetGCPercent(10)
 	}
 	if cosinstaller.Recognise(os.Args) {
@@ -86,7 +85,7 @@ func root() *ucli.Command {
 	})
 }
 
-// exitCodes lists what the exit status means; package fault holds the list.
+// exitCodes returns the help text about exit statuses. Package fault holds the list.
 func exitCodes() string {
 	var b strings.Builder
 	b.WriteString("Exit status:\n   0  done; the driver is ready, or staged by request\n")

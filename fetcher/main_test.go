@@ -31,22 +31,23 @@ func TestMain(m *testing.M) {
 		"fake-probe": fakeProbe})
 }
 
-// TestScript drives the program as an operator does. In each script:
+// TestScript drives the program as an operator does. Each script has these variables:
 //
-//	$ROOT      a node's root folder, COS 17800.0.47, one GPU, nothing loaded
+//	$ROOT      a node's root folder: COS 17800.0.47, one GPU, no module loaded
 //	$ROOT0     the same without a GPU
 //	$REGISTRY  a repository with 535.261.03-open for that node
-//	$SIBLING   a repository that offers another build's artifact under its name
-//	$BOTH      a repository with both flavours of 535.261.03, whose signed list
-//	           says that the open one drives an L4 and not the node's T4
-//	$LAYOUT    an OCI layout folder with what a node compiled itself
+//	$SIBLING   a repository that offers another build's artifact under the name of this one
+//	$BOTH      a repository with both flavours of 535.261.03; its signed list says
+//	           that the open modules drive an L4, but not the node's T4
+//	$LAYOUT    an OCI layout folder with an artifact that a node compiled itself
 //	$SERVER    a server that names the artifact; other drivers have other states
 //	$CERTIFIED  a repository with the same artifact, signed by an identity that
 //	           $TRUSTED certifies and $UNTRUSTED does not
-//	$COLLECTOR  takes traces; collected NAME... wants spans of these names below the first
-//	$LIST, $YANKED  signed lists in which the artifact is published, and yanked; root.json
+//	$COLLECTOR  a receiver of traces; "collected NAME..." wants spans of these names below
+//	           the first one
+//	$LIST, $YANKED  signed lists in which the artifact is published or yanked; root.json
 //	           is the first root of both
-//	$KEY, $OTHERKEY  the publisher's public key, and somebody else's
+//	$KEY, $OTHERKEY  the publisher's public key, and another party's
 //	$DIGEST    the artifact's digest
 func TestScript(t *testing.T) {
 	t.Parallel()
@@ -138,7 +139,7 @@ func setup(t *testing.T, env *testscript.Env) error {
 	return nil
 }
 
-// certify attaches what an identity says about an artifact, and said long ago.
+// certify attaches the statements that an identity signed about an artifact, dated one year ago.
 func certify(t *testing.T, ref string, farm *testkit.Authority, c sample.Cell, digest string) error {
 	then := time.Now().AddDate(-1, 0, 0)
 	sign := func(kind string, predicate any) []byte {
@@ -176,7 +177,7 @@ func attach(t *testing.T, ref, digest string, signed ...[]byte) error {
 	return nil
 }
 
-// resolution answers as a server does; the driver's version picks the state.
+// resolution answers as a server does. The version of the driver picks the state.
 func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repository, digest string) {
 	q := r.URL.Query()
 	answer := api.Resolution{Kernel: c.Kernel, Driver: c.Driver, State: api.Published, Repository: repository,
@@ -200,7 +201,7 @@ func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repositor
 	case "550.54.15":
 		answer = api.Resolution{State: api.Unknown, Reason: "not requested yet"}
 	case "500.1.6":
-		answer.Digest = "sha256:" + strings.Repeat("ab", 32) // and the driver is not the one asked for
+		answer.Digest = "sha256:" + strings.Repeat("ab", 32) // the answer also names another driver than the wanted one
 	}
 	w.Header().Set("Content-Type", "application/json")
 	if err := json.NewEncoder(w).Encode(answer); err != nil {
@@ -208,8 +209,8 @@ func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repositor
 	}
 }
 
-// fakeBuilder stands for the builder: it keeps to its command line and hands
-// out an artifact that was made before. FAIL=exit status makes it fail so.
+// fakeBuilder replaces the builder. It has the builder's command line, and puts out an artifact that was made before.
+// The environment variable FAIL holds the exit status of a failure.
 func fakeBuilder() {
 	args := map[string]string{}
 	for i := 2; i+1 < len(os.Args); i += 2 {
@@ -240,7 +241,7 @@ func fakeBuilder() {
 	}
 }
 
-// fakeProbe stands for nvmlprobe on a machine without the driver.
+// fakeProbe replaces nvmlprobe on a machine without the driver.
 func fakeProbe() {
 	fmt.Println(`{"driverVersion":"","cudaVersion":"","devices":[],"error":"cannot open libnvidia-ml.so.1"}`)
 	os.Exit(1)

@@ -9,7 +9,7 @@ import (
 
 var writePage = flag.Bool("write-page", false, "write docs/reference/fetcher.md anew")
 
-// The page in docs is what --help says.
+// TestReference checks that the page in docs contains what --help prints.
 func TestReference(t *testing.T) {
 	t.Parallel()
 	clidoc.Check(t, "../docs/reference/fetcher.md", *writePage, root)

@@ -17,14 +17,14 @@ func reportFlag() []ucli.Flag {
 	return cli.Group(groupTo, cli.Bool("report", "report to the server whether the driver loads"))
 }
 
-// Bounds of telling the server: of one report, and of what is left when the program ends.
+// These are the time limits for one report, and for the remaining reports when the program ends.
 const (
 	reportTimeout = 10 * time.Second
 	leaveTime     = 3 * time.Second
 )
 
-// reporter tells the server what happened to artifacts, beside everything else: a server that
-// is slow or away blocks nothing, and what it does not take is lost.
+// reporter sends to the server what happened to artifacts. It runs beside all other work, so that a slow or absent
+// server blocks nothing. Reports that the server does not accept are lost.
 type reporter struct {
 	send func(ctx context.Context, r api.NodeReport) error
 	log  *slog.Logger
@@ -32,7 +32,7 @@ type reporter struct {
 	done chan struct{}
 }
 
-// checkReport refuses to report to nobody, or without a name.
+// checkReport refuses --report without a server, or without a token that names this node.
 func checkReport(cmd *ucli.Command) error {
 	if !cmd.Bool("report") || cmd.Bool("dry-run") || cmd.String("server") != "" && cmd.String("token-file") != "" {
 		return nil
@@ -44,7 +44,7 @@ func checkReport(cmd *ucli.Command) error {
 	), "report", "token-file", "server")
 }
 
-// newReporter returns nil where nothing is to be told.
+// newReporter returns nil where no reports are wanted.
 func newReporter(cmd *ucli.Command, log *slog.Logger) (*reporter, error) {
 	if err := checkReport(cmd); err != nil || !cmd.Bool("report") || cmd.Bool("dry-run") {
 		return nil, err
@@ -72,7 +72,7 @@ func (t *reporter) one(r api.NodeReport) {
 	}
 }
 
-// queue has a report sent soon; what comes faster than the server takes it is lost.
+// queue sends a report soon. Reports that come faster than the server takes them are lost.
 func (t *reporter) queue(r api.NodeReport) {
 	select {
 	case t.next <- r:
@@ -81,7 +81,7 @@ func (t *reporter) queue(r api.NodeReport) {
 	}
 }
 
-// close waits a little for what is on its way. Nothing may be told after it.
+// close waits a short time for reports on their way. Nobody may call queue after close.
 func (t *reporter) close() {
 	close(t.next)
 	select {

@@ -10,7 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// A server that takes nothing delays neither the node nor, for long, its end.
+// TestTellerHoldsUpNothing checks that a server that accepts no report does not delay the node, and delays its end only
+// briefly.
 func TestTellerHoldsUpNothing(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -30,7 +31,7 @@ func TestTellerHoldsUpNothing(t *testing.T) {
 		if took := time.Since(begin); took != leaveTime {
 			t.Errorf("the end took %v; want %v", took, leaveTime)
 		}
-		<-slow.done // each report has a bound
+		<-slow.done // each report has a time limit
 		if sent == 0 || sent > 9 {
 			t.Errorf("%d reports were begun; want what the queue holds at most", sent)
 		}

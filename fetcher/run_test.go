@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// watcher calls seen once, when the text has been written.
+// watcher calls seen once, when the text appears in its output.
 type watcher struct {
 	bytes.Buffer
 	text string
@@ -39,8 +39,8 @@ func (w *watcher) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// TestRunEnds tells fetcher run to stop while it holds, and before it got so
-// far, and gives it an address that is taken.
+// TestRunEnds stops fetcher run while it watches a driver, and before it has one. A last row gives it an address that
+// is in use.
 func TestRunEnds(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -58,7 +58,7 @@ func TestRunEnds(t *testing.T) {
 	t.Cleanup(func() { _ = taken.Close() }) // the test is over
 	rows := []struct {
 		name   string
-		stop   string // stop when this is printed; "" means when the server is asked
+		stop   string // stop when the program prints this text; "" means when it asks the server
 		listen string
 		status int
 		stderr string
@@ -96,7 +96,7 @@ func TestRunEnds(t *testing.T) {
 	}
 }
 
-// busy is a node whose driver is in use for some runs while another one is wanted.
+// busy is a node that wants another driver while the present one is in use for the first inUse runs.
 type busy struct {
 	runs, inUse int
 	state       gpucheck.State
@@ -122,13 +122,13 @@ func (b *busy) Monitor(ctx context.Context, _ time.Duration, _ agent.Watcher) er
 	return nil
 }
 
-// A node that serves stays up while the driver that is wanted cannot take its place,
-// and gets it as soon as it can. One that does not serve ends.
+// TestPending checks that a node with a ready driver keeps running while the wanted driver cannot replace it. The node
+// gets the wanted driver as soon as possible. A node without a ready driver ends.
 func TestPending(t *testing.T) {
 	t.Parallel()
 	for state, want := range map[gpucheck.State]struct {
 		runs, pending int
-		err           fault.Kind // Internal: none
+		err           fault.Kind // Internal means no error
 	}{gpucheck.Ready: {3, 2, fault.Internal}, gpucheck.Unusable: {1, 0, fault.Busy}} {
 		synctest.Test(t, func(t *testing.T) {
 			b, pending := &busy{inUse: 2, state: state}, 0
@@ -156,7 +156,7 @@ func TestPending(t *testing.T) {
 	}
 }
 
-// Help fits a terminal, and has each flag in a group.
+// TestHelp checks that the help fits a terminal, and each flag belongs to a group.
 func TestHelp(t *testing.T) {
 	t.Parallel()
 	if err := cli.CheckHelp(root); err != nil {

@@ -17,12 +17,12 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// soakRounds is how often the program is killed; make soak sets more with PREBAKE_SOAK.
+// soakRounds is the number of rounds. make soak sets a higher one with PREBAKE_SOAK.
 const soakRounds = 50
 
-// TestSoak kills the real program at random moments while it changes between three drivers,
-// rolls back and uninstalls, and has the next run make good whatever was left. The driver is
-// installed and not loaded: the kernel's part is in TestFaults of package agent.
+// TestSoak kills the real program at random moments while it changes between three drivers, rolls back and uninstalls.
+// The next run must repair whatever the killed run left. The test installs the driver and does not load it; TestFaults
+// of package agent covers the kernel's part.
 func TestSoak(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
@@ -71,15 +71,15 @@ func TestSoak(t *testing.T) {
 		return install(versions[rng.IntN(len(versions))])
 	}
 	folder := filepath.Join(root, "home/kubernetes/bin/nvidia")
-	usual := 200 * time.Millisecond // of a run: the last one
+	usual := 200 * time.Millisecond // of one run; updated with each complete run
 	killed := 0
 	for round := range rounds {
-		// Two that are killed, one after the other, and one that is not.
+		// Two runs are killed one after the other, and a third one completes.
 		for range 2 {
 			if kill(t, program, pick(), time.Duration(rng.Int64N(int64(usual)))) {
 				killed++
 			}
-			// At every moment a name leads to something, or is not there.
+			// At every moment a link leads to something, or does not exist.
 			for _, name := range []string{"lib64", "bin", "drivers", "firmware"} {
 				if _, err := os.Lstat(filepath.Join(folder, name)); err != nil {
 					continue
@@ -108,7 +108,7 @@ func TestSoak(t *testing.T) {
 	if killed < rounds/4 {
 		t.Errorf("%d of %d runs were killed: too few to show anything", killed, 2*rounds)
 	}
-	// In the end the node is as it was.
+	// After uninstall the node is as it was before the test.
 	if out, err := exec.CommandContext(t.Context(), program,
 		append([]string{"uninstall", "--no-load"}, where...)...).CombinedOutput(); err != nil {
 		t.Fatalf("uninstall: %v\n%s", err, out)
@@ -118,14 +118,14 @@ func TestSoak(t *testing.T) {
 	}
 }
 
-// kill starts a program and kills it after a while; false is that it had ended.
+// kill starts a program and kills it after a while. It returns false if the program had already ended.
 func kill(t *testing.T, program string, args []string, after time.Duration) bool {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), program, args...)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	timer := time.AfterFunc(after, func() { _ = cmd.Process.Kill() }) // it may have ended
+	timer := time.AfterFunc(after, func() { _ = cmd.Process.Kill() }) // the program may have ended
 	defer timer.Stop()
 	var exit *exec.ExitError
 	return errors.As(cmd.Wait(), &exit) && exit.Sys().(syscall.WaitStatus).Signaled()

@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// collector keeps the spans that it gets, as OTLP's own types decode them.
+// collector keeps the spans that it receives. OTLP's own types decode them.
 type collector struct {
 	mu    sync.Mutex
 	spans []*span.Span
@@ -37,7 +37,7 @@ func (c *collector) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/x-protobuf")
 }
 
-// collected compares the spans of a run with their names, and forgets them.
+// collected compares the spans of a run with the wanted names, and then removes them.
 func collected(ts *testscript.TestScript, neg bool, args []string) {
 	c, ok := ts.Value(collectorKey{}).(*collector)
 	if !ok || neg || len(args) == 0 {

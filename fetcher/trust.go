@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// newVerifier trusts the keys and the identity that the flags or the policy name, and
-// returns how to update the list that the policy wants to be asked; nil means none.
+// newVerifier returns a verifier that trusts the keys and identities of the flags or the policy. The returned function
+// refreshes the signed list that the policy demands; it is nil without such a list.
 func newVerifier(
 	cmd *ucli.Command,
 	p policy.Policy,
@@ -36,7 +36,7 @@ func newVerifier(
 	return v, rule.Refresh, err
 }
 
-// newListing returns the list that a policy wants to be asked; nil means none.
+// newListing returns the rule for the signed list that a policy demands; nil means that the policy demands none.
 func newListing(cmd *ucli.Command, p policy.Policy, node *noderoot.Root) (*listed.Rule, error) {
 	if p.Snapshot == nil {
 		return nil, nil
@@ -55,8 +55,8 @@ func newListing(cmd *ucli.Command, p policy.Policy, node *noderoot.Root) (*liste
 	}, err
 }
 
-// trustPolicy reads the policy, or the settings that stand for one. The keys may be missing
-// where an identity is trusted, unless a file of them was named.
+// trustPolicy reads the policy file, or the flags that replace one. With flags the key file may be missing if an
+// identity is trusted, unless --public-key names the file.
 func trustPolicy(cmd *ucli.Command) (policy.Policy, error) {
 	if err := checkTrust(cmd); err != nil {
 		return policy.Policy{}, err
@@ -68,7 +68,7 @@ func trustPolicy(cmd *ucli.Command) (policy.Policy, error) {
 	return policy.Policy{Policy: p}, err
 }
 
-// checkTrust refuses settings of trust that do not go together, and reads nothing.
+// checkTrust refuses trust settings that contradict each other. It reads no file.
 func checkTrust(cmd *ucli.Command) error {
 	if cmd.String("policy") == "" {
 		if (cmd.String("trusted-root") == "") != (identity(cmd) == trust.Identity{}) {

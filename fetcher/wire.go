@@ -35,7 +35,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// hostParts are the parts that every command needs.
+// hostParts returns the parts that every command needs, and the function that closes them.
 func hostParts(cmd *ucli.Command, cfg agent.Config, log *slog.Logger) (agent.Parts, func() error, error) {
 	node, err := openNode(cmd)
 	if err != nil {
@@ -71,7 +71,8 @@ func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
 	return node, nil
 }
 
-// newAgent wires an agent that installs.
+// newAgent wires an agent that installs drivers. The argument long is true for a command that runs long and therefore
+// logs.
 func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, err error) {
 	cfg, err := readConfig(cmd)
 	if err != nil {
@@ -148,8 +149,8 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 	return nil
 }
 
-// nodeBuilds reports whether what this node compiles counts, and what of the owner's policy
-// counts for it. Without a policy the node's owner allows it by having a builder there.
+// nodeBuilds returns the part of the owner's policy that applies to artifacts compiled on this node. It returns an
+// error where the node must not use such artifacts. Without a policy file they are allowed unless --builder is never.
 func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	file := cmd.String("policy")
 	if file == "" {
@@ -173,7 +174,7 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	return trust.Policy{MinVersions: p.MinVersions, Revoked: p.Revoked}, err
 }
 
-// identity is whom certificates have to name, by the flags.
+// identity returns the certificate identity that the flags name.
 func identity(cmd *ucli.Command) trust.Identity {
 	return trust.Identity{
 		Subject: cmd.String("certificate-identity"),
@@ -182,7 +183,7 @@ func identity(cmd *ucli.Command) trust.Identity {
 	}
 }
 
-// serverURL is where the server is that is asked; nil means none.
+// serverURL returns the URL of the Prebake server to ask; nil means none.
 func serverURL(cmd *ucli.Command) (*url.URL, error) {
 	server := cmd.String("server")
 	if server == "" {
@@ -199,7 +200,7 @@ func serverURL(cmd *ucli.Command) (*url.URL, error) {
 	return u, nil
 }
 
-// flagPolicy is the policy that the settings of trust make.
+// flagPolicy returns the policy that the trust flags describe.
 func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 	if policy.LoadTest, err = trust.ParseLoadTestPolicy(cmd.String("load-test-policy")); err != nil {
 		return policy, fault.Wrap(fault.Usage, err, "see --help")
@@ -228,8 +229,8 @@ func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 	return policy, nil
 }
 
-// nodeVerifier trusts the key of this node, which is in the state folder. What a node
-// compiled for itself is tested by being loaded.
+// nodeVerifier returns a verifier that trusts this node's own key, which is in the state folder. It demands no load
+// test, because the node tests an artifact that it compiled itself by loading it.
 func nodeVerifier(cmd *ucli.Command, stateDir string) (agent.Verifier, error) {
 	p, err := nodeBuilds(cmd)
 	if err != nil {
@@ -244,7 +245,7 @@ func nodeVerifier(cmd *ucli.Command, stateDir string) (agent.Verifier, error) {
 	}
 	v, err := trust.NewVerifier(p)
 	if err != nil {
-		return nil, err // not a nil pointer in an interface
+		return nil, err // a nil *trust.Verifier in an interface would not equal nil
 	}
 	return v, nil
 }
@@ -255,14 +256,14 @@ func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error)
 		RetryFor:  cmd.Duration("wait-build"),
 		Keychain:  credentials.Keychain(),
 	}
-	// A server that is asked over plain HTTP serves its own registry likewise.
+	// A server that is reached over plain HTTP serves its own registry over plain HTTP, too.
 	if u, err := url.Parse(cmd.String("server")); err == nil && u.Scheme == "http" && strings.HasPrefix(ref, u.Host+"/") {
 		o.Plain = true
 	}
 	return registry.Open(ref, o)
 }
 
-// newBuilder returns nil when this node must not or cannot compile.
+// newBuilder returns nil when this node must not compile, or has no builder.
 func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, error) {
 	program := cmd.String("builder")
 	if program == "never" {
@@ -309,7 +310,7 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, er
 	}, nil
 }
 
-// pinnedNowhere is the error of a digest without a repository.
+// pinnedNowhere returns the error for a digest without a repository.
 func pinnedNowhere() error {
 	return cli.About(fault.New(
 		fault.Usage,
@@ -318,8 +319,9 @@ func pinnedNowhere() error {
 	), "driver")
 }
 
-// newFinder asks a server, then registries, or nobody: then the node compiles.
-// v is who believes lists of supported GPUs; nil believes none.
+// newFinder returns a finder that asks the server first and then the registries. Without both, compiles must be true,
+// because the node then compiles the driver itself. v verifies the lists of supported GPUs. If v is nil, no list
+// counts.
 func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
 	var gpus resolve.Lister
 	if v != nil {
@@ -339,7 +341,7 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 		client := api.NewClient(cmd.String("server"), "", nil)
 		s := resolve.Server{Client: client, GPUs: gpus}
 		if file := cmd.String("token-file"); file != "" && !cmd.Bool("dry-run") && cmd.Name != "resolve" {
-			s.Request = client.WithTokenFile(file).RequestBuild // read each time: kubelet replaces it
+			s.Request = client.WithTokenFile(file).RequestBuild // read anew each time, as kubelet replaces it
 		}
 		chain = append(chain, s)
 	}
@@ -365,8 +367,8 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 	)
 }
 
-// registryFinder asks one repository. It is opened for each question: what it was logged in
-// with does not last as long as this program.
+// registryFinder returns a finder that asks one repository. It opens the repository for each question, because its
+// login credentials expire before this long-running program ends.
 func registryFinder(ref string, open func() (*registry.Repository, error), gpus resolve.Lister) resolve.Registry {
 	return resolve.Registry{
 		Ref: ref, GPUs: gpus,

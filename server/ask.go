@@ -16,14 +16,14 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// The headings under which --help lists flags of several commands.
+// groupWhat and the others are the headings under which --help lists flags that several commands share.
 const (
 	groupWhat   = cli.What
 	groupServer = cli.From
 	groupOutput = cli.Advanced
 )
 
-// clientFlags are a command's own flags, and those that reach a running server.
+// clientFlags returns a command's own flags and the flags that every client command has, such as the server's URL.
 func clientFlags(own ...ucli.Flag) []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat, own...),
@@ -32,7 +32,7 @@ func clientFlags(own ...ucli.Flag) []ucli.Flag {
 	)
 }
 
-// writeFlags add the token.
+// writeFlags returns the flags of [clientFlags] and the two flags of the token, which writing needs.
 func writeFlags(own ...ucli.Flag) []ucli.Flag {
 	return append(clientFlags(own...), cli.Group(cli.Trust,
 		cli.String("token", "", "the server's `TOKEN`; prefer --token-file"),
@@ -51,7 +51,7 @@ func client(cmd *ucli.Command) (*api.Client, error) {
 	return api.NewClient(cmd.String("server"), token, nil), nil
 }
 
-// noArgs refuses arguments that a command would ignore.
+// noArgs refuses arguments of a command that takes none, because the command would ignore them.
 func noArgs(cmd *ucli.Command) error {
 	if first := cmd.Args().First(); first != "" {
 		return fault.New(
@@ -128,7 +128,7 @@ func buildCommand() *ucli.Command {
 	}
 }
 
-// followEvery is the pause between checks of a log that grows: builders send it as often.
+// followEvery is the pause between two reads of a log that grows. Builders send their logs at the same interval.
 const followEvery = 2 * time.Second
 
 func requestCommand() *ucli.Command {
@@ -171,8 +171,8 @@ Example:
 	}
 }
 
-// ended turns a build that was waited for and has not been published into the
-// error of its class.
+// ended returns the error of a build that the caller waited for and that was not published. The error has the class
+// of the build's failure.
 func ended(waited bool, b api.Build) error {
 	if !waited || b.State == api.Published {
 		return nil

@@ -19,32 +19,33 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// reader reads artifacts of a registry that nobody trusts, and believes what is signed.
+// reader reads the artifacts of a registry that is not trusted. It accepts signed statements only.
 type reader struct {
 	repo     *registry.Repository
 	verifier *trust.Verifier
 	now      time.Time
 }
 
-// artifact is what a registry has under one digest.
+// artifact is one artifact of a registry, named by its digest.
 type artifact struct {
 	digest   string
 	identity bundle.Identity
-	// kernels are those that it verifies for; err says why there are none.
+	// kernels are the kernels that the artifact is verified for. err says why there are none.
 	kernels []target.Kernel
 	err     error
 }
 
-// Bounds of what is asked at once, and of the kernels that are examined for one artifact.
+// readAtOnce is how many requests to the registry run at a time. maxAttestations is how many kernels are examined for
+// one artifact.
 const (
 	readAtOnce      = 8
 	maxAttestations = 5000
 )
 
-// listTag is the tag under which clients that know no referrers API keep a list of them.
+// listTag matches the tag under which clients without the referrers API keep the list of an image's referrers.
 var listTag = regexp.MustCompile(`^sha(256|512)-[0-9a-f]{64,}`)
 
-// all reads what has a tag, by digest.
+// all reads every tagged artifact. The result is sorted by digest and has each digest once.
 func (r *reader) all(ctx context.Context) ([]artifact, error) {
 	tags, err := r.repo.Tags(ctx)
 	if fault.Is(err, fault.NoArtifact) {
@@ -58,7 +59,7 @@ func (r *reader) all(ctx context.Context) ([]artifact, error) {
 	if err := r.each(ctx, len(tags), func(ctx context.Context, i int) error {
 		d, err := r.repo.Resolve(ctx, tags[i])
 		switch {
-		case fault.Is(err, fault.NoArtifact), fault.Is(err, fault.Usage): // removed since, or no tag
+		case fault.Is(err, fault.NoArtifact), fault.Is(err, fault.Usage): // the tag was removed since, or is not valid
 			return nil
 		case err != nil:
 			return err
@@ -93,7 +94,8 @@ func (r *reader) each(ctx context.Context, n int, do func(context.Context, int) 
 	return context.Cause(ctx)
 }
 
-// itsOwn reports whether an error is about the artifact, and not a failure on the way to it.
+// itsOwn reports whether the artifact itself is at fault. A false result means that reading it failed, for example
+// because of the network.
 func itsOwn(ctx context.Context, err error) bool {
 	if ctx.Err() != nil {
 		return false
@@ -105,8 +107,8 @@ func itsOwn(ctx context.Context, err error) bool {
 	return false
 }
 
-// one reads an artifact. An error means a failure of the registry; what is wrong with the
-// artifact is in it.
+// one reads an artifact. It returns an error only if the registry failed. What is wrong with the artifact itself is
+// in the err field of the result.
 func (r *reader) one(ctx context.Context, digest string) (artifact, error) {
 	a := artifact{digest: digest}
 	err := r.read(ctx, &a)
@@ -152,7 +154,7 @@ func (r *reader) read(ctx context.Context, a *artifact) error {
 		}
 	}
 	if len(a.kernels) > 0 {
-		return nil // a label that names one more kernel proves nothing
+		return nil // kernels without a valid statement do not count: anybody can write a label
 	}
 	if refusal == nil {
 		refusal = fault.Wrap(fault.Unverified, trust.ErrNoKernelMatch, "")
@@ -160,8 +162,8 @@ func (r *reader) read(ctx context.Context, a *artifact) error {
 	return refusal
 }
 
-// candidates are the kernels for which there may be a statement: those that labels name,
-// which prove nothing, and those of statements without a label.
+// candidates returns the kernels that a statement of the artifact may be about. Some are named by labels, which prove
+// nothing. The others are named by statements without a label.
 func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel, error) {
 	attached, err := r.repo.Referrers(ctx, digest, "")
 	if err != nil {
@@ -211,7 +213,7 @@ func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel
 	return all, nil
 }
 
-// verify decides as a node of the kernel does. The kernel's other facts are what was signed.
+// verify decides as a node with this kernel does. The result has the kernel's other facts, as they were signed.
 func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trust.KernelMatch, error) {
 	bundles, err := r.repo.AttachedIf(ctx, a.digest, trust.ArtifactTypeBundle, r.useful(a.digest), r.verifier.Wanted(k)...)
 	if err != nil {
@@ -230,8 +232,9 @@ func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trus
 	return verdict.Match, nil
 }
 
-// useful tells what a bundle says, for [registry.Repository.AttachedIf]: nothing where its
-// signature does not hold, or it is about something else.
+// useful returns the function that [registry.Repository.AttachedIf] wants. The function returns a text that
+// identifies what a bundle states. The text is empty if the signature is not valid or the statement is about another
+// artifact.
 func (r *reader) useful(digest string) func([]byte) string {
 	return func(raw []byte) string {
 		st, err := r.verifier.Statement(raw)

@@ -17,12 +17,11 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// copied is what a backup tells of itself.
+// copied is the result of a backup, as the command prints it.
 type copied struct {
 	Folder string   `json:"folder"`
 	Files  []string `json:"files"`
-	// Left are the files and folders of the data folder that are to be copied by other
-	// means, in this order.
+	// Left are the files and folders of the data folder that the operator has to copy by other means, in this order.
 	Left []string `json:"left"`
 }
 
@@ -70,19 +69,19 @@ Example:
 	}
 }
 
-// backup copies in the order in which what is copied later can only know more:
+// backup copies the databases in a fixed order, so that each later copy knows at least what the earlier one knows:
 //
-//   - The queue goes first. A build that the catalogue has as queued and the queue has not is
-//     queued again by the sweep; one that a builder took in that moment ends as failed, and
-//     is tried again when it is asked for. The other way round, the queue would have jobs of
-//     builds that the older catalogue never had, and gives their numbers to others.
-//   - The catalogue goes before the registry, which the operator copies. Builders push an
-//     artifact and then tell the catalogue. So all that this catalogue names was in the
-//     registry before, and is in its later copy; what that has beyond is found by server
-//     reindex. The other way round, the catalogue would name artifacts that the copy of the
-//     registry has not, and nodes would be sent to them.
+//   - The queue goes first. The catalogue may then have a queued build that the copied queue lacks. The sweep puts such
+//     a build into the queue again. A build that a builder took in that moment ends as failed, and the next request
+//     tries it again. In the opposite order, the queue would have jobs of builds that the older catalogue does not
+//     know, and the catalogue would give the numbers of those builds to others.
+//   - The catalogue goes before the registry, which the operator copies. Builders push an artifact first and tell the
+//     catalogue afterwards. All artifacts that the copied catalogue names are therefore in the later copy of the
+//     registry. That copy may have more artifacts; server reindex finds them. In the opposite order, the catalogue
+//     would name artifacts that the copied registry lacks, and would send nodes to them.
 //
-// Only what is deleted between the two is named in vain: server reindex lists it.
+// One case remains: an artifact that is deleted between the two copies. The catalogue still names it, and server
+// reindex lists it.
 func backup(ctx context.Context, s settings, folder string) (done copied, err error) {
 	folder, err = filepath.Abs(folder)
 	if err != nil {
@@ -105,7 +104,7 @@ func backup(ctx context.Context, s settings, folder string) (done copied, err er
 			)
 		}
 	}
-	// Half a backup never has the name of a whole one.
+	// The backup gets its final name only when it is complete.
 	part, err := os.MkdirTemp(filepath.Dir(folder), "."+filepath.Base(folder)+".part-") // mode 0700
 	if err != nil {
 		return done, fault.Wrap(fault.Usage, err, "name a folder in one that this user may write")
@@ -137,9 +136,8 @@ func backup(ctx context.Context, s settings, folder string) (done copied, err er
 	return done, syncFolder(filepath.Dir(folder))
 }
 
-// copyToken copies the file with the first token. A server that is told its token by
-// --token, or by a file elsewhere that is a secret of the platform, has none in its data
-// folder.
+// copyToken copies the file with the first token. The data folder has no such file if the server gets its token by
+// --token, or from a file elsewhere, such as a secret of the platform.
 func copyToken(s settings, to string) (bool, error) {
 	from := s.TokenFile
 	if from == "" {
@@ -163,7 +161,7 @@ func copyToken(s settings, to string) (bool, error) {
 	return true, syncFolder(filepath.Dir(to))
 }
 
-// syncFolder makes the names in a folder last.
+// syncFolder writes a folder's entries to the disk, so that its file names survive a crash.
 func syncFolder(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {

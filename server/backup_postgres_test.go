@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// TestBackupPostgres does with PostgreSQL's own programs what docs/how-to/back-up.md says.
+// TestBackupPostgres backs up with PostgreSQL's own programs, as docs/how-to/back-up.md says.
 func TestBackupPostgres(t *testing.T) {
 	t.Parallel()
 	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
@@ -22,7 +22,7 @@ func TestBackupPostgres(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A database of its own, since it is lost.
+	// The test has a database of its own, because it drops that database.
 	name := "prebake_lost_" + strconv.Itoa(os.Getpid())
 	admin, err := sql.Open("pgx", raw)
 	if err != nil {
@@ -56,7 +56,7 @@ func TestBackupPostgres(t *testing.T) {
 		},
 		restore: func(t *testing.T, folder, dir string) {
 			t.Helper()
-			do("DROP DATABASE " + name) // as lost as the data folder
+			do("DROP DATABASE " + name) // the loss of the database
 			do("CREATE DATABASE " + name)
 			postgres(t, "pg_restore", "--exit-on-error", "--dbname="+u.String(), filepath.Join(folder, "prebake.dump"))
 			copyFolder(t, folder, dir)
@@ -64,7 +64,7 @@ func TestBackupPostgres(t *testing.T) {
 	})
 }
 
-// postgres runs a program of the newest PostgreSQL here, as deploy/postgres.sh does.
+// postgres runs a program of the newest PostgreSQL on this machine, as deploy/postgres.sh does.
 func postgres(t *testing.T, program string, args ...string) {
 	t.Helper()
 	all, err := filepath.Glob("/usr/lib/postgresql/*/bin/" + program)

@@ -19,13 +19,13 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// copies are how an operator copies a database and the token, and brings them back.
+// copies are the two steps of an operator: back up a database and the token, and restore them.
 type copies struct {
 	backup  func(t *testing.T, dir, folder string)
 	restore func(t *testing.T, folder, dir string)
 }
 
-// TestBackup does on SQLite what "server backup --help" says.
+// TestBackup does with SQLite what "server backup --help" says.
 func TestBackup(t *testing.T) {
 	t.Parallel()
 	comesBack(t, nil, copies{
@@ -51,7 +51,7 @@ func TestBackup(t *testing.T) {
 	})
 }
 
-// TestBackupOfOneFile does it where catalogue and queue are one file, which is copied once.
+// TestBackupOfOneFile keeps catalogue and queue in one file. The backup copies that file once.
 func TestBackupOfOneFile(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "both.db")
@@ -79,8 +79,8 @@ func TestBackupOfOneFile(t *testing.T) {
 	})
 }
 
-// comesBack loses a server that was backed up at work, and gets it back with what was
-// published after the backup.
+// comesBack backs up a server while it works, loses it and restores it. The restored server has to know the artifacts
+// that were published after the backup, too.
 func comesBack(t *testing.T, flags []string, copies copies) {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -100,7 +100,7 @@ func comesBack(t *testing.T, flags []string, copies copies) {
 		t.Fatal(err)
 	}
 
-	// Builds are asked for without a pause, until the backup is done.
+	// A client requests builds without a pause until the backup is done.
 	var mu sync.Mutex
 	var asked []api.Build
 	writing, enough := context.WithCancel(t.Context())
@@ -190,7 +190,7 @@ func comesBack(t *testing.T, flags []string, copies copies) {
 	}
 }
 
-// TestBackupRefuses shows that half a backup does not stay.
+// TestBackupRefuses shows that a backup that fails leaves no folder.
 func TestBackupRefuses(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -236,7 +236,7 @@ func publish(t *testing.T, url, secret string, s testkit.Sample) {
 	s.Publish(t, repo)
 }
 
-// record tells the catalogue of a sample, as builders do.
+// record adds a sample to the catalogue, as builders do.
 func record(t *testing.T, c *api.Client, s testkit.Sample) {
 	t.Helper()
 	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: s.Digest, Fingerprint: s.Identity.Fingerprint,
@@ -255,7 +255,7 @@ func resolved(t *testing.T, c *api.Client, s testkit.Sample) api.Resolution {
 	return r
 }
 
-// intact has SQLite itself check a database.
+// intact lets SQLite check a database.
 func intact(t *testing.T, file string) {
 	t.Helper()
 	db, err := sql.Open("sqlite", "file:"+file+"?mode=ro")
@@ -271,7 +271,7 @@ func intact(t *testing.T, file string) {
 	}
 }
 
-// copyFolder copies as cp -r does.
+// copyFolder copies a folder as cp -r does.
 func copyFolder(t *testing.T, from, to string) {
 	t.Helper()
 	if err := os.MkdirAll(to, 0o750); err != nil {

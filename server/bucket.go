@@ -20,22 +20,22 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// A bucket of tarballs, as builders publish them beside the registry, has a signed index
-// for each COS build: docs/decisions/0014-tarball-twins.md. The index names the artifact
-// that each tarball was made of, and that is what is compared: nodes are never sent to a
-// bucket, so nothing is recorded of it. It tells what a registry has lost.
+// Builders publish tarballs in a bucket, beside the registry: docs/decisions/0014-tarball-twins.md. The bucket has a
+// signed index for each COS build. The index names the artifact that each tarball was made of. The server compares
+// those artifacts with the registry, to find what the registry has lost. It records nothing about the bucket, because
+// it never sends nodes there.
 
-// bucketObject is the type of the statement about an object of a bucket.
+// bucketObject is the predicate type of a statement about an object of a bucket.
 const bucketObject = "https://prebake.dev/bucket-object/v1"
 
-// Bounds of an index, as builders have them.
+// maxIndex and maxEntries are the largest size and the most entries of an index. Builders have the same limits.
 const (
 	indexFile  = "index.json"
 	maxIndex   = 4 << 20
 	maxEntries = 2000
 )
 
-// tarballIndex is what is read of an index.
+// tarballIndex has the fields of an index that the server reads.
 type tarballIndex struct {
 	Format  int       `json:"format"`
 	BuildID string    `json:"buildId"`
@@ -47,20 +47,20 @@ type tarballIndex struct {
 type tarball struct {
 	target.Driver
 	Object string `json:"object"`
-	// Artifact is the digest of the artifact with the same modules; builders may leave it out.
+	// Artifact is the digest of the artifact with the same modules. Builders may leave it out.
 	Artifact string `json:"artifact"`
 
 	kernel target.Kernel
 }
 
-// bucket is a bucket of tarballs that nobody trusts. What is signed in it is trusted.
+// bucket is a bucket of tarballs that is not trusted. Only signed content of it is.
 type bucket struct {
 	b        *cosbucket.Bucket
 	verifier *trust.Verifier
 }
 
-// tarballs reads all indexes. The findings are those that cannot be trusted, and tarballs
-// that are named and not there. An error means a failure of the bucket.
+// tarballs reads all indexes. The findings are indexes that cannot be trusted, and tarballs that an index names and
+// the bucket lacks. An error means that the bucket failed.
 func (b *bucket) tarballs(ctx context.Context) (all []tarball, bad []finding, err error) {
 	ids, err := b.b.BuildIDs(ctx)
 	if err != nil {
@@ -126,8 +126,8 @@ func (b *bucket) build(ctx context.Context, id string) (all []tarball, bad []fin
 	return all, bad, nil
 }
 
-// has reports whether an object is there: among those that were listed before the index
-// was read, or since.
+// has reports whether the bucket has an object. The list is older than the index, so an object that is missing there
+// is looked up again.
 func (b *bucket) has(ctx context.Context, listed []string, name string) (bool, error) {
 	if _, ok := slices.BinarySearch(listed, name); ok {
 		return true, nil
@@ -142,8 +142,9 @@ func (b *bucket) has(ctx context.Context, listed []string, name string) (bool, e
 	return true, body.Close()
 }
 
-// index reads an index and believes it after its signature. Each state of an index has a
-// signature of its own, which is there before that state is, so the two always fit.
+// index reads an index and checks its signature before it uses the content. Each state of an index has a signature of
+// its own under a name with the digest of that state. Builders write the signature first, so every state has its
+// signature.
 func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tarballIndex, err error) {
 	text, err := b.b.ReadSmall(ctx, name, maxIndex)
 	if err != nil {
@@ -173,7 +174,7 @@ func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tar
 	if st.PredicateType != bucketObject || !st.About("sha256:"+digest) {
 		return x, fault.New(fault.Unverified, "its signature is about something else", "")
 	}
-	// A signed index of one build, put in the place of another's, is not trusted.
+	// An index that was signed for one build and put in the place of another's is not trusted.
 	if facts.Object != name || facts.BuildID != k.BuildID || facts.Board != k.Board {
 		return x, fault.New(fault.Mismatch,
 			fmt.Sprintf("it is signed as %.200q of %.40q/%.40q", facts.Object, facts.BuildID, facts.Board), "")
@@ -187,7 +188,7 @@ func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tar
 	return x, nil
 }
 
-// foreign makes what is too long to be an index one that is not trusted.
+// foreign turns the error of a file that is too long for an index into one that says "not trusted".
 func foreign(err error) error {
 	if fault.Is(err, fault.Unsupported) || fault.Is(err, fault.Checksum) {
 		return fault.Wrap(fault.Unverified, err, "")
@@ -209,7 +210,7 @@ func (x tarballIndex) check(k target.Kernel) error {
 		if _, err := target.ParseDriver(t.Version, string(t.Flavour)); err != nil {
 			return err
 		}
-		// A digest has the form of a fingerprint.
+		// A digest has the same form as a fingerprint, so one parser serves both.
 		if _, err := target.ParseFingerprint(t.Artifact); t.Artifact != "" && err != nil {
 			return fmt.Errorf("artifact %.80q: want sha256: and 64 hex digits", t.Artifact)
 		}
@@ -220,8 +221,8 @@ func (x tarballIndex) check(k target.Kernel) error {
 	return nil
 }
 
-// addBucket adds what a bucket holds and the registry does not. What is in both needs no
-// word: it is compared with the catalogue as an artifact of the registry.
+// addBucket adds findings about artifacts that only the bucket has. It adds nothing about an artifact of the
+// registry, because that one is compared with the catalogue already.
 func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.Verifier) (err error) {
 	opened, err := cosbucket.Open(ctx, url)
 	if err != nil {
@@ -234,7 +235,7 @@ func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.
 	}
 	c.Bucket, c.InBucket = url, len(all)
 	c.Findings = append(c.Findings, bad...)
-	// One finding for each artifact, with the kernels for which a tarball of it is there.
+	// Each artifact gets one finding, with all kernels for which the bucket has a tarball of it.
 	at := map[string]int{}
 	for _, t := range all {
 		if c.serves(t) {
@@ -254,7 +255,7 @@ func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.
 	return nil
 }
 
-// serves reports whether the registry has, verified, what a tarball was made of.
+// serves reports whether the registry has the artifact that a tarball was made of, verified for the tarball's kernel.
 func (c *comparison) serves(t tarball) bool {
 	return slices.ContainsFunc(c.held, func(a artifact) bool {
 		if a.err != nil || a.identity.Driver != t.Driver || t.Artifact != "" && a.digest != t.Artifact {

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestReindexBucket examines a bucket that has what the registry has, what it lost, and what
-// somebody planted.
+// TestReindexBucket examines a bucket with three kinds of tarballs: those that the registry has, those that it lost,
+// and planted ones.
 func TestReindexBucket(t *testing.T) {
 	t.Parallel()
 	r := newReindexed(t)
@@ -27,7 +27,7 @@ func TestReindexBucket(t *testing.T) {
 	held := testkit.NewSample(t, farm, testkit.SampleKernel("47"), driver, "")
 	held.Publish(t, r.repo)
 	r.add(t, held, driver, held.Kernel)
-	// In the registry, and nobody who is trusted says that it is for its kernel.
+	// This artifact is in the registry, but no trusted signer says that it fits its kernel.
 	foreign := testkit.NewSample(t, stranger, testkit.SampleKernel("48"), driver, "")
 	foreign.Publish(t, r.repo)
 
@@ -57,13 +57,14 @@ func TestReindexBucket(t *testing.T) {
 	index("17800.0.48", farm, "17800.0.48", entry("17800.0.48", foreign.Digest))
 	index("17800.0.51", farm, "17800.0.51", entry("17800.0.51", gone))
 	index("17800.0.52", farm, "17800.0.52", entry("17800.0.52", gone))
-	// The artifact is there; its tarball for this build is there, and no statement in the registry.
+	// The registry has this artifact. The bucket has its tarball for this build, but the registry has no statement for
+	// it.
 	index("17800.0.53", farm, "17800.0.53", entry("17800.0.53", held.Digest))
 	index("17800.0.54", farm, "17800.0.54", entry("17800.0.54", ""))
 	removed := entry("17800.0.55", held.Digest)
 	removed.Object = "17800.0.55/lakitu/extensions/gpu/x.tgz"
 	index("17800.0.55", farm, "17800.0.55", removed)
-	// None of these is trusted.
+	// The server trusts none of these.
 	index("17800.0.61", stranger, "17800.0.61", entry("17800.0.61", gone))
 	index("17800.0.62", nil, "", entry("17800.0.62", gone))
 	index("17800.0.63", farm, "17800.0.64", entry("17800.0.63", gone))
@@ -96,7 +97,7 @@ func TestReindexBucket(t *testing.T) {
 	if diff := cmp.Diff(wantLost, lostFor); diff != "" {
 		t.Errorf("reindex finds lost (-want +got):\n%s", diff)
 	}
-	// Five indexes and the foreign artifact; the tarball that was removed.
+	// Unverified are five indexes and the foreign artifact. Absent is the tarball that was removed.
 	if diff := cmp.Diff(map[difference]int{unverified: 6, absent: 1}, others); diff != "" {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}
@@ -113,8 +114,8 @@ func TestReindexBucket(t *testing.T) {
 	}
 }
 
-// TestReindexBuildersBucket reads a bucket that builder/internal/tarball wrote, whose test keeps
-// it up to date.
+// TestReindexBuildersBucket reads a bucket that builder/internal/tarball wrote. That package's test keeps the bucket
+// up to date.
 func TestReindexBuildersBucket(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -143,7 +144,7 @@ func TestReindexBuildersBucket(t *testing.T) {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}
 
-	// One byte of the index is another one.
+	// One byte of the index is changed.
 	spoiled := t.TempDir()
 	copyFolder(t, at, spoiled)
 	put(t, filepath.Join(spoiled, "17800.0.47/lakitu/index.json"),
@@ -154,7 +155,7 @@ func TestReindexBuildersBucket(t *testing.T) {
 	}
 }
 
-// TestPrintable keeps escape sequences that a registry may send off a terminal.
+// TestPrintable shows that escape sequences from a registry do not reach the terminal.
 func TestPrintable(t *testing.T) {
 	t.Parallel()
 	if got, want := printable("a\x1b[2Jé\nb\u202ec"), "a?[2Jé?b?c"; got != want {

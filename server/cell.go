@@ -16,12 +16,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// cell is what names a cell on a command line.
+// cell has the flags that name a cell on a command line.
 type cell struct {
 	BuildID, Board, Driver, Flavour string
 }
 
-// cellFlags name a cell; a command that has another way to name it checks for itself.
+// cellFlags returns the flags that name a cell. required is false for a command that has another way to name a cell;
+// that command checks its arguments itself.
 func cellFlags(required bool) []ucli.Flag {
 	return []ucli.Flag{
 		&ucli.StringFlag{
@@ -42,7 +43,7 @@ func cellOf(cmd *ucli.Command) cell {
 		Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}
 }
 
-// request is the command that asks for a cell.
+// request returns the command that asks for the cell.
 func (c cell) request() string {
 	return fmt.Sprintf(
 		"server request --build-id %s --board %s --driver %s --flavour %s",
@@ -53,8 +54,8 @@ func (c cell) request() string {
 	)
 }
 
-// cellError is the error of a cell that has no artifact to use: pending, which a pipeline
-// may wait for, or none at all.
+// cellError returns the error of a cell without a usable artifact. The error is pending if a build is queued or
+// running, so that a pipeline can wait. Otherwise there is no artifact.
 func cellError(asked cell, r api.Resolution) error {
 	of := "COS build"
 	if _, gke := api.BuildOrGKE(asked.BuildID); gke != "" {
@@ -81,7 +82,7 @@ func cellError(asked cell, r api.Resolution) error {
 	return fault.New(fault.NoArtifact, what, hint)
 }
 
-// exitsOfCells tell pipelines what to do.
+// exitsOfCells is the part of the help that tells pipelines how to read the exit status.
 const exitsOfCells = `The exit status is
   0   published: nodes find their driver
   16  pending: it is queued, or being built
@@ -165,7 +166,7 @@ Example:
 	}
 }
 
-// pools reads what nodes are asked for; what an argument leaves out is as base says.
+// pools reads the arguments of preflight. base supplies the parts that an argument leaves out.
 func pools(base cell, args []string) ([]cell, error) {
 	if len(args) == 0 {
 		if base.BuildID == "" {
@@ -191,13 +192,13 @@ func pools(base cell, args []string) ([]cell, error) {
 	return all, nil
 }
 
-// verdict is the error of the worst pool; nil where all may move.
+// verdict returns the error of the worst pool, or nil if all pools may be upgraded.
 func verdict(asked []cell, answer api.Preflight) error {
 	var worst error
 	waiting, missing := 0, 0
 	for i, v := range answer.Pools {
 		cell := asked[i]
-		if v.Resolution.Kernel.BuildID != "" { // that of a version of GKE
+		if v.Resolution.Kernel.BuildID != "" { // the BUILD_ID of a GKE version
 			cell.BuildID = v.Resolution.Kernel.BuildID
 		}
 		err := cellError(cell, v.Resolution)
@@ -242,7 +243,7 @@ func printPreflight(w io.Writer, base string, answer api.Preflight) error {
 	return printTable(w, []string{"MAY", "KERNEL", "DRIVER", "STATE", "NOTE"}, rows, "no pool was asked for")
 }
 
-// kernelOf names the kernel of an answer, or what it was asked for by.
+// kernelOf names the kernel of an answer. If the kernel is not known, it repeats the GKE version of the question.
 func kernelOf(v api.PoolVerdict) string {
 	if v.Resolution.Kernel.BuildID == "" {
 		return v.Pool.GKE + "/" + v.Pool.Board
@@ -250,7 +251,7 @@ func kernelOf(v api.PoolVerdict) string {
 	return v.Resolution.Kernel.String()
 }
 
-// note says in a few words what is to be known of a cell beside its state.
+// note returns a short text with what a reader needs to know about a cell besides its state.
 func note(r api.Resolution) string {
 	var parts []string
 	if r.Position > 0 {

@@ -12,12 +12,12 @@ import (
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
-// maxCandidates bounds how many values are asked of the server: the newest of a list are what
-// somebody at a prompt means.
+// maxCandidates is how many values completion reads from the server. The newest entries of a list are enough on a
+// command line.
 const maxCandidates = 200
 
-// complete finds the values of flags and arguments: words that are fixed, and what the
-// server knows. Where it does not answer, nothing is offered.
+// complete finds values for a flag or an argument. Some values are fixed words, others come from the server. If the
+// server does not answer, complete offers nothing.
 func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 	switch at.Flag {
 	case "flavour":
@@ -56,7 +56,7 @@ func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 	return nil
 }
 
-// arguments completes the next argument of a command; all of them take one.
+// arguments completes the next argument of a command. All commands but preflight take only one.
 func arguments(ctx context.Context, at cli.Place) []cli.Candidate {
 	if at.Command == "preflight" {
 		return buildIDs(ctx, at)
@@ -80,7 +80,7 @@ func arguments(ctx context.Context, at cli.Place) []cli.Candidate {
 	case "lift":
 		return digests(ctx, at, api.Quarantined)
 	case "wish-lists show", "wish-lists put", "wish-lists remove":
-		lists, _ := server(at).WishLists(ctx) // nothing is offered without them
+		lists, _ := server(at).WishLists(ctx) // without an answer, nothing is offered
 		var all []cli.Candidate
 		for _, l := range lists {
 			all = append(all, cli.Candidate{Value: l.Name, About: fmt.Sprintf("%d cells", l.Cells)})
@@ -100,7 +100,7 @@ func fixed(all ...string) []cli.Candidate {
 	return out
 }
 
-// candidatesOf makes candidates of the first entries of a list, each value once.
+// candidatesOf makes candidates of the first entries of a list. Each value appears once.
 func candidatesOf[T any](entries iter.Seq2[T, error], of func(T) cli.Candidate) []cli.Candidate {
 	var out []cli.Candidate
 	seen, n := map[string]bool{}, 0
@@ -130,7 +130,7 @@ func buildIDs(ctx context.Context, at cli.Place) []cli.Candidate {
 	})
 }
 
-// driversOf offers versions, and with a wish also the words of wishes and branches.
+// driversOf offers versions. For commands that take a wish, it also offers the words of wishes and the branches.
 func driversOf(ctx context.Context, at cli.Place) []cli.Candidate {
 	var words, branches []cli.Candidate
 	seen := map[string]bool{}

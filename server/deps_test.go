@@ -6,7 +6,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/importrule"
 )
 
-// TestDependencies tests import rules that the compiler does not.
+// TestDependencies checks the import rules that the compiler does not enforce.
 func TestDependencies(t *testing.T) {
 	t.Parallel()
 	importrule.CheckBanned(t, map[string]string{
@@ -16,13 +16,13 @@ func TestDependencies(t *testing.T) {
 		"github.com/prebake/prebake/pkg/vm":  "test machines belong to builders",
 		"github.com/sigstore/sigstore/pkg/signature/kms": "no private key may come near the process that is reachable from " +
 			"the network",
-		// Package testing itself comes with pkg/trust: the library that reads timestamps imports it.
+		// Package testing itself is allowed: pkg/trust links it, because the library that reads timestamps imports it.
 		"github.com/prebake/prebake/pkg/testkit": "test helpers do not ship",
 		"net/http/httptest":                      "test helpers do not ship",
 	})
 }
 
-// TestHomes keeps one home for each heavy library.
+// TestHomes checks that only one package imports each heavy library.
 func TestHomes(t *testing.T) {
 	t.Parallel()
 	importrule.CheckOwners(t, "github.com/prebake/prebake/server", []importrule.Owner{

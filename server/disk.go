@@ -11,9 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// disk watches the room in the data folder. Below the reserve, the server takes no
-// more uploads and logs, and says that it is not ready: what is left is for the
-// databases, which must not meet a full disk.
+// disk watches the free space of the data folder. Below the reserve, the server refuses uploads and logs and reports
+// that it is not ready. The reserve keeps space for the databases, which must not meet a full disk.
 type disk struct {
 	dir     string
 	reserve uint64 // bytes
@@ -24,10 +23,10 @@ type disk struct {
 	err  error
 }
 
-// fresh is for how long one check of the disk counts: uploads ask often.
+// fresh is how long one measurement of the disk is used again, because uploads ask often.
 const fresh = time.Second
 
-// Free returns how many bytes are left for this program.
+// Free returns how many bytes this program may still write.
 func (d *disk) Free() (uint64, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -42,7 +41,7 @@ func (d *disk) Free() (uint64, error) {
 	return d.free, d.err
 }
 
-// CheckFree is nil, or says that the reserve has begun.
+// CheckFree returns an error if less than the reserve is free.
 func (d *disk) CheckFree() error {
 	free, err := d.Free()
 	if err != nil {
@@ -58,5 +57,5 @@ func (d *disk) CheckFree() error {
 	return nil
 }
 
-// Ping is Room for readiness.
+// Ping is [disk.CheckFree] under the name that the readiness check calls.
 func (d *disk) Ping(context.Context) error { return d.CheckFree() }

@@ -8,13 +8,13 @@ import (
 	"testing"
 )
 
-// A disk that has no more room than the reserve is known to whoever asks: the server is
-// not ready, takes no upload and no log, and tells no path of its machine.
+// TestFullDisk gives a server less free space than its reserve. The server is not ready, refuses uploads and logs,
+// and its answers show no path of its machine.
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
 	const token = "0123456789abcdef"
-	url, _, _ := start(t, dir, "--token", token, "--reserve", "1000000000") // a petabyte
+	url, _, _ := start(t, dir, "--token", token, "--reserve", "1000000000") // MiB, about a petabyte
 	for _, row := range []struct {
 		method, path string
 		status       int
@@ -43,8 +43,8 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// Which repositories keep their tags is the operator's to say; the lists of referrers that
-// older clients keep under a tag always move.
+// TestCreateOnlyPatterns shows that the operator chooses the repositories whose tags never move. The tags under which
+// older clients keep lists of referrers move in every repository.
 func TestCreateOnlyPatterns(t *testing.T) {
 	t.Parallel()
 	s := settings{CreateOnly: []string{"prebake/*", "mine/a"}}

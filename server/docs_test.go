@@ -10,7 +10,7 @@ import (
 
 var rewrite = flag.Bool("update", false, "write the pages in docs that come of the commands anew")
 
-// The pages in docs that come of the commands are those of these commands.
+// TestDocs compares the pages in docs that are generated from the commands with the commands.
 func TestDocs(t *testing.T) {
 	t.Parallel()
 	if err := cli.CompareDocs(filepath.Join("..", "docs"), program, *rewrite); err != nil {

@@ -1,6 +1,6 @@
 package main
 
-// examples are those of the commands whose descriptions have none.
+// examples has an example for each command whose description has none.
 var examples = map[string]string{
 	"kernels":           "kernels --milestone 109",
 	"drivers":           "drivers --limit 10",

@@ -13,10 +13,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A server that follows Google's list of images labels kernels with versions of GKE, and
-// answers questions that name those, and types of GPU. The form of the list is that of
-// gke-to-cos.json, see package discover; that of driver lists gpu_driver_versions.proto
-// of cos/tools.
+// TestGKEAndGPUs runs a server that follows Google's list of images. The server labels kernels with GKE versions, and
+// answers questions that name a GKE version or a type of GPU. The list has the form of gke-to-cos.json (see package
+// discover). The driver lists have the form of gpu_driver_versions.proto of cos/tools.
 func TestGKEAndGPUs(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -13,9 +13,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// gpu is what a COS build names for a type of GPU.
+// gpu has the drivers that a COS build names for one type of GPU.
 type gpu struct {
-	// Kernel is BUILD_ID/board.
+	// Kernel is written as BUILD_ID/board.
 	Kernel string `json:"kernel"`
 	GPU    string `json:"gpu"`
 	api.GPUDrivers

@@ -18,9 +18,9 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// importCommand is a push and a reindex of what was pushed. All that is sent of a bundle is
-// verified before the first byte of it is sent, down to the layers; what is attached and
-// nobody vouches for stays behind, as [importSet] says.
+// importCommand pushes a bundle to the server and records it in the catalogue, as reindex does. Before it sends the
+// first byte, it verifies all that it will send of the bundle, layers included. Attachments that no trusted key
+// vouches for are not sent; [importSet] gives the rule.
 func importCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "import", Usage: "copy the drivers of an offline bundle to the registry and the catalogue",
@@ -100,7 +100,7 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 
 func isDriver(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" }
 
-// drivers reads the drivers among what has a tag; none is an error.
+// drivers reads the tagged artifacts that are drivers. Without any, it returns an empty list and no error.
 func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 	tags, err := r.repo.Tags(ctx)
 	if err != nil {
@@ -109,7 +109,7 @@ func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 	seen := map[string]bool{}
 	for _, tag := range tags {
 		if strings.ContainsAny(tag, "/:@") {
-			continue // the name of a program's image
+			continue // the name of a container image
 		}
 		d, err := r.repo.Resolve(ctx, tag)
 		if err != nil {
@@ -140,7 +140,7 @@ func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 	return held, nil
 }
 
-// pushTo opens a repository on the server for the caller's token.
+// pushTo opens a repository on the server with the caller's token.
 func pushTo(cmd *ucli.Command, base, name string) (*registry.Repository, error) {
 	if !strings.HasPrefix(name, "/") {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("repository %q: want one on the server, as in /prebake/driver", name),

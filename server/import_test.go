@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// bundled packs what is in a layout's folder, as tar does.
+// bundled packs the content of an image layout's folder into a tar.
 func bundled(t *testing.T, dir string) string {
 	t.Helper()
 	var b bytes.Buffer
@@ -54,8 +54,8 @@ func bundled(t *testing.T, dir string) string {
 	return file
 }
 
-// TestImport brings a bundle to a server that has nothing, twice, and then one with a
-// driver that nobody vouches for.
+// TestImport imports a bundle twice into an empty server. Then it imports a bundle with a driver that no trusted key
+// signed.
 func TestImport(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")

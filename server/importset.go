@@ -12,17 +12,18 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// importSet is what of a bundle goes to a server, found before anything is sent: the drivers,
-// and of what is attached to them what somebody who is trusted vouches for. These are
-// signed statements about the driver, what its signed provenance names by digest, as the
-// build's log, and deltas. A delta needs no signature, since its result has to have
-// the diff id that the signed config names (docs/decisions/0025); one that is of use to no
-// node does not go.
+// importSet is the part of a bundle that goes to a server. It is complete before anything is sent. It has the
+// drivers, and three kinds of attachments to them:
+//
+//   - signed statements about the driver;
+//   - what the driver's signed provenance names by digest, such as the build's log;
+//   - deltas. A delta needs no signature, because its result must have the diff id that the signed config names
+//     (docs/decisions/0025). A delta that no node can use is left out.
 type importSet struct {
 	r        *reader
 	drivers  map[v1.Hash]bool
 	attached map[v1.Hash]bool
-	compared map[sized]bool // blobs that are what their digests say
+	compared map[sized]bool // blobs whose content matches their digest
 	leftOut  int            // attached manifests
 }
 
@@ -31,16 +32,16 @@ type sized struct {
 	size   int64
 }
 
-// maxDeltas bounds the deltas of one driver. Builders attach one for each of three former
-// kernels, and nodes try three.
+// maxDeltas limits the deltas of one driver. Builders attach one for each of three former kernels, and nodes try
+// three.
 const maxDeltas = 16
 
 func newImportSet(r *reader) *importSet {
 	return &importSet{r, map[v1.Hash]bool{}, map[v1.Hash]bool{}, map[sized]bool{}, 0}
 }
 
-// add reads every byte of a driver, and of what is attached to it that will go along. Its
-// statements were verified.
+// add verifies every byte of a driver and of its attachments that will be sent. The caller has verified the driver's
+// statements.
 func (v *importSet) add(ctx context.Context, digest string) error {
 	img, err := v.r.repo.Image(ctx, digest)
 	if err != nil {
@@ -59,7 +60,7 @@ func (v *importSet) add(ctx context.Context, digest string) error {
 	if err != nil {
 		return err
 	}
-	// Statements come first: they name what else is signed.
+	// Statements come first, because they name what else is signed.
 	named := map[string]bool{}
 	rest := map[v1.Hash]*v1.Manifest{}
 	for _, d := range list {
@@ -111,7 +112,7 @@ func (v *importSet) add(ctx context.Context, digest string) error {
 	return err
 }
 
-// compare reads a blob once, however many name it.
+// compare verifies a blob. It reads each blob once, even if several manifests name it.
 func (v *importSet) compare(ctx context.Context, d v1.Descriptor) error {
 	blob := sized{d.Digest, d.Size}
 	if v.compared[blob] {
@@ -124,8 +125,8 @@ func (v *importSet) compare(ctx context.Context, d v1.Descriptor) error {
 	return nil
 }
 
-// attachment reads the manifest of what is attached; nil means one that is listed and not
-// there, or of another shape than anything that may go along.
+// attachment reads the manifest of an attachment. It returns nil if the manifest is listed but missing, and if it has
+// a shape that no allowed attachment has.
 func (v *importSet) attachment(ctx context.Context, subject string, d v1.Descriptor) (*v1.Manifest, error) {
 	raw, err := v.r.repo.Manifest(ctx, d.Digest.String())
 	if fault.Is(err, fault.NoArtifact) {
@@ -142,8 +143,8 @@ func (v *importSet) attachment(ctx context.Context, subject string, d v1.Descrip
 	return &m, nil
 }
 
-// statement reports whether a payload is a statement about this driver that somebody who
-// is trusted signed, and adds to named the SHA-256 of what it says the build made besides.
+// statement reports whether a payload is a statement about this driver with a trusted signature. From a provenance
+// statement it adds the SHA-256 of each byproduct of the build to named.
 func (v *importSet) statement(
 	ctx context.Context,
 	subject string,
@@ -182,8 +183,8 @@ func (v *importSet) statement(
 	return true, nil
 }
 
-// isDelta reports whether an attachment is a delta as nodes take them: of a known layer,
-// and at most half as large as the layer of modules.
+// isDelta reports whether nodes would take an attachment as a delta. The delta must name the layer that it starts
+// from, and may have at most half the size of the layer of modules.
 func isDelta(a, driver *v1.Manifest) bool {
 	if registry.ArtifactType(a) != bundle.ArtifactTypeDelta {
 		return false
@@ -199,6 +200,6 @@ func isDelta(a, driver *v1.Manifest) bool {
 	return false
 }
 
-// isDriver and isAttached are what [registry.Repository.CopyTagged] asks.
+// isDriver and isAttached tell [registry.Repository.CopyTagged] what to copy.
 func (v *importSet) isDriver(d v1.Descriptor, _ *v1.Manifest) bool { return v.drivers[d.Digest] }
 func (v *importSet) isAttached(d v1.Descriptor) bool               { return v.attached[d.Digest] }

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// site is a server that has nothing yet, and a bundle that its operator carried there.
+// site is a server without any artifact, and a bundle that its operator brought there.
 type site struct {
 	url, layout string
 	client      *api.Client
@@ -65,7 +65,8 @@ func (s site) imports(t *testing.T) (code int, stdout, stderr string) {
 	return run(t, append([]string{"import", bundled(t, s.layout)}, s.flags...)...)
 }
 
-// A damaged layer of the last driver is found before anything of the first one is sent.
+// TestImportOfADamagedLayer damages a layer of the last driver. The import reports it before it sends anything of the
+// first driver.
 func TestImportOfADamagedLayer(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -103,8 +104,8 @@ func TestImportOfADamagedLayer(t *testing.T) {
 	}
 }
 
-// Of what is attached to a driver goes what somebody who is trusted vouches for, and
-// deltas of a size that nodes take.
+// TestImportOfAttachments shows which attachments an import sends: those that a trusted key vouches for, and deltas
+// of a size that nodes take.
 func TestImportOfAttachments(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

@@ -15,24 +15,25 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// largestPage is how many entries the server gives at a time, and more than that of kernels.
+// largestPage is the most entries that the server sends in one page. For lists that count kernels, the server allows
+// fewer, and the client requests no more than those.
 const largestPage = 1000
 
-// paged is a command that prints as much of a list as is wanted.
+// paged is a command that prints a list, up to a limit.
 type paged[T any] struct {
 	name, usage, description string
 	flags                    []ucli.Flag
-	// token is set where the list is for administrators.
+	// token is true if only administrators may read the list.
 	token bool
-	// what is counted by --limit, and most how many there are unless told otherwise.
+	// what names the things that --limit counts. most is the default of --limit.
 	what string
 	most int
-	// key tells what an entry belongs to where not entries but such things are counted.
+	// key is set if --limit counts groups of entries. It returns the group that an entry belongs to.
 	key func(T) string
 	get func(*api.Client, context.Context, api.Filter) iter.Seq2[T, error]
-	// table writes what was read.
+	// table prints the entries.
 	table func(io.Writer, []T) error
-	// tableGKE does so where --gke is given; nil is as table does.
+	// tableGKE prints the entries if --gke is given. If it is nil, table does so.
 	tableGKE func(io.Writer, []T) error
 }
 
@@ -63,7 +64,7 @@ func (p paged[T]) command() *ucli.Command {
 			}
 			most := cmd.Int("limit")
 			f := filter(cmd)
-			f.Page = min(most, largestPage-1) + 1 // so that it is known whether there is more
+			f.Page = min(most, largestPage-1) + 1 // one more than wanted, to know whether there are more
 			if cmd.Bool("all") {
 				most, f.Page = 0, 0
 			}
@@ -89,8 +90,8 @@ func (p paged[T]) command() *ucli.Command {
 	}
 }
 
-// first reads entries until there are so many, or such things that they belong to; 0 means all of them. It tells
-// whether there are more.
+// first reads as many entries as most says. If key is set, most counts groups of entries. If most is 0, first reads
+// all entries. more reports whether there are others.
 func first[T any](entries iter.Seq2[T, error], most int, key func(T) string) (all []T, more bool, err error) {
 	all = []T{}
 	count, last := 0, ""
@@ -111,7 +112,7 @@ func first[T any](entries iter.Seq2[T, error], most int, key func(T) string) (al
 	return all, false, nil
 }
 
-// filter reads the flags that narrow a list; those that a command does not have are empty.
+// filter reads the flags that narrow a list. Flags that the command does not have stay empty.
 func filter(cmd *ucli.Command) api.Filter {
 	return api.Filter{
 		BuildID: cmd.String(
@@ -122,7 +123,8 @@ func filter(cmd *ucli.Command) api.Filter {
 	}
 }
 
-// The flags of lists read no environment: what names a node's kernel does not narrow lists.
+// kernelFilters returns flags that read no environment variable: a variable that names a node's kernel must not
+// narrow a list.
 
 func kernelFilters() []ucli.Flag {
 	return []ucli.Flag{

@@ -1,6 +1,5 @@
-// Command server is Prebake's catalogue, build queue and registry in one
-// process that needs no service beside it. It holds no rule of its own: this
-// package wires the parts together and prints what the API answers.
+// Command server is Prebake's catalogue, build queue and registry in one process that needs no other service. This
+// package has no rules of its own: it connects the parts and prints the answers of the API.
 package main
 
 import (
@@ -16,7 +15,7 @@ import (
 
 func main() { cli.Main(program()) }
 
-// program is the whole command tree.
+// program returns the command with all its subcommands.
 func program() *ucli.Command {
 	return cli.Complete(cli.Examples(&ucli.Command{
 		Name:  "server",
@@ -38,7 +37,7 @@ and print tables, or JSON or YAML with --output.`,
 	}, examples), complete)
 }
 
-// version is set at link time.
+// version is set by the linker.
 var version = "devel"
 
 func versionCommand() *ucli.Command {

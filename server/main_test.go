@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// locked is a buffer that a running server and a test may share.
+// locked is a buffer that a running server and a test can use at the same time.
 type locked struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -42,8 +42,8 @@ func (l *locked) String() string {
 	return l.buf.String()
 }
 
-// start runs "server serve" over dir and returns its URL and a way to stop it
-// that returns its exit status.
+// start runs "server serve" with the data folder dir. It returns the server's URL, a function that stops the server
+// and returns its exit status, and the server's output.
 func start(t *testing.T, dir string, more ...string) (url string, stop func() int, log *locked) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -71,7 +71,7 @@ func start(t *testing.T, dir string, more ...string) (url string, stop func() in
 	}
 }
 
-// run runs one command and returns what it wrote.
+// run runs one command and returns its exit status and output.
 func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
@@ -79,7 +79,7 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	return code, out.String(), errs.String()
 }
 
-// TestOperator drives the server the way an operator does, over a restart.
+// TestOperator uses the server as an operator does, and restarts it in between.
 func TestOperator(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -142,7 +142,7 @@ func TestOperator(t *testing.T) {
 		}
 	}
 
-	// A second server must keep off.
+	// A second server on the same data folder has to refuse to start.
 	if code, _, errs := run(t, "serve", "--listen", "127.0.0.1:0", "--data", dir); code != fault.Busy.ExitCode() ||
 		!strings.Contains(errs, "another server") {
 		t.Errorf("second server = %d %s; want busy", code, errs)
@@ -158,7 +158,7 @@ func TestOperator(t *testing.T) {
 		t.Errorf("the address file is still there: %v", err)
 	}
 
-	// A builder takes the job straight from the queue, with the server away.
+	// A builder takes the job directly from the queue while the server is stopped.
 	work(t, dir, func(job api.BuildJob) {
 		if job.Build != 1 || job.BuildID != "17800.0.47" || job.Driver != "535.261.03" || job.Flavour != "open" {
 			t.Errorf("the queue has %+v; want build 1", job)
@@ -175,8 +175,8 @@ func TestOperator(t *testing.T) {
 	}
 	digest = push(t, url, string(secret), "first")
 	published.Digest = digest
-	// The sweep of the new process may have failed the build first: its job ended
-	// without a report. What is published counts all the same.
+	// The sweep of the new process may have failed the build first, because its job ended without a report. A report of
+	// the published artifact counts all the same.
 	if _, err := c.UpdateBuild(t.Context(), 1, published); err != nil {
 		t.Fatal(err)
 	}
@@ -204,7 +204,7 @@ func TestOperator(t *testing.T) {
 			t.Errorf("%s = %d\n%s%s\nwant %d and %q", s.args, code, out, errs, s.code, s.want)
 		}
 	}
-	// What is deleted from the registry is not promised any more.
+	// An artifact that was deleted from the registry is not offered any more.
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodDelete, url+"/v2/prebake/driver/manifests/"+digest, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -224,7 +224,7 @@ func TestOperator(t *testing.T) {
 	}
 }
 
-// push puts an image into the server's registry, as a stock client does.
+// push puts an image into the server's registry, as any OCI client does.
 func push(t *testing.T, url, secret, tag string) (digest string) {
 	t.Helper()
 	ref, err := name.ParseReference(strings.TrimPrefix(url, "http://")+"/prebake/driver:"+tag, name.Insecure)
@@ -296,7 +296,7 @@ func TestWait(t *testing.T) {
 		api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv-pci.c:1: error", Hint: "newer"}); err != nil {
 		t.Fatal(err)
 	}
-	// Asking after the failure opens build 2; end that one too.
+	// The request after the failure made build 2. This loop ends that build, too.
 	for {
 		all, err := c.Builds(t.Context(), api.Queued)
 		if err != nil {
@@ -346,7 +346,7 @@ func TestVersion(t *testing.T) {
 	}
 }
 
-// Help fits a terminal, and has each flag in a group.
+// TestHelp checks that the help fits a terminal and that each flag is in a group.
 func TestHelp(t *testing.T) {
 	t.Parallel()
 	if err := cli.CheckHelp(program); err != nil {

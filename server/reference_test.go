@@ -9,7 +9,7 @@ import (
 
 var writePage = flag.Bool("write-page", false, "write docs/reference/server.md anew")
 
-// The page in docs is what --help says.
+// TestReference compares the page in docs with the output of --help.
 func TestReference(t *testing.T) {
 	t.Parallel()
 	clidoc.Check(t, "../docs/reference/server.md", *writePage, program)

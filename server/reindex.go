@@ -24,55 +24,55 @@ import (
 // difference is one way in which registry and catalogue differ.
 type difference string
 
-// The differences, and what --apply can do about them.
+// Each comment says what the difference means, and what --apply does about it.
 const (
-	missing    difference = "missing"    // verified, and not in the catalogue: is recorded
-	attested   difference = "attested"   // for more kernels than the catalogue knows: they are recorded
-	differs    difference = "differs"    // the catalogue says what the registry does not: a person decides
-	absent     difference = "absent"     // the catalogue names it, the registry does not have it
-	unverified difference = "unverified" // nobody who is trusted says what it is: never recorded
-	lost       difference = "lost"       // only the bucket has it, as a tarball: is built again
+	missing    difference = "missing"    // verified, not in the catalogue; --apply records it
+	attested   difference = "attested"   // verified for more kernels than the catalogue has; --apply records them
+	differs    difference = "differs"    // the catalogue contradicts the registry; a person has to decide
+	absent     difference = "absent"     // in the catalogue, not in the registry
+	unverified difference = "unverified" // no trusted signer says what it is; never recorded
+	lost       difference = "lost"       // only the bucket has it, as a tarball; it has to be built again
 )
 
-// finding is what is to be said about one artifact.
+// finding is a difference of one artifact.
 type finding struct {
 	Digest     string          `json:"digest,omitempty"` // empty for an index of a bucket
 	Difference difference      `json:"difference"`
 	Driver     target.Driver   `json:"driver,omitzero"`
-	Kernels    []target.Kernel `json:"kernels,omitempty"` // to be recorded, or built
+	Kernels    []target.Kernel `json:"kernels,omitempty"` // the kernels to record, or to build for
 	Note       string          `json:"note,omitempty"`
 	Applied    bool            `json:"applied,omitempty"`
 
-	add *api.NewArtifact // what --apply records; nil means nothing
+	add *api.NewArtifact // the record that --apply adds; nil means none
 }
 
-// comparison is what reindex prints.
+// comparison is the result that reindex prints.
 type comparison struct {
 	Repository string `json:"repository"`
-	// InRegistry and InCatalogue are how many artifacts of this repository each has.
+	// InRegistry and InCatalogue count the artifacts of this repository on each side.
 	InRegistry  int `json:"inRegistry"`
 	InCatalogue int `json:"inCatalogue"`
-	// Bucket is the bucket that was read too, and InBucket how many tarballs it has.
+	// Bucket is the URL of the bucket that was compared too. InBucket counts its tarballs.
 	Bucket   string    `json:"bucket,omitempty"`
 	InBucket int       `json:"inBucket,omitempty"`
 	Findings []finding `json:"findings"`
-	// LeftOut is how many attached manifests an import did not bring along.
+	// LeftOut counts the attached manifests that an import did not send.
 	LeftOut int `json:"leftOut,omitempty"`
 
 	held []artifact
 }
 
-// signerFlags say who may sign what is read.
+// signerFlags returns the flags that name the trusted signers.
 func signerFlags() []ucli.Flag {
 	keys := cli.WasCalled(cli.Strings("public-key", "`FILE` with public keys of trusted publishers"), "key")
 	return append(cli.Group(cli.Trust, keys), cli.Group(cli.Trust, cli.IdentityFlags()...)...)
 }
 
-// reindexCommand asks a running server and writes by its API. Who has lost the database starts
-// the server on the data folder that is left, or on a new one: that makes empty tables and
-// keeps nobody waiting, since nodes load what they have installed, and it serves its own
-// registry. So one way does for the server's registry and any other, for SQLite and for
-// PostgreSQL; what is recorded passes the checks of every caller, and the audit names who did it.
+// reindexCommand asks a running server and writes through its API. An operator who lost the database starts the
+// server on the remaining data folder, or on a new one. The server then makes empty tables and serves its own
+// registry. Nodes need not wait, because they load what they have installed. One command therefore serves every case:
+// the server's own registry and any other, SQLite and PostgreSQL. The API checks each record as it checks every
+// caller's, and the audit log names who made it.
 func reindexCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "reindex", Usage: "compare the catalogue with a registry, and record what it lacks",
@@ -141,7 +141,7 @@ Example:
 	}
 }
 
-// publishers is the verifier that the flags make.
+// publishers makes the verifier that the flags describe.
 func publishers(cmd *ucli.Command) (*trust.Verifier, error) {
 	var p trust.Policy
 	for _, file := range cmd.StringSlice("public-key") {
@@ -172,8 +172,8 @@ func publishers(cmd *ucli.Command) (*trust.Verifier, error) {
 	return trust.NewVerifier(p)
 }
 
-// openRepository opens a repository as the catalogue names it. The server's token is for the
-// server alone: no registry gets it, and reading the server's own needs none.
+// openRepository opens a repository by the name that it has in the catalogue. It sends the server's token to no
+// registry. The server's own registry can be read without a token.
 func openRepository(base, repository string) (*registry.Repository, error) {
 	if !strings.HasPrefix(repository, "/") {
 		return registry.Open(repository, registry.Options{UserAgent: "prebake-server/" + version})
@@ -183,9 +183,9 @@ func openRepository(base, repository string) (*registry.Repository, error) {
 		registry.Options{Plain: scheme == "http", UserAgent: "prebake-server/" + version})
 }
 
-// compare reads the registry first: an artifact that a builder publishes meanwhile is in
-// the registry before it is in the catalogue, and each that the list had not is looked for
-// again before it counts as absent.
+// compare reads the registry before the catalogue. A builder that publishes meanwhile writes to the registry first,
+// so the list of the registry may lack an artifact of the catalogue. compare looks for such an artifact once more
+// before it counts as absent.
 func compare(ctx context.Context, c *api.Client, r *reader, repository string) (*comparison, error) {
 	held, err := r.all(ctx)
 	if err != nil {
@@ -211,13 +211,13 @@ func compare(ctx context.Context, c *api.Client, r *reader, repository string) (
 			continue
 		}
 		switch _, err := r.repo.Resolve(ctx, k.Digest); {
-		case fault.Is(err, fault.NoArtifact) && k.State == api.Yanked: // no node is sent there
+		case fault.Is(err, fault.NoArtifact) && k.State == api.Yanked: // no node is sent to a yanked artifact
 		case fault.Is(err, fault.NoArtifact):
 			found.Findings = append(found.Findings, finding{Digest: k.Digest, Difference: absent, Driver: k.Driver,
 				Note: "publish it again, or yank it"})
 		case err != nil:
 			return nil, err
-		default: // without a tag
+		default: // the artifact is there, without a tag
 			a, err := r.one(ctx, k.Digest)
 			if err != nil {
 				return nil, err
@@ -236,7 +236,7 @@ func compare(ctx context.Context, c *api.Client, r *reader, repository string) (
 	return found, nil
 }
 
-// compareArtifact compares what one artifact is with what the catalogue says of it.
+// compareArtifact compares an artifact of the registry with its record in the catalogue.
 func compareArtifact(a artifact, k api.Artifact, known bool, repository string) (f finding, same bool) {
 	f = finding{Digest: a.digest, Driver: a.identity.Driver}
 	if a.err != nil {
@@ -263,7 +263,7 @@ func compareArtifact(a artifact, k api.Artifact, known bool, repository string) 
 	return f, true
 }
 
-// contradictions are what the catalogue says of an artifact that it is not.
+// contradictions lists the facts in which the catalogue's record and the artifact differ.
 func contradictions(a artifact, k api.Artifact, repository string) (notes []string) {
 	if id := a.identity; k.Fingerprint != id.Fingerprint {
 		notes = append(
@@ -289,7 +289,7 @@ func contradictions(a artifact, k api.Artifact, repository string) (notes []stri
 	return notes
 }
 
-// without returns the kernels of all that are not among others.
+// without returns the kernels in all that are not in others.
 func without(all, others []target.Kernel) (rest []target.Kernel) {
 	have := map[string]bool{}
 	for _, k := range others {
@@ -310,11 +310,11 @@ func names(kernels []target.Kernel) string {
 	return kernels[0].String()
 }
 
-// maxCall is how many kernels the server takes for an artifact in one call.
+// maxCall is how many kernels the server accepts for an artifact in one call.
 const maxCall = 1000
 
-// apply records what can be recorded. What the server refuses stays a difference, and the
-// others are recorded all the same, unless it does not answer any more.
+// apply records what can be recorded. A record that the server refuses stays a difference, and apply goes on with the
+// next. It stops if the server does not answer any more.
 func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 	for i := range c.Findings {
 		f := &c.Findings[i]
@@ -338,7 +338,7 @@ func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 	return nil
 }
 
-// left is what remains to be done, as an error.
+// left returns the remaining differences as an error.
 func (c *comparison) left() error {
 	count := map[difference]int{}
 	rest := 0
@@ -365,7 +365,8 @@ func (c *comparison) left() error {
 	return nil
 }
 
-// printable keeps a registry from writing to a terminal what is no text: errors may quote it.
+// printable replaces everything but printable characters. Errors may quote text of a registry, which must not send
+// control sequences to a terminal.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsGraphic(r) {

@@ -22,7 +22,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// reindexed is a server, and a registry elsewhere whose artifacts it may lack.
+// reindexed is a server, and a registry elsewhere. The server's catalogue may lack artifacts of that registry.
 type reindexed struct {
 	dir, url, name string // the server's folder and address, and the repository
 	client         *api.Client
@@ -61,14 +61,14 @@ func (r *reindexed) add(t *testing.T, s testkit.Sample, d target.Driver, kernels
 	}
 }
 
-// args compare catalogue and registry.
+// args returns the command that compares catalogue and registry.
 func (r *reindexed) args() []string {
 	token := filepath.Join(r.dir, "token")
 	return []string{"reindex", "--server", r.url, "--repository", r.name, "--key", r.pem, "--token-file", token}
 }
 
-// TestReindex compares a catalogue with a registry elsewhere that has one artifact of each
-// kind, and some that somebody planted.
+// TestReindex compares a catalogue with a registry elsewhere. The registry has one artifact for each kind of
+// difference, and some planted ones.
 func TestReindex(t *testing.T) {
 	t.Parallel()
 	r := newReindexed(t)
@@ -85,7 +85,7 @@ func TestReindex(t *testing.T) {
 	same.Publish(t, repo)
 	add(same, driver, same.Kernel)
 
-	// Most statements carry labels; there are more than are read in one go.
+	// Most statements carry labels. There are more statements than one call reads.
 	lacking := sample("2", farm)
 	lacking.Publish(t, repo)
 	want := []target.Kernel{lacking.Kernel}
@@ -95,7 +95,7 @@ func TestReindex(t *testing.T) {
 		want = append(want, k)
 		attach(t, repo, lacking, farm, k, nil)
 	}
-	// A stranger attests it for another kernel, and labels farm's own statement as one for a third.
+	// A stranger attests the artifact for another kernel, and labels the farm's own statement as one for a third kernel.
 	attach(t, repo, lacking, stranger, testkit.SampleKernel("90"), nil)
 	attach(t, repo, lacking, farm, lacking.Kernel, map[string]string{trust.LabelKernel: "17800.0.91/lakitu"})
 
@@ -124,7 +124,7 @@ func TestReindex(t *testing.T) {
 
 	foreign := sample("8", stranger)
 	foreign.Publish(t, repo)
-	// Statements of another artifact prove nothing.
+	// Statements about another artifact prove nothing.
 	replayed := sample("9", stranger)
 	replayed.Bundles = same.Bundles
 	replayed.Publish(t, repo)
@@ -178,7 +178,7 @@ func TestReindex(t *testing.T) {
 		}
 	}
 
-	// What nobody trusted signed is not recorded, whoever asks for it.
+	// An artifact without a trusted signature is not recorded, whoever asks.
 	all = read(fault.Unverified.ExitCode(), "--apply")
 	for digest := range wantStates {
 		if applied := digest == lacking.Digest || digest == more.Digest; all[digest].Applied != applied {
@@ -226,7 +226,7 @@ func TestReindex(t *testing.T) {
 	}
 }
 
-// TestReindexEmptyDatabase loses the databases and has no backup: the registry is all that is left.
+// TestReindexEmptyDatabase loses the databases and has no backup. Only the registry is left.
 func TestReindexEmptyDatabase(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -293,7 +293,8 @@ func TestReindexEmptyDatabase(t *testing.T) {
 	}
 }
 
-// attach has a key say that a sample fits a kernel; labels are added to those that builders write.
+// attach signs a kernel match of a sample with a key, and attaches it. labels are added to the labels that builders
+// write.
 func attach(t *testing.T, repo *registry.Repository, s testkit.Sample, key *testkit.Key, k target.Kernel,
 	labels map[string]string) {
 	t.Helper()

@@ -25,8 +25,7 @@ func oneArg(cmd *ucli.Command, what, hint string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// about makes a command about one thing, which its only argument names: it prints
-// what the server answers.
+// about makes a command whose only argument names a thing. The command prints the server's answer about it.
 func about[T any](name, usage, what, hint string, flags []ucli.Flag,
 	call func(context.Context, *api.Client, string) (T, error), show func(io.Writer, T) error) *ucli.Command {
 	return &ucli.Command{
@@ -49,8 +48,7 @@ func about[T any](name, usage, what, hint string, flags []ucli.Flag,
 	}
 }
 
-// act makes a command that does something to one thing, which its only argument
-// names, and prints nothing.
+// act makes a command whose only argument names a thing. The command changes that thing and prints nothing.
 func act(name, usage, what, hint string, call func(context.Context, *api.Client, string) error) *ucli.Command {
 	return &ucli.Command{
 		Name: name, Usage: usage, ArgsUsage: what, Flags: writeFlags(),
@@ -183,7 +181,7 @@ func putWishListCommand() *ucli.Command {
 			if err != nil {
 				return fault.Wrap(fault.Usage, fmt.Errorf("read wish list: %w", err), "")
 			}
-			if _, err := plan.Parse(file, text); err != nil { // with the name that the reader knows it by
+			if _, err := plan.Parse(file, text); err != nil { // errors show the file name that the reader gave
 				return err
 			}
 			c, err := client(cmd)

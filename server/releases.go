@@ -12,9 +12,9 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// releases is what happened to the newest COS builds.
+// releases summarizes the newest COS builds.
 type releases struct {
-	// Times are of the cells that became ready within so many days.
+	// Times covers the cells that became ready within so many days.
 	Days     int                  `json:"days"`
 	Times    api.ReadyDuration    `json:"times"`
 	Releases []api.ReleaseSummary `json:"releases"`
@@ -63,7 +63,7 @@ func between(least, most int) func(int) error {
 
 func readReleases(ctx context.Context, c *api.Client, milestone, limit, days int) (out releases, err error) {
 	out.Days = days
-	// A COS build has a kernel for each board.
+	// Two kernels for each COS build are read, because a COS build has a kernel for each board.
 	out.Releases, _, err = first(c.EachRelease(ctx, api.Filter{Milestone: milestone, Page: 2 * limit}), limit,
 		func(r api.ReleaseSummary) string { return r.BuildID })
 	if err == nil {

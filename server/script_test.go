@@ -20,13 +20,13 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"server": main})
 }
 
-// TestScript drives the commands as people and pipelines do, each script with a server of
-// its own that PREBAKE_SERVER and PREBAKE_TOKEN name. Beside it stand:
+// TestScript runs the commands as people and pipelines do. Each script has a server of its own, which PREBAKE_SERVER
+// and PREBAKE_TOKEN name. Scripts have these commands besides the usual ones:
 //
-//	reports ID JSON      what a builder reports of a build
-//	publishes ID DIGEST  a builder's last report; the variable DIGEST is set
-//	discovered N         waits until the server knows so many drivers: its mirror has two
-//	narrow               stdout is no wider than a terminal
+//	reports ID JSON      sends a builder's report of a build
+//	publishes ID DIGEST  sends a builder's last report; the variable DIGEST is set
+//	discovered N         waits until the server knows N drivers: its mirror has two
+//	narrow               checks that stdout is no wider than a terminal
 //	exits STATUS PROGRAM…
 func TestScript(t *testing.T) {
 	t.Parallel()

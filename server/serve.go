@@ -35,7 +35,7 @@ import (
 	"github.com/prebake/prebake/server/internal/web"
 )
 
-// settings are the flags of serve, resolved.
+// settings are the values of serve's flags.
 type settings struct {
 	Listen, Data, Database, Queue, KernelMirror, DriverMirror, GKEMap, PublicRepository string
 	Token, TokenFile                                                                    string
@@ -47,7 +47,7 @@ type settings struct {
 	DiscoverEvery, Grace                                                                time.Duration
 }
 
-// dataPaths fills in where the server keeps what.
+// dataPaths sets the defaults of the data folder and of the two databases.
 func (s *settings) dataPaths() error {
 	if s.Data == "" {
 		dir, err := stateDir()
@@ -66,15 +66,15 @@ func (s *settings) dataPaths() error {
 	if s.Queue == "" {
 		s.Queue = s.Database
 		if strings.HasPrefix(s.Database, "sqlite://") {
-			// A file of its own: builders write to it all the time, and the
-			// catalogue need not wait for them.
+			// The queue has a file of its own, because builders write to it all the time and the catalogue must not wait for
+			// them.
 			s.Queue = "sqlite://" + filepath.Join(s.Data, "queue.db")
 		}
 	}
 	return nil
 }
 
-// complete fills in what depends on other settings, and checks them.
+// complete sets the defaults that depend on other settings, and checks all settings.
 func (s *settings) complete() error {
 	if err := s.dataPaths(); err != nil {
 		return err
@@ -116,8 +116,7 @@ func stateDir() (string, error) {
 	return filepath.Join(home, ".local/state/prebake"), nil
 }
 
-// serve opens the parts from the bottom up, runs them, and closes them in the
-// opposite order.
+// serve opens the parts one after the other, runs them, and closes them in the opposite order.
 func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	closing := func(what string, f func() error) {
 		if cerr := f(); cerr != nil {
@@ -125,9 +124,8 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		}
 	}
 	if os.Getenv("GOGC") == "" {
-		// What is stored of a large catalogue makes up most of the heap, and lives
-		// long: the usual 100 would let as much garbage gather beside it, and with
-		// 50 two of 100 calls fall into a collection.
+		// The facts of a large catalogue are most of the heap, and they live long. GOGC's default of 100 would let as much
+		// garbage gather. With 50, two of 100 calls ran during a collection.
 		debug.SetGCPercent(75)
 	}
 	if err := os.MkdirAll(s.Data, 0o750); err != nil {
@@ -234,7 +232,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		Auth:     who, Access: db, BuildsPerHour: s.BuildsPerHour, CallsPerMinute: s.CallsPerMinute,
 		Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes, Snapshot: list,
 	})
-	// A program that waits for the file to appear must not read half of it.
+	// The file is written and renamed: a program that waits for it must not read half of it.
 	addressFile := filepath.Join(s.Data, "address")
 	scheme := "http"
 	if secure != nil {
@@ -280,7 +278,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	group.Go(func() error { return collect(running, registry, log) })
 	group.Go(func() error {
 		<-running.Done()
-		// Two steps: no new requests, then, after the grace, no old ones.
+		// The shutdown has two steps: the server accepts no new requests, and after the grace it drops the old ones.
 		log.Info("server stopping", "grace", s.Grace)
 		patience, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.Grace)
 		defer cancel()
@@ -294,7 +292,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	return group.Wait()
 }
 
-// sources are where discovery looks.
+// sources returns the places that discovery reads.
 func (s settings) sources() (all []discover.Source) {
 	if s.KernelMirror != "" {
 		all = append(all, discover.Kernels{URL: s.KernelMirror})
@@ -302,18 +300,18 @@ func (s settings) sources() (all []discover.Source) {
 	if s.DriverMirror != "" {
 		all = append(all, discover.Drivers{URL: s.DriverMirror})
 	}
-	if s.GKEMap != "" { // last, since it may ask for thousands of builds
+	if s.GKEMap != "" { // last, because it may ask for thousands of builds
 		all = append(all, &discover.GKE{Map: s.GKEMap, URL: s.KernelMirror})
 	}
 	return all
 }
 
-// fallbackTag is the tag under which clients that know no referrers API keep a
-// list of them; it must move.
+// fallbackTag matches the tag under which clients without the referrers API keep the list of referrers. Such a tag
+// must be able to move.
 var fallbackTag = regexp.MustCompile(`^sha256-[0-9a-f]{64}`)
 
-// createOnly protects the tags of chosen repositories: what a tag named once, it
-// names for ever.
+// createOnly reports whether a tag is protected: once created, it names the same digest for ever. The operator
+// chooses the repositories.
 func (s settings) createOnly(repo, tag string) bool {
 	chosen := slices.ContainsFunc(s.CreateOnly, func(pattern string) bool {
 		ok, err := path.Match(pattern, repo)
@@ -322,10 +320,10 @@ func (s settings) createOnly(repo, tag string) bool {
 	return chosen && !fallbackTag.MatchString(tag)
 }
 
-// collectEvery is the pause between two collections of what nobody names.
+// collectEvery is the pause between two runs that delete unreferenced content.
 const collectEvery = 6 * time.Hour
 
-// collect keeps the registry's disk clean until ctx is done.
+// collect deletes unreferenced content of the registry at intervals, until ctx is done.
 func collect(ctx context.Context, r *ocistore.Store, log *slog.Logger) error {
 	tick := time.NewTicker(collectEvery)
 	defer tick.Stop()
@@ -350,7 +348,7 @@ func collect(ctx context.Context, r *ocistore.Store, log *slog.Logger) error {
 // auditRetention is how long the audit log is kept.
 const auditRetention = 400 * 24 * time.Hour
 
-// trimAudit removes once a day what is too old from the audit log, until ctx is done.
+// trimAudit deletes entries that are too old from the audit log once a day, until ctx is done.
 func trimAudit(ctx context.Context, db *store.Store, log *slog.Logger) error {
 	tick := time.NewTicker(24 * time.Hour)
 	defer tick.Stop()

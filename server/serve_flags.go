@@ -112,15 +112,15 @@ func databaseFlag(name, usage string) *ucli.StringFlag {
 				return nil
 			}
 		}
-		if s == "" { // as an empty variable is
+		if s == "" { // an empty environment variable
 			return nil
 		}
-		return fmt.Errorf("%s: want sqlite:///PATH or postgres://…", name) // not what it is: it may have a password
+		return fmt.Errorf("%s: want sqlite:///PATH or postgres://…", name) // without the value, which may contain a password
 	}
 	return f
 }
 
-// defaultsTo says in help what stands in for a flag that is not given.
+// defaultsTo sets the text that help shows as the default of a flag.
 func defaultsTo(f *ucli.StringFlag, text string) *ucli.StringFlag {
 	f.DefaultText = text
 	return f

@@ -10,13 +10,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// snapshotFile matches the files that builder snapshot writes, and none beside them.
+// snapshotFile matches the files that builder snapshot writes, and no other file.
 var snapshotFile = regexp.MustCompile(
 	`^(timestamp\.json|[1-9][0-9]*\.(root|targets|snapshot)\.json|targets/[0-9a-f]{64}\.catalogue\.json\.zst)$`,
 )
 
-// snapshotFiles serves the folder of a snapshot, which may be written while it is served. It
-// verifies nothing: nodes do.
+// snapshotFiles serves the folder of a snapshot. The builder may write to the folder meanwhile. The server verifies
+// nothing, because nodes verify.
 func snapshotFiles(dir string) (http.Handler, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {

@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// A node takes its list from the server, and nobody takes anything else out of the folder.
+// TestSnapshots shows that a node gets its list from the server, and that the server gives out no other file of the
+// folder.
 func TestSnapshots(t *testing.T) {
 	t.Parallel()
 	now := time.Now()

@@ -11,14 +11,14 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// columns is how wide a table may be: a terminal of old.
+// columns is the greatest width of a table: that of the usual terminal.
 const columns = 80
 
-// narrow is how many columns the last one of a table has at least, where it needs them.
+// narrow is the smallest width of the last column of a table, unless its texts are shorter.
 const narrow = 12
 
-// printTable aligns rows under a head. The last column takes what is left and is cut to
-// fit. All before it are short by nature; where they are not, the widest gives way.
+// printTable aligns rows under a head. The last column takes the remaining width and is cut to fit. The other columns
+// are usually short. If they are not, the widest is cut until the last column has its least width.
 func printTable(w io.Writer, head []string, rows [][]string, none string) error {
 	if len(rows) == 0 {
 		_, err := fmt.Fprintln(w, none)
@@ -63,7 +63,7 @@ func printTable(w io.Writer, head []string, rows [][]string, none string) error 
 	return nil
 }
 
-// cut shortens a text to n letters, on one line.
+// cut shortens a text to one line of n characters.
 func cut(text string, n int) string {
 	text, _, _ = strings.Cut(text, "\n")
 	if utf8.RuneCountInString(text) <= n {
@@ -72,7 +72,7 @@ func cut(text string, n int) string {
 	return string([]rune(text)[:max(n-3, 0)]) + "..."
 }
 
-// printFields writes name and value pairs, leaving out what is empty.
+// printFields writes pairs of name and value, and leaves out empty values.
 func printFields(w io.Writer, fields [][2]string) error {
 	for _, f := range fields {
 		if f[1] == "" {
@@ -92,7 +92,7 @@ func milestone(k api.Kernel) string {
 	return strconv.Itoa(k.Milestone)
 }
 
-// printGKE writes kernels for who asks by a version of GKE.
+// printGKE prints kernels for a reader who asked by GKE version.
 func printGKE(w io.Writer, all []api.Kernel) error {
 	var rows [][]string
 	for _, k := range all {

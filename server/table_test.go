@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// A table fits a terminal, whatever is in it, and its last column is never squeezed out.
+// TestTableFits shows that every table fits a terminal, and that the last column is always there.
 func TestTableFits(t *testing.T) {
 	t.Parallel()
 	long := strings.Repeat("lakitu-", 12)

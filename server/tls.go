@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// certificate is what the server shows in TLS. It is read again when its file
-// changed, so that who renews it, such as cert-manager, need not restart anything.
+// certificate is the server's TLS certificate. It is read again after its file changed, so a renewal, such as by
+// cert-manager, needs no restart.
 type certificate struct {
 	certFile, keyFile string
 	log               *slog.Logger
@@ -23,10 +23,10 @@ type certificate struct {
 	loaded  *tls.Certificate
 }
 
-// reloadInterval is the least the time between two checks of the file.
+// reloadInterval is the shortest time between two checks of the file.
 const reloadInterval = time.Second
 
-// openCertificate reads a pair of files in PEM.
+// openCertificate reads the certificate and its key from PEM files.
 func openCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, error) {
 	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
 	if err := c.read(); err != nil {
@@ -55,8 +55,8 @@ func (c *certificate) read() error {
 	return nil
 }
 
-// get is for crypto/tls. A pair that cannot be read, such as one of which only half
-// is written yet, leaves the one before in use.
+// get is the callback of crypto/tls. If the pair cannot be read, for example because only half of it is written, the
+// previous pair stays in use.
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

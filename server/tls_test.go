@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// writePair writes a certificate for 127.0.0.1 that signs itself, and its key.
+// writePair writes a self-signed certificate for 127.0.0.1, and its key.
 func writePair(t *testing.T, certFile, keyFile, name string) *x509.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -49,8 +49,8 @@ func writePair(t *testing.T, certFile, keyFile, name string) *x509.Certificate {
 	return cert
 }
 
-// The server speaks TLS, and shows a certificate that was renewed without a
-// restart; a pair of which only half is written leaves the old one in use.
+// TestTLS shows that the server speaks TLS and takes a renewed certificate without a restart. If only half of a new
+// pair is written, the old pair stays in use.
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -75,7 +75,7 @@ func TestTLS(t *testing.T) {
 	if got := shown(first); got != "first" {
 		t.Fatalf("the server shows %s; want first", got)
 	}
-	later := time.Now().Add(time.Minute) // the clock of files is coarse
+	later := time.Now().Add(time.Minute) // file times have a coarse resolution
 	if err := errors.Join(os.WriteFile(certFile, []byte("half"), 0o600), os.Chtimes(certFile, later, later)); err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +93,7 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// An operator makes a token, uses it, sees it listed, and revokes it.
+// TestTokens makes a token, uses it, finds it in the list, and revokes it.
 func TestTokens(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// loadToken returns the token from the flag, the file, or DATA/token, which is
-// made with a random one at the first start. The value is never logged.
+// loadToken returns the token of the flag, of the file, or of DATA/token. The first start makes DATA/token with a
+// random value. The value is never logged.
 func loadToken(s settings, log *slog.Logger) (string, error) {
 	if s.Token != "" {
 		return s.Token, checkToken(s.Token, "--token")

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// clock writes a time in the reader's own zone, with its day unless that is near.
+// clock formats a time in the local zone. A time more than 12 hours away has its date.
 func clock(t time.Time) string {
 	if time.Until(t) > 12*time.Hour {
 		return t.Local().Format("2006-01-02 15:04")
@@ -24,7 +24,8 @@ func clock(t time.Time) string {
 	return t.Local().Format("15:04")
 }
 
-// How often a waiting cell's place is asked for, and a server that is away again.
+// positionInterval is the pause between two questions for a build's place in the queue. againAfter is the pause
+// before the next attempt to reach a server that does not answer.
 const (
 	positionInterval = 10 * time.Second
 	againAfter       = time.Second
@@ -40,7 +41,7 @@ type progress struct {
 
 func (p progress) ended() bool { return p.State != api.Queued && p.State != api.Building }
 
-// text is what is told to people; two progresses with the same one are the same to them.
+// text returns the message for a person. Two states with the same text look the same, so the second is not printed.
 func (p progress) text() string {
 	parts := []string{strings.TrimSpace(string(p.State) + " " + p.Phase)}
 	if p.ended() {
@@ -58,8 +59,8 @@ func (p progress) text() string {
 	return strings.Join(parts, ", ")
 }
 
-// follow calls say with each change of a build that people would notice, until it is over.
-// A server that is away for a while is waited for as well; away is called once for that.
+// follow calls say for each change of a build that a person would notice, until the build ends. If the server does
+// not answer, follow waits for it and calls away once.
 func follow(
 	ctx context.Context, c *api.Client, b api.Build, away func(error), say func(progress) error,
 ) (api.Build, error) {
@@ -117,8 +118,8 @@ func follow(
 	}
 }
 
-// queuePosition adds the queue position of an open build. It is nice to know, and no more: where it cannot be
-// told, what was known stays, and watching reports the error.
+// queuePosition adds the place in the queue to an open build. The place is only a convenience. If the server does not
+// tell it, the last known value stays, and the watch reports the error.
 func queuePosition(ctx context.Context, c *api.Client, now progress) progress {
 	if now.State != api.Queued {
 		now.Position = 0
@@ -134,14 +135,14 @@ func queuePosition(ctx context.Context, c *api.Client, now progress) progress {
 	}
 	was := now.ETA
 	now.Position, now.ETA = r.Position, r.ETA
-	// An estimate that hardly moves is the same.
+	// A change of less than a minute does not count, so that it causes no new line.
 	if was != nil && now.ETA != nil && now.ETA.Sub(*was).Abs() < time.Minute {
 		now.ETA = was
 	}
 	return now
 }
 
-// wait follows a build with a line for each change.
+// wait follows a build and prints a line for each change.
 func wait(ctx context.Context, c *api.Client, b api.Build, w io.Writer) (api.Build, error) {
 	return follow(ctx, c, b, reportUnreachable(w), func(p progress) error {
 		fmt.Fprintf(w, "build %d: %s\n", p.ID, p.text())
@@ -190,7 +191,7 @@ Example:
 	}
 }
 
-// watched finds the build that a command is to watch.
+// watched finds the build that the command names.
 func watched(ctx context.Context, c *api.Client, cmd *ucli.Command) (api.Build, error) {
 	asked := cellOf(cmd)
 	switch {
@@ -210,8 +211,8 @@ func watched(ctx context.Context, c *api.Client, cmd *ucli.Command) (api.Build, 
 		return api.Build{}, err
 	}
 	if r.Build == nil || r.State.Withdrawn() {
-		// What was published elsewhere has no build here, and what was withdrawn since a good
-		// one.
+		// An artifact that was published elsewhere has no build here. An artifact that was withdrawn may have a build that
+		// succeeded.
 		if err := cellError(asked, r); err != nil {
 			return api.Build{}, err
 		}

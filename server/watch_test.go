@@ -35,8 +35,8 @@ func TestProgressText(t *testing.T) {
 	}
 }
 
-// A server that goes away in the middle is waited for; what happened meanwhile is told
-// after it, and the trouble once.
+// TestFollowWaitsForTheServer stops a server in the middle. The client waits for it, reports the trouble once, and
+// then reports what happened meanwhile.
 func TestFollowWaitsForTheServer(t *testing.T) {
 	t.Parallel()
 	server, _, _ := start(t, t.TempDir(), "--token", scriptToken)

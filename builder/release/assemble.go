@@ -3,9 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"debug/buildinfo"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,24 +13,26 @@ import (
 	"slices"
 	"strings"
 
+	ocidigest "github.com/opencontainers/go-digest"
+
 	"github.com/prebake/prebake/builder/internal/sbom"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The files of a release that have a meaning of their own.
+// These constants are names of files of a release that the program itself reads.
 const (
 	sumsFile       = "SHA256SUMS"
 	provenanceFile = "provenance.json"
-	// signatureDir is what differs between two releases of the same commit.
+	// signatureDir is the only folder that differs between two releases of the same commit.
 	signatureDir  = "signatures"
 	signatureFile = signatureDir + "/provenance.sigstore.json"
 )
 
-// imageHost is where the manifests have the images from, before an overlay names another place.
+// imageHost is the registry from which the manifests pull the images, unless an overlay names another one.
 const imageHost = "ghcr.io/prebake/"
 
-// assemble makes the release in a folder beside out, and puts it there when it is whole.
+// assemble makes the release in a temporary folder beside out, and renames it to out when it is complete.
 func assemble(ctx context.Context, c config, out string) (err error) {
 	if out, err = filepath.Abs(out); err != nil {
 		return err
@@ -46,7 +46,7 @@ func assemble(ctx context.Context, c config, out string) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
 	dir := filepath.Join(work, "release")
-	// Others read what is released; MkdirTemp's folder is for its owner only.
+	// Other users read the release. A folder of MkdirTemp is readable by its owner only.
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
@@ -86,7 +86,7 @@ func assemble(ctx context.Context, c config, out string) (err error) {
 	return nil
 }
 
-// removable refuses to replace a folder that is no release.
+// removable returns an error if out has content that is not a release. assemble would delete that content.
 func removable(out string) error {
 	entries, err := os.ReadDir(out)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
@@ -125,7 +125,7 @@ func (c *config) writeTexts(dir string) error {
 
 var imageName = regexp.MustCompile(regexp.QuoteMeta(imageHost) + `([a-z0-9-]+):latest`)
 
-// writeManifests copies the manifests, and has each image in them by its digest.
+// writeManifests copies the manifests and replaces the tag of each image by the image's digest.
 func (c *config) writeManifests(ctx context.Context, dir string, made []madeImage) error {
 	digests, used := map[string]string{}, map[string]bool{}
 	for _, m := range made {
@@ -171,7 +171,7 @@ func (c *config) writeManifests(ctx context.Context, dir string, made []madeImag
 	return os.WriteFile(filepath.Join(dir, "images", "digests.txt"), text.Bytes(), 0o644)
 }
 
-// writeContents writes an SPDX document for each program and each architecture's image.
+// writeContents writes one SPDX document for each program and for each architecture of each image.
 func (c *config) writeContents(dir string, made []madeImage, packages []debPackage) error {
 	to := filepath.Join(dir, "contents")
 	if err := os.Mkdir(to, 0o755); err != nil {
@@ -240,7 +240,7 @@ func goModules(file string) ([]sbom.Part, error) {
 		if m.Replace != nil {
 			m = m.Replace
 		}
-		// Purl's specification has "+" of a version as %2B.
+		// The purl specification encodes the "+" of a version as %2B.
 		purl := "pkg:golang/" + m.Path + "@" + strings.ReplaceAll(m.Version, "+", "%2B")
 		all = append(all, sbom.Part{Name: m.Path, Version: m.Version, PURL: purl})
 	}
@@ -251,7 +251,7 @@ func (p debPackage) part(arch string) sbom.Part {
 	return sbom.Part{Name: p.name, Version: p.version, Digest: "sha256:" + p.sum, PURL: p.purl(arch)}
 }
 
-// purl is the package's name as https://github.com/package-url/purl-spec has it for Debian.
+// purl returns the package's name as a purl of type deb: https://github.com/package-url/purl-spec.
 func (p debPackage) purl(arch string) string {
 	if p.arch == "all" {
 		arch = "all"
@@ -261,7 +261,7 @@ func (p debPackage) purl(arch string) string {
 	return "pkg:deb/debian/" + name + "?arch=" + arch + "&distro=debian-12"
 }
 
-// signAll writes checksums, provenance and its signature.
+// signAll writes the checksums, the provenance and the signature of the provenance.
 func (c *config) signAll(ctx context.Context, dir, work string, made []madeImage, packages []debPackage) error {
 	names, err := regularFiles(dir)
 	if err != nil {
@@ -275,7 +275,7 @@ func (c *config) signAll(ctx context.Context, dir, work string, made []madeImage
 			return err
 		}
 		fmt.Fprintf(&text, "%s  %s\n", sum, name)
-		// What is run is named by itself; the checksums stand for everything else.
+		// The provenance names each program and each image. The digest of the checksums file covers all other files.
 		if strings.HasPrefix(name, "linux-") || strings.HasPrefix(name, "images/") {
 			facts.Files = append(facts.Files, sign.Material{Name: name, Digest: "sha256:" + sum})
 		}
@@ -308,12 +308,11 @@ func (c *config) signAll(ctx context.Context, dir, work string, made []madeImage
 }
 
 func digestOf(text []byte) string {
-	sum := sha256.Sum256(text)
-	return "sha256:" + hex.EncodeToString(sum[:])
+	return ocidigest.FromBytes(text).String()
 }
 
-// sign writes the signature and the public half of the key. Without a key it makes one that
-// nobody keeps, and that whoever has the folder from elsewhere must not trust.
+// sign writes the signature and the public key. Without -key it makes a key and deletes it afterwards. Nobody who got
+// the folder from elsewhere must trust such a key.
 func (c *config) sign(ctx context.Context, dir, work string, statement sign.Statement) error {
 	key, name := c.key, "release.pub"
 	if key == "" {
@@ -342,7 +341,7 @@ func (c *config) sign(ctx context.Context, dir, work string, statement sign.Stat
 	)
 }
 
-// regularFiles returns the files below a folder by name, without those of signatures.
+// regularFiles returns the sorted names of the files below a folder, without the folder of signatures.
 func regularFiles(dir string) (names []string, err error) {
 	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {

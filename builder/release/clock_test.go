@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// What makes a release asks for no time, no host name and no random number; of the three only the
-// key that is thrown away needs one, and sign makes that.
+// TestAsksNoClock checks that the code that makes a release uses no clock, no host name and no random number. Only a
+// throw-away key needs a random number, and package sign makes that key.
 func TestAsksNoClock(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob("*.go")

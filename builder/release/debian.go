@@ -23,18 +23,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// debPackage is one Debian package, as packages.lock lists it and as its own control file says.
+// debPackage is one Debian package. Its fields come from packages.lock and from the package's own control file.
 type debPackage struct {
 	arch, sum string
 	size      int64
-	path      string // below an archive's base URL
+	path      string // relative to an archive's base URL
 
-	file          string // where it lies, once it is there
+	file          string // path in the cache, after the download
 	control       []byte
 	name, version string
 }
 
-// Bounds of a package list and of one package.
+// These constants limit the number of packages in a list, and the size of one package in bytes.
 const (
 	maxPackages    = 2000
 	maxPackageSize = 256 << 20
@@ -45,7 +45,7 @@ var (
 	poolPattern = regexp.MustCompile(`^pool/[A-Za-z0-9+._~/%-]+\.deb$`)
 )
 
-// readLock reads a list of packages.
+// readLock reads a list of packages such as packages.lock.
 func readLock(file string) ([]debPackage, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -73,12 +73,12 @@ func readLock(file string) ([]debPackage, error) {
 	return all, scan.Err()
 }
 
-// ofArch returns the packages for one architecture.
+// ofArch returns the packages for one architecture, together with those for all architectures.
 func ofArch(all []debPackage, arch string) []debPackage {
 	return slices.DeleteFunc(slices.Clone(all), func(p debPackage) bool { return p.arch != arch && p.arch != "all" })
 }
 
-// aptArchives returns the base URLs of Debian's archives in this machine's apt sources.
+// aptArchives returns the base URLs of Debian's archives that this machine's apt is configured with.
 func aptArchives(ctx context.Context) ([]string, error) {
 	out, err := output(ctx, "", nil, "apt-get", "indextargets", "--format", "$(REPO_URI)",
 		"Created-By: Packages", "Origin: Debian", "Component: main")
@@ -94,7 +94,7 @@ func aptArchives(ctx context.Context) ([]string, error) {
 	return all, nil
 }
 
-// fetch makes sure that every package is in the cache, and reads its control file.
+// fetch puts every package into the cache, compares its checksum, and reads its control file.
 func (c *config) fetch(ctx context.Context, all []debPackage) error {
 	if err := os.MkdirAll(c.cache, 0o755); err != nil {
 		return err
@@ -137,7 +137,8 @@ func (c *config) fetch(ctx context.Context, all []debPackage) error {
 	return nil
 }
 
-// download asks one archive for packages, by apt's own client, and returns which are still missing.
+// download fetches packages from one archive with apt's own client. download returns the packages that are still
+// missing.
 func download(ctx context.Context, base string, all []debPackage, missing []int) (still []int, err error) {
 	for batch := range slices.Chunk(missing, 32) {
 		args := []string{"-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3", "download-file"}
@@ -153,7 +154,8 @@ func download(ctx context.Context, base string, all []debPackage, missing []int)
 			args = append(args, url, all[i].file+".part", "SHA256:"+all[i].sum)
 		}
 		if len(args) > 5 {
-			// It fails if one is missing; what there is then decides.
+			// apt-helper fails if one package is missing. The files that exist afterwards decide which ones are
+			// missing.
 			_, _ = output(ctx, "", nil, "/usr/lib/apt/apt-helper", args...)
 			if ctx.Err() != nil {
 				return nil, context.Cause(ctx)
@@ -188,7 +190,7 @@ func copyFile(from, to string) error {
 	return errors.Join(err, out.Close())
 }
 
-// holds says whether a file has this SHA-256.
+// holds returns an error if a file does not have this SHA-256.
 func holds(file, sum string) error {
 	got, _, err := fileSum(file)
 	if err == nil && got != sum {
@@ -234,20 +236,19 @@ func (p *debPackage) readControl(ctx context.Context) (err error) {
 	return nil
 }
 
-// rootFS writes a root file system of Debian packages as a tar. No maintainer script runs, so
-// that another architecture's packages are no different; what the scripts of these packages
-// would have done is done by [rootFS.finish].
+// rootFS writes a root file system of Debian packages as a tar. No maintainer script runs, so that packages of another
+// architecture can be unpacked in the same way. [rootFS.finish] writes what the scripts of these packages would write.
 type rootFS struct {
 	tw *tar.Writer
-	// seen are the names that were written, and whether each is a folder.
+	// seen has an entry for each written name. The value is true for a folder.
 	seen map[string]bool
-	// certificates and masters are files that finish makes others of.
+	// certificates and masters are the files from which finish makes other files.
 	certificates map[string][]byte
 	masters      map[string][]byte
 	status       bytes.Buffer
 }
 
-// writeRoot writes the file system of these packages. Equal packages give equal bytes.
+// writeRoot writes the root file system of these packages. The same packages give the same bytes.
 func writeRoot(ctx context.Context, w io.Writer, arch string, all []debPackage) error {
 	r := &rootFS{
 		tw: tar.NewWriter(w), seen: map[string]bool{},
@@ -266,7 +267,7 @@ func writeRoot(ctx context.Context, w io.Writer, arch string, all []debPackage) 
 	return errors.Join(r.finish(), r.tw.Close())
 }
 
-// merged are top folders that are below usr since Debian 12; debootstrap makes the links.
+// merged lists the top-level folders that are links into usr since Debian 12. debootstrap makes these links.
 var merged = map[string][]string{
 	"amd64": {"bin", "lib", "lib64", "sbin"},
 	"arm64": {"bin", "lib", "sbin"},
@@ -311,7 +312,7 @@ func (r *rootFS) file(name string, text []byte, mode int64) error {
 	return err
 }
 
-// place is where a package's file goes: below usr, where its folder moved there.
+// place returns the path for a package's file. A file of a folder that became a link goes below usr.
 func place(name string) string {
 	name = strings.TrimPrefix(path.Clean("/"+name), "/")
 	top, rest, _ := strings.Cut(name, "/")
@@ -322,7 +323,7 @@ func place(name string) string {
 	return name
 }
 
-// leftOut reports what nobody reads in a container. Licences stay.
+// leftOut reports whether a file is documentation that nobody reads in a container. Licences are kept.
 func leftOut(name string) bool {
 	if rest, ok := strings.CutPrefix(name, "usr/share/doc/"); ok {
 		return strings.Contains(rest, "/") && path.Base(rest) != "copyright"
@@ -349,7 +350,7 @@ func (r *rootFS) unpack(ctx context.Context, p debPackage) (err error) {
 	}
 	err = r.copyAll(tar.NewReader(pipe))
 	if err == nil {
-		_, err = io.Copy(io.Discard, pipe) // what pads the archive
+		_, err = io.Copy(io.Discard, pipe) // the padding at the end of the archive
 	}
 	if err != nil {
 		err = errors.Join(err, cmd.Process.Kill())
@@ -384,7 +385,8 @@ func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
 	case there:
 		return errors.New("another package has this file")
 	}
-	// No more of the header than this: neither extended attributes nor who may become root.
+	// The new header takes these fields only. Without extended attributes (capabilities) and without the setuid and
+	// setgid bits, no file can make its user root.
 	h = &tar.Header{
 		Typeflag: h.Typeflag, Name: name, Linkname: h.Linkname, Size: h.Size, Mode: h.Mode & 0o1777,
 		Uid: h.Uid, Gid: h.Gid, ModTime: h.ModTime,

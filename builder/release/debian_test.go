@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// entries lists a tar: mode and content of files, targets of links.
+// entries returns the entries of a tar by name: mode and content of a file, or the target of a link.
 func entries(t *testing.T, text []byte) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -83,7 +83,7 @@ func TestRoot(t *testing.T) {
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("root file system (-want +got):\n%s", diff)
 	}
-	// Debian's own tool reads the list.
+	// dpkg-query, Debian's own tool, must be able to read the package list.
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "status"), []byte(status), 0o600); err != nil {
 		t.Fatal(err)
@@ -115,13 +115,13 @@ func TestRootRefuses(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "usr/bin/tool") {
 		t.Errorf("writeRoot of two packages with the same file = %v; want an error that names it", err)
 	}
-	// The list says for which architecture a package is, and so does the package.
+	// The lock file and the package itself must name the same architecture.
 	other := slices.Clone(packages)
 	other[0].arch = "arm64"
 	if err := c.fetch(t.Context(), other); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("fetch of a package for all as one for arm64 = %v; want %v", err, fault.Mismatch)
 	}
-	// An archive that has other bytes is as good as none.
+	// An archive whose file has other bytes counts as an archive without the file.
 	c.cache = t.TempDir()
 	if err := os.WriteFile(filepath.Join(c.archives[0], packages[0].path), []byte("other"), 0o600); err != nil {
 		t.Fatal(err)
@@ -134,7 +134,7 @@ func TestRootRefuses(t *testing.T) {
 	}
 }
 
-// No file of an image makes its user root, or has capabilities.
+// TestRootTakesNoRights checks that no file in the root file system makes its user root or has capabilities.
 func TestRootTakesNoRights(t *testing.T) {
 	t.Parallel()
 	var in, out bytes.Buffer
@@ -176,7 +176,8 @@ func TestReadLockRefuses(t *testing.T) {
 	}
 }
 
-// The list is what packages.sh writes, and has what the Dockerfile installs, for both architectures.
+// TestLock checks that packages.lock has the form that packages.sh writes. The list must have all packages that the
+// Dockerfile installs, for both architectures.
 func TestLock(t *testing.T) {
 	t.Parallel()
 	all, err := readLock("packages.lock")

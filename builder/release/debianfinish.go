@@ -15,7 +15,8 @@ const (
 	masterDir       = "usr/share/base-passwd"
 )
 
-// keeper returns where a file's content is kept for [rootFS.finish], nil for nowhere.
+// keeper returns the map that keeps a file's content for [rootFS.finish]. keeper returns nil if finish does not need
+// the file.
 func (r *rootFS) keeper(name string) map[string][]byte {
 	switch path.Dir(name) {
 	case certificateDir:
@@ -26,8 +27,7 @@ func (r *rootFS) keeper(name string) map[string][]byte {
 	return nil
 }
 
-// alternatives are the names that update-alternatives gives to programs of Debian's essential
-// packages.
+// alternatives are the names that update-alternatives sets up for programs of Debian's essential packages.
 var alternatives = []struct{ name, program string }{
 	{"awk", "usr/bin/mawk"},
 	{"nawk", "usr/bin/mawk"},
@@ -35,8 +35,8 @@ var alternatives = []struct{ name, program string }{
 	{"which", "usr/bin/which.debianutils"},
 }
 
-// finish writes what maintainer scripts make: users and groups, alternatives, the bundle of
-// certificates, and dpkg's list of what is installed, which scanners of images read.
+// finish writes what maintainer scripts would write: users and groups, alternatives, and the bundle of certificates. It
+// also writes dpkg's list of installed packages, because image scanners read that list.
 func (r *rootFS) finish() (err error) {
 	for _, dir := range []string{
 		"etc", "etc/alternatives", "etc/ssl", "etc/ssl/certs", "usr/bin",
@@ -64,7 +64,7 @@ func (r *rootFS) finish() (err error) {
 	return errors.Join(err, r.file("var/lib/dpkg/status", r.status.Bytes(), 0o644))
 }
 
-// certificateBundle is what update-ca-certificates writes: every certificate, by name.
+// certificateBundle returns the bundle that update-ca-certificates writes: all certificates, sorted by name.
 func certificateBundle(all map[string][]byte) []byte {
 	var out bytes.Buffer
 	for _, name := range slices.Sorted(maps.Keys(all)) {

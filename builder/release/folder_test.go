@@ -24,8 +24,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// made is the release that the tests of a folder look at: that of make release-test, or a small
-// one of this tree.
+// made is the release that the tests of a folder read. make release-test makes a complete one. Otherwise the tests make
+// a small one of this tree.
 var made = struct {
 	sync.Mutex
 	dir, all string
@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// folder returns the release, and whether it is a whole one: PREBAKE_RELEASE names its folder.
+// folder returns the folder of the release, and whether the release is complete. PREBAKE_RELEASE names a complete one.
 func folder(t *testing.T) (dir string, whole bool) {
 	t.Helper()
 	if dir := os.Getenv("PREBAKE_RELEASE"); dir != "" {
@@ -64,8 +64,8 @@ func folder(t *testing.T) (dir string, whole bool) {
 	return made.dir, false
 }
 
-// publicKey returns the public key that comes with the release. Who has the release from
-// elsewhere has the key from elsewhere, too.
+// publicKey returns the public key in the release's folder. Tests may trust it. A user who got the release from
+// elsewhere must get the key in another way.
 func publicKey(t *testing.T, dir string) []byte {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(dir, signatureDir, "*.pub"))
@@ -89,8 +89,7 @@ func program(t *testing.T, dir, name string, args ...string) []byte {
 	return out
 }
 
-// Checksums are what sha256sum checks, and the signature is what cosign verifies, where that is
-// on PATH.
+// TestSigned checks the checksums with sha256sum. TestSigned verifies the signature with cosign if cosign is on PATH.
 func TestSigned(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)
@@ -131,7 +130,7 @@ func TestCheckRefuses(t *testing.T) {
 	write := func(name, text string) func(string) error {
 		return func(dir string) error {
 			path := filepath.Join(dir, name)
-			// The copy's files are hard links to the release's.
+			// Remove the file first: the copy's files are hard links to those of the release.
 			if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return err
 			}
@@ -153,7 +152,7 @@ func TestCheckRefuses(t *testing.T) {
 	} {
 		copied := filepath.Join(t.TempDir(), "copy")
 		if _, err := output(t.Context(), "", nil, "cp", "-al", dir, copied); err != nil {
-			// Another file system.
+			// cp -l fails if the folders are on different file systems.
 			if _, err := output(t.Context(), "", nil, "cp", "-a", dir, copied); err != nil {
 				t.Fatal(err)
 			}
@@ -167,7 +166,7 @@ func TestCheckRefuses(t *testing.T) {
 	}
 }
 
-// module compiles a kernel module that does nothing.
+// module compiles a kernel module with no function of its own.
 func module(t *testing.T, name, version, vermagic string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -181,7 +180,7 @@ func module(t *testing.T, name, version, vermagic string) string {
 	if err := os.WriteFile(source, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// An artifact of kernels for amd64, whatever this machine is.
+	// The artifact is for kernels on amd64, on any machine that runs the test.
 	_, err := output(t.Context(), "", nil, triples["amd64"]+"-gcc-12", "-c", "-o", object, source)
 	if err != nil {
 		t.Fatal(err)
@@ -193,7 +192,8 @@ func module(t *testing.T, name, version, vermagic string) string {
 	return string(content)
 }
 
-// With nothing but the folder, a driver is packed for a place without a network, and installed.
+// TestInstalls uses the programs of the folder only. TestInstalls packs a driver for a site without a network and
+// installs it.
 func TestInstalls(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)
@@ -239,7 +239,7 @@ func TestInstalls(t *testing.T) {
 	if text, err := os.ReadFile(installed); err != nil || !bytes.Contains(text, []byte(k.Release)) {
 		t.Errorf("the node has %q, %v; want the module of %s", text, err, k.Release)
 	}
-	// Such as "server v1.2.3 (go1.26)".
+	// The output is such as "server v1.2.3 (go1.26)".
 	said := strings.Fields(string(program(t, dir, "server", "version")))
 	if len(said) < 2 {
 		t.Fatalf("server version = %q; want its name and version", said)
@@ -251,7 +251,8 @@ func TestInstalls(t *testing.T) {
 	}
 }
 
-// skopeo reads the images, whose digests are those in the manifests, which kubectl renders.
+// TestManifestsNameTheImages reads the images with skopeo and renders the manifests with kubectl. The manifests must
+// have the digests of the images.
 func TestManifestsNameTheImages(t *testing.T) {
 	t.Parallel()
 	dir, whole := folder(t)
@@ -306,8 +307,8 @@ func TestManifestsNameTheImages(t *testing.T) {
 	}
 }
 
-// inspectImage compares one architecture's image with its Dockerfile's words, and its programs
-// with those of the folder.
+// inspectImage compares the image of one architecture with its Dockerfile. inspectImage also compares the programs in
+// the image with those of the folder.
 func inspectImage(t *testing.T, im image, dir, archive, arch string, whole bool) {
 	t.Helper()
 	to := filepath.Join(t.TempDir(), im.name+arch)
@@ -352,7 +353,7 @@ func inspectImage(t *testing.T, im image, dir, archive, arch string, whole bool)
 	}
 }
 
-// The library that SPDX's own project has for Go reads the contents.
+// TestContents reads the SPDX documents with the Go library of the SPDX project.
 func TestContents(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)
@@ -393,7 +394,7 @@ func TestContents(t *testing.T) {
 	}
 }
 
-// Images of the same programs are the same, wherever and whenever they are made.
+// TestImagesTwice checks that the same programs give the same images, at any place and time.
 func TestImagesTwice(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)

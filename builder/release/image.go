@@ -22,14 +22,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// image says what is in one of the images. The Dockerfiles say the same for who builds one alone;
-// a test compares the two.
+// image describes one of the images. A Dockerfile describes it too, for people who build that image alone. A test
+// compares the two.
 type image struct {
 	name string
-	// debian is whether the packages are in it, and else only their certificates.
+	// If debian is true, the image has all Debian packages; otherwise it has only their certificates.
 	debian   bool
 	programs []string
-	// links are symbolic links by name.
+	// links maps the name of each symbolic link to its target.
 	links map[string]string
 	user  string
 	port  string
@@ -41,7 +41,7 @@ var images = []image{
 		programs: []string{"builder", "fetcher", "guestinit", "nvmlprobe"},
 	},
 	{name: "server", programs: []string{"server"}, user: "65532:65532", port: "8440/tcp"},
-	// Under this name the program takes the flags of Google's installer.
+	// The program takes the flags of Google's installer if it is started under the link's name.
 	{
 		name: "fetcher", programs: []string{"fetcher", "nvmlprobe"},
 		links: map[string]string{"cos-gpu-installer": "/usr/local/bin/fetcher"},
@@ -50,16 +50,16 @@ var images = []image{
 
 const imagePath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// madeImage is an image that was written.
+// madeImage describes an image that was written.
 type madeImage struct {
 	name string
-	// digest is the index's, and arches are the digests of the image of each architecture.
+	// digest is the digest of the index. arches has the digest of the image of each architecture.
 	digest string
 	arches map[string]string
 }
 
-// buildImages writes an OCI archive with an index over the architectures for each image. Programs
-// are below dir, work is for files that are needed no more afterwards.
+// buildImages writes an OCI archive for each image, with an index over the architectures. buildImages takes the
+// programs from dir. Nobody needs the files in work afterwards.
 func (c *config) buildImages(ctx context.Context, dir, work string, packages []debPackage) ([]madeImage, error) {
 	type bases struct{ debian, certificates v1.Layer }
 	layers := map[string]bases{}
@@ -167,7 +167,7 @@ func (c *config) oneImage(im image, arch, programs string, base v1.Layer) (v1.Im
 	return mutate.ConfigFile(one, file)
 }
 
-// entry is one file of a small layer.
+// entry is one file or link of a small layer.
 type entry struct {
 	name    string
 	text    []byte
@@ -175,7 +175,7 @@ type entry struct {
 	program bool
 }
 
-// filesLayer makes a layer of a few files, with their folders.
+// filesLayer makes a layer of a few files and the folders above them.
 func filesLayer(entries []entry) (v1.Layer, error) {
 	slices.SortFunc(entries, func(a, b entry) int { return bytes.Compare([]byte(a.name), []byte(b.name)) })
 	var buf bytes.Buffer
@@ -208,7 +208,7 @@ func filesLayer(entries []entry) (v1.Layer, error) {
 	return tarball.LayerFromOpener(open, tarball.WithCompressedCaching, tarball.WithMediaType(types.OCILayer))
 }
 
-// writeArchive writes an index as an OCI image layout in a tar, by way of a folder.
+// writeArchive writes an index as an OCI image layout in a tar. writeArchive writes the layout to a folder first.
 func writeArchive(file, dir string, index v1.ImageIndex, ref string) error {
 	path, err := layout.Write(dir, empty.Index)
 	if err != nil {
@@ -224,7 +224,7 @@ func writeArchive(file, dir string, index v1.ImageIndex, ref string) error {
 	return errors.Join(writeFile(file, func(w io.Writer) error { return tarFolder(w, dir) }), os.RemoveAll(dir))
 }
 
-// tarFolder writes a folder's files by name, without owner and time.
+// tarFolder writes a folder's files to a tar, sorted by name, without owner and time.
 func tarFolder(w io.Writer, dir string) error {
 	r := &rootFS{tw: tar.NewWriter(w), seen: map[string]bool{}}
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -255,7 +255,7 @@ func writeFile(file string, fill func(io.Writer) error) error {
 	return errors.Join(fill(f), f.Close())
 }
 
-// fromTar returns one file of a tar.
+// fromTar returns the content of one file of a tar.
 func fromTar(file, name string) ([]byte, error) {
 	f, err := os.Open(file)
 	if err != nil {

@@ -1,7 +1,7 @@
-// Command release makes a release of Prebake in one folder: programs, container images, manifests
-// with the digests of these, contents, checksums, and a signed statement of all that. The same
-// commit gives the same bytes, but for the folder with the signatures. It refuses a tree with
-// changes that are not committed, and a Debian package that is not the one of its list.
+// Command release makes a release of Prebake in one folder: programs, container images, manifests with the images'
+// digests, contents (SPDX), checksums, and a signed provenance statement. The same commit gives the same bytes, except
+// for the folder of signatures. The command refuses a source tree with uncommitted changes. The command also refuses a
+// Debian package that differs from the list.
 package main
 
 import (
@@ -18,29 +18,30 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// config is what a release is made of.
+// config has everything that decides what a release contains.
 type config struct {
 	// source is the repository's folder.
 	source string
-	// version names the release and is what the programs print; commit is the source's.
+	// version names the release. The programs print it. commit is the commit of the source.
 	version, commit string
-	// date is the time of everything that has one: that of the commit.
+	// date is the commit's time, or SOURCE_DATE_EPOCH if that is set. Every file, layer and statement with a time has
+	// this one.
 	date time.Time
-	// arches are the architectures, in Go's words.
+	// arches are the architectures, as GOARCH names them.
 	arches []string
 	// lock lists the Debian packages of the builder's image.
 	lock string
-	// archives are where these packages are: base URLs, or folders. None are those of apt.
+	// archives are base URLs or folders that have these packages. If empty, apt's archives are used.
 	archives []string
 	// cache keeps downloaded packages.
 	cache string
-	// key signs: a file or a KMS URI. Empty is a key that nobody keeps.
+	// key signs the release: a file or a KMS URI. If empty, the release is signed with a key that is then deleted.
 	key string
-	// builderID names in the provenance who made the release.
+	// builderID names in the provenance who made the release. builderID is a URI.
 	builderID string
-	// check looks at the source again before anything is signed; nil does not.
+	// check examines the source again before the release is signed. nil skips this.
 	check func(context.Context) error
-	// say tells a person what is going on.
+	// say prints progress for a person.
 	say func(format string, args ...any)
 }
 

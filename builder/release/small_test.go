@@ -10,11 +10,11 @@ import (
 	"time"
 )
 
-// testCommit stands for a commit of the repository.
+// testCommit is the commit in test releases. No such commit exists.
 var testCommit = strings.Repeat("c", 40)
 
-// debFile makes a Debian package with Debian's own tool, puts it into an archive, and returns
-// its line of packages.lock.
+// debFile makes a Debian package with dpkg-deb and puts it into an archive. debFile returns the package's line for
+// packages.lock.
 func debFile(t *testing.T, archive, name, arch string, files map[string]string, links map[string]string) string {
 	t.Helper()
 	root := t.TempDir()
@@ -62,8 +62,8 @@ func debFile(t *testing.T, archive, name, arch string, files map[string]string, 
 	return fmt.Sprintf("%s %s %d %s\n", arch, sum, size, pool)
 }
 
-// small is a release of this tree for this machine's architecture, with a few packages that the
-// test makes.
+// small configures a release of this tree for this machine's architecture. The release has a few packages that the test
+// makes.
 func small(t *testing.T) config {
 	t.Helper()
 	dir := t.TempDir()

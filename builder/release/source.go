@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// output runs a program in a folder with more environment, and returns what it prints.
+// output runs a program in a folder, with env added to the environment, and returns what the program prints to stdout.
 func output(ctx context.Context, dir string, env []string, name string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir, cmd.Env = dir, append(os.Environ(), env...)
@@ -37,9 +37,9 @@ func (c *config) git(ctx context.Context, args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), err
 }
 
-// head returns the commit of the source, and refuses a source that is not all of that commit.
+// head returns the commit of the source. head refuses a source tree that differs from the commit.
 func (c *config) head(ctx context.Context) (string, error) {
-	// A person's own settings may hide new files.
+	// The user's own git settings may hide new files.
 	changes, err := c.git(ctx, "-c", "core.excludesFile=/dev/null", "status", "--porcelain", "--untracked-files=all",
 		"--ignore-submodules=none")
 	if err != nil {
@@ -52,7 +52,7 @@ func (c *config) head(ctx context.Context) (string, error) {
 	return c.git(ctx, "rev-parse", "HEAD")
 }
 
-// unchanged refuses to go on when the source is no more what it was when the release began.
+// unchanged returns an error if the source has changed since the release began.
 func (c *config) unchanged(ctx context.Context) error {
 	commit, err := c.head(ctx)
 	if err == nil && commit != c.commit {
@@ -62,7 +62,7 @@ func (c *config) unchanged(ctx context.Context) error {
 	return err
 }
 
-// tracked returns the files below a folder of the source that git keeps, by their paths from there.
+// tracked returns the files that git tracks below a folder of the source. Their paths are relative to that folder.
 func (c *config) tracked(ctx context.Context, folder string) ([]string, error) {
 	dir := filepath.Join(c.source, folder)
 	out, err := output(ctx, dir, nil, "git", "ls-files", "-z")
@@ -72,7 +72,7 @@ func (c *config) tracked(ctx context.Context, folder string) ([]string, error) {
 	return strings.FieldsFunc(string(out), func(r rune) bool { return r == 0 }), nil
 }
 
-// ofCommit fills in version, commit and date from git, where they are not given.
+// ofCommit reads commit and date from git, and the version if none was given.
 func (c *config) ofCommit(ctx context.Context) error {
 	git := func(args ...string) (string, error) { return c.git(ctx, args...) }
 	var err error
@@ -81,12 +81,12 @@ func (c *config) ofCommit(ctx context.Context) error {
 	}
 	c.check = c.unchanged
 	if c.version == "" {
-		// A fixed length, since git's own depends on how many objects a clone has.
+		// The length is fixed, because git's default depends on the number of objects in the clone.
 		if c.version, err = git("describe", "--tags", "--always", "--abbrev=12"); err != nil {
 			return err
 		}
 	}
-	// The convention of https://reproducible-builds.org/specs/source-date-epoch/.
+	// SOURCE_DATE_EPOCH follows https://reproducible-builds.org/specs/source-date-epoch/.
 	seconds := os.Getenv("SOURCE_DATE_EPOCH")
 	if seconds == "" {
 		if seconds, err = git("log", "-1", "--format=%ct"); err != nil {
@@ -102,14 +102,14 @@ func (c *config) ofCommit(ctx context.Context) error {
 	return nil
 }
 
-// goVersion returns the Go release that go.mod names, which makes everything of a release.
+// goVersion returns the Go release that go.mod names. That Go release compiles every program of a Prebake release.
 func (c *config) goVersion(ctx context.Context) (string, error) {
 	out, err := output(ctx, c.source, nil, "go", "list", "-m", "-f", "{{.GoVersion}}")
 	return "go" + strings.TrimSpace(string(out)), err
 }
 
-// sameGo refuses another Go for this program than for those that it builds: its own compression
-// makes the layers of images, and another release of Go may give other bytes.
+// sameGo returns an error if this program was compiled with another Go than go.mod names. This program compresses the
+// layers of the images with its own Go library, and another Go release may give other bytes.
 func (c *config) sameGo(ctx context.Context, running string) error {
 	want, err := c.goVersion(ctx)
 	if err == nil && running != want {
@@ -119,11 +119,11 @@ func (c *config) sameGo(ctx context.Context, running string) error {
 	return err
 }
 
-// triples are the GNU names of the architectures: of Debian's compilers.
+// triples maps each architecture to its GNU name, as in the names of Debian's compilers.
 var triples = map[string]string{"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 
-// programs are what is built for each architecture. All are static but nvmlprobe, which opens
-// NVIDIA's libraries and so takes the C library of the node that it runs on.
+// programs are compiled for each architecture. All are static except nvmlprobe. nvmlprobe opens NVIDIA's libraries, so
+// it uses the C library of the node that it runs on.
 var programs = []struct {
 	name, pkg string
 	cgo       bool
@@ -135,8 +135,8 @@ var programs = []struct {
 	{"nvmlprobe", "./fetcher/nvmlprobe", true},
 }
 
-// platform is the folder of an architecture's programs. They lie there under their own names,
-// since builder looks for guestinit and nvmlprobe beside itself.
+// platform returns the folder of an architecture's programs. The programs keep their names there, because builder looks
+// for guestinit and nvmlprobe in its own folder.
 func platform(arch string) string { return "linux-" + arch }
 
 // buildPrograms compiles the programs into the platforms' folders below dir.
@@ -152,7 +152,7 @@ func (c *config) buildPrograms(ctx context.Context, dir string) error {
 		}
 		for _, p := range programs {
 			c.say("building %s for %s", p.name, arch)
-			// Whatever changes the bytes is set here, and not taken from the environment.
+			// These variables set everything that changes the bytes, so that the user's environment has no effect.
 			env := []string{
 				"GOOS=linux", "GOARCH=" + arch, "GOAMD64=v1", "GOARM64=v8.0",
 				"GOEXPERIMENT=", "GOFIPS140=off", "GOWORK=off",
@@ -175,14 +175,14 @@ func (c *config) buildPrograms(ctx context.Context, dir string) error {
 	return nil
 }
 
-// notes returns the part of CHANGELOG.md about a version: under its own heading, else what is
-// not released yet.
+// notes returns the section of CHANGELOG.md for a version. If the version has no heading of its own, notes returns the
+// section of unreleased changes.
 func notes(changelog []byte, version string) ([]byte, error) {
 	sections := map[string]string{}
 	heading := ""
 	for line := range strings.Lines(string(changelog)) {
 		if text, ok := strings.CutPrefix(line, "## "); ok {
-			// A date may follow the version.
+			// A date may follow the version in the heading.
 			heading, _, _ = strings.Cut(strings.TrimSpace(text), " ")
 		} else if heading != "" {
 			sections[heading] += line

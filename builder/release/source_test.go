@@ -26,7 +26,7 @@ func TestNotes(t *testing.T) {
 	}
 }
 
-// What is in the folder is not replaced, unless it is a release.
+// TestRemovable checks that a folder with content is replaced only if it is a release.
 func TestRemovable(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -39,7 +39,7 @@ func TestRemovable(t *testing.T) {
 	if err := removable(dir); !fault.Is(err, fault.Usage) {
 		t.Errorf("removable(something) = %v; want %v", err, fault.Usage)
 	}
-	// Checksums are in many folders.
+	// Many folders have a file of checksums, so that file alone does not make a release.
 	for _, name := range []string{sumsFile, provenanceFile} {
 		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
 			t.Fatal(err)
@@ -56,7 +56,7 @@ func TestRemovable(t *testing.T) {
 	}
 }
 
-// ofCommit takes time and commit from git and not from a clock, and refuses changes.
+// TestOfCommit checks that ofCommit takes time and commit from git, not from a clock, and refuses uncommitted changes.
 func TestOfCommit(t *testing.T) {
 	dir := t.TempDir()
 	git := func(args ...string) {
@@ -97,7 +97,7 @@ func TestOfCommit(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "x"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// What a person's own settings hide is a change all the same.
+	// A change that the user's own git settings hide counts as a change, too.
 	hide := filepath.Join(t.TempDir(), "hide")
 	if err := os.WriteFile(hide, []byte("x\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -112,7 +112,7 @@ func TestOfCommit(t *testing.T) {
 	}
 }
 
-// The Go that runs the assembler is that of go.mod, since it compresses the layers.
+// TestSameGo checks that the assembler must run with the Go of go.mod, because its Go library compresses the layers.
 func TestSameGo(t *testing.T) {
 	t.Parallel()
 	c := config{source: "../.."}

@@ -9,7 +9,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// sandboxed is what a builder runs kbuild in, and answers 42 where shell, make, bc and awk do.
+// sandboxed is a command like the one with which a builder runs kbuild. sandboxed prints 42 if shell, make, bc and awk
+// work.
 const sandboxed = `bwrap --unshare-all --unshare-user --disable-userns --uid 1000 --gid 1000 --cap-drop ALL ` +
 	`--new-session --die-with-parent --ro-bind /usr /usr --symlink usr/bin /bin ` +
 	`--symlink usr/lib /lib --symlink usr/lib64 /lib64 --ro-bind /etc/alternatives /etc/alternatives ` +
@@ -17,8 +18,8 @@ const sandboxed = `bwrap --unshare-all --unshare-user --disable-userns --uid 100
 all:; @echo 6*7 | bc | awk "{ print \$$1 }"
 END`
 
-// starts runs in the builder's image, of this machine's architecture, what only runs if nothing
-// of Debian's is missing. A folder has skopeo's copy of the image.
+// starts runs commands in the builder's image for this machine's architecture. They work only if no Debian package is
+// missing. copied is a folder with skopeo's copy of the image.
 func starts(t *testing.T, copied string, layers []v1.Descriptor) {
 	t.Helper()
 	root := filepath.Join(t.TempDir(), "root")
@@ -36,7 +37,7 @@ func starts(t *testing.T, copied string, layers []v1.Descriptor) {
 		"--bind", root, "/", "--dev-bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev", "--tmpfs", "/tmp", "--clearenv",
 		"--setenv", "PATH", "/usr/local/bin:/usr/bin:/bin", "--setenv", "HOME", "/nonexistent",
 	}
-	if os.Geteuid() == 0 { // as the image's user
+	if os.Geteuid() == 0 { // run as the image's user
 		inside = append(inside, "setpriv", "--reuid", "65532", "--regid", "65532", "--clear-groups")
 	}
 	for name, row := range map[string]struct {
@@ -45,7 +46,7 @@ func starts(t *testing.T, copied string, layers []v1.Descriptor) {
 	}{
 		"sandbox": {sandboxed, []string{"42\n"}},
 		"doctor":  {"builder doctor --cache /tmp/cache 2>&1 || true", []string{"ok    qemu amd64 "}},
-		// A machine with its network card, which needs a boot ROM that is easily forgotten.
+		// The machine has a network card. The card needs a boot ROM from a Debian package that is easily forgotten.
 		"qemu": {
 			"echo quit | qemu-system-x86_64 -accel tcg -machine q35 -display none -S -netdev user,id=n " +
 				"-device virtio-net-pci,netdev=n -monitor stdio",

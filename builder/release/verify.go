@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// check compares every file of a release with its checksum, and demands that one of these keys
-// signed the checksums. It returns the id of the key that did.
+// check compares every file of a release with its checksum. check also verifies that one of the given keys signed the
+// checksums. check returns the id of that key.
 func check(dir string, keys []byte) (signer string, err error) {
 	if signer, err = checkAll(dir, keys); err != nil {
 		err = fault.Wrap(fault.Unverified, fmt.Errorf("verify release %s: %w", dir, err),
@@ -86,7 +86,7 @@ func checkAll(dir string, keys []byte) (string, error) {
 	return statement.KeyID, nil
 }
 
-// samePayload compares a file with what a signature is about.
+// samePayload returns an error if a file is not the payload of the signature.
 func samePayload(signature []byte, file string) error {
 	var bundle struct {
 		Envelope struct {

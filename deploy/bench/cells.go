@@ -39,20 +39,20 @@ type build struct {
 	Note    string `json:"note"`
 }
 
-// upstream is the kernel's version without Debian's own revision: kernels that
-// share it are siblings.
+// upstream returns the kernel's version without Debian's own revision. Kernels with the same upstream version are
+// siblings.
 func (k build) upstream() string {
 	version, _, _ := strings.Cut(k.Package, "-")
 	return version
 }
 
-// cell is one kernel with one driver, and what it is in the matrix.
+// cell is one kernel with one driver, and its role in the matrix.
 type cell struct {
 	kernel build
 	driver string
-	// role is cold for the first cell; on a kernel that had the first driver,
-	// neighbour for the second one and next for the third; sibling for a driver that
-	// a sibling kernel had; else empty.
+	// role is "cold" for the first cell. It is "sibling" if a sibling kernel already had the driver. On a kernel that
+	// already had the first driver, it is "neighbour" for the second driver and "next" for the third. It is "" for any
+	// other cell.
 	role string
 }
 
@@ -64,30 +64,30 @@ type bench struct {
 	mirror *mirror
 	key    string
 
-	headers, sources map[string]string // unpacked, by release and by driver
+	headers, sources map[string]string // unpacked folders, by release and by driver
 	toolchain        string
-	dkms             string // the script
+	dkms             string // path of the script
 
-	roles        map[string]*ratio // by role
-	cells        []cell            // of the last run, those that compile
+	roles        map[string]*ratio // by name of the role
+	cells        []cell            // cells of the last run that compile
 	whole, small []float64
 	matrix       ratio
 	compile      ratio
 	warm, node   ratio
 	fetching     fetching
 	loaded       ratio
-	loadedPhases []timeline.Phase // of the last one
+	loadedPhases []timeline.Phase // phases of the last run
 }
 
-// once makes the whole matrix from an empty cache, in order, and what it is
-// compared with beside it.
+// once builds the whole matrix in order, beginning with an empty cache. It also measures the alternatives that the
+// builds are compared with.
 func (b *bench) once(ctx context.Context, n int) error {
 	cache := filepath.Join(b.Dir, fmt.Sprintf("cache-%d", n))
 	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
 	var ours, theirs, plain float64
 	b.cells = nil
-	byDKMS := map[string]float64{} // seconds of the last cell of each driver
-	done := map[string]bool{}      // what a role asks for: kernel or upstream with a driver
+	byDKMS := map[string]float64{} // seconds of dkms for the last cell of each driver
+	done := map[string]bool{}      // kernels, and upstream versions with a driver, that were built
 	for _, k := range b.mirror.Builds {
 		for i, d := range b.mirror.Drivers {
 			c := cell{kernel: k, driver: d.Version}
@@ -152,7 +152,7 @@ func (b *bench) once(ctx context.Context, n int) error {
 	return b.onNode(ctx, n, cache, repo)
 }
 
-// wanted reports whether a cell of a run is measured, or goes before one that is.
+// wanted reports whether a cell of a run is needed: because it is measured, or because a measured cell depends on it.
 func (b *bench) wanted(c cell, run int) bool {
 	hasSibling := slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
 		return k.upstream() == c.kernel.upstream() && k.Release != c.kernel.Release
@@ -170,7 +170,7 @@ func (b *bench) wanted(c cell, run int) bool {
 	return b.only["sibling"] && hasSibling
 }
 
-// result is what builder build --output json prints, as far as it is read here.
+// result has the fields of the output of "builder build --output json" that this program reads.
 type result struct {
 	Layers []bundle.Layer   `json:"layers"`
 	Phases []timeline.Phase `json:"phases"`
@@ -211,7 +211,8 @@ func (b *bench) build(ctx context.Context, c cell, cache, to string) (float64, [
 	return seconds, r.Phases, nil
 }
 
-// headerTree, and source below, unpack what a person would unpack by hand.
+// headerTree unpacks the kernel headers, as a person would do by hand. source below does the same with the driver's
+// sources.
 func (b *bench) headerTree(ctx context.Context, k build) (string, error) {
 	if dir := b.headers[k.Release]; dir != "" {
 		return dir, nil
@@ -226,7 +227,7 @@ func (b *bench) headerTree(ctx context.Context, k build) (string, error) {
 		}
 		return nil
 	}
-	if b.toolchain == "" { // Debian compiled all these kernels with one
+	if b.toolchain == "" { // Debian compiled all these kernels with the same toolchain
 		b.toolchain = filepath.Join(b.Dir, "toolchain")
 		if err := unpack("toolchain.tar.xz", b.toolchain); err != nil {
 			return "", err
@@ -263,21 +264,21 @@ func (b *bench) command(ctx context.Context, name string, args ...string) error 
 	return nil
 }
 
-// makeFlags are what make needs to be told about these folders.
+// makeFlags returns the arguments of make that name the folders and the compiler.
 func makeFlags(headers string) []string {
 	return []string{"SYSSRC=" + headers, "SYSOUT=" + headers, "CC=x86_64-cros-linux-gnu-gcc",
 		"LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1"}
 }
 
-// clangFlags go on top where clang compiled the kernel. Without those for the
-// compiler, conftest of these drivers stops at clang's warnings.
+// clangFlags returns additional arguments of make for a kernel that clang compiled. Without the compiler flags in
+// KCFLAGS, the conftest of these drivers stops at clang's warnings.
 func clangFlags() []string {
 	return []string{"LLVM=1", "ARCH=x86_64", "CC=x86_64-cros-linux-gnu-clang", "LD=x86_64-cros-linux-gnu-ld.lld",
 		"HOSTCC=x86_64-pc-linux-gnu-clang", "HOSTCXX=x86_64-pc-linux-gnu-clang++",
 		"KCFLAGS=-Wno-error -Wno-error=strict-prototypes"}
 }
 
-// plain is what people do by hand: make modules in unpacked sources.
+// plain measures what people do by hand: make modules in unpacked sources.
 func (b *bench) plain(ctx context.Context, c cell) (float64, error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {
@@ -303,8 +304,8 @@ func (b *bench) plain(ctx context.Context, c cell) (float64, error) {
 	return time.Since(start).Seconds(), os.RemoveAll(tree)
 }
 
-// onNode builds the first cell once more, and installs it on a root that looks
-// like a COS node. Loading is left out: it costs the same no matter who made the modules.
+// onNode builds the first cell again, and installs it on a folder that looks like the root of a COS node. It does not
+// load the modules, because the time for that is the same whoever made them.
 func (b *bench) onNode(ctx context.Context, n int, cache, repo string) error {
 	c := b.cells[0]
 	plain, err := b.plain(ctx, c)

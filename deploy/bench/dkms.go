@@ -11,10 +11,9 @@ import (
 	"time"
 )
 
-// byDKMS measures Debian's dkms for a cell, from sources in its source tree to
-// stripped modules in its tree. The script runs out of its unpacked package and
-// within a bubblewrap that shows the machine read-only: it builds for the
-// kernel named, installs nothing and leaves nothing.
+// byDKMS measures Debian's dkms for a cell, from the sources in its source tree to the stripped modules in its tree.
+// The script runs from its unpacked package, in a bubblewrap sandbox with a read-only view of the machine. It builds
+// for the named kernel only, installs nothing and leaves nothing behind.
 func (b *bench) byDKMS(ctx context.Context, c cell) (seconds float64, err error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {
@@ -75,8 +74,8 @@ func dkmsModules() []string {
 	return []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 }
 
-// dkmsConf is NVIDIA's own template with its blanks filled in as its installer
-// fills them, and with the compiler and the header tree named.
+// dkmsConf returns NVIDIA's own template, filled in as NVIDIA's installer does it, with the names of the compiler and
+// the header tree added.
 func dkmsConf(version string) string {
 	var conf strings.Builder
 	fmt.Fprintf(&conf, "PACKAGE_NAME=nvidia\nPACKAGE_VERSION=%s\nAUTOINSTALL=yes\n", version)

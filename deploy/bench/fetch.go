@@ -18,16 +18,15 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fetching measures what a node does with a published driver: fetch, verify and stage it
-// from a registry on loopback, and the update of its OS.
+// fetching has the measurements of a node's work with a published driver: fetch, verify and stage it from a registry on
+// loopback, and then again after an update of the node's OS.
 type fetching struct {
 	curl, crane ratio
 	delta       ratio     // bytes, in kB
 	peak        []float64 // resident memory of the first install, in MiB
 }
 
-// fetch publishes a driver for two kernels in a registry, and installs it on folders that
-// look like nodes.
+// fetch publishes a driver for two kernels in a registry, and installs it on folders that look like nodes.
 func (b *bench) fetch(ctx context.Context) (err error) {
 	m := &testbed.Mirror{Dir: b.mirror.Dir}
 	srv, err := b.StartServer(ctx, filepath.Join(b.Dir, "server"), m)
@@ -40,7 +39,7 @@ func (b *bench) fetch(ctx context.Context) (err error) {
 		{kernel: b.mirror.Builds[1], driver: b.mirror.Drivers[0].Version},
 	}
 	var layers []bundle.Layer
-	for _, c := range cells { // what other builds of this machine left is of use here: nothing of it is measured
+	for _, c := range cells { // may use caches of other builds, because the build is not measured
 		if layers, err = b.publish(ctx, srv, c); err != nil {
 			return err
 		}
@@ -88,8 +87,8 @@ func (b *bench) publish(ctx context.Context, srv *testbed.Server, c cell) ([]bun
 	return r.Layers, json.Unmarshal(out, &r)
 }
 
-// fetchOnce installs one kernel's driver on a fresh node, updates the node's OS, and does
-// by hand what the second install would do without a delta.
+// fetchOnce installs one kernel's driver on a fresh node, and measures that. It then installs the older kernel's driver
+// on another fresh node, and updates that node's OS. It also does by hand what an install without a delta would do.
 func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell, layers []bundle.Layer) error {
 	root := filepath.Join(b.Dir, "fetch-node")
 	defer os.RemoveAll(root)
@@ -97,7 +96,7 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 		FetchedBytes int64 `json:"fetchedBytes"`
 	}
 	for i, c := range []cell{cells[1], cells[0], cells[1]} {
-		if i == 1 { // a fresh node has the older kernel, so that there is something to update
+		if i == 1 { // begins again with a fresh node that has the older kernel, so that an update follows
 			if err := os.RemoveAll(root); err != nil {
 				return err
 			}
@@ -145,7 +144,7 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 				seconds,
 			)
 			if usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
-				b.fetching.peak = append(b.fetching.peak, float64(usage.Maxrss)/1024) // KiB: getrusage(2)
+				b.fetching.peak = append(b.fetching.peak, float64(usage.Maxrss)/1024) // in KiB, see getrusage(2)
 			}
 			if err := b.byHand(ctx, srv, cells[1], layers); err != nil {
 				return err
@@ -158,8 +157,8 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 	return nil
 }
 
-// byHand fetches, digests and unpacks the three layers with the usual programs, side by
-// side, and the same with crane where it is there.
+// byHand fetches, hashes and unpacks the three layers in parallel with the usual programs. It does the same with crane
+// if that is installed.
 func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
 	dir := filepath.Join(b.Dir, "by-hand")
 	var script strings.Builder
@@ -207,7 +206,7 @@ func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers 
 	return nil
 }
 
-// timed runs a command that fills a folder, which goes again.
+// timed measures a command that fills a folder, and then removes the folder.
 func (b *bench) timed(ctx context.Context, dir, name string, args ...string) (float64, error) {
 	start := time.Now()
 	err := b.command(ctx, name, args...)

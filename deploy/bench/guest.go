@@ -15,10 +15,13 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// guest measures, in the virtual node, how long the program takes until the modules are loaded,
-// and how long loading the same files takes that lie there already. Both are seconds of a
-// guest that is emulated: a real node is many times as fast at everything but waiting.
+// guest measures, in the virtual node, the time from the start of the fetcher until the modules are loaded. It compares
+// that with the time for loading the same files when they are already on the node. Both are seconds in an emulated
+// guest. A real node does everything but waiting many times faster.
 func (b *bench) guest(ctx context.Context) (err error) {
+	if err := b.UseFastEmulator(ctx); err != nil {
+		return err
+	}
 	m := &testbed.Mirror{Dir: b.mirror.Dir}
 	srv, err := b.StartServer(ctx, filepath.Join(b.Dir, "guest-server"), m)
 	if err != nil {
@@ -39,7 +42,7 @@ func (b *bench) guest(ctx context.Context) (err error) {
 		return err
 	}
 	node := testbed.Node{Kernel: c.kernel.Kernel, Boot: boot, GPU: true, Key: b.key + ".pub", Console: b.Out}
-	// What was pushed by hand is in the server's registry, and not in its catalogue.
+	// The driver was pushed by hand, so it is in the server's registry but not in its catalogue.
 	registry := strings.Replace(srv.Repository(), "127.0.0.1", vm.HostAddress, 1)
 	for range b.runs {
 		install := testbed.InstallStep(srv, "--driver", c.driver, "--flavour", "proprietary", "--registry", registry)
@@ -65,7 +68,7 @@ func (b *bench) guest(ctx context.Context) (err error) {
 		}
 		byHand := node
 		var steps []vm.Step
-		// /proc/modules has the newest first, and so the one that the others need last.
+		// /proc/modules lists the newest module first. The other modules need the last one, so the order is reversed.
 		for _, name := range testbed.Live(live.Stdout) {
 			f := vm.File{Name: "/modules/" + name + ".ko", Path: filepath.Join(dir, "drivers", name+".ko"), Mode: 0o644}
 			byHand.Files = append(byHand.Files, f)
@@ -87,7 +90,7 @@ func (b *bench) guest(ctx context.Context) (err error) {
 	return nil
 }
 
-// untilLoaded is from the begin of a run to the end of its phase "load".
+// untilLoaded returns the time from the beginning of a run to the end of its phase "load", in seconds.
 func untilLoaded(phases []timeline.Phase) (float64, error) {
 	for _, p := range phases {
 		if p.Name == "load" && p.Of == "" {
@@ -97,7 +100,7 @@ func untilLoaded(phases []timeline.Phase) (float64, error) {
 	return 0, errors.New("the node loaded nothing")
 }
 
-// unpackLayer unpacks a layer that the builder left in its cache.
+// unpackLayer unpacks a layer from the builder's cache.
 func unpackLayer(ctx context.Context, l bundle.Layer, dir string) (err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err

@@ -1,6 +1,6 @@
-// Command bench measures Prebake's headline numbers, each as a ratio against a
-// named alternative in the same run: these are what holds on another machine.
-// It refuses to judge them; no test depends on a time.
+// Command bench measures Prebake's headline numbers. Each number is a ratio against a named alternative that is
+// measured in the same run, because only ratios are comparable on another machine. The program does not judge the
+// numbers, and no test depends on a time.
 package main
 
 import (
@@ -23,12 +23,12 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// measurements are what --only chooses from.
+// measurements returns the possible values of --only.
 func measurements() []string {
 	return []string{"cold", "sibling", "neighbour", "next", "matrix", "node", "fetch", "guest"}
 }
 
-// clangMeasurements are those that one kernel is enough for.
+// clangMeasurements returns the measurements for which one kernel is enough.
 func clangMeasurements() []string { return []string{"cold", "neighbour", "next"} }
 
 func main() {
@@ -78,7 +78,7 @@ type options struct {
 	runs  int
 	abis  []int
 	clang bool
-	// plainOnce compares all cells of a run with make of the first one.
+	// plainOnce compares all cells of a run with one run of make, for the first cell.
 	plainOnce bool
 	only      map[string]bool
 }
@@ -144,7 +144,7 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	delete(o.only, "guest")
 	for i := range o.runs {
 		if len(o.only) == 0 {
-			break // those compile nothing
+			break // the other measurements compile nothing
 		}
 		if err := b.once(ctx, i); err != nil {
 			return err
@@ -154,9 +154,9 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	return nil
 }
 
-// makeMirror lays out four kernels and three drivers of one branch. The mirror's own rule names
-// the four kernels: the two oldest, on which all drivers compile, and the two newest. With clang the
-// mirror has the only kernel that clang compiled.
+// makeMirror makes a mirror with four kernels and three drivers of one branch. The mirror program chooses the four
+// kernels: the two oldest, on which all drivers compile, and the two newest. With clang, the mirror has the only kernel
+// that clang compiled.
 func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	m, kernels := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}, 2
 	args := []string{"--neighbour", "--cache", filepath.Join(b.State, "packages")}
@@ -179,14 +179,14 @@ func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	if err := json.Unmarshal(raw, m); err != nil {
 		return nil, fmt.Errorf("read mirror.json: %w", err)
 	}
-	if !b.clang { // cells of one fingerprint compile nothing new
+	if !b.clang { // a second build of a kernel has the same fingerprint, and so compiles nothing
 		m.Builds = slices.DeleteFunc(m.Builds, func(k build) bool { return k.Note != "" })
 	}
 	if len(m.Builds) < kernels || len(m.Drivers) < 3 {
 		return nil, fmt.Errorf("the mirror has %d kernels and %d drivers; want at least %d and 3", len(m.Builds),
 			len(m.Drivers), kernels)
 	}
-	// A release, its neighbour, and one that is further away.
+	// The order is: a release, its neighbour, and one that is further away.
 	slices.SortFunc(m.Drivers, func(x, y driver) int { return target.CompareVersions(x.Version, y.Version) })
 	return m, nil
 }

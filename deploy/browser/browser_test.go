@@ -1,7 +1,6 @@
-// Package browser examines the server's pages as a reader does: in Chromium, which
-// playwright-core drives, on a desktop, on a phone, in the dark and without
-// JavaScript, over a farm that is empty, small or has 60,000 cells. It refuses to
-// know how the pages are made.
+// Package browser checks the server's pages as a reader sees them. It uses Chromium, which playwright-core drives, on a
+// desktop, on a phone, in dark mode and without JavaScript. The server's data is empty, small, or a farm with 60,000
+// cells. The package does not depend on how the pages are made.
 package browser
 
 import (
@@ -19,10 +18,10 @@ import (
 // root is the repository's top folder as seen from this package.
 const root = "../.."
 
-// heaviest is how many bytes a page may have, with all that it needs and unpacked.
+// heaviest is the largest permitted size of a page with all its resources, in bytes, uncompressed.
 const heaviest = 100_000
 
-// seen makes Go's cache of test results depend on files and folders.
+// seen reads the metadata of files and folders, so that Go's cache of test results depends on them.
 func seen(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
@@ -40,7 +39,7 @@ func seen(t *testing.T, names ...string) {
 
 var variable = regexp.MustCompile(`\{([a-z]+)\}`)
 
-// at returns a page's address in a data set; ok is false when the set has no such page.
+// at returns the URL of a page in a data set; ok is false if the set has no such page.
 func (r row) at(s *set) (url string, ok bool) {
 	ok = len(r.Sets) == 0 || slices.Contains(r.Sets, s.Name)
 	return s.URL + variable.ReplaceAllStringFunc(r.Path, func(v string) string {
@@ -85,7 +84,7 @@ func TestPages(t *testing.T) {
 	}
 }
 
-// look returns what is wrong with a page. titles has the page of each title, by set.
+// look returns the findings about a page. titles maps each title of a set to the page that has it.
 func look(t *testing.T, d *driver, r row, s *set, url string, titles map[string]string) []finding {
 	t.Helper()
 	if r.Missing {
@@ -119,8 +118,9 @@ func look(t *testing.T, d *driver, r row, s *set, url string, titles map[string]
 	return a.Findings
 }
 
-// TestDraw draws pages, in all sets and for desktop, phone and dark, into the folder
-// that PREBAKE_SCREENSHOTS names (make screenshots), or else one page to see that it can.
+// TestDraw makes screenshots of the pages in all sets, for desktop, phone and dark mode. It writes them to the folder
+// that PREBAKE_SCREENSHOTS names (make screenshots). If the variable is not set, it draws only one page, as a check
+// that drawing works.
 func TestDraw(t *testing.T) {
 	dir := os.Getenv("PREBAKE_SCREENSHOTS")
 	draw, names := pages, []string{"empty", "small", "large"}

@@ -13,26 +13,26 @@ import (
 	"testing"
 )
 
-// question is one line to drive.mjs.
+// question is one line of input for drive.mjs.
 type question struct {
 	// Do is page, feed, badge, status or draw.
 	Do     string `json:"do"`
 	URL    string `json:"url"`
 	Status int    `json:"status,omitempty"`
 	Sticky string `json:"sticky,omitempty"`
-	// Large says that a table has to be long enough to scroll.
+	// Large says that the page's table must be long enough to scroll.
 	Large bool `json:"large"`
-	// File is where a drawing goes, without its ending.
+	// File is the path of the screenshot, without its ending.
 	File string `json:"file,omitempty"`
 }
 
-// answer is what drive.mjs found.
+// answer is the result of drive.mjs for one question.
 type answer struct {
 	Error    string    `json:"error"`
 	Findings []finding `json:"findings"`
 	Title    string    `json:"title"`
 	Status   int       `json:"status"`
-	// Weight counts bytes, of the page and all that it needs, unpacked.
+	// Weight is the size of the page with all its resources, in bytes, uncompressed.
 	Weight int `json:"weight"`
 }
 
@@ -40,22 +40,22 @@ type finding struct {
 	View, Check, Text string
 }
 
-// driver is a browser under the command of drive.mjs.
+// driver is a browser that drive.mjs controls.
 type driver struct {
 	in  io.Writer
 	out *bufio.Reader
-	// said is what the program printed beside its answers.
+	// said is the program's output on stderr.
 	said *bytes.Buffer
 }
 
-// startDriver starts Chromium until the test ends.
+// startDriver starts Chromium, which runs until the test ends.
 func startDriver(t *testing.T) *driver {
 	t.Helper()
 	chromium, err := exec.LookPath("chromium")
 	if err != nil {
 		t.Fatalf("find Chromium: %v; run: make setup", err)
 	}
-	// What a node program reads is not seen by Go's cache of test results.
+	// Go's cache of test results does not notice the files that a node program reads.
 	for _, name := range []string{"drive.mjs", "checks.mjs", "feed.mjs", "package-lock.json"} {
 		seen(t, name)
 	}
@@ -79,7 +79,7 @@ func startDriver(t *testing.T) *driver {
 		t.Fatalf("start node: %v; run: make setup", err)
 	}
 	t.Cleanup(func() {
-		_ = in.Close() // it ends, and Chromium with it, when there is nothing more to read
+		_ = in.Close() // drive.mjs and Chromium end when the input ends
 		if err := cmd.Wait(); err != nil && !t.Failed() {
 			t.Errorf("node drive.mjs: %v: %s", err, d.said)
 		}
@@ -87,7 +87,7 @@ func startDriver(t *testing.T) *driver {
 	return d
 }
 
-// ask has one thing done.
+// ask sends one question and returns the answer.
 func (d *driver) ask(t *testing.T, q question) answer {
 	t.Helper()
 	var a answer
@@ -110,7 +110,7 @@ func (d *driver) ask(t *testing.T, q question) answer {
 	return a
 }
 
-// stderr is what a command said that ended with err.
+// stderr returns the stderr output of a command that ended with err.
 func stderr(err error) string {
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {

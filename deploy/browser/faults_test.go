@@ -11,14 +11,14 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestChecksFindFaults shows answers to the checks that have what they look for, and some
-// that have not.
+// TestChecksFindFaults runs the checks on pages that have faults, and on some that have none. The checks must find
+// exactly the faults.
 func TestChecksFindFaults(t *testing.T) {
 	seen(t, "testdata")
 	served := http.FileServer(http.Dir("testdata"))
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
-		case "/loose.html": // without a policy, so that its scripts run
+		case "/loose.html": // has no policy, so that its scripts run
 			r.URL.Path = "/faulty.html"
 		case "/faulty.html":
 			w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
@@ -31,7 +31,7 @@ func TestChecksFindFaults(t *testing.T) {
 	}))
 	defer server.Close()
 	d := startDriver(t)
-	type texts map[string][]string // pieces of what is found, by check
+	type texts map[string][]string // parts of the findings' texts, by check
 	rows := []struct {
 		name string
 		q    question
@@ -39,7 +39,7 @@ func TestChecksFindFaults(t *testing.T) {
 	}{
 		{"policy", question{Do: "page", URL: "/faulty.html", Status: 200}, texts{
 			"csp": {"inline script", "image"}, "hosts": {"127.0.0.2:9"},
-			// A page that is wider than a desktop.
+			// The page is wider than a desktop.
 			"width":    {"the document is 2000 px wide", "div.wide"},
 			"targets":  {`a.plain "1" is`, "hidden behind a box", "Dead without JavaScript", "not reached by Tab"},
 			"keyboard": {`"1" looks the same with the focus`, `"hidden behind a box" has the focus and cannot be seen`},
@@ -77,7 +77,7 @@ func TestChecksFindFaults(t *testing.T) {
 			for _, f := range d.ask(t, row.q).Findings {
 				got[f.Check] += f.View + ": " + f.Text + "\n"
 			}
-			if row.name != "no table" { // that is the same page again
+			if row.name != "no table" { // this row uses the page of an earlier row, with more faults
 				want := slices.Sorted(maps.Keys(row.want))
 				if diff := cmp.Diff(want, slices.Sorted(maps.Keys(got))); diff != "" {
 					t.Errorf("checks that find something (-want +got):\n%s\n%v", diff, got)

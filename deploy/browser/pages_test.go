@@ -1,37 +1,40 @@
 package browser
 
-// row is one page of the server, in some of the data sets.
+// row is one page of the server, and the data sets in which it is checked.
 type row struct {
-	// Name is the subtest's and the screenshots'.
+	// Name is the name of the subtest and of the screenshots.
 	Name string
-	// Path may have {names}, which a data set gives values to. A set that lacks one of
-	// them has no such page.
+	// Path may contain {names}, for which a data set has values. A set without a value for one of them has no such page.
 	Path string
-	// Sets are those in which the page is looked at; empty is all three.
+	// Sets are the data sets in which the page is checked; empty means all three.
 	Sets []string
-	// Status is the one expected; 0 means 200.
+	// Status is the expected HTTP status; 0 means 200.
 	Status int
-	// Kind is "page" (the empty one too), "feed" or "badge".
+	// Kind is "page", "feed" or "badge"; "" means "page".
 	Kind string
-	// Sticky is the table head that stays on the screen while its table is scrolled.
+	// Sticky is the selector of the table head that must stay on the screen while the table is scrolled.
 	Sticky string
-	// SharesTitle says that the page is another one with a filter, and has its title.
+	// SharesTitle says that the page is another page with a filter, and so has that page's title.
 	SharesTitle bool
-	// Draw is that make screenshots draws the page.
+	// Draw says that make screenshots draws the page.
 	Draw bool
 
-	// Missing is set as long as the server has no such page: all that is expected is that
-	// it answers 404. When it answers anything else, the test fails until Missing is gone.
+	// Missing says that the server does not have the page yet, so that it must answer 404. If it answers anything else,
+	// the test fails until Missing is removed.
 	Missing bool
-	// Waits names checks that the page does not pass yet, and why. When it passes one of
-	// them in all of its sets, the test fails until the entry is gone.
+	// Waits names the checks that the page does not pass yet, with the reasons. If the page passes one of them in all of
+	// its sets, the test fails until the entry is removed.
 	Waits map[string]string
 }
 
-// pages are the pages of the server. The checks are: status, console (no error), csp (no
-// violation of the page's policy), hosts (nothing from elsewhere), width (the document
-// does not scroll sideways), targets (44 × 44 px on a phone), keyboard, sticky, noscript,
-// axe, weight, title.
+// pages are the pages of the server. The checks are:
+//   - status
+//   - console: no error
+//   - csp: no violation of the page's content security policy
+//   - hosts: no resource from another host
+//   - width: the document does not scroll sideways
+//   - targets: at least 44 × 44 px on a phone
+//   - keyboard, sticky, noscript, axe, weight, title
 var pages = []row{
 	{Name: "matrix", Path: "/", Sticky: "table.matrix thead th", Draw: true},
 	{Name: "filtered", Path: "/?board={board}&milestone={milestone}", SharesTitle: true},

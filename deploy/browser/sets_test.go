@@ -22,16 +22,16 @@ const secret = testserver.Token
 // set is a server with a data set.
 type set struct {
 	Name, URL string
-	// Vars are the values of what pages have in their paths.
+	// Vars has the values of the names in the pages' paths.
 	Vars   map[string]string
 	client *api.Client
 }
 
-// startSets starts a server for each data set, by default of all three:
+// startSets starts a server for each data set. By default it starts all three:
 //
-//   - empty: nobody asked for anything, and no kernel is known;
-//   - small: some kernels of three boards, and cells in every state;
-//   - large: a farm of a year with 60,000 cells, see server/bench.
+//   - empty: nobody asked for anything, and no kernel is known
+//   - small: some kernels of three boards, and cells in every state
+//   - large: one year of a farm with 60,000 cells, see server/bench
 func startSets(t *testing.T, names ...string) []*set {
 	t.Helper()
 	if len(names) == 0 {
@@ -69,12 +69,12 @@ func startSets(t *testing.T, names ...string) []*set {
 // start runs the server until the test ends.
 func (s *set) start(t *testing.T, program, data string, args ...string) {
 	t.Helper()
-	// All calls come from one address.
+	// All calls come from one address, so the limit for each address is off.
 	s.URL = testserver.Start(t, program, data, append([]string{"--client-rate", "0"}, args...)...)
 	s.client = api.NewClient(s.URL, secret, nil)
 }
 
-// wait asks until something is so.
+// wait repeats a check until it is true. The test fails after a minute.
 func wait(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); !is(); time.Sleep(20 * time.Millisecond) {
@@ -84,9 +84,9 @@ func wait(t *testing.T, what string, is func() bool) {
 	}
 }
 
-// release is a COS build of the small set's mirror.
+// release is a COS build in the mirror of the small set.
 type release struct {
-	id, standard string // its default driver
+	id, standard string // standard is its default driver
 	boards       []string
 }
 
@@ -98,13 +98,12 @@ var releases = []release{
 	{"19999.20.1", "580.95.05", []string{"lakitu", "lakitu-arm64"}},
 }
 
-// runfiles are the drivers of the small set's mirror. Branches from R620 on have open
-// modules only.
+// runfiles are the drivers in the mirror of the small set. Branches from R620 on have only open modules.
 var runfiles = []string{
 	"x86_64-535.261.03", "x86_64-550.163.01", "x86_64-580.95.05", "aarch64-580.95.05", "x86_64-620.20.01",
 }
 
-// makeMirror lays out what the server reads of COS's and NVIDIA's buckets.
+// makeMirror writes the files that the server reads in COS's and NVIDIA's buckets.
 func makeMirror(t *testing.T, dir string) string {
 	t.Helper()
 	put := func(name, text string) {
@@ -129,7 +128,7 @@ func makeMirror(t *testing.T, dir string) string {
 	return dir
 }
 
-// findLarge looks pages up in the catalogue that server/bench filled.
+// findLarge reads the values for the pages' paths from the catalogue that server/bench filled.
 func findLarge(t *testing.T, s *set) {
 	t.Helper()
 	for _, state := range []api.State{api.Failed, api.Published, api.Queued} {
@@ -160,7 +159,7 @@ func findLarge(t *testing.T, s *set) {
 	}
 }
 
-// setCell sets what paths say of a cell in pieces.
+// setCell sets the values for paths that consist of parts of a cell.
 func (s *set) setCell(c api.Resolution) {
 	branch, _, _ := strings.Cut(c.Kernel.BuildID, ".")
 	maps.Copy(s.Vars, map[string]string{
@@ -173,7 +172,7 @@ func cellPath(c api.Resolution) string {
 	return strings.Join([]string{c.Kernel.Board, c.Kernel.BuildID, c.Driver.Version, string(c.Driver.Flavour)}, "/")
 }
 
-// get reads one page of a list; the client reads all of them.
+// get reads one page of a list. api.Client would read all pages.
 func (s *set) get(t *testing.T, path string, out any) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, s.URL+path, nil)

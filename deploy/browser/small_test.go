@@ -22,7 +22,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// phases are the parts of a build, as builders report them.
+// phases returns the first phases of a build, as builders report them.
 func phases(begin time.Time, done int) []timeline.Phase {
 	all := []timeline.Phase{
 		{Name: "look up", Seconds: 0.2},
@@ -41,14 +41,14 @@ func phases(begin time.Time, done int) []timeline.Phase {
 	return all[:done]
 }
 
-// story tells what happens to one cell of the small set.
+// story is one cell of the small set, and the state that it must reach.
 type story struct {
 	id, board, driver string
 	flavour           target.Flavour
 	state             api.State
 }
 
-// resolve reads where the cell stands.
+// resolve asks the server for the state of the cell.
 func (c story) resolve(t *testing.T, s *set) api.Resolution {
 	t.Helper()
 	r, err := s.client.Resolve(t.Context(), api.Question{
@@ -60,9 +60,8 @@ func (c story) resolve(t *testing.T, s *set) api.Resolution {
 	return r
 }
 
-// fillSmall brings cells into every state there is, by the calls that builders, nodes
-// and operators make. Cells that nobody asks for are unknown, and the proprietary ones
-// of R620 unsupported.
+// fillSmall brings cells into every possible state, with the API calls of builders, nodes and operators. Cells that
+// nobody asks for are unknown, and proprietary cells of R620 are unsupported.
 func fillSmall(t *testing.T, s *set) {
 	t.Helper()
 	known := 0
@@ -114,7 +113,7 @@ func fillSmall(t *testing.T, s *set) {
 	s.Vars["unknown"] = "lakitu/18613.75.4/580.95.05/open"
 }
 
-// wished is a wish list of cells that are published already, so that it plans no build.
+// wished is a wish list of cells that are already published, so that it plans no build.
 const wished = `version: 1
 kernels:
   - build: 17800.66.78
@@ -124,7 +123,7 @@ drivers:
 flavours: [proprietary, open]
 `
 
-// want stores the wish list and waits until it was planned.
+// want stores the wish list, and waits until the server has planned it.
 func want(t *testing.T, s *set) {
 	t.Helper()
 	if _, err := s.client.PutWishList(t.Context(), "production", api.NewWishList{Text: wished}); err != nil {
@@ -202,8 +201,8 @@ func play(t *testing.T, s *set, c story) {
 	}
 }
 
-// publish does what a builder does at the end, and then what brings the artifact into
-// its state.
+// publish publishes a build's artifact as a builder does. Then it makes the calls that bring the artifact into its
+// state.
 func publish(t *testing.T, s *set, b api.Build, c story, begin time.Time) {
 	t.Helper()
 	host := strings.TrimPrefix(s.URL, "http://")
@@ -245,8 +244,8 @@ func publish(t *testing.T, s *set, b api.Build, c story, begin time.Time) {
 	}
 }
 
-// report says that an artifact did not load, as a node of a network of its own: those of
-// one network alone bring nothing into quarantine.
+// report reports that an artifact did not load. Each node reports from a network of its own, because the reports of one
+// network alone put nothing in quarantine.
 func report(t *testing.T, s *set, c story, digest string, node int) {
 	t.Helper()
 	from := &net.TCPAddr{IP: net.IPv4(127, 0, byte(node+1), 1)}
@@ -262,8 +261,8 @@ func report(t *testing.T, s *set, c story, digest string, node int) {
 	}
 }
 
-// beat reports a build until the test ends: the server takes one of which it hears
-// nothing from its builder.
+// beat reports a build regularly until the test ends. Without reports, the server would give the build to another
+// builder.
 func beat(t *testing.T, s *set, id int64) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())

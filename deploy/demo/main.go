@@ -1,8 +1,7 @@
-// Command demo runs Prebake's main job on one machine: it makes a COS-shaped
-// mirror out of Debian's packages, starts a server and a builder, has a real
-// NVIDIA driver built for a real kernel, and boots a virtual COS node that
-// finds, verifies, installs and loads it. It ends with PASS or FAIL, and says
-// what that proves. It refuses to fake any step.
+// Command demo runs Prebake's main job on one machine. It makes a COS-shaped mirror from Debian's packages, starts a
+// server and a builder, and has a real NVIDIA driver built for a real kernel. It then boots a virtual COS node, which
+// finds, verifies, installs and loads the driver. The program ends with PASS or FAIL, and says what the run proved. It
+// fakes no step.
 package main
 
 import (
@@ -58,38 +57,38 @@ removes them.`,
 	})
 }
 
-// demo is one run of the demo, and what it has seen so far.
+// demo is one run of the demo, with its results so far.
 type demo struct {
 	out     io.Writer
 	console io.Writer
 	flavour target.Flavour
 	stay    bool
 	start   time.Time
-	step    string // what is being done, for a person
+	step    string // description of the current step, for a person
 
 	scene  *testbed.Scene
 	mirror *testbed.Mirror
 	srv    *testbed.Server
-	key    string // file with the builder's private key; the public one is beside it
+	key    string // file with the builder's private key; the public key is beside it
 
-	version string        // of the driver
-	kernel  target.Kernel // that the node runs
-	build   api.Build     // of the driver for kernel
-	// second is the build of the same driver for sibling, a kernel of the same upstream version. Debian's
-	// archive may have none at times: then both are zero.
+	version string        // version of the driver
+	kernel  target.Kernel // kernel of the node
+	build   api.Build     // build of the driver for kernel
+	// second is the build of the same driver for sibling, a kernel of the same upstream version. Debian's archive has no
+	// such kernel at times; then both are zero.
 	sibling target.Kernel
 	second  api.Build
-	bare    *nodeRun // the node before it had a GPU
+	bare    *nodeRun // the node before it has a GPU
 	gpu     *nodeRun // the node with the emulated GPU
 }
 
-// begin tells that a step begins.
+// begin prints that a step begins.
 func (d *demo) begin(format string, args ...any) {
 	d.step = fmt.Sprintf(format, args...)
 	fmt.Fprintf(d.out, "\n== %.0f s: %s\n", time.Since(d.start).Seconds(), d.step)
 }
 
-// play runs the demo in a folder that is gone afterwards, and prints PASS or FAIL.
+// play runs the demo in a temporary folder, and prints PASS or FAIL.
 func (d *demo) play(ctx context.Context, bin string) (err error) {
 	dir, err := os.MkdirTemp("", "prebake-demo-")
 	if err != nil {
@@ -163,7 +162,7 @@ func (d *demo) run(ctx context.Context, bin, dir string) (err error) {
 	return nil
 }
 
-// makeMirror makes the mirror, and chooses driver and kernels among what it has.
+// makeMirror makes the mirror, and chooses a driver and kernels from it.
 func (d *demo) makeMirror(ctx context.Context) (err error) {
 	if d.mirror, err = d.scene.Mirror(ctx); err != nil {
 		return err
@@ -172,7 +171,7 @@ func (d *demo) makeMirror(ctx context.Context) (err error) {
 	older, newer, ok := d.mirror.Siblings()
 	if ok && d.flavour != target.Open {
 		d.kernel, d.sibling = older, newer
-	} else { // the open flavour of this driver does not know the newest kernels
+	} else { // the open flavour of this driver does not support the newest kernels
 		d.kernel = d.mirror.Builds[1].Kernel
 	}
 	fmt.Fprintf(d.out, "%d COS builds, %d drivers in %s\n", len(d.mirror.Builds), len(d.mirror.Drivers), d.mirror.Dir)
@@ -181,10 +180,10 @@ func (d *demo) makeMirror(ctx context.Context) (err error) {
 
 func (d *demo) hasSibling() bool { return d.sibling != target.Kernel{} }
 
-// page is the address of the server's page.
+// page returns the URL of the server's page.
 func (d *demo) page() string { return "http://" + d.srv.Addr + "/" }
 
-// request asks the server for the driver of one kernel, and follows the build to its end.
+// request asks the server for the driver of one kernel, and waits until the build has ended.
 func (d *demo) request(ctx context.Context, k target.Kernel) (api.Build, error) {
 	b, err := d.srv.Client.RequestBuild(ctx, api.BuildRequest{
 		BuildID: k.BuildID, Board: k.Board, Driver: d.version, Flavour: string(d.flavour),
@@ -205,7 +204,7 @@ func (d *demo) request(ctx context.Context, k target.Kernel) (api.Build, error) 
 	return b, nil
 }
 
-// node boots the node, and judges what it did without a GPU and with the emulated one.
+// node boots the node, and checks its results without a GPU and with the emulated GPU.
 func (d *demo) node(ctx context.Context) (err error) {
 	d.begin("boot a virtual COS node: find, verify, install and load the driver")
 	boot, err := d.scene.Boot(ctx, d.mirror, d.kernel)
@@ -223,7 +222,7 @@ func (d *demo) node(ctx context.Context) (err error) {
 	return errors.Join(d.bare.wantNoDevice(), d.gpu.wantGPU(d.version, d.build.Digest))
 }
 
-// kept says whether a build used what an earlier one left: the note of a phase says so.
+// kept returns the phases of a build that used the result of an earlier build. The note of such a phase says so.
 func kept(b api.Build) (phases []string) {
 	for _, p := range b.Phases {
 		if p.Of == "" && strings.Contains(p.Note, "cached") {

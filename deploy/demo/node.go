@@ -22,19 +22,19 @@ import (
 	"github.com/prebake/prebake/pkg/vm/emugpu"
 )
 
-// diskBytes is the size of the node's disk: an image with holes, of which the driver takes less than a GiB.
+// diskBytes is the size of the node's disk. The image is sparse, and the driver takes less than a GiB of it.
 const diskBytes = 3 << 30
 
-// disk is the node's disk with its install folder. It is kept from one run to the next, as
-// a node's disk is from one boot to the next: a layer that is there is not downloaded
-// again. What is reused is the fetcher's decision, which compares digests.
+// disk is the node's disk with its install folder. It is kept from one run to the next, as a real node keeps its disk
+// between boots. The node therefore does not download a layer again that it has. The fetcher itself decides that, by
+// comparing digests.
 type disk struct {
 	path string
 	file *os.File // locked while the disk is in use
 }
 
-// openDisk takes the disk that earlier runs left in the folder state, or makes an empty one. A
-// run beside another one has an empty disk in dir.
+// openDisk opens the disk that earlier runs left in the folder state, or makes an empty one. If another run uses that
+// disk, openDisk makes an empty disk in dir.
 func openDisk(ctx context.Context, state, dir string) (_ *disk, err error) {
 	if err := os.MkdirAll(state, 0o755); err != nil {
 		return nil, err
@@ -70,7 +70,7 @@ func (d *disk) format(ctx context.Context) error {
 	}
 	mke2fs, err := exec.LookPath("mke2fs")
 	if err != nil {
-		mke2fs = "/usr/sbin/mke2fs" // Debian's users do not have that folder in PATH
+		mke2fs = "/usr/sbin/mke2fs" // Debian's users do not have this folder in PATH
 	}
 	if out, err := exec.CommandContext(ctx, mke2fs, "-q", "-F", "-t", "ext4", d.path).CombinedOutput(); err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("make the node's file system: %w: %s", err, out), "run make setup")
@@ -78,8 +78,7 @@ func (d *disk) format(ctx context.Context) error {
 	return nil
 }
 
-// close lets the disk go. One that was in use when something failed is emptied: the next
-// run shall not meet what it left.
+// close releases the disk. If the run failed, it also empties the disk, so that the next run does not meet its files.
 func (d *disk) close(keep bool) error {
 	var err error
 	if !keep {
@@ -88,16 +87,16 @@ func (d *disk) close(keep bool) error {
 	return errors.Join(err, d.file.Close())
 }
 
-// nodeRun is one run of the node's fetcher, and what it reported.
+// nodeRun is one run of the fetcher on the node, and its report.
 type nodeRun struct {
 	report testbed.Report
 	code   int      // exit status of the fetcher
 	live   []string // NVIDIA's modules in the kernel
-	boot   float64  // seconds that the node's boot took
+	boot   float64  // duration of the node's boot, in seconds
 }
 
-// boot boots the node without a GPU, asks the fetcher what it sees, puts the emulated GPU
-// in, has the fetcher install the driver, and switches the node off.
+// boot boots the node without a GPU and asks the fetcher what it sees. It then adds the emulated GPU, lets the fetcher
+// install the driver, and switches the node off.
 func (d *demo) boot(ctx context.Context, boot string, disk *disk) error {
 	const gpu = "/lib/emugpu.ko"
 	fmt.Fprintf(d.out, "booting %s in qemu, which emulates the processor too...\n", d.kernel.Release)
@@ -133,8 +132,8 @@ func (d *demo) boot(ctx context.Context, boot string, disk *disk) error {
 	return nil
 }
 
-// readRun reads what the fetcher printed in a step, and shows it with the modules that were in
-// the kernel at the end.
+// readRun reads the output of the fetcher in one step. It prints the result with the modules that were in the kernel at
+// the end.
 func (d *demo) readRun(res *vm.Result, name string) (*nodeRun, error) {
 	step, err := testbed.StepNamed(res, name)
 	if err != nil {
@@ -159,9 +158,8 @@ func (r *nodeRun) phases() []timeline.Phase {
 	return append([]timeline.Phase{{Name: "boot", Seconds: r.boot}}, r.report.Phases...)
 }
 
-// wantGPU compares what the node reported with what has to be true: the modules are in the
-// kernel, and NVML answers with the version that was built. The driver cannot start the
-// emulated GPU, so the right report is "unusable".
+// wantGPU checks the report of the node with the emulated GPU. The modules must be in the kernel, and NVML must answer
+// with the version that was built. The driver cannot start the emulated GPU, so the correct verdict is "unusable".
 func (r *nodeRun) wantGPU(version, digest string) error {
 	var problems []error
 	for _, m := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {
@@ -180,7 +178,7 @@ func (r *nodeRun) wantGPU(version, digest string) error {
 	return errors.Join(append(problems, r.wantExit(fault.Unusable))...)
 }
 
-// wantNoDevice is wantGPU for the node before it has a GPU.
+// wantNoDevice checks the report of the node before it has a GPU.
 func (r *nodeRun) wantNoDevice() error { return r.wantExit(fault.NoDevice) }
 
 func (r *nodeRun) wantExit(kind fault.Kind) error {
@@ -191,12 +189,12 @@ func (r *nodeRun) wantExit(kind fault.Kind) error {
 	return nil
 }
 
-// remembered is how the builder says in a phase's note that it used what it kept.
+// remembered matches the note of a phase in which the builder used stored results.
 var remembered = regexp.MustCompile(`^([0-9]+) [a-z]+, ([0-9]+) (?:remembered|reused)$`)
 
-// wantRemembered checks the phases of the sibling's build: most answers of conftest and
-// most objects have to be those of the kernel before. After an earlier run of the demo the
-// modules themselves are in the cache, and nothing is compiled.
+// wantRemembered checks the phases of the sibling's build. Most answers of conftest and most objects must come from the
+// build for the former kernel. If the demo ran before, the modules themselves are in the cache, and nothing is
+// compiled.
 func wantRemembered(phases []timeline.Phase) error {
 	if slices.ContainsFunc(phases, func(p timeline.Phase) bool {
 		return p.Name == "compile" && strings.HasSuffix(p.Note, "cached")
@@ -205,7 +203,7 @@ func wantRemembered(phases []timeline.Phase) error {
 	}
 	var problems []error
 	for _, name := range []string{"conftest", "compile"} {
-		// Both are parts of a phase, and that one is called compile too.
+		// Both phases are parts of a phase that is also called "compile", so the search looks only at parts.
 		i := slices.IndexFunc(phases, func(p timeline.Phase) bool { return p.Name == name && p.Of != "" })
 		if i < 0 {
 			problems = append(problems, fmt.Errorf("the sibling's build has no phase %s", name))
@@ -213,7 +211,7 @@ func wantRemembered(phases []timeline.Phase) error {
 		}
 		var kept, all int
 		if m := remembered.FindStringSubmatch(phases[i].Note); m != nil {
-			all, _ = strconv.Atoi(m[1]) // digits, by the pattern
+			all, _ = strconv.Atoi(m[1]) // the pattern allows only digits
 			kept, _ = strconv.Atoi(m[2])
 		}
 		if kept*10 < all*9 || kept == 0 {

@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// goodNode is what a node with the emulated GPU reports.
+// goodNode returns the report that a node with the emulated GPU should make.
 func goodNode() *nodeRun {
 	r := &nodeRun{code: fault.Unusable.ExitCode(), live: []string{"nvidia-drm", "nvidia-modeset", "nvidia-uvm", "nvidia"}}
 	r.report.Verdict.State, r.report.Verdict.Digest, r.report.Verdict.NVML.Version = "unusable", "sha256:a", "535.261.03"
@@ -22,7 +22,7 @@ func TestWantGPU(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
 		change func(*nodeRun)
-		want   string // part of the error; "" means none
+		want   string // part of the error; "" means no error
 	}{
 		"all is well":          {func(*nodeRun) {}, ""},
 		"a module is missing":  {func(r *nodeRun) { r.live = r.live[:2] }, "the module nvidia-uvm is not in"},
@@ -69,7 +69,8 @@ func TestWantRemembered(t *testing.T) {
 	}
 }
 
-// A disk is kept after a run that passed, emptied after one that failed, and no two runs have one.
+// TestDisk checks that a disk is kept after a run that passed, and emptied after one that failed. Two runs never use
+// the same disk.
 func TestDisk(t *testing.T) {
 	t.Parallel()
 	state := t.TempDir()
@@ -92,7 +93,8 @@ func TestDisk(t *testing.T) {
 	if first.path != kept || second.path == kept {
 		t.Errorf("two runs at a time have disks %s and %s; want only the first to have %s", first.path, second.path, kept)
 	}
-	// Behind the first KiB of ext4 is its superblock, where the volume's name is at 120: ext4's own documentation.
+	// The superblock of ext4 begins after the first KiB. It has the volume's name at offset 120, as ext4's documentation
+	// says.
 	const label = 1024 + 120
 	if _, err := first.file.WriteAt([]byte("kept"), label); err != nil {
 		t.Fatal(err)

@@ -16,11 +16,10 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// states are the folders below the cache folder that the demo fills.
+// states are the folders below the cache folder that the demo uses.
 var states = []string{"mirror", "packages", "build", "demo"}
 
-// fail prints why the demo failed, keeps the logs of server and builder, and returns an
-// error of the same kind.
+// fail prints why the demo failed, keeps the logs of server and builder, and returns an error of the same kind.
 func (d *demo) fail(ctx context.Context, err error, dir string) error {
 	if ctx.Err() != nil {
 		err = fault.New(fault.Cancelled, "interrupted", "")
@@ -35,7 +34,7 @@ func (d *demo) fail(ctx context.Context, err error, dir string) error {
 		for _, name := range []string{"server.log", "worker.log"} {
 			raw, readErr := os.ReadFile(filepath.Join(dir, name))
 			if readErr != nil {
-				continue // it was not started yet
+				continue // the program was not started yet
 			}
 			kept := filepath.Join(d.scene.State, "demo", name)
 			if err := errors.Join(os.MkdirAll(filepath.Dir(kept), 0o755), os.WriteFile(kept, raw, 0o644)); err == nil {
@@ -46,7 +45,7 @@ func (d *demo) fail(ctx context.Context, err error, dir string) error {
 	return fault.New(fault.Of(err), "the demo failed: see the reason below FAIL", "")
 }
 
-// pass prints the phases with their times, and what the run proved.
+// pass prints the phases with their durations, and what the run proved.
 func (d *demo) pass() error {
 	fmt.Fprintln(d.out, "\n== where the time went")
 	tables := []struct {
@@ -100,7 +99,7 @@ func (d *demo) pass() error {
 	return nil
 }
 
-// reused lists what this run did not do again: name and text.
+// reused returns what this run took from earlier runs, as pairs of a name and a text.
 func (d *demo) reused() (rows [][2]string) {
 	if d.mirror.Cached > 0 {
 		all := d.mirror.Cached + d.mirror.Made
@@ -118,7 +117,7 @@ func (d *demo) reused() (rows [][2]string) {
 	return append(rows, [2]string{"", "Each run signs and publishes, boots the node, and loads the modules."})
 }
 
-// suggest prints what to try while server and builder run.
+// suggest prints what the user can try while server and builder run.
 func (d *demo) suggest() error {
 	other := d.mirror.Builds[0].Kernel
 	root := filepath.Join(d.scene.Dir, "node")
@@ -145,7 +144,7 @@ func (d *demo) suggest() error {
 	return nil
 }
 
-// row prints a name and a text of one line or more.
+// row prints a name, and a text of one or more lines beside it.
 func row(w interface{ Write([]byte) (int, error) }, name, text string) {
 	for line := range strings.Lines(text) {
 		fmt.Fprintf(w, "  %-8s  %s\n", name, strings.TrimSuffix(line, "\n"))
@@ -153,7 +152,7 @@ func row(w interface{ Write([]byte) (int, error) }, name, text string) {
 	}
 }
 
-// sizes says what the folders of the demo take on the disk, where a file with several names counts once.
+// sizes returns the disk space of the demo's folders. A file with several names counts once.
 func sizes(state string) (text string, total int64, err error) {
 	type inode struct{ dev, ino uint64 }
 	seen := map[inode]bool{}
@@ -165,7 +164,7 @@ func sizes(state string) (text string, total int64, err error) {
 			if err == nil {
 				info, err = e.Info()
 			}
-			if errors.Is(err, fs.ErrNotExist) { // a builder that runs beside removes what it no longer needs
+			if errors.Is(err, fs.ErrNotExist) { // another builder removes files meanwhile that it no longer needs
 				return nil
 			}
 			if err != nil {
@@ -173,7 +172,7 @@ func sizes(state string) (text string, total int64, err error) {
 			}
 			if st, ok := info.Sys().(*syscall.Stat_t); ok && !seen[inode{st.Dev, st.Ino}] {
 				seen[inode{st.Dev, st.Ino}] = true
-				sum += st.Blocks * 512 // stat(2): blocks of 512 bytes
+				sum += st.Blocks * 512 // st_blocks counts 512 bytes each, see stat(2)
 			}
 			return nil
 		})

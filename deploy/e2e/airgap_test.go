@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// offlineBundle is what builder bundle create prints.
+// offlineBundle is the output of builder bundle create.
 type offlineBundle struct {
 	Index        string `json:"index"`
 	Base         string `json:"base"`
@@ -28,11 +28,11 @@ type offlineBundle struct {
 	LeftOutBytes int64  `json:"leftOutBytes"`
 }
 
-// A bundle that was made beside the farm installs a driver on a node that has no network,
-// and never had one. Then the node's OS is updated, and a second bundle, a delta, brings it
-// to the driver for that: what the delta leaves out is what the node has. One that has
-// nothing is told which bundle it needs. Both are on the node's disk, as somebody carried
-// them there.
+// TestAirGap installs a driver from a bundle on a node that never has a network. The bundle is made next to the farm,
+// and the bundles are on the node's disk, as if somebody had carried them there.
+//
+// Then the node's OS is updated. A second bundle, a delta, has the driver for the new OS, and leaves out the parts that
+// the node has. A node without those parts gets an error that names the bundle that it needs.
 func TestAirGap(t *testing.T) {
 	t.Parallel()
 	before, k := shared.kernel(0), shared.kernel(1)
@@ -64,7 +64,7 @@ func TestAirGap(t *testing.T) {
 			delta, rest)
 	}
 
-	// The disk is mounted where the install folder lies.
+	// The disk is mounted at the parent of the install folder.
 	mount := filepath.Dir(testbed.InstallDir)
 	disk := diskWith(t, dir)
 	install := func(name, ref, folder string, more ...string) vm.Step {
@@ -123,7 +123,7 @@ func TestAirGap(t *testing.T) {
 	}
 }
 
-// installed examines what an install came to: this artifact, live, and the emulated GPU unusable.
+// installed checks the result of an install: the artifact with this digest is active, and the emulated GPU is unusable.
 func installed(t *testing.T, res *vm.Result, name, digest string) (r testbed.Report) {
 	t.Helper()
 	step := named(t, res, name)
@@ -148,7 +148,7 @@ func named(t *testing.T, res *vm.Result, name string) vm.StepResult {
 	return step
 }
 
-// diskWith makes a filesystem that holds a folder's files.
+// diskWith makes an image of a file system that has the files of a folder.
 func diskWith(t *testing.T, dir string) string {
 	t.Helper()
 	image := filepath.Join(t.TempDir(), "disk.img")

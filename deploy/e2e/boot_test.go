@@ -15,9 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// grubConfig is a boot configuration in the shape of COS's: entries A and B, local and
-// verified, the latter with a quoted word (cos/tools, cos_image_analyzer's test data; the
-// words are those that hosts of Cloud Shell show in /proc/cmdline).
+// grubConfig returns a boot configuration in the form of COS's: entries A and B, each in a local and a verified form.
+// The verified form has a quoted word. The form is from the test data of cos/tools' cos_image_analyzer. The words are
+// from /proc/cmdline on hosts of Cloud Shell.
 func grubConfig() string {
 	const words = "init=/usr/lib/systemd/systemd rootwait ro noresume loglevel=7 security=apparmor csm.disabled=1 " +
 		"loadpin.exclude=kernel-module,firmware " +
@@ -34,9 +34,9 @@ func grubConfig() string {
 	return b.String()
 }
 
-// A node whose kernel takes signed modules only has its boot configuration changed on a real
-// EFI partition, boots with what was written there, and then takes others. It is put back
-// by one command.
+// TestNodeBootConfiguration checks a node whose kernel loads only signed modules. The fetcher changes the boot
+// configuration on a real EFI partition. The node boots with the new configuration, and then loads unsigned modules.
+// One command restores the configuration.
 func TestNodeBootConfiguration(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)
@@ -63,14 +63,14 @@ func TestNodeBootConfiguration(t *testing.T) {
 	if err := os.Truncate(disk, 64<<20); err != nil {
 		t.Fatal(err)
 	}
-	// One partition from the first MiB on, by the name that COS gives it.
+	// The disk has one partition, from the first MiB on, with the name that COS gives it.
 	tool("label: gpt\nstart=2048, size=126976, type=U, name=EFI-SYSTEM\n", "sfdisk", "--quiet", disk)
 	tool("", "mkfs.vfat", "--offset=2048", "-F", "32", disk, "63488")
 	at := disk + "@@1M"
 	tool("", "mmd", "-i", at, "::efi", "::efi/boot")
 	tool(before, "mcopy", "-i", at, "-", "::efi/boot/grub.cfg")
 	config := func() string { return tool("", "mtype", "-i", at, "::efi/boot/grub.cfg") }
-	// words are what the boot loader gives the kernel of the third entry, the verified image A.
+	// words returns the kernel command line of the third entry, the verified image A.
 	words := func() []string {
 		line := strings.Split(strings.Split(config(), "menuentry")[3], "\n")[1]
 		return []string{strings.TrimPrefix(strings.TrimSpace(line), "linux /syslinux/vmlinuz.A ")}
@@ -112,7 +112,7 @@ func TestNodeBootConfiguration(t *testing.T) {
 	if config() != before {
 		t.Fatal("the boot configuration was changed without --edit-boot")
 	}
-	// The virtual node has no systemd that reboots it.
+	// The virtual node has no systemd, so nothing reboots it.
 	res = run(install("edit", "--edit-boot"), install("again", "--edit-boot"))
 	step(res, "edit", rejected, "the kernel command line is changed")
 	step(res, "again", rejected, "was changed in this boot")

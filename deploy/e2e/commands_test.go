@@ -21,10 +21,10 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// shown is a command on a page.
+// shown matches a command on a page.
 var shown = regexp.MustCompile(`(?s)aria-label="Command: [^"]*">(.*?)</pre>`)
 
-// commandsOf returns the commands that a cell's page shows to who reaches the server by a name.
+// commandsOf returns the commands on a cell's page, for a reader who reaches the server under the name host.
 func commandsOf(t *testing.T, srv *testbed.Server, host string, k target.Kernel, version string,
 	f target.Flavour) []string {
 	t.Helper()
@@ -49,8 +49,8 @@ func commandsOf(t *testing.T, srv *testbed.Server, host string, k target.Kernel,
 	return all
 }
 
-// What a cell's page shows is pasted into a shell as it stands: the commands on a machine
-// with the public key and a token in the current folder, and the one for nodes on a node.
+// TestCommandsOfPages checks that the commands on a cell's page work when they are pasted into a shell. Most commands
+// run on a machine with the public key and a token in the current folder. The command for nodes runs on a node.
 func TestCommandsOfPages(t *testing.T) {
 	t.Parallel()
 	k, driver := shared.kernel(0), shared.driver()
@@ -87,7 +87,7 @@ func TestCommandsOfPages(t *testing.T) {
 		t.Errorf("the download is %v, %v; want a driver", info, err)
 	}
 
-	// Nobody asked for this one; then it waits, or a builder has found out that it does not exist.
+	// Nobody asked for this cell. After the commands it waits, or a builder has found that the driver does not exist.
 	for _, command := range commandsOf(t, shared.srv, shared.srv.Addr, k, "999.99.99", target.Open) {
 		run(command, 0)
 	}
@@ -125,7 +125,7 @@ func TestCommandsOfPages(t *testing.T) {
 	if len(argv) == 0 {
 		t.Fatal("the page shows no command for nodes")
 	}
-	argv[0] = "/usr/bin/fetcher" // there is no shell on the node
+	argv[0] = "/usr/bin/fetcher" // the node has no shell that would find the program
 	res, err := s.RunNode(t.Context(),
 		testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 10 * time.Minute},
 		[]vm.Step{{Name: "install", KeepGoing: true, Timeout: 8 * time.Minute, Argv: argv}, testbed.ModulesStep()})

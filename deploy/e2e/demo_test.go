@@ -15,7 +15,7 @@ import (
 	"testing"
 )
 
-// demoProgram compiles deploy/demo: `go run` would keep signals from it.
+// demoProgram compiles deploy/demo. With `go run`, signals would not reach the program.
 func demoProgram(t *testing.T) string {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "demo")
@@ -25,7 +25,8 @@ func demoProgram(t *testing.T) string {
 	return program
 }
 
-// The demo passes, says what that proves, and stays. All that it says to try works, and Ctrl-C ends it.
+// TestDemo checks that the demo passes, prints what the run proved, and stays. All commands that it suggests must work,
+// and Ctrl-C must end it.
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -49,7 +50,7 @@ func TestDemo(t *testing.T) {
 		if command, ok := strings.CutPrefix(lines.Text(), "  "+shared.Bin+"/"); ok {
 			tries = append(tries, command)
 		}
-		if lines.Text() == "" && len(tries) == 4 { // it waits for Ctrl-C now
+		if lines.Text() == "" && len(tries) == 4 { // the demo now waits for Ctrl-C
 			break
 		}
 	}
@@ -85,7 +86,7 @@ func TestDemo(t *testing.T) {
 		}
 	}
 
-	// Ctrl-C at a terminal reaches the whole process group.
+	// Ctrl-C at a terminal sends the signal to the whole process group.
 	if err := syscall.Kill(-cmd.Process.Pid, syscall.SIGINT); err != nil {
 		t.Fatal(err)
 	}
@@ -97,11 +98,11 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// A demo that fails says FAIL, in which step, and why, and its exit status is not 0.
+// TestDemoFails checks that a failed demo prints FAIL, the step and the reason, and that its exit status is not 0.
 func TestDemoFails(t *testing.T) {
 	t.Parallel()
 	program := demoProgram(t)
-	// All programs but the one that makes the key, which prints an error as a full disk would have it do.
+	// The folder has all programs. Only the one that makes the key is replaced: it fails as it would with a full disk.
 	bin := t.TempDir()
 	for _, name := range []string{"server", "fetcher", "mirror", "guestinit", "nvmlprobe"} {
 		if err := os.Symlink(shared.Program(name), filepath.Join(bin, name)); err != nil {

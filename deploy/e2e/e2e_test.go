@@ -1,10 +1,8 @@
-// Package e2e plays the main job with the real programs, real kernels and real
-// NVIDIA drivers, the way an operator would. It refuses to look inside the
-// programs: what it knows, it knows from their output, the API, the registry
-// and the disk.
+// Package e2e runs Prebake's main job as an operator would, with the real programs, real kernels and real NVIDIA
+// drivers. It does not look inside the programs. It uses only their output, the API, the registry and the disk.
 //
-// It needs the programs in bin/ and the Debian packages of `make setup`; run
-// it through `make test`. With -short it is left out.
+// The tests need the programs in bin/ and the Debian packages of `make setup`; run them with `make test`. With -short
+// they are left out.
 package e2e
 
 import (
@@ -20,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// stage is what all tests share: one mirror, one server, one worker, one key.
+// stage holds the parts that all tests share: one mirror, one server, one worker, one key.
 type stage struct {
 	*testbed.Scene
 	mirror *testbed.Mirror
@@ -29,7 +27,7 @@ type stage struct {
 	worker *testbed.Process
 }
 
-var shared *stage // set by TestMain before any test runs, never after
+var shared *stage // set by TestMain before any test runs, and not changed afterwards
 
 func TestMain(m *testing.M) {
 	os.Exit(run(m))
@@ -58,7 +56,7 @@ func run(m *testing.M) (code int) {
 		}
 		if code != 0 {
 			for _, name := range []string{"server.log", "worker.log"} {
-				log, _ := os.ReadFile(filepath.Join(dir, name)) // best effort: it is for the reader of a failure
+				log, _ := os.ReadFile(filepath.Join(dir, name)) // only for the reader, so errors are ignored
 				fmt.Fprintf(os.Stderr, "---- %s\n%s\n", name, log)
 			}
 		}
@@ -82,6 +80,9 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	if st.mirror, err = s.Mirror(ctx); err != nil {
 		return nil, err
 	}
+	if err := s.UseFastEmulator(ctx); err != nil {
+		return nil, err
+	}
 	if _, err := s.Must(ctx, "builder", "keygen", st.key); err != nil {
 		return nil, err
 	}
@@ -91,8 +92,8 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	if st.worker, err = s.StartWorker(st.srv, st.mirror, st.key, s.BuildCache(), "--concurrency", "2"); err != nil {
 		return nil, errors.Join(err, st.srv.Stop())
 	}
-	// What most tests use is asked for at once: a load test leaves one processor to the
-	// build beside it.
+	// The builds that most tests need are requested together. A load test leaves one processor idle, which another build
+	// can use meanwhile.
 	for _, k := range []target.Kernel{st.kernel(0), st.kernel(1)} {
 		for _, f := range []target.Flavour{target.Proprietary, target.Open} {
 			_, err := st.srv.Client.RequestBuild(ctx,
@@ -105,14 +106,14 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	return st, nil
 }
 
-// kernel returns the nth build of the mirror: 0 and 1 are the two oldest ABIs,
-// which compile the older driver; the last ABI does not.
+// kernel returns the nth build of the mirror. Builds 0 and 1 have the two oldest ABIs, for which the older driver
+// compiles. For the newest ABI it does not.
 func (s *stage) kernel(n int) target.Kernel { return s.mirror.Builds[n].Kernel }
 
-// driver is the older version, which has both flavours.
+// driver returns the older driver version, which has both flavours.
 func (s *stage) driver() string { return s.mirror.Drivers[0].Version }
 
-// twin is the extra build of a kernel that another build has as well.
+// twin returns the extra build of a kernel, and the build of the same kernel that the mirror has as well.
 func (s *stage) twin(t *testing.T) (twin, of target.Kernel) {
 	t.Helper()
 	for _, a := range s.mirror.Builds {
@@ -126,7 +127,7 @@ func (s *stage) twin(t *testing.T) (twin, of target.Kernel) {
 	return
 }
 
-// newest is the kernel whose interface the older driver does not know.
+// newest returns the newest kernel. The older driver does not support its interface.
 func (s *stage) newest() target.Kernel {
 	newest := s.mirror.Builds[0].Kernel
 	for _, b := range s.mirror.Builds[1:] {
@@ -137,7 +138,7 @@ func (s *stage) newest() target.Kernel {
 	return newest
 }
 
-// build asks a server for a cell and waits until it is over.
+// build asks a server for a cell, and waits until the build has ended.
 func build(t *testing.T, srv *testbed.Server, k target.Kernel, driver string, f target.Flavour) api.Build {
 	t.Helper()
 	b, err := srv.Client.RequestBuild(t.Context(),
@@ -153,7 +154,7 @@ func build(t *testing.T, srv *testbed.Server, k target.Kernel, driver string, f 
 	return b
 }
 
-// published is build for cells that have to succeed.
+// published works as build does, and fails the test unless the cell is published.
 func published(t *testing.T, srv *testbed.Server, k target.Kernel, driver string, f target.Flavour) api.Build {
 	t.Helper()
 	b := build(t, srv, k, driver, f)

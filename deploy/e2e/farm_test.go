@@ -21,8 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// manifest reads an artifact's manifest from a server's registry as any OCI
-// client would.
+// manifest reads an artifact's manifest from a server's registry, as any OCI client would.
 func manifest(t *testing.T, srv *testbed.Server, digest string) *v1.Manifest {
 	t.Helper()
 	ref, err := name.NewDigest(srv.Repository() + "@" + digest)
@@ -51,8 +50,8 @@ func layer(t *testing.T, m *v1.Manifest, kind bundle.LayerKind) v1.Descriptor {
 	return v1.Descriptor{}
 }
 
-// Two kernels, both flavours: four artifacts that share user space and
-// firmware to the byte.
+// TestMatrixSharesUserspace builds both flavours for two kernels. The four artifacts must share identical layers of
+// user space and firmware.
 func TestMatrixSharesUserspace(t *testing.T) {
 	modules := map[string]string{}
 	user, firmware := map[string]bool{}, map[string]bool{}
@@ -74,8 +73,8 @@ func TestMatrixSharesUserspace(t *testing.T) {
 	}
 }
 
-// A second COS build of one kernel needs no compile: it is attested onto the
-// artifact that is there.
+// TestTwinBuildSharesArtifact checks that a second COS build of the same kernel needs no compile. The existing artifact
+// gets a kernel-match attestation for it.
 func TestTwinBuildSharesArtifact(t *testing.T) {
 	twin, of := shared.twin(t)
 	first := published(t, shared.srv, of, shared.driver(), target.Proprietary)
@@ -92,9 +91,8 @@ func TestTwinBuildSharesArtifact(t *testing.T) {
 	}
 }
 
-// kill -9 in the middle of a compile, from empty caches, in other folders: the
-// restarted worker finishes, one artifact comes out, and it is to the byte the
-// one that the shared worker makes.
+// TestKilledBuilderReproduces kills a builder in the middle of a compile, with empty caches in other folders. The
+// restarted builder must finish the build. The result must be one artifact, identical to the shared worker's.
 func TestKilledBuilderReproduces(t *testing.T) {
 	k := shared.kernel(1)
 	want := published(t, shared.srv, k, shared.driver(), target.Proprietary)
@@ -167,9 +165,9 @@ func TestKilledBuilderReproduces(t *testing.T) {
 	}
 }
 
-// objects counts compiled objects below a builder's work folder.
+// objects returns the number of compiled objects below a builder's work folder.
 func objects(dir string) (n int) {
-	_ = filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error { // files come and go meanwhile
+	_ = filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error { // files appear and disappear meanwhile
 		if err == nil && strings.HasSuffix(path, ".o") && strings.Contains(path, "nvidia") {
 			n++
 		}
@@ -178,8 +176,8 @@ func objects(dir string) (n int) {
 	return n
 }
 
-// What cannot be built says so: class, first error line, and log, through the
-// API and the command line.
+// TestHonestFailures checks that a failed build reports its class, first error line and log, through the API and the
+// command line.
 func TestHonestFailures(t *testing.T) {
 	broken := corruptHeaders(t, shared.mirror, shared.kernel(0))
 	dir := t.TempDir()
@@ -205,8 +203,8 @@ func TestHonestFailures(t *testing.T) {
 		driver  string
 		flavour target.Flavour
 		class   fault.Kind
-		text    []string // all in the build's error
-		log     string   // in the log
+		text    []string // each must be in the build's error
+		log     string   // must be in the log
 	}{
 		{"unknown driver version", shared.srv, shared.kernel(0), "535.999.99", target.Proprietary, fault.InputMissing,
 			[]string{"535.999.99"}, "535.999.99"},
@@ -254,8 +252,7 @@ func TestHonestFailures(t *testing.T) {
 	}
 }
 
-// corruptHeaders returns a copy of the mirror in which one build's header
-// archive is not what its checksum says.
+// corruptHeaders returns a copy of the mirror in which the header archive of one build does not match its checksum.
 func corruptHeaders(t *testing.T, m *testbed.Mirror, k target.Kernel) *testbed.Mirror {
 	t.Helper()
 	copied := *m
@@ -282,7 +279,7 @@ func corruptHeaders(t *testing.T, m *testbed.Mirror, k target.Kernel) *testbed.M
 		t.Fatal(err)
 	}
 	raw[len(raw)/2] ^= 1
-	if err := os.Remove(headers); err != nil { // the original keeps its own name
+	if err := os.Remove(headers); err != nil { // removes the hard link, so that the original file is not changed
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(headers, raw, 0o644); err != nil {
@@ -291,8 +288,8 @@ func corruptHeaders(t *testing.T, m *testbed.Mirror, k target.Kernel) *testbed.M
 	return &copied
 }
 
-// Stock crane pulls from the embedded registry and from another one that the
-// same artifact was published to.
+// TestStockCrane checks that the standard crane program pulls an artifact from the embedded registry, and from another
+// registry to which the same artifact was published.
 func TestStockCrane(t *testing.T) {
 	k := shared.kernel(1)
 	b := published(t, shared.srv, k, shared.driver(), target.Proprietary)
@@ -305,7 +302,7 @@ func TestStockCrane(t *testing.T) {
 	}
 	for _, repo := range []string{shared.srv.Repository(), second} {
 		ref := repo + "@" + b.Digest
-		crane(t, "validate", "--fast", "--remote", ref) // without --fast crane reads gzip layers only
+		crane(t, "validate", "--fast", "--remote", ref) // without --fast crane reads only gzip layers
 		out := filepath.Join(t.TempDir(), "image.tar")
 		crane(t, "pull", "--format=oci", ref, out)
 		if info, err := os.Stat(filepath.Join(out, "index.json")); err != nil || info.Size() == 0 {
@@ -331,11 +328,11 @@ func crane(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// craneRegistry starts crane's own registry on a free port of loopback, which
-// it chooses itself: one that was free a moment ago may be another test's.
+// craneRegistry starts crane's own registry on a free port of loopback. The registry chooses the port itself, because
+// another test could take a port that was free a moment ago.
 func craneRegistry(t *testing.T) string {
 	t.Helper()
-	crane(t, "version") // so that it is built
+	crane(t, "version") // builds crane
 	path, err := exec.CommandContext(t.Context(), "go", "tool", "-n", "crane").Output()
 	if err != nil {
 		t.Fatal(err)
@@ -350,13 +347,13 @@ func craneRegistry(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		_ = cmd.Process.Kill() // it has no other way to end
+		_ = cmd.Process.Kill() // the registry has no other way to end
 		_ = cmd.Wait()
 	})
-	// It listens when it names its port.
+	// The registry prints its port when it listens.
 	for lines := bufio.NewScanner(stderr); lines.Scan(); {
 		if _, port, ok := strings.Cut(lines.Text(), "serving on port "); ok {
-			go func() { _, _ = io.Copy(io.Discard, stderr) }() // until it ends
+			go func() { _, _ = io.Copy(io.Discard, stderr) }() // until the registry ends
 			return "127.0.0.1:" + port
 		}
 	}

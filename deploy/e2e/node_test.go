@@ -17,8 +17,8 @@ import (
 
 func itoa(n int64) string { return strconv.FormatInt(n, 10) }
 
-// A node with the emulated GPU installs the driver, changes its flavour, and
-// has it live in its kernel each time.
+// TestNodeWithGPU installs a driver on a node with the emulated GPU, and then changes the flavour. The modules must be
+// in the node's kernel each time.
 func TestNodeWithGPU(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)
@@ -71,7 +71,7 @@ func TestNodeWithGPU(t *testing.T) {
 		t.Errorf("changed: %v, %v (%d bytes), %v; want true, false (0 bytes), true", first.Changed, again.Changed,
 			again.FetchedBytes, change.Changed)
 	}
-	// Only the modules differ between flavours; all else is on the node already.
+	// The flavours differ only in the modules, so the node fetches only the modules layer.
 	m := manifest(t, shared.srv, open.Digest)
 	if want := layer(t, m, bundle.LayerModules).Size; change.FetchedBytes != want {
 		t.Errorf("changing the flavour fetched %d bytes; want the modules layer alone, %d", change.FetchedBytes, want)
@@ -100,8 +100,8 @@ func nodeRoot(t *testing.T, k target.Kernel) string {
 	return root
 }
 
-// One flipped byte in the registry's copy of a real artifact: the node refuses,
-// and what it had stays in force.
+// TestNodeRefusesFlippedByte changes one byte in the registry's copy of a real artifact. The node must refuse it, and
+// keep its former driver.
 func TestNodeRefusesFlippedByte(t *testing.T) {
 	k := shared.kernel(1)
 	good := published(t, shared.srv, k, shared.driver(), target.Proprietary)
@@ -188,11 +188,11 @@ func findFile(t *testing.T, dir, part string) string {
 	return ""
 }
 
-// Without a match the node compiles for itself, through the same code, and
-// trusts what it made. The server of this test has never heard of any build.
+// TestNodeCompilesLocally checks that a node without a matching artifact compiles the driver itself, with the same
+// code, and trusts its own result. The server of this test knows no build.
 func TestNodeCompilesLocally(t *testing.T) {
 	k := shared.kernel(1)
-	published(t, shared.srv, k, shared.driver(), target.Proprietary) // so that the shared build cache has the modules
+	published(t, shared.srv, k, shared.driver(), target.Proprietary) // fills the shared build cache with the modules
 	dir := t.TempDir()
 	s, err := testbed.New(shared.Bin, dir, os.Stderr)
 	if err != nil {

@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/deploy/internal/page"
 )
 
-// The pages for newcomers are scripts: what they tell a reader to type works as it
-// stands, and prints what they show.
+// TestPages runs the commands on the pages for newcomers. They must work as they are written, and print the output that
+// the page shows.
 func TestPages(t *testing.T) {
 	names, err := filepath.Glob("../../docs/*/*.md")
 	if err != nil {
@@ -33,11 +33,11 @@ func TestPages(t *testing.T) {
 		t.Run(strings.TrimPrefix(name, "../../"), func(t *testing.T) {
 			dir := t.TempDir()
 			symlink(t, shared.Bin, filepath.Join(dir, "bin"))
-			// The caches of a reader who played the demo before.
+			// These are the caches of a reader who has run the demo before.
 			symlink(t, shared.State, filepath.Join(dir, "home/.cache/prebake"))
 			env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "PREBAKE_") })
 			env = append(env, "HOME="+filepath.Join(dir, "home"), "XDG_CACHE_HOME="+filepath.Join(dir, "home/.cache"),
-				"PREBAKE_LISTEN=127.0.0.1:0") // another server may have the usual port
+				"PREBAKE_LISTEN=127.0.0.1:0") // another server may use the default port
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 			defer cancel()
 			if err := page.Play(ctx, dir, env, commands); err != nil {

@@ -17,29 +17,28 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// cosign is the stock verifier, at a version that builds with the Go of go.mod.
+// cosign is the standard verifier, in a version that compiles with the Go version of go.mod.
 const cosign = "github.com/sigstore/cosign/v3/cmd/cosign@v3.0.6"
 
-// fulcio certifies identities.
+// fulcio is Sigstore's certificate authority.
 const fulcio = "github.com/sigstore/fulcio@v1.8.8"
 
-// Clients of registries that Debian lacks.
+// Registry clients that Debian does not package.
 const (
 	oras   = "oras.land/oras/cmd/oras@v1.3.6"
 	regctl = "github.com/regclient/regclient/cmd/regctl@v0.11.7"
 )
 
-// oneProcessor names the parts that leave other processors idle: emulated machines,
-// and programs that unpack and compress. They run beside each other.
+// oneProcessor names the parts that use only one processor: emulated machines, and programs that compress and
+// decompress. They run in parallel.
 var oneProcessor = map[string]bool{
 	"mirror twice": true, "module signatures": true, "sandbox under control groups": true,
 	"virtual machine": true, "load test": true, "faults while a machine runs": true,
 	"power cuts": true, "a cluster's API server": true, "components on a cluster": true,
 }
 
-// Some packages have tests that want a real kernel, a real driver or a stock
-// tool, and are skipped where there is none. Here they have all of it, and none
-// may be skipped.
+// TestPartsOnRealInputs runs the tests of packages that need a real kernel, a real driver or a stock tool. Elsewhere
+// such tests are skipped if an input is missing. Here all inputs exist, so no test may be skipped.
 func TestPartsOnRealInputs(t *testing.T) {
 	k := shared.kernel(1)
 	published(t, shared.srv, k, shared.driver(), target.Proprietary)
@@ -63,7 +62,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 	tools := "PATH=" + stockTools(t) + ":" + os.Getenv("PATH")
 	emulator := gcs.Env + "=" + tool(t, gcs.Tool)
 	twin, of := shared.twin(t)
-	// Made by make alone and out of the farm's own cache.
+	// The test compares the cell that make alone builds with the same cell from the farm's cache.
 	published(t, shared.srv, twin, shared.driver(), target.Proprietary)
 	cells := fmt.Sprintf("PREBAKE_CELLS=%s/%s =%s/%s", of.BuildID, shared.driver(), twin.BuildID, shared.driver())
 
@@ -84,7 +83,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"sandbox under control groups", "./pkg/sandbox", "TestInVirtualMachine", []string{"PREBAKE_BOOT=" + boot}},
 		{"emulated buckets", "./pkg/testkit/gcs ./pkg/cosbucket ./pkg/registry", "GCS|Emulator|Start", []string{emulator}},
 		{"inputs out of an emulated bucket", "./builder/internal/cossrc", "Emulator|Layout", []string{emulator, mirror}},
-		// TestXattr needs root
+		// The pattern leaves out TestXattr, which needs root.
 		{"tarballs in an emulated bucket, another registry", "./builder/internal/tarball ./builder/internal/symbols",
 			"Test[^X]", []string{emulator, tools}},
 		{"modules against their kernel", "./pkg/modinfo", "TestRealModules",
@@ -95,7 +94,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"power cuts", "./fetcher/internal/agent", "TestPowerCut", []string{"PREBAKE_BOOT=" + boot}},
 		{"load test", "./builder/internal/loadtest", "Live", []string{"PREBAKE_BOOT=" + boot, "PREBAKE_DRIVER=" + driver}},
 		{"faults while a machine runs", "./builder/internal/pipeline", "TestMachine", []string{mirror}},
-		// TestGPU… wants a GPU
+		// The pattern leaves out the tests TestGPU…, which need a GPU.
 		{"a cluster's API server", "./fetcher/internal/kube", "Test[^G]",
 			[]string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
 		{"components on a cluster", "./deploy", "TestCluster",
@@ -122,8 +121,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 	}
 }
 
-// modulesWithSymvers returns a folder with a driver's modules and a kernel's
-// Module.symvers.
+// modulesWithSymvers returns a folder with the modules of a driver and the Module.symvers of a kernel.
 func modulesWithSymvers(t *testing.T, driver string, k target.Kernel) string {
 	t.Helper()
 	headers, dir := t.TempDir(), t.TempDir()
@@ -159,13 +157,13 @@ func copyTo(t *testing.T, dst, src string) {
 	}
 }
 
-// tool builds a pinned program, or finds it built.
+// tool builds a program of a pinned version, unless it is built already, and returns its path.
 func tool(t *testing.T, name string) string {
 	t.Helper()
 	return script(t, "deploy/tool.sh", name)
 }
 
-// script runs a script of the repository, and returns what it prints.
+// script runs a script of the repository, and returns its output.
 func script(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), name, args...)
@@ -177,7 +175,7 @@ func script(t *testing.T, name string, args ...string) string {
 	return strings.TrimSpace(string(path))
 }
 
-// stockTools returns a folder with crane, cosign, fulcio, oras and regctl in it.
+// stockTools returns a folder with crane, cosign, fulcio, oras and regctl.
 func stockTools(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()

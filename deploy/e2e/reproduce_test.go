@@ -16,10 +16,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// What was published comes out again from its provenance, without anything
-// that the builder left in its caches; a second party signs that. An artifact
-// with one changed object, signed by somebody with a key that is trusted, is
-// told apart, with the file and the section named.
+// TestReproduce rebuilds a published artifact from its provenance, without the results in the builder's caches. A
+// second party signs that the result is the same. The test also publishes an artifact with one changed object, signed
+// with a trusted key. reproduce must detect it, and name the file and the section.
 func TestReproduce(t *testing.T) {
 	k := shared.kernel(1)
 	digest := published(t, shared.srv, k, shared.driver(), target.Proprietary).Digest
@@ -65,7 +64,7 @@ func TestReproduce(t *testing.T) {
 		r.Differences[0].Name != "drivers/nvidia-modeset.ko" || r.Differences[0].What != "differs in section .text" {
 		t.Errorf("the artifact with one changed object: %+v; want drivers/nvidia-modeset.ko, section .text", r)
 	}
-	// The second party's word is there for whoever has its key.
+	// Anybody who has the second party's key can verify its statement.
 	key, err := os.ReadFile(second + ".pub")
 	if err != nil {
 		t.Fatal(err)
@@ -98,8 +97,8 @@ func verifier(t *testing.T, pem []byte) *trust.Verifier {
 	return v
 }
 
-// statements returns what is attached and verifies. There may be several of a
-// type: an artifact that fits two builds has a kernel match for each.
+// statements returns the attached statements whose signatures are valid. A type may occur several times: an artifact
+// that fits two COS builds has a kernel match for each.
 func statements(t *testing.T, repo *registry.Repository, digest string, v *trust.Verifier) (all []*trust.Statement) {
 	t.Helper()
 	attached, err := repo.Attached(t.Context(), digest, trust.ArtifactTypeBundle)
@@ -114,9 +113,8 @@ func statements(t *testing.T, repo *registry.Repository, digest string, v *trust
 	return all
 }
 
-// tamper makes an artifact that differs from a published one in one byte of
-// one module, publishes it with the other's provenance under another key, and
-// returns its reference.
+// tamper makes an artifact that differs from a published one in one byte of one module. It publishes that artifact with
+// the provenance of the original, signed with another key, and returns its reference.
 func tamper(t *testing.T, repository, digest string, insider *testkit.Key) string {
 	t.Helper()
 	ctx, repo := t.Context(), open(t, repository)
@@ -206,7 +204,7 @@ func tamper(t *testing.T, repository, digest string, insider *testkit.Key) strin
 	return place + "@" + subject.Digest.String()
 }
 
-// changeText flips a bit in the code of a module.
+// changeText flips a bit in the code section of a module.
 func changeText(t *testing.T, path string) {
 	t.Helper()
 	f, err := elf.Open(path)

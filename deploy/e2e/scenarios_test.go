@@ -21,26 +21,26 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// TestNodeScenarios plays testdata/*.txtar, each on one virtual node with the emulated GPU
-// and NVIDIA's real driver: each section is a scenario, and the node goes from one to the
-// next. Where the install folder is on a disk, the node may die and boot again.
+// TestNodeScenarios runs testdata/*.txtar. Each file runs on one virtual node, with the emulated GPU and NVIDIA's real
+// driver. Each section of a file is a scenario, and the state of the node is kept from one to the next. If the install
+// folder is on a disk, the node may die and boot again.
 //
-//	fetcher ARGUMENT... => STATUS   runs the agent, and wants this exit status
-//	sh COMMAND => STATUS            runs a shell command
-//	insmod FILE                     loads a module as anybody would
-//	background NAME COMMAND         starts one that goes on; stop NAME ends it
-//	stdout TEXT, stderr TEXT        the last one printed this; with ! it did not
+//	fetcher ARGUMENT... => STATUS   run the fetcher, and expect this exit status
+//	sh COMMAND => STATUS            run a shell command
+//	insmod FILE                     load a module directly
+//	background NAME COMMAND         start a command that keeps running; stop NAME ends it
+//	stdout TEXT, stderr TEXT        the last command printed this; with ! before it, it did not
 //	loaded MODULE...                these NVIDIA modules are in the kernel, and no others
-//	boot [BUILD_ID]                 the power is cut, if the node has not died yet, and it boots again, with
-//	                                another build of COS where one is named
-//	=> dies                         instead of a status: the node dies meanwhile
+//	boot [BUILD_ID]                 cut the power, unless the node has died already, and boot again, with another
+//	                                COS build if one is named
+//	=> dies                         in place of a status: the node dies during the command
 //
-// $SERVER, $AWAY (where nobody answers), $REPO, $OLD, $NEWER, $PROPRIETARY, $OPEN (digests), $OTHER (of another
-// kernel), $BUILD, $BEFORE (an earlier build of COS), $TOKEN (the server's) and $DIR (the install folder) stand for
-// what they are called.
+// These variables are replaced: $SERVER, $AWAY (an address where nothing answers), $REPO, $OLD and $NEWER (driver
+// versions), $PROPRIETARY, $OPEN and $OTHER (digests; $OTHER is for another kernel), $BUILD, $BEFORE (an earlier COS
+// build), $TOKEN (the server's) and $DIR (the install folder).
 //
-// The machine is emulated, and reads the whole driver for each load: each takes some ten
-// minutes, and they run with PREBAKE_SCENARIOS alone (make scenarios).
+// The machine is emulated, and reads the whole driver for each load. A file takes some ten minutes, so the test runs
+// only if PREBAKE_SCENARIOS is set (make scenarios).
 func TestNodeScenarios(t *testing.T) {
 	if os.Getenv("PREBAKE_SCENARIOS") == "" {
 		t.Skip("PREBAKE_SCENARIOS is not set; run make scenarios")
@@ -48,11 +48,11 @@ func TestNodeScenarios(t *testing.T) {
 	k := shared.kernel(1)
 	port := shared.srv.Addr[strings.LastIndex(shared.srv.Addr, ":")+1:]
 	repo := strings.Replace(shared.srv.Repository(), shared.srv.Addr, vm.HostAddress+":"+port, 1)
-	before := shared.kernel(0) // first: a build gets deltas from those before it
+	before := shared.kernel(0) // built first, because a build makes deltas from the builds before it
 	other := published(t, shared.srv, before, shared.driver(), target.Proprietary)
 	proprietary := published(t, shared.srv, k, shared.driver(), target.Proprietary)
 	open := published(t, shared.srv, k, shared.driver(), target.Open)
-	if b := build(t, shared.srv, k, "535.999.99", target.Proprietary); b.State != api.Failed { // no bucket has it
+	if b := build(t, shared.srv, k, "535.999.99", target.Proprietary); b.State != api.Failed { // no bucket has this driver
 		t.Fatalf("build %d is %s", b.ID, b.State)
 	}
 	words := strings.NewReplacer(
@@ -77,7 +77,7 @@ func TestNodeScenarios(t *testing.T) {
 	if err != nil || len(scripts) == 0 {
 		t.Fatalf("no scenarios: %v", err)
 	}
-	for _, script := range scripts { // each in a machine of its own
+	for _, script := range scripts { // each script has a machine of its own
 		t.Run(strings.TrimSuffix(filepath.Base(script), ".txtar"), func(t *testing.T) {
 			raw, err := os.ReadFile(script)
 			if err != nil {
@@ -101,7 +101,7 @@ func TestNodeScenarios(t *testing.T) {
 	}
 }
 
-// strangerKey is a public key that nobody here trusts.
+// strangerKey returns a public key that no policy of the test trusts.
 func strangerKey(t *testing.T) []byte {
 	t.Helper()
 	key := filepath.Join(t.TempDir(), "stranger.key")
@@ -115,22 +115,22 @@ func strangerKey(t *testing.T) []byte {
 	return pem
 }
 
-// play is a script on its way to steps, and what is wanted of each.
+// play converts a script to the steps of a node, and collects the expectations of each step.
 type play struct {
 	t     *testing.T
 	words *strings.Replacer
-	// boots are the steps of each boot of the node, and dies those that it does not outlive.
+	// boots has the steps of each boot of the node. dies has the names of the steps during which the node must die.
 	boots  [][]vm.Step
-	builds []string // of COS, one for each boot
+	builds []string // COS build of each boot
 	dies   map[string]bool
 	count  int
 	wants  []want
 }
 
-// want is one expectation of a step.
+// want is one expectation about a step.
 type want struct {
 	where, step string
-	check       func(vm.StepResult) string // "" is fulfilled
+	check       func(vm.StepResult) string // returns "" if the expectation is met
 }
 
 func (p *play) scenario(name, text string) {
@@ -178,7 +178,7 @@ func (p *play) scenario(name, text string) {
 			}
 		case "boot":
 			if steps := p.boots[len(p.boots)-1]; len(steps) > 0 && !p.dies[steps[len(steps)-1].Name] {
-				add(vm.Step{Argv: []string{"/bin/sh", "-c", "echo b > /proc/sysrq-trigger; sleep 60"}}) // flushes nothing
+				add(vm.Step{Argv: []string{"/bin/sh", "-c", "echo b > /proc/sysrq-trigger; sleep 60"}}) // without a flush
 				p.dies[last] = true
 			}
 			p.boots = append(p.boots, nil)
@@ -186,7 +186,7 @@ func (p *play) scenario(name, text string) {
 		case "background":
 			as, command, _ := strings.Cut(rest, " ")
 			add(vm.Step{Argv: []string{"/bin/sh", "-c", command}, Background: true}).Name = as
-			add(vm.Step{Argv: []string{"/usr/bin/sleep", "1"}}) // until it has begun
+			add(vm.Step{Argv: []string{"/usr/bin/sleep", "1"}}) // waits until the command has begun
 		case "insmod":
 			add(vm.Step{Argv: append([]string{"@insmod"}, strings.Fields(rest)...)})
 			expect(func(r vm.StepResult) string { return r.Error })
@@ -220,7 +220,7 @@ func (p *play) scenario(name, text string) {
 	}
 }
 
-// disk makes an empty filesystem for the install folder, and mounts it in each boot.
+// disk makes an image with an empty file system for the install folder, and mounts it in each boot.
 func (p *play) disk() string {
 	image := filepath.Join(p.t.TempDir(), "disk.img")
 	f, err := os.Create(image)
@@ -241,7 +241,7 @@ func (p *play) disk() string {
 	return image
 }
 
-// run boots the node as often as the script wants, and judges what it did.
+// run boots the node as often as the script says, and checks the expectations.
 func (p *play) run(node testbed.Node) {
 	seen := map[string]vm.StepResult{}
 	for i, steps := range p.boots {

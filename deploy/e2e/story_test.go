@@ -20,10 +20,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// From a COS release to a node that runs it, without a hand: a build appears in the
-// mirror and is announced, the wish list plans both flavours, two builders make one
-// each, and a node that asked before there was anything gets its driver. Nobody asks
-// for a build.
+// TestReleaseToNode runs the way from a COS release to a node without manual steps. A COS build appears in the mirror
+// and is announced. The wish list plans both flavours, and two builders build one each. A node that asked before
+// anything was published gets its driver. Nobody requests a build.
 func TestReleaseToNode(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)
@@ -43,7 +42,7 @@ func TestReleaseToNode(t *testing.T) {
 	}
 	defer srv.Stop()
 
-	// The list names the build before it exists, and what COS says is its default.
+	// The wish list names the COS build before the build exists, and asks for COS's default driver.
 	text := fmt.Sprintf("version: 1\nkernels: [{build: %s, board: %s}]\ndrivers: [default]\nflavours: [proprietary, "+
 		"open]\n", k.BuildID, k.Board)
 	if _, err := srv.Client.PutWishList(t.Context(), "story", api.NewWishList{Text: text}); err != nil {
@@ -62,7 +61,7 @@ func TestReleaseToNode(t *testing.T) {
 		t.Errorf("Announce() again = %+v, %v; want what it was", again, err)
 	}
 
-	// The node asks, and only then are there builders.
+	// The node asks first, and only then the builders start.
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)
 	if err != nil {
 		t.Fatal(err)
@@ -126,18 +125,17 @@ func TestReleaseToNode(t *testing.T) {
 	t.Logf("from release to ready: %+v", release.Times)
 }
 
-// waiting installs what COS says, and waits for whoever makes it.
+// waiting returns a step that installs COS's default driver, and waits until somebody has built it.
 func waiting(srv *testbed.Server) vm.Step {
 	step := testbed.InstallStep(srv, "--wait", "15m", "--builder", "never")
 	step.Timeout = 16 * time.Minute
 	return step
 }
 
-// answered is the metric of questions that nodes ask.
+// answered matches the metric of the server that counts the nodes' questions.
 var answered = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
 
-// asked returns once a node has asked the server, or fails when done says first that
-// the node is over.
+// asked returns when a node has asked the server. If done reports first that the node has ended, the test fails.
 func asked(t *testing.T, srv *testbed.Server, done <-chan error) {
 	t.Helper()
 	for {
@@ -160,7 +158,7 @@ func asked(t *testing.T, srv *testbed.Server, done <-chan error) {
 	}
 }
 
-// node examines what the node came to: one of the artifacts, live in its kernel.
+// node checks the result on the node: one of the artifacts is installed, and its modules are in the kernel.
 func node(t *testing.T, res *vm.Result, digests map[string]target.Flavour) {
 	t.Helper()
 	step, err := testbed.StepNamed(res, "install")
@@ -181,7 +179,7 @@ func node(t *testing.T, res *vm.Result, digests map[string]target.Flavour) {
 	}
 }
 
-// link copies a folder by hard links, as a mirror that gets something new.
+// link copies a folder with hard links. A test can then add files to the copy.
 func link(t *testing.T, from, to string) {
 	t.Helper()
 	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {

@@ -14,9 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A bucket as COS's are, with vmlinux and without an archive to boot from: the load
-// test boots that very kernel, and the signed result names it. Debian's kernels
-// have an entry for PVH; the image that is made uses one of ours all the same.
+// TestLoadTestOnVMLinux uses a bucket as COS has it, with vmlinux and without a boot archive. The load test must boot
+// exactly that kernel, and the signed result must name it. Debian's kernels have an entry point for PVH, but the boot
+// image uses Prebake's own entry code anyway.
 func TestLoadTestOnVMLinux(t *testing.T) {
 	t.Parallel()
 	k, other := shared.kernel(1), shared.kernel(0)
@@ -72,7 +72,7 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 		t.Errorf("inspect = %d, %v\n%s", res.Code, err, res.Stdout)
 	}
 
-	// Another build's vmlinux in its place, with a checksum that fits.
+	// The bucket now has the vmlinux of another build, with a matching checksum.
 	foreign, err := os.ReadFile(at(other.BuildID, "vmlinux"))
 	if err != nil {
 		t.Fatal(err)
@@ -81,7 +81,7 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 	for name, text := range map[string][]byte{"vmlinux": foreign,
 		"vmlinux.md5": []byte(hex.EncodeToString(sum[:]) + "\n")} {
 		file := at(k.BuildID, name)
-		if err := os.Remove(file); err != nil { // it may be one with the mirror's cache
+		if err := os.Remove(file); err != nil { // the file may be a hard link to the mirror's cache
 			t.Fatal(err)
 		}
 		if err := os.WriteFile(file, text, 0o644); err != nil {

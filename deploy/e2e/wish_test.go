@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// matrixReport is what build --wish prints as JSON, as far as it counts here.
+// matrixReport has the fields of the JSON output of build --wish that the test checks.
 type matrixReport struct {
 	Cells []struct {
 		Cell struct {
@@ -27,14 +27,14 @@ type matrixReport struct {
 	States map[string]int
 }
 
-// One command for every kernel, every driver version and every flavour there
-// is: what can be built is published, the real API break is a failed cell with
-// its first error line, and the second run makes nothing.
+// TestWishList builds every flavour of every driver version for several kernels with one command. All cells that can be
+// built must be published. The cell with a real API break must fail and show its first error line. A second run must
+// build nothing.
 func TestWishList(t *testing.T) {
 	dir := t.TempDir()
 	var wish strings.Builder
 	wish.WriteString("version: 1\nkernels:\n")
-	// The two oldest kernels, a second build of one of them, and the newest.
+	// The kernels are the two oldest ones, a second build of one of them, and the newest.
 	builds := 0
 	for i, b := range shared.mirror.Builds {
 		if i < 3 || b.Kernel == shared.newest() {
@@ -73,7 +73,7 @@ func TestWishList(t *testing.T) {
 		}
 		return r
 	}
-	// Each version on each build in both flavours; one version has no open one.
+	// There is a cell for each version, build and flavour. One version has no open flavour.
 	first := read(run("json"))
 	if n := len(first.Cells); n != builds*2*len(shared.mirror.Drivers) || first.States["unavailable"] != builds ||
 		first.States["failed"] != 1 || first.States["published"] != n-builds-1 {

@@ -1,7 +1,6 @@
-// Command mirror lays out, out of Debian's packages, folders that look like a COS
-// release bucket and COS's bucket of NVIDIA drivers, so that Prebake can be tried
-// where neither can be reached. It is no part of the product: demo, tests and
-// newcomers run it beside the builder. This package is wiring only.
+// Command mirror makes folders from Debian's packages that look like a COS release bucket and COS's bucket of NVIDIA
+// drivers. With them, Prebake can be tried where neither bucket can be reached. The program is no part of the product:
+// the demo, the tests and newcomers run it beside the builder. This package only connects the parts.
 package main
 
 import (
@@ -26,7 +25,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// version is set at link time.
+// The linker sets version.
 var version = "devel"
 
 func main() { cli.Main(root()) }
@@ -116,7 +115,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(gpu.work)) }()
 	revision := ""
-	if !cmd.Bool("no-boot-archive") { // which has the module
+	if !cmd.Bool("no-boot-archive") { // the boot archive has the emulated GPU
 		if revision, err = gpu.revision(ctx); err != nil {
 			return err
 		}
@@ -164,7 +163,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	})
 }
 
-// emugpu has the builder compile the emulated GPU of boot archives.
+// emugpu runs the builder, which compiles the emulated GPU for boot archives.
 type emugpu struct{ builder, work string }
 
 func (g emugpu) run(ctx context.Context, args ...string) (string, error) {
@@ -181,7 +180,7 @@ func (g emugpu) run(ctx context.Context, args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-// revision names the source that the builder would compile.
+// revision returns the revision of the source that the builder would compile.
 func (g emugpu) revision(ctx context.Context) (string, error) { return g.run(ctx, "--revision") }
 
 func (g emugpu) compile(ctx context.Context, arch target.Arch, headers, toolchain string, env map[string]string,

@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// What cannot be laid out is refused before anything is fetched, with the next move.
+// TestRefusals checks that wrong settings are refused, with a hint, before anything is fetched.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

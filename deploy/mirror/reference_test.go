@@ -9,7 +9,7 @@ import (
 
 var writePage = flag.Bool("write-page", false, "write docs/reference/mirror.md anew")
 
-// The page in docs is what --help says.
+// TestReference checks that the page in docs equals the output of --help.
 func TestReference(t *testing.T) {
 	t.Parallel()
 	clidoc.Check(t, "../../docs/reference/mirror.md", *writePage, root)

@@ -1,8 +1,7 @@
-// Command nvmlprobe opens NVIDIA's management library, asks it for the
-// driver's version and the GPUs, prints the answer as one JSON object and
-// ends. It is a program of its own because NVML needs cgo and dlopen, which
-// the static fetcher must not have. It refuses to judge the answer, and to change
-// anything on the GPU but, where it is told to, persistence mode.
+// Command nvmlprobe opens NVML, NVIDIA's management library, and asks it for the driver's version and the GPUs. It
+// prints the answer as one JSON object and ends. It is a separate program, because NVML needs cgo and dlopen, which the
+// static fetcher must not have. It refuses to judge the answer. It changes nothing on a GPU except, with --persist,
+// persistence mode.
 package main
 
 import (
@@ -17,21 +16,21 @@ import (
 	"github.com/NVIDIA/go-nvml/pkg/nvml"
 )
 
-// Exit codes.
+// These are the exit codes.
 const (
 	exitAnswered = 0 // NVML answered; devices may be empty
-	exitSilent   = 1 // NVML could not be opened or asked; error says why
+	exitSilent   = 1 // NVML could not be opened or did not answer; error says why
 	exitUsage    = 2
 )
 
-// Answer is what the probe prints.
+// Answer is the JSON object that the probe prints.
 type Answer struct {
 	DriverVersion string `json:"driverVersion,omitempty"`
 	// CUDAVersion is the highest CUDA version that the driver supports, such as 12.2.
 	CUDAVersion string   `json:"cudaVersion,omitempty"`
 	Devices     []Device `json:"devices"`
 	Error       string   `json:"error,omitempty"`
-	// Code is NVML's return value that goes with Error; 0 if it came from elsewhere.
+	// Code is NVML's return value for Error; 0 if the error came from elsewhere.
 	Code int `json:"code,omitempty"`
 }
 
@@ -41,13 +40,13 @@ type Device struct {
 	Name        string `json:"name,omitempty"`
 	PCIBusID    string `json:"pciBusId,omitempty"`
 	MemoryBytes uint64 `json:"memoryBytes,omitempty"`
-	// Fabric is how far the GPU has come in joining its NVLink fabric: not started, in
-	// progress or completed; "" means a GPU without one, or a library that does not tell.
+	// Fabric is the GPU's progress in joining its NVLink fabric: not started, in progress or completed. "" means that the
+	// GPU has no fabric, or that the library does not report it.
 	Fabric string `json:"fabric,omitempty"`
-	// Persistence is on or off, or why it could not be turned on; "" means a GPU that does not
-	// tell. With it the driver keeps the GPU initialised while nobody uses it.
+	// Persistence is on, off, or the reason why it could not be turned on; "" means that the GPU does not report it. With
+	// persistence mode, the driver keeps the GPU initialised while no process uses it.
 	Persistence string `json:"persistence,omitempty"`
-	// Error says why NVML cannot use or describe this GPU.
+	// Error is the reason why NVML cannot use or describe this GPU.
 	Error string `json:"error,omitempty"`
 }
 
@@ -82,8 +81,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	return exitAnswered
 }
 
-// openable returns the loader's own text about a library that NVML only
-// calls not found.
+// openable returns the loader's error for a library, because NVML reports only "not found".
 func openable(path string) error {
 	lib := dl.New(path, dl.RTLD_LAZY)
 	if err := lib.Open(); err != nil {
@@ -103,7 +101,7 @@ type asked interface {
 	LookupSymbol(string) error
 }
 
-// ask fills an answer as far as NVML gives one.
+// ask fills an answer as far as NVML responds.
 func ask(lib asked, persist bool, why func() error) (a Answer) {
 	a.Devices = []Device{}
 	if ret := lib.Init(); ret != nvml.SUCCESS {
@@ -138,8 +136,7 @@ func ask(lib asked, persist bool, why func() error) (a Answer) {
 		}
 		device := describe(d)
 		device.Persistence = persistence(d, persist)
-		// A driver from before R525 lacks the call, and a program that makes it all the same
-		// is ended by the loader.
+		// Drivers before R525 lack this function. The loader would end a program that calls it all the same.
 		if lib.LookupSymbol("nvmlDeviceGetGpuFabricInfo") == nil {
 			device.Fabric = fabric(d)
 		}
@@ -148,7 +145,7 @@ func ask(lib asked, persist bool, why func() error) (a Answer) {
 	return a
 }
 
-// facts is the part of a GPU that the probe reads.
+// facts is the part of NVML's device interface that describe uses.
 type facts interface {
 	GetUUID() (string, nvml.Return)
 	GetName() (string, nvml.Return)
@@ -156,7 +153,7 @@ type facts interface {
 	GetMemoryInfo() (nvml.Memory, nvml.Return)
 }
 
-// describe reads what the GPU tells; the first refusal is its error.
+// describe reads the properties of a GPU. Error has the first one that NVML refused.
 func describe(d facts) (out Device) {
 	note := func(what string, ret nvml.Return) bool {
 		if ret != nvml.SUCCESS && out.Error == "" {
@@ -178,7 +175,7 @@ func describe(d facts) (out Device) {
 	return out
 }
 
-// persistence turns persistence mode on, where it is told to, and reads it.
+// persistence turns persistence mode on if on is set, and then returns the mode.
 func persistence(d interface {
 	SetPersistenceMode(nvml.EnableState) nvml.Return
 	GetPersistenceMode() (nvml.EnableState, nvml.Return)
@@ -199,13 +196,13 @@ func persistence(d interface {
 	return "off"
 }
 
-// fabric reads how far a GPU has come in joining its fabric.
+// fabric returns a GPU's progress in joining its fabric.
 func fabric(d interface {
 	GetGpuFabricInfo() (nvml.GpuFabricInfo, nvml.Return)
 }) string {
 	info, ret := d.GetGpuFabricInfo()
 	if ret != nvml.SUCCESS {
-		return "" // most GPUs have none
+		return "" // most GPUs have no fabric
 	}
 	switch info.State {
 	case nvml.GPU_FABRIC_STATE_NOT_STARTED:
@@ -220,7 +217,7 @@ func fabric(d interface {
 
 func words(ret nvml.Return) string { return nvml.ErrorString(ret) }
 
-// cString reads up to the terminating zero.
+// cString returns the text before the terminating zero.
 func cString[T int8 | uint8](chars []T) string {
 	out := make([]byte, 0, len(chars))
 	for _, c := range chars {

@@ -12,10 +12,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// library answers like NVML would; methods that a row leaves out succeed.
+// library answers as NVML does. The zero value of a field means success.
 type library struct {
 	init, version, count nvml.Return
-	old                  bool // lacks newer calls
+	old                  bool // an older library, which lacks newer functions
 	devices              []nvml.Return
 }
 
@@ -98,7 +98,7 @@ func (g gpu) GetMemoryInfo() (nvml.Memory, nvml.Return) {
 	return nvml.Memory{Total: 16 << 30}, g.memory
 }
 
-// convert gives b the type of like, which differs between NVML's versions.
+// convert converts b to the type of the first argument, which differs between NVML's versions.
 func convert[T int8 | uint8](_ T, b byte) T { return T(b) }
 
 func TestAsk(t *testing.T) {

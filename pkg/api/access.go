@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Token is a secret that an administrator made for somebody, without the secret.
+// Token describes an access token of the server. Only the answer to its creation contains the secret.
 type Token struct {
 	ID        string     `json:"id"`
 	Name      string     `json:"name"`
@@ -15,30 +15,31 @@ type Token struct {
 	CreatedAt time.Time  `json:"createdAt"`
 	CreatedBy string     `json:"createdBy"`
 	ExpiresAt time.Time  `json:"expiresAt"`
-	UsedAt    *time.Time `json:"usedAt,omitempty"` // to the hour
+	UsedAt    *time.Time `json:"usedAt,omitempty"` // rounded to the hour
 	RevokedAt *time.Time `json:"revokedAt,omitempty"`
-	// Secret is what its holder sends. It is told once, to who made the token.
+	// Secret is the value that the holder sends with each request. The server returns it once, in the answer to
+	// CreateToken.
 	Secret string `json:"secret,omitempty"`
 }
 
-// NewToken asks for a token.
+// NewToken is the body of a request for a token.
 type NewToken struct {
 	Name   string   `json:"name" doc:"name of the token's holder, such as node-pool-a"`
 	Scopes []string `json:"scopes" doc:"ask, announce, build, push, operate or admin"`
-	// LifeSeconds is how long it counts; 0 means 90 days.
+	// LifeSeconds is the time until the token expires, in seconds; 0 means 90 days.
 	LifeSeconds int64 `json:"lifeSeconds,omitempty" doc:"lifetime in seconds; 0 is 90 days"`
 }
 
-// AuditEntry is a call that changed something, or that was forbidden.
+// AuditEntry records one call that changed something, or that the server refused as forbidden.
 type AuditEntry struct {
 	At     time.Time `json:"at"`
 	Actor  string    `json:"actor"`
 	Method string    `json:"method"`
 	Path   string    `json:"path"`
 	Status int       `json:"status"`
-	// Request is the id that the server's log and the answer have, too.
+	// Request is the id of the request. The server's log and the answer contain the same id.
 	Request string `json:"request"`
-	// Source is the address that the call came from.
+	// Source is the network address of the caller.
 	Source string `json:"source"`
 }
 
@@ -47,17 +48,17 @@ func (c *Client) Tokens(ctx context.Context) (all []Token, err error) {
 	return all, c.call(ctx, http.MethodGet, "/v1/tokens", nil, &all)
 }
 
-// CreateToken makes a token; its secret is told in this answer only.
+// CreateToken makes a token. Only this answer contains the token's secret.
 func (c *Client) CreateToken(ctx context.Context, n NewToken) (t Token, err error) {
 	return t, c.call(ctx, http.MethodPost, "/v1/tokens", n, &t)
 }
 
-// RevokeToken makes a token worth nothing.
+// RevokeToken makes a token invalid.
 func (c *Client) RevokeToken(ctx context.Context, id string) error {
 	return c.sendOnly(ctx, http.MethodDelete, "/v1/tokens/"+url.PathEscape(id), nil)
 }
 
-// Audit lists who changed what, newest first; actor "" is anybody.
+// Audit lists the entries of the audit log, newest first; actor "" means any actor.
 func (c *Client) Audit(ctx context.Context, actor string) ([]AuditEntry, error) {
 	return collect(c.EachAudit(ctx, Filter{Actor: actor}))
 }

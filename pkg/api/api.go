@@ -1,6 +1,5 @@
-// Package api is the wire: the types that server, builder and fetcher exchange
-// over HTTP and through the queue, and a typed client. It refuses to hold any
-// rule; rules live in the component that owns them.
+// Package api defines the types that server, builder and fetcher exchange over HTTP and through the queue, and a typed
+// client. It holds no rules; the component that owns a rule implements it.
 package api
 
 import (
@@ -15,22 +14,21 @@ import (
 // State is the state of a cell of the matrix.
 type State string
 
-// The states of a cell. A build has the subset queued, building, published,
-// failed and cancelled.
+// The states of a cell. A build has only these of them: queued, building, published, failed and cancelled.
 const (
 	Published   State = "published"   // an artifact exists
 	Building    State = "building"    // a builder works on it
-	Queued      State = "queued"      // waits for a builder
+	Queued      State = "queued"      // a build waits for a builder
 	Failed      State = "failed"      // the last build failed; Class says how
-	Cancelled   State = "cancelled"   // the last build was called off
+	Cancelled   State = "cancelled"   // the last build was cancelled
 	Unsupported State = "unsupported" // can never be built; Reason says why
 	Yanked      State = "yanked"      // was published and must not be used any more
 	Quarantined State = "quarantined" // was published and did not load on several nodes
 	Unknown     State = "unknown"     // not requested yet
 )
 
-// Withdrawn reports whether an artifact of this state exists and nobody should have it:
-// not from elsewhere, and not compiled anew.
+// Withdrawn reports whether an artifact of this state exists but must not be used. A node must then neither get it from
+// another place nor compile the driver itself.
 func (s State) Withdrawn() bool { return s == Yanked || s == Quarantined }
 
 // Kernel is a kernel of the catalogue.
@@ -38,25 +36,25 @@ type Kernel struct {
 	target.Kernel
 	// Fingerprint is empty until a builder has read the kernel's headers.
 	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
-	// Default, Latest and Branches are what this COS build's own lists say of
-	// drivers: gpu_default_version, gpu_latest_version, gpu_driver_versions.
+	// Default, Latest and Branches come from the driver lists of this COS build: gpu_default_version, gpu_latest_version
+	// and gpu_driver_versions.
 	Default  string            `json:"default,omitempty"`
 	Latest   string            `json:"latest,omitempty"`
 	Branches map[string]string `json:"branches,omitempty"`
-	// GPUs are what gpu_driver_versions says of the types of GPU that it has a list for, by
-	// COS's name for the type, such as NVIDIA_L4.
+	// GPUs has the versions that gpu_driver_versions lists for single GPU types. The key is COS's name of the type, such
+	// as NVIDIA_L4.
 	GPUs map[string]GPUDrivers `json:"gpus,omitempty"`
-	// GKE are the versions of GKE whose nodes boot this kernel, newest first, by the list
-	// of images that the server follows.
+	// GKE lists the GKE versions whose nodes boot this kernel, newest first. The server reads them from the image list
+	// that it follows.
 	GKE    []string  `json:"gke,omitempty"`
 	SeenAt time.Time `json:"seenAt"`
 	// FirstSeenAt is when the catalogue first recorded the kernel.
 	FirstSeenAt time.Time `json:"firstSeenAt"`
 }
 
-// GPUDrivers are the driver versions that a COS build names for a type of GPU.
+// GPUDrivers are the driver versions that a COS build names for one GPU type.
 type GPUDrivers struct {
-	// Default and Latest are "" where COS names none.
+	// Default and Latest are "" if COS names no version.
 	Default string `json:"default,omitempty"`
 	Latest  string `json:"latest,omitempty"`
 	// Branches maps a branch, such as R535, to its version.
@@ -67,13 +65,12 @@ type GPUDrivers struct {
 type DriverRelease struct {
 	Version string `json:"version"`
 	Branch  string `json:"branch"`
-	// Flavours are those known to be in the release; empty is not known yet.
+	// Flavours are the flavours that the release is known to have; empty means that they are not known yet.
 	Flavours []target.Flavour `json:"flavours,omitempty"`
 	SeenAt   time.Time        `json:"seenAt"`
 }
 
-// Artifact is a published artifact. One artifact serves every kernel of its
-// fingerprint.
+// Artifact is a published artifact. One artifact serves every kernel that has its fingerprint.
 type Artifact struct {
 	Digest      string             `json:"digest"`
 	Repository  string             `json:"repository"`
@@ -81,46 +78,45 @@ type Artifact struct {
 	Driver      target.Driver      `json:"driver"`
 	Arch        target.Arch        `json:"arch"`
 	Release     string             `json:"release"`
-	// Kernels are the COS builds that the artifact is attested for.
+	// Kernels are the COS builds that have a kernel-match attestation for the artifact.
 	Kernels []target.Kernel `json:"kernels"`
 	State   State           `json:"state"` // Published, Yanked or Quarantined
 	Reason  string          `json:"reason,omitempty"`
-	// Replacement is the digest of what to use in place of a yanked artifact.
+	// Replacement is the digest of the artifact to use in place of a yanked one.
 	Replacement string    `json:"replacement,omitempty"`
 	PublishedAt time.Time `json:"publishedAt"`
-	// WithdrawnAt is since when the artifact is yanked or in quarantine.
+	// WithdrawnAt is the time at which the artifact was yanked or put in quarantine.
 	WithdrawnAt *time.Time `json:"withdrawnAt,omitempty"`
 }
 
-// NewArtifact tells the catalogue of an artifact that was published.
+// NewArtifact is the body of a request that adds a published artifact to the catalogue.
 type NewArtifact struct {
 	Digest string `json:"digest"`
-	// Repository is HOST/NAME, or /NAME on the server itself; empty is where the
+	// Repository is HOST/NAME, or /NAME for a repository on the server itself. "" means the repository to which the
 	// server's builders publish.
 	Repository  string             `json:"repository,omitempty"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
 	Driver      target.Driver      `json:"driver"`
 	Release     string             `json:"release,omitempty"`
-	// Kernels are the COS builds that the artifact is attested for, all of one
-	// architecture.
+	// Kernels are the COS builds that have a kernel-match attestation for the artifact. All must have one architecture.
 	Kernels []target.Kernel `json:"kernels"`
 }
 
-// MaxBuildLog bounds the log of one build: the server takes no more, and
-// builders send the end of a longer one.
+// MaxBuildLog bounds the log of one build, in bytes. The server refuses a longer log, so builders send only the end of
+// it.
 const MaxBuildLog = 64 << 20
 
-// Bounds of the log of a running build: bytes that are kept, and bytes of one part.
+// Bounds of the log of a running build, in bytes: the whole log that the server keeps, and one appended part.
 const (
 	MaxLiveLog     = 8 << 20
 	MaxLiveLogPart = 256 << 10
 )
 
-// HeartbeatInterval is how often a builder tells the server that it works on a build. The
-// server gives the build to another one when it gets no report for some of these.
+// HeartbeatInterval is the time between two reports of a builder that it works on a build. If several reports are
+// missing, the server gives the build to another builder.
 const HeartbeatInterval = 10 * time.Second
 
-// BuildRequest asks for a cell to be built.
+// BuildRequest asks the server to build a cell.
 type BuildRequest struct {
 	BuildID string `json:"buildId"`
 	Board   string `json:"board"`
@@ -129,7 +125,7 @@ type BuildRequest struct {
 	Flavour string `json:"flavour"`
 }
 
-// Build is one try to make one cell.
+// Build is one attempt to build one cell.
 type Build struct {
 	ID      int64         `json:"id"`
 	Kernel  target.Kernel `json:"kernel"`
@@ -138,25 +134,24 @@ type Build struct {
 	Phase   string        `json:"phase,omitempty"`
 	Worker  string        `json:"worker,omitempty"`
 	Attempt int           `json:"attempt"`
-	// Class is the kind of the failure with State failed; with queued it is
-	// that of the try before, if there was one.
+	// Class is the kind of the failure if State is failed. If State is queued, Class is the kind of the previous attempt's
+	// failure, or "" if there was no previous attempt.
 	Class string `json:"class,omitempty"`
-	// Error is the first error line: for an API break the compiler's.
+	// Error is the first error line. For an API break it comes from the compiler's output.
 	Error  string           `json:"error,omitempty"`
 	Hint   string           `json:"hint,omitempty"`
 	Digest string           `json:"digest,omitempty"`
 	Phases []timeline.Phase `json:"phases,omitempty"`
-	// Priority is 1 for what somebody waits for, and higher for what can wait.
+	// Priority is 1 if a node or a person waits for the build. Builds that can wait have higher numbers.
 	Priority   int        `json:"priority"`
 	CreatedAt  time.Time  `json:"createdAt"`
 	StartedAt  *time.Time `json:"startedAt,omitempty"`
 	FinishedAt *time.Time `json:"finishedAt,omitempty"`
-	// HeartbeatAt is when the builder last said that it works on the build.
+	// HeartbeatAt is the time of the builder's last report that it works on the build.
 	HeartbeatAt *time.Time `json:"beatAt,omitempty"`
 }
 
-// BuildUpdate is what a builder reports of a build; zero fields leave the
-// catalogue as it is.
+// BuildUpdate is a builder's report about a build. A zero field leaves the catalogue's value unchanged.
 type BuildUpdate struct {
 	State       State              `json:"state,omitempty"`
 	Worker      string             `json:"worker,omitempty"`
@@ -175,71 +170,70 @@ type BuildUpdate struct {
 // Resolution answers "what should a node of this kernel run?".
 type Resolution struct {
 	Kernel target.Kernel `json:"kernel"`
-	// Driver is the exact driver that the wish came to; empty when none fits.
+	// Driver is the exact driver that the wish resolved to; empty if no driver fits.
 	Driver target.Driver `json:"driver"`
 	State  State         `json:"state"`
-	// Repository and Digest name the artifact when State is published. A
-	// Repository without a host (it starts with "/") is on the server itself.
+	// Repository and Digest name the artifact if State is published. A Repository that starts with "/" has no host; it is
+	// on the server itself.
 	Repository string `json:"repository,omitempty"`
 	Digest     string `json:"digest,omitempty"`
-	// Replacement is the digest of what to use in place of the cell's yanked artifact.
+	// Replacement is the digest of the artifact to use in place of the cell's yanked artifact.
 	Replacement string `json:"replacement,omitempty"`
-	// ReadyAt is when the artifact became usable for this kernel.
+	// ReadyAt is the time at which the artifact became usable for this kernel.
 	ReadyAt *time.Time `json:"readyAt,omitempty"`
-	// Position of a queued cell is 1 for the one that is built next. ETA is when an
-	// open cell may be ready, by what such builds took lately. Both are about right.
+	// Position is the place of a queued cell in the queue; 1 is the next one. ETA is the expected time at which a queued
+	// or building cell is ready, from the duration of recent builds. Both are estimates.
 	Position int        `json:"position,omitempty"`
 	ETA      *time.Time `json:"eta,omitempty"`
-	// Build is the newest build of the cell, where there is one.
+	// Build is the newest build of the cell; nil if there is none.
 	Build *Build `json:"build,omitempty"`
-	// Reason and Hint are for people: why there is no artifact, and the next move.
+	// Reason tells people why there is no artifact, and Hint tells them what to do next.
 	Reason string `json:"reason,omitempty"`
 	Hint   string `json:"hint,omitempty"`
 }
 
-// WishList is what has to be built without anybody asking: the text is in the
-// builder's own format, see builder wish schema.
+// WishList is a stored wish list: the cells that the farm builds before anybody asks. The text is in the builder's
+// format; "builder wish schema" prints its schema.
 type WishList struct {
 	Name string `json:"name"`
 	Text string `json:"text"`
-	// Version counts the changes of the text, from 1.
+	// Version counts the changes of the text and starts at 1.
 	Version   int64     `json:"version"`
 	ChangedAt time.Time `json:"changedAt"`
-	// PlannedAt is when it was last compared with the catalogue, Cells how many
-	// cells it came to, and Problems why some wishes came to none.
+	// PlannedAt is the time at which the server last compared the list with the catalogue. Cells is the number of cells
+	// that the list expanded to. Problems says why some wishes expanded to no cell.
 	PlannedAt *time.Time `json:"plannedAt,omitempty"`
 	Cells     int        `json:"cells"`
 	Problems  []string   `json:"problems,omitempty"`
 }
 
-// NewWishList is the body that stores a wish list.
+// NewWishList is the body of a request that stores a wish list.
 type NewWishList struct {
 	Text string `json:"text"`
-	// Version is that of the text that this one takes the place of: when it is
-	// another by now, nothing is stored. 0 takes the place of any.
+	// Version is the version of the text that this one replaces. If the stored text has another version, the server stores
+	// nothing. 0 replaces any version.
 	Version int64 `json:"version,omitempty"`
 }
 
-// ReleaseNote announces a COS build.
+// ReleaseNote announces a COS build to the server.
 type ReleaseNote struct {
 	BuildID string `json:"buildId"`
 }
 
-// Release is a COS build and what has happened to its cells.
+// Release is a COS build with the states of its cells.
 type Release struct {
 	BuildID string    `json:"buildId"`
 	SeenAt  time.Time `json:"seenAt"`
 	Kernels []Kernel  `json:"kernels"`
-	// Cells that somebody asked for, wish lists among them; with each that is
-	// published, when it became so.
+	// Cells are the cells that somebody asked for, including those of wish lists. A published cell has the time at which
+	// it was published.
 	Cells []Resolution  `json:"cells"`
 	Ready int           `json:"ready"`
 	Open  int           `json:"open"`
 	Times ReadyDuration `json:"times"`
 }
 
-// ReadyDuration tells how long it took from a kernel's being seen until its cells
-// were ready, in seconds.
+// ReadyDuration summarises, in seconds, how long cells took from the first sight of their kernel until they were ready.
 type ReadyDuration struct {
 	Count int     `json:"count"`
 	P50   float64 `json:"p50"`
@@ -248,21 +242,21 @@ type ReadyDuration struct {
 	Max   float64 `json:"max"`
 }
 
-// Pool is a node pool that may move to a COS build, see [Client.Preflight].
+// Pool is a node pool that may move to another COS build; see [Client.Preflight].
 type Pool struct {
 	Name string `json:"name,omitempty"`
-	// BuildID or GKE names the COS build; the other is empty. GKE is a version of GKE, such
-	// as 1.33.5-gke.1080000: the build that its nodes boot.
+	// BuildID or GKE names the COS build; the other one is empty. GKE is a GKE version, such as 1.33.5-gke.1080000, and
+	// means the COS build that its nodes boot.
 	BuildID string `json:"buildId,omitempty"`
 	GKE     string `json:"gke,omitempty"`
 	Board   string `json:"board"`
-	// Driver and Flavour as in a BuildRequest; empty is default and auto.
+	// Driver and Flavour have the same values as in a BuildRequest. Empty means default for Driver, and auto for Flavour.
 	Driver  string `json:"driver,omitempty"`
 	Flavour string `json:"flavour,omitempty"`
 }
 
-// BuildOrGKE tells what names the build of a pool: a BUILD_ID, or a version of GKE, which
-// has "-gke." in it.
+// BuildOrGKE sorts a name of a COS build into one of two results. A name that contains "-gke." is a GKE version; any
+// other name is a BUILD_ID.
 func BuildOrGKE(name string) (buildID, gke string) {
 	if strings.Contains(name, "-gke.") {
 		return "", name
@@ -270,27 +264,27 @@ func BuildOrGKE(name string) (buildID, gke string) {
 	return name, ""
 }
 
-// PreflightRequest asks whether node pools may move.
+// PreflightRequest asks whether node pools may move to other COS builds.
 type PreflightRequest struct {
 	Pools []Pool `json:"pools"`
 }
 
-// Preflight is the answer: all pools may move, or some may not yet.
+// Preflight is the answer to a PreflightRequest. May is true if all pools may move.
 type Preflight struct {
 	May   bool          `json:"may"`
 	Pools []PoolVerdict `json:"pools"`
 }
 
-// PoolVerdict is the answer for one pool, in the order of the question.
+// PoolVerdict is the answer for one pool. The verdicts have the order of the request's pools.
 type PoolVerdict struct {
 	Pool Pool `json:"pool"`
 	May  bool `json:"may"`
-	// Resolution is what a node of the pool would be told.
+	// Resolution is the answer that a node of the pool would get.
 	Resolution Resolution `json:"resolution"`
 }
 
-// Problem is the body of every answer that is an error (RFC 9457, media type
-// application/problem+json), with two members of ours.
+// Problem is the body of every error answer (RFC 9457, media type application/problem+json). Its members Kind and Hint
+// are Prebake's own.
 type Problem struct {
 	Title  string     `json:"title"`
 	Status int        `json:"status"`
@@ -299,21 +293,20 @@ type Problem struct {
 	Hint   string     `json:"hint,omitempty"`
 }
 
-// BuildJob is a build as the queue carries it. Its River kind is fixed in
-// [BuildJob.Kind].
+// BuildJob is the form of a build in the queue. [BuildJob.Kind] fixes its River kind.
 type BuildJob struct {
 	Build   int64  `json:"build" river:"unique"`
 	BuildID string `json:"build_id"`
 	Board   string `json:"board"`
 	Driver  string `json:"driver"` // an exact version
 	Flavour string `json:"flavour"`
-	// KernelMirror and DriverMirror are where the inputs are; "" means the builder's own default.
+	// KernelMirror and DriverMirror say where the inputs are; "" means the builder's own default.
 	KernelMirror string `json:"kernel_mirror,omitempty"`
 	DriverMirror string `json:"driver_mirror,omitempty"`
 }
 
-// Kind names the job to River.
+// Kind returns the name of this kind of job for River.
 func (BuildJob) Kind() string { return "build" }
 
-// BuildQueue is the River queue that carries BuildJob.
+// BuildQueue is the name of the River queue for BuildJob.
 const BuildQueue = "builds"

@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of what the client reads. A list of every build of a large farm is a
-// few MiB; a build's log is bounded by the server.
+// Bounds of the answers that the client reads, in bytes. A list of all builds of a large farm has a few MiB. The server
+// bounds the log of a build.
 const (
 	maxAnswer  = 64 << 20
 	maxProblem = 1 << 20
@@ -35,26 +35,26 @@ type Client struct {
 	http  *http.Client
 }
 
-// Time bounds. A log may take as long as it moves: it is bounded by silence.
+// Time limits. The transfer of a log has no total limit; it may take as long as data still moves. idleTimeout ends it
+// after a silence.
 const (
 	callTime    = time.Minute
 	idleTimeout = time.Minute
 )
 
-// NewClient returns a client of the server at base, such as
-// http://127.0.0.1:8440. The token may be empty for reading. A nil hc means a
-// client of its own, which bounds each call to a minute and a log's transfer to a
-// minute of silence.
+// NewClient returns a client of the server at base, such as http://127.0.0.1:8440. The token may be empty if the caller
+// only reads. If hc is nil, NewClient makes an HTTP client that limits each call to one minute. It limits the transfer
+// of a log only to one minute without data.
 func NewClient(base, token string, hc *http.Client) *Client {
 	if hc == nil {
 		transport := cleanhttp.DefaultPooledTransport()
-		transport.ResponseHeaderTimeout = idleTimeout // counts from the end of the body that is sent
+		transport.ResponseHeaderTimeout = idleTimeout // counts from the moment at which the request body is sent
 		hc = &http.Client{Transport: transport}
 	}
 	return &Client{base: strings.TrimRight(base, "/"), token: func() (string, error) { return token, nil }, http: hc}
 }
 
-// maxToken bounds a token in bytes: those of Kubernetes have some 1,500.
+// maxToken bounds a token, in bytes. Kubernetes' tokens have some 1,500.
 const maxToken = 64 << 10
 
 // ReadToken reads a token from a file, without the white space around it.
@@ -78,8 +78,8 @@ func ReadToken(file string) (string, error) {
 	return token, nil
 }
 
-// WithTokenFile returns the client with the token that a file holds at each call:
-// who renews it, as Kubernetes does, need not tell.
+// WithTokenFile returns a client that reads its token from a file at each call. A program that renews the token, as
+// Kubernetes does, need not notify the client.
 func (c *Client) WithTokenFile(file string) *Client {
 	return &Client{base: c.base, http: c.http, token: func() (string, error) { return ReadToken(file) }}
 }
@@ -102,15 +102,14 @@ func (c *Client) Artifacts(ctx context.Context) ([]Artifact, error) {
 	return collect(c.EachArtifact(ctx, Filter{}))
 }
 
-// Question is what Resolve asks. Flavour is auto, proprietary or open; an
-// empty Driver means default, an empty Flavour auto. Release is the node's own
-// `uname -r`; the server uses it only to refuse.
+// Question is the input of Resolve. Flavour is auto, proprietary or open; "" means auto. Driver "" means default.
+// Release is the node's own `uname -r`, which the server uses only to refuse a node.
 type Question struct {
 	BuildID, Board, Driver, Flavour, Release string
 }
 
-// Resolve asks what a node of this kernel should run. A valid question always
-// has an answer; what the answer's State says is not an error.
+// Resolve asks which artifact a node with this kernel should run. Every valid question gets an answer. A State other
+// than published is not an error.
 func (c *Client) Resolve(ctx context.Context, q Question) (Resolution, error) {
 	values := url.Values{"buildId": {q.BuildID}, "board": {q.Board}}
 	for name, value := range map[string]string{"driver": q.Driver, "flavour": q.Flavour, "release": q.Release} {
@@ -122,19 +121,19 @@ func (c *Client) Resolve(ctx context.Context, q Question) (Resolution, error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/resolve?"+values.Encode(), nil, &out)
 }
 
-// RequestBuild asks for a cell; it returns the open build of that cell if there
-// is one, or the finished one if it is published.
+// RequestBuild asks for the build of a cell. If the cell has a queued or running build, or is published, it returns
+// that build.
 func (c *Client) RequestBuild(ctx context.Context, r BuildRequest) (Build, error) {
 	var out Build
 	return out, c.call(ctx, http.MethodPost, "/v1/builds", r, &out)
 }
 
-// Builds lists all builds, newest first; state "" is any.
+// Builds lists all builds, newest first; state "" means any state.
 func (c *Client) Builds(ctx context.Context, state State) ([]Build, error) {
 	return collect(c.EachBuild(ctx, Filter{State: state}))
 }
 
-// Cancel calls a build off.
+// Cancel cancels a build.
 func (c *Client) Cancel(ctx context.Context, id int64) (Build, error) {
 	var out Build
 	return out, c.call(ctx, http.MethodPost, buildPath(id)+"/cancel", nil, &out)
@@ -146,14 +145,15 @@ func (c *Client) Build(ctx context.Context, id int64) (Build, error) {
 	return out, c.call(ctx, http.MethodGet, buildPath(id), nil, &out)
 }
 
-// UpdateBuild reports a builder's progress and returns the build as it is now.
+// UpdateBuild reports a builder's progress. It returns the build after the update.
 func (c *Client) UpdateBuild(ctx context.Context, id int64, u BuildUpdate) (Build, error) {
 	var out Build
 	return out, c.call(ctx, http.MethodPatch, buildPath(id), u, &out)
 }
 
-// Watch calls f with each state of a build until it is over, f fails, or the stream
-// breaks, which is fault.Transient: watch again. It is no method, see [FollowLog].
+// Watch calls f with each new state of a build, until the build is over or f returns an error. If the stream breaks,
+// Watch returns an error of kind Transient, and the caller should watch again. Watch is a function and no method, for
+// the reason that [FollowLog] gives.
 func Watch(ctx context.Context, c *Client, id int64, f func(Build) error) error {
 	path := buildPath(id) + "/events"
 	resp, err := c.do(ctx, http.MethodGet, path, "", nil)
@@ -167,7 +167,7 @@ func Watch(ctx context.Context, c *Client, id int64, f func(Build) error) error 
 	for !over && lines.Scan() {
 		data, ok := bytes.CutPrefix(lines.Bytes(), []byte("data: "))
 		if !ok {
-			continue // a name, a comment, or an end
+			continue // an event name, a comment, or the end of an event
 		}
 		var b Build
 		if err := json.Unmarshal(data, &b); err != nil {
@@ -185,13 +185,13 @@ func Watch(ctx context.Context, c *Client, id int64, f func(Build) error) error 
 	return fault.Wrap(fault.Transient, fmt.Errorf("GET %s%s: read events: %w", c.base, path, err), "watch again")
 }
 
-// AddArtifact tells the catalogue of an artifact that was published.
+// AddArtifact adds a published artifact to the catalogue.
 func (c *Client) AddArtifact(ctx context.Context, a NewArtifact) (Artifact, error) {
 	var out Artifact
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts", a, &out)
 }
 
-// Yank marks an artifact as one that must not be used any more.
+// Yank marks an artifact so that no node gets it any more.
 func (c *Client) Yank(ctx context.Context, digest string, r YankRequest) (Artifact, error) {
 	var out Artifact
 	return out, c.call(
@@ -203,7 +203,7 @@ func (c *Client) Yank(ctx context.Context, digest string, r YankRequest) (Artifa
 	)
 }
 
-// Unyank takes a yank back.
+// Unyank removes the mark of a yank.
 func (c *Client) Unyank(ctx context.Context, digest string) (Artifact, error) {
 	var out Artifact
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts/"+url.PathEscape(digest)+"/unyank", nil, &out)
@@ -234,13 +234,13 @@ func (c *Client) DropWishList(ctx context.Context, name string) error {
 	return c.sendOnly(ctx, http.MethodDelete, wishListPath(name), nil)
 }
 
-// Announce tells of a COS build.
+// Announce tells the server that a COS build exists.
 func (c *Client) Announce(ctx context.Context, buildID string) (Release, error) {
 	var out Release
 	return out, c.call(ctx, http.MethodPost, "/v1/releases", ReleaseNote{BuildID: buildID}, &out)
 }
 
-// Release reads what happened to a COS build's cells.
+// Release reads a COS build and the states of its cells.
 func (c *Client) Release(ctx context.Context, buildID string) (Release, error) {
 	var out Release
 	return out, c.call(ctx, http.MethodGet, "/v1/releases/"+url.PathEscape(buildID), nil, &out)
@@ -255,20 +255,20 @@ func (c *Client) Preflight(ctx context.Context, q PreflightRequest) (Preflight, 
 // YankRequest is the body of a yank.
 type YankRequest struct {
 	Reason string `json:"reason"`
-	// Replacement is the digest of a published artifact of the same fingerprint, whose
-	// driver is the same or newer; empty names none.
+	// Replacement is the digest of another published artifact; "" means none. That artifact must have the same
+	// fingerprint, and the same driver or a newer one.
 	Replacement string `json:"replacement,omitempty"`
 }
 
 func buildPath(id int64) string { return "/v1/builds/" + strconv.FormatInt(id, 10) }
 
-// call sends in as JSON, if any, and decodes the answer into out.
+// call sends in as JSON if it is not nil, and decodes the answer into out.
 func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
 	_, err := c.answer(ctx, method, path, in, out)
 	return err
 }
 
-// answer is call with the answer's header.
+// answer works as call does, and returns the header of the answer.
 func (c *Client) answer(ctx context.Context, method, path string, in, out any) (http.Header, error) {
 	ctx, cancel := context.WithTimeoutCause(
 		ctx,
@@ -302,7 +302,7 @@ func (c *Client) answer(ctx context.Context, method, path string, in, out any) (
 	return resp.Header, drain(resp)
 }
 
-// sendOnly sends what has an answer without a body.
+// sendOnly sends a request whose answer has no body.
 func (c *Client) sendOnly(ctx context.Context, method, path string, in any) error {
 	var body io.Reader
 	var contentType string
@@ -320,13 +320,13 @@ func (c *Client) sendOnly(ctx context.Context, method, path string, in any) erro
 	return drain(resp)
 }
 
-// drain reads what is left so that the connection can be used again.
+// drain reads the rest of the body, so that the connection can be used again.
 func drain(resp *http.Response) error {
 	_, err := io.Copy(io.Discard, io.LimitReader(resp.Body, maxProblem))
 	return errors.Join(err, resp.Body.Close())
 }
 
-// do sends a request and returns the answer if it is a success.
+// do sends a request. It returns the answer only if the status is a success.
 func (c *Client) do(ctx context.Context, method, path, contentType string, body io.Reader) (*http.Response, error) {
 	header := http.Header{}
 	if contentType != "" {
@@ -335,8 +335,8 @@ func (c *Client) do(ctx context.Context, method, path, contentType string, body 
 	return c.send(ctx, method, path, header, body)
 }
 
-// send is do with more headers. To a range that is asked for, the answer may be that there
-// is none (416).
+// send works as do does, with more headers. It also returns an answer of status 416, because a requested range of a log
+// may not exist.
 func (c *Client) send(
 	ctx context.Context,
 	method, path string,
@@ -370,9 +370,8 @@ func (c *Client) send(
 	return nil, errors.Join(problem(resp, fail), resp.Body.Close())
 }
 
-// problem turns an error answer back into a classified error. Answers that are
-// not ours (a proxy's page) are classified by status alone, and say where they
-// came from.
+// problem makes a classified error from an error answer. If the answer is not the server's, such as the page of a
+// proxy, the status alone decides the kind, and the error names the URL.
 func problem(resp *http.Response, fail func(error) error) error {
 	var p Problem
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxProblem))

@@ -2,8 +2,8 @@ package api
 
 import "testing"
 
-// A client that the caller does not bring bounds no whole call: the time of one that
-// carries a log is that of the log.
+// TestClientBoundsNoTransfer checks that the default HTTP client has no timeout for a whole call. Such a timeout would
+// also end the transfer of a long log.
 func TestClientBoundsNoTransfer(t *testing.T) {
 	t.Parallel()
 	if got := NewClient("http://server.example", "", nil).http.Timeout; got != 0 {

@@ -6,13 +6,13 @@ import (
 	"time"
 )
 
-// Coverage tells how much of what wish lists want is there.
+// Coverage tells how many of the cells that wish lists want are published.
 type Coverage struct {
-	// At is when it was counted, some seconds ago.
+	// At is the time of the count, which may be some seconds ago.
 	At    time.Time      `json:"at"`
 	Total CoverageCounts `json:"total"`
-	// Milestones are the COS milestones, newest first; 0 means of kernels whose milestone
-	// is not known yet.
+	// Milestones has one entry for each COS milestone, newest first. The entry 0 counts kernels whose milestone is not
+	// known yet.
 	Milestones []MilestoneCoverage `json:"milestones"`
 }
 
@@ -22,7 +22,7 @@ type MilestoneCoverage struct {
 	CoverageCounts
 }
 
-// CoverageCounts counts wanted cells. Wanted is the sum of all others.
+// CoverageCounts counts wanted cells by their state. Wanted is the sum of all other fields.
 type CoverageCounts struct {
 	Wanted    int `json:"wanted"`
 	Published int `json:"published"`
@@ -31,13 +31,13 @@ type CoverageCounts struct {
 	Failed    int `json:"failed"`
 	// Withdrawn cells have an artifact that is yanked or in quarantine.
 	Withdrawn int `json:"withdrawn"`
-	// Unsupported cells can never be built: a builder found out.
+	// Unsupported cells can never be built, as a builder has found out.
 	Unsupported int `json:"unsupported"`
-	// Missing cells are neither built nor queued, or were called off.
+	// Missing cells are neither built nor queued, or their build was cancelled.
 	Missing int `json:"missing"`
 }
 
-// Coverage reads how much of what wish lists want is there.
+// Coverage reads how many of the cells that wish lists want are published.
 func (c *Client) Coverage(ctx context.Context) (Coverage, error) {
 	var out Coverage
 	return out, c.call(ctx, http.MethodGet, "/v1/coverage", nil, &out)

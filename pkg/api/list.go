@@ -11,29 +11,29 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of a list that comes in pages: entries of one, kernels of a page of cells,
-// and pages.
+// Bounds of a list in pages. pageLimit is the number of entries of a page. cellLimit is the number of kernels of a page
+// of cells. maxPages is the number of pages.
 const (
 	pageLimit = 1000
 	cellLimit = 100
 	maxPages  = 10000
 )
 
-// Filter says which entries of a list are wanted. Empty fields are any. A list refuses
-// fields that it does not know, as the API's description says.
+// Filter selects entries of a list. An empty field matches any entry. A list refuses fields that it does not know; the
+// API's description names the known ones.
 type Filter struct {
 	BuildID, Board string
 	Milestone      int
-	// GKE is a version of GKE, or how one begins, such as 1.33; of kernels and cells only.
+	// GKE is a GKE version, or the beginning of one, such as 1.33. Only lists of kernels and of cells know it.
 	GKE string
 	// Driver is an exact version.
 	Driver  string
 	Flavour string
 	State   State
-	// Actor is who called, in the audit log.
+	// Actor is the caller in an entry of the audit log.
 	Actor string
-	// Page is how many entries are read at a time; 0 means as many as the server gives. Of
-	// cells, kernels are counted.
+	// Page is the number of entries that one request reads; 0 means the largest number that the server allows. For lists
+	// of cells, it is the number of kernels.
 	Page int
 }
 
@@ -56,10 +56,10 @@ func (f Filter) query(largest int) url.Values {
 	return query
 }
 
-// nextLink is the one form in which servers name the next page.
+// nextLink is the only form of the Link header in which the server names the next page.
 var nextLink = regexp.MustCompile(`^<(/v1/[^>]*)>; rel="next"$`)
 
-// each reads a list page by page, as far as it is wanted. An error ends it.
+// each reads a list page by page, until the caller stops. An error ends the list.
 func each[T any](ctx context.Context, c *Client, path string, query url.Values) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		var none T
@@ -86,7 +86,7 @@ func each[T any](ctx context.Context, c *Client, path string, query url.Values) 
 	}
 }
 
-// collect reads a list to its end.
+// collect reads a whole list.
 func collect[T any](entries iter.Seq2[T, error]) ([]T, error) {
 	all := []T{}
 	for entry, err := range entries {
@@ -98,7 +98,7 @@ func collect[T any](entries iter.Seq2[T, error]) ([]T, error) {
 	return all, nil
 }
 
-// EachKernel reads kernels, newest first; the filter may name build, board and milestone.
+// EachKernel reads kernels, newest first. The filter may set build, board and milestone.
 func (c *Client) EachKernel(ctx context.Context, f Filter) iter.Seq2[Kernel, error] {
 	return each[Kernel](ctx, c, "/v1/kernels", f.query(pageLimit))
 }
@@ -108,18 +108,18 @@ func (c *Client) EachDriver(ctx context.Context, f Filter) iter.Seq2[DriverRelea
 	return each[DriverRelease](ctx, c, "/v1/drivers", f.query(pageLimit))
 }
 
-// EachArtifact reads artifacts, newest first; the filter may name all but the milestone.
+// EachArtifact reads artifacts, newest first. The filter may set all fields but the milestone.
 func (c *Client) EachArtifact(ctx context.Context, f Filter) iter.Seq2[Artifact, error] {
 	return each[Artifact](ctx, c, "/v1/artifacts", f.query(pageLimit))
 }
 
-// EachBuild reads builds, newest first; the filter may name all of it.
+// EachBuild reads builds, newest first. The filter may set all fields.
 func (c *Client) EachBuild(ctx context.Context, f Filter) iter.Seq2[Build, error] {
 	return each[Build](ctx, c, "/v1/builds", f.query(pageLimit))
 }
 
-// EachCell reads the states of cells, those of the newest kernel first; the filter may
-// name build, board, milestone and driver.
+// EachCell reads the states of cells, those of the newest kernel first. The filter may set build, board, milestone and
+// driver.
 func (c *Client) EachCell(ctx context.Context, f Filter) iter.Seq2[Resolution, error] {
 	return each[Resolution](ctx, c, "/v1/cells", f.query(cellLimit))
 }
@@ -129,7 +129,7 @@ func (c *Client) EachQuarantine(ctx context.Context, f Filter) iter.Seq2[Quarant
 	return each[Quarantine](ctx, c, "/v1/quarantine", f.query(pageLimit))
 }
 
-// EachAudit reads who changed what, newest first; the filter may name the actor.
+// EachAudit reads the audit log, newest first. The filter may set the actor.
 func (c *Client) EachAudit(ctx context.Context, f Filter) iter.Seq2[AuditEntry, error] {
 	return each[AuditEntry](ctx, c, "/v1/audit", f.query(pageLimit))
 }
@@ -140,15 +140,15 @@ func (c *Client) Artifact(ctx context.Context, digest string) (Artifact, error) 
 	return out, c.call(ctx, http.MethodGet, "/v1/artifacts/"+url.PathEscape(digest), nil, &out)
 }
 
-// ReadyTimes tells how long cells took from their kernel's being seen until they were
-// ready, of those that became so within the last days.
+// ReadyTimes summarises how long cells took from the first sight of their kernel until they were ready. It covers the
+// cells that became ready within the last days.
 func (c *Client) ReadyTimes(ctx context.Context, days int) (ReadyDuration, error) {
 	var out ReadyDuration
 	return out, c.call(ctx, http.MethodGet, "/v1/ready-times?days="+strconv.Itoa(days), nil, &out)
 }
 
-// ReportsOf counts what nodes said of an artifact, or of the artifacts of a COS build and
-// a board; what is empty is any.
+// ReportsOf counts the nodes' reports about an artifact, or about all artifacts of a COS build and board. An empty
+// argument means any.
 func (c *Client) ReportsOf(ctx context.Context, digest, buildID, board string) ([]ReportCounts, error) {
 	query := url.Values{}
 	for name, value := range map[string]string{"digest": digest, "buildId": buildID, "board": board} {

@@ -14,8 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/stall"
 )
 
-// BuildLog opens a build's log, of a running build as far as it is there. The caller
-// closes it.
+// BuildLog opens the log of a build. For a running build, it reads the part that exists now. The caller closes the log.
 func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	resp, err := c.do(ctx, http.MethodGet, buildPath(id)+"/log", "", nil) //nolint:bodyclose // by who reads the log
@@ -26,17 +25,18 @@ func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) 
 	return stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel), nil
 }
 
-// FollowLog writes a build's log as it grows, until the build has ended. A log that has become
-// shorter is that of a new try, and is written from its beginning; a new try that writes more
-// than the last one within a pause goes on where that was. It looks once every pause, and
-// waits for a server that is away. It is no method, so that programs which do not call it do not link it.
+// FollowLog writes a build's log while it grows, until the build has ended. It asks the server once every pause, and
+// keeps asking while the server does not answer. If the log is shorter than before, a new attempt has begun, and
+// FollowLog writes the new log from its beginning. It cannot detect a new attempt whose log outgrows the old one within
+// one pause; it then continues at the old position. FollowLog is a function and no method, so that only programs that
+// call it link it.
 func FollowLog(ctx context.Context, c *Client, id int64, pause time.Duration, out io.Writer) error {
 	written := int64(0)
 	for {
 		over := false
 		b, err := c.Build(ctx, id)
 		if err == nil {
-			// The state is read first: what the log has then is all of it.
+			// The state is read before the log, so that the log of an ended build is complete.
 			over = b.State != Queued && b.State != Building
 			written, err = copyLog(ctx, c, id, written, out)
 		}
@@ -54,20 +54,19 @@ func FollowLog(ctx context.Context, c *Client, id int64, pause time.Duration, ou
 	}
 }
 
-// copyLog writes what a log has beyond what was written already, and returns how much that
-// is now.
+// copyLog writes the part of a log that was not written yet. It returns how many bytes are written now.
 func copyLog(ctx context.Context, c *Client, id, written int64, out io.Writer) (int64, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	header := http.Header{}
-	if written > 0 { // the last byte once more: there is no range without a byte
+	if written > 0 { // asks for the last byte again, because a range cannot be empty
 		header.Set("Range", fmt.Sprintf("bytes=%d-", written-1))
 	}
 	resp, err := c.send(ctx, http.MethodGet, buildPath(id)+"/log", header, nil)
 	if err != nil {
 		return written, err
 	}
-	if resp.StatusCode == http.StatusRequestedRangeNotSatisfiable { // another try began
+	if resp.StatusCode == http.StatusRequestedRangeNotSatisfiable { // a new attempt has begun
 		return 0, drain(resp)
 	}
 	body := stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel)
@@ -84,7 +83,7 @@ func copyLog(ctx context.Context, c *Client, id, written int64, out io.Writer) (
 	return written, errors.Join(err, body.Close())
 }
 
-// PutBuildLog stores a build's log in place of the one that is there.
+// PutBuildLog replaces the stored log of a build.
 func (c *Client) PutBuildLog(ctx context.Context, id int64, log io.Reader) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -99,8 +98,8 @@ func (c *Client) PutBuildLog(ctx context.Context, id int64, log io.Reader) error
 	return drain(resp)
 }
 
-// AppendBuildLog adds to the log of a running build, at an offset in bytes: kind Mismatch
-// when the log does not end there, or the build has ended.
+// AppendBuildLog appends to the log of a running build, at an offset in bytes. The error is of kind Mismatch if the log
+// does not end at that offset, or if the build has ended.
 func (c *Client) AppendBuildLog(ctx context.Context, id, offset int64, part []byte) error {
 	at := buildPath(id) + "/log?offset=" + strconv.FormatInt(offset, 10)
 	resp, err := c.do(ctx, http.MethodPatch, at, "text/plain; charset=utf-8", bytes.NewReader(part))
@@ -110,8 +109,8 @@ func (c *Client) AppendBuildLog(ctx context.Context, id, offset int64, part []by
 	return drain(resp)
 }
 
-// idleTimer puts off a timer with each read: a transfer asks for more as long as it
-// gets rid of what it has.
+// idleTimer restarts a timer with each read. The HTTP client reads the next bytes only after it has sent the previous
+// ones, so the timer runs out when the server takes nothing more.
 type idleTimer struct {
 	r     io.Reader
 	timer *time.Timer
@@ -122,7 +121,7 @@ func (s *idleTimer) Read(p []byte) (int, error) {
 	if err == nil {
 		s.timer.Reset(idleTimeout)
 	} else {
-		s.timer.Stop() // the answer has a bound of its own
+		s.timer.Stop() // the wait for the answer has its own limit
 	}
 	return n, err
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// slow is a log that comes in parts, with a pause before each.
+// slow is a reader of a log that makes a pause before each part.
 type slow struct {
 	parts int
 	pause time.Duration
@@ -28,7 +28,7 @@ func (s *slow) Read(p []byte) (int, error) {
 	return copy(p, "line\n"), nil
 }
 
-// reader is a server that takes what it gets, or nothing more after some bytes.
+// reader is a server that reads the whole request, or stops reading after some bytes.
 type reader struct{ most int }
 
 func (r reader) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -50,8 +50,8 @@ func (r reader) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 }
 
-// A log that takes long is sent whole as long as it goes on: no call may end after a
-// minute only because it is large. One that stands still for a minute ends.
+// TestPutBuildLogTakesItsTime checks that a slow log is sent completely while data moves, however long that takes. A
+// transfer that stands still for a minute ends.
 func TestPutBuildLogTakesItsTime(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

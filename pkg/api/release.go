@@ -6,21 +6,21 @@ import (
 	"time"
 )
 
-// ReleaseSummary is a COS build with how far its cells are.
+// ReleaseSummary is a COS build with the number of its cells in each state.
 type ReleaseSummary struct {
 	BuildID string `json:"buildId"`
-	// Milestone is 0 as long as nobody knows it.
+	// Milestone is 0 if it is not known yet.
 	Milestone int       `json:"milestone,omitempty"`
 	Boards    []string  `json:"boards"`
 	SeenAt    time.Time `json:"seenAt"`
-	// Cells counts the cells that somebody asked for by state.
+	// Cells counts the cells that somebody asked for, by their state.
 	Cells map[State]int `json:"cells"`
-	// Times tells how long the cells took that are ready.
+	// Times summarises how long the ready cells took.
 	Times ReadyDuration `json:"times"`
 }
 
-// EachRelease reads COS builds, newest first; the filter may name board and milestone. Of a
-// page, kernels are counted: a COS build has one for each board.
+// EachRelease reads COS builds, newest first. The filter may set board and milestone. The size of a page counts
+// kernels, and a COS build has one kernel for each board.
 func (c *Client) EachRelease(ctx context.Context, f Filter) iter.Seq2[ReleaseSummary, error] {
 	return each[ReleaseSummary](ctx, c, "/v1/releases", f.query(cellLimit))
 }

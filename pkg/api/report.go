@@ -9,33 +9,33 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Outcome is what happened to an artifact on a node.
+// Outcome is the result of an artifact's activation on a node.
 type Outcome string
 
-// The outcomes.
+// The outcomes of an activation.
 const (
-	Loaded   Outcome = "loaded"    // the driver serves the node
-	NotLoad  Outcome = "failed"    // it does not, and the node has no driver
-	FellBack Outcome = "fell-back" // it does not, and the node uses the one before
+	Loaded   Outcome = "loaded"    // the driver is loaded and works
+	NotLoad  Outcome = "failed"    // the driver does not work, and the node has none
+	FellBack Outcome = "fell-back" // the driver does not work, and the node uses the one before
 )
 
-// NodeReport is what a node says of an artifact that it tried.
+// NodeReport is a node's report about an artifact that it tried.
 type NodeReport struct {
 	BuildID string        `json:"buildId"`
 	Board   string        `json:"board"`
 	Driver  target.Driver `json:"driver"`
 	Digest  string        `json:"digest"`
 	Outcome Outcome       `json:"outcome" enum:"loaded,failed,fell-back"`
-	// Class is the fault's kind unless the outcome is Loaded, and Message its first line.
+	// Class is the kind of the fault, and Message its first line. Both are empty if the outcome is Loaded.
 	Class   string `json:"class,omitempty"`
 	Message string `json:"message,omitempty"`
-	// Node is the same in each report of a node, and tells nobody which one it is: 32 to
-	// 64 lower-case hex digits, such as a hash of its machine id.
+	// Node is the same text in each report of a node, and does not identify the node to anybody: 32 to 64 lower-case hex
+	// digits, such as a hash of its machine id.
 	Node string `json:"node"`
 }
 
-// ReportCounts tells on how many nodes an artifact had which outcome on one kernel, by
-// the last report of each within thirty days.
+// ReportCounts counts the nodes on which an artifact had each outcome on one kernel. It uses the last report of each
+// node within thirty days.
 type ReportCounts struct {
 	BuildID  string    `json:"buildId"`
 	Board    string    `json:"board"`
@@ -46,18 +46,18 @@ type ReportCounts struct {
 	LastAt   time.Time `json:"lastAt"`
 }
 
-// Quarantine is an artifact that did not load on several nodes, and what nodes say of it.
+// Quarantine is an artifact that did not load on several nodes, with the counts of the nodes' reports.
 type Quarantine struct {
 	Artifact Artifact       `json:"artifact"`
 	Reports  []ReportCounts `json:"reports"`
 }
 
-// Report tells what happened to an artifact on this node.
+// Report sends a node's report about an artifact.
 func (c *Client) Report(ctx context.Context, r NodeReport) error {
 	return c.sendOnly(ctx, http.MethodPost, "/v1/reports", r)
 }
 
-// Reports counts what nodes said of an artifact.
+// Reports counts the nodes' reports about an artifact.
 func (c *Client) Reports(ctx context.Context, digest string) ([]ReportCounts, error) {
 	return c.ReportsOf(ctx, digest, "", "")
 }
@@ -67,7 +67,7 @@ func (c *Client) Quarantine(ctx context.Context) ([]Quarantine, error) {
 	return collect(c.EachQuarantine(ctx, Filter{}))
 }
 
-// Lift makes an artifact in quarantine usable again.
+// Lift ends the quarantine of an artifact, so that nodes may use it again.
 func (c *Client) Lift(ctx context.Context, digest string) (Artifact, error) {
 	var out Artifact
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts/"+url.PathEscape(digest)+"/lift", nil, &out)

@@ -1,14 +1,16 @@
-// Package archive unpacks a foreign tar (plain, or compressed with gzip, xz or
-// zstd, decided by its first bytes) below a folder.
+// Package archive unpacks a foreign tar below a folder. The tar may be plain, or compressed with gzip, xz or zstd. The
+// first bytes of the stream decide which.
 //
-// Every byte is taken for hostile. It refuses names that are absolute, hold
-// ".." or pass through a link, links that could lead out of the folder, hard
-// links to anything but an earlier file of the same archive, devices and pipes,
-// a second entry under one name, and more entries, bytes or name length than
-// its bounds. It restores the executable bit and nothing else of
-// the mode: folders become 0755, files 0644 or 0755. Owners, times and
-// extended attributes are ignored. What an error leaves behind is for the
-// caller to remove.
+// The package trusts no byte of the archive. It refuses:
+//   - names that are absolute, hold "..", or pass through a link
+//   - links that could lead out of the folder
+//   - hard links to anything but an earlier file of the same archive
+//   - devices and pipes
+//   - a second entry under one name
+//   - more entries, more bytes or longer names than its bounds allow
+//
+// The package restores only the executable bit of the mode: folders become 0755, files 0644 or 0755. It ignores owners,
+// times and extended attributes. After an error, the caller removes the files that were unpacked.
 package archive
 
 import (
@@ -34,13 +36,13 @@ type Options struct {
 	Bytes int64
 	// Name is the longest path in bytes; 0 means 1024.
 	Name int
-	// Outside is called for a symbolic link that could lead out of the folder;
-	// the link is then left out. With nil such a link refuses the archive.
+	// Outside is called for a symbolic link that could lead out of the folder. Such a link is then left out. If Outside is
+	// nil, such a link refuses the whole archive.
 	Outside func(name, target string)
-	// Root takes the archive for a root folder: absolute links are made relative to it, and
-	// devices, pipes and sockets are left out.
+	// Root says that the archive is a root file system. Absolute links are made relative to its root, and devices, pipes
+	// and sockets are left out.
 	Root bool
-	// XZTool is the path of an xz program for xz archives; "" decodes in Go.
+	// XZTool is the path of an xz program for xz archives; "" means the decoder in Go.
 	XZTool string
 }
 
@@ -78,8 +80,8 @@ func Unpack(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stats, 
 	return stats, err
 }
 
-// UnpackTar is Unpack of a tar that is not compressed. A program that calls nothing else of this
-// package does not contain the decoders.
+// UnpackTar works as Unpack does, for a tar that is not compressed. A program that calls only UnpackTar does not link
+// the decoders.
 func UnpackTar(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stats, error) {
 	return unpack(ctx, r, root, o.withDefaults(), Plain)
 }
@@ -92,7 +94,7 @@ func unpack(ctx context.Context, r io.Reader, root *os.Root, o Options, format F
 	return u.stats, err
 }
 
-// UnpackFile is Unpack of the archive at file into the folder dir.
+// UnpackFile unpacks the archive at the path file into the folder dir, as Unpack does.
 func UnpackFile(ctx context.Context, file, dir string, o Options) (stats Stats, err error) {
 	f, err := os.Open(file)
 	if err != nil {
@@ -110,11 +112,11 @@ func UnpackFile(ctx context.Context, file, dir string, o Options) (stats Stats, 
 type unpacker struct {
 	root  *os.Root
 	o     Options
-	dirs  map[string]bool // real folders, made or seen
-	files map[string]bool // regular files made; what a hard link may name
+	dirs  map[string]bool // folders that exist and are no links
+	files map[string]bool // regular files that were made: the only permitted targets of hard links
 	buf   []byte
 	stats Stats
-	count int // entries read, and folders that their names implied
+	count int // number of entries, plus the folders that exist only because an entry's name contains them
 }
 
 func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
@@ -138,7 +140,8 @@ func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
 	}
 }
 
-// one counts an entry, or a folder that a name implies: either is a file on the disk.
+// one counts one entry, or one folder that only an entry's name contains. Both count, because both take space on the
+// disk.
 func (u *unpacker) one() error {
 	if u.count++; u.count > u.o.Entries {
 		return refuse("read tar: more than %d entries and folders that their names imply", u.o.Entries)
@@ -180,7 +183,7 @@ func (u *unpacker) entry(ctx context.Context, h *tar.Header, body io.Reader) err
 	return refuse("unpack %q: entry type %q is neither folder, file nor link", name, h.Typeflag)
 }
 
-// cleanName returns the slash path below the root that a tar name means.
+// cleanName returns the slash-separated path below the root that a tar name stands for.
 func cleanName(name string, limit int) (string, error) {
 	if len(name) > limit {
 		return "", refuse("unpack %.60q…: name is longer than %d bytes", name, limit)
@@ -199,7 +202,7 @@ func cleanName(name string, limit int) (string, error) {
 	return path.Clean(name), nil
 }
 
-// folder makes name and its parents, each a real folder and never a link.
+// folder makes the folder name and its parents. Each of them is a real folder, never a link.
 func (u *unpacker) folder(name string) error {
 	if u.dirs[name] {
 		return nil
@@ -210,7 +213,7 @@ func (u *unpacker) folder(name string) error {
 	err := u.root.Mkdir(name, 0o755)
 	switch {
 	case err == nil:
-		err = u.root.Chmod(name, 0o755) // whatever the umask is
+		err = u.root.Chmod(name, 0o755) // independent of the umask
 		u.stats.Folder++
 	case errors.Is(err, fs.ErrExist):
 		fi, lerr := u.root.Lstat(name)
@@ -226,7 +229,7 @@ func (u *unpacker) folder(name string) error {
 	return nil
 }
 
-// implied makes a folder that no entry named yet.
+// implied makes a folder that the name of an entry contains, if no entry made it before.
 func (u *unpacker) implied(name string) error {
 	if u.dirs[name] {
 		return nil
@@ -268,8 +271,8 @@ func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io
 	return nil
 }
 
-// copy is io.CopyBuffer that distinguishes errors of the source from errors of the
-// disk, and stops with ctx.
+// copy works as io.CopyBuffer does, with two differences. It separates errors of the source from errors of the disk,
+// and it stops when ctx ends.
 func (u *unpacker) copy(ctx context.Context, w io.Writer, r io.Reader) (n int64, err error) {
 	for {
 		if err := context.Cause(ctx); err != nil {
@@ -313,10 +316,9 @@ func (u *unpacker) symlink(name, target string) error {
 	return nil
 }
 
-// linkStays reports whether a link can never lead out, whatever other links
-// there are. The link's own folder is real (folder sees to that), so its
-// leading ".." count real folders; a ".." behind another name could climb out
-// through a link of that name, so there must be none.
+// linkStays reports whether a link can never lead out of the folder, whatever other links exist. The folder that holds
+// the link is real (method folder ensures that), so the leading ".." of the target count real folders. A ".." after
+// another name could climb out through a link of that name, so linkStays refuses it.
 func linkStays(name, target string, limit int) bool {
 	if target == "" || len(target) > limit || strings.HasPrefix(target, "/") || strings.ContainsRune(target, 0) {
 		return false
@@ -355,8 +357,8 @@ func (u *unpacker) hardlink(name, target string) error {
 	return nil
 }
 
-// foreign classifies an error of the archive's bytes; a cancelled context and
-// an error that has a kind already stay what they are.
+// foreign classifies an error in the archive's bytes. A cancelled context, and an error that has a kind already, stay
+// as they are.
 func foreign(ctx context.Context, err error) error {
 	var f *fault.Error
 	if cause := context.Cause(ctx); cause != nil {
@@ -368,7 +370,7 @@ func foreign(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Unverified, err, replace)
 }
 
-// local classifies an error of our own file system.
+// local classifies an error of the local file system.
 func local(name string, err error) error {
 	switch {
 	case fault.NoSpace(err):

@@ -28,7 +28,7 @@ type entry struct {
 	name string
 	kind byte
 	mode int64
-	body string // or the target of a link
+	body string // content, or the target of a link
 }
 
 func makeTar(t testing.TB, entries ...entry) []byte {
@@ -102,7 +102,7 @@ func unpack(t testing.TB, data []byte, o archive.Options) (map[string]string, ar
 	return listTree(t, dir), stats, err
 }
 
-// listTree describes each entry by its mode and its content or target.
+// listTree maps the path of each entry to its mode and its content or target.
 func listTree(t testing.TB, dir string) map[string]string {
 	t.Helper()
 	got := map[string]string{}
@@ -139,19 +139,19 @@ func TestUnpack(t *testing.T) {
 		entry{"./", tar.TypeDir, 0o700, ""},
 		entry{"./bin/", tar.TypeDir, 0o2700, ""},
 		entry{"./bin/tool", tar.TypeReg, 0o4711, "run"},
-		entry{"./lib/deep/a.h", tar.TypeReg, 0o400, "a"}, // no entry for its folders
+		entry{"./lib/deep/a.h", tar.TypeReg, 0o400, "a"}, // its folders have no entry
 		entry{"./lib/b.h", tar.TypeSymlink, 0o777, "deep/a.h"},
 		entry{"./lib/deep/up", tar.TypeSymlink, 0o777, "../../bin/tool"},
 		entry{"./lib/gone", tar.TypeSymlink, 0o777, "not/there"},
 		entry{"./bin/tool-1", tar.TypeLink, 0o755, "./bin/tool"},
-		entry{"./bin/", tar.TypeDir, 0o755, ""}, // again
+		entry{"./bin/", tar.TypeDir, 0o755, ""}, // the same folder again
 	)
 	want := map[string]string{
 		"bin": "drwxr-xr-x", "bin/tool": "-rwxr-xr-x run", "bin/tool-1": "-rwxr-xr-x run",
 		"lib": "drwxr-xr-x", "lib/deep": "drwxr-xr-x", "lib/deep/a.h": "-rw-r--r-- a",
 		"lib/b.h": "-> deep/a.h", "lib/deep/up": "-> ../../bin/tool", "lib/gone": "-> not/there",
 	}
-	// Nine entries, and two folders that only a name implies.
+	// The archive has nine entries, and two folders that have no entry of their own.
 	for most, ok := range map[int]bool{11: true, 10: false} {
 		if _, _, err := unpack(t, data, archive.Options{Entries: most}); (err == nil) != ok {
 			t.Errorf("Unpack with at most %d entries = %v; want success: %t", most, err, ok)
@@ -286,7 +286,7 @@ func TestUnpackBoundsXZDictionary(t *testing.T) {
 	if err != nil {
 		t.Skip("the xz program is not installed")
 	}
-	// The program examines the header's checksum first: its last four bytes.
+	// The program checks the header's checksum first, so the test corrects it. The checksum is the last four bytes.
 	header := whole[12 : 12+4*(int(whole[12])+1)]
 	binary.LittleEndian.PutUint32(header[len(header)-4:], crc32.ChecksumIEEE(header[:len(header)-4]))
 	_, _, err = unpack(t, whole, archive.Options{XZTool: tool})
@@ -352,8 +352,8 @@ func TestUnpackCancelled(t *testing.T) {
 	}
 }
 
-// FuzzUnpack wants -fuzzminimizetime=1x: the zstd decoder's goroutines make
-// coverage waver, which has the engine minimise inputs for minutes.
+// FuzzUnpack needs -fuzzminimizetime=1x. The zstd decoder's goroutines make the coverage differ between runs, and the
+// engine would then minimise inputs for minutes.
 func FuzzUnpack(f *testing.F) {
 	plain := makeTar(f,
 		entry{"d/", tar.TypeDir, 0o755, ""}, entry{"d/a", tar.TypeReg, 0o755, "a"},
@@ -377,13 +377,13 @@ func FuzzUnpack(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer root.Close()
-		// Whether it is refused or not, nothing may get out.
+		// Unpack may refuse the archive or not. In both cases it must write nothing outside the folder.
 		_, _ = archive.Unpack(t.Context(), bytes.NewReader(data), root,
 			archive.Options{Entries: 100, Bytes: 1 << 20, Outside: func(string, string) {}})
 		if entries, rerr := os.ReadDir(dir); rerr != nil || len(entries) != 1 {
 			t.Fatalf("Unpack left %v beside its folder, %v", entries, rerr)
 		}
-		// No link that was made leads out: resolved, it is in the folder or missing.
+		// No link leads out of the folder. A link that resolves has its target inside; any other target is missing.
 		real, rerr := filepath.EvalSymlinks(inner)
 		if rerr != nil {
 			t.Fatal(rerr)

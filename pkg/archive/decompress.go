@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Format is how a tar is compressed.
+// Format is the compression of a tar.
 type Format string
 
 // The formats that this package reads.
@@ -28,15 +28,15 @@ const (
 	Zstd  Format = "zstd"
 )
 
-// sniffLen covers the longest signature: "ustar" at offset 257 of a tar header.
+// sniffLen is the number of bytes that Detect needs. The longest signature is "ustar" at offset 257 of a tar header.
 const sniffLen = 262
 
-// zstdWindow is the largest window that a zstd frame may ask for. zstd's own
-// --ultra and --long modes stay at or below 128 MiB.
+// zstdWindow is the largest window that a zstd frame may ask for. The zstd modes --ultra and --long stay at or below
+// 128 MiB.
 const zstdWindow = 128 << 20
 
-// Detect returns the format that the first bytes of a stream have; "" means none
-// of them. It needs 262 bytes to recognise a plain tar, 6 for the others.
+// Detect returns the format that the first bytes of a stream show; "" means that they show none. Detect needs 262 bytes
+// to recognise a plain tar, and 6 bytes for the other formats.
 func Detect(head []byte) Format {
 	switch {
 	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
@@ -51,12 +51,11 @@ func Detect(head []byte) Format {
 	return ""
 }
 
-// Decompress returns the tar inside r, decided by r's first bytes. Close ends
-// what was started for it and never closes r.
+// Decompress returns the tar inside r. The first bytes of r decide how. Close ends the process or decoder that
+// Decompress started; it does not close r.
 //
-// xzTool is the path of an xz program, or "" for the decoder in Go: the
-// program is several times faster, which matters for an archive of gigabytes.
-// A program that fails is an error of the read that meets it.
+// xzTool is the path of an xz program; "" means the decoder in Go. The program is several times faster, which matters
+// for an archive of gigabytes. If the program fails, the next Read returns the error.
 func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser, Format, error) {
 	br := bufio.NewReaderSize(r, 256<<10)
 	head, err := br.Peek(sniffLen)
@@ -96,21 +95,20 @@ func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser,
 	return nil, "", refuse("read archive: not a tar, and not one compressed with gzip, xz or zstd")
 }
 
-// xzDict is the largest dictionary that an xz stream may ask for: xz -9 asks
-// for 64 MiB, and the decoder allocates what is asked before it reads a byte.
+// xzDict is the largest dictionary that an xz stream may ask for. xz -9 asks for 64 MiB. The decoder allocates the
+// dictionary before it reads any data, so the bound is checked first.
 const xzDict = 256 << 20
 
-// xzMemory is the same bound for an xz program, with room for its threads.
+// xzMemory bounds the memory of an xz program in the same way, with room for its threads.
 const xzMemory = "--memlimit-decompress=1GiB"
 
-// checkXZ bounds the dictionary size that the first block asks for. The block
-// header follows the 12 bytes of the stream header (.xz file format 1.2.1,
-// sections 3.1 and 5.3.1): its size, flags, up to two optional sizes, then the
-// filters; LZMA2 is filter 0x21 with one byte of properties.
+// checkXZ bounds the dictionary size that the first block asks for. The block header follows the 12 bytes of the stream
+// header (.xz file format 1.2.1, sections 3.1 and 5.3.1). It holds its own size, flags, up to two optional sizes, and
+// then the filters. LZMA2 is filter 0x21, with one byte of properties.
 func checkXZ(br *bufio.Reader) error {
-	head, _ := br.Peek(12 + 64) // a header of LZMA2 alone is far shorter
+	head, _ := br.Peek(12 + 64) // a header with LZMA2 alone is far shorter
 	if len(head) < 14 || head[12] == 0 {
-		return nil // an empty stream; the decoder judges the rest
+		return nil // an empty stream, which the decoder handles
 	}
 	rest := bytes.NewReader(head[14:])
 	optional := int(head[13]>>6&1 + head[13]>>7)
@@ -125,14 +123,14 @@ func checkXZ(br *bufio.Reader) error {
 	if err != nil || id != 0x21 || n != 1 {
 		return refuse("read xz block header: first filter is not LZMA2")
 	}
-	// Section 5.3.1: 2 or 3 shifted by half the code and 11.
+	// Section 5.3.1: the size is 2 or 3, shifted left by half the code plus 11.
 	if size := (2 | int64(props&1)) << (props>>1&31 + 11); props > 40 || size > xzDict {
 		return refuse("read xz block header: asks for a dictionary over %d bytes", xzDict)
 	}
 	return nil
 }
 
-// xzProcess is a running xz program that feeds its reader.
+// xzProcess is a reader of the output of a running xz program.
 type xzProcess struct {
 	cancel context.CancelFunc
 	cmd    *exec.Cmd
@@ -146,7 +144,7 @@ func startXZ(ctx context.Context, tool string, r io.Reader) (*xzProcess, error) 
 	ctx, cancel := context.WithCancel(ctx)
 	p := &xzProcess{cancel: cancel,
 		cmd: exec.CommandContext(ctx, tool, "--decompress", "--stdout", "--threads=0", xzMemory, "--quiet")}
-	p.cmd.Env = []string{"LC_ALL=C"} // XZ_OPT and XZ_DEFAULTS of the caller do not count
+	p.cmd.Env = []string{"LC_ALL=C"} // leaves out the caller's XZ_OPT and XZ_DEFAULTS
 	p.cmd.Stdin, p.cmd.Stderr = r, &p.stderr
 	out, err := p.cmd.StdoutPipe()
 	if err == nil {
@@ -175,18 +173,18 @@ func (p *xzProcess) Read(b []byte) (int, error) {
 	return n, p.err
 }
 
-// Close stops the program; a tar ends before its padding is read, so a stopped
-// program is no error.
+// Close stops the program. A tar ends before its padding is read, so Close often meets a program that still runs;
+// stopping it is no error.
 func (p *xzProcess) Close() error {
 	p.cancel()
 	if !p.done {
 		p.done, p.err = true, errors.New("read of a closed archive")
-		_ = p.cmd.Wait() // killed by cancel
+		_ = p.cmd.Wait() // cancel has killed it
 	}
 	return nil
 }
 
-// refuse makes an error about bytes that this package does not accept.
+// refuse returns an error about bytes that this package does not accept.
 func refuse(format string, args ...any) error {
 	return fault.Wrap(fault.Unverified, fmt.Errorf(format, args...), replace)
 }

@@ -6,25 +6,25 @@ import (
 )
 
 const (
-	// aheadPiece is how much one read of [ahead] brings: a block of zstd has 128 KiB at most
-	// (RFC 8878, 3.1.1.2.4).
+	// aheadPiece is the size in bytes of one read of [ahead], because a block of zstd has at most 128 KiB (RFC 8878,
+	// 3.1.1.2.4).
 	aheadPiece = 128 << 10
-	// aheadPieces is how many pieces there are: one is being filled, one is being read, and
-	// one waits, so that neither side waits for the other at each piece.
+	// aheadPieces is the number of pieces. One is being filled, one is being read, and one waits. So neither side
+	// waits for the other at each piece.
 	aheadPieces = 3
 )
 
-// ahead reads a stream in a goroutine of its own, at most [aheadPieces] pieces ahead of whoever
-// reads from it: a layer is fetched, decompressed and written at the same time.
-// Close has to be called, and waits for a read of the stream that is running.
+// ahead reads a stream in its own goroutine, at most [aheadPieces] pieces ahead of its reader. So a layer is
+// downloaded, decompressed and written at the same time. The caller must call Close, which waits until a running read
+// of the stream ends.
 type ahead struct {
-	full chan piece  // pieces with content, and the error behind them
-	free chan []byte // pieces without
+	full chan piece  // filled pieces; the last one has the error
+	free chan []byte // empty pieces
 	stop chan struct{}
 	once sync.Once
 	done chan struct{}
 
-	now  piece // what is being read
+	now  piece // the piece that is being read
 	rest []byte
 }
 
@@ -56,7 +56,7 @@ func readAhead(r io.Reader) *ahead {
 					n, p.err = r.Read(buf[p.n:])
 					p.n += n
 				}
-				a.full <- p // has room for all pieces
+				a.full <- p // does not block: the channel has room for all pieces
 				if p.err != nil {
 					return
 				}
@@ -66,7 +66,7 @@ func readAhead(r io.Reader) *ahead {
 	return a
 }
 
-// Read returns what the stream returned, and its error behind all that came before it.
+// Read returns the stream's bytes, and after them the stream's error.
 func (a *ahead) Read(p []byte) (int, error) {
 	for len(a.rest) == 0 {
 		if a.now.err != nil {
@@ -87,7 +87,7 @@ func (a *ahead) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// Close ends the goroutine. What it read besides is lost.
+// Close ends the goroutine. Bytes that it read ahead are lost.
 func (a *ahead) Close() {
 	a.once.Do(func() { close(a.stop) })
 	<-a.done

@@ -39,11 +39,11 @@ func TestReadAhead(t *testing.T) {
 	}
 }
 
-// TestReadAheadClose ends in the middle, with a stream that has no end: the goroutine is gone
-// when Close returns, so nothing reads the stream any more.
+// TestReadAheadClose closes in the middle of an endless stream. The goroutine has ended when Close returns, so nothing
+// reads the stream any more.
 func TestReadAheadClose(t *testing.T) {
 	t.Parallel()
-	var reads int // without a lock: the race detector would tell of a read after Close
+	var reads int // without a lock, so that the race detector reports a read after Close
 	a := readAhead(readerFunc(func(p []byte) (int, error) {
 		reads++
 		return len(p), nil

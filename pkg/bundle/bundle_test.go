@@ -31,8 +31,8 @@ func sampleID() Identity {
 	}
 }
 
-// tree writes files (name -> content; "-> x" is a link, a trailing slash a
-// folder, a leading "#!" makes it executable).
+// tree writes files from name to content. A content of "-> x" makes a link, a name with a trailing slash makes a
+// folder, and a leading "#!" makes the file executable.
 func tree(t testing.TB, files map[string]string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -176,7 +176,7 @@ func TestPackIsDeterministic(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	big := make([]byte, 12<<20)
 	for i := 0; i+64 < len(big); i += 64 {
-		for j := range 16 { // a quarter noise: compresses, but not to nothing
+		for j := range 16 { // a quarter is random, so the data compresses partly
 			big[i+j] = byte(rnd.Uint32())
 		}
 	}
@@ -205,9 +205,8 @@ func TestPackIsDeterministic(t *testing.T) {
 	}
 }
 
-// What is published stays what it is: a change here (another release of the
-// compression library, say) gives old inputs new digests, and a tag that names
-// the old one refuses the new one. Then PackRecipe changes too.
+// Published bytes must not change. If this test fails, for example after an update of the compression library, then
+// old inputs get new digests. A tag that names the old digest refuses the new one. PackRecipe must change then, too.
 func TestPackKeepsItsBytes(t *testing.T) {
 	t.Parallel()
 	random := rand.New(rand.NewPCG(1, 2))
@@ -315,7 +314,7 @@ func sampleImage(t testing.TB) (v1.Image, []byte, []byte) {
 func TestImage(t *testing.T) {
 	t.Parallel()
 	img, manifest, config := sampleImage(t)
-	// Fast, since the library's full check reads gzip layers only.
+	// Fast, because the library's full check reads only gzip layers.
 	if err := validate.Image(img, validate.Fast); err != nil {
 		t.Errorf("validate.Image = %v", err)
 	}

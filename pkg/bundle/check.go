@@ -3,7 +3,6 @@ package bundle
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
@@ -12,12 +11,13 @@ import (
 	"os"
 	"syscall"
 
+	ocidigest "github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Names lists what [Unpack] wrote below root, for [CheckTree].
+// Names returns the names of all files, folders and links of a kind of layer below root, for [CheckTree].
 func Names(root *os.Root, kind LayerKind) ([]string, error) {
 	entries, err := listTree(root, kind)
 	if err != nil {
@@ -30,12 +30,13 @@ func Names(root *os.Root, kind LayerKind) ([]string, error) {
 	return names, nil
 }
 
-// CheckTree reports whether what [Unpack] once wrote below root is still what the signed
-// config says: packed again it has this diff id, for equal trees have equal archives. Only
-// these names are examined; nil means all that there is. Their owner need not be
-// trusted: with other names it is another archive. Of a layer of modules it returns the
-// SHA-256 digest of each file, by its name, as it was when it was read. What is changed or missing is a
-// fault of kind Unverified; a disk or a machine that fails is [fault.Transient].
+// CheckTree checks that an unpacked layer below root still matches the signed config. It packs the files again and
+// compares the diff ID, because equal trees give equal archives. It examines only these names; nil means all files
+// below root. The source of the names need not be trusted, because other names give another archive.
+//
+// For a layer of modules, CheckTree returns the SHA-256 digest of each file by its name, of the bytes that it read. If
+// a file was changed or is missing, the error has kind Unverified. If the disk or the machine fails, the error is
+// [fault.Transient].
 func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID string,
 	names []string) (map[string]string, error) {
 	files, got, err := digestTree(ctx, root, kind, names)
@@ -59,7 +60,7 @@ func digestTree(ctx context.Context, root *os.Root, kind LayerKind, names []stri
 	return files, diff.digest(), err
 }
 
-// packTree writes the archive of an unpacked layer.
+// packTree writes the archive of an unpacked layer to w.
 func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string, w io.Writer) (map[string]string,
 	error) {
 	var entries []entry
@@ -74,7 +75,7 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 	}
 	files := map[string]string{}
 	return files, writeTar(ctx, w, entries, func(e entry) (io.ReadCloser, error) {
-		// Another process may meanwhile put a pipe there.
+		// Another process may have replaced the file by a pipe, so the open must not block.
 		f, err := root.OpenFile(e.name, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 		if err != nil {
 			return nil, err
@@ -89,14 +90,14 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 		if err != nil {
 			return nil, errors.Join(err, f.Close())
 		}
-		if kind != LayerModules { // nobody asks for the others, which are ten times as much
+		if kind != LayerModules { // digests of the others are not needed, and they have ten times as many bytes
 			return f, nil
 		}
 		return &hashedFile{ReadCloser: f, h: sha256.New(), done: func(digest string) { files[e.name] = digest }}, nil
 	})
 }
 
-// named examines these names, which are in the order of the archive.
+// named examines the files with these names, which must be in the archive's order.
 func named(root *os.Root, names []string) ([]entry, error) {
 	if len(names) > maxEntries {
 		return nil, fmt.Errorf("more than %d names", maxEntries)
@@ -134,8 +135,8 @@ func named(root *os.Root, names []string) ([]entry, error) {
 	return entries, nil
 }
 
-// plain refuses what an archive does not tell, and [Unpack] never makes: files that others
-// own or may write, and those that give rights.
+// plain refuses files that [Unpack] never makes and whose difference an archive does not show: files of other owners,
+// files that others may write, and files with setuid, setgid or sticky bits.
 func plain(name string, info fs.FileInfo) error {
 	if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 || info.Mode().Perm()&0o022 != 0 {
 		return fmt.Errorf("%s has mode %s", name, info.Mode())
@@ -146,7 +147,7 @@ func plain(name string, info fs.FileInfo) error {
 	return nil
 }
 
-// hashedFile tells the digest of what was read of it when it is closed.
+// hashedFile calls done at Close with the digest of the bytes that were read.
 type hashedFile struct {
 	io.ReadCloser
 	h    hash.Hash
@@ -160,6 +161,6 @@ func (f *hashedFile) Read(p []byte) (int, error) {
 }
 
 func (f *hashedFile) Close() error {
-	f.done("sha256:" + hex.EncodeToString(f.h.Sum(nil)))
+	f.done(ocidigest.NewDigest(ocidigest.SHA256, f.h).String())
 	return f.ReadCloser.Close()
 }

@@ -14,30 +14,28 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A delta turns the archive of one layer into that of another. The archive that is made
-// is cut into chunks of deltaChunk bytes. Each is one zstd frame (RFC 8878) behind its
-// length, which is 4 bytes, little endian. The frame's dictionary is raw content without
-// an id: the bytes of the other archive about the chunk's own place, as [window] says.
-// `zstd --patch-from` makes and reads such frames. Nobody needs to hold an archive in
-// memory or on the disk for it.
+// A delta turns the archive of one layer, the former layer, into the archive of another layer. The new archive is
+// split into chunks of deltaChunk bytes. Each chunk is one zstd frame (RFC 8878) after its length, which has 4 bytes
+// in little endian. The frame's dictionary is raw content without an ID: the bytes of the former archive around the
+// chunk's position, as [window] defines. The command `zstd --patch-from` writes and reads such frames. Neither side
+// needs a whole archive in memory or on the disk.
 const (
-	// ArtifactTypeDelta is the type under which a delta is attached to the artifact whose
-	// layer it makes.
+	// ArtifactTypeDelta is the artifact type of a delta that is attached to an artifact. The delta makes one layer of
+	// that artifact.
 	ArtifactTypeDelta = "application/vnd.prebake.delta.v1"
-	// AnnotationDeltaFrom holds the diff id of the layer that is needed for it.
+	// AnnotationDeltaFrom has the diff ID of the former layer.
 	AnnotationDeltaFrom = "dev.prebake.delta.from"
 
 	deltaChunk  = 2 << 20
 	deltaMargin = 1 << 20
-	// maxFrame bounds a frame: what zstd makes of bytes that cannot be compressed.
+	// maxFrame is the greatest size of a frame in bytes: a chunk that zstd cannot compress.
 	maxFrame = deltaChunk + deltaChunk>>8 + 64
-	// deltaSlack is how much more a delta may make than twice of what there was. Anybody may
-	// attach one, and its result is compared at its end.
+	// deltaSlack bounds the result of a delta, in bytes: at most twice the former layer's size plus deltaSlack.
+	// Anybody may attach a delta, and its result is verified only at its end.
 	deltaSlack = 16 << 20
 )
 
-// WriteDelta writes a delta that makes one archive out of another. Equal input gives equal
-// bytes.
+// WriteDelta writes a delta that turns the archive from into the archive to. Equal input gives equal bytes.
 func WriteDelta(ctx context.Context, from, to io.Reader, w io.Writer) error {
 	win := &window{r: &ctxReader{ctx: ctx, r: from}}
 	to = &ctxReader{ctx: ctx, r: to}
@@ -54,7 +52,7 @@ func WriteDelta(ctx context.Context, from, to io.Reader, w io.Writer) error {
 		if err != nil {
 			return fmt.Errorf("make delta: read former layer: %w", err)
 		}
-		// The diff id says more than a checksum. One thread: equal bytes on any machine.
+		// The frame needs no checksum, because the diff ID is verified. One thread makes equal bytes on any machine.
 		options := []zstd.EOption{
 			zstd.WithEncoderLevel(
 				zstd.SpeedBetterCompression,
@@ -76,9 +74,8 @@ func WriteDelta(ctx context.Context, from, to io.Reader, w io.Writer) error {
 	}
 }
 
-// UnpackDelta is [Unpack] for a delta: it makes the layer out of the archive of another
-// one, which need not be verified. It succeeds only when the delta has this size and
-// digest, and its result has the diff id.
+// UnpackDelta is [Unpack] for a delta. It makes the layer from the former layer's archive, which need not be verified.
+// It succeeds only if the delta has this size and digest and its result has the diff ID.
 func UnpackDelta(
 	ctx context.Context,
 	delta io.Reader,
@@ -102,14 +99,14 @@ func UnpackDelta(
 	return nil
 }
 
-// deltaReader reads what a delta makes.
+// deltaReader reads the archive that a delta makes.
 type deltaReader struct {
 	r    io.Reader
 	win  *window
 	buf  []byte // one frame
 	out  []byte // one chunk
-	left []byte // of out
-	made int64  // chunks
+	left []byte // the unread rest of out
+	made int64  // number of chunks
 	last bool
 }
 
@@ -128,7 +125,7 @@ func (d *deltaReader) Read(p []byte) (int, error) {
 func (d *deltaReader) chunk() error {
 	var head [4]byte
 	if _, err := io.ReadFull(d.r, head[:]); err != nil {
-		return err // io.EOF is the end
+		return err // io.EOF: there are no more frames
 	}
 	n := binary.LittleEndian.Uint32(head[:])
 	if d.last || n == 0 || n > maxFrame {
@@ -174,19 +171,19 @@ func (d *deltaReader) chunk() error {
 	return nil
 }
 
-// window is what the dictionary of each chunk is: the bytes of an archive from deltaMargin
-// before the chunk's place to deltaMargin behind it. Where the archive ends earlier it is
-// as many bytes of its end.
+// window provides the dictionary of each chunk. The dictionary has the former archive's bytes from deltaMargin before
+// the chunk's position to deltaMargin after the chunk. If the archive ends earlier, the dictionary is the same number
+// of bytes at the archive's end.
 type window struct {
 	r     io.Reader
 	buf   []byte
-	start int64 // of buf, in the archive
-	i     int64 // of the next chunk
+	start int64 // position of buf in the archive
+	i     int64 // index of the next chunk
 	piece []byte
 	ended bool
 }
 
-// next returns the window of the next chunk. It is good until the call after.
+// next returns the dictionary of the next chunk. It is valid until the following call.
 func (w *window) next() ([]byte, error) {
 	if w.buf == nil {
 		w.buf, w.piece = make([]byte, 0, deltaChunk+2*deltaMargin), make([]byte, 256<<10)
@@ -206,10 +203,10 @@ func (w *window) next() ([]byte, error) {
 	return w.buf, nil
 }
 
-// size is that of the archive, once it has ended.
+// size returns the size of the archive. It is valid after the archive has ended.
 func (w *window) size() int64 { return w.start + int64(len(w.buf)) }
 
-// push appends bytes and drops as many of the oldest as are too many.
+// push appends bytes to the buffer. If the buffer is full, push drops the oldest bytes.
 func (w *window) push(p []byte) {
 	if over := len(w.buf) + len(p) - cap(w.buf); over > 0 {
 		w.buf = w.buf[:copy(w.buf, w.buf[over:])]
@@ -225,7 +222,7 @@ func noEOF(err error) error {
 	return err
 }
 
-// OpenArchive returns the archive inside a packed layer, for [WriteDelta].
+// OpenArchive returns the archive in a packed layer, for [WriteDelta].
 func OpenArchive(packed io.Reader) (io.ReadCloser, error) {
 	zr, err := newDecoder(packed)
 	if err != nil {
@@ -234,8 +231,8 @@ func OpenArchive(packed io.Reader) (io.ReadCloser, error) {
 	return zr.IOReadCloser(), nil
 }
 
-// TreeArchive returns the archive of an unpacked layer as [Unpack] once read it, for
-// [UnpackDelta]: of these names, or of all that there is. The caller closes it.
+// TreeArchive packs an unpacked layer into the archive that [Unpack] read, for [UnpackDelta]. It packs the files with
+// these names; nil means all files. The caller closes it.
 func TreeArchive(ctx context.Context, root *os.Root, kind LayerKind, names []string) io.ReadCloser {
 	ctx, cancel := context.WithCancel(ctx)
 	r, w := io.Pipe()
@@ -243,7 +240,7 @@ func TreeArchive(ctx context.Context, root *os.Root, kind LayerKind, names []str
 	go func() {
 		defer close(done)
 		_, err := packTree(ctx, root, kind, names, w)
-		_ = w.CloseWithError(err) // it never fails
+		_ = w.CloseWithError(err) // CloseWithError never fails
 	}()
 	return &treeArchive{PipeReader: r, stop: func() { cancel(); <-done }}
 }

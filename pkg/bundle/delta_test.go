@@ -16,16 +16,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// noise returns bytes that nothing compresses.
+// noise returns bytes that do not compress.
 func noise(seed uint64, n int) []byte {
 	var key [32]byte
 	binary.LittleEndian.PutUint64(key[:], seed)
 	b := make([]byte, n)
-	_, _ = rand.NewChaCha8(key).Read(b) // it never fails
+	_, _ = rand.NewChaCha8(key).Read(b) // Read never fails
 	return b
 }
 
-// insert returns b with some bytes more at a place.
+// insert returns a copy of b with more bytes at a position.
 func insert(b []byte, at int, more []byte) []byte { return slices.Insert(slices.Clone(b), at, more...) }
 
 func makeDelta(t testing.TB, from, to []byte) []byte {
@@ -37,12 +37,12 @@ func makeDelta(t testing.TB, from, to []byte) []byte {
 	return w.Bytes()
 }
 
-// applyDelta reads what a delta makes.
+// applyDelta returns the bytes that a delta makes.
 func applyDelta(delta, from []byte) ([]byte, error) {
 	return io.ReadAll(&deltaReader{r: bytes.NewReader(delta), win: &window{r: bytes.NewReader(from)}})
 }
 
-// deltaCases are pairs of byte streams; most is how long their delta may be.
+// deltaCases are pairs of byte streams. most is the greatest length of their delta in bytes.
 func deltaCases() map[string]struct {
 	from, to []byte
 	most     int
@@ -87,8 +87,8 @@ func TestDelta(t *testing.T) {
 	}
 }
 
-// TestDeltaByZstd holds both directions against the zstd program: it reads each frame that
-// [WriteDelta] makes, and [UnpackDelta] reads frames that it makes.
+// TestDeltaByZstd compares with the zstd program. zstd must read each frame that [WriteDelta] writes, and
+// [UnpackDelta] must read the frames that zstd writes.
 func TestDeltaByZstd(t *testing.T) {
 	t.Parallel()
 	zstd, err := exec.LookPath("zstd")
@@ -109,12 +109,12 @@ func TestDeltaByZstd(t *testing.T) {
 	}
 	for name, tc := range deltaCases() {
 		if len(tc.from) < 100 {
-			continue // --patch-from wants a file that has something
+			continue // --patch-from needs a file with some content
 		}
 		var theirs bytes.Buffer
 		frames, i := makeDelta(t, tc.from, tc.to), 0
 		for to := range slices.Chunk(tc.to, deltaChunk) {
-			// What the format says of a dictionary, written down once more.
+			// The dictionary as the format defines it, written independently of [window].
 			end := min(len(tc.from), (i+1)*deltaChunk+deltaMargin)
 			dict := filepath.Join(dir, "dict")
 			if err := os.WriteFile(dict, tc.from[max(0, end-deltaChunk-2*deltaMargin):end], 0o600); err != nil {
@@ -143,7 +143,7 @@ func TestDeltaByZstd(t *testing.T) {
 	}
 }
 
-// layerPair returns two packed layers, the first also unpacked.
+// layerPair returns two packed layers and an unpacked copy of the first.
 func layerPair(t *testing.T) (former *os.Root, from, to Layer) {
 	t.Helper()
 	module := string(noise(6, 3<<20))
@@ -264,7 +264,7 @@ func TestUnpackDeltaStops(t *testing.T) {
 	}
 }
 
-// FuzzDelta: whatever a delta is, no more comes of it than a chunk for each frame.
+// FuzzDelta checks that no delta makes more than one chunk for each frame.
 func FuzzDelta(f *testing.F) {
 	from := noise(7, 5<<20)
 	for _, to := range [][]byte{nil, from[:1000], from[:deltaChunk+5], noise(8, 3000)} {

@@ -9,21 +9,19 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Identity is what an artifact is, as its manifest's annotations say it. It
-// decides, together with the signed statements, whether an artifact fits a
-// node.
+// Identity identifies an artifact, as the annotations of its manifest say. Together with the signed statements it
+// decides whether the artifact fits a node.
 type Identity struct {
 	Fingerprint target.Fingerprint
 	Arch        target.Arch
 	// Release is `uname -r` of the kernels with this fingerprint.
 	Release string
-	// Vermagic is the line that the kernel compares when it loads a module.
+	// Vermagic is the string that the kernel compares when it loads a module.
 	Vermagic string
 	Driver   target.Driver
 }
 
-// Bounds of the free-text fields: utsname holds 64 bytes, and a vermagic line
-// is a release and a handful of words.
+// Bounds of the free-text fields. utsname has 64 bytes for a release. A vermagic is a release and a few words.
 var (
 	releasePattern  = regexp.MustCompile(`^[!-~]{1,64}$`)
 	vermagicPattern = regexp.MustCompile(`^[ -~]{1,256}$`)
@@ -59,8 +57,8 @@ func (id Identity) Annotations() map[string]string {
 	}
 }
 
-// parseIdentity reads the identity out of a manifest's annotations. Every
-// annotation of ours has to be there; those of others are ignored.
+// parseIdentity parses the identity in a manifest's annotations. All annotations of an identity are required; other
+// annotations are ignored.
 func parseIdentity(annotations map[string]string) (Identity, error) {
 	switch v, ok := annotations[AnnotationFormat]; {
 	case !ok:
@@ -87,9 +85,8 @@ func parseIdentity(annotations map[string]string) (Identity, error) {
 	return id, nil
 }
 
-// Tag returns the tag of an artifact: version, flavour and the fingerprint's
-// first digits. It is for people and for finding; what is found is then
-// compared in full.
+// Tag returns the tag of an artifact: version, flavour and the fingerprint's first digits. It is for people and for
+// finding the artifact. The reader of a tag must still compare the whole identity.
 func Tag(id Identity) string {
 	return id.Driver.String() + "-" + id.Fingerprint.Short()
 }

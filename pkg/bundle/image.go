@@ -15,9 +15,9 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// Image returns the artifact as an OCI image that any registry stores and any
-// runtime unpacks: a real image config, three layers, the identity as
-// annotations. It depends on nothing but its arguments: no clock, no host.
+// Image returns the artifact as an OCI image with an image config, three layers and the identity as annotations. Any
+// registry can store it, and any runtime can unpack it. The result depends only on the arguments, and not on the time
+// or the host.
 func Image(id Identity, layers []Layer) (v1.Image, error) {
 	if err := id.validate(); err != nil {
 		return nil, fmt.Errorf("make image: %w", err)
@@ -73,10 +73,10 @@ func Image(id Identity, layers []Layer) (v1.Image, error) {
 	return partial.CompressedToImage(img)
 }
 
-// epoch is the time of everything in an artifact.
+// epoch returns the time stamp of everything in an artifact: 1970-01-01.
 func epoch() v1.Time { return v1.Time{Time: time.Unix(0, 0).UTC()} }
 
-// image is the minimum from which partial makes a v1.Image.
+// image has the methods from which package partial makes a v1.Image.
 type image struct {
 	config, manifest []byte
 	layers           []Layer

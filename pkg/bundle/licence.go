@@ -10,40 +10,39 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Annotations of the manifest that say whose terms its parts are under. They follow
-// from the flavour, so that equal inputs still give equal digests, whatever an operator
-// allows. Artifacts that were published before there were any have none.
+// Annotations of the manifest about the licences of its parts. The flavour alone decides their values. So equal inputs
+// give equal digests, whatever an operator allows. Artifacts that were published before these annotations existed have
+// none.
 const (
 	AnnotationModulesLicence   = "dev.prebake.licence.modules"
 	AnnotationUserspaceLicence = "dev.prebake.licence.userspace"
-	// AnnotationRedistribution holds a [Redistribution]: the least that an operator has to allow
-	// before the artifact goes where everybody can read it.
+	// AnnotationRedistribution has a [Redistribution]: the least that an operator must allow before the artifact is
+	// published where everybody can read it.
 	AnnotationRedistribution = "dev.prebake.redistribution"
-	// annotationLicenses is for tools of others (OCI image-spec, annotations.md).
+	// annotationLicenses is for tools of other projects (OCI image-spec, annotations.md).
 	annotationLicenses = "org.opencontainers.image.licenses"
 )
 
-// Licences as SPDX expressions. NVIDIA's text is no licence of SPDX's list; it is
-// share/LICENSE in the layer of user space.
+// Licences as SPDX expressions. SPDX's list does not have NVIDIA's licence. Its text is share/LICENSE in the layer of
+// user space.
 const (
-	// LicenceOpen is what "Dual MIT/GPL" of the open modules means (Linux,
+	// LicenceOpen is the meaning of "Dual MIT/GPL" in the open modules (Linux,
 	// Documentation/process/license-rules.rst).
 	LicenceOpen   = "GPL-2.0-only OR MIT"
 	LicenceNVIDIA = "LicenseRef-NVIDIA-driver"
 )
 
-// Redistribution is how much of what is under NVIDIA's licence goes to destinations
-// that everybody can read.
+// Redistribution says which parts under NVIDIA's licence may be published where everybody can read them.
 type Redistribution string
 
-// From nothing to all. What allows more covers what needs less.
+// Levels of redistribution, from the least to the most. Each level includes the levels before it.
 const (
-	// RedistributeNone keeps everything under NVIDIA's licence among ourselves.
+	// RedistributeNone allows no part under NVIDIA's licence.
 	RedistributeNone Redistribution = "none"
-	// RedistributeUserspace lets user space and firmware go, which are as NVIDIA made
-	// them, and so artifacts of open modules.
+	// RedistributeUserspace allows user space and firmware, which are unchanged files of NVIDIA. So it allows
+	// artifacts with open modules.
 	RedistributeUserspace Redistribution = "userspace"
-	// RedistributeAll lets proprietary modules go too.
+	// RedistributeAll also allows proprietary modules.
 	RedistributeAll Redistribution = "all"
 )
 
@@ -51,30 +50,22 @@ func redistributions() []Redistribution {
 	return []Redistribution{RedistributeNone, RedistributeUserspace, RedistributeAll}
 }
 
-// ParseRedistribution reads one of the three words.
-func ParseRedistribution(text string) (Redistribution, error) {
-	if r := Redistribution(text); slices.Contains(redistributions(), r) {
-		return r, nil
-	}
-	return "", fmt.Errorf("redistribution %.40q: want none, userspace or all", text)
-}
-
-// Covers reports whether what is allowed is enough for what is needed. An unknown word
-// allows nothing, and needs more than anybody allows.
+// Covers reports whether the allowed level r includes the level need. An unknown r includes nothing, and no level
+// includes an unknown need.
 func (r Redistribution) Covers(need Redistribution) bool {
 	return slices.Contains(redistributions(), need) &&
 		slices.Index(redistributions(), r) >= slices.Index(redistributions(), need)
 }
 
-// Licence says whose terms the parts of an artifact are under.
+// Licence has the licences of the parts of an artifact.
 type Licence struct {
-	// Modules and Userspace are SPDX expressions; firmware is under the terms of user space.
+	// Modules and Userspace are SPDX expressions. Firmware has the same licence as user space.
 	Modules, Userspace string
-	// Redistribution is what an operator has to allow before everybody gets it.
+	// Redistribution is the level that an operator must allow before everybody may read the artifact.
 	Redistribution Redistribution
 }
 
-// LicenceOf returns the licence of artifacts with modules of this flavour.
+// LicenceOf returns the licences of an artifact with modules of this flavour.
 func LicenceOf(f target.Flavour) Licence {
 	if f == target.Open {
 		return Licence{LicenceOpen, LicenceNVIDIA, RedistributeUserspace}
@@ -96,7 +87,7 @@ func (l Licence) annotations() map[string]string {
 	}
 }
 
-// checkLicence refuses a manifest that states other terms than its flavour has.
+// checkLicence returns an error if a manifest's licences are not those of its flavour.
 func checkLicence(m *v1.Manifest, f target.Flavour) error {
 	for key, want := range LicenceOf(f).annotations() {
 		if have, ok := m.Annotations[key]; ok && have != want {
@@ -106,11 +97,11 @@ func checkLicence(m *v1.Manifest, f target.Flavour) error {
 	return nil
 }
 
-// RestrictionOf returns what an operator has to allow before everybody gets what this
-// manifest names: an artifact of ours, or what is attached to one with its annotations,
-// such as debug symbols. Other manifests need nothing. Nothing but the annotations counts:
-// what else is in it, or how long it is, makes no artifact free. Of one whose annotations
-// cannot be read nobody knows what it is, and it needs the most.
+// RestrictionOf returns the level that an operator must allow before everybody may read the content of this manifest.
+// The manifest is an artifact of Prebake, or a manifest attached to one with the same annotations, such as debug
+// symbols. Other manifests need RedistributeNone. Only the annotations decide: other content or the manifest's length
+// cannot lower the level. If the annotations cannot be parsed, the content is unknown, and RestrictionOf returns
+// RedistributeAll.
 func RestrictionOf(manifest []byte) Redistribution {
 	var m struct {
 		Annotations map[string]any `json:"annotations"`

@@ -14,18 +14,18 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// MaxManifest bounds a manifest and a config: ours have some 2 KB.
+// MaxManifest is the greatest size in bytes of a manifest or a config. Prebake's have about 2 KB.
 const MaxManifest = 1 << 20
 
 // ContentLayer describes one layer of a published artifact.
 type ContentLayer struct {
 	Kind           LayerKind
 	Digest, DiffID string
-	// Size is that of the compressed bytes.
+	// Size is the number of compressed bytes.
 	Size int64
 }
 
-// Content is what an artifact's manifest and config say.
+// Content is the content of an artifact's manifest and config.
 type Content struct {
 	Identity Identity
 	// Layers are in manifest order: modules, user space, firmware.
@@ -44,8 +44,7 @@ func (c Content) Layer(kind LayerKind) ContentLayer {
 	return ContentLayer{}
 }
 
-// ConfigDescriptor reads a manifest far enough to tell which config belongs to
-// it, for callers that have to fetch that next.
+// ConfigDescriptor returns the descriptor of a manifest's config, for callers that download the config next.
 func ConfigDescriptor(manifest []byte) (v1.Descriptor, error) {
 	m, err := decodeManifest(manifest)
 	if err != nil {
@@ -54,7 +53,7 @@ func ConfigDescriptor(manifest []byte) (v1.Descriptor, error) {
 	return m.Config, nil
 }
 
-// DriverOf reads which driver an artifact says that it has, without its config.
+// DriverOf returns the driver that a manifest's annotations name. It does not need the config.
 func DriverOf(manifest []byte) (target.Driver, error) {
 	m, err := decodeManifest(manifest)
 	if err != nil {
@@ -67,10 +66,9 @@ func DriverOf(manifest []byte) (target.Driver, error) {
 	return id.Driver, nil
 }
 
-// ParseManifest reads an artifact out of its manifest and config, and refuses
-// whatever this package would not have written: another kind of image, other
-// layers, a config that is not the manifest's. The caller has compared the
-// manifest's bytes with its digest.
+// ParseManifest parses an artifact's manifest and config. It refuses everything that this package would not have
+// written: another kind of image, other layers, or a config that does not belong to the manifest. The caller has
+// compared the manifest's bytes with its digest.
 func ParseManifest(manifest, config []byte) (Content, error) {
 	c, err := parseManifest(manifest, config)
 	if err != nil {
@@ -121,7 +119,7 @@ func parseManifest(manifest, config []byte) (Content, error) {
 	return content, nil
 }
 
-// decodeManifest checks everything about a manifest but its identity.
+// decodeManifest parses a manifest and checks everything but its identity.
 func decodeManifest(manifest []byte) (*v1.Manifest, error) {
 	var m v1.Manifest
 	if err := decode(manifest, &m); err != nil {
@@ -168,7 +166,7 @@ func checkHash(h v1.Hash) error {
 	return nil
 }
 
-// decode reads exactly one JSON value without unknown fields.
+// decode parses exactly one JSON value without unknown fields.
 func decode(data []byte, v any) error {
 	if len(data) > MaxManifest {
 		return fmt.Errorf("%d bytes; at most %d are read", len(data), MaxManifest)

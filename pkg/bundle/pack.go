@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
@@ -19,29 +18,30 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of one layer, far above any driver so far (a release's user space is
-// some 600 MB in 300 entries) and low enough that a hostile layer is cut short.
+// Bounds of one layer. They are far above any driver so far: the user space of a release has about 600 MB in 300
+// entries. They are low enough to stop a hostile layer early.
 const (
 	maxEntries = 20_000
 	maxBytes   = 4 << 30 // uncompressed, tar headers included
 	maxName    = 512
-	windowSize = 8 << 20 // of zstd, on both sides: bounds the reader's memory
+	windowSize = 8 << 20 // zstd's window for packing and unpacking; it bounds the memory of unpacking
 )
 
-// PackRecipe names the way layers are packed. It changes whenever equal input
-// would give other bytes, so that caches of packed layers can tell.
+// PackRecipe names the way in which layers are packed. It must change whenever the same input would give other bytes,
+// because caches of packed layers use it in their keys.
 const PackRecipe = "tar-zstd-1"
 
 // Layer is one packed layer on disk.
 type Layer struct {
 	Kind LayerKind
-	// Path is the compressed file.
+	// Path is the file with the compressed bytes.
 	Path string
-	// Digest is that of the compressed bytes, DiffID that of the tar inside.
+	// Digest is the digest of the compressed bytes. DiffID is the digest of the tar in them.
 	Digest, DiffID string
 	Size           int64
 }
@@ -54,10 +54,9 @@ type entry struct {
 	link string
 }
 
-// PackLayer writes srcDir as a compressed layer to dstFile. Equal trees give
-// equal bytes on any machine: names are sorted, times are zero, owners are
-// root, modes are 0644 or 0755, and one thread compresses. It refuses
-// whatever [Unpack] would refuse.
+// PackLayer writes srcDir as a compressed layer to dstFile. Equal trees give equal bytes on any machine: names are
+// sorted, times are zero, owners are root, modes are 0644 or 0755, and one thread compresses. PackLayer refuses
+// everything that [Unpack] would refuse.
 func PackLayer(ctx context.Context, srcDir string, kind LayerKind, dstFile string) (_ Layer, err error) {
 	defer func() {
 		if err != nil {
@@ -88,7 +87,7 @@ func PackLayer(ctx context.Context, srcDir string, kind LayerKind, dstFile strin
 	}()
 	packed := &countHash{w: out, h: sha256.New()}
 	buffered := bufio.NewWriterSize(packed, 1<<20)
-	// One thread: the encoder's output must not depend on the machine.
+	// One thread, because the output must not depend on the number of processors.
 	zw, err := zstd.NewWriter(buffered, zstd.WithEncoderLevel(zstd.SpeedBetterCompression),
 		zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(windowSize), zstd.WithEncoderCRC(true))
 	if err != nil {
@@ -107,8 +106,7 @@ func PackLayer(ctx context.Context, srcDir string, kind LayerKind, dstFile strin
 	return Layer{Kind: kind, Path: dstFile, Digest: packed.digest(), DiffID: diff.digest(), Size: packed.n}, nil
 }
 
-// listTree returns everything below the root in byte order of names, which
-// puts a folder before what it holds.
+// listTree returns all entries below the root in byte order of their names. So a folder comes before its content.
 func listTree(src *os.Root, kind LayerKind) ([]entry, error) {
 	var entries []entry
 	var total int64
@@ -155,8 +153,8 @@ func listTree(src *os.Root, kind LayerKind) ([]entry, error) {
 	return entries, nil
 }
 
-// checkPlace keeps the three layers apart, so that they can be unpacked into
-// one folder without ever touching the same name.
+// checkPlace checks that a name belongs to a kind of layer. So the three layers have no names in common, and can be
+// unpacked into one folder.
 func checkPlace(kind LayerKind, name string, dir bool) error {
 	top, rest, _ := strings.Cut(name, "/")
 	ok := false
@@ -175,15 +173,15 @@ func checkPlace(kind LayerKind, name string, dir bool) error {
 	return nil
 }
 
-// writeTar writes entries as an archive; open returns what a regular file holds.
+// writeTar writes entries as an archive. open returns the content of a regular file.
 func writeTar(ctx context.Context, w io.Writer, entries []entry, open func(entry) (io.ReadCloser, error)) error {
 	tw := tar.NewWriter(w)
 	for _, e := range entries {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
-		// No Format: archive/tar then writes USTAR and adds PAX records only
-		// for what USTAR cannot hold.
+		// Format is not set. So archive/tar writes USTAR, and adds PAX records only for values that do not fit into
+		// USTAR.
 		hdr := &tar.Header{Name: e.name, ModTime: time.Unix(0, 0), Mode: fileMode(e.mode)}
 		switch e.mode.Type() {
 		case fs.ModeDir:
@@ -226,7 +224,7 @@ func fileMode(m fs.FileMode) int64 {
 	return 0o644
 }
 
-// checkName accepts clean relative names only.
+// checkName accepts only clean relative names.
 func checkName(name string) error {
 	if name == "" || len(name) > maxName || name != path.Clean(name) || !fs.ValidPath(name) || name == "." ||
 		strings.ContainsAny(name, "\x00\\\n\r") {
@@ -235,10 +233,9 @@ func checkName(name string) error {
 	return nil
 }
 
-// checkLink accepts relative links that stay inside the tree. Only leading
-// ".." are allowed: a link is always a child of real folders, so those climb
-// real folders, while a ".." behind a name could climb out of what another
-// link points to.
+// checkLink accepts relative links that stay inside the tree. ".." is allowed only at the beginning. The parents of a
+// link are real folders, so a leading ".." stays in them. A ".." after a name could lead out of the target of another
+// link.
 func checkLink(name, link string) error {
 	bad := func(why string) error { return fmt.Errorf("link %s -> %.80q %s", name, link, why) }
 	if link == "" || len(link) > maxName || path.IsAbs(link) || strings.ContainsAny(link, "\x00\\\n\r") {
@@ -253,7 +250,7 @@ func checkLink(name, link string) error {
 	return nil
 }
 
-// countHash counts and hashes what it passes on.
+// countHash counts and hashes the bytes that it writes to w.
 type countHash struct {
 	w io.Writer
 	h hash.Hash
@@ -267,9 +264,9 @@ func (c *countHash) Write(p []byte) (int, error) {
 	return n, err
 }
 
-func (c *countHash) digest() string { return "sha256:" + hex.EncodeToString(c.h.Sum(nil)) }
+func (c *countHash) digest() string { return ocidigest.NewDigest(ocidigest.SHA256, c.h).String() }
 
-// ctxReader stops reading when its context ends; it lives for one call.
+// ctxReader stops reading when its context ends. It lives for one call.
 type ctxReader struct {
 	ctx context.Context
 	r   io.Reader
@@ -282,7 +279,7 @@ func (c *ctxReader) Read(p []byte) (int, error) {
 	return c.r.Read(p)
 }
 
-// diskFull gives an error of a full disk its kind.
+// diskFull adds the fault kind and a hint to an error of a full disk.
 func diskFull(err error) error {
 	return fault.Disk(err, "free some space on the disk of this folder")
 }

@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
@@ -15,20 +14,18 @@ import (
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
+	ocidigest "github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Unpack reads one compressed layer and writes its files below dst, in one
-// pass. It succeeds only when the compressed bytes have this size and digest,
-// the tar inside has this diff id, nothing follows the archive, and every
-// entry is a folder, a regular file or a link that stays inside. Modes become
-// 0644 or 0755; owners and times are not restored. After an error the caller
-// removes what dst holds: nothing in it may be trusted.
+// Unpack reads one compressed layer and writes its files below dst, in one pass. It succeeds only if all of this is
+// true: the compressed bytes have this size and digest; the tar in them has this diff ID; nothing follows the tar; and
+// every entry is a folder, a regular file or a link that stays inside. Modes become 0644 or 0755. Owners and times are
+// not restored. After an error, the caller must remove the content of dst, because nothing in it is verified.
 //
-// Several layers may go into one dst: folders that exist are taken over,
-// everything else has to be new.
+// Several layers may be unpacked into the same dst. Folders may exist already, but files and links may not.
 func Unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, size int64, dst *os.Root) error {
 	return unpack(ctx, r, wantDigest, wantDiffID, size, dst, maxBytes)
 }
@@ -42,7 +39,7 @@ func unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, siz
 	if ctx.Err() != nil {
 		return fmt.Errorf("unpack layer: %w", context.Cause(ctx))
 	}
-	_, _ = io.Copy(io.Discard, coming) // the rest; the meter keeps what went wrong
+	_, _ = io.Copy(io.Discard, coming) // read the rest; the meter keeps the error
 	coming.Close()
 	if err := packed.check(wantDigest, size); err != nil {
 		return fmt.Errorf("unpack layer: %w", err)
@@ -53,14 +50,14 @@ func unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, siz
 	return nil
 }
 
-// check reads to the end, and compares what was read with what a manifest says.
+// check reads to the end, and compares the bytes with the digest and size in the manifest.
 func (m *meter) check(wantDigest string, size int64) error {
 	if m.err != nil {
-		// The source failed, so what the parsers said is only a consequence.
+		// The source failed, so an error of the parsers is only a consequence.
 		return fmt.Errorf("read: %w", m.err)
 	}
-	// Bytes that changed on the way show first as a broken frame or header:
-	// say the cause, not the symptom.
+	// Bytes that were changed in transit first cause a parse error of a frame or header. The digest is compared here,
+	// so that the error names the cause.
 	if _, err := io.Copy(io.Discard, m); err != nil && !m.over {
 		return fmt.Errorf("read: %w", err)
 	}
@@ -82,18 +79,18 @@ func unpackStream(packed io.Reader, wantDiffID string, dst *os.Root, limit int64
 	}
 	defer zr.Close()
 	plain := readAhead(zr)
-	defer plain.Close() // before the decoder's
+	defer plain.Close() // runs before zr.Close
 	return unpackPlain(plain, wantDiffID, dst, limit)
 }
 
-// newDecoder reads a packed layer. It starts no thread of its own, and its window is bounded: this
-// runs on nodes with work to do. The frame's own checksum says less than the diff id does.
+// newDecoder decompresses a packed layer. It starts no threads and bounds its memory, because it runs on nodes that
+// have other work. The frame's own checksum is ignored, because the diff ID proves more.
 func newDecoder(packed io.Reader) (*zstd.Decoder, error) {
 	return zstd.NewReader(packed, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.IgnoreChecksum(true),
 		zstd.WithDecoderMaxWindow(windowSize), zstd.WithDecoderMaxMemory(64<<20))
 }
 
-// unpackPlain writes what an archive holds.
+// unpackPlain writes the files of an archive to dst.
 func unpackPlain(archive io.Reader, wantDiffID string, dst *os.Root, limit int64) error {
 	plain := &meter{r: archive, h: sha256.New(), limit: limit}
 	x := &extractor{dst: dst, seen: map[string]byte{}}
@@ -113,7 +110,7 @@ func unpackPlain(archive io.Reader, wantDiffID string, dst *os.Root, limit int64
 	return nil
 }
 
-// onlyZeros reads to the end: behind a tar archive there may be padding only.
+// onlyZeros reads to the end. Only zero bytes may follow a tar archive.
 func onlyZeros(r io.Reader) error {
 	buf := make([]byte, 32<<10)
 	for {
@@ -135,7 +132,7 @@ func onlyZeros(r io.Reader) error {
 // extractor writes the entries of one archive.
 type extractor struct {
 	dst  *os.Root
-	seen map[string]byte // name -> tar type
+	seen map[string]byte // from an entry's name to its tar type
 	buf  []byte
 }
 
@@ -162,7 +159,7 @@ func (x *extractor) run(tr *tar.Reader) error {
 	}
 }
 
-// check decides about one header before anything is written.
+// check checks one header before anything is written.
 func (x *extractor) check(hdr *tar.Header) (string, error) {
 	name := hdr.Name
 	if hdr.Typeflag == tar.TypeDir {
@@ -188,8 +185,8 @@ func (x *extractor) check(hdr *tar.Header) (string, error) {
 	if _, dup := x.seen[name]; dup {
 		return "", fmt.Errorf("%s is there twice", name)
 	}
-	// A parent that is a folder of this archive was made or checked by us; so
-	// no entry can pass through a link.
+	// The parent must be a folder in this archive, which this code has created or checked. So no entry can go through
+	// a link.
 	if parent := path.Dir(name); parent != "." && x.seen[parent] != tar.TypeDir {
 		return "", fmt.Errorf("%s comes without its folder", name)
 	}
@@ -207,7 +204,7 @@ func (x *extractor) write(name string, hdr *tar.Header, r io.Reader) error {
 		} else if err != nil {
 			return err
 		}
-		return x.dst.Chmod(name, 0o755) // whatever the umask is
+		return x.dst.Chmod(name, 0o755) // set the mode again, because of the umask
 	case tar.TypeSymlink:
 		return x.dst.Symlink(hdr.Linkname, name)
 	}
@@ -223,28 +220,27 @@ func (x *extractor) write(name string, hdr *tar.Header, r io.Reader) error {
 	return errors.Join(err, f.Chmod(mode), f.Close())
 }
 
-// early has the kernel begin to write a large file to the disk while more of it is being
-// unpacked, so that the flush at the end waits for less.
+// early makes the kernel start to write a large file to the disk while more of it is being unpacked. So the sync at
+// the end takes less time.
 type early struct {
 	f     *os.File
-	n, at int64 // written, and begun
+	n, at int64 // bytes that were written, and bytes whose write to the disk was started
 }
 
-// earlyPiece is how much is begun at a time.
+// earlyPiece is the number of bytes after which a write to the disk is started.
 const earlyPiece = 4 << 20
 
 func (e *early) Write(p []byte) (int, error) {
 	n, err := e.f.Write(p)
 	if e.n += int64(n); e.n-e.at >= earlyPiece {
-		// A filesystem that cannot do it does it later.
+		// An error does not matter: the file system then writes the bytes later.
 		_ = unix.SyncFileRange(int(e.f.Fd()), e.at, e.n-e.at, unix.SYNC_FILE_RANGE_WRITE)
 		e.at = e.n
 	}
 	return n, err
 }
 
-// archiveReader marks errors of the archive as such, so that they can be told from
-// errors of the disk.
+// archiveReader adds a fault kind to errors of the archive, so that they differ from errors of the disk.
 type archiveReader struct{ r io.Reader }
 
 func (b *archiveReader) Read(p []byte) (int, error) {
@@ -255,15 +251,15 @@ func (b *archiveReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// meter counts and hashes what is read through it, and ends the stream with an
-// error when it is longer than its limit.
+// meter counts and hashes the bytes that are read through it. If the stream is longer than limit, meter ends it with
+// an error.
 type meter struct {
 	r     io.Reader
 	h     hash.Hash
 	n     int64
 	limit int64
 	over  bool
-	err   error // of the source, other than its end
+	err   error // error of the source, except io.EOF
 }
 
 var errTooLong = errors.New("stream is longer than it may be")
@@ -272,7 +268,7 @@ func (m *meter) Read(p []byte) (int, error) {
 	if m.over {
 		return 0, errTooLong
 	}
-	// One byte beyond the limit is asked for, to tell "exactly" from "more".
+	// Read one byte more than the limit, because a stream of exactly limit bytes is allowed.
 	if room := m.limit - m.n + 1; int64(len(p)) > room {
 		p = p[:room]
 	}
@@ -289,4 +285,4 @@ func (m *meter) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (m *meter) digest() string { return "sha256:" + hex.EncodeToString(m.h.Sum(nil)) }
+func (m *meter) digest() string { return ocidigest.NewDigest(ocidigest.SHA256, m.h).String() }

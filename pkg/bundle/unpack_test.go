@@ -32,7 +32,7 @@ func compress(t testing.TB, plain []byte) []byte {
 	return enc.EncodeAll(plain, nil)
 }
 
-// archive writes headers; a regular file's content is its name.
+// archive returns a tar with these headers. The content of a regular file is its name.
 func archive(t testing.TB, headers ...*tar.Header) []byte {
 	t.Helper()
 	var buf bytes.Buffer

@@ -1,5 +1,5 @@
-// Package bzimage takes the kernel, as it was linked, out of the image that boots on
-// amd64. It refuses to boot or to change one.
+// Package bzimage extracts the ELF kernel from a bzImage, the image that boots on amd64. It does not boot or change an
+// image.
 package bzimage
 
 import (
@@ -15,12 +15,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// maxLinked bounds a kernel as it was linked, without its debug information.
+// maxLinked bounds the size of an ELF kernel without its debug information.
 const maxLinked = 512 << 20
 
-// The fields of a bzImage's setup header that say where the compressed kernel
-// is, from Documentation/arch/x86/boot.rst; version 2.08 of the protocol and
-// later have them all.
+// Offsets of the fields in a bzImage's setup header that locate the compressed kernel, from
+// Documentation/arch/x86/boot.rst. Version 2.08 of the boot protocol and later versions have all of them.
 const (
 	atSetupSects    = 0x1f1
 	atHeaderMagic   = 0x202
@@ -30,9 +29,8 @@ const (
 	endOfHeader     = 0x250
 )
 
-// Linked takes the kernel as it was linked, an ELF file without debug
-// information, out of the image that boots on amd64. Debian compresses it with
-// LZ4, from 6.12 on with zstd; the kernel that is compiled here is with gzip.
+// Linked returns the kernel inside a bzImage as the linker wrote it: an ELF file without debug information. Debian
+// compresses the kernel with LZ4, and from 6.12 on with zstd. The kernel that this repository compiles uses gzip.
 func Linked(image []byte) ([]byte, error) {
 	bad := func(format string, args ...any) error {
 		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...),
@@ -49,7 +47,7 @@ func Linked(image []byte) ([]byte, error) {
 	}
 	from := (sectors+1)*512 + uint64(le.Uint32(image[atPayloadOffset:]))
 	size := uint64(le.Uint32(image[atPayloadLength:]))
-	const trailer = 4 // the size of what comes out
+	const trailer = 4 // the size of the decompressed kernel
 	if size < trailer || from+size > uint64(len(image)) {
 		return nil, bad("%d bytes from %d on, of %d", size, from, len(image))
 	}
@@ -63,7 +61,7 @@ func Linked(image []byte) ([]byte, error) {
 	case bytes.HasPrefix(payload, []byte{0x02, 0x21, 0x4c, 0x18}):
 		packed = lz4.NewReader(bytes.NewReader(payload))
 	case bytes.HasPrefix(payload, []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		// zstd -22 looks back 128 MiB.
+		// zstd -22 uses a window of 128 MiB.
 		zr, err := zstd.NewReader(bytes.NewReader(payload), zstd.WithDecoderConcurrency(1),
 			zstd.WithDecoderMaxWindow(128<<20))
 		if err != nil {
@@ -72,7 +70,7 @@ func Linked(image []byte) ([]byte, error) {
 		defer zr.Close()
 		packed = zr
 	case bytes.HasPrefix(payload, []byte{0x1f, 0x8b}):
-		// gzip ends with the size itself, so none is appended.
+		// A gzip stream ends with the size itself, so the image appends no other size.
 		zr, err := gzip.NewReader(bytes.NewReader(image[from : from+size]))
 		if err != nil {
 			return nil, bad("decompress: %v", err)

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// bzImage is an image as a kernel's build makes it: a sector to boot from, one
-// of setup, and then, behind some code, the compressed kernel and its size.
+// bzImage returns an image in the layout that a kernel build makes: a boot sector, a setup sector, some code, the
+// compressed kernel, and its size.
 func bzImage(t testing.TB, linked []byte, size int) []byte {
 	t.Helper()
 	var packed bytes.Buffer
@@ -32,7 +32,7 @@ func bzImage(t testing.TB, linked []byte, size int) []byte {
 	return imageOf(packed.Bytes(), size)
 }
 
-// zstdOf is what newer kernels have in it.
+// zstdOf compresses a kernel as newer kernels do, with zstd.
 func zstdOf(t testing.TB, linked []byte) []byte {
 	t.Helper()
 	w, err := zstd.NewWriter(nil)
@@ -73,7 +73,7 @@ func TestLinked(t *testing.T) {
 	if err := errors.Join(err, zw.Close()); err != nil {
 		t.Fatal(err)
 	}
-	// What follows gzip's own end is none of it: gzip has its size at the end.
+	// gzip data ends with its own size. Linked must not take bytes after that end for a part of the stream.
 	got, err = Linked(imageOf(packed.Bytes()[:packed.Len()-4], len(linked)))
 	if err != nil || !bytes.Equal(got, linked) {
 		t.Errorf("Linked(gzip) = %d bytes, %v; want the %d that went in", len(got), err, len(linked))

@@ -1,19 +1,18 @@
-// Package cas is a content-addressed cache in one folder, shared safely by
-// any number of processes of one machine.
+// Package cas is a content-addressed cache in one folder. Any number of processes of one machine may share it.
 //
-// A blob is a file named by its sha256, a tree is a folder named by what it
-// was made from, a fact is a small value that was expensive to learn. All
-// three appear complete, by rename, or not at all; what a killed process left
-// half done is removed at the next Open. Blobs are verified as they come in and
-// not again when they are asked for: Verify does that on demand. A tree is
-// read and verified when a process asks for it first, looked over each time after
-// that, and made again when it is not what it was; so is a fact, which is then
-// forgotten. A caller that gets a path must not
-// write to it. Trim removes what was not used for long, and never what a living
-// process was handed out.
+// The cache has three kinds of entries. A blob is a file named by its SHA-256. A tree is a folder named by the inputs
+// that it was made from. A fact is a small value that was expensive to find out. Every entry appears complete, by
+// rename, or not at all. The next Open removes the incomplete files of a killed process.
 //
-// It refuses to download, to decide what is worth keeping, and to serve a
-// folder that machines share over a network without working flock.
+// A blob is verified when it is stored, and not again when it is read; Verify does that on demand. A tree is read and
+// verified at its first use by a process. At each later use, only the metadata of its files is compared. A damaged tree
+// is made again. A fact is verified at each use, and a damaged fact counts as missing.
+//
+// A caller must not write to a path that the cache returned. Trim removes entries that were unused for a long time, but
+// none that a living process has obtained.
+//
+// The package does not download, and does not decide what is worth keeping. It does not support a folder that several
+// machines share over a network, unless flock works there.
 package cas
 
 import (
@@ -33,28 +32,28 @@ import (
 	"time"
 
 	"github.com/gofrs/flock"
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Names below the cache's folder.
+// Names of folders below the cache's folder.
 const (
 	blobsDir  = "blobs/sha256"
 	treesDir  = "trees"
-	sealsDir  = "seals" // seals/<kind>/<key>: the digest of the tree of that name
+	sealsDir  = "seals" // seals/<kind>/<key> holds the digest of the tree of that name
 	factsDir  = "facts"
-	tmpDir    = "tmp"    // tmp/<owner>/…: blobs and trees before their rename
-	workDir   = "work"   // work/<owner>/…: TempDir
-	ownersDir = "owners" // <owner>.lock, flocked while its process lives
-	locksDir  = "locks"  // one lock for each tree that was ever made
-	usesDir   = "uses"   // <kind>@<key>: when a blob or tree was last used, and by whom
+	tmpDir    = "tmp"    // tmp/<owner>/… holds blobs and trees before their rename
+	workDir   = "work"   // work/<owner>/… holds the folders of TempDir
+	ownersDir = "owners" // <owner>.lock is locked by flock while the owner's process lives
+	locksDir  = "locks"  // one lock file for each tree that was ever made
+	usesDir   = "uses"   // <kind>@<key> records the last use of a blob or tree, and who uses it
 )
 
-// maxFact bounds a fact's value.
+// maxFact bounds the value of a fact, in bytes.
 const maxFact = 1 << 20
 
-// lockPoll is how often a process looks whether another one has finished the
-// tree that it waits for.
+// lockPoll is the interval at which a process checks whether another process has finished a tree.
 const lockPoll = 100 * time.Millisecond
 
 var (
@@ -64,12 +63,11 @@ var (
 
 // Cache is an open cache. Its methods may be called concurrently.
 type Cache struct {
-	// Notify receives a line about a damaged tree that is rebuilt; nil means silent. It is set before the first use, if at
-	// all.
+	// Notify receives a line of text about each damaged tree that is made again. nil means no notice. Set it before the
+	// first use.
 	Notify func(text string)
-	// Count is called for each question by kind ("blob", a tree's kind, "fact:" and a
-	// fact's), and whether the answer was there; nil means deaf. It is set before the
-	// first use, and may be called concurrently.
+	// Count is called for each lookup, with the kind ("blob", a tree's kind, or "fact:" and a fact's kind) and whether the
+	// cache had the entry. nil means no call. Set it before the first use. Count may be called concurrently.
 	Count func(kind string, hit bool)
 
 	dir   string
@@ -77,14 +75,13 @@ type Cache struct {
 	lock  *flock.Flock // held until Close or the end of the process
 
 	mu    sync.Mutex
-	count uint64            // of pieces of work begun and entries used
-	read  map[string]string // trees that this process has read whole, and how their inodes were
-	works map[uint64]bool   // pieces of work that have not ended, by count
+	count uint64            // number of pieces of work and uses of entries so far
+	read  map[string]string // trees that this process has verified, with the state of their inodes
+	works map[uint64]bool   // pieces of work that have not ended, by their count
 	pins  map[string]*pin
 }
 
-// Open opens the cache in dir, makes it where there is none, and removes what
-// dead processes left unfinished.
+// Open opens the cache in dir, and makes the folder if it is missing. It removes the unfinished work of dead processes.
 func Open(dir string) (*Cache, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -95,8 +92,8 @@ func Open(dir string) (*Cache, error) {
 			return nil, disk(fmt.Errorf("open cache: %w", err))
 		}
 	}
-	// One Open at a time, so that nobody sees an owner file whose process has
-	// made it but not locked it yet.
+	// Only one Open runs at a time. Otherwise, another Open could see an owner file before its process has locked it, and
+	// take the process for dead.
 	gate := flock.New(filepath.Join(dir, "open.lock"))
 	if err := gate.Lock(); err != nil {
 		return nil, disk(fmt.Errorf("open cache %s: lock: %w", dir, err))
@@ -128,7 +125,7 @@ func open(dir string) (*Cache, error) {
 	return c, nil
 }
 
-// sweep removes the unfinished work of owners whose lock nobody holds.
+// sweep removes the unfinished work of owners whose lock no process holds.
 func sweep(dir string) error {
 	owners, err := os.ReadDir(filepath.Join(dir, ownersDir))
 	if err != nil {
@@ -141,7 +138,7 @@ func sweep(dir string) error {
 		lock := flock.New(file, flock.SetFlag(os.O_RDWR))
 		ok, err := lock.TryLock()
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // closed since ReadDir, its folders gone before
+			continue // the owner closed the cache after ReadDir, and removed its folders before its lock
 		}
 		if err != nil {
 			return err
@@ -169,9 +166,9 @@ func sweep(dir string) error {
 			}
 		}
 	}
-	// Owner files go last: killed in between, the next sweep starts over.
+	// The owner files are removed last. If this process is killed before, the next sweep repeats the work.
 	for _, file := range dead {
-		// One that closed between ReadDir and the lock has removed its own.
+		// An owner that closed the cache after ReadDir has removed its file itself.
 		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
@@ -179,7 +176,7 @@ func sweep(dir string) error {
 	return nil
 }
 
-// Close removes this cache's temporary folders and gives up its locks.
+// Close removes this cache's temporary folders and releases its locks.
 func (c *Cache) Close() error {
 	c.unpin()
 	return errors.Join(os.RemoveAll(c.tmp()), os.RemoveAll(c.work()), os.Remove(c.lock.Path()), c.lock.Close())
@@ -201,9 +198,8 @@ func (c *Cache) blobPath(digest string) string {
 	return filepath.Join(c.dir, blobsDir, strings.TrimPrefix(digest, "sha256:"))
 }
 
-// PutBlob stores what r yields and returns its digest and size. With a digest
-// in want, other bytes are fault.Checksum and nothing is stored; a blob that is
-// there already is not read again.
+// PutBlob stores the bytes of r, and returns their digest and size. If want is not "" and the bytes have another
+// digest, the error is of kind Checksum, and nothing is stored. If the blob want is stored already, r is not read.
 func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest string, size int64, err error) {
 	if want != "" {
 		if !digestPattern.MatchString(want) {
@@ -230,7 +226,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 		err = f.Chmod(0o444)
 	}
 	if err == nil {
-		err = f.Sync() // Blob never examines the bytes again
+		err = f.Sync() // Blob does not check the bytes again
 	}
 	if cerr := f.Close(); err == nil {
 		err = cerr
@@ -238,7 +234,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	if err != nil {
 		return "", 0, disk(fmt.Errorf("store blob: %w", err))
 	}
-	digest = "sha256:" + hex.EncodeToString(h.Sum(nil))
+	digest = ocidigest.NewDigest(ocidigest.SHA256, h).String()
 	if want != "" && digest != want {
 		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: content is %s; want %s", digest, want), "")
 	}
@@ -252,7 +248,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	return digest, size, nil
 }
 
-// Blob returns the path of a stored blob, which stays until the work ends; see Begin.
+// Blob returns the path of a stored blob. The blob stays at least until the piece of work ends; see Begin.
 func (c *Cache) Blob(digest string) (path string, ok bool) {
 	defer func() { c.counted(blobKind, ok) }()
 	if !digestPattern.MatchString(digest) {
@@ -265,12 +261,12 @@ func (c *Cache) Blob(digest string) (path string, ok bool) {
 	if err := c.use(useName(blobKind, strings.TrimPrefix(digest, "sha256:"))); err != nil {
 		return path, false
 	}
-	fi, err := os.Lstat(path) // it may have been evicted before this use
+	fi, err := os.Lstat(path) // Trim may have removed the blob before the call of use
 	return path, err == nil && fi.Mode().IsRegular()
 }
 
-// Verify reads a stored blob again. One that no longer has its digest is
-// removed and reported as fault.Checksum.
+// Verify reads a stored blob again. If the digest does not match, it removes the blob and returns an error of kind
+// Checksum.
 func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 	path, ok := c.Blob(digest)
 	if !ok {
@@ -285,7 +281,7 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 	if _, err := io.Copy(h, &ctxReader{ctx, f}); err != nil {
 		return fmt.Errorf("verify blob %s: %w", digest, err)
 	}
-	if got := "sha256:" + hex.EncodeToString(h.Sum(nil)); got != digest {
+	if got := ocidigest.NewDigest(ocidigest.SHA256, h).String(); got != digest {
 		bad := fault.New(fault.Checksum, fmt.Sprintf("verify blob %s: content is %s", digest, got),
 			"run the command again: the damaged blob was removed; check the disk of "+c.dir)
 		return errors.Join(bad, os.Remove(path))
@@ -293,12 +289,12 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 	return nil
 }
 
-// Tree returns the folder of this kind and key. Where there is none, make
-// fills an empty folder, which then takes the name; of several processes that
-// ask at once, one makes it and the others wait. cached tells that it was there
-// already, and that its content is what it was when it was made: a tree that
-// was changed since is made again. Kind and key are file names of at most 200 characters; a digest's
-// "sha256:" is dropped.
+// Tree returns the folder of this kind and key. If there is none, Tree calls make with an empty folder, which then gets
+// the name. If several processes need the same tree at once, one makes it and the others wait.
+//
+// cached is true if the tree existed, and its content had not changed since it was made. A tree with changed content is
+// made again. Kind and key are file names of at most 200 characters. The prefix "sha256:" of a digest is removed from
+// the key.
 func (c *Cache) Tree(ctx context.Context, kind, key string,
 	make func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
 	key = strings.TrimPrefix(key, "sha256:")
@@ -332,7 +328,7 @@ func (c *Cache) Tree(ctx context.Context, kind, key string,
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
 	ok, trouble, err := c.intact(ctx, kind, key, path)
-	if ok || err != nil { // ok: another process was faster
+	if ok || err != nil { // ok: another process made the tree first
 		return path, ok, err
 	}
 	if trouble != "" {
@@ -362,7 +358,7 @@ func (c *Cache) Tree(ctx context.Context, kind, key string,
 	return path, false, nil
 }
 
-// PutFact keeps a small value under a key of any text.
+// PutFact stores a small value under a key; the key may be any text.
 func (c *Cache) PutFact(kind, key string, value []byte) error {
 	if !keyPattern.MatchString(kind) || len(value) > maxFact {
 		return fault.New(fault.Internal,
@@ -374,7 +370,7 @@ func (c *Cache) PutFact(kind, key string, value []byte) error {
 	return nil
 }
 
-// writeFile gives path its new content in one step, durably.
+// writeFile replaces the content of path atomically and durably.
 func (c *Cache) writeFile(path string, value []byte) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
@@ -399,13 +395,13 @@ func (c *Cache) writeFile(path string, value []byte) error {
 	return nil
 }
 
-// factSum is what comes before a fact's value, in hex.
+// factSum returns the line before a fact's value: the value's SHA-256 in hex.
 func factSum(value []byte) []byte {
 	sum := sha256.Sum256(value)
 	return append(hex.AppendEncode(nil, sum[:]), '\n')
 }
 
-// Fact returns what was stored under the key; a damaged fact is forgotten.
+// Fact returns the value that was stored under the key. A damaged fact counts as missing.
 func (c *Cache) Fact(kind, key string) (value []byte, ok bool) {
 	if !keyPattern.MatchString(kind) {
 		return nil, false
@@ -418,7 +414,7 @@ func (c *Cache) Fact(kind, key string) (value []byte, ok bool) {
 	}
 	if fi, err := os.Stat(path); err == nil && time.Since(fi.ModTime()) > time.Hour {
 		now := time.Now()
-		_ = os.Chtimes(path, now, now) // else Trim thinks it unused
+		_ = os.Chtimes(path, now, now) // otherwise Trim takes the fact for unused
 	}
 	_, value, _ = bytes.Cut(text, []byte("\n"))
 	return value, bytes.HasPrefix(text, factSum(value))
@@ -429,8 +425,8 @@ func (c *Cache) factPath(kind, key string) string {
 	return filepath.Join(c.dir, factsDir, kind, hex.EncodeToString(sum[:]))
 }
 
-// TempDir makes an empty folder on the cache's file system. It goes with
-// cleanup, with Close, or at the next Open after this process died.
+// TempDir makes an empty folder on the cache's file system. It is removed by cleanup, by Close, or by the next Open
+// after this process has died.
 func (c *Cache) TempDir(prefix string) (dir string, cleanup func() error, err error) {
 	dir, err = os.MkdirTemp(c.work(), strings.TrimSuffix(prefix, "-")+"-*")
 	if err != nil {
@@ -444,7 +440,7 @@ func isDir(path string) bool {
 	return err == nil && fi.IsDir()
 }
 
-// disk gives a full disk its kind, and leaves an error alone that has one.
+// disk adds the kind DiskFull to the error of a full disk. An error that has a kind already stays as it is.
 func disk(err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) {
@@ -453,7 +449,7 @@ func disk(err error) error {
 	return fault.CacheDisk(err)
 }
 
-// ctxReader ends a copy when its context does.
+// ctxReader is a reader that fails once its context has ended, so that a copy stops.
 type ctxReader struct {
 	ctx context.Context
 	r   io.Reader

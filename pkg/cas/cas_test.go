@@ -23,8 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// crashEnv makes this test program a process that dies in the middle of its
-// work; see TestMain.
+// crashEnv makes this test program act as a process that is killed in the middle of its work; see TestMain.
 const crashEnv = "PREBAKE_CAS_TEST_CRASH"
 
 func TestMain(m *testing.M) {
@@ -34,7 +33,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// crash begins a blob, a tree and a work folder, says so, and waits to be killed.
+// crash begins a blob, a tree and a work folder, reports that, and waits to be killed.
 func crash(dir string) {
 	c, err := cas.Open(dir)
 	if err != nil {
@@ -60,7 +59,7 @@ func crash(dir string) {
 	<-ready
 	<-ready
 	fmt.Println("ready")
-	time.Sleep(time.Hour) // killed long before
+	time.Sleep(time.Hour) // the process is killed long before
 }
 
 type blocker struct{ ready chan struct{} }
@@ -84,7 +83,7 @@ func open(t *testing.T, dir string) *cas.Cache {
 	return c
 }
 
-// files lists every regular file below dir, by its path.
+// files returns the paths of all regular files below dir.
 func files(t *testing.T, dir string) []string {
 	t.Helper()
 	var all []string
@@ -207,8 +206,8 @@ func TestTreeIsMadeOnce(t *testing.T) {
 	}
 }
 
-// What happened to a tree since it was made shows when it is asked for, and the
-// tree is made again: its bytes may end up in something that is signed.
+// TestDamagedTreeIsMadeAgain checks that any change of a tree is detected when the tree is used, and that the tree is
+// made again. The bytes of a tree may become a part of a signed artifact.
 func TestDamagedTreeIsMadeAgain(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -273,7 +272,7 @@ func TestDamagedTreeIsMadeAgain(t *testing.T) {
 	}
 }
 
-// Asking ends with its context, and says nothing bad about the tree.
+// TestTreeIsNotDamagedByCancelling checks that a cancelled call ends, and does not report the tree as damaged.
 func TestTreeIsNotDamagedByCancelling(t *testing.T) {
 	t.Parallel()
 	c := open(t, t.TempDir())
@@ -409,7 +408,7 @@ func TestOpenCleansUpAfterTheDeadOnly(t *testing.T) {
 	if half != 2 {
 		t.Fatalf("%d unfinished files before the kill; want a blob and a tree's file", half)
 	}
-	_ = open(t, dir) // the owner is alive: its work stays
+	_ = open(t, dir) // the owner is alive, so its work stays
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -429,7 +428,7 @@ func TestOpenCleansUpAfterTheDeadOnly(t *testing.T) {
 	if err := cleanup(); err != nil {
 		t.Error(err)
 	}
-	// The dead process's lock on the tree went with it.
+	// The kernel has released the dead process's lock on the tree.
 	if _, cached, err := c.Tree(t.Context(), "headers", "half",
 		func(context.Context, string) error { return nil }); err != nil || cached {
 		t.Errorf("Tree = %t, %v; want it made", cached, err)
@@ -458,8 +457,7 @@ func TestDigestTree(t *testing.T) {
 		return sum
 	}
 	base := make(func(string) error { return nil })
-	// Published artifacts are matched by digests of this scheme: another value
-	// here orphans all of them.
+	// Published artifacts are found by digests of this scheme. If the value changes here, none of them is found again.
 	if want := "sha256:2455ddcd1a936088c1f4af695e2e4c9ed47b9ac301187d189ed5793e79785096"; base != want {
 		t.Errorf("DigestTree = %s; want %s", base, want)
 	}

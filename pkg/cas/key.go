@@ -8,31 +8,30 @@ import (
 	"slices"
 )
 
-// Key is the name of a tree or a fact, put together from everything that decides
-// its content. Two keys are equal only if the same parts were added in the same
-// order.
+// Key is the name of a tree or a fact. It is computed from everything that decides the content. Two keys are equal only
+// if the same parts were added in the same order.
 type Key struct {
 	parts []Part
 }
 
-// Part is one of the things that decide an entry.
+// Part is one input that decides the content of an entry.
 type Part struct{ Name, Value string }
 
-// NewKey begins a key for one kind of entry.
+// NewKey returns a key for one kind of entry.
 func NewKey(kind string) *Key { return (&Key{}).Add("kind", kind) }
 
-// Add adds a part and returns the key.
+// Add adds a part to the key and returns the key.
 func (k *Key) Add(name, value string) *Key {
 	k.parts = append(k.parts, Part{name, value})
 	return k
 }
 
-// With returns a key with one part more, and leaves this one as it is.
+// With returns a copy of the key with one more part. The key itself does not change.
 func (k *Key) With(name, value string) *Key {
 	return (&Key{slices.Clone(k.parts)}).Add(name, value)
 }
 
-// String is the key as the cache takes it: SHA-256 in hex.
+// String returns the key in the form that the cache uses: the SHA-256 of the parts, in hex.
 func (k *Key) String() string {
 	h := sha256.New()
 	for _, p := range k.parts {
@@ -41,8 +40,8 @@ func (k *Key) String() string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// Differs names the first part in which two keys differ, or "" where there is
-// none: why an entry was not found, when another one was.
+// Differs returns the name of the first part in which two keys differ; "" means that they are equal. It explains why an
+// entry was not found although a similar one exists.
 func (k *Key) Differs(other *Key) string {
 	for i, p := range k.parts {
 		if i >= len(other.parts) || other.parts[i] != p {
@@ -55,12 +54,12 @@ func (k *Key) Differs(other *Key) string {
 	return ""
 }
 
-// keyKind is the kind of the facts that [Cache.Used] remembers.
+// keyKind is the kind of the facts that [Cache.Used] stores.
 const keyKind = "keys"
 
-// MissReason says why an entry has to be made: the name of the first part in which
-// its key differs from the one that was used about the same thing the last time. It
-// is "" the first time, and where the entry was there and is gone.
+// MissReason returns the reason for which an entry must be made: the name of the first part in which its key differs
+// from the last key that was used for the same thing. It returns "" if there was no last key, or if the keys are equal
+// and the entry was removed.
 func (c *Cache) MissReason(about string, key *Key) string {
 	raw, ok := c.Fact(keyKind, about)
 	var last Key
@@ -70,8 +69,8 @@ func (c *Cache) MissReason(about string, key *Key) string {
 	return key.Differs(&last)
 }
 
-// Used stores the key of an entry that was made or found. That a full disk does
-// not let it costs a reason only, and what asks for room says so by itself.
+// Used stores the key of an entry that was made or found, for MissReason. It ignores errors such as a full disk. Such
+// an error costs only a reason, and whoever needs the space reports it anyway.
 func (c *Cache) Used(about string, key *Key) {
 	if raw, err := json.Marshal(key.parts); err == nil {
 		_ = c.PutFact(keyKind, about, raw)

@@ -6,7 +6,7 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 )
 
-// Parts do not run into each other, and a miss can say what differs.
+// TestKey checks that a key keeps the borders between its parts, and that a miss names the part that differs.
 func TestKey(t *testing.T) {
 	t.Parallel()
 	base := func() *cas.Key { return cas.NewKey("k").Add("a", "1").Add("b", "2") }

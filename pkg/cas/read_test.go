@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A tree that a process has read is read again when anything about its files
-// changed, and whenever it is asked to.
+// TestTreeIsReadOnce checks when a process reads a tree again: if any metadata of its files changed, and whenever the
+// caller asks for it.
 func TestTreeIsReadOnce(t *testing.T) {
 	t.Parallel()
 	cache, err := cas.Open(t.TempDir())
@@ -55,7 +55,7 @@ func TestTreeIsReadOnce(t *testing.T) {
 	if err := cache.Reread(t.Context(), dir); err != nil {
 		t.Error(err)
 	}
-	// Another content of the same size, with the old times.
+	// The new content has the same size, and the file gets its old times.
 	if err := os.WriteFile(file, []byte("CONTENT"), 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -9,16 +9,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Recheck compares the tree that path is in with its seal once more. A long
-// job that read from a tree asks when it is done, and before it trusts what it
-// made: [Cache.Tree] compared before it began. A tree that was damaged meanwhile
-// is removed, and the error is [fault.Transient]: the same job may succeed.
-// Paths outside of all trees are none of the cache's, and pass.
+// Recheck compares the tree that contains path with its seal again. [Cache.Tree] compared the tree before a job began
+// to read it. A long job calls Recheck at its end, before it trusts its own output. If the tree was damaged meanwhile,
+// Recheck removes it and returns an error of kind Transient, because the same job may succeed the next time. A path
+// outside of all trees gives no error.
 func (c *Cache) Recheck(ctx context.Context, path string) error { return c.recheck(ctx, path, false) }
 
-// Reread is Recheck that reads every byte again. It finds what a disk changed
-// behind everybody's back, and belongs before something irrevocable, such as a
-// signature.
+// Reread works as Recheck does, and reads every byte again. It therefore finds errors of the disk that change no
+// metadata. Call it before a step that cannot be undone, such as a signature.
 func (c *Cache) Reread(ctx context.Context, path string) error { return c.recheck(ctx, path, true) }
 
 func (c *Cache) recheck(ctx context.Context, path string, whole bool) error {

@@ -15,9 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A seal is the digest of a tree, written before the tree gets its name. What a
-// disk, a power cut or somebody's hand did to a tree since then shows against
-// it; without it, those bytes would be compiled, signed and published.
+// A seal is the digest of a tree. It is written before the tree gets its name. A later change of the tree does not
+// match the seal, whether a disk error, a power cut or a person made it. Without the seal, changed bytes would be
+// compiled, signed and published.
 
 func (c *Cache) sealPath(kind, key string) string {
 	return filepath.Join(c.dir, sealsDir, kind, key)
@@ -32,9 +32,8 @@ func (c *Cache) seal(ctx context.Context, kind, key, dir string) error {
 	return c.writeFile(c.sealPath(kind, key), []byte(digest))
 }
 
-// intact reports whether there is a tree that is what its seal says. Why one
-// that is there is not, is an error. An error says that nobody can tell: the
-// context ended, or the tree belongs to another user.
+// intact reports whether the tree exists and matches its seal. If the tree exists and does not match, trouble says why.
+// An error means that the check was not possible: the context ended, or the tree belongs to another user.
 func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, trouble string, err error) {
 	if !isDir(path) {
 		return false, "", nil
@@ -69,7 +68,7 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 	if got != string(want) {
 		return false, fmt.Sprintf("its content is %s, it was made as %.80s", got, want), nil
 	}
-	if again, _ := inodes(path); quiet && again == now { // nothing changed while it was read
+	if again, _ := inodes(path); quiet && again == now { // no file changed during the check
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if c.read == nil {
@@ -80,12 +79,12 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 	return true, "", nil
 }
 
-// inodes names the state of all files of a tree without reading them: device,
-// inode, size, and when the inode changed last, which no program can set. What a
-// process has read whole is the same for as long as that is, but for what the
-// disk itself does to it; see [Cache.Reread]. It is "" where nobody can tell. A file
-// that changed just now may change again within the same tick of the file system's
-// clock: quiet says that none did.
+// inodes returns a digest of the metadata of all files in a tree, without reading them: device, inode, size, and the
+// inode's change time, which no program can set. As long as the digest stays the same, files that a process has read
+// are unchanged, unless the disk itself damages them; see [Cache.Reread]. state is "" if the metadata cannot be read.
+//
+// A file that has just changed may change again within the same tick of the file system's clock, with no difference in
+// the metadata. quiet is true if no file changed so recently.
 func inodes(dir string) (state string, quiet bool) {
 	h, begin, newest := sha256.New(), time.Now(), time.Time{}
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -112,8 +111,8 @@ func inodes(dir string) (state string, quiet bool) {
 	return hex.EncodeToString(h.Sum(nil)), begin.Sub(newest) > tick
 }
 
-// tick is far more than any file system's clock takes for a step: 10 ms for ext4,
-// xfs and btrfs on kernels before 6.13, which take the time of the last interrupt.
+// tick is far longer than one step of any file system's clock. The longest step is 10 ms: ext4, xfs and btrfs on
+// kernels before 6.13 use the time of the last timer interrupt.
 const tick = time.Second
 
 func foreign(kind, key string, err error) error {
@@ -121,7 +120,7 @@ func foreign(kind, key string, err error) error {
 		"run as the user that the cache folder belongs to, or set another cache folder")
 }
 
-// discard takes a damaged tree out of the way.
+// discard removes a damaged tree.
 func (c *Cache) discard(kind, key, path, trouble string) error {
 	if c.Notify != nil {
 		c.Notify(fmt.Sprintf("cached tree %s/%s is damaged (%s): making it again; check the disk of %s", kind, key, trouble,

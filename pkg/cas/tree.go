@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -15,29 +14,28 @@ import (
 	"slices"
 	"strings"
 
+	ocidigest "github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
-// treeScheme heads every tree digest, so that another way to digest a tree
-// can never give an equal one.
+// treeScheme is the beginning of the data of every tree digest. Another scheme has another beginning, and so can never
+// give an equal digest.
 const treeScheme = "prebake tree 1\n"
 
-// maxWorkers is how many files are hashed at once on a large machine; more
-// would wait for the disk.
+// maxWorkers is the largest number of files that are hashed in parallel. More workers would only wait for the disk.
 const maxWorkers = 8
 
 type treeEntry struct {
-	path string // slash path below the tree
-	kind byte   // f file, x executable file, l symbolic link
+	path string // slash-separated path below the tree
+	kind byte   // f: file, x: executable file, l: symbolic link
 	sum  [sha256.Size]byte
 }
 
-// DigestTree returns a digest of the folder's content: for each file and
-// symbolic link, in order of path, its path, kind, executable bit, and content
-// or target. Times, owners, other mode bits and empty folders do not count;
-// neither does what skip, given a slash path, says yes to. Anything but
-// folders, files and symbolic links is an error.
+// DigestTree returns a digest of the folder's content. For each file and symbolic link, in the order of the paths, it
+// covers path, kind, executable bit, and content or target. It does not cover times, owners, other mode bits and empty
+// folders, nor the slash-separated paths for which skip returns true. An entry that is no folder, file or symbolic link
+// is an error.
 func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (string, error) {
 	var entries []treeEntry
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -54,7 +52,7 @@ func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (s
 		}
 		switch d.Type() {
 		case 0:
-			e.kind = 'f' // or x, which hashFile finds out
+			e.kind = 'f' // hashFile changes it to x for an executable file
 		case fs.ModeSymlink:
 			target, err := os.Readlink(path)
 			if err != nil {
@@ -85,10 +83,10 @@ func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (s
 		buf = buf[:0]
 	}
 	h.Write(buf)
-	return "sha256:" + hex.EncodeToString(h.Sum(nil)), nil
+	return ocidigest.NewDigest(ocidigest.SHA256, h).String(), nil
 }
 
-// hashFiles fills in content digests and executable bits.
+// hashFiles computes the content digests and executable bits of the entries.
 func hashFiles(ctx context.Context, dir string, entries []treeEntry) error {
 	g, ctx := errgroup.WithContext(ctx)
 	workers := min(maxWorkers, runtime.GOMAXPROCS(0))
@@ -133,9 +131,8 @@ func hashFile(path string, e *treeEntry, buf []byte) error {
 	return nil
 }
 
-// syncTree makes a tree's content durable before it becomes visible: a rename
-// that outlives a power cut must not outlive the bytes it names. One syncfs is
-// far cheaper than an fsync for each of thousands of files.
+// syncTree makes a tree's content durable before the tree becomes visible. Otherwise, the rename could survive a power
+// cut that destroys the content. One syncfs is far cheaper than an fsync for each of thousands of files.
 func syncTree(dir string) (err error) {
 	f, err := os.Open(dir)
 	if err != nil {

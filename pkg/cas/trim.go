@@ -19,56 +19,56 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Kind is what the cache holds of one kind of thing.
+// Kind describes all entries of one kind.
 type Kind struct {
-	// Name is a tree's kind, "blob", "fact:" and a fact's kind, the name of a
-	// folder that somebody else keeps in the cache's, or one of "unfinished"
-	// (what running builds work in) and "records" (locks, seals and stamps).
+	// Name is "blob", a tree's kind, "fact:" and a fact's kind, or the name of a folder that another program keeps in the
+	// cache's folder. Two more names are for files that are no entries: "unfinished" (temporary files of running builds)
+	// and "records" (locks, seals and stamps).
 	Name    string `json:"kind"`
 	Entries int    `json:"entries"`
 	Bytes   int64  `json:"bytes"`
-	// InUse counts entries that a living process holds on to.
+	// InUse is the number of entries that a living process uses.
 	InUse int `json:"inUse"`
-	// LastUse is when the newest of them was asked for.
+	// LastUse is the newest time of use of any of the entries.
 	LastUse time.Time `json:"lastUse,omitzero"`
 }
 
-// Limit says what Trim is to reach. Zero fields bound nothing.
+// Limit says what Trim should achieve. A zero field sets no limit.
 type Limit struct {
-	// Bytes is how large the cache may be.
+	// Bytes is the largest permitted size of the cache.
 	Bytes int64
-	// MinFree is how many bytes are to be free on its disk.
+	// MinFree is the number of bytes that must be free on the cache's disk.
 	MinFree int64
-	// OlderThan is for how long an entry may go unused.
+	// OlderThan is the longest time for which an unused entry may stay.
 	OlderThan time.Duration
-	// DryRun removes nothing, and tells what would go.
+	// DryRun removes nothing. The result says what Trim would remove.
 	DryRun bool
 }
 
-// Trimmed is what Trim did.
+// Trimmed is the result of Trim.
 type Trimmed struct {
 	Removed int   `json:"removed"`
 	Freed   int64 `json:"freedBytes"`
 	// Left is the size of the cache afterwards.
 	Left int64 `json:"leftBytes"`
-	// InUse counts entries that should have gone and are in use.
+	// InUse is the number of entries that were not removed because they are in use.
 	InUse int `json:"inUse"`
-	// Busy says that another process is trimming: nothing was done.
+	// Busy says that another process is trimming the cache, so that nothing was done.
 	Busy bool `json:"busy,omitempty"`
-	// Kinds are the removed entries, by kind.
+	// Kinds describes the removed entries by kind.
 	Kinds []Kind `json:"kinds"`
 }
 
-// entry is one thing that can go by itself.
+// entry is something in the cache that can be removed alone.
 type entry struct {
 	kind, path string
-	use        string // name in uses/; "" for a file that is its own stamp
-	seal       string // goes with it
+	use        string // name in uses/; "" means that the modification time of the file itself counts
+	seal       string // path of the seal, which is removed together with the entry
 	used       time.Time
 	bytes      int64
 }
 
-// rank is the order in which kinds go.
+// rank is the order in which kinds are removed; the lowest comes first.
 func (e entry) rank() int {
 	if strings.HasPrefix(e.kind, factKind) {
 		return 1
@@ -76,11 +76,10 @@ func (e entry) rank() int {
 	return 0
 }
 
-// fresh is for how long a file in a folder that somebody else keeps is left
-// alone: it may be half of something.
+// fresh is the minimum age of a removable file in another program's folder. A younger file may be incomplete.
 const fresh = time.Hour
 
-// Kinds lists what the cache holds, the largest kind first.
+// Kinds describes the content of the cache, the largest kind first.
 func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 	entries, rest, err := c.entries(ctx)
 	if err != nil {
@@ -108,8 +107,8 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 	return kinds, nil
 }
 
-// stamped reports whether anybody has used the entry since there are stamps. To
-// lock it would make a stamp of now.
+// stamped reports whether the entry has a file in uses/. Entries from before these files were introduced have none, and
+// a lock on the file would create it with the current time.
 func (c *Cache) stamped(e entry) bool {
 	if e.use == "" {
 		return false
@@ -141,9 +140,8 @@ func tally(entries []entry, busy func(entry) bool) []Kind {
 	return kinds
 }
 
-// Trim removes what was not used for the longest time, until the limit is
-// reached. What a living process was handed out is never removed; see Begin. A
-// process that is killed in the middle leaves nothing half removed under its
+// Trim removes the entries that were unused for the longest time, until the limit is reached. It never removes an entry
+// that a living process has obtained; see Begin. If the process is killed, no entry is left half removed under its
 // name.
 func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 	done = &Trimmed{Kinds: []Kind{}}
@@ -170,7 +168,7 @@ func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 	if err != nil {
 		return done, err
 	}
-	// Facts come last: they are small, and some took long to learn.
+	// Facts are removed last, because they are small and some took a long time to find out.
 	slices.SortStableFunc(entries, func(a, b entry) int {
 		return cmp.Or(cmp.Compare(a.rank(), b.rank()), a.used.Compare(b.used))
 	})
@@ -201,7 +199,7 @@ func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 	return done, nil
 }
 
-// evict removes one entry, unless somebody has it or asked for it since.
+// evict removes one entry, unless a process uses it, or has used it since the entries were listed.
 func (c *Cache) evict(e entry, dry bool) (err error) {
 	if e.use != "" && (!dry || c.stamped(e)) {
 		f, err := lockUse(c.usePath(e.use), unix.LOCK_EX|unix.LOCK_NB)
@@ -239,7 +237,7 @@ func ignoreAbsent(err error) error {
 	return err
 }
 
-// entries lists what can go, and sums up what cannot.
+// entries lists the entries that can be removed. rest has the totals of all other files.
 func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err error) {
 	unfinished, records := Kind{Name: "unfinished"}, Kind{Name: "records"}
 	top, err := os.ReadDir(c.dir)
@@ -258,7 +256,7 @@ func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err erro
 			})
 		case treesDir:
 			err = each(path, func(kind, path string, _ fs.FileInfo) {
-				_ = each(path, func(key, path string, info fs.FileInfo) { // gone meanwhile
+				_ = each(path, func(key, path string, info fs.FileInfo) { // an error means that the folder was removed meanwhile
 					e := c.entry(kind, key, path, info)
 					e.seal = c.sealPath(kind, key)
 					all = append(all, e)
@@ -275,7 +273,7 @@ func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err erro
 		case sealsDir, ownersDir, locksDir, usesDir:
 			records.add(path)
 		default:
-			if d.IsDir() { // somebody else's
+			if d.IsDir() { // the folder of another program
 				all = append(all, foreignFiles(d.Name(), path)...)
 			}
 		}
@@ -307,7 +305,7 @@ func (k *Kind) add(path string) {
 	k.Entries += files
 }
 
-// each calls f for what is in a folder; what goes meanwhile is left out.
+// each calls f for every entry of a folder. It skips entries that were removed meanwhile.
 func each(dir string, f func(name, path string, info fs.FileInfo)) error {
 	list, err := os.ReadDir(dir)
 	if err != nil {
@@ -321,9 +319,8 @@ func each(dir string, f func(name, path string, info fs.FileInfo)) error {
 	return nil
 }
 
-// foreignFiles are the files of a folder that somebody else keeps in the
-// cache's, such as a compiler cache: each can go by itself, but for locks and
-// for what is fresh.
+// foreignFiles returns the files in the folder of another program, such as a compiler cache. Each file can be removed
+// alone. Lock files and fresh files are left out.
 func foreignFiles(kind, dir string) (all []entry) {
 	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -339,7 +336,7 @@ func foreignFiles(kind, dir string) (all []entry) {
 	return all
 }
 
-// measure returns what a file or folder takes on the disk.
+// measure returns the disk space that a file or folder takes, and its number of files.
 func measure(path string) (bytes int64, files int) {
 	_ = filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -361,7 +358,7 @@ func blocks(info fs.FileInfo) int64 {
 	return info.Size()
 }
 
-// Free returns how many bytes this user may still write to the cache's disk.
+// Free returns the number of bytes that this user may still write to the cache's disk.
 func (c *Cache) Free() (int64, error) {
 	var s unix.Statfs_t
 	if err := unix.Statfs(c.dir, &s); err != nil {
@@ -370,8 +367,8 @@ func (c *Cache) Free() (int64, error) {
 	return int64(s.Bavail) * s.Bsize, nil
 }
 
-// CheckFree reports whether the cache's disk has this many bytes free; if not, as
-// fault.DiskFull with both numbers.
+// CheckFree returns an error of kind DiskFull if the cache's disk has fewer free bytes than needed. The error has both
+// numbers.
 func (c *Cache) CheckFree(need int64) error {
 	free, err := c.Free()
 	if err != nil || free >= need {

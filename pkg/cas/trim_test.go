@@ -33,7 +33,7 @@ func mustTree(t *testing.T, c *cas.Cache, kind, key string) (path string, cached
 	return path, cached
 }
 
-// age sets when an entry was last used.
+// age sets the time at which an entry was last used.
 func age(t *testing.T, dir, use string, ago time.Duration) {
 	t.Helper()
 	at := time.Now().Add(-ago)
@@ -64,8 +64,7 @@ func kinds(t *testing.T, c *cas.Cache) map[string]cas.Kind {
 	return m
 }
 
-// aged returns a cache with three trees and a blob that nobody uses, tree 0
-// unused for the longest time.
+// aged returns a cache with three trees and a blob that nobody uses. Tree 0 was unused for the longest time.
 func aged(t *testing.T) (c *cas.Cache, dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -90,7 +89,7 @@ func TestTrim(t *testing.T) {
 	rows := []struct {
 		name  string
 		limit func(size int64) cas.Limit
-		left  []string // trees, and "blob"
+		left  []string // trees by their number, and "blob"
 	}{
 		{"no limit", func(int64) cas.Limit { return cas.Limit{} }, []string{"0", "1", "2", "blob"}},
 		{"large enough", func(n int64) cas.Limit { return cas.Limit{Bytes: n} }, []string{"0", "1", "2", "blob"}},
@@ -127,7 +126,7 @@ func TestTrim(t *testing.T) {
 			if row.limit(size).DryRun && done.Removed != 4 {
 				t.Errorf("dry run = %+v; want it to tell of 4", done)
 			}
-			// What went is made again.
+			// A tree that was removed is made again.
 			if _, cached := mustTree(t, c, "modules", "0"); cached != (len(left) == 4) {
 				t.Errorf("tree 0 is cached: %t", cached)
 			}
@@ -138,7 +137,8 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// What another process, or another piece of work, was handed out is not removed.
+// TestTrimLeavesWhatIsInUse checks that Trim does not remove an entry that another process, or another piece of work,
+// has obtained.
 func TestTrimLeavesWhatIsInUse(t *testing.T) {
 	t.Parallel()
 	c, dir := aged(t)
@@ -171,7 +171,7 @@ func TestTrimLeavesWhatIsInUse(t *testing.T) {
 			t.Errorf("%s: what another process has is gone: %v", step.name, err)
 		}
 	}
-	end() // once more is nothing
+	end() // a second call does nothing
 	if err := other.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -180,8 +180,8 @@ func TestTrimLeavesWhatIsInUse(t *testing.T) {
 	}
 }
 
-// While others trim without pause, whoever asks for a tree gets it whole, and
-// keeps it until the work ends.
+// TestTrimAgainstUse checks trees under constant trimming by others. Every caller of Tree gets a complete tree, which
+// stays until the piece of work ends.
 func TestTrimAgainstUse(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -205,9 +205,9 @@ func TestTrimAgainstUse(t *testing.T) {
 	for user := range 3 {
 		c := open(t, dir)
 		users.Go(func() {
-			for n := 0; n < 60 || removed.Load() == 0 && ctx.Err() == nil; n++ { // a trimmer that got no turn tried nothing
+			for n := 0; n < 60 || removed.Load() == 0 && ctx.Err() == nil; n++ { // until Trim removed something
 				end := c.Begin()
-				// Of five trees, three at most are in use at any time.
+				// At most three of the five trees are in use at any time.
 				path, _, err := c.Tree(t.Context(), "headers", fmt.Sprint((n+user)%5), fill)
 				if err != nil {
 					t.Error(err)
@@ -223,8 +223,8 @@ func TestTrimAgainstUse(t *testing.T) {
 	trims.Wait()
 }
 
-// Looking changes nothing: a cache that was filled before there were stamps is
-// trimmed by the times of its entries, also after it was listed.
+// TestTrimWithoutStamps checks that listing does not change a cache that has no stamps yet. Trim uses the times of its
+// entries, also after they were listed.
 func TestTrimWithoutStamps(t *testing.T) {
 	t.Parallel()
 	c, dir := aged(t)
@@ -252,7 +252,7 @@ func TestTrimWithoutStamps(t *testing.T) {
 	}
 }
 
-// What took long to learn and takes no space goes last.
+// TestTrimFactsLast checks that facts are removed last, because they are small and took long to find out.
 func TestTrimFactsLast(t *testing.T) {
 	t.Parallel()
 	c, dir := aged(t)
@@ -278,7 +278,7 @@ func TestTrimFactsLast(t *testing.T) {
 	}
 }
 
-// One trims at a time.
+// TestTrimIsBusy checks that only one process trims at a time.
 func TestTrimIsBusy(t *testing.T) {
 	t.Parallel()
 	c, dir := aged(t)
@@ -295,8 +295,8 @@ func TestTrimIsBusy(t *testing.T) {
 	}
 }
 
-// A folder that somebody else keeps in the cache's is counted and trimmed file
-// by file, but for what is fresh and for locks.
+// TestTrimForeign checks the folder of another program in the cache's folder. It is counted and trimmed file by file,
+// except for fresh files and locks.
 func TestTrimForeign(t *testing.T) {
 	t.Parallel()
 	c, dir := aged(t)

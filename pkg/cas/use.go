@@ -13,28 +13,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Each blob and each tree has a file in uses/, which says three things: its
-// time, when the entry was last asked for; its content, how large the entry is;
-// and a shared flock on it, that a living process may be reading the entry.
-// The one who evicts takes the lock exclusively, and removes the file last.
+// Each blob and each tree has a file in uses/. The file records three things. Its modification time is the time of the
+// last use of the entry. Its content is the size of the entry. A shared flock on the file says that a living process
+// may be reading the entry. A process that removes the entry takes the lock exclusively, and removes this file last.
 
-// Names of kinds that are no tree's.
+// Names of kinds that are not kinds of trees.
 const (
 	blobKind = "blob"
-	factKind = "fact:" // and the fact's kind
+	factKind = "fact:" // followed by the fact's kind
 )
 
 func (c *Cache) usePath(name string) string { return filepath.Join(c.dir, usesDir, name) }
 
-// pin is an entry that this process has asked for.
+// pin is the lock on an entry that this process uses.
 type pin struct {
 	file *os.File
-	last uint64 // when it was last asked for, on the cache's own count
+	last uint64 // value of the cache's counter at the last use
 }
 
-// Begin marks the beginning of a piece of work, such as one build. What the
-// cache hands out stays where it is until all pieces of work that had begun by
-// then have ended, and until Close where none was begun.
+// Begin marks the beginning of a piece of work, such as one build; end marks its end. An entry that the cache returns
+// stays until all pieces of work have ended that had begun before. If no piece of work had begun, the entry stays until
+// Close.
 func (c *Cache) Begin() (end func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -48,7 +47,7 @@ func (c *Cache) Begin() (end func()) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if !c.works[id] {
-			return // ended before
+			return // end was called before
 		}
 		delete(c.works, id)
 		oldest := uint64(math.MaxUint64)
@@ -57,15 +56,15 @@ func (c *Cache) Begin() (end func()) {
 		}
 		for name, p := range c.pins {
 			if p.last < oldest {
-				_ = p.file.Close() // read-only; gives up the lock
+				_ = p.file.Close() // the file is read-only; closing it releases the lock
 				delete(c.pins, name)
 			}
 		}
 	}
 }
 
-// use stamps an entry as used now, and keeps it from being evicted. It comes
-// before the look whether the entry is there.
+// use stamps an entry with the current time, and locks it against removal. The caller checks afterwards whether the
+// entry exists, because it may be removed before the lock is held.
 func (c *Cache) use(name string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -87,21 +86,21 @@ func (c *Cache) use(name string) error {
 	return os.Chtimes(p.file.Name(), now, now)
 }
 
-// unpin gives up every pin.
+// unpin releases the locks on all entries.
 func (c *Cache) unpin() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for name, p := range c.pins {
-		_ = p.file.Close() // read-only
+		_ = p.file.Close() // the file is read-only
 		delete(c.pins, name)
 	}
 }
 
-// errInUse says that somebody has the entry.
+// errInUse means that a process uses the entry.
 var errInUse = errors.New("in use")
 
-// lockUse opens a file of uses/ and locks it. One that was removed between the
-// two is no lock on anything: then it starts over.
+// lockUse opens a file of uses/ and locks it. If another process removed the file between the two steps, the lock
+// protects nothing, and lockUse starts again.
 func lockUse(path string, how int) (*os.File, error) {
 	for {
 		f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o644)
@@ -136,8 +135,7 @@ func flockRetry(fd, how int) error {
 	}
 }
 
-// size returns what an entry takes on the disk. It is measured once, since
-// entries do not change.
+// size returns the disk space that an entry takes. It is measured only once, because entries do not change.
 func (c *Cache) size(name, path string) int64 {
 	use := c.usePath(name)
 	text, err := os.ReadFile(use)
@@ -147,11 +145,11 @@ func (c *Cache) size(name, path string) int64 {
 	n, _ := measure(path)
 	info, err := os.Stat(use)
 	if err != nil {
-		return n // not used since there are stamps
+		return n // not used since stamps were introduced
 	}
-	// In place, since others lock this very file; and with its time as it was.
+	// The file is written in place, because other processes lock this very file. It then gets its old time again.
 	if err := os.WriteFile(use, []byte(strconv.FormatInt(n, 10)), 0o644); err == nil {
-		_ = os.Chtimes(use, info.ModTime(), info.ModTime()) // a stamp of now makes it stay longer, no more
+		_ = os.Chtimes(use, info.ModTime(), info.ModTime()) // on failure, the entry only counts as used now
 	}
 	return n
 }

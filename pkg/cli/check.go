@@ -13,13 +13,12 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// helpLines is what two screens hold.
+// helpLines is the number of lines of two screens.
 const helpLines = 80
 
-// CheckHelp is for the tests of programs: it names every page of help that is longer than
-// two screens or wider than a terminal, every command without an example, every example
-// with a flag that its command does not have, and every flag under no heading of this
-// package while others of its command have one.
+// CheckHelp is for the tests of programs. It returns an error for each of these: a help page that is longer than two
+// screens or wider than a terminal; a command without an example; an example with a flag that its command does not
+// have; and a flag without a heading, if other flags of the same command have one.
 func CheckHelp(program func() *ucli.Command) error {
 	var problems []error
 	eachCommand(program(), func(path []string, cmd *ucli.Command) {
@@ -32,7 +31,7 @@ func CheckHelp(program func() *ucli.Command) error {
 			problems = append(problems, fmt.Errorf("%s --help: %d lines; want at most %d", name, n, helpLines))
 		}
 		for line := range strings.Lines(page.String()) {
-			// A single word, such as a folder of this machine, cannot be broken.
+			// A single long word, such as the path of a folder, cannot be broken.
 			if n := utf8.RuneCountInString(line) - 1; n > helpWidth && len(strings.Fields(line)) > 1 {
 				problems = append(problems, fmt.Errorf("%s --help: %d columns; want at most %d: %s", name, n, helpWidth, line))
 			}
@@ -43,7 +42,7 @@ func CheckHelp(program func() *ucli.Command) error {
 	return errors.Join(problems...)
 }
 
-// eachCommand calls f with each command that people see, and the way to it.
+// eachCommand calls f with each command that is not hidden, and its path.
 func eachCommand(root *ucli.Command, f func(path []string, cmd *ucli.Command)) {
 	var look func(path []string, cmd *ucli.Command)
 	look = func(path []string, cmd *ucli.Command) {
@@ -76,7 +75,7 @@ func checkGroups(name string, cmd *ucli.Command) (problems []error) {
 	return problems
 }
 
-// checkExamples reads each example of a command as its program would.
+// checkExamples parses each example of a command as the program would.
 func checkExamples(root *ucli.Command, name string, cmd *ucli.Command) (problems []error) {
 	root.Commands = append(root.Commands, completionCommands(root)...)
 	prepare(root)
@@ -91,7 +90,7 @@ func checkExamples(root *ucli.Command, name string, cmd *ucli.Command) (problems
 		t := &typed{cmd: root, flags: root.VisibleFlags(), given: map[string]string{}}
 		for _, word := range words[1:] {
 			if strings.ContainsAny(word[:1], "|>&") {
-				break // the rest is the shell's
+				break // the rest is for the shell
 			}
 			isFlag := t.pending == nil && !t.ended && strings.HasPrefix(word, "--") && word != "--"
 			if flag, _, _ := strings.Cut(word, "="); isFlag && t.flag(flag) == nil {
@@ -112,9 +111,9 @@ func checkExamples(root *ucli.Command, name string, cmd *ucli.Command) (problems
 	return problems
 }
 
-// CompareDocs is for the tests of programs: it compares the documentation that comes of a
-// program's commands with what is below a folder, or writes it there. That is a page for
-// man(1) for each command, a page with all flags, and the schema of the configuration file.
+// CompareDocs is for the tests of programs. It compares the documentation that the program's commands generate with the
+// files below a folder, or writes these files. They are a man(1) page for each command, a page with all flags, and the
+// schema of the configuration file.
 func CompareDocs(folder string, program func() *ucli.Command, write bool) error {
 	root := program()
 	files := manual(program())
@@ -152,13 +151,13 @@ func CompareDocs(folder string, program func() *ucli.Command, write bool) error 
 	return errors.Join(append(problems, err)...)
 }
 
-// use is one flag of one command.
+// use is one flag, with the commands that have it.
 type use struct {
 	names, value, text, def, kind string
 	commands                      []string
 }
 
-// uses returns the flags of a program, one for each name and meaning, in order.
+// uses returns the flags of a program in order, one for each pair of name and meaning.
 func uses(root *ucli.Command) []use {
 	var all []use
 	eachCommand(root, func(path []string, cmd *ucli.Command) {
@@ -185,7 +184,7 @@ func uses(root *ucli.Command) []use {
 	return all
 }
 
-// flagTable is the page of documentation with all flags of a program.
+// flagTable returns the documentation page with all flags of a program.
 func flagTable(root *ucli.Command) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# Flags of %s\n\n", root.Name)

@@ -1,19 +1,17 @@
-// Package cli is the terminal behaviour of every Prebake program:
-// signals, logging, errors with their next move, exit codes, and the output
-// format. Only mains and their command files import it. It refuses to know
-// what a command does.
+// Package cli is the terminal behaviour of every Prebake program: signals, logging, errors with hints, exit codes, and
+// the output format. Only main packages import it. It does not know what a command does.
 //
-// The rules that it keeps for all programs:
-//   - stdout is the result, stderr is everything else.
-//   - An error is one "error:" line (what else is wrong stands indented below)
-//     and, where somebody knows it, one "hint:" line.
-//   - The exit code is the error's kind's; package fault holds the list.
-//   - Flag beats environment beats configuration file beats default; environment names are
-//     PREBAKE_ and the flag's name, keys of the file are the flags' names.
-//   - Progress and colour appear on a terminal only; elsewhere plain lines.
-//   - Every read command has --output text|json|yaml, with the same keys in both.
+// The package enforces these rules for all programs:
+//   - stdout is the result, and stderr is everything else.
+//   - An error is one "error:" line. Further errors follow as indented lines. If there is a hint, a "hint:" line
+//     follows.
+//   - The kind of the error decides the exit code; package fault has the list.
+//   - A flag overrides the environment, which overrides the configuration file, which overrides the default. The name
+//     of an environment variable is PREBAKE_ and the flag's name; a key in the file is the flag's name.
+//   - Progress and colour appear only on a terminal; elsewhere the output has plain lines.
+//   - Every command that reads has --output text|json|yaml. JSON and YAML have the same keys.
 //   - "completion SHELL" prints a script that completes commands, flags and values.
-//   - Help has a command's flags in groups, in 80 columns, and an example.
+//   - Help shows a command's flags in groups, with an example, in 80 columns.
 package cli
 
 import (
@@ -31,8 +29,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Main runs the program and exits with the status that its error maps to.
-// SIGINT and SIGTERM cancel the context; a second one kills the program.
+// Main runs the program, and exits with the exit code of its error. SIGINT and SIGTERM cancel the context; a second
+// signal kills the program.
 func Main(root *ucli.Command) {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)
@@ -55,8 +53,8 @@ func Run(ctx context.Context, root *ucli.Command, args []string, stdout, stderr 
 	return fault.Of(err).ExitCode()
 }
 
-// prepare has every command of a program tell its errors as one line and a hint. The library
-// prints the whole help behind a usage error.
+// prepare makes every command of a program report an error as one line and a hint. Without it, the library prints the
+// whole help text after a usage error.
 func prepare(root *ucli.Command) {
 	root.ExitErrHandler = func(context.Context, *ucli.Command, error) {}
 	usage := func(_ context.Context, cmd *ucli.Command, err error, _ bool) error {
@@ -87,7 +85,7 @@ func walk(cmd *ucli.Command, f func(*ucli.Command)) {
 	}
 }
 
-// PrintError writes an error and its hint the way every program does.
+// PrintError writes an error and its hint in the form that every program uses.
 func PrintError(w io.Writer, err error) {
 	fmt.Fprintf(w, "error: %s\n", strings.ReplaceAll(err.Error(), "\n", "\n       "))
 	if hint := fault.Hint(err); hint != "" {
@@ -95,7 +93,7 @@ func PrintError(w io.Writer, err error) {
 	}
 }
 
-// Logger returns the logger that LogFlags ask for; it writes to stderr.
+// Logger returns the logger that the flags of LogFlags describe. It writes to stderr.
 func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(cmd.String("log-level"))); err != nil {
@@ -112,7 +110,7 @@ func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 		"use --log-format text or json")
 }
 
-// readable writes durations as text: in JSON they are bare nanoseconds otherwise.
+// readable writes durations as text. Otherwise JSON would have them as plain nanoseconds.
 func readable(_ []string, a slog.Attr) slog.Attr {
 	if a.Value.Kind() == slog.KindDuration {
 		a.Value = slog.StringValue(a.Value.Duration().String())

@@ -45,7 +45,7 @@ func TestRun(t *testing.T) {
 	}{
 		{"show", 0, "one\n", ""},
 		{"show --output json", 0, "{\n  \"n\": 1\n}\n", ""},
-		{"show --output yaml", 0, "\"n\": 1\n", ""}, // n alone is a boolean of YAML 1.1
+		{"show --output yaml", 0, "\"n\": 1\n", ""}, // in YAML 1.1, n without quotes is a boolean
 		{"show --output xml", 2, "", `error: `},
 		{"show --nonsense", 2, "", "hint:  see tool show --help"},
 		{"fail", 7, "", "error: lock held\nhint:  wait for the other one\n"},

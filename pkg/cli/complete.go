@@ -14,27 +14,27 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// Candidate is what may stand where somebody asks for a completion.
+// Candidate is a possible completion.
 type Candidate struct {
 	Value string
-	About string // in a few words; may be empty
+	About string // a short description; may be empty
 }
 
-// Place is where a value is wanted.
+// Place is the place on a command line where a value is completed.
 type Place struct {
-	// Command is the command without the program, such as "wish-lists show".
+	// Command is the path of the command without the program's name, such as "wish-lists show".
 	Command string
-	// Flag is whose value is wanted; "" means the command's next argument.
+	// Flag is the flag whose value is completed; "" means that the next argument is.
 	Flag string
-	// Args are the arguments before it.
+	// Args are the arguments before the completed one.
 	Args []string
-	// Value tells what a flag of the command has: what is given already, or its
-	// environment variable's, or its default.
+	// Value returns the value of a flag of the command: from the command line, else from its environment variable, else
+	// its default.
 	Value func(flag string) string
 }
 
-// Completer finds the values that may stand at a place, those that somebody wants first.
-// It is asked while somebody waits at a prompt: ctx ends within completeTime.
+// Completer returns the possible values at a place, the most likely ones first. A user waits at the prompt meanwhile,
+// so ctx ends after completeTime.
 type Completer func(ctx context.Context, at Place) []Candidate
 
 const (
@@ -42,19 +42,19 @@ const (
 	completeTime = 2 * time.Second
 )
 
-// Complete has values of a program's flags and arguments completed by f.
+// Complete makes f complete the values of a program's flags and arguments.
 func Complete(root *ucli.Command, f Completer) *ucli.Command {
 	root.Metadata = map[string]any{completerKey: f}
 	return root
 }
 
-// scripts teach shells to ask the program. The library's own run through eval what
-// somebody has typed, and complete no values.
+// scripts make shells ask the program for completions. The library's own scripts are not used: they pass the user's
+// input to eval, and complete no values.
 //
 //go:embed completion
 var scripts embed.FS
 
-// completionCommands are "completion", and the hidden command that its scripts call.
+// completionCommands returns the command "completion", and the hidden command that its scripts call.
 func completionCommands(root *ucli.Command) []*ucli.Command {
 	show := &ucli.Command{
 		Name: "completion", Usage: "print a completion script for bash, zsh or fish",
@@ -97,18 +97,18 @@ func completionCommands(root *ucli.Command) []*ucli.Command {
 	return []*ucli.Command{show, ask}
 }
 
-// typed is what is on a command line before the word that is completed.
+// typed is the parsed command line before the word that is being completed.
 type typed struct {
 	cmd     *ucli.Command
 	path    []string
 	flags   []ucli.Flag
-	given   map[string]string // by the flag's first name
-	pending ucli.Flag         // has no value yet
+	given   map[string]string // key: the flag's first name
+	pending ucli.Flag         // the flag whose value is missing
 	args    []string
-	ended   bool // by --
+	ended   bool // "--" has ended the flags
 }
 
-// candidates returns what may stand in place of the last word.
+// candidates returns the possible completions of the last word.
 func candidates(ctx context.Context, root *ucli.Command, words []string) []Candidate {
 	current := ""
 	if n := len(words); n > 0 {
@@ -141,14 +141,15 @@ func candidates(ctx context.Context, root *ucli.Command, words []string) []Candi
 	return starting(current, "", append(all, t.values(ctx, "")...))
 }
 
-// plain is what a shell takes as it stands: bash puts a value on the line without quotes.
+// plain matches values that need no quotes in a shell. Bash inserts a completion without quotes.
 var plain = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,~-]*$`)
 
-// starting keeps what begins as it is typed, and puts a prefix before it.
+// starting returns the candidates that begin with the typed text, with a prefix before each.
 func starting(typed, prefix string, all []Candidate) []Candidate {
 	var out []Candidate
 	for _, c := range all {
-		// A line is an answer, a tabulator ends its value, and a terminal gets it all.
+		// The output has one line for each candidate, with a tab after its value, and a terminal prints it. So a control
+		// character is not allowed.
 		if strings.HasPrefix(c.Value, typed) && plain.MatchString(c.Value) &&
 			!strings.ContainsFunc(c.About, unicode.IsControl) {
 			out = append(out, Candidate{prefix + c.Value, c.About})
@@ -157,7 +158,7 @@ func starting(typed, prefix string, all []Candidate) []Candidate {
 	return out
 }
 
-// read takes one word of the command line.
+// read parses one word of the command line.
 func (t *typed) read(word string) {
 	switch {
 	case t.pending != nil:
@@ -193,7 +194,7 @@ func takesValue(f ucli.Flag) bool {
 	return ok && doc.TakesValue()
 }
 
-// flag finds the flag of a name that has its dashes; that of the innermost command.
+// flag returns the flag with a name, which is given with its dashes. The flag of the innermost command wins.
 func (t *typed) flag(name string) ucli.Flag {
 	name = strings.TrimLeft(name, "-")
 	for _, f := range slices.Backward(t.flags) {
@@ -204,9 +205,9 @@ func (t *typed) flag(name string) ucli.Flag {
 	return nil
 }
 
-// names lists flags that are not given yet, or may be repeated.
+// names returns the flags that are not given yet, or that may be repeated.
 func (t *typed) names() []Candidate {
-	all, seen := []Candidate{}, map[string]bool{"help": true} // each command has it: last
+	all, seen := []Candidate{}, map[string]bool{"help": true} // each command has --help, so it comes last
 	for _, f := range t.flags {
 		name := f.Names()[0]
 		_, given := t.given[name]
@@ -224,16 +225,14 @@ func (t *typed) names() []Candidate {
 	return append(all, Candidate{"--help", "show help"})
 }
 
-// values finds those of a flag, or of the next argument. The shell offers files where
-// there are none.
+// values returns the possible values of a flag, or of the next argument if flag is "". If there are none, the shell
+// offers files.
 func (t *typed) values(ctx context.Context, flag string) []Candidate {
-	switch flag {
-	case "output":
+	if flag == "output" {
 		return words(formats[:]...)
-	case "log-format":
-		return words("text", "json")
-	case "log-level":
-		return words("debug", "info", "warn", "error")
+	}
+	if f, ok := t.flag(flag).(*choiceFlag); ok {
+		return words(f.choices...)
 	}
 	f, ok := t.cmd.Root().Metadata[completerKey].(Completer)
 	if !ok {

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// completed asks a program what may stand in place of the last word.
+// completed returns the program's completions of the last word.
 func completed(t *testing.T, words ...string) []string {
 	t.Helper()
 	nothing := func(context.Context, *ucli.Command) error { t.Error("completion ran the command"); return nil }
@@ -21,7 +21,7 @@ func completed(t *testing.T, words ...string) []string {
 		{
 			Name: "make", Usage: "make a thing", Action: nothing, Flags: slices.Concat(
 				cli.Group("What", cli.String("colour", "red", "`COLOUR` of it"), cli.Strings("part", "`NAME` of a part"),
-					cli.Bool("blue", "make it blue")),
+					cli.Bool("blue", "make it blue"), cli.Choice("finish", "matt", "its `FINISH`", "matt", "gloss")),
 				cli.Group("Output", cli.OutputFlag()),
 			),
 		},
@@ -47,7 +47,7 @@ func TestComplete(t *testing.T) {
 	for _, row := range []struct {
 		name  string
 		words []string
-		want  []string // value and text about it
+		want  []string // each is the value and its description
 	}{
 		{"commands", []string{""}, []string{"make\tmake a thing", "lists\tkeep lists",
 			"completion\tprint a completion script for bash, zsh or fish", "value---0\t"}},
@@ -57,13 +57,14 @@ func TestComplete(t *testing.T) {
 		{"commands of a command", []string{"lists", ""}, []string{"show\tshow one", "value-lists--0\t"}},
 		{"shells", []string{"completion", "f"}, []string{"fish\tprint the script for fish"}},
 		{"flags", []string{"make", "--"}, []string{"--colour\tCOLOUR of it", "--part\tNAME of a part", "--blue\tmake it blue",
-			"--output\tFORMAT of the result: text, json or yaml", "--help\tshow help"}},
+			"--finish\tits FINISH", "--output\tFORMAT of the result: text, json or yaml", "--help\tshow help"}},
 		{"a flag is given once", []string{"make", "--blue", "--colour", "x", "--part=a", "-o", "json", "-"},
-			[]string{"--part\tNAME of a part", "--help\tshow help"}},
+			[]string{"--part\tNAME of a part", "--finish\tits FINISH", "--help\tshow help"}},
 		{"values of a flag", []string{"make", "--part", "w"}, []string{"wheel\t", "window\tof red"}},
 		{"a flag given before", []string{"make", "--colour=green", "--part", "wi"}, []string{"window\tof green"}},
 		{"a value behind =", []string{"make", "--part=wi"}, []string{"--part=window\tof red"}},
 		{"the package's own values", []string{"make", "-o", ""}, []string{"text\t", "json\t", "yaml\t"}},
+		{"one of a few words", []string{"make", "--finish", "g"}, []string{"gloss\t"}},
 		{"no such value", []string{"make", "--output", "x"}, []string{""}},
 		{"no such flag", []string{"make", "--odd=x"}, []string{""}},
 		{"an argument", []string{"make", "--blue", "one", "v"}, []string{"value-make--1\t"}},

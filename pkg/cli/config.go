@@ -19,26 +19,25 @@ import (
 // maxConfig bounds a configuration file, in bytes.
 const maxConfig = 1 << 20
 
-// configFlag is the flag that names the file; it does not stand in the file.
+// configFlag is the flag that names the file. The file itself cannot contain it.
 const configFlag = "config"
 
-// Config says how a command takes its settings from a file.
+// Config describes how a command reads its settings from a file.
 type Config struct {
-	// Secrets are flags whose values may not stand in a file that many people read. The
-	// text says what to use in place of each, such as "token-file".
+	// Secrets are the flags whose values are not allowed in the file, because many people may read it. The text names the
+	// setting to use instead, such as "token-file".
 	Secrets map[string]string
-	// Check tells which settings do not go together, as errors of [About]. It opens nothing
-	// and asks nobody, since "config check" calls it on other machines, too. nil checks
-	// nothing.
+	// Check returns the errors of settings that do not fit together, each made by [About]. It must not open files or
+	// connections, because "config check" also runs on other machines. nil checks nothing.
 	Check func(*ucli.Command) error
 
-	// places are where the file has each setting that it gives to the command.
+	// places maps each setting that comes from the file to its place there.
 	places map[string]string
 }
 
-// WithConfig gives a command the flag --config FILE: a YAML file whose keys are the long
-// names of the command's flags. A flag or its variable beats the file, the file beats the
-// default. The command runs only if the file has no mistake and c.Check finds none.
+// WithConfig adds the flag --config FILE to a command. The file is YAML, and its keys are the long names of the
+// command's flags. A flag and its variable override the file, and the file overrides the default. The command runs only
+// if the file has no mistake and c.Check returns no error.
 func WithConfig(cmd *ucli.Command, c Config) *ucli.Command {
 	cmd.Flags = append(cmd.Flags, Group(Advanced,
 		String(configFlag, "", "YAML `FILE` with settings, named as these flags"))...)
@@ -58,11 +57,11 @@ type flagsError struct {
 	flags []string
 }
 
-// Unwrap returns the error itself.
+// Unwrap returns the error without the names of the flags.
 func (e *flagsError) Unwrap() error { return e.error }
 
-// About says which flags an error is about, the first one where its place in a file is
-// wanted. nil stays nil.
+// About marks an error with the flags that it is about. The place of the first of them in the file is the place of the
+// error. A nil err stays nil.
 func About(err error, flags ...string) error {
 	if err == nil {
 		return nil
@@ -70,7 +69,7 @@ func About(err error, flags ...string) error {
 	return &flagsError{err, flags}
 }
 
-// configFile is a file while it is read.
+// configFile is a configuration file while it is being read.
 type configFile struct {
 	yamlfile.Reader
 	config *Config
@@ -78,7 +77,7 @@ type configFile struct {
 	keys   map[string]yamlfile.At
 }
 
-// load sets the flags that nobody set to what the file has, and checks all settings.
+// load sets each flag that is not set yet to its value in the file. Then it checks all settings.
 func (c *Config) load(cmd *ucli.Command) error {
 	name := cmd.String(configFlag)
 	if name == "" {
@@ -100,7 +99,7 @@ func (c *Config) load(cmd *ucli.Command) error {
 	return errors.Join(append([]error{f.Err("read configuration", hint)}, rest...)...)
 }
 
-// check checks the settings, wherever they come from.
+// check checks all settings, independent of their source.
 func (c *Config) check(cmd *ucli.Command) error {
 	if c.Check == nil {
 		return nil
@@ -114,17 +113,17 @@ func readBounded(name string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, maxConfig+1)) // one byte more is a mistake of the file
+	return io.ReadAll(io.LimitReader(f, maxConfig+1)) // if the file is longer, Document reports that as a mistake
 }
 
-// settable are the flags that a file may have.
+// settable returns the flags that may be in the file.
 func settable(flags []ucli.Flag) []ucli.Flag {
 	return slices.DeleteFunc(slices.Clone(flags), func(f ucli.Flag) bool {
 		return slices.Contains([]string{"help", "version", configFlag}, f.Names()[0])
 	})
 }
 
-// known reports whether a key is the name of a flag, and suggests the nearest one if not.
+// known reports whether a key is the name of a flag. If not, it suggests the nearest name.
 func (f *configFile) known(key yamlfile.At) bool {
 	name, flags := key.Node.Value, settable(f.cmd.Flags)
 	if slices.ContainsFunc(flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name }) {
@@ -136,7 +135,7 @@ func (f *configFile) known(key yamlfile.At) bool {
 	near := strings.TrimLeft(ucli.SuggestFlag(flags, name, true), "-")
 	for _, flag := range flags {
 		if slices.Contains(flag.Names(), near) {
-			near = flag.Names()[0] // a name of old leads to the one of today
+			near = flag.Names()[0] // suggests the current name in place of an earlier one
 		}
 	}
 	if near == "" {
@@ -147,7 +146,7 @@ func (f *configFile) known(key yamlfile.At) bool {
 	return false
 }
 
-// set checks the value of a setting, and gives it to the flag if nobody else did.
+// set checks the value of a setting, and sets the flag unless the flag has a value already.
 func (f *configFile) set(name string, value yamlfile.At) {
 	at := slices.IndexFunc(f.cmd.Flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name })
 	flag := f.cmd.Flags[at]
@@ -166,7 +165,7 @@ func (f *configFile) set(name string, value yamlfile.At) {
 	f.config.places[name] = fmt.Sprintf("%s:%d", f.Name, value.Node.Line)
 }
 
-// schemaType is boolean, integer, duration, array or string.
+// schemaType returns boolean, integer, duration, array or string; "" for a flag of another type.
 func schemaType(flag ucli.Flag) string {
 	if f, ok := flag.(interface{ SchemaType() string }); ok {
 		return f.SchemaType()
@@ -174,8 +173,8 @@ func schemaType(flag ucli.Flag) string {
 	return ""
 }
 
-// text returns what the flag is set to for a value, if that has the flag's type and the
-// flag's own parser takes it.
+// text returns the text to set the flag to. It reports a mistake if the value has another type than the flag, or if the
+// flag's own parser refuses it.
 func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 	before := f.Mistakes()
 	text := value.Node.Value
@@ -193,7 +192,7 @@ func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 	case "array":
 		var items []string
 		f.List(value, "texts", func(item yamlfile.At) { items = append(items, f.word(item)) })
-		text = ucli.NewStringSlice(items...).Serialize() // a comma in an item does not split it
+		text = ucli.NewStringSlice(items...).Serialize() // keeps an item with a comma together
 	default:
 		text = f.word(value)
 	}
@@ -206,7 +205,7 @@ func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 	return text, f.Mistakes() == before
 }
 
-// word reads one text, in which no secret may stand.
+// word reads one text. A secret in the text is a mistake.
 func (f *configFile) word(value yamlfile.At) string {
 	if value.Node.Tag == "!!bool" {
 		f.Want(value, "a text; put it in quotes if it is one")
@@ -227,7 +226,7 @@ func (f *configFile) word(value yamlfile.At) string {
 	return text
 }
 
-// try has a flag's own parser judge a value, and leaves the flag as it is.
+// try checks a value with the flag's own parser, and does not change the flag.
 func try(flag ucli.Flag, text string) error {
 	switch f := flag.(type) {
 	case *choiceFlag:
@@ -255,8 +254,8 @@ func trySet[T, C any, V ucli.ValueCreator[T, C]](flag *ucli.FlagBase[T, C, V], t
 	return f.Set(f.Name, text)
 }
 
-// place records errors about flags at the first one of these that has its value from the file,
-// or has none because the file's is a mistake, and returns the others.
+// place adds each error about flags to the mistakes of the file. The place of the error is the flag whose value comes
+// from the file, or whose value in the file is a mistake. place returns the errors that have no place in the file.
 func (f *configFile) place(err error) (rest []error) {
 	for _, part := range parts(err) {
 		var about *flagsError
@@ -284,8 +283,8 @@ func (f *configFile) place(err error) (rest []error) {
 	return rest
 }
 
-// parts takes an error apart into those of [About], and what else there is. Each has the kind
-// and the hint of what it was taken from.
+// parts splits an error into the errors of [About] and all others. Each part gets the kind and the hint of the error
+// around it.
 func parts(err error) []error {
 	switch e := err.(type) { //nolint:errorlint // each layer by itself
 	case nil:

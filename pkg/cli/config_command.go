@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// ConfigCommand is "config": it checks the configuration file of a command, which has to be
-// one of [WithConfig], shows its result, and prints its schema. of makes the command.
+// ConfigCommand returns the command "config" for a command of [WithConfig]. It checks the configuration file, shows the
+// resulting settings, and prints the file's schema. of makes the command whose file it is.
 func ConfigCommand(of func() *ucli.Command) *ucli.Command {
 	name := of().Name
 	return &ucli.Command{
@@ -68,8 +68,8 @@ Example:
 	}
 }
 
-// configured reads the settings of a command as a run of it would, and calls then in place
-// of running it.
+// configured reads the settings of a command as a run of the command would, but calls then instead of the command's
+// action.
 func configured(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.Command) error) error {
 	if cmd.Args().Len() == 0 {
 		return fault.New(fault.Usage, "want a configuration file", cmd.FullName()+" FILE")
@@ -84,31 +84,31 @@ func configured(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.
 	root := &ucli.Command{Name: cmd.Root().Name, Commands: []*ucli.Command{of}}
 	root.Writer, root.ErrWriter = cmd.Root().Writer, cmd.Root().ErrWriter
 	prepare(root)
-	// The library finds a command that runs already through the context.
+	// The context is detached, because the library would find the running command in it.
 	return root.Run(detached{ctx}, slices.Concat(args, cmd.Args().Tail()))
 }
 
-// detached is a context without the values of another.
+// detached is a context without the values of its parent.
 type detached struct{ context.Context }
 
-// Value returns nothing.
+// Value returns nil for every key.
 func (detached) Value(any) any { return nil }
 
 // setting is one line of "config show".
 type setting struct {
 	Name  string `json:"name"`
 	Value any    `json:"value"`
-	// From is flag, the name of a variable, FILE:LINE, or default.
+	// From is "flag", the name of an environment variable, FILE:LINE, or "default".
 	From string `json:"from"`
 }
 
-// settings returns what a command would run with; args are its flags on the command line.
+// settings returns the settings that the command would run with. args are its flags on the command line.
 func settings(cmd *ucli.Command, args []string) []setting {
-	c, _ := cmd.Metadata[configFlag].(*Config) // WithConfig made the command
+	c, _ := cmd.Metadata[configFlag].(*Config) // set, since WithConfig made the command
 	var all []setting
 	for _, f := range settable(cmd.Flags) {
 		s := setting{Name: f.Names()[0], Value: f.Get(), From: "default"}
-		if d, ok := s.Value.(fmt.Stringer); ok { // a time is no number of nanoseconds
+		if d, ok := s.Value.(fmt.Stringer); ok { // a duration would be a number of nanoseconds
 			s.Value = d.String()
 		}
 		_, secret := c.Secrets[s.Name]
@@ -116,7 +116,7 @@ func settings(cmd *ucli.Command, args []string) []setting {
 		case string:
 			s.Value = shown(value, secret)
 		case []string:
-			texts := make([]string, len(value)) // the flag keeps its own
+			texts := make([]string, len(value)) // a copy, since the flag keeps the original
 			for i := range value {
 				texts[i] = shown(value[i], secret)
 			}
@@ -145,7 +145,7 @@ func settings(cmd *ucli.Command, args []string) []setting {
 	return all
 }
 
-// shown is a text of a setting without secrets.
+// shown returns the text of a setting, or a placeholder if the text is a secret.
 func shown(text string, secret bool) string {
 	if text != "" && (secret || secretURL(text)) {
 		return "(not shown)"
@@ -166,12 +166,12 @@ func printSettings(w io.Writer, all []setting) error {
 	return nil
 }
 
-// durationPattern is the form of a time without a sign, as Go's time.ParseDuration reads it.
+// durationPattern is the form of a duration without a sign, as Go's time.ParseDuration reads it.
 const durationPattern = `^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$`
 
-// configSchema is the JSON schema of a command's configuration file.
+// configSchema returns the JSON schema of a command's configuration file.
 func configSchema(program string, cmd *ucli.Command) map[string]any {
-	c, _ := cmd.Metadata[configFlag].(*Config) // WithConfig made the command
+	c, _ := cmd.Metadata[configFlag].(*Config) // set, since WithConfig made the command
 	text := map[string]any{"type": []string{"string", "number"}}
 	properties := map[string]any{}
 	for _, f := range settable(cmd.Flags) {

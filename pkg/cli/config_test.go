@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// configured is a program with a command that takes a file, and prints what it runs with.
+// configured returns a program with a command that reads a file and prints its settings.
 func configured() *ucli.Command {
 	url := cli.String("url", "", "`URL` of things")
 	url.Validator = func(s string) error {
@@ -72,7 +72,8 @@ func runConfigured(t *testing.T, text string, args ...string) (code int, stdout,
 	return code, clean(out.String()), clean(errs.String())
 }
 
-// A flag beats its variable, the variable beats the file, the file beats the default.
+// TestConfig checks that a flag overrides its variable, the variable overrides the file, and the file overrides the
+// default.
 func TestConfig(t *testing.T) {
 	t.Setenv("PREBAKE_COUNT", "5")
 	const text = "name: 535.10\nto: [a, \"b,c\"]\nquick: true\ncount: 7\n"
@@ -105,7 +106,8 @@ log-format                   text  (default)
 	}
 }
 
-// Each mistake in a file is named with its line and column, by check and by the command.
+// TestConfigMistakes checks that "config check" and the command itself report each mistake in a file with its line and
+// column.
 func TestConfigMistakes(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ name, text, want string }{
@@ -167,8 +169,8 @@ func TestConfigMistakes(t *testing.T) {
 	}
 }
 
-// A line of the file is not blamed for the value of a flag, and an error that is of no line
-// keeps its kind and its hint.
+// TestConfigRest checks that a mistake in a flag's value is not reported at a line of the file. An error that belongs
+// to no line keeps its kind and its hint.
 func TestConfigRest(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ text, args string }{
@@ -183,7 +185,7 @@ func TestConfigRest(t *testing.T) {
 	}
 }
 
-// A variable that is empty leaves the setting to the file; a flag that is empty does not.
+// TestConfigEmptyVariable checks that an empty variable does not override the file, but an empty flag does.
 func TestConfigEmptyVariable(t *testing.T) {
 	t.Setenv("PREBAKE_NAME", "")
 	for args, want := range map[string]string{
@@ -197,7 +199,8 @@ func TestConfigEmptyVariable(t *testing.T) {
 	}
 }
 
-// Of a variable of today and its earlier name, one is enough; two that differ are refused.
+// TestEarlierVariable checks a variable that also has an earlier name. One of the two is enough; if both are set and
+// differ, the command refuses them.
 func TestEarlierVariable(t *testing.T) {
 	t.Setenv("PREBAKE_DATA", "/old")
 	if code, _, errs := runConfigured(t, "", "work"); code != 0 {
@@ -218,7 +221,7 @@ func TestEarlierVariable(t *testing.T) {
 	}
 }
 
-// No secret is printed, in a list neither.
+// TestConfigShowSecrets checks that no secret is printed, also not in a list.
 func TestConfigShowSecrets(t *testing.T) {
 	t.Parallel()
 	_, out, errs := runConfigured(t, "name: x\n", "config", "show", "FILE", "--", "--token", "pw",

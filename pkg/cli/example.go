@@ -6,8 +6,8 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// Examples gives commands their example: what one types, without the program's name. The
-// keys are the commands' names, such as "tokens create". Several lines are several examples.
+// Examples adds examples to commands. The keys are the commands' paths, such as "tokens create". The text is what a
+// user types, without the program's name; each line is one example.
 func Examples(root *ucli.Command, examples map[string]string) *ucli.Command {
 	for path, text := range examples {
 		cmd := root

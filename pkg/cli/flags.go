@@ -9,48 +9,46 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// Env names the environment variable behind a flag: PREBAKE_ and the flag's
-// name in upper case.
+// Env returns the source for the environment variable of a flag: PREBAKE_ and the flag's name in upper case.
 func Env(flag string) ucli.ValueSourceChain { return variables(flag) }
 
 func envName(flag string) string {
 	return "PREBAKE_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
-// String is a flag with its default and its environment variable; the back
-// quotes of usage hold the value's name. So are the functions below.
+// String returns a flag with a text value, a default, and an environment variable. The name of its value is in back
+// quotes in the usage text; this holds for the functions below, too.
 func String(name, value, usage string) *ucli.StringFlag {
 	return &ucli.StringFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
 }
 
-// Strings is a flag that may be repeated.
+// Strings returns a flag that may be repeated.
 func Strings(name, usage string) *ucli.StringSliceFlag {
 	return &ucli.StringSliceFlag{Name: name, Usage: usage, Sources: Env(name)}
 }
 
-// Bool is a flag without a value.
+// Bool returns a flag without a value.
 func Bool(name, usage string) *ucli.BoolFlag {
 	return &ucli.BoolFlag{Name: name, Usage: usage, Sources: Env(name)}
 }
 
-// Int is a flag with a number.
+// Int returns a flag whose value is a number.
 func Int(name string, value int, usage string) *ucli.IntFlag {
 	return &ucli.IntFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
 }
 
-// Duration is a flag with a time, as in 10m.
+// Duration returns a flag whose value is a duration, such as 10m.
 func Duration(name string, value time.Duration, usage string) *ucli.DurationFlag {
 	return &ucli.DurationFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
 }
 
-// choiceFlag is a flag with few values. They are known to completion and to the schema of
-// the configuration file.
+// choiceFlag is a flag that has only a few possible values. The schema of the configuration file lists them.
 type choiceFlag struct {
 	*ucli.StringFlag
 	choices []string
 }
 
-// Choice is a flag whose value is one of few words.
+// Choice returns a flag whose value is one of a few words.
 func Choice[T ~string](name string, value T, usage string, choices ...T) ucli.Flag {
 	f := &choiceFlag{StringFlag: String(name, string(value), usage)}
 	for _, c := range choices {
@@ -65,7 +63,7 @@ func Choice[T ~string](name string, value T, usage string, choices ...T) ucli.Fl
 	return f
 }
 
-// either lists words of which one is wanted.
+// either joins the possible words for an error or a usage text.
 func either(words []string) string {
 	if len(words) == 1 {
 		return words[0]
@@ -73,13 +71,13 @@ func either(words []string) string {
 	return strings.Join(words[:len(words)-1], ", ") + " or " + words[len(words)-1]
 }
 
-// rangeFlag is a flag with a number that has bounds.
+// rangeFlag is a flag with a number between two bounds.
 type rangeFlag struct {
 	*ucli.IntFlag
 	least, most int
 }
 
-// Range is a flag with a number between two bounds, which belong to it.
+// Range returns a flag with a number between two bounds, which are both allowed.
 func Range(name string, value, least, most int, usage string) ucli.Flag {
 	f := &rangeFlag{IntFlag: Int(name, value, usage), least: least, most: most}
 	f.Validator = func(n int) error {
@@ -91,27 +89,27 @@ func Range(name string, value, least, most int, usage string) ucli.Flag {
 	return f
 }
 
-// WasCalled keeps an earlier name of a flag, and of its variable, working. A command with the
-// flag ends with an error of kind Usage where both variables are set, and differ.
+// WasCalled makes a flag and its variable also accept an earlier name. If both variables are set and differ, the
+// command ends with an error of kind Usage.
 func WasCalled[T, C any, V ucli.ValueCreator[T, C]](f *ucli.FlagBase[T, C, V], earlier string) *ucli.FlagBase[T, C, V] {
 	f.Aliases = append(f.Aliases, earlier)
 	f.Sources = variables(f.Name, earlier)
 	return f
 }
 
-// TrustedRootFlag is --trusted-root, for commands that handle certificates.
+// TrustedRootFlag returns --trusted-root, for commands that use certificates.
 func TrustedRootFlag() ucli.Flag {
 	return String("trusted-root", "", "Sigstore trusted_root.json `FILE`, for keyless signers")
 }
 
-// TrustFlags are --trusted-root and whom its certificates have to name, for
-// commands that verify; the words are cosign's.
+// TrustFlags returns --trusted-root and the flags for the identity that its certificates must have, for commands that
+// verify. The flags have the names that cosign uses.
 func TrustFlags() []ucli.Flag {
 	return append(IdentityFlags(),
 		String("certificate-identity-regexp", "", "trust each signer whose whole name matches `PATTERN`"))
 }
 
-// IdentityFlags are [TrustFlags] without patterns.
+// IdentityFlags returns [TrustFlags] without the flags for patterns.
 func IdentityFlags() []ucli.Flag {
 	return []ucli.Flag{
 		TrustedRootFlag(),
@@ -120,7 +118,7 @@ func IdentityFlags() []ucli.Flag {
 	}
 }
 
-// LogFlags are --log-level and --log-format, for programs that run long.
+// LogFlags returns --log-level and --log-format, for long-running programs.
 func LogFlags() []ucli.Flag {
 	return []ucli.Flag{
 		Choice("log-level", "info", "lowest `LEVEL`: debug, info, warn or error", "debug", "info", "warn", "error"),

@@ -8,10 +8,9 @@ import (
 	"time"
 )
 
-// Grace is for programs that finish what they are at before they stop. It
-// returns a context that outlives ctx: it ends a grace period after ctx did, or
-// at the second SIGINT or SIGTERM; a third one kills the program. stop ends it
-// too, and has to be called.
+// Grace is for programs that finish their current work before they stop. It returns a context that lives longer than
+// ctx. That context ends a grace period after ctx ends, or at the second SIGINT or SIGTERM. A third signal kills the
+// program. stop also ends the context; the caller must call it.
 func Grace(ctx context.Context, period time.Duration) (hard context.Context, stop context.CancelFunc) {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// Work goes on for the grace period after the program was told to stop.
+// TestGracePeriod checks that work may continue for the grace period after the program was told to stop.
 func TestGracePeriod(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -28,8 +28,8 @@ func TestGracePeriod(t *testing.T) {
 	})
 }
 
-// One signal lets work go on, whether or not it is the one that ended ctx; the
-// second ends it.
+// TestGraceSignals checks that work continues after one signal, whether or not that signal ended ctx. The second signal
+// ends the work.
 func TestGraceSignals(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -11,8 +11,8 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// The headings under which help lists flags, in this order. A command has those that it
-// needs, or none if it has few flags.
+// The headings under which help groups flags, in this order. A command uses only the headings that it needs, and none
+// if it has few flags.
 const (
 	What      = "What"
 	From      = "Where from"
@@ -25,12 +25,12 @@ const (
 var order = []string{What, From, To, Trust, Resources, Advanced}
 
 const (
-	helpWidth  = 80 // columns that help keeps to
-	helpColumn = 28 // where texts begin at the latest
+	helpWidth  = 80 // largest width of a help page, in columns
+	helpColumn = 28 // the texts of flags begin at this column at the latest
 )
 
-// Group puts flags under one heading of --help, which is one of those above. Flags of one
-// heading may come from several calls.
+// Group puts flags under a heading of --help. The heading is one of the constants above. Several calls may use the same
+// heading.
 func Group(heading string, flags ...ucli.Flag) []ucli.Flag {
 	for _, f := range flags {
 		if c, ok := f.(ucli.CategorizableFlag); ok {
@@ -40,17 +40,16 @@ func Group(heading string, flags ...ucli.Flag) []ucli.Flag {
 	return flags
 }
 
-// useHelp has the library print help with printHelp. It takes that from a
-// variable of its own only.
+// useHelp makes the library print help with helpText. The library offers only a global variable for that.
 var useHelp = sync.OnceFunc(func() {
 	ucli.HelpPrinter = func(w io.Writer, _ string, data any) {
 		if cmd, ok := data.(*ucli.Command); ok {
-			_, _ = io.WriteString(w, helpText(cmd)) // a closed terminal has nobody to tell
+			_, _ = io.WriteString(w, helpText(cmd)) // a closed terminal cannot show an error
 		}
 	}
 })
 
-// helpText is what --help prints, in 80 columns.
+// helpText returns the text of --help, in 80 columns.
 func helpText(cmd *ucli.Command) string {
 	var b strings.Builder
 	line(&b, 0, cmd.FullName()+" - "+cmd.Usage)
@@ -96,8 +95,7 @@ func helpText(cmd *ucli.Command) string {
 	return b.String()
 }
 
-// groupFlags sorts flags under their headings. Flags without one, as --help is,
-// end the last group.
+// groupFlags sorts flags by their headings. Flags without a heading, such as --help, come at the end of the last group.
 func groupFlags(flags []ucli.Flag) (headings []string, groups map[string][]ucli.Flag) {
 	groups = map[string][]ucli.Flag{}
 	var rest []ucli.Flag
@@ -121,15 +119,15 @@ func groupFlags(flags []ucli.Flag) (headings []string, groups map[string][]ucli.
 	return headings, groups
 }
 
-// flagRow is a flag with its value's name, and what it does. The value's name
-// is between back quotes in the usage text.
+// flagRow returns the name of a flag with the name of its value, and the flag's description. The usage text has the
+// name of the value in back quotes.
 func flagRow(f ucli.Flag) (row [2]string) {
 	var names []string
 	for i, name := range f.Names() {
 		switch {
 		case len(name) == 1:
 			names = append(names, "-"+name)
-		case i == 0: // another long name is an earlier one, which still works
+		case i == 0: // a second long name is an earlier name, which still works
 			names = append(names, "--"+name)
 		}
 	}
@@ -163,8 +161,7 @@ func flagRow(f ucli.Flag) (row [2]string) {
 	return row
 }
 
-// defaultText is a flag's default, if it says anything: what 0 or nothing means
-// is the usage text's matter.
+// defaultText returns a flag's default. It returns "" for zero and empty values; the usage text explains those.
 func defaultText(f ucli.DocGenerationFlag) string {
 	if text := f.GetDefaultText(); text != "" {
 		return text
@@ -176,7 +173,7 @@ func defaultText(f ucli.DocGenerationFlag) string {
 	if text == "0" || text == "0s" {
 		return ""
 	}
-	for _, zero := range []string{"m0s", "h0m"} { // 45m0s is 45m
+	for _, zero := range []string{"m0s", "h0m"} { // prints 45m0s as 45m
 		if strings.HasSuffix(text, zero) {
 			text = text[:len(text)-2]
 		}
@@ -184,8 +181,8 @@ func defaultText(f ucli.DocGenerationFlag) string {
 	return text
 }
 
-// environment says which variables stand behind flags; Env makes their names. The example
-// is the shortest flag with a dash, if there is one: it shows what becomes of the dash.
+// environment returns the sentence about the flags' environment variables; Env makes their names. Its example is the
+// shortest flag with a dash, if there is one, because it shows how the variable's name replaces the dash.
 func environment(flags []ucli.Flag) string {
 	var with, without, odd []string
 	var example string
@@ -232,7 +229,7 @@ func list(words []string) string {
 	return strings.Join(words[:len(words)-1], ", ") + " and " + words[len(words)-1]
 }
 
-// section writes a heading and two columns below it.
+// section writes a heading, and rows with two columns below it.
 func section(b *strings.Builder, heading string, rows [][2]string) {
 	fmt.Fprintf(b, "\n%s:\n", heading)
 	column := 0
@@ -256,8 +253,8 @@ func section(b *strings.Builder, heading string, rows [][2]string) {
 	}
 }
 
-// line writes text, which begins in a column, and breaks it between words
-// before column 80; what follows a break is indented as far.
+// line writes text that begins at a column. It breaks the text between words before column 80, and indents the next
+// line to the same column.
 func line(b *strings.Builder, column int, text string) {
 	used := column
 	for i, word := range strings.Fields(text) {

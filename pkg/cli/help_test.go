@@ -81,7 +81,7 @@ variable.
 	}
 }
 
-// Help says which variable stands behind a flag, and says nothing that is wrong.
+// TestHelpEnvironment checks that help names the environment variables of flags, and names none that does not exist.
 func TestHelpEnvironment(t *testing.T) {
 	t.Parallel()
 	plain := func(name string) ucli.Flag { return &ucli.BoolFlag{Name: name} }
@@ -89,7 +89,7 @@ func TestHelpEnvironment(t *testing.T) {
 	for _, row := range []struct {
 		name  string
 		flags []ucli.Flag
-		want  string // "" for nothing about variables
+		want  string // "" means no text about variables
 	}{
 		{"none", []ucli.Flag{plain("a")}, ""},
 		{"all", []ucli.Flag{cli.Bool("c", ""), cli.Bool("a-b", ""), cli.Bool("d-e", "")},

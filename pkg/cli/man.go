@@ -8,8 +8,8 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// manual returns a program's pages for man(1), one for the program and one for each of its
-// commands, as git and its likes have them. The language is man(7).
+// manual returns the man(1) pages of a program, one for the program and one for each command, as git has them. Their
+// language is man(7).
 func manual(root *ucli.Command) map[string]string {
 	root.Commands = append(root.Commands, completionCommands(root)...)
 	prepare(root)
@@ -74,7 +74,7 @@ func manPage(root, cmd *ucli.Command, name string) string {
 
 func upperFirst(s string) string { return strings.ToUpper(s[:1]) + s[1:] }
 
-// eachSynopsis calls f with what a command is called by, and what follows that.
+// eachSynopsis calls f with each form in which a command is called: its words, and the arguments after them.
 func eachSynopsis(root, cmd *ucli.Command, f func(words, rest string)) {
 	switch {
 	case cmd == root:
@@ -90,8 +90,8 @@ func eachSynopsis(root, cmd *ucli.Command, f func(words, rest string)) {
 	}
 }
 
-// manText writes a description, in a paragraph of its own where text is before it. Lines
-// that begin with spaces stay as they are.
+// manText writes a description. If other text comes before it, it begins a new paragraph. Lines that begin with spaces
+// are not changed.
 func manText(b *strings.Builder, text string, follows bool) {
 	if text == "" {
 		return
@@ -100,7 +100,7 @@ func manText(b *strings.Builder, text string, follows bool) {
 		b.WriteString(".PP\n")
 	}
 	verbatim := false
-	after := false // an empty line, which ends a paragraph
+	after := false // after an empty line, which ends a paragraph
 	for line := range strings.SplitSeq(strings.TrimRight(text, "\n"), "\n") {
 		indented := strings.HasPrefix(line, " ")
 		switch {
@@ -148,8 +148,8 @@ func manFlags(b *strings.Builder, heading string, cmd *ucli.Command) {
 	}
 }
 
-// roff escapes text for man(7): a backslash, a hyphen that has to stay one, and a dot or
-// quote at the beginning of a line, which would be a request.
+// roff escapes text for man(7): backslashes, hyphens that must stay hyphens, and a dot or a quote at the beginning of a
+// line, which would otherwise start a request.
 func roff(text string) string {
 	text = strings.NewReplacer(`\`, `\e`, "-", `\-`, "…", "...", "\u00a0", " ").Replace(text)
 	if strings.HasPrefix(text, ".") || strings.HasPrefix(text, "'") {

@@ -12,10 +12,10 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// formats are the values of --output.
+// formats are the possible values of --output.
 var formats = [...]string{"text", "json", "yaml"}
 
-// OutputFlag is --output text|json|yaml, for read commands.
+// OutputFlag returns --output text|json|yaml, for commands that read.
 func OutputFlag() ucli.Flag {
 	return &ucli.StringFlag{
 		Name: "output", Aliases: []string{"o"}, Value: "text", Usage: "`FORMAT` of the result: text, json or yaml",
@@ -28,7 +28,8 @@ func OutputFlag() ucli.Flag {
 	}
 }
 
-// Print writes a result to stdout: v as indented JSON or as YAML, or what text writes.
+// Print writes a result to stdout. The value of --output decides the form: v as indented JSON, v as YAML, or the output
+// of text.
 func Print(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	w := cmd.Root().Writer
 	switch cmd.String("output") {
@@ -42,8 +43,8 @@ func Print(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	return text(w)
 }
 
-// PrintOne writes one of several results that come one after the other: v as a line of
-// JSON or as a document of YAML, or what text writes.
+// PrintOne writes one of several results that follow each other. The value of --output decides the form: v as one line
+// of JSON, v as one document of YAML, or the output of text.
 func PrintOne(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	w := cmd.Root().Writer
 	switch cmd.String("output") {
@@ -58,7 +59,7 @@ func PrintOne(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	return text(w)
 }
 
-// writeYAML writes a value in the form that its JSON has: the same keys in the same order.
+// writeYAML writes a value as YAML with the keys of its JSON form, in the same order.
 func writeYAML(w io.Writer, v any) error {
 	raw, err := json.Marshal(v)
 	if err != nil {
@@ -78,7 +79,7 @@ func writeYAML(w io.Writer, v any) error {
 	return enc.Close()
 }
 
-// yamlNode reads the next value of JSON.
+// yamlNode reads the next JSON value and returns it as a YAML node.
 func yamlNode(dec *json.Decoder) (*yaml.Node, error) {
 	token, err := dec.Token()
 	if err != nil {
@@ -91,7 +92,7 @@ func yamlNode(dec *json.Decoder) (*yaml.Node, error) {
 		if t == '{' {
 			node.Kind, node.Tag = yaml.MappingNode, "!!map"
 		}
-		for dec.More() { // a key is a value of its own
+		for dec.More() { // reads keys as values
 			entry, err := yamlNode(dec)
 			if err != nil {
 				return nil, err
@@ -99,9 +100,9 @@ func yamlNode(dec *json.Decoder) (*yaml.Node, error) {
 			node.Content = append(node.Content, entry)
 		}
 		if len(node.Content) == 0 {
-			node.Style = yaml.FlowStyle // [] and {} are the only forms of nothing
+			node.Style = yaml.FlowStyle // an empty list or mapping has only the forms [] and {}
 		}
-		_, err := dec.Token() // the end
+		_, err := dec.Token() // the closing bracket
 		return node, err
 	case json.Number:
 		node.Kind, node.Tag, node.Value = yaml.ScalarNode, "!!int", t.String()

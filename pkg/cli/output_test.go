@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// printed is what a command prints of a value.
+// printed returns the output of a command that prints a value.
 func printed(t *testing.T, v any, args ...string) string {
 	t.Helper()
 	root := &ucli.Command{Name: "tool", Commands: []*ucli.Command{
@@ -37,8 +37,8 @@ func printed(t *testing.T, v any, args ...string) string {
 	return out.String()
 }
 
-// YAML has what JSON has, under the same keys in the same order, and no text in it reads
-// as something else.
+// TestYAML checks that YAML has the same keys as JSON, in the same order, and that no text is read back as a value of
+// another type.
 func TestYAML(t *testing.T) {
 	t.Parallel()
 	type inner struct {
@@ -69,7 +69,7 @@ func TestYAML(t *testing.T) {
 	if err := json.Unmarshal([]byte(printed(t, v, "show", "-o", "json")), &fromJSON); err != nil {
 		t.Fatal(err)
 	}
-	// Numbers of JSON are floats here: compare what both encode to.
+	// JSON's numbers become floats here, so the test compares both values after encoding.
 	a, err := json.Marshal(fromYAML)
 	if err != nil {
 		t.Fatal(err)
@@ -84,7 +84,7 @@ func TestYAML(t *testing.T) {
 	}
 }
 
-// What comes one after the other is a line of JSON, or a document of YAML.
+// TestPrintOne checks that each of several results is one line of JSON or one document of YAML.
 func TestPrintOne(t *testing.T) {
 	t.Parallel()
 	v := map[string]int{"n": 1}

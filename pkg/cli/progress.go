@@ -18,8 +18,8 @@ func IsTerminal(w io.Writer) bool {
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 
-// Progress returns a watcher for a timeline: a moving line on a terminal, one
-// plain line for each begun and finished phase elsewhere.
+// Progress returns a watcher for a timeline. On a terminal it shows a moving line. Elsewhere it prints one plain line
+// when a phase begins, and one when it ends.
 func Progress(w io.Writer) func(timeline.Event) {
 	if IsTerminal(w) {
 		return (&bar{w: w}).watch
@@ -46,8 +46,7 @@ func doneLine(p *timeline.Phase) string {
 	return fmt.Sprintf("  %-5s%-12s %7.1f s  %s", mark, name, p.Seconds, p.Note)
 }
 
-// bar shows the running phase on the last line and leaves one line for each
-// finished phase above it.
+// bar shows the running phase on the last line of a terminal, and one line for each finished phase above it.
 type bar struct {
 	w  io.Writer
 	mu sync.Mutex
@@ -72,7 +71,7 @@ func (b *bar) watch(e timeline.Event) {
 		text += " " + e.Text
 	}
 	b.pb.Describe(fmt.Sprintf("%-46.46s", text))
-	_ = b.pb.Add(1) // a failing terminal has nobody to tell
+	_ = b.pb.Add(1) // a broken terminal cannot show an error
 }
 
 func (b *bar) stop() {

@@ -6,10 +6,10 @@ import (
 	"strings"
 )
 
-// secretURL reports whether a text is a URL with a secret in it: a password before the host, or
-// one of the query. Such are sslpassword of PostgreSQL's connection URIs, sig of Azure's shared
-// access signatures, and X-Goog-Signature of Google's signed URLs. What looks like a URL and
-// cannot be read as one counts, where it may have a password.
+// secretURL reports whether a text is a URL that contains a secret: a password before the host, or a secret query
+// parameter. Such parameters are sslpassword in PostgreSQL's connection URIs, sig in Azure's shared access signatures,
+// and X-Goog-Signature in Google's signed URLs. A text that looks like a URL but cannot be parsed counts as secret if
+// it may contain a password.
 func secretURL(text string) bool {
 	u, err := url.Parse(text)
 	if err != nil {

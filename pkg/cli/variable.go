@@ -11,14 +11,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// variable is an environment variable of a flag. It remembers whether it was asked for: that is
-// so only of a flag that is not on the command line.
+// variable is an environment variable of a flag. It records whether the library asked for its value. The library asks
+// only if the flag is not on the command line.
 type variable struct {
 	key   string
 	asked bool
 }
 
-// variables are those of a flag, the one that is asked first at the front.
+// variables returns the variables of a flag, in the order in which they are asked.
 func variables(flags ...string) (all ucli.ValueSourceChain) {
 	for _, flag := range flags {
 		all.Chain = append(all.Chain, &variable{key: envName(flag)})
@@ -32,7 +32,7 @@ func (v *variable) Lookup() (string, bool) {
 	return os.LookupEnv(v.key)
 }
 
-// String names the variable in an error.
+// String describes the variable for an error.
 func (v *variable) String() string { return fmt.Sprintf("environment variable %q", v.key) }
 
 // GoString implements [ucli.ValueSource].
@@ -44,8 +44,8 @@ func (v *variable) IsFromEnv() bool { return true }
 // Key implements [ucli.EnvValueSource].
 func (v *variable) Key() string { return v.key }
 
-// asked are the variables of a flag that are set and were asked for, or come behind one that
-// was: none where the flag is on the command line.
+// asked returns the variables of a flag that are set and could decide the flag's value. These are the variables that
+// the library asked for, and those after them. If the flag is on the command line, there are none.
 func asked(flag ucli.Flag) (set []string) {
 	asked := false
 	for _, source := range sources(flag).Chain {
@@ -61,7 +61,7 @@ func asked(flag ucli.Flag) (set []string) {
 	return set
 }
 
-// sources are where a flag of this package has its value from.
+// sources returns the sources of a flag's value.
 func sources(flag ucli.Flag) ucli.ValueSourceChain {
 	switch f := flag.(type) {
 	case *choiceFlag:
@@ -82,14 +82,14 @@ func sources(flag ucli.Flag) ucli.ValueSourceChain {
 	return ucli.ValueSourceChain{}
 }
 
-// fromEmptyVariable reports whether a flag has the value of a variable that is empty.
+// fromEmptyVariable reports whether the value of a flag comes from an empty variable.
 func fromEmptyVariable(flag ucli.Flag) bool {
 	set := asked(flag)
 	return len(set) > 0 && os.Getenv(set[0]) == ""
 }
 
-// oneVariable refuses a flag whose variables of today and of earlier are both set, and differ:
-// one of them is ignored otherwise, and nothing tells which.
+// oneVariable refuses a flag if its variable and the variable's earlier name are both set and differ. Otherwise one of
+// them would be ignored without a notice.
 func oneVariable(before ucli.BeforeFunc) ucli.BeforeFunc {
 	return func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
 		for _, flag := range cmd.Flags {

@@ -1,15 +1,13 @@
-// Package cosbucket reads a COS release bucket or a bucket of NVIDIA runfiles,
-// wherever it is: Google Cloud Storage (gs://), any web server (https://,
-// http://), or a folder (file://), all with the same object names. Several
-// mirrors of one bucket can stand in for each other.
+// Package cosbucket reads a COS release bucket or a bucket of NVIDIA runfiles. The bucket may be in Google Cloud
+// Storage (gs://), on any web server (https://, http://), or in a folder (file://). The object names are the same
+// everywhere. A bucket may have several mirrors, each of which can replace another.
 //
-// A download that breaks goes on where it broke, as long as the object is still
-// the same; at its end it is compared with the size, md5 and crc32c that the
-// bucket tells of the object.
+// If a download breaks, the package resumes it, as long as the object is still the same. At the end it compares the
+// download with the size, md5 and crc32c that the bucket reports for the object.
 //
-// It refuses to write, to send credentials that nobody configured, and to
-// judge an object's content beyond that and its small text files: who fetches
-// an archive checks it against the sum beside it.
+// The package does not write, and it sends no credentials that nobody configured. Beyond those sums it does not check
+// the content of an object, except of small text files. The caller that downloads an archive must check it against the
+// checksum that the bucket has beside it.
 package cosbucket
 
 import (
@@ -28,36 +26,35 @@ import (
 	"github.com/prebake/prebake/pkg/stall"
 )
 
-// Attrs is what a bucket says about an object.
+// Attrs are the attributes that a bucket reports for an object.
 type Attrs struct {
-	// Size is in bytes; -1 is unknown.
+	// Size is in bytes; -1 means unknown.
 	Size int64
 	// MD5 and CRC32C are in hex; "" means unknown.
 	MD5, CRC32C string
-	// URL is where the object came from: of several mirrors, the one that had it.
+	// URL is where the object was read. With several mirrors it is on the mirror that had the object.
 	URL string
-	// pin names this very object among those that ever had its name; "" means unknown, and then a download cannot be
-	// resumed here.
+	// pin identifies this version of the object, such as a generation or an ETag. "" means unknown; then the download
+	// cannot be resumed on this mirror.
 	pin string
 }
 
-// backend is one way to reach a bucket. Names are valid fs paths.
+// backend reads a bucket by one protocol. Object names are valid fs paths.
 type backend interface {
-	// open opens an object from an offset on. With a pin, another object of that
-	// name is a transient error.
+	// open opens an object at an offset. If pin is not empty and the object is another version, the error is
+	// transient.
 	open(ctx context.Context, name string, offset int64, pin string) (io.ReadCloser, Attrs, error)
 	// list returns the names of objects that begin with prefix.
 	list(ctx context.Context, prefix string) ([]string, error)
-	// folders returns what comes before the first slash of names.
+	// folders returns the part before the first slash of the objects' names.
 	folders(ctx context.Context) ([]string, error)
-	// sibling opens the bucket of another name that is reached the same way.
+	// sibling opens another bucket by the same protocol, on the same server or in the same folder.
 	sibling(ctx context.Context, bucket string) (backend, error)
 	url(name string) string
 	close() error
 }
 
-// maxListed bounds what a bucket may list; Google's driver bucket has tens of
-// thousands of names.
+// maxListed is the greatest number of names in one listing. Google's driver bucket has tens of thousands.
 const maxListed = 1 << 20
 
 func tooMany() error {
@@ -67,19 +64,18 @@ func tooMany() error {
 // Bucket is an open bucket. It is safe for concurrent use.
 type Bucket struct {
 	mirrors []backend
-	// first is the mirror that is asked first: the last one that answered after
-	// another did not.
+	// first is the index of the mirror that is asked first. It is the mirror that answered last after another one did
+	// not answer.
 	first atomic.Int32
-	wait  time.Duration // before the first resumption
+	wait  time.Duration // before the first retry of a broken download
 }
 
-// Open returns the bucket at a gs://, https://, http:// or file:// URL. A path
-// behind the bucket's name is put before every object's name.
+// Open returns the bucket at a gs://, https://, http:// or file:// URL. If the URL has a path after the bucket's name,
+// the path is a prefix of every object's name.
 //
-// Several URLs with commas between them are mirrors of one bucket. They are
-// asked in this order, the next one only when one cannot be reached: what a
-// mirror does not have does not exist, and what is damaged there stays an
-// error.
+// Several URLs, separated by commas, are mirrors of one bucket. Each method asks the mirrors in this order, and asks
+// the next one only if a mirror cannot be reached. If a mirror answers that an object does not exist, the object does
+// not exist. Damaged bytes from a mirror are an error, too.
 func Open(ctx context.Context, rawURL string) (*Bucket, error) {
 	return open(ctx, rawURL, retryWait)
 }
@@ -124,7 +120,7 @@ func open(ctx context.Context, rawURL string, wait time.Duration) (_ *Bucket, er
 
 var beginsURL = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9+.-]*://`)
 
-// split cuts a list of URLs at the commas that a URL begins behind.
+// split splits a list of URLs at each comma that a new URL follows.
 func split(list string) []string {
 	var urls []string
 	for part := range strings.SplitSeq(list, ",") {
@@ -138,7 +134,7 @@ func split(list string) []string {
 	return urls
 }
 
-// Close lets go of connections and folders.
+// Close closes connections and folders.
 func (b *Bucket) Close() error {
 	var errs []error
 	for _, m := range b.mirrors {
@@ -147,11 +143,11 @@ func (b *Bucket) Close() error {
 	return errors.Join(errs...)
 }
 
-// URL returns the object's URL, for people and for provenance. Of several
-// mirrors it is the first; [Attrs] tell which one had an object.
+// URL returns the object's URL, for messages and for provenance. With several mirrors it is the URL on the first one.
+// [Attrs] says which mirror an object was read from.
 func (b *Bucket) URL(name string) string { return b.mirrors[0].url(name) }
 
-// each asks the mirrors, one after the other, until one answers.
+// each calls ask for one mirror after the other until one answers.
 func (b *Bucket) each(ctx context.Context, ask func(m backend) error) error {
 	var troubles, cannot []error
 	start := int(b.first.Load())
@@ -176,7 +172,7 @@ func (b *Bucket) each(ctx context.Context, ask func(m backend) error) error {
 	return inOneLine(append(troubles, cannot...))
 }
 
-// inOneLine is errors.Join for what people read as one sentence.
+// inOneLine joins errors as errors.Join does, but into one line.
 func inOneLine(errs []error) error {
 	all := errs[0]
 	for _, err := range errs[1:] {
@@ -189,11 +185,10 @@ func (b *Bucket) prefer(at int) {
 	b.first.Store(int32(at % len(b.mirrors))) //nolint:gosec // a list of URLs is short
 }
 
-// Get opens an object. The error is a fault.InputMissing when there is none;
-// a transient error is retried a few times first, and then at the next mirror.
-// At its end the stream is checked against what the bucket says of the object:
-// its last read gives a fault.Checksum instead of io.EOF. It breaks, as
-// a transient error, when nothing comes for minutes.
+// Get opens an object. If the object does not exist, the error is fault.InputMissing. Get retries after a transient
+// error a few times, and then asks the next mirror. At the end of the stream, the reader compares the bytes with the
+// size and the sums that the bucket reported. If they differ, the last read returns fault.Checksum instead of io.EOF.
+// If no bytes arrive for stallLimit, the read returns a transient error.
 func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
 	if err := checkName(name); err != nil {
 		return nil, Attrs{}, err
@@ -216,7 +211,7 @@ func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, er
 	return stall.Watch(s, s.attrs.URL, stallLimit, cancel), s.attrs, nil
 }
 
-// stallLimit is how long one read of a download may take, resumptions included.
+// stallLimit is how long one read of a download may take, including retries.
 const stallLimit = 5 * time.Minute
 
 // ReadSmall returns the content of an object of at most limit bytes.
@@ -236,7 +231,7 @@ func (b *Bucket) ReadSmall(ctx context.Context, name string, limit int64) ([]byt
 	return text, nil
 }
 
-// checkName refuses names that mean anything but an object below the bucket.
+// checkName refuses every name that is not a relative path within the bucket.
 func checkName(name string) error {
 	if name == "." || !fs.ValidPath(name) || strings.ContainsAny(name, "\\\x00\r\n") {
 		return fault.New(fault.Usage, fmt.Sprintf("object name %q: want a relative path without . and ..", name), "")
@@ -244,7 +239,7 @@ func checkName(name string) error {
 	return nil
 }
 
-// missing is the error for an object that is not there.
+// missing returns the error for an object that does not exist.
 func missing(cause error) error {
 	return fault.Wrap(fault.InputMissing, cause, "check BUILD_ID, board and version, and the bucket's URL")
 }

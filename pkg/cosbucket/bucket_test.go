@@ -47,7 +47,7 @@ var objects = map[string]string{
 	"17800.0.50/lakitu-arm64/kernel_commit":           "nonsense\n",
 	"17800.0.50/lakitu-arm64/big":                     strings.Repeat("x", 5000),
 	"notabuild/lakitu/kernel_commit":                  "x",
-	// The older layout, with a list that is serialized only.
+	// This build has the older layout, and its list only in serialized form.
 	"17412.0.9/kernel_commit":           strings.Repeat("cd", 20) + "\n",
 	"17412.0.9/gpu_driver_versions.bin": "\x0a\x1f\x0a\x08\x0a\x06OTHERS\x12\x13\x0a\x07DEFAULT\x12\x08470.82.1",
 	"17412.0.9/gpu_R470_version":        "470.256.02\n",
@@ -88,7 +88,7 @@ func open(t *testing.T, rawURL string) *cosbucket.Bucket {
 	return b
 }
 
-// conform is what every kind of bucket has to do alike.
+// conform checks the behaviour that every kind of bucket must have.
 func conform(t *testing.T, b *cosbucket.Bucket, lists bool) {
 	t.Helper()
 	ctx := t.Context()
@@ -196,7 +196,7 @@ func TestFolder(t *testing.T) {
 	if _, _, err := b.Get(t.Context(), "17800.0.47/lakitu/kernel_commit/x"); !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Get(below a file) = %v; want input-missing", err)
 	}
-	// Trouble of the file system is not absence.
+	// An error of the file system does not mean that an object is missing.
 	if _, _, err := b.Get(t.Context(), strings.Repeat("x", 300)); err == nil || fault.Is(err, fault.InputMissing) {
 		t.Errorf("Get(name that the file system refuses) = %v; want another error than input-missing", err)
 	}
@@ -228,8 +228,8 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// flaky is a web server that fails the first calls for each object, and breaks
-// the first download of the big one in its middle.
+// flaky is a web server that fails the first requests for each object. It breaks the first download of the big object
+// in the middle.
 type flaky struct {
 	dir http.Handler
 
@@ -307,8 +307,7 @@ func TestWebCancelled(t *testing.T) {
 	}
 }
 
-// A bucket that goes silent does not hold its reader for ever, and a slow
-// reader is not taken for a silent bucket.
+// A read ends with an error if the bucket sends nothing for a long time. A slow reader does not cause that error.
 func TestSilence(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

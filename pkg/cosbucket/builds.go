@@ -12,11 +12,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// parallel bounds the listings under way at one bucket.
+// parallel is the greatest number of listings that run at once.
 const parallel = 16
 
-// List returns the names of all objects that begin with prefix, in order. The
-// error is a fault.Unsupported for web servers, which cannot list.
+// List returns the names of all objects that begin with prefix, sorted. A web server cannot list; the error is
+// fault.Unsupported then.
 func (b *Bucket) List(ctx context.Context, prefix string) ([]string, error) {
 	if prefix != "" {
 		if err := checkName(strings.TrimSuffix(prefix, "/")); err != nil {
@@ -26,7 +26,7 @@ func (b *Bucket) List(ctx context.Context, prefix string) ([]string, error) {
 	return b.names(ctx, prefix, func(m backend) ([]string, error) { return m.list(ctx, prefix) })
 }
 
-// names asks the first mirror that can list.
+// names asks the mirrors in turn until one can list, and returns the sorted names.
 func (b *Bucket) names(ctx context.Context, what string, ask func(m backend) ([]string, error)) (names []string,
 	err error) {
 	err = b.each(ctx, func(m backend) (err error) {
@@ -39,8 +39,8 @@ func (b *Bucket) names(ctx context.Context, what string, ask func(m backend) ([]
 	return names, err
 }
 
-// BuildIDs returns the builds that a COS bucket has folders of, newest first.
-// It takes a listing of one level, however many objects the bucket has.
+// BuildIDs returns the BUILD_IDs for which a COS bucket has a folder, newest first. It lists only the top level, so
+// its cost does not depend on the number of objects.
 func (b *Bucket) BuildIDs(ctx context.Context) ([]string, error) {
 	names, err := b.names(ctx, "", func(m backend) ([]string, error) { return m.folders(ctx) })
 	if err != nil {
@@ -54,10 +54,9 @@ func (b *Bucket) BuildIDs(ctx context.Context) ([]string, error) {
 	return slices.Compact(ids), nil
 }
 
-// BuildsOf returns the kernels of these builds, in their order: one for each
-// board that has a kernel_commit, in either layout. The commit itself is not
-// read; see [Bucket.Describe]. Each build costs a listing, so who needs the
-// newest few asks for those only.
+// BuildsOf returns the kernels of these builds, in the order of ids. There is one kernel for each board with a
+// kernel_commit object, in either layout. BuildsOf does not read the commit; see [Bucket.Describe]. Each build costs
+// one listing, so a caller that needs only the newest builds should pass only those.
 func (b *Bucket) BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, error) {
 	found := make([][]target.Kernel, len(ids))
 	g, gctx := errgroup.WithContext(ctx)
@@ -77,7 +76,7 @@ func (b *Bucket) BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, e
 	return slices.Concat(found...), nil
 }
 
-// boards returns the kernels that a build's objects tell of.
+// boards returns the kernels of a build, according to the names of its objects.
 func boards(id string, names []string) []target.Kernel {
 	var all []target.Kernel
 	for _, name := range names {
@@ -99,8 +98,7 @@ func boards(id string, names []string) []target.Kernel {
 	return slices.Compact(all)
 }
 
-// Builds returns all COS builds in the bucket, oldest first, as [Bucket.BuildsOf]
-// tells them.
+// Builds returns the kernels of all COS builds in the bucket, oldest build first, as [Bucket.BuildsOf] returns them.
 func (b *Bucket) Builds(ctx context.Context) ([]target.Kernel, error) {
 	ids, err := b.BuildIDs(ctx)
 	if err != nil {
@@ -125,8 +123,7 @@ func (b *Bucket) Describe(ctx context.Context, k target.Kernel) (target.Kernel, 
 	return k, nil
 }
 
-// small reads a small object of a build from where either layout has it, and
-// says where that was.
+// small reads a small object of a build in the layout that has it, and returns its URL.
 func (b *Bucket) small(ctx context.Context, k target.Kernel, name string, limit int64) (text []byte, url string,
 	err error) {
 	var absent []error

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Bounds on what a bucket may say about drivers; real files have a few KiB.
+// Bounds on the data about drivers in a bucket. Real files have a few KiB.
 const (
 	maxVersionFile = 1 << 10
 	maxVersionList = 1 << 20
@@ -24,23 +24,21 @@ const (
 	maxGPUs        = 64
 )
 
-// DriverList is what COS says about the driver versions for one build.
+// DriverList has the driver versions that COS names for one build.
 type DriverList struct {
-	// Default and Latest are "" where COS names none.
+	// Default and Latest are "" if COS names none.
 	Default, Latest string
 	// Branches maps a branch, such as R535, to its version.
 	Branches map[string]string
-	// Versions are all versions named anywhere, lowest first.
+	// Versions has all versions that any of the files names, lowest first.
 	Versions []string
-	// GPUs are the lists of the types of GPU that have one of their own, by COS's
-	// name for them.
+	// GPUs has the list of each GPU type that has its own. The keys are COS's names of the types, such as NVIDIA_L4.
 	GPUs map[string]DriverList
 }
 
-// Drivers reads gpu_default_version, gpu_latest_version, the gpu_R*_version
-// files and gpu_driver_versions of a build, as text or serialized. Any of them
-// may be missing; where two disagree, the single-version file is right, since that is
-// what COS's own installer reads.
+// Drivers reads these objects of a build: gpu_default_version, gpu_latest_version, the gpu_R*_version files, and
+// gpu_driver_versions as text or serialized. Each of them may be missing. If two of them disagree, the file with a
+// single version wins, because COS's own installer reads that one.
 func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, error) {
 	l, err := b.versionList(ctx, k)
 	if err != nil {
@@ -92,8 +90,8 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 	return l, nil
 }
 
-// versionList reads the build's list of versions; none is an empty list. The
-// two forms hold the same, and COS's newest builds have the serialized one only.
+// versionList reads the build's list of versions. Without one, the result is empty. Both forms hold the same data, and
+// COS's newest builds have only the serialized one.
 func (b *Bucket) versionList(ctx context.Context, k target.Kernel) (DriverList, error) {
 	for _, form := range []struct {
 		name  string
@@ -117,8 +115,8 @@ func (b *Bucket) versionList(ctx context.Context, k target.Kernel) (DriverList, 
 
 var branchFile = regexp.MustCompile(`/gpu_(R[0-9]{3,4})_version$`)
 
-// branchFiles returns the branches that may have a file of their own: those
-// listed, or, where the bucket cannot list, those of the versions known so far.
+// branchFiles returns the branches that may have a version file. If the bucket can list, these are the branches of the
+// listed files. Otherwise they are the branches of the versions known so far.
 func (b *Bucket) branchFiles(ctx context.Context, k target.Kernel, l DriverList) ([]string, error) {
 	var branches []string
 	cannot := false
@@ -145,7 +143,7 @@ func (b *Bucket) branchFiles(ctx context.Context, k target.Kernel, l DriverList)
 	return slices.Compact(branches), nil
 }
 
-// ParseVersionFile reads a file that holds one driver version and a newline.
+// ParseVersionFile parses a file with one driver version and a newline.
 func ParseVersionFile(text []byte) (string, error) {
 	version := strings.TrimSpace(string(text))
 	if len(text) > maxVersionFile || !target.ValidVersion(version) {
@@ -154,16 +152,14 @@ func ParseVersionFile(text []byte) (string, error) {
 	return version, nil
 }
 
-// ParseDriverVersions reads gpu_driver_versions.textproto. Fields that are
-// newer than this program are passed over, and so are versions that are not of
-// NVIDIA's form, and lists of GPU types whose names are not of COS's form. Labels
-// of the entry for all other GPUs go before those of a particular GPU.
+// ParseDriverVersions parses gpu_driver_versions.textproto. It ignores unknown fields, versions that do not have
+// NVIDIA's format, and lists of GPU types whose names do not have COS's format. If a label names several versions, the
+// entry for all other GPUs comes before the entry of one GPU type.
 func ParseDriverVersions(text []byte) (DriverList, error) {
 	return parseVersions(text, prototext.UnmarshalOptions{DiscardUnknown: true}.Unmarshal)
 }
 
-// ParseDriverVersionsBin reads gpu_driver_versions.bin, the same message
-// serialized.
+// ParseDriverVersionsBin parses gpu_driver_versions.bin, which has the same message in serialized form.
 func ParseDriverVersionsBin(data []byte) (DriverList, error) {
 	return parseVersions(data, proto.UnmarshalOptions{DiscardUnknown: true, RecursionLimit: 16}.Unmarshal)
 }
@@ -208,7 +204,7 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 	return l, nil
 }
 
-// add takes over what one entry names. What is there already stays.
+// add adds the versions and labels of one entry. It does not replace a label that the list has already.
 func (l *DriverList) add(info *gpuversions.GPUDriverVersionInfo) {
 	for _, v := range info.GetSupportedDriverVersions() {
 		if !target.ValidVersion(v.GetVersion()) {
@@ -248,8 +244,8 @@ func sortVersions(versions []string) []string {
 	return slices.Compact(versions)
 }
 
-// Choose returns the version that a wish means. An exact version is always
-// allowed, listed or not: driver buckets hold more than COS qualifies.
+// Choose returns the version for a wish. An exact version is always allowed, even if COS does not list it, because
+// driver buckets hold more versions than COS qualifies.
 func (l DriverList) Choose(w target.Wish) (string, error) {
 	if version, ok := w.Exact(); ok {
 		return version, nil
@@ -281,7 +277,7 @@ func (l DriverList) Choose(w target.Wish) (string, error) {
 	return version, nil
 }
 
-// offerGPUs says which types of GPU have lists of their own.
+// offerGPUs returns a hint with the GPU types that have their own lists.
 func (l DriverList) offerGPUs() string {
 	if len(l.GPUs) == 0 {
 		return "this build has one list for all GPUs: ask without a GPU type"
@@ -289,8 +285,8 @@ func (l DriverList) offerGPUs() string {
 	return "ask for one of " + strings.Join(slices.Sorted(maps.Keys(l.GPUs)), ", ") + "; or without a GPU type"
 }
 
-// Newest returns the version that COS names for each branch, or else the highest
-// that it lists. An edition with a suffix is asked for by its name only.
+// Newest returns one version for each branch: the version that COS names for it, or else the highest version in the
+// list. A version with a suffix is not chosen from the list, because a user must ask for it by its exact name.
 func (l DriverList) Newest() map[string]string {
 	newest := map[string]string{}
 	for _, v := range l.Versions {
@@ -303,7 +299,7 @@ func (l DriverList) Newest() map[string]string {
 	return newest
 }
 
-// offer says what may be asked for in the place of what COS does not name.
+// offer returns a hint with the wishes that this list can answer.
 func (l DriverList) offer() string {
 	newest := l.Newest()
 	var words []string

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// quick opens a bucket whose retries come quickly.
+// quick opens a bucket with short waits between retries.
 func quick(t *testing.T, rawURL string) *cosbucket.Bucket {
 	t.Helper()
 	b, err := cosbucket.OpenWithWait(t.Context(), rawURL, time.Millisecond)
@@ -45,7 +45,7 @@ func TestChoose(t *testing.T) {
 		{"R470", "470.256.2", 0},
 		{"R580", "", fault.Unsupported},
 		{"580.1.2", "580.1.2", 0},
-		{"470.256.2-grid", "470.256.2-grid", 0}, // by its name only
+		{"470.256.2-grid", "470.256.2-grid", 0}, // only by its exact name
 		{"nonsense", "", fault.Usage},
 	}
 	for _, test := range tests {
@@ -103,7 +103,7 @@ func FuzzParseDriverVersionsBin(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) { checkList(t, cosbucket.ParseDriverVersionsBin, data) })
 }
 
-// checkList is what holds for every list that a bucket may hold.
+// checkList checks the properties that every parsed list must have.
 func checkList(t *testing.T, parse func([]byte) (cosbucket.DriverList, error), text []byte) {
 	list, err := parse(text)
 	if err != nil {
@@ -133,8 +133,7 @@ func FuzzParseVersionFile(f *testing.F) {
 	})
 }
 
-// COS's lists have versions for each type of GPU. The schema is that of cos/tools;
-// the list is made up.
+// COS's lists have versions for each GPU type. The schema is that of cos/tools. The list is invented.
 func TestChooseByGPU(t *testing.T) {
 	t.Parallel()
 	entry := func(gpu string, versions ...string) string {
@@ -163,7 +162,8 @@ func TestChooseByGPU(t *testing.T) {
 	}
 }
 
-// Names of GPU types come from a bucket and go into catalogues: each has COS's form, and a list has few.
+// Names of GPU types come from a bucket and are stored in catalogues. So each name must have COS's format, and their
+// number is bounded.
 func TestGPUTypesAreBounded(t *testing.T) {
 	t.Parallel()
 	list := func(names ...string) (text string) {

@@ -6,18 +6,18 @@ import (
 	"time"
 )
 
-// OpenWithWait opens a bucket whose retries come quickly.
+// OpenWithWait opens a bucket with this wait before the first retry.
 func OpenWithWait(ctx context.Context, rawURL string, wait time.Duration) (*Bucket, error) {
 	return open(ctx, rawURL, wait)
 }
 
-// Split cuts a list of URLs.
+// Split is split, for tests.
 var Split = split
 
-// StallLimit is how long a read may take.
+// StallLimit is stallLimit, for tests.
 const StallLimit = stallLimit
 
-// RetryMax is how often a request is sent again.
+// RetryMax is retryMax, for tests.
 const RetryMax = retryMax
 
 // OpenSilent opens a bucket that sends two bytes of an object and then nothing.

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// folder is a bucket in a local folder. os.Root keeps names and links inside.
+// folder is a bucket in a local folder. os.Root ensures that names and symbolic links do not lead out of it.
 type folder struct {
 	dir  string
 	root *os.Root
@@ -51,8 +51,8 @@ func (f *folder) open(_ context.Context, name string, offset int64, _ string) (i
 	return r, Attrs{Size: info.Size()}, nil
 }
 
-// absent tells a file that is not there from one that the system would not
-// give: a checksum that cannot be read must not count as none.
+// absent distinguishes a missing file from a file that the system cannot open. A checksum file that cannot be opened
+// must not count as missing.
 func absent(err error) error {
 	var errno syscall.Errno
 	switch {

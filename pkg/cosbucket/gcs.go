@@ -25,14 +25,14 @@ import (
 	"github.com/prebake/prebake/pkg/gcs"
 )
 
-// googleBucket is a bucket in Google Cloud Storage. STORAGE_EMULATOR_HOST redirects it,
-// as it does every client of the library.
+// googleBucket is a bucket in Google Cloud Storage. The environment variable STORAGE_EMULATOR_HOST redirects it to an
+// emulator, because the client library reads that variable.
 type googleBucket struct {
 	gcs.Bucket
 	wait time.Duration
 }
 
-// gcsName is Google's rule for names of buckets, those of domains among them.
+// gcsName is Google's rule for bucket names, including names that are domains.
 var gcsName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]$`)
 
 func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*googleBucket, error) {
@@ -42,8 +42,8 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 	}
 	options := []option.ClientOption{option.WithScopes(storage.ScopeReadOnly)}
 	if !credentialsConfigured(os.Getenv) {
-		// COS's buckets are public, and a token of a machine without rights is
-		// refused where no token is not.
+		// COS's buckets are public. The token of a machine without access rights would be refused, while a request
+		// without a token is answered.
 		options = []option.ClientOption{option.WithoutAuthentication()}
 	}
 	const hint = "check the Google credentials of this account, or unset GOOGLE_APPLICATION_CREDENTIALS"
@@ -52,8 +52,8 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 		return nil, fault.Wrap(fault.Usage, err, hint)
 	}
 	transport.Transport = bounded{transport.Transport}
-	// The client is told a second time that it needs no credentials: it would
-	// ask the metadata server for some, and wait.
+	// WithoutAuthentication is needed here, too. Otherwise the client would ask the metadata server for credentials,
+	// and wait for it.
 	client, err := storage.NewClient(ctx, option.WithHTTPClient(transport), option.WithoutAuthentication())
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, hint)
@@ -63,8 +63,8 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 	return &googleBucket{gcs.New(client, name, prefix), wait}, nil
 }
 
-// credentialsConfigured reports whether somebody set up application default
-// credentials for this account. A metadata server does not count.
+// credentialsConfigured reports whether application default credentials are configured for this account. A metadata
+// server does not count.
 func credentialsConfigured(getenv func(string) string) bool {
 	if getenv("GOOGLE_APPLICATION_CREDENTIALS") != "" {
 		return true
@@ -77,9 +77,8 @@ func credentialsConfigured(getenv func(string) string) bool {
 	return err == nil
 }
 
-// bounded is a transport that sends only so many requests for one download. The
-// library resumes a broken one by itself, and never gives up on a server that
-// breaks each answer at once.
+// bounded is a transport that limits the number of requests for one download. The library resumes a broken download by
+// itself, and never gives up on a server that breaks every response at once.
 type bounded struct{ http.RoundTripper }
 
 type budgetKey struct{}
@@ -102,13 +101,12 @@ func (g *googleBucket) open(ctx context.Context, name string, offset int64, pin 
 			return nil, Attrs{}, gcsError(err)
 		}
 		a = Attrs{Size: attrs.Size, MD5: hex.EncodeToString(attrs.MD5)}
-		if attrs.CRC32C != 0 { // 0 is also what the library says for none
+		if attrs.CRC32C != 0 { // the library also returns 0 if there is no sum
 			a.CRC32C = fmt.Sprintf("%08x", attrs.CRC32C)
 		}
 		pin = strconv.FormatInt(attrs.Generation, 10)
 	}
-	// The generation pins the content: a download that breaks goes on with the
-	// same bytes or not at all.
+	// The generation identifies the content: a resumed download continues with the same bytes, or fails.
 	generation, err := strconv.ParseInt(pin, 10, 64)
 	if err != nil {
 		return nil, Attrs{}, fault.Wrap(fault.Internal, err, "")
@@ -136,7 +134,7 @@ func (g *googleBucket) folders(ctx context.Context) ([]string, error) {
 	return g.query(ctx, &storage.Query{Prefix: g.Path(""), Delimiter: "/"})
 }
 
-// query returns names of objects, or with a delimiter what comes before it.
+// query returns the names of objects. If the query has a delimiter, it returns the prefixes before the delimiter.
 func (g *googleBucket) query(ctx context.Context, query *storage.Query) ([]string, error) {
 	query.Projection = storage.ProjectionNoACL
 	if err := query.SetAttrSelection([]string{"Name"}); err != nil {

@@ -29,9 +29,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// proxy is before an emulator and does to answers what networks do. The
-// tests that use it are not parallel: the library reads its server's address
-// from the environment.
+// proxy is a proxy in front of an emulator, which alters responses as a faulty network would. The tests that use it
+// are not parallel, because the library reads its server's address from the environment.
 type proxy struct {
 	*gcs.Server
 	next *httputil.ReverseProxy
@@ -40,10 +39,9 @@ type proxy struct {
 	content  []string // requests for an object's bytes: range and generation
 	requests int
 	auth     bool
-	// spoil, unless nil, is asked what to do with an answer to the nth request
-	// for an object's bytes.
+	// spoil, if not nil, may replace the writer of the response to the nth request for an object's bytes.
 	spoil func(n int, w http.ResponseWriter) http.ResponseWriter
-	// page, unless "", bounds each page of a listing.
+	// page, if not "", is the greatest number of entries in each page of a listing.
 	page string
 }
 
@@ -104,7 +102,7 @@ func (p *proxy) sentAuth() bool {
 	return p.auth
 }
 
-// begin forgets what was asked for.
+// begin forgets the recorded requests and sets spoil.
 func (p *proxy) begin(spoil func(int, http.ResponseWriter) http.ResponseWriter) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -120,8 +118,8 @@ func TestEmulator(t *testing.T) {
 		p.Put(t, "cos-tools", name, []byte(text))
 		p.Put(t, "cos-tools-eu", "below/"+name, []byte(text))
 	}
-	// A machine without rights has a metadata server, and its token is refused
-	// where none is needed.
+	// A machine without access rights has a metadata server. Google refuses that server's token even where none is
+	// needed.
 	metadata := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 		t.Error("the metadata server was asked")
 	}))
@@ -157,7 +155,7 @@ func TestEmulator(t *testing.T) {
 	if p.sentAuth() {
 		t.Error("an Authorization header was sent to a bucket that nobody gave credentials for")
 	}
-	// The same objects over plain https, as storage.googleapis.com serves them.
+	// storage.googleapis.com serves the same objects by HTTPS, without the API.
 	t.Run("plain web", func(t *testing.T) {
 		web := quick(t, p.Endpoint+"/cos-tools")
 		conform(t, web, false)
@@ -174,9 +172,8 @@ func TestEmulator(t *testing.T) {
 	})
 }
 
-// An object that Google's servers decompress on the way is had as it is stored
-// by the API, where the sums are over just that, and plain over https, where
-// they say nothing.
+// Google's servers can decompress an object while they send it. The API delivers the stored bytes, which match the
+// sums. Plain HTTPS delivers the decompressed bytes, which the sums do not describe.
 func TestEmulatorStoredCompressed(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")
@@ -199,7 +196,7 @@ func TestEmulatorStoredCompressed(t *testing.T) {
 	}
 }
 
-// Credentials that somebody configured are used.
+// Configured credentials are used.
 func TestEmulatorCredentials(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")
@@ -241,7 +238,7 @@ func TestEmulatorCredentials(t *testing.T) {
 	}
 }
 
-// cutAt breaks the first answers behind so many bytes each.
+// cutAt breaks each of the first responses after this many bytes.
 func cutAt(answers, bytes int) func(int, http.ResponseWriter) http.ResponseWriter {
 	return func(n int, w http.ResponseWriter) http.ResponseWriter {
 		if n < answers {
@@ -251,7 +248,7 @@ func cutAt(answers, bytes int) func(int, http.ResponseWriter) http.ResponseWrite
 	}
 }
 
-// flip turns a bit of an answer's first byte.
+// flip changes one bit of a response's first byte.
 type flip struct {
 	http.ResponseWriter
 	done bool
@@ -279,7 +276,7 @@ func TestEmulatorBrokenDownloads(t *testing.T) {
 		name  string
 		spoil func(int, http.ResponseWriter) http.ResponseWriter
 		kind  fault.Kind
-		asked []string // nil: do not care
+		asked []string // nil: not checked
 	}{
 		{name: "nothing", asked: []string{"pinned"}},
 		{name: "breaks twice", spoil: cutAt(2, 50_000),
@@ -317,7 +314,7 @@ func TestEmulatorBrokenDownloads(t *testing.T) {
 	}
 }
 
-// replacing puts another object in the place of the one that it breaks off.
+// replacing breaks a response and replaces the object at the same moment.
 type replacing struct {
 	cutter
 	replace func()
@@ -330,8 +327,7 @@ func (r *replacing) Write(p []byte) (int, error) {
 	return r.cutter.Write(p)
 }
 
-// A bucket with many builds costs one listing, and one for each build that is
-// looked into.
+// A bucket with many builds costs one listing, and one more for each build that is examined.
 func TestEmulatorManyBuilds(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")
@@ -366,7 +362,7 @@ func TestEmulatorManyBuilds(t *testing.T) {
 	}
 }
 
-// Two buckets of one region's mirrors: the second stands in for the first.
+// Two buckets are mirrors, and the second replaces the first when the first is down.
 func TestEmulatorMirrors(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")

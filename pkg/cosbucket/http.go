@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The bounds on retries: five tries within about eight seconds, and as many
-// resumptions of one download that does not get on.
+// Bounds on retries. A request is sent at most five times, within about eight seconds. A download that makes no
+// progress is resumed at most four times.
 const (
 	retryMax  = 4
 	retryWait = 500 * time.Millisecond
@@ -48,13 +48,13 @@ func openHTTP(u *url.URL, wait time.Duration) (*web, error) {
 
 func (w *web) url(name string) string { return w.base.JoinPath(name).String() }
 
-// fetch asks for the object from offset on; etag, if known, has to be the same.
+// fetch requests the object from offset on. If etag is not empty, the object must still have that ETag.
 func (w *web) fetch(ctx context.Context, name string, offset int64, etag string) (*http.Response, error) {
 	req, err := retryablehttp.NewRequestWithContext(ctx, http.MethodGet, w.url(name), nil)
 	if err != nil {
 		return nil, err
 	}
-	// The sums in a bucket are over the stored bytes.
+	// The sums in a bucket are over the stored bytes, so no encoding may change them on the way.
 	req.Header.Set("Accept-Encoding", "identity")
 	if offset > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
@@ -88,7 +88,7 @@ func statusError(code int) error {
 	switch {
 	case code == http.StatusNotFound, code == http.StatusGone, code == http.StatusForbidden,
 		code == http.StatusUnauthorized:
-		// A public bucket answers 403 for what it does not have.
+		// A public bucket answers 403 for an object that does not exist.
 		return missing(err)
 	case code >= 500, code == http.StatusTooManyRequests, code == http.StatusRequestTimeout,
 		code == http.StatusPreconditionFailed:
@@ -108,8 +108,8 @@ func (w *web) open(ctx context.Context, name string, offset int64, pin string) (
 			return nil, Attrs{}, errors.Join(err, resp.Body.Close())
 		}
 	}
-	// Google's sums are over what is stored. Of an object that it decompresses on
-	// the way they say nothing, and neither does the length.
+	// Google's sums are over the stored bytes. If Google's server decompresses an object, its sums and its length do
+	// not match the bytes that arrive.
 	if stored := resp.Header.Get("X-Goog-Stored-Content-Encoding"); stored == "" || stored == "identity" ||
 		resp.Header.Get("Content-Encoding") == stored {
 		a.MD5, a.CRC32C = googHash(resp.Header)
@@ -120,7 +120,7 @@ func (w *web) open(ctx context.Context, name string, offset int64, pin string) (
 	return resp.Body, a, nil
 }
 
-// total returns the whole size out of a Content-Range that begins at offset.
+// total returns the object's size in a Content-Range header whose range begins at offset.
 func total(contentRange string, offset int64) (int64, error) {
 	var first, last, size int64
 	if n, err := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &first, &last, &size); err != nil || n != 3 ||
@@ -132,8 +132,8 @@ func total(contentRange string, offset int64) (int64, error) {
 	return size, nil
 }
 
-// googHash returns md5 and crc32c in hex as Google Cloud Storage sends them
-// with an object; "" means none.
+// googHash returns the md5 and the crc32c that Google Cloud Storage sends with an object, in hex. "" means that there
+// is none.
 func googHash(h http.Header) (md5, crc32c string) {
 	for _, line := range h.Values("X-Goog-Hash") {
 		for part := range strings.SplitSeq(line, ",") {
@@ -161,8 +161,8 @@ func cannotList() error {
 	return fault.Wrap(fault.Unsupported, errCannotList, "name builds by BUILD_ID and board, or use the bucket's gs:// URL")
 }
 
-// google is where Google Cloud Storage serves objects over plain https: the
-// bucket is the first part of the path, or of the host.
+// google is the host at which Google Cloud Storage serves objects by HTTPS. The bucket is the first element of the
+// path or of the host name.
 const google = "storage.googleapis.com"
 
 func (w *web) sibling(_ context.Context, bucket string) (backend, error) {

@@ -21,13 +21,12 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// mirror is a web server that sends the sums that Google's does, and fails in
-// the ways that its fields say.
+// mirror is a web server that sends the same sums as Google's. Its fields say in which way it fails.
 type mirror struct {
 	objects map[string]string
-	sums    map[string]string // of these bytes instead of the object's
+	sums    map[string]string // sums of these bytes, not of the object's
 	down    bool
-	cut     int // break each answer behind so many bytes; 0 means never
+	cut     int // break each response after this many bytes; 0 means never
 
 	mu     sync.Mutex
 	ranges []string
@@ -62,7 +61,7 @@ func (m *mirror) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	http.ServeContent(w, r, name, time.Time{}, strings.NewReader(text))
 }
 
-// cutter breaks the connection behind so many bytes.
+// cutter breaks the connection after this many bytes.
 type cutter struct {
 	http.ResponseWriter
 	left int
@@ -71,7 +70,7 @@ type cutter struct {
 func (c *cutter) Write(p []byte) (int, error) {
 	n, err := c.ResponseWriter.Write(p[:min(len(p), c.left)])
 	if c.left -= n; c.left == 0 && err == nil {
-		_ = http.NewResponseController(c.ResponseWriter).Flush() // what came before the break came
+		_ = http.NewResponseController(c.ResponseWriter).Flush() // the bytes before the break must arrive
 		panic(http.ErrAbortHandler)
 	}
 	return n, err
@@ -98,7 +97,7 @@ func TestMirrors(t *testing.T) {
 	rows := []struct {
 		name          string
 		first, second *mirror
-		want          string // of object a
+		want          string // content of object a
 		kind          fault.Kind
 		secondAsked   bool
 	}{
@@ -143,8 +142,8 @@ func TestMirrors(t *testing.T) {
 	}
 }
 
-// Once a mirror did not answer, the one that did is asked first, and tells
-// where things came from.
+// If a mirror does not answer, the mirror that answered is asked first from then on, and attributes name it as the
+// source.
 func TestMirrorStays(t *testing.T) {
 	t.Parallel()
 	down, up := &mirror{down: true}, &mirror{objects: map[string]string{"a": "a\n", "b": "b\n"}}
@@ -170,7 +169,7 @@ func TestMirrorStays(t *testing.T) {
 	}
 }
 
-// Resumption asks for what is missing and for nothing else.
+// A resumed download requests only the missing bytes.
 func TestResumption(t *testing.T) {
 	t.Parallel()
 	m := &mirror{objects: map[string]string{"a": long}, cut: 6000}
@@ -184,8 +183,7 @@ func TestResumption(t *testing.T) {
 	}
 }
 
-// A web server cannot list, and a mirror that can does it instead without being
-// asked for objects from then on.
+// A web server cannot list, so a mirror that can list does it. The web server is still asked first for objects.
 func TestMirrorThatLists(t *testing.T) {
 	t.Parallel()
 	web := &mirror{objects: objects}

@@ -9,15 +9,15 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The names below are those of the current layout, <BUILD_ID>/<BOARD>/<file>.
-// Until 2023 builds were laid out as <BUILD_ID>/<file>, for x86 alone.
+// The names below have the current layout, <BUILD_ID>/<BOARD>/<file>. Until 2023 the layout was <BUILD_ID>/<file>, for
+// x86 only.
 const (
 	legacyBoard = "lakitu"
 	commitFile  = "kernel_commit"
 )
 
-// Layouts returns the names that an object of a build may have, the likelier
-// first, given its name in the current layout.
+// Layouts returns the names that an object may have in either layout, the likelier one first. name is the object's
+// name in the current layout.
 func Layouts(k target.Kernel, name string) []string {
 	if rest, ok := strings.CutPrefix(name, k.BuildID+"/"+legacyBoard+"/"); ok && k.Board == legacyBoard {
 		return []string{name, k.BuildID + "/" + rest}
@@ -33,20 +33,18 @@ func HeadersName(k target.Kernel) string { return under(k, "kernel-headers.tgz")
 // ToolchainName returns the object that holds the compiler.
 func ToolchainName(k target.Kernel) string { return under(k, "toolchain.tar.xz") }
 
-// ToolchainPointerName returns the object that says where the compiler is when
-// it is not in the bucket itself; see [ParsePointer].
+// ToolchainPointerName returns the object that points to the compiler if the compiler is in another bucket; see
+// [ParsePointer].
 func ToolchainPointerName(k target.Kernel) string { return under(k, "toolchain.tar.xz.gcs") }
 
-// ToolchainURLName returns the object in which old builds say where the
-// compiler is; see [ParseToolchainURL].
+// ToolchainURLName returns the object with the compiler's URL, which old builds have; see [ParseToolchainURL].
 func ToolchainURLName(k target.Kernel) string { return under(k, "toolchain_url") }
 
-// ToolchainPathName returns the object in which builds of COS's own test runs
-// say where the compiler is; see [ParseToolchainPath].
+// ToolchainPathName returns the object with the compiler's path, which builds of COS's own test runs have; see
+// [ParseToolchainPath].
 func ToolchainPathName(k target.Kernel) string { return under(k, "toolchain_path") }
 
-// VMLinuxName returns the object that holds the kernel with its symbols and
-// types.
+// VMLinuxName returns the object that holds the kernel with its symbols and type information.
 func VMLinuxName(k target.Kernel) string { return under(k, "vmlinux") }
 
 // ToolchainEnvName returns the object that names the compiler to call.
@@ -55,11 +53,10 @@ func ToolchainEnvName(k target.Kernel) string { return under(k, "toolchain_env")
 // CommitName returns the object that holds the kernel's source commit.
 func CommitName(k target.Kernel) string { return under(k, commitFile) }
 
-// KernelInfoName returns the object that says where the kernel's source is.
+// KernelInfoName returns the object that names the location of the kernel's source.
 func KernelInfoName(k target.Kernel) string { return under(k, "kernel_info") }
 
-// DriverVersionsName returns the object that lists the driver versions for each
-// kind of GPU.
+// DriverVersionsName returns the object that lists the driver versions for each GPU type.
 func DriverVersionsName(k target.Kernel) string { return under(k, "gpu_driver_versions.textproto") }
 
 // DriverVersionsBinName returns the object that holds the same list, serialized.
@@ -84,25 +81,23 @@ func SignatureNames(k target.Kernel, version string) []string {
 		under(k, "extensions/gpu/"+version+".signature.tar.gz")}
 }
 
-// TrustedKeyName returns the object that holds the root certificate that the
-// kernel was built with, by which it knows Google's signatures.
+// TrustedKeyName returns the object that holds the root certificate in the kernel. The kernel verifies Google's module
+// signatures with it.
 func TrustedKeyName(k target.Kernel) string { return under(k, "trusted_key.pem") }
 
-// SignedDriverName returns the object that holds the open modules of a driver
-// as Google compiled and signed them.
+// SignedDriverName returns the object with a driver's open modules that Google compiled and signed.
 func SignedDriverName(k target.Kernel, version string) string {
 	return under(k, "nvidia-drivers-"+version+".tgz")
 }
 
-// BootName returns the object that holds what a test machine needs to boot this
-// kernel. It is Prebake's own; COS's buckets have none.
+// BootName returns the object with the files that a virtual machine needs to boot this kernel. Only mirrors that
+// Prebake makes have it; COS's buckets do not.
 func BootName(k target.Kernel) string { return under(k, "prebake-boot.tgz") }
 
-// MD5Name returns the object that holds another object's md5, in hex.
+// MD5Name returns the object that holds another object's md5 in hex.
 func MD5Name(name string) string { return name + ".md5" }
 
-// SHA256Name returns the object that holds another object's sha256, in hex,
-// where a bucket publishes that.
+// SHA256Name returns the object that holds another object's sha256 in hex. Not every bucket has it.
 func SHA256Name(name string) string { return name + ".sha256" }
 
 // RunfileName returns the driver bucket's object for a driver version.
@@ -119,13 +114,12 @@ func RunfileSumName(version string, arch target.Arch) string {
 	return "sha256/" + RunfileName(version, arch) + ".sha256"
 }
 
-// RunfileLocation is where a bucket may have a runfile, and where its sha256.
+// RunfileLocation has the names that a runfile and its sha256 may have in a bucket.
 type RunfileLocation struct{ Runfile, Sum string }
 
-// RunfileLocations returns where buckets have a driver version: COS's own first,
-// then a plain folder, and then NVIDIA's download server and Google's former
-// buckets, which have a folder for each version and the sum beside the file. An
-// edition with a suffix may are in the folder of its release.
+// RunfileLocations returns the locations of a driver version in the buckets that are known, in this order: COS's own
+// layout; a plain folder; and a folder for each version with the checksum beside the file, as NVIDIA's download server
+// and Google's former buckets have it. A version with a suffix may be in the folder of its release.
 func RunfileLocations(version string, arch target.Arch) []RunfileLocation {
 	name := RunfileName(version, arch)
 	all := []RunfileLocation{{name, RunfileSumName(version, arch)}}
@@ -142,8 +136,8 @@ func RunfileLocations(version string, arch target.Arch) []RunfileLocation {
 
 var runfileName = regexp.MustCompile(`(?:^|/)NVIDIA-Linux-(x86_64|aarch64)-([0-9][0-9a-z.-]*)\.run$`)
 
-// ParseRunfile reads the name of an object of a driver bucket. ok says that it is a
-// runfile in one of its [RunfileLocations].
+// ParseRunfile parses the name of an object in a driver bucket. ok is true if the object is a runfile in one of its
+// [RunfileLocations].
 func ParseRunfile(object string) (version string, arch target.Arch, ok bool) {
 	m := runfileName.FindStringSubmatch(object)
 	if m == nil || !target.ValidVersion(m[2]) {

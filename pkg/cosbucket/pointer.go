@@ -13,18 +13,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxPointer bounds the objects that hold a pointer.
+// MaxPointer is the greatest size in bytes of an object that holds a pointer.
 const MaxPointer = 4 << 10
 
-// Pointer names an object in another bucket, which is reached the same way as
-// the one that points at it; see [Bucket.Sibling].
+// Pointer names an object in another bucket. That bucket is reached in the same way as the bucket with the pointer;
+// see [Bucket.Sibling].
 type Pointer struct{ Bucket, Path string }
 
 // String returns the object's gs:// URL.
 func (p Pointer) String() string { return "gs://" + p.Bucket + "/" + p.Path }
 
 var (
-	// Google's rule, less the names that look like a host's address.
+	// The pattern is Google's rule without the names that look like a host's address.
 	bucketPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{1,61}[a-z0-9]$`)
 	pathPattern   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+=@~/-]{0,999}$`)
 )
@@ -44,8 +44,8 @@ func badPointer(format string, args ...any) error {
 		"check the object in the bucket: COS's toolchain.tar.xz.gcs has two lines, bucket: NAME and path: PATH")
 }
 
-// ParsePointer reads toolchain.tar.xz.gcs: lines `bucket: NAME` and `path: PATH`.
-// Lines with other keys are passed over.
+// ParsePointer parses toolchain.tar.xz.gcs, which has the lines `bucket: NAME` and `path: PATH`. It ignores lines with
+// other keys.
 func ParsePointer(text []byte) (Pointer, error) {
 	var p Pointer
 	if len(text) > MaxPointer {
@@ -72,8 +72,8 @@ func ParsePointer(text []byte) (Pointer, error) {
 	return p, nil
 }
 
-// ParseToolchainURL reads toolchain_url of old builds: one URL below
-// https://storage.googleapis.com/ or gs://.
+// ParseToolchainURL parses toolchain_url of old builds: one URL that begins with https://storage.googleapis.com/ or
+// gs://.
 func ParseToolchainURL(text []byte) (Pointer, error) {
 	if len(text) > MaxPointer {
 		return Pointer{}, badPointer("%d bytes; want at most %d", len(text), MaxPointer)
@@ -97,8 +97,8 @@ func ParseToolchainURL(text []byte) (Pointer, error) {
 	return p, nil
 }
 
-// ParseToolchainPath reads toolchain_path: a path in COS's SDK bucket, or, for
-// older builds, in Chromium OS's.
+// ParseToolchainPath parses toolchain_path: a path in COS's SDK bucket. Older builds have it in Chromium OS's SDK
+// bucket instead, so both are returned.
 func ParseToolchainPath(text []byte) ([]Pointer, error) {
 	if len(text) > MaxPointer {
 		return nil, badPointer("%d bytes; want at most %d", len(text), MaxPointer)
@@ -108,10 +108,8 @@ func ParseToolchainPath(text []byte) ([]Pointer, error) {
 	return all, all[0].check()
 }
 
-// Sibling opens the bucket of another name that is reached the same way: in
-// Google Cloud Storage, at the same web server, in the same folder. Anyone who can
-// write a pointer can so choose another bucket, and neither another host nor
-// another way.
+// Sibling opens the pointer's bucket in the same way as this one: in Google Cloud Storage, on the same web server, or
+// in the same parent folder. So a pointer can choose another bucket, but not another host or protocol.
 func (b *Bucket) Sibling(ctx context.Context, p Pointer) (*Bucket, error) {
 	if err := p.check(); err != nil {
 		return nil, err
@@ -123,7 +121,7 @@ func (b *Bucket) Sibling(ctx context.Context, p Pointer) (*Bucket, error) {
 		if err != nil {
 			return nil, fmt.Errorf("open bucket %s: %w", p.Bucket, errors.Join(err, s.Close()))
 		}
-		// The mirrors of one region all have the same siblings.
+		// Several mirrors of one region may have the same sibling.
 		if at := n.url(""); slices.Contains(known, at) {
 			err = n.close()
 		} else {

@@ -116,7 +116,7 @@ func FuzzParsePointer(f *testing.F) {
 	})
 }
 
-// A pointer leads to the same place by the same way, whatever that is.
+// A sibling is opened in the same way as its bucket, for each kind of bucket.
 func TestSibling(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

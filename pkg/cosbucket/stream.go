@@ -15,12 +15,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// progress is how much a download has to deliver between two breaks to count as
-// getting on: the tries begin anew then.
+// progress is how many bytes a download has to deliver between two breaks to reset the number of retries.
 const progress = 1 << 20
 
-// stream is a download that goes on where it broke, here or at the next mirror,
-// as long as the object is still the same one, and that is checked at its end.
+// stream is a download. After a break it is resumed on the same mirror or on the next one, as long as the object is
+// the same. At its end its sums are checked.
 type stream struct {
 	ctx    context.Context //nolint:containedctx // of one download: a Reader has no other way to be cancelled
 	bucket *Bucket
@@ -30,9 +29,9 @@ type stream struct {
 	attrs  Attrs
 	check  check
 	offset int64
-	broke  int64 // the offset of the last break
-	tries  int   // at this mirror, since it last got on
-	moves  int   // to another mirror, since it last got on
+	broke  int64 // offset of the last break
+	tries  int   // retries on this mirror since the last progress
+	moves  int   // changes of the mirror since the last progress
 }
 
 func (s *stream) Read(p []byte) (int, error) {
@@ -42,7 +41,7 @@ func (s *stream) Read(p []byte) (int, error) {
 	switch {
 	case err == nil:
 		return n, nil
-	// Whole is whole, however the server took its leave.
+	// All bytes have arrived, so an error of the connection does not matter.
 	case s.offset == s.attrs.Size, errors.Is(err, io.EOF) && s.attrs.Size < 0:
 		if err := s.check.judge(s.offset); err != nil {
 			return n, err
@@ -53,7 +52,7 @@ func (s *stream) Read(p []byte) (int, error) {
 	case s.ctx.Err() != nil:
 		return n, s.ctx.Err()
 	case errors.As(err, new(*fs.PathError)):
-		return n, err // a disk does not get better by asking again
+		return n, err // a retry does not help against an error of the disk
 	}
 	if s.attrs.Size >= 0 && s.offset > s.attrs.Size {
 		return n, s.check.judge(s.offset)
@@ -61,7 +60,7 @@ func (s *stream) Read(p []byte) (int, error) {
 	return n, s.resume(err)
 }
 
-// resume puts a new body in the place of a broken one.
+// resume replaces the body after a break.
 func (s *stream) resume(cause error) error {
 	if s.offset-s.broke >= progress {
 		s.tries, s.moves = 0, 0
@@ -79,7 +78,7 @@ func (s *stream) resume(cause error) error {
 		s.tries++
 		body, _, err := s.from.open(s.ctx, s.name, s.offset, s.attrs.pin)
 		if err == nil {
-			_ = s.body.Close() // broken as it is
+			_ = s.body.Close() // broken, so its error does not matter
 			s.body = body
 			return nil
 		}
@@ -94,11 +93,11 @@ func (s *stream) resume(cause error) error {
 	return s.otherMirror(broken)
 }
 
-// otherMirror goes on at another mirror, if that says it has the very same bytes.
+// otherMirror continues on another mirror, if that mirror reports the same bytes.
 func (s *stream) otherMirror(broken error) error {
 	for i, m := range s.bucket.mirrors {
 		if m == s.from {
-			// The next download, possibly of this very object, begins behind it.
+			// The next download begins at the next mirror, even if it is of this object.
 			s.bucket.prefer(i + 1)
 			continue
 		}
@@ -121,7 +120,7 @@ func (s *stream) otherMirror(broken error) error {
 			}
 			continue
 		}
-		_ = s.body.Close() // broken as it is
+		_ = s.body.Close() // broken, so its error does not matter
 		s.body, s.from, s.tries = body, m, 0
 		s.moves++
 		s.attrs.pin = attrs.pin
@@ -133,8 +132,7 @@ func (s *stream) otherMirror(broken error) error {
 
 func (s *stream) Close() error { return s.body.Close() }
 
-// same reports whether two objects have the same bytes, and whether both
-// buckets tell enough to say so.
+// same reports whether two objects have the same bytes. told is false if the buckets report too little to decide it.
 func (a Attrs) same(b Attrs) (same, told bool) {
 	told = a.MD5 != "" && b.MD5 != "" || a.CRC32C != "" && b.CRC32C != "" && a.Size >= 0 && b.Size >= 0
 	differ := func(x, y string) bool { return x != "" && y != "" && x != y }
@@ -155,11 +153,11 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// check holds an object against what the bucket said of it.
+// check compares an object with the attributes that the bucket reported.
 type check struct {
 	attrs  Attrs
-	md5    hash.Hash   // nil: not told
-	crc32c hash.Hash32 // nil: not told
+	md5    hash.Hash   // nil if the bucket reported no md5
+	crc32c hash.Hash32 // nil if the bucket reported no crc32c
 }
 
 func newCheck(a Attrs) check {
@@ -173,7 +171,7 @@ func newCheck(a Attrs) check {
 	return c
 }
 
-// strong reports whether a wrong continuation would be found out.
+// strong reports whether a sum would detect that a resumed download continued with other bytes.
 func (c check) strong() bool { return c.md5 != nil || c.crc32c != nil }
 
 func (c check) write(p []byte) {

@@ -6,8 +6,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The classes of a failed build are a promise: scripts know the exit codes,
-// dashboards the names, and the queue the retry rules.
+// TestClassesOfBuilds pins the classes of a failed build, because others depend on them: scripts on the exit codes,
+// dashboards on the names, and the queue on the retry rules.
 func TestClassesOfBuilds(t *testing.T) {
 	t.Parallel()
 	rows := []struct {

@@ -1,9 +1,8 @@
-// Package fault is the closed list of the ways Prebake fails, and what each
-// way means to the outside: exit code, HTTP status, retry rule and metric
-// label. The lowest layer that knows the remedy attaches the kind and a hint;
-// everything above wraps with %w and branches with [Of], never on text.
+// Package fault is the closed list of the ways in which Prebake fails. For each way it defines the exit code, the HTTP
+// status, the retry rule and the metric label. The lowest layer that knows the remedy attaches the kind and a hint.
+// Code above it wraps with %w and branches with [Of], never on text.
 //
-// It refuses to know any other package of the project.
+// The package imports no other package of the project.
 package fault
 
 import (
@@ -13,11 +12,10 @@ import (
 	"syscall"
 )
 
-// Kind is one way to fail. The zero value is Internal: an error that nobody
-// classified is a bug until shown otherwise.
+// Kind is one way to fail. The zero value is Internal, because an error that nobody classified counts as a bug.
 type Kind int
 
-// The closed list. A new kind needs a row in the table below.
+// The closed list of kinds. A new kind needs a row in the table below.
 const (
 	Internal       Kind = iota // a bug, or a machine that does not work
 	Usage                      // the caller's input is wrong: flag, argument, file format
@@ -25,29 +23,29 @@ const (
 	Unverified                 // bytes whose digest, signature or provenance does not hold
 	Mismatch                   // verified bytes that are meant for something else
 	Rejected                   // the kernel refused a module
-	Busy                       // in use: lock held, module loaded and needed
+	Busy                       // in use: a lock is held, or a loaded module is needed
 	NoDevice                   // no NVIDIA GPU on this machine
 	Unusable                   // a GPU is present, but the driver cannot use it
-	Transient                  // the world may answer better the next time
-	NotFound                   // what was asked for by name does not exist
-	Unauthorized               // nobody knows who asks
-	Forbidden                  // who asks may not
-	TooLarge                   // what was sent, or asked for, is larger than is taken
-	TooMany                    // asked too often
-	Pending                    // not published yet, and on its way
-	InputMissing               // a source that the build needs does not exist
-	Checksum                   // a fetched input is not what its checksum says
+	Transient                  // the same call may succeed later
+	NotFound                   // the named thing does not exist
+	Unauthorized               // the caller is not identified
+	Forbidden                  // the caller is identified and has no permission
+	TooLarge                   // the request, or the thing that it asks for, exceeds a size limit
+	TooMany                    // the caller asks too often
+	Pending                    // not published yet, but queued or being built
+	InputMissing               // an input that the build needs does not exist
+	Checksum                   // a fetched input does not match its checksum
 	Unsupported                // this driver is not made for this kernel or flavour
 	APIBreak                   // the driver's source does not compile against this kernel
 	CheckFailed                // compiled, but a module would not fit the kernel
 	LoadTestFailed             // compiled and checked, but does not load in the test machine
 	OutOfMemory                // the build needs more memory than it may have
-	DiskFull                   // no space left
-	TimedOut                   // ran past its limit
-	PublishRefused             // the destination holds other bytes under this name, or says no
-	Cancelled                  // somebody told it to stop
-	Several                    // several things failed, each in its own way
-	kinds                      // number of kinds
+	DiskFull                   // no space is left on a disk
+	TimedOut                   // exceeded its time limit
+	PublishRefused             // the destination holds other bytes under this name, or refuses the upload
+	Cancelled                  // a person or a program cancelled it
+	Several                    // several operations failed, for different reasons
+	kinds                      // number of kinds, not a kind
 )
 
 type row struct {
@@ -55,11 +53,10 @@ type row struct {
 	exit  int    // process exit status, stable across releases
 	http  int    // status of an API answer
 	retry bool   // may the same call succeed later without a change?
-	what  string // one line for the exit code table in the documentation
+	what  string // one line for the table of exit codes in the documentation
 }
 
-// Exit codes 0 to 2 follow the common convention; 128 and above belong to the
-// shell. A code is never given a second meaning.
+// Exit codes 0 to 2 follow the common convention, and the shell uses 128 and above. No code ever gets a second meaning.
 var table = [kinds]row{
 	Internal:       {"internal", 1, 500, false, "internal error: a bug, or a broken machine"},
 	Usage:          {"usage", 2, 400, false, "wrong flag, argument or configuration"},
@@ -110,10 +107,10 @@ func (k Kind) HTTPStatus() int { return k.row().http }
 // Retryable reports whether the same call may succeed later unchanged.
 func (k Kind) Retryable() bool { return k.row().retry }
 
-// What returns one line of prose for documentation.
+// What returns one sentence about the kind, for the documentation.
 func (k Kind) What() string { return k.row().what }
 
-// Kinds returns the closed list in exit code order.
+// Kinds returns all kinds in the order of their exit codes.
 func Kinds() []Kind {
 	all := make([]Kind, 0, kinds)
 	for k := range kinds {
@@ -145,10 +142,10 @@ func (k *Kind) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Error is an error with a kind and, where somebody knows it, the next move.
+// Error is an error with a kind and, where the code knows it, a hint.
 type Error struct {
 	Kind Kind
-	// Hint is an order that names the exact command or setting; may be empty.
+	// Hint tells the reader what to do next, and names the exact command or setting; "" means no hint.
 	Hint string
 	Err  error
 }
@@ -156,12 +153,12 @@ type Error struct {
 func (e *Error) Error() string { return e.Err.Error() }
 func (e *Error) Unwrap() error { return e.Err }
 
-// New returns an error of this kind; hint is the reader's next move, or "".
+// New returns an error of this kind. The hint tells the reader what to do next; "" means no hint.
 func New(kind Kind, text, hint string) error {
 	return &Error{Kind: kind, Hint: hint, Err: errors.New(text)}
 }
 
-// Wrap gives err a kind and a hint; nil stays nil.
+// Wrap adds a kind and a hint to err. A nil err stays nil.
 func Wrap(kind Kind, err error, hint string) error {
 	if err == nil {
 		return nil
@@ -169,14 +166,13 @@ func Wrap(kind Kind, err error, hint string) error {
 	return &Error{Kind: kind, Hint: hint, Err: err}
 }
 
-// Errorf is New with a format, %w included, and no hint.
+// Errorf returns an error of this kind with a formatted text and no hint. The format may contain %w.
 func Errorf(kind Kind, format string, args ...any) error {
 	return &Error{Kind: kind, Err: fmt.Errorf(format, args...)}
 }
 
-// Of returns the kind of the outermost classified error in err's chain. A
-// cancelled or expired context that nobody classified counts as Cancelled or
-// TimedOut; anything else unclassified is Internal.
+// Of returns the kind of the outermost classified error in err's chain. If the chain has no classified error, a
+// cancelled context counts as Cancelled, an expired one as TimedOut, and any other error as Internal.
 func Of(err error) Kind {
 	var e *Error
 	switch {
@@ -190,7 +186,7 @@ func Of(err error) Kind {
 	return Internal
 }
 
-// Hint returns the first non-empty hint in err's chain, outermost first.
+// Hint returns the first non-empty hint in err's chain. It begins with the outermost error.
 func Hint(err error) string {
 	for err != nil {
 		var e *Error
@@ -205,13 +201,12 @@ func Hint(err error) string {
 	return ""
 }
 
-// NoSpace reports whether err says that a disk, or the caller's share of it, is full.
+// NoSpace reports whether err says that a disk is full, or that the caller's quota is used up.
 func NoSpace(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// Disk gives an error of a full disk its kind and the hint; any other error,
-// nil among them, stays as it is.
+// Disk adds the kind DiskFull and the hint to the error of a full disk. Any other error, and nil, stays as it is.
 func Disk(err error, hint string) error {
 	if !NoSpace(err) {
 		return err
@@ -219,10 +214,10 @@ func Disk(err error, hint string) error {
 	return Wrap(DiskFull, err, hint)
 }
 
-// CacheDisk is Disk for what is written to the cache folder.
+// CacheDisk works as Disk does, for files in the cache folder.
 func CacheDisk(err error) error { return Disk(err, "free space, or set another cache folder") }
 
-// TempDisk is Disk for what is written to the folder for temporary files.
+// TempDisk works as Disk does, for files in the folder for temporary files.
 func TempDisk(err error) error {
 	return Disk(err, "free space in the folder for temporary files, or name another one with TMPDIR")
 }

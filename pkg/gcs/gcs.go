@@ -1,6 +1,6 @@
-// Package gcs is what readers and writers of Google Cloud Storage share: a
-// bucket with the folder in it that is used, and what the library's errors mean.
-// It opens no client: readers ask without credentials first, writers with them.
+// Package gcs holds the code that readers and writers of Google Cloud Storage share: a handle for a bucket or a folder
+// in it, and the meaning of the library's errors. The package opens no client, because readers connect without
+// credentials first, and writers with them.
 package gcs
 
 import (
@@ -16,14 +16,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bucket is a folder of a bucket, or all of it.
+// Bucket is a folder in a bucket, or a whole bucket.
 type Bucket struct {
 	*storage.BucketHandle
 	client *storage.Client
 	prefix string // "" or ending in a slash
 }
 
-// New names a folder of a bucket; "" means all of it. Close closes the client.
+// New returns a handle for a folder of a bucket; folder "" means the whole bucket. Close closes the client.
 func New(client *storage.Client, name, folder string) Bucket {
 	b := Bucket{client.Bucket(name), client, strings.Trim(folder, "/")}
 	if b.prefix != "" {
@@ -32,18 +32,18 @@ func New(client *storage.Client, name, folder string) Bucket {
 	return b
 }
 
-// Path is an object's name in the bucket; Trim is the way back.
+// Path returns the name in the bucket of an object that has the given name in the folder. Trim does the reverse.
 func (b Bucket) Path(name string) string { return b.prefix + name }
 
-// Trim is an object's name in the folder.
+// Trim returns the name in the folder of an object that has the given path in the bucket.
 func (b Bucket) Trim(path string) string { return strings.TrimPrefix(path, b.prefix) }
 
-// Object is an object of the folder.
+// Object returns a handle for an object in the folder.
 func (b Bucket) Object(name string) *storage.ObjectHandle {
 	return b.BucketHandle.Object(b.Path(name))
 }
 
-// URL is an object's gs:// address.
+// URL returns an object's gs:// address.
 func (b Bucket) URL(name string) string {
 	return "gs://" + path.Join(b.BucketName(), b.prefix, name)
 }
@@ -51,7 +51,7 @@ func (b Bucket) URL(name string) string {
 // Close closes the client.
 func (b Bucket) Close() error { return b.client.Close() }
 
-// Status is the HTTP status behind an error; 0 where there is none.
+// Status returns the HTTP status in an error's chain; 0 means that there is none.
 func Status(err error) int {
 	var answer *googleapi.Error
 	if errors.As(err, &answer) {
@@ -60,13 +60,12 @@ func Status(err error) int {
 	return 0
 }
 
-// Refused reports whether a status is an answer that asking again does not
-// change.
+// Refused reports whether a status is final, so that a repeated request would get the same answer.
 func Refused(status int) bool {
 	return status != 0 && status < 500 && status != http.StatusTooManyRequests && status != http.StatusRequestTimeout
 }
 
-// TransientError is the error of a service that may work later.
+// TransientError wraps an error of the service that a later call may not meet.
 func TransientError(err error) error {
 	return fault.Wrap(fault.Transient, fmt.Errorf("ask Google Cloud Storage: %w", err),
 		"check the network, then try again")

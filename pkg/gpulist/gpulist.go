@@ -1,10 +1,8 @@
-// Package gpulist says which GPUs a driver release supports, and which of its
-// two kinds of kernel modules serves a given GPU. It reads NVIDIA's own
-// supported-gpus.json where a release is built, and the short form of it, a
-// signed statement, where a node chooses.
+// Package gpulist tells which GPUs a driver release supports, and which flavour of its kernel modules drives a given
+// GPU. The builder reads NVIDIA's supported-gpus.json. A node reads a short form of that file, from a signed statement.
 //
-// It refuses to guess about products: a GPU that a list leaves out is judged by
-// its architecture, as if there were no list.
+// The package makes no guess about products. If a list does not name a GPU, its architecture decides, as if there were
+// no list.
 package gpulist
 
 import (
@@ -20,13 +18,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// PredicateType is that of the statement with a [List] about an artifact.
+// PredicateType is the predicate type of the statement that carries the [List] of an artifact.
 const PredicateType = "https://prebake.dev/supported-gpus/v1"
 
-// File is where a runfile has NVIDIA's list, below its top folder.
+// File is the path of NVIDIA's list below a runfile's top folder.
 const File = "supported-gpus/supported-gpus.json"
 
-// Bounds of what is read: a list of 2026 has some 1,300 products in 400 KB.
+// Bounds of the input. A list of 2026 has some 1,300 products in 400 KB.
 const (
 	MaxFile     = 8 << 20
 	maxChips    = 20_000
@@ -34,34 +32,33 @@ const (
 	maxText     = 160
 )
 
-// kernelOpen is NVIDIA's term for: the open modules drive this product.
+// kernelOpen is NVIDIA's name of the feature "the open modules drive this product".
 const kernelOpen = "kernelopen"
 
 // Chip is one product.
 type Chip struct {
-	// Device is the PCI device id, such as 0x1eb8; SubVendor and SubDevice are
-	// those of the board where only certain boards are meant.
+	// Device is the PCI device id, such as 0x1eb8. SubVendor and SubDevice are the subsystem ids of the board; they are
+	// set only where the entry is for certain boards.
 	Device    string `json:"device"`
 	SubVendor string `json:"subVendor,omitempty"`
 	SubDevice string `json:"subDevice,omitempty"`
-	// Name is NVIDIA's; short lists leave it out.
+	// Name is NVIDIA's name of the product; short lists leave it out.
 	Name string `json:"name,omitempty"`
-	// Features are NVIDIA's words; short lists keep kernelopen alone.
+	// Features are NVIDIA's names of features; short lists keep only kernelopen.
 	Features []string `json:"features,omitempty"`
-	// Legacy names the older branch that this product needs instead, such as
-	// 470.xx; "" means none.
+	// Legacy is the older branch that this product needs instead, such as 470.xx; "" means that it needs none.
 	Legacy string `json:"legacy,omitempty"`
 }
 
-// Open reports whether the list says that the open modules drive it.
+// Open reports whether the list says that the open modules drive the product.
 func (c Chip) Open() bool { return slices.Contains(c.Features, kernelOpen) }
 
-// List is what one driver release supports.
+// List holds the products that one driver release supports.
 type List struct {
 	Version string `json:"version"`
 	Chips   []Chip `json:"gpus"`
-	// LeftOut says of NVIDIA's entries that could not be understood why, for the
-	// first twenty; only [ParseFile] fills it in.
+	// LeftOut gives the reasons why entries of NVIDIA's file could not be read, for the first twenty of them. Only
+	// [ParseFile] sets it.
 	LeftOut []string `json:"-"`
 }
 
@@ -73,8 +70,8 @@ var (
 	legacyPattern = regexp.MustCompile(`^[0-9]{1,4}(\.[0-9x]{1,4}){0,3}$`)
 )
 
-// ParseFile reads NVIDIA's supported-gpus.json. Fields that are newer than
-// this program are passed over.
+// ParseFile reads NVIDIA's supported-gpus.json. It ignores fields that it does not know, because the file may be newer
+// than this program.
 func ParseFile(version string, text []byte) (*List, error) {
 	l, err := parseFile(version, text)
 	if err != nil {
@@ -99,7 +96,7 @@ func parseFile(version string, text []byte) (*List, error) {
 	}
 	l := &List{Version: version}
 	for i, raw := range file.Chips {
-		// One odd entry says nothing about the others.
+		// An entry that cannot be read says nothing about the others, so ParseFile skips it.
 		c, err := parseChip(raw)
 		if err == nil {
 			l.Chips = append(l.Chips, c)
@@ -127,7 +124,7 @@ func parseChip(raw []byte) (Chip, error) {
 	return chip, chip.settle()
 }
 
-// ParsePredicate reads the predicate of a statement whose signature holds.
+// ParsePredicate reads the predicate of a statement. The caller has verified its signature.
 func ParsePredicate(text []byte) (*List, error) {
 	l := &List{}
 	err := json.Unmarshal(text, l)
@@ -140,7 +137,7 @@ func ParsePredicate(text []byte) (*List, error) {
 	return l, nil
 }
 
-// settle checks every field and puts the list into its one order.
+// settle checks every field and sorts the list, so that a list has one form only.
 func (l *List) settle() error {
 	if !target.ValidVersion(l.Version) {
 		return fmt.Errorf("%.60q is not a driver version", l.Version)
@@ -157,7 +154,7 @@ func (l *List) settle() error {
 	return nil
 }
 
-// settle checks every field, and puts the ids into their one form.
+// settle checks every field and writes the ids in lower case, so that an id has one form only.
 func (c *Chip) settle() error {
 	for _, id := range []*string{&c.Device, &c.SubVendor, &c.SubDevice} {
 		if *id == "" && id != &c.Device {
@@ -188,8 +185,8 @@ func (c Chip) compare(d Chip) int {
 		strings.Compare(c.SubDevice, d.SubDevice), strings.Compare(c.Name, d.Name))
 }
 
-// Short returns what a node needs to choose: ids, whether the open modules
-// drive it, the legacy branch. Boards that differ in nothing else are one.
+// Short returns only the facts by which a node chooses: ids, whether the open modules drive the product, and the legacy
+// branch. If the boards of a device agree in these facts, Short writes one entry for all of them.
 func (l *List) Short() *List {
 	short := &List{Version: l.Version}
 	rest := l.Chips
@@ -221,11 +218,11 @@ func shorten(c Chip, open bool) Chip {
 	return c
 }
 
-// GPU is one device of a node, by its PCI ids.
+// GPU is one GPU of a node, described by its PCI ids.
 type GPU struct {
-	// Address is where it is; for messages only.
+	// Address is the PCI address; only messages use it.
 	Address string
-	// Device is such as 0x1eb8; SubVendor and SubDevice may be "".
+	// Device is the PCI device id, such as 0x1eb8. SubVendor and SubDevice may be "".
 	Device, SubVendor, SubDevice string
 }
 
@@ -238,7 +235,7 @@ func (g GPU) String() string {
 	return g.Address + " (" + id + ")"
 }
 
-// find returns the entry for a GPU: the one of its board, else the device's.
+// find returns the entry for a GPU's board. If there is none, it returns the entry for the GPU's device.
 func (l *List) find(g GPU) (Chip, bool) {
 	if l == nil {
 		return Chip{}, false
@@ -259,12 +256,11 @@ func (l *List) find(g GPU) (Chip, bool) {
 	return *found, true
 }
 
-// tellsOpen reports whether the list mentions the open modules at all.
+// tellsOpen reports whether any entry of the list has the feature kernelopen.
 func (l *List) tellsOpen() bool { return l != nil && slices.ContainsFunc(l.Chips, Chip.Open) }
 
-// firstTuring is the lowest PCI device id of a GPU with a GSP (TU102, 0x1e02
-// and up), which the open modules need. NVIDIA gives ids out upwards: Volta,
-// the generation before, ends at 0x1df6.
+// firstTuring is a bound below the PCI device ids of all GPUs with a GSP (TU102, 0x1e02 and up). The open modules need
+// a GSP. NVIDIA assigns ids in ascending order: Volta, the generation before Turing, ends at 0x1df6.
 const firstTuring = 0x1e00
 
 func turing(device string) bool {
@@ -272,9 +268,8 @@ func turing(device string) bool {
 	return err == nil && id >= firstTuring
 }
 
-// Serves reports whether modules of this flavour drive a GPU; if not, why
-// says so. A nil list, and one that is silent about the GPU, leaves it to the
-// GPU's architecture: the open modules need Turing or newer.
+// Serves reports whether modules of this flavour drive a GPU; if not, why gives the reason. If the list is nil or does
+// not name the GPU, its architecture decides: the open modules need Turing or newer.
 func (l *List) Serves(g GPU, f target.Flavour) (ok bool, why string) {
 	c, listed := l.find(g)
 	switch {
@@ -290,9 +285,9 @@ func (l *List) Serves(g GPU, f target.Flavour) (ok bool, why string) {
 	return true, ""
 }
 
-// Drives reports whether modules of this flavour drive any product that COS
-// calls by this gpu_type in gpu_driver_versions, such as NVIDIA_TESLA_P100. A
-// product's name has to hold the type's words, one behind the other.
+// Drives reports whether modules of this flavour drive any product that belongs to a gpu_type of COS's
+// gpu_driver_versions, such as NVIDIA_TESLA_P100. A product belongs to it if its name contains the words of the type,
+// in the same order and with no word between them.
 func (l *List) Drives(gpuType string, f target.Flavour) bool {
 	words := strings.FieldsFunc(strings.ToUpper(gpuType), func(r rune) bool { return r == '_' })
 	words = slices.DeleteFunc(words, func(w string) bool { return w == "NVIDIA" || w == "TESLA" })
@@ -311,16 +306,15 @@ func (l *List) Drives(gpuType string, f target.Flavour) bool {
 	})
 }
 
-// Offer is one flavour that could be had, with what is known about it.
+// Offer is one available flavour, with the list of GPUs that it supports.
 type Offer struct {
 	Flavour target.Flavour
-	// List is nil where nothing signed says what the artifact supports.
+	// List is nil if no signed statement lists the GPUs that the artifact supports.
 	List *List
 }
 
-// Choose returns the index of the offer that a node with these GPUs should
-// take: the open modules before the proprietary ones, as COS itself has it,
-// as long as they drive every GPU. A node without GPUs is served by any.
+// Choose returns the index of the offer that a node with these GPUs should take. Like COS itself, it prefers the open
+// modules to the proprietary ones, if they drive every GPU. A node without GPUs can take any offer.
 func Choose(gpus []GPU, offers []Offer) (int, error) {
 	var whys []string
 	for _, f := range []target.Flavour{target.Open, target.Proprietary} {

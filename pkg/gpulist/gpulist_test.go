@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The form is that of NVIDIA's file; the products are real, the boards made up.
+// The text has the form of NVIDIA's file. The products are real, and the boards are invented.
 const file = `{
   "chips": [
     {"devid": "0x1EB8", "name": "Tesla T4", "features": ["runtimepm", "vdpaufeaturesetJ", "kernelopen"]},
@@ -36,7 +36,7 @@ func parse(t testing.TB, text string) *gpulist.List {
 	return l
 }
 
-// short sends a list the way it takes: into a statement and out of it.
+// short writes the short form of a list as a statement does, and reads it again.
 func short(t testing.TB, l *gpulist.List) *gpulist.List {
 	t.Helper()
 	raw, err := json.Marshal(l.Short())
@@ -123,7 +123,7 @@ func TestChoose(t *testing.T) {
 		gpus   []gpulist.GPU
 		offers []gpulist.Offer
 		want   int
-		kind   fault.Kind // Internal: no error
+		kind   fault.Kind // Internal means no error
 		text   string
 	}{
 		{"Turing takes open", gpus("0x1eb8"), []gpulist.Offer{closed, open}, 1, fault.Internal, ""},
@@ -176,7 +176,8 @@ func TestDrives(t *testing.T) {
 	}
 }
 
-// One odd entry says nothing about the others: the list is advice.
+// TestParseLeavesOut checks that one unreadable entry does not spoil the others. The list is only advice, so the rest
+// of it stays useful.
 func TestParseLeavesOut(t *testing.T) {
 	t.Parallel()
 	odd := strings.Replace(file, `"chips": [`,
@@ -230,7 +231,7 @@ func FuzzParseFile(f *testing.F) {
 			}
 			return
 		}
-		// The short form says the same about every product, and is its own.
+		// The short form gives the same answer for every product. The short form of a short form is that form itself.
 		s := short(t, l)
 		if diff := cmp.Diff(s, short(t, s)); diff != "" {
 			t.Errorf("short form of the short form (-want +got):\n%s", diff)

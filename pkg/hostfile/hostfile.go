@@ -1,6 +1,5 @@
-// Package hostfile copies and sums files by their paths. It refuses to write over
-// a file that is there. Paths that somebody else chose are no business of it:
-// they are opened with an os.Root, and what is open goes through Fill.
+// Package hostfile copies files and computes their checksums, by path. It refuses to overwrite an existing file. It is
+// not for paths that somebody else chose: open those through an os.Root, and pass the open files to Fill.
 package hostfile
 
 import (
@@ -12,8 +11,8 @@ import (
 	"os"
 )
 
-// Copy copies a file to a new one, which is executable if the first is: mode
-// 0755 or 0644. What stays after an error is the caller's to remove.
+// Copy copies a file to a new file. The mode is 0755 if the source is executable, else 0644. After an error, the caller
+// removes the incomplete file.
 func Copy(to, from string) error {
 	in, err := os.Open(from)
 	if err != nil {
@@ -35,8 +34,7 @@ func Copy(to, from string) error {
 	return Fill(out, in)
 }
 
-// CopySum copies a file to a new one of mode 0644, and returns the SHA-256 of
-// what it copied, in hex.
+// CopySum copies a file to a new file of mode 0644. It returns the SHA-256 of the copied bytes, in hex.
 func CopySum(to, from string) (sum string, err error) {
 	in, err := os.Open(from)
 	if err != nil {

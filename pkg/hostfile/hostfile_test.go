@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-const sum = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824" // of hello
+const sum = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824" // SHA-256 of "hello"
 
 func TestCopy(t *testing.T) {
 	t.Parallel()
@@ -61,7 +61,7 @@ func TestCopy(t *testing.T) {
 	}
 }
 
-// A copy that failed half way is an error, and has no sum.
+// TestCopyFails checks that an incomplete copy returns an error and no checksum.
 func TestCopyFails(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

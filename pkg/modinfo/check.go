@@ -12,31 +12,30 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Rules is the kernel that modules are checked against.
+// Rules describe the kernel that modules are checked against.
 type Rules struct {
-	// Release is `uname -r`; "" skips this check.
+	// Release is what `uname -r` prints; "" skips this check.
 	Release string
-	// Vermagic is the whole string that the kernel wants; "" skips this check.
+	// Vermagic is the whole string that the kernel expects; "" skips this check.
 	Vermagic string
 	// Symvers is the kernel's Module.symvers.
 	Symvers Symvers
-	// ModVersions says that the kernel compares checksums.
+	// ModVersions is true if the kernel compares checksums of symbols (CONFIG_MODVERSIONS).
 	ModVersions bool
-	// Machine is the kernel's processor; EM_NONE skips this check.
+	// Machine is the kernel's processor architecture; EM_NONE skips this check.
 	Machine elf.Machine
-	// Salt is the kernel's CONFIG_BUILD_SALT, which may be empty; nil skips this check.
+	// Salt is the kernel's CONFIG_BUILD_SALT, which may be empty. Nil skips this check.
 	Salt *string
-	// StructSize is sizeof(struct module) of the kernel; 0 skips this check.
+	// StructSize is sizeof(struct module) in the kernel, in bytes; 0 skips this check.
 	StructSize uint64
-	// MadeFor is the ABI fingerprint that every module has to be stamped with;
-	// "" skips this check.
+	// MadeFor is the ABI fingerprint that the builder must have stamped into every module; "" skips this check.
 	MadeFor string
 }
 
-// Problem is one reason for the kernel to refuse a module, or to crash with it.
+// Problem is one reason why the kernel would refuse a module, or crash with it.
 type Problem struct {
 	Module string
-	// Symbol is the symbol that the problem is about; may be empty.
+	// Symbol is the symbol that the problem is about. It may be empty.
 	Symbol string
 	Text   string
 	Remedy string
@@ -57,11 +56,11 @@ const (
 	remedyLicense = "choose the open flavour, or a driver release that supports this kernel"
 )
 
-// maxProblems bounds what Check reports for each module.
+// maxProblems is the greatest number of problems that Check reports for each module.
 const maxProblems = 8
 
-// Check reports every reason why the kernel of these rules would refuse the
-// modules, loaded as one set; fault.CheckFailed holds them all, as [Problem]s.
+// Check reports every reason why this kernel would refuse the modules if they were loaded together. The error is
+// fault.CheckFailed and wraps a [Problem] for each reason.
 func Check(mods []*Module, rules Rules) error {
 	c := checker{rules: rules, set: map[string]*Module{}, exporter: map[string]*Module{}, own: rules.Symvers.modules()}
 	var errs []error
@@ -107,8 +106,8 @@ func Check(mods []*Module, rules Rules) error {
 type checker struct {
 	rules    Rules
 	set      map[string]*Module
-	exporter map[string]*Module // by symbol
-	own      map[string]bool    // the kernel's own modules that export symbols
+	exporter map[string]*Module // from a symbol to the module in the set that exports it
+	own      map[string]bool    // names of the kernel's own modules that export symbols
 	problems []*Problem
 }
 
@@ -136,7 +135,7 @@ func (c *checker) module(m *Module) {
 	for _, s := range m.Imports {
 		c.symbol(m, s, needs)
 	}
-	// module_layout and other names without a symbol entry of their own.
+	// CRCs also has names that are not imported symbols, such as module_layout.
 	if c.rules.ModVersions {
 		for _, name := range slices.Sorted(maps.Keys(m.CRCs)) {
 			if _, imported := slices.BinarySearchFunc(m.Imports, name,
@@ -150,9 +149,8 @@ func (c *checker) module(m *Module) {
 	}
 }
 
-// origin holds what a module tells about the kernel tree that it was made from
-// against the kernel. Where releases repeat and the kernel compares no
-// checksums, nothing else tells siblings apart.
+// origin compares the kernel tree that a module was built with to the kernel. If two sibling kernels have the same
+// release and the kernel compares no checksums, only these facts distinguish them.
 func (c *checker) origin(m *Module) {
 	if c.rules.Machine != elf.EM_NONE && m.Machine != c.rules.Machine {
 		c.add(m, "", remedyKernel, "made for processor %v; this kernel's is %v", m.Machine, c.rules.Machine)
@@ -173,7 +171,7 @@ func (c *checker) origin(m *Module) {
 }
 
 func (c *checker) symbol(m *Module, s Symbol, needs map[string]bool) {
-	// The kernel's loader skips this name of the x86 and Arm assemblers.
+	// The kernel's loader skips this symbol, which the x86 and Arm assemblers add.
 	if s.Name == "_GLOBAL_OFFSET_TABLE_" {
 		return
 	}
@@ -218,7 +216,7 @@ func (c *checker) crc(m *Module, symbol string, want uint32, whose string) {
 	}
 }
 
-// gplCompatible is the kernel's own list (include/linux/license.h).
+// gplCompatible has the same list as the kernel (include/linux/license.h).
 func gplCompatible(license string) bool {
 	switch license {
 	case "GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL":
@@ -227,8 +225,8 @@ func gplCompatible(license string) bool {
 	return false
 }
 
-// Order returns the modules so that each comes after those of the set that
-// it depends on, and otherwise by name.
+// Order sorts the modules. Each module comes after the modules of the set that it depends on. Otherwise the order is
+// by name.
 func Order(mods []*Module) ([]*Module, error) {
 	waiting := map[string]*Module{}
 	for _, m := range mods {
@@ -248,7 +246,8 @@ func Order(mods []*Module) ([]*Module, error) {
 				&Problem{Module: names[0], Text: "depends on itself through " + strings.Join(names, ", "), Remedy: remedySet},
 				remedySet)
 		}
-		// One at a time, so that the order is the same however the set grows.
+		// Only one module is taken in each round, so that more modules in the set do not change the order of the
+		// others.
 		next := slices.Min(ready)
 		ordered = append(ordered, waiting[next])
 		delete(waiting, next)

@@ -22,7 +22,7 @@ func TestCheck(t *testing.T) {
 	rows := []struct {
 		name string
 		edit func(a, b *sample, r *modinfo.Rules)
-		want string // "" is no error
+		want string // "" means no error
 	}{
 		{"fits", func(a, b *sample, r *modinfo.Rules) {}, ""},
 		{"another release", func(a, b *sample, r *modinfo.Rules) { r.Release = "6.1.0-47-cloud-amd64" },
@@ -137,11 +137,11 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// TestRealModules holds real modules against a real kernel:
+// TestRealModules checks real modules against a real kernel. These variables configure it:
 //
 //	PREBAKE_MODULES          folder with *.ko and the kernel's Module.symvers
-//	PREBAKE_MODULES_RELEASE  its release; optional
-//	PREBAKE_MODULES_WANT     part of the error that it should give; optional
+//	PREBAKE_MODULES_RELEASE  the kernel's release; optional
+//	PREBAKE_MODULES_WANT     part of the expected error; optional
 func TestRealModules(t *testing.T) {
 	dir := os.Getenv("PREBAKE_MODULES")
 	if dir == "" {

@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// sample is a small module that the tests write as an ELF file themselves.
+// sample is a small module that the tests write as an ELF file.
 type sample struct {
 	info     []string // .modinfo entries
 	versions map[string]uint32
@@ -19,17 +19,17 @@ type sample struct {
 	imports  []string
 	weak     []string
 	exports  map[string]uint32 // with their checksums; in __kcrctab
-	absolute map[string]uint32 // likewise, as absolute symbols of older kernels
+	absolute map[string]uint32 // with checksums as absolute symbols, as older kernels have them
 	this     string            // name in .gnu.linkonce.this_module
 	noTable  bool              // without a symbol table
 	note     string            // the section of the build id
 	linux    string            // the section of the kernel's own notes
-	stamp    string            // the section of the builder's stamp
+	stamp    string            // section of the builder's stamp
 
-	cutVersions int // bytes missing at the end of __versions
+	cutVersions int // number of bytes that are missing at the end of __versions
 }
 
-// good is a module nvidia that exports one symbol.
+// good returns a module nvidia that exports one symbol.
 func good() sample {
 	return sample{
 		info: []string{"version=535.261.03", "license=NVIDIA", "depends=", "retpoline=Y", "name=nvidia",
@@ -41,7 +41,7 @@ func good() sample {
 	}
 }
 
-// sibling is a module nvidia-uvm that needs good's symbol.
+// sibling returns a module nvidia-uvm that needs good's symbol.
 func sibling() sample {
 	return sample{
 		info: []string{"license=Dual MIT/GPL", "depends=nvidia", "name=nvidia_uvm",
@@ -58,7 +58,7 @@ const symversText = "0x00000001\t_printk\tvmlinux\tEXPORT_SYMBOL\t\n" +
 	"0x00000005\tdrm_open\tdrivers/gpu/drm/drm\tEXPORT_SYMBOL\t\n" +
 	"0x00000006\tdma_buf_get\tvmlinux\tEXPORT_SYMBOL_GPL\tDMA_BUF\n"
 
-// bytes writes the module as a relocatable ELF64 file.
+// bytes returns the module as a relocatable ELF64 file.
 func (s sample) bytes() []byte {
 	le := binary.LittleEndian
 	type sect struct {
@@ -172,7 +172,7 @@ func (s sample) bytes() []byte {
 	return out.Bytes()
 }
 
-// signed appends a signature of these bytes as sign-file does.
+// signed appends a signature in the format that the kernel's sign-file writes.
 func signed(module []byte, signature string) []byte {
 	out := append(bytes.Clone(module), signature...)
 	out = append(out, 0, 0, 2, 0, 0, 0, 0, 0)

@@ -1,7 +1,6 @@
-// Package modinfo reads the facts of a compiled kernel module (.ko) and of a
-// kernel's Module.symvers, and compares the two: would this
-// kernel load these modules? It refuses to load, to change or to trust
-// anything: the files may be hostile, and every size in them is bounded.
+// Package modinfo reads the facts of a compiled kernel module (.ko) and of a kernel's Module.symvers. It checks
+// whether the kernel would load the modules. It does not load or change a module, and it trusts no file: every size in
+// a file is bounded, because the file may be hostile.
 package modinfo
 
 import (
@@ -18,50 +17,46 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Module is what a .ko file says about itself.
+// Module has the facts in a .ko file.
 type Module struct {
-	// Name is the name that /proc/modules shows: with underscores, without .ko.
+	// Name is the name in /proc/modules: with underscores and without .ko.
 	Name string
-	// Version is MODULE_VERSION, such as 535.261.03; may be empty.
+	// Version is MODULE_VERSION, such as 535.261.03. It may be empty.
 	Version string
-	// SrcVersion is a checksum over the sources, where the kernel wants one.
+	// SrcVersion is a checksum over the sources. It is empty if the kernel build did not add one.
 	SrcVersion string
-	// Vermagic is the kernel release and the options that decide over loading,
-	// without the blank at its end.
+	// Vermagic has the kernel release and the options that the kernel compares at load, without the blank at its end.
 	Vermagic string
 	License  string
-	// Depends are the modules that have to be loaded before, as depmod writes
-	// them; see [Canonical].
+	// Depends are the modules that must be loaded before, as modpost writes their names; see [Canonical].
 	Depends []string
-	// Firmware are the names that the module may ask for.
+	// Firmware has the names of firmware files that the module may request.
 	Firmware []string
 	// Namespaces are the symbol namespaces that the module imports.
 	Namespaces []string
 	// Imports are the undefined symbols, sorted.
 	Imports []Symbol
-	// Exports are the symbols that the module offers, sorted.
+	// Exports are the symbols that the module exports, sorted.
 	Exports []string
-	// ExportCRCs are the checksums of Exports, where the kernel has MODVERSIONS.
+	// ExportCRCs are the checksums of Exports. It is empty without MODVERSIONS.
 	ExportCRCs map[string]uint32
-	// CRCs are the checksums that the module wants its imports to have; empty
-	// without MODVERSIONS.
+	// CRCs are the checksums that the module expects of its imports. It is empty without MODVERSIONS.
 	CRCs map[string]uint32
-	// BuildID is the linker's name for these very bytes; empty without one.
+	// BuildID is the build ID that the linker made from the module's content. It may be empty.
 	BuildID string
-	// Salt is CONFIG_BUILD_SALT of the kernel that the module was made for;
-	// empty where that is empty.
+	// Salt is CONFIG_BUILD_SALT of the kernel that the module was built for. It may be empty.
 	Salt string
-	// MadeFor is the ABI fingerprint that the builder stamped into the module
-	// (see [StampSection]); empty without a stamp.
+	// MadeFor is the ABI fingerprint that the builder stamped into the module (see [StampSection]). It is empty
+	// without a stamp.
 	MadeFor string
-	// StructSize is sizeof(struct module) of the kernel that the module was made
-	// for; Linux compares it from 6.4 on.
+	// StructSize is sizeof(struct module), in bytes, in the kernel that the module was built for. Linux compares it
+	// since 6.4.
 	StructSize uint64
-	// Machine is the processor that the module is for.
+	// Machine is the module's processor architecture.
 	Machine elf.Machine
-	// Signed says that a signature is appended; whether it holds is not said.
+	// Signed is true if a signature is appended. The signature is not verified.
 	Signed bool
-	// Size is the length of the module without that signature.
+	// Size is the length of the module in bytes, without that signature.
 	Size int64
 }
 
@@ -71,11 +66,11 @@ type Symbol struct {
 	Weak bool
 }
 
-// Canonical returns a module's name as the kernel compares it: - is _.
+// Canonical returns a module's name in the form that the kernel compares: with _ for each -.
 func Canonical(name string) string { return strings.ReplaceAll(name, "-", "_") }
 
-// Bounds. The largest real module, nvidia.ko of the open flavour, is 250 MB as
-// built, has 100,000 symbols, and none of its tables reaches a tenth of these.
+// Bounds on a module file. The largest real module, nvidia.ko of the open flavour, has 250 MB as built and 100,000
+// symbols. Each of its tables has less than a tenth of these bounds.
 const (
 	maxFile    = 2 << 30
 	maxSection = 64 << 20
@@ -83,7 +78,7 @@ const (
 	maxModinfo = 1 << 20
 )
 
-// Read reads a module's facts.
+// Read reads the facts of a module file of this size.
 func Read(r io.ReaderAt, size int64) (*Module, error) {
 	m, err := read(r, size)
 	if err != nil {
@@ -182,7 +177,7 @@ func (m *Module) readInfo(f *elf.File) error {
 	case m.Vermagic == "":
 		return errors.New("no vermagic")
 	}
-	// Callers put these into file names, labels and terminals.
+	// Callers use these texts in file names and labels, and print them to terminals.
 	for _, name := range append([]string{m.Name}, m.Depends...) {
 		if !namePattern.MatchString(name) {
 			return fmt.Errorf("module name %q: want letters, digits, _ and -", name)
@@ -201,7 +196,7 @@ var (
 	textPattern = regexp.MustCompile(`^[ -~]{0,256}$`)
 )
 
-// parseInfo reads key=value strings, each ended by zero bytes.
+// parseInfo parses key=value strings, which are separated by zero bytes.
 func parseInfo(data []byte) map[string][]string {
 	info := map[string][]string{}
 	for entry := range bytes.SplitSeq(data, []byte{0}) {
@@ -219,8 +214,8 @@ func first(values []string) string {
 	return values[0]
 }
 
-// structName reads the name out of struct module, for modules without name=
-// (before Linux 4.13): it comes after the state (an int, padded) and a list head.
+// structName reads the name in struct module, for modules without name= (before Linux 4.13). The name comes after the
+// state (an int with padding) and a list head.
 func structName(f *elf.File) (string, error) {
 	const offset, length = 24, 56
 	data, err := section(f, ".gnu.linkonce.this_module", maxModinfo)
@@ -231,9 +226,8 @@ func structName(f *elf.File) (string, error) {
 	return Canonical(string(name)), nil
 }
 
-// readVersions reads __versions: records of 64 bytes, a checksum in the first
-// eight and a name in the others; or, from Linux 6.14 on, the two sections that
-// lift the bound on the name's length.
+// readVersions reads __versions. Its records have 64 bytes: a checksum in the first eight, and a name in the others.
+// From Linux 6.14 on it reads two other sections, in which a name may be longer.
 func (m *Module) readVersions(f *elf.File) error {
 	const record, nameAt = 64, 8
 	m.CRCs = map[string]uint32{}
@@ -326,12 +320,11 @@ func (m *Module) readSymbols(f *elf.File) error {
 	return nil
 }
 
-// SignatureMagic ends a signed module. Before it stand twelve bytes whose third
-// is the kind of signature (2 is PKCS #7) and whose last four its length.
+// SignatureMagic is the end of a signed module. Before it are twelve bytes. The third of them is the kind of signature
+// (2 is PKCS #7), and the last four are the signature's length.
 const SignatureMagic = "~Module signature appended~\n"
 
-// signatureSize returns how many bytes the appended signature takes with its
-// trailer, or 0 if there is none.
+// signatureSize returns the number of bytes of the appended signature with its trailer, or 0 if there is none.
 func signatureSize(r io.ReaderAt, size int64) (int64, error) {
 	const info = 12
 	trailer := make([]byte, info+len(SignatureMagic))

@@ -83,7 +83,7 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// change returns the good module's bytes with one thing different.
+// change returns the bytes of the good module after one edit.
 func change(edit func(*sample)) []byte {
 	s := good()
 	edit(&s)
@@ -176,7 +176,7 @@ func FuzzRead(f *testing.F) {
 		if m.Name == "" || m.Vermagic == "" || m.Size > int64(len(data)) || strings.Contains(m.Name, "-") {
 			t.Errorf("Read accepted %+v", m)
 		}
-		// Whatever it is, holding it against a kernel must end.
+		// Check must end for every module that Read accepts.
 		_ = modinfo.Check([]*modinfo.Module{m}, modinfo.Rules{Release: "6.1", ModVersions: true})
 	})
 }
@@ -223,7 +223,7 @@ func FuzzReadSymvers(f *testing.F) {
 	})
 }
 
-// The .modinfo section alone, inside a module that is otherwise sound.
+// FuzzModinfoSection varies only the .modinfo section of a module that is otherwise valid.
 func FuzzModinfoSection(f *testing.F) {
 	f.Add("name=nvidia\x00vermagic=6.1 SMP\x00depends=a,b")
 	f.Add("name=\x00=x\x00\x00vermagic")

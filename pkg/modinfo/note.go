@@ -8,13 +8,12 @@ import (
 	"fmt"
 )
 
-// BuildIDNote is the section that holds a build id, and the file below a loaded
-// module's notes folder in /sys that shows it.
+// BuildIDNote is the section that has the build ID. A loaded module has a file with this name in its notes folder in
+// /sys.
 const BuildIDNote = ".note.gnu.build-id"
 
-// StampSection is the section that holds the builder's stamp: one note of owner
-// [StampOwner] and type [StampType] whose content is the ABI fingerprint of the
-// kernel that the module was made for. A loaded module shows it in
+// The builder's stamp is one note in the section StampSection, with owner [StampOwner] and type [StampType]. The
+// note's content is the ABI fingerprint of the kernel that the module was built for. A loaded module shows the note in
 // /sys/module/<name>/notes/<StampSection>.
 const (
 	StampSection = ".note.prebake"
@@ -22,19 +21,19 @@ const (
 	StampType    = 1
 )
 
-// The note by which modpost says CONFIG_BUILD_SALT (include/linux/build-salt.h).
+// The note in which modpost stores CONFIG_BUILD_SALT (include/linux/build-salt.h).
 const (
 	linuxNote  = ".note.Linux"
 	linuxOwner = "Linux"
 	saltType   = 0x100
 )
 
-// longest bounds a note's owner and content.
+// longest is the greatest length in bytes of a note's owner, and of its content.
 const longest = 256
 
-// Note returns the content of the first note of an owner and a type in a note
-// section: the lengths of owner and content, the type, the owner with its zero
-// byte, the content, both padded to four bytes. nil means none.
+// Note returns the content of the first note with this owner and type in a note section, or nil. A note has these
+// parts: the length of the owner, the length of the content, the type, the owner with a zero byte, and the content.
+// Owner and content are padded to four bytes.
 func Note(section []byte, owner string, kind uint32) []byte {
 	const head = 12
 	for len(section) >= head {
@@ -56,7 +55,7 @@ func Note(section []byte, owner string, kind uint32) []byte {
 	return nil
 }
 
-// AppendNote appends a note in the same form.
+// AppendNote appends a note in the format that [Note] reads.
 func AppendNote(section []byte, owner string, kind uint32, content []byte) []byte {
 	pad := func(b []byte) []byte { return append(b, make([]byte, -len(b)&3)...) }
 	section = binary.LittleEndian.AppendUint32(pad(section), uint32(len(owner)+1))
@@ -66,7 +65,7 @@ func AppendNote(section []byte, owner string, kind uint32, content []byte) []byt
 	return pad(append(section, content...))
 }
 
-// BuildID reads a build id out of its section; "" means any other note.
+// BuildID returns the build ID in the section [BuildIDNote]. It returns "" if the section has another note.
 func BuildID(note []byte) string {
 	const most, gnuBuildID = 64, 3
 	id := Note(note, "GNU", gnuBuildID)

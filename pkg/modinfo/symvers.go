@@ -12,22 +12,22 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Export is a symbol that a kernel or one of its modules offers.
+// Export is a symbol that a kernel or one of its modules exports.
 type Export struct {
-	// CRC is the checksum of the symbol's type; 0 without MODVERSIONS.
+	// CRC is the checksum of the symbol's type. It is 0 without MODVERSIONS.
 	CRC uint32
 	// Module is vmlinux, or the path of the module that has the symbol.
 	Module string
-	// GPL says that only modules with a compatible licence may use it.
+	// GPL is true if only modules with a compatible licence may use the symbol.
 	GPL bool
-	// Namespace has to be imported by who uses the symbol; mostly empty.
+	// Namespace is the namespace that a module must import to use the symbol. It is mostly empty.
 	Namespace string
 }
 
-// Symvers is a kernel's Module.symvers by symbol name.
+// Symvers is a kernel's Module.symvers, by symbol name.
 type Symvers map[string]Export
 
-// HasCRCs reports whether the kernel has MODVERSIONS: without, every checksum is 0.
+// HasCRCs reports whether the kernel has MODVERSIONS. Without it, every checksum is 0.
 func (s Symvers) HasCRCs() bool {
 	for _, e := range s {
 		if e.CRC != 0 {
@@ -37,7 +37,7 @@ func (s Symvers) HasCRCs() bool {
 	return false
 }
 
-// modules returns the names of the kernel's own modules that export anything.
+// modules returns the names of all modules in the list, and of vmlinux.
 func (s Symvers) modules() map[string]bool {
 	names := map[string]bool{}
 	for _, e := range s {
@@ -48,14 +48,14 @@ func (s Symvers) modules() map[string]bool {
 
 func (e Export) provider() string { return Canonical(path.Base(e.Module)) }
 
-// Bounds for Module.symvers; a distribution's kernel has 25,000 lines.
+// Bounds on Module.symvers. A distribution's kernel has 25,000 lines.
 const (
 	maxSymversLines = 1 << 20
 	maxSymversLine  = 4 << 10
 )
 
-// ReadSymvers reads Module.symvers: lines of checksum, symbol, module, kind of
-// export and, from Linux 5.4 on, namespace, with tabs between them.
+// ReadSymvers reads Module.symvers. A line has a checksum, a symbol, a module, a kind of export and, since Linux 5.4,
+// a namespace. The fields are separated by tabs.
 func ReadSymvers(r io.Reader) (Symvers, error) {
 	all := Symvers{}
 	lines := bufio.NewScanner(r)
@@ -110,7 +110,7 @@ func parseExport(line string) (string, Export, error) {
 	case "EXPORT_SYMBOL_GPL", "EXPORT_SYMBOL_GPL_FUTURE", "EXPORT_UNUSED_SYMBOL_GPL":
 		e.GPL = true
 	default:
-		// Linux 5.3 and older wrote the namespace elsewhere; nothing else is known.
+		// Linux 5.3 and older wrote the namespace in another place. No other kinds are known.
 		return "", Export{}, fmt.Errorf("kind of export %q: want EXPORT_SYMBOL or EXPORT_SYMBOL_GPL", kind)
 	}
 	if fields[1] == "" || fields[2] == "" {

@@ -12,61 +12,59 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// bucket is what Expand asks of a COS release bucket.
+// bucket is the part of a COS release bucket that Expand needs.
 type bucket interface {
-	// BuildIDs are newest first; one listing tells them all. BuildsOf costs a
-	// listing for each.
+	// BuildIDs returns the BUILD_IDs, newest first, from one listing of the bucket. BuildsOf needs one more listing for
+	// each BUILD_ID.
 	BuildIDs(ctx context.Context) ([]string, error)
 	BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, error)
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
 }
 
-// Cell is one kernel and one driver that are wanted together.
+// Cell is one wanted kernel with one wanted driver.
 type Cell struct {
-	// Kernel has BUILD_ID, board, architecture and, where it is known, the
-	// milestone. With a Problem, BUILD_ID may be "".
+	// Kernel has BUILD_ID, board, architecture and, if it is known, the milestone. If Problem is set, BUILD_ID may be "".
 	Kernel target.Kernel `json:"kernel"`
-	// Driver has an exact version. With a Problem, version or flavour may be "".
+	// Driver has an exact version. If Problem is set, version or flavour may be "".
 	Driver target.Driver `json:"driver"`
-	// Asked says how it was asked for, such as "milestone 109" or R535.
+	// Asked has the wishes that the cell comes from, such as "milestone 109" or R535.
 	Asked []string `json:"asked,omitempty"`
-	// Labels are those that the wish list gives to the driver in buckets.
+	// Labels are the labels that the wish list gives to the driver in buckets.
 	Labels []string `json:"labels,omitempty"`
-	// EarlyWarning says that a failure is reported and does not alarm.
+	// EarlyWarning says that a failure of the cell is reported but raises no alarm.
 	EarlyWarning bool `json:"earlyWarning,omitempty"`
-	// Listed says that the flavour came from the wish list's general list, and
-	// that a release without it is no failure.
+	// Listed says that the flavour comes from the wish list's general list of flavours. A release that does not have the
+	// flavour is then no failure.
 	Listed bool `json:"-"`
-	// Problem says why there is nothing to build; nil where there is.
+	// Problem says why the cell cannot be built; nil means that it can.
 	Problem *Problem `json:"problem,omitempty"`
 }
 
-// String names the cell in one word, for people and for logs' file names.
+// String returns a short name of the cell, for people and for the names of log files.
 func (c Cell) String() string {
 	return c.Kernel.BuildID + "-" + c.Kernel.Board + "-" + c.Driver.String()
 }
 
-// Problem is a wish that no cell can be made of.
+// Problem is the reason why a wish expands to no cell.
 type Problem struct {
 	Err error `json:"-"`
-	// Unavailable says that it is no failure: the same wish holds for others.
+	// Unavailable says that the problem is no failure, because the same wish has an answer for other kernels.
 	Unavailable bool `json:"unavailable,omitempty"`
 }
 
 // MarshalText prints the error.
 func (p *Problem) MarshalText() ([]byte, error) { return []byte(p.Err.Error()), nil }
 
-// Plan is the result of a wish list.
+// Plan is the result of the expansion of a wish list.
 type Plan struct {
-	// Cells in the order in which they were asked for, without repetition;
-	// those of early warnings come last.
+	// Cells has the order of the wishes, without repetition. The cells of early warnings come last.
 	Cells []Cell `json:"cells"`
-	// Notes are what the reader of the wish list should know.
+	// Notes are messages for the author of the wish list.
 	Notes []string `json:"notes,omitempty"`
 }
 
-// Labels returns, for each kernel that has cells, the labels that the wish list
-// gives and their versions; "" means a version that nobody could tell.
+// Labels returns, for each kernel that has cells, the labels of the wish list with their versions. A version "" means
+// that the bucket named none.
 func (p *Plan) Labels() map[target.Kernel]map[string]string {
 	all := map[target.Kernel]map[string]string{}
 	for _, c := range p.Cells {
@@ -83,12 +81,11 @@ func (p *Plan) Labels() map[target.Kernel]map[string]string {
 	return all
 }
 
-// parallel bounds the open requests at the bucket.
+// parallel bounds the number of simultaneous requests to the bucket.
 const parallel = 8
 
-// Expand returns the cells of a wish list. What cannot be answered for one
-// kernel or one driver is a cell with a Problem: it blocks no other. images
-// may be nil.
+// Expand returns the cells of a wish list. If one kernel or one driver cannot be resolved, its cell has a Problem, and
+// the other cells are not affected. images may be nil.
 func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, error) {
 	e := &expander{wish: w, bucket: b, images: images, unused: map[int]bool{}}
 	for i := range w.Exclude {
@@ -129,10 +126,10 @@ type expander struct {
 	wish   *Wish
 	bucket bucket
 	images *ImageMap
-	unused map[int]bool // exclude rules that took out nothing so far
+	unused map[int]bool // exclude rules that have removed no cell so far
 }
 
-// wanted is one kernel of the wish list, or an entry that has none.
+// wanted is one kernel that the wish list asks for, or the error of an entry that found no kernel.
 type wanted struct {
 	kernel target.Kernel
 	asked  string
@@ -140,8 +137,8 @@ type wanted struct {
 	err    error
 }
 
-// kernels answers the entries for kernels. A kernel that several ask for comes
-// once, and warns early only if all of them do.
+// kernels resolves the wish list's entries for kernels. A kernel that several entries ask for appears once. It is an
+// early warning only if all these entries are.
 func (e *expander) kernels(ctx context.Context) []wanted {
 	var all []wanted
 	var known *listing
@@ -182,7 +179,7 @@ func (e *expander) kernels(ctx context.Context) []wanted {
 	return all
 }
 
-// String returns the entry in the terms of an error or a table.
+// String describes the entry for an error or a table.
 func (k Kernel) String() string {
 	var s string
 	switch {
@@ -209,16 +206,15 @@ func merge(all []wanted, w wanted) []wanted {
 	return append(all, w)
 }
 
-// listing is which builds there are. Which boards a build is for is asked only
-// of those that may be wanted: a bucket has thousands.
+// listing caches which builds the bucket has. A bucket has thousands of builds, so the boards of a build are asked for
+// only if the build may be wanted.
 type listing struct {
 	ids    []string // newest first
 	boards map[string][]target.Kernel
 	err    error
 }
 
-// list lists the bucket. A web server cannot list; there the image map says
-// what there is.
+// list lists the bucket. A web server has no listing; the builds then come from the image map.
 func (e *expander) list(ctx context.Context) *listing {
 	l := &listing{boards: map[string][]target.Kernel{}}
 	l.ids, l.err = e.bucket.BuildIDs(ctx)
@@ -239,10 +235,10 @@ func (e *expander) list(ctx context.Context) *listing {
 	return l
 }
 
-// atOnce is how many builds are asked at a time for their boards.
+// atOnce is the number of builds whose boards are asked for at one time.
 const atOnce = 8
 
-// newest returns the builds of a board that an entry asks for, newest first.
+// newest returns the newest builds of a board that match an entry, newest first.
 func (e *expander) newest(ctx context.Context, l *listing, entry Kernel, board string) (found []target.Kernel,
 	err error) {
 	if l.err != nil {
@@ -285,13 +281,13 @@ func (e *expander) newest(ctx context.Context, l *listing, entry Kernel, board s
 	return found, nil
 }
 
-// answer is what the bucket said about one kernel's drivers.
+// answer is the bucket's answer about the drivers of one kernel.
 type answer struct {
 	list cosbucket.DriverList
 	err  error
 }
 
-// lists asks for the driver lists of all kernels, if any wish needs them.
+// lists reads the driver lists of all kernels, unless every wish names an exact version.
 func (e *expander) lists(ctx context.Context, kernels []wanted) []answer {
 	all := make([]answer, len(kernels))
 	if !slices.ContainsFunc(e.wish.Drivers, func(d Driver) bool { _, exact := d.Wish.Exact(); return !exact }) {
@@ -312,7 +308,7 @@ func (e *expander) lists(ctx context.Context, kernels []wanted) []answer {
 	return all
 }
 
-// cells combines kernels, drivers and flavours.
+// cells combines every kernel with every driver and flavour.
 func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
 	var all []Cell
 	index := map[string]int{}
@@ -322,7 +318,7 @@ func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
 		}
 		key := c.String()
 		if c.Kernel.BuildID == "" || c.Driver.Version == "" {
-			key += "\n" + asked // wishes without an answer are told one by one
+			key += "\n" + asked // keeps wishes that have no version apart
 		}
 		i, ok := index[key]
 		if !ok {
@@ -338,7 +334,7 @@ func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
 			have.Asked = append(have.Asked, asked)
 		}
 	}
-	met := map[target.Wish]bool{} // wishes that some kernel could answer
+	met := map[target.Wish]bool{} // wishes that have a version for at least one kernel
 	for i, k := range kernels {
 		if k.err != nil {
 			add(Cell{Kernel: k.kernel, EarlyWarning: k.early, Problem: &Problem{Err: k.err}}, k.asked)
@@ -358,14 +354,14 @@ func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
 			for _, f := range flavours {
 				c := Cell{Kernel: k.kernel, Driver: target.Driver{Version: version, Flavour: f}, EarlyWarning: k.early,
 					Listed: listed}
-				if f == target.Open { // COS's installer takes no other from a bucket
+				if f == target.Open { // COS's installer takes only the open flavour from a bucket
 					c.Labels = d.Labels
 				}
 				add(c, string(d.Wish))
 			}
 		}
 	}
-	// What COS offers for no kernel at all is rather a mistake in the file.
+	// A wish that has a version for no kernel at all is more likely a mistake in the file, and so counts as a failure.
 	for i := range all {
 		if p := all[i].Problem; p != nil && p.Unavailable &&
 			!slices.ContainsFunc(all[i].Asked, func(w string) bool { return met[target.Wish(w)] }) {
@@ -381,7 +377,7 @@ func choose(w target.Wish, a answer) (string, *Problem) {
 	if exact {
 		return version, nil
 	}
-	if a.err != nil { // very new builds have no list yet
+	if a.err != nil { // a very new build has no list yet
 		return "", &Problem{Err: fmt.Errorf("driver %s: %w", w, a.err), Unavailable: fault.Is(a.err, fault.InputMissing)}
 	}
 	version, err := a.list.Choose(w)
@@ -391,7 +387,7 @@ func choose(w target.Wish, a answer) (string, *Problem) {
 	return version, nil
 }
 
-// excluded applies the rules. A wish without a version is meant by its own name.
+// excluded applies the exclude rules to a cell. If the cell has no version, a rule matches the text of the wish.
 func (e *expander) excluded(c Cell, asked string) bool {
 	if c.Problem != nil && c.Kernel.BuildID == "" {
 		return false

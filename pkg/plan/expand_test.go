@@ -23,7 +23,7 @@ const imageMap = `{"creation_time": "2026-11-01", "entries": [
 	{"gke_version": "1.37.1-gke.1", "image": "ubuntu-gke-2404-1-33"}
 ]}`
 
-// world is a bucket: what it lists, and what it says of drivers.
+// world is a fake bucket with a list of builds and their driver lists.
 type world struct {
 	builds  []string
 	err     error
@@ -92,7 +92,7 @@ func real109() world {
 	}
 }
 
-// show prints a plan a line for each cell.
+// show prints a plan, one line for each cell.
 func show(p *plan.Plan) string {
 	var lines []string
 	for _, c := range p.Cells {

@@ -10,13 +10,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// MaxGKE is how many GKE versions are kept of one kernel, the newest.
+// MaxGKE is how many GKE versions are kept for one kernel; the newest are kept.
 const MaxGKE = 200
 
-// gkeVersion is the form of a version of GKE, such as 1.33.5-gke.1080000.
+// gkeVersion is the form of a GKE version, such as 1.33.5-gke.1080000.
 var gkeVersion = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,4}\.[0-9]{1,4}-gke\.[0-9]{1,9}$`)
 
-// ParseGKE reads a version of GKE, as the node says it too: with a v before it.
+// ParseGKE reads a GKE version. It accepts a leading v, because kubelets print one.
 func ParseGKE(s string) (string, error) {
 	if version := strings.TrimPrefix(s, "v"); gkeVersion.MatchString(version) {
 		return version, nil
@@ -24,14 +24,13 @@ func ParseGKE(s string) (string, error) {
 	return "", fmt.Errorf("GKE version %.40q: want one such as 1.33.5-gke.1080000", s)
 }
 
-// CompareGKE compares two versions of GKE by their numbers.
+// CompareGKE compares two GKE versions by their numbers.
 func CompareGKE(a, b string) int {
 	return target.CompareVersions(strings.Replace(a, "-gke.", ".", 1), strings.Replace(b, "-gke.", ".", 1))
 }
 
-// GKE returns the kernels that nodes of GKE boot, newest BUILD_ID first, by what the
-// list says, and the GKE versions of each by BUILD_ID/board, newest first. The board is
-// the one that the image's name tells.
+// GKE returns the kernels that GKE's nodes boot, newest BUILD_ID first, from the image map. It also returns the GKE
+// versions of each kernel, newest first; the key is BUILD_ID/board. The name of an image tells the board.
 func (m *ImageMap) GKE() (kernels []target.Kernel, versions map[string][]string) {
 	if m == nil {
 		return nil, nil

@@ -12,7 +12,7 @@ import (
 func TestParseGKE(t *testing.T) {
 	t.Parallel()
 	for in, want := range map[string]string{
-		"1.33.5-gke.1080000": "1.33.5-gke.1080000", "v1.33.5-gke.1080000": "1.33.5-gke.1080000", // as kubelets say it
+		"1.33.5-gke.1080000": "1.33.5-gke.1080000", "v1.33.5-gke.1080000": "1.33.5-gke.1080000", // kubelets print the v
 		"1.33": "", "1.33.5": "", "1.33.5-gke.": "", "1.33.5-gke.1%": "", "vv1.33.5-gke.1": "", "1.33.5-gke.1\n": "", "": "",
 	} {
 		if got, err := plan.ParseGKE(in); got != want || (err == nil) != (want != "") {

@@ -9,17 +9,17 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// MaxImageMap bounds an image map; the real one has less than a megabyte.
+// MaxImageMap bounds an image map, in bytes. The real one has less than a megabyte.
 const MaxImageMap = 32 << 20
 
 const maxImages = 200_000
 
-// imageName is the name of a COS image: milestone and three numbers. GKE's own
-// images, whose names are longer, say the same elsewhere in the list.
+// imageName is the form of a COS image's name: the milestone and three numbers. GKE's own images have longer names and
+// do not match; the list names their COS images in other entries.
 var imageName = regexp.MustCompile(
 	`^cos-(arm64-)?(?:lm-)?(?:beta-|dev-|stable-)?([0-9]{2,4})-([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})$`)
 
-// ImageMap knows the COS builds that became images. The zero value knows none.
+// ImageMap records which COS builds became images. The zero value has none.
 type ImageMap struct {
 	milestones map[string]int
 	released   map[string]bool // BUILD_ID/board
@@ -27,8 +27,8 @@ type ImageMap struct {
 	gke        map[string][]string // GKE versions by BUILD_ID/board
 }
 
-// ParseImageMap reads a list of images in the form of gke-to-cos.json. Names
-// that are not COS's are passed over; a list without any COS image is an error.
+// ParseImageMap reads a list of images in the form of gke-to-cos.json. It skips names that are not COS's. A list
+// without any COS image is an error.
 func ParseImageMap(data []byte) (*ImageMap, error) {
 	const hint = "name a list in the form of https://www.gstatic.com/gke-image-maps/gke-to-cos.json"
 	if len(data) > MaxImageMap {
@@ -79,8 +79,8 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 	return m, nil
 }
 
-// milestone tells the milestone of a build: the map knows, or the number of the
-// build's branch does; 0 means unknown.
+// milestone returns the milestone of a build, from the image map or else from the number of the build's branch; 0 means
+// unknown.
 func (m *ImageMap) milestone(buildID string) int {
 	if m != nil && m.milestones[buildID] != 0 {
 		return m.milestones[buildID]

@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/cosbucket"
 )
 
-// LoadImageMap reads the image map at a URL; "" means none.
+// LoadImageMap reads the image map at a URL. For "" it returns nil.
 func LoadImageMap(ctx context.Context, rawURL string) (*ImageMap, error) {
 	if rawURL == "" {
 		return nil, nil

@@ -14,9 +14,8 @@ import (
 
 const hintSchema = "see docs/examples/wish.yaml; to check the file in an editor: builder wish schema"
 
-// Parse reads a wish list; name is what the file is called in errors. The error
-// tells all mistakes at once, each with its line and column, what was found and
-// what is wanted.
+// Parse reads a wish list; errors call the file name. One error lists all mistakes, each with its line and column, what
+// was found, and what is wanted.
 func Parse(name string, data []byte) (*Wish, error) {
 	p := &parser{Reader: yamlfile.Reader{Name: name}}
 	w := &Wish{}
@@ -34,14 +33,14 @@ type parser struct {
 	labels []labelAt
 }
 
-// labelAt is a label and the driver that it is for.
+// labelAt is a label with its place in the file, and the driver that has it.
 type labelAt struct {
 	yamlfile.At
 	label  string
 	driver Driver
 }
 
-// words reads a list of words without repetition.
+// words reads a list of words. A repeated word is a mistake.
 func words[T ~string](p *parser, a yamlfile.At, what string, parse func(yamlfile.At) (T, bool)) []T {
 	var all []T
 	p.List(a, what, func(e yamlfile.At) {
@@ -100,7 +99,7 @@ func (p *parser) wish(a yamlfile.At) *Wish {
 	return w
 }
 
-// checkLabels examines what only the whole file tells of labels.
+// checkLabels checks the rules about labels that need the whole file.
 func (p *parser) checkLabels(w *Wish) {
 	seen := map[string]bool{}
 	for _, l := range p.labels {
@@ -108,7 +107,7 @@ func (p *parser) checkLabels(w *Wish) {
 		if len(flavours) == 0 {
 			flavours = w.Flavours
 		}
-		wish, _ := target.ParseLabel(l.label) // which was done before
+		wish, _ := target.ParseLabel(l.label) // the label was checked before
 		branch, is := wish.BranchName()
 		of := target.Branch(string(l.driver.Wish))
 		if _, exact := l.driver.Wish.Exact(); !exact {

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The documented example is a wish list, and means what its comments say.
+// TestExample checks that the documented example is a valid wish list, and means what its comments say.
 func TestExample(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join("..", "..", "docs", "examples", "wish.yaml")
@@ -49,7 +49,7 @@ func TestExample(t *testing.T) {
 	}
 }
 
-// The shortest wish list, and the spellings that YAML takes for numbers.
+// TestParse reads the shortest wish list, and numbers in all spellings that YAML allows.
 func TestParse(t *testing.T) {
 	t.Parallel()
 	got, err := plan.Parse("w.yaml",
@@ -67,13 +67,13 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// Every mistake has its line and column, and all are told at once.
+// TestMistakes checks that one error lists all mistakes, each with its line and column.
 func TestMistakes(t *testing.T) {
 	t.Parallel()
 	const head, tail = "version: 1\nkernels: [{latest: 1}]\n", "drivers: [default]\n"
 	rows := []struct {
 		name, text string
-		want       string // joined by newlines, without the first line
+		want       string // the lines after the first one
 	}{
 		{"empty", "", "w:1:1: found an empty file; want version, kernels and drivers"},
 		{"only a comment", "# nothing\n", "w:1:1: found an empty file; want version, kernels and drivers"},

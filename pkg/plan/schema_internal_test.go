@@ -18,8 +18,8 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the generated schema")
 
-// versionPattern is the form of a driver version that [target.ValidVersion] wants,
-// which refuses a flavour's name for a suffix as well.
+// versionPattern is the form of a driver version. [target.ValidVersion] accepts the same texts, except that it refuses
+// a flavour's name as a suffix.
 const versionPattern = `[0-9]{1,5}(\.[0-9]{1,5}){1,3}(-[a-z][a-z0-9]{0,15}){0,2}`
 
 func TestVersionPattern(t *testing.T) {
@@ -33,7 +33,7 @@ func TestVersionPattern(t *testing.T) {
 	}
 }
 
-// generate makes the schema out of the types, their tags and their comments.
+// generate makes the schema from the types, their tags and their comments.
 func generate(t *testing.T) []byte {
 	t.Helper()
 	r := &jsonschema.Reflector{Anonymous: true, ExpandedStruct: true, DoNotReference: true}
@@ -50,7 +50,7 @@ func generate(t *testing.T) []byte {
 		case reflect.TypeFor[Driver]():
 			form := r.Reflect(DriverForm{})
 			form.Version = ""
-			// 535.54 is a number to YAML, and a version to us.
+			// YAML reads 535.54 as a number, so the schema accepts numbers as versions.
 			version, _ := form.Properties.Get("version")
 			*version = jsonschema.Schema{Description: version.Description, OneOf: []*jsonschema.Schema{
 				{Type: "string", Pattern: `^` + versionPattern + `$`}, {Type: "number"},
@@ -77,7 +77,7 @@ func generate(t *testing.T) []byte {
 	return append(out, '\n')
 }
 
-// The schema that is built in and the one in docs are those of the types.
+// TestSchema checks that the embedded schema and the one in docs match the types.
 func TestSchema(t *testing.T) {
 	t.Parallel()
 	want := generate(t)
@@ -87,8 +87,7 @@ func TestSchema(t *testing.T) {
 	}
 }
 
-// What the schema offers is what the parser takes: each property of each type
-// is a field that the parser knows.
+// TestSchemaFields checks that the parser knows each property of the schema.
 func TestSchemaFields(t *testing.T) {
 	t.Parallel()
 	for where, typ := range map[string]reflect.Type{
@@ -101,7 +100,7 @@ func TestSchemaFields(t *testing.T) {
 				continue
 			}
 			name, _, _ := bytes.Cut([]byte(f.Tag.Get("json")), []byte(","))
-			text := string(name) + ": [[]]\n" // no field takes a list of lists
+			text := string(name) + ": [[]]\n" // no field accepts a list of lists, so a known field gives another mistake
 			if where != "" {
 				text = where + ":\n- " + text
 			}

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// insert puts builds in with a priority each.
+// insert puts builds 1 to 3 into the queue, each with its priority.
 func insert(t *testing.T, q *queue.Queue, priorities map[int64]int) {
 	t.Helper()
 	for _, build := range []int64{1, 2, 3} {
@@ -24,8 +24,7 @@ func insert(t *testing.T, q *queue.Queue, priorities map[int64]int) {
 	}
 }
 
-// worked works the queue with one worker until n builds were seen, and returns them
-// in the order in which they came.
+// worked works the queue with one worker until n builds were seen. It returns them in their order.
 func worked(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), 30*time.Second)
@@ -45,8 +44,8 @@ func worked(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	return order
 }
 
-// What somebody waits for comes before what a list wants, also when it was put in
-// later or raised later.
+// TestPriorities checks that a build that somebody waits for comes before one that a wish list wants. This also holds
+// if it was inserted later or raised later.
 func TestPriorities(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -55,7 +54,7 @@ func TestPriorities(t *testing.T) {
 		if err := q.SetPriority(t.Context(), 3, queue.PriorityAsked); err != nil {
 			t.Fatal(err)
 		}
-		if err := q.SetPriority(t.Context(), 3, queue.PriorityWanted); err != nil { // nobody is put behind
+		if err := q.SetPriority(t.Context(), 3, queue.PriorityWanted); err != nil { // does not lower the priority
 			t.Fatal(err)
 		}
 		if err := q.SetPriority(t.Context(), 99, queue.PriorityAsked); err != nil {
@@ -67,7 +66,8 @@ func TestPriorities(t *testing.T) {
 	})
 }
 
-// A cancelled build is not worked, and cancelling what is over or absent is fine.
+// TestCancel checks that a cancelled build is not worked. Cancelling a build that has ended or does not exist is no
+// error.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -91,8 +91,8 @@ func TestCancel(t *testing.T) {
 	})
 }
 
-// What a dead worker left running is worked by another one, of any name, once it is
-// released; a job that waits is left alone.
+// TestRelease checks that another worker, of any name, gets the running job of a dead worker after its release. A
+// waiting job does not change.
 func TestRelease(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -118,7 +118,7 @@ func TestRelease(t *testing.T) {
 			1: {Found: true, State: "available", Attempt: 1, Priority: 1, Error: "the worker ended in mid-build"},
 			2: {Found: true, State: "available", Priority: 1},
 		} {
-			// The worker has one slot, which is taken: it does not take the job again.
+			// The only worker is busy, so it does not take the job again.
 			if got, err := q.Lookup(t.Context(), build); err != nil || got != want {
 				t.Errorf("Lookup(%d) = %+v, %v; want %+v", build, got, err, want)
 			}
@@ -131,8 +131,8 @@ func TestRelease(t *testing.T) {
 	})
 }
 
-// A worker that was taken for dead comes back while its successor is at the build:
-// neither its success nor its failure ends the successor's job.
+// TestReleasedWorkerComesBack checks a worker that returns after its job was released, while the successor works on the
+// build. Neither its success nor its failure ends the successor's job.
 func TestReleasedWorkerComesBack(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]error{"success": nil,
@@ -151,7 +151,7 @@ func TestReleasedWorkerComesBack(t *testing.T) {
 					gone <- slow.Work(ctx, "slow", 1, func(context.Context, api.BuildJob, int) error {
 						close(started)
 						<-back
-						stop() // it takes no more
+						stop() // the worker takes no more builds
 						return end
 					})
 				}()
@@ -166,13 +166,13 @@ func TestReleasedWorkerComesBack(t *testing.T) {
 						return nil
 					}
 					close(back)
-					if err := <-gone; err != nil { // the slow worker's end is in the database by now
+					if err := <-gone; err != nil { // the slow worker's result is in the database now
 						t.Error(err)
 					}
 					if s, err := q.Lookup(ctx, 1); err != nil || s.State != "running" || attempt != 2 {
 						t.Errorf("attempt %d; Lookup() = %+v, %v; want attempt 2, running", attempt, s, err)
 					}
-					return fault.New(fault.Transient, "mirror is away", "") // is tried again, as it should be
+					return fault.New(fault.Transient, "mirror is away", "") // a retryable error, so that another attempt follows
 				})
 				if err != nil {
 					t.Fatal(err)
@@ -185,8 +185,8 @@ func TestReleasedWorkerComesBack(t *testing.T) {
 	}
 }
 
-// What a dead worker was at is next in line, however many builds wait: by release,
-// and when a process of the same name starts again.
+// TestDeadWorkersBuildIsNext checks that the build of a dead worker is the next one, however many builds wait. This
+// holds after a release, and after a process of the same name has started again.
 func TestDeadWorkersBuildIsNext(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"release", "same name"} {
@@ -197,7 +197,7 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 				insert(t, dead, map[int64]int{1: 1, 2: 1, 3: 1})
 				id := "dead"
 				if name == "same name" {
-					id = "w1" // as worked has it
+					id = "w1" // the name that worked uses
 				}
 				started, gone := make(chan struct{}), make(chan struct{})
 				ctx, stop := context.WithCancel(t.Context())
@@ -229,7 +229,7 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 	}
 }
 
-// End ends a job whether it waits, runs with a worker that is gone, or is over.
+// TestEnd checks that End ends a job that waits, that runs with a dead worker, or that has ended already.
 func TestEnd(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {

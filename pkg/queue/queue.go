@@ -1,9 +1,8 @@
-// Package queue is the build queue that server and builder share: opening and
-// migrating its database, putting builds in, and working them. It runs on
-// River over SQLite (one machine) or PostgreSQL (many machines).
+// Package queue is the build queue that server and builder share. It opens and migrates the database, inserts builds,
+// and works them. It uses River over SQLite (one machine) or PostgreSQL (many machines).
 //
-// It refuses to know what a build is beyond [api.BuildJob], and the fetcher
-// must never import it: a node has no business with a database driver.
+// The package knows nothing about a build except [api.BuildJob]. The fetcher must never import it, because a node needs
+// no database driver.
 package queue
 
 import (
@@ -33,34 +32,33 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxAttempts is how often a build is tried when its faults are retryable. A
-// worker that fails in attempt MaxAttempts will not see the job again.
+// MaxAttempts is the largest number of attempts of a build whose faults are retryable. A job that fails in attempt
+// MaxAttempts is not tried again.
 const MaxAttempts = 5
 
-// JobTimeout bounds one attempt of one build. RescueAfter is when a job whose
-// worker never came back is given to another worker; it is longer, so that no
-// live build is taken away.
+// JobTimeout bounds one attempt of one build. After RescueAfter, the queue gives the job of a worker that never
+// reported back to another worker. RescueAfter is longer, so that no running build is taken away.
 const (
 	JobTimeout  = time.Hour
 	RescueAfter = JobTimeout + 15*time.Minute
 )
 
-// grace is how long running builds may go on after they were told to stop:
-// enough for one that is about to publish, too short to be killed from outside.
+// grace is how long running builds may continue after they were told to stop. It is enough for a build that is about to
+// publish, and short enough that nothing kills the process from outside before.
 const grace = 5 * time.Second
 
-// Queue is an open queue. Close it.
+// Queue is an open queue. The caller closes it.
 type Queue struct {
-	sqlite *sql.DB // one of sqlite and pg is set
-	path   string  // of the SQLite file
+	sqlite *sql.DB // exactly one of sqlite and pg is set
+	path   string  // path of the SQLite file
 	pg     *pgxpool.Pool
 	exec   riverdriver.Executor
 	insert client
 	log    *slog.Logger
-	grace  time.Duration // of Work; 0 means the constant
+	grace  time.Duration // for Work; 0 means the constant grace
 }
 
-// client is what both instances of River's generic client have in common.
+// client has the methods that both instances of River's generic client share.
 type client interface {
 	Insert(ctx context.Context, args river.JobArgs, opts *river.InsertOpts) (*rivertype.JobInsertResult, error)
 	JobCancel(ctx context.Context, id int64) (*rivertype.JobRow, error)
@@ -68,8 +66,8 @@ type client interface {
 	Stopped() <-chan struct{}
 }
 
-// Open opens sqlite:///abs/path or postgres://… and updates River's tables. Open with SQLite may be called by several
-// processes of one machine on the same file.
+// Open opens sqlite:///abs/path or postgres://… and updates River's tables. Several processes of one machine may open
+// the same SQLite file.
 func Open(ctx context.Context, rawURL string) (*Queue, error) {
 	q := &Queue{log: slog.New(slog.DiscardHandler)}
 	var err error
@@ -94,11 +92,10 @@ func Open(ctx context.Context, rawURL string) (*Queue, error) {
 	return q, nil
 }
 
-// SetLogger gives River's own messages a place; without it they are dropped.
+// SetLogger sets the logger for River's own messages. Without it, they are dropped.
 func (q *Queue) SetLogger(log *slog.Logger) { q.log = log }
 
-// SetGrace says how long Work lets running builds go on after it was told to
-// stop; without it, for some seconds.
+// SetGrace sets how long Work lets running builds continue after it was told to stop. The default is some seconds.
 func (q *Queue) SetGrace(d time.Duration) { q.grace = d }
 
 func (q *Queue) openSQLite(path string) error {
@@ -106,9 +103,8 @@ func (q *Queue) openSQLite(path string) error {
 		return fault.New(fault.Usage, fmt.Sprintf("sqlite path %q is not absolute", path),
 			"write sqlite:///abs/path/queue.db")
 	}
-	// Immediate transactions and a busy timeout let server and builder share the
-	// file: SQLite has one writer, and a deferred transaction that turns into a
-	// writer late fails at once instead of waiting.
+	// Immediate transactions and a busy timeout let server and builder share the file. SQLite allows one writer at a time,
+	// and a deferred transaction that begins to write later fails at once instead of waiting.
 	dsn := url.URL{Scheme: "file", Path: path, RawQuery: url.Values{
 		"_pragma": {"busy_timeout(10000)", "journal_mode(WAL)", "synchronous(NORMAL)", "foreign_keys(1)"},
 		"_txlock": {"immediate"},
@@ -123,11 +119,11 @@ func (q *Queue) openSQLite(path string) error {
 }
 
 func (q *Queue) openPostgres(ctx context.Context, rawURL string) error {
-	config, err := pgxpool.ParseConfig(rawURL) // its error leaves the password out
+	config, err := pgxpool.ParseConfig(rawURL) // the error does not contain the password
 	if err != nil {
 		return fault.Wrap(fault.Usage, err, "use postgres://user@host/database")
 	}
-	// Migrating holds one connection for the lock and works on another.
+	// A migration needs two connections: one holds the lock, and the other one does the work.
 	config.MaxConns = max(config.MaxConns, 4)
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
@@ -137,12 +133,12 @@ func (q *Queue) openPostgres(ctx context.Context, rawURL string) error {
 	return nil
 }
 
-// migrationLock is the key of PostgreSQL's advisory lock around migrations: an
-// arbitrary number that nobody else uses. With SQLite a lock file beside the
-// database does the same; River's migrations do not lock by themselves.
+// migrationLock is the key of PostgreSQL's advisory lock around migrations. The number is arbitrary, and nobody else
+// uses it. With SQLite, a lock file beside the database has the same purpose. The locks are needed because River's
+// migrations take none.
 const migrationLock = 0x70726562616b65
 
-// migrate runs River's migrations, one process at a time.
+// migrate runs River's migrations. Only one process runs them at a time.
 func (q *Queue) migrate(ctx context.Context) (err error) {
 	if q.sqlite != nil {
 		lock := flock.New(q.path + ".lock")
@@ -203,15 +199,15 @@ func (q *Queue) Ping(ctx context.Context) error {
 	return nil
 }
 
-// Priorities of builds; River works lower numbers first, and has 1 to 4.
+// Priorities of builds. River works lower numbers first, and allows 1 to 4.
 const (
-	PriorityAsked   = 1 // a node or a person waits for it
-	PriorityWanted  = 2 // a wish list wants it, and COS's newest builds come first
-	PriorityWarning = 4 // of a milestone that is not released yet
+	PriorityAsked   = 1 // a node or a person waits for the build
+	PriorityWanted  = 2 // a wish list wants the build; builds for newer kernels are inserted first
+	PriorityWarning = 4 // the build is for a milestone that is not released yet
 )
 
-// Insert puts a build in. Inserting one build twice keeps one job, with the priority
-// that it had. Priority 0 is PriorityAsked.
+// Insert adds a build to the queue. If the build is inserted twice, there is one job, with its first priority. Priority
+// 0 means PriorityAsked.
 func (q *Queue) Insert(ctx context.Context, job api.BuildJob, priority int) error {
 	return q.own().insertBuild(ctx, job, priority)
 }
@@ -229,7 +225,7 @@ func (db database) insertBuild(ctx context.Context, job api.BuildJob, priority i
 	return nil
 }
 
-// Depth counts the queue's jobs by River state.
+// Depth returns the number of the queue's jobs in each River state.
 func (q *Queue) Depth(ctx context.Context) (map[string]int, error) {
 	counts, err := q.exec.JobCountByAllStates(ctx, &riverdriver.JobCountByAllStatesParams{})
 	if err != nil {
@@ -242,23 +238,23 @@ func (q *Queue) Depth(ctx context.Context) (map[string]int, error) {
 	return depth, nil
 }
 
-// JobState is where a build's job is.
+// JobState is the state of a build's job.
 type JobState struct {
-	// Found is false when the queue has no job for the build (any more).
+	// Found is false if the queue has no job for the build, or none any more.
 	Found bool
-	// Ended says that no worker will touch the job again.
+	// Ended says that no worker will work on the job again.
 	Ended bool
-	// State is River's term for it.
+	// State is River's name of the state.
 	State string
-	// Attempt counts tries so far.
+	// Attempt is the number of attempts so far.
 	Attempt int
-	// Priority is what it was put in with, or raised to.
+	// Priority is the current priority: the one at insertion, or the one that it was raised to.
 	Priority int
-	// Error is the newest error, if any.
+	// Error is the newest error; "" means none.
 	Error string
 }
 
-// Lookup tells where a build's job is.
+// Lookup returns the state of a build's job.
 func (q *Queue) Lookup(ctx context.Context, build int64) (JobState, error) {
 	row, err := q.own().find(ctx, build)
 	if err != nil || row == nil {
@@ -276,7 +272,7 @@ func jobState(row *rivertype.JobRow) JobState {
 	return s
 }
 
-// find reads the newest job of a build; nil when there is none.
+// find returns the newest job of a build; nil means that there is none.
 func (db database) find(ctx context.Context, build int64) (*rivertype.JobRow, error) {
 	where := `kind = @kind AND json_extract(args, '$.build') = @build`
 	if db.pg {
@@ -295,11 +291,11 @@ func (db database) find(ctx context.Context, build int64) (*rivertype.JobRow, er
 	return rows[0], nil
 }
 
-// listed is how many jobs one query returns.
+// listed is the number of jobs that one query returns.
 const listed = 5000
 
-// Open returns where the jobs of all builds are that some worker will touch, by
-// build. It costs one query for some thousand jobs.
+// Open returns, by build, the states of all jobs that a worker will still work on. One query reads
+// some thousand jobs.
 func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 	all := map[int64]JobState{}
 	for last := int64(0); ; {
@@ -324,9 +320,9 @@ func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 	}
 }
 
-// Cancel takes a build's job out of the queue. The worker of one that runs is not
-// interrupted: it hears of it by other means, and the job is then over whatever it
-// reports. A build without a job, or with one that is over, is fine.
+// Cancel cancels a build's job. If the job is running, its worker is not interrupted; the worker learns of it in
+// another way. The job is cancelled whatever the worker reports. A build without a job, or with an ended one, is no
+// error.
 func (q *Queue) Cancel(ctx context.Context, build int64) error { return q.own().cancel(ctx, build) }
 
 func (db database) cancel(ctx context.Context, build int64) error {
@@ -340,8 +336,8 @@ func (db database) cancel(ctx context.Context, build int64) error {
 	return nil
 }
 
-// SetPriority gives a build's job that waits another priority. River has no call for it;
-// its table has the column.
+// SetPriority raises the priority of a build's waiting job; it never lowers it. River has no function for that, so
+// SetPriority writes to River's table.
 func (q *Queue) SetPriority(ctx context.Context, build int64, priority int) error {
 	return q.own().raise(ctx, build, priority)
 }

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// each runs a test over every database that is available, each time a fresh one.
+// each runs a test with every available database. open returns a new queue.
 func each(t *testing.T, f func(t *testing.T, open func(t *testing.T) *queue.Queue)) {
 	t.Helper()
 	t.Run("sqlite", func(t *testing.T) {
@@ -34,8 +34,7 @@ func each(t *testing.T, f func(t *testing.T, open func(t *testing.T) *queue.Queu
 	})
 }
 
-// freshSchema makes an empty schema in the test database and returns a URL
-// that uses it.
+// freshSchema makes an empty schema in the test database, and returns a URL for it.
 func freshSchema(t *testing.T) string {
 	t.Helper()
 	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
@@ -95,7 +94,7 @@ func TestWorkVerdicts(t *testing.T) {
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		q := open(t)
 		for n := range int64(6) {
-			for range 2 { // the second insert of one build must not make a second job
+			for range 2 { // the second insert must not make a second job
 				if err := q.Insert(t.Context(), job(n), 0); err != nil {
 					t.Fatal(err)
 				}
@@ -116,7 +115,7 @@ func TestWorkVerdicts(t *testing.T) {
 			if attempt == 1 && seen.Add(1) == 6 {
 				stop()
 			}
-			if j.Build == 2 { // its second try must not come before the others' first, however slow they are
+			if j.Build == 2 { // its second attempt must come after the first attempts of the others, however slow they are
 				<-ctx.Done()
 			}
 			return results[j.Build]
@@ -139,7 +138,7 @@ func TestWorkVerdicts(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if n == 2 && got.State == "available" { // a short pause is served by River without the scheduler
+			if n == 2 && got.State == "available" { // River serves a short pause without its scheduler
 				got.State = "retryable"
 			}
 			if n == 4 && got.State == "available" { // the stop may have come between
@@ -156,7 +155,7 @@ func TestWorkVerdicts(t *testing.T) {
 	})
 }
 
-// A stop hands the running build back, and another worker gets it as the same
+// TestStopHandsBack checks that a stopped worker gives its running build back. Another worker gets it as the same
 // attempt.
 func TestStopHandsBack(t *testing.T) {
 	t.Parallel()
@@ -178,13 +177,13 @@ func TestStopHandsBack(t *testing.T) {
 	})
 }
 
-// A job that a killed worker left running is worked again by the next process
-// of the same id, and not by one of another id.
+// TestKilledWorker checks the running job of a killed worker. The next process of the same id works it again; a process
+// of another id does not.
 func TestKilledWorker(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
-		// The first process: it hangs in the build and its database is taken
-		// away, which is all that a kill leaves behind.
+		// The first process stands still in the build, and its database is closed. A killed process leaves the same state
+		// behind.
 		dead := open(t)
 		if err := dead.Insert(t.Context(), job(1), 0); err != nil {
 			t.Fatal(err)
@@ -216,7 +215,7 @@ func TestKilledWorker(t *testing.T) {
 	})
 }
 
-// expect works the queue as w1 until it has seen the build in this attempt.
+// expect works the queue as w1 until it sees the build in this attempt.
 func expect(t *testing.T, q *queue.Queue, build int64, attempt int) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
@@ -237,7 +236,7 @@ func expect(t *testing.T, q *queue.Queue, build int64, attempt int) {
 	}
 }
 
-// Server and builders open a new queue at the same moment.
+// TestOpenTogether checks that a server and builders may open a new queue at the same moment.
 func TestOpenTogether(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {

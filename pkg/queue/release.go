@@ -14,10 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Release gives the running jobs of these builds to other workers, since those that
-// had them are gone, or seem to be. Each job ends, and a successor of its own takes
-// up where it was: a worker that was taken for dead and comes back then ends its
-// own job only. Jobs that do not run stay as they are.
+// Release gives the running jobs of these builds to other workers, because their workers are dead or seem to be. It
+// ends each job, and inserts a successor that continues with the next attempt. If a worker returns that was taken for
+// dead, it therefore ends only its own job. Jobs that are not running do not change.
 func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	var rows []*rivertype.JobRow
 	for _, build := range builds {
@@ -38,8 +37,8 @@ func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	return nil
 }
 
-// End takes the job of a build that is over out of the queue for good, also when a
-// worker died with it. A build without a job, or with one that is over, is fine.
+// End removes the job of an ended build from the queue for good, also if its worker has died. A build without a job, or
+// with an ended one, is no error.
 func (q *Queue) End(ctx context.Context, build int64) error {
 	row, err := q.own().find(ctx, build)
 	if err != nil {
@@ -54,14 +53,14 @@ func (q *Queue) End(ctx context.Context, build int64) error {
 	return nil
 }
 
-// succeed ends jobs and puts their successors in, in one transaction.
+// succeed ends jobs and inserts their successors, in one transaction.
 func (q *Queue) succeed(ctx context.Context, rows []*rivertype.JobRow) (err error) {
 	tx, err := q.exec.Begin(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() {
-		if err != nil { // after a failed commit there is nothing left to roll back
+		if err != nil { // after a failed commit there is nothing to roll back
 			_ = tx.Rollback(context.WithoutCancel(ctx))
 		}
 	}()
@@ -79,9 +78,8 @@ func (q *Queue) succeed(ctx context.Context, rows []*rivertype.JobRow) (err erro
 	return tx.Commit(ctx)
 }
 
-// successor copies a job that was ended, as one that waits. River has no call for
-// it: what it inserts has no attempts behind it. A job that ended by itself
-// meanwhile is not copied, nor one that another server has copied.
+// successor inserts a waiting copy of an ended job. River has no function for that: a job that River inserts has no
+// former attempts. The statement does not copy a job that ended by itself meanwhile, or that another server has copied.
 const successor = `INSERT INTO river_job (args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
 	priority, queue, scheduled_at, state, tags, unique_key, unique_states)
 SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
@@ -89,8 +87,8 @@ SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, me
 FROM river_job WHERE id = $1 AND state = 'discarded' AND attempt = $2 AND attempt < max_attempts
 ON CONFLICT DO NOTHING`
 
-// adopt makes jobs available that are marked as running under this worker's
-// id. Nobody runs them: the id belongs to this process, which has just begun.
+// adopt makes the jobs available that the database shows as running under this worker's id. No process runs them,
+// because the id belongs to this process, which has just started.
 func (q *Queue) adopt(ctx context.Context, id string) error {
 	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
 		Max: 10000, OrderByClause: "id ASC",
@@ -104,7 +102,7 @@ func (q *Queue) adopt(ctx context.Context, id string) error {
 	for _, row := range rows {
 		switch n := len(row.AttemptedBy); {
 		case n == 0 || row.AttemptedBy[n-1] != id:
-		case row.Attempt >= row.MaxAttempts: // a build that kills its worker every time must not go on for ever
+		case row.Attempt >= row.MaxAttempts: // bounds a build that kills its worker each time
 			last = append(last, row)
 		default:
 			again = append(again, row)
@@ -120,7 +118,7 @@ func (q *Queue) adopt(ctx context.Context, id string) error {
 	return nil
 }
 
-// rescue ends the attempts of running jobs and gives the jobs another state.
+// rescue ends the current attempts of running jobs, and sets the jobs to another state.
 func rescue(ctx context.Context, exec riverdriver.Executor, rows []*rivertype.JobRow, state rivertype.JobState) error {
 	if len(rows) == 0 {
 		return nil
@@ -140,7 +138,7 @@ func rescue(ctx context.Context, exec riverdriver.Executor, rows []*rivertype.Jo
 		params.ID = append(params.ID, row.ID)
 		params.Error = append(params.Error, text)
 		params.FinalizedAt = append(params.FinalizedAt, finalized)
-		// It keeps its place in line: with the time of now, it would wait behind all others.
+		// The job keeps its place in the queue. With the current time, it would come after all others.
 		params.ScheduledAt = append(params.ScheduledAt, row.ScheduledAt)
 		params.State = append(params.State, string(state))
 	}

@@ -16,34 +16,34 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Within is the queue as a transaction of somebody else's writes to it: what it does
-// is done when that transaction is committed, and never without the rest of it.
+// Within writes to the queue inside a transaction of the caller. The writes take effect when that transaction is
+// committed, together with all its other writes.
 type Within struct {
 	q    *Queue
 	conn *sql.Conn
 	tx   *sql.Tx
 }
 
-// Within returns the queue within tx, a transaction on conn. They must be of the
-// queue's own database; for PostgreSQL by the database/sql driver "pgx".
+// Within returns the queue for writes in tx, a transaction on conn. Both must belong to the queue's own database. For
+// PostgreSQL they must come from the database/sql driver "pgx".
 func (q *Queue) Within(conn *sql.Conn, tx *sql.Tx) Within { return Within{q, conn, tx} }
 
-// Insert is [Queue.Insert].
+// Insert works as [Queue.Insert] does.
 func (w Within) Insert(ctx context.Context, job api.BuildJob, priority int) error {
 	return w.do(func(db database) error { return db.insertBuild(ctx, job, priority) })
 }
 
-// SetPriority is [Queue.SetPriority].
+// SetPriority works as [Queue.SetPriority] does.
 func (w Within) SetPriority(ctx context.Context, build int64, priority int) error {
 	return w.do(func(db database) error { return db.raise(ctx, build, priority) })
 }
 
-// Cancel is [Queue.Cancel].
+// Cancel works as [Queue.Cancel] does.
 func (w Within) Cancel(ctx context.Context, build int64) error {
 	return w.do(func(db database) error { return db.cancel(ctx, build) })
 }
 
-// do runs f with River on the transaction.
+// do calls f with River's functions for the transaction.
 func (w Within) do(f func(database) error) error {
 	if c, ok := w.q.insert.(*river.Client[*sql.Tx]); ok {
 		return f(inTx(c, w.tx))
@@ -57,7 +57,7 @@ func (w Within) do(f func(database) error) error {
 		if !ok {
 			return fault.New(fault.Internal, fmt.Sprintf("write to queue: the connection is a %T, not one of pgx", driver), "")
 		}
-		// Else each statement would be committed by itself.
+		// Outside of a transaction, each statement would be committed alone.
 		if status := under.Conn().PgConn().TxStatus(); status != 'T' {
 			return fault.New(fault.Internal,
 				fmt.Sprintf("write to queue: the connection is in no open transaction (status %q)", status), "")
@@ -66,7 +66,7 @@ func (w Within) do(f func(database) error) error {
 	})
 }
 
-// database is River's calls on a database or in a transaction.
+// database has River's functions, for a database or for one transaction.
 type database struct {
 	exec   riverdriver.Executor
 	insert func(context.Context, river.JobArgs, *river.InsertOpts) (*rivertype.JobInsertResult, error)
@@ -74,7 +74,7 @@ type database struct {
 	pg     bool
 }
 
-// own is River's calls outside of any transaction.
+// own returns River's functions outside of any transaction.
 func (q *Queue) own() database {
 	return database{q.exec, q.insert.Insert, q.insert.JobCancel, q.pg != nil}
 }
@@ -91,12 +91,11 @@ func inTx[T any](c *river.Client[T], tx T) database {
 	}
 }
 
-// joined is a connection on which database/sql has begun a transaction, and which
-// stays the one to end it.
+// joined is a connection on which database/sql has begun a transaction. River may use it, but only database/sql may end
+// it.
 type joined struct{ *connection }
 
-// connection is pgx.Conn under another name: embedded as Conn, the field would hide the
-// method Conn of joined.
+// connection is another name of pgx.Conn. A field that is embedded as Conn would hide the method Conn of joined.
 type connection = pgx.Conn
 
 var errJoined = errors.New("the transaction is somebody else's")
@@ -106,5 +105,5 @@ func (j joined) Commit(context.Context) error          { return errJoined }
 func (j joined) Rollback(context.Context) error        { return errJoined }
 func (j joined) LargeObjects() pgx.LargeObjects        { return pgx.LargeObjects{} }
 
-// Conn returns the connection. River asks it in which mode it sends a query's parameters.
+// Conn returns the connection. River calls it to learn in which mode the connection sends a query's parameters.
 func (j joined) Conn() *pgx.Conn { return j.connection }

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// What is done within a transaction of somebody else's is done when that is
-// committed, and not at all when it is rolled back.
+// TestWithin checks writes to the queue inside a transaction of the caller. They take effect at its commit, and not at
+// all if it is rolled back.
 func TestWithin(t *testing.T) {
 	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) {
@@ -89,7 +89,7 @@ func within(t *testing.T, driver, rawURL string) {
 	stands("a rollback", 1, "available")
 	step("Cancel(1)", true, out)
 	stands("a commit", 1, "cancelled")
-	if driver == "pgx" { // SQLite's transaction refuses by itself
+	if driver == "pgx" { // with SQLite, the transaction itself refuses
 		err := q.Within(conn, nil).Insert(t.Context(), job(5), queue.PriorityAsked)
 		if !fault.Is(err, fault.Internal) {
 			t.Errorf("Insert(5) without a transaction = %v; want %v", err, fault.Internal)
@@ -99,8 +99,7 @@ func within(t *testing.T, driver, rawURL string) {
 	step("SetPriority(3)", false, func(w queue.Within) error { return w.SetPriority(t.Context(), 3, queue.PriorityAsked) })
 	step("SetPriority(2)", true, up)
 
-	// A worker finds what is there, in its order: 2 was raised, and 3 was not. Then it
-	// is told of what comes.
+	// A worker gets the stored builds in order: 2 was raised, and 3 was not. After that, it gets each new build.
 	begun := make(chan int64, 9)
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)

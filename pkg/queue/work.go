@@ -12,17 +12,15 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Work takes builds and calls do for each, at most concurrency at a time, until
-// ctx is done. Then it takes no more, gives running builds a short grace,
-// cancels them, and returns nil once they have ended.
+// Work takes builds from the queue and calls do for each, at most concurrency at a time, until ctx ends. Then it takes
+// no more builds, gives the running ones a short grace period, and cancels them. It returns nil after they have ended.
 //
-// id names the worker and must be used by one process at a time; the caller
-// makes sure of that, with a lock file for example. Jobs that a killed process
-// of the same id left behind are made available again at once.
+// id is the name of the worker, and only one process may use it at a time. The caller ensures that, for example with a
+// lock file. Jobs that a killed process of the same id left behind become available again at once.
 //
-// do's error decides: [Requeue] hands the job back; one that is not retryable,
-// or Cancelled, ends it; others are tried again with growing pauses, in all
-// MaxAttempts times.
+// The error of do decides about the job. [Requeue] gives the job back. An error that is not retryable, or of kind
+// Cancelled, ends the job. After any other error the job is tried again, at most MaxAttempts times in all, with growing
+// pauses.
 func (q *Queue) Work(
 	ctx context.Context,
 	id string,
@@ -47,7 +45,7 @@ func (q *Queue) Work(
 		JobTimeout:           JobTimeout,
 		RescueStuckJobsAfter: RescueAfter,
 		SoftStopTimeout:      soft,
-		// SQLite has no notification of its own, so polling is the pace there.
+		// SQLite has no notifications, so the poll interval decides how soon a job starts.
 		FetchPollInterval: 500 * time.Millisecond,
 		PollOnly:          q.sqlite != nil,
 		Queues:            map[string]river.QueueConfig{api.BuildQueue: {MaxWorkers: max(concurrency, 1)}},
@@ -66,22 +64,20 @@ func (q *Queue) Work(
 	return nil
 }
 
-// handBackPause is how long a job rests that a worker gave back of its own.
+// handBackPause is the pause before the next attempt of a job that its worker gave back without being stopped.
 const handBackPause = 15 * time.Second
 
-// requeueError is the error of [Requeue].
+// requeueError is the error that [Requeue] returns.
 type requeueError struct{ error }
 
 func (h requeueError) Unwrap() error { return h.error }
 
-// Requeue says that a build is not to blame for how its attempt ended, such as
-// when the worker was stopped or its server is away: the job comes back,
-// at once after a stop and else after a short pause, and the attempt does not
-// count.
+// Requeue marks an error that is not the fault of the build, such as a stopped worker or a server that does not answer.
+// The queue offers the job again: at once after a stop, else after a short pause. The attempt does not count.
 func Requeue(err error) error { return requeueError{err} }
 
-// riverError maps the outcome of a build to River's words. It examines the error
-// alone, so that what do reported elsewhere is what the queue does.
+// riverError converts the error of a build to the error that River expects. It looks only at the error, so that the
+// queue and the other reports of do agree.
 func riverError(ctx context.Context, err error) error {
 	var back requeueError
 	switch {

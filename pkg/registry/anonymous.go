@@ -11,8 +11,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
-// AudienceHeader is what a server of ours says in every answer of its registry: for whom
-// it is, [AudiencePrivate] or [AudiencePublic], as its operator has it.
+// AudienceHeader is a header in every response of the registry of a Prebake server. Its value, [AudiencePrivate] or
+// [AudiencePublic], is what the operator configured.
 const AudienceHeader = "Prebake-Audience"
 
 // The values of [AudienceHeader].
@@ -21,20 +21,20 @@ const (
 	AudiencePublic  = "public"
 )
 
-// AnonymousAccess is what somebody without credentials learns of a repository.
+// AnonymousAccess is what a client without credentials learns about a repository.
 type AnonymousAccess struct {
-	// Host is who was asked, with a port where one is named; "" means a folder.
+	// Host is the host that was asked, with the port if the reference has one. "" means that the repository is not on
+	// a registry.
 	Host string
-	// Visibility is the registry's own answer, "private" or "public"; "" where it has none.
+	// Visibility is the registry's own answer: "private", "public", or "" if it gives none.
 	Visibility string
-	// Reads says that a client without credentials may read.
+	// Reads is true if a client without credentials may read.
 	Reads bool
 }
 
-// AnonymousAccess asks the registry without credentials. With a digest the answer is
-// whether that very manifest can be read; without, whether the repository's tags can. A
-// registry that knows no such repository, and says so to everybody, lets everybody read
-// what will be there.
+// AnonymousAccess asks the registry without credentials. With a digest, Reads says whether that manifest can be read.
+// Without one, Reads says whether the repository's tags can be listed. If the registry answers that there is no such
+// repository, and answers so to everybody, Reads is true: everybody will be able to read what is pushed there.
 func (r *Repository) AnonymousAccess(ctx context.Context, digest string) (AnonymousAccess, error) {
 	s, ok := r.s.(*remoteStore)
 	if !ok {
@@ -79,7 +79,7 @@ func (r *Repository) AnonymousAccess(ctx context.Context, digest string) (Anonym
 	return out, nil
 }
 
-// visibilityReader notes what a registry says of itself.
+// visibilityReader stores the value of [AudienceHeader] from the responses.
 type visibilityReader struct {
 	next       http.RoundTripper
 	visibility atomic.Value

@@ -21,40 +21,40 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// AnnotationBase is on the index of a layout that leaves out what an earlier one has, and
-// holds the digest of the earlier one's index.json.
+// AnnotationBase is the annotation that makes the index of a layout a delta: the layout leaves out the blobs of an
+// earlier layout. The value is the digest of the earlier layout's index.json.
 const AnnotationBase = "dev.prebake.bundle.base"
 
 const (
-	archivePrefix = "oci-archive:" // as skopeo and podman call such a file
+	archivePrefix = "oci-archive:" // the same prefix as in skopeo and podman
 	partsBetween  = "+"
-	// maxEntries bounds the entries of an archive: some 5,000 artifacts with their statements.
+	// maxEntries is the greatest number of entries of an archive: about 5,000 artifacts with their attestations.
 	maxEntries = 1 << 18
 	maxMarker  = 4 << 10
 	markerFile = "oci-layout"
 )
 
-// archives reads an image layout out of tar files, or folders, one after the other: the last
-// has the index, and what it leaves out is in those before it.
+// archives reads an image layout from a sequence of tar files or folders. The last part has the index. Blobs that the
+// last part leaves out are in the parts before it.
 type archives struct {
 	paths []string
 
 	mu    sync.Mutex
-	parts []part // once they were looked through
+	parts []part // nil until load has read them
 }
 
-// part is one of them.
+// part is one tar file or folder of [archives].
 type part struct {
 	path  string
-	files map[string]extent // of a tar; nil is a folder
+	files map[string]extent // files in a tar; nil for a folder
 	index string            // digest of index.json
-	base  string            // the digest of the index that it needs; "" means none
+	base  string            // digest of the index that this part is a delta of; "" if this part is whole
 }
 
-// extent is where a file's bytes are in a tar.
+// extent is the position of a file's bytes in a tar.
 type extent struct{ at, size int64 }
 
-// openArchives names them by oci-archive:FILE[+FILE…]. They are read when somebody asks.
+// openArchives parses FILE[+FILE…]. It opens no file: the first read does.
 func openArchives(ref string) (*layoutStore, error) {
 	paths := strings.Split(ref, partsBetween)
 	if slices.Contains(paths, "") {
@@ -97,8 +97,8 @@ func (a *archives) open(ctx context.Context, name string, size int64) (io.ReadCl
 	return nil, missing(parts, name)
 }
 
-// missing tells what a file that is in no part means: of a delta it is the part before it
-// that lacks.
+// missing returns the error for a file that no part has. If the first part is a delta, the error asks for the bundle
+// that it is a delta of.
 func missing(parts []part, name string) error {
 	first := parts[0]
 	if first.base == "" {
@@ -116,7 +116,7 @@ func missing(parts []part, name string) error {
 	)
 }
 
-// load looks the parts through, once, and compares what each needs with what is before it.
+// load reads the index and the file table of each part, once. It checks that each delta belongs to the part before it.
 func (a *archives) load(ctx context.Context) ([]part, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -170,7 +170,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		// Not wrapped: a layout's folder that does not exist is empty, and this is no folder.
+		// The error is not wrapped: callers read fs.ErrNotExist as an empty folder, and a missing archive is not one.
 		return p, fault.New(
 			fault.NotFound,
 			"there is no such file",
@@ -212,7 +212,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 	return p, nil
 }
 
-// checkMarker reads the file that says what a layout is (image-spec 1.1, image-layout.md).
+// checkMarker checks the version in the file oci-layout (image-spec 1.1, image-layout.md).
 func checkMarker(raw []byte) error {
 	var marker struct {
 		Version string `json:"imageLayoutVersion"`
@@ -239,11 +239,11 @@ func scanFile(file string) (map[string]extent, error) {
 	return scan(f)
 }
 
-// layoutFile is the name of a file that is read: others are in archives, too.
+// layoutFile matches the files of a layout that are read. An archive may have other files, too.
 var layoutFile = regexp.MustCompile(`^(oci-layout|index\.json|blobs/sha256/[0-9a-f]{64})$`)
 
-// scan finds the files of a layout in a tar. It takes folders and regular files only, each
-// once, and reads no file's bytes.
+// scan returns the position of each file of a layout in a tar. It accepts only folders and regular files, and each
+// file once. It does not read the bytes of the files.
 func scan(r io.ReadSeeker) (map[string]extent, error) {
 	size, err := r.Seek(0, io.SeekEnd)
 	if err == nil {
@@ -272,7 +272,7 @@ func scan(r io.ReadSeeker) (map[string]extent, error) {
 		if h.Typeflag == tar.TypeDir || !layoutFile.MatchString(name) {
 			continue
 		}
-		// The tar reader has read the header and nothing behind it.
+		// The tar reader has read the header and nothing after it.
 		at, err := r.Seek(0, io.SeekCurrent)
 		if err != nil {
 			return nil, err
@@ -287,7 +287,7 @@ func scan(r io.ReadSeeker) (map[string]extent, error) {
 	}
 }
 
-// entryName returns the clean name of an entry that is a folder or a plain file within.
+// entryName returns the clean name of an entry. It refuses everything but a folder or a plain file inside the archive.
 func entryName(h *tar.Header) (string, error) {
 	if h.Typeflag != tar.TypeDir && h.Typeflag != tar.TypeReg {
 		return "", refused(fmt.Sprintf("entry %.200q is neither file nor folder", h.Name))
@@ -341,26 +341,26 @@ func (p part) open(ctx context.Context, name string, size int64) (io.ReadCloser,
 	return section{io.NewSectionReader(f, e.at, e.size), f, e.size}, nil
 }
 
-// section is a part of a file with n bytes.
+// section is a region of n bytes of a file.
 type section struct {
 	io.Reader
 	io.Closer
 	n int64
 }
 
-// Layout is what an image layout holds, for who carries it on.
+// Layout gives access to the index and the blobs of an image layout, for code that copies them.
 type Layout struct {
 	r *Repository
 	s *layoutStore
 }
 
-// AsLayout returns the layout that a repository is; ok is false for one on a registry.
+// AsLayout returns the layout of a repository. ok is false if the repository is on a registry.
 func (r *Repository) AsLayout() (l Layout, ok bool) {
 	s, ok := r.s.(*layoutStore)
 	return Layout{r, s}, ok
 }
 
-// Index returns index.json, and the digest of its bytes. What does not exist has an empty one.
+// Index returns index.json and the digest of its bytes. A layout without index.json is an error.
 func (l Layout) Index(ctx context.Context) (idx *v1.IndexManifest, digest string, err error) {
 	raw, err := l.s.files.read(ctx, indexFile, maxIndex)
 	idx = &v1.IndexManifest{}
@@ -374,9 +374,8 @@ func (l Layout) Index(ctx context.Context) (idx *v1.IndexManifest, digest string
 	return idx, hash.String(), err
 }
 
-// Has reports whether a blob with exactly as many bytes as described is there: one that was
-// cut off is not. Its digest is not compared. A delta that was named without what is before
-// it has what is in it.
+// Has reports whether the layout has a blob with exactly the size that d says. So a truncated blob does not count. Has
+// does not compare the digest. If a delta was opened without its base, Has looks only in the delta.
 func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	places := []interface {
 		open(ctx context.Context, name string, size int64) (io.ReadCloser, error)
@@ -406,7 +405,7 @@ func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	return false, nil
 }
 
-// length is how many bytes a blob has. Only one on a web server is read to its end for that.
+// length returns the size of a blob in bytes. Only a blob on a web server is read to its end for that.
 func length(rc io.Reader) (int64, error) {
 	switch r := rc.(type) {
 	case *os.File:

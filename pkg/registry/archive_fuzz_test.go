@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// FuzzScan reads tars that anybody made: what is found is within, under a name of the
-// layout.
+// FuzzScan scans arbitrary tars. Every extent that scan finds must lie within the tar and have the name of a layout's
+// file.
 func FuzzScan(f *testing.F) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)

@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// entry is one of a tar.
+// entry is one entry of a tar.
 type entry struct {
 	tar.Header
 	body string
@@ -33,7 +33,7 @@ func file(name, body string) entry {
 	return entry{tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(body))}, body}
 }
 
-// pack writes a tar, and returns its name.
+// pack writes a tar and returns its path.
 func pack(t testing.TB, entries ...entry) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "layout.tar")
@@ -62,7 +62,7 @@ func packed(t testing.TB, entries ...entry) []byte {
 	return b.Bytes()
 }
 
-// folderEntries are a folder's files in a tar, as tar -C FOLDER . names them.
+// folderEntries returns a folder's files as entries of a tar, with the names that tar -C FOLDER . gives them.
 func folderEntries(t testing.TB, dir string) (all []entry) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -87,7 +87,7 @@ func folderEntries(t testing.TB, dir string) (all []entry) {
 	return all
 }
 
-// sampled publishes a sample in a folder.
+// sampled publishes a sample in a new folder.
 func sampled(t testing.TB) (dir string, s testkit.Sample, key *testkit.Key) {
 	t.Helper()
 	key = testkit.NewKey(t)
@@ -113,7 +113,7 @@ func TestArchive(t *testing.T) {
 	if _, err := repo.Resolve(t.Context(), "v2"); !fault.Is(err, fault.NoArtifact) {
 		t.Errorf("Resolve of what is not there = %v; want kind no-artifact", err)
 	}
-	// Each of the two lists of what is attached does without the other.
+	// A reader finds the attachments by either of the two lists alone.
 	for name, keep := range map[string]func(d v1.Descriptor) bool{
 		"entries alone": func(d v1.Descriptor) bool {
 			return !strings.HasPrefix(d.Annotations[registry.AnnotationRefName], "sha256-")
@@ -160,8 +160,8 @@ func TestArchive(t *testing.T) {
 	}
 }
 
-// split makes a whole bundle and its delta of a folder: the delta has the index, with the
-// base annotated, and one blob that the whole one lacks.
+// split makes a whole bundle and a delta from a folder. The delta has the index with the base annotation, and the
+// blobs that later selects.
 func split(t *testing.T, dir string, later func(name string) bool) (base, delta string, baseIndex string) {
 	t.Helper()
 	var first, second []entry
@@ -209,7 +209,7 @@ func TestArchiveDelta(t *testing.T) {
 	if err := os.CopyFS(unpacked, os.DirFS(dir)); err != nil {
 		t.Fatal(err)
 	}
-	checkContent(t, open(t, "oci-archive:"+unpacked+"+"+delta), s) // a base that was unpacked
+	checkContent(t, open(t, "oci-archive:"+unpacked+"+"+delta), s) // the base is an unpacked folder
 
 	alone := open(t, "oci-archive:"+delta)
 	_, err := alone.Manifest(t.Context(), s.Digest)
@@ -223,7 +223,7 @@ func TestArchiveDelta(t *testing.T) {
 	otherDir, _, _ := sampled(t)
 	other := pack(t, folderEntries(t, otherDir)...)
 	for ref, names := range map[string]string{
-		other + "+" + delta:              index, // another base
+		other + "+" + delta:              index, // the delta of another base
 		base + "+" + other:               "is whole",
 		base + "+" + delta + "+" + delta: "is a delta of",
 	} {
@@ -234,7 +234,7 @@ func TestArchiveDelta(t *testing.T) {
 	}
 }
 
-// TestHostileArchives reads tars that somebody made to harm, or damaged.
+// TestHostileArchives reads tars that are damaged or made to do harm.
 func TestHostileArchives(t *testing.T) {
 	t.Parallel()
 	dir, s, _ := sampled(t)
@@ -321,8 +321,7 @@ func replaced(e entry, suffix, body string) entry {
 	return file(e.Name, body)
 }
 
-// sparse is a tar with a file of the old GNU sparse format, type 'S' (GNU tar, "Sparse
-// Formats").
+// sparse returns a tar with a file in the old GNU sparse format, type 'S' (GNU tar, "Sparse Formats").
 func sparse(t *testing.T) []byte {
 	t.Helper()
 	raw := packed(t, file("blobs/sha256/"+strings.Repeat("b", 64), "x"))
@@ -342,7 +341,7 @@ func sparse(t *testing.T) []byte {
 	return raw
 }
 
-// refusesArchive wants the manifest of a sample refused as unverified.
+// refusesArchive checks that reading the sample's manifest fails as unverified.
 func refusesArchive(t *testing.T, path string, s testkit.Sample) {
 	t.Helper()
 	raw, err := open(t, "oci-archive:"+path).Manifest(t.Context(), s.Digest)
@@ -351,7 +350,7 @@ func refusesArchive(t *testing.T, path string, s testkit.Sample) {
 	}
 }
 
-// A blob that is not what its digest says is refused by whoever reads it.
+// A reader refuses a blob whose bytes do not match its digest.
 func TestArchiveAlteredBlob(t *testing.T) {
 	t.Parallel()
 	dir, s, _ := sampled(t)
@@ -376,7 +375,7 @@ func isDriver(_ v1.Descriptor, m *v1.Manifest) bool {
 	return m.Annotations[bundle.AnnotationFormat] != ""
 }
 
-// A copy is the same to whoever asks: digests, tags, and what is attached, everywhere.
+// A copy has the same digests, tags and attachments as the source, in each kind of repository.
 func TestCopyTagged(t *testing.T) {
 	t.Parallel()
 	dir, s, key := sampled(t)
@@ -384,7 +383,7 @@ func TestCopyTagged(t *testing.T) {
 	for name, to := range places(t) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			for range 2 { // the second time all is there
+			for range 2 { // the second time the target has everything already
 				got, err := registry.CopyTagged(t.Context(), from, to, isDriver, nil)
 				if err != nil {
 					t.Fatal(err)
@@ -428,7 +427,7 @@ func digests(list []v1.Descriptor) (all []string) {
 	return all
 }
 
-// What somebody attaches cannot take a tag on its way into a layout.
+// An attached manifest cannot get a tag when it is copied into a layout.
 func TestCopyLetsNoReferrerNameTags(t *testing.T) {
 	t.Parallel()
 	_, s, _ := sampled(t)

@@ -13,38 +13,37 @@ import (
 
 // Bounds of [Repository.Attached].
 const (
-	// MaxAttachments bounds the payloads that are read of those that were asked
-	// for, and once more of those that may be.
+	// MaxAttachments is the greatest number of payloads that are read among the attachments that match. As many again
+	// are read among the attachments that may match.
 	MaxAttachments = 64
-	// MaxAttachment bounds one of them.
+	// MaxAttachment is the greatest size of one payload in bytes.
 	MaxAttachment = 1 << 20
-	// maxManifests bounds the manifests that are read in search of either.
+	// maxManifests is the greatest number of manifests that one search reads.
 	maxManifests = 1024
-	// maxOthers bounds the payloads that are returned although they are of no use.
+	// maxOthers is the greatest number of payloads that are returned although the caller cannot use them.
 	maxOthers = 8
 )
 
-// Attached returns payloads of this type that are attached to a manifest,
-// compared with their digests. Each of wanted is a set of annotations that an
-// attachment must have; without any, every attachment is asked for. Those that
-// have all of a set come first, a few for each set in turns, so that many of one
-// kind hide none of another. Behind them come those that lack an annotation, as
-// what was attached without: they may be what is asked for.
+// Attached returns the payloads of this type that are attached to a manifest. It compares them with their digests.
+// Each element of wanted is a set of annotations that an attachment must have. Without any set, every attachment
+// matches.
 //
-// At most [MaxAttachments] of either, of at most [MaxAttachment] bytes, are
-// read. Longer ones, and manifests of another shape, are left out: anybody who
-// may push can attach them.
+// Attachments that have all annotations of one set come first. They are taken from the sets in turns, so that many
+// attachments for one set do not hide those for another. After them come attachments that lack an annotation of a
+// set but contradict none, because a registry may list an attachment without its annotations.
+//
+// Attached reads at most [MaxAttachments] payloads of each group. It leaves out payloads of more than [MaxAttachment]
+// bytes and manifests of another shape, because anybody who may push can attach them.
 func (r *Repository) Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte,
 	error) {
 	return r.attached(ctx, digest, artifactType, nil, wanted)
 }
 
-// AttachedIf is [Repository.Attached] for callers who can tell a payload that is of use
-// from what anybody may attach. useful names what a payload says, "" is nothing of use: of
-// several that say the same one counts. So neither many of the others, nor copies of a good
-// one, hide any that is, whatever their annotations; and one that cannot be read as it is
-// listed prevents none. A few of the others come last, so that the caller can
-// say what was wrong.
+// AttachedIf is [Repository.Attached] for a caller that can tell a useful payload from one that anybody may attach.
+// useful returns a name for what the payload says, or "" if the payload is not useful. Of several payloads with the
+// same name only the first counts. So neither many useless attachments nor many copies of a useful one can hide a
+// useful one, whatever their annotations are. If an attachment cannot be read as it is listed, the others are still
+// returned. A few useless payloads come last, so that the caller can report what was wrong with them.
 func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string,
 	useful func(payload []byte) (what string), wanted ...map[string]string) ([][]byte, error) {
 	return r.attached(ctx, digest, artifactType, useful, wanted)
@@ -69,8 +68,8 @@ func (r *Repository) attached(ctx context.Context, digest, artifactType string, 
 	return slices.Concat(all, more, s.others), nil
 }
 
-// sortOut returns those that have all annotations of a set, in turns, and those
-// that contradict not every set.
+// sortOut returns two lists. asked has the attachments with all annotations of a set, taken from the sets in turns.
+// perhaps has the other attachments that do not contradict every set.
 func sortOut(list []v1.Descriptor, wanted []map[string]string) (asked, perhaps []v1.Descriptor) {
 	if len(wanted) == 0 {
 		return list, nil
@@ -96,8 +95,8 @@ func sortOut(list []v1.Descriptor, wanted []map[string]string) (asked, perhaps [
 	return asked, perhaps
 }
 
-// matchSet returns the first set that annotations have all of, or -1; may says that
-// they contradict not every set.
+// matchSet returns the index of the first set that the annotations have completely, or -1. may is false if the
+// annotations contradict every set.
 func matchSet(annotations map[string]string, wanted []map[string]string) (first int, may bool) {
 	for i, set := range wanted {
 		all, contradicts := true, false
@@ -114,21 +113,21 @@ func matchSet(annotations map[string]string, wanted []map[string]string) (first 
 	return -1, may
 }
 
-// search is one look for payloads.
+// search is one search for payloads.
 type search struct {
 	r                    *Repository
 	digest, artifactType string
 	useful               func([]byte) string
 	wanted               []map[string]string
 
-	known  map[string]bool // what useful ones said
-	others [][]byte        // of no use
+	known  map[string]bool // names of useful payloads that were found
+	others [][]byte        // payloads that are not useful
 	looks  int
 }
 
-// leftOut reports whether an attachment is passed over: one that is listed and is not
-// there always, and where others are of use also one that is not what it should be. A
-// network that fails is no property of an attachment.
+// leftOut reports whether an attachment is skipped because of err. An attachment that is listed but does not exist is
+// always skipped. With useful, an attachment that is damaged is skipped, too. An error of the network does not come
+// from the attachment, so it is returned.
 func (s *search) leftOut(ctx context.Context, err error) bool {
 	if err == nil || ctx.Err() != nil {
 		return false
@@ -136,7 +135,7 @@ func (s *search) leftOut(ctx context.Context, err error) bool {
 	return fault.Is(err, fault.NoArtifact) || s.useful != nil && !fault.Is(err, fault.Transient)
 }
 
-// payloads reads what is attached by these manifests.
+// payloads reads the payloads that these manifests attach.
 func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]byte, err error) {
 	for _, d := range list {
 		if !mayBe(d, s.artifactType) {
@@ -166,7 +165,7 @@ func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]by
 	return all, nil
 }
 
-// payload reads one; nil is a manifest of another shape.
+// payload reads one payload. It returns nil for a manifest of another shape.
 func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	layer, err := s.layer(ctx, d, MaxAttachment)
 	if err != nil || layer == nil {
@@ -179,7 +178,7 @@ func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	return payload, err
 }
 
-// layer tells what the payload of one is; nil is a manifest of another shape.
+// layer returns the descriptor of a manifest's payload. It returns nil for a manifest of another shape.
 func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.Descriptor, error) {
 	raw, err := s.r.Manifest(ctx, d.Digest.String())
 	if err != nil {
@@ -191,7 +190,7 @@ func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.De
 		m.Layers[0].Size < 0 || m.Layers[0].Size > most || checkDigest(m.Layers[0].Digest.String()) != nil {
 		return nil, nil
 	}
-	// A list need not repeat the annotations.
+	// A list need not repeat the annotations of a manifest, so compare them again.
 	if _, may := matchSet(m.Annotations, s.wanted); !may && len(s.wanted) > 0 {
 		return nil, nil
 	}
@@ -200,12 +199,12 @@ func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.De
 	return &layer, nil
 }
 
-// maxPayloads bounds what [Repository.Payloads] examines.
+// maxPayloads is the greatest number of manifests that [Repository.Payloads] reads.
 const maxPayloads = 256
 
-// Payloads is [Repository.Attached] for payloads that are too large to be read whole: it
-// returns the descriptor of each that has no more than so many bytes, with the annotations
-// of its attachment, the smallest first. Those that cannot be read are left out.
+// Payloads is [Repository.Attached] for payloads that are too large to be read whole. It returns the descriptor of
+// each payload of at most most bytes, the smallest first, with the annotations of its attachment. It leaves out
+// attachments that cannot be read.
 func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, most int64,
 	wanted ...map[string]string) ([]v1.Descriptor, error) {
 	list, err := r.list(ctx, digest)
@@ -237,8 +236,8 @@ func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, 
 	return payloads, nil
 }
 
-// mayBe tells whether a descriptor may be of an artifact type: a registry from
-// before artifact types reports the config's, or none.
+// mayBe reports whether a descriptor may have an artifact type. A registry that does not know artifact types reports
+// the type of the config, or none.
 func mayBe(d v1.Descriptor, artifactType string) bool {
 	return d.ArtifactType == artifactType || d.ArtifactType == "" || d.ArtifactType == emptyType
 }

@@ -26,8 +26,7 @@ import (
 
 const labelledType = "application/vnd.test.labelled"
 
-// crowd attaches many of one kind, one that is wanted, and some without
-// annotations.
+// crowd attaches many manifests of one kind, one that is wanted, and some without annotations.
 func crowd(t *testing.T, repo *registry.Repository) (digest string) {
 	t.Helper()
 	img, err := random.Image(64, 1)
@@ -80,7 +79,7 @@ func TestAttachedOfMany(t *testing.T) {
 
 			got := attached(t, repo, digest, plan, match)
 			if name == "lists no annotations" {
-				slices.Sort(got) // all of them may be it: there is no order
+				slices.Sort(got) // without annotations any of them may match, so there is no order
 			} else {
 				slices.Sort(got[2:])
 			}
@@ -92,7 +91,7 @@ func TestAttachedOfMany(t *testing.T) {
 				t.Errorf("Attached(plan, match 7) (-want +got):\n%s", diff)
 			}
 
-			// Many of one kind leave room for the others.
+			// Many attachments of one kind do not hide the others.
 			got = attached(t, repo, digest, map[string]string{"kind": "match"}, plan)
 			if name != "lists no annotations" && !slices.Contains(got[:2], "plan") {
 				t.Errorf("Attached(every match, plan) begins with %q; want the plan in it", got[:2])
@@ -107,15 +106,14 @@ func TestAttachedOfMany(t *testing.T) {
 	}
 }
 
-// bare takes the annotations off a list.
+// bare removes the annotations from a list.
 func bare(page *v1.IndexManifest, _ http.Header) {
 	for i := range page.Manifests {
 		page.Manifests[i].Annotations = nil
 	}
 }
 
-// newPaged starts a registry that lists 40 referrers a page, and returns its
-// host:port. change may spoil a page.
+// newPaged starts a registry that lists 40 referrers per page, and returns its host:port. change may alter a page.
 func newPaged(t *testing.T, change func(page *v1.IndexManifest, h http.Header)) string {
 	t.Helper()
 	behind := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: testkit.Registry(t, true)})
@@ -201,8 +199,8 @@ func TestHostilePages(t *testing.T) {
 	}
 }
 
-// N19 of the second look: what anybody may attach, whatever it is called, hides nothing
-// that is of use, and one that dangles or is broken takes no other with it.
+// Useless attachments hide no useful one, whatever their annotations are. An attachment that is missing or broken does
+// not prevent reading the others.
 func TestAttachedIf(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -235,7 +233,7 @@ func TestAttachedIf(t *testing.T) {
 	if err := os.WriteFile(blob(broken), []byte("{}"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for i := range registry.MaxAttachments + 8 { // the same in other words
+	for i := range registry.MaxAttachments + 8 { // the same statement in other bytes
 		attach("good" + strings.Repeat(" ", i+1))
 	}
 	attach("good too")

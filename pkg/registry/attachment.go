@@ -13,22 +13,22 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The empty descriptor of image-spec 1.1 ("guidance for an empty descriptor").
+// emptyType is the media type of the empty descriptor (image-spec 1.1, "guidance for an empty descriptor").
 const emptyType = "application/vnd.oci.empty.v1+json"
 
 var emptyConfig = []byte("{}")
 
 // attachment is a manifest that refers to another one and carries one payload.
 type attachment struct {
-	open     func() (io.ReadCloser, error) // the payload
+	open     func() (io.ReadCloser, error) // opens the payload
 	layer    v1.Descriptor
 	manifest []byte
 	desc     v1.Descriptor
 	subject  v1.Hash
-	whole    v1.Image // one that was made elsewhere, as it is; nil means none
+	whole    v1.Image // a finished manifest that is copied as it is; nil if there is none
 }
 
-// inMemory describes a payload that is available.
+// inMemory describes a payload that is in memory.
 func inMemory(mediaType string, payload []byte) (v1.Descriptor, func() (io.ReadCloser, error), error) {
 	d := v1.Descriptor{MediaType: types.MediaType(mediaType)}
 	var err error
@@ -64,7 +64,7 @@ func newAttachment(subject v1.Descriptor, artifactType string, layer v1.Descript
 	return a, err
 }
 
-// image shows the attachment as an image, which is what the library pushes.
+// image returns the attachment as an image, because the library pushes images.
 func (a *attachment) image() (v1.Image, error) {
 	if a.whole != nil {
 		return a.whole, nil

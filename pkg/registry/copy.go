@@ -16,17 +16,17 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Copied is what [Copy] copied.
+// Copied says how much [Copy] copied.
 type Copied struct {
-	// Referrers are how many manifests were attached.
+	// Referrers is the number of attached manifests that were copied.
 	Referrers int
 }
 
-// Copy brings the image with this digest from a repository to another, byte for byte, and what is
-// attached to it: the digests stay. What is there already is not sent again. Tags are the
-// caller's. Which of the attachments go with it want says; nil takes all.
+// Copy copies the image with this digest, and the manifests that are attached to it, from one repository to another.
+// It copies byte for byte, so the digests stay the same. Copy does not send again what the target has already, and
+// copies no tags. want selects the attached manifests to copy; nil selects all.
 //
-// It, [CopyTagged] and [Compare] are no methods, so that programs which do not call them do not
+// Copy, [CopyTagged] and [Compare] are functions and not methods, so that a program that does not call them does not
 // link them.
 func Copy(
 	ctx context.Context,
@@ -84,8 +84,8 @@ func copyAttached(ctx context.Context, from, to *Repository, subject, digest str
 	return to.s.attach(ctx, a)
 }
 
-// ArtifactType is the type of an artifact as lists of referrers have it (image-spec 1.1,
-// "guidelines for artifact usage").
+// ArtifactType returns the type of an artifact as a list of referrers has it: artifactType, or the config's media type
+// if that is empty (image-spec 1.1, "guidelines for artifact usage").
 func ArtifactType(m *v1.Manifest) string {
 	if m.ArtifactType != "" {
 		return m.ArtifactType
@@ -93,8 +93,8 @@ func ArtifactType(m *v1.Manifest) string {
 	return string(m.Config.MediaType)
 }
 
-// Image returns the image with this digest. Manifest and config were compared with their
-// digests; its layers are read from the repository when somebody asks, and are not.
+// Image returns the image with this digest. Image compares the manifest and the config with their digests. The layers
+// are read from the repository when the caller reads them; their digests are not compared.
 func (r *Repository) Image(ctx context.Context, digest string) (v1.Image, error) {
 	raw, err := r.Manifest(ctx, digest)
 	if err != nil {
@@ -129,7 +129,8 @@ func (r *Repository) Image(ctx context.Context, digest string) (v1.Image, error)
 	return partial.CompressedToImage(remoteImage{ctx, r, raw, config, m})
 }
 
-// remoteImage is the minimum from which partial makes a v1.Image. It lives for one call.
+// remoteImage has the methods from which package partial makes a v1.Image. It holds a context, so it lives for one
+// call only.
 type remoteImage struct {
 	ctx         context.Context
 	r           *Repository
@@ -141,7 +142,7 @@ func (i remoteImage) RawConfigFile() ([]byte, error) { return i.config, nil }
 func (i remoteImage) RawManifest() ([]byte, error)   { return i.raw, nil }
 
 func (i remoteImage) MediaType() (types.MediaType, error) {
-	if i.manifest.MediaType == "" { // it is optional
+	if i.manifest.MediaType == "" { // the field is optional
 		return types.OCIManifestSchema1, nil
 	}
 	return i.manifest.MediaType, nil
@@ -164,49 +165,49 @@ type remoteLayer struct {
 func (l remoteLayer) Digest() (v1.Hash, error)            { return l.d.Digest, nil }
 func (l remoteLayer) Size() (int64, error)                { return l.d.Size, nil }
 func (l remoteLayer) MediaType() (types.MediaType, error) { return l.d.MediaType, nil }
-func (l remoteLayer) DiffID() (v1.Hash, error)            { return l.d.Digest, nil } // asked of no image that is stored
+func (l remoteLayer) DiffID() (v1.Hash, error)            { return l.d.Digest, nil } // never asked for a stored image
 func (l remoteLayer) Compressed() (io.ReadCloser, error) {
 	return l.i.r.Blob(l.i.ctx, l.d.Digest.String(), l.d.Size)
 }
 
-// AnnotationRefName is on an entry of a layout's index, and is its tag.
+// AnnotationRefName is the annotation of an entry in a layout's index that holds the entry's tag.
 const AnnotationRefName = refName
 
-// ReferrersListType is the media type of what [ReferrersList] returns.
+// ReferrersListType is the media type of the list that [ReferrersList] returns.
 const ReferrersListType = types.OCIImageIndex
 
-// listTag is the tag under which a subject's referrers are listed.
+// listTag returns the tag under which a subject's referrers are listed.
 func listTag(subject string) string { return strings.Replace(subject, ":", "-", 1) }
 
-// ReferrersTag is the tag under which a manifest's referrers are listed where nobody
-// answers for them (distribution-spec 1.1, "Referrers Tag Schema").
+// ReferrersTag returns the tag of the list of a manifest's referrers, for a repository without the referrers API
+// (distribution-spec 1.1, "Referrers Tag Schema").
 func ReferrersTag(digest string) string { return listTag(digest) }
 
-// ReferrersList returns what is under that tag: these manifests, by digest.
+// ReferrersList returns the content for [ReferrersTag]: an index of these manifests, sorted by their digests.
 func ReferrersList(referrers []v1.Descriptor) ([]byte, error) {
 	list := slices.Clone(referrers)
 	slices.SortFunc(list, func(a, b v1.Descriptor) int { return strings.Compare(a.Digest.Hex, b.Digest.Hex) })
 	return json.Marshal(v1.IndexManifest{SchemaVersion: 2, MediaType: ReferrersListType, Manifests: list})
 }
 
-// EntryAnnotations are the annotations of an attached manifest as its entry in an index
-// may have them: anybody attaches manifests, and may not name tags with them.
+// EntryAnnotations returns the annotations that an attached manifest may have in an index. It removes
+// [AnnotationRefName]: anybody may attach manifests, and an attached manifest must not get a tag that way.
 func EntryAnnotations(of map[string]string) map[string]string {
 	kept := maps.Clone(of)
 	delete(kept, refName)
 	return kept
 }
 
-// Tagged is what [CopyTagged] copied under one tag.
+// Tagged is one tag that [CopyTagged] copied.
 type Tagged struct {
 	Tag    string `json:"tag"`
 	Digest string `json:"digest"`
-	// Attached is how many manifests were attached to it.
+	// Attached is the number of manifests that were attached to the image and copied.
 	Attached int `json:"attached"`
 }
 
-// EachTagged visits the images that have tags, by tag; in a layout the names that are no
-// tags are passed over. It ends with the first error.
+// EachTagged calls visit for each image that has a tag, sorted by tag. It skips names in a layout that are not valid
+// tags. It ends with the first error.
 func EachTagged(
 	ctx context.Context,
 	r *Repository,
@@ -220,7 +221,7 @@ func EachTagged(
 	read := map[v1.Hash]*v1.Manifest{}
 	for _, tag := range tags {
 		if !tagPattern.MatchString(tag) {
-			continue // the name of an image in a layout, which need not be a tag
+			continue // in a layout an image may have a name that is not a valid tag
 		}
 		d, err := r.Resolve(ctx, tag)
 		if err != nil {
@@ -251,10 +252,10 @@ func EachTagged(
 	return nil
 }
 
-// CopyTagged copies each tagged image that is wanted, with what is attached to it and all
-// its tags. Which of the attachments go with it attached says; nil takes all. It returns
-// what it copied, by tag; an image that is copied under several tags is sent once. A tag
-// that names something else there already is [fault.PublishRefused].
+// CopyTagged copies each tagged image that want selects, with all its tags and the manifests attached to it. attached
+// selects which of the attached manifests are copied; nil selects all. CopyTagged returns what it copied, sorted by
+// tag. It sends an image with several tags once. If a tag names another manifest in the target already, the error is
+// [fault.PublishRefused].
 func CopyTagged(
 	ctx context.Context,
 	from, to *Repository,

@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// annotationTitle is the name of a layer as a file (image-spec 1.1, annotations.md): oras
-// pull makes files of such layers.
+// annotationTitle is the annotation that holds a layer's file name (image-spec 1.1, annotations.md). oras pull writes
+// such layers as files.
 const annotationTitle = "org.opencontainers.image.title"
 
 // Bounds of an artifact whose layers are files.
@@ -31,8 +31,8 @@ const (
 	MaxFile = 256 << 20
 )
 
-// FilesManifest returns the manifest of an artifact whose layers are files, and its config.
-// The caller makes each descriptor by [FileDescriptor], which notes the file's name in it.
+// FilesManifest returns the manifest and the config of an artifact whose layers are files. The caller makes each
+// descriptor with [FileDescriptor], which stores the file's name in it.
 func FilesManifest(artifactType string, files []v1.Descriptor) (manifest, config []byte, err error) {
 	m := v1.Manifest{
 		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: artifactType, Layers: files,
@@ -45,7 +45,7 @@ func FilesManifest(artifactType string, files []v1.Descriptor) (manifest, config
 	return manifest, emptyConfig, err
 }
 
-// FileDescriptor describes a file under its name, a path with slashes.
+// FileDescriptor returns the descriptor of a file. name is a relative path with slashes.
 func FileDescriptor(name, mediaType string, digest v1.Hash, size int64) v1.Descriptor {
 	return v1.Descriptor{
 		MediaType: types.MediaType(mediaType), Digest: digest, Size: size,
@@ -53,12 +53,12 @@ func FileDescriptor(name, mediaType string, digest v1.Hash, size int64) v1.Descr
 	}
 }
 
-// SaveFiles writes the files of an artifact of this type to a folder, each compared with
-// its digest, and returns their names. A file that is there already is an error, and so is a
-// name that leads out of the folder, or that another file has or is under: nothing is written
-// then. Where a file cannot be had, or is damaged, those before it are removed.
+// SaveFiles writes the files of an artifact of this type to a folder, and returns their names. It compares each file
+// with its digest. SaveFiles writes nothing and returns an error in these cases: a file exists already; a name leads
+// out of the folder; two files have the same name; or one file's name is the folder of another. If a later file cannot
+// be read or is damaged, SaveFiles removes the files that it wrote before.
 //
-// It is no method, so that programs which do not call it do not link it.
+// SaveFiles is a function and not a method, so that a program that does not call it does not link it.
 func SaveFiles(ctx context.Context, r *Repository, digest, artifactType, dir string) (names []string, err error) {
 	names, err = saveFiles(ctx, r, digest, artifactType, dir)
 	if err != nil {
@@ -125,7 +125,7 @@ func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir str
 
 const hintEmptyFolder = "name a folder that is new or empty"
 
-// mustBeAbsent reports an error where there is a file of a name, or one in the way of it.
+// mustBeAbsent returns an error if name exists, or if a file is in the place of one of its folders.
 func mustBeAbsent(root *os.Root, name string) error {
 	_, err := root.Lstat(name)
 	switch {

@@ -16,8 +16,7 @@ import (
 
 const kindFiles = "application/vnd.test.files"
 
-// filesLayout makes an artifact of files that hold "text", and returns its digest. A file of
-// the name "lost" has no bytes anywhere.
+// filesLayout makes an artifact of files that hold "text", and returns its digest. The file named "lost" has no blob.
 func filesLayout(t testing.TB, names ...string) (*registry.Repository, string) {
 	t.Helper()
 	body := "text"
@@ -45,7 +44,7 @@ func filesLayout(t testing.TB, names ...string) (*registry.Repository, string) {
 		at(manifest), at(config), at([]byte(body)))), digestOf(manifest)
 }
 
-// Files of an artifact stay in the folder that they are written to.
+// SaveFiles writes nothing outside its folder.
 func TestSaveFiles(t *testing.T) {
 	t.Parallel()
 	repo, digest := filesLayout(t, "a.json", "targets/b.json")
@@ -76,13 +75,13 @@ func TestSaveFiles(t *testing.T) {
 	}
 }
 
-// Nothing is written where one of the files cannot be, whichever it is; what was there stays.
+// SaveFiles writes nothing if one of the files cannot be written, whichever it is. The files that existed stay.
 func TestSaveFilesInTheWay(t *testing.T) {
 	t.Parallel()
 	outside := t.TempDir()
 	for name, row := range map[string]struct {
-		last string // of three files
-		// there is what the folder has.
+		last string // name of the last of three files
+		// there creates what the folder has before.
 		there func(dir string) error
 		kind  fault.Kind
 	}{
@@ -117,7 +116,7 @@ func TestSaveFilesInTheWay(t *testing.T) {
 	}
 }
 
-// filesIn names what is in a folder, but for empty folders that were made on the way.
+// filesIn lists the files and folders below a folder. It leaves out folders that SaveFiles made for a file.
 func filesIn(t testing.TB, dir string) (names []string) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {

@@ -9,8 +9,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// A blob that was cut off, or has more bytes than described, is not there: a delta that
-// leaves it out could not be read.
+// A blob that is too short or too long does not count as present. Otherwise a delta that leaves it out could not be
+// read.
 func TestLayoutHas(t *testing.T) {
 	t.Parallel()
 	dir, s, _ := sampled(t)

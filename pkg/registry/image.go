@@ -18,12 +18,12 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// maxImage bounds the layers of an image that is pulled, all together.
+// maxImage is the greatest size in bytes of all layers of a pulled image together.
 const maxImage = 4 << 30
 
-// PullImage fetches an image, or of an index the one for this architecture, into a folder
-// that is empty. Every byte is compared with its digest before the image is returned; it
-// reads its layers from the folder.
+// PullImage downloads an image into an empty folder. If the digest names an index, PullImage downloads the image for
+// the architecture arch. It compares every byte with its digest before it returns the image. The returned image reads
+// its layers from the folder.
 func (r *Repository) PullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error) {
 	img, err := r.pullImage(ctx, digest, arch, dir)
 	if err != nil {
@@ -60,7 +60,7 @@ func (r *Repository) pullImage(ctx context.Context, digest, arch, dir string) (v
 	return partial.CompressedToImage(p)
 }
 
-// ofArch returns the manifest of an architecture out of an index, or what is no index.
+// ofArch returns the manifest for an architecture if raw is an index. Otherwise it returns raw.
 func (r *Repository) ofArch(ctx context.Context, raw []byte, arch string) ([]byte, error) {
 	var idx v1.IndexManifest
 	if err := json.Unmarshal(raw, &idx); err != nil || !idx.MediaType.IsIndex() {
@@ -77,7 +77,7 @@ func (r *Repository) ofArch(ctx context.Context, raw []byte, arch string) ([]byt
 // saveBlob writes a blob to a file.
 func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string) (err error) {
 	if _, err := os.Stat(file); err == nil {
-		return nil // a layer that is there twice
+		return nil // the image has this layer twice
 	}
 	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
 	if err != nil {
@@ -102,8 +102,8 @@ func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string)
 	return nil
 }
 
-// Compare reads a blob to its end, and compares it with its digest and size: what differs
-// is [fault.Unverified].
+// Compare reads a blob to its end, and compares it with its digest and size. If they differ, the error is
+// [fault.Unverified].
 func Compare(ctx context.Context, r *Repository, d v1.Descriptor) error {
 	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
 	if err != nil {
@@ -124,7 +124,7 @@ func Compare(ctx context.Context, r *Repository, d v1.Descriptor) error {
 	return nil
 }
 
-// pulled is the minimum from which partial makes a v1.Image.
+// pulled has the methods from which package partial makes a v1.Image.
 type pulled struct {
 	manifest, config []byte
 	mediaType        types.MediaType

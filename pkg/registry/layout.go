@@ -18,29 +18,27 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// layoutStore is an OCI image layout (image-spec 1.1, image-layout.md). One
-// entry of index.json stands for each manifest and tag; attachments have an
-// entry without a tag, and their manifest's subject says what they belong to.
-// Every file appears whole, under its final name, or not at all; writers of
-// all processes take turns.
+// layoutStore is an OCI image layout (image-spec 1.1, image-layout.md). index.json has one entry for each manifest and
+// tag. An attached manifest has an entry without a tag, and its subject field names the manifest that it is attached
+// to. Every file appears complete under its final name, or not at all. Writers of all processes take turns by a lock.
 type layoutStore struct {
 	dir   string
 	files layoutFiles
 }
 
-// layoutFiles is where the files of a layout are.
+// layoutFiles reads the files of a layout.
 type layoutFiles interface {
-	// read reads a small file and open opens a blob of this size, which has to have as many
-	// bytes; what is not there is [fs.ErrNotExist].
+	// read reads a small file. open opens a blob, which must have no more than size bytes. If the file does not exist,
+	// the error is [fs.ErrNotExist].
 	read(ctx context.Context, name string, limit int64) ([]byte, error)
 	open(ctx context.Context, name string, size int64) (io.ReadCloser, error)
-	// cheap says that reading many small files is, and settled that nobody adds to a list of
-	// referrers: then it has all.
+	// cheap reports whether it is cheap to read many small files. settled reports that nobody adds attachments to this
+	// layout, so a list of referrers is complete.
 	cheap() bool
 	settled() bool
 }
 
-// folder has them in a folder.
+// folder is [layoutFiles] in a folder.
 type folder string
 
 const (
@@ -66,10 +64,10 @@ func (s *layoutStore) blobPath(digest string) string {
 	return filepath.Join(s.dir, "blobs", "sha256", strings.TrimPrefix(digest, "sha256:"))
 }
 
-// blobName is a blob's file below the layout.
+// blobName returns the path of a blob's file within the layout.
 func blobName(digest string) string { return "blobs/sha256/" + strings.TrimPrefix(digest, "sha256:") }
 
-// index reads index.json; a folder that does not exist is empty.
+// index reads index.json. A folder that does not exist has an empty index.
 func (s *layoutStore) index(ctx context.Context) (*v1.IndexManifest, error) {
 	idx := &v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
 	raw, err := s.files.read(ctx, indexFile, maxIndex)
@@ -134,19 +132,18 @@ func (s *layoutStore) resolve(ctx context.Context, ref string) (v1.Descriptor, e
 }
 
 func (s *layoutStore) manifest(ctx context.Context, digest string) ([]byte, error) {
-	raw, err := s.files.read(ctx, blobName(digest), MaxManifest) // Repository compares it with its digest
+	raw, err := s.files.read(ctx, blobName(digest), MaxManifest) // Repository.Manifest compares the bytes with the digest
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fault.New(fault.NoArtifact, "not in this folder", "")
 	}
 	return raw, err
 }
 
-// A layout lists what is attached to a manifest in two ways, and others read one
-// of them each: oras takes entries of index.json whose manifest has a subject,
-// regclient the list under the tag of the referrers tag schema.
+// A layout lists attached manifests in two ways, and each client reads one of them. oras reads the entries of
+// index.json whose manifest has a subject. regclient reads the list under the tag of the referrers tag schema.
 
-// listed returns the list under that tag, and its place in the index; nil and -1
-// where there is none. What is no list of referrers says nothing.
+// listed returns the list of referrers under that tag, and its position in the index. Without such a tag it returns
+// nil and -1. If the tag names something else than a list of referrers, the list is nil.
 func (s *layoutStore) listed(ctx context.Context, idx *v1.IndexManifest, subject string) (*v1.IndexManifest, int,
 	error) {
 	i := slices.IndexFunc(idx.Manifests, func(d v1.Descriptor) bool { return d.Annotations[refName] == listTag(subject) })
@@ -203,12 +200,12 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 		if !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil {
 			continue
 		}
-		if looks++; looks > maxManifests && !s.files.cheap() { // every one of them has to be read
+		if looks++; looks > maxManifests && !s.files.cheap() { // each of these manifests has to be read
 			break
 		}
 		raw, err := s.files.read(ctx, blobName(d.Digest.String()), MaxManifest)
 		if errors.Is(err, fs.ErrNotExist) || fault.Is(err, fault.Unverified) {
-			continue // what was not copied, or is no manifest
+			continue // the manifest was not copied, or the blob is not a manifest
 		}
 		if err != nil {
 			return nil, err

@@ -42,8 +42,8 @@ func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
 	})
 }
 
-// list adds a referrer to its subject's list; the caller holds the lock. The blob
-// of the list before stays: readers take no lock.
+// list adds a referrer to its subject's list. The caller holds the lock. The blob of the former list stays, because
+// readers take no lock.
 func (s *layoutStore) list(ctx context.Context, subject string, d v1.Descriptor) error {
 	idx, err := s.index(ctx)
 	if err != nil {
@@ -58,7 +58,7 @@ func (s *layoutStore) list(ctx context.Context, subject string, d v1.Descriptor)
 			"remove that entry from "+indexFile+" by hand, or publish to another folder")
 	case list == nil:
 		list = &v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
-		if list.Manifests, err = s.referrers(ctx, subject); err != nil { // of before there was a list, d among them
+		if list.Manifests, err = s.referrers(ctx, subject); err != nil { // attached before there was a list; d is among them
 			return err
 		}
 	case slices.ContainsFunc(list.Manifests, func(have v1.Descriptor) bool { return have.Digest == d.Digest }):
@@ -82,13 +82,13 @@ func (s *layoutStore) list(ctx context.Context, subject string, d v1.Descriptor)
 		if i < 0 {
 			idx.Manifests = append(idx.Manifests, entry)
 		} else {
-			idx.Manifests[i] = entry // nobody else writes: the index is what it was
+			idx.Manifests[i] = entry // no other writer is active, so i is still the position
 		}
 		return true
 	})
 }
 
-// put writes blobs, then the manifest, then the index.
+// put writes the blobs, then the manifest, then the index.
 func (s *layoutStore) put(ctx context.Context, img v1.Image, desc v1.Descriptor) error {
 	layers, err := img.Layers()
 	if err != nil {
@@ -187,7 +187,7 @@ func (s *layoutStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 				Annotations: map[string]string{refName: tag}}
 			for i, old := range idx.Manifests {
 				if old.Digest == d.Digest && old.Annotations[refName] == "" {
-					idx.Manifests[i] = entry // the entry that only kept it reachable
+					idx.Manifests[i] = entry // replaces the entry without a tag, which only kept the manifest reachable
 					return true
 				}
 			}
@@ -197,7 +197,7 @@ func (s *layoutStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 	})
 }
 
-// edit changes index.json; the caller holds the lock.
+// edit changes index.json. The caller holds the lock.
 func (s *layoutStore) edit(ctx context.Context, change func(*v1.IndexManifest) bool) error {
 	idx, err := s.index(ctx)
 	if err != nil {
@@ -216,8 +216,8 @@ func (s *layoutStore) edit(ctx context.Context, change func(*v1.IndexManifest) b
 	})
 }
 
-// locked runs f while no other writer of any process works on the folder. It
-// makes the folder, and removes what writers that died left behind.
+// locked runs f while no other writer of any process works on the folder. It creates the folder, and removes the
+// temporary files of writers that died.
 func (s *layoutStore) locked(ctx context.Context, f func() error) (err error) {
 	if s.dir == "" {
 		return readOnly()
@@ -278,7 +278,7 @@ func (s *layoutStore) write(path string, fill func(io.Writer) error) error {
 	return nil
 }
 
-// denied gives an error of the disk its kind.
+// denied adds the fault kind to an error of the disk.
 func denied(err error) error {
 	switch {
 	case fault.NoSpace(err):

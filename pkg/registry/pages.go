@@ -17,19 +17,18 @@ import (
 )
 
 const (
-	// maxList bounds a list of referrers, all its pages together: it repeats the annotations
-	// of each, and anybody who may push can attach one with some megabytes of them.
+	// maxList is the greatest size in bytes of a list of referrers with all its pages. The list repeats the
+	// annotations of each referrer, and anybody who may push can attach one with megabytes of them.
 	maxList = 32 << 20
-	// maxAnnotation bounds one of these, key and value.
+	// maxAnnotation is the greatest size in bytes of one annotation: key and value together.
 	maxAnnotation = 1 << 10
 )
 
-// maxPages bounds the pages of one list of referrers.
+// maxPages is the greatest number of pages of one list of referrers.
 const maxPages = 256
 
-// pages makes one answer out of a list of referrers that comes in pages
-// (distribution-spec, "Listing Referrers"); the client library reads the first
-// one only. The pages are bounded together, as one answer is.
+// pages joins all pages of a list of referrers into one response (distribution-spec, "Listing Referrers"), because the
+// client library reads only the first page. The bound on size applies to all pages together.
 type pages struct{ next http.RoundTripper }
 
 func (p pages) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -62,11 +61,11 @@ func (p pages) RoundTrip(req *http.Request) (*http.Response, error) {
 		again.URL = at
 		more, err := p.next.RoundTrip(again)
 		if err != nil || more.StatusCode != http.StatusOK {
-			return more, err // the caller knows what to make of an error
+			return more, err // the caller handles the error
 		}
 		resp = more
 	}
-	// A list repeats what everybody may write at their attachments.
+	// A list repeats the annotations of the attachments, which anybody who may push can write.
 	for i, d := range whole.Manifests {
 		for key, value := range d.Annotations {
 			if len(key)+len(value) > maxAnnotation {
@@ -84,7 +83,7 @@ func (p pages) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// readPage reads at most left bytes, and closes the body.
+// readPage reads at most left bytes and closes the body.
 func readPage(body io.ReadCloser, left int64) (part v1.IndexManifest, n int64, err error) {
 	raw, err := io.ReadAll(io.LimitReader(body, left+1))
 	if err := errors.Join(err, body.Close()); err != nil {
@@ -101,8 +100,8 @@ func readPage(body io.ReadCloser, left int64) (part v1.IndexManifest, n int64, e
 
 var nextLink = regexp.MustCompile(`<([^<>]*)>\s*;\s*rel="?next"?\s*(?:[,;]|$)`) // RFC 8288
 
-// nextPage returns where a list goes on, nil where it ends. It has to be the same
-// list: the request carries the credentials for this registry.
+// nextPage returns the URL of the next page, or nil after the last page. The URL must be of the same list, because the
+// request carries the credentials for this registry.
 func nextPage(from *url.URL, h http.Header) (*url.URL, error) {
 	for _, link := range h.Values("Link") {
 		m := nextLink.FindStringSubmatch(link)

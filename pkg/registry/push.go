@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// CheckPush is [Repository.CheckPush] for a reference.
+// CheckPush opens ref and calls [Repository.CheckPush].
 func CheckPush(ctx context.Context, ref string, o Options) error {
 	r, err := Open(ref, o)
 	if err != nil {
@@ -49,14 +49,14 @@ func checkFolder(dir string) error {
 	return errors.Join(f.Close(), os.Remove(f.Name()))
 }
 
-// fixed has the same credentials for all.
+// fixed returns the same credentials for every registry.
 type fixed struct{ authn.Authenticator }
 
 func (f fixed) Resolve(authn.Resource) (authn.Authenticator, error) { return f.Authenticator, nil }
 
-// within ends requests with a context that the library does not take.
+// within sends requests with its own context, because the library's function takes none.
 type within struct {
-	ctx  context.Context // see above
+	ctx  context.Context // the context that the library does not take
 	next http.RoundTripper
 }
 

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// Whether a place may be written is found out without writing anything.
+// CheckPush finds out whether a repository may be written, and stores nothing.
 func TestCheckPush(t *testing.T) {
 	t.Parallel()
 	var puts int

@@ -20,16 +20,15 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// lenient makes of registries' odd answers about referrers the ones that the
-// client library knows. Whatever says that there is no such API is a 404, upon
-// for which the library uses the tag that stands in for it.
+// lenient translates unusual responses about referrers into responses that the client library knows. Each response
+// that means "no such API" becomes a 404. The library then uses the tag of the referrers tag schema instead.
 type lenient struct{ next http.RoundTripper }
 
-// referrersTag is the path of a manifest under the tag that stands in for the API
-// (distribution-spec 1.1, "Referrers Tag Schema").
+// referrersTag matches the path of a manifest under the tag that replaces the API (distribution-spec 1.1, "Referrers
+// Tag Schema").
 var referrersTag = regexp.MustCompile(`/manifests/sha256-[0-9a-f]{64}$`)
 
-// attaching is the key of a context whose requests add to a list of referrers.
+// attaching is a context key. It marks requests that add to a list of referrers.
 type attaching struct{}
 
 func (l lenient) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -40,12 +39,12 @@ func (l lenient) RoundTrip(req *http.Request) (*http.Response, error) {
 	switch {
 	case strings.Contains(req.URL.Path, "/referrers/"):
 		switch resp.StatusCode {
-		// 400 is Quay's for a manifest that it does not have (quay/quay#3071).
+		// Quay answers 400 for a manifest that it does not have (quay/quay#3071).
 		case http.StatusBadRequest, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotAcceptable,
 			http.StatusGone, http.StatusUnsupportedMediaType, http.StatusNotImplemented:
 			return absent(resp), nil
 		case http.StatusOK:
-			// Some add a charset; some answer every path with a page for people.
+			// Some registries add a charset. Others answer every path with an HTML page.
 			kind, _, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 			if err != nil || kind != string(types.OCIImageIndex) {
 				return absent(resp), nil
@@ -59,18 +58,18 @@ func (l lenient) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// absent makes an answer a 404.
+// absent turns a response into a 404.
 func absent(resp *http.Response) *http.Response {
-	_ = resp.Body.Close() // nothing of it is wanted
+	_ = resp.Body.Close() // the body is not needed
 	resp.StatusCode, resp.Status = http.StatusNotFound, "404 Not Found"
 	resp.Header.Del("Link")
 	resp.Body, resp.ContentLength = http.NoBody, 0
 	return resp
 }
 
-// tagged examines what the tag names. A list without a media type, which is
-// optional in it, gets one. What is no list is none to who reads; who would add to
-// it must not put a list in its place.
+// tagged checks the content under the tag of the referrers tag schema. A list may lack its media type, which is
+// optional; tagged adds it. If the tag names something else than a list, a reader gets a 404. A writer gets an error,
+// because it must not replace that content with a list.
 func tagged(req *http.Request, resp *http.Response) (*http.Response, error) {
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, MaxManifest+1))
 	if err := errors.Join(err, resp.Body.Close()); err != nil {
@@ -89,7 +88,7 @@ func tagged(req *http.Request, resp *http.Response) (*http.Response, error) {
 		tag := path.Base(req.URL.Path)
 		digest := "sha256:" + strings.TrimPrefix(tag, "sha256-")
 		if req.Context().Value(attaching{}) != nil && resp.Header.Get("Docker-Content-Digest") == digest {
-			// GitLab's, which has no referrers API either (oras-project/oras-go#1396).
+			// GitLab takes the tag for the digest, and has no referrers API either (oras-project/oras-go#1396).
 			return nil, fault.New(fault.PublishRefused,
 				req.URL.Host+" confuses the tag "+tag+" with the digest, and has no referrers API",
 				"publish to a registry that can list statements about an artifact; this one cannot")
@@ -112,8 +111,8 @@ func tagged(req *http.Request, resp *http.Response) (*http.Response, error) {
 	return resp, nil
 }
 
-// retryAfterTransport waits for as long as a registry asks for with Retry-After, up to a
-// bound. The library's own pauses are a second and three.
+// retryAfterTransport waits as long as the registry's Retry-After header says, up to maxWait. The library alone would
+// wait one second and then three.
 type retryAfterTransport struct{ next http.RoundTripper }
 
 const (
@@ -130,9 +129,9 @@ func (p retryAfterTransport) RoundTrip(req *http.Request) (*http.Response, error
 		}
 		wait, ok := retryAfter(resp.Header.Get("Retry-After"), time.Now())
 		if !ok || wait > maxWait || req.Body != nil && req.Body != http.NoBody && req.GetBody == nil {
-			return resp, nil // a stream cannot be sent again; the library begins anew
+			return resp, nil // a stream cannot be sent again; the library starts the upload anew
 		}
-		_ = resp.Body.Close() // nothing of it is wanted
+		_ = resp.Body.Close() // the body is not needed
 		if err := sleep(req.Context(), wait); err != nil {
 			return nil, err
 		}
@@ -157,7 +156,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// retryAfter reads the header (RFC 9110, 10.2.3): seconds, or a date.
+// retryAfter parses the Retry-After header (RFC 9110, 10.2.3): a number of seconds, or a date.
 func retryAfter(text string, now time.Time) (time.Duration, bool) {
 	if n, err := strconv.ParseUint(text, 10, 31); err == nil {
 		return time.Duration(n) * time.Second, true

@@ -24,7 +24,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// proxied puts a proxy in front of a registry, which may answer in its place.
+// proxied puts a proxy in front of a registry. answer may respond in the registry's place, and change may alter its
+// response.
 func proxied(t *testing.T, host string, answer func(w http.ResponseWriter, r *http.Request) bool,
 	change func(*http.Response) error) string {
 	t.Helper()
@@ -39,9 +40,8 @@ func proxied(t *testing.T, host string, answer func(w http.ResponseWriter, r *ht
 	return strings.TrimPrefix(s.URL, "http://")
 }
 
-// Statements get to an artifact, and are found, whatever a registry without the
-// referrers API says instead of 404. None of the answers is a
-// recorded one: they are what HTTP offers for "no such thing here".
+// A registry without the referrers API may say so with another status than 404. Attestations can still be attached and
+// found. The responses are not recorded ones: they are the statuses that HTTP offers for "no such thing here".
 func TestOddReferrers(t *testing.T) {
 	t.Parallel()
 	hosts := map[string]string{}
@@ -81,8 +81,8 @@ func TestOddReferrers(t *testing.T) {
 	}
 }
 
-// The tag that stands in for the API may hold a list without a media type, and may
-// be somebody's image, which no list takes the place of.
+// The tag of the referrers tag schema may name a list without a media type. It may also name an image, which must not
+// be replaced by a list.
 func TestOddReferrersTag(t *testing.T) {
 	t.Parallel()
 	put := func(host, tag, kind string, body []byte) {
@@ -136,7 +136,7 @@ func TestOddReferrersTag(t *testing.T) {
 	}
 }
 
-// A wait that a registry asks for is kept, unless it is longer than anybody waits.
+// The client waits as long as the registry asks, unless that is longer than the bound.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]struct {
@@ -185,9 +185,8 @@ func attachOne(t *testing.T, repo *registry.Repository, s testkit.Sample) error 
 	return err
 }
 
-// Both ways in which others list what is attached in a folder are read and
-// written: entries of the index, as oras has them, and a list under a tag, as
-// regclient has it (regctl image copy --referrers to ocidir://).
+// A layout lists attachments in two ways, and Prebake reads and writes both. oras has entries of the index. regclient
+// has a list under a tag (regctl image copy --referrers to ocidir://).
 func TestLayoutConventions(t *testing.T) {
 	t.Parallel()
 	const refName = "org.opencontainers.image.ref.name"
@@ -228,7 +227,7 @@ func TestLayoutConventions(t *testing.T) {
 		})
 	}
 
-	// An image under that tag stays.
+	// An image under that tag is not replaced.
 	dir := t.TempDir()
 	repo := open(t, "oci:"+dir)
 	if _, err := repo.Push(t.Context(), s.Image); err != nil {
@@ -243,7 +242,7 @@ func TestLayoutConventions(t *testing.T) {
 	}
 }
 
-// edit keeps some entries of an index.
+// edit removes the entries of an index that keep does not select. keep may change an entry.
 func edit(t *testing.T, file string, keep func(d v1.Descriptor) bool) {
 	t.Helper()
 	raw, err := os.ReadFile(file)

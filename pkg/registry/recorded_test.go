@@ -19,10 +19,10 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// The answers of this file were seen by others and are recorded in the reports that
-// are named, less what no client reads.
+// The responses in this file were seen by others. They are recorded in the issues named below, without the fields that
+// no client reads.
 
-// inProcess is a registry without a network, for tests whose clock is not the real one.
+// inProcess is a registry without a network, for tests with a fake clock.
 func inProcess(referrers bool, answer func(r *http.Request) *http.Response) http.RoundTripper {
 	handler := ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)),
 		ggcr.WithReferrersSupport(referrers))
@@ -47,8 +47,8 @@ type transport func(*http.Request) (*http.Response, error)
 
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) { return t(r) }
 
-// GitLab has no referrers API and takes the tag that stands in for it for the digest:
-// it answers with the artifact itself (oras-project/oras-go#1396, 2026-09-05).
+// GitLab has no referrers API. It takes the tag of the referrers tag schema for the digest, and answers with the
+// artifact itself (oras-project/oras-go#1396, 2026-09-05).
 func TestRecordedGitLab(t *testing.T) {
 	t.Parallel()
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
@@ -84,8 +84,8 @@ func TestRecordedGitLab(t *testing.T) {
 	}
 }
 
-// Quay lists referrers out of a cache that is up to a minute old, so that who looked
-// before finds nothing behind (quay/quay#6510, 2026-07-14).
+// Quay lists referrers from a cache that is up to a minute old. A client that listed them before does not see a new
+// one (quay/quay#6510, 2026-07-14).
 func TestRecordedQuayCache(t *testing.T) {
 	t.Parallel()
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
@@ -118,8 +118,7 @@ func TestRecordedQuayCache(t *testing.T) {
 	})
 }
 
-// Quay answers 400 about the referrers of a manifest that it does not have
-// (quay/quay#3071, 2024-07-23).
+// Quay answers 400 to a request for the referrers of a manifest that it does not have (quay/quay#3071, 2024-07-23).
 func TestRecordedQuayUnknownManifest(t *testing.T) {
 	t.Parallel()
 	tr := inProcess(true, func(r *http.Request) *http.Response {
@@ -140,15 +139,15 @@ func TestRecordedQuayUnknownManifest(t *testing.T) {
 	}
 }
 
-// What registries say of a push that cannot be: Harbor to who may not, and where the
-// project does not exist (goharbor/harbor#13115, 2020-09-21); Amazon ECR of a
-// repository that nobody made, to a read (plexsystems/sinker#55, 2022-01-13); and to
-// an upload, where it hangs up (aws/containers-roadmap#1970, 2023-03-06).
+// Registries refuse a push in different ways. Harbor answers 401 to a user without rights, and also if the project
+// does not exist (goharbor/harbor#13115, 2020-09-21). Amazon ECR answers 404 to a read if the repository does not
+// exist (plexsystems/sinker#55, 2022-01-13). It closes the connection of an upload then (aws/containers-roadmap#1970,
+// 2023-03-06).
 func TestRecordedRefusals(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
 		host   string
-		status int // 0 hangs up
+		status int // 0 closes the connection
 		body   string
 		kind   fault.Kind
 		hint   string

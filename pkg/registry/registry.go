@@ -1,8 +1,7 @@
-// Package registry keeps artifacts in one repository: on a registry that
-// speaks the OCI distribution API, or in an OCI image layout in a folder. What
-// it hands out by digest is bounded in size, and manifests are compared with
-// their digest. It refuses to overwrite a tag, to follow a tag where a digest
-// was asked for, and to judge what an artifact is worth.
+// Package registry reads and writes artifacts in one repository. The repository is on a registry with the OCI
+// distribution API, or in an OCI image layout. The package bounds the size of everything that it returns by digest,
+// and compares each manifest with its digest. It never overwrites a tag, and never follows a tag where the caller
+// asked for a digest. It does not judge whether an artifact can be trusted.
 package registry
 
 import (
@@ -23,32 +22,30 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxManifest bounds a manifest, an index and a list of referrers, all pages of
-// it together.
+// MaxManifest is the greatest size in bytes of a manifest or an index. A list of referrers from the API may be longer;
+// see maxList.
 const MaxManifest = 4 << 20
 
-// Options say how to speak to a registry; the zero value asks the user's
-// Docker configuration for credentials.
+// Options say how to speak to a registry. The zero value takes credentials from the user's Docker configuration.
 type Options struct {
-	// Username and Password are sent where the registry asks for them. A
-	// password alone is a token. Both empty: the Docker configuration decides.
+	// Username and Password are sent where the registry asks for them. A password without a username is a token. If
+	// both are empty, Keychain decides.
 	Username, Password string
-	// Keychain finds credentials where there is no password; nil means the user's
-	// Docker configuration.
+	// Keychain finds credentials if Password is empty. Nil means the user's Docker configuration.
 	Keychain authn.Keychain
-	// Plain speaks HTTP. Loopback and private addresses are tried both ways
-	// without it.
+	// Plain makes the client speak HTTP without TLS. For loopback and private addresses the client tries HTTPS and
+	// then HTTP even if Plain is false.
 	Plain bool
-	// RetryFor is how long a download that broke is tried again before something of it
-	// comes; less than half a minute is half a minute.
+	// RetryFor is how long a broken download is retried while no new data arrives. The minimum is two minutes; a
+	// smaller value means the minimum.
 	RetryFor time.Duration
-	// UserAgent names the program.
+	// UserAgent is the User-Agent header of each request.
 	UserAgent string
-	// Transport replaces the usual one; nil means the usual one.
+	// Transport replaces the default HTTP transport. Nil means the default.
 	Transport http.RoundTripper
 }
 
-// store is one of the two kinds of places.
+// store is implemented by a registry ([remoteStore]) and by an image layout ([layoutStore]).
 type store interface {
 	resolve(ctx context.Context, ref string) (v1.Descriptor, error)
 	manifest(ctx context.Context, digest string) ([]byte, error)
@@ -61,18 +58,21 @@ type store interface {
 	tags(ctx context.Context) ([]string, error)
 }
 
-// Repository is one repository. Its methods may be called concurrently.
+// Repository is one repository. Its methods are safe for concurrent use.
 type Repository struct {
 	name string
 	s    store
 }
 
-// Open names a repository: host[:port]/name on a registry, oci:PATH for a
-// layout in a folder, oci-archive:FILE for one in a tar, oci-archive:FILE+FILE
-// for one in several of which each but the first is a delta, or oci:URL
-// (https://, http:// or gs://) for one on a web server; the last three are only
-// read. Nobody is contacted and no file opened; a folder is made when something
-// is first written to it.
+// Open returns the repository that ref names. A reference has one of these forms:
+//
+//   - HOST[:PORT]/NAME is a repository on a registry.
+//   - oci:PATH is an image layout in a folder.
+//   - oci-archive:FILE is an image layout in a tar.
+//   - oci-archive:FILE+FILE… is a bundle and its deltas: each file but the first is a delta of the file before it.
+//   - oci:URL is an image layout on a web server or in a bucket; the URL begins with https://, http:// or gs://.
+//
+// The last three are read-only. Open contacts nobody and opens no file. The first write to a folder creates it.
 func Open(ref string, o Options) (*Repository, error) {
 	var s store
 	var err error
@@ -100,7 +100,7 @@ func Open(ref string, o Options) (*Repository, error) {
 func (r *Repository) Name() string { return r.name }
 
 var (
-	tagPattern    = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`) // distribution-spec
+	tagPattern    = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`) // distribution-spec, "Pulling manifests"
 	digestPattern = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
 )
 
@@ -111,7 +111,7 @@ func checkDigest(digest string) error {
 	return nil
 }
 
-// Resolve returns what a tag or a digest names. Nothing there is
+// Resolve returns the descriptor that a tag or a digest names. If nothing has that name, the error is
 // [fault.NoArtifact].
 func (r *Repository) Resolve(ctx context.Context, tagOrDigest string) (v1.Descriptor, error) {
 	if !tagPattern.MatchString(tagOrDigest) && !digestPattern.MatchString(tagOrDigest) {
@@ -129,7 +129,7 @@ func (r *Repository) Resolve(ctx context.Context, tagOrDigest string) (v1.Descri
 	return d, nil
 }
 
-// Manifest returns the manifest with this digest; its bytes were compared.
+// Manifest returns the manifest with this digest. It compares the bytes with the digest.
 func (r *Repository) Manifest(ctx context.Context, digest string) ([]byte, error) {
 	err := checkDigest(digest)
 	var raw []byte
@@ -145,8 +145,8 @@ func (r *Repository) Manifest(ctx context.Context, digest string) ([]byte, error
 	return raw, nil
 }
 
-// Blob opens a blob. The bytes are not verified: the reader does that, and
-// takes care not to use them before. More than size bytes are never delivered.
+// Blob opens a blob. Blob does not verify the bytes: the caller must hash them, and must not use them before the hash
+// is compared. The reader never delivers more than size bytes.
 func (r *Repository) Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
 	err := checkDigest(digest)
 	var rc io.ReadCloser
@@ -159,8 +159,8 @@ func (r *Repository) Blob(ctx context.Context, digest string, size int64) (io.Re
 	return rc, nil
 }
 
-// Referrers lists what is attached to a manifest, in a stable order: all of
-// it, or what has this artifact type.
+// Referrers lists the manifests that are attached to a manifest, in a stable order. If artifactType is not empty, the
+// list has only those of that type.
 func (r *Repository) Referrers(ctx context.Context, digest, artifactType string) ([]v1.Descriptor, error) {
 	all, err := r.list(ctx, digest)
 	if err != nil || artifactType == "" {
@@ -176,7 +176,7 @@ func (r *Repository) Referrers(ctx context.Context, digest, artifactType string)
 	return list, nil
 }
 
-// list returns all manifests that are attached to one, by digest.
+// list returns all manifests that are attached to a manifest, sorted by their digests.
 func (r *Repository) list(ctx context.Context, digest string) ([]v1.Descriptor, error) {
 	err := checkDigest(digest)
 	var all []v1.Descriptor
@@ -203,8 +203,7 @@ func (r *Repository) attachedAs(ctx context.Context, d v1.Descriptor, artifactTy
 	return json.Unmarshal(raw, &m) == nil && m.ArtifactType == artifactType
 }
 
-// Small reads a whole blob of at most [MaxManifest] bytes and compares it with
-// its descriptor.
+// Small reads a whole blob of at most [MaxManifest] bytes, and compares it with the digest of its descriptor.
 func (r *Repository) Small(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	if d.Size < 0 || d.Size > MaxManifest {
 		return nil, fault.Errorf(
@@ -233,8 +232,8 @@ func (r *Repository) Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	return raw, nil
 }
 
-// Push stores an image by its digest, blobs first, and sends no blob that is
-// there already. It gets no tag.
+// Push stores an image under its digest, and gives it no tag. Push sends the blobs first, and skips each blob that the
+// repository already has.
 func (r *Repository) Push(ctx context.Context, img v1.Image) (v1.Descriptor, error) {
 	d, err := describe(img)
 	if err == nil {
@@ -246,8 +245,8 @@ func (r *Repository) Push(ctx context.Context, img v1.Image) (v1.Descriptor, err
 	return d, nil
 }
 
-// Tag gives a manifest a tag. A tag that names the same manifest is left; one
-// that names another is [fault.PublishRefused] and stays as it is.
+// Tag gives a manifest a tag. If the tag already names this manifest, Tag does nothing. If the tag names another
+// manifest, it stays as it is, and the error is [fault.PublishRefused].
 func (r *Repository) Tag(ctx context.Context, d v1.Descriptor, tag string) error {
 	if !tagPattern.MatchString(tag) {
 		return fault.Errorf(fault.Usage, "tag %.100q in %s: not a valid tag", tag, r.name)
@@ -258,14 +257,13 @@ func (r *Repository) Tag(ctx context.Context, d v1.Descriptor, tag string) error
 	return nil
 }
 
-// taken is the refusal to move a tag.
+// taken returns the error for a tag that already names another manifest.
 func taken(have v1.Hash, want v1.Hash) error {
 	return fault.New(fault.PublishRefused, fmt.Sprintf("it names %s already, not %s", have, want),
 		"published artifacts are never replaced: remove the tag by hand if it is wrong")
 }
 
-// Attach stores payload as a referrer of subject. The same payload attached
-// again is the same referrer.
+// Attach stores payload as a referrer of subject. If the same payload is attached again, there is still one referrer.
 func (r *Repository) Attach(
 	ctx context.Context,
 	subject v1.Descriptor,
@@ -280,8 +278,8 @@ func (r *Repository) Attach(
 	return r.AttachLayer(ctx, subject, artifactType, layer, open, annotations)
 }
 
-// AttachLayer is [Repository.Attach] for a payload of any size, which open
-// reads: layer says what it is.
+// AttachLayer is [Repository.Attach] for a payload of any size. layer describes the payload, and open returns a reader
+// of it.
 func (r *Repository) AttachLayer(
 	ctx context.Context,
 	subject v1.Descriptor,
@@ -324,7 +322,7 @@ func sameDigest(raw []byte, digest string) error {
 	return nil
 }
 
-// damaged is the error for bytes that are not what their name says.
+// damaged returns the error for bytes that do not match their digest or their format.
 func damaged(err error) error {
 	return fault.Wrap(
 		fault.Unverified,
@@ -333,9 +331,9 @@ func damaged(err error) error {
 	)
 }
 
-// CheckPush reports whether the repository may be written. A registry is asked
-// for an upload that is called off at once, which has some make the repository; in
-// a layout's folder, or where it is to be made, a file is made and removed.
+// CheckPush reports whether the caller may write to the repository. On a registry, CheckPush begins an upload and
+// cancels it at once; some registries create the repository then. For a layout, it creates and removes a file in the
+// folder, or in the nearest parent folder that exists.
 func (r *Repository) CheckPush(ctx context.Context) error {
 	if err := r.s.checkPush(ctx); err != nil {
 		return fmt.Errorf("try to write %s: %w", r.name, err)

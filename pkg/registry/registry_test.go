@@ -65,7 +65,7 @@ func TestRoundTrip(t *testing.T) {
 				t.Errorf("Referrers before publishing = %v, %v", list, err)
 			}
 			s.Publish(t, repo)
-			s.Publish(t, repo) // nothing doubles
+			s.Publish(t, repo) // the second time adds nothing
 			other.Bundles = nil
 			d, err := repo.Push(ctx, other.Image)
 			if err != nil {
@@ -228,7 +228,7 @@ func TestLayoutManyWriters(t *testing.T) {
 	var wg sync.WaitGroup
 	for _, s := range samples {
 		wg.Go(func() {
-			s.Publish(t, open(t, "oci:"+dir)) // a handle each, as processes have
+			s.Publish(t, open(t, "oci:"+dir)) // each writer opens the folder itself, as processes do
 		})
 	}
 	wg.Wait()
@@ -282,7 +282,7 @@ func TestDamagedLayout(t *testing.T) {
 	}
 }
 
-// answer is a transport that answers everything itself.
+// answer is a transport that answers every request itself.
 type answer func(*http.Request) (*http.Response, error)
 
 func (a answer) RoundTrip(r *http.Request) (*http.Response, error) { return a(r) }

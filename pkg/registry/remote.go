@@ -31,7 +31,7 @@ type remoteStore struct {
 	puller  *remote.Puller
 
 	keys      authn.Keychain
-	transport http.RoundTripper // the network's
+	transport http.RoundTripper // without the wrappers that options add
 	retryFor  time.Duration
 }
 
@@ -39,7 +39,7 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	if strings.Contains(ref, "://") {
 		return nil, errors.New("it is a URL, not a repository")
 	}
-	// Strict: a name without a host would silently mean Docker Hub.
+	// Strict validation, because otherwise a name without a host would silently mean Docker Hub.
 	parse := []name.Option{name.StrictValidation}
 	if o.Plain {
 		parse = append(parse, name.Insecure)
@@ -63,7 +63,7 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 		options: []remote.Option{
 			remote.WithTransport(retryAfterTransport{bounded{ranged{pages{lenient{steady{tr}}}}}}),
 			remote.WithAuthFromKeychain(keys),
-			// 429 and 503 are [retryAfterTransport]'s, which waits as long as it is told to.
+			// [retryAfterTransport] handles 429 and 503, because it waits as long as the registry says.
 			remote.WithRetryStatusCodes(http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway,
 				http.StatusGatewayTimeout),
 		}}
@@ -74,7 +74,7 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	return s, err
 }
 
-// reference parses a checked tag or digest.
+// reference parses a tag or a digest whose form was checked before.
 func (s *remoteStore) reference(ref string) name.Reference {
 	if digestPattern.MatchString(ref) {
 		return s.repo.Digest(ref)
@@ -83,8 +83,8 @@ func (s *remoteStore) reference(ref string) name.Reference {
 }
 
 func (s *remoteStore) resolve(ctx context.Context, ref string) (v1.Descriptor, error) {
-	// HEAD first, since it does not count as a pull; not every registry
-	// answers it in full, so GET decides.
+	// HEAD comes first, because it does not count as a pull. Not every registry answers HEAD with all headers, so GET
+	// decides if HEAD does not.
 	head, err := s.puller.Head(ctx, s.reference(ref))
 	if err == nil && head.Digest.Algorithm == "sha256" {
 		return v1.Descriptor{MediaType: head.MediaType, Digest: head.Digest, Size: head.Size}, nil
@@ -116,8 +116,8 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 			return nil, nil, err
 		}
 		rc, err := layer.Compressed()
-		// The library hashes what passes through rc, and whoever reads a blob from
-		// here hashes it again: once is enough, so rc is for closing only.
+		// The library hashes what passes through rc. Each caller of blob hashes the bytes again, so the first hash is
+		// not needed: body is read, and rc is only closed.
 		return body, rc, err
 	}
 	if err := b.open(); err != nil {
@@ -126,8 +126,8 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 	return b, nil
 }
 
-// bodyKey is under which a request's context may hold an *io.ReadCloser: there
-// [bounded] leaves the body of the newest answer, as it comes from the network.
+// bodyKey is a context key. Its value is an *io.ReadCloser in which [bounded] stores the body of the newest response,
+// as it comes from the network.
 type bodyKey struct{}
 
 func (s *remoteStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
@@ -148,7 +148,7 @@ func (s *remoteStore) push(ctx context.Context, img v1.Image) error {
 	if err != nil {
 		return err
 	}
-	// A pusher stores what it sent; a fresh one asks the registry again.
+	// A pusher remembers what it sent. A new pusher asks the registry again.
 	p, err := remote.NewPusher(s.options...)
 	if err != nil {
 		return err
@@ -176,7 +176,7 @@ func (s *remoteStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 	if err := p.Put(ctx, s.repo.Tag(tag), rawManifest{raw: raw, mediaType: d.MediaType}); err != nil {
 		return s.writing(ctx, err)
 	}
-	// The API has no "create only": the last writer wins, so look again.
+	// The API has no "create only" operation: the last writer wins. So read the tag again.
 	have, err := s.resolve(ctx, tag)
 	if err == nil && have.Digest != d.Digest {
 		err = taken(have.Digest, d.Digest)
@@ -189,8 +189,8 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 	if err != nil {
 		return err
 	}
-	// Where the registry lacks the referrers API, attaching rewrites a shared
-	// tag, and of two writers at once one is lost: so look whether it is there.
+	// If the registry lacks the referrers API, attaching rewrites a shared tag. If two writers do so at once, one
+	// entry is lost. So check whether the list has this attachment.
 	const tries = 3
 	for range tries {
 		p, err := remote.NewPusher(s.options...)
@@ -201,8 +201,8 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 		if err := p.Push(adding, s.repo.Digest(a.desc.Digest.String()), img); err != nil {
 			return s.writing(ctx, err)
 		}
-		// Push does nothing for a manifest that is there, even if an earlier
-		// run ended before it was listed; Put also updates the list.
+		// Push does nothing if the manifest is there already, even if an earlier run ended before the manifest was
+		// listed. Put also updates the list.
 		listed, err := s.listed(ctx, a)
 		if listed || err != nil {
 			return err
@@ -214,7 +214,7 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 			return err
 		}
 	}
-	// Quay answers out of a cache, up to a minute old (quay/quay#6510).
+	// Quay answers from a cache that is up to a minute old (quay/quay#6510).
 	for wait, waited := time.Second, time.Duration(0); waited < maxStale; waited, wait = waited+wait, min(2*wait,
 		15*time.Second) {
 		if err := sleep(ctx, wait); err != nil {
@@ -228,7 +228,7 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 		"try again; if it happens again, use a registry with the OCI referrers API")
 }
 
-// maxStale is how long a list of referrers may be behind.
+// maxStale is how long a new entry may be missing from a list of referrers.
 const maxStale = 75 * time.Second
 
 func (s *remoteStore) listed(ctx context.Context, a *attachment) (bool, error) {
@@ -244,7 +244,7 @@ func (s *remoteStore) listed(ctx context.Context, a *attachment) (bool, error) {
 	return false, nil
 }
 
-// rawManifest is a manifest to be put under another name.
+// rawManifest is a manifest that gets a tag.
 type rawManifest struct {
 	raw       []byte
 	mediaType types.MediaType
@@ -253,12 +253,12 @@ type rawManifest struct {
 func (m rawManifest) RawManifest() ([]byte, error)        { return m.raw, nil }
 func (m rawManifest) MediaType() (types.MediaType, error) { return m.mediaType, nil }
 
-// reading gives an error of a read its kind.
+// reading adds the fault kind to an error of a read.
 func (s *remoteStore) reading(ctx context.Context, err error) error {
 	return s.classify(ctx, err, false)
 }
 
-// writing gives an error of a write its kind.
+// writing adds the fault kind to an error of a write.
 func (s *remoteStore) writing(ctx context.Context, err error) error {
 	return s.classify(ctx, err, true)
 }
@@ -278,8 +278,8 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	if err, ok := onTheWay(err, host); ok {
 		return err
 	}
-	// net/http has no type for it. On loopback the client tries plain HTTP next,
-	// and then what came of that is what counts.
+	// net/http has no error type for this. On loopback the client tries plain HTTP next; then the error of that second
+	// try counts.
 	if text := err.Error(); strings.Contains(text, "server gave HTTP response to HTTPS client") &&
 		!strings.Contains(text, `Get "http://`) {
 		return fault.Wrap(fault.Usage, err, "configure this repository for plain HTTP, which "+host+" speaks")
@@ -287,7 +287,7 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	if onNetwork(err) {
 		hint := "check that " + host + " can be reached from here"
 		if write && strings.Contains(host, ".dkr.ecr.") {
-			// aws/containers-roadmap#1970
+			// Amazon ECR then closes the connection (aws/containers-roadmap#1970).
 			hint += "; Amazon ECR hangs up where there is no such repository: " + createECR(s.repo)
 		}
 		return fault.Wrap(fault.Transient, err, hint)
@@ -295,14 +295,15 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	if write {
 		return err
 	}
-	// What is left are answers that the client library would not accept.
+	// The remaining errors are answers that the client library did not accept.
 	return damaged(err)
 }
 
-// onTheWay gives an error its kind that is not the other side's answer.
+// onTheWay adds the fault kind to an error that the other side did not answer with. For any other error the result is
+// false.
 func onTheWay(err error, host string) (error, bool) {
 	var known *fault.Error
-	if errors.As(err, &known) { // said by what is between the library and the network
+	if errors.As(err, &known) { // from one of the transports between the library and the network
 		return err, true
 	}
 	if errors.Is(err, errTooLong) {
@@ -324,25 +325,25 @@ func onNetwork(err error) bool {
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EPIPE)
 }
 
-// Denied reports whether a registry refused to answer: without rights, or
-// because it makes no difference between what is secret and what is not there.
+// Denied reports whether a registry refused access. The caller may have no rights, or the registry hides whether the
+// artifact exists.
 func Denied(err error) bool {
 	var api *transport.Error
 	return errors.As(err, &api) && (api.StatusCode == http.StatusUnauthorized || api.StatusCode == http.StatusForbidden)
 }
 
-// unknownName reports whether a registry says that there is no such repository.
+// unknownName reports whether the registry says that the repository does not exist.
 func unknownName(api *transport.Error) bool {
 	return slices.ContainsFunc(api.Errors,
 		func(d transport.Diagnostic) bool { return d.Code == transport.NameUnknownErrorCode })
 }
 
-// createECR is the command that makes a repository there.
+// createECR returns the command that creates a repository on Amazon ECR.
 func createECR(repo name.Repository) string {
 	return "aws ecr create-repository --repository-name " + repo.RepositoryStr()
 }
 
-// answered maps a registry's answer.
+// answered maps an error response of a registry to an error with a fault kind and a hint.
 func answered(repo name.Repository, api *transport.Error, err error, write bool) error {
 	host, status := repo.RegistryStr(), api.StatusCode
 	login := "log in with docker login " + host + ", or configure a user and token for it"
@@ -370,8 +371,7 @@ func answered(repo name.Repository, api *transport.Error, err error, write bool)
 
 var errTooLong = errors.New("answer is longer than it may be")
 
-// bounded cuts off manifests and lists that are too long; the library's own
-// bound is 100 MB.
+// bounded ends the read of a manifest or list that is too long. The library's own bound is 100 MB.
 type bounded struct{ next http.RoundTripper }
 
 func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {

@@ -19,9 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// site reads an OCI image layout from a web server, or from a bucket of Google's as one: a
-// folder that builders wrote as oci:FOLDER and somebody copied there. Nothing but GET is
-// asked of it.
+// site reads an OCI image layout from a web server or from a Google Cloud Storage bucket. Somebody copied there a
+// folder that a builder wrote as oci:FOLDER. site sends GET requests only.
 type site struct {
 	base     *url.URL
 	keys     authn.Keychain
@@ -31,21 +30,20 @@ type site struct {
 
 	mu    sync.Mutex
 	index []byte
-	at    time.Time // of index; zero is none
+	at    time.Time // when index was read; zero means never
 }
 
-// maxSiteIndex bounds the index of a site, which stands for some 30,000 entries.
+// maxSiteIndex is the greatest size in bytes of a site's index, which is enough for about 30,000 entries.
 const maxSiteIndex = 16 << 20
 
-// indexAge is how long the index of a site is trusted: one question asks for it again and
-// again.
+// indexAge is how long a site's index is reused, because one resolution reads it several times.
 const indexAge = 30 * time.Second
 
-// storageHost is Google's storage, which has a bucket's objects at /BUCKET/OBJECT (Cloud
-// Storage documentation, "XML API request endpoints").
+// storageHost is the host of Cloud Storage, which has an object at /BUCKET/OBJECT (Cloud Storage documentation, "XML
+// API request endpoints").
 const storageHost = "storage.googleapis.com"
 
-// openSite names a site by its URL: https://, http:// or gs://BUCKET/PREFIX.
+// openSite opens a site by its URL: https://…, http://… or gs://BUCKET/PREFIX.
 func openSite(ref string, o Options) (store, error) {
 	u, err := url.Parse(ref)
 	if err == nil && (u.Host == "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil) {
@@ -56,7 +54,7 @@ func openSite(ref string, o Options) (store, error) {
 	}
 	if u.Scheme == "gs" {
 		endpoint := "https://" + storageHost
-		if emulator := os.Getenv("STORAGE_EMULATOR_HOST"); emulator != "" { // as Google's own clients have it
+		if emulator := os.Getenv("STORAGE_EMULATOR_HOST"); emulator != "" { // Google's own clients read the same variable
 			endpoint = emulator
 			if !strings.Contains(endpoint, "://") {
 				endpoint = "http://" + endpoint
@@ -80,7 +78,8 @@ func openSite(ref string, o Options) (store, error) {
 				return errors.New("stopped after 10 redirects")
 			}
 			if from := via[0].URL; req.URL.Scheme != from.Scheme || req.URL.Host != from.Host {
-				// net/http copies the first request's headers to each, and lets more through.
+				// net/http copies the headers of the first request to each redirect, and removes fewer of them than
+				// needed here.
 				req.Header.Del("Authorization")
 			}
 			return nil
@@ -95,14 +94,14 @@ func openSite(ref string, o Options) (store, error) {
 func (*site) cheap() bool   { return false }
 func (*site) settled() bool { return true }
 
-// resource is what credentials are asked for.
+// resource is the host name for which [authn.Keychain] finds credentials.
 type resource string
 
 func (r resource) String() string      { return string(r) }
 func (r resource) RegistryStr() string { return string(r) }
 
-// get asks for a file, first as nobody: a bucket that is public answers everybody, and
-// nobody's token goes to a server that did not ask for one.
+// get requests a file, first without credentials. A public bucket answers that, and no token goes to a server that did
+// not ask for one.
 func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 	at := s.base.JoinPath(name)
 	for _, known := range []bool{false, true} {
@@ -155,10 +154,10 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 	)
 }
 
-// login gives a request the credentials for its host, and reports whether there are any.
+// login adds the credentials for the host to a request, and reports whether there are any.
 func (s *site) login(ctx context.Context, req *http.Request) (bool, error) {
 	if ip := net.ParseIP(req.URL.Hostname()); req.URL.Scheme != "https" && (ip == nil || !ip.IsLoopback()) {
-		return false, nil // whoever is on the way would have them
+		return false, nil // without TLS, others on the network could read the credentials
 	}
 	a, err := authn.Resolve(ctx, s.keys, resource(req.URL.Host))
 	if err != nil {
@@ -169,7 +168,7 @@ func (s *site) login(ctx context.Context, req *http.Request) (bool, error) {
 		return false, err
 	}
 	switch {
-	case c.Username == "oauth2accesstoken": // an access token of Google's
+	case c.Username == "oauth2accesstoken": // the value is an access token for Google Cloud
 		req.Header.Set("Authorization", "Bearer "+c.Password)
 	case c.RegistryToken != "":
 		req.Header.Set("Authorization", "Bearer "+c.RegistryToken)
@@ -231,7 +230,7 @@ func (s *site) open(ctx context.Context, name string, size int64) (io.ReadCloser
 	return b, nil
 }
 
-// reading gives an error its kind.
+// reading adds the fault kind to an error of a read.
 func (s *site) reading(ctx context.Context, err error) error {
 	switch {
 	case err == nil:
@@ -250,7 +249,7 @@ func (s *site) reading(ctx context.Context, err error) error {
 	return damaged(err)
 }
 
-// readOnly is the refusal to write to a site or a tar.
+// readOnly returns the error for a write to a site or a tar.
 func readOnly() error {
 	return fault.New(
 		fault.Usage,

@@ -21,8 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// published makes a layout with an image under the tag v1 and two attachments, and returns
-// its folder and the image's digest.
+// published makes a layout with an image tagged v1 and two attachments. It returns the folder and the image's digest.
 func published(t *testing.T) (dir, digest string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -55,7 +54,7 @@ func openRef(t *testing.T, ref string, o registry.Options) *registry.Repository 
 	return repo
 }
 
-// reads checks that a repository has what [published] put there.
+// reads checks that a repository has what [published] wrote.
 func reads(t *testing.T, repo *registry.Repository, digest string) {
 	t.Helper()
 	if d, err := repo.Resolve(t.Context(), "v1"); err != nil || d.Digest.String() != digest {
@@ -118,7 +117,7 @@ func TestSite(t *testing.T) {
 	}
 }
 
-// half sends the first half of an answer, and breaks the connection.
+// half sends the first half of a response and then breaks the connection.
 type half struct {
 	http.ResponseWriter
 	sent bool
@@ -129,14 +128,14 @@ func (h *half) Write(p []byte) (int, error) {
 		panic(http.ErrAbortHandler)
 	}
 	h.sent = true
-	_, _ = h.ResponseWriter.Write(p[:len(p)/2]) // the connection is broken next
+	_, _ = h.ResponseWriter.Write(p[:len(p)/2]) // the connection breaks next, so the error does not matter
 	if f, ok := h.ResponseWriter.(http.Flusher); ok {
 		f.Flush()
 	}
 	panic(http.ErrAbortHandler)
 }
 
-// A layout that go-containerregistry wrote, whose tags are annotations as ours are.
+// go-containerregistry writes layouts whose tags are annotations as in ours.
 func TestSiteByOthers(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -173,7 +172,7 @@ func (k token) Resolve(authn.Resource) (authn.Authenticator, error) {
 	return authn.FromConfig(authn.AuthConfig{Username: k.user, Password: k.password}), nil
 }
 
-// Credentials are sent to who asks for them, in the form that it takes.
+// Credentials go only to a server that asks for them, in the form that the server accepts.
 func TestSiteCredentials(t *testing.T) {
 	t.Parallel()
 	dir, digest := published(t)
@@ -208,7 +207,7 @@ func TestSiteCredentials(t *testing.T) {
 	}
 }
 
-// TestSiteGCS reads a layout out of an emulated bucket.
+// TestSiteGCS reads a layout from an emulated bucket.
 func TestSiteGCS(t *testing.T) {
 	srv := gcs.Start(t)
 	srv.Use(t)
@@ -243,7 +242,7 @@ func TestSiteNames(t *testing.T) {
 	}
 }
 
-// Nobody's credentials go over plain HTTP, nor after a redirect to another server or scheme.
+// Credentials are not sent over plain HTTP, and not after a redirect to another server or scheme.
 func TestSiteKeepsCredentials(t *testing.T) {
 	t.Parallel()
 	dir, _ := published(t)
@@ -274,7 +273,7 @@ func TestSiteKeepsCredentials(t *testing.T) {
 			t.Errorf("the other server saw %q at hop %d", got, hop)
 		}
 	}
-	// By a name that is not loopback, in the clear.
+	// A host that is not loopback, over plain HTTP.
 	asked := 0
 	repo := openRef(
 		t,
@@ -300,7 +299,7 @@ type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// A layout of a great many manifests, and no list of what is attached, is not read whole.
+// A layout with very many manifests and no list of referrers is not read completely.
 func TestSiteOfMany(t *testing.T) {
 	t.Parallel()
 	var index strings.Builder
@@ -323,7 +322,7 @@ func TestSiteOfMany(t *testing.T) {
 		if strings.HasSuffix(r.URL.Path, "index.json") {
 			text = index.String()
 		}
-		_, _ = w.Write([]byte(text)) // the client is gone, or reads it
+		_, _ = w.Write([]byte(text)) // an error means that the client is gone
 	}))
 	t.Cleanup(srv.Close)
 	list, err := openRef(

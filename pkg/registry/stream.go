@@ -16,37 +16,36 @@ import (
 )
 
 const (
-	// idleTimeout is how long nothing more may come of an answer that began before its
-	// connection is given up, and beginning how long an answer may take to begin: a registry
-	// that is a mirror fetches a manifest first.
+	// idleTimeout is how long a response may pause before its connection is given up. firstByteTimeout is how long a
+	// response may take to begin, because a registry that is a mirror downloads the manifest first.
 	idleTimeout      = 45 * time.Second
 	firstByteTimeout = 4 * time.Minute
-	// minRetryFor is how long a blob that broke is tried again at least.
+	// minRetryFor is the minimum time for which a broken blob is retried.
 	minRetryFor = 2 * time.Minute
-	// progress is how much a connection has to deliver to count as one that works.
+	// progress is how many bytes a connection has to deliver before it counts as working.
 	progress = 64 << 10
 )
 
-// stream is a blob on its way; it lives for one call. A connection that breaks, or goes
-// silent, is made again, and the blob goes on where it was.
+// stream reads a blob over one or several connections. It lives for one call. If a connection breaks or stops sending,
+// stream opens a new one and continues at the same offset.
 type stream struct {
 	ctx  context.Context
 	size int64
-	// fetch makes a connection on which the blob goes on as the context's [offsetKey] says,
-	// reading gives an error of one its kind, and patience is how long it is tried again.
+	// fetch opens a connection, at the offset that the context has under [offsetKey]. reading adds the fault kind to
+	// an error of a connection. retryFor is how long a broken blob is retried.
 	fetch    func(context.Context) (body io.Reader, rc io.Closer, err error)
 	reading  func(context.Context, error) error
 	retryFor time.Duration
 
-	done   int64     // bytes that were delivered
-	body   io.Reader // of the connection that there is
+	done   int64     // bytes that were delivered to the caller
+	body   io.Reader // body of the open connection
 	rc     io.Closer
-	since  int64         // bytes of this connection
-	broken time.Time     // since when nothing came; zero is not
-	pause  time.Duration // before the next try
+	since  int64         // bytes that this connection delivered
+	broken time.Time     // time of the first error without progress since; zero if the connection works
+	pause  time.Duration // before the next retry
 }
 
-// open asks for what is missing of the blob.
+// open opens a connection for the rest of the blob.
 func (b *stream) open() error {
 	body, rc, err := b.fetch(context.WithValue(b.ctx, offsetKey{}, b.done))
 	if err != nil {
@@ -70,17 +69,18 @@ func (b *stream) Read(p []byte) (int, error) {
 			continue
 		case err == nil:
 			return n, nil
-		case b.done == b.size: // however the connection ended
+		case b.done == b.size: // complete, whatever error the connection ended with
 			return n, io.EOF
 		case errors.Is(err, io.EOF):
-			// A connection that breaks says so (io.ErrUnexpectedEOF): this is all there is.
+			// A broken connection gives io.ErrUnexpectedEOF. So this is the end of the blob, and the blob is too
+			// short.
 			return n, damaged(fmt.Errorf("blob has %d bytes; its descriptor says %d", b.done, b.size))
 		}
 		if err = b.reading(b.ctx, err); !fault.Is(err, fault.Transient) || b.ctx.Err() != nil {
 			return n, err
 		}
 		if n > 0 {
-			return n, nil // the next call meets the error again, or what follows
+			return n, nil // the next call gets the error again, or more bytes
 		}
 		if err := b.again(err); err != nil {
 			return 0, err
@@ -88,7 +88,7 @@ func (b *stream) Read(p []byte) (int, error) {
 	}
 }
 
-// again makes a new connection, or returns why it is given up.
+// again opens a new connection, or returns the error that ends the retries.
 func (b *stream) again(cause error) error {
 	if b.broken.IsZero() {
 		b.broken = time.Now()
@@ -101,7 +101,7 @@ func (b *stream) again(cause error) error {
 		if err := sleep(b.ctx, b.pause); err != nil {
 			return err
 		}
-		_ = b.rc.Close() // it broke
+		_ = b.rc.Close() // broken, so its error does not matter
 		err := b.open()
 		if err == nil {
 			return nil
@@ -114,17 +114,17 @@ func (b *stream) again(cause error) error {
 
 func (b *stream) Close() error { return b.rc.Close() }
 
-// offsetKey is under which a request's context may hold an int64: where a blob goes on.
+// offsetKey is a context key. Its value is an int64: the offset at which a blob continues.
 type offsetKey struct{}
 
-// ranged asks for the rest of a blob (RFC 9110, 14). A registry that sends the whole of
-// it all the same has its beginning thrown away.
+// ranged requests the rest of a blob by a Range header (RFC 9110, 14). If a registry sends the whole blob in spite of
+// it, ranged discards the beginning.
 type ranged struct{ next http.RoundTripper }
 
 func (r ranged) RoundTrip(req *http.Request) (*http.Response, error) {
 	from, _ := req.Context().Value(offsetKey{}).(int64)
-	// A token is asked for with the same context; what a blob's address leads to is not
-	// below that address.
+	// The library requests a token with the same context, and that request must have no range. A redirect from a blob
+	// goes to another path, which need not have /blobs/ in it.
 	if from <= 0 || req.Method != http.MethodGet || !strings.Contains(req.URL.Path, "/blobs/") && req.Response == nil {
 		return r.next.RoundTrip(req)
 	}
@@ -141,7 +141,7 @@ func (r ranged) RoundTrip(req *http.Request) (*http.Response, error) {
 			return nil, errors.Join(fault.Errorf(fault.Transient, "asked for a blob from byte %d on, got %.80q", from,
 				resp.Header.Get("Content-Range")), resp.Body.Close())
 		}
-		resp.StatusCode, resp.Status = http.StatusOK, "200 OK" // the library knows no other
+		resp.StatusCode, resp.Status = http.StatusOK, "200 OK" // the library accepts only 200
 	case http.StatusOK:
 		resp.Body = &skipping{resp.Body, from}
 		if resp.ContentLength >= 0 {
@@ -153,8 +153,7 @@ func (r ranged) RoundTrip(req *http.Request) (*http.Response, error) {
 
 var contentRange = regexp.MustCompile(`^bytes ([0-9]+)-[0-9]+/([0-9]+|\*)$`)
 
-// skipping throws away what comes first. Each read of it reads once, and may return
-// nothing.
+// skipping discards the first left bytes. While it discards, each Read reads once and returns 0 bytes.
 type skipping struct {
 	io.ReadCloser
 	left int64
@@ -169,12 +168,12 @@ func (s *skipping) Read(p []byte) (int, error) {
 	return 0, err
 }
 
-// steady gives up on answers that do not come, or end in silence: nothing of a registry
-// may hold a node for ever. What is sent may take its time.
+// steady gives up on a response that does not begin or that stops in the middle, because no registry may block a node
+// for ever. An upload has no time limit.
 type steady struct{ next http.RoundTripper }
 
 func (s steady) RoundTrip(req *http.Request) (*http.Response, error) {
-	// Tokens are asked for by POST, too.
+	// The check is by path and not by POST, because tokens are requested by POST, too.
 	if strings.Contains(req.URL.Path, "/blobs/uploads/") || req.Method == http.MethodPut ||
 		req.Method == http.MethodPatch {
 		return s.next.RoundTrip(req)

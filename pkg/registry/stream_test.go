@@ -30,7 +30,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/distribution"
 )
 
-// noise is a blob of some megabytes, in the registry's repository "x".
+// noise pushes a blob of 4 MiB to the registry's repository "x".
 func noise(t *testing.T, host string) (data []byte, digest string) {
 	t.Helper()
 	data = make([]byte, 4<<20)
@@ -52,8 +52,7 @@ func noise(t *testing.T, host string) (data []byte, digest string) {
 	return data, fmt.Sprintf("sha256:%x", sha256.Sum256(data))
 }
 
-// cut is a proxy that breaks each answer with a blob after so many bytes, on the
-// connection itself.
+// cut is a proxy that breaks the connection of each response with a blob after this many bytes.
 func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.Int64, ranges *atomic.Int64) {
 	t.Helper()
 	asked, ranges = new(atomic.Int64), new(atomic.Int64)
@@ -81,7 +80,7 @@ func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.In
 	return strings.TrimPrefix(srv.URL, "http://"), asked, ranges
 }
 
-// breaking is an answer whose connection breaks after so many bytes.
+// breaking is a response body whose connection breaks after this many bytes.
 type breaking struct {
 	io.ReadCloser
 	left int64
@@ -100,8 +99,8 @@ type failing struct{}
 
 func (failing) Read([]byte) (int, error) { return 0, net.ErrClosed }
 
-// N15 of the second look: a download that breaks goes on where it broke. The registry is
-// that of the distribution project, which nobody here wrote.
+// A download that breaks continues at the same offset. The registry is that of the distribution project, so the test
+// does not depend on a registry of ours.
 func TestResume(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)
@@ -123,8 +122,9 @@ func TestResume(t *testing.T) {
 	}
 }
 
-// A registry that knows no ranges sends the beginning again: what comes twice is thrown
-// away. One that always breaks at the same byte is given up, and says how far it came.
+// A registry without support for ranges sends the blob from the beginning again, and the client discards the bytes
+// that it has. If the connection always breaks at the same byte, the client gives up and says how many bytes it
+// received.
 func TestResumeWithoutRanges(t *testing.T) {
 	t.Parallel()
 	host := testkit.Registry(t, true)
@@ -163,7 +163,7 @@ func TestResumeWithoutRanges(t *testing.T) {
 	}
 }
 
-// silent is a network on which a blob stops in the middle, once or for good.
+// silent is a network on which a blob stops in the middle, once or always.
 type silent struct {
 	data  []byte
 	times int
@@ -227,7 +227,7 @@ func TestSilentRegistry(t *testing.T) {
 			}
 		})
 	}
-	// For good: an end, and a word about how far it came.
+	// If the network stays silent, the error comes after a bounded time.
 	synctest.Test(t, func(t *testing.T) {
 		dead := &dead{}
 		repo, err := registry.Open("registry.example/x", registry.Options{Transport: dead})
@@ -241,7 +241,7 @@ func TestSilentRegistry(t *testing.T) {
 	})
 }
 
-// dead never answers.
+// dead never responds.
 type dead struct{}
 
 func (*dead) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -249,8 +249,8 @@ func (*dead) RoundTrip(r *http.Request) (*http.Response, error) {
 	return nil, r.Context().Err()
 }
 
-// Large registries send the reader of a blob on to a bucket. That is asked for the rest,
-// too, and sees no credentials of the registry's.
+// Large registries redirect the reader of a blob to a bucket. The client requests the rest of the blob from the
+// bucket, too. It does not send the registry's credentials there.
 func TestResumeBehindRedirect(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)

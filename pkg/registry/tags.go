@@ -5,13 +5,13 @@ import (
 	"fmt"
 )
 
-// maxTags bounds a list of tags: a farm has two for each artifact.
+// Bounds of a list of tags. A farm has two tags for each artifact.
 const (
 	maxTags     = 1 << 20
 	maxTagPages = 1 << 12
 )
 
-// Tags lists all tags of the repository, in no particular order.
+// Tags lists all tags of the repository, in no order.
 func (r *Repository) Tags(ctx context.Context) ([]string, error) {
 	tags, err := r.s.tags(ctx)
 	if err != nil {

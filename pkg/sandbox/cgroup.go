@@ -18,32 +18,31 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Control groups, version 2. Each run gets a group of its own, and the sandbox is
-// born inside it, so that nothing it starts can be outside. The groups of one
-// builder's runs are in one group beside the builder's own, which bounds their
-// memory together.
+// Names of control groups (version 2). Each run gets its own group, and the sandbox starts inside it, so that no
+// process of the run can be outside. The groups of all runs of one builder are children of one group next to the
+// builder's own. That group bounds the memory of all runs together.
 const (
 	groupRoot = "/sys/fs/cgroup"
-	// selfGroup is where the builder itself goes: a group that hands controllers
-	// to its children may hold no process.
+	// selfGroup is the group into which the builder itself moves, because a group that delegates controllers to its
+	// children may not have processes.
 	selfGroup = "prebake-builder"
-	allGroup  = "prebake-all-" // and a process id, a dash, the bound in MiB
-	runGroup  = "prebake-run-" // and a process id, a dash, something random
+	allGroup  = "prebake-all-" // followed by a process id, a dash and the bound in MiB
+	runGroup  = "prebake-run-" // followed by a process id, a dash and random characters
 )
 
 const hintGroup = "give the builder a control group of its own: systemd-run --user --scope -p Delegate=yes builder " +
 	"…, or Delegate=yes in its unit; a Kubernetes pod has its memory limit around it in any case"
 
-// LimitSupport says how the bounds on memory and processes are kept on this machine.
+// LimitSupport says how this machine enforces the bounds on memory and processes.
 type LimitSupport struct {
-	// ControlGroup says that a control group keeps them, for all processes
-	// together. Otherwise Why says why not, with a hint; memory is bounded for
-	// each process, and the number of processes for this user, except for root.
+	// ControlGroup is true if a control group enforces the bounds for all processes together. Otherwise Reason says
+	// why not, with a hint. Without a control group, the memory of each process is bounded, and the number of
+	// processes of this user; the number is not bounded for root.
 	ControlGroup bool
 	Reason       error
 }
 
-// SupportedLimits finds out how the bounds are kept here.
+// SupportedLimits finds out how this machine enforces the bounds.
 func SupportedLimits() LimitSupport {
 	g, err := newGroup(Limits{}.withDefaults())
 	if err == nil {
@@ -73,11 +72,11 @@ func ownGroup() (string, error) {
 	return filepath.Join(groupRoot, path), err
 }
 
-// parseOwnGroup reads /proc/self/cgroup, whose line of version 2 is 0::/path.
+// parseOwnGroup parses /proc/self/cgroup. The line for version 2 is 0::/path.
 func parseOwnGroup(text string) (string, error) {
 	for line := range strings.Lines(text) {
 		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::/"); ok {
-			if path != "" && !filepath.IsLocal(path) { // /../x: outside of the namespace
+			if path != "" && !filepath.IsLocal(path) { // such as /../x, a group outside of the namespace
 				return "", fmt.Errorf("find own control group: /%s is not visible here", path)
 			}
 			return path, nil
@@ -86,24 +85,24 @@ func parseOwnGroup(text string) (string, error) {
 	return "", errors.New("find own control group: none of version 2")
 }
 
-// groupMemory is the least memory limit from this group up to the root.
+// groupMemory returns the lowest memory limit of this group and its ancestors.
 func groupMemory(dir string) int64 {
 	least := int64(math.MaxInt64)
 	for ; len(dir) >= len(groupRoot); dir = filepath.Dir(dir) {
 		text, err := os.ReadFile(filepath.Join(dir, "memory.max"))
 		if err != nil {
-			continue // the root has none
+			continue // the root group has no limit
 		}
-		if n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil { // or "max"
+		if n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil { // the file may also say "max"
 			least = min(least, n)
 		}
 	}
 	return least
 }
 
-// parent returns the group in which runs get theirs, with the controllers that
-// they need. The builder moves into a child of it where that is necessary and it
-// is the only process there.
+// parent returns the group in which runs create theirs, with the controllers that they need. If the builder's group
+// has processes, it cannot delegate controllers. Then the builder moves into a child group, if it is the only process
+// in its group.
 func parent() (string, error) {
 	own, err := ownGroup()
 	if err != nil {
@@ -152,7 +151,7 @@ func delegate(dir string, self int) error {
 }
 
 func writeGroup(dir, file, value string) error {
-	// No O_CREATE: a control that the kernel does not have is an error.
+	// O_CREATE is not set, so a control that the kernel lacks is an error.
 	f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0)
 	if err != nil {
 		return err
@@ -180,7 +179,7 @@ func newGroup(l Limits) (*group, error) {
 		}
 		path, err := os.MkdirTemp(all, fmt.Sprintf("%s%d-*", runGroup, os.Getpid()))
 		if errors.Is(err, fs.ErrNotExist) && try < maxTries {
-			continue // the last run in it has just ended
+			continue // the last run in that group has just ended
 		} else if err != nil {
 			return nil, err
 		}
@@ -190,18 +189,17 @@ func newGroup(l Limits) (*group, error) {
 		}
 		cerr := g.close()
 		if (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV)) && try < maxTries {
-			continue // the group around it was removed and made anew, and has no controllers yet
+			continue // the parent group was removed and created again, and has no controllers yet
 		}
 		return nil, errors.Join(err, cerr)
 	}
 }
 
-// maxTries bounds how often a run loses its place to one that ends. Each time
-// another run of this process has to begin and end in between.
+// maxTries is how often newGroup retries because another run removed the parent group. For each retry, another run of
+// this process must have begun and ended.
 const maxTries = 100
 
-// groupOfAll makes or finds the group around all runs of this process with the
-// same bound.
+// groupOfAll creates or finds the group for all runs of this process that have the same bound.
 func groupOfAll(base string, most int64) (string, error) {
 	path := filepath.Join(base, fmt.Sprintf("%s%d-%d", allGroup, os.Getpid(), most>>20))
 	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -211,7 +209,7 @@ func groupOfAll(base string, most int64) (string, error) {
 		writeGroup(path, "memory.max", strconv.FormatInt(most, 10)),
 		writeGroup(path, "cgroup.subtree_control", "+memory +pids"))
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-		return path, nil // it is being removed: MkdirTemp sees that, and there is another try
+		return path, nil // the group is being removed: MkdirTemp fails then, and newGroup retries
 	}
 	return path, err
 }
@@ -219,12 +217,12 @@ func groupOfAll(base string, most int64) (string, error) {
 func (g *group) set(l Limits) (err error) {
 	err = errors.Join(
 		writeGroup(g.path, "memory.max", strconv.FormatInt(l.Memory, 10)),
-		writeGroup(g.path, "memory.oom.group", "1"), // half a build is of no use
+		writeGroup(g.path, "memory.oom.group", "1"), // kill all processes of the run, because a partial build is useless
 		writeGroup(g.path, "pids.max", strconv.Itoa(l.Processes)))
 	if err != nil {
 		return err
 	}
-	// Swap would turn an end into an endless crawl. Absent where there is none.
+	// With swap, a run would become very slow instead of ending. The file does not exist on a kernel without swap.
 	if err := writeGroup(g.path, "memory.swap.max", "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -232,11 +230,11 @@ func (g *group) set(l Limits) (err error) {
 	return err
 }
 
-// brokenLimit says which bound the run broke, if any. Only the kernel's own count
-// says it for sure: a program that was killed looks the same no matter who killed it.
+// brokenLimit returns an error for the bound that the run exceeded, or nil. It reads the kernel's counters, because
+// the exit status does not tell who killed a program.
 func (g *group) brokenLimit(l Limits) error {
 	if n := g.count("memory.events", "oom_kill"); n > 0 {
-		// "oom" counts the group's own bound and those below it, not those around it.
+		// The counter "oom" counts the bounds of this group and its children, but not those of its parents.
 		if g.count("memory.events", "oom") == 0 {
 			return fault.New(fault.OutOfMemory,
 				fmt.Sprintf("all that ran at the same time needed more than %d MiB of memory, or the machine had less",
@@ -251,7 +249,7 @@ func (g *group) brokenLimit(l Limits) error {
 	return nil
 }
 
-// count reads one number of a flat keyed file.
+// count reads one number from a flat keyed file, in which each line has a key and a value.
 func (g *group) count(file, key string) int64 {
 	text, err := os.ReadFile(filepath.Join(g.path, file))
 	if err != nil {
@@ -263,7 +261,7 @@ func (g *group) count(file, key string) int64 {
 func parseCount(text []byte, key string) int64 {
 	for line := range bytes.Lines(text) {
 		if f := bytes.Fields(line); len(f) == 2 && string(f[0]) == key {
-			n, _ := strconv.ParseInt(string(f[1]), 10, 64) // the kernel writes numbers
+			n, _ := strconv.ParseInt(string(f[1]), 10, 64) // the kernel writes only numbers here
 			return n
 		}
 	}
@@ -275,12 +273,12 @@ func (g *group) peak() int64 {
 	if err != nil {
 		return 0
 	}
-	n, _ := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64) // as above
+	n, _ := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64) // the kernel writes only numbers here
 	return n
 }
 
-// close removes the group, and the one around it when this was the last run. The
-// kernel may still be busy with its last process.
+// close removes the group, and its parent if this was the last run. The kernel may still be removing the last process,
+// so close retries for half a second.
 func (g *group) close() error {
 	var err error
 	if g.dir != nil {
@@ -290,21 +288,21 @@ func (g *group) close() error {
 		rerr := unix.Rmdir(g.path)
 		if !errors.Is(rerr, unix.EBUSY) {
 			if errors.Is(rerr, fs.ErrNotExist) {
-				rerr = nil // somebody else swept it up
+				rerr = nil // another builder's sweepGroups removed it
 			}
-			_ = unix.Rmdir(filepath.Dir(g.path)) // refused while another run is in it
+			_ = unix.Rmdir(filepath.Dir(g.path)) // fails while another run is in the parent group
 			return errors.Join(err, rerr)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	return err // the next builder sweeps it up
+	return err // the next builder's sweepGroups removes the group
 }
 
-// sweepGroups removes empty groups of builders that were killed.
+// sweepGroups removes empty groups that killed builders left behind.
 func sweepGroups(base string) {
 	left, err := filepath.Glob(filepath.Join(base, allGroup+"*"))
 	if err != nil {
-		return // the pattern is fixed
+		return // cannot happen: the pattern is constant
 	}
 	for _, path := range left {
 		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(path), allGroup), "-")
@@ -314,12 +312,13 @@ func sweepGroups(base string) {
 		}
 		runs, err := filepath.Glob(filepath.Join(path, runGroup+"*"))
 		if err != nil {
-			return // as above
+			return // cannot happen: the pattern is constant
 		}
 		for _, dir := range append(runs, path) {
-			// One that another container's builder has just made looks dead too.
+			// The process id may belong to a builder in another container, which this process cannot see. So a group
+			// must be older than a minute.
 			if info, err := os.Stat(dir); err == nil && time.Since(info.ModTime()) > time.Minute {
-				_ = unix.Rmdir(dir) // refused while anything lives in it
+				_ = unix.Rmdir(dir) // fails while a process is in the group
 			}
 		}
 	}

@@ -8,12 +8,11 @@ import (
 	"github.com/prometheus/procfs"
 )
 
-// killWithChildren kills bubblewrap and its child, with which everything in the
-// sandbox ends: it is the first process of a PID namespace. Killing bubblewrap
-// alone is not enough while it sets up: a child that has not been told its user ids
-// yet, or has not asked to die with its parent yet, waits for good.
+// killWithChildren kills bubblewrap and its child. The child is the first process of a PID namespace, so everything in
+// the sandbox ends with it. Killing only bubblewrap is not enough while it sets up the sandbox. At that time the child
+// may still wait for its user ids, or may not have asked yet to die with its parent. Then it would wait for ever.
 func killWithChildren(pid int) error {
-	// A process that is stopped has no more children.
+	// A stopped process starts no more children.
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		return err
 	}
@@ -27,8 +26,7 @@ func killWithChildren(pid int) error {
 	return err
 }
 
-// childrenOnceStopped waits until a process stands still, for no longer than a
-// tenth of a second, and lists its children.
+// childrenOnceStopped waits at most 100 ms until a process has stopped, and returns its children.
 func childrenOnceStopped(pid int) (children []int) {
 	fs, err := procfs.NewFS(procfs.DefaultMountPoint)
 	if err != nil {

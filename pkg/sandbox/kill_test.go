@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// holdLock names the folder whose lock file the helper process below holds
-// inside a sandbox.
+// holdLock is an environment variable. It names the folder whose lock file the helper process below holds inside a
+// sandbox.
 const holdLock = "PREBAKE_TEST_HOLD_LOCK"
 
 func TestMain(m *testing.M) {
@@ -49,8 +49,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// SIGKILL to the process that made the sandbox ends everything in it: the lock
-// that a program inside holds comes free.
+// SIGKILL to the process that made the sandbox ends everything in it. So the lock that a program inside holds is
+// released.
 func TestDiesWithParent(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
@@ -81,7 +81,7 @@ func TestDiesWithParent(t *testing.T) {
 	if err := helper.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	// Blocks for as long as anything inside lives; the test's limit ends it.
+	// Flock blocks while a process inside lives; the test's time limit ends it.
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		t.Errorf("flock: %v", err)
 	}
@@ -90,7 +90,7 @@ func TestDiesWithParent(t *testing.T) {
 	}
 }
 
-// A sandbox that is called off while it is being made leaves no process behind.
+// A sandbox that is cancelled during its setup leaves no process behind.
 func TestCalledOffEarly(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
@@ -121,7 +121,7 @@ func TestCalledOffEarly(t *testing.T) {
 	}
 }
 
-// running lists the processes whose command line has a word.
+// running returns the processes whose command line contains a word.
 func running(t *testing.T, word string) (found []string) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/cmdline")

@@ -14,50 +14,47 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Limits bound what one program and all that it starts may take together, so
-// that one that runs wild fails by itself and not the machine.
+// Limits bound the resources of one program and all processes that it starts. A program that uses too much fails
+// alone, and the machine continues to work.
 type Limits struct {
-	// Memory in bytes, /tmp among it; 0 means as much as Together. Where there is no
-	// control group (see [SupportedLimits]) it bounds each process instead of all together.
+	// Memory is in bytes and includes /tmp; 0 means the same as Together. Without a control group (see
+	// [SupportedLimits]) it bounds each process, not all of them together.
 	Memory int64
-	// Together bounds the memory of all runs that this process has at one time, in
-	// bytes; 0 means seven eighths of what this process may have. It holds where there
-	// is a control group, for all runs that give the same number.
+	// Together bounds the memory in bytes of all runs that this process has at the same time. 0 means seven eighths of
+	// [AvailableMemory]. It needs a control group, and it covers all runs with the same value.
 	Together int64
-	// Processes, threads too; 0 means 16384. Where there is no control group, it
-	// counts all processes of this user, and root's not at all.
+	// Processes is the greatest number of processes and threads; 0 means 16384. Without a control group, all processes
+	// of this user count, and root is not bounded.
 	Processes int
-	// Disk is how many bytes the writable binds may grow by; 0 means 16 GiB. They
-	// are measured every few seconds.
+	// Disk is how many bytes the writable binds may grow by; 0 means 16 GiB. Run measures them every few seconds.
 	Disk int64
-	// MinFree is how many bytes have to stay free on the disks of the writable
-	// binds; 0 means 128 MiB.
+	// MinFree is how many bytes must stay free on the disks of the writable binds; 0 means 128 MiB.
 	MinFree int64
 	// Time is how long the program may run; 0 means two hours.
 	Time time.Duration
 }
 
-// Usage is what a program took.
+// Usage is what a program used.
 type Usage struct {
-	// PeakMemory is the most memory at any one time, in bytes; 0 where nobody
-	// counted: there was no control group, or the kernel is older than 5.19.
+	// PeakMemory is the greatest memory use in bytes. It is 0 if it is unknown: without a control group, or on a
+	// kernel older than 5.19.
 	PeakMemory int64
-	// Disk is how many bytes the writable binds grew by, as last measured.
+	// Disk is how many bytes the writable binds grew by, at the last measurement.
 	Disk int64
 }
 
 const (
 	maxOutput    = 256 << 20
-	maxFile      = 4 << 30 // the largest object files have some 100 MB
+	maxFile      = 4 << 30 // the largest object files have about 100 MB
 	maxProcesses = 16384
 	maxDisk      = 16 << 30 // a build of the largest driver with debug information writes 1 GiB
 	minFree      = 128 << 20
-	maxTmp       = 4 << 30 // /tmp is memory
+	maxTmp       = 4 << 30 // /tmp is in memory
 	maxTime      = 2 * time.Hour
 )
 
-// prlimit sets the limits from inside: by the time that this process could set
-// them, the program may have started others.
+// prlimit is the program that sets the limits inside the sandbox. If this process set them from outside, the program
+// could have started others before.
 const prlimit = "/usr/bin/prlimit"
 
 const (
@@ -90,11 +87,11 @@ func (l Limits) withDefaults() Limits {
 	return l
 }
 
-// AvailableMemory is what this process may have: the machine's, or less where
-// a control group says so.
+// AvailableMemory returns the memory in bytes that this process may use: the machine's, or less if a control group has
+// a lower limit.
 func AvailableMemory() int64 {
 	var info unix.Sysinfo_t
-	most := int64(4 << 30) // for a kernel that does not say
+	most := int64(4 << 30) // if the kernel does not say
 	if err := unix.Sysinfo(&info); err == nil {
 		most = int64(info.Totalram) * int64(info.Unit)
 	}
@@ -104,9 +101,8 @@ func AvailableMemory() int64 {
 	return most
 }
 
-// command returns the program that runs another one within the limits, or those of
-// this process where they are narrower. each says that memory is bounded for
-// each process, without a control group.
+// command returns the command that runs a program within the limits. Where this process has a lower limit of its own,
+// that one applies. each is true if memory is bounded for each process, without a control group.
 func (l Limits) command(each bool) ([]string, error) {
 	args := []string{prlimit, "--core=0"}
 	rows := []struct {
@@ -118,7 +114,8 @@ func (l Limits) command(each bool) ([]string, error) {
 		{"--nproc", unix.RLIMIT_NPROC, uint64(l.Processes)},
 	}
 	if each {
-		// Private memory, not address space: compilers map far more than they use.
+		// RLIMIT_DATA bounds private memory. RLIMIT_AS would bound address space, of which compilers map far more than
+		// they use.
 		rows = append(rows, struct {
 			flag     string
 			resource int
@@ -135,9 +132,8 @@ func (l Limits) command(each bool) ([]string, error) {
 	return args, nil
 }
 
-// diskWatch looks after the disk space of the writable binds. A quota would be
-// firmer, but takes root and a file system that has one; RLIMIT_FSIZE bounds
-// single files only.
+// diskWatch watches the disk space of the writable binds. A quota would be stricter, but it needs root and a file
+// system with quotas. RLIMIT_FSIZE only bounds single files.
 type diskWatch struct {
 	limits  Limits
 	folders []string
@@ -154,7 +150,7 @@ func newDiskWatch(l Limits, binds []Bind) (*diskWatch, error) {
 	return w, w.checkFree()
 }
 
-// checkFree reports a disk that is nearly full.
+// checkFree returns an error if a disk is nearly full.
 func (w *diskWatch) checkFree() error {
 	for _, dir := range w.folders {
 		var s unix.Statfs_t
@@ -169,8 +165,8 @@ func (w *diskWatch) checkFree() error {
 	return nil
 }
 
-// measure adds up the sizes of the files in the folders. A file that disappears meanwhile,
-// or that cannot be read, does not count: checkFree looks at the disk's free space.
+// measure returns the total size of the files in the folders. It skips a file that disappears or cannot be read,
+// because checkFree still checks the disk's free space.
 func (w *diskWatch) measure(ctx context.Context) (bytes int64) {
 	for _, dir := range w.folders {
 		_ = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
@@ -191,14 +187,13 @@ func (w *diskWatch) measure(ctx context.Context) (bytes int64) {
 	return bytes
 }
 
-// run calls stop once a bound is passed, and ends with ctx. It spends at most a
-// hundredth of its time looking.
+// run calls stop when a bound is exceeded, and ends with ctx. It measures for at most a hundredth of the time.
 func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 	if len(w.folders) == 0 {
 		return
 	}
-	// Beside the program's start, which need not wait for it: what it writes in
-	// that moment may count as having been there.
+	// The first measurement runs while the program starts, so that the program does not wait. Bytes that the program
+	// writes during that time may not count.
 	began := w.measure(ctx)
 	pause := time.NewTimer(time.Second)
 	defer pause.Stop()

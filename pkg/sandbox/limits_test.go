@@ -32,19 +32,18 @@ func limited(t *testing.T, l sandbox.Limits, script string, binds ...sandbox.Bin
 	return out.String(), usage, err
 }
 
-// grab holds 60 MB of memory: tail keeps what may turn out to be the end.
+// grab uses 60 MB of memory, because tail must keep the last bytes until the input ends.
 const grab = `head -c 60000000 /dev/zero | tail -c 60000000 | wc -c`
 
-// A program that wants more memory than it may have does not get it, with a
-// control group or without.
+// A program cannot get more memory than its limit, with or without a control group.
 func TestMemory(t *testing.T) {
 	t.Parallel()
 	out, _, err := limited(t, sandbox.Limits{Memory: 32 << 20}, grab)
 	if strings.Contains(out, "60000000") {
 		t.Errorf("%s printed %q; want it refused", grab, out)
 	}
-	// Per process, the program is told and says so itself; package compile
-	// reads that. A control group's verdict is the kernel's.
+	// With a limit per process, the allocation fails and the program prints an error, which package compile reads.
+	// With a control group, the kernel kills the program and counts it.
 	if sandbox.SupportedLimits().ControlGroup && !fault.Is(err, fault.OutOfMemory) {
 		t.Errorf("Run = %v (%v); want out of memory", err, fault.Of(err))
 	}
@@ -54,14 +53,14 @@ func TestMemory(t *testing.T) {
 	}
 }
 
-// Two runs of which each has room alone do not fit together: one of them ends, and
-// says that it was not alone.
+// Two runs that fit alone do not fit together. One of them ends, and its error says that the runs together exceeded
+// the limit.
 func TestTogether(t *testing.T) {
 	t.Parallel()
 	if m := sandbox.SupportedLimits(); !m.ControlGroup {
 		t.Skip(m.Reason)
 	}
-	// /tmp is memory: each run holds 24 MB there until the other one does, too.
+	// /tmp is in memory. Each run keeps 24 MB there until the other run does so, too.
 	hold := func(l sandbox.Limits, self, other int, meet string) error {
 		script := fmt.Sprintf(`head -c 24000000 /dev/zero >/tmp/x || exit 1; echo >/meet/%d; i=0; while [ $i -lt 100 ] && ! [ -e /meet/%d ]; do sleep 0.2; i=$((i+1)); done`, self, other)
 		_, _, err := limited(t, l, script, sandbox.Bind{Host: meet, Inside: "/meet", Writable: true})
@@ -82,16 +81,16 @@ func TestTogether(t *testing.T) {
 	}
 }
 
-// What the writable folders grow by is bounded, though no single file is large.
+// The growth of the writable folders is bounded, even if no single file is large.
 func TestDisk(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	// A folder that is large already costs nothing.
+	// Files that existed before the run do not count.
 	if err := os.WriteFile(filepath.Join(dir, "before"), make([]byte, 40<<20), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// It goes on until it is ended: what it writes before the first look at the
-	// folder, which may come late, does not count.
+	// The script writes until it is killed. Bytes that it writes before the first measurement, which may be late, do
+	// not count.
 	script := `i=0; while :; do head -c 4000000 /dev/zero >/b/$i; i=$((i+1)); [ $i -lt 30 ] || sleep 0.2; done`
 	_, usage, err := limited(t, sandbox.Limits{Disk: 32 << 20}, script,
 		sandbox.Bind{Host: dir, Inside: "/b", Writable: true})
@@ -109,7 +108,7 @@ func TestLargeFile(t *testing.T) {
 	}
 }
 
-// A disk that is nearly full ends the run before it begins.
+// If a disk is nearly full, the run fails before the program starts.
 func TestMinFree(t *testing.T) {
 	t.Parallel()
 	out, _, err := limited(t, sandbox.Limits{MinFree: 1 << 60}, `echo begun`,
@@ -127,14 +126,13 @@ func TestTime(t *testing.T) {
 	}
 }
 
-// The number of processes holds for an ordinary user, and for root where there
-// is a control group.
+// The bound on processes applies to an ordinary user. It applies to root only with a control group.
 func TestProcesses(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() == 0 && !sandbox.SupportedLimits().ControlGroup {
 		t.Skipf("RLIMIT_NPROC does not bind root, and %v", sandbox.SupportedLimits().Reason)
 	}
-	// Where other processes of this user count too, fewer are left.
+	// Without a control group, other processes of this user count, too.
 	out, _, err := limited(t, sandbox.Limits{Processes: 16},
 		`i=0; while [ $i -lt 30 ]; do sleep 600 & i=$((i+1)); done; echo all`)
 	if err == nil || strings.Contains(out, "all") {
@@ -145,7 +143,7 @@ func TestProcesses(t *testing.T) {
 	}
 }
 
-// Without a control group, what is missing is said with its remedy.
+// Without a control group, SupportedLimits says what is missing and how to get it.
 func TestBoundsSayWhy(t *testing.T) {
 	t.Parallel()
 	m := sandbox.SupportedLimits()
@@ -154,10 +152,10 @@ func TestBoundsSayWhy(t *testing.T) {
 	}
 }
 
-// asUser names the test that this program runs as another user.
+// asUser is an environment variable. It names the test that this program runs as another user.
 const asUser = "PREBAKE_TEST_AS_USER"
 
-// Root is not needed: the tests that try the walls pass as an ordinary user.
+// The sandbox does not need root: the tests of its isolation pass as an ordinary user.
 func TestAsOrdinaryUser(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
@@ -168,7 +166,7 @@ func TestAsOrdinaryUser(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("", "sandbox-user-") // testing's own folders are root's alone
+	dir, err := os.MkdirTemp("", "sandbox-user-") // only root can read testing's own folders
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,18 +1,20 @@
-// Package sandbox runs one program behind bubblewrap: without a network, with
-// an environment and paths that are the same on every machine, and with
-// nothing writable but the folders it was given. It refuses to run a program
-// any other way: without bubblewrap or namespaces there is an error, never a
-// quiet fallback to the bare host.
+// Package sandbox runs one program in a sandbox made by bubblewrap. The program has no network. Its environment and
+// paths are the same on every machine. It can write only to the folders that the caller gives it, and to /tmp. If
+// bubblewrap or namespaces are missing, Run returns an error. It never runs the program directly on the host.
 //
-// What the program sees: the host's /usr read-only (compilers' helpers, make,
-// sh), except /usr/local, /usr/src and /usr/lib/modules, which are empty; its
-// own /proc, /dev and /tmp; the folders bound by the caller; the host name
-// "prebake"; user and group 1000, without capabilities and unable to make
-// namespaces of its own. A filter keeps system calls that no build needs from it.
-// No home folder, no /etc but what links and the loader need. Memory, processes,
-// time, disk space, output and /tmp are bounded; see [Limits] and, for how firmly,
-// [SupportedLimits]. /proc/self/mountinfo names the bound folders' paths on the host: the
-// kernel has no way to hide them.
+// The program sees:
+//
+//   - the host's /usr read-only, for the compilers' helpers, make and sh
+//   - empty folders /usr/local, /usr/src and /usr/lib/modules
+//   - its own /proc, /dev and /tmp
+//   - the folders that the caller binds
+//   - the host name "prebake"
+//   - no home folder, and of /etc only what links and the loader need
+//
+// It runs as user and group 1000, without capabilities, and cannot create namespaces. A filter refuses system calls
+// that no build needs. Memory, processes, time, disk space, output and /tmp are bounded; see [Limits].
+// [SupportedLimits] says how strictly they are enforced. /proc/self/mountinfo shows the host's paths of the bound
+// folders, because the kernel cannot hide them.
 package sandbox
 
 import (
@@ -37,33 +39,33 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bind shows a host folder inside the sandbox.
+// Bind makes a host folder visible inside the sandbox.
 type Bind struct {
-	// Host is the absolute path of the folder outside.
+	// Host is the absolute path of the folder on the host.
 	Host string
-	// Inside is its absolute path in the sandbox.
+	// Inside is the absolute path of the folder in the sandbox.
 	Inside string
-	// Writable says that the program may change it.
+	// Writable allows the program to change the folder.
 	Writable bool
 }
 
-// Config is one run. Argv and Dir are needed.
+// Config describes one run. Argv and Dir are required.
 type Config struct {
-	// Argv is the program, found by PATH of Env inside the sandbox, and its arguments.
+	// Argv is the program and its arguments. The program is searched in Env's PATH inside the sandbox.
 	Argv []string
-	// Env is the whole environment.
+	// Env is the whole environment of the program.
 	Env map[string]string
-	// Dir is the working folder inside the sandbox.
+	// Dir is the working directory inside the sandbox.
 	Dir string
-	// Binds are laid over the base in order.
+	// Binds are mounted in this order, on top of the base system.
 	Binds []Bind
-	// Output receives stdout and stderr as one stream; nil drops it.
+	// Output receives stdout and stderr as one stream. Nil discards the output.
 	Output io.Writer
-	// MaxOutput ends a program that prints more bytes; 0 means 256 MiB.
+	// MaxOutput is the greatest number of output bytes; 0 means 256 MiB. A program that prints more is killed.
 	MaxOutput int64
-	// Limits bound what the program takes; the zero value has safe defaults.
+	// Limits bound the program's resources. The zero value has safe defaults.
 	Limits Limits
-	// Usage, where not nil, is filled in with what the program took.
+	// Usage, if not nil, receives the resources that the program used.
 	Usage *Usage
 }
 
@@ -89,14 +91,14 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// ExitError says that the program ran and ended badly. Its status is that of a
-// shell: 128 and a signal number where a signal ended it.
+// ExitError says that the program ran and failed. Status is the exit status as in a shell: 128 plus the signal number
+// if a signal ended the program.
 type ExitError struct{ Status int }
 
 func (e *ExitError) Error() string { return fmt.Sprintf("exit status %d", e.Status) }
 
-// Killed reports whether SIGKILL ended the program: with nobody else to send
-// it, that is the kernel's out-of-memory killer.
+// Killed reports whether SIGKILL ended the program. Nobody else sends that signal, so it means the kernel's
+// out-of-memory killer.
 func (e *ExitError) Killed() bool { return e.Status == 128+int(syscall.SIGKILL) }
 
 const (
@@ -108,11 +110,10 @@ const (
 		"seccomp profile that permits unshare"
 )
 
-// Run runs the program and waits for it and everything it started. The sandbox
-// dies with this process, also by SIGKILL, and when ctx ends. A program that
-// ends badly gives an [ExitError]; one that broke a limit, fault.OutOfMemory,
-// fault.DiskFull, fault.TimedOut or fault.Internal, whatever its status; a sandbox
-// that cannot be made, fault.Usage.
+// Run runs the program, and waits for it and all processes that it started. The sandbox ends when ctx ends and when
+// this process ends, even by SIGKILL. If the program fails, the error is an [ExitError]. If it exceeds a limit, the
+// error is fault.OutOfMemory, fault.DiskFull, fault.TimedOut or fault.Internal, whatever its status. If the sandbox
+// cannot be created, the error is fault.Usage.
 func Run(ctx context.Context, c Config) error {
 	if err := c.Validate(); err != nil {
 		return fmt.Errorf("run in sandbox: %w", err)
@@ -147,7 +148,7 @@ func Run(ctx context.Context, c Config) error {
 	var watch sync.WaitGroup
 	watch.Go(func() { disk.run(ctx, stop) })
 	broke, err := c.start(ctx, bwrap, setup)
-	cause := context.Cause(ctx) // before the watch is told to end
+	cause := context.Cause(ctx) // read before stop(nil) ends the watch
 	stop(nil)
 	watch.Wait()
 	if c.Usage != nil {
@@ -181,8 +182,8 @@ func Run(ctx context.Context, c Config) error {
 	return fmt.Errorf("run %s: %w", program, &ExitError{Status: status})
 }
 
-// start runs bubblewrap, in a control group where there can be one. broke is
-// the limit that the control group says was broken.
+// start runs bubblewrap, in a control group if one can be created. broke is the error for the limit that was exceeded,
+// according to the control group.
 func (c Config) start(ctx context.Context, bwrap string, output io.Writer) (broke, err error) {
 	g, gerr := newGroup(c.Limits)
 	if gerr == nil {
@@ -197,30 +198,30 @@ func (c Config) start(ctx context.Context, bwrap string, output io.Writer) (brok
 		if started {
 			return nil, err
 		}
-		// No CLONE_INTO_CGROUP: an old kernel, or a filter of system calls.
+		// CLONE_INTO_CGROUP does not work, because the kernel is old or a filter of system calls refuses it.
 	}
 	_, err = c.exec(ctx, bwrap, output, nil)
 	return nil, err
 }
 
-// exec runs bubblewrap in the group, and without one where g is nil.
+// exec runs bubblewrap in the group. If g is nil, it runs without a group.
 func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *group) (started bool, err error) {
 	limit, err := c.Limits.command(g == nil)
 	if err != nil {
 		return true, fmt.Errorf("make sandbox: %w", err)
 	}
-	// Through descriptors, since /proc/1/cmdline would tell the program of the
-	// host's paths.
+	// The options are passed through file descriptors. On the command line, the program could read the host's paths in
+	// /proc/1/cmdline.
 	calls, err := filter()
 	if err != nil {
 		return true, fmt.Errorf("make sandbox: %w", err)
 	}
-	const first = 3 // of a child's descriptors after stderr
+	const first = 3 // a child's first descriptor after stderr
 	options := append(arguments(c), "--seccomp", strconv.Itoa(first+1))
 	var files []*os.File
 	defer func() {
 		for _, f := range files {
-			_ = f.Close() // memory, and read to its end
+			_ = f.Close() // the file is only in memory, and was read to its end
 		}
 	}()
 	for _, text := range []string{strings.Join(options, "\x00") + "\x00", string(calls)} {
@@ -232,19 +233,18 @@ func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *gro
 	}
 	cmd := exec.CommandContext(ctx, bwrap, slices.Concat([]string{"--args", strconv.Itoa(first), "--"}, limit, c.Argv)...)
 	cmd.ExtraFiles = files
-	cmd.Env = []string{} // bubblewrap itself needs nothing of ours
+	cmd.Env = []string{} // bubblewrap itself needs no variables of ours
 	cmd.Stdout, cmd.Stderr = output, output
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if g != nil {
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(g.dir.Fd())
 	}
 	cmd.Cancel = func() error { return killWithChildren(cmd.Process.Pid) }
-	// Descendants die with the sandbox's first process; the delay only guards
-	// against a pipe that outlives it.
+	// All processes end with the sandbox's first process. The delay is only needed if a pipe stays open longer.
 	cmd.WaitDelay = 10 * time.Second
 
-	// --die-with-parent follows the thread that forked, not the process: keep
-	// that thread until the sandbox has ended.
+	// --die-with-parent depends on the thread that forked, not on the process. So that thread must live until the
+	// sandbox has ended.
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
@@ -255,7 +255,7 @@ func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *gro
 	return cmd.Process != nil, err
 }
 
-// Probe reports whether this machine can run a sandbox at all.
+// Probe returns an error if this machine cannot run a sandbox.
 func Probe(ctx context.Context) error {
 	return Run(ctx, Config{Argv: []string{"/usr/bin/true"}, Dir: "/"})
 }
@@ -270,7 +270,7 @@ func setupHint(text string) string {
 	return "check that bubblewrap 0.8 or newer is installed and that every bound folder exists: bwrap --version"
 }
 
-// arguments are bubblewrap's options.
+// arguments returns bubblewrap's options.
 func arguments(c Config) []string {
 	args := []string{
 		"--unshare-all", "--unshare-user", "--disable-userns",
@@ -278,7 +278,7 @@ func arguments(c Config) []string {
 		"--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv",
 		"--ro-bind", "/usr", "/usr",
 	}
-	// On merged-/usr systems these are links, elsewhere folders.
+	// On systems with a merged /usr these are links, elsewhere they are folders.
 	for _, dir := range []string{"/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"} {
 		if to, err := os.Readlink(dir); err == nil {
 			args = append(args, "--symlink", to, dir)
@@ -286,14 +286,14 @@ func arguments(c Config) []string {
 			args = append(args, "--ro-bind", dir, dir)
 		}
 	}
-	// What a machine's owner put there must not change a build.
+	// Local files of the machine's owner must not change a build.
 	for _, dir := range []string{"/usr/local", "/usr/src", "/usr/lib/modules"} {
 		if info, err := os.Lstat(dir); err == nil && info.IsDir() {
 			args = append(args, "--tmpfs", dir, "--remount-ro", dir)
 		}
 	}
 	args = append(args,
-		"--ro-bind-try", "/etc/alternatives", "/etc/alternatives", // awk is a link through it
+		"--ro-bind-try", "/etc/alternatives", "/etc/alternatives", // awk is a link into this folder
 		"--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache",
 		"--proc", "/proc", "--dev", "/dev", "--size", strconv.Itoa(maxTmp), "--tmpfs", "/tmp",
 	)
@@ -311,10 +311,10 @@ func arguments(c Config) []string {
 	return args
 }
 
-// memoryFile returns a file that is nowhere but in memory, at its beginning.
+// memoryFile returns a file that exists only in memory, at offset 0.
 func memoryFile(text string) (*os.File, error) {
-	// vm.memfd_noexec may want it said that nobody runs the file; kernels before 6.3
-	// do not know the word.
+	// The sysctl vm.memfd_noexec may require a flag that says the file is not executable. Kernels before 6.3 do not
+	// know the flag.
 	fd, err := unix.MemfdCreate("prebake", unix.MFD_CLOEXEC|unix.MFD_NOEXEC_SEAL)
 	if errors.Is(err, unix.EINVAL) {
 		fd, err = unix.MemfdCreate("prebake", unix.MFD_CLOEXEC)
@@ -330,16 +330,15 @@ func memoryFile(text string) (*os.File, error) {
 	return f, nil
 }
 
-// outputFilter passes the program's output on, up to a bound, and keeps the
-// first line if it is bubblewrap's own complaint: it prints one, and only one,
-// before it gives up.
+// outputFilter passes on the program's output up to a bound. It also keeps the first line, because bubblewrap prints
+// exactly one line before it gives up.
 type outputFilter struct {
 	next io.Writer
 
 	tooMuch func() // called when left runs out
 
 	mu    sync.Mutex
-	left  int64 // bytes that may still come; negative after the flood
+	left  int64 // bytes that may still be printed; negative if the bound is exceeded
 	first []byte
 	ended bool // the first line is complete
 }
@@ -355,7 +354,7 @@ func (s *outputFilter) Write(p []byte) (int, error) {
 		s.ended = found || len(s.first) == maxFirstLine
 	}
 	if s.left < 0 {
-		return len(p), nil // until the program is gone
+		return len(p), nil // discard output until the program has ended
 	}
 	if s.left -= int64(len(p)); s.left < 0 {
 		s.tooMuch()

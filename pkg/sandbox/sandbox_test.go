@@ -66,7 +66,7 @@ func TestInside(t *testing.T) {
 	}
 }
 
-// No process inside has the host's paths on its command line or in its environment.
+// No process inside has the host's paths in its command line or environment.
 func TestNoHostPaths(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -77,7 +77,7 @@ func TestNoHostPaths(t *testing.T) {
 	}
 }
 
-// A server on the host's loopback, reachable from this test, is out of reach inside.
+// A program in the sandbox cannot reach a server on the host's loopback interface, which this test can reach.
 func TestNoNetwork(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("perl"); err != nil {
@@ -155,8 +155,7 @@ func TestMissingBubblewrap(t *testing.T) {
 	}
 }
 
-// The context's end takes down everything that runs inside, and its cause is
-// what the caller sees.
+// When the context ends, everything inside the sandbox ends, and Run returns the context's cause.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
@@ -173,7 +172,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// A program that prints without end is ended, says why, and has filled no disk.
+// A program that prints without end is killed, the error says why, and no more than the bound is passed on.
 func TestFlood(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)

@@ -10,66 +10,63 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The filter of system calls. A build reads and writes files and starts programs.
-// What reaches past its namespaces, or into parts of the kernel that see few
-// users and many bugs, is refused, and so is whatever a newer kernel adds. The
-// list follows the reasons of Docker's and Flatpak's default filters.
+// The filter of system calls. A build reads and writes files and starts programs. The filter refuses calls that reach
+// outside its namespaces, and calls into parts of the kernel that few programs use and that have many bugs. It also
+// refuses every call that a newer kernel adds. The list follows the reasons of Docker's and Flatpak's default filters.
 //
-// Refused is mostly ENOSYS, which the C library takes for an old kernel.
+// Most refused calls return ENOSYS, because the C library then assumes an old kernel.
 
-// Fields of struct seccomp_data, in bytes (linux/seccomp.h).
+// Offsets of the fields of struct seccomp_data, in bytes (linux/seccomp.h).
 const (
 	dataNumber = 0
 	dataArch   = 4
-	dataArg0   = 16 // its lower half, on little-endian machines
+	dataArg0   = 16 // the lower half of the argument, on little-endian machines
 )
 
 const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
 	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
 
-// refusedCalls are the same on every architecture; archRefusedCalls are those
-// that only this one has.
+// refusedCalls exist on every architecture. archRefusedCalls exist only on this one.
 var refusedCalls = []uint32{
-	// Other processes' memory and descriptors.
+	// Calls on other processes' memory and descriptors.
 	unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_PROCESS_MADVISE, unix.SYS_KCMP,
 	unix.SYS_PIDFD_GETFD, unix.SYS_MIGRATE_PAGES, unix.SYS_MOVE_PAGES,
-	// Namespaces, mounts, and files past them.
+	// Calls on namespaces and mounts, and calls that open files outside of them.
 	unix.SYS_UNSHARE, unix.SYS_SETNS, unix.SYS_MOUNT, unix.SYS_UMOUNT2, unix.SYS_PIVOT_ROOT, unix.SYS_CHROOT,
 	unix.SYS_FSOPEN,
 	unix.SYS_FSCONFIG, unix.SYS_FSMOUNT, unix.SYS_FSPICK, unix.SYS_OPEN_TREE, unix.SYS_MOVE_MOUNT, unix.SYS_MOUNT_SETATTR,
 	unix.SYS_NAME_TO_HANDLE_AT, unix.SYS_OPEN_BY_HANDLE_AT, unix.SYS_QUOTACTL, unix.SYS_QUOTACTL_FD,
 	unix.SYS_FANOTIFY_INIT,
-	// clone3 hides its flags from filters; the C library falls back on clone.
+	// A filter cannot read the flags of clone3. The C library uses clone instead.
 	unix.SYS_CLONE3,
-	// Parts of the kernel that no build needs.
+	// Calls into parts of the kernel that no build needs.
 	unix.SYS_BPF, unix.SYS_PERF_EVENT_OPEN, unix.SYS_USERFAULTFD, unix.SYS_IO_URING_SETUP, unix.SYS_IO_URING_ENTER,
 	unix.SYS_IO_URING_REGISTER, unix.SYS_ADD_KEY, unix.SYS_REQUEST_KEY, unix.SYS_KEYCTL, unix.SYS_VMSPLICE,
 	unix.SYS_MEMFD_SECRET, unix.SYS_LANDLOCK_CREATE_RULESET, unix.SYS_LANDLOCK_ADD_RULE, unix.SYS_LANDLOCK_RESTRICT_SELF,
-	// The machine.
+	// Calls that change the machine.
 	unix.SYS_INIT_MODULE, unix.SYS_FINIT_MODULE, unix.SYS_DELETE_MODULE, unix.SYS_KEXEC_LOAD, unix.SYS_KEXEC_FILE_LOAD,
 	unix.SYS_REBOOT, unix.SYS_SWAPON, unix.SYS_SWAPOFF, unix.SYS_SYSLOG, unix.SYS_ACCT, unix.SYS_SETHOSTNAME,
 	unix.SYS_SETDOMAINNAME, unix.SYS_SETTIMEOFDAY, unix.SYS_CLOCK_SETTIME, unix.SYS_CLOCK_ADJTIME, unix.SYS_ADJTIMEX,
 	unix.SYS_VHANGUP,
 }
 
-// Sockets that a network namespace does not hold, or that no build has use for,
-// are refused: all but these.
+// allowedFamilies are the socket families that a program may use. All others are refused, because a network namespace
+// does not confine them or because no build needs them.
 var allowedFamilies = []uint32{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK}
 
-// filter returns the program as bubblewrap's --seccomp reads it: an array of
-// struct sock_filter.
+// filter returns the filter in the format of bubblewrap's --seccomp: an array of struct sock_filter.
 func filter() ([]byte, error) {
 	refuse := func(errno unix.Errno) bpf.Instruction {
 		return bpf.RetConstant{Val: unix.SECCOMP_RET_ERRNO | uint32(errno)}
 	}
 	allow := bpf.RetConstant{Val: unix.SECCOMP_RET_ALLOW}
 	p := []bpf.Instruction{
-		// Calls of another architecture's kind have other numbers.
+		// In another architecture's ABI the numbers mean other calls.
 		bpf.LoadAbsolute{Off: dataArch, Size: 4},
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: auditArch, SkipTrue: 1},
 		refuse(unix.ENOSYS),
 		bpf.LoadAbsolute{Off: dataNumber, Size: 4},
-		// Newer than all that were looked at; x32's numbers, too, are up there.
+		// Calls above lastCall are newer than the list. The x32 ABI's numbers are above it, too.
 		bpf.JumpIf{Cond: bpf.JumpLessOrEqual, Val: lastCall, SkipTrue: 1},
 		refuse(unix.ENOSYS),
 	}
@@ -96,6 +93,6 @@ func filter() ([]byte, error) {
 		return nil, fmt.Errorf("assemble filter of system calls: %w", err)
 	}
 	var b bytes.Buffer
-	err = binary.Write(&b, binary.NativeEndian, raw) // code, two jumps, constant: 8 bytes each, as in the kernel
+	err = binary.Write(&b, binary.NativeEndian, raw) // struct sock_filter has 8 bytes: code, two jumps and a constant
 	return b.Bytes(), err
 }

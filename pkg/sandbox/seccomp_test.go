@@ -18,11 +18,11 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// inFilter makes this program try system calls instead of running its tests.
+// inFilter is an environment variable that makes this program try system calls instead of running its tests.
 const inFilter = "PREBAKE_TEST_SECCOMP"
 
-// tryCalls prints what the kernel answers to each system call: allowed, or the
-// error's name. The kernel is asked, not the filter's text.
+// tryCalls prints the kernel's answer to each system call: nothing if it is allowed, or the error's name. So the test
+// checks the kernel's behaviour and not the text of the filter.
 func tryCalls() {
 	call := func(name string, number uintptr, args ...uintptr) {
 		var a [6]uintptr
@@ -55,8 +55,8 @@ func TestFilter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Without a sandbox most of them answer otherwise: the filter says no, not
-	// this machine's kernel.
+	// Without a sandbox most of the calls have another result. So the refusals come from the filter and not from this
+	// machine's kernel.
 	cmd := exec.CommandContext(t.Context(), self)
 	cmd.Env = []string{inFilter + "=1"}
 	bare, err := cmd.Output()
@@ -98,8 +98,7 @@ socket 17 EAFNOSUPPORT`
 	}
 }
 
-// A program that calls in the manner of 32-bit ones gets nothing either: its
-// numbers mean other calls.
+// A program that uses the 32-bit system call ABI is refused, too, because its numbers mean other calls.
 func TestOtherABI(t *testing.T) {
 	t.Parallel()
 	if runtime.GOARCH != "amd64" {
@@ -118,8 +117,8 @@ func TestOtherABI(t *testing.T) {
 	}
 }
 
-// oldCall is a 64-bit program that calls getpid by int $0x80 and ends with the
-// error's number, or 0. The header is that of elf(5), the code of Intel's manual.
+// oldCall returns a 64-bit program that calls getpid by int $0x80. The program exits with the error's number, or 0.
+// The header is from elf(5), and the machine code from Intel's manual.
 func oldCall() []byte {
 	const base = 0x400000
 	code := []byte{
@@ -151,7 +150,7 @@ func oldCall() []byte {
 	h.Entry, h.Filesz, h.Memsz = base+size, size+uint64(len(code)), size+uint64(len(code))
 	text, err := binary.Append(nil, binary.LittleEndian, h)
 	if err != nil {
-		panic(err) // fixed types
+		panic(err) // cannot fail: the types have fixed sizes
 	}
 	return append(text, code...)
 }

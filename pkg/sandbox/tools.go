@@ -14,9 +14,8 @@ import (
 	"strings"
 )
 
-// hostTools are the programs that a kernel's build system and a driver's scripts
-// run out of the host's /usr: those of Documentation/process/changes.rst that a
-// module's build needs, and the shell's.
+// hostTools are the programs in the host's /usr that a kernel's build system and a driver's scripts run. They are the
+// programs in Documentation/process/changes.rst that a module's build needs, and those that shell scripts use.
 var hostTools = []string{
 	"awk", "basename", "bash", "bc", "cat", "chmod", "cksum", "cmp", "cp", "cut", "date", "diff", "dirname", "echo", "env",
 	"expr", "false",
@@ -27,13 +26,12 @@ var hostTools = []string{
 	"true", "truncate", "uname", "uniq", "wc", "xargs", "xz", "zstd",
 }
 
-// HostTools is a digest of the programs of the host that builds run, by their
-// content, their loader and the C library among it: what a build makes, or
-// answers, is made of them as well as of its inputs. It reads some 25 MB each time,
-// since the host may be updated while a builder runs.
+// HostTools returns a digest of the host's programs that builds run, with their loader and the C library. The results
+// of a build depend on these programs as well as on its inputs. HostTools reads the files again each time, about 25
+// MB, because the host may be updated while a builder runs.
 func HostTools() (string, error) { return digestTools("/usr/bin", hostTools) }
 
-// digestTools digests programs of a folder. One that is missing is named as such.
+// digestTools returns a digest of programs in a folder. A missing program is recorded as missing.
 func digestTools(dir string, names []string) (string, error) {
 	h := sha256.New()
 	libraries := map[string]bool{}
@@ -73,9 +71,9 @@ func digestTools(dir string, names []string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// needs are the files of a program's loader and libraries, where the loader of
-// Debian and its like looks for them; a script has none. What those need in turn
-// is the C library or comes with them.
+// needs returns the files of a program's loader and libraries. It searches them where the loader of Debian and similar
+// distributions does. For a script it returns none. It does not follow the libraries' own dependencies: those are the
+// C library, or come in the same package.
 func needs(file string) (found []string, err error) {
 	f, err := elf.Open(file)
 	var format *elf.FormatError
@@ -114,7 +112,7 @@ func needs(file string) (found []string, err error) {
 	return found, nil
 }
 
-// maxLoader bounds the path of a program's loader.
+// maxLoader is the greatest length of a loader's path in bytes.
 const maxLoader = 4096
 
 func digestFile(name string) (sum string, err error) {
@@ -122,7 +120,7 @@ func digestFile(name string) (sum string, err error) {
 	if err != nil {
 		return "", err
 	}
-	defer f.Close() // only read
+	defer f.Close() // the file was only read
 	h := sha256.New()
 	if _, err := io.Copy(h, f); err != nil {
 		return "", fmt.Errorf("%s: %w", name, err)

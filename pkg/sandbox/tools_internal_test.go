@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Another make, or none, is another digest; another time of the same one is not.
+// Another content of make, or no make, changes the digest. Another time stamp does not.
 func TestDigestTools(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -41,7 +41,7 @@ func TestDigestTools(t *testing.T) {
 	}
 }
 
-// This machine's tools have a digest, with the C library among them.
+// HostTools returns a digest on this machine, and it covers the C library.
 func TestHostTools(t *testing.T) {
 	t.Parallel()
 	start := time.Now()

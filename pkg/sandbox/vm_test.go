@@ -17,15 +17,13 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// inGuest makes this program set up a virtual machine before it runs its tests.
-// Its value says where in the tree of control groups they run: root, unit (a
-// group of its own, as a service has it) or user (the same, delegated to an
-// ordinary user).
+// inGuest is an environment variable that makes this program set up a virtual machine before it runs its tests. Its
+// value says in which control group the tests run. root is the root of the tree. unit is a group of its own, as a
+// service has it. user is the same, delegated to an ordinary user.
 const inGuest = "PREBAKE_TEST_GUEST"
 
-// The bounds that take a control group, in a machine that has them: the same
-// tests run in it as root of the tree, in a unit's group and as an ordinary
-// user with a delegated one.
+// TestInVirtualMachine tests the bounds that need a control group, in a virtual machine that has control groups. The
+// same tests run there as root of the tree, in a unit's group, and as an ordinary user with a delegated group.
 func TestInVirtualMachine(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")
@@ -82,8 +80,8 @@ func TestInVirtualMachine(t *testing.T) {
 	}
 }
 
-// GroupsAreRemoved: a run leaves no control group behind. It is not parallel:
-// the groups of other tests' runs would be there as well.
+// TestGroupsAreRemoved checks that a run leaves no control group behind. The test is not parallel, because it would
+// find the groups of other tests' runs.
 func TestGroupsAreRemoved(t *testing.T) {
 	needBubblewrap(t)
 	if m := sandbox.SupportedLimits(); !m.ControlGroup {
@@ -91,7 +89,7 @@ func TestGroupsAreRemoved(t *testing.T) {
 	}
 	_, usage, err := limited(t, sandbox.Limits{}, `head -c 20000000 /dev/zero | tail -c 20000000 >/dev/null`)
 	if err != nil || usage.PeakMemory < 20_000_000 || usage.PeakMemory > 200_000_000 {
-		// Before 5.19 nobody counts.
+		// Kernels before 5.19 do not report the peak.
 		if err != nil || usage.PeakMemory != 0 {
 			t.Errorf("Run = %v, usage %+v; want a peak of some 20 MB", err, usage)
 		}
@@ -104,8 +102,8 @@ func TestGroupsAreRemoved(t *testing.T) {
 	}
 }
 
-// enterGuest makes a root that can be pivoted, which an initramfs cannot, with
-// control groups, and goes where the tests are to run.
+// enterGuest mounts a new root, because bubblewrap needs pivot_root, which does not work on an initramfs. It mounts
+// control groups there, and moves into the group where the tests run.
 func enterGuest(where string) error {
 	const root = "/new"
 	steps := []error{os.MkdirAll(root, 0o755), unix.Mount("tmpfs", root, "tmpfs", 0, "mode=755")}
@@ -129,7 +127,7 @@ func enterGuest(where string) error {
 	if err != nil || where == "unit" {
 		return err
 	}
-	// what systemd delegates
+	// systemd delegates these files.
 	for _, file := range []string{"", "/cgroup.procs", "/cgroup.subtree_control", "/cgroup.threads"} {
 		if err := os.Chown(unit+file, 65532, 65532); err != nil {
 			return err

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// edited changes the signed part of a file of JSON, and leaves its signatures.
+// edited changes the signed part of a JSON file and keeps its signatures.
 func edited(t testing.TB, data []byte, change func(signed map[string]any)) []byte {
 	t.Helper()
 	var m map[string]any
@@ -26,12 +26,11 @@ func edited(t testing.TB, data []byte, change func(signed map[string]any)) []byt
 	return out
 }
 
-// above is a version of a timestamp that no node has seen.
+// above is a version of the timestamp that is higher than any that the node has seen.
 var above = start.AddDate(0, 0, 1).Unix()
 
-// Each attack on a node that has seen list 2 is refused, by a name of its own, and what the
-// node knows stays as it is. The attacker has all that was ever published, and in some rows
-// keys.
+// TestAttacks checks that a node which has seen list 2 refuses each attack with an error of its own. The node's state
+// must not change. The attacker has every file that was ever published, and in some rows also keys.
 func TestAttacks(t *testing.T) {
 	t.Parallel()
 	first := snapshots.New(t, start)
@@ -44,7 +43,7 @@ func TestAttacks(t *testing.T) {
 	publish(t, stranger, start, snapshot.Published)
 
 	for name, row := range map[string]struct {
-		// attack changes a copy of the newest folder, or names another.
+		// attack changes a copy of the newest folder, or returns another folder.
 		attack func(t *testing.T, f *snapshots.Farm, dir string) string
 		later  time.Duration
 		want   error
@@ -163,7 +162,7 @@ func TestAttacks(t *testing.T) {
 			return dir
 		}, 0, snapshot.ErrMalformed},
 		"targets that are null": {func(t *testing.T, f *snapshots.Farm, dir string) string {
-			snap := metadata.Snapshot(start.AddDate(0, 1, 0)) // without hashes, so that anybody can make up the rest
+			snap := metadata.Snapshot(start.AddDate(0, 1, 0)) // has no hashes, so that anybody can forge the files that it names
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 9}
 			sign(t, snap, f.Snapshot, dir, "9.snapshot.json")
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
@@ -188,7 +187,7 @@ func TestAttacks(t *testing.T) {
 			newest := first.Copy(t)
 			ahead := &snapshots.Farm{Dir: newest, Root: first.Root, Targets: first.Targets, Snapshot: first.Snapshot,
 				Stamps: first.Stamps}
-			if row.later == 0 { // there is a third list, which the node has not seen
+			if row.later == 0 { // publishes a third list, which the node has not seen
 				publish(t, ahead, start.Add(40*time.Minute), snapshot.Yanked)
 			}
 			n.now = n.now.Add(row.later)
@@ -210,7 +209,7 @@ func TestAttacks(t *testing.T) {
 	}
 }
 
-// list is the path of a list's own file.
+// list returns the path of the file that holds the list of a version.
 func list(t testing.TB, dir string, version int) string {
 	t.Helper()
 	targets, err := metadata.Targets().FromBytes(read(t, dir, string(rune('0'+version))+".targets.json"))

@@ -1,9 +1,10 @@
-// Package snapshot is a signed list of what a farm has published and withdrawn, which a node
-// checks without asking the farm: its form, and a client that takes it from any web server
-// or folder by the rules of TUF (The Update Framework, 1.0). It refuses lists that are older
-// than one it has seen, that have expired, that are put together from several, that do not
-// end, and that too few of the trusted keys signed. It refuses to sign, and to decide about an
-// artifact.
+// Package snapshot handles snapshots: signed lists of the artifacts that a farm has published and withdrawn. A node
+// checks a snapshot without a connection to the farm. The package defines the form of the list. Its client reads the
+// list from any web server or folder, by the rules of TUF (The Update Framework, 1.0).
+//
+// The client refuses a list that is older than one it has seen, that has expired, that mixes parts of several lists,
+// that does not end, or that too few of the trusted keys signed. The package does not sign, and does not decide about
+// an artifact.
 package snapshot
 
 import (
@@ -20,50 +21,49 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Schema is the version of the list's form. A client refuses any other; within a version
-// fields may be added, and clients pass over those that they do not know.
+// Schema is the version of the list's form. A client refuses any other version. A version may get new fields; clients
+// ignore fields that they do not know.
 const Schema = 1
 
-// Name is the list's name as a TUF target.
+// Name is the TUF target name of the list.
 const Name = "catalogue.json.zst"
 
-// Bounds of a list, in bytes: as a file, and unpacked. They allow for several times the
-// artifacts of a large farm.
+// Bounds of a list in bytes, compressed and decompressed. They allow for several times the artifacts of a large farm.
 const (
 	MaxFile = 64 << 20
 	MaxText = 256 << 20
 )
 
-// State is what a list says of an artifact.
+// State is the state of an artifact in a list.
 type State string
 
-// The states.
+// The states of an artifact.
 const (
-	Published   State = "published"   // may be used
-	Yanked      State = "yanked"      // must not be used any more; Reason says why
-	Quarantined State = "quarantined" // did not load on several nodes
+	Published   State = "published"   // nodes may use it
+	Yanked      State = "yanked"      // nodes must not use it any more; Reason says why
+	Quarantined State = "quarantined" // it did not load on several nodes
 )
 
-// Catalogue is the list.
+// Catalogue is the content of the list.
 type Catalogue struct {
 	Schema int `json:"schema"`
-	// MadeAt is when the farm was asked.
+	// MadeAt is the time at which the farm was asked for its artifacts.
 	MadeAt time.Time `json:"madeAt"`
-	// Artifacts are sorted by digest; each is there once.
+	// Artifacts are sorted by digest, and no digest is repeated.
 	Artifacts []Artifact `json:"artifacts"`
 }
 
-// Artifact is one entry.
+// Artifact is one entry of the list.
 type Artifact struct {
 	Digest string `json:"digest"`
 	State  State  `json:"state"`
-	// Reason and Replacement are of artifacts that must not be used: why, and the digest of
-	// what to use in place of it, where somebody named one.
+	// Reason says why a withdrawn artifact must not be used. Replacement is the digest of the artifact to use in its
+	// place; "" means that nobody named one.
 	Reason      string             `json:"reason,omitempty"`
 	Replacement string             `json:"replacement,omitempty"`
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
-	// Kernels are the COS builds that the artifact is attested for.
+	// Kernels are the COS builds that have a kernel-match attestation for the artifact.
 	Kernels []Kernel `json:"kernels,omitempty"`
 }
 
@@ -73,7 +73,7 @@ type Kernel struct {
 	Board   string `json:"board"`
 }
 
-// Decode reads the file. Its bytes are those that somebody signed: [Verify] compares them.
+// Decode reads the file. It checks no signature; [Verify] compares the bytes with the signed digest.
 func Decode(file []byte) (*Catalogue, error) {
 	c, err := decode(file)
 	if err != nil {
@@ -103,7 +103,7 @@ func decode(file []byte) (*Catalogue, error) {
 	return &c, c.Check()
 }
 
-// Check says why no client takes a list.
+// Check returns an error if no client would accept the list.
 func (c Catalogue) Check() error {
 	if c.Schema != Schema {
 		return fmt.Errorf("schema %d; this program knows %d", c.Schema, Schema)
@@ -112,7 +112,7 @@ func (c Catalogue) Check() error {
 		return errors.New("it does not say when it was made")
 	}
 	for i, a := range c.Artifacts {
-		if _, err := target.ParseFingerprint(a.Digest); err != nil { // digests have the same form
+		if _, err := target.ParseFingerprint(a.Digest); err != nil { // a digest has the same form as a fingerprint
 			return fmt.Errorf("artifact %d: digest %.80q: want sha256: and 64 lower-case hex digits", i+1, a.Digest)
 		}
 		if i > 0 && c.Artifacts[i-1].Digest >= a.Digest {
@@ -127,7 +127,7 @@ func (c Catalogue) Check() error {
 	return nil
 }
 
-// Find returns what a list says of a digest; false is nothing.
+// Find returns the entry of a digest, and false if the list has none.
 func (c Catalogue) Find(digest string) (Artifact, bool) {
 	i, ok := slices.BinarySearchFunc(
 		c.Artifacts,

@@ -20,33 +20,33 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Config says where a snapshot comes from, and who has to have signed it.
+// Config says where a snapshot comes from, and who must have signed it.
 type Config struct {
-	// From is the folder of a snapshot: its http or https URL, or an absolute path.
+	// From is the folder of the snapshot: an http or https URL, or an absolute path.
 	From string
-	// Root is the root metadata that the owner trusts, of any version; newer ones come from
-	// the source, each signed by the one before.
+	// Root is the root metadata that the node's owner trusts, of any version. Newer roots come from the source, and each
+	// must have signatures by the keys of the one before.
 	Root []byte
-	// State is the file in which the last list is kept: what is older is refused, and what it
-	// says counts without a network until it expires. "" stores nothing.
+	// State is the path of the file that keeps the last list. Lists that are older than it are refused. Until it expires,
+	// it is valid without a network. "" stores nothing.
 	State string
-	// ReadOnly reads the state, and writes none.
+	// ReadOnly says that the client reads the state file but does not write it.
 	ReadOnly bool
-	// UserAgent is told to web servers; "" means Go's own.
+	// UserAgent is the User-Agent header for web servers; "" means Go's default.
 	UserAgent string
-	// HTTP is for URLs; nil is a client that waits for no silent server.
+	// HTTP is the client for URLs. nil means a client that limits the wait for a silent server.
 	HTTP *http.Client
-	// Now is the clock; nil means the machine's.
+	// Now is the clock; nil means the system clock.
 	Now func() time.Time
 }
 
-// Client keeps a snapshot. It is not for concurrent use.
+// Client keeps the newest snapshot of a source. It is not safe for concurrent use.
 type Client struct {
 	cfg  Config
 	from source
 }
 
-// New checks a configuration, the root among it. It reads nothing else.
+// New checks the configuration, including the root. It reads no file and opens no connection.
 func New(cfg Config) (*Client, error) {
 	if err := checkRoot(cfg.Root); err != nil {
 		return nil, err
@@ -61,7 +61,7 @@ func New(cfg Config) (*Client, error) {
 	return &Client{cfg, from}, nil
 }
 
-// Bounds of one refresh.
+// Bounds of one refresh, in time, number of roots, and bytes.
 const (
 	refreshTime  = 5 * time.Minute
 	maxRoots     = 256
@@ -70,21 +70,21 @@ const (
 	maxMetadata  = 128 << 10
 )
 
-// state is what a node remembers.
+// state is the content of the state file.
 type state struct {
-	// Pinned is the root that the owner trusted when Root was taken, which is the newest.
+	// Pinned is the configured root at the time when Root was accepted. Root is the newest root that follows from it.
 	Pinned []byte `json:"pinned"`
 	Files
-	// ListPinned and ListRoot are those under which the list was taken, where they are others:
-	// a newer root may name keys by which no list is signed yet.
+	// ListPinned and ListRoot are the two roots under which the list was accepted. They are set only if they differ from
+	// Pinned and Root. They may differ because a newer root can name keys that have not signed a list yet.
 	ListPinned []byte `json:"listPinned,omitempty"`
 	ListRoot   []byte `json:"listRoot,omitempty"`
 }
 
-// Last returns the last list that this node took, and nil where there is none. It asks
-// nobody, and its signatures are checked again, under the root of its time. Whether it has
-// expired is for the caller. Of a list whose root the owner trusts no more, it returns only
-// what was withdrawn, as [Snapshot.Former].
+// Last returns the last list that this node accepted; nil means that there is none. It opens no connection. It checks
+// the signatures again, with the root under which the list was accepted. The caller checks whether the list has
+// expired. If the configured root has changed since then, Last returns only the withdrawn artifacts, and sets
+// [Snapshot.Former].
 func (c *Client) Last() (*Snapshot, error) {
 	st, err := c.remembered()
 	if err != nil || st.Catalogue == nil {
@@ -107,8 +107,9 @@ func (c *Client) Last() (*Snapshot, error) {
 	return s, nil
 }
 
-// remembered reads the state. A root that came after one which is trusted no more is left out;
-// a list of that time tells what is older, and what was withdrawn.
+// remembered reads the state file. If the configured root has changed, remembered drops the stored root, because it
+// follows from the former one. It keeps the list of that time, because the list still tells which lists are older and
+// which artifacts were withdrawn.
 func (c *Client) remembered() (st state, err error) {
 	if c.cfg.State == "" {
 		return st, nil
@@ -128,7 +129,7 @@ func (c *Client) remembered() (st state, err error) {
 		return fail(err)
 	}
 	defer f.Close()
-	const most = 2 * MaxFile // in base 64
+	const most = 2 * MaxFile // the JSON has the list in base64
 	raw, err := io.ReadAll(io.LimitReader(f, most+1))
 	if err == nil && len(raw) > most {
 		err = fmt.Errorf("more than %d bytes", most)
@@ -148,9 +149,8 @@ func (c *Client) remembered() (st state, err error) {
 	return st, nil
 }
 
-// Refresh takes the newest list from the source, and keeps it. What this node had before
-// stays where the source is away (fault.Transient), and where its answer is refused
-// (fault.Unverified).
+// Refresh reads the newest list from the source, and stores it. The stored list does not change if the source does not
+// answer (fault.Transient), or if its answer is refused (fault.Unverified).
 func (c *Client) Refresh(ctx context.Context) (*Snapshot, error) {
 	ctx, cancel := context.WithTimeoutCause(
 		ctx,
@@ -174,8 +174,8 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// The library keeps files in a folder as it goes. What happens to them is decided here,
-	// at once: half of a list must not take the place of a whole one.
+	// The library writes files to a folder one by one. The state takes over all of them together, so that half of a new
+	// list never replaces a complete one.
 	work, err := c.workFolder()
 	if err != nil {
 		return nil, err
@@ -183,7 +183,7 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
 	next, err := recoverPanic(func() (Files, error) { return c.update(ctx, work, st) })
 	if err != nil {
-		if next.Root != nil && !bytes.Equal(next.Root, st.Root) { // a root that was replaced stays so
+		if next.Root != nil && !bytes.Equal(next.Root, st.Root) { // keeps the new root, although its list was refused
 			st.Pinned, st.Root = c.cfg.Root, next.Root
 			err = errors.Join(err, c.keep(st))
 		}
@@ -196,21 +196,29 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	return s, c.keep(state{Pinned: c.cfg.Root, Files: next})
 }
 
-// workFolder makes an empty folder: beside the state, which is on a disk that may be written,
-// or else where temporary files are.
+// workFolder makes an empty folder. It is beside the state file, because that disk is writable. If no state is written,
+// it is in the folder for temporary files.
 func (c *Client) workFolder() (string, error) {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		work, err := os.MkdirTemp("", "prebake-snapshot-")
-		return work, fault.TempDisk(err)
+		return work, c.disk(err)
 	}
-	work := c.cfg.State + ".work" // of one name, so that a run which was killed leaves one at most
+	work := c.cfg.State + ".work" // has a fixed name, so that killed runs leave at most one folder
 	err := errors.Join(os.MkdirAll(filepath.Dir(work), 0o755), os.RemoveAll(work), os.Mkdir(work, 0o700))
-	return work, fault.Disk(err, hintDisk)
+	return work, c.disk(err)
+}
+
+// disk explains an error of the work folder. The hint names the disk that has the folder.
+func (c *Client) disk(err error) error {
+	if c.cfg.State == "" || c.cfg.ReadOnly {
+		return fault.TempDisk(err)
+	}
+	return fault.Disk(err, hintDisk)
 }
 
 const hintDisk = "free space on the disk of the state folder"
 
-// update runs the library's client. The root that it came to is told in any case.
+// update runs the TUF library's client. It returns the newest root also if it returns an error.
 func (c *Client) update(ctx context.Context, work string, st state) (next Files, err error) {
 	root := st.Root
 	if root == nil {
@@ -222,7 +230,7 @@ func (c *Client) update(ctx context.Context, work string, st state) (next Files,
 			continue
 		}
 		if err := os.WriteFile(file(role), data, 0o600); err != nil {
-			return next, fault.TempDisk(err)
+			return next, c.disk(err)
 		}
 	}
 	up, err := updater.New(&config.UpdaterConfig{
@@ -234,7 +242,7 @@ func (c *Client) update(ctx context.Context, work string, st state) (next Files,
 	if err != nil {
 		return next, explain(err)
 	}
-	up.UnsafeSetRefTime(c.cfg.Now()) // the caller's clock; "unsafe" since it is not the machine's
+	up.UnsafeSetRefTime(c.cfg.Now()) // "unsafe" only because it is not the system clock
 	defer func() {
 		var read error
 		next.Root, read = os.ReadFile(file("root"))
@@ -261,7 +269,7 @@ func (c *Client) update(ctx context.Context, work string, st state) (next Files,
 	return next, nil
 }
 
-// keep writes the state atomically.
+// keep writes the state file atomically.
 func (c *Client) keep(st state) (err error) {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		return nil

@@ -32,7 +32,7 @@ var (
 	digest = func(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 )
 
-// publish makes a list in which artifact 1 is published, and 2 in another state.
+// publish makes a list in which artifact 1 is published, and artifact 2 has the given state.
 func publish(t testing.TB, f *snapshots.Farm, at time.Time, second snapshot.State) {
 	t.Helper()
 	f.Publish(t, at, snapshot.Artifact{Digest: digest("2"), State: second, Reason: "panics on unload"},
@@ -51,7 +51,7 @@ func write(t testing.TB, data []byte, parts ...string) {
 	check(t, os.WriteFile(filepath.Join(parts...), data, 0o644))
 }
 
-// node is a client with a memory and a clock.
+// node is a client with a state file and a clock of its own.
 type node struct {
 	state, root string
 	now         time.Time
@@ -71,8 +71,8 @@ func (n *node) client(t testing.TB, from string) *snapshot.Client {
 	return c
 }
 
-// has checks that a node that has just started knows list 1, in which artifact 2 is yanked:
-// all of it, or where it is of a former root what was withdrawn.
+// has checks that a restarted node knows list 1, in which artifact 2 is yanked. If the list comes from a former root,
+// the node knows only the withdrawn artifacts.
 func (n *node) has(t testing.TB, from string, former bool) {
 	t.Helper()
 	last, err := n.client(t, from).Last()
@@ -95,8 +95,8 @@ func served(t testing.TB, dir string) string {
 	return server.URL
 }
 
-// A list is taken from a folder and from a web server, remembered, and known again without
-// either.
+// TestRefresh reads a list from a folder and from a web server. The node then knows the stored list without either of
+// them.
 func TestRefresh(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -127,7 +127,7 @@ func TestRefresh(t *testing.T) {
 	}
 }
 
-// Newer lists and roots are taken, one after the other, and the refreshed timestamp of a list.
+// TestGoesOn checks that a node accepts newer lists, newer roots, and the refreshed timestamp of a list.
 func TestGoesOn(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -158,7 +158,7 @@ func TestGoesOn(t *testing.T) {
 	f.Refresh(t, n.now)
 	refresh(snapshot.Quarantined, 2, n.now, 0)
 
-	f.Stamps = snapshots.NewSigner(t) // the old key leaked
+	f.Stamps = snapshots.NewSigner(t) // the old key leaked, so a new one replaces it
 	f.WriteRoot(t, start, f.Root[0], f.Root[1])
 	publish(t, f, n.now, snapshot.Yanked)
 	refresh(snapshot.Yanked, 3, n.now, 1)
@@ -174,7 +174,7 @@ func TestGoesOn(t *testing.T) {
 	refresh(snapshot.Yanked, 9, n.now, 7)
 }
 
-// A server that sends without an end is left after as many bytes as a file may have.
+// TestEndlessData checks that the client stops reading an endless answer at the size limit of the file.
 func TestEndlessData(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -205,13 +205,14 @@ func TestEndlessData(t *testing.T) {
 		}
 		<-done
 		server.Close()
-		if most := 64 << 20; sent > most { // what the kernel's buffers took is among it
+		if most := 64 << 20; sent > most { // allows for data in the kernel's buffers
 			t.Errorf("the server sent %d bytes of %s; want at most %d", sent, name, most)
 		}
 	}
 }
 
-// A source that is away is no attack: it may be there again.
+// TestAway checks that an unreachable source gives an error of kind Transient. It may be reachable again later, so it
+// counts as no attack.
 func TestAway(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -239,8 +240,8 @@ func TestAway(t *testing.T) {
 	}
 }
 
-// A root that took the place of another stays, whatever comes after it: its keys were
-// replaced for a reason.
+// TestRootStays checks that a node keeps a new root even if the rest of the answer is refused. The keys of the old root
+// were replaced for a reason.
 func TestRootStays(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -252,12 +253,12 @@ func TestRootStays(t *testing.T) {
 	leaked := f.Stamps
 	f.Stamps = snapshots.NewSigner(t)
 	f.WriteRoot(t, start, f.Root[1], f.Root[2])
-	// The new root is there, and the timestamp is still by the old key.
+	// The source has the new root, but the old key signed its timestamp.
 	if _, err := n.client(t, f.Dir).Refresh(t.Context()); !errors.Is(err, snapshot.ErrSignature) {
 		t.Errorf("Refresh = %v; want the signature refused", err)
 	}
 	n.has(t, f.Dir, false)
-	// Who has the old key hides the new root.
+	// An attacker who has the old key hides the new root.
 	stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 	former, err := metadata.Timestamp().FromBytes(read(t, old, "timestamp.json"))
 	check(t, err)
@@ -269,7 +270,7 @@ func TestRootStays(t *testing.T) {
 	n.has(t, old, false)
 }
 
-// What is on the node's disk is not trusted either.
+// TestState checks that a node does not trust its own state file either.
 func TestState(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -288,7 +289,7 @@ func TestState(t *testing.T) {
 			t.Errorf("Last of a state that is %s = %v; want unverified", name, err)
 		}
 	}
-	// Another root of trust is another start, but for what was withdrawn.
+	// With another configured root the node starts anew, but still knows the withdrawn artifacts.
 	write(t, whole, n.state)
 	other := snapshots.New(t, start)
 	publish(t, other, start, snapshot.Published)
@@ -301,7 +302,7 @@ func TestState(t *testing.T) {
 		}
 		n.has(t, from, true)
 	}
-	// The owner goes back: it is the list of his own root.
+	// The owner configures the first root again, and the whole list is valid again.
 	second := n.root
 	n.root = first
 	n.has(t, "/nowhere", false)
@@ -339,7 +340,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// A list of a mebibyte of zeros a thousand times over, or of another schema, is no list.
+// TestDecode checks that a list of another schema, and one that decompresses to a thousand mebibytes of zeros, are
+// refused.
 func TestDecode(t *testing.T) {
 	t.Parallel()
 	good, err := maker.Encode(snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: start,

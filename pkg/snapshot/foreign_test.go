@@ -13,17 +13,17 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// bytesOf takes a target as the foreign client hands it over.
+// bytesOf is the buffer into which the foreign client writes a target.
 type bytesOf struct{ bytes.Buffer }
 
 func (b *bytesOf) Delete() error { b.Reset(); return nil }
 
-// The folder is read by a TUF client that somebody else wrote by the specification: the first
-// generation of the Update Framework's own Go client (go-tuf 0.7), which shares nothing with
-// the library that writes it but the encoder of canonical JSON.
+// TestForeignClient reads the folder with another implementation of a TUF client: the first generation of the Update
+// Framework's Go client (go-tuf 0.7). It shares only the encoder of canonical JSON with the library that writes the
+// folder.
 func TestForeignClient(t *testing.T) {
 	t.Parallel()
-	now := time.Now().UTC() // that client has no clock to set
+	now := time.Now().UTC() // the foreign client always uses the system clock
 	f := snapshots.New(t, now)
 	publish(t, f, now, snapshot.Yanked)
 	store, err := foreign.HTTPRemoteStore(served(t, f.Dir), nil, nil)
@@ -42,7 +42,7 @@ func TestForeignClient(t *testing.T) {
 	if want := read(t, list(t, f.Dir, 1)); !bytes.Equal(got.Bytes(), want) {
 		t.Errorf("Download has %d bytes; want the %d of the list", got.Len(), len(want))
 	}
-	// What it refuses is refused for what is in it, and not for its shape.
+	// The foreign client refuses a changed timestamp. It does so because of the signature, since the form is valid.
 	check(t, os.WriteFile(filepath.Join(f.Dir, "timestamp.json"),
 		edited(t, read(t, f.Dir, "timestamp.json"), func(s map[string]any) { s["version"] = now.Unix() + 8 }), 0o644))
 	if _, err := c.Update(); err == nil {

@@ -16,8 +16,8 @@ func packed(t testing.TB, text string) []byte {
 	return enc.EncodeAll([]byte(text), nil)
 }
 
-// FuzzVerify: whatever is served, what is taken is a list of the known form that ends at some
-// time, and nothing ends the program. The root is among it, since its keys are of this run.
+// FuzzVerify checks that Verify accepts only lists of the known form that have an expiry time, and that no input makes
+// it panic. The root is a part of the input, because each run makes its own keys.
 func FuzzVerify(f *testing.F) {
 	farm := snapshots.New(f, start)
 	publish(f, farm, start, snapshot.Yanked)

@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// The list of a large farm, 60,000 artifacts that are attested for ten COS builds each, is
-// within the bounds with room for as much again, and a client takes it.
+// TestLargeFarm checks the list of a large farm: 60,000 artifacts, each attested for ten COS builds. The list must take
+// at most half of the bounds, and a client must accept it.
 func TestLargeFarm(t *testing.T) {
 	t.Parallel()
 	all := make([]snapshot.Artifact, 60_000)

@@ -9,8 +9,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// A folder that was lost goes on for nodes with the roots and a list version above the last,
-// as docs/how-to/snapshot.md says: nobody has to know how often the timestamp was refreshed.
+// TestLostFolder checks the recovery of a lost folder, as docs/how-to/snapshot.md describes it. Nodes accept a new
+// folder that has the old roots and a list version above the last one. Nobody needs to know how often the timestamp was
+// refreshed.
 func TestLostFolder(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -36,13 +37,13 @@ func TestLostFolder(t *testing.T) {
 		t.Errorf("Refresh = version %d, timestamp %d, %+v; want 2, %d, yanked", s.Version, s.Refreshed, a, n.now.Unix())
 	}
 
-	// Versions go up though the clock of who signs goes back, or stands.
+	// The version of the timestamp grows even if the signer's clock goes back or stands still.
 	f.Refresh(t, start)
 	s, err = n.client(t, f.Dir).Refresh(t.Context())
 	if err != nil || s.Refreshed != n.now.Unix()+1 {
 		t.Errorf("Refresh after the clock went back = %+v, %v; want timestamp %d", s, err, n.now.Unix()+1)
 	}
-	// A version that is wanted counts for the timestamp as well: that clock may be ahead.
+	// The requested version also applies to the timestamp, because the clock that made the last one may be ahead.
 	f.Least = n.now.Unix() + 100
 	publish(t, f, n.now, snapshot.Yanked)
 	s, err = n.client(t, f.Dir).Refresh(t.Context())

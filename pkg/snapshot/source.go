@@ -19,14 +19,14 @@ import (
 	"github.com/prebake/prebake/pkg/stall"
 )
 
-// source serves the files of a snapshot, by their names in its folder.
+// source reads the files of a snapshot by their names in its folder.
 type source interface {
-	// open returns a stream, or [fs.ErrNotExist].
+	// open returns a stream, or [fs.ErrNotExist] if the file is missing.
 	open(ctx context.Context, name string) (io.ReadCloser, error)
 	String() string
 }
 
-// openSource tells a URL from a folder.
+// openSource returns a web source for a URL, and a folder for an absolute path.
 func openSource(from string, client *http.Client, agent string) (source, error) {
 	bad := func(why string) error {
 		return fault.New(
@@ -46,15 +46,15 @@ func openSource(from string, client *http.Client, agent string) (source, error) 
 		return nil, bad("want http://HOST/FOLDER or https://HOST/FOLDER")
 	}
 	if client == nil {
-		t := http.DefaultTransport.(*http.Transport).Clone() // so says its package
-		t.DisableCompression = true                          // the bytes that were signed
+		t := http.DefaultTransport.(*http.Transport).Clone() // net/http documents this type
+		t.DisableCompression = true                          // the signatures are over the bytes as they are stored
 		t.ResponseHeaderTimeout = idleTimeout
 		client = &http.Client{Transport: t}
 	}
 	return &web{base: strings.TrimSuffix(u.String(), "/") + "/", client: client, agent: agent}, nil
 }
 
-// idleTimeout is how long a server may send nothing.
+// idleTimeout is the longest time for which a server may send nothing.
 const idleTimeout = 30 * time.Second
 
 type web struct {
@@ -82,7 +82,7 @@ func (w *web) get(ctx context.Context, name string) (io.ReadCloser, error) {
 	if w.agent != "" {
 		req.Header.Set("User-Agent", w.agent)
 	}
-	req.Header.Set("Cache-Control", "no-cache") // timestamp.json has one name for ever
+	req.Header.Set("Cache-Control", "no-cache") // timestamp.json changes under a fixed name
 	resp, err := w.client.Do(req)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -93,7 +93,7 @@ func (w *web) get(ctx context.Context, name string) (io.ReadCloser, error) {
 	switch resp.StatusCode {
 	case http.StatusOK:
 		return resp.Body, nil
-	case http.StatusNotFound, http.StatusGone, http.StatusForbidden: // buckets that list nothing answer 403
+	case http.StatusNotFound, http.StatusGone, http.StatusForbidden: // 403: a bucket without listing
 		err = fs.ErrNotExist
 	default:
 		err = fault.New(
@@ -105,7 +105,7 @@ func (w *web) get(ctx context.Context, name string) (io.ReadCloser, error) {
 	return nil, errors.Join(err, resp.Body.Close())
 }
 
-// folder is a snapshot on a disk.
+// folder is a snapshot in a folder on a disk.
 type folder string
 
 func (f folder) String() string { return string(f) }
@@ -113,11 +113,11 @@ func (f folder) String() string { return string(f) }
 func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 	root, err := os.OpenRoot(string(f))
 	if err != nil {
-		// Not wrapped: that there is no folder is not that it lacks a file.
+		// The error is not wrapped, so that a missing folder does not look like a missing file in it.
 		return nil, fault.New(fault.Transient, "open folder: "+err.Error(), "check that the folder of the snapshot is there")
 	}
 	defer root.Close()
-	info, err := root.Stat(name) // first: opening a pipe waits for its other end
+	info, err := root.Stat(name) // checked before Open, because opening a pipe blocks until its other end is open
 	if err == nil && !info.Mode().IsRegular() {
 		err = refused(fmt.Errorf("%w: %s is no regular file", ErrMalformed, filepath.Join(string(f), name)))
 	}
@@ -127,18 +127,18 @@ func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 	return root.Open(name)
 }
 
-// urlPrefix begins the addresses that the library makes.
+// urlPrefix is the beginning of the URLs that the TUF library makes.
 const urlPrefix = "snapshot:/"
 
-// download reads a file of the source, of which it has at most so many bytes.
+// download reads one file of the source, of at most so many bytes.
 type download func(name string, most int64) ([]byte, error)
 
-// DownloadFile implements the TUF library's Fetcher.
+// DownloadFile implements the Fetcher of the TUF library.
 func (d download) DownloadFile(address string, most int64, _ time.Duration) ([]byte, error) {
 	return d(strings.TrimPrefix(address, urlPrefix), most)
 }
 
-// fetch is the download of one refresh: the library hands no context on.
+// fetch returns the download function of one refresh. It holds ctx, because the library passes no context.
 func fetch(ctx context.Context, from source) download {
 	return func(name string, most int64) ([]byte, error) {
 		if most <= 0 || most > MaxFile {

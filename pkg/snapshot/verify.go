@@ -12,25 +12,24 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Why a list is refused; for errors.Is.
+// The reasons for which a list is refused, for errors.Is.
 var (
 	ErrExpired   = errors.New("it has expired")
 	ErrRollback  = errors.New("it is older than one that was seen before")
 	ErrAltered   = errors.New("a file is not the one that was signed, or belongs to another list")
 	ErrSignature = errors.New("it is not signed by enough of the trusted keys")
 	ErrMalformed = errors.New("it is malformed")
-	// ErrEndless is one way of being altered: what is longer than what was signed is not read
-	// to its end.
+	// ErrEndless is a special case of ErrAltered. The client stops reading a file that is longer than the signed length.
 	ErrEndless = fmt.Errorf("%w: it has more bytes than it may have", ErrAltered)
 )
 
 const hintSource = "check that the source serves all files of one " +
 	"run of builder snapshot; if it does, they are changed in transit"
 
-// refused gives a reason its kind.
+// refused wraps a reason in an error of kind Unverified.
 func refused(err error) error { return fault.Wrap(fault.Unverified, err, hintSource) }
 
-// explain names what the TUF library found. Its own message stays in the text.
+// explain adds one of the reasons above to an error of the TUF library. The library's message stays in the text.
 func explain(err error) error {
 	for _, known := range []struct{ is, reason error }{
 		{&metadata.ErrExpiredMetadata{}, ErrExpired},
@@ -60,12 +59,12 @@ func explain(err error) error {
 			"check the address of the snapshot, and that all its files were copied",
 		)
 	case fault.Of(err) != fault.Internal:
-		return err // of the way there
+		return err // an error of the transfer
 	}
 	return refused(fmt.Errorf("%w: %w", ErrMalformed, err))
 }
 
-// Files are the parts of a snapshot, as they are served.
+// Files are the parts of a snapshot, as the source serves them.
 type Files struct {
 	Root      []byte `json:"root"`
 	Timestamp []byte `json:"timestamp"`
@@ -74,22 +73,21 @@ type Files struct {
 	Catalogue []byte `json:"catalogue"`
 }
 
-// Snapshot is a list whose signatures hold.
+// Snapshot is a list with valid signatures.
 type Snapshot struct {
 	Catalogue
-	// Version counts the lists. Refreshed is the version of the timestamp, which goes up each
-	// time that somebody says which list is the newest.
+	// Version counts the lists. Refreshed is the version of the timestamp. It grows each time when somebody signs which
+	// list is the newest.
 	Version, Refreshed int64
-	// Expires is when the first of its parts does.
+	// Expires is the time at which the first part of the snapshot expires.
 	Expires time.Time
-	// Former is that it was taken under a root which the owner trusts no more. It says what
-	// was withdrawn, and nothing of what may be used.
+	// Former says that the list was accepted under a root that the owner does not trust any more. Such a list names
+	// only withdrawn artifacts. It says nothing about usable ones.
 	Former bool
 }
 
-// Verify checks that a snapshot's parts are signed by whom its root names and belong
-// together. It asks no clock: Expires says until when the answer counts. That the root
-// itself is to be trusted, and that no newer list was seen, is for [Client].
+// Verify checks that the keys of the snapshot's root signed its parts, and that the parts belong together. It uses no
+// clock; the caller compares Expires. [Client] checks that the root is trusted, and that no newer list was seen.
 func Verify(f Files) (*Snapshot, error) {
 	s, err := recoverPanic(func() (*Snapshot, error) { return verify(f) })
 	if err != nil {
@@ -103,11 +101,11 @@ func verify(f Files) (*Snapshot, error) {
 	if err != nil {
 		return nil, explain(err)
 	}
-	trusted.RefTime = time.Time{} // nothing has expired by then
+	trusted.RefTime = time.Time{} // before any expiry time
 	if _, err := trusted.UpdateTimestamp(f.Timestamp); err != nil {
 		return nil, explain(err)
 	}
-	if trusted.Timestamp.Signed.Meta[metadata.SNAPSHOT+".json"] == nil { // the library would look into it
+	if trusted.Timestamp.Signed.Meta[metadata.SNAPSHOT+".json"] == nil { // the library would dereference it
 		return nil, refused(fmt.Errorf("%w: the timestamp names no snapshot", ErrMalformed))
 	}
 	if _, err := trusted.UpdateSnapshot(f.Snapshot, false); err != nil {
@@ -143,7 +141,7 @@ func verify(f Files) (*Snapshot, error) {
 	return s, nil
 }
 
-// checkRoot checks that a text is root metadata that its own keys signed.
+// checkRoot checks that a text is root metadata, signed by its own keys.
 func checkRoot(text []byte) error {
 	if _, err := trustedmetadata.New(bytes.Clone(text)); err != nil {
 		return fmt.Errorf(
@@ -154,8 +152,8 @@ func checkRoot(text []byte) error {
 	return nil
 }
 
-// recoverPanic turns a panic into a refusal: the library looks into parts that are null in bytes
-// of which nobody has checked the signature.
+// recoverPanic turns a panic into a refusal. The TUF library dereferences null parts before it has checked their
+// signature.
 func recoverPanic[T any](do func() (T, error)) (_ T, err error) {
 	defer func() {
 		if p := recover(); p != nil {

@@ -1,5 +1,4 @@
-// Package stall ends downloads that go silent. It refuses to know what is downloaded,
-// and to begin anything again.
+// Package stall ends downloads that receive no data any more. It does not know the protocol, and it repeats nothing.
 package stall
 
 import (
@@ -12,19 +11,19 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Reader is a stream that ends when nothing comes.
+// Reader is a stream that ends with an error when no data arrives.
 type Reader struct {
 	io.ReadCloser
 	what   string
 	limit  time.Duration
-	timer  *time.Timer // running during a read
+	timer  *time.Timer // runs during a Read
 	silent *atomic.Bool
 	cancel context.CancelFunc
 }
 
-// Watch guards a stream that ends with the context that cancel belongs to: one read may
-// take no longer than limit. A server that goes silent and keeps the connection would
-// otherwise hold its reader for ever. what is for the error, which is of kind Transient.
+// Watch guards a stream that ends with the context of cancel. One Read may take no longer than limit. Without the
+// guard, a server that keeps the connection open and sends nothing would block its reader for ever. The error is of
+// kind Transient. The argument what names the download in the error.
 func Watch(r io.ReadCloser, what string, limit time.Duration, cancel context.CancelFunc) *Reader {
 	w := &Reader{ReadCloser: r, what: what, limit: limit, silent: new(atomic.Bool), cancel: cancel}
 	w.timer = time.AfterFunc(limit, func() {
@@ -41,10 +40,10 @@ func (w *Reader) Read(p []byte) (int, error) {
 	n, err := w.ReadCloser.Read(p)
 	w.timer.Stop()
 	if err != nil {
-		w.cancel() // nothing more comes; not everybody closes
+		w.cancel() // no more data is expected, and not every caller closes the stream
 	}
 	if err != nil && w.silent.Load() {
-		// The context's own error would say that somebody cancelled.
+		// The error of the context would say that a person cancelled, so another error replaces it.
 		err = fault.New(fault.Transient, fmt.Sprintf("fetch %s: no data arrived for %v", w.what, w.limit),
 			"try again; check the network path to it")
 	}

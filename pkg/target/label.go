@@ -5,9 +5,8 @@ import (
 	"strings"
 )
 
-// ParseLabel reads a label of COS's driver lists, as it is spelled there:
-// DEFAULT, LATEST or a branch such as R535. It returns the wish that the label
-// answers.
+// ParseLabel reads a label of COS's driver lists in its exact spelling: DEFAULT, LATEST, or a branch such as R535. It
+// returns the wish of the same meaning.
 func ParseLabel(s string) (Wish, error) {
 	switch w := Wish(strings.ToLower(s)); {
 	case s == strings.ToUpper(s) && (w == Default || w == Latest):
@@ -18,8 +17,7 @@ func ParseLabel(s string) (Wish, error) {
 	return "", fmt.Errorf("label %.40q: want DEFAULT, LATEST or a branch such as R535", s)
 }
 
-// CheckLabel refuses a label that a version cannot have: no label, or that of
-// another branch.
+// CheckLabel refuses a label that a version cannot have: a text that is no label, or the label of another branch.
 func CheckLabel(label, version string) error {
 	w, err := ParseLabel(label)
 	if err != nil {

@@ -11,7 +11,7 @@ func TestLabel(t *testing.T) {
 	for _, row := range []struct {
 		label string
 		wish  target.Wish
-		fits  string // a version that may have it, and one that may not
+		fits  string // one version that may have the label, and one that may not
 		not   string
 	}{
 		{"DEFAULT", target.Default, "535.261.03", ""},

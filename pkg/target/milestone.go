@@ -2,18 +2,18 @@ package target
 
 import "strings"
 
-// Milestone returns the COS milestone, VERSION of /etc/os-release, that a
-// BUILD_ID belongs to, and false where it is not known: builds of a development
-// branch, milestones newer than this table, and what is no BUILD_ID.
+// Milestone returns the COS milestone that a BUILD_ID belongs to, which is VERSION in /etc/os-release. It returns false
+// where the milestone is not known: for builds of a development branch, for milestones newer than this table, and for a
+// text that is no BUILD_ID.
 //
-// A milestone's builds carry the number of the branch that it was cut from, in
-// all releases that were ever made of it, and Google publishes no list of
-// these numbers. The names of images tell them (cos-109-17800-570-40), and so
-// this table is read from the release notes of each milestone and, for those
-// that are out of support, from endoflife.date's list of last releases.
-// Development images of one milestone have many branch numbers (133 had 19672,
-// 19700 and 19879 before 19999), and guessing by interval would call an unknown
-// milestone by a known one's name; they are left out.
+// All builds of a milestone carry the number of the branch on which the milestone was made. Google publishes no list of
+// these numbers, but the names of images contain both (cos-109-17800-570-40). This table therefore comes from the
+// release notes of each milestone. For milestones that are out of support it comes from endoflife.date's list of last
+// releases.
+//
+// The table leaves out development images. One milestone has many branch numbers for them: 133 had 19672, 19700 and
+// 19879 before 19999. Milestone does not guess from the intervals between the numbers, because it would then take an
+// unknown milestone for a known one.
 func Milestone(buildID string) (int, bool) {
 	if !buildIDPattern.MatchString(buildID) {
 		return 0, false

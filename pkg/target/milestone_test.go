@@ -6,7 +6,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The rows are names of images that were published.
+// The rows come from the names of published images.
 func TestMilestone(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -27,11 +27,11 @@ func TestMilestone(t *testing.T) {
 		{"19999.44.85", 133},     // cos-133-19999-44-85
 		{"19879.0.0", 0},         // cos-dev-133-19879-0-0
 		{"20162.0.0", 0},         // cos-dev-138-20162-0-0
-		{"17800", 0},             // no BUILD_ID
-		{"17800.0.47.1", 0},      // no BUILD_ID
-		{"", 0},                  // nothing
-		{"017800.0.47", 0},       // another number's spelling
-		{"17800.0.47/lakitu", 0}, // a kernel's name, not a BUILD_ID
+		{"17800", 0},             // not a BUILD_ID
+		{"17800.0.47.1", 0},      // not a BUILD_ID
+		{"", 0},                  // an empty text
+		{"017800.0.47", 0},       // another spelling of a number
+		{"17800.0.47/lakitu", 0}, // the name of a kernel, not a BUILD_ID
 	}
 	for _, r := range rows {
 		got, ok := target.Milestone(r.buildID)

@@ -1,12 +1,11 @@
-// Package target holds the domain terms of Prebake, as
-// small comparable values. It refuses to do any I/O.
+// Package target holds the domain terms of Prebake as small comparable values. It does no I/O.
 //
-//   - A kernel is one COS build's kernel: BUILD_ID and board name it; commit,
-//     release and version describe it. COS repeats `uname -r` over builds and
-//     leaves MODVERSIONS unset, so a release alone identifies nothing.
+//   - A kernel is the kernel of one COS build on one board. BUILD_ID and board identify it; commit, release and version
+//     describe it. Several COS builds share one `uname -r`, and COS does not set MODVERSIONS, so a release alone
+//     identifies nothing.
 //   - A driver is one NVIDIA release in one flavour (proprietary or open).
-//   - A fingerprint is a digest over everything that decides whether a module
-//     fits a kernel. Kernels with one fingerprint share one artifact.
+//   - A fingerprint is a digest over everything that decides whether a module fits a kernel. Kernels with one
+//     fingerprint share one artifact.
 //   - A cell is a kernel and a driver; a build makes it into an artifact.
 //   - An artifact is one OCI image manifest, named by its digest.
 //   - A node is a machine that boots a kernel and wants a driver.
@@ -20,7 +19,7 @@ import (
 	"strings"
 )
 
-// Arch is a machine architecture in Go's and OCI's spelling.
+// Arch is a machine architecture, in the spelling of Go and OCI.
 type Arch string
 
 // The architectures that COS has.
@@ -29,7 +28,7 @@ const (
 	ARM64 Arch = "arm64"
 )
 
-// Kernel identifies and describes one COS build's kernel.
+// Kernel identifies and describes the kernel of one COS build on one board.
 type Kernel struct {
 	// BuildID is BUILD_ID of /etc/os-release, such as 17800.0.47.
 	BuildID string `json:"buildId"`
@@ -39,9 +38,9 @@ type Kernel struct {
 	Milestone int `json:"milestone,omitempty"`
 	// Commit is the kernel's source commit, 40 hex digits; "" means unknown.
 	Commit string `json:"commit,omitempty"`
-	// Release is `uname -r`.
+	// Release is the output of `uname -r`.
 	Release string `json:"release,omitempty"`
-	// Version is `uname -v`, where the kernel's headers tell it.
+	// Version is the output of `uname -v`; "" means that the kernel's headers do not contain it.
 	Version string `json:"version,omitempty"`
 	Arch    Arch   `json:"arch,omitempty"`
 }
@@ -57,8 +56,8 @@ var (
 	branchPattern  = regexp.MustCompile(`^R[0-9]{3,4}$`)
 )
 
-// ParseKernel checks a BUILD_ID and a board and returns the kernel they name,
-// with the architecture that the board's name implies.
+// ParseKernel checks a BUILD_ID and a board, and returns the kernel that they name. The board's name decides the
+// architecture.
 func ParseKernel(buildID, board string) (Kernel, error) {
 	if !buildIDPattern.MatchString(buildID) {
 		return Kernel{}, fmt.Errorf("BUILD_ID %q: want three numbers with dots, as in 17800.66.78", buildID)
@@ -74,8 +73,7 @@ var (
 	unamePattern   = regexp.MustCompile(`^[ -~]{1,200}$`) // of `uname -v`: printable ASCII
 )
 
-// Check reports the first field that is not of its form. Fields other than BUILD_ID
-// and board may be empty.
+// Check returns an error for the first field that does not have its form. Only BUILD_ID and board are required.
 func (k Kernel) Check() error {
 	if _, err := ParseKernel(k.BuildID, k.Board); err != nil {
 		return err
@@ -95,8 +93,8 @@ func (k Kernel) Check() error {
 	return nil
 }
 
-// BoardArch returns the architecture of a COS board: those for Arm carry it in
-// their name (lakitu-arm64), all others are x86.
+// BoardArch returns the architecture of a COS board. The names of Arm boards end in -arm64, as lakitu-arm64 does; all
+// other boards are x86.
 func BoardArch(board string) Arch {
 	if strings.HasSuffix(board, "-arm64") {
 		return ARM64
@@ -104,13 +102,13 @@ func BoardArch(board string) Arch {
 	return AMD64
 }
 
-// ValidCommit reports whether s is a full commit id.
+// ValidCommit reports whether s is a complete commit id.
 func ValidCommit(s string) bool { return commitPattern.MatchString(s) }
 
-// Flavour says which of NVIDIA's two kernel module source trees was compiled.
+// Flavour says which of NVIDIA's two source trees of kernel modules was compiled.
 type Flavour string
 
-// The two flavours. Branches from R620 on have Open only.
+// The two flavours. Branches from R620 on have only Open.
 const (
 	Proprietary Flavour = "proprietary"
 	Open        Flavour = "open"
@@ -127,8 +125,8 @@ func ParseFlavour(s string) (Flavour, error) {
 
 // Driver is one NVIDIA release in one flavour.
 type Driver struct {
-	// Version is NVIDIA's, such as 535.261.03, with the suffix of its runfile where
-	// that has one, such as 535.261.03-grid; see [ModuleVersion].
+	// Version is NVIDIA's version, such as 535.261.03. If the runfile's name has a suffix, so has the version, as in
+	// 535.261.03-grid; see [ModuleVersion].
 	Version string  `json:"version"`
 	Flavour Flavour `json:"flavour"`
 }
@@ -148,14 +146,14 @@ func ParseDriver(version, flavour string) (Driver, error) {
 	return Driver{Version: version, Flavour: f}, nil
 }
 
-// Modules returns the driver as its own modules, libraries and firmware name it:
-// a loaded driver does not know the suffix of the runfile that it came in.
+// Modules returns the driver as its own modules, libraries and firmware name it. A loaded driver does not contain the
+// suffix of its runfile.
 func (d Driver) Modules() Driver { return Driver{ModuleVersion(d.Version), d.Flavour} }
 
-// ValidVersion reports whether s has the form of an NVIDIA driver version: up to
-// four numbers with dots, and up to two words behind dashes, which name an edition
-// of the release, as NVIDIA-Linux-x86_64-535.261.03-grid.run is the one for guests
-// of vGPU. A flavour's name is no such word, since it follows a version in tags.
+// ValidVersion reports whether s has the form of an NVIDIA driver version. The form is two to four numbers with dots,
+// then up to two words, each after a dash. The words name an edition of the release:
+// NVIDIA-Linux-x86_64-535.261.03-grid.run is the edition for guests of vGPU. A flavour's name is not allowed as such a
+// word, because tags have the flavour after the version.
 func ValidVersion(s string) bool {
 	m := versionPattern.FindStringSubmatch(s)
 	if m == nil {
@@ -169,9 +167,8 @@ func ValidVersion(s string) bool {
 	return true
 }
 
-// ModuleVersion returns a driver version without the suffix of its runfile. This
-// is what the modules, NVML and the kernel's log say, and what the names of
-// libraries and of the firmware's folder hold.
+// ModuleVersion returns a driver version without the suffix of its runfile. The modules, NVML and the kernel's log
+// print this version. The names of the libraries and of the firmware's folder contain it.
 func ModuleVersion(version string) string {
 	number, _, _ := strings.Cut(version, "-")
 	return number
@@ -180,14 +177,14 @@ func ModuleVersion(version string) string {
 // Branch returns the driver branch, such as R535 for 535.261.03.
 func (d Driver) Branch() string { return Branch(d.Version) }
 
-// Branch returns the branch of a driver version: its major number behind an R.
+// Branch returns the branch of a driver version: R and the major number.
 func Branch(version string) string {
 	major, _, _ := strings.Cut(version, ".")
 	return "R" + major
 }
 
-// CompareVersions orders driver versions by number, field by field, and then by
-// suffix; it returns -1, 0 or 1 and orders missing fields first.
+// CompareVersions compares driver versions by number, field by field, and then by suffix. It returns -1, 0 or 1. A
+// missing field comes before 0.
 func CompareVersions(a, b string) int {
 	a, suffix, _ := strings.Cut(a, "-")
 	b, other, _ := strings.Cut(b, "-")
@@ -210,11 +207,11 @@ func CompareVersions(a, b string) int {
 	return strings.Compare(suffix, other)
 }
 
-// Wish is what a node or a person asks for before a version is chosen.
+// Wish is a request for a driver before a version is chosen.
 type Wish string
 
-// The two named wishes; COS calls them so in gpu_default_version and
-// gpu_latest_version. The others are a branch (R535) and an exact version.
+// The two named wishes, after COS's fields gpu_default_version and gpu_latest_version. The other wishes are a branch
+// (R535) and an exact version.
 const (
 	Default Wish = "default"
 	Latest  Wish = "latest"
@@ -228,15 +225,15 @@ func ParseWish(s string) (Wish, error) {
 	return "", fmt.Errorf("driver %q: want default, latest, a branch such as R535, or a version such as 535.261.03", s)
 }
 
-// gpuPattern is the form of COS's gpu_type strings, such as NVIDIA_L4 and
-// NVIDIA_H100_80GB (gpu_driver_versions.proto of cos/tools).
+// gpuPattern is the form of COS's gpu_type values, such as NVIDIA_L4 and NVIDIA_H100_80GB (gpu_driver_versions.proto of
+// cos/tools).
 var gpuPattern = regexp.MustCompile(`^[A-Z0-9][A-Z0-9_]{0,63}$`)
 
-// ValidGPU reports whether a text has the form of COS's name of a GPU type.
+// ValidGPU reports whether a text has the form of a gpu_type of COS.
 func ValidGPU(s string) bool { return gpuPattern.MatchString(s) }
 
-// ParseGPUWish reads what ParseWish reads, and default, latest or a branch for one
-// type of GPU, as in default@NVIDIA_L4: COS's lists name versions for each type.
+// ParseGPUWish reads every wish that ParseWish reads. It also reads default, latest or a branch for one GPU type, as in
+// default@NVIDIA_L4, because COS's lists name versions for each GPU type.
 func ParseGPUWish(s string) (Wish, error) {
 	name, gpu, found := strings.Cut(s, "@")
 	w, err := ParseWish(name)
@@ -250,24 +247,23 @@ func ParseGPUWish(s string) (Wish, error) {
 	return Wish(s), nil
 }
 
-// GPU returns a wish without its type of GPU, and the type; "" means any.
+// GPU splits a wish into the wish without its GPU type, and the GPU type; "" means any GPU.
 func (w Wish) GPU() (Wish, string) {
 	name, gpu, _ := strings.Cut(string(w), "@")
 	return Wish(name), gpu
 }
 
-// Exact returns the version and true when the wish names one.
+// Exact returns the version, and true, if the wish names a version.
 func (w Wish) Exact() (string, bool) { return string(w), ValidVersion(string(w)) }
 
-// BranchName returns the branch and true when the wish names one.
+// BranchName returns the branch, and true, if the wish names a branch.
 func (w Wish) BranchName() (string, bool) { return string(w), branchPattern.MatchString(string(w)) }
 
-// Fingerprint is the ABI fingerprint of a kernel: "sha256:" and 64 hex digits
-// over header tree contents (without timestamps), configuration, Module.symvers
-// and toolchain.
+// Fingerprint is the ABI fingerprint of a kernel: "sha256:" and 64 hex digits. The hash covers the contents of the
+// header tree (without timestamps), the configuration, Module.symvers and the toolchain.
 type Fingerprint string
 
-// ParseFingerprint checks the form.
+// ParseFingerprint checks the form of a fingerprint.
 func ParseFingerprint(s string) (Fingerprint, error) {
 	sum, ok := strings.CutPrefix(s, "sha256:")
 	if raw, err := hex.DecodeString(sum); !ok || err != nil || len(raw) != 32 || strings.ToLower(sum) != sum {
@@ -276,18 +272,17 @@ func ParseFingerprint(s string) (Fingerprint, error) {
 	return Fingerprint(s), nil
 }
 
-// Short returns the first 16 hex digits: for names that people read, never
-// for a decision.
+// Short returns the first 16 hex digits. They are for names that people read, never for a decision.
 func (f Fingerprint) Short() string {
 	sum := strings.TrimPrefix(string(f), "sha256:")
 	return sum[:min(16, len(sum))]
 }
 
-// sortFields is how many numbers a version has at most: four, for drivers.
+// sortFields is the largest number of fields in a version; driver versions have four.
 const sortFields = 4
 
-// SortKey returns a text whose byte order is the order of [CompareVersions]: for
-// databases, which cannot call that. It takes BUILD_IDs and driver versions.
+// SortKey returns a text that sorts by bytes as [CompareVersions] sorts. Databases need it, because they cannot call
+// that function. It takes BUILD_IDs and driver versions.
 func SortKey(version string) string {
 	numbers, suffix, _ := strings.Cut(version, "-")
 	fields := strings.Split(numbers, ".")

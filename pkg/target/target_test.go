@@ -39,7 +39,7 @@ func TestParseDriver(t *testing.T) {
 	if err != nil || d.Branch() != "R535" || d.String() != "535.261.03-open" {
 		t.Errorf("ParseDriver = %v (branch %s), %v; want 535.261.03-open of R535", d, d.Branch(), err)
 	}
-	// Names of runfiles in the GRID folders of Google's nvidia-drivers-*-public buckets.
+	// These names are from runfiles in the GRID folders of Google's nvidia-drivers-*-public buckets.
 	for _, version := range []string{"535.129.03-grid", "550.54.15-grid-gcp", "470.103.01-vgpu-kvm",
 		"535.129.03-no-compat32"} {
 		d, err := target.ParseDriver(version, "proprietary")

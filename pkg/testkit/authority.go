@@ -39,13 +39,13 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Authority is a Sigstore deployment of one's own: it certifies identities and
-// stamps times, at whatever time a test wants.
+// Authority is a private Sigstore deployment. It certifies identities and makes time stamps, for any time that a test
+// needs.
 type Authority struct {
 	// CA issues certificates with CAKey.
 	CA    *x509.Certificate
 	CAKey *ecdsa.PrivateKey
-	// Lifetime is that of certificates.
+	// Lifetime is the lifetime of the certificates that the authority issues.
 	Lifetime time.Duration
 
 	stampRoot, stamper *x509.Certificate
@@ -53,8 +53,7 @@ type Authority struct {
 	issued             atomic.Int32
 }
 
-// NewAuthority makes one whose own certificates hold for ten years in both
-// directions.
+// NewAuthority returns an authority whose own certificates are valid from ten years ago until ten years from now.
 func NewAuthority(t testing.TB) *Authority {
 	t.Helper()
 	a := &Authority{CAKey: NewKey(t).private, Lifetime: 10 * time.Minute, stampKey: NewKey(t).private}
@@ -67,7 +66,7 @@ func NewAuthority(t testing.TB) *Authority {
 	a.CA = issue(t, long(certifying), nil, a.CAKey.Public(), a.CAKey)
 	rootKey := NewKey(t).private
 	a.stampRoot = issue(t, long(certifying), nil, rootKey.Public(), rootKey)
-	// time stamping, and critical, as RFC 3161 wants it
+	// The extended key usage is "time stamping", and it is critical, as RFC 3161 requires.
 	usage, err := asn1.Marshal([]asn1.ObjectIdentifier{{1, 3, 6, 1, 5, 5, 7, 3, 8}})
 	if err != nil {
 		t.Fatal(err)
@@ -79,7 +78,7 @@ func NewAuthority(t testing.TB) *Authority {
 	return a
 }
 
-// issue signs a certificate; without a parent it is its own.
+// issue signs a certificate. If parent is nil, the certificate is self-signed.
 func issue(t testing.TB, c, parent *x509.Certificate, pub crypto.PublicKey, by crypto.Signer) *x509.Certificate {
 	t.Helper()
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
@@ -101,7 +100,7 @@ func issue(t testing.TB, c, parent *x509.Certificate, pub crypto.PublicKey, by c
 	return made
 }
 
-// Certificate certifies that a key is in these hands, from a time on.
+// Certificate returns a certificate that binds a key to an identity, valid from the given time on.
 func (a *Authority) Certificate(t testing.TB, pub crypto.PublicKey, who trust.Identity,
 	from time.Time) *x509.Certificate {
 	t.Helper()
@@ -116,8 +115,8 @@ func (a *Authority) Certificate(t testing.TB, pub crypto.PublicKey, who trust.Id
 	}, a.CA, pub, a.CAKey)
 }
 
-// Root returns what to trust, as trusted_root.json, with logs, if any, to
-// which this authority tells nothing.
+// Root returns the trusted root as trusted_root.json. The logs are only listed in it; this authority writes nothing to
+// them.
 func (a *Authority) Root(t testing.TB, certificateLogs, logs map[string]*root.TransparencyLog) []byte {
 	t.Helper()
 	from := a.CA.NotBefore
@@ -136,7 +135,7 @@ func (a *Authority) Root(t testing.TB, certificateLogs, logs map[string]*root.Tr
 	return raw
 }
 
-// Timestamp returns an RFC 3161 time stamp over a SHA-256.
+// Timestamp returns an RFC 3161 time stamp for a SHA-256 digest.
 func (a *Authority) Timestamp(t testing.TB, sum []byte, at time.Time) []byte {
 	t.Helper()
 	raw, err := (&timestamp.Timestamp{
@@ -148,9 +147,9 @@ func (a *Authority) Timestamp(t testing.TB, sum []byte, at time.Time) []byte {
 	return raw
 }
 
-// ServeCertificates starts a server that ends with the test and certifies as
-// Fulcio does, but believes every [Token] that is not expired; and returns its
-// URL. A real Fulcio can take its place: it is given CA and CAKey.
+// ServeCertificates starts a server that issues certificates as Fulcio does, and returns its URL. The server ends with
+// the test. It accepts every [Token] that is not expired, without a check of a signature. A real Fulcio with CA and
+// CAKey can replace it.
 func (a *Authority) ServeCertificates(t testing.TB) string {
 	t.Helper()
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -169,7 +168,7 @@ func (a *Authority) ServeCertificates(t testing.TB) string {
 	return s.URL
 }
 
-// Issued returns how many certificates were asked for.
+// Issued returns how many certificates the server has issued.
 func (a *Authority) Issued() int { return int(a.issued.Load()) }
 
 type claims struct {
@@ -179,7 +178,7 @@ type claims struct {
 	Expires  int64  `json:"exp"`
 }
 
-// Token returns an identity token that nobody signed.
+// Token returns an identity token without a valid signature.
 func Token(t testing.TB, issuer, email string, expires time.Time) []byte {
 	t.Helper()
 	body, err := json.Marshal(claims{email, true, issuer, expires.Unix()})
@@ -189,8 +188,8 @@ func Token(t testing.TB, issuer, email string, expires time.Time) []byte {
 	return []byte("e30." + base64.RawURLEncoding.EncodeToString(body) + ".e30")
 }
 
-// asked reads what Fulcio is asked: to certify a key to the bearer of a token,
-// who signed his own name with it.
+// asked reads a request to Fulcio: to certify a key for the holder of a token. The holder proves that he has the key
+// with a signature over his own name.
 func asked(r *http.Request) (crypto.PublicKey, trust.Identity, error) {
 	var in struct {
 		PublicKeyRequest struct {
@@ -226,7 +225,7 @@ func asked(r *http.Request) (crypto.PublicKey, trust.Identity, error) {
 		v.VerifySignature(bytes.NewReader(in.PublicKeyRequest.ProofOfPossession), strings.NewReader(who.Email))
 }
 
-// SigningConfig writes a Sigstore signing configuration and returns its path.
+// SigningConfig writes a Sigstore signing configuration, and returns its path.
 func SigningConfig(t testing.TB, ca string, stamps ...string) string {
 	t.Helper()
 	service := func(url string) root.Service {
@@ -253,8 +252,7 @@ func SigningConfig(t testing.TB, ca string, stamps ...string) string {
 	return path
 }
 
-// ServeTime starts a timestamp authority that ends with the test, and returns
-// its URL.
+// ServeTime starts a timestamp authority, and returns its URL. The authority ends with the test.
 func (a *Authority) ServeTime(t testing.TB) string {
 	t.Helper()
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -274,9 +272,8 @@ func (a *Authority) ServeTime(t testing.TB) string {
 	return s.URL
 }
 
-// Sign returns a bundle over an in-toto statement given as JSON: by a key of
-// the moment that was certified from a time on, with stamps of these times by
-// this authority.
+// Sign returns a bundle with a signature over an in-toto statement, which is given as JSON. The key is new, and its
+// certificate is valid from the given time on. The bundle has this authority's time stamps of the given times.
 func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from time.Time, stamps ...time.Time) []byte {
 	t.Helper()
 	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"},
@@ -304,7 +301,7 @@ func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from 
 	return raw
 }
 
-// certifier shows an authority to the bundle library.
+// certifier is the interface to an authority that the bundle library needs.
 type certifier func(crypto.PublicKey) []byte
 
 func (c certifier) GetCertificate(_ context.Context, k sign.Keypair, _ *sign.CertificateProviderOptions) ([]byte,

@@ -1,6 +1,5 @@
-// Package testkit holds small real things for tests: a registry in this
-// process, a key pair, and a signed sample artifact. Only test files import
-// it. It refuses to stand in for anything that a test could use for real.
+// Package testkit holds small real parts for tests: a registry in this process, a key pair, and a signed sample
+// artifact. Only test files import it. It replaces nothing that a test could use for real.
 package testkit
 
 import (
@@ -32,8 +31,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Registry starts a registry that ends with the test, with or without the
-// referrers API, and returns its host:port.
+// Registry starts a registry, which ends with the test, and returns its host:port. referrers says whether it has the
+// referrers API.
 func Registry(t testing.TB, referrers bool) string {
 	t.Helper()
 	s := httptest.NewServer(ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)),
@@ -42,10 +41,10 @@ func Registry(t testing.TB, referrers bool) string {
 	return strings.TrimPrefix(s.URL, "http://")
 }
 
-// Key is a fresh ECDSA P-256 key pair.
+// Key is a new ECDSA P-256 key pair.
 type Key struct{ private *ecdsa.PrivateKey }
 
-// NewKey makes one.
+// NewKey returns a new key pair.
 func NewKey(t testing.TB) *Key {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -55,10 +54,10 @@ func NewKey(t testing.TB) *Key {
 	return &Key{private}
 }
 
-// Private returns the private half.
+// Private returns the private key.
 func (k *Key) Private() *ecdsa.PrivateKey { return k.private }
 
-// Public returns the public half.
+// Public returns the public key.
 func (k *Key) Public(t testing.TB) trust.PublicKey {
 	t.Helper()
 	pub, err := trust.NewPublicKey(k.private.Public())
@@ -68,7 +67,7 @@ func (k *Key) Public(t testing.TB) trust.PublicKey {
 	return pub
 }
 
-// PEM returns the public half as nodes are configured with it.
+// PEM returns the public key in the form of a node's configuration.
 func (k *Key) PEM(t testing.TB) []byte {
 	t.Helper()
 	text, err := cryptoutils.MarshalPublicKeyToPEM(k.private.Public())
@@ -88,7 +87,7 @@ func (k *Key) Verifier(t testing.TB) *trust.Verifier {
 	return v
 }
 
-// Sign returns a bundle over an in-toto statement given as JSON.
+// Sign returns a bundle with a signature over an in-toto statement, which is given as JSON.
 func (k *Key) Sign(t testing.TB, payload []byte) []byte {
 	t.Helper()
 	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"},
@@ -109,7 +108,7 @@ func (k *Key) Statement(t testing.TB, digest, predicateType string, predicate an
 	return k.Sign(t, Payload(t, digest, predicateType, predicate))
 }
 
-// Payload returns a statement about a manifest digest for somebody to sign.
+// Payload returns an unsigned statement about a manifest digest.
 func Payload(t testing.TB, digest, predicateType string, predicate any) []byte {
 	t.Helper()
 	payload, err := json.Marshal(map[string]any{
@@ -131,7 +130,7 @@ func (k *Key) Provenance(t testing.TB, digest string, p trust.Parameters) []byte
 	return k.Statement(t, digest, trust.PredicateProvenance, ProvenancePredicate(p))
 }
 
-// ProvenancePredicate returns a provenance for tests to spoil and sign.
+// ProvenancePredicate returns the predicate of a valid provenance, which tests may change before they sign it.
 func ProvenancePredicate(p trust.Parameters) map[string]any {
 	return map[string]any{
 		"buildDefinition": map[string]any{
@@ -153,7 +152,7 @@ func (k *Key) KernelMatch(t testing.TB, digest string, m trust.KernelMatch) []by
 	return k.Statement(t, digest, trust.PredicateKernelMatch, m)
 }
 
-// keypair shows a Key to the bundle library.
+// keypair is the interface to a Key that the bundle library needs.
 type keypair struct {
 	k    *Key
 	hint string
@@ -193,8 +192,7 @@ type Sample struct {
 	Bundles [][]byte
 }
 
-// SampleKernel is the COS build that [NewSample] is made for, with this last
-// number of its BUILD_ID.
+// SampleKernel returns the COS build that [NewSample] uses. patch is the last number of its BUILD_ID.
 func SampleKernel(patch string) target.Kernel {
 	return target.Kernel{
 		BuildID: "17800.0." + patch, Board: "lakitu", Milestone: 109, Arch: target.AMD64,
@@ -202,8 +200,8 @@ func SampleKernel(patch string) target.Kernel {
 	}
 }
 
-// NewSample makes an artifact for a kernel and driver, signed with key. The
-// modules are no real ones; salt makes another artifact of the same identity.
+// NewSample makes an artifact for a kernel and driver, signed with key. Its modules are no real ones. Another salt
+// makes another artifact of the same identity.
 func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt string) Sample {
 	t.Helper()
 	return NewSampleOf(t, key, k, d, map[string]string{
@@ -211,10 +209,10 @@ func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt st
 	})
 }
 
-// Vermagic is what a sample's modules have to say that they were compiled for, as package modinfo reads it.
+// Vermagic returns the vermagic string that a sample's modules must have, as package modinfo reads it.
 func Vermagic(k target.Kernel) string { return k.Release + " SMP preempt mod_unload modversions" }
 
-// NewSampleOf is [NewSample] with the content of these modules, by their paths.
+// NewSampleOf works as [NewSample] does. modules has the contents of the modules, by their paths.
 func NewSampleOf(t testing.TB, key *Key, k target.Kernel, d target.Driver, modules map[string]string) Sample {
 	t.Helper()
 	fp := sha256.Sum256([]byte("fingerprint of " + k.Release))
@@ -270,12 +268,12 @@ func NewSampleOf(t testing.TB, key *Key, k target.Kernel, d target.Driver, modul
 	return s
 }
 
-// Expect returns what a node of the sample's kernel expects of it.
+// Expect returns the values that a node with the sample's kernel expects of the sample.
 func (s Sample) Expect() trust.Expect {
 	return trust.Expect{Digest: s.Digest, Kernel: s.Kernel, Driver: s.Identity.Driver, Identity: s.Identity}
 }
 
-// Publish puts the sample into a repository, with its statements and tags.
+// Publish pushes the sample to a repository, with its statements and tags.
 func (s Sample) Publish(t testing.TB, repo *registry.Repository) {
 	t.Helper()
 	d, err := repo.Push(t.Context(), s.Image)

@@ -1,6 +1,5 @@
-// Package timeline records the phases of one run (a build, an installation):
-// what was done, when, and how long it took. It refuses to decide how the
-// phases are shown; a caller hands in a function for that.
+// Package timeline records the phases of one run, such as a build or an installation: the name, the start and the
+// duration of each. It does not decide how phases are displayed; a caller passes a function for that.
 package timeline
 
 import (
@@ -16,24 +15,24 @@ type Phase struct {
 	Start time.Time `json:"start"`
 	// Seconds is the wall-clock duration.
 	Seconds float64 `json:"seconds"`
-	// Note is what the reader should know: "cached", a size, a count; may be empty.
+	// Note is a fact for the reader, such as "cached", a size or a count; may be empty.
 	Note string `json:"note,omitempty"`
-	// Of names the phase that this one is a part of; its time is in that one's.
+	// Of names the phase that contains this one; may be empty. The containing phase's time includes this phase's time.
 	Of string `json:"of,omitempty"`
 	// Failed says that the phase ended in an error.
 	Failed bool `json:"failed,omitempty"`
 }
 
-// Event tells a watcher that a phase began, ended, or has something to say.
+// Event tells a watcher that a phase began, ended or made progress.
 type Event struct {
 	Phase string
-	// Done is nil while the phase runs.
+	// Done is the finished phase; it is nil while the phase runs.
 	Done *Phase
 	// Text is a progress line of a running phase; may be empty.
 	Text string
 }
 
-// Run records phases. The zero value records and shows nothing.
+// Run records phases. The zero value works: it has no watcher, and so displays nothing.
 type Run struct {
 	// Watch is called for every event, in order, never concurrently; may be nil.
 	Watch func(Event)
@@ -57,8 +56,8 @@ func (r *Run) emit(e Event) {
 	}
 }
 
-// Do runs f as a phase and records it, failed or not. f returns the phase's
-// note. The error is returned as it is.
+// Do runs f as a phase and records the phase, also if f fails. f returns the note of the phase. Do returns f's error
+// unchanged.
 func (r *Run) Do(name string, f func() (note string, err error)) error {
 	start := r.now()
 	r.mu.Lock()
@@ -88,14 +87,14 @@ func (r *Run) Add(p Phase) {
 	r.emit(Event{Phase: p.Name, Done: &p})
 }
 
-// Phases returns a copy of what was recorded so far.
+// Phases returns a copy of the phases that were recorded so far.
 func (r *Run) Phases() []Phase {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return append([]Phase(nil), r.phases...)
 }
 
-// Total is the time of all phases in seconds, with no part counted twice.
+// Total returns the time of all phases in seconds. It counts no phase that is a part of another.
 func Total(phases []Phase) (seconds float64) {
 	for _, p := range phases {
 		if p.Of == "" {

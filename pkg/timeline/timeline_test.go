@@ -64,7 +64,7 @@ func TestRun(t *testing.T) {
 	}
 }
 
-// A part of a phase is shown, and not counted twice.
+// TestTotal checks that a part of a phase is printed, but not counted a second time.
 func TestTotal(t *testing.T) {
 	t.Parallel()
 	phases := []timeline.Phase{

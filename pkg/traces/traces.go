@@ -1,7 +1,6 @@
-// Package traces sends what a program does as spans, by OTLP over HTTP, where the
-// standard OTEL_* environment names a collector: one span for a run, with one below it
-// for each phase of its timeline. It refuses to make a run fail: a collector that is away
-// costs its spans and a line in the log.
+// Package traces sends the work of a program as OpenTelemetry spans, by OTLP over HTTP, if the standard OTEL_*
+// environment variables name a collector. Each run has one span, and each phase of its timeline has a span below that
+// one. A missing collector never makes a run fail: its spans are lost, and the log gets a line.
 package traces
 
 import (
@@ -27,23 +26,23 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Tracer makes spans. A nil one makes none.
+// Tracer makes spans. A nil Tracer makes none.
 type Tracer struct {
 	tracer   api.Tracer
-	provider *trace.TracerProvider // nil where nobody collects
+	provider *trace.TracerProvider // nil if no collector is configured
 }
 
-// flushTimeout bounds how long the last spans may take to leave.
+// flushTimeout bounds the time for sending the last spans.
 const flushTimeout = 5 * time.Second
 
-// Start reads the environment. service is this program's name, as in prebake-builder. The
+// Start reads the environment and returns a tracer. service is the name of this program, such as prebake-builder. The
 // caller closes the tracer.
 func Start(ctx context.Context, service, version string, log *slog.Logger) (*Tracer, error) {
 	t := &Tracer{tracer: noop.NewTracerProvider().Tracer("")}
 	if wanted, err := wanted(os.Getenv); err != nil || !wanted {
 		return t, err
 	}
-	exporter, err := otlptracehttp.New(ctx) // endpoint, headers, certificates and timeout by environment
+	exporter, err := otlptracehttp.New(ctx) // the environment sets endpoint, headers, certificates and timeout
 	if err != nil {
 		return nil, fault.Wrap(
 			fault.Usage,
@@ -59,7 +58,7 @@ func Start(ctx context.Context, service, version string, log *slog.Logger) (*Tra
 		),
 		resource.WithTelemetrySDK(),
 		resource.WithFromEnv(),
-	) // last, so that it wins
+	) // WithFromEnv comes last, so that the environment overrides the values above
 	if err != nil {
 		return nil, fault.Wrap(
 			fault.Usage,
@@ -67,14 +66,14 @@ func Start(ctx context.Context, service, version string, log *slog.Logger) (*Tra
 			"check OTEL_RESOURCE_ATTRIBUTES: name=value,name=value",
 		)
 	}
-	// The library has one place for the troubles of all exporters.
+	// The OpenTelemetry library has only one global handler for the errors of all exporters.
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { log.Warn("traces not sent", "err", err) }))
 	t.provider = trace.NewTracerProvider(trace.WithBatcher(exporter), trace.WithResource(about))
 	t.tracer = t.provider.Tracer("github.com/prebake/prebake/" + strings.TrimPrefix(service, "prebake-"))
 	return t, nil
 }
 
-// wanted reads the switches that the SDK's parts leave to the program.
+// wanted reads the environment variables that the SDK itself does not interpret.
 func wanted(env func(string) string) (bool, error) {
 	if strings.EqualFold(env("OTEL_SDK_DISABLED"), "true") {
 		return false, nil
@@ -102,7 +101,7 @@ func wanted(env func(string) string) (bool, error) {
 	return true, nil
 }
 
-// Close sends what is left.
+// Close sends the remaining spans.
 func (t *Tracer) Close() {
 	if t == nil || t.provider == nil {
 		return
@@ -110,11 +109,11 @@ func (t *Tracer) Close() {
 	ctx, cancel := context.WithTimeout(context.Background(), flushTimeout)
 	defer cancel()
 	if err := t.provider.Shutdown(ctx); err != nil {
-		otel.Handle(err) // nothing fails for it
+		otel.Handle(err) // a lost span must not make the run fail
 	}
 }
 
-// Span is a run that is being told of.
+// Span is the span of one run.
 type Span struct {
 	t    *Tracer
 	ctx  context.Context // carries the run's span to callbacks that have no context
@@ -123,8 +122,8 @@ type Span struct {
 	once sync.Once
 }
 
-// Begin begins the span of a run, and returns a context that carries it. Attributes are
-// pairs of a name and a string, an int64, an int or a bool.
+// Begin starts the span of a run, and returns a context that carries it. The value of an attribute is a string, an
+// int64, an int or a bool.
 func (t *Tracer) Begin(ctx context.Context, name string, attributes map[string]any) (context.Context, *Span) {
 	if t == nil {
 		return ctx, nil
@@ -150,8 +149,7 @@ func keyValues(attributes map[string]any) []attribute.KeyValue {
 	return all
 }
 
-// End ends the span of a run, once, with what it came to and attributes that are only
-// known now.
+// End ends the span of a run, once. It records the result, and attributes that were not known at the beginning.
 func (s *Span) End(err error, attributes map[string]any) {
 	if s == nil {
 		return
@@ -166,7 +164,7 @@ func (s *Span) End(err error, attributes map[string]any) {
 	})
 }
 
-// Event takes an event of the run's timeline, which never calls it concurrently.
+// Event handles an event of the run's timeline. The timeline never calls it concurrently.
 func (s *Span) Event(e timeline.Event) {
 	switch {
 	case s == nil:
@@ -177,14 +175,14 @@ func (s *Span) Event(e timeline.Event) {
 	}
 }
 
-// Phase makes the span of a phase that is over.
+// Phase records the span of a finished phase.
 func (s *Span) Phase(p timeline.Phase) {
 	if s == nil {
 		return
 	}
 	span := s.open[p.Name]
 	if p.Of != "" || span == nil {
-		// Measured elsewhere: a part of a running phase, or nobody heard it begin.
+		// The phase has no open span: it was measured elsewhere as a part of a running phase, or no event announced it.
 		ctx := s.ctx
 		if whole := s.open[p.Of]; whole != nil {
 			ctx = api.ContextWithSpan(ctx, whole)

@@ -16,16 +16,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// What can be wrong with a bundle that was signed with a short-lived
-// certificate. Each comes with its own text; these are for errors.Is.
+// Errors of a bundle that was signed with a short-lived certificate. Each error that is returned wraps one of them and
+// adds details; compare with errors.Is.
 var (
 	ErrUnknownIdentity = errors.New("signed by an unknown identity")
 	ErrOtherRoot       = errors.New("signed with a certificate of another root")
 	ErrNoTime          = errors.New("no trusted timestamp shows that it was signed while its certificate was valid")
 )
 
-// Root is a Sigstore deployment, the public one or one's own: authorities for
-// certificates and time stamps, and logs.
+// Root is the root of trust of a Sigstore deployment, public or private: its certificate authorities, timestamp
+// authorities and logs.
 type Root struct{ material *root.TrustedRoot }
 
 const (
@@ -33,8 +33,8 @@ const (
 	hintRoot    = "give a Sigstore trusted_root.json: cosign trusted-root create writes one"
 )
 
-// ParseRoot reads a trusted_root.json, as Sigstore's root of trust has it and
-// cosign trusted-root create writes it.
+// ParseRoot parses a trusted_root.json, in the format of Sigstore's root of trust. The command cosign trusted-root
+// create writes such a file.
 func ParseRoot(text []byte) (*Root, error) {
 	r, err := parseRoot(text)
 	if err != nil {
@@ -43,7 +43,7 @@ func ParseRoot(text []byte) (*Root, error) {
 	return r, nil
 }
 
-// ReadRoot reads a root from a file.
+// ReadRoot reads a trusted_root.json from a file.
 func ReadRoot(file string) (*Root, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -68,8 +68,8 @@ func parseRoot(text []byte) (*Root, error) {
 	return &Root{material}, nil
 }
 
-// Certified says that an authority of this root issued a certificate, and
-// nothing about who used it when.
+// Certified returns nil if an authority of this root issued the certificate. It does not say who used the certificate,
+// or when.
 func (r *Root) Certified(leaf *x509.Certificate) error {
 	if _, err := chains(r.material, leaf); err != nil {
 		return fault.Wrap(fault.Unverified, err, hintFor(err))
@@ -85,12 +85,11 @@ func chains(r root.TrustedMaterial, leaf *x509.Certificate) ([][]*x509.Certifica
 	return all, nil
 }
 
-// Identity is whom a certificate names, and who vouched for that.
+// Identity is a name in a certificate, and the issuer that confirmed it.
 type Identity struct {
-	// Subject is the certificate's subject alternative name: a URL or a mail
-	// address.
+	// Subject is the certificate's subject alternative name: a URL or a mail address.
 	Subject string
-	// Pattern, a regular expression for the whole name, replaces Subject.
+	// Pattern is a regular expression that must match the whole name. It is used instead of Subject.
 	Pattern string
 	// Issuer is the URL of the OpenID Connect issuer.
 	Issuer string
@@ -110,7 +109,7 @@ func (i Identity) matcher() (verify.CertificateIdentity, error) {
 	}
 	whole := ""
 	if i.Pattern != "" {
-		// Alone first: a pattern with a bracket too many could leave the group.
+		// The pattern is compiled alone first, because a pattern with an extra bracket could close the group below.
 		if _, err := regexp.Compile(i.Pattern); err != nil {
 			return none, err
 		}
@@ -119,19 +118,19 @@ func (i Identity) matcher() (verify.CertificateIdentity, error) {
 	return verify.NewShortCertificateIdentity(i.Issuer, "", i.Subject, whole)
 }
 
-// certificates is the half of a [Verifier] that judges certificates.
+// certificates is the part of a [Verifier] that checks signatures by certificates.
 type certificates struct {
 	root       root.TrustedMaterial
-	identities string // for people
+	identities string // for messages
 	verifier   *verify.Verifier
 	policy     verify.PolicyBuilder
-	logged     bool // certificates have to be in a log
+	logged     bool // a certificate transparency log must have the certificates
 }
 
 func newCertificates(p Policy) (*certificates, error) {
 	c := &certificates{root: p.Root.material}
-	// What the root names is demanded: who runs a log wants to see in it whatever
-	// is signed in his name.
+	// Each kind of proof for which the root has a source is required. The operator of a log wants to find in it
+	// everything that is signed in the operator's name.
 	demanded := []verify.VerifierOption{verify.WithObserverTimestamps(1)}
 	if len(c.root.RekorLogs()) > 0 {
 		demanded = append(demanded, verify.WithTransparencyLog(1))
@@ -168,8 +167,8 @@ func nameOf(s certificate.Summary) Identity {
 	return Identity{Subject: s.SubjectAlternativeName, Issuer: s.Issuer}
 }
 
-// explain finds out which link is broken, for the library's errors hardly have
-// types. Nothing is accepted here.
+// explain finds out why a bundle is refused, because most of the library's errors have no types. It only returns
+// errors, so it cannot accept a bundle.
 func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause error) error {
 	if other := new(verify.ErrNoMatchingCertificateIdentity); errors.As(cause, &other) {
 		who, err := certificate.SummarizeCertificate(leaf)

@@ -28,7 +28,7 @@ func someone() trust.Identity {
 	return trust.Identity{Subject: "farm@example.com", Issuer: "https://login.example.com"}
 }
 
-// longAgo is when a certificate was issued that nobody would take today.
+// longAgo is the time at which an expired certificate was issued.
 func longAgo() time.Time { return time.Now().AddDate(-1, 0, 0) }
 
 func parseRoot(t testing.TB, text []byte) *trust.Root {
@@ -49,7 +49,7 @@ func verifier(t testing.TB, p trust.Policy) *trust.Verifier {
 	return v
 }
 
-// payloads are the two statements that an artifact needs, not yet signed.
+// payloads returns the two statements that an artifact needs, without signatures.
 func payloads(t testing.TB, s testkit.Sample) (provenance, match []byte) {
 	t.Helper()
 	return testkit.Payload(t, s.Digest, trust.PredicateProvenance,
@@ -107,7 +107,7 @@ func TestIdentitiesRefused(t *testing.T) {
 	trusting := func(root []byte, who ...trust.Identity) *trust.Verifier {
 		return verifier(t, trust.Policy{Root: parseRoot(t, root), Identities: who})
 	}
-	// The certificate is the farm's, and the stamp somebody else's.
+	// The certificate is the farm's, and the timestamp belongs to another signer's bundle.
 	stolen := func() []byte {
 		mine, theirs := map[string]any{}, map[string]any{}
 		for raw, into := range map[string]*map[string]any{string(signed): &mine,
@@ -175,14 +175,14 @@ func TestIdentitiesRefused(t *testing.T) {
 				row.text, row.hint)
 		}
 	}
-	// A changed signature is no longer what was stamped.
+	// The timestamp does not fit a changed signature.
 	if _, err := trusting(plain, someone()).Statement(flip(t, signed, "signature")); !errors.Is(err, trust.ErrNoTime) &&
 		!errors.Is(err, trust.ErrChanged) {
 		t.Errorf("Statement(signature changed) = %v; want it refused", err)
 	}
 }
 
-// someLog is a log that nobody writes to.
+// someLog returns a log without entries.
 func someLog(t testing.TB) map[string]*root.TransparencyLog {
 	t.Helper()
 	key := testkit.NewKey(t).Private()
@@ -199,9 +199,9 @@ func someLog(t testing.TB) map[string]*root.TransparencyLog {
 	}}
 }
 
-// TestPublicSigstore reads a provenance that GitHub signed with a certificate
-// of the public Sigstore deployment, which logs all it certifies and all that
-// is signed. Its root is as public; both come with the library's source.
+// TestPublicSigstore verifies a provenance that GitHub signed with a certificate of the public Sigstore deployment.
+// That deployment logs all certificates and all signatures. The provenance and the trusted root are files in the
+// source of sigstore-go.
 func TestPublicSigstore(t *testing.T) {
 	t.Parallel()
 	dir, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}",
@@ -221,7 +221,7 @@ func TestPublicSigstore(t *testing.T) {
 	if err := b.UnmarshalJSON(read("bundles/sigstore.js@2.0.0-provenance.sigstore.json")); err != nil {
 		t.Fatal(err)
 	}
-	b.MediaType = trust.ArtifactTypeBundle // as it would be written today, with one certificate and no chain
+	b.MediaType = trust.ArtifactTypeBundle // the current format, with one certificate and no chain
 	material := b.GetVerificationMaterial()
 	material.Content =
 		&protobundle.VerificationMaterial_Certificate{Certificate: material.GetX509CertificateChain().GetCertificates()[0]}
@@ -312,7 +312,7 @@ func FuzzParseRoot(f *testing.F) {
 			}
 			return
 		}
-		// Whatever is in it, it is good for judging.
+		// A root that parses must be usable in a verifier, whatever is in it.
 		_, _ = verifier(t, trust.Policy{Root: r, Identities: []trust.Identity{someone()}}).Statement(signed)
 	})
 }

@@ -17,10 +17,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// PublicKey is one key whose signatures are trusted: ECDSA on P-256, which
-// every KMS and cosign speak, on P-384 or P-521, RSA (PKCS #1 v1.5) of 2048,
-// 3072 or 4096 bits, or Ed25519. Each goes with the hash that Sigstore's
-// algorithm registry names for it, and with no other.
+// PublicKey is a trusted key. It is ECDSA on P-256, which every KMS and cosign support; ECDSA on P-384 or P-521; RSA
+// (PKCS #1 v1.5) of 2048, 3072 or 4096 bits; or Ed25519. Only the hash that Sigstore's algorithm registry names for a
+// key is accepted with it.
 type PublicKey struct {
 	key crypto.PublicKey
 	sum [sha256.Size]byte // of the DER form (SubjectPublicKeyInfo)
@@ -31,7 +30,7 @@ const (
 	maxKeyFile = 64 << 10
 )
 
-// NewPublicKey checks a key that is already in memory.
+// NewPublicKey checks a key's algorithm and length.
 func NewPublicKey(pub crypto.PublicKey) (PublicKey, error) {
 	if _, err := signature.GetDefaultPublicKeyDetails(pub); err != nil {
 		return PublicKey{}, fault.New(fault.Usage,
@@ -45,8 +44,7 @@ func NewPublicKey(pub crypto.PublicKey) (PublicKey, error) {
 	return PublicKey{key: pub, sum: sha256.Sum256(der)}, nil
 }
 
-// ParsePublicKeys reads one or more PEM blocks of type PUBLIC KEY; nothing
-// else but white space may be between them.
+// ParsePublicKeys parses one or more PEM blocks of type PUBLIC KEY. Only white space may be outside the blocks.
 func ParsePublicKeys(text []byte) ([]PublicKey, error) {
 	keys, err := parsePublicKeys(text)
 	if err != nil {
@@ -90,19 +88,20 @@ func parsePublicKeys(text []byte) ([]PublicKey, error) {
 	return keys, nil
 }
 
-// ID returns the first 16 hex digits of the SHA-256 of the key's DER form, for
-// people to compare: openssl pkey -pubin -outform DER | sha256sum.
+// ID returns the first 16 hex digits of the SHA-256 of the key's DER form. A person can compare it with the output of:
+// openssl pkey -pubin -outform DER | sha256sum.
 func (k PublicKey) ID() string { return hex.EncodeToString(k.sum[:8]) }
 
-// Hint returns what a Sigstore bundle carries to say which key signed it: the
-// whole SHA-256 in base64.
+// Hint returns the value by which a Sigstore bundle names the key that signed it: the whole SHA-256 of the key's DER
+// form in base64.
 func (k PublicKey) Hint() string { return base64.StdEncoding.EncodeToString(k.sum[:]) }
 
 func (k PublicKey) verifier() (signature.Verifier, error) {
 	return signature.LoadDefaultVerifier(k.key)
 }
 
-// hintID shows a bundle's hint as an ID where it has the usual form.
+// hintID returns the ID for a bundle's hint. If the hint does not have the usual form, hintID returns a quoted part of
+// it.
 func hintID(hint string) string {
 	if sum, err := base64.StdEncoding.DecodeString(hint); err == nil && len(sum) == sha256.Size {
 		return hex.EncodeToString(sum[:8])

@@ -2,16 +2,14 @@ package trust
 
 import "github.com/prebake/prebake/pkg/target"
 
-// Labels stand as annotations on attached statements, so that readers need not
-// fetch all of them. They prove nothing. The first two are in the terms of the
-// Sigstore bundle specification; cosign reads them.
+// Names of labels. A label is an annotation on an attached statement, so that a reader need not fetch all statements.
+// Labels prove nothing. The first two come from the Sigstore bundle specification, and cosign reads them.
 const (
 	LabelContent   = "dev.sigstore.bundle.content"
 	LabelPredicate = "dev.sigstore.bundle.predicateType"
-	// LabelKernel is the COS build, as BUILD_ID/BOARD, of a kernel match or a test
-	// result.
+	// LabelKernel has the COS build of a kernel match or a test result, as BUILD_ID/BOARD.
 	LabelKernel = "dev.prebake.kernel.build"
-	// LabelVerdict is the load test's verdict in a test result.
+	// LabelVerdict has the load test's verdict in a test result.
 	LabelVerdict = "dev.prebake.load-test"
 )
 
@@ -27,13 +25,13 @@ func Labels(st *Statement) map[string]string {
 	return l
 }
 
-// OfType is the label of statements of a type.
+// OfType returns the label that all statements of a predicate type have.
 func OfType(predicateType string) map[string]string {
 	return map[string]string{LabelPredicate: predicateType}
 }
 
-// Wanted returns the labels of the statements by which [Verifier.Verify] decides
-// for a kernel. An artifact may have hundreds for other builds of its kernel.
+// Wanted returns the labels of the statements that [Verifier.Verify] needs for a kernel. An artifact may have hundreds
+// of statements for other COS builds with the same kernel.
 func Wanted(k target.Kernel) []map[string]string {
 	return []map[string]string{
 		OfType(PredicateProvenance),

@@ -10,39 +10,38 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// PredicateTestResult says whether an artifact's modules were loaded before it
-// was published, and with what outcome.
+// PredicateTestResult is the predicate type of the load test's result: whether the artifact's modules were loaded
+// before publishing, and with what outcome.
 const PredicateTestResult = "https://in-toto.io/attestation/test-result/v0.1"
 
-// The outcomes of a load test, in terms for people.
+// Outcomes of a load test, as they are shown to users.
 const (
 	VerdictLoaded   = "loaded"
 	VerdictNoDevice = "loaded, no device"
 	VerdictRejected = "rejected"
-	// VerdictStatic is for kernels that no virtual machine can boot.
+	// VerdictStatic means that no virtual machine can boot the kernel, so there were only static checks.
 	VerdictStatic = "static checks only"
 )
 
-// LoadTest is our part of a test result: a field of that predicate, since the
-// predicate's own know names of tests only.
+// LoadTest is Prebake's own field in a test result. The standard fields of the predicate have only names of tests.
 type LoadTest struct {
 	Verdict string `json:"verdict"`
-	// Reason says in a line why the verdict is not loaded.
+	// Reason says in one line why the verdict is not VerdictLoaded.
 	Reason string `json:"reason,omitempty"`
-	// Kernel is the COS build that was booted, or checked against.
+	// Kernel is the COS build that was booted or checked.
 	Kernel      target.Kernel      `json:"kernel"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
-	// Modules are in the order in which they were loaded.
+	// Modules has the modules in the order in which they were loaded.
 	Modules []ModuleResult `json:"modules,omitempty"`
-	// Release is what uname -r said in the machine.
+	// Release is the kernel release that uname -r printed in the machine.
 	Release string `json:"release,omitempty"`
 	// NVMLVersion is the driver version that NVML reported.
 	NVMLVersion string `json:"nvmlVersion,omitempty"`
-	// KernelLog is the end of what the kernel said.
+	// KernelLog is the end of the kernel's log.
 	KernelLog string `json:"kernelLog,omitempty"`
 }
 
-// ModuleResult is what happened to one module.
+// ModuleResult is the load test's result for one module.
 type ModuleResult struct {
 	Name string `json:"name"`
 	// Result is loaded, skipped or rejected.
@@ -50,7 +49,7 @@ type ModuleResult struct {
 	Note   string `json:"note,omitempty"`
 }
 
-// TestResult is the predicate of that name.
+// TestResult is the predicate of a statement with type [PredicateTestResult].
 type TestResult struct {
 	// Result is PASSED, WARNED or FAILED.
 	Result      string   `json:"result"`
@@ -60,25 +59,24 @@ type TestResult struct {
 	LoadTest    LoadTest `json:"prebake_loadTest"`
 }
 
-// The two ways in which the load test decides over an artifact; for errors.Is.
+// Reasons to refuse an artifact because of its load test; compare with errors.Is.
 var (
 	ErrRejected  = errors.New("its modules were rejected in the load test")
 	ErrNotTested = errors.New("no load test attached")
 )
 
-// LoadTestPolicy says what a verifier wants to know about the load test.
+// LoadTestPolicy says which load test a verifier demands.
 type LoadTestPolicy string
 
-// Whatever the policy, modules that failed their load test are refused.
+// Policies. Each of them refuses modules that failed their load test.
 const (
-	// LoadTestAny takes artifacts that had static checks only, too.
+	// LoadTestAny also accepts artifacts that had only static checks, or no test result.
 	LoadTestAny LoadTestPolicy = ""
-	// LoadTestTested takes artifacts whose modules a kernel of their
-	// fingerprint has loaded.
+	// LoadTestTested accepts an artifact only if a kernel with its fingerprint has loaded its modules.
 	LoadTestTested LoadTestPolicy = "tested"
 )
 
-// ParseLoadTestPolicy reads any or tested.
+// ParseLoadTestPolicy parses "any" or "tested".
 func ParseLoadTestPolicy(text string) (LoadTestPolicy, error) {
 	switch text {
 	case "any":
@@ -89,7 +87,7 @@ func ParseLoadTestPolicy(text string) (LoadTestPolicy, error) {
 	return "", fault.Errorf(fault.Usage, "load test policy %.40q: want any or tested", text)
 }
 
-// ParseTestResult reads a test result out of a statement.
+// ParseTestResult parses the test result in a statement.
 func ParseTestResult(st *Statement) (TestResult, error) {
 	var r TestResult
 	if st.PredicateType != PredicateTestResult {
@@ -110,23 +108,23 @@ func ParseTestResult(st *Statement) (TestResult, error) {
 	return r, nil
 }
 
-// loadTests collects what statements say about the load test. Those of the
-// node's own COS build outweigh those of others with the same fingerprint.
+// loadTests collects the test results about an artifact. Results for the node's own COS build come before those for
+// other builds with the same fingerprint.
 type loadTests struct {
 	own, other tested
 	static     bool
 }
 
-// tested is what is said of one build, or of others: the best pass of each signer, and
-// the rejections. A pass revokes the rejection of the same signer, and of nobody else.
+// tested has the results for the node's own build, or for other builds: the best pass of each signer, and the
+// rejections. A pass revokes a rejection by the same signer only.
 type tested struct {
 	passed   map[string]string
 	rejected map[string]error
 }
 
-// add judges one statement. An error means that it says nothing; counts is asked whether
-// its signer may say that modules were loaded. That they were rejected, anybody who is
-// trusted may say. passed reports that a kernel loaded them, by somebody who counts.
+// add adds one statement. An error means that the statement does not count. add calls counts to ask whether the signer
+// may state that modules were loaded. Every trusted signer may state that they were rejected. passed is true if a
+// signer who counts states that a kernel loaded the modules.
 func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bool, err error) {
 	r, err := ParseTestResult(st)
 	if err != nil {
@@ -161,7 +159,7 @@ func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bo
 	return true, nil
 }
 
-// verdict returns the best pass, or a rejection that its signer did not revoke.
+// verdict returns the best pass, or a rejection that its signer did not revoke by a pass.
 func (t tested) verdict() (passed string, rejected error) {
 	for signer, err := range t.rejected {
 		if t.passed[signer] == "" {
@@ -176,7 +174,7 @@ func (t tested) verdict() (passed string, rejected error) {
 	return passed, nil
 }
 
-// decide returns the verdict's words, "" where there is none.
+// decide returns the verdict for an artifact, or "" if there is none.
 func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
 	for _, of := range []tested{l.own, l.other} {
 		if passed, rejected := of.verdict(); passed != "" || rejected != nil {

@@ -9,20 +9,21 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The names under which the provenance lists whose signatures the modules carry: the
-// certificate of the farm's own key, the archive with Google's signatures, or that with
-// Google's own modules. Without any of them they carry none.
+// Names of internal parameters in the provenance that say who signed the modules. FactModuleKey is the certificate of
+// the farm's own key. FactGoogleSignatures is the archive with Google's signatures. FactGoogleModules is the archive
+// with Google's own modules. Without any of them the modules are not signed.
 const (
 	FactModuleKey        = "moduleKey"
 	FactGoogleSignatures = "googleSignatures"
 	FactGoogleModules    = "googleModules"
 )
 
+// provenance has the fields of SLSA's predicate that Verify needs.
 type provenance struct {
 	BuildDefinition struct {
 		BuildType          string     `json:"buildType"`
 		ExternalParameters Parameters `json:"externalParameters"`
-		// InternalParameters are of any form; only whether ours are there is looked at.
+		// InternalParameters may have any form. Only the presence of our names is checked.
 		InternalParameters   map[string]json.RawMessage `json:"internalParameters"`
 		ResolvedDependencies []struct {
 			Name   string            `json:"name"`
@@ -41,7 +42,7 @@ type provenance struct {
 	} `json:"runDetails"`
 }
 
-// provenance judges one statement.
+// provenance checks the content of one provenance statement.
 func (v *Verifier) provenance(st *Statement, e Expect) error {
 	var p provenance
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {
@@ -75,7 +76,7 @@ func (v *Verifier) provenance(st *Statement, e Expect) error {
 	}
 	placed := 0
 	for _, d := range p.BuildDefinition.ResolvedDependencies {
-		if d.URI == "" { // what has no place is named by its digest alone
+		if d.URI == "" { // an input without a location is identified by its digest alone
 			continue
 		}
 		if placed++; !slices.ContainsFunc(v.policy.Sources,
@@ -90,14 +91,14 @@ func (v *Verifier) provenance(st *Statement, e Expect) error {
 	return nil
 }
 
-// fillProvenance notes what a statement says that was judged.
+// fillProvenance copies facts from a provenance that counts into the verdict.
 func fillProvenance(st *Statement, verdict *Verdict) {
 	var p provenance
 	if json.Unmarshal(st.Predicate, &p) != nil {
-		return // it was read before
+		return // cannot happen: provenance has parsed it before
 	}
 	run := p.RunDetails
-	// The oldest of several decides over the age; one that tells none, that nobody knows.
+	// If several statements count, the oldest time decides. A statement without a time makes the time unknown (zero).
 	at, err := time.Parse(time.RFC3339, run.Metadata.FinishedOn)
 	if verdict.BuilderID != "" {
 		if err != nil || at.Before(verdict.BuiltOn) {

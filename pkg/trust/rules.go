@@ -13,11 +13,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// PredicateReproduced says that somebody made the artifact again from the inputs that
-// its provenance names, and got the same digest.
+// PredicateReproduced is the predicate type of a reproduction: the signer built the artifact again from the inputs in
+// its provenance, and got the same digest.
 const PredicateReproduced = "https://prebake.dev/reproduced/v1"
 
-// More that can be wrong with an artifact; for errors.Is.
+// Reasons by which a policy refuses an artifact; compare with errors.Is.
 var (
 	ErrRevoked    = errors.New("its digest is revoked")
 	ErrTooOld     = errors.New("it is too old")
@@ -27,50 +27,50 @@ var (
 	ErrOtherInput = errors.New("built from inputs of a place that is not trusted")
 )
 
-// Role is a group of signers whose signatures count for some kinds of statements, as those of
-// a farm, or of somebody who builds everything again.
+// Role is a group of signers whose signatures count for some types of statements. Examples are the builders of a farm,
+// or somebody who builds every artifact again.
 type Role struct {
 	Name string
 	Keys []RoleKey
-	// Identities may be named by certificates of the policy's root.
+	// Identities are names in certificates. The policy's Root verifies the certificates.
 	Identities []Identity
 }
 
-// RoleKey is a key and when it counts: for what is taken between the two by the node's
-// clock. Zero is no bound. What a node has taken stays good when the key's time is over.
+// RoleKey is a key with the period in which it counts. The key counts if the node accepts an artifact in that period,
+// by the node's clock. A zero time means no bound. An artifact that a node has accepted stays valid after the period.
 type RoleKey struct {
 	Key                 PublicKey
 	NotBefore, NotAfter time.Time
 }
 
-// Rule demands a number of different signers of one role under statements of one
-// predicate type.
+// Rule demands that Count different signers of a role have signed a statement of one predicate type.
 type Rule struct {
 	Statement string
 	Role      string
 	Count     int
 }
 
-// publisher is the one role of a policy without roles.
+// publisher is the only role of a policy that defines no roles.
 const publisher = "publisher"
 
-// Signature says who signed a statement that counted, and in which role.
+// Signature is a signature that counted: its statement's predicate type, its signer and the signer's role.
 type Signature struct {
 	Statement string `json:"statement"`
 	Signer    string `json:"signer"`
 	Role      string `json:"role"`
-	// Entry is which of the role's keys and identities it is by: several subjects may be of one.
+	// Entry is the index of the key or identity in the role. Several subjects can match one identity with a pattern,
+	// and they count once.
 	Entry int `json:"entry"`
 }
 
-// Finding is what one rule of a policy says about an artifact.
+// Finding is the result of one rule of a policy for an artifact.
 type Finding struct {
 	Rule   string `json:"rule"`
 	OK     bool   `json:"ok"`
 	Detail string `json:"detail"`
 }
 
-// settle completes a policy and checks that it can be met at all.
+// settle fills in the default role and rules. It returns an error if no artifact could satisfy the policy.
 func (p *Policy) settle() error {
 	bad := func(format string, args ...any) error {
 		return fault.Errorf(fault.Usage, "verify artifacts: "+format, args...)
@@ -122,7 +122,7 @@ func (p *Policy) settle() error {
 		}
 	}
 	for _, digest := range p.Revoked {
-		if _, err := target.ParseFingerprint(digest); err != nil { // digests have the same form
+		if _, err := target.ParseFingerprint(digest); err != nil { // an artifact's digest has the same form as a fingerprint
 			return bad("revoked digest %.80q: want sha256: and 64 lower-case hex digits", digest)
 		}
 	}
@@ -138,7 +138,7 @@ func (p *Policy) settle() error {
 	return nil
 }
 
-// short is a predicate type in plain terms.
+// short returns a readable name for a predicate type.
 func short(predicate string) string {
 	switch predicate {
 	case PredicateProvenance:
@@ -155,11 +155,11 @@ func short(predicate string) string {
 	return predicate
 }
 
-// Signer names the key or the identity that signed.
+// Signer returns the ID of the key, or the identity, that signed the statement.
 func (s *Statement) Signer() string { return s.KeyID + s.Identity }
 
-// has returns the entry of a role by which a signature counts, or why it does not; now is
-// zero where periods do not.
+// has returns the index of the role's key or identity that signed a statement, or why the signature does not count. If
+// now is zero, the periods of keys are not checked.
 func (r Role) has(st *Statement, now time.Time) (entry int, err error) {
 	for i, k := range r.Keys {
 		if st.KeyID == "" || k.Key.Hint() != st.hint {
@@ -184,7 +184,7 @@ func (r Role) has(st *Statement, now time.Time) (entry int, err error) {
 	return 0, fault.Errorf(fault.Unverified, "%w: %s is not of role %s", ErrOtherRole, st.Signer(), r.Name)
 }
 
-// names reports whether a certificate that names who is of this identity.
+// names reports whether this identity matches the name in a certificate.
 func (i Identity) names(who Identity) bool {
 	if i.Issuer != who.Issuer {
 		return false
@@ -196,9 +196,8 @@ func (i Identity) names(who Identity) bool {
 	return err == nil && whole.MatchString(who.Subject)
 }
 
-// counts reports why no rule counts a statement; nil means that one does, and that the
-// signatures are noted. Where no rule is about its type, whoever may sign the provenance
-// may say it.
+// counts returns nil if at least one rule counts a statement, and records the signatures. Otherwise it returns the
+// reason. If no rule is about the statement's type, the signers who may sign the provenance count.
 func (x *evaluation) counts(st *Statement, p Policy, now time.Time) error {
 	about := slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Statement == st.PredicateType })
 	var why error
@@ -225,7 +224,7 @@ func (x *evaluation) counts(st *Statement, p Policy, now time.Time) error {
 	return why
 }
 
-// met reports whether a rule's number of signers is reached.
+// met returns an error if fewer signers than a rule demands have signed.
 func (x *evaluation) met(rule Rule) (string, error) {
 	var signers []string
 	entries := map[int]bool{}
@@ -248,7 +247,7 @@ func (x *evaluation) met(rule Rule) (string, error) {
 	return detail, nil
 }
 
-// reproduced checks what a rebuilder says.
+// reproduced checks the content of a reproduction statement.
 func reproduced(st *Statement, e Expect) error {
 	var p struct {
 		Result      string             `json:"result"`
@@ -273,9 +272,9 @@ func (p Policy) revoked(digest string) (string, error) {
 	return fmt.Sprintf("not among %d revoked digests", len(p.Revoked)), nil
 }
 
-// minimum wants a driver of a branch that is named to be as new as its version there, and
-// one of another branch to be newer than all of them: who names the branches that are
-// maintained means that the others are not.
+// minimum checks the driver's version. If MinVersions has a version of the driver's branch, the driver must not be
+// older. A driver of any other branch must not be older than any version in the list, because a policy that lists the
+// maintained branches means that older branches are not maintained.
 func (p Policy) minimum(d target.Driver) (string, error) {
 	if len(p.MinVersions) == 0 {
 		return "any version will do", nil
@@ -304,7 +303,7 @@ func (p Policy) tooOld(have, least string) error {
 		"ask for a newer driver")
 }
 
-// age wants what was built not too long ago, by the time in the provenance.
+// age checks that the build is not older than MaxAge, by the time in the provenance.
 func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	switch {
 	case p.MaxAge == 0:
@@ -330,8 +329,8 @@ func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	return "built on " + v.BuiltOn.UTC().Format(time.DateOnly), nil
 }
 
-// Wanted returns the labels of the statements by which this verifier decides for a
-// kernel. An artifact may have hundreds for other builds of its kernel.
+// Wanted returns the labels of the statements that this verifier needs for a kernel. An artifact may have hundreds of
+// statements for other COS builds with the same kernel.
 func (v *Verifier) Wanted(k target.Kernel) []map[string]string {
 	wanted := Wanted(k)
 	for _, rule := range v.policy.Rules {

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// A policy with two parties, as a node's owner may write it.
+// TestRules uses a policy with two parties, as a node's owner may write it.
 func TestRules(t *testing.T) {
 	t.Parallel()
 	farm, farm2, rebuilder, stranger := testkit.NewKey(t), testkit.NewKey(t), testkit.NewKey(t), testkit.NewKey(t)
@@ -73,7 +73,7 @@ func TestRules(t *testing.T) {
 		change  func(*trust.Policy)
 		bundles [][]byte
 		now     time.Time
-		is      error // nil is accepted
+		is      error // nil if accepted
 		text    string
 	}{
 		{name: "one farm key", bundles: [][]byte{prov, fits}},
@@ -190,7 +190,7 @@ func TestRules(t *testing.T) {
 
 func period(k trust.PublicKey, from, until string) func(*trust.Policy) {
 	day := func(text string) (at time.Time) {
-		at, _ = time.Parse(time.DateOnly, text) // "" is zero
+		at, _ = time.Parse(time.DateOnly, text) // the zero time for ""
 		return at
 	}
 	return func(p *trust.Policy) {
@@ -213,7 +213,7 @@ func least(versions ...string) func(*trust.Policy) {
 	return func(p *trust.Policy) { p.MinVersions = versions }
 }
 
-// A policy that cannot be met, or that forgets the needed rules, is refused when it is read.
+// NewVerifier refuses a policy that no artifact can satisfy, or that lacks a required rule.
 func TestPolicyThatCannotBe(t *testing.T) {
 	t.Parallel()
 	k := testkit.NewKey(t).Public(t)

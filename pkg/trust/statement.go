@@ -14,68 +14,66 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// What can be wrong with a bundle itself. Each comes with its own text; these
-// are for errors.Is.
+// Errors of a bundle itself. Each error that is returned wraps one of them and adds details; compare with errors.Is.
 var (
 	ErrMalformed  = errors.New("malformed bundle")
 	ErrUnknownKey = errors.New("signed by an unknown key")
 	ErrChanged    = errors.New("signature does not hold: payload or signature changed after signing")
 )
 
-// Bounds of what is looked at. A registry may let others attach whatever they
-// like, so neither number nor size may cost much.
+// Bounds on what is read. A registry may let anybody attach bundles, so neither their number nor their size may cost
+// much time.
 const (
-	// MaxBundles has room for what [Wanted] finds, as much that has no labels, and
-	// the caller's own.
+	// MaxBundles has room for the bundles that match [Wanted], for as many bundles without labels, and for the
+	// caller's own bundles.
 	MaxBundles    = 64 + 64 + 16
 	MaxBundleSize = 1 << 20
 	maxSubjects   = 64
 )
 
-// statementType is the only type of in-toto statement that is read.
+// statementType is the only type of in-toto statement that is accepted.
 const statementType = "https://in-toto.io/Statement/v1"
 
-// Verifier checks bundles against a fixed set of public keys and identities.
-// It needs no network, no clock and no files.
+// Verifier checks bundles against a fixed set of public keys and identities. It uses no network, no clock and no
+// files.
 type Verifier struct {
 	policy       Policy
 	keys         map[string]PublicKey // by hint
 	verifier     *verify.Verifier
-	certificates *certificates // nil trusts none
+	certificates *certificates // nil if the policy trusts no certificates
 }
 
-// Policy says whom to trust: at least one key or identity. One that signed is
-// enough.
+// Policy says whose signatures are trusted. It needs at least one key or identity. Without Roles and Rules, one
+// signature is enough.
 type Policy struct {
-	// Keys are the public keys of those who may publish.
+	// Keys are the public keys of the publishers.
 	Keys []PublicKey
-	// Root is what certificates are judged by, and Identities are those whom they
-	// may name. The two go together.
+	// Root verifies certificates, and Identities are the names that they may have. Either both are set, or neither.
 	Root       *Root
 	Identities []Identity
-	// Roles and Rules replace Keys and Identities where more than one party has a say:
-	// rules for provenance and kernel match are needed, others may demand more.
+	// Roles and Rules replace Keys and Identities if several parties have to sign. There must be rules for provenance
+	// and kernel match, and there may be rules for other types.
 	Roles []Role
 	Rules []Rule
-	// Builders are the builder ids that provenance may name; none is any. Sources are the
-	// beginnings of the URIs that its inputs may have; none is any.
+	// Builders are the builder IDs that the provenance may name. Sources are the prefixes that the URIs of its inputs
+	// may have. An empty list allows any.
 	Builders, Sources []string
-	// MaxAge is how long ago something new may have been built; zero is any.
+	// MaxAge is the greatest age of a build that is installed anew. Zero allows any age.
 	MaxAge time.Duration
-	// MinVersions are the oldest driver versions that are taken, one for each branch.
+	// MinVersions are the oldest driver versions that are accepted, one for each branch.
 	MinVersions []string
-	// Revoked are digests of artifacts that are refused no matter who signed them.
+	// Revoked are the digests of artifacts that are refused, whoever signed them.
 	Revoked []string
-	// LoadTest says whether artifacts need one; the zero value takes any.
+	// LoadTest says whether an artifact needs a passed load test. The zero value does not demand one.
 	LoadTest LoadTestPolicy
-	// Listing is asked about each artifact, too; nil means not.
+	// Listing is also asked about each artifact. Nil means that there is no listing.
 	Listing Listing
 }
 
-// Listing says what a list from elsewhere makes of an artifact.
+// Listing decides about an artifact by a list that is not part of the policy, such as a snapshot.
 type Listing interface {
-	// Check returns why the artifact of this digest must not be used; nil means that it may. now
-	// is when something new is taken, and zero for what was taken before.
+	// Check returns why the artifact with this digest must not be used, or nil. now is the time at which a new
+	// artifact is accepted. now is zero for an artifact that was accepted before.
 	Check(digest string, now time.Time) (detail string, err error)
 }
 
@@ -105,8 +103,7 @@ func NewVerifier(p Policy) (*Verifier, error) {
 		byHint[k.Hint()] = root.NewExpiringKey(sv, time.Time{}, time.Time{})
 	}
 	var err error
-	// Long-lived keys and no log: there is no time to verify, and no service
-	// to ask.
+	// The keys are long-lived and there is no log, so there is no time to verify and no service to ask.
 	v.verifier, err = verify.NewVerifier(root.NewTrustedPublicKeyMaterialFromMapping(byHint),
 		verify.WithNoObserverTimestamps())
 	if err != nil {
@@ -120,20 +117,20 @@ func NewVerifier(p Policy) (*Verifier, error) {
 	return v, nil
 }
 
-// Statement is an in-toto statement whose signature holds.
+// Statement is an in-toto statement with a valid signature.
 type Statement struct {
-	// KeyID is the [PublicKey.ID] of the signer, and Identity whom the signer's
-	// certificate names. One of the two is empty.
+	// KeyID is the [PublicKey.ID] of the signer. Identity is the name in the signer's certificate. One of the two is
+	// empty.
 	KeyID    string
 	Identity string
-	// Subjects are the digests that the statement is about.
+	// Subjects are the digests that the statement is about, as sha256:HEX.
 	Subjects      []string
 	PredicateType string
 	// Predicate is JSON.
 	Predicate []byte
 
-	signer Identity // the same as Identity
-	hint   string   // the whole digest of the key
+	signer Identity // Identity before formatting
+	hint   string   // [PublicKey.Hint] of the key
 }
 
 // About reports whether the statement is about this digest.
@@ -146,9 +143,8 @@ func (s *Statement) About(digest string) bool {
 	return false
 }
 
-// Statements returns those of the bundles that hold, are about this digest and
-// have this predicate type, for callers who read more than [Verifier.Verify]
-// decides by. Only the first [MaxBundles] are examined.
+// Statements returns the statements with a valid signature, this digest as a subject, and this predicate type. It is
+// for callers that read more than [Verifier.Verify] does. It examines only the first [MaxBundles] bundles.
 func (v *Verifier) Statements(bundles [][]byte, digest, predicateType string) []*Statement {
 	var all []*Statement
 	for _, data := range bundles[:min(len(bundles), MaxBundles)] {
@@ -159,8 +155,8 @@ func (v *Verifier) Statements(bundles [][]byte, digest, predicateType string) []
 	return all
 }
 
-// Statement checks one bundle's signature and returns what was signed. It
-// says nothing about what the statement is worth.
+// Statement verifies one bundle's signature and returns the signed statement. It does not check the statement's
+// content.
 func (v *Verifier) Statement(data []byte) (*Statement, error) {
 	st, err := v.statement(data)
 	if err != nil {
@@ -215,8 +211,8 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	if !ok {
 		return nil, fmt.Errorf("%w: key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()), v.trusted())
 	}
-	// The subject is compared by the caller, who can then say what it is
-	// instead; nothing is returned here before the signature holds.
+	// The caller compares the subject, because its error can say what the subject is instead. Nothing is returned
+	// before the signature is verified.
 	result, err := v.verifier.Verify(&b, verify.NewPolicy(verify.WithoutArtifactUnsafe(), verify.WithKey()))
 	if err != nil {
 		return nil, fmt.Errorf("%w (key %s)", ErrChanged, key.ID())
@@ -224,7 +220,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	return readStatement(Statement{KeyID: key.ID(), hint: key.Hint()}, result)
 }
 
-// trusted names everybody, for people.
+// trusted returns the trusted keys and identities, for messages.
 func (v *Verifier) trusted() string {
 	all := ids(v.policy.Keys)
 	switch {
@@ -236,7 +232,7 @@ func (v *Verifier) trusted() string {
 	return all + ", " + v.certificates.identities
 }
 
-// readStatement fills in what was said by a signer who is known.
+// readStatement fills st with the content of a verified statement.
 func readStatement(st Statement, result *verify.VerificationResult) (*Statement, error) {
 	in := result.Statement
 	if in == nil || in.GetType() != statementType {
@@ -261,7 +257,7 @@ func readStatement(st Statement, result *verify.VerificationResult) (*Statement,
 	return &st, nil
 }
 
-// cut shortens the text of an error that may quote foreign bytes.
+// cut limits the length of an error's text that may quote untrusted bytes.
 type cut struct{ err error }
 
 func (c cut) Error() string {

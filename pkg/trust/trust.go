@@ -1,7 +1,6 @@
-// Package trust decides whether an artifact is what somebody who is trusted, by
-// a key or by an identity, said it is, and whether that was said for this very
-// kernel and driver. It works offline, and holds nothing secret. It refuses to sign, to fetch, and
-// to take anything out of a statement before its signature holds.
+// Package trust decides whether an artifact can be trusted. A trusted signer, known by a key or an identity, must have
+// stated what the artifact is, and must have stated it for this kernel and driver. The package works offline and holds
+// no secrets. It does not sign or fetch, and it uses nothing from a statement before the signature is verified.
 package trust
 
 import (
@@ -19,25 +18,24 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The kinds of statements that an artifact needs or may have, and how they are
-// stored.
+// Predicate types of the statements that an artifact needs or may have, and the types under which they are stored.
 const (
-	// PredicateProvenance says how an artifact was built, and of what.
+	// PredicateProvenance is the type of a statement about how, and from which inputs, an artifact was built.
 	PredicateProvenance = "https://slsa.dev/provenance/v1"
-	// PredicateKernelMatch says that an artifact fits one COS build: there is
-	// one such statement for each build of a fingerprint.
+	// PredicateKernelMatch is the type of a statement that an artifact fits one COS build. There is one such statement
+	// for each COS build with the artifact's fingerprint.
 	PredicateKernelMatch = "https://prebake.dev/kernel-match/v1"
-	// PredicateSBOM is an SPDX document: what is in the artifact. It decides
-	// nothing here.
+	// PredicateSBOM is the type of a statement about the artifact's contents, an SPDX document. Verify does not need
+	// it.
 	PredicateSBOM = "https://spdx.dev/Document"
-	// BuildType names the rules by which the provenance's parameters are read.
+	// BuildType defines the meaning of the provenance's parameters.
 	BuildType = "https://prebake.dev/build/v1"
-	// ArtifactTypeBundle is the type under which bundles are attached.
+	// ArtifactTypeBundle is the artifact type of attached bundles.
 	ArtifactTypeBundle = "application/vnd.dev.sigstore.bundle.v0.3+json"
 )
 
-// What can be wrong with an artifact whose bundles are read. Each comes with
-// its own text; these are for errors.Is.
+// Errors of an artifact whose bundles could be read. Each error that is returned wraps one of them and adds details;
+// compare with errors.Is.
 var (
 	ErrOtherDigest   = errors.New("statement is about another artifact")
 	ErrNoProvenance  = errors.New("no provenance attached")
@@ -47,25 +45,24 @@ var (
 	ErrOtherIdentity = errors.New("statement and artifact disagree")
 )
 
-// Expect is what the caller wants the artifact to be.
+// Expect describes the artifact that the caller expects.
 type Expect struct {
-	// Digest is that of the manifest, whose bytes the caller has compared.
+	// Digest is the digest of the manifest. The caller has compared the manifest's bytes with it.
 	Digest string
-	// Kernel is the node's: BuildID and Board are needed; Release, Commit and
-	// Arch are compared where they are known on both sides. Version is not: a
-	// header tree's build counter and time may come from another run of make
-	// than the image's, and BUILD_ID is what COS itself matches by.
+	// Kernel is the node's kernel. BuildID and Board are required. Release, Commit and Arch are compared if both sides
+	// know them. Version is not compared: the build counter and time in a header tree may come from another run of
+	// make than the image's. COS itself matches by BUILD_ID.
 	Kernel target.Kernel
-	// Driver is the one that was asked for.
+	// Driver is the driver that was asked for.
 	Driver target.Driver
-	// Identity is what the manifest's annotations say.
+	// Identity is the identity in the manifest's annotations.
 	Identity bundle.Identity
-	// Now is when something new is taken, for the policy's periods and ages. Zero leaves
-	// these out: for what was taken before, which no clock makes worse.
+	// Now is the time at which a new artifact is accepted. The policy's periods and ages are checked against it. Zero
+	// skips these checks, for an artifact that was accepted before, because passing time does not make it worse.
 	Now time.Time
 }
 
-// KernelMatch is the predicate of that name.
+// KernelMatch is the predicate of a statement with type [PredicateKernelMatch].
 type KernelMatch struct {
 	Kernel      target.Kernel      `json:"kernel"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
@@ -85,38 +82,38 @@ type Material struct {
 	Digest string `json:"digest"`
 }
 
-// Verdict is what was proved.
+// Verdict has the facts that were verified about an artifact.
 type Verdict struct {
-	// KeyID is the key that signed the provenance, and Identity whom the
-	// certificate names that did. One of the two is empty.
+	// KeyID is the key that signed the provenance. Identity is the name in the certificate that signed it. One of the
+	// two is empty.
 	KeyID    string `json:"keyId,omitempty"`
 	Identity string `json:"identity,omitempty"`
-	// BuilderID and InvocationID say who built it, and in which run.
+	// BuilderID names the builder, and InvocationID the run of the builder.
 	BuilderID    string `json:"builderId"`
 	InvocationID string `json:"invocationId,omitempty"`
-	// Built is what was built, and for which build's kernel it was compiled.
+	// Built has the driver, and the COS build whose kernel it was compiled for.
 	Built Parameters `json:"built"`
-	// Match is the statement for this node's build, and MatchedBy the key or the identity
-	// that signed that: it may be another than signed the provenance.
+	// Match is the kernel match for the node's COS build. MatchedBy is the key or the identity that signed it, which
+	// may differ from the signer of the provenance.
 	Match     KernelMatch `json:"match"`
 	MatchedBy string      `json:"matchedBy"`
-	// Materials are the inputs.
+	// Materials are the inputs of the build.
 	Materials []Material `json:"materials"`
-	// ModulesSigned says that the kernel modules carry signatures for the kernel, as the
-	// provenance has it: the farm's own, or Google's.
+	// ModulesSigned is true if, according to the provenance, the modules carry signatures for the kernel, by the
+	// farm's key or by Google's.
 	ModulesSigned bool `json:"modulesSigned,omitempty"`
-	// LoadTest is the load test's verdict; empty where nothing says any.
+	// LoadTest is the load test's verdict. It is empty if no statement has one.
 	LoadTest string `json:"loadTest,omitempty"`
-	// BuiltOn is when the build ended, as its provenance has it; zero is not known.
+	// BuiltOn is the time at which the build ended, according to the provenance. Zero means unknown.
 	BuiltOn time.Time `json:"builtOn,omitzero"`
-	// Signatures are all that counted.
+	// Signatures are all signatures that counted.
 	Signatures []Signature `json:"signatures,omitempty"`
-	// Ignored says why bundles that are attached too were not used.
+	// Ignored has the reasons why other attached bundles were not used.
 	Ignored []string `json:"ignored,omitempty"`
 }
 
-// SignedBy names the key or the identity that signed the provenance, and who signed
-// the kernel match where that is somebody else.
+// SignedBy returns the key or the identity that signed the provenance. If another signer signed the kernel match,
+// SignedBy adds that signer.
 func (v *Verdict) SignedBy() string {
 	by := v.KeyID + v.Identity
 	if v.MatchedBy != "" && v.MatchedBy != by {
@@ -125,17 +122,16 @@ func (v *Verdict) SignedBy() string {
 	return by
 }
 
-// String sums the verdict up in one line.
+// String returns the verdict in one line.
 func (v *Verdict) String() string {
 	return fmt.Sprintf("driver %s for %s, signed by %s, built by %s from %d inputs",
 		v.Built.Driver, v.Match.Kernel, v.SignedBy(), v.BuilderID, len(v.Materials))
 }
 
-// Verify decides about an artifact. It needs one valid provenance and one
-// valid kernel match for Expect's build, both about Expect's digest, a load
-// test where the policy wants one, and no failed one in any case. Bundles
-// that prove nothing are ignored as long as others do: anybody may attach
-// something to an artifact. Only the first [MaxBundles] are examined.
+// Verify decides whether an artifact may be used. There must be a valid provenance and a valid kernel match for e's
+// COS build, both about e's digest. If the policy demands a load test, there must be a passed one. A failed load test
+// always refuses the artifact. Verify ignores bundles that prove nothing if other bundles prove enough, because
+// anybody may attach bundles to an artifact. It examines only the first [MaxBundles] bundles.
 func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	verdict, err := v.verify(bundles, e)
 	if err != nil {
@@ -154,8 +150,8 @@ func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	return x.done(), nil
 }
 
-// Explain is [Verifier.Verify] for people: it returns what each rule says, also where
-// another one refuses the artifact. The verdict is nil where the error is not.
+// Explain is [Verifier.Verify] for messages to a person. It returns the result of each rule, even after a rule has
+// refused the artifact. If the error is not nil, the verdict is nil.
 func (v *Verifier) Explain(bundles [][]byte, e Expect) (*Verdict, []Finding, error) {
 	x, checks := v.evaluate(bundles, e)
 	var findings []Finding
@@ -176,16 +172,16 @@ func (v *Verifier) Explain(bundles [][]byte, e Expect) (*Verdict, []Finding, err
 	return x.done(), findings, nil
 }
 
-// evaluation is the result of the statements about one artifact.
+// evaluation collects the results of all statements about one artifact.
 type evaluation struct {
 	verdict                    Verdict
 	provenance, match, useless tally
 	tests                      loadTests
-	// reasons are why statements did not count, by their types.
+	// reasons has the reasons why statements did not count, by predicate type.
 	reasons map[string][]error
 }
 
-// check is one rule, which says why it holds or why not.
+// check is one rule. do returns a detail if the rule holds, or an error that says why it does not.
 type check struct {
 	name string
 	do   func() (string, error)
@@ -198,7 +194,7 @@ func (x *evaluation) done() *Verdict {
 	return &x.verdict
 }
 
-// evaluate reads all statements, and returns the rules in the order in which they decide.
+// evaluate reads all statements, and returns the rules in the order in which they are checked.
 func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 	x := &evaluation{reasons: map[string][]error{}}
 	for i, data := range bundles {
@@ -246,9 +242,9 @@ func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 	return x, checks
 }
 
-// read takes in one statement whose signature holds.
+// read evaluates one statement whose signature is valid.
 func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
-	// What it says comes first: a wrong statement counts for no rule.
+	// The content is checked first, because a statement with wrong content must not count for any rule.
 	var err error
 	defer func() {
 		if err != nil {
@@ -276,7 +272,7 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 		x.match.judge(err)
 		return
 	case PredicateTestResult:
-		// Every trusted signer may say that modules failed.
+		// Every trusted signer may state that modules were rejected.
 		var passed bool
 		if passed, err = x.tests.add(st, e, func() error { return x.counts(st, v.policy, e.Now) }); err == nil && !passed {
 			return
@@ -285,7 +281,7 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 		if err = reproduced(st, e); err == nil {
 			err = x.counts(st, v.policy, e.Now)
 		}
-	case PredicateSBOM, gpulist.PredicateType: // for others to read
+	case PredicateSBOM, gpulist.PredicateType: // Verify does not need their content
 		err = x.counts(st, v.policy, e.Now)
 	default:
 		err = fault.Errorf(fault.Unverified, "statement of unknown type %.80q", st.PredicateType)
@@ -295,8 +291,7 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 	}
 }
 
-// check compares what was asked for with what the manifest says, before any
-// statement is read.
+// check compares the manifest's identity with the driver and kernel that were asked for. It is the first check.
 func (e Expect) check() error {
 	if _, err := target.ParseKernel(e.Kernel.BuildID, e.Kernel.Board); err != nil {
 		return fault.Wrap(fault.Usage, err, "")
@@ -314,9 +309,7 @@ func (e Expect) check() error {
 	return nil
 }
 
-// provenance is the part of SLSA's predicate that decides.
-
-// ParseKernelMatch reads a kernel match out of a statement.
+// ParseKernelMatch parses the kernel match in a statement.
 func ParseKernelMatch(st *Statement) (KernelMatch, error) {
 	var m KernelMatch
 	if st.PredicateType != PredicateKernelMatch {
@@ -362,7 +355,7 @@ func (m KernelMatch) fits(e Expect) error {
 	return nil
 }
 
-// tally collects what was found for one of the needed statements.
+// tally collects the results for one of the required statements.
 type tally struct {
 	ok   bool
 	errs []error
@@ -378,9 +371,8 @@ func (t *tally) judge(err error) {
 	t.add(err)
 }
 
-// explain returns nil when the statement was found, else the reason that says
-// most: what was wrong with statements of that type, or what was wrong with
-// the bundles that might have been it, or that there was nothing.
+// explain returns nil if the statement was found. Otherwise it returns the most useful reason: the errors of
+// statements of that type, or the errors of bundles that could not be used, or that nothing is attached.
 func (t *tally) explain(none error, useless tally) error {
 	const shown = 3
 	var missing error
@@ -403,7 +395,7 @@ func (t *tally) explain(none error, useless tally) error {
 	return fault.Wrap(kind, missing, "")
 }
 
-// join is errors.Join on one line.
+// join joins errors as errors.Join does, but in one line.
 func join(errs []error) error {
 	all := errs[0]
 	for _, err := range errs[1:] {

@@ -34,7 +34,7 @@ func TestVerify(t *testing.T) {
 	}
 }
 
-// flipByte changes the nth byte behind a base64 text.
+// flipByte changes the nth byte of the data that a base64 text encodes.
 func flipByte(t *testing.T, text string, n int) string {
 	t.Helper()
 	raw, err := base64.StdEncoding.DecodeString(text)
@@ -45,7 +45,7 @@ func flipByte(t *testing.T, text string, n int) string {
 	return base64.StdEncoding.EncodeToString(raw)
 }
 
-// flip changes one byte of the decoded envelope payload.
+// flip changes one byte in a field of the envelope.
 func flip(t *testing.T, raw []byte, field string) []byte {
 	t.Helper()
 	var b map[string]any
@@ -270,7 +270,8 @@ func TestPolicy(t *testing.T) {
 	}
 }
 
-// A P-384 key, made with: openssl ecparam -name secp384r1 -genkey | openssl ec -pubout
+// p384 is an example of a P-384 key, truncated. It was made with: openssl ecparam -name secp384r1 -genkey | openssl ec
+// -pubout
 const p384 = `-----BEGIN PUBLIC KEY-----
 MHYwEAYHKoZIzj0CAQYFK4EEACIDYgAE
 -----END PUBLIC KEY-----
@@ -303,8 +304,8 @@ func FuzzParsePublicKeys(f *testing.F) {
 	})
 }
 
-// FuzzVerify looks for crashes, and for a second bundle that verifies: what
-// anybody can make without the key or the identity must never be trusted.
+// FuzzVerify looks for crashes, and for another bundle that verifies. A bundle that was made without the key or the
+// identity must never be trusted.
 func FuzzVerify(f *testing.F) {
 	key, farm := testkit.NewKey(f), testkit.NewAuthority(f)
 	s := testkit.NewSample(f, key, testkit.SampleKernel("47"), driver, "")

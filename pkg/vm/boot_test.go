@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// bootFolder returns a folder with a real kernel. The end-to-end run sets it.
+// bootFolder returns a folder with a real kernel, which PREBAKE_BOOT names. The end-to-end run sets PREBAKE_BOOT.
 func bootFolder(t *testing.T) string {
 	t.Helper()
 	dir := os.Getenv("PREBAKE_BOOT")
@@ -28,8 +28,8 @@ func bootFolder(t *testing.T) string {
 	return dir
 }
 
-// bootArch tells what machine a kernel is for: an Arm image says so 56 bytes
-// into it (Documentation/arm64/booting.rst).
+// bootArch returns the architecture of a kernel. An Arm image has a magic number at byte 56
+// (Documentation/arm64/booting.rst).
 func bootArch(t *testing.T, boot string) target.Arch {
 	t.Helper()
 	f, err := os.Open(filepath.Join(boot, vm.BootKernel))
@@ -122,15 +122,15 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 	}
 }
 
-// A disk outlives its machine: what was flushed is there at the next boot, and what was
-// not is gone when the power is cut.
+// A disk stays after its machine's end. Flushed data is there at the next boot, and data that was not flushed is lost
+// when the power is cut.
 func TestBootWithDisk(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
 	if bootArch(t, boot) != target.AMD64 {
 		t.Skip("the shell in this test is this machine's")
 	}
-	image := filepath.Join(t.TempDir(), "a,disk.img") // qemu has its own way with commas
+	image := filepath.Join(t.TempDir(), "a,disk.img") // the comma tests how qemu's command line quotes one
 	if err := errors.Join(os.WriteFile(image, nil, 0o644), os.Truncate(image, 64<<20)); err != nil {
 		t.Fatal(err)
 	}
@@ -167,9 +167,8 @@ func TestBootWithDisk(t *testing.T) {
 	}
 }
 
-// COS's kernels for Arm have no driver for the port that carries the events. Here
-// the driver is there and is kept off, and a machine for amd64 gets the port that
-// one for arm64 has.
+// COS's kernels for Arm have no driver for the serial port of the events. The kernel of this test has the driver, and
+// an argument keeps it from starting. On amd64 the machine gets the same PCI serial port as on arm64.
 func TestBootWithoutSerialDriver(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
@@ -181,7 +180,7 @@ func TestBootWithoutSerialDriver(t *testing.T) {
 exec qemu-system-x86_64 "${@/#chardev:events/none}" -device pci-serial,chardev=events
 `))
 	}
-	all := make([]byte, 100<<10) // more than one event holds
+	all := make([]byte, 100<<10) // more than fits into one event
 	for i := range all {
 		all[i] = byte(i)
 	}
@@ -213,7 +212,7 @@ func TestBootCrashIsReported(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
 	arch := bootArch(t, boot)
-	// Any static program that ends is a panic when it is process 1.
+	// The kernel panics when process 1 ends, so any static program that ends will do.
 	res, err := vm.Run(t.Context(),
 		vm.Config{Boot: boot, Arch: arch, Init: program.Build(t, "pkg/vm/testdata/quitter", string(arch)),
 			Timeout: 2 * time.Minute})

@@ -12,15 +12,15 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// BootArgs is the file of a boot folder with what its kernel is started with,
-// separated by white space: COS's kernels need to be told what LoadPin leaves
-// alone. A folder without it asks for nothing.
+// BootArgs is the name of the file in a boot folder that has arguments for the kernel's command line, separated by
+// white space. COS's kernels need one to tell LoadPin what it must not restrict. Without the file there are no such
+// arguments.
 const BootArgs = "cmdline"
 
-// maxBootArgs is what a kernel reads of its whole command line on amd64.
+// maxBootArgs is the greatest length of the file in bytes: as much as an amd64 kernel reads of its command line.
 const maxBootArgs = 2048
 
-// bootArgs reads a boot folder's arguments.
+// bootArgs reads the arguments from a boot folder's [BootArgs].
 func bootArgs(boot string) (args []string, err error) {
 	f, err := os.Open(filepath.Join(boot, BootArgs))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -43,7 +43,7 @@ func bootArgs(boot string) (args []string, err error) {
 			return nil, fault.New(fault.Usage,
 				fmt.Sprintf("boot folder %s: %s holds %q, which no kernel takes", boot, BootArgs, arg), "")
 		}
-		// Everything after it would be init's, our own arguments among them.
+		// The kernel passes everything after "--" to init, so our own arguments would not reach the kernel.
 		if arg == "--" {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("boot folder %s: %s holds --", boot, BootArgs), "leave it out")
 		}

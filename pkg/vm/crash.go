@@ -2,9 +2,8 @@ package vm
 
 import "strings"
 
-// crashMarks are how the kernel begins its line about a failure of its own, in
-// the order of how much each one tells. Machines run with oops=panic, so each
-// of them ends the machine.
+// crashMarks are the beginnings of the kernel's messages about its own failure. The message that says most comes
+// first. Machines run with oops=panic, so each of these failures ends the machine.
 var crashMarks = []string{
 	"BUG: ",
 	"kernel BUG at ",
@@ -18,14 +17,14 @@ var crashMarks = []string{
 	"Oops: ",
 }
 
-// crashLine returns the line of a console's text that best says why the kernel
-// crashed, without its time stamp, or "". Warnings are no crash.
+// crashLine returns the line of the console's text that best says why the kernel crashed, without its time stamp. It
+// returns "" if there is no crash. A warning is not a crash.
 func crashLine(console string) string {
 	for _, mark := range crashMarks {
 		for line := range strings.Lines(console) {
 			text := trimStamp(strings.TrimSpace(line))
-			// The mark begins the text, so that a program's output about a
-			// panic are not taken for one.
+			// The mark must be at the beginning of the text. Otherwise the output of a program about a panic would
+			// count as a crash.
 			if strings.HasPrefix(text, mark) {
 				return text
 			}
@@ -34,7 +33,7 @@ func crashLine(console string) string {
 	return ""
 }
 
-// trimStamp removes "[    1.234567] ".
+// trimStamp removes a time stamp such as "[    1.234567] ".
 func trimStamp(line string) string {
 	rest, ok := strings.CutPrefix(line, "[")
 	if !ok {

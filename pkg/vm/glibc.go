@@ -12,27 +12,27 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// libraryFolders are where a glibc loader without a cache or configuration
-// looks on the distributions that Prebake builds on, and where Debian keeps the
-// libraries of a cross compiler, which a loader does not know.
+// libraryFolders are the folders in which a glibc loader without a cache or configuration searches, on the
+// distributions that Prebake builds on. The last one for arm64 is where Debian keeps the libraries of a cross
+// compiler; a loader does not search there.
 var libraryFolders = map[elf.Machine][]string{
 	elf.EM_X86_64: {"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"},
 	elf.EM_AARCH64: {"/lib/aarch64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib",
 		"/usr/aarch64-linux-gnu/lib"},
 }
 
-// guestFolders are where a guest's loader finds what came from anywhere else.
+// guestFolders are the folders of the guest in which all libraries are placed, because the guest's loader searches
+// there.
 var guestFolders = map[elf.Machine]string{elf.EM_X86_64: "/lib/x86_64-linux-gnu",
 	elf.EM_AARCH64: "/lib/aarch64-linux-gnu"}
 
-// dlopened are glibc's parts that NVIDIA's libraries need, though the program
-// that opens them by name may not.
+// dlopened are parts of glibc that NVIDIA's libraries need. A program that opens those libraries with dlopen need not
+// name these parts itself.
 var dlopened = []string{"libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6"}
 
-// GlibcFiles returns what dynamic programs and libraries need in a guest of
-// their own architecture: the loader, every library they name, those that these
-// name, and glibc's parts that NVIDIA's libraries name. The programs themselves
-// are not among them. Run paths are not followed.
+// GlibcFiles returns the files that dynamic programs and libraries need in a guest of their own architecture: the
+// loader, all libraries that they need directly or indirectly, and the parts of glibc that NVIDIA's libraries need.
+// The programs themselves are not in the result. GlibcFiles ignores run paths (DT_RPATH, DT_RUNPATH).
 func GlibcFiles(paths ...string) ([]File, error) {
 	found := map[string]bool{}
 	var files []File
@@ -59,7 +59,7 @@ func GlibcFiles(paths ...string) ([]File, error) {
 		queue = append(queue, d.needed...)
 	}
 	if len(queue) == 0 {
-		return nil, nil // static: needs nothing
+		return nil, nil // static programs need no libraries
 	}
 	queue = append(queue, dlopened...)
 	for len(queue) > 0 {
@@ -106,10 +106,10 @@ func findLibrary(machine elf.Machine, name string) (string, error) {
 		fmt.Sprintf("find library %s for %v: not in %s", name, machine, strings.Join(libraryFolders[machine], ", ")), hint)
 }
 
-// maxInterpreter bounds the path of a loader.
+// maxInterpreter is the greatest length of a loader's path in bytes.
 const maxInterpreter = 4096
 
-// dynamic is what a program or library says about what it needs.
+// dynamic is what a program or library needs according to its ELF headers.
 type dynamic struct {
 	machine     elf.Machine
 	interpreter string

@@ -19,11 +19,10 @@ import (
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
-// folders that every guest has, besides those that its files need.
+// folders are the folders that every guest has, in addition to those of its files.
 var folders = []string{"/dev", "/proc", "/sys", "/tmp", "/run", "/root", "/etc"}
 
-// Tree returns a file for every regular file, link and folder below dir,
-// placed below name in the guest.
+// Tree returns a [File] for every regular file, link and folder below dir. In the guest they are below name.
 func Tree(name, dir string) ([]File, error) {
 	var files []File
 	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
@@ -55,9 +54,8 @@ func Tree(name, dir string) ([]File, error) {
 	return files, nil
 }
 
-// writeInitramfs writes the guest's whole root as an uncompressed cpio
-// archive: under emulation, decompression costs more than reading. The same
-// config gives the same bytes.
+// writeInitramfs writes the guest's whole root as a cpio archive. The archive is not compressed, because under
+// emulation decompressing takes longer than reading. The same config gives the same bytes.
 func writeInitramfs(w io.Writer, c Config) error {
 	files, err := guestFiles(c)
 	if err != nil {
@@ -73,7 +71,7 @@ func writeInitramfs(w io.Writer, c Config) error {
 			return fmt.Errorf("write initramfs: %s: %w", f.Name, err)
 		}
 	}
-	// The kernel opens it for process 1 before /dev is mounted.
+	// The kernel opens /dev/console for process 1 before /dev is mounted.
 	console := cpio.CharDev("dev/console", 0o600, 5, 1)
 	console.Ino, console.NLink = uint64(len(files)+1), 1
 	if err := out.WriteRecord(console); err != nil {
@@ -85,7 +83,7 @@ func writeInitramfs(w io.Writer, c Config) error {
 	return nil
 }
 
-// guestFiles returns what the machine itself needs and what the caller adds.
+// guestFiles returns the files that every machine needs, and those of the caller.
 func guestFiles(c Config) ([]File, error) {
 	script, err := json.Marshal(c.script())
 	if err != nil {
@@ -114,8 +112,7 @@ func guestFiles(c Config) ([]File, error) {
 	return append(files, c.Files...), nil
 }
 
-// arrange checks names, adds missing folders and sorts, so that every folder
-// comes before what is in it.
+// arrange checks the names, adds missing folders, and sorts the files. Every folder comes before its content.
 func arrange(files []File) ([]File, error) {
 	byName := map[string]File{}
 	var errs []error

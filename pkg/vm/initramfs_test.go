@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// sampleConfig lays out a boot folder of small files.
+// sampleConfig creates a boot folder of small files and returns a config for it.
 func sampleConfig(t *testing.T) Config {
 	t.Helper()
 	dir := t.TempDir()
@@ -46,7 +46,7 @@ func sampleConfig(t *testing.T) Config {
 	}.WithDefaults()
 }
 
-// listing prints an archive as one line an entry.
+// listing prints an archive, one line per entry.
 func listing(t *testing.T, archive []byte) string {
 	t.Helper()
 	var out strings.Builder

@@ -21,19 +21,21 @@ import (
 	"github.com/prebake/prebake/pkg/vm/emugpu"
 )
 
-// platform is how a machine of one architecture is put together.
+// platform has the parts of qemu's command line that depend on the architecture.
 type platform struct {
-	qemu, pkg    string // the emulator and Debian's package of it
+	qemu, pkg    string // the emulator, and the Debian package that has it
 	machine, cpu string
-	console      string // of the kernel
+	console      string // value of the kernel's console= argument
 	events       []string
 }
 
-// The processor of amd64 is everything that the emulator knows, without AVX2:
-// emulated, Go's AVX2 code for SHA-256 is slower than its plain code, and a node
-// hashes much. That of arm64 is what COS's Arm nodes have; qemu's "max" would
-// spend its time on computing pointer authentication. Its one serial port is
-// the console, so the events take a PCI one.
+// platforms has the machine of each architecture.
+//
+// On amd64 the processor is all that the emulator supports except AVX2. Under emulation, Go's AVX2 code for SHA-256 is
+// slower than its plain code, and a node hashes much data.
+//
+// On arm64 the processor is the one of COS's Arm nodes. qemu's "max" would spend its time on pointer authentication.
+// The machine's only built-in serial port is the console, so the events use a serial port on PCI.
 var platforms = map[target.Arch]platform{
 	target.AMD64: {
 		qemu: "qemu-system-x86_64", pkg: "qemu-system-x86", machine: "q35", cpu: "max,avx2=off",
@@ -45,7 +47,7 @@ var platforms = map[target.Arch]platform{
 	},
 }
 
-// machine is one running qemu.
+// machine is one running qemu process.
 type machine struct {
 	start           time.Time
 	console, events *os.File
@@ -53,8 +55,7 @@ type machine struct {
 	done            chan error
 }
 
-// args returns qemu's command line. Files 3 to 5 are the console, the events
-// and the initramfs.
+// args returns qemu's command line. File descriptors 3 to 5 are the console, the events and the initramfs.
 func (c Config) args() []string {
 	p := platforms[c.Arch]
 	kernel := []string{
@@ -64,15 +65,14 @@ func (c Config) args() []string {
 		kernel = append(kernel, emugpu.KernelArg(c.Arch))
 	}
 	kernel = append(kernel, c.KernelArgs...)
-	// The empty romfile saves the network card's boot code, which has to start
-	// nothing.
+	// The empty romfile leaves out the network card's boot code, because the machine does not boot from the network.
 	nic := []string{"-nic", "none"}
 	if c.Network {
 		nic = []string{"-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="}
 	}
 	var disk []string
 	if c.Disk != "" {
-		file := strings.ReplaceAll(c.Disk, ",", ",,") // qemu's own way to quote one
+		file := strings.ReplaceAll(c.Disk, ",", ",,") // qemu writes a comma in a value as two commas
 		disk = []string{"-drive", "if=none,id=disk,format=raw,file=" + file, "-device", "virtio-blk-pci,drive=disk"}
 	}
 	return slices.Concat(nic, disk, []string{
@@ -83,11 +83,10 @@ func (c Config) args() []string {
 		"-chardev", "file,id=events,path=/dev/fd/4",
 		"-kernel", filepath.Join(c.Boot, BootKernel), "-initrd", "/dev/fd/5",
 		"-append", strings.Join(kernel, " "),
-	}, p.events) // behind the console: the first port is the first named
+	}, p.events) // after the console, because the first -serial is the first port
 }
 
-// describe says what the guest runs in, with the emulator's own text about
-// its version.
+// describe returns one line about the guest's machine. The line begins with qemu's own text about its version.
 func (c Config) describe(ctx context.Context) string {
 	p := platforms[c.Arch]
 	text := fmt.Sprintf("machine %s, processor %s (%d), emulated, %d MiB", p.machine, p.cpu, c.CPUs, c.MemoryMiB)
@@ -98,7 +97,7 @@ func (c Config) describe(ctx context.Context) string {
 	return text
 }
 
-// start starts qemu. It dies with ctx, and with this process.
+// start starts qemu. The process is killed when ctx ends or when this process ends.
 func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err error) {
 	qemu, err := exec.LookPath(c.QEMU)
 	if err != nil {
@@ -123,8 +122,8 @@ func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err erro
 	m.start = time.Now()
 	started := make(chan error)
 	go func() {
-		// The death signal is tied to the thread that started the child, so
-		// that thread has to live as long as the child does.
+		// The kernel sends the death signal when the thread that started the child ends. So that thread must live as
+		// long as the child.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		if err := cmd.Start(); err != nil {
@@ -135,7 +134,7 @@ func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err erro
 		m.done <- cmd.Wait()
 	}()
 	err = <-started
-	// The child has its own ends; ours would keep the readers waiting.
+	// The child has its own copies of the write ends. If ours stayed open, the readers would never see the end.
 	err = errors.Join(err, consoleW.Close(), eventsW.Close())
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start %s: %w", qemu, err), consoleR.Close(), eventsR.Close())
@@ -143,7 +142,7 @@ func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err erro
 	return m, nil
 }
 
-// wait returns when qemu is gone. The readers see the end of both pipes then.
+// wait returns when qemu has ended. The readers then reach the end of both pipes.
 func (m *machine) wait() error { return <-m.done }
 
 func (m *machine) close() error { return errors.Join(m.console.Close(), m.events.Close()) }

@@ -17,12 +17,12 @@ import (
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
-// maxConsole bounds what is kept of the console; it is the end that tells.
+// maxConsole is how many bytes of the console are kept: the last ones, because they show why the machine ended.
 const maxConsole = 4 << 20
 
-// Run boots the machine, runs its steps and waits for its end. A step that
-// fails is no error of Run: the result tells. When the guest's kernel crashes,
-// the error is a [*CrashError] and the result holds what came before.
+// Run boots the machine, runs its steps and waits for the machine's end. A failed step is not an error of Run: the
+// result has its exit code. If the guest's kernel crashes, the error is a [*CrashError], and the result has everything
+// that was received before.
 func Run(ctx context.Context, c Config) (*Result, error) {
 	c = c.WithDefaults()
 	if err := c.Validate(); err != nil {
@@ -32,7 +32,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The caller's come last: of two that say the same, kernels take the later.
+	// The caller's arguments come last, because a kernel uses the later one of two settings.
 	c.KernelArgs = slices.Concat(own, c.KernelArgs)
 	initrd, size, err := stageInitramfs(c)
 	if err != nil {
@@ -53,7 +53,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 	readers.Go(func() error {
 		err := wire.Read(m.events, seen.event)
 		if err != nil {
-			cancel() // a guest that speaks nonsense has nothing more to say
+			cancel() // after an invalid event, the rest of the stream is useless
 			_, _ = io.Copy(io.Discard, m.events)
 		}
 		return err
@@ -69,7 +69,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 
 var errOverran = errors.New("machine ran past its time limit")
 
-// ends is how a machine's run came out, seen from all sides.
+// ends is how a run ended, according to each source of information.
 type ends struct {
 	console  string
 	exit     error
@@ -77,8 +77,7 @@ type ends struct {
 	stderr   string
 }
 
-// verdict says why a run was no good, most telling cause first, and nil if it
-// was.
+// verdict returns why a run failed, or nil. If there are several causes, it returns the one that says most.
 func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends) error {
 	if !seen.ended {
 		res.KernelLog = e.console
@@ -114,8 +113,8 @@ func lastLine(text, none string) string {
 	return none
 }
 
-// stageInitramfs writes the initramfs to a file that has no name any more when
-// it is returned, so that nothing can leave it behind.
+// stageInitramfs writes the initramfs to a file and removes the file's name. So the file disappears when it is closed,
+// even if this process is killed.
 func stageInitramfs(c Config) (_ *os.File, size int64, err error) {
 	f, err := os.CreateTemp("", "prebake-initramfs-")
 	if err != nil {
@@ -146,17 +145,17 @@ func stageInitramfs(c Config) (_ *os.File, size int64, err error) {
 	return f, w.n, nil
 }
 
-// recorder turns events into results.
+// recorder turns events into step results.
 type recorder struct {
 	config Config
 	start  time.Time
 	steps  []StepResult
-	index  map[int]int // step in the script -> in steps
+	index  map[int]int // from the step's index in the script to its index in steps
 	log    strings.Builder
 	ready  float64
-	last   int // index in steps of the one that began last; meaningful if any
+	last   int // index in steps of the step that began last; meaningless while steps is empty
 	fatal  string
-	ended  bool // bye was said
+	ended  bool // the guest sent Finished
 }
 
 func (r *recorder) event(e wire.Event) error {
@@ -217,7 +216,7 @@ func (r *recorder) result() *Result {
 	return &Result{Steps: r.steps, KernelLog: r.log.String(), BootSeconds: r.ready}
 }
 
-// running names the step that began last and has not ended.
+// running returns the name of the step that began last, or "" if that step has ended.
 func (r *recorder) running() string {
 	if len(r.steps) == 0 || r.steps[r.last].Ended {
 		return ""
@@ -237,8 +236,8 @@ func (r *recorder) place() string {
 	return fmt.Sprintf("after step %q", r.steps[r.last].Name)
 }
 
-// copyConsole keeps the console's end and shows all of it to the caller, whose
-// an error of it must not stop the machine.
+// copyConsole keeps the end of the console's text in keep, and writes all of it to show. An error of show does not
+// stop the machine: copyConsole only stops writing to show.
 func copyConsole(from io.Reader, keep *tail, show io.Writer) error {
 	buf := make([]byte, 32<<10)
 	for {
@@ -258,7 +257,7 @@ func copyConsole(from io.Reader, keep *tail, show io.Writer) error {
 	}
 }
 
-// tail keeps the last max bytes, and up to as many before them.
+// tail keeps at least the last max bytes, and at most twice as many.
 type tail struct {
 	buf bytes.Buffer
 	max int
@@ -271,5 +270,5 @@ func (t *tail) write(p []byte) {
 	}
 }
 
-// String returns the text with the serial port's carriage returns removed.
+// String returns the text without the carriage returns of the serial port.
 func (t *tail) String() string { return strings.ReplaceAll(t.buf.String(), "\r", "") }

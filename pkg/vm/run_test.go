@@ -126,7 +126,7 @@ func TestVerdict(t *testing.T) {
 		events []wire.Event
 		ends   ends
 		kind   fault.Kind
-		want   string // "" is no error
+		want   string // "" means no error
 	}{
 		{"good", t.Context(), []wire.Event{begin, {Type: wire.End}, {Type: wire.Finished}}, ends{}, 0, ""},
 		{"good at the last moment", overran, []wire.Event{{Type: wire.Finished}}, ends{exit: killed}, 0, ""},
@@ -172,7 +172,7 @@ func TestRunWithoutEmulator(t *testing.T) {
 	}
 }
 
-// TestRunReportsWhatQEMUSays uses a program that fails as qemu does.
+// TestRunReportsWhatQEMUSays uses a program that fails in the way qemu does.
 func TestRunReportsWhatQEMUSays(t *testing.T) {
 	t.Parallel()
 	c := sampleConfig(t)

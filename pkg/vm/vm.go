@@ -1,12 +1,9 @@
-// Package vm boots a kernel in a qemu machine without hardware
-// virtualisation, runs a list of steps in it, and returns what they and the
-// kernel said. Everything it may see is in an initramfs that is written for the
-// run and gone afterwards, and possibly on one disk that stays. Its init is the
-// program in guestinit; with an emulated GPU (package emugpu) NVIDIA's driver
-// loads in it for real.
+// Package vm boots a kernel in a qemu machine, runs a list of steps in it, and returns the output of the steps and of
+// the kernel. The machine runs in emulation, without hardware virtualisation. The guest sees only the files of an
+// initramfs, which is written for the run and deleted after it, and an optional disk, which stays. The guest's init is
+// the program in guestinit. With an emulated GPU (package emugpu), NVIDIA's real driver loads in the guest.
 //
-// It refuses to judge what the steps did, and to leave a machine running when
-// its caller is gone.
+// The package does not judge the results of the steps. It never leaves a machine running after its caller has ended.
 package vm
 
 import (
@@ -24,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
-// Names in a boot folder, as a COS-shaped mirror packs them.
+// Names of files in a boot folder. A COS-shaped mirror (deploy/mirror) writes the same names.
 const (
 	BootKernel  = "vmlinuz"
 	BootModules = "modules"
@@ -32,20 +29,20 @@ const (
 	BootGPU     = "emugpu.ko"
 )
 
-// HostAddress is where the guest finds the host's loopback.
+// HostAddress is the address at which the guest reaches the host's loopback interface.
 const HostAddress = "10.0.2.2"
 
-// File is one entry of the guest's root. Exactly one of Path, Data and Link
-// says what it is; all empty makes a folder.
+// File is one entry of the guest's root. At most one of Path, Data and Link is set. If none is set, the entry is a
+// folder.
 type File struct {
-	// Name is the absolute path in the guest. Folders above it are made.
+	// Name is the absolute path in the guest. Missing parent folders are created.
 	Name string
-	// Mode holds permission bits; 0 means the source's for Path, else 0644
-	// (folders 0755).
+	// Mode has the permission bits. With 0, a file from Path gets 0755 if it is executable, else 0644; Data gets 0644,
+	// and a folder 0755.
 	Mode fs.FileMode
 	// Path is a file on the host.
 	Path string
-	// Data is the content; non-nil and empty makes an empty file.
+	// Data is the content. If it is empty but not nil, the file is empty.
 	Data []byte
 	// Link is the target of a symbolic link.
 	Link string
@@ -63,110 +60,102 @@ type Step struct {
 	// Name identifies the step in the result; "" means Argv joined.
 	Name string
 	Argv []string
-	// Env is added to PATH, HOME and TERM.
+	// Env is added to the default environment: PATH, HOME and TERM.
 	Env []string
-	// Timeout ends the step with exit code 124; 0 means never.
+	// Timeout is the time limit of the step. A step that exceeds it ends with exit code 124. 0 means no limit.
 	Timeout time.Duration
-	// KeepGoing runs the steps after it even if this one fails.
+	// KeepGoing continues with the next step even if this one fails.
 	KeepGoing bool
-	// Background starts the program and goes on at once. It is asked to end by
-	// @stop, or when all other steps are over.
+	// Background starts the program and continues with the next step at once. The program gets SIGTERM from @stop, or
+	// after the last step.
 	Background bool
 }
 
-// Config describes a machine and what it does.
+// Config describes a machine and its steps.
 type Config struct {
-	// Boot is a folder with vmlinuz, modules/order and the modules it lists,
-	// and possibly emugpu.ko and [BootArgs].
+	// Boot is a folder with vmlinuz, modules/order and the modules that order lists. It may also have emugpu.ko and
+	// [BootArgs].
 	Boot string
 	// Arch is the machine's architecture; "" means amd64.
 	Arch target.Arch
-	// GPU gives the machine the emulated GPU.
+	// GPU adds the emulated GPU to the machine.
 	GPU bool
-	// Init is the guestinit program on the host.
+	// Init is the path of the guestinit program on the host.
 	Init string
-	// Files is what the guest's root holds besides.
+	// Files are further files in the guest's root.
 	Files []File
 	Steps []Step
-	// Network gives the guest a user-mode network on which the host's loopback
-	// is [HostAddress].
+	// Network gives the guest a user-mode network, in which [HostAddress] is the host's loopback interface.
 	Network bool
-	// MemoryMiB is the guest's memory; 0 means 3072. With the GPU at
-	// least emugpu.Memory.
+	// MemoryMiB is the guest's memory in MiB; 0 means 3072. With GPU it must be at least emugpu.Memory.
 	MemoryMiB int
-	// Disk is a raw image on the host that the guest has as /dev/vda; "" means none. It
-	// outlives the machine, as a disk does a power cut: what the guest did not flush
-	// is not on it.
+	// Disk is the path of a raw image on the host, which the guest has as /dev/vda; "" means no disk. The image stays
+	// after the run, as a disk stays after a power cut. Data that the guest did not flush is lost.
 	Disk string
 	// CPUs is the number of virtual processors; 0 means 1.
 	CPUs int
-	// KernelArgs are added to the kernel's command line, after those of the boot
-	// folder's [BootArgs].
+	// KernelArgs are added to the kernel's command line, after the arguments in the boot folder's [BootArgs].
 	KernelArgs []string
-	// Console gets the first serial port's text as it comes; may be nil.
+	// Console receives the text of the first serial port as it arrives. It may be nil.
 	Console io.Writer
-	// Watch is called for each piece of progress, in order, never
-	// concurrently; may be nil.
+	// Watch is called for each [Progress], in order and never concurrently. It may be nil.
 	Watch func(Progress)
-	// Timeout ends the whole run; 0 means 5 minutes.
+	// Timeout is the time limit of the whole run; 0 means 5 minutes.
 	Timeout time.Duration
-	// QEMU is the emulator; "" means the one for Arch from PATH, such as
-	// qemu-system-x86_64.
+	// QEMU is the emulator program. "" means the emulator for Arch in PATH, such as qemu-system-x86_64.
 	QEMU string
 }
 
-// Progress is what a watcher receives while the machine runs.
+// Progress is one report to Config.Watch while the machine runs.
 type Progress struct {
 	// Step is the name of the step; "" before the first one.
 	Step string
 	// State is "ready", "begin", "output" or "end".
 	State string
-	// Stream (stdout or stderr) and Data come with "output".
+	// Stream (stdout or stderr) and Data are set with State "output".
 	Stream string
 	Data   []byte
-	// ExitCode and Seconds come with "end", Seconds also with "ready".
+	// ExitCode and Seconds are set with State "end". Seconds is also set with "ready".
 	ExitCode int
 	Seconds  float64
 }
 
-// StepResult is what one step did.
+// StepResult is the result of one step.
 type StepResult struct {
 	Name string
-	// ExitCode is a program's exit status, 128 + signal if one killed it, 127
-	// if it did not start, 124 if it ran too long. For a built-in it is the
-	// errno, 0 for success.
+	// ExitCode of a program is its exit status, 128 + the signal that killed it, 127 if it could not start, or 124 if
+	// it exceeded its time limit. ExitCode of a built-in is the errno, or 0 for success.
 	ExitCode       int
 	Stdout, Stderr []byte
-	// Error says why a step could not run or was ended; for a built-in it is
-	// the failure.
+	// Error says why a step could not run or was ended. For a built-in it is the error text.
 	Error string
-	// Ended is false for a step that was cut off by the machine's end.
+	// Ended is false if the machine ended before the step.
 	Ended   bool
 	Seconds float64
-	// KernelLog is what the kernel logged while the step ran.
+	// KernelLog is the kernel's log during the step.
 	KernelLog string
 }
 
-// Result is what the machine did.
+// Result is the result of a machine's run.
 type Result struct {
-	// Steps holds those that were started, in order.
+	// Steps has the steps that started, in order.
 	Steps []StepResult
-	// KernelLog is the kernel's log from boot to end, as dmesg prints it; after
-	// a crash it is the console's text instead, which has the crash.
+	// KernelLog is the kernel's log from boot to end, in dmesg's format. If the machine crashed or ended early, it is
+	// the console's text instead, because only the console has the crash.
 	KernelLog string
-	// BootSeconds is from qemu's start until the first step could run.
+	// BootSeconds is the time from qemu's start until the first step could run.
 	BootSeconds float64
-	// Seconds is from qemu's start to its end.
+	// Seconds is the time from qemu's start to its end.
 	Seconds float64
-	// Crash is the kernel's line about its oops or panic; "" means none.
+	// Crash is the kernel's message about its oops or panic; "" means no crash.
 	Crash string
-	// InitramfsBytes is the size of the initramfs.
+	// InitramfsBytes is the size of the initramfs in bytes.
 	InitramfsBytes int64
-	// Machine says in a line what the guest ran in.
+	// Machine describes the guest's machine in one line.
 	Machine string
 }
 
-// Step returns the first result of that name.
+// Step returns the first result with this name.
 func (r *Result) Step(name string) (StepResult, bool) {
 	for _, s := range r.Steps {
 		if s.Name == name {
@@ -176,12 +165,12 @@ func (r *Result) Step(name string) (StepResult, bool) {
 	return StepResult{}, false
 }
 
-// CrashError says that the guest's kernel crashed. [Run] returns it together
-// with a result that holds what was seen until then.
+// CrashError says that the guest's kernel crashed. [Run] returns it with a result that has everything received until
+// then.
 type CrashError struct {
-	// Line is the kernel's.
+	// Line is the kernel's message about the crash.
 	Line string
-	// Step was running; "" means none.
+	// Step is the name of the step that was running; "" means none.
 	Step string
 }
 
@@ -197,7 +186,7 @@ const (
 	defaultTimeout = 5 * time.Minute
 )
 
-// WithDefaults returns a copy in which no zero has a meaning of its own.
+// WithDefaults returns a copy in which every zero value that means a default is replaced by that default.
 func (c Config) WithDefaults() Config {
 	if c.MemoryMiB == 0 {
 		c.MemoryMiB = defaultMemory
@@ -236,7 +225,7 @@ func joinArgv(argv []string) string {
 	return name
 }
 
-// Validate reports everything that is wrong with a config at once.
+// Validate reports all problems of a config at once.
 func (c Config) Validate() error {
 	var errs []error
 	say := func(format string, args ...any) {

@@ -1,7 +1,7 @@
-// Package yamlfile reads YAML files that people write, and names every mistake with its line
-// and column: what was found, and what is wanted. It walks the nodes of the file, since the
-// library's own errors name Go types, have no column, and end at the first mistake of some
-// kinds. It refuses to know what a file means: its callers do.
+// Package yamlfile reads YAML files that people write. It reports every mistake with its line and column, what was
+// found, and what is wanted. It reads the nodes of the file itself, because the errors of the YAML library name Go
+// types, have no column, and for some mistakes report only the first. The package does not know the meaning of a file;
+// its callers do.
 package yamlfile
 
 import (
@@ -19,10 +19,10 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// maxMistakes is how many mistakes an error lists.
+// maxMistakes is the largest number of mistakes that an error lists.
 const maxMistakes = 100
 
-// At is a node and the way to it, such as kernels[1].latest; "" means the whole file.
+// At is a node with its path in the file, such as kernels[1].latest; "" means the whole file.
 type At struct {
 	Node *yaml.Node
 	Path string
@@ -35,7 +35,7 @@ type mistake struct {
 
 // Reader reads one file and collects its mistakes.
 type Reader struct {
-	// Name is what errors call the file.
+	// Name is the name of the file in errors.
 	Name string
 
 	mistakes []mistake
@@ -50,7 +50,7 @@ func (r *Reader) Say(a At, format string, args ...any) {
 	r.mistakes = append(r.mistakes, mistake{max(a.Node.Line, 1), max(a.Node.Column, 1), text})
 }
 
-// Want records the usual mistake: one thing was found, another is wanted.
+// Want records the usual kind of mistake: it names the found node, and describes the wanted value.
 func (r *Reader) Want(a At, format string, args ...any) {
 	r.Say(a, "found %s; want %s", Found(a.Node), fmt.Sprintf(format, args...))
 }
@@ -58,8 +58,8 @@ func (r *Reader) Want(a At, format string, args ...any) {
 // Mistakes returns how many mistakes were found so far.
 func (r *Reader) Mistakes() int { return len(r.mistakes) }
 
-// Err returns the mistakes as one error of kind Usage, sorted by line and column; nil where
-// there is none. doing says what the file is read for, such as "read wish list".
+// Err returns all mistakes as one error of kind Usage, sorted by line and column. It returns nil if there are none.
+// doing says why the file is read, such as "read wish list".
 func (r *Reader) Err(doing, hint string) error {
 	n := len(r.mistakes)
 	if n == 0 {
@@ -86,7 +86,7 @@ func (r *Reader) Err(doing, hint string) error {
 	return fault.New(fault.Usage, text.String(), hint)
 }
 
-// Found names a node in an error.
+// Found describes a node for an error.
 func Found(n *yaml.Node) string {
 	switch {
 	case n.Kind == yaml.MappingNode:
@@ -105,8 +105,8 @@ func Found(n *yaml.Node) string {
 
 var syntaxLine = regexp.MustCompile(`^(?:yaml: )?line ([0-9]{1,9}): `)
 
-// Document returns the top node of a file of at most so many bytes, which has to hold one
-// document. want says what an empty file should have.
+// Document returns the top node of a file. The file may have at most so many bytes and must hold exactly one document.
+// The argument want describes the expected content, for the error about an empty file.
 func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	top := At{Node: &yaml.Node{}}
 	if len(data) > most {
@@ -123,7 +123,7 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 		text := err.Error()
 		if m := syntaxLine.FindStringSubmatch(text); m != nil {
 			text = text[len(m[0]):]
-			top.Node.Line, _ = strconv.Atoi(m[1]) // at most nine digits
+			top.Node.Line, _ = strconv.Atoi(m[1]) // the pattern allows at most nine digits
 		}
 		r.Say(top, "not YAML: %s", strings.TrimPrefix(text, "yaml: "))
 		return top, false
@@ -138,11 +138,10 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	return At{Node: doc.Content[0]}, true
 }
 
-// Fields calls each with every key of a mapping and its value. A key that comes twice or is no
-// scalar, and anchors and aliases of keys and values, are mistakes, and are left out. known
-// returns whether the key is known; it records what is wrong with one that is not. Fields
-// returns the known fields; nil where the node is no mapping, which is a mistake: what says
-// what is wanted.
+// Fields calls each for every field of a mapping, with the field's name and value. It skips a field, and records a
+// mistake, if the key is repeated, is no scalar, or if key or value is an anchor or alias. known returns whether a key
+// is known, and records the mistake if not. Fields returns the known fields. If the node is no mapping, Fields records
+// that as a mistake and returns nil. The argument what describes the wanted value in that mistake.
 func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(name string, value At)) map[string]At {
 	if a.Node.Kind != yaml.MappingNode {
 		r.Want(a, "%s", what)
@@ -174,7 +173,7 @@ func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(na
 	return seen
 }
 
-// literal refuses aliases and anchors: a value that stands elsewhere is easily overlooked.
+// literal refuses aliases and anchors, because a reader easily overlooks a value that is written elsewhere.
 func (r *Reader) literal(a At) bool {
 	if a.Node.Kind == yaml.AliasNode || a.Node.Anchor != "" {
 		r.Say(a, "found an anchor or alias; want the value itself")
@@ -183,7 +182,8 @@ func (r *Reader) literal(a At) bool {
 	return true
 }
 
-// Mapping calls the function of each field. A field without one is a mistake, too.
+// Mapping calls, for each field of a mapping, the function under the field's name. A field without a function is a
+// mistake.
 func (r *Reader) Mapping(a At, what string, fields map[string]func(At)) map[string]At {
 	return r.Fields(a, what, func(key At) bool {
 		if _, ok := fields[key.Node.Value]; ok {
@@ -206,7 +206,7 @@ func oneOf(fields map[string]func(At)) string {
 	return strings.Join(names[:len(names)-1], ", ") + " or " + names[len(names)-1]
 }
 
-// List calls item for each element of a list that has to have some.
+// List calls item for each element of a list. An empty list is a mistake.
 func (r *Reader) List(a At, what string, item func(At)) {
 	if a.Node.Kind != yaml.SequenceNode || len(a.Node.Content) == 0 {
 		r.Want(a, "a list of %s", what)
@@ -219,8 +219,7 @@ func (r *Reader) List(a At, what string, item func(At)) {
 	}
 }
 
-// Word reads a scalar as its text: numbers in YAML's eyes are text here, so that a version
-// 535.10 stays what it is.
+// Word reads a scalar as its text. A number in YAML's sense stays text, so that the version 535.10 keeps its zero.
 func (r *Reader) Word(a At, what string) (string, bool) {
 	if a.Node.Kind != yaml.ScalarNode || a.Node.Tag == "!!null" || a.Node.Value == "" {
 		r.Want(a, "%s", what)
@@ -229,7 +228,7 @@ func (r *Reader) Word(a At, what string) (string, bool) {
 	return a.Node.Value, true
 }
 
-// Number reads a whole number between two bounds.
+// Number reads an integer between two bounds.
 func (r *Reader) Number(a At, least, most int, example string) int {
 	what := fmt.Sprintf("a number from %d to %d, such as %s", least, most, example)
 	text, ok := r.Word(a, what)
@@ -244,7 +243,7 @@ func (r *Reader) Number(a At, least, most int, example string) int {
 	return n
 }
 
-// Bool reads true or false; YAML 1.1's other words for them are mistakes.
+// Bool reads true or false. The other words that YAML 1.1 allows are mistakes.
 func (r *Reader) Bool(a At) bool {
 	if a.Node.Kind != yaml.ScalarNode || a.Node.Tag != "!!bool" {
 		r.Want(a, "true or false")

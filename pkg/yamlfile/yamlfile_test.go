@@ -7,7 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/yamlfile"
 )
 
-// read reads a file with a number, a flag and a list of words.
+// read reads a file that has a number, a boolean and a list of words.
 func read(text string) error {
 	r := yamlfile.Reader{Name: "f.yaml"}
 	if top, ok := r.Document([]byte(text), 1000, "count"); ok {
@@ -20,7 +20,7 @@ func read(text string) error {
 	return r.Err("read file", "")
 }
 
-// Each mistake is named with its place, and all of a file at once.
+// TestMistakes checks that one error names all mistakes of a file, each with its place.
 func TestMistakes(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ name, text, want string }{

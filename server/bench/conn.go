@@ -9,27 +9,25 @@ import (
 	"time"
 )
 
-// answerWithin bounds one call.
+// answerWithin limits the time of one call.
 const answerWithin = 30 * time.Second
 
-// connection is one connection that is kept, for one caller at a time. The load
-// runs on the server's own cores, so a question costs it as little as it can: no
-// goroutine, and no request that is built anew.
+// connection is a connection that is kept open for one caller at a time. The load runs on the server's own cores, so
+// a call has to be cheap: it starts no goroutine and reuses its request.
 type connection struct {
-	host string // with its port
+	host string // includes the port
 	net  net.Conn
 	read *bufio.Reader
 	ask  []byte
 	used time.Time
-	// largest is the size of the largest answer so far, in bytes as they came.
+	// largest is the size of the largest answer so far, in bytes on the wire.
 	largest int64
 }
 
-// get asks for a path and reads the answer to its end. A connection that failed is
-// opened anew by the next call.
+// get requests a path and reads the answer to its end. After an error, the next call opens a new connection.
 func (c *connection) get(path string) error {
 	now := time.Now()
-	if c.net != nil && now.Sub(c.used) > time.Minute { // the server may close it any moment
+	if c.net != nil && now.Sub(c.used) > time.Minute { // the server may close an idle connection
 		c.close()
 	}
 	if c.net == nil {
@@ -77,7 +75,7 @@ func (c *connection) exchange(path string, now time.Time) error {
 	return nil
 }
 
-// close ends the connection, if there is one; nothing was promised about it.
+// close closes the connection, if there is one. It ignores an error, because the connection is not used again.
 func (c *connection) close() {
 	if c.net != nil {
 		_ = c.net.Close()

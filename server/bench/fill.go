@@ -15,33 +15,32 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// world is what the load asks about.
+// world has the kernels and drivers that the load asks about.
 type world struct {
 	kernels  []target.Kernel
 	versions []string
 }
 
-// cursor is where some page of a list of kernels begins, in the form of the store's
-// own cursors.
+// cursor returns the cursor of some page in a list of kernels, in the form of the store's cursors.
 func (w world) cursor() string {
 	k := w.kernels[rand.IntN(len(w.kernels))]
 	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "[%q,%q]", target.SortKey(k.BuildID), k.Board))
 }
 
-// perFingerprint is how many COS builds share a kernel, which is about what COS's
-// milestones show: releases come oftener than kernels change.
+// perFingerprint is how many COS builds share a kernel. COS's milestones show about this number, because releases are
+// more frequent than changes of the kernel.
 const perFingerprint = 4
 
 var branches = []int{19999, 19506, 19216, 18867, 18613, 18244, 17800}
 
-// fill writes the catalogue of a farm that has run for a year.
+// fill writes the catalogue of a farm after a year.
 func fill(ctx context.Context, url string, s settings) (w world, err error) {
 	db, err := store.Open(ctx, url)
 	if err != nil {
 		return w, err
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
-	r := rand.New(rand.NewPCG(1, 2)) // the same world each time
+	r := rand.New(rand.NewPCG(1, 2)) // fixed seeds, so the world is always the same
 	for i := range s.drivers {
 		w.versions = append(w.versions, fmt.Sprintf("%d.%d.%02d", 535+5*i, 100+i, i))
 	}
@@ -99,7 +98,7 @@ func fillCells(ctx context.Context, tx *store.Tx, w world, i int, f target.Finge
 	for n, v := range w.versions {
 		for _, flavour := range []target.Flavour{target.Open, target.Proprietary} {
 			if (i/perFingerprint+n)%7 == 0 && flavour == target.Proprietary {
-				continue // nobody asked for it
+				continue // nobody asked for this cell
 			}
 			d := target.Driver{Version: v, Flavour: flavour}
 			a := api.Artifact{
@@ -121,9 +120,9 @@ func fillCells(ctx context.Context, tx *store.Tx, w world, i int, f target.Finge
 	return nil
 }
 
-// fillBuilds adds the builds of the year, and those that wait.
+// fillBuilds adds the builds of a year, and the waiting ones.
 func fillBuilds(ctx context.Context, db *store.Store, w world, s settings, r *rand.Rand, begin time.Time) error {
-	const at = 1000 // in one transaction
+	const at = 1000 // builds in one transaction
 	for done := 0; done < s.builds; done += at {
 		err := db.Write(ctx, func(tx *store.Tx) error {
 			for i := done; i < min(done+at, s.builds); i++ {

@@ -17,14 +17,14 @@ type row struct {
 	name   string
 	took   []time.Duration
 	failed int
-	// largest is the size of the largest answer, in bytes as they came; 0 was not measured.
+	// largest is the size of the largest answer, in bytes on the wire; 0 means not measured.
 	largest int64
-	// server and load are the processor time that the two programs had meanwhile, in
-	// parts of one core; below 0 it was not measured.
+	// server and load are the processor time of the two programs during this load, in cores. A value below 0 means not
+	// measured.
 	server, load float64
 }
 
-// at returns a percentile; 100 is the maximum.
+// at returns a percentile of the durations; 100 is the maximum.
 func (r *row) at(percent int) time.Duration {
 	if len(r.took) == 0 {
 		return 0
@@ -33,7 +33,7 @@ func (r *row) at(percent int) time.Duration {
 	return r.took[min(len(r.took)-1, len(r.took)*percent/100)]
 }
 
-// tally is what one caller saw.
+// tally has the measurements of one caller.
 type tally struct {
 	took    []time.Duration
 	failed  int
@@ -55,10 +55,10 @@ func (r *row) join(all []tally) {
 	}
 }
 
-// troubles are the first of each kind of error that calls ended with.
+// troubles has an example of each kind of error.
 var troubles sync.Map
 
-// get reads an answer to its end.
+// get requests a path, and records an error in troubles.
 func get(ctx context.Context, c *connection, path string) bool {
 	err := c.get(path)
 	if err != nil && ctx.Err() == nil {
@@ -71,13 +71,11 @@ func get(ctx context.Context, c *connection, path string) bool {
 	return err == nil
 }
 
-// callers is how many calls are running at most: a fleet behind one proxy has
-// about so many connections.
+// callers is the most calls at the same time. A fleet behind one proxy has about as many connections.
 const callers = 128
 
-// paced calls at a fixed rate, whatever the answers take: time counts from when a
-// call was due, so that a server that falls behind shows it. With fresh, each call
-// comes by a connection of its own.
+// paced makes calls at a fixed rate, however long the answers take. The time of a call counts from the moment that it
+// was due, so that it shows when the server falls behind. With fresh, each call opens a new connection.
 func paced(ctx context.Context, host string, rate int, length time.Duration, fresh bool, path func() string) *row {
 	var wait sync.WaitGroup
 	var next atomic.Int64
@@ -108,7 +106,7 @@ func paced(ctx context.Context, host string, rate int, length time.Duration, fre
 	return r
 }
 
-// measure runs all loads, one after the other. The first row is the floor.
+// measure runs all loads, one after the other. The first row is the least that any call takes.
 func measure(ctx context.Context, p *process, w world, s settings) ([]*row, error) {
 	host := strings.TrimPrefix(p.url, "http://")
 	question := func() string {
@@ -141,7 +139,7 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 	fixed := func(path string) func() string { return func() string { return path } }
 	add("healthz", func() *row { return paced(ctx, host, 200, 5*time.Second, false, fixed("/healthz")) })
 
-	// Readiness is asked throughout, as a kubelet does, only oftener.
+	// The readiness check runs during all loads, as a kubelet's does, only more often.
 	var ready tally
 	probing, stop := context.WithCancel(ctx)
 	var probes sync.WaitGroup
@@ -196,8 +194,8 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 	return append(rows, all), ctx.Err()
 }
 
-// first asks about each kernel once, two at a time: the server has to read what it
-// remembers from then on.
+// first asks about each kernel once, with two calls at a time. The server has to read these answers from the
+// database, and keeps them in its cache.
 func first(ctx context.Context, host string, w world) *row {
 	next := make(chan string)
 	all := make([]tally, 2)
@@ -222,7 +220,7 @@ func first(ctx context.Context, host string, w world) *row {
 	return r
 }
 
-// crowd has fifty clients ask for the largest pages, over and over, while nodes ask.
+// crowd measures nodes' questions while fifty clients request the largest pages without a pause.
 func crowd(ctx context.Context, host string, s settings, question func() string) *row {
 	const clients = 50
 	asking, stop := context.WithCancel(ctx)

@@ -1,8 +1,7 @@
-// Command bench measures the server with the catalogue of a large farm: 5,000
-// kernels, 60,000 cells, a year of builds. It fills a database, runs the server's
-// own program over it, loads it from the same machine, and prints a table. Each row
-// says what was measured and what it is compared to; it asserts nothing, since
-// machines differ.
+// Command bench measures the server with the catalogue of a large farm: 5,000 kernels, 60,000 cells, a year of
+// builds. It fills a database, runs the server's program with it, makes calls from the same machine and prints a
+// table. Each row says what was measured and what it is compared to. The command checks no limits, because machines
+// differ.
 package main
 
 import (
@@ -29,7 +28,7 @@ type settings struct {
 	rate                            int
 	storm                           int
 	length, stormLength             time.Duration
-	only                            *regexp.Regexp // loads to measure; nil means all
+	only                            *regexp.Regexp // names of the loads to measure; nil means all
 	fillOnly                        bool
 }
 
@@ -158,7 +157,7 @@ type process struct {
 func start(ctx context.Context, program, dir, database string) (*process, error) {
 	data := filepath.Join(dir, "data")
 	cmd := exec.CommandContext(ctx, program, "serve", "--data", data, "--listen", "127.0.0.1:0", "--database", database,
-		"--queue", "sqlite://"+filepath.Join(dir, "queue.db"), "--client-rate", "0") // all of the load is one address
+		"--queue", "sqlite://"+filepath.Join(dir, "queue.db"), "--client-rate", "0") // all calls come from one address
 	cmd.Stderr = os.Stderr
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	if err := cmd.Start(); err != nil {
@@ -181,23 +180,23 @@ func (p *process) stop() error {
 	return p.cmd.Wait()
 }
 
-// usage is the processor time that the server and this program have had at a time;
-// it is not ok where the kernel does not tell.
+// usage is the processor time that the server and this program have used up to a moment. ok is false if the kernel
+// does not report it.
 type usage struct {
 	at           time.Time
 	server, load time.Duration
 	ok           bool
 }
 
-// cpu reads the processor time so far: the server's by proc(5), where fields 14 and
-// 15 of stat are in hundredths of a second.
+// cpu reads the processor time up to now. The server's is in fields 14 and 15 of its stat file, in hundredths of a
+// second (proc(5)).
 func (p *process) cpu() usage {
 	u := usage{at: time.Now()}
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
 	if err != nil {
 		return u
 	}
-	_, rest, _ := strings.Cut(string(raw), ") ") // behind the name, field 3 is next
+	_, rest, _ := strings.Cut(string(raw), ") ") // the text after the name starts with field 3
 	fields := strings.Fields(rest)
 	var self syscall.Rusage
 	if len(fields) < 13 || syscall.Getrusage(syscall.RUSAGE_SELF, &self) != nil {
@@ -211,7 +210,7 @@ func (p *process) cpu() usage {
 	return u
 }
 
-// peak reads the most memory that the process has had, in bytes (proc(5), VmHWM).
+// peak reads the greatest memory use of the process, in bytes (proc(5), VmHWM).
 func (p *process) peak() (int64, error) {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 	if err != nil {

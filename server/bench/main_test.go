@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// BenchmarkResolve asks what a node should run, without the network.
+// BenchmarkResolve asks what a node should run, without a network.
 func BenchmarkResolve(b *testing.B) {
 	w, h := handler(b)
 	for i := 0; b.Loop(); i++ {
@@ -25,8 +25,7 @@ func BenchmarkResolve(b *testing.B) {
 	}
 }
 
-// BenchmarkArtifacts makes the first page of the list of artifacts, compressed, as
-// clients take it.
+// BenchmarkArtifacts makes the first page of the list of artifacts, compressed as for a client.
 func BenchmarkArtifacts(b *testing.B) {
 	_, h := handler(b)
 	for b.Loop() {
@@ -34,7 +33,7 @@ func BenchmarkArtifacts(b *testing.B) {
 	}
 }
 
-// handler serves a catalogue of 500 kernels, 6 drivers and 10,000 builds.
+// handler returns a handler for a catalogue of 500 kernels, 6 drivers and 10,000 builds.
 func handler(b *testing.B) (world, http.Handler) {
 	b.Helper()
 	w, db := filled(b)
@@ -62,8 +61,8 @@ func ask(b *testing.B, h http.Handler, path string) {
 	}
 }
 
-// BenchmarkCells reads what decides about all cells of one kernel, as the first
-// question about it does.
+// BenchmarkCells reads the facts of all cells of one kernel from the database, as the first question about the kernel
+// does.
 func BenchmarkCells(b *testing.B) {
 	w, db := filled(b)
 	for i := 0; b.Loop(); i++ {
@@ -75,8 +74,8 @@ func BenchmarkCells(b *testing.B) {
 	}
 }
 
-// BenchmarkRemembered reads what decides about all cells of one kernel out of what is stored, and reports how many
-// times as long the database takes for the same.
+// BenchmarkRemembered reads the facts of all cells of one kernel from the cache. It reports how many times as long
+// the database takes.
 func BenchmarkRemembered(b *testing.B) {
 	w, db := filled(b)
 	begin := time.Now()
@@ -87,7 +86,7 @@ func BenchmarkRemembered(b *testing.B) {
 		}
 	}
 	database := time.Since(begin) / time.Duration(len(w.kernels))
-	for _, k := range w.kernels { // from now on it is stored
+	for _, k := range w.kernels { // fills the cache
 		if _, err := db.KernelCells(b.Context(), k.BuildID, k.Board); err != nil {
 			b.Fatal(err)
 		}

@@ -1,13 +1,14 @@
-// Package batch makes the cells of a plan side by side: it fetches each kernel and each driver once, starts cells in
-// the order that warms caches best, tries again what may pass, and sums up. One cell that fails blocks no other.
+// Package batch makes the cells of a plan, several at a time. It fetches each kernel and each
+// driver once, and starts cells in the order that uses the caches best. It repeats attempts whose
+// failure may be temporary, and it writes the report. A failed cell does not block any other.
 //
-// Cells of one fingerprint, driver and flavour are the same build: one of them
-// is running at a time, so the first one compiles and the others find the work done, or fail as it did. The user space
-// of a driver is staged once too, by the lock that the cache holds for each of its trees; the order of starts only
-// avoids that a cell waits there.
+// Cells with the same fingerprint, driver and flavour are the same build. Only one of them runs at
+// a time: the first one compiles, and the others reuse its result or fail in the same way. The user
+// space of a driver is staged only once too, because the cache locks each of its trees. The order
+// of starts only avoids that a cell waits for this lock.
 //
-// It refuses to know how a cell is made and where it is published: functions
-// that are handed in do that.
+// The package does not know how a cell is made and where it is published. Functions in its Config
+// do that.
 package batch
 
 import (
@@ -31,43 +32,46 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Config is what a batch needs.
+// Config holds the functions and settings of a batch.
 type Config struct {
-	// Make makes one cell. It returns a Result with an error too, as far as it
-	// came; log gets everything that tools print.
+	// Make makes one cell. On an error, the Result holds everything up to the failure. log gets the
+	// whole output of all tools.
 	Make func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
-	// Kernel fetches a kernel's inputs into the cache and returns its fingerprint.
-	// say receives progress, a line at a time.
+	// Kernel fetches a kernel's inputs into the cache and returns its fingerprint. say receives
+	// progress, one line at a time.
 	Kernel func(ctx context.Context, k target.Kernel, say func(string)) (target.Fingerprint, error)
-	// Driver fetches a release into the cache and returns the flavours that it has.
+	// Driver fetches a driver release into the cache and returns the flavours in it.
 	Driver func(ctx context.Context, version string, arch target.Arch, say func(string)) ([]target.Flavour, error)
-	// Published returns the digest of a cell that every destination has, signed
-	// for this very build, and "" where one has not. It is asked before
-	// anything is fetched. Nil: nothing is published.
+	// Published returns the digest of a cell that every destination has, signed for this COS build.
+	// It returns "" if one destination lacks the cell. Run calls it before it fetches anything.
+	// With nil, no cell counts as published.
 	Published func(ctx context.Context, c plan.Cell) (digest string, err error)
-	// Failures knows failures that would only happen again; nil knows none.
+	// Failures stores permanent failures: the same inputs would fail in the same way again. Nil
+	// means no store.
 	Failures failureStore
-	// Parallel is how many cells are made at once; 0 means one.
+	// Parallel is the number of cells made at the same time; 0 means one.
 	Parallel int
-	// Attempts is how often a cell is begun whose failure may pass; 0 means 3.
+	// Attempts is the number of attempts for a cell whose failure may be temporary; 0 means 3.
 	Attempts int
-	// Wait is the pause before a second attempt, longer before a third; 0 means 10 seconds.
+	// Wait is the pause before the second attempt; the pause before each further attempt is longer.
+	// 0 means 10 seconds.
 	Wait time.Duration
-	// Logs is the folder for a log of each cell.
+	// Logs is the folder for the cells' logs, one file for each cell.
 	Logs string
-	// Stopping ends the taking of cells while those under way go on; nil never does.
+	// Stopping is closed as the stop signal: running cells go on, and no further cell starts. Nil
+	// means no stop signal.
 	Stopping <-chan struct{}
-	// Watch is told what happens, in order, never concurrently; may be nil.
+	// Watch receives the events, in order and one at a time. It may be nil.
 	Watch func(Event)
 }
 
-// failureStore keeps failures that would only happen again from the same inputs.
+// failureStore stores permanent failures by the inputs that caused them.
 type failureStore interface {
 	Find(ctx context.Context, c plan.Cell) (Failure, bool)
 	Remember(ctx context.Context, c plan.Cell, f Failure) error
 }
 
-// Failure is what is known of a cell that cannot be made.
+// Failure describes why a cell could not be made.
 type Failure struct {
 	Class fault.Kind `json:"class"`
 	Error string     `json:"error"`
@@ -76,19 +80,19 @@ type Failure struct {
 	Lacking bool `json:"lacking,omitempty"`
 }
 
-// FailureOf is what there is to know of an error.
+// FailureOf returns the description of an error.
 func FailureOf(err error) Failure {
 	f := Failure{Class: fault.Of(err), Error: err.Error(), Hint: fault.Hint(err)}
 	var e *fault.Error
 	if errors.As(err, &e) && e.Kind == fault.APIBreak {
-		f.Error = e.Error() // the compiler's own line, without the way that it came
+		f.Error = e.Error() // only the compiler's line, without the texts that callers added
 	}
 	return f
 }
 
-// Permanent reports whether the same inputs fail the same way each time. A load
-// test does not count, whatever it fails of: its machine may have been too busy,
-// and other settings do without.
+// Permanent reports whether the same inputs would fail in the same way each time. A failed load
+// test is never permanent: its virtual machine may have been too slow on a busy computer, and other
+// settings need no load test.
 func Permanent(kind fault.Kind, res *pipeline.Result) bool {
 	if res != nil {
 		for _, p := range res.Phases {
@@ -100,15 +104,15 @@ func Permanent(kind fault.Kind, res *pipeline.Result) bool {
 	return kind == fault.APIBreak || kind == fault.Unsupported || kind == fault.CheckFailed
 }
 
-// maxLookups bounds how many cells are looked up at once, and fetchers how many
-// kernels and drivers are fetched at the same time, beside the cells being made.
+// maxLookups limits how many cells are looked up at the same time. fetchers limits how many kernels
+// and drivers are fetched at the same time, in addition to the running cells.
 const (
 	maxLookups = 8
 	fetchers   = 2
 )
 
-// Run makes what is missing of a plan and returns what happened to every cell.
-// When ctx ends, running cells are cancelled, and so is the rest.
+// Run makes the missing cells of a plan and returns the state of every cell. When ctx ends, Run
+// cancels the running cells and all open ones.
 func Run(ctx context.Context, cfg Config, p *plan.Plan) *Report {
 	if cfg.Parallel <= 0 {
 		cfg.Parallel = 1
@@ -134,13 +138,13 @@ func Run(ctx context.Context, cfg Config, p *plan.Plan) *Report {
 			}
 		})
 	}
-	_ = group.Wait() // the functions above return nil
+	_ = group.Wait() // no error: the functions above return nil
 	f.skipRest(ctx)
 	return f.report(p)
 }
 
-// Status says of every cell what is known without making anything. A destination
-// that does not answer is an error: what it has is not known to be missing.
+// Status returns the state of every cell without making any. If a destination does not answer,
+// Status returns an error, because nobody knows then which cells are missing.
 func Status(ctx context.Context, cfg Config, p *plan.Plan) (*Report, error) {
 	f := newRunner(cfg, p)
 	f.lookUp(ctx)
@@ -150,7 +154,7 @@ func Status(ctx context.Context, cfg Config, p *plan.Plan) (*Report, error) {
 	return f.report(p), nil
 }
 
-// lookUp settles the cells that are published and those whose failure is known.
+// lookUp sets the state of the cells that are published and of those whose failure is stored.
 func (f *runner) lookUp(ctx context.Context) {
 	var group errgroup.Group
 	group.SetLimit(maxLookups)
@@ -169,13 +173,13 @@ func (f *runner) lookUp(ctx context.Context) {
 			return nil
 		})
 	}
-	_ = group.Wait() // the functions above return nil
+	_ = group.Wait() // no error: the functions above return nil
 }
 
 func (f *runner) check(ctx context.Context, j *job) {
 	if f.cfg.Published != nil {
 		switch digest, err := f.cfg.Published(ctx, j.Cell); {
-		case err != nil: // the build meets the same trouble, if it stays
+		case err != nil: // the cell stays open: its build meets the same error if it lasts
 			f.mu.Lock()
 			f.lookupErr = cmp.Or(f.lookupErr, err)
 			f.mu.Unlock()
@@ -200,16 +204,16 @@ func (f *runner) check(ctx context.Context, j *job) {
 	}
 }
 
-// fetch gets what the open cells need, in their order: a kernel, then its
-// drivers, so that the first cell can start early. After a stop signal, it gives up:
-// nobody will begin what it fetches.
+// fetch fetches the inputs of the open cells in the cells' order: a kernel, then its drivers. So
+// the first cell can start early. After the stop signal fetch gives up, because no cell will use
+// the inputs.
 func (f *runner) fetch(ctx context.Context) {
 	defer f.fetched()
 	ctx, cancel := context.WithCancel(ctx)
 	var watch sync.WaitGroup
 	watch.Go(func() {
 		select {
-		case <-f.cfg.Stopping: // nil never answers
+		case <-f.cfg.Stopping: // a nil channel never receives
 			cancel()
 		case <-ctx.Done():
 		}
@@ -241,15 +245,15 @@ func (f *runner) fetch(ctx context.Context) {
 			})
 		}
 	}
-	_ = group.Wait() // the functions above return nil
+	_ = group.Wait() // no error: the functions above return nil
 }
 
-// progress tells the watcher what is being fetched.
+// progress returns a function that reports the progress of a fetch.
 func (f *runner) progress(j *job, what string) func(string) {
 	return func(text string) { f.emit(Event{Job: j.Job, Kind: Fetch, Text: what + ": " + text}) }
 }
 
-// retry repeats what may pass.
+// retry repeats a call while its failure may be temporary.
 func retry[T any](ctx context.Context, cfg Config, call func() (T, error)) (T, error) {
 	v, err := backoff.Retry(ctx, func() (T, error) {
 		v, err := call()
@@ -277,7 +281,7 @@ func (cfg Config) pauses() *backoff.ExponentialBackOff {
 // logName is the file name of a cell's log.
 func logName(c plan.Cell) string { return c.String() + ".log" }
 
-// make makes one cell once.
+// make makes one attempt at a cell.
 func (f *runner) make(ctx context.Context, j *job) {
 	f.emit(Event{Job: j.Job, Kind: Started})
 	begin := time.Now()
@@ -288,7 +292,7 @@ func (f *runner) make(ctx context.Context, j *job) {
 	f.made(ctx, j, res, err, time.Since(begin))
 }
 
-// logged makes one cell with its log in a file, phases told.
+// logged makes one cell, writes its log to a file and reports its phases.
 func (f *runner) logged(ctx context.Context, j *job) (res *pipeline.Result, err error) {
 	log, err := os.OpenFile(j.Log, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)
 	if errors.Is(err, os.ErrNotExist) {

@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// cell reads KERNEL VERSION-FLAVOUR.
+// cell parses KERNEL VERSION-FLAVOUR.
 func cell(text string) plan.Cell {
 	id, rest, _ := strings.Cut(text, " ")
 	version, flavour, _ := strings.Cut(rest, "-")
@@ -43,21 +43,20 @@ func cells(texts ...string) *plan.Plan {
 	return p
 }
 
-// world is a fake of everything around a farm. The fingerprint of a kernel is
-// the first number of its BUILD_ID, so that 1.0.1 and 1.0.2 are the same build; driver 9.9
-// has no open flavour.
+// world is a fake of all functions that a batch calls. A kernel's fingerprint is the first number of its BUILD_ID, so
+// 1.0.1 and 1.0.2 are the same build. Driver 9.9 has no open flavour.
 type world struct {
 	t *testing.T
 
 	mu      sync.Mutex
-	began   []string // cells, in order
-	fetched []string // kernels and drivers, in order
+	began   []string // started cells, in order
+	fetched []string // fetched kernels and drivers, in order
 	running map[string]bool
-	most    int // cells that ran side by side at most
+	most    int // the largest number of cells that ran at the same time
 
-	// outcome decides about an attempt, 1 being the first; nil means success.
+	// outcome returns the result of an attempt; the first attempt is 1. Nil means success.
 	outcome func(c plan.Cell, attempt int) error
-	// takes is how long a cell takes.
+	// takes returns the duration of a cell.
 	takes     func(c plan.Cell) time.Duration
 	published map[string]string
 	memory    map[string]batch.Failure
@@ -149,7 +148,7 @@ func (w *world) Remember(_ context.Context, c plan.Cell, f batch.Failure) error 
 	return nil
 }
 
-// states prints a report a line for each cell.
+// states returns a report as one line for each cell.
 func states(r *batch.Report) []string {
 	var lines []string
 	for _, j := range r.Jobs {
@@ -171,8 +170,7 @@ func states(r *batch.Report) []string {
 	return lines
 }
 
-// slowly lets inputs come one pair after the other, so that the plan's first
-// cell is the first that may begin.
+// slowly delays each input by a second, so that the plan's first cell is the first that can start.
 func slowly(string) error {
 	time.Sleep(time.Second)
 	return nil
@@ -180,8 +178,8 @@ func slowly(string) error {
 
 var errBreak = fault.New(fault.APIBreak, "nv-pci.c:1: error: too few arguments", "take a newer one")
 
-// One failing cell never blocks another, same builds fail and succeed together,
-// and what is published or hopeless is not begun.
+// A failed cell does not block any other. Cells of the same build fail and succeed together. A published cell, and
+// one whose failure is stored, does not start.
 func TestRun(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, testRun)
@@ -218,13 +216,13 @@ func testRun(t *testing.T) {
 	if diff := cmp.Diff(want, states(r)); diff != "" {
 		t.Errorf("states (-want +got):\n%s", diff)
 	}
-	// In one row, kernel by kernel; same builds are tried only where that can help.
+	// The cells start one after the other, kernel by kernel. The same build is tried again only if that can help.
 	if diff := cmp.Diff([]string{"1.0.1 5.1-proprietary", "1.0.1 5.1-open", "1.0.2 5.1-proprietary",
 		"1.0.1 9.9-proprietary"}, w.began); diff != "" {
 		t.Errorf("begun (-want +got):\n%s", diff)
 	}
 	slices.Sort(w.fetched)
-	// 2.0.1 need not be: the driver of its last cell may have settled it before.
+	// 2.0.1 may be missing: its last cell may have got its state from the driver before.
 	w.fetched = slices.DeleteFunc(w.fetched, func(name string) bool { return name == "2.0.1" })
 	if diff := cmp.Diff([]string{"1.0.1", "1.0.2", "5.1", "9.9"}, w.fetched); diff != "" {
 		t.Errorf("fetched (-want +got):\n%s", diff)
@@ -243,7 +241,7 @@ func testRun(t *testing.T) {
 	if text, err := os.ReadFile(r.Jobs[0].Log); err != nil || string(text) != "log of 1.0.1 5.1-proprietary\n" {
 		t.Errorf("log = %q, %v", text, err)
 	}
-	// The second run begins nothing.
+	// The second run starts nothing.
 	w.began, w.fetched = nil, nil
 	for _, j := range r.Jobs {
 		if j.State == batch.Published {
@@ -255,7 +253,7 @@ func testRun(t *testing.T) {
 		r.States[batch.Unavailable] != 2 {
 		t.Errorf("second run begins %v, fetches %v, %v", w.began, w.fetched, r.States)
 	}
-	// And a look makes nothing at all.
+	// Status makes nothing.
 	w.published = nil
 	r, err := batch.Status(t.Context(), cfg, p)
 	if err != nil || len(w.began)+len(w.fetched) != 0 || r.States[batch.Missing] != 4 {
@@ -263,8 +261,8 @@ func testRun(t *testing.T) {
 	}
 }
 
-// A destination that does not answer has not said that a cell is missing: a
-// look fails, and a run tries to make it.
+// A destination that does not answer has not said that a cell is missing. So Status fails, and Run tries to make the
+// cell.
 func TestUnknown(t *testing.T) {
 	t.Parallel()
 	w := &world{t: t}
@@ -285,15 +283,15 @@ func TestUnknown(t *testing.T) {
 	}
 }
 
-// What may pass is tried again after a pause, in which others are made; out of
-// memory is tried again alone.
+// A temporary failure is tried again after a pause, in which other cells run. A cell that ran out of memory is tried
+// again alone.
 func TestAgain(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{t: t, takes: func(plan.Cell) time.Duration { return time.Minute }}
 		w.outcome = func(c plan.Cell, attempt int) error {
 			switch c.Kernel.BuildID {
-			case "1.0.1": // for ever
+			case "1.0.1": // in every attempt
 				return fault.New(fault.Transient, "down", "")
 			case "2.0.1":
 				if attempt == 1 {
@@ -303,7 +301,7 @@ func TestAgain(t *testing.T) {
 					t.Errorf("after it ran out of memory, it is made beside %v", w.running)
 				}
 			case "3.0.1":
-				return errors.New("a bug") // not again
+				return errors.New("a bug") // is not tried again
 			}
 			return nil
 		}
@@ -328,8 +326,8 @@ func TestAgain(t *testing.T) {
 	})
 }
 
-// A kernel or driver that cannot be had fails its own cells only; trouble on
-// the way there is tried again.
+// A kernel or driver that cannot be fetched fails only the cells that need it. A temporary failure of a fetch is
+// tried again.
 func TestFetchTrouble(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -357,8 +355,7 @@ func TestFetchTrouble(t *testing.T) {
 	})
 }
 
-// When the context ends, running cells are cancelled, and the others are not
-// begun.
+// When the context ends, running cells are cancelled and the others do not start.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -377,7 +374,7 @@ func TestCancel(t *testing.T) {
 	})
 }
 
-// After a stop signal, a batch finishes what is running and begins nothing more.
+// After the stop signal, running cells finish and no other cell starts.
 func TestStopping(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -394,7 +391,7 @@ func TestStopping(t *testing.T) {
 	})
 }
 
-// After a stop signal, it does not wait for inputs that nobody will use.
+// After the stop signal, Run does not wait for inputs that no cell will use.
 func TestStoppingFetch(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -415,7 +412,7 @@ func TestStoppingFetch(t *testing.T) {
 	})
 }
 
-// The exit code: one class has its own, several have one, early warnings none.
+// A single class of failures has its own exit code. Several classes share one code. Early warnings do not count.
 func TestErr(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -450,7 +447,7 @@ func TestErr(t *testing.T) {
 	}
 }
 
-// Events come one at a time, each with the counts of its moment.
+// Events arrive one at a time, each with the counts of its moment.
 func TestEvents(t *testing.T) {
 	t.Parallel()
 	w := &world{t: t}

@@ -16,23 +16,23 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Destinations are where artifacts go, and the key whose signatures count there.
+// Destinations are the places where artifacts are published, and the keys that are trusted there.
 type Destinations struct {
 	Repositories []*registry.Repository
-	// Buckets hold the published tarballs of what Repositories hold.
+	// Buckets hold the published tarballs of the artifacts in Repositories.
 	Buckets  []*tarball.Bucket
 	Verifier *trust.Verifier
-	// Signer signs lists with labels.
+	// Signer signs the lists with labels.
 	Signer *sign.Signer
 
 	mu   sync.Mutex
-	seen map[string]bool // layers that were opened, by repository and digest
+	seen map[string]bool // layers that were found in a repository, by repository and digest
 }
 
-// Published returns the digest of a cell that every destination has under the
-// pointer of this very COS build, whole, with provenance and kernel match
-// signed by our key; "" where one has not. No input is fetched for it: a
-// BUILD_ID's inputs do not change, and a driver version's do not either.
+// Published returns the digest of a cell that every destination has. Each destination must have the
+// tag of this COS build and the complete artifact. Provenance and kernel match must be signed by a
+// trusted key. Published returns "" if one destination lacks any of these. It fetches no inputs,
+// because the inputs of a BUILD_ID and of a driver version never change.
 func (p *Destinations) Published(ctx context.Context, c plan.Cell) (digest string, err error) {
 	if len(p.Repositories) == 0 {
 		return "", nil
@@ -50,7 +50,7 @@ func (p *Destinations) Published(ctx context.Context, c plan.Cell) (digest strin
 	for _, repo := range p.Repositories {
 		switch err := p.has(ctx, repo, digest, c); {
 		case fault.Is(err, fault.Unverified), fault.Is(err, fault.Mismatch), fault.Is(err, fault.NoArtifact):
-			return "", nil // the build itself says what is wrong with it
+			return "", nil // the build reports what is wrong
 		case err != nil:
 			return "", err
 		}
@@ -86,7 +86,7 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 		trust.Expect{Digest: digest, Kernel: kernel, Driver: c.Driver, Identity: content.Identity}); err != nil {
 		return err
 	}
-	for _, l := range content.Layers { // a registry may have lost what it promised
+	for _, l := range content.Layers { // a registry may have lost a layer although it has the manifest
 		if err := p.layer(ctx, repo, l); err != nil {
 			return err
 		}
@@ -94,7 +94,8 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 	return nil
 }
 
-// layer looks once whether a repository has a layer; many artifacts share one.
+// layer checks that a repository has a layer. Each layer is checked once, because many artifacts
+// share one.
 func (p *Destinations) layer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
 	name := repo.Name() + "@" + l.Digest
 	p.mu.Lock()

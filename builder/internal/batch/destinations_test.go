@@ -37,8 +37,7 @@ func put(t *testing.T, r *registry.Repository, key *testkit.Key, s testkit.Sampl
 	}
 }
 
-// A cell counts as published where every destination has it, for this very
-// build, signed with our key.
+// A cell counts as published if every destination has it, for this COS build, signed with our key.
 func TestPublished(t *testing.T) {
 	t.Parallel()
 	key, stranger := testkit.NewKey(t), testkit.NewKey(t)
@@ -73,7 +72,7 @@ func TestPublished(t *testing.T) {
 		buckets []*tarball.Bucket
 		cell    plan.Cell
 		want    string
-		kind    fault.Kind // Usage is none
+		kind    fault.Kind // Usage means no error
 	}{
 		{"one place", repos{mine}, nil, here, s.Digest, fault.Usage},
 		{"two places", repos{mine, layout}, nil, here, s.Digest, fault.Usage},
@@ -98,7 +97,7 @@ func TestPublished(t *testing.T) {
 	}
 }
 
-// An artifact one of whose layers the registry lost is not published.
+// If the registry lost a layer of an artifact, the cell does not count as published.
 func TestPublishedLostLayer(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -133,7 +132,7 @@ type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// files is a bucket of small files, and facts a cache.
+// files is a bucket of small files, and facts is a cache.
 type files map[string]string
 
 func (f files) ReadSmall(_ context.Context, name string, _ int64) ([]byte, error) {
@@ -156,8 +155,8 @@ func (f facts) Fact(kind, key string) ([]byte, bool) {
 	return v, ok
 }
 
-// A failure is known again for the same inputs, under any BUILD_ID, and
-// forgotten when one of them changes.
+// A stored failure is found for the same inputs under any BUILD_ID. It is not found if one of the
+// inputs changes.
 func TestMemory(t *testing.T) {
 	t.Parallel()
 	cos := func(build string) files {
@@ -193,7 +192,7 @@ func TestMemory(t *testing.T) {
 		&batch.FailureStore{Facts: cache, Kernels: kernels, Drivers: drivers, Version: "2"}, c)
 	forgotten("other settings",
 		&batch.FailureStore{Facts: cache, Kernels: kernels, Drivers: drivers, Version: "1", Settings: "signed"}, c)
-	// Signatures that a kernel gets, or gets others of, are another try.
+	// New or other signatures lead to a new attempt.
 	signed := &batch.FailureStore{Facts: facts{}, Kernels: kernels, Drivers: drivers, Version: "1",
 		Signatures: func(k target.Kernel, version string) []string {
 			return []string{k.BuildID + "/" + version + ".tgz"}
@@ -220,14 +219,14 @@ func TestMemory(t *testing.T) {
 	forgotten("another runfile",
 		&batch.FailureStore{Facts: cache, Kernels: kernels,
 			Drivers: files{"sha256/NVIDIA-Linux-x86_64-5.1.run.sha256": "dd\n"}, Version: "1"}, c)
-	// A bucket without checksums: nothing to know a failure by.
+	// A bucket without checksums gives no key for a failure.
 	delete(kernels, "1.0.1/lakitu/kernel-headers.tgz.md5")
 	before := len(cache)
 	if err := m.Remember(t.Context(), c, known); err != nil || len(cache) != before {
 		t.Errorf("Remember without checksums = %v, %d facts; want none more than %d", err, len(cache), before)
 	}
 	forgotten("no checksum", m, c)
-	// Damage is no failure.
+	// A damaged fact is not a failure.
 	for k := range cache {
 		cache[k] = []byte("{")
 	}

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// facts is the part of the cache that Memory needs.
+// facts is the part of the cache that FailureStore needs.
 type facts interface {
 	PutFact(kind, key string, value []byte) error
 	Fact(kind, key string) ([]byte, bool)
@@ -31,29 +31,29 @@ const (
 	maxSumFile  = 4 << 10
 )
 
-// FailureStore keeps failures that would only happen again in the cache. What a
-// failure came from is told by the checksums that the buckets publish beside
-// headers, toolchain and runfile, so that nothing has to be fetched or unpacked
-// to know it again; a build without them is tried each time. Another builder
-// version, recipe, setting or input asks anew.
+// FailureStore stores permanent failures in the cache. Its key is made of the checksums that the
+// buckets publish for headers, toolchain and runfile. So a stored failure is found again without
+// fetching or unpacking anything. A cell without these checksums is tried each time. Another
+// version of the builder, recipe, setting or input leads to a new attempt.
 type FailureStore struct {
 	Facts            facts
 	Kernels, Drivers small
-	// Version is this program's.
+	// Version is the version of this program.
 	Version string
-	// BTF says that modules get BTF, for which more can be missing.
+	// BTF says that the modules get BTF. Then the key covers vmlinux too, because a build with BTF
+	// needs it.
 	BTF bool
-	// Settings are those of the run that decide which failures there are, in
-	// words: what fails with one may be made with another.
+	// Settings is a text with the settings that can decide whether a build fails. With other
+	// settings a failed cell may succeed.
 	Settings string
-	// Signatures names the objects of the kernel bucket that may hold signatures
-	// for a driver's modules; nil means none. They may come, and be replaced.
+	// Signatures names the objects in the kernel bucket that may hold signatures for a driver's
+	// modules; nil means none. These objects may appear later and may be replaced.
 	Signatures func(k target.Kernel, version string) []string
-	// Forget makes Recall know nothing; Remember still does.
+	// Forget makes Find return nothing. Remember still stores failures.
 	Forget bool
 }
 
-// key names what decides a cell's failure; "" where the bucket does not say.
+// key returns the key of a cell's failure. It is "" if the buckets have no checksums.
 func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
 	h := sha256.New()
 	fmt.Fprintf(h, "%s\n%s\n%q\n%s\n%s\n", m.Version, compile.Recipe, m.Settings, c.Driver, c.Kernel.Arch)
@@ -90,7 +90,7 @@ func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// Find returns the failure that these inputs had before.
+// Find returns the failure that the same inputs had before.
 func (m *FailureStore) Find(ctx context.Context, c plan.Cell) (Failure, bool) {
 	if m.Forget {
 		return Failure{}, false
@@ -107,7 +107,7 @@ func (m *FailureStore) Find(ctx context.Context, c plan.Cell) (Failure, bool) {
 	return f, true
 }
 
-// Remember keeps a failure.
+// Remember stores a failure.
 func (m *FailureStore) Remember(ctx context.Context, c plan.Cell, f Failure) error {
 	key := m.key(ctx, c)
 	if key == "" {

@@ -17,15 +17,17 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// lister is what is asked of a COS release bucket for labels.
+// lister lists the drivers of a COS build, as a COS release bucket does.
 type lister interface {
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
 }
 
-// Label gives every kernel of a plan the labels in every bucket that the wish
-// list and COS give, and takes away what builder gave before and gives no
-// longer. Kernels that the plan does not name keep theirs. An error with one kernel does not block the labels of
-// others; note is told which labels could not be given without a published version.
+// Label sets the labels of every kernel of a plan in every bucket. The labels come from the wish
+// list and from COS. Label removes the labels that builder set before and no longer wants. Kernels
+// outside the plan keep their labels.
+//
+// An error with one kernel does not block the labels of others. Label calls note for each label
+// that it could not set because its version is not published.
 func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string, cos lister, note func(string)) error {
 	if len(p.Buckets) == 0 {
 		return nil
@@ -50,7 +52,7 @@ func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string,
 			return nil
 		})
 	}
-	_ = group.Wait() // the functions above return nil
+	_ = group.Wait() // no error: the functions above return nil
 	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
 	if len(errs) > 0 {
 		return fmt.Errorf("%d of %d builds not labelled, first: %w", len(errs), len(kernels), errs[0])

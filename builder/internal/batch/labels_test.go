@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// says is a COS release bucket: the default version of each build.
+// says is a COS release bucket with the default version of each build.
 type says map[string]string
 
 func (s says) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {
@@ -33,8 +33,8 @@ func (s says) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList,
 	}
 }
 
-// Labels of a wish list reach every build in every bucket, and those that it
-// lists no longer are gone.
+// The labels of a wish list are set for every build in every bucket. Labels that it no longer
+// contains are removed.
 func TestLabel(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

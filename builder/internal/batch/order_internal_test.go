@@ -13,9 +13,9 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Side by side, cells are chosen so that no two do the same work: neither the
-// same kernel nor the same driver while another one warms it up. Each step of
-// the script begins a cell, or ends one that is running.
+// TestOrder checks the order in which several workers start cells. No cell may start while a
+// running cell makes the same kernel or driver for the first time. Each step of the script starts a
+// cell, or ends a running one.
 func TestOrder(t *testing.T) {
 	t.Parallel()
 	p := &plan.Plan{}
@@ -29,7 +29,7 @@ func TestOrder(t *testing.T) {
 	}
 	f := newRunner(Config{Attempts: 1}, p)
 	for _, j := range f.jobs {
-		family, _, _ := strings.Cut(j.Cell.Kernel.BuildID, ".") // 1.0.1 and 1.0.2 are the same build
+		family, _, _ := strings.Cut(j.Cell.Kernel.BuildID, ".") // 1.0.1 and 1.0.2 have one fingerprint
 		j.kernel.here, j.kernel.fingerprint = true, target.Fingerprint(family)
 		j.driver.here, j.driver.flavours = true, []target.Flavour{target.Open}
 	}
@@ -39,11 +39,11 @@ func TestOrder(t *testing.T) {
 		byName[name(j)] = j
 	}
 	for i, step := range []struct{ end, begin string }{
-		{"", "1.0.1 5.1"},          // all are cold: the plan's order
-		{"", "2.0.1 6.1"},          // another kernel and another driver
-		{"1.0.1 5.1", "1.0.2 5.1"}, // the same build, which finds everything
-		{"1.0.2 5.1", "3.0.1 5.1"}, // not driver 6.1, nor kernel 2: both are being warmed up
-		{"2.0.1 6.1", "1.0.1 6.1"}, // warm in both
+		{"", "1.0.1 5.1"},          // nothing is warm: the plan's order
+		{"", "2.0.1 6.1"},          // a different kernel and a different driver
+		{"1.0.1 5.1", "1.0.2 5.1"}, // the same build, whose results are in the cache
+		{"1.0.2 5.1", "3.0.1 5.1"}, // not driver 6.1 and not kernel 2: a running cell is the first with each
+		{"2.0.1 6.1", "1.0.1 6.1"}, // kernel and driver are warm
 		{"3.0.1 5.1", "2.0.1 5.1"},
 		{"1.0.1 6.1", "3.0.1 6.1"}, // before the early warning of the same build
 		{"2.0.1 5.1", "1.0.2 6.1"},
@@ -67,7 +67,7 @@ func TestOrder(t *testing.T) {
 
 var errBreak = fault.New(fault.APIBreak, "x.c:1: error: no such field", "")
 
-// A cell that arrives when the same build has failed already is not started.
+// A cell whose kernel arrives after the same build has failed does not start.
 func TestLateTwin(t *testing.T) {
 	t.Parallel()
 	cell := func(kernel string) plan.Cell {
@@ -88,8 +88,8 @@ func TestLateTwin(t *testing.T) {
 	}
 }
 
-// The moment in which an attempt ends has no gap: a worker that looks for work
-// then begins neither the cell again nor another cell of the same build.
+// While one attempt ends, another worker may look for work. It must start neither the same cell
+// again nor another cell of the same build.
 func TestNothingIsBegunMeanwhile(t *testing.T) {
 	t.Parallel()
 	var cells []plan.Cell
@@ -102,7 +102,7 @@ func TestNothingIsBegunMeanwhile(t *testing.T) {
 		err    error
 		state  State
 		digest string
-		twin   bool // the same build is next
+		twin   bool // the next cell is of the same build
 	}{
 		{"made", nil, Published, "sha256:1", true},
 		{"failed", errBreak, Failed, "", false},
@@ -124,7 +124,7 @@ func TestNothingIsBegunMeanwhile(t *testing.T) {
 		first, twin := f.jobs[0], f.jobs[1]
 		first.running = true
 		woken, looked := f.changed, make(chan struct{})
-		f.eventMu.Lock() // what made says is held up until somebody has looked
+		f.eventMu.Lock() // holds made's event back until look has run
 		go func() {
 			defer close(looked)
 			<-woken

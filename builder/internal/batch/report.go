@@ -9,25 +9,25 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// State is what happened to a cell.
+// State is the outcome for one cell.
 type State string
 
-// The states. The empty one is open: missing, and not begun.
+// The states. An empty State means that the cell is open: it is missing and was not started.
 const (
-	Published   State = "published"   // made now
-	Existed     State = "existed"     // was there already
-	Failed      State = "failed"      // Failure says how
-	Unavailable State = "unavailable" // does not exist in this flavour, or not for this kernel
-	Cancelled   State = "cancelled"   // told to stop
-	Missing     State = "missing"     // of a plan that was only looked at
+	Published   State = "published"   // this run made and published it
+	Existed     State = "existed"     // it was published before
+	Failed      State = "failed"      // it failed; Failure has the reason
+	Unavailable State = "unavailable" // it does not exist in this flavour or for this kernel
+	Cancelled   State = "cancelled"   // the run was stopped
+	Missing     State = "missing"     // it is not published; only Status uses this state
 )
 
-// States returns all states in the order of a summary.
+// States returns all states in the order of the summary.
 func States() []State {
 	return []State{Published, Existed, Missing, Unavailable, Failed, Cancelled}
 }
 
-// Job is a cell and what happened to it.
+// Job is a cell and its outcome.
 type Job struct {
 	// Index is the cell's place in the plan.
 	Index int       `json:"-"`
@@ -38,48 +38,49 @@ type Job struct {
 	Attempts int      `json:"attempts,omitempty"`
 	Seconds  float64  `json:"seconds"`
 	Failure  *Failure `json:"failure,omitempty"`
-	// Known says that the failure was met in an earlier run, from the same inputs.
+	// Known says that the failure comes from the FailureStore: an earlier run with the same inputs
+	// had it.
 	Known bool `json:"known,omitempty"`
-	// Like names the kernel of the same fingerprint that failed this way.
+	// Like names a kernel of the same fingerprint. The same build failed for that kernel.
 	Like   string           `json:"like,omitempty"`
 	Log    string           `json:"log,omitempty"`
 	Phases []timeline.Phase `json:"phases,omitempty"`
 }
 
-// EventKind says what happened.
+// EventKind is the kind of an Event.
 type EventKind int
 
-// What happens to a cell.
+// The kinds of events.
 const (
 	Started EventKind = iota
 	Phase
-	Again   // an attempt failed, another one comes
-	Settled // it has a state
-	Note    // something that is no failure
-	Fetch   // an input of this cell and others is on its way
+	Again   // an attempt failed, and another one follows
+	Settled // the cell has its final state
+	Note    // a problem that does not fail the cell
+	Fetch   // progress with fetching an input of this cell
 )
 
-// Event is something that happened to a cell. The Job is a copy.
+// Event reports progress of one cell. Job is a copy.
 type Event struct {
 	Job         *Job
 	Kind        EventKind
-	Phase       timeline.Event // of Phase
-	Failure     *Failure       // of Again and Note
-	Text        string         // of Fetch
-	Done, Total int            // cells
+	Phase       timeline.Event // only for Phase
+	Failure     *Failure       // only for Again and Note
+	Text        string         // only for Fetch
+	Done, Total int            // numbers of cells
 }
 
-// Count is how many cells failed in one way.
+// Count is the number of failed cells of one class.
 type Count struct {
 	Class        fault.Kind `json:"class"`
 	EarlyWarning bool       `json:"earlyWarning"`
 	Cells        int        `json:"cells"`
 }
 
-// Report is what a run came to.
+// Report is the result of a run.
 type Report struct {
 	Jobs []*Job `json:"cells"`
-	// States counts cells, and Failures those that failed, by class.
+	// States counts the cells by state. Failures counts the failed ones by class.
 	States   map[State]int `json:"states"`
 	Failures []Count       `json:"failures,omitempty"`
 	Notes    []string      `json:"notes,omitempty"`
@@ -92,7 +93,7 @@ func (f *runner) report(p *plan.Plan) *Report {
 			j.State = Missing
 		}
 		if j.Attempts == 0 {
-			j.Log = "" // of an earlier run, if there is one
+			j.Log = "" // a log there is from an earlier run
 		}
 		r.Jobs = append(r.Jobs, j.Job)
 		r.States[j.State]++
@@ -112,12 +113,11 @@ func (f *runner) report(p *plan.Plan) *Report {
 	return r
 }
 
-// several is the class of cells that failed in more than one way.
+// several is the class of a run whose cells failed with more than one class.
 const several = fault.Several
 
-// Err is nil when everything that alarms is published. Otherwise its kind is
-// that of the failures, where all are of one kind; a run that was told to stop
-// is cancelled, whatever failed before.
+// Err returns nil if no cell failed, early warnings aside. Otherwise its kind is the class of the
+// failures if all have the same one. A stopped run is cancelled, whatever failed before.
 func (r *Report) Err() error {
 	failed, kinds := 0, []fault.Kind{}
 	for _, c := range r.Failures {
@@ -151,7 +151,7 @@ func (r *Report) Err() error {
 	return fault.Wrap(several, fmt.Errorf("%d of %d cells failed in several ways: %s", failed, len(r.Jobs), text), hint)
 }
 
-// Early counts the failures of early warnings.
+// Early returns the number of failed early warnings.
 func (r *Report) Early() (n int) {
 	for _, c := range r.Failures {
 		if c.EarlyWarning {

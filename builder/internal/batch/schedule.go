@@ -20,21 +20,21 @@ import (
 type input struct {
 	claimed, here bool
 	err           error
-	fingerprint   target.Fingerprint // of a kernel
-	flavours      []target.Flavour   // of a driver
+	fingerprint   target.Fingerprint // set for a kernel
+	flavours      []target.Flavour   // set for a driver
 }
 
-// job is a cell on its way.
+// job is the runner's state of one cell.
 type job struct {
 	*Job
 	kernel, driver *input
 	running        bool
-	alone          bool      // ran out of memory beside others
-	notBefore      time.Time // of the next attempt
+	alone          bool      // ran out of memory next to other cells, so it now runs alone
+	notBefore      time.Time // earliest time of the next attempt
 	pauses         *backoff.ExponentialBackOff
 }
 
-// buildKey tells builds with one outcome.
+// buildKey identifies a build: cells with the same key have the same outcome.
 type buildKey struct {
 	fingerprint target.Fingerprint
 	driver      target.Driver
@@ -42,7 +42,7 @@ type buildKey struct {
 
 func (j *job) buildKey() buildKey { return buildKey{j.kernel.fingerprint, j.Cell.Driver} }
 
-// ready reports whether all is there that the cell needs; runner.mu is held.
+// ready reports whether all inputs of the cell have arrived. The caller holds runner.mu.
 func (j *job) ready() bool {
 	return j.kernel.here && j.driver.here && j.kernel.err == nil && j.driver.err == nil &&
 		slices.Contains(j.driver.flavours, j.Cell.Driver.Flavour)
@@ -52,15 +52,15 @@ type runner struct {
 	cfg  Config
 	jobs []*job
 
-	eventMu sync.Mutex // orders events
+	eventMu sync.Mutex // keeps events in order
 
 	mu        sync.Mutex
-	changed   chan struct{}     // closed and replaced at each change
-	done      int               // cells that have a state
-	ended     bool              // no more inputs will arrive
-	warm      map[any]bool      // fingerprints and driver versions that a cell was made of
-	failed    map[buildKey]*job // builds that would fail the same way again
-	lookupErr error             // the first answer that lookUp did not get
+	changed   chan struct{}     // closed and replaced at each change, to wake waiting workers
+	done      int               // number of cells that have a state
+	ended     bool              // no further input will arrive
+	warm      map[any]bool      // fingerprints and driver versions of finished cells; their cached results can be reused
+	failed    map[buildKey]*job // permanently failed builds
+	lookupErr error             // the first error of a lookup
 }
 
 func newRunner(cfg Config, p *plan.Plan) *runner {
@@ -84,7 +84,7 @@ func newRunner(cfg Config, p *plan.Plan) *runner {
 	return f
 }
 
-// wake wakes those who wait in next. f.mu is held.
+// wake wakes all workers that wait in next. The caller holds f.mu.
 func (f *runner) wake() {
 	close(f.changed)
 	f.changed = make(chan struct{})
@@ -92,14 +92,15 @@ func (f *runner) wake() {
 
 func (f *runner) stopping(ctx context.Context) bool {
 	select {
-	case <-f.cfg.Stopping: // nil never answers
+	case <-f.cfg.Stopping: // a nil channel never receives
 		return true
 	default:
 		return ctx.Err() != nil
 	}
 }
 
-// claim returns the input if it is needed and nobody fetches it yet.
+// claim returns the input if a cell needs it and no other fetch has claimed it. Otherwise it
+// returns nil.
 func (f *runner) claim(in *input) *input {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -111,7 +112,8 @@ func (f *runner) claim(in *input) *input {
 	return in
 }
 
-// arrived takes an input, or fails the cells that wait for it.
+// arrived records that an input was fetched. If fetching failed, it fails the cells that need the
+// input.
 func (f *runner) arrived(ctx context.Context, in *input, keep func(), err error) {
 	f.mu.Lock()
 	in.here, in.err = true, err
@@ -147,7 +149,7 @@ func (f *runner) arrived(ctx context.Context, in *input, keep func(), err error)
 	}
 }
 
-// fetched says that whatever has not arrived by now never will.
+// fetched records that no further input will arrive.
 func (f *runner) fetched() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -155,8 +157,7 @@ func (f *runner) fetched() {
 	f.wake()
 }
 
-// next waits for the cell that is best made now; nil says that there is none
-// left.
+// next waits until a cell can start and returns the best one. It returns nil if no cell is left.
 func (f *runner) next(ctx context.Context) *job {
 	for {
 		if f.stopping(ctx) {
@@ -186,9 +187,8 @@ func (f *runner) next(ctx context.Context) *job {
 	}
 }
 
-// pick chooses among the cells that may start now. wait is until the next
-// pause is over; open says that there may be something to do later. f.mu is
-// held.
+// pick returns the best cell that may start at this time. wait is the time until the next pause
+// ends. open says that a cell may become ready later. The caller holds f.mu.
 func (f *runner) pick(now time.Time) (best *job, wait time.Duration, open bool) {
 	running := map[buildKey]bool{}
 	busy := map[any]bool{}
@@ -227,10 +227,10 @@ func (f *runner) pick(now time.Time) (best *job, wait time.Duration, open bool) 
 	return best, wait, open
 }
 
-// cost orders the cells that may start: one whose kernel or driver another
-// cell is just warming up would do the same work beside it, so it comes late;
-// one whose kernel and driver are warm comes early. What costs the same keeps
-// the plan's order, which is kernel by kernel.
+// cost returns the rank of a cell that may start; the lowest cost starts first. A running cell may
+// be the first one with the same kernel or driver. A second cell next to it would repeat its work,
+// so its cost is high. The cost is low if kernel and driver are warm, that is, a finished cell left
+// results in the cache. Cells with equal cost start in the plan's order, kernel by kernel.
 func (f *runner) cost(j *job, busy map[any]bool) int {
 	cost := 0
 	for weight, key := range []any{j.Cell.Driver.Version, j.kernel.fingerprint} {
@@ -243,13 +243,13 @@ func (f *runner) cost(j *job, busy map[any]bool) int {
 		}
 	}
 	if j.Cell.EarlyWarning {
-		cost += 4 // what alarms goes first, among equals
+		cost += 4 // among equal cells, early warnings start last
 	}
 	return cost
 }
 
-// made takes the outcome of one attempt. A worker that looks for work meanwhile
-// must begin neither the cell again nor another cell of the same build.
+// made records the outcome of one attempt. It changes everything under one lock. Otherwise another
+// worker could start the cell again, or another cell of the same build.
 func (f *runner) made(ctx context.Context, j *job, res *pipeline.Result, err error, took time.Duration) {
 	f.mu.Lock()
 	j.running = false
@@ -301,7 +301,7 @@ func (f *runner) made(ctx context.Context, j *job, res *pipeline.Result, err err
 	}
 }
 
-// failAlike settles a cell as the one that is the same build.
+// failAlike fails a cell with the failure of the same build's first cell.
 func (f *runner) failAlike(ctx context.Context, twin *job) {
 	f.mu.Lock()
 	first := f.failed[twin.buildKey()]
@@ -322,8 +322,8 @@ func (f *runner) remember(ctx context.Context, j *job, known Failure) {
 	}
 }
 
-// stateOf tells failures from what is none: a flavour that the release does not
-// have, and that nobody asked for by name.
+// stateOf returns the state for a failure. A flavour that the release does not have is no failure
+// if the wish did not name the flavour.
 func stateOf(c plan.Cell, known Failure) State {
 	switch {
 	case known.Class == fault.Cancelled:
@@ -348,7 +348,7 @@ func (f *runner) finish(j *job, state State, known *Failure) {
 	}
 }
 
-// put gives a cell its state, and reports whether it had none; f.mu is held.
+// put sets the state of a cell and reports whether the cell had none. The caller holds f.mu.
 func (f *runner) put(j *job, state State, known *Failure) bool {
 	if j.State != "" {
 		return false
@@ -359,13 +359,13 @@ func (f *runner) put(j *job, state State, known *Failure) bool {
 	return true
 }
 
-// skipRest settles what was never begun, or not begun again.
+// skipRest cancels the cells that were not started, or not started again.
 func (f *runner) skipRest(ctx context.Context) {
 	cause := context.Cause(ctx)
 	for _, j := range f.jobs {
 		text := "not started: the run was stopped"
 		if cause == nil && !f.stopping(ctx) {
-			text = "not started: no reason was given" // a bug in pick
+			text = "not started: no reason was given" // only a bug in pick leads here
 		}
 		f.fail(j, fault.New(fault.Cancelled, text, "run the command again: it keeps what is done"))
 	}
@@ -376,7 +376,7 @@ func (f *runner) emit(e Event) {
 	defer f.eventMu.Unlock()
 	f.mu.Lock()
 	e.Done, e.Total = f.done, len(f.jobs)
-	copied := *e.Job // the watcher's own
+	copied := *e.Job // the watcher gets its own copy
 	e.Job = &copied
 	f.mu.Unlock()
 	if f.cfg.Watch != nil {

@@ -10,17 +10,16 @@ import (
 	"github.com/prometheus/procfs"
 )
 
-// CellMemory is the memory that one cell may need, in bytes: the test machine
-// has 3 GiB, and half a gigabyte goes to the programs around it. Compilers need
-// less, up to some four of them.
+// CellMemory is the memory that one cell may need, in bytes. The virtual machine of the load test
+// has 3 GiB, and the programs around it need 0.5 GiB. About four compilers fit into less.
 const CellMemory = 3584 << 20
 
-// jobsPerCell is how many compilers a cell keeps busy before its single steps
-// (link, pack, test machine) waste more than another cell beside it.
+// jobsPerCell is the number of processors that one cell uses well. With more, its single-threaded
+// steps (link, pack, load test) would waste more than a second cell costs.
 const jobsPerCell = 4
 
-// Size divides a machine: how many cells side by side, and make's -j for each.
-// 0 for either picks it; memory is in bytes, 0 is unknown.
+// Size returns how many cells to make at the same time, and make's -j for each. For parallel and
+// jobs, 0 means that Size chooses. memory is in bytes; 0 means unknown.
 func Size(parallel, jobs, cores int, memory uint64) (cells, each int) {
 	cores = max(cores, 1)
 	if parallel <= 0 {
@@ -36,8 +35,8 @@ func Size(parallel, jobs, cores int, memory uint64) (cells, each int) {
 	return parallel, jobs
 }
 
-// ExtraCells is how many cells may be running beside those that compile: one, where
-// nobody said how many, and memory has room for it.
+// ExtraCells returns the number of cells that may run in addition to the ones that compile. It is
+// one if the user gave no number and memory has room for another cell, and 0 otherwise.
 func ExtraCells(parallel, cells int, memory uint64) int {
 	if parallel > 0 || memory/CellMemory <= uint64(cells) {
 		return 0
@@ -45,12 +44,11 @@ func ExtraCells(parallel, cells int, memory uint64) int {
 	return 1
 }
 
-// Cores returns how many processors this process may use.
+// Cores returns the number of processors that this process may use.
 func Cores() int { return runtime.GOMAXPROCS(0) }
 
-// FreeMemory returns how much memory this process may still take, in bytes: what
-// the machine has available, or what is left of the control group's limit. 0 is
-// unknown.
+// FreeMemory returns the memory in bytes that this process may still use: the machine's available
+// memory, or the rest of the control group's limit if that is less. 0 means unknown.
 func FreeMemory(root string) uint64 {
 	var free uint64
 	if fs, err := procfs.NewFS(filepath.Join(root, "proc")); err == nil {
@@ -67,7 +65,8 @@ func FreeMemory(root string) uint64 {
 	return free
 }
 
-// number reads a file with one number; control groups write max for none.
+// number reads a file with one number. ok is false for the text max, which control groups write if
+// there is no limit.
 func number(file string) (uint64, bool) {
 	text, err := os.ReadFile(file)
 	if err != nil {

@@ -20,9 +20,9 @@ func TestSize(t *testing.T) {
 		{0, 0, 2, 8 * gib, 1, 2},
 		{0, 0, 8, 64 * gib, 2, 4},
 		{0, 0, 16, 64 * gib, 4, 4},
-		{0, 0, 16, 8 * gib, 2, 8}, // memory decides
+		{0, 0, 16, 8 * gib, 2, 8}, // limited by memory
 		{0, 0, 16, gib, 1, 16},
-		{3, 0, 8, gib, 3, 2}, // whoever says a number means it
+		{3, 0, 8, gib, 3, 2}, // a given number is used
 		{0, 6, 16, 0, 4, 6},
 		{9, 0, 2, 0, 9, 1},
 	}
@@ -43,8 +43,8 @@ func TestAhead(t *testing.T) {
 		want            int
 	}{
 		{0, 1, 8 * gib, 1},
-		{0, 1, 6 * gib, 0}, // two test machines do not fit
-		{0, 1, 0, 0},       // nobody knows
+		{0, 1, 6 * gib, 0}, // no room for two load tests
+		{0, 1, 0, 0},       // memory is unknown
 		{1, 1, 64 * gib, 0},
 		{0, 4, 18 * gib, 1},
 		{0, 4, 17 * gib, 0},

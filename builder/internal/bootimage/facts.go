@@ -19,14 +19,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Facts are what a vmlinux says of itself.
+// Facts are the facts about a kernel that its vmlinux contains.
 type Facts struct {
-	// Banners are the texts that begin "Linux version "; linkers leave more than
-	// one, and the first may be unfinished.
+	// Banners are the texts that begin with "Linux version ". Linkers leave more than one, and the first one may be
+	// incomplete.
 	Banners []string
-	// BuildID is the GNU build id in hex; "" where it has none.
+	// BuildID is the GNU build id in hex, or "" if there is none.
 	BuildID string
-	// Config is the configuration that CONFIG_IKCONFIG put in; nil without it.
+	// Config is the configuration that CONFIG_IKCONFIG put into the kernel. Config is nil without that option.
 	Config []byte
 }
 
@@ -42,7 +42,7 @@ var (
 	configEnds   = []byte("IKCFG_ED")
 )
 
-// ReadFacts reads them.
+// ReadFacts reads the facts from a vmlinux.
 func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 	var f Facts
 	file, err := elf.NewFile(vmlinux)
@@ -94,7 +94,7 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	return text, errors.Join(err, zr.Close())
 }
 
-// buildID reads the note that linkers write; in a kernel it is among others.
+// buildID reads the note with the GNU build id. In a kernel, this note is among others in the section .notes.
 func buildID(file *elf.File) string {
 	s := file.Section(".note.gnu.build-id")
 	if s == nil {
@@ -124,15 +124,15 @@ func buildID(file *elf.File) string {
 
 var definedString = regexp.MustCompile(`(?m)^#define[ \t]+(\w+)[ \t]+"([^"\n]*)"`)
 
-// ErrOtherRun says that a kernel is of the same release and configuration as the
-// headers, and that somebody else linked it, or at another time. Whether an image
-// and its headers always come from one run of make is not known of every bucket.
+// ErrOtherRun means that the kernel has the release and configuration of the headers, but was linked by somebody else
+// or at another time. Callers may tolerate this difference, because not every bucket is known to have an image and
+// headers from the same run of make.
 var ErrOtherRun = errors.New("linked in another run of make")
 
-// Check reports whether the kernel is the one that a header tree belongs to: the
-// release, and who built it, when and as which build, as far as the tree says so;
-// and the configuration, where the kernel carries it. Another build's kernel is
-// fault.Mismatch; it wraps ErrOtherRun if nothing differs but who linked it and when.
+// Check reports whether the kernel belongs to a header tree. The releases must be equal. If the tree says who built the
+// kernel, when, and under which build number, these facts must be equal. If the kernel contains its configuration, the
+// configurations must be equal. For the kernel of another build, the error is fault.Mismatch. The error wraps
+// ErrOtherRun if only the builder or the time differs.
 func (f Facts) Check(headers string) error {
 	said := map[string]string{}
 	for _, name := range []string{"utsrelease.h", "utsversion.h", "compile.h"} {
@@ -203,8 +203,8 @@ func readBounded(file string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, maxHeader))
 }
 
-// firstDifference names the first option that is not set alike, as a or b has
-// it; "" where there is none.
+// firstDifference returns the first option, by name, that the two configurations do not set alike, or "" if there is
+// none.
 func firstDifference(a, b kconfig.Config) string {
 	var differ []string
 	for _, pair := range [][2]kconfig.Config{{a, b}, {b, a}} {

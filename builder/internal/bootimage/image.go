@@ -1,9 +1,8 @@
-// Package bootimage makes what a machine can boot out of a kernel as it was
-// linked, the vmlinux that COS publishes with each build, and tells whether such a
-// file is the kernel that a header tree belongs to.
+// Package bootimage makes a bootable image for a virtual machine from the vmlinux that COS publishes with each build.
+// The package also reports whether a vmlinux is the kernel to which a header tree belongs.
 //
-// It refuses to guess: a file of another layout, or with another build's version text in it, is an error that names
-// what does not fit.
+// The package refuses to guess. A file with another layout, or with the version text of another build, is an error that
+// names the difference.
 package bootimage
 
 import (
@@ -20,20 +19,20 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Recipe names the way images are made; it goes into cache keys.
+// Recipe names the version of the image format. Recipe is part of cache keys.
 const Recipe = "bootimage-1"
 
-// entryCode is entry.S, assembled; a test assembles it again and compares.
+// entryCode is the assembled entry.S. A test assembles entry.S again and compares.
 //
 //go:embed entry.bin
 var entryCode []byte
 
-// Where the entry is in the machine's memory, below every kernel.
+// These constants are the places of the entry code in the machine's memory. They are below the memory of every kernel.
 const (
 	page      = 0x1000
 	entryAt   = 1 << 20
-	zeroPage  = 0x1000 // boot_params, from there on
-	tables    = 0x2000 // page tables
+	zeroPage  = 0x1000 // offset of boot_params from entryAt
+	tables    = 0x2000 // offset of the page tables
 	entrySize = 0x8000
 
 	maxMemory   = 512 << 20
@@ -47,10 +46,9 @@ func odd(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "read vmlinux: "+fmt.Sprintf(format, args...), hintImage)
 }
 
-// Write writes an image that qemu's -kernel takes. For amd64 that is an ELF file
-// with the kernel's own segments and an entry of ours, which its PVH note names;
-// so kernels boot whether or not they were built with such an entry. For arm64
-// it is the kernel's Image, which is what objcopy -O binary makes of vmlinux.
+// Write writes an image that qemu's -kernel accepts. For amd64 it is an ELF file with the kernel's own segments and
+// Prebake's entry code. The file's PVH note names this entry, so that every kernel boots, with or without a PVH entry
+// of its own. For arm64 it is the kernel's Image, with the same content that objcopy -O binary makes from vmlinux.
 func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	f, err := elf.NewFile(vmlinux)
 	if err != nil {
@@ -83,15 +81,15 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	return writeELF(out, f.Entry, load)
 }
 
-// The header at the start of an arm64 Image (Documentation/arm64/booting.rst), which
-// is the start of the kernel as it was linked too.
+// These constants are offsets in the header of an arm64 Image (Documentation/arm64/booting.rst). The linked kernel
+// begins with the same header.
 const (
-	atImageSize  = 16 // of the memory that the kernel takes, 8 bytes
+	atImageSize  = 16 // 8 bytes: the memory that the kernel needs
 	atImageMagic = 56
 )
 
-// writeFlat writes the segments where they are in memory. A kernel that lacks a part
-// would start and hang.
+// writeFlat writes each segment at its place in memory. writeFlat returns an error if a segment is incomplete, because
+// such a kernel would start and then hang.
 func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	for _, p := range load {
 		n, err := io.Copy(io.NewOffsetWriter(out, int64(p.Paddr-low)), p.Open()) //nolint:gosec // bounded by maxMemory
@@ -112,8 +110,8 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	return nil
 }
 
-// entry is our code with the kernel's entry, the constants of boot_params
-// (Documentation/x86/boot.rst) and tables that map 4 GiB one to one.
+// entry returns the entry code with the address of the kernel's entry, the constants of boot_params
+// (Documentation/x86/boot.rst), and page tables that map 4 GiB of memory one to one.
 func entry(kernel uint64) []byte {
 	le, b := binary.LittleEndian, make([]byte, entrySize)
 	le.PutUint64(b[copy(b, entryCode)-8:], kernel)
@@ -121,7 +119,7 @@ func entry(kernel uint64) []byte {
 	le.PutUint16(zero[0x1fe:], 0xaa55) // boot_flag
 	copy(zero[0x202:], "HdrS")
 	le.PutUint16(zero[0x206:], 0x20c) // protocol 2.12
-	zero[0x210] = 0xff                // type_of_loader: none with a number
+	zero[0x210] = 0xff                // type_of_loader: a loader without a number
 	zero[0x211] = 0x01                // LOADED_HIGH
 	const present = 0x3               // and writable
 	le.PutUint64(t, entryAt+tables+page|present)

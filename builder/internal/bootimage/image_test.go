@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The embedded code is what its source says. That it starts kernels, with an
-// entry for PVH of their own and without, is shown in deploy/e2e on real ones.
+// TestEntry checks that the embedded code is the assembled entry.S. deploy/e2e shows on real kernels that the code
+// starts them, with and without a PVH entry of their own.
 func TestEntry(t *testing.T) {
 	t.Parallel()
 	for _, tool := range []string{"as", "ld"} {
@@ -45,8 +45,8 @@ func TestEntry(t *testing.T) {
 	}
 }
 
-// kernel is made by the machine's own compiler and linker: an ELF file for this
-// processor whose segments lie where a kernel's do.
+// kernel makes an ELF file for this processor with the machine's compiler and linker. Its segments lie at the same
+// addresses as those of a kernel.
 func kernel(t testing.TB, banner string, at string) []byte {
 	t.Helper()
 	for _, tool := range []string{"gcc", "ld"} {
@@ -90,8 +90,8 @@ func image(t testing.TB, vmlinux []byte, arch target.Arch) (*os.File, error) {
 const banner = "Linux version 6.6.105+ (builder@2832f747b46d) (clang) #1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 " +
 	"UTC 2025"
 
-// The image holds the kernel's segments as they are, our entry below them, and
-// the note that names it.
+// TestWrite checks that the image has the kernel's segments unchanged, the entry code below them, and the note that
+// names the entry.
 func TestWrite(t *testing.T) {
 	t.Parallel()
 	vmlinux := kernel(t, banner, "0x1000000")
@@ -142,7 +142,7 @@ func TestWriteRefuses(t *testing.T) {
 	} {
 		if _, err := image(t, vmlinux, target.AMD64); fault.Of(err) != fault.Unsupported && !errors.Is(err, os.ErrClosed) ||
 			err == nil {
-			if name != "half" || err == nil { // a segment that ends early is an error of reading
+			if name != "half" || err == nil { // a segment that ends early is a read error
 				t.Errorf("%s: Write = %v; want %v", name, err, fault.Unsupported)
 			}
 		}
@@ -152,13 +152,13 @@ func TestWriteRefuses(t *testing.T) {
 	}
 }
 
-// part is a segment of a test's vmlinux.
+// part is a segment of a vmlinux for a test.
 type part struct {
 	at, memory uint64
 	data       []byte
 }
 
-// linked is an ELF file for arm64 with these segments, one behind the other.
+// linked returns an ELF file for arm64 with these segments, one after the other.
 func linked(parts ...part) []byte {
 	var out bytes.Buffer
 	put := func(v any) { _ = binary.Write(&out, binary.LittleEndian, v) }
@@ -182,7 +182,7 @@ func linked(parts ...part) []byte {
 	return out.Bytes()
 }
 
-// arm64Head begins an Image: a branch, the memory it takes, the magic.
+// arm64Head returns the beginning of an Image: a branch, the size of the memory that it needs, and the magic number.
 func arm64Head(memory uint64) []byte {
 	b := make([]byte, 0x1000)
 	copy(b, "\x01\x00\x00\x14")
@@ -191,15 +191,15 @@ func arm64Head(memory uint64) []byte {
 	return b
 }
 
-// arm64Base is where kernels are linked to.
+// arm64Base is the address to which kernels are linked.
 const arm64Base = 0xffff800008000000
 
-// An Image has each segment where it is in memory, zeros between them, and
-// nothing of what the kernel clears itself.
+// TestWriteFlat checks that an Image has each segment at its place in memory, with zeros between them. The Image must
+// not have the memory that the kernel clears itself.
 func TestWriteFlat(t *testing.T) {
 	t.Parallel()
 	text, data := arm64Head(0x9000), bytes.Repeat([]byte("data"), 100)
-	// The order in the file is not that of memory, and what starts empty lies last.
+	// The segments are not in the order of memory. The last one has no data in the file.
 	out, err := image(t, linked(part{arm64Base + 0x3000, 0x400, data}, part{arm64Base, 0x1000, text},
 		part{arm64Base + 0x4000, 0x4000, nil}), target.ARM64)
 	if err != nil {
@@ -230,8 +230,8 @@ func TestWriteFlat(t *testing.T) {
 	}
 }
 
-// What comes out is what binutils make of the same file, which is how the kernel's
-// own Makefile makes an Image.
+// TestWriteFlatAsObjcopy compares the Image with the output of binutils for the same file. The kernel's own Makefile
+// makes an Image in this way.
 func TestWriteFlatAsObjcopy(t *testing.T) {
 	t.Parallel()
 	const prefix = "aarch64-linux-gnu-"
@@ -255,7 +255,7 @@ start:	wfi
 	.bss
 	.zero	70000
 `,
-		// As in arch/arm64/kernel/vmlinux.lds.S: the address in memory is the linked one.
+		// As in arch/arm64/kernel/vmlinux.lds.S, the address in memory is the linked address.
 		"k.lds": `ENTRY(_text)
 SECTIONS {
 	. = 0xffff800008000000;
@@ -345,7 +345,7 @@ func headers(t *testing.T, files map[string]string) string {
 	return dir
 }
 
-// The banner is one that a COS node printed.
+// TestCheck uses a banner that a COS node printed.
 func TestCheck(t *testing.T) {
 	t.Parallel()
 	facts, err := bootimage.ReadFacts(bytes.NewReader(kernel(t, banner, "0x1000000")))

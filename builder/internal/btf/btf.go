@@ -1,11 +1,10 @@
-// Package btf reads BTF, the description of types that a kernel and its modules
-// carry for tracers: it takes a kernel's out of vmlinux, and compares a module's with it. A module's is split: it goes
-// on counting types and strings where the kernel's ends, so that with another kernel's it means something else, and
-// kernels refuse it or, where they are configured so, load the module without.
+// Package btf reads BTF, the description of types that a kernel and its modules carry for tracers. The package extracts
+// the BTF of a kernel from vmlinux and compares the BTF of a module with it. The BTF of a module is split: the numbers
+// of its types and strings continue where those of the kernel end. With the BTF of another kernel these numbers mean
+// something else. A kernel then refuses the module, or loads it without its BTF if the kernel is configured so.
 //
-// It refuses to interpret: it walks over the types once and follows none, so
-// that no input makes it deep or slow. What a type says is the kernel's and
-// the tracer's business.
+// The package refuses to interpret types. The package walks over them once and follows no reference, so that no input
+// causes deep recursion or long run times. The meaning of a type concerns the kernel and the tracer only.
 package btf
 
 import (
@@ -20,15 +19,14 @@ import (
 // Section is the name of the ELF section with the types of a kernel or a module.
 const Section = ".BTF"
 
-// maxSize bounds one description. A distribution's kernel with all that it has
-// built in has 6 MB.
+// maxSize limits the BTF of one file, in bytes. The BTF of a distribution's kernel with all built-in drivers has 6 MB.
 const maxSize = 64 << 20
 
-// ErrNone says that a file has no BTF.
+// ErrNone means that a file has no BTF.
 var ErrNone = errors.New("it has no section " + Section)
 
-// Read returns the BTF of an ELF file, which it reads no more of than the
-// headers and that section. Without one it is [ErrNone].
+// Read returns the BTF of an ELF file. Read reads only the headers and that section. If the section is missing, the
+// error is [ErrNone].
 func Read(r io.ReaderAt) ([]byte, error) {
 	f, err := elf.NewFile(r)
 	if err != nil {
@@ -46,19 +44,19 @@ func Read(r io.ReaderAt) ([]byte, error) {
 	return s.Data()
 }
 
-// Types are those of a kernel, as far as a module's are checked against them.
+// Types has the facts about a kernel's types that are needed to check a module's.
 type Types struct {
 	count   uint32 // the highest number of a type; 0 means void
 	strings []byte
 }
 
-// Count is how many types there are.
+// Count returns the number of types.
 func (t *Types) Count() int { return int(t.count) }
 
 // Parse reads a kernel's own BTF.
 func Parse(data []byte) (*Types, error) { return parse(data, &Types{}) }
 
-// Check reports what makes a module's BTF unfit for a kernel of these types.
+// Check returns an error if a module's BTF does not fit a kernel with these types.
 func (t *Types) Check(module []byte) error {
 	_, err := parse(module, t)
 	return err
@@ -67,7 +65,7 @@ func (t *Types) Check(module []byte) error {
 const (
 	magic      = 0xeb9f
 	headerSize = 24
-	typeSize   = 12 // of a type without what follows it
+	typeSize   = 12 // of a type without the data that follows it
 )
 
 // The kinds of types, from include/uapi/linux/btf.h.
@@ -93,12 +91,13 @@ const (
 	kindEnum64    = 19
 )
 
-// form says what a kind of type has beside its name.
+// form describes the data of one kind of type, in addition to its name.
 type form struct {
-	refers bool // the third word of the head is a type
+	refers bool // the third word of the head is the number of a type
 	tail   int  // bytes that follow once
-	each   int  // bytes that follow for each of the type's parts
-	// Where a part, or the tail, has a name and types, in words; -1 is nowhere.
+	each   int  // bytes that follow for each part of the type
+	// name and types are the positions of a name and of type numbers, in words, within a part or within the tail. -1
+	// means none.
 	name  int
 	types []int
 }
@@ -131,8 +130,8 @@ func formOf(kind uint32) (form, bool) {
 	return f, true
 }
 
-// parse reads BTF that goes on where base ends. It is as strict as the kernel
-// about numbers, and stricter about names: each has to be a whole string.
+// parse reads BTF whose numbers continue where base ends. The checks of numbers are as strict as the kernel's. The
+// checks of names are stricter: a name must be a whole string.
 func parse(data []byte, base *Types) (*Types, error) {
 	le := binary.LittleEndian
 	if len(data) < headerSize || le.Uint16(data) != magic || data[2] != 1 {
@@ -159,7 +158,7 @@ func parse(data []byte, base *Types) (*Types, error) {
 		return nil, fmt.Errorf("strings: %w", err)
 	}
 	switch n := len(own); {
-	case n == 0 && len(base.strings) > 0: // a module may have no name of its own
+	case n == 0 && len(base.strings) > 0: // a module need not have names of its own
 	case n == 0 || own[n-1] != 0 || len(base.strings) == 0 && own[0] != 0:
 		return nil, errors.New("strings: no table of strings")
 	}
@@ -176,7 +175,7 @@ func parse(data []byte, base *Types) (*Types, error) {
 	return t, nil
 }
 
-// scan finds where each type begins, and counts them.
+// scan finds the offset of each type, and counts the types.
 func (t *Types) scan(types []byte) (starts []int, err error) {
 	for at := 0; at < len(types); t.count++ {
 		if len(types)-at < typeSize {
@@ -200,7 +199,7 @@ func head(typ []byte) (kind uint32, parts int) {
 	return info >> 24 & 0x1f, int(info & 0xffff)
 }
 
-// checkType checks the names and types that one type refers to.
+// checkType checks the names and type numbers to which one type refers.
 func (t *Types) checkType(typ []byte, base *Types) error {
 	word := func(i int) uint32 { return binary.LittleEndian.Uint32(typ[4*i:]) }
 	kind, parts := head(typ)
@@ -240,8 +239,8 @@ func (t *Types) checkID(id uint32) error {
 	return nil
 }
 
-// checkName refuses a name that does not begin where a string begins, in the kernel's
-// table or, for offsets beyond its end, in that of t.
+// checkName returns an error if a name does not begin at the start of a string. The string is in the kernel's table.
+// For an offset beyond the end of that table, it is in the table of t.
 func (t *Types) checkName(at uint32, base *Types) error {
 	table, i := base.strings, uint64(at)
 	if i >= uint64(len(table)) {
@@ -257,7 +256,7 @@ func (t *Types) checkName(at uint32, base *Types) error {
 	return nil
 }
 
-// whole is the string around an offset.
+// whole returns the string that contains an offset.
 func whole(table []byte, at int) []byte {
 	from := bytes.LastIndexByte(table[:at], 0) + 1
 	return table[from : from+bytes.IndexByte(table[from:], 0)]

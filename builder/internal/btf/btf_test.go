@@ -27,15 +27,15 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// edit changes 32-bit words, at places in words.
+// edit changes the 32-bit word with the index at.
 func edit(data []byte, at int, value uint32) []byte {
 	out := bytes.Clone(data)
 	binary.LittleEndian.PutUint32(out[4*at:], value)
 	return out
 }
 
-// The first words after the header are the first type: its name, its kind and
-// number of parts, its size, then an int's bits; the next is a pointer.
+// first is the index of the word after the header, where the first type begins. That type has four words: name, kind
+// with number of parts, size, and the bits of an int. The second type is a pointer.
 const first, pointer = 6, 10
 
 func TestCheck(t *testing.T) {
@@ -53,13 +53,13 @@ func TestCheck(t *testing.T) {
 		if err := binary.Write(&added, binary.LittleEndian, append(head, words...)); err != nil {
 			t.Fatal(err)
 		}
-		// In place of the first pointer, which is as long as the head.
+		// The new type replaces the first pointer. A pointer is as long as the head of the new type.
 		return append(out[:4*pointer:4*pointer], append(added.Bytes(), out[4*pointer+12:]...)...)
 	}
 	for _, row := range []struct {
 		name string
 		data []byte
-		want string // "" is none
+		want string // "" means no error
 	}{
 		{"good", good, ""},
 		{"no types of its own", btfsample.Module(kernel), ""},
@@ -108,7 +108,7 @@ func FuzzCheck(f *testing.F) {
 		if types.Count() > len(base)/12 {
 			t.Errorf("%d types in %d bytes", types.Count(), len(base))
 		}
-		_ = types.Check(module) // whatever it says, it ends
+		_ = types.Check(module) // any result is fine; Check must end
 	})
 }
 

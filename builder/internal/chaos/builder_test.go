@@ -32,8 +32,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// asBuilder is the variable that makes this program a builder: its value is a
-// [builder] as JSON.
+// asBuilder is the variable that makes this test program run as a builder. Its value is a [builder] as JSON.
 const asBuilder = "PREBAKE_CHAOS_BUILDER"
 
 func TestMain(m *testing.M) {
@@ -47,12 +46,12 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// builder is what a builder is told.
+// builder has the settings of a builder.
 type builder struct {
 	ID, State, Queue, Server, Token string
-	// Events is a folder for the notes of all builders.
+	// Events is the folder in which all builders write their notes.
 	Events string
-	// Phase is the longest time of each of the three phases of a build.
+	// Phase is the longest duration of each of a build's three phases.
 	Phase time.Duration
 }
 
@@ -69,12 +68,12 @@ func runBuilder(text string) error {
 	return err
 }
 
-// note is one line of the builders' common book.
+// note is one line of the file of notes, to which all builders write.
 type note struct {
 	Cell string
 	Pid  int
 	At   time.Time
-	// What is begin, end, or broken: an end without an artifact.
+	// What is begin, end or broken. broken means that the build ended without an artifact.
 	What string
 }
 
@@ -97,18 +96,19 @@ func (b builder) note(cell, what string) (err error) {
 	return errors.Join(err, f.Close())
 }
 
-// number tells a cell's place from its kernel, as in 18000.0.7.
+// number returns the last part of a BUILD_ID, which numbers the cells: 7 for 18000.0.7.
 func number(buildID string) int {
-	n, _ := strconv.Atoi(buildID[strings.LastIndex(buildID, ".")+1:]) // 0 is a number like any other
+	n, _ := strconv.Atoi(buildID[strings.LastIndex(buildID, ".")+1:]) // an invalid number counts as 0
 	return n
 }
 
-// One cell in ten does not compile, and one in ten meets trouble in its first try.
+// apiBreak and trouble choose cells by their number. One cell in ten does not compile. One in ten has a transient
+// failure in its first attempt.
 func apiBreak(cell string) bool { return number(cell)%10 == 3 }
 func trouble(cell string) bool  { return number(cell)%10 == 7 }
 
-// build stands in for the pipeline: it takes its time, writes a log, and pushes an
-// artifact that is unlike any other, so that a second one of a cell would show.
+// build replaces the pipeline. build takes some time, writes a log and pushes an artifact. Each artifact has random
+// content, so that a second artifact of the same cell would be noticed.
 func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer,
 	line *timeline.Run) (res *pipeline.Result, err error) {
 	cell := r.BuildID
@@ -165,8 +165,8 @@ func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer,
 	return res, err
 }
 
-// publish pushes an artifact under the cell's name, or finds the one that is there.
-// It waits a little for a registry that is away, as the real one does.
+// publish pushes an artifact under the cell's tag, or returns the artifact that has the tag already. publish retries
+// for some seconds if the registry does not answer, as the real publish does.
 func (b builder) publish(ctx context.Context, cell string) (digest string, err error) {
 	ref, err := tagOf(b.Server, cell)
 	if err != nil {
@@ -199,12 +199,12 @@ func (b builder) publish(ctx context.Context, cell string) (digest string, err e
 	return "", fault.Wrap(fault.Transient, fmt.Errorf("push %s: %w", ref, err), "")
 }
 
-// tagOf names a cell's artifact in the server's registry, whose tags never move.
+// tagOf returns a cell's tag in the server's registry. Tags of that registry never move.
 func tagOf(server, cell string) (name.Tag, error) {
 	return name.NewTag(strings.TrimPrefix(server, "http://")+"/prebake/driver:"+cell, name.Insecure)
 }
 
-// published reads what a tag names; "" means nothing.
+// published returns the digest that a tag names, or "" if the tag does not exist.
 func published(ctx context.Context, ref name.Tag) (digest string, err error) {
 	desc, err := remote.Head(ref, remote.WithContext(ctx))
 	var terr *transport.Error

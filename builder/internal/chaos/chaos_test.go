@@ -19,23 +19,22 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// size is how large a run is.
+// size configures a run.
 type size struct {
-	// workers is how many builders there are.
+	// workers is the number of builders.
 	jobs, workers int
-	// phase is the longest time of one of a build's three phases, and pause that
-	// between two blows.
+	// phase is the longest duration of one of a build's three phases. pause is the time between two faults.
 	phase, pause time.Duration
-	// long runs lose machines for good, and freeze builders until they were taken for
-	// dead: that takes a minute each time.
+	// Long runs also remove builders for good, and freeze builders until the farm considers them dead. Each of these
+	// takes a minute.
 	long bool
 }
 
-// small runs with the other tests; `make chaos` sets the jobs of a long one.
+// small is the size of the run among the other tests. `make chaos` sets the jobs of a long run.
 var small = size{jobs: 12, workers: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
 
-// TestChaos kills every part of a farm at random while it works, and fills disks.
-// At the end, every cell is published once or failed with a reason.
+// TestChaos kills every part of a working farm at random, and fills disks. At the end every cell must be published
+// once, or failed with a reason.
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
@@ -70,14 +69,14 @@ func TestChaos(t *testing.T) {
 	}
 }
 
-// injection is one fault of a builder.
+// injection is one fault that was injected into a process.
 type injection struct {
 	at   time.Time
 	pid  int
 	what string
 }
 
-// faultRun is what happens to a farm.
+// faultRun is a farm with the faults that were injected into it.
 type faultRun struct {
 	*farm
 	size
@@ -85,17 +84,17 @@ type faultRun struct {
 	kills   map[string]int
 	faults  []injection
 	paused  sync.WaitGroup
-	cold    *process // the builder that is frozen; one at a time
+	cold    *process // the builder that is frozen; at most one at a time
 	resumed atomic.Bool
 }
 
-// cell is the kernel of a job.
+// cell returns the BUILD_ID of job n.
 func cell(n int) string { return fmt.Sprintf("18000.0.%d", n) }
 
 const driver = "535.261.03"
 
-// injectFaults asks for all cells and injects faults until nearly all are over, each part once at
-// least; then it waits for the rest.
+// injectFaults requests all cells. Then it injects faults until nearly all cells are finished, and at least one fault
+// into each part. At the end it waits for the remaining cells.
 func (s *faultRun) injectFaults(t *testing.T) {
 	t.Helper()
 	seed := uint64(time.Now().UnixNano())
@@ -138,7 +137,7 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	}
 }
 
-// ask asks for every cell until the server has taken it, as a planner or a node would.
+// ask requests every cell, as a planner or a node would. ask repeats each request until the server accepts it.
 func (s *faultRun) ask(ctx context.Context, t *testing.T) {
 	for n := range s.jobs {
 		for {
@@ -160,7 +159,7 @@ func (s *faultRun) ask(ctx context.Context, t *testing.T) {
 	}
 }
 
-// open counts the cells that are not over.
+// open counts the cells that are not finished.
 func (s *faultRun) open(ctx context.Context) (int, error) {
 	all, err := s.client.Builds(ctx, "")
 	if err != nil {
@@ -181,7 +180,7 @@ func (s *faultRun) open(ctx context.Context) (int, error) {
 	return n, nil
 }
 
-// blows are the things that go wrong, one of each in a round.
+// blows returns the faults, one of each kind for a round.
 func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 	count := func(what string) { s.kills[what]++ }
 	hit := func(p *process, sig syscall.Signal, what string) bool {
@@ -193,7 +192,7 @@ func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 		}
 		return pid != 0
 	}
-	some := func() *process { // one that is not frozen
+	some := func() *process { // returns a builder that is not frozen
 		for {
 			if p := s.builders[rng.IntN(len(s.builders))]; p != s.cold {
 				return p
@@ -221,7 +220,7 @@ func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 	if !s.long {
 		return all
 	}
-	lose := func(t *testing.T) { // a machine is gone, and another one comes
+	lose := func(t *testing.T) { // a machine is lost, and a new one replaces it
 		p := some()
 		at := time.Now()
 		s.drop(p)
@@ -231,7 +230,7 @@ func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 		}
 		s.startBuilder(t)
 	}
-	freeze := func(*testing.T) { // taken for dead, and then back
+	freeze := func(*testing.T) { // the farm considers the builder dead, and then it continues
 		if s.cold != nil && !s.resumed.Load() {
 			return
 		}
@@ -248,14 +247,15 @@ func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 		})
 	}
 	all = append(all, lose)
-	if s.postgres != nil { // with SQLite, who is frozen in mid-write locks the file for all
+	// With SQLite, a builder that is frozen while it writes would keep the file locked for all others.
+	if s.postgres != nil {
 		all = append(all, freeze)
 	}
 	return all
 }
 
-// leftInQueue counts jobs that the queue still offers; it waits for the sweep, which
-// has a minute.
+// leftInQueue counts the jobs that the queue still offers. leftInQueue waits up to a minute, so that the server's sweep
+// can remove jobs of ended builds.
 func (s *faultRun) leftInQueue(t *testing.T) (n int) {
 	t.Helper()
 	q, err := queue.Open(t.Context(), s.queue)

@@ -21,7 +21,7 @@ import (
 
 const token = "token-of-the-chaos-run"
 
-// farm is everything that can be killed.
+// farm has all processes that the test can kill.
 type farm struct {
 	dir      string
 	url      string // of the server
@@ -30,12 +30,12 @@ type farm struct {
 	server   *process
 	postgres *process // nil with SQLite
 	builders []*process
-	disks    []string // file systems that can be filled, named by part as in builder-3
+	disks    []string // small file systems, named by part as in builder-3
 	phase    time.Duration
-	started  int // builders so far
+	started  int // number of builders started so far
 }
 
-// newFarm starts the server over a database, and builders.
+// newFarm starts the server with a database, and the builders.
 func newFarm(t *testing.T, server, database string, builders int, phase time.Duration) *farm {
 	t.Helper()
 	f := &farm{dir: t.TempDir(), phase: phase}
@@ -68,7 +68,7 @@ func freeAddress(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// disk makes a folder on a file system of its own, which may be filled up.
+// disk makes a folder on a small file system of its own, which the test can fill.
 func (f *farm) disk(t *testing.T, name, size string) string {
 	t.Helper()
 	dir := filepath.Join(f.dir, name)
@@ -78,7 +78,7 @@ func (f *farm) disk(t *testing.T, name, size string) string {
 	return dir
 }
 
-// wait returns once the server answers.
+// wait returns when the server answers.
 func (f *farm) wait(t *testing.T) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
@@ -92,7 +92,7 @@ func (f *farm) wait(t *testing.T) {
 	}
 }
 
-// startBuilder starts one more builder, with a name and folder of its own.
+// startBuilder starts one more builder with its own name and folder.
 func (f *farm) startBuilder(t *testing.T) {
 	t.Helper()
 	f.started++
@@ -110,8 +110,7 @@ func (f *farm) startBuilder(t *testing.T) {
 	}))
 }
 
-// startPostgres starts a PostgreSQL of this farm's own, which may be killed, and
-// returns its URL.
+// startPostgres starts a PostgreSQL server that belongs to this farm, and returns its URL. The test may kill it.
 func (f *farm) startPostgres(t *testing.T) string {
 	t.Helper()
 	found, err := filepath.Glob("/usr/lib/postgresql/*/bin/initdb")
@@ -119,7 +118,7 @@ func (f *farm) startPostgres(t *testing.T) string {
 		t.Skip("PostgreSQL is not installed: make setup does it")
 	}
 	bin := filepath.Dir(found[len(found)-1])
-	// A socket's path is short, and PostgreSQL's user has to reach it.
+	// The path of a socket must be short, and PostgreSQL's user must have access to it.
 	socket, err := os.MkdirTemp("", "prebake-chaos-")
 	if err != nil {
 		t.Fatal(err)
@@ -150,7 +149,7 @@ func (f *farm) startPostgres(t *testing.T) string {
 	if err != nil {
 		t.Fatalf("initdb: %v\n%s", err, out)
 	}
-	// A kill loses nothing that was written, synced or not: the machine stays up.
+	// fsync can be off. A killed process loses nothing that it wrote, synced or not, because the machine keeps running.
 	f.postgres = launch(t, f.dir, "postgres", func() *exec.Cmd {
 		return command("postgres", "-D", data, "-c", "listen_addresses=", "-c", "unix_socket_directories="+socket,
 			"-c", "fsync=off", "-c", "min_wal_size=2MB", "-c", "max_wal_size=32MB", "-c", "max_connections=60")
@@ -158,8 +157,8 @@ func (f *farm) startPostgres(t *testing.T) string {
 	return "postgres://prebake@/postgres?host=" + socket
 }
 
-// unprivileged gives folders to the user of PostgreSQL's package, since it refuses
-// to run as root; another user than root runs it as itself.
+// unprivileged gives folders to the user of PostgreSQL's package if the test runs as root, because PostgreSQL refuses
+// to run as root. Otherwise PostgreSQL runs as the user of the test.
 func unprivileged(folders ...string) (*syscall.Credential, error) {
 	if os.Geteuid() != 0 {
 		return nil, nil
@@ -181,7 +180,7 @@ func unprivileged(folders ...string) (*syscall.Credential, error) {
 	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
 }
 
-// drop takes a builder off the list, which is not started again.
+// drop removes a builder from the list, so that nobody uses it any more.
 func (f *farm) drop(p *process) {
 	f.builders = slices.DeleteFunc(f.builders, func(b *process) bool { return b == p })
 	f.disks = slices.DeleteFunc(f.disks, func(dir string) bool { return filepath.Base(dir) == p.name })

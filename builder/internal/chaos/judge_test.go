@@ -18,16 +18,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// verdict is what happened to a run.
+// verdict is the result of a run.
 type verdict struct {
 	jobs, published, failed int
-	// doubled are cells that were published more than once, lost those that are
-	// neither published nor failed with a reason, and left are jobs in the queue.
+	// doubled are cells that were published more than once. lost are cells that are neither published nor failed with a
+	// reason. left is the number of jobs in the queue.
 	doubled, lost []string
 	left          int
-	reasons       map[string]int // of failures, by class
-	// interrupted counts attempts that were running in a builder when it was struck;
-	// resume tells for the longest how long it took until another attempt began.
+	reasons       map[string]int // number of failures by class
+	// interrupted counts attempts that were running in a builder when a fault hit it. resume is the longest time until
+	// another attempt began.
 	interrupted int
 	resume      time.Duration
 	slowest     string
@@ -35,8 +35,7 @@ type verdict struct {
 	took        time.Duration
 }
 
-// judge examines the catalogue, the registry, the server's log and the builders'
-// notes.
+// judge examines the catalogue, the registry, the server's log and the builders' notes.
 func (s *faultRun) judge(t *testing.T) *verdict {
 	t.Helper()
 	v := &verdict{jobs: s.jobs, reasons: map[string]int{}, left: s.leftInQueue(t)}
@@ -82,7 +81,7 @@ func (s *faultRun) judge(t *testing.T) *verdict {
 	return v
 }
 
-// holds counts a published cell if the registry has what the catalogue promises.
+// holds counts a published cell if the registry has the artifact that the catalogue names.
 func (s *faultRun) holds(t *testing.T, b api.Build, v *verdict) {
 	t.Helper()
 	ref, err := tagOf(s.url, b.Kernel.BuildID)
@@ -97,7 +96,7 @@ func (s *faultRun) holds(t *testing.T, b api.Build, v *verdict) {
 	v.published++
 }
 
-// announced counts from the server's log how often each build became published.
+// announced counts how often each build became published, according to the server's log.
 func (s *faultRun) announced(t *testing.T) map[int64]int {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "server.log"))
@@ -119,7 +118,7 @@ func (s *faultRun) announced(t *testing.T) map[int64]int {
 	return times
 }
 
-// resumes finds for each fault what was running, and when it went on.
+// resumes finds for each fault the attempts that were running, and when their cells continued.
 func (s *faultRun) resumes(t *testing.T, v *verdict, builds map[string][]api.Build) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "notes"))
@@ -142,11 +141,12 @@ func (s *faultRun) resumes(t *testing.T, v *verdict, builds map[string][]api.Bui
 			slices.SortFunc(of, func(a, b note) int { return a.At.Compare(b.At) })
 			at, found := slices.BinarySearchFunc(of, blow.at,
 				func(n note, t time.Time) int { return cmp.Or(n.At.Compare(t), -1) })
-			_ = found // what happens at that very moment is before it
+			_ = found // a note of the same moment counts as before the fault
 			if at == 0 || of[at-1].Pid != blow.pid || of[at-1].What == broken {
-				continue // it is another's, or at rest
+				// The attempt ran in another builder, or it had ended without an artifact.
+				continue
 			}
-			var on time.Time // when the cell went on, or was over
+			var on time.Time // when the cell continued or finished
 			for _, b := range builds[name] {
 				if b.FinishedAt != nil && (on.IsZero() || b.FinishedAt.Before(on)) {
 					on = *b.FinishedAt
@@ -172,7 +172,7 @@ func (s *faultRun) resumes(t *testing.T, v *verdict, builds map[string][]api.Bui
 	}
 }
 
-// table is the verdict for people.
+// table prints the verdict for people.
 func (v *verdict) table(kills map[string]int) string {
 	var out bytes.Buffer
 	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
@@ -195,7 +195,7 @@ func (v *verdict) table(kills map[string]int) string {
 	return out.String()
 }
 
-// check holds a run against what is promised.
+// check compares the verdict with what the farm guarantees.
 func (v *verdict) check(t *testing.T, run size) {
 	t.Helper()
 	if len(v.doubled) > 0 || len(v.lost) > 0 || v.left > 0 || v.published+v.failed != v.jobs {
@@ -211,7 +211,7 @@ func (v *verdict) check(t *testing.T, run size) {
 	if v.reasons[fault.APIBreak.String()] > breaks {
 		t.Errorf("%d cells failed as an API break; want at most %d", v.reasons[fault.APIBreak.String()], breaks)
 	}
-	// The promise of a minute is for a farm that has the machine for itself.
+	// The guarantee of one minute holds only for a farm that has the machine to itself.
 	if run.long && v.resume > time.Minute {
 		t.Errorf("a build went on after %v (%s); want a minute at most", v.resume, v.slowest)
 	}

@@ -12,8 +12,7 @@ import (
 	"time"
 )
 
-// process is a program that is started again whenever it ends, as systemd or
-// Kubernetes would do it.
+// process is a program that is started again whenever it ends, as systemd or Kubernetes would do.
 type process struct {
 	name string
 	make func() *exec.Cmd
@@ -21,7 +20,7 @@ type process struct {
 
 	mu     sync.Mutex
 	wanted bool
-	pid    int // of what runs; 0 means none
+	pid    int // of the running program; 0 if none runs
 	ended  chan struct{}
 }
 
@@ -56,7 +55,7 @@ func launch(t *testing.T, dir, name string, command func() *exec.Cmd) *process {
 	return p
 }
 
-// once runs the program to its end, and reports whether it is to start again.
+// once runs the program until it ends, and reports whether to start it again.
 func (p *process) once(t *testing.T) bool {
 	cmd := p.make()
 	cmd.Stdout, cmd.Stderr = p.log, p.log
@@ -78,14 +77,14 @@ func (p *process) once(t *testing.T) bool {
 		t.Errorf("start %s: %v", p.name, err)
 		return false
 	}
-	_ = cmd.Wait() // it is killed: how it ends says nothing
+	_ = cmd.Wait() // the program was killed, so its exit status has no meaning
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.pid = 0
 	return p.wanted
 }
 
-// signal sends a signal to what runs, and returns its id; 0 means none.
+// signal sends a signal to the running program and returns its process id. signal returns 0 if none runs.
 func (p *process) signal(s syscall.Signal) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -95,7 +94,7 @@ func (p *process) signal(s syscall.Signal) int {
 	return p.pid
 }
 
-// retire kills the program for good and waits for its end. It returns its id.
+// retire kills the program, waits for its end and does not start it again. retire returns the process id.
 func (p *process) retire() int {
 	p.mu.Lock()
 	p.wanted = false
@@ -105,8 +104,8 @@ func (p *process) retire() int {
 	return pid
 }
 
-// smallDisk makes dir a file system of its own, of this size in MiB, that can be
-// filled up. That takes root: without, dir is a folder, and full reports that.
+// smallDisk mounts a small file system of size MiB on dir, which the test can fill. A mount needs root. Without root,
+// dir is a plain folder and full is false.
 func smallDisk(t *testing.T, dir, size string) (full bool) {
 	t.Helper()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -127,7 +126,7 @@ func smallDisk(t *testing.T, dir, size string) (full bool) {
 	return true
 }
 
-// fill takes the last byte of a small disk for a while.
+// fill takes all free space of a small disk for the duration d.
 func fill(t *testing.T, dir string, d time.Duration) {
 	t.Helper()
 	name := filepath.Join(dir, "ballast")

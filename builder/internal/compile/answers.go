@@ -23,39 +23,41 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// insideAsk is the folder of one question in its sandbox, the only one that the
-// question can write to.
+// insideAsk is the folder of one conftest question inside its sandbox. The question can write to no
+// other folder.
 const insideAsk = "/prebake/ask"
 
 const (
 	maxAnswer = 64 << 10
 	maxPlan   = 1 << 20
-	maxHeader = 4 << 20 // a file of the folder conftest/
+	maxHeader = 4 << 20 // limit for one file of the folder conftest/, in bytes
 )
 
-// errUseMake says that make asks the questions, and why; it does the same
-// work at its own pace.
+// errUseMake says that this package cannot answer conftest's questions before make asks them. The
+// wrapping error gives the reason. The build goes on: make asks the questions itself, which takes
+// longer.
 var errUseMake = errors.New("conftest is left to make")
 
-// answers answers conftest's questions before make asks them: from the conftest cache where the same question was asked
-// of an equal view, and otherwise by running the test, each in a sandbox of its own that shows it nothing but what the
-// key of its answer covers.
+// answers answers conftest's questions before make asks them. An answer comes from the conftest
+// cache if the same question was asked of an equal view. Otherwise the test runs. Each test runs in
+// its own sandbox. The sandbox shows only files that the key of the answer covers, so a stored
+// answer cannot depend on anything else.
 type answers struct {
 	*build
 	view   *view
-	box    sandbox.Config // with the view's masks, and without the sources
+	box    sandbox.Config // make's sandbox with the view's masks and without the sources
 	files  map[string]string
 	script *conftest.Script
 	plan   *conftest.Plan
 	keyer  *conftest.Keyer
 	stored conftest.Answers
-	// present is headers.h, once it is known; wrapperDir has the script that lets
-	// programs begin with what is compiled already.
+	// present is the text of conftest/headers.h; it is empty until the header questions are
+	// answered. wrapperDir holds the compiler wrapper that uses precompiled headers.
 	present, wrapperDir string
 }
 
-// answers writes conftest's answers into the staged sources. An error that wraps
-// errUseMake leaves the sources as they were.
+// answers writes conftest's answers into the staged sources. If the error wraps errUseMake, the
+// staged sources are unchanged.
 func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
 	text, err := readHost(filepath.Join(b.src, "conftest.sh"))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -67,7 +69,8 @@ func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
-	// patch_check prints what such files define.
+	// The mode patch_check of conftest.sh prints macros that patch files define. No cache key
+	// covers them.
 	if found, err := fs.Glob(hostFS(b.src), "patch-*.h"); err != nil || len(found) > 0 {
 		return nil, fmt.Errorf("%w: the sources are patched", errUseMake)
 	}
@@ -102,8 +105,9 @@ func readStored(cache *cas.Cache, key string) (conftest.Answers, error) {
 	return conftest.Answers{}, nil
 }
 
-// findPlan runs the driver's sanity checks by make, and reads the questions that it prints. It is stored: the makefiles
-// and the scripts of driver and kernel decide it.
+// findPlan lets make run the driver's sanity checks and print the list of its conftest questions.
+// The cache stores this plan. Its key covers everything that decides the plan: the makefiles and
+// scripts of the driver and of the kernel.
 func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	args := slices.Clone(a.args)
 	for i, arg := range args {
@@ -118,8 +122,8 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 			return plan, nil
 		}
 	}
-	// A copy of the sources: make may do more than it is asked for, and what it
-	// does here is done with masks before its eyes.
+	// make gets a copy of the sources here, because it may change them and sees masked headers in
+	// this run.
 	dir := filepath.Join(a.r.WorkDir, "plan")
 	src, told := filepath.Join(dir, "src"), filepath.Join(dir, "told")
 	if err := os.MkdirAll(told, 0o755); err != nil {
@@ -144,7 +148,7 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	box.Binds = append(box.Binds,
 		sandbox.Bind{Host: src, Inside: insideSource, Writable: true},
 		sandbox.Bind{Host: told, Inside: insideAsk, Writable: true})
-	err = sandbox.Run(ctx, box) // ends badly, as the rules say
+	err = sandbox.Run(ctx, box) // an exit error is expected: PlanRules ends make with one
 	if cause := context.Cause(ctx); cause != nil {
 		return nil, cause
 	}
@@ -172,8 +176,8 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	return plan, a.r.Cache.PutFact("conftest-plan-2", key, text)
 }
 
-// noPlan tells a driver that refuses the kernel from one that cannot be asked
-// for its plan.
+// noPlan distinguishes two causes of a missing plan: a failed sanity check, when the driver refuses
+// the kernel, and any other failure. Only the second one wraps errUseMake.
 func (a *answers) noPlan(err error, said string) error {
 	var f findings
 	for line := range strings.Lines(said) {
@@ -181,7 +185,7 @@ func (a *answers) noPlan(err error, said string) error {
 	}
 	if _, known := checks[f.check]; known && err != nil {
 		fmt.Fprint(a.watch, said)
-		return err // which [diagnose] reads together with what the watch saw
+		return err // [diagnose] reads this error together with the findings of the watch
 	}
 	return fmt.Errorf("%w: make printed no plan: %s", errUseMake, f.lastLine)
 }
@@ -196,16 +200,18 @@ func appendTo(file, text string) error {
 // question is one call of conftest.sh.
 type question struct {
 	name, key string
-	test      string   // the one test that the script is shown with; "" for none
-	argv      []string // after the script's fourth argument
-	headers   string   // conftest/headers.h, as far as the test may see it
-	// header is what its program begins with, with these lines; nil means nothing that
-	// is compiled already.
+	test      string   // the only test that the script keeps; "" for none
+	argv      []string // the arguments after the script's fourth one
+	headers   string   // the part of conftest/headers.h that the test may see
+	// header is the precompiled header that the question's program begins with; nil if there is
+	// none. lines are the program's first lines after the script's own preamble, up to the last
+	// include of the header.
 	header *sharedHeader
 	lines  []string
 }
 
-// find returns the files of the folder conftest/.
+// find returns the content of the folder conftest/. It answers the open questions and stores new
+// answers.
 func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 	known, flags := len(a.stored), a.keyer.Flags()
 	a.watch.expect.conftest = max(1, len(a.plan.Headers)) + len(a.plan.All())
@@ -227,7 +233,8 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The version that is in headers.h is a comment, which nothing sees.
+	// The empty release is harmless here: headers.h holds the version in a comment only, and no
+	// test reads it.
 	for _, f := range a.plan.Files(headers, nil, "", "") {
 		if f.Name == "headers.h" {
 			a.present = f.Text
@@ -260,8 +267,8 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 	return a.plan.Files(headers, tests, tests[conftest.ModePatches], release), nil
 }
 
-// ask returns the answers to questions by name, and adds those that were not
-// known to the cache.
+// ask returns the answers by question name. It runs the tests of the questions without a stored
+// answer and adds their answers to a.stored.
 func (a *answers) ask(ctx context.Context, about []question) (map[string]string, error) {
 	found, asked := map[string]string{}, map[string]bool{}
 	var open []question
@@ -274,7 +281,7 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 	}
 	remembered := len(found)
 	if _, ok := found[conftest.ModePatches]; ok {
-		remembered-- // it asks nothing about the kernel
+		remembered-- // the patch list is not a question about the kernel, so the progress display does not count it
 	}
 	a.watch.reuse(phaseConftest, remembered)
 	dir := filepath.Join(a.r.WorkDir, "ask")
@@ -283,7 +290,7 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 	if err := a.writeWrapper(a.wrapperDir, headerScript); err != nil {
 		return nil, err
 	}
-	var mu sync.Mutex // the watch's, the maps' and the beginnings' counts
+	var mu sync.Mutex // guards the watch, both maps and sharedHeader.left
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(a.r.Jobs)
 	answer := func(q question, dir string) error {
@@ -315,7 +322,8 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 	return found, errors.Join(g.Wait(), context.Cause(ctx))
 }
 
-// askOne runs the script for one question.
+// askOne runs the driver's conftest.sh for one question in its own sandbox and returns what the
+// script printed.
 func (a *answers) askOne(ctx context.Context, q question, dir string) (text string, err error) {
 	script, err := a.script.Question(q.test)
 	if err != nil {
@@ -357,7 +365,7 @@ func (a *answers) askOne(ctx context.Context, q question, dir string) (text stri
 	return string(raw), os.RemoveAll(dir)
 }
 
-// release puts the real release where the view had a mask.
+// release replaces the masked release string in the answer of uts_release by the kernel's real one.
 func (a *answers) release(answer string) (string, error) {
 	text, err := readHost(filepath.Join(a.r.Headers, "include/generated/utsrelease.h"))
 	if err != nil {
@@ -373,9 +381,10 @@ func (a *answers) release(answer string) (string, error) {
 //go:embed conftest.sh
 var answeredScript string
 
-// write writes the files of the folder conftest/, each not older than those that
-// make says it is made of. The driver's own script is replaced by one that only
-// repeats what was found: nothing of it runs beside the compiler.
+// write writes the files of the folder conftest/. make compares times, so write creates each file
+// after the files that it depends on in the makefiles. write also replaces the driver's conftest.sh
+// by a script that only prints the stored answers. So no code of the driver's script runs in the
+// compiler's sandbox.
 func (a *answers) write(files []conftest.File) error {
 	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@",
 		insideSource+"/conftest/uts_release").Replace(answeredScript)
@@ -391,7 +400,8 @@ func (a *answers) write(files []conftest.File) error {
 	return nil
 }
 
-// unchanged reports whether make took the files as they were.
+// unchanged reports whether the build left the files of the folder conftest/ as this package wrote
+// them.
 func (a *answers) unchanged(left *untrusted.Dir) bool {
 	for name, text := range a.files {
 		if now, err := left.Read("conftest/"+name, maxHeader); err != nil || string(now) != text {

@@ -6,10 +6,11 @@ import (
 	"os"
 )
 
-// setBuildID gives a stripped module a build id that is a digest of its own
-// bytes, and debug, where named, the same one. A linker's own id covers the
-// debug sections, so that compiling with and without them would give two
-// modules that differ in nothing else. Modules without an id stay as they are.
+// setBuildID replaces the build id of a stripped module by a digest of the module's own bytes. If
+// debug names a file, that file gets the same build id. The reason: the linker computes its build
+// id over the debug sections too. With the linker's id, a compilation with debug information and
+// one without it would give modules that differ in the build id only. A module without a build id
+// stays unchanged.
 func setBuildID(stripped, debug string) error {
 	text, err := readHost(stripped)
 	if err != nil {
@@ -44,8 +45,9 @@ func writeAt(path string, data []byte, at int64) error {
 	})
 }
 
-// findBuildID returns where the GNU build id of an ELF file lies; size is 0
-// where it has none.
+// findBuildID returns the offset and the size in bytes of the GNU build id in an ELF file. size is
+// 0 if the file has no build id. The note's layout is the one of the ELF specification: name size,
+// content size and type as 4-byte numbers, then the name; NT_GNU_BUILD_ID is type 3.
 func findBuildID(path string) (at, size int64, err error) {
 	f, err := openHostELF(path)
 	if err != nil {
@@ -56,7 +58,7 @@ func findBuildID(path string) (at, size int64, err error) {
 	if s == nil {
 		return 0, 0, nil
 	}
-	const header = 16 // sizes of name and content, the type, "GNU\0"
+	const header = 16 // name size, content size, type, and the name "GNU\0"
 	note, err := s.Data()
 	if err != nil {
 		return 0, 0, fmt.Errorf("read build id: %w", err)
@@ -68,5 +70,5 @@ func findBuildID(path string) (at, size int64, err error) {
 	if size < 8 || size > sha256.Size || header+size > int64(len(note)) {
 		return 0, 0, fmt.Errorf("read build id: %d bytes long", size)
 	}
-	return int64(s.Offset) + header, size, nil //nolint:gosec // within a file that was read whole
+	return int64(s.Offset) + header, size, nil //nolint:gosec // the offset is inside a file that was read completely
 }

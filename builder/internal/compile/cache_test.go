@@ -17,7 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// asking is a driver that asks its kernel, and a kernel that answers.
+// asking returns a request with a driver whose conftest asks questions, and a kernel that has the
+// answers.
 func asking(t *testing.T) compile.Request {
 	t.Helper()
 	r := toy(t)
@@ -35,7 +36,7 @@ func headers(t *testing.T, dir, release, crc string) {
 	write(t, dir, testdriver.Headers(release, crc))
 }
 
-// made compiles and returns the module's bytes and what the phases say.
+// made compiles, and returns the module's bytes and the notes of the phases.
 func made(t *testing.T, r compile.Request) ([]byte, string) {
 	t.Helper()
 	var log bytes.Buffer
@@ -60,7 +61,7 @@ func made(t *testing.T, r compile.Request) ([]byte, string) {
 	return data, strings.Join(notes, "; ")
 }
 
-// A cache never makes a different module, and what was stored is used.
+// A build with a cache makes the same module as one without, and it uses the stored results.
 func TestCache(t *testing.T) {
 	t.Parallel()
 	r := asking(t)
@@ -86,7 +87,8 @@ func TestCache(t *testing.T) {
 		}
 	}
 	step("empty cache", "6 tests; 2 files")
-	// Both files read the release's header. version.c uses it and is never kept.
+	// Both files include the header with the release. version.c uses the release, so its object is
+	// never stored.
 	const all, none = "6 tests, 6 remembered; 2 files, 1 reused", "6 tests; 2 files"
 	step("the same again", all)
 	headers(t, r.Headers, "6.1.0-56", "0x22222222")
@@ -148,8 +150,9 @@ func TestCache(t *testing.T) {
 	}
 }
 
-// A compiler that is killed, or finds no room, says nothing about the kernel,
-// whether the question is ours or make's. The words are gcc's and clang's own.
+// A compiler that is killed, or has no memory or disk space, says nothing about the kernel. No
+// answer may come from it, whether this package or make asks the question. The messages are gcc's
+// and clang's own.
 func TestTroubleIsNoAnswer(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
@@ -175,7 +178,7 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 			if remembers {
 				r.Cache = cache
 			}
-			// The compiler fails over one of the questions.
+			// The compiler fails for one of the questions.
 			gcc := filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-gcc")
 			if err := os.Remove(gcc); err != nil {
 				t.Fatal(err)
@@ -197,7 +200,7 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 	}
 }
 
-// Several builds on one cache folder do not get into each other's way.
+// Several builds that share one cache folder do not disturb each other.
 func TestCacheShared(t *testing.T) {
 	t.Parallel()
 	r := asking(t)
@@ -228,8 +231,8 @@ func TestCacheShared(t *testing.T) {
 	}
 }
 
-// A driver whose makefiles are of another shape is left to make, and nothing of
-// what was tried gets into the module.
+// If a driver's makefiles have an unknown form, make itself asks conftest's questions. The module
+// then contains nothing of the failed attempt.
 func TestOtherShapes(t *testing.T) {
 	t.Parallel()
 	for name, files := range map[string]map[string]string{

@@ -1,12 +1,10 @@
-// Package compile turns module sources into .ko files with the kernel's own
-// build system, in a sandbox whose paths, environment, user and host name are
-// the same on every machine, so that equal inputs give equal bytes. It refuses
-// to fetch anything, to judge whether a module fits the kernel (pkg/modinfo
-// does), and to compile outside the sandbox.
+// Package compile turns module sources into .ko files with the kernel's own build system, kbuild. It compiles in a
+// sandbox. The sandbox has the same paths, environment, user and host name on every machine, so that equal inputs
+// give equal bytes. The package refuses to fetch anything and to compile outside the sandbox. It does not judge
+// whether a module fits the kernel (pkg/modinfo does).
 //
-// Inside the sandbox the kernel's header tree is /prebake/kernel, the toolchain
-// /prebake/toolchain (both read-only), a copy of the sources /prebake/src, and
-// the results go to /prebake/out.
+// Inside the sandbox, /prebake/kernel is the kernel's header tree and /prebake/toolchain the toolchain, both
+// read-only. /prebake/src is a copy of the sources, and results go to /prebake/out.
 package compile
 
 import (
@@ -37,76 +35,74 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Recipe names the way modules are made here. It goes into cache keys: raise the
-// number with any change that may change the bytes that come out.
+// Recipe is the version of this package's way to make modules. Cache keys contain it. Raise the number with any
+// change that may change the bytes of a module.
 const Recipe = "compile-3"
 
-// Request is one compilation. Source, Headers, Toolchain, Release, Arch and
-// WorkDir are needed.
+// Request describes one compilation. Source, Headers, Toolchain, Release, Arch and WorkDir are required.
 type Request struct {
-	// Source is the folder of module sources (NVIDIA's kernel/ or kernel-open/,
-	// or one with a Kbuild file for External). It is copied, never written.
+	// Source is the folder of module sources: NVIDIA's kernel/ or kernel-open/ for Modules, a folder with a Kbuild
+	// file for External. The build works on a copy.
 	Source string
-	// Headers is the root of the kernel's header tree; Toolchain that of the
-	// unpacked toolchain archive. Both are shown read-only.
+	// Headers is the root of the kernel's header tree. Toolchain is the root of the unpacked toolchain archive. The
+	// sandbox shows both read-only.
 	Headers, Toolchain string
-	// Env is toolchain_env: CC, CXX and, where given, LD, AR, NM, OBJCOPY,
-	// OBJDUMP and STRIP by name. Without a CC the toolchain's gcc is taken.
+	// Env is the content of COS's file toolchain_env: the names of CC, CXX and, optionally, LD, AR, NM, OBJCOPY,
+	// OBJDUMP and STRIP. If CC is missing, the toolchain's gcc compiles, or its clang if the kernel's configuration
+	// says CONFIG_CC_IS_CLANG.
 	Env map[string]string
 	// Release is `uname -r` of the kernel.
 	Release string
-	// Driver is what Source holds; only Modules needs it, for its messages.
+	// Driver is the driver in Source. Modules needs it; External does not.
 	Driver target.Driver
 	Arch   target.Arch
-	// Jobs is make's -j; 0 means the number of CPUs. It does not change the result.
+	// Jobs is make's -j; 0 means the number of CPUs. Jobs does not change the resulting bytes.
 	Jobs int
-	// Debug keeps debug information: Result.Debug has the modules before
-	// stripping. It does not change the stripped ones.
+	// Debug keeps the unstripped modules with debug information in Result.Debug. Debug does not change the stripped
+	// modules.
 	Debug bool
-	// BTF is a file with the description of the kernel's types; the modules get
-	// one of theirs that goes on where it ends. "" is none.
+	// BTF is the path of a file with the kernel's BTF, the description of its types. Each module gets BTF that
+	// extends the kernel's. "" means modules without BTF.
 	BTF string
-	// Cache stores what conftest found out and what was compiled, for the
-	// same and for sibling kernels; nil does all the work again. It does not
-	// change the result. With it the digests are needed: the first three name the
-	// content of those folders, SourceDigest for all flavours of Driver; HostDigest
-	// names the host's programs, see [sandbox.HostTools]. A HeaderDigest may leave
-	// out compile.h and utsversion.h.
+	// Cache stores conftest's answers and compiled objects, for this kernel and its siblings. With nil, all work is
+	// done again. Cache does not change the result.
+	//
+	// A request with a Cache needs all four digests. HeaderDigest, ToolchainDigest and SourceDigest name the content
+	// of those folders; SourceDigest covers all flavours of Driver. HostDigest names the host's programs, see
+	// [sandbox.HostTools]. HeaderDigest may leave out compile.h and utsversion.h.
 	Cache                                                   *cas.Cache
 	HeaderDigest, ToolchainDigest, SourceDigest, HostDigest string
-	// WorkDir is an empty folder on a disk with 1 GiB to spare. It holds src/, out/,
-	// modules/ and more afterwards, and belongs to the caller.
+	// WorkDir is an empty folder on a disk with at least 1 GiB free. After the build it holds src/, out/, modules/
+	// and more. The caller removes it.
 	WorkDir string
-	// Log receives the whole output of the run; nil drops it.
+	// Log receives the whole output of the build; nil discards it.
 	Log io.Writer
-	// Progress is called with counts while a phase runs; total is 0 where it is
-	// not known. It may be nil, and is never called concurrently.
+	// Progress receives counts while a phase runs; total is 0 if it is unknown. Progress may be nil. Calls never
+	// overlap.
 	Progress func(phase string, done, total int)
 }
 
-// Result is what a compilation left.
+// Result is the outcome of a compilation.
 type Result struct {
-	// Modules maps a module's file name without .ko to the path of the stripped
-	// file in WorkDir/modules, mode 0644, where no sandbox could write.
+	// Modules maps a module's file name without .ko to the path of the stripped module in WorkDir/modules. The files
+	// have mode 0644. No sandbox could write to that folder.
 	Modules map[string]string
-	// Debug maps them to the files before stripping, in WorkDir/debug, with the
-	// same build ids.
-	// It is empty without Request.Debug.
+	// Debug maps the same names to the unstripped modules in WorkDir/debug, which have the same build ids. Without
+	// Request.Debug the map is empty.
 	Debug map[string]string
-	// Phases are conftest, compile, link, types and strip, as far as each took place.
+	// Phases are conftest, compile, link, types and strip. A phase that did not run is missing.
 	Phases []timeline.Phase
 }
 
-// Modules compiles NVIDIA's kernel modules. On an error the result holds the
-// phases up to it and no modules. A driver that does not know the kernel's
-// interfaces gives fault.APIBreak with the compiler's first error as its text.
+// Modules compiles NVIDIA's kernel modules. On an error the result holds the phases so far and no modules. If the
+// driver does not know the kernel's interfaces, the error is fault.APIBreak with the compiler's first error as its
+// text.
 func Modules(ctx context.Context, r Request) (*Result, error) {
 	result, err := run(ctx, r, func(t tools) []string {
 		args := []string{"make", "modules", "SYSSRC=" + insideKernel, "SYSOUT=" + insideKernel,
 			"KERNEL_UNAME=" + r.Release, "IGNORE_CC_MISMATCH=1"}
-		// As Google's installer does for kernels without MODVERSIONS, such as COS's:
-		// their Module.symvers has no checksums. That it is there, and names
-		// symbols, is cossrc's to see.
+		// Google's installer sets the variable for kernels without MODVERSIONS, such as COS's, because their
+		// Module.symvers has no checksums. Package cossrc checks that Module.symvers exists and names symbols.
 		if !t.modVersions {
 			args = append(args, "IGNORE_MISSING_MODULE_SYMVERS=1")
 		}
@@ -118,8 +114,7 @@ func Modules(ctx context.Context, r Request) (*Result, error) {
 	return result, err
 }
 
-// External compiles any other small out-of-tree module that has its own Kbuild
-// file, in the same sandbox.
+// External compiles any other small out-of-tree module that has its own Kbuild file, in the same kind of sandbox.
 func External(ctx context.Context, r Request) (*Result, error) {
 	result, err := run(ctx, r, func(tools) []string {
 		return []string{"make", "-C", insideKernel, "M=" + insideSource, "modules"}
@@ -188,13 +183,13 @@ type build struct {
 	r        Request
 	t        tools
 	src, out string
-	box      sandbox.Config // make's, without its arguments and output
-	args     []string       // make's command line, less -j
-	debug    bool           // with debug information
+	box      sandbox.Config // make's sandbox, without arguments and output
+	args     []string       // make's command line without -j
+	debug    bool           // compile with debug information
 	watch    *watch
 }
 
-// run stages the sources, compiles with the make command given, and strips.
+// run stages the sources, compiles them with the given make command, and strips the modules.
 func run(ctx context.Context, r Request, command func(tools) []string) (result *Result, err error) {
 	result = &Result{Modules: map[string]string{}, Debug: map[string]string{}}
 	defer func() { err = stopped(ctx, err) }()
@@ -268,8 +263,8 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 func (b *build) modulesDir() string { return filepath.Join(b.r.WorkDir, "modules") }
 func (b *build) debugDir() string   { return filepath.Join(b.r.WorkDir, "debug") }
 
-// make runs make, after writing what is stored into the sources. Nothing but
-// make gets to see the sources writable, so until then they are as staged.
+// make writes stored answers and stored objects into the staged sources and runs make. Before make, no sandbox can
+// write to the staged sources, so until then they equal the copied ones.
 func (b *build) make(ctx context.Context) error {
 	var a *answers
 	var o *objects
@@ -321,7 +316,7 @@ func (b *build) make(ctx context.Context) error {
 	}
 	defer left.Close()
 	if !a.unchanged(left) {
-		return nil // make asked again: it knew better, and nothing is sure
+		return nil // make wrote new answers, so the key of no object is certain: store nothing
 	}
 	if err := o.store(ctx, left); err != nil {
 		return diskFull(fmt.Errorf("keep objects: %w", err))
@@ -329,12 +324,12 @@ func (b *build) make(ctx context.Context) error {
 	return nil
 }
 
-// minForPCH is how many files have to be left to compile: a precompiled header costs
-// about as much as three of them.
+// minForPCH is the least number of files still to compile for which precompiled headers are made. Making one
+// precompiled header costs about as much as compiling three files.
 const minForPCH = 16
 
-// runMake runs make with a guard in front of the compiler. What the guard noted
-// is the error, whatever make came to: an answer may have been made of it.
+// runMake runs make with the guard script in front of the compiler. If the guard noted a fault, runMake returns that
+// fault even if make succeeded. The reason: make may have taken the compiler's failure for conftest's answer.
 func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
 	dir := filepath.Join(b.r.WorkDir, note)
 	box, err := withFaultFile(box, dir)
@@ -350,11 +345,11 @@ func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) er
 	return err
 }
 
-// flagVariables are compiler flags of ours, on top of the kernel's.
+// flagVariables returns make variables with compiler flags of this package, which kbuild adds to the kernel's own.
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
 	if t.btf {
-		all = append(all, "CONFIG_DEBUG_INFO_BTF_MODULES=") // see types
+		all = append(all, "CONFIG_DEBUG_INFO_BTF_MODULES=") // types makes BTF after make
 	}
 	if t.clang {
 		cflags = append(cflags, clangFlags...)
@@ -368,11 +363,11 @@ func flagVariables(r Request, t tools) []string {
 	return all
 }
 
-// debugInformation reports whether to compile with it. It is a fifth of the
-// work and most of the bytes, and goes with stripping, unless BTF is made of it.
+// debugInformation reports whether to compile with debug information. It costs a fifth of the compile time and most
+// of the bytes. Strip removes it again, so it is needed only for Debug and for making BTF.
 func debugInformation(r Request) bool { return r.Debug || r.BTF != "" }
 
-// built are the modules that make left, by file name.
+// built returns the file names of the modules that make left.
 func (b *build) built() ([]string, error) {
 	left, err := untrusted.Open(b.src)
 	if err != nil {
@@ -389,8 +384,7 @@ func (b *build) built() ([]string, error) {
 	return files, nil
 }
 
-// strip makes each module without its debug sections, and takes it out of the
-// sandbox's reach.
+// strip writes each module without its debug sections to the modules folder, which no sandbox can write to.
 func (b *build) strip(ctx context.Context, result *Result) (err error) {
 	built, err := b.built()
 	if err != nil {
@@ -402,7 +396,7 @@ func (b *build) strip(ctx context.Context, result *Result) (err error) {
 		result.Phases = append(result.Phases, phase)
 	}()
 	b.r.Progress("strip", 0, len(built))
-	var mu sync.Mutex // the log's, and of what is counted
+	var mu sync.Mutex // guards the log and the counts
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(b.r.Jobs)
 	for i, name := range built {
@@ -425,8 +419,8 @@ func (b *build) strip(ctx context.Context, result *Result) (err error) {
 	return g.Wait()
 }
 
-// stripOne strips one module into a folder that only this run of strip can write
-// to, and returns the path of a copy.
+// stripOne strips one module. The stripped file goes to a folder that only this call's sandbox can write to. stripOne
+// returns the path of a copy outside any sandbox.
 func (b *build) stripOne(ctx context.Context, name, out string, mu *sync.Mutex) (module string, err error) {
 	if err := os.Mkdir(out, 0o755); err != nil {
 		return "", diskFull(err)
@@ -467,10 +461,10 @@ func (b *build) stripOne(ctx context.Context, name, out string, mu *sync.Mutex) 
 	return module, setBuildID(module, debug)
 }
 
-// maxModule bounds a module with its debug information: NVIDIA's largest has 400 MB.
+// maxModule bounds a module with its debug information, in bytes. NVIDIA's largest has 400 MB.
 const maxModule = 2 << 30
 
-// take copies a module out of a folder that a sandbox could write to.
+// take copies a module from a folder that a sandbox could write to. It refuses anything but a regular file.
 func take(dir, name, to string) (err error) {
 	left, err := untrusted.Open(dir)
 	if err != nil {

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// toy is a driver, a kernel and a toolchain small enough to compile in a
-// moment: its makefiles print what real ones print.
+// toy returns a request with a driver, a kernel and a toolchain that compile in a moment. The
+// makefiles print the same lines as real ones.
 func toy(t *testing.T) compile.Request {
 	t.Helper()
 	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {
@@ -137,7 +137,7 @@ TZ=UTC
 	}
 }
 
-// Another work folder, another number of jobs and another log: the same bytes.
+// Another work folder and another number of jobs give the same bytes.
 func TestSameBytes(t *testing.T) {
 	t.Parallel()
 	r := toy(t)
@@ -236,7 +236,7 @@ func TestFailures(t *testing.T) {
 	}
 }
 
-// The first line of output cancels the build; the result still tells how far it came.
+// The first line of output cancels the build. The result still holds the phases so far.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	r := toy(t)
@@ -268,8 +268,8 @@ func TestTimeLimit(t *testing.T) {
 	}
 }
 
-// What no fingerprint covers, no module can hold. Before Linux 6.1 compile.h has
-// the build's number and time, and NVIDIA's driver prints them.
+// Content that no fingerprint covers must not get into a module. Before Linux 6.1, compile.h
+// contains the number and time of the kernel's build, and NVIDIA's driver prints them.
 func TestHidesWhoCompiled(t *testing.T) {
 	t.Parallel()
 	var sums []string
@@ -299,7 +299,7 @@ func TestHidesWhoCompiled(t *testing.T) {
 	}
 }
 
-// Build tools that need a newer C library are told before anything is compiled.
+// If the kernel's build tools need a newer C library, the build fails before it compiles anything.
 func TestMachineTooOld(t *testing.T) {
 	t.Parallel()
 	r := toy(t)

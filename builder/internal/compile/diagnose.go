@@ -11,37 +11,38 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// findings are the first lines of each kind of error in a build's output.
+// findings holds the first line of each kind of error in a build's output.
 type findings struct {
-	source  string // a compiler's error at a place in a source file
+	source  string // a compiler error with a place in a source file
 	modpost string // modpost's first ERROR
-	check   string // name of NVIDIA's build sanity check that failed
-	missing string // a program that is not there
-	library string // a program of the inputs that this machine cannot run
+	check   string // the name of NVIDIA's sanity check that failed
+	missing string // a program that was not found
+	library string // a program from the header tree or the toolchain that needs a library this machine lacks
 	memory  string
 	disk    string
 	make    string // make's first *** line
-	// unanswered says that make asked conftest what nobody had asked before.
+	// unanswered says that make asked conftest a question without a prepared answer.
 	unanswered bool
-	lastLine   string // the last line before it that is no step and no make message
+	lastLine   string // the last line before make's error that is neither a step nor a message of make
 }
 
 var (
-	// gcc and clang alike: file:line:column: error: text
+	// The form of gcc and of clang: file:line:column: error: text
 	sourceError  = regexp.MustCompile(`^([^\s:]+\.[chS]):(\d+):(?:\d+:)? (?:fatal )?error: (.*)$`)
 	modpostError = regexp.MustCompile(`^ERROR: modpost: (.*)$`)
 	makeError    = regexp.MustCompile(`^make(?:\[\d+\])?: \*\*\* (.*)$`)
 	makeCheck    = regexp.MustCompile(`: (\w+_sanity_check|cc_version_check)\] Error \d+$`)
 	noProgram    = regexp.MustCompile(
 		`^(?:/bin/sh|sh|prlimit|make(?:\[\d+\])?): .*(?:not found|No such file or directory)$`)
-	// The messages of glibc's dynamic loader.
+	// Two messages of glibc's dynamic loader.
 	libraryError = regexp.MustCompile("^\\S+: .*: version [`'][A-Z]+_[0-9.]+' not found \\(required by \\S+\\)$|^\\S+: " +
 		"error while loading shared libraries: \\S+: cannot open shared object file")
 	memoryError = regexp.MustCompile(
 		`(?i)Killed signal terminated program|Cannot allocate memory|virtual memory exhausted|out of memory allocating|unable to execute command: Killed|^Killed$|^make(\[\d+\])?: \*\*\* .*\bKilled$`)
 )
 
-// unanswered begins what the script in the place of conftest.sh says then.
+// unanswered is the start of the message that this package's conftest.sh prints for a question
+// without an answer.
 const unanswered = "prebake: conftest has no answer: "
 
 const diskFullText = "No space left on device"
@@ -86,8 +87,8 @@ func (f *findings) read(line string) {
 	}
 }
 
-// relative shortens the sandbox's paths: a driver's file is named from the root
-// of the driver's sources, a kernel header as <kernel>/include/….
+// paths shortens the sandbox's paths. A file of the driver is named relative to the driver's
+// sources, a kernel header as <kernel>/include/….
 var paths = strings.NewReplacer(insideSource+"/", "", insideKernel+"/", "<kernel>/", insideToolchain+"/",
 	"<toolchain>/")
 
@@ -103,7 +104,8 @@ const (
 	hintLog = "read the first error lines of the build's log"
 )
 
-// checks are NVIDIA's own questions before a build, and what a no means.
+// checks maps NVIDIA's sanity checks, which run before a build, to the error that a failed check
+// stands for.
 var checks = map[string]struct {
 	kind fault.Kind
 	text string
@@ -124,8 +126,8 @@ var checks = map[string]struct {
 		"publish a kernel-headers.tgz that holds Module.symvers"},
 }
 
-// stopped gives an error that the end of the context brought about its kind,
-// unless its cause has one.
+// stopped gives a fault kind to an error that the end of the context caused. An error that has a
+// kind already keeps it.
 func stopped(ctx context.Context, err error) error {
 	var classified *fault.Error
 	switch {
@@ -137,10 +139,11 @@ func stopped(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Cancelled, err, "")
 }
 
-// diagnose gives the error of a failed run its kind, its text and its hint.
+// diagnose turns the error of a failed run into one with a kind, a text and a hint, from the
+// findings in its output.
 func diagnose(err error, f findings) error {
 	var exit *sandbox.ExitError
-	if !errors.As(err, &exit) { // the sandbox, or who ended the context, knows better
+	if !errors.As(err, &exit) { // errors of the sandbox and of the context explain themselves
 		return err
 	}
 	switch check := checks[f.check]; {
@@ -150,7 +153,7 @@ func diagnose(err error, f findings) error {
 		return fault.New(fault.OutOfMemory, f.memory, hintMemory)
 	case exit.Killed():
 		return fault.New(fault.OutOfMemory, "the build was killed", hintMemory)
-	case f.library != "": // before the compiler's errors: questions may have gone wrong over it
+	case f.library != "": // checked before compiler errors: a tool that did not run can give conftest wrong answers
 		return fault.New(fault.Usage, f.library, hintImage)
 	case f.source != "":
 		return fault.New(fault.APIBreak, f.source, hintBreak)

@@ -11,26 +11,27 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// hostTools are the programs of a header tree that kbuild runs.
+// hostTools are the programs in a header tree that kbuild runs during a build.
 var hostTools = []string{"scripts/basic/fixdep", "scripts/mod/modpost", "scripts/genksyms/genksyms",
 	"tools/objtool/objtool"}
 
-// loaders are the dynamic loaders that the sandbox may have, by Go's term for the
-// machine; scripts and static programs need none.
+// loaders maps a GOARCH to the dynamic loader of glibc that the sandbox may have. Scripts and
+// static programs need no loader.
 var loaders = map[string]string{"amd64": "/lib64/ld-linux-x86-64.so.2", "arm64": "/lib/ld-linux-aarch64.so.1"}
 
-// listNeeds has the loader say what each program needs, and runs none of them.
-// The loader's status says nothing: it is 0 where a version is missing.
+// listNeeds is a shell script in which the dynamic loader lists each program's libraries without
+// running the program. The script ignores the loader's exit status, because it is 0 even if a
+// library version is missing.
 const listNeeds = `for f in "$@"; do [ -x "$f" ] && "$LOADER" --list "$f" 2>&1; done; exit 0`
 
 var missingLibrary = regexp.MustCompile(`(?m)^\s*(\S+) => not found$`)
 
-// checkFit tells before the first minute of work that this machine, or the image
-// that the builder runs in, cannot run what the header archive contains.
+// checkFit returns an error if the programs of the header archive cannot run here, on this machine
+// or in the builder's image. It runs before the compile, which would fail only after minutes.
 func checkFit(ctx context.Context, r Request, t tools) error {
 	loader := loaders[runtime.GOARCH]
 	if _, err := os.Stat(loader); err != nil {
-		return nil //nolint:nilerr // another C library: the compile will tell
+		return nil //nolint:nilerr // this machine has another C library: the compile reports what is missing
 	}
 	argv := []string{"sh", "-c", listNeeds, "sh"}
 	for _, name := range hostTools {
@@ -55,10 +56,10 @@ func checkFit(ctx context.Context, r Request, t tools) error {
 	return nil
 }
 
-// Check reports whether a toolchain and a header tree fit each other and this
-// machine, before anything is compiled: the tools that the kernel's configuration
-// asks for are there, and the kernel's own build tools run here. Of the request it
-// examines Headers, Toolchain, Env and Arch.
+// Check returns an error if a toolchain and a header tree do not fit each other or this machine. It
+// compiles nothing. The toolchain must have the tools that the kernel's configuration asks for. The
+// kernel's own build tools must run here. Check reads Headers, Toolchain, Env and Arch of the
+// request.
 func Check(ctx context.Context, r Request) error {
 	t, err := findTools(r)
 	if err != nil {

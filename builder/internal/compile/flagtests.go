@@ -16,13 +16,14 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// Kbuild tests some hundred flags of the compiler each time that it starts, by
-// compiling nothing (try-run in the kernel's scripts/Makefile.compiler): with clang this
-// takes longer than all that a sibling kernel or the next driver leaves to do, and a
-// build starts make twice. What the compiler answers hangs on its arguments alone. So
-// the kernel's own makefiles are run once, with no source of a driver's in the sandbox,
-// the guard writes each answer down, and from then on gives it where the arguments are
-// the same, to the letter. A driver's makefiles cannot write to these.
+// Kbuild tests some hundred compiler flags each time it starts. Each test compiles an empty file
+// (try-run in the kernel's scripts/Makefile.compiler). With clang these tests take longer than all
+// other work for a sibling kernel or the next driver. One build even starts make twice.
+//
+// The compiler's answer depends on its arguments only. So this package runs the kernel's makefiles
+// once, in a sandbox without any source of a driver. The guard script records each answer. In later
+// sandboxes the guard returns the recorded answer if the arguments are exactly the same. A driver's
+// makefiles cannot write to the recorded answers.
 const (
 	insideFlagTests    = "/prebake/flag-tests"
 	insideNewFlagTests = "/prebake/flag-tests-new"
@@ -32,12 +33,12 @@ const (
 	maxFlagTest  = 64 << 10
 )
 
-// flagTests shows the guard of all sandboxes what the compiler answers to the kernel's
-// tests of flags. Where they cannot be had, make tests as usual.
+// flagTests adds the compiler's recorded answers to the kernel's flag tests to all sandboxes. A
+// test without a recorded answer runs the compiler as usual.
 func (b *build) flagTests(ctx context.Context, v *view) error {
 	key := cas.NewKey(flagTestKind).Add("recipe", Recipe).Add("guard", guardScript).Add("kernel view",
 		v.Digest).Add("toolchain", b.r.ToolchainDigest).Add("host tools", b.r.HostDigest)
-	// What is on make's command line goes into the flags.
+	// Variables on make's command line decide which flags a test uses.
 	variables := slices.DeleteFunc(slices.Clone(b.args),
 		func(arg string) bool { return !strings.Contains(arg, "=") || strings.HasPrefix(arg, "KERNEL_UNAME=") })
 	key.Add("variables", strings.Join(variables, "\n"))
@@ -51,8 +52,8 @@ func (b *build) flagTests(ctx context.Context, v *view) error {
 	return nil
 }
 
-// testFlags has the kernel's makefiles test flags for a module without sources, and
-// keeps the answers in dir.
+// testFlags runs the kernel's makefiles for a module without sources, so that they test their
+// flags. It keeps the answers in dir.
 func (b *build) testFlags(ctx context.Context, variables []string, dir string) error {
 	work := filepath.Join(b.r.WorkDir, "flag-tests")
 	src, told := filepath.Join(work, "src"), filepath.Join(work, "told")
@@ -79,7 +80,7 @@ func (b *build) testFlags(ctx context.Context, variables []string, dir string) e
 		return cause
 	}
 	var exit *sandbox.ExitError
-	if err != nil && !errors.As(err, &exit) { // that make fails is for the driver's own run to tell
+	if err != nil && !errors.As(err, &exit) { // a failure of make is ignored here: the build of the driver reports it
 		return err
 	}
 	if err := compilerFault(filepath.Join(work, "trouble")); err != nil {

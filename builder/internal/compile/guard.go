@@ -25,7 +25,8 @@ const (
 //go:embed guard.sh
 var guardScript string
 
-// newGuard installs the wrapper script of the compiler, in all sandboxes.
+// newGuard writes the guard, a wrapper script around the compiler, and puts it first in the PATH of
+// all sandboxes.
 func (b *build) newGuard() error {
 	script := strings.NewReplacer("@COMPILER@", b.t.compiler, "@TROUBLE@", insideFaults+"/"+faultFile,
 		"@FLAGTESTS@", insideFlagTests, "@NEWFLAGTESTS@", insideNewFlagTests, "@SEPARATOR@", "\x1f").Replace(guardScript)
@@ -35,10 +36,10 @@ func (b *build) newGuard() error {
 	return write(filepath.Join(dir, filepath.Base(b.t.compiler)), script, 0o755)
 }
 
-// withFaultFile gives the guard of a sandbox a new folder for what it has to tell;
-// [compilerFault] reads it.
+// withFaultFile gives a sandbox a new folder where the guard writes the compiler's faults.
+// [compilerFault] reads them.
 func withFaultFile(box sandbox.Config, dir string) (sandbox.Config, error) {
-	// The room for a note is taken now: there may be none when it is needed.
+	// The file gets its full size now, because the disk may be full when the guard has to write.
 	err := write(filepath.Join(dir, faultFile), strings.Repeat("\n", faultSize), 0o644)
 	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: dir, Inside: insideFaults, Writable: true})
 	return box, err
@@ -49,8 +50,9 @@ var (
 	noMemory = regexp.MustCompile(`(?i)killed|status 137|memory|temporarily unavailable`)
 )
 
-// compilerFault returns the fault of a compiler that ended without saying anything
-// about its program: an answer that was made of that is none.
+// compilerFault returns the fault of a compiler that was killed, crashed, or had no memory or disk
+// space. Such a compiler said nothing about its program, so an answer of conftest that came from it
+// is worthless.
 func compilerFault(dir string) error {
 	text, err := untrusted.ReadFile(dir, faultFile, 2*faultSize)
 	if err != nil {

@@ -8,10 +8,10 @@ import (
 	"path/filepath"
 )
 
-// The functions of this file are for folders that no sandbox can write to, or
-// could so far: the inputs, the staged sources before make runs, and what was
-// taken out. Lint lets nothing else in this package open a file by its path;
-// what a sandbox left is read through package untrusted.
+// The functions of this file open files by path. Use them only for folders that no sandbox can
+// write to now or could write to before: the inputs, the staged sources before make runs, and files
+// copied out of a sandbox. The linter allows no other way in this package to open a file by its
+// path. Package untrusted reads the files that a sandbox left.
 
 func readHost(path string) ([]byte, error)            { return os.ReadFile(path) }
 func openHost(path string) (*os.File, error)          { return os.Open(path) }
@@ -28,7 +28,7 @@ func updateHost(path string, flag int, change func(f *os.File) error) (err error
 	return change(f)
 }
 
-// write writes a new file, and makes its folder.
+// write writes a new file and creates its folder.
 func write(path, text string, mode os.FileMode) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err

@@ -18,8 +18,8 @@ import (
 
 const secret = "-----BEGIN PRIVATE KEY-----"
 
-// attack compiles a driver that attacks its builder, and returns what the log and
-// the error tell. A builder that hangs fails the test by its context.
+// attack compiles a driver that attacks the builder, and returns the log together with the error's
+// text. If the builder hangs, the context ends the build and the test fails.
 func attack(t *testing.T, r compile.Request, cache *cas.Cache) (result *compile.Result, told string, err error) {
 	t.Helper()
 	var log bytes.Buffer
@@ -47,15 +47,16 @@ func newCache(t *testing.T) *cas.Cache {
 	return cache
 }
 
-// A file of the host is out of reach for whatever a build leaves in the place of
-// a file that the builder reads, copies or writes, and nothing hangs.
+// A build may leave a link, a pipe or a folder in the place of a file that the builder reads,
+// copies or writes. The builder then neither opens a file of the host nor hangs.
 func TestHostileFiles(t *testing.T) {
 	t.Parallel()
 	host := filepath.Join(t.TempDir(), "key")
 	if err := os.WriteFile(host, []byte(secret), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// Each row goes into one place; %s is what it leaves there.
+	// Each kind of file is put into each place. A command takes the name of the file that it
+	// creates.
 	links := map[string]string{"a link": "ln -s " + host, "a pipe": "mkfifo", "a folder": "mkdir",
 		"a link to itself": "ln -s ."}
 	places := map[string]func(kbuild, script, make string) (string, string){
@@ -98,7 +99,7 @@ func TestHostileFiles(t *testing.T) {
 	for place, edit := range places {
 		for kind, command := range links {
 			if place == "the plan" && kind == "a pipe" {
-				continue // make itself waits then, until the sandbox's time is up
+				continue // make itself would wait for the pipe until the sandbox's time limit
 			}
 			t.Run(place+" is "+kind, func(t *testing.T) {
 				t.Parallel()
@@ -131,8 +132,8 @@ func TestHostileFiles(t *testing.T) {
 	}
 }
 
-// What one driver's test does cannot become the answer that another driver
-// believes, nor that of another test of its own.
+// A hostile driver's conftest test cannot change the answer that another driver gets from the
+// cache. It cannot change the answer of another test of its own driver either.
 func TestHostileAnswers(t *testing.T) {
 	t.Parallel()
 	r := asking(t)
@@ -160,8 +161,8 @@ func TestHostileAnswers(t *testing.T) {
 	}
 }
 
-// A driver whose makefiles do something else than they say leaves no object that
-// another driver with the same sources takes.
+// A hostile driver's makefiles may compile something else than its sources. The cache must not give
+// such an object to another driver with the same sources.
 func TestHostileObjects(t *testing.T) {
 	t.Parallel()
 	r := asking(t)
@@ -181,7 +182,7 @@ func TestHostileObjects(t *testing.T) {
 	}
 }
 
-// An object that takes in what a view hides is compiled for each kernel anew.
+// An object that includes a file which a view hides is compiled again for each kernel.
 func TestHiddenFileInObject(t *testing.T) {
 	t.Parallel()
 	r := asking(t)
@@ -200,8 +201,8 @@ func TestHiddenFileInObject(t *testing.T) {
 	}
 }
 
-// The driver's own checks come before its questions: a kernel that it refuses is
-// refused at once.
+// The driver's sanity checks run before its questions, so a kernel that the driver does not support
+// fails at once.
 func TestChecksFirst(t *testing.T) {
 	t.Parallel()
 	r := asking(t)

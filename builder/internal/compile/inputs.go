@@ -13,15 +13,15 @@ import (
 	"github.com/prebake/prebake/builder/internal/untrusted"
 )
 
-// fileFacts is what a file says that an object's key has to know.
+// fileFacts are the facts about one file that the key of an object needs.
 type fileFacts struct {
 	digest string
-	named  map[string]bool // of the names that were looked for
-	pastes map[string]bool // parts of names that the preprocessor puts together
-	hides  bool            // it reads files that no list of dependencies names
+	named  map[string]bool // the wanted names that the file contains
+	pastes map[string]bool // parts of names that the preprocessor joins with ##
+	hides  bool            // the file includes others that no dependency list names
 }
 
-// nameScanner looks for names in files, and reads each file once.
+// nameScanner looks for wanted names in files. It reads each file once.
 type nameScanner struct {
 	names map[string]bool
 	seen  map[string]*fileFacts
@@ -44,7 +44,7 @@ func (r *nameScanner) read(name string, text func() ([]byte, error)) *fileFacts 
 
 var (
 	pasted = regexp.MustCompile(`(\w*)\s*##\s*(\w*)`)
-	// The assembler's and C23's ways to take a file in.
+	// The assembler's and C23's directives that include a binary file.
 	takesIn = regexp.MustCompile(`\.incbin\b|#\s*embed\b`)
 )
 
@@ -68,7 +68,7 @@ func (r *nameScanner) parse(text []byte) *fileFacts {
 	if bytes.Contains(text, []byte("##")) {
 		for _, m := range pasted.FindAllSubmatch(text, -1) {
 			for _, part := range m[1:] {
-				if len(part) > 2 { // shorter ones are parameters
+				if len(part) > 2 { // shorter parts are names of macro parameters
 					w.pastes[string(part)] = true
 				}
 			}
@@ -81,13 +81,13 @@ func inIdentifier(c byte) bool {
 	return c == '_' || c >= '0' && c <= '9' || c >= 'A' && c <= 'Z' || c >= 'a' && c <= 'z'
 }
 
-// recorder finds out what the objects of a finished build were made of.
+// recorder finds out from which inputs a finished build made its objects.
 type recorder struct {
 	*objects
 	output  *untrusted.Dir
 	hidden  map[string][]string
-	driver  *nameScanner // of the driver's files, as the build left them
-	headers *nameScanner // of the kernel's
+	driver  *nameScanner // the driver's files after the build
+	headers *nameScanner // the kernel's headers
 }
 
 func (k *recorder) readDriverFile(name string) *fileFacts {
@@ -99,9 +99,9 @@ func (k *recorder) readHeader(name string) *fileFacts {
 		func() ([]byte, error) { return readHost(filepath.Join(k.r.Headers, filepath.FromSlash(name))) })
 }
 
-// made returns what a command made its object of. It says no where something
-// that a view hides may have gone in: the object was made of a header that hides
-// a macro, and another of its files names the macro, in whatever context.
+// made returns the inputs of the object that a command compiled. ok is false if content that a view
+// hides may be part of the object. made assumes this if the object includes a header with a hidden
+// macro, and another of its files names this macro. The context of the name does not matter.
 func (k *recorder) made(c command) (v variant, ok bool) {
 	v = variant{Version: k.r.Driver.Modules().Version, Generated: map[string]string{}}
 	var hidden []string
@@ -135,8 +135,8 @@ func (k *recorder) made(c command) (v variant, ok bool) {
 				return v, false
 			}
 			read = append(read, w)
-		} else if !strings.HasPrefix(inside, insideToolchain+"/") { // its digest is in the key
-			return v, false // from where no key looks
+		} else if !strings.HasPrefix(inside, insideToolchain+"/") { // the toolchain's digest is in the key already
+			return v, false // the file is outside all folders whose digests are in the key
 		}
 	}
 	for _, w := range read {
@@ -150,8 +150,9 @@ func (k *recorder) made(c command) (v variant, ok bool) {
 	return v, true
 }
 
-// driverFile notes one of the driver's files: as it came, made by its makefiles,
-// or one of conftest's, whose lines are looked up by name.
+// driverFile adds one of the driver's files to the variant. The file is one of the original
+// sources, or the driver's makefiles made it, or it is one of conftest's headers. Of conftest's
+// headers only the lines that the object's sources name count, see answersAbout.
 func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	w := k.readDriverFile(rel)
 	if w == nil {
@@ -172,9 +173,8 @@ func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	return w
 }
 
-// hidden returns, for each header of which a view shows only a part, the macros
-// whose values it hides. A header that is more than plain definitions hides
-// all, which no name stands for.
+// hidden returns the macros whose values a view hides, by header. A header with more than plain
+// definitions has nil: all of it is hidden, and no list of names covers that.
 func (o *objects) hidden() (map[string][]string, error) {
 	names := map[string][]string{}
 	for header := range o.view.masked {
@@ -183,7 +183,7 @@ func (o *objects) hidden() (map[string][]string, error) {
 			continue
 		}
 		if slices.Contains(volatileHeaders, header) {
-			names[header] = []string{} // the compiler saw no more of it than a view shows
+			names[header] = []string{} // no name is needed: in the build too, the compiler saw only what a view shows
 			continue
 		}
 		text, err := readHost(filepath.Join(o.r.Headers, header))
@@ -191,7 +191,8 @@ func (o *objects) hidden() (map[string][]string, error) {
 			return nil, err
 		}
 		if header == "include/generated/autoconf.h" {
-			names[header] = []string{"CONFIG_BUILD_SALT", "BUILD_SALT"} // IS_ENABLED and its like
+			// A macro in the manner of IS_ENABLED may add CONFIG_ to the shorter name.
+			names[header] = []string{"CONFIG_BUILD_SALT", "BUILD_SALT"}
 			continue
 		}
 		names[header] = []string{}
@@ -211,25 +212,25 @@ func (o *objects) hidden() (map[string][]string, error) {
 
 var definition = regexp.MustCompile(`^#define ([A-Za-z_][A-Za-z0-9_]*)(\s|$)`)
 
-// command is what a .cmd file of kbuild says of an object.
+// command is the content of kbuild's .cmd file for one object.
 type command struct {
 	line string
-	deps []string // the source first
+	deps []string // dependencies; the source file comes first
 }
 
 var (
 	commandLine = regexp.MustCompile(`^(?:saved)?cmd_\S+ := (.*)$`)
 	sourceLine  = regexp.MustCompile(`^source_\S+ := (\S+)$`)
 	depsLine    = regexp.MustCompile(`^deps_\S+ := \\$`)
-	// Options by which a command reads what no list of dependencies names.
+	// Compiler options that read a file which no dependency list names.
 	unlisted = regexp.MustCompile(
 		`(^|\s)(-fplugin\S*|@\S+|-specs\S*|-fprofile-use\S*|-fprofile-\S*use=\S*|-fsanitize-ignorelist\S*|-fsanitize-blacklist\S*)`)
 )
 
 const maxDeps = 20000
 
-// parseCommand reads the .cmd file of a compiled object. It says no to any
-// other, and to a command whose inputs are not all listed.
+// parseCommand reads the .cmd file of a compiled object. It returns false for any other .cmd file
+// and for a command that does not list all its inputs.
 func parseCommand(text string) (command, bool) {
 	var c command
 	inDeps := false
@@ -239,7 +240,8 @@ func parseCommand(text string) (command, bool) {
 		case inDeps:
 			name, more := strings.CutSuffix(strings.TrimSpace(line), `\`)
 			name = strings.TrimSpace(name)
-			// $(wildcard include/config/X) names an option, which autoconf.h decides.
+			// $(wildcard include/config/X) stands for a kernel option. The header autoconf.h
+			// decides the options, and made reads it always.
 			if name != "" && !strings.HasPrefix(name, "$(wildcard ") {
 				if strings.ContainsAny(name, " $") || len(c.deps) == maxDeps {
 					return command{}, false

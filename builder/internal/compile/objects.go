@@ -20,55 +20,57 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// Objects are kept one by one, each with what it was made of: the driver's files
-// among its dependencies by content, the answers of conftest that these files
-// name, and the driver's version where they name it. Everything else that decides
-// an object is in [objects.base]. So the next driver of a branch, and a sibling
-// kernel, take what is made of the same things.
+// The object cache keeps each object separately, together with its inputs. The inputs are the
+// content of the driver's files among its dependencies, the answers of conftest that these files
+// name, and the driver's version if they name it. Everything else that decides an object is in
+// [objects.base]. So the next driver of a branch and a sibling kernel reuse an object if its inputs
+// are the same for them.
 //
-// What is kept is the object and the .cmd file that make compares with what it
-// would do. make stays the judge: a command or a time that does not fit has the
-// file compiled again.
+// The cache stores the object and its .cmd file. make compares the .cmd file with the command that
+// it would run, and it compares file times. So make decides: if the command or a time differs, make
+// compiles the file again.
 //
-// An object is kept only if nothing that a view hides went into it. Its .cmd
-// file lists what was read, and those files are searched for the hidden names.
-// The .mod.c files, which carry a kernel's release and salt, are never kept.
+// The cache keeps an object only if no hidden content of a view is part of it. The object's .cmd
+// file lists the files that the compiler read, and the recorder searches these files for the hidden
+// names. It never keeps the objects of .mod.c files, because they contain the kernel's release and
+// salt.
 const (
-	objectKind = "object-1" // trees: OBJECT and COMMAND
+	objectKind = "object-1" // trees with the two files object and command
 	inputsKind = "object-inputs-1"
 
-	maxVariants  = 8 // of one object, the newest first
+	maxVariants  = 8 // variants of one object; the newest are kept
 	maxCommand   = 1 << 20
 	maxObject    = 1 << 30
 	maxSource    = 8 << 20
 	maxGenerated = 64 << 10
 )
 
-// objects keeps and restores what a build compiles.
+// objects stores the objects that a build compiles, and restores them in later builds.
 type objects struct {
 	*build
 	view    *view
-	answers map[string]string // the folder conftest/
+	answers map[string]string // files of the folder conftest/, by name
 	base    *cas.Key
-	tree    *nameScanner // of the sources as they came
-	// restored are the objects that were not compiled.
+	tree    *nameScanner // scans the original sources
+	// restored holds the objects that came from the cache.
 	restored map[string]bool
 }
 
-// variant is one object that was kept, and what it was made of.
+// variant is one stored object with its inputs.
 type variant struct {
-	// Files are the driver's files that were read, by slash path.
+	// Files are the driver's files that the compiler read, by slash path.
 	Files []string `json:"files"`
-	// Macros are answers that the kernel's headers name.
+	// Macros are the answers of conftest that the kernel's headers name.
 	Macros []string `json:"macros,omitempty"`
-	// Generated are files that the driver's makefiles made, by path.
+	// Generated maps the path of each file that the driver's makefiles generated to its content.
 	Generated map[string]string `json:"generated,omitempty"`
-	// Inputs is the digest of all that; Version is the driver that it was made for.
+	// Inputs is the digest of all inputs, see objects.inputs. Version is the version of the driver
+	// that the object was compiled for.
 	Inputs  string `json:"inputs"`
 	Version string `json:"version"`
 }
 
-// newObjects prepares for a build whose answers are known.
+// newObjects prepares the object cache for a build whose conftest answers are known.
 func (b *build) newObjects(v *view, a *answers) (*objects, error) {
 	o := &objects{build: b, view: v, answers: a.files, tree: newNameScanner(answerNames(a.files)),
 		restored: map[string]bool{}}
@@ -86,8 +88,9 @@ func (b *build) newObjects(v *view, a *answers) (*objects, error) {
 		}
 	}
 	if b.debug {
-		// Debug information may tell of a header's content what the code does
-		// not: compilers put checksums of files into it. Siblings share none.
+		// Debug information may depend on content of a header that does not change the code:
+		// compilers write checksums of files into it. So sibling kernels do not share objects with
+		// debug information.
 		o.base.Add("debug", b.r.Release+" "+b.r.HeaderDigest)
 	}
 	return o, nil
@@ -97,13 +100,15 @@ var (
 	versionMacro = regexp.MustCompile(`(^| )-DNV_VERSION_STRING=\S+`)
 	versionLine  = regexp.MustCompile(
 		`^\s*ccflags-y \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$|^\s*EXTRA_CFLAGS \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$`)
-	// Lists of questions: words alone, which no shell and no function of make reads.
+	// Lists of conftest questions. The patterns allow plain words only, which neither the shell nor
+	// make expands.
 	listLine = regexp.MustCompile(`^NV_CONFTEST_[A-Z]+_COMPILE_TESTS \+= \w+$|^ +\w[\w./-]*\.h( \\)?$`)
 )
 
-// makefiles digests all of the driver's files that run beside the compiler:
-// everything but sources, headers and the linked cores. What only asks the kernel
-// and what only tells the version does not count; the answers do, by name.
+// makefiles returns a digest of all files of the driver that can influence the compile commands:
+// everything but sources, headers and the linked cores. It leaves out lines that only list conftest
+// questions and lines that only set the version. The answers to the questions are inputs of each
+// object, by macro name.
 func (b *build) makefiles() (string, error) {
 	key := cas.NewKey("makefiles")
 	err := walkHost(b.r.Source, func(file string, d fs.DirEntry, err error) error {
@@ -116,7 +121,7 @@ func (b *build) makefiles() (string, error) {
 		}
 		if slices.Contains([]string{".c", ".h", ".o_binary"}, filepath.Ext(name)) ||
 			slices.Contains([]string{"conftest.sh", "dkms.conf"}, name) {
-			return nil // neither of the two runs beside the compiler
+			return nil // make runs neither of these two files
 		}
 		if d.Type() == fs.ModeSymlink {
 			to, err := os.Readlink(file)
@@ -141,7 +146,7 @@ func (b *build) makefiles() (string, error) {
 
 var answerLine = regexp.MustCompile(`^\s*#\s*(?:define|undef)\s+(\w+)`)
 
-// answerNames are the macros that conftest's answers define or not.
+// answerNames returns the macros that conftest's answers define or undefine.
 func answerNames(files map[string]string) map[string]bool {
 	names := map[string]bool{"NV_VERSION_STRING": true}
 	for _, text := range files {
@@ -154,18 +159,18 @@ func answerNames(files map[string]string) map[string]bool {
 	return names
 }
 
-// answersAbout returns the lines of the answers about these macros, and all lines
-// that are not about one macro alone: those may be seen by anybody.
+// answersAbout returns the lines of the answers about the named macros. It also returns every line
+// that is not about one macro, because any file may depend on such a line.
 func answersAbout(files map[string]string, named map[string]bool) string {
 	var b strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		if path.Ext(name) != ".h" || strings.Contains(name, "/") {
-			continue // what the headers are put together of
+			continue // a part from which a header is put together
 		}
 		fmt.Fprintf(&b, "%s\n", name)
 		for line := range strings.Lines(files[name]) {
 			if strings.HasPrefix(line, "// Kernel version: ") {
-				continue // a comment
+				continue // the release is in a comment only
 			}
 			if m := answerLine.FindStringSubmatch(line); m == nil || named[m[1]] {
 				b.WriteString(line)
@@ -175,8 +180,8 @@ func answersAbout(files map[string]string, named map[string]bool) string {
 	return b.String()
 }
 
-// inputs digests what a variant is made of, as it is in this build. It says no
-// where a file is missing.
+// inputs returns the digest of a variant's inputs as they are in this build. ok is false if a file
+// is missing.
 func (o *objects) inputs(v variant, read func(name string) *fileFacts) (string, bool) {
 	key := cas.NewKey("inputs")
 	named, pastes := map[string]bool{}, map[string]bool{}
@@ -192,7 +197,7 @@ func (o *objects) inputs(v variant, read func(name string) *fileFacts) (string, 
 		maps.Copy(named, w.named)
 		maps.Copy(pastes, w.pastes)
 	}
-	// A name that is pasted together counts with every macro that it may become.
+	// A name that the preprocessor joins with ## counts as every macro that it may become.
 	for part := range pastes {
 		for name := range o.tree.names {
 			if strings.HasPrefix(name, part) || strings.HasSuffix(name, part) {
@@ -222,8 +227,8 @@ func (o *objects) variants(object string) []variant {
 
 var errNone = errors.New("nothing is kept")
 
-// restore puts kept objects into the staged sources, which no sandbox has
-// written to so far, and returns how many.
+// restore copies stored objects into the staged sources and returns their number. No sandbox has
+// written to the staged sources before.
 func (o *objects) restore(ctx context.Context) (int, error) {
 	read := func(name string) *fileFacts {
 		return o.tree.read(name, func() ([]byte, error) { return readHost(filepath.Join(o.src, filepath.FromSlash(name))) })
@@ -278,19 +283,20 @@ func (o *objects) restoreOne(ctx context.Context, object string, v variant) (boo
 	if err != nil {
 		return false, err
 	}
-	// The command tells the driver's version to every file; this one does not
-	// look at it, or the version would be among its inputs.
+	// kbuild's command defines the driver's version for every file. This object does not depend on
+	// the version, or the version would be among its inputs. So the stored command gets the version
+	// of this build, and make finds no difference.
 	command = bytes.ReplaceAll(command, []byte(`-DNV_VERSION_STRING=\"`+v.Version+`\"`),
 		[]byte(`-DNV_VERSION_STRING=\"`+o.r.Driver.Modules().Version+`\"`))
 	file := filepath.Join(o.src, filepath.FromSlash(object))
-	// The copies' times are now: not older than what they were made of.
+	// The copy's time is now, so the object is not older than its sources.
 	if err := hostfile.Copy(file, filepath.Join(dir, "object")); err != nil {
 		return false, err
 	}
 	return true, os.WriteFile(filepath.Join(filepath.Dir(file), "."+filepath.Base(file)+".cmd"), command, 0o644)
 }
 
-// store stores the objects of a finished build.
+// store stores the objects of a finished build in the cache.
 func (o *objects) store(ctx context.Context, left *untrusted.Dir) error {
 	hidden, err := o.hidden()
 	if err != nil {
@@ -314,7 +320,7 @@ func (o *objects) store(ctx context.Context, left *untrusted.Dir) error {
 		}
 		object = path.Join(path.Dir(name), object[1:]+".o")
 		if o.restored[object] {
-			continue // it came from there
+			continue // the cache has this object already
 		}
 		if err := k.recordOne(ctx, name, object); err != nil {
 			return fmt.Errorf("%s: %w", object, err)
@@ -323,13 +329,13 @@ func (o *objects) store(ctx context.Context, left *untrusted.Dir) error {
 	return nil
 }
 
-// recordOne keeps an object if all that it was made of is known.
+// recordOne stores an object if all its inputs are known.
 func (k *recorder) recordOne(ctx context.Context, cmdFile, object string) error {
 	text, err := k.output.Read(cmdFile, maxCommand)
 	if err != nil {
-		return nil //nolint:nilerr // not a file that kbuild makes: nothing to keep
+		return nil //nolint:nilerr // kbuild makes regular files only: do not store this one
 	}
-	c, ok := parseCommand(string(text)) // what is linked, not compiled, has no such file
+	c, ok := parseCommand(string(text)) // only a compiled object has a .cmd file that parses
 	if !ok {
 		return nil
 	}
@@ -354,7 +360,7 @@ func (k *recorder) recordOne(ctx context.Context, cmdFile, object string) error 
 	}
 	all := k.variants(object)
 	if slices.ContainsFunc(all, func(have variant) bool { return have.Inputs == v.Inputs }) {
-		return nil // make compiled it again all the same, or the object was damaged
+		return nil // make compiled the file although this variant exists, or the stored object was damaged
 	}
 	all = append([]variant{v}, all...)
 	raw, err := json.Marshal(all[:min(len(all), maxVariants)])

@@ -13,23 +13,25 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// insidePCH is where precompiled headers are in the sandbox.
+// insidePCH is the folder of precompiled headers inside the sandbox.
 const insidePCH = "/prebake/preambles"
 
 //go:embed preamble.sh
 var pchScript string
 
-// precompile lets the compiler read once what many sources of a module begin
-// with. It changes make's sandbox: a wrapper script runs in place of the compiler.
-// clang only, whose objects are the same either way; gcc's differ in the order
-// of instructions. Without debug information only, which tells of the files
-// that were read.
+// precompile finds the first headers that many sources of a module share, so that the compiler
+// reads them only once. It returns make's sandbox with a wrapper script in place of the compiler;
+// the script makes and uses the precompiled headers.
+//
+// precompile changes nothing for gcc and for builds with debug information. clang's objects are the
+// same with and without a precompiled header, but gcc's differ in the order of instructions. Debug
+// information names the files that the compiler read.
 func (b *build) precompile(box sandbox.Config) (sandbox.Config, error) {
 	if !b.t.clang || b.debug {
 		return box, nil
 	}
 	found, err := pch.Find(hostFS(b.src), insideSource)
-	if err != nil { // make may still cope with what this could not
+	if err != nil { // make may succeed with sources that Find cannot read
 		fmt.Fprintf(b.watch, "prebake: no precompiled headers: %v\n", err)
 		return box, nil
 	}

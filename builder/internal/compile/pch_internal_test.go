@@ -14,10 +14,10 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// fakeClang does what the script examines: it writes what it was called with,
-// an object, and a list of dependencies as clang orders it. A precompiled header that
-// says "bad" can't be compiled, nor can a source that says so; one that says
-// "late" can't with a precompiled header.
+// fakeClang acts as clang, as far as the wrapper script can see. It logs its arguments, writes an
+// object, and writes a dependency list in clang's order. A source or a precompiled header that
+// contains "bad" does not compile. A source that contains "late" does not compile with a
+// precompiled header.
 const fakeClang = `#!/bin/sh
 echo "$*" >>@LOG@
 for arg; do
@@ -41,8 +41,8 @@ fi
 echo "object of $last" >"$out"
 `
 
-// stand lays out sources, precompiled headers and the script, and returns a function
-// that calls the compiler as kbuild does.
+// stand writes sources, precompiled headers and the wrapper script. It returns a function that
+// calls the compiler as kbuild does.
 func stand(t *testing.T, preamble, source string) (compile func(name string, more ...string) (said string, err error),
 	calls func() []string, dir string) {
 	t.Helper()
@@ -144,7 +144,8 @@ func TestPreambleScript(t *testing.T) {
 	}
 }
 
-// Sources that cannot be looked through are compiled plainly.
+// If the search for shared headers cannot read the sources, they are compiled without precompiled
+// headers.
 func TestPreamblesLeftOut(t *testing.T) {
 	t.Parallel()
 	var log strings.Builder
@@ -169,7 +170,8 @@ func TestPreamblesLeftOut(t *testing.T) {
 	}
 }
 
-// modpost makes its checksums in the order in which a plain compilation reads.
+// modpost's checksums depend on the order of the dependency list. So the list must have the order
+// of a plain compilation.
 func TestPreambleDependencies(t *testing.T) {
 	t.Parallel()
 	compile, _, dir := stand(t, "", "int a;")

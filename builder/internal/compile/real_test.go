@@ -23,18 +23,19 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// onceMore marks a build that finds everything remembered.
+// onceMore marks a build whose results are all in the cache already.
 const onceMore = " once more"
 
-// A cache never makes a different module, with a real kernel and a real driver:
-// what make alone compiles with debug information, what an empty cache's build
-// leaves, and what a filled one's leaves are the same bytes. PREBAKE_CELLS is a
-// list of BUILD_ID/VERSION; the cells share one cache, in that order, and each
-// is also made by make alone unless a "=" before it says that it has to equal
-// the one before. PREBAKE_REFERENCES is a cache folder that keeps what make made
-// for the same inputs, tools and code of this package. PREBAKE_FILLED is a cache
-// that has these cells already, in place of an empty one: whoever names it shows
-// elsewhere that empty caches leave the same (TestReproduce of deploy/e2e does).
+// TestRealSameBytes compares modules of a real driver for a real kernel. make alone with debug
+// information, a build with an empty cache and a build with a filled cache must give the same
+// bytes.
+//
+// PREBAKE_CELLS is a list of BUILD_ID/VERSION. The cells share one cache, in that order. Each cell
+// is also compiled by make alone, unless a "=" stands before it: then its modules must equal those
+// of the cell before. PREBAKE_REFERENCES is a cache folder with the results of make alone for the
+// same inputs, tools and code of this package. PREBAKE_FILLED is a cache that contains these cells
+// already; it replaces the empty one. Who sets it must show elsewhere that an empty cache gives the
+// same bytes, as TestReproduce of deploy/e2e does.
 func TestRealSameBytes(t *testing.T) {
 	mirror, cells := os.Getenv("PREBAKE_MIRROR"), os.Getenv("PREBAKE_CELLS")
 	if mirror == "" || cells == "" {
@@ -112,8 +113,8 @@ func TestRealSameBytes(t *testing.T) {
 	}
 }
 
-// byMakeAlone returns what compileReal does for make without any cache of ours, and
-// with debug information. It is made once for the same inputs.
+// byMakeAlone returns the result of compileReal for make without a cache of this package and with
+// debug information. The cache references keeps it, so the same inputs are compiled once.
 func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell string) (modules,
 	answers map[string]string) {
 	t.Helper()
@@ -162,7 +163,7 @@ func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell st
 	return modules, answers
 }
 
-// compileReal returns the modules and conftest's answers.
+// compileReal compiles the driver and returns its modules and conftest's answers.
 func compileReal(t *testing.T, r compile.Request, what string) (modules, answers map[string]string) {
 	t.Helper()
 	var log bytes.Buffer
@@ -179,7 +180,7 @@ func compileReal(t *testing.T, r compile.Request, what string) (modules, answers
 			t.Log(strings.TrimSpace(line))
 		}
 	}
-	// A real driver for which a part is off would only be slow: that is red here.
+	// The build would only be slower without these answers, so the test has to fail here.
 	if r.Cache != nil && strings.Contains(log.String(), "left to make") {
 		t.Errorf("%s: conftest is left to make", what)
 	}
@@ -193,8 +194,8 @@ func compileReal(t *testing.T, r compile.Request, what string) (modules, answers
 	return result.Modules, readAnswers(t, filepath.Join(r.WorkDir, "src/conftest"))
 }
 
-// readAnswers reads what conftest left for the compiler, less comments and in an
-// order of its own: make asks in no particular one.
+// readAnswers reads the headers that conftest left for the compiler. It drops comments and sorts
+// the lines, because make asks in no fixed order.
 func readAnswers(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	headers, err := filepath.Glob(filepath.Join(dir, "*.h"))
@@ -219,8 +220,8 @@ func readAnswers(t *testing.T, dir string) map[string]string {
 	return answers
 }
 
-// checkReuse wants everything remembered that the same build did before, but for
-// the few sources that tell the kernel's release.
+// checkReuse checks that a repeated build takes everything from the cache except the few sources
+// that contain the kernel's release.
 func checkReuse(t *testing.T, what string, result *compile.Result) {
 	t.Helper()
 	for _, p := range result.Phases {
@@ -238,8 +239,8 @@ func checkReuse(t *testing.T, what string, result *compile.Result) {
 	}
 }
 
-// checkPreambles reports what prevented precompiled headers, if there are any:
-// without them a build is only slower.
+// checkPreambles fails the test if a precompiled header could not be made. Otherwise nobody would
+// notice, because a build without it is only slower.
 func checkPreambles(t *testing.T, work string) {
 	t.Helper()
 	headers, err := filepath.Glob(filepath.Join(work, "preambles", "*.h"))

@@ -20,18 +20,19 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// Most of what the compiler does for a question is to read the kernel's headers.
-// Questions whose programs begin with the same ones share a precompiled header.
-// It is made in a sandbox of its own by the driver's script, with none of its
-// tests: what shows there is covered by the key of every answer. The tests see it
-// read-only. Tokens, macros and flags are those of the plain compilation, so the
-// answers are, too; TestRealSameBytes compares them.
+// For a conftest question, the compiler spends most of its time on reading the kernel's headers.
+// Questions whose programs begin with the same headers share one precompiled header.
+//
+// The driver's script makes the precompiled header in its own sandbox, without any of the script's
+// tests. The key of every answer covers all files in that sandbox. The tests see the precompiled
+// header read-only. Tokens, macros and flags are the same as in a plain compilation, so the answers
+// are the same too. TestRealSameBytes compares them.
 const (
 	insideHeader  = "/prebake/begin"
 	insideWrapper = "/prebake/front"
 
-	// How many programs have to begin alike. Making a precompiled header costs gcc
-	// about as much as three of them, and clang as much as one and a half.
+	// The least number of programs that must share a beginning. With gcc, one precompiled header
+	// costs about as much as three programs; with clang, about as much as one and a half.
 	minForHeader      = 4
 	minForHeaderClang = 3
 
@@ -44,24 +45,27 @@ var headerScript string
 //go:embed beginmake.sh
 var headerMakeScript string
 
-// sharedHeader is a precompiled header for some questions.
+// sharedHeader is one precompiled header that several questions share.
 type sharedHeader struct {
 	headers []string
-	at      string // its folder, and begin/ in it as the sandbox left it, shown read-only
-	dir     string
+	// at is its work folder. dir is begin/ inside at: one sandbox wrote it, and later sandboxes show
+	// it read-only.
+	at  string
+	dir string
 
 	made sync.Once
 	err  error
-	// prefix are the lines that the script puts before every program; none where
-	// there is no precompiled header.
+	// prefix holds the lines that the script puts before every program. It is nil if the
+	// precompiled header could not be made.
 	prefix []string
-	left   int // questions that are still to be asked
+	left   int // number of questions that are not answered yet
 }
 
-// assignHeaders finds the questions that share a beginning.
+// assignHeaders gives questions whose programs begin with the same headers one shared header, the
+// longest possible one first.
 func (a *answers) assignHeaders(open []question, dir string) {
 	if a.view.Macros {
-		return // headers may ask what the answers are
+		return // the kernel's headers depend on the answers, so the headers of one question may differ from another's
 	}
 	candidates := make([][]conftest.Prefix, len(open))
 	longest, made, least := 0, 0, minForHeader
@@ -96,14 +100,14 @@ func (a *answers) assignHeaders(open []question, dir string) {
 	}
 }
 
-// task is a precompiled header to make, or else a question to ask.
+// task is either a precompiled header to make or, if header is nil, a question to ask.
 type task struct {
 	header   *sharedHeader
 	question question
 }
 
-// schedule orders the work so that a precompiled header is made while the
-// questions of the one before are asked, and few are on the disk at a time.
+// schedule orders the tasks so that one precompiled header is made while the questions of the
+// former one are asked. So only few precompiled headers are on the disk at the same time.
 func schedule(open []question) []task {
 	var plain, all []task
 	of := map[*sharedHeader][]task{}
@@ -130,7 +134,7 @@ func schedule(open []question) []task {
 	return append(all, plain...)
 }
 
-// asked counts a question, and removes the precompiled header after the last one.
+// asked counts one answered question, and removes the precompiled header after the last one.
 func (b *sharedHeader) asked() error {
 	if b == nil {
 		return nil
@@ -141,7 +145,7 @@ func (b *sharedHeader) asked() error {
 	return os.RemoveAll(b.at)
 }
 
-// writeWrapper writes a wrapper script for the compiler.
+// writeWrapper fills in the template of a compiler wrapper and writes it to dir.
 func (a *answers) writeWrapper(dir, script string) error {
 	use, strict := "-include "+insideHeader+"/text.h", "-Winvalid-pch -Werror=invalid-pch"
 	if a.t.clang {
@@ -153,7 +157,7 @@ func (a *answers) writeWrapper(dir, script string) error {
 	return write(filepath.Join(dir, name), text, 0o755)
 }
 
-// withWrapper installs the wrapper script of a folder.
+// withWrapper returns the sandbox with the wrapper script in dir in front of the compiler.
 func withWrapper(box sandbox.Config, dir string) sandbox.Config {
 	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: dir, Inside: insideWrapper})
 	box.Env = maps.Clone(box.Env)
@@ -161,8 +165,8 @@ func withWrapper(box sandbox.Config, dir string) sandbox.Config {
 	return box
 }
 
-// make makes the precompiled header, once. An error is one of the machine's; a
-// compiler that cannot make one, or not use it, is none.
+// make makes the precompiled header once. It returns an error only for a fault of the machine. If
+// the compiler cannot make or use the precompiled header, make returns nil and prefix stays nil.
 func (b *sharedHeader) make(ctx context.Context, a *answers) error {
 	b.made.Do(func() { b.err = b.makeOnce(ctx, a, b.at) })
 	return b.err
@@ -171,7 +175,7 @@ func (b *sharedHeader) make(ctx context.Context, a *answers) error {
 func (b *sharedHeader) makeOnce(ctx context.Context, a *answers, dir string) error {
 	script, test, err := a.script.OnlyHeaders(b.headers)
 	if err != nil {
-		return nil //nolint:nilerr // a script of another shape goes without
+		return nil //nolint:nilerr // this script has another form: its questions get no precompiled header
 	}
 	work, told := filepath.Join(dir, "work"), filepath.Join(dir, "trouble")
 	front, begin := filepath.Join(dir, "front"), filepath.Join(dir, "begin")
@@ -197,7 +201,7 @@ func (b *sharedHeader) makeOnce(ctx context.Context, a *answers, dir string) err
 		return cause
 	}
 	if err := compilerFault(told); fault.Is(err, fault.Internal) {
-		return os.RemoveAll(dir) // the compiler crashes over them, which is not to say over a program
+		return os.RemoveAll(dir) // the compiler crashed on the precompiled header; it may still compile the programs
 	} else if err != nil {
 		return err
 	}
@@ -225,7 +229,7 @@ func (b *sharedHeader) makeOnce(ctx context.Context, a *answers, dir string) err
 	return nil
 }
 
-// withHeader lets a question's programs begin with what is compiled.
+// withHeader returns the sandbox of a question with its precompiled header, if there is one.
 func (a *answers) withHeader(box sandbox.Config, q question) sandbox.Config {
 	if q.header == nil || q.header.prefix == nil {
 		return box
@@ -237,7 +241,7 @@ func (a *answers) withHeader(box sandbox.Config, q question) sandbox.Config {
 	return box
 }
 
-// askArguments run the script for a question.
+// askArguments returns the command that runs the driver's script for a question.
 func (a *answers) askArguments(q question) []string {
 	return append([]string{"sh", "-c", `exec /bin/sh ./conftest.sh "$@" > answer`, "sh", a.plan.CC, a.plan.Arch,
 		a.plan.Sources, a.plan.Output}, q.argv...)

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// alike gives the driver six tests whose programs begin alike, in the shapes that
-// NVIDIA's conftest.sh has, and one that gives the compiler another flag.
+// alike gives the driver six tests whose programs begin with the same header, in the forms that
+// NVIDIA's conftest.sh uses. A seventh test gives the compiler another flag.
 func alike(t *testing.T, r compile.Request, header string) {
 	t.Helper()
 	const preamble = `
@@ -55,7 +55,7 @@ compile_check_conftest() {
 	write(t, r.Headers, map[string]string{"include/linux/here.h": header})
 }
 
-// functions compiles and returns the answers about functions.
+// functions compiles the driver and returns conftest's answers about functions.
 func functions(t *testing.T, r compile.Request) string {
 	t.Helper()
 	cache, err := cas.Open(t.TempDir())
@@ -78,7 +78,7 @@ func functions(t *testing.T, r compile.Request) string {
 	return string(text)
 }
 
-// compiler puts a script in the place of the toolchain's compiler.
+// compiler replaces the toolchain's compiler by a script.
 func compiler(t *testing.T, r compile.Request, script string) {
 	t.Helper()
 	path := filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-gcc")
@@ -92,9 +92,8 @@ func compiler(t *testing.T, r compile.Request, script string) {
 	program.Write(t, path, []byte("#!/bin/sh\n"+strings.ReplaceAll(script, "@GCC@", to)+"exec "+to+" \"$@\"\n"))
 }
 
-// Programs of conftest that begin alike are compiled from a precompiled header,
-// unless the compiler is given other flags; a compiler that makes none gives the
-// same answers.
+// Conftest programs that begin with the same headers share a precompiled header, unless the
+// compiler gets other flags. A compiler that cannot make one gives the same answers.
 func TestBeginnings(t *testing.T) {
 	t.Parallel()
 	const guarded = "#ifndef HERE_H\n#define HERE_H\nstruct here { int size; };\n#endif\n"
@@ -105,8 +104,8 @@ func TestBeginnings(t *testing.T) {
 		want   []string
 		header string
 	}{
-		// This compiler takes programs with the header only from a precompiled one,
-		// so that the answers tell which were.
+		// This compiler compiles a program with the header only if it comes from the precompiled
+		// one. So the answers show which programs used it.
 		"precompiled": {`case "$*" in *"-include /prebake/begin/text.h"*) ;; *" -c conftest"*) grep -q linux/here.h conftest*.c && exit 1 ;; esac
 `, append(yes, "#undef NV_other_flags"), guarded},
 		"no precompiled headers": {`case "$*" in *c-header*) exit 1 ;; esac
@@ -118,7 +117,7 @@ func TestBeginnings(t *testing.T) {
 		"a compiler that crashes over them": {`case "$*" in *c-header*) kill -SEGV $$ ;; esac
 `, append(yes, "#define NV_other_flags"), guarded},
 		"as it is": {"", append(yes, "#define NV_other_flags"), guarded},
-		// Read twice it is an error, so that no program can begin with it compiled.
+		// This header fails when a program includes it twice, so no program can use it precompiled.
 		"a header without a guard": {"", append(yes, "#define NV_other_flags"), "struct here { int size; };\n"},
 	} {
 		t.Run(name, func(t *testing.T) {

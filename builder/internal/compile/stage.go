@@ -10,9 +10,9 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// stage copies a source tree, so that the build may write into it. The copy's
-// files belong to the caller and have plain modes and new times. Links are
-// kept when they stay inside the tree; anything else is refused.
+// stage copies a source tree, so that the build can write to the copy. The copied files belong to
+// the user that runs the builder, and have plain modes and new times. stage copies a link only if
+// its target is inside the tree. It refuses every other kind of file.
 func stage(ctx context.Context, src, dst string) error {
 	return filepath.WalkDir(src, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {
@@ -45,7 +45,8 @@ func stage(ctx context.Context, src, dst string) error {
 	})
 }
 
-// diskFull gives an error of the host's file system its kind.
+// diskFull gives fault.DiskFull and a hint to an error of the host's file system that means a full
+// disk.
 func diskFull(err error) error {
 	return fault.Disk(err, hintDisk)
 }

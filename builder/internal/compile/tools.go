@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Paths inside the sandbox. They end up in debug information and in the build
-// ids that a linker computes over it: to change one changes every module.
+// Paths inside the sandbox. Debug information contains them, and the linker computes build ids over
+// it. So a change of one path changes every module.
 const (
 	insideToolchain = "/prebake/toolchain"
 	insideKernel    = "/prebake/kernel"
@@ -25,60 +25,61 @@ const (
 	insideOut       = "/prebake/out"
 )
 
-// kernelArch is Kbuild's term for an architecture, as `uname -m` of the target
-// prints it; NVIDIA's makefiles map x86_64 to x86 themselves.
+// kernelArch maps an architecture to kbuild's name for it, as `uname -m` prints it on x86. NVIDIA's
+// makefiles map x86_64 to x86 themselves.
 var kernelArch = map[target.Arch]string{target.AMD64: "x86_64", target.ARM64: "arm64"}
 
-// crossPrefix is the name prefix of the tools in COS's toolchain archives.
+// crossPrefix is the common start of the tools' names in COS's toolchain archives.
 var crossPrefix = map[target.Arch]string{
 	target.AMD64: "x86_64-cros-linux-gnu-",
 	target.ARM64: "aarch64-cros-linux-gnu-",
 }
 
-// tools is what the toolchain offers and what the kernel's configuration asks for.
+// tools holds the tools of the toolchain and the options of the kernel's configuration that matter
+// for a build.
 type tools struct {
-	variables []string // make variables, CC=name and so on
+	variables []string // make variables such as CC=name
 	compiler  string   // path inside the sandbox
-	strip     string   // name of the strip program
-	objcopy   string   // likewise; "" where the toolchain has none
+	strip     string   // file name of strip
+	objcopy   string   // file name of objcopy; "" if the toolchain has none
 	sysroot   string   // path inside the sandbox; may be empty
 	clang     bool
 
 	modVersions bool // CONFIG_MODVERSIONS of the kernel
 	btf         bool // CONFIG_DEBUG_INFO_BTF_MODULES of the kernel
-	pahole      int  // CONFIG_PAHOLE_VERSION, as 124; 0 where the kernel does not say
+	pahole      int  // CONFIG_PAHOLE_VERSION: 124 means 1.24; 0 means not in the kernel's configuration
 }
 
-// A tool is named, not given as a command line: it is looked up in the
-// toolchain's bin folders only.
+// toolPattern allows a file name only, no command line. Tools are looked up in the toolchain's bin
+// folders only.
 var toolPattern = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._+-]{0,63}$`)
 
-// compilerPattern takes a compiler's name apart: the prefix that its companions
-// have too, and the version that Debian's names end with.
+// compilerPattern splits a compiler's name. The first part is the prefix, which the companion tools
+// share. The second part is the version at the end, as in Debian's names.
 var compilerPattern = regexp.MustCompile(`^(.*-)?(?:gcc|clang|cc)(-[0-9.]+)?$`)
 
-// hostClang is the compiler of COS's toolchains for programs that run during
-// the build.
+// hostClang is the compiler in COS's toolchains for programs that run during the build.
 const hostClang = "x86_64-pc-linux-gnu-clang"
 
-// clangFlags reach conftest too, and are there for its sake: it takes any error
-// for an answer. Where a kernel's CONFIG_WERROR reaches it, as in 5.15, clang's
-// warning about an undeclared function (gcc has been told to be silent) would
-// say that the kernel has that function. Errors that are asked for by name, as
-// NVIDIA's own flags do, stay errors. strict-prototypes is such a one of the
-// kernel's, and older drivers trip over it in clang's stricter reading; COS's
-// own farm drops it too.
+// clangFlags are needed for conftest, which gets them too: conftest counts any compiler error as an
+// answer. If the kernel's CONFIG_WERROR reaches conftest, as in 5.15, clang's warning about an
+// undeclared function becomes an error. Conftest would then conclude that the kernel has the
+// function. With gcc this does not happen, because that warning is switched off there. An error
+// that a flag asks for by name stays an error; NVIDIA's own flags ask for some.
+//
+// The kernel's flags make strict-prototypes such an error, and older drivers fail on it because
+// clang reads the rule more strictly. COS's own build farm switches it off too.
 var clangFlags = []string{"-Wno-error", "-Wno-error=strict-prototypes"}
 
-// toolchain looks programs up in an unpacked toolchain archive.
+// toolchain is the root of an unpacked toolchain archive; its methods look programs up.
 type toolchain string
 
 func (t toolchain) has(name string) bool { return t.inside(name) != "" }
 
-// inside returns a program's path in the sandbox, or "" where there is none.
+// inside returns the path of a program inside the sandbox, or "" if the toolchain does not have it.
 func (t toolchain) inside(name string) string {
 	for _, dir := range []string{"bin", "usr/bin"} {
-		// Lstat: a link may lead to where only the sandbox has a file.
+		// Lstat, because the target of a link may exist only inside the sandbox.
 		if info, err := os.Lstat(filepath.Join(string(t), dir, name)); err == nil && !info.IsDir() {
 			return insideToolchain + "/" + dir + "/" + name
 		}
@@ -86,11 +87,10 @@ func (t toolchain) inside(name string) string {
 	return ""
 }
 
-// findTools chooses the compiler and its companions: the compiler by the name
-// in toolchain_env, the others by what the kernel's configuration says that it
-// was built with. A kernel of clang and lld was built with LLVM=1, and its
-// modules are; one of clang and another linker has the binutils of the
-// compiler's prefix, as has one of gcc.
+// findTools chooses the compiler and its companion tools. toolchain_env names the compiler. The
+// kernel's configuration says with which tools the kernel was built, and that decides the
+// companions. A kernel of clang and lld was built with LLVM=1, so its modules are too. Any other
+// kernel, of gcc or of clang with another linker, uses the binutils with the compiler's prefix.
 func findTools(r Request) (tools, error) {
 	var t tools
 	text, err := readConfig(filepath.Join(r.Headers, ".config"))
@@ -99,7 +99,7 @@ func findTools(r Request) (tools, error) {
 	}
 	config := parseConfig(text)
 	if m := madeBy.FindSubmatch(text); m != nil {
-		t.pahole, _ = strconv.Atoi(string(m[1])) // digits, by the pattern
+		t.pahole, _ = strconv.Atoi(string(m[1])) // the pattern allows digits only
 	}
 	t.modVersions = config["CONFIG_MODVERSIONS"]
 	t.btf = config["CONFIG_DEBUG_INFO_BTF_MODULES"]
@@ -117,8 +117,8 @@ func findTools(r Request) (tools, error) {
 		if named := r.Env[row.variable]; toolPattern.MatchString(named) {
 			row.candidates = append([]string{named}, row.candidates...)
 		}
-		// One that is missing keeps its name: a build that needs it then fails
-		// over that name, instead of taking the host's tool unseen.
+		// A missing tool keeps its name. A build that needs the tool then fails with this name, and
+		// does not use the host's tool unnoticed.
 		name := row.candidates[0]
 		if i := slices.IndexFunc(row.candidates, chain.has); i >= 0 {
 			name = row.candidates[i]
@@ -135,7 +135,7 @@ func findTools(r Request) (tools, error) {
 		return t, fault.New(fault.InputMissing, fmt.Sprintf("find strip: the toolchain has no bin/%sstrip", prefix),
 			"publish a toolchain.tar.xz with the binutils of its compiler")
 	}
-	// COS's compiler looks for its own libraries below $SYSROOT.
+	// COS's compiler searches its own libraries below $SYSROOT.
 	if root := filepath.Join("usr", strings.TrimSuffix(prefix, "-")); prefix != "" {
 		if info, err := os.Stat(filepath.Join(r.Toolchain, root)); err == nil && info.IsDir() {
 			t.sysroot = insideToolchain + "/" + root
@@ -144,8 +144,8 @@ func findTools(r Request) (tools, error) {
 	return t, nil
 }
 
-// findCompiler returns the compiler's name and what comes before and after the
-// word for it in its companions' names.
+// findCompiler returns the compiler's name, and the prefix and suffix that its companions' names
+// share.
 func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefix, suffix string, err error) {
 	cc, prefix = r.Env["CC"], crossPrefix[r.Arch]
 	if cc == "" {
@@ -166,8 +166,8 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	if m := compilerPattern.FindStringSubmatch(cc); m != nil {
 		prefix, suffix = m[1], m[2]
 	}
-	// Kbuild takes its flags from the compiler at hand and its options from the
-	// configuration: with another compiler, modules come out that nobody tried.
+	// Kbuild derives its flags from the compiler that it finds, and its options from the
+	// configuration. If the two disagree, it makes modules that nobody has tested.
 	clang := strings.Contains(cc, "clang")
 	for option, other := range map[string]bool{"CONFIG_CC_IS_CLANG": !clang, "CONFIG_CC_IS_GCC": clang} {
 		if config[option] && other {
@@ -175,8 +175,8 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 				hint)
 		}
 	}
-	// clang is one program for all processors and is chosen by its name. Kbuild would
-	// name the target by itself, but the driver's own tests of the kernel would not.
+	// One clang program compiles for all processors, and its file name selects the target. Kbuild
+	// would set the target itself, but the driver's conftest would not.
 	if clang && r.Arch == target.ARM64 && !strings.HasPrefix(prefix, "aarch64-") {
 		return "", "", "", fault.New(fault.Usage,
 			fmt.Sprintf("compiler %s: its name does not say that it compiles for arm64", cc),
@@ -185,7 +185,7 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	return cc, prefix, suffix, nil
 }
 
-// clangVariables are what Kbuild has to be told about clang beyond tools' names.
+// clangVariables returns the make variables that kbuild needs for clang besides the tools' names.
 func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, prefix string) []string {
 	if !clang {
 		return nil
@@ -196,10 +196,10 @@ func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, p
 	}
 	switch assembler := chain.has(prefix + "as"); {
 	case config["CONFIG_AS_IS_GNU"]:
-		// Kbuild makes the way to the assembler out of this prefix.
+		// Kbuild derives the assembler's path from this prefix.
 		all = append(all, "LLVM_IAS=0", "CROSS_COMPILE="+prefix)
 	case config["CONFIG_AS_IS_LLVM"], !assembler:
-		// Kernels before 5.13 do not say; their default would be as.
+		// Kernels before 5.13 do not name their assembler, and their default is the program as.
 		all = append(all, "LLVM_IAS=1")
 	}
 	if chain.has(hostClang) {
@@ -208,7 +208,7 @@ func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, p
 	return all
 }
 
-// companion is a make variable and the names that its tool may have, best first.
+// companion is a make variable with the possible names of its tool, the best first.
 type companion struct {
 	variable   string
 	candidates []string
@@ -220,7 +220,7 @@ func companions(config map[string]bool, llvm bool, prefix, suffix string) []comp
 	case config["CONFIG_LD_IS_LLD"]:
 		linkers = []string{prefix + "ld.lld", "ld.lld" + suffix, "ld.lld", prefix + "ld"}
 	case config["CONFIG_LD_IS_BFD"]:
-		// In COS's newer toolchains plain ld is lld.
+		// In COS's newer toolchains the program ld is lld.
 		linkers = []string{prefix + "ld.bfd", prefix + "ld"}
 	}
 	all := []companion{{"LD", linkers}}
@@ -238,8 +238,9 @@ func companions(config map[string]bool, llvm bool, prefix, suffix string) []comp
 	return all
 }
 
-// environment is the whole environment of a build. Nothing of the caller's
-// gets in, and everything that could tell a time, a user or a host is fixed.
+// environment returns the complete environment of a build. It takes over no variable of the
+// builder's own environment. Everything that could reveal a time, a user or a host has a fixed
+// value.
 func environment(t tools) map[string]string {
 	env := map[string]string{
 		"PATH":                   insideToolchain + "/bin:" + insideToolchain + "/usr/bin:/usr/bin:/bin",

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// kit lays out a kernel's .config and a toolchain of empty programs.
+// kit writes a kernel's .config and a toolchain of empty programs.
 func kit(t *testing.T, config string, programs ...string) Request {
 	t.Helper()
 	dir := t.TempDir()
@@ -188,8 +188,8 @@ func TestFindToolsRefuses(t *testing.T) {
 	}
 }
 
-// TestFlags: clang's errors that nobody asked for by name reach neither
-// conftest nor the compilation; gcc's flags stay the kernel's.
+// TestFlags checks that conftest and the compilation get none of clang's errors that no flag asks
+// for by name. With gcc the kernel's flags stay unchanged.
 func TestFlags(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

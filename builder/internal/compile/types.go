@@ -21,8 +21,8 @@ import (
 
 const (
 	insideBTF = "/prebake/vmlinux.btf"
-	// pahole makes BTF out of debug information. It is the host's, whose version
-	// is told, even if a toolchain contains one.
+	// pahole makes BTF from debug information. It is always the host's program, even if the
+	// toolchain contains one, because Pahole reports the host's version.
 	pahole       = "/usr/bin/pahole"
 	hintPahole   = "apt-get install dwarves; or build without --btf"
 	hintNoTypes  = "build without --btf"
@@ -31,8 +31,8 @@ const (
 
 var paholeVersion = regexp.MustCompile(`^v([0-9]{1,2})\.([0-9]{1,2})\n$`)
 
-// Pahole returns the version of the pahole that makes BTF, as it prints it:
-// v1.24. Another version makes other bytes.
+// Pahole returns the version of the pahole that makes BTF, in pahole's own form, such as v1.24.
+// Another version may make other bytes.
 func Pahole(ctx context.Context) (string, error) {
 	said, err := ask(ctx, sandbox.Config{Dir: "/", Env: environment(tools{})}, pahole, "--version")
 	if err != nil {
@@ -45,7 +45,7 @@ func Pahole(ctx context.Context) (string, error) {
 	return strings.TrimSpace(said), nil
 }
 
-// ask runs a program for the little that it says.
+// ask runs a program in a sandbox and returns its short output.
 func ask(ctx context.Context, box sandbox.Config, argv ...string) (string, error) {
 	var said bytes.Buffer
 	box.Argv, box.Output, box.MaxOutput = argv, &said, paholeOutput
@@ -55,8 +55,8 @@ func ask(ctx context.Context, box sandbox.Config, argv ...string) (string, error
 	return said.String(), nil
 }
 
-// refused gives the error of a program that ended badly its kind; what the
-// sandbox itself says has one.
+// refused gives the kind and the hint to the error of a program that failed. Errors of the sandbox
+// itself have a kind already.
 func refused(err error, kind fault.Kind, hint string) error {
 	var exit *sandbox.ExitError
 	switch {
@@ -68,7 +68,8 @@ func refused(err error, kind fault.Kind, hint string) error {
 	return fault.Wrap(kind, err, hint)
 }
 
-// checkTypes tells before the first minute of work that BTF cannot be made.
+// checkTypes returns an error if BTF cannot be made. It runs before the compile, so that the build
+// fails at once.
 func checkTypes(ctx context.Context, r Request, t tools) error {
 	if r.BTF == "" {
 		return nil
@@ -84,10 +85,10 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	if err != nil {
 		return err
 	}
-	// Kernels since 5.18 say which one made theirs. Their flags are for that one,
-	// and an older does not know them.
+	// Since Linux 5.18 the configuration names the pahole version that made the kernel's BTF. The
+	// kernel's pahole flags are for that version, and an older pahole does not know them.
 	parts := paholeVersion.FindStringSubmatch(have + "\n")
-	major, _ := strconv.Atoi(parts[1]) // digits, by the pattern
+	major, _ := strconv.Atoi(parts[1]) // the pattern allows digits only
 	minor, _ := strconv.Atoi(parts[2])
 	if number := 100*major + minor; number < t.pahole {
 		return fault.New(fault.Usage,
@@ -97,11 +98,10 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	return nil
 }
 
-// types adds BTF to the modules that make left. Kbuild would do so if there were
-// a vmlinux in the header tree, and is kept from it and from saying for each
-// module that there is none: header trees lack the resolve_btfids that its rule
-// runs, and its flags let pahole work in parallel, which gives types another
-// order each time.
+// types adds BTF to the modules that make left. Kbuild itself would add BTF if the header tree
+// contained vmlinux; otherwise it prints a warning for each module. flagVariables switches both
+// off, for two reasons. Header trees lack the program resolve_btfids that kbuild's rule runs. And
+// kbuild's flags let pahole work in parallel, which changes the order of the types from run to run.
 func (b *build) types(ctx context.Context, result *Result) (err error) {
 	built, err := b.built()
 	if err != nil {
@@ -115,7 +115,7 @@ func (b *build) types(ctx context.Context, result *Result) (err error) {
 	box := b.box
 	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: b.r.BTF, Inside: insideBTF})
 	box.Env = maps.Clone(box.Env)
-	box.Env["LLVM_OBJCOPY"] = b.t.objcopy // pahole has it add the section
+	box.Env["LLVM_OBJCOPY"] = b.t.objcopy // pahole runs this objcopy to add the section
 	flags, err := paholeFlags(ctx, box)
 	if err != nil {
 		return err
@@ -137,8 +137,9 @@ func (b *build) types(ctx context.Context, result *Result) (err error) {
 	return nil
 }
 
-// flagRules has make tell the flags that the kernel wants of pahole: since Linux
-// 6.9 its makefiles say them, before that a script, and at first nothing does.
+// flagRules is makefile text that prints the flags that the kernel wants for pahole. Since Linux
+// 6.9 the kernel's makefiles contain the flags. Before 6.9 a script prints them. The oldest kernels
+// have neither.
 const flagRules = `
 srctree := .
 -include include/config/auto.conf
@@ -154,7 +155,8 @@ endif
 prebake-flags: ; @echo $(PAHOLE_FLAGS)
 `
 
-// paholeFlags asks the kernel's makefiles which types it understands.
+// paholeFlags asks the kernel's makefiles for the pahole flags, which select the kinds of types
+// that the kernel understands. It removes the flags for parallel work.
 func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 	box.Dir = insideKernel
 	said, err := ask(ctx, box, "make", "-s", "-f", "/dev/null", "--eval="+flagRules, "prebake-flags")
@@ -175,8 +177,9 @@ func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 
 var paholeFlag = regexp.MustCompile(`^--?[a-z][a-z0-9_,=]*$`)
 
-// wantsNoIDs refuses a module with functions for BPF programs: the numbers of
-// their types would have to be filled in.
+// wantsNoIDs refuses a module that offers functions to BPF programs. Such a module needs the
+// numbers of their types in its section .BTF_ids, and only the kernel's resolve_btfids can write
+// them.
 func wantsNoIDs(dir, name string) (err error) {
 	left, err := untrusted.Open(dir)
 	if err != nil {

@@ -15,11 +15,11 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
-// kernelTypes are those of the toy kernel; int is one of them, so that a module
-// that has it has to refer to it.
+// kernelTypes are the types of the toy kernel. int is one of them, so a module that uses int has to
+// refer to the kernel's type.
 var kernelTypes = []string{"int", "task_struct"}
 
-// typedToy is a toy whose kernel takes BTF with a module.
+// typedToy is toy with a kernel that accepts BTF in modules.
 func typedToy(t *testing.T, config string) compile.Request {
 	t.Helper()
 	r := toy(t)
@@ -48,8 +48,8 @@ func typedToy(t *testing.T, config string) compile.Request {
 
 const takesBTF = "CONFIG_DEBUG_INFO_BTF_MODULES=y\n"
 
-// Modules get types that go on where the kernel's end, the same each time, with
-// debug symbols kept and without; and nobody gets any unasked.
+// A module's BTF extends the kernel's. It is the same each time, with and without debug symbols. A
+// module gets no BTF if the request names none.
 func TestTypes(t *testing.T) {
 	t.Parallel()
 	var first []byte
@@ -116,7 +116,7 @@ func TestTypesRefused(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
 		name, config string
-		files        map[string]string // of the headers
+		files        map[string]string // files that the row adds to the header tree
 		source       string
 		noObjcopy    bool
 		want         fault.Kind
@@ -159,7 +159,7 @@ func TestTypesRefused(t *testing.T) {
 	}
 }
 
-// Whatever was killed without memory failed for that reason.
+// A program that was killed counts as out of memory.
 func TestTypesOutOfMemory(t *testing.T) {
 	t.Parallel()
 	r := typedToy(t, takesBTF)
@@ -170,7 +170,7 @@ func TestTypesOutOfMemory(t *testing.T) {
 	}
 }
 
-// Since Linux 6.9 makefiles say the flags.
+// Since Linux 6.9 the kernel's makefiles contain pahole's flags.
 func TestTypesFlagsOfMakefiles(t *testing.T) {
 	t.Parallel()
 	r := typedToy(t, takesBTF)

@@ -20,20 +20,21 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// A view is a kernel's header tree less what differs between siblings: the
-// release and version strings, the salt of the build ids, and the checksums in
-// Module.symvers. What is stored under a view's digest is found out with
-// those things out of sight, so that the key covers all that was to be seen.
+// A view is a kernel's header tree without the parts that differ between sibling kernels: the
+// release and version strings, the salt of the build ids, and the checksums in Module.symvers.
+// Everything that is stored under a view's digest was found while those parts were hidden. So the
+// key covers everything that could be seen.
 type view struct {
 	viewFact
-	masked map[string][]byte // what stands in for a file, by slash path below the tree
+	masked map[string][]byte // the replacement of each masked file, by slash path in the tree
 }
 
-// viewFact is the costly part of a view, remembered for a header tree's digest.
+// viewFact is the part of a view that takes long to compute. The cache stores it under the header
+// tree's digest.
 type viewFact struct {
-	// Digest covers every file and, of those that are masked, the mask.
+	// Digest covers every file. For a masked file it covers the mask instead of the content.
 	Digest string `json:"digest"`
-	// Macros says that a header names a macro of NVIDIA's conftest or version.
+	// Macros says that a kernel header names a macro of NVIDIA's conftest or the driver's version.
 	Macros bool `json:"macros"`
 }
 
@@ -57,7 +58,7 @@ func dropSalt(text []byte) []byte {
 
 func dropStrings(text []byte) []byte { return quoted.ReplaceAll(text, []byte(maskedString)) }
 
-// masks are the files of which a view shows only a part.
+// masks maps each file that a view shows only partly to the function that hides the rest.
 func masks() map[string]func([]byte) []byte {
 	return map[string]func([]byte) []byte{
 		".config":                        dropSalt,
@@ -76,7 +77,7 @@ func masks() map[string]func([]byte) []byte {
 	}
 }
 
-// newView reads the header tree.
+// newView reads the header tree and computes its view.
 func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string) (*view, error) {
 	v := &view{masked: map[string][]byte{}}
 	h := sha256.New()
@@ -120,8 +121,8 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 	return v, nil
 }
 
-// namesDriver reports whether a header mentions the driver's own macros: then
-// what the driver defines changes what the header says.
+// namesDriver reports whether a kernel header mentions the driver's own macros. The meaning of such
+// a header depends on what the driver defines.
 func namesDriver(headers string) (found bool, err error) {
 	err = walkHost(headers, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() || !strings.HasSuffix(path, ".h") {
@@ -140,7 +141,8 @@ func namesDriver(headers string) (found bool, err error) {
 	return found, err
 }
 
-// binds lays the masks over the header tree of a sandbox; their files go to dir.
+// binds returns binds that put the masked files over the header tree in a sandbox. It writes the
+// masked files to dir.
 func (v *view) binds(dir string) ([]sandbox.Bind, error) {
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err

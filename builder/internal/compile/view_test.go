@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 )
 
-// A view's digest covers all but what tells siblings apart.
+// A view's digest covers everything except the differences between sibling kernels.
 func TestView(t *testing.T) {
 	t.Parallel()
 	files := map[string]string{
@@ -46,7 +46,7 @@ func TestView(t *testing.T) {
 		}
 		defer cache.Close()
 		var first viewFact
-		for range 2 { // computed, and recalled
+		for range 2 { // the first round computes the view, the second reads it from the cache
 			v, err := newView(t.Context(), cache, dir, "headers")
 			if err != nil {
 				t.Fatal(err)
@@ -94,7 +94,8 @@ func TestView(t *testing.T) {
 	}
 }
 
-// One build id, for stripped and unstripped, that the debug sections do not touch.
+// The stripped and the unstripped module get the same build id, which does not depend on the debug
+// sections.
 func TestBuildID(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -242,7 +243,7 @@ func FuzzParseCommand(f *testing.F) {
 	})
 }
 
-// With every object reused the compile phase is still told.
+// If every object comes from the cache, the compile phase still gets its record.
 func TestWatchReuse(t *testing.T) {
 	t.Parallel()
 	var calls []string

@@ -14,15 +14,16 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// volatileHeaders are the headers that differ between builds of one kernel, and that no
-// fingerprint covers (package cossrc). A compiler gets to see that they are there
-// and which strings they define, and no value: on kernels before 6.1 NVIDIA's
-// driver would put the number and the time of the kernel's build into a module.
+// volatileHeaders are the headers that differ between two builds of the same kernel. No fingerprint
+// covers them (package cossrc). The compiler sees that these headers exist and which strings they
+// define, but not the values. The reason: on kernels before 6.1, NVIDIA's driver would put the
+// number and the time of the kernel's build into a module.
 var volatileHeaders = []string{"include/generated/compile.h", "include/generated/utsversion.h"}
 
 var stringDefinition = regexp.MustCompile(`(?m)^#define[ \t]+([A-Za-z_][A-Za-z0-9_]*)[ \t]+"[^"\n]*"[ \t]*$`)
 
-// hideStrings leaves of a header the names of the strings that it defines.
+// hideStrings returns a header that defines the same string macros with a fixed value, and nothing
+// else.
 func hideStrings(text []byte) []byte {
 	var shown strings.Builder
 	for _, m := range stringDefinition.FindAllSubmatch(text, -1) {
@@ -31,8 +32,8 @@ func hideStrings(text []byte) []byte {
 	return []byte(shown.String())
 }
 
-// hideVolatileHeaders writes what stands in for these headers to dir, and returns it as
-// binds to lay over the header tree.
+// hideVolatileHeaders writes replacements of the volatile headers to dir. It returns binds that put
+// them over the header tree.
 func hideVolatileHeaders(headers, dir string) ([]sandbox.Bind, error) {
 	var binds []sandbox.Bind
 	for _, name := range volatileHeaders {

@@ -20,7 +20,7 @@ const (
 	phaseLink     = "link"
 )
 
-// work is how many steps each phase of a build is expected to take.
+// work is the expected number of steps of each phase.
 type work struct{ conftest, compile, link int }
 
 func (w work) of(phase string) int {
@@ -41,9 +41,9 @@ var (
 	objectList   = regexp.MustCompile(`^\s*obj-m\s*[+:]?=\s*(.*)$`)
 )
 
-// countWork reads the sources' Kbuild files for what make will do. It follows
-// NVIDIA's way of writing lists and counts each test and each file once, as
-// make does; what it misses only makes a progress display less exact.
+// countWork reads the Kbuild files of the sources and counts the steps that make will take. It
+// knows NVIDIA's form of lists. It counts each test and each file once, as make does. A wrong count
+// only makes the progress display less exact.
 func countWork(src string) work {
 	tests, sources, modules := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	_ = walkHost(src, func(path string, entry fs.DirEntry, err error) error {
@@ -54,7 +54,7 @@ func countWork(src string) work {
 		if err != nil {
 			return nil
 		}
-		list := "" // of lines that end in a backslash
+		list := "" // prefix for the words of a list that backslashes continue over several lines
 		for line := range strings.Lines(string(text)) {
 			line, more := strings.CutSuffix(strings.TrimRight(line, " \t\r\n"), `\`)
 			switch {
@@ -91,12 +91,12 @@ func countWork(src string) work {
 	return work{conftest: len(tests), compile: len(sources), link: 2 * len(modules)}
 }
 
-// maxLine bounds what is kept of one line for reading; the log gets all of it.
+// maxLine bounds how much of one line is examined. The log gets the whole line.
 const maxLine = 64 << 10
 
-// watch reads make's output as it comes: it passes every byte to the log,
-// counts steps for the progress display, measures the phases, and keeps what a
-// diagnosis needs. It is used by one writer at a time.
+// watch reads make's output while make runs. It passes every byte to the log. It counts steps for
+// the progress display, measures the phases, and keeps the lines that a diagnosis needs. Only one
+// goroutine may write to it at a time.
 type watch struct {
 	log      io.Writer
 	logErr   error
@@ -108,7 +108,7 @@ type watch struct {
 	phase    string
 	started  time.Time
 	done     int
-	reused   map[string]int // steps of a phase that need not be done
+	reused   map[string]int // steps of each phase whose results came from the cache
 	phases   []timeline.Phase
 	findings findings
 }
@@ -117,7 +117,7 @@ func newWatch(log io.Writer, progress func(string, int, int), expect work, now f
 	return &watch{log: log, progress: progress, expect: expect, now: now, started: now(), reused: map[string]int{}}
 }
 
-// reuse counts steps of a phase whose outcome was stored.
+// reuse counts steps of a phase whose results came from the cache.
 func (w *watch) reuse(phase string, n int) {
 	if n == 0 {
 		return
@@ -132,7 +132,7 @@ func (w *watch) reuse(phase string, n int) {
 	}
 }
 
-// note is what a phase's record says of itself.
+// note returns the note in the record of a phase, such as "6 tests, 5 remembered".
 func (w *watch) note(phase string, done int) string {
 	what := map[string][2]string{phaseConftest: {"test", "remembered"}, phaseCompile: {"file", "reused"},
 		phaseLink: {"step", ""}}[phase]
@@ -144,8 +144,8 @@ func (w *watch) note(phase string, done int) string {
 }
 
 func (w *watch) Write(p []byte) (int, error) {
-	// A log that cannot be written must not break the pipe: that would end the
-	// compiler with an error that hides the reason. close reports it.
+	// After an error of the log, Write still accepts all output. A broken pipe would end the
+	// compiler with an error that hides the real reason. close reports the log's error.
 	if w.logErr == nil {
 		_, w.logErr = w.log.Write(p)
 	}
@@ -183,7 +183,7 @@ func (w *watch) end(failed bool) {
 	w.phase, w.started, w.done = "", now, 0
 }
 
-// A quiet make prints one such line for each step.
+// stepLine matches the one line that a quiet make prints for each step.
 var stepLine = regexp.MustCompile(`^ +(CONFTEST|CC \[M\]|AS \[M\]|LD \[M\]|MODPOST)[: ]? *(\S*)(.*)$`)
 
 func (w *watch) read(line string) {
@@ -195,28 +195,30 @@ func (w *watch) read(line string) {
 	phase := w.phase
 	switch what, name := m[1], m[2]; what {
 	case "CONFTEST":
-		// "CONFTEST headers.h:" announces that a finished header is shown.
+		// A name with a colon, as in "CONFTEST headers.h:", only announces that make prints a
+		// finished header.
 		if strings.HasSuffix(name, ":") {
 			return
 		}
 		phase = phaseConftest
 	case "CC [M]", "AS [M]":
-		if phase != phaseLink { // the .mod.c files belong to linking
+		if phase != phaseLink { // make compiles the .mod.c files in the link phase
 			phase = phaseCompile
 		}
 	case "MODPOST":
 		phase = phaseLink
 	default:
-		if phase != phaseLink { // parts of a module, linked while others compile
+		if phase != phaseLink { // make links parts of a module while it still compiles other files
 			return
 		}
 	}
-	// With every object reused nothing is compiled, and that is worth a record.
+	// If every object came from the cache, make compiles nothing. The compile phase still gets its
+	// record.
 	if phase == phaseLink && w.phase != phaseCompile && w.phase != phaseLink && w.reused[phaseCompile] > 0 {
 		w.end(false)
 		w.phase = phaseCompile
 	}
-	// Conftests come before everything else; a late one does not turn time back.
+	// The conftest phase is always the first one. A later conftest line does not return to it.
 	if w.phase != phase && (w.phase == "" || phase != phaseConftest) {
 		w.end(false)
 		w.phase = phase

@@ -6,26 +6,25 @@ import (
 	"strings"
 )
 
-// Basis is what decides every stored answer besides the question itself.
+// Basis has everything that decides a stored answer, except the question itself.
 type Basis struct {
-	// View is the digest of the header tree as the script sees it: nothing that
-	// it does not cover may be visible while an answer is found.
+	// View is the digest of the header tree as the script sees it. While a script runs, no file that this digest does
+	// not cover may be visible.
 	View string
-	// Toolchain is the digest of the compiler's folder, Host that of the host's
-	// programs ([sandbox.HostTools]), Recipe the way that
-	// the script is run.
+	// Toolchain is the digest of the compiler's folder. Host is the digest of the host's programs
+	// ([sandbox.HostTools]). Recipe is the version of the way in which the script is run.
 	Toolchain, Host, Recipe string
-	// Macros says that some header mentions presence macros or of the driver's
-	// version by name; then no question may be taken out of its context.
+	// Macros is true if a header names presence macros or the macro of the driver's version. Then an answer may depend
+	// on the whole of headers.h, and on the version.
 	Macros bool
 }
 
 // Answers holds answers by key. The zero value is empty.
 type Answers map[string]string
 
-const maxAnswers = 1 << 20 // a fact's bound in pkg/cas
+const maxAnswers = 1 << 20 // limit for a fact in pkg/cas
 
-// ReadAnswers returns stored answers; what cannot be read is empty.
+// ReadAnswers parses stored answers. ReadAnswers returns no answers if the text is not valid.
 func ReadAnswers(raw []byte) Answers {
 	s := Answers{}
 	if json.Unmarshal(raw, &s) != nil || s == nil {
@@ -34,8 +33,7 @@ func ReadAnswers(raw []byte) Answers {
 	return s
 }
 
-// Bytes is what ReadAnswers takes, or nil when it has grown too large
-// to be kept.
+// Bytes returns the text for ReadAnswers, or nil if the text is too large to be stored.
 func (s Answers) Bytes() []byte {
 	raw, err := json.Marshal(s)
 	if err != nil || len(raw) > maxAnswers {
@@ -44,7 +42,7 @@ func (s Answers) Bytes() []byte {
 	return raw
 }
 
-// Keyer makes keys for one driver's questions.
+// Keyer makes the cache keys for one driver's questions.
 type Keyer struct {
 	script *Script
 	plan   *Plan
@@ -60,10 +58,9 @@ var (
 
 // NewKeyer prepares keys for the questions of a plan.
 //
-// Two things on the command line do not count, and [Keyer.Flags] leaves them
-// out, so that no program sees them: the script's process number, which it puts
-// into KBUILD_BASENAME, and the driver's version, where neither the script nor a
-// header names its macro.
+// Two parts of the command line do not decide an answer, so the keys do not have them. [Keyer.Flags] leaves them out,
+// so that no program sees them. The first is the script's process number, which the script puts into KBUILD_BASENAME.
+// The second is the driver's version, unless the script or a header names its macro.
 func NewKeyer(s *Script, p *Plan, b Basis) *Keyer {
 	a := &Keyer{script: s, plan: p, basis: b, flags: selfName.ReplaceAllString(p.Flags, "#conftest")}
 	if !b.Macros && !s.names("NV_VERSION_STRING") {
@@ -72,27 +69,28 @@ func NewKeyer(s *Script, p *Plan, b Basis) *Keyer {
 	return a
 }
 
-// Flags are the compiler's flags that every question is to be asked with.
+// Flags returns the compiler's flags. Every question must be asked with these flags.
 func (a *Keyer) Flags() string { return a.flags }
 
-// CacheKey is the key of the stored answers.
+// CacheKey returns the key under which all answers are stored.
 func (a *Keyer) CacheKey() string {
 	return digest("conftest sheet 3", a.basis.View, a.basis.Toolchain, a.basis.Host, a.basis.Recipe, a.plan.CC,
 		a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.frame())
 }
 
-// HeaderKey is the key of the question whether a header is there; "" stands for
-// all headers that a script knows by itself.
+// HeaderKey returns the key of the question whether a header exists. With "" it returns the key of the question about
+// all headers that the script itself lists.
 func (a *Keyer) HeaderKey(header string) string { return digest("header", header) }
 
-// TestKey is the key of a compile test, once headers.h is known.
+// TestKey returns the key of a compile test. headers is the content of headers.h. ok is false if the script does not
+// know the test.
 func (a *Keyer) TestKey(test, headers string) (string, bool) {
 	text, ok := a.script.find(test)
 	return digest("test", test, text, a.Visible(test, headers)), ok
 }
 
-// Visible is the part of headers.h that a test's program may see: the lines about
-// macros that its text names. All of it, where a header of the kernel names one.
+// Visible returns the part of headers.h on which a test's program may depend: the lines about macros that the test
+// names. If a header of the kernel names such a macro, this is the whole of headers.h.
 func (a *Keyer) Visible(test, headers string) string {
 	if a.basis.Macros {
 		return headers
@@ -113,5 +111,5 @@ func (a *Keyer) Visible(test, headers string) string {
 	return lines.String()
 }
 
-// PatchesKey is the key of what patch_check prints for sources without patches.
+// PatchesKey returns the key of the output of patch_check for sources without patches.
 func (a *Keyer) PatchesKey() string { return digest("patches") }

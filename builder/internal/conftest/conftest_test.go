@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/conftest"
 )
 
-// script is in the shape of NVIDIA's, written for this test.
+// script has the form of NVIDIA's conftest.sh and was written for this test.
 const script = `#!/bin/sh
 CC="$1"
 test_header_presence() {
@@ -103,10 +103,9 @@ func parse(t *testing.T, scriptText, planText string) (*conftest.Script, *confte
 	return s, p
 }
 
-// Make, given the rules, runs the checks, writes what ParsePlan reads, and stops
-// before the first question. The makefile is cut down from the shape that all of
-// NVIDIA's Kbuild files have; the unpatched ones themselves are tried in
-// deploy/e2e.
+// TestPlanRules checks that make, with the rules, runs the sanity checks, writes the text for ParsePlan, and stops
+// before the first question. The makefile is a short version of the form that all of NVIDIA's Kbuild files have.
+// deploy/e2e tests NVIDIA's own files.
 func TestPlanRules(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("make"); err != nil {
@@ -149,7 +148,9 @@ $(HEADERS): $(obj)/conftest/uts_release
 	} {
 		file := filepath.Join(t.TempDir(), "plan")
 		cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
-		cmd.Env = []string{"PATH=" + os.Getenv("PATH")} // a make around this test has variables for its children
+		// If make runs this test, the environment has variables for make's children. The make of the test must not see
+		// them.
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 		cmd.Stdin = strings.NewReader(row.text + conftest.PlanRules(file))
 		out, err := cmd.Output()
 		var exit *exec.ExitError
@@ -165,7 +166,7 @@ $(HEADERS): $(obj)/conftest/uts_release
 			t.Errorf("%s: plan differs (-want +got):\n%s", name, diff)
 		}
 	}
-	// A check that fails ends make before there is a plan.
+	// If a sanity check fails, make must end before it writes a plan.
 	file := filepath.Join(t.TempDir(), "plan")
 	cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
 	cmd.Stdin = strings.NewReader(strings.Replace(text, "@echo checked $@", "@exit 1", 1) + conftest.PlanRules(file))
@@ -215,7 +216,7 @@ func TestParsePlan(t *testing.T) {
 	}
 }
 
-// A script with one test answers what the whole script answers, and nothing else.
+// TestQuestion checks that a script with one test gives the same answer as the whole script, and no other answer.
 func TestQuestion(t *testing.T) {
 	t.Parallel()
 	s, p := parse(t, script, plan)
@@ -288,7 +289,7 @@ func TestScriptShapes(t *testing.T) {
 		}
 		got, err := conftest.ParseScript([]byte(text))
 		if row.name == "a stanza that does not end" {
-			// Two questions share one text then: each has the other's in its key.
+			// The two tests then have one common text, so the key of each contains the other.
 			if err != nil || got.Knows("symbol_x") {
 				t.Errorf("%s: ParseScript = %v; want one test that swallows the next", row.name, err)
 			}
@@ -300,7 +301,8 @@ func TestScriptShapes(t *testing.T) {
 	}
 }
 
-// What decides an answer is in its key or in its cache's, and nothing else is.
+// TestKeys checks that everything that decides an answer is in the answer's key or in the key of the stored answers,
+// and that nothing else is.
 func TestKeys(t *testing.T) {
 	t.Parallel()
 	const headers = "#define NV_ASM_PAGE_H_PRESENT\n#undef NV_LINUX_B_H_PRESENT\n"
@@ -332,7 +334,7 @@ func TestKeys(t *testing.T) {
 		{"driver version", script, replace(plan, "535.1", "535.2"), headers, basis, ""},
 		{"driver version that a header names", script, replace(plan, "535.1", "535.2"), headers,
 			conftest.Basis{View: "v", Toolchain: "t", Recipe: "r", Macros: true}, "sheet set_uc one"},
-		{"-fms-extensions", script, ms, headers, basis, "sheet"}, // a header may hold what it allows
+		{"-fms-extensions", script, ms, headers, basis, "sheet"}, // a header may use what this flag allows
 		{"other flags", script, replace(plan, "-O2", "-O3"), headers, basis, "sheet"},
 		{"another compiler's name", script, replace(plan, "cc gcc", "cc gcc-12"), headers, basis, "sheet"},
 		{"view", script, plan, headers, conftest.Basis{View: "w", Toolchain: "t", Recipe: "r"}, "sheet"},
@@ -368,8 +370,8 @@ func TestKeys(t *testing.T) {
 	}
 }
 
-// A test whose text ends with the lines that another driver's test sees of headers.h is
-// another question: shell takes them for comments, and nothing defines the macros.
+// TestKeyOfLinesInText compares two tests. The text of one ends with the lines of headers.h that the other sees. The
+// keys must differ, because in the text the shell takes these lines for comments, and the macros stay undefined.
 func TestKeyOfLinesInText(t *testing.T) {
 	t.Parallel()
 	const line = "#define NV_ASM_PAGE_H_PRESENT\n"
@@ -395,7 +397,8 @@ func TestKeyOfLinesInText(t *testing.T) {
 	}
 }
 
-// The files are what make's rules write: each part once, and the release last.
+// TestFiles checks that the files are the same as those of make's rules: each part occurs once, and the release is
+// last.
 func TestFiles(t *testing.T) {
 	t.Parallel()
 	_, p := parse(t, script, plan)

@@ -1,11 +1,9 @@
-// Package conftest knows NVIDIA's conftest.sh: which questions a driver asks
-// about a kernel, what decides each answer, and the files that make expects
-// them in. Answers are stored in the conftest cache, by kernel view and compiler, so that a sibling kernel and the next
-// driver of a branch ask only what is new.
+// Package conftest reads NVIDIA's conftest.sh. The package knows which questions a driver asks about a kernel, what
+// decides each answer, and in which files make expects the answers. Answers are stored in the conftest cache by kernel
+// view and compiler. A sibling kernel and the next driver of a branch therefore ask only new questions.
 //
-// It refuses to guess: a script or a plan whose shape it does not know is
-// [ErrShape], and its caller leaves the questions to make. It runs nothing;
-// builder/internal/compile does.
+// The package refuses to guess. If it does not know the form of a script or a plan, it returns [ErrShape], and its
+// caller lets make ask the questions. The package runs no program, because builder/internal/compile does that.
 package conftest
 
 import (
@@ -16,21 +14,20 @@ import (
 	"strings"
 )
 
-// ErrShape says that a script or a makefile is not of the shape that this
-// package understands.
+// ErrShape means that a script or a makefile has a form that this package does not know.
 var ErrShape = errors.New("conftest.sh has an unknown form")
 
-// categories are the headers that make concatenates from compile tests.
+// categories returns the names of the headers that make concatenates from the answers of compile tests.
 func categories() []string { return []string{"functions", "generic", "macros", "symbols", "types"} }
 
-// Plan is what a driver's Kbuild file asks of conftest.sh, and how.
+// Plan has the questions that a driver's Kbuild file asks conftest.sh, and the arguments of the script.
 type Plan struct {
 	// CC, Arch, Sources and Output are the script's first four arguments.
 	CC, Arch, Sources, Output string
-	// Flags is NV_CONFTEST_CFLAGS, expanded, and CFlags NV_CFLAGS_FROM_CONFTEST,
-	// the script's own part of it.
+	// Flags is the expanded value of NV_CONFTEST_CFLAGS. CFlags is NV_CFLAGS_FROM_CONFTEST, the part of Flags that the
+	// script adds itself.
 	Flags, CFlags string
-	// Headers are the headers tested for presence, in order.
+	// Headers are the headers whose presence is tested, in order.
 	Headers []string
 	// Tests are the compile tests of each category, in order.
 	Tests map[string][]string
@@ -51,12 +48,10 @@ var planVariables = []struct{ name, expression string }{
 	{"types", "$(NV_CONFTEST_TYPE_COMPILE_TESTS)"},
 }
 
-// PlanRules is makefile text which, appended to a driver's Kbuild file, has the
-// driver's sanity checks run, writes the plan to file, and stops make before the
-// first question: make alone knows the flags, which the kernel's makefiles
-// compose. It hangs on conftest/uts_release, which every header of answers
-// depends on: so it is in NVIDIA's releases from 515.43.04 to 595.45.04, and in
-// Debian's edition of them.
+// PlanRules returns makefile text for the end of a driver's Kbuild file. With it, make runs the driver's sanity checks,
+// writes the plan to file, and stops before the first question. make has to write the plan, because only make knows the
+// flags: the kernel's makefiles compose them. The rules depend on conftest/uts_release, on which every header of
+// answers depends. This holds for NVIDIA's releases from 515.43.04 to 595.45.04, and for Debian's edition of them.
 func PlanRules(file string) string {
 	var b strings.Builder
 	b.WriteString("\n$(obj)/conftest/uts_release: prebake-plan\n.PHONY: prebake-plan\nprebake-plan: " +
@@ -78,7 +73,7 @@ var (
 	word       = regexp.MustCompile(`^[A-Za-z0-9_./+-]+$`)
 )
 
-// ParsePlan reads what PlanRules wrote.
+// ParsePlan parses the text that make wrote with PlanRules.
 func ParsePlan(text string) (*Plan, error) {
 	p := &Plan{Tests: map[string][]string{}}
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
@@ -100,7 +95,7 @@ func ParsePlan(text string) (*Plan, error) {
 		case "output":
 			p.Output = value
 		case "flags":
-			// make puts them between quotes for the shell.
+			// make puts the flags between quotes for the shell.
 			if strings.ContainsAny(value, "'\x00") {
 				return nil, fmt.Errorf("%w: flags with a quote", ErrShape)
 			}
@@ -128,13 +123,13 @@ func ParsePlan(text string) (*Plan, error) {
 			return nil, fmt.Errorf("%w: test %q", ErrShape, t)
 		}
 	}
-	if len(p.All()) == 0 { // releases before 515.76 name no headers
+	if len(p.All()) == 0 { // releases before 515.76 list no headers, so only tests are required
 		return nil, fmt.Errorf("%w: no tests", ErrShape)
 	}
 	return p, nil
 }
 
-// All returns every compile test once, in order of name.
+// All returns every compile test once, sorted by name.
 func (p *Plan) All() []string {
 	var all []string
 	for _, c := range categories() {
@@ -144,7 +139,7 @@ func (p *Plan) All() []string {
 	return slices.Compact(all)
 }
 
-// unique drops repetitions, as make's $^ does.
+// unique removes repetitions, as make's $^ does.
 func unique(list []string) []string {
 	seen := map[string]bool{}
 	return slices.DeleteFunc(slices.Clone(list), func(s string) bool {
@@ -154,11 +149,9 @@ func unique(list []string) []string {
 	})
 }
 
-// Files returns what make would have left in the folder conftest/, by slash
-// path and in an order in which each file is as new as those it is made of.
-// headers, tests and patches are what the script printed, and release what it
-// printed for uts_release. A plan without headers has the answer for "" in
-// headers, which is all of headers.h.
+// Files returns the files that make would have written to the folder conftest/, by slash path. The order makes each
+// file at least as new as the files from which it is made. headers, tests and patches are the script's output. release
+// is its output for uts_release. If a plan has no headers, the answer for "" in headers is the whole of headers.h.
 func (p *Plan) Files(headers, tests map[string]string, patches, release string) []File {
 	version := "// Kernel version: " + strings.TrimRight(release, "\n") + "\n"
 	files := []File{{"uts_release", version}, {"patches.h", patches}}

@@ -7,13 +7,11 @@ import (
 	"strings"
 )
 
-// Prefix is what the program of a test begins with.
+// Prefix is the beginning of a test's program.
 type Prefix struct {
-	// Lines are those of the program after the script's own preamble, without
-	// leading blanks and empty lines.
+	// Lines are the lines of the program after the script's own preamble, without leading blanks and empty lines.
 	Lines []string
-	// Headers are those that the compiler reads for them, in order, as in
-	// "<linux/mm.h>".
+	// Headers are the headers that the compiler reads for these lines, in order, such as "<linux/mm.h>".
 	Headers []string
 }
 
@@ -27,13 +25,12 @@ var (
 	defineLine   = regexp.MustCompile(`^#\s*define\s+(NV_\w+_PRESENT)\b`)
 )
 
-// Prefixes returns what the first program of a test begins with: up to its
-// first header, up to its second, and so on. Conditions about presence macros are
-// judged by headers.h, whose lines the test sees; anything else that is neither a
-// condition nor a header ends the beginning.
+// Prefixes returns the beginnings of a test's first program: up to its first header, up to its second, and so on.
+// Conditions about presence macros are evaluated with headers.h, whose lines the test sees. The beginning ends at any
+// other line that is neither a condition nor an include.
 //
-// A test's text is shell, and this reads it as if it were C: who uses the
-// result compares the lines with the program that the shell has made of it.
+// A test's text is shell, but Prefixes reads it as C. Callers must therefore compare the lines with the program that
+// the shell makes from the text.
 func (s *Script) Prefixes(test, headers string) []Prefix {
 	text, _ := s.find(test)
 	at := programStart.FindStringIndex(text)
@@ -96,8 +93,8 @@ func (s *Script) Prefixes(test, headers string) []Prefix {
 
 const checkFunction = "\ncompile_check_conftest() {\n"
 
-// OnlyHeaders returns the script with one test, whose name it returns too, that
-// compiles these headers and nothing else.
+// OnlyHeaders returns a script with a single test, and the name of that test. The test compiles these headers and
+// nothing else.
 func (s *Script) OnlyHeaders(headers []string) (script []byte, test string, err error) {
 	if !strings.Contains(s.head, checkFunction) && !strings.Contains(s.tail, checkFunction) {
 		return nil, "", fmt.Errorf("%w: no function compiles a program", ErrShape)
@@ -115,5 +112,5 @@ func (s *Script) OnlyHeaders(headers []string) (script []byte, test string, err 
 	return []byte(s.head + beginTests + text.String() + noOther + endTests + s.tail), name, nil
 }
 
-// VisibleToAll is the part of headers.h that every test's program may see.
+// VisibleToAll returns the part of headers.h that every test's program may see.
 func (a *Keyer) VisibleToAll(headers string) string { return a.Visible("", headers) }

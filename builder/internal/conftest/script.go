@@ -9,17 +9,17 @@ import (
 	"strings"
 )
 
-// Script is a driver's conftest.sh, taken apart: compile tests are stanzas of
-// one case statement, everything else is common to all.
+// Script is the parsed conftest.sh of a driver. Each compile test is a stanza of one case statement. All other text is
+// common to all tests.
 type Script struct {
-	head, tail string // what comes before and after the stanzas
+	head, tail string // the text before and after the stanzas
 	stanzas    []stanza
-	// oneHeader says that the script answers for one header at a time, as those
-	// since 515.76 do; the older ones answer for all that they know at once.
+	// oneHeader is true if the script answers for one header at a time, as scripts since 515.76 do. Older scripts
+	// answer for all headers that they list at once.
 	oneHeader bool
 }
 
-// frame is all of the script but its stanzas.
+// frame returns the script without its stanzas.
 func (s *Script) frame() string { return s.head + beginTests + endTests + s.tail }
 
 type stanza struct {
@@ -43,7 +43,7 @@ const (
 	answersAnother = "compile_test "
 )
 
-// ParseScript takes a conftest.sh apart, or returns ErrShape.
+// ParseScript parses a conftest.sh. ParseScript returns ErrShape if it does not know the script's form.
 func ParseScript(text []byte) (*Script, error) {
 	s := &Script{}
 	all := string(text)
@@ -96,12 +96,12 @@ func ParseScript(text []byte) (*Script, error) {
 	return s, nil
 }
 
-// find returns the text of the stanza that answers a test.
+// find returns the text of the stanza for a test.
 func (s *Script) find(test string) (string, bool) {
 	for _, st := range s.stanzas {
 		for _, p := range st.patterns {
 			if p == "*" {
-				return "", false // says "unknown test" and ends the script
+				return "", false // this stanza prints "unknown test" and ends the script
 			}
 			if ok, err := path.Match(p, test); err == nil && ok {
 				return st.text, true
@@ -111,17 +111,17 @@ func (s *Script) find(test string) (string, bool) {
 	return "", false
 }
 
-// Knows reports whether the script answers a test.
+// Knows reports whether the script has a stanza for a test.
 func (s *Script) Knows(test string) bool {
 	_, ok := s.find(test)
 	return ok
 }
 
-// Modes of the script, its fifth argument.
+// These constants are the modes of the script, its fifth argument.
 const (
-	ModeTest    = "compile_tests"       // then the flags and the test's name
-	ModeHeader  = "test_kernel_header"  // then the flags and the header's name
-	ModeHeaders = "test_kernel_headers" // then the flags
+	ModeTest    = "compile_tests"       // followed by the flags and the test's name
+	ModeHeader  = "test_kernel_header"  // followed by the flags and the header's name
+	ModeHeaders = "test_kernel_headers" // followed by the flags
 	ModePatches = "patch_check"
 )
 
@@ -138,8 +138,8 @@ func (s *Script) names(word string) bool {
 // OneHeader reports whether the script answers for one header at a time.
 func (s *Script) OneHeader() bool { return s.oneHeader }
 
-// Question returns the script with no other test than this one: what its answer
-// is made of, and what [Keyer.TestKey] covers. With "" it has no test at all.
+// Question returns the script with this test only. The test's answer depends on this text, and [Keyer.TestKey] covers
+// it. With "" the script has no test.
 func (s *Script) Question(test string) ([]byte, error) {
 	text := ""
 	if test != "" {
@@ -155,7 +155,7 @@ func (s *Script) Question(test string) ([]byte, error) {
 	return []byte(s.head + beginTests + text + noOther + endTests + s.tail), nil
 }
 
-// noOther ends a script that is asked what it cannot answer.
+// noOther ends the script with an error if it is asked for another test.
 const noOther = "        *) exit 1\n        ;;"
 
 func digest(parts ...string) string {

@@ -2,11 +2,11 @@ package cossrc
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
+
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/builder/internal/btf"
 	"github.com/prebake/prebake/builder/internal/kconfig"
@@ -14,11 +14,12 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// typesFile is the one file of a cached tree of btfKind.
+// typesFile is the only file in a cached tree of btfKind.
 const typesFile = "vmlinux.btf"
 
-// types takes the description of the kernel's types out of vmlinux, once for
-// each content; none where the kernel takes no such thing with a module.
+// types extracts the kernel's BTF, the description of its types, from vmlinux. The cache keeps the
+// result for each vmlinux. types returns an empty part if the kernel does not accept BTF in
+// modules.
 func (f *fetcher) types(ctx context.Context, headers string) (p part, err error) {
 	text, err := readHead(headers, ".config", kconfig.Max)
 	if err != nil {
@@ -53,8 +54,7 @@ func (f *fetcher) types(ctx context.Context, headers string) (p part, err error)
 		p = part{material: m, at: filepath.Join(dir, typesFile)}
 		p.digest, err = f.treeDigest(ctx, btfKind, m.Digest, func() (string, error) {
 			data, err := os.ReadFile(p.at)
-			sum := sha256.Sum256(data)
-			return "sha256:" + hex.EncodeToString(sum[:]), err
+			return ocidigest.FromBytes(data).String(), err
 		})
 		return err
 	})
@@ -66,7 +66,7 @@ func extractTypes(vmlinux, to string) (err error) {
 	if err != nil {
 		return err
 	}
-	defer f.Close() // only read
+	defer f.Close() // the file was only read, so no error is lost
 	data, err := btf.Read(f)
 	if err == nil {
 		_, err = btf.Parse(data)

@@ -11,8 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
-// The kernel's types are a part of the fingerprint where they are asked for,
-// and nothing else of vmlinux is.
+// With WithBTF the kernel's types are part of the fingerprint. The rest of vmlinux is not.
 func TestBTF(t *testing.T) {
 	t.Parallel()
 	const b = "cos-tools/17800.0.9/lakitu/"

@@ -1,35 +1,31 @@
-// Package cossrc fetches what a COS release bucket holds about one build's
-// kernel into the cache: header tree, toolchain, compiler names, and, where
-// there is one, the image that boots it in a test machine. From these it takes
-// the kernel's release and version and computes its ABI fingerprint.
+// Package cossrc fetches the kernel inputs of one COS build from a COS release bucket into the
+// cache: the header tree, the toolchain, toolchain_env and, if there is one, the boot archive for
+// the load test. It reads the kernel's release and version from them and computes the kernel's ABI
+// fingerprint.
 //
-// The fingerprint covers everything that decides whether a module fits: the
-// content of the header tree (Module.symvers, .config and the prebuilt host
-// tools among it), the content of the toolchain, and toolchain_env. Three
-// things are left out, each because it differs between builds of one and the
-// same kernel and no module depends on it:
+// The fingerprint covers everything that decides whether a module fits the kernel: the content of
+// the header tree (with Module.symvers, .config and the prebuilt host tools), the content of the
+// toolchain, and toolchain_env. It leaves out three things. Each of them differs between builds of
+// the same kernel, and no module depends on it:
 //
-//   - times, owners and mode bits other than the executable one: they are the
-//     packer's;
-//   - include/generated/compile.h: who compiled the kernel, where and when;
-//   - include/generated/utsversion.h: the build's number and time, which
-//     `uname -v` prints. No module can print it: package compile hides both
-//     files from the compiler.
+//   - times, owners and all mode bits except the executable one, which the packer sets;
+//   - include/generated/compile.h, which says who compiled the kernel, where and when;
+//   - include/generated/utsversion.h, which has the build's number and time, as `uname -v` prints them. No module can
+//     print it, because package compile hides both files from the compiler.
 //
-// Whatever else differs makes another fingerprint. That may cost a build that
-// was not needed; the other mistake would cost a node.
+// Any other difference gives another fingerprint. That may cost a build that was not needed. The
+// opposite mistake would break a node.
 //
-// A toolchain that is not in the bucket itself is fetched from where the
-// bucket's toolchain.tar.xz.gcs says, or, for old builds, toolchain_path or
-// toolchain_url: from another bucket that is reached the same way.
+// If the bucket has no toolchain.tar.xz, the toolchain comes from another bucket, which is reached
+// in the same way. The object toolchain.tar.xz.gcs names the place; in old builds the object is
+// toolchain_path or toolchain_url.
 //
-// The description of the kernel's types, BTF, is taken out of vmlinux for who
-// asks and where the kernel's configuration has BTF for modules. It decides over
-// that of a module then, which fits no other kernel's, and so it counts. The rest
-// of vmlinux, the build's number and time among it, does not.
+// BTF, the description of the kernel's types, is taken from vmlinux if the caller asks for it and
+// the kernel's configuration has BTF for modules. A module's BTF then depends on the kernel's and
+// fits no other kernel. So the kernel's BTF is part of the fingerprint. The rest of vmlinux, with
+// the build's number and time, is not.
 //
-// It refuses inputs that differ from their checksum, and never guesses a
-// kernel's release.
+// The package refuses inputs that differ from their checksum, and never guesses a kernel's release.
 package cossrc
 
 import (
@@ -50,50 +46,47 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Material is one input, as provenance names it.
+// Material is one input in the form of the provenance.
 type Material = input.Material
 
-// Inputs are the kernel inputs of one COS build. The folders are in the cache:
-// nobody may write to them.
+// Inputs are the kernel inputs of one COS build. The folders are in the cache and must not be
+// written to.
 type Inputs struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
-	// Headers is the header tree itself, the one with Makefile and .config.
+	// Headers is the root of the header tree, the folder with Makefile and .config.
 	Headers string
-	// HeadersDigest is the digest of its content, less what the package comment
-	// leaves out of the fingerprint.
+	// HeadersDigest is the digest of the header tree's content, without the files that the
+	// fingerprint leaves out (see the package comment).
 	HeadersDigest string
-	// Toolchain is the root of the unpacked toolchain archive, and
-	// ToolchainDigest the digest of its content.
+	// Toolchain is the root of the unpacked toolchain archive. ToolchainDigest is the digest of its
+	// content.
 	Toolchain, ToolchainDigest string
-	// Env is toolchain_env: CC and CXX.
+	// Env is the content of toolchain_env: CC and CXX.
 	Env map[string]string
-	// BTF is a file with the description of the kernel's types, as vmlinux has it,
-	// and BTFDigest its digest; both are "" unless asked for, and where the kernel
-	// takes none with a module.
+	// BTF is the path of a file with the kernel's BTF, taken from vmlinux, and BTFDigest is its
+	// digest. Both are "" without [WithBTF], and if the kernel does not accept BTF in modules.
 	BTF, BTFDigest string
-	// Boot is the unpacked prebake-boot.tgz, and BootDigest that archive's
-	// digest; both are "" where the bucket has none.
+	// Boot is the folder of the unpacked prebake-boot.tgz, and BootDigest is the archive's digest.
+	// Both are "" if the bucket does not have it.
 	Boot, BootDigest string
-	// HasVMLinux says that the bucket has the kernel as it was linked, which
-	// [FetchVMLinux] brings.
+	// HasVMLinux says that the bucket has vmlinux, the linked kernel, which [FetchVMLinux] fetches.
+	// It is false if there is a Boot.
 	HasVMLinux bool
-	// SourceURL is where the kernel's source is, as kernel_info says; "" where
-	// the bucket has none. It is told, and not fetched.
+	// SourceURL is the URL of the kernel's source from kernel_info; "" if the bucket has no
+	// kernel_info. It is information only: nothing fetches it.
 	SourceURL string
 	Materials []Material
 }
 
-// Option asks for more than every build needs.
+// Option asks Fetch for an input that not every build needs.
 type Option func(*fetcher)
 
-// WithBTF asks for the description of the kernel's types. A build whose kernel
-// takes BTF with a module, and whose bucket has no vmlinux, is a
-// fault.InputMissing.
+// WithBTF asks for the kernel's BTF. If the kernel accepts BTF in modules and the bucket has no
+// vmlinux, Fetch returns fault.InputMissing.
 func WithBTF() Option { return func(f *fetcher) { f.btf = true } }
 
-// Kinds of cached trees and facts. The number changes with what is made of the
-// same archive.
+// Kinds of cached trees and facts. Raise the number when the same archive gives another result.
 const (
 	headersKind   = "headers-v1"
 	toolchainKind = "toolchain-v1"
@@ -102,16 +95,16 @@ const (
 	digestKind    = "tree-digest-v1"
 )
 
-// Bounds of the archives: several times what real ones hold (COS: 120 MB of
-// headers, 2.2 GB of toolchain).
+// Bounds of the archives. They are several times the size of real ones (COS: 120 MB of headers, 2.2
+// GB of toolchain).
 var (
 	headersLimits   = archive.Options{Entries: 200_000, Bytes: 2 << 30}
 	toolchainLimits = archive.Options{Entries: 400_000, Bytes: 16 << 30}
 	bootLimits      = archive.Options{Entries: 20_000, Bytes: 2 << 30}
 )
 
-// Fetch fetches the kernel inputs of one COS build into the cache. say receives progress, a line at a time; it may be
-// nil.
+// Fetch fetches the kernel inputs of one COS build into the cache. say receives progress, one line
+// at a time; it may be nil.
 func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, board string, say func(string),
 	options ...Option) (*Inputs, error) {
 	kernel, err := target.ParseKernel(buildID, board)
@@ -175,12 +168,13 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		}
 		boot, err = f.unpack(gctx, cosbucket.BootName(f.kernel), bootKind, bootLimits)
 		if fault.Is(err, fault.InputMissing) {
-			return nil // COS's own buckets have none
+			return nil // COS's own buckets have no boot archive
 		}
 		return err
 	})
 	g.Go(func() (err error) {
-		// xz in Go takes a minute and more for the gigabytes of a real toolchain.
+		// For a real toolchain of gigabytes, xz in Go takes more than a minute. The program xz is
+		// faster.
 		limits := toolchainLimits
 		if limits.XZTool, err = exec.LookPath("xz"); err != nil {
 			limits.XZTool = ""
@@ -217,7 +211,7 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 	return in, nil
 }
 
-// headersRoot finds the one usr/src/linux-headers-* folder of the archive.
+// headersRoot returns the only usr/src/linux-headers-* folder of the archive.
 func headersRoot(dir string) (string, error) {
 	found, err := filepath.Glob(filepath.Join(dir, "usr", "src", "linux-headers-*"))
 	if err != nil {
@@ -228,7 +222,7 @@ func headersRoot(dir string) (string, error) {
 			fmt.Sprintf("read kernel-headers.tgz: %d folders usr/src/linux-headers-*; want one", len(found)),
 			"check that the object is the header archive of a COS build")
 	}
-	// Lstat: what is behind a link is not part of the fingerprint.
+	// Lstat, because the fingerprint does not cover the target of a link.
 	if fi, err := os.Lstat(found[0]); err != nil || !fi.IsDir() {
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("read kernel-headers.tgz: %s is no folder", filepath.Base(found[0])),

@@ -28,8 +28,8 @@ import (
 
 const tree = "usr/src/linux-headers-6.1.0-9-test/"
 
-// headerFiles is a small header tree. A name that ends in * is executable, a
-// content that begins with -> is a link.
+// headerFiles returns a small header tree. A name that ends in * is executable. Content that begins with -> makes a
+// link.
 func headerFiles() map[string]string {
 	return map[string]string{
 		tree + "Makefile":                       "all:\n",
@@ -104,7 +104,7 @@ func txz(t testing.TB, data []byte) []byte {
 	return packed(t, w, err, &b, data)
 }
 
-// release is the objects of one COS build, by name below its folder.
+// release returns the objects of one COS build, by name in its folder.
 func release(t testing.TB, headers, toolchain map[string]string, when time.Time, uid int) map[string][]byte {
 	return map[string][]byte{
 		"kernel-headers.tgz": tgz(t, tarOf(t, headers, when, uid)),
@@ -116,7 +116,7 @@ func release(t testing.TB, headers, toolchain map[string]string, when time.Time,
 
 var day = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
-// lay writes a build's objects, each with its .md5, into a folder bucket.
+// lay writes a build's objects, each with its .md5, into a bucket that is a folder.
 func lay(t testing.TB, dir, build string, objects map[string][]byte) {
 	t.Helper()
 	at := filepath.Join(dir, build, "lakitu")
@@ -230,7 +230,7 @@ func TestFetch(t *testing.T) {
 	}
 }
 
-// TestFingerprint changes one thing of a build at a time.
+// TestFingerprint changes one input of a COS build at a time and compares the fingerprints.
 func TestFingerprint(t *testing.T) {
 	t.Parallel()
 	set := func(name, body string) func(h, tc map[string]string, o map[string][]byte) {
@@ -290,7 +290,7 @@ func TestFingerprint(t *testing.T) {
 		}
 		objects := release(t, h, tc, r.when, r.uid)
 		for name, data := range changed {
-			if data == nil { // the same content in another compression
+			if data == nil { // same content, compressed in another way
 				data = txz(t, tarOf(t, h, r.when, r.uid))
 			}
 			objects[name] = data
@@ -309,7 +309,7 @@ func TestFingerprint(t *testing.T) {
 				in.Fingerprint == base, r.same)
 		}
 	}
-	// Published artifacts are found by this value: another one orphans them.
+	// Nodes find published artifacts by this value. A change of it would make all of them useless.
 	if want :=
 		target.Fingerprint("sha256:6866f2e7d30d976270d18df370b872174504aa92fed2251cffbf2e93b0625f82"); base != want {
 		t.Errorf("fingerprint = %s; want %s", base, want)
@@ -414,8 +414,7 @@ func TestFetchRefuses(t *testing.T) {
 	}
 }
 
-// An archive that went bad in the cache is fetched again before anything is
-// made of it.
+// If an archive is damaged in the cache, it is fetched again before it is used.
 func TestDamagedArchiveIsFetchedAgain(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
@@ -427,7 +426,7 @@ func TestDamagedArchiveIsFetchedAgain(t *testing.T) {
 	for _, m := range first.Materials {
 		file, ok := b.cache.Blob(m.Digest)
 		if !ok {
-			continue // small ones are not kept
+			continue // the cache does not keep small objects
 		}
 		if err := errors.Join(os.Chmod(file, 0o644), os.WriteFile(file, []byte("rot"), 0o644)); err != nil {
 			t.Fatal(err)

@@ -3,23 +3,23 @@ package cossrc
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"maps"
 	"slices"
+
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fingerprintScheme heads what is hashed. Another scheme needs another name:
-// artifacts that are published already are matched by this one.
+// fingerprintScheme is the first line of the hashed text. A change of the scheme needs another
+// name, because published artifacts are found by fingerprints of this one.
 const fingerprintScheme = "prebake fingerprint 1\n"
 
-// Fingerprint returns the ABI fingerprint of a header tree, a toolchain (the
-// digest of its unpacked content, as [cas.DigestTree] makes it) and what
-// toolchain_env sets, for modules that are made without BTF. The package comment
-// says what does not count.
+// Fingerprint returns the ABI fingerprint of a header tree, a toolchain and the variables in
+// toolchain_env, for modules without BTF. toolchainTreeDigest is the digest of the toolchain's
+// unpacked content, made by [cas.DigestTree]. The package comment says which files do not count.
 func Fingerprint(headersDir, toolchainTreeDigest string, env map[string]string) (target.Fingerprint, error) {
 	headers, err := digestHeaders(context.Background(), headersDir)
 	if err != nil {
@@ -36,8 +36,7 @@ func digestHeaders(ctx context.Context, dir string) (string, error) {
 	return digest, nil
 }
 
-// volatile tells the files of a header tree that differ between builds of one
-// kernel.
+// volatile reports whether a file of a header tree differs between two builds of the same kernel.
 func volatile(name string) bool {
 	return name == "include/generated/compile.h" || name == "include/generated/utsversion.h"
 }
@@ -51,5 +50,5 @@ func combine(headers, toolchain, btf string, env map[string]string) target.Finge
 	for _, name := range slices.Sorted(maps.Keys(env)) {
 		fmt.Fprintf(h, "env %s=%q\n", name, env[name])
 	}
-	return target.Fingerprint("sha256:" + hex.EncodeToString(h.Sum(nil)))
+	return target.Fingerprint(ocidigest.NewDigest(ocidigest.SHA256, h).String())
 }

@@ -24,8 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// put writes objects below root, each with its .md5; names are whole, the
-// bucket's first.
+// put writes objects below root, each with its .md5. The names begin with the bucket's name.
 func put(t testing.TB, root string, objects map[string][]byte) {
 	t.Helper()
 	for name, data := range objects {
@@ -34,7 +33,7 @@ func put(t testing.TB, root string, objects map[string][]byte) {
 			t.Fatal(err)
 		}
 		if _, own := objects[name+".md5"]; own || strings.HasSuffix(name, ".md5") {
-			continue // a checksum of the test's own
+			continue // the test has its own checksum
 		}
 		if err := os.WriteFile(file+".md5", fmt.Appendf(nil, "%x", md5.Sum(data)), 0o644); err != nil {
 			t.Fatal(err)
@@ -42,10 +41,10 @@ func put(t testing.TB, root string, objects map[string][]byte) {
 	}
 }
 
-// sdk is where the toolchain of the rows below is.
+// sdk is the toolchain's path in the rows below.
 const sdk = "2023/08/x86_64-cros-linux-gnu-2023.08.01.tar.xz"
 
-// layouts are the ways in which buckets lay out one and the same build.
+// layouts returns the different layouts in which buckets have the same COS build.
 func layouts(t testing.TB) []layout {
 	headers, toolchain, env, commit := "kernel-headers.tgz", "toolchain.tar.xz", "toolchain_env", "kernel_commit"
 	r := release(t, headerFiles(), toolchainFiles(), day, 0)
@@ -85,10 +84,10 @@ func layouts(t testing.TB) []layout {
 type layout struct {
 	name, board string
 	objects     map[string][]byte
-	want        []string // the materials; nil means all objects
+	want        []string // expected materials; nil means all objects
 }
 
-// golden is the fingerprint of the build, however it is laid out.
+// golden is the fingerprint of the COS build. It is the same for every layout.
 const golden = target.Fingerprint("sha256:6866f2e7d30d976270d18df370b872174504aa92fed2251cffbf2e93b0625f82")
 
 func (l layout) check(t *testing.T, bucketURL string, in *cossrc.Inputs) {
@@ -155,8 +154,8 @@ func TestLayouts(t *testing.T) {
 	}
 }
 
-// The same from a real server of Google's API; no file but the sums that it
-// tells by itself vouches for anything.
+// TestEmulatorLayouts reads the layouts through Google's API from a real emulator. There are no
+// checksum files; the server's own checksums verify the objects.
 func TestEmulatorLayouts(t *testing.T) {
 	for _, l := range layouts(t) {
 		t.Run(l.name, func(t *testing.T) {
@@ -205,8 +204,8 @@ func TestInfo(t *testing.T) {
 	}
 }
 
-// Each object that is missing is named, with where it was looked for and what
-// to do.
+// An error about a missing object names the object and the places that were tried, and says what to
+// do.
 func TestMissingObjects(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -251,7 +250,7 @@ func TestMissingObjects(t *testing.T) {
 	}
 }
 
-// A pointer is hostile until it was checked, and so is what it points at.
+// A pointer may be hostile, and so may the object that it names.
 func TestPointersThatLie(t *testing.T) {
 	t.Parallel()
 	rows := map[string]fault.Kind{

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// TestMirror reads every build of a mirror made of real kernels.
+// TestMirror reads every COS build of a mirror that is made of real kernels.
 func TestMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {
@@ -77,8 +77,8 @@ func TestMirror(t *testing.T) {
 	}
 }
 
-// TestEmulatorMirror reads a build of a mirror made of real kernels over Google
-// Cloud Storage's API: it is the very build that it is as a folder.
+// TestEmulatorMirror reads a COS build of such a mirror through the API of Google Cloud Storage.
+// The result must equal the one from the folder.
 func TestEmulatorMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of the small texts of a build.
+// Bounds of the small text objects of a COS build, in bytes.
 const (
 	maxEnv    = 16 << 10
 	maxHeader = 64 << 10
@@ -27,19 +27,19 @@ const (
 
 var (
 	envName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,63}$`)
-	// A value names a program or holds flags; whatever a shell would expand, or
-	// a makefile, has no business there.
+	// envValue allows names of programs and flags. It allows no character that a shell or a
+	// makefile would expand.
 	envValue = regexp.MustCompile(`^[A-Za-z0-9_+=:,./ -]*$`)
-	// A release is a folder name below /lib/modules (64 bytes of utsname, one
-	// of them the end).
+	// A release is the name of a folder below /lib/modules. Linux has 64 bytes for it in utsname,
+	// and the last one is the end mark.
 	releasePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}$`)
-	// A source is a URL of any kind: mirrors that are not Google's name theirs.
+	// A source is a URL with any scheme, because mirrors may name their own sources.
 	sourcePattern  = regexp.MustCompile(`^[a-z][a-z0-9+.-]{0,31}:[!-~]{1,500}$`)
 	versionPattern = regexp.MustCompile(`^[ -~]{1,64}$`)
 )
 
-// ParseEnv reads toolchain_env: NAME=VALUE lines, as COS writes them, with or
-// without quotes. Blank lines are skipped.
+// ParseEnv parses toolchain_env: lines of the form NAME=VALUE, with or without quotes, as COS
+// writes them. It skips blank lines.
 func ParseEnv(text []byte) (map[string]string, error) {
 	if len(text) > maxEnv {
 		return nil, badEnv("%d bytes; want at most %d", len(text), maxEnv)
@@ -78,8 +78,7 @@ func unquote(s string) string {
 	return s
 }
 
-// ParseInfo reads kernel_info and returns where the kernel's source is: the line
-// URL=….
+// ParseInfo parses kernel_info and returns the URL of the kernel's source, from the line URL=….
 func ParseInfo(text []byte) (string, error) {
 	found := ""
 	for line := range strings.Lines(string(text)) {
@@ -104,9 +103,9 @@ func badInfo(format string, args ...any) error {
 			"the object a build works too")
 }
 
-// readRelease returns what `uname -r` and `uname -v` print on the kernel of a
-// header tree. The compiled kernel prints UTS_RELEASE; kernel.release is what
-// kbuild made it from, and what trees without the header have.
+// readRelease returns the texts that `uname -r` and `uname -v` print on the kernel of a header
+// tree. The compiled kernel prints UTS_RELEASE. If a tree lacks its header, readRelease uses
+// kernel.release, from which kbuild makes UTS_RELEASE.
 func readRelease(dir string) (release, version string, err error) {
 	generated := "include/generated/"
 	if release, err = readDefine(dir, generated+"utsrelease.h", "UTS_RELEASE"); err != nil {
@@ -124,7 +123,7 @@ func readRelease(dir string) (release, version string, err error) {
 			fmt.Sprintf("read kernel headers: %.80q in utsrelease.h or kernel.release is not a kernel release", release),
 			"check that the header archive is complete")
 	}
-	// Newer kernels have the version in a header of its own.
+	// Newer kernels have UTS_VERSION in its own header, utsversion.h.
 	for _, name := range []string{"utsversion.h", "compile.h"} {
 		if version, err = readDefine(dir, generated+name, "UTS_VERSION"); err != nil {
 			return "", "", err
@@ -141,7 +140,8 @@ func readRelease(dir string) (release, version string, err error) {
 	return release, version, nil
 }
 
-// readDefine returns a string macro of a header; "" when either is missing.
+// readDefine returns a string macro of a header. It returns "" if the header or the macro is
+// missing.
 func readDefine(dir, name, macro string) (string, error) {
 	text, err := readHead(dir, name, maxHeader)
 	if err != nil {
@@ -155,7 +155,7 @@ func readDefine(dir, name, macro string) (string, error) {
 	return value, nil
 }
 
-// parseDefine finds `#define MACRO "value"`; "" when there is none.
+// parseDefine returns the value of `#define MACRO "value"`, or "" if there is none.
 func parseDefine(text []byte, macro string) (string, error) {
 	lines := bufio.NewScanner(bytes.NewReader(text))
 	for lines.Scan() {
@@ -173,7 +173,7 @@ func parseDefine(text []byte, macro string) (string, error) {
 	return "", lines.Err()
 }
 
-// readHead reads the first bytes of a file of the tree; nothing when it is missing.
+// readHead reads the first bytes of a file in the tree. It returns nil if the file is missing.
 func readHead(dir, name string, limit int64) ([]byte, error) {
 	f, err := os.OpenInRoot(dir, filepath.FromSlash(name))
 	if errors.Is(err, fs.ErrNotExist) {

@@ -14,15 +14,15 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// part is one object of the build in the cache: an archive, unpacked, or a file.
+// part is one object of the COS build in the cache: an unpacked archive or a file.
 type part struct {
 	material Material
-	pointer  Material // the object that said where this one is; mostly none
+	pointer  Material // the pointer object that named this one's place; usually none
 	at       string   // the cached tree or file
-	digest   string   // of the tree's content; "" where nobody asked
+	digest   string   // digest of the tree's content; "" if not computed
 }
 
-// remedies say what to do when an object is in the bucket in neither layout.
+// remedies holds the hints for an object that the bucket has in neither layout.
 var remedies = map[string]string{
 	"kernel-headers.tgz": "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror",
 	"toolchain.tar.xz":   "put it into the bucket, or a toolchain.tar.xz.gcs that says where it is",
@@ -31,8 +31,8 @@ var remedies = map[string]string{
 	"vmlinux": "build without --btf, or put the kernel's vmlinux into the bucket",
 }
 
-// either asks for an object by the names that it has in either layout, and
-// returns what the first answer is.
+// either calls ask with the object's name in each layout of a bucket, until one call finds the
+// object. It returns that call's error.
 func (f *fetcher) either(name string, ask func(at string) error) error {
 	var asked []string
 	for _, at := range cosbucket.Layouts(f.kernel, name) {
@@ -56,7 +56,7 @@ func (f *fetcher) small(ctx context.Context, name string, limit int64) (data []b
 	return data, m, err
 }
 
-// commit reads kernel_commit, which old builds lack.
+// commit reads kernel_commit. It returns "" for old COS builds, which lack it.
 func (f *fetcher) commit(ctx context.Context) (string, Material, error) {
 	text, m, err := f.small(ctx, cosbucket.CommitName(f.kernel), maxCommit)
 	if fault.Is(err, fault.InputMissing) {
@@ -73,7 +73,7 @@ func (f *fetcher) commit(ctx context.Context) (string, Material, error) {
 	return commit, m, nil
 }
 
-// info reads kernel_info, which not every build has.
+// info reads kernel_info and returns the source URL. It returns "" if the build has no kernel_info.
 func (f *fetcher) info(ctx context.Context) (string, error) {
 	text, _, err := f.small(ctx, cosbucket.KernelInfoName(f.kernel), maxInfo)
 	if fault.Is(err, fault.InputMissing) {
@@ -85,7 +85,7 @@ func (f *fetcher) info(ctx context.Context) (string, error) {
 	return ParseInfo(text)
 }
 
-// unpack fetches an archive and unpacks it, once for each content.
+// unpack fetches an archive and unpacks it into the cache, once for each content.
 func (f *fetcher) unpack(ctx context.Context, name, kind string, o archive.Options) (p part, err error) {
 	err = f.either(name, func(at string) error {
 		p, err = unpack(ctx, &f.Fetcher, at, kind, o)
@@ -123,7 +123,8 @@ func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.
 	return part{material: m, at: dir}, nil
 }
 
-// treeDigest computes a tree's digest once for each archive.
+// treeDigest returns the digest of an unpacked archive. The cache keeps it, so it is computed once
+// for each archive.
 func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute func() (string, error)) (string, error) {
 	key := kind + "\n" + blob
 	if known, ok := f.Cache.Fact(digestKind, key); ok {
@@ -138,7 +139,7 @@ func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute fun
 	return digest, f.Cache.PutFact(digestKind, key, []byte(digest))
 }
 
-// pointers are the objects that say where the toolchain is, newest kind first.
+// pointers are the objects that name the toolchain's place, the newest kind first.
 var pointers = []struct {
 	name  func(target.Kernel) string
 	parse func([]byte) ([]cosbucket.Pointer, error)
@@ -155,8 +156,8 @@ func one(parse func([]byte) (cosbucket.Pointer, error)) func([]byte) ([]cosbucke
 	}
 }
 
-// toolchain fetches and unpacks the toolchain, from this bucket or from where
-// it says.
+// toolchain fetches and unpacks the toolchain, from this bucket or from the place that a pointer
+// names.
 func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error) {
 	p, none := f.unpack(ctx, cosbucket.ToolchainName(f.kernel), toolchainKind, o)
 	if !fault.Is(none, fault.InputMissing) {

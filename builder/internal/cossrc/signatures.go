@@ -11,27 +11,28 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Signatures are Google's, over the modules of one driver version that Google
-// compiled for one COS build.
+// Signatures are Google's signatures of the modules that Google compiled, for one driver version
+// and one COS build.
 type Signatures struct {
-	// Archive is nvidia-drivers-<VERSION>-signature.tar.gz, or its older name.
+	// Archive is the content of nvidia-drivers-<VERSION>-signature.tar.gz, or of the archive with
+	// its older name.
 	Archive []byte
-	// TrustedKey is trusted_key.pem, the root certificate that the kernel was
-	// built with; nil where the bucket has none.
+	// TrustedKey is the content of trusted_key.pem, the root certificate that the kernel was built
+	// with. It is nil if the bucket does not have it.
 	TrustedKey []byte
-	// Materials are these objects, the archive first.
+	// Materials are the objects that were read, the archive first.
 	Materials []Material
 }
 
-// Bounds: real archives have some KB for each module and firmware image, old
-// ones a sign-file besides.
+// Bounds in bytes. Real archives have a few KB for each module and firmware image; old ones also
+// contain the program sign-file.
 const (
 	maxSignatures = 16 << 20
 	maxTrustedKey = 1 << 20
 )
 
-// FetchSignatures reads the signatures that a COS build ships for a driver
-// version; nil means none.
+// FetchSignatures fetches the signatures that a COS build has for a driver version. It returns nil
+// if there are none.
 func FetchSignatures(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel,
 	version string) (*Signatures, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache}, bucket: b, kernel: kernel}
@@ -55,19 +56,18 @@ func FetchSignatures(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache,
 	return nil, nil
 }
 
-// SignedDriver is a driver whose open modules Google compiled and signed for a
-// COS build.
+// SignedDriver is a driver whose open modules Google compiled and signed for one COS build.
 type SignedDriver struct {
 	// Archive is the path of nvidia-drivers-<VERSION>.tgz in the cache.
 	Archive string
-	// TrustedKey is as in [Signatures].
+	// TrustedKey has the same meaning as in [Signatures].
 	TrustedKey []byte
-	// Materials are these objects, the archive first.
+	// Materials are the objects that were read, the archive first.
 	Materials []Material
 }
 
-// FetchSignedDriver fetches such a driver into the cache. A build without one is
-// a fault.InputMissing.
+// FetchSignedDriver fetches the driver that Google compiled and signed. If the COS build has none,
+// the error is fault.InputMissing.
 func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, version string,
 	say func(string)) (*SignedDriver, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}
@@ -90,7 +90,7 @@ func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cach
 	return d, nil
 }
 
-// file fetches an object that is used as it is.
+// file fetches an object and does not unpack it.
 func (f *fetcher) file(ctx context.Context, name string) (p part, err error) {
 	err = f.either(name, func(at string) error {
 		sum, err := f.ChecksumFile(ctx, at)
@@ -105,7 +105,7 @@ func (f *fetcher) file(ctx context.Context, name string) (p part, err error) {
 	return p, err
 }
 
-// trustedKey reads trusted_key.pem, which not every build has.
+// trustedKey reads trusted_key.pem. It returns nil if the build does not have it.
 func (f *fetcher) trustedKey(ctx context.Context) ([]byte, Material, error) {
 	key, m, err := f.small(ctx, cosbucket.TrustedKeyName(f.kernel), maxTrustedKey)
 	if fault.Is(err, fault.InputMissing) {

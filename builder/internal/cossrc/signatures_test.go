@@ -22,7 +22,7 @@ const (
 	oldArchive    = "extensions/gpu/" + signedVersion + ".signature.tar.gz"
 )
 
-// What Google signed is found under either name, in either layout.
+// Google's signatures and modules are found under both names and in both layouts.
 func TestSignatures(t *testing.T) {
 	t.Parallel()
 	const build, legacy = "17800.0.9/lakitu/", "17800.0.9/"
@@ -31,10 +31,10 @@ func TestSignatures(t *testing.T) {
 		name    string
 		board   string
 		objects map[string][]byte
-		archive string // "" is none
+		archive string // expected archive; "" means none
 		root    string
 		driver  string
-		kind    fault.Kind // of either call; 0 means none
+		kind    fault.Kind // error of both calls; 0 means none
 	}{
 		{name: "nothing", board: "lakitu"},
 		{name: "this layout", board: "lakitu", archive: "new", root: "root", driver: "tgz", objects: map[string][]byte{

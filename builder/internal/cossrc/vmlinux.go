@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// hasVMLinux asks for the object, and reads nothing of it: it has hundreds of
-// megabytes.
+// hasVMLinux asks whether the bucket has vmlinux. It does not read the object, which has hundreds
+// of megabytes.
 func (f *fetcher) hasVMLinux(ctx context.Context) (bool, error) {
 	err := f.either(cosbucket.VMLinuxName(f.kernel), func(at string) error {
 		r, _, err := f.bucket.Get(ctx, at)
@@ -27,8 +27,8 @@ func (f *fetcher) hasVMLinux(ctx context.Context) (bool, error) {
 	return err == nil, err
 }
 
-// FetchVMLinux fetches a build's kernel, as it was linked, into the cache, and
-// returns its path there. A bucket without it is fault.InputMissing.
+// FetchVMLinux fetches vmlinux, the linked kernel of a COS build, into the cache and returns its
+// path there. If the bucket does not have it, the error is fault.InputMissing.
 func FetchVMLinux(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel,
 	say func(string)) (file string, m Material, err error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}

@@ -1,10 +1,8 @@
-// Package doctor checks a machine for all that builds need, and says of each
-// thing that is missing what to do about it: which package to install, which
-// setting to change. It changes nothing and leaves nothing behind but an empty
+// Package doctor checks whether a machine has everything that builds need. For each problem it says what to do, such as
+// which package to install or which setting to change. The package changes nothing, except that it creates an empty
 // cache folder.
 //
-// It refuses to guess: what it reports it has tried, with the code that builds
-// use.
+// The package refuses to guess: each finding comes from a trial with the code that builds use.
 package doctor
 
 import (
@@ -21,83 +19,83 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Level says what a finding means for builds.
+// Level is the effect of a finding on builds.
 type Level string
 
-// Levels, from good to bad.
+// The levels, from good to bad.
 const (
 	OK   Level = "ok"
-	Note Level = "note" // worth knowing
-	Warn Level = "warn" // builds work, less well or not all of them
+	Note Level = "note" // useful to know
+	Warn Level = "warn" // some builds fail, or builds work less well
 	Fail Level = "fail" // builds do not work
 )
 
-// Finding is what one look showed.
+// Finding is the result of one check.
 type Finding struct {
 	Check string `json:"check"`
 	Level Level  `json:"level"`
 	Text  string `json:"text"`
-	// Next is what to do about it; set for every warning and failure.
+	// Next is what the operator must do. Every warning and failure has it.
 	Next string `json:"next,omitempty"`
-	// Class is the class of a failure.
+	// Class is the fault class of a failure.
 	Class string `json:"class,omitempty"`
-	// Packages are Debian's names of what is missing.
+	// Packages are the Debian packages that are missing.
 	Packages []string `json:"packages,omitempty"`
 }
 
-// Report is all findings, in the order of the checks.
+// Report has all findings, in the order of the checks.
 type Report struct {
 	Findings []Finding `json:"findings"`
-	// Install is one command for all that is missing; "" when nothing is.
+	// Install is one command that installs all missing packages, or "" if none is missing.
 	Install string `json:"install,omitempty"`
 }
 
-// Config says what the machine is meant to do.
+// Config describes the builds that the machine is intended for.
 type Config struct {
-	// Cache is the cache folder that builds are to use.
+	// Cache is the cache folder of the builds.
 	Cache string
-	// Need is how many bytes a build takes on the cache's disk, and Jobs how many
-	// compilers run at once; 0 means one for each processor.
+	// Need is the number of bytes that a build takes on the cache's disk. Jobs is the number of compilers that run at
+	// once; 0 means one for each processor.
 	Need int64
 	Jobs int
-	// BTF says that modules are to get some.
+	// BTF is true if the modules will get BTF.
 	BTF bool
-	// GuestInit and NVMLProbe are the load test's programs.
+	// GuestInit and NVMLProbe are paths of the load test's programs.
 	GuestInit, NVMLProbe string
-	// Mirrors, Destinations and Key are tried where they are set.
+	// Doctor tries Mirrors, Destinations and Key if they are set.
 	Mirrors      []string
 	Destinations []string
 	Key          string
 }
 
-// Machine is how to check a machine. [Real] is this one.
+// Machine has the functions and facts that the checks use. [Real] returns those of this machine.
 type Machine struct {
 	// Program reports whether the sandbox will find a program.
 	Program func(name string) bool
 	// Library reports whether the loader will find a shared library.
 	Library func(name string) bool
-	// Executable reports whether a file is there and may be run.
+	// Executable returns an error if a path is not a file that may be run.
 	Executable func(path string) error
-	// Sandbox runs an empty one; Limits is [sandbox.SupportedLimits].
+	// Sandbox runs an empty sandbox. Limits is [sandbox.SupportedLimits].
 	Sandbox func(ctx context.Context) error
 	Limits  func() sandbox.LimitSupport
-	// Memory and Processors are what this process may use.
+	// Memory (in bytes) and Processors are what this process may use.
 	Memory     int64
 	Processors int
-	// Cache opens a cache, and returns how many bytes its disk has free.
+	// Cache opens a cache and returns the number of free bytes on its disk.
 	Cache func(dir string) (free int64, err error)
-	// KVM reports whether the processor's virtualisation can be used.
+	// KVM is true if virtual machines can use the processor's virtualisation.
 	KVM bool
-	// Now is the clock, and Synchronised what the kernel thinks of it.
+	// Now returns the machine's time. Synchronised is true if the kernel considers its clock synchronised.
 	Now          func() time.Time
 	Synchronised bool
-	// Mirror, Destination and Key try one of Config's.
+	// Mirror, Destination and Key try one entry of the same field in Config.
 	Mirror, Destination, Key func(ctx context.Context, name string) error
-	// MayGo asks the licence rule whether a destination may have a flavour.
+	// MayGo asks the licence rule whether a flavour may go to a destination.
 	MayGo func(ctx context.Context, name string, f target.Flavour) error
 }
 
-// networkTimeout bounds one check that goes over a network.
+// networkTimeout limits one check that uses the network.
 const networkTimeout = 20 * time.Second
 
 type examination struct {
@@ -106,7 +104,7 @@ type examination struct {
 	r *Report
 }
 
-// Run makes all checks.
+// Run makes all checks and returns their findings.
 func Run(ctx context.Context, c Config, m Machine) *Report {
 	e := &examination{Config: c, m: m, r: &Report{Findings: []Finding{}}}
 	e.sandbox(ctx)
@@ -137,7 +135,7 @@ func (e *examination) ok(check, format string, args ...any) {
 	e.add(Finding{Check: check, Level: OK, Text: fmt.Sprintf(format, args...)})
 }
 
-// fail reports an error with its own hint, or this one where it has none.
+// fail reports an error with the error's own hint. If the error has no hint, fail uses next.
 func (e *examination) fail(check string, err error, next string) {
 	if hint := fault.Hint(err); hint != "" {
 		next = hint
@@ -167,7 +165,7 @@ func (e *examination) sandbox(ctx context.Context) {
 	e.ok("sandbox", "bubblewrap runs, and the kernel gives it namespaces")
 }
 
-// programs are what kernel and driver makefiles run, by Debian's package.
+// programs lists the programs that the makefiles of kernel and driver run, by their Debian package.
 func programs() []struct {
 	name string
 	of   []string
@@ -304,11 +302,10 @@ func (e *examination) loadTest() {
 	}
 }
 
-// released is a date that no right clock is before.
+// released is a date before the release of this program. A clock that shows an earlier date is wrong.
 func released() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }
 
-// armHelpers looks for the programs for arm64; those for amd64 are findings of
-// their own.
+// armHelpers looks for the load test's programs for arm64. The programs for amd64 have findings of their own.
 func (e *examination) armHelpers(check string) bool {
 	for _, p := range []struct{ path, without string }{
 		{e.GuestInit, "drivers for arm64 cannot be load-tested"},
@@ -340,7 +337,7 @@ func (e *examination) clock() {
 	}
 }
 
-// outside tries what the configuration names, each for a short while.
+// outside tries each mirror, destination and key that the configuration names. Each trial has a time limit.
 func (e *examination) outside(ctx context.Context) {
 	try := func(check, name, good, next string, do func(context.Context, string) error) {
 		ctx, cancel := context.WithTimeout(ctx, networkTimeout)
@@ -364,9 +361,8 @@ func (e *examination) outside(ctx context.Context) {
 	}
 }
 
-// Err is nil where nothing keeps builds from working; else it has the class of
-// the worst finding, which is the first failure: what comes later may only
-// follow from it.
+// Err returns nil if builds can work. Otherwise the error has the class of the first failure, because later failures
+// may only be its consequences.
 func (r *Report) Err() error {
 	n, first := 0, -1
 	for i, f := range r.Findings {

@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// bare makes this program the patient of TestBareMachine.
+// bare is the variable that makes this test program run the doctor for TestBareMachine.
 const bare = "PREBAKE_TEST_BARE"
 
 func TestMain(m *testing.M) {
@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// healthy is a machine that has everything.
+// healthy returns a machine that has everything.
 func healthy() doctor.Machine {
 	fine := func(context.Context, string) error { return nil }
 	return doctor.Machine{
@@ -75,7 +75,7 @@ func TestHealthy(t *testing.T) {
 	}
 }
 
-// Each thing that is missing is named, with its package or its remedy.
+// TestFindings checks that each missing thing has a finding with its package or its remedy.
 func TestFindings(t *testing.T) {
 	t.Parallel()
 	lacking := func(names ...string) func(string) bool {
@@ -208,7 +208,7 @@ func TestFindings(t *testing.T) {
 	}
 }
 
-// What is not configured is not tried.
+// TestNothingOutside checks that doctor does not try mirrors, destinations or keys that are not configured.
 func TestNothingOutside(t *testing.T) {
 	t.Parallel()
 	m := healthy()
@@ -219,7 +219,7 @@ func TestNothingOutside(t *testing.T) {
 	}
 }
 
-// A real root file system with nothing in it but the program itself.
+// TestBareMachine runs the doctor in a real root file system that has the program itself and almost nothing else.
 func TestBareMachine(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bwrap"); err != nil {
@@ -231,7 +231,7 @@ func TestBareMachine(t *testing.T) {
 	}
 	args := []string{"--unshare-all", "--die-with-parent", "--tmpfs", "/", "--ro-bind", self, "/doctor.test",
 		"--proc", "/proc", "--dir", "/tmp", "--dir", "/usr/bin", "--ro-bind", "/usr/bin/sed", "/usr/bin/sed"}
-	libraries, err := vm.GlibcFiles(self) // none but for the race detector
+	libraries, err := vm.GlibcFiles(self) // none, unless the race detector is on
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -269,7 +269,7 @@ func TestBareMachine(t *testing.T) {
 	}
 }
 
-// The real look at this machine agrees with what its file system holds.
+// TestRealPrograms compares the findings of [doctor.Real] with the files of this machine.
 func TestRealPrograms(t *testing.T) {
 	t.Parallel()
 	m := doctor.Real(licence.Rule{}, nil)

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// mayPublish returns how to ask the licence rule about a destination.
+// mayPublish returns a function that asks the licence rule about a destination.
 func mayPublish(
 	rule licence.Rule,
 	options func(destination string) registry.Options,
@@ -33,8 +33,8 @@ func mayPublish(
 	}
 }
 
-// licence says which flavours may go to a destination. Where none may, nothing can be
-// published; where one may not, its builds fail.
+// licence reports which flavours may go to a destination. If no flavour may go there, the check fails. If one flavour
+// may not, the check warns, because builds of that flavour fail.
 func (e *examination) licence(ctx context.Context, name string) {
 	ctx, cancel := context.WithTimeout(ctx, networkTimeout)
 	defer cancel()

@@ -21,7 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// Real is this machine. rule says where artifacts may go; options gives the settings for one destination.
+// Real returns the checks of this machine. rule decides which artifacts may go where. options returns the registry
+// options of a destination.
 func Real(rule licence.Rule, options func(destination string) registry.Options, keys ...sign.Option) Machine {
 	return Machine{
 		Program: func(name string) bool {
@@ -44,7 +45,7 @@ func Real(rule licence.Rule, options func(destination string) registry.Options, 
 		Sandbox:    sandbox.Probe,
 		Limits:     sandbox.SupportedLimits,
 		Memory:     sandbox.AvailableMemory(),
-		Processors: runtime.GOMAXPROCS(0), // what a control group allows, too
+		Processors: runtime.GOMAXPROCS(0), // includes the limit of a control group
 		Cache:      openCache,
 		KVM:        unix.Access("/dev/kvm", unix.R_OK|unix.W_OK) == nil,
 		Now:        time.Now, Synchronised: synchronised(),
@@ -82,14 +83,14 @@ func openCache(dir string) (free int64, err error) {
 	return free, errors.Join(err, c.Close())
 }
 
-// synchronised asks the kernel whether somebody keeps its clock right.
+// synchronised reports whether the kernel considers its clock synchronised, for example by an NTP service.
 func synchronised() bool {
 	state, err := unix.Adjtimex(&unix.Timex{})
 	return err == nil && state != unix.TIME_ERROR
 }
 
-// reachable asks a bucket for an object that it does not have: an honest no is an
-// answer.
+// reachable asks a bucket for an object that does not exist. If the bucket answers that the object is missing, it is
+// reachable.
 func reachable(ctx context.Context, url string) (err error) {
 	b, err := cosbucket.Open(ctx, url)
 	if err != nil {

@@ -1,9 +1,8 @@
-// Package input fetches objects of a bucket into the cache: each is streamed,
-// verified against the checksum beside it, and recorded for provenance. An
-// object whose published checksum was met before is not fetched again.
+// Package input fetches objects of a bucket into the cache. The package streams each object, verifies it against its
+// checksum file, and records it for the provenance. The package does not fetch an object again if it has met the
+// published checksum before.
 //
-// It refuses to keep bytes that differ from their checksum, and to hold an
-// object in memory.
+// The package refuses to keep bytes that differ from their checksum. The package refuses to hold an object in memory.
 package input
 
 import (
@@ -28,7 +27,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Source is what this package asks of a bucket.
+// Source has the methods of a bucket that this package uses.
 type Source interface {
 	Get(ctx context.Context, name string) (io.ReadCloser, cosbucket.Attrs, error)
 	URL(name string) string
@@ -40,15 +39,15 @@ type Material struct {
 	URI    string `json:"uri"`
 	Digest string `json:"digest"` // sha256:…
 	Size   int64  `json:"size"`
-	// Unverified tells that the bucket has no checksum for this object: the
-	// digest says what was used, and nothing vouches for it.
+	// Unverified is true if the bucket has no checksum for this object. The digest then says which bytes were used, but
+	// nothing proves that they are right.
 	Unverified bool `json:"unverified,omitempty"`
 }
 
-// Algorithm is how a checksum was made.
+// Algorithm is the hash algorithm of a checksum.
 type Algorithm string
 
-// The checksums that buckets publish.
+// These constants are the algorithms of the checksums that buckets publish.
 const (
 	MD5    Algorithm = "md5"
 	SHA256 Algorithm = "sha256"
@@ -61,43 +60,42 @@ func (a Algorithm) new() hash.Hash {
 	return sha256.New()
 }
 
-// Sum is a published checksum; the zero value is none.
+// Sum is a published checksum. The zero value means that there is none.
 type Sum struct {
 	Algorithm Algorithm
 	Hex       string
-	// Of is the URL of the object that it was published for, at the mirror that
-	// had it; "" means unknown.
+	// Of is the URL of the object to which the checksum belongs, at the mirror that has the checksum. "" means unknown.
 	Of string
 }
 
-// maxSum bounds a checksum file: one digest and a file name.
+// maxSum limits the size of a checksum file in bytes. Such a file has one digest and a file name.
 const maxSum = 4 << 10
 
-// maxObject bounds what is stored of one object; a toolchain of COS has 0.7 GB,
-// a kernel with its symbols as much.
+// maxObject limits the size of a stored object in bytes. A toolchain of COS has 0.7 GB, and so has a kernel with its
+// symbols.
 const maxObject = 32 << 30
 
-// fetched is the kind of the facts "this bucket's object of this sum is that blob".
+// fetched is the kind of facts that map a checksum of a bucket's object to a blob in the cache.
 const fetched = "fetched-v1"
 
-// attempts is how often an object is fetched when its stream breaks. The
-// bucket itself retries what fails before the first byte.
+// attempts is how often an object is fetched if its stream breaks. The bucket client itself retries failures before the
+// first byte.
 const attempts = 3
 
-// reportEvery is how many bytes pass between two progress lines.
+// reportEvery is the number of bytes between two progress lines.
 const reportEvery = 64 << 20
 
 // Fetcher fetches from one bucket into one cache.
 type Fetcher struct {
 	Source Source
 	Cache  *cas.Cache
-	// Progress receives progress, a line at a time, never concurrently; may be nil.
+	// Progress receives progress, one line at a time. Progress is never called concurrently. Progress may be nil.
 	Progress func(string)
 
 	mu sync.Mutex
 }
 
-// Progressf reports a line of progress.
+// Progressf reports one line of progress.
 func (f *Fetcher) Progressf(format string, args ...any) {
 	if f.Progress == nil {
 		return
@@ -112,8 +110,8 @@ var sumPattern = map[Algorithm]*regexp.Regexp{
 	SHA256: regexp.MustCompile(`^[0-9a-f]{64}$`),
 }
 
-// ParseSum reads a checksum file for the object: bare hex, or md5sum's
-// `hex  name` lines, of which the one that names the object counts.
+// ParseSum reads the checksum of object from a checksum file. The file has a bare hex digest, or `hex name` lines as
+// md5sum writes them. Of several lines, the one that names the object counts.
 func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 	base := path.Base(object)
 	for line := range bytes.Lines(text) {
@@ -131,7 +129,7 @@ func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 		"write the digest in hex, or the line that "+string(a)+"sum prints, into the checksum file")
 }
 
-// Sum reads the checksum file of an object; a missing file is InputMissing.
+// Sum reads the checksum file of an object. If the file does not exist, the error is InputMissing.
 func (f *Fetcher) Sum(ctx context.Context, a Algorithm, sumName, object string) (Sum, error) {
 	text, attrs, err := f.read(ctx, sumName, maxSum)
 	if err != nil {
@@ -144,8 +142,7 @@ func (f *Fetcher) Sum(ctx context.Context, a Algorithm, sumName, object string) 
 	return sum, err
 }
 
-// ChecksumFile reads the checksum file beside an object, .md5 or else .sha256. Not
-// every object has one: then the sum is zero.
+// ChecksumFile reads the checksum file of an object: .md5, or else .sha256. If the object has neither, the sum is zero.
 func (f *Fetcher) ChecksumFile(ctx context.Context, object string) (Sum, error) {
 	sum, err := f.Sum(ctx, MD5, cosbucket.MD5Name(object), object)
 	if fault.Is(err, fault.InputMissing) {
@@ -177,15 +174,15 @@ func (f *Fetcher) read(ctx context.Context, name string, limit int64) ([]byte, c
 	return data, attrs, nil
 }
 
-// fact is what is stored of an object that was fetched.
+// fact is the stored information about an object that was fetched.
 type fact struct {
 	Digest string `json:"digest"`
 	Size   int64  `json:"size"`
 }
 
-// key names a sum within its bucket: builds of one milestone share a toolchain
-// of gigabytes under as many names. Who could plant a colliding object in the
-// bucket could as well replace the object.
+// key returns the key of a sum. The key has the bucket's URL but not the object's name, because builds of one milestone
+// have the same toolchain of gigabytes under different names. MD5 collisions are no additional risk: somebody who could
+// put a colliding object into the bucket could also replace the object itself.
 func (f *Fetcher) key(name string, s Sum) string {
 	return strings.TrimSuffix(f.Source.URL(name), name) + "\n" + string(s.Algorithm) + ":" + s.Hex
 }
@@ -200,9 +197,8 @@ func (f *Fetcher) known(name string, s Sum) (fact, bool) {
 	return known, ok
 }
 
-// Blob fetches an object into the cache and returns what it is and where. With
-// a zero sum the object is checked against the md5 that the bucket's own
-// listing tells, and is marked as unverified where that is missing too.
+// Blob fetches an object into the cache and returns its material and its path. If sum is zero, Blob checks the object
+// against the MD5 in the bucket's own metadata. If that is missing too, the material is marked as unverified.
 func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, string, error) {
 	known, ok := f.known(name, sum)
 	at, vouched := sum.Of, sum.Hex != ""
@@ -234,9 +230,9 @@ func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, str
 	return m, file, nil
 }
 
-// Recheck reads a blob that [Fetcher.Blob] returned once more, before something
-// is made of it that will stay: it may have lain in the cache for a year. A
-// damaged one is fetched again, to the same path.
+// Recheck reads a blob that [Fetcher.Blob] returned and compares it with its digest again. Callers use it before they
+// make something permanent from the blob, because the blob may have been in the cache for a year. A damaged blob is
+// fetched again to the same path.
 func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material) error {
 	err := f.Cache.Verify(ctx, m.Digest)
 	if !fault.Is(err, fault.Checksum) {
@@ -251,8 +247,8 @@ func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material)
 	return err
 }
 
-// fetch downloads the object once, checked against the sum or else the md5
-// that the bucket tells, and returns what the bucket said of it.
+// fetch downloads the object once. fetch checks the object against sum, or else against the MD5 that the bucket
+// reports. fetch also returns the bucket's attributes of the object.
 func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbucket.Attrs, error) {
 	body, attrs, err := f.Source.Get(ctx, name)
 	if err != nil {
@@ -267,7 +263,7 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbuc
 			return known, attrs, nil
 		}
 	case told && sum.Algorithm == MD5 && sum.Hex != attrs.MD5:
-		// Gigabytes need not see that error.
+		// This check comes before the download, so that nobody waits for gigabytes to see the error.
 		return fact{}, attrs, fmt.Errorf("fetch %s: %w", f.Source.URL(name),
 			mismatch(name, sum, fmt.Errorf("the bucket says %s", attrs.MD5)))
 	}
@@ -304,8 +300,7 @@ func mismatch(name string, sum Sum, cause error) error {
 		"replace the object or its checksum in the bucket: one of the two is damaged")
 }
 
-// Small reads an object of a few bytes into memory, checked against the
-// checksum file beside it.
+// Small reads a small object into memory and checks it against its checksum file.
 func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, Material, error) {
 	data, attrs, err := f.read(ctx, name, limit)
 	if err != nil {
@@ -330,16 +325,15 @@ func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, 
 	return data, m, nil
 }
 
-// stream counts, hashes and reports a download. At its end it answers with an
-// error instead of io.EOF when the bytes are not those that were promised, so
-// that nothing is stored.
+// stream counts and hashes a download and reports its progress. If the bytes are not the expected ones, the last Read
+// returns an error instead of io.EOF. The cache then stores nothing.
 type stream struct {
 	r        io.Reader
 	progress func(string, ...any)
 	name     string
-	size     int64 // promised; 0 means unknown
+	size     int64 // size that the bucket reported; 0 means unknown
 	sum      Sum
-	hash     hash.Hash // nil: checked elsewhere, or nothing to check against
+	hash     hash.Hash // nil if PutBlob checks the sum, or if there is no sum
 	n        int64
 }
 
@@ -371,8 +365,8 @@ func (s *stream) Read(b []byte) (int, error) {
 	return n, io.EOF
 }
 
-// broken says that a stream which ended early may not do so the next time; an
-// error that has a kind, or a file's, keeps it.
+// broken marks an error of a stream that ended early as transient, because a new stream may succeed. An error that has
+// a kind already, or is an error of a file or of ctx, is returned unchanged.
 func broken(name string, err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) || errors.Is(err, context.Canceled) ||

@@ -24,15 +24,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// bucket is objects in memory. Each Get takes the first of an object's
-// bodies, and the last one stays.
+// bucket has objects in memory. Each Get of an object takes the first of its bodies. The last body stays.
 type bucket struct {
 	bodies map[string][]io.Reader
 	data   map[string]string
-	md5    map[string]string // told as attributes
-	crc32c string            // told as an attribute
-	mirror string            // told as where things came from
-	size   int64             // told for every object; 0 means the true one
+	md5    map[string]string // returned as attributes
+	crc32c string            // returned as an attribute
+	mirror string            // returned as the place from which objects came
+	size   int64             // returned for every object; 0 means the true size
 	gets   int
 }
 
@@ -73,7 +72,7 @@ func newFetcher(t *testing.T, b *bucket) *input.Fetcher {
 	return &input.Fetcher{Source: b, Cache: c, Progress: func(line string) { t.Log(line) }}
 }
 
-// blobs counts the blobs of a fetcher's cache.
+// blobs returns the number of blobs in a fetcher's cache.
 func blobs(t *testing.T, f *input.Fetcher) int {
 	t.Helper()
 	n := 0
@@ -96,7 +95,7 @@ func TestBlobIsFetchedOnce(t *testing.T) {
 		b          *bucket
 		sum        func(f *input.Fetcher) (input.Sum, error)
 		unverified bool
-		gets       int // of two fetches
+		gets       int // number of downloads in two calls
 	}{
 		{"md5 beside", &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes")}},
 			func(f *input.Fetcher) (input.Sum, error) { return f.ChecksumFile(t.Context(), "d/o") }, false, 1},
@@ -162,7 +161,7 @@ func TestBlobFollowsItsChecksum(t *testing.T) {
 	if _, err := get("o"); err != nil {
 		t.Fatal(err)
 	}
-	// The same content under another name of the bucket is known already.
+	// The content is known already, although this object has another name in the bucket.
 	if m, err := get("p"); err != nil || b.gets != 1 || m.Name != "p" {
 		t.Errorf("same sum, other name: %+v, %v, %d downloads; want p and 1", m, err, b.gets)
 	}
@@ -228,8 +227,8 @@ func TestBlobTriesABrokenStreamAgain(t *testing.T) {
 	}
 }
 
-// The material says where an object is that was there, whether it was fetched
-// from that mirror or its checksum was.
+// TestMaterialNamesTheMirror checks that the material names the mirror that had the object. This must hold if the
+// object was fetched from that mirror, and if only its checksum was.
 func TestMaterialNamesTheMirror(t *testing.T) {
 	t.Parallel()
 	b := &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes"), "d/p": "p"},

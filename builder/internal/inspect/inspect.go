@@ -1,6 +1,6 @@
-// Package inspect examines one build of a real bucket: what is there, what a build
-// would take from it, and what does not fit. It goes on after what fails, so that
-// one print says all. It refuses to compile, and to write to the bucket.
+// Package inspect examines one build in a real bucket: which objects exist, which of them a build would use, and what
+// does not fit. The package continues after a failure, so that one report has all findings. The package refuses to
+// compile, and to write to the bucket.
 package inspect
 
 import (
@@ -27,10 +27,9 @@ import (
 
 // Config says what to examine.
 type Config struct {
-	// VMLinux fetches the kernel as it was linked, which may have hundreds of
-	// megabytes, and compares it with the headers.
+	// VMLinux fetches the linked kernel, which may have hundreds of megabytes, and compares it with the headers.
 	VMLinux bool
-	// Progress receives progress, a line at a time; nil means silent.
+	// Progress receives progress, one line at a time. nil means no output.
 	Progress func(string)
 }
 
@@ -100,7 +99,7 @@ func or(text, other string) string {
 	return text
 }
 
-// objects tells which objects of a build are there, in which layout, and how large.
+// objects reports which objects of a build exist, in which layout, and how large they are.
 func (l *inspection) objects(ctx context.Context) {
 	for _, o := range []struct {
 		name   string
@@ -128,7 +127,7 @@ func (l *inspection) objects(ctx context.Context) {
 	}
 }
 
-// find returns where an object is, by either layout, and reads nothing of it.
+// find returns the path of an object in either layout, and its size. find does not read the object.
 func (l *inspection) find(ctx context.Context, name string) (at string, size int64, err error) {
 	for _, at = range cosbucket.Layouts(l.kernel, name) {
 		var r io.ReadCloser
@@ -170,7 +169,7 @@ func (l *inspection) drivers(ctx context.Context) {
 	}
 }
 
-// signed tells what Google compiled and signed for the build.
+// signed reports which drivers Google compiled and signed for the build.
 func (l *inspection) signed(ctx context.Context) {
 	var found []string
 	for _, name := range []string{"extensions/gpu/", "nvidia-drivers-"} {
@@ -194,7 +193,7 @@ func (l *inspection) signed(ctx context.Context) {
 	l.ok("signed", "%s", strings.Join(found, ", "))
 }
 
-// facts are what decides how modules are made, loaded and tested.
+// facts are the options that decide how modules are built, loaded and tested.
 var facts = []string{
 	"CONFIG_CC_VERSION_TEXT", "CONFIG_LD_IS_LLD", "CONFIG_AS_IS_LLVM", "CONFIG_MODVERSIONS", "CONFIG_MODULE_SIG",
 	"CONFIG_MODULE_SIG_FORCE", "CONFIG_MODULE_SIG_HASH",
@@ -215,7 +214,7 @@ func (l *inspection) configuration(headers string) {
 	l.ok("configuration", "%s", strings.Join(said, " "))
 }
 
-// loadTest tells whether the build's kernel can be booted.
+// loadTest reports whether the build's kernel can be booted.
 func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) {
 	switch {
 	case in.Boot != "":

@@ -1,5 +1,4 @@
-// Package kconfig reads a kernel's configuration, the .config of its headers.
-// It refuses to know what an option means.
+// Package kconfig reads a kernel's configuration, the .config in its headers. The package refuses to interpret options.
 package kconfig
 
 import (
@@ -13,11 +12,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Max bounds a configuration; a kernel with everything has 300 KB.
+// Max limits a configuration, in bytes. A kernel with every option has 300 KB.
 const Max = 4 << 20
 
-// Config holds the options that are set, by their names with CONFIG_, as they
-// are written: y, m, a number, or a string in its quotes.
+// Config maps the options that are set to their values. Names begin with CONFIG_. A value is as written: y, m, a
+// number, or a string in its quotes.
 type Config map[string]string
 
 const (
@@ -31,7 +30,7 @@ func ReadFile(path string) (Config, error) {
 	if err != nil {
 		return nil, fault.Wrap(fault.InputMissing, fmt.Errorf("read kernel configuration: %w", err), hintLacking)
 	}
-	defer f.Close() // only read
+	defer f.Close() // the file is only read, so an error of Close loses nothing
 	return Read(f)
 }
 
@@ -44,9 +43,8 @@ func Read(r io.Reader) (Config, error) {
 	return Parse(text)
 }
 
-// Parse reads the lines that set an option; it passes over all others, and of
-// two lines for one option the second counts, as the kernel's own reader does.
-// What is too large, or has a line of 64 KB, is no configuration.
+// Parse reads the lines that set an option and skips all other lines. If two lines set the same option, the second one
+// counts, as in the kernel's own reader. A text larger than Max, or with a line of 64 KB, is an error.
 func Parse(text []byte) (Config, error) {
 	if len(text) > Max {
 		err := fmt.Errorf("read kernel configuration: it has more than %d MiB", Max>>20)

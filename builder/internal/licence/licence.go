@@ -1,10 +1,10 @@
-// Package licence decides whether an artifact may go to a destination: what is under
-// NVIDIA's licence goes only to destinations that are private, unless the operator says
-// otherwise. docs/decisions/0031 tells what that licence says.
+// Package licence decides whether an artifact may go to a destination. Files under NVIDIA's licence go only to private
+// destinations, unless the operator allows more. docs/decisions/0031 explains what that licence says.
 //
-// It refuses to interpret the licence, and to take a mark for true that a request without credentials proves wrong. The
-// word of a server of ours it takes as it is: one that says private counts as private although everybody who reaches it
-// can read there, also over the internet. Its operator must keep others away from it.
+// The package refuses to interpret the licence. The package refuses to believe --private for a destination if a request
+// without credentials proves the opposite. The package believes a Prebake server's own statement: a server that says
+// private counts as private, even if everybody who reaches it can read there, also over the internet. The operator of
+// such a server must keep others away from it.
 package licence
 
 import (
@@ -21,34 +21,35 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Rule is what an operator decided. The zero value publishes nothing of NVIDIA's to
-// destinations that are not on this machine and say nothing of themselves.
+// Rule is the operator's decision. The zero value allows nothing of NVIDIA's to go to a destination that is not on this
+// machine and does not state its audience.
 type Rule struct {
-	// Redistribute is what may go everywhere; "" is [bundle.RedistributeNone].
+	// Redistribute says which files may go to every destination. "" means [bundle.RedistributeNone].
 	Redistribute bundle.Redistribution
-	// Private marks destinations as private: each that begins with one of these names, up to
-	// the end or a slash.
+	// Private lists destinations that the operator marks as private. An entry covers its own name, and every name that
+	// continues it after a slash.
 	Private []string
-	// Addresses finds a host's addresses; nil asks the system's resolver.
+	// Addresses looks up a host's addresses. nil uses the system's resolver.
 	Addresses func(ctx context.Context, host string) ([]netip.Addr, error)
 }
 
-// Destination is a destination, as a client without credentials sees it.
+// Destination examines a destination as a client without credentials sees it.
 type Destination interface {
-	// AnonymousAccess asks for one thing, or, where it has no name, in general.
+	// AnonymousAccess checks whether such a client can read the artifact whose tag or digest is what. If what is empty,
+	// AnonymousAccess checks the destination in general.
 	AnonymousAccess(ctx context.Context, what string) (registry.AnonymousAccess, error)
 }
 
-// Audience says who reads a destination.
+// Audience says who can read a destination.
 type Audience struct {
 	Public bool
-	// Reason is half a sentence, such as "it is on this machine".
+	// Reason is a clause that completes a sentence, such as "it is on this machine".
 	Reason string
-	// marked says that only the operator's mark makes it private.
+	// marked is true if the destination is private only because the operator says so.
 	marked bool
 }
 
-// String is for people.
+// String returns a text for people.
 func (a Audience) String() string {
 	if a.Public {
 		return "public: " + a.Reason
@@ -56,9 +57,9 @@ func (a Audience) String() string {
 	return "private: " + a.Reason
 }
 
-// Audience finds out for whom the destination of this name is. A folder, what is on this
-// machine, and a server that says so are private; so is what the operator marked, unless
-// a client without credentials reads it over the internet. All else is public.
+// Audience decides whether a destination is private or public. These are private: a folder, a registry on this machine,
+// and a server that says so. A destination that the operator marks is private too, unless a client without credentials
+// can read it over the internet. All others are public.
 func (r Rule) Audience(ctx context.Context, name string, p Destination) (Audience, error) {
 	seen, err := p.AnonymousAccess(ctx, "")
 	if err != nil {
@@ -96,11 +97,12 @@ func (r Rule) marks(name string) bool {
 	return false
 }
 
-// lookupTimeout bounds the look-up of a name.
+// lookupTimeout limits the look-up of a host's addresses.
 const lookupTimeout = 10 * time.Second
 
-// where finds out how far a host is: near is a network that the internet does not reach,
-// here this machine. One whose name nobody knows, as behind a proxy, is far.
+// where classifies the network of a host. near is true if the host has only addresses that the internet cannot reach.
+// here is true if it has only addresses of this machine. A host whose name cannot be resolved, for example behind a
+// proxy, is neither.
 func (r Rule) where(ctx context.Context, hostport string) (near, here bool) {
 	host := hostport
 	if h, _, err := net.SplitHostPort(hostport); err == nil {
@@ -125,8 +127,8 @@ func (r Rule) where(ctx context.Context, hostport string) (near, here bool) {
 	return near, here
 }
 
-// Check refuses, as [fault.PublishRefused], a destination to which an artifact with
-// modules of this flavour may not go. It is asked before anything is made.
+// Check returns a [fault.PublishRefused] error if an artifact with modules of this flavour may not go to a destination.
+// Callers ask before they build anything.
 func (r Rule) Check(ctx context.Context, name string, p Destination, f target.Flavour) error {
 	need := bundle.LicenceOf(f).Redistribution
 	if r.Redistribute.Covers(need) {
@@ -139,8 +141,9 @@ func (r Rule) Check(ctx context.Context, name string, p Destination, f target.Fl
 	return refuse(name, f, who, need)
 }
 
-// Published examines what was published, under its name or digest: a destination whose
-// only claim to be private is its mark must not hand it to everybody.
+// Published examines an artifact after its publication. what is its name or digest. A destination that is private only
+// because the operator marked it must not give the artifact to a client without credentials. If it does, Published
+// returns a [fault.PublishRefused] error.
 func (r Rule) Published(ctx context.Context, name string, p Destination, f target.Flavour, what string) error {
 	need := bundle.LicenceOf(f).Redistribution
 	if r.Redistribute.Covers(need) || !r.marks(name) {

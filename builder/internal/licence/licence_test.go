@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// at makes every host one with these addresses: all of this test are on loopback.
+// at returns a look-up that gives these addresses to every host. All real hosts of this test are on loopback.
 func at(addresses ...string) func(context.Context, string) ([]netip.Addr, error) {
 	return func(context.Context, string) ([]netip.Addr, error) {
 		var all []netip.Addr
@@ -61,8 +61,8 @@ func push(t *testing.T, repo *registry.Repository) string {
 	return d.Digest.String()
 }
 
-// inProcess is the client library's own registry behind a gate, which lets a request
-// through or answers with its own status.
+// inProcess runs the client library's registry behind a gate. The gate returns 0 to let a request through, or the
+// status of the answer.
 func inProcess(t *testing.T, gate func(*http.Request) int) string {
 	t.Helper()
 	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
@@ -85,7 +85,7 @@ func password(r *http.Request) int {
 	return http.StatusUnauthorized
 }
 
-// Registries that nobody here wrote: Debian's, and the client library's.
+// TestRegistries uses two registries that are not part of Prebake: Debian's registry and the client library's.
 func TestRegistries(t *testing.T) {
 	t.Parallel()
 	login := registry.Options{Username: distribution.User, Password: distribution.Password}
@@ -166,7 +166,8 @@ func TestWhatTheOperatorSays(t *testing.T) {
 	}
 }
 
-// A server of ours says for whom it is, also where everybody in its network reads it.
+// TestWhatTheServerSays checks that a Prebake server's own statement decides, even if everybody in the network can read
+// there.
 func TestWhatTheServerSays(t *testing.T) {
 	t.Parallel()
 	for word, public := range map[string]bool{registry.AudiencePrivate: false, registry.AudiencePublic: true,
@@ -187,7 +188,8 @@ func TestWhatTheServerSays(t *testing.T) {
 	}
 }
 
-// A registry that lists nothing without credentials, and hands out what they name.
+// TestPublishedForEverybody uses a registry that lists nothing without credentials, but returns what a client asks for
+// by name.
 func TestPublishedForEverybody(t *testing.T) {
 	t.Parallel()
 	secret := false
@@ -221,7 +223,7 @@ func TestPublishedForEverybody(t *testing.T) {
 	}
 }
 
-// A registry that does not answer is no private one.
+// TestNoAnswer checks that a registry without an answer does not count as private.
 func TestNoAnswer(t *testing.T) {
 	t.Parallel()
 	ref := inProcess(t, func(*http.Request) int { return http.StatusMethodNotAllowed })
@@ -253,7 +255,7 @@ func TestFolders(t *testing.T) {
 	}
 }
 
-// The emulator lets everybody do everything, so a bucket of it is a public one.
+// TestBuckets uses an emulator. The emulator allows everybody everything, so its bucket is public.
 func TestBuckets(t *testing.T) {
 	s := gcs.Start(t)
 	s.Use(t)

@@ -13,24 +13,22 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// drm is the module that makes a GPU known to the kernel's graphics. Made for a
-// kernel without DRM it is empty.
+// drm is the module that connects a GPU to the kernel's graphics subsystem (DRM). For a kernel without DRM, the
+// compiled module is empty.
 const drm = "nvidia-drm"
 
-// peermem is the module that shares GPU memory with RDMA cards. Made for a
-// kernel without the vendor's RDMA stack it links, and says EINVAL when loaded.
+// peermem is the module that shares GPU memory with RDMA cards. If it was compiled for a kernel without the vendor's
+// RDMA stack, it links into the kernel, but its load returns EINVAL.
 const peermem = "nvidia-peermem"
 
-// loadOrder is the order in which a node loads the modules, and behind them the
-// one that most nodes have no use for.
+// loadOrder is the order in which a node loads the modules. The last one is the module that most nodes do not need.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", drm, peermem}
 
-// ErrLacking says that the machine has not the kernel's own modules that nvidia
-// needs. A kernel that is booted from vmlinux alone has what is built into it.
+// ErrLacking means that the machine lacks modules of the kernel that nvidia needs. A machine that boots from vmlinux
+// alone has only the drivers that are built into the kernel.
 var ErrLacking = errors.New("the test machine lacks the kernel's own modules")
 
-// normalise lets callers name modules with or without .ko and with either of
-// the kernel's spellings.
+// normalise maps module names to NVIDIA's spelling. Callers may write a name with or without .ko, and with - or _.
 func normalise(modules map[string]string) map[string]string {
 	out := make(map[string]string, len(modules))
 	for name, path := range modules {
@@ -39,14 +37,13 @@ func normalise(modules map[string]string) map[string]string {
 	return out
 }
 
-// plainName returns a module's name in the spelling that NVIDIA's files have.
+// plainName returns a module's name in the spelling of NVIDIA's file names.
 func plainName(name string) string {
 	return strings.ReplaceAll(strings.TrimSuffix(name, ".ko"), "_", "-")
 }
 
-// choose returns the modules that can be loaded, in order, and why each other
-// one is not. present names the modules that the machine has at boot; depends
-// reads what a file needs.
+// choose returns the modules that can be loaded, in order. For each other module it returns the reason. present has the
+// modules that the machine has at boot. depends returns the modules that a file needs.
 func choose(modules map[string]string, present map[string]bool,
 	depends func(file string) ([]string, error)) (order []string, skipped map[string]string, err error) {
 	skipped = map[string]string{}
@@ -86,8 +83,7 @@ func choose(modules map[string]string, present map[string]bool,
 	return order, skipped, nil
 }
 
-// kernelModules returns the names of the modules that the machine loads while
-// it boots.
+// kernelModules returns the names of the modules that the machine loads at boot.
 func kernelModules(boot string) (map[string]bool, error) {
 	present := map[string]bool{}
 	text, err := os.ReadFile(filepath.Join(boot, filepath.FromSlash(vm.BootOrder)))
@@ -100,7 +96,7 @@ func kernelModules(boot string) (map[string]bool, error) {
 	return present, nil
 }
 
-// dependencies reads the modules that a file needs.
+// dependencies returns the names of the modules that a file needs.
 func dependencies(file string) ([]string, error) {
 	m, err := readModule(file)
 	if err != nil {

@@ -95,7 +95,7 @@ func TestKernelModules(t *testing.T) {
 	}
 }
 
-// A node asks NVML whether the driver works: a runfile without it is no driver.
+// TestPlanWantsNVML checks that a runfile without NVML is refused, because a node asks NVML whether the driver works.
 func TestPlanWantsNVML(t *testing.T) {
 	t.Parallel()
 	self, err := os.Executable()

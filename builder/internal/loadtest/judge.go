@@ -15,13 +15,13 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// answer is what nvmlprobe prints.
+// answer is the output of nvmlprobe.
 type answer struct {
 	DriverVersion string `json:"driverVersion"`
 	Error         string `json:"error"`
 }
 
-// judge turns what a machine did into a verdict.
+// judge computes the verdict from the steps and the kernel's log of a machine.
 func judge(p *plan, res *vm.Result) *Verdict {
 	log := sinceLoad(res)
 	v := &Verdict{Machine: res.Machine, EmulatedGPU: p.gpu, NotAsked: p.notAsked, KernelLog: lastBytes(log, maxKernelLog),
@@ -53,8 +53,8 @@ func judge(p *plan, res *vm.Result) *Verdict {
 	return v
 }
 
-// sinceLoad is the kernel's log from the first load on, or all of it after a
-// crash, when the steps' shares of it are lost.
+// sinceLoad returns the kernel's log from the first load on. After a crash it returns the whole log, because the log of
+// each step is lost then.
 func sinceLoad(res *vm.Result) string {
 	if res.Crash != "" {
 		return res.KernelLog
@@ -71,8 +71,7 @@ func sinceLoad(res *vm.Result) string {
 	return res.KernelLog[boot:]
 }
 
-// examine walks the steps in the order in which they ran and stops at the
-// first that was not as it should be.
+// examine checks the steps in the order in which they ran. examine stops at the first step with a wrong result.
 func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	before, ok := res.Step(stepBefore)
 	if !ok || !before.Ended || before.ExitCode != 0 {
@@ -80,7 +79,7 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	}
 	release, taint, _ := strings.Cut(strings.TrimSpace(string(before.Stdout)), "\n")
 	if v.Release = release; release != p.release {
-		// A kernel with symbol versions would not even ask.
+		// A kernel with symbol versions ignores the release in the vermagic, so it would load the modules.
 		return Rejected, fmt.Sprintf("the machine runs kernel %s; the modules were made for %s", release, p.release)
 	}
 	for _, name := range p.modules {
@@ -128,7 +127,7 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 		m.Unload = OK
 	}
 	if res.Crash != "" {
-		return Loaded, "" // judge knows
+		return Loaded, "" // judge reports the crash
 	}
 	after, ok := res.Step(stepAfter)
 	if !ok || !after.Ended || after.ExitCode != 0 {
@@ -141,10 +140,9 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	return Loaded, ""
 }
 
-// taints are the flags of Documentation/admin-guide/tainted-kernels.rst that
-// tell of damage. Those of a module that is proprietary, out of tree and not
-// signed by the kernel's key are expected; a soft lockup is what a busy host
-// does to an emulated machine.
+// taints are the taint flags of Documentation/admin-guide/tainted-kernels.rst that show damage. The flags for a module
+// that is proprietary, out of tree or not signed by the kernel's key are expected, so they are left out. The flag for a
+// soft lockup is left out, because a busy host causes lockups in an emulated machine.
 var taints = []struct {
 	bit  uint
 	what string
@@ -153,7 +151,7 @@ var taints = []struct {
 	{9, "warning"},
 }
 
-// newTaint names the flags that were set meanwhile.
+// newTaint returns the names of the flags that were set between the two readings.
 func newTaint(before, after string) string {
 	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
 	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)
@@ -169,7 +167,7 @@ func newTaint(before, after string) string {
 	return strings.Join(flags, ", ")
 }
 
-// examineLive examines what the loaded modules said.
+// examineLive checks the output of the steps that ran while the modules were loaded.
 func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 	for _, name := range []string{stepVersion, stepModules, stepStamp, stepNodes} {
 		if name == stepStamp && p.madeFor == "" {
@@ -221,7 +219,7 @@ func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 	return Loaded, ""
 }
 
-// cutOff says what stopped the machine before a step was over.
+// cutOff describes why a step did not finish: the kernel crashed or the machine stopped.
 func cutOff(what string, res *vm.Result) string {
 	if res.Crash != "" {
 		return what + ": kernel crashed: " + res.Crash
@@ -229,7 +227,7 @@ func cutOff(what string, res *vm.Result) string {
 	return what + ": the machine did not get to the end of it"
 }
 
-// refusal names the errno and the kernel's own line.
+// refusal describes a failed step by its errno and by the kernel's own message.
 func refusal(what string, s vm.StepResult) string {
 	text := what + ": "
 	if name := unix.ErrnoName(syscall.Errno(s.ExitCode)); name != "" && s.ExitCode < 124 {
@@ -243,7 +241,7 @@ func refusal(what string, s vm.StepResult) string {
 	return text
 }
 
-// noDeviceMarks are how the driver says that it runs but has no GPU.
+// noDeviceMarks are the driver's messages that it runs but found no GPU.
 var noDeviceMarks = []string{
 	"NVRM: No NVIDIA GPU found",
 	"NVRM: No NVIDIA devices probed",
@@ -253,17 +251,17 @@ var noDeviceMarks = []string{
 
 func noDeviceLine(log string) string { return findLine(log, noDeviceMarks) }
 
-// reasonMarks are how the kernel explains that it refuses a module, most
-// telling first.
+// reasonMarks are parts of messages with which the kernel explains that it refuses a module. The most informative ones
+// come first.
 var reasonMarks = []string{
 	"Unknown symbol", "disagrees about version of symbol", "version magic", "no symbol version",
 	"Loading of unsigned module is rejected", "loading of module with unavailable key is rejected", "Key was rejected",
-	// LoadPin also tells, with other words, of each module that it lets pass.
+	// LoadPin also logs each module that it allows, with other words.
 	"LoadPin: kernel-module denied", "LoadPin: kernel-module old-api-denied", "LoadPin: firmware denied", "Lockdown:",
 	"exports duplicate symbol", "NVRM:", "nvidia",
 }
 
-// reasonLine returns the kernel's line that best explains a failure.
+// reasonLine returns the line of the kernel's log that best explains a failure.
 func reasonLine(log string) string {
 	if line := findLine(log, reasonMarks); line != "" {
 		return line
@@ -272,14 +270,13 @@ func reasonLine(log string) string {
 	return withoutStamp(lines[len(lines)-1])
 }
 
-// warnings returns the lines by which the kernel says that something is wrong
-// in it, without giving up.
+// warnings returns the lines in which the kernel reports an internal problem but continues to run.
 func warnings(log string) []string {
 	var all []string
 	for line := range strings.Lines(log) {
 		text := withoutStamp(strings.TrimSpace(line))
 		for _, mark := range []string{"WARNING: CPU: ", "UBSAN: ", "KASAN: ", "BUG: "} {
-			// A workqueue that waits long is a busy host's doing.
+			// A workqueue lockup is left out, because a busy host causes it.
 			if strings.HasPrefix(text, mark) && !strings.HasPrefix(text, "BUG: workqueue lockup") && len(all) < maxWarnings {
 				all = append(all, text)
 			}
@@ -288,10 +285,11 @@ func warnings(log string) []string {
 	return all
 }
 
-// maxWarnings bounds what a verdict quotes.
+// maxWarnings limits the number of lines that a verdict quotes.
 const maxWarnings = 20
 
-// findLine returns the first line that has the first mark that any line has.
+// findLine tries the marks in their order. findLine returns the first line that contains the first mark found in the
+// log.
 func findLine(log string, marks []string) string {
 	for _, mark := range marks {
 		for line := range strings.Lines(log) {
@@ -310,7 +308,7 @@ func withoutStamp(line string) string {
 	return line
 }
 
-// notLive returns the modules that /proc/modules does not call Live.
+// notLive returns the modules whose state in /proc/modules is not Live.
 func notLive(text string, modules []string) []string {
 	live := map[string]bool{}
 	for line := range strings.Lines(text) {

@@ -14,7 +14,7 @@ import (
 
 const version, release, stamp = "535.261.03", "6.1.0-50-cloud-amd64", "sha256:11"
 
-// What real machines said, shortened.
+// These logs come from real machines and are shortened.
 const (
 	logLoaded = `[    5.264406] nvidia-nvlink: Nvlink Core is being initialized, major device number 244
 [    5.308864] NVRM: loading NVIDIA UNIX x86_64 Kernel Module  535.261.03  Sat Jun 14 16:05:50 UTC 2025
@@ -54,7 +54,7 @@ func testPlan() *plan {
 	return p
 }
 
-// goodRun is a machine in which all went well.
+// goodRun returns the result of a machine in which all steps succeeded.
 func goodRun(p *plan) *vm.Result {
 	res := &vm.Result{KernelLog: logLoaded}
 	for _, s := range p.steps {
@@ -63,7 +63,7 @@ func goodRun(p *plan) *vm.Result {
 		case stepBefore:
 			r.Stdout = []byte(release + "\n4096\n")
 		case stepAfter:
-			r.Stdout = []byte("12289\n") // P, O, E: what NVIDIA's module always does
+			r.Stdout = []byte("12289\n") // the flags P, O and E, which every NVIDIA module sets
 		case stepLoad + "nvidia":
 			r.KernelLog = logLoaded
 		case stepLoad + peermem:
@@ -86,8 +86,7 @@ func goodRun(p *plan) *vm.Result {
 
 func TestJudge(t *testing.T) {
 	t.Parallel()
-	// change returns a run that differs from a good one in one step; what comes
-	// after a failed step did not run.
+	// change returns a function that changes one step of a good run. Steps after a failed step did not run.
 	change := func(step string, f func(*vm.StepResult)) func(*vm.Result) {
 		return func(res *vm.Result) {
 			i := slices.IndexFunc(res.Steps, func(s vm.StepResult) bool { return s.Name == step })
@@ -108,7 +107,7 @@ func TestJudge(t *testing.T) {
 		change func(*vm.Result)
 		state  string
 		loaded int
-		reason []string // every one is in the reason; none: there is no reason
+		reason []string // each must be in the reason; an empty list means no reason
 	}{
 		{"good", func(*vm.Result) {}, Loaded, 3, nil},
 		{"no GPU", change("load nvidia", fails(19, logNoGPU)), NoDevice, 1, []string{"NVRM: No NVIDIA GPU found."}},
@@ -215,7 +214,7 @@ func TestJudgeFillsTheVerdict(t *testing.T) {
 	}
 }
 
-// What is signed keeps its names.
+// TestVerdictJSON checks that the JSON names do not change, because verdicts are stored and signed.
 func TestVerdictJSON(t *testing.T) {
 	t.Parallel()
 	v := Verdict{State: Rejected, Reason: "r", Release: "6.1", Machine: "m", EmulatedGPU: true, NVMLVersion: "1",
@@ -249,7 +248,7 @@ func TestIdleDRM(t *testing.T) {
 	}
 }
 
-// A machine for another processor may lack the probe: the verdict says so.
+// TestNotAsked checks that the verdict says so if the probe for another processor is missing.
 func TestNotAsked(t *testing.T) {
 	t.Parallel()
 	p := &plan{version: version, release: release, modules: []string{"nvidia"},

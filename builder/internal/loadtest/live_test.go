@@ -15,9 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// liveConfig returns a real kernel and a real driver that was compiled for it.
-// The end-to-end run sets both: PREBAKE_BOOT is a boot folder, PREBAKE_DRIVER
-// a folder with drivers/*.ko, lib64/ and possibly firmware/.
+// liveConfig returns a real kernel and a real driver that was compiled for it. The end-to-end run sets two variables:
+// PREBAKE_BOOT is a boot folder, and PREBAKE_DRIVER is a folder with drivers/*.ko, lib64/ and possibly firmware/.
 func liveConfig(t *testing.T) Config {
 	t.Helper()
 	boot, driver := os.Getenv("PREBAKE_BOOT"), os.Getenv("PREBAKE_DRIVER")
@@ -45,8 +44,8 @@ func liveConfig(t *testing.T) Config {
 	return c
 }
 
-// buildProgram returns a program of ours under its name for amd64; the one for
-// another architecture is beside it.
+// buildProgram compiles a program of this repository for arch. buildProgram returns the path of the program for amd64.
+// The program for another architecture lies in the same folder.
 func buildProgram(t *testing.T, pkg string, arch target.Arch) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
@@ -119,9 +118,8 @@ func TestLiveDriverWithoutGPU(t *testing.T) {
 	}
 }
 
-// TestLiveWrongModule changes the module's version magic: what happens when a
-// module meets a kernel that it was not made for. The release inside the magic
-// does not count where the kernel has symbol versions, the rest always does.
+// TestLiveWrongModule changes the module's vermagic, so that the module does not fit the kernel. A kernel with symbol
+// versions ignores the release in the vermagic, but it always compares the rest.
 func TestLiveWrongModule(t *testing.T) {
 	t.Parallel()
 	c := liveConfig(t)

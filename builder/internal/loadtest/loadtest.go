@@ -1,11 +1,9 @@
-// Package loadtest loads a driver's freshly compiled kernel modules into the
-// very kernel that they were compiled for, in a virtual machine, asks NVIDIA's
-// management library what it sees, and unloads them again. It is the last
-// check before a driver is published.
+// Package loadtest loads a driver's compiled kernel modules into the very kernel that they were compiled for, in a
+// virtual machine. The package asks NVIDIA's management library (NVML) for the driver version, and unloads the modules
+// again. This is the last check before a driver is published.
 //
-// It refuses to publish, to repair, and to call a driver good that it did not
-// see running: without a GPU in the machine, emulated or not, the verdict says
-// so.
+// The package refuses to publish and to repair. The package also refuses to call a driver good that it did not see
+// running. If the machine has no GPU, emulated or not, the verdict says so.
 package loadtest
 
 import (
@@ -21,44 +19,44 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// The states of a [Verdict].
+// These constants are the states of a [Verdict].
 const (
-	// Loaded: every module loaded, NVML answered the right version, all unloaded.
+	// Loaded: every module loaded, NVML answered with the right version, and every module unloaded.
 	Loaded = "loaded"
-	// NoDevice: the module linked into the kernel, ran, and found no GPU.
+	// NoDevice: the module nvidia linked into the kernel and ran, but found no GPU.
 	NoDevice = "loaded, no device"
-	// Rejected: the kernel or the driver said no.
+	// Rejected: the kernel or the driver reported an error.
 	Rejected = "rejected"
 )
 
-// Config says what to load and where.
+// Config says what to load and in which machine.
 type Config struct {
-	// Boot is a folder with the kernel, as [vm.Config.Boot] wants it. With
-	// emugpu.ko in it, the machine has an emulated GPU.
+	// Boot is a folder with the kernel, as [vm.Config.Boot] describes it. If it has emugpu.ko, the machine has an
+	// emulated GPU.
 	Boot string
-	// Modules maps module names, such as nvidia-uvm, to files. What processor
-	// they are for decides what machine they are loaded in.
+	// Modules maps module names, such as nvidia-uvm, to files. The files' architecture decides the architecture of the
+	// machine.
 	Modules map[string]string
 	// Userspace is a folder with lib64/libnvidia-ml.so.1.
 	Userspace string
-	// Firmware is a folder with firmware/nvidia/<VERSION>/; "" is none.
+	// Firmware is a folder with firmware/nvidia/<VERSION>/. "" means that the driver has none.
 	Firmware string
-	// Version is the driver version that must answer.
+	// Version is the driver version that NVML must report.
 	Version string
-	// Init and Probe are the programs guestinit and nvmlprobe for amd64. Those
-	// for another processor are beside them: guestinit-arm64, nvmlprobe-arm64.
+	// Init and Probe are the paths of guestinit and nvmlprobe for amd64. The programs for arm64 lie in the same
+	// folders: guestinit-arm64 and nvmlprobe-arm64.
 	Init, Probe string
-	// KernelArgs are added to the kernel's command line, as module.sig_enforce=1.
+	// KernelArgs are added to the kernel's command line, such as module.sig_enforce=1.
 	KernelArgs []string
-	// Timeout ends the machine; 0 means 5 minutes.
+	// Timeout stops the machine. 0 means 5 minutes.
 	Timeout time.Duration
-	// Watch receives the machine's progress; may be nil.
+	// Watch receives the machine's progress. Watch may be nil.
 	Watch func(vm.Progress)
 }
 
-// Run boots, loads, asks and unloads. A rejection is fault.LoadTestFailed and
-// comes with the verdict; any other error means that the test could not be
-// done. console gets the machine's console; may be nil.
+// Run boots the machine, loads the modules, asks NVML and unloads the modules. If the driver is rejected, Run returns
+// the verdict and fault.LoadTestFailed. Any other error means that the test could not run. Run writes the machine's
+// console to console, which may be nil.
 func Run(ctx context.Context, c Config, console io.Writer) (*Verdict, error) {
 	c.Modules = normalise(c.Modules)
 	if err := c.validate(); err != nil {

@@ -16,16 +16,16 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// plan is what the machine is told to do, and how its steps are found again.
+// plan has the steps for the machine and the facts that judge their results.
 type plan struct {
 	version string
 	arch    target.Arch
-	release string // that the modules were made for
+	release string // kernel release in the modules' vermagic
 	madeFor string // the stamp of nvidia.ko
 	gpu     bool
-	modules []string // to load, in order
+	modules []string // modules to load, in order
 	skipped map[string]string
-	// idleDRM says that nvidia-drm is empty.
+	// idleDRM is true if nvidia-drm is empty.
 	idleDRM bool
 	// notAsked says why NVML cannot be asked.
 	notAsked string
@@ -33,7 +33,7 @@ type plan struct {
 	steps    []vm.Step
 }
 
-// Names of steps.
+// These constants are the names of steps.
 const (
 	stepBefore  = "machine"
 	stepLoad    = "load "
@@ -46,7 +46,7 @@ const (
 	stepAfter   = "taint"
 )
 
-// Places in the machine.
+// These constants are paths in the machine.
 const (
 	guestModules = "/usr/local/nvidia/drivers"
 	guestLib     = "/usr/local/nvidia/lib64/libnvidia-ml.so.1"
@@ -56,7 +56,7 @@ const (
 	sysStamp     = "/sys/module/nvidia/notes/" + modinfo.StampSection
 )
 
-// stepTimeout bounds one step: far above what a slow machine needs.
+// stepTimeout limits one step. Even a slow machine needs far less.
 const stepTimeout = 2 * time.Minute
 
 func newPlan(c Config) (*plan, error) {
@@ -93,7 +93,7 @@ func newPlan(c Config) (*plan, error) {
 	return p, nil
 }
 
-// archOf returns the architecture of a machine that loads such modules.
+// archOf returns the architecture of a machine for modules of this ELF type.
 func archOf(m elf.Machine) (target.Arch, error) {
 	switch m {
 	case elf.EM_X86_64:
@@ -104,8 +104,7 @@ func archOf(m elf.Machine) (target.Arch, error) {
 	return "", fault.New(fault.Unsupported, fmt.Sprintf("nvidia.ko is for processor %v", m), "compile for amd64 or arm64")
 }
 
-// Helper returns the program of ours for an architecture: it is beside the
-// one for amd64.
+// Helper returns the path of a program for an architecture. That program lies in the folder of the program for amd64.
 func Helper(program string, arch target.Arch) string {
 	if arch == target.AMD64 {
 		return program
@@ -133,7 +132,7 @@ func (p *plan) addFiles(c Config) error {
 			vm.File{Name: guestProbe, Path: probe, Mode: 0o755})
 		p.files = append(p.files, libraries...)
 	case errors.Is(err, os.ErrNotExist) && p.arch != target.AMD64:
-		// Compiling it takes a cross compiler, which not every builder has.
+		// Compiling nvmlprobe for another architecture needs a cross compiler, which not every builder has.
 		p.notAsked = "this builder has no " + filepath.Base(probe)
 	default:
 		return fault.Wrap(fault.Usage, fmt.Errorf("find nvmlprobe: %w", err),
@@ -165,7 +164,7 @@ func (p *plan) addSteps() {
 	}
 	add(false, stepNodes, "@nvidia-nodes")
 	if p.notAsked == "" {
-		// Whatever the probe says, the modules have to unload after it.
+		// The modules must unload even if the probe fails.
 		add(true, stepProbe, guestProbe, "--lib", guestLib)
 	}
 	for _, m := range slices.Backward(p.modules) {

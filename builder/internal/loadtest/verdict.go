@@ -2,34 +2,34 @@ package loadtest
 
 import "strings"
 
-// Recipe names the way of testing. It goes into the key of a kept verdict.
+// Recipe names the version of the load test. Recipe is part of the key of a stored verdict.
 const Recipe = "loadtest-3"
 
-// Verdict is what was seen. Its JSON is kept, printed and signed: names stay.
+// Verdict is the result of a load test. Its JSON is stored, printed and signed, so the names must not change.
 type Verdict struct {
 	// State is [Loaded], [NoDevice] or [Rejected].
 	State string `json:"state"`
-	// Reason says in a line why State is not Loaded.
+	// Reason says in one line why State is not Loaded.
 	Reason string `json:"reason,omitempty"`
-	// Release is what the booted kernel calls itself.
+	// Release is the release of the booted kernel, as uname -r prints it.
 	Release string `json:"release,omitempty"`
-	// Machine is what it ran in; EmulatedGPU says that it had one.
+	// Machine describes the virtual machine. EmulatedGPU is true if it had an emulated GPU.
 	Machine     string `json:"machine,omitempty"`
 	EmulatedGPU bool   `json:"emulatedGpu"`
-	// Modules holds every module of the set: first those that were tried, in the
-	// order of loading, then those that were not, by name.
+	// Modules has every module of the set. The modules that were tried come first, in the order of loading. The others
+	// follow by name.
 	Modules []Module `json:"modules"`
 	// NVMLVersion is the driver version that NVML reported.
 	NVMLVersion string `json:"nvmlVersion,omitempty"`
-	// NotAsked says why NVML was not asked; "" where it was, or came too late.
+	// NotAsked says why NVML was not asked. NotAsked is "" if NVML was asked, or if the test ended before that step.
 	NotAsked string `json:"notAsked,omitempty"`
-	// Warnings are kernel log lines that a person should see though all went well.
+	// Warnings are lines of the kernel's log that a person should read even if the test passed.
 	Warnings []string `json:"warnings,omitempty"`
-	// KernelLog is what the kernel said from the first load on, the last
-	// maxKernelLog bytes of it; after a crash, the end of the console.
+	// KernelLog has the last maxKernelLog bytes of the kernel's log since the first load. After a crash it has the end
+	// of the console's output.
 	KernelLog string `json:"kernelLog"`
-	// BootSeconds, LoadSeconds, ProbeSeconds and UnloadSeconds say where the
-	// time went; Seconds is the machine's whole life.
+	// BootSeconds, LoadSeconds, ProbeSeconds and UnloadSeconds are the durations of the phases. Seconds is the total
+	// run time of the machine.
 	BootSeconds   float64 `json:"bootSeconds"`
 	LoadSeconds   float64 `json:"loadSeconds"`
 	ProbeSeconds  float64 `json:"probeSeconds"`
@@ -37,26 +37,25 @@ type Verdict struct {
 	Seconds       float64 `json:"seconds"`
 }
 
-// Module is what happened to one module.
+// Module is the result of one module.
 type Module struct {
 	Name string `json:"name"`
-	// Load and Unload are [OK], [Refused] or [Skipped]; "" where the test did not
-	// get so far.
+	// Load and Unload are [OK], [Refused] or [Skipped]. They are "" if the test ended earlier.
 	Load   string `json:"load,omitempty"`
 	Unload string `json:"unload,omitempty"`
-	// Note says why, where it is not OK.
+	// Note gives the reason if the result is not OK.
 	Note string `json:"note,omitempty"`
 }
 
-// What may happen to a module.
+// These constants are the results of a module.
 const (
 	OK      = "ok"
 	Refused = "refused"
 	Skipped = "skipped"
 )
 
-// maxKernelLog bounds the log in a verdict, which is kept as a fact, signed and
-// sent around. An undisturbed run takes a fifth of it.
+// maxKernelLog limits the log in a verdict, in bytes, because a verdict is stored, signed and sent to others. A run
+// without errors needs a fifth of it.
 const maxKernelLog = 32 << 10
 
 // String returns a line for people: "loaded", "loaded, no device: ..." or
@@ -68,7 +67,7 @@ func (v *Verdict) String() string {
 	return v.State + ": " + v.Reason
 }
 
-// Loaded names the modules that were loaded, in order.
+// Loaded returns the names of the modules that were loaded, in order.
 func (v *Verdict) Loaded() []string {
 	var names []string
 	for _, m := range v.Modules {
@@ -79,7 +78,7 @@ func (v *Verdict) Loaded() []string {
 	return names
 }
 
-// module returns the entry of a name.
+// module returns the entry of a module.
 func (v *Verdict) module(name string) *Module {
 	for i := range v.Modules {
 		if v.Modules[i].Name == name {
@@ -90,7 +89,7 @@ func (v *Verdict) module(name string) *Module {
 	return &v.Modules[len(v.Modules)-1]
 }
 
-// lastBytes returns the whole lines at the end of a text that fit.
+// lastBytes returns the end of a text: as many whole lines as fit into most bytes.
 func lastBytes(text string, most int) string {
 	if len(text) <= most {
 		return text

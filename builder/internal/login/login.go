@@ -1,7 +1,7 @@
-// Package login finds the credentials with which the builder pushes: those of
-// the user's Docker configuration, and, for Google's registries, those that
-// Google's own tools would use. It refuses to ask Google for anybody else's
-// registry.
+// Package login finds the credentials with which the builder pushes. The first source is the user's Docker
+// configuration. For Google's registries, the second source is the credentials that Google's own tools would use.
+//
+// The package refuses to ask Google for credentials of other registries.
 package login
 
 import (
@@ -9,10 +9,9 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/google"
 )
 
-// Keychain returns where credentials come from. What the Docker configuration
-// says about a registry goes first: somebody wrote it down. Hosts of Google's
-// (gcr.io, *.gcr.io, *-docker.pkg.dev) are then looked up in the application
-// default credentials, a machine's own account included, and in gcloud.
+// Keychain returns a keychain with two sources. An entry of the Docker configuration comes first, because somebody
+// wrote it on purpose. For Google's hosts (gcr.io, *.gcr.io, *-docker.pkg.dev) the second source follows: the
+// application default credentials, which include the machine's service account, and gcloud.
 func Keychain() authn.Keychain {
 	return authn.NewMultiKeychain(authn.DefaultKeychain, google.Keychain)
 }

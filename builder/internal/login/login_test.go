@@ -16,19 +16,18 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// gcloud is a program that answers as Google's does.
+// gcloud is a program that prints a token as Google's gcloud does.
 const gcloud = `#!/bin/sh
 echo '{"credential":{"access_token":"token-of-gcloud","token_expiry":"2999-01-01T00:00:00Z"}}'
 `
 
-// TestKeychain asks for a registry of Google's and for others, with and
-// without an entry in the Docker configuration.
+// TestKeychain asks for a registry of Google and for others, with and without an entry in the Docker configuration.
 func TestKeychain(t *testing.T) {
 	home := t.TempDir()
 	for name, value := range map[string]string{
 		"HOME": home, "DOCKER_CONFIG": home, "CLOUDSDK_CONFIG": home, "GOOGLE_APPLICATION_CREDENTIALS": "",
 		"REGISTRY_AUTH_FILE": "", "XDG_RUNTIME_DIR": home,
-		// No machine account here.
+		// The metadata server has no machine account.
 		"GCE_METADATA_HOST": noMetadata(t), "PATH": home,
 	} {
 		t.Setenv(name, value)
@@ -70,7 +69,7 @@ func TestKeychain(t *testing.T) {
 	}
 }
 
-// noMetadata is a metadata server without an account.
+// noMetadata runs a metadata server without an account.
 func noMetadata(t *testing.T) string {
 	t.Helper()
 	s := httptest.NewServer(http.NotFoundHandler())

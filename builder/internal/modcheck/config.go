@@ -7,11 +7,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// vermagicOf returns what a kernel of this configuration wants, in the order
-// of include/linux/vermagic.h; "" where the configuration alone does not tell.
+// vermagicOf returns the vermagic of a kernel with this configuration, in the order of include/linux/vermagic.h. It
+// returns "" if the configuration alone does not determine it.
 func vermagicOf(config kconfig.Config, release string, arch target.Arch) string {
 	if config.On("CONFIG_RANDSTRUCT") || config.On("CONFIG_GCC_PLUGIN_RANDSTRUCT") {
-		return "" // ends in a hash of the build's secret seed
+		return "" // the vermagic ends in a hash of the build's secret seed
 	}
 	words := []string{release}
 	add := func(word string, options ...string) {
@@ -23,7 +23,7 @@ func vermagicOf(config kconfig.Config, release string, arch target.Arch) string 
 		}
 	}
 	add("SMP", "CONFIG_SMP")
-	switch { // PREEMPT_BUILD is Linux 5.16's name for what decides here
+	switch { // Linux 5.16 introduced PREEMPT_BUILD as the option that decides here
 	case config.On("CONFIG_PREEMPT_BUILD") || config.On("CONFIG_PREEMPT"):
 		words = append(words, "preempt")
 	case config.On("CONFIG_PREEMPT_RT"):

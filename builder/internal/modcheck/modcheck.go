@@ -1,11 +1,9 @@
-// Package modcheck is the static half of the proof before publishing: it stamps
-// every module with the kernel that it was made for, and compares a finished set of modules with that kernel's own
-// facts: what it exports, how it was configured, and what its own modules look like. The load test is the other
-// half.
+// Package modcheck has the static checks of modules before publishing. The package stamps every module with the kernel
+// that it was made for. The package compares a finished set of modules with that kernel's own facts: its exports, its
+// configuration, and its own modules. The load test is the second check.
 //
-// It refuses to compile, to load and to guess: what the header tree does not
-// say is an error or left out by name, never assumed. docs/background/checks.md says what
-// it can and cannot prove.
+// The package refuses to compile, to load and to guess. A fact that the header tree does not have is an error or is
+// reported as left out, never assumed. docs/background/checks.md says what the checks prove and what they cannot prove.
 package modcheck
 
 import (
@@ -25,36 +23,34 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// Recipe names the way of stamping. It goes into cache keys of modules.
+// Recipe names the version of the stamp. Recipe is part of the cache keys of modules.
 const Recipe = "stamp-1"
 
-// Kernel is what modules are checked against.
+// Kernel describes the kernel against which modules are checked.
 type Kernel struct {
 	// Headers is the root of the kernel's header tree.
 	Headers string
-	// Boot is the folder of a bootable kernel, as package vm wants it; "" means none. Its modules show what the kernel's
-	// own build made of struct module.
+	// Boot is the folder of a bootable kernel in the form that package vm reads. Its modules show the size of struct
+	// module in the kernel's own build. "" means that there is none.
 	Boot string
 	// Release is `uname -r`.
 	Release string
 	Arch    target.Arch
-	// Fingerprint is the one that the modules have to be stamped with; "" for
-	// modules that somebody else made.
+	// Fingerprint is the fingerprint that the modules' stamps must have. "" is for modules that somebody else made.
 	Fingerprint target.Fingerprint
-	// Version is the driver's; "" leaves it out.
+	// Version is the driver's version. "" skips this check.
 	Version string
-	// Open demands modules under a licence that Linux takes as compatible with its own.
+	// Open requires a licence that Linux accepts as compatible with its own.
 	Open bool
-	// BTF is a file with the description of the kernel's types that the modules'
-	// were made against; "" means none, and then modules of ours may have none.
+	// BTF is a file with the kernel's BTF against which the BTF of the modules was made. "" means none. Then modules
+	// that Prebake compiled must have no BTF.
 	BTF string
 }
 
 var machines = map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}
 
-// Check reads every module of a set, a map of names without .ko to files, and
-// reports all reasons why the kernel would refuse it or crash with it as
-// fault.CheckFailed. It returns the vermagic of the set.
+// Check reads every module of a set and reports all reasons why the kernel would refuse it or crash with it. modules
+// maps names without .ko to files. The error is fault.CheckFailed. Check returns the vermagic of the set.
 func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 	rules, err := k.rules()
 	if err != nil {
@@ -99,7 +95,7 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 	return mods[0].Vermagic, nil // Check refuses an empty set
 }
 
-// openLicences are those that do not taint a kernel (Linux, include/linux/license.h).
+// openLicences returns the licences that do not taint a kernel (Linux, include/linux/license.h).
 func openLicences() []string {
 	return []string{"GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL"}
 }
@@ -110,7 +106,7 @@ func Read(path string) (*modinfo.Module, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close() // only read
+	defer f.Close() // the file is only read, so an error of Close loses nothing
 	info, err := f.Stat()
 	if err != nil {
 		return nil, err
@@ -129,7 +125,7 @@ func (k Kernel) rules() (modinfo.Rules, error) {
 		return r, fault.Wrap(fault.InputMissing, fmt.Errorf("read the kernel's exports: %w", err),
 			"publish a kernel-headers.tgz that holds the kernel's Module.symvers")
 	}
-	defer symvers.Close() // only read
+	defer symvers.Close() // the file is only read, so an error of Close loses nothing
 	if r.Symvers, err = modinfo.ReadSymvers(symvers); err != nil {
 		return r, err
 	}
@@ -142,8 +138,7 @@ func (k Kernel) rules() (modinfo.Rules, error) {
 	return r, err
 }
 
-// structSize returns sizeof(struct module) as the kernel's own modules have
-// it; 0 if there is none at hand.
+// structSize returns sizeof(struct module) from one of the kernel's own modules, or 0 if there is none.
 func structSize(boot string) (uint64, error) {
 	if boot == "" {
 		return 0, nil

@@ -20,12 +20,12 @@ import (
 const (
 	ours    = target.Fingerprint("sha256:1111111111111111111111111111111111111111111111111111111111111111")
 	theirs  = target.Fingerprint("sha256:2222222222222222222222222222222222222222222222222222222222222222")
-	release = "6.6.105+" // as on COS, where siblings share it
+	release = "6.6.105+" // as on COS, where sibling kernels share a release
 	magic   = release + " SMP mod_unload"
 )
 
-// module writes the smallest relocatable file that is a module to the kernel's
-// loader and to us; more are names and contents of further sections, by turns.
+// module returns the smallest relocatable file that both the kernel's loader and this package accept as a module. more
+// has names and contents of further sections, alternately.
 func module(vermagic string, more ...string) []byte {
 	names := []byte("\x00.modinfo\x00.symtab\x00.strtab\x00.gnu.linkonce.this_module\x00.shstrtab\x00")
 	for i := 0; i < len(more); i += 2 {
@@ -65,7 +65,7 @@ func module(vermagic string, more ...string) []byte {
 	return out.Bytes()
 }
 
-// kernel lays out what a header tree says about a kernel as COS does.
+// kernel writes the files of a header tree that describe a kernel, as COS has them.
 func kernel(t *testing.T) Kernel {
 	t.Helper()
 	dir := t.TempDir()
@@ -125,8 +125,7 @@ func TestStamp(t *testing.T) {
 	}
 }
 
-// sections returns the headers of all sections but the names' own, whose place
-// and size change.
+// sections returns the headers of all sections, except the section of names. Stamp moves and enlarges that section.
 func sections(t *testing.T, data []byte) []elf.SectionHeader {
 	t.Helper()
 	f, err := elf.NewFile(bytes.NewReader(data))
@@ -218,8 +217,8 @@ func TestCheck(t *testing.T) {
 		want   string // "" passes
 	}{
 		{"fits", magic, ours, func(*testing.T, *Kernel) {}, ""},
-		// COS's siblings: one release, no checksums, no salt. Nothing but the
-		// stamp tells them apart.
+		// On COS, sibling kernels share one release and have no checksums and no salt. Only the stamp distinguishes
+		// their modules.
 		{"sibling kernel", magic, theirs, func(*testing.T, *Kernel) {}, "made for kernel " + string(theirs)},
 		{"sibling kernel, somebody else's module", magic, theirs, func(_ *testing.T, k *Kernel) { k.Fingerprint = "" }, ""},
 		{"other options", release + " SMP preempt mod_unload", ours, func(*testing.T, *Kernel) {},
@@ -279,7 +278,7 @@ func TestCheckRefusesWithoutFacts(t *testing.T) {
 	}
 }
 
-// What real kernels of these configurations wanted.
+// TestVermagic has the vermagic of real kernels with these configurations.
 func TestVermagic(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

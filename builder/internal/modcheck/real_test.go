@@ -63,14 +63,13 @@ func facts(in *cossrc.Inputs) modcheck.Kernel {
 		Fingerprint: in.Fingerprint, Version: "1.2.3"}
 }
 
-// standIn compiles the stand-in for a driver, with a deed or without, and
-// stamps it.
+// standIn compiles a small replacement for a driver and stamps it. deed names what the module does when it is loaded.
 func standIn(t *testing.T, in *cossrc.Inputs, deed string) string {
 	t.Helper()
 	return typedStandIn(t, in, deed, "")
 }
 
-// typedStandIn makes one with BTF against the kernel's types in a file, too.
+// typedStandIn does the same, and adds BTF against the kernel's BTF in the file types.
 func typedStandIn(t *testing.T, in *cossrc.Inputs, deed, types string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -104,8 +103,7 @@ func typedStandIn(t *testing.T, in *cossrc.Inputs, deed, types string) string {
 	return out
 }
 
-// patched returns a copy of a module in which one text is another of the same
-// length.
+// patched returns a copy of a module in which one text is replaced by another of the same length.
 func patched(t *testing.T, file, old, text string) string {
 	t.Helper()
 	data, err := os.ReadFile(file)
@@ -122,13 +120,12 @@ func patched(t *testing.T, file, old, text string) string {
 	return out
 }
 
-// Two letters that no symbol of the kernel has.
+// needed is a symbol that the kernel exports. missing differs from it by one letter, and no kernel has it.
 const needed, missing = "proc_create_single_data", "proc_create_zingle_data"
 
-// TestRealGate is what the gate is for, with real kernels: a module of a
-// sibling kernel, one that needs what the kernel has not, one with a wrong
-// vermagic, and one that crashes the kernel are refused, each for its own
-// reason, and the same module without any of that passes.
+// TestRealGate checks modules against real kernels. These modules must be refused, each for its own reason: one of a
+// sibling kernel, one that needs a symbol that the kernel lacks, one with a wrong vermagic, and one that crashes the
+// kernel. The same module without such a fault must pass.
 func TestRealGate(t *testing.T) {
 	t.Parallel()
 	own, other := kernels(t)
@@ -138,7 +135,7 @@ func TestRealGate(t *testing.T) {
 
 	for _, row := range []struct {
 		name, file string
-		want       []string // none: it passes
+		want       []string // none if the module passes
 	}{
 		{"good", good, nil},
 		{"sibling kernel", foreign,
@@ -217,7 +214,7 @@ func TestRealGate(t *testing.T) {
 	}
 }
 
-// program compiles a static program of this module.
+// program compiles a static program of this repository.
 func program(t *testing.T, pkg string) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Offsets in an ELF64 header, and the size of a section header.
+// These constants are offsets in an ELF64 header, and the size of a section header.
 const (
 	atShoff, atShnum = 0x28, 0x3c
 	sectionHeader    = 64
@@ -22,13 +22,12 @@ const (
 // stampAlign is the alignment of a note.
 const stampAlign = 4
 
-// maxModule bounds what is stamped: the largest module has 250 MB as built.
+// maxModule limits the size of a module that is stamped. The largest module has 250 MB as built.
 const maxModule = 1 << 30
 
-// Stamp copies a module and adds a note with the ABI fingerprint of the kernel
-// that it was made for. Whatever happens to the file afterwards, it says what
-// it is: to the gate, and on a node below /sys/module/<name>/notes. A signed
-// module is refused, since the signature would not hold any more.
+// Stamp copies a module and adds a note with the ABI fingerprint of the kernel that it was made for. The note stays
+// with the file: the checks before publishing read it there, and a node shows it below /sys/module/<name>/notes. Stamp
+// refuses a signed module, because the signature would become invalid.
 func Stamp(dst, src string, f target.Fingerprint) error {
 	data, err := readModule(src)
 	if err == nil {
@@ -59,9 +58,8 @@ func readModule(path string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-// stamped appends to a relocatable ELF64 file: the note, the section names with
-// one more, the section headers with one more. All that was there stays where
-// it was, so that no index and no offset in it changes.
+// stamped appends to a relocatable ELF64 file: the note, the section names with one more name, and the section headers
+// with one more header. All existing sections stay where they are, so that no index and no offset in them changes.
 func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	if _, err := target.ParseFingerprint(string(f)); err != nil {
 		return nil, err
@@ -82,7 +80,7 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	}
 	n := len(file.Sections)
 	shoff := le.Uint64(data[atShoff:])
-	// More sections than the header can count, or a table out of the file.
+	// The number of sections does not fit the header, or the table of sections ends outside the file.
 	if n == 0 || n != int(le.Uint16(data[atShnum:])) || n+1 >= int(elf.SHN_LORESERVE) || shoff > uint64(len(data)) ||
 		uint64(len(data))-shoff < uint64(n*sectionHeader) {
 		return nil, errors.New("its section table has an unusual form")
@@ -116,7 +114,7 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	if headers, err = binary.Append(headers, le, added); err != nil {
 		return nil, err
 	}
-	table := place(headers, 8) // may move out
+	table := place(headers, 8) // may move out to a new array
 	le.PutUint64(out[atShoff:], table)
 	le.PutUint16(out[atShnum:], uint16(n+1))
 	return out, nil

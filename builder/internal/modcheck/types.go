@@ -12,12 +12,12 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// checkTypes holds the modules' BTF against the kernel's. A kernel refuses a
-// module whose BTF was made for another, unless it is configured to load it
-// without; one that names another type by accident fools tracers.
+// checkTypes compares the modules' BTF with the kernel's. A kernel refuses a module whose BTF was made for another
+// kernel, unless it is configured to load the module without BTF. If the numbers fit by accident but name other types,
+// tracers show wrong results.
 func (k Kernel) checkTypes(modules map[string]string) error {
 	if k.BTF == "" && k.Fingerprint == "" {
-		return nil // who made them had the kernel's types, and we have not
+		return nil // whoever made the modules had the kernel's BTF; Prebake does not have it
 	}
 	var kernel *btf.Types
 	if k.BTF != "" {
@@ -46,7 +46,7 @@ func fits(path string, kernel *btf.Types) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close() // only read
+	defer f.Close() // the file is only read, so an error of Close loses nothing
 	types, err := btf.Read(f)
 	switch {
 	case kernel == nil && errors.Is(err, btf.ErrNone):

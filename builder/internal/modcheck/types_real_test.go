@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// typesOf takes a kernel's BTF out of the image that boots.
+// typesOf extracts a kernel's BTF from the image that boots.
 func typesOf(t *testing.T, in *cossrc.Inputs) string {
 	t.Helper()
 	image, err := os.ReadFile(filepath.Join(in.Boot, vm.BootKernel))
@@ -37,8 +37,9 @@ func typesOf(t *testing.T, in *cossrc.Inputs) string {
 	return out
 }
 
-// TestRealTypes: a real kernel takes the BTF of a module that was made against
-// its own, and refuses that of one made against a sibling's, as the gate does.
+// TestRealTypes boots a real kernel. The kernel must accept the BTF of a module that was made against the kernel's own
+// BTF. The kernel must refuse the BTF of a module that was made against a sibling's. The static check must decide the
+// same.
 func TestRealTypes(t *testing.T) {
 	t.Parallel()
 	own, other := kernels(t)
@@ -82,7 +83,7 @@ func TestRealTypes(t *testing.T) {
 	if !has("good") {
 		t.Errorf("%s = %s; want the module's types there\n%s", list, said["good"].Stdout, res.KernelLog)
 	}
-	// Debian's kernels load it nevertheless, without its types.
+	// Debian's kernels load such a module, but without its BTF.
 	if log := said["load foreign"].KernelLog; has("foreign") ||
 		!strings.Contains(log, "failed to validate module [nvidia] BTF") {
 		t.Errorf("%s = %s; want a sibling's types refused\n%s", list, said["foreign"].Stdout, log)

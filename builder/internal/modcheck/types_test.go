@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
-// A module's types have to go on where those of this very kernel end.
+// TestTypes checks that a module's types must continue where the types of this very kernel end.
 func TestTypes(t *testing.T) {
 	t.Parallel()
 	own, other := []string{"int", "task_struct"}, []string{"int", "task_struct", "file"}

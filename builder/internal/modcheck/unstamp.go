@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Unstamped returns a module as it was before [Stamp], byte by byte: what the
-// compiler left, and what somebody else's signature may be over.
+// Unstamped returns the bytes of a module before [Stamp]. This is the compiler's output, and the content that somebody
+// else may have signed.
 func Unstamped(path string) ([]byte, error) {
 	data, err := readModule(path)
 	if err == nil {
@@ -25,10 +25,9 @@ func Unstamped(path string) ([]byte, error) {
 	return data, nil
 }
 
-// unstamped undoes what stamped does. That left everything where it was but
-// two fields of the header; the place of the sections' table, which is one of
-// them, follows from the table being last, as linkers and strip put it. Stamping
-// the outcome again proves that nothing else was there.
+// unstamped undoes stamped. stamped changes two fields of the header and otherwise only appends. One of the two fields
+// is the offset of the section table. Linkers and strip put that table at the end of the file, so its old offset is
+// known. To prove that nothing else was there, unstamped stamps its result again and compares.
 func unstamped(data []byte) ([]byte, error) {
 	file, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {

@@ -10,11 +10,11 @@ import (
 	"testing"
 )
 
-// What a compiler, a linker and strip left comes back to the byte.
+// TestUnstamped checks that the bytes before the stamp come back exactly, for the output of compiler, linker and strip.
 func TestUnstamped(t *testing.T) {
 	t.Parallel()
 	inputs := map[string][]byte{}
-	for extra := range stampAlign { // every padding
+	for extra := range stampAlign { // each possible padding
 		inputs[fmt.Sprintf("padding %d", extra)] = module(magic + string(bytes.Repeat([]byte{'x'}, extra)))
 	}
 	if _, err := exec.LookPath("gcc"); err == nil {

@@ -7,15 +7,15 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Config is what a kernel's configuration says about module signatures.
+// Config has the options of a kernel's configuration about module signatures.
 type Config struct {
-	// Checks says that the kernel knows them at all: without, it takes every
-	// module and never examines a signature.
+	// Checks is true if the kernel supports module signatures. Without this support it loads every module and never
+	// examines a signature.
 	Checks bool
-	// Forced says that it refuses unsigned modules whatever its command line: it
-	// was configured to, or to lock itself down when it boots.
+	// Forced is true if the kernel refuses unsigned modules whatever its command line says. Such a kernel is configured
+	// to refuse them, or to lock itself down at boot.
 	Forced bool
-	// Hash is the one that its own modules are signed with.
+	// Hash is the hash algorithm of the signatures of the kernel's own modules.
 	Hash string
 }
 
@@ -34,6 +34,7 @@ func ReadConfig(r io.Reader) (Config, error) {
 		return Config{}, fault.New(fault.CheckFailed,
 			"read kernel configuration: CONFIG_MODULE_SIG without CONFIG_MODULE_SIG_HASH", "fetch the kernel's headers again")
 	}
-	c.Forced = c.Forced && c.Checks // without signatures there is nothing to refuse
+	// A kernel without support for signatures cannot refuse a module.
+	c.Forced = c.Forced && c.Checks
 	return c, nil
 }

@@ -15,32 +15,30 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// AttachRecipe names the way in which [Detached.Attach] decides and writes. It
-// goes into cache keys, with the digests of the archive and of the root.
+// AttachRecipe names the version of [Detached.Attach]. AttachRecipe is part of cache keys, together with the digests of
+// the archive and of the root.
 const AttachRecipe = "attach-1"
 
-// ErrLeftOut says that a signature of Google's is of no use for a module. Its
-// text goes on with the reason.
+// ErrLeftOut means that a signature by Google cannot be used for a module. The error's text continues with the reason.
 var ErrLeftOut = errors.New("signatures by Google are left out")
 
-// Detached are Google's signatures over the driver of one COS build, from
-// extensions/gpu/nvidia-drivers-<VERSION>-signature.tar.gz. They are over the
-// bytes that Google compiled and linked.
+// Detached has Google's signatures for the driver of one COS build. They come from
+// extensions/gpu/nvidia-drivers-<VERSION>-signature.tar.gz. Google made them over the bytes of the modules that it
+// compiled and linked itself.
 type Detached struct {
 	certificates, roots []*x509.Certificate
 	modules             map[string][]byte // by file name, such as nvidia.ko
 }
 
-// Bounds of the archives.
+// These constants limit the archives.
 const (
 	maxEntries      = 1024
 	maxSignatureTar = 64 << 20
 	maxDriverTar    = 8 << 30
 )
 
-// ReadDetached reads such an archive, and leaves what it does not know. root is
-// trusted_key.pem, the certificate that the kernel was built with; without it
-// (nil) a signature is checked against the certificates that come along alone.
+// ReadDetached reads such an archive and ignores files that it does not know. root is trusted_key.pem, the certificate
+// with which the kernel was built. If root is nil, a signature is checked only against the certificates in the archive.
 func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 	d := &Detached{modules: map[string][]byte{}}
 	err := eachFile(archive, maxSignatureTar, d.add)
@@ -88,11 +86,10 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 	return nil
 }
 
-// Attach writes a module, given by its name without .ko and its bytes, with
-// Google's signature to the new file dst. A signature that was not made over
-// exactly these bytes, that is missing, or whose signer the kernel's root has
-// not certified, is an [ErrLeftOut]. A signature that no certificate at hand can
-// have made is damaged; Attach returns another error for it.
+// Attach writes a module with Google's signature to the new file dst. name is the module's name without .ko, and module
+// is its content. The error is [ErrLeftOut] in three cases: there is no signature, the signature was made over other
+// bytes, or the kernel's root has not certified its signer. If none of the known certificates fits the signature, the
+// signature is damaged, and Attach returns another error.
 func (d *Detached) Attach(dst, name string, module []byte) error {
 	signature := d.modules[name]
 	if signature == nil {
@@ -116,14 +113,13 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	return writeNew(dst, module, signature, trailer(signature))
 }
 
-// UnpackRecipe names the way in which [UnpackSigned] writes, for cache keys.
+// UnpackRecipe names the version of [UnpackSigned], for cache keys.
 const UnpackRecipe = "unpack-signed-1"
 
-// UnpackSigned writes the modules out of nvidia-drivers-<VERSION>.tgz, which
-// Google compiled and signed for one COS build, into a folder: untouched, since
-// a kernel that takes Google's key alone takes nothing else. Each has to carry
-// a signature that one of these certificates vouches for. It returns their names
-// without .ko.
+// UnpackSigned writes the modules from nvidia-drivers-<VERSION>.tgz into a folder. Google compiled and signed these
+// modules for one COS build. They are written unchanged, because a kernel that trusts only Google's key loads only
+// these modules. Each module must have a valid signature by one of the trusted certificates. UnpackSigned returns the
+// names of the modules without .ko.
 func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([]string, error) {
 	var names []string
 	err := eachFile(archive, maxDriverTar, func(h *tar.Header, body io.Reader) error {
@@ -155,7 +151,7 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 	return names, nil
 }
 
-// eachFile calls do for every regular file of a tar in gzip.
+// eachFile calls do for every regular file of a gzip-compressed tar.
 func eachFile(r io.Reader, most int64, do func(h *tar.Header, body io.Reader) error) error {
 	z, err := gzip.NewReader(r)
 	if err != nil {
@@ -176,7 +172,7 @@ func eachFile(r io.Reader, most int64, do func(h *tar.Header, body io.Reader) er
 			return err
 		case n == maxEntries:
 			return fmt.Errorf("more than %d entries", maxEntries)
-		case h.Typeflag != tar.TypeReg: // nothing is made of links and folders
+		case h.Typeflag != tar.TypeReg: // links and folders are ignored
 			continue
 		case !filepath.IsLocal(h.Name):
 			return fmt.Errorf("%.100q leads out of the archive", h.Name)

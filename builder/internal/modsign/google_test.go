@@ -51,14 +51,14 @@ func tgz(t testing.TB, entries ...entry) []byte {
 	return buf.Bytes()
 }
 
-// google is what a COS build ships: a root that the kernel has, and a key for
-// drivers that the root has certified.
+// google has the files of a COS build: a root that the kernel trusts, and a key for drivers that the root has
+// certified.
 type google struct {
 	root, driver *pair
 	archive      []byte
 }
 
-// newGoogle signs one module and the firmware of a driver.
+// newGoogle makes an archive with the signatures of one module and of the driver's firmware.
 func newGoogle(t testing.TB) google {
 	t.Helper()
 	root := newPair(t, rsaKey(t, 2048), nil, x509.KeyUsageCertSign)
@@ -96,7 +96,7 @@ func TestAttach(t *testing.T) {
 		name, file    string
 		archive, root []byte
 		module        []byte
-		leftOut       string // "" is attached, or refused
+		leftOut       string // "" means that it is attached or refused
 		refused       error
 	}{
 		{name: "the very bytes, root known", root: pemOf(g.root.cert)},
@@ -192,8 +192,7 @@ func TestReadDetachedRefuses(t *testing.T) {
 	}
 }
 
-// withCertificate is the module signed in such a way that the signer's
-// certificate comes along.
+// withCertificate returns the module with a signature that contains the signer's certificate.
 func withCertificate(t *testing.T, p *pair) []byte {
 	t.Helper()
 	sd, err := pkcs7.NewSignedData(module)
@@ -226,7 +225,7 @@ func TestUnpackSigned(t *testing.T) {
 		name    string
 		entries []entry
 		trusted *x509.Certificate
-		want    map[string]string // nil is refused
+		want    map[string]string // nil means that the archive is refused
 		cause   error
 	}{
 		{"the signer is trusted", append(rest, nvidia, entry{name: "drivers/nvidia-uvm.ko", data: string(good)}),
@@ -290,7 +289,7 @@ func FuzzReadDetached(f *testing.F) {
 		if err != nil {
 			return
 		}
-		// Whatever comes along, only Google's own key makes a signature hold.
+		// Whatever the archive contains, only a signature by Google's own key may be valid.
 		dst := filepath.Join(t.TempDir(), "x")
 		if err := d.Attach(dst, "nvidia", module); err == nil {
 			if _, err := modsign.VerifyFile(dst, []*x509.Certificate{g.driver.cert}); err != nil {

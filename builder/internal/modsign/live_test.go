@@ -15,11 +15,10 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// TestLive shows modules to a real kernel that takes signed ones only.
-// PREBAKE_BOOT is a boot folder whose modules may be signed or not;
-// PREBAKE_MODULE_KEY and PREBAKE_MODULE_CERT a pair that this kernel trusts,
-// such as the mirror's test-module-signing.key and .crt for its clang-built
-// kernel. Without the pair, only what a kernel refuses is tried.
+// TestLive loads modules into a real kernel that accepts only signed modules. PREBAKE_BOOT is a boot folder. Its
+// modules may be signed or not. PREBAKE_MODULE_KEY and PREBAKE_MODULE_CERT are a pair that this kernel trusts, such as
+// the mirror's test-module-signing.key and .crt for its clang-built kernel. Without this pair, TestLive tries modules
+// that a kernel refuses, and the shipped module if it is signed.
 func TestLive(t *testing.T) {
 	t.Parallel()
 	boot, key, cert := os.Getenv("PREBAKE_BOOT"), os.Getenv("PREBAKE_MODULE_KEY"), os.Getenv("PREBAKE_MODULE_CERT")
@@ -32,7 +31,7 @@ func TestLive(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
-	// The kernel alone: modules come in the steps.
+	// The boot folder has the kernel only, because the steps load the modules.
 	bare := t.TempDir()
 	kernel, err := filepath.Abs(filepath.Join(boot, vm.BootKernel))
 	if err != nil {
@@ -46,7 +45,7 @@ func TestLive(t *testing.T) {
 	type expectation struct {
 		name  string
 		errno syscall.Errno
-		line  string // of the kernel's log
+		line  string // a part of the kernel's log
 	}
 	var want []expectation
 	try := func(name string, data []byte, errno syscall.Errno, line string) {
@@ -59,7 +58,7 @@ func TestLive(t *testing.T) {
 	try("signed with a key that the kernel does not know", signed(t, load(t, rsaPair(t)), unsigned, "sha256"),
 		syscall.EKEYREJECTED, "module with unavailable key is rejected")
 	broken := signed(t, load(t, rsaPair(t)), unsigned, "sha256")
-	broken[len(broken)-len("~Module signature appended~\n")-12] = 1 // the field that Split refuses too
+	broken[len(broken)-len("~Module signature appended~\n")-12] = 1 // Split refuses this field, too
 	try("signed with a broken trailer", broken, syscall.EBADMSG, "unexpected non-zero params")
 	if key != "" && cert != "" {
 		s, err := modsign.Load(t.Context(), key, cert)
@@ -79,7 +78,7 @@ func TestLive(t *testing.T) {
 		}
 	} else if asShipped != nil {
 		try("signed by whoever built the kernel", asShipped, 0, "")
-		// A signature that a real build made is one that this package reads.
+		// This package must be able to read a signature from a real build.
 		if _, err := modsign.Verify(asShipped, nil); !errors.Is(err, modsign.ErrUnknownKey) {
 			t.Errorf("Verify(as shipped, nobody trusted) = %v; want an unknown key", err)
 		}
@@ -97,11 +96,11 @@ func TestLive(t *testing.T) {
 	}
 }
 
-// moduleName is of the one that stands for a driver: it needs nothing else.
+// moduleName is the module that replaces a driver. moduleName needs no other module.
 const moduleName = "failover"
 
-// plainModule returns a module without its signature, and as it is shipped if
-// it has one.
+// plainModule returns a module without its signature. If the module is shipped with a signature, it also returns the
+// shipped module.
 func plainModule(t *testing.T, boot string) (unsigned, asShipped []byte) {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join(boot, "modules", moduleName+".ko"))

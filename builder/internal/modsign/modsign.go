@@ -1,32 +1,27 @@
-// Package modsign signs kernel modules as the kernel's own sign-file does, and
-// verifies such signatures by the kernel's rules. It also attaches the
-// signatures that Google ships with a COS build to the very modules that they
-// were made over, and takes the modules that Google signed itself as they are.
+// Package modsign signs kernel modules as the kernel's own sign-file does, and verifies such signatures by the kernel's
+// rules. The package also attaches the signatures that Google ships with a COS build to exactly the modules over which
+// they were made. Modules that Google signed itself are taken unchanged.
 //
-// It refuses keys whose signatures differ from run to run (equal inputs have to
-// give equal modules), a module that is signed already, and to hand out a
-// signature that it has not verified itself. Private keys stay in package sign.
+// The package refuses keys whose signatures differ from run to run, because equal inputs must give equal modules. The
+// package refuses a module that is signed already. The package never returns a signature that it has not verified
+// itself. Private keys stay in package sign.
 package modsign
 
 import (
 	"context"
 	"crypto"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/binary"
-	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 
+	ocidigest "github.com/opencontainers/go-digest"
 	"github.com/smallstep/pkcs7"
 
 	"github.com/prebake/prebake/builder/internal/sign"
@@ -34,26 +29,26 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// Recipe names the way in which modules are signed: it changes when the bytes
-// of a signature would, and goes into cache keys with [Signer.Identity].
+// Recipe names the version of the signatures. Recipe changes when the bytes of a signature change. Recipe is part of
+// cache keys, together with [Signer.Identity].
 const Recipe = "modsign-1"
 
-// Bounds. The largest module that a driver has after stripping is some 70 MB.
+// These constants are limits in bytes. The largest module of a driver has about 70 MB after it is stripped.
 const (
 	maxModule    = 512 << 20
 	maxSignature = 1 << 20
 	maxCertFile  = 1 << 20
 )
 
-// Signer signs modules with one RSA key, wherever that is kept.
+// Signer signs modules with one RSA key, which may be in a file or a KMS.
 type Signer struct {
 	key      crypto.Signer
 	cert     *x509.Certificate
 	identity string
 }
 
-// Load opens a key, a PEM file or a KMS URI as in [sign.LoadSigner], and reads
-// the certificate (PEM or DER) that the kernel trusts.
+// Load opens a key: a PEM file or a KMS URI, as in [sign.LoadSigner]. Load also reads the certificate (PEM or DER) that
+// the kernel trusts.
 func Load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	s, err := load(ctx, keyRef, certPath)
 	if err != nil {
@@ -84,7 +79,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 			"use an RSA key: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout modules.key -out "+
 				"modules.crt")
 	}
-	// crypto/rsa.c, rsa_check_key_length: other lengths do not verify.
+	// rsa_check_key_length in the kernel's crypto/rsa.c refuses other lengths.
 	if !slices.Contains([]int{2048, 3072, 4096}, pub.N.BitLen()) {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("%s is an RSA key of %d bits", keyRef, pub.N.BitLen()),
 			"use an RSA key of 2048, 3072 or 4096 bits, which the kernel can verify")
@@ -100,7 +95,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	return &Signer{key: key, cert: cert, identity: Fingerprint(cert)}, nil
 }
 
-// ReadCertificates reads a file of PEM certificates, or of one in DER.
+// ReadCertificates reads a file with PEM certificates, or with one certificate in DER.
 func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -119,7 +114,7 @@ func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	return certs, nil
 }
 
-// ParseCertificates reads PEM certificates, or one in DER.
+// ParseCertificates parses PEM certificates, or one certificate in DER.
 func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	if len(text) > maxCertFile {
 		return nil, fmt.Errorf("more than %d bytes", maxCertFile)
@@ -142,37 +137,23 @@ func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	return certs, nil
 }
 
-// Fingerprint names a certificate: sha256: and the digest of its DER form.
+// Fingerprint identifies a certificate: sha256: and the digest of its DER form.
 func Fingerprint(cert *x509.Certificate) string {
-	sum := sha256.Sum256(cert.Raw)
-	return "sha256:" + hex.EncodeToString(sum[:])
+	return ocidigest.FromBytes(cert.Raw).String()
 }
 
-// Identity is the [Fingerprint] of the certificate. It decides, with [Recipe]
-// and the hash, the bytes of every signature.
+// Identity returns the [Fingerprint] of the certificate. Together with [Recipe] and the hash it decides the bytes of
+// every signature.
 func (s *Signer) Identity() string { return s.identity }
 
-// Certificate is the one by which the kernel finds its key.
+// Certificate returns the certificate by which the kernel finds the key.
 func (s *Signer) Certificate() *x509.Certificate { return s.cert }
 
-// Key names what a signature is made with, for cache keys: modules with equal
-// keys and equal bytes are signed with equal bytes.
+// Key returns a cache key for signatures by this signer. Modules with equal keys and equal bytes get equal signatures.
 func (s *Signer) Key(hash string) string { return Recipe + "-" + hash + "-" + s.identity }
 
-// SignAll signs modules, by name, into a folder, and returns where they are.
-func (s *Signer) SignAll(ctx context.Context, modules map[string]string, dir, hash string) (map[string]string, error) {
-	out := map[string]string{}
-	for _, name := range slices.Sorted(maps.Keys(modules)) {
-		out[name] = filepath.Join(dir, strings.TrimSuffix(name, ".ko")+".ko")
-		if err := s.Sign(ctx, modules[name], out[name], hash); err != nil {
-			return nil, err
-		}
-	}
-	return out, nil
-}
-
-// Sign writes the module src with a signature to the new file dst. hash is the
-// kernel's CONFIG_MODULE_SIG_HASH: see [ReadConfig].
+// Sign signs the module src and writes it to the new file dst. hash is the kernel's CONFIG_MODULE_SIG_HASH (see
+// [ReadConfig]).
 func (s *Signer) Sign(ctx context.Context, src, dst, hash string) error {
 	if err := s.signFile(ctx, src, dst, hash); err != nil {
 		return fmt.Errorf("sign module %s: %w", src, err)
@@ -203,13 +184,13 @@ func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
 		return err
 	}
 	if _, err := verify(module, signature, []*x509.Certificate{s.cert}); err != nil {
-		// A KMS key for RSA-PSS, or with another hash, signs and is of no use.
+		// A KMS key for RSA-PSS, or for another hash, signs too, but the kernel cannot verify its signature.
 		return fault.Wrap(fault.Usage, fmt.Errorf("own signature: %w", err), "use a key for RSA PKCS#1 v1.5 with "+hash)
 	}
 	return writeNew(dst, module, signature, trailer(signature))
 }
 
-// digestOf returns the library's name of a hash.
+// digestOf returns the library's identifier of a hash algorithm.
 func digestOf(hash string) (asn1.ObjectIdentifier, error) {
 	switch hash {
 	case "sha256":
@@ -223,21 +204,21 @@ func digestOf(hash string) (asn1.ObjectIdentifier, error) {
 		"build without a module key for this kernel: only sha256, sha384 and sha512 can be signed")
 }
 
-// detached makes the CMS structure that scripts/sign-file makes: no content, no
-// certificates and no signed attributes, which the kernel refuses in modules.
+// detached makes the same CMS structure as scripts/sign-file. The structure has no content, no certificates and no
+// signed attributes, because the kernel refuses signed attributes in modules.
 func (s *Signer) detached(module []byte, digest asn1.ObjectIdentifier) ([]byte, error) {
 	sd, err := pkcs7.NewSignedData(module)
 	if err != nil {
 		return nil, err
 	}
 	sd.SetDigestAlgorithm(digest)
-	// The kernel knows the plain algorithm only, whatever the hash.
+	// The kernel supports only the plain RSA algorithm here, for every hash.
 	sd.SetEncryptionAlgorithm(pkcs7.OIDEncryptionAlgorithmRSA)
 	if err := sd.SignWithoutAttr(s.cert, s.key, pkcs7.SignerInfoConfig{}); err != nil {
 		return nil, fault.Wrap(fault.Transient, err, "check that the module signing key can be reached")
 	}
 	sd.Detach()
-	// Finish would add the certificate, so what it wraps is wrapped here.
+	// Finish would add the certificate, so this code wraps the structure itself.
 	body := sd.GetSignedData()
 	body.SignerInfos[0].DigestEncryptionAlgorithm.Parameters = asn1.NullRawValue
 	inner, err := asn1.Marshal(*body)
@@ -250,8 +231,8 @@ func (s *Signer) detached(module []byte, digest asn1.ObjectIdentifier) ([]byte, 
 	}{pkcs7.OIDSignedData, asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 0, IsCompound: true, Bytes: inner}})
 }
 
-// The trailer: struct module_signature of include/linux/module_signature.h.
-// Everything in it is zero but the kind of signature and its length.
+// These constants describe the trailer, struct module_signature of include/linux/module_signature.h. All its fields are
+// zero, except the type of the signature and its length.
 const (
 	trailerSize = 12
 	kindAt      = 2
@@ -259,7 +240,7 @@ const (
 	lengthAt    = 8
 )
 
-// trailer returns what follows a signature.
+// trailer returns the bytes that follow a signature in a module.
 func trailer(signature []byte) []byte {
 	t := make([]byte, trailerSize, trailerSize+len(modinfo.SignatureMagic))
 	t[kindAt] = kindPKCS7
@@ -287,7 +268,7 @@ func readBounded(r io.Reader) ([]byte, error) {
 	return module, nil
 }
 
-// writeNew writes a module; half of one is never left.
+// writeNew writes a module to a new file. After an error it leaves no incomplete file.
 func writeNew(dst string, parts ...[]byte) error {
 	f, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if err != nil {

@@ -21,21 +21,20 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/sigstore/sigstore/pkg/signature/kms/fake"
 
 	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// pair is a key with its certificate, in files.
+// pair is a key and its certificate, in memory and in files.
 type pair struct {
 	key           crypto.Signer
 	cert          *x509.Certificate
 	keyPath, path string
 }
 
-// newPair certifies a key, by itself or by another pair.
+// newPair makes a certificate for a key. The key signs it itself, or another pair signs it.
 func newPair(t testing.TB, key crypto.Signer, by *pair, usage x509.KeyUsage) *pair {
 	t.Helper()
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
@@ -44,7 +43,7 @@ func newPair(t testing.TB, key crypto.Signer, by *pair, usage x509.KeyUsage) *pa
 	}
 	template := &x509.Certificate{
 		SerialNumber: serial, Subject: pkix.Name{CommonName: "modules " + serial.String()}, KeyUsage: usage,
-		NotBefore: time.Unix(0, 0), NotAfter: time.Unix(1, 0), // the kernel asks no clock
+		NotBefore: time.Unix(0, 0), NotAfter: time.Unix(1, 0), // the kernel does not check validity periods
 	}
 	parent, signer := template, key
 	if by != nil {
@@ -148,31 +147,20 @@ func TestSign(t *testing.T) {
 	}
 }
 
-func TestSignAll(t *testing.T) {
+func TestSignReplacesNothing(t *testing.T) {
 	t.Parallel()
 	p := rsaPair(t)
 	s := load(t, p)
-	dir := t.TempDir()
-	modules := map[string]string{}
-	for _, name := range []string{"nvidia", "nvidia-uvm.ko"} {
-		modules[name] = write(t, filepath.Join(t.TempDir(), "x"), append([]byte(name), module...))
-	}
-	out, err := s.SignAll(t.Context(), modules, dir, "sha256")
-	if err != nil {
+	src := write(t, filepath.Join(t.TempDir(), "x"), append([]byte("nvidia"), module...))
+	dst := filepath.Join(t.TempDir(), "nvidia.ko")
+	if err := s.Sign(t.Context(), src, dst, "sha256"); err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]string{"nvidia": filepath.Join(dir, "nvidia.ko"),
-		"nvidia-uvm.ko": filepath.Join(dir, "nvidia-uvm.ko")}
-	if diff := cmp.Diff(want, out); diff != "" {
-		t.Errorf("SignAll (-want +got):\n%s", diff)
+	if _, err := modsign.VerifyFile(dst, []*x509.Certificate{p.cert}); err != nil {
+		t.Errorf("VerifyFile = %v", err)
 	}
-	for _, path := range out {
-		if _, err := modsign.VerifyFile(path, []*x509.Certificate{p.cert}); err != nil {
-			t.Errorf("VerifyFile = %v", err)
-		}
-	}
-	if _, err := s.SignAll(t.Context(), modules, dir, "sha256"); err == nil {
-		t.Error("SignAll replaced files")
+	if err := s.Sign(t.Context(), src, dst, "sha256"); err == nil {
+		t.Error("Sign replaced a file")
 	}
 	if s.Key("sha256") == s.Key("sha512") || s.Key("sha256") == load(t, rsaPair(t)).Key("sha256") {
 		t.Errorf("Key = %s for another hash or certificate too", s.Key("sha256"))
@@ -245,7 +233,7 @@ func TestLoadRefuses(t *testing.T) {
 	}
 }
 
-// TestKMS signs with a key that is behind the Sigstore KMS interface.
+// TestKMS signs with a key that the Sigstore KMS interface provides.
 func TestKMS(t *testing.T) {
 	t.Parallel()
 	p := rsaPair(t)
@@ -259,7 +247,7 @@ func TestKMS(t *testing.T) {
 	}
 }
 
-// TestTrailer begins with the vector that COS's own installer is tested with.
+// TestTrailer begins with the example from the tests of COS's own installer.
 func TestTrailer(t *testing.T) {
 	t.Parallel()
 	vector, err := hex.DecodeString("6D6F64756C65" + "7369676E6174757265" + "000002000000000000000009" +
@@ -299,8 +287,8 @@ func TestTrailer(t *testing.T) {
 	}
 }
 
-// TestOpenSSL lets a stranger verify, and refuses what the kernel refuses in
-// what the stranger makes.
+// TestOpenSSL verifies signatures of this package with openssl. TestOpenSSL also makes signatures with openssl, and
+// checks that Verify refuses those that the kernel refuses.
 func TestOpenSSL(t *testing.T) {
 	t.Parallel()
 	openssl, err := exec.LookPath("openssl")
@@ -347,7 +335,7 @@ func TestOpenSSL(t *testing.T) {
 			"sha256", "-outform", "DER", "-out", out}, row.args...)
 		if err := run(args...); err != nil {
 			if strings.Contains(name, "identifier") {
-				continue // the certificate has none to name
+				continue // the certificate has no key identifier
 			}
 			t.Fatal(err)
 		}
@@ -362,7 +350,7 @@ func TestOpenSSL(t *testing.T) {
 	}
 }
 
-// appended puts a signature behind a module as the format says.
+// appended appends a signature to a module in the kernel's format.
 func appended(module, signature []byte) []byte {
 	out := append(bytes.Clone(module), signature...)
 	out = append(out, 0, 0, 2, 0, 0, 0, 0, 0, byte(len(signature)>>24), byte(len(signature)>>16), byte(len(signature)>>8),
@@ -370,7 +358,7 @@ func appended(module, signature []byte) []byte {
 	return append(out, "~Module signature appended~\n"...)
 }
 
-// TestSignFile compares with the kernel's own program, byte by byte.
+// TestSignFile compares the signed module with the output of the kernel's own program, byte by byte.
 func TestSignFile(t *testing.T) {
 	t.Parallel()
 	signFile := signFile(t)
@@ -391,7 +379,7 @@ func TestSignFile(t *testing.T) {
 	}
 }
 
-// signFile unpacks scripts/sign-file out of Debian's linux-kbuild package.
+// signFile extracts scripts/sign-file from Debian's linux-kbuild package.
 func signFile(t *testing.T) string {
 	t.Helper()
 	cache := os.Getenv("PREBAKE_MIRROR_CACHE")
@@ -442,8 +430,7 @@ func TestReadConfig(t *testing.T) {
 	}
 }
 
-// FuzzVerify looks for crashes, and for a module that anybody could make
-// without the key.
+// FuzzVerify looks for crashes, and for a signed module that anybody could make without the key.
 func FuzzVerify(f *testing.F) {
 	p := rsaPair(f)
 	good := signed(f, load(f, p), module, "sha256")

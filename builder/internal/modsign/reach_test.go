@@ -12,9 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestKeyIsOutOfReach compiles a driver whose makefile looks for the signing
-// key, of which it knows the very path: in the file system, in its environment
-// and in that of every process that it sees.
+// TestKeyIsOutOfReach compiles a driver whose makefile searches for the signing key. The makefile knows the key's path.
+// The makefile searches the file system, its own environment, and the environment of every process that it sees.
 func TestKeyIsOutOfReach(t *testing.T) {
 	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -51,7 +50,7 @@ func TestKeyIsOutOfReach(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// Outside of the sandbox the same words find it.
+	// Outside the sandbox, the same search must find the key.
 	if out, _ := exec.CommandContext(t.Context(), "sh", "-c",
 		strings.Replace(search, "find / ", "find "+dir+" ", 1)).CombinedOutput(); !bytes.Contains(out, []byte(secret)) {
 		t.Fatalf("the search finds nothing outside of the sandbox either: %s", out)
@@ -64,7 +63,7 @@ func TestKeyIsOutOfReach(t *testing.T) {
 		Driver: target.Driver{Version: "535.261.03", Flavour: target.Open},
 		Arch:   target.AMD64, WorkDir: t.TempDir(), Log: &log,
 	})
-	// It makes no module, so that is an error; what counts is what it said.
+	// The makefile builds no module, so Modules returns an error. Only the makefile's output counts.
 	if !strings.Contains(log.String(), "searched") {
 		t.Fatalf("compile.Modules = %v; the makefile did not run: %s", err, log.String())
 	}

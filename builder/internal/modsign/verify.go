@@ -15,9 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// What can be wrong with a module's signature, and what a kernel under
-// module.sig_enforce=1 says. Each comes with its own text; these are for
-// errors.Is.
+// These errors are the possible faults of a module's signature. Each comment has the errno and the message of a kernel
+// with module.sig_enforce=1. Returned errors have a text of their own and wrap one of these for errors.Is.
 var (
 	// ErrUnsigned: EKEYREJECTED, "Loading of unsigned module is rejected".
 	ErrUnsigned = errors.New("module is not signed")
@@ -30,17 +29,16 @@ var (
 	ErrChanged = errors.New("module signature does not hold: module or signature changed after signing")
 )
 
-// Signature is one that holds.
+// Signature describes a valid signature.
 type Signature struct {
-	// Signer is the certificate whose key made it.
+	// Signer is the certificate of the key that made the signature.
 	Signer *x509.Certificate
-	// Hash is the digest's object identifier.
+	// Hash is the object identifier of the hash algorithm.
 	Hash asn1.ObjectIdentifier
 }
 
-// Split parts a module from its signature, which is nil where there is none.
-// The trailer is held to the kernel's rules (kernel/module_signature.c,
-// mod_check_sig).
+// Split separates a module from its signature. The signature is nil if the module has none. Split checks the trailer by
+// the kernel's rules (kernel/module_signature.c, mod_check_sig).
 func Split(module []byte) (body, signature []byte, err error) {
 	rest, ok := bytes.CutSuffix(module, []byte(modinfo.SignatureMagic))
 	if !ok {
@@ -69,9 +67,9 @@ func Split(module []byte) (body, signature []byte, err error) {
 	return rest[:at], rest[at:], nil
 }
 
-// Verify checks by the kernel's rules that a module carries a signature by the
-// key of one of these certificates, or of one that they have certified. It
-// holds no certificate against a clock: the kernel has none that it trusts.
+// Verify checks by the kernel's rules that a module has a valid signature. The signer must be one of these
+// certificates, or a certificate that they have certified. Verify ignores validity periods, because the kernel has no
+// clock that it trusts.
 func Verify(module []byte, trusted []*x509.Certificate) (*Signature, error) {
 	body, signature, err := Split(module)
 	if err != nil {
@@ -95,7 +93,7 @@ func VerifyFile(path string, trusted []*x509.Certificate) (*Signature, error) {
 	return nil, fmt.Errorf("verify module %s: %w", path, err)
 }
 
-// verify decides over a detached signature (crypto/asymmetric_keys/pkcs7_*.c).
+// verify checks a detached signature (crypto/asymmetric_keys/pkcs7_*.c in the kernel).
 func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, error) {
 	s, err := func() (*Signature, error) {
 		p7, err := parse(signature)
@@ -129,21 +127,21 @@ func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, er
 	return s, nil
 }
 
-// Bounds of a signature's parts; the kernel's own has one signer and no
-// certificates. Each costs the work of verifying something.
+// These constants limit the parts of a signature, because each part costs a verification. A signature by the kernel's
+// own program has one signer and no certificates.
 const (
 	maxSigners = 16
 	maxSent    = 16
 	maxChain   = 8
 )
 
-// parse reads a signature that the kernel would take for a module's.
+// parse parses a signature that the kernel would accept as a module's signature.
 func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	if len(signature) > maxSignature {
 		return nil, fmt.Errorf("%w: %d bytes", ErrMalformed, len(signature))
 	}
-	// The library takes BER, and forgives some of what it cannot read. This is
-	// the outline, in DER, without anything behind it.
+	// The library accepts BER, and ignores some parts that it cannot read. This structure is the outline in DER.
+	// Nothing may follow it.
 	var outline struct {
 		Type    asn1.ObjectIdentifier
 		Content struct {
@@ -191,11 +189,11 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	return p7, nil
 }
 
-// sha2 begins the object identifiers of that family.
+// sha2 is the prefix of the object identifiers of the SHA-2 family.
 const sha2 = "2.16.840.1.101.3.4.2."
 
-// trustedSigner finds the certificate of a signer: a trusted one, or one that
-// came with the signature and was certified by a trusted one.
+// trustedSigner returns the certificate of a signer. This is a trusted certificate, or a certificate in the signature
+// that a trusted one has certified.
 func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certificate) *x509.Certificate {
 	is := func(c *x509.Certificate) bool {
 		return bytes.Equal(c.RawIssuer, issuer) && c.SerialNumber.String() == serial
@@ -213,8 +211,8 @@ func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certifica
 	return nil
 }
 
-// chains reports whether a certificate was certified by a trusted one, maybe
-// through others that came with it.
+// chains reports whether a trusted certificate has certified c, directly or through other certificates of the
+// signature.
 func chains(c *x509.Certificate, sent, trusted []*x509.Certificate) bool {
 	certified := func(by *x509.Certificate) bool {
 		return bytes.Equal(by.RawSubject, c.RawIssuer) &&

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestMirror reads every driver of a mirror made of real releases.
+// TestMirror reads every driver of a mirror that was made from real releases.
 func TestMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {
@@ -60,7 +60,7 @@ func TestMirror(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
-		// Without the manifest, names and SONAMEs lead to the same user space.
+		// Without the manifest, file names and SONAMEs must give the same user space.
 		r.Manifest = nil
 		plain := t.TempDir()
 		if err := r.StageUserspace(plain); err != nil {

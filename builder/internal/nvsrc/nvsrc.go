@@ -1,10 +1,8 @@
-// Package nvsrc fetches one NVIDIA release into the cache: the runfile, checked
-// against its sha256, unpacked without running any of it, and laid out as the
-// folders of an installation.
+// Package nvsrc fetches one NVIDIA release into the cache. The package checks the runfile against its SHA-256 and
+// unpacks it without running any part of it. The package arranges the files as the folders of an installation.
 //
-// It refuses a runfile without a published sha256, one that holds another
-// version than its name says, and to make up a flavour that the release does
-// not have.
+// The package refuses a runfile without a published SHA-256, and one whose version differs from its name. The package
+// refuses a flavour that the release does not have.
 package nvsrc
 
 import (
@@ -34,42 +32,38 @@ type Material = input.Material
 // Release is one NVIDIA release in the cache. Nobody may write below Dir.
 type Release struct {
 	Version string
-	// Flavours are those whose module sources the release holds.
+	// Flavours are the flavours for which the release has module sources.
 	Flavours  []target.Flavour
 	Materials []Material
 	// Dir is the extracted tree.
 	Dir string
-	// Digest is the runfile's sha256: with it, StageRecipe names what the Stage
-	// functions make.
+	// Digest is the runfile's SHA-256. Digest and StageRecipe together identify the result of the Stage functions.
 	Digest string
-	// SourceDigest is a digest over the content of the module sources of all
-	// flavours.
+	// SourceDigest is a digest of the content of all module sources, of all flavours.
 	SourceDigest string
-	// Manifest is what the release says of its files; nil where it says nothing
-	// that can be read.
+	// Manifest describes the release's files. Manifest is nil if the release has no manifest that can be read.
 	Manifest *runfile.Manifest
 }
 
-// Kinds of cached trees and facts. The number changes with what is made of the
-// same runfile.
+// These constants are kinds of cached trees and facts. Their number changes when this package makes something else from
+// the same runfile.
 const (
 	driverKind = "driver-v1"
 	sourceKind = "driver-source-v1"
 )
 
-// limits are several times what a release of 2026 holds (1.5 GB, 2,500 files).
+// limits are several times the size of a release of 2026 (1.5 GB, 2,500 files).
 var limits = archive.Options{Entries: 100_000, Bytes: 8 << 30}
 
-// folders are where the module sources of each flavour are in a release.
+// folders maps each flavour to the folder of its module sources in a release.
 var folders = map[target.Flavour]string{target.Proprietary: "kernel", target.Open: "kernel-open"}
 
-// lister is a bucket that can say what it holds; a plain https one cannot.
+// lister is a bucket that can list its objects. A plain https bucket cannot.
 type lister interface {
 	List(ctx context.Context, prefix string) ([]string, error)
 }
 
-// Fetch fetches a release into the cache. say receives progress, a line at
-// a time; it may be nil.
+// Fetch fetches a release into the cache. say receives progress, one line at a time. say may be nil.
 func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, version string, arch target.Arch,
 	say func(string)) (*Release, error) {
 	return fetch(ctx, b, cache, version, arch, say)
@@ -135,7 +129,7 @@ func (f *fetcher) run(ctx context.Context) (*Release, error) {
 	return r, nil
 }
 
-// find returns the first place that has a sha256 of the release, and that sum.
+// find returns the name of the runfile at the first location that has a SHA-256 of the release, and that sum.
 func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err error) {
 	var none error
 	for _, place := range cosbucket.RunfileLocations(f.version, f.arch) {
@@ -144,13 +138,13 @@ func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err err
 			return place.Runfile, sum, err
 		}
 		if none == nil {
-			none = err // COS's own place stands for all
+			none = err // the error names COS's own location, although all are missing
 		}
 	}
 	return "", input.Sum{}, none
 }
 
-// missing turns an absent object into an answer that says what there is.
+// missing adds a hint to the error for a missing object. The hint lists versions that the bucket has.
 func (f *fetcher) missing(ctx context.Context, err error) error {
 	if !fault.Is(err, fault.InputMissing) {
 		return err
@@ -173,7 +167,7 @@ func (f *fetcher) missing(ctx context.Context, err error) error {
 	return fault.Wrap(fault.InputMissing, fmt.Errorf("the driver bucket has no such release: %w", err), hint)
 }
 
-// nearest returns up to six versions of a listing, those of the same branch first.
+// nearest returns up to six versions of a listing. Versions of the same branch come first.
 func (f *fetcher) nearest(names []string) []string {
 	var same, other []string
 	for _, n := range names {
@@ -210,15 +204,14 @@ func extract(ctx context.Context, file, dir string) error {
 	defer root.Close()
 	o := limits
 	if tool, err := exec.LookPath("xz"); err == nil {
-		o.XZTool = tool // some three times as fast as the decoder in Go, and bounded as a whole
+		o.XZTool = tool // about three times as fast as the decoder in Go; Unpack limits its total output
 	}
 	_, err = archive.Unpack(ctx, payload, root, o)
 	return err
 }
 
-// manifest reads .manifest. A release without one is fine, and so is one whose
-// manifest cannot be understood: the files themselves tell enough. A manifest
-// of another version is neither.
+// manifest reads .manifest. A missing or unreadable manifest is no error, because the files themselves show what they
+// are. A manifest of another version is an error.
 func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 	in, err := os.OpenInRoot(dir, ".manifest")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -264,7 +257,7 @@ func (f *fetcher) sourceDigest(ctx context.Context, dir, blob string) (string, e
 	return digest, f.Cache.PutFact(sourceKind, blob, []byte(digest))
 }
 
-// isSource reports whether dir is a folder that NVIDIA's kbuild files are in.
+// isSource reports whether dir is a folder with NVIDIA's kbuild files.
 func isSource(dir string) bool {
 	fi, err := os.Lstat(dir)
 	if err != nil || !fi.IsDir() {

@@ -31,8 +31,7 @@ import (
 
 const version = "535.261.03"
 
-// library is a small ELF file with a SONAME: no code, just a dynamic section
-// and its strings.
+// library returns a small ELF file with a SONAME. The file has no code, only a dynamic section and its strings.
 func library(t testing.TB, soname string) string {
 	t.Helper()
 	strs := "\x00" + soname + "\x00"
@@ -94,7 +93,7 @@ README.txt 0644 DOCUMENTATION ./
 kernel/Makefile 0644 KERNEL_MODULE_SRC INHERIT_PATH_DEPTH:1 MODULE:proprietary
 `
 
-// driverFiles is a small release. A name that ends in * is executable.
+// driverFiles returns the files of a small release. A name that ends in * is executable.
 func driverFiles(t testing.TB) map[string]string {
 	files := map[string]string{
 		".manifest":       manifest,
@@ -156,7 +155,8 @@ func runfile(t testing.TB, files map[string]string, xzed bool) []byte {
 	return b.Bytes()
 }
 
-// lay puts a runfile and its sha256 into a folder bucket; sum overrides the latter.
+// lay writes a runfile and its SHA-256 file into a folder bucket. If sum is set, it is written instead of the real
+// SHA-256.
 func lay(t testing.TB, dir, version string, file []byte, sum string) {
 	t.Helper()
 	name := "NVIDIA-Linux-x86_64-" + version + ".run"
@@ -193,7 +193,7 @@ func fetch(t testing.TB, dir, version string) (*nvsrc.Release, []string, error) 
 	return r, said, err
 }
 
-// layout lists a folder: mode of files, target of links.
+// layout returns the entries of a folder: the mode of a file, or the target of a link.
 func layout(t testing.TB, dir string) map[string]string {
 	t.Helper()
 	got := map[string]string{}
@@ -266,7 +266,8 @@ func TestFetchAndStage(t *testing.T) {
 	}
 }
 
-// An edition's files bear the release's own version, and its runfile the suffix.
+// TestEdition checks a release with an edition suffix. Only its runfile has the suffix; its files have the plain
+// version.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -298,7 +299,7 @@ func TestStageWithoutManifest(t *testing.T) {
 		if files[".manifest"] = text; text == "" {
 			delete(files, ".manifest")
 		}
-		delete(files, "libGL.so."+version) // the variant without libglvnd: only a manifest tells
+		delete(files, "libGL.so."+version) // a variant without libglvnd, which only the manifest marks as such
 		files["nvidia-modprobe*"] = files["nvidia-modprobe"]
 		delete(files, "nvidia-modprobe")
 		dir := t.TempDir()
@@ -331,8 +332,8 @@ func TestStageWithoutManifest(t *testing.T) {
 	}
 }
 
-// Each place where buckets have runfiles is found, with the sum that belongs
-// to it, and the material says where.
+// TestPlaces checks that a runfile is found at each location that buckets use, with the right sum. The material must
+// name the location.
 func TestPlaces(t *testing.T) {
 	t.Parallel()
 	file := runfile(t, driverFiles(t), false)
@@ -458,7 +459,7 @@ func TestFetchRefuses(t *testing.T) {
 	})
 }
 
-// TestStageIsTheSameForTheSameContent packs a release in two ways.
+// TestStageIsTheSameForTheSameContent packs the same release in two ways and compares the results.
 func TestStageIsTheSameForTheSameContent(t *testing.T) {
 	t.Parallel()
 	var digests, sources []string

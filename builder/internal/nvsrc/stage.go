@@ -16,11 +16,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// StageRecipe names what the Stage functions make of a release. It changes
-// whenever the same release would be laid out in another way.
+// StageRecipe is the version of the Stage functions' result. StageRecipe changes whenever the same release would give
+// another layout.
 const StageRecipe = "stage-2"
 
-// Folders of an installation.
+// These constants are folders of an installation.
 const (
 	binDir      = "bin"
 	libDir      = "lib64"
@@ -32,9 +32,9 @@ const (
 	firmwareDir = "firmware/nvidia"
 )
 
-// destinations are where a compute node wants the files of each type. What is
-// not here stays out: X11, VDPAU, documentation, unit files, sources.
-// GLX_CLIENT_LIB is here because Vulkan's driver file names libGLX_nvidia.
+// destinations maps the types of files that a compute node needs to their folders. All other types are left out: X11,
+// VDPAU, documentation, unit files and sources. GLX_CLIENT_LIB is included, because Vulkan's driver file names
+// libGLX_nvidia.
 var destinations = map[string]string{
 	"CUDA_LIB": libDir, "OPENCL_LIB": libDir, "OPENCL_WRAPPER_LIB": libDir, "NVCUVID_LIB": libDir, "ENCODEAPI_LIB": libDir,
 	"UTILITY_LIB": libDir, "OPENGL_LIB": libDir, "GLVND_LIB": libDir, "TLS_LIB": libDir, "GLX_CLIENT_LIB": libDir,
@@ -48,8 +48,7 @@ var destinations = map[string]string{
 	"VULKAN_ICD_JSON": vulkanDir, "GLVND_EGL_ICD_JSON": eglDir, "CUDA_ICD": openCLDir,
 }
 
-// vulkanFolder is the folder of one of Vulkan's files: older manifests do not
-// name it.
+// vulkanFolder returns the folder of one of Vulkan's files. Older manifests do not name the folder.
 func vulkanFolder(base, subdir string) string {
 	switch {
 	case subdir != "":
@@ -60,14 +59,14 @@ func vulkanFolder(base, subdir string) string {
 	return path.Join(vulkanDir, icdDir)
 }
 
-// desktop are beginnings of library names that only a desktop session uses;
-// their types do not tell.
+// desktop are prefixes of the names of libraries that only a desktop session uses. Their types in the manifest do not
+// show that.
 var desktop = []string{
 	"libnvidia-gtk", "libnvidia-wayland-client", "libnvidia-egl-wayland", "libnvidia-egl-xcb", "libnvidia-egl-xlib",
 	"libnvidia-fbc", "libvdpau", "libglxserver", "libnvidia-glxserver", "libnvidia-wfb", "libnvidia-vulkan-producer",
 }
 
-// tools are the programs that a node runs.
+// tools are the programs that a node may run.
 var tools = []string{
 	"nvidia-smi", "nvidia-modprobe", "nvidia-persistenced", "nvidia-debugdump", "nvidia-cuda-mps-control",
 	"nvidia-cuda-mps-server",
@@ -75,13 +74,13 @@ var tools = []string{
 
 // item is one file or link of the layout.
 type item struct {
-	src  string // below the release's folder; "" for a link
+	src  string // relative to the release's folder; "" for a link
 	link string // target
 	exec bool
 }
 
-// StageUserspace lays the release's user space below dst, an empty folder.
-// The same release gives the same files, links and modes wherever it runs.
+// StageUserspace copies the release's user space to dst, an empty folder. The same release gives the same files, links
+// and modes on every machine.
 func (r *Release) StageUserspace(dst string) error {
 	layout, err := r.userspace()
 	if err == nil {
@@ -96,8 +95,8 @@ func (r *Release) StageUserspace(dst string) error {
 	return nil
 }
 
-// StageFirmware lays the GSP firmware below dst, where the kernel's firmware
-// loader looks for it. A release without any leaves an empty folder.
+// StageFirmware copies the GSP firmware below dst, to the folder where the kernel's firmware loader looks for it. If
+// the release has no firmware, that folder is empty.
 func (r *Release) StageFirmware(dst string) error {
 	names, err := filepath.Glob(filepath.Join(r.Dir, "firmware", "*.bin"))
 	if err != nil {
@@ -118,7 +117,7 @@ func (r *Release) StageFirmware(dst string) error {
 	return nil
 }
 
-// userspace decides the layout: by the manifest, else by names.
+// userspace decides the layout from the manifest, or from file names if there is no manifest.
 func (r *Release) userspace() (map[string]item, error) {
 	if r.Manifest == nil {
 		return r.byName()
@@ -132,7 +131,7 @@ func (r *Release) userspace() (map[string]item, error) {
 		}
 		it := item{src: e.Path, exec: e.Mode&0o111 != 0}
 		if e.Target != "" {
-			it = item{link: path.Base(e.Target)} // the folders are flat
+			it = item{link: path.Base(e.Target)} // the folders have no subfolders
 		}
 		if to == vulkanDir {
 			to = vulkanFolder(base, e.Subdir)
@@ -148,8 +147,8 @@ func (r *Release) userspace() (map[string]item, error) {
 	return layout, nil
 }
 
-// byName is the layout of a release whose manifest cannot be read: libraries
-// of the version at the top of the tree, known tools, known driver files.
+// byName decides the layout of a release whose manifest cannot be read. byName takes the libraries at the top of the
+// tree, known tools and known driver files.
 func (r *Release) byName() (map[string]item, error) {
 	entries, err := os.ReadDir(r.Dir)
 	if err != nil {
@@ -176,7 +175,7 @@ func (r *Release) byName() (map[string]item, error) {
 			layout[path.Join(to, name)] = item{src: name, exec: to == binDir || to == libDir}
 		}
 	}
-	// Programs open these two by their plain names too.
+	// Programs also open these libraries by their names without a version.
 	for _, plain := range []string{"libcuda.so", "libnvidia-ml.so", "libnvcuvid.so", "libnvidia-encode.so"} {
 		if _, ok := layout[path.Join(libDir, plain+"."+target.ModuleVersion(r.Version))]; ok {
 			layout[path.Join(libDir, plain)] = item{link: plain + ".1"}
@@ -195,8 +194,7 @@ func wanted(to, base string) bool {
 	return true
 }
 
-// dropDangling removes links whose target is not in the layout: those of files
-// that are left out.
+// dropDangling removes links whose target is not in the layout, because that file was left out.
 func dropDangling(layout map[string]item) {
 	for again := true; again; {
 		again = false
@@ -269,8 +267,8 @@ func copyFile(from, to *os.Root, name string, it item) error {
 	return errors.Join(out.Chmod(mode), hostfile.Fill(out, in))
 }
 
-// addSONAMEs makes sure that the loader finds every library of the folder under
-// the name that programs were linked with.
+// addSONAMEs adds a link for each library of the folder whose SONAME differs from its file name. The loader finds a
+// library by its SONAME, the name with which programs were linked.
 func addSONAMEs(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -297,8 +295,7 @@ func addSONAMEs(dir string) error {
 	return nil
 }
 
-// readSONAME returns a library's DT_SONAME; "" when it has none, or is no ELF
-// file that can be read.
+// readSONAME returns a library's DT_SONAME, or "" if there is none, or if the file is not a readable ELF file.
 func readSONAME(file string) (string, error) {
 	f, err := os.Open(file)
 	if err != nil {

@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Programs that nobody here wrote read a bundle as it is: skopeo and oras the tar,
-// regctl what is unpacked of it. What they copy out are the same bytes.
+// TestStockTools checks that programs of other projects can read a bundle: skopeo and oras read the tar, and regctl
+// reads the unpacked tar. The bytes that they copy must be unchanged.
 func TestStockTools(t *testing.T) {
 	t.Parallel()
 	for _, program := range []string{"skopeo", "oras", "regctl", "tar"} {
@@ -93,7 +93,7 @@ func TestStockTools(t *testing.T) {
 	must("regctl", "image", "copy", "--referrers", "ocidir://"+untar(t, file)+":"+tag, "ocidir://regctl:"+tag)
 	sameLayout(t, "oci:"+filepath.Join(dir, "regctl"), tag, f.key, s)
 
-	// And the other way: what skopeo packs is read here.
+	// The other direction: this package must read a tar that skopeo has written.
 	must("skopeo", "--insecure-policy", "copy", "oci:"+filepath.Join(dir, "oras")+":"+tag, "oci-archive:theirs.tar:"+tag)
 	if d, err := open(t, "oci-archive:"+filepath.Join(dir, "theirs.tar")).Resolve(t.Context(), tag); err != nil ||
 		d.Digest.String() != s.Digest {
@@ -107,7 +107,7 @@ func digest(t *testing.T, file string) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// sameFolder compares what skopeo wrote with the sample.
+// sameFolder compares the folder that skopeo wrote with the sample.
 func sameFolder(t *testing.T, dir string, s testkit.Sample) {
 	t.Helper()
 	if got := digest(t, filepath.Join(dir, "manifest.json")); got != s.Digest {
@@ -121,7 +121,7 @@ func sameFolder(t *testing.T, dir string, s testkit.Sample) {
 	}
 }
 
-// sameLayout compares a layout with the sample, and verifies its statements.
+// sameLayout compares a layout with the sample and verifies its statements.
 func sameLayout(t *testing.T, ref, tag string, key *testkit.Key, s testkit.Sample) {
 	t.Helper()
 	repo := open(t, ref)

@@ -1,7 +1,8 @@
-// Package offline packs artifacts with all that belongs to them into one file
-// for places without a network: an OCI image layout in a tar, whole or what an
-// earlier one lacks. It refuses to pack bytes that are not what their digest
-// says, and to judge a place by what it asks for: who reads the file verifies.
+// Package offline packs artifacts with everything that belongs to them into one file for places without a network. The
+// file is an OCI image layout in a tar. A bundle is complete, or it is a delta with only what an earlier bundle lacks.
+//
+// The package refuses to pack bytes that differ from their digest. The package does not decide for the reader whether
+// the content is trusted: the reader of the file must verify it.
 package offline
 
 import (
@@ -27,7 +28,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Types and tags of what is packed beside artifacts.
+// These constants are the types and tags of the parts other than artifacts.
 const (
 	TypeSnapshot = "application/vnd.prebake.snapshot.v1"
 	TypeKeys     = "application/vnd.prebake.keys.v1"
@@ -35,49 +36,48 @@ const (
 	TagKeys      = "keys"
 )
 
-// Config says what is packed.
+// Config says what to pack.
 type Config struct {
-	// From has the artifacts.
+	// From is the repository with the artifacts.
 	From *registry.Repository
-	// Kernels, Drivers (versions) and Flavours choose cells; none of a kind is all there
-	// are. Each kernel has to have each driver, in one of the flavours at least.
+	// Kernels, Drivers (versions) and Flavours choose cells. An empty list chooses all. If both Kernels and Drivers are
+	// given, each kernel must have each driver in at least one of the flavours.
 	Kernels  []target.Kernel
 	Drivers  []string
 	Flavours []target.Flavour
-	// Verifier has to accept each artifact for each of its kernels; nil packs what is there.
+	// Verifier must accept each artifact for each of its kernels. nil packs artifacts without verification.
 	Verifier *trust.Verifier
-	// Keys are files with public keys, and Snapshot a folder of signed files; "" means none.
+	// Keys are files with public keys. Snapshot is a folder of signed files. "" means none.
 	Keys     []string
 	Snapshot string
-	// Images are programs' images, packed for all their platforms.
+	// Images are images of programs. They are packed for all their platforms.
 	Images []Image
-	// Since is an earlier one, whose blobs are left out; nil leaves out none.
+	// Since is an earlier bundle whose blobs are left out. nil leaves out none.
 	Since *registry.Repository
-	// Now is the time at which the verifier judges.
+	// Now is the time for which the verifier decides.
 	Now time.Time
 }
 
-// Image is an image of a program in its repository.
+// Image is a program's image in a repository.
 type Image struct {
-	// Name is what it is called in the file, and Ref its tag or digest in Repo.
+	// Name is its name in the file. Ref is its tag or digest in Repo.
 	Name, Ref string
 	Repo      *registry.Repository
 }
 
-// Report is what was packed.
+// Report says what was packed.
 type Report struct {
-	// Index is the digest of index.json, by which a delta names what it is based on; Base
-	// is that of Since.
+	// Index is the digest of index.json. A delta names its base by this digest. Base is the index of Since.
 	Index string `json:"index"`
 	Base  string `json:"base,omitempty"`
-	// Artifacts are the drivers.
+	// Artifacts lists the packed drivers.
 	Artifacts []Artifact `json:"artifacts"`
 	Images    []string   `json:"images,omitempty"`
-	// Snapshot and Keys are how many files there are of each.
+	// Snapshot is the number of files in the snapshot. Keys is the number of public keys.
 	Snapshot int `json:"snapshot,omitempty"`
 	Keys     int `json:"keys,omitempty"`
-	// Size is that of the file. Blobs and Bytes are what it holds, LeftOut and LeftOutBytes
-	// what the earlier one has.
+	// Size is the size of the file in bytes. Blobs and Bytes count the packed blobs. LeftOut and LeftOutBytes count the
+	// blobs that the earlier bundle has.
 	Size         int64 `json:"size"`
 	Blobs        int   `json:"blobs"`
 	Bytes        int64 `json:"bytes"`
@@ -90,7 +90,7 @@ type Artifact struct {
 	Digest  string          `json:"digest"`
 	Driver  target.Driver   `json:"driver"`
 	Kernels []target.Kernel `json:"kernels"`
-	// Size is that of its layers, and Attached how many manifests belong to it.
+	// Size is the total size of its layers in bytes. Attached is the number of manifests that refer to it.
 	Size     int64 `json:"size"`
 	Attached int   `json:"attached"`
 }
@@ -144,14 +144,14 @@ func write(ctx context.Context, w io.Writer, c Config) (*Report, error) {
 	return &p.report, p.write(ctx, w)
 }
 
-// cell is one artifact, and the kernels and tags for which it is packed.
+// cell is one artifact, with the kernels and tags for which it is packed.
 type cell struct {
 	digest  string
 	kernels []target.Kernel
 	tags    []string
 }
 
-// choose finds the artifacts by the tags that name kernel and driver.
+// choose finds the artifacts by their tags, which name kernel and driver.
 func choose(ctx context.Context, c Config) ([]cell, error) {
 	tags, err := c.From.Tags(ctx)
 	if err != nil {
@@ -195,7 +195,7 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 	return cells, nil
 }
 
-// lacking names what was asked for and is not there.
+// lacking lists the cells that were requested and do not exist.
 func lacking(c Config, covered map[string]bool) (lacks []string) {
 	for _, k := range c.Kernels {
 		for _, version := range c.Drivers {
@@ -215,12 +215,12 @@ func lacking(c Config, covered map[string]bool) (lacks []string) {
 	return lacks
 }
 
-// wanted reports whether one is in a list, or the list is empty.
+// wanted reports whether the list contains one, or is empty.
 func wanted[T any](list []T, one T, name func(T) string) bool {
 	return len(list) == 0 || slices.ContainsFunc(list, func(x T) bool { return name(x) == name(one) })
 }
 
-// kernelTag is the form of [bundle.KernelTag].
+// kernelTag matches the tags that [bundle.KernelTag] returns.
 var kernelTag = regexp.MustCompile(`^cos-([0-9.]+)-([a-z0-9-]+?)-([0-9]+\..+)-(open|proprietary)$`)
 
 func parseTag(tag string) (target.Kernel, target.Driver, bool) {
@@ -236,7 +236,7 @@ func parseTag(tag string) (target.Kernel, target.Driver, bool) {
 	return k, d, err == nil && bundle.KernelTag(k, d) == tag
 }
 
-// driver packs an artifact, and what is attached to it but debug symbols.
+// driver packs an artifact and its referrers. driver leaves out debug symbols.
 func (p *packer) driver(ctx context.Context, c Config, one cell) error {
 	content, err := publish.Content(ctx, c.From, one.digest)
 	if err != nil {
@@ -291,7 +291,7 @@ func (p *packer) driver(ctx context.Context, c Config, one cell) error {
 	return p.referrers(desc, list)
 }
 
-// verify decides as a node of this kernel does.
+// verify decides as a node with this kernel would.
 func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k target.Kernel) error {
 	statements, err := c.From.Attached(ctx, digest, trust.ArtifactTypeBundle, c.Verifier.Wanted(k)...)
 	if err != nil {
@@ -304,8 +304,8 @@ func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k 
 	return err
 }
 
-// referrers lists what is attached to a manifest under the tag of the referrers tag schema,
-// which some programs read in a layout; others go by the entries of the index.
+// referrers adds a list of a manifest's referrers under the tag of the referrers tag schema. Some programs read this
+// tag in a layout. Others use the entries of the index.
 func (p *packer) referrers(subject v1.Descriptor, list []v1.Descriptor) error {
 	if len(list) == 0 {
 		return nil
@@ -366,7 +366,7 @@ func (p *packer) tree(ctx context.Context, repo *registry.Repository, digest str
 	return d, err
 }
 
-// keys packs files with public keys, as one.
+// keys packs several files with public keys as one file.
 func (p *packer) keys(files []string) (int, error) {
 	var all bytes.Buffer
 	n := 0

@@ -40,7 +40,7 @@ func open(t *testing.T, ref string) *registry.Repository {
 	return r
 }
 
-// farm is a registry with the older driver on two kernels, and the newer on one.
+// farm is a registry that has the older driver for two kernels, and the newer driver for one.
 type farm struct {
 	host    string
 	repo    *registry.Repository
@@ -63,7 +63,7 @@ func newFarm(t *testing.T) farm {
 	return f
 }
 
-// write packs a bundle, and opens it.
+// write packs a bundle and opens it.
 func write(t *testing.T, c offline.Config) (file string, r *offline.Report) {
 	t.Helper()
 	c.Now = time.Now()
@@ -87,8 +87,8 @@ func kernel(patch string) target.Kernel {
 	return target.Kernel{BuildID: k.BuildID, Board: k.Board, Arch: k.Arch}
 }
 
-// A whole bundle and a delta of it, together, are what the registry has; apart, the delta
-// has what the first one lacks.
+// TestBundleAndDelta checks that a complete bundle and its delta together have everything that the registry has. The
+// delta alone must have only what the first bundle lacks.
 func TestBundleAndDelta(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -107,7 +107,7 @@ func TestBundleAndDelta(t *testing.T) {
 	if part.Base != whole.Index || part.LeftOut == 0 || len(part.Artifacts) != 2 || part.Size >= whole.Size+whole.Bytes {
 		t.Errorf("Write of a delta = %+v; want two artifacts, without what %s has", part, whole.Index)
 	}
-	// User space and firmware are those of the version, and in the first one.
+	// The first bundle has the same user space and firmware, because the driver version is the same.
 	for _, l := range f.samples[1].Layers[1:] {
 		if bytes.Contains(read(t, delta), []byte("blobs/sha256/"+strings.TrimPrefix(l.Digest, "sha256:"))) {
 			t.Errorf("the delta has the layer of %s; want it left out", l.Kind)
@@ -147,8 +147,8 @@ func read(t *testing.T, file string) []byte {
 	return raw
 }
 
-// The layout library of somebody else reads what a bundle holds: both lists of referrers,
-// an image for two platforms, files by their names.
+// TestBundleHoldsAll reads a bundle with the layout library of another project. The library must find both lists of
+// referrers, an image for two platforms, and files by their names.
 func TestBundleHoldsAll(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -255,7 +255,7 @@ func TestBundleHoldsAll(t *testing.T) {
 	}
 }
 
-// What cannot be packed as it was asked for is refused, and says why.
+// TestWriteRefuses checks that a request that cannot be packed is refused with a reason.
 func TestWriteRefuses(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -296,7 +296,7 @@ func TestWriteRefuses(t *testing.T) {
 	}
 }
 
-// A repository that serves other bytes than it says gets nothing packed.
+// TestWriteComparesBytes checks that nothing is packed if a repository returns bytes that differ from their digest.
 func TestWriteComparesBytes(t *testing.T) {
 	t.Parallel()
 	dir, key := t.TempDir(), testkit.NewKey(t)
@@ -316,7 +316,8 @@ func TestWriteComparesBytes(t *testing.T) {
 	}
 }
 
-// A delta that is unpacked over its base is the later layout, whole, to everybody.
+// TestDeltaUnpackedOverBase unpacks a delta over its base. The result must be the complete later layout for every
+// reader.
 func TestDeltaUnpackedOverBase(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

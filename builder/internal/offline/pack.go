@@ -21,12 +21,13 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// packer collects blobs, and the entries of the index.
+// packer collects blobs and the entries of the index.
 type packer struct {
 	blobs  map[string]blob // by digest
 	index  []v1.Descriptor
@@ -34,7 +35,7 @@ type packer struct {
 	report Report
 }
 
-// blob is where one is read.
+// blob describes a blob and how to read it.
 type blob struct {
 	v1.Descriptor
 	open func(context.Context) (io.ReadCloser, error)
@@ -51,7 +52,7 @@ func (p *packer) add(d v1.Descriptor, open func(context.Context) (io.ReadCloser,
 	return nil
 }
 
-// bytes packs a small blob.
+// bytes adds a small blob from memory.
 func (p *packer) bytes(raw []byte) (v1.Descriptor, error) {
 	digest, size, err := v1.SHA256(bytes.NewReader(raw))
 	if err != nil {
@@ -69,7 +70,8 @@ func (p *packer) manifest(
 	return p.manifestIf(ctx, repo, digest, func(*v1.Manifest) bool { return true })
 }
 
-// manifestIf packs an image's manifest, config and layers; nil means one that is not wanted.
+// manifestIf adds an image's manifest, config and layers. If want returns false, it adds nothing and the returned
+// manifest is nil.
 func (p *packer) manifestIf(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -100,13 +102,13 @@ func (p *packer) manifestIf(
 	return d, &m, err
 }
 
-// entry lists a manifest in the index under a name.
+// entry adds a manifest to the index under a name.
 func (p *packer) entry(d v1.Descriptor, name string) {
 	d.Annotations = map[string]string{registry.AnnotationRefName: name}
 	p.index = append(p.index, d)
 }
 
-// files packs an artifact whose layers are files.
+// files adds an artifact whose layers are files.
 func (p *packer) files(artifactType, tag string, files []v1.Descriptor) error {
 	manifest, config, err := registry.FilesManifest(artifactType, files)
 	if err != nil {
@@ -124,7 +126,7 @@ func (p *packer) files(artifactType, tag string, files []v1.Descriptor) error {
 	return nil
 }
 
-// folder packs all files of a folder as the snapshot.
+// folder adds all files of a folder as the snapshot.
 func (p *packer) folder(dir string) (int, error) {
 	var files []v1.Descriptor
 	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
@@ -172,7 +174,7 @@ func readFile(path string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-// epoch is the time of everything in the file.
+// epoch is the time of every entry in the tar.
 var epoch = time.Unix(0, 0).UTC()
 
 // write writes the tar: the layout's marker, the index, and the blobs by digest.
@@ -191,8 +193,7 @@ func (p *packer) write(ctx context.Context, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	sum := sha256.Sum256(index)
-	p.report.Index = "sha256:" + hex.EncodeToString(sum[:])
+	p.report.Index = ocidigest.FromBytes(index).String()
 	for _, file := range []struct {
 		name string
 		raw  []byte
@@ -237,7 +238,7 @@ func header(t *tar.Writer, name string, size int64) error {
 	)
 }
 
-// copy writes a blob, and compares it with its digest.
+// copy writes a blob and compares its content with its digest.
 func (b blob) copy(ctx context.Context, w io.Writer) error {
 	rc, err := b.open(ctx)
 	if err != nil {

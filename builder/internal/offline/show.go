@@ -14,30 +14,30 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// Listing is what a bundle holds.
+// Listing lists the content of a bundle.
 type Listing struct {
 	Index   string  `json:"index"`
 	Base    string  `json:"base,omitempty"`
 	Entries []Entry `json:"entries"`
-	// Attached is how many manifests are attached to drivers. Blobs and Bytes are what was
-	// compared with its digest, with what is before a delta.
+	// Attached is the number of manifests that are attached to drivers. Blobs and Bytes count the blobs that were
+	// compared with their digests. For a delta they include the blobs of its base.
 	Attached int   `json:"attached"`
 	Blobs    int   `json:"blobs"`
 	Bytes    int64 `json:"bytes"`
 }
 
-// Entry is something with a name.
+// Entry is one named entry of a bundle.
 type Entry struct {
 	Names  []string `json:"names"`
 	Kind   string   `json:"kind"` // driver, image, snapshot or keys
 	Digest string   `json:"digest"`
-	Size   int64    `json:"size"` // of its layers, for all platforms
+	Size   int64    `json:"size"` // of the layers, for all platforms
 }
 
-// maxDepth bounds indexes within indexes.
+// maxDepth limits how deeply indexes may be nested.
 const maxDepth = 3
 
-// Show lists a bundle, and compares each blob that its index leads to with its digest.
+// Show lists a bundle. Show compares each blob that the index refers to, directly or not, with its digest.
 func Show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 	l, err := show(ctx, repo)
 	if err != nil {
@@ -83,15 +83,15 @@ func show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 	return l, nil
 }
 
-// walker reads each blob once.
+// walker walks over the manifests and reads each blob once.
 type walker struct {
 	repo  *registry.Repository
 	seen  map[string]int64
-	known map[string]Entry // of manifests
+	known map[string]Entry // by the manifest's digest
 }
 
-// manifest reads a manifest or an index, and all that it leads to. It returns the size of
-// the layers, and what it is.
+// manifest reads a manifest or an index, and everything that it refers to. manifest returns the size of the layers and
+// the kind of the entry.
 func (w *walker) manifest(ctx context.Context, d v1.Descriptor, depth int) (size int64, kind string, err error) {
 	if e, ok := w.known[d.Digest.String()]; ok {
 		return e.Size, e.Kind, nil

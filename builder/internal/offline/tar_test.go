@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// untar unpacks bundles one over the other by GNU tar, as anybody does.
+// untar unpacks bundles with GNU tar, one over the other, as a user would.
 func untar(t *testing.T, files ...string) string {
 	t.Helper()
 	dir := t.TempDir()

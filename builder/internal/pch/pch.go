@@ -1,7 +1,7 @@
-// Package pch finds what the sources of a kernel module begin with, where
-// several begin alike: the first headers, which are most of what a compiler
-// reads. A compiler that precompiles this text once does not read it again for the other sources. It decides by the
-// text alone, and refuses whatever it does not understand: a source that is left out is compiled as usual.
+// Package pch finds text with which several sources of a kernel module begin. This text includes the first headers,
+// which are most of what a compiler reads. A compiler that precompiles the text once does not read it again for the
+// other sources. The package decides by the text of the files alone. The package refuses text that it does not
+// understand: such a source is left out and compiled as usual.
 package pch
 
 import (
@@ -14,39 +14,39 @@ import (
 	"strings"
 )
 
-// Header is a text that some sources begin with.
+// Header is a text with which some sources begin.
 type Header struct {
-	// Text is a header that has the compiler read the same tokens, and leaves
-	// the same macros, as the sources' own beginnings do.
+	// Text is the content of the precompiled header. With it the compiler reads the same tokens, and gets the same
+	// macros, as from the beginnings of the sources.
 	Text string
-	// Sources are those that begin so, by slash path.
+	// Sources are the sources that begin with this text.
 	Sources []Source
 }
 
-// Source begins with a precompiled header.
+// Source is a source that begins with the text of a precompiled header.
 type Source struct {
 	Path string
-	// Through are the headers, outermost first, by whose first lines the source
-	// reaches its precompiled header: it includes the first one, that one the next. Of
-	// each only the guard comes before.
+	// Through are the headers between the source and the text of the precompiled header, outermost first. The source
+	// includes the first header, and each header includes the next one. In each of them, only the include guard and
+	// definitions come before that include.
 	Through []string
-	// First is the path of the first header that the precompiled header includes, if that
-	// is the driver's own.
+	// First is the path of the first header that the precompiled header includes, if it is one of the driver's own
+	// headers.
 	First string
 }
 
-// A precompiled header costs as much as reading three sources, and one that names few of the
-// kernel's headers spares none.
+// These constants choose the headers that are worth precompiling. A precompiled header takes as long to compile as
+// three sources take to read the same text. A precompiled header with only few of the kernel's headers saves nothing.
+// maxDepth limits the headers between a source and the text.
 const (
 	minSources = 4
 	minWeight  = 16
 	maxDepth   = 8
 )
 
-// Find looks through the .c files in the folders right below the tree, each of
-// which is one module with flags of its own. Paths in texts begin with root,
-// where the compiler will find the tree. The order of the result and
-// everything in it follow from the tree's content.
+// Find examines the .c files in the top-level folders of the tree. Each of these folders is one module with its own
+// flags. Paths in the texts begin with root, the place of the tree for the compiler. The result and its order depend
+// only on the content of the tree.
 func Find(tree fs.FS, root string) ([]Header, error) {
 	t, err := readTree(tree)
 	if err != nil {
@@ -67,10 +67,9 @@ func Find(tree fs.FS, root string) ([]Header, error) {
 	return all, nil
 }
 
-// choose takes the header that saves most, then the next one for the
-// sources that are left.
+// choose returns the header that saves most, and then further headers for the remaining sources.
 func (t *tree) choose(sources []string) []Header {
-	begin := map[string][]Source{} // by text
+	begin := map[string][]Source{} // sources by text
 	for _, name := range sources {
 		for text, s := range t.prefixes(name) {
 			begin[text] = append(begin[text], s)
@@ -106,10 +105,10 @@ func (t *tree) choose(sources []string) []Header {
 	}
 }
 
-// prefixes are all texts that a source may be said to begin with.
+// prefixes returns all texts with which a source begins, for each number of headers.
 func (t *tree) prefixes(name string) map[string]Source {
 	all := map[string]Source{}
-	var through, before []string // headers gone through, and definitions on the way
+	var through, before []string // the headers between, and the definitions before them
 	for at := name; at != "" && len(through) < maxDepth; {
 		first, included := "", false
 		lines := slices.Clone(before)
@@ -137,16 +136,15 @@ func (t *tree) prefixes(name string) map[string]Source {
 			}
 		}
 		if t.files[first].guard == "" {
-			break // without a guard it would be read twice
+			break // a header without a guard would be read twice
 		}
 		through, at = append(through, first), first
 	}
 	return all
 }
 
-// include turns a line of the file into one that means the same elsewhere, and
-// names the header if it is the driver's own. It says no where a compiler's
-// flags would decide what is meant.
+// include rewrites an include line of the file so that it means the same in another file. header is set if the line
+// includes a header of the driver. ok is false if the meaning depends on the compiler's flags.
 func (t *tree) include(file string, d directive) (line, header string, ok bool) {
 	if strings.HasPrefix(d.include, "<") {
 		return "#include " + d.include, "", len(t.named(strings.Trim(d.include, "<>"))) == 0
@@ -156,7 +154,7 @@ func (t *tree) include(file string, d directive) (line, header string, ok bool) 
 	if len(found) != 1 || path.Clean(name) != name || strings.HasPrefix(name, "../") {
 		return "", "", false
 	}
-	// Beside the file, or where every module of the driver looks.
+	// The header is in the folder of the file, or in a folder where every module of the driver looks for headers.
 	for _, dir := range []string{path.Dir(file), "common/inc", "."} {
 		if path.Join(dir, name) == found[0] {
 			return fmt.Sprintf("#include %q", t.inside(found[0])), found[0], true
@@ -172,12 +170,12 @@ func (t *tree) inside(name string) string {
 	return t.root + "/" + name
 }
 
-// orderMatters reports whether a header may say something else if it came before the
-// files: it may include one, or asks whether one has been included.
+// orderMatters reports whether a header may mean something else if it is read before the files. This is so if the
+// header may include one of the files, or checks whether one has been included.
 func (t *tree) orderMatters(header string, files []string) bool {
 	for name := range t.closure(header) {
 		if t.files[name].computed {
-			return true // nobody knows what it includes
+			return true // a macro names the included file, so it is unknown
 		}
 		for _, f := range files {
 			if name == f || t.files[f].guard != "" && slices.Contains(t.files[name].conditions, t.files[f].guard) {
@@ -188,8 +186,8 @@ func (t *tree) orderMatters(header string, files []string) bool {
 	return false
 }
 
-// weight is roughly how much a text has the compiler read: the kernel's headers
-// that it names, which are all about as large with what they include.
+// weight estimates how much the compiler reads for a text. The estimate is the number of kernel headers that the text
+// includes. With the headers that they include, these are all of about the same size.
 func (t *tree) weight(text string) int {
 	kernel := map[string]bool{}
 	for line := range strings.Lines(text) {
@@ -212,8 +210,8 @@ func (t *tree) weight(text string) int {
 	return len(kernel)
 }
 
-// closure is every file of the driver that a header may lead to, itself too.
-// Conditions are not examined, and a name stands for each file that bears it.
+// closure returns every file of the driver that a header may include, directly or not, and the header itself. It
+// ignores conditions. A name stands for every file with that name.
 func (t *tree) closure(header string) map[string]bool {
 	if known := t.closures[header]; known != nil {
 		return known
@@ -235,7 +233,7 @@ func (t *tree) closure(header string) map[string]bool {
 	return seen
 }
 
-// named are the files of the driver that an include of this name could mean.
+// named returns the files of the driver that an include of this name could mean.
 func (t *tree) named(name string) []string {
 	var found []string
 	for _, file := range t.byBase[path.Base(name)] {

@@ -9,7 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// kernel are so many headers of the kernel's that reading them is worth sparing.
+// kernel includes as many kernel headers as are needed to make a precompiled header worthwhile.
 func kernel() string {
 	var b strings.Builder
 	for i := range minWeight {
@@ -107,8 +107,8 @@ func TestFind(t *testing.T) {
 	}
 }
 
-// Sources that come to a header on different ways share it, where nothing on
-// the way can tell.
+// TestThrough checks sources that include a header through different other headers. They share the precompiled header
+// if nothing in between depends on the order.
 func TestThrough(t *testing.T) {
 	t.Parallel()
 	ways := func(one, base string) map[string]string {

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// tree is a driver's sources, as far as their directives go.
+// tree has the directives of a driver's sources.
 type tree struct {
 	root     string
 	files    map[string]file
@@ -18,21 +18,21 @@ type tree struct {
 }
 
 type file struct {
-	guard      string      // NAME of #ifndef NAME, #define NAME around all of it
-	head       []directive // what comes before anything but definitions and includes
-	includes   []string    // all of them, with <> or ""
-	conditions []string    // the names in its conditions
-	computed   bool        // it includes what a macro names
+	guard      string      // NAME, if #ifndef NAME and #define NAME enclose the whole file
+	head       []directive // the definitions and includes at the beginning of the file
+	includes   []string    // all includes of the file, with <> or ""
+	conditions []string    // the names in the file's conditions
+	computed   bool        // a macro names an included file
 }
 
-// directive is an #include, with its <> or "", or a #define.
+// directive is a #define, or an #include with its <> or "".
 type directive struct {
 	text, include string
 }
 
 const (
 	maxFile = 8 << 20
-	maxHead = 128 // directives
+	maxHead = 128 // number of directives
 )
 
 var errTooLarge = errors.New("larger than any source")
@@ -106,7 +106,7 @@ func parseFile(text string) file {
 	return f
 }
 
-// guard returns NAME if the lines are one #ifndef NAME, #define NAME, to their end.
+// guard returns NAME if #ifndef NAME and #define NAME begin the lines and the matching #endif ends them.
 func guard(lines []string) string {
 	if len(lines) < 3 {
 		return ""
@@ -130,10 +130,10 @@ func guard(lines []string) string {
 	return m[1]
 }
 
-// code returns the lines that are not blank once comments are gone. Strings
-// and characters are left alone.
+// code removes comments and returns the lines that are not blank then. code does not change strings and character
+// constants.
 func code(text string) []string {
-	// A backslash joins lines before anything else is looked at.
+	// In C, a backslash at the end joins lines before anything else happens.
 	text = strings.ReplaceAll(strings.ReplaceAll(text, "\r\n", "\n"), "\\\n", "")
 	var b strings.Builder
 	for i := 0; i < len(text); {

@@ -21,24 +21,24 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// boot is what the load test's machine starts from.
+// boot is the boot folder from which the load test's virtual machine starts.
 type boot struct {
-	dir string // as package vm wants it; "" means none
-	// key names everything in the folder, for cache keys.
+	dir string // the folder in the layout of package vm; "" means there is none
+	// key is a digest of everything in the folder, for cache keys.
 	key string
-	// from are the files that it was made of, for the signed test result.
+	// from lists the files that the folder was made of. The signed test result names them.
 	from []sign.Material
 }
 
-// cosArguments are the part of the kernel's command line that lets modules and
-// firmware out of the machine's own memory load in a kernel that is configured as
-// COS's: LoadPin, which COS's own command line keeps off modules with the same
-// words, IMA's appraisal of firmware, and a hang's time, which emulation is slower
-// than.
+// cosArguments are arguments for the kernel's command line. With them, a kernel with COS's
+// configuration loads modules and firmware from the virtual machine's memory. loadpin.exclude
+// switches LoadPin off for modules, in the same words as COS's own command line. ima_appraise
+// switches off IMA's check of firmware. hung_task_panic keeps the kernel from a panic over a slow
+// task, because emulation is slower than the kernel's limit.
 const cosArguments = "loadpin.exclude=kernel-module,firmware csm.disabled=1 ima_appraise=off hung_task_panic=0\n"
 
-// findBoot decides what the machine starts from: the bucket's own boot archive, or
-// its vmlinux. why says why there is nothing.
+// findBoot chooses the boot folder for the load test: the bucket's own boot archive, or a folder
+// made of the bucket's vmlinux. If there is neither, why gives the reason.
 func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err error) {
 	switch {
 	case in.kernel.Boot != "":
@@ -61,16 +61,17 @@ func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err
 		b, err = r.makeBoot(ctx, in, vmlinux, sign.Material{Name: "vmlinux", URI: material.URI, Digest: material.Digest},
 			facts)
 	}
-	// A kernel that cannot be booted is no evidence against the modules; one of another
-	// build is: these may be made for the wrong headers.
+	// A kernel that cannot be booted here, or that another run of make linked, proves nothing about
+	// the modules. Any other mismatch ends the build, because the modules may have been compiled
+	// against the wrong headers.
 	if r.cfg.LoadTest != LoadTestRequire && (errors.Is(err, bootimage.ErrOtherRun) || fault.Is(err, fault.Unsupported)) {
 		return boot{}, err.Error(), nil
 	}
 	return b, "", err
 }
 
-// readFacts reads what a vmlinux says of itself, and compares that with the
-// headers that the modules were compiled against.
+// readFacts reads the kernel's facts from vmlinux. It compares them with the headers that the
+// modules were compiled against.
 func readFacts(vmlinux string, in *inputs) (facts bootimage.Facts, err error) {
 	f, err := os.Open(vmlinux)
 	if err != nil {
@@ -83,11 +84,11 @@ func readFacts(vmlinux string, in *inputs) (facts bootimage.Facts, err error) {
 	return facts, err
 }
 
-// factsFile tells of the image in a folder of makeBoot's.
+// factsFile is the file in a made boot folder that describes the kernel image.
 const factsFile = "image.json"
 
-// makeBoot makes a boot folder out of vmlinux, with the emulated GPU compiled for
-// it, once for each content.
+// makeBoot makes a boot folder from vmlinux, including the emulated GPU compiled for this kernel.
+// The cache keeps the folder, so equal inputs make it once.
 func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sign.Material,
 	facts bootimage.Facts) (boot, error) {
 	revision, err := testgpu.Revision()
@@ -151,8 +152,8 @@ func writeImage(vmlinux, to string, arch target.Arch) (err error) {
 	return fault.CacheDisk(bootimage.Write(out, in, arch))
 }
 
-// addGPU compiles the emulated GPU into a boot folder. A kernel whose interfaces it
-// does not know gets a machine without: modules can still be loaded there.
+// addGPU compiles the emulated GPU into a boot folder. If the emulated GPU does not know the
+// kernel's interfaces, the virtual machine has none. Modules can be loaded without it.
 func (r *run) addGPU(ctx context.Context, in *inputs, dir string) (err error) {
 	work, cleanup, err := r.products.TempDir("emugpu-")
 	if err != nil {

@@ -8,7 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// check holds every module against the kernel that it was made for.
+// check compares every module with the kernel that it was made for.
 func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Identity, vermagic string, err error) {
 	if err := r.intact(ctx, m); err != nil {
 		return id, "", err
@@ -19,7 +19,7 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 		Open: in.driver.Flavour == target.Open,
 	}
 	if m.carries.byGoogle() {
-		kernel.Fingerprint = "" // Google's signature is over the module without our stamp
+		kernel.Fingerprint = "" // Google signed the module without our stamp
 	}
 	vermagic, err = modcheck.Check(m.files, kernel)
 	if err != nil {
@@ -32,8 +32,8 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 	return id, vermagic, nil
 }
 
-// staticChecks names what was proved before the load test, for the signed test
-// result.
+// staticChecks names the checks that passed before the load test. The signed test result lists
+// them.
 func staticChecks(in *inputs, m *modules) []string {
 	origin := "stamp of the kernel's fingerprint"
 	if m.carries.byGoogle() {

@@ -24,36 +24,36 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// sumsFile is beside the modules in the cache, in the form of sha256sum: what
-// left the compiler is compared with it before anything is proved about it, and
-// again before it is packed.
+// sumsFile lies next to the modules in the cache and has the form of sha256sum's output. The
+// pipeline compares the modules with it before the checks and again before it packs them. So damage
+// in the cache is noticed.
 const sumsFile = "SHA256SUMS"
 
-// modules are the modules of a driver in the cache.
+// modules describes the modules of one driver in the cache.
 type modules struct {
 	files map[string]string // name to path
 	sums  map[string]string // name to SHA-256, in hex
-	// debug is the folder with the unstripped ones, with Config.DebugSymbols.
+	// debug is the folder of the unstripped modules; it exists only with Config.DebugSymbols.
 	debug string
-	// madeOf are the folders that this run compiled from; none where the modules were
-	// there.
+	// madeOf lists the inputs that this run compiled from. It is empty if the modules came from the
+	// cache.
 	madeOf []string
-	// carries says whose signatures they carry, and signedBy decides over the bytes of
-	// these, for cache keys.
+	// carries says whose signatures the modules have. signedBy lists everything that decides the
+	// bytes of the signatures, for cache keys.
 	carries  carries
 	signedBy []string
-	// identity is what they are good for, once they are checked.
+	// identity is the artifact's identity, which the check phase sets.
 	identity bundle.Identity
 }
 
-// key names a cached product that is made of the modules as they are published:
-// everything that decides their bytes, and more where it is given.
+// key returns the cache key of a product that is made from the modules in their published form. The
+// key covers everything that decides the modules' bytes, and the parts in more.
 func (m *modules) key(in *inputs, more ...string) string {
 	return in.stampedKey(slices.Concat(more, m.signedBy)...)
 }
 
-// compile makes the modules, or finds them made by an earlier build of the
-// same inputs.
+// compile compiles the modules, or takes them from the cache if an earlier build had the same
+// inputs.
 func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string, err error) {
 	source, err := in.release.Source(r.req.Flavour)
 	if err != nil {
@@ -107,8 +107,8 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			Progress: func(phase string, done, total int) { r.line.Progress("compile", "%s %d/%d", phase, done, total) },
 		})
 		release()
-		// A tree that changed under the compiler explains every error, and
-		// makes every success worthless.
+		// Check the inputs before err: an input that changed during the compile explains every
+		// error and makes every success worthless.
 		madeOf = []string{in.kernel.Headers, in.kernel.Toolchain, source}
 		if in.kernel.BTF != "" {
 			madeOf = append(madeOf, in.kernel.BTF)
@@ -160,8 +160,8 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	return m, note, nil
 }
 
-// modulesKey is everything that decides the bytes of the compiled modules, in the
-// words in which a build says what changed.
+// modulesKey returns the cache key of the compiled modules. It covers everything that decides their
+// bytes. The names of its parts appear in the log when a build says what changed.
 func (r *run) modulesKey(in *inputs) *cas.Key {
 	key := cas.NewKey("modules").Add("kernel fingerprint", string(in.kernel.Fingerprint)).Add("driver sources",
 		in.release.SourceDigest).
@@ -184,7 +184,7 @@ func writeSums(dir string, sums map[string]string) error {
 	return os.WriteFile(filepath.Join(dir, sumsFile), text.Bytes(), 0o644)
 }
 
-// readModules reads which modules a folder holds, and what they have to be.
+// readModules reads the modules in a folder and their expected checksums.
 func readModules(dir string) (*modules, error) {
 	raw, err := os.ReadFile(filepath.Join(dir, sumsFile))
 	if err != nil {
@@ -202,8 +202,8 @@ func readModules(dir string) (*modules, error) {
 	return m, nil
 }
 
-// intact tells whether modules still are what the compiler left, and these folders
-// of the cache what was put into them.
+// intact returns an error if a module no longer has its checksum, or if one of these folders of the
+// cache changed since it was filled.
 func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
 	for _, name := range slices.Sorted(maps.Keys(m.files)) {
 		sum, err := hostfile.Sum(m.files[name])
@@ -222,7 +222,7 @@ func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
 	return nil
 }
 
-// changed is the error about a module that is not what the compiler left.
+// changed returns the error for a module that changed in the cache since it was made.
 func changed(name, dir string) error {
 	return fault.New(fault.Transient, fmt.Sprintf("module %s was damaged in the cache since it was compiled", name),
 		"run the command again: it compiles the module again; check the disk of "+dir)

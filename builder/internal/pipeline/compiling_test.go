@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Where cells may compile one at a time, one waits for the other before its compile,
-// and gives its place back when it has failed, too.
+// If cells may compile only one at a time, a cell waits before its compile. It releases its place
+// after a failure too.
 func TestCompiling(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -49,7 +49,7 @@ func TestCompiling(t *testing.T) {
 	if !cfg.Compiling.TryAcquire(1) {
 		t.Fatal("the place is not given back")
 	}
-	// After a stop signal, it waits no longer.
+	// After a stop signal the cell stops waiting.
 	cfg.Cache, cfg.Destinations = emptyCache(t), []string{"oci:" + filepath.Join(t.TempDir(), "another")}
 	ctx, stop := context.WithTimeoutCause(t.Context(), 3*time.Second, errors.New("told to stop"))
 	defer stop()

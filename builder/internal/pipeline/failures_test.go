@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// refusing is a registry that answers every write this way, and knows nothing.
+// refusing starts a registry that is empty and answers every write with this status and body.
 func refusing(t *testing.T, status int, body string) string {
 	t.Helper()
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -35,7 +35,7 @@ import (
 
 var update = flag.Bool("update", false, "write docs/reference/faults.md anew")
 
-// The faults that are put into a build, each at the start of every phase.
+// The faults that the tests cause in a build, each at the start of every phase.
 const (
 	faultKill    = "killed"
 	faultDisk    = "disk full"
@@ -45,39 +45,38 @@ const (
 
 var faults = []string{faultKill, faultDisk, faultNetwork, faultCache}
 
-// order is what a build in a process of its own is told, in the environment.
+// order describes one build that runs in its own process. The process reads it from the environment.
 type order struct {
 	Kernels, Drivers, Repo, Key, Cache string
-	// Fault strikes when Phase begins, or when the console of the load test's
-	// machine says Text; "" means none.
+	// Fault happens when Phase begins, or when the console of the load test's virtual machine prints Text. "" means
+	// no fault.
 	Fault, Phase, Text string
-	// Warm is the load test's mode of a build for another place, which fills the
-	// cache before; "" means none.
+	// If Warm is not "", the process first fills the cache by a build for another destination. Warm is the mode of
+	// that build's load test.
 	Warm pipeline.LoadTest
-	// Parts are the folders of the cache that a fault damages; none is all.
+	// Parts are the folders of the cache that a fault damages; none means all.
 	Parts []string
-	// Init and Probe are the load test's programs.
+	// Init and Probe are the programs for the load test.
 	Init, Probe string
-	// Control is a URL whose reading takes the network down.
+	// Control is a URL. A request to it cuts the network off.
 	Control string
 }
 
-// outcome is what it prints.
+// outcome is the result that the build's process prints.
 type outcome struct {
 	Class  string // "" is success
 	Error  string
 	Digest string
-	// Machines were running when it was killed.
+	// Machines are the process ids of the virtual machines that ran when the build was killed.
 	Machines []int
-	// Again is the outcome of a second build in the same process, after a disk
-	// that was full has room again.
+	// Again is the outcome of a second build in the same process. It runs after a full disk has room again.
 	Again *outcome
 }
 
 const orderVariable = "PREBAKE_TEST_ORDER"
 
-// TestFaultProcess is no test of its own: it is the process that a fault
-// strikes, and does nothing unless it is told what to build.
+// TestFaultProcess is not a test. It is the process in which a build runs under a fault, and does nothing without an
+// order.
 func TestFaultProcess(t *testing.T) {
 	raw := os.Getenv(orderVariable)
 	if raw == "" {
@@ -172,8 +171,8 @@ func (o order) strike() error {
 	return nil
 }
 
-// damage flips a bit in every file that the cache holds for later use, or in
-// those of some parts, which have to be there.
+// damage flips a bit in every file that the cache stores for later use. With parts it damages only those folders,
+// which must exist.
 func damage(dir string, parts []string) error {
 	changed := 0
 	all := parts
@@ -193,7 +192,7 @@ func damage(dir string, parts []string) error {
 				return err
 			}
 			data[len(data)/2] ^= 1
-			// In place: who holds the file open sees it, as with a failing disk.
+			// Write in place, as a failing disk would: a process that has the file open sees the change.
 			f, err := os.OpenFile(path, os.O_WRONLY, 0)
 			if err != nil {
 				return err
@@ -212,8 +211,8 @@ func damage(dir string, parts []string) error {
 	return nil
 }
 
-// wire is the network between the build and the rest of the world. It can be
-// taken down, and it can pull the trigger at one write to the registry.
+// wire is the network between the build and its servers. It can be cut off, and it can run a function at one write to
+// the registry.
 type wire struct {
 	*httptest.Server
 	down    atomic.Bool
@@ -228,7 +227,7 @@ func newWire(t *testing.T, f *farm) *wire {
 		t.Fatal(err)
 	}
 	registry := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: repo.RegistryStr()})
-	registry.ErrorHandler = func(http.ResponseWriter, *http.Request, error) {} // a killed client
+	registry.ErrorHandler = func(http.ResponseWriter, *http.Request, error) {} // errors come from killed clients
 	files := http.FileServer(http.Dir(f.dir))
 	w := &wire{}
 	w.Server = httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
@@ -253,12 +252,12 @@ func newWire(t *testing.T, f *farm) *wire {
 	return w
 }
 
-// theatre is one build farm of its own for one fault.
+// theatre is a separate build farm for one fault.
 type theatre struct {
 	f    *farm
 	wire *wire
-	disk string // holds the cache
-	tmp  string // for temporary files
+	disk string // the folder of the cache
+	tmp  string // the folder for temporary files
 	order
 }
 
@@ -273,7 +272,7 @@ func newTheatre(t *testing.T, f *farm) *theatre {
 	}}
 }
 
-// process returns the command for a build in a process of its own.
+// process returns the command that runs a build in its own process.
 func (th *theatre) process(t *testing.T, fault, phase string) *exec.Cmd {
 	t.Helper()
 	th.Fault, th.Phase = fault, phase
@@ -291,7 +290,7 @@ func (th *theatre) process(t *testing.T, fault, phase string) *exec.Cmd {
 	return cmd
 }
 
-// killed is the class of a build that did not live to tell its own.
+// killed is the class of a build that was killed before it could report its own.
 const killed = "killed"
 
 func (th *theatre) run(t *testing.T, fault, phase string) *outcome {
@@ -299,7 +298,7 @@ func (th *theatre) run(t *testing.T, fault, phase string) *outcome {
 	return read(t, th.process(t, fault, phase), func() {})
 }
 
-// read runs a build to its end; started is called once it runs.
+// read runs a build until it ends. It calls started when the build runs.
 func read(t *testing.T, cmd *exec.Cmd, started func()) *outcome {
 	t.Helper()
 	var buffer bytes.Buffer
@@ -326,7 +325,7 @@ func read(t *testing.T, cmd *exec.Cmd, started func()) *outcome {
 	return got
 }
 
-// tags returns what the registry's tags name.
+// tags returns the digest behind each tag in the registry.
 func (th *theatre) tags(t *testing.T) map[string]string {
 	t.Helper()
 	repo, err := name.NewRepository(th.f.repo)
@@ -336,7 +335,7 @@ func (th *theatre) tags(t *testing.T) map[string]string {
 	all := map[string]string{}
 	list, err := remote.List(repo)
 	if err != nil {
-		return all // nothing was ever pushed
+		return all // the registry is empty
 	}
 	for _, tag := range list {
 		desc, err := remote.Head(repo.Tag(tag))
@@ -348,8 +347,8 @@ func (th *theatre) tags(t *testing.T) map[string]string {
 	return all
 }
 
-// afterwards checks what must hold however a build ended: no name names
-// anything but the right artifact; and that the next build ends well.
+// afterwards checks two things that must hold after every build: each tag names the right artifact, and the next
+// build succeeds.
 func (th *theatre) afterwards(t *testing.T, want string, again *outcome) {
 	t.Helper()
 	for tag, digest := range th.tags(t) {
@@ -376,7 +375,7 @@ func (th *theatre) afterwards(t *testing.T, want string, again *outcome) {
 	}
 }
 
-// struck builds under a fault and once more, and returns how the first ended.
+// struck builds under a fault and then without it. It returns how the first build ended.
 func (th *theatre) struck(t *testing.T, kind, phase, want string) string {
 	t.Helper()
 	got := th.run(t, kind, phase)
@@ -401,7 +400,7 @@ func (th *theatre) struck(t *testing.T, kind, phase, want string) string {
 	return cell
 }
 
-// reference is the digest that the cell has when nothing goes wrong.
+// reference returns the cell's digest from a build without faults.
 func reference(t *testing.T) string {
 	t.Helper()
 	got := newTheatre(t, newFarm(t)).run(t, "", "")
@@ -411,9 +410,8 @@ func reference(t *testing.T) string {
 	return got.Digest
 }
 
-// Every fault strikes at the start of every phase. Nothing wrong is published,
-// the class is the right one, and the next build ends well. The table in
-// docs/reference/faults.md is what was seen here.
+// TestFaults causes every fault at the start of every phase. Nothing wrong may be published, the error must have the
+// right class, and the next build must succeed. The results are the table in docs/reference/faults.md.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	want := reference(t)
@@ -438,7 +436,7 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// kill -9 at every single write to the registry.
+// TestKilledWhilePublishing kills the build with kill -9 at every single write to the registry.
 func TestKilledWhilePublishing(t *testing.T) {
 	t.Parallel()
 	want := reference(t)
@@ -459,7 +457,7 @@ func TestKilledWhilePublishing(t *testing.T) {
 			pull := func(n int64) {
 				if n == at+1 {
 					<-started
-					_ = cmd.Process.Kill() // it may be over already
+					_ = cmd.Process.Kill() // the build may have ended already
 				}
 			}
 			th.wire.trigger.Store(&pull)

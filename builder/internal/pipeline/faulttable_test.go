@@ -6,7 +6,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/faulttable"
 )
 
-// checkTable compares what was seen with a table in the documentation.
+// checkTable compares the results that a test saw with a table in the documentation.
 func checkTable(t *testing.T, name, head string, rows []string, seen map[string]string) {
 	t.Helper()
 	faulttable.Table{

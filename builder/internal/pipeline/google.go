@@ -20,29 +20,29 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// GoogleSignatures says what to do with the signatures that Google ships with a
-// COS build. They replace the stamp: that would change the bytes that they are
-// over.
+// GoogleSignatures says what to do with the module signatures that Google ships with a COS build. A
+// module with Google's signature has no stamp, because the stamp would change the bytes that Google
+// signed.
 type GoogleSignatures string
 
-// The modes. With a module key of one's own, none of Google's is looked for.
+// The modes of GoogleSignatures. With Config.ModuleKey, a build ignores Google's signatures.
 const (
-	// GoogleAuto attaches them where every one holds for what was compiled.
+	// GoogleAuto attaches Google's signatures if all of them fit the compiled modules.
 	GoogleAuto GoogleSignatures = "auto"
-	// GoogleRequire fails the build where they are missing or do not hold.
+	// GoogleRequire fails the build if a signature is missing or does not fit.
 	GoogleRequire GoogleSignatures = "require"
-	// GoogleOff does not look for them.
+	// GoogleOff ignores Google's signatures.
 	GoogleOff GoogleSignatures = "off"
 )
 
-// googleSignatures are those of this run's COS build and driver.
+// googleSignatures holds Google's signatures for this run's COS build and driver.
 type googleSignatures struct {
 	*modsign.Detached
-	materials []cossrc.Material // the archive first
+	materials []cossrc.Material // the signature archive comes first
 }
 
-// Signing describes how modules get signatures for the kernel, and which
-// objects of the kernel bucket those come from; nil means none.
+// Signing describes how modules get signatures for the kernel. objects returns the names of the
+// objects in the kernel bucket that the signatures come from; nil means that they come from none.
 func (c Config) Signing() (how string, objects func(k target.Kernel, version string) []string) {
 	c = c.withDefaults(Request{})
 	switch {
@@ -57,8 +57,8 @@ func (c Config) Signing() (how string, objects func(k target.Kernel, version str
 		c.ModuleCert, c.GoogleSignatures, c.GoogleModules), objects
 }
 
-// fetchSignatures reads Google's signatures, where there are some and this
-// build wants them.
+// fetchSignatures fetches Google's signatures. It returns nil if the bucket has none or this build
+// does not use them.
 func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleSignatures, error) {
 	if r.cfg.ModuleKey != "" || r.cfg.GoogleModules || r.cfg.GoogleSignatures == GoogleOff {
 		return nil, nil
@@ -83,8 +83,8 @@ func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in
 	return &googleSignatures{Detached: detached, materials: s.Materials}, nil
 }
 
-// attachSignatures puts modules with Google's signatures in the place of
-// stamped ones: all of them, or none.
+// attachSignatures replaces the stamped modules by modules with Google's signatures. It replaces
+// all of them or none.
 func (r *run) attachSignatures(ctx context.Context, in *inputs, s signing, m *modules) (*modules, string, error) {
 	by := []string{modsign.AttachRecipe}
 	for _, m := range in.google.materials {
@@ -118,14 +118,15 @@ func (r *run) attachSignatures(ctx context.Context, in *inputs, s signing, m *mo
 	return signed, note, nil
 }
 
-// googleModules are those that Google compiled for this run's COS build.
+// googleModules holds the modules that Google compiled for this run's COS build.
 type googleModules struct {
 	*cossrc.SignedDriver
-	dir    string // the verified modules
+	dir    string // the folder of the verified modules
 	cached bool
 }
 
-// fetchModules fetches them, and verifies each, before anything is decided.
+// fetchModules fetches Google's modules and verifies each one. It runs in the source phase, so that
+// a missing or unsigned module ends the build early.
 func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleModules, error) {
 	switch {
 	case !r.cfg.GoogleModules:
@@ -172,7 +173,7 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 	return &googleModules{driver, dir, cached}, nil
 }
 
-// kernelTrusts are the certificates that Google's modules are checked against.
+// kernelTrusts returns the certificates that Google's modules are verified with.
 func (r *run) kernelTrusts(driver *cossrc.SignedDriver) ([]*x509.Certificate, error) {
 	switch {
 	case r.cfg.ModuleCert != "":
@@ -190,7 +191,7 @@ func (r *run) kernelTrusts(driver *cossrc.SignedDriver) ([]*x509.Certificate, er
 	return trusted, nil
 }
 
-// takeModules goes on with Google's modules in the place of compiled ones.
+// takeModules uses Google's modules instead of compiled ones.
 func takeModules(in *inputs) (*modules, string, error) {
 	m, err := readModules(in.prebuilt.dir)
 	if err != nil {
@@ -205,16 +206,17 @@ func takeModules(in *inputs) (*modules, string, error) {
 	return m, note, nil
 }
 
-// carries says whose signatures the modules of an artifact carry, as its
-// provenance names them; all "" is nobody's.
+// carries says whose signatures the modules of an artifact have, in the form of the provenance. All
+// fields are "" for unsigned modules.
 type carries struct {
-	key     string // the certificate of the farm's own key
+	key     string // identity of the certificate of the farm's own key
 	google  string // the digest of Google's signature archive
 	modules string // the digest of Google's archive of modules
 }
 
-// willCarry says whose signatures modules of these inputs will carry, as far as that
-// is certain before they are made: Google's may not hold for them.
+// willCarry returns whose signatures the modules of these inputs will have, as far as that is
+// certain before they are made. Google's signatures are not certain: they may not fit the compiled
+// modules.
 func (s signing) willCarry(in *inputs) carries {
 	switch {
 	case s.own != nil:
@@ -225,11 +227,11 @@ func (s signing) willCarry(in *inputs) carries {
 	return carries{}
 }
 
-// byGoogle reports whether the modules are as Google signed them, without our
-// stamp.
+// byGoogle reports whether the modules are the bytes that Google signed, without our stamp.
 func (c carries) byGoogle() bool { return c.google != "" || c.modules != "" }
 
-// fact is what the provenance says of it.
+// fact returns the fact in the provenance that names the signatures; ok is false for unsigned
+// modules.
 func (c carries) fact() (name, value string, ok bool) {
 	switch {
 	case c.key != "":
@@ -242,10 +244,13 @@ func (c carries) fact() (name, value string, ok bool) {
 	return "", "", false
 }
 
-// takes reports whether an artifact with such modules, made of these inputs, is
-// what this run is asked for. What Google signed for a sibling build is as good
-// as unsigned where nobody asked for signatures, and as good as this build's own
-// modules where both kernels were built with the same root.
+// takes reports whether this run can reuse an artifact whose modules have the signatures c and were
+// made of the inputs madeOf.
+//
+// Google may have signed such modules for another COS build with the same fingerprint. If this run
+// requires no signatures, these modules are as good as unsigned ones. If it uses Google's modules,
+// they are as good as this build's own, on one condition: both kernels were built with the same
+// root certificate.
 func (s signing) takes(c carries, in *inputs, madeOf []trust.Material) bool {
 	among := func(wanted []cossrc.Material) bool {
 		return !slices.ContainsFunc(wanted, func(w cossrc.Material) bool {

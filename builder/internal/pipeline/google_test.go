@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// google stands for who signs modules beside a COS build.
+// google is a key and certificate that sign modules as Google does for a COS build.
 type google struct {
 	key, certPath string
 	certs         []*x509.Certificate
@@ -43,7 +43,7 @@ func newGoogle(t *testing.T) google {
 	return g
 }
 
-// sign returns modules as they are with signatures behind them.
+// sign returns the modules with signatures appended.
 func (g google) sign(t *testing.T, modules map[string][]byte) map[string][]byte {
 	t.Helper()
 	signer, err := modsign.Load(t.Context(), g.key, g.certPath)
@@ -66,7 +66,7 @@ func (g google) sign(t *testing.T, modules map[string][]byte) map[string][]byte 
 	return signed
 }
 
-// files are those of a signature archive over these modules.
+// files returns the files of a signature archive for these modules.
 func (g google) files(t *testing.T, modules map[string][]byte) map[string]string {
 	t.Helper()
 	files := map[string]string{"gpu-driver-cert.der": string(g.certs[0].Raw), "gsp_tu10x.bin.sig": "\x03\x02ima"}
@@ -87,7 +87,7 @@ func tgz(t *testing.T, files map[string]string) []byte {
 	return out.Bytes()
 }
 
-// elsewhere is the farm with another, empty registry.
+// elsewhere returns the farm with another, empty registry.
 func (f farm) elsewhere(t *testing.T) *farm {
 	t.Helper()
 	f.repo = testkit.Registry(t, true) + "/prebake/driver"
@@ -103,7 +103,7 @@ func note(res *pipeline.Result, phase string) string {
 	return ""
 }
 
-// materialsOf reads the inputs that the provenance of an artifact names.
+// materialsOf returns the names of the inputs in an artifact's provenance.
 func (f *farm) materialsOf(t *testing.T, res *pipeline.Result) (names []string) {
 	t.Helper()
 	repo, err := registry.Open(f.repo, registry.Options{})
@@ -130,7 +130,7 @@ func (f *farm) materialsOf(t *testing.T, res *pipeline.Result) (names []string) 
 	return names
 }
 
-// unstamped are the modules of an artifact as they left the compiler.
+// unstamped returns the modules of an artifact without the stamp, as the compiler left them.
 func (f *farm) unstamped(t *testing.T, res *pipeline.Result) map[string][]byte {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(filepath.Dir(f.module(t, res)), "*.ko"))
@@ -146,7 +146,7 @@ func (f *farm) unstamped(t *testing.T, res *pipeline.Result) map[string][]byte {
 	return all
 }
 
-// twoModules is a release whose second module needs nothing of the first.
+// twoModules is a release with two modules; the second one does not need the first.
 func twoModules() map[string]string {
 	files := driverFiles()
 	files["kernel-open/Kbuild"] += "obj-m += nvidia-uvm.o\n"
@@ -163,8 +163,8 @@ const (
 
 var wholeSigned = slices.Insert(slices.Clone(whole), 3, signPhase)
 
-// Google's signatures are attached to the very modules that they were made
-// over, and the artifact can be made again with them.
+// Google's signatures are attached if they were made for exactly these modules. The same inputs and
+// signatures give the same artifact again.
 func TestGoogleSignatures(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -179,7 +179,7 @@ func TestGoogleSignatures(t *testing.T) {
 	f.put(t, lakitu9+"extensions/gpu/"+archiveName, tgz(t, g.files(t, modules)))
 	f.put(t, lakitu9+"trusted_key.pem", g.certs[0].Raw)
 
-	// What is published unsigned stays: a name never gets other bytes.
+	// An artifact that was published unsigned stays, because a tag never gets other bytes.
 	if again := must(t, cfg, request("17800.0.9")); !again.Reused || again.Digest != plain.Digest {
 		t.Errorf("published before the signatures came: %+v; want it reused", again)
 	}
@@ -209,7 +209,7 @@ func TestGoogleSignatures(t *testing.T) {
 		t.Errorf("the provenance names inputs %q; want Google's signatures and root among them", got)
 	}
 
-	// Made again with the signatures and without, from nothing but the inputs.
+	// Make makes both artifacts again, with the signatures and without, from an empty cache.
 	for mode, want := range map[pipeline.GoogleSignatures]string{pipeline.GoogleRequire: res.Digest,
 		pipeline.GoogleOff: plain.Digest} {
 		req := request("17800.0.9")
@@ -227,8 +227,8 @@ func TestGoogleSignatures(t *testing.T) {
 		}
 	}
 
-	// Siblings of the same fingerprint: one to which Google gave no signatures,
-	// and one whose kernel was built with another root.
+	// Two sibling kernels have the same fingerprint. Google gave no signatures to the first one.
+	// The second one was built with another root certificate.
 	f.kernel(t, "17800.0.10", headerFiles())
 	f.kernel(t, "17800.0.11", headerFiles())
 	f.put(t, "cos/17800.0.11/lakitu/extensions/gpu/"+archiveName, tgz(t, g.files(t, modules)))
@@ -236,7 +236,7 @@ func TestGoogleSignatures(t *testing.T) {
 	for _, row := range []struct {
 		build string
 		mode  pipeline.GoogleSignatures
-		kind  fault.Kind // 0 is reused
+		kind  fault.Kind // 0 means that the build reuses the artifact
 	}{
 		{"17800.0.9", pipeline.GoogleAuto, 0}, {"17800.0.9", pipeline.GoogleRequire, 0},
 		{"17800.0.10", pipeline.GoogleAuto, 0},
@@ -252,7 +252,7 @@ func TestGoogleSignatures(t *testing.T) {
 	}
 }
 
-// Signatures that do not fit leave the artifact as it is without them.
+// With signatures that do not fit, the artifact is the same as without them.
 func TestGoogleSignaturesLeftOut(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -304,7 +304,7 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 	}
 }
 
-// An archive that is not what it claims to be ends the build.
+// A signature archive with forged content ends the build.
 func TestHostileGoogleSignatures(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -342,8 +342,7 @@ func TestHostileGoogleSignatures(t *testing.T) {
 	}
 }
 
-// The modules that Google made are published as they are, and nothing is
-// compiled.
+// Google's modules are published unchanged, and nothing is compiled.
 func TestGoogleModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -368,7 +367,7 @@ func TestGoogleModules(t *testing.T) {
 	refused("none there", request("17800.0.9"), fault.InputMissing, "without --google-modules")
 	archive := tgz(t, map[string]string{"drivers/nvidia.ko": string(signed["nvidia"]),
 		"firmware/nvidia/" + version + "/gsp_tu10x.bin": "gsp"})
-	for _, build := range []string{"17800.0.9", "17800.0.10", "17800.0.11"} { // one fingerprint
+	for _, build := range []string{"17800.0.9", "17800.0.10", "17800.0.11"} { // all three have one fingerprint
 		f.kernel(t, build, headerFiles())
 		f.put(t, "cos/"+build+"/lakitu/nvidia-drivers-"+version+".tgz", archive)
 	}
@@ -404,8 +403,8 @@ func TestGoogleModules(t *testing.T) {
 		t.Errorf("Make = %s, %v; want %s", got, err, res.Digest)
 	}
 
-	// A sibling of the same fingerprint, whose archive is another one: what is
-	// there serves it, if both kernels know the same root.
+	// A sibling kernel has the same fingerprint and another archive. It can use the published
+	// artifact if both kernels trust the same root certificate.
 	files := map[string]string{"drivers/nvidia.ko": string(signed["nvidia"]), "README": "made for another build"}
 	f.put(t, "cos/17800.0.10/lakitu/nvidia-drivers-"+version+".tgz", tgz(t, files))
 	f.put(t, "cos/17800.0.10/lakitu/trusted_key.pem", g.certs[0].Raw)
@@ -414,7 +413,7 @@ func TestGoogleModules(t *testing.T) {
 		t.Errorf("a sibling with the same root: %+v; want it reused", again)
 	}
 	refused("the same archive, but another root", request("17800.0.11"), fault.CheckFailed, "which certificate")
-	// Who asks for compiled modules does not get Google's, nor the other way round.
+	// A build that asks for compiled modules does not reuse Google's, and the reverse.
 	cfg.GoogleModules = false
 	if _, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.PublishRefused) {
 		t.Errorf("compiled, where Google's are: %v; want it refused", err)

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// asking lays out a driver that asks its kernel, with one file of it changed.
+// asking writes a driver that asks its kernel questions, with one of its files changed.
 func (f *farm) asking(t *testing.T, file, from, to string) {
 	t.Helper()
 	files := map[string]string{}
@@ -36,16 +36,15 @@ func (f *farm) asking(t *testing.T, file, from, to string) {
 	f.kernel(t, "17800.0.9", tree)
 }
 
-// What a driver does in its sandbox reaches neither the signing key nor the log that
-// is published, holds no builder up, and leaves nothing that a later build believes;
-// and a compiler that is killed is a fault of its own class. All of it through the
-// pipeline that builder build runs.
+// A hostile driver runs through the whole pipeline of `builder build`. Nothing that it does in its
+// sandbox may reach the signing key or the published log. It must not make the builder hang or
+// leave results that a later build uses. A killed compiler must have its own class of error.
 func TestHostileDriver(t *testing.T) {
 	t.Parallel()
 	const question = "        has_size)\n"
 	for name, row := range map[string]struct {
 		file, from, to string
-		kind           fault.Kind // -1: whatever comes of it
+		kind           fault.Kind // -1 allows any outcome
 	}{
 		"a link to the key for an answer": {"conftest.sh", question,
 			question + "            rm -f answer; ln -s @KEY@ answer\n", -1},

@@ -6,7 +6,8 @@ import (
 	"github.com/prebake/prebake/builder/internal/tarball"
 )
 
-// mayPublish refuses destinations to which modules of this flavour may not go.
+// mayPublish returns an error if the licence rule forbids modules of this flavour in one of the
+// destinations.
 func (r *run) mayPublish(ctx context.Context, to *publication) error {
 	for _, p := range to.destinations {
 		if err := r.cfg.Licence.Check(ctx, p.name, p.repo, r.req.Flavour); err != nil {
@@ -21,8 +22,8 @@ func (r *run) mayPublish(ctx context.Context, to *publication) error {
 	return nil
 }
 
-// checkStillPrivate looks whether what was published is as private as it has to be: a registry may
-// make a repository on push, for everybody.
+// checkStillPrivate checks after publishing that each destination is as private as the licence rule
+// requires. The reason: a registry may create a repository on the first push, and make it public.
 func (r *run) checkStillPrivate(ctx context.Context, in *inputs, to *publication, a *artifact) error {
 	for _, p := range to.destinations {
 		if err := r.cfg.Licence.Published(ctx, p.name, p.repo, r.req.Flavour, a.digest); err != nil {

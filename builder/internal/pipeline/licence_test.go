@@ -14,17 +14,17 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/distribution"
 )
 
-// onTheInternet is the rule for registries of which everybody thinks that they are not on
-// this machine.
+// onTheInternet returns a licence rule that resolves every registry to a public address instead of
+// this machine's.
 func onTheInternet(says bundle.Redistribution, private ...string) licence.Rule {
 	return licence.Rule{Redistribute: says, Private: private,
 		Addresses: func(context.Context, string) ([]netip.Addr, error) {
-			return []netip.Addr{netip.MustParseAddr("203.0.113.9")}, nil // RFC 5737
+			return []netip.Addr{netip.MustParseAddr("203.0.113.9")}, nil // a documentation address of RFC 5737
 		}}
 }
 
-// What NVIDIA's licence covers does not go to a registry that everybody reads: the build
-// ends before the compile, the registry has nothing, and the hint is an order.
+// A flavour under NVIDIA's licence must not go to a registry that everybody can read. The build
+// ends before the compile, the registry stays empty, and the hint is an order.
 func TestLicenceRule(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -40,7 +40,7 @@ func TestLicenceRule(t *testing.T) {
 		name string
 		to   []string
 		rule licence.Rule
-		hint string // "" where it is published
+		hint string // "" means that it is published
 	}{
 		{"public", []string{free}, onTheInternet(""), "--private " + free},
 		{"marked, and open to everybody", []string{free}, onTheInternet("", free), "revoke public read access to it"},

@@ -14,15 +14,15 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// loadTested is what a load test came to.
+// loadTested is the outcome of the load test phase.
 type loadTested struct {
-	verdict *loadtest.Verdict // nil where there was none
-	reason  string            // there was none, though it was not off
+	verdict *loadtest.Verdict // nil if no load test ran
+	reason  string            // why no load test ran, unless it was switched off
 	boot    boot
 }
 
-// testKey names the verdict about these modules on this boot image, with the
-// user space and firmware of this very runfile.
+// testKey returns the cache key of the verdict about these modules on this boot image, with user
+// space and firmware of this runfile.
 func testKey(in *inputs, m *modules, b boot) string {
 	return m.key(in, loadtest.Recipe, b.key, nvsrc.StageRecipe, in.release.Digest)
 }
@@ -56,7 +56,7 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 		t.verdict, r.res.LoadTest = verdict, verdict
 		return t, verdict.State + ", cached verdict", nil
 	}
-	// A kernel that was damaged since it was unpacked may hang until the time is up.
+	// Check first: a kernel image that was damaged in the cache may hang until the time limit.
 	if err := r.intact(ctx, m, b.dir); err != nil {
 		return t, "", err
 	}
@@ -64,8 +64,8 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 		Boot: b.dir, Modules: m.files, Userspace: user, Firmware: firmware,
 		Version: in.driver.Modules().Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
 	}, r.log)
-	// What changed under the machine explains every refusal, and makes every
-	// success worthless.
+	// Check before err: an input that changed during the test explains every failure and makes
+	// every success worthless.
 	if err := r.intact(ctx, m, b.dir, user, firmware); err != nil {
 		return t, "", err
 	}
@@ -83,8 +83,8 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 	return t, verdict.State, r.products.PutFact("loadtest", key, raw)
 }
 
-// cachedVerdict returns the kept verdict about these modules; nil where there is none,
-// and where a test made now would ask more than that one did.
+// cachedVerdict returns the stored verdict about these modules. It returns nil if there is none, or
+// if a new test could check more than the stored one did.
 func (r *run) cachedVerdict(in *inputs, key string) *loadtest.Verdict {
 	raw, ok := r.products.Fact("loadtest", key)
 	verdict := &loadtest.Verdict{}
@@ -99,7 +99,8 @@ func (r *run) cachedVerdict(in *inputs, key string) *loadtest.Verdict {
 	return verdict
 }
 
-// testFacts is the proof in the terms of the signed test result.
+// testFacts returns the results of the checks and of the load test in the form of the signed test
+// result.
 func testFacts(in *inputs, m *modules, t loadTested) sign.TestFacts {
 	f := sign.TestFacts{Driver: in.driver, Static: staticChecks(in, m), LoadTest: trust.LoadTest{
 		Verdict: trust.VerdictStatic, Kernel: in.kernel.Kernel, Fingerprint: in.kernel.Fingerprint,

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A verdict is reused for nothing but what was in the machine.
+// A stored verdict is reused only if everything in the virtual machine is the same.
 func TestKeyOfVerdict(t *testing.T) {
 	t.Parallel()
 	key := func(change func(in *inputs, m *modules, b *boot)) string {
@@ -42,7 +42,7 @@ func TestKeyOfVerdict(t *testing.T) {
 	}
 }
 
-// A verdict without NVML's answer holds for as long as nobody can ask.
+// A stored verdict without NVML's answer is valid only while the NVML probe is missing.
 func TestVerdictWithoutNVML(t *testing.T) {
 	t.Parallel()
 	cache, err := cas.Open(t.TempDir())

@@ -10,8 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 )
 
-// logCopy keeps what a build says, so that it can be published with what was
-// built.
+// logCopy keeps a copy of a build's log, so that the log can be published with the artifact.
 type logCopy struct {
 	file    *os.File
 	cleanup func() error
@@ -29,14 +28,14 @@ func newLogCopy(cache *cas.Cache) (*logCopy, error) {
 	return &logCopy{file, cleanup}, nil
 }
 
-// Write never fails: a build is worth more than its log. What could not be
-// kept is missing in the published log.
+// Write never returns an error, because a build must not fail over its log. The published log lacks
+// the text that could not be written.
 func (c *logCopy) Write(p []byte) (int, error) {
 	_, _ = c.file.Write(p)
 	return len(p), nil
 }
 
-// packed returns all that was said so far.
+// packed returns the log so far, compressed.
 func (c *logCopy) packed() (log struct {
 	bytes  []byte
 	digest string

@@ -18,26 +18,26 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// publication is where an artifact goes, and in whose name.
+// publication holds the destinations of an artifact, and the keys that sign it.
 type publication struct {
 	signer       *sign.Signer
 	verifier     *trust.Verifier
 	signing      signing
-	gpus         *gpulist.List // nil where the release has no list
+	gpus         *gpulist.List // nil if the release has no list
 	destinations []destination
 	buckets      []*tarball.Bucket
-	// found is the artifact that every place has already and that is as good as one
-	// made now; nil where there is none.
+	// found is an artifact that every destination already has and that this run can reuse; nil if
+	// there is none.
 	found *artifact
 }
 
-// destination is one destination.
+// destination is one OCI repository to publish to.
 type destination struct {
 	name string
 	repo *registry.Repository
 }
 
-// close closes the buckets. A nil publication has none.
+// close closes the buckets. The publication may be nil.
 func (o *publication) close() error {
 	if o == nil {
 		return nil
@@ -49,10 +49,11 @@ func (o *publication) close() error {
 	return errors.Join(errs...)
 }
 
-// lookUp asks every destination whether it has this cell, and, where one has not,
-// whether it may be written. A key or a destination that does not work shall show
-// before minutes of work, not behind them.
-// The publication is there with an error too, and has to be closed.
+// lookUp asks every destination whether it has this cell already. If one lacks it, lookUp checks
+// that every destination can be written to. It opens keys and destinations now, so that a wrong one
+// ends the build before minutes of work and not after them.
+//
+// lookUp returns the publication with an error too, and the caller must close it.
 func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note string, err error) {
 	to = &publication{}
 	if err := r.open(ctx, in, to); err != nil {
@@ -72,7 +73,7 @@ func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note str
 	return to, note, nil
 }
 
-// open opens keys and destinations.
+// open opens the keys and the destinations.
 func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error) {
 	if to.signer, err = sign.LoadSigner(ctx, r.cfg.Key, r.cfg.KeyOptions...); err != nil {
 		return err
@@ -84,7 +85,7 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 		return err
 	}
 	switch to.gpus, err = gpus.Read(in.release.Dir, in.release.Version); {
-	case fault.Is(err, fault.Unverified): // it is advice: without it nodes go by their GPU's generation
+	case fault.Is(err, fault.Unverified): // the list is optional: without it, nodes choose by the GPU's generation
 		to.gpus = nil
 		r.progress("look up")(fmt.Sprintf("the artifact gets no list of supported GPUs: %v", err))
 	case err != nil:
@@ -110,7 +111,7 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 	return nil
 }
 
-// findPublished asks every place for the artifact.
+// findPublished asks every destination for the artifact.
 func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (note string, err error) {
 	r.res.Tag = bundle.Tag(bundle.Identity{Fingerprint: in.kernel.Fingerprint, Driver: in.driver})
 	digest := ""
@@ -141,10 +142,10 @@ func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (n
 	return "published already", nil
 }
 
-// reuse decides whether the artifact with this digest is as good as one made
-// now: whole, in every place, signed with our key, of this fingerprint, driver
-// and runfile. Then a statement that it fits this COS build is all that there
-// is to make. The reason says why it is made again nevertheless.
+// reuse decides whether this run can reuse the published artifact. The artifact must be complete in
+// every destination, signed with our key, and made for this fingerprint and driver from this
+// runfile. Then only one statement is missing: that the artifact fits this COS build. If reuse
+// refuses the artifact without an error, reason says why.
 func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest string) (found *artifact, reason string,
 	err error) {
 	if r.cfg.LoadTest == LoadTestRequire {
@@ -169,8 +170,8 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 		if err != nil {
 			return nil, "", err
 		}
-		// With a kernel of its own that boots, a build that nobody attested yet is
-		// tested before it is.
+		// No statement names this COS build yet. If its own kernel can be booted, the load test has
+		// to run on it first.
 		if !attested && r.cfg.LoadTest != LoadTestOff && (in.kernel.Boot != "" || in.kernel.HasVMLinux) {
 			return nil, "not tested on this build yet", nil
 		}
@@ -182,8 +183,8 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 	return found, "", nil
 }
 
-// verifyPublished verifies what a place has under a digest; attested says that there is
-// a statement for this COS build already.
+// verifyPublished verifies the artifact with this digest in one destination. attested says that it
+// has a statement for this COS build already.
 func verifyPublished(ctx context.Context, in *inputs, to *publication, p destination, digest string,
 	match []byte) (content bundle.Content, attested bool, err error) {
 	content, err = publish.Content(ctx, p.repo, digest)
@@ -212,7 +213,7 @@ func verifyPublished(ctx context.Context, in *inputs, to *publication, p destina
 				digest, have)
 		}
 	}
-	for _, l := range content.Layers { // a registry may have lost what it promised
+	for _, l := range content.Layers { // a registry may have lost a layer although it has the manifest
 		blob, err := p.repo.Blob(ctx, l.Digest, l.Size)
 		if err != nil {
 			return content, false, err

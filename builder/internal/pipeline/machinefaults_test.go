@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// The moments of a load test at which faults strike, and what the machine's
-// console says then.
+// The moments of a load test at which faults happen, and the text on the virtual machine's console
+// at each moment.
 const (
 	momentStart  = "load test begins"
 	momentBoot   = "machine boots"
@@ -34,9 +34,8 @@ const (
 
 var moments = []string{momentStart, momentBoot, momentDriver}
 
-// Every fault strikes while a real kernel boots in a virtual machine and a
-// module is loaded into it. PREBAKE_MIRROR is where the kernel comes from; the
-// driver is a stand-in of a few lines.
+// Every fault happens while a real kernel boots in a virtual machine and loads a module. The kernel
+// comes from PREBAKE_MIRROR. The driver is a stand-in of a few lines.
 func TestMachineFaults(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -58,11 +57,12 @@ func TestMachineFaults(t *testing.T) {
 					t.Parallel()
 					th := newTheatre(t, s.farm(t))
 					s.equip(th)
-					// All that the machine is made of is in the cache, so that a full
-					// disk has to show where its own files are written.
+					// The cache holds all inputs of the virtual machine. So a full disk must show
+					// where the load test writes its own files.
 					th.Warm, th.Text = pipeline.LoadTestOff, text
 					if text != "" {
-						// Else the machine's end makes room for the verdict.
+						// In a shared folder, the end of the virtual machine would free the space
+						// that the verdict needs.
 						th.tmp = t.TempDir()
 					}
 					cell := th.struck(t, kind, "load test", first.Digest)
@@ -82,7 +82,7 @@ func TestMachineFaults(t *testing.T) {
 	}
 }
 
-// What the load test goes by is damaged behind the back of it.
+// An input of the load test is damaged between its creation and its use.
 func TestMachineInputsDamaged(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -90,7 +90,7 @@ func TestMachineInputsDamaged(t *testing.T) {
 		name  string
 		warm  pipeline.LoadTest
 		parts []string
-		class string // of the struck build; "" means success
+		class string // class of the first build
 	}{
 		{"kept verdict", pipeline.LoadTestAuto, []string{"facts"}, ""},
 		{"kernel and boot files", pipeline.LoadTestOff, []string{"trees/boot-v1"}, "transient"},
@@ -117,7 +117,7 @@ func TestMachineInputsDamaged(t *testing.T) {
 	}
 }
 
-// stage is a real kernel and a stand-in for the driver that loads into it.
+// stage has a real kernel and a stand-in for the driver that loads into it.
 type stage struct {
 	headers, release map[string]string
 	boot             []byte
@@ -137,7 +137,8 @@ func newStage(t *testing.T) *stage {
 	kernel := filepath.Dir(found[0])
 	s := &stage{init: goProgram(t, "pkg/vm/guestinit", "0"), probe: goProgram(t, "fetcher/nvmlprobe", "1")}
 
-	// The kernel alone: a machine without the modules of a node boots faster.
+	// The boot archive has the kernel only, because a virtual machine without a node's modules
+	// boots faster.
 	boot := unpacked(t, filepath.Join(kernel, "prebake-boot.tgz"))
 	var small bytes.Buffer
 	tarOf(t, map[string]string{"vmlinuz": text(t, filepath.Join(boot, "vmlinuz"))}, gzip.NewWriter(&small))
@@ -148,7 +149,7 @@ func newStage(t *testing.T) *stage {
 	if err != nil || len(trees) != 1 {
 		t.Fatalf("header trees: %v, %v", trees, err)
 	}
-	// Of the headers what the checks read; the compiler has seen all of them.
+	// Only the files that the checks read: the compiler has used the whole tree already.
 	s.headers = map[string]string{}
 	for _, name := range []string{"Makefile", ".config", "Module.symvers", "include/config/kernel.release"} {
 		s.headers["usr/src/"+filepath.Base(trees[0])+"/"+name] = text(t, filepath.Join(trees[0], name))
@@ -161,7 +162,7 @@ func newStage(t *testing.T) *stage {
 	return s
 }
 
-// farm offers the stage's kernel and driver.
+// farm returns a farm whose buckets have the stage's kernel and driver.
 func (s *stage) farm(t *testing.T) *farm {
 	t.Helper()
 	f := newFarm(t)
@@ -173,8 +174,7 @@ func (s *stage) farm(t *testing.T) *farm {
 
 func (s *stage) equip(th *theatre) { th.Init, th.Probe = s.init, s.probe }
 
-// tested checks that exactly one test result is published, and that it says
-// what happened.
+// tested checks that exactly one test result is published and that its content is right.
 func (th *theatre) tested(t *testing.T, digest string) {
 	t.Helper()
 	repo, err := registry.Open(th.f.repo, registry.Options{})
@@ -195,7 +195,7 @@ func (th *theatre) tested(t *testing.T, digest string) {
 	}
 }
 
-// standIn compiles a module that says of itself what the driver does.
+// standIn compiles a module whose modinfo is the driver's.
 func standIn(t *testing.T, headers string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -226,7 +226,7 @@ MODULE_VERSION("`+version+`");
 	return filepath.Join(dir, "nvidia.ko")
 }
 
-// standInNVML compiles the part of NVML that the probe cannot do without.
+// standInNVML compiles the functions of NVML that the probe needs.
 func standInNVML(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -284,7 +284,7 @@ func write(t *testing.T, file, text string) {
 	}
 }
 
-// alarm rings once, when what is written to it has the text in it.
+// alarm is a writer that calls ring once, when the written bytes contain the text.
 type alarm struct {
 	text, last []byte
 	ring       func()
@@ -303,7 +303,7 @@ func (a *alarm) Write(p []byte) (int, error) {
 
 const machineWord = "MACHINE "
 
-// tellMachines prints which machines this process runs.
+// tellMachines prints the process ids of this process's virtual machines.
 func tellMachines() error {
 	all, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
@@ -312,7 +312,7 @@ func tellMachines() error {
 	for _, file := range all {
 		stat, err := os.ReadFile(file)
 		if err != nil {
-			continue // it has ended
+			continue // the process has ended
 		}
 		_, rest, _ := strings.Cut(string(stat), ") ")
 		if f := strings.Fields(rest); len(f) > 1 && f[1] == strconv.Itoa(os.Getpid()) {
@@ -322,7 +322,7 @@ func tellMachines() error {
 	return nil
 }
 
-// machinesIn reads what tellMachines printed.
+// machinesIn reads the process ids that tellMachines printed.
 func machinesIn(t *testing.T, out []byte) (pids []int) {
 	t.Helper()
 	for line := range strings.Lines(string(out)) {
@@ -337,7 +337,7 @@ func machinesIn(t *testing.T, out []byte) (pids []int) {
 	return pids
 }
 
-// adoptOrphans makes this process the parent of machines whose builder died.
+// adoptOrphans makes this process the parent of virtual machines whose builder died.
 func adoptOrphans(t *testing.T) {
 	t.Helper()
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
@@ -345,7 +345,8 @@ func adoptOrphans(t *testing.T) {
 	}
 }
 
-// ended checks that an orphan was killed, and did not go on to its own end.
+// ended checks that a virtual machine without its builder was killed and did not run to its own
+// end.
 func ended(t *testing.T, pid int) {
 	t.Helper()
 	var status unix.WaitStatus

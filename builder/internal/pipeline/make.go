@@ -18,23 +18,24 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Made is a cell that was made and went nowhere.
+// Made is a cell that was built and not published.
 type Made struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
 	Identity    bundle.Identity
-	// Layers are files in the cache that the caller gave.
+	// Layers are files in the cache that the caller passed to Make.
 	Layers    []bundle.Layer
 	Image     v1.Image
 	Materials []sign.Material
 }
 
-// Make makes one cell from its sources again, without what earlier builds made:
-// modules, compiler caches and layers go into products, and come from there. A
-// cache that the caller has just opened in an empty folder knows nothing of any
-// of them. Config.Cache serves fetched inputs only, which it compares with their
-// digests. No key is needed; nothing is loaded, signed by us or published.
+// Make builds one cell again from its sources. Modules, compiler caches and layers go into the
+// cache products and may come from it. A caller that passes a new, empty cache excludes all results
+// of earlier builds.
+//
+// Make takes only fetched inputs from Config.Cache and compares them with their digests. Make needs
+// no key. It runs no load test, signs nothing with our keys and publishes nothing.
 func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log io.Writer, line *timeline.Run) (*Made,
 	error) {
 	cfg = cfg.withDefaults(req)
@@ -62,9 +63,8 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 	return made, nil
 }
 
-// Recipes are the ways in which this builder makes things, as the provenance
-// of what it makes names them. An artifact can be made again by a builder with
-// the same recipes.
+// Recipes returns the versions of this builder's ways to make things, as the provenance names them.
+// A builder with the same recipes can make the same artifact again.
 func Recipes() map[string]string {
 	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe,
 		"image": bundle.ImageRecipe, "stamp": modcheck.Recipe}

@@ -15,22 +15,22 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// hintSigned is what to do for a kernel that takes signed modules only.
+// hintSigned is the hint for a kernel that loads signed modules only.
 const hintSigned = "sign them with a key that this kernel trusts: --module-key FILE --module-cert FILE; or publish " +
 	"those that Google signed: --google-modules"
 
-// signing is who signs the modules for the kernel.
+// signing says who signs the modules for the kernel.
 type signing struct {
 	own  *modsign.Signer // nil without Config.ModuleKey
-	hash string          // that the kernel wants of own
-	// google says what to do where Google's signatures do not hold.
+	hash string          // the hash that the kernel requires for signatures of own
+	// google says what to do if Google's signatures do not fit.
 	google GoogleSignatures
-	// forced says that the kernel takes signed modules only.
+	// forced says that the kernel loads signed modules only.
 	forced bool
 }
 
-// openSigning opens the key for the modules, where there is one. A kernel that
-// takes signed modules only is refused where nobody signs them.
+// openSigning opens the key for the modules, if one is configured. It returns an error if the
+// kernel loads signed modules only and nobody signs these.
 func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error) {
 	f, err := os.Open(filepath.Join(in.kernel.Headers, ".config"))
 	if err != nil {
@@ -47,7 +47,7 @@ func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error
 	case !s.forced || in.prebuilt != nil:
 		return s, nil
 	case in.google != nil:
-		s.google = GoogleRequire // left out, they would leave unsigned modules
+		s.google = GoogleRequire // without Google's signatures the modules would be unsigned
 		return s, nil
 	default:
 		return s, fault.New(fault.Unsupported,
@@ -62,8 +62,8 @@ func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error
 	return s, err
 }
 
-// signModules puts signed modules in the place of unsigned ones. It comes after
-// the sandbox, which the key never enters.
+// signModules replaces the unsigned modules by signed ones. It runs after the sandbox ended, so the
+// key is never inside the sandbox.
 func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules) (*modules, string, error) {
 	if s.own == nil {
 		return r.attachSignatures(ctx, in, s, m)
@@ -82,8 +82,8 @@ func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules
 	return signed, note, nil
 }
 
-// signEach makes signed modules out of those at hand; by is what decides over the
-// signatures.
+// signEach makes a signed copy of each module. by lists everything that decides the signatures, for
+// the cache key.
 func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 	sign func(src, dst, name string) error) (_ *modules, cached bool, err error) {
 	dir, cached, err := r.products.Tree(ctx, "signed", in.stampedKey(by...), func(_ context.Context, dir string) error {
@@ -114,7 +114,7 @@ func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 	return signed, cached, nil
 }
 
-// carriesOf reads out of provenance whose signatures the modules carry.
+// carriesOf reads from a provenance statement whose signatures the modules have.
 func carriesOf(st *trust.Statement) (carries, error) {
 	var p struct {
 		BuildDefinition struct {

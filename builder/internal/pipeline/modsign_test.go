@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// moduleKey makes an RSA key and its certificate, as a kernel would trust it.
+// moduleKey makes an RSA key and a certificate that a kernel could trust.
 func moduleKey(t *testing.T) (key, cert string) {
 	t.Helper()
 	private, err := rsa.GenerateKey(rand.Reader, 2048)
@@ -56,8 +56,8 @@ func moduleKey(t *testing.T) (key, cert string) {
 	return write("modules.key", "PRIVATE KEY", pkcs8), write("modules.crt", "CERTIFICATE", der)
 }
 
-// Modules are signed for the kernel behind the sandbox, and the artifact with
-// signed ones is another one than that without.
+// The modules are signed outside the sandbox. The artifact with signed modules differs from the one
+// without.
 func TestSignedModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -85,7 +85,7 @@ func TestSignedModules(t *testing.T) {
 		t.Errorf("VerifyFile of the published module = %+v, %v; want a signature over sha512", got, err)
 	}
 
-	// Equal inputs, another cache: the same bytes, with the signature.
+	// Equal inputs with another cache give the same bytes, including the signature.
 	other := cfg
 	other.Cache, other.Destinations = emptyCache(t), []string{"oci:" + filepath.Join(t.TempDir(), "again")}
 	if again := must(t, other, request("17800.0.9")); again.Digest != signed.Digest {
@@ -94,12 +94,12 @@ func TestSignedModules(t *testing.T) {
 	if again := must(t, cfg, request("17800.0.9")); !again.Reused {
 		t.Errorf("the same build again: %+v; want it reused", again)
 	}
-	// Neither of the two replaces the other.
+	// The signed and the unsigned artifact do not replace each other.
 	cfg.ModuleKey, cfg.ModuleCert = "", ""
 	if res, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.PublishRefused) {
 		t.Errorf("without the key: %+v, %v; want it refused", res, err)
 	}
-	// A kernel that knows no signatures is told before the compile.
+	// With a kernel that does not check signatures, the build ends before the compile.
 	f.kernel(t, "17800.0.10", headerFiles())
 	cfg.ModuleKey, cfg.ModuleCert = moduleKey(t)
 	res, _, err := build(t, cfg, request("17800.0.10"))
@@ -108,7 +108,7 @@ func TestSignedModules(t *testing.T) {
 	}
 }
 
-// module unpacks the one module of a published artifact.
+// module unpacks the only module of a published artifact.
 func (f *farm) module(t *testing.T, res *pipeline.Result) string {
 	t.Helper()
 	repo, err := registry.Open(f.repo, registry.Options{})
@@ -132,8 +132,7 @@ func (f *farm) module(t *testing.T, res *pipeline.Result) string {
 	return filepath.Join(dir, "drivers", "nvidia.ko")
 }
 
-// A kernel that takes signed modules only gets no unsigned ones, and that shows
-// before the compile.
+// If a kernel loads signed modules only, a build without a key ends before the compile.
 func TestForcedSignatures(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -151,7 +150,7 @@ func TestForcedSignatures(t *testing.T) {
 	must(t, cfg, request("17800.0.9"))
 }
 
-// A list of GPUs that cannot be read, or holds an odd entry, fails no build.
+// A list of GPUs that cannot be read, or has an invalid entry, does not fail the build.
 func TestOddListOfGPUs(t *testing.T) {
 	t.Parallel()
 	for text, attached := range map[string]int{"{": 4,

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// staged returns the folder with a driver version's user space or firmware.
+// staged returns the folder with a driver's user space or firmware.
 func (r *run) staged(ctx context.Context, in *inputs, kind bundle.LayerKind) (string, error) {
 	stage := in.release.StageUserspace
 	if kind == bundle.LayerFirmware {
@@ -24,7 +24,8 @@ func (r *run) staged(ctx context.Context, in *inputs, kind bundle.LayerKind) (st
 	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+in.release.Digest[len("sha256:"):],
 		func(ctx context.Context, dir string) error {
 			err := stage(dir)
-			// A release that changed meanwhile would be kept as good.
+			// Check before err: files of a release that changed meanwhile must not get into the
+			// cache.
 			if damaged := r.cfg.Cache.Recheck(ctx, in.release.Dir); damaged != nil {
 				return damaged
 			}
@@ -33,7 +34,7 @@ func (r *run) staged(ctx context.Context, in *inputs, kind bundle.LayerKind) (st
 	return dir, err
 }
 
-// packed returns a layer of the staged folder, compressed once and kept.
+// packed returns the layer with the content of a folder. The cache keeps the compressed layer.
 func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string) (layer bundle.Layer, cached bool,
 	err error) {
 	dir, cached, err := r.products.Tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
@@ -64,14 +65,14 @@ func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string
 	return layer, cached, nil
 }
 
-// layer is a packed layer, and whether an earlier build packed it.
+// layer is a packed layer; cached says that an earlier build packed it.
 type layer struct {
 	bundle.Layer
 	cached bool
 	err    error
 }
 
-// driverLayer packs user space or firmware, which are the release's alone.
+// driverLayer packs user space or firmware, which depend on the release only.
 func (r *run) driverLayer(ctx context.Context, in *inputs, kind bundle.LayerKind) (l layer) {
 	src, err := r.staged(ctx, in, kind)
 	if err != nil {
@@ -82,18 +83,18 @@ func (r *run) driverLayer(ctx context.Context, in *inputs, kind bundle.LayerKind
 	return l
 }
 
-// moduleLayer packs what was compiled.
+// moduleLayer packs the modules.
 func (r *run) moduleLayer(ctx context.Context, in *inputs, m *modules) (l layer) {
 	src, cleanup, err := r.modulesFolder(m)
 	if err != nil {
 		return layer{err: err}
 	}
-	defer func() { _ = cleanup() }() // a scratch folder; the next Open removes it as well
+	defer func() { _ = cleanup() }() // a failure is ignored: the next Open of the cache removes the folder as well
 	l.Layer, l.cached, l.err = r.packed(ctx, bundle.LayerModules, src, m.key(in, bundle.PackRecipe))
 	return l
 }
 
-// earlyLayers are the driver's own layers, packed while the modules are compiled.
+// earlyLayers are the layers of user space and firmware, packed while the modules compile.
 type earlyLayers struct {
 	group  sync.WaitGroup
 	stop   context.CancelFunc
@@ -113,8 +114,8 @@ func (r *run) packEarly(ctx context.Context, in *inputs) *earlyLayers {
 	return a
 }
 
-// take waits for a layer. It says no where there is none: what went wrong is met
-// again by the next packer.
+// take waits for a layer and returns it. It returns false if packing failed: driverLayer then packs
+// again and reports the error.
 func (a *earlyLayers) take(kind bundle.LayerKind) (layer, bool) {
 	if a == nil {
 		return layer{}, false
@@ -124,7 +125,7 @@ func (a *earlyLayers) take(kind bundle.LayerKind) (layer, bool) {
 	return l, ok && l.err == nil
 }
 
-// end ends what is still being packed.
+// end stops the packing and waits until it has ended.
 func (a *earlyLayers) end() {
 	if a != nil {
 		a.stop()
@@ -132,7 +133,7 @@ func (a *earlyLayers) end() {
 	}
 }
 
-// pack makes the layers, as far as they were not made early.
+// pack packs the layers that earlyLayers does not have yet.
 func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLayers) (_ []bundle.Layer, note string,
 	err error) {
 	reused := 0
@@ -165,7 +166,7 @@ func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLaye
 	return r.res.Layers, note, nil
 }
 
-// modulesFolder lays the modules out as their layer wants them.
+// modulesFolder copies the modules into a new folder in the layout of their layer.
 func (r *run) modulesFolder(m *modules) (string, func() error, error) {
 	dir, cleanup, err := r.products.TempDir("modules-")
 	if err != nil {
@@ -177,8 +178,8 @@ func (r *run) modulesFolder(m *modules) (string, func() error, error) {
 	return dir, cleanup, nil
 }
 
-// copyModules copies the modules into dir/drivers, and compares them on the way
-// with what was proved.
+// copyModules copies the modules into dir/drivers. While it copies, it compares them with the
+// checksums of the checked modules.
 func (r *run) copyModules(m *modules, dir string) error {
 	if err := os.Mkdir(filepath.Join(dir, "drivers"), 0o755); err != nil {
 		return fault.CacheDisk(err)

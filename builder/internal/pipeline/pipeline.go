@@ -1,16 +1,14 @@
-// Package pipeline makes one cell of the matrix: it takes a COS build and a
-// driver wish through source, look up, compile (or take modules), sign modules,
-// check, load test, package, sign and publish, and reports every phase. `builder
-// build`, `builder work` and a node's local compile all run this one path. A cell that
-// every destination has already, signed with our key, is attested and not compiled
-// again.
+// Package pipeline makes one cell of the matrix. It takes a COS build and a driver wish through the
+// phases source, look up, compile (or take modules), sign modules, check, load test, package, sign
+// and publish, and reports every phase. `builder build`, `builder work` and a node's local compile
+// all use this package. If every destination already has the cell, signed with our key, the
+// pipeline attests it and compiles nothing.
 //
-// run.go has the phases in their order, each with a file of its name; modules that
-// Google signed are in google.go. What a phase makes is a value that the next ones
-// take.
+// run.go calls the phases in their order. Each phase is in a file of its name; google.go deals with
+// modules that Google signed. Each phase returns a value that later phases use.
 //
-// It refuses to publish anything that failed a phase, and to know how a phase
-// does its work; each has a package of its own.
+// The package refuses to publish anything that failed a phase. It does not know how a phase does
+// its work: that is in other packages.
 package pipeline
 
 import (
@@ -31,17 +29,17 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// LoadTest says what to do about the load test.
+// LoadTest is the mode of the load test.
 type LoadTest string
 
 // The load test's modes.
 const (
-	// LoadTestAuto runs it where the mirror has a bootable kernel, with the modules
-	// that the driver needs.
+	// LoadTestAuto runs the load test if the mirror has a bootable kernel and the modules that the
+	// driver needs.
 	LoadTestAuto LoadTest = "auto"
-	// LoadTestRequire fails the build where it cannot run.
+	// LoadTestRequire fails the build if the load test cannot run.
 	LoadTestRequire LoadTest = "require"
-	// LoadTestOff publishes on static checks alone.
+	// LoadTestOff publishes after the static checks alone.
 	LoadTestOff LoadTest = "off"
 )
 
@@ -50,68 +48,68 @@ const (
 	defaultMinFree        = 1 << 30
 )
 
-// Config is what one machine provides to every build.
+// Config holds the settings of one machine for all its builds.
 type Config struct {
 	// KernelMirror and DriverMirror are bucket URLs: gs://, https:// or file://.
 	KernelMirror, DriverMirror string
-	// Cache is the content-addressed cache that builds share.
+	// Cache is the content-addressed cache that all builds share.
 	Cache *cas.Cache
-	// Destinations are registry references or oci: layout folders, which get the
-	// artifact, and gs:// or file:// buckets, which get its tarball.
+	// Destinations are registry references or oci: layout folders, which get the artifact, and
+	// gs:// or file:// buckets, which get the tarball.
 	Destinations []string
-	// Registry returns the settings for one of the Destinations: credentials
-	// belong to one registry and are never shown to another. Nil is the Docker
-	// configuration for all.
+	// Registry returns the settings for one of the Destinations. It is a function because one
+	// registry must never see the credentials for another. Nil means the Docker configuration for
+	// all.
 	Registry func(destination string) registry.Options
-	// Licence says which destinations may have what.
+	// Licence is the rule that says which destination may get which flavour.
 	Licence licence.Rule
-	// Key is a private key file, a KMS URI, or none, as [sign.LoadSigner] takes it
-	// with KeyOptions.
+	// Key is a private key file, a KMS URI or "", in the form of [sign.LoadSigner], which also gets
+	// KeyOptions.
 	Key        string
 	KeyOptions []sign.Option
-	// ModuleKey is an RSA key file or a KMS URI with which the modules are signed
-	// for the kernel, and ModuleCert its certificate; "" leaves them unsigned.
+	// ModuleKey is an RSA key file or a KMS URI; it signs the modules for the kernel. ModuleCert is
+	// its certificate. With ModuleKey "" this key signs nothing.
 	ModuleKey, ModuleCert string
-	// GoogleSignatures says what to do with Google's; "" means GoogleAuto.
+	// GoogleSignatures says what to do with Google's module signatures; "" means GoogleAuto.
 	GoogleSignatures GoogleSignatures
-	// GoogleModules publishes the open modules that Google compiled and signed
-	// for the COS build, untouched. They are checked against the certificate that
-	// the bucket says the kernel was built with, or against ModuleCert.
+	// GoogleModules publishes the open modules that Google compiled and signed for the COS build,
+	// unchanged. They are verified with ModuleCert or, without it, with the certificate in the
+	// bucket that the kernel was built with.
 	GoogleModules bool
-	// DebugSymbols publishes the modules' debug information beside the artifact.
-	// It makes the compile dearer, and changes nothing in the artifact.
+	// DebugSymbols publishes the modules' debug information as a referrer of the artifact. The
+	// compile takes longer, and the artifact stays the same.
 	DebugSymbols bool
-	// BTF gives the modules a description of their types, for tracers, where the
-	// kernel takes one. It needs the bucket's vmlinux and pahole, and makes other
-	// artifacts, with fingerprints of their own.
+	// BTF gives the modules BTF, a description of their types for tracers, if the kernel accepts
+	// it. BTF needs the bucket's vmlinux and the program pahole. The result is another artifact
+	// with a fingerprint of its own.
 	BTF bool
-	// WithRunfile copies NVIDIA's runfile into buckets, for installers that get
-	// their user space there.
+	// WithRunfile copies NVIDIA's runfile into buckets, for installers that take user space from
+	// there.
 	WithRunfile bool
-	// Labels are given to the driver in buckets, besides those that COS gives it.
-	// They are the open flavour's. LabelsLater leaves all labels to the caller that knows
-	// more than one cell.
+	// Labels are set for the driver in buckets, in addition to the labels that COS gives it. Only
+	// the open flavour gets labels. With LabelsLater the caller sets all labels itself, because it
+	// knows more than one cell.
 	Labels      []string
 	LabelsLater bool
-	// Deltas is how many deltas an artifact gets: see [publish.Deltas].
+	// Deltas is the number of deltas that an artifact gets, see [publish.Deltas].
 	Deltas int
-	// BuilderID goes into the provenance as builder.id, a URI, and is who gives
-	// labels; Version is this program's.
+	// BuilderID is a URI. The provenance names it as builder.id, and a bucket's index records it as
+	// the builder that set the labels. Version is the version of this program.
 	BuilderID, Version string
 	// Jobs is make's -j; 0 means one for each processor.
 	Jobs     int
 	LoadTest LoadTest
-	// Tools are programs that the load test puts into its machine.
+	// GuestInit and NVMLProbe are paths of programs that the load test copies into its virtual
+	// machine.
 	GuestInit, NVMLProbe string
-	// MinFree is how much of the cache's disk has to be free before a compile, in
-	// bytes; 0 means 1 GiB, which holds the sources, objects and modules of the
-	// largest driver.
+	// MinFree is the space in bytes that must be free on the cache's disk before a compile. 0 means
+	// 1 GiB, which is enough for sources, objects and modules of the largest driver.
 	MinFree int64
-	// CompileTimeout bounds the compile phase; 0 means 45 minutes.
+	// CompileTimeout limits the compile phase; 0 means 45 minutes.
 	CompileTimeout time.Duration
-	// Compiling bounds how many cells compile at a time, each with Jobs compilers;
-	// nil bounds nothing. What comes before and after a compile keeps about one
-	// processor busy, and goes on beside the next cell's.
+	// Compiling limits how many cells compile at the same time, each with Jobs compilers. Nil means
+	// no limit. Only the compile counts: the other phases keep about one processor busy and run
+	// next to another cell's compile.
 	Compiling *semaphore.Weighted
 }
 
@@ -120,44 +118,46 @@ type Request struct {
 	BuildID, Board string
 	Driver         target.Wish
 	Flavour        target.Flavour
-	// KernelMirror, DriverMirror and GoogleSignatures replace the Config's where
-	// set.
+	// KernelMirror, DriverMirror and GoogleSignatures replace those of the Config if they are not
+	// "".
 	KernelMirror, DriverMirror string
 	GoogleSignatures           GoogleSignatures
-	// GoogleModules asks for them whatever the Config says.
+	// GoogleModules has the same meaning as Config.GoogleModules; one of the two is enough.
 	GoogleModules bool
-	// BTF asks for BTF as Config.BTF does, and for this very version of pahole.
+	// BTF asks for BTF as Config.BTF does, made by exactly this version of pahole.
 	BTF string
 }
 
-// Result is what a build came to.
+// Result is the outcome of a build.
 type Result struct {
 	Kernel      target.Kernel      `json:"kernel"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
 	Driver      target.Driver      `json:"driver"`
 	Digest      string             `json:"digest"`
-	// Repositories hold the artifact, in the order of Config.Destinations. Buckets
-	// are listed in Tarballs.
+	// Repositories are the repositories that hold the artifact, in the order of
+	// Config.Destinations. Tarballs lists the buckets.
 	Repositories []string `json:"repositories"`
 	Tag          string   `json:"tag"`
-	// Existed says that every destination already had this very artifact.
+	// Existed says that every destination had this artifact before the build.
 	Existed bool `json:"existed"`
-	// Reused says that nothing was compiled, tested or packed for that reason.
+	// Reused says that the build reused a published artifact, so nothing was compiled, tested or
+	// packed.
 	Reused   bool              `json:"reused,omitempty"`
 	LoadTest *loadtest.Verdict `json:"loadTest,omitempty"`
 	Layers   []bundle.Layer    `json:"layers,omitempty"`
-	// Symbols is the digest of the debug symbols, where they were wanted.
+	// Symbols is the digest of the debug symbols, if Config.DebugSymbols asked for them.
 	Symbols string `json:"symbols,omitempty"`
-	// Deltas make the module layer out of those of earlier builds.
+	// Deltas are the published deltas. Each one makes this artifact's module layer from the one of
+	// an earlier build.
 	Deltas []publish.Delta `json:"deltas,omitempty"`
-	// Tarballs are the tarballs in buckets.
+	// Tarballs are the published tarballs, one for each bucket.
 	Tarballs []tarball.Report `json:"twins,omitempty"`
-	// Labels are those of this COS build in each bucket.
+	// Labels are the labels of this COS build in each bucket.
 	Labels []tarball.Labelled `json:"labels,omitempty"`
 	Phases []timeline.Phase   `json:"phases"`
 }
 
-// withDefaults returns the settings for one request.
+// withDefaults returns the settings for one request, with defaults filled in.
 func (c Config) withDefaults(req Request) Config {
 	c.KernelMirror, c.DriverMirror = cmp.Or(req.KernelMirror, c.KernelMirror), cmp.Or(req.DriverMirror, c.DriverMirror)
 	c.GoogleModules = c.GoogleModules || req.GoogleModules

@@ -39,7 +39,7 @@ const (
 	headers = "usr/src/linux-headers-6.1.0-9-test/"
 )
 
-// headerFiles is a kernel small enough to compile against in a moment; a name
+// headerFiles returns a header tree that is small enough to compile against in a moment. A name
 // that ends in * is executable.
 func headerFiles() map[string]string {
 	return map[string]string{
@@ -57,7 +57,7 @@ func toolchainFiles() map[string]string {
 	return files
 }
 
-// driverFiles is a release whose one module says what a real one says of itself.
+// driverFiles returns a release with one module, whose modinfo is a real one's.
 func driverFiles() map[string]string {
 	return map[string]string{
 		"kernel-open/Kbuild":   "obj-m += nvidia.o\n",
@@ -89,7 +89,7 @@ func tarOf(t testing.TB, files map[string]string, out io.WriteCloser) {
 	}
 }
 
-// farm is two buckets, a key and a registry.
+// farm has two buckets, a key and a registry.
 type farm struct {
 	dir, key string
 	repo     string
@@ -125,7 +125,7 @@ func (f *farm) put(t *testing.T, name string, data []byte) {
 	}
 }
 
-// kernel lays out a COS build.
+// kernel writes a COS build into the bucket.
 func (f *farm) kernel(t *testing.T, build string, files map[string]string) {
 	t.Helper()
 	var tree, tools bytes.Buffer
@@ -143,20 +143,20 @@ func (f *farm) kernel(t *testing.T, build string, files map[string]string) {
 	}
 }
 
-// checked lays out a file with its checksum beside it.
+// checked writes a file and its MD5 checksum into the bucket.
 func (f *farm) checked(t *testing.T, name string, data []byte) {
 	t.Helper()
 	f.put(t, name, data)
 	f.put(t, name+".md5", fmt.Appendf(nil, "%x", md5.Sum(data)))
 }
 
-// driver lays out an NVIDIA release.
+// driver writes an NVIDIA release into the bucket.
 func (f *farm) driver(t *testing.T, files map[string]string) {
 	t.Helper()
 	f.edition(t, version, files)
 }
 
-// edition lays out an NVIDIA release under a version with a suffix.
+// edition writes an NVIDIA release into the bucket, under a version with a suffix.
 func (f *farm) edition(t *testing.T, version string, files map[string]string) {
 	t.Helper()
 	run := bytes.NewBufferString("#!/bin/sh\nskip=\"20\"\n" + strings.Repeat(":\n", 18))
@@ -209,7 +209,7 @@ func (f *farm) verifier(t *testing.T) *trust.Verifier {
 	return v
 }
 
-// build runs the pipeline and returns its log too.
+// build runs the pipeline and also returns its log.
 func build(t *testing.T, cfg pipeline.Config, r pipeline.Request) (*pipeline.Result, string, error) {
 	t.Helper()
 	var log bytes.Buffer
@@ -235,7 +235,7 @@ func phases(res *pipeline.Result) (names []string) {
 	return names
 }
 
-// verified checks that a node of this build would take the artifact.
+// verified checks that a node of this COS build would accept the artifact.
 func (f *farm) verified(t *testing.T, res *pipeline.Result, attached int) {
 	t.Helper()
 	repo, err := registry.Open(f.repo, registry.Options{})
@@ -297,8 +297,8 @@ var (
 	reused = []string{"source", "look up", "publish"}
 )
 
-// From empty caches to a verified artifact, then from the cache, then from the
-// registry alone.
+// The first build starts with empty caches. A second one uses the cache, and later ones use the
+// registry only.
 func TestBuild(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -319,7 +319,7 @@ func TestBuild(t *testing.T) {
 			first.Digest)
 	}
 
-	// A cell that has to be made again says what is new.
+	// A cell that has to be compiled again reports which input changed.
 	changed := headerFiles()
 	changed[headers+"include/linux/new.h"] = "#define NEW\n"
 	other := newFarm(t)
@@ -331,7 +331,8 @@ func TestBuild(t *testing.T) {
 		t.Errorf("with another header the phases are %+v; want the compile to say so", third.Phases)
 	}
 
-	// Nothing but the registry: this build again, and another of one kernel.
+	// With empty caches, the registry alone serves this COS build and another one with the same
+	// kernel.
 	twin := headerFiles()
 	twin[headers+"include/generated/compile.h"] = "#define LINUX_COMPILE_HOST \"b\"\n"
 	f.kernel(t, "17800.1.9", twin)
@@ -349,8 +350,8 @@ func TestBuild(t *testing.T) {
 	}
 }
 
-// Google's buckets have editions of a release beside it, such as the one for guests
-// of vGPU. It is another artifact; its modules bear the release's own version.
+// Google's buckets have editions of a release, such as the one for guests of vGPU. An edition is a
+// separate artifact, and its modules have the version of the plain release.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -369,14 +370,13 @@ func TestEdition(t *testing.T) {
 	f.verified(t, res, 4)
 }
 
-// What is published is compiled again unless it is certain that this would
-// change nothing.
+// A published artifact is reused only if a compile would certainly give the same bytes.
 func TestNotReused(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
 		name   string
 		change func(t *testing.T, f *farm, cfg *pipeline.Config)
-		kind   fault.Kind // of the outcome; Internal is success
+		kind   fault.Kind // of the outcome; Internal means success
 	}{
 		{"signed with another key", func(t *testing.T, f *farm, cfg *pipeline.Config) { f.newKey(t); cfg.Key = f.key },
 			fault.Internal},

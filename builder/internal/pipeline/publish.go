@@ -7,7 +7,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/publish"
 )
 
-// publish sends out what the places do not have yet.
+// publish sends the artifact and its statements to each destination that lacks them.
 func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modules, a *artifact) (string, error) {
 	all := publish.Artifact{Image: a.image, Identity: a.identity, Kernel: in.kernel.Kernel, Bundles: a.bundles,
 		Verifier: to.verifier, Log: a.log}
@@ -20,8 +20,8 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 			_, existed, err = publish.Publish(ctx, p.repo, all)
 		}
 		if err != nil {
-			// A place that refuses bytes may be right: it compares them with their
-			// digests.
+			// A destination compares bytes with their digests. If it refuses a layer, the cause may
+			// be a damaged file in the cache.
 			if damaged := r.layersIntact(ctx, a); damaged != nil {
 				err = fmt.Errorf("%w; therefore: %w", damaged, err)
 			}
@@ -55,7 +55,7 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 	return note, nil
 }
 
-// layersIntact tells whether the layers still are what was packed.
+// layersIntact returns an error if a layer in the cache changed since it was packed.
 func (r *run) layersIntact(ctx context.Context, a *artifact) error {
 	if a.there() {
 		return nil
@@ -68,8 +68,9 @@ func (r *run) layersIntact(ctx context.Context, a *artifact) error {
 	return nil
 }
 
-// publishDeltas attaches deltas for nodes that have an earlier build's modules. They are a
-// help: without them nodes fetch the whole layer, so nothing that goes wrong is an error.
+// publishDeltas attaches deltas for nodes that have an earlier build's modules. Deltas are
+// optional: without them nodes fetch the whole layer. So publishDeltas returns an error only if the
+// context ends.
 func (r *run) publishDeltas(ctx context.Context, in *inputs, to *publication, a *artifact) error {
 	for _, p := range to.destinations {
 		made, err := publish.Deltas(ctx, p.repo, a.digest, in.kernel.Kernel, in.driver, r.cfg.Deltas)

@@ -13,35 +13,36 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// run is one build: its settings, and where it tells what it does. What a phase
-// makes is its value, which goes to the phases that need it.
+// run is one build: its settings, its log and its result so far. A phase returns its value, and run
+// passes the value to the phases that need it.
 type run struct {
 	cfg     Config
 	req     Request
 	log     io.Writer
-	kept    *logCopy // what log got; nil where nothing is signed
+	kept    *logCopy // a copy of log for publishing; nil in Make, which signs nothing
 	line    *timeline.Run
 	started time.Time
 	res     Result
 
-	// products is where everything that is made goes: Config.Cache, but for Make.
+	// products is the cache for everything that the build makes. It is Config.Cache, except in
+	// Make.
 	products *cas.Cache
 }
 
-// Run makes one cell. log gets everything that tools print. The Result is
-// returned with an error too, as far as it came.
+// Run makes one cell. log gets the whole output of all tools. On an error, the Result holds
+// everything up to the failure.
 func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *timeline.Run) (*Result, error) {
 	cfg = cfg.withDefaults(req)
 	if cfg.Registry == nil {
 		cfg.Registry = func(string) registry.Options { return registry.Options{} }
 	}
 	r := &run{cfg: cfg, req: req, line: line, started: time.Now().UTC(), products: cfg.Cache}
-	defer cfg.Cache.Begin()() // what this build uses stays until it ends
+	defer cfg.Cache.Begin()() // the cache keeps everything that this build uses until the build ends
 	kept, err := newLogCopy(cfg.Cache)
 	if err != nil {
 		return &r.res, fault.CacheDisk(fmt.Errorf("keep the log: %w", err))
 	}
-	defer func() { _ = kept.close() }() // a scratch file; the next Open removes it as well
+	defer func() { _ = kept.close() }() // a failure is ignored: the next Open of the cache removes the file as well
 	r.kept, r.log = kept, io.MultiWriter(log, kept)
 	if err = r.all(ctx); err != nil {
 		fmt.Fprintf(log, "\nbuild failed (%v): %v\n", fault.Of(err), err)
@@ -50,14 +51,14 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	return &r.res, err
 }
 
-// all goes from the buckets to the published artifact.
+// all runs all phases, from the buckets to the published artifact.
 func (r *run) all(ctx context.Context) error {
 	in, err := phase(r, "source", func() (*inputs, string, error) { return r.source(ctx) })
 	if err != nil {
 		return err
 	}
 	to, err := phase(r, "look up", func() (*publication, string, error) { return r.lookUp(ctx, in) })
-	defer func() { _ = to.close() }() // every write to them was closed, and told, by itself
+	defer func() { _ = to.close() }() // the error is ignored: each write was closed, and its error reported, before
 	if err != nil {
 		return err
 	}
@@ -74,11 +75,11 @@ func (r *run) all(ctx context.Context) error {
 	return err
 }
 
-// make makes and signs an artifact that nobody has yet.
+// make makes and signs the artifact. It runs if there is no published artifact to reuse.
 func (r *run) make(ctx context.Context, in *inputs, to *publication) (*artifact, *modules, error) {
 	var early *earlyLayers
 	if in.prebuilt == nil {
-		early = r.packEarly(ctx, in) // needs nothing of the modules
+		early = r.packEarly(ctx, in) // user space and firmware do not depend on the modules
 		defer early.end()
 	}
 	m, err := r.makeModules(ctx, in, to.signing)
@@ -97,8 +98,8 @@ func (r *run) make(ctx context.Context, in *inputs, to *publication) (*artifact,
 	return a, m, err
 }
 
-// makeModules compiles the modules, or takes those that Google compiled, signs them
-// where somebody does, and holds them against the kernel.
+// makeModules compiles the modules or takes those that Google compiled. It signs them if a key or
+// Google's signatures are available, and checks them against the kernel.
 func (r *run) makeModules(ctx context.Context, in *inputs, s signing) (m *modules, err error) {
 	if in.prebuilt != nil {
 		m, err = phase(r, "take modules", func() (*modules, string, error) { return takeModules(in) })
@@ -114,7 +115,7 @@ func (r *run) makeModules(ctx context.Context, in *inputs, s signing) (m *module
 	return m, err
 }
 
-// phase runs a step of a build, records it, and returns what it made; do's text is
+// phase runs one phase of a build, records it, and returns its value. The text that do returns is
 // the note in the timeline.
 func phase[T any](r *run, name string, do func() (T, string, error)) (made T, err error) {
 	fmt.Fprintf(r.log, "\n== %s\n", name)
@@ -128,7 +129,7 @@ func phase[T any](r *run, name string, do func() (T, string, error)) (made T, er
 	return made, err
 }
 
-// progress reports to the watcher of a phase, and to the log.
+// progress returns a function that writes a text to the log and to the progress display of a phase.
 func (r *run) progress(phase string) func(string) {
 	return func(text string) {
 		fmt.Fprintln(r.log, text)

@@ -14,22 +14,22 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// factHost is the name under which the provenance lists the programs of the host
+// factHost is the name of the fact in the provenance that holds the digest of the host's programs
 // that the build ran.
 const factHost = "host-tools"
 
-// artifact is what is published.
+// artifact is an image and its statements, ready to be published.
 type artifact struct {
 	digest   string
 	identity bundle.Identity
 	layers   []bundle.Layer
-	bundles  [][]byte // the signed statements
-	// image is nil where the places have it already; so is the packed log.
+	bundles  [][]byte // the signed statements, as Sigstore bundles
+	// image and log are nil if the destinations have the artifact already. log is the packed log.
 	image v1.Image
 	log   []byte
 }
 
-// there reports whether the places had the artifact before this build.
+// there reports whether the destinations had the artifact before this build.
 func (a *artifact) there() bool { return a.image == nil }
 
 // sign makes the image and signs the statements about it.
@@ -54,10 +54,10 @@ func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules,
 	if err != nil {
 		return nil, "", err
 	}
-	if err := r.intact(ctx, m); err != nil { // the list of contents names their sums
+	if err := r.intact(ctx, m); err != nil { // the SBOM names the modules' checksums
 		return nil, "", err
 	}
-	for _, input := range m.madeOf { // what the provenance says they were made of
+	for _, input := range m.madeOf { // the provenance names these inputs
 		if err := r.cfg.Cache.Reread(ctx, input); err != nil {
 			return nil, "", err
 		}
@@ -72,7 +72,8 @@ func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules,
 	return a, to.signer.String(), nil
 }
 
-// statements says how the image was made and for which COS build it is good.
+// statements returns the statements about the image: how it was made, which COS build it fits, what
+// was tested, and what it contains.
 func (r *run) statements(in *inputs, to *publication, m *modules, tested loadTested, a *artifact,
 	logDigest string) ([]sign.Statement, error) {
 	facts := Recipes()
@@ -116,7 +117,7 @@ func (r *run) statements(in *inputs, to *publication, m *modules, tested loadTes
 	if to.gpus != nil {
 		supported, err := gpus.Statement(a.digest, in.driver, to.gpus)
 		switch {
-		case fault.Is(err, fault.Unsupported): // too long for a statement
+		case fault.Is(err, fault.Unsupported): // the list is too long for a statement
 			r.progress("sign")(err.Error())
 		case err != nil:
 			return nil, err

@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Every way to sign modules has words of its own, by which its failures are
-// known again.
+// Signing describes each way to sign modules by its own text, so that stored failures of one way do
+// not apply to another.
 func TestSigning(t *testing.T) {
 	t.Parallel()
 	k := target.Kernel{BuildID: "17800.0.9", Board: "lakitu"}

@@ -17,19 +17,19 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inputs are everything that a cell is made of.
+// inputs holds everything that a cell is made of.
 type inputs struct {
 	kernel   *cossrc.Inputs
 	release  *nvsrc.Release
 	driver   target.Driver
-	host     string            // digest of the host's programs that builds run
-	pahole   string            // its version; "" where the modules get no BTF
-	google   *googleSignatures // nil where there are none, or none is wanted
-	prebuilt *googleModules    // nil without Config.GoogleModules
-	labels   map[string]string // those that COS gives, where they are asked for
+	host     string            // digest of the host's programs that a build runs
+	pahole   string            // version of pahole; "" if the modules get no BTF
+	google   *googleSignatures // nil if the bucket has none or the build does not use them
+	prebuilt *googleModules    // nil without GoogleModules
+	labels   map[string]string // COS's labels, if this run sets labels
 }
 
-// source fetches and checks every input, and settles the driver version.
+// source fetches and checks every input, and chooses the driver version.
 func (r *run) source(ctx context.Context) (_ *inputs, note string, err error) {
 	kernels, err := cosbucket.Open(ctx, r.cfg.KernelMirror)
 	if err != nil {
@@ -84,7 +84,8 @@ func (r *run) source(ctx context.Context) (_ *inputs, note string, err error) {
 	return in, fmt.Sprintf("kernel %s, ABI %s", in.kernel.Kernel.Release, in.kernel.Fingerprint.Short()), nil
 }
 
-// key names a cached product of a cell: everything that decides its bytes.
+// key returns the cache key of a product of this cell. The key is a digest of the parts, the host's
+// programs, the driver's sources, the flavour and the version of pahole.
 func (in *inputs) key(parts ...string) string {
 	if in.pahole != "" {
 		parts = append(parts, FactBTF, in.pahole)
@@ -96,13 +97,12 @@ func (in *inputs) key(parts ...string) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// stampedKey names what is made of the modules as they left the compiler.
+// stampedKey returns the cache key of a product that is made from the compiled and stamped modules.
 func (in *inputs) stampedKey(more ...string) string {
 	return in.key(append(slices.Clone(more), compile.Recipe, modcheck.Recipe, string(in.kernel.Fingerprint))...)
 }
 
-// materials are all inputs of modules that carry such signatures, as the provenance
-// names them.
+// materials returns all inputs of modules with these signatures, in the form of the provenance.
 func (in *inputs) materials(c carries) []sign.Material {
 	var all []sign.Material
 	files := slices.Concat(in.kernel.Materials, in.release.Materials)

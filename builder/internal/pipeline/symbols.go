@@ -13,11 +13,10 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// debugFolder is beside the modules in the cache, and holds them as they
-// were before they were stripped.
+// debugFolder lies next to the modules in the cache and holds the unstripped modules.
 const debugFolder = "debug"
 
-// keepDebug moves unstripped modules into the tree that is being made.
+// keepDebug copies the unstripped modules into the tree that goes into the cache.
 func keepDebug(dir string, debug map[string]string) error {
 	if len(debug) == 0 {
 		return nil
@@ -33,7 +32,7 @@ func keepDebug(dir string, debug map[string]string) error {
 	return nil
 }
 
-// haveSymbols reports whether every place has debug symbols of an artifact.
+// haveSymbols reports whether every destination has debug symbols of an artifact.
 func (o *publication) haveSymbols(ctx context.Context, digest string) (bool, error) {
 	for _, p := range o.destinations {
 		have, err := p.repo.Referrers(ctx, digest, symbols.ArtifactType)
@@ -44,9 +43,9 @@ func (o *publication) haveSymbols(ctx context.Context, digest string) (bool, err
 	return true, nil
 }
 
-// publishSymbols puts debug symbols beside the artifact.
+// publishSymbols attaches the debug symbols to the artifact in every destination.
 func (r *run) publishSymbols(ctx context.Context, to *publication, m *modules, a *artifact) (err error) {
-	if !r.cfg.DebugSymbols || a.there() { // reuse asked haveSymbols
+	if !r.cfg.DebugSymbols || a.there() { // for a reused artifact, reuse has checked haveSymbols
 		return nil
 	}
 	debug := map[string]string{}

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inBuckets reports whether every bucket lists the artifact's tarball for this COS
-// build: each build has tarballs of its own there, whatever its fingerprint.
+// inBuckets reports whether every bucket lists the artifact's tarball for this COS build. COS
+// builds with the same fingerprint share an artifact, but each has its own tarball.
 func (o *publication) inBuckets(ctx context.Context, in *inputs, digest string) (bool, error) {
 	for _, b := range o.buckets {
 		if has, err := tarball.Has(ctx, b, in.kernel.Kernel, in.driver, digest); err != nil || !has {
@@ -26,13 +26,13 @@ func (o *publication) inBuckets(ctx context.Context, in *inputs, digest string) 
 	return true, nil
 }
 
-// labels reports whether this run gives labels in buckets.
+// labels reports whether this run sets labels in buckets.
 func (r *run) labels() bool {
 	return r.req.Flavour == target.Open && !r.cfg.LabelsLater && slices.ContainsFunc(r.cfg.Destinations, tarball.Is)
 }
 
-// readLabels asks COS for the labels that it gives, and refuses those that the
-// driver cannot have.
+// readLabels reads the labels that COS gives. It returns an error if the driver cannot have one of
+// Config.Labels.
 func (r *run) readLabels(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (map[string]string, error) {
 	for _, label := range r.cfg.Labels {
 		if err := target.CheckLabel(label, in.driver.Version); err != nil {
@@ -45,7 +45,7 @@ func (r *run) readLabels(ctx context.Context, kernels *cosbucket.Bucket, in *inp
 	return tarball.COSLabels(ctx, kernels, in.kernel.Kernel)
 }
 
-// setLabels gives the driver its labels in every bucket.
+// setLabels sets the driver's labels in every bucket.
 func (r *run) setLabels(ctx context.Context, in *inputs, to *publication) error {
 	if !r.labels() {
 		return nil
@@ -68,7 +68,7 @@ func (r *run) setLabels(ctx context.Context, in *inputs, to *publication) error 
 	return nil
 }
 
-// publishTarballs puts the tarball into every bucket that lacks it.
+// publishTarballs publishes the tarball to every bucket that lacks it.
 func (r *run) publishTarballs(ctx context.Context, in *inputs, to *publication, m *modules, a *artifact) (err error) {
 	if len(to.buckets) == 0 {
 		return nil
@@ -110,8 +110,8 @@ func (r *run) publishTarballs(ctx context.Context, in *inputs, to *publication, 
 	return nil
 }
 
-// tarballFiles says where modules and firmware lie: those that were made, or
-// those of the artifact that is reused.
+// tarballFiles returns the folders of modules and firmware: the ones of this build, or the ones of
+// the reused artifact.
 func (r *run) tarballFiles(ctx context.Context, in *inputs, to *publication, m *modules, a *artifact,
 	scratch string) (tarball.Release, error) {
 	dir := filepath.Join(scratch, "files")

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A bucket gets a tarball for each COS build, and a cell that any destination
-// lacks is made again for it.
+// A bucket gets a tarball for each COS build. If one destination lacks the cell, the cell is made
+// again for it.
 func TestTarballTwins(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -36,7 +36,7 @@ func TestTarballTwins(t *testing.T) {
 		t.Errorf("the same again: %+v; want it reused", again)
 	}
 
-	// Another build with this fingerprint has one artifact, and its own tarball.
+	// Another COS build with the same fingerprint has the same artifact and its own tarball.
 	f.kernel(t, "17800.1.9", headerFiles())
 	other := must(t, cfg, request("17800.1.9"))
 	if other.Digest != first.Digest || !other.Reused || len(other.Tarballs) != 1 ||
@@ -44,7 +44,7 @@ func TestTarballTwins(t *testing.T) {
 		t.Errorf("its twin: %+v; want %s with a tarball of its own", other, first.Digest)
 	}
 
-	// Other bytes under the name stay what they are.
+	// A file with the tarball's name and other bytes stays unchanged.
 	if err := os.RemoveAll(filepath.Join(folder, "17800.0.9")); err != nil {
 		t.Fatal(err)
 	}
@@ -63,8 +63,7 @@ func TestTarballTwins(t *testing.T) {
 	}
 }
 
-// The driver gets the labels that COS gives it and those that are asked for,
-// also where its tarball is there already.
+// The driver gets COS's labels and the configured labels, even if its tarball exists already.
 func TestLabels(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -104,7 +103,7 @@ func TestLabels(t *testing.T) {
 	}
 }
 
-// Debug symbols come beside the artifact, which they do not change.
+// Debug symbols are published as a referrer. They do not change the artifact.
 func TestDebugSymbols(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

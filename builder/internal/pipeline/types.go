@@ -9,11 +9,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// FactBTF is the name under which the provenance lists the version of the pahole
-// that made the modules' BTF; modules without have no such fact.
+// FactBTF is the name of the fact in the provenance that holds the version of the pahole that made
+// the modules' BTF. Modules without BTF have no such fact.
 const FactBTF = "btf"
 
-// KernelOptions are what has to be fetched of a kernel beside what every build needs.
+// KernelOptions returns the optional inputs of a kernel that have to be fetched for this Config.
 func (c Config) KernelOptions() []cossrc.Option {
 	if c.BTF {
 		return []cossrc.Option{cossrc.WithBTF()}
@@ -21,8 +21,8 @@ func (c Config) KernelOptions() []cossrc.Option {
 	return nil
 }
 
-// findPahole settles who makes the modules' BTF, where some is to be made.
-// Another version makes other bytes.
+// findPahole returns the version of the pahole that makes the modules' BTF. Another version may
+// make other bytes, so a request for a fixed version fails on a machine with another one.
 func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version string, err error) {
 	if kernel.BTF == "" {
 		return "", nil

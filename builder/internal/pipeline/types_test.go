@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// typedKernel lays out a COS build whose kernel takes BTF with a module.
+// typedKernel writes a COS build whose kernel accepts BTF in modules.
 func (f *farm) typedKernel(t *testing.T, build, text string) {
 	t.Helper()
 	files := headerFiles()
@@ -46,8 +46,8 @@ func (f *farm) typedKernel(t *testing.T, build, text string) {
 	}
 }
 
-// With BTF a cell is another artifact, which builds of one kernel share, and
-// which comes out again where its provenance says who made the BTF.
+// With BTF a cell is another artifact. COS builds of the same kernel share it. Make gives it again
+// with the pahole version in its provenance.
 func TestBTF(t *testing.T) {
 	t.Parallel()
 	for _, tool := range []string{"pahole", "objcopy"} {
@@ -64,7 +64,7 @@ func TestBTF(t *testing.T) {
 	files["kernel-open/nv.c"] += "struct nv_state { int minor; };\nint nv(struct nv_state *s) { return s->minor; }\n"
 	f.driver(t, files)
 	cfg := f.config(t, emptyCache(t))
-	cfg.LoadTest = pipeline.LoadTestOff // with vmlinux, each build would be tried once
+	cfg.LoadTest = pipeline.LoadTestOff // with a vmlinux in the bucket, each build would run a load test
 	elsewhere := cfg
 	elsewhere.Destinations = []string{"oci:" + filepath.Join(t.TempDir(), "layout")}
 	plain := must(t, elsewhere, request("17800.0.9"))

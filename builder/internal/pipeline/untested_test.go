@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A build with a boot image of its own is not attested before its load test.
+// A COS build with its own boot image gets a load test before it is attested.
 func TestNotReusedUntested(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -23,7 +23,7 @@ func TestNotReusedUntested(t *testing.T) {
 	tarOf(t, map[string]string{"vmlinuz": "none"}, gzip.NewWriter(&boot))
 	f.checked(t, "cos/17800.1.9/lakitu/prebake-boot.tgz", boot.Bytes())
 	cfg := f.config(t, emptyCache(t))
-	cfg.GuestInit = filepath.Join(t.TempDir(), "none") // so that the machine cannot even start
+	cfg.GuestInit = filepath.Join(t.TempDir(), "none") // a missing program, so that the virtual machine cannot start
 	res, _, err := build(t, cfg, request("17800.1.9"))
 	if err == nil || res.Reused {
 		t.Errorf("Run = %+v, %v; want the load test's failure", res, err)
@@ -37,8 +37,8 @@ func TestNotReusedUntested(t *testing.T) {
 	}
 }
 
-// A kernel whose image has modules that nvidia needs, and that no bucket has, cannot
-// be load-tested: that ends a build only where the test is required.
+// A kernel may need modules for nvidia that no bucket has. Such a kernel cannot be load-tested, and
+// this fails a build only with LoadTestRequire.
 func TestLackingModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -52,7 +52,7 @@ func TestLackingModules(t *testing.T) {
 	tarOf(t, map[string]string{"vmlinuz": "no kernel"}, gzip.NewWriter(&boot))
 	f.checked(t, "cos/17800.0.9/lakitu/prebake-boot.tgz", boot.Bytes())
 	cfg := f.config(t, emptyCache(t))
-	cfg.GuestInit, cfg.NVMLProbe = "none", "none" // it does not come to that
+	cfg.GuestInit, cfg.NVMLProbe = "none", "none" // the load test ends before it needs them
 	res := must(t, cfg, request("17800.0.9"))
 	var note string
 	for _, p := range res.Phases {

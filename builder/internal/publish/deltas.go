@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
@@ -12,30 +11,32 @@ import (
 	"slices"
 	"strings"
 
+	ocidigest "github.com/opencontainers/go-digest"
+
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxDelta bounds a delta, which is kept in memory while it is made: one that is larger
-// saves a node too little to be worth it.
+// maxDelta limits the size of a delta in bytes. A delta is kept in memory while it is made. A larger delta would save a
+// node too little.
 const maxDelta = 16 << 20
 
-// maxBefore bounds how many builds are examined for each delta.
+// maxBefore limits how many builds are examined for each delta.
 const maxBefore = 4
 
-// Delta is one that [Deltas] attached.
+// Delta describes a delta that [Deltas] attached.
 type Delta struct {
-	// From is the COS build whose module layer is needed for it.
+	// From is the COS build whose module layer a node needs to apply the delta.
 	From target.Kernel `json:"from"`
 	Size int64         `json:"size"`
 }
 
-// Deltas attaches up to count deltas to a published artifact. Each makes the artifact's
-// module layer out of that of an earlier COS build of the same board, milestone and driver;
-// the newest builds come first. A node whose OS was updated has the layer of one of them.
-// Deltas returns what it attached. It leaves out what is there already or saves little.
+// Deltas attaches up to count deltas to a published artifact. From each one a node makes the artifact's module layer
+// out of the module layer of an earlier COS build. That build has the same board, milestone and driver. Deltas takes
+// the newest builds first, because a node whose OS was updated has the layer of one of them. Deltas returns what it
+// attached. Deltas skips a delta that is attached already or that saves too little.
 func Deltas(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -79,7 +80,7 @@ func deltas(
 	if err != nil {
 		return nil, err
 	}
-	have := map[string]bool{} // by digest: anybody may attach something for the same layer
+	have := map[string]bool{} // by digest, because anybody may attach a delta for the same layer
 	for _, p := range there {
 		have[p.Digest.String()] = true
 	}
@@ -94,7 +95,7 @@ func deltas(
 			return made, err
 		}
 		if former.Digest == "" || former.DiffID == to.DiffID || formers[former.DiffID] {
-			continue // several builds may have one kernel
+			continue // several builds may have the same kernel
 		}
 		if formers[former.DiffID] = true; len(formers) > count {
 			break
@@ -118,7 +119,7 @@ func deltas(
 	return made, nil
 }
 
-// buildsBefore returns the COS builds before k that tags name for this driver, the newest first.
+// buildsBefore returns the COS builds before k for which a tag of this driver exists, the newest first.
 func buildsBefore(tags []string, k target.Kernel, d target.Driver) []target.Kernel {
 	suffix, milestone := strings.TrimPrefix(bundle.KernelTag(k, d), "cos-"+k.BuildID), firstNumber(k.BuildID)
 	var before []target.Kernel
@@ -137,14 +138,15 @@ func buildsBefore(tags []string, k target.Kernel, d target.Driver) []target.Kern
 	return before
 }
 
-// firstNumber is that of the branch of COS from which all builds of a milestone are made.
+// firstNumber returns the first number of a BUILD_ID. This number names the branch of COS from which all builds of a
+// milestone are made.
 func firstNumber(buildID string) string {
 	first, _, _ := strings.Cut(buildID, ".")
 	return first
 }
 
-// layerOf returns the module layer of a build's artifact; one without a digest is that
-// there is none that this program reads.
+// layerOf returns the module layer of a build's artifact. The layer has no digest if there is no such artifact or if
+// this program cannot read it.
 func layerOf(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -165,7 +167,7 @@ func layerOf(
 	return content.Layer(bundle.LayerModules), nil
 }
 
-// makeDelta makes one in memory, out of what the repository has.
+// makeDelta makes a delta in memory from two layers of the repository.
 func makeDelta(ctx context.Context, repo *registry.Repository, from, to bundle.ContentLayer) ([]byte, error) {
 	a, err := openLayer(ctx, repo, from)
 	if err != nil {
@@ -184,7 +186,7 @@ func makeDelta(ctx context.Context, repo *registry.Repository, from, to bundle.C
 	return w.buf.Bytes(), errors.Join(a.check(), b.check())
 }
 
-// layerReader reads the archive in a published layer.
+// layerReader reads the uncompressed tar of a published layer and hashes it.
 type layerReader struct {
 	io.Reader
 	h           hash.Hash
@@ -205,12 +207,12 @@ func openLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentL
 	return &layerReader{io.TeeReader(plain, h), h, l.DiffID, plain, blob}, nil
 }
 
-// check reads what is left, and compares all of it with the config.
+// check reads the rest of the layer, and compares the hash of the whole layer with the config.
 func (l *layerReader) check() error {
 	if _, err := io.Copy(io.Discard, l); err != nil {
 		return fmt.Errorf("read layer: %w", err)
 	}
-	if got := "sha256:" + hex.EncodeToString(l.h.Sum(nil)); got != l.want {
+	if got := ocidigest.NewDigest(ocidigest.SHA256, l.h).String(); got != l.want {
 		return fault.New(
 			fault.Unverified,
 			fmt.Sprintf("read layer: it has diff id %s; the config says %s", got, l.want),
@@ -222,7 +224,7 @@ func (l *layerReader) check() error {
 
 func (l *layerReader) Close() error { return errors.Join(l.plain.Close(), l.blob.Close()) }
 
-// limited keeps what is written to it, and takes no more than so much.
+// limited is a buffer that accepts at most a given number of bytes.
 type limited struct {
 	buf  bytes.Buffer
 	most int
@@ -238,6 +240,5 @@ func (l *limited) Write(p []byte) (int, error) {
 }
 
 func digestOf(b []byte) string {
-	sum := sha256.Sum256(b)
-	return "sha256:" + hex.EncodeToString(sum[:])
+	return ocidigest.FromBytes(b).String()
 }

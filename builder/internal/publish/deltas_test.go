@@ -13,10 +13,10 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// code is what modules of sibling kernels share: nothing compresses it.
+// code returns data that the modules of sibling kernels share. The data cannot be compressed.
 func code() string {
 	b := make([]byte, 200_000)
-	_, _ = rand.NewChaCha8([32]byte{1}).Read(b) // it never fails
+	_, _ = rand.NewChaCha8([32]byte{1}).Read(b) // Read never returns an error
 	return string(b)
 }
 
@@ -30,7 +30,7 @@ func publishBuild(t *testing.T, repo *registry.Repository, key *testkit.Key, num
 	return s
 }
 
-// builds are the BUILD_IDs that deltas were made from.
+// builds returns the BUILD_IDs from which deltas were made.
 func builds(t *testing.T, repo *registry.Repository, s testkit.Sample, count int) []string {
 	t.Helper()
 	made, err := publish.Deltas(t.Context(), repo, s.Digest, s.Kernel, driver, count)
@@ -57,7 +57,7 @@ func TestDeltas(t *testing.T) {
 			for _, number := range []string{"9", "47", "48", "60"} {
 				publishBuild(t, repo, key, number, code()+number)
 			}
-			// The same kernel in one COS build more, and a layer that has nothing in common.
+			// Build 49 has the same kernel as build 48. Build 40 has a layer with nothing in common.
 			again := testkit.NewSample(t, key, testkit.SampleKernel("48"), driver, code()+"48")
 			again.Kernel.BuildID = id("49")
 			if _, _, err := publish.Publish(t.Context(), repo, artifact(t, key, resign(t, key, again))); err != nil {
@@ -69,7 +69,7 @@ func TestDeltas(t *testing.T) {
 			if diff := cmp.Diff([]string{id("49"), id("47")}, builds(t, repo, s, 2)); diff != "" {
 				t.Errorf("deltas (-want +got):\n%s", diff)
 			}
-			// What is there is not made again; what would save little is not made.
+			// A delta that exists is not made again. A delta that would save little is not made.
 			if diff := cmp.Diff([]string{id("9")}, builds(t, repo, s, 4)); diff != "" {
 				t.Errorf("deltas of a second call (-want +got):\n%s", diff)
 			}
@@ -77,7 +77,7 @@ func TestDeltas(t *testing.T) {
 				t.Errorf("Deltas(0) = %q", got)
 			}
 
-			// A node with the layer of build 47 makes that of build 50 out of it.
+			// A node with the layer of build 47 applies the delta and gets the layer of build 50.
 			former := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, code()+"47").Layers[0]
 			layer := s.Layers[0]
 			found, err := repo.Payloads(

@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// tool finds a program of others, or skips the test.
+// tool returns a function that runs a program of another project. tool skips the test if the program is missing.
 func tool(t *testing.T, name string) func(args ...string) (string, error) {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -63,8 +63,8 @@ func keyFile(t *testing.T, key crypto.Signer) string {
 	return path
 }
 
-// published signs a sample with a key file, as the builder does, and publishes
-// it to a registry with or without the referrers API.
+// published signs a sample with a key file, as the builder does. published publishes the sample to a registry with or
+// without the referrers API.
 func published(t *testing.T, referrers bool, key string) (ref, digest, pub string, s testkit.Sample) {
 	t.Helper()
 	signer, err := sign.LoadSigner(t.Context(), key)
@@ -114,7 +114,7 @@ func publishedBy(t *testing.T, referrers bool, signer *sign.Signer) (ref, digest
 			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/x", Digest: "sha256:" + strings.Repeat("1", 64)},
 			{Name: "NVIDIA-Linux-x86_64-535.261.03.run", URI: "gs://x/y", Digest: "sha256:" + strings.Repeat("2", 64)},
 		},
-		Modules: map[string]string{"nvidia": s.Layers[0].Path}}) // any file has a digest
+		Modules: map[string]string{"nvidia": s.Layers[0].Path}}) // any file will do, because each has a digest
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,8 +167,8 @@ func TestCosignVerifies(t *testing.T) {
 		{"RSA", rsa2048, nil},
 		{"Ed25519", ed, nil},
 	} {
-		// Without the referrers API: the sample registry that has it reports no
-		// artifact types.
+		// The registry is one without the referrers API, because the sample registry with that API reports no artifact
+		// types.
 		ref, digest, pub, _ := published(t, false, keyFile(t, row.key))
 		for _, kind := range []string{"slsaprovenance1", trust.PredicateKernelMatch, trust.PredicateTestResult, "spdxjson"} {
 			verify := func(key string) (string, error) {
@@ -198,7 +198,7 @@ func TestCranePulls(t *testing.T) {
 	if err != nil || !json.Valid([]byte(raw)) {
 		t.Errorf("crane manifest = %v", err)
 	}
-	// --fast: crane's full check reads gzip layers only.
+	// --fast is needed, because crane's full check reads gzip layers only.
 	if _, err := crane("validate", "--fast", "--remote", tagged); err != nil {
 		t.Errorf("crane validate = %v", err)
 	}
@@ -220,7 +220,7 @@ func TestCranePulls(t *testing.T) {
 	}
 }
 
-// What the page tells a reader to run, run as it stands there.
+// TestVerifyPage runs the commands of the page exactly as the page shows them.
 func TestVerifyPage(t *testing.T) {
 	t.Parallel()
 	const begin = "$ cosign verify-attestation --key "

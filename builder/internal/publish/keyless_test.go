@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// login is an OpenID Connect issuer, as small as Fulcio takes it.
+// login is a minimal OpenID Connect issuer that Fulcio accepts.
 type login struct {
 	url string
 	key *ecdsa.PrivateKey
@@ -50,7 +50,7 @@ func newLogin(t *testing.T) *login {
 	return l
 }
 
-// token is signed by key for an audience.
+// token returns an identity token for an audience, signed by key.
 func (l *login) token(t *testing.T, key *ecdsa.PrivateKey, audience string) []byte {
 	t.Helper()
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: "k"}}, nil)
@@ -75,8 +75,8 @@ func (l *login) token(t *testing.T, key *ecdsa.PrivateKey, audience string) []by
 	return []byte(text)
 }
 
-// startFulcio runs a Fulcio that issues certificates of farm's for tokens of
-// login, without a log of certificates, and returns its URL.
+// startFulcio runs a Fulcio and returns its URL. This Fulcio issues certificates of farm for tokens of login. This
+// Fulcio has no log of certificates.
 func startFulcio(t *testing.T, program string, farm *testkit.Authority, l *login) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -98,7 +98,7 @@ func startFulcio(t *testing.T, program string, farm *testkit.Authority, l *login
 		"--fileca-key-passwd=none", "--fileca-key=" + keyFile(t, farm.CAKey),
 		"--fileca-cert=" + file("ca.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: farm.CA.Raw}))}
 	var said string
-	for range 5 { // a port that was free a moment ago may be taken
+	for range 5 { // retries, because another process may have taken the free port
 		var address string
 		if address, said = runFulcio(t, program, args); address != "" {
 			return "http://" + address
@@ -133,10 +133,10 @@ func runFulcio(t *testing.T, program string, args []string) (address, said strin
 	go func() {
 		defer close(ended)
 		_, _ = io.Copy(&text, bufio.NewReader(stderr))
-		_ = cmd.Wait() // killed
+		_ = cmd.Wait() // the program was killed, so its exit status has no meaning
 	}()
 	t.Cleanup(func() {
-		_ = cmd.Process.Kill() // or it ended by itself
+		_ = cmd.Process.Kill() // or it has ended already
 		<-ended
 	})
 	for look := time.NewTicker(10 * time.Millisecond); ; {
@@ -154,7 +154,7 @@ func runFulcio(t *testing.T, program string, args []string) (address, said strin
 	}
 }
 
-// TestCosignVerifiesKeyless signs with certificates of a real Fulcio.
+// TestCosignVerifiesKeyless signs with certificates that a real Fulcio issued.
 func TestCosignVerifiesKeyless(t *testing.T) {
 	t.Parallel()
 	cosign := tool(t, "cosign")
@@ -220,7 +220,7 @@ func TestCosignVerifiesKeyless(t *testing.T) {
 		{"another root", other, who.Subject, who.Issuer, false},
 	} {
 		for _, kind := range []string{"slsaprovenance1", trust.PredicateKernelMatch, "spdxjson"} {
-			// There is no log of anything here, but a trusted time.
+			// This deployment has no transparency log, but it has a trusted timestamp authority.
 			out, err := cosign("verify-attestation", "--trusted-root", row.root, "--certificate-identity", row.who,
 				"--certificate-oidc-issuer", row.issuer,
 				"--use-signed-timestamps", "--insecure-ignore-tlog", "--insecure-ignore-sct", "--allow-http-registry", "--type",

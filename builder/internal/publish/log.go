@@ -2,34 +2,31 @@ package publish
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"io"
 
 	"github.com/klauspost/compress/zstd"
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// Bounds of a build log. What was said first (inputs, flags) and last (the
-// error) is worth most, so the middle goes where there is too much. A build of
-// both a driver and its tests says about 1 MB.
+// These constants limit a build log, in bytes. If a log is too long, its middle is dropped. Its beginning (inputs and
+// flags) and its end (the error) are worth most. A build of a driver with its tests writes about 1 MB.
 const (
 	maxLogHead = 4 << 20
 	maxLogTail = 12 << 20
 )
 
-// PackLog compresses a build log for [Artifact.Log], and returns with it the
-// digest under which it will be found, for the provenance to name. A log that
-// is too long loses its middle.
+// PackLog compresses a build log for [Artifact.Log]. PackLog also returns the digest that the log will have in the
+// registry, for the provenance. If a log is too long, its middle is dropped.
 func PackLog(log io.Reader) (packed []byte, digest string, err error) {
 	text, err := readEnds(log, maxLogHead, maxLogTail)
 	if err == nil {
 		packed, err = compress(text)
 	}
-	// Nothing that a build says is as hard to compress; if it ever is, less is kept.
+	// Build logs compress far below the size limit of an attachment. If a log does not, PackLog keeps less of it.
 	for most := maxLogTail; err == nil && len(packed) > registry.MaxAttachment; {
 		most /= 2
 		if text, err = readEnds(bytes.NewReader(text), most/4, most); err == nil {
@@ -39,8 +36,7 @@ func PackLog(log io.Reader) (packed []byte, digest string, err error) {
 	if err != nil {
 		return nil, "", fmt.Errorf("pack build log: %w", err)
 	}
-	sum := sha256.Sum256(packed)
-	return packed, "sha256:" + hex.EncodeToString(sum[:]), nil
+	return packed, ocidigest.FromBytes(packed).String(), nil
 }
 
 // UnpackLog returns the text of an attached build log.
@@ -73,7 +69,7 @@ func compress(text []byte) ([]byte, error) {
 	return e.EncodeAll(text, nil), nil
 }
 
-// readEnds reads what comes first and last, in bounded memory.
+// readEnds returns the first head bytes and the last tail bytes of r, in bounded memory.
 func readEnds(r io.Reader, head, tail int) ([]byte, error) {
 	text, err := io.ReadAll(io.LimitReader(r, int64(head)))
 	if err != nil || len(text) < head {
@@ -85,7 +81,7 @@ func readEnds(r io.Reader, head, tail int) ([]byte, error) {
 	for {
 		n, err := r.Read(chunk)
 		end = append(end, chunk[:n]...)
-		if len(end) > 2*tail { // copies each byte once on average
+		if len(end) > 2*tail { // this copies each byte once on average
 			left += len(end) - tail
 			end = append(end[:0], end[len(end)-tail:]...)
 		}

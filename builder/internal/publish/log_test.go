@@ -72,8 +72,8 @@ func FuzzUnpackLog(f *testing.F) {
 	})
 }
 
-// TestLogThatProvenanceNames publishes twice, and once behind a run that was
-// cut off: the log that the provenance in force names is always there.
+// TestLogThatProvenanceNames publishes twice. In a second case, an earlier run was interrupted. In both cases the log
+// that the valid provenance names must be in the registry.
 func TestLogThatProvenanceNames(t *testing.T) {
 	t.Parallel()
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")

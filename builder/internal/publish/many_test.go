@@ -12,9 +12,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// An artifact may fit far more COS builds than statements are read. Each of them
-// finds its own and the provenance, also where the first ones were attached
-// before statements had labels, and none is attached twice.
+// TestManyKernels checks an artifact that fits more COS builds than the number of statements that a client reads. Each
+// build must find its own kernel match and the provenance. This must work even if the first statements were attached
+// before statements had labels. No statement may be attached twice.
 func TestManyKernels(t *testing.T) {
 	t.Parallel()
 	const most, old = 200, 40
@@ -35,7 +35,7 @@ func TestManyKernels(t *testing.T) {
 			t.Parallel()
 			all := most
 			if name == "layout" {
-				all = registry.MaxAttachments + old // each is written durably
+				all = registry.MaxAttachments + old // fewer, because each one is synced to disk
 			}
 			repo := open(t, ref, nil)
 			before := s
@@ -51,7 +51,7 @@ func TestManyKernels(t *testing.T) {
 			if err != nil || len(list) != 1+all {
 				t.Errorf("%d statements attached, %v; want the provenance and %d matches, each once", len(list), err, all)
 			}
-			for i := 0; i < all; i += 8 { // among them, both old and new ones
+			for i := 0; i < all; i += 8 { // both old and new ones are among these
 				k := kernel(i)
 				bundles, err := repo.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle, trust.Wanted(k)...)
 				if err != nil {

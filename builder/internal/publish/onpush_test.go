@@ -16,12 +16,10 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// onPush is a registry that makes a repository when somebody who may push asks for
-// a token, and says of one that is not there what it says of one that is secret.
-// The exchange is that of the distribution project's token specification; status,
-// challenge and scopes are Quay's, as recorded in helm/helm#31567 (2025-11-25) and
-// helm/helm#32144 (2026-05-22), where a client that kept its token for reading could
-// not push.
+// onPush runs a registry that creates a repository when a client with push rights asks for a token. Until then it
+// answers as for a private repository. The token exchange follows the distribution project's token specification.
+// Status, challenge and scopes are Quay's, as recorded in helm/helm#31567 (2025-11-25) and helm/helm#32144
+// (2026-05-22). In those issues, a client that kept its token for reading could not push.
 func onPush(t *testing.T) string {
 	t.Helper()
 	var made atomic.Bool
@@ -56,7 +54,7 @@ func onPush(t *testing.T) string {
 	return strings.TrimPrefix(s.URL, "http://")
 }
 
-// The first artifact makes the repository, where a registry makes them on push.
+// TestPublishMakesRepository checks that the first artifact creates the repository in such a registry.
 func TestPublishMakesRepository(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

@@ -6,8 +6,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// labels returns the labels of a statement in a bundle that this program has
-// just made. It verifies nothing.
+// labels returns the labels of a statement in a bundle that this program has just made. labels does not verify the
+// bundle.
 func labels(raw []byte) map[string]string {
 	var b struct {
 		Envelope struct {

@@ -1,7 +1,6 @@
-// Package publish puts an artifact into a repository so that nobody ever sees
-// half of it: blobs, manifest, signed statements, and only then the names by
-// which it is found. It may be interrupted anywhere and run again. It refuses
-// to replace what is published.
+// Package publish uploads an artifact in an order that never shows an incomplete artifact: blobs, manifest, signed
+// statements, and only then the tags. A run may be interrupted anywhere and repeated. The package refuses to replace a
+// published artifact.
 package publish
 
 import (
@@ -17,33 +16,31 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// ArtifactTypeLog is the type under which a build log is attached: see [PackLog].
+// ArtifactTypeLog is the artifact type of an attached build log (see [PackLog]).
 const ArtifactTypeLog = "application/vnd.prebake.build-log.v1+zstd"
 
-// Artifact is everything that is published at once.
+// Artifact has everything that is published together.
 type Artifact struct {
 	Image    v1.Image
 	Identity bundle.Identity
-	// Kernel is the COS build for which it is published this time.
+	// Kernel is the COS build for which the artifact is published this time.
 	Kernel target.Kernel
-	// Bundles are the signed statements: provenance, the kernel match for
-	// Kernel, test result, contents.
+	// Bundles are the signed statements: provenance, the kernel match for Kernel, the test result and the contents.
 	Bundles [][]byte
-	// Verifier reads statements that are attached already, so that equal ones
-	// are not attached again: signatures differ each time. Nil attaches always.
+	// Verifier verifies statements that are attached already. A statement with the same content is not attached again,
+	// although its signature would differ. Nil attaches every statement.
 	Verifier *trust.Verifier
-	// Log is the build log as [PackLog] returns it; nil attaches none. It is
-	// attached with the provenance that names it, and left out where another
-	// run's provenance is there already.
+	// Log is the build log as [PackLog] returns it. nil attaches none. The log is attached together with the provenance
+	// that names it. Log is left out if the provenance of another run is there already.
 	Log []byte
 }
 
-// Existing returns the digest that a tag names in a repository, if it names
-// one. The caller verifies its statements before it relies on them.
+// Existing returns the digest that a tag names in a repository. ok is false if the tag does not exist. The caller
+// verifies the statements of the digest before it relies on them.
 func Existing(ctx context.Context, repo *registry.Repository, tag string) (digest string, ok bool, err error) {
 	d, err := repo.Resolve(ctx, tag)
-	// A registry that makes repositories on push, as Quay does, lets nobody read
-	// one that it has not made yet. To who may push there, it has nothing.
+	// A registry such as Quay creates a repository on push. Before that it denies reading. If this client may push
+	// there, the repository does not exist yet, so it has no tag.
 	if registry.Denied(err) && repo.CheckPush(ctx) == nil {
 		if d, err = repo.Resolve(ctx, tag); registry.Denied(err) {
 			return "", false, nil
@@ -58,8 +55,8 @@ func Existing(ctx context.Context, repo *registry.Repository, tag string) (diges
 	return d.Digest.String(), true, nil
 }
 
-// Content reads what the artifact with this digest holds: its manifest, whose
-// bytes are compared with the digest, and its config.
+// Content reads the manifest and the config of the artifact with this digest. Content compares the bytes of the
+// manifest with the digest.
 func Content(ctx context.Context, repo *registry.Repository, digest string) (bundle.Content, error) {
 	manifest, err := repo.Manifest(ctx, digest)
 	if err != nil {
@@ -76,10 +73,9 @@ func Content(ctx context.Context, repo *registry.Repository, digest string) (bun
 	return bundle.ParseManifest(manifest, config)
 }
 
-// Publish stores an artifact and returns its digest; existed says that its tag
-// was there before, with this digest. Then only what is missing is added, such
-// as the statement for another COS build with this fingerprint. A tag that
-// names another digest is [fault.PublishRefused], and nothing was changed.
+// Publish stores an artifact and returns its digest. existed is true if the artifact's tag named this digest before. In
+// that case Publish adds only what is missing, such as the statement for another COS build with this fingerprint. If a
+// tag names another digest, the error is [fault.PublishRefused] and nothing is changed.
 func Publish(ctx context.Context, repo *registry.Repository, a Artifact) (digest string, existed bool, err error) {
 	digest, existed, err = publish(ctx, repo, a)
 	if err != nil {
@@ -105,9 +101,8 @@ func publish(ctx context.Context, repo *registry.Repository, a Artifact) (string
 	return digest, existed, finish(ctx, repo, subject, a)
 }
 
-// Attest does what [Publish] does for an artifact that is in the repository:
-// it attaches the statements that are missing, and the names by which the
-// kernel's build finds it. Image is not needed.
+// Attest does the same as [Publish] for an artifact that is in the repository already. Attest attaches the missing
+// statements and adds the tags by which the kernel's build finds the artifact. Attest does not need Image.
 func Attest(ctx context.Context, repo *registry.Repository, digest string, a Artifact) error {
 	err := func() error {
 		if _, err := checkNames(ctx, repo, digest, a); err != nil {
@@ -129,8 +124,7 @@ func (a Artifact) tags() []string {
 	return []string{bundle.Tag(a.Identity), bundle.KernelTag(a.Kernel, a.Identity.Driver)}
 }
 
-// checkNames examines both names before the first byte is sent; existed says that
-// the artifact's own is there.
+// checkNames checks both tags before anything is sent. existed is true if the artifact's own tag exists.
 func checkNames(ctx context.Context, repo *registry.Repository, digest string, a Artifact) (existed bool, err error) {
 	for i, tag := range a.tags() {
 		have, ok, err := Existing(ctx, repo, tag)
@@ -150,7 +144,7 @@ func checkNames(ctx context.Context, repo *registry.Repository, digest string, a
 	return existed, nil
 }
 
-// finish makes a stored image an artifact that can be found.
+// finish attaches the statements to a stored image and adds the tags.
 func finish(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	if err := attach(ctx, repo, subject, a); err != nil {
 		return err
@@ -163,8 +157,8 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// attach adds the statements that are missing. A log goes before them, so that
-// what a provenance names is there.
+// attach attaches the missing statements. attach attaches the log first, so that a log that a provenance names always
+// exists.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	digest := subject.Digest.String()
 	present := map[string]bool{}
@@ -178,7 +172,7 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 			return err
 		}
 		for _, raw := range attached {
-			// What cannot be verified is somebody else's, and says nothing.
+			// Statements that cannot be verified belong to somebody else and are ignored.
 			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
 				present[proves(st)] = true
 			}
@@ -209,7 +203,7 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// proves sums up what a statement proves: two that say the same are one too many.
+// proves returns a key for what a statement proves. Of two statements with the same key, one is enough.
 func proves(st *trust.Statement) string {
 	if m, err := trust.ParseKernelMatch(st); err == nil {
 		return st.PredicateType + " " + m.Kernel.String() + " " + string(m.Fingerprint)

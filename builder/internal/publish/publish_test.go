@@ -43,8 +43,7 @@ func artifact(t testing.TB, key *testkit.Key, s testkit.Sample) publish.Artifact
 		Verifier: key.Verifier(t), Log: []byte("log of this build\n")}
 }
 
-// resign gives a sample the statements of another run: equal in content, with
-// other signatures.
+// resign gives a sample the statements of another run. Their content is the same and their signatures differ.
 func resign(t testing.TB, key *testkit.Key, s testkit.Sample) testkit.Sample {
 	t.Helper()
 	s.Bundles = [][]byte{
@@ -54,7 +53,7 @@ func resign(t testing.TB, key *testkit.Key, s testkit.Sample) testkit.Sample {
 	return s
 }
 
-// check says what is wrong with a repository that should hold exactly this.
+// check reports differences if a repository does not hold exactly this sample.
 func check(t testing.TB, repo *registry.Repository, key *testkit.Key, s testkit.Sample, bundles int) {
 	t.Helper()
 	for _, tag := range []string{bundle.Tag(s.Identity), bundle.KernelTag(s.Kernel, driver)} {
@@ -139,9 +138,8 @@ func TestPublishRefusesForeignStatements(t *testing.T) {
 
 var errCut = errors.New("the machine lost its network")
 
-// cutter lets n requests pass and fails all others. The first of those still
-// reaches the registry, and only its answer is lost: so together, all n give
-// every state that the registry can be left in.
+// cutter passes n requests and fails all others. The first failed request still reaches the registry, and only its
+// answer is lost. All values of n together therefore cover every state in which the registry can be left.
 type cutter struct{ n atomic.Int64 }
 
 func (c *cutter) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -159,8 +157,8 @@ func (c *cutter) RoundTrip(r *http.Request) (*http.Response, error) {
 	return nil, errCut
 }
 
-// TestCutOffAnywhere fails the n-th request for every n, looks that no half
-// artifact can be found, and publishes again.
+// TestCutOffAnywhere fails the n-th request for every n. TestCutOffAnywhere checks that nobody can find an incomplete
+// artifact, and then publishes again.
 func TestCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -191,7 +189,7 @@ func TestCutOffAnywhere(t *testing.T) {
 				if _, ok, err := publish.Existing(t.Context(), whole, bundle.Tag(s.Identity)); err != nil {
 					t.Errorf("n=%d: Existing = %v", n, err)
 				} else if ok {
-					// A tag is the last thing: what it names is whole.
+					// The tag is written last, so the artifact that it names must be complete.
 					attached, err := whole.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle)
 					if err != nil {
 						t.Errorf("n=%d: Attached = %v", n, err)

@@ -9,9 +9,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Statement signs one more statement about an artifact that is in the
-// repository and attaches it, and returns the digest of what it attached. One
-// of this type by this key that is there already is enough: then it returns "".
+// Statement signs one more statement about an artifact in the repository and attaches it. Statement returns the digest
+// of the attached manifest. If this key's statement of the same type is there already, Statement attaches nothing and
+// returns "".
 func Statement(ctx context.Context, repo *registry.Repository, digest string, signer *sign.Signer,
 	s sign.Statement) (string, error) {
 	attached, err := func() (string, error) {

@@ -19,16 +19,16 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// Difference is one file that is not the same on both sides.
+// Difference describes one file that differs.
 type Difference struct {
 	// Name is the file's path in the artifact.
 	Name string `json:"name"`
-	// What says how the sides differ, and for modules in which section first.
+	// What describes the difference. For a module it begins with the section.
 	What string `json:"what"`
 }
 
-// compare unpacks those layers whose digests differ, published and made, and
-// compares them file by file.
+// compare unpacks the layers whose digests differ, the published ones and the new ones. compare compares them file by
+// file.
 func (c Config) compare(ctx context.Context, content bundle.Content, made *pipeline.Made,
 	folder func(string) (string, error), report *Report) error {
 	theirs, err := folder("published")
@@ -65,10 +65,9 @@ func (c Config) compare(ctx context.Context, content bundle.Content, made *pipel
 	if err != nil {
 		return err
 	}
-	// With signatures in the modules another digest is to be expected, but not
-	// another description.
+	// If the modules are signed, a different digest is expected, but the description must be the same.
 	if len(report.Differences) == 0 && (report.ModuleKey == "" || content.Identity != made.Identity) {
-		// Every file is the same, yet the digest is not: the packing differs.
+		// All files are equal but the digest differs, so the files are packed in another way.
 		report.Differences = []Difference{{"(manifest)",
 			fmt.Sprintf("all %d files are the same, but they are packed or described in another way", report.Files)}}
 	}
@@ -83,8 +82,8 @@ func unpack(ctx context.Context, r io.Reader, digest, diffID string, size int64,
 	return errors.Join(bundle.Unpack(ctx, r, digest, diffID, size, root), root.Close())
 }
 
-// compareTrees compares two folders by name, kind, exec bit, link target and
-// content. signed leaves signatures at the end of published modules out.
+// compareTrees compares two folders by name, kind, exec bit, link target and content. If signed is true, it ignores
+// signatures at the end of published modules.
 func compareTrees(published, made string, signed bool) (files int, all []Difference, err error) {
 	theirs, err := list(published)
 	if err != nil {
@@ -120,14 +119,14 @@ func compareTrees(published, made string, signed bool) (files int, all []Differe
 	return len(names), all, nil
 }
 
-// What an entry can be; a link is "link to" and its target.
+// These constants are kinds of entries. The kind of a link is "link to" and its target.
 const (
 	folderEntry = "folder"
 	regular     = "file"
 	program     = "program"
 )
 
-// list describes every entry below a folder, but not the contents.
+// list describes every entry below a folder, without the contents.
 func list(dir string) (map[string]string, error) {
 	all := map[string]string{}
 	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
@@ -161,8 +160,8 @@ func list(dir string) (map[string]string, error) {
 	return all, err
 }
 
-// compareFiles returns "" for equal contents, else where they part. strip leaves
-// the published module's signature out.
+// compareFiles returns "" if the contents are equal, and otherwise the place of the first difference. If strip is true,
+// it ignores the signature of the published module.
 func compareFiles(published, made string, strip bool) (string, error) {
 	a, err := os.ReadFile(published)
 	if err != nil {
@@ -170,7 +169,8 @@ func compareFiles(published, made string, strip bool) (string, error) {
 	}
 	if strip {
 		if a, _, err = modsign.Split(a); err != nil {
-			return err.Error(), nil // the file is not what its provenance says: a difference
+			// The file is not as its provenance says. This is a difference, not an error.
+			return err.Error(), nil
 		}
 	}
 	b, err := os.ReadFile(made)
@@ -193,8 +193,8 @@ func compareFiles(published, made string, strip bool) (string, error) {
 	return fmt.Sprintf("differs from byte %d on", at), nil
 }
 
-// elfDifference names the sections in which two ELF files differ; "" where
-// they are not ELF files, or differ elsewhere only.
+// elfDifference names the sections in which two ELF files differ. elfDifference returns "" if they are not ELF files or
+// differ only outside the sections.
 func elfDifference(published, made []byte) string {
 	a, err := elf.NewFile(bytes.NewReader(published))
 	if err != nil {
@@ -226,8 +226,8 @@ func elfDifference(published, made []byte) string {
 	}
 }
 
-// sections maps names to contents; sections of one name are joined. One that
-// cannot be read counts as empty: the bytes differ in any case.
+// sections maps names of sections to contents. The contents of sections with the same name are joined. A section that
+// cannot be read counts as empty, because the files' bytes are compared anyway.
 func sections(f *elf.File) map[string][]byte {
 	all := map[string][]byte{}
 	for _, s := range f.Sections {

@@ -1,8 +1,7 @@
-// Package reproduce makes a published artifact again from what its provenance
-// says, and tells file by file whether the same came out. A second party may
-// sign that. It refuses to start from an artifact whose provenance does not
-// verify, from other inputs than the provenance names, and to use anything
-// that an earlier build left in a cache.
+// Package reproduce builds a published artifact again from the inputs that its provenance names. The package reports
+// file by file whether the result is the same. A second party may sign this result. The package refuses an artifact
+// whose provenance does not verify. The package refuses other inputs than the provenance names. The package refuses to
+// use anything that an earlier build left in a cache.
 package reproduce
 
 import (
@@ -24,26 +23,26 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Config says what to make again, and how.
+// Config says which artifact to build again, and how.
 type Config struct {
 	Repo *registry.Repository
 	// Ref is a tag or a digest in Repo.
 	Ref string
 	// Verifier holds the keys whose provenance is trusted.
 	Verifier *trust.Verifier
-	// Make makes the cell. It is pipeline.Make with this machine's mirrors and
-	// tools, and a cache for products that was empty when the program began.
+	// Make builds the cell. Make is pipeline.Make with this machine's mirrors and tools. Its cache for build products
+	// was empty when the program began.
 	Make func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error)
-	// TempDir gives an empty folder and what removes it. The folder takes the
-	// artifact twice, unpacked.
+	// TempDir returns an empty folder and a function that removes it. The folder must have room for two unpacked copies
+	// of the artifact.
 	TempDir func(prefix string) (dir string, cleanup func() error, err error)
-	// Attest signs the outcome if it is "identical"; nil signs nothing.
+	// Attest signs the result if it is "identical". nil signs nothing.
 	Attest *sign.Signer
-	// By names who makes it again, a URI; it goes into that statement.
+	// By is a URI that names who builds the artifact again. By goes into the signed statement.
 	By string
 }
 
-// Report is the outcome.
+// Report is the result of Run.
 type Report struct {
 	Repository  string             `json:"repository"`
 	Digest      string             `json:"digest"`
@@ -51,31 +50,29 @@ type Report struct {
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
 	BuilderID   string             `json:"builderId"`
-	// Identical says that the digest came out again; with ModuleKey, that all
-	// came out again but the signatures inside the modules.
+	// Identical is true if the new digest is the same. With ModuleKey it is true if everything is the same except the
+	// signatures in the modules.
 	Identical bool `json:"identical"`
-	// ModuleKey names the certificate that the published modules are signed
-	// under. Nobody else can make those signatures again, so they are left out of
-	// the comparison.
+	// ModuleKey names the certificate of the signatures in the published modules. Nobody else can make the same
+	// signatures, so the comparison ignores them.
 	ModuleKey string `json:"moduleKey,omitempty"`
-	// Made is the digest that came out.
+	// Made is the digest of the new artifact.
 	Made string `json:"made"`
-	// Files is how many were compared; Differences are those that differ, in
-	// order of their names. Both are about the layers whose digests differ.
+	// Files is the number of files that were compared. Differences lists those that differ, by name. Both cover only
+	// the layers whose digests differ.
 	Files       int          `json:"files"`
 	Differences []Difference `json:"differences,omitempty"`
 	// Attested is the digest of the statement that was attached, if any.
 	Attested string `json:"attested,omitempty"`
 }
 
-// provenance is what the rebuild needs to know.
+// provenance has the facts from the provenance that the rebuild needs.
 type provenance struct {
 	trust.Verdict
 	recipes map[string]string
 }
 
-// Run makes the artifact again and compares. An artifact that differs is not
-// an error: the report says so.
+// Run builds the artifact again and compares the results. A difference is not an error: it is in the report.
 func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	desc, err := c.Repo.Resolve(ctx, c.Ref)
 	if err != nil {
@@ -102,7 +99,8 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = cleanup() }() // a scratch folder; the next start removes it as well
+	// An error does not matter. The folder is temporary, and the next start removes it as well.
+	defer func() { _ = cleanup() }()
 	folder := func(name string) (string, error) {
 		path := filepath.Join(dir, name)
 		return path, os.Mkdir(path, 0o755)
@@ -143,8 +141,8 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	return report, err
 }
 
-// provenance finds the statement that says how the artifact was made, and
-// verifies it as a node of the kernel that it was made for would.
+// provenance finds the provenance of the artifact. provenance verifies the provenance as a node with the kernel of that
+// provenance would.
 func (c Config) provenance(ctx context.Context, digest string, content bundle.Content) (*provenance, error) {
 	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
 	if err != nil {
@@ -159,7 +157,7 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 	for _, raw := range attached {
 		st, err := c.Verifier.Statement(raw)
 		if err != nil || st.PredicateType != trust.PredicateProvenance || !st.About(digest) {
-			continue // Verify says below what is wrong with them all
+			continue // Verify below reports what is wrong with the statements
 		}
 		if err := json.Unmarshal(st.Predicate, &said); err == nil {
 			break
@@ -167,7 +165,7 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 	}
 	built := said.BuildDefinition.ExternalParameters
 	if built.Kernel.BuildID == "" {
-		// Nothing names a kernel. Verify wants one before it explains itself.
+		// No statement names a kernel. Verify needs one before it can report the reason.
 		built.Kernel = target.Kernel{BuildID: "0.0.0", Board: "none"}
 	}
 	if attached, err = c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(built.Kernel)...); err != nil {
@@ -183,8 +181,7 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 	return &provenance{*verdict, said.BuildDefinition.InternalParameters}, nil
 }
 
-// sameRecipes compares the ways in which things are made: with another way,
-// other bytes prove nothing.
+// sameRecipes compares the recipes of both builds. If they differ, a difference in bytes proves nothing.
 func sameRecipes(theirs map[string]string) error {
 	ours := pipeline.Recipes()
 	for _, name := range slices.Sorted(maps.Keys(ours)) {
@@ -197,7 +194,7 @@ func sameRecipes(theirs map[string]string) error {
 	return nil
 }
 
-// sameInputs compares what was fetched now with what the provenance names.
+// sameInputs compares the inputs that were fetched now with those that the provenance names.
 func sameInputs(want []trust.Material, made *pipeline.Made) error {
 	have := map[string]bool{}
 	for _, m := range made.Materials {

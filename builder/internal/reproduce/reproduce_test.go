@@ -32,7 +32,7 @@ var (
 	}
 )
 
-// farm is a repository with one published artifact, and the keys around it.
+// farm is a repository with one published artifact, and the keys of the parties.
 type farm struct {
 	cfg    reproduce.Config
 	sample testkit.Sample
@@ -52,7 +52,7 @@ func signer(t *testing.T) *sign.Signer {
 	return s
 }
 
-// newFarm publishes a sample, with the provenance of a builder of these recipes.
+// newFarm publishes a sample with provenance. The provenance says that a builder with these recipes made it.
 func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 	t.Helper()
 	repo, err := registry.Open("oci:"+filepath.Join(t.TempDir(), "farm"), registry.Options{})
@@ -93,7 +93,7 @@ func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 	}}
 }
 
-// again stands for a rebuild that came to these layers.
+// again returns a Make function that replaces a rebuild. The function returns these layers.
 func again(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context,
 	pipeline.Request) (*pipeline.Made, error) {
 	return func(_ context.Context, req pipeline.Request) (*pipeline.Made, error) {
@@ -149,14 +149,14 @@ func TestIdentical(t *testing.T) {
 	if said != 1 {
 		t.Errorf("%d statements of the second party; want one", said)
 	}
-	// Said once is enough.
+	// A second statement is not needed.
 	if report, err = reproduce.Run(t.Context(), f.cfg); err != nil || report.Attested != "" {
 		t.Errorf("second Run = %+v, %v; want nothing attested anew", report, err)
 	}
 }
 
-// One changed object is found, and named.
-// What carries Google's signatures, or is Google's, is made again as such.
+// TestGoogle checks that an artifact with Google's signatures, or with Google's modules, is built again in the same
+// way.
 func TestGoogle(t *testing.T) {
 	t.Parallel()
 	for fact, want := range map[string]pipeline.Request{

@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// Signatures at the end of published modules are left out where the provenance
-// says that there are some, and nowhere else.
+// TestCompareSigned checks that signatures at the end of published modules are ignored only if the provenance says that
+// the modules are signed.
 func TestCompareSigned(t *testing.T) {
 	t.Parallel()
 	a, b := t.TempDir(), t.TempDir()

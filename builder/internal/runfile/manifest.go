@@ -12,7 +12,7 @@ import (
 	"strings"
 )
 
-// Bounds of a manifest. Real ones have some 1,000 lines.
+// These constants limit a manifest. Real ones have about 1,000 lines.
 const (
 	maxManifest = 4 << 20
 	maxEntries  = 50_000
@@ -22,39 +22,39 @@ const (
 
 // Entry is one file or link of a release.
 type Entry struct {
-	// Path is the file's path in the archive or, for a link, its name.
+	// Path is the path of the file in the archive. For a link, it is the name of the link.
 	Path string
 	Mode fs.FileMode
 	Type string
-	// Compat32 marks what is for 32-bit programs.
+	// Compat32 is true for files of 32-bit programs.
 	Compat32 bool
-	// Subdir is where below its folder the file belongs; "" means the folder itself.
+	// Subdir is the file's folder, relative to the folder of its type. "" means that folder itself.
 	Subdir string
-	// Target is what a link points at; "" for a file.
+	// Target is the target of a link, or "" for a file.
 	Target string
-	// NonGLVND marks the variant for systems without libglvnd.
+	// NonGLVND is true for the variant for systems without libglvnd.
 	NonGLVND bool
-	// Module is the component that the entry belongs to; "" in older files.
+	// Module is the component of the entry, or "" in older manifests.
 	Module string
 }
 
 // Manifest is a parsed .manifest.
 type Manifest struct {
 	Product, Version string
-	// Settings are lines 3 to 8, which an installer reads.
+	// Settings are lines 3 to 8, which NVIDIA's installer reads.
 	Settings []string
 	Entries  []Entry
-	// Unknown counts the lines of each type that this code does not know.
+	// Unknown counts the lines of each type that this package does not know.
 	Unknown map[string]int
 }
 
-// shape is which fields follow name, mode and type.
+// shape says which fields follow name, mode and type.
 type shape struct {
 	class  bool // NATIVE or COMPAT32
 	subdir bool
-	place  bool // a subdir, or none: it ends in a slash
+	place  bool // an optional subdir, which ends in a slash
 	target bool
-	glvnd  bool // GLVND or NON_GLVND, behind the rest
+	glvnd  bool // GLVND or NON_GLVND, after the other fields
 }
 
 var (
@@ -85,13 +85,12 @@ var (
 	}
 )
 
-// entryLine is name, mode, type and the rest. A name may hold blanks: the mode
-// and the word in capitals behind it tell where it ends.
+// entryLine matches name, mode, type and the other fields. A name may contain blanks. The name ends before the mode and
+// the type, which is a word in capitals.
 var entryLine = regexp.MustCompile(`^\s*(\S.*?)\s+([0-9]+)\s+([A-Z][A-Z0-9_]*)(\s.*)?$`)
 
-// ParseManifest reads a .manifest. Lines of types that it does not know are
-// counted and skipped, since every branch adds some; a line of a known type
-// that lacks its fields, or names a path outside the archive, is an error.
+// ParseManifest reads a .manifest. ParseManifest counts and skips lines of unknown types, because every branch adds
+// some. A line of a known type that lacks a field, or that names a path outside the archive, is an error.
 func ParseManifest(r io.Reader) (*Manifest, error) {
 	lines := bufio.NewScanner(io.LimitReader(r, maxManifest+1))
 	lines.Buffer(make([]byte, 0, 4096), 8*maxField)
@@ -156,9 +155,9 @@ func (m *Manifest) line(text string) error {
 	return nil
 }
 
-// fill reads the fields behind the type. KEY:VALUE fields come after those
-// with a fixed place, but for INHERIT_PATH_DEPTH:n, which takes the place of a
-// subdir: the path's own folders below the n-th say it.
+// fill reads the fields after the type. KEY:VALUE fields come after the fields with a fixed position. The exception is
+// INHERIT_PATH_DEPTH:n, which takes the place of a subdir. The subdir then consists of the path's own folders without
+// the first n.
 func (e *Entry) fill(s shape, fields []string) error {
 	next := func(what string) (string, error) {
 		if len(fields) == 0 {
@@ -178,7 +177,7 @@ func (e *Entry) fill(s shape, fields []string) error {
 		}
 		e.Compat32 = class == "COMPAT32"
 	}
-	// Newer branches name the folder of a file that had none before.
+	// Newer branches name a folder for some files that had none before.
 	if s.subdir || s.place && len(fields) > 0 && strings.HasSuffix(fields[0], "/") {
 		sub, err := next("subdir")
 		if err != nil {
@@ -229,7 +228,7 @@ func (e *Entry) subdir(field string) (string, error) {
 	return path.Join(parts[n:]...), nil
 }
 
-// inside returns the clean form of a relative path without "..".
+// inside returns the clean form of a relative path. inside refuses a path that leads out of the archive.
 func inside(name string) (string, error) {
 	if len(name) > maxField || strings.HasPrefix(name, "/") || strings.ContainsRune(name, 0) {
 		return "", fmt.Errorf("path %.80q leads out of the archive", name)

@@ -1,9 +1,7 @@
-// Package runfile reads NVIDIA's driver archives (makeself runfiles) without
-// running them: it finds the compressed tar behind the shell script and reads
-// the .manifest inside that tells what each file is.
+// Package runfile reads NVIDIA's driver archives (makeself runfiles) without running them. The package finds the
+// compressed tar after the shell script. The package also reads the .manifest inside, which describes each file.
 //
-// It refuses to execute anything, and to judge the tar: package archive
-// unpacks it.
+// The package refuses to execute anything. The package refuses to unpack the tar, because package archive does that.
 package runfile
 
 import (
@@ -19,8 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of the script. NVIDIA's has about 1,100 lines and 40 KB, makeself's
-// own 700.
+// These constants limit the script. NVIDIA's script has about 1,100 lines and 40 KB. makeself's own has 700 lines.
 const (
 	maxLines  = 20_000
 	maxScript = 4 << 20
@@ -28,22 +25,20 @@ const (
 
 var skipPattern = regexp.MustCompile(`^skip=(["']?)([0-9]{1,6})["']?\s*$`)
 
-// Header tells where the payload of a runfile is and how it is compressed.
+// Header says where the payload of a runfile begins and how it is compressed.
 type Header struct {
 	// Skip is the number in the script's skip= line.
 	Skip int
-	// Offset is the payload's first byte.
+	// Offset is the position of the payload's first byte.
 	Offset int64
-	// Format is the payload's compression.
+	// Format is the compression of the payload.
 	Format archive.Format
 }
 
-// Payload reads a runfile's script and returns a reader of the compressed tar
-// behind it.
+// Payload reads the script of a runfile and returns a reader for the compressed tar after it.
 //
-// The number in skip= means two things: in NVIDIA's files it is the line that
-// the payload starts at, in stock makeself's it is the last line of the
-// script. Both are tried, and the bytes found there decide.
+// The number in skip= has two meanings. In NVIDIA's files it is the line at which the payload begins. In files of the
+// original makeself it is the last line of the script. Payload tries both, and the bytes at each position decide.
 func Payload(r io.Reader) (io.Reader, Header, error) {
 	br := bufio.NewReaderSize(r, 64<<10)
 	var h Header
@@ -88,11 +83,11 @@ func Payload(r io.Reader) (io.Reader, Header, error) {
 }
 
 func peekFormat(br *bufio.Reader) archive.Format {
-	head, _ := br.Peek(512) // a short payload is judged by what there is
+	head, _ := br.Peek(512) // a short payload is decided by the bytes that exist
 	return archive.Detect(head)
 }
 
-// readLine reads one line of at most limit bytes, its end included.
+// readLine reads one line of at most limit bytes, with its line end.
 func readLine(br *bufio.Reader, limit int64) ([]byte, error) {
 	var whole []byte
 	for {

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// payload is a compressed tar of one file.
+// payload returns a compressed tar with one file.
 func payload(t testing.TB, format archive.Format) []byte {
 	t.Helper()
 	var b bytes.Buffer
@@ -54,7 +54,7 @@ func payload(t testing.TB, format archive.Format) []byte {
 	return b.Bytes()
 }
 
-// script is a runfile's header of n lines, the skip line among them.
+// script returns a runfile's header of n lines, one of which is the skip line.
 func script(skip string, n int) string {
 	lines := []string{"#!/bin/sh", "# made for a test", "CRCsum=\"1\"", skip}
 	for len(lines) < n {
@@ -129,7 +129,7 @@ func TestPayloadRefuses(t *testing.T) {
 	}
 }
 
-// TestPayloadOfMakeself reads what makeself itself packs.
+// TestPayloadOfMakeself reads a runfile that makeself itself packed.
 func TestPayloadOfMakeself(t *testing.T) {
 	t.Parallel()
 	tool, err := exec.LookPath("makeself")

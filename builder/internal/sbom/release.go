@@ -14,28 +14,28 @@ import (
 // Whole is a program or an image of a release.
 type Whole struct {
 	Name, Version string
-	// Digest is "sha256:" and that of the program's file, or of the image's manifest.
+	// Digest is "sha256:" and the hash of the program's file or of the image's manifest.
 	Digest string
-	// Purpose is SPDX's word for its kind: APPLICATION or CONTAINER (SPDX 2.3, 7.24).
+	// Purpose is the primary package purpose of SPDX 2.3 (7.24): APPLICATION or CONTAINER.
 	Purpose string
-	// Created is the document's time: of what was released, and no clock's.
+	// Created is the document's time. Created comes from the released commit, not from a clock.
 	Created time.Time
 	Parts   []Part
 }
 
-// Part is what a whole contains: a program, a Go module, a Debian package. One that is given
+// Part is something that a program or image contains: a program, a Go module or a Debian package. A part that is given
 // twice is listed once.
 type Part struct {
 	Name, Version string
-	// Digest is "sha256:" and that of the part's file; empty is unknown.
+	// Digest is "sha256:" and the hash of the part's file. Empty means unknown.
 	Digest string
-	// PURL is the part's package URL; empty is none.
+	// PURL is the part's package URL. Empty means none.
 	PURL string
-	// Licence is an SPDX expression; empty is NOASSERTION.
+	// Licence is an SPDX expression. Empty means NOASSERTION.
 	Licence string
 }
 
-// Release returns the SPDX document of a program or image. Equal input gives equal bytes.
+// Release returns the SPDX document of a program or image. The same input gives the same bytes.
 func Release(w Whole) ([]byte, error) {
 	sum, ok := strings.CutPrefix(w.Digest, "sha256:")
 	if !ok || len(sum) != 2*sha256.Size {
@@ -73,7 +73,7 @@ func Release(w Whole) ([]byte, error) {
 	whole := add("Whole", Part{Name: w.Name, Version: w.Version, Digest: w.Digest, Licence: "Apache-2.0"})
 	whole.PrimaryPackagePurpose = w.Purpose
 	if w.Purpose == "CONTAINER" {
-		whole.PackageLicenseDeclared = noAssertion // its Debian packages have their own
+		whole.PackageLicenseDeclared = noAssertion // the Debian packages in it have their own licences
 	}
 	d.relate("DOCUMENT", common.TypeRelationshipDescribe, "Whole")
 	seen := map[Part]bool{}

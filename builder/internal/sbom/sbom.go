@@ -1,7 +1,6 @@
-// Package sbom lists what an artifact is made of, as an SPDX 2.3 document:
-// NVIDIA's runfile, the kernel's header tree, the toolchain, and every module
-// with the inputs that it was made from. Equal facts give equal bytes. It
-// refuses to guess: a licence that nobody has read is NOASSERTION.
+// Package sbom writes the contents of an artifact as an SPDX 2.3 document: NVIDIA's runfile, the kernel's header tree,
+// the toolchain, and every module with the inputs that it was made from. The same facts give the same bytes. The
+// package refuses to guess: the licence of an input is NOASSERTION unless somebody has read it.
 package sbom
 
 import (
@@ -27,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Facts are what a document is made of.
+// Facts is the information from which a document is made.
 type Facts struct {
 	// Digest is the artifact's manifest digest.
 	Digest      string
@@ -39,17 +38,16 @@ type Facts struct {
 	Layers    []bundle.Layer
 	// Modules are the published .ko files by name, with or without .ko.
 	Modules map[string]string
-	// Created is the document's time. Zero is 1970, as in everything else of an
-	// artifact: a clock would make each document another one.
+	// Created is the document's time. Zero means 1970, as in all other parts of an artifact. The time of a clock would
+	// make each document different.
 	Created time.Time
 }
 
-// Licences. NVIDIA's text is in the artifact's user space layer; it is not
-// repeated here.
+// These constants are licences. NVIDIA's licence text is in the artifact's user space layer and is not repeated here.
 const (
 	noAssertion   = "NOASSERTION"
 	licenceNVIDIA = "LicenseRef-NVIDIA-driver"
-	licenceKernel = "GPL-2.0-only" // the kernel's COPYING, for the whole
+	licenceKernel = "GPL-2.0-only" // the kernel's COPYING, for the kernel as a whole
 )
 
 // JSON returns the document.
@@ -101,13 +99,13 @@ func build(f Facts) ([]byte, error) {
 	return json.Marshal(d.Document)
 }
 
-// artifact is the element that the document describes.
+// artifact is the id of the element that the document describes.
 const artifact = "Artifact"
 
 type document struct {
 	spdx.Document
 	facts Facts
-	// The elements of the inputs, by what they are to the modules.
+	// These are the ids of the inputs, grouped by their use in a module.
 	driver, kernel, tools []common.ElementID
 }
 
@@ -117,7 +115,7 @@ func (d *document) relate(a common.ElementID, how string, b common.ElementID) {
 	})
 }
 
-// addMaterials turns every input into a package.
+// addMaterials adds a package for every input.
 func (d *document) addMaterials() error {
 	for i, m := range d.facts.Materials {
 		sum, ok := strings.CutPrefix(m.Digest, "sha256:")
@@ -163,8 +161,7 @@ func (d *document) addMaterials() error {
 	return nil
 }
 
-// addLayers turns every layer into a package, and the modules into files of
-// theirs.
+// addLayers adds a package for every layer, and adds the modules to it as files.
 func (d *document) addLayers() error {
 	for _, l := range d.facts.Layers {
 		id := elementID("Layer-" + string(l.Kind))
@@ -221,7 +218,7 @@ func (d *document) addModules(layer *spdx.Package) error {
 	return nil
 }
 
-// verificationCode is SPDX 2.3, 7.9: the SHA-1 over the sorted SHA-1s.
+// verificationCode returns the package verification code of SPDX 2.3, 7.9: the SHA-1 of the sorted SHA-1s.
 func verificationCode(sums []string) string {
 	slices.Sort(sums)
 	h := sha1.Sum([]byte(strings.Join(sums, ""))) //nolint:gosec // see the import
@@ -232,9 +229,9 @@ func sha256Sum(sum string) []common.Checksum {
 	return []common.Checksum{{Algorithm: common.SHA256, Value: sum}}
 }
 
-// location returns a place that SPDX can name: a URI, or nothing.
+// location returns a URI as SPDX's download location, or NOASSERTION if there is no usable URI.
 func location(uri string) string {
-	if uri == "" || strings.HasPrefix(uri, "file:") { // a file of this machine says nothing elsewhere
+	if uri == "" || strings.HasPrefix(uri, "file:") { // a file URI of this machine means nothing on another one
 		return noAssertion
 	}
 	return uri
@@ -242,7 +239,7 @@ func location(uri string) string {
 
 var idPattern = regexp.MustCompile(`[^A-Za-z0-9.-]+`)
 
-// elementID makes an SPDX identifier out of a name.
+// elementID makes an SPDX identifier from a name.
 func elementID(name string) common.ElementID {
 	return common.ElementID(idPattern.ReplaceAllString(name, "-"))
 }

@@ -55,7 +55,7 @@ func TestDocument(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range 10 { // maps come in any order
+	for range 10 { // Go walks a map in random order
 		if again, err := sbom.JSON(f); err != nil || !bytes.Equal(again, raw) {
 			t.Fatalf("JSON = %s, %v; before it was %s", again, err, raw)
 		}

@@ -7,8 +7,8 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 )
 
-// About states anything else about the bytes with this digest: a predicate of
-// a type of its own. name is for people to read.
+// About makes a statement with a predicate of the given type about the bytes with this digest. name is for people to
+// read.
 func About(name, digest, predicateType string, predicate any) (Statement, error) {
 	s, err := about(name, digest, predicateType, predicate)
 	if err != nil {
@@ -25,7 +25,7 @@ func about(name, digest, predicateType string, predicate any) (Statement, error)
 	return statementOf(name, digest, predicateType, body)
 }
 
-// statementOf states a predicate, as its JSON is, about the bytes with this digest.
+// statementOf makes a statement about the bytes with this digest. body is the predicate as JSON.
 func statementOf(name, digest, predicateType string, body *structpb.Struct) (Statement, error) {
 	subject, err := resource(name, "", digest)
 	if err != nil {

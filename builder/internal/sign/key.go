@@ -1,7 +1,6 @@
-// Package sign is the private-key side: it loads a signing key from a file or
-// a KMS, or has keys of the moment certified, makes the statements about an
-// artifact, and signs them into Sigstore bundles. It refuses to publish, to
-// verify for others, and to let a private key out.
+// Package sign has all code that uses private keys. The package loads a signing key from a file or a KMS, or gets
+// certificates for short-lived keys. The package makes the statements about an artifact and signs them into Sigstore
+// bundles. The package refuses to publish, to verify for other packages, and to export a private key.
 package sign
 
 import (
@@ -26,15 +25,15 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Signer signs statements with one key, of the kinds that [trust.PublicKey]
-// names, wherever that is kept; or as one identity, with keys of the moment.
+// Signer signs statements with one key, or as one identity with short-lived keys. The key may be in a file or a KMS.
+// Its kind is one of those that [trust.PublicKey] lists.
 type Signer struct {
 	sv      signature.Signer
 	pub     crypto.PublicKey
 	details signature.AlgorithmDetails
 	key     trust.PublicKey
 
-	keyless *keyless // in place of all that
+	keyless *keyless // if set, it replaces all fields above
 }
 
 const maxKeyFile = 64 << 10
@@ -48,8 +47,8 @@ type loading struct {
 	token    func() ([]byte, error)
 }
 
-// WithPassword is asked for the password of an encrypted key file, such as
-// cosign writes. Without it, encrypted keys are refused.
+// WithPassword sets the function that returns the password of an encrypted key file, such as cosign writes. Without
+// this option, encrypted keys are refused.
 func WithPassword(f func() ([]byte, error)) Option {
 	return func(l *loading) { l.password = f }
 }
@@ -64,10 +63,9 @@ func newLoading(opts []Option) loading {
 	return l
 }
 
-// LoadSigner opens a key: ref is the path of a PEM file, or a KMS URI such as
-// gcpkms://projects/... A URI is served by a provider that is linked into the
-// program, else by a plugin program sigstore-kms-<scheme> on PATH. Without a
-// key, ref is [PrefixKeyless] and the path of a signing configuration.
+// LoadSigner opens a key. ref is the path of a PEM file, or a KMS URI such as gcpkms://projects/... For a URI,
+// LoadSigner uses a provider that is linked into the program, or else the plugin program sigstore-kms-<scheme> on PATH.
+// To sign without a key, ref is [PrefixKeyless] and the path of a signing configuration.
 func LoadSigner(ctx context.Context, ref string, opts ...Option) (*Signer, error) {
 	var s *Signer
 	var err error
@@ -105,7 +103,7 @@ func fromFile(path string, l loading) (*Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	// First, for its error names what is supported.
+	// NewPublicKey comes first, because its error names the supported kinds of keys.
 	if _, err := trust.NewPublicKey(private.Public()); err != nil {
 		return nil, err
 	}
@@ -128,11 +126,10 @@ func newSigner(sv signature.Signer, pub crypto.PublicKey) (*Signer, error) {
 	return &Signer{sv: sv, pub: pub, details: details, key: key}, nil
 }
 
-// PublicKey returns the public half, for verifying. Who signs without a key
-// has none.
+// PublicKey returns the public key, for verifying. A signer with an identity has none.
 func (s *Signer) PublicKey() trust.PublicKey { return s.key }
 
-// Policy trusts this key, or this identity, only.
+// Policy returns a policy that trusts this key or this identity only.
 func (s *Signer) Policy() trust.Policy {
 	if s.keyless != nil {
 		return s.keyless.policy
@@ -140,7 +137,7 @@ func (s *Signer) Policy() trust.Policy {
 	return trust.Policy{Keys: []trust.PublicKey{s.key}}
 }
 
-// String names the key or the identity.
+// String returns the name of the key or of the identity.
 func (s *Signer) String() string {
 	if s.keyless != nil {
 		return s.keyless.policy.Identities[0].String()
@@ -151,15 +148,15 @@ func (s *Signer) String() string {
 // Verifier returns a verifier that trusts this key, or this identity, only.
 func (s *Signer) Verifier() (*trust.Verifier, error) { return trust.NewVerifier(s.Policy()) }
 
-// PublicPEM returns the public half in the form that nodes are configured with.
+// PublicPEM returns the public key in the form that a node's configuration has.
 func (s *Signer) PublicPEM() ([]byte, error) { return cryptoutils.MarshalPublicKeyToPEM(s.pub) }
 
 func (s *Signer) sign(ctx context.Context, data []byte) ([]byte, error) {
 	return s.sv.SignMessage(bytes.NewReader(data), options.WithContext(ctx))
 }
 
-// GenerateKey makes an ECDSA P-256 key and writes it to path, readable by its
-// owner only, and the public half to path.pub. It never overwrites a file.
+// GenerateKey makes an ECDSA P-256 key. GenerateKey writes the private key to path, readable by the owner only, and the
+// public key to path.pub. GenerateKey never overwrites a file.
 func GenerateKey(path string) error {
 	if err := generateKey(path); err != nil {
 		hint := ""
@@ -184,7 +181,7 @@ func generateKey(path string) error {
 	if err != nil {
 		return err
 	}
-	// The public half first: a private key alone would look complete.
+	// The public key is written first. If writing stops halfway, no private key is there that would look complete.
 	if err := writeNew(path+".pub", public, 0o644); err != nil {
 		return err
 	}

@@ -20,34 +20,32 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// PrefixKeyless is how references begin that name no key but a file: a Sigstore
-// signing configuration, which says who certifies and who stamps times.
+// PrefixKeyless begins a reference that names a Sigstore signing configuration instead of a key. The configuration
+// names the certificate authority and the timestamp authorities.
 const PrefixKeyless = "keyless:"
 
-// WithIdentity is for references without a key. token is asked for an identity
-// token whenever a certificate is needed, and what is signed has to hold
-// against this root.
+// WithIdentity is the option for references without a key. LoadSigner and Bundle call token for an identity token
+// whenever they need a certificate. What they sign must verify against this root.
 func WithIdentity(root *trust.Root, token func() ([]byte, error)) Option {
 	return func(l *loading) { l.root, l.token = root, token }
 }
 
-// margin is how long before its end a certificate is no longer used: a
-// signature needs its time stamp within.
+// margin is the time before a certificate's expiry from which the certificate is not used any more. The time stamp of a
+// signature must lie within the certificate's lifetime.
 const margin = time.Minute
 
 const (
 	maxSigningConfig = 1 << 20
-	tries            = 3 // of services that are too busy
+	tries            = 3 // how often a service that is too busy is tried
 )
 
-// keyless signs with keys of the moment, each good for as long as its
-// certificate.
+// keyless signs with short-lived keys. Each key is used for as long as its certificate is valid.
 type keyless struct {
 	ca           *sgsign.Fulcio
 	timestampers []*sgsign.TimestampAuthority
 	logs         []sgsign.Transparency
 	token        func() ([]byte, error)
-	policy       trust.Policy // that trusts whom the first certificate named
+	policy       trust.Policy // trusts the identity that the first certificate named
 
 	mu      sync.Mutex
 	keypair sgsign.Keypair
@@ -87,7 +85,7 @@ func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) 
 	return &Signer{keyless: k}, nil
 }
 
-// services picks those that are good now.
+// services selects the services of the signing configuration that are valid at this time.
 func (k *keyless) services(text []byte, now time.Time) error {
 	raw, err := root.NewSigningConfigProtobuf(text)
 	if err != nil {
@@ -125,7 +123,7 @@ func (k *keyless) services(text []byte, now time.Time) error {
 	return nil
 }
 
-// several picks as many services of one kind as the configuration wants.
+// several selects as many services of one kind as the configuration requires.
 func several(kind string, want *prototrust.ServiceConfiguration, all []root.Service, versions []uint32,
 	now time.Time) ([]root.Service, error) {
 	if len(all) == 0 {
@@ -139,7 +137,8 @@ func several(kind string, want *prototrust.ServiceConfiguration, all []root.Serv
 	return some, nil
 }
 
-// certified returns a key with a certificate that is good for a while.
+// certified returns a key and its certificate. If the present certificate expires within margin, certified gets a new
+// one.
 func (k *keyless) certified(ctx context.Context) (sgsign.Keypair, *x509.Certificate, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -163,28 +162,28 @@ func (k *keyless) certified(ctx context.Context) (sgsign.Keypair, *x509.Certific
 	if err != nil {
 		return nil, nil, fmt.Errorf("certificate: %w", err)
 	}
-	// By its length, not by its end: the authority's clock is not this one.
+	// The end is computed from the certificate's length and the local clock, because the authority's clock may differ.
 	k.keypair, k.leaf, k.until = fresh, leaf, asked.Add(leaf.NotAfter.Sub(leaf.NotBefore)-margin)
 	return fresh, leaf, nil
 }
 
-// options returns the key to sign with next, and what proves whose it is and
-// when it signed.
+// options returns the key for the next signature. options also returns the certificate, which proves the signer's
+// identity, and the services that prove the time.
 func (k *keyless) options(ctx context.Context) (sgsign.Keypair, sgsign.BundleOptions, error) {
 	key, leaf, err := k.certified(ctx)
 	return key, sgsign.BundleOptions{Context: ctx, CertificateProvider: issued{leaf}, TimestampAuthorities: k.timestampers,
 		TransparencyLogs: k.logs}, err
 }
 
-// issued shows a certificate that is there already to the bundle library.
+// issued passes a certificate that was issued already to the bundle library.
 type issued struct{ leaf *x509.Certificate }
 
 func (i issued) GetCertificate(context.Context, sgsign.Keypair, *sgsign.CertificateProviderOptions) ([]byte, error) {
 	return i.leaf.Raw, nil
 }
 
-// explainService tells a token that is off from a service that may answer the
-// next time. As in explain, only the texts differ.
+// explainService distinguishes a token or setting that is wrong from a service that may answer the next time. As in
+// explain, only the texts of the errors differ.
 func explainService(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -207,7 +206,7 @@ func explainService(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Transient, err, "check that the services in the signing configuration can be reached")
 }
 
-// readFile reads a file that is not longer than it may be.
+// readFile reads a file of at most most bytes.
 func readFile(path string, most int64, hint string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {

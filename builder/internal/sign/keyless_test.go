@@ -25,7 +25,7 @@ func farmToken(t *testing.T) func() ([]byte, error) {
 	}
 }
 
-// deployment is a Sigstore in this process.
+// deployment runs a Sigstore deployment in this process.
 func deployment(t *testing.T) (farm *testkit.Authority, r *trust.Root) {
 	t.Helper()
 	farm = testkit.NewAuthority(t)
@@ -41,7 +41,7 @@ func keylessRef(t *testing.T, ca string, stamps ...string) string {
 	return sign.PrefixKeyless + testkit.SigningConfig(t, ca, stamps...)
 }
 
-// withLog adds a log to a signing configuration.
+// withLog adds a transparency log to a signing configuration.
 func withLog(t *testing.T, ref, url string) string {
 	t.Helper()
 	path := strings.TrimPrefix(ref, sign.PrefixKeyless)
@@ -102,8 +102,8 @@ func TestKeyless(t *testing.T) {
 	}
 }
 
-// A certificate that is about to expire, as all of this authority are from the
-// beginning, is not used again.
+// TestKeylessRenews checks that a certificate is not used again shortly before it expires. The certificates of this
+// authority expire so soon that each signature needs a new one.
 func TestKeylessRenews(t *testing.T) {
 	t.Parallel()
 	farm, r := deployment(t)

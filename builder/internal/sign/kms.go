@@ -11,8 +11,7 @@ import (
 	"github.com/sigstore/sigstore/pkg/signature/kms"
 	"github.com/sigstore/sigstore/pkg/signature/options"
 
-	// Key holders that are linked in. Every other one, PKCS #11 tokens among
-	// them, is a plugin program.
+	// These key managers are linked in. All others, including PKCS #11 tokens, need a plugin program.
 	_ "github.com/sigstore/sigstore/pkg/signature/kms/gcp"
 	_ "github.com/sigstore/sigstore/pkg/signature/kms/hashivault"
 
@@ -20,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// hintRefs shows how the keys of each holder are named.
+// hintRefs shows the form of a key's name for each key manager.
 const hintRefs = "name it gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V, " +
 	"hashivault://KEY with VAULT_ADDR and VAULT_TOKEN, " +
 	"or NAME://... with a plugin sigstore-kms-NAME on PATH"
@@ -45,9 +44,9 @@ func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerif
 	return sv, pub, nil
 }
 
-// explain distinguishes invalid arguments and credentials, which do not pass by waiting, from a service that may answer
-// the next time. The libraries have no errors of their own for that, so their texts decide; any other is the
-// service's.
+// explain distinguishes two kinds of errors. Wrong arguments and credentials stay wrong until somebody corrects them. A
+// service may answer the next time. The libraries have no error types for that, so explain compares error texts. Any
+// unknown text counts as an error of the service.
 func explain(err error) error {
 	for _, known := range []struct{ text, hint string }{
 		{"kms specification", hintRefs},
@@ -86,9 +85,8 @@ func fromKMS(ctx context.Context, ref string) (*Signer, error) {
 	return newSigner(sv, pub)
 }
 
-// OpenKey opens a key of any kind, by file or URI as in [LoadSigner], for
-// signatures that are no statements, such as those of kernel modules. It works
-// for as long as ctx does.
+// OpenKey opens a key of any kind by file or URI, as in [LoadSigner]. Its signatures are not statements, but for
+// example those of kernel modules. The key works until ctx ends.
 func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, error) {
 	key, err := func() (crypto.Signer, error) {
 		if !strings.Contains(ref, "://") {
@@ -98,7 +96,8 @@ func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, er
 		if err != nil {
 			return nil, err
 		}
-		key, _, err := sv.CryptoSigner(ctx, func(error) {}) // Public returns nil then, and Sign its error
+		// After an error, Public returns nil and Sign returns the error.
+		key, _, err := sv.CryptoSigner(ctx, func(error) {})
 		if err == nil && key.Public() == nil {
 			err = errors.New("no public key")
 		}

@@ -28,7 +28,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// keys are one of each kind that may sign.
+// keys returns one key of each kind that may sign.
 func keys(t testing.TB) map[string]crypto.Signer {
 	t.Helper()
 	all := map[string]crypto.Signer{}
@@ -58,8 +58,8 @@ func keyPEM(t testing.TB, key crypto.Signer) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
 }
 
-// accepted signs a sample with this signer, and verifies it with the public
-// half and with another key.
+// accepted signs a sample with this signer. accepted checks that the signer's public key verifies the sample and that
+// another key does not.
 func accepted(t *testing.T, name string, signer *sign.Signer) {
 	t.Helper()
 	public, err := signer.PublicPEM()
@@ -106,7 +106,7 @@ func TestKindsOfKeys(t *testing.T) {
 	}
 }
 
-// vault answers as HashiCorp Vault's transit engine does, for one key.
+// vault answers like the transit engine of HashiCorp Vault, for one key.
 func vault(t *testing.T, key *ecdsa.PrivateKey) string {
 	t.Helper()
 	der, err := x509.MarshalPKIXPublicKey(key.Public())
@@ -153,7 +153,7 @@ func vault(t *testing.T, key *ecdsa.PrivateKey) string {
 	return s.URL
 }
 
-// TestVault is not parallel: the library reads the environment.
+// TestVault is not parallel, because it sets environment variables that the library reads.
 func TestVault(t *testing.T) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -187,8 +187,8 @@ func TestVault(t *testing.T) {
 	}
 }
 
-// TestGoogleWithoutCredentials is as far as Google's KMS can be tried without
-// Google: it shows that the client is linked in, and what it says.
+// TestGoogleWithoutCredentials tests Google's KMS as far as that is possible without an account: the client is linked
+// in, and its error has a useful hint.
 func TestGoogleWithoutCredentials(t *testing.T) {
 	t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", filepath.Join(t.TempDir(), "none"))
 	_, err := sign.LoadSigner(t.Context(), "gcpkms://projects/p/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1")
@@ -201,8 +201,8 @@ func TestGoogleWithoutCredentials(t *testing.T) {
 	}
 }
 
-// TestPlugin builds a small program that speaks Sigstore's KMS plugin
-// protocol, as one for a PKCS #11 token does, and signs through it.
+// TestPlugin builds a small plugin program and signs through it. The program uses Sigstore's KMS plugin protocol, as a
+// plugin for a PKCS #11 token does.
 func TestPlugin(t *testing.T) {
 	dir := t.TempDir()
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, "sigstore-kms-filekey"),

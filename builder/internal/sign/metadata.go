@@ -15,9 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Metadata returns a key for the metadata of a snapshot: its public half, and who signs with
-// it, which is nil where ref is the path of a public key. TUF clients and key managers all
-// know ECDSA P-256, and so nothing else is taken.
+// Metadata returns a key for the metadata of a snapshot: the public key and its signer. The signer is nil if ref is the
+// path of a public key. Only ECDSA P-256 keys are accepted, because all TUF clients and key managers support them.
 func Metadata(ctx context.Context, ref string, opts ...Option) (crypto.PublicKey, signature.Signer, error) {
 	pub, by, err := metadata(ctx, ref, opts)
 	if err == nil {

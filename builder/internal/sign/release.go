@@ -11,24 +11,24 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// buildTypeRelease names how a release is made: docs/decisions/0033-releases.md.
+// buildTypeRelease is the build type of a release's provenance. docs/decisions/0033-releases.md describes it.
 const buildTypeRelease = "https://prebake.dev/release/v1"
 
-// ReleaseFacts is what provenance says about a release. It has no time, so that the same source
-// gives the same statement.
+// ReleaseFacts is the content of a release's provenance. ReleaseFacts has no time, so that the same source gives the
+// same statement.
 type ReleaseFacts struct {
 	Version string
-	// Commit is the source's, in git's hex form.
+	// Commit is the commit of the source, in hexadecimal as git prints it.
 	Commit string
-	// Toolchain is the Go version that compiled it.
+	// Toolchain is the Go version that compiled the release.
 	Toolchain string
-	// BuilderID names who made it, a URI.
+	// BuilderID names who made the release. BuilderID is a URI.
 	BuilderID string
-	// Files are the release's files and images, and Inputs what was put into it besides the source.
+	// Files are the release's files and images. Inputs are the inputs other than the source.
 	Files, Inputs []Material
 }
 
-// Release states, in the terms of SLSA v1, what the files of a release were made of.
+// Release states in SLSA v1 provenance how the files of a release were made.
 func Release(f ReleaseFacts) (Statement, error) {
 	s, err := newRelease(f)
 	if err != nil {
@@ -52,7 +52,7 @@ func newRelease(f ReleaseFacts) (Statement, error) {
 		},
 		RunDetails: &provenance.RunDetails{Builder: &provenance.Builder{Id: f.BuilderID}},
 	}
-	// The name of the digest is that of in-toto's digest_set.md.
+	// The key gitCommit is defined in in-toto's digest_set.md.
 	source := &intoto.ResourceDescriptor{Name: "source", Digest: map[string]string{"gitCommit": f.Commit}}
 	p.BuildDefinition.ResolvedDependencies = append(p.BuildDefinition.ResolvedDependencies, source)
 	for _, m := range f.Inputs {

@@ -6,16 +6,16 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// ReproducedFacts is what such a statement says beside the cell.
+// ReproducedFacts is the content of a reproduction statement, in addition to the cell.
 type ReproducedFacts struct {
-	// By names who made it again, a URI; Builder is who built it first.
+	// By is a URI that names who reproduced the artifact. Builder names who built it first.
 	By, Builder string
-	// Recipes are the ways in which it was made.
+	// Recipes are the build methods that were used.
 	Recipes map[string]string
 }
 
-// Reproduced states "rebuilt, identical" about the artifact with this manifest
-// digest. There is no such statement with another outcome.
+// Reproduced states "rebuilt, identical" about the artifact with this manifest digest. No statement exists for another
+// result.
 func Reproduced(digest string, built trust.Parameters, f ReproducedFacts) (Statement, error) {
 	predicate, err := toStruct(map[string]any{
 		"result": "identical", "rebuilder": map[string]string{"id": f.By}, "builder": map[string]string{"id": f.Builder},

@@ -71,8 +71,7 @@ func sample(t *testing.T) testkit.Sample {
 		target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
 }
 
-// keyFile makes a key in a file, and returns it with a verifier that has read
-// its public half.
+// keyFile makes a key in a file. keyFile returns the key's signer, and a verifier for the public key.
 func keyFile(t *testing.T) (*sign.Signer, *trust.Verifier) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "key")
@@ -152,7 +151,8 @@ func TestProvenanceIsStable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range 20 { // protojson varies its white space on purpose
+	// protojson varies its white space on purpose.
+	for range 20 {
 		again, err := sign.Provenance(s.Digest, facts(s))
 		if err != nil || string(one.JSON()) != string(again.JSON()) {
 			t.Fatalf("Provenance = %s, %v; before it was %s", again.JSON(), err, one.JSON())

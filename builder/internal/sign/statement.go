@@ -30,20 +30,20 @@ type Material struct {
 	Digest    string // sha256:...
 }
 
-// BuildFacts is everything that provenance says about a build. Times and ids
-// come from the caller: this package reads no clock.
+// BuildFacts is everything that provenance says about a build. The caller sets times and ids, because this package
+// reads no clock.
 type BuildFacts struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
 	Materials   []Material
-	// BuilderID names who built it, a URI; nodes may demand certain ones.
+	// BuilderID is a URI that names the builder. A node's policy may accept certain builders only.
 	BuilderID string
-	// InvocationID names this run; empty leaves it out.
+	// InvocationID names this run. If empty, it is left out.
 	InvocationID string
 	// Started and Finished are left out when zero.
 	Started, Finished time.Time
-	// LogDigest is the digest of the build log; empty leaves it out.
+	// LogDigest is the digest of the build log. If empty, it is left out.
 	LogDigest string
 	// Facts are further facts about sandbox and compiler.
 	Facts map[string]string
@@ -55,11 +55,10 @@ type Statement struct {
 	payload       []byte
 }
 
-// JSON returns the statement's text.
+// JSON returns the statement as JSON.
 func (s Statement) JSON() []byte { return s.payload }
 
-// Provenance states how the artifact with this manifest digest was built, in
-// the terms of SLSA v1.
+// Provenance states in SLSA v1 provenance how the artifact with this manifest digest was built.
 func Provenance(digest string, f BuildFacts) (Statement, error) {
 	s, err := newProvenance(digest, f)
 	if err != nil {
@@ -106,8 +105,8 @@ func newProvenance(digest string, f BuildFacts) (Statement, error) {
 	return newStatement(digest, f.Driver, trust.PredicateProvenance, p)
 }
 
-// KernelMatch states that the artifact with this manifest digest fits this COS
-// build, whose kernel has this fingerprint.
+// KernelMatch states that the artifact with this manifest digest fits this COS build. fp is the fingerprint of the
+// build's kernel.
 func KernelMatch(digest string, k target.Kernel, fp target.Fingerprint, d target.Driver) (Statement, error) {
 	predicate, err := toStruct(trust.KernelMatch{Kernel: k, Fingerprint: fp})
 	if err != nil {
@@ -132,8 +131,8 @@ func newStatement(digest string, d target.Driver, predicateType string, predicat
 	return statementOf("nvidia-"+d.String(), digest, predicateType, body)
 }
 
-// marshal prints a message without the random white space that protojson puts
-// in to keep people from comparing its output.
+// marshal prints a message as JSON without the random white space of protojson. protojson adds this white space so that
+// nobody compares its output byte by byte.
 func marshal(m proto.Message) ([]byte, error) {
 	raw, err := protojson.Marshal(m)
 	if err != nil {
@@ -170,11 +169,10 @@ func timestamp(t time.Time) *timestamppb.Timestamp {
 	return timestamppb.New(t.UTC())
 }
 
-// Bundle signs a statement into a Sigstore bundle v0.3: a DSSE envelope and
-// the hint of the key, without certificate, timestamp or log entry, so that it
-// can be verified offline for as long as the key is trusted. A signer without
-// a key puts a certificate there, and what proves the time. The result was
-// verified as others will before it is returned.
+// Bundle signs a statement into a Sigstore bundle v0.3: a DSSE envelope and the hint of the key. The bundle has no
+// certificate, timestamp or log entry. The bundle can therefore be verified offline for as long as the key is trusted.
+// A signer without a key adds a certificate and a proof of the time. Before Bundle returns the result, it verifies the
+// result as a node does.
 func Bundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 	raw, err := newBundle(ctx, s, st)
 	if err != nil {
@@ -205,9 +203,11 @@ func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 		return nil, err
 	}
 	if _, err := verifier.Statement(raw); err != nil {
-		kind := fault.Transient // a KMS whose key was replaced meanwhile names the new one the next time
+		// If a KMS key was replaced in the meantime, the next try names the new key.
+		kind := fault.Transient
 		if s.keyless != nil {
-			kind = fault.Usage // the root is of other services, or the token of somebody else
+			// The root belongs to other services, or the token belongs to another identity.
+			kind = fault.Usage
 		}
 		return nil, fault.Wrap(kind, fmt.Errorf("verify what was signed: %w", err), "")
 	}
@@ -221,7 +221,7 @@ func explainKey(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Transient, err, "check that the signing key can be reached")
 }
 
-// keypair shows a Signer to the bundle library.
+// keypair adapts a Signer to the bundle library.
 type keypair struct{ s *Signer }
 
 func (k keypair) GetHashAlgorithm() protocommon.HashAlgorithm { return k.s.details.GetProtoHashType() }
@@ -230,7 +230,7 @@ func (k keypair) GetSigningAlgorithm() protocommon.PublicKeyDetails {
 }
 func (k keypair) GetHint() []byte { return []byte(k.s.key.Hint()) }
 
-// GetKeyAlgorithm is for certificate authorities only.
+// GetKeyAlgorithm is used by certificate authorities only.
 func (k keypair) GetKeyAlgorithm() string        { return "" }
 func (k keypair) GetPublicKey() crypto.PublicKey { return k.s.pub }
 
@@ -239,7 +239,7 @@ func (k keypair) GetPublicKeyPem() (string, error) {
 	return string(text), err
 }
 
-// SignData returns no digest: a statement's envelope has no place for one.
+// SignData returns no digest, because a DSSE envelope has no field for it.
 func (k keypair) SignData(ctx context.Context, data []byte) (sig, digest []byte, err error) {
 	sig, err = k.s.sign(ctx, data)
 	return sig, nil, err

@@ -13,38 +13,33 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestFacts is everything that a test result says.
+// TestFacts is the content of a test result.
 type TestFacts struct {
 	Driver target.Driver
-	// LoadTest is the verdict with what led to it. Its kernel log is cut to the
-	// last [MaxTestLog] bytes.
+	// LoadTest is the verdict with the observations behind it. Its kernel log is cut to the last [MaxTestLog] bytes.
 	LoadTest trust.LoadTest
-	// Static names the static checks that passed: nothing is tested that did
-	// not pass them.
+	// Static names the static checks that passed. An artifact that fails one of them is not load-tested.
 	Static []string
-	// Warnings are lines of the kernel's log that a person should see though
-	// all went well.
+	// Warnings are lines of the kernel's log that a person should read even if the test passed.
 	Warnings []string
-	// Configuration names by digest what it was tested with, such as the boot
-	// image. The kernel's build is named in any case.
+	// Configuration names by digest what the test used, such as the boot image. The kernel's build is always added.
 	Configuration []Material
-	// URL leads people to the run; may be empty.
+	// URL is the address of the run for people. URL may be empty.
 	URL string
 }
 
-// Bounds of what goes into a statement, which nodes fetch.
+// These limits keep a statement small, because nodes fetch it.
 const (
 	MaxTestLog   = 32 << 10
 	maxTestLines = 64
 	maxTestLine  = 400
 )
 
-// fieldLoadTest is our field of the predicate, named as in-toto asks of
-// fields that are not its own: vendor, underscore, name.
+// fieldLoadTest is Prebake's own field of the predicate. Its name follows in-toto's rule for such fields: vendor,
+// underscore, name.
 const fieldLoadTest = "prebake_loadTest"
 
-// TestResult states how the artifact with this manifest digest did in its
-// tests, in the terms of in-toto's test-result v0.1.
+// TestResult states in in-toto's test-result v0.1 how the artifact with this manifest digest did in its tests.
 func TestResult(digest string, f TestFacts) (Statement, error) {
 	s, err := newTestResult(digest, f)
 	if err != nil {
@@ -94,8 +89,8 @@ func newTestResult(digest string, f TestFacts) (Statement, error) {
 	if t.Verdict != trust.VerdictRejected && len(p.FailedTests) > 0 {
 		return Statement{}, fmt.Errorf("verdict %q, although %s", t.Verdict, p.FailedTests[0])
 	}
-	// The only required field of a configuration is what it is: a COS build has
-	// no digest, its inputs do.
+	// An entry must identify what was used in the test. A COS build has no digest of its own, so the entry has the
+	// kernel's fingerprint, a digest over everything that decides whether a module fits.
 	k, err := resource("kernel", "", string(t.Fingerprint))
 	if err != nil {
 		return Statement{}, fmt.Errorf("fingerprint: %w", err)
@@ -125,8 +120,7 @@ func newTestResult(digest string, f TestFacts) (Statement, error) {
 	return newStatement(digest, f.Driver, trust.PredicateTestResult, body)
 }
 
-// SBOM states what is in the artifact with this manifest digest: doc is an
-// SPDX document in JSON.
+// SBOM states the contents of the artifact with this manifest digest. doc is an SPDX document in JSON.
 func SBOM(digest string, d target.Driver, doc []byte) (Statement, error) {
 	s, err := func() (Statement, error) {
 		var head struct {
@@ -150,7 +144,7 @@ func SBOM(digest string, d target.Driver, doc []byte) (Statement, error) {
 	return s, nil
 }
 
-// lines bounds a list of foreign texts.
+// lines limits the number and length of lines that come from elsewhere, such as a kernel log.
 func lines(texts []string) []string {
 	var all []string
 	for i, text := range texts {
@@ -162,14 +156,13 @@ func lines(texts []string) []string {
 	return all
 }
 
-// oneLine makes a foreign text fit for a list: valid UTF-8, which statements
-// have to be, and one line of bounded length.
+// oneLine returns the first line of a text, as valid UTF-8 of limited length. Statements must be valid UTF-8.
 func oneLine(text string) string {
 	text, _, _ = strings.Cut(strings.TrimSpace(text), "\n")
 	return strings.ToValidUTF8(text[:min(len(text), maxTestLine)], "?")
 }
 
-// lastLines returns the whole lines at the end of a text that fit.
+// lastLines returns the end of a text: as many whole lines as fit into most bytes.
 func lastLines(text string, most int) string {
 	if len(text) > most {
 		_, text, _ = strings.Cut(text[len(text)-most:], "\n")

@@ -27,8 +27,7 @@ func testFacts(s testkit.Sample) sign.TestFacts {
 	}
 }
 
-// predicateOf signs a statement, reads it back as a stranger would, and
-// returns the predicate.
+// predicateOf returns the predicate of a statement.
 func predicateOf(t *testing.T, st sign.Statement) map[string]any {
 	t.Helper()
 	var body struct{ Predicate map[string]any }

@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// ParseManifest returns the one layer of a manifest that [Publish] wrote.
+// ParseManifest returns the only layer of a manifest that [Publish] wrote.
 func ParseManifest(raw []byte) (v1.Descriptor, error) {
 	var m v1.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil {

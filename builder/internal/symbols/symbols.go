@@ -1,9 +1,8 @@
-// Package symbols publishes the debug symbols of a driver's modules beside the
-// driver: an artifact of its own that refers to it, for people who have to read a
-// crash dump. No node ever fetches it.
+// Package symbols publishes the debug symbols of a driver's modules for people who analyse a crash dump. The symbols
+// are an artifact of their own that refers to the driver's artifact. No node fetches them.
 //
-// It refuses symbols of other modules than the published ones, and to replace
-// what is published.
+// The package refuses symbols of modules that are not the published ones. The package refuses to replace published
+// symbols.
 package symbols
 
 import (
@@ -30,43 +29,43 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// ArtifactType is the type under which symbols refer to a driver's artifact.
+// ArtifactType is the type of the referrer that holds a driver's symbols.
 const ArtifactType = "application/vnd.prebake.debug-symbols.v1"
 
-// Folder is where the layer has the files: where gdb, crash, perf and drgn look
-// below a root folder, by build id.
+// Folder is the folder of the files in the layer. gdb, crash, perf and drgn look for symbols by build id in this folder
+// below a root folder.
 const Folder = "usr/lib/debug/.build-id"
 
-// PredicateType is that of the statement about symbols: whose they are.
+// PredicateType is the type of the statement that says to which driver the symbols belong.
 const PredicateType = "https://prebake.dev/debug-symbols/v1"
 
-// Facts is the predicate of that name.
+// Facts is the predicate of type PredicateType.
 type Facts struct {
 	// Artifact is the manifest digest of the driver.
 	Artifact    string             `json:"artifact"`
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
-	// Modules maps modules to their build ids.
+	// Modules maps the names of modules to their build ids.
 	Modules map[string]string `json:"modules"`
 }
 
-// Set is the symbols of one artifact.
+// Set has the symbols of one artifact.
 type Set struct {
 	Identity bundle.Identity
-	// Debug maps modules to files with debug information, and Published to the
-	// files of the artifact; their build ids have to agree.
+	// Debug maps modules to files with debug information. Published maps them to the files of the artifact. The build
+	// ids of both files must be equal.
 	Debug, Published map[string]string
-	// Signer signs the statement about them.
+	// Signer signs the statement about the symbols.
 	Signer *sign.Signer
-	// Verifier judges what is attached already; nil trusts Signer's key only.
+	// Verifier verifies statements that are attached already. nil trusts Signer's key only.
 	Verifier *trust.Verifier
-	// Scratch is a folder for the layer while it is made; "" means the system's.
+	// Scratch is the folder in which the layer is made. "" means the system's temporary folder.
 	Scratch string
 }
 
-// Publish attaches the symbols to the artifact with this manifest digest, and
-// a signed statement to the symbols; existed says that both were there before.
-// Others that somebody trusted attached already are [fault.PublishRefused].
+// Publish attaches the symbols to the artifact with this manifest digest, and a signed statement to the symbols.
+// existed is true if both were there before. If a trusted signer attached other symbols before, the error is
+// [fault.PublishRefused].
 func Publish(ctx context.Context, repo *registry.Repository, digest string, s Set) (d v1.Descriptor, existed bool,
 	err error) {
 	d, existed, err = s.publish(ctx, repo, digest)
@@ -106,8 +105,8 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	if err := s.refuseOthers(ctx, repo, digest, layer); err != nil {
 		return d, false, err
 	}
-	// Attached in any case, which costs little where it is there: an earlier run
-	// may have ended between the manifest and the list of referrers.
+	// The layer is attached in any case, because an earlier run may have ended between the manifest and the list of
+	// referrers. If the layer is there already, this costs little.
 	d, err = repo.AttachLayer(ctx, subject, ArtifactType, layer,
 		func() (io.ReadCloser, error) { return os.Open(packed.Path) }, s.Identity.Annotations())
 	if err != nil {
@@ -129,8 +128,8 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	return d, false, err
 }
 
-// refuseOthers looks for other symbols of the same artifact. Those that nobody
-// trusted signed say nothing: anybody may attach something.
+// refuseOthers returns an error if the artifact has other symbols with a trusted signature. Symbols without one are
+// ignored, because anybody may attach something.
 func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest string, layer v1.Descriptor) error {
 	have, err := repo.Referrers(ctx, digest, ArtifactType)
 	if err != nil {
@@ -157,7 +156,7 @@ func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest
 	return nil
 }
 
-// signed reports whether somebody trusted stated something about these symbols.
+// signed reports whether these symbols have a statement with a trusted signature.
 func (s Set) signed(ctx context.Context, repo *registry.Repository, d v1.Descriptor) (bool, error) {
 	attached, err := repo.Attached(ctx, d.Digest.String(), trust.ArtifactTypeBundle, trust.OfType(PredicateType))
 	if err != nil {
@@ -172,7 +171,7 @@ func (s Set) signed(ctx context.Context, repo *registry.Repository, d v1.Descrip
 	return false, nil
 }
 
-// pack lays the files out by build id, and packs them as layers are packed.
+// pack copies or links the files into a tree by build id and packs the tree as a layer.
 func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[string]string, err error) {
 	tree := filepath.Join(dir, "tree")
 	ids = map[string]string{}
@@ -231,7 +230,7 @@ func buildID(file string) (string, error) {
 	return m.BuildID, nil
 }
 
-// linkOrCopy puts a file under another name, without a copy where that is possible.
+// linkOrCopy makes a file available under another name. linkOrCopy copies the file only if a hard link is not possible.
 func linkOrCopy(dst, src string) error {
 	if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
 		return err

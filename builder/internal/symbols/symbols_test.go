@@ -30,8 +30,8 @@ __attribute__((section(".gnu.linkonce.this_module"))) char this_module[64];
 int answer(int x) { return x + %d; }
 `
 
-// compile makes an object with debug information and a build id, and the same
-// stripped, as kbuild and our compile do.
+// compile makes an object with debug information and a build id. compile returns that object and a stripped copy, as
+// kbuild and package compile make them.
 func compile(t *testing.T, name string, salt int) (debug, published string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -66,7 +66,7 @@ func newSigner(t *testing.T) *sign.Signer {
 	return s
 }
 
-// newSet returns symbols of two modules.
+// newSet returns the symbols of two modules.
 func newSet(t *testing.T, id bundle.Identity, s *sign.Signer, salt int) symbols.Set {
 	t.Helper()
 	set := symbols.Set{Identity: id, Debug: map[string]string{}, Published: map[string]string{}, Signer: s,
@@ -74,7 +74,7 @@ func newSet(t *testing.T, id bundle.Identity, s *sign.Signer, salt int) symbols.
 	for _, name := range []string{"nvidia", "nvidia-uvm"} {
 		set.Debug[name], set.Published[name] = compile(t, name, salt)
 	}
-	// Without symbols, as what is published may be.
+	// nvidia-drm has no symbols, because symbols may be missing for a published module.
 	_, set.Published["nvidia-drm"] = compile(t, "nvidia-drm", salt)
 	return set
 }
@@ -122,7 +122,7 @@ func TestPublish(t *testing.T) {
 	}
 }
 
-// check reads the symbols back as somebody with a crash dump does.
+// check reads the symbols like a person with a crash dump.
 func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descriptor, set symbols.Set) {
 	t.Helper()
 	ctx := t.Context()
@@ -170,7 +170,7 @@ func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descript
 	if err != nil || len(found) != len(set.Debug) {
 		t.Fatalf("files = %v, %v; want %d", found, err, len(set.Debug))
 	}
-	// The build id of what is published leads to the symbols.
+	// The build id of each published module must lead to its symbols.
 	for name := range set.Debug {
 		out, err := exec.CommandContext(ctx, "readelf", "-n", set.Published[name]).CombinedOutput()
 		if err != nil {
@@ -185,7 +185,7 @@ func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descript
 	}
 }
 
-// What a stranger attached neither counts nor stands in the way.
+// TestStranger checks that symbols of an untrusted signer are ignored and do not prevent publishing.
 func TestStranger(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -246,7 +246,7 @@ func TestRefuses(t *testing.T) {
 	}
 }
 
-// strip takes the build id out of a file.
+// strip removes the build id from a file.
 func strip(t *testing.T, file string) {
 	t.Helper()
 	if out, err := exec.CommandContext(t.Context(), "objcopy", "--remove-section=.note.gnu.build-id",

@@ -18,12 +18,13 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// absentObject is the name of an object that is never there: who may list a bucket is told so,
-// everybody else is refused (Cloud Storage documentation, "HTTP status and error codes", 403).
+// absentObject is the name of an object that never exists. Cloud Storage reports its absence only
+// to callers that may list the bucket. All others get the status 403 (Cloud Storage documentation,
+// "HTTP status and error codes").
 const absentObject = ".prebake-outsider"
 
-// AnonymousAccess asks the bucket without credentials: whether an object can be
-// read or, without a name, whether any object's absence is told.
+// AnonymousAccess asks the bucket without credentials whether everybody can read the object.
+// Without a name, it asks whether everybody may list the bucket.
 func (b *Bucket) AnonymousAccess(ctx context.Context, object string) (registry.AnonymousAccess, error) {
 	g, ok := b.s.(*googleBucket)
 	if !ok {
@@ -34,7 +35,7 @@ func (b *Bucket) AnonymousAccess(ctx context.Context, object string) (registry.A
 	if err != nil {
 		return out, fault.Wrap(fault.Usage, err, "check STORAGE_EMULATOR_HOST")
 	}
-	defer client.Close() // nothing was written
+	defer client.Close() // the client wrote nothing, so no error is lost
 	client.SetRetry(storage.WithMaxAttempts(maxAttempts))
 	bucket := client.Bucket(g.BucketName())
 	name := object
@@ -46,7 +47,7 @@ func (b *Bucket) AnonymousAccess(ctx context.Context, object string) (registry.A
 	case err == nil:
 		out.Reads = true
 	case errors.Is(err, storage.ErrObjectNotExist):
-		if object == "" { // or there is no such bucket
+		if object == "" { // the bucket itself may not exist
 			_, err := bucket.Objects(ctx, nil).Next()
 			out.Reads = err == nil || errors.Is(err, iterator.Done)
 		}
@@ -61,7 +62,7 @@ func (b *Bucket) AnonymousAccess(ctx context.Context, object string) (registry.A
 	return out, nil
 }
 
-// storageHost is whom the storage library asks.
+// storageHost returns the host that the storage library sends its requests to.
 func storageHost() string {
 	at := os.Getenv("STORAGE_EMULATOR_HOST")
 	if at == "" {

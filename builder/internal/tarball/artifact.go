@@ -16,17 +16,16 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// repository is what is asked of a repository with an OCI artifact.
+// repository reads an OCI artifact.
 type repository interface {
 	Manifest(ctx context.Context, digest string) ([]byte, error)
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
 }
 
-// FromArtifact unpacks the modules and the firmware of an OCI artifact below
-// dir, an empty folder, and returns the release with everything that the
-// artifact tells. The caller has verified the artifact, and adds the COS build
-// and the key. Every byte is compared with the digest.
+// FromArtifact unpacks the modules and the firmware of an OCI artifact into dir, which must be
+// empty. It returns a release with the facts in the artifact, and the caller adds the COS build and
+// the key. The caller has verified the artifact. FromArtifact compares every byte with the digest.
 func FromArtifact(ctx context.Context, repo repository, digest, dir string) (Release, error) {
 	r, err := fromArtifact(ctx, repo, digest, dir)
 	if err != nil {
@@ -82,7 +81,8 @@ func unpackLayer(ctx context.Context, repo repository, l bundle.ContentLayer, di
 	return bundle.Unpack(ctx, rc, l.Digest, l.DiffID, l.Size, root)
 }
 
-// verifyIndex reads an index, nil where there is none, after its signature.
+// verifyIndex verifies the signature of an index and parses it. have is nil if the bucket has no
+// index; then the result is an empty one.
 func (b *Bucket) verifyIndex(ctx context.Context, v *trust.Verifier, k target.Kernel, have []byte) (Index, error) {
 	name := IndexName(k)
 	if have == nil {

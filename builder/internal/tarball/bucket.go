@@ -10,38 +10,38 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// attrs is what a destination says about an object.
+// attrs are the attributes of an object in a destination.
 type attrs struct {
 	size int64
 	// md5 is in hex; "" means unknown.
 	md5 string
 }
 
-// upload is an object that is about to be created.
+// upload is an object to create.
 type upload struct {
 	name, contentType string
-	cacheControl      string // "" is the destination's own rule
+	cacheControl      string // "" means the destination's default
 	size              int64
 	md5               [16]byte
 	crc32c            uint32
 	open              func() (io.ReadCloser, error)
 }
 
-// store is one kind of destination. Names are slash-separated and below it.
+// store is one kind of destination. Object names are slash-separated and relative to the
+// destination.
 type store interface {
-	// stat says what is there; ok is false where nothing is.
+	// stat returns an object's attributes; ok is false if there is no object.
 	stat(ctx context.Context, name string) (a attrs, ok bool, err error)
-	// open reads an object; the error is errAbsent where none is. The token
-	// names the very state that is read.
+	// open opens an object for reading; the error is errAbsent if there is none. The token
+	// identifies the state that is read.
 	open(ctx context.Context, name string) (rc io.ReadCloser, token string, err error)
-	// create stores a whole object or none; the error is errExists where there
-	// is one of this name.
+	// create stores a whole object or nothing; the error is errExists if the name is taken.
 	create(ctx context.Context, u upload) error
-	// replace puts data in place of the state that the token names, "" for
-	// none; the error is errChanged where another state is there.
+	// replace replaces the object if it is still in the token's state; the error is errChanged
+	// otherwise. The token "" stands for no object.
 	replace(ctx context.Context, u upload, token string) error
-	// remove removes the state that the token names; the error is errChanged
-	// where another state is there. One that is gone is no error.
+	// remove removes the object if it is still in the token's state; the error is errChanged
+	// otherwise. An object that is already gone is no error.
 	remove(ctx context.Context, name, token string) error
 	url(name string) string
 	close() error
@@ -53,12 +53,12 @@ var (
 	errChanged = errors.New("another writer changed the object meanwhile")
 )
 
-// Bucket is an open destination.
+// Bucket is an open destination: a bucket of Google Cloud Storage or a folder.
 type Bucket struct{ s store }
 
-// Open returns the destination at gs://BUCKET/PREFIX or file:///FOLDER. The
-// bucket has to be there; a folder is made when something is first written.
-// STORAGE_EMULATOR_HOST redirects gs://, as it does every client of Google's.
+// Open returns the destination at gs://BUCKET/PREFIX or file:///FOLDER. The bucket must exist; a
+// folder is created. STORAGE_EMULATOR_HOST redirects gs://, as it does for every client of
+// Google's.
 func Open(ctx context.Context, dest string) (*Bucket, error) {
 	const hint = "name it gs://BUCKET/PREFIX, or file:///FOLDER"
 	u, err := url.Parse(dest)
@@ -84,20 +84,19 @@ func Open(ctx context.Context, dest string) (*Bucket, error) {
 	return &Bucket{s}, nil
 }
 
-// Is reports whether a destination's name is one for [Open] rather than that of
-// an OCI repository.
+// Is reports whether a destination's name belongs to [Open]. Other names are OCI repositories.
 func Is(dest string) bool {
 	u, err := url.Parse(dest)
 	return err == nil && (u.Scheme == "gs" || u.Scheme == "file")
 }
 
-// Close lets go of connections and folders.
+// Close closes connections and folders.
 func (b *Bucket) Close() error { return b.s.close() }
 
 // URL returns an object's URL.
 func (b *Bucket) URL(name string) string { return b.s.url(name) }
 
-// small reads an object of at most limit bytes; absent is nil data.
+// small reads an object of at most limit bytes. data is nil if there is no object.
 func (b *Bucket) small(ctx context.Context, name string, limit int64) (data []byte, token string, err error) {
 	rc, token, err := b.s.open(ctx, name)
 	if errors.Is(err, errAbsent) {
@@ -119,14 +118,14 @@ func (b *Bucket) small(ctx context.Context, name string, limit int64) (data []by
 	return data, token, nil
 }
 
-// tries bounds how often one change of an object is tried. Somebody else's
-// success is the only reason for another one.
+// tries limits the attempts to change one object. Only a change by another writer leads to a new
+// attempt.
 const tries = 256
 
-// update changes an object by what change makes of its bytes, nil where there
-// is none, and by nobody else's leave: what another writer wrote meanwhile is read again.
-// before is called with new bytes right before they are to be seen. Equal
-// bytes change nothing.
+// update replaces an object by the result of change, which gets the present bytes, or nil if there
+// is no object. If another writer changes the object meanwhile, update reads it again and repeats.
+// It calls before with the new bytes right before they become visible. If the bytes stay equal,
+// update writes nothing.
 func (b *Bucket) update(ctx context.Context, name, contentType string, limit int64,
 	change func(have []byte) ([]byte, error), before func(data []byte) error) (changed bool, data []byte, err error) {
 	for range tries {
@@ -159,8 +158,8 @@ func (b *Bucket) update(ctx context.Context, name, contentType string, limit int
 	return false, nil, busy("update", b.URL(name))
 }
 
-// remove removes an object if its bytes are such as to be removed, and by
-// nobody else's leave.
+// remove removes an object if such returns true for its bytes. If another writer changes the object
+// meanwhile, remove reads it again and repeats.
 func (b *Bucket) remove(ctx context.Context, name string, limit int64, such func(have []byte) bool) (bool, error) {
 	for range tries {
 		have, token, err := b.small(ctx, name, limit)

@@ -11,7 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Form is one of the two forms of gpu_driver_versions.
+// Form is one of the two file forms of gpu_driver_versions.
 type Form struct {
 	Name      string
 	edit      func(have []byte, change edit) ([]byte, error)
@@ -19,7 +19,7 @@ type Form struct {
 	Marshal   func(proto.Message) ([]byte, error)
 }
 
-// Text and Binary are all forms.
+// Text and Binary are the two forms.
 var (
 	Text   = Form{"textproto", editText, prototext.Unmarshal, prototext.Marshal}
 	Binary = Form{"bin", editBinary, proto.Unmarshal, proto.Marshal}
@@ -30,12 +30,13 @@ func (f Form) Add(have []byte, version string, serves func(string) bool) ([]byte
 	return f.edit(have, withVersion(version, serves))
 }
 
-// Relabel takes labels away and gives others.
+// Relabel removes labels and sets others.
 func (f Form) Relabel(have []byte, drop, give []Label) ([]byte, error) {
 	return f.edit(have, withLabels(drop, give))
 }
 
-// Pack packs a release's files with attributes that a file system may not hold.
+// Pack packs a release's files. The function xattr returns their extended attributes, because the
+// test's file system may not support them.
 func Pack(ctx context.Context, r Release, dst string, xattr func(*os.File, string) ([]byte, error)) (digest string,
 	err error) {
 	files, err := r.sources()
@@ -49,8 +50,8 @@ func Pack(ctx context.Context, r Release, dst string, xattr func(*os.File, strin
 	return o.sha256, err
 }
 
-// Breaking returns the destination with a wire that breaks: before is asked at
-// the start and after at the end of every call, and may return an error.
+// Breaking returns a destination whose calls can fail. It calls before at the start and after at
+// the end of every call; an error of either is the error of the call.
 func Breaking(b *Bucket, before, after func() error) *Bucket {
 	return &Bucket{&breaking{b.s, before, after}}
 }
@@ -104,22 +105,22 @@ func (b *breaking) remove(ctx context.Context, name, token string) error {
 	return b.after()
 }
 
-// Memory is a destination without a disk, for tests that publish often.
+// Memory is a destination in memory, for tests that publish often.
 type Memory struct {
 	objects map[string][]byte
 	state   int
-	states  map[string]string // name to token
+	states  map[string]string // the token of each object's state, by name
 }
 
-// NewMemory returns an empty one; it is not safe for concurrent use.
+// NewMemory returns an empty Memory. It is not safe for concurrent use.
 func NewMemory() *Memory {
 	return &Memory{objects: map[string][]byte{}, states: map[string]string{}}
 }
 
-// Bucket shows it as a destination.
+// Bucket returns the Memory as a destination.
 func (m *Memory) Bucket() *Bucket { return &Bucket{m} }
 
-// Content returns every object.
+// Content returns every object by name.
 func (m *Memory) Content() map[string]string {
 	all := map[string]string{}
 	for name, data := range m.objects {

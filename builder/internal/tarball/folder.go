@@ -19,22 +19,21 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// folder is a destination on a disk. One lock file keeps writers apart, those
-// in other processes too; readers need none, since names appear by link and
-// rename only.
+// folder is a destination on a disk. A lock file lets only one writer work at a time, in this
+// process or another. Readers need no lock, because objects appear only by link and rename.
 type folder struct {
 	dir  string
 	root *os.Root
 }
 
-// lockPause is the time between two checks of a lock that another process holds.
+// lockPause is the time between two attempts to take a lock that another process holds.
 const lockPause = 20 * time.Millisecond
 
-// Names of our own in the folder; no object's begins with a dot.
+// Files of this package in the folder. No object's name begins with a dot.
 const (
 	ownFolder = ".prebake"
 	lockFile  = ownFolder + "/lock"
-	// One writer at a time: what a killed one left is written over.
+	// Only one writer works at a time, so it may overwrite what a killed writer left.
 	partFile = ownFolder + "/part"
 )
 
@@ -66,7 +65,7 @@ func (f *folder) stat(_ context.Context, name string) (attrs, bool, error) {
 	return attrs{size: info.Size()}, true, nil
 }
 
-// open's token is the digest of what is there, so that no clock decides.
+// open's token is the digest of the content, so it does not depend on clocks.
 func (f *folder) open(_ context.Context, name string) (io.ReadCloser, string, error) {
 	token, err := f.digest(name)
 	if err != nil {
@@ -137,7 +136,7 @@ func (f *folder) remove(ctx context.Context, name, token string) error {
 	})
 }
 
-// still returns errChanged unless a file is in the state of a token.
+// still returns errChanged if a file is not in the token's state.
 func (f *folder) still(name, token string) error {
 	have, err := f.digest(name)
 	if err != nil && !errors.Is(err, errAbsent) {
@@ -160,7 +159,7 @@ func (f *folder) locked(ctx context.Context, do func() error) error {
 	return errors.Join(do(), l.Unlock())
 }
 
-// write leaves a whole and durable file under the name for parts.
+// write writes the object to partFile and syncs it to the disk.
 func (f *folder) write(ctx context.Context, u upload) error {
 	if err := f.root.MkdirAll(path.Dir(u.name), 0o755); err != nil {
 		return onDisk(err)
@@ -181,7 +180,7 @@ func (f *folder) write(ctx context.Context, u upload) error {
 	return onDisk(errors.Join(err, out.Sync(), out.Close()))
 }
 
-// sync makes a name durable.
+// sync syncs a folder, so that a new name in it survives a crash.
 func (f *folder) sync(dir string) error {
 	d, err := f.root.Open(dir)
 	if err != nil {
@@ -204,7 +203,7 @@ func onDisk(err error) error {
 	return fault.Disk(err, "free space where the folder is, or publish to another one")
 }
 
-// ctxReader stops when its context ends; it lives for one call.
+// ctxReader is a reader that stops when its context ends. It exists for one call only.
 type ctxReader struct {
 	ctx context.Context
 	r   io.Reader

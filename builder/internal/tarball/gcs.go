@@ -21,8 +21,8 @@ import (
 // googleBucket is a destination in Google Cloud Storage.
 type googleBucket struct{ gcs.Bucket }
 
-// maxAttempts bounds how often the library tries one request; every write here
-// has a precondition, and so can be repeated.
+// maxAttempts limits the attempts of the library for one request. Every write here has a
+// precondition, so the library may repeat it.
 const maxAttempts = 6
 
 func openGCS(ctx context.Context, u *url.URL) (*googleBucket, error) {
@@ -35,16 +35,16 @@ func openGCS(ctx context.Context, u *url.URL) (*googleBucket, error) {
 	}
 	client, err := storage.NewClient(ctx)
 	if err != nil {
-		// Without credentials a bucket may still be written by other local users,
-		// as an emulator is; Google refuses, and then says what is missing.
+		// A bucket may still be writable without credentials, as in an emulator. Google itself
+		// refuses the write and names the missing credentials.
 		client, err = storage.NewClient(ctx, option.WithoutAuthentication())
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "check the Google credentials of this account")
 	}
 	client.SetRetry(storage.WithMaxAttempts(maxAttempts), storage.WithErrorFunc(func(err error) bool {
-		// The library leaves out the connection that ends without an answer,
-		// after which nobody knows whether a write took effect.
+		// The library does not retry if a connection ends without an answer. In that case nobody
+		// knows whether the write took effect, and the precondition makes a retry safe.
 		return storage.ShouldRetry(err) || errors.Is(err, io.EOF)
 	}))
 	return &googleBucket{gcs.New(client, u.Host, prefix)}, nil
@@ -61,7 +61,7 @@ func (g *googleBucket) stat(ctx context.Context, name string) (attrs, bool, erro
 	return attrs{size: a.Size, md5: hex.EncodeToString(a.MD5)}, true, nil
 }
 
-// open's token is the generation.
+// open's token is the object's generation.
 func (g *googleBucket) open(ctx context.Context, name string) (io.ReadCloser, string, error) {
 	r, err := g.Object(name).ReadCompressed(true).NewReader(ctx)
 	if errors.Is(err, storage.ErrObjectNotExist) {
@@ -82,7 +82,7 @@ func (g *googleBucket) create(ctx context.Context, u upload) error {
 }
 
 func (g *googleBucket) replace(ctx context.Context, u upload, token string) error {
-	// A public object is cached for an hour otherwise, also in Google's network.
+	// By default a public object is cached for an hour, in Google's network too.
 	u.cacheControl = "no-cache"
 	if token == "" {
 		return g.write(ctx, u, storage.Conditions{DoesNotExist: true})
@@ -100,13 +100,13 @@ func (g *googleBucket) remove(ctx context.Context, name, token string) error {
 		return err
 	}
 	err = g.Object(name).If(c).Delete(ctx)
-	if errors.Is(err, storage.ErrObjectNotExist) { // or the answer to a first try was lost
+	if errors.Is(err, storage.ErrObjectNotExist) { // the first attempt may have removed it, and its answer was lost
 		return nil
 	}
 	return g.fault(ctx, err)
 }
 
-// state is the condition that an object is still in the state of a token.
+// state returns the condition that an object is still in the token's state.
 func state(token string) (storage.Conditions, error) {
 	generation, err := strconv.ParseInt(token, 10, 64)
 	if err != nil || generation == 0 {
@@ -115,7 +115,8 @@ func state(token string) (storage.Conditions, error) {
 	return storage.Conditions{GenerationMatch: generation}, nil
 }
 
-// chunk is how much is held in memory to be sent again when the network fails.
+// chunk is the number of bytes that the library keeps in memory to send again after a network
+// fault.
 const chunk = 16 << 20
 
 func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions) error {
@@ -124,7 +125,7 @@ func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions
 		return err
 	}
 	defer in.Close()
-	// Nothing becomes an object before Close; to end the context is to give up.
+	// The object appears at Close only. Cancelling the context gives the upload up.
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	w := g.Object(u.name).If(c).NewWriter(wctx)
@@ -137,7 +138,7 @@ func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions
 	}
 	if err != nil {
 		cancel()
-		_ = w.Close() // it can only say that it was cancelled
+		_ = w.Close() // the only possible error is the cancellation
 		return g.fault(ctx, err)
 	}
 	return g.fault(ctx, w.Close())

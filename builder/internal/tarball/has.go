@@ -7,9 +7,9 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Has reports whether a COS build's [Index] lists a driver that was made of
-// this OCI artifact. It is for deciding whether there is anything to do: it
-// verifies nothing, and [Publish] examines every object itself.
+// Has reports whether a COS build's [Index] lists a driver that was made from this OCI artifact. A
+// caller uses it to decide whether there is work to do. Has verifies nothing; [Publish] examines
+// every object itself.
 func Has(ctx context.Context, b *Bucket, k target.Kernel, d target.Driver, artifact string) (bool, error) {
 	text, _, err := b.small(ctx, IndexName(k), maxIndex)
 	if err != nil || text == nil {
@@ -17,7 +17,7 @@ func Has(ctx context.Context, b *Bucket, k target.Kernel, d target.Driver, artif
 	}
 	x, err := ParseIndex(text)
 	if err != nil {
-		return false, nil // Publish says what is wrong with it
+		return false, nil // Publish reports the error
 	}
 	return slices.ContainsFunc(x.Drivers, func(e Entry) bool { return e.Driver == d && e.Artifact == artifact }), nil
 }

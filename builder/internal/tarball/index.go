@@ -14,45 +14,45 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// indexFormat is the only one that is written and read.
+// indexFormat is the only format that this program writes and reads.
 const indexFormat = 1
 
-// Bounds of an index; an entry has some 2 KB.
+// Bounds of an index. One entry has about 2 KB.
 const (
 	maxIndex   = 4 << 20
 	maxEntries = 2000
 	maxLabels  = 4000
 )
 
-// Index lists what is published for one COS build, for programs to read. It is
-// one of the few objects that change: drivers are added and never altered, and
-// only labels move. It tells no time, so that equal content is equal bytes.
+// Index lists the drivers that are published for one COS build, for programs to read. It is one of
+// the few objects that change. Drivers are added and never altered; only labels move to other
+// versions. The index contains no time, so equal content gives equal bytes.
 type Index struct {
 	Format  int    `json:"format"`
 	BuildID string `json:"buildId"`
 	Board   string `json:"board"`
-	// Drivers are in order of version and flavour.
+	// Drivers are sorted by version and flavour.
 	Drivers []Entry `json:"drivers"`
-	// Labels are those that builders gave. A label that is not among them is
-	// somebody else's.
+	// Labels are the labels that builders set. A label in gpu_driver_versions that is missing here
+	// was set by somebody else.
 	Labels []Label `json:"labels,omitempty"`
 }
 
-// Entry is one driver of an index. Names of objects are those below the
-// bucket's prefix.
+// Entry is one driver of an index. Object names are relative to the bucket's prefix.
 type Entry struct {
 	target.Driver
-	// Object is the tarball; its sums and its signature are beside it.
+	// Object is the name of the tarball. Its checksums and its signature are separate objects next
+	// to it.
 	Object    string `json:"object"`
 	Size      int64  `json:"size"`
 	SHA256    string `json:"sha256"`
 	MD5       string `json:"md5"`
 	Signature string `json:"signature"`
-	// Artifact is the manifest digest of the OCI artifact with the same modules
-	// and firmware, and Fingerprint the kernel's that they were made for.
+	// Artifact is the manifest digest of the OCI artifact with the same modules and firmware.
+	// Fingerprint is the ABI fingerprint of the kernel that they were made for.
 	Artifact    string             `json:"artifact,omitempty"`
 	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
-	// Runfile is NVIDIA's own file, which has the user space.
+	// Runfile is NVIDIA's runfile, which contains the user space.
 	Runfile *RunfileEntry `json:"runfile,omitempty"`
 	Files   []File        `json:"files"`
 }
@@ -61,13 +61,13 @@ type Entry struct {
 type RunfileEntry struct {
 	Name   string `json:"name"`
 	SHA256 string `json:"sha256"`
-	// URI is where it came from, and Object its copy in this bucket, if any.
+	// URI is the runfile's source. Object is the name of its copy in this bucket, if there is one.
 	URI    string `json:"uri,omitempty"`
 	Object string `json:"object,omitempty"`
 }
 
-// ParseIndex reads an index and refuses one that this program would not have
-// written. The caller has verified its signature.
+// ParseIndex reads an index. It refuses an index that this program would not have written. The
+// caller has verified the signature.
 func ParseIndex(text []byte) (Index, error) {
 	x, err := parseIndex(text)
 	if err != nil {
@@ -143,7 +143,7 @@ func (e Entry) check(k target.Kernel) error {
 		digests = append(digests, f.SHA256)
 	}
 	for _, d := range digests {
-		if _, err := target.ParseFingerprint(d); err != nil { // digests have the same form
+		if _, err := target.ParseFingerprint(d); err != nil { // a fingerprint has the same form as these digests
 			return fmt.Errorf("digest %.80q: want sha256: and 64 hex digits", d)
 		}
 	}
@@ -158,8 +158,8 @@ func (e Entry) compare(o Entry) int {
 		strings.Compare(string(e.Flavour), string(o.Flavour)))
 }
 
-// with returns the index with this entry. One that is there and says something
-// else about the driver is never altered.
+// with returns the index with this entry added. If the index has an entry for the driver with other
+// content, with returns an error, because an entry is never altered.
 func (x Index) with(e Entry) (Index, error) {
 	x.Drivers = slices.Clone(x.Drivers)
 	i, found := slices.BinarySearchFunc(x.Drivers, e, Entry.compare)
@@ -174,7 +174,7 @@ func (x Index) with(e Entry) (Index, error) {
 				have.Artifact, e.SHA256, e.Artifact),
 			"equal inputs give equal digests, so find out what differs; what is published is never replaced")
 	}
-	// A copy of the runfile may come later than the driver.
+	// A copy of the runfile may be added later than the driver.
 	if e.Runfile != nil && (have.Runfile == nil || have.Runfile.SHA256 == e.Runfile.SHA256 && have.Runfile.Object == "" &&
 		e.Runfile.Object != "") {
 		x.Drivers[i].Runfile = e.Runfile

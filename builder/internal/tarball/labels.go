@@ -16,17 +16,17 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Label is one that a builder gave to a version.
+// Label is a label that a builder set on a driver version.
 type Label struct {
 	// Label is DEFAULT, LATEST or a branch such as R535.
 	Label string `json:"label"`
-	// GPUType is the row of gpu_driver_versions; "" means the object with this one
-	// version, which installers of older milestones read.
+	// GPUType is the row of gpu_driver_versions. "" means the separate object that holds only this
+	// label's version, which installers of older milestones read.
 	GPUType string `json:"gpuType,omitempty"`
 	Version string `json:"version"`
-	// Builder gave it, and alone may move it or take it away.
+	// Builder is the builder that set the label. Only this builder may move or remove it.
 	Builder string `json:"builder"`
-	// Declared says that an operator asked for it; else COS says the same.
+	// Declared says that an operator asked for the label. Otherwise it comes from COS.
 	Declared bool `json:"declared,omitempty"`
 }
 
@@ -48,7 +48,7 @@ func (l Label) check(x Index) error {
 	return nil
 }
 
-// installable returns the entry that Google's installer can use of a version.
+// installable returns the entry of a version that Google's installer can use.
 func (x Index) installable(version string) (Entry, bool) {
 	i := slices.IndexFunc(x.Drivers, func(e Entry) bool { return e.Version == version && forInstaller(e.Driver) })
 	if i < 0 {
@@ -57,44 +57,44 @@ func (x Index) installable(version string) (Entry, bool) {
 	return x.Drivers[i], true
 }
 
-// Labelling says what is to be called how among the drivers of one COS build.
+// Labelling describes the wanted labels of one COS build's drivers.
 type Labelling struct {
 	Kernel target.Kernel
-	// Builder is the URI of the builder that gives the labels. Labels of others stay.
+	// Builder is the URI of the builder that sets the labels. Labels of others stay.
 	Builder string
-	// Declared are labels that an operator gave, each with its version; "" means a
-	// version that is not known now, and leaves the label as it is.
+	// Declared maps the labels that an operator set to their versions. The version "" means that it
+	// is unknown now; the label then stays as it is.
 	Declared map[string]string
-	// FromCOS are labels as COS gives them, where none is declared.
+	// FromCOS maps COS's labels to their versions. A declared label has precedence.
 	FromCOS map[string]string
-	// Complete says that this is all that Builder wants: labels that it gave before
-	// and that are not among these are taken away.
+	// Complete says that these are all labels that Builder wants. Other labels that Builder set
+	// before are removed.
 	Complete bool
-	// Signer signs the lists.
+	// Signer signs the index and the lists.
 	Signer *sign.Signer
-	// Verifier judges what was published before; nil trusts Signer's key only.
+	// Verifier verifies what was published before; nil means that only Signer's key is trusted.
 	Verifier *trust.Verifier
 }
 
-// Labelled says what came of it.
+// Labelled is the result of a labelling.
 type Labelled struct {
-	// URL is the list's.
+	// URL is the URL of gpu_driver_versions.
 	URL string `json:"url"`
-	// Labels are those that were wanted and are there now, with their versions.
+	// Labels maps the wanted labels that are set now to their versions.
 	Labels map[string]string `json:"labels,omitempty"`
-	// Absent are declared labels whose version is not published here. They stay
-	// as they were.
+	// Absent lists the declared labels whose version is not published in this bucket. They stay as
+	// they were.
 	Absent []string `json:"absent,omitempty"`
-	// Existed says that nothing had to be changed.
+	// Existed says that no change was necessary.
 	Existed bool `json:"existed"`
 }
 
-// lister is what is asked of a COS release bucket.
+// lister lists the drivers of a COS build, as a COS release bucket does.
 type lister interface {
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
 }
 
-// COSLabels returns the labels that a COS release bucket gives for a build.
+// COSLabels returns the labels that a COS release bucket sets for a COS build.
 func COSLabels(ctx context.Context, b lister, k target.Kernel) (map[string]string, error) {
 	list, err := b.Drivers(ctx, k)
 	if err != nil && !fault.Is(err, fault.InputMissing) {
@@ -110,13 +110,13 @@ func COSLabels(ctx context.Context, b lister, k target.Kernel) (map[string]strin
 	return said, nil
 }
 
-// SetLabels gives labels in gpu_driver_versions to versions whose tarball is in the
-// bucket, whole and signed. A declared label that somebody else gave to another
-// version is [fault.PublishRefused], and nothing was changed.
+// SetLabels sets labels in gpu_driver_versions, for versions whose tarball in the bucket is
+// complete and signed. If somebody else set a declared label on another version, the error is
+// [fault.PublishRefused] and nothing changes.
 //
-// The index says beforehand which labels are about to be given and by whom,
-// and forgets those that were taken away last: it is where two builders meet,
-// and after an interruption anywhere no label is nobody's.
+// SetLabels first writes to the index which labels the builder is about to set, and removes dropped
+// labels from the index last. Two builders find each other's labels there. After an interruption at
+// any point, the index names the builder of every label.
 func SetLabels(ctx context.Context, b *Bucket, l Labelling) (Labelled, error) {
 	got, err := setLabels(ctx, b, l)
 	if err != nil {
@@ -141,7 +141,7 @@ func setLabels(ctx context.Context, b *Bucket, l Labelling) (_ Labelled, err err
 	if err != nil {
 		return Labelled{}, err
 	}
-	if have == nil { // nothing is published, and so nothing was labelled
+	if have == nil { // without an index nothing is published, and nothing has a label
 		return Labelled{URL: url, Absent: slices.Sorted(maps.Keys(l.Declared)), Existed: true}, nil
 	}
 	var c claims
@@ -196,7 +196,7 @@ func (l Labelling) check() error {
 	return nil
 }
 
-// labels changes the index's labels.
+// labels changes the labels in the index.
 func (p *publisher) labels(ctx context.Context, change func(Index) ([]Label, error)) error {
 	return p.change(ctx, listing{IndexName(p.Kernel), "application/json", maxIndex, func(have []byte) ([]byte, error) {
 		x, err := p.index(ctx, have)
@@ -214,12 +214,12 @@ func (p *publisher) labels(ctx context.Context, change func(Index) ([]Label, err
 	}})
 }
 
-// isLabelled reports whether a label is among those, no matter who asked for it.
+// isLabelled reports whether a label is in the list, whether declared or from COS.
 func isLabelled(all []Label, l Label) bool {
 	return slices.ContainsFunc(all, func(have Label) bool { return have.compare(l) == 0 })
 }
 
-// claims are the result of a labelling, given what is published.
+// claims holds the labels to set and to remove, computed from a labelling and the published state.
 type claims struct {
 	want, drop []Label
 	given      map[string]string
@@ -227,8 +227,8 @@ type claims struct {
 	conflicts  []error
 }
 
-// claim settles which labels are to be given and taken away. Tarballs of
-// versions that get one are examined.
+// claim computes which labels to set and to remove. It checks the tarball of each version that gets
+// a new label.
 func (p *publisher) claim(ctx context.Context, x Index, l Labelling) (claims, error) {
 	s, err := p.labelState(ctx, x, l)
 	if err != nil {
@@ -252,7 +252,7 @@ func (p *publisher) claim(ctx context.Context, x Index, l Labelling) (claims, er
 	return c, nil
 }
 
-// checkStored refuses an entry whose tarball is not there or not signed.
+// checkStored returns an error if an entry's tarball is missing, damaged or not signed.
 func (p *publisher) checkStored(ctx context.Context, e Entry) error {
 	refuse := func(why string) error {
 		return fault.New(fault.PublishRefused, fmt.Sprintf("%s gets no label: %s", p.bucket.URL(e.Object), why),
@@ -282,11 +282,11 @@ func (p *publisher) checkStored(ctx context.Context, e Entry) error {
 	return nil
 }
 
-// wanted returns the labels that are declared or said, with their versions.
+// wanted returns the declared labels and COS's labels, with their versions.
 func (l Labelling) wanted() map[string]string {
 	all := map[string]string{}
 	for label, version := range l.FromCOS {
-		if target.CheckLabel(label, version) == nil { // what COS may say one day is no error here
+		if target.CheckLabel(label, version) == nil { // an unknown label that COS may use one day is no error
 			all[label] = version
 		}
 	}
@@ -315,7 +315,7 @@ func (l Labelling) claim(x Index, s labelState) claims {
 			c.absent = append(c.absent, label)
 			c.want = append(c.want, before...)
 		case !declared && !l.Complete && slices.ContainsFunc(before, func(have Label) bool { return have.Declared }):
-			// The operator has said otherwise, elsewhere.
+			// The operator declared the label in another run.
 			c.want = append(c.want, before...)
 		case ready:
 			settled[label] = true
@@ -330,9 +330,9 @@ func (l Labelling) claim(x Index, s labelState) claims {
 	return c
 }
 
-// assign claims a label for a version wherever that is listed. What COS says
-// goes to the rows that stand for no particular product: lists with others are
-// COS's own, and have COS's labels in them.
+// assign adds a label to the claims, for each row and object where its version is listed. A label
+// from COS goes only to the rows for no particular product. A list with product rows comes from COS
+// itself, and has COS's labels already.
 func (c *claims) assign(s labelState, x Index, mine []Label, rows []string, l Label) {
 	for _, row := range append(rows, "") {
 		if _, given := c.given[l.Label]; row == "" && !given || row != "" && !l.Declared && !general(row) {
@@ -365,7 +365,7 @@ func taken(l Label, version, by string) error {
 		"a label that another builder set is never moved: declare another label, or remove it there first")
 }
 
-// versionObject returns the object with a label's one version.
+// versionObject returns the name of the object that holds only this label's version.
 func versionObject(k target.Kernel, label string) string {
 	switch label {
 	case "DEFAULT":
@@ -376,7 +376,7 @@ func versionObject(k target.Kernel, label string) string {
 	return cosbucket.BranchVersionName(k, label)
 }
 
-// versionObjects writes and removes the objects with one version each.
+// versionObjects writes and removes the objects that hold one label's version each.
 func (p *publisher) versionObjects(ctx context.Context, c claims) error {
 	for _, w := range c.want {
 		if w.GPUType != "" {
@@ -408,7 +408,7 @@ func (p *publisher) versionObjects(ctx context.Context, c claims) error {
 	return nil
 }
 
-// hasVersion reports whether a label's object has this version by one of those.
+// hasVersion reports whether one of these labels gave a label's object this version.
 func hasVersion(all []Label, label, version string) bool {
 	return slices.ContainsFunc(all,
 		func(l Label) bool { return l.GPUType == "" && l.Label == label && l.Version == version })

@@ -29,7 +29,7 @@ const (
 
 type labels = map[string]string
 
-// publishAll publishes open drivers of these versions.
+// publishAll publishes these versions of the open flavour.
 func publishAll(t testing.TB, b *tarball.Bucket, s *sign.Signer, versions ...string) {
 	t.Helper()
 	for _, v := range versions {
@@ -40,14 +40,14 @@ func publishAll(t testing.TB, b *tarball.Bucket, s *sign.Signer, versions ...str
 	}
 }
 
-// labelling is a whole one of builder "a".
+// labelling returns a complete labelling by builder "a".
 func labelling(s *sign.Signer, declared, said labels) tarball.Labelling {
 	return tarball.Labelling{Kernel: kernel, Builder: "https://example.com/a", Declared: declared, FromCOS: said,
 		Complete: true, Signer: s}
 }
 
-// lasting are the objects but for signatures of states, of which those of
-// former states stay.
+// lasting returns the objects without the signatures of lists and index, because signatures of former states stay in
+// the bucket.
 func lasting(all map[string]string) map[string]string {
 	all = maps.Clone(all)
 	maps.DeleteFunc(all, func(name, _ string) bool {
@@ -56,8 +56,7 @@ func lasting(all map[string]string) map[string]string {
 	return all
 }
 
-// rowsOf returns what the text says, a line for each label: row, label, version.
-// The binary has to say the same.
+// rowsOf returns one line for each label in the text form: row, label, version. The binary form must say the same.
 func rowsOf(t testing.TB, all map[string]string) []string {
 	t.Helper()
 	var forms [2][]string
@@ -87,8 +86,7 @@ func rowsOf(t testing.TB, all map[string]string) []string {
 	return forms[0]
 }
 
-// Labels follow what is declared and what COS says, and are gone without a
-// trace when nobody wants them any more.
+// Labels follow the declared labels and COS's. When nobody wants them any more, they disappear completely.
 func TestLabels(t *testing.T) {
 	places(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -166,7 +164,7 @@ func TestLabels(t *testing.T) {
 	})
 }
 
-// signed fails unless each object that changes has a signature of its state.
+// signed checks that each object that changes has a signature of its present state.
 func signed(t testing.TB, all map[string]string, s *sign.Signer) {
 	t.Helper()
 	v, err := s.Verifier()
@@ -186,8 +184,7 @@ func signed(t testing.TB, all map[string]string, s *sign.Signer) {
 	}
 }
 
-// What one build says of itself moves its own labels, and leaves those that
-// were declared elsewhere.
+// A labelling by a single build moves its own labels. It leaves labels that were declared in another run.
 func TestLabelsOfOneBuild(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -209,14 +206,14 @@ func TestLabelsOfOneBuild(t *testing.T) {
 	give(false, nil, labels{"DEFAULT": v261}, v261)
 	give(false, nil, labels{"DEFAULT": v309}, v309)
 	give(false, labels{"DEFAULT": v261}, nil, v261)
-	give(false, labels{"R535": v309}, labels{"DEFAULT": v309}, v261) // DEFAULT was declared
+	give(false, labels{"R535": v309}, labels{"DEFAULT": v309}, v261) // DEFAULT was declared before
 	if got := rowsOf(t, content(t, dest)); !slices.Contains(got, "OTHERS R535 "+v309) {
 		t.Errorf("labels = %q; want R535 beside DEFAULT", got)
 	}
 	give(true, nil, labels{"DEFAULT": v309}, v309)
 }
 
-// Labels that COS's own list has, or another builder gave, stay.
+// Labels from COS's own list or from another builder stay.
 func TestLabelsOfOthers(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -259,7 +256,7 @@ func TestLabelsOfOthers(t *testing.T) {
 		}
 	}
 	refused(labelling(s, labels{"DEFAULT": v261}, nil), "535.1.1 has it for OTHERS, set by somebody else")
-	// What COS says goes where it contradicts nobody.
+	// COS's labels are set where no other label contradicts.
 	give(labelling(s, nil, labels{"DEFAULT": v261}), "NO_GPU DEFAULT "+v261, "gpu_default_version "+v261)
 	give(labelling(s, nil, nil))
 
@@ -279,7 +276,7 @@ func TestLabelsOfOthers(t *testing.T) {
 	refused(other(labels{"R535": v309}), "535.1.1 has it in its own object")
 }
 
-// No label goes to a version whose tarball is not there, whole and signed.
+// A version gets a label only if its tarball is complete and signed.
 func TestLabelsNeedTarballs(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -310,9 +307,8 @@ func TestLabelsNeedTarballs(t *testing.T) {
 	}
 }
 
-// TestLabelsCutOffAnywhere ends a change of labels at every call, before and
-// after it took effect: the index knows of every label in the lists, so that
-// whoever comes next can take all of them away.
+// TestLabelsCutOffAnywhere interrupts a change of labels at every call, before and after the call took effect. The
+// index must name every label in the lists, so that a later run can remove all of them.
 func TestLabelsCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -357,7 +353,7 @@ func TestLabelsCutOffAnywhere(t *testing.T) {
 	}
 }
 
-// Builders that publish and label side by side lose nobody's entry.
+// Builders that publish and set labels at the same time lose no entry.
 func TestLabelsSideBySide(t *testing.T) {
 	places(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -387,7 +383,7 @@ func TestLabelsSideBySide(t *testing.T) {
 		if err := g.Wait(); err != nil {
 			t.Fatal(err)
 		}
-		// What all of them want, one has.
+		// All builders want the same label, and one gets it.
 		won := 0
 		for i, err := range refused {
 			switch {
@@ -426,8 +422,7 @@ func TestLabellingRefuses(t *testing.T) {
 	}
 }
 
-// FuzzRelabel gives labels in a list of anybody's and takes them away again:
-// what was said before is said then, and nothing else.
+// FuzzRelabel sets labels in an arbitrary list and removes them again. The list must then say the same as before.
 func FuzzRelabel(f *testing.F) {
 	f.Add([]byte(cosText))
 	f.Add([]byte(`gpu_driver_version_info { gpu_device { gpu_type: "OTHERS" } supported_driver_versions { version: "535.261.03" } supported_driver_versions { label: "R535" version: "535.261.03" } }`))
@@ -448,7 +443,7 @@ func FuzzRelabel(f *testing.F) {
 			{Label: "R535", GPUType: "OTHERS", Version: v261}}
 		for _, l := range give {
 			if strings.Contains(string(before), `"`+l.Label+`"`) {
-				return // it is there already, and would be taken away
+				return // the label exists already, and would be removed
 			}
 		}
 		for _, row := range []struct {

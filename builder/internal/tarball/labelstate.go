@@ -12,10 +12,10 @@ import (
 	"github.com/prebake/prebake/pkg/cosbucket/gpuversions"
 )
 
-// labelState is what a bucket says about labels.
+// labelState is the state of all labels in a bucket.
 type labelState struct {
 	lists   [2]*gpuversions.GPUDriverVersionInfoList
-	objects map[string]string // label to version, where there is an object for it
+	objects map[string]string // the version in each label's own object, if there is one
 }
 
 func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (labelState, error) {
@@ -45,9 +45,9 @@ func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (label
 	return s, nil
 }
 
-// foreign returns the version that has a label in a row or an object by
-// somebody else's will, and by whose; "" means none. One that differs from the
-// label's own goes first.
+// foreign returns a version that has the label in a row or an object although this builder did not
+// set it there. by says who set it. "" means that there is none. A version that differs from the
+// label's own has precedence.
 func (s labelState) foreign(x Index, mine []Label, l Label) (version, by string) {
 	type holder struct{ version, by string }
 	var all []holder
@@ -86,7 +86,7 @@ func (s labelState) versionsWith(l Label) []string {
 	return all
 }
 
-// rows returns the rows in which both forms of the list have a version.
+// rows returns the rows in which both forms of gpu_driver_versions list a version.
 func (s labelState) rows(version string) []string {
 	binary := rows(s.lists[1], version)
 	both := slices.DeleteFunc(rows(s.lists[0], version), func(t string) bool { return !slices.Contains(binary, t) })

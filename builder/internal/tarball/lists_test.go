@@ -16,7 +16,7 @@ import (
 
 func none(string) bool { return false }
 
-// COS's own file, as far as its form is known.
+// cosText has the form of COS's own file, as far as that is known.
 const cosText = `gpu_driver_version_info {
   gpu_device { gpu_type: "NVIDIA_TESLA_V100" }
   supported_driver_versions { label: "DEFAULT" version: "535.1.1" }
@@ -97,7 +97,7 @@ gpu_driver_version_info {
 	if err := proto.Unmarshal(bin, &fromBin); err != nil || !proto.Equal(&fromText, &fromBin) {
 		t.Errorf("binary = %v, %v; want what the text says", &fromBin, err)
 	}
-	// protoc is the reader of others.
+	// protoc is an independent reader.
 	if program, err := exec.LookPath("protoc"); err == nil {
 		cmd := exec.CommandContext(t.Context(), program, "--proto_path=../../../pkg/cosbucket/gpuversions",
 			"--encode=cos_gpu.GPUDriverVersionInfoList", "gpu_driver_versions.proto")
@@ -106,7 +106,8 @@ gpu_driver_version_info {
 			t.Errorf("protoc --encode = %q, %v; want %q", out, err, bin)
 		}
 	}
-	// What this program does not know is kept, or else left alone.
+	// The binary form keeps fields that this program does not know. The text form cannot, so it is
+	// not changed.
 	newer := protoBytes(bin, "\x9a\x06\x03new") // field 99
 	if got, err := tarball.Binary.Add(newer, "580.1.1", none); err != nil || !bytes.Contains(got, []byte("new")) ||
 		!bytes.Contains(got, []byte("580.1.1")) {
@@ -170,8 +171,7 @@ func FuzzEditBinary(f *testing.F) {
 	})
 }
 
-// kept fails unless everything that was said before is still said, and the
-// version with it.
+// kept checks that the list still has all its former entries.
 func kept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList) {
 	t.Helper()
 	if len(after.GetGpuDriverVersionInfo()) < len(before.GetGpuDriverVersionInfo()) {
@@ -192,7 +192,7 @@ func kept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList) {
 	}
 }
 
-// An index of one driver and two labels, as it is published.
+// indexText is an index with one driver and two labels, as it is published.
 var indexText = `{
   "format": 1,
   "buildId": "17800.0.47",

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// loser is before the emulator and loses the first answer to each upload or
-// removal of an object whose name ends in one of these: it took effect itself.
+// loser is a proxy in front of the emulator. It drops the first answer to each upload or removal of
+// an object whose name ends in one of names. The request itself takes effect.
 type loser struct {
 	next  http.Handler
 	names []string
@@ -50,8 +50,8 @@ func (l *loser) loses(name string) bool {
 	return false
 }
 
-// TestLostAnswers repeats an upload that took effect, as the library does when
-// it got no answer: the precondition then fails on the publisher's own object.
+// TestLostAnswers loses the answer to an upload that took effect. The library then repeats the
+// upload, and its precondition fails because of the publisher's own object.
 func TestLostAnswers(t *testing.T) {
 	s := gcs.Start(t)
 	u, err := url.Parse(s.Endpoint)

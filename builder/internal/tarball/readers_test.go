@@ -15,10 +15,10 @@ import (
 
 var update = flag.Bool("update", false, "write the sample bucket that the server's test reads")
 
-// sampleBucket is read by a test of the server, which must not import this package.
+// sampleBucket is a bucket that a test of the server reads. That test must not import this package.
 const sampleBucket = "../../../server/testdata/bucket"
 
-// TestSampleBucket keeps the bucket that the server is tested with one that this package writes.
+// TestSampleBucket checks that sampleBucket has the form that this package writes.
 func TestSampleBucket(t *testing.T) {
 	t.Parallel()
 	index := tarball.IndexName(kernel)

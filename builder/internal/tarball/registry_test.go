@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestAnotherRegistry publishes through a registry that is not ours and has no
-// referrers API, publishes again, and tries to publish something else.
+// TestAnotherRegistry uses another registry program without the referrers API. It publishes,
+// publishes again, and tries to publish another artifact.
 func TestAnotherRegistry(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)

@@ -57,7 +57,7 @@ func digestOf(data []byte) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// newRelease returns a driver whose modules hold salt.
+// newRelease returns a driver whose modules contain the text salt.
 func newRelease(t testing.TB, s *sign.Signer, d target.Driver, salt string) tarball.Release {
 	t.Helper()
 	dir := t.TempDir()
@@ -85,7 +85,7 @@ func openBucket(t testing.TB, dest string) *tarball.Bucket {
 	return b
 }
 
-// content returns every object, as a reader of COS buckets sees it.
+// content returns every object as a reader of COS buckets gets it.
 func content(t testing.TB, dest string) map[string]string {
 	t.Helper()
 	b, err := cosbucket.Open(t.Context(), dest)
@@ -115,7 +115,7 @@ func content(t testing.TB, dest string) map[string]string {
 	return all
 }
 
-// places runs a test in a folder and in a bucket of a real emulator.
+// places runs a test with a folder and with a bucket of a real emulator.
 func places(t *testing.T, test func(t *testing.T, dest string)) {
 	t.Run("folder", func(t *testing.T) { test(t, "file://"+filepath.Join(t.TempDir(), "bucket")) })
 	t.Run("bucket", func(t *testing.T) {
@@ -126,8 +126,8 @@ func places(t *testing.T, test func(t *testing.T, dest string)) {
 	})
 }
 
-// check says what is wrong with a bucket whose index should be whole: every
-// object that it names is there, is what it says and is signed for this build.
+// check checks a bucket with a complete index. Every object in the index must exist, have the
+// listed content and be signed for this COS build.
 func check(t testing.TB, all map[string]string, v *trust.Verifier, want ...target.Driver) {
 	t.Helper()
 	text, ok := all[tarball.IndexName(kernel)]
@@ -178,8 +178,8 @@ func check(t testing.TB, all map[string]string, v *trust.Verifier, want ...targe
 	}
 }
 
-// newReleaseAgain is the same release on another machine: other folders, times
-// and modes.
+// newReleaseAgain returns the same release as on another machine: with other folders, times and
+// modes.
 func newReleaseAgain(t testing.TB, r tarball.Release) tarball.Release {
 	t.Helper()
 	for _, dir := range []*string{&r.Modules, &r.Firmware} {
@@ -195,7 +195,7 @@ func newReleaseAgain(t testing.TB, r tarball.Release) tarball.Release {
 	return r
 }
 
-// readers look at the bucket as COS's installer, our builder and GNU tar do.
+// readers reads the bucket in the ways of COS's installer, of our builder and of GNU tar.
 func readers(t *testing.T, dest string) {
 	t.Helper()
 	b, err := cosbucket.Open(t.Context(), dest)
@@ -238,7 +238,7 @@ func readers(t *testing.T, dest string) {
 	}
 }
 
-// cosign verifies what is published, offline, and refuses another key and
+// cosign runs the program cosign, which must verify the objects offline and refuse another key and
 // other bytes.
 func cosign(t *testing.T, all map[string]string, pub string) {
 	t.Helper()

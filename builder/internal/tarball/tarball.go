@@ -5,9 +5,8 @@ import (
 	"bufio"
 	"cmp"
 	"context"
-	"crypto/md5" //nolint:gosec // COS's buckets carry md5 sums; the sha256 is what is signed
+	"crypto/md5" //nolint:gosec // COS's buckets use md5 sums; only the sha256 is signed
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -21,20 +20,20 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/gzip"
+	ocidigest "github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Recipe names the way tarballs are packed. It changes whenever equal input
-// would give other bytes; then what is published under the old one can no
-// longer be published again.
+// Recipe is the version of the packing method. Change it whenever equal input would give other
+// bytes. A tarball that was published under the old recipe can then no longer be published again.
 const Recipe = "tgz-1"
 
-// level of gzip: its library's default, written out.
+// level is the gzip level. It is the library's default, fixed here because the bytes depend on it.
 const level = 6
 
-// Bounds of a tarball, several times what a release of 2026 has.
+// Bounds of a tarball. They are several times the size of a release of 2026.
 const (
 	maxFiles = 1000
 	maxBytes = 4 << 30
@@ -47,13 +46,13 @@ type File struct {
 	SHA256 string `json:"sha256"`
 }
 
-// source is a file that goes into a tarball.
+// source is a file to pack into a tarball.
 type source struct {
 	name, path string
 	info       fs.FileInfo
 }
 
-// sources lists the tarball's files in order of their names.
+// sources returns the tarball's files in order of their names.
 func (r Release) sources() ([]source, error) {
 	var all []source
 	add := func(name, file string) error {
@@ -110,13 +109,13 @@ func (r Release) sources() ([]source, error) {
 	return all, nil
 }
 
-// keptXattrs are the extended attributes that a file takes along: the kernel's
-// integrity subsystem compares firmware with this one.
+// keptXattrs are the extended attributes that go into the tarball. The kernel's integrity subsystem
+// (IMA) compares firmware with security.ima.
 var keptXattrs = []string{"security.ima"}
 
-// readXattr returns an attribute of a file; nil means none.
+// readXattr returns an extended attribute of a file; nil means that the file has none.
 func readXattr(f *os.File, name string) ([]byte, error) {
-	value := make([]byte, 64<<10) // XATTR_SIZE_MAX
+	value := make([]byte, 64<<10) // XATTR_SIZE_MAX of Linux
 	n, err := unix.Fgetxattr(int(f.Fd()), name, value)
 	switch {
 	case errors.Is(err, unix.ENODATA) || errors.Is(err, unix.ENOTSUP):
@@ -127,9 +126,9 @@ func readXattr(f *os.File, name string) ([]byte, error) {
 	return value[:n], nil
 }
 
-// pack writes the tarball to dst. Equal files and attributes give equal bytes
-// on any machine: names are sorted, times are zero, owners are root, modes are
-// fixed, and the compressor is one thread of a pinned library.
+// pack writes the tarball to dst. Equal files and attributes give equal bytes on any machine: names
+// are sorted, times are zero, owners are root, and modes are fixed. The compressor runs in one
+// thread, and its library's version is pinned.
 func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, string) ([]byte, error)) (_ object,
 	list []File, err error) {
 	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
@@ -143,7 +142,7 @@ func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, 
 	if err != nil {
 		return object{}, nil, err
 	}
-	zw.ModTime = time.Unix(0, 0) // none; the library would write the year 1, cut to 32 bits
+	zw.ModTime = time.Unix(0, 0) // no time; for a zero Time the library would write the year 1, cut to 32 bits
 	tw := tar.NewWriter(zw)
 	made := map[string]bool{}
 	for _, s := range files {
@@ -166,7 +165,7 @@ func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, 
 	return o, list, nil
 }
 
-// folders writes the entries of a folder and those above it, once.
+// folders writes the entries of a folder and of the folders above it, each once.
 func folders(tw *tar.Writer, made map[string]bool, dir string) error {
 	if dir == "." || made[dir] {
 		return nil
@@ -193,7 +192,7 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 		}
 		if value != nil {
 			hdr.Format = tar.FormatPAX
-			hdr.PAXRecords = map[string]string{"SCHILY.xattr." + name: string(value)} // as GNU tar --xattrs writes and reads it
+			hdr.PAXRecords = map[string]string{"SCHILY.xattr." + name: string(value)} // the key of GNU tar --xattrs
 		}
 	}
 	if err := tw.WriteHeader(hdr); err != nil {
@@ -204,10 +203,10 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 	if err == nil && n != hdr.Size {
 		err = fmt.Errorf("changed while it was read: %d bytes, was %d", n, hdr.Size)
 	}
-	return File{Name: s.name, Size: n, SHA256: "sha256:" + hex.EncodeToString(h.Sum(nil))}, err
+	return File{Name: s.name, Size: n, SHA256: ocidigest.NewDigest(ocidigest.SHA256, h).String()}, err
 }
 
-// sums counts and hashes what is written to it.
+// sums is a writer that counts and hashes the bytes.
 type sums struct {
 	w    io.Writer
 	done func() object
@@ -217,7 +216,7 @@ func newSums() sums {
 	sha, md, crc := sha256.New(), md5.New(), crc32.New(crc32.MakeTable(crc32.Castagnoli))
 	n := &counter{}
 	return sums{io.MultiWriter(sha, md, crc, n), func() object {
-		o := object{sha256: "sha256:" + hex.EncodeToString(sha.Sum(nil))}
+		o := object{sha256: ocidigest.NewDigest(ocidigest.SHA256, sha).String()}
 		o.size, o.crc32c = n.n, crc.Sum32()
 		copy(o.md5[:], md.Sum(nil))
 		return o
@@ -234,7 +233,7 @@ func (c *counter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// fileObject sums up a file that is published as it is.
+// fileObject returns the object for a file that is published unchanged.
 func fileObject(ctx context.Context, file string) (object, error) {
 	in, err := os.Open(file)
 	if err != nil {
@@ -250,10 +249,10 @@ func fileObject(ctx context.Context, file string) (object, error) {
 	return o, nil
 }
 
-// bytesObject is an object whose bytes are at hand.
+// bytesObject returns an object with these bytes.
 func bytesObject(name, contentType string, data []byte) object {
 	s := newSums()
-	_, _ = s.Write(data) // hashes take everything
+	_, _ = s.Write(data) // a hash never returns an error
 	o := s.object()
 	o.name, o.contentType = name, contentType
 	o.open = func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(string(data))), nil }

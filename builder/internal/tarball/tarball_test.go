@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// ima gives every firmware file a signature, binary as a real one.
+// ima returns a signature for every firmware file. It contains binary bytes, as a real one does.
 func ima(f *os.File, name string) ([]byte, error) {
 	if !strings.HasSuffix(f.Name(), ".bin") {
 		return nil, nil
@@ -26,9 +26,8 @@ func ima(f *os.File, name string) ([]byte, error) {
 	return []byte("\x03\x02\x04\x00signature of " + name), nil
 }
 
-// TestPackIsPinned pins the bytes: another compressor, or another way to pack,
-// would make what is published impossible to publish again. Who changes them
-// changes [tarball.Recipe].
+// TestPackIsPinned compares the packed bytes with fixed digests. With other bytes, a published
+// driver could not be published again. Whoever changes the bytes must change [tarball.Recipe].
 func TestPackIsPinned(t *testing.T) {
 	t.Parallel()
 	if tarball.Recipe != "tgz-1" {
@@ -53,7 +52,7 @@ func TestPackIsPinned(t *testing.T) {
 	}
 }
 
-// headers lists what is in a tarball.
+// headers returns the headers of a tarball's entries.
 func headers(t *testing.T, file string) []*tar.Header {
 	t.Helper()
 	f, err := os.Open(file)
@@ -120,8 +119,8 @@ func TestPackLayout(t *testing.T) {
 	}
 }
 
-// TestXattr reads the attribute from a real file, and GNU tar writes it back,
-// where this user may set it.
+// TestXattr packs the attribute of a real file, and GNU tar unpacks it. The test needs a user that
+// may set the attribute.
 func TestXattr(t *testing.T) {
 	t.Parallel()
 	r := newRelease(t, nil, open, "")

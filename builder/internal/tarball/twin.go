@@ -1,15 +1,14 @@
-// Package tarball publishes a built driver into a bucket, as a tarball in the
-// layout that COS's own installer reads: the modules and the firmware of an OCI
-// artifact under the names of a COS release bucket, with sums, a signature and
-// an index. The bucket is one of Google Cloud Storage or a folder.
+// Package tarball publishes a built driver into a bucket, as a tarball in the layout that COS's own installer reads.
+// The tarball has the modules and the firmware of an OCI artifact. Its name is the one in a COS release bucket, and
+// checksums, a signature and an index come with it. The bucket is one of Google Cloud Storage or a folder.
 //
-// Objects are created and never replaced; the lists that have to grow
-// (index.json and gpu_driver_versions) and the labels in them change only from
-// the very state that was read. Publishing may be interrupted anywhere and run
-// again. The package refuses to publish other bytes under a name that is taken,
-// to extend an index that nobody trusted signed, to list a driver for Google's
-// installer that it could not install, and to move a label that somebody else
-// set.
+// Objects are created and never replaced. Only the lists that grow (index.json and gpu_driver_versions) and the
+// labels in them change. Each such write requires that the object is still in the state that was read. Publishing may
+// be interrupted at any point and run again.
+//
+// The package refuses to publish other bytes under a name that is taken, and to extend an index without a trusted
+// signature. It refuses to list a driver that Google's installer could not install, and to move a label that somebody
+// else set.
 package tarball
 
 import (
@@ -31,92 +30,91 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// PredicateObject is the type of the statement beside each object: what it is,
-// under which name, for which COS build. A signature over bytes alone would
-// also hold for another build's file under this build's name.
+// PredicateObject is the predicate type of the statement next to each object. The statement says what the object is,
+// its name, and its COS build. A signature over the bytes alone would also be valid for another build's file under
+// this build's name.
 const PredicateObject = "https://prebake.dev/bucket-object/v1"
 
-// ObjectFacts is the predicate of that name.
+// ObjectFacts is the predicate of type PredicateObject.
 type ObjectFacts struct {
-	// Object is the name below the bucket's prefix.
+	// Object is the object's name, relative to the bucket's prefix.
 	Object  string `json:"object"`
 	BuildID string `json:"buildId"`
 	Board   string `json:"board"`
-	// Driver, Artifact and Fingerprint are those of a tarball.
+	// Driver, Artifact and Fingerprint are set for a tarball only.
 	Driver      *target.Driver     `json:"driver,omitempty"`
 	Artifact    string             `json:"artifact,omitempty"`
 	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
 }
 
-// Runfile is NVIDIA's own file for a driver version.
+// Runfile is NVIDIA's runfile of a driver version.
 type Runfile struct {
-	// Path is the file, for Copy.
+	// Path is the file's path; only Copy needs it.
 	Path string
 	// SHA256 is sha256: and 64 hex digits.
 	SHA256 string
-	// URI is where it came from.
+	// URI is the source of the runfile.
 	URI string
-	// Copy puts it into the bucket too, unchanged as NVIDIA's terms have it.
+	// Copy publishes the runfile into the bucket too. It stays unchanged, as NVIDIA's terms require.
 	Copy bool
 }
 
-// Release is what is published at once: one driver for one COS build.
+// Release is one driver for one COS build, which Publish publishes at once.
 type Release struct {
-	// Kernel is the COS build; BuildID, Board and Arch count.
+	// Kernel is the COS build. Only BuildID, Board and Arch are used.
 	Kernel      target.Kernel
 	Driver      target.Driver
 	Fingerprint target.Fingerprint
 	// Modules is a folder with the *.ko files of the artifact.
 	Modules string
-	// Firmware is a folder that holds firmware/nvidia/VERSION/; "" is none.
+	// Firmware is a folder that holds firmware/nvidia/VERSION/; "" means no firmware.
 	Firmware string
 	// Artifact is the manifest digest of the OCI artifact with these files.
 	Artifact string
 	// Runfile may be nil.
 	Runfile *Runfile
-	// GPUs is the release's list, which decides in which rows of
-	// gpu_driver_versions the version goes; nil leaves it to the general rows.
+	// GPUs is the release's list of supported GPUs. It decides which rows of gpu_driver_versions get the version;
+	// with nil only the general rows do.
 	GPUs *gpulist.List
-	// Signer signs what is written.
+	// Signer signs everything that is written.
 	Signer *sign.Signer
-	// Verifier judges what was published before; nil trusts Signer's key only.
+	// Verifier verifies what was published before; nil means that only Signer's key is trusted.
 	Verifier *trust.Verifier
-	// Scratch is a folder for the tarball while it is made; "" means the system's.
+	// Scratch is a folder for temporary files; "" means the system's.
 	Scratch string
 }
 
-// Stored is one object that a release consists of.
+// Stored is one object of a release in the bucket.
 type Stored struct {
 	Name   string `json:"name"`
 	Size   int64  `json:"size"`
 	SHA256 string `json:"sha256"`
-	// Existed says that nothing had to be written.
+	// Existed says that the object existed before.
 	Existed bool `json:"existed"`
 }
 
-// Report says what came of publishing.
+// Report is the result of publishing.
 type Report struct {
-	// URL is the tarball's, and SHA256 its digest.
+	// URL is the tarball's URL, and SHA256 its digest.
 	URL    string `json:"url"`
 	SHA256 string `json:"sha256"`
-	// Existed says that everything was there already, and nothing was changed.
+	// Existed says that everything existed before and nothing changed.
 	Existed bool     `json:"existed"`
 	Objects []Stored `json:"objects"`
 }
 
-// Names of objects below the bucket's prefix.
+// Names of objects, relative to the bucket's prefix.
 const (
 	indexFile = "index.json"
-	// RunfileFolder holds copies of runfiles, in the layout of COS's driver
-	// bucket.
+	// RunfileFolder holds copies of runfiles, in the layout of COS's driver bucket.
 	RunfileFolder = "drivers"
 )
 
 func under(k target.Kernel, name string) string { return path.Join(k.BuildID, k.Board, name) }
 
-// TarballName returns the name of a driver's tarball. Google's installer takes
-// nvidia-drivers-VERSION.tgz for the open modules, so those of the proprietary
-// flavour have a name that says so, among COS's extensions.
+// TarballName returns the name of a driver's tarball. Google's installer reads nvidia-drivers-VERSION.tgz as open
+// modules. So a tarball of the proprietary flavour has the flavour in its name and lies in COS's folder of
+// extensions.
 func TarballName(k target.Kernel, d target.Driver) string {
 	if d.Flavour == target.Open {
 		return under(k, "nvidia-drivers-"+d.Version+".tgz")
@@ -127,29 +125,28 @@ func TarballName(k target.Kernel, d target.Driver) string {
 // IndexName returns the name of a COS build's [Index].
 func IndexName(k target.Kernel) string { return under(k, indexFile) }
 
-// signatureName is the object beside one that never changes.
+// signatureName returns the name of the signature of an object that never changes.
 func signatureName(name string) string { return name + ".sigstore.json" }
 
-// stateSignatureName is the object beside one that changes: every state has a
-// signature of its own, which is there before the state is to be seen.
+// stateSignatureName returns the name of the signature of one state of an object that changes. The signature is
+// written before its state becomes visible.
 func stateSignatureName(name, digest string) string {
 	return name + ".sha256-" + digest[len("sha256:"):] + ".sigstore.json"
 }
 
-// object is one that is created and never replaced.
+// object is an object that is created and never replaced.
 type object struct {
 	upload
 	sha256 string
-	// sign makes the object when it has to be created: signatures of the same
-	// thing differ, and so have no bytes before.
+	// sign makes a signature object at the time of its creation. Two signatures of the same content differ, so its
+	// bytes are unknown before.
 	sign func(ctx context.Context) (object, error)
-	// same judges what is there under the name; nil wants equal bytes.
+	// same checks the existing object of this name; nil means that its bytes must be equal.
 	same func(have []byte) error
 }
 
-// Publish puts a release into the bucket. Objects that are there already stay;
-// other bytes under one of their names is [fault.PublishRefused], and nothing
-// was changed.
+// Publish publishes a release into the bucket. Existing objects stay. If one of the names has other bytes, the error
+// is [fault.PublishRefused] and nothing changes.
 func Publish(ctx context.Context, b *Bucket, r Release) (Report, error) {
 	report, err := publish(ctx, b, r)
 	if err != nil {
@@ -158,7 +155,7 @@ func Publish(ctx context.Context, b *Bucket, r Release) (Report, error) {
 	return report, nil
 }
 
-// publisher is one call of Publish.
+// publisher is the state of one call of Publish or SetLabels.
 type publisher struct {
 	Release
 	bucket   *Bucket
@@ -185,7 +182,7 @@ func publish(ctx context.Context, b *Bucket, r Release) (_ Report, err error) {
 	if err != nil {
 		return Report{}, err
 	}
-	// Look at everything before the first byte is sent.
+	// Check everything before the first write, so that a refusal changes nothing.
 	there := make([]bool, len(objects))
 	for i, o := range objects {
 		if there[i], err = p.present(ctx, o); err != nil {
@@ -224,8 +221,8 @@ func (p *publisher) check() error {
 	return nil
 }
 
-// objects are all that is created, in the order of creation: a name that says
-// that something is whole comes behind it.
+// objects returns all objects to create, in the order of creation. An object that says that others are complete comes
+// after them.
 func (p *publisher) objects(ctx context.Context, tarball string) ([]object, Entry, error) {
 	var all []object
 	entry := Entry{Driver: p.Driver, Artifact: p.Artifact, Fingerprint: p.Fingerprint}
@@ -258,8 +255,7 @@ func (p *publisher) objects(ctx context.Context, tarball string) ([]object, Entr
 
 const text = "text/plain; charset=utf-8"
 
-// runfile returns the copy of NVIDIA's file, if it is wanted, and how the
-// index names it.
+// runfile returns the objects of the runfile's copy, if a copy is wanted, and the runfile's entry in the index.
 func (p *publisher) runfile(ctx context.Context) ([]object, *RunfileEntry, error) {
 	name := cosbucket.RunfileName(p.Driver.Version, p.Kernel.Arch)
 	e := &RunfileEntry{Name: name, SHA256: p.Runfile.SHA256, URI: p.Runfile.URI}
@@ -281,7 +277,7 @@ func (p *publisher) runfile(ctx context.Context) ([]object, *RunfileEntry, error
 	return []object{o, sum}, e, nil
 }
 
-// signature is the statement about an object with this digest.
+// signature returns the object that holds the signed statement about an object with this digest.
 func (p *publisher) signature(name, digest string, facts ObjectFacts) object {
 	facts.BuildID, facts.Board = p.Kernel.BuildID, p.Kernel.Board
 	o := object{upload: upload{name: name}}
@@ -303,9 +299,8 @@ func (p *publisher) signature(name, digest string, facts ObjectFacts) object {
 	return o
 }
 
-// Verify checks the signature of an object with this digest: that it holds, and
-// that it is about this very name, build and driver. Facts that want leaves out
-// may be anything.
+// Verify checks the signature of an object with this digest. The statement must be about this name, COS build and
+// driver. Facts that are empty in want are not compared.
 func Verify(v *trust.Verifier, bundle []byte, digest string, want ObjectFacts) (ObjectFacts, error) {
 	var got ObjectFacts
 	st, err := v.Statement(bundle)
@@ -341,10 +336,10 @@ func driverText(d *target.Driver) string {
 	return d.String()
 }
 
-// maxSignature bounds one; a statement here has some 2 KB.
+// maxSignature bounds a signature in bytes. A statement of this package has about 2 KB.
 const maxSignature = trust.MaxBundleSize
 
-// present says whether an object is there. Another one under its name is refused.
+// present reports whether an object exists. It returns an error if the name has other content.
 func (p *publisher) present(ctx context.Context, o object) (bool, error) {
 	refuse := func(why string) error {
 		return fault.New(fault.PublishRefused, fmt.Sprintf("%s is there already: %s", p.bucket.URL(o.name), why),
@@ -388,7 +383,7 @@ func (p *publisher) present(ctx context.Context, o object) (bool, error) {
 	return true, nil
 }
 
-// create stores an object that was not there when it was looked at.
+// create stores an object that did not exist at the check.
 func (p *publisher) create(ctx context.Context, o object, there bool) error {
 	if !there {
 		made := o
@@ -401,7 +396,7 @@ func (p *publisher) create(ctx context.Context, o object, there bool) error {
 		err := p.bucket.s.create(ctx, made.upload)
 		switch {
 		case errors.Is(err, errExists):
-			// Another publisher, or a write whose answer was lost.
+			// Another publisher created it, or the answer to our own write was lost.
 			if there, err = p.present(ctx, o); err == nil && !there {
 				err = fault.New(fault.Transient, "the object appears and disappears", "find out who removes objects there")
 			}
@@ -426,11 +421,11 @@ func (p *publisher) stored(name string, size int64, digest string, existed bool)
 type listing struct {
 	name, contentType string
 	limit             int64
-	// next makes the next state of the present one, nil where there is none.
+	// next returns the next state of the object. have is the present state, nil if there is no object.
 	next func(have []byte) ([]byte, error)
 }
 
-// lists adds the release to the objects that change, the index last.
+// lists adds the release to the objects that change. The index comes last.
 func (p *publisher) lists(ctx context.Context, entry Entry) error {
 	if forInstaller(p.Driver) {
 		serves := func(gpuType string) bool { return p.GPUs.Drives(gpuType, p.Driver.Flavour) }
@@ -442,7 +437,7 @@ func (p *publisher) lists(ctx context.Context, entry Entry) error {
 		func(have []byte) ([]byte, error) { return p.indexWith(ctx, have, entry) }})
 }
 
-// versions changes gpu_driver_versions in both its forms.
+// versions changes both forms of gpu_driver_versions.
 func (p *publisher) versions(ctx context.Context, change edit) error {
 	if err := p.change(ctx, listing{cosbucket.DriverVersionsName(p.Kernel), text, maxVersions,
 		func(have []byte) ([]byte, error) { return editText(have, change) }}); err != nil {
@@ -452,7 +447,7 @@ func (p *publisher) versions(ctx context.Context, change edit) error {
 		func(have []byte) ([]byte, error) { return editBinary(have, change) }})
 }
 
-// change changes an object. The signature of the next state is there before it.
+// change changes an object. It writes the signature of the next state before the state itself.
 func (p *publisher) change(ctx context.Context, l listing) error {
 	changed, data, err := p.bucket.update(ctx, l.name, l.contentType, l.limit, l.next, func(data []byte) error {
 		digest := bytesObject(l.name, "", data).sha256
@@ -471,7 +466,7 @@ func (p *publisher) change(ctx context.Context, l listing) error {
 	return nil
 }
 
-// indexWith adds the entry to an index, nil where there is none.
+// indexWith returns the index with the entry added. have is nil if there is no index.
 func (p *publisher) indexWith(ctx context.Context, have []byte, entry Entry) ([]byte, error) {
 	x, err := p.index(ctx, have)
 	if err != nil {
@@ -483,8 +478,8 @@ func (p *publisher) indexWith(ctx context.Context, have []byte, entry Entry) ([]
 	return x.marshal()
 }
 
-// index reads an index that is about to be changed. One that nobody trusted
-// signed is not: to sign it would vouch for all of it.
+// index reads an index before a change. It returns an error if no trusted key signed the index, because a new
+// signature would vouch for all its entries.
 func (p *publisher) index(ctx context.Context, have []byte) (Index, error) {
 	x, err := p.bucket.verifyIndex(ctx, p.verifier, p.Kernel, have)
 	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) {

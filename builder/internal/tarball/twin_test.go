@@ -44,7 +44,7 @@ func TestPublish(t *testing.T) {
 		first := content(t, dest)
 		check(t, first, v, open)
 
-		// Another run packs and signs again, and changes nothing.
+		// A second run packs and signs again, and changes nothing.
 		report, err = tarball.Publish(ctx, b, newReleaseAgain(t, r))
 		if err != nil || !report.Existed {
 			t.Fatalf("Publish again = %+v, %v; want existed", report, err)
@@ -53,8 +53,8 @@ func TestPublish(t *testing.T) {
 			t.Fatalf("publishing again changed (-before +after):\n%s", diff)
 		}
 
-		// Other bytes under the same name, another artifact with the same bytes,
-		// and another key.
+		// Refused: other bytes under the same name, another artifact with the same bytes, and
+		// another key.
 		stranger, _ := newSigner(t)
 		other := r
 		other.Artifact = digestOf([]byte("x"))
@@ -70,7 +70,7 @@ func TestPublish(t *testing.T) {
 			}
 		}
 
-		// The key changes, and the old one is still trusted.
+		// A new key signs, and the old one is still trusted.
 		rotated := r
 		rotated.Signer = stranger
 		if rotated.Verifier, err = trust.NewVerifier(trust.Policy{Keys: []trust.PublicKey{s.PublicKey(),
@@ -101,9 +101,8 @@ func TestPublish(t *testing.T) {
 
 var errCut = errors.New("the machine lost its network")
 
-// TestCutOffAnywhere ends publishing at every call, before and after it took
-// effect, looks that the index promises nothing that is not there, and
-// publishes again.
+// TestCutOffAnywhere interrupts publishing at every call, before and after the call took effect.
+// The index must not list an object that is missing. Then it publishes again.
 func TestCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -148,8 +147,8 @@ func TestCutOffAnywhere(t *testing.T) {
 	}
 }
 
-// TestSideBySide publishes many drivers of one build at once, each with a
-// connection of its own: no list loses anybody's entry.
+// TestSideBySide publishes many drivers of one COS build at the same time, each over its own
+// connection. No list may lose an entry.
 func TestSideBySide(t *testing.T) {
 	places(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -175,7 +174,7 @@ func TestSideBySide(t *testing.T) {
 	})
 }
 
-// TestLarge publishes what is sent in several parts.
+// TestLarge publishes a tarball that the library sends in several parts.
 func TestLarge(t *testing.T) {
 	places(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -184,7 +183,7 @@ func TestLarge(t *testing.T) {
 			t.Fatal(err)
 		}
 		r := newRelease(t, s, open, "")
-		noise := make([]byte, 20<<20) // which no compressor makes smaller
+		noise := make([]byte, 20<<20) // random bytes do not compress
 		if _, err := rand.NewChaCha8([32]byte{1}).Read(noise); err != nil {
 			t.Fatal(err)
 		}
@@ -208,7 +207,7 @@ func TestLarge(t *testing.T) {
 	})
 }
 
-// TestSameTwice lets two machines publish the same at once: both succeed.
+// TestSameTwice lets two machines publish the same driver at the same time. Both must succeed.
 func TestSameTwice(t *testing.T) {
 	places(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -241,7 +240,7 @@ func TestSameTwice(t *testing.T) {
 	})
 }
 
-// TestFromArtifact makes a tarball out of what is published in a registry.
+// TestFromArtifact makes a tarball from an artifact in a registry.
 func TestFromArtifact(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -309,7 +308,7 @@ func TestRefusesForeignIndex(t *testing.T) {
 		t.Fatal(err)
 	}
 	signed := content(t, dest)
-	// One that somebody else signed, and one that nobody did.
+	// An index with a foreign signature, and one without a signature.
 	unsigned := "file://" + t.TempDir()
 	write(t, filepath.Join(strings.TrimPrefix(unsigned, "file://"), tarball.IndexName(kernel)),
 		signed[tarball.IndexName(kernel)])
@@ -373,7 +372,7 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// A bucket that is not there is told as such.
+// If the bucket does not exist, the error says so.
 func TestNoBucket(t *testing.T) {
 	gcs.Start(t).Use(t)
 	s, _ := newSigner(t)
@@ -397,7 +396,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// The list of GPUs decides in which rows of gpu_driver_versions a version goes.
+// The release's list of GPUs decides which rows of gpu_driver_versions get the version.
 func TestRows(t *testing.T) {
 	t.Parallel()
 	list, err := gpulist.ParseFile("570.1", []byte(`{"chips":[

@@ -14,18 +14,17 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxVersions bounds gpu_driver_versions in both its forms; real ones have a few KiB.
+// maxVersions bounds both forms of gpu_driver_versions, in bytes. Real files have a few KiB.
 const maxVersions = 1 << 20
 
-// anyGPU are the gpu_type rows that stand for no particular product. COS's
-// installer looks a version up in the row of the node's GPU, and lists that
-// come from nowhere else start with these.
+// anyGPU are the gpu_type rows for no particular product. COS's installer looks a version up in the
+// row of the node's GPU. A list that this package starts has these rows only.
 var anyGPU = []string{"NO_GPU", "OTHERS"}
 
 func general(gpuType string) bool { return slices.Contains(anyGPU, gpuType) || gpuType == "OTHER" }
 
-// withVersion adds a version to the rows of those kinds of GPUs that it
-// serves, as one that can be asked for by number only; see [SetLabels] for labels.
+// withVersion returns an edit that adds a version without a label to the rows that it serves.
+// [SetLabels] sets labels.
 func withVersion(version string, serves func(gpuType string) bool) edit {
 	return func(list *gpuversions.GPUDriverVersionInfoList) error {
 		addVersion(list, version, serves)
@@ -53,7 +52,7 @@ func addVersion(list *gpuversions.GPUDriverVersionInfoList, version string, serv
 	}
 }
 
-// versionsWith returns the versions that have a label in a row.
+// versionsWith returns the versions that have a label in one row.
 func versionsWith(list *gpuversions.GPUDriverVersionInfoList, gpuType, label string) []string {
 	var all []string
 	for _, info := range list.GetGpuDriverVersionInfo() {
@@ -66,7 +65,7 @@ func versionsWith(list *gpuversions.GPUDriverVersionInfoList, gpuType, label str
 	return all
 }
 
-// rows returns the kinds of GPUs for which a version is listed.
+// rows returns the gpu_type rows that list a version.
 func rows(list *gpuversions.GPUDriverVersionInfoList, version string) []string {
 	var all []string
 	for _, info := range list.GetGpuDriverVersionInfo() {
@@ -79,9 +78,9 @@ func rows(list *gpuversions.GPUDriverVersionInfoList, version string) []string {
 	return all
 }
 
-// withLabels takes labels away and gives others. As in COS's own lists, a
-// version has an entry for each of its labels, and one without a label only
-// where it has none.
+// withLabels returns an edit that removes labels and sets others. As in COS's own lists, a version
+// has one entry for each of its labels. An entry without a label exists only if the version has no
+// label.
 func withLabels(drop, give []Label) edit {
 	return func(list *gpuversions.GPUDriverVersionInfoList) error {
 		for _, info := range list.GetGpuDriverVersionInfo() {
@@ -140,18 +139,18 @@ func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
 		return fault.New(fault.Transient, fmt.Sprintf("version %s is no longer listed for %s", l.Version, l.GPUType),
 			"find out who takes versions out of the list")
 	}
-	// With all that COS says of the version in fields that are unknown here.
+	// The copy keeps COS's fields of the version that this program does not know.
 	more := proto.CloneOf(all[i])
 	more.Label = l.Label
 	info.SupportedDriverVersions = slices.Insert(all, i+1, more)
 	return nil
 }
 
-// editText changes gpu_driver_versions.textproto; nil means no file. A file that
-// would not change is returned as it is.
+// editText changes gpu_driver_versions.textproto; have is nil if there is no file. A file without
+// changes keeps its bytes.
 func editText(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
-	// A field that is unknown here would be lost, and so is an error.
+	// Printing would lose an unknown field, so such a field is an error.
 	if err := prototext.Unmarshal(have, &list); err != nil {
 		return nil, newer(err)
 	}
@@ -161,7 +160,7 @@ func editText(have []byte, change edit) ([]byte, error) {
 	return printText(&list), nil
 }
 
-// editBinary changes gpu_driver_versions.bin. Fields that are unknown here stay.
+// editBinary changes gpu_driver_versions.bin and keeps unknown fields.
 func editBinary(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
 	if err := proto.Unmarshal(have, &list); err != nil {
@@ -173,11 +172,10 @@ func editBinary(have []byte, change edit) ([]byte, error) {
 	return proto.MarshalOptions{Deterministic: true}.Marshal(&list)
 }
 
-// edit changes a list.
+// edit is a change of a list.
 type edit func(*gpuversions.GPUDriverVersionInfoList) error
 
-// unchanged edits the list that a file holds, and reports whether that made
-// no difference.
+// unchanged applies the edit to the list and reports whether the list stayed the same.
 func (change edit) unchanged(have []byte, list *gpuversions.GPUDriverVersionInfoList) (bool, error) {
 	before := proto.Clone(list)
 	if err := change(list); err != nil {
@@ -187,14 +185,13 @@ func (change edit) unchanged(have []byte, list *gpuversions.GPUDriverVersionInfo
 }
 
 func newer(err error) error {
-	text := strings.ReplaceAll(err.Error(), "\u00a0", " ") // protobuf varies its white space
+	text := strings.ReplaceAll(err.Error(), "\u00a0", " ") // protobuf varies white space in its messages
 	return fault.New(fault.PublishRefused, fmt.Sprintf("the published list cannot be extended: %.300s", text),
 		"update this program if the file is newer than it, or remove the file by hand if it is damaged")
 }
 
-// printText prints the list in protobuf's text format. The library's own
-// printer varies its white space on purpose, and equal lists have to be equal
-// bytes.
+// printText prints the list in protobuf's text format. The library's own printer varies its white
+// space on purpose, but equal lists need equal bytes.
 func printText(list *gpuversions.GPUDriverVersionInfoList) []byte {
 	var b strings.Builder
 	for _, info := range list.GetGpuDriverVersionInfo() {
@@ -214,6 +211,6 @@ func printText(list *gpuversions.GPUDriverVersionInfoList) []byte {
 	return []byte(b.String())
 }
 
-// forInstaller reports whether Google's installer could use what is published:
-// it takes ready modules of the open flavour only.
+// forInstaller reports whether Google's installer can use the driver's tarball. It accepts ready
+// modules of the open flavour only.
 func forInstaller(d target.Driver) bool { return d.Flavour == target.Open }

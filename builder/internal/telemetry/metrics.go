@@ -16,8 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// metrics has a registry of its own: the library's global one is shared with
-// whatever else is linked.
+// metrics uses a registry of its own, because the library's global registry is shared with other linked packages.
 type metrics struct {
 	registry *prometheus.Registry
 	seconds  *prometheus.HistogramVec
@@ -78,7 +77,7 @@ func (m *metrics) lookup(kind string, hit bool) {
 	m.lookups.WithLabelValues(kind, result).Inc()
 }
 
-// Queue has the queue's jobs by state counted from now on; nil ends that.
+// Queue starts to count the queue's jobs by state with this function. nil stops it.
 func (t *Telemetry) Queue(depth func(context.Context) (map[string]int, error)) {
 	if t == nil {
 		return
@@ -92,7 +91,7 @@ func queueDesc() *prometheus.Desc {
 	return prometheus.NewDesc("prebake_queue_jobs", "Jobs in the build queue by state.", []string{"state"}, nil)
 }
 
-// queueDepth asks the queue when it is scraped.
+// queueDepth asks the queue for its jobs at each scrape.
 type queueDepth struct {
 	mu    sync.Mutex
 	depth func(context.Context) (map[string]int, error)
@@ -102,7 +101,7 @@ func (q *queueDepth) Describe(out chan<- *prometheus.Desc) { out <- queueDesc() 
 
 func (q *queueDepth) Collect(out chan<- prometheus.Metric) {
 	q.mu.Lock()
-	defer q.mu.Unlock() // the queue stays open for as long
+	defer q.mu.Unlock() // the lock keeps the queue open until the count is done
 	if q.depth == nil {
 		return
 	}
@@ -123,7 +122,7 @@ func cacheDescs() (bytes, entries *prometheus.Desc) {
 		prometheus.NewDesc("prebake_cache_entries", "Entries of the cache by kind.", []string{"kind"}, nil)
 }
 
-// cacheSize walks the cache's folder, and no oftener than once a minute.
+// cacheSize measures the cache at a scrape, at most once a minute, because it walks the cache's folder.
 type cacheSize struct {
 	cache *cas.Cache
 

@@ -1,10 +1,9 @@
-// Package telemetry reports how builds go: a trace for each cell with
-// a span for each phase, sent by OTLP over HTTP where the standard OTEL_*
-// environment names a collector, and metrics for Prometheus on an address of
-// the operator's choice. Without either it does nothing.
+// Package telemetry reports the progress of builds. The package sends a trace for each cell, with a span for each
+// phase, by OTLP over HTTP, if the standard OTEL_* environment names a collector. The package serves metrics for
+// Prometheus on an address that the operator chooses. Without either it does nothing.
 //
-// It refuses to serve anything but metrics, and to fail a build: a collector
-// that is away costs its spans and a line in the log.
+// The package refuses to serve anything but metrics. The package refuses to fail a build: if the collector cannot be
+// reached, the spans are lost and the log has a line about it.
 package telemetry
 
 import (
@@ -23,18 +22,18 @@ import (
 	"github.com/prebake/prebake/pkg/traces"
 )
 
-// Config says where to tell what.
+// Config says what to report and where.
 type Config struct {
-	// Version is this program's.
+	// Version is the version of this program.
 	Version string
-	// MetricsAddress is where /metrics is served, as in 127.0.0.1:9440; "" means nowhere.
+	// MetricsAddress is the address that serves /metrics, such as 127.0.0.1:9440. "" serves none.
 	MetricsAddress string
-	// Cache is counted and measured; nil leaves it out.
+	// Cache is the cache whose hits and size are reported. nil leaves it out.
 	Cache *cas.Cache
 	Log   *slog.Logger
 }
 
-// Telemetry is running. A nil one takes every call and does nothing.
+// Telemetry reports traces and metrics until Close. A nil Telemetry accepts every call and does nothing.
 type Telemetry struct {
 	tracer  *traces.Tracer
 	metrics *metrics
@@ -43,21 +42,21 @@ type Telemetry struct {
 	served  chan error
 }
 
-// Cell is what one build makes.
+// Cell describes one build.
 type Cell struct {
-	// Kernel is BUILD_ID/board, Driver a version or a wish.
+	// Kernel is BUILD_ID/board. Driver is a version or a wish.
 	Kernel, Driver, Flavour string
-	// EarlyWarning says that a failure is of interest and no alarm.
+	// EarlyWarning means that a failure is worth knowing but must not raise an alarm.
 	EarlyWarning bool
-	// Build and Attempt are the queue's, 0 without one.
+	// Build and Attempt are the numbers in the queue. They are 0 without a queue.
 	Build   int64
 	Attempt int
 }
 
-// flushTimeout bounds how long the last spans may take to leave.
+// flushTimeout limits the time for sending the last spans.
 const flushTimeout = 5 * time.Second
 
-// Start begins telling. Close it. With a Cache, its Count is taken over.
+// Start starts traces and metrics. The caller closes the result. If Cache is set, Start replaces its Count function.
 func Start(ctx context.Context, c Config) (*Telemetry, error) {
 	tracer, err := traces.Start(ctx, "prebake-builder", c.Version, c.Log)
 	if err != nil {
@@ -85,7 +84,7 @@ func Start(ctx context.Context, c Config) (*Telemetry, error) {
 	return t, nil
 }
 
-// Address is where metrics are served; "" means nowhere.
+// Address returns the address that serves metrics, or "" if none does.
 func (t *Telemetry) Address() string {
 	if t == nil {
 		return ""
@@ -93,7 +92,7 @@ func (t *Telemetry) Address() string {
 	return t.address
 }
 
-// Close sends what is left and stops serving.
+// Close sends the remaining spans and stops the server.
 func (t *Telemetry) Close() error {
 	if t == nil {
 		return nil
@@ -111,8 +110,8 @@ func (t *Telemetry) Close() error {
 	return errors.Join(errs...)
 }
 
-// Cell begins to tell about one build. It hooks itself into line's Watch, so it
-// is to be called before line is used; end takes what the build came to.
+// Cell starts the trace of one build. Cell adds itself to line.Watch, so callers must call it before they use line. end
+// takes the error of the build.
 func (t *Telemetry) Cell(ctx context.Context, c Cell, line *timeline.Run) (_ context.Context, end func(err error)) {
 	if t == nil {
 		return ctx, func(error) {}

@@ -28,7 +28,7 @@ import (
 
 var discard = slog.New(slog.DiscardHandler)
 
-// receiver is an OTLP collector that keeps what it gets.
+// receiver is an OTLP collector that keeps all requests.
 type receiver struct {
 	*httptest.Server
 	mu       sync.Mutex
@@ -58,7 +58,7 @@ func newReceiver(t *testing.T) *receiver {
 	return r
 }
 
-// all returns the spans by name and the resource's attributes.
+// all returns the spans by name, and the attributes of the resource.
 func (r *receiver) all() (byName map[string]*spans.Span, about map[string]string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -88,7 +88,7 @@ func attributes(s *spans.Span) map[string]string {
 	return m
 }
 
-// build runs a build of three phases, the last of which fails if fail is set.
+// build runs a build of three phases. If fail is set, the last phase fails with it.
 func build(t *testing.T, tel *telemetry.Telemetry, c telemetry.Cell, fail error) {
 	t.Helper()
 	clock := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -114,7 +114,7 @@ func build(t *testing.T, tel *telemetry.Telemetry, c telemetry.Cell, fail error)
 
 var cell = telemetry.Cell{Kernel: "17800.0.47/lakitu", Driver: "535.261.03", Flavour: "open", Build: 7, Attempt: 2}
 
-// Phases arrive at a collector as spans below the build's.
+// TestSpans checks that a collector gets each phase as a span below the span of the build.
 func TestSpans(t *testing.T) {
 	r := newReceiver(t)
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", r.URL)
@@ -169,7 +169,7 @@ func TestSpans(t *testing.T) {
 	}
 }
 
-// A collector that is away harms nothing.
+// TestCollectorAway checks that a collector that cannot be reached causes no error.
 func TestCollectorAway(t *testing.T) {
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
 	t.Setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "100")
@@ -235,7 +235,7 @@ func scrape(t *testing.T, address string) map[string]*dto.MetricFamily {
 	return families
 }
 
-// series flattens one family: labels to value.
+// series returns the values of one metric family by their labels.
 func series(f *dto.MetricFamily) map[string]float64 {
 	m := map[string]float64{}
 	for _, s := range f.GetMetric() {
@@ -302,7 +302,7 @@ func TestMetrics(t *testing.T) {
 	if series(got["prebake_cache_bytes"])["kind=fact:verdict"] <= 0 {
 		t.Errorf("cache bytes = %v; want the fact's", series(got["prebake_cache_bytes"]))
 	}
-	// Nothing else is served.
+	// The server has no other page.
 	if res, err := http.Get("http://" + tel.Address() + "/debug/pprof/"); err != nil ||
 		res.StatusCode != http.StatusNotFound {
 		t.Errorf("GET /debug/pprof/ = %v, %v; want 404", res, err)
@@ -311,7 +311,7 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// Each class of failure has its counter.
+// TestEveryClassIsCounted checks that each class of failure has its counter.
 func TestEveryClassIsCounted(t *testing.T) {
 	t.Parallel()
 	tel, err := telemetry.Start(t.Context(), telemetry.Config{MetricsAddress: "127.0.0.1:0", Log: discard})
@@ -334,7 +334,7 @@ func TestEveryClassIsCounted(t *testing.T) {
 	}
 }
 
-// A queue that does not answer leaves the other metrics alone.
+// TestMetricsOfABrokenQueue checks that the other metrics are still served if the queue does not answer.
 func TestMetricsOfABrokenQueue(t *testing.T) {
 	t.Parallel()
 	tel, err := telemetry.Start(t.Context(), telemetry.Config{MetricsAddress: "127.0.0.1:0", Log: discard})
@@ -367,7 +367,7 @@ func TestAddressTaken(t *testing.T) {
 	}
 }
 
-// Without telemetry, everything that uses it goes on as it was.
+// TestNil checks that code that uses telemetry works with a nil Telemetry, too.
 func TestNil(t *testing.T) {
 	t.Parallel()
 	var tel *telemetry.Telemetry

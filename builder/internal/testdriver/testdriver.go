@@ -1,11 +1,10 @@
-// Package testdriver is a driver small enough to compile in a moment, for tests: its
-// makefiles and its conftest.sh have the shape of NVIDIA's and kbuild's, as far as
-// questions, rules, times and .cmd files go. It refuses to stand in for a real
-// driver where only a real one can prove something; deploy/e2e has those.
+// Package testdriver is a very small driver for tests, which compiles in a moment. Its makefiles and its conftest.sh
+// have the form of NVIDIA's and of kbuild's, with the same kinds of questions, rules, times and .cmd files. The package
+// refuses to replace a real driver where only a real one proves something. deploy/e2e has real drivers.
 package testdriver
 
-// Kbuild and Script are the driver's makefile and its conftest.sh. They ask about two
-// headers and three other things.
+// Kbuild and Script are the driver's makefile and its conftest.sh. They contain questions about two headers and about
+// three other things.
 const (
 	Kbuild = `obj := .
 NV_KERNEL_SOURCES := $(SYSSRC)
@@ -136,7 +135,7 @@ esac
 `
 )
 
-// Sources are the driver's files, by path below kernel/ or kernel-open/.
+// Sources returns the driver's files by their path below kernel/ or kernel-open/.
 func Sources() map[string]string {
 	return map[string]string{
 		"Makefile": "include Kbuild\n", "Kbuild": Kbuild, "conftest.sh": Script,
@@ -153,7 +152,7 @@ int nv(struct here *h) { return h->size + NV_symbol_a; }
 	}
 }
 
-// Headers are a kernel's, by path in its header tree.
+// Headers returns the files of a kernel's header tree by path.
 func Headers(release, crc string) map[string]string {
 	return map[string]string{
 		".config":                        "CONFIG_MODVERSIONS=y\nCONFIG_BUILD_SALT=\"" + release + "\"\n",

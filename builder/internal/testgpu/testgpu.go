@@ -1,6 +1,6 @@
-// Package testgpu compiles the emulated GPU (pkg/vm/emugpu) for one kernel, in the
-// sandbox and with the toolchain that the driver is compiled with. It refuses to
-// run it: that is the load test's.
+// Package testgpu compiles the emulated GPU (pkg/vm/emugpu) for one kernel. The package uses the sandbox and the
+// toolchain with which the driver is compiled. The package refuses to run the emulated GPU, because the load test does
+// that.
 package testgpu
 
 import (
@@ -16,7 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm/emugpu"
 )
 
-// Revision changes with the emulated GPU's source and the way of compiling it.
+// Revision returns a hash over the emulated GPU's source and the version of the compile. The hash changes when one of
+// them changes.
 func Revision() (string, error) {
 	h := sha256.New()
 	fmt.Fprintln(h, compile.Recipe)
@@ -31,9 +32,8 @@ func Revision() (string, error) {
 	return hex.EncodeToString(h.Sum(nil))[:16], err
 }
 
-// Compile compiles it below dir and returns the module's path. Of the request it
-// fills in Source and WorkDir; the kernel, its headers and the toolchain are the
-// caller's to say.
+// Compile compiles the emulated GPU below dir and returns the module's path. Compile sets Source and WorkDir of the
+// request. The caller sets the kernel, its headers and the toolchain.
 func Compile(ctx context.Context, dir string, r compile.Request) (string, error) {
 	work, err := os.MkdirTemp(dir, "emugpu-")
 	if err != nil {

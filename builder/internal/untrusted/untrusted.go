@@ -1,11 +1,10 @@
-// Package untrusted reads what a program left in a folder that it could write to,
-// after the program ended. Everything in such a folder is hostile: a name may be
-// a link to a secret of the host, a pipe that never ends, or a file without an
-// end. Only regular files come out, below the folder, through no link, up to a
-// bound that the reader names.
+// Package untrusted reads the files that a program left in a folder to which it could write, after the program ended.
+// Everything in such a folder is hostile: a name may be a link to a secret of the host, a pipe that never ends, or a
+// file of unlimited size. The package returns only regular files below the folder, follows no link, and limits each
+// read to a size that the reader gives.
 //
-// It refuses to write into such a folder, and to hand out a path of it: what is
-// to be worked on is copied to where no sandbox reaches.
+// The package refuses to write into such a folder, and to return a path in it. Callers copy a file to a place that no
+// sandbox can reach before they work on it.
 package untrusted
 
 import (
@@ -23,12 +22,10 @@ import (
 	"syscall"
 )
 
-// ErrKind says that a name is not a regular file, or is below something that is
-// not a folder.
+// ErrKind means that a name is not a regular file, or that one of its parents is not a folder.
 var ErrKind = errors.New("not a regular file")
 
-// ErrLarge says that a file, or the number of names in a folder, is over the
-// reader's bound.
+// ErrLarge means that the size of a file, or the number of names in a folder, exceeds the limit.
 var ErrLarge = errors.New("larger than allowed")
 
 const (
@@ -39,7 +36,7 @@ const (
 // Dir is a folder that a sandboxed program could write to.
 type Dir struct{ root *os.Root }
 
-// Open opens the folder. It must be one itself, not a link to one.
+// Open opens the folder. dir must be a folder and not a link to one.
 func Open(dir string) (*Dir, error) {
 	info, err := os.Lstat(dir)
 	if err != nil {
@@ -62,11 +59,11 @@ func Open(dir string) (*Dir, error) {
 	return &Dir{root}, nil
 }
 
-// Close gives the folder up.
+// Close closes the folder.
 func (d *Dir) Close() error { return d.root.Close() }
 
-// Open returns the regular file of this slash path, if it has at most max bytes.
-// Opening it never waits. A name that is not there is fs.ErrNotExist.
+// Open opens the regular file with this slash path, if it has at most max bytes. Open never waits, even for a pipe. If
+// the name does not exist, the error is fs.ErrNotExist.
 func (d *Dir) Open(name string, max int64) (*os.File, error) {
 	if !fs.ValidPath(name) {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrInvalid}
@@ -88,7 +85,7 @@ func (d *Dir) Open(name string, max int64) (*os.File, error) {
 	if err := check(name, info, max); err != nil {
 		return nil, err
 	}
-	// What was looked at may be another thing by now: the open file is judged too.
+	// The program may have replaced the file since Lstat, so the open file is checked too.
 	f, err := d.root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
@@ -130,8 +127,8 @@ func (d *Dir) Read(name string, max int64) ([]byte, error) {
 	return text, err
 }
 
-// Copy copies a regular file of at most max bytes to a new file of the host,
-// mode 0644, and returns the SHA-256 of what it copied, in hex.
+// Copy copies a regular file of at most max bytes to a new file of the host with mode 0644. Copy returns the SHA-256 of
+// the copied bytes in hex.
 func (d *Dir) Copy(to, name string, max int64) (sum string, err error) {
 	in, err := d.Open(name, max)
 	if err != nil {
@@ -151,8 +148,8 @@ func (d *Dir) Copy(to, name string, max int64) (sum string, err error) {
 	return hex.EncodeToString(h.Sum(nil)), err
 }
 
-// Files lists the regular files in the folder and below it, as slash paths in
-// order. Links and everything else that is no file are passed over.
+// Files lists the regular files in the folder and below it, as sorted slash paths. Files skips links and everything
+// else that is not a regular file.
 func (d *Dir) Files() ([]string, error) {
 	var files []string
 	seen := 0
@@ -196,7 +193,7 @@ func (d *Dir) Files() ([]string, error) {
 	return files, nil
 }
 
-// Named returns the regular files right in the folder whose names end so.
+// Named returns the regular files directly in the folder whose names end in suffix.
 func (d *Dir) Named(suffix string) ([]string, error) {
 	files, err := d.Files()
 	return slices.DeleteFunc(files, func(name string) bool {
@@ -204,7 +201,7 @@ func (d *Dir) Named(suffix string) ([]string, error) {
 	}), err
 }
 
-// ReadFile is [Dir.Read] for one file of one folder.
+// ReadFile reads one file of a folder as [Dir.Read] does.
 func ReadFile(dir, name string, max int64) (text []byte, err error) {
 	d, err := Open(dir)
 	if err != nil {

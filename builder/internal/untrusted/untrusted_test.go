@@ -35,8 +35,8 @@ func symlink(t *testing.T, to, path string) {
 	}
 }
 
-// Whatever a program puts in the place of a file, no byte of the host comes out
-// and nothing waits.
+// TestHostile puts hostile entries in the place of a file. The package must return no byte of the host, and it must not
+// wait.
 func TestHostile(t *testing.T) {
 	t.Parallel()
 	top := t.TempDir()
@@ -91,7 +91,7 @@ func TestHostile(t *testing.T) {
 	}
 }
 
-// A copy goes to a new file only, and never through a link.
+// TestCopy checks that a copy goes to a new file only, and never through a link.
 func TestCopy(t *testing.T) {
 	t.Parallel()
 	top := t.TempDir()

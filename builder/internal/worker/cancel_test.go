@@ -13,15 +13,15 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// A compile that runs ends when the server says with a report's answer that the build
-// was called off, or that another builder has it.
+// TestCompileHearsOfItsEnd checks that a running compile ends when the server's answer to a report says that the build
+// was cancelled or that another builder has it.
 func TestCompileHearsOfItsEnd(t *testing.T) {
 	t.Parallel()
 	for name, tell := range map[string]func(s *server){
 		"called off": func(s *server) { s.build = api.Build{ID: 7, State: api.Cancelled} },
 		"taken over": func(s *server) {
 			s.refuse = func(u api.BuildUpdate) *api.Problem {
-				if u.State == "" { // a report, and none of the end
+				if u.State == "" { // a report during the build, not the final one
 					return &api.Problem{Kind: fault.Mismatch, Detail: "attempt 2 of it is under way, not 1"}
 				}
 				return nil
@@ -36,7 +36,7 @@ func TestCompileHearsOfItsEnd(t *testing.T) {
 			r := newRig(t, func(ctx context.Context, _ io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
 				<-ctx.Done()
 				heard <- context.Cause(ctx)
-				time.AfterFunc(500*time.Millisecond, stop) // when the end is reported
+				time.AfterFunc(500*time.Millisecond, stop) // after the end was reported
 				return &pipeline.Result{}, ctx.Err()
 			})
 			r.cfg.Heartbeat = 10 * time.Millisecond

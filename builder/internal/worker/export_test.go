@@ -1,4 +1,4 @@
 package worker
 
-// QueueName is the name under which the queue knows a worker.
+// QueueName returns the name of a worker in the queue.
 func (cfg Config) QueueName() (string, error) { return cfg.queueName() }

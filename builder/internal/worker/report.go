@@ -15,13 +15,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// reportEnd sends the log and then the outcome: a reader who sees that a build is
-// over finds its log. A log that the server refuses does not hide the outcome.
+// reportEnd sends first the log and then the outcome. A reader who sees that a build has ended therefore finds its log.
+// If the server refuses the log, reportEnd still sends the outcome.
 func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, update api.BuildUpdate) error {
 	err := retryUntilDone(ctx, func() error { return w.sendLog(ctx, build) })
 	switch {
 	case err != nil && mayPass(err):
-		return err // the file stays for the next start
+		return err // the log file stays, and the next start of the worker sends it
 	case err != nil:
 		log.WarnContext(ctx, "log not taken", "err", err)
 	}
@@ -38,14 +38,14 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 	return nil
 }
 
-// mayPass reports whether the server may answer better later: what goes wrong
-// inside it is not the build's fault either.
+// mayPass reports whether a later request to the server may succeed. An internal error of the server counts as such,
+// because the build did not cause it.
 func mayPass(err error) bool {
 	kind := fault.Of(err)
 	return kind.Retryable() || kind == fault.Internal
 }
 
-// retryUntilDone repeats a call that may succeed later, until ctx is done.
+// retryUntilDone repeats a call while a later one may succeed, until ctx is done.
 func retryUntilDone(ctx context.Context, call func() error) error {
 	for {
 		err := call()
@@ -60,11 +60,11 @@ func retryUntilDone(ctx context.Context, call func() error) error {
 	}
 }
 
-// sendLog sends the end of a build's log, as much as the server takes.
+// sendLog sends the end of a build's log. sendLog sends as many bytes as the server accepts.
 func (w *worker) sendLog(ctx context.Context, build int64) (err error) {
 	f, err := os.Open(w.logPath(build))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil // the disk was full before the first line
+		return nil // the disk was full before the log was created
 	}
 	if err != nil {
 		return fmt.Errorf("send log: %w", err)
@@ -90,8 +90,8 @@ func (w *worker) dropLog(build int64) error {
 	return nil
 }
 
-// sendPendingLogs sends the logs of builds that a killed process of this worker
-// was at, so that the last log lines of a build that kills its worker are read.
+// sendPendingLogs sends the logs of builds that were running when this worker was killed. If the build killed its
+// worker, the last lines of the log show why.
 func (w *worker) sendPendingLogs(ctx context.Context) {
 	left, err := filepath.Glob(filepath.Join(w.State, "build-*.log"))
 	if err != nil {
@@ -100,10 +100,10 @@ func (w *worker) sendPendingLogs(ctx context.Context) {
 	for _, name := range left {
 		var build int64
 		if _, err := fmt.Sscanf(filepath.Base(name), "build-%d.log", &build); err != nil {
-			continue // not ours
+			continue // the file is not a log of this package
 		}
 		b, err := w.Server.Build(ctx, build)
-		// Another worker may have been at the build since: its log counts.
+		// If another worker has had the build since then, that worker's log counts.
 		if err == nil && b.State == api.Building && b.Worker == w.ID {
 			err = w.sendLog(ctx, build)
 		}
@@ -116,12 +116,13 @@ func (w *worker) sendPendingLogs(ctx context.Context) {
 	}
 }
 
-// reporter tells the server of phases, and every [api.HeartbeatInterval] that the build is running, without delaying
-// the build: only the newest phase matters, and a lost report harms nobody. What the server answers may end the build.
+// reporter sends the current phase to the server, and at every [api.HeartbeatInterval] the fact that the build is
+// running. reporter does not delay the build. Only the newest phase matters, and a lost report does no harm. The
+// server's answer may end the build.
 type reporter struct {
 	server *api.Client
 	build  int64
-	// heartbeat is what each report says.
+	// heartbeat is the content of each report.
 	heartbeat api.BuildUpdate
 	// end cancels the build; it may be called several times.
 	end  context.CancelCauseFunc
@@ -155,7 +156,7 @@ func (w *worker) newReporter(build int64, attempt int, end context.CancelCauseFu
 	return r
 }
 
-// report tells the server once, and learns whether the build is still wanted.
+// report sends one report. The answer says whether the build is still wanted.
 func (r *reporter) report() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -170,8 +171,8 @@ func (r *reporter) report() {
 	}
 }
 
-// follow sends a log as it grows, until stop is closed. What cannot be sent now is sent
-// with the next part, or with the whole log at the end.
+// follow sends a log while it grows, until stop is closed. If a part cannot be sent now, it is sent with the next part
+// or with the whole log at the end.
 func (w *worker) follow(ctx context.Context, build int64, stop <-chan struct{}, log *slog.Logger) {
 	every := w.LogEvery
 	if every <= 0 {
@@ -194,10 +195,10 @@ func (w *worker) follow(ctx context.Context, build int64, stop <-chan struct{}, 
 		}
 		switch {
 		case fault.Is(err, fault.Mismatch):
-			offset = 0 // another server, or another builder's log
+			offset = 0 // the log of another server, or of another builder
 		case fault.Of(err).Retryable():
 			log.DebugContext(ctx, "log not sent yet", "err", err)
-		case err != nil: // there is too much of it, or the server is an older one
+		case err != nil: // the log is too long, or the server is an older version
 			log.DebugContext(ctx, "log is sent at the end only", "err", err)
 			return
 		default:
@@ -206,7 +207,7 @@ func (w *worker) follow(ctx context.Context, build int64, stop <-chan struct{}, 
 	}
 }
 
-// logEvery is how often the new part of a log is sent.
+// logEvery is the time between two parts of a growing log.
 const logEvery = 2 * time.Second
 
 func (w *worker) readLog(build, offset int64, part []byte) (int, error) {
@@ -227,10 +228,10 @@ func (w *worker) sendPart(ctx context.Context, build, offset int64, part []byte)
 	return w.Server.AppendBuildLog(ctx, build, offset, part)
 }
 
-// phase is called by one timeline, which never calls concurrently.
+// phase sets the phase for the next report. One timeline calls it, never concurrently.
 func (r *reporter) phase(name string) {
 	select {
-	case <-r.next: // an older one that nobody took
+	case <-r.next: // drops an older phase that was not reported
 	default:
 	}
 	r.next <- name

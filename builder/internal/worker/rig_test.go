@@ -25,18 +25,18 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// server is the part of the API that a worker speaks to.
+// server serves the part of the API that a worker uses.
 type server struct {
 	*httptest.Server
-	// refuse answers an update with an error; nil takes it. It may stop things.
+	// refuse returns the error for an update, or nil to accept it. refuse may also stop parts of the test.
 	refuse func(u api.BuildUpdate) *api.Problem
 
 	mu     sync.Mutex
-	states []api.BuildUpdate // updates with a state, without times
+	states []api.BuildUpdate // updates with a state; their times are removed
 	phases []string
 	log    string
-	live   []byte    // the log as it came while the build was running
-	build  api.Build // what GET answers
+	live   []byte    // the parts of the log that came while the build was running
+	build  api.Build // answer to GET
 }
 
 func newServer(t *testing.T) *server {
@@ -104,10 +104,10 @@ func newServer(t *testing.T) *server {
 
 func answer(w http.ResponseWriter, status int, v any) {
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(v) // a lost answer shows in the test's verdict
+	_ = json.NewEncoder(w).Encode(v) // if the answer is lost, the test fails later
 }
 
-// try is one call of the pipeline: what it comes to.
+// try replaces one call of the pipeline and returns its result.
 type try func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 
 // rig is a worker with one build in its queue.
@@ -160,7 +160,7 @@ func newRig(t *testing.T, tries ...try) *rig {
 	return r
 }
 
-// run works until the server has heard of this many states, or done ends it.
+// run works until the server has received this number of states, or until a minute has passed.
 func (r *rig) run(t *testing.T, states int) error {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
@@ -194,7 +194,7 @@ func works(_ context.Context, log io.Writer, line *timeline.Run) (*pipeline.Resu
 	return &res, err
 }
 
-// fails returns a try that ends in err after it has seen the kernel.
+// fails returns a try that fails with err after it has found the kernel.
 func fails(err error) try {
 	return func(_ context.Context, log io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
 		fmt.Fprintln(log, "log of a failure")

@@ -15,9 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// How a stop in mid-build ends: the build may finish, well or badly, and that
-// counts; what does not within its grace is cancelled and handed back, and
-// costs no attempt.
+// TestStopInMidBuild checks how a build ends after a stop. The build may finish, with or without success, and its
+// result counts. A build that does not finish within the grace period is cancelled and handed back. That costs no
+// attempt.
 func TestStopInMidBuild(t *testing.T) {
 	t.Parallel()
 	waits := func(ctx context.Context, _ io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
@@ -27,8 +27,8 @@ func TestStopInMidBuild(t *testing.T) {
 		}
 		return &pipeline.Result{}, context.Cause(ctx)
 	}
-	// goesOn shows that the stop alone did not reach the build: its context is
-	// still good when the server has heard of a phase that began after it.
+	// goesOn shows that a stop alone does not reach the build. A phase begins after the stop, and when the server has
+	// received it, the build's context is still valid.
 	goesOn := func(then try, heard <-chan struct{}) try {
 		return func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 			err := line.Do("goes on", func() (string, error) {
@@ -88,7 +88,7 @@ func TestStopInMidBuild(t *testing.T) {
 				}
 				return nil
 			}
-			// A second build waits: nobody may begin it.
+			// A second build waits in the queue. Nobody may begin it.
 			if err := r.queue.Insert(t.Context(),
 				api.BuildJob{Build: 8, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"},
 				0); err != nil {

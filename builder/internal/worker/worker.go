@@ -1,9 +1,8 @@
-// Package worker takes builds from the queue, has each one made, and tells the
-// server how they go. Server and queue both store the state of one build, so every
-// outcome is decided once, here, and sent to both: both get the same outcome.
+// Package worker takes builds from the queue, runs them, and reports them to the server. Server and queue both store
+// the state of a build. So that both agree, the worker decides each outcome once and sends it to both.
 //
-// It refuses to know how a build is made, and to decide whether a failure is
-// worth another try: the fault's kind says so.
+// The package refuses to know how a build is made. The package refuses to decide whether a failure is worth a retry,
+// because the kind of the fault decides that.
 package worker
 
 import (
@@ -29,59 +28,54 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Config is what a worker needs.
+// Config has the settings of a worker.
 type Config struct {
-	// ID names this worker to people, and State is a folder for the logs of its
-	// running builds. Together they name it to the queue: at its start, a worker
-	// takes over what ran under that name. A lock in State keeps a second one
-	// off. On different machines, IDs have to differ.
+	// ID is the worker's name for people. State is a folder for the logs of its running builds. Both together are the
+	// worker's name in the queue: at its start a worker takes over builds that ran under that name. A lock in State
+	// prevents a second worker with the same folder. Workers on different machines must have different IDs.
 	ID, State string
 	// QueueURL is sqlite:///path or postgres://...
 	QueueURL string
-	// Concurrency is how many builds run side by side; 0 means one.
+	// Concurrency is the number of builds that run at the same time. 0 means one.
 	Concurrency int
-	// ServerTimeout is how long a build that is over waits for a server that does
-	// not answer; 0 means one minute.
+	// ServerTimeout is how long a finished build waits for a server that does not answer. 0 means one minute.
 	ServerTimeout time.Duration
 	Server        *api.Client
-	// Make makes one build. It returns a Result with an error too, as far as it
-	// came; log gets everything that tools print.
+	// Make runs one build. If it fails, it returns an error and a Result with what it had found by then. log receives
+	// all output of tools.
 	Make func(ctx context.Context, r pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 	Log  *slog.Logger
-	// Grace is how long a running build may go on once the worker was told to
-	// stop; what has not ended by then is cancelled and handed back. 0 is not
-	// at all.
+	// Grace is how long a running build may continue after a stop. A build that has not ended then is cancelled and
+	// handed back. 0 cancels builds at once.
 	Grace time.Duration
-	// Cancel cuts the grace short when it is closed; nil never does.
+	// Cancel ends the grace period when it is closed. nil never does.
 	Cancel <-chan struct{}
-	// Heartbeat is the pause between reports of a running build; 0 is [api.HeartbeatInterval].
+	// Heartbeat is the time between reports of a running build. 0 means [api.HeartbeatInterval].
 	Heartbeat time.Duration
-	// LogEvery is the pause between parts of a growing log; 0 means two seconds.
+	// LogEvery is the time between two parts of a growing log. 0 means two seconds.
 	LogEvery time.Duration
-	// Telemetry receives builds and the queue's depth; may be nil.
+	// Telemetry receives builds and the queue's depth. Telemetry may be nil.
 	Telemetry *telemetry.Telemetry
 }
 
-// startTimeout is how long the start of a build waits for a server that does not
-// answer, such as one that starts again. A build that is handed back loses its place
-// in line.
+// startTimeout is how long the start of a build waits for a server that does not answer, for example because it
+// restarts. The wait is worth it, because a build that is handed back loses its place in the queue.
 const startTimeout = 20 * time.Second
 
-// shutdownTimeout is how long reports may take once the worker was stopped.
+// shutdownTimeout is how long reports may take after a stop of the worker.
 const shutdownTimeout = 20 * time.Second
 
 type worker struct {
 	Config
-	// stopping is done when no more builds are to be taken; stop says why.
+	// stopping is done when the worker must take no more builds. stop ends it with the reason.
 	stopping context.Context
 	stop     context.CancelCauseFunc
-	// hard is done when running builds are to end, too.
+	// hard is done when running builds must end, too.
 	hard context.Context
 }
 
-// Run works until ctx ends. It then takes no more builds, lets those in
-// progress end within the grace period, cancels what is left, and hands that
-// back to the queue.
+// Run works until ctx ends. Then it takes no more builds and lets running builds finish within the grace period. It
+// cancels the remaining builds and hands them back to the queue.
 func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.ServerTimeout <= 0 {
 		cfg.ServerTimeout = time.Minute
@@ -107,7 +101,8 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, q.Close()) }()
 	q.SetLogger(cfg.Log)
-	q.SetGrace(cfg.Grace + 2*shutdownTimeout) // so that it is this package that cancels
+	// The queue's grace is longer than Grace, so that this package cancels the builds before the queue does.
+	q.SetGrace(cfg.Grace + 2*shutdownTimeout)
 	cfg.Telemetry.Queue(q.Depth)
 	defer cfg.Telemetry.Queue(nil)
 	w := &worker{Config: cfg}
@@ -128,14 +123,13 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err := q.Work(w.stopping, name, max(1, cfg.Concurrency), w.build); err != nil {
 		return err
 	}
-	if ctx.Err() == nil { // it stopped itself
+	if ctx.Err() == nil { // the worker stopped by itself
 		return context.Cause(w.stopping)
 	}
 	return nil
 }
 
-// end cancels the running builds once the worker was stopped and the
-// grace period is over, or is cut short.
+// end cancels the running builds when the worker was stopped and the grace period has ended.
 func (w *worker) end(cancel context.CancelCauseFunc) {
 	select {
 	case <-w.stopping.Done():
@@ -147,13 +141,13 @@ func (w *worker) end(cancel context.CancelCauseFunc) {
 	select {
 	case <-grace.C:
 	case <-w.Cancel:
-	case <-w.hard.Done(): // all is over
+	case <-w.hard.Done(): // everything has ended
 	}
 	cancel(fault.New(fault.Cancelled, "the worker was stopped", ""))
 }
 
-// queueName is the name under which the queue knows the worker: no other
-// process of this machine can have it while State is locked.
+// queueName returns the worker's name in the queue. No other process of this machine can have the same name while State
+// is locked.
 func (cfg Config) queueName() (string, error) {
 	state, err := filepath.Abs(cfg.State)
 	if err != nil {
@@ -163,7 +157,7 @@ func (cfg Config) queueName() (string, error) {
 	return fmt.Sprintf("%.80s-%x", cfg.ID, sum[:4]), nil
 }
 
-// build makes one build and reports it. What it returns decides about a retry.
+// build runs one build and reports it. The returned error decides about a retry.
 func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error {
 	log := w.Log.With(
 		"build",
@@ -181,19 +175,20 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 	}
 	log.InfoContext(ctx, "build started")
 	res, err := w.bounded(ctx, job, attempt, log)
-	// Whatever it is, it came of being stopped.
+	// Whatever the error is, the stop caused it.
 	stopped := err != nil && w.hard.Err() != nil
 	if stopped {
 		err = queue.Requeue(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was stopped: %w", err), ""))
 	}
 	update := outcome(res, err, stopped, attempt >= queue.MaxAttempts)
-	update.Attempt = attempt // another builder may have the build by now: its attempt is not ended by this one
+	// Another builder may have the build by now. The number makes sure that this update does not end that attempt.
+	update.Attempt = attempt
 
 	patience := w.ServerTimeout
 	if w.stopping.Err() != nil {
 		patience = min(patience, shutdownTimeout)
 	}
-	// The end is reported even when the worker was stopped meanwhile.
+	// The end is reported even if the worker was stopped in the meantime.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 	defer cancel()
 	if rerr := w.reportEnd(ctx, log, job.Build, update); rerr != nil {
@@ -201,7 +196,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 		if stopped || !mayPass(rerr) {
 			return errors.Join(err, rerr)
 		}
-		// What was not reported has to happen again; the cache makes it short.
+		// A build whose end was not reported must run again. The cache makes that run short.
 		return fault.Wrap(fault.Transient, rerr, "")
 	}
 	switch update.State {
@@ -215,8 +210,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 	return err
 }
 
-// reportStart tells the server that the build begins. Without its consent there
-// is no build.
+// reportStart reports the start of the build. The build begins only if the server accepts this.
 func (w *worker) reportStart(ctx context.Context, build int64, attempt int) error {
 	patience, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
@@ -224,7 +218,8 @@ func (w *worker) reportStart(ctx context.Context, build int64, attempt int) erro
 	var busy error
 	err := retryUntilDone(patience, func() error {
 		_, err := w.Server.UpdateBuild(ctx, build, api.BuildUpdate{State: api.Building, Worker: w.ID, Attempt: attempt})
-		if fault.Is(err, fault.Busy) { // another build of the cell is open, which does not pass soon
+		// Another build of the cell is open. Waiting here does not help.
+		if fault.Is(err, fault.Busy) {
 			busy, err = err, nil
 		}
 		return err
@@ -235,7 +230,7 @@ func (w *worker) reportStart(ctx context.Context, build int64, attempt int) erro
 	err = errors.Join(err, busy)
 	err = fmt.Errorf("report start of build %d: %w", build, err)
 	switch kind := fault.Of(err); {
-	// every other build would fare the same
+	// With these errors every other build would fail in the same way.
 	case kind == fault.Usage || kind == fault.Unauthorized || kind == fault.Forbidden:
 		err = fault.Wrap(kind, err, "check --server and --token")
 		w.stop(err)
@@ -243,14 +238,15 @@ func (w *worker) reportStart(ctx context.Context, build int64, attempt int) erro
 	case kind != fault.Busy && mayPass(err):
 		return queue.Requeue(err)
 	}
-	return err // the server knows better: the build is over, gone, or another one is open
+	// The server decides: the build has ended, is gone, or another build of the cell is open.
+	return err
 }
 
 func (w *worker) logPath(build int64) string {
 	return filepath.Join(w.State, fmt.Sprintf("build-%d.log", build))
 }
 
-// bounded has the build made within the worker's life.
+// bounded runs the build and cancels it when the worker must stop.
 func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log *slog.Logger) (*pipeline.Result,
 	error) {
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -263,12 +259,13 @@ func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log
 	})()
 	res, err := w.make(ctx, job, attempt, cancel, log)
 	if cause := context.Cause(ctx); err != nil && fault.Is(cause, fault.Cancelled) && w.hard.Err() == nil {
-		err = fault.Wrap(fault.Cancelled, cause, "") // whatever it is, it came of that
+		// Whatever the error is, the cancellation caused it.
+		err = fault.Wrap(fault.Cancelled, cause, "")
 	}
 	return res, err
 }
 
-// make has the build made, with its log in a file and its phases told.
+// make runs the build, writes its log to a file and reports its phases.
 func (w *worker) make(
 	ctx context.Context,
 	job api.BuildJob,
@@ -307,8 +304,7 @@ func (w *worker) make(
 	}, out, line)
 }
 
-// outcome is what the server is told; last says that the queue will not offer
-// the build again.
+// outcome returns the update for the server. last means that the queue will not offer the build again.
 func outcome(res *pipeline.Result, err error, stopped, last bool) api.BuildUpdate {
 	update := api.BuildUpdate{Phases: res.Phases, Fingerprint: res.Fingerprint}
 	if res.Kernel.BuildID != "" {
@@ -325,19 +321,19 @@ func outcome(res *pipeline.Result, err error, stopped, last bool) api.BuildUpdat
 	update.Class, update.Error, update.Hint = kind.String(), errorText(err), fault.Hint(err)
 	switch {
 	case stopped:
-		update.State = api.Queued // handed back, whatever the attempt
+		update.State = api.Queued // handed back, even in the last attempt
 	case kind == fault.Cancelled:
 		update.State = api.Cancelled
 	case kind.Retryable() && !last:
-		update.State = api.Queued // back in line, with the reason of this try
+		update.State = api.Queued // waits in the queue again, with the reason of this attempt
 	default:
 		update.State = api.Failed
 	}
 	return update
 }
 
-// errorText is what tables show of an error: of an API break the compiler's own
-// line, without the way that it came.
+// errorText returns the text that tables show for an error. For an API break this is the compiler's own line only,
+// without the context that callers added.
 func errorText(err error) string {
 	var e *fault.Error
 	if errors.As(err, &e) && e.Kind == fault.APIBreak {

@@ -59,7 +59,7 @@ func TestOutcomes(t *testing.T) {
 			queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
 	}
 	for _, row := range rows {
-		for i := range row.want { // an end says which attempt it is of
+		for i := range row.want { // the final update names its attempt
 			if i > 0 && row.want[i].State != api.Building {
 				row.want[i].Attempt = row.want[i-1].Attempt
 			}
@@ -96,10 +96,10 @@ func TestPhasesAreTold(t *testing.T) {
 	}
 }
 
-// The last try that fails is told as a failure, since the queue drops the job.
+// TestLastAttempt checks that the last failed attempt is reported as a failure, because the queue then drops the job.
 func TestLastAttempt(t *testing.T) {
 	t.Parallel()
-	// The first attempts were lost with their worker.
+	// The earlier attempts were lost together with their workers.
 	r := newRig(t, fails(fault.New(fault.OutOfMemory, "killed", "")))
 	lost(t, r, queue.MaxAttempts-1)
 	if err := r.run(t, 2); err != nil {
@@ -112,7 +112,7 @@ func TestLastAttempt(t *testing.T) {
 	r.standing(t, queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: queue.MaxAttempts})
 }
 
-// lost uses up attempts by workers whose database goes away in mid-build.
+// lost uses up attempts. The database connection of each worker is closed during its build.
 func lost(t *testing.T, r *rig, attempts int) {
 	t.Helper()
 	name, err := r.cfg.QueueName()
@@ -129,7 +129,8 @@ func lost(t *testing.T, r *rig, attempts int) {
 		}
 		started := make(chan struct{})
 		ended.Go(func() {
-			_ = q.Work(ctx, name, 1, func(context.Context, api.BuildJob, int) error { // its database is closed
+			// Work returns an error, because its database is closed.
+			_ = q.Work(ctx, name, 1, func(context.Context, api.BuildJob, int) error {
 				close(started)
 				<-gone
 				return nil
@@ -143,8 +144,8 @@ func lost(t *testing.T, r *rig, attempts int) {
 	t.Cleanup(func() { stop(); close(gone); ended.Wait() })
 }
 
-// Told to stop in mid-build, the worker hands the build back: queued for the
-// server, uncounted for the queue, whatever the broken-off build said.
+// TestStopHandsBack checks that a worker that is stopped during a build hands the build back. The server shows it as
+// queued. The queue does not count the attempt, whatever error the interrupted build returned.
 func TestStopHandsBack(t *testing.T) {
 	t.Parallel()
 	var stop context.CancelFunc
@@ -173,8 +174,8 @@ func TestStopHandsBack(t *testing.T) {
 	}
 }
 
-// A server that does not answer costs no attempt before the build, and no
-// outcome after it.
+// TestServerAway checks a server that does not answer. Before the build this costs no attempt. After the build it loses
+// no outcome.
 func TestServerAway(t *testing.T) {
 	t.Parallel()
 	t.Run("at the start", func(t *testing.T) {
@@ -195,7 +196,7 @@ func TestServerAway(t *testing.T) {
 		t.Parallel()
 		broken := fails(fault.New(fault.APIBreak, "a.c:1:1: error: x", ""))
 		r := newRig(t, broken, broken)
-		r.cfg.ServerTimeout = 1900 * time.Millisecond // less than the pause before a report is repeated
+		r.cfg.ServerTimeout = 1900 * time.Millisecond // shorter than the pause before a report is repeated
 		lost := false
 		r.server.refuse = func(u api.BuildUpdate) *api.Problem {
 			if u.State == api.Failed && !lost {
@@ -215,8 +216,7 @@ func TestServerAway(t *testing.T) {
 	})
 }
 
-// A build that the server does not want begun is not begun, and not offered
-// again.
+// TestServerRefusesBuild checks that a build that the server refuses does not begin and is not offered again.
 func TestServerRefusesBuild(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
@@ -229,7 +229,7 @@ func TestServerRefusesBuild(t *testing.T) {
 	r.standing(t, queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1})
 }
 
-// A wrong token is the worker's own fault: it ends, and burns no build.
+// TestWrongTokenEndsWorker checks that a worker with a wrong token ends and uses up no attempt of a build.
 func TestWrongTokenEndsWorker(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
@@ -259,8 +259,8 @@ func TestSecondWorkerIsRefused(t *testing.T) {
 	}
 }
 
-// A worker with the same ID and another folder, as two defaults on one machine
-// have it, does not take over what the first one runs.
+// TestSameIDElsewhere checks two workers with the same ID and different folders, as two workers with defaults on one
+// machine are. The second must not take over the running builds of the first.
 func TestSameIDElsewhere(t *testing.T) {
 	t.Parallel()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
@@ -271,7 +271,7 @@ func TestSameIDElsewhere(t *testing.T) {
 		second.State = t.TempDir()
 		ctx2, other := context.WithCancel(ctx)
 		defer other()
-		// It is stopped when it has begun to look and had time to look twice.
+		// The second worker is stopped after it has had time to ask the queue twice.
 		second.Log = slog.New(started{slog.DiscardHandler, func() { time.AfterFunc(time.Second, other) }})
 		if err := worker.Run(ctx2, second); err != nil && ctx2.Err() == nil {
 			t.Errorf("second worker: %v", err)
@@ -292,7 +292,7 @@ func TestSameIDElsewhere(t *testing.T) {
 	}
 }
 
-// started calls f when a worker says that it has started.
+// started calls f when a worker logs that it has started.
 type started struct {
 	slog.Handler
 	f func()
@@ -307,8 +307,8 @@ func (s started) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// The log of a build that killed its worker is sent at the next start, unless
-// another worker has been at the build since.
+// TestLogOfKilledBuild checks that the log of a build that killed its worker is sent at the next start. The log is not
+// sent if another worker has had the build since then.
 func TestLogOfKilledBuild(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -342,7 +342,7 @@ func TestLogOfKilledBuild(t *testing.T) {
 	}
 }
 
-// Of a log that is longer than the server takes, the end is sent.
+// TestLongLog checks that the end of a log is sent if the log is longer than the server accepts.
 func TestLongLog(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, func(_ context.Context, log io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
@@ -363,8 +363,8 @@ func TestLongLog(t *testing.T) {
 	}
 }
 
-// The log comes while the build is running. A server that lost what it had gets all of
-// it once more.
+// TestLogWhileUnderWay checks that the log is sent while the build is running. A server that lost its copy gets the
+// whole log again.
 func TestLogWhileUnderWay(t *testing.T) {
 	t.Parallel()
 	var r *rig
@@ -402,8 +402,8 @@ func (r *rig) live() string {
 	return string(r.server.live)
 }
 
-// A server that starts again while a build is about to begin costs the build neither
-// an attempt nor its place in line.
+// TestServerStartsAgain checks that a restart of the server shortly before a build begins costs the build no attempt.
+// The build also keeps its place in the queue.
 func TestServerStartsAgain(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, works)

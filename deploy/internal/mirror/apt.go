@@ -17,8 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// indexAge is how old a package index may be before it is fetched again.
-// Debian replaces kernels every few weeks.
+// indexAge is the age at which a package index is fetched again. Debian replaces kernels every few weeks.
 const indexAge = 24 * time.Hour
 
 // pkg is one Debian package in one version.
@@ -39,19 +38,18 @@ func (p pkg) upstream() string {
 	return v
 }
 
-// apt asks and downloads with the machine's apt, through sources, lists and
-// caches of our own: the machine's stay as they are.
+// apt queries and downloads with the machine's apt program. It uses sources, lists and caches of its own, so that the
+// machine's stay unchanged.
 type apt struct {
-	dir      string // holds sources, lists, cache and packages
+	dir      string // for sources, lists, cache and packages
 	conf     string
 	progress func(string)
-	// fresh tells that this run fetched the index.
+	// fresh says that this run has fetched the index.
 	fresh bool
 }
 
-// openApt prepares our own apt folders under dir and fetches the index when it
-// is missing, old, or refresh asks for it. It is that of the machine's own release,
-// or of the next one.
+// openApt prepares apt's own folders under dir. It fetches the package index if the index is missing or old, or if
+// refresh is true. The index is that of the machine's Debian release, or of the next release if next is true.
 func openApt(ctx context.Context, dir string, p platform, next, refresh bool, say func(string)) (*apt, error) {
 	a := &apt{dir: dir, conf: filepath.Join(dir, "apt.conf"), progress: say}
 	for _, sub := range []string{"lists/partial", "cache/archives/partial", "packages", "state"} {
@@ -121,7 +119,7 @@ func (a *apt) run(ctx context.Context, dir, name string, args ...string) ([]byte
 	return output(cmd)
 }
 
-// output runs cmd and returns its stdout; the error carries the end of stderr.
+// output runs cmd and returns its stdout. The error contains the end of stderr.
 func output(cmd *exec.Cmd) ([]byte, error) {
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -155,7 +153,7 @@ func (a *apt) names(ctx context.Context, prefix string) ([]string, error) {
 	return names, nil
 }
 
-// versions returns the versions in the index of each package, newest first.
+// versions returns the versions of each package in the index, newest first.
 func (a *apt) versions(ctx context.Context, names ...string) (map[string][]string, error) {
 	out, err := a.run(ctx, "", "apt-cache", append([]string{"madison"}, names...)...)
 	if err != nil {
@@ -181,8 +179,7 @@ func parseMadison(out []byte) map[string][]string {
 	return all
 }
 
-// file returns the downloaded file of a package; apt writes an epoch's colon
-// as %3a.
+// file returns the downloaded file of a package. apt writes the colon of an epoch as %3a.
 func (a *apt) file(p pkg) (string, bool) {
 	escaped := strings.ReplaceAll(p.Version, ":", "%3a")
 	base, own, foreign := strings.Cut(p.Name, ":")
@@ -198,16 +195,15 @@ func (a *apt) file(p pkg) (string, bool) {
 	return "", false
 }
 
-// errDownload marks packages that the archive did not give: an index of
-// yesterday may name what it has replaced since.
+// errDownload marks packages that the archive did not serve. An index of yesterday may name a package that Debian has
+// replaced since.
 var errDownload = errors.New("download packages")
 
-// batch is how many packages are downloaded at once: what a run that is killed
-// has to download again.
+// batch is the number of packages that are downloaded at once. A killed run has to download only the last batch again.
 const batch = 8
 
-// download makes sure that every package is available. apt checks each file
-// against the signed index; a file gets its name here only when it is whole.
+// download downloads all missing packages. apt checks each file against the signed index. A file gets its name here
+// only when it is complete.
 func (a *apt) download(ctx context.Context, pkgs []pkg) error {
 	var missing []string
 	for _, p := range pkgs {

@@ -10,8 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// aptGet stands in for apt-get download: it writes what is asked for, until it
-// is asked for "gone".
+// aptGet replaces apt-get download. It writes the requested packages, until one of them is "gone".
 const aptGet = `#!/bin/sh
 shift 2
 for p in "$@"; do
@@ -21,8 +20,8 @@ for p in "$@"; do
 done
 `
 
-// What an interrupted download brought stays; a half file never gets a
-// package's name.
+// TestDownloadGoesOn checks that the next run keeps the packages of an interrupted download. An incomplete file never
+// gets the name of a package.
 func TestDownloadGoesOn(t *testing.T) {
 	bin, dir := t.TempDir(), t.TempDir()
 	asked := filepath.Join(t.TempDir(), "asked")

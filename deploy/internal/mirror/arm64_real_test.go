@@ -18,16 +18,15 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// crossCompiler makes the NVML probe for arm64, which is C in part.
+// crossCompiler compiles the NVML probe for arm64, because a part of the probe is C.
 const crossCompiler = "aarch64-linux-gnu-gcc-12"
 
-// TestARM64 has the builder do on this machine what it is for, for another
-// kind of machine: a driver is cross-compiled for an Arm kernel, checked,
-// loaded in an emulated Arm machine with all its modules, asked, unloaded, and
-// published. The machine is tried without the driver of its serial port, and with
-// vmlinux in the bucket. Packages and a compile take minutes, so the test runs only where
-// PREBAKE_ARM64_CACHE names the cache folder of `mirror` (make arm64
-// does).
+// TestARM64 lets the builder on this machine cross-compile a driver for an Arm kernel. The builder checks the modules,
+// loads all of them in an emulated Arm machine, queries NVML, unloads the modules, and publishes the driver. The test
+// also starts the machine without the driver of its serial port, and builds with vmlinux in the bucket.
+//
+// Packages and the compile take minutes, so the test runs only where PREBAKE_ARM64_CACHE names the cache folder of
+// `mirror` (make arm64 does).
 func TestARM64(t *testing.T) {
 	cache := os.Getenv("PREBAKE_ARM64_CACHE")
 	if cache == "" {
@@ -65,7 +64,7 @@ func TestARM64(t *testing.T) {
 		t.Errorf("load test: %s, NVML %q, kernel %q, GPU %t; want loaded, %s, %s, true", &v, v.NVMLVersion, v.Release,
 			v.EmulatedGPU, driver.Version, kernel.Release)
 	}
-	// This kernel has DRM: nothing is left out.
+	// This kernel has DRM, so all four modules are loaded.
 	for _, name := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"} {
 		i := slices.IndexFunc(v.Modules, func(m testedModule) bool { return m.Name == name })
 		if i < 0 || v.Modules[i] != (testedModule{Name: name, Load: loadOK, Unload: loadOK}) {
@@ -73,7 +72,7 @@ func TestARM64(t *testing.T) {
 		}
 	}
 
-	// The parts of the machine that no load test shows.
+	// These tests cover the parts of the machine that the load test does not show.
 	bucket, boot := filepath.Join(mirror, "cos", kernel.BuildID, "lakitu-arm64"), filepath.Join(dir, "boot")
 	if err := os.Mkdir(boot, 0o755); err != nil {
 		t.Fatal(err)
@@ -90,7 +89,7 @@ func TestARM64(t *testing.T) {
 		t.Errorf("tests of package vm: %v\n%s", err, text)
 	}
 
-	// COS's buckets have vmlinux and nothing else to boot from.
+	// COS's buckets have only vmlinux to boot from, so the test removes the boot archive.
 	image, err := os.ReadFile(filepath.Join(boot, "vmlinuz"))
 	if err != nil {
 		t.Fatal(err)
@@ -103,8 +102,8 @@ func TestARM64(t *testing.T) {
 	if err := publishText(filepath.Join(bucket, "vmlinux"), string(wrapped(image))); err != nil {
 		t.Fatal(err)
 	}
-	// This nvidia.ko needs DRM, which is a module of this kernel: vmlinux passes every
-	// check, its image is made, and the driver cannot be loaded in it.
+	// This nvidia.ko needs DRM, which is a module of this kernel. vmlinux therefore passes every check, and its boot image
+	// is made, but the driver cannot be loaded.
 	done = build("out-vmlinux", "auto")
 	i := slices.IndexFunc(done.Phases, func(p timeline.Phase) bool { return p.Name == "load test" })
 	if i < 0 || !strings.Contains(done.Phases[i].Note, "nvidia needs drm") {
@@ -112,7 +111,7 @@ func TestARM64(t *testing.T) {
 	}
 }
 
-// built is what builder build prints, as far as it is looked at here.
+// built has the fields of the output of builder build that the tests check.
 type built struct {
 	Kernel   target.Kernel
 	Driver   target.Driver
@@ -120,8 +119,8 @@ type built struct {
 	Phases   []timeline.Phase
 }
 
-// wrapped makes a vmlinux of an arm64 Image: all of it is one segment and the
-// section .rodata. Debian's own is in a package of 800 MB.
+// wrapped makes a vmlinux from an arm64 Image. The whole image is one segment and the section .rodata. Debian's own
+// vmlinux is in a package of 800 MB.
 func wrapped(image []byte) []byte {
 	const base, head = 0xffff800008000000, 64 + 56
 	names := "\x00.rodata\x00.shstrtab\x00"
@@ -136,19 +135,18 @@ func wrapped(image []byte) []byte {
 		h,
 		elf.Prog64{
 			Type: uint32(elf.PT_LOAD), Off: head, Vaddr: base, Paddr: base, Filesz: size,
-			Memsz: binary.LittleEndian.Uint64(image[16:]), // image_size of Documentation/arm64/booting.rst
+			Memsz: binary.LittleEndian.Uint64(image[16:]), // image_size, see Documentation/arm64/booting.rst
 		},
 		image, []byte(names), elf.Section64{},
 		elf.Section64{Name: 1, Type: uint32(elf.SHT_PROGBITS), Addr: base, Off: head, Size: size},
 		elf.Section64{Name: 9, Type: uint32(elf.SHT_STRTAB), Off: head + size, Size: uint64(len(names))},
 	} {
-		_ = binary.Write(&out, binary.LittleEndian, part) // a buffer takes everything
+		_ = binary.Write(&out, binary.LittleEndian, part) // a buffer never returns an error
 	}
 	return out.Bytes()
 }
 
-// verdict is what builder build --output json prints of its load test, as far as
-// it is looked at here.
+// verdict has the fields of the load test in the output of builder build --output json that the tests check.
 type verdict struct {
 	State, Reason, Release, Machine, NVMLVersion, KernelLog string
 
@@ -166,9 +164,9 @@ const (
 
 func (v *verdict) String() string { return strings.TrimSuffix(v.State+": "+v.Reason, ": ") }
 
-// programs compiles builder and mirror, and the programs that the load test of an
-// architecture needs, into one folder. It returns how to run the first two, whose
-// JSON it reads into out: a first argument of "mirror" is that program.
+// programs compiles builder, mirror, and the programs that the load test of an architecture needs, into one folder. It
+// returns a function that runs builder, or mirror if the first argument is "mirror", and decodes the JSON output into
+// out.
 func programs(t *testing.T, arch target.Arch) func(out any, args ...string) {
 	t.Helper()
 	bin, suffix, cc := t.TempDir(), "", "gcc"

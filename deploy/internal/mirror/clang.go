@@ -20,21 +20,21 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// clangMajorBuild is the first number of the clang-built kernel's BUILD_ID: the
-// branch of COS's milestone 113, which has a kernel of this series.
+// clangMajorBuild is the first number of the BUILD_ID of the clang-built kernel. It is the branch of COS's milestone
+// 113, which has a kernel of this series.
 const clangMajorBuild = 18244
 
-// clangSeries is the kernel series that is compiled: the one of Debian's own
-// kernels, and so of its NVIDIA driver.
+// clangSeries is the kernel series that the mirror compiles. Debian's own kernels have the same series, so Debian's
+// NVIDIA driver fits it.
 const clangSeries = "6.1"
 
-// Names of the key in the mirror, beside the build whose kernel trusts it.
+// File names of the signing key in the mirror. They are in the folder of the build whose kernel trusts the key.
 const (
 	signingKeyName  = "test-module-signing.key"
 	signingCertName = "test-module-signing.crt"
 )
 
-// clangBuild is the COS build whose kernel the mirror compiles itself.
+// clangBuild is the COS build for which the mirror compiles the kernel itself.
 type clangBuild struct {
 	source    pkg
 	toolchain []pkg
@@ -82,7 +82,7 @@ func (m *maker) planClang(ctx context.Context) (clangBuild, error) {
 	return b, err
 }
 
-// checkClangTools names what compiling a kernel needs beyond other mirrors.
+// checkClangTools returns an error that names the missing tools for compiling a kernel. Other mirrors do not need them.
 func checkClangTools() error {
 	var missing []string
 	for _, t := range []struct{ name, pkg string }{
@@ -105,7 +105,7 @@ func checkClangTools() error {
 		"apt-get install "+strings.Join(missing, " "))
 }
 
-// makeClang makes and publishes the build.
+// makeClang makes the clang-built COS build and publishes it in the mirror.
 func (m *maker) makeClang(ctx context.Context, b clangBuild, releases []release) (_ Build, err error) {
 	archive, err := m.makeClangToolchain(ctx, b.toolchain)
 	if err != nil {
@@ -196,8 +196,8 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 	return os.Chmod(filepath.Join(dir, signingKeyName), 0o600)
 }
 
-// forSource are the releases for the kernel that is compiled here: the newest of
-// this Debian release is the one that it made for this source.
+// forSource sorts the releases for the kernel that the mirror compiles. The newest release of the machine's own Debian
+// comes first, because Debian made it for the source of this kernel.
 func (m *maker) forSource(releases []release) []release {
 	var own, others []release
 	for _, r := range releases {
@@ -213,12 +213,11 @@ func (m *maker) forSource(releases []release) []release {
 	return append([]release{latestOf(own)}, others...)
 }
 
-// clangBootArgs is the part of COS's own command line that says what LoadPin
-// leaves alone.
+// clangBootArgs is the part of COS's command line that excludes modules and firmware from LoadPin.
 const clangBootArgs = "loadpin.exclude=kernel-module,firmware\n"
 
-// makeClangBoot packs the image and the emulated GPU, which is signed: it has
-// to load where signatures are enforced.
+// makeClangBoot packs the kernel image and the emulated GPU. The GPU module is signed, because it must also load where
+// the kernel enforces signatures.
 func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers object, toolchain *unpacked) (object,
 	error) {
 	r := recipe{Kind: "clang-prebake-boot.tgz", Params: []string{"kernel " + kernel.SHA256, "arguments " + clangBootArgs}}
@@ -231,7 +230,7 @@ func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers
 		if err != nil {
 			return err
 		}
-		t.addFile(vm.BootOrder, "") // everything that a machine needs is built in
+		t.addFile(vm.BootOrder, "") // the kernel needs no modules to boot
 		t.addFile(vm.BootArgs, clangBootArgs)
 		if m.EmuGPU != nil {
 			emu, err := m.compileEmuGPU(ctx, b.release, clangEnv, headers, toolchain,
@@ -247,7 +246,7 @@ func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers
 	})
 }
 
-// signModule signs a module in place with the kernel's own program.
+// signModule signs a module in place with the kernel's own sign-file program.
 func signModule(ctx context.Context, headers, ko string, pair signingPair) (err error) {
 	dir, err := os.MkdirTemp(filepath.Dir(ko), "sign-")
 	if err != nil {
@@ -262,7 +261,7 @@ func signModule(ctx context.Context, headers, ko string, pair signingPair) (err 
 	return err
 }
 
-// readTgz reads the picked files of one of our own objects.
+// readTgz reads the selected files from one of the mirror's own objects.
 func readTgz(file string, where pick) (_ tree, err error) {
 	f, err := os.Open(file)
 	if err != nil {

@@ -19,12 +19,12 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// TestClangKernel has the builder do what it is for, on a kernel like COS's:
-// compiled with clang and lld, without symbol versions, with LoadPin. The
-// driver is compiled with that toolchain, checked, loaded in a machine that
-// boots that kernel, and published. The kernel takes minutes to compile, once
-// for each cache, so the test runs only where PREBAKE_CLANG_CACHE names the
-// cache folder of `mirror` (make clang does).
+// TestClangKernel runs the builder on a kernel like COS's: compiled with clang and lld, without symbol versions, with
+// LoadPin. The builder compiles the driver with that toolchain, checks it, loads it in a machine that boots that
+// kernel, and publishes it.
+//
+// The kernel takes minutes to compile, once for each cache. The test therefore runs only where PREBAKE_CLANG_CACHE
+// names the cache folder of `mirror` (make clang does).
 func TestClangKernel(t *testing.T) {
 	cache := os.Getenv("PREBAKE_CLANG_CACHE")
 	if cache == "" {
@@ -61,7 +61,7 @@ func TestClangKernel(t *testing.T) {
 		t.Errorf("the kernel's LoadPin says nothing about the modules:\n%s", v.KernelLog)
 	}
 
-	// What caches and precompiled headers leave out makes no other module.
+	// Caches and precompiled headers must not change the modules.
 	cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-timeout=60m", "-run=^TestRealSameBytes$",
 		"github.com/prebake/prebake/builder/internal/compile")
 	cmd.Env = append(os.Environ(), "PREBAKE_MIRROR=file://"+mirror, "PREBAKE_CELLS="+kernel.BuildID+"/"+v.NVMLVersion)
@@ -72,9 +72,8 @@ func TestClangKernel(t *testing.T) {
 	}
 }
 
-// buildClang builds the newest driver for the kernel with everything below dir but
-// the builder's cache, and returns the verdict of its load test, which has to be
-// "loaded".
+// buildClang builds the newest driver for the kernel. All folders but the builder's cache are below dir. It returns the
+// verdict of the load test, which must be "loaded".
 func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir, cache string, kernel Build) verdict {
 	t.Helper()
 	key := filepath.Join(dir, "key")
@@ -92,11 +91,12 @@ func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir
 	return v
 }
 
-// TestClangCell has the builder make and load-test a driver for that kernel out of
-// a bucket with nothing but what COS's have: vmlinux, and no archive to boot from.
-// The kernel has no entry of PVH's, LoadPin, no symbol versions, and panics on an
-// oops. It is taken from the cache. Debian's next version of it is in no cache: where
-// PREBAKE_CLANG_COMPILE is set that is compiled, and elsewhere the test says so.
+// TestClangCell lets the builder build and load-test a driver for that kernel. Like COS's buckets, the bucket has only
+// vmlinux and no boot archive. The kernel has LoadPin, no entry point for PVH and no symbol versions, and it panics on
+// an oops.
+//
+// The kernel comes from the cache. When Debian updates the source, the cache does not have the new version. The test
+// then compiles it if PREBAKE_CLANG_COMPILE is set, and is skipped otherwise.
 func TestClangCell(t *testing.T) {
 	cache := os.Getenv("PREBAKE_CLANG_CACHE")
 	if cache == "" {
@@ -132,7 +132,7 @@ func TestClangCell(t *testing.T) {
 	if notes := linked.Section(".notes"); notes == nil {
 		t.Error("vmlinux has no notes")
 	}
-	// What was compiled from the same bytes is kept. The load test runs each time.
+	// The builds from the same inputs stay in the cache. The verdicts are removed, so that the load test always runs.
 	builds := filepath.Join(cache, "clang-builds")
 	verdicts := filepath.Join(builds, "facts", "loadtest")
 	if err := os.RemoveAll(verdicts); err != nil {
@@ -152,9 +152,8 @@ func TestClangCell(t *testing.T) {
 	}
 }
 
-// checkAnswers looks for some of conftest's answers about this series among
-// what the builder remembers of them. Those that are "absent" become "present"
-// when clang's warnings are errors.
+// checkAnswers looks for some of conftest's answers about this kernel series in the builder's cache. If clang's
+// warnings were errors, the answers "absent" would wrongly become "present".
 func checkAnswers(t *testing.T, cache string) {
 	t.Helper()
 	var known strings.Builder
@@ -175,15 +174,14 @@ func checkAnswers(t *testing.T, cache string) {
 		"#define NV_MMU_NOTIFIER_OPS_HAS_INVALIDATE_RANGE", "#define NV_DRM_ATOMIC_MODESET_AVAILABLE",
 		"#define NV_IS_EXPORT_SYMBOL_PRESENT_close_fd 1",
 	} {
-		// As JSON writes the end of a line.
+		// the cache is JSON, which writes a line end as \n
 		if !strings.Contains(known.String(), want+`\n`) {
 			t.Errorf("conftest did not answer %q", want)
 		}
 	}
 }
 
-// checkClangBuild examines the published build as a builder would, and returns
-// a folder with what is in its archives.
+// checkClangBuild checks the published build as a builder would. It returns a folder with the content of its archives.
 func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -217,9 +215,8 @@ func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	return dir
 }
 
-// checkSignatures boots the kernel and has it take modules that the published
-// key signed, and no others; LoadPin, left to itself, takes those of one file
-// system only.
+// checkSignatures boots the kernel, and checks that it loads only modules that the published key has signed. With its
+// default settings, LoadPin allows modules from only one file system.
 func checkSignatures(t *testing.T, build, unpacked, release string) {
 	t.Helper()
 	init := filepath.Join(t.TempDir(), "guestinit")

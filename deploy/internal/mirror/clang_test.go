@@ -37,7 +37,7 @@ func TestUnmet(t *testing.T) {
 	}
 }
 
-// TestBuiltTree takes a header tree out of a source tree as compiling leaves it.
+// TestBuiltTree takes a header tree from a source tree in the state after a compile.
 func TestBuiltTree(t *testing.T) {
 	t.Parallel()
 	src := t.TempDir()

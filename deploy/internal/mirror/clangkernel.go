@@ -25,39 +25,37 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// clangConfig is what the clang-built kernel is configured with.
+// clangConfig is the configuration of the clang-built kernel.
 //
 //go:embed clang.config
 var clangConfig string
 
-// Places in the sandbox in which the kernel is compiled, those of
-// builder/internal/compile.
+// Paths in the sandbox in which the kernel is compiled. builder/internal/compile uses the same paths.
 const (
 	clangSource    = "/prebake/kernel"
 	clangToolchain = "/prebake/toolchain"
 )
 
-// clangCert is where the trusted certificate is in the kernel's source.
+// clangCert is the path of the trusted certificate in the kernel's source.
 const clangCert = "certs/test-module-signing.crt"
 
-// What the archive that a finished kernel is kept as holds. No machine needs
-// the module; it is there, unsigned, for tests of what the kernel refuses.
+// Names in the archive in which a finished kernel is cached. No machine needs the module. It is there, unsigned, for
+// tests of the modules that the kernel refuses.
 const (
 	clangHeaders    = "headers"
 	clangImage      = "boot/vmlinuz"
 	clangTestModule = "boot/modules/test_module.ko"
 )
 
-// sourceLimits bound a kernel source archive: twice of what 6.12 has.
+// sourceLimits bound a kernel source archive. They are twice the size of the source of 6.12.
 var sourceLimits = archive.Options{Entries: 250_000, Bytes: 4 << 30}
 
-// configText returns the configuration to ask for.
+// configText returns the wanted configuration.
 func configText() string {
 	return clangConfig + "CONFIG_SYSTEM_TRUSTED_KEYS=\"" + clangCert + "\"\n"
 }
 
-// makeClangKernel compiles the kernel, once for each source package, compiler,
-// configuration and certificate.
+// makeClangKernel compiles the kernel. The result is cached by source package, compiler, configuration and certificate.
 func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *unpacked) (object, error) {
 	sum := func(text []byte) string {
 		s := sha256.Sum256(text)
@@ -98,7 +96,7 @@ func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *un
 	})
 }
 
-// unpackSource lays out the kernel's source below dir and returns its folder.
+// unpackSource unpacks the kernel's source below dir, and returns its folder.
 func (m *maker) unpackSource(ctx context.Context, p pkg, dir string) (string, error) {
 	deb, ok := m.apt.file(p)
 	if !ok {
@@ -149,8 +147,8 @@ type kernelBuild struct {
 	progress       func(string)
 }
 
-// kernelVariables name every tool, so that none of the machine's is taken; a
-// release of x.y.z+ is COS's.
+// kernelVariables returns make variables that name every tool, so that no tool of the machine is used. They also give
+// the release the form x.y.z+, as COS's kernels have it.
 func kernelVariables() []string {
 	llvm := func(name string) string { return "llvm-" + name }
 	return []string{
@@ -187,8 +185,8 @@ func (k kernelBuild) make(ctx context.Context, targets ...string) error {
 	return nil
 }
 
-// configure writes .config and checks that it is what was asked for: an option
-// whose dependencies are missing goes away without a message.
+// configure writes .config, and checks that every wanted option has its value. Kconfig drops an option without a
+// message if its dependencies are missing.
 func (k kernelBuild) configure(ctx context.Context, cert []byte) error {
 	root, err := os.OpenRoot(k.src)
 	if err != nil {
@@ -215,8 +213,7 @@ func (k kernelBuild) configure(ctx context.Context, cert []byte) error {
 	return nil
 }
 
-// unmet returns the lines of a wanted configuration that a finished one does
-// not fulfil.
+// unmet returns the lines of a wanted configuration that the final configuration does not have.
 func unmet(want, got string) []string {
 	set := map[string]string{}
 	for line := range strings.Lines(got) {
@@ -241,8 +238,8 @@ func unmet(want, got string) []string {
 	return missing
 }
 
-// builtTree takes out of a compiled source tree what modules are compiled
-// with, under headers/, the image to boot and the module to try.
+// builtTree takes three parts from a compiled source tree: the header tree for compiling modules, below headers/; the
+// image to boot; and the test module.
 func builtTree(src, release string) (tree, error) {
 	text, err := os.ReadFile(filepath.Join(src, "include/config/kernel.release"))
 	if err != nil {
@@ -291,9 +288,8 @@ func builtTree(src, release string) (tree, error) {
 	return t, nil
 }
 
-// headerFolder reports whether anything below a folder of the source tree
-// belongs to the header tree. Which folders do is the choice of the kernel's
-// own packaging scripts.
+// headerFolder reports whether the header tree contains anything from this folder of the source tree. The kernel's
+// packaging scripts choose the same folders.
 func headerFolder(name string) bool {
 	top := []string{"arch", "arch/x86", "tools", "tools/objtool"}
 	if slices.Contains(top, name) {
@@ -301,15 +297,14 @@ func headerFolder(name string) bool {
 	}
 	for _, whole := range []string{"include", "scripts", "arch/x86/include"} {
 		if name == whole || strings.HasPrefix(name, whole+"/") {
-			// Links to device trees of other architectures.
+			// This folder has links to device trees of other architectures.
 			return name != "scripts/dtc/include-prefixes"
 		}
 	}
 	return false
 }
 
-// headerFile reports whether a file belongs to the header tree, given that its
-// folder does.
+// headerFile reports whether a file belongs to the header tree. The caller has checked its folder.
 func headerFile(name string) bool {
 	dir, base := path.Dir(name), path.Base(name)
 	switch dir {
@@ -322,11 +317,11 @@ func headerFile(name string) bool {
 	case "tools/objtool":
 		return base == "objtool"
 	}
-	// What compiling left behind.
+	// Files that the compile made are left out.
 	return !strings.HasSuffix(base, ".o") && !strings.HasSuffix(base, ".a") && !strings.HasPrefix(base, ".")
 }
 
-// addDisk adds a file or link of the disk.
+// addDisk adds a file or link from the disk.
 func (t tree) addDisk(name, file string, d fs.DirEntry) error {
 	switch d.Type() {
 	case 0:
@@ -354,7 +349,7 @@ func (t tree) addDisk(name, file string, d fs.DirEntry) error {
 	return nil
 }
 
-// buildOutput keeps the end of a build's output and tells of its progress.
+// buildOutput keeps the end of a build's output, and reports the build's progress.
 type buildOutput struct {
 	progress func(string)
 	last     []byte
@@ -363,7 +358,7 @@ type buildOutput struct {
 
 const (
 	outputKept  = 4 << 10
-	objectsStep = 250 // between two lines of progress
+	objectsStep = 250 // objects between two lines of progress
 )
 
 func (b *buildOutput) Write(p []byte) (int, error) {

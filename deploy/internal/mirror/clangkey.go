@@ -18,17 +18,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// signingPair is the key whose certificate the clang-built kernel trusts for
-// modules. It is made once for each cache, and published: a user who tries module
-// signatures on that kernel needs it, and nothing else may ever trust it.
+// signingPair is the key whose certificate the clang-built kernel trusts for modules. Each cache has one. The key is
+// published, because users need it to try module signatures on that kernel. Nothing else may ever trust it.
 type signingPair struct {
-	key, cert []byte // PEM
+	key, cert []byte // in PEM
 }
 
-// signingFile holds both halves, so that no run leaves one without the other.
+// signingFile is one file for both parts, so that a killed run never leaves only one of them.
 const signingFile = "test-module-signing.pem"
 
-// signingKey returns the pair of this cache, making it if there is none.
+// signingKey returns the key pair of this cache. It makes the pair if there is none.
 func (m *maker) signingKey() (signingPair, error) {
 	path := filepath.Join(m.Cache, signingFile)
 	text, err := os.ReadFile(path)
@@ -54,8 +53,7 @@ func newSigningPair() ([]byte, error) {
 	}
 	public := x509.MarshalPKCS1PublicKey(&key.PublicKey)
 	id := sha256.Sum256(public)
-	// The kernel has no clock to check the dates against, and examines the key's
-	// use only.
+	// The kernel has no clock for checking the dates. It checks only the key usage.
 	cert, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
 		Subject:   pkix.Name{Organization: []string{"Prebake"}, CommonName: "Prebake test module signing"},
 		NotBefore: epoch, NotAfter: epoch.AddDate(100, 0, 0),

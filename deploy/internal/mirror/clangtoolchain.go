@@ -10,18 +10,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// clangMajor is the compiler of the clang-built kernel: the newest of Debian 12.
+// clangMajor is the major version of clang for the clang-built kernel: the newest in Debian 12.
 const clangMajor = "16"
 
-// hostPrefix is how COS's SDK names the compiler that makes programs for the
-// machine it runs on; prefix names the one that makes kernels.
+// hostPrefix begins the name of the compiler for programs of the build machine, as in COS's SDK. prefix begins the name
+// of the compiler for kernels.
 const hostPrefix = "x86_64-pc-linux-gnu-"
 
 // clangEnv is the content of toolchain_env.
 const clangEnv = "CC=" + prefix + "clang\nCXX=" + prefix + "clang++\n"
 
-// clangPackages hold the compiler, the linker, LLVM's binary tools and every
-// library that they load, save libc, which is the machine's.
+// clangPackages contain the compiler, the linker, LLVM's binary tools, and all libraries that they load except libc.
+// libc comes from the machine.
 var clangPackages = []string{
 	"clang-" + clangMajor, "lld-" + clangMajor, "llvm-" + clangMajor,
 	"libclang-cpp" + clangMajor, "libclang-common-" + clangMajor + "-dev", "libllvm" + clangMajor,
@@ -29,12 +29,11 @@ var clangPackages = []string{
 	"libtinfo6", "libxml2", "libz3-4", "libzstd1", "zlib1g",
 }
 
-// llvmDir is where Debian keeps the programs under their plain names.
+// llvmDir is the folder where Debian has the programs without a version in their names.
 const llvmDir = "usr/lib/llvm-" + clangMajor
 
-// llvmTools are the binary tools that go in; llvmLinks those that are another
-// one under a second name. Debian's llvm-objdump is left out: it loads an HTTP
-// client and all that this one loads, and no module is made with it.
+// llvmTools are the binary tools in the archive. llvmLinks are tools that are another tool under a second name.
+// Debian's llvm-objdump is left out: it loads an HTTP client with many libraries, and no module needs it.
 var (
 	llvmTools = []string{"llvm-ar", "llvm-nm", "llvm-objcopy", "llvm-readobj", "llvm-size", "llvm-strings"}
 	llvmLinks = map[string]string{"llvm-ranlib": "llvm-ar", "llvm-strip": "llvm-objcopy", "llvm-readelf": "llvm-readobj"}
@@ -58,9 +57,8 @@ func (m *maker) makeClangToolchain(ctx context.Context, pkgs []pkg) (object, err
 	})
 }
 
-// clangTree lays out clang, lld and LLVM's tools under the names that they
-// have in COS's SDK. There are no binutils in it, so nothing can take them
-// unseen.
+// clangTree lays out clang, lld and LLVM's tools under their names in COS's SDK. The tree contains no binutils, so a
+// build cannot use them by mistake.
 func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, error) {
 	t := tree{}
 	for _, p := range pkgs {
@@ -81,7 +79,7 @@ func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, erro
 	for name, to := range llvmLinks {
 		t.add("bin/"+name, node{link: to})
 	}
-	if err := t.resolveLinks(); err != nil {
+	if err := t.checkLinks(); err != nil {
 		return nil, err
 	}
 	if err := relocate(ctx, t, work); err != nil {
@@ -90,8 +88,8 @@ func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, erro
 	return t, t.checkLibraries()
 }
 
-// clangPick leaves out what kernels need not: static libraries, sanitizers,
-// headers of C++ and of accelerators, optimiser plugins.
+// clangPick leaves out the files that a kernel build does not need: static libraries, sanitizers, headers of C++ and of
+// accelerators, and optimiser plugins.
 func clangPick(name string) string {
 	if tool, ok := strings.CutPrefix(name, llvmDir+"/bin/"); ok {
 		switch {
@@ -102,7 +100,7 @@ func clangPick(name string) string {
 		}
 		return ""
 	}
-	// The compiler finds its own headers by the way from its own place.
+	// The compiler finds its own headers by a path relative to itself.
 	const headers = llvmDir + "/lib/clang/" + clangMajor + "/include/"
 	if rest, ok := strings.CutPrefix(name, headers); ok {
 		if strings.ContainsRune(rest, '/') || strings.HasPrefix(rest, "__clang_cuda") ||
@@ -112,7 +110,7 @@ func clangPick(name string) string {
 		return "lib/clang/" + clangMajor + "/include/" + rest
 	}
 	dir, base := path.Dir(name), path.Base(name)
-	// Debian keeps this library among LLVM's own and links to it from the others.
+	// Debian has this library in LLVM's own folder, and links to it from other folders.
 	if cpp := "libclang-cpp.so." + clangMajor; base == cpp {
 		if dir == llvmDir+"/lib" {
 			return "lib/" + cpp

@@ -15,8 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// runfileTree lays out a release the way that NVIDIA's archive does, and tells
-// which of Debian's edits it undid for that.
+// runfileTree lays out a release as NVIDIA's runfile does. It also returns the list of Debian's edits that it undid.
 func (m *maker) runfileTree(ctx context.Context, r release, releases []release) (tree, []string, error) {
 	t, err := debianTree(ctx, m.platform, r)
 	if err != nil {
@@ -32,8 +31,8 @@ func (m *maker) runfileTree(ctx context.Context, r release, releases []release) 
 	return t, edits, nil
 }
 
-// makeOwn puts NVIDIA's own module sources in the place of Debian's edition of
-// them. Where they cannot be had, Debian's stay, and the list says so.
+// makeOwn replaces Debian's edition of the module sources with NVIDIA's own sources. If these are not available,
+// Debian's edition stays, and the list says so.
 func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []release) (edits []string, err error) {
 	var s sources
 	base, ok := baseOf(r, releases)
@@ -49,7 +48,7 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	}
 	switch {
 	case errors.Is(err, errNoOrigin):
-		// What apt said is about this machine's archive, and no part of the mirror.
+		// apt's message is about this machine's archive, so it is only logged. It must not become a part of the mirror.
 		m.Progress(fmt.Sprintf("driver %s stays as Debian edited it: %v", r.version, err))
 		return []string{debianEdition + errNoOrigin.Error()}, nil
 	case fault.Is(err, fault.Unsupported):
@@ -70,10 +69,10 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	return s.edits, nil
 }
 
-// debianEdition begins the list of a release whose sources stay Debian's.
+// debianEdition is the beginning of the list if a release keeps Debian's sources.
 const debianEdition = "Debian's edition: "
 
-// debianTree puts a release's packages together.
+// debianTree makes a tree from the packages of a release.
 func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 	t := tree{}
 	for _, need := range r.packages {
@@ -97,7 +96,7 @@ func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 	return t, nil
 }
 
-// finish adds what is neither in Debian's packages nor in NVIDIA's sources.
+// finish adds the files that neither Debian's packages nor NVIDIA's sources contain.
 func finish(t tree, p platform, r release) error {
 	if err := t.addLibraryLinks(r.version); err != nil {
 		return err
@@ -124,8 +123,8 @@ func finish(t tree, p platform, r release) error {
 	return nil
 }
 
-// addSource adds the module sources in one of Debian's -source packages, and
-// NVIDIA's terms, which every package has a copy of.
+// addSource adds the module sources from one of Debian's -source packages. It also adds NVIDIA's licence, of which
+// every package has a copy.
 func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 	outer := tree{}
 	err := readDeb(ctx, outer, deb, func(name string) string {
@@ -157,7 +156,7 @@ func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 	prefix := "modules/" + inside
 	move := under(prefix, to)
 	return readXZ(ctx, t, outer["source"].data, func(name string) string {
-		// What Debian puts beside NVIDIA's files.
+		// These files are Debian's additions to NVIDIA's files.
 		if name == prefix+"/debian" || strings.HasPrefix(name, prefix+"/debian/") || name == prefix+"/NVIDIA_Changelog" {
 			return ""
 		}
@@ -165,8 +164,7 @@ func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 	})
 }
 
-// runfileName flattens a path of Debian's into the name in NVIDIA's archive;
-// "" leaves the file out.
+// runfileName maps a path in Debian's package to the name in NVIDIA's runfile; "" leaves the file out.
 func (p platform) runfileName(name, version string) string {
 	dir, base := path.Dir(name), path.Base(name)
 	switch {
@@ -197,9 +195,8 @@ var (
 	headerEnds = []byte("\neval $finish; exit $res\n")
 )
 
-// fixHeader replaces the size that makeself took from du, which depends on the
-// file system, by the sum of the file sizes. The payload stays as it is, and so
-// do the number of lines and all checksums.
+// fixHeader replaces a size in the header by the sum of the file sizes. makeself takes that size from du, so it depends
+// on the file system. The payload, the number of lines and all checksums stay the same.
 func fixHeader(file []byte, t tree) ([]byte, error) {
 	end := bytes.Index(file, headerEnds)
 	if end < 0 {
@@ -217,8 +214,8 @@ func fixHeader(file []byte, t tree) ([]byte, error) {
 	}
 	size := regexp.MustCompile(`\b` + string(m[1]) + `( KB|; then)`)
 	fixed := size.ReplaceAll(head, fmt.Appendf(nil, "%d$1", (total+1023)/1024))
-	// NVIDIA's header takes -x, with which its callers unpack it, and writes the
-	// number of lines without quotes.
+	// NVIDIA's header has the option -x, with which callers unpack the runfile. It also has the number of lines without
+	// quotes.
 	if len(optionLine.FindAll(fixed, -1)) != 1 || !skipLine.Match(fixed) {
 		return nil, fault.New(fault.Internal, "read makeself header: no option --noexec or no skip line",
 			"report the version of makeself")

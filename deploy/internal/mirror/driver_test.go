@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// index says what apt would of an archive with these driver releases.
+// index returns the versions that apt would list for an archive with these driver releases.
 func index(open []string, all ...string) map[string][]string {
 	v := map[string][]string{sourcePackage: all, openSourcePackage: open}
 	for _, name := range driverPackages {
@@ -81,7 +81,7 @@ func TestLine(t *testing.T) {
 			t.Errorf("the plain line calls %s %s", plain, got)
 		}
 	}
-	// The line has one package less; a plain release has to have it.
+	// A line does not have nvidia-cuda-mps. A plain release must have it.
 	versions := index(nil, "535.274.02-1~deb13u1")
 	delete(versions, "nvidia-cuda-mps")
 	if got := wholeReleases(versions, ""); len(got) > 0 {
@@ -99,8 +99,7 @@ func TestLine(t *testing.T) {
 	}
 }
 
-// fakeApt has what aptCache says under "own" and "next", which are the folders'
-// names, too.
+// fakeApt replaces apt-cache. Each line of madison names an archive, "own" or "next", and a package with its version.
 func fakeApt(t *testing.T, madison string) (own, next *apt) {
 	t.Helper()
 	bin, dir := t.TempDir(), t.TempDir()
@@ -148,7 +147,7 @@ func TestFindDrivers(t *testing.T) {
 		name      string
 		branches  []string
 		neighbour bool
-		want      string // version, and which archive
+		want      string // versions, each with its archive
 		latest    string
 		err       string
 	}{
@@ -182,7 +181,7 @@ func TestFindDrivers(t *testing.T) {
 		if err != nil || strings.Join(got, ", ") != row.want || latestOf(releases).version != row.latest {
 			t.Errorf("%s: %v, latest %s, %v; want %s, %s", row.name, got, latestOf(releases).version, err, row.want, row.latest)
 		}
-		// A kernel of this Debian release's source has this release's driver as default.
+		// The default driver for the clang-built kernel is from the machine's own Debian release, as the kernel's source is.
 		if clang := m.forSource(releases); len(row.branches) != 1 && clang[0].version != "535.309.01" {
 			t.Errorf("%s: the default for the clang-built kernel is %s; want 535.309.01", row.name, clang[0].version)
 		}

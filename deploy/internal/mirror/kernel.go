@@ -18,14 +18,14 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// kernel is one Debian kernel: its packages are all of one version, save the
-// build tools, which Debian keeps in one version for all of them.
+// kernel is one Debian kernel. All its packages have one version, except the build tools, of which Debian has one
+// version for all kernels.
 type kernel struct {
-	series  string // 6.1
-	abi     int    // 47 of 6.1.0-47, 117 of 6.12.117+deb12
-	release string // 6.1.0-47-cloud-amd64
+	series  string // such as 6.1
+	abi     int    // such as 47 for 6.1.0-47, and 117 for 6.12.117+deb12
+	release string // such as 6.1.0-47-cloud-amd64
 	arch    string // the folder below arch/
-	version string // Debian's, such as 6.1.170-3
+	version string // Debian's version, such as 6.1.170-3
 	headers pkg
 	common  pkg
 	kbuild  pkg
@@ -35,17 +35,15 @@ type kernel struct {
 // ownSeries is the kernel series of Debian 12 itself.
 const ownSeries = "6.1"
 
-// buildMajors are the kernel series that Debian 12 has, and the numbers of the
-// mirror's BUILD_IDs: <major>.0.<abi> for a Debian kernel, <major>.1.<abi> for a
-// second build of the same kernel. They are those of COS's milestones 109 and
-// 125, which have kernels of these series.
+// buildMajors maps the kernel series of Debian 12 to the first number of the mirror's BUILD_IDs. A BUILD_ID is
+// <major>.0.<abi> for a Debian kernel, and <major>.1.<abi> for a second build of the same kernel. The numbers are those
+// of COS's milestones 109 and 125, which have kernels of these series.
 var buildMajors = map[string]int{ownSeries: 17800, "6.12": 19216}
 
-// buildMajor is the first number of the kernel's BUILD_IDs.
+// buildMajor returns the first number of the kernel's BUILD_IDs.
 func (k kernel) buildMajor() int { return buildMajors[k.series] }
 
-// findKernels returns the kernels of some series in the index, by series and
-// then the oldest first.
+// findKernels returns the kernels of the given series in the index, sorted by series and then by age, oldest first.
 func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]kernel, error) {
 	names, err := a.names(ctx, "linux-headers-")
 	if err != nil {
@@ -86,16 +84,16 @@ func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]ke
 	return whole, nil
 }
 
-// kernel reads the name of a header package: linux-headers-6.1.0-47-cloud-amd64,
-// or linux-headers-6.12.117+deb12-cloud-amd64 for a series that Debian took over
-// from a later release. That one has build tools for each kernel.
+// kernel parses the name of a header package. Examples are linux-headers-6.1.0-47-cloud-amd64, and
+// linux-headers-6.12.117+deb12-cloud-amd64 for a series that Debian took from a later release. Each kernel of such a
+// series has build tools of its own.
 func (p platform) kernel(headers string) (kernel, bool) {
 	m := p.headers().FindStringSubmatch(headers)
 	if m == nil {
 		return kernel{}, false
 	}
 	k := kernel{series: m[2], release: strings.TrimPrefix(headers, "linux-headers-"), arch: p.kernelArch}
-	k.abi, _ = strconv.Atoi(cmp.Or(m[3], m[4])) // at most six digits
+	k.abi, _ = strconv.Atoi(cmp.Or(m[3], m[4])) // the pattern allows at most six digits
 	k.headers.Name, k.common.Name, k.image.Name = headers+p.foreign, "linux-headers-"+m[1]+"-common", "linux-image-"+
 		k.release+p.foreign
 	if k.kbuild.Name = "linux-kbuild-" + k.series; m[4] != "" {
@@ -104,7 +102,7 @@ func (p platform) kernel(headers string) (kernel, bool) {
 	return k, true
 }
 
-// complete fills in the versions and reports whether all packages exist.
+// complete sets the versions, and reports whether all packages exist.
 func (k *kernel) complete(versions map[string][]string) bool {
 	if len(versions[k.headers.Name]) == 0 || len(versions[k.kbuild.Name]) == 0 {
 		return false
@@ -115,14 +113,14 @@ func (k *kernel) complete(versions map[string][]string) bool {
 	return slices.Contains(versions[k.common.Name], k.version) && slices.Contains(versions[k.image.Name], k.version)
 }
 
-// defaultKernels is enough for two old kernels that differ, and two new ones that
+// defaultKernels is the default number of kernels. It is enough for two old kernels that differ, and two new ones that
 // are siblings.
 const defaultKernels = 4
 
-// selectKernels picks by ABI number, or of Debian 12's own series half of count from
-// the oldest and half from the newest: old ones compile with the stable driver, the
-// newest shows the API break, and the two newest are often one upstream version
-// compiled twice. Of any other series it is the newest, unless a number names one.
+// selectKernels selects kernels by ABI number. Without numbers, it selects count kernels of Debian 12's own series: the
+// oldest half and the newest half. The stable driver compiles on the old ones, and the newest one shows the API break.
+// The two newest are often two compiles of one upstream version. For any other series it selects the newest kernel,
+// unless a number names another one.
 func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
 	if len(abis) == 0 && p.oldest && len(all) > 0 {
 		return all[:1], nil
@@ -161,7 +159,7 @@ func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, 
 	return picked, nil
 }
 
-// bySeries splits sorted kernels.
+// bySeries splits sorted kernels into groups, one for each series.
 func bySeries(all []kernel) [][]kernel {
 	var groups [][]kernel
 	for i := range all {
@@ -173,8 +171,8 @@ func bySeries(all []kernel) [][]kernel {
 	return groups
 }
 
-// commit stands in for COS's kernel commit: Debian builds from a source
-// package, so its name and version name the source as well.
+// commit returns a hash that replaces COS's kernel commit. Debian builds kernels from a source package, so the
+// package's name and version identify the source.
 func (k kernel) commit() string {
 	sum := sha256.Sum256([]byte("linux " + k.version))
 	return hex.EncodeToString(sum[:20])
@@ -182,8 +180,7 @@ func (k kernel) commit() string {
 
 func (k kernel) packages() []pkg { return []pkg{k.headers, k.common, k.kbuild, k.image} }
 
-// headerTree merges the three packages into one tree in the shape of COS's
-// kernel-headers.tgz.
+// headerTree merges the three packages into one tree in the form of COS's kernel-headers.tgz.
 func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	root := "usr/src/linux-headers-" + k.release
 	t := tree{}
@@ -194,14 +191,14 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 		}
 		return readDeb(ctx, t, file, where)
 	}
-	// Other architectures' headers are left out, as in COS's archive.
+	// The headers of other architectures are left out, as in COS's archive.
 	common := under("usr/src/"+k.common.Name, root)
 	err := read(k.common, func(name string) string {
 		to := common(name)
 		if rest, ok := strings.CutPrefix(to, root+"/arch/"); ok && rest != k.arch && !strings.HasPrefix(rest, k.arch+"/") {
 			return ""
 		}
-		// The package has links to kbuild's folders here.
+		// In the package these are links to folders of kbuild, which are added below.
 		if to == root+"/scripts" || to == root+"/tools" {
 			return ""
 		}
@@ -228,8 +225,8 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 			return nil, err
 		}
 	}
-	// Debian keeps the release in .kernelvariables, which also names its
-	// compiler; the build tree of COS has it here.
+	// Debian has the release in .kernelvariables, together with the name of its compiler. COS's build tree has it in this
+	// file.
 	t.addFile(root+"/include/config/kernel.release", k.release+"\n")
 	for _, must := range []string{"Makefile", ".config", "Module.symvers", "include/generated/autoconf.h",
 		"include/generated/utsrelease.h", "scripts/mod/modpost"} {
@@ -241,8 +238,8 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	return t, nil
 }
 
-// rebuilt changes the tree into that of a second build of the same kernel: all
-// that differs is who built it and when.
+// rebuilt changes the tree as a second build of the same kernel would. Only the builder and the time of the build
+// differ.
 func rebuilt(t tree, k kernel, when time.Time) {
 	generated := "usr/src/linux-headers-" + k.release + "/include/generated/"
 	t.addFile(generated+"utsversion.h",
@@ -253,16 +250,15 @@ func rebuilt(t tree, k kernel, when time.Time) {
 	}
 }
 
-// bootModules are what a test machine loads at boot, with all that they depend
-// on, where the kernel does not have them built in: its network card, its disk with two
-// filesystems and what these ask for by name, and what nvidia-modeset and nvidia-drm need.
+// bootModules are the modules that a test machine loads at boot. Their dependencies are added, and modules that are
+// built into the kernel are left out. They are for the network card, for the disk with two file systems and the modules
+// that these request by name, and for nvidia-modeset and nvidia-drm.
 var bootModules = []string{
 	"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "nls_cp437", "nls_ascii", "vfat", "drm_kms_helper",
 	"video",
 }
 
-// kernelImage returns the file that boots, and adds what is wanted beside it
-// from the kernel's package to in.
+// kernelImage returns the file that boots. It also adds the files of the kernel's package that more selects to in.
 func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name string) bool) ([]byte, error) {
 	file, ok := a.file(k.image)
 	if !ok {
@@ -285,8 +281,8 @@ func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name 
 	return image.data, nil
 }
 
-// bootTree packs what a test machine needs to start this kernel: its image, the
-// bootModules in load order, and the emulated GPU if built.
+// bootTree packs the files for starting this kernel in a test machine: the image, the bootModules in load order, and
+// emuGPU if it is not nil.
 func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error) {
 	in := tree{}
 	modules := "lib/modules/" + k.release

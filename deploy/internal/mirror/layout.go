@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// toolVersion names a compressor's version: other versions, other bytes.
+// toolVersion returns the version of a compressor. Another version may write other bytes.
 func toolVersion(ctx context.Context, name string) (string, error) {
 	out, err := output(exec.CommandContext(ctx, name, "--version"))
 	if err != nil {
@@ -42,8 +42,7 @@ func toolVersions(ctx context.Context, names ...string) ([]string, error) {
 	return all, nil
 }
 
-// lock keeps other runs away from the cache folder until unlock, and removes
-// what a run that was killed left there.
+// lock prevents other runs from using the cache folder until unlock. It removes the files that a killed run left there.
 func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 	l := flock.New(filepath.Join(c.Cache, "lock"))
 	locked, err := l.TryLock()
@@ -66,7 +65,7 @@ func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 	return l.Unlock, nil
 }
 
-// work makes a scratch folder in the cache and removes it afterwards.
+// work makes a scratch folder in the cache, calls f, and removes the folder.
 func (m *maker) work(f func(dir string) error) (err error) {
 	dir, err := os.MkdirTemp(m.Cache, "work-")
 	if err != nil {
@@ -205,7 +204,7 @@ func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releas
 	return nil
 }
 
-// texts are the small files of a build.
+// texts returns the small text files of a COS build.
 func (m *maker) texts(k target.Kernel, b build, releases []release) map[string]string {
 	stable, latest := releases[0], latestOf(releases)
 	all := map[string]string{
@@ -222,7 +221,7 @@ func (m *maker) texts(k target.Kernel, b build, releases []release) map[string]s
 	return all
 }
 
-// latestOf returns the newest of all releases; there is one at least.
+// latestOf returns the newest release. There must be at least one.
 func latestOf(releases []release) release {
 	return *newestRelease(releases, func(release) bool { return true })
 }
@@ -238,8 +237,7 @@ func branches(releases []release) map[string]string {
 	return all
 }
 
-// driverVersions writes gpu_driver_versions.textproto. The release that is
-// the default comes first, as in COS's files.
+// driverVersions returns the text of gpu_driver_versions.textproto. The default release comes first, as in COS's files.
 func driverVersions(releases []release) string {
 	var out strings.Builder
 	for _, gpu := range []string{"NO_GPU", "OTHERS"} {
@@ -281,8 +279,8 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 	})
 }
 
-// compileEmuGPU compiles the emulated GPU against a header archive. finish, if
-// not nil, may change the module before it is packed.
+// compileEmuGPU compiles the emulated GPU with a header archive. If finish is not nil, it may change the module before
+// the module is packed.
 func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object, toolchain *unpacked,
 	finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
 	tools, err := toolchain.dir(ctx, m.Cache)
@@ -314,7 +312,7 @@ func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string,
 	return ko, err
 }
 
-// unpacked is the toolchain as a folder, unpacked when first asked for.
+// unpacked is the toolchain as a folder. It is unpacked at the first use.
 type unpacked struct {
 	object object
 	once   sync.Once

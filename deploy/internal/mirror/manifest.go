@@ -11,8 +11,8 @@ import (
 	"strings"
 )
 
-// manifest writes the .manifest that tells an installer what every file of the
-// archive is. The shapes of its lines are NVIDIA's.
+// manifest returns the text of .manifest, which tells an installer the type of every file in the archive. Its lines
+// have the form of NVIDIA's.
 func manifest(t tree, arch, version string) string {
 	var out strings.Builder
 	fmt.Fprintf(&out, "NVIDIA Accelerated Graphics Driver for Linux-%s\n%s\n", arch, version)
@@ -26,8 +26,8 @@ func manifest(t tree, arch, version string) string {
 	return out.String()
 }
 
-// libraryTypes name the manifest types of libraries by the stem of their name.
-// Those of a kind with a subdir field have it.
+// libraryTypes maps the stem of a library's name to its types in the manifest. A type with a subdirectory field has
+// subdir set.
 var libraryTypes = map[string]struct {
 	lib, link string
 	subdir    bool
@@ -78,8 +78,8 @@ func manifestLine(name string, n node) string {
 	return name + " 0644 DOCUMENTATION ./"
 }
 
-// addLibraryLinks adds, for every library, the link named by its SONAME, and
-// the plain .so link where NVIDIA's archive has one too.
+// addLibraryLinks adds a link with the SONAME of every library. It also adds the plain .so link if NVIDIA's archive has
+// one.
 func (t tree) addLibraryLinks(version string) error {
 	for _, name := range t.names() {
 		if path.Dir(name) != "." || !strings.HasSuffix(name, ".so."+version) {
@@ -107,12 +107,12 @@ func (t tree) addLibraryLinks(version string) error {
 	return nil
 }
 
-// gpuRow matches a line of the README's table of supported products: a name
-// and a PCI device id, which may go with a subsystem's vendor and device.
+// gpuRow matches a row in the README's table of supported products: a name and a PCI device id, and maybe the vendor
+// and device ids of a subsystem.
 var gpuRow = regexp.MustCompile(`^ (\S.{0,120}?)\s{2,}([0-9A-F]{4})(?: ([0-9A-F]{4}) ([0-9A-F]{4}))?(?:\s+\S.*)?$`)
 
-// supportedGPUs makes supported-gpus.json out of the README's appendix A,
-// current products only; "" when the table is not there.
+// supportedGPUs makes supported-gpus.json from appendix A of the README. It lists only current products. If the README
+// has no such table, it returns "".
 func supportedGPUs(readme []byte) string {
 	type chip struct {
 		DevID       string   `json:"devid"`

@@ -1,12 +1,11 @@
-// Package mirror makes, out of Debian's packages, folders that look exactly
-// like a COS release bucket and COS's bucket of NVIDIA drivers. With them
-// everything that Prebake does can be tried on a machine that reaches nothing
-// but Debian's archive, on real kernels and a real driver.
+// Package mirror makes folders from Debian's packages that look exactly like a COS release bucket and COS's bucket of
+// NVIDIA drivers. With them, everything that Prebake does can be tried on a machine that reaches only Debian's archive,
+// with real kernels and a real driver.
 //
-// It refuses to change the machine: apt runs on sources, lists and caches of
-// its own, nothing is installed, no root is needed. It pins no version: apt is
-// asked what there is. The same package versions give the same bytes. Where more
-// is asked for than Debian 12 has, packages of Debian 13 are unpacked as well.
+// The package does not change the machine. apt uses sources, lists and caches of its own, nothing is installed, and no
+// root rights are needed. The package pins no versions; it asks apt which versions exist. The same package versions
+// give the same bytes. If the configuration asks for more than Debian 12 has, packages of Debian 13 are unpacked as
+// well.
 package mirror
 
 import (
@@ -31,12 +30,11 @@ import (
 
 // Config says what to make and where.
 type Config struct {
-	// Out is the folder of the mirror; it is created.
+	// Out is the folder of the mirror. It is made if it is missing.
 	Out string
-	// Cache keeps Debian packages and finished objects; it is created.
+	// Cache is the folder for Debian packages and finished objects. It is made if it is missing.
 	Cache string
-	// Board is the COS board to lay the builds for amd64 out for; "" means lakitu.
-	// Those for arm64 are for lakitu-arm64.
+	// Board is the COS board of the builds for amd64; "" means lakitu. Builds for arm64 always have lakitu-arm64.
 	Board string
 	// Archs are the architectures; an empty list means amd64. For arm64 the mirror
 	// gets one kernel and one driver, unless ABIs names more kernels.
@@ -44,45 +42,40 @@ type Config struct {
 	// Series are the kernel series, 6.1 and 6.12; an empty list means 6.1, Debian
 	// 12's own. The others are for amd64 only.
 	Series []string
-	// Kernels is how many kernels of 6.1 to take when ABIs is empty: half of them
-	// the oldest in Debian's index, half the newest. 0 means four, or all if there
-	// are fewer. Of another series the mirror gets the newest kernel.
+	// Kernels is the number of kernels of 6.1 if ABIs is empty. Half of them are the oldest in Debian's index, and half
+	// the newest. 0 means four, or all if there are fewer. The mirror has only the newest kernel of any other series.
 	Kernels int
-	// ABIs picks kernels by Debian's ABI number instead.
+	// ABIs selects kernels by Debian's ABI number instead.
 	ABIs []int
-	// Branches are the driver branches, as in R535, the default's first; an empty
-	// list means what Debian 12 has. A branch that Debian 12 lacks comes out of
-	// Debian 13, with the sources as Debian edited them, for amd64 only.
+	// Branches are the driver branches, such as R535; the first is the default's. An empty list means the branches of
+	// Debian 12. A branch that Debian 12 does not have comes from Debian 13, with the sources as Debian edited them, and
+	// for amd64 only.
 	Branches []string
-	// Neighbour adds one more release of the default's branch, proprietary alone,
-	// which Debian 13 keeps beside its own driver. It is for amd64 only.
+	// Neighbour adds one more release of the default's branch, in the proprietary flavour only. Debian 13 has that release
+	// beside its own driver. It is for amd64 only.
 	Neighbour bool
-	// VMLinux adds the kernels as they were linked, with their types, where they can
-	// be taken out of what boots: those for amd64.
+	// VMLinux adds each kernel as an ELF file with its BTF types, if it can be extracted from the boot image. Only the
+	// kernels for amd64 can.
 	VMLinux bool
-	// NoBoot leaves prebake-boot.tgz out, which no COS bucket has: a load test then
-	// boots vmlinux.
+	// NoBoot leaves prebake-boot.tgz out, as COS's buckets do. A load test then boots vmlinux.
 	NoBoot bool
-	// OnlyKernels leaves the drivers out.
+	// OnlyKernels leaves out the drivers.
 	OnlyKernels bool
-	// Clang adds a kernel that is compiled here, with clang, as COS does: no
-	// symbol versions, module signatures, LoadPin. OnlyClang leaves Debian's own
-	// kernels out.
+	// Clang adds a kernel that the mirror compiles with clang, as COS does: without symbol versions, with module
+	// signatures and LoadPin. OnlyClang leaves out Debian's own kernels.
 	Clang, OnlyClang bool
-	// ClangCached takes the clang-built kernel as an earlier run compiled it, and
-	// compiles none.
+	// ClangCached uses the clang-built kernel of an earlier run, and compiles none.
 	ClangCached bool
-	// Refresh asks Debian's archive for its present index first; without it an
-	// index of the last day is good enough.
+	// Refresh fetches the current package index first. Without it, an index of the last day is used.
 	Refresh bool
-	// EmuGPU compiles the emulated GPU against a kernel and returns the module's
-	// path; nil leaves emugpu.ko out of prebake-boot.tgz. headersDir is the header
-	// tree itself, env is toolchain_env. It may be called for two kernels at once.
+	// EmuGPU compiles the emulated GPU for a kernel, and returns the path of the module. nil leaves emugpu.ko out of
+	// prebake-boot.tgz. headersDir is the header tree, and env the content of toolchain_env. EmuGPU may be called for two
+	// kernels at once.
 	EmuGPU func(ctx context.Context, arch target.Arch, headersDir, toolchainDir string, env map[string]string,
 		release string) (koPath string, err error)
-	// EmuGPURevision names the emulated GPU's source: another one, another module.
+	// EmuGPURevision is the revision of the emulated GPU's source. With another revision, the module is compiled again.
 	EmuGPURevision string
-	// Progress receives what is being done, a line at a time; nil means silent.
+	// Progress receives a line of text at each step; nil means no progress.
 	Progress func(string)
 }
 
@@ -104,7 +97,7 @@ func (c Config) WithDefaults() Config {
 	return c
 }
 
-// Validate reports all that is wrong with c.
+// Validate returns all errors in c.
 func (c Config) Validate() error {
 	var errs []error
 	if c.Out == "" || c.Cache == "" {
@@ -167,20 +160,20 @@ type Build struct {
 type Driver struct {
 	Version  string           `json:"version"`
 	Flavours []target.Flavour `json:"flavours"`
-	// Note says why the sources are not as NVIDIA has them, if so.
+	// Note says why the sources differ from NVIDIA's; "" means that they do not.
 	Note string `json:"note,omitempty"`
 }
 
-// Result says what the mirror holds; it is also written to mirror.json.
+// Result is the content of the mirror. It is also written to mirror.json.
 type Result struct {
 	Builds  []Build  `json:"builds"`
 	Drivers []Driver `json:"drivers"`
-	// Made and Cached count the objects that this run made and took from the cache.
+	// Made is the number of objects that this run made, and Cached the number that it took from the cache.
 	Made   int `json:"-"`
 	Cached int `json:"-"`
 }
 
-// tools are the programs that the mirror runs, and the Debian package of each.
+// tools are the programs that this package runs, with the Debian package of each.
 var tools = []struct{ name, pkg string }{
 	{"apt-get", "apt"}, {"apt-cache", "apt"}, {"dpkg-deb", "dpkg"}, {"xz", "xz-utils"},
 	{"zstd", "zstd"}, {"patch", "patch"}, {"diff", "diffutils"}, {"makeself", "makeself"}, {"patchelf", "patchelf"},
@@ -201,24 +194,24 @@ func checkTools() error {
 	return nil
 }
 
-// maker makes the mirror's part of one architecture.
+// maker makes the part of the mirror for one architecture.
 type maker struct {
 	Config
 	platform platform
 	apt      *apt
-	next     *apt // of the next Debian release, once it was needed
+	next     *apt // of the next Debian release; nil until it is needed
 	refresh  bool
 	store    store
-	// toolchainPkgs is what the toolchain archive is made of.
+	// toolchainPkgs are the packages of the toolchain archive.
 	toolchainPkgs []pkg
 	toolchain     *unpacked
 
 	mu     sync.Mutex
 	result Result
-	notes  map[string]string // on drivers, by version
+	notes  map[string]string // notes on drivers, by version
 }
 
-// Make makes or completes the mirror.
+// Make makes the mirror, or completes it.
 func Make(ctx context.Context, c Config) (result Result, err error) {
 	c = c.WithDefaults()
 	if err := errors.Join(c.Validate(), checkTools()); err != nil {
@@ -246,7 +239,7 @@ func Make(ctx context.Context, c Config) (result Result, err error) {
 	defer func() { err = errors.Join(err, unlock()) }()
 	for _, arch := range slices.Sorted(slices.Values(c.Archs)) {
 		if arch != target.AMD64 {
-			c.Clang, c.OnlyClang = false, false // it is a kernel for amd64
+			c.Clang, c.OnlyClang = false, false // the clang-built kernel is for amd64
 		}
 		part, err := makePart(ctx, c, platforms[arch])
 		if err != nil {
@@ -261,7 +254,7 @@ func Make(ctx context.Context, c Config) (result Result, err error) {
 	return result, putFile(filepath.Join(c.Out, "mirror.json"), string(text)+"\n")
 }
 
-// makePart makes the mirror's part of one architecture.
+// makePart makes the part of the mirror for one architecture.
 func makePart(ctx context.Context, c Config, p platform) (Result, error) {
 	for refresh := c.Refresh; ; refresh = true {
 		a, err := openApt(ctx, filepath.Join(c.Cache, p.aptDir()), p, false, refresh, c.Progress)
@@ -289,7 +282,7 @@ func (m *maker) openNext(ctx context.Context) (_ *apt, err error) {
 	return m.next, err
 }
 
-// add takes over what a part of the mirror holds.
+// add adds the content of one part of the mirror.
 func (r *Result) add(part Result) {
 	r.Builds = append(r.Builds, part.Builds...)
 	for _, d := range part.Drivers {
@@ -376,11 +369,11 @@ func (m *maker) run(ctx context.Context) error {
 	return nil
 }
 
-// build is one COS build to lay out.
+// build is one COS build of the mirror.
 type build struct {
 	Build
 	kernel kernel
-	second bool // the other build of the same kernel
+	second bool // the second build of the same kernel
 	mtime  time.Time
 }
 
@@ -400,8 +393,8 @@ func (m *maker) plan(kernels []kernel) []build {
 	return builds
 }
 
-// makeAll makes the toolchain first, since the emulated GPU is compiled with
-// it, and then everything else, two at a time.
+// makeAll makes the toolchain first, because the emulated GPU is compiled with it. Then it makes everything else, two
+// objects at a time.
 func (m *maker) makeAll(ctx context.Context, builds []build, releases []release) (err error) {
 	var toolchain object
 	if len(builds) > 0 {
@@ -431,8 +424,7 @@ func (m *maker) makeAll(ctx context.Context, builds []build, releases []release)
 	return g.Wait()
 }
 
-// byKernel puts builds of one kernel together: they share objects, which
-// should be made once.
+// byKernel groups the builds of one kernel. They share objects, which should be made only once.
 func byKernel(builds []build) [][]build {
 	var groups [][]build
 	for i, b := range builds {
@@ -445,7 +437,7 @@ func byKernel(builds []build) [][]build {
 	return groups
 }
 
-// object makes or recalls one object and says so.
+// object returns an object from the cache or makes it, and reports the progress.
 func (m *maker) object(ctx context.Context, what string, r recipe,
 	write func(context.Context, io.Writer) error) (object, error) {
 	start := time.Now()

@@ -12,17 +12,15 @@ import (
 	"github.com/ulikunitz/xz"
 )
 
-// maxModule bounds one module of a kernel's own, which is far smaller.
+// maxModule bounds one module of the kernel, in bytes. Real modules are far smaller.
 const maxModule = 64 << 20
 
-// moduleFile reports whether a file is a kernel module; Debian's newer kernels
-// have theirs compressed.
+// moduleFile reports whether a file is a kernel module. The modules of Debian's newer kernels are compressed.
 func moduleFile(name string) bool {
 	return path.Ext(strings.TrimSuffix(name, ".xz")) == ".ko"
 }
 
-// decompress puts a module's content in the place of what xz made of it, if it
-// did. The name stays.
+// decompress replaces the content of a module that is compressed with xz by the decompressed content. The name stays.
 func (t tree) decompress(file string) error {
 	if path.Ext(file) != ".xz" {
 		return nil
@@ -42,10 +40,8 @@ func (t tree) decompress(file string) error {
 	return nil
 }
 
-// loadOrder returns the files in t of the wanted modules and all that they
-// depend on, each after its own dependencies, and decompresses them. A wanted
-// module that is not there is built into the kernel and stays out; a dependency
-// has to be there.
+// loadOrder returns the files in t of the wanted modules and their dependencies, in load order, and decompresses them.
+// A wanted module that is missing is built into the kernel, and left out. A missing dependency is an error.
 func loadOrder(t tree, wanted ...string) ([]string, error) {
 	files := map[string]string{}
 	for name := range t {
@@ -94,7 +90,7 @@ func loadOrder(t tree, wanted ...string) ([]string, error) {
 	return order, nil
 }
 
-// moduleName returns the name that the kernel knows a module file by.
+// moduleName returns the kernel's name of a module file.
 func moduleName(file string) string {
 	return strings.ReplaceAll(strings.TrimSuffix(path.Base(strings.TrimSuffix(file, ".xz")), ".ko"), "-", "_")
 }

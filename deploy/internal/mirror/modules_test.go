@@ -10,7 +10,7 @@ import (
 	"github.com/ulikunitz/xz"
 )
 
-// module makes the smallest ELF file with a .modinfo section.
+// module returns the smallest ELF file that has a .modinfo section.
 func module(modinfo string) []byte {
 	names := "\x00.modinfo\x00.shstrtab\x00"
 	const header, section = 64, 64

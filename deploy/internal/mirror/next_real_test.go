@@ -10,14 +10,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestNext has the builder make a wish list of two driver branches, in both
-// flavours, over two kernel series, each cell with a load test; then some of the
-// cells again without any cache, which have to have the same digests, and by make
-// alone, which has to make the same modules.
+// TestNext lets the builder build a wish list with two driver branches, both flavours and two kernel series. Each cell
+// has a load test. Then it builds some cells again without any cache, and they must have the same digests. It also
+// builds them with make alone, and the modules must be the same.
 //
-// A driver may be older than a kernel's interfaces: then the cell has to fail with the compiler's message, and no other
-// failure is taken. Packages and compiles take the better part of an hour, so the test runs only where
-// PREBAKE_NEXT_CACHE names the cache folder of `mirror` (make next does).
+// A driver may be too old for a kernel's interfaces. Such a cell must fail with the compiler's message; no other
+// failure is accepted. Packages and compiles take almost an hour, so the test runs only where PREBAKE_NEXT_CACHE names
+// the cache folder of `mirror` (make next does).
 func TestNext(t *testing.T) {
 	cache := os.Getenv("PREBAKE_NEXT_CACHE")
 	if cache == "" {
@@ -31,7 +30,7 @@ func TestNext(t *testing.T) {
 	var made Result
 	builder(&made, "mirror", "--kernel-series", "6.1,6.12", "--kernels", "2", "--driver-branch", "R535,R550", "--out",
 		mirror, "--cache", cache, "--output", "json")
-	kernels := map[string]string{} // BUILD_IDs by series
+	kernels := map[string]string{} // BUILD_ID of each series
 	for _, b := range made.Builds {
 		series := strings.Join(strings.SplitN(b.Release, ".", 3)[:2], ".")
 		if kernels[series] == "" {
@@ -42,7 +41,7 @@ func TestNext(t *testing.T) {
 		t.Fatalf("mirror made %+v; want kernels of 6.1 and 6.12", made.Builds)
 	}
 	wish := filepath.Join(dir, "wish.yaml")
-	// What the newer kernel breaks does not alarm, so that the exit status stays 0.
+	// The newer kernel is an early warning, so that its failures do not change the exit status.
 	text := "version: 1\nboards: [lakitu]\nkernels:\n  - build: " + kernels["6.1"] + "\n  - build: " + kernels["6.12"] +
 		"\n    earlyWarning: true\n" +
 		"drivers:\n  - default\n  - branch: R550\nflavours: [proprietary, open]\n"

@@ -15,11 +15,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// revision changes whenever the code would make other bytes out of the same
-// packages, so that objects of older code are not taken from the cache.
+// revision must change whenever the code makes other bytes from the same packages. Then the cache does not return
+// objects of older code.
 const revision = 3
 
-// recipe is all that an object's bytes depend on.
+// recipe has everything that the bytes of an object depend on.
 type recipe struct {
 	Revision int      `json:"revision"`
 	Kind     string   `json:"kind"`
@@ -47,11 +47,11 @@ type object struct {
 	SHA256 string `json:"sha256"`
 }
 
-// store keeps finished objects by recipe.
+// store has the finished objects by their recipes.
 type store struct{ dir string }
 
-// make returns the object of this recipe, and makes it with write when no
-// earlier run did. A name in the store holds a whole file or nothing.
+// make returns the object of this recipe. It calls write if no earlier run has made the object. A file in the store is
+// always complete.
 func (s store) make(ctx context.Context, r recipe, write func(ctx context.Context, w io.Writer) error) (object, error) {
 	key, err := r.key()
 	if err != nil {
@@ -83,9 +83,8 @@ func (s store) make(ctx context.Context, r recipe, write func(ctx context.Contex
 	})
 }
 
-// publish copies the object to dst. A copy, not a link: who damages a mirror on
-// purpose must not damage the cache. An object that went bad in the cache is
-// removed from it and not published.
+// publish copies the object to dst. It does not link the file, because a test that damages a mirror must not damage the
+// cache. If the object is damaged in the cache, publish removes it there, and returns an error.
 func (o object) publish(dst string) error {
 	bad := false
 	err := writeAtomic(dst, func(w io.Writer) error {
@@ -111,10 +110,10 @@ func (o object) publish(dst string) error {
 	return err
 }
 
-// writeMD5 writes <file>.md5: the sum in hex and nothing else, as COS does.
+// writeMD5 writes <file>.md5 with only the checksum in hex, as COS does.
 func writeMD5(file, sum string) error { return putFile(file+".md5", sum) }
 
-// publishText writes a small file and its md5.
+// publishText writes a small file and its .md5 file.
 func publishText(dst, text string) error {
 	if err := putFile(dst, text); err != nil {
 		return err
@@ -130,7 +129,7 @@ func putFile(dst, text string) error {
 	})
 }
 
-// writeAtomic gives dst its new content in one step.
+// writeAtomic writes the content of dst atomically.
 func writeAtomic(dst string, write func(io.Writer) error) error {
 	f, err := os.CreateTemp(filepath.Dir(dst), "."+filepath.Base(dst)+".tmp-")
 	if err != nil {

@@ -8,35 +8,31 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// platform is all that differs between the mirror's architectures. Kernels and
-// drivers of another one than the machine's are cross-compiled with tools of
-// the machine's: Debian's kbuild programs and compilers are its own.
+// platform has everything that differs between the mirror's architectures. Kernels and drivers for another architecture
+// than the machine's are cross-compiled. Debian's kbuild programs and compilers for that run on the machine.
 type platform struct {
 	arch target.Arch
-	// flavour is Debian's kernel flavour: for amd64 the smallest one, for virtual
-	// machines; for arm64 the plain one, which has DRM, so that nvidia-drm gets
-	// something to do somewhere.
+	// flavour is Debian's kernel flavour. For amd64 it is the smallest one, which is for virtual machines. For arm64 it is
+	// the plain one. That one has DRM, so that one kernel of the mirror loads nvidia-drm.
 	flavour string
-	// kernelArch is the kernel's folder below arch/.
+	// kernelArch is the name of the kernel's folder below arch/.
 	kernelArch string
-	// foreign is the suffix by which apt tells packages of this architecture
-	// from the machine's; "" means the machine's own.
+	// foreign is apt's suffix for packages of this architecture; "" means the machine's own.
 	foreign string
-	// runfile is what NVIDIA calls the architecture.
+	// runfile is NVIDIA's name of the architecture.
 	runfile string
-	// triplet is the GNU name; prefix is how COS's SDK names its tools.
+	// triplet is the GNU name of the architecture. prefix begins the names of the tools, as in COS's SDK.
 	triplet, prefix string
-	// gccDir is the compiler's own folder: the driver finds it, and as and ld
-	// behind it, by the way from its own place. No wrapper is needed.
+	// gccDir is the compiler's own folder. The compiler finds the folder, and from there as and ld, by relative paths, so
+	// no wrapper is needed.
 	gccDir string
-	// toolchain are the packages of the compiler and the binary tools.
+	// toolchain are the packages with the compiler and the binary tools.
 	toolchain []string
-	// oldest says to take one kernel, the oldest, where none is named.
+	// oldest says that only the oldest kernel is taken if no kernel is named.
 	oldest bool
 }
 
-// libraryPackages hold every library that the tools load, save libc, which is
-// the machine's.
+// libraryPackages contain all libraries that the tools load, except libc. libc comes from the machine.
 var libraryPackages = []string{
 	"libbinutils", "libctf0", "libctf-nobfd0",
 	"libisl23", "libmpc3", "libmpfr6", "libgmp10", "libjansson4", "libzstd1", "zlib1g",
@@ -60,7 +56,7 @@ var platforms = map[target.Arch]platform{
 	},
 }
 
-// board returns the COS board of this architecture.
+// board returns the COS board of this architecture. amd64 is the board for amd64.
 func (p platform) board(amd64 string) string {
 	if p.arch == target.AMD64 {
 		return amd64
@@ -68,17 +64,17 @@ func (p platform) board(amd64 string) string {
 	return "lakitu-" + string(p.arch)
 }
 
-// env is the content of toolchain_env.
+// env returns the content of toolchain_env.
 func (p platform) env() string { return "CC=" + p.prefix + "gcc\nCXX=" + p.prefix + "gcc\n" }
 
-// headers matches the names of Debian's header packages: what comes before the
-// flavour, the series in it, and the ABI number in one of two places.
+// headers matches the names of Debian's header packages. Its groups are the part before the flavour, the series in it,
+// and the ABI number in one of two places.
 func (p platform) headers() *regexp.Regexp {
 	return regexp.MustCompile(`^linux-headers-(([0-9]+\.[0-9]+)\.(?:0-([0-9]{1,6})|([0-9]{1,6})\+deb[0-9]+))-` +
 		regexp.QuoteMeta(p.flavour) + `$`)
 }
 
-// named returns package names as apt takes them.
+// named returns package names in the form that apt needs.
 func (p platform) named(names ...string) []string {
 	var all []string
 	for _, name := range names {
@@ -87,7 +83,7 @@ func (p platform) named(names ...string) []string {
 	return all
 }
 
-// plain returns what apt said about packages without the architecture's suffix.
+// plain removes the architecture's suffix from the package names in apt's answer.
 func (p platform) plain(versions map[string][]string) map[string][]string {
 	all := map[string][]string{}
 	for name, v := range versions {
@@ -96,8 +92,7 @@ func (p platform) plain(versions map[string][]string) map[string][]string {
 	return all
 }
 
-// aptDir is the folder of apt's lists: those of one architecture alone have
-// nothing to do with the other's.
+// aptDir returns the folder of apt's lists. Each architecture has one of its own.
 func (p platform) aptDir() string {
 	if p.foreign == "" {
 		return "debian"
@@ -105,7 +100,7 @@ func (p platform) aptDir() string {
 	return "debian-" + string(p.arch)
 }
 
-// aptConf is what apt has to be told besides. The machine's dpkg stays as it is.
+// aptConf returns additional settings for apt. The machine's dpkg does not change.
 func (p platform) aptConf() string {
 	if p.foreign == "" {
 		return ""

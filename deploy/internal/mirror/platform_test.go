@@ -61,7 +61,7 @@ func TestKernelNames(t *testing.T) {
 		"6.12.117+deb12-cloud-amd64":   "6.12 117 19216 linux-headers-6.12.117+deb12-common linux-kbuild-6.12.117+deb12",
 		"6.12.117+deb12-amd64":         "",
 		"6.12.117+deb12-rt-amd64":      "",
-		"6.12-cloud-amd64":             "", // names the newest
+		"6.12-cloud-amd64":             "", // the name of a package that stands for the newest kernel
 		"6.12.117-cloud-amd64":         "",
 		"6.1.0-1234567-cloud-amd64":    "",
 		"6.12.117+deb12-common":        "",
@@ -78,8 +78,8 @@ func TestKernelNames(t *testing.T) {
 	}
 }
 
-// Of arm64 there is one kernel unless more are named: an everyday mirror does
-// not grow by what nobody asked for.
+// TestSelectKernelsARM64 checks that only one arm64 kernel is selected unless more are named. An ordinary mirror should
+// not grow by parts that nobody asked for.
 func TestSelectKernelsARM64(t *testing.T) {
 	t.Parallel()
 	all := []kernel{{abi: 47}, {abi: 50}, {abi: 56}}

@@ -13,11 +13,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestReal makes the kernel half of a mirror twice out of the same Debian
-// packages, in two folders and with nothing cached, and compares every byte;
-// then it compiles with the toolchain archive in a sandbox that hides the
-// machine's own compiler. It takes two minutes, so it runs only where
-// PREBAKE_MIRROR_CACHE names the cache folder of an earlier `mirror`.
+// TestReal makes the kernels of a mirror twice from the same Debian packages, in two folders without a cache, and
+// compares every byte. Then it compiles with the toolchain archive in a sandbox that hides the machine's own compiler.
+// The test takes two minutes, so it runs only where PREBAKE_MIRROR_CACHE names the cache folder of an earlier `mirror`.
 func TestReal(t *testing.T) {
 	cache := os.Getenv("PREBAKE_MIRROR_CACHE")
 	if cache == "" {
@@ -74,8 +72,8 @@ func digests(t *testing.T, dir string) map[string]string {
 	return all
 }
 
-// compileHidden shows that compiler, assembler, linker and all their libraries
-// but libc come out of the archive, at a path that it was not made for.
+// compileHidden checks that the compiler, the assembler, the linker and all their libraries except libc come from the
+// archive. The archive is unpacked at a path for which it was not made.
 func compileHidden(t *testing.T, archive string) {
 	t.Helper()
 	dir := t.TempDir()

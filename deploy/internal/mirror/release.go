@@ -10,9 +10,9 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The packages of one NVIDIA release. Debian splits the runfile; the mirror
-// puts together again what a compute node wants: CUDA, NVML, video, OpenCL,
-// tools and firmware, without X11, 32-bit libraries and documentation.
+// The packages of one NVIDIA release. Debian splits the runfile into packages. The mirror puts the parts together that
+// a compute node needs: CUDA, NVML, video, OpenCL, tools and firmware. It leaves out X11, 32-bit libraries and
+// documentation.
 var (
 	sourcePackage     = "nvidia-kernel-source"
 	openSourcePackage = "nvidia-open-kernel-source"
@@ -21,17 +21,17 @@ var (
 		"libnvcuvid1", "libnvidia-encode1", "libnvidia-opticalflow1", "libnvidia-cfg1", "nvidia-opencl-icd",
 		"nvidia-cuda-mps",
 	}
-	// driverTools are built apart by Debian and follow the branch, not the release.
+	// driverTools are tools that Debian builds separately. Their versions follow the branch, not the release.
 	driverTools = []string{"nvidia-modprobe", "nvidia-persistenced"}
-	// notOfLine is what a line of packages beside the plain one lacks.
+	// notOfLine are the packages that exist only in the plain line.
 	notOfLine = []string{"nvidia-cuda-mps"}
 )
 
-// line is which of Debian's packages a release is made of: the plain ones, "", or
-// those of an older branch that it keeps beside them, such as "tesla-535".
+// line says which of Debian's packages a release consists of. "" means the plain packages. Otherwise it names packages
+// of an older branch that Debian keeps beside them, such as "tesla-535".
 type line string
 
-// named returns the name that a plain package has in the line.
+// named returns the line's name of a plain package.
 func (l line) named(plain string) string {
 	if l == "" || slices.Contains(driverTools, plain) {
 		return plain
@@ -44,19 +44,19 @@ func (l line) named(plain string) string {
 	return "libnvidia-" + string(l) + "-" + strings.TrimPrefix(plain, "lib")
 }
 
-// lacks tells a package that the line does not have.
+// lacks reports whether the line does not have a package.
 func (l line) lacks(plain string) bool { return l != "" && slices.Contains(notOfLine, plain) }
 
-// release is one NVIDIA release as Debian has it.
+// release is one NVIDIA release in Debian.
 type release struct {
-	version  string // 535.261.03
-	apt      *apt   // where the packages come from
+	version  string // such as 535.261.03
+	apt      *apt   // source of the packages
 	line     line
 	packages []pkg
 	open     bool
 }
 
-// sourceVersion is the version of the release's source packages.
+// sourceVersion returns the version of the release's source packages.
 func (r release) sourceVersion() string {
 	for _, p := range r.packages {
 		if strings.HasPrefix(p.Name, r.line.named(sourcePackage)) {
@@ -66,7 +66,7 @@ func (r release) sourceVersion() string {
 	return ""
 }
 
-// onlySources are the packages with module sources.
+// onlySources returns the packages with module sources.
 func (r release) onlySources() []pkg {
 	return slices.DeleteFunc(slices.Clone(r.packages), func(p pkg) bool {
 		return !strings.HasPrefix(p.Name, r.line.named(sourcePackage)) &&
@@ -81,7 +81,7 @@ func (r release) flavours() []target.Flavour {
 	return []target.Flavour{target.Proprietary}
 }
 
-// findReleases returns the releases of a line that apt knows whole.
+// findReleases returns the complete releases of a line in apt's index.
 func findReleases(ctx context.Context, a *apt, p platform, l line) ([]release, error) {
 	var ask []string
 	plain := slices.Concat([]string{sourcePackage, openSourcePackage}, driverPackages, driverTools)
@@ -108,8 +108,7 @@ func findReleases(ctx context.Context, a *apt, p platform, l line) ([]release, e
 	return releases, nil
 }
 
-// wholeReleases returns the releases of which all packages exist; the versions are
-// by plain names.
+// wholeReleases returns the releases whose packages all exist. The keys of versions are the plain names.
 func wholeReleases(versions map[string][]string, l line) []release {
 	var whole []release
 	for _, v := range versions[sourcePackage] {
@@ -131,8 +130,7 @@ func wholeReleases(versions map[string][]string, l line) []release {
 	return whole
 }
 
-// findDrivers returns the releases to lay out: the default first, then the others
-// by version.
+// findDrivers returns the releases for the mirror: the default first, then the others in the order of their versions.
 func (m *maker) findDrivers(ctx context.Context) (releases []release, err error) {
 	own, err := findReleases(ctx, m.apt, m.platform, "")
 	if err != nil {
@@ -160,8 +158,8 @@ func (m *maker) findDrivers(ctx context.Context) (releases []release, err error)
 	return releases, nil
 }
 
-// findBranches takes each branch out of the machine's own Debian release, or out of
-// the next one where that has no such branch.
+// findBranches takes each branch from the machine's own Debian release. If that has no release of the branch, it takes
+// the branch from the next Debian release.
 func (m *maker) findBranches(ctx context.Context, own []release) (releases []release, err error) {
 	for _, branch := range m.Branches {
 		of := ofBranch(own, branch)
@@ -193,8 +191,8 @@ func (m *maker) findBranches(ctx context.Context, own []release) (releases []rel
 	return releases, nil
 }
 
-// findNeighbour returns one more release of the default's branch, which the next
-// Debian release keeps beside its own.
+// findNeighbour returns one more release of the default's branch. The next Debian release has it in a separate line of
+// packages.
 func (m *maker) findNeighbour(ctx context.Context, releases []release) (release, error) {
 	a, err := m.openNext(ctx)
 	if err != nil {
@@ -223,7 +221,7 @@ func ofBranch(releases []release, branch string) []release {
 		func(r release) bool { return branch != "" && target.Branch(r.version) != branch })
 }
 
-// newestRelease returns the newest one that is wanted, or nil.
+// newestRelease returns the newest wanted release, or nil.
 func newestRelease(releases []release, wanted func(release) bool) *release {
 	var newest *release
 	for i, r := range releases {
@@ -234,8 +232,8 @@ func newestRelease(releases []release, wanted func(release) bool) *release {
 	return newest
 }
 
-// selectReleases picks the newest release that has both flavours and the newest of
-// all, in that order; they may be one.
+// selectReleases returns the newest release that has both flavours, and then the newest of all. They may be the same
+// release.
 func selectReleases(whole []release) ([]release, error) {
 	both := newestRelease(whole, func(r release) bool { return r.open })
 	newest := newestRelease(whole, func(release) bool { return true })
@@ -249,8 +247,7 @@ func selectReleases(whole []release) ([]release, error) {
 	return []release{*both, *newest}, nil
 }
 
-// complete adds the release's other packages and reports whether all exist in
-// this very version.
+// complete adds the other packages of the release. It reports whether all of them exist in exactly this version.
 func (r *release) complete(versions map[string][]string, v string) bool {
 	for _, name := range driverPackages {
 		if r.line.lacks(name) {
@@ -264,12 +261,12 @@ func (r *release) complete(versions map[string][]string, v string) bool {
 	return true
 }
 
-// addTools adds of each tool the newest version of the branch that is not
-// newer than the release, or the branch's oldest.
+// addTools adds a version of each tool: the newest one of the branch that is not newer than the release. If all are
+// newer, it adds the oldest one of the branch.
 func (r *release) addTools(versions map[string][]string) {
 	for _, name := range driverTools {
 		var best string
-		for _, v := range versions[name] { // newest first
+		for _, v := range versions[name] { // the newest comes first
 			if target.Branch(pkg{Version: v}.upstream()) != target.Branch(r.version) {
 				continue
 			}
@@ -285,8 +282,7 @@ func (r *release) addTools(versions map[string][]string) {
 
 func cleanVersion(v string) string { return pkg{Version: v}.upstream() }
 
-// baseOf returns the release of the same branch that has both flavours, by which
-// Debian's edits of another one are undone.
+// baseOf returns a release of the same branch that has both flavours. It is the base for undoing Debian's edits of r.
 func baseOf(r release, releases []release) (release, bool) {
 	if r.open {
 		return r, true

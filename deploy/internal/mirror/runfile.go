@@ -11,12 +11,11 @@ import (
 	"time"
 )
 
-// packRunfile packs the tree with makeself: a shell script with a compressed
-// tar behind it, as NVIDIA's own. All names on the command line are relative,
-// since makeself writes it into the header.
+// packRunfile packs the tree with makeself. The result is a shell script with a compressed tar after it, like NVIDIA's
+// runfile. All names on the command line are relative, because makeself writes the command line into the header.
 func packRunfile(ctx context.Context, t tree, name, version, work string, w io.Writer) error {
 	payload := filepath.Join(work, "payload")
-	// Chmod, since the umask must not show in the archive.
+	// Chmod makes the mode independent of the umask, which must not change the archive.
 	if err := errors.Join(os.Mkdir(payload, 0o755), os.Chmod(payload, 0o755)); err != nil {
 		return err
 	}
@@ -44,8 +43,8 @@ func packRunfile(ctx context.Context, t tree, name, version, work string, w io.W
 	return err
 }
 
-// installer is the start-up script, which makeself wants to exist. It takes the place of NVIDIA's installer program,
-// which Debian does not ship: who runs the file by hand learns what it is.
+// installer is the start-up script, which makeself requires. It replaces NVIDIA's installer program, which Debian does
+// not ship. It explains the file to a person who runs it by hand.
 const installer = `#!/bin/sh
 echo "This archive was put together from Debian packages; it holds no installer." >&2
 echo "Use -x --target DIR to unpack it." >&2

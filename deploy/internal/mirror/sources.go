@@ -13,15 +13,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// components are the parts of Debian's archive that the mirror reads: kernels
-// are in main, NVIDIA's open sources in contrib, the rest in non-free.
+// components are the parts of Debian's archive that the mirror needs. main has the kernels, contrib NVIDIA's open
+// sources, and non-free the rest.
 const components = "main contrib non-free non-free-firmware"
 
-// DeriveSources reads a machine's apt sources under etcApt (sources.list,
-// sources.list.d/*.list and *.sources) and returns one deb822 sources file that
-// names the same archives, suites and keyrings of this Debian release with all
-// components. Sources of other suites (third-party archives) are left out: they
-// have no such components.
+// DeriveSources reads a machine's apt sources under etcApt (sources.list, sources.list.d/*.list and *.sources). It
+// returns one deb822 sources file with the same archives, suites and keyrings of this Debian release, and with all
+// components. It leaves out other suites, such as third-party archives, because they do not have these components.
 func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 	names, err := fs.Glob(etcApt, "sources.list.d/*")
 	if err != nil {
@@ -60,17 +58,17 @@ func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// nextCodename is the release after the one that the mirror runs on. Packages of
-// it are unpacked and never installed.
+// nextCodename is the Debian release after the one that the mirror runs on. Its packages are unpacked and never
+// installed.
 const nextCodename = "trixie"
 
-// ofNext turns derived sources of one release into those of the next: the same
-// archives and keyrings, its suites.
+// ofNext changes derived sources of one release to those of the next. Archives and keyrings stay the same, and the
+// suites change.
 func ofNext(derived []byte, codename string) []byte {
 	var out bytes.Buffer
 	for line := range strings.Lines(string(derived)) {
 		if suites, ok := strings.CutPrefix(line, "Suites: "); ok {
-			// Old sources call the security suite <codename>/updates.
+			// Older sources call the security suite <codename>/updates.
 			line = "Suites: " + strings.NewReplacer(codename+"/updates", nextCodename+"-security", codename,
 				nextCodename).Replace(suites)
 		}
@@ -79,13 +77,12 @@ func ofNext(derived []byte, codename string) []byte {
 	return out.Bytes()
 }
 
-// stanza is one source: field names in lower case, values as written.
+// stanza is one source. The field names are in lower case, and the values are unchanged.
 type stanza struct {
 	fields map[string]string
 }
 
-// ofRelease reports whether a suite belongs to the release: the release itself,
-// its updates and its security suite.
+// ofRelease reports whether a suite belongs to the release: the release itself, its updates, or its security suite.
 func ofRelease(suite, codename string) bool {
 	return slices.Contains([]string{codename, codename + "-updates", codename + "-security", codename + "/updates"}, suite)
 }
@@ -119,8 +116,8 @@ func (s stanza) derive(codename string) (string, bool) {
 	return out.String(), true
 }
 
-// parseDeb822 reads the stanza format of *.sources files. Lines that begin
-// with # are comments, lines that begin with a blank go on with the field.
+// parseDeb822 reads the stanza format of *.sources files. A line that begins with # is a comment. A line that begins
+// with a blank continues the field.
 func parseDeb822(text []byte) []stanza {
 	var all []stanza
 	cur, last := map[string]string{}, ""

@@ -15,7 +15,7 @@ func TestDeriveSources(t *testing.T) {
 	tests := []struct {
 		name  string
 		files map[string]string
-		want  string // "" is an error
+		want  string // "" means an error
 	}{
 		{
 			name: "deb822 with comments, two stanzas, a third-party archive",
@@ -107,7 +107,7 @@ func FuzzDeriveSources(f *testing.F) {
 		if err != nil {
 			return
 		}
-		// What it writes, it reads as the same.
+		// DeriveSources must return its own output unchanged.
 		again, err := DeriveSources(fstest.MapFS{"sources.list.d/b.sources": {Data: got}}, "bookworm")
 		if err != nil || string(again) != string(got) {
 			t.Errorf("DeriveSources(its own output) = %q, %v; want %q", again, err, got)

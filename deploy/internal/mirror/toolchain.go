@@ -16,30 +16,30 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// gccMajor is the compiler that Debian 12 builds its kernels with.
+// gccMajor is the major version of the compiler that Debian 12 builds its kernels with.
 const gccMajor = "12"
 
-// prefix is how COS's SDK names its tools; toolchain_env points at them.
+// prefix is the beginning of the tools' names in COS's SDK. toolchain_env names the tools.
 const prefix = "x86_64-cros-linux-gnu-"
 
 // toolchainEnv is the content of toolchain_env.
 const toolchainEnv = "CC=" + prefix + "gcc\nCXX=" + prefix + "gcc\n"
 
-// toolchainPackages hold the compiler, the binary tools and every library that
-// they load, save libc, which is the machine's.
+// toolchainPackages contain the compiler, the binary tools, and all libraries that they load except libc. libc comes
+// from the machine.
 var toolchainPackages = append([]string{
 	"gcc-" + gccMajor, "cpp-" + gccMajor, "libgcc-" + gccMajor + "-dev", "binutils-x86-64-linux-gnu",
 }, libraryPackages...)
 
-// binaries are the tools of binutils that go in.
+// binaries are the tools of binutils in the archive.
 var binaries = []string{"addr2line", "ar", "as", "c++filt", "elfedit", "ld.bfd", "nm", "objcopy", "objdump", "ranlib",
 	"readelf", "size", "strings", "strip"}
 
-// machineLibs stay the machine's own, as with COS's archive: who runs the
-// toolchain has a C library.
+// machineLibs are the libraries that come from the machine, as for COS's archive. Every machine that runs the toolchain
+// has a C library.
 var machineLibs = []string{"libc.so.6", "libm.so.6", "libdl.so.2", "ld-linux-x86-64.so.2"}
 
-// toolchainTree lays out a compiler that works from any folder.
+// toolchainTree makes the tree of a compiler that works from any folder.
 func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work string) (tree, error) {
 	t := tree{}
 	for _, need := range pkgs {
@@ -55,7 +55,7 @@ func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work str
 	for _, tool := range []string{"ar", "as", "ld", "ld.bfd", "nm", "objcopy", "objdump", "ranlib", "strip"} {
 		t.add(p.triplet+"/bin/"+tool, node{link: "../../bin/" + p.prefix + tool})
 	}
-	if err := t.resolveLinks(); err != nil {
+	if err := t.checkLinks(); err != nil {
 		return nil, err
 	}
 	if err := relocate(ctx, t, work); err != nil {
@@ -64,8 +64,8 @@ func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work str
 	return t, t.checkLibraries()
 }
 
-// toolchainPick leaves out link-time optimisation, sanitizers and plugins: a
-// kernel module needs none of them, and they are two thirds of the packages.
+// toolchainPick leaves out link-time optimisation, sanitizers and plugins. A kernel module needs none of them, and they
+// are two thirds of the packages.
 func (p platform) toolchainPick(name string) string {
 	base := path.Base(name)
 	if tool, ok := strings.CutPrefix(name, "usr/bin/"+p.triplet+"-"); ok {
@@ -93,9 +93,9 @@ func (p platform) toolchainPick(name string) string {
 	return ""
 }
 
-// resolveLinks replaces links that leave the tree, or dangle because their
-// target got another name here, by an error: the archive must stand alone.
-func (t tree) resolveLinks() error {
+// checkLinks returns an error if a link leaves the tree, or if its target is missing because it has another name in
+// the tree. The archive must not depend on other files.
+func (t tree) checkLinks() error {
 	for name, n := range t {
 		if n.link == "" {
 			continue
@@ -109,8 +109,7 @@ func (t tree) resolveLinks() error {
 	return nil
 }
 
-// relocate makes every program and library look for its libraries relative to
-// its own place first.
+// relocate makes every program and library search for its libraries first in a path relative to itself.
 func relocate(ctx context.Context, t tree, work string) error {
 	root, err := os.OpenRoot(work)
 	if err != nil {
@@ -146,8 +145,7 @@ func relocate(ctx context.Context, t tree, work string) error {
 	return nil
 }
 
-// checkLibraries refuses a toolchain that would need a library which is
-// neither in it nor part of every machine.
+// checkLibraries refuses a toolchain if a library is missing: one that is neither in the archive nor on every machine.
 func (t tree) checkLibraries() error {
 	for name, n := range t {
 		if !bytes.HasPrefix(n.data, []byte(elf.ELFMAG)) || path.Ext(name) == ".o" {
@@ -172,8 +170,8 @@ func (t tree) checkLibraries() error {
 	return nil
 }
 
-// writeTarXZ compresses in blocks of a fixed size: the bytes do not depend on
-// the number of processors, which xz would otherwise let them.
+// writeTarXZ compresses in blocks of a fixed size. With xz's default, the bytes would depend on the number of
+// processors.
 func (t tree) writeTarXZ(ctx context.Context, w io.Writer) error {
 	cmd := exec.CommandContext(ctx, "xz", "-3", "-T2", "--block-size=8MiB", "--check=crc64", "-c")
 	cmd.Env = append(os.Environ(), "XZ_DEFAULTS=", "XZ_OPT=")

@@ -18,11 +18,11 @@ import (
 	"time"
 )
 
-// epoch is the modification time of everything that the mirror packs: the
-// archives say nothing of the day they were made on.
+// epoch is the modification time of all files that the mirror packs, so that the archives do not depend on the day on
+// which they are made.
 var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// maxEntry bounds one file out of a package; NVIDIA's largest is under 100 MiB.
+// maxEntry bounds one file of a package, in bytes. NVIDIA's largest file has less than 100 MiB.
 const maxEntry = 1 << 30
 
 // node is one file, folder or link of a tree.
@@ -31,20 +31,19 @@ type node struct {
 	dir  bool
 	link string
 	data []byte
-	// changed is when the file was last changed, as an archive says, in seconds.
+	// changed is the modification time of the file in the archive, in seconds since 1970.
 	changed int64
 }
 
 // tree maps slash-separated relative paths to nodes. Folders need no entry.
 type tree map[string]node
 
-// add stores a node and replaces what was there, folder links included.
+// add stores a node. It replaces a node of the same name, also a link to a folder.
 func (t tree) add(name string, n node) { t[path.Clean(name)] = n }
 
 func (t tree) addFile(name, text string) { t.add(name, node{mode: 0o644, data: []byte(text)}) }
 
-// names returns all paths in order, parents before children, with every
-// missing parent folder.
+// names returns all paths in order, parents before their children. It adds every missing parent folder.
 func (t tree) names() []string {
 	all := map[string]bool{}
 	for name := range t {
@@ -60,8 +59,7 @@ func (t tree) names() []string {
 	return names
 }
 
-// writeTar writes the tree as a tar whose bytes depend on nothing but the
-// tree, the prefix before every name, and mtime.
+// writeTar writes the tree as a tar. The bytes depend only on the tree, the prefix before every name, and mtime.
 func (t tree) writeTar(w io.Writer, prefix string, mtime time.Time) error {
 	tw := tar.NewWriter(w)
 	for _, name := range t.names() {
@@ -87,8 +85,7 @@ func (t tree) writeTar(w io.Writer, prefix string, mtime time.Time) error {
 	return tw.Close()
 }
 
-// writeTgz writes the tree as a gzip-compressed tar without name or time in
-// its header.
+// writeTgz writes the tree as a gzip-compressed tar. The gzip header has no name and no time.
 func (t tree) writeTgz(w io.Writer, prefix string, mtime time.Time) error {
 	zw := gzip.NewWriter(w)
 	if err := t.writeTar(zw, prefix, mtime); err != nil {
@@ -97,7 +94,7 @@ func (t tree) writeTgz(w io.Writer, prefix string, mtime time.Time) error {
 	return zw.Close()
 }
 
-// writeDir lays the tree under dir, which exists and is empty.
+// writeDir writes the tree to dir, which must exist and be empty.
 func (t tree) writeDir(dir string) error {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -114,7 +111,7 @@ func (t tree) writeDir(dir string) error {
 		case n.link != "":
 			err = root.Symlink(n.link, name)
 		default:
-			// Chmod, since the umask must not show in the archive.
+			// Chmod makes the mode independent of the umask, which must not change the archive.
 			if err = root.WriteFile(name, n.data, 0o600); err == nil {
 				err = root.Chmod(name, n.mode)
 			}
@@ -126,11 +123,10 @@ func (t tree) writeDir(dir string) error {
 	return nil
 }
 
-// pick says where a file of an archive goes: its name in the tree, or "" to
-// leave it out.
+// pick returns the name in the tree for a file of an archive; "" leaves the file out.
 type pick func(name string) string
 
-// readDeb adds the picked files of a Debian package to t.
+// readDeb adds the selected files of a Debian package to t.
 func readDeb(ctx context.Context, t tree, deb string, where pick) error {
 	err := pipe(exec.CommandContext(ctx, "dpkg-deb", "--fsys-tarfile", deb),
 		func(r io.Reader) error { return readTar(t, r, where) })
@@ -140,14 +136,14 @@ func readDeb(ctx context.Context, t tree, deb string, where pick) error {
 	return nil
 }
 
-// readXZ adds the picked files of a tar.xz to t.
+// readXZ adds the selected files of a tar.xz to t.
 func readXZ(ctx context.Context, t tree, archive []byte, where pick) error {
 	cmd := exec.CommandContext(ctx, "xz", "-dc")
 	cmd.Stdin = bytes.NewReader(archive)
 	return pipe(cmd, func(r io.Reader) error { return readTar(t, r, where) })
 }
 
-// pipe hands cmd's stdout to read and drains what read leaves.
+// pipe passes the stdout of cmd to read, and then drains the rest.
 func pipe(cmd *exec.Cmd, read func(io.Reader) error) error {
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -204,7 +200,7 @@ func readTar(t tree, r io.Reader, where pick) error {
 	}
 }
 
-// under returns a pick of everything below folder from, moved to folder to.
+// under returns a pick that selects everything below the folder from, and moves it to the folder to.
 func under(from, to string) pick {
 	return func(name string) string {
 		if rest, ok := strings.CutPrefix(name, from+"/"); ok {

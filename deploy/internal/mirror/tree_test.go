@@ -154,7 +154,7 @@ func TestStore(t *testing.T) {
 	}
 }
 
-// An object that went bad in the cache is neither published nor kept.
+// TestPublishDamagedObject checks that an object that is damaged in the cache is neither published nor kept.
 func TestPublishDamagedObject(t *testing.T) {
 	t.Parallel()
 	s := store{t.TempDir()}

@@ -15,21 +15,20 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Debian's -source packages are NVIDIA's trees with Debian's patches, and real
-// runfiles have none of them. The source package of the open flavour has NVIDIA's
-// own release tree beside; with it the patches are undone.
+// Debian's -source packages are NVIDIA's trees with Debian's patches. Real runfiles have no such patches. Debian's
+// source package of the open flavour also contains NVIDIA's own release tree, and the mirror undoes the patches with
+// it.
 const (
 	openOrigin = "nvidia-open-gpu-kernel-modules"
-	// undoRecipe is raised with any change to what comes out of undoing.
+	// undoRecipe must change whenever the result of undoing changes.
 	undoRecipe = "undo-1"
 )
 
-// edition is one folder of module sources in two editions: NVIDIA's own, and
-// Debian's.
+// edition is one folder of module sources in two editions: NVIDIA's own, and Debian's.
 type edition struct{ own, debian tree }
 
-// addDebSrc adds to derived sources those of source packages: of this suite and
-// of contrib alone, where the one source package is that is wanted.
+// addDebSrc adds entries for source packages to derived sources. They cover only this suite and contrib, because
+// contrib has the only source package that the mirror needs.
 func addDebSrc(derived []byte, codename string) []byte {
 	out := bytes.NewBuffer(bytes.Clone(derived))
 	for _, s := range parseDeb822(derived) {
@@ -47,10 +46,10 @@ func addDebSrc(derived []byte, codename string) []byte {
 	return out.Bytes()
 }
 
-// errNoOrigin says that Debian's archive does not serve NVIDIA's own tree.
+// errNoOrigin means that Debian's archive does not serve NVIDIA's own tree.
 var errNoOrigin = errors.New("NVIDIA's own tree is not served")
 
-// origin returns the file with NVIDIA's own release tree of the open flavour.
+// origin returns the path of the file with NVIDIA's own release tree of the open flavour. It downloads a missing file.
 func (a *apt) origin(ctx context.Context, version string) (file string, err error) {
 	file = filepath.Join(a.dir, "packages", openOrigin+"_"+pkg{Version: version}.upstream()+".orig.tar.xz")
 	if info, err := os.Stat(file); err == nil && info.Size() > 0 {
@@ -71,7 +70,7 @@ func (a *apt) origin(ctx context.Context, version string) (file string, err erro
 	return file, os.Rename(filepath.Join(tmp, filepath.Base(file)), file)
 }
 
-// openTree returns kernel-open/ of NVIDIA's own release.
+// openTree returns the folder kernel-open/ of NVIDIA's own release.
 func openTree(ctx context.Context, file string) (tree, error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
@@ -92,7 +91,7 @@ func openTree(ctx context.Context, file string) (tree, error) {
 	return t, err
 }
 
-// sub returns what is below a folder of the tree.
+// sub returns the part of the tree below a folder.
 func (t tree) sub(dir string) tree {
 	below := tree{}
 	for name, n := range t {
@@ -103,7 +102,7 @@ func (t tree) sub(dir string) tree {
 	return below
 }
 
-// replace puts a tree in the place of a folder.
+// replace replaces the content of a folder with another tree.
 func (t tree) replace(dir string, with tree) {
 	for name := range t.sub(dir) {
 		delete(t, dir+"/"+name)
@@ -113,8 +112,8 @@ func (t tree) replace(dir string, with tree) {
 	}
 }
 
-// edited are the files that Debian changed: dpkg-source gives them the time of the
-// newest changelog entry, which is later than all of NVIDIA's.
+// edited returns the names of the files that Debian changed. dpkg-source gives these files the time of the newest
+// changelog entry, which is later than the times of all other files.
 func (t tree) edited() []string {
 	var newest int64
 	for _, n := range t {
@@ -130,11 +129,11 @@ func (t tree) edited() []string {
 	return names
 }
 
-// undo returns Debian's edition of some sources as NVIDIA has them. Each file that
-// Debian changed is changed back as the pair of editions says, which may be of
-// another flavour or release: a file that is equal in Debian's editions gives way
-// to NVIDIA's own, any other gets the difference backwards. edits tells, a line
-// for each file. A file from which not all of Debian's lines are gone is an error.
+// undo undoes Debian's edits of some sources. pair has a folder in both editions, and may be of another flavour or
+// release. A changed file that equals the pair's Debian edition is replaced by NVIDIA's file of the pair. To any other
+// changed file, undo applies the difference between the editions backwards.
+//
+// edits has a line for each changed file. undo returns an error if a line that Debian added is still in a file.
 func undo(ctx context.Context, work string, debian tree, pair edition) (own tree, edits []string, err error) {
 	own = tree{}
 	for name, n := range debian {
@@ -142,7 +141,7 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	}
 	for _, name := range debian.edited() {
 		was, edited := pair.own[name], pair.debian[name]
-		// Where the pair's editions are equal, it was edited in this release alone.
+		// If the pair does not have both editions of the file, or they are equal, nothing tells what the file was before.
 		if was.data == nil || edited.data == nil || bytes.Equal(was.data, edited.data) {
 			return nil, nil, fault.New(fault.Unsupported, "undo Debian's edits: the original of "+name+" is not known", "")
 		}
@@ -166,8 +165,8 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	return own, edits, nil
 }
 
-// unpatch applies the difference between two texts backwards to a third one. What
-// does not fit is left out: Debian's patches differ between flavours.
+// unpatch applies the difference between two texts backwards to a third text. It leaves out parts that do not fit,
+// because Debian's patches differ between flavours.
 func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte, error) {
 	file := func(name string) string { return filepath.Join(work, name) }
 	if err := errors.Join(os.WriteFile(file("was"), was, 0o644), os.WriteFile(file("edited"), edited, 0o644)); err != nil {
@@ -185,7 +184,7 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 		if err := os.WriteFile(file("text"), text, 0o644); err != nil {
 			return nil, err
 		}
-		// Without -f, patch ignores -R where the text lacks the change, and applies it.
+		// Without -f, patch would ignore -R and apply a change that the text does not have.
 		cmd := exec.CommandContext(ctx, "patch", "-R", "-f", fuzz, "--no-backup-if-mismatch", "-r", "-", "text")
 		cmd.Dir, cmd.Stdin = work, bytes.NewReader(patch)
 		out, err := cmd.CombinedOutput()
@@ -202,8 +201,8 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 	return best, nil
 }
 
-// remainingLines are the lines that only Debian's edition has and that are still there.
-// Short ones, and the ends of conditions, are no evidence.
+// remainingLines returns the lines of the text that only Debian's edition has. It ignores short lines and the ends of
+// conditions, because these prove nothing.
 func remainingLines(text, was, edited []byte) []string {
 	set := func(text []byte) map[string]bool {
 		lines := map[string]bool{}
@@ -222,9 +221,9 @@ func remainingLines(text, was, edited []byte) []string {
 	return left
 }
 
-// sources are a release's module sources as NVIDIA has them.
+// sources has a release's module sources as NVIDIA publishes them.
 type sources struct {
-	kernel, open tree // open is nil for a release without it
+	kernel, open tree // open is nil for a release without the open flavour
 	edits        []string
 }
 
@@ -239,7 +238,7 @@ func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, e
 		return s, err
 	}
 	s.open = pair.own
-	for name, n := range pair.debian { // the linked cores, which NVIDIA's tree only has the sources of
+	for name, n := range pair.debian { // the compiled core objects; NVIDIA's tree has only their sources
 		if path.Ext(name) == ".o_binary" {
 			s.open[name] = n
 		}
@@ -252,8 +251,8 @@ func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, e
 	return s, err
 }
 
-// likeSources undoes the edits of another release of the branch, as they were
-// undone in the release that has both flavours.
+// likeSources undoes Debian's edits of a release that has only one flavour. It undoes them as in base, the release of
+// the branch that has both flavours.
 func (m *maker) likeSources(ctx context.Context, base release, t tree) (s sources, err error) {
 	only := base
 	only.packages = base.onlySources()

@@ -7,7 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/bzimage"
 )
 
-// makeVMLinux makes the object that COS's buckets have for who makes BTF.
+// makeVMLinux makes the object vmlinux. COS's buckets have it for programs that read BTF.
 func (m *maker) makeVMLinux(ctx context.Context, k kernel) (object, error) {
 	return m.object(ctx, "vmlinux of "+k.release, recipe{Kind: "vmlinux", Packages: []pkg{k.image}},
 		func(ctx context.Context, w io.Writer) error {

@@ -1,6 +1,5 @@
-// Package page reads the repository's Markdown pages: their headings, links, code
-// spans and code blocks. Tests check links with it, and run the commands of a page.
-// It refuses to render, and never follows a link.
+// Package page reads the repository's Markdown pages: their headings, links, code spans and code blocks. Tests use it
+// to check links, and to run the commands on a page. It does not render pages, and never follows a link.
 package page
 
 import (
@@ -16,9 +15,9 @@ import (
 
 // Page is one Markdown file.
 type Page struct {
-	// Anchors are the fragments that links to the page may name.
+	// Anchors are the fragments that a link to the page may have.
 	Anchors map[string]bool
-	// Links are the targets of links and images, as they are written.
+	// Links are the targets of links and images, as the page has them.
 	Links []Text
 	// Spans are the texts between backquotes in a line.
 	Spans []Text
@@ -26,7 +25,7 @@ type Page struct {
 	Blocks []Block
 }
 
-// Text is a piece of a page, with the number of its line, from 1.
+// Text is a piece of a page, with its line number; the first line is 1.
 type Text struct {
 	Text string
 	Line int
@@ -34,13 +33,13 @@ type Text struct {
 
 // Block is a fenced code block.
 type Block struct {
-	// Language is the first word behind the fence, such as sh; "" means none.
+	// Language is the first word after the fence, such as sh; "" means none.
 	Language string
-	// Run says that a test runs the block: its second word behind the fence is "run".
+	// Run says that a test runs the block, because the second word after the fence is "run".
 	Run bool
 	// Section is the anchor of the heading above the block.
 	Section string
-	// Text is the block without its fences, and Line the number of its first line.
+	// Text is the block without its fences. Line is the number of its first line.
 	Text string
 	Line int
 }
@@ -53,7 +52,7 @@ func Parse(source []byte) *Page {
 	seen := map[string]int{}
 	section := ""
 	line := 1
-	// The callback has no error to return, and nor has Walk.
+	// Neither the callback nor Walk ever returns an error.
 	_ = ast.Walk(parser.Parse(text.NewReader(source)), func(n ast.Node, entering bool) (ast.WalkStatus, error) {
 		if !entering {
 			return ast.WalkContinue, nil
@@ -102,7 +101,7 @@ func lineAt(source []byte, offset int) int {
 	return 1 + strings.Count(string(source[:offset]), "\n")
 }
 
-// plain is the text of a node and of what is in it, without the markup.
+// plain returns the text of a node and its children, without markup.
 func plain(n ast.Node, source []byte) string {
 	var b strings.Builder
 	_ = ast.Walk(n, func(n ast.Node, entering bool) (ast.WalkStatus, error) {
@@ -124,10 +123,10 @@ func plain(n ast.Node, source []byte) string {
 	return b.String()
 }
 
-// anchor is the fragment that GitHub gives a heading: "Section links" of
+// anchor returns the fragment that GitHub gives to a heading, as "Section links" describes it:
 // https://docs.github.com/en/get-started/writing-on-github/getting-started-with-writing-and-formatting-on-github/basic-writing-and-formatting-syntax
-// Letters become lower case, spaces hyphens, and punctuation goes. A name that an
-// earlier heading has gets a number. seen counts names over one page.
+// Letters become lower case, spaces become hyphens, and punctuation is removed. If an earlier heading has the same
+// fragment, a number is added. seen counts the fragments of one page.
 func anchor(heading string, seen map[string]int) string {
 	name := strings.Map(func(r rune) rune {
 		switch {

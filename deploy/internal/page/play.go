@@ -13,19 +13,19 @@ import (
 	"syscall"
 )
 
-// Command is what a page tells a reader to type, and what it shows of the output.
+// Command is a command that a page tells a reader to type, with the output that the page shows.
 type Command struct {
-	// Text is a script for bash, of one line or more.
+	// Text is a script for bash, of one or more lines.
 	Text string
-	// Want are the lines of output below it, stderr among them. "…" in a line stands
-	// for any text, and a line of "…" alone for any lines. nil is any output.
+	// Want are the lines of output below the command, including stderr. "…" in a line stands for any text, and a line with
+	// only "…" stands for any lines. nil means any output.
 	Want []string
-	// Line is the number of the command's first line in the page, from 1.
+	// Line is the number of the command's first line on the page; the first line is 1.
 	Line int
 }
 
-// Commands returns the commands of a block for the shell. In a block of the language
-// console they begin with "$ ", and output follows; a block of sh is one command.
+// Commands returns the commands of a shell block. In a block of the language console, a command begins with "$ ", and
+// its output follows. A block of any other language is one command.
 func (b Block) Commands() []Command {
 	if b.Language != "console" {
 		return []Command{{Text: b.Text, Line: b.Line}}
@@ -47,7 +47,7 @@ func (b Block) Commands() []Command {
 	return all
 }
 
-// Script returns the commands of all blocks that a test runs, in their order.
+// Script returns the commands of all blocks that a test runs, in their order on the page.
 func (p *Page) Script() []Command {
 	var all []Command
 	for _, b := range p.Blocks {
@@ -58,9 +58,9 @@ func (p *Page) Script() []Command {
 	return all
 }
 
-// Play runs commands in one bash, in a folder, and compares what they print. The first
-// one that fails or prints something else ends it. Jobs in the background are killed at
-// the end. The error names the line of the page.
+// Play runs the commands in one bash, in the folder dir, and compares their output with the page. It stops at the first
+// command that fails or prints something else; its error names the line of the page. At the end it kills background
+// jobs.
 func Play(ctx context.Context, dir string, env []string, commands []Command) error {
 	var script strings.Builder
 	script.WriteString("exec 2>&1\n")
@@ -68,7 +68,7 @@ func Play(ctx context.Context, dir string, env []string, commands []Command) err
 		fmt.Fprintf(&script, "%s\nstatus=$?; printf '\\n%s%d %%d\\n' $status; [ $status = 0 ] || exit 1\n", c.Text, mark, i)
 	}
 	log := filepath.Join(dir, "output")
-	// A pipe would stay open as long as a job in the background does.
+	// The output goes to a file, because a pipe would stay open as long as a background job runs.
 	out, err := os.Create(log)
 	if err != nil {
 		return err
@@ -97,7 +97,7 @@ func Play(ctx context.Context, dir string, env []string, commands []Command) err
 	return judge(commands, string(text))
 }
 
-// mark begins the line that Play prints behind each command's output.
+// mark is the beginning of the line that Play prints after each command's output.
 const mark = "\x01command "
 
 func judge(commands []Command, output string) error {
@@ -118,7 +118,7 @@ func judge(commands []Command, output string) error {
 	return nil
 }
 
-// matches compares output with what a page shows of it.
+// matches reports whether the output fits the output on the page.
 func matches(want []string, got string) bool {
 	var b strings.Builder
 	b.WriteString("^")

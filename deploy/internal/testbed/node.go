@@ -16,33 +16,33 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// Node is a virtual machine that looks like a COS node of one build.
+// Node is a virtual machine that looks like a COS node with one COS build.
 type Node struct {
 	Kernel target.Kernel
-	// Boot is the folder with the kernel to boot; see [Scene.Boot].
+	// Boot is the folder that has the kernel to boot; see [Scene.Boot].
 	Boot string
-	// GPU puts the emulated GPU into the machine.
+	// GPU adds the emulated GPU to the machine.
 	GPU bool
 	// Offline gives the machine no network.
 	Offline bool
 	// Key is the public key that the node trusts.
 	Key     string
 	Console io.Writer
-	// Files are in the node besides, and Tools are programs of this machine, at their paths.
+	// Files are additional files of the node. Tools are programs of this machine that the node gets at the same paths.
 	Files []vm.File
 	Tools []string
-	// Disk is an image that the node has as /dev/vda; "" means none.
+	// Disk is the path of an image that the node has as /dev/vda; "" means none.
 	Disk string
 	// KernelArgs are added to the kernel's command line.
 	KernelArgs []string
-	// Timeout ends the machine; 0 means 10 minutes.
+	// Timeout is the longest run of the machine; 0 means 10 minutes.
 	Timeout time.Duration
 }
 
-// InstallDir is where the node's driver goes: GKE's folder.
+// InstallDir is the install folder of the node's driver. GKE uses the same folder.
 const InstallDir = "/home/kubernetes/bin/nvidia"
 
-// nodeFiles lays out a COS-like root with the fetcher in it.
+// nodeFiles returns the files of a COS-like root, including the fetcher.
 func (s *Scene) nodeFiles(n Node) ([]vm.File, error) {
 	key, err := os.ReadFile(n.Key)
 	if err != nil {
@@ -80,7 +80,7 @@ func (s *Scene) nodeFiles(n Node) ([]vm.File, error) {
 	return append(append(files, libs...), n.Files...), nil
 }
 
-// Boot unpacks what the mirror has for booting a build's kernel.
+// Boot unpacks the mirror's files for booting the kernel of a COS build, and returns their folder.
 func (s *Scene) Boot(ctx context.Context, m *Mirror, k target.Kernel) (string, error) {
 	dir := filepath.Join(s.Dir, "boot", k.BuildID)
 	if _, err := os.Stat(dir); err == nil {
@@ -109,7 +109,7 @@ func (s *Scene) RunNode(ctx context.Context, n Node, steps []vm.Step) (*vm.Resul
 	})
 }
 
-// InstallStep is the node's main act: everything from resolving to validating.
+// InstallStep returns the step in which the node installs a driver, from resolving to validating.
 func InstallStep(srv *Server, extra ...string) vm.Step {
 	return vm.Step{Name: "install", KeepGoing: true, Timeout: 8 * time.Minute, Argv: append([]string{
 		"/usr/bin/fetcher", "install", "--server", "http://10.0.2.2:" + srv.Addr[strings.LastIndex(srv.Addr, ":")+1:],
@@ -117,12 +117,12 @@ func InstallStep(srv *Server, extra ...string) vm.Step {
 	}, extra...)}
 }
 
-// ModulesStep reads what is live in the node's kernel.
+// ModulesStep returns the step that lists the modules in the node's kernel.
 func ModulesStep() vm.Step {
 	return vm.Step{Name: "modules", Argv: []string{"@cat", "/proc/modules"}, KeepGoing: true}
 }
 
-// StepNamed returns a step's outcome.
+// StepNamed returns the result of a step.
 func StepNamed(res *vm.Result, name string) (vm.StepResult, error) {
 	for _, step := range res.Steps {
 		if step.Name == name {
@@ -132,7 +132,7 @@ func StepNamed(res *vm.Result, name string) (vm.StepResult, error) {
 	return vm.StepResult{}, fmt.Errorf("the node did not run step %q", name)
 }
 
-// Decode reads a step's JSON result.
+// Decode decodes the JSON output of a step.
 func Decode(step vm.StepResult, v any) error {
 	if err := json.Unmarshal(step.Stdout, v); err != nil {
 		return fmt.Errorf("step %s printed no JSON (exit %d, stderr %q): %w", step.Name, step.ExitCode, step.Stderr, err)
@@ -140,8 +140,8 @@ func Decode(step vm.StepResult, v any) error {
 	return nil
 }
 
-// NodeRoot makes a folder that looks like a COS node's root to the fetcher,
-// for everything that needs no kernel of its own.
+// NodeRoot makes a folder that looks like the root of a COS node to the fetcher. It is for tests that need no kernel of
+// the node's own.
 func NodeRoot(root string, k target.Kernel) error {
 	for name, text := range map[string]string{
 		"etc/os-release":            "ID=cos\nBUILD_ID=" + k.BuildID + "\nVERSION=109\nKERNEL_COMMIT_ID=" + k.Commit + "\n",

@@ -8,8 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Report is what `fetcher install --output json` prints, as far as demo and
-// tests read it.
+// Report has the fields of the output of `fetcher install --output json` that the demo and the tests read.
 type Report struct {
 	Changed      bool     `json:"changed"`
 	SignedBy     string   `json:"signedBy"`
@@ -32,8 +31,7 @@ type Report struct {
 	Phases []timeline.Phase `json:"phases"`
 }
 
-// Live returns the NVIDIA modules that /proc/modules lists, dashes for
-// underscores.
+// Live returns the NVIDIA modules in /proc/modules, with dashes in place of underscores.
 func Live(procModules []byte) []string {
 	var live []string
 	for line := range strings.Lines(string(procModules)) {
@@ -45,7 +43,7 @@ func Live(procModules []byte) []string {
 	return live
 }
 
-// Print writes a node's verdict for people.
+// Print prints a node's verdict for people.
 func (r *Report) Print(w io.Writer, exitCode int, live []string) {
 	v := r.Verdict
 	fmt.Fprintf(w, "  verdict   %s (exit code %d)\n", v.State, exitCode)

@@ -1,8 +1,7 @@
-// Package testbed puts the whole product on one machine: a COS-shaped mirror, a
-// server, a builder that works its queue, and a virtual node that boots one of
-// the kernels. The demo and the end-to-end tests both play on it.
+// Package testbed runs the whole product on one machine: a COS-shaped mirror, a server, a builder that works its queue,
+// and a virtual node that boots one of the kernels. The demo and the end-to-end tests use it.
 //
-// It runs the real programs from the bin folder and refuses to reach into them.
+// The package runs the real programs from the bin folder, and does not use their internals.
 package testbed
 
 import (
@@ -23,20 +22,20 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Scene is where everything lives.
+// Scene has the folders of a run.
 type Scene struct {
-	// Bin holds builder, server, fetcher, nvmlprobe, guestinit and mirror.
+	// Bin is the folder with builder, server, fetcher, nvmlprobe, guestinit and mirror.
 	Bin string
-	// State keeps mirror, build cache and packages between runs.
+	// State is the folder that keeps mirror, build cache and packages between runs.
 	State string
-	// Dir holds what belongs to one run: server data, keys, logs.
+	// Dir is the folder for the files of one run: server data, keys, logs.
 	Dir string
-	// Out gets the programs' progress.
+	// Out receives the programs' progress.
 	Out io.Writer
 }
 
-// New returns a scene whose state is in the user's cache folder, under the
-// name of the product. PREBAKE_STATE names another folder.
+// New returns a scene whose state is in the user's cache folder, in a folder named after the product. PREBAKE_STATE
+// names another folder.
 func New(bin, dir string, out io.Writer) (*Scene, error) {
 	state := os.Getenv("PREBAKE_STATE")
 	if state == "" {
@@ -58,18 +57,18 @@ func New(bin, dir string, out io.Writer) (*Scene, error) {
 // Program returns the path of one of the product's programs.
 func (s *Scene) Program(name string) string { return filepath.Join(s.Bin, name) }
 
-// BuildCache is the builder's cache that demo and tests share.
+// BuildCache returns the builder's cache that the demo and the tests share.
 func (s *Scene) BuildCache() string { return filepath.Join(s.State, "build") }
 
-// Result is how a program ended.
+// Result is the result of a program that has ended.
 type Result struct {
 	Code   int
 	Stdout []byte
 	Stderr []byte
 }
 
-// Run runs a program to its end. An exit status other than 0 is not an error.
-// Its progress goes to Out as well.
+// Run runs a program until it ends. An exit status other than 0 is not an error. The program's progress also goes to
+// Out.
 func (s *Scene) Run(ctx context.Context, name string, args ...string) (*Result, error) {
 	cmd := exec.CommandContext(ctx, s.Program(name), args...)
 	var stdout, stderr bytes.Buffer
@@ -89,7 +88,7 @@ func (s *Scene) Run(ctx context.Context, name string, args ...string) (*Result, 
 	return res, nil
 }
 
-// Must is Run for steps that have to succeed.
+// Must works as Run does, and returns an error if the exit status is not 0.
 func (s *Scene) Must(ctx context.Context, name string, args ...string) ([]byte, error) {
 	res, err := s.Run(ctx, name, args...)
 	if err != nil {
@@ -106,10 +105,10 @@ func lastLines(b []byte, n int) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }
 
-// Mirror is what the mirror command says that it laid out.
+// Mirror is the output of the mirror command.
 type Mirror struct {
 	Dir string
-	// Made and Cached count the objects that this run of the command made, and those that it found.
+	// Made is the number of objects that this run of the command made. Cached is the number that it took from its cache.
 	Made   int `json:"made"`
 	Cached int `json:"cached"`
 	Builds []struct {
@@ -124,14 +123,14 @@ type Mirror struct {
 	} `json:"drivers"`
 }
 
-// KernelURL and DriverURL are the two buckets of the mirror.
+// KernelURL returns the URL of the mirror's bucket of COS builds.
 func (m *Mirror) KernelURL() string { return "file://" + filepath.Join(m.Dir, "cos") }
 
-// DriverURL is the bucket with the runfiles.
+// DriverURL returns the URL of the mirror's bucket of runfiles.
 func (m *Mirror) DriverURL() string { return "file://" + filepath.Join(m.Dir, "drivers") }
 
-// Siblings returns the first two kernels that are one upstream version, which Debian
-// compiled twice. Its archive may have none at times: then ok is false.
+// Siblings returns the first two kernels that Debian compiled from one upstream version. At times Debian's archive has
+// none; then ok is false.
 func (m *Mirror) Siblings() (older, newer target.Kernel, ok bool) {
 	for i, a := range m.Builds {
 		for _, b := range m.Builds[i+1:] {
@@ -145,7 +144,7 @@ func (m *Mirror) Siblings() (older, newer target.Kernel, ok bool) {
 	return target.Kernel{}, target.Kernel{}, false
 }
 
-// Mirror lays the COS-shaped mirror out, or finds it.
+// Mirror makes the COS-shaped mirror, or uses the one that exists.
 func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 	m := &Mirror{Dir: filepath.Join(s.State, "mirror")}
 	raw, err := s.Must(ctx, "mirror", "--out", m.Dir, "--cache", filepath.Join(s.State, "packages"), "--output", "json")
@@ -169,15 +168,15 @@ func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 	return m, nil
 }
 
-// Process is a program that runs until it is stopped.
+// Process is a running program.
 type Process struct {
 	cmd  *exec.Cmd
-	done chan struct{} // closed when the program is over
-	err  error         // how it ended; read it behind done
+	done chan struct{} // closed when the program has ended
+	err  error         // error of the program; read it only after done is closed
 }
 
-// Start starts a program; its output goes to the file log in Dir. It has a process group of its
-// own: Ctrl-C at the terminal reaches the caller alone, who stops it.
+// Start starts a program. Its output goes to the file log in Dir. The program has a process group of its own, so Ctrl-C
+// at the terminal reaches only the caller. The caller stops the program.
 func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	out, err := os.OpenFile(filepath.Join(s.Dir, log), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -197,8 +196,8 @@ func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	return p, nil
 }
 
-// Stop asks the program to end, waits, and kills it after a minute: server and
-// builder give what is running 20 seconds of their own.
+// Stop asks the program to end, and waits. It kills the program after a minute. Server and builder give their running
+// work 20 seconds.
 func (p *Process) Stop() error {
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
@@ -216,7 +215,7 @@ func (p *Process) Kill() error {
 	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
-	<-p.done // killed: its status says nothing
+	<-p.done // the exit status of a killed program says nothing
 	return nil
 }
 
@@ -264,7 +263,7 @@ func (s *Scene) StartServer(ctx context.Context, data string, m *Mirror) (*Serve
 	return srv, nil
 }
 
-// Repository is where the server's own registry keeps drivers.
+// Repository returns the repository of the server's own registry for drivers.
 func (srv *Server) Repository() string { return srv.Addr + "/prebake/driver" }
 
 // StartWorker starts a builder that works the server's queue.
@@ -277,8 +276,7 @@ func (s *Scene) StartWorker(srv *Server, m *Mirror, key, cache string, extra ...
 	}, extra...)...)
 }
 
-// WaitBuild polls a build until it is over, and calls watch at every change of
-// its phase.
+// WaitBuild polls a build until it has ended. It calls watch at every change of the build's phase.
 func WaitBuild(ctx context.Context, c *api.Client, id int64, watch func(api.Build)) (api.Build, error) {
 	var last api.Build
 	err := waitFor(ctx, time.Hour, func() (bool, error) {

@@ -1,5 +1,5 @@
-// Package testserver runs the real server program for a test. Only test files import
-// it. It refuses to be anything but a process on loopback that ends with its test.
+// Package testserver runs the real server program for a test. Only test files import it. The server is a process on
+// loopback, and ends with its test.
 package testserver
 
 import (
@@ -14,14 +14,14 @@ import (
 	"time"
 )
 
-// Token is what every server that Start starts takes as its token.
+// Token is the token of every server that Start starts.
 const Token = "0123456789abcdef"
 
-// maxLog is how many bytes of the server's log a test that failed shows.
+// maxLog is how many bytes of the server's log a failed test shows.
 const maxLog = 1500
 
-// Start runs `server serve` with its data in a folder until the test ends, and returns its
-// URL, without a slash at its end. args are flags besides.
+// Start runs `server serve` with its data in a folder until the test ends. It returns the server's URL, without a slash
+// at the end. args are additional flags.
 func Start(t testing.TB, program, data string, args ...string) (url string) {
 	t.Helper()
 	var log bytes.Buffer
@@ -38,7 +38,7 @@ func Start(t testing.TB, program, data string, args ...string) (url string) {
 	}
 	t.Cleanup(func() {
 		cancel()
-		_ = cmd.Wait() // it was told to stop
+		_ = cmd.Wait() // cancel has told it to stop
 		if t.Failed() {
 			text := log.String()
 			t.Logf("the server logged: %s", text[max(0, len(text)-maxLog):])

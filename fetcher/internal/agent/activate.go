@@ -22,20 +22,18 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// loaded are the modules that the agent loads; the others of a set are for
-// hardware that has its own tools.
+// loaded are the modules that the agent loads. The other modules of a set are for hardware that has its own tools.
 var loaded = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
 
-// optional are those of them without which CUDA programs run all the same.
+// optional are the loaded modules that CUDA programs do not need.
 var optional = []string{"nvidia-modeset", "nvidia-drm"}
 
 func isLoaded(module string) bool { return slices.Contains(loaded, module) }
 
-// activate does what was decided: it puts a staged set in force, loads it and checks
-// the result. When it cannot be loaded, or fewer GPUs work with it than with the one
-// before, files and modules are again what they were.
+// activate carries out a decision: it puts a staged set in force, loads it and checks the result. It restores files and
+// modules if the set cannot be loaded, or if fewer GPUs work with it than before.
 func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s nodeState, d decision) error {
-	// Once it has begun it ends by itself, in a time that the kernel and the probe bound.
+	// An activation runs to its end even if ctx is cancelled. The kernel and the probe bound its time.
 	ctx = context.WithoutCancel(ctx)
 	before, set := s.current, d.set
 	pointers, err := store.Pointers()
@@ -43,13 +41,13 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		return err
 	}
 	begun := false
-	if at := s.attempts[set.Digest]; at != nil && at.Open { // by a run that was killed
+	if at := s.attempts[set.Digest]; at != nil && at.Open { // left by a run that was killed
 		if set, err := store.SetAt(at.Before.Current); err == nil && set != nil {
 			before, pointers, begun = set, at.Before, true
 		}
 	} else if at != nil && at.lacksForeign(s, a.bootID()) {
 		before, pointers = nil, at.Before
-		facts := *s.facts // where firmware was before the run that was killed
+		facts := *s.facts // the firmware path before the killed run
 		facts.FirmwarePath = at.Firmware
 		s.facts = &facts
 	}
@@ -66,13 +64,13 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if (changed || d.do != keep) && !begun {
 		if err := a.begin(store, set.Digest, pointers, was, s.facts.FirmwarePath); err != nil && changed {
 			return err
-		} else if err != nil { // a full disk is no reason to stay without a driver
+		} else if err != nil { // a full disk must not leave the node without a driver
 			a.parts.Log.WarnContext(ctx, "record attempt", "err", err)
 		}
 	}
 	err = a.parts.Line.Do("install", func() (string, error) {
-		// Libraries on a filesystem without exec are of no use to anybody, so
-		// that is mended before any device file says that the driver is ready.
+		// Allow exec first, because the libraries are useless without it. The device files, which signal a ready driver, are
+		// made later.
 		did, err := store.EnsureExec(func() {
 			if err := store.WriteFile(execFile, []byte(a.bootID())); err != nil {
 				a.parts.Log.WarnContext(ctx, "record mount", "err", err)
@@ -108,7 +106,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		}
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
-		if d.do != keep { // what befell the driver before is over
+		if d.do != keep { // errors of the driver before no longer count
 			a.xids = xidWatch{mark: mark}
 		}
 		if r.Verdict, err = a.validate(ctx, set, mark, a.newXids()); err != nil {
@@ -131,21 +129,21 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		a.addHistory(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
 	}
 	err = errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(r, store, r.Verdict))
-	if changed || d.do != keep { // the node's own programs come last, and nothing waits for them
+	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
 	}
 	return err
 }
 
-// verifyFor verifies what is going to be switched to or loaded. missing says that modules
-// which could be loaded, too, do not hold: the driver serves without them.
+// verifyFor verifies the files that are about to be switched to or loaded. The result missing is true if some modules
+// of the set are not loaded and do not verify. The driver works without these modules, so they stay unloaded.
 func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState, d decision,
 	changed bool) (set *install.Set, missing bool, err error) {
 	if changed || d.do != keep {
 		set, err = a.verifySet(ctx, store, d.set, s.facts)
 		return set, false, err
 	}
-	if a.cfg.NoLoad || !s.lacks(d.set) { // what is loaded does not have its attestations checked again
+	if a.cfg.NoLoad || !s.lacks(d.set) { // the attestations of loaded modules are not verified again
 		return d.set, false, nil
 	}
 	if set, err = a.verifySet(ctx, store, d.set, s.facts, bundle.LayerModules); err == nil || s.incomplete() {
@@ -155,12 +153,12 @@ func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState
 	return d.set, true, nil
 }
 
-// findBefore makes sure that what is to be unloaded can be loaded again: a set of ours that verifies needs nothing, and
-// of any other driver the files are found and kept open.
+// findBefore ensures that the driver that is about to be unloaded can be loaded again. A verified set of this program
+// needs no preparation. For any other driver, findBefore finds the files and keeps them open.
 func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeState, d decision,
 	before *install.Set) *foreignFiles {
 	if d.do != replace {
-		// A run that was killed may have unloaded one, and loaded nothing.
+		// A killed run may have unloaded a foreign driver without loading a new one.
 		if at := s.attempts[d.set.Digest]; at != nil && at.lacksForeign(s, a.bootID()) {
 			return a.findForeign(s.facts, at.ForeignDriver, at.Foreign)
 		}
@@ -177,19 +175,19 @@ func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeStat
 	return a.findForeign(s.facts, s.facts.Driver.String(), s.facts.Modules)
 }
 
-// served reports whether more GPUs worked with a set at the last look than do now. Where no more did, a rollback to it
-// does not help.
+// served reports whether more GPUs worked with a set at the last check than work now. If not, a rollback to that set
+// would not help.
 func (a *Agent) served(set *install.Set, now gpucheck.Verdict) bool {
 	rec := a.lastRecord()
 	return rec != nil && rec.Verdict.Digest == set.Digest && rec.Verdict.UsableGPUs > now.UsableGPUs
 }
 
-// returnTo reports whether there is a set to go back to.
+// returnTo reports whether the set before can be activated again.
 func (s nodeState) returnTo(before *install.Set) bool {
 	return before != nil && !s.noLoad && fitsNode(before, s.facts) == nil && s.refused(before) == nil
 }
 
-// restore restores the files that were in force before.
+// restore puts the former set in force again.
 func restore(store *install.Store, to install.Pointers, before *install.Set) error {
 	err := store.Restore(to)
 	if before != nil {
@@ -198,26 +196,25 @@ func restore(store *install.Store, to install.Pointers, before *install.Set) err
 	return err
 }
 
-// revertPlan is what is to be undone, and what is to be again.
+// revertPlan says what an activation has changed, and what to restore.
 type revertPlan struct {
 	set, before *install.Set
 	to          install.Pointers
 	changed     bool
-	foreign     *foreignFiles // what was unloaded
+	foreign     *foreignFiles // the foreign driver that was unloaded
 }
 
-// revert restores files and modules after a set that could not be loaded or used.
-// Modules that do not leave the kernel keep their files. cause stays the error; what
-// cannot be restored is added to it.
+// revert restores files and modules after an activation that failed. If modules cannot be unloaded, their files stay in
+// force. The returned error is cause, together with the errors of the restoration.
 func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s nodeState, t revertPlan,
 	cause error) error {
 	before := t.before
 	if fault.Is(cause, fault.NoDevice) {
-		// The driver found no device although the bus has one.
+		// The driver found no device, although a GPU is on the PCI bus.
 		cause = fault.Wrap(fault.Unusable, fmt.Errorf("GPU present but not usable: %w", cause),
 			"check that this driver version and flavour support the GPU: --flavour, --driver")
 	}
-	// Modules of somebody else's that were adopted are not ours to unload.
+	// Modules of a foreign driver that was adopted must not be unloaded.
 	may := len(s.facts.Modules) == 0 || s.ownLoaded() || s.replaceForeign
 	reload := may && s.returnTo(before) && (t.changed || s.facts.Runs(before.Driver))
 	var errs []error
@@ -277,7 +274,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	return cause
 }
 
-// paramsBefore are the parameters with which the driver before was loaded.
+// paramsBefore returns the parameters with which the driver before was loaded.
 func (a *Agent) paramsBefore() map[string]string {
 	if rec := a.readRecord(); rec != nil {
 		return rec.Params
@@ -285,11 +282,11 @@ func (a *Agent) paramsBefore() map[string]string {
 	return a.cfg.ModuleParams
 }
 
-// stillRuns reports whether all of them are loaded.
+// stillRuns reports whether all modules of f are loaded.
 func (f *foreignFiles) stillRuns(a *Agent) bool {
 	now, err := host.LoadedModules(a.node)
 	if err != nil {
-		return true // nothing is known to be missing
+		return true // assume that none is missing
 	}
 	for _, m := range f.modules {
 		if !slices.ContainsFunc(now,
@@ -300,7 +297,7 @@ func (f *foreignFiles) stillRuns(a *Agent) bool {
 	return true
 }
 
-// lacks reports whether a module of a set that nodes load is not in the kernel.
+// lacks reports whether a module of the set that the agent loads is not in the kernel.
 func (s nodeState) lacks(set *install.Set) bool {
 	return slices.ContainsFunc(set.Modules, func(m install.Module) bool {
 		return isLoaded(m.Name) &&
@@ -308,7 +305,7 @@ func (s nodeState) lacks(set *install.Set) bool {
 	})
 }
 
-// unloadOf unloads what is loaded of a set that did not do.
+// unloadOf unloads the loaded modules of a set that failed.
 func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set) error {
 	facts, err := host.Observe(a.node)
 	if err != nil || len(facts.Modules) == 0 || before.Digest == set.Digest || !(nodeState{facts: facts}).runs(set) {
@@ -320,20 +317,20 @@ func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Se
 	return a.unload(ctx, r, facts)
 }
 
-// nvmlLibrary is where an installed driver has it.
+// nvmlLibrary is the path of NVML's library below the install folder.
 const nvmlLibrary = "lib64/libnvidia-ml.so.1"
 
-// xidWatch are the errors of GPUs that the kernel told of since this program loaded the
-// driver, or first looked at it, and how far its log was read.
+// xidWatch has the GPU errors in the kernel log since this program loaded the driver, or first checked it. mark is the
+// position up to which the log was read.
 type xidWatch struct {
 	mark  kmod.Mark
 	lines []string
 }
 
-// maxXids bounds them. A GPU that fails writes many, of which the first counts.
+// maxXids bounds the stored lines. A failing GPU writes many lines, and the first ones count.
 const maxXids = 512
 
-// newXids reads on, and returns all.
+// newXids reads the new lines of the kernel log and returns all stored lines.
 func (a *Agent) newXids() []string {
 	lines, end := a.loader.Follow(a.xids.mark)
 	a.xids.mark = end
@@ -345,7 +342,7 @@ func (a *Agent) newXids() []string {
 	return a.xids.lines
 }
 
-// validate examines what there is now. xids are the errors of GPUs that count.
+// validate checks the loaded driver. xids are the lines with GPU errors that count.
 func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, xids []string) (gpucheck.Verdict,
 	error) {
 	facts, err := host.Observe(a.node)
@@ -372,7 +369,7 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, 
 	return gpucheck.Judge(f), nil
 }
 
-// notePersistence tells of GPUs that do not stay initialised although they should.
+// notePersistence reports GPUs without persistence mode, if the owner wants this mode.
 func (a *Agent) notePersistence(r *Report) {
 	for _, d := range r.Verdict.NVML.Devices {
 		if a.cfg.Persistence && d.Error == "" && d.Persistence != "on" {
@@ -382,7 +379,7 @@ func (a *Agent) notePersistence(r *Report) {
 	}
 }
 
-// addresses are the PCI addresses of the GPUs that the driver is to drive.
+// addresses returns the PCI addresses of the GPUs that the driver must drive.
 func addresses(facts *host.Facts) []string {
 	var all []string
 	for _, g := range facts.ManagedGPUs() {
@@ -391,8 +388,8 @@ func addresses(facts *host.Facts) []string {
 	return all
 }
 
-// foreign lists the loaded modules whose build id is not the installed file's.
-// They keep working, and after the next boot the installed ones are loaded.
+// foreign returns the loaded modules whose build id differs from the installed file's. They keep working. After the
+// next boot the installed ones are loaded.
 func foreign(facts *host.Facts, set *install.Set) []string {
 	var names []string
 	for _, m := range facts.Modules {
@@ -404,7 +401,7 @@ func foreign(facts *host.Facts, set *install.Set) []string {
 	return names
 }
 
-// record is what a run leaves for fetcher status.
+// record is the result of a run. fetcher status reads it.
 type record struct {
 	Verdict gpucheck.Verdict `json:"verdict"`
 	At      time.Time        `json:"at"`
@@ -413,14 +410,14 @@ type record struct {
 	Params map[string]string `json:"moduleParams,omitempty"`
 }
 
-// execFile notes the boot in which the install folder was mounted with exec.
+// execFile stores the id of the boot in which the install folder was mounted with exec.
 const execFile = ".prebake/exec-mount"
 
 const recordFile = ".prebake/verdict.json"
 
 func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) error {
 	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams}
-	// Parameters count when a module is loaded. Those of one that was loaded before stay.
+	// Parameters take effect when a module is loaded. A module that was already loaded keeps its parameters.
 	fresh := slices.ContainsFunc(r.Modules,
 		func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
 	if last := a.readRecord(); last != nil && !fresh && len(r.Modules) > 0 {
@@ -437,7 +434,7 @@ func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) er
 	return store.WriteFile(recordFile, append(raw, '\n'))
 }
 
-// bootID tells one boot of the node from another; "" where the kernel does not.
+// bootID returns the id of the node's present boot; "" if the kernel does not report it.
 func (a *Agent) bootID() string {
 	raw, err := fs.ReadFile(a.node, "proc/sys/kernel/random/boot_id")
 	if err != nil {

@@ -1,8 +1,6 @@
-// Package agent installs and loads the driver that a node should run, step by step:
-// observe, resolve, verify, fetch, stage, install, load, validate. It refuses
-// to give unverified bytes a final name, to touch a driver that is in use, and
-// to leave a node worse than it was: when a step fails, what was in force
-// before is in force again.
+// Package agent installs and loads the driver that a node should run, step by step: observe, resolve, verify, fetch,
+// stage, install, load, validate. It refuses to give unverified bytes a final name, and to touch a driver that is in
+// use. It refuses to leave a node in a worse state: when a step fails, it restores the driver that was in force.
 package agent
 
 import (
@@ -33,12 +31,12 @@ type Agent struct {
 	node   fs.FS // the files of parts.Node
 	loader *kmod.Loader
 	xids   xidWatch
-	// watcher is told what there is while a run waits; nil means nobody.
+	// watcher receives the driver's state while a run waits; nil means that there is none.
 	watcher Watcher
-	// checked has the layers that were compared with signed content in this run, and seen
-	// those of earlier runs: a checkedLayer by its digest.
+	// checked has the layers that this run compared with their signed content, and seen has those of earlier runs. Both
+	// map a digest to a checkedLayer.
 	checked, seen sync.Map
-	// unverified has the sets that could not be verified in this run, by their digests.
+	// unverified has the sets that this run could not verify: it maps a digest to the error.
 	unverified sync.Map
 }
 
@@ -52,21 +50,21 @@ func New(cfg Config, parts Parts) *Agent {
 type Report struct {
 	Kernel target.Kernel  `json:"kernel"`
 	Answer resolve.Answer `json:"resolution"`
-	// SignedBy names the key or identity whose signature was accepted; empty when an
-	// installed driver was kept without asking anybody.
+	// SignedBy names the key or identity of the accepted signature. It is "" when the run kept an installed driver without
+	// asking a server or registry.
 	SignedBy string `json:"signedBy,omitempty"`
-	// Signatures are all that counted, by whom and in which role.
+	// Signatures are all signatures that counted, with signer and role.
 	Signatures []trust.Signature `json:"signatures,omitempty"`
-	// Changed says that another artifact is in force than before.
+	// Changed means that another artifact is in force than before the run.
 	Changed bool `json:"changed"`
 	DryRun  bool `json:"dryRun,omitempty"`
-	// Plan lists what was done, or with DryRun what would be done.
+	// Plan lists the actions of the run, or with DryRun the actions of a real run.
 	Plan []string `json:"plan"`
-	// Pending says that another driver is on the disk and still wanted; "" means that none is.
+	// Pending is the reason why another wanted driver on the disk is not in force; "" means that there is none.
 	Pending string `json:"pending,omitempty"`
-	// Waiting lists what the owner asked for and only counts later.
+	// Waiting lists wishes of the owner that take effect later.
 	Waiting []string `json:"waiting,omitempty"`
-	// FetchedBytes came over the network as layers; CachedBytes were there.
+	// FetchedBytes counts the layer bytes that are fetched; CachedBytes counts those already on the node.
 	FetchedBytes int64            `json:"fetchedBytes"`
 	CachedBytes  int64            `json:"cachedBytes"`
 	Modules      []kmod.Outcome   `json:"modules"`
@@ -78,10 +76,10 @@ func (r *Report) did(format string, args ...any) {
 	r.Plan = append(r.Plan, fmt.Sprintf(format, args...))
 }
 
-// Run does all steps once. The report is never nil; it tells how far the run
-// came. A verdict other than ready is an error of its kind.
+// Run does all steps once. The report is never nil and shows how far the run came. A verdict other than ready is an
+// error of the verdict's kind.
 func (a *Agent) Run(ctx context.Context) (*Report, error) {
-	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // of this run alone
+	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // a timeline for this run only
 	a.forget()
 	r := &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	err := a.run(ctx, r)
@@ -89,7 +87,7 @@ func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	return r, err
 }
 
-// forget drops what a run knows of the disk.
+// forget drops what the last run read from the disk.
 func (a *Agent) forget() {
 	a.checked.Range(func(digest, layer any) bool {
 		a.seen.Store(digest, layer)
@@ -117,7 +115,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 			err = a.editBoot(ctx, r, store, facts, err)
 		}
 	}()
-	// What the kernel is bound to refuse is said before anything is downloaded.
+	// Report a certain refusal of the kernel before any download.
 	if !a.cfg.NoLoad && len(facts.Modules) == 0 {
 		if err := facts.Policy.Allows("nvidia", true); err != nil {
 			return err
@@ -133,7 +131,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	}); err != nil {
 		return err
 	}
-	// Nobody is kept waiting while this program waits for the farm.
+	// The lock is not held during the wait for the farm, so that other installers can work.
 	mayBuild := a.mayBuild(ctx, store, facts, current)
 	answer, none := a.resolve(ctx, facts, mayBuild)
 	r.Answer = answer
@@ -148,9 +146,8 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	}
 }
 
-// mayBuild reports whether this node should compile for itself where nothing is published:
-// not for a kernel in which a foreign driver stays, and not where what it wants is
-// here and holds.
+// mayBuild reports whether this node should compile a driver that is not published. It should not if a foreign driver
+// stays loaded, or if a wanted and verified driver is already installed.
 func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set) bool {
 	if a.parts.Local == nil || a.cfg.Pin != "" {
 		return false
@@ -165,7 +162,7 @@ func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.
 	return !serves(current, a.question(facts)) || !a.verifiable(store, current, facts) && !s.runs(current)
 }
 
-// locked runs do while no other installer works on this node.
+// locked calls do while it holds the lock against other installers.
 func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 	unlock, err := store.Lock(googleLock)
 	if err != nil {
@@ -175,9 +172,9 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 	return do()
 }
 
-// start ends what an earlier run left half done, and loads what is installed for this
-// build into a kernel without a driver: a node comes up without asking anybody. A set
-// that waits for such a kernel comes first, and the one before comes last.
+// start completes or undoes what an earlier run left unfinished. It then loads an installed driver of this COS build,
+// if no driver is loaded. Thus a node becomes ready without the farm. start first tries a set that waits for a kernel
+// without a driver, then the current one, then the previous one.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
 	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
@@ -193,7 +190,7 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 		return store.Current()
 	}
 	waiting := s.waiting()
-	if waiting != nil && !serves(waiting, s.question) { // it was another wish
+	if waiting != nil && !serves(waiting, s.question) { // it waits for another wish
 		waiting = nil
 	}
 	for _, set := range []*install.Set{waiting, s.current, s.previous} {
@@ -215,8 +212,8 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 	return store.Current()
 }
 
-// try puts a set in force and reports whether it is loaded. What the farm has may do
-// better where it is not; if not, applyDecision meets the error again.
+// try activates a set and reports whether the set is loaded. If it is not, the farm may name a better one. If the farm
+// does not, applyDecision fails with the same error.
 func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s nodeState, set *install.Set) bool {
 	d := s.put(set)
 	if d.set == nil {
@@ -229,32 +226,32 @@ func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s node
 	return err == nil || r.Verdict.Digest == set.Digest
 }
 
-// applyDecision puts in force what is to be, now that the farm has answered or has not.
+// applyDecision decides with the farm's answer, or without one, and activates the chosen set.
 func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Store, none error) error {
-	s, err := a.readState(ctx, store) // again: the wait for an answer may have been long
+	s, err := a.readState(ctx, store) // again, because the wait for the answer may have been long
 	if err != nil {
 		return err
 	}
 	silent := none != nil
 	if none == nil && !a.cfg.Retry {
-		if at := s.attempts[r.Answer.Digest]; at != nil { // nobody fetches what is refused
+		if at := s.attempts[r.Answer.Digest]; at != nil { // do not fetch a refused driver
 			none = at.refused(r.Answer.Driver, s.another(r.Answer.Digest))
 		}
 	}
-	if none == nil && s.keepsForeign() && !s.facts.Runs(r.Answer.Driver) { // nobody fetches what has to wait
+	if none == nil && s.keepsForeign() && !s.facts.Runs(r.Answer.Driver) { // do not fetch a driver that must wait
 		none = s.put(&install.Set{Driver: r.Answer.Driver}).err
 	}
 	if s.none = none; none == nil {
 		s.wanted, s.none = a.fetchAndStage(ctx, r, store, s.facts, s.current)
 		wanted, none := s.wanted, s.none
-		if s, err = a.readState(ctx, store); err != nil { // and so may the download
+		if s, err = a.readState(ctx, store); err != nil { // again, because the download may have been long
 			return err
 		}
 		s.wanted, s.none = wanted, none
 	}
 	excused := a.upToDate(r.Answer, s, silent)
 	d := decide(s)
-	var waiting []string // what stays on the disk though it is not in force
+	var waiting []string // digests of sets that stay on the disk without being in force
 	if set := s.waiting(); set != nil {
 		waiting = append(waiting, set.Digest)
 		if serves(set, s.question) && (d.set == nil || d.set.Digest != set.Digest) {
@@ -264,10 +261,10 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	}
 	if d.set == nil {
 		if fault.Is(d.err, fault.Transient) {
-			return a.addUnverified(s, d.err) // what was fetched so far is of use to the next run
+			return a.addUnverified(s, d.err) // keep the fetched layers for the next run
 		}
 		d.err = a.addUnverified(s, d.err)
-		if s.wanted != nil { // so is this, however often it is refused
+		if s.wanted != nil { // keep it for the next run, even if it was refused often
 			waiting = append(waiting, s.wanted.Digest)
 		}
 		return errors.Join(d.err, store.Sweep(waiting...))
@@ -293,13 +290,12 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		return errors.Join(err, d.err)
 	}
 	if fault.Is(d.err, fault.Transient) {
-		return d.err // what was fetched so far is of use to the next run
+		return d.err // keep the fetched layers for the next run
 	}
 	return errors.Join(d.err, store.Sweep(waiting...))
 }
 
-// addUnverified adds why the installed driver was not loaded, where it does not hold: that is
-// what has to be mended.
+// addUnverified adds the reason why the installed driver did not verify, because the operator must repair that.
 func (a *Agent) addUnverified(s nodeState, err error) error {
 	if s.current == nil {
 		return err
@@ -314,9 +310,8 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 		cmp.Or(fault.Hint(bad), hintAgain))
 }
 
-// upToDate reports whether a node that has what it wishes for, as far as it can tell, is
-// as it should be although the farm names nothing (silent), or cannot be reached. That
-// an answer is hostile, or that the driver was yanked, is nothing to pass over.
+// upToDate reports whether the node already has a driver that serves its wish. A farm that names no artifact (silent)
+// or does not answer is then no error. A hostile answer or a yanked driver is always an error.
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
 	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked:
@@ -350,7 +345,7 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 		s.attempts = attempts{}
 		return s, err
 	}
-	// Nothing of the rest is worth more than the driver that is in force.
+	// An error in the following files must not endanger the driver in force.
 	if s.previous, err = store.Previous(); err != nil {
 		a.parts.Log.WarnContext(ctx, "read former driver", "err", err)
 	}
@@ -364,7 +359,7 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 	return s, nil
 }
 
-// waiting is the set that waits for a kernel without a driver; nil means none.
+// waiting returns the set that waits for a kernel without a driver; nil means none.
 func (s nodeState) waiting() *install.Set {
 	for _, set := range s.staged {
 		if at := s.attempts[set.Digest]; at != nil && at.Next {
@@ -374,7 +369,7 @@ func (s nodeState) waiting() *install.Set {
 	return nil
 }
 
-// incomplete reports whether a driver is loaded without all that CUDA programs need.
+// incomplete reports whether a module that CUDA programs need is not loaded.
 func (s nodeState) incomplete() bool {
 	for _, name := range []string{"nvidia", "nvidia_uvm"} {
 		if !slices.ContainsFunc(s.facts.Modules, func(m host.Module) bool { return m.Name == name }) {
@@ -389,7 +384,7 @@ func (a *Agent) question(facts *host.Facts) resolve.Question {
 		GPUs: facts.Listed()}
 }
 
-// googleLock is the lock file of Google's installer, inside the node's root.
+// googleLock is the lock file of Google's installer, relative to the node's root.
 const googleLock = "tmp/cos_gpu_installer_lock"
 
 func (a *Agent) observe(r *Report) (*host.Facts, error) {
@@ -404,7 +399,7 @@ func (a *Agent) observe(r *Report) (*host.Facts, error) {
 	return facts, err
 }
 
-// openStore opens the install folder; with DryRun it may be missing (nil).
+// openStore opens the install folder. With DryRun a missing folder gives nil.
 func (a *Agent) openStore() (*install.Store, error) {
 	store, err := install.Open(a.parts.Node, a.cfg.InstallDir, !a.cfg.DryRun)
 	if a.cfg.DryRun && errors.Is(err, fs.ErrNotExist) {
@@ -413,7 +408,7 @@ func (a *Agent) openStore() (*install.Store, error) {
 	return store, err
 }
 
-// openInstalled opens the install folder where it is.
+// openInstalled opens an existing install folder.
 func (a *Agent) openInstalled() (*install.Store, error) {
 	return install.Open(a.parts.Node, a.cfg.InstallDir, false)
 }
@@ -432,7 +427,7 @@ func plural(n int, thing string) string {
 	return fmt.Sprintf("%d %ss", n, thing)
 }
 
-// size writes bytes for people.
+// size formats a number of bytes for people.
 func size(n int64) string {
 	switch {
 	case n >= 1<<20:

@@ -36,7 +36,7 @@ const (
 	installDir     = "home/kubernetes/bin/nvidia"
 )
 
-// nodes records the device files that were asked for.
+// nodes records the requested device files.
 type nodes struct{ made []string }
 
 func (n *nodes) Make(_ *os.Root, d devnode.Node) error {
@@ -49,7 +49,7 @@ func (n *nodes) Clear(*os.Root) error {
 	return nil
 }
 
-// probe answers as NVML does with this many GPUs, in the installed version.
+// probe answers as NVML does, with this number of GPUs and the installed version.
 type probe struct {
 	root    string
 	devices int
@@ -64,7 +64,7 @@ func (p probe) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
 		Devices: make([]gpucheck.Device, p.devices)}, nil
 }
 
-// finder names one artifact, as a server would.
+// finder names one artifact, as a server does.
 type finder struct {
 	answer resolve.Answer
 	err    error
@@ -74,7 +74,7 @@ func (f finder) Find(context.Context, resolve.Question) (resolve.Answer, error) 
 	return f.answer, f.err
 }
 
-// node is everything that one test runs on.
+// node is everything that one test needs.
 type node struct {
 	t      testing.TB
 	boots  int
@@ -92,14 +92,14 @@ func newNode(t testing.TB, c sample.Cell, gpus int, key *testkit.Key) *node {
 	return n
 }
 
-// nodeAt is a node of which everything is below root, and that trusts nobody.
+// nodeAt makes a node with all its files below root and without trusted keys.
 func nodeAt(t testing.TB, root string, gpus int) *node {
 	t.Helper()
 	handle, err := noderoot.Open(root)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = handle.Close() }) // it was only read
+	t.Cleanup(func() { _ = handle.Close() }) // the root was only read
 	n := &node{t: t, root: root, kernel: &kernel{root: root, refuse: map[string]syscall.Errno{}}, nodes: &nodes{}}
 	n.cfg = agent.Config{InstallDir: "/" + installDir, Wish: target.Default, Flavour: resolve.Auto}
 	n.parts = agent.Parts{
@@ -110,14 +110,14 @@ func nodeAt(t testing.TB, root string, gpus int) *node {
 	return n
 }
 
-// run runs one pass; ref and digest are what the finder names.
+// run runs the agent once. The finder names ref and digest.
 func (n *node) run(t testing.TB, ref, digest string, d target.Driver) (*agent.Report, error) {
 	t.Helper()
 	n.answer(ref, digest, d)
 	return n.runAs(t)
 }
 
-// answer has the finder name an artifact.
+// answer makes the finder name an artifact.
 func (n *node) answer(ref, digest string, d target.Driver) {
 	n.parts.Finder = finder{answer: resolve.Answer{State: api.Published, Source: "server", Driver: d, Repository: ref,
 		Digest: digest}}
@@ -134,8 +134,8 @@ func (n *node) runAs(t testing.TB) (*agent.Report, error) {
 	return r, err
 }
 
-// tree lists what an observer sees below the install folder: top-level links
-// resolved to a file's content. Our own folder is left out.
+// tree lists the files that a user of the install folder sees, with their contents. It follows top-level links and
+// leaves .prebake out.
 func (n *node) tree(t *testing.T) map[string]string {
 	t.Helper()
 	seen := map[string]string{}
@@ -177,7 +177,7 @@ func (n *node) tree(t *testing.T) map[string]string {
 	return seen
 }
 
-// leftovers lists staging folders and layers that no set names.
+// leftovers lists staging folders and layers that belong to no set.
 func (n *node) leftovers(t *testing.T) []string {
 	t.Helper()
 	left, err := filepath.Glob(filepath.Join(n.root, installDir, ".prebake", "tmp-*"))
@@ -237,7 +237,7 @@ func TestInstall(t *testing.T) {
 		t.Errorf("firmware path = %q, %v", raw, err)
 	}
 
-	// The same again fetches, loads and changes nothing.
+	// A second run with the same answer fetches, loads and changes nothing.
 	r, err = n.run(t, ref, p.Digest, c.Driver)
 	if err != nil || r.Changed || r.FetchedBytes != 0 || r.CachedBytes == 0 || len(n.kernel.calls) != 0 {
 		t.Errorf("second Run = %+v, %v, calls %v; want nothing changed", r, err, n.kernel.calls)
@@ -256,7 +256,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 	}
 	good := n.tree(t)
 
-	// A driver in use stays.
+	// A driver in use stays loaded.
 	n.inUse(t, "1")
 	if _, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Busy) {
 		t.Fatalf("Run with a driver in use = %v; want busy", err)
@@ -266,7 +266,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 	}
 	n.inUse(t, "0")
 
-	// A new driver that the kernel refuses: the old one comes back.
+	// The kernel refuses the new driver. The old one must come back.
 	n.kernel.refuse["nvidia_uvm "+newVersion] = syscall.ENOENT
 	_, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "NVRM: nvidia_uvm says") {
@@ -287,7 +287,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 
 	wantCache(t, n, oldVersion)
 
-	// Then it works, and the way back works too.
+	// Now the new driver works, and the rollback works, too.
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if err != nil || !r.Changed || r.Verdict.NVML.Version != newVersion {
 		t.Fatalf("Run = %+v, %v; want the new driver", r, err)
@@ -303,7 +303,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 	wantCache(t, n, oldVersion)
 }
 
-// inUse says how many programs have the driver open.
+// inUse sets how many programs have the driver open.
 func (n *node) inUse(t *testing.T, refs string) {
 	t.Helper()
 	path := filepath.Join(n.root, "proc/modules")
@@ -318,8 +318,7 @@ func (n *node) inUse(t *testing.T, refs string) {
 	}
 }
 
-// TestWithdraw rolls back the first driver of ours: what another installer had
-// left is there again.
+// TestWithdraw rolls back the first driver of this program. The content that another installer had left must come back.
 func TestWithdraw(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -347,7 +346,7 @@ func TestWithdraw(t *testing.T) {
 		}
 		n.inUse(t, "0")
 		want := []string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"}
-		if foreign { // somebody loaded another driver meanwhile
+		if foreign { // another program loaded a foreign driver meanwhile
 			sample.Write(t, n.root, "proc/driver/nvidia/version",
 				"NVRM version: NVIDIA UNIX x86_64 Kernel Module  "+oldVersion+"  Thu\n")
 			want = nil
@@ -368,7 +367,7 @@ func TestWithdraw(t *testing.T) {
 	}
 }
 
-// wantCache compares the note for Google's installer.
+// wantCache compares the file in which Google's installer notes its driver.
 func wantCache(t *testing.T, n *node, version string) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(n.root, installDir, ".cache"))
@@ -391,7 +390,7 @@ func TestNoUsableGPU(t *testing.T) {
 		refuse  bool
 		kind    fault.Kind
 		state   gpucheck.State
-		present bool // files stay installed
+		present bool // whether files stay installed
 	}{
 		{"no GPU", 0, 0, true, fault.NoDevice, gpucheck.NoDevice, true},
 		{"GPU that the driver does not take", 1, 0, true, fault.Unusable, "", false},

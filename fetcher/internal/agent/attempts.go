@@ -15,49 +15,46 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// attemptsFile tells of sets whose loading did not end well, or has not ended.
+// attemptsFile records the sets whose activation failed, or has not ended.
 const attemptsFile = ".prebake/attempts.json"
 
-// maxTries is how often a set may fail, or take the node down, before it is refused.
+// maxTries is how often a set may fail or crash the node before it is refused.
 const maxTries = 2
 
-// maxAttempts bounds the file; the oldest are forgotten.
+// maxAttempts bounds the entries of the file; the oldest ones are dropped.
 const maxAttempts = 32
 
-// attempt is what happened to putting a set in force. It is written and flushed before
-// anything is switched, unloaded or loaded, so that the next run, after a kill or
-// a panic, knows what was there before.
+// attempt is the record of the activations of one set. It is written and flushed before the agent switches, unloads or
+// loads anything. After a kill or a kernel panic, the next run then knows the state before.
 type attempt struct {
-	// Open says that it began and has not ended; Before is what was in force then, and
-	// BootID the boot of the node in which it began.
+	// Open means that the activation began and has not ended. Before has the pointers of that time. BootID is the boot in
+	// which it began.
 	Open   bool             `json:"open,omitempty"`
 	Before install.Pointers `json:"before"`
 	BootID string           `json:"bootId,omitempty"`
 	At     time.Time        `json:"at"`
-	// Crashes counts the boots that ended while it was open, Failures the times that it
-	// ended with an error, of which Why is the last.
+	// Crashes counts the boots that ended during an open activation. Failures counts the activations that ended with an
+	// error. Reason is the last error.
 	Crashes  int    `json:"crashes,omitempty"`
 	Failures int    `json:"failures,omitempty"`
 	Reason   string `json:"why,omitempty"`
-	// ByHand says that somebody rolled it back.
+	// ByHand means that an operator rolled the set back.
 	ByHand bool `json:"byHand,omitempty"`
-	// Foreign are the modules of the driver that somebody else had loaded in that boot, and
-	// that was to be unloaded: what is loaded again if this set does not do.
+	// Foreign are the modules of the foreign driver that was loaded in that boot and had to be unloaded. They are loaded
+	// again if this set fails.
 	Foreign       []host.Module `json:"foreign,omitempty"`
 	ForeignDriver string        `json:"foreignDriver,omitempty"`
-	// Firmware is where the kernel looked for its firmware.
+	// Firmware is the kernel's firmware path before the activation.
 	Firmware string `json:"firmware,omitempty"`
-	// Next says that it waits for a kernel without a driver: the one that was loaded could
-	// not be unloaded.
+	// Next means that the set waits for a kernel without a driver, because the loaded driver could not be unloaded.
 	Next bool `json:"next,omitempty"`
 }
 
-// attempts are by the digest of the set.
+// attempts maps the digest of a set to its record.
 type attempts map[string]*attempt
 
-// refused says why a set is not tried again until somebody says so. Failures, and a
-// rollback, count only where another set is good: a node without a driver has nothing
-// to lose.
+// refused returns the reason why a set is not tried again without --retry. Failures and a rollback count only if
+// another good set exists (other), because a node without a driver has nothing to lose.
 func (a *attempt) refused(d target.Driver, other bool) error {
 	why := ""
 	switch {
@@ -75,7 +72,7 @@ func (a *attempt) refused(d target.Driver, other bool) error {
 		"try it again with fetcher install --retry, or ask for another version with --driver")
 }
 
-// readAttempts reads what is on disk. A file that is damaged tells nothing.
+// readAttempts reads attemptsFile. A damaged file counts as empty.
 func readAttempts(store *install.Store) (attempts, error) {
 	all := attempts{}
 	if store == nil {
@@ -112,14 +109,14 @@ func (all attempts) write(store *install.Store) error {
 	return store.WriteFile(attemptsFile, append(raw, '\n'))
 }
 
-// lacksForeign reports whether a run that was killed in this boot left a kernel without the
-// driver that somebody else had loaded, where nothing of ours was in force.
+// lacksForeign reports whether a run that was killed in this boot unloaded a foreign driver, and nothing was loaded
+// since. No set of this program was in force then.
 func (a *attempt) lacksForeign(s nodeState, boot string) bool {
 	return len(s.facts.Modules) == 0 && len(a.Foreign) > 0 && a.BootID == boot && a.Before.Current == ""
 }
 
-// restoreForeign loads what somebody else had loaded in this boot, where a run that was
-// killed had unloaded it, and nothing of ours took its place.
+// restoreForeign loads a foreign driver again that a killed run unloaded in this boot, if no driver of this program
+// replaced it.
 func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.Store, s nodeState) error {
 	for digest, at := range s.attempts {
 		if !at.lacksForeign(s, a.bootID()) {
@@ -141,7 +138,7 @@ func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.St
 	return nil
 }
 
-// begin notes that a set is about to be put in force, and what is unloaded for it.
+// begin records that the activation of a set begins, and which foreign driver is unloaded for it.
 func (a *Agent) begin(store *install.Store, digest string, before install.Pointers, was *foreignFiles,
 	firmware string) error {
 	err := a.note(store, digest, func(at *attempt) {
@@ -154,8 +151,8 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 	return store.Sync()
 }
 
-// end notes what happened to it; nil forgets all that was recorded against the set. That
-// the disk is full must not leave it open.
+// end records the result of the activation. Without an error it deletes the set's record. If a full disk prevents that,
+// it removes the whole file, so that no record stays open.
 func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	if failed == nil {
 		all, err := readAttempts(store)
@@ -163,7 +160,7 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 			return err
 		}
 		delete(all, digest)
-		for _, at := range all { // another one that was open, or waited, is over with this
+		for _, at := range all { // other open or waiting activations are obsolete now
 			at.Open, at.Next = false, false
 		}
 		if err := all.write(store); err != nil {
@@ -174,10 +171,10 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	mods, err := host.LoadedModules(a.node)
 	empty := err != nil || len(mods) == 0
 	return a.note(store, digest, func(at *attempt) {
-		if at.Open, at.Next = false, false; !empty { // else what was there is still to be put back
+		if at.Open, at.Next = false, false; !empty { // an empty kernel still needs the foreign driver back
 			at.Foreign, at.ForeignDriver, at.Firmware = nil, "", ""
 		}
-		// What says nothing about the driver does not count against it.
+		// Errors that say nothing about the driver do not count against it.
 		for _, kind := range []fault.Kind{fault.Busy, fault.Transient, fault.DiskFull} {
 			if fault.Is(failed, kind) {
 				return
@@ -192,7 +189,7 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	})
 }
 
-// noteNext has one set wait for a kernel without a driver, and no other.
+// noteNext makes one set wait for a kernel without a driver, and no other set.
 func (a *Agent) noteNext(store *install.Store, digest string) error {
 	all, err := readAttempts(store)
 	if err != nil {
@@ -223,12 +220,11 @@ func (a *Agent) note(store *install.Store, digest string, change func(*attempt))
 	return all.write(store)
 }
 
-// recover ends what earlier runs left open, the newest first: a driver that is loaded in
-// this very boot stays for the next step to judge, and everything else is again as it
-// was before.
+// recover ends the activations that earlier runs left open, the newest first. A driver that was loaded in the present
+// boot stays, and the next step judges it. Otherwise recover restores the state before the activation.
 func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) error {
 	all, err := readAttempts(store)
-	if err != nil { // no note is worth more than the driver that is in force
+	if err != nil { // an unreadable record must not endanger the driver in force
 		a.parts.Log.WarnContext(ctx, "read attempts", "err", err)
 		return nil
 	}
@@ -258,7 +254,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 			if err := store.Switch(digest); err != nil {
 				return err
 			}
-			continue // open still: whether a GPU works with it is not known
+			continue // it stays open, because nobody knows yet whether a GPU works with it
 		case crashed:
 			at.Crashes++
 		default:
@@ -274,15 +270,15 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 		}
 	}
 	if len(open) > 0 {
-		if err := all.write(store); err != nil { // a full disk is no reason to stay without a driver
+		if err := all.write(store); err != nil { // a full disk must not leave the node without a driver
 			a.parts.Log.WarnContext(ctx, "record attempts", "err", err)
 		}
 	}
 	return nil
 }
 
-// restorePointers puts what was in force before an attempt in force again. Where that is gone,
-// what is in force stays.
+// restorePointers puts the set from before an activation in force again. If that set no longer exists, the present one
+// stays.
 func restorePointers(store *install.Store, to install.Pointers) error {
 	if to.Current == "" {
 		return restore(store, install.Pointers{}, nil)

@@ -14,35 +14,35 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// bootFile counts how often this program changed the node's boot configuration.
+// bootFile records the changes of the node's boot configuration by this program.
 const bootFile = ".prebake/boot.json"
 
-// maxEdits is how often it does so before it asks somebody: a configuration that the boot
-// loader does not read would have the node reboot for ever.
+// maxEdits is how often this program changes the configuration before it asks the operator. Without a limit, a
+// configuration that the boot loader ignores would cause endless reboots.
 const maxEdits = 2
 
-// bootEdits is what is known of earlier changes.
+// bootEdits is the content of bootFile.
 type bootEdits struct {
-	// Edits counts those since the kernel last took modules.
+	// Edits counts the changes since the kernel last accepted modules.
 	Edits int       `json:"edits"`
 	At    time.Time `json:"at"`
-	// BootID is the boot in which the last one was made or begun.
+	// BootID is the boot in which the last change was made or begun.
 	BootID string `json:"bootId"`
-	// Applied says that it was made, and not undone since.
+	// Applied means that the change was made, and not undone since.
 	Applied bool `json:"applied,omitempty"`
 }
 
-// BootReport is what the node's boot configuration is about.
+// BootReport describes the node's boot configuration.
 type BootReport struct {
 	Policy     host.Policy `json:"policy"`
 	SecureBoot bool        `json:"secureBoot"`
-	// Edits is how often this program changed the configuration since the kernel last
-	// loaded modules of its; Undone says that it was put back now.
+	// Edits is how often this program changed the configuration since the kernel last accepted modules. Undone means that
+	// this call restored the configuration.
 	Edits  int  `json:"edits"`
 	Undone bool `json:"undone,omitempty"`
 }
 
-// bootMaker changes the configuration; package bootcfg has the one that does.
+// bootMaker changes the boot configuration. Package bootcfg has the real one.
 type bootMaker interface {
 	Apply(want bootcfg.Want) (entries int, err error)
 	Undo() error
@@ -50,8 +50,8 @@ type bootMaker interface {
 	Reboot() error
 }
 
-// editBoot changes the kernel command line where it is what keeps the modules out (why),
-// and asks for a reboot.
+// editBoot changes the kernel command line if it is the reason (why) for the refusal of modules. It then asks for a
+// reboot.
 func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, why error) error {
 	var want bootcfg.Want
 	want.Unsigned, want.Elsewhere = facts.Policy.Restricts()
@@ -60,7 +60,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		!errors.As(why, &policy) {
 		return why
 	}
-	// The run was long. A node that has a driver by now, no matter who loaded it, is not rebooted.
+	// The run may have been long. A node that has any driver by now must not be rebooted.
 	if mods, err := host.LoadedModules(a.node); err != nil || len(mods) > 0 {
 		return errors.Join(why, err)
 	}
@@ -80,7 +80,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		return errors.Join(why, err)
 	}
 	here := edits.BootID == a.bootID()
-	if edits.Edits > 0 && !edits.Applied { // it was begun and not made
+	if edits.Edits > 0 && !edits.Applied { // the last change was begun, but not made
 		edits.Edits--
 	} else if edits.Edits > 0 && here {
 		return a.reboot(r, fmt.Errorf("%w; the kernel command line was changed in this boot", why))
@@ -93,7 +93,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	}
 	before := edits
 	edits = bootEdits{Edits: edits.Edits + 1, At: a.parts.Now().UTC(), BootID: a.bootID()}
-	if err := writeEdits(store, edits); err != nil { // before anything is changed
+	if err := writeEdits(store, edits); err != nil { // before anything changes
 		return errors.Join(why, err)
 	}
 	entries, err := a.parts.Boot.Apply(want)
@@ -116,7 +116,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	return a.reboot(r, fmt.Errorf("%w; the kernel command line is changed", why))
 }
 
-// reboot asks for a reboot, for a reason that stays the error.
+// reboot asks for a reboot. The returned error is why.
 func (a *Agent) reboot(r *Report, why error) error {
 	if err := a.parts.Boot.Reboot(); err != nil {
 		return fault.Wrap(fault.Rejected, fmt.Errorf("%w: %w", why, err), "reboot the node")
@@ -133,21 +133,21 @@ func writeEdits(store *install.Store, e bootEdits) error {
 	return errors.Join(store.WriteFile(bootFile, raw), store.Sync())
 }
 
-// bootAllows forgets earlier changes once the kernel does not hold modules back.
+// bootAllows resets the count of changes once the kernel accepts modules.
 func (a *Agent) bootAllows(ctx context.Context, store *install.Store, facts *host.Facts) {
 	signatures, place := facts.Policy.Restricts()
 	if store == nil || a.cfg.DryRun || signatures || place {
 		return
 	}
 	if e, err := readEdits(store); err == nil && e.Edits > 0 {
-		e.Edits = 0 // that it was changed is stored, for the uninstall
+		e.Edits = 0 // Applied stays, because the uninstall needs it
 		if err := writeEdits(store, e); err != nil {
 			a.parts.Log.WarnContext(ctx, "forget changes of the kernel command line", "err", err)
 		}
 	}
 }
 
-// undoBoot undoes what this program changed in the boot configuration, when it goes.
+// undoBoot restores the boot configuration at an uninstall.
 func (a *Agent) undoBoot(r *Report, store *install.Store) error {
 	e, err := readEdits(store)
 	if err != nil || !e.Applied || a.parts.Boot == nil {
@@ -166,7 +166,7 @@ func readEdits(store *install.Store) (e bootEdits, err error) {
 		return e, err
 	}
 	if json.Unmarshal(raw, &e) != nil {
-		e.Edits = maxEdits // damaged: somebody has to look
+		e.Edits = maxEdits // damaged: an operator must look
 	}
 	return e, nil
 }
@@ -179,8 +179,7 @@ func (a *Agent) secureBoot() (on, known bool) {
 	return bootcfg.SecureBoot(a.node, lines)
 }
 
-// Boot reports what the node's kernel allows, and with undo puts back the boot
-// configuration that this program changed.
+// Boot reports what the node's kernel allows. With undo it restores the boot configuration that this program changed.
 func (a *Agent) Boot(undo bool) (r *BootReport, err error) {
 	facts, err := a.Observe()
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// bootMaker notes what is asked of a boot configuration with five entries.
+// bootMaker records the requests to a boot configuration with five entries.
 type bootMaker struct {
 	wants   []bootcfg.Want
 	reboots int
@@ -38,8 +38,8 @@ func (b *bootMaker) Undo() error {
 	return nil
 }
 
-// A kernel that takes no module of ours is said so. Its command line is changed only where
-// its owner said so, never without a count, and not where that is of no use.
+// TestEditBoot checks the error for a kernel that accepts none of our modules. The command line is changed only with
+// the owner's consent, a limited number of times, and not where a change cannot help.
 func TestEditBoot(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -78,7 +78,7 @@ func TestEditBoot(t *testing.T) {
 	run("after the second", "that was done 2 times", 2, 3)
 	n.reboot(t)
 	run("and ever after", "that was done 2 times", 2, 3)
-	// Once the kernel takes them, all is forgotten.
+	// Once the kernel accepts modules, the count is reset.
 	enforce("N")
 	if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
 		t.Fatalf("Run = %+v, %v; want ready", r.Verdict, err)
@@ -86,7 +86,7 @@ func TestEditBoot(t *testing.T) {
 	if r, err := agent.New(n.cfg, n.parts).Boot(false); err != nil || r.Edits != 0 || r.Policy.SignaturesEnforced {
 		t.Errorf("Boot = %+v, %v; want nothing remembered", r, err)
 	}
-	// A configuration that allows it already is no reason to reboot.
+	// A configuration that already allows modules must not cause a reboot.
 	n.reboot(t)
 	enforce("Y")
 	maker.entries = 0
@@ -103,7 +103,7 @@ func TestEditBoot(t *testing.T) {
 	}
 }
 
-// LoadPin and lockdown are told apart, each with a way out.
+// TestLockdown checks that LoadPin and lockdown have different errors, each with a hint.
 func TestLockdown(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -136,32 +136,32 @@ func TestLockdown(t *testing.T) {
 	}
 }
 
-// What is refused for another reason, or on a node that has a driver, is none of the boot
-// configuration's business.
+// TestEditBootSpares checks that the boot configuration stays unchanged on a node that has a driver, and after a
+// refusal for another reason.
 func TestEditBootSpares(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := two(t, 1)
 	maker := &bootMaker{entries: 5}
 	n.parts.Boot, n.cfg.EditBoot = maker, true
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "Y\n")
-	// The driver that is loaded serves, and the newer one is not signed for the kernel.
+	// The loaded driver serves the node. The newer one has no signature for the kernel.
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest || len(maker.wants)+maker.reboots > 0 {
 		t.Errorf("Run = %+v, %v; %d edits, %d reboots; want the driver left alone", r.Verdict, err, len(maker.wants),
 			maker.reboots)
 	}
-	// A parameter that the driver does not have.
+	// The driver refuses a parameter.
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "N\n")
 	n.reboot(t)
-	sample.Write(t, n.root, "proc/sys/kernel/loadpin/enforce", "1\n") // and excluded, as COS has it
+	sample.Write(t, n.root, "proc/sys/kernel/loadpin/enforce", "1\n") // LoadPin is on but excludes modules, as on COS
 	n.kernel.refuse["nvidia "+oldVersion], n.kernel.refuse["nvidia "+newVersion] = syscall.EINVAL, syscall.EINVAL
 	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err == nil || len(maker.wants)+maker.reboots > 0 {
 		t.Errorf("Run = %v; %d edits; want none", err, len(maker.wants))
 	}
 }
 
-// An edit that was begun and not made counts for nothing; the uninstall takes one that was
-// made back.
+// TestEditBootFails checks that a change that was begun but not made does not count. The uninstall restores a change
+// that was made.
 func TestEditBootFails(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

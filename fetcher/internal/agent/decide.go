@@ -12,53 +12,51 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// nodeState is all inputs of a decision. Nothing of it is asked for again.
+// nodeState has all inputs of a decision. The decision reads nothing else.
 type nodeState struct {
 	facts *host.Facts
-	// current and previous are the sets in force now and before; nil means none. staged are
-	// all sets on the disk, these among them.
+	// current and previous are the sets that are in force now and were before; nil means none. staged has all sets on the
+	// disk, including these two.
 	current, previous *install.Set
 	staged            []*install.Set
-	// wanted is the verified set that the farm names; nil where there is none, and none
-	// says why.
+	// wanted is the verified set that the farm names. If it is nil, none is the reason.
 	wanted *install.Set
 	none   error
-	// question is what the node asked the farm.
+	// question is the node's question to the farm.
 	question resolve.Question
 	attempts attempts
-	// verifiable tells whether the statements beside a set hold; nil means that all do.
+	// verifiable reports whether the statements of a set verify; nil means that they do for all sets.
 	verifiable func(*install.Set) bool
-	// closed says why a driver that is loaded may not be replaced now; "" means that it may.
+	// closed is the reason why a loaded driver may not be replaced now; "" means that it may.
 	closed string
-	// replaceForeign, allowDowngrade, retry and noLoad are what the node's owner decides.
+	// replaceForeign, allowDowngrade, retry and noLoad are settings of the node's owner.
 	replaceForeign, allowDowngrade, retry, noLoad bool
 }
 
-// kernelAction is what is to be done with the kernel.
+// kernelAction is the action on the modules in the kernel.
 type kernelAction string
 
 const (
-	// keep leaves the modules that are loaded, and adds those of the set that are not.
+	// keep leaves the loaded modules, and adds modules of the set that are not loaded.
 	keep kernelAction = "keep"
 	// load loads the set into a kernel without a driver.
 	load kernelAction = "load"
-	// replace unloads the driver that is loaded, and loads the set.
+	// replace unloads the loaded driver, and then loads the set.
 	replace kernelAction = "replace"
-	// refuse changes nothing at all.
+	// refuse changes nothing.
 	refuse kernelAction = "refuse"
 )
 
-// decision is what to do. With a set, that set is put in force as the verb says; err
-// then says why it is not the one that the node is meant to have.
+// decision says what to do. A set is put in force with the kernel action do. err is then the reason why it is not the
+// wanted set.
 type decision struct {
 	do  kernelAction
 	set *install.Set
 	err error
 }
 
-// decide says what to do about the node's driver. A driver that fits this build stays
-// in force, or comes back into force, whatever the farm says, until another one can
-// take its place.
+// decide chooses the node's driver. A driver that fits this COS build stays in force, or is put in force again, until
+// another one can replace it. The farm's answer does not change that.
 func decide(s nodeState) decision {
 	good := s.usableSet()
 	stay := func(why error) decision {
@@ -91,7 +89,7 @@ func decide(s nodeState) decision {
 	return d
 }
 
-// usableSet is the set that may be in force: the current one, or else the one before.
+// usableSet returns the set that may be in force: the current one, or else the previous one.
 func (s nodeState) usableSet() *install.Set {
 	for _, set := range []*install.Set{s.current, s.previous} {
 		if set != nil && fitsNode(set, s.facts) == nil && s.refused(set) == nil && s.acceptable(set) {
@@ -101,18 +99,17 @@ func (s nodeState) usableSet() *install.Set {
 	return nil
 }
 
-// acceptable reports whether a set may be in force as far as its attestations go: those of one that runs are not asked
-// for.
+// acceptable reports whether a set's attestations permit that it is in force. A running set needs no check.
 func (s nodeState) acceptable(set *install.Set) bool {
 	return s.verifiable == nil || s.noLoad || s.verifiable(set) || s.runs(set)
 }
 
-// keepsForeign reports whether a foreign driver is loaded that is not to go.
+// keepsForeign reports whether a foreign driver is loaded that must stay.
 func (s nodeState) keepsForeign() bool {
 	return len(s.facts.Modules) > 0 && !s.noLoad && !s.replaceForeign && !s.ownLoaded()
 }
 
-// put says how a set gets into force, or why it cannot.
+// put returns how a set gets in force, or why it cannot.
 func (s nodeState) put(set *install.Set) decision {
 	switch {
 	case s.noLoad:
@@ -122,7 +119,7 @@ func (s nodeState) put(set *install.Set) decision {
 	case s.runs(set):
 		return decision{do: keep, set: set}
 	case !s.ownLoaded() && s.facts.Runs(set.Driver):
-		// Somebody else loaded the same driver: it is adopted as it is.
+		// Another program loaded the same driver. It is adopted unchanged.
 		return decision{do: keep, set: set}
 	case !s.ownLoaded() && !s.replaceForeign:
 		return decision{do: refuse,
@@ -141,7 +138,7 @@ func (s nodeState) put(set *install.Set) decision {
 	return s.allowed(set, replace)
 }
 
-// allowed asks the kernel's policy before anything is unloaded or switched.
+// allowed checks the kernel's policy before anything is unloaded or switched.
 func (s nodeState) allowed(set *install.Set, do kernelAction) decision {
 	for _, m := range set.Modules {
 		if !isLoaded(m.Name) {
@@ -154,9 +151,8 @@ func (s nodeState) allowed(set *install.Set, do kernelAction) decision {
 	return decision{do: do, set: set}
 }
 
-// runs reports whether the loaded modules are those of a set. The kernel tells them
-// by their build ids, or else by version and flavour; two editions of a release are
-// told by what was in force.
+// runs reports whether the loaded modules are those of a set. The build ids decide, or else version and flavour. Two
+// editions of a release have the same modules, so the set in force decides between them.
 func (s nodeState) runs(set *install.Set) bool {
 	if !s.facts.Runs(set.Driver) || len(foreign(s.facts, set)) > 0 {
 		return false
@@ -164,14 +160,14 @@ func (s nodeState) runs(set *install.Set) bool {
 	return s.current == nil || s.current.Driver == set.Driver || s.current.Driver.Modules() != set.Driver.Modules()
 }
 
-// ownLoaded reports whether the loaded driver is one that this program installed.
+// ownLoaded reports whether this program installed the loaded driver.
 func (s nodeState) ownLoaded() bool {
 	return slices.ContainsFunc(append([]*install.Set{s.current, s.previous}, s.staged...), func(set *install.Set) bool {
 		return set != nil && s.facts.Runs(set.Driver) && len(foreign(s.facts, set)) == 0
 	})
 }
 
-// refused says why a set is not to be tried again.
+// refused returns the reason why a set must not be tried again; nil means that it may.
 func (s nodeState) refused(set *install.Set) error {
 	a := s.attempts[set.Digest]
 	if a == nil || s.retry {
@@ -180,8 +176,7 @@ func (s nodeState) refused(set *install.Set) error {
 	return a.refused(set.Driver, s.another(set.Digest))
 }
 
-// another reports whether there is another driver that this node may run: a set, or one
-// that somebody else loaded.
+// another reports whether the node has another driver that it may run: a set, or a foreign driver.
 func (s nodeState) another(digest string) bool {
 	if len(s.facts.Modules) > 0 && !s.ownLoaded() {
 		return true
@@ -195,8 +190,8 @@ func (s nodeState) another(digest string) bool {
 	})
 }
 
-// isDowngrade reports whether the farm's answer to a wish without an exact version is
-// older than what is installed for it.
+// isDowngrade reports whether the farm's answer is older than the installed driver, for a wish without an exact
+// version.
 func (s nodeState) isDowngrade(good *install.Set) bool {
 	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || s.allowDowngrade ||
 		!serves(good, s.question) {
@@ -205,8 +200,7 @@ func (s nodeState) isDowngrade(good *install.Set) bool {
 	return target.CompareVersions(s.wanted.Driver.Modules().Version, good.Driver.Modules().Version) < 0
 }
 
-// serves reports whether an installed set answers the question, as far as the node can
-// tell by itself.
+// serves reports whether an installed set answers the question, as far as the node knows without the farm.
 func serves(s *install.Set, q resolve.Question) bool {
 	if s == nil || s.Kernel.BuildID != q.Kernel.BuildID || s.Kernel.Board != q.Kernel.Board ||
 		s.Kernel.Release != q.Kernel.Release {
@@ -218,14 +212,14 @@ func serves(s *install.Set, q resolve.Question) bool {
 	if v, exact := q.Wish.Exact(); exact && v != s.Driver.Version {
 		return false
 	}
-	// A branch means no edition of a release: these are asked for by their names.
+	// A branch does not include editions of a release, because these must be asked for by name.
 	if b, named := q.Wish.BranchName(); named && (b != s.Driver.Branch() || s.Driver != s.Driver.Modules()) {
 		return false
 	}
 	return q.Flavour == resolve.Auto || q.Flavour == string(s.Driver.Flavour)
 }
 
-// fitsNode refuses a set that was installed for another COS build.
+// fitsNode returns an error if a set was installed for another COS build.
 func fitsNode(s *install.Set, facts *host.Facts) error {
 	if s.Kernel.BuildID == facts.Kernel.BuildID && s.Kernel.Board == facts.Kernel.Board &&
 		s.Kernel.Release == facts.Kernel.Release {
@@ -236,7 +230,7 @@ func fitsNode(s *install.Set, facts *host.Facts) error {
 		"install a driver for this build: fetcher install --driver VERSION")
 }
 
-// idle refuses a driver that is in use, before anything of it is unloaded.
+// idle returns an error if the driver is in use, before any of its modules is unloaded.
 func idle(facts *host.Facts) error {
 	for _, m := range facts.Modules {
 		if m.Permanent {

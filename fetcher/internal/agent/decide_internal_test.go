@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The table of what happens to a node's driver. Sets are called by version; a letter
-// behind a plus sign stands for other bytes of the same version.
+// TestDecide lists the decisions about a node's driver. A set is named by its version. A letter after a plus sign means
+// other bytes of the same version.
 func TestDecide(t *testing.T) {
 	t.Parallel()
 	const here, elsewhere = "17800.0.47", "17800.0.50"
@@ -42,7 +42,7 @@ func TestDecide(t *testing.T) {
 
 		do  kernelAction
 		set string
-		err string // words of the error; "" means none
+		err string // words of the error; "" means no error
 	}{
 		{name: "a node without a driver", wanted: "535.2", do: load, set: "535.2"},
 		{name: "the farm is away, nothing is here", none: away, do: refuse, err: "nobody answers"},

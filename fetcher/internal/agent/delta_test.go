@@ -33,16 +33,16 @@ func archiveOf(t *testing.T, l bundle.Layer) *bytes.Buffer {
 	return &b
 }
 
-// TestDelta updates the OS of a node that has the modules of the build before.
+// TestDelta updates the operating system of a node that has the modules for the COS build before.
 func TestDelta(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
 	for name, tc := range map[string]struct {
-		// attach changes the delta before it is attached; nil attaches none.
+		// attach changes the delta before it is attached; nil means that no delta is attached.
 		attach func(delta []byte) []byte
-		// spoil changes the former layer on the disk; may be nil.
+		// spoil changes the former layer on the disk; it may be nil.
 		spoil func(t *testing.T, n *node)
-		// whole says that the whole layer is fetched, and tried that a delta was.
+		// tried: the node fetches a delta. whole: the node fetches the whole layer.
 		tried, whole bool
 	}{
 		"a delta is there": {attach: func(d []byte) []byte { return d }, tried: true},

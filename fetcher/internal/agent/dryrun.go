@@ -27,7 +27,7 @@ func (a *Agent) dryRun(ctx context.Context, r *Report, facts *host.Facts, store 
 	return d.err
 }
 
-// plan says what would happen to the modules.
+// plan adds the actions on modules to the report.
 func (a *Agent) plan(r *Report, s nodeState, d decision) {
 	if a.cfg.NoLoad || d.set == nil {
 		return

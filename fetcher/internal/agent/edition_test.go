@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// An edition of a release has a suffix, of which its modules, NVML and the kernel
-// know nothing. It is installed, and then seen to be what is loaded.
+// TestEdition installs an edition of a release. The version of an edition has a suffix that its modules, NVML and the
+// kernel do not report. The agent must still recognise the loaded driver.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -37,7 +37,7 @@ func TestEdition(t *testing.T) {
 	if r, err = n.run(t, ref, p.Digest, c.Driver); err != nil || r.Changed || len(n.kernel.calls) != 0 {
 		t.Errorf("second Run = %+v, %v, calls %v; want nothing changed", r, err, n.kernel.calls)
 	}
-	// The release itself has other modules behind the same version.
+	// The release itself has other modules with the same version.
 	plain := sample.NewCell(t, buildA, newVersion)
 	q := sample.Publish(t, ref, key, plain)
 	_, err = n.run(t, ref, q.Digest, plain.Driver)

@@ -14,17 +14,17 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Explanation is what each rule says of an artifact for one COS build.
+// Explanation has the finding of each rule about an artifact, for one COS build.
 type Explanation struct {
 	Digest   string          `json:"digest"`
 	Driver   target.Driver   `json:"driver"`
 	Kernel   target.Kernel   `json:"kernel"`
 	Findings []trust.Finding `json:"findings"`
-	// Verdict is null where a rule refuses the artifact.
+	// Verdict is null if a rule refuses the artifact.
 	Verdict *trust.Verdict `json:"verdict"`
 }
 
-// explainer is a verifier that tells of every rule; package trust has the one.
+// explainer is a verifier that reports each rule. Package trust has the one implementation.
 type explainer interface {
 	Explain(bundles [][]byte, e trust.Expect) (*trust.Verdict, []trust.Finding, error)
 }
@@ -32,9 +32,9 @@ type explainer interface {
 // Observe reads the node's facts.
 func (a *Agent) Observe() (*host.Facts, error) { return host.Observe(a.node) }
 
-// Explain says what each rule says of an artifact in a repository, for a kernel of which
-// the COS build is known at least. It reads no layer. The error is why the artifact would
-// not be taken; the explanation is nil where there is nothing to explain.
+// Explain returns the finding of each rule about an artifact in a repository. kernel needs the COS build at least.
+// Explain reads no layer. The error is the reason why a node would refuse the artifact. The explanation is nil if the
+// artifact could not be read.
 func (a *Agent) Explain(ctx context.Context, repo Repository, digest string, kernel target.Kernel,
 	now time.Time) (*Explanation, error) {
 	p, err := readEvidence(ctx, repo, a.parts.Verifier, digest, &host.Facts{Kernel: kernel})
@@ -61,8 +61,8 @@ func (a *Agent) explain(p evidence, v Verifier, digest string, kernel target.Ker
 	return e, err
 }
 
-// ExplainInstalled says what each rule says of the driver in force, and whether its files
-// are what was signed.
+// ExplainInstalled returns the finding of each rule about the driver in force, and whether its files match the signed
+// content.
 func (a *Agent) ExplainInstalled(ctx context.Context) (_ *Explanation, err error) {
 	facts, err := a.Observe()
 	if err != nil {

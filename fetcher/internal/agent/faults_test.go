@@ -35,7 +35,7 @@ import (
 
 var update = flag.Bool("update", false, "write docs/reference/node-faults.md anew")
 
-// The faults that strike a run, each when a phase begins.
+// These are the faults of a run. Each happens at the begin of a phase.
 const (
 	faultKill    = "killed"
 	faultDisk    = "disk full"
@@ -48,37 +48,37 @@ const (
 
 var faults = []string{faultKill, faultDisk, faultNetwork, faultRead, faultDamage, faultClock, faultTwo}
 
-// order is what a run in a process of its own is told, in the environment.
+// order says what a child process does. The child reads it from the environment.
 type order struct {
 	Root, Layout, Keys string
 	Older, Newer       string // digests
-	// SetUp makes the node first, with the older driver in force.
+	// SetUp first makes the node, with the older driver in force.
 	SetUp bool
-	// Boot says that the node was rebooted, so that nothing is loaded.
+	// Boot means that the node was rebooted, so that no module is loaded.
 	Boot bool
-	// Rebooted says that the node was rebooted since the last order for it.
+	// Rebooted means that the node was rebooted since the last order.
 	Rebooted bool
-	// Fault strikes when Phase begins; "" means none.
+	// Fault happens when Phase begins; "" means none.
 	Fault, Phase string
 }
 
-// outcome is what it prints.
+// outcome is the result that the child process prints.
 type outcome struct {
-	Class   string // "" is success
+	Class   string // "" means success
 	Error   string
-	Digest  string // of what the verdict is about
+	Digest  string // the digest in the verdict
 	State   gpucheck.State
 	Struck  bool
 	Fetched int64
-	Problem string // what of the node does not hold
-	// Again is the outcome of the next run, where that has to be in the same process.
+	Problem string // what is wrong with the node
+	// Again is the outcome of the next run, if it must be in the same process.
 	Again *outcome
 }
 
 const orderVariable = "PREBAKE_TEST_ORDER"
 
-// TestFaultProcess is no test of its own: it is the process that a fault strikes, and does
-// nothing unless it is told what to do.
+// TestFaultProcess is not a real test. It is the child process in which a fault happens, and does nothing without an
+// order.
 func TestFaultProcess(t *testing.T) {
 	raw := os.Getenv(orderVariable)
 	if raw == "" {
@@ -90,7 +90,7 @@ func TestFaultProcess(t *testing.T) {
 	}
 	if o.SetUp {
 		o.setUp(t)
-		unix.Sync() // long ago, as it were
+		unix.Sync() // flush the older driver to disk, as if it had been installed long ago
 	}
 	if o.Rebooted {
 		n := o.node(t)
@@ -113,7 +113,7 @@ func TestFaultProcess(t *testing.T) {
 	fmt.Printf("OUTCOME %s\n", text)
 }
 
-// cells are the two drivers.
+// cells returns the two drivers.
 func cells(t testing.TB) (older, newer sample.Cell) {
 	older, newer = sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
 	older.Bulk, newer.Bulk = 64<<10, 64<<10
@@ -136,7 +136,7 @@ func (o order) setUp(t testing.TB) {
 	}
 }
 
-// node is a node whose state is all on the disk.
+// node returns a node that has all its state on the disk.
 func (o order) node(t testing.TB) *node {
 	t.Helper()
 	pem, err := os.ReadFile(o.Keys)
@@ -156,7 +156,7 @@ func (o order) node(t testing.TB) *node {
 	return n
 }
 
-// runOf runs once, for one of the two drivers.
+// runOf runs the agent once, for one of the two drivers.
 func (n *node) runOf(t testing.TB, o order, digest string, c sample.Cell) (*agent.Report, error) {
 	n.parts.Finder = finder{answer: answerOf("server", "oci:"+o.Layout, digest, c.Driver)}
 	return agent.New(n.cfg, n.parts).Run(t.Context())
@@ -199,20 +199,19 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 	case faultKill:
 		return syscall.Kill(os.Getpid(), syscall.SIGKILL)
 	case faultPower:
-		// The machine that runs the tests must outlive them: package vm boots its own so.
+		// Do this only in a virtual machine that package vm booted. Otherwise the machine that runs the tests would reset.
 		if line, err := os.ReadFile("/proc/cmdline"); err != nil || !bytes.Contains(line, []byte(" rdinit=/init")) ||
 			os.Args[0] != "/test" {
 			t.Fatal("this is no virtual machine of ours")
 		}
-		err := os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0) // resets it at once, and flushes nothing
+		err := os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0) // resets the machine at once, without a flush
 		t.Fatalf("the machine goes on: %v", err)
 	case faultDisk:
 		return faulttable.Fill(filepath.Join(o.Root, "home", "filler"))
 	case faultNetwork:
 		gone.Store(true)
 	case faultRead:
-		// As a failing disk: what is there cannot be read. A link that leads to itself does
-		// that to root as well.
+		// Simulate a failing disk, on which files cannot be read. A link to itself is unreadable even for root.
 		return each(ours, func(path string) error {
 			if err := os.Remove(path); err != nil {
 				return err
@@ -251,7 +250,7 @@ func each(dir string, do func(string) error) error {
 	})
 }
 
-// cuttable is a registry on a network that may be gone.
+// cuttable is a registry whose network connection may be lost.
 type cuttable struct {
 	agent.Repository
 	gone *atomic.Bool
@@ -287,8 +286,8 @@ func (c cuttable) Blob(ctx context.Context, digest string, size int64) (io.ReadC
 	return rc, nil
 }
 
-// problem says what of a node does not hold: a library behind its name, modules and
-// libraries of one driver.
+// problem returns what is wrong with a node. The library must be readable by its name, and modules and libraries must
+// be of one driver.
 func (n *node) problem() string {
 	lib, err := os.ReadFile(filepath.Join(n.root, installDir, "lib64/libnvidia-ml.so.1"))
 	if err != nil {
@@ -305,8 +304,7 @@ func (n *node) problem() string {
 	return ""
 }
 
-// rows are the phases of a run that changes the driver, and those of a run that brings a
-// node up after a reboot.
+// rows are the phases of a run that changes the driver, and the phases of a run after a reboot.
 var rows = []struct {
 	phase string
 	boot  bool
@@ -316,8 +314,8 @@ var rows = []struct {
 	{"install", true}, {"load", true}, {"validate", true},
 }
 
-// TestFaults strikes each phase with each fault. Whatever happens to that run, the next one
-// ends with a verified driver in force, loaded, and its library behind its name.
+// TestFaults combines each phase with each fault. After any of them, the next run must end with a verified driver in
+// force and loaded, and with a readable library.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bwrap"); err != nil {
@@ -362,7 +360,7 @@ func (o order) name() string {
 	return o.Phase
 }
 
-// struck has the fault strike, and returns how the run ended.
+// struck runs an order with its fault, and returns how the run ended.
 func (o order) struck(t *testing.T) string {
 	o.Root = filepath.Join(t.TempDir(), "root")
 	argv := []string{os.Args[0], "-test.run=^TestFaultProcess$"}
@@ -387,8 +385,8 @@ func (o order) struck(t *testing.T) string {
 		t.Logf("%s: %s", cell, got.Error)
 	}
 	if o.Fault != faultDamage && o.Fault != faultRead && o.Fault != faultDisk {
-		// A run that is killed between the switch and the load leaves libraries of one
-		// driver with modules of another, for the next run to mend.
+		// A run that is killed between the switch and the load leaves libraries of one driver and modules of another. The
+		// next run repairs this.
 		if what := o.node(t).problem(); what != "" && (o.Fault != faultKill || !strings.HasPrefix(what, "libraries are of")) {
 			t.Errorf("behind the fault: %s", what)
 		}
@@ -421,7 +419,7 @@ func (o order) word(got *outcome) string {
 	return got.Class + ", " + driver
 }
 
-// process runs an order in a process of its own; nil means that it was killed.
+// process runs an order in a child process; nil means that the child was killed.
 func (o order) process(t *testing.T, argv []string) *outcome {
 	t.Helper()
 	text, err := json.Marshal(o)
@@ -449,7 +447,7 @@ func (o order) process(t *testing.T, argv []string) *outcome {
 	return got
 }
 
-// checkTable compares what was seen with the table in the documentation.
+// checkTable compares the results with the table in the documentation.
 func checkTable(t *testing.T, seen map[string]string) {
 	t.Helper()
 	var names []string

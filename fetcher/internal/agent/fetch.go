@@ -19,18 +19,18 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// atOnce is how many layers are fetched side by side. Each holds a window of 8 MiB and is fetched,
-// unpacked and written in goroutines of its own, so that two keep a small node busy.
+// atOnce is the number of layers that are fetched at the same time. Each layer needs a window of 8 MiB, and has its own
+// goroutines to fetch, unpack and write. Two layers therefore keep a small node busy.
 const atOnce = 2
 
-// missingLayer is a layer that this node has to fetch.
+// missingLayer is a layer that this node must fetch.
 type missingLayer struct {
 	install.Layer
-	// deltas make it out of other layers that are here, the smallest first.
+	// deltas can make the layer from other layers on the disk, the smallest first.
 	deltas []delta
 }
 
-// bytes is how much has to be fetched for it.
+// bytes returns the number of bytes to fetch for the layer.
 func (l missingLayer) bytes() int64 {
 	if len(l.deltas) > 0 {
 		return l.deltas[0].Size
@@ -38,13 +38,13 @@ func (l missingLayer) bytes() int64 {
 	return l.Size
 }
 
-// delta is one that fits what is on the disk.
+// delta is a delta that applies to a layer on the disk.
 type delta struct {
 	v1.Descriptor
 	from install.Layer
 }
 
-// fetch gets the layers that are missing, or not what they were, side by side.
+// fetch fetches the layers that are missing or damaged, several at the same time.
 func (a *Agent) fetch(
 	ctx context.Context,
 	r *Report,
@@ -59,19 +59,19 @@ func (a *Agent) fetch(
 		return err
 	}
 	if len(missing) > 0 {
-		footprint.Trim() // what starting and verifying took is free for windows
+		footprint.Trim() // memory of the start and of the verification becomes free for the windows
 	}
 	var done atomic.Int64
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(atOnce)
-	// The largest first: nobody waits for one that began last.
+	// Start the largest first, so that it does not finish alone at the end.
 	slices.SortStableFunc(missing, func(x, y missingLayer) int { return cmp.Compare(y.Size, x.Size) })
 	for _, l := range missing {
 		if len(l.deltas) == 0 {
 			g.Go(func() error { return a.fetchWhole(gctx, repo, store, l, id, facts, &done) })
 		}
 	}
-	// Deltas come after what is certain, so that one which fills the disk takes nothing from it.
+	// Deltas come after the whole layers, so that a delta that fills the disk cannot harm them.
 	err = g.Wait()
 	for _, l := range missing {
 		if err == nil && len(l.deltas) > 0 {
@@ -79,7 +79,7 @@ func (a *Agent) fetch(
 		}
 	}
 	if ctx.Err() != nil {
-		return context.Cause(ctx) // not what it did to the streams
+		return context.Cause(ctx) // the cause, not the error that the cancellation caused in the streams
 	}
 	return err
 }
@@ -104,7 +104,7 @@ func (a *Agent) fetchWhole(
 	return nil
 }
 
-// fetchDelta makes a layer by one of its deltas, or fetches the whole of it.
+// fetchDelta makes a layer from one of its deltas. If none works, it fetches the whole layer.
 func (a *Agent) fetchDelta(
 	ctx context.Context,
 	r *Report,
@@ -117,7 +117,7 @@ func (a *Agent) fetchDelta(
 ) error {
 	for i, d := range l.deltas {
 		if i > 0 {
-			r.FetchedBytes += d.Size // the first is counted
+			r.FetchedBytes += d.Size // the first delta is already counted
 		}
 		err := a.addLayer(
 			store,
@@ -137,7 +137,7 @@ func (a *Agent) fetchDelta(
 	return a.fetchWhole(ctx, repo, store, l, id, facts, done)
 }
 
-// addLayer keeps a layer, checks its modules, and stores what it looked like.
+// addLayer adds a layer, checks its modules, and stores the layer's print for later comparisons.
 func (a *Agent) addLayer(
 	store *install.Store,
 	l missingLayer,
@@ -164,8 +164,8 @@ func (a *Agent) addLayer(
 	return err
 }
 
-// missing returns the layers that have to be fetched, and counts. One that is damaged
-// counts as missing.
+// missing returns the layers that must be fetched, and counts their bytes in the report. A damaged layer counts as
+// missing.
 func (a *Agent) missing(
 	ctx context.Context,
 	r *Report,
@@ -187,7 +187,7 @@ func (a *Agent) missing(
 			return nil
 		})
 	}
-	_ = g.Wait() // each error is looked at below
+	_ = g.Wait() // the loop below handles each error
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -219,11 +219,11 @@ func (a *Agent) missing(
 	return missing, nil
 }
 
-// maxDeltas is how many deltas are tried for a layer: anybody may attach some that do not do.
+// maxDeltas is how many deltas are tried for a layer. Anybody may attach a useless delta.
 const maxDeltas = 3
 
-// deltasFor finds deltas for a layer of modules, the smallest first. They are a help only:
-// whoever attached one, its result has to be what was signed.
+// deltasFor finds deltas for a layer of modules, the smallest first. Anybody may attach a delta, because its result
+// must match the signed content anyway.
 func (a *Agent) deltasFor(
 	ctx context.Context,
 	repo Repository,
@@ -299,7 +299,7 @@ func unpack(ctx context.Context, repo Repository, l install.Layer, dst *os.Root)
 	if err != nil {
 		return err
 	}
-	defer footprint.Trim() // the window is free for the next layer
+	defer footprint.Trim() // the window becomes free for the next layer
 	defer func() { err = errors.Join(err, rc.Close()) }()
 	return bundle.Unpack(ctx, rc, l.Digest, l.DiffID, l.Size, dst)
 }

@@ -15,12 +15,11 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// foreignFiles are the files of a driver that somebody else loaded, open, so that they
-// outlive what happens to their names. A file belongs to a module that is loaded when
-// both have one build id, which the linker makes of all that goes into the module.
+// foreignFiles are the open files of a foreign driver. They stay readable when their names change or disappear. A file
+// belongs to a loaded module if both have the same build id, which the linker computes from the module's whole content.
 type foreignFiles struct {
 	driver string
-	// modules are what is to be unloaded, or was; none is that nothing is.
+	// modules are the modules to unload, or the unloaded ones; it is empty if there are none.
 	modules []host.Module
 	images  []kmod.Image
 	files   []fs.File
@@ -30,12 +29,11 @@ type foreignFiles struct {
 
 func (f *foreignFiles) close() {
 	for _, file := range f.files {
-		_ = file.Close() // it was only read
+		_ = file.Close() // the file was only read
 	}
 }
 
-// findForeign looks for the files of modules that are loaded, or were in this boot, in load
-// order.
+// findForeign finds the files of modules that are loaded, or were loaded in this boot, in load order.
 func (a *Agent) findForeign(facts *host.Facts, driver string, modules []host.Module) *foreignFiles {
 	f := &foreignFiles{driver: driver, modules: modules}
 	byID := map[string]string{}
@@ -44,7 +42,7 @@ func (a *Agent) findForeign(facts *host.Facts, driver string, modules []host.Mod
 			byID[m.BuildID] = name
 		}
 	}
-	for _, m := range slices.Backward(modules) { // /proc/modules has the youngest first
+	for _, m := range slices.Backward(modules) { // /proc/modules lists the youngest first
 		name, ok := byID[m.BuildID]
 		file, err := a.node.Open(name)
 		if m.BuildID == "" || !ok || err != nil {
@@ -60,8 +58,8 @@ func (a *Agent) findForeign(facts *host.Facts, driver string, modules []host.Mod
 	return f
 }
 
-// moduleFiles lists the files in which a driver's modules may be: where installers on COS
-// nodes put them, what this program put aside, and the kernel's own folder.
+// moduleFiles lists the files that may contain a driver's modules. They are in the folders of installers on COS nodes,
+// in this program's folder for adopted content, and in the kernel's own module folder.
 func (a *Agent) moduleFiles(facts *host.Facts) []string {
 	var all []string
 	dirs := []string{path.Join(a.cfg.InstallDir, "drivers"), path.Join(a.cfg.InstallDir, ".prebake/adopted/drivers")}
@@ -107,7 +105,7 @@ func readAll(file fs.File) ([]byte, error) {
 	return io.ReadAll(io.NewSectionReader(at, 0, maxModule))
 }
 
-// reload loads what somebody else had loaded, after ours was refused.
+// reload loads the foreign driver again, after our driver failed.
 func (f *foreignFiles) reload(ctx context.Context, a *Agent, r *Report) error {
 	for _, name := range []string{"nvidia", "nvidia_uvm"} {
 		if slices.Contains(f.unknown, name) {

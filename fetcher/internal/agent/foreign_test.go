@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// foreignNode is a node on which Google's installer put a driver and loaded it. Its
-// modules lie where that one puts them; in are those that do.
+// foreignNode is a node on which Google's installer installed and loaded a driver. The argument in is a list of the
+// modules whose files are in that installer's folder.
 func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, in ...string) *node {
 	t.Helper()
 	n := newNode(t, c, 1, key)
@@ -36,8 +36,8 @@ func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, in ...string) *n
 	return n
 }
 
-// N7 of the second look: a foreign driver that had to go is restored when ours does
-// not do, from the very files that it was loaded from.
+// TestForeignPutBack checks that a foreign driver that was unloaded is loaded again from its own files when our driver
+// fails.
 func TestForeignPutBack(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -63,7 +63,7 @@ func TestForeignPutBack(t *testing.T) {
 	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
 		t.Errorf("tree (-want +got):\n%s", diff)
 	}
-	// Where ours does, what the node had beside the usual is loaded with it.
+	// When our driver works, the node's additional module is loaded with it.
 	delete(n.kernel.refuse, "nvidia_uvm "+newVersion)
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 		t.Fatal(err)
@@ -73,8 +73,8 @@ func TestForeignPutBack(t *testing.T) {
 	}
 }
 
-// A run that is killed after it unloaded a foreign driver, and before it loaded ours,
-// has left a note of what was there: the next one puts that back where ours does not do.
+// TestForeignKilled kills a run after it unloaded a foreign driver and before it loaded ours. The run left a record, so
+// the next run must restore the foreign driver when ours fails.
 func TestForeignKilled(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -86,7 +86,7 @@ func TestForeignKilled(t *testing.T) {
 	n.killed(t, ref, p.Digest, c, "nvidia")
 	n.kernel.refuse["nvidia_uvm "+newVersion] = syscall.ENODEV
 	_, err := n.run(t, ref, p.Digest, c.Driver)
-	if err == nil || !strings.Contains(err.Error(), "failed 2 times") { // the kill, and this
+	if err == nil || !strings.Contains(err.Error(), "failed 2 times") { // the kill and this failure
 		t.Errorf("Run = %v; want the driver refused", err)
 	}
 	want := []string{
@@ -99,7 +99,7 @@ func TestForeignKilled(t *testing.T) {
 	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
 		t.Errorf("tree (-want +got):\n%s", diff)
 	}
-	// After a reboot nobody puts back what that boot had.
+	// A foreign driver of an earlier boot is not restored.
 	n.cfg.Retry = true
 	n.killed(t, ref, p.Digest, c, "nvidia")
 	n.reboot(t)
@@ -113,7 +113,7 @@ func TestForeignKilled(t *testing.T) {
 	}
 }
 
-// What cannot be restored is reported, with what is missing.
+// TestForeignNotPutBack checks the error if a foreign driver cannot be restored: it must name what is missing.
 func TestForeignNotPutBack(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

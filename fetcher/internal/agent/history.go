@@ -18,10 +18,10 @@ import (
 
 const historyFile = ".prebake/history.json"
 
-// maxHistory bounds the file; the oldest events go.
+// maxHistory bounds the events of the file; the oldest ones are dropped.
 const maxHistory = 200
 
-// What happened to a driver on this node.
+// These are the events in the life of a driver on this node.
 const (
 	eventInForce    = "in force"
 	eventReverted   = "taken back"
@@ -29,19 +29,19 @@ const (
 	eventRolledBack = "rolled back by hand"
 )
 
-// Event is one thing that happened to a driver on this node.
+// Event is one event of a driver on this node.
 type Event struct {
 	At     time.Time     `json:"at"`
 	BootID string        `json:"bootId,omitempty"`
 	What   string        `json:"what"`
 	Driver target.Driver `json:"driver"`
 	Digest string        `json:"digest"`
-	// Verdict is what was seen then, and Why what was wrong.
+	// Verdict is the verdict at that time, and Reason is the error.
 	Verdict string `json:"verdict,omitempty"`
 	Reason  string `json:"why,omitempty"`
 }
 
-// addHistory adds to the history. It is for people: that it cannot be written stops nothing.
+// addHistory adds an event to the history. The history is for people, so a failed write stops nothing.
 func (a *Agent) addHistory(
 	ctx context.Context,
 	store *install.Store,
@@ -83,12 +83,12 @@ func readHistory(store *install.Store) ([]Event, error) {
 	}
 	var all []Event
 	if json.Unmarshal(raw, &all) != nil {
-		return nil, nil // damaged: it begins anew
+		return nil, nil // a damaged file begins anew
 	}
 	return all, nil
 }
 
-// History returns what happened to drivers on this node, the oldest first.
+// History returns the events of drivers on this node, the oldest first.
 func (a *Agent) History() (all []Event, err error) {
 	store, err := a.openInstalled()
 	if errors.Is(err, fs.ErrNotExist) {
@@ -104,9 +104,9 @@ func (a *Agent) History() (all []Event, err error) {
 	return all, err
 }
 
-// Uninstall leaves the node as it was before this program: the driver is unloaded, where
-// it is ours and nobody uses it, what another installer had is back, and nothing of ours
-// is left. A run that was killed in the middle of it is finished by the next.
+// Uninstall restores the node's state from before this program. It unloads the driver if the driver is ours and not in
+// use. It restores what another installer had, and removes everything of ours. If an uninstall is killed, the next one
+// completes it.
 func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.forget()
@@ -122,7 +122,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 		return r, err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	if !store.Exists() { // never there, or nearly gone
+	if !store.Exists() { // it never existed, or is nearly removed
 		if !a.cfg.DryRun {
 			err = store.Remove()
 		}
@@ -162,7 +162,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 		if err != nil {
 			return r, err
 		}
-		if was == nil { // of an older release: what COS was booted with
+		if was == nil { // an older release stored none: use the path of the kernel command line
 			was = []byte(host.BootedFirmwarePath(a.node))
 		}
 		if err := a.writeFirmwarePath(string(was)); err != nil {
@@ -177,13 +177,13 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	if err := a.undoBoot(r, store); err != nil {
 		return r, err
 	}
-	if mounted != nil && string(mounted) == a.bootID() { // while the note of it is there
+	if mounted != nil && string(mounted) == a.bootID() { // before store.Remove removes the record of the mount
 		if err := store.RevokeExec(); err != nil {
 			return r, err
 		}
 	}
 	added := addedLibraries(store)
-	if added { // while the note of it is there, for the next run if this one is killed
+	if added { // before store.Remove removes the record, so that the next run can repeat it if this one is killed
 		a.hideLibraries(ctx, added)
 	}
 	a.describeGPUs(ctx, gpucheck.Verdict{})
@@ -193,7 +193,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	return r, err
 }
 
-// firmwareBefore notes where the kernel looked for firmware before this program told it.
+// firmwareBefore stores the kernel's firmware path from before this program changed it.
 const firmwareBefore = ".prebake/firmware-path"
 
 func describe(set *install.Set) string {

@@ -12,16 +12,15 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// kernel is a recording stand-in for the module system calls. It keeps the
-// fake /proc and /sys as a kernel would.
+// kernel replaces the module system calls and records them. It updates the fake /proc and /sys as a kernel does.
 type kernel struct {
 	root string
-	// refuse maps a module's name to the errno of its next insertions.
+	// refuse maps a module's name and version to the errno of its next insertions.
 	refuse map[string]syscall.Errno
-	// die names a module and a version at which the program is killed, and open one that
-	// somebody opens as soon as it is loaded.
+	// die is a module and a version; the program is killed when the module is loaded. open is a module and a version; a
+	// program opens the module directly after the load.
 	die, open string
-	// ids lets the kernel tell the modules' build ids.
+	// ids makes the kernel report the modules' build ids.
 	ids bool
 
 	mu    sync.Mutex

@@ -12,10 +12,10 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/ldcache"
 )
 
-// ldFile notes that this program named the folder of libraries in the node's ld.so.conf.
+// ldFile records that this program added the library folder to the node's ld.so.conf.
 const ldFile = ".prebake/ld-so-conf"
 
-// exposeLibraries lets the node's own programs find the libraries. Pods do without.
+// exposeLibraries makes the libraries available to the node's own programs. Pods do not need this.
 func (a *Agent) exposeLibraries(ctx context.Context, store *install.Store) {
 	note := func() error { return store.WriteFile(ldFile, nil) }
 	err := ldcache.Add(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"), note)
@@ -24,8 +24,8 @@ func (a *Agent) exposeLibraries(ctx context.Context, store *install.Store) {
 	}
 }
 
-// hideLibraries is the opposite, for a driver that was taken out of force: all that was
-// not there before goes.
+// hideLibraries undoes exposeLibraries for a driver that is no longer in force. The argument added is true if this
+// program added the folder.
 func (a *Agent) hideLibraries(ctx context.Context, added bool) {
 	err := ldcache.Refresh(ctx, a.parts.Node)
 	if added {
@@ -36,17 +36,17 @@ func (a *Agent) hideLibraries(ctx context.Context, added bool) {
 	}
 }
 
-// addedLibraries reports whether this program named the folder.
+// addedLibraries reports whether this program added the folder.
 func addedLibraries(store *install.Store) bool {
 	raw, err := store.ReadFile(ldFile)
 	return err == nil && raw != nil
 }
 
-// describeGPUs tells container runtimes of the GPUs of the driver that is loaded, and of
-// none where none is.
+// describeGPUs writes the description of the loaded driver's GPUs for container runtimes. Without a loaded driver it
+// removes the description.
 func (a *Agent) describeGPUs(ctx context.Context, v gpucheck.Verdict) {
 	err := func() error {
-		if _, loaded := v.Modules["nvidia"]; !loaded || v.State == gpucheck.Drifted { // the libraries are of another one
+		if _, loaded := v.Modules["nvidia"]; !loaded || v.State == gpucheck.Drifted { // the libraries are of another driver
 			return cdi.Remove(a.parts.Node)
 		}
 		gpus, err := cdi.GPUs(a.node)

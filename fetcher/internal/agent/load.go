@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// restoreFirmwarePath tells the kernel to look for firmware where it did before.
+// restoreFirmwarePath sets the kernel's firmware path back to the one in before.
 func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 	now, err := host.Observe(a.node)
 	if err != nil || now.FirmwarePath == before.FirmwarePath {
@@ -29,7 +29,7 @@ func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 	return a.writeFirmwarePath(before.FirmwarePath)
 }
 
-// writeFirmware tells it to look there, unless it does.
+// writeFirmware sets the kernel's firmware path, unless it is already set.
 func (a *Agent) writeFirmware(path string, now *host.Facts) error {
 	if path == now.FirmwarePath {
 		return nil
@@ -37,8 +37,8 @@ func (a *Agent) writeFirmware(path string, now *host.Facts) error {
 	return a.writeFirmwarePath(path)
 }
 
-// writeFirmwarePath sets a parameter of the kernel, which takes it as it is, a newline
-// with it (Documentation/driver-api/firmware/fw_search_path.rst). Nothing is a zero.
+// writeFirmwarePath sets the kernel's firmware path. The kernel takes the text unchanged, even a newline at its end
+// (Documentation/driver-api/firmware/fw_search_path.rst). A zero byte means an empty path.
 func (a *Agent) writeFirmwarePath(path string) error {
 	if err := a.parts.Node.Set(firmwareParameter, []byte(cmp.Or(path, "\x00"))); err != nil {
 		return fmt.Errorf("set firmware path: %w", err)
@@ -54,7 +54,7 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 	if err := a.setFirmwarePath(r, store, facts, set); err != nil {
 		return "", err
 	}
-	a.loadHelper(ctx) // before: whatever happens to it, the old driver is loaded
+	a.loadHelper(ctx) // before the unload: if modprobe fails, the old driver is still loaded
 	if d.do == replace {
 		if err := a.unload(ctx, r, facts); err != nil {
 			return "", err
@@ -81,11 +81,11 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 	return plural(fresh, "module"), nil
 }
 
-// drmHelper is a module of the kernel's own whose symbols nvidia-drm wants. Where it is not
-// built in, the node's modprobe knows where it is, and what it needs.
+// drmHelper is a module of the kernel whose symbols nvidia-drm needs. If it is not built into the kernel, the node's
+// modprobe loads it and its dependencies.
 const drmHelper = "drm_kms_helper"
 
-// loadHelper loads it. CUDA programs run without nvidia-drm, and so does a node.
+// loadHelper loads drmHelper. It ignores errors, because CUDA programs and the node work without nvidia-drm.
 func (a *Agent) loadHelper(ctx context.Context) {
 	program := a.parts.Node.Program("/sbin/modprobe", "/usr/sbin/modprobe")
 	if program == "" || a.parts.Node.Exists("sys/module/"+drmHelper) {
@@ -96,11 +96,11 @@ func (a *Agent) loadHelper(ctx context.Context) {
 	}
 }
 
-// unload unloads the driver that is loaded.
+// unload unloads the loaded driver.
 func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error {
-	a.describeGPUs(ctx, gpucheck.Verdict{}) // nobody is to be given what goes
+	a.describeGPUs(ctx, gpucheck.Verdict{}) // containers must not get GPUs that are about to disappear
 	var names []string
-	for _, m := range facts.Modules { // youngest first, so users come before what they use
+	for _, m := range facts.Modules { // youngest first, so that users come before the modules that they use
 		names = append(names, m.Name)
 	}
 	done, err := a.loader.Unload(ctx, names)
@@ -113,9 +113,9 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 	return a.inDev(a.parts.Nodes.Clear)
 }
 
-// images are the modules of a set that are loaded, in load order: those that every node
-// has, and those that this one had before, as nvidia-peermem. The set was proved: the
-// bytes are compared with the digests that its signed content gave.
+// images returns the modules of a set to load, in load order. They are the modules that every node loads, and those
+// that this node had loaded before, such as nvidia-peermem. The caller has verified the set. Bytes compares each module
+// with its verified digest.
 func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts,
 	params map[string]string) []kmod.Image {
 	var images []kmod.Image
@@ -154,8 +154,7 @@ func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]by
 	return raw, nil
 }
 
-// setFirmwarePath tells the kernel where the driver's firmware is, unless it
-// finds it already.
+// setFirmwarePath sets the kernel's firmware path to the driver's firmware, unless the present path already has it.
 func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Facts, set *install.Set) error {
 	inside := path.Join("firmware", "nvidia", set.Driver.Modules().Version)
 	if !a.parts.Node.Exists(path.Join(a.cfg.InstallDir, inside)) {
@@ -166,10 +165,10 @@ func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Fac
 		return nil
 	}
 	if !a.parts.Node.Exists(firmwareParameter) {
-		return nil // a kernel without loadable firmware
+		return nil // this kernel loads no firmware from files
 	}
 	want := path.Join(a.cfg.InstallDir, "firmware")
-	// For the day on which this program goes. A full disk is no reason to stay without a driver.
+	// Store the path for an uninstall. A full disk must not leave the node without a driver.
 	if have, err := store.ReadFile(firmwareBefore); facts.FirmwarePath != want &&
 		(err != nil || string(have) != facts.FirmwarePath) {
 		if err := store.WriteFile(firmwareBefore, []byte(facts.FirmwarePath)); err != nil {
@@ -206,7 +205,7 @@ func (a *Agent) makeNodes() error {
 	})
 }
 
-// inDev does something in the node's folder of device files.
+// inDev calls do with the node's folder of device files.
 func (a *Agent) inDev(do func(dev *os.Root) error) error {
 	dev, err := a.parts.Node.Folder("dev")
 	if err != nil {

@@ -19,20 +19,19 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Watcher is told what [Agent.Monitor] sees.
+// Watcher receives the results of [Agent.Monitor].
 type Watcher interface {
-	// Report is called with each verdict; Alive when a check ended, with or without one.
+	// Report is called with each verdict. Alive is called when a check ended, with or without a verdict.
 	Report(v gpucheck.Verdict)
 	Alive()
 }
 
-// Watch has a run tell w of the driver in force while it waits for the GPU to be idle.
+// Watch makes a run report the driver in force to w while it waits for an idle GPU.
 func (a *Agent) Watch(w Watcher) { a.watcher = w }
 
-// Monitor checks the driver at intervals until the context ends, and tells the
-// watcher. A look that fails is no verdict: what was seen last ages. It changes nothing but
-// the description of GPUs for container runtimes, and it leaves the modules loaded: programs that use the GPU must not
-// notice that this program ends.
+// Monitor checks the driver at intervals until the context ends, and reports to the watcher. A failed check gives no
+// verdict, so the last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes. It
+// leaves the modules loaded when it ends, because programs that use the GPU must not notice its end.
 func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -64,7 +63,7 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 	}
 }
 
-// checkDriver judges what is in force now.
+// checkDriver judges the driver that is in force now.
 func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error) {
 	store, err := a.openInstalled()
 	if err != nil {
@@ -81,22 +80,22 @@ func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error)
 	return a.validate(ctx, set, kmod.Mark{}, a.newXids())
 }
 
-// Status is what a node says of itself without asking anybody.
+// Status is the state of a node, read without the farm.
 type Status struct {
 	Host *host.Facts `json:"host"`
 	// Installed and Previous are null when there is no such set.
 	Installed *install.Set     `json:"installed"`
 	Previous  *install.Set     `json:"previous"`
 	Verdict   gpucheck.Verdict `json:"verdict"`
-	// CheckedAt is when the verdict's NVML part was seen; null is never in this boot.
+	// CheckedAt is the time at which NVML was asked; null means never in this boot.
 	CheckedAt *time.Time `json:"checkedAt"`
 }
 
-// nvmlFolders are where installers on COS nodes put NVML's library, besides our own:
-// Google's, and NVIDIA's container toolkit. Elsewhere the loader finds it.
+// nvmlFolders are the folders of other installers for NVML's library on COS nodes: Google's installer, and NVIDIA's
+// container toolkit. In other places the loader finds the library.
 var nvmlFolders = []string{"/home/kubernetes/bin/nvidia", "/var/lib/nvidia", "/usr/local/nvidia"}
 
-// judgeForeign judges a node on which nothing of ours is in force.
+// judgeForeign returns the verdict on a node without a set in force.
 func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string,
 	ask bool) gpucheck.Verdict {
 	if _, ok := modules["nvidia"]; !ok {
@@ -120,17 +119,17 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 	nvml, err := a.parts.Probe.Probe(ctx, library, false)
 	if err == nil {
 		f.NVML = nvml
-	} else { // a driver that cannot be asked is not a broken one
+	} else { // an unreachable NVML does not mean a broken driver
 		facts.Unread = append(facts.Unread, err.Error())
 	}
 	return gpucheck.JudgeForeign(f)
 }
 
-// Status reads the disk and /proc, and asks NVML about a driver that is not ours. It
-// changes nothing and uses no network.
+// Status reads the disk and /proc, and asks NVML about a foreign driver. It changes nothing and does not use the
+// network.
 func (a *Agent) Status(ctx context.Context) (*Status, error) { return a.status(ctx, true) }
 
-// status asks NVML about a foreign driver if ask says so.
+// status reads the node's state. With ask it asks NVML about a foreign driver.
 func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 	facts, err := host.Observe(a.node)
 	if err != nil {
@@ -176,9 +175,8 @@ func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 	return s, nil
 }
 
-// QuickVerdict says what is to be told of a node before a run, or after one that came to no
-// verdict: what the disk and the kernel show. A ready driver is not among it, since nobody
-// has asked NVML.
+// QuickVerdict returns the verdict to report before a run, or after a run without a verdict. It uses only the disk and
+// the kernel. The result ok is false for a ready driver, because NVML was not asked.
 func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) {
 	s, err := a.status(ctx, false)
 	if err != nil {
@@ -188,7 +186,7 @@ func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) 
 	return s.Verdict, s.Verdict.State != gpucheck.Ready
 }
 
-// judgeStatus adds to the usual judgement what only a check of the disk shows.
+// judgeStatus adds the checks that compare the disk with the running kernel.
 func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged bool) gpucheck.Verdict {
 	v := gpucheck.Judge(f)
 	switch {
@@ -202,7 +200,7 @@ func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged b
 	return v
 }
 
-// readRecord reads what the last run of this boot saw; nil when there was none.
+// readRecord returns the record of the last run in this boot; nil when there was none.
 func (a *Agent) readRecord() *record {
 	rec := a.lastRecord()
 	if rec == nil || rec.BootID != a.bootID() {
@@ -211,7 +209,7 @@ func (a *Agent) readRecord() *record {
 	return rec
 }
 
-// lastRecord reads what the last run saw, in whatever boot; nil when there was none.
+// lastRecord returns the record of the last run in any boot; nil when there was none.
 func (a *Agent) lastRecord() *record {
 	raw, err := fs.ReadFile(a.node, path.Join(a.cfg.InstallDir, recordFile)[1:])
 	if err != nil {
@@ -224,8 +222,8 @@ func (a *Agent) lastRecord() *record {
 	return &rec
 }
 
-// Rollback puts the previous set in force again, or what was in the install
-// folder before us, and loads what it can.
+// Rollback puts the previous set in force again and loads it. Without a previous set, it restores the install folder
+// from before this program.
 func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.forget()
@@ -279,7 +277,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		return r, nil
 	}
 	err = a.activate(ctx, r, store, s, d)
-	// It lasts: the driver that was left is not put in force again until somebody asks.
+	// The rollback is permanent: the driver that was left is not activated again before an operator asks for it.
 	if now, cerr := store.Current(); cerr == nil && now != nil && now.Digest == previous.Digest {
 		err = errors.Join(err, a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }))
 		a.addHistory(ctx, store, eventRolledBack, current, "", nil)
@@ -288,8 +286,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	return r, err
 }
 
-// withdraw takes the only set out of force and unloads it; a driver that
-// somebody else loaded stays.
+// withdraw takes the only set out of force and unloads it. A foreign driver stays loaded.
 func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, s nodeState) error {
 	facts := s.facts
 	if !a.cfg.NoLoad && len(facts.Modules) > 0 && s.ownLoaded() {

@@ -17,14 +17,14 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// watcher is told verdicts.
+// watcher receives verdicts.
 type watcher func(v gpucheck.Verdict)
 
 func (w watcher) Report(v gpucheck.Verdict) { w(v) }
 func (w watcher) Alive()                    {}
 
-// A driver that something else in the kernel uses, or that the kernel never unloads,
-// stays whole: nothing of it is unloaded before the refusal.
+// TestHeldInKernel checks that a driver stays completely loaded if the kernel cannot unload all its modules. In one
+// case another module uses the driver, in another case the kernel never unloads it.
 func TestHeldInKernel(t *testing.T) {
 	t.Parallel()
 	for name, modules := range map[string]string{
@@ -59,7 +59,7 @@ func TestHeldInKernel(t *testing.T) {
 	}
 }
 
-// answering is NVML as it answers on a node.
+// answering answers as NVML on a node.
 type answering struct {
 	nvml  gpucheck.NVML
 	err   error
@@ -71,9 +71,8 @@ func (a answering) Probe(_ context.Context, library string, _ bool) (gpucheck.NV
 	return a.nvml, a.err
 }
 
-// A foreign driver is a state of its own: with its version and flavour, and what
-// NVML says of it. A kernel that unloads nothing tells no reference counts, as on a
-// machine with an H200 and the open 580.159.04.
+// TestForeignStatus checks the verdict on a foreign driver, with its version, its flavour and NVML's answer. A kernel
+// that cannot unload modules reports no reference counts, as on a machine with an H200 and the open 580.159.04.
 func TestForeignStatus(t *testing.T) {
 	t.Parallel()
 	const theirs = "580.159.04"
@@ -83,10 +82,10 @@ func TestForeignStatus(t *testing.T) {
 	lost.Devices = []gpucheck.Device{{PCIBusID: "00000000:00:04.0", Error: "read name: GPU is lost"}}
 	for name, row := range map[string]struct {
 		probe   answering
-		library string // where the driver has it
+		library string // the path of the driver's library
 		state   gpucheck.State
 		reason  string
-		kind    fault.Kind // Internal: no error
+		kind    fault.Kind // Internal means no error
 		usable  int
 	}{
 		"healthy, known to the loader": {answering{nvml: healthy}, "libnvidia-ml.so.1", gpucheck.Foreign,
@@ -140,7 +139,7 @@ func TestHold(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.kernel.calls = nil
-	// Between the looks somebody replaces the module, and then puts it back.
+	// Between the checks somebody replaces the module and later restores it.
 	versions := []string{newVersion, oldVersion, newVersion}
 	want := []gpucheck.State{gpucheck.Ready, gpucheck.Drifted, gpucheck.Ready}
 	synctest.Test(t, func(t *testing.T) {
@@ -169,8 +168,8 @@ func TestHold(t *testing.T) {
 	}
 }
 
-// Fatal errors that the kernel tells of while the driver is watched make the node unready,
-// for as long as the driver wants something done about them.
+// TestXidWhileWatched checks that fatal errors in the kernel log make the node unready, as long as the driver asks for
+// a recovery action.
 func TestXidWhileWatched(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

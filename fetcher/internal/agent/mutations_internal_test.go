@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// mutate changes some bytes as a broken disk, a cut wire or somebody with an editor would.
+// mutate changes some bytes, as a broken disk, an interrupted transfer or an attacker does.
 func mutate(rng *rand.Rand, data []byte, others ...[]byte) []byte {
 	out := bytes.Clone(data)
 	for range 1 + rng.IntN(3) {
@@ -37,23 +37,23 @@ func mutate(rng *rand.Rand, data []byte, others ...[]byte) []byte {
 			out[at] ^= 1 << rng.IntN(8)
 		case 1:
 			out[at] = byte(rng.Uint32())
-		case 2: // cut out
+		case 2: // remove a part
 			out = slices.Delete(out, at, at+n)
-		case 3: // said twice
+		case 3: // repeat a part
 			out = slices.Insert(out, at, bytes.Clone(out[at:at+n])...)
-		case 4: // cut off
+		case 4: // truncate
 			out = out[:at]
-		case 5: // exchanged
+		case 5: // exchange parts
 			to := rng.IntN(len(out) - n + 1)
 			copy(out[to:to+n], bytes.Clone(out[at:at+n]))
-		case 6: // out of another one
+		case 6: // copy from another text
 			if len(others) > 0 {
 				if other := others[rng.IntN(len(others))]; len(other) > 0 {
 					from := rng.IntN(len(other))
 					copy(out[at:], other[from:min(len(other), from+n)])
 				}
 			}
-		case 7: // a digit
+		case 7: // change a digit
 			for i := at; i < len(out); i++ {
 				if out[i] >= '0' && out[i] <= '9' {
 					out[i] = '0' + byte(rng.IntN(10))
@@ -65,9 +65,8 @@ func mutate(rng *rand.Rand, data []byte, others ...[]byte) []byte {
 	return out
 }
 
-// Ten thousand changes of everything that comes from outside: none is trusted, none ends
-// the program, and each refusal has a kind and words. A statement may be written in another
-// way as long as it says the same.
+// TestMutations makes ten thousand changes to all input from outside. None may be trusted or crash the program, and
+// each refusal needs a kind and a message. A changed statement is accepted only if its content is the same.
 func TestMutations(t *testing.T) {
 	t.Parallel()
 	rounds := 10_000
@@ -144,7 +143,7 @@ func TestMutations(t *testing.T) {
 			case err != nil:
 				refused("statement", err)
 			default:
-				verdict.Ignored = nil // it may be that nobody needed it
+				verdict.Ignored = nil // a statement that nobody needs may be ignored
 				if want := *believed; !reflect.DeepEqual(&want, verdict) {
 					t.Errorf("statement: believed is %+v; want %+v\n%s", verdict, want, p.Bundles[i])
 				}

@@ -19,22 +19,22 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Repository is what the agent asks of a registry or an OCI layout folder.
+// Repository is the part of a registry or an OCI layout folder that the agent uses.
 type Repository interface {
 	Name() string
 	Manifest(ctx context.Context, digest string) ([]byte, error)
 	Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
-	// Small reads a whole blob and Attached whole signatures, those that have one
-	// of the wanted sets of annotations first, both compared with their digests.
+	// Small reads a whole blob, and compares it with its digest.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
-	// AttachedIf also has what is useful first.
+	// AttachedIf returns attached signatures, compared with their digests. It returns first those for which useful
+	// returns a text, one for each text. Attachments with a wanted set of annotations precede the others of their kind.
 	AttachedIf(
 		ctx context.Context,
 		digest, artifactType string,
 		useful func([]byte) string,
 		wanted ...map[string]string,
 	) ([][]byte, error)
-	// Payloads tells what is attached, and reads none of it.
+	// Payloads lists attached artifacts without reading them.
 	Payloads(
 		ctx context.Context,
 		digest, artifactType string,
@@ -43,68 +43,65 @@ type Repository interface {
 	) ([]v1.Descriptor, error)
 }
 
-// Verifier judges signed statements; package trust has the one implementation.
+// Verifier judges signed statements. Package trust has the one implementation.
 type Verifier interface {
 	Verify(bundles [][]byte, e trust.Expect) (*trust.Verdict, error)
-	// Statement checks the signature of one.
+	// Statement checks the signature of one statement.
 	Statement(bundle []byte) (*trust.Statement, error)
-	// Wanted returns the annotations of those that decide for a kernel.
+	// Wanted returns the annotations of the statements that decide for a kernel.
 	Wanted(k target.Kernel) []map[string]string
 }
 
 type prober interface {
-	// Probe asks the NVML library at this path inside the node's root, and with persist
-	// turns persistence mode on.
+	// Probe asks the NVML library at this path inside the node's root. With persist it turns persistence mode on.
 	Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error)
 }
 
-// localBuilder compiles on the node when nothing is published.
+// localBuilder compiles on the node when no artifact is published.
 type localBuilder interface {
 	Build(ctx context.Context, q resolve.Question) (resolve.Answer, error)
 }
 
-// Config is what the node's owner decides.
+// Config has the settings of the node's owner.
 type Config struct {
 	// InstallDir is the install folder's path inside the node's root.
 	InstallDir string
 	Wish       target.Wish
-	// Pin is the digest of the one artifact that is wanted; "" means any that answers the wish.
+	// Pin is the digest of the one wanted artifact; "" means any artifact that matches the wish.
 	Pin string
 	// Flavour is auto, proprietary or open.
 	Flavour string
 	// Wait is the longest time to wait for a build or a failing service.
 	Wait time.Duration
-	// ModuleParams are parameter strings by module name.
+	// ModuleParams maps a module's name to its parameter string.
 	ModuleParams map[string]string
-	// NoLoad stages and switches, and loads nothing.
+	// NoLoad stages and switches, but loads no module.
 	NoLoad bool
-	// ReplaceForeign lets a driver go that somebody else loaded; without it that one
-	// stays. AllowDowngrade takes an older driver than the installed one for a wish that
-	// names no version. Retry tries again what failed too often, took the node down, or
-	// was rolled back by hand.
+	// ReplaceForeign permits to unload a foreign driver; without it that driver stays. AllowDowngrade accepts an older
+	// driver than the installed one for a wish without a version. Retry tries drivers again that failed too often, crashed
+	// the node, or were rolled back by hand.
 	ReplaceForeign, AllowDowngrade, Retry bool
-	// Maintenance says when a driver that is loaded may be replaced, and WaitIdle how long
-	// to wait for those who use it to end.
+	// Maintenance is the time window for replacing a loaded driver. WaitIdle is how long to wait for programs that use the
+	// driver.
 	Maintenance Window
 	WaitIdle    time.Duration
-	// Persistence keeps GPUs initialised while nobody uses them.
+	// Persistence keeps GPUs initialised while no program uses them.
 	Persistence bool
-	// EditBoot changes a kernel command line that keeps modules out, and reboots the node.
+	// EditBoot changes a kernel command line that prevents the load of modules, and reboots the node.
 	EditBoot bool
-	// DryRun changes nothing and reports what would be done.
+	// DryRun changes nothing and reports the planned actions.
 	DryRun bool
 }
 
-// Parts are what the agent works with. All are required but Refresh, Local, Boot and Tried.
+// Parts are the interfaces and services that the agent uses. All are required except Refresh, Local, Boot and Tried.
 type Parts struct {
 	Finder resolve.Finder
 	Open   func(ref string) (Repository, error)
-	// Verifier judges what is published, and NodeVerifier what this node compiled for
-	// itself.
+	// Verifier judges published artifacts. NodeVerifier judges artifacts that this node compiled itself.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
-	// Refresh updates what Verifier depends on, before something published is judged.
-	// What it could not do Verifier knows; nil means nothing to do.
+	// Refresh updates the data that Verifier depends on, before a published artifact is judged. Verifier itself decides
+	// what an error of Refresh means. nil means that there is nothing to update.
 	Refresh func(ctx context.Context) error
 	// Local is nil when the node must not compile.
 	Local localBuilder
@@ -113,9 +110,9 @@ type Parts struct {
 	Kernel kmod.System
 	Nodes  devnode.System
 	Probe  prober
-	// Boot changes the boot configuration; nil where nothing may.
+	// Boot changes the boot configuration; nil means that changes are forbidden.
 	Boot bootMaker
-	// Tried is told what happened to each artifact that was loaded. It must not wait; nil means nobody.
+	// Tried receives the result of each artifact that was loaded. It must not block; nil means that nobody wants it.
 	Tried func(api.NodeReport)
 	Log   *slog.Logger
 	Line  *timeline.Run

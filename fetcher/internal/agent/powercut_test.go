@@ -22,12 +22,11 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// faultPower cuts the power of the machine that the run is in.
+// faultPower cuts the power of the virtual machine that executes the run.
 const faultPower = "power cut"
 
-// TestPowerCut cuts the power of a virtual machine at the start of each phase. Its disk is
-// a real ext4, which loses what nobody flushed. After the next boot the next run has to end
-// with a verified driver in force.
+// TestPowerCut cuts the power of a virtual machine at the start of each phase. Its disk is a real ext4, which loses
+// data that was not flushed. After the next boot, the next run must end with a verified driver in force.
 func TestPowerCut(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")
@@ -107,7 +106,7 @@ func TestPowerCut(t *testing.T) {
 	}.Check(t)
 }
 
-// step runs an order in the machine.
+// step returns a step of the virtual machine that executes the order.
 func (o order) step(t *testing.T, name string) vm.Step {
 	t.Helper()
 	text, err := json.Marshal(o)
@@ -118,7 +117,7 @@ func (o order) step(t *testing.T, name string) vm.Step {
 		Env: []string{orderVariable + "=" + string(text)}, KeepGoing: true}
 }
 
-// judge says which driver the next run found good, or ended with.
+// judge returns which driver the next run had in force, or its error.
 func (o order) judge(t *testing.T, res *vm.Result) string {
 	t.Helper()
 	step, ok := res.Step("next run")

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// resolve finds the artifact. Where nobody has it, this node compiles it if it may, while
-// it waits for the farm; the first that has one that verifies wins.
+// resolve finds the artifact. If none is published and the node may compile, the node compiles while it waits for the
+// farm. The first verified artifact wins.
 func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (resolve.Answer, error) {
 	q := a.question(facts)
 	compiles := mayBuild && a.parts.Local != nil && q.Pin == ""
@@ -56,19 +56,19 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 	return answer, err
 }
 
-// maxGrace is how long a farm that does not answer may take to come back before a node
-// compiles: a server that is restarted shall not have all its nodes compile.
+// maxGrace is how long a node waits for a farm that does not answer before it compiles. A restart of the server must
+// not make all its nodes compile.
 const maxGrace = 2 * time.Minute
 
-// outcome is what one side of the race came to.
+// outcome is the result of one side of the race.
 type outcome struct {
 	answer resolve.Answer
 	err    error
 	local  bool
 }
 
-// race compiles on this node, and asks the farm again and again meanwhile. When one has an
-// artifact the other is stopped. Neither is left behind.
+// race compiles on this node and asks the farm repeatedly at the same time. When one side has an artifact, race stops
+// the other side. It waits for both sides to end.
 func (a *Agent) race(
 	ctx context.Context,
 	q resolve.Question,
@@ -86,7 +86,7 @@ func (a *Agent) race(
 		}
 		select {
 		case <-ctx.Done():
-		case <-farmOver: // it answered, and has none
+		case <-farmOver: // the farm has answered without an artifact
 		case <-time.After(grace):
 		}
 		if ctx.Err() != nil {
@@ -108,7 +108,7 @@ func (a *Agent) race(
 		}()
 	}
 	var won, yanked *resolve.Answer
-	var errs [2]error // of this node, which is what its owner can mend here, and of the farm
+	var errs [2]error // of this node, whose owner can repair it, and of the farm
 	for range runners {
 		switch o := <-ended; {
 		case won != nil:
@@ -119,7 +119,7 @@ func (a *Agent) race(
 			errs[0] = o.err
 		default:
 			errs[1] = o.err
-			if o.answer.State.Withdrawn() { // nobody should have it, compiled here or there
+			if o.answer.State.Withdrawn() { // withdrawn artifacts must not be compiled either
 				yanked = &o.answer
 			}
 		}
@@ -139,7 +139,7 @@ func (a *Agent) race(
 	)
 }
 
-// findArtifact asks until there is an artifact that verifies, or none will be.
+// findArtifact asks the farm until it has a verified artifact, or until none can be expected.
 func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
 	say := func(text string) { a.parts.Line.Progress("build", "the farm: %s", text) }
 	until := time.Now().Add(a.cfg.Wait)

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// farm answers with each of these in turn, and with the last one from then on.
+// farm gives these answers in order, and then repeats the last one.
 type farm struct {
 	answers []func() (resolve.Answer, error)
 	asked   atomic.Int64
@@ -27,12 +27,12 @@ func (f *farm) Find(context.Context, resolve.Question) (resolve.Answer, error) {
 	return f.answers[min(i, len(f.answers)-1)]()
 }
 
-// compiler takes some time for what was published beforehand, or fails.
+// compiler takes some time to return an artifact that was published before, or fails.
 type compiler struct {
 	takes  time.Duration
 	answer resolve.Answer
 	err    error
-	// late ends with what it made although it was told to stop.
+	// late returns the artifact even after the compiler was told to stop.
 	late    bool
 	started atomic.Bool
 	stopped atomic.Bool
@@ -54,7 +54,7 @@ func (c *compiler) Build(ctx context.Context, _ resolve.Question) (resolve.Answe
 	}
 }
 
-// TestRace has a node compile while it waits for the farm. The clock is a bubble's.
+// TestRace makes a node compile while it waits for the farm. It uses the clock of a synctest bubble.
 func TestRace(t *testing.T) {
 	t.Parallel()
 	theirs, own := testkit.NewKey(t), testkit.NewKey(t)
@@ -94,7 +94,7 @@ func TestRace(t *testing.T) {
 		farm    answers
 		compile compiler
 		wait    time.Duration
-		from    resolve.Source // of what is installed; "" means nothing
+		from    resolve.Source // the source of the installed artifact; "" means that none is installed
 		kind    fault.Kind
 		words   string
 		stopped bool

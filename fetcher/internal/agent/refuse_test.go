@@ -25,7 +25,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// liar is a registry that serves other bytes than it should.
+// liar is a registry that serves wrong bytes.
 type liar struct {
 	agent.Repository
 	manifest func([]byte) []byte
@@ -62,14 +62,14 @@ func (l liar) AttachedIf(ctx context.Context, digest, artifactType string, usefu
 	return all, err
 }
 
-// flip returns data with one bit of the byte at a share of its length changed.
+// flip returns data with one changed bit. share is the position of its byte, from 0 to 1.
 func flip(data []byte, share float64) []byte {
 	data = bytes.Clone(data)
 	data[int(float64(len(data)-1)*share)] ^= 1
 	return data
 }
 
-// spoil edits the payload of every bundle that is of this predicate type.
+// spoil edits the payload of every bundle with this predicate type.
 func spoil(predicate string) func([][]byte) [][]byte {
 	return func(all [][]byte) [][]byte {
 		var out [][]byte
@@ -85,7 +85,7 @@ func spoil(predicate string) func([][]byte) [][]byte {
 			}
 			if bytes.Contains(payload, []byte(predicate)) {
 				payload = bytes.Replace(payload, []byte("lakitu"), []byte("lakitV"), 1)
-				env["payload"] = payload // []byte is base64 in JSON
+				env["payload"] = payload // encoding/json writes []byte as base64
 			}
 			edited, err := json.Marshal(m)
 			if err != nil {
@@ -97,14 +97,13 @@ func spoil(predicate string) func([][]byte) [][]byte {
 	}
 }
 
-// TestRefuses is the fetcher's promise: whatever a registry or a server serves,
-// nothing wrong reaches the install folder, each kind of wrong has its own
-// words, and what was installed before stays in force.
+// TestRefuses checks the fetcher's promise. Whatever a registry or a server serves, wrong content never reaches the
+// install folder, and the installed driver stays in force. Each kind of error has its own message.
 func TestRefuses(t *testing.T) {
 	t.Parallel()
 	key, stranger := testkit.NewKey(t), testkit.NewKey(t)
 	older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
-	newer.Bulk = 256 << 10 // noise in which a flipped byte breaks nothing but a digest
+	newer.Bulk = 256 << 10 // random bytes, in which a flipped bit changes only the digest
 	ref := testkit.Registry(t, true) + "/prebake/driver"
 	po, pn := sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
 	modules, userspace := pn.Layers[0].Digest, pn.Layers[1].Digest
@@ -114,15 +113,15 @@ func TestRefuses(t *testing.T) {
 	strangers := testkit.Registry(t, true) + "/prebake/driver"
 	ps := sample.Publish(t, strangers, stranger, foreign)
 
-	// The sibling: same `uname -r`, another build with another fingerprint,
-	// offered under this build's name.
+	// The sibling has the same `uname -r`, but is another build with another fingerprint. The registry offers it under
+	// this build's name.
 	sibling := sample.NewCell(t, buildB, newVersion)
 	sibling.Fingerprint = target.Fingerprint("sha256:" + strings.Repeat("0b", 32))
 	sibling.PointAt = newer.Kernel
 	siblings := testkit.Registry(t, true) + "/prebake/driver"
 	pb := sample.Publish(t, siblings, key, sibling)
 
-	// Signed and all, but the modules inside are for another kernel.
+	// The artifact is signed, but its modules are for another kernel.
 	wrongInside := newer
 	wrongInside.Vermagic, wrongInside.Untagged = "6.1.99+ SMP preempt mod_unload ", true
 	insides := testkit.Registry(t, true) + "/prebake/driver"
@@ -231,8 +230,7 @@ func TestRefuses(t *testing.T) {
 					t.Fatal(err)
 				}
 				for _, l := range layers {
-					// Layers that hold keep their name: they are what their digest
-					// says, whatever is wrong with the rest.
+					// Valid layers may keep their names, because their content matches their digest.
 					if digest := "sha256:" + l.Name(); strings.Contains(row.words, digest) || digest == pw.Layers[0].Digest {
 						t.Errorf("refused layer %s got its final name", digest)
 					}
@@ -258,8 +256,7 @@ func read(t *testing.T, l bundle.Layer) []byte {
 	return raw
 }
 
-// TestTamperedOnDisk changes a module after it was installed: what is loaded is
-// what was verified, or nothing.
+// TestTamperedOnDisk changes a module after its installation. The agent must load the verified bytes, or nothing.
 func TestTamperedOnDisk(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -276,7 +273,7 @@ func TestTamperedOnDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.cfg.NoLoad = false
-	// The service is away, so the installed set is taken as it is.
+	// The service does not answer, so the run uses the installed set.
 	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
 	if err := os.WriteFile(path, sample.Module("nvidia", newVersion, "6.1.77+ SMP preempt mod_unload evil"),
 		0o644); err != nil {
@@ -288,8 +285,8 @@ func TestTamperedOnDisk(t *testing.T) {
 	}
 }
 
-// TestOffline covers the farm being away: a node with an installed driver for
-// this very build comes up, any other says why not.
+// TestOffline runs a node while the farm does not answer. A node with an installed driver for its own build becomes
+// ready. Any other node reports the reason.
 func TestOffline(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -302,7 +299,7 @@ func TestOffline(t *testing.T) {
 		flavour   string
 		buildID   string
 		installed bool
-		kind      fault.Kind // Internal: no error
+		kind      fault.Kind // Internal means no error
 	}{
 		{"installed", target.Default, resolve.Auto, buildA, true, fault.Internal},
 		{"installed, exact wish", newVersion, "open", buildA, true, fault.Internal},
@@ -339,7 +336,7 @@ func TestOffline(t *testing.T) {
 	}
 }
 
-// builder compiles nothing: it answers with what was published beforehand.
+// builder does not compile. It returns an artifact that was published before.
 type builder struct {
 	answer resolve.Answer
 	asked  *resolve.Question
@@ -361,7 +358,7 @@ func TestMiss(t *testing.T) {
 		name  string
 		state api.State
 		build bool
-		kind  fault.Kind // Internal: no error
+		kind  fault.Kind // Internal means no error
 	}{
 		{"unknown, compiled here", api.Unknown, true, fault.Internal},
 		{"failed, compiled here", api.Failed, true, fault.Internal},
@@ -393,7 +390,7 @@ func TestMiss(t *testing.T) {
 			}
 		})
 	}
-	// The node's own key counts for its own folder only.
+	// The node's own key counts only for the node's own artifacts.
 	n := newNode(t, c, 1, farm)
 	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Unverified) {
 		t.Errorf("Run of a node-signed artifact from elsewhere = %v; want unverified", err)
@@ -461,7 +458,7 @@ func TestPolicyAndStatus(t *testing.T) {
 		}
 	}
 	sample.Write(t, n.root, "proc/sys/kernel/random/boot_id", "another\n")
-	status(fault.Internal, "") // loaded, but nobody asked NVML in this boot
+	status(fault.Internal, "") // loaded, but NVML was not asked in this boot
 	sample.Write(t, n.root, "sys/module/nvidia/version", oldVersion+"\n")
 	status(fault.Mismatch, "module nvidia is version "+oldVersion)
 	sample.Write(t, n.root, "sys/module/nvidia/version", newVersion+"\n")

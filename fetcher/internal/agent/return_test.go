@@ -14,9 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// A driver that an older release installed, which lies there without statements, or one
-// whose files changed, is what ran: it comes back from its own files when the next one does
-// not do, and the next one is not tried for ever.
+// TestUnprovedComesBack starts with a driver that does not verify: an older release installed it without statements, or
+// its files changed. When the next driver fails, the agent must load this one again from its own files. It must not try
+// the next driver for ever.
 func TestUnprovedComesBack(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]func(t *testing.T, n *node){
@@ -48,7 +48,7 @@ func TestUnprovedComesBack(t *testing.T) {
 			t.Errorf("%s: system calls (-want +got):\n%s", name, diff)
 		}
 		for range 3 {
-			_, _ = n.run(t, ref, pn.Digest, newer.Driver) // what it says is looked at below
+			_, _ = n.run(t, ref, pn.Digest, newer.Driver) // the calls below show the result
 		}
 		if len(n.kernel.calls) != 0 {
 			t.Errorf("%s: it is still tried: %v", name, n.kernel.calls)
@@ -56,8 +56,8 @@ func TestUnprovedComesBack(t *testing.T) {
 	}
 }
 
-// A driver for which the node has to wait is fetched once: a program that is started again
-// and again finds it. Where a foreign driver stays, nothing is fetched at all.
+// TestRefusedIsKept checks that a driver that must wait is fetched only once, even if the program is restarted often.
+// If a foreign driver stays, nothing is fetched.
 func TestRefusedIsKept(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -81,7 +81,7 @@ func TestRefusedIsKept(t *testing.T) {
 	}
 }
 
-// A foreign driver that works is not taken down again and again for one that does not.
+// TestForeignIsLeftAlone checks that a working foreign driver is not unloaded repeatedly for a driver that fails.
 func TestForeignIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -105,7 +105,7 @@ func TestForeignIsLeftAlone(t *testing.T) {
 	}
 }
 
-// What nobody signed is not loaded beside what is.
+// TestMissingModuleIsProved checks that an unsigned module is not loaded beside signed ones.
 func TestMissingModuleIsProved(t *testing.T) {
 	t.Parallel()
 	n, _, _, _, _, _ := two(t, 1)
@@ -123,7 +123,7 @@ func TestMissingModuleIsProved(t *testing.T) {
 	}
 }
 
-// A set that waited for another wish does not come back at a later boot.
+// TestNextIsOfTheWish checks that a set that waited for another wish is not activated at a later boot.
 func TestNextIsOfTheWish(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := two(t, 1)

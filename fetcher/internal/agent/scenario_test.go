@@ -23,13 +23,13 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// reboot leaves nothing in the kernel.
+// reboot removes all modules from the kernel.
 func (n *node) reboot(t testing.TB) {
 	t.Helper()
 	n.boots++
 	sample.Write(t, n.root, "proc/sys/kernel/random/boot_id", fmt.Sprintf("boot-%d\n", n.boots))
 	sample.Write(t, n.root, "proc/modules", "")
-	// as COS's command line has it
+	// the path on COS's kernel command line
 	sample.Write(t, n.root, "sys/module/firmware_class/parameters/path", "/var/lib/nvidia/firmware\n")
 	for _, dir := range []string{"proc/driver/nvidia", "sys/module/nvidia", "sys/module/nvidia_uvm",
 		"sys/module/nvidia_modeset"} {
@@ -39,14 +39,14 @@ func (n *node) reboot(t testing.TB) {
 	}
 }
 
-// rollback goes back by hand.
+// rollback rolls back by hand.
 func (n *node) rollback() (*agent.Report, error) {
 	n.parts.Line, n.kernel.calls = &timeline.Run{}, nil
 	return agent.New(n.cfg, n.parts).Rollback(n.t.Context())
 }
 
-// A node's own links are followed inside the node: its install folder and its os-release
-// may be absolute ones, as on images that keep both on another partition.
+// TestAbsoluteLinks checks that absolute links are followed inside the node. The install folder and os-release may be
+// such links, on images that keep both on another partition.
 func TestAbsoluteLinks(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
@@ -74,7 +74,7 @@ func (linked) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
 	return gpucheck.NVML{Version: newVersion, CUDA: "12.2", Devices: make([]gpucheck.Device, 1)}, nil
 }
 
-// killed runs one pass that dies when a module is loaded: at once, with nothing undone.
+// killed runs the agent once. The run dies during the load of a module, and undoes nothing.
 func (n *node) killed(t *testing.T, ref, digest string, c sample.Cell, module string) {
 	t.Helper()
 	n.kernel.die = module + " " + c.Driver.Version
@@ -91,7 +91,7 @@ func loads(version string) []string {
 	return []string{"load nvidia " + version, "load nvidia_uvm " + version, "load nvidia_modeset " + version}
 }
 
-// bare publishes a driver for a node that has none, and has just booted.
+// bare publishes a driver for a node that has none and has just booted.
 func bare(t *testing.T) (n *node, ref string, c sample.Cell, p sample.Published) {
 	t.Helper()
 	key := testkit.NewKey(t)
@@ -103,7 +103,7 @@ func bare(t *testing.T) (n *node, ref string, c sample.Cell, p sample.Published)
 	return n, ref, c, p
 }
 
-// two publishes two drivers for one node, which has the older one in force.
+// two publishes two drivers for one node. The older one is in force.
 func two(t *testing.T, usable int) (n *node, ref string, older, newer sample.Cell, po, pn sample.Published) {
 	t.Helper()
 	key := testkit.NewKey(t)
@@ -119,13 +119,13 @@ func two(t *testing.T, usable int) (n *node, ref string, older, newer sample.Cel
 	return n, ref, older, newer, po, pn
 }
 
-// After a reboot the node has its driver whatever the farm says, or does not say.
+// TestBootWithoutFarm checks that a node gets its driver after a reboot, whatever the farm answers.
 func TestBootWithoutFarm(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
 		answer resolve.Answer
 		err    error
-		kind   fault.Kind // Internal: no error
+		kind   fault.Kind // Internal means no error
 	}{
 		"nobody answers":       {err: fault.New(fault.Transient, "connection refused", "")},
 		"a proxy wants a name": {err: fault.New(fault.Usage, "407 Proxy Authentication Required", "x")},
@@ -150,7 +150,7 @@ func TestBootWithoutFarm(t *testing.T) {
 	}
 }
 
-// What LoadPin is bound to refuse is said before anybody is asked for anything.
+// TestLoadPinFirst checks that a certain refusal by LoadPin is reported before the farm is asked.
 func TestLoadPinFirst(t *testing.T) {
 	t.Parallel()
 	c := sample.NewCell(t, buildA, newVersion)
@@ -167,8 +167,8 @@ func TestLoadPinFirst(t *testing.T) {
 	}
 }
 
-// A driver that loads and drives no GPU gives way to the one before. The second time is
-// the last, until somebody asks for it.
+// TestUnusableGivesWay checks that a driver that drives no GPU is replaced by the previous one. After the second
+// failure it is not tried again without --retry.
 func TestUnusableGivesWay(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := two(t, 1)
@@ -195,7 +195,7 @@ func TestUnusableGivesWay(t *testing.T) {
 			t.Errorf("%d: tree (-want +got):\n%s", i, diff)
 		}
 	}
-	// A GPU that no driver can use is no reason to go back.
+	// A GPU that no driver can use must not cause a rollback.
 	n.parts.Probe, n.cfg.Retry = probe{n.root, 0}, true
 	if _, err := n.run(t, ref, po.Digest, older.Driver); !fault.Is(err, fault.Unusable) {
 		t.Errorf("the former driver on a broken GPU: %v; want unusable", err)
@@ -210,7 +210,7 @@ func TestUnusableGivesWay(t *testing.T) {
 	}
 }
 
-// byVersion is NVML on a node whose GPU one driver version cannot use.
+// byVersion is NVML on a node with a GPU that one driver version cannot use.
 type byVersion struct{ root, unfit string }
 
 func (p byVersion) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
@@ -221,8 +221,7 @@ func (p byVersion) Probe(ctx context.Context, library string, persist bool) (gpu
 	return n, err
 }
 
-// A run that is killed while it loads leaves the node to the next one, which finishes
-// or undoes it without asking anybody.
+// TestKilledWhileLoading kills a run during the load. The next run must complete or undo it without the farm.
 func TestKilledWhileLoading(t *testing.T) {
 	t.Parallel()
 	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
@@ -232,7 +231,7 @@ func TestKilledWhileLoading(t *testing.T) {
 		n.killed(t, ref, pn.Digest, newer, module)
 		n.parts.Finder = away
 		r, err := n.runAs(t)
-		if begun { // one of its modules is in the kernel: the rest goes there, too
+		if begun { // one module is in the kernel, so the run completes the load
 			if v := r.Verdict; err != nil || v.State != gpucheck.Ready || v.Digest != pn.Digest {
 				t.Errorf("killed at %s: %+v, %v; want the new driver", module, v, err)
 			}
@@ -248,12 +247,12 @@ func TestKilledWhileLoading(t *testing.T) {
 	}
 }
 
-// A driver that takes the node down is tried twice, and then never again: COS reboots
-// at once after an oops.
+// TestPanicWhileLoading checks that a driver that crashes the node is tried only twice. COS reboots directly after an
+// oops.
 func TestPanicWhileLoading(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := two(t, 1)
-	for range 2 { // each time the program starts, it loads the former driver first
+	for range 2 { // each program start first loads the former driver
 		n.killed(t, ref, pn.Digest, newer, "nvidia")
 		n.reboot(t)
 	}
@@ -267,8 +266,8 @@ func TestPanicWhileLoading(t *testing.T) {
 	}
 }
 
-// The driver that is in force can take the node down, too, when it is loaded after a
-// reboot. Then the one before is there.
+// TestPanicOfTheInstalled checks the case that the driver in force crashes the node when it is loaded after a reboot.
+// The previous driver must then be loaded.
 func TestPanicOfTheInstalled(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := two(t, 1)
@@ -287,7 +286,7 @@ func TestPanicOfTheInstalled(t *testing.T) {
 	}
 }
 
-// A rollback by hand lasts, and does not go forward again.
+// TestRollbackLasts checks that a later run does not undo a rollback by hand.
 func TestRollbackLasts(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := two(t, 1)
@@ -314,7 +313,7 @@ func TestRollbackLasts(t *testing.T) {
 	}
 }
 
-// A foreign driver stays, unless the node's owner lets it go.
+// TestForeignStays checks that a foreign driver stays, unless the owner permits its removal.
 func TestForeignStays(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -344,7 +343,7 @@ func TestForeignStays(t *testing.T) {
 	}
 }
 
-// A changed parameter is not passed over without a message, and counts from the next load.
+// TestChangedParameters checks that a changed parameter is reported, and takes effect at the next load.
 func TestChangedParameters(t *testing.T) {
 	t.Parallel()
 	n, ref, older, _, po, _ := two(t, 1)
@@ -367,7 +366,7 @@ func TestChangedParameters(t *testing.T) {
 	}
 }
 
-// A refused driver leaves the firmware path and the device files as they were.
+// TestRefusedLeavesNothing checks that a refused driver leaves the firmware path and the device files unchanged.
 func TestRefusedLeavesNothing(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := two(t, 1)
@@ -392,7 +391,7 @@ func TestRefusedLeavesNothing(t *testing.T) {
 	}
 }
 
-// What a killed program had begun to take out of force is finished by the next one.
+// TestUninstallKilled kills an uninstall. The next one must complete it.
 func TestUninstallKilled(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -405,7 +404,7 @@ func TestUninstallKilled(t *testing.T) {
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 		t.Fatal(err)
 	}
-	// As former versions left it: the pointer went first.
+	// Former versions removed the pointer first.
 	if err := os.Remove(filepath.Join(n.root, installDir, ".prebake/current")); err != nil {
 		t.Fatal(err)
 	}
@@ -419,8 +418,8 @@ func TestUninstallKilled(t *testing.T) {
 	}
 }
 
-// What nvidia-drm needs of the kernel is loaded by the node's own modprobe, before it, and
-// not where it is there.
+// TestHelperModule checks that the node's own modprobe loads the kernel module that nvidia-drm needs. This happens
+// before the load of nvidia-drm, and not if the module is already loaded.
 func TestHelperModule(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// asks has a node ask a snapshot in a folder before it takes anything, as its policy may
-// demand. Each call is another program with the same disk.
+// asks makes a node check a snapshot in a folder before it installs anything, as its policy may demand. Each call
+// replaces the program and keeps the disk.
 func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from string, now func() time.Time) {
 	t.Helper()
 	root, err := os.ReadFile(filepath.Join(farm.Dir, "1.root.json"))
@@ -42,8 +42,8 @@ func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from s
 	n.parts.Verifier, n.parts.Refresh, n.parts.Now = v, rule.Refresh, now
 }
 
-// A node whose policy demands a snapshot installs what is in it; each attack on the snapshot
-// keeps a new driver out and leaves the one in force as it is, without a network.
+// TestSnapshotKeepsOut checks a node whose policy demands a snapshot. The node installs what the snapshot lists. Each
+// attack on the snapshot blocks a new driver, but leaves the driver in force, even without a network.
 func TestSnapshotKeepsOut(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -76,12 +76,12 @@ func TestSnapshotKeepsOut(t *testing.T) {
 	}
 
 	for name, row := range map[string]struct {
-		// before is what the node has seen, and from what it is shown when it is to take the
-		// newer driver.
+		// before is the snapshot that the node has seen. The node then sees the snapshot in the folder from, when it should
+		// install the newer driver.
 		before, from string
 		after        time.Duration
-		want         error // nil is that the driver is taken
-		excused      bool  // the node has a driver and cannot do better: that is no failure
+		want         error // nil means that the driver is installed
+		excused      bool  // no error, because the node has a driver and cannot do better
 	}{
 		"the newest list has it":    {before: seen, from: farm.Dir},
 		"the list does not have it": {before: first, from: seen, want: listed.ErrUnlisted},
@@ -131,8 +131,8 @@ func TestSnapshotKeepsOut(t *testing.T) {
 	}
 }
 
-// What a node has stays good when the snapshot does not hold any more, after a reboot as well.
-// What was yanked is not loaded again; what runs is not unloaded.
+// TestSnapshotTakesNothingAway checks that an installed driver stays valid when the snapshot expires, also after a
+// reboot. A yanked driver is not loaded again. A running driver is not unloaded.
 func TestSnapshotTakesNothingAway(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -195,7 +195,7 @@ func TestSnapshotTakesNothingAway(t *testing.T) {
 	}
 }
 
-// A dry run asks the snapshot, too, and keeps nothing.
+// TestSnapshotDryRun checks that a dry run checks the snapshot and stores nothing.
 func TestSnapshotDryRun(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

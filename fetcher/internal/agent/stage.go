@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,6 +15,8 @@ import (
 	"strings"
 	"time"
 
+	ocidigest "github.com/opencontainers/go-digest"
+
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
@@ -25,11 +26,11 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// maxModule bounds one module; the largest real one has 65 MB.
+// maxModule bounds the size of one module in bytes. The largest real module has 65 MB.
 const maxModule = 512 << 20
 
-// fetchAndStage verifies the artifact that was resolved, fetches the layers that the
-// node lacks and stages them as a set. Nothing is in force after it.
+// fetchAndStage verifies the resolved artifact, fetches the layers that the node lacks, and stages them as a set. It
+// does not put the set in force.
 func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Store, facts *host.Facts,
 	current *install.Set) (*install.Set, error) {
 	var repo Repository
@@ -42,7 +43,7 @@ func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Sto
 			return "", err
 		}
 		r.SignedBy, r.Signatures = verdict.SignedBy(), verdict.Signatures
-		if !a.cfg.NoLoad { // what the kernel is bound to refuse is not fetched
+		if !a.cfg.NoLoad { // do not fetch a driver that the kernel will certainly refuse
 			if err := facts.Policy.Allows("nvidia", verdict.ModulesSigned); err != nil {
 				return "", err
 			}
@@ -92,7 +93,7 @@ func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Sto
 	return set, nil
 }
 
-// judge reads what was signed of an artifact, and judges it.
+// judge reads the signed statements of an artifact and judges them.
 func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.Answer,
 	facts *host.Facts) (repo Repository, p evidence, content bundle.Content, verdict *trust.Verdict, err error) {
 	origin := originOf(answer)
@@ -113,8 +114,7 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 	return repo, p, content, verdict, err
 }
 
-// refresh updates what decisions depend on. Whether it can be done without is the
-// verifier's to say.
+// refresh updates the data that the verifier depends on. If that fails, the verifier decides whether this matters.
 func (a *Agent) refresh(ctx context.Context) {
 	if a.parts.Refresh == nil {
 		return
@@ -124,8 +124,8 @@ func (a *Agent) refresh(ctx context.Context) {
 	}
 }
 
-// since is the time at which an artifact is taken: now, or zero where it was taken before,
-// as what is kept beside its set shows. Damage is mended then, whatever the clock says.
+// since returns the time at which the artifact is taken: now, or zero if the node took it before and still has valid
+// evidence. With zero, damaged files can be repaired at any time.
 func (a *Agent) since(store *install.Store, origin install.Origin, answer resolve.Answer, facts *host.Facts) time.Time {
 	if store != nil {
 		if raw, err := store.Evidence(answer.Digest); err == nil && raw != nil {
@@ -140,13 +140,13 @@ func (a *Agent) since(store *install.Store, origin install.Origin, answer resolv
 	return a.parts.Now()
 }
 
-// maxBundles bounds the statements of one artifact together; real ones have some hundred
-// kilobytes.
+// maxBundles bounds the size of all statements of one artifact in bytes. Real ones have some hundred kilobytes
+// together.
 const maxBundles = 16 << 20
 
-// useful tells what a bundle says, for [registry.Repository.AttachedIf]: nothing where its
-// signature does not hold, or it is about something else. The same statement by the same
-// signer is the same, however its JSON is written.
+// useful returns a text for a bundle, for [registry.Repository.AttachedIf]. The text is "" if the signature is invalid
+// or the statement is about another artifact. The same statement by the same signer has the same text, however its JSON
+// is written.
 func useful(v statements, digest string) func([]byte) string {
 	return func(bundle []byte) string {
 		st, err := v.Statement(bundle)
@@ -161,13 +161,13 @@ type statements interface {
 	Statement(bundle []byte) (*trust.Statement, error)
 }
 
-// readEvidence reads the manifest, the config and the signed statements, and no layer.
+// readEvidence reads the manifest, the config and the signed statements, but no layer.
 func readEvidence(ctx context.Context, repo Repository, v Verifier, digest string, facts *host.Facts) (p evidence,
 	err error) {
 	if p.Manifest, err = repo.Manifest(ctx, digest); err != nil {
 		return p, err
 	}
-	if got := digestOf(p.Manifest); got != digest { // before anything that it names is asked for
+	if got := digestOf(p.Manifest); got != digest { // check the digest before anything that the manifest names is fetched
 		return p, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the bytes have digest %s", digest, got),
 			"fetch from another registry")
 	}
@@ -179,7 +179,7 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 		return p, err
 	}
 	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful(v, digest), v.Wanted(facts.Kernel)...)
-	for i, size := 0, 0; i < len(p.Bundles); i++ { // what is kept beside the set has to be read again
+	for i, size := 0, 0; i < len(p.Bundles); i++ { // bound the evidence that is stored with the set and read again
 		if size += len(p.Bundles[i]); size > maxBundles {
 			p.Bundles = p.Bundles[:i]
 		}
@@ -188,16 +188,15 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 }
 
 func digestOf(data []byte) string {
-	sum := sha256.Sum256(data)
-	return "sha256:" + hex.EncodeToString(sum[:])
+	return ocidigest.FromBytes(data).String()
 }
 
-// loadOrder is the order in which modules are loaded, and their order in a set.
+// loadOrder is the order in which modules are loaded. A set lists them in the same order.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 
-// inspect reads every module of a layer, and checks that it is for this kernel and this driver.
-// known has the digests of what belongs to a layer that was checked, and is trusted; nil is a
-// layer that was not, of which everything is read and digested for the moment when it is loaded.
+// inspect reads every module of a layer, and checks that it fits this kernel and this driver. The argument known has
+// the trusted digests of a layer that was already checked. With nil, inspect computes the digests itself; they are
+// compared when the modules are loaded.
 func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[string]string) ([]install.Module, error) {
 	files, err := fs.Glob(layer, "drivers/*.ko")
 	if err != nil {
@@ -207,7 +206,7 @@ func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[strin
 	for _, file := range files {
 		digest, ok := known[file]
 		if !ok && known != nil {
-			continue // somebody added it
+			continue // another program added the file
 		}
 		m, err := inspectOne(layer, file, digest)
 		if err != nil {
@@ -250,7 +249,7 @@ func rank(module string) int {
 	return len(loadOrder)
 }
 
-// readModule reads one module whole, as the kernel wants it.
+// readModule reads a whole module into memory, because init_module needs that.
 func readModule(layer fs.FS, file string) (_ []byte, err error) {
 	f, size, err := openModule(layer, file)
 	if err != nil {
@@ -262,8 +261,8 @@ func readModule(layer fs.FS, file string) (_ []byte, err error) {
 	return raw, err
 }
 
-// inspectOne reads one module piece by piece: a large one has 65 MB. Of one whose digest is
-// known, it reads what the module says of itself.
+// inspectOne reads one module piece by piece, because a large one has 65 MB. If the digest is known, it reads only the
+// module's description.
 func inspectOne(layer fs.FS, file, digest string) (_ install.Module, err error) {
 	f, size, err := openModule(layer, file)
 	if err != nil {
@@ -276,7 +275,7 @@ func inspectOne(layer fs.FS, file, digest string) (_ install.Module, err error) 
 			return install.Module{}, fault.Wrap(fault.Unverified,
 				fmt.Errorf("check module %s: read %d of %d bytes: %w", file, n, size, err), hintAgain)
 		}
-		digest = "sha256:" + hex.EncodeToString(h.Sum(nil))
+		digest = ocidigest.NewDigest(ocidigest.SHA256, h).String()
 	}
 	at, ok := f.(io.ReaderAt)
 	if !ok {
@@ -292,7 +291,7 @@ func inspectOne(layer fs.FS, file, digest string) (_ install.Module, err error) 
 	}, nil
 }
 
-// openModule opens one module, and none that has more than a module has.
+// openModule opens one module. It refuses files that are larger than maxModule or not regular.
 func openModule(layer fs.FS, file string) (fs.File, int64, error) {
 	check := func(info fs.FileInfo, err error) error {
 		if err == nil && (!info.Mode().IsRegular() || info.Size() > maxModule) {
@@ -300,7 +299,7 @@ func openModule(layer fs.FS, file string) (fs.File, int64, error) {
 		}
 		return err
 	}
-	if err := check(fs.Stat(layer, file)); err != nil { // first: opening a pipe waits for its other end
+	if err := check(fs.Stat(layer, file)); err != nil { // before Open, because opening a pipe would block
 		return nil, 0, err
 	}
 	f, err := layer.Open(file)
@@ -318,7 +317,7 @@ func openModule(layer fs.FS, file string) (fs.File, int64, error) {
 func (a *Agent) planStage(ctx context.Context, r *Report, repo Repository, store *install.Store, set,
 	current *install.Set) {
 	if _, err := a.missing(ctx, r, repo, store, set); err != nil {
-		return // the run is over
+		return // the context has ended
 	}
 	if current == nil || current.Digest != set.Digest {
 		r.Changed = true

@@ -16,9 +16,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A new driver that does not do, and that somebody opened at once, keeps its files:
-// libraries and modules have to be of one driver. It is known to be ours, and leaves when
-// it can.
+// TestUnusableAndOpen checks a new driver that fails and is already open in a program. Its files must stay in force,
+// because libraries and modules must be of one driver. A later run recognises the driver as ours and replaces it when
+// nobody uses it.
 func TestUnusableAndOpen(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := two(t, 1)
@@ -43,7 +43,8 @@ func TestUnusableAndOpen(t *testing.T) {
 	}
 }
 
-// A run that is killed while it examines the GPUs is judged by the next one.
+// TestKilledWhileLooking checks that the next run judges the driver of a run that was killed during the check of the
+// GPUs.
 func TestKilledWhileLooking(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := two(t, 1)
@@ -67,8 +68,8 @@ type dying struct{}
 
 func (dying) Probe(context.Context, string, bool) (gpucheck.NVML, error) { panic("killed") }
 
-// What could not take its place because the GPU was in use does so after a reboot, with
-// nobody to ask. Until then it is neither fetched again nor held against it.
+// TestNextAfterReboot checks a driver that could not be activated because the GPU was in use. It must be activated
+// after a reboot, even without the farm. Until then it is not fetched again, and the delay does not count as a failure.
 func TestNextAfterReboot(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := two(t, 1)
@@ -81,7 +82,7 @@ func TestNextAfterReboot(t *testing.T) {
 				r.FetchedBytes)
 		}
 	}
-	// A farm that has forgotten all does not take it off the disk.
+	// A farm that forgot the driver must not cause its removal from the disk.
 	n.parts.Finder = finder{answer: resolve.Answer{State: api.Unknown, Source: "server"}}
 	if r, err := n.runAs(t); err != nil || !strings.Contains(r.Pending, newVersion) {
 		t.Errorf("with a farm that knows nothing: %v, pending %q; want it pending still", err, r.Pending)
@@ -94,12 +95,12 @@ func TestNextAfterReboot(t *testing.T) {
 	}
 }
 
-// A disk that takes no byte does not keep an installed driver from being loaded.
+// TestFullDiskAtBoot checks that a full disk does not prevent the load of an installed driver.
 func TestFullDiskAtBoot(t *testing.T) {
 	t.Parallel()
 	n, ref, older, _, po, _ := two(t, 1)
 	n.reboot(t)
-	// Every small file goes through this name.
+	// Every small file is first written under this name.
 	if err := os.Mkdir(filepath.Join(n.root, installDir, ".prebake/tmp-file"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -109,7 +110,7 @@ func TestFullDiskAtBoot(t *testing.T) {
 	}
 }
 
-// Notes that are damaged, or say what is not so, take no driver away.
+// TestHostileAttempts checks that damaged or wrong records do not cost the node its driver.
 func TestHostileAttempts(t *testing.T) {
 	t.Parallel()
 	n, _, _, _, po, _ := two(t, 1)

@@ -13,9 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// tried hands out what happened to a set that was loaded, where somebody wants to know.
-// What says nothing of the driver is not told: a node without a GPU, or one whose fabric
-// is still starting.
+// tried reports what happened to a set that was loaded, if Parts.Tried is set. It reports nothing that does not depend
+// on the driver: a node without a GPU, or with a fabric that is still starting.
 func (a *Agent) tried(what string, set *install.Set, verdict string, why error) {
 	if a.parts.Tried == nil || a.cfg.NoLoad || verdict == string(gpucheck.Starting) || fault.Is(why, fault.NoDevice) {
 		return
@@ -40,21 +39,21 @@ func (a *Agent) tried(what string, set *install.Set, verdict string, why error) 
 	a.parts.Tried(r)
 }
 
-// firstLine cuts a text to what one line of a table holds.
+// firstLine shortens a text to the first line and 500 bytes, for a table.
 func firstLine(text string) string {
 	text, _, _ = strings.Cut(text, "\n")
 	return strings.ToValidUTF8(text[:min(len(text), 500)], "")
 }
 
-// nodeID is the same in each boot of this node, and tells nobody which one it is; "" where
-// the node has no machine id.
+// nodeID returns an id that is the same in each boot of this node and does not reveal the node. It is "" if the node
+// has no machine id.
 func (a *Agent) nodeID() string {
 	raw, err := fs.ReadFile(a.node, "etc/machine-id")
 	id := strings.TrimSpace(string(raw))
 	if err != nil || id == "" {
 		return ""
 	}
-	// The id itself is not for others to know, says machine-id(5): what derives from it is.
+	// machine-id(5) says that the id itself is confidential, and recommends to publish a hash of it instead.
 	sum := sha256.Sum256([]byte("prebake node report\n" + id))
 	return hex.EncodeToString(sum[:])
 }

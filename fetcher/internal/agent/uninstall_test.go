@@ -48,8 +48,8 @@ func (n *node) everything(t *testing.T) map[string]string {
 	return all
 }
 
-// An uninstalled node is what it was, byte for byte: Google's folders, its note, and the
-// firmware path.
+// TestUninstall checks that an uninstall restores the node byte for byte: the folders of Google's installer, its cache
+// file, and the firmware path.
 func TestUninstall(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -62,14 +62,14 @@ func TestUninstall(t *testing.T) {
 	sample.Write(t, filepath.Join(n.root, installDir), ".cache", "BUILD_ID=1\nDRIVER_VERSION=2\n")
 	sample.Write(t, n.root, "sys/module/firmware_class/parameters/path", "/somebody/elses")
 	before := n.everything(t)
-	for range 2 { // two drivers, so that there is a former one
+	for range 2 { // two drivers, so that there is a previous one
 		if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
 			t.Fatal(err)
 		}
-		// A driver in use stays, and everything with it.
+		// A driver in use stays with all its files.
 		with := n.everything(t)
 		n.inUse(t, "1")
 		if _, err := n.uninstall(); !fault.Is(err, fault.Busy) {
@@ -99,7 +99,7 @@ func TestUninstall(t *testing.T) {
 	}
 }
 
-// History tells what happened, in the order in which it did.
+// TestHistory checks that the history has all events in their order.
 func TestHistory(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := two(t, 1)
@@ -135,8 +135,8 @@ func TestHistory(t *testing.T) {
 	}
 }
 
-// The node's own programs find the libraries while the driver is in force. The ldconfig is
-// this machine's.
+// TestLibraryCache checks that the node's own programs find the libraries while the driver is in force. It uses the
+// ldconfig of this machine.
 func TestLibraryCache(t *testing.T) {
 	t.Parallel()
 	program, err := os.ReadFile("/sbin/ldconfig")
@@ -155,7 +155,7 @@ func TestLibraryCache(t *testing.T) {
 		}
 		return string(raw)
 	}
-	for _, theirs := range []string{"", "/" + installDir + "/lib64\n"} { // as Google's installer leaves it
+	for _, theirs := range []string{"", "/" + installDir + "/lib64\n"} { // the line that Google's installer leaves
 		sample.Write(t, n.root, "etc/ld.so.conf", theirs)
 		for range 2 {
 			if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
@@ -177,7 +177,7 @@ func TestLibraryCache(t *testing.T) {
 	}
 }
 
-// Container runtimes have a description of the GPUs while the driver is loaded.
+// TestGPUsDescribed checks that container runtimes have a description of the GPUs while the driver is loaded.
 func TestGPUsDescribed(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// edit changes the one file of the install folder that a pattern names.
+// edit changes the one file of the install folder that matches a pattern.
 func (n *node) edit(t *testing.T, pattern string, change func([]byte) []byte) {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(n.root, installDir, ".prebake", pattern))
@@ -48,7 +48,7 @@ func (n *node) edit(t *testing.T, pattern string, change func([]byte) []byte) {
 func flipped(raw []byte) []byte { return flip(raw, 0.5) }
 func gone([]byte) []byte        { return nil }
 
-// damages are what may happen to an install folder between two runs.
+// damages are changes that may happen to an install folder between two runs.
 var damages = map[string]func(t *testing.T, n *node){
 	"a byte of a module": func(t *testing.T, n *node) { n.edit(t, "layers/*/drivers/nvidia.ko", flipped) },
 	"a module that is never loaded": func(t *testing.T, n *node) {
@@ -163,9 +163,8 @@ func (n *node) removeAll(t *testing.T, pattern string) {
 	}
 }
 
-// N5 of the second look: what is on the disk is compared with what was signed before
-// it reaches the kernel. With a farm it is fetched anew; without one nothing of it is
-// loaded, and the error says what is wrong.
+// TestVerifiedNow checks that files on the disk are compared with the signed content before they reach the kernel. With
+// a farm, damaged files are fetched again. Without a farm, they are not loaded, and the error names the damage.
 func TestVerifiedNow(t *testing.T) {
 	t.Parallel()
 	for name, damage := range damages {
@@ -198,7 +197,7 @@ func TestVerifiedNow(t *testing.T) {
 					if len(n.kernel.calls) != 0 {
 						t.Errorf("system calls %v; want nothing loaded", n.kernel.calls)
 					}
-					// It mends itself as soon as somebody answers.
+					// The node repairs itself as soon as the farm answers.
 					if r, err = n.run(t, ref, po.Digest, older.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
 						t.Errorf("then: %+v, %v; want ready", r.Verdict, err)
 					}
@@ -209,7 +208,7 @@ func TestVerifiedNow(t *testing.T) {
 				if left := n.leftovers(t); len(left) != 0 {
 					t.Errorf("left over: %v", left)
 				}
-				// And is then whole: nothing is fetched again.
+				// After that, the files are complete and nothing is fetched again.
 				if r, err = n.run(t, ref, po.Digest, older.Driver); err != nil || r.FetchedBytes != 0 {
 					t.Errorf("then: %d bytes, %v; want none", r.FetchedBytes, err)
 				}
@@ -224,9 +223,9 @@ func answerOf(source resolve.Source, ref, digest string, d target.Driver) resolv
 	return resolve.Answer{State: api.Published, Source: source, Driver: d, Repository: ref, Digest: digest}
 }
 
-// What installers of NCCL's plugins put into lib64, as Google's own do on GKE's H100 and
-// H200 nodes, is no damage: it stays where the driver is loaded without a network, where a
-// layer is fetched anew, and where another driver takes its place.
+// TestAddedStays checks that files of NCCL plugins in lib64 do not count as damage. Google's installers write such
+// files on GKE's H100 and H200 nodes. The files must stay when the driver is loaded without a network, when a layer is
+// fetched again, and when another driver is activated.
 func TestAddedStays(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := two(t, 1)
@@ -263,8 +262,8 @@ func errText(err error) string {
 	return err.Error()
 }
 
-// A key that is trusted no more takes what it signed out of the next boot, also without
-// a network: whom to trust is the owner's word, and not the farm's.
+// TestKeyNoLongerTrusted checks that artifacts of a key that is no longer trusted are not loaded at the next boot, even
+// without a network. The owner decides whom to trust, and not the farm.
 func TestKeyNoLongerTrusted(t *testing.T) {
 	t.Parallel()
 	n, _, _, _, _, _ := two(t, 1)
@@ -276,7 +275,7 @@ func TestKeyNoLongerTrusted(t *testing.T) {
 	}
 }
 
-// What a node compiled for itself comes up by the node's own key, and by no other.
+// TestNodesOwnAfterReboot checks that an artifact that a node compiled itself is accepted with the node's own key only.
 func TestNodesOwnAfterReboot(t *testing.T) {
 	t.Parallel()
 	farm, own := testkit.NewKey(t), testkit.NewKey(t)
@@ -303,7 +302,7 @@ func TestNodesOwnAfterReboot(t *testing.T) {
 	}
 }
 
-// A driver that comes back into force is verified before the one that runs is unloaded.
+// TestRollbackVerifies checks that a driver is verified before a rollback unloads the running one.
 func TestRollbackVerifies(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := two(t, 1)
@@ -328,8 +327,8 @@ func TestRollbackVerifies(t *testing.T) {
 	}
 }
 
-// A driver that waits on the disk is not read again at each try, unless somebody wrote to
-// it; and what is loaded is read whatever its inodes say. The kernel tells who reads what.
+// TestPendingIsNotReadAgain checks that the files of a waiting driver are read again only after a write to them. Before
+// the load they are always read again. The test asks inotify which files are read.
 func TestPendingIsNotReadAgain(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := two(t, 1)
@@ -364,7 +363,7 @@ func TestPendingIsNotReadAgain(t *testing.T) {
 	}
 }
 
-// watchOpens reports whether a file was opened since the last call, as inotify tells.
+// watchOpens returns a function that reports whether a file was opened since the last call. It uses inotify.
 func watchOpens(t *testing.T, name string) func() bool {
 	t.Helper()
 	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)

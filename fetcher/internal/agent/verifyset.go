@@ -19,16 +19,16 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// evidence is all that an artifact is verified by: what a registry was asked for, and what
-// is beside a set on the disk. Nothing of it is trusted before [Agent.verify].
+// evidence has everything that is needed to verify an artifact. It comes from a registry, or from the files of a set on
+// the disk. It is not trusted before [Agent.verify].
 type evidence struct {
 	Manifest []byte   `json:"manifest"`
 	Config   []byte   `json:"config"`
 	Bundles  [][]byte `json:"bundles"`
 }
 
-// verify judges a proof for this node. What is wrong has a hint of what to do next. now is
-// zero for what is on the node already: no clock makes that worse.
+// verify judges evidence for this node. Each error has a hint. The argument now is zero for an artifact that is already
+// on the node, because its age must not invalidate it.
 func (a *Agent) verify(p evidence, origin install.Origin, digest string, d target.Driver, facts *host.Facts,
 	now time.Time) (bundle.Content, *trust.Verdict, error) {
 	none := bundle.Content{}
@@ -40,7 +40,7 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 		return none, nil, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the bytes have digest %s", digest, got),
 			"fetch from another registry")
 	}
-	content, err := bundle.ParseManifest(p.Manifest, p.Config) // compares the config's digest
+	content, err := bundle.ParseManifest(p.Manifest, p.Config) // also compares the config with its digest
 	if err != nil {
 		return none, nil, err
 	}
@@ -58,8 +58,8 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 	return content, verdict, err
 }
 
-// verifierFor returns who judges an artifact: the node's own key counts for what the
-// node itself compiled, and for nothing else.
+// verifierFor returns the verifier for an artifact. The node's own key counts only for artifacts that the node compiled
+// itself.
 func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
 	if origin == install.MadeHere && a.parts.NodeVerifier != nil {
 		return a.parts.NodeVerifier()
@@ -71,7 +71,7 @@ func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
 	return a.parts.Verifier, nil
 }
 
-// setOf is what signed content says of a set. The digests of its modules are not in it.
+// setOf returns the set that signed content describes. The signed content does not have the digests of the modules.
 func (a *Agent) setOf(origin install.Origin, digest, repository string, content bundle.Content,
 	facts *host.Facts) *install.Set {
 	set := &install.Set{
@@ -84,9 +84,8 @@ func (a *Agent) setOf(origin install.Origin, digest, repository string, content 
 	return set
 }
 
-// verifySet verifies a set that is on the disk, now and for this kernel: the statements
-// beside it, and by them every byte of its layers. It returns the set as signed content
-// has it. What set.json says decides nothing but where to look.
+// verifySet verifies a set on the disk, now and for this kernel: its statements, and with them every byte of its
+// layers. It returns the set that the signed content describes. set.json decides only where the files are.
 func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts,
 	kinds ...bundle.LayerKind) (*install.Set, error) {
 	fail := func(err error) (*install.Set, error) {
@@ -119,7 +118,7 @@ func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *instal
 	return proved, nil
 }
 
-// attestations verifies the attestations of a set, and none of its files.
+// attestations verifies the attestations of a set, but none of its files.
 func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host.Facts) (bundle.Content, error) {
 	raw, err := store.Evidence(set.Digest)
 	if err != nil {
@@ -137,8 +136,8 @@ func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host
 	return content, err
 }
 
-// verifiable reports whether nothing prevents the verification of a set: its statements hold,
-// and no attempt of this run has failed.
+// verifiable reports whether a set can be verified: its statements verify, and its verification has not failed in this
+// run.
 func (a *Agent) verifiable(store *install.Store, set *install.Set, facts *host.Facts) bool {
 	if set == nil || set.Damaged {
 		return false
@@ -154,17 +153,16 @@ const hintAgain = "run fetcher install again: it fetches the damaged files again
 
 // checkedLayer is a layer that was compared with its signed diff id.
 type checkedLayer struct {
-	// files are the digests of its files.
+	// files maps the layer's files to their digests.
 	files map[string]string
-	// print is what [install.Store.LayerPrint] said before.
+	// print is the result of [install.Store.LayerPrint] before the check.
 	print string
-	// modules are what its modules say of themselves; nil means that nobody looked.
+	// modules describes the layer's modules; nil means that they were not read.
 	modules []install.Module
 }
 
-// unchanged reports whether nobody has written to a layer since it was checked in this or
-// an earlier run, as its inodes tell. What waits on the disk is not read again and again;
-// what is switched to or loaded is ([Agent.verifySet]).
+// unchanged reports whether a layer's inodes are the same as at its check in this or an earlier run. A set that waits
+// on the disk is therefore not read again. A set that is switched to or loaded is always read ([Agent.verifySet]).
 func (a *Agent) unchanged(store *install.Store, l install.Layer) bool {
 	known, ok := a.layer(l.Digest)
 	if !ok || known.print == "" {
@@ -174,7 +172,7 @@ func (a *Agent) unchanged(store *install.Store, l install.Layer) bool {
 	return err == nil && print == known.print
 }
 
-// layer is what is known of a layer, from this run or else from an earlier one.
+// layer returns what this run, or else an earlier one, knows about a layer.
 func (a *Agent) layer(digest string) (checkedLayer, bool) {
 	found, ok := a.checked.Load(digest)
 	if !ok {
@@ -184,14 +182,13 @@ func (a *Agent) layer(digest string) (checkedLayer, bool) {
 	return known, ok
 }
 
-// checkLayer compares an unpacked layer with its signed diff id, once in each run and after
-// each change.
+// checkLayer compares an unpacked layer with its signed diff id, once in each run and again after each change.
 func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.Layer) error {
-	print, err := store.LayerPrint(l.Digest) // before: what is written meanwhile is noticed
+	print, err := store.LayerPrint(l.Digest) // before the check, so that a write during the check is noticed
 	if err != nil {
 		return fault.Wrap(fault.Unverified, err, hintAgain)
 	}
-	// A run may last for hours. What was written since is read again.
+	// A run may take hours, so a layer that was written to since is read again.
 	if known, ok := a.checked.Load(l.Digest); ok && known.(checkedLayer).print == print {
 		return nil
 	}
@@ -214,9 +211,8 @@ func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.
 	return nil
 }
 
-// modules says what the modules of a layer are that was checked. Where nobody has written to it
-// since, as its inodes tell, nothing is digested again: what is loaded is compared in memory
-// with the digests of then.
+// modules describes the modules of a layer that was checked. If the layer's inodes have not changed since, it does not
+// compute the digests again. Each module is compared with its digest in memory when it is loaded.
 func (a *Agent) modules(store *install.Store, content bundle.Content, facts *host.Facts) ([]install.Module, error) {
 	l := content.Layer(bundle.LayerModules)
 	layer, err := store.LayerFS(l.Digest)
@@ -231,7 +227,7 @@ func (a *Agent) modules(store *install.Store, content bundle.Content, facts *hos
 	}
 	known := map[string]string{}
 	for file, digest := range checked.files {
-		if known[file] = ""; same { // else it is digested again
+		if known[file] = ""; same { // otherwise inspect computes the digest again
 			known[file] = digest
 		}
 	}
@@ -248,7 +244,7 @@ func (a *Agent) modules(store *install.Store, content bundle.Content, facts *hos
 	return mods, nil
 }
 
-// originOf tells whose signature has to be on an answer.
+// originOf returns the origin of an answer, which decides whose signature it needs.
 func originOf(answer resolve.Answer) install.Origin {
 	if answer.Source == resolve.SourceNode {
 		return install.MadeHere

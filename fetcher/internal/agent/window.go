@@ -11,17 +11,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Window says when a driver that is loaded may be replaced by another. The zero value is
-// at any time.
+// Window is the time of day at which a loaded driver may be replaced. The zero value means any time.
 type Window struct {
-	// Never leaves that to a reboot.
+	// Never forbids a replacement before a reboot.
 	Never bool
-	// From and Until are times of the day, UTC, from midnight on; equal is the whole day. A
-	// window may go over midnight.
+	// From and Until are times of the day in UTC, counted from midnight. Equal values mean the whole day. A window may
+	// include midnight.
 	From, Until time.Duration
 }
 
-// ParseWindow reads any, never or HH:MM-HH:MM.
+// ParseWindow parses any, never or HH:MM-HH:MM.
 func ParseWindow(text string) (Window, error) {
 	switch text {
 	case "any":
@@ -45,7 +44,7 @@ func clock(text string) (time.Duration, error) {
 	return time.Duration(at.Hour())*time.Hour + time.Duration(at.Minute())*time.Minute, err
 }
 
-// Closed says why nothing is replaced now; "" means that it may be.
+// Closed returns the reason why no driver may be replaced now; "" means that it may.
 func (w Window) Closed(now time.Time) string {
 	if w.Never {
 		return "its owner leaves that to a reboot (--maintenance never)"
@@ -63,13 +62,13 @@ func (w Window) Closed(now time.Time) string {
 	return fmt.Sprintf("it is outside of the hours for that, %s to %s UTC", day(w.From), day(w.Until))
 }
 
-// idlePause is the time between two checks of who uses the driver.
+// idlePause is the time between two checks whether programs use the driver.
 const idlePause = 2 * time.Second
 
-// idleCheck is the time between two checks of the driver meanwhile.
+// idleCheck is the time between two checks of the driver itself during the wait.
 const idleCheck = time.Minute
 
-// reportWaiting tells of the driver that is in force while another one waits.
+// reportWaiting reports the driver in force to the watcher while another one waits.
 func (a *Agent) reportWaiting(ctx context.Context) {
 	if a.watcher == nil {
 		return
@@ -82,8 +81,8 @@ func (a *Agent) reportWaiting(ctx context.Context) {
 	a.watcher.Report(v)
 }
 
-// waitIdle waits, until end, for those to end who use a driver that is to be replaced, and
-// reports whether it is worth another try. It holds no lock, and changes nothing.
+// waitIdle waits, at most until end, for the programs that use a driver that must be replaced. It reports whether
+// another try makes sense. It holds no lock and changes nothing.
 func (a *Agent) waitIdle(ctx context.Context, why error, end time.Time) bool {
 	if a.cfg.WaitIdle <= 0 || a.cfg.NoLoad || !fault.Is(why, fault.Busy) || a.cfg.Maintenance.Closed(a.parts.Now()) != "" {
 		return false

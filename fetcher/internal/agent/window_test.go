@@ -30,7 +30,7 @@ func TestWindow(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// Another zone is another hour there, and the same here.
+			// The same time in another zone gives the same result.
 			if got := w.Closed(now.In(time.FixedZone("x", 3600))) == ""; got != want {
 				t.Errorf("%s at %s: open %t; want %t", text, at, got, want)
 			}
@@ -43,8 +43,8 @@ func TestWindow(t *testing.T) {
 	}
 }
 
-// A driver that works is replaced within the owner's hours, and stays until then. A node
-// without one is no matter of hours.
+// TestMaintenance checks that a working driver is replaced only within the owner's hours. A node without a driver
+// ignores the hours.
 func TestMaintenance(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := two(t, 1)
@@ -66,7 +66,8 @@ func TestMaintenance(t *testing.T) {
 	}
 }
 
-// Who stands in the way is named, waited for, and when it ends the driver is replaced.
+// TestWaitIdle checks that the program that uses the driver is named and waited for. When it ends, the driver is
+// replaced.
 func TestWaitIdle(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := two(t, 1)
@@ -97,7 +98,7 @@ func TestWaitIdle(t *testing.T) {
 	}
 }
 
-// ending is a watcher that does something once it was told.
+// ending is a watcher that calls then after a report.
 type ending struct {
 	*told
 	then func()
@@ -108,7 +109,7 @@ func (e *ending) Report(v gpucheck.Verdict) {
 	e.then()
 }
 
-// told are the verdicts that a watcher was told.
+// told are the verdicts that a watcher received.
 type told []gpucheck.Verdict
 
 func (l *told) Report(v gpucheck.Verdict) { *l = append(*l, v) }

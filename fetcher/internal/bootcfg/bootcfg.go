@@ -15,18 +15,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The names on the EFI partition, which is a FAT: their case does not matter.
+// These are the names on the EFI partition. Its file system is FAT, which ignores case.
 const (
 	file   = "efi/boot/grub.cfg"
 	backup = file + ".prebake"
 	fresh  = file + ".new"
 )
 
-// maxConfig bounds the file; a real one has some three kilobytes.
+// maxConfig bounds the size of the file in bytes. A real file has about three kilobytes.
 const maxConfig = 1 << 20
 
-// Apply changes the configuration on an EFI partition, and keeps a copy of what was there.
-// It reports how many entries there are; 0 means that all of it was so already.
+// Apply changes the configuration on an EFI partition and keeps a copy of the original. It returns the number of boot
+// entries, or 0 if the configuration already had everything that is wanted.
 func Apply(esp *os.Root, want Want) (entries int, err error) {
 	have, err := read(esp, file)
 	if err != nil {
@@ -39,8 +39,8 @@ func Apply(esp *os.Root, want Want) (entries int, err error) {
 	if bytes.Equal(edited, have) {
 		return 0, nil
 	}
-	// An operating system that was updated wrote a new one: that is what undo means then. One
-	// that this program edited before is not.
+	// An update of the operating system writes a new configuration. Undo must then restore the new one, so it replaces the
+	// copy. A configuration that this program edited must not replace the copy.
 	kept, err := read(esp, backup)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, err
@@ -53,8 +53,8 @@ func Apply(esp *os.Root, want Want) (entries int, err error) {
 	return entries, write(esp, file, edited)
 }
 
-// Undo puts back what was there before [Apply]. A configuration that somebody else changed
-// since stays as it is.
+// Undo restores the configuration from before [Apply]. It leaves a configuration alone that somebody else changed
+// since.
 func Undo(esp *os.Root) error {
 	kept, err := read(esp, backup)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -83,7 +83,7 @@ func Undo(esp *os.Root) error {
 	return flush(esp)
 }
 
-// ours reports whether edited is what this program made of a configuration.
+// ours reports whether edited is the result of this program's edit of the configuration before.
 func ours(before, edited []byte) bool {
 	for _, want := range []Want{{Unsigned: true}, {Elsewhere: true}, {Unsigned: true, Elsewhere: true}} {
 		if out, _, err := Edit(before, want); err == nil && bytes.Equal(out, edited) {
@@ -109,7 +109,7 @@ func read(esp *os.Root, name string) ([]byte, error) {
 	return raw, nil
 }
 
-// write gives a file its name once its bytes are on the disk, and reads them back.
+// write writes a file under a temporary name, syncs it to disk, renames it, and reads it back to compare.
 func write(esp *os.Root, name string, data []byte) error {
 	f, err := esp.OpenFile(fresh, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o755)
 	if err != nil {
@@ -142,19 +142,20 @@ func flush(esp *os.Root) error {
 	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
 }
 
-// SecureBoot reports whether the firmware checks what it boots, and whether that is known.
-// A changed command line would be of no use then, or keep the node from booting.
+// SecureBoot reports whether the firmware checks the signatures of what it boots, and whether this is known. With
+// Secure Boot on, a changed command line would have no effect, or would keep the node from booting.
 func SecureBoot(root fs.FS, kernelLog []string) (on, known bool) {
 	if _, err := fs.Stat(root, "sys/firmware/efi"); errors.Is(err, fs.ErrNotExist) {
 		return false, true // no EFI
 	}
-	// Four bytes of attributes, then the value (UEFI specification, "Globally Defined Variables").
+	// The variable has four bytes of attributes and then the value. Source: UEFI specification, "Globally Defined
+	// Variables".
 	raw, err := fs.ReadFile(root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
 	if err == nil && len(raw) == 5 {
 		return raw[4] == 1, true
 	}
-	// Where the variables are not mounted the kernel's own line tells (efi_set_secure_boot of
-	// drivers/firmware/efi).
+	// Where the EFI variables are not mounted, a line of the kernel log answers. The kernel prints it in
+	// efi_set_secure_boot of drivers/firmware/efi.
 	for _, line := range kernelLog {
 		switch {
 		case strings.Contains(line, "Secure boot enabled"):

@@ -18,9 +18,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The words between the kernel's name and what is behind cros_efi, by age: as the file has
-// them that Google's image analyzer is tested with (cos/tools, image1, COS 81), and as hosts
-// of Cloud Shell show them in /proc/cmdline (COS with 6.6.105+, September 2025).
+// These are the words of a command line after the kernel's name, up to cros_efi, by age of the image. The older ones
+// are in the test file of Google's image analyzer (cos/tools, image1, COS 81). The newer ones are in /proc/cmdline of
+// Cloud Shell's hosts (COS with 6.6.105+, September 2025).
 const (
 	words81 = "init=/usr/lib/systemd/systemd boot=local rootwait ro noresume noswap loglevel=7 noinitrd console=ttyS0 " +
 		"security=apparmor csm.disabled=1  dm_verity.error_behavior=3       i915.modeset=1 cros_efi"
@@ -32,8 +32,7 @@ const (
 	verity = `root=/dev/dm-0 dm="1 vroot none ro 1,0 2539520 verity payload=PARTUUID=E5822204-E5B9-2848-8A90-37790091EA3E module.sig_enforce=1 hashstart=2539520"`
 )
 
-// config is a file in the shape of those of COS: two local and two verified entries, and
-// one for USB.
+// config returns a file in the form of COS's files: two local and two verified entries, and one for USB.
 func config(words string) string {
 	var b strings.Builder
 	b.WriteString("defaultA=2\ndefaultB=3\ngptpriority $grubdisk 2 prioA\n\nif [ $prioA -lt $prioB ]; then\n  set " +
@@ -56,7 +55,7 @@ func TestEdit(t *testing.T) {
 	for name, row := range map[string]struct {
 		words string
 		want  bootcfg.Want
-		edits []string // pairs: what becomes what, in each entry
+		edits []string // pairs of old and new text, in each entry
 	}{
 		"signatures": {words121, bootcfg.Want{Unsigned: true},
 			[]string{" module.sig_enforce=1 i915", " module.sig_enforce=0 i915"}},
@@ -82,7 +81,7 @@ func TestEdit(t *testing.T) {
 		if err != nil || !bytes.Equal(again, got) {
 			t.Errorf("%s: edited twice it is something else: %v", name, err)
 		}
-		// The reader of command lines, which was not made for this, sees what was wanted.
+		// host's parser of command lines was not written for this package. It must read the wanted values, too.
 		for line := range strings.Lines(string(got)) {
 			_, cmdline, ok := strings.Cut(line, "vmlinuz")
 			if p := host.ParseCmdline(cmdline); ok && row.want.Unsigned && !strings.Contains(line, "dm=") &&
@@ -100,7 +99,8 @@ func TestEdit(t *testing.T) {
 	}
 }
 
-// A kernel cuts a command line that is too long, and would not find its root then.
+// TestTooLong checks the length limit. A kernel cuts a command line that is too long, and would then not find its root
+// file system.
 func TestTooLong(t *testing.T) {
 	t.Parallel()
 	for length, fits := range map[int]bool{2047: true, 2048: false} {
@@ -164,7 +164,7 @@ func TestApplyAndUndo(t *testing.T) {
 	if err := bootcfg.Undo(esp); err != nil || have() != before || !cmp.Equal(names(), []string{"grub.cfg"}) {
 		t.Errorf("Undo = %v, and left are %v", err, names())
 	}
-	// Somebody else's change is not undone, and one by an update is what is kept then.
+	// Undo keeps somebody else's change. After an update of the operating system, the copy is the updated file.
 	if _, err := bootcfg.Apply(esp, bootcfg.Want{Unsigned: true}); err != nil {
 		t.Fatal(err)
 	}

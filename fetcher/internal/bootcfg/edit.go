@@ -1,7 +1,6 @@
-// Package bootcfg changes the kernel command line in the boot configuration of a COS node,
-// so that the next boot loads modules that its maker did not sign. It refuses to do so
-// where Secure Boot is on, to change anything else in the file, and to write one that it
-// has no copy of.
+// Package bootcfg changes the kernel command line in the boot configuration of a COS node, so that the next boot loads
+// modules that the kernel's maker did not sign. It refuses to do so where Secure Boot is on. It refuses to change
+// anything else in the file, and to write a file of which it has no copy.
 package bootcfg
 
 import (
@@ -13,22 +12,22 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Want is what the command line is to allow.
+// Want lists what the command line shall allow.
 type Want struct {
-	// Unsigned loads modules that no key of the kernel's signed: module.sig_enforce=0.
+	// Unsigned allows modules without a signature by a key of the kernel: module.sig_enforce=0.
 	Unsigned bool `json:"unsigned,omitempty"`
-	// Elsewhere loads modules and firmware from other filesystems than the root:
-	// loadpin.exclude=kernel-module,firmware, as COS itself has it on newer images.
+	// Elsewhere allows modules and firmware from other file systems than the root: loadpin.exclude=kernel-module,firmware.
+	// COS itself sets this on newer images.
 	Elsewhere bool `json:"elsewhere,omitempty"`
 }
 
-// maxCommandLine is the longest command line that a kernel takes: COMMAND_LINE_SIZE of
-// arch/x86 and arch/arm64 without its end.
+// maxCommandLine is the longest command line that a kernel accepts, in bytes. It is COMMAND_LINE_SIZE of arch/x86 and
+// arch/arm64, minus the terminating zero.
 const maxCommandLine = 2047
 
-// Edit returns the configuration with what is wanted in each of its boot entries, and how
-// many these are. Each other byte stays. The form is GRUB's, as images of COS have it: a
-// line "linux FILE WORD…" for each entry, local and verified, A and B.
+// Edit returns the configuration with the wanted words in each boot entry, and the number of entries. All other bytes
+// stay. The form is GRUB's, as COS images have it: a line "linux FILE WORD…" for each entry, local and verified, A and
+// B.
 func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 	for line := range bytes.Lines(config) {
 		words := split(line)
@@ -57,12 +56,12 @@ func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 	return edited, entries, nil
 }
 
-// word is where a word of a line is.
+// word is the position of a word in a line.
 type word struct{ from, to int }
 
 func (w word) of(line []byte) string { return string(line[w.from:w.to]) }
 
-// split finds the words of a line. White space within double quotes parts no words.
+// split finds the words of a line. White space within double quotes does not end a word.
 func split(line []byte) (words []word) {
 	from, quoted := -1, false
 	for i, c := range line {
@@ -83,8 +82,8 @@ func split(line []byte) (words []word) {
 	return words
 }
 
-// editLine changes the words of one entry. Of words that say the same a kernel takes the
-// last, so that each is changed.
+// editLine changes the words of one entry. A kernel takes the last of several words with the same key, so editLine
+// changes each of them.
 func editLine(line []byte, words []word, want Want) []byte {
 	var out []byte
 	at, excluded := 0, false
@@ -109,15 +108,15 @@ func editLine(line []byte, words []word, want Want) []byte {
 		}
 	}
 	out = append(out, line[at:]...)
-	if want.Elsewhere && !excluded { // right behind the kernel's name, which is a place that each entry has
+	if want.Elsewhere && !excluded { // after the kernel's name, because every entry has that place
 		end := words[1].to
 		out = slices.Concat(out[:end], []byte(" loadpin.exclude=kernel-module,firmware"), out[end:])
 	}
 	return out
 }
 
-// commandLine is the length of what a kernel gets of a line: the words behind its name, and
-// before them BOOT_IMAGE=NAME, which GRUB adds.
+// commandLine returns the length in bytes of the command line that the kernel gets. It has the words after the kernel's
+// name, and BOOT_IMAGE=NAME before them, which GRUB adds.
 func commandLine(line []byte) int {
 	words := split(line)
 	text := "BOOT_IMAGE=" + words[1].of(line)

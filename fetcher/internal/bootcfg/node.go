@@ -11,10 +11,10 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Node is the boot configuration of the node that this program runs on.
+// Node is the boot configuration of the node on which this program runs.
 type Node struct{ Root *noderoot.Root }
 
-// Apply is [Apply] on the node's EFI partition.
+// Apply calls [Apply] on the node's EFI partition.
 func (n Node) Apply(want Want) (entries int, err error) {
 	esp, closed, err := Partition(n.Root)
 	if err != nil {
@@ -24,7 +24,7 @@ func (n Node) Apply(want Want) (entries int, err error) {
 	return entries, errors.Join(err, closed())
 }
 
-// Undo is [Undo] on the node's EFI partition.
+// Undo calls [Undo] on the node's EFI partition.
 func (n Node) Undo() error {
 	esp, closed, err := Partition(n.Root)
 	if err != nil {
@@ -33,8 +33,8 @@ func (n Node) Undo() error {
 	return errors.Join(Undo(esp), closed())
 }
 
-// rebootSignal has systemd start reboot.target, which stops everything in order: the fifth
-// of the real-time signals, whose first is 34 (systemd(1), "Signals"; signal(7)).
+// rebootSignal makes systemd start reboot.target, which stops all services in order. It is SIGRTMIN+5 (systemd(1),
+// "Signals"), and SIGRTMIN is 34 (signal(7)).
 const rebootSignal = syscall.Signal(34 + 5)
 
 // Reboot asks the node's systemd for an orderly reboot.

@@ -16,10 +16,10 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// label is the name of COS's EFI partition in its table of partitions.
+// label is the name of COS's EFI partition in the partition table.
 const label = "EFI-SYSTEM"
 
-// Partition mounts the node's EFI partition for this program alone: nobody else sees it.
+// Partition mounts the node's EFI partition for this program only. No other process sees the mount.
 func Partition(node *noderoot.Root) (esp *os.Root, closed func() error, err error) {
 	device, err := find(node.FS())
 	if err != nil {
@@ -60,7 +60,7 @@ func mountFault(device string, err error) error {
 		"run as root with CAP_SYS_ADMIN (privileged: true) on a kernel from 5.2 on with vfat, or edit the file by hand")
 }
 
-// find returns the name of the partition's device, as the kernel tells of it.
+// find returns the device name of the EFI partition, as sysfs has it.
 func find(root fs.FS) (string, error) {
 	const dir = "sys/class/block"
 	entries, err := fs.ReadDir(root, dir)
@@ -71,7 +71,7 @@ func find(root fs.FS) (string, error) {
 	for _, e := range entries {
 		raw, err := fs.ReadFile(root, path.Join(dir, e.Name(), "uevent"))
 		if err != nil {
-			continue // it went away
+			continue // the device disappeared
 		}
 		values := host.ParseKeyValues(string(raw))
 		if name := values["DEVNAME"]; values["PARTNAME"] == label && name != "" && !strings.Contains(name, "..") {

@@ -1,7 +1,6 @@
-// Package cdi describes the node's GPUs to container runtimes, in the form of the Container
-// Device Interface: a pod, or podman, that asks for nvidia.com/gpu=0 gets the device files
-// and the driver, without a runtime of NVIDIA's. It refuses to take the place of a
-// description that somebody else wrote.
+// Package cdi describes the node's GPUs to container runtimes in the format of the Container Device Interface (CDI). A
+// pod or podman that asks for nvidia.com/gpu=0 then gets the device files and the driver without NVIDIA's container
+// runtime. The package refuses to replace a description that another program wrote.
 package cdi
 
 import (
@@ -22,32 +21,32 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 )
 
-// Kind is what containers ask for. NVIDIA's own tools write the same.
+// Kind is the device name that containers ask for. NVIDIA's own tools use the same name.
 const Kind = "nvidia.com/gpu"
 
-// folder is where runtimes look for what is made anew at each boot, and static for what is
-// not (CDI's SPEC.md, "CDI JSON Specification").
+// folder is where runtimes look for descriptions that are written at each boot. static is the folder for permanent ones
+// (CDI's SPEC.md, "CDI JSON Specification").
 const (
 	folder = "/var/run/cdi"
 	static = "/etc/cdi"
 	file   = "prebake-nvidia.json"
 )
 
-// maxSpec bounds the file of somebody else that is looked at.
+// maxSpec bounds the bytes that are read of another program's file.
 const maxSpec = 1 << 20
 
-// inside is where containers have the driver, as GKE's device plugin mounts it.
+// inside is the driver's path in containers, the same as with GKE's device plugin.
 const inside = "/usr/local/nvidia"
 
 // GPU is one GPU that the driver drives.
 type GPU struct {
-	// Minor is that of /dev/nvidiaN.
+	// Minor is N of /dev/nvidiaN.
 	Minor uint32
-	// UUID is NVIDIA's name of it; "" means not known.
+	// UUID is NVIDIA's identifier of the GPU; "" means that it is not known.
 	UUID string
 }
 
-// GPUs reads what the loaded driver drives, in the order of the PCI bus.
+// GPUs returns the GPUs of the loaded driver, in the order of the PCI bus.
 func GPUs(root fs.FS) ([]GPU, error) {
 	const dir = "proc/driver/nvidia/gpus"
 	entries, err := fs.ReadDir(root, dir)
@@ -70,8 +69,8 @@ func GPUs(root fs.FS) ([]GPU, error) {
 	return gpus, nil
 }
 
-// ParseInformation reads /proc/driver/nvidia/gpus/ADDRESS/information. A UUID of a GPU that
-// nobody has opened yet has question marks in it.
+// ParseInformation parses /proc/driver/nvidia/gpus/ADDRESS/information. The UUID has question marks as long as no
+// program has opened the GPU.
 func ParseInformation(text string) (g GPU, ok bool) {
 	for line := range strings.Lines(text) {
 		key, value, _ := strings.Cut(line, ":")
@@ -79,7 +78,7 @@ func ParseInformation(text string) (g GPU, ok bool) {
 		switch strings.TrimSpace(key) {
 		case "Device Minor":
 			n, err := fmt.Sscanf(value, "%d", &g.Minor)
-			ok = n == 1 && err == nil && g.Minor < 254 // from there on they are no GPUs
+			ok = n == 1 && err == nil && g.Minor < 254 // minors from 254 on are not GPUs
 		case "GPU UUID":
 			if strings.HasPrefix(value, "GPU-") && !strings.Contains(value, "?") {
 				g.UUID = value
@@ -89,8 +88,8 @@ func ParseInformation(text string) (g GPU, ok bool) {
 	return g, ok
 }
 
-// Spec describes GPUs with a driver that is in an install folder. nodes are the names of
-// the driver's device files, below /dev.
+// Spec describes GPUs with the driver in an install folder. nodes are the names of the driver's device files below
+// /dev.
 func Spec(gpus []GPU, installDir string, nodes []string) *specs.Spec {
 	spec := &specs.Spec{Version: "0.5.0", Kind: Kind}
 	edit := func(minors ...uint32) specs.ContainerEdits {
@@ -114,17 +113,16 @@ func Spec(gpus []GPU, installDir string, nodes []string) *specs.Spec {
 			spec.ContainerEdits.DeviceNodes = append(spec.ContainerEdits.DeviceNodes, &specs.DeviceNode{Path: "/dev/" + name})
 		}
 	}
-	// The whole folder: the names in it are links into the set in force.
+	// The mount has the whole folder, because the names in it are links into the set in force.
 	spec.ContainerEdits.Mounts = []*specs.Mount{{HostPath: installDir, ContainerPath: inside,
 		Options: []string{"ro", "nosuid", "nodev", "rbind", "rprivate"}}}
-	// Where NVIDIA's runtime is there, too, it adds nothing to such a container.
+	// This value stops NVIDIA's container runtime, if the node has it, from adding devices to such a container.
 	spec.ContainerEdits.Env = []string{"NVIDIA_VISIBLE_DEVICES=void"}
 	return spec
 }
 
-// Write gives the runtimes a description. It reports whether there is another one than
-// before. Where somebody else describes GPUs, none is written: two would contradict
-// each other.
+// Write writes the description for the runtimes. It reports whether the description changed. If another program
+// describes GPUs, Write writes none and removes its own, because two descriptions would conflict.
 func Write(node *noderoot.Root, spec *specs.Spec) (changed bool, err error) {
 	other, err := others(node)
 	if err != nil {
@@ -150,7 +148,7 @@ func Write(node *noderoot.Root, spec *specs.Spec) (changed bool, err error) {
 		return false, fmt.Errorf("describe GPUs: %w", err)
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
-	const tmp = ".prebake-nvidia.tmp" // no runtime reads a file that does not end in .json or .yaml
+	const tmp = ".prebake-nvidia.tmp" // runtimes read only .json and .yaml files
 	err = dir.WriteFile(tmp, raw, 0o644)
 	if err == nil {
 		err = dir.Rename(tmp, file)
@@ -161,7 +159,7 @@ func Write(node *noderoot.Root, spec *specs.Spec) (changed bool, err error) {
 	return true, nil
 }
 
-// Remove takes the description away.
+// Remove removes the description.
 func Remove(node *noderoot.Root) error {
 	_, err := remove(node)
 	return err
@@ -182,7 +180,7 @@ func remove(node *noderoot.Root) (bool, error) {
 	return err == nil, errors.Join(err, dir.Close())
 }
 
-// others returns the file in which somebody else describes GPUs; "" means nobody does.
+// others returns the file in which another program describes GPUs; "" means that there is none.
 func others(node *noderoot.Root) (string, error) {
 	for _, dir := range []string{static, folder} {
 		entries, err := fs.ReadDir(node.FS(), dir[1:])
@@ -198,15 +196,15 @@ func others(node *noderoot.Root) (string, error) {
 				continue
 			}
 			info, err := fs.Stat(node.FS(), path.Join(dir, e.Name())[1:])
-			if err != nil || !info.Mode().IsRegular() { // a pipe would be waited for
+			if err != nil || !info.Mode().IsRegular() { // reading a pipe would block
 				continue
 			}
 			raw, err := read(node, path.Join(dir, e.Name()))
 			var spec struct {
 				Kind string `yaml:"kind"`
 			}
-			// NVIDIA's device plugin has descriptions of kinds of its own there, too. What cannot
-			// be read here cannot be read by runtimes, unless it is too long.
+			// NVIDIA's device plugin writes descriptions of other kinds into these folders. A file that this code cannot parse
+			// cannot be parsed by runtimes either, unless it is longer than maxSpec.
 			if err == nil && (len(raw) >= maxSpec && bytes.Contains(raw, []byte(Kind)) || yaml.Unmarshal(raw, &spec) == nil &&
 				spec.Kind == Kind) {
 				return path.Join(dir, e.Name()), nil

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 )
 
-// As read on a machine with an H200 and 580.159.04, on 2026-11-28.
+// h200 was read on a machine with an H200 and 580.159.04, on 2026-11-28.
 const h200 = "Model: \t\t NVIDIA H200\nIRQ:   \t\t 41\nGPU UUID: \t GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a\nVideo " +
 	"BIOS: \t 96.00.a5.00.1a\n" +
 	"Bus Type: \t PCIe\nDMA Size: \t 52 bits\nDMA Mask: \t 0xfffffffffffff\nBus Location: \t 0000:00:06.0\nDevice " +
@@ -46,7 +46,7 @@ func node(t *testing.T) (*noderoot.Root, string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = n.Close() })
-	// As on COS, where it is an absolute link.
+	// On COS /var/run is an absolute link, too.
 	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "run"), 0o755), os.Mkdir(filepath.Join(dir, "var"), 0o755),
 		os.Symlink("/run", filepath.Join(dir, "var/run"))); err != nil {
 		t.Fatal(err)
@@ -54,14 +54,14 @@ func node(t *testing.T) (*noderoot.Root, string) {
 	return n, dir
 }
 
-// The library that containerd and podman have reads the file, and gives a container what
-// it is to get. The device files are this machine's: it examines them.
+// TestRuntime reads the file with the library that containerd and podman use, and checks what a container gets. The
+// library examines the device files of the machine that runs the test.
 func TestRuntime(t *testing.T) {
 	t.Parallel()
 	n, dir := node(t)
 	spec := cdi.Spec([]cdi.GPU{{Minor: 0, UUID: "GPU-b23a4bb5"}, {Minor: 3}}, "/home/kubernetes/bin/nvidia",
 		[]string{"nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"})
-	for _, want := range []bool{true, false} { // once is enough
+	for _, want := range []bool{true, false} { // the second Write changes nothing
 		if changed, err := cdi.Write(n, spec); err != nil || changed != want {
 			t.Fatalf("Write = %t, %v; want %t", changed, err, want)
 		}
@@ -83,11 +83,11 @@ func TestRuntime(t *testing.T) {
 		t.Errorf("all GPUs are %+v", edits)
 	}
 	var container oci.Spec
-	if _, err := cache.InjectDevices(&container, "nvidia.com/gpu=1"); err == nil { // this machine has GPUs
+	if _, err := cache.InjectDevices(&container, "nvidia.com/gpu=1"); err == nil { // it succeeds on a machine with GPUs
 		t.Log(container.Linux.Devices)
 	}
 	general := upstream.ContainerEdits{ContainerEdits: &spec.ContainerEdits}
-	general.DeviceNodes = nil // which are examined when they are given away
+	general.DeviceNodes = nil // the library would look for the device files
 	if err := general.Apply(&container); err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +103,7 @@ func TestRuntime(t *testing.T) {
 	}
 }
 
-// On a machine with a GPU the runtimes' library gives a container its device files.
+// TestThisMachine checks on a machine with a GPU that the runtimes' library gives a container its device files.
 func TestThisMachine(t *testing.T) {
 	t.Parallel()
 	gpus, err := cdi.GPUs(os.DirFS("/"))
@@ -134,7 +134,7 @@ func TestThisMachine(t *testing.T) {
 	}
 }
 
-// NVIDIA's device plugin writes descriptions of its own kind, which ours is beside.
+// TestBesideDevicePlugin checks that a description of another kind, by NVIDIA's device plugin, does not prevent ours.
 func TestBesideDevicePlugin(t *testing.T) {
 	t.Parallel()
 	n, dir := node(t)
@@ -149,7 +149,7 @@ func TestBesideDevicePlugin(t *testing.T) {
 	}
 }
 
-// Somebody else's description stays the only one, whoever came first.
+// TestOthers checks that another program's description stays the only one, even if it came second.
 func TestOthers(t *testing.T) {
 	t.Parallel()
 	for _, theirs := range []string{"run/cdi/nvidia.yaml", "etc/cdi/nvidia.json"} {

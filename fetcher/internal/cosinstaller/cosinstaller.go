@@ -1,10 +1,9 @@
-// Package cosinstaller understands the command line of Google's cos-gpu-installer, so that
-// a manifest that starts that one needs another image and nothing else. It turns words
-// into the fetcher's own. It refuses to pass over one that asks for something that the
-// fetcher does not do.
+// Package cosinstaller translates the command line of Google's cos-gpu-installer into the fetcher's own arguments. A
+// manifest that starts cos-gpu-installer then only needs another image. The package refuses flags that ask for
+// something that the fetcher does not do.
 //
-// The flags are those of cos/tools, src/cmd/cos_gpu_installer, v2.1.9, and those that
-// release notes and callers show of later ones up to v2.5.10.
+// The flags are those of cos/tools, src/cmd/cos_gpu_installer, v2.1.9, and those of later releases up to v2.5.10 that
+// their release notes and callers show.
 package cosinstaller
 
 import (
@@ -19,14 +18,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Name is what that program is called.
+// Name is the name of Google's program.
 const Name = "cos-gpu-installer"
 
-// own are flags that the fetcher has not, by which a command line for the other is known.
+// own are flags of Google's program that the fetcher does not have. They identify its command lines.
 var own = []string{"version", "host-dir", "no-verify", "module-arg"}
 
-// Recognise reports whether a command line is one for that program: by its name, or by flags
-// that the fetcher has not.
+// Recognise reports whether a command line is for Google's program: by the program's name, or by flags that the fetcher
+// does not have.
 func Recognise(args []string) bool {
 	if len(args) == 0 {
 		return false
@@ -60,7 +59,7 @@ func (m *many) Set(s string) error {
 	return nil
 }
 
-// ignored are flags that say nothing to the fetcher, with the reason that it tells.
+// ignored are flags without a meaning for the fetcher, each with the reason for the note.
 var ignored = map[string]string{
 	"allow-unsigned-driver":      "nothing unsigned is loaded; the fetcher's own keys decide",
 	"test":                       "the fetcher's own keys decide",
@@ -72,7 +71,7 @@ var ignored = map[string]string{
 	"gcs-download-prefix-nvidia": "--driver-mirror names the bucket with runfiles",
 }
 
-// refused are flags that ask for something else, with what to do.
+// refused are flags that ask for something that the fetcher does not do, each with a hint.
 var refused = map[string]string{
 	"nvidia-installer-url":      "name the version with -version, and publish it once: builder build --driver",
 	"nvidia-installer-url-open": "name the version with -version, and publish it once: builder build --driver",
@@ -81,13 +80,13 @@ var refused = map[string]string{
 	"prepare-build-tools":       "nothing has to be prepared: the driver comes compiled",
 }
 
-// Translate returns the fetcher's arguments for that program's, without the program's name,
-// and notes about what is passed over.
+// Translate returns the fetcher's arguments for the arguments of Google's program, without the program's name. The
+// notes name the ignored flags.
 func Translate(args []string, getenv func(string) string) (ours, notes []string, err error) {
 	usage := func(what, hint string) ([]string, []string, error) {
 		return nil, nil, fault.New(fault.Usage, "as "+Name+": "+what, hint)
 	}
-	for len(args) > 0 && strings.HasPrefix(args[0], "-") { // of its logging, before the command
+	for len(args) > 0 && strings.HasPrefix(args[0], "-") { // Google's program accepts logging flags before the command
 		args = args[1:]
 	}
 	if len(args) == 0 || args[0] != "install" {

@@ -18,7 +18,7 @@ func TestTranslate(t *testing.T) {
 		want string
 		note string
 	}{
-		// GoogleCloudPlatform/container-engine-accelerators, nvidia-driver-installer/cos.
+		// Source: GoogleCloudPlatform/container-engine-accelerators, nvidia-driver-installer/cos.
 		"daemonset-preloaded.yaml": {
 			"install", map[string]string{"NVIDIA_INSTALL_DIR_HOST": "/home/kubernetes/bin/nvidia", "ROOT_MOUNT_DIR": "/root"},
 			"install --host-root=/root --install-dir=/home/kubernetes/bin/nvidia", "",
@@ -27,12 +27,12 @@ func TestTranslate(t *testing.T) {
 			"install --version=latest", map[string]string{"NVIDIA_INSTALL_DIR_HOST": "/home/kubernetes/bin/nvidia"},
 			"install --host-root=/root --install-dir=/home/kubernetes/bin/nvidia --driver=latest", "",
 		},
-		// google/go-tpm-tools, launcher/internal/gpu/driverinstaller.go.
+		// Source: google/go-tpm-tools, launcher/internal/gpu/driverinstaller.go.
 		"Confidential Space": {
 			"install -version=595.58.03 -host-dir=/var/lib/nvidia --no-verify", nil,
 			"install --host-root=/root --install-dir=/var/lib/nvidia --driver=595.58.03 --no-load", "",
 		},
-		// cos.googlesource.com/cos/tools, README of the installer.
+		// Source: cos.googlesource.com/cos/tools, README of the installer.
 		"README": {"install -host-dir=/var/lib/nvidia", nil, "install --host-root=/root --install-dir=/var/lib/nvidia", ""},
 		"a branch, parameters, a bucket": {
 			"--v=2 install --version R535 -module-arg nvidia.NVreg_EnableGpuFirmware=0 -module-arg " +

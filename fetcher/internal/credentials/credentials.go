@@ -1,6 +1,6 @@
-// Package credentials finds how a node logs in to a registry: by Docker's configuration,
-// which pull secrets have the form of, and at Google's registries as the machine's service
-// account. It refuses to guess: where neither has anything, nothing is sent.
+// Package credentials finds the credentials with which a node logs in to a registry. It reads Docker's configuration,
+// which is also the form of Kubernetes pull secrets. At Google's registries it uses the machine's service account. The
+// package refuses to guess: without credentials from one of the two it sends none.
 package credentials
 
 import (
@@ -20,12 +20,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Keychain returns where credentials come from. An error of it is of kind Usage.
+// Keychain returns the sources of credentials, Docker's configuration first. Its own errors are of kind Usage, or
+// Transient where the metadata server fails.
 func Keychain() authn.Keychain {
 	return authn.NewMultiKeychain(docker{authn.DefaultKeychain}, &Google{})
 }
 
-// docker says what is wrong with Docker's configuration in a message that helps.
+// docker adds the kind and a hint to errors of Docker's configuration.
 type docker struct{ authn.Keychain }
 
 func (d docker) Resolve(r authn.Resource) (authn.Authenticator, error) {
@@ -46,15 +47,15 @@ func (d docker) ResolveContext(ctx context.Context, r authn.Resource) (authn.Aut
 	return nil, fault.Wrap(fault.Usage, fmt.Errorf("find credentials for %s: %w", r.RegistryStr(), err), hint)
 }
 
-// metadataHost is Google's metadata server, by its address: no resolver is needed.
+// metadataHost is the address of Google's metadata server. The address needs no DNS resolver.
 const metadataHost = "169.254.169.254"
 
-// tokenPath is where it has the token of the machine's service account (Compute Engine
-// documentation, "Access scopes and tokens"). GKE's own server for workloads answers it, too.
+// tokenPath is the metadata server's path for the token of the machine's service account. Source: Compute Engine
+// documentation, "Access scopes and tokens". GKE's metadata server for workloads serves the same path.
 const tokenPath = "/computeMetadata/v1/instance/service-accounts/default/token"
 
-// Google logs in at Google's registries, and its storage, with the token of the machine's service account. A
-// machine without one reads what is public.
+// Google logs in at Google's registries and Cloud Storage with the token of the machine's service account. A machine
+// without a service account can read public artifacts only.
 type Google struct {
 	mu    sync.Mutex
 	token string
@@ -80,7 +81,7 @@ func (g *Google) ResolveContext(ctx context.Context, r authn.Resource) (authn.Au
 	return authn.FromConfig(authn.AuthConfig{Username: "oauth2accesstoken", Password: token}), nil
 }
 
-// minLifetime is how long a token has to last still.
+// minLifetime is the remaining lifetime below which a token is replaced.
 const minLifetime = time.Minute
 
 func (g *Google) get(ctx context.Context) (string, error) {
@@ -92,7 +93,7 @@ func (g *Google) get(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	host := metadataHost
-	if other := os.Getenv("GCE_METADATA_HOST"); other != "" { // as Google's own clients have it
+	if other := os.Getenv("GCE_METADATA_HOST"); other != "" { // Google's own clients read the same variable
 		host = other
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+host+tokenPath, nil)
@@ -100,12 +101,12 @@ func (g *Google) get(ctx context.Context) (string, error) {
 		return "", err
 	}
 	req.Header.Set("Metadata-Flavor", "Google")
-	resp, err := (&http.Client{Transport: &http.Transport{}}).Do(req) // no proxy: it is this machine's own
+	resp, err := (&http.Client{Transport: &http.Transport{}}).Do(req) // no proxy: the server is local
 	if err != nil {
 		if errors.Is(ctx.Err(), context.Canceled) {
 			return "", context.Cause(ctx)
 		}
-		return "", nil // no machine of Google's
+		return "", nil // this machine is not Google's
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode == http.StatusNotFound {

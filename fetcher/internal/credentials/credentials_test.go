@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// docker has Docker's configuration be this text.
+// docker makes the text Docker's configuration.
 func docker(t *testing.T, text string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -27,7 +27,7 @@ func docker(t *testing.T, text string) {
 	}
 }
 
-// metadata is a metadata server, and counts who asks it.
+// metadata starts a metadata server that counts its requests.
 func metadata(t *testing.T, status int, answer string) *int {
 	t.Helper()
 	asked := 0
@@ -100,7 +100,7 @@ func TestWithoutServiceAccount(t *testing.T) {
 	}
 }
 
-// What a pull secret says comes first.
+// TestDocker checks that a pull secret takes precedence over the service account.
 func TestDocker(t *testing.T) {
 	docker(t, `{"auths":{"gcr.io":{"username":"_json_key","password":"x"}}}`)
 	if got, err := resolve(t, credentials.Keychain(), "gcr.io/p/driver"); err != nil || got != "_json_key:x" {
@@ -108,7 +108,7 @@ func TestDocker(t *testing.T) {
 	}
 }
 
-// N29: what is wrong with a node's own configuration is no fault of a registry's bytes.
+// TestBroken checks that an error in the node's own configuration is not reported as bad bytes of a registry.
 func TestBroken(t *testing.T) {
 	for text, want := range map[string]string{`{broken`: "config.json",
 		`{"credHelpers":{"127.0.0.1:1":"nowhere"}}`: "docker-credential-nowhere"} {

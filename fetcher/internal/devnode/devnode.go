@@ -1,8 +1,7 @@
-// Package devnode makes the device files of a loaded NVIDIA driver, those of its
-// capabilities for MIG and IMEX among them, and the links in /dev/char by which runc finds
-// them after systemd was reloaded. It makes nvidia-uvm last: GKE's device plugin takes
-// nvidiactl and nvidia-uvm together as the sign that a driver is ready. It refuses to
-// replace a file that is not a device.
+// Package devnode makes the device files of a loaded NVIDIA driver, including those of its capabilities for MIG and
+// IMEX. It also makes the links in /dev/char, by which runc finds the device files after a reload of systemd. It makes
+// nvidia-uvm last, because GKE's device plugin takes nvidiactl and nvidia-uvm together as the sign that a driver is
+// ready. It refuses to replace a file that is not a device.
 package devnode
 
 import (
@@ -22,23 +21,22 @@ import (
 
 // Node is one character device file.
 type Node struct {
-	// Name is below /dev; it may have a folder before it.
+	// Name is the path below /dev; it may have a folder.
 	Name         string
 	Major, Minor uint32
 	Mode         fs.FileMode
 	UID, GID     int
 }
 
-// The fixed numbers of NVIDIA's driver: major 195, with 255 for the control
-// device and 254 for modesetting (nv.h: NV_MAJOR_DEVICE_NUMBER and friends).
+// These are the fixed numbers of NVIDIA's driver: major 195, with minor 255 for the control device and 254 for
+// modesetting (nv.h: NV_MAJOR_DEVICE_NUMBER and the following).
 const (
 	major        = 195
 	minorControl = 255
 	minorModeset = 254
 )
 
-// Plan lists the nodes for the modules that are loaded, reading /proc below
-// the node's root.
+// Plan lists the device files for the loaded modules. It reads /proc below the node's root.
 func Plan(root fs.FS, modules map[string]bool) ([]Node, error) {
 	raw, err := fs.ReadFile(root, "proc/devices")
 	if err != nil {
@@ -78,7 +76,7 @@ func Plan(root fs.FS, modules map[string]bool) ([]Node, error) {
 	return nodes, nil
 }
 
-// ParseMajors reads the character devices of /proc/devices.
+// ParseMajors returns the major numbers of the character devices in the text of /proc/devices.
 func ParseMajors(text string) map[string]uint32 {
 	majors := map[string]uint32{}
 	for line := range strings.Lines(text) {
@@ -93,8 +91,8 @@ func ParseMajors(text string) map[string]uint32 {
 	return majors
 }
 
-// ParseParams reads owner and mode from /proc/driver/nvidia/params; where it
-// says nothing, they are root's and 0666.
+// ParseParams reads owner and mode of device files from /proc/driver/nvidia/params. Without values there, the owner is
+// root and the mode is 0666.
 func ParseParams(text string) Node {
 	n := Node{Mode: 0o666}
 	for line := range strings.Lines(text) {
@@ -115,17 +113,16 @@ func ParseParams(text string) Node {
 	return n
 }
 
-// capsFolder is where the files of capabilities are, in /dev.
+// capsFolder is the folder below /dev for the device files of capabilities.
 const capsFolder = "nvidia-caps"
 
-// capabilities lists the files by which the driver gives away what not everybody may do:
-// to configure MIG, to use one MIG instance, to manage IMEX. Each file below
-// /proc/driver/nvidia/capabilities has a minor and a mode (NVIDIA's MIG user guide,
-// "/dev based nvidia-capabilities").
+// capabilities lists the device files that guard the driver's privileged functions: to configure MIG, to use one MIG
+// instance, to manage IMEX. Each file below /proc/driver/nvidia/capabilities has a minor and a mode (NVIDIA's MIG user
+// guide, "/dev based nvidia-capabilities").
 func capabilities(root fs.FS, major uint32) (nodes []Node) {
 	_ = fs.WalkDir(root, "proc/driver/nvidia/capabilities", func(name string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
-			return nil // an instance of MIG may go at any time: the driver works without its file
+			return nil // a MIG instance may disappear at any time, and the driver works without its device file
 		}
 		if raw, err := fs.ReadFile(root, name); err == nil {
 			if minor, mode, ok := ParseCapability(string(raw)); ok {
@@ -138,7 +135,8 @@ func capabilities(root fs.FS, major uint32) (nodes []Node) {
 	return nodes
 }
 
-// ParseCapability reads a file of a capability.
+// ParseCapability returns minor and mode from the text of a capability's file. The result ok is false if the text has
+// no minor.
 func ParseCapability(text string) (minor uint32, mode fs.FileMode, ok bool) {
 	for line := range strings.Lines(text) {
 		key, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
@@ -183,17 +181,16 @@ func gpuMinors(root fs.FS) ([]uint32, error) {
 	return minors, nil
 }
 
-// System is what makes device files. The one real implementation is [Linux].
+// System makes and removes device files. The one real implementation is [Linux].
 type System interface {
-	// Make makes n in the folder dev, or corrects what is there.
+	// Make makes n in the folder dev, or corrects the existing device file.
 	Make(dev *os.Root, n Node) error
-	// Clear removes the driver's device files from the folder dev: GKE's device plugin
-	// takes them for a driver.
+	// Clear removes the driver's device files from the folder dev, because GKE's device plugin takes them as the sign of a
+	// driver.
 	Clear(dev *os.Root) error
 }
 
-// Clear implements [System]. It removes no name that a driver does not have, nothing but
-// character devices, and links to these alone.
+// Clear implements [System]. It removes only character devices with a name that a driver uses, and links to such names.
 func (Linux) Clear(dev *os.Root) error {
 	for _, folder := range []string{".", capsFolder} {
 		entries, err := fs.ReadDir(dev.FS(), folder)
@@ -213,7 +210,7 @@ func (Linux) Clear(dev *os.Root) error {
 			}
 		}
 	}
-	_ = dev.Remove(capsFolder) // it stays where somebody else has something in it
+	_ = dev.Remove(capsFolder) // this fails if the folder has other files, and then it stays
 	links, err := fs.ReadDir(dev.FS(), charFolder)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("list links to device files: %w", err)
@@ -231,12 +228,12 @@ func (Linux) Clear(dev *os.Root) error {
 	return nil
 }
 
-// nodeName are the names that Plan gives.
+// nodeName matches the names that Plan returns.
 var nodeName = regexp.MustCompile(`^nvidia([0-9]{1,3}|ctl|-modeset|-uvm|-uvm-tools|-caps/nvidia-cap[0-9]{1,7})$`)
 
-// charFolder has a link MAJOR:MINOR to each device file, in /dev. runc tells systemd of a
-// container's devices by these names, and takes them away from it where one is missing
-// (NVIDIA's container toolkit, "nvidia-ctk system create-dev-char-symlinks").
+// charFolder is the folder below /dev with a link MAJOR:MINOR to each device file. runc names a container's devices to
+// systemd by these links. A container loses a device whose link is missing (NVIDIA's container toolkit, "nvidia-ctk
+// system create-dev-char-symlinks").
 const charFolder = "char"
 
 // Linux makes real device files.
@@ -260,19 +257,19 @@ func (Linux) Make(dev *os.Root, n Node) error {
 	case err == nil && st.Mode&unix.S_IFMT != unix.S_IFCHR:
 		return fault.New(fault.Busy, fmt.Sprintf("make device file %s: something else is there", full), "remove "+full)
 	case err == nil && st.Rdev != want:
-		// A module that was loaded again may have got another major number.
+		// A module that was reloaded may have another major number.
 		if err := unix.Unlinkat(at, base, 0); err != nil {
 			return fmt.Errorf("replace device file %s: %w", full, err)
 		}
 	case err != nil && !errors.Is(err, unix.ENOENT):
 		return fmt.Errorf("look at device file %s: %w", full, err)
 	}
-	link(dev, n) // first: what waits for the file has it then
+	link(dev, n) // the link comes first, so that it exists when the file appears
 	if err := unix.Mknodat(at, base, unix.S_IFCHR|uint32(n.Mode), int(want)); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fault.Wrap(fault.Unusable, fmt.Errorf("make device file %s: %w", full, err),
 			"run as root with CAP_MKNOD (privileged: true)")
 	}
-	// The process's umask has no say in this.
+	// Mknod applies the umask, so the mode is set again here.
 	if err := errors.Join(unix.Fchmodat(at, base, uint32(n.Mode), 0),
 		unix.Fchownat(at, base, n.UID, n.GID, unix.AT_SYMLINK_NOFOLLOW)); err != nil {
 		return fmt.Errorf("set owner and mode of %s: %w", full, err)
@@ -280,15 +277,15 @@ func (Linux) Make(dev *os.Root, n Node) error {
 	return nil
 }
 
-// link makes the device's link in /dev/char, where it can: a driver works without. What is
-// no link there is left alone.
+// link makes the device's link in /dev/char. It ignores errors, because a driver works without the link. It replaces
+// links only, and no other files.
 func link(dev *os.Root, n Node) {
 	name, to := fmt.Sprintf("%s/%d:%d", charFolder, n.Major, n.Minor), "../"+n.Name
 	have, err := dev.Readlink(name)
 	if err == nil && have == to {
 		return
 	}
-	if err == nil { // of a driver that was loaded under other numbers
+	if err == nil { // the link is from a driver with other device numbers
 		err = dev.Remove(name)
 	}
 	if (err == nil || errors.Is(err, fs.ErrNotExist)) && dev.MkdirAll(charFolder, 0o755) == nil {

@@ -1,5 +1,5 @@
-// Package footprint makes the program's share of a node's memory small between two pieces of
-// work. It refuses to bound what work takes: that is for whoever does it.
+// Package footprint reduces the program's use of memory between two pieces of work. It refuses to limit memory during
+// work; the code that does the work must do that.
 package footprint
 
 import (
@@ -13,10 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Trim gives back what the heap no longer holds, and unmaps the pages of the program file: the
-// kernel maps most of a program of 25 MB while it starts, and counts that as the program's. What
-// is still needed of them comes back out of the page cache, page by page. A kernel that refuses
-// leaves everything as it is.
+// Trim returns free heap memory to the kernel and unmaps the pages of the program file. The kernel maps most of a 25 MB
+// program file at start and counts these pages as the program's memory. Pages that are needed again come back from the
+// page cache one by one. If the kernel refuses, nothing changes.
 func Trim() {
 	debug.FreeOSMemory()
 	program, err := os.Readlink("/proc/self/exe")
@@ -36,12 +35,12 @@ func Trim() {
 // mapping is a range of addresses.
 type mapping struct{ start, end uintptr }
 
-// fileMappings returns the ranges of /proc/PID/smaps (proc_pid_smaps(5)) that hold nothing but
-// what the program's file has: of a page that was written to, the file has no copy. A dynamic
-// loader writes to pages and makes them read-only then (RELRO), so the permissions do not tell;
-// the anonymous pages of a mapping do, and those of them that were swapped out.
+// fileMappings returns the ranges of /proc/PID/smaps (proc_pid_smaps(5)) whose pages are all in the program file. A
+// page that was written to has no copy in the file, so its range must stay. Permissions do not show this, because a
+// dynamic loader writes to pages and then makes them read-only (RELRO). The counts of anonymous and swapped pages show
+// it.
 func fileMappings(smaps io.Reader, program string) (found []mapping) {
-	var m mapping // 0 to 0 for one that stays
+	var m mapping // the zero value is a mapping that must stay
 	anonymous := false
 	lines := bufio.NewScanner(smaps)
 	for lines.Scan() {
@@ -66,10 +65,11 @@ func fileMappings(smaps io.Reader, program string) (found []mapping) {
 	return found
 }
 
-// programMapping reads the first line of a mapping; 0 to 0 stands for one that may be written
-// to, or that is not of the program's file.
+// programMapping parses the first line of a mapping. It returns the zero value for a mapping that is writable or not of
+// the program's file.
 func programMapping(line, program string) (m mapping) {
-	// 00400000-00ec7000 r-xp 00000000 fe:00 1314                      /usr/bin/fetcher
+	// An example of such a line:
+	//	00400000-00ec7000 r-xp 00000000 fe:00 1314                      /usr/bin/fetcher
 	field := strings.Fields(line)
 	if len(field) < 6 || !strings.HasPrefix(field[1], "r-") || !strings.HasSuffix(line, " "+program) {
 		return m

@@ -10,9 +10,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// smaps has the mappings of a dynamic program that is linked with -z relro, as Linux 6.12 wrote
-// them: its header, code, constants, what the loader wrote before it was made read-only (RELRO),
-// and data. The lines between Rss and Anonymous are left out.
+// smaps lists the mappings of a dynamic program linked with -z relro, as Linux 6.12 wrote them. They are the program's
+// header, its code, its constants, the part that the loader wrote and then made read-only (RELRO), and its data. The
+// lines between Rss and Anonymous are left out.
 const smaps = `5595d8764000-5595d8766000 r--p 00000000 fe:00 247026                     /usr/bin/cat
 Rss:                   8 kB
 Anonymous:             0 kB
@@ -68,7 +68,7 @@ func TestFileMappings(t *testing.T) {
 	}
 }
 
-// TestTrim runs on after its own pages were unmapped, with less of them than before.
+// TestTrim checks that the program still runs after Trim unmapped its pages, and that fewer of them are resident.
 func TestTrim(t *testing.T) {
 	before := resident(t)
 	Trim()
@@ -77,7 +77,7 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// resident is how much of mapped files counts as this program's, in KiB (proc_pid_status(5)).
+// resident returns how many KiB of mapped files count as this program's memory (proc_pid_status(5)).
 func resident(t *testing.T) int {
 	t.Helper()
 	status, err := os.ReadFile("/proc/self/status")

@@ -1,7 +1,6 @@
-// Package gpucheck asks the driver's own management library whether the driver
-// works, and judges the answer. NVML sits in a separate program, since it
-// needs a C library and this program has none. The package refuses to call a
-// node ready on anything less than what was seen.
+// Package gpucheck asks NVML, the driver's management library, whether the driver works, and judges the answer. A
+// separate program calls NVML, because NVML needs a C library and this program has none. The package refuses to call a
+// node ready without the evidence for it.
 package gpucheck
 
 import (
@@ -18,41 +17,40 @@ import (
 // State is the short form of a verdict.
 type State string
 
-// The states.
+// These are the states of the driver on a node.
 const (
 	Ready    State = "ready"     // every GPU on the bus answers
-	NoDevice State = "no-device" // there is no GPU on the bus
-	Unusable State = "unusable"  // there is one, and the driver cannot use it
-	Drifted  State = "drifted"   // what is loaded is not what is installed
-	Loaded   State = "loaded"    // modules are right; NVML was not asked since boot
+	NoDevice State = "no-device" // no GPU is on the bus
+	Unusable State = "unusable"  // a GPU is on the bus, and the driver cannot use it
+	Drifted  State = "drifted"   // the loaded driver is not the installed one
+	Loaded   State = "loaded"    // the modules are right; nobody has asked NVML since the boot
 	Staged   State = "staged"    // installed, and by request not loaded
 	Absent   State = "absent"    // nothing is installed
-	Starting State = "starting"  // every GPU answers, and waits for the fabric manager
-	Foreign  State = "foreign"   // nothing is installed; a foreign driver is loaded, and nothing is wrong with it
+	Starting State = "starting"  // every GPU answers, but waits for the fabric manager
+	Foreign  State = "foreign"   // nothing is installed; a foreign driver is loaded and works
 )
 
-// Verdict is what is known of the driver on this node.
+// Verdict is the known state of the driver on this node.
 type Verdict struct {
 	State State `json:"verdict"`
 	// Reason says in one line why the state is not ready.
 	Reason string        `json:"reason,omitempty"`
 	Driver target.Driver `json:"driver"`
-	// Digest names the artifact that is installed.
+	// Digest is the digest of the installed artifact.
 	Digest string `json:"digest,omitempty"`
-	// Modules are the NVIDIA modules that are loaded, with their versions.
+	// Modules are the loaded NVIDIA modules, with their versions.
 	Modules map[string]string `json:"modules"`
-	// Foreign are those of them that were loaded from another file than the
-	// installed one, although it has the same version.
+	// Foreign are those modules that were loaded from another file than the installed one, although with the same version.
 	Foreign []string `json:"foreignModules,omitempty"`
 	NVML    NVML     `json:"nvml"`
-	// PCIGPUs are on the bus; UsableGPUs answered NVML.
+	// PCIGPUs counts the GPUs on the bus; UsableGPUs counts those that answered NVML.
 	PCIGPUs    int `json:"pciGPUs"`
 	UsableGPUs int `json:"usableGPUs"`
-	// NVRM are the driver's own lines in the kernel log.
+	// NVRM has the driver's own lines in the kernel log.
 	NVRM []string `json:"nvrm,omitempty"`
 }
 
-// NVML is the probe's answer.
+// NVML is the answer of the probe.
 type NVML struct {
 	Version string   `json:"version,omitempty"`
 	CUDA    string   `json:"cuda,omitempty"`
@@ -66,34 +64,33 @@ type Device struct {
 	Name        string `json:"name"`
 	PCIBusID    string `json:"pciBusId"`
 	MemoryBytes uint64 `json:"memoryBytes"`
-	// Fabric is how far the GPU has come in joining its NVLink fabric: not started, in
-	// progress or completed; "" means a GPU without one.
+	// Fabric is the GPU's progress in joining its NVLink fabric: not started, in progress or completed; "" means that the
+	// GPU has no fabric.
 	Fabric string `json:"fabric,omitempty"`
-	// Persistence is on or off, or why it could not be turned on; "" means a GPU that does not
-	// tell.
+	// Persistence is on, off, or the reason why it could not be turned on; "" means that the GPU does not report it.
 	Persistence string `json:"persistence,omitempty"`
-	// Error says why NVML cannot use the GPU; "" means a healthy one.
+	// Error is the reason why NVML cannot use the GPU; "" means a healthy GPU.
 	Error string `json:"error,omitempty"`
 }
 
-// Facts are what a verdict is made from.
+// Facts are the input of a verdict.
 type Facts struct {
 	Driver  target.Driver
 	Digest  string
 	Modules map[string]string
 	Foreign []string
 	NVML    NVML
-	// GPUs are the PCI addresses of the GPUs that the driver is to drive.
+	// GPUs are the PCI addresses of the GPUs that the driver must drive.
 	GPUs []string
 	NVRM []string
-	// Since are the kernel's lines since the driver was loaded, where that is known.
+	// Since has the kernel's lines since the load of the driver, if this time is known.
 	Since []string
 }
 
-// required are the modules without which no CUDA program runs.
+// required are the modules that every CUDA program needs.
 var required = []string{"nvidia", "nvidia_uvm"}
 
-// JudgeForeign makes a verdict about a driver that somebody else loaded.
+// JudgeForeign returns a verdict about a foreign driver.
 func JudgeForeign(f Facts) Verdict {
 	v := Judge(f)
 	switch v.State {
@@ -107,7 +104,7 @@ func JudgeForeign(f Facts) Verdict {
 	return v
 }
 
-// Judge makes a verdict from facts. The first thing that is wrong decides.
+// Judge returns a verdict from facts. The first problem that it finds decides.
 func Judge(f Facts) Verdict {
 	v := Verdict{
 		State: Ready, Driver: f.Driver, Digest: f.Digest, Modules: f.Modules, Foreign: f.Foreign, NVML: f.NVML,
@@ -116,7 +113,7 @@ func Judge(f Facts) Verdict {
 	missing, reasons := f.missing()
 	v.UsableGPUs = v.PCIGPUs - len(missing)
 	if v.NVML.Devices == nil {
-		v.NVML.Devices = []Device{} // an empty list in JSON
+		v.NVML.Devices = []Device{} // JSON then has an empty list and not null
 	}
 	is := func(s State, format string, args ...any) Verdict {
 		v.State, v.Reason = s, fmt.Sprintf(format, args...)
@@ -158,12 +155,11 @@ func Judge(f Facts) Verdict {
 	return v
 }
 
-// missing names the GPUs that NVML does not list as healthy, and the reasons of those
-// that NVML lists without an address. One of these that is healthy counts for a GPU that
-// nothing else counts for.
+// missing returns the GPUs that NVML does not list as healthy, and the errors of devices that NVML lists without an
+// address. A healthy device without an address counts for one GPU that no other device accounts for.
 func (f Facts) missing() (missing, reasons []string) {
 	nameless := 0
-	listed := map[string]string{} // address to error
+	listed := map[string]string{} // from address to error
 	for _, d := range f.NVML.Devices {
 		switch {
 		case d.PCIBusID != "":
@@ -189,8 +185,8 @@ func (f Facts) missing() (missing, reasons []string) {
 	return missing, reasons
 }
 
-// fabricless names the GPUs that wait for the fabric manager, as those of machines with
-// NVSwitches do (CUDA error 802, system not yet initialized).
+// fabricless returns the GPUs that wait for the fabric manager. On machines with NVSwitches GPUs do so (CUDA error 802,
+// system not yet initialized).
 func (f Facts) fabricless() (waiting []string) {
 	for _, d := range f.NVML.Devices {
 		if d.Fabric == "not started" || d.Fabric == "in progress" {
@@ -200,14 +196,14 @@ func (f Facts) fabricless() (waiting []string) {
 	return waiting
 }
 
-// busAddress is a PCI address in one form: NVML writes the domain with eight digits
-// and in capitals (nvmlPciInfo_t), sysfs with four and in small letters.
+// busAddress normalises a PCI address. NVML writes the domain with eight digits and in capitals (nvmlPciInfo_t). sysfs
+// writes it with four digits and in small letters.
 func busAddress(s string) string {
 	domain, rest, _ := strings.Cut(strings.ToLower(s), ":")
 	return strings.TrimLeft(domain, "0") + ":" + rest
 }
 
-// Err returns the verdict as a fault, or nil for ready, loaded and staged.
+// Err returns the verdict as a fault. It is nil where the operator need not act: ready, loaded, staged and foreign.
 func (v Verdict) Err() error {
 	text := v.Reason
 	if len(v.NVRM) > 0 {
@@ -230,12 +226,12 @@ func (v Verdict) Err() error {
 	return nil
 }
 
-// Print writes the verdict for people, at most 80 columns wide.
+// Print writes the verdict for people, in lines of at most 80 columns.
 func (v Verdict) Print(w io.Writer) error {
 	var b strings.Builder
 	line := func(key, format string, args ...any) {
 		text := fmt.Sprintf(format, args...)
-		fmt.Fprintf(&b, "%-8s %s\n", key, clip(text, 71)) // 71 is a digest's length
+		fmt.Fprintf(&b, "%-8s %s\n", key, clip(text, 71)) // 71 is the length of a digest
 	}
 	line("verdict", "%s", v.State)
 	if v.Reason != "" {
@@ -280,7 +276,7 @@ func (v Verdict) Print(w io.Writer) error {
 	return err
 }
 
-// clip cuts a text to n bytes and marks the cut.
+// clip shortens a text to n bytes and marks the cut with dots.
 func clip(s string, n int) string {
 	if len(s) <= n {
 		return s

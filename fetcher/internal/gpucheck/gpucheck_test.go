@@ -19,10 +19,10 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestMain lets this program stand for nvmlprobe in its own tests.
+// TestMain lets the test binary act as nvmlprobe.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 3 && os.Args[1] == "--lib" {
-		fmt.Print(os.Getenv("LD_LIBRARY_PATH")[1:]) // what a test wrote in place of a folder
+		fmt.Print(os.Getenv("LD_LIBRARY_PATH")[1:]) // a test puts the answer in place of the folder
 		os.Exit(strings.Count(os.Args[2], "fail"))
 	}
 	os.Exit(m.Run())
@@ -44,7 +44,7 @@ func TestJudge(t *testing.T) {
 		name string
 		edit func(*gpucheck.Facts)
 		want gpucheck.State
-		kind fault.Kind // Internal: no error
+		kind fault.Kind // Internal means no error
 	}{
 		{"good", func(*gpucheck.Facts) {}, gpucheck.Ready, fault.Internal},
 		{"no GPU", func(f *gpucheck.Facts) { f.GPUs = nil }, gpucheck.NoDevice, fault.NoDevice},
@@ -67,7 +67,7 @@ func TestJudge(t *testing.T) {
 		{"another GPU in its place",
 			func(f *gpucheck.Facts) { f.NVML.Devices = []gpucheck.Device{{PCIBusID: "00000000:00:05.0"}} }, gpucheck.Unusable,
 			fault.Unusable},
-		// As nvmlprobe writes down what DeviceGetHandleByIndex and the getters refuse.
+		// nvmlprobe writes these texts when DeviceGetHandleByIndex or a getter fails.
 		{"a GPU that is lost", func(f *gpucheck.Facts) { f.NVML.Devices[0].Error = "open GPU 0: GPU is lost" },
 			gpucheck.Unusable, fault.Unusable},
 		{"a GPU that tells its address, and no more", func(f *gpucheck.Facts) {
@@ -121,8 +121,8 @@ func TestPrint(t *testing.T) {
 	}
 }
 
-// TestProbe runs this program as the probe. The folder of the library carries
-// the answer, since the probe gets no other environment.
+// TestProbe runs the test binary as the probe. The answer is in the library's folder name, because the probe gets no
+// other environment variable.
 func TestProbe(t *testing.T) {
 	t.Parallel()
 	self, err := os.Executable()
@@ -166,12 +166,12 @@ func node(t *testing.T, dir string) *noderoot.Root {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = r.Close() }) // it was only read
+	t.Cleanup(func() { _ = r.Close() }) // the root was only read
 	return r
 }
 
-// A probe that the driver holds does not hold the agent: the look ends, and so does
-// every one after it, until the probe has ended.
+// TestProbeHangs checks that a probe that the driver blocks does not block the agent. The check ends, and so do all
+// later checks until the probe has ended.
 func TestProbeHangs(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -186,7 +186,7 @@ func TestProbeHangs(t *testing.T) {
 		_, err := p.Probe(t.Context(), "x", false)
 		first <- err
 	}()
-	for { // until it runs
+	for { // wait until the probe runs
 		if _, err := os.Stat(pipe + ".runs"); err == nil {
 			break
 		}
@@ -208,8 +208,8 @@ func TestProbeHangs(t *testing.T) {
 	}
 }
 
-// Two programs put the probe into the node's root at the same time, many times over;
-// a disk without room does not matter where it is there already.
+// TestProbeCopies copies the probe into the node's root from two goroutines at the same time, many times. It also
+// checks that a full disk does no harm if the copy exists.
 func TestProbeCopies(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

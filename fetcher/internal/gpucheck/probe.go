@@ -25,40 +25,39 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// Prober runs the probe program, one at a time.
+// Prober runs the probe program nvmlprobe, one process at a time.
 type Prober struct {
-	// Program is the probe on this side of the root.
+	// Program is the probe's path in the fetcher's own root.
 	Program string
-	// Node is the node's root. When that is not "/", the program is copied to Copy
-	// and run inside, with the node's own libraries.
+	// Node is the node's root. If that is not "/", Prober copies the program to Copy and runs it in the node's root with
+	// the node's libraries.
 	Node *noderoot.Root
 	// Copy is a path inside the node's root.
 	Copy string
-	// ReadOnly makes no copy: where there is none yet, NVML is not asked.
+	// ReadOnly makes no copy. Without an existing copy, NVML is then not asked.
 	ReadOnly bool
 
 	mu    sync.Mutex
-	since time.Time // of the probe that runs; zero where none does
+	since time.Time // when the running probe started; zero without one
 }
 
 var errNotThere = errors.New("ask NVML: the probe was not copied to this node yet")
 
-// probeTime bounds one probe. NVML's first call starts the GPU, which takes
-// some seconds for each on large machines.
+// probeTime bounds one probe. NVML's first call initialises the GPUs. On large machines this takes some seconds for
+// each GPU.
 const probeTime = 2 * time.Minute
 
-// killTime is how long a probe that was killed may take to end. One that sleeps in
-// the driver, in state D of ps, never does.
+// killTime is how long the prober waits for a killed probe to end. A probe that sleeps inside the driver (state D of
+// ps) never ends.
 const killTime = 10 * time.Second
 
-// maxAnswer bounds what the probe may say; a machine has at most 16 GPUs.
+// maxAnswer bounds the probe's output in bytes. A machine has at most 16 GPUs.
 const maxAnswer = 1 << 20
 
-// Probe asks the NVML library at a path inside the node's root, or of a name that the
-// loader finds. That NVML fails is an answer, not an error; an error means that the
-// probe itself could not be run or does not end. It returns in any case: a probe that
-// the driver holds is left behind, and nobody is asked before that one ends. persist turns
-// persistence mode on.
+// Probe asks an NVML library: a path inside the node's root, or a name that the loader finds. persist turns persistence
+// mode on. A failure of NVML is part of the answer. An error means that the probe itself did not run or did not end.
+// Probe always returns: if the driver blocks the probe, the process stays behind, and further calls return an error
+// until it has ended.
 func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML, error) {
 	p.mu.Lock()
 	if !p.since.IsZero() {
@@ -114,7 +113,7 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 		args = append(args, "--persist")
 	}
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Path, cmd.Err = program, nil // it was looked up on this side of the root
+	cmd.Path, cmd.Err = program, nil // skip the lookup of the program, which exec did in the fetcher's root
 	cmd.Dir, cmd.SysProcAttr, cmd.Env = "/", attr, []string{}
 	if filepath.IsAbs(library) {
 		cmd.Env = []string{"LD_LIBRARY_PATH=" + filepath.Dir(library)}
@@ -129,7 +128,7 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 	return parseAnswer(stdout.Bytes(), stderr.String(), err)
 }
 
-// place puts the probe into the node's root, unless this very program is there.
+// place copies the probe into the node's root, unless an identical copy is there.
 func (p *Prober) place() (err error) {
 	want, err := hostfile.Sum(p.Program)
 	if err != nil {
@@ -152,14 +151,14 @@ func (p *Prober) place() (err error) {
 	case folder == nil:
 		return fmt.Errorf("copy probe: %w", err)
 	}
-	tmp := "tmp-probe-" + rand.Text() // others may do the same now
+	tmp := "tmp-probe-" + rand.Text() // another fetcher may copy at the same time
 	if err := errors.Join(p.copy(folder, tmp), folder.RemoveAll(tmp)); err != nil {
 		return fault.Disk(fmt.Errorf("copy probe: %w", err), "free space below the install folder")
 	}
 	return nil
 }
 
-// copy writes the probe under another name and gives it its own.
+// copy writes the probe under a temporary name and renames it.
 func (p *Prober) copy(folder *os.Root, tmp string) error {
 	in, err := os.Open(p.Program)
 	if err != nil {
@@ -170,13 +169,13 @@ func (p *Prober) copy(folder *os.Root, tmp string) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(hostfile.Fill(out, in), folder.Chmod(tmp, 0o755)); err != nil { // whatever the umask says
+	if err := errors.Join(hostfile.Fill(out, in), folder.Chmod(tmp, 0o755)); err != nil { // despite the umask
 		return err
 	}
 	return folder.Rename(tmp, path.Base(p.Copy))
 }
 
-// sum returns a file's SHA-256, in hex.
+// sum returns the SHA-256 of a file, in hex.
 func sum(folder *os.Root, name string) (string, error) {
 	f, err := folder.Open(name)
 	if err != nil {
@@ -188,7 +187,7 @@ func sum(folder *os.Root, name string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), err
 }
 
-// parseAnswer reads the probe's JSON. Without JSON the probe did not run.
+// parseAnswer parses the probe's JSON. Output without JSON means that the probe did not run.
 func parseAnswer(stdout []byte, stderr string, runErr error) (NVML, error) {
 	var a struct {
 		DriverVersion string   `json:"driverVersion"`
@@ -213,7 +212,7 @@ func parseAnswer(stdout []byte, stderr string, runErr error) (NVML, error) {
 	return NVML{Version: a.DriverVersion, CUDA: a.CUDAVersion, Devices: a.Devices, Error: a.Error}, nil
 }
 
-// limited is a buffer that stops taking bytes at a bound.
+// limited is a buffer that drops bytes beyond maxAnswer.
 type limited struct{ bytes.Buffer }
 
 func (l *limited) Write(p []byte) (int, error) {

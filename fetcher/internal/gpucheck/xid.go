@@ -8,23 +8,23 @@ import (
 	"strings"
 )
 
-// fatalXids are the errors after which a GPU does nothing useful before it is reset, or the
-// node is rebooted: those which NVIDIA's health checks call critical
-// (docs.nvidia.com/health-validation, Xid checks, and docs.nvidia.com/deploy/xid-errors).
-// What ends with the program that caused it is not among them.
+// fatalXids are the errors after which a GPU is useless until a GPU reset or a reboot of the node. NVIDIA's health
+// checks call them critical (docs.nvidia.com/health-validation, Xid checks, and docs.nvidia.com/deploy/xid-errors).
+// Errors that end only the program that caused them are not in the list.
 var fatalXids = []int{46, 48, 62, 64, 79, 95, 110, 119, 120, 140, 143}
 
-// recoveryXid tells that the driver wants something done to the GPU, and what.
+// recoveryXid is the error by which the driver names the recovery action that a GPU needs.
 const recoveryXid = 154
 
-// xidLine is how the driver writes them: NVRM: Xid (PCI:0000:2b:00): 79, GPU has ...
+// xidLine matches the driver's lines, such as NVRM: Xid (PCI:0000:2b:00): 79, GPU has ...
 var xidLine = regexp.MustCompile(`NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): ([0-9]{1,4})\b[, ]*(.*)`)
 
-// recovery is what it wants: nvmlDeviceGpuRecoveryAction_t, 0 nothing, 3 no more peers.
+// recovery matches the recovery action in a line: a nvmlDeviceGpuRecoveryAction_t, where 0 means none and 3 means to
+// stop peer-to-peer traffic.
 var recovery = regexp.MustCompile(`to 0x([0-9a-fA-F]+)`)
 
-// FatalXids returns what is fatal among the kernel's lines, the first for each GPU, in the
-// driver's own text. That the driver wants nothing done to a GPU any more ends it.
+// FatalXids returns the first fatal error of each GPU among the kernel's lines, in the driver's own text. A line that
+// says that the GPU needs no recovery action clears its error.
 func FatalXids(lines []string) (fatal []string) {
 	var order []string
 	found := map[string]string{}
@@ -53,8 +53,8 @@ func FatalXids(lines []string) (fatal []string) {
 	return fatal
 }
 
-// Significant reports whether a line of the kernel's says something to [FatalXids]. Programs
-// cause other errors as often as they like.
+// Significant reports whether [FatalXids] uses a line of the kernel log. Callers can drop other lines, because programs
+// may cause any number of other errors.
 func Significant(line string) bool {
 	m := xidLine.FindStringSubmatch(line)
 	if m == nil {

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The lines are as people quoted them in public reports: issues 1151 and 1045 of
-// NVIDIA/open-gpu-kernel-modules, and the guide of stas00/ml-engineering.
+// TestFatalXids uses lines that public reports quote: issues 1151 and 1045 of NVIDIA/open-gpu-kernel-modules, and the
+// guide of stas00/ml-engineering.
 func TestFatalXids(t *testing.T) {
 	t.Parallel()
 	got := gpucheck.FatalXids([]string{
@@ -41,7 +41,7 @@ func TestFatalXids(t *testing.T) {
 	}
 }
 
-// What NVML does not tell makes a GPU unusable all the same.
+// TestJudgeXidAndFabric checks that Xid errors and an unfinished fabric make a GPU unusable although NVML answers.
 func TestJudgeXidAndFabric(t *testing.T) {
 	t.Parallel()
 	good := func() gpucheck.Facts {

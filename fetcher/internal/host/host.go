@@ -1,8 +1,6 @@
-// Package host reads the facts of a node: which COS build it runs, which
-// kernel, how that kernel treats modules, which NVIDIA devices it has and
-// which driver is loaded. All reads go below one root folder, so a node's
-// recorded files serve as well as the node. It refuses to change anything and
-// to guess: a fact that the node does not tell stays empty.
+// Package host reads the facts of a node: its COS build and kernel, the kernel's rules for modules, its NVIDIA devices,
+// and the loaded driver. It reads only below one root folder, so that recorded files of a node work, too. It refuses to
+// change anything and to guess: a fact that the node does not report stays empty.
 package host
 
 import (
@@ -20,46 +18,45 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxFile bounds every file that is read here; the largest real one is
-// /proc/modules with some tens of kilobytes.
+// maxFile bounds every file that this package reads, in bytes. The largest real one is /proc/modules with some tens of
+// kilobytes.
 const maxFile = 1 << 20
 
-// Facts are what a node says of itself.
+// Facts describe a node, as its files report it.
 type Facts struct {
 	Kernel target.Kernel `json:"kernel"`
-	// OS is ID of os-release; COS says "cos".
+	// OS is ID of os-release; on COS it is "cos".
 	OS     string `json:"os"`
 	Policy Policy `json:"policy"`
 	// GPUs are the NVIDIA display devices on the PCI bus, usable or not.
 	GPUs []GPU `json:"gpus"`
 	// Modules are the NVIDIA modules that are loaded now.
 	Modules []Module `json:"modules"`
-	// Driver is the driver that is loaded now; its Version is empty when none is.
+	// Driver is the loaded driver; its Version is "" when none is loaded.
 	Driver target.Driver `json:"loadedDriver"`
-	// Users are the processes that have the driver open, where somebody asked for them.
+	// Users are the processes that have the driver open. They are read only on request.
 	Users []User `json:"users,omitempty"`
 	// FirmwarePath is the extra folder in which the kernel looks for firmware.
 	FirmwarePath string `json:"firmwarePath,omitempty"`
-	// Unread says what of the node could not be read or understood; the facts hold
-	// without it.
+	// Unread lists what could not be read or understood. The other facts are valid without it.
 	Unread []string `json:"unread,omitempty"`
 }
 
-// Runs reports whether a driver is the one that is loaded. A loaded driver does not
-// know its runfile's suffix, and one of an unknown form tells no flavour.
+// Runs reports whether a driver is the loaded one. A loaded driver does not report the suffix of its runfile. A driver
+// with an unknown version text does not report its flavour.
 func (f *Facts) Runs(d target.Driver) bool {
 	d = d.Modules()
 	return f.Driver.Version != "" && f.Driver.Version == d.Version &&
 		(f.Driver.Flavour == "" || f.Driver.Flavour == d.Flavour)
 }
 
-// ManagedGPUs are the GPUs that the NVIDIA driver is to drive.
+// ManagedGPUs are the GPUs that the NVIDIA driver must drive.
 func (f *Facts) ManagedGPUs() []GPU {
 	return slices.DeleteFunc(slices.Clone(f.GPUs), func(g GPU) bool { return !g.Managed() })
 }
 
-// Holders are the loaded modules that use the driver and are no part of it, such as
-// gdrdrv or nvidia_fs. The driver cannot be unloaded before them.
+// Holders are the loaded modules of others that use the driver, such as gdrdrv or nvidia_fs. They must be unloaded
+// before the driver.
 func (f *Facts) Holders() []string {
 	var all []string
 	for _, m := range f.Modules {
@@ -72,41 +69,39 @@ func (f *Facts) Holders() []string {
 	return all
 }
 
-// Open reports whether somebody has a device of the driver open.
+// Open reports whether a process has a device of the driver open.
 func (f *Facts) Open() bool {
 	return slices.ContainsFunc(f.Modules, func(m Module) bool { return m.Refs > len(m.UsedBy) })
 }
 
-// driverModules are the modules of NVIDIA's driver, in the kernel's spelling. Others
-// have names that begin likewise: nvidia_cspmu of the kernel, nvidia_fs, nvidiafb.
+// driverModules are the modules of NVIDIA's driver, in the kernel's spelling. Modules of others have similar names:
+// nvidia_cspmu of the kernel, nvidia_fs, nvidiafb.
 var driverModules = []string{"nvidia", "nvidia_uvm", "nvidia_modeset", "nvidia_drm", "nvidia_peermem"}
 
 func driverModule(name string) bool { return slices.Contains(driverModules, name) }
 
 // GPU is one NVIDIA display device.
 type GPU struct {
-	// Address is domain:bus:device.function.
+	// Address is the PCI address: domain:bus:device.function.
 	Address string `json:"address"`
 	// Device is the PCI device id, such as 0x1eb8.
 	Device string `json:"device"`
 	// SubVendor and SubDevice are the board's ids; "" means unknown.
 	SubVendor string `json:"subVendor,omitempty"`
 	SubDevice string `json:"subDevice,omitempty"`
-	// Driver is the kernel's driver that the device is bound to, such as nvidia or
-	// vfio-pci; "" means none.
+	// Driver is the kernel driver that is bound to the device, such as nvidia or vfio-pci; "" means none.
 	Driver string `json:"driver,omitempty"`
-	// VirtualFunction says that this is a part of another device of the node, which a
-	// virtual machine is to get.
+	// VirtualFunction means that this is a virtual function of another device of the node, intended for a virtual machine.
 	VirtualFunction bool `json:"virtualFunction,omitempty"`
 }
 
-// Managed reports whether the NVIDIA driver of this node is to drive the GPU: it is no
-// virtual function, and not set aside for a virtual machine.
+// Managed reports whether the node's NVIDIA driver must drive the GPU. It need not drive a virtual function, or a GPU
+// that is reserved for a virtual machine.
 func (g GPU) Managed() bool {
 	return !g.VirtualFunction && !strings.Contains(g.Driver, "vfio") && g.Driver != "pci-stub"
 }
 
-// Listed returns the GPUs as lists of supported ones name them.
+// Listed returns the GPUs in the form of the lists of supported GPUs.
 func (f *Facts) Listed() []gpulist.GPU {
 	own := f.ManagedGPUs()
 	all := make([]gpulist.GPU, len(own))
@@ -118,21 +113,21 @@ func (f *Facts) Listed() []gpulist.GPU {
 
 // Module is one line of /proc/modules.
 type Module struct {
-	// Name is the kernel's spelling, with underscores.
+	// Name has the kernel's spelling, with underscores.
 	Name string `json:"name"`
-	// Version is the module's own; empty when it has none.
+	// Version is the module's own version; "" when it has none.
 	Version string `json:"version,omitempty"`
-	// BuildID names the bytes that were loaded; empty where the kernel does not tell.
+	// BuildID identifies the loaded bytes; "" where the kernel does not report it.
 	BuildID string   `json:"buildId,omitempty"`
 	Refs    int      `json:"refs"`
 	UsedBy  []string `json:"usedBy,omitempty"`
-	// Permanent says that the kernel never unloads it: it has no way out, or the kernel
-	// was built without CONFIG_MODULE_UNLOAD. Such a kernel counts no references.
+	// Permanent means that the kernel never unloads the module: the module has no exit function, or the kernel was built
+	// without CONFIG_MODULE_UNLOAD. Such a kernel counts no references.
 	Permanent bool `json:"permanent,omitempty"`
 }
 
-// Observe reads the facts from the folder that is the node's root. An error
-// is of kind Unsupported when the node does not say which COS build it runs.
+// Observe reads the facts below a node's root folder. The error is of kind Unsupported when the node does not report
+// its COS build.
 func Observe(root fs.FS) (*Facts, error) {
 	f := &Facts{}
 	osRelease, err := readFirst(root, "etc/os-release", "usr/lib/os-release")
@@ -175,8 +170,8 @@ func Observe(root fs.FS) (*Facts, error) {
 	}
 	f.Driver, err = loadedDriver(root)
 	if err != nil {
-		// A form that is newer than this program must not end it: the module itself tells
-		// its version, and only the flavour stays unknown.
+		// A version text that is newer than this program must not cause an error. The module itself reports its version; only
+		// the flavour stays unknown.
 		f.unread(err)
 		for _, m := range f.Modules {
 			if m.Name == "nvidia" {
@@ -190,8 +185,7 @@ func Observe(root fs.FS) (*Facts, error) {
 	return f, nil
 }
 
-// BootedFirmwarePath is where the kernel was told on its command line to look for firmware; "" means nowhere else than
-// usual.
+// BootedFirmwarePath returns the firmware folder of the kernel command line; "" means only the default folders.
 func BootedFirmwarePath(root fs.FS) string {
 	line, err := readFirst(root, "proc/cmdline")
 	if err != nil {
@@ -207,8 +201,7 @@ func BootedFirmwarePath(root fs.FS) string {
 
 func (f *Facts) unread(err error) { f.Unread = append(f.Unread, err.Error()) }
 
-// LoadedModules returns the NVIDIA modules in /proc/modules, in its order
-// (youngest first).
+// LoadedModules returns the driver's modules in /proc/modules, in its order: the youngest first.
 func LoadedModules(root fs.FS) ([]Module, error) {
 	text, err := readFirst(root, "proc/modules")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -226,7 +219,7 @@ func LoadedModules(root fs.FS) ([]Module, error) {
 			return nil, err
 		}
 		note, err := readBounded(root, "sys/module/"+m.Name+"/notes/"+modinfo.BuildIDNote)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) { // root alone may read it
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) { // only root may read the note
 			return nil, err
 		}
 		m.BuildID = modinfo.BuildID([]byte(note))
@@ -235,8 +228,7 @@ func LoadedModules(root fs.FS) ([]Module, error) {
 	return mods, nil
 }
 
-// ParseModules reads /proc/modules: name, size, references, users, state.
-// Lines that do not have that form are skipped.
+// ParseModules parses /proc/modules: name, size, references, users, state. It skips lines of another form.
 func ParseModules(text string) []Module {
 	var mods []Module
 	for line := range strings.Lines(text) {
@@ -268,7 +260,7 @@ func ParseModules(text string) []Module {
 	return mods
 }
 
-// loadedDriver returns the driver that is loaded now, or the zero value.
+// loadedDriver returns the loaded driver, or the zero value.
 func loadedDriver(root fs.FS) (target.Driver, error) {
 	text, err := readFirst(root, "proc/driver/nvidia/version")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -280,8 +272,7 @@ func loadedDriver(root fs.FS) (target.Driver, error) {
 	return ParseDriverVersion(text)
 }
 
-// ParseDriverVersion reads /proc/driver/nvidia/version. Its first line has one
-// of two forms, which tell the flavour:
+// ParseDriverVersion parses /proc/driver/nvidia/version. The first line has one of two forms, one for each flavour:
 //
 //	NVRM version: NVIDIA UNIX x86_64 Kernel Module  <version>  <date>
 //	NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  <version>  <more>
@@ -304,8 +295,7 @@ func ParseDriverVersion(text string) (target.Driver, error) {
 	return target.Driver{}, fmt.Errorf("read loaded driver: no version in %q", cut(line, 80))
 }
 
-// readGPUs lists PCI devices of vendor 10de whose class is a display one: VGA
-// (0300) or 3D controller (0302).
+// readGPUs lists the PCI devices of vendor 10de with a display class: VGA (0300) or 3D controller (0302).
 func (f *Facts) readGPUs(root fs.FS) ([]GPU, error) {
 	const dir = "sys/bus/pci/devices"
 	entries, err := fs.ReadDir(root, dir)
@@ -344,13 +334,13 @@ func readFirst(root fs.FS, names ...string) (text string, err error) {
 	return text, err
 }
 
-// readLine returns a file's text without the white space around it.
+// readLine returns a file's text without surrounding white space.
 func readLine(root fs.FS, name string) (string, error) {
 	text, err := readBounded(root, name)
 	return strings.TrimSpace(text), err
 }
 
-// readOptional is readLine; a file that does not exist is empty.
+// readOptional does the same as readLine, but returns "" for a missing file.
 func readOptional(root fs.FS, name string) (string, error) {
 	text, err := readLine(root, name)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// recorded reads a node's files; edits replace some, and "" removes.
+// recorded returns a node's recorded files. edits replace some files; "" removes one.
 func recorded(t *testing.T, edits map[string]string) fstest.MapFS {
 	t.Helper()
 	return recordedIn(t, "cos.txtar", edits)
@@ -78,7 +78,7 @@ func TestObserveOddNodes(t *testing.T) {
 	rows := []struct {
 		name  string
 		edits map[string]string
-		kind  fault.Kind // Internal: no error
+		kind  fault.Kind // Internal means no error
 		check func(*host.Facts) bool
 	}{
 		{"no os-release", map[string]string{"etc/os-release": ""}, fault.Unsupported, nil},
@@ -95,8 +95,8 @@ func TestObserveOddNodes(t *testing.T) {
 		{"kernel overrides command line", map[string]string{"sys/module/module/parameters/sig_enforce": "N\n"},
 			fault.Internal,
 			func(f *host.Facts) bool { return !f.Policy.SignaturesEnforced }},
-		// The words are those of print_unload_info in kernel/module/procfs.c, of a kernel
-		// without CONFIG_MODULE_UNLOAD, as on a machine with an H200.
+		// The texts are those of print_unload_info in kernel/module/procfs.c. A kernel without CONFIG_MODULE_UNLOAD prints
+		// them, as on a machine with an H200.
 		{"no unloading", map[string]string{"proc/modules": "nvidia_uvm 3493888 - - Live 0x0 (OE)\nnvidia 62631936 - - Live " +
 			"0x0 (OE)\n"}, fault.Internal,
 			func(f *host.Facts) bool {
@@ -140,7 +140,7 @@ func TestObserveOddNodes(t *testing.T) {
 	}
 }
 
-// A kernel that counts no references, with a driver of somebody else's.
+// TestObserveH200 reads a node with a foreign driver, whose kernel counts no references.
 func TestObserveH200(t *testing.T) {
 	t.Parallel()
 	f, err := host.Observe(recordedIn(t, "h200.txtar", nil))
@@ -163,7 +163,7 @@ func TestObserveH200(t *testing.T) {
 	}
 }
 
-// failing is a file system in which one file cannot be read.
+// failing is a file system with one unreadable file.
 type failing struct {
 	fs.FS
 	name string
@@ -176,7 +176,7 @@ func (f failing) Open(name string) (fs.File, error) {
 	return f.FS.Open(name)
 }
 
-// A device or a driver that does not tell all of itself does not hide the rest.
+// TestObserveWithoutSome checks that one unreadable file does not hide the other facts.
 func TestObserveWithoutSome(t *testing.T) {
 	t.Parallel()
 	whole, err := host.Observe(recorded(t, nil))
@@ -256,7 +256,7 @@ func FuzzParseKeyValues(f *testing.F) {
 				t.Errorf("ParseKeyValues(%q) has key %q value %q", text, k, values[k])
 			}
 		}
-		// What was printed reads back as the same.
+		// The printed text must parse to the same values.
 		if diff := cmp.Diff(values, host.ParseKeyValues(host.FormatKeyValues(values, keys...))); diff != "" {
 			t.Errorf("parse, print, parse of %q (-first +second):\n%s", text, diff)
 		}

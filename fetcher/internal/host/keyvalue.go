@@ -5,10 +5,9 @@ import (
 	"unicode"
 )
 
-// ParseKeyValues reads a file of KEY=VALUE lines as COS writes os-release and
-// lsb-release: the first '=' splits, white space and quotes of either
-// kind around the value are dropped, blank lines, comments and lines without '=' are skipped. The
-// last line of a key wins.
+// ParseKeyValues parses KEY=VALUE lines, as COS writes them in os-release and lsb-release. The first '=' separates key
+// and value. White space and quotes of both kinds around the value are removed. Blank lines, comments and lines without
+// '=' are skipped. The last line of a key wins.
 func ParseKeyValues(text string) map[string]string {
 	values := map[string]string{}
 	for line := range strings.Lines(text) {
@@ -25,8 +24,7 @@ func ParseKeyValues(text string) map[string]string {
 
 func isPadding(r rune) bool { return r == '"' || r == '\'' || unicode.IsSpace(r) }
 
-// FormatKeyValues writes values in the order of keys; keys without a value are
-// left out.
+// FormatKeyValues writes values in the order of keys. It skips keys without a value.
 func FormatKeyValues(values map[string]string, keys ...string) string {
 	var b strings.Builder
 	for _, key := range keys {

@@ -11,21 +11,21 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Policy is how the running kernel restricts the loading of modules.
+// Policy describes how the running kernel restricts the loading of modules.
 type Policy struct {
-	// SignaturesEnforced says that only modules signed by a key of the kernel's load.
+	// SignaturesEnforced means that the kernel loads only modules signed by one of its keys.
 	SignaturesEnforced bool `json:"signaturesEnforced"`
-	// LoadPin says that the LoadPin security module is active and enforcing.
+	// LoadPin means that the LoadPin security module is active and enforcing.
 	LoadPin bool `json:"loadPin"`
-	// Lockdown is how far the kernel is locked down, integrity or confidentiality: it loads no
-	// module without a signature then. "" is not at all, or not told.
+	// Lockdown is the kernel's lockdown mode, integrity or confidentiality. In both modes the kernel loads no unsigned
+	// module. "" means no lockdown, or that the mode is not known.
 	Lockdown string `json:"lockdown,omitempty"`
-	// LoadPinExcludes are the kinds of file that LoadPin leaves alone.
+	// LoadPinExcludes are the kinds of files that LoadPin does not check.
 	LoadPinExcludes []string `json:"loadPinExcludes,omitempty"`
 }
 
-// readPolicy joins what was asked for on the kernel's command line with what
-// the kernel says it does; what the kernel reports counts, if it reports it.
+// readPolicy combines the kernel command line with the state that the kernel reports. The reported state takes
+// precedence.
 func readPolicy(root fs.FS) (Policy, error) {
 	text, err := readOptional(root, "proc/cmdline")
 	if err != nil {
@@ -39,16 +39,16 @@ func readPolicy(root fs.FS) (Policy, error) {
 	if enforced != "" {
 		p.SignaturesEnforced = enforced == "Y"
 	}
-	// As in "none [integrity] confidentiality" (security/lockdown/lockdown.c). The file is
-	// there where securityfs is mounted, which it need not be.
+	// The text is like "none [integrity] confidentiality" (security/lockdown/lockdown.c). The file exists only if
+	// securityfs is mounted.
 	if text, err := readOptional(root, "sys/kernel/security/lockdown"); err == nil {
 		_, now, _ := strings.Cut(text, "[")
 		if now, _, ok := strings.Cut(now, "]"); ok && now != "none" {
 			p.Lockdown = now
 		}
 	}
-	// The sysctl exists only where LoadPin is built in and chosen at boot; its
-	// name changed from "enabled" to "enforce" in Linux 5.8.
+	// The sysctl exists only if LoadPin is built in and was enabled at boot. Linux 5.8 renamed it from "enabled" to
+	// "enforce".
 	p.LoadPin = false
 	for _, name := range []string{"enforce", "enabled"} {
 		v, err := readOptional(root, "proc/sys/kernel/loadpin/"+name)
@@ -60,7 +60,7 @@ func readPolicy(root fs.FS) (Policy, error) {
 	return p, nil
 }
 
-// ParseCmdline reads what a kernel command line asks for. Later words win.
+// ParseCmdline parses a kernel command line. Later words win.
 func ParseCmdline(text string) Policy {
 	p := Policy{}
 	for word := range strings.FieldsSeq(text) {
@@ -78,12 +78,13 @@ func ParseCmdline(text string) Policy {
 	return p
 }
 
-// Restricts reports whether the kernel holds back modules for what its command line says.
+// Restricts reports which restrictions the boot configuration can change: enforced signatures, and the file system
+// (place) from which modules load.
 func (p Policy) Restricts() (signatures, place bool) {
 	return p.SignaturesEnforced, p.LoadPin && !slices.Contains(p.LoadPinExcludes, "kernel-module")
 }
 
-// PolicyError is that the kernel is bound to refuse modules for what it was told at boot.
+// PolicyError means that the kernel would refuse a module because of its boot configuration.
 type PolicyError struct{ text string }
 
 func (e *PolicyError) Error() string { return e.text }
@@ -92,9 +93,8 @@ func refused(text, hint string) error {
 	return fault.Wrap(fault.Rejected, &PolicyError{text}, hint)
 }
 
-// Allows returns why the kernel is bound to refuse a module of ours, or nil.
-// signed says whether the module carries a signature at all; whose it is, only
-// the kernel can tell.
+// Allows returns the reason why the kernel would refuse one of our modules, or nil. signed says whether the module has
+// a signature. Only the kernel can check the signature's key.
 func (p Policy) Allows(module string, signed bool) error {
 	if p.SignaturesEnforced && !signed {
 		return refused(

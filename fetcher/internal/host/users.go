@@ -13,8 +13,7 @@ import (
 type User struct {
 	PID     int    `json:"pid"`
 	Command string `json:"command"`
-	// Pod is NAMESPACE/NAME where the process is of a pod that is known here, the pod's
-	// uid where it is not, and "" outside of pods.
+	// Pod is NAMESPACE/NAME of the process's pod, or the pod's uid if its name is not known. It is "" outside of pods.
 	Pod     string   `json:"pod,omitempty"`
 	Devices []string `json:"devices"`
 }
@@ -27,16 +26,16 @@ func (u User) String() string {
 	return text + ")"
 }
 
-// maxUsers bounds the processes that are told of.
+// maxUsers bounds the number of returned processes.
 const maxUsers = 256
 
-// podUID is a pod's uid in the path of a control group: with dashes by the cgroupfs
-// driver of kubelet, with underscores by that of systemd.
+// podUID matches a pod's uid in the path of a control group. kubelet's cgroupfs driver writes it with dashes, its
+// systemd driver with underscores.
 var podUID = regexp.MustCompile(`pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12})`)
 
-// DeviceUsers finds the processes that have a device of the driver open, by the links in
-// /proc/PID/fd (proc(5)). They are those that this program may see: all of the node where
-// it runs as root with the node's /proc. A process that ends meanwhile is left out.
+// DeviceUsers returns the processes that have a device of the driver open, by the links in /proc/PID/fd (proc(5)). It
+// finds only processes that this program may inspect. As root with the node's /proc, these are all processes of the
+// node. It skips a process that ends meanwhile.
 func DeviceUsers(root fs.FS) ([]User, error) {
 	entries, err := fs.ReadDir(root, "proc")
 	if err != nil {
@@ -52,7 +51,7 @@ func DeviceUsers(root fs.FS) ([]User, error) {
 		dir := "proc/" + e.Name()
 		fds, err := fs.ReadDir(root, dir+"/fd")
 		if err != nil {
-			continue // it ended, or is not ours to look into
+			continue // the process ended, or this program may not inspect it
 		}
 		var devices []string
 		for _, fd := range fds {
@@ -88,8 +87,8 @@ func DeviceUsers(root fs.FS) ([]User, error) {
 	return users, nil
 }
 
-// podNames reads the names of this node's pods off the folders of their logs, which kubelet
-// calls NAMESPACE_NAME_UID (BuildPodLogsDirectory in pkg/kubelet/kuberuntime/helpers.go).
+// podNames returns the names of this node's pods by uid. It reads them from the names of their log folders, which
+// kubelet calls NAMESPACE_NAME_UID (BuildPodLogsDirectory in pkg/kubelet/kuberuntime/helpers.go).
 func podNames(root fs.FS) map[string]string {
 	names := map[string]string{}
 	entries, err := fs.ReadDir(root, "var/log/pods")

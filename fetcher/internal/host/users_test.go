@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/host"
 )
 
-// The control groups are as kubelet's two drivers make them, copied from the words of
-// Kubernetes' own documentation of the cgroup drivers.
+// TestDeviceUsers uses control groups as kubelet's two drivers name them. The names are from Kubernetes' documentation
+// of the cgroup drivers.
 func TestDeviceUsers(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()
@@ -72,7 +72,7 @@ func TestDeviceUsers(t *testing.T) {
 	if text := want[1].String(); text != "python3 (pid 812, pod ml/train-0)" {
 		t.Errorf("String = %q", text)
 	}
-	// This very program, on this very machine: it holds no GPU.
+	// Also inspect the real processes of this machine.
 	if got, err := host.DeviceUsers(os.DirFS("/")); err != nil {
 		t.Errorf("of this machine: %v, %v", got, err)
 	}

@@ -11,11 +11,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// EnsureExec mounts the install folder over itself with exec allowed, when its
-// filesystem forbids it as COS's stateful partition does. Without it neither
-// the tools nor the libraries can be used. The mount is the node's, for every program and
-// pod on it; where this container does not see what is mounted there, it gets one of its
-// own, too. note is called before the node gets one. It reports whether the node did.
+// EnsureExec mounts the install folder over itself with exec allowed, if its file system forbids exec. COS's stateful
+// partition does, and then neither the tools nor the libraries can be used. EnsureExec mounts in the node's mount
+// namespace, so that every program and pod on the node has the mount. If this container does not see that mount, it
+// gets one of its own, too. EnsureExec calls note before it mounts on the node. The result did is true if it mounted on
+// the node.
 func (s *Store) EnsureExec(note func()) (did bool, err error) {
 	here, err := s.node.Path(s.dir)
 	if err != nil {
@@ -37,14 +37,14 @@ func (s *Store) EnsureExec(note func()) (did bool, err error) {
 	return did, nil
 }
 
-// RevokeExec takes such a mount away again.
+// RevokeExec removes the mount that EnsureExec made.
 func (s *Store) RevokeExec() error {
 	here, err := s.node.Path(s.dir)
 	if err != nil {
 		return fmt.Errorf("find install folder: %w", err)
 	}
 	unmount := func(dir string) error {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) { // nothing is mounted there
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: no mount
 			return fmt.Errorf("unmount %s: %w", dir, err)
 		}
 		return nil
@@ -56,8 +56,8 @@ func (s *Store) RevokeExec() error {
 	return err
 }
 
-// inNode does something among the node's own mounts, where the install folder is there what
-// it is here.
+// inNode calls do in the node's mount namespace, after a check that the install folder's path names the same folder
+// there as here.
 func (s *Store) inNode(here string, do func() error) (inside bool, err error) {
 	ours, err := os.Stat(here)
 	if err != nil {
@@ -76,7 +76,7 @@ func mayExec(dir string) bool {
 	return unix.Statfs(dir, &st) == nil && st.Flags&unix.ST_NOEXEC == 0
 }
 
-// allowExec reports whether it had to do anything.
+// allowExec mounts the folder over itself with exec allowed. It reports whether this was necessary.
 func allowExec(dir string, note func()) (bool, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -86,8 +86,8 @@ func allowExec(dir string, note func()) (bool, error) {
 		return false, nil
 	}
 	note()
-	// A mount that has its flags before it has its place: other namespaces get a copy of it
-	// at that moment, and of no later change of flags (mount_namespaces(7)).
+	// The copy of the mount gets its flags before it is attached. Other mount namespaces receive a copy at that moment,
+	// but no later change of flags (mount_namespaces(7)).
 	tree, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	if errors.Is(err, unix.ENOSYS) {
 		return true, allowExecOld(dir, st.Flags)
@@ -100,19 +100,19 @@ func allowExec(dir string, note func()) (bool, error) {
 		err = unix.MoveMount(tree, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH)
 	}
 	closed := unix.Close(tree)
-	if errors.Is(err, unix.ENOSYS) { // mount_setattr is younger, Linux 5.12
+	if errors.Is(err, unix.ENOSYS) { // mount_setattr needs Linux 5.12; open_tree needs 5.2
 		return true, allowExecOld(dir, st.Flags)
 	}
 	return true, errors.Join(err, closed)
 }
 
-// allowExecOld does the same in two steps.
+// allowExecOld does the same on kernels before Linux 5.12, in two steps: bind mount, then remount.
 func allowExecOld(dir string, flags int64) error {
 	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
 		return err
 	}
-	// The low four bits of statfs's flags and of mount's are the same:
-	// read-only, nosuid, nodev, noexec. A remount keeps the access time mode.
+	// The low four bits have the same meaning in the flags of statfs and of mount: read-only, nosuid, nodev, noexec. A
+	// remount keeps the access time mode.
 	keep := uintptr(flags) & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
 	if err := unix.Mount("none", dir, "", unix.MS_REMOUNT|unix.MS_BIND|keep, ""); err != nil {
 		return errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH))

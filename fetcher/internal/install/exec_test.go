@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestExecProcess is no test of its own: it is the agent in a container.
+// TestExecProcess is not a real test. TestExecReachesTheNode starts it as the agent in a container.
 func TestExecProcess(t *testing.T) {
 	root := os.Getenv("PREBAKE_TEST_EXEC_ROOT")
 	if root == "" {
@@ -28,7 +28,7 @@ func TestExecProcess(t *testing.T) {
 	}
 	switch os.Getenv("PREBAKE_TEST_EXEC_DO") {
 	case "allow":
-		for _, want := range []bool{true, false} { // once is enough
+		for _, want := range []bool{true, false} { // the second call changes nothing
 			if did, err := s.EnsureExec(func() {}); err != nil || did != want {
 				t.Errorf("EnsureExec = %t, %v; want %t", did, err, want)
 			}
@@ -45,9 +45,9 @@ func TestExecProcess(t *testing.T) {
 	}
 }
 
-// N28: what a container mounts stays in it, unless it is mounted on the node. Here
-// util-linux makes a node with a folder that forbids exec, and a pod with the node's root
-// in it, as HostToContainer mounts it.
+// TestExecReachesTheNode checks that the mount reaches the node, because a mount that a container makes for itself
+// stays in the container. The script uses util-linux. It makes a node with a folder that forbids exec, and a pod that
+// mounts the node's root with HostToContainer propagation.
 func TestExecReachesTheNode(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

@@ -1,15 +1,14 @@
-// Package install keeps driver sets in a node's install folder and switches
-// between them atomically. Everything of ours is below .prebake:
+// Package install keeps driver sets in a node's install folder and switches between them atomically. All files of this
+// program are below .prebake:
 //
 //	.prebake/layers/<hex>/      one unpacked layer, immutable, named by its digest
 //	.prebake/sets/<hex>/        one artifact: links into layers, and set.json
 //	.prebake/current, previous  links to sets; a rename of "current" is the switch
-//	.prebake/adopted/<name>     what was at <name> before us
+//	.prebake/adopted/<name>     the file or folder that was at <name> before
 //	<name> -> .prebake/current/<name>, for bin, lib64, share, vulkan, drivers, firmware
 //
-// All links are relative, so the tree holds wherever it is mounted. The
-// package refuses to give a layer or a set its final name before the caller
-// says that it is verified, and to verify anything itself.
+// All links are relative, so the tree works wherever it is mounted. The package refuses to give a layer or a set its
+// final name before the caller says that it is verified. It refuses to verify anything itself.
 package install
 
 import (
@@ -30,17 +29,17 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// ownFolder is our own folder below the install folder.
+// ownFolder is this program's folder below the install folder.
 const ownFolder = ".prebake"
 
-// roots says which top-level names come from which layer.
+// roots lists the top-level names that come from each kind of layer.
 var roots = map[bundle.LayerKind][]string{
 	bundle.LayerModules:   {"drivers"},
 	bundle.LayerUserspace: {"bin", "lib64", "share", "vulkan"},
 	bundle.LayerFirmware:  {"firmware"},
 }
 
-// names are all top-level names that we own, libraries before modules.
+// names are all top-level names of this program, libraries before modules.
 var names = []string{"lib64", "bin", "share", "vulkan", "firmware", "drivers"}
 
 // Layer is one layer of a set.
@@ -51,7 +50,7 @@ type Layer struct {
 	Size   int64            `json:"size"`
 }
 
-// Module is one kernel module of a set, as it was when it was verified.
+// Module is one kernel module of a set, in the state at its verification.
 type Module struct {
 	Name string `json:"name"`
 	// File is the path below the install folder.
@@ -64,23 +63,23 @@ type Module struct {
 	Signed   bool   `json:"signed,omitempty"`
 }
 
-// Origin says who made an artifact, and with that whose signature counts for it.
+// Origin says who made an artifact. This decides whose signature counts for it.
 type Origin string
 
 const (
-	// Published is what a farm made, and the owner's keys and identities sign.
+	// Published artifacts are made by a farm. The owner's keys and identities sign them.
 	Published Origin = "published"
-	// MadeHere is what this node compiled for itself, and its own key signs. That key
-	// counts for nothing else.
+	// MadeHere artifacts are compiled on this node and signed by the node's own key. That key counts for no other
+	// artifacts.
 	MadeHere Origin = "node"
 )
 
-// Set is one installed artifact. What set.json says of it is no more than a note: whoever
-// loads a set compares it with what was signed (see [Store.Evidence]).
+// Set is one installed artifact. set.json is not trusted: a caller that loads a set must compare set.json with the
+// signed statements (see [Store.Evidence]).
 type Set struct {
 	// Digest is the artifact's manifest digest.
 	Digest string `json:"digest"`
-	// Origin is empty in sets of older releases: published.
+	// Origin is empty in sets of older releases, and then means Published.
 	Origin     Origin        `json:"origin,omitempty"`
 	Repository string        `json:"repository"`
 	Kernel     target.Kernel `json:"kernel"`
@@ -89,7 +88,7 @@ type Set struct {
 	// Modules are in load order.
 	Modules     []Module  `json:"modules"`
 	InstalledAt time.Time `json:"installedAt"`
-	// Damaged says that nothing but the digest is known.
+	// Damaged means that only the digest is known.
 	Damaged bool `json:"damaged,omitempty"`
 }
 
@@ -100,7 +99,7 @@ type Store struct {
 	root *os.Root
 }
 
-// Open opens the install folder of a node; with create it is made first.
+// Open opens the install folder of a node. With create it makes the folder first.
 func Open(node *noderoot.Root, dir string, create bool) (*Store, error) {
 	if create {
 		if err := node.MakeFolder(path.Join(dir, ownFolder), 0o755); err != nil {
@@ -125,9 +124,9 @@ func Open(node *noderoot.Root, dir string, create bool) (*Store, error) {
 // Close releases the folder.
 func (s *Store) Close() error { return s.root.Close() }
 
-// hexOf returns the folder name of a digest, which came over the network.
+// hexOf returns the folder name for a digest. It checks the form, because the digest came over the network.
 func hexOf(digest string) (string, error) {
-	f, err := target.ParseFingerprint(digest) // the same form: sha256: and 64 lower-case hex digits
+	f, err := target.ParseFingerprint(digest) // fingerprints have the same form: sha256: and 64 lower-case hex digits
 	if err != nil {
 		return "", fault.New(fault.Unverified, fmt.Sprintf("digest %q: want sha256: and 64 lower-case hex digits", digest),
 			"")
@@ -135,8 +134,7 @@ func hexOf(digest string) (string, error) {
 	return strings.TrimPrefix(string(f), "sha256:"), nil
 }
 
-// add fills a temporary folder, flushes it to disk and renames it to its final
-// name below our own folder.
+// add fills a temporary folder, flushes it to disk and renames it to its final name below ownFolder.
 func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 	tmp := path.Join(ownFolder, "tmp-"+path.Base(final))
 	final = path.Join(ownFolder, final)
@@ -162,7 +160,7 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 		return err
 	}
 	err = s.root.Rename(tmp, final)
-	if err != nil { // what has that name goes, whatever it is: this one is verified
+	if err != nil { // replace whatever has that name, because the new folder is verified
 		if _, there := s.root.Lstat(final); there == nil {
 			err = s.exchange(tmp, final)
 			if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
@@ -179,10 +177,10 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 	return nil
 }
 
-// Sync flushes the filesystem, so that what was written outlives a crash.
+// Sync flushes the file system, so that written files survive a crash.
 func (s *Store) Sync() error { return s.sync() }
 
-// sync flushes the filesystem, so that no name outlives its bytes in a crash.
+// sync flushes the file system, so that after a crash no name exists without its bytes.
 func (s *Store) sync() error { return s.flush(ownFolder) }
 
 func (s *Store) flush(name string) error {
@@ -197,14 +195,14 @@ func (s *Store) flush(name string) error {
 	return errors.Join(err, d.Close())
 }
 
-// evidenceFile holds what a set was verified by, beside its links.
+// evidenceFile has the evidence for a set's verification. It is beside the set's links.
 const evidenceFile = "proof.json"
 
-// maxEvidence bounds it: a manifest, a config, and as many statements as are examined.
+// maxEvidence bounds the evidence in bytes: a manifest, a config, and all examined statements.
 const maxEvidence = 64 << 20
 
-// Evidence returns what a set was verified by, as it was given to [Store.AddSet]; nil where
-// there is none, as in sets of older releases.
+// Evidence returns the evidence for a set's verification, as [Store.AddSet] stored it. It returns nil if there is none,
+// as in sets of older releases.
 func (s *Store) Evidence(digest string) ([]byte, error) {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -213,8 +211,8 @@ func (s *Store) Evidence(digest string) ([]byte, error) {
 	return s.readFile(path.Join(ownFolder, "sets", name, evidenceFile), maxEvidence)
 }
 
-// AddSet writes a set whose layers are all there, and what it was verified by. It is
-// not in force before [Store.Switch].
+// AddSet writes a set and its evidence. All layers of the set must be unpacked. The set is not in force before
+// [Store.Switch].
 func (s *Store) AddSet(set Set, proof []byte) error {
 	name, err := hexOf(set.Digest)
 	if err != nil {
@@ -231,8 +229,8 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 	}
 	final := path.Join("sets", name)
 	if info, err := s.root.Lstat(path.Join(ownFolder, final)); err == nil && info.IsDir() {
-		// The same artifact again, possibly for another COS build of its fingerprint, or
-		// fetched anew: it may be the one in force, so it changes name by name.
+		// The same artifact comes again: for another COS build with the same fingerprint, or fetched anew. It may be the
+		// set in force, so its names change one by one.
 		for _, name := range names {
 			if at := path.Join(ownFolder, final, name); links[name] == "" {
 				err = s.root.RemoveAll(at)
@@ -256,7 +254,7 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 	})
 }
 
-// replaceByLink puts a link where something else is.
+// replaceByLink replaces whatever has the name by a link.
 func (s *Store) replaceByLink(name, to string) error {
 	if info, err := s.root.Lstat(name); err == nil && info.Mode().Type() != fs.ModeSymlink {
 		if err := s.root.RemoveAll(name); err != nil {
@@ -266,7 +264,7 @@ func (s *Store) replaceByLink(name, to string) error {
 	return s.point(name, to)
 }
 
-// links are the links of a set into its layers, by their names.
+// links returns the links of a set into its layers, by name.
 func (s *Store) links(set Set) (map[string]string, error) {
 	links := map[string]string{}
 	for _, l := range set.Layers {
@@ -288,7 +286,7 @@ func (s *Store) links(set Set) (map[string]string, error) {
 	return links, nil
 }
 
-// LinksHold reports whether a set's names lead into its layers, and nowhere else.
+// LinksHold returns an error unless each name of a set is a link into the set's layers.
 func (s *Store) LinksHold(set Set) error {
 	hex, err := hexOf(set.Digest)
 	if err != nil {
@@ -317,7 +315,7 @@ func (s *Store) Current() (*Set, error) { return s.readSet("current") }
 // Previous returns the set that was in force before, or nil.
 func (s *Store) Previous() (*Set, error) { return s.readSet("previous") }
 
-// Set returns a set by its artifact's digest, or nil where it is not staged.
+// Set returns the set with the artifact's digest, or nil if it is not staged.
 func (s *Store) Set(digest string) (*Set, error) {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -326,7 +324,7 @@ func (s *Store) Set(digest string) (*Set, error) {
 	return s.readSet(path.Join("sets", name))
 }
 
-// Sets returns all sets that are staged. One that cannot be read is left out.
+// Sets returns all staged sets. It skips sets that cannot be read.
 func (s *Store) Sets() ([]*Set, error) {
 	entries, err := fs.ReadDir(s.root.FS(), path.Join(ownFolder, "sets"))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -344,7 +342,7 @@ func (s *Store) Sets() ([]*Set, error) {
 	return all, nil
 }
 
-// SetAt returns the set that one of [Pointers] names, or nil where it is gone.
+// SetAt returns the set of a path in [Pointers], or nil if it no longer exists.
 func (s *Store) SetAt(pointer string) (*Set, error) {
 	digest, ok := strings.CutPrefix(pointer, "sets/")
 	if !ok {
@@ -354,11 +352,11 @@ func (s *Store) SetAt(pointer string) (*Set, error) {
 	return s.Set("sha256:" + digest)
 }
 
-// maxSet bounds set.json; a real one has a few kilobytes.
+// maxSet bounds set.json in bytes; a real one has a few kilobytes.
 const maxSet = 1 << 20
 
-// readSet reads a set below our folder. Of one whose note cannot be read the digest alone
-// is known: nothing fits it, and the next run that is answered writes it again.
+// readSet reads a set below ownFolder. If set.json cannot be read, only the digest is known. Nothing fits such a set,
+// and the next run that gets an answer writes it again.
 func (s *Store) readSet(link string) (*Set, error) {
 	raw, err := s.readFile(path.Join(ownFolder, link, "set.json"), maxSet)
 	if err == nil && raw == nil {
@@ -377,7 +375,7 @@ func (s *Store) readSet(link string) (*Set, error) {
 	return &Set{Digest: "sha256:" + path.Base(to), Damaged: true}, nil
 }
 
-// diskFault marks an error that says that the disk is full.
+// diskFault gives an error of a full disk its kind and a hint.
 func diskFault(err error) error {
 	return fault.Disk(err, "free space below the install folder, or name another with --install-dir")
 }

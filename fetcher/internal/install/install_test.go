@@ -19,7 +19,7 @@ import (
 
 func digest(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 
-// folder is an install folder, and where it is.
+// folder is an install folder together with its node.
 type folder struct {
 	*install.Store
 	node *noderoot.Root
@@ -47,7 +47,7 @@ func open(t *testing.T) *folder {
 	return s
 }
 
-// add stages a set whose user space layer is named by c.
+// add stages a set. c names its user space layer.
 func add(t *testing.T, s *folder, c string, dirs ...string) install.Set {
 	t.Helper()
 	l := install.Layer{Kind: bundle.LayerUserspace, Digest: digest(c)}
@@ -73,7 +73,7 @@ func add(t *testing.T, s *folder, c string, dirs ...string) install.Set {
 	return set
 }
 
-// who says what each top-level name leads to.
+// who returns the target of each top-level name.
 func who(t *testing.T, s *folder) map[string]string {
 	t.Helper()
 	seen := map[string]string{}
@@ -142,7 +142,7 @@ func TestSwitchAndRestore(t *testing.T) {
 			t.Errorf("%s (-want +got):\n%s", step.name, diff)
 		}
 	}
-	// The tree holds wherever it is mounted.
+	// The tree must work wherever it is mounted.
 	moved := filepath.Join(t.TempDir(), "elsewhere")
 	if err := os.Rename(s.Dir(), moved); err != nil {
 		t.Fatal(err)
@@ -234,8 +234,8 @@ func TestLock(t *testing.T) {
 	}
 }
 
-// Everybody may write into the folder of the other installer's lock: what is planted there
-// is neither followed nor made.
+// TestLockPlanted checks that Lock neither follows nor uses a planted file. Everybody may write into the folder of the
+// other installer's lock.
 func TestLockPlanted(t *testing.T) {
 	t.Parallel()
 	for name, plant := range map[string]func(at string) error{
@@ -261,7 +261,7 @@ func TestLockPlanted(t *testing.T) {
 		if err := os.RemoveAll(filepath.Join(root, "tmp/lock")); err != nil {
 			t.Fatal(err)
 		}
-		unlock, err := s.Lock("tmp/lock") // our own was let go
+		unlock, err := s.Lock("tmp/lock") // a failed Lock must have released our own lock
 		if err != nil {
 			t.Errorf("%s: Lock afterwards = %v", name, err)
 		} else if err := unlock(); err != nil {
@@ -280,7 +280,7 @@ func TestCorruptSet(t *testing.T) {
 	if err := os.WriteFile(s.Path("current/set.json"), []byte("{"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// It is known that there is one, and not more; what it needs stays.
+	// Only the digest of a damaged set is known. Sweep must keep the layers that it may need.
 	if got, err := s.Current(); err != nil || got == nil || !got.Damaged || got.Digest != set.Digest {
 		t.Errorf("Current with a broken set.json = %+v, %v; want a damaged one", got, err)
 	}
@@ -292,7 +292,7 @@ func TestCorruptSet(t *testing.T) {
 	}
 }
 
-// What is no folder, and stands where a layer or a set is to be, goes.
+// TestOddThings checks that files at the place of a layer or a set are replaced.
 func TestOddThings(t *testing.T) {
 	t.Parallel()
 	s := open(t)
@@ -314,8 +314,8 @@ func TestOddThings(t *testing.T) {
 	}
 }
 
-// A layer that is there under its name is whole at every moment of a sweep, and so
-// whenever the program that sweeps is killed.
+// TestSweepTakesNamesFirst checks that a layer under its final name is complete at every moment of a sweep. It is then
+// also complete if the sweeping program is killed.
 func TestSweepTakesNamesFirst(t *testing.T) {
 	t.Parallel()
 	s := open(t)
@@ -352,7 +352,7 @@ func TestSweepTakesNamesFirst(t *testing.T) {
 		}
 		entries, err := os.ReadDir(dir)
 		if err == nil && len(entries) != files {
-			// The listing is not of one moment: what counts is whether it still has its name.
+			// ReadDir is not atomic. Only a layer that still has its name must be complete.
 			if s.HasLayer(old.Digest) {
 				t.Fatalf("look %d: %d of %d files under the layer's name", looked, len(entries), files)
 			}
@@ -366,8 +366,8 @@ func TestSweepTakesNamesFirst(t *testing.T) {
 	}
 }
 
-// However far a killed program came with taking a set out of force, the next one
-// finishes it, and what another installer had is there again.
+// TestHeal kills the deactivation of a set at several points. Recover must complete it, and restore what another
+// installer had.
 func TestHeal(t *testing.T) {
 	t.Parallel()
 	for name, kill := range map[string]func(s *folder) error{

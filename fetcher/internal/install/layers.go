@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// HasLayer reports whether a layer is unpacked already.
+// HasLayer reports whether a layer is already unpacked.
 func (s *Store) HasLayer(digest string) bool {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -27,10 +27,9 @@ func (s *Store) HasLayer(digest string) bool {
 	return err == nil && info.IsDir()
 }
 
-// AddLayer lets fill write a layer into a fresh folder and gives that folder its final
-// name when fill and every check in it succeeded. On an error nothing remains. What is
-// there under that name is replaced in one step; what others added to it stays: installers
-// of NCCL plugins write into lib64.
+// AddLayer calls fill to write a layer into a new folder. It renames the folder to its final name after fill and its
+// checks succeeded. On an error nothing remains. AddLayer replaces an existing layer of that name in one step. It keeps
+// files that others added there, because installers of NCCL plugins write into lib64.
 func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 	name, err := hexOf(l.Digest)
 	if err != nil {
@@ -55,15 +54,15 @@ func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 	})
 }
 
-// namesFile lists what was unpacked into a layer, in the layer's folder, which leads
-// nowhere else. It is a help, and never trusted.
+// namesFile lists the files that were unpacked into a layer. It is in the layer's folder, and no top-level link leads
+// to it. The file is only a help and never trusted.
 const namesFile = ".prebake-names"
 
-// maxNames bounds it.
+// maxNames bounds namesFile in bytes.
 const maxNames = 16 << 20
 
-// LayerPrint is a digest of all inodes of an unpacked layer: their names, numbers, sizes,
-// modes and times of change. It is another one after any write to a file or a folder.
+// LayerPrint returns a digest over all inodes of an unpacked layer: names, numbers, sizes, modes and times of change.
+// The digest changes after any write to a file or a folder.
 func (s *Store) LayerPrint(digest string) (string, error) {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -91,7 +90,7 @@ func (s *Store) LayerPrint(digest string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// LayerNames returns what was unpacked into a layer; nil means not known, as in layers of
+// LayerNames returns the files that were unpacked into a layer; nil means that they are not known, as in layers of
 // older releases.
 func (s *Store) LayerNames(digest string) ([]string, error) {
 	name, err := hexOf(digest)
@@ -101,12 +100,12 @@ func (s *Store) LayerNames(digest string) ([]string, error) {
 	raw, err := s.readFile(path.Join(ownFolder, "layers", name, namesFile), maxNames)
 	var names []string
 	if err != nil || raw == nil || json.Unmarshal(raw, &names) != nil {
-		return nil, nil // then all that is there has to be the layer
+		return nil, nil // then all files in the folder must belong to the layer
 	}
 	return names, nil
 }
 
-// added lists the files of an unpacked layer that are none of these names.
+// added lists the files of an unpacked layer that are not among names.
 func (s *Store) added(digest string, names []string) []string {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -118,7 +117,7 @@ func (s *Store) added(digest string, names []string) []string {
 	}
 	var added []string
 	at := path.Join(ownFolder, "layers", name)
-	// what cannot be read is nothing to keep
+	// ignore files that cannot be read: there is nothing to keep
 	_ = fs.WalkDir(s.root.FS(), at, func(p string, d fs.DirEntry, err error) error {
 		if rel := strings.TrimPrefix(p, at+"/"); err == nil && p != at && !d.IsDir() && !known[rel] {
 			added = append(added, rel)
@@ -128,8 +127,8 @@ func (s *Store) added(digest string, names []string) []string {
 	return added
 }
 
-// carryOver gives what others added to user space a second name in a layer that takes its
-// place: in a layer of the same digest, and in that of the driver in force.
+// carryOver links files that others added to user space into a new layer. It takes them from an existing layer of the
+// same digest and from the layer of the driver in force.
 func (s *Store) carryOver(l Layer, dst *os.Root, names []string) error {
 	if l.Kind != bundle.LayerUserspace {
 		return nil
@@ -153,7 +152,8 @@ func (s *Store) carryOver(l Layer, dst *os.Root, names []string) error {
 	return nil
 }
 
-// linkOrCopy gives one file of a layer, or a copy of a link, the same name in another.
+// linkOrCopy gives a file of a layer the same name in another folder. It copies a symbolic link and hard-links a
+// regular file.
 func (s *Store) linkOrCopy(digest, file string, dst *os.Root) error {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -177,10 +177,10 @@ func (s *Store) linkOrCopy(digest, file string, dst *os.Root) error {
 	case 0:
 		return s.hardLink(from, dst, file)
 	}
-	return nil // a pipe or a device is nothing of an installer's
+	return nil // installers make no pipes or devices, so these are dropped
 }
 
-// hardLink gives a file a second name below another folder of the same filesystem.
+// hardLink gives a file a second name below another folder of the same file system.
 func (s *Store) hardLink(from string, dst *os.Root, to string) error {
 	a, err := s.root.Open(path.Dir(from))
 	if err != nil {

@@ -12,16 +12,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Lock takes our lock and, where its folder exists on the node, the lock file that
-// Google's installer takes, so that the two never work at the same time. It
-// does not wait: a lock that is held is a fault of kind Busy.
+// Lock takes this program's lock. If the folder of Google's lock file exists on the node, it also takes that lock, so
+// that the two installers never work at the same time. Lock does not wait: a held lock is a fault of kind Busy.
 func (s *Store) Lock(google string) (unlock func() error, err error) {
 	var held []*os.File
 	unlock = func() error {
 		var errs []error
 		for _, f := range held {
-			// A child that was forked and has not begun yet holds a copy of the file: closing
-			// it would not let go of the lock.
+			// Close alone might not release the lock: a child process between fork and exec holds a copy of the file.
 			errs = append(errs, unix.Flock(int(f.Fd()), unix.LOCK_UN), f.Close())
 		}
 		return errors.Join(errs...)
@@ -51,8 +49,8 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 	return unlock, nil
 }
 
-// openLock opens the other installer's lock file. Everybody on the node may write into its
-// folder: a link there would have us make or open another file than the two agree on.
+// openLock opens the other installer's lock file. Everybody on the node may write into its folder. A planted link would
+// make this program create or open another file than the one that both installers lock.
 func (s *Store) openLock(name string) (*os.File, error) {
 	planted := func(what string) error {
 		return fault.New(fault.Busy, fmt.Sprintf("lock /%s: it is %s", name, what),
@@ -67,7 +65,7 @@ func (s *Store) openLock(name string) (*os.File, error) {
 		return nil, fmt.Errorf("open lock /%s: %w", name, err)
 	}
 	defer dir.Close()
-	// Opening a device has effects of its own, and a pipe waits: neither is a lock.
+	// NONBLOCK and NOCTTY, because opening a device may have effects and opening a pipe may block.
 	open := func(flags int) (*os.File, error) {
 		fd, err := unix.Openat(int(dir.Fd()), path.Base(name),
 			flags|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0o600)
@@ -85,7 +83,7 @@ func (s *Store) openLock(name string) (*os.File, error) {
 	case err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG:
 		return nil, planted("no file of its own")
 	case errors.Is(err, unix.ENOENT):
-		if f, err = open(unix.O_CREAT | unix.O_EXCL); errors.Is(err, unix.EEXIST) { // made just now, by that installer
+		if f, err = open(unix.O_CREAT | unix.O_EXCL); errors.Is(err, unix.EEXIST) { // that installer made it just now
 			f, err = open(0)
 		}
 	case err == nil:

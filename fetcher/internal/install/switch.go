@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Switch puts a set in force. The one rename of "current" moves every name at
-// once; the set that was in force before becomes the previous one.
+// Switch activates a set. One rename of "current" moves all names at once. The set that was in force becomes the
+// previous one.
 func (s *Store) Switch(digest string) error {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -44,9 +44,8 @@ func (s *Store) Switch(digest string) error {
 	return s.expose()
 }
 
-// Restore puts back exactly what was in force when before was taken. Where nothing
-// was, the links at the top go before the set that they lead into: a run that is
-// killed in between can be done again, and leaves no link that leads nowhere.
+// Restore restores the state in before exactly. If no set was in force then, Restore removes the top-level links before
+// the pointer to the set. A killed run can therefore be repeated, and never leaves a link without a target.
 func (s *Store) Restore(before Pointers) error {
 	if before.Current == "" {
 		if err := s.withdraw(); err != nil {
@@ -68,8 +67,8 @@ func (s *Store) Restore(before Pointers) error {
 	return s.expose()
 }
 
-// Recover finishes taking out of force what a killed run began: links at the top that
-// lead into no set are removed, and what another installer had there comes back.
+// Recover completes a deactivation that a killed run began. It removes top-level links that lead to no set, and
+// restores what another installer had there.
 func (s *Store) Recover() error {
 	if err := s.root.RemoveAll(removed); err != nil {
 		return fmt.Errorf("remove: %w", err)
@@ -81,8 +80,7 @@ func (s *Store) Recover() error {
 	return s.withdraw()
 }
 
-// Pointers stores which sets are current and previous: paths below our folder, ""
-// for none.
+// Pointers stores which sets are current and previous, as paths below ownFolder; "" means none.
 type Pointers struct {
 	Current  string `json:"current,omitempty"`
 	Previous string `json:"previous,omitempty"`
@@ -97,7 +95,7 @@ func (s *Store) Pointers() (p Pointers, err error) {
 	return p, err
 }
 
-// link reads one of our two pointers; "" when it does not exist.
+// link reads the pointer current or previous; "" when it does not exist.
 func (s *Store) link(name string) (string, error) {
 	to, err := s.root.Readlink(path.Join(ownFolder, name))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -124,8 +122,8 @@ func (s *Store) point(name, to string) error {
 	return nil
 }
 
-// expose makes the top-level names lead into the current set. What another
-// installer had at such a name, a folder or a link, is kept aside as adopted.
+// expose makes the top-level names lead into the current set. If another installer had a folder or a link at such a
+// name, expose keeps it in the folder adopted.
 func (s *Store) expose() error {
 	for _, name := range names {
 		to := path.Join(ownFolder, "current", name)
@@ -158,14 +156,14 @@ func (s *Store) expose() error {
 	return s.sync()
 }
 
-// adopt exchanges what is there and our link in one step where the filesystem
-// can, and keeps the other aside.
+// adopt exchanges the existing name with this program's link, in one step if the file system can do so. It keeps the
+// former content in the folder adopted.
 func (s *Store) adopt(name, to string) error {
 	aside := path.Join(ownFolder, "adopted", name)
 	if err := s.root.RemoveAll(aside); err != nil {
 		return fmt.Errorf("clear %s: %w", aside, err)
 	}
-	if err := s.point(aside, to); err != nil { // takes the place that the other gets
+	if err := s.point(aside, to); err != nil { // the exchange below puts the former content here
 		return err
 	}
 	err := s.exchange(aside, name)
@@ -195,7 +193,7 @@ func (s *Store) exchange(a, b string) error {
 	return errors.Join(unix.Renameat2(fd, a, fd, b, unix.RENAME_EXCHANGE), d.Close())
 }
 
-// hide takes one of our top-level links away and restores an adopted folder.
+// hide removes a top-level link of this program and restores the adopted content.
 func (s *Store) hide(name string) error {
 	to, err := s.root.Readlink(name)
 	if err == nil && strings.HasPrefix(to, ownFolder+"/") {
@@ -203,7 +201,7 @@ func (s *Store) hide(name string) error {
 			return fmt.Errorf("remove %s: %w", name, err)
 		}
 	} else if _, err := s.root.Lstat(name); err == nil {
-		return nil // not ours
+		return nil // the name is another installer's
 	}
 	err = s.root.Rename(path.Join(ownFolder, "adopted", name), name)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -212,7 +210,7 @@ func (s *Store) hide(name string) error {
 	return nil
 }
 
-// withdraw leaves the install folder as it was before us.
+// withdraw restores the install folder's content from before this program.
 func (s *Store) withdraw() error {
 	for _, name := range names {
 		if err := s.hide(name); err != nil {
@@ -225,13 +223,14 @@ func (s *Store) withdraw() error {
 	return s.sync()
 }
 
-// Google's note of what it installed, and ours. While ours is there, theirs is kept aside.
+// cacheFile is the file in which Google's installer notes what it installed. This program writes the same file, and
+// keeps the other installer's version in the folder adopted. savedCache lists the versions that this program wrote.
 const (
 	cacheFile  = ".cache"
 	savedCache = ownFolder + "/cache"
 )
 
-// hideCache removes the note, if it is ours, and restores the other installer's.
+// hideCache removes cacheFile if this program wrote it, and restores the other installer's version.
 func (s *Store) hideCache() error {
 	ours, err := s.caches()
 	if err != nil {
@@ -256,42 +255,42 @@ func (s *Store) hideCache() error {
 	return s.RemoveFile(savedCache)
 }
 
-// caches are the notes that this program wrote, the newest last.
+// caches returns the versions of cacheFile that this program wrote, the newest last.
 func (s *Store) caches() (ours []string, err error) {
 	raw, err := s.ReadFile(savedCache)
 	if err != nil || raw == nil {
 		return nil, err
 	}
 	if json.Unmarshal(raw, &ours) != nil {
-		return nil, nil // damaged: then each is somebody else's
+		return nil, nil // if the list is damaged, every version counts as another installer's
 	}
 	return ours, nil
 }
 
-// removed is the name of our folder while it is being removed.
+// removed is the name of ownFolder during its removal.
 const removed = ".prebake-removed"
 
-// Exists reports whether our folder is in the install folder.
+// Exists reports whether ownFolder is in the install folder.
 func (s *Store) Exists() bool {
 	_, err := s.root.Lstat(ownFolder)
 	return err == nil
 }
 
-// Remove takes everything of ours out of the install folder, and restores what another
-// installer had there. It may be called again after it was killed at any moment.
+// Remove removes all files of this program from the install folder, and restores what another installer had there. A
+// call that was killed at any moment can be repeated.
 func (s *Store) Remove() error {
 	if _, err := s.root.Lstat(ownFolder); err == nil {
 		if err := s.Restore(Pointers{}); err != nil {
 			return err
 		}
-		if err := s.root.RemoveAll(removed); err != nil { // of a run that was killed
+		if err := s.root.RemoveAll(removed); err != nil { // left by a run that was killed
 			return fmt.Errorf("remove: %w", err)
 		}
 		if err := s.root.Rename(ownFolder, removed); err != nil {
 			return fmt.Errorf("remove: %w", err)
 		}
 	}
-	if err := s.flush("."); err != nil { // or a power cut restores what was removed, or half of it
+	if err := s.flush("."); err != nil { // otherwise a power cut might bring back the removed folder, or a part of it
 		return err
 	}
 	if err := s.root.RemoveAll(removed); err != nil {
@@ -300,10 +299,9 @@ func (s *Store) Remove() error {
 	return s.flush(".")
 }
 
-// Sweep removes sets and layers that neither the current nor the previous set
-// needs, and what an interrupted run left. What goes loses its name first: a set or a
-// layer that is there under its name is whole, whenever this program dies. also names
-// another set that stays.
+// Sweep removes the sets and layers that neither the current nor the previous set needs, and leftovers of an
+// interrupted run. also is a list of further sets to keep. Sweep renames each folder before it deletes it. A set
+// or a layer under its final name is therefore complete even if this program is killed.
 func (s *Store) Sweep(also ...string) error {
 	keep := map[string]bool{}
 	layersKnown := true
@@ -341,7 +339,7 @@ func (s *Store) Sweep(also ...string) error {
 	}
 	for _, dir := range []string{"layers", "sets", "."} {
 		if dir == "layers" && !layersKnown {
-			continue // what a damaged set needs is not known
+			continue // the layers that a damaged set needs are not known
 		}
 		d, err := s.root.Open(path.Join(ownFolder, dir))
 		if err != nil {
@@ -371,8 +369,8 @@ func (s *Store) Sweep(also ...string) error {
 	return nil
 }
 
-// WriteCacheFile writes the note that Google's installer leaves for itself and
-// its readers, so that both agree on what is installed.
+// WriteCacheFile writes the file in which Google's installer notes what it installed. Readers of the file then see the
+// driver that is really installed.
 func (s *Store) WriteCacheFile(set Set) error {
 	values := map[string]string{"BUILD_ID": set.Kernel.BuildID, "DRIVER_VERSION": set.Driver.Version}
 	if set.Driver.Flavour == "open" {
@@ -387,7 +385,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 	if err != nil {
 		return err
 	}
-	// One that says the same may still be another installer's, whose folders are aside.
+	// A file with the same text may still be another installer's, if that installer's folders are adopted.
 	_, theirs := s.root.Lstat(path.Join(ownFolder, "adopted", "lib64"))
 	if have != nil && !slices.Contains(ours, string(have)) && (!bytes.Equal(have, text) || theirs == nil) {
 		if err := s.root.Rename(cacheFile, path.Join(ownFolder, "adopted", cacheFile)); err != nil {
@@ -395,7 +393,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 		}
 		have = nil
 	}
-	if !slices.Contains(ours, string(text)) { // before it is written: then it is known to be ours
+	if !slices.Contains(ours, string(text)) { // first record the text, so that the file is known to be ours
 		ours = append(ours, string(text))
 		raw, err := json.Marshal(ours[max(0, len(ours)-maxCaches):])
 		if err != nil {
@@ -406,15 +404,15 @@ func (s *Store) WriteCacheFile(set Set) error {
 		}
 	}
 	if bytes.Equal(have, text) {
-		return nil // a full disk is no reason to fail over a file that is right
+		return nil // a full disk must not cause an error if the file is already right
 	}
 	return s.WriteFile(cacheFile, text)
 }
 
-// maxCaches bounds the notes that are stored.
+// maxCaches bounds the number of recorded versions.
 const maxCaches = 64
 
-// RemoveFile removes a small file of the install folder, if it is there.
+// RemoveFile removes a small file of the install folder, if it exists.
 func (s *Store) RemoveFile(name string) error {
 	if err := s.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove %s: %w", name, err)
@@ -422,7 +420,7 @@ func (s *Store) RemoveFile(name string) error {
 	return nil
 }
 
-// ReadFile reads a small file of the install folder; nil where there is none.
+// ReadFile reads a small file of the install folder; nil if it does not exist.
 func (s *Store) ReadFile(name string) ([]byte, error) { return s.readFile(name, maxSet) }
 
 func (s *Store) readFile(name string, limit int64) (_ []byte, err error) {
@@ -457,7 +455,7 @@ func (s *Store) WriteFile(name string, data []byte) error {
 		return diskFault(fmt.Errorf("write %s: %w", name, err))
 	}
 	err = s.root.Rename(tmp, name)
-	if info, lerr := s.root.Lstat(name); err != nil && lerr == nil && info.IsDir() { // no folder of that name is ours
+	if info, lerr := s.root.Lstat(name); err != nil && lerr == nil && info.IsDir() { // a folder of that name is not ours
 		err = errors.Join(s.root.RemoveAll(name), s.root.Rename(tmp, name))
 	}
 	if err != nil {

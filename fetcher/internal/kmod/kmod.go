@@ -1,8 +1,7 @@
-// Package kmod loads and unloads kernel modules by system call, from bytes
-// that the caller has verified and holds in memory, so that what was verified
-// is what the kernel gets. Each refusal of the kernel becomes a fault with the
-// kernel's own lines. It refuses to search for modules, to resolve their
-// dependencies, and to force anything.
+// Package kmod loads and unloads kernel modules by system calls. It loads from bytes that the caller has verified and
+// holds in memory, so that the kernel gets exactly the verified bytes. Each refusal of the kernel becomes a fault with
+// lines of the kernel log. The package refuses to search for modules, to resolve their dependencies, and to force
+// anything.
 package kmod
 
 import (
@@ -21,14 +20,13 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// System is the part of the kernel that changes things. The one real
-// implementation is [Linux].
+// System is the kernel's interface for changes. The one real implementation is [Linux].
 type System interface {
-	// InitModule is init_module(2).
+	// InitModule calls init_module(2).
 	InitModule(image []byte, params string) error
-	// DeleteModule is delete_module(2) with O_NONBLOCK: it never waits.
+	// DeleteModule calls delete_module(2) with O_NONBLOCK, so that it never waits.
 	DeleteModule(name string) error
-	// Log returns the lines of the kernel log that are still held.
+	// Log returns the lines that the kernel log still has.
 	Log() ([]string, error)
 }
 
@@ -41,9 +39,9 @@ func (Linux) InitModule(image []byte, params string) error { return unix.InitMod
 // DeleteModule implements [System].
 func (Linux) DeleteModule(name string) error { return unix.DeleteModule(name, unix.O_NONBLOCK) }
 
-// Log implements [System] with syslog(2), which reads without consuming.
+// Log implements [System] with syslog(2), which leaves the lines in the kernel log.
 func (Linux) Log() ([]string, error) {
-	// 3 is SYSLOG_ACTION_READ_ALL, 10 is SYSLOG_ACTION_SIZE_BUFFER: syslog(2).
+	// syslog(2): 3 is SYSLOG_ACTION_READ_ALL, 10 is SYSLOG_ACTION_SIZE_BUFFER.
 	size, err := unix.Klogctl(10, nil)
 	if err != nil {
 		return nil, fmt.Errorf("measure kernel log: %w", err)
@@ -56,21 +54,21 @@ func (Linux) Log() ([]string, error) {
 	return strings.Split(strings.TrimRight(string(buf[:n]), "\n"), "\n"), nil
 }
 
-// Image is one module that may be loaded.
+// Image is one module to load.
 type Image struct {
-	// Name is the module's name; hyphen and underscore are equal.
+	// Name is the module's name. Hyphen and underscore count as equal.
 	Name string
-	// Version is what the module says of itself; empty when it says nothing.
+	// Version is the version in the module's .modinfo section; "" means that it has none.
 	Version string
 	// Params is the parameter string, such as "NVreg_Foo=1".
 	Params string
 	// Bytes returns the verified file.
 	Bytes func() ([]byte, error)
-	// Optional says that the driver serves without this module.
+	// Optional means that the driver works without this module.
 	Optional bool
 }
 
-// Outcome says what happened to one image.
+// Outcome is the result for one image.
 type Outcome struct {
 	Name string `json:"name"`
 	// Was is "loaded", "already loaded" or "skipped".
@@ -79,7 +77,7 @@ type Outcome struct {
 	Reason string `json:"reason,omitempty"`
 }
 
-// What happened to a module; see [Outcome].
+// These are the values of [Outcome].Was.
 const (
 	Loaded  = "loaded"
 	Already = "already loaded"
@@ -93,9 +91,8 @@ type Loader struct {
 	Root fs.FS
 }
 
-// Load loads images in order. A module of the same version that is loaded
-// already counts as done; one of another version is a fault of kind Busy. On
-// an error the modules that this call loaded are unloaded again.
+// Load loads images in order. It skips a module that is already loaded in the same version. A module that is loaded in
+// another version causes a fault of kind Busy. On an error, Load unloads the modules that it loaded itself.
 func (l *Loader) Load(ctx context.Context, images []Image) (done []Outcome, err error) {
 	var mine []string
 	defer func() {
@@ -119,13 +116,13 @@ func (l *Loader) Load(ctx context.Context, images []Image) (done []Outcome, err 
 		}
 		image, err := img.Bytes()
 		if err != nil {
-			return done, err // bytes that do not hold are never skipped
+			return done, err // invalid bytes are an error, even of an optional module
 		}
 		was, err := l.loadOne(img, image)
 		switch {
 		case err == nil:
 			done = append(done, Outcome{Name: img.Name, Was: was})
-			if was == Loaded { // what others loaded is not ours to unload
+			if was == Loaded { // we do not unload modules that others loaded
 				mine = append(mine, img.Name)
 			}
 		case img.Optional:
@@ -137,7 +134,7 @@ func (l *Loader) Load(ctx context.Context, images []Image) (done []Outcome, err 
 	return done, nil
 }
 
-// isLoaded reports whether the module is loaded in this very version.
+// isLoaded reports whether the module is loaded in the same version.
 func (l *Loader) isLoaded(img Image) (bool, error) {
 	mods, err := host.LoadedModules(l.Root)
 	if err != nil {
@@ -157,12 +154,12 @@ func (l *Loader) isLoaded(img Image) (bool, error) {
 	return false, nil
 }
 
-// loadOne says whether the module is there through us or through others.
+// loadOne loads one module. It returns [Loaded], or [Already] if another process loaded it first.
 func (l *Loader) loadOne(img Image, image []byte) (was string, err error) {
 	mark := l.Mark()
 	err = l.System.InitModule(image, img.Params)
 	if errors.Is(err, syscall.EEXIST) {
-		// Somebody was faster; that is only fine if it is the same module.
+		// Another process loaded a module of this name first. That is fine only if it is the same version.
 		same, lookErr := l.isLoaded(img)
 		if lookErr != nil {
 			return "", lookErr
@@ -182,7 +179,7 @@ func (l *Loader) loadOne(img Image, image []byte) (was string, err error) {
 	return "", &fault.Error{Kind: kind, Hint: hint, Err: &refusal{text: text, cause: err}}
 }
 
-// refusal is a kernel's refusal as text; it unwraps to the errno.
+// refusal is the text of a kernel's refusal. It unwraps to the errno.
 type refusal struct {
 	text  string
 	cause error
@@ -191,7 +188,7 @@ type refusal struct {
 func (r *refusal) Error() string { return r.text }
 func (r *refusal) Unwrap() error { return r.cause }
 
-// refusals maps what init_module(2) and the kernel's module loader answer.
+// refusals maps the errnos of init_module(2) and the kernel's module loader to faults.
 var refusals = []struct {
 	errno syscall.Errno
 	kind  fault.Kind
@@ -243,9 +240,8 @@ func explain(err error) string {
 	return err.Error()
 }
 
-// Unload unloads modules in the order given and returns those that it
-// unloaded; a module that is not loaded counts as done. A module in use is a
-// fault of kind Busy, and those after it stay.
+// Unload unloads modules in the given order and returns the unloaded ones. It skips a module that is not loaded. A
+// module in use causes a fault of kind Busy, and the modules after it stay loaded.
 func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err error) {
 	for _, name := range names {
 		if ctx.Err() != nil {
@@ -265,24 +261,24 @@ func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err
 	return done, nil
 }
 
-// Mark is a place in the kernel log.
+// Mark is a position in the kernel log.
 type Mark struct{ last string }
 
-// Mark marks the end of the kernel log, for [Loader.Since].
+// Mark returns the end of the kernel log, for [Loader.Since].
 func (l *Loader) Mark() Mark {
 	lines, err := l.System.Log()
 	if err != nil || len(lines) == 0 {
-		return Mark{} // without a log there is nothing to quote later either
+		return Mark{} // without a log, Since has nothing to quote either
 	}
 	return Mark{last: lines[len(lines)-1]}
 }
 
-// Since returns the kernel's lines after the mark, without their priority
-// prefix. When the mark has been overwritten, all lines count.
+// Since returns the kernel's lines after the mark, without their priority prefix. If the log no longer has the mark, it
+// returns all lines.
 func (l *Loader) Since(m Mark) []string {
 	lines, err := l.System.Log()
 	if err != nil {
-		return nil // the log is an extra: its absence must not hide the cause
+		return nil // the log is optional: a missing log must not hide the error
 	}
 	if m.last != "" {
 		for i := len(lines) - 1; i >= 0; i-- {
@@ -301,8 +297,8 @@ func (l *Loader) Since(m Mark) []string {
 	return plain
 }
 
-// Follow returns the kernel's lines after the mark, and where the log ends now. It returns
-// none where it is not known which these are: there was no mark, or it has been overwritten.
+// Follow returns the kernel's lines after the mark, and the present end of the log. It returns no lines if there was no
+// mark, or if the log no longer has it, because the new lines are then unknown.
 func (l *Loader) Follow(m Mark) (lines []string, end Mark) {
 	all, err := l.System.Log()
 	if err != nil || len(all) == 0 {
@@ -333,7 +329,7 @@ func lastIndex(all []string, s string) int {
 	return -1
 }
 
-// NVRM returns the driver's own lines among these, at most the last n.
+// NVRM returns the NVIDIA driver's own lines, at most the last n.
 func NVRM(lines []string, n int) []string {
 	var found []string
 	for _, line := range lines {
@@ -344,7 +340,7 @@ func NVRM(lines []string, n int) []string {
 	return tail(found, n)
 }
 
-// stripPrefix drops "<6>" and "[   12.345678] " in front of a line.
+// stripPrefix removes "<6>" and "[   12.345678] " from the beginning of a line.
 func stripPrefix(line string) string {
 	if strings.HasPrefix(line, "<") {
 		if _, rest, ok := strings.Cut(line, ">"); ok {

@@ -16,7 +16,7 @@ import (
 
 // system records calls and answers with errnos.
 type system struct {
-	insert, remove map[string]error // by the image's text, and by name
+	insert, remove map[string]error // by the image's text, and by the module's name
 	log            []string
 	calls          []string
 	onInsert       func(image string)
@@ -101,7 +101,7 @@ func TestLoad(t *testing.T) {
 		remove map[string]error
 		calls  []string
 		was    []string
-		kind   fault.Kind // Internal: no error
+		kind   fault.Kind // Internal means no error
 	}{
 		{"in order, with parameters", "", []kmod.Image{params, image("nvidia-uvm")}, nil, nil,
 			[]string{"init nvidia NVreg_A=1", "init nvidia-uvm"}, []string{kmod.Loaded, kmod.Loaded}, fault.Internal},
@@ -159,7 +159,7 @@ func TestLoadOverAnotherVersion(t *testing.T) {
 	}
 }
 
-// TestEEXIST covers somebody who loads the same module at the same time.
+// TestEEXIST checks the case that another process loads the same module at the same time.
 func TestEEXIST(t *testing.T) {
 	t.Parallel()
 	for version, kind := range map[string]fault.Kind{"535.1.1": fault.Internal, "470.1.1": fault.Busy} {
@@ -175,7 +175,7 @@ func TestEEXIST(t *testing.T) {
 			t.Errorf("Load against a racing %s = %v, %v; want kind %v, or already loaded", version, done, err, kind)
 		}
 	}
-	// What the other one loaded stays when a later module is refused.
+	// A module that another process loaded stays loaded when a later module is refused.
 	root := modules("")
 	s := &system{insert: map[string]error{"nvidia": unix.EEXIST, "nvidia-uvm": unix.EINVAL}, onInsert: func(string) {
 		root["proc/modules"] = &fstest.MapFile{Data: []byte("nvidia 1 0 - Live\n")}

@@ -1,8 +1,7 @@
-// Package kube tells a cluster how the driver of one node is: by labels, annotations, a
-// condition and Events, and by taking away the taint with which a node starts. It refuses
-// to touch another node, or anything of its own that it did not write, and nothing waits
-// for it: a node without a cluster, or with one that does not answer, gets its driver all
-// the same.
+// Package kube reports the state of one node's driver to its cluster: by labels, annotations, a condition and Events.
+// It also removes the node's startup taint. It refuses to touch another node, or fields of its node that it did not
+// write. No other work waits for it: a node without a cluster, or with a cluster that does not answer, still gets its
+// driver.
 package kube
 
 import (
@@ -26,24 +25,24 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// AccountDir is where a pod finds the token and the certificate authority of its service
-// account (Kubernetes documentation, "Accessing the Kubernetes API from a Pod").
+// AccountDir is the folder with the token and the certificate authority of a pod's service account (Kubernetes
+// documentation, "Accessing the Kubernetes API from a Pod").
 const AccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 // callTime bounds one call to the API server.
 const callTime = 20 * time.Second
 
-// maxAnswer bounds its answer; a node with all its images has some hundred kilobytes.
+// maxAnswer bounds an answer of the API server in bytes. A node object with all its images has some hundred kilobytes.
 const maxAnswer = 8 << 20
 
-// client speaks with an API server as the service account of a pod.
+// client calls an API server as the service account of a pod.
 type client struct {
 	base  string
 	http  *http.Client
-	token string // its file, which is read for each call: kubelet renews it
+	token string // the token file, read for each call because kubelet renews it
 }
 
-// inCluster returns the client of the pod that this program runs in.
+// inCluster returns a client for the pod in which this program runs.
 func inCluster(dir string) (*client, error) {
 	host, port := os.Getenv("KUBERNETES_SERVICE_HOST"), os.Getenv("KUBERNETES_SERVICE_PORT")
 	token := filepath.Join(dir, "token")
@@ -59,7 +58,7 @@ func inCluster(dir string) (*client, error) {
 	if !roots.AppendCertsFromPEM(pem) {
 		return nil, fault.New(fault.Usage, "read the cluster's certificate authority: no certificate in ca.crt", "")
 	}
-	transport := &http.Transport{ // no proxy: the API server is inside
+	transport := &http.Transport{ // no proxy, because the API server is inside the cluster
 		TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, ForceAttemptHTTP2: true,
 		IdleConnTimeout: 90 * time.Second, TLSHandshakeTimeout: 10 * time.Second,
 	}
@@ -67,7 +66,7 @@ func inCluster(dir string) (*client, error) {
 		http: &http.Client{Transport: transport, Timeout: callTime}, token: token}, nil
 }
 
-// statusError is an answer of the API server that is none of 2xx.
+// statusError is an answer of the API server with another status than 2xx.
 type statusError struct {
 	what, message string
 	code          int
@@ -77,19 +76,19 @@ func (e *statusError) Error() string {
 	return fmt.Sprintf("%s: HTTP %d: %s", e.what, e.code, e.message)
 }
 
-// denied reports whether the service account may not do what it was about to do.
+// denied reports whether the service account lacks the right for the call.
 func denied(err error) bool {
 	var s *statusError
 	return errors.As(err, &s) && (s.code == http.StatusForbidden || s.code == http.StatusUnauthorized)
 }
 
-// conflict reports whether an object is not what it was when it was read.
+// conflict reports whether an object has changed since it was read.
 func conflict(err error) bool {
 	var s *statusError
 	return errors.As(err, &s) && (s.code == http.StatusConflict || s.code == http.StatusUnprocessableEntity)
 }
 
-// Kinds of patches (Kubernetes documentation, "API Concepts").
+// These are the content types of requests and patches (Kubernetes documentation, "API Concepts").
 const (
 	mergePatch     = "application/merge-patch+json"
 	strategicPatch = "application/strategic-merge-patch+json"
@@ -97,10 +96,10 @@ const (
 	plain          = "application/json"
 )
 
-// fieldManager is the name under which the API server keeps what this program writes.
+// fieldManager is the name under which the API server records this program's changes.
 const fieldManager = "prebake-fetcher"
 
-// call sends in, if not nil, and reads the answer into out, if not nil.
+// call sends in, if it is not nil, and decodes the answer into out, if that is not nil.
 func (c *client) call(ctx context.Context, method, path, kind string, in, out any) error {
 	what := strings.ToLower(method) + " " + path
 	token, err := os.ReadFile(c.token)

@@ -19,10 +19,9 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestGPUOfThisMachine holds what a cluster and a scraper are told against the driver that is loaded
-// on this machine. It only reads. PREBAKE_PROBE is the nvmlprobe program; the test runs
-// where somebody has a machine with a GPU that looks like a COS node (a bind mount over
-// os-release will do), and not in CI.
+// TestGPUOfThisMachine compares the reports to a cluster and to a metrics scraper with the loaded driver of this
+// machine. The test only reads. PREBAKE_PROBE names the nvmlprobe program. The test needs a machine with a GPU that
+// looks like a COS node; a bind mount over os-release is enough. It does not run in CI.
 func TestGPUOfThisMachine(t *testing.T) {
 	program := os.Getenv("PREBAKE_PROBE")
 	if program == "" {
@@ -42,8 +41,8 @@ func TestGPUOfThisMachine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What the kernel says, read by other means: /proc/driver/nvidia/version and one folder
-	// for each GPU beside it.
+	// Read the kernel's facts in another way: from /proc/driver/nvidia/version and the folders beside it, one for each
+	// GPU.
 	raw, err := os.ReadFile("/proc/driver/nvidia/version")
 	if err != nil {
 		t.Fatal(err)

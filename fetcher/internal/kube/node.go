@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 )
 
-// What is written on a node. Labels are for selectors, so that they have few values;
-// annotations have the rest.
+// These are the labels and annotations of a node. Labels have few different values, because selectors use them.
+// Annotations have the other values.
 const (
 	labelVersion = "prebake.dev/driver-version"
 	labelFlavour = "prebake.dev/driver-flavour"
@@ -28,23 +28,22 @@ const (
 	annotationReason  = "prebake.dev/driver-reason"
 	annotationPending = "prebake.dev/driver-pending"
 
-	// annotationGoogle has the parts of the version as GKE's device plugin writes them
-	// with -publish-driver-version (container-engine-accelerators, cmd/nvidia_gpu).
+	// annotationGoogle begins the annotations with the parts of the version. GKE's device plugin writes the same ones with
+	// -publish-driver-version (container-engine-accelerators, cmd/nvidia_gpu).
 	annotationGoogle = "cloud.google.com/cuda.driver-version."
 
-	// Condition is the type of the node's condition.
+	// Condition is the type of the condition on the node object.
 	Condition = "GPUDriverReady"
 )
 
-// heartbeat is the longest time between two writes of the condition: at 15,000 nodes some
-// 25 writes each second.
+// heartbeat is the longest time between two writes of the condition. With 15,000 nodes this makes some 25 writes per
+// second.
 const heartbeat = 10 * time.Minute
 
-// eventNamespace is where Events about nodes belong: those about objects without a
-// namespace of their own.
+// eventNamespace is the namespace for Events about objects without a namespace, such as nodes.
 const eventNamespace = "default"
 
-// Node tells a cluster about the node that this program runs on.
+// Node reports the node on which this program runs to its cluster.
 type Node struct {
 	name, taint string
 	api         *client
@@ -53,37 +52,36 @@ type Node struct {
 
 	mu        sync.Mutex
 	verdict   gpucheck.Verdict
-	verdictAt time.Time // when the verdict came
+	verdictAt time.Time // when the verdict was reported
 	pending   string
 	changed   chan struct{}
 
-	writing  sync.Mutex // held while the cluster is written to; guards what is below
+	writing  sync.Mutex // held during a write to the cluster; guards the fields below
 	written  state
 	at       time.Time
 	complain string
 }
 
-// state is what the cluster is to know.
+// state is what the node object shall show.
 type state struct {
 	verdict gpucheck.Verdict
 	pending string
-	// since is the time of the verdict, where checks have had no verdict for too long.
+	// since is the time of the last verdict if no newer one came within stale; else zero.
 	since time.Time
 }
 
-// stale is how long a verdict is worth something while looks end without one: three looks,
-// and the time that one takes whose probe is given up.
+// stale is how long a verdict counts while checks end without a verdict. It covers three checks at the default
+// interval, and the time of one check whose probe times out.
 const stale = 6 * time.Minute
 
-// same reports whether the cluster would see no difference.
+// same reports whether both states look the same in the cluster.
 func (s state) same(o state) bool {
 	return s.pending == o.pending && s.since.Equal(o.since) && s.verdict.State == o.verdict.State &&
 		s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
 }
 
-// New returns what tells of the node with this name, with the service account that is in
-// a folder ([AccountDir]). taint is the key of the taint that a node has until its driver
-// is ready; "" means none.
+// New returns a reporter for the node with this name. account is the folder of the service account ([AccountDir]).
+// taint is the key of the taint that the node has until its driver is ready; "" means none.
 func New(name, taint, account string, log *slog.Logger) (*Node, error) {
 	api, err := inCluster(account)
 	if err != nil {
@@ -92,7 +90,7 @@ func New(name, taint, account string, log *slog.Logger) (*Node, error) {
 	return &Node{name: name, taint: taint, api: api, log: log, now: time.Now, changed: make(chan struct{}, 1)}, nil
 }
 
-// Report says what was seen of the driver. It does not wait for the cluster.
+// Report records a verdict. It does not wait for the cluster.
 func (n *Node) Report(v gpucheck.Verdict) {
 	n.mu.Lock()
 	n.verdict, n.verdictAt = v, n.now()
@@ -100,8 +98,8 @@ func (n *Node) Report(v gpucheck.Verdict) {
 	n.wake()
 }
 
-// Alive says that a check ended, whatever it came to. Where none comes to a verdict for long,
-// the cluster is to know that nothing is known.
+// Alive records that a check ended, with any result. If the last verdict is too old, the cluster gets the state
+// unknown.
 func (n *Node) Alive() {
 	n.mu.Lock()
 	old := !n.verdictAt.IsZero() && n.now().Sub(n.verdictAt) > stale
@@ -111,8 +109,7 @@ func (n *Node) Alive() {
 	}
 }
 
-// Pending says why another driver is wanted than the one that serves the node; nil means that
-// none is.
+// Pending records why the node needs another driver than the one that serves it; nil means that it does not.
 func (n *Node) Pending(why error) {
 	n.mu.Lock()
 	n.pending = ""
@@ -126,12 +123,12 @@ func (n *Node) Pending(why error) {
 func (n *Node) wake() {
 	select {
 	case n.changed <- struct{}{}:
-	default: // it is awake
+	default: // a wake-up is already queued
 	}
 }
 
-// Run writes what it is told until the context ends. A cluster that does not answer is
-// asked again, in longer and longer pauses.
+// Run writes each change to the cluster until the context ends. If the cluster does not answer, Run tries again with
+// growing pauses.
 func (n *Node) Run(ctx context.Context) error {
 	pause := backoff.NewExponentialBackOff()
 	pause.InitialInterval, pause.MaxInterval = 2*time.Second, 2*time.Minute
@@ -152,7 +149,7 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 }
 
-// Flush writes what was told last, and returns when that is done or the context ends.
+// Flush writes the last state. It returns after the write, or when the context ends.
 func (n *Node) Flush(ctx context.Context) {
 	for n.write(ctx) != nil {
 		select {
@@ -165,7 +162,7 @@ func (n *Node) Flush(ctx context.Context) {
 
 // write writes the last verdict to the node object.
 func (n *Node) write(ctx context.Context) error {
-	for !n.writing.TryLock() { // somebody else writes, in a time that its own context bounds
+	for !n.writing.TryLock() { // another write is running, and its own context bounds its time
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -197,7 +194,7 @@ func (n *Node) write(ctx context.Context) error {
 	return nil
 }
 
-// node is what is read of a node.
+// node has the fields that this program reads of a node object.
 type node struct {
 	Metadata struct {
 		UID string `json:"uid"`
@@ -243,14 +240,14 @@ func (n *Node) patch(ctx context.Context, s state) error {
 		return nil
 	}
 	err := n.event(ctx, have.Metadata.UID, now, s)
-	if denied(err) { // the least that an owner may want to forbid
+	if denied(err) { // Events are the first right that an owner may want to withhold
 		n.log.InfoContext(ctx, "the service account may write no Events", "err", err)
 		return nil
 	}
 	return err
 }
 
-// metadata are the labels and annotations; null takes one away.
+// metadata returns the labels and annotations; null removes one.
 func (s state) metadata() map[string]any {
 	v := s.verdict
 	labels := map[string]any{labelState: string(v.State), labelVersion: nil, labelFlavour: nil}
@@ -281,7 +278,7 @@ func orNull(s string) any {
 	return s
 }
 
-// reasons are the words of the condition for each state.
+// reasons maps each state to the condition's reason.
 var reasons = map[gpucheck.State]string{
 	gpucheck.Ready: "DriverReady", gpucheck.NoDevice: "NoGPU", gpucheck.Unusable: "GPUUnusable",
 	gpucheck.Drifted: "DriverDrifted", gpucheck.Loaded: "DriverNotChecked",
@@ -312,15 +309,14 @@ func (n *Node) condition(s state, have []condition) condition {
 	return c
 }
 
-// maxMessage is the most that an Event's message may have (validation of core/v1 Events).
+// maxMessage is the longest allowed message of an Event in bytes (validation of core/v1 Events).
 const maxMessage = 1000
 
-// cut bounds a text that came from elsewhere: all annotations of a node together may have
-// 256 KiB.
+// cut shortens a text of foreign origin. All annotations of a node together may have 256 KiB.
 func cut(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxMessage)], "") }
 
-// removeTaint takes the startup taint away. The API server compares the taints with those
-// that were read, so that nobody else's is lost.
+// removeTaint removes the startup taint. The API server first compares the node's taints with those that were read, so
+// that no other taint is lost.
 func (n *Node) removeTaint(ctx context.Context, path string, have node) error {
 	if n.taint == "" {
 		return nil
@@ -335,12 +331,12 @@ func (n *Node) removeTaint(ctx context.Context, path string, have node) error {
 	}
 	err := n.api.call(ctx, http.MethodPatch, path, jsonPatch, patch, nil)
 	if conflict(err) {
-		return fmt.Errorf("remove taint %s: the node changed meanwhile: %w", n.taint, err) // the next try reads it anew
+		return fmt.Errorf("remove taint %s: the node changed meanwhile: %w", n.taint, err) // the next try reads it again
 	}
 	return err
 }
 
-// event tells what changed, as kubectl describe node shows it.
+// event writes an Event about a change. kubectl describe node shows it.
 func (n *Node) event(ctx context.Context, uid string, c condition, s state) error {
 	kind := "Warning"
 	if c.Status == "True" || s.verdict.State == gpucheck.Starting {

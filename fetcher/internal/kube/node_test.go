@@ -25,7 +25,7 @@ import (
 
 const manifests = "../../../deploy/kubernetes/"
 
-// object is what the tests look at of a node.
+// object has the fields of a node object that the tests read.
 type object struct {
 	Metadata struct {
 		Labels, Annotations map[string]string
@@ -41,7 +41,7 @@ type object struct {
 	}
 }
 
-// farm is a cluster with our manifests in it, applied twice, and two nodes.
+// farm starts a cluster with two nodes, and applies our manifests twice.
 func farm(t *testing.T) *cluster.Cluster {
 	t.Helper()
 	c := cluster.Start(t)
@@ -82,7 +82,7 @@ func farm(t *testing.T) *cluster.Cluster {
 	return c
 }
 
-// account writes the folder that a pod of the fetcher has on a node.
+// account writes the service account folder of a fetcher pod on a node.
 func account(t *testing.T, c *cluster.Cluster, node string) (dir, token string) {
 	t.Helper()
 	dir, token = t.TempDir(), c.Account("prebake-privileged", "prebake-fetcher", node)
@@ -93,7 +93,7 @@ func account(t *testing.T, c *cluster.Cluster, node string) (dir, token string) 
 	return dir, token
 }
 
-// What a real API server has of a node, after a driver came up.
+// TestCluster checks what a real API server shows of a node after its driver became ready.
 func TestCluster(t *testing.T) {
 	c := farm(t)
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
@@ -142,7 +142,7 @@ func TestCluster(t *testing.T) {
 	until("a GPU does not work", func() bool { _, reason, _ := state(); return reason == "GPUUnusable" })
 	taints := func() (keys []string) {
 		for _, taint := range got.Spec.Taints {
-			if taint.Key != "node.kubernetes.io/not-ready" { // the API server's own, for each new node
+			if taint.Key != "node.kubernetes.io/not-ready" { // the API server sets it on each new node
 				keys = append(keys, taint.Key)
 			}
 		}
@@ -193,7 +193,7 @@ func TestCluster(t *testing.T) {
 	notMore(t, c, token)
 }
 
-// What is told last is written even where the program ends at once.
+// TestFlush checks that the last state is written even if the program ends directly after it.
 func TestFlush(t *testing.T) {
 	c := farm(t)
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
@@ -218,10 +218,10 @@ func TestFlush(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.Report(gpucheck.Verdict{State: gpucheck.Absent})
-	n.Flush(ctx) // ends, whatever happens to the cluster
+	n.Flush(ctx) // Flush must return even if the cluster does not answer
 }
 
-// notMore tries what a stolen token is not to be good for.
+// notMore checks actions that a stolen token must not allow.
 func notMore(t *testing.T, c *cluster.Cluster, token string) {
 	t.Helper()
 	try := c.As(token)
@@ -272,7 +272,7 @@ func notMore(t *testing.T, c *cluster.Cluster, token string) {
 	}
 }
 
-// Every rule of the manifests is needed: without any of them something is missing.
+// TestRightsAreNeeded checks that the manifests grant no unnecessary right: without any one of them, a call is refused.
 func TestRightsAreNeeded(t *testing.T) {
 	c := farm(t)
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
@@ -312,7 +312,7 @@ func TestRightsAreNeeded(t *testing.T) {
 	}
 }
 
-// A program that is in no pod says so at once.
+// TestNoPod checks that New outside of a pod returns an error at once.
 func TestNoPod(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	if _, err := kube.New("n", "", t.TempDir(), slog.Default()); !fault.Is(err, fault.Usage) ||
@@ -321,7 +321,7 @@ func TestNoPod(t *testing.T) {
 	}
 }
 
-// overlay is one with a component.
+// overlay makes an overlay of the base manifests with one component.
 func overlay(t *testing.T, component string) string {
 	t.Helper()
 	base, err := filepath.Abs(manifests)
@@ -344,7 +344,7 @@ func overlay(t *testing.T, component string) string {
 	return dir
 }
 
-// Each overlay renders, and all of it is as the API server has it in its own types.
+// TestOverlays checks that each overlay renders, and that the API server accepts all of it in its own types.
 func TestOverlays(t *testing.T) {
 	c := cluster.Start(t)
 	without := overlay(t, "without-cluster")

@@ -1,6 +1,5 @@
-// Package ldcache lets the programs of a node find a driver's libraries: the folder is
-// named once in the node's /etc/ld.so.conf, and the node's own ldconfig writes the cache
-// anew. It refuses to write that cache by itself.
+// Package ldcache makes a driver's libraries available to the programs of a node. It adds the folder to the node's
+// /etc/ld.so.conf and lets the node's own ldconfig rewrite the cache. It refuses to write that cache itself.
 package ldcache
 
 import (
@@ -19,18 +18,18 @@ import (
 
 const config = "etc/ld.so.conf"
 
-// timeout bounds ldconfig, which has been seen to hang on some filesystems
-// (container-engine-accelerators, issues 57, 71 and 80).
+// timeout bounds the run of ldconfig. On some file systems ldconfig may hang (container-engine-accelerators, issues 57,
+// 71 and 80).
 const timeout = time.Minute
 
-// maxConfig bounds the file; a real one has a line or two.
+// maxConfig bounds ld.so.conf in bytes; a real file has a line or two.
 const maxConfig = 1 << 20
 
-// ErrNone is that a node has no ldconfig: then no program of it uses such a cache.
+// ErrNone means that the node has no ldconfig. Then no program of the node uses the cache.
 var ErrNone = errors.New("the node has no ldconfig")
 
-// Add names a folder, and has the cache written anew. note is called before the folder is
-// named, where it was not.
+// Add adds a folder to ld.so.conf and lets ldconfig rewrite the cache. If the folder is not there yet, Add calls note
+// before it adds the folder.
 func Add(ctx context.Context, node *noderoot.Root, folder string, note func() error) error {
 	var failed error
 	err := change(ctx, node, func(lines []string) []string {
@@ -47,13 +46,13 @@ func Add(ctx context.Context, node *noderoot.Root, folder string, note func() er
 	return errors.Join(failed, err)
 }
 
-// Refresh has the cache written anew.
+// Refresh lets ldconfig rewrite the cache.
 func Refresh(ctx context.Context, node *noderoot.Root) error {
 	return change(ctx, node, func(lines []string) []string { return lines })
 }
 
-// Remove takes the folder out again, if [Add] named it. Each line of that name goes: other
-// installers write one at each run.
+// Remove removes every line with the folder from ld.so.conf, and lets ldconfig rewrite the cache. There may be several
+// such lines, because other installers add one at each run. Callers use it only if [Add] added the folder.
 func Remove(ctx context.Context, node *noderoot.Root, folder string) error {
 	return change(ctx, node, func(lines []string) []string {
 		var rest []string
@@ -88,7 +87,7 @@ func change(ctx context.Context, node *noderoot.Root, edit func([]string) []stri
 			return fmt.Errorf("write %s: %w", config, err)
 		}
 	}
-	// It replaces the cache in one step, and with -X makes no links in the folders.
+	// ldconfig replaces the cache in one step. With -X it makes no links in the folders.
 	return node.Run(ctx, timeout, program, "-X")
 }
 

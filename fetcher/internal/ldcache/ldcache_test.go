@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 )
 
-// library is one of this machine's, for ldconfig to find.
+// library returns a library of this machine, for ldconfig to find.
 func library(t *testing.T) string {
 	t.Helper()
 	found, err := filepath.Glob("/lib/*-linux-gnu/libm.so.6")
@@ -29,13 +29,13 @@ func write(t *testing.T, name string, data []byte, mode os.FileMode) {
 	}
 }
 
-// This machine's own ldconfig writes a node's cache, and reads it back.
+// TestCache lets this machine's own ldconfig write a node's cache and read it back.
 func TestCache(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Skip("needs root: ldconfig runs in the node's root")
 	}
-	ldconfig, err := os.ReadFile("/sbin/ldconfig") // Debian's is linked statically
+	ldconfig, err := os.ReadFile("/sbin/ldconfig") // Debian's ldconfig is statically linked
 	if err != nil {
 		t.Skip("no ldconfig here")
 	}
@@ -83,7 +83,7 @@ func TestCache(t *testing.T) {
 	if want := "include /etc/ld.so.conf.d/*.conf\n# theirs\n/nv/lib64\n"; config() != want {
 		t.Errorf("ld.so.conf is %q; want %q", config(), want)
 	}
-	// What Google's installer writes at each run goes with ours.
+	// Remove must also remove the lines that Google's installer adds at each run.
 	write(t, filepath.Join(root, "etc/ld.so.conf"), []byte(config()+"/nv/lib64\n"), 0o644)
 	if err := ldcache.Remove(t.Context(), node, "/nv/lib64"); err != nil {
 		t.Fatal(err)
@@ -109,7 +109,7 @@ func TestNoLdconfig(t *testing.T) {
 	}
 }
 
-// An ldconfig that fails is said, with its own words.
+// TestFails checks that the error of a failing ldconfig has its own message.
 func TestFails(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

@@ -1,6 +1,6 @@
-// Package listed asks a signed list what it says of an artifact, by the rules of a node's
-// owner. It refuses to take anything away for its own failure: a list that is away, or has
-// expired, keeps out what is new, and nothing that the node has.
+// Package listed checks an artifact against a signed list (snapshot), by the rules of a node's owner. It refuses to
+// withdraw anything because of its own failure: a missing or expired list blocks new artifacts, but not those that the
+// node already has.
 package listed
 
 import (
@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/snapshot"
 )
 
-// Why an artifact is refused; for errors.Is.
+// These are the reasons why an artifact is refused, for errors.Is.
 var (
 	ErrYanked      = errors.New("it was yanked")
 	ErrQuarantined = errors.New("it is in quarantine")
@@ -23,27 +23,27 @@ var (
 	ErrNone        = errors.New("there is no snapshot")
 )
 
-// Rule says what a list is needed for; see policy.Snapshot.
+// Rule says how strictly a list applies; see policy.Snapshot.
 type Rule struct {
 	MaxAge                  time.Duration
 	AllowUnlisted, Optional bool
-	// Client has the list.
+	// Client fetches and verifies the list.
 	Client *snapshot.Client
 
 	mu sync.Mutex
-	// last is what is known, and refreshErr why it could not be read or refreshed.
+	// last is the last valid list. refreshErr is the error of the last attempt to read or refresh it.
 	last       *list
 	read       bool
 	refreshErr error
 }
 
-// list is what decides of a snapshot.
+// list has the parts of a snapshot that Check needs.
 type list struct {
 	version         int64
 	madeAt, expires time.Time
 	published       map[string]struct{}
 	withdrawn       map[string]snapshot.Artifact
-	former          bool // of another root: only what it withdrew counts
+	former          bool // signed under a former root: only its withdrawals count
 }
 
 func listOf(s *snapshot.Snapshot) *list {
@@ -64,7 +64,7 @@ func listOf(s *snapshot.Snapshot) *list {
 	return l
 }
 
-// Refresh takes the newest list. Where that fails, the one before goes on to count.
+// Refresh fetches the newest list. If that fails, the last list stays valid.
 func (r *Rule) Refresh(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -75,8 +75,8 @@ func (r *Rule) Refresh(ctx context.Context) error {
 	return err
 }
 
-// Check implements [trust.Listing]. now is zero for what the node has already: then nothing
-// counts but that somebody withdrew it for good.
+// Check implements [trust.Listing]. The argument now is zero for an artifact that the node already has. Such an
+// artifact is refused only if it was yanked.
 func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -130,21 +130,21 @@ func (r *Rule) withdrawn(a snapshot.Artifact) error {
 	return fault.Wrap(fault.Unverified, fmt.Errorf("snapshot %d says that %w", r.last.version, err), hint)
 }
 
-// absent reports whether an error says that no list holds, or that none could be had: that is
-// what an optional list may be. An answer that was refused is something else.
+// absent reports whether an error says that there is no valid list, or that the source did not answer. Optional
+// tolerates these errors. A list that fails verification is a different error.
 func absent(err error) bool {
 	return fault.Is(err, fault.Transient) || errors.Is(err, ErrNone) || errors.Is(err, ErrStale) ||
 		errors.Is(err, snapshot.ErrExpired)
 }
 
-// skew is how far a list may be ahead of this machine's clock.
+// skew is how far a list's time may be ahead of this machine's clock.
 const skew = 24 * time.Hour
 
-// usable says why the list that is known does not do for something new.
+// usable returns the reason why the last list cannot decide about a new artifact; nil means that it can.
 func (r *Rule) usable(now time.Time) error {
 	kind, hint := fault.Unverified, ""
 	if r.refreshErr != nil {
-		// A server that answers with something else than was signed is not passed over.
+		// A list that fails verification is never ignored.
 		if kind = fault.Of(r.refreshErr); kind != fault.Transient {
 			return r.refreshErr
 		}

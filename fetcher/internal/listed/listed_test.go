@@ -18,8 +18,8 @@ var start = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 func digest(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 
-// What a rule says of digests 1 (published), 2 (yanked), 3 (in quarantine) and 4 (not in the
-// list), for what is new and for what the node has.
+// TestCheck checks the verdicts on digests 1 (published), 2 (yanked), 3 (in quarantine) and 4 (not in the list), for
+// new artifacts and for those that the node already has.
 func TestCheck(t *testing.T) {
 	t.Parallel()
 	farm := snapshots.New(t, start)
@@ -38,12 +38,13 @@ func TestCheck(t *testing.T) {
 	const day = 24 * time.Hour
 	all := func(err error) [4]error { return [4]error{err, listed.ErrYanked, listed.ErrQuarantined, err} }
 	for name, row := range map[string]struct {
-		rule *listed.Rule // nil is the strictest
-		// seen is that the node had the list before; from is where it asks then, if anywhere.
+		rule *listed.Rule // nil is the strictest rule
+		// seen is true if the node fetched the list before. from is the source that the node asks next; it may be
+		// unreachable.
 		seen  bool
 		from  string
 		after time.Duration
-		fresh [4]error // what is said of something new
+		fresh [4]error // the verdicts on new artifacts
 		kind  fault.Kind
 	}{
 		"the newest list": {from: farm.Dir,
@@ -93,7 +94,7 @@ func TestCheck(t *testing.T) {
 			}
 			now = now.Add(row.after)
 			rule.Client = client(row.from)
-			_ = rule.Refresh(t.Context()) // what went wrong is told below
+			_ = rule.Refresh(t.Context()) // the calls of Check below report the error
 			kind := row.kind
 			if kind == fault.Internal {
 				kind = fault.Unverified
@@ -118,8 +119,8 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// A node that starts anew under another root goes on to refuse what was yanked under the former
-// one, and takes nothing for published in that list.
+// TestAnotherRoot checks a node whose trusted root was replaced. The node still refuses what was yanked under the
+// former root, but no longer accepts the list's published artifacts.
 func TestAnotherRoot(t *testing.T) {
 	t.Parallel()
 	farm, next := snapshots.New(t, start), snapshots.New(t, start)
@@ -161,7 +162,7 @@ func TestAnotherRoot(t *testing.T) {
 	}
 }
 
-// The reason and the way out are told.
+// TestWords checks that the error has the reason and the hint has the replacement.
 func TestWords(t *testing.T) {
 	t.Parallel()
 	farm := snapshots.New(t, start)

@@ -13,24 +13,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// EnterCommand is the first argument by which this program starts another one with an
-// unpacked image as its root: EnterCommand ROOT FOLDER… -- PROGRAM ARGUMENT…
-// The folders are there as well, at their own paths. See [Enter].
+// EnterCommand is the first argument with which this program starts itself, to run another program with an unpacked
+// image as its root. The command line is:
+//
+//	EnterCommand ROOT FOLDER… -- PROGRAM ARGUMENT…
+//
+// The folders are available there at their own paths. See [Enter].
 const EnterCommand = "in-image"
 
-// keptVariables are variables of the environment that a program in an image sees.
+// keptVariables are the environment variables that a program in an image gets.
 var keptVariables = []string{"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"}
 
-// hostFiles are files of this container that an image has to go by: names, and the
-// authorities that its owner trusts.
+// hostFiles are files of this container that replace those of an image: the name resolution, and the certificate
+// authorities that the node's owner trusts.
 var hostFiles = []string{"/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt"}
 
-// Enter makes an image the root of this process, and becomes the program. It only returns
-// an error. It has to be called in a mount namespace of its own: what is mounted goes with
-// it. ROOT and the folders are real paths, without links.
+// Enter makes an image the root of this process, and then executes the program. It returns only on an error. The caller
+// must start it in its own mount namespace, so that the mounts disappear with the process. ROOT and the folders must be
+// paths without symbolic links.
 //
-// A chroot would be less work, but the kernel gives a process in a chroot no user
-// namespaces (user_namespaces(7)), and the builder's sandbox needs one.
+// A chroot would be simpler. But the kernel permits no user namespaces in a chroot (user_namespaces(7)), and the
+// builder's sandbox needs one.
 func Enter(args []string) error {
 	end := slices.Index(args, "--")
 	if end < 1 || end+1 >= len(args) {
@@ -55,15 +58,15 @@ func Enter(args []string) error {
 	return nil
 }
 
-// mounts puts into an image what its programs need of this machine.
+// mounts mounts into an image the folders and files of this machine that its programs need.
 func mounts(root string, folders []string) error {
 	folders = outermost(append([]string{"/proc", "/dev"}, folders...))
 	files := slices.DeleteFunc(slices.Clone(hostFiles), func(file string) bool {
 		_, err := os.Stat(file)
 		return errors.Is(err, fs.ErrNotExist)
 	})
-	// All places are made before anything is mounted on one: from then on a path may lead
-	// into a folder of this machine, where nothing is to be changed.
+	// Make all mount points before the first mount. After a mount, a path may lead into a folder of this machine, where
+	// nothing must change.
 	for _, dir := range append(folders, "/tmp") {
 		if err := makeMountPoint(root, dir, true); err != nil {
 			return err
@@ -74,7 +77,7 @@ func mounts(root string, folders []string) error {
 			return err
 		}
 	}
-	// Nothing of this is to be seen outside.
+	// No mount must be visible outside this process.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("keep mounts private: %w", err)
 	}
@@ -87,7 +90,7 @@ func mounts(root string, folders []string) error {
 	}
 	for _, dir := range folders {
 		at := filepath.Join(root, dir)
-		if err := os.MkdirAll(at, 0o755); err != nil { // below /tmp, which is empty now
+		if err := os.MkdirAll(at, 0o755); err != nil { // for folders below /tmp, which is empty now
 			return err
 		}
 		if err := bind(dir, at); err != nil {
@@ -102,7 +105,7 @@ func mounts(root string, folders []string) error {
 	return nil
 }
 
-// outermost leaves out folders that are below others.
+// outermost returns the folders without those that are below others.
 func outermost(folders []string) []string {
 	var all []string
 	for _, f := range folders {
@@ -116,8 +119,8 @@ func outermost(folders []string) []string {
 	return all
 }
 
-// makeMountPoint makes a folder or a file in an image, as a place for a mount. Links of the image on
-// the way there go: what is mounted is to be where it is outside.
+// makeMountPoint makes a folder or a file in an image as a mount point. It removes symbolic links of the image on the
+// way there, because the mount must have the same path as outside.
 func makeMountPoint(root, path string, dir bool) error {
 	at := root
 	for part := range strings.SplitSeq(strings.Trim(path, "/"), "/") {
@@ -141,8 +144,7 @@ func makeMountPoint(root, path string, dir bool) error {
 	return f.Close()
 }
 
-// bind mounts a folder at another place, and has programs run from there: COS mounts its
-// stateful partition noexec.
+// bind mounts a folder at another place and allows exec there, because COS mounts its stateful partition noexec.
 func bind(dir, at string) error {
 	if err := unix.Mount(dir, at, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("mount %s: %w", dir, err)
@@ -154,13 +156,12 @@ func bind(dir, at string) error {
 	if err := unix.Statfs(at, &st); err != nil {
 		return fmt.Errorf("mount %s: %w", dir, err)
 	}
-	// Also of what is mounted below it; Linux 5.12 and later.
+	// AT_RECURSIVE also covers the mounts below the folder. It needs Linux 5.12.
 	if err := unix.MountSetattr(unix.AT_FDCWD, at, unix.AT_RECURSIVE,
 		&unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_NOEXEC}); err == nil {
 		return nil
 	}
-	// The low four bits of statfs's flags and of mount's are the same: read-only, nosuid,
-	// nodev, noexec.
+	// The low four bits have the same meaning in the flags of statfs and of mount: read-only, nosuid, nodev, noexec.
 	keep := uintptr(st.Flags) & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
 	if st.Flags&unix.ST_NOEXEC == 0 {
 		return nil
@@ -171,7 +172,7 @@ func bind(dir, at string) error {
 	return nil
 }
 
-// pivot makes the image the root, and lets the old one go.
+// pivot makes the image the root and unmounts the old root.
 func pivot(root string) error {
 	old := filepath.Join(root, ".old-root")
 	if err := os.MkdirAll(old, 0o700); err != nil {

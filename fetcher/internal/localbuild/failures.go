@@ -11,15 +11,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// failures stores what cannot be compiled on this node: a driver that does not know the
-// kernel's interface will not know it in ten minutes. It is a help, and no more than that:
-// what cannot be read is none.
+// failures stores the last failed compile of this node. A driver that does not support the kernel's interface will not
+// support it ten minutes later either. The file is only a help: a file that cannot be read counts as empty.
 type failures struct {
 	file    string
-	builder string // which one failed, out of which mirrors
+	builder string // the builder that failed, and its mirrors
 }
 
-// failure is one of them.
+// failure is one failed compile.
 type failure struct {
 	Cell    string     `json:"cell"`
 	Builder string     `json:"builder"`
@@ -29,14 +28,14 @@ type failure struct {
 	At      time.Time  `json:"at"`
 }
 
-// failureAge is how long one counts: mirrors and builders change.
+// failureAge is how long a failure counts. Mirrors and builders may change after that.
 const failureAge = 24 * time.Hour
 
 func (b Builder) failures() failures {
 	f := failures{file: filepath.Join(b.StateDir, "failed.json"), builder: b.KernelMirror + " " + b.DriverMirror + " "}
 	if b.Image != nil {
 		f.builder += b.Image.Digest
-	} else if info, err := os.Stat(b.Program); err == nil { // another release has the same name
+	} else if info, err := os.Stat(b.Program); err == nil { // size and time, because another release has the same name
 		f.builder += fmt.Sprintf("%s %d %d", b.Program, info.Size(), info.ModTime().UnixNano())
 	}
 	return f
@@ -46,7 +45,7 @@ func cell(q resolve.Question) string {
 	return fmt.Sprintf("%s/%s %s %s", q.Kernel.BuildID, q.Kernel.Board, q.Wish, q.Flavour)
 }
 
-// known returns why this was not to be compiled a while ago.
+// known returns the error of a recent failure of the same compile.
 func (f failures) known(q resolve.Question) error {
 	raw, err := os.ReadFile(f.file)
 	var last failure
@@ -68,7 +67,7 @@ func (f failures) known(q resolve.Question) error {
 	)
 }
 
-// remember keeps an error that will be the same the next time.
+// remember stores an error that the next compile would repeat.
 func (f failures) remember(q resolve.Question, err error) error {
 	if !fault.Is(err, fault.APIBreak) && !fault.Is(err, fault.Unsupported) {
 		return nil

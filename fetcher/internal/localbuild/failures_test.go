@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// What did not compile is not compiled again and again: of the same driver, by the same
-// builder, unless somebody says so.
+// TestFailuresAreRemembered checks that a failed compile of the same driver by the same builder is not repeated, except
+// with Retry.
 func TestFailuresAreRemembered(t *testing.T) {
 	t.Parallel()
 	b := script(t, `echo "error: too few arguments" >&2; echo "hint:  take another" >&2; exit 23`)
@@ -32,7 +32,7 @@ func TestFailuresAreRemembered(t *testing.T) {
 		{"the second time", false, "R535", 1},
 		{"once more, by hand", true, "R535", 2},
 		{"another driver", false, "R550", 3},
-		{"and the first again", false, "R535", 4}, // one is stored
+		{"and the first again", false, "R535", 4}, // only the last failure is stored
 	} {
 		q := question
 		q.Wish = target.Wish(row.wish)

@@ -17,36 +17,35 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Image is a container image that has the builder and the tools that it runs. It is pulled
-// when something has to be compiled, and removed when that is done.
+// Image is a container image with the builder and its tools. It is pulled for a compile and removed afterwards.
 type Image struct {
 	Repository interface {
 		PullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error)
 	}
-	// Digest is the image's, or that of an index; it is all that vouches for it.
+	// Digest is the digest of the image or of an index. It is the only protection of the image's integrity.
 	Digest string
 }
 
-// imageFolder is where an image is below the state folder while it is used, and imageLock
-// is held as long.
+// imageFolder is the folder of the unpacked image below the state folder. imageLock is held as long as the folder is in
+// use.
 const (
 	imageFolder = "builder-image"
 	imageLock   = "builder-image.lock"
 )
 
-// Sweep removes an image that a run left in the state folder which was killed.
+// Sweep removes an image that a killed run left in the state folder.
 func Sweep(stateDir string) error {
 	if _, err := os.Stat(filepath.Join(stateDir, imageFolder)); err != nil {
 		return nil //nolint:nilerr // there is none
 	}
 	lock := flock.New(filepath.Join(stateDir, imageLock))
 	if held, err := lock.TryLock(); err != nil || !held {
-		return err // somebody compiles
+		return err // another process compiles
 	}
 	return errors.Join(os.RemoveAll(filepath.Join(stateDir, imageFolder)), lock.Unlock())
 }
 
-// mayEnter says early why an image could not be started.
+// mayEnter returns an error early if this process lacks the capability to start an image.
 func mayEnter() error {
 	var caps [2]unix.CapUserData
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
@@ -60,7 +59,8 @@ func mayEnter() error {
 	return nil
 }
 
-// unpack pulls the image, and returns the folder of its root and the program that it starts.
+// unpack pulls the image and unpacks it. It returns the root folder, the image's entry point, and a function that
+// removes the image.
 func (i Image) unpack(ctx context.Context, stateDir string) (root, program string, remove func() error, err error) {
 	if err := mayEnter(); err != nil {
 		return "", "", nil, err
@@ -78,7 +78,7 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 			err = fmt.Errorf("unpack the builder's image: %w", errors.Join(err, remove()))
 		}
 	}()
-	if err := os.RemoveAll(dir); err != nil { // a run that was killed left it
+	if err := os.RemoveAll(dir); err != nil { // a killed run left it
 		return "", "", remove, err
 	}
 	blobs, root := filepath.Join(dir, "blobs"), filepath.Join(dir, "root")
@@ -114,6 +114,6 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	} else if err != nil {
 		return "", "", remove, err
 	}
-	// Programs in it run as other users, too.
+	// Some programs in the image run as other users.
 	return root, config.Config.Entrypoint[0], remove, errors.Join(os.Chmod(root, 0o755), os.RemoveAll(blobs))
 }

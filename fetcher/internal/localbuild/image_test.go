@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestMain lets this program be what starts a program in an image, and that program.
+// TestMain lets the test binary act as the program that enters an image, and as the builder in the image.
 func TestMain(m *testing.M) {
 	switch {
 	case len(os.Args) > 1 && os.Args[1] == localbuild.EnterCommand:
@@ -39,7 +39,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// imageBuilder is the builder in the image of these tests. It tells what it sees.
+// imageBuilder is the builder in the image of these tests. It prints what it sees.
 func imageBuilder() {
 	if os.Args[1] == "keygen" {
 		for _, name := range []string{os.Args[2], os.Args[2] + ".pub"} {
@@ -57,7 +57,7 @@ func imageBuilder() {
 		return strings.TrimSpace(string(raw))
 	}
 	names := func(dir string) []string {
-		entries, _ := os.ReadDir(dir) // none is told as none
+		entries, _ := os.ReadDir(dir) // an unreadable folder counts as empty
 		var all []string
 		for _, e := range entries {
 			all = append(all, e.Name())
@@ -79,7 +79,7 @@ func imageBuilder() {
 	fmt.Println(`{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}`)
 }
 
-// layer makes an image layer of these entries.
+// layer makes an image layer with these entries.
 func layer(t *testing.T, entries ...any) v1.Layer {
 	t.Helper()
 	var b bytes.Buffer
@@ -116,7 +116,7 @@ func layer(t *testing.T, entries ...any) v1.Layer {
 
 func second(_ int, err error) error { return err }
 
-// image puts an image with this test's program into a registry.
+// image puts an image with this test binary into a registry.
 func image(t *testing.T, entrypoint []string, more ...v1.Layer) (*registry.Repository, string) {
 	t.Helper()
 	self, err := os.ReadFile("/proc/self/exe")
@@ -162,7 +162,7 @@ func TestBuildInImage(t *testing.T) {
 	}
 	repo, digest := image(t, []string{"/usr/local/bin/image-builder"})
 	t.Run("plain", func(t *testing.T) { buildInImage(t, repo, digest, t.TempDir()) })
-	// COS mounts the partition with the state folder so.
+	// COS mounts the partition with the state folder noexec.
 	t.Run("noexec", func(t *testing.T) {
 		dir := t.TempDir()
 		if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOEXEC|unix.MS_NOSUID|unix.MS_NODEV, ""); err != nil {
@@ -181,8 +181,8 @@ func TestBuildInImage(t *testing.T) {
 	})
 }
 
-// buildInImage compiles below a folder, whose cache is a link to another place, as where
-// somebody gave it a disk of its own.
+// buildInImage compiles below a folder. Its cache is a link to another place, as on a machine with a separate disk for
+// the cache.
 func buildInImage(t *testing.T, repo *registry.Repository, digest, dir string) {
 	mirror := filepath.Join(dir, "mirror")
 	if err := os.Mkdir(mirror, 0o755); err != nil {
@@ -271,7 +271,8 @@ func TestImageRefused(t *testing.T) {
 	}
 }
 
-// What a killed run left goes at the next start, and not under one that compiles.
+// TestSweep checks that the next start removes the image that a killed run left, but not the image of a running
+// compile.
 func TestSweep(t *testing.T) {
 	t.Parallel()
 	state := t.TempDir()

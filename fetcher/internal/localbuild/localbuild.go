@@ -1,7 +1,6 @@
-// Package localbuild compiles a driver on the node itself by running the builder:
-// the same code path as on the farm. What it makes is signed with a key that
-// only this node has and that is trusted for the node's own folder alone. It
-// refuses to know how a driver is compiled.
+// Package localbuild compiles a driver on the node itself. It runs the builder, so the code path is the same as on the
+// farm. It signs the artifact with a key that only this node has. That key is trusted only for the node's own
+// artifacts. The package refuses to know how a driver is compiled.
 package localbuild
 
 import (
@@ -27,32 +26,31 @@ import (
 
 // Builder runs the builder program.
 type Builder struct {
-	// Program is the builder.
+	// Program is the path of the builder program.
 	Program string
-	// Image has the builder in place of Program; nil means that there is one.
+	// Image is a container image with the builder, in place of Program; nil means that Program is used.
 	Image *Image
-	// StateDir is a folder for the node's key and its artifacts.
+	// StateDir is the folder for the node's key and its artifacts.
 	StateDir string
-	// CacheDir is the builder's cache.
+	// CacheDir is the folder of the builder's cache.
 	CacheDir string
-	// KernelMirror and DriverMirror are where the inputs are; "" leaves them to
-	// the builder's own defaults.
+	// KernelMirror and DriverMirror are the sources of the inputs; "" means the builder's own defaults.
 	KernelMirror, DriverMirror string
-	// Retry compiles what lately did not compile.
+	// Retry compiles again even after a recent failure.
 	Retry bool
-	// Progress gets the builder's progress lines; may be nil.
+	// Progress receives the builder's progress lines; it may be nil.
 	Progress func(line string)
 
-	root string // of the unpacked image
+	root string // the root folder of the unpacked image
 }
 
-// grace is how long a builder may clean up after it was told to stop.
+// grace is how long a builder may clean up after SIGTERM.
 const grace = 30 * time.Second
 
-// Layout returns the reference of the node's own artifacts.
+// Layout returns the reference of the OCI layout with the node's own artifacts.
 func (b Builder) Layout() string { return "oci:" + filepath.Join(b.StateDir, "local") }
 
-// PublicKey returns the public half of the key of the node with this state folder.
+// PublicKey returns the public half of the node's key in this state folder.
 func PublicKey(stateDir string) ([]byte, error) {
 	pem, err := os.ReadFile(keyIn(stateDir) + ".pub")
 	if err != nil {
@@ -62,14 +60,14 @@ func PublicKey(stateDir string) ([]byte, error) {
 	return pem, nil
 }
 
-// Both halves of the node's key are in one folder, which gets its name when they are there:
-// a run that is killed leaves no half of a pair, nor halves of two.
+// Both halves of the node's key are in one folder. The folder is renamed to its final name when both exist. A killed
+// run therefore leaves neither half a pair nor halves of two pairs.
 const (
 	keyFolder = "node-key"
 	keyFile   = "local.key"
 )
 
-// keyIn returns the key's file; older releases had it in the state folder itself.
+// keyIn returns the path of the key file. Older releases had it in the state folder itself.
 func keyIn(stateDir string) string {
 	key := filepath.Join(stateDir, keyFolder, keyFile)
 	old := filepath.Join(stateDir, keyFile)
@@ -80,7 +78,7 @@ func keyIn(stateDir string) string {
 	return key
 }
 
-// key returns the node's key, and makes it where there is none that is whole.
+// key returns the path of the node's key. It makes a new pair if there is no complete one.
 func (b Builder) key(ctx context.Context) (string, error) {
 	if key := keyIn(b.StateDir); completePEM(key) && completePEM(key+".pub") {
 		return key, nil
@@ -101,15 +99,15 @@ func (b Builder) key(ctx context.Context) (string, error) {
 	return filepath.Join(folder, keyFile), nil
 }
 
-// completePEM reports whether a file is there and ends as a PEM file does.
+// completePEM reports whether a file exists and begins and ends as a PEM file does.
 func completePEM(name string) bool {
 	text, err := os.ReadFile(name)
 	return err == nil && bytes.HasPrefix(text, []byte("-----BEGIN ")) &&
 		bytes.HasSuffix(bytes.TrimSpace(text), []byte("-----"))
 }
 
-// Build compiles and returns the artifact in the node's own layout. An error
-// has the kind that the builder's exit code stands for.
+// Build compiles the driver and returns the artifact in the node's own layout. An error has the kind of the builder's
+// exit code.
 func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answer, err error) {
 	if err := os.MkdirAll(b.StateDir, 0o700); err != nil {
 		return resolve.Answer{}, fmt.Errorf("make state folder: %w", err)
@@ -137,13 +135,13 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 	if err != nil {
 		return resolve.Answer{}, err
 	}
-	// What an earlier run published here is in the install folder, or is of no use.
+	// Artifacts of earlier runs are already in the install folder, or useless.
 	if err := os.RemoveAll(strings.TrimPrefix(b.Layout(), "oci:")); err != nil {
 		return resolve.Answer{}, fmt.Errorf("clear the node's own layout: %w", err)
 	}
 	flavour := q.Flavour
 	if flavour == resolve.Auto {
-		flavour = string(target.Proprietary) // every release that compiles at all on an old kernel has it
+		flavour = string(target.Proprietary) // every release that compiles on an old kernel has this flavour
 	}
 	args := []string{
 		"build", "--build-id", q.Kernel.BuildID, "--board", q.Kernel.Board, "--driver", string(q.Wish), "--flavour", flavour,
@@ -171,7 +169,7 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 		Digest: res.Digest}, nil
 }
 
-// maxOutput bounds what is kept of the builder's result.
+// maxOutput bounds the builder's result in bytes.
 const maxOutput = 4 << 20
 
 // run runs the builder and returns its stdout.
@@ -210,8 +208,8 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 	return stdout.Bytes(), nil
 }
 
-// real replaces paths by those that have no links on the way: a program in an image sees
-// these folders at the same paths, and not the links that lead there.
+// real replaces the folders by their paths without symbolic links. A program in an image sees these folders at the same
+// paths, but not the links to them.
 func (b *Builder) real() error {
 	if b.Image == nil {
 		return nil
@@ -245,7 +243,7 @@ func (b *Builder) real() error {
 	return nil
 }
 
-// command runs the builder, or this program, which starts it in its image.
+// command returns the command that runs the builder. With an image, this program starts itself to enter the image.
 func (b Builder) command(ctx context.Context, args []string) (*exec.Cmd, error) {
 	if b.root == "" {
 		cmd := exec.CommandContext(ctx, b.Program, args...)
@@ -269,7 +267,7 @@ func (b Builder) command(ctx context.Context, args []string) (*exec.Cmd, error) 
 // messages are the builder's own error and hint lines.
 type messages struct{ err, hint string }
 
-// follow passes lines on and keeps the error and the hint among them.
+// follow passes progress lines on, and keeps the last error and hint.
 func (b Builder) follow(r io.Reader) (w messages) {
 	lines := bufio.NewScanner(r)
 	lines.Buffer(make([]byte, 0, 4096), 1<<20)
@@ -284,11 +282,11 @@ func (b Builder) follow(r io.Reader) (w messages) {
 			b.Progress(line)
 		}
 	}
-	_, _ = io.Copy(io.Discard, r) // a line beyond the bound must not block the builder
+	_, _ = io.Copy(io.Discard, r) // a line longer than the buffer must not block the builder
 	return w
 }
 
-// fault turns the builder's end back into an error of its kind.
+// fault converts the builder's exit status into an error of the same kind.
 func (w messages) fault(exit int) error {
 	if w.err == "" {
 		w.err = fmt.Sprintf("the builder ended with status %d", exit)

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// script stands for the builder; it notes how it was called.
+// script returns a Builder that runs a shell script. The script records its calls.
 func script(t *testing.T, body string) localbuild.Builder {
 	t.Helper()
 	dir := t.TempDir()
@@ -35,7 +35,7 @@ func TestBuild(t *testing.T) {
 	b := script(t, `echo "  ok  compile" >&2; echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`)
 	var said []string
 	b.Progress = func(line string) { said = append(said, line) }
-	for range 2 { // the second time the key is there
+	for range 2 { // the second time the key exists
 		a, err := b.Build(t.Context(), question)
 		if err != nil {
 			t.Fatal(err)
@@ -96,7 +96,7 @@ func TestBuildFails(t *testing.T) {
 
 func TestBuildStops(t *testing.T) {
 	t.Parallel()
-	// The builder is told to stop as soon as it says that it runs.
+	// The test stops the builder as soon as it prints that it runs.
 	b := script(t, `trap 'exit 0' TERM; echo running >&2; while :; do sleep 0.05; done`)
 	ctx, cancel := context.WithCancel(t.Context())
 	b.Progress = func(string) { cancel() }
@@ -105,8 +105,8 @@ func TestBuildStops(t *testing.T) {
 	}
 }
 
-// N20 of the second look: a key of which a killed run wrote one half, or nothing, is
-// made again, and what an earlier run published does not pile up.
+// TestHalfAKey checks that an incomplete key of a killed run is replaced by a new one. It also checks that artifacts of
+// an earlier run are removed.
 func TestHalfAKey(t *testing.T) {
 	t.Parallel()
 	const pem = "-----BEGIN X-----\n-----END X-----\n"

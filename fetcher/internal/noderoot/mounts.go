@@ -10,13 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNamespace is that the node's mount namespace cannot be told from here.
+// ErrNamespace means that this program cannot enter the node's mount namespace.
 var ErrNamespace = errors.New("the node's mounts cannot be reached from this container")
 
-// Mounts does something that sees and changes the node's own mounts, with the node's own
-// names for files: what is mounted in a container stays there. Where this program is in the
-// node's namespace, do is called as it is, and inside is false. The error is
-// [ErrNamespace] where do was not called.
+// Mounts calls do where it sees and changes the node's own mounts, under the node's own file names. A mount that a
+// container makes for itself would stay in the container. If this program is already in the node's namespace, Mounts
+// calls do directly and inside is false. The error is [ErrNamespace] if do was not called.
 func (r *Root) Mounts(do func() error) (inside bool, err error) {
 	theirs, err := r.namespace()
 	if err != nil {
@@ -36,15 +35,16 @@ func (r *Root) Mounts(do func() error) (inside bool, err error) {
 	}
 	done := make(chan error, 1)
 	go func() {
-		// The thread ends with this: it must not come back to others from another namespace.
+		// The goroutine ends with its thread locked, so the thread ends, too. No other goroutine may run in another
+		// namespace.
 		runtime.LockOSThread()
 		done <- within(theirs, do)
 	}()
 	return true, <-done
 }
 
-// namespace opens the node's. A link of /proc leads out of every root, to what it stands
-// for, so that the folder that has it is opened first.
+// namespace opens the node's mount namespace. [os.Root] refuses the magic links of /proc, because they lead out of
+// every root. Therefore namespace opens the link's folder first.
 func (r *Root) namespace() (*os.File, error) {
 	dir, err := r.root.Open("proc/1/ns")
 	if err != nil {
@@ -58,9 +58,9 @@ func (r *Root) namespace() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "proc/1/ns/mnt"), nil
 }
 
-// within does something in another mount namespace, on this thread.
+// within calls do in another mount namespace, on this thread.
 func within(namespace *os.File, do func() error) error {
-	if err := unix.Unshare(unix.CLONE_FS); err != nil { // the root and folder of this thread alone
+	if err := unix.Unshare(unix.CLONE_FS); err != nil { // give this thread its own root and working directory
 		return fmt.Errorf("%w: unshare: %w", ErrNamespace, err)
 	}
 	if err := unix.Setns(int(namespace.Fd()), unix.CLONE_NEWNS); err != nil {

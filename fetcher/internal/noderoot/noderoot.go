@@ -1,7 +1,6 @@
-// Package noderoot is the one handle on a node's file system, which is mounted somewhere
-// in the container that this program runs in. It names files as the node does, and follows
-// links as the node does: one that is absolute begins at the node's root. It refuses to
-// leave that root, whatever a link says and whoever changes it meanwhile.
+// Package noderoot gives access to a node's file system, which is mounted somewhere in this program's container. It
+// uses the node's file names and follows links as the node does: an absolute link begins at the node's root. It refuses
+// to leave that root, whatever a link says and whoever changes it meanwhile.
 package noderoot
 
 import (
@@ -20,8 +19,7 @@ type Root struct {
 	root *os.Root
 }
 
-// Open opens the folder where a node's root is mounted; "/" is the node that this program
-// runs on.
+// Open opens the folder where a node's root is mounted. With "/" the node is the machine on which this program runs.
 func Open(dir string) (*Root, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -33,11 +31,11 @@ func Open(dir string) (*Root, error) {
 // Close releases the folder.
 func (r *Root) Close() error { return r.root.Close() }
 
-// Dir is the folder where the node's root is mounted, for a change of root.
+// Dir returns the folder where the node's root is mounted, for chroot.
 func (r *Root) Dir() string { return r.dir }
 
-// Path returns what a file or folder of the node is called on this side, for programs that
-// this one starts here. Links in it are followed now, and not again.
+// Path returns the path of a node's file or folder in this program's root, for child processes. It follows links now; a
+// link that changes later has no effect.
 func (r *Root) Path(name string) (string, error) {
 	at, err := r.follow(name)
 	return filepath.Join(r.dir, at), err
@@ -46,7 +44,7 @@ func (r *Root) Path(name string) (string, error) {
 // Folder opens a folder of the node.
 func (r *Root) Folder(name string) (*os.Root, error) { return through(r, name, r.root.OpenRoot) }
 
-// MakeFolder makes a folder, and those above it, where it is missing.
+// MakeFolder makes a folder and its missing parents.
 func (r *Root) MakeFolder(name string, mode fs.FileMode) error {
 	at, err := r.follow(name)
 	if err != nil {
@@ -55,7 +53,7 @@ func (r *Root) MakeFolder(name string, mode fs.FileMode) error {
 	return r.root.MkdirAll(at, mode)
 }
 
-// Exists reports whether there is something of that name, at the end of any links.
+// Exists reports whether a file of that name exists. It follows links.
 func (r *Root) Exists(name string) bool {
 	_, err := through(r, name, r.root.Stat)
 	return err == nil
@@ -66,10 +64,10 @@ func (r *Root) OpenFile(name string, flag int, mode fs.FileMode) (*os.File, erro
 	return through(r, name, func(at string) (*os.File, error) { return r.root.OpenFile(at, flag, mode) })
 }
 
-// Lstat examines a name and not at what it leads to.
+// Lstat examines a name itself. It does not follow a link of that name.
 func (r *Root) Lstat(name string) (fs.FileInfo, error) { return inParent(r, name, r.root.Lstat) }
 
-// Set writes a file that is there, such as a parameter of the kernel.
+// Set writes an existing file, such as a parameter of the kernel.
 func (r *Root) Set(name string, value []byte) error {
 	f, err := r.OpenFile(name, os.O_WRONLY|os.O_TRUNC, 0)
 	if err != nil {
@@ -79,14 +77,13 @@ func (r *Root) Set(name string, value []byte) error {
 	return errors.Join(err, f.Close())
 }
 
-// FS are the node's files, to be read.
+// FS returns a read-only view of the node's files.
 func (r *Root) FS() fs.FS { return files{r} }
 
-// clean makes a name of the node one below the root.
+// clean converts a name of the node to a relative path below the root.
 func clean(name string) string { return path.Join(".", path.Clean("/" + name)[1:]) }
 
-// follow returns the name at the end of all links, below the root. What does not exist is
-// named all the same.
+// follow returns the name after all links, relative to the root. The file need not exist.
 func (r *Root) follow(name string) (string, error) {
 	at, err := securejoin.SecureJoinVFS("", name, links{r.root})
 	if err != nil {
@@ -95,15 +92,14 @@ func (r *Root) follow(name string) (string, error) {
 	return clean(at), nil
 }
 
-// links are what [securejoin] asks about.
+// links implements the file system interface of [securejoin].
 type links struct{ root *os.Root }
 
 func (l links) Lstat(name string) (fs.FileInfo, error) { return l.root.Lstat(clean(name)) }
 func (l links) Readlink(name string) (string, error)   { return l.root.Readlink(clean(name)) }
 
-// through does something with a name, and where that does not lead there, as over an
-// absolute link, with the name at the end of all links. The [os.Root] holds either below
-// the node's root.
+// through calls do with a name. If that fails, for example on an absolute link, it calls do with the name after all
+// links. [os.Root] keeps both names below the node's root.
 func through[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
 	name = clean(name)
 	v, err := do(name)
@@ -117,19 +113,19 @@ func through[T any](r *Root, name string, do func(string) (T, error)) (T, error)
 	return do(at)
 }
 
-// inParent does something with a name whose last part is not followed.
+// inParent calls do with a name. It follows links in the parent folders, but not in the last part.
 func inParent[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
 	name = clean(name)
 	return through(r, path.Dir(name), func(dir string) (T, error) { return do(path.Join(dir, path.Base(name))) })
 }
 
-// files is a [fs.FS] that follows links as the node does.
+// files is an [fs.FS] that follows links as the node does.
 type files struct{ r *Root }
 
 func (f files) Open(name string) (fs.File, error) {
 	file, err := through(f.r, name, f.r.root.Open)
 	if err != nil {
-		return nil, err // not a nil pointer in an interface
+		return nil, err // a nil *os.File in an interface would not equal nil
 	}
 	return file, nil
 }

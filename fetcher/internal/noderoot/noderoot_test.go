@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 )
 
-// The kernel has its own way to read below another root, openat2 with RESOLVE_IN_ROOT:
-// whatever folders and links lie there, both find the same file or none.
+// TestFollowsAsTheKernelDoes compares this package with the kernel's own way to read below another root, openat2 with
+// RESOLVE_IN_ROOT. With random folders and links, both must find the same file or none.
 func TestFollowsAsTheKernelDoes(t *testing.T) {
 	t.Parallel()
 	found := 0
@@ -60,7 +60,7 @@ func TestFollowsAsTheKernelDoes(t *testing.T) {
 	}
 }
 
-// tree makes folders, files and links of each kind, and returns names to ask for.
+// tree makes random folders, files and links, and returns names to ask for.
 func tree(t *testing.T, random *rand.Rand, dir string) (names []string) {
 	t.Helper()
 	folders := []string{"."}
@@ -85,11 +85,11 @@ func tree(t *testing.T, random *rand.Rand, dir string) (names []string) {
 				to = "../../../../.." + path.Join("/", to)
 			}
 			if err = os.Symlink(to, filepath.Join(dir, name)); err == nil {
-				folders = append(folders, name) // some lead to a folder
+				folders = append(folders, name) // a link may lead to a folder
 			}
 		}
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
-			continue // below a link that leads nowhere
+			continue // the parent is a link without a target
 		}
 		if err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, fs.ErrPermission) {
 			t.Fatal(err)
@@ -131,7 +131,7 @@ func kernelHas(dir, name string) bool {
 	return unix.Close(fd) == nil
 }
 
-// Nothing is written outside, and the last name of a link is the link's own.
+// TestStaysInside checks that no write leaves the root, and that Lstat and ReadLink do not follow the last name.
 func TestStaysInside(t *testing.T) {
 	t.Parallel()
 	outside, dir := t.TempDir(), t.TempDir()

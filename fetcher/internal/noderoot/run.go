@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Program returns the first of these names that the node has; "" means none.
+// Program returns the first of the names that exists on the node; "" means that none exists.
 func (r *Root) Program(names ...string) string {
 	for _, name := range names {
 		if r.Exists(name) {
@@ -21,20 +21,20 @@ func (r *Root) Program(names ...string) string {
 	return ""
 }
 
-// maxOutput bounds what is kept of a program's output.
+// maxOutput bounds the stored output of a program in bytes.
 const maxOutput = 500
 
-// killTime is how long a program that was killed may take to end. One that sleeps in the
-// kernel, in state D of ps, never does, and is left behind.
+// killTime is how long Run waits for a killed program to end. A program that sleeps in the kernel (state D of ps) never
+// ends and stays behind.
 const killTime = 10 * time.Second
 
-// Run runs a program of the node with the node's root as its own, and without environment.
-// The error has what it wrote to stderr. It returns in any case, soon after the limit.
+// Run runs a program of the node in the node's root, with an empty environment. The error contains the program's
+// stderr. Run always returns, at the latest killTime after the limit.
 func (r *Root) Run(ctx context.Context, limit time.Duration, program string, args ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Path, cmd.Err = program, nil // it was looked for on the node
+	cmd.Path, cmd.Err = program, nil // skip exec's lookup: the path is the node's
 	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if r.dir != "/" {
 		attr.Chroot = r.dir
@@ -59,7 +59,7 @@ func (r *Root) Run(ctx context.Context, limit time.Duration, program string, arg
 	}
 }
 
-// first keeps the beginning of what is written.
+// first stores the first bytes that are written.
 type first struct {
 	w    io.Writer
 	left int

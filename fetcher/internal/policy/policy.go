@@ -1,6 +1,6 @@
-// Package policy reads the file in which a node's owner says what may be loaded: whose
-// signatures count for what, and which artifacts are refused all the same. It refuses to
-// judge any artifact: package trust does.
+// Package policy reads the file in which a node's owner says what the node may load. The file says whose signatures
+// count for which statement, and which artifacts are refused in any case. The package refuses to judge artifacts;
+// package trust does that.
 package policy
 
 import (
@@ -25,59 +25,57 @@ import (
 
 // File is a policy file.
 type File struct {
-	// Version of the format: 1.
+	// Version is the version of the format: 1.
 	Version int `json:"version" yaml:"version" jsonschema:"enum=1"`
-	// Roles are groups of signers, by their names. One of two may be a farm, and the other
-	// somebody who builds everything again.
+	// Roles are groups of signers, by name. For example, one role is a farm, and another role is a party that builds
+	// everything again.
 	Roles map[string]Role `json:"roles" yaml:"roles" jsonschema:"minProperties=1"`
-	// TrustedRoot is a file with a Sigstore trusted root (trusted_root.json), for roles
-	// with identities. A relative path begins at the policy's folder.
+	// TrustedRoot is a file with a Sigstore trusted root (trusted_root.json). Roles with identities need it. A relative
+	// path begins at the policy's folder.
 	TrustedRoot string `json:"trustedRoot,omitempty" yaml:"trustedRoot"`
-	// Signatures are the statements that have to be there, and how many of a role have to
-	// sign each. Provenance and kernel match are needed; others may be demanded.
+	// Signatures lists the required statements, and how many signers of a role must sign each. Provenance and kernel match
+	// are always required. A policy may require others, too.
 	Signatures []Signatures `json:"signatures" yaml:"signatures" jsonschema:"minItems=2"`
 	// Builders are the builder ids that provenance may name. Default: any.
 	Builders []string `json:"builders,omitempty" yaml:"builders" jsonschema:"minItems=1,uniqueItems=true"`
-	// Sources are the places from which the build's inputs may come: URIs that end with a
-	// slash, such as gs://cos-tools/. Default: any.
+	// Sources are the places from which the build's inputs may come: URIs that end with a slash, such as gs://cos-tools/.
+	// Default: any.
 	Sources []string `json:"sources,omitempty" yaml:"sources" jsonschema:"minItems=1,uniqueItems=true"`
-	// LoadTest is any, or tested: a kernel of the same build has loaded the modules.
-	// Default: any. Modules that failed their load test are refused in any case.
+	// LoadTest is any or tested. With tested, a kernel of the same build must have loaded the modules. Default: any.
+	// Modules that failed their load test are refused in any case.
 	LoadTest string `json:"loadTest,omitempty" yaml:"loadTest" jsonschema:"enum=any,enum=tested"`
-	// MaxAgeDays is how long ago a driver may have been built when a node first takes it.
-	// Default: any time.
+	// MaxAgeDays is the highest age in days of a driver's build when a node takes the driver for the first time. Default:
+	// no limit.
 	MaxAgeDays int `json:"maxAgeDays,omitempty" yaml:"maxAgeDays" jsonschema:"minimum=1,maximum=36500"`
-	// MinimumVersions are the oldest driver versions that are taken, one for each branch. A
-	// branch that is not among them has to be newer than all of them. Default: any version.
+	// MinimumVersions are the oldest accepted driver versions, one for each branch. A driver of a branch without an entry
+	// must be newer than all entries. Default: any version.
 	MinimumVersions []string `json:"minimumVersions,omitempty" yaml:"minimumVersions" jsonschema:"minItems=1,uniqueItems=true"`
-	// NodeBuilds lets nodes compile for themselves what nobody published, and load it. Of the
-	// rules above minimumVersions counts for that, and no signature but the node's own.
-	// Default: false.
+	// NodeBuilds lets nodes compile what nobody published, and load it. For such drivers, only minimumVersions and revoked
+	// of this file apply, and only the node's own signature is needed. Default: false.
 	NodeBuilds bool `json:"nodeBuilds,omitempty" yaml:"nodeBuilds"`
-	// Revoked are digests of artifacts that are never loaded, no matter who signed them.
+	// Revoked are digests of artifacts that a node never loads, no matter who signed them.
 	Revoked []string `json:"revoked,omitempty" yaml:"revoked" jsonschema:"uniqueItems=true"`
-	// Snapshot demands that a signed list of the farm (builder snapshot) has what is
-	// installed. Default: no list is asked.
+	// Snapshot requires that a signed list of the farm (made by builder snapshot) contains the artifact to install.
+	// Default: no list is read.
 	Snapshot *Snapshot `json:"snapshot,omitempty" yaml:"snapshot"`
 }
 
-// Snapshot says where the list comes from, and what it is needed for.
+// Snapshot says where the list comes from, and how strictly it applies.
 type Snapshot struct {
-	// From is the list's folder: its http or https URL, or a path. A relative path begins at
-	// the policy's folder.
+	// From is the list's folder: its http or https URL, or a path. A relative path begins at the policy's folder.
 	From string `json:"from" yaml:"from" jsonschema:"minLength=1"`
-	// Root is a file with the root metadata that is trusted, such as 1.root.json; newer ones
-	// come from the list's folder. A relative path begins at the policy's folder.
+	// Root is a file with the trusted root metadata, such as 1.root.json. Newer root metadata comes from the list's
+	// folder. A relative path begins at the policy's folder.
 	Root string `json:"root" yaml:"root" jsonschema:"minLength=1"`
-	// MaxAgeHours is how long ago the list may have been made when something new is taken.
-	// Default: until it expires.
+	// MaxAgeHours is the highest age in hours of the list when a node takes something new. Default: the list counts until
+	// it expires.
 	MaxAgeHours int `json:"maxAgeHours,omitempty" yaml:"maxAgeHours" jsonschema:"minimum=1,maximum=876000"`
-	// AllowUnlisted takes what the list does not have; what it has withdrawn is refused.
+	// AllowUnlisted accepts artifacts that are not in the list. Artifacts that the list has withdrawn are still refused.
 	// Default: false.
 	AllowUnlisted bool `json:"allowUnlisted,omitempty" yaml:"allowUnlisted"`
-	// Optional takes something new although no list can be had, or only one that has expired,
-	// but not when what the source answers is refused. The last one that held counts for what
-	// it has withdrawn. Default: false.
+	// Optional accepts something new if the node can get no list, or only an expired one. It does not accept anything if
+	// the list that the source serves fails verification. The last valid list still decides what is withdrawn. Default:
+	// false.
 	Optional bool `json:"optional,omitempty" yaml:"optional"`
 }
 
@@ -87,33 +85,33 @@ type Role struct {
 	Identities []Identity `json:"identities,omitempty" yaml:"identities"`
 }
 
-// Key is a public key, or several of one file.
+// Key is one public key, or several of one file.
 type Key struct {
 	// File has public keys in PEM. A relative path begins at the policy's folder.
 	File string `json:"file,omitempty" yaml:"file"`
 	// PEM is the key itself.
 	PEM string `json:"pem,omitempty" yaml:"pem"`
-	// NotBefore and NotAfter are days (2026-12-31) or times (RFC 3339) between which a node
-	// takes something new that this key signed. What it has taken stays good.
+	// NotBefore and NotAfter are days (2026-12-31) or times (RFC 3339). Between them, a node takes something new that this
+	// key signed. Artifacts that the node has already taken stay valid.
 	NotBefore string `json:"notBefore,omitempty" yaml:"notBefore"`
 	NotAfter  string `json:"notAfter,omitempty" yaml:"notAfter"`
 }
 
-// Identity is whom a certificate names.
+// Identity is a name that a certificate must have.
 type Identity struct {
-	// Subject is the whole name, Pattern a regular expression for it: one of the two.
+	// Subject is the whole name. Pattern is a regular expression for the name. Set one of the two.
 	Subject string `json:"subject,omitempty" yaml:"subject"`
 	Pattern string `json:"pattern,omitempty" yaml:"pattern"`
 	// Issuer is the URL of the OpenID Connect issuer.
 	Issuer string `json:"issuer" yaml:"issuer"`
 }
 
-// Signatures demands signers of one role.
+// Signatures requires signatures of one role on one statement.
 type Signatures struct {
 	// Statement is provenance, kernelMatch, testResult, reproduction or sbom.
 	Statement string `json:"statement" yaml:"statement" jsonschema:"enum=provenance,enum=kernelMatch,enum=testResult,enum=reproduction,enum=sbom"`
 	Role      string `json:"role" yaml:"role"`
-	// Count is how many different keys or identities. Default: 1.
+	// Count is the required number of different keys or identities. Default: 1.
 	Count int `json:"count,omitempty" yaml:"count" jsonschema:"minimum=1"`
 }
 
@@ -134,13 +132,13 @@ const (
 	maxFile = 1 << 20
 )
 
-// Policy is what a file says.
+// Policy is the content of a policy file, with the files that it names.
 type Policy struct {
 	trust.Policy
-	// NodeBuilds lets the node compile for itself.
+	// NodeBuilds lets the node compile drivers itself.
 	NodeBuilds bool
-	// Snapshot is what the file says of a list, with absolute paths; nil means nothing. Root is
-	// its root.
+	// Snapshot has the file's settings for the list, with absolute paths; nil means no list. Root is the content of the
+	// list's root file.
 	Snapshot *Snapshot
 	Root     []byte
 }
@@ -175,7 +173,7 @@ func read(name string) (Policy, error) {
 	return p, err
 }
 
-// read completes what a policy says of a list, and reads its root.
+// read makes the paths of s absolute, and reads and checks the root file.
 func (s *Snapshot) read(dir string) ([]byte, error) {
 	switch {
 	case s.From == "" || s.Root == "":
@@ -213,8 +211,7 @@ func bounded(name string) ([]byte, error) {
 	return data, err
 }
 
-// Parse reads the text of a policy file. A field that is not known is an error, since it
-// may be a rule that somebody relies on.
+// Parse reads the text of a policy file. An unknown field is an error, because somebody may rely on it as a rule.
 func Parse(data []byte) (*File, error) {
 	if err := empties(data); err != nil {
 		return nil, err
@@ -234,16 +231,16 @@ func Parse(data []byte) (*File, error) {
 	return &f, nil
 }
 
-// empties refuses what is there and says nothing: a list whose entries were all commented
-// out would mean anything will do.
+// empties refuses fields without a value. For example, a list whose entries were all commented out would otherwise
+// allow everything.
 func empties(data []byte) error {
 	var fields map[string]yaml.Node
 	if err := yaml.Unmarshal(data, &fields); err != nil {
-		return nil // the parser says what is wrong
+		return nil // the parser reports this error
 	}
 	for name, n := range fields {
 		if name == "revoked" && n.Kind == yaml.SequenceNode {
-			continue // nothing is revoked
+			continue // an empty list revokes nothing
 		}
 		if (n.Kind == yaml.SequenceNode || n.Kind == yaml.MappingNode) && len(n.Content) == 0 || n.Kind == yaml.ScalarNode &&
 			(n.Tag == "!!null" || n.Value == "" || n.Value == "0") {
@@ -253,7 +250,7 @@ func empties(data []byte) error {
 	return nil
 }
 
-// policy turns the file into what package trust takes.
+// policy converts the file into the policy type of package trust.
 func (f *File) policy(dir string) (p trust.Policy, err error) {
 	p = trust.Policy{Builders: f.Builders, Sources: f.Sources, MinVersions: f.MinimumVersions, Revoked: f.Revoked,
 		MaxAge: time.Duration(f.MaxAgeDays) * 24 * time.Hour}
@@ -312,7 +309,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 	if len(p.Roles) == 0 {
 		return p, errors.New("no role: no signature would count")
 	}
-	_, err = trust.NewVerifier(p) // says what cannot be met
+	_, err = trust.NewVerifier(p) // reports rules that no signature can satisfy
 	return p, err
 }
 
@@ -356,7 +353,7 @@ func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("notBefore: %w", err)
 	}
-	until, err := parseTime(k.NotAfter, 24*time.Hour) // the day that is named is the last
+	until, err := parseTime(k.NotAfter, 24*time.Hour) // the named day is still valid
 	if err != nil {
 		return nil, fmt.Errorf("notAfter: %w", err)
 	}
@@ -370,7 +367,7 @@ func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	return keys, nil
 }
 
-// parseTime reads a day, to whose beginning it adds, or a time.
+// parseTime reads a time, or a day. It returns the beginning of the day plus add.
 func parseTime(text string, add time.Duration) (time.Time, error) {
 	if text == "" {
 		return time.Time{}, nil
@@ -392,7 +389,7 @@ func within(dir, name string) string {
 	return filepath.Join(dir, name)
 }
 
-// Summary says in lines what a policy demands, for people.
+// Summary describes in lines of text what a policy requires.
 func Summary(p Policy) []string {
 	var lines []string
 	add := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
@@ -447,7 +444,7 @@ func Summary(p Policy) []string {
 	return lines
 }
 
-// String says in a line what a list is needed for.
+// String describes the requirement of a list in one line.
 func (s *Snapshot) String() string {
 	text := "needs to be in the snapshot from " + s.From
 	if s.AllowUnlisted {

@@ -16,10 +16,10 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// withKeys is head with something else than the farm's key.
+// withKeys returns head with other keys than the farm's.
 func withKeys(keys string) string { return strings.Replace(head, "keys: [{file: farm.pub}]", keys, 1) }
 
-// folder has the example's keys and a policy file with this text.
+// folder makes a folder with the example's keys and a policy file with this text.
 func folder(t *testing.T, text string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -43,7 +43,7 @@ func listRoot(t *testing.T) []byte {
 	return root
 }
 
-// What a policy says of a snapshot is read with it, paths begin at its folder.
+// TestSnapshot checks that Read also reads the snapshot settings, and that their paths begin at the policy's folder.
 func TestSnapshot(t *testing.T) {
 	t.Parallel()
 	name := folder(t, head+tail+
@@ -64,7 +64,7 @@ func TestSnapshot(t *testing.T) {
 	}
 }
 
-// The example of docs is read, and can be met.
+// TestExample checks that the example in docs can be read, and that its rules can be met.
 func TestExample(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("../../../docs/examples/policy.yaml")
@@ -78,7 +78,7 @@ func TestExample(t *testing.T) {
 	if len(p.Roles) != 2 || len(p.Rules) != 3 || p.LoadTest != trust.LoadTestTested || p.MaxAge != 400*24*time.Hour {
 		t.Errorf("Read = %+v", p)
 	}
-	// The day that is named is the last one.
+	// The named day is the last valid one.
 	if until := p.Roles[0].Keys[0].NotAfter; until != time.Date(2028, 1, 1, 0, 0, 0, 0, time.UTC) {
 		t.Errorf("notAfter = %v", until)
 	}

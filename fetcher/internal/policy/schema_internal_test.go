@@ -15,7 +15,7 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the generated schema")
 
-// generate makes the schema out of the types, their tags and their comments.
+// generate generates the schema from the types, their tags and their comments.
 func generate(t *testing.T) []byte {
 	t.Helper()
 	r := &jsonschema.Reflector{Anonymous: true, ExpandedStruct: true, DoNotReference: true}
@@ -35,7 +35,7 @@ func generate(t *testing.T) []byte {
 	return append(out, '\n')
 }
 
-// The schema that is built in and the one in docs are those of the types.
+// TestSchema checks that the embedded schema and the one in docs match the types.
 func TestSchema(t *testing.T) {
 	t.Parallel()
 	want := generate(t)
@@ -46,7 +46,7 @@ func TestSchema(t *testing.T) {
 	}
 }
 
-// What the schema offers is what the parser takes, and nothing else.
+// TestSchemaFields checks that the schema offers exactly the fields that the parser accepts.
 func TestSchemaFields(t *testing.T) {
 	t.Parallel()
 	typ := reflect.TypeFor[File]()

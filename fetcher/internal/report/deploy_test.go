@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/report"
 )
 
-// TestMetricsOfDeploy holds the fetcher's metrics in alerts and dashboard against what it
-// prints from its start on.
+// TestMetricsOfDeploy compares the fetcher's metrics in alerts and dashboard with the metrics that the fetcher prints
+// directly after its start.
 func TestMetricsOfDeploy(t *testing.T) {
 	t.Parallel()
 	w := httptest.NewRecorder()

@@ -1,6 +1,5 @@
-// Package report reports how the node's driver is: liveness,
-// readiness, the last verdict, and metrics, over HTTP. It refuses to change
-// anything, and listens nowhere unless told to.
+// Package report serves the state of the node's driver over HTTP: liveness, readiness, the last verdict, and metrics.
+// It refuses to change anything, and listens only on an address that the caller names.
 package report
 
 import (
@@ -31,8 +30,8 @@ type Server struct {
 
 	mu        sync.Mutex
 	verdict   gpucheck.Verdict
-	verdictAt time.Time // when the verdict came
-	alive     time.Time // when the last look ended, whatever it came to
+	verdictAt time.Time // when the verdict was reported
+	alive     time.Time // when the last check ended, with any result
 	age       time.Duration
 
 	ready, pci, usable prometheus.Gauge
@@ -57,7 +56,7 @@ func New(now func() time.Time) *Server {
 			[]string{"version", "flavour", "digest", "verdict"}),
 		phases: prometheus.NewHistogramVec(prometheus.HistogramOpts{Namespace: "prebake_fetcher", Name: "phase_seconds",
 			Help:    "How long each step of an installation took.",
-			Buckets: []float64{.01, .05, .1, .5, 1, 2, 5, 10, 30, 60, 300, 900}, // up to a wait for a build
+			Buckets: []float64{.01, .05, .1, .5, 1, 2, 5, 10, 30, 60, 300, 900}, // the upper buckets cover a wait for a build
 		}, []string{"phase", "outcome"}),
 		runs: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: "prebake_fetcher", Name: "runs_total",
 			Help: "Installations that ended, by the class of their error; none is success."}, []string{"class"}),
@@ -73,16 +72,15 @@ func New(now func() time.Time) *Server {
 // ServeHTTP implements [http.Handler].
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
-// Watch says that checks follow each other from now on, and that what is told is worth
-// something for so long only: readiness is gone after it, and so is liveness where no
-// look ended at all. 0 is no bound: nobody looks.
+// Watch starts the deadline for checks. readyz fails once the last verdict is older than age. healthz fails if no check
+// ended within age. With age 0 there is no deadline, because no checks run.
 func (s *Server) Watch(age time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.age, s.alive = age, s.now()
 }
 
-// Alive says that a check ended, whatever it came to.
+// Alive records that a check ended, with any result.
 func (s *Server) Alive() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -104,7 +102,7 @@ func (s *Server) Report(v gpucheck.Verdict) {
 	s.info.WithLabelValues(v.Driver.Version, string(v.Driver.Flavour), v.Digest, string(v.State)).Set(1)
 }
 
-// ReportRun says that an installation ended, with an error or none, and what its steps took.
+// ReportRun records the end of an installation: its error, if any, and the times of its steps.
 func (s *Server) ReportRun(phases []timeline.Phase, err error) {
 	class := "none"
 	if err != nil {
@@ -141,7 +139,7 @@ func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
 	answer(w, status, append(body, '\n'))
 }
 
-// healthz says whether the program still checks the driver.
+// healthz reports whether the program still checks the driver.
 func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
 	s.mu.Lock()
 	dead := s.age > 0 && s.now().Sub(s.alive) > s.age
@@ -156,7 +154,7 @@ func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
 func answer(w http.ResponseWriter, status int, body []byte) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_, _ = w.Write(body) // a caller that went away has nobody to tell
+	_, _ = w.Write(body) // nobody remains to report an error to
 }
 
 // Run serves on the address until the context ends.
@@ -164,7 +162,7 @@ func (s *Server) Run(ctx context.Context, listen string) error {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", listen)
 	if ctx.Err() != nil && err != nil {
-		return nil // told to stop before it began
+		return nil // the context ended before the server listened
 	}
 	if err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("serve status: %w", err),

@@ -9,20 +9,19 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Chain asks one after the other until one has the artifact: a server first, which knows
-// what is the default and what was yanked, and then registries and folders, which are there
-// when the server is not.
+// Chain asks several sources in order until one has the artifact. A server comes first, because it knows the default
+// driver and what was yanked. Registries and folders follow, because they may answer when the server does not.
 type Chain []Finder
 
-// Find returns the first answer that names an artifact, or says that nobody should have it.
-// Where there is none, what may still become one counts most: a build on its way, then a
-// source that may be back, then the first answer.
+// Find returns the first answer that names an artifact, or that says that the node must not have one. Without such an
+// answer it returns, in this order: an answer about a running build, the error of a source that did not respond, the
+// first answer.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
-	// Once a server has said which driver it is, the others are asked for that one: a registry's
-	// newest may be one that was yanked, or that nobody chose.
+	// After a server has named the driver, the other sources are asked for that driver only. The newest driver in a
+	// registry may be yanked, or nobody may have chosen it.
 	var away, other error
-	var farm Server // the one that answered
+	var farm Server // the server that gave the answer "first"
 	for _, f := range c {
 		a, err := f.Find(ctx, q)
 		switch {
@@ -32,9 +31,9 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			return a, nil
 		case fault.Is(err, fault.Transient):
 			away = errors.Join(away, err)
-		case fault.Is(err, fault.Usage): // a registry that is asked for the default
+		case fault.Is(err, fault.Usage): // for example a registry that is asked for the default
 			other = errors.Join(other, err)
-		case err != nil: // it answers, and not with the truth
+		case err != nil: // the source answered, but wrongly
 			return a, err
 		case a.Pending() && pending == nil:
 			pending = &a
@@ -51,7 +50,8 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			}
 		}
 	}
-	// Also where another source is away, which may have it: the farm makes one build of it.
+	// The farm is also asked when another source is away that may have the artifact. The farm makes one build at most of
+	// it.
 	if first != nil && first.Missing != nil && pending == nil {
 		if err := farm.request(ctx, first); err != nil {
 			return *first, err

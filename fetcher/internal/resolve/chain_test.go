@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// says answers always the same, and counts who asks.
+// says always gives the same answer, and counts the questions.
 type says struct {
 	state api.State
 	err   error
@@ -33,7 +33,7 @@ func TestChain(t *testing.T) {
 	for name, row := range map[string]struct {
 		links []link
 		want  api.State
-		kind  fault.Kind // Internal: no error
+		kind  fault.Kind // Internal means no error
 		asked int
 	}{
 		"the server has it": {[]link{{api.Published, nil}, {api.Published, nil}}, api.Published,
@@ -72,7 +72,7 @@ func TestChain(t *testing.T) {
 	}
 }
 
-// asks answers with what it was asked for.
+// asks answers with the driver in the question, and records the question.
 type asks struct{ got *resolve.Question }
 
 func (a asks) Find(_ context.Context, q resolve.Question) (resolve.Answer, error) {
@@ -80,14 +80,15 @@ func (a asks) Find(_ context.Context, q resolve.Question) (resolve.Answer, error
 	return resolve.Answer{State: api.Published}, nil
 }
 
-// named is a server that says which driver a wish means, and builds it.
+// named is a server that names the driver for a wish, and is building it.
 type named struct{ d target.Driver }
 
 func (n named) Find(context.Context, resolve.Question) (resolve.Answer, error) {
 	return resolve.Answer{State: api.Building, Driver: n.d, Source: resolve.SourceServer}, nil
 }
 
-// A registry does not choose another driver than the server that was asked before it.
+// TestChainKeepsToTheServersChoice checks that a registry does not choose another driver than the server that was asked
+// before.
 func TestChainKeepsToTheServersChoice(t *testing.T) {
 	t.Parallel()
 	var got resolve.Question

@@ -11,22 +11,22 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Lister returns the list of GPUs that a published artifact supports, as
-// somebody trusted signed it; nil means that nobody did.
+// Lister returns the list of GPUs that a published artifact supports. A trusted signer signed the list. nil means that
+// there is no such list.
 type Lister func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error)
 
 type statements interface {
 	Statement(bundle []byte) (*trust.Statement, error)
 }
 
-// Attachments is what is asked of a repository.
+// Attachments is the part of a repository that [Signed] needs.
 type Attachments interface {
 	AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string,
 		wanted ...map[string]string) ([][]byte, error)
 }
 
-// Signed reads lists out of the statements that are attached to artifacts. What
-// does not verify says nothing: anybody may attach something.
+// Signed returns a Lister that reads the statements attached to artifacts. It ignores statements that do not verify,
+// because anybody may attach one.
 func Signed(v statements, open func(repository string) (Attachments, error)) Lister {
 	return func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error) {
 		repo, err := open(repository)
@@ -64,8 +64,8 @@ func (l Lister) list(ctx context.Context, a Answer) (*gpulist.List, error) {
 	return l(ctx, a.Repository, a.Digest, a.Driver)
 }
 
-// narrow settles flavour auto where no list is needed for it: no release's
-// open modules drive what is older than Turing.
+// narrow replaces flavour auto where this needs no list. GPUs older than Turing work with proprietary modules only, in
+// every release.
 func (q Question) narrow() Question {
 	if _, err := gpulist.Choose(q.GPUs, []gpulist.Offer{{Flavour: target.Open}}); err != nil && q.Flavour == Auto {
 		q.Flavour = string(target.Proprietary)
@@ -73,8 +73,8 @@ func (q Question) narrow() Question {
 	return q
 }
 
-// none is the answer where what is published does not drive the GPUs. A node
-// that compiles by itself then makes the flavour that is left.
+// none returns the answer for published artifacts that do not drive the node's GPUs. A node that compiles by itself
+// then builds the proprietary flavour.
 func none(a Answer, unfit error) Answer {
 	return Answer{
 		State: api.Unsupported, Driver: target.Driver{Version: a.Driver.Version, Flavour: target.Proprietary},

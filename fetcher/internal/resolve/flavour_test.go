@@ -21,8 +21,8 @@ const (
 	kepler = "0x102d"
 )
 
-// release is what the driver of these tests supports: on the L4, for the
-// test's sake, proprietary modules only.
+// release lists the GPUs that the driver of these tests supports. Only for these tests, it says that the L4 needs
+// proprietary modules.
 var release = &gpulist.List{Version: "535.2.2", Chips: []gpulist.Chip{
 	{Device: turing, Features: []string{"kernelopen"}}, {Device: volta}, {Device: "0x27b8"},
 	{Device: kepler, Legacy: "470.xx"},
@@ -35,7 +35,7 @@ func gpus(ids ...string) (all []gpulist.GPU) {
 	return all
 }
 
-// lists answers with the release's list for every digest, or with err.
+// lists returns the same list for every digest, or err.
 func lists(list *gpulist.List, err error) resolve.Lister {
 	return func(context.Context, string, string, target.Driver) (*gpulist.List, error) { return list, err }
 }
@@ -45,7 +45,7 @@ type autoRow struct {
 	gpus      []gpulist.GPU
 	published string // flavours
 	list      *gpulist.List
-	want      string // flavour, or a word of the reason
+	want      string // a flavour, or a word of the reason
 }
 
 var auto = []autoRow{
@@ -83,7 +83,7 @@ func TestAutoByRegistry(t *testing.T) {
 		a, err := r.Find(t.Context(), q)
 		judge(t, row.name, row.want, a, err)
 	}
-	// Whoever names a flavour gets it.
+	// A node that names a flavour gets that flavour.
 	r := resolve.Registry{Ref: "reg/x", GPUs: lists(release, nil),
 		Resolve: func(context.Context, string) (string, error) { return digest, nil }}
 	q := question
@@ -91,7 +91,7 @@ func TestAutoByRegistry(t *testing.T) {
 	if a, err := r.Find(t.Context(), q); err != nil || a.Driver.Flavour != target.Open || a.Err() != nil {
 		t.Errorf("Find(open on Volta) = %+v, %v; want what was asked for", a, err)
 	}
-	// A registry that fails must not decide.
+	// An error of a registry must not decide the flavour.
 	r.GPUs = lists(nil, fault.New(fault.Transient, "away", ""))
 	q.Flavour = resolve.Auto
 	if a, err := r.Find(t.Context(), q); !fault.Is(err, fault.Transient) {
@@ -137,14 +137,14 @@ func TestAutoByServer(t *testing.T) {
 		a, err := resolve.Server{Client: farm{row.published}, GPUs: lists(row.list, nil)}.Find(t.Context(), q)
 		judge(t, row.name, row.want, a, err)
 	}
-	// The server's own word for what it does not have, when no other will do.
+	// If only the proprietary flavour fits and is not published, the server's own answer about it is returned.
 	q := question
 	q.GPUs = gpus(volta)
 	if a, err := (resolve.Server{Client: farm{"open"}}).Find(t.Context(), q); err != nil || a.State != api.Unknown ||
 		a.Driver.Flavour != target.Proprietary {
 		t.Errorf("Find(Volta, only open) = %+v, %v; want that it asks for proprietary", a, err)
 	}
-	// A build of the other flavour that is on its way is waited for.
+	// The node waits for a build of the other flavour that is on its way.
 	s := &server{answers: []any{published(func(r *api.Resolution) { r.Driver.Version = "535.2.2" }),
 		api.Resolution{State: api.Building, Build: &api.Build{ID: 7}}}}
 	q.GPUs = gpus("0x27b8")

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestServerRequest has a node ask for what nobody asked for yet, and for nothing else.
+// TestServerRequest checks that a node asks for a build of what nobody asked for yet, and of nothing else.
 func TestServerRequest(t *testing.T) {
 	t.Parallel()
 	unknown := api.Resolution{State: api.Unknown, Reason: "nobody asked for it"}
@@ -78,8 +78,8 @@ func TestServerRequest(t *testing.T) {
 	}
 }
 
-// An old GPU cannot use open modules: what is asked for is what drives it, also where open
-// ones are published.
+// TestServerRequestFlavour checks that a node with an old GPU asks for a build of the proprietary modules, even where
+// open ones are published. The old GPU cannot use open modules.
 func TestServerRequestFlavour(t *testing.T) {
 	t.Parallel()
 	volta, turing := gpulist.GPU{Device: "0x1db1"}, gpulist.GPU{Device: "0x1eb8"}

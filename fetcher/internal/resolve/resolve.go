@@ -1,6 +1,5 @@
-// Package resolve turns what a node wants into the one artifact that it should
-// run, by asking a server or, without one, a registry. It refuses to trust the
-// answer: the caller verifies what it names.
+// Package resolve finds the one artifact that a node should run. It asks a server or, without one, a registry. It
+// refuses to trust the answer: the caller must verify the artifact.
 package resolve
 
 import (
@@ -19,41 +18,41 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Auto uses the node's GPUs, and then what is published: the open modules
-// where they drive every GPU of the node, else the proprietary ones.
+// Auto chooses the flavour by the node's GPUs and by what is published. It takes the open modules where they drive
+// every GPU of the node, else the proprietary ones.
 const Auto = "auto"
 
-// Question is what a node wants.
+// Question says which node wants which driver.
 type Question struct {
 	Kernel target.Kernel
 	Wish   target.Wish
-	// Pin is the digest of the one artifact that is wanted; "" means any that answers the wish.
+	// Pin is the digest of the one wanted artifact; "" means any artifact that matches the wish.
 	Pin string
 	// Flavour is auto, proprietary or open.
 	Flavour string
-	// GPUs are the node's; flavour auto uses them.
+	// GPUs are the node's GPUs; flavour auto uses them.
 	GPUs []gpulist.GPU
 }
 
-// Source is where an answer is from.
+// Source names where an answer comes from.
 type Source string
 
-// Where answers are from.
+// These are the sources of answers.
 const (
 	SourceServer   Source = "server"
 	SourceRegistry Source = "registry"
-	// SourceNode is this node, which compiled the driver for itself.
+	// SourceNode is this node, which compiled the driver itself.
 	SourceNode Source = "local"
-	// SourceInstalled is the install folder: nobody was asked.
+	// SourceInstalled is the install folder; no server and no registry was asked.
 	SourceInstalled Source = "installed"
-	// SourceNone says that there is nobody to ask.
+	// SourceNone means that no source is configured.
 	SourceNone Source = "nobody"
 )
 
 // Answer names an artifact, or says why there is none.
 type Answer struct {
 	State api.State `json:"state"`
-	// Driver is exact as far as it is known.
+	// Driver is exact as far as the source knows it.
 	Driver target.Driver `json:"driver"`
 	// Repository is a reference that the registry client opens.
 	Repository string `json:"repository,omitempty"`
@@ -63,14 +62,14 @@ type Answer struct {
 	Hint       string `json:"hint,omitempty"`
 	// Build is the newest build of the cell; 0 means none.
 	Build int64 `json:"build,omitempty"`
-	// Missing is what the farm may be asked to build; nil means nothing.
+	// Missing is the build that the farm may be asked for; nil means none.
 	Missing *api.BuildRequest `json:"-"`
 }
 
 // Pending reports whether a build is on its way.
 func (a Answer) Pending() bool { return a.State == api.Building || a.State == api.Queued }
 
-// Err returns why there is no artifact as a fault; nil when there is one.
+// Err returns the reason for a missing artifact as a fault; nil when there is an artifact.
 func (a Answer) Err() error {
 	text := fmt.Sprintf("resolve driver: %s", a.State)
 	if a.Reason != "" {
@@ -106,15 +105,15 @@ type client interface {
 // Server asks a Prebake server.
 type Server struct {
 	Client client
-	// Request asks for a build of what nobody asked for yet, where no other source of a
-	// [Chain] has it; nil asks for none.
+	// Request asks for a build of what nobody asked for yet, if no other source of a [Chain] has it. With nil the node
+	// asks for no build.
 	Request func(ctx context.Context, r api.BuildRequest) (api.Build, error)
-	// GPUs may be nil.
+	// GPUs lists the supported GPUs; nil means that no lists are read.
 	GPUs Lister
 }
 
-// Find asks the server once, and a second time where the open modules that it
-// answers with for flavour auto do not drive the node's GPUs.
+// Find asks the server once. It asks a second time if the server answers flavour auto with open modules that do not
+// drive the node's GPUs.
 func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 	auto := q.Flavour == Auto
 	q = q.narrow()
@@ -145,7 +144,7 @@ func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 	return none(a, unfit), nil
 }
 
-// unsupported says why an artifact does not drive the node's GPUs; nil means that it does.
+// unsupported returns the reason why an artifact does not drive the node's GPUs; nil means that it does.
 func (s Server) unsupported(ctx context.Context, q Question, a Answer) (unfit, err error) {
 	list, err := s.GPUs.list(ctx, a)
 	if err != nil {
@@ -187,8 +186,8 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 	return a, check(a, q)
 }
 
-// request has the farm make what nobody has, and notes in the server's answer what came of
-// it. An error is [fault.Transient].
+// request asks the farm for a build and writes the result into the answer. Errors other than a canceled context are of
+// kind Transient.
 func (s Server) request(ctx context.Context, a *Answer) error {
 	b, err := s.Request(ctx, *a.Missing)
 	switch {
@@ -206,7 +205,7 @@ func (s Server) request(ctx context.Context, a *Answer) error {
 	return nil
 }
 
-// absolute completes a repository that is on the server itself.
+// absolute completes the name of a repository on the server itself with the server's host.
 func absolute(base, repository string) (string, error) {
 	if repository == "" {
 		return "", fault.New(fault.Transient, "ask server: the answer names no repository", "update the server")
@@ -226,8 +225,8 @@ func absolute(base, repository string) (string, error) {
 	return u.Host + "/" + path, nil
 }
 
-// check compares the answer with the question. A server that answers
-// something else is wrong, and the signed statements would only tell later.
+// check compares the answer with the question. A wrong answer is found here, before the signed statements are fetched,
+// which would show it only later.
 func check(a Answer, q Question) error {
 	mismatch := func(what, got, want string) error {
 		return fault.New(
@@ -260,21 +259,20 @@ func check(a Answer, q Question) error {
 
 // Registry finds artifacts by the tag that names a COS build.
 type Registry struct {
-	// Ref is the repository.
+	// Ref is the reference of the repository.
 	Ref string
-	// Resolve turns a tag into a digest; kind NoArtifact when there is none.
+	// Resolve returns the digest of a tag; an error of kind NoArtifact when there is no such tag.
 	Resolve func(ctx context.Context, tag string) (digest string, err error)
-	// Tags lists all tags; nil where that cannot be asked for.
+	// Tags lists all tags; nil where the registry cannot list them.
 	Tags func(ctx context.Context) ([]string, error)
-	// Driver tells what driver an artifact says that it has; kind NoArtifact when there is
-	// no such artifact.
+	// Driver returns the driver that an artifact names in its manifest; an error of kind NoArtifact when there is no such
+	// artifact.
 	Driver func(ctx context.Context, digest string) (target.Driver, error)
-	// GPUs may be nil.
+	// GPUs lists the supported GPUs; nil means that no lists are read.
 	GPUs Lister
 }
 
-// Find looks the tags of this COS build up. What is the default of a build is not among
-// what they tell.
+// Find looks up the tags of this COS build. Tags do not say which driver is the default of a build.
 func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	if q.Pin != "" {
 		return r.pinned(ctx, q.Pin)
@@ -300,7 +298,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 			continue
 		}
 		d, err := target.ParseDriver(name[:i], name[i+1:])
-		// Editions of a release are asked for by their names.
+		// An edition of a release, such as GRID, must be asked for by its name.
 		if err == nil && d == d.Modules() && (!named || d.Branch() == branch) && !slices.Contains(versions, d.Version) {
 			versions = append(versions, d.Version)
 		}
@@ -319,8 +317,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	return answer, nil
 }
 
-// pinned answers with the artifact of a digest. What is in it is what it says of itself,
-// for the one who verifies it.
+// pinned answers with the artifact of a digest. The driver is what the artifact claims; the caller verifies this claim.
 func (r Registry) pinned(ctx context.Context, digest string) (Answer, error) {
 	d, err := r.Driver(ctx, digest)
 	if fault.Is(err, fault.NoArtifact) {
@@ -336,14 +333,14 @@ func (r Registry) pinned(ctx context.Context, digest string) (Answer, error) {
 	return Answer{State: api.Published, Source: SourceRegistry, Driver: d, Repository: r.Ref, Digest: digest}, nil
 }
 
-// exact looks the tag of a version up. With flavour auto the open one is preferred, as COS
-// itself does where both exist and the open one drives the GPUs.
+// exact looks up the tag of a version. With flavour auto it prefers the open flavour where both exist and the open
+// modules drive the GPUs, as COS itself does.
 func (r Registry) exact(ctx context.Context, q Question, version string) (Answer, error) {
 	flavours, gpus := []target.Flavour{target.Flavour(q.Flavour)}, q.GPUs
 	if q.Flavour == Auto {
 		flavours = []target.Flavour{target.Open, target.Proprietary}
 	} else {
-		gpus = nil // whoever names a flavour gets it
+		gpus = nil // a node that names a flavour gets it
 	}
 	unknown := Answer{
 		State:  api.Unknown,
@@ -374,7 +371,7 @@ func (r Registry) exact(ctx context.Context, q Question, version string) (Answer
 		answers, offers = append(answers, a), append(offers, o)
 		i, err := gpulist.Choose(gpus, offers)
 		if err == nil {
-			return answers[i], nil // what is left need not be asked for
+			return answers[i], nil // no need to ask for the other flavour
 		}
 		unfit = err
 	}
@@ -384,10 +381,10 @@ func (r Registry) exact(ctx context.Context, q Question, version string) (Answer
 	return unknown, nil
 }
 
-// NoSource is for nodes that have neither: nothing is ever published there.
+// NoSource is the finder of nodes that have neither server nor registry. It never finds an artifact.
 type NoSource struct{}
 
-// Find answers unknown.
+// Find answers Unknown.
 func (NoSource) Find(context.Context, Question) (Answer, error) {
 	return Answer{State: api.Unknown, Source: SourceNone, Reason: "neither a server nor a registry is configured"}, nil
 }
@@ -397,18 +394,17 @@ type Finder interface {
 	Find(ctx context.Context, q Question) (Answer, error)
 }
 
-// WaitLimits says how long to wait for a build or for a service that fails.
+// WaitLimits bounds the wait for a build or for a service that fails.
 type WaitLimits struct {
-	// Wait is the longest time in all; 0 asks once.
+	// Wait is the longest total time; 0 asks once.
 	Wait time.Duration
 	// Pause is the time between two questions; 0 means 3 seconds.
 	Pause time.Duration
-	// Progress tells what is waited for; may be nil.
+	// Progress receives a text about the current wait; it may be nil.
 	Progress func(text string)
 }
 
-// Find asks until there is a final answer or the time to wait is over. The last
-// answer or error is returned as it is.
+// Find asks until the answer is final or the time is over. It returns the last answer or error unchanged.
 func (p WaitLimits) Find(ctx context.Context, f Finder, q Question) (Answer, error) {
 	if p.Pause <= 0 {
 		p.Pause = 3 * time.Second

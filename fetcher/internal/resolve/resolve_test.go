@@ -16,7 +16,7 @@ import (
 )
 
 type server struct {
-	answers []any // api.Resolution or error, one for each call; the last stays
+	answers []any // api.Resolution or error, one for each call; the last one repeats
 	calls   int
 	asked   api.Question
 }
@@ -54,7 +54,7 @@ func TestServer(t *testing.T) {
 		wish    target.Wish
 		flavour string
 		repo    string
-		kind    fault.Kind // Internal: no error
+		kind    fault.Kind // Internal means no error
 	}{
 		{"on the server itself", published(same), "R535", "auto", "farm.example:8440/prebake/driver", fault.Internal},
 		{"elsewhere", published(func(r *api.Resolution) { r.Repository = "reg.example/x" }), "default", "open",
@@ -115,7 +115,7 @@ func TestRegistry(t *testing.T) {
 		wish    target.Wish
 		flavour string
 		digest  string
-		kind    fault.Kind // Internal: no error
+		kind    fault.Kind // Internal means no error
 	}{
 		{"535.1.1", "auto", "p", fault.Internal}, {"535.2.2", "auto", "o", fault.Internal},
 		{"535.2.2", "proprietary", "p", fault.Internal},
@@ -143,7 +143,7 @@ func TestPatience(t *testing.T) {
 		wait    time.Duration
 		calls   int
 		state   api.State
-		kind    fault.Kind // Internal: no error
+		kind    fault.Kind // Internal means no error
 		took    time.Duration
 	}{
 		{"at once", []any{ready}, time.Hour, 1, api.Published, fault.Internal, 0},

@@ -1,6 +1,5 @@
-// Package sample makes what tests of the fetcher need: a signed artifact that
-// is real in every byte but the driver inside it, and a node's root folder. It
-// refuses to be part of a program: only tests import it.
+// Package sample makes what tests of the fetcher need: a signed artifact and a node's root folder. The artifact has the
+// real format; only the driver inside is a dummy. The package refuses to be part of a program; only tests import it.
 package sample
 
 import (
@@ -31,15 +30,15 @@ type Cell struct {
 	Kernel      target.Kernel
 	Driver      target.Driver
 	Fingerprint target.Fingerprint
-	// Vermagic is what the modules say; "" means what the kernel wants.
+	// Vermagic is the vermagic of the modules; "" means the one that the kernel wants.
 	Vermagic string
-	// Attested are the builds that the artifact is attested for; nil means Kernel.
+	// Attested are the kernels for which the artifact has a kernel match; nil means only Kernel.
 	Attested []target.Kernel
-	// Untagged leaves the pointer tag out.
+	// Untagged omits the pointer tag.
 	Untagged bool
-	// PointAt is the build whose pointer tag is set; the zero value is Kernel.
+	// PointAt is the kernel whose pointer tag names the artifact; the zero value means Kernel.
 	PointAt target.Kernel
-	// Bulk is added to one file of each layer, in bytes; half of it compresses away.
+	// Bulk is a number of bytes that is added to one file of each layer. Half of them compress well.
 	Bulk int
 	// Modify changes the files of the modules layer before they are packed; may be nil.
 	Modify func(files map[string]string)
@@ -91,7 +90,7 @@ func Publish(t testing.TB, ref string, key *testkit.Key, c Cell) Published {
 	firmware := map[string]string{"firmware/nvidia/" + version + "/gsp_tu10x.bin": "firmware " + version}
 	if c.Bulk > 0 {
 		bulk := filler(c.Bulk)
-		mods["drivers/nvidia.ko"] += bulk // behind the sections of an ELF file anything may stand
+		mods["drivers/nvidia.ko"] += bulk // an ELF file may have any bytes after its sections
 		libs["lib64/libcuda.so."+version] = bulk
 		firmware["firmware/nvidia/"+version+"/gsp_ga10x.bin"] = bulk
 	}
@@ -148,7 +147,7 @@ func Publish(t testing.TB, ref string, key *testkit.Key, c Cell) Published {
 	return Published{Digest: d.Digest.String(), Manifest: manifest, Layers: layers}
 }
 
-// filler returns bytes of which every other stretch of 4 KiB is noise.
+// filler returns n bytes: blocks of 4 KiB, alternately random and zero.
 func filler(n int) string {
 	noise := rand.NewChaCha8([32]byte{})
 	data := make([]byte, n)
@@ -178,14 +177,13 @@ func Attest(t testing.TB, repo *registry.Repository, key *testkit.Key, d v1.Desc
 	}
 }
 
-// Module returns a kernel module without code: an ELF file whose .modinfo says
-// what the arguments say.
+// Module returns a kernel module without code: an ELF file whose .modinfo section has the arguments.
 func Module(name, version, vermagic string) []byte {
 	info := []byte("license=Dual MIT/GPL\x00version=" + version + "\x00name=" + strings.ReplaceAll(name, "-",
 		"_") + "\x00vermagic=" + vermagic + "\x00depends=\x00")
 	names := []byte("\x00.modinfo\x00.shstrtab\x00.symtab\x00.strtab\x00" + modinfo.BuildIDNote + "\x00")
 	const header, section = 64, 64
-	symbols := make([]byte, 24) // the one null symbol
+	symbols := make([]byte, 24) // the mandatory null symbol
 	strtab := []byte{0}
 	at := uint64(header)
 	type sec struct {
@@ -197,7 +195,7 @@ func Module(name, version, vermagic string) []byte {
 	secs := []sec{{}, {1, 1, info, 0, 0}, {10, 3, names, 0, 0}, {20, 2, symbols, 4, 24}, {28, 3, strtab, 0, 0},
 		{36, 7, []byte(BuildNote(name + version)), 0, 0}}
 	var body, table bytes.Buffer
-	put := func(b *bytes.Buffer, v any) { _ = binary.Write(b, binary.LittleEndian, v) } // a Buffer takes everything
+	put := func(b *bytes.Buffer, v any) { _ = binary.Write(b, binary.LittleEndian, v) } // writing to a Buffer never fails
 	for i, s := range secs {
 		offset := at
 		if i == 0 {
@@ -223,13 +221,13 @@ func Module(name, version, vermagic string) []byte {
 	return out.Bytes()
 }
 
-// BuildNote returns the note of a build id that is made from a text.
+// BuildNote returns an ELF note with a build id that is a hash of the text.
 func BuildNote(text string) string {
 	sum := sha256.Sum256([]byte(text))
 	return "\x04\x00\x00\x00\x20\x00\x00\x00\x03\x00\x00\x00GNU\x00" + string(sum[:])
 }
 
-// Root makes a node's root folder that runs the cell's kernel, with this many GPUs.
+// Root makes a node's root folder that runs the cell's kernel, with the given number of GPUs.
 func Root(t testing.TB, c Cell, gpus int) string {
 	t.Helper()
 	root := t.TempDir()
@@ -237,7 +235,7 @@ func Root(t testing.TB, c Cell, gpus int) string {
 	return root
 }
 
-// RootAt is [Root] in a folder that is there.
+// RootAt does the work of [Root] in an existing folder.
 func RootAt(t testing.TB, root string, c Cell, gpus int) {
 	t.Helper()
 	files := map[string]string{
@@ -270,7 +268,7 @@ func RootAt(t testing.TB, root string, c Cell, gpus int) {
 	}
 }
 
-// Write writes a file below a folder and makes the folders on the way.
+// Write writes a file below a folder, and makes missing folders of its path.
 func Write(t testing.TB, dir, name, content string) {
 	t.Helper()
 	path := filepath.Join(dir, name)

@@ -1,6 +1,6 @@
-// Package maker writes snapshots: the folder that any web server serves, in the layout of TUF
-// with consistent snapshots. It signs with what it is handed, and holds no key. It refuses to
-// publish what a client would refuse, and to write over a file but the newest timestamp.
+// Package maker writes snapshots: a folder for any web server, in the layout of TUF with consistent snapshots. It signs
+// with the signers that the caller passes, and holds no key. It refuses to publish a list that a client would refuse.
+// It overwrites no file except the newest timestamp.
 package maker
 
 import (
@@ -25,15 +25,15 @@ import (
 	"github.com/prebake/prebake/pkg/snapshot"
 )
 
-// Repository is the folder of a snapshot. One at a time writes to it.
+// Repository is the folder of a snapshot. A lock ensures that only one process writes to it.
 type Repository struct {
 	dir  string
 	now  func() time.Time
 	lock *flock.Flock
 }
 
-// Open opens a folder, and makes it where it is missing. now is the clock by which timestamps
-// are counted. The caller closes it.
+// Open opens a folder, and makes it if it is missing. The versions of timestamps come from the clock now. The caller
+// closes the repository.
 func Open(dir string, now func() time.Time) (*Repository, error) {
 	fail := func(err error) (*Repository, error) {
 		return nil, fault.Wrap(
@@ -56,24 +56,24 @@ func Open(dir string, now func() time.Time) (*Repository, error) {
 	return &Repository{dir, now, lock}, nil
 }
 
-// Close lets others write.
+// Close releases the lock, so that others may write.
 func (r *Repository) Close() error { return r.lock.Close() }
 
-// Root says who signs a snapshot from now on.
+// Root says which keys sign a snapshot from now on.
 type Root struct {
-	// Keys are those that may sign the next root, and Threshold how many of them have to.
+	// Keys are the keys that may sign the next root. Threshold is how many of them must sign it.
 	Keys      []crypto.PublicKey
 	Threshold int
-	// Targets signs what is in a list, Snapshot which list is the newest, and Timestamp that it
-	// still is.
+	// Targets is the key that signs the content of a list. Snapshot signs which list is the newest. Timestamp signs that
+	// this is still so.
 	Targets, Snapshot, Timestamp crypto.PublicKey
-	// Signers are the keys at hand, as many as Threshold wants of Keys, and as many as the
-	// former root wants of its own.
+	// Signers sign the new root. There must be enough of them for Threshold of Keys, and for the threshold of the former
+	// root.
 	Signers []signature.Signer
 	Expires time.Time
 }
 
-// WriteRoot writes the first root, or the one after the newest, and returns its name.
+// WriteRoot writes the next root, or the first one, and returns its path.
 func (r *Repository) WriteRoot(next Root) (string, error) {
 	name, err := r.writeRoot(next)
 	if err != nil {
@@ -125,7 +125,7 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 			root.Signatures[:len(root.Signatures)-1],
 			func(other metadata.Signature) bool { return other.KeyID == sig.KeyID },
 		) {
-			root.Signatures = root.Signatures[:len(root.Signatures)-1] // one key signs once
+			root.Signatures = root.Signatures[:len(root.Signatures)-1] // a key signs only once
 		}
 	}
 	few := func(whose string, err error) error {
@@ -170,7 +170,7 @@ func (r *Repository) newestRoot() (*metadata.Metadata[metadata.RootType], error)
 	}
 }
 
-// keyOf takes keys that every TUF client and every KMS knows.
+// keyOf converts a public key. It accepts only ECDSA P-256, because every TUF client and every KMS knows it.
 func keyOf(pub crypto.PublicKey) (*metadata.Key, error) {
 	key, ok := pub.(*ecdsa.PublicKey)
 	if !ok || key.Curve != elliptic.P256() {
@@ -183,20 +183,20 @@ func keyOf(pub crypto.PublicKey) (*metadata.Key, error) {
 	return metadata.KeyFromPublicKey(key)
 }
 
-// tufTime is a time as TUF writes it.
+// tufTime rounds a time down to seconds in UTC, as TUF writes it.
 func tufTime(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
 
-// Signer signs with one key, wherever that is kept.
+// Signer signs with one key. The key may be in a file or in a KMS.
 type Signer = signature.Signer
 
-// Signers sign a list, each its part.
+// Signers are the keys that sign the three parts of a list.
 type Signers struct{ Targets, Snapshot, Timestamp Signer }
 
-// Until are the times at which the parts of a snapshot expire.
+// Until has the times at which the three parts of a snapshot expire.
 type Until struct{ Targets, Snapshot, Timestamp time.Time }
 
-// Publish writes a list as the newest. least is the lowest version that it and its timestamp
-// may have; 0 means the one after the newest that is here.
+// Publish writes a list as the newest one. least is the lowest version that the list and its timestamp may have. With
+// 0, the list gets the version after the newest in the folder.
 func (r *Repository) Publish(
 	list snapshot.Catalogue,
 	by Signers,
@@ -228,7 +228,7 @@ func (r *Repository) publish(
 		return nil, err
 	}
 	version := max(former.version+1, least)
-	for r.has(version) { // of a run that was ended before it replaced timestamp.json
+	for r.has(version) { // skips a version of a run that ended before it replaced timestamp.json
 		version++
 	}
 	file, err := Encode(list)
@@ -265,7 +265,7 @@ func (r *Repository) publish(
 	if err != nil {
 		return nil, err
 	}
-	// The timestamp comes last: a reader meanwhile has the list before, or this one.
+	// The timestamp is written last, so that a reader sees either the list before, or this one.
 	v := strconv.FormatInt(version, 10)
 	for _, f := range []struct {
 		name string
@@ -282,7 +282,7 @@ func (r *Repository) publish(
 	return s, r.trim(version)
 }
 
-// Refresh says again that the newest list is the newest, until then.
+// Refresh signs a new timestamp, which says that the newest list is still the newest, and is valid until then.
 func (r *Repository) Refresh(by signature.Signer, until time.Time) (*snapshot.Snapshot, error) {
 	s, err := r.refresh(by, until)
 	if err != nil {
@@ -316,7 +316,7 @@ func (r *Repository) refresh(by signature.Signer, until time.Time) (*snapshot.Sn
 	return s, r.replace("timestamp.json", files.Timestamp)
 }
 
-// verified makes sure that clients take what is going to be served.
+// verified checks that clients will accept the files before they are published.
 func (r *Repository) verified(files snapshot.Files, root int64) (_ *snapshot.Snapshot, err error) {
 	if files.Root, err = r.read(rootName(root)); err != nil {
 		return nil, err
@@ -347,18 +347,19 @@ func signed[T metadata.Roles](m *metadata.Metadata[T], by signature.Signer) ([]b
 	return m.ToBytes(true)
 }
 
-// newest is what is published.
+// newest is the published list.
 type newest struct {
 	version, stamp int64
-	meta           *metadata.MetaFiles // of the snapshot
-	files          snapshot.Files      // without a root
+	meta           *metadata.MetaFiles // of the snapshot metadata
+	files          snapshot.Files      // all parts but the root
 }
 
-// nextStamp is the version of the next timestamp: the seconds of the clock, so that a folder
-// which was lost goes on above what nodes have seen, though nobody counted the refreshes.
+// nextStamp returns the version of the next timestamp. It is the clock in seconds, or one more than the former version
+// if that is higher. If a folder was lost, its new timestamps so get a higher version than the nodes have seen,
+// although nobody counted the refreshes.
 func (r *Repository) nextStamp(former newest) int64 { return max(former.stamp+1, r.now().Unix()) }
 
-// newest reads the list that is published; zero is none.
+// newest reads the published list; version 0 means that there is none.
 func (r *Repository) newest() (at newest, err error) {
 	if at.files.Timestamp, err = r.read("timestamp.json"); errors.Is(err, fs.ErrNotExist) {
 		return newest{}, nil
@@ -392,7 +393,7 @@ func (r *Repository) newest() (at newest, err error) {
 	return at, err
 }
 
-// has reports whether there are files of a version.
+// has reports whether the folder has files of a version.
 func (r *Repository) has(version int64) bool {
 	v := strconv.FormatInt(version, 10)
 	for _, role := range []string{"targets", "snapshot"} {
@@ -407,7 +408,7 @@ func (r *Repository) read(name string) ([]byte, error) {
 	return os.ReadFile(filepath.Join(r.dir, name))
 }
 
-// write writes a file that does not change any more. The same bytes may be there.
+// write writes a file that never changes afterwards. If the file exists with the same bytes, write does nothing.
 func (r *Repository) write(name string, data []byte) error {
 	if have, err := r.read(name); err == nil {
 		if string(have) == string(data) {
@@ -442,10 +443,10 @@ func (r *Repository) replace(name string, data []byte) (err error) {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// keptVersions is how many lists stay beside the newest, for clients that are reading one.
+// keptVersions is how many older lists stay in the folder, for clients that are still reading one.
 const keptVersions = 3
 
-// trim removes what nobody reads any more.
+// trim removes the files of lists that are too old for any reader.
 func (r *Repository) trim(version int64) error {
 	used := map[string]bool{}
 	names, err := filepath.Glob(filepath.Join(r.dir, "*.targets.json"))

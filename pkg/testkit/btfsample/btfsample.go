@@ -1,5 +1,4 @@
-// Package btfsample makes small descriptions of types, and ELF files around
-// them, for tests.
+// Package btfsample makes small BTF type descriptions, and ELF files that contain them, for tests.
 package btfsample
 
 import (
@@ -8,10 +7,10 @@ import (
 	"encoding/binary"
 )
 
-// Kernel is a kernel's BTF: an int of each name, and a pointer to each.
+// Kernel returns the BTF of a kernel. For each name it has an integer type of that name, and a pointer to the type.
 func Kernel(names ...string) []byte { return describe(0, 1, names) }
 
-// Module is the BTF of a module for the kernel with types of these names.
+// Module returns the BTF of a module with types of the given names. It continues the BTF of Kernel(kernel...).
 func Module(kernel []string, names ...string) []byte {
 	size := uint32(1)
 	for _, name := range kernel {
@@ -20,8 +19,7 @@ func Module(kernel []string, names ...string) []byte {
 	return describe(2*uint32(len(kernel)), size, names) //nolint:gosec // as above
 }
 
-// describe counts types from one beyond lastID and, where that is not 0, strings
-// from firstString on.
+// describe returns BTF whose type ids begin after lastID. If lastID is not 0, its string offsets begin at firstString.
 func describe(lastID, firstString uint32, names []string) []byte {
 	var types []uint32
 	var text []byte
@@ -43,7 +41,7 @@ func describe(lastID, firstString uint32, names []string) []byte {
 	return out.Bytes()
 }
 
-// ELF is a file with nothing but sections: names and contents by turns.
+// ELF returns an ELF file that has only sections. The arguments are names and contents in turn.
 func ELF(sections ...string) []byte {
 	names, body := []byte{0}, []byte{}
 	headers := []elf.Section64{{}}

@@ -1,6 +1,5 @@
-// Package clidoc is for tests of programs: it keeps a page of docs/reference equal to
-// what the program prints with --help. Only test files import it. It refuses to say
-// anything about a flag that --help does not say.
+// Package clidoc is for tests of programs. It checks that a page of docs/reference equals the program's --help output.
+// Only test files import it. It adds nothing about a flag that --help does not say.
 package clidoc
 
 import (
@@ -17,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// Check compares the file with the help of all commands of a program, and writes it
-// anew with update. program makes a new command tree at each call.
+// Check compares the file with the help of all commands of a program. With update it writes the file instead. program
+// returns a new command tree at each call.
 func Check(t *testing.T, file string, update bool, program func() *ucli.Command) {
 	t.Helper()
 	want, err := page(program)
@@ -40,7 +39,7 @@ func Check(t *testing.T, file string, update bool, program func() *ucli.Command)
 	}
 }
 
-// page is Markdown with a section for each command that is not hidden.
+// page returns Markdown with a section for each command that is not hidden.
 func page(program func() *ucli.Command) (string, error) {
 	var b strings.Builder
 	root := program()

@@ -1,6 +1,6 @@
-// Package cluster runs a real kube-apiserver with etcd for one test: what it admits,
-// forbids and keeps is what a cluster does. Only test files import it. It refuses to run
-// pods: there is no kubelet, no scheduler and no controller.
+// Package cluster runs a real kube-apiserver with etcd for one test. The API server admits, forbids and stores objects
+// as the one of a cluster does. Only test files import the package. It cannot run pods, because it has no kubelet, no
+// scheduler and no controller.
 package cluster
 
 import (
@@ -25,23 +25,23 @@ import (
 	"time"
 )
 
-// Env names the variable with the folder of kube-apiserver and kubectl, as
-// deploy/kubernetes.sh prints it. Tests that need them are skipped where it is not set.
+// Env is the environment variable that names the folder with kube-apiserver and kubectl. deploy/kubernetes.sh prints
+// that folder. If the variable is not set, tests that need the programs are skipped.
 const Env = "PREBAKE_KUBERNETES"
 
 // Cluster is a running API server.
 type Cluster struct {
 	t testing.TB
-	// Host and Port are where it listens.
+	// Host and Port are the address of the API server.
 	Host, Port string
-	// CA is its certificate authority, PEM.
+	// CA is the certificate of its certificate authority, in PEM.
 	CA []byte
 
 	dir, bin, admin string
 	http            *http.Client
 }
 
-// Start runs a cluster without anything in it, that ends with the test.
+// Start runs an empty cluster, which ends with the test.
 func Start(t testing.TB) *Cluster {
 	t.Helper()
 	bin := os.Getenv(Env)
@@ -74,7 +74,7 @@ func Start(t testing.TB) *Cluster {
 		"--service-account-signing-key-file", filepath.Join(c.dir, "accounts.key"), "--service-cluster-ip-range",
 		"10.0.0.0/24", "--allow-privileged")
 	c.ready()
-	// A real cluster's controller makes this account in each namespace; here no controller runs.
+	// A real cluster's controller makes this account in each namespace. No controller runs here, so Start makes it.
 	c.Must(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts",
 		map[string]any{"metadata": map[string]any{"name": "default"}}, nil)
 	return c
@@ -87,7 +87,7 @@ func (c *Cluster) write(name, text string) {
 	}
 }
 
-// freePorts returns n ports on which nobody listened a moment ago.
+// freePorts returns n ports on which nothing was listening a moment ago.
 func freePorts(t testing.TB, n int) (ports []string) {
 	t.Helper()
 	for range n {
@@ -102,7 +102,7 @@ func freePorts(t testing.TB, n int) (ports []string) {
 	return ports
 }
 
-// run starts a program that ends with the test. What it said is shown where that failed.
+// run starts a program, which ends with the test. If the test failed, its log shows the end of the program's output.
 func (c *Cluster) run(name string, argv ...string) {
 	c.t.Helper()
 	var said bytes.Buffer
@@ -115,7 +115,7 @@ func (c *Cluster) run(name string, argv ...string) {
 	}
 	c.t.Cleanup(func() {
 		cancel()
-		_ = cmd.Wait() // killed
+		_ = cmd.Wait() // cancel has killed it
 		if c.t.Failed() {
 			text := said.Bytes()
 			c.t.Logf("%s said: %s", name, text[max(0, len(text)-4000):])
@@ -123,12 +123,12 @@ func (c *Cluster) run(name string, argv ...string) {
 	})
 }
 
-// ready waits until the API server says that it is.
+// ready waits until the API server reports that it is ready.
 func (c *Cluster) ready() {
 	c.t.Helper()
 	end := time.Now().Add(3 * time.Minute)
 	for {
-		ca, err := os.ReadFile(filepath.Join(c.dir, "certs", "apiserver.crt")) // signed by itself
+		ca, err := os.ReadFile(filepath.Join(c.dir, "certs", "apiserver.crt")) // a self-signed certificate
 		if err == nil {
 			roots := x509.NewCertPool()
 			roots.AppendCertsFromPEM(ca)
@@ -147,7 +147,7 @@ func (c *Cluster) ready() {
 	}
 }
 
-// Do calls the API as its administrator.
+// Do calls the API as its administrator, and returns the answer.
 func (c *Cluster) Do(method, path string, in any) ([]byte, error) {
 	return c.as(c.admin, method, path, in)
 }
@@ -182,7 +182,7 @@ func (c *Cluster) as(token, method, path string, in any) ([]byte, error) {
 	return raw, err
 }
 
-// Must is Do, and reads the answer into out.
+// Must works as Do does, and decodes the answer into out. An error fails the test.
 func (c *Cluster) Must(method, path string, in, out any) {
 	c.t.Helper()
 	raw, err := c.Do(method, path, in)
@@ -194,7 +194,7 @@ func (c *Cluster) Must(method, path string, in, out any) {
 	}
 }
 
-// As returns a way to call the API with a token, and tells what happened to it.
+// As returns a function that calls the API with a token, and returns the error of the call.
 func (c *Cluster) As(token string) func(method, path string, in any) error {
 	return func(method, path string, in any) error {
 		_, err := c.as(token, method, path, in)
@@ -202,7 +202,7 @@ func (c *Cluster) As(token string) func(method, path string, in any) error {
 	}
 }
 
-// Kubectl runs kubectl as the administrator.
+// Kubectl runs kubectl as the administrator, and returns its output.
 func (c *Cluster) Kubectl(stdin string, args ...string) (string, error) {
 	ca := filepath.Join(c.dir, "ca.crt")
 	if err := os.WriteFile(ca, c.CA, 0o600); err != nil {
@@ -221,8 +221,8 @@ func (c *Cluster) Kubectl(stdin string, args ...string) (string, error) {
 	return stdout.String() + stderr.String(), nil
 }
 
-// Account returns a token as kubelet gives it to a pod of a service account on a node,
-// and makes that pod. The node has to exist.
+// Account makes a pod of a service account on a node. It returns a token for the pod, as kubelet gives it to pods. The
+// node must exist.
 func (c *Cluster) Account(namespace, account, node string) string {
 	c.t.Helper()
 	pod := "pod-" + strings.ToLower(rand.Text())

@@ -1,6 +1,5 @@
-// Package configcheck is for tests of programs: it plants mistakes into the example of a
-// configuration file and wants config check to name each with its line and column. Only
-// test files import it. It refuses to know any setting.
+// Package configcheck is for tests of programs. It writes mistakes into the example of a configuration file, and checks
+// that "config check" reports each with its line and column. Only test files import it. It knows no setting.
 package configcheck
 
 import (
@@ -15,14 +14,13 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// Row is one mistake: its name; what stands in the file in place of which text, or behind
-// its end where that is ""; and what follows the file's name in the error. In that, LAST is
-// the number of the first line behind the example's end, and LAST+1 of the next. An empty
-// Want is no mistake.
+// Row is one mistake. Name is its name. Put replaces the text Instead in the file; if Instead is "", Put is added at
+// the end. Want is the text that must follow the file's name in the error. In Want, LAST stands for the number of the
+// first line after the example's end, and LAST+1 for the next line. Want "" means that the row is no mistake.
 type Row = struct{ Name, Put, Instead, Want string }
 
-// Check runs config check of the program on the example with each mistake in it. program
-// makes a new command tree at each call.
+// Check runs the program's "config check" on the example with each of the mistakes in it. program returns a new command
+// tree at each call.
 func Check(t *testing.T, example string, program func() *ucli.Command, rows []Row) {
 	t.Helper()
 	raw, err := os.ReadFile(example)

@@ -1,7 +1,6 @@
-// Package distribution runs the registry of the distribution project, as
-// Debian packages it, for one test: a registry that nobody here wrote. Only
-// test files import it. It refuses to stand in for one with the referrers API:
-// version 2.8 has none, and that is what it is for.
+// Package distribution runs Debian's build of the registry of the distribution project for one test. This project did
+// not write that registry, so the test also checks the protocol. Only test files import the package. Version 2.8 has no
+// referrers API, so it tests the work without that API, and cannot replace a registry that has it.
 package distribution
 
 import (
@@ -17,8 +16,8 @@ import (
 	"golang.org/x/crypto/bcrypt"
 )
 
-// Program is the registry's name on PATH; Debian's package has the same.
-// Tests that need it are skipped where it is not there.
+// Program is the name of the registry's program on PATH, and of its Debian package. If the program is missing, tests
+// that need it are skipped.
 const Program = "docker-registry"
 
 const config = `version: 0.1
@@ -28,20 +27,19 @@ storage:
 http: {addr: "127.0.0.1:0"}
 `
 
-// protection is added to config for a registry that wants a password.
+// protection is the part of the configuration that makes the registry require a password.
 const protection = `auth: {htpasswd: {realm: test, path: %q}}
 `
 
 var listening = regexp.MustCompile(`listening on (127\.0\.0\.1:[0-9]+)`)
 
-// User and Password are what [StartProtected] asks for.
+// User and Password are the credentials that a registry of [StartProtected] requires.
 const (
 	User     = "somebody"
 	Password = "a password of this test"
 )
 
-// StartProtected is [Start] for a registry that answers nobody who lacks User and
-// Password.
+// StartProtected works as [Start] does. The registry answers only requests with User and Password.
 func StartProtected(t testing.TB) string {
 	t.Helper()
 	hash, err := bcrypt.GenerateFromPassword([]byte(Password), bcrypt.MinCost)
@@ -55,22 +53,20 @@ func StartProtected(t testing.TB) string {
 	return start(t, fmt.Sprintf(protection, file))
 }
 
-// Start runs an empty registry that ends with the test and returns its
-// host:port.
+// Start runs an empty registry, which ends with the test, and returns its host:port.
 func Start(t testing.TB) string {
 	t.Helper()
 	return start(t, "")
 }
 
-// StartMirror is Start for a registry that fetches what it is asked for from another one,
-// at this URL, and keeps it ("pull through cache" in the distribution project's
-// documentation).
+// StartMirror works as Start does. The registry fetches missing content from the registry at this URL and stores it
+// ("pull through cache" in the distribution project's documentation).
 func StartMirror(t testing.TB, of string) string {
 	t.Helper()
 	return start(t, fmt.Sprintf("proxy: {remoteurl: %q}\n", of))
 }
 
-// start runs a registry with more settings.
+// start runs a registry with additional settings.
 func start(t testing.TB, more string) string {
 	t.Helper()
 	program, err := exec.LookPath(Program)
@@ -92,16 +88,16 @@ func start(t testing.TB, more string) string {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	_ = w.Close() // the program has its own
+	_ = w.Close() // the program has a copy of its own
 	stop := func(rest chan struct{}) {
 		if err := cmd.Process.Kill(); err != nil {
 			t.Errorf("stop the registry: %v", err)
 		}
 		<-rest
-		_ = cmd.Wait() // killed
+		_ = cmd.Wait() // it was killed
 		_ = r.Close()
 	}
-	// It says where it listens, or ends.
+	// The program prints its address when it listens, or ends.
 	var said []string
 	for lines := bufio.NewScanner(r); lines.Scan(); {
 		if m := listening.FindStringSubmatch(lines.Text()); m != nil {

@@ -1,6 +1,5 @@
-// Package faulttable is for tests that inject faults into phases and write what happened to
-// them into a table in docs. Only test files import it. It refuses to know any fault but a
-// full disk.
+// Package faulttable is for tests that inject faults into phases. It compares the results with a table in docs, or
+// writes the table. Only test files import it. The only fault that it can make is a full disk.
 package faulttable
 
 import (
@@ -15,7 +14,7 @@ import (
 	"testing"
 )
 
-// Fill writes files until not one byte more goes onto the disk that dir is on.
+// Fill writes files until the disk of dir has no space for one more byte.
 func Fill(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
@@ -39,18 +38,18 @@ func Fill(dir string) error {
 // Table is a table in a document, between the marks "NAMEtable: begin" and "NAMEtable: end".
 type Table struct {
 	File, Name string
-	// Head is over the rows, Columns are the faults.
+	// Head is the heading of the first column. Columns are the faults, and Rows are the phases.
 	Head    string
 	Columns []string
 	Rows    []string
-	// Seen has what was seen, by row, a blank, and column.
+	// Seen has the results. Its key is the row, a space, and the column.
 	Seen map[string]string
-	// Hint is how to write it anew; Update does that.
+	// Hint is the command that writes the table again. Update makes Check write it.
 	Hint   string
 	Update bool
 }
 
-// Check compares what was seen with what the document says.
+// Check compares the results with the table in the document.
 func (tab Table) Check(t *testing.T) {
 	t.Helper()
 	start, end := "<!-- "+tab.Name+"table: begin -->\n", "<!-- "+tab.Name+"table: end -->\n"

@@ -1,7 +1,6 @@
-// Package gcs runs fake-gcs-server, an emulator of Google Cloud Storage, for
-// one test. Only test files import it. It refuses to stand in for Google's
-// permissions: the emulator lets everybody do everything, and so a test of
-// what is refused without rights has no place here.
+// Package gcs runs fake-gcs-server, an emulator of Google Cloud Storage, for one test. Only test files import it. The
+// emulator allows everything to everybody, so it cannot test Google's permissions, such as what is refused without
+// rights.
 package gcs
 
 import (
@@ -20,24 +19,23 @@ import (
 	"testing"
 )
 
-// Tool is the emulator, pinned, for deploy/tool.sh.
+// Tool is the pinned version of the emulator, for deploy/tool.sh.
 const Tool = "github.com/fsouza/fake-gcs-server@v1.56.1"
 
-// Env names the variable with the path of the program. Tests that need the
-// emulator are skipped where it is not set.
+// Env is the environment variable with the path of the emulator. If it is not set, tests that need the emulator are
+// skipped.
 const Env = "PREBAKE_FAKE_GCS"
 
 // Server is a running emulator.
 type Server struct {
-	// Endpoint is what STORAGE_EMULATOR_HOST is set to: a URL.
+	// Endpoint is the URL of the emulator, for STORAGE_EMULATOR_HOST.
 	Endpoint string
 }
 
-// ports bounds how many ports are tried: one that was free a moment ago may be
-// taken by the next.
+// ports is how many ports Start tries. Another process may take a port that was free a moment ago.
 const ports = 5
 
-// Start runs an emulator, empty, that ends with the test.
+// Start runs an empty emulator, which ends with the test.
 func Start(t testing.TB) *Server {
 	t.Helper()
 	program := os.Getenv(Env)
@@ -65,7 +63,7 @@ func start(t testing.TB, program string) (address string, err error) {
 		return "", err
 	}
 	_, port, _ := net.SplitHostPort(address)
-	// The public host is that of plain downloads, which have no API in their path.
+	// The public host is the host of plain downloads, whose URLs do not have the path of the API.
 	cmd := exec.Command(program, "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", port,
 		"-public-host", address)
 	cmd.Env = []string{"HOME=/nonexistent"}
@@ -79,10 +77,10 @@ func start(t testing.TB, program string) (address string, err error) {
 	stop := func() error {
 		kill := cmd.Process.Kill()
 		_, drain := io.Copy(io.Discard, stderr)
-		_ = cmd.Wait() // killed
+		_ = cmd.Wait() // it was killed
 		return errors.Join(kill, drain)
 	}
-	// It says so once it listens, or ends.
+	// The emulator prints this text once it listens, or ends.
 	var said []string
 	for lines := bufio.NewScanner(stderr); lines.Scan(); {
 		if strings.Contains(lines.Text(), "server started at") {
@@ -96,7 +94,7 @@ func start(t testing.TB, program string) (address string, err error) {
 					t.Errorf("stop the emulator: %v", err)
 				}
 				<-done
-				_ = cmd.Wait() // killed
+				_ = cmd.Wait() // it was killed
 			})
 			return address, nil
 		}
@@ -105,9 +103,8 @@ func start(t testing.TB, program string) (address string, err error) {
 	return "", errors.Join(fmt.Errorf("it ended and said %q", said), stop())
 }
 
-// Use points this process's Google Cloud Storage clients to the emulator until
-// the test ends, and takes credentials away from them. A test that calls it
-// cannot be parallel.
+// Use makes the Google Cloud Storage clients of this process use the emulator, without credentials, until the test
+// ends. A test that calls it cannot be parallel.
 func (s *Server) Use(t testing.TB) {
 	t.Helper()
 	t.Setenv("STORAGE_EMULATOR_HOST", s.Endpoint)
@@ -125,14 +122,14 @@ func (s *Server) Bucket(t testing.TB, name string) {
 	s.post(t, "/storage/v1/b?project=test", "application/json", text)
 }
 
-// Put stores an object, in place of one that has its name.
+// Put stores an object. It replaces an object of the same name.
 func (s *Server) Put(t testing.TB, bucket, name string, data []byte) {
 	t.Helper()
 	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}})
 }
 
-// PutGzip stores an object that is stored compressed and meant available plain:
-// gzipped data with a Content-Encoding.
+// PutGzip stores an object in compressed form that clients should read in plain form: gzip data with a
+// Content-Encoding.
 func (s *Server) PutGzip(t testing.TB, bucket, name string, data []byte) {
 	t.Helper()
 	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}, "contentEncoding": {"gzip"}})

@@ -8,8 +8,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// What is put is there for clients and for plain downloads, and two emulators
-// do not know each other's objects.
+// TestEmulator checks that clients and plain downloads find a stored object, and that two emulators do not share
+// objects.
 func TestEmulator(t *testing.T) {
 	t.Parallel()
 	s, other := gcs.Start(t), gcs.Start(t)

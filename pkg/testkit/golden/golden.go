@@ -1,5 +1,5 @@
-// Package golden compares generated files with what a test generates again.
-// Only test files import it. It refuses to change a file that nobody asked it to.
+// Package golden compares generated files with the output of the test that generates them again. Only test files import
+// it. It changes a file only on request.
 package golden
 
 import (
@@ -10,8 +10,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// Check fails the test where one of the files is not exactly want. With update, which a
-// test takes from its flag -update, it writes the files instead.
+// Check fails the test if one of the files differs from want. With update it writes the files instead; a test sets it
+// from its flag -update.
 func Check(t testing.TB, update bool, want []byte, files ...string) {
 	t.Helper()
 	for _, file := range files {

@@ -1,5 +1,5 @@
 // Package importrule tests import rules that the compiler does not enforce. Only test files import it, in the folder of
-// the program that they are about. It refuses to give a ban without a reason.
+// the program that the rules are for. Every rule needs a reason.
 package importrule
 
 import (
@@ -17,14 +17,14 @@ func list(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// within reports whether a package is one of a module or folder. Of the
-// standard library, a package is itself only.
+// within reports whether a package belongs to a module or folder. A package of the standard library has no packages
+// below it in this sense.
 func within(pkg, folder string) bool {
 	return pkg == folder || strings.Contains(folder, ".") && strings.HasPrefix(pkg, folder+"/")
 }
 
-// CheckBanned fails when the program in this folder links a package that is a key of
-// bans; the value says why it must not.
+// CheckBanned fails if the program in the current folder links a package that is a key of bans. The value is the reason
+// for the ban.
 func CheckBanned(t *testing.T, bans map[string]string) {
 	t.Helper()
 	for dep := range strings.FieldsSeq(list(t, "-deps", ".")) {
@@ -39,16 +39,16 @@ func CheckBanned(t *testing.T, bans map[string]string) {
 	}
 }
 
-// Owner is where a heavy library lives.
+// Owner names the only package that may import a heavy library.
 type Owner struct {
-	// Lib is the library, and Package the one below this folder that may import
-	// it, such as /internal/store; "" means none.
+	// Lib is the library. Package is the path, below the current folder, of the package that may import it, such as
+	// /internal/store; "" means none.
 	Lib, Package string
 	Reason       string
 }
 
-// CheckOwners fails when a package below this folder, whose import path is own,
-// imports a library that lives elsewhere.
+// CheckOwners fails if a package below the current folder imports a library that another package owns. own is the
+// import path of the current folder.
 func CheckOwners(t *testing.T, own string, homes []Owner) {
 	t.Helper()
 	for line := range strings.Lines(list(t, "-f", `{{.ImportPath}} {{join .Imports " "}}`, "./...")) {

@@ -1,5 +1,5 @@
-// Package program writes and compiles programs that a test runs. Only test files import it.
-// It refuses to leave one that cannot be run at once.
+// Package program writes and compiles programs that a test runs. Only test files import it. When its functions return,
+// the program can be run at once.
 package program
 
 import (
@@ -11,8 +11,7 @@ import (
 	"testing"
 )
 
-// Build compiles a program of this module without C, for this machine's architecture or
-// another one ("" is this), and returns its path.
+// Build compiles a program of this module without cgo, and returns its path. arch "" means this machine's architecture.
 func Build(t testing.TB, pkg, arch string) string {
 	t.Helper()
 	if arch == "" {
@@ -27,17 +26,16 @@ func Build(t testing.TB, pkg, arch string) string {
 	return out
 }
 
-// Write writes a program for everybody to run. A plain os.WriteFile is not
-// enough where other tests start programs at the same time: a child that is
-// forked meanwhile holds the open file for a moment, and for as long the
-// kernel refuses to run it ("text file busy", https://go.dev/issue/22315).
+// Write writes a program that everybody may run. A plain os.WriteFile is not enough if other tests start programs at
+// the same time. A child process that is forked meanwhile holds the open file for a moment, and as long as it does, the
+// kernel refuses to run the file ("text file busy", https://go.dev/issue/22315).
 func Write(t testing.TB, path string, content []byte) {
 	t.Helper()
 	syscall.ForkLock.RLock()
 	err := os.WriteFile(path, content, 0o600)
 	syscall.ForkLock.RUnlock()
 	if err == nil {
-		err = os.Chmod(path, 0o755) // whatever the umask
+		err = os.Chmod(path, 0o755) // independent of the umask
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -1,5 +1,4 @@
-// Package snapshots makes signed lists for tests, and has all the keys. Only test files import
-// it. It refuses to check anything.
+// Package snapshots makes snapshots for tests, and has all their keys. Only test files import it. It checks nothing.
 package snapshots
 
 import (
@@ -19,16 +18,16 @@ import (
 	"github.com/prebake/prebake/pkg/snapshot/maker"
 )
 
-// Farm makes snapshots in Dir. Its root wants two of three keys.
+// Farm makes snapshots in the folder Dir. Its root requires the signatures of two of its three keys.
 type Farm struct {
 	Dir                       string
 	Root                      [3]signature.Signer
 	Targets, Snapshot, Stamps signature.Signer
-	// Least is the lowest version of the next list, as where the folder was lost.
+	// Least is the lowest version of the next list, for tests of a lost folder; 0 means the next version.
 	Least int64
 }
 
-// New makes a farm whose first root expires a year after a time.
+// New returns a farm whose first root expires one year after the given time.
 func New(t testing.TB, at time.Time) *Farm {
 	t.Helper()
 	f := &Farm{
@@ -44,7 +43,7 @@ func New(t testing.TB, at time.Time) *Farm {
 	return f
 }
 
-// NewSigner makes a key.
+// NewSigner returns a new key.
 func NewSigner(t testing.TB) signature.Signer {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -54,7 +53,7 @@ func NewSigner(t testing.TB) signature.Signer {
 	return s
 }
 
-// WriteRoot writes the next root, which names the farm's keys as they are now.
+// WriteRoot writes the next root, which names the current keys of the farm.
 func (f *Farm) WriteRoot(t testing.TB, at time.Time, by ...signature.Signer) {
 	t.Helper()
 	next := maker.Root{Threshold: 2, Signers: by, Expires: at.AddDate(1, 0, 0),
@@ -67,7 +66,7 @@ func (f *Farm) WriteRoot(t testing.TB, at time.Time, by ...signature.Signer) {
 	check(t, errors.Join(err, r.Close()))
 }
 
-// Publish makes a list. Its timestamp expires after a week.
+// Publish publishes a list. Its timestamp expires after a week.
 func (f *Farm) Publish(t testing.TB, at time.Time, artifacts ...snapshot.Artifact) {
 	t.Helper()
 	r := f.Open(t, at)
@@ -77,7 +76,7 @@ func (f *Farm) Publish(t testing.TB, at time.Time, artifacts ...snapshot.Artifac
 	check(t, errors.Join(err, r.Close()))
 }
 
-// Refresh says that the newest list is the newest for another week.
+// Refresh signs the newest list's timestamp for another week.
 func (f *Farm) Refresh(t testing.TB, at time.Time) {
 	t.Helper()
 	r := f.Open(t, at)
@@ -85,7 +84,7 @@ func (f *Farm) Refresh(t testing.TB, at time.Time) {
 	check(t, errors.Join(err, r.Close()))
 }
 
-// Open opens the folder, as if it were this time. The caller closes it.
+// Open opens the folder with the given time as the clock. The caller closes it.
 func (f *Farm) Open(t testing.TB, at time.Time) *maker.Repository {
 	t.Helper()
 	r, err := maker.Open(f.Dir, func() time.Time { return at })
@@ -93,7 +92,7 @@ func (f *Farm) Open(t testing.TB, at time.Time) *maker.Repository {
 	return r
 }
 
-// Copy copies the folder as it is now, as somebody keeps it who means to serve it again later.
+// Copy copies the folder in its current state, so that a test can serve that state again later.
 func (f *Farm) Copy(t testing.TB) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "copy")

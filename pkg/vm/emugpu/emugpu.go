@@ -1,8 +1,6 @@
-// Package emugpu holds the source of a kernel module that presents an emulated
-// NVIDIA GPU to the kernel it is loaded into, for virtual machines that have
-// none. The module's code is GPL-2.0-only, like the kernel it links into; it
-// is compiled on its own, and no program of Prebake links it. The package
-// refuses to compile anything.
+// Package emugpu holds the source of a kernel module that emulates an NVIDIA GPU, for virtual machines without one.
+// The module's code is GPL-2.0-only, like the kernel that loads it. The module is compiled on its own, and no program
+// of Prebake links it. The package does not compile it.
 package emugpu
 
 import (
@@ -21,12 +19,12 @@ import (
 //go:embed module/Kbuild module/emugpu.c
 var sources embed.FS
 
-// Name is the module's name; its file is Name.ko.
+// Name is the module's name. Its file is Name.ko.
 const Name = "emugpu"
 
-// KernelArg is what a kernel has to boot with: it takes the memory that serves
-// as the device's away from the kernel. Arm kernels know no memmap=; there the
-// machine has more memory than the kernel may use.
+// KernelArg returns the argument for the kernel's command line that reserves memory. The emulated device uses that
+// memory as its own. Arm kernels do not know memmap=. There mem= limits the kernel to less memory than the machine
+// has.
 func KernelArg(arch target.Arch) string {
 	if arch == target.ARM64 {
 		return "mem=2304M"
@@ -34,7 +32,7 @@ func KernelArg(arch target.Arch) string {
 	return "memmap=96M$0x4f000000"
 }
 
-// Memory is how many MiB the machine has to have.
+// Memory returns the memory in MiB that the machine needs at least.
 func Memory(arch target.Arch) int {
 	if arch == target.ARM64 {
 		return 2304 + 128
@@ -42,17 +40,16 @@ func Memory(arch target.Arch) int {
 	return 2048
 }
 
-// Sources returns Kbuild and emugpu.c.
+// Sources returns a file system with the files Kbuild and emugpu.c.
 func Sources() fs.FS {
 	sub, err := fs.Sub(sources, "module")
 	if err != nil {
-		panic(err) // only for a name that is no path
+		panic(err) // Sub fails only for an invalid path
 	}
 	return sub
 }
 
-// WriteTo writes the sources into an existing folder. Files that are there are
-// an error.
+// WriteTo writes the sources into an existing folder. If one of the files exists already, WriteTo returns an error.
 func WriteTo(dir string) (err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {

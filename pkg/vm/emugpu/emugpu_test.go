@@ -34,7 +34,7 @@ func TestWriteTo(t *testing.T) {
 	}
 }
 
-// What the machine boots with is what the source asks for.
+// KernelArg must be the argument that the module's source expects.
 func TestKernelArg(t *testing.T) {
 	t.Parallel()
 	text, err := fs.ReadFile(Sources(), "emugpu.c")

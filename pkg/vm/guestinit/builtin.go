@@ -16,11 +16,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// builtin is a step that guestinit does itself. An errno in the error's chain
-// becomes the step's exit status.
+// builtin is a step that guestinit runs itself. If the error wraps an errno, the errno becomes the step's exit status.
 type builtin func(ctx context.Context, args []string, stdout io.Writer) error
 
-// builtins returns all of them but @stop, which belongs to the runner.
+// builtins returns all built-ins except @stop, which the runner handles.
 func builtins() map[string]builtin {
 	return map[string]builtin{
 		"@insmod": func(_ context.Context, args []string, _ io.Writer) error { // FILE [PARAMETER...]
@@ -38,11 +37,11 @@ func builtins() map[string]builtin {
 		"@cat":          cat,         // FILE...
 		"@ls":           list,        // FOLDER...: every path below, with kind and size
 		"@mknod":        mknod,       // PATH MAJOR MINOR: a character device
-		"@nvidia-nodes": nvidiaNodes, // the device nodes that nvidia-modprobe would make
+		"@nvidia-nodes": nvidiaNodes, // the device nodes that nvidia-modprobe would create
 		"@dial":         dial,        // HOST:PORT...: open and close a TCP connection
 		"@open":         open,        // FILE...: open for reading and writing, then close
-		"@wait":         wait,        // PATH...: until every one exists
-		"@mount":        mount,       // DEVICE FOLDER: a filesystem of kind ext4
+		"@wait":         wait,        // PATH...: wait until all of them exist
+		"@mount":        mount,       // DEVICE FOLDER: mount an ext4 file system
 	}
 }
 
@@ -140,7 +139,7 @@ func mknod(_ context.Context, args []string, _ io.Writer) error {
 	return charDevice(args[0], uint32(major), uint32(minor))
 }
 
-// charDevice makes a node; one of the same numbers that is there is fine.
+// charDevice creates a device node. A node with the same numbers may exist already.
 func charDevice(path string, major, minor uint32) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
@@ -159,15 +158,15 @@ func charDevice(path string, major, minor uint32) error {
 	return os.Chmod(path, 0o666)
 }
 
-// Numbers of NVIDIA's frontend device (nv-frontend.h and nv-chardev-numbers.h
-// of the driver's source): minors below 254 are GPUs.
+// Device numbers of NVIDIA's frontend device (nv-frontend.h and nv-chardev-numbers.h of the driver's source). Minors
+// below 254 are GPUs.
 const (
 	nvidiaMajor        = 195
 	nvidiaModesetMinor = 254
 	nvidiaCtlMinor     = 255
 )
 
-// nvidiaNodes makes the nodes of the loaded modules, as nvidia-modprobe does.
+// nvidiaNodes creates the device nodes of the loaded modules, as nvidia-modprobe does.
 func nvidiaNodes(_ context.Context, _ []string, stdout io.Writer) error {
 	text, err := os.ReadFile("/proc/devices")
 	if err != nil {
@@ -206,7 +205,7 @@ func nodes(majors map[string]uint32, gpus int) []node {
 	return list
 }
 
-// charMajors reads the character devices of /proc/devices.
+// charMajors returns the major number of each character device in the text of /proc/devices.
 func charMajors(text string) map[string]uint32 {
 	majors := map[string]uint32{}
 	chars := false

@@ -91,7 +91,7 @@ func FuzzCharMajors(f *testing.F) {
 	})
 }
 
-// runSteps runs a script on this host and returns what the guest would send.
+// runSteps runs a script on this host and returns the events that the guest would send.
 func runSteps(t *testing.T, steps []wire.Step, extra map[string]builtin) []wire.Event {
 	t.Helper()
 	all := builtins()

@@ -10,11 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxKernelLog bounds the text of one read, well below a line's bound.
+// maxKernelLog is about the greatest size in bytes of one read's text, well below wire.MaxLine.
 const maxKernelLog = 1 << 20
 
-// kernelLog reads /dev/kmsg, whose every read returns one record
-// (Documentation/ABI/testing/dev-kmsg in the kernel's source).
+// kernelLog reads /dev/kmsg. Each read of that file returns one record (Documentation/ABI/testing/dev-kmsg in the
+// kernel's source).
 type kernelLog struct {
 	mu sync.Mutex
 	fd int
@@ -28,7 +28,7 @@ func openKernelLog(path string) (*kernelLog, error) {
 	return &kernelLog{fd: fd}, nil
 }
 
-// read returns the records that came since the last call, one a line.
+// read returns the records since the last call, one per line.
 func (k *kernelLog) read() string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -37,10 +37,10 @@ func (k *kernelLog) read() string {
 	for text.Len() < maxKernelLog {
 		n, err := unix.Read(k.fd, record)
 		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.EINTR) {
-			continue // records were overwritten; the next read goes on after the gap
+			continue // records were overwritten, or a signal came; the next read continues
 		}
 		if err != nil || n <= 0 {
-			break // EAGAIN: nothing more
+			break // EAGAIN: no more records
 		}
 		if line, ok := formatRecord(string(record[:n])); ok {
 			text.WriteString(line)
@@ -65,12 +65,12 @@ func formatRecord(record string) (string, bool) {
 	if err != nil {
 		return "", false
 	}
-	text, _, _ := strings.Cut(body, "\n") // what follows is a device's dictionary
+	text, _, _ := strings.Cut(body, "\n") // the lines after it are a device's dictionary
 	return fmt.Sprintf("[%5d.%06d] %s", us/1e6, us%1e6, unescape(text)), true
 }
 
-// unescape undoes the \xHH that the kernel writes for each unprintable byte. A
-// control character becomes a space: the text stays one line.
+// unescape decodes \xHH, which the kernel writes for each unprintable byte. Control characters become spaces, so that
+// the text stays on one line.
 func unescape(text string) string {
 	var out strings.Builder
 	for i := 0; i < len(text); i++ {

@@ -9,15 +9,14 @@ import (
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
-// link is the guest's end of the event stream. Many goroutines may send.
+// link is the guest's end of the event stream. Several goroutines may send at once.
 type link struct {
 	mu  sync.Mutex
 	w   io.Writer
 	log *kernelLog
 }
 
-// send writes one event. No one else can receive it when that fails, so the
-// console reports it.
+// send writes one event. If that fails, the console is the only place left to report the error.
 func (l *link) send(e wire.Event) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -26,7 +25,7 @@ func (l *link) send(e wire.Event) {
 	}
 }
 
-// kernel returns what the kernel logged since the last call.
+// kernel returns the kernel's log since the last call.
 func (l *link) kernel() string {
 	if l.log == nil {
 		return ""
@@ -34,7 +33,7 @@ func (l *link) kernel() string {
 	return l.log.read()
 }
 
-// output is a stream of one step as an io.Writer.
+// output is an io.Writer that sends one stream of one step as events.
 type output struct {
 	host   *link
 	step   int

@@ -1,8 +1,7 @@
-// Command guestinit is /init of Prebake's virtual machines: it mounts what a
-// Linux program expects, loads the kernel modules that came with it, starts the network, runs the steps of a script,
-// tells the host about each over the second serial port, and powers off. It has built-in steps for kernel
-// modules, device nodes and files, so that a machine needs no shell. It
-// refuses to run anywhere but as process 1.
+// Command guestinit is /init of Prebake's virtual machines. It mounts the file systems that Linux programs expect,
+// loads the kernel modules in the initramfs, starts the network, and runs the steps of a script. It reports each step
+// to the host over the second serial port, and powers off. Built-in steps handle kernel modules, device nodes and
+// files, so the guest needs no shell. guestinit refuses to run except as process 1.
 package main
 
 import (
@@ -31,8 +30,7 @@ func main() {
 	powerOff()
 }
 
-// boot runs the whole script. Nothing may get out of it: process 1 that ends
-// is a kernel panic.
+// boot runs the whole script. It recovers from every panic, because the kernel panics when process 1 ends.
 func boot() {
 	var host *link
 	defer func() {
@@ -87,7 +85,7 @@ func script(host *link) error {
 	return nil
 }
 
-// prepare loads modules and starts devices.
+// prepare loads the kernel modules, and starts the network and the GPU.
 func prepare(s wire.Script) error {
 	names, err := moduleOrder(wire.OrderPath)
 	if err != nil {
@@ -111,7 +109,7 @@ func prepare(s wire.Script) error {
 	return nil
 }
 
-// moduleOrder reads file names, one a line; a missing list is an empty one.
+// moduleOrder reads a list of file names, one per line. A missing list counts as empty.
 func moduleOrder(path string) ([]string, error) {
 	text, err := os.ReadFile(path)
 	if os.IsNotExist(err) {

@@ -9,15 +9,14 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// The addresses of qemu's user-mode network (slirp): the guest's, and the
-// gateway that stands for the host's loopback.
+// Addresses in qemu's user-mode network (slirp): the guest's own, and the gateway, which leads to the host's loopback
+// interface.
 const (
 	guestAddress = "10.0.2.15/24"
 	gateway      = "10.0.2.2"
 )
 
-// network starts lo and eth0. The driver registers eth0 on its own time,
-// so up to wait is spent on asking for it.
+// network starts lo and eth0. The driver registers eth0 asynchronously, so network waits for it, up to wait.
 func network(wait time.Duration) error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {

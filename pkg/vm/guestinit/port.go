@@ -8,15 +8,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// port carries bytes to the host.
+// port sends bytes to the host.
 type port interface {
 	io.Writer
-	// drain waits until everything has left.
+	// drain waits until all bytes are sent.
 	drain() error
 }
 
-// openPort opens the port that has a device file of this name, or, in a kernel
-// without a driver for it, the bare one.
+// openPort opens the serial port with this device file. If the kernel has no driver for the port, openPort drives the
+// hardware itself ([uart]).
 func openPort(path string) (port, error) {
 	t, err := openTTY(path)
 	if err == nil {
@@ -29,12 +29,11 @@ func openPort(path string) (port, error) {
 	return u, nil
 }
 
-// tty is a serial port that the kernel has a driver for.
+// tty is a serial port with a kernel driver.
 type tty struct{ *os.File }
 
-// openTTY opens a serial port for bytes that the line discipline leaves as they
-// are. Kernels have files of ports that are not there; these fail as they are asked
-// for their settings.
+// openTTY opens a serial port in raw mode, so that the line discipline changes no bytes. A kernel may have device
+// files of ports that do not exist; reading their settings fails.
 func openTTY(path string) (tty, error) {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -15,21 +15,21 @@ import (
 )
 
 const (
-	// exitUnrunnable is what a shell says about a program that does not start.
+	// exitUnrunnable is a shell's exit status for a program that cannot start.
 	exitUnrunnable = 127
-	// exitTimeout is what timeout(1) says.
+	// exitTimeout is the exit status of timeout(1) for a program that exceeds its limit.
 	exitTimeout = 124
-	// stopGrace is how long a background step may take to end when asked to.
+	// stopGrace is how long a background step may take to end after SIGTERM.
 	stopGrace = 10 * time.Second
-	// defaultPath is PATH of steps that set none.
+	// defaultPath is the PATH of steps that do not set their own.
 	defaultPath = "PATH=/usr/local/nvidia/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 )
 
-// runner runs a script's steps, one after the other.
+// runner runs a script's steps one after the other.
 type runner struct {
 	host     *link
 	builtins map[string]builtin
-	// background holds the steps that still run, by name.
+	// background has the background steps that still run, by name.
 	background map[string]*job
 }
 
@@ -38,12 +38,11 @@ type job struct {
 	step  int
 	cmd   *exec.Cmd
 	start time.Time
-	done  chan struct{} // closed when ended
-	exit  int           // valid when done
+	done  chan struct{} // closed when the program has ended
+	exit  int           // valid after done is closed
 }
 
-// run runs steps until one that must not fail does, then ends what is left in
-// the background.
+// run runs the steps until a step without KeepGoing fails. Then it ends the steps that are still in the background.
 func (r *runner) run(steps []wire.Step) {
 	r.background = map[string]*job{}
 	for i, s := range steps {
@@ -93,8 +92,8 @@ func (r *runner) step(i int, s wire.Step) int {
 	}
 }
 
-// builtin runs a built-in. One that is stuck in the kernel cannot be killed:
-// its goroutine is left behind and the script goes on to its end.
+// builtin runs a built-in. A built-in that blocks in the kernel cannot be killed. After its time limit its goroutine
+// stays, and the script continues.
 func (r *runner) builtin(i int, argv []string, timeout time.Duration) (int, error) {
 	stdout := &output{host: r.host, step: i, stream: "stdout"}
 	f, ok := r.builtins[argv[0]]
@@ -137,8 +136,7 @@ func (r *runner) start(i int, s wire.Step) (*job, error) {
 	return j, nil
 }
 
-// stop asks a background step to end, reports its end, and returns its exit
-// status.
+// stop sends SIGTERM to a background step, reports the step's end, and returns its exit status.
 func (r *runner) stop(name string) (int, error) {
 	j, ok := r.background[name]
 	if !ok {
@@ -159,14 +157,14 @@ func (r *runner) stop(name string) (int, error) {
 	return j.exit, nil
 }
 
-// signal reaches the program and all that it started.
+// signal sends a signal to the program's process group.
 func (j *job) signal(sig unix.Signal) {
 	if err := unix.Kill(-j.cmd.Process.Pid, sig); err != nil && !errors.Is(err, unix.ESRCH) {
 		fmt.Fprintf(os.Stderr, "guestinit: signal %s: %v\n", j.cmd.Path, err)
 	}
 }
 
-// exitStatus turns the end of a program into a shell's idea of it.
+// exitStatus returns the exit status that a shell would show for the end of a program.
 func exitStatus(err error) int {
 	var ee *exec.ExitError
 	switch {
@@ -181,7 +179,7 @@ func exitStatus(err error) int {
 	return exitUnrunnable
 }
 
-// exitOf turns a built-in's error into a step's exit status: the errno.
+// exitOf returns the errno in a built-in's error as the step's exit status, or 1 if there is none.
 func exitOf(err error) int {
 	var errno unix.Errno
 	switch {
@@ -193,7 +191,7 @@ func exitOf(err error) int {
 	return 1
 }
 
-// expired fires after d; never for 0.
+// expired returns a channel that fires after d. With 0 it never fires.
 func expired(d time.Duration) <-chan time.Time {
 	if d <= 0 {
 		return nil

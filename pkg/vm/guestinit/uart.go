@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// qemu's pci-serial (docs/specs/pci-serial.rst of qemu) is a 16550A behind an I/O
-// port BAR. COS's kernels for Arm have no CONFIG_SERIAL_8250_PCI.
+// Registers of qemu's pci-serial, which is a 16550A behind an I/O port BAR (docs/specs/pci-serial.rst of qemu).
+// guestinit drives it itself, because COS's kernels for Arm lack CONFIG_SERIAL_8250_PCI.
 const (
 	uartVendor, uartDevice = "0x1b36", "0x0002"
 
@@ -19,27 +19,26 @@ const (
 	uartFIFO   = 2 // write: FIFO control
 	uartStatus = 5 // read: line status
 
-	uartFIFOOn  = 0x01 // also makes the FIFO empty when it was off
+	uartFIFOOn  = 0x01 // also empties the FIFO if it was off
 	uartMayFill = 0x20 // the FIFO takes uartDepth bytes
-	uartIdle    = 0x40 // and the last bit has left
+	uartIdle    = 0x40 // the FIFO is empty and the last bit was sent
 	uartDepth   = 16
 )
 
-// uartTimeout is how long the host may leave bytes lying, far longer than any
-// host needs to read what is in a pipe.
+// uartTimeout is how long the host may leave bytes unread. A host that reads from a pipe needs far less.
 const uartTimeout = time.Minute
 
-// registers are those of a device, a byte at each offset.
+// registers gives access to the registers of a device, one byte at each offset.
 type registers interface {
 	io.ReaderAt
 	io.WriterAt
 }
 
-// uart is a serial port without a driver: each byte is written into its register.
+// uart is a serial port without a kernel driver. guestinit writes each byte into the port's register.
 type uart struct{ r registers }
 
-// openUART finds the port among the PCI devices in a folder of sysfs. The file of
-// an I/O port BAR turns each read and write of one byte into one of the port
+// openUART finds the port among the PCI devices in a folder of sysfs. It opens the file of the port's I/O port BAR.
+// The kernel turns each read or write of one byte of that file into an access to the I/O port
 // (Documentation/PCI/sysfs-pci.rst of the kernel).
 func openUART(devices string) (uart, error) {
 	dir, err := findUART(devices)
@@ -107,7 +106,7 @@ func (u uart) Write(p []byte) (int, error) {
 
 func (u uart) drain() error { return u.await(uartIdle) }
 
-// await waits until one of the status bits is set.
+// await waits until one of the status bits is set, for at most uartTimeout.
 func (u uart) await(bits byte) error {
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
 		status, err := u.status()

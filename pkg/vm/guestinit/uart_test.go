@@ -11,17 +11,17 @@ import (
 	"time"
 )
 
-// fakeUART is a 16550A as far as guestinit uses it. What is written to a full FIFO
-// is lost, as it is in the device.
+// fakeUART is a 16550A with the registers that guestinit uses. As in the device, bytes that are written to a full FIFO
+// are lost.
 type fakeUART struct {
 	fifo  []byte
 	on    bool
 	sent  bytes.Buffer
-	slow  int   // so many reads of the status pass before the FIFO is sent; -1 is never
-	asked int   // since then
-	lost  int   // bytes
-	err   error // of each access
-	off   bool  // its I/O ports are not decoded
+	slow  int   // number of reads of the status until the FIFO is sent; -1 means never
+	asked int   // number of reads since the FIFO was sent
+	lost  int   // number of lost bytes
+	err   error // returned by each access
+	off   bool  // the I/O ports do not respond
 }
 
 func (f *fakeUART) ReadAt(p []byte, off int64) (int, error) {
@@ -147,7 +147,7 @@ func TestOpenUART(t *testing.T) {
 	if err != nil || strings.TrimSpace(string(enabled)) != "1" {
 		t.Errorf("enable = %q, %v; want 1", enabled, err)
 	}
-	const want = "b\x00\x01\x00\x00\x60\x00\x00" // the last byte, and the FIFO on
+	const want = "b\x00\x01\x00\x00\x60\x00\x00" // the last byte, and the FIFO control register
 	if got, err := os.ReadFile(filepath.Join(dir, "resource0")); err != nil || string(got) != want {
 		t.Errorf("registers = %q, %v; want %q", got, err, want)
 	}

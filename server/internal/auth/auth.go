@@ -1,7 +1,6 @@
-// Package auth says who calls and what a caller may do. It knows three kinds of
-// secret: the server's first token, tokens that an administrator made, of which
-// the database keeps hashes, and OpenID Connect tokens of issuers that a file
-// trusts. It refuses to know routes: who serves them says what each needs.
+// Package auth identifies callers and decides what they may do. It knows three kinds of secrets: the server's first
+// token, tokens that an administrator made and whose hashes are in the database, and OpenID Connect tokens of issuers
+// that a file trusts. It knows no routes: the packages that serve them say what scope each needs.
 package auth
 
 import (
@@ -19,28 +18,28 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Scope is a kind of thing that a caller may do. Reading needs none.
+// Scope is a right of a caller. Reading needs none.
 type Scope string
 
-// The scopes.
+// These are all scopes.
 const (
-	// Ask is for nodes: ask for builds of kernels that the catalogue knows, so many
-	// an hour, and report what happened to a driver.
+	// Ask is for nodes. They may request builds of kernels that the catalogue knows, up to a number per hour, and report
+	// what happened to a driver.
 	Ask Scope = "ask"
-	// Announce is for release pipelines: tell of a COS build, and ask for any build.
+	// Announce is for release pipelines. They may announce a COS build and request any build.
 	Announce Scope = "announce"
-	// Build is for builders: report a build's progress and its log, record an artifact.
+	// Build is for builders. They may report a build's progress and its log, and record an artifact.
 	Build Scope = "build"
-	// Push writes to the registry.
+	// Push is for writing to the registry.
 	Push Scope = "push"
-	// Operate is for people: wish lists, cancel, yank, removing from the registry.
-	// It includes ask and announce.
+	// Operate is for people. They may change wish lists, cancel, yank and delete from the registry. It includes Ask and
+	// Announce.
 	Operate Scope = "operate"
-	// Admin makes and revokes tokens and reads the audit log. It includes all others.
+	// Admin is for making and revoking tokens and for reading the audit log. It includes all others.
 	Admin Scope = "admin"
 )
 
-// includes lists what else a scope opens.
+// includes returns the other scopes that a scope includes.
 func includes(s Scope) []Scope {
 	switch s {
 	case Operate:
@@ -53,10 +52,10 @@ func includes(s Scope) []Scope {
 	return nil
 }
 
-// Scopes lists all of them.
+// Scopes returns all scopes.
 func Scopes() []Scope { return []Scope{Ask, Announce, Build, Push, Operate, Admin} }
 
-// parseScopes reads scopes by their names, each once, at least one.
+// parseScopes parses the names of scopes. The result has each scope once. At least one name is needed.
 func parseScopes(names []string) ([]Scope, error) {
 	var all []Scope
 	for _, name := range names {
@@ -81,40 +80,40 @@ func scopeNames() string {
 	return strings.Join(names, ", ")
 }
 
-// Principal is a caller that showed a secret.
+// Principal is a caller that sent a valid secret.
 type Principal struct {
-	// Name is what the audit log calls it: first, token:NAME, or what an issuer's
-	// rule makes of the caller's claims.
+	// Name is the caller's name in the audit log: first, token:NAME, or the name that an issuer's rule makes of the
+	// caller's claims.
 	Name   string
 	Scopes []Scope
 }
 
-// May reports whether the caller may do what needs the scope.
+// May reports whether the caller has the scope.
 func (p Principal) May(s Scope) bool {
 	return slices.ContainsFunc(p.Scopes, func(has Scope) bool { return has == s || slices.Contains(includes(has), s) })
 }
 
-// tokenStore is what the authenticator asks a database.
+// tokenStore is the part of the database that the authenticator uses.
 type tokenStore interface {
-	// Token reads a token and its hash by its id; fault.NotFound if there is none.
+	// Token reads a token and its hash by its id. The error has kind NotFound if there is none.
 	Token(ctx context.Context, id string) (api.Token, []byte, error)
 	// TokenUsed records when a token was used.
 	TokenUsed(ctx context.Context, id string, at time.Time) error
 }
 
-// Config is what an authenticator knows.
+// Config has the secrets that an authenticator accepts.
 type Config struct {
-	// First is the token that opens everything; "" means none.
+	// First is the token with all scopes; "" means none.
 	First string
-	// Tokens are those that an administrator made; nil means none.
+	// Tokens has the tokens that administrators made; nil means none.
 	Tokens tokenStore
-	// Issuers are whose OpenID Connect tokens count; see ReadIssuers.
+	// Issuers are the issuers whose OpenID Connect tokens are accepted; see [ReadIssuers].
 	Issuers *Issuers
-	// Now is the clock; nil means the machine's.
+	// Now returns the current time; nil means time.Now.
 	Now func() time.Time
 }
 
-// Authenticator finds out who calls.
+// Authenticator identifies callers.
 type Authenticator struct{ Config }
 
 // New returns an authenticator.
@@ -125,8 +124,8 @@ func New(c Config) *Authenticator {
 	return &Authenticator{c}
 }
 
-// Authenticate returns the caller that a secret belongs to: fault.Unauthorized if to none,
-// fault.Transient if that cannot be found out now.
+// Authenticate returns the caller that a secret belongs to. The error has kind Unauthorized if it belongs to none,
+// and Transient if that cannot be checked now.
 func (a *Authenticator) Authenticate(ctx context.Context, secret string) (Principal, error) {
 	switch {
 	case equalSecrets(secret, a.First):
@@ -143,14 +142,14 @@ func unknown(why string) error {
 	return fault.New(fault.Unauthorized, why, "get one from the operator of the server: server tokens create")
 }
 
-// equalSecrets compares secrets in constant time. An empty secret lets nobody in.
+// equalSecrets compares secrets in constant time. An empty secret equals nothing.
 func equalSecrets(given, secret string) bool {
 	a, b := sha256.Sum256([]byte(given)), sha256.Sum256([]byte(secret))
 	return subtle.ConstantTimeCompare(a[:], b[:]) == 1 && secret != ""
 }
 
-// Secret returns what a request says to be allowed by: a Bearer token, or the
-// password of Basic under any user name, which is what clients of registries send.
+// Secret returns the secret of a request: a Bearer token, or the Basic password of any user name. Registry clients
+// send the latter.
 func Secret(r *http.Request) (secret string, given bool) {
 	if _, password, ok := r.BasicAuth(); ok {
 		return password, true
@@ -159,7 +158,7 @@ func Secret(r *http.Request) (secret string, given bool) {
 	return strings.TrimSpace(token), strings.EqualFold(scheme, "Bearer")
 }
 
-// Need returns nil if the caller may do what needs the scope, or fault.Forbidden.
+// Need returns nil if the caller has the scope, and otherwise an error of kind Forbidden.
 func Need(p Principal, s Scope) error {
 	if p.May(s) {
 		return nil
@@ -170,20 +169,20 @@ func Need(p Principal, s Scope) error {
 
 type contextKey struct{}
 
-// Note makes room in a context for the caller, which [Noted] tells once a handler
-// further in has found it out with [Write].
+// Note adds a place for the caller to a context. An inner handler fills it with [Write], and an outer one reads it
+// with [Noted].
 func Note(ctx context.Context) context.Context {
 	return context.WithValue(ctx, contextKey{}, new(Principal))
 }
 
-// Write says who calls to everyone who shares the context of [Note].
+// Write stores the caller in the place that [Note] added.
 func Write(ctx context.Context, p Principal) {
 	if at, ok := ctx.Value(contextKey{}).(*Principal); ok {
 		*at = p
 	}
 }
 
-// Noted returns who calls; nobody has no name.
+// Noted returns the stored caller. An unknown caller has an empty name.
 func Noted(ctx context.Context) Principal {
 	if at, ok := ctx.Value(contextKey{}).(*Principal); ok {
 		return *at

@@ -30,7 +30,7 @@ func check(t *testing.T, err error) {
 	}
 }
 
-// memory is a token store of one token.
+// memory is a token store with one token.
 type memory struct {
 	token api.Token
 	hash  []byte
@@ -50,8 +50,7 @@ func (m *memory) TokenUsed(_ context.Context, _ string, at time.Time) error {
 	return nil
 }
 
-// A token opens what its scopes say until it expires, and nothing near it opens
-// anything.
+// TestToken shows that a token gives its scopes until it expires, and that similar secrets give nothing.
 func TestToken(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
@@ -110,7 +109,7 @@ func TestNewTokenRefuses(t *testing.T) {
 	}
 }
 
-// key is a signing key of an issuer, and the file of its public half.
+// key makes a signing key of an issuer, and a file with its public key.
 func key(t *testing.T, dir, id string) (*ecdsa.PrivateKey, string) {
 	t.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -134,8 +133,8 @@ func sign(t *testing.T, alg jose.SignatureAlgorithm, k crypto.PrivateKey, claims
 
 const issuer = "https://token.actions.githubusercontent.com"
 
-// Claims are those that GitHub documents for its tokens ("OpenID Connect reference",
-// docs.github.com). Each row but the first changes one thing, and is refused.
+// TestIssuer uses the claims that GitHub documents for its tokens ("OpenID Connect reference", docs.github.com). Each
+// row but the first changes one thing, and its token is refused.
 func TestIssuer(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -202,6 +201,9 @@ func TestReadIssuersRefuses(t *testing.T) {
 	private, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: k, KeyID: "p"}}})
 	check(t, err)
 	check(t, os.WriteFile(filepath.Join(dir, "private.json"), private, 0o600))
+	public, err := os.ReadFile(filepath.Join(dir, "k.json"))
+	check(t, err)
+	check(t, os.WriteFile(filepath.Join(dir, "large.json"), append(public, make([]byte, maxKeys)...), 0o600))
 	good := "issuer: https://a.example, audience: x, claims: {sub: y}, scopes: [ask]"
 	for name, text := range map[string]string{
 		"no YAML":          "[",
@@ -215,6 +217,7 @@ func TestReadIssuersRefuses(t *testing.T) {
 		"no scopes":        "[{issuer: https://a.example, audience: x, claims: {sub: y}}]",
 		"no keys":          "[{" + good + ", keys: absent.json}]",
 		"private keys":     "[{" + good + ", keys: private.json}]",
+		"too large keys":   "[{" + good + ", keys: large.json}]",
 		"no certificate":   "[{" + good + ", ca: k.json}]",
 	} {
 		file := filepath.Join(dir, "rules.yaml")
@@ -229,8 +232,8 @@ func TestReadIssuersRefuses(t *testing.T) {
 	}
 }
 
-// A pod's token, as a real kube-apiserver makes it, is trusted by the keys that it
-// publishes.
+// TestKubernetesToken shows that a pod's token from a real kube-apiserver is accepted. The rule's keys are those that
+// the kube-apiserver publishes.
 func TestKubernetesToken(t *testing.T) {
 	c := cluster.Start(t)
 	dir := t.TempDir()
@@ -273,7 +276,7 @@ func TestKubernetesToken(t *testing.T) {
 	}
 }
 
-// The example of the documentation is one that the server takes.
+// TestExample shows that the server accepts the example of the documentation.
 func TestExample(t *testing.T) {
 	t.Parallel()
 	all, err := ReadIssuers("../../../docs/examples/issuers.yaml")

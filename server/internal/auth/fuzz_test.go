@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// FuzzWho shows arbitrary secrets to a server that knows a first token, a made token
-// and an issuer: nothing but those two secrets opens anything.
+// FuzzWho sends arbitrary secrets to a server that knows a first token, a made token and an issuer. Only those two
+// tokens give access.
 func FuzzWho(f *testing.F) {
 	const first = "0123456789abcdef"
 	dir := f.TempDir()

@@ -28,44 +28,43 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of what comes from outside, in bytes, and of one question to an issuer.
+// Limits of input from outside, in bytes, and of requests to an issuer.
 const (
-	maxIssuers  = 1 << 20 // the file
+	maxIssuers  = 1 << 20 // of the rules file
 	maxJWT      = 16 << 10
 	maxKeys     = 1 << 20
 	askIssuer   = 10 * time.Second
 	retryIssuer = 10 * time.Second
 )
 
-// Rule trusts some tokens of an issuer.
+// Rule trusts some of an issuer's tokens.
 type Rule struct {
-	// Issuer is the claim iss, an https URL.
+	// Issuer is the value of the claim iss, an https URL.
 	Issuer string `yaml:"issuer"`
-	// Audience is what one of the claim aud must be.
+	// Audience is the value that the claim aud must contain.
 	Audience string `yaml:"audience"`
-	// Claims are what other claims must be: a text with * for any run of letters but
-	// /. At least one is needed: an issuer such as GitHub's signs tokens for everybody.
+	// Claims has the values that other claims must have. They are patterns of [path.Match]: a * stands for any
+	// characters except /. At least one claim is needed, because an issuer such as GitHub's signs tokens for everybody.
 	Claims map[string]string `yaml:"claims"`
-	// Scopes are what such a caller may do.
+	// Scopes are the scopes of such a caller.
 	Scopes []string `yaml:"scopes"`
-	// Name is what the audit log calls the caller; {claim} stands for a claim.
-	// "" is the subject.
+	// Name is the caller's name in the audit log. {claim} is replaced by a claim. "" means the claim sub.
 	Name string `yaml:"name"`
-	// Keys is a file with the issuer's keys (a JWK set), beside the rules' file
-	// unless it is absolute. "" asks the issuer, as OpenID Connect Discovery says.
+	// Keys is a file with the issuer's keys (a JWK set). A relative path starts at the folder of the rules file. ""
+	// reads the keys from the issuer, by OpenID Connect Discovery.
 	Keys string `yaml:"keys"`
-	// CA is a file with certificates in PEM that the issuer's own must chain to; "" means the system's.
+	// CA is a file with certificates in PEM, to one of which the issuer's certificate must chain. "" means the system's
+	// certificates.
 	CA string `yaml:"ca"`
 
 	scopes   []Scope
 	verifier *lazyVerifier
 }
 
-// Issuers are the rules by which OpenID Connect tokens are trusted.
+// Issuers has the rules that decide which OpenID Connect tokens are trusted.
 type Issuers struct{ rules []*Rule }
 
-// ReadIssuers reads rules from a YAML file: a list with a member for each field of
-// [Rule]. Unknown members are refused.
+// ReadIssuers reads rules from a YAML file, a list with the fields of [Rule]. It refuses unknown fields.
 func ReadIssuers(file string) (*Issuers, error) {
 	fail := func(err error) error {
 		return fault.Wrap(
@@ -102,7 +101,7 @@ func ReadIssuers(file string) (*Issuers, error) {
 	return all, nil
 }
 
-// prepare checks a rule and makes its verifier, without asking anybody.
+// prepare checks a rule and makes its verifier, without a request to the issuer.
 func (r *Rule) prepare(dir string) error {
 	u, err := url.Parse(r.Issuer)
 	switch {
@@ -156,8 +155,11 @@ func readKeys(file string) (*oidc.StaticKeySet, error) {
 	if err != nil {
 		return nil, err
 	}
+	if len(raw) > maxKeys {
+		return nil, fmt.Errorf("%s has %d bytes; want at most %d", file, len(raw), maxKeys)
+	}
 	var set jose.JSONWebKeySet
-	if err := json.Unmarshal(raw[:min(len(raw), maxKeys)], &set); err != nil {
+	if err := json.Unmarshal(raw, &set); err != nil {
 		return nil, fmt.Errorf("%s is no JWK set: %w", file, err)
 	}
 	out := &oidc.StaticKeySet{}
@@ -173,7 +175,7 @@ func readKeys(file string) (*oidc.StaticKeySet, error) {
 	return out, nil
 }
 
-// verifierConfig leaves the audience to the rules: several may share an issuer.
+// verifierConfig leaves the check of the audience to the rules, because several rules may have the same issuer.
 func verifierConfig() *oidc.Config {
 	return &oidc.Config{SkipClientIDCheck: true, SupportedSigningAlgs: []string{
 		oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512,
@@ -181,8 +183,8 @@ func verifierConfig() *oidc.Config {
 	}}
 }
 
-// lazyVerifier asks an issuer for its keys when the first token of it comes: the
-// server starts without it, too.
+// lazyVerifier reads an issuer's keys when the first token of that issuer arrives. The server can therefore start
+// without the issuer.
 type lazyVerifier struct {
 	issuer string
 	client *http.Client
@@ -199,8 +201,7 @@ func (l *lazyVerifier) get(now time.Time) (*oidc.IDTokenVerifier, error) {
 	if l.verifier != nil || now.Sub(l.failed) < retryIssuer && l.err != nil {
 		return l.verifier, l.err
 	}
-	// The key set keeps the context and its client for as long as it lives; one
-	// request's end must not end it.
+	// The key set uses this context and its client for its whole life, so the end of one request must not cancel it.
 	provider, err := oidc.NewProvider(oidc.ClientContext(context.Background(), l.client), l.issuer)
 	if err != nil {
 		l.failed, l.err = now, fault.Wrap(fault.Transient, fmt.Errorf("ask issuer %s for its keys: %w", l.issuer, err), "")
@@ -210,7 +211,7 @@ func (l *lazyVerifier) get(now time.Time) (*oidc.IDTokenVerifier, error) {
 	return l.verifier, nil
 }
 
-// authenticate accepts a token that the rules trust.
+// authenticate returns the caller of a token that one of the rules trusts.
 func (all *Issuers) authenticate(ctx context.Context, raw string, now time.Time) (Principal, error) {
 	issuer, err := issuerOf(raw)
 	if err != nil {
@@ -241,8 +242,7 @@ func (all *Issuers) authenticate(ctx context.Context, raw string, now time.Time)
 	return Principal{}, unknown("no rule of the server is for tokens of this issuer")
 }
 
-// issuerOf reads the issuer of a token that nobody verified yet, to know whose keys
-// to try.
+// issuerOf reads the issuer of a token that is not verified yet, to choose the keys.
 func issuerOf(raw string) (string, error) {
 	if len(raw) > maxJWT {
 		return "", fmt.Errorf("it has more than %d bytes", maxJWT)
@@ -301,7 +301,7 @@ func claimText(v any) (string, bool) {
 	return "", false
 }
 
-// printable bounds a name from outside for logs and tables.
+// printable limits a name from outside to 128 printable characters, for logs and tables.
 func printable(name string) string {
 	const most = 128
 	clean := strings.Map(func(c rune) rune {

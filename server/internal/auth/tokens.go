@@ -14,23 +14,23 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A token is prebake_ID_SECRET. The prefix lets scanners of leaked secrets know it;
-// the id finds its row. Each part is 26 letters and digits with 128 random bits, so
-// that a plain SHA-256 of it cannot be guessed back.
+// A token is prebake_ID_SECRET. Scanners for leaked secrets recognize the prefix. The id finds the token's row. Each
+// part has 26 letters and digits with 128 random bits, so a plain SHA-256 is enough: nobody can guess the secret from
+// it.
 const tokenPrefix = "prebake_"
 
-// How long a token may live.
+// DefaultLifetime and MaxLifetime are the default and the longest lifetime of a token.
 const (
 	DefaultLifetime = 90 * 24 * time.Hour
 	MaxLifetime     = 2 * 365 * 24 * time.Hour
 )
 
-// usedEvery is how often the use of a token is written down.
+// usedEvery is the shortest time between two records of a token's use.
 const usedEvery = time.Hour
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
-// NewToken makes a token and the hash to store. It is shown once: in Secret.
+// NewToken makes a token and the hash to store. The field Secret of the token is the only copy of the secret.
 func NewToken(n api.NewToken, by string, now time.Time) (api.Token, []byte, error) {
 	fail := func(text, hint string) (api.Token, []byte, error) {
 		return api.Token{}, nil, fault.New(fault.Usage, "make token: "+text, hint)
@@ -61,7 +61,7 @@ func NewToken(n api.NewToken, by string, now time.Time) (api.Token, []byte, erro
 	return t, hash[:], nil
 }
 
-// ofToken knows the caller by a token that an administrator made.
+// ofToken identifies the caller by a token that an administrator made.
 func (a *Authenticator) ofToken(ctx context.Context, secret string) (Principal, error) {
 	id, _, _ := strings.Cut(strings.TrimPrefix(secret, tokenPrefix), "_")
 	t, hash, err := a.Tokens.Token(ctx, id)

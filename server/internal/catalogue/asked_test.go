@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Who is called off leaves the queue, too.
+// TestCancel shows that a cancelled build also leaves the queue.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	c, q := world(t)
@@ -27,7 +27,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// upstream is a mirror of one build.
+// upstream is a mirror with one COS build.
 type upstream struct{ asked int }
 
 func (u *upstream) Build(_ context.Context, buildID string) ([]api.Kernel, error) {
@@ -38,8 +38,8 @@ func (u *upstream) Build(_ context.Context, buildID string) ([]api.Kernel, error
 	return []api.Kernel{{Kernel: target.Kernel{BuildID: buildID, Board: "lakitu", Arch: target.AMD64}, Default: v261}}, nil
 }
 
-// With a mirror, a build that nobody has seen is looked up when it is asked for, and
-// one that does not exist is refused.
+// TestUnknownBuildIsLookedUp has a mirror. A request for a COS build that the catalogue lacks looks the build up
+// there. The server refuses the request if the mirror lacks it, too.
 func TestUnknownBuildIsLookedUp(t *testing.T) {
 	t.Parallel()
 	c, q := world(t)
@@ -59,7 +59,7 @@ func TestUnknownBuildIsLookedUp(t *testing.T) {
 	if !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Request(board that the build is not for) = %v; want input-missing", err)
 	}
-	// A node's question never waits for the mirror, but it is looked up.
+	// A node's question never waits for the mirror. The lookup happens afterwards.
 	up.asked = 0
 	for range 1000 {
 		if r, err := c.Resolve(t.Context(), "2.2.2", "lakitu", "", "", ""); err != nil || r.State != api.Unknown {
@@ -76,7 +76,7 @@ func TestUnknownBuildIsLookedUp(t *testing.T) {
 	}
 }
 
-// What token holders send is shown to others: it has to be what it claims.
+// TestArtifactIsChecked shows that artifacts from token holders are checked, because the server shows them to others.
 func TestArtifactIsChecked(t *testing.T) {
 	t.Parallel()
 	good := func() api.NewArtifact {

@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// A build that waits for its next try says why, and keeps that when there is
-// no next try.
+// TestRetryTellsWhy shows that a build that waits for its next attempt has the reason of the last failure. The build
+// keeps that reason when no attempt follows.
 func TestRetryTellsWhy(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -42,7 +42,7 @@ func TestRetryTellsWhy(t *testing.T) {
 	}
 }
 
-// A report that comes between the sweep's two looks counts.
+// TestAbandonComesLate abandons builds whose end was reported just before. The report stays as it is.
 func TestAbandonComesLate(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -69,7 +69,8 @@ func TestAbandonComesLate(t *testing.T) {
 	}
 }
 
-// The attempt after a killed one starts afresh.
+// TestSecondAttemptStartsAfresh shows that the attempt after a killed one starts without a phase and without an
+// error.
 func TestSecondAttemptStartsAfresh(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -84,7 +85,7 @@ func TestSecondAttemptStartsAfresh(t *testing.T) {
 
 func TestUpdateTeachesKernel(t *testing.T) {
 	t.Parallel()
-	c, _ := open(t) // knows nothing
+	c, _ := open(t) // this catalogue is empty
 	b := request(t, c, first, v261, "open")
 	k := target.Kernel{BuildID: first, Board: "lakitu", Release: "6.1.0-47", Arch: target.AMD64}
 	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Kernel: &k, Fingerprint: fingerA})

@@ -13,22 +13,22 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Caller bounds what a caller may ask for; the zero value may ask for anything.
+// Caller limits what a caller may request. The zero value has no limit.
 type Caller struct {
-	// KnownOnly refuses kernels that the catalogue has not seen yet.
+	// KnownOnly refuses kernels that are not in the catalogue.
 	KnownOnly bool
-	// Allow is asked before a build is added; what it returns refuses it. Builds that
-	// are there already cost nothing. nil is no bound.
+	// Allow is called before a build is added. An error from it refuses the request. A request for a build that exists
+	// does not call it. nil means no limit.
 	Allow func() error
 }
 
-// Request asks for a cell to be built. A published cell returns its finished
-// build, an open one the open build; a failed one is tried anew.
+// Request asks for a cell to be built. For a published cell it returns the finished build, and for an open cell the
+// open build. A failed cell gets a new build.
 func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build, error) {
 	return c.RequestAs(ctx, r, Caller{})
 }
 
-// RequestAs is Request for a caller that may not ask for everything.
+// RequestAs is Request for a caller with limits.
 func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller) (api.Build, error) {
 	w, err := parseWish(r.BuildID, r.Board, r.Driver, r.Flavour)
 	if err != nil {
@@ -54,8 +54,8 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 	if err != nil {
 		return api.Build{}, err
 	}
-	// Of the flavours that the wish allows: one that is published or open, else
-	// the preferred one among those that can be built at all.
+	// Among the flavours that the wish allows, a published or open cell is chosen. Without one, the preferred flavour is
+	// chosen among those that can be built.
 	var chosen *api.Resolution
 	var refusal string
 	for _, f := range w.candidates(version) {
@@ -86,8 +86,8 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 	return c.openCell(ctx, k, *chosen, queue.PriorityAsked)
 }
 
-// openCell adds the build of a cell that lacks one, and queues it. An open build of
-// lower priority is raised.
+// openCell adds and queues a build for a cell that has none. It raises the priority of an open build that waits with
+// a lower one.
 func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolution, priority int) (api.Build, error) {
 	now := c.Now()
 	b := api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, Priority: priority, CreatedAt: now}
@@ -101,12 +101,12 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 		if cell.Build != nil && cell.Build.State == api.Published && cell.Build.Digest == cell.Digest {
 			return *cell.Build, nil
 		}
-		// Published by other means than a build of this server: say so with one.
+		// The artifact was published without a build of this server. A build that is published already records that.
 		b.State, b.Digest, b.FinishedAt = api.Published, cell.Digest, &now
 		b, _, err := c.add(ctx, b)
 		return b, err
 	}
-	if k.SeenAt.IsZero() { // what is built is in the catalogue, mirror or not
+	if k.SeenAt.IsZero() { // the catalogue has to know the kernel of each build, even without a mirror
 		if err := c.RecordKernel(ctx, k); err != nil {
 			return b, err
 		}
@@ -125,8 +125,8 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 	return b, nil
 }
 
-// within has the queue changed in the transaction that changes a build, where both are
-// in one database.
+// within changes the queue in the transaction that changes a build, if both are in one database. Otherwise it does
+// nothing.
 func (c *Catalogue) within(tx *store.Tx, change func(Enqueuer) error) error {
 	if c.Within == nil {
 		return nil
@@ -134,8 +134,8 @@ func (c *Catalogue) within(tx *store.Tx, change func(Enqueuer) error) error {
 	return change(c.Within(tx))
 }
 
-// after has the queue changed after that transaction, where it has a database of its
-// own. The build is stored: the sweep of package jobs does later what fails now.
+// after changes the queue after that transaction, if the queue has a database of its own. The build is stored
+// already, so the sweep of package jobs repeats a change that fails here.
 func (c *Catalogue) after(ctx context.Context, trouble string, id int64, change func(Enqueuer) error) {
 	if c.Within != nil {
 		return
@@ -145,8 +145,8 @@ func (c *Catalogue) after(ctx context.Context, trouble string, id int64, change 
 	}
 }
 
-// find reads a kernel. One that the catalogue lacks is looked up in the mirror at
-// once, if there is one; without a mirror, nobody can say that it does not exist.
+// find reads a kernel. A kernel that the catalogue lacks is looked up in the mirror at once. Without a mirror, find
+// returns the kernel with known as false, because nobody can say that it does not exist.
 func (c *Catalogue) find(ctx context.Context, k target.Kernel) (cells *store.KernelCells, known bool, err error) {
 	none := &store.KernelCells{Kernel: api.Kernel{Kernel: k}}
 	cells, err = c.Store.KernelCells(ctx, k.BuildID, k.Board)
@@ -170,7 +170,7 @@ func (c *Catalogue) find(ctx context.Context, k target.Kernel) (cells *store.Ker
 	return cells, err == nil, err
 }
 
-// lookUp reads a COS build from the mirror and records it with all of its boards.
+// lookUp reads a COS build from the mirror and records its kernels of all boards.
 func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, error) {
 	all, err := c.Mirror.Build(ctx, buildID)
 	if err != nil {
@@ -184,7 +184,7 @@ func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, e
 	return all, nil
 }
 
-// add stores a new build, or returns the one of its cell that is open.
+// add stores a new build, or returns the open build of the same cell.
 func (c *Catalogue) add(ctx context.Context, b api.Build) (stored api.Build, added bool, err error) {
 	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
 		if stored, added, err = tx.AddBuild(ctx, b); err != nil || !added || stored.State != api.Queued {
@@ -195,7 +195,7 @@ func (c *Catalogue) add(ctx context.Context, b api.Build) (stored api.Build, add
 	return stored, added, err
 }
 
-// raisePriority moves a build that waits further to the front.
+// raisePriority gives a waiting build a higher priority.
 func (c *Catalogue) raisePriority(ctx context.Context, b api.Build, priority int) (api.Build, error) {
 	up := func(q Enqueuer) error { return q.SetPriority(ctx, b.ID, priority) }
 	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {
@@ -209,13 +209,13 @@ func (c *Catalogue) raisePriority(ctx context.Context, b api.Build, priority int
 		return c.within(tx, up)
 	})
 	if err == nil {
-		c.after(ctx, "build not raised", b.ID, up) // it is built all the same
+		c.after(ctx, "build not raised", b.ID, up) // the build runs all the same, only later
 	}
 	return b, err
 }
 
-// Cancel calls a build off. One that waits leaves the queue; the builder of one
-// under way hears of it with its next report and ends it.
+// Cancel ends a build. A waiting build leaves the queue. The builder of a running one gets the answer "cancelled" to
+// its next report, and stops.
 func (c *Catalogue) Cancel(ctx context.Context, id int64) (api.Build, error) {
 	out := func(q Enqueuer) error { return q.Cancel(ctx, id) }
 	b, err := c.update(ctx, id, api.BuildUpdate{State: api.Cancelled},
@@ -244,8 +244,8 @@ func (c *Catalogue) OpenBuilds(ctx context.Context) ([]api.Build, error) {
 	return c.Store.OpenBuilds(ctx)
 }
 
-// Abandon fails an open build that no worker will touch again. What the last
-// try said of itself tells more than that it was the last.
+// Abandon fails an open build that no worker will work on again. If the last attempt reported an error, the build
+// keeps that error, because it says more than the parameter why.
 func (c *Catalogue) Abandon(ctx context.Context, id int64, why string) error {
 	b, err := c.Store.Build(ctx, id)
 	if err != nil {
@@ -262,16 +262,16 @@ func (c *Catalogue) Abandon(ctx context.Context, id int64, why string) error {
 	return err
 }
 
-// Update applies what a builder reports of a build.
+// Update applies a builder's report to a build.
 func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (api.Build, error) {
 	return c.update(ctx, id, u, func(*store.Tx) error { return nil })
 }
 
-// update is Update with more that belongs into its transaction.
+// update is [Catalogue.Update]. It also runs more in the same transaction.
 func (c *Catalogue) update(
 	ctx context.Context, id int64, u api.BuildUpdate, more func(*store.Tx) error,
 ) (api.Build, error) {
-	// The builder's log has the whole text; the catalogue keeps what fits a table.
+	// The builder's log has the whole text. The catalogue keeps the part that fits a table.
 	u.Error, u.Hint = firstLine(u.Error), firstLine(u.Hint)
 	if err := checkUpdate(u); err != nil {
 		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("update build %d: %w", id, err), "")
@@ -311,7 +311,7 @@ func (c *Catalogue) update(
 	return after, nil
 }
 
-// firstLine cuts a text to its first line and to what the catalogue keeps.
+// firstLine returns the first line of a text, with at most maxLine bytes of valid UTF-8.
 func firstLine(text string) string {
 	text, _, _ = strings.Cut(strings.TrimSpace(text), "\n")
 	for len(text) > maxLine {
@@ -361,7 +361,7 @@ func checkUpdate(u api.BuildUpdate) error {
 	return nil
 }
 
-// recordKernel stores what a builder found out about the kernel.
+// recordKernel stores the facts about the kernel that a builder reported.
 func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build, u api.BuildUpdate) error {
 	if u.Kernel == nil && u.Fingerprint == "" {
 		return nil
@@ -375,8 +375,8 @@ func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build,
 		return err
 	}
 	if known && old.Fingerprint != "" && k.Fingerprint != "" && old.Fingerprint != k.Fingerprint {
-		// COS builds do not change, so the mirror's did. The newest reading
-		// counts, and artifacts of the old fingerprint stop matching.
+		// COS builds do not change, so the mirror has changed. The newest fingerprint counts. Artifacts with the old one do
+		// not match any more.
 		c.Log.WarnContext(
 			ctx,
 			"kernel fingerprint changed",
@@ -392,7 +392,7 @@ func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build,
 	return tx.PutKernel(ctx, k)
 }
 
-// recordArtifact stores the artifact of a build that is about to be published.
+// recordArtifact stores the artifact of a build that is being published.
 func (c *Catalogue) recordArtifact(ctx context.Context, tx *store.Tx, b api.Build, u api.BuildUpdate) error {
 	k, _, err := tx.Kernel(ctx, b.Kernel.BuildID, b.Kernel.Board)
 	if err != nil {

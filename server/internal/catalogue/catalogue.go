@@ -1,7 +1,6 @@
-// Package catalogue is what the server knows and decides: which kernels and
-// drivers exist, what a node of some kernel should run, which cell is built,
-// and what may happen to a build. It refuses HTTP and SQL, and it never matches
-// anything by kernel release.
+// Package catalogue holds the server's use-cases and rules. It says which kernels and drivers exist, what a node with
+// a given kernel should run, which cell is built, and which states a build may enter. The package has no HTTP and no
+// SQL. It never matches artifacts by kernel release, because several COS builds share one.
 package catalogue
 
 import (
@@ -21,7 +20,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// lister lists what the catalogue knows, page by page.
+// lister lists the content of the catalogue, page by page.
 type lister interface {
 	Kernels(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.Kernel, string, error)
 	Drivers(ctx context.Context, p store.Page) ([]api.DriverRelease, string, error)
@@ -33,7 +32,7 @@ type lister interface {
 	KernelGroups(ctx context.Context) ([]store.KernelGroup, error)
 }
 
-// resolver reads what decides about cells.
+// resolver reads the facts that decide the state of cells.
 type resolver interface {
 	KernelCells(ctx context.Context, buildID, board string) (*store.KernelCells, error)
 	Driver(ctx context.Context, version string) (api.DriverRelease, error)
@@ -45,43 +44,41 @@ type resolver interface {
 	RememberedCells(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string, error)
 }
 
-// writer reads single things and changes them, each use-case in one transaction.
+// writer reads single records and changes them. Each use-case runs in one transaction.
 type writer interface {
 	Artifact(ctx context.Context, digest string) (api.Artifact, error)
 	Build(ctx context.Context, id int64) (api.Build, error)
 	Write(ctx context.Context, f func(*store.Tx) error) error
 }
 
-// wishListReader reads wish lists and what came of them.
+// wishListReader reads wish lists and how long their cells took to become ready.
 type wishListReader interface {
 	WishLists(ctx context.Context) ([]api.WishList, error)
 	WishList(ctx context.Context, name string) (api.WishList, error)
 	ReadyTimes(ctx context.Context, since time.Time) ([]time.Duration, error)
 }
 
-// mirror looks up what the catalogue does not know yet.
+// mirror looks up COS builds that the catalogue lacks.
 type mirror interface {
-	// Build reads a COS build with all of its boards; kind InputMissing when there
-	// is none.
+	// Build reads a COS build with all of its boards. The error has kind InputMissing if the mirror lacks the build.
 	Build(ctx context.Context, buildID string) ([]api.Kernel, error)
 }
 
-// Logs is where build logs are kept.
+// Logs stores build logs.
 type Logs interface {
 	Put(build int64, r io.Reader) error
 	Append(build, offset int64, r io.Reader) error
 	Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error)
 }
 
-// Enqueuer puts a build into the queue, and takes it out; doing that twice must be
-// harmless.
+// Enqueuer puts builds into the queue and takes them out. Calling a method twice must have the same result as once.
 type Enqueuer interface {
 	Insert(ctx context.Context, job api.BuildJob, priority int) error
 	SetPriority(ctx context.Context, build int64, priority int) error
 	Cancel(ctx context.Context, build int64) error
 }
 
-// Config is what the catalogue is made of.
+// Config has the parts and settings of a catalogue.
 type Config struct {
 	Store interface {
 		lister
@@ -94,41 +91,40 @@ type Config struct {
 	}
 	Logs  Logs
 	Queue Enqueuer
-	// Within is the queue within a transaction of the store, where both are in one
-	// database: a build and its job are written together then. nil is two databases,
-	// which the sweep of package jobs keeps in agreement.
+	// Within returns the queue inside a transaction of the store, if both are in one database. A build and its job are
+	// then written together. nil means two databases; the sweep of package jobs keeps them in agreement.
 	Within func(*store.Tx) Enqueuer
-	// Mirror is asked for kernels that nobody has seen yet; nil means not.
+	// Mirror is asked for kernels that the catalogue lacks. nil means that there is no mirror.
 	Mirror mirror
-	// Repository is where builders publish when they do not say where: a path on
-	// this server ("/prebake/driver"), or a repository of another registry.
+	// Repository is where builders publish when they name no repository. It is a path on this server
+	// ("/prebake/driver"), or a repository of another registry.
 	Repository string
-	// HasManifest says whether a repository of this server (prebake/driver) has a manifest:
-	// the catalogue names nothing that the registry lacks. nil is not asked.
+	// HasManifest reports whether a repository of this server (prebake/driver) has a manifest. The catalogue records no
+	// artifact that the registry lacks. nil skips the check.
 	HasManifest func(ctx context.Context, repository, digest string) (bool, error)
-	// Public says that everybody may read what is in this server's registry: artifacts in it
-	// have to be among what Redistribute lets go.
+	// Public means that everybody may read this server's registry. The catalogue then records only artifacts in it that
+	// Redistribute allows.
 	Public       bool
 	Redistribute bundle.Redistribution
-	// KernelMirror and DriverMirror go into the jobs; "" leaves it to the builder.
+	// KernelMirror and DriverMirror are written into the jobs. If one is "", the builder uses its own setting.
 	KernelMirror, DriverMirror string
-	// Quarantine is how many nodes have to report within a day that an artifact does not
-	// load before it is in quarantine; 0 puts none there.
+	// Quarantine is how many nodes have to report within a day that an artifact does not load, before it goes into
+	// quarantine. 0 switches quarantine off.
 	Quarantine int
 	Log        *slog.Logger
-	// Now is the clock; nil means time.Now.
+	// Now returns the current time. nil means time.Now.
 	Now func() time.Time
 }
 
-// Catalogue is the set of use-cases.
+// Catalogue has the use-cases as its methods.
 type Catalogue struct {
 	Config
 	unknown  chan target.Kernel
-	planning chan struct{} // has room for one; see Planner
+	planning chan struct{} // holds one request; see Planner
 	figures  atomic.Pointer[figures]
 }
 
-// New returns the use-cases over a store and a queue.
+// New returns a catalogue with the parts and settings of c.
 func New(c Config) *Catalogue {
 	if c.Now == nil {
 		c.Now = time.Now
@@ -137,19 +133,19 @@ func New(c Config) *Catalogue {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	clock := c.Now
-	// What is answered at once must equal what is read later: databases keep
-	// microseconds.
+	// Times are cut to microseconds, because databases store no more. A time in an answer then equals the time that is
+	// read later.
 	c.Now = func() time.Time { return clock().UTC().Truncate(time.Microsecond) }
 	return &Catalogue{Config: c, unknown: make(chan target.Kernel, maxUnknown), planning: make(chan struct{}, 1)}
 }
 
-// Bounds of a page, in entries.
+// DefaultLimit and MaxLimit are the usual and the largest number of entries on a page.
 const (
 	DefaultLimit = 100
 	MaxLimit     = 1000
 )
 
-// page checks what a client asks for: 0 is the default limit.
+// page checks the page that a client asks for. A limit of 0 means DefaultLimit.
 func page(p store.Page) (store.Page, error) {
 	if p.Limit == 0 {
 		p.Limit = DefaultLimit
@@ -164,7 +160,7 @@ func page(p store.Page) (store.Page, error) {
 	return p, nil
 }
 
-// listed runs a list with the page checked.
+// listed checks the page and then calls list.
 func listed[F, T any](
 	ctx context.Context,
 	list func(context.Context, F, store.Page) ([]T, string, error),
@@ -178,8 +174,8 @@ func listed[F, T any](
 	return list(ctx, f, p)
 }
 
-// Kernels lists a page of the known kernels, newest first; next is where the next
-// page begins, or "".
+// Kernels lists a page of the known kernels, newest first. next is where the following page begins; "" means that
+// there is none.
 func (c *Catalogue) Kernels(
 	ctx context.Context,
 	f store.KernelFilter,
@@ -200,7 +196,7 @@ func (c *Catalogue) Drivers(ctx context.Context, p store.Page) (all []api.Driver
 	return c.Store.Drivers(ctx, p)
 }
 
-// Artifacts lists a page of artifacts, yanked ones included, newest first.
+// Artifacts lists a page of artifacts, newest first. Yanked and quarantined artifacts are included.
 func (c *Catalogue) Artifacts(
 	ctx context.Context,
 	f store.ArtifactFilter,
@@ -246,7 +242,7 @@ func (c *Catalogue) Build(ctx context.Context, id int64) (api.Build, error) {
 	return c.Store.Build(ctx, id)
 }
 
-// OpenLog opens the log of a build that exists.
+// OpenLog opens the log of a build. The build has to exist.
 func (c *Catalogue) OpenLog(ctx context.Context, id int64) (io.ReadSeekCloser, int64, error) {
 	b, err := c.Store.Build(ctx, id)
 	if err != nil {
@@ -255,7 +251,7 @@ func (c *Catalogue) OpenLog(ctx context.Context, id int64) (io.ReadSeekCloser, i
 	return c.Logs.Get(id, b.State == api.Building)
 }
 
-// PutLog stores the log of a build that exists.
+// PutLog stores the log of a build. The build has to exist.
 func (c *Catalogue) PutLog(ctx context.Context, id int64, r io.Reader) error {
 	if _, err := c.Store.Build(ctx, id); err != nil {
 		return err
@@ -263,7 +259,7 @@ func (c *Catalogue) PutLog(ctx context.Context, id int64, r io.Reader) error {
 	return c.Logs.Put(id, r)
 }
 
-// AppendLog adds to the log of a running build, see [store.Logs.Append].
+// AppendLog adds to the log of a running build; see [store.Logs.Append].
 func (c *Catalogue) AppendLog(ctx context.Context, id, offset int64, r io.Reader) error {
 	b, err := c.Store.Build(ctx, id)
 	if err != nil {
@@ -275,7 +271,7 @@ func (c *Catalogue) AppendLog(ctx context.Context, id, offset int64, r io.Reader
 	return c.Logs.Append(id, offset, r)
 }
 
-// RecordKernel records a kernel that was discovered.
+// RecordKernel records a discovered kernel.
 func (c *Catalogue) RecordKernel(ctx context.Context, k api.Kernel) error {
 	if err := k.Check(); err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("record kernel: %w", err), "")
@@ -284,7 +280,7 @@ func (c *Catalogue) RecordKernel(ctx context.Context, k api.Kernel) error {
 	return c.Store.Write(ctx, func(tx *store.Tx) error { return tx.PutKernel(ctx, k) })
 }
 
-// RecordDrivers records driver versions that were discovered.
+// RecordDrivers records discovered driver versions.
 func (c *Catalogue) RecordDrivers(ctx context.Context, all []api.DriverRelease) error {
 	return c.Store.Write(ctx, func(tx *store.Tx) error {
 		for _, d := range all {
@@ -297,8 +293,8 @@ func (c *Catalogue) RecordDrivers(ctx context.Context, all []api.DriverRelease) 
 	})
 }
 
-// AddArtifact records an artifact that somebody published, or more kernels
-// that a known one is attested for.
+// AddArtifact records a published artifact. For a known artifact, it records further kernels that the artifact is
+// attested for.
 func (c *Catalogue) AddArtifact(ctx context.Context, n api.NewArtifact) (stored api.Artifact, err error) {
 	a := api.Artifact{Digest: n.Digest, Repository: n.Repository, Fingerprint: n.Fingerprint, Driver: n.Driver,
 		Release: n.Release, Kernels: n.Kernels}
@@ -376,8 +372,8 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	return tx.PutArtifact(ctx, a)
 }
 
-// Forget drops an artifact whose manifest was deleted from a repository of this
-// server: nodes are not sent to what is not there, and the cell can be built anew.
+// Forget removes an artifact whose manifest was deleted from a repository of this server. Nodes are then not sent to
+// a missing artifact, and the cell can be built again.
 func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error {
 	dropped := false
 	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {
@@ -390,7 +386,7 @@ func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error
 	return err
 }
 
-// major returns the number of a driver's branch; 0 for none.
+// major returns the number of a driver's branch, or 0 if there is none.
 func major(version string) int {
 	n, _ := strconv.Atoi(strings.TrimPrefix(target.Branch(version), "R"))
 	return n

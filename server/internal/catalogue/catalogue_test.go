@@ -16,11 +16,11 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// fakeQueue is the smallest queue: it stores what was put in.
+// fakeQueue is a queue that only stores what was put in.
 type fakeQueue struct {
 	jobs      []api.BuildJob
 	cancelled []int64
-	// priorities are those of jobs, in their order.
+	// priorities has the priority of each job, in the order of jobs.
 	priorities []int
 	raised     []string
 	broken     bool
@@ -78,7 +78,7 @@ var (
 
 func digest(n string) string { return "sha256:" + strings.Repeat(n, 64) }
 
-// world knows three kernels (two of one fingerprint) and two drivers.
+// world returns a catalogue with three kernels and two drivers. Two of the kernels have the same fingerprint.
 func world(t *testing.T) (*catalogue.Catalogue, *fakeQueue) {
 	t.Helper()
 	c, q := open(t)
@@ -138,7 +138,8 @@ func TestResolve(t *testing.T) {
 	cancelled := request(t, c, second, "550.1", "open")
 	update(t, c, cancelled.ID, api.BuildUpdate{State: api.Cancelled})
 
-	// COS names a default of R535 and no R535: builder plan takes it for the branch.
+	// The lists of this COS build have a default of branch R535 but no entry for R535. The default then serves as the
+	// branch's version, as in builder plan.
 	bare := "17800.2.1"
 	if err := c.RecordKernel(t.Context(),
 		api.Kernel{Kernel: target.Kernel{BuildID: bare, Board: "lakitu"}, Default: "535.104.05"}); err != nil {
@@ -148,7 +149,7 @@ func TestResolve(t *testing.T) {
 		name, buildID, driver, flavour, release string
 		want                                    api.State
 		version                                 string
-		reason                                  string // a part of it
+		reason                                  string // a part of the reason
 	}{
 		{"published", first, v261, "proprietary", "6.1.0", api.Published, v261, ""},
 		{"published by default wish", first, "default", "auto", "", api.Published, v261, ""},
@@ -197,7 +198,7 @@ func TestResolve(t *testing.T) {
 		}
 	}
 
-	// A sibling counts once it is attested for this very build.
+	// A sibling's artifact counts once it is attested for this COS build.
 	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest("1"), Fingerprint: fingerA,
 		Driver:  target.Driver{Version: v261, Flavour: target.Proprietary},
 		Kernels: []target.Kernel{{BuildID: second, Board: "lakitu"}}}); err != nil {
@@ -208,7 +209,7 @@ func TestResolve(t *testing.T) {
 		t.Errorf("Resolve(attested sibling) = %s %s, %v; want published", got.State, got.Digest, err)
 	}
 
-	// An artifact stops counting when the kernel's headers turn out to be others.
+	// An artifact does not count any more after the kernel's fingerprint changed.
 	if err := c.RecordKernel(t.Context(),
 		api.Kernel{Kernel: target.Kernel{BuildID: second, Board: "lakitu"}, Fingerprint: fingerB}); err != nil {
 		t.Fatal(err)
@@ -272,7 +273,7 @@ func TestRequest(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// Published by other means: a build that says so is made up.
+	// The artifact was published without a build of this server. The request records a published build for it.
 	if _, err := c.AddArtifact(t.Context(),
 		api.NewArtifact{Digest: digest("3"), Fingerprint: fingerB, Repository: "ghcr.io/x/y",
 			Driver:  target.Driver{Version: v261, Flavour: target.Open},
@@ -305,7 +306,7 @@ func TestRequest(t *testing.T) {
 			t.Errorf("%s: Request() = %v; want %v", row.name, err, row.want)
 		}
 	}
-	// An unknown version is the builder's to refuse, with a build that says so.
+	// The server queues an unknown version. The builder has to refuse it, and the failed build says why.
 	if b := request(t, c, first, "999.1", "open"); b.State != api.Queued {
 		t.Errorf("an unknown version = %s; want queued", b.State)
 	}
@@ -323,7 +324,7 @@ func TestUpdate(t *testing.T) {
 	rows := []struct {
 		name    string
 		updates []api.BuildUpdate // all but the last must succeed
-		refusal fault.Kind        // of the last; Internal means it must succeed
+		refusal fault.Kind        // of the last update; Internal means that it must succeed
 		want    api.State
 	}{
 		{"the whole way", []api.BuildUpdate{state(api.Building), {Phase: "compile"}, published}, 0, api.Published},

@@ -13,14 +13,14 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// What holders of a token send comes back in answers, pages and commands to copy:
-// it is checked like anybody's.
+// Input of token holders is checked like any other input, because it appears in answers, on pages and in commands
+// that people copy.
 
-// Bounds of one artifact and one update.
+// Limits of one artifact and one update.
 const (
 	maxLine    = 4 << 10 // bytes of one field
 	maxPhases  = 200
-	maxKernels = 1000 // that one artifact is attested for in one call
+	maxKernels = 1000 // kernels that one call may add to an artifact
 )
 
 var digestPattern = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
@@ -30,7 +30,7 @@ func badDigest(digest string) error {
 		"list them: server artifacts")
 }
 
-// checkLine refuses what does not fit one line of a table.
+// checkLine refuses a text that does not fit one line of a table.
 func checkLine(what, text string) error {
 	if len(text) > maxLine {
 		return fmt.Errorf("%s is longer than %d bytes", what, maxLine)
@@ -41,16 +41,16 @@ func checkLine(what, text string) error {
 	return nil
 }
 
-// pathPattern is the form of a repository's name, from the OCI distribution
-// specification, "Pulling manifests".
+// pathPattern matches a repository's name. The form comes from the OCI distribution specification, "Pulling
+// manifests".
 var pathPattern = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
 
-// hostPattern is the form of a registry's host: a name or an address, and a port. It
+// hostPattern matches a registry's host: a name or an address, and a port. The check is strict, because the host
 // appears in commands that people paste.
 var hostPattern = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?$`)
 
-// checkRepository takes a path on this server (/prebake/driver) and a repository of
-// another registry (registry.example.com/prebake/driver).
+// checkRepository accepts a path on this server (/prebake/driver) and a repository of another registry
+// (registry.example.com/prebake/driver).
 func checkRepository(repository string) error {
 	host, path, _ := strings.Cut(repository, "/")
 	if host == "" {
@@ -63,8 +63,8 @@ func checkRepository(repository string) error {
 	return nil
 }
 
-// checkArtifact checks everything that an artifact says of itself, and fills in its
-// architecture and that of its kernels, which their boards tell.
+// checkArtifact checks every field of an artifact. It also sets the architecture of the artifact and of its kernels,
+// which follows from their boards.
 func checkArtifact(a *api.Artifact) error {
 	if !digestPattern.MatchString(a.Digest) {
 		return badDigest(a.Digest)

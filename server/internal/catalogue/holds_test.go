@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// The catalogue names nothing that the server's registry lacks: neither what was never
-// there, whoever says so, nor what was deleted from it.
+// TestNamesOnlyWhatTheRegistryHas shows that the catalogue names no artifact that the server's registry lacks. It
+// refuses an artifact that was never there, whoever reports it. It removes an artifact that was deleted there.
 func TestNamesOnlyWhatTheRegistryHas(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)

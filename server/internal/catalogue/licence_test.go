@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A server that is public records nothing in its own registry that it may not pass on; what
-// lies elsewhere is not its to judge.
+// TestRecordsOfAPublicServer shows that a public server records no artifact in its own registry that it may not
+// redistribute. It accepts artifacts in other registries, because it does not serve those.
 func TestRecordsOfAPublicServer(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

@@ -13,10 +13,10 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// What needs the whole catalogue is measured now and then and remembered:
-// how much of what is wanted is there, how long builds take, who waits for whom.
+// Some figures need the whole catalogue: the coverage of the desired matrix, how long builds take, and the order of
+// waiting builds. They are measured at intervals and kept in memory.
 
-// measurer reads what is measured.
+// measurer reads the data for a measurement.
 type measurer interface {
 	Changes() uint64
 	SetWanted(ctx context.Context, list string, cells []store.WantedCell) error
@@ -28,36 +28,37 @@ type measurer interface {
 
 const (
 	measureEvery = 10 * time.Second
-	// measureIdle is how many times longer than a measurement the pause after it is at least.
+	// measureIdle is the shortest pause after a measurement, as a multiple of the time that the measurement took.
 	measureIdle = 25
-	// measureAnyway is how old a measurement gets while nothing is written: builders end silently, too.
+	// measureAnyway is the greatest age of a measurement while nothing is written. It is limited because a builder can
+	// stop without a report.
 	measureAnyway = time.Minute
-	// recentBuilds are those whose median is what builds take.
+	// recentBuilds is how many of the newest builds the median duration of a build is taken from.
 	recentBuilds = 51
-	// A builder that said nothing for aliveFor is not counted on; one without work says
-	// nothing, and is counted on for a while after its last build.
+	// A running build whose builder reported nothing for aliveFor does not count. A builder without work reports
+	// nothing, so it counts until idleFor after its last build.
 	aliveFor, idleFor = 45 * time.Second, 10 * time.Minute
 )
 
-// figures is a measurement. It is shared: nobody may change it.
+// figures is the result of a measurement. Readers share it, so it must not be changed.
 type figures struct {
 	coverage api.Coverage
 	waiting  []store.Waiting
-	// before[i] is the work of the first i that wait; running is what is left of the
-	// running builds.
+	// before[i] is the expected duration of the first i waiting builds together. running is the expected remaining time
+	// of the running builds together.
 	before  []time.Duration
 	running time.Duration
-	// takes is how long a build takes; a flavour that was never built is not in it.
+	// takes is the median duration of a build by flavour. A flavour that was never built has no entry.
 	takes map[target.Flavour]time.Duration
-	// builders is how many builds go on side by side; heard are the builders by name.
+	// builders is how many builds run at the same time. heard are the builders that reported lately, sorted by name.
 	builders int
 	heard    []Builder
 	groups   []store.KernelGroup
-	// ready tells how long cells took that became ready lately.
+	// ready has the percentiles of how long cells took that became ready within the last readyDays days.
 	ready api.ReadyDuration
 }
 
-// Measurer measures until ctx is done.
+// Measurer measures at intervals until ctx is done. Once an hour it also removes old reports.
 func (c *Catalogue) Measurer(ctx context.Context) error {
 	changes, last, forgot := uint64(0), time.Time{}, time.Time{}
 	for {
@@ -83,7 +84,7 @@ func (c *Catalogue) Measurer(ctx context.Context) error {
 	}
 }
 
-// Measure examines everything and stores it.
+// Measure measures the whole catalogue once and keeps the result.
 func (c *Catalogue) Measure(ctx context.Context) error {
 	f, now := &figures{takes: map[target.Flavour]time.Duration{}}, c.Now()
 	counts, err := c.Store.Coverage(ctx)
@@ -145,7 +146,7 @@ func (c *Catalogue) Measure(ctx context.Context) error {
 	return nil
 }
 
-// take is how long a build of a flavour takes; where none was built, as long as one of the other.
+// take returns how long a build of a flavour takes. For a flavour that was never built, it uses the other one.
 func (f *figures) take(flavour target.Flavour) time.Duration {
 	if d, ok := f.takes[flavour]; ok {
 		return d
@@ -163,8 +164,8 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// expect says of an open cell how many wait before it, and when it may be ready.
-// It reads nothing: its input is some seconds old.
+// expect adds to an open cell its place in the queue and the time when it may be ready. It uses the last measurement,
+// which is some seconds old, and reads no database.
 func (c *Catalogue) expect(r *api.Resolution) {
 	f := c.figures.Load()
 	if f == nil || !open(r.Build) || r.State != r.Build.State {
@@ -188,12 +189,12 @@ func (c *Catalogue) expect(r *api.Resolution) {
 		}
 		ready = now.Add((f.running+f.before[n])/time.Duration(f.builders) + takes)
 	}
-	if takes > 0 && ready.After(now) { // what is late may end at any time, or never
+	if takes > 0 && ready.After(now) { // a build that is late may end at any time, or never
 		r.ETA = &ready
 	}
 }
 
-// Coverage tells how much of what wish lists want is there, as of some seconds ago.
+// Coverage returns how much of the desired matrix is published, as of the last measurement some seconds ago.
 func (c *Catalogue) Coverage(ctx context.Context) (api.Coverage, error) {
 	f, err := c.measured(ctx)
 	if err != nil {

@@ -16,7 +16,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Coverage counts in the database what judge says of single cells: the two must not differ.
+// TestCoverageIsWhatResolveSays compares two ways to the same result: Coverage counts states in the database, and
+// resolution computes the state of single cells.
 func TestCoverageIsWhatResolveSays(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)
@@ -65,7 +66,7 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 			}
 		}
 	}
-	// An artifact of a kernel whose fingerprint is not known, and one that stopped matching.
+	// One artifact has a kernel without a known fingerprint. The other stopped matching its kernel.
 	publish(t, c, digest("e"), "17800.0.3", fingerA, target.Driver{Version: "535.6", Flavour: target.Proprietary})
 	publish(t, c, digest("f"), "17800.0.4", fingerB, target.Driver{Version: "535.5", Flavour: target.Proprietary})
 	if err := c.RecordKernel(ctx,
@@ -80,7 +81,7 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if d == "620.1" && f == "proprietary" { // there is no such thing
+				if d == "620.1" && f == "proprietary" { // R620 and later have open modules only
 					continue
 				}
 				want.Wanted++
@@ -107,7 +108,7 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 	}
 }
 
-// clocked is a catalogue whose clock the test moves.
+// clocked returns a catalogue whose clock the test sets.
 func clocked(t *testing.T) (*catalogue.Catalogue, *time.Time) {
 	t.Helper()
 	s, err := store.Open(t.Context(), "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
@@ -149,14 +150,14 @@ func TestPositionAndETA(t *testing.T) {
 		t.Errorf("before anything was built: position %d, ETA %v; want 1 and none", r.Position, r.ETA)
 	}
 	update(t, c, waits, api.BuildUpdate{State: api.Cancelled})
-	// Three builds took 1, 2 and 9 minutes: 2 are what one takes.
+	// Three builds took 1, 2 and 9 minutes. The median is 2 minutes.
 	for i, minutes := range []time.Duration{1, 9, 2} {
 		id := ask(fmt.Sprintf("535.1%d", i))
 		update(t, c, id, api.BuildUpdate{State: api.Building, Worker: fmt.Sprintf("w%d", i), Attempt: 1})
 		*now = now.Add(minutes * time.Minute)
 		update(t, c, id, api.BuildUpdate{State: api.Published, Digest: digest(fmt.Sprint(i)), Fingerprint: fingerA})
 	}
-	*now = now.Add(time.Hour) // those builders are gone
+	*now = now.Add(time.Hour) // those builders do not count any more
 	running := ask("535.20")
 	for i := range 4 {
 		ask(fmt.Sprintf("535.3%d", i))
@@ -181,7 +182,7 @@ func TestPositionAndETA(t *testing.T) {
 			t.Errorf("Resolve(%s) = position %d, ETA %v; want %d, %v", row.driver, r.Position, r.ETA, row.position, row.eta)
 		}
 	}
-	// A second builder halves the wait; what is late promises nothing.
+	// A second builder halves the wait. A build that is late gets no estimate.
 	second := ask("535.21")
 	update(t, c, second, api.BuildUpdate{State: api.Building, Worker: "w8", Attempt: 1})
 	*now = now.Add(2 * time.Minute)

@@ -14,13 +14,13 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Nodes may tell what happened to an artifact. One that does not load on several of them
-// is in quarantine until somebody has looked: no node is sent to it. Nodes may lie. So
-// failures count by where they come from as well: those of one network (/24, or /64 with
-// IPv6) count as one node less than it takes. Who holds one network takes no artifact
-// away; who holds one may keep a bad one in use, as before there were reports.
+// Nodes may report what happened to an artifact. An artifact that does not load on several nodes goes into
+// quarantine: no node gets it until an operator has examined it. Nodes may lie, so failures also count by the network
+// that they come from (/24, or /64 with IPv6). The failures of one network count at most as one node less than a
+// quarantine needs. An attacker with one network therefore cannot withdraw an artifact. Such an attacker may keep a
+// bad artifact in use, but that is no worse than without reports.
 
-// reporter keeps what nodes say.
+// reporter reads and removes the reports of nodes.
 type reporter interface {
 	Reports(ctx context.Context, digest, buildID, board string, limit int) ([]api.ReportCounts, error)
 	ForgetReports(ctx context.Context, before time.Time) error
@@ -28,17 +28,17 @@ type reporter interface {
 
 const (
 	keepReports = 30 * 24 * time.Hour
-	// reportWindow is how far back reports count against an artifact.
+	// reportWindow is the age up to which reports count against an artifact.
 	reportWindow = 24 * time.Hour
-	// maxCounts bounds one answer about reports.
+	// maxCounts is the most entries of one answer about reports.
 	maxCounts = 1000
-	// maxMessage bounds a node's message, in bytes.
+	// maxMessage is the greatest length of a node's message, in bytes.
 	maxMessage = 500
 )
 
 var nodePattern = regexp.MustCompile(`^[0-9a-f]{32,64}$`)
 
-// Network is where a node's report comes from: the prefix of its address.
+// Network returns the network that a node's report comes from, which is a prefix of its address.
 func Network(a netip.Addr) string {
 	if !a.IsValid() {
 		return "unknown"
@@ -51,7 +51,7 @@ func Network(a netip.Addr) string {
 	return netip.PrefixFrom(a, bits).Masked().String()
 }
 
-// Report takes what a node says of an artifact that it tried. From is its [Network].
+// Report records a node's report about an artifact that it tried. from is the node's [Network].
 func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) error {
 	if err := checkReport(&r); err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("report: %w", err), "")
@@ -128,14 +128,15 @@ func checkReport(r *api.NodeReport) error {
 	return checkLine("message", r.Message)
 }
 
-// artifactFaults are the classes of failures that may be the artifact's fault. Others, such as
-// a GPU in use or a full disk, are the node's.
+// artifactFaults are the classes of failures that the artifact may have caused. The node causes other failures, such
+// as a GPU in use or a full disk.
 var artifactFaults = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Unusable, fault.Internal, fault.TimedOut}
 
-// quarantineReason says why an artifact is to go into quarantine, by what nodes said within a
-// day: it failed on limit nodes at least, and on more than it loaded on. "" is that it stays.
+// quarantineReason returns why an artifact has to go into quarantine, or "" if it stays in use. said are the outcomes
+// that nodes reported within a day. The artifact goes into quarantine if it failed on at least limit nodes, and on
+// more nodes than it loaded on.
 func quarantineReason(said []store.OutcomeCount, limit int) string {
-	most := max(1, limit-1) // that count of one network
+	most := max(1, limit-1) // nodes that count for one network
 	of, loaded, nodes := map[string]int{}, 0, 0
 	for _, s := range said {
 		kind, err := fault.Parse(s.Class)
@@ -157,7 +158,7 @@ func quarantineReason(said []store.OutcomeCount, limit int) string {
 	return fmt.Sprintf("it did not load on %d of %d nodes within a day", nodes, nodes+loaded)
 }
 
-// Reports counts what nodes said, of one artifact or of the artifacts of one kernel.
+// Reports returns how often nodes reported each outcome, for one artifact or for all artifacts of one kernel.
 func (c *Catalogue) Reports(ctx context.Context, digest, buildID, board string) ([]api.ReportCounts, error) {
 	switch {
 	case digest == "" && buildID == "":
@@ -169,10 +170,10 @@ func (c *Catalogue) Reports(ctx context.Context, digest, buildID, board string) 
 	return c.Store.Reports(ctx, digest, buildID, board, maxCounts)
 }
 
-// maxQuarantine bounds a page of artifacts in quarantine: each costs a statement.
+// maxQuarantine is the most artifacts on a page of quarantined ones. It is small because each costs an SQL statement.
 const maxQuarantine = 100
 
-// Quarantined lists a page of the artifacts in quarantine, newest first.
+// Quarantined lists a page of the quarantined artifacts, newest first.
 func (c *Catalogue) Quarantined(ctx context.Context, p store.Page) (all []api.Quarantine, next string, err error) {
 	if p, err = page(p); err != nil {
 		return nil, "", err

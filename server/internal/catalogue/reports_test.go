@@ -18,7 +18,7 @@ import (
 
 var openDriver = target.Driver{Version: v261, Flavour: target.Open}
 
-// said is a report of a node of a number.
+// said returns the report of one node.
 func said(node int, outcome api.Outcome, class fault.Kind) api.NodeReport {
 	r := api.NodeReport{BuildID: first, Board: "lakitu", Driver: openDriver, Digest: digest("1"), Outcome: outcome,
 		Node: fmt.Sprintf("%064x", node)}
@@ -37,7 +37,7 @@ func report(t *testing.T, c *catalogue.Catalogue, from string, all ...api.NodeRe
 	}
 }
 
-// published has one artifact, and takes reports of n nodes as many.
+// published returns a catalogue with one artifact, whose quarantine needs n nodes. The test sets the clock.
 func published(t *testing.T, n int) (*catalogue.Catalogue, *time.Time) {
 	t.Helper()
 	c, now := clocked(t)
@@ -54,7 +54,7 @@ func TestQuarantine(t *testing.T) {
 		node    int
 		outcome api.Outcome
 		class   fault.Kind
-		later   time.Duration // than the step before
+		later   time.Duration // time since the step before
 	}
 	rows := []struct {
 		name  string
@@ -107,8 +107,8 @@ func TestQuarantine(t *testing.T) {
 	}
 }
 
-// What is in quarantine is answered to nobody, is not built anew, and comes back when
-// somebody lifts it; what was said before does not count then.
+// TestLift shows that a quarantined artifact is offered to no node and not built again. After an operator lifts it,
+// nodes get it again, and earlier reports do not count.
 func TestLift(t *testing.T) {
 	t.Parallel()
 	c, now := published(t, 3)

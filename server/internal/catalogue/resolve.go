@@ -15,23 +15,22 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Auto is the flavour wish that leaves the choice to the server: a published
-// artifact of either flavour if there is one; else what NVIDIA recommends,
-// which is open from branch R560 on and proprietary before.
+// Auto is the flavour that lets the server choose. The server takes a published artifact of either flavour. Without
+// one, it takes the flavour that NVIDIA recommends: open from branch R560 on, proprietary before.
 const Auto = "auto"
 
-// NVIDIA's own turning points: R560 made the open modules the recommended
-// ones, and R620 is the first branch without proprietary ones.
+// NVIDIA set these two branches: R560 made the open modules the recommended ones, and R620 is the first branch
+// without proprietary modules.
 const (
 	firstOpenPreferred = 560
 	firstOpenOnly      = 620
 )
 
-// checkedRequest is a request whose form has been checked.
+// checkedRequest is a request whose form is valid.
 type checkedRequest struct {
 	kernel   target.Kernel
 	driver   target.Wish
-	flavours []target.Flavour // nil is auto
+	flavours []target.Flavour // nil means auto
 }
 
 func parseWish(buildID, board, driver, flavour string) (checkedRequest, error) {
@@ -63,7 +62,7 @@ func parseWish(buildID, board, driver, flavour string) (checkedRequest, error) {
 	return w, nil
 }
 
-// candidates returns the flavours to examine, the preferred one first.
+// candidates returns the flavours to examine. The preferred one is first.
 func (w checkedRequest) candidates(version string) []target.Flavour {
 	switch {
 	case w.flavours != nil:
@@ -74,8 +73,7 @@ func (w checkedRequest) candidates(version string) []target.Flavour {
 	return []target.Flavour{target.Proprietary, target.Open}
 }
 
-// version turns a wish into a version by the kernel's own lists. The reason
-// says why there is none.
+// version turns a wish into a version by the driver lists of the kernel. If there is none, reason says why.
 func (w checkedRequest) version(k api.Kernel, known bool) (version, reason, hint string) {
 	if v, ok := w.driver.Exact(); ok {
 		return v, "", ""
@@ -91,8 +89,8 @@ func (w checkedRequest) version(k api.Kernel, known bool) (version, reason, hint
 	return version, "", ""
 }
 
-// Resolve answers what a node should run. Only a question whose form is wrong
-// is an error; everything else is a state with a reason.
+// Resolve answers what a node should run. It returns an error only for a question with a wrong form and for a failure
+// of the store. Every other answer is a state with a reason.
 func (c *Catalogue) Resolve(
 	ctx context.Context,
 	buildID, board, driver, flavour, release string,
@@ -136,8 +134,7 @@ func (c *Catalogue) Resolve(
 	return best, nil
 }
 
-// rank orders the states of two flavours of one wish: the nearer to a usable
-// artifact, the better.
+// rank orders the states of the two flavours of a wish. A lower rank is nearer to a usable artifact.
 func rank(s api.State) int {
 	return slices.Index(
 		[]api.State{
@@ -155,7 +152,7 @@ func rank(s api.State) int {
 	)
 }
 
-// never says why a cell can never be built; "" when it can be built.
+// never returns why a cell can never be built, or "" if it can.
 func never(rel api.DriverRelease, d target.Driver) string {
 	switch {
 	case d.Flavour == target.Proprietary && major(d.Version) >= firstOpenOnly:
@@ -166,9 +163,8 @@ func never(rel api.DriverRelease, d target.Driver) string {
 	return ""
 }
 
-// resolution says the state of a cell, given all facts about it. An artifact counts for
-// a kernel only when it is attested for that very COS build, and, where the kernel's
-// fingerprint is known, made for that fingerprint.
+// resolution computes the state of a cell from all facts about it. An artifact counts for a kernel only if it is
+// attested for that COS build. If the kernel's fingerprint is known, the artifact must have the same one.
 func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Facts) api.Resolution {
 	newest := facts.Newest
 	r := api.Resolution{Kernel: k.Kernel, Driver: d, Build: newest}
@@ -238,20 +234,20 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 	return r
 }
 
-// lookUpLater has an unknown kernel looked up soon, without anybody waiting for it:
-// nodes ask again. Questions come from anywhere, so only so many are stored.
+// lookUpLater requests the lookup of an unknown kernel. Nobody waits for the result, because nodes ask again. The
+// number of stored requests is limited, because anybody can ask.
 func (c *Catalogue) lookUpLater(k target.Kernel) {
 	if c.Mirror == nil {
 		return
 	}
 	select {
 	case c.unknown <- k:
-	default: // others come first
+	default: // the list is full
 	}
 }
 
-// LookUpUnknown looks up the kernels that nodes asked for and that nobody had seen, one
-// at a time, until ctx is done. A kernel that the mirror lacks is not looked up again for a while.
+// LookUpUnknown looks up the unknown kernels that nodes asked for, one after the other, until ctx is done. It does
+// not look up the same kernel again within missedFor.
 func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 	missed := map[string]time.Time{}
 	for {
@@ -262,7 +258,7 @@ func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 			if c.Now().Sub(missed[k.String()]) < missedFor {
 				continue
 			}
-			if len(missed) >= maxMissed { // an attacker asks for many
+			if len(missed) >= maxMissed { // an attacker may ask for many
 				clear(missed)
 			}
 			missed[k.String()] = c.Now()
@@ -273,34 +269,34 @@ func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 	}
 }
 
-// What is stored of kernels that a mirror lacks.
+// maxUnknown is how many lookups may wait. maxMissed is how many looked-up kernels are remembered. missedFor is how
+// long one is not looked up again.
 const (
 	maxUnknown = 64
 	maxMissed  = 10000
 	missedFor  = 2 * time.Minute
 )
 
-// Matrix is a page of kernels by driver versions; Cells[i][j] has both flavours.
+// Matrix is a page of kernels, with a column for each driver version. Cells[i][j] has the cells of both flavours.
 type Matrix struct {
 	Kernels []api.Kernel
 	Drivers []api.DriverRelease
 	Cells   [][][]api.Resolution
-	// Folded are the drivers that have no column: nobody asked for them on these kernels,
-	// or there are too many.
+	// Folded are the drivers without a column: nobody asked for them on these kernels, or there are too many.
 	Folded []api.DriverRelease
-	// Next is where the next page of kernels begins; "" means nowhere.
+	// Next is where the next page of kernels begins; "" means that there is none.
 	Next string
 }
 
-// maxColumns bounds the driver versions of a matrix: more than that nobody takes in.
+// maxColumns is the most driver versions of a matrix. A reader cannot compare more.
 const maxColumns = 16
 
-// DriverFilter says which drivers a matrix has; its zero value means those that somebody
-// asked for on the kernels of the page.
+// DriverFilter chooses the drivers of a matrix. The zero value chooses the drivers that somebody asked for on the
+// kernels of the page.
 type DriverFilter struct {
-	// Text is a branch (R535, 535), or how a version begins; "" means any.
+	// Text is a branch (R535, 535), or the beginning of a version; "" means any driver.
 	Text string
-	// All takes drivers that nobody asked for, too.
+	// All includes drivers that nobody asked for.
 	All bool
 }
 
@@ -309,7 +305,7 @@ func (f DriverFilter) matches(d api.DriverRelease) bool {
 	return strings.HasPrefix(d.Version, text)
 }
 
-// Matrix computes the state of every cell of a page of kernels.
+// Matrix computes the state of every cell for a page of kernels.
 func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, d DriverFilter, p store.Page) (*Matrix, error) {
 	cells, next, err := c.page(ctx, f, p)
 	if err != nil {
@@ -336,13 +332,13 @@ func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, d DriverFi
 	return m, nil
 }
 
-// columns chooses the drivers of a matrix, newest first, and says which others are known.
+// columns chooses the drivers of a matrix, newest first. folded are the other known drivers.
 func (c *Catalogue) columns(
 	ctx context.Context,
 	cells []*store.KernelCells,
 	f DriverFilter,
 ) (shown, folded []api.DriverRelease, err error) {
-	asked := map[string]bool{} // somebody asked for it on one of these kernels
+	asked := map[string]bool{} // versions with a build or an artifact on one of these kernels
 	for _, kc := range cells {
 		for key := range kc.Facts {
 			asked[key.Driver.Version] = true
@@ -389,11 +385,11 @@ func (c *Catalogue) columns(
 	return shown, folded, nil
 }
 
-// MaxLimitCells bounds a page of cells, in kernels: each has some dozen cells.
+// MaxLimitCells is the most kernels on a page of cells. Each kernel has some dozen cells.
 const MaxLimitCells = 100
 
-// page reads a page of kernels with what decides about their cells, once it has checked what
-// a client asks for; 0 kernels are a fifth of the most.
+// page checks the page that a client asks for. It then reads the kernels with the facts that decide their cells. A
+// limit of 0 means a fifth of MaxLimitCells.
 func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string,
 	error) {
 	if p.Limit == 0 {
@@ -412,8 +408,8 @@ func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page
 	return c.Store.RememberedCells(ctx, f, p)
 }
 
-// Cells lists the states of the cells of a page of kernels, of one driver version or
-// of all that somebody built or published for them.
+// Cells lists the states of cells for a page of kernels. version chooses one driver version. If it is empty, the list
+// has all versions that somebody built or published for these kernels.
 func (c *Catalogue) Cells(
 	ctx context.Context,
 	f store.KernelFilter,
@@ -425,7 +421,7 @@ func (c *Catalogue) Cells(
 		return nil, "", err
 	}
 	all := []api.Resolution{}
-	for _, kc := range cells { // which are sorted already
+	for _, kc := range cells { // cells are sorted by kernel already
 		keys := slices.SortedFunc(maps.Keys(kc.Facts), func(a, b store.CellKey) int {
 			return cmp.Or(
 				target.CompareVersions(b.Driver.Version, a.Driver.Version),

@@ -17,11 +17,11 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// labelsAtOnce bounds the kernels of one transaction: others wait to write meanwhile.
+// labelsAtOnce is how many kernels one transaction changes. It is small because other writers wait meanwhile.
 const labelsAtOnce = 200
 
-// SawGKE records which versions of GKE boot kernels, by BUILD_ID/board; none are none
-// any more. Kernels that the catalogue lacks stay out of it.
+// SawGKE records which GKE versions boot which kernels. The keys are BUILD_ID/board. An empty list removes the
+// versions of a kernel. Kernels that the catalogue lacks are left out.
 func (c *Catalogue) SawGKE(ctx context.Context, versions map[string][]string) error {
 	for _, all := range versions {
 		for _, v := range all {
@@ -47,7 +47,7 @@ func (c *Catalogue) SawGKE(ctx context.Context, versions map[string][]string) er
 	return nil
 }
 
-// gkePattern is a version of GKE, or how one begins.
+// gkePattern matches a GKE version, or the beginning of one.
 var gkePattern = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,4}(\.[0-9]{1,4}(-gke\.[0-9]{1,9})?)?$`)
 
 func checkGKE(version string) error {
@@ -58,8 +58,8 @@ func checkGKE(version string) error {
 	return nil
 }
 
-// named fills in the COS build of a pool that is named by its version of GKE. Where no
-// kernel is known for that, or more than one, the answer says so.
+// named sets the COS build of a pool that is named by its GKE version. If no kernel or more than one is known for
+// that version, it returns an answer that says so.
 func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution, error) {
 	if pool.GKE == "" {
 		return nil, nil
@@ -99,8 +99,8 @@ func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution,
 	return nil, nil
 }
 
-// lists returns a kernel's driver lists in the form that knows what wishes mean:
-// builder and server choose by the same rule.
+// lists returns a kernel's driver lists as a [cosbucket.DriverList]. That type interprets wishes, so builder and
+// server choose by the same rule.
 func lists(k api.Kernel) cosbucket.DriverList {
 	l := driverList(k.Default, k.Latest, k.Branches)
 	for gpu, own := range k.GPUs {
@@ -117,15 +117,15 @@ func driverList(first, latest string, branches map[string]string) cosbucket.Driv
 		Versions: slices.DeleteFunc([]string{first, latest}, func(v string) bool { return v == "" })}
 }
 
-// GPULabel is what a COS build calls a driver version for a type of GPU.
+// GPULabel has the labels under which a COS build lists a driver version for one type of GPU.
 type GPULabel struct {
-	// GPU is COS's name for the type, such as NVIDIA_L4.
+	// GPU is COS's name of the type, such as NVIDIA_L4.
 	GPU string
-	// Labels are default, latest and the branch, those of them that name the version.
+	// Labels are those of default, latest and the branch that name the version.
 	Labels []string
 }
 
-// GPULabels returns the types of GPU for which a COS build names a driver version, by name.
+// GPULabels returns the types of GPU for which a COS build lists a driver version, sorted by name.
 func GPULabels(k api.Kernel, version string) []GPULabel {
 	var all []GPULabel
 	for gpu, own := range k.GPUs {

@@ -16,8 +16,8 @@ import (
 
 const v580 = "580.95.05"
 
-// withGPUs knows a kernel whose default is not that of one type of GPU, and that nodes of
-// two versions of GKE boot.
+// withGPUs returns a catalogue with one kernel. The default driver of that kernel differs for some types of GPU.
+// Nodes of two GKE versions boot the kernel.
 func withGPUs(t *testing.T) (*catalogue.Catalogue, *fakeQueue) {
 	t.Helper()
 	c, q := open(t)
@@ -37,7 +37,8 @@ func withGPUs(t *testing.T) (*catalogue.Catalogue, *fakeQueue) {
 	return c, q
 }
 
-// A node of one type of GPU gets, and a person asks for, what COS names for that type.
+// TestResolveForAGPU shows that questions and requests with a type of GPU get the driver that COS lists for that
+// type.
 func TestResolveForAGPU(t *testing.T) {
 	t.Parallel()
 	c, _ := withGPUs(t)
@@ -76,8 +77,8 @@ func mustKernel(t *testing.T, c *catalogue.Catalogue) api.Kernel {
 	return all[0]
 }
 
-// A wish list of the server names types of GPU as one of the builder does; a kernel that
-// has lists for them only has lists.
+// TestPlanForAGPU shows that the server's wish lists can name types of GPU, as the builder's can. It also has a
+// kernel whose only driver lists are for types of GPU.
 func TestPlanForAGPU(t *testing.T) {
 	t.Parallel()
 	c, q := withGPUs(t)
@@ -99,7 +100,7 @@ func TestPlanForAGPU(t *testing.T) {
 	}
 }
 
-// A pool that is to move to a version of GKE is asked for by that.
+// TestPreflightOfGKE asks about a pool that is to be upgraded to a GKE version.
 func TestPreflightOfGKE(t *testing.T) {
 	t.Parallel()
 	c, _ := withGPUs(t)
@@ -116,7 +117,7 @@ func TestPreflightOfGKE(t *testing.T) {
 		v.Pool != pool {
 		t.Errorf("Preflight(%+v) = %+v, %v; want COS build %s with %s, not there yet", pool, v, err, first, v309)
 	}
-	for _, gke := range []string{"1.31.0-gke.7", "1.1.1-gke.1"} { // no list has it; the list has it, the mirror has not
+	for _, gke := range []string{"1.31.0-gke.7", "1.1.1-gke.1"} { // not in the list; in list, not in mirror
 		v, err = ask(api.Pool{GKE: gke, Board: "lakitu"})
 		if err != nil || v.May || v.Resolution.State != api.Unknown || v.Resolution.Reason == "" || v.Resolution.Hint == "" {
 			t.Errorf("Preflight(GKE %s) = %+v, %v; want unknown with reason and hint", gke, v, err)
@@ -126,7 +127,7 @@ func TestPreflightOfGKE(t *testing.T) {
 		v.Resolution.State != api.Unknown {
 		t.Errorf("Preflight(another board) = %+v, %v; want unknown", v, err)
 	}
-	// Which of two builds a node boots, nobody here knows.
+	// The server cannot know which of two COS builds a node boots.
 	second := api.Kernel{Kernel: target.Kernel{BuildID: "17800.0.46", Board: "lakitu", Milestone: 109}, Default: v261}
 	if err := c.RecordKernel(t.Context(), second); err != nil {
 		t.Fatal(err)
@@ -150,7 +151,8 @@ func TestPreflightOfGKE(t *testing.T) {
 	}
 }
 
-// Labels are of the form that they are compared by, and many of them are written bit by bit.
+// TestSawGKE shows that a GKE version is refused unless it has the stored form. It also records more kernels than one
+// transaction changes.
 func TestSawGKE(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)

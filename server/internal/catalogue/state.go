@@ -9,27 +9,27 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// event is one thing that happens to a build. The tables below are the whole
-// life of a build: nothing else knows which state may follow which.
+// event is something that happens to a build. The tables below hold all rules about the order of a build's states. No
+// other code knows them.
 type event string
 
 const (
-	start    event = "start"    // a builder begins an attempt
-	progress event = "progress" // a builder is at work, or has learned something
+	start    event = "start"    // a builder starts an attempt
+	progress event = "progress" // a builder is still at work, or reports a new fact
 	publish  event = "publish"  // the artifact is in the registry
-	fail     event = "fail"     // no builder will try again by itself
+	fail     event = "fail"     // no builder tries again without a new request
 	putBack  event = "put back" // the build waits for its next attempt
-	cancel   event = "cancel"   // somebody called it off
+	cancel   event = "cancel"   // somebody cancelled the build
 )
 
-// leads says where each event leads.
+// leads has the state that each event leads to.
 var leads = map[event]api.State{
 	start: api.Building, publish: api.Published, fail: api.Failed, putBack: api.Queued, cancel: api.Cancelled,
 }
 
-// allowed says in which states an event happens. A failed build may start again,
-// since the queue may offer what the server gave up. An artifact that exists is
-// published, called off or not. Published is final.
+// allowed has the states in which each event may happen. A failed build may start again, because the queue may offer
+// a job that the server gave up. The event publish is allowed in every state, even after a cancel, because the
+// artifact exists. Published is final.
 var allowed = map[event][]api.State{
 	start:   {api.Queued, api.Building, api.Failed},
 	publish: {api.Queued, api.Building, api.Failed, api.Cancelled, api.Published},
@@ -38,15 +38,15 @@ var allowed = map[event][]api.State{
 	cancel:  {api.Queued, api.Building, api.Cancelled},
 }
 
-// tooLate says in which states an event comes too late to mean anything, and is
-// no mistake of who reports it: the answer tells the state, and a builder ends.
+// tooLate has the states in which an event arrives too late and changes nothing. The report is no mistake of the
+// builder. The answer contains the state, so the builder stops.
 var tooLate = map[event][]api.State{
 	progress: {api.Queued, api.Published, api.Failed, api.Cancelled},
 	fail:     {api.Cancelled},
 	putBack:  {api.Cancelled},
 }
 
-// eventOf returns what an update reports.
+// eventOf returns the event that an update reports.
 func eventOf(u api.BuildUpdate) (event, error) {
 	if u.State == "" {
 		return progress, nil
@@ -59,12 +59,12 @@ func eventOf(u api.BuildUpdate) (event, error) {
 	return "", fmt.Errorf("state %q is not one of a build", u.State)
 }
 
-// apply changes a build by an event that u describes, or says why that may not be.
+// apply changes a build by an event with the values of u. It returns an error if the event is not allowed.
 func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, error) {
 	if u.Kernel != nil && (u.Kernel.BuildID != b.Kernel.BuildID || u.Kernel.Board != b.Kernel.Board) {
 		return b, fault.New(fault.Mismatch, fmt.Sprintf("it is of kernel %s, not %s", b.Kernel, *u.Kernel), "")
 	}
-	// Another builder has it by now: this one was taken for dead.
+	// A newer attempt has begun, because the queue assumed that the builder of this attempt had died.
 	superseded := e != publish && u.Attempt > 0 && u.Attempt < b.Attempt
 	switch {
 	case slices.Contains(tooLate[e], b.State), superseded && (e == fail || e == putBack):
@@ -73,7 +73,7 @@ func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, er
 		return b, fault.New(fault.Mismatch, fmt.Sprintf("it is %s and cannot become %s", b.State, leads[e]), "")
 	case superseded:
 		return b, fault.New(fault.Mismatch, fmt.Sprintf("attempt %d of it is under way, not %d", b.Attempt, u.Attempt), "")
-	case b.State == api.Published && u.Digest != b.Digest: // what is published again is the same
+	case b.State == api.Published && u.Digest != b.Digest: // a repeated report has to name the same digest
 		return b, fault.New(fault.Mismatch, "it is published as "+b.Digest, "")
 	}
 	if u.Kernel != nil {
@@ -82,7 +82,7 @@ func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, er
 	moved := b.State != leads[e]
 	switch e {
 	case start:
-		// After a worker was killed, the next attempt finds the build building.
+		// After a worker was killed, the next attempt finds the build in state building.
 		if moved || u.Attempt > b.Attempt {
 			b.StartedAt, b.FinishedAt, b.Phase = &at, nil, ""
 			b.Class, b.Error, b.Hint, b.Phases = "", "", "", nil
@@ -92,7 +92,7 @@ func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, er
 		b.HeartbeatAt = &at
 	case publish:
 		b.Class, b.Error, b.Hint, b.Digest = "", "", "", u.Digest
-	case fail, putBack: // with queued, it is of the attempt before
+	case fail, putBack: // in state queued, the error is that of the last attempt
 		set(&b.Class, u.Class)
 		set(&b.Error, u.Error)
 		set(&b.Hint, u.Hint)
@@ -117,7 +117,7 @@ func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, er
 	return b, nil
 }
 
-// set stores a value that was told.
+// set stores a value unless it is empty.
 func set(field *string, value string) {
 	if value != "" {
 		*field = value

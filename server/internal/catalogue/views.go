@@ -14,30 +14,30 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// This file has what pages for people show beyond what the API answers.
+// This file has what the web pages show beyond the answers of the API.
 
-// CellView is all that is known of a kernel and a driver version.
+// CellView has everything that the catalogue knows about one kernel and one driver version.
 type CellView struct {
 	Kernel  api.Kernel
 	Release api.DriverRelease
-	// Flavours are the states of both cells: proprietary, open.
+	// Flavours are the cells of both flavours: proprietary, then open.
 	Flavours []FlavourView
 }
 
 // FlavourView is one cell with its artifact and its builds.
 type FlavourView struct {
 	api.Resolution
-	// Artifact is the published one, or the one that was withdrawn; nil when there is none.
+	// Artifact is the published or the withdrawn artifact; nil means that there is none.
 	Artifact *api.Artifact
 	// Builds are the newest builds of the cell, newest first.
 	Builds []api.Build
 }
 
-// maxHistory bounds the builds of one cell that are shown.
+// maxHistory is the most builds of one cell that are shown.
 const maxHistory = 20
 
-// View reads all that is known of a kernel and a driver version; kind NotFound when
-// the catalogue lacks the kernel.
+// View reads everything about one kernel and one driver version. The error has kind NotFound if the catalogue lacks
+// the kernel.
 func (c *Catalogue) View(ctx context.Context, buildID, board, version string) (*CellView, error) {
 	k, err := target.ParseKernel(buildID, board)
 	if err == nil {
@@ -87,32 +87,30 @@ func (c *Catalogue) View(ctx context.Context, buildID, board, version string) (*
 	return v, nil
 }
 
-// Workload is what builders do and what waits for them.
+// Workload has the builders with their work, and the builds that wait for them.
 type Workload struct {
-	// Waiting is how many builds wait; Next are the first of them, in the order in which
-	// they are begun.
+	// Waiting is how many builds wait. Next are the first of them, in the order in which they will start.
 	Waiting int
 	Next    []api.Resolution
 	Running []api.Build
-	// Builders are those that were seen lately, by name.
+	// Builders are the builders that reported lately, sorted by name.
 	Builders []Builder
-	// Takes is how long a build takes, by flavour: a median of the newest.
+	// Takes is the median duration of the newest builds, by flavour.
 	Takes map[target.Flavour]time.Duration
 }
 
-// Builder is a builder that was seen lately.
+// Builder is a builder that reported lately.
 type Builder struct {
 	Name   string
 	SeenAt time.Time
-	// Running is how many builds it works on, Published how many of the newest builds it
-	// published.
+	// Running is how many builds the builder works on. Published is how many of the newest builds it published.
 	Running, Published int
 }
 
-// maxShown bounds lists of the queue that are shown, in builds.
+// maxShown is the most builds in a list of the queue.
 const maxShown = 50
 
-// Workload reads what builders do and what waits for them.
+// Workload reads the builders and the waiting builds.
 func (c *Catalogue) Workload(ctx context.Context) (*Workload, error) {
 	f, err := c.measured(ctx)
 	if err != nil {
@@ -135,9 +133,9 @@ func (c *Catalogue) Workload(ctx context.Context) (*Workload, error) {
 	return v, nil
 }
 
-// Releases lists a page of COS builds, newest first. Of a page, kernels are counted: a COS
-// build has one for each board. It is on one page with all of them, unless it has more than
-// a page holds.
+// Releases lists a page of COS builds, newest first. The limit counts kernels, and a COS build has one kernel for
+// each board. A page has all boards of each of its COS builds. Only a COS build with more boards than a page holds is
+// split.
 func (c *Catalogue) Releases(
 	ctx context.Context,
 	f store.KernelFilter,
@@ -147,7 +145,7 @@ func (c *Catalogue) Releases(
 	if err != nil {
 		return nil, "", err
 	}
-	if next != "" { // the last one may go on
+	if next != "" { // the next page may have more boards of the last COS build
 		last := cells[len(cells)-1].Kernel.BuildID
 		for i := len(cells) - 2; i >= 0; i-- {
 			if k := cells[i].Kernel; k.BuildID != last {
@@ -181,11 +179,10 @@ func (c *Catalogue) Releases(
 	return all, next, nil
 }
 
-// readyDays is over how many days the page of releases takes its percentiles.
+// readyDays is the period of the percentiles on the page of releases, in days.
 const readyDays = 30
 
-// RecentReadyTimes tells how long cells took that became ready within the last 30 days, as of
-// the last measurement.
+// RecentReadyTimes returns how long cells took that became ready within the last 30 days, as of the last measurement.
 func (c *Catalogue) RecentReadyTimes(ctx context.Context) (api.ReadyDuration, error) {
 	f, err := c.measured(ctx)
 	if err != nil {
@@ -203,16 +200,15 @@ func (c *Catalogue) Groups(ctx context.Context) ([]store.KernelGroup, error) {
 	return f.groups, nil
 }
 
-// News are the outcomes of cells, newest first: builds that were published or failed, and
-// artifacts that were withdrawn.
+// News is an outcome of a cell: a build that was published or failed, or an artifact that was withdrawn.
 type News struct {
 	At time.Time
-	// Build ended, or Artifact was withdrawn; the other is nil.
+	// One of Build and Artifact is set: the build that ended, or the withdrawn artifact.
 	Build    *api.Build
 	Artifact *api.Artifact
 }
 
-// Newest lists the newest n news.
+// Newest lists the n newest outcomes, newest first.
 func (c *Catalogue) Newest(ctx context.Context, n int) ([]News, error) {
 	all := []News{}
 	for _, state := range []api.State{api.Published, api.Failed} {
@@ -243,7 +239,7 @@ func (c *Catalogue) Newest(ctx context.Context, n int) ([]News, error) {
 	return all[:min(n, len(all))], nil
 }
 
-// measured returns the last measurement, and measures when there is none.
+// measured returns the last measurement. Without one, it measures.
 func (c *Catalogue) measured(ctx context.Context) (*figures, error) {
 	if f := c.figures.Load(); f != nil {
 		return f, nil
@@ -254,15 +250,15 @@ func (c *Catalogue) measured(ctx context.Context) (*figures, error) {
 	return c.figures.Load(), nil
 }
 
-// textPattern is what a search for kernels may have: what BUILD_IDs and kernel releases are
-// made of, and nothing that means something in a pattern of SQL.
+// textPattern matches a text to search kernels for. It allows the characters of BUILD_IDs and kernel releases, and
+// none with a meaning in an SQL pattern.
 var textPattern = regexp.MustCompile(`^[A-Za-z0-9.+~-]{0,64}$`)
 
-// filterStates are the states that kernels can be filtered by. Nearly all cells are published,
-// and nothing is written of those that nobody asked for.
+// filterStates are the states that kernels can be filtered by. Published is left out, because nearly all cells have
+// it. Unknown is left out, because the catalogue stores nothing about such cells.
 var filterStates = []api.State{api.Building, api.Queued, api.Failed, api.Yanked, api.Quarantined, api.Cancelled}
 
-// checkFilter refuses what no kernel can be.
+// checkFilter refuses a filter that no kernel can match.
 func checkFilter(f store.KernelFilter) error {
 	switch {
 	case !textPattern.MatchString(f.Text):

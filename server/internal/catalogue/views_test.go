@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestReleasesByPage has three COS builds of two boards each: none is cut in two by a page.
+// TestReleasesByPage has three COS builds with two boards each. No page splits a COS build.
 func TestReleasesByPage(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)

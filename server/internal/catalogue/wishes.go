@@ -20,7 +20,7 @@ import (
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
 
-// maxProblems bounds what is kept of a wish list's problems.
+// maxProblems is the most problems that are kept of one wish list.
 const maxProblems = 50
 
 // WishLists lists all wish lists.
@@ -33,8 +33,8 @@ func (c *Catalogue) WishList(ctx context.Context, name string) (api.WishList, er
 	return c.Store.WishList(ctx, name)
 }
 
-// PutWishList stores a wish list once its text is right, and plans soon. Version is
-// that of the text that this one takes the place of; 0 takes any.
+// PutWishList checks and stores the text of a wish list, and requests a plan. version is the version of the text that
+// the new one replaces; 0 replaces any.
 func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version int64) (api.WishList, error) {
 	if !namePattern.MatchString(name) {
 		return api.WishList{}, fault.New(
@@ -63,7 +63,7 @@ func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version 
 	return c.Store.WishList(ctx, name)
 }
 
-// DropWishList removes a wish list. What was built for it stays.
+// DropWishList removes a wish list. Artifacts that were built for it stay.
 func (c *Catalogue) DropWishList(ctx context.Context, name string) error {
 	err := c.Store.Write(ctx, func(tx *store.Tx) error { return tx.DropWishList(ctx, name) })
 	if err == nil {
@@ -72,15 +72,15 @@ func (c *Catalogue) DropWishList(ctx context.Context, name string) error {
 	return err
 }
 
-// PlanSoon has the wish lists compared with the catalogue by Planner.
+// PlanSoon asks [Catalogue.Planner] to plan the wish lists.
 func (c *Catalogue) PlanSoon() {
 	select {
 	case c.planning <- struct{}{}:
-	default: // somebody said so already
+	default: // a request waits already
 	}
 }
 
-// Planner plans when it is told to, until ctx is done.
+// Planner plans after each call of [Catalogue.PlanSoon], until ctx is done.
 func (c *Catalogue) Planner(ctx context.Context) error {
 	for {
 		select {
@@ -96,9 +96,8 @@ func (c *Catalogue) Planner(ctx context.Context) error {
 	}
 }
 
-// Plan queues what the wish lists want and nobody has asked for yet, newest kernels
-// first, and returns how many builds that was. Cells that failed or were called off
-// stay so until somebody asks for them.
+// Plan queues the wanted cells that have no build yet, newest kernels first. It returns how many builds it queued.
+// Failed and cancelled cells stay as they are until somebody requests them.
 func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 	lists, err := c.Store.WishLists(ctx)
 	if err != nil || len(lists) == 0 {
@@ -127,7 +126,7 @@ func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 	return n, errors.Join(errs...)
 }
 
-// planList plans one wish list and notes in it what it came to.
+// planList plans one wish list, and writes the number of cells and the problems into it.
 func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planView) (n int, err error) {
 	l.Cells, l.Problems = 0, nil
 	w, err := plan.Parse(l.Name, []byte(l.Text))
@@ -164,7 +163,7 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 		if err != nil && len(l.Problems) < maxProblems {
 			l.Problems = append(l.Problems, firstLine(fmt.Sprintf("%s: %v", cell, err)))
 		}
-		if fault.Is(err, fault.Transient) { // the rest would fare the same
+		if fault.Is(err, fault.Transient) { // the other cells would fail, too
 			return n, err
 		}
 		if added {
@@ -174,10 +173,10 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 	return n, c.Store.SetWanted(ctx, l.Name, wanted)
 }
 
-// queueCell queues one cell, unless it has a state already.
+// queueCell queues one cell, unless the cell has a state already.
 func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planView) (bool, error) {
 	k, ok := known.kernels[cell.Kernel.String()]
-	if !ok { // an exact build that nobody has seen yet
+	if !ok { // a COS build that the wish list names and the catalogue lacks
 		cells, exists, err := c.find(ctx, cell.Kernel)
 		if err != nil {
 			return false, err
@@ -191,7 +190,7 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 		return false, nil
 	}
 	now := resolution(k, known.drivers[cell.Driver.Version], cell.Driver, store.Facts{})
-	if now.State != api.Unknown { // it can never be built
+	if now.State != api.Unknown { // the cell can never be built
 		return false, nil
 	}
 	priority := queue.PriorityWanted
@@ -206,13 +205,13 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	return true, nil
 }
 
-// planView is the catalogue as a wish list sees it: what a bucket would answer.
+// planView has the catalogue in the form of a bucket, so that a wish list can be expanded against it.
 type planView struct {
 	ids     []string // newest first
 	kernels map[string]api.Kernel
 	boards  map[string][]target.Kernel
 	drivers map[string]api.DriverRelease
-	states  map[store.CellKey]api.State // of cells that have a build or an artifact
+	states  map[store.CellKey]api.State // only cells with a build or an artifact
 }
 
 func (s *planView) add(k api.Kernel) {
@@ -260,10 +259,10 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 	}
 }
 
-// BuildIDs returns the known builds, newest first.
+// BuildIDs returns the known BUILD_IDs, newest first.
 func (s *planView) BuildIDs(context.Context) ([]string, error) { return s.ids, nil }
 
-// BuildsOf returns the kernels of these builds.
+// BuildsOf returns the kernels of the COS builds with these BUILD_IDs.
 func (s *planView) BuildsOf(_ context.Context, ids []string) ([]target.Kernel, error) {
 	var all []target.Kernel
 	for _, id := range ids {
@@ -272,7 +271,7 @@ func (s *planView) BuildsOf(_ context.Context, ids []string) ([]target.Kernel, e
 	return all, nil
 }
 
-// Drivers returns what a kernel's own lists name.
+// Drivers returns the driver lists of a kernel.
 func (s *planView) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {
 	entry := s.kernels[k.String()]
 	list := lists(entry)
@@ -286,8 +285,7 @@ func (s *planView) Drivers(_ context.Context, k target.Kernel) (cosbucket.Driver
 	return list, nil
 }
 
-// Announce is told of a COS build: it is looked up, recorded and planned at once.
-// Telling it twice is harmless.
+// Announce looks up a COS build, records it and plans it at once. A second call for the same build changes nothing.
 func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, error) {
 	if _, err := target.ParseKernel(buildID, "lakitu"); err != nil {
 		return api.Release{}, fault.Wrap(fault.Usage, err, "")
@@ -303,14 +301,14 @@ func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, 
 		return api.Release{}, err
 	}
 	if _, err := c.Plan(ctx); err != nil {
-		// What could be planned is; the rest is tried again with the next look.
+		// Planned cells stay planned. The other cells are tried again at the next plan.
 		c.Log.WarnContext(ctx, "plan incomplete", "err", err)
 		c.PlanSoon()
 	}
 	return c.Release(ctx, buildID)
 }
 
-// Release tells what happened to a COS build's cells.
+// Release returns a COS build with the states of its cells.
 func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, error) {
 	kernels, _, err := c.Store.Kernels(ctx, store.KernelFilter{BuildID: buildID}, store.Page{Limit: MaxLimit})
 	if err != nil {
@@ -352,13 +350,13 @@ func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, e
 	return r, nil
 }
 
-// ReadyTimes tells how long cells took that became ready within the last days.
+// ReadyTimes returns percentiles of how long cells took that became ready within the given number of days.
 func (c *Catalogue) ReadyTimes(ctx context.Context, days int) (api.ReadyDuration, error) {
 	took, err := c.Store.ReadyTimes(ctx, c.Now().AddDate(0, 0, -days))
 	return durations(took), err
 }
 
-// durations takes percentiles of times that are sorted.
+// durations computes percentiles of sorted durations.
 func durations(took []time.Duration) api.ReadyDuration {
 	n := len(took)
 	if n == 0 {
@@ -368,11 +366,10 @@ func durations(took []time.Duration) api.ReadyDuration {
 	return api.ReadyDuration{Count: n, P50: at(50), P90: at(90), P99: at(99), Max: took[n-1].Seconds()}
 }
 
-// maxPools bounds one preflight.
+// maxPools is the most pools of one preflight.
 const maxPools = 100
 
-// Preflight says whether node pools may move to COS builds: whether each of their
-// nodes would find its driver.
+// Preflight says whether node pools may be upgraded to COS builds: whether each of their nodes would find its driver.
 func (c *Catalogue) Preflight(ctx context.Context, q api.PreflightRequest) (api.Preflight, error) {
 	if n := len(q.Pools); n == 0 || n > maxPools {
 		return api.Preflight{}, fault.New(fault.Usage, fmt.Sprintf("preflight of %d pools; want 1 to %d", n, maxPools), "")

@@ -19,7 +19,7 @@ drivers: [default]
 flavours: [open]
 `
 
-// jobs names what was queued, in its order.
+// jobs names the queued jobs, in their order.
 func jobs(q *fakeQueue) []string {
 	var all []string
 	for i, j := range q.jobs {
@@ -28,8 +28,8 @@ func jobs(q *fakeQueue) []string {
 	return all
 }
 
-// A wish list is all that somebody writes: from then on each new COS build is
-// queued without a hand, once, newest first.
+// TestPlan stores a wish list. From then on each new COS build is queued once and without another request, newest
+// first.
 func TestPlan(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)
@@ -54,7 +54,7 @@ func TestPlan(t *testing.T) {
 	see("17800.0.1")
 	see("17800.0.2")
 	see("17800.0.10")
-	plan() // no list, no wish
+	plan() // without a list, nothing is wanted
 	if _, err := c.PutWishList(ctx, "production", wishes, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -63,7 +63,7 @@ func TestPlan(t *testing.T) {
 	see("17800.0.11")
 	plan("17800.0.11 " + v261 + " open !!")
 
-	// Who waits for a cell that is only wanted gets it sooner.
+	// A request for a cell that a wish list already queued raises its priority.
 	b := request(t, c, "17800.0.2", v261, "open")
 	if b.Priority != 1 || !cmp.Equal(q.raised, []string{"2 to 1"}) {
 		t.Errorf("Request(planned cell) = priority %d, raised %v; want 1, and build 2 raised", b.Priority, q.raised)
@@ -73,7 +73,7 @@ func TestPlan(t *testing.T) {
 	if err != nil || l.Version != 1 || l.Cells != 2 || l.PlannedAt == nil || len(l.Problems) != 0 {
 		t.Errorf("WishList() = %+v, %v; want version 1 with 2 cells, planned", l, err)
 	}
-	// A wish that cannot be met is told, and blocks no other.
+	// A wish that cannot be met appears as a problem, and does not stop the other wishes.
 	text := strings.Replace(wishes, "[default]", "[default, R999]", 1)
 	if l, err = c.PutWishList(ctx, "production", text, 1); err != nil || l.Version != 2 {
 		t.Fatalf("PutWishList() = %+v, %v; want version 2", l, err)
@@ -104,7 +104,7 @@ func TestPlan(t *testing.T) {
 
 func errOf[T any](_ T, err error) error { return err }
 
-// A build that is announced is looked up, planned and, once built, timed.
+// TestAnnounce announces a COS build. The build is looked up, planned and, after it is built, timed.
 func TestAnnounce(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)
@@ -119,7 +119,7 @@ func TestAnnounce(t *testing.T) {
 	if _, err := c.PutWishList(ctx, "all", strings.Replace(wishes, "milestone: 109, ", "", 1), 0); err != nil {
 		t.Fatal(err)
 	}
-	for range 2 { // twice is once
+	for range 2 { // the second announcement changes nothing
 		r, err := c.Announce(ctx, "19216.104.25")
 		if err != nil || r.Open != 1 || r.Ready != 0 || len(q.jobs) != 1 {
 			t.Fatalf("Announce() = %+v, %v with %d jobs; want one open cell", r, err, len(q.jobs))

@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Yank marks an artifact as one that must not be used any more, and names what to
-// use in its place, if there is something; Unyank takes that back.
+// Yank marks an artifact as not to be used any more. It also names the replacement, if there is one.
+// [Catalogue.Unyank] removes the mark.
 func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) (api.Artifact, error) {
 	reason := strings.TrimSpace(y.Reason)
 	if reason == "" || len(reason) > 1000 {
@@ -39,7 +39,7 @@ func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) 
 	})
 }
 
-// replaces checks that the artifact of a digest may take the place of another one.
+// replaces checks that the artifact with a digest may replace another one.
 func replaces(ctx context.Context, tx *store.Tx, old api.Artifact, digest string) error {
 	a, err := tx.Artifact(ctx, digest)
 	if err != nil {
@@ -82,8 +82,7 @@ func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, er
 	})
 }
 
-// Lift makes an artifact in quarantine usable again. What nodes said of it until now
-// does not count any more.
+// Lift makes a quarantined artifact usable again. Reports from before do not count any more.
 func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, error) {
 	return c.setState(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State != api.Quarantined {
@@ -94,8 +93,8 @@ func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, erro
 	})
 }
 
-// setState gives an artifact another state. With it goes what more does, which gets the
-// artifact as it was; nil means nothing.
+// setState sets the state of an artifact. more runs in the same transaction and gets the artifact as it was before;
+// nil means that there is nothing more to do.
 func (c *Catalogue) setState(
 	ctx context.Context, digest string, state api.State, reason string, more func(*store.Tx, api.Artifact) error,
 ) (a api.Artifact, err error) {
@@ -125,7 +124,7 @@ func (c *Catalogue) setState(
 	return a, err
 }
 
-// withdrawn says of a cell that its artifact must not be used.
+// withdrawn writes into a resolution that its artifact must not be used.
 func withdrawn(r *api.Resolution, a *store.Candidate) {
 	r.State, r.Reason, r.Hint = a.State, a.Reason, "choose another driver version"
 	if a.State == api.Quarantined {

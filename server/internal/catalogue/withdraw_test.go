@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
-// publish records an artifact of driver for a kernel of the world.
+// publish records an artifact of a driver for a kernel of [world].
 func publish(t *testing.T, c *catalogue.Catalogue, digest, buildID string, f target.Fingerprint, d target.Driver) {
 	t.Helper()
 	_, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest, Fingerprint: f, Driver: d,
@@ -51,7 +51,7 @@ func TestYankWithReplacement(t *testing.T) {
 	if a, err := c.Artifact(t.Context(), digest("1")); err != nil || a.State != api.Published {
 		t.Fatalf("after refusals the artifact is %s, %v; want published", a.State, err)
 	}
-	for _, replacement := range []string{digest("2"), digest("7")} { // a newer driver, the same one again
+	for _, replacement := range []string{digest("2"), digest("7")} { // a newer driver; the same artifact again
 		a, err := c.Yank(t.Context(), digest("1"), api.YankRequest{Reason: "panics", Replacement: replacement})
 		if err != nil || a.Replacement != replacement || a.State != api.Yanked {
 			t.Errorf("Yank(replaced by %s) = %+v, %v", replacement, a, err)

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// breaking is a queue that fails after it has done what it was asked for, as one does
-// whose database goes away in mid-transaction.
+// breaking is a queue that fails after it has done its work. A database that is lost in the middle of a transaction
+// has the same effect.
 type breaking struct {
 	queue.Within
 	broken *bool
@@ -40,7 +40,7 @@ func (b breaking) Cancel(ctx context.Context, build int64) error {
 	return b.err(b.Within.Cancel(ctx, build))
 }
 
-// In one database, a build and its job are written together or not at all.
+// TestBuildAndJobAreOne shows that, in one database, a build and its job are written together or not at all.
 func TestBuildAndJobAreOne(t *testing.T) {
 	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) {
@@ -132,7 +132,7 @@ func areOne(t *testing.T, url string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	id = b.ID // PostgreSQL gives no number twice, not even one that was rolled back
+	id = b.ID // PostgreSQL uses no number twice, not even after a rollback
 	agree("a request", api.Queued, "available")
 	broken = true
 	if _, err := c.Cancel(t.Context(), id); err == nil {

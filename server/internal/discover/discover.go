@@ -1,8 +1,7 @@
-// Package discover asks upstream sources what exists, and tells the catalogue: COS
-// builds and what their own lists name, which of them nodes of GKE boot, and NVIDIA's
-// releases. Trouble with a source is logged and tried again, and blocks no other: a
-// server without sources still serves what it has. It refuses to request builds and to
-// remove kernels and drivers.
+// Package discover reads upstream sources and records what exists: COS builds with their driver lists, the GKE
+// versions whose nodes boot them, and NVIDIA's releases. An error of a source is logged and tried again, and does not
+// stop the other sources. A server without sources still serves what it has. The package requests no builds and
+// removes no kernels and drivers.
 package discover
 
 import (
@@ -16,7 +15,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// catalogue takes what was found.
+// catalogue records what was found.
 type catalogue interface {
 	Kernels(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.Kernel, string, error)
 	RecordKernel(ctx context.Context, k api.Kernel) error
@@ -24,28 +23,28 @@ type catalogue interface {
 	SawGKE(ctx context.Context, versions map[string][]string) error
 }
 
-// Source is one place that tells what exists. Another one is another implementation.
+// Source is one place that lists what exists. A new kind of place needs a new implementation.
 type Source interface {
-	// Name is what the source finds, in one word for the log.
+	// Name says what the source finds, in one word for the log.
 	Name() string
-	// Look reads the source once, records what it tells, and returns how many entries
-	// that was. What could be read is recorded even when something else could not.
+	// Look reads the source once, records its entries and returns their number. It records what it could read, even if
+	// something else failed.
 	Look(ctx context.Context, to catalogue) (n int, err error)
 }
 
-// Config says where to look.
+// Config has the sources and when to read them.
 type Config struct {
-	// Sources are examined in this order.
+	// Sources are read in this order.
 	Sources []Source
-	// Every is the pause between looks; 0 means 15 minutes.
+	// Every is the pause between two readings; 0 means 15 minutes.
 	Every     time.Duration
 	Catalogue catalogue
-	// Found is called after each look that came to its end; nil means not.
+	// Found is called after each reading of the sources, even an incomplete one; nil means no call.
 	Found func(context.Context)
 	Log   *slog.Logger
 }
 
-// Run reads the mirrors at once and then again and again, until ctx is done.
+// Run reads the sources at once, and then at intervals until ctx is done.
 func Run(ctx context.Context, c Config) error {
 	if len(c.Sources) == 0 {
 		return nil
@@ -83,7 +82,7 @@ func Run(ctx context.Context, c Config) error {
 	}
 }
 
-// Scan reads each source once and returns how much each told, by its name.
+// Scan reads each source once. It returns the number of entries by the source's name.
 func Scan(ctx context.Context, c Config) (counts map[string]int, err error) {
 	counts = map[string]int{}
 	for _, s := range c.Sources {

@@ -10,16 +10,16 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Drivers is a bucket of NVIDIA's runfiles: the releases in it.
+// Drivers is a bucket of NVIDIA's runfiles. It lists the releases in it.
 type Drivers struct {
-	// URL of the bucket.
+	// URL is the address of the bucket.
 	URL string
 }
 
 // Name is "drivers".
 func (Drivers) Name() string { return "drivers" }
 
-// Look lists the bucket.
+// Look lists the bucket and records its releases.
 func (s Drivers) Look(ctx context.Context, to catalogue) (n int, err error) {
 	b, err := cosbucket.Open(ctx, s.URL)
 	if err != nil {

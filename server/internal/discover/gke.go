@@ -14,30 +14,29 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxGKE bounds how many kernels of a list are followed, newest first.
+// maxGKE is how many kernels of a list are followed, newest first.
 const maxGKE = 4000
 
-// missedFor is how long a kernel that the bucket lacks is not asked for again.
+// missedFor is how long a missing kernel is not looked up in the bucket again.
 const missedFor = 24 * time.Hour
 
-// GKE is the list of which versions of GKE run which COS images: the kernels that nodes
-// of clusters boot. It finds builds that are older than those followed of a milestone,
-// and builds in a mirror that cannot list what it has.
+// GKE is a list of GKE versions and the COS images that their nodes boot. It finds COS builds that are older than the
+// followed ones of their milestone. It also finds builds in a mirror that cannot list its content.
 type GKE struct {
-	// Map is the URL of a list in the form of gke-to-cos.json.
+	// Map is the URL of a list with the form of gke-to-cos.json.
 	Map string
-	// URL of the bucket that has the builds.
+	// URL is the address of the bucket with the builds.
 	URL string
 
-	// missed says when a kernel of the list was found to be missing in the bucket.
+	// missed has the time when a listed kernel was last missing in the bucket.
 	missed map[string]time.Time
 }
 
 // Name is "gke".
 func (*GKE) Name() string { return "gke" }
 
-// Look reads the list, looks up its kernels that the catalogue lacks where the bucket
-// has them, and labels those that are known then. It returns how many are.
+// Look reads the list. It looks up listed kernels that the catalogue lacks, if the bucket has them. Then it labels
+// the known kernels. It returns how many kernels have a label.
 func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	images, err := plan.LoadImageMap(ctx, s.Map)
 	if err != nil {
@@ -50,7 +49,7 @@ func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	}
 	kernels = kernels[:min(len(kernels), maxGKE)]
 	trouble := s.lookUp(ctx, to, kernels)
-	labels := map[string][]string{} // what changed
+	labels := map[string][]string{} // only changed labels
 	old, err := known(ctx, to)
 	if err != nil {
 		return 0, errors.Join(trouble, fmt.Errorf("discover GKE versions: %w", err))
@@ -72,14 +71,14 @@ func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	return n, trouble
 }
 
-// lookUp reads those kernels that nobody read yet, as far as the bucket has them.
+// lookUp reads the kernels that were never read, if the bucket has them.
 func (s *GKE) lookUp(ctx context.Context, to catalogue, kernels []target.Kernel) (err error) {
 	now := time.Now()
 	listed := map[string]bool{}
 	for _, k := range kernels {
 		listed[k.String()] = true
 	}
-	// So there are never more than maxGKE.
+	// This keeps missed at no more than maxGKE entries.
 	maps.DeleteFunc(s.missed, func(k string, at time.Time) bool { return !listed[k] || now.Sub(at) >= missedFor })
 	old, err := known(ctx, to)
 	if err != nil {
@@ -109,7 +108,7 @@ func (s *GKE) lookUp(ctx context.Context, to catalogue, kernels []target.Kernel)
 			has[id] = true
 		}
 		kernels = slices.DeleteFunc(kernels, func(k target.Kernel) bool { return !has[k.BuildID] })
-	case !fault.Is(err, fault.Unsupported): // else it cannot list, and is asked for each
+	case !fault.Is(err, fault.Unsupported): // a bucket that cannot list is asked for each kernel
 		return fmt.Errorf("discover kernels of GKE: %w", err)
 	}
 	_, lacks, err := record(ctx, b, to, kernels)

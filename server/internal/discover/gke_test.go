@@ -20,11 +20,10 @@ import (
 	"github.com/prebake/prebake/server/internal/discover"
 )
 
-// gkeMap has the form of https://www.gstatic.com/gke-image-maps/gke-to-cos.json: the
-// fields, the form of creation_time and that the last three numbers of an image are the
-// BUILD_ID are as tools/gke-gpu-driver-version of GoogleCloudPlatform/professional-services
-// reads them, and its README has the first version of GKE. Names of images are as
-// gVisor's test/gpu/cos_gpu_compatibility_test.go reads them.
+// gkeMap has the form of https://www.gstatic.com/gke-image-maps/gke-to-cos.json. Three things come from
+// tools/gke-gpu-driver-version of GoogleCloudPlatform/professional-services: the fields, the form of creation_time,
+// and that the last three numbers of an image are the BUILD_ID. Its README has the first GKE version. The names of
+// images come from gVisor's test/gpu/cos_gpu_compatibility_test.go.
 const gkeMap = `{"creation_time": "2026-11-01T08:00:00.123456Z", "entries": [
 	{"gke_version": "1.33.5-gke.1080000", "image": "cos-121-18867-199-52"},
 	{"gke_version": "1.33.5-gke.200", "image": "cos-121-18867-199-52"},
@@ -44,8 +43,8 @@ func names(kernels []api.Kernel) (all []string) {
 	return all
 }
 
-// The list finds builds that are too old for the newest of their milestone, labels what
-// is known, takes back what it says no more, and writes nothing when nothing changed.
+// TestGKE shows what the list does. It finds builds that are not among the newest of their milestone. It labels known
+// kernels, and removes labels that are no longer in the list. It writes nothing if nothing changed.
 func TestGKE(t *testing.T) {
 	t.Parallel()
 	commit := strings.Repeat("a", 40)
@@ -91,7 +90,8 @@ func TestGKE(t *testing.T) {
 	}
 }
 
-// A web server cannot list what it has: there the list of images says what to ask for.
+// TestGKEOfAMirrorWithoutListing has a web server that cannot list its content. The list of images says which builds
+// to look up.
 func TestGKEOfAMirrorWithoutListing(t *testing.T) {
 	t.Parallel()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -115,7 +115,8 @@ func TestGKEOfAMirrorWithoutListing(t *testing.T) {
 	}
 }
 
-// What the bucket lacks is not asked for again at every look, and is a day later.
+// TestGKERemembersMisses shows that a kernel that the bucket lacks is looked up again a day later, and not at every
+// reading.
 func TestGKERemembersMisses(t *testing.T) {
 	t.Parallel()
 	text := []byte(strings.Repeat("a", 40) + "\n")
@@ -149,7 +150,7 @@ func TestGKERemembersMisses(t *testing.T) {
 	})
 }
 
-// What is no list of that form takes no label away.
+// TestGKERefusesOtherLists shows that a file with another form removes no label.
 func TestGKERefusesOtherLists(t *testing.T) {
 	t.Parallel()
 	maps := lay(t, map[string]string{

@@ -17,32 +17,31 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// parallel bounds the open requests at one bucket.
+// parallel is how many requests to one bucket run at a time.
 const parallel = 8
 
-// What is read again of a kernel that is known: Google adds to the driver lists of
-// the newest builds of a milestone after a release, and seldom to others.
+// Google adds to the driver lists of a milestone's newest builds after their release, and seldom to others. The
+// newest builds of each milestone are therefore read again each time, and other known kernels after readAgain.
 const (
 	newest     = 3
 	readAgain  = 24 * time.Hour
 	pageLength = 1000
 )
 
-// Kernels is a bucket of COS releases, listed milestone by milestone: the builds in it
-// and what their own lists say of drivers.
+// Kernels is a bucket of COS releases. It lists the builds in it by milestone, with their driver lists.
 type Kernels struct {
-	// URL of the bucket.
+	// URL is the address of the bucket.
 	URL string
-	// PerMilestone is how many builds of each COS milestone are followed, newest
-	// first; 0 means 40. Google's bucket keeps thousands, and an LTS milestone has
-	// releases for two years beside the development of the newest.
+	// PerMilestone is how many builds of each COS milestone are followed, newest first; 0 means 40. The number is per
+	// milestone for two reasons. Google's bucket keeps thousands of builds. An LTS milestone has releases for two years,
+	// while newer milestones are developed.
 	PerMilestone int
 }
 
 // Name is "kernels".
 func (Kernels) Name() string { return "kernels" }
 
-// Look reads the builds that the catalogue lacks, and again those that change.
+// Look reads the builds that the catalogue lacks, and again the known ones that may change.
 func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	b, err := cosbucket.Open(ctx, s.URL)
 	if err != nil {
@@ -66,8 +65,8 @@ func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	return n, err
 }
 
-// record reads kernels in a bucket and tells the catalogue of each. What the bucket
-// lacks is passed over, and returned: lists name more than is there.
+// record reads kernels in a bucket and records each. It returns the kernels that the bucket lacks, because lists may
+// name kernels that are not there.
 func record(
 	ctx context.Context,
 	b *cosbucket.Bucket,
@@ -99,7 +98,7 @@ func record(
 	return n, lacks, errors.Join(troubles...)
 }
 
-// known returns the kernels of the catalogue by BUILD_ID.
+// known returns the kernels in the catalogue by BUILD_ID.
 func known(ctx context.Context, c catalogue) (map[string][]api.Kernel, error) {
 	all := map[string][]api.Kernel{}
 	for after := ""; ; {
@@ -116,9 +115,8 @@ func known(ctx context.Context, c catalogue) (map[string][]api.Kernel, error) {
 	}
 }
 
-// choose says which builds to look into that the catalogue lacks, and which known
-// kernels to read again. The ids are newest first. A milestone's builds share the
-// first number of their BUILD_IDs.
+// choose returns the builds to read that the catalogue lacks, and the known kernels to read again. ids has the newest
+// first. All builds of a milestone have the same first number in their BUILD_IDs.
 func (s Kernels) choose(
 	ids []string,
 	old map[string][]api.Kernel,
@@ -148,11 +146,10 @@ func (s Kernels) choose(
 	return unseen, again
 }
 
-// incomplete reports whether nobody read a kernel yet: somebody only asked for it.
+// incomplete reports whether a kernel was never read from a bucket. It is known only because somebody asked for it.
 func incomplete(k api.Kernel) bool { return k.Commit == "" }
 
-// read reads what a bucket tells of a kernel. Its commit is read once; its driver
-// lists each time.
+// read reads the facts about a kernel from a bucket. It reads the commit once and the driver lists each time.
 func read(ctx context.Context, b *cosbucket.Bucket, k target.Kernel) (api.Kernel, error) {
 	if err := ctx.Err(); err != nil {
 		return api.Kernel{}, err

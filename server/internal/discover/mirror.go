@@ -10,14 +10,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Mirror looks single builds up, for who cannot wait for the next look.
+// Mirror looks up single builds, for callers that cannot wait for the next reading.
 type Mirror struct {
-	// URL is the bucket of COS releases.
+	// URL is the address of the bucket of COS releases.
 	URL string
 }
 
-// Build reads one COS build with all of its boards; kind InputMissing when the
-// mirror has none of that BUILD_ID.
+// Build reads one COS build with all of its boards. The error has kind InputMissing if the mirror lacks the build.
 func (m Mirror) Build(ctx context.Context, buildID string) (all []api.Kernel, err error) {
 	b, err := cosbucket.Open(ctx, m.URL)
 	if err != nil {

@@ -22,7 +22,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// schemeName is how the API's description calls the bearer token.
+// schemeName is the name of the bearer token in the API's description.
 const schemeName = "token"
 
 // scopeOf returns the scope that an operation needs; "" means none.
@@ -35,8 +35,7 @@ func scopeOf(op *huma.Operation) auth.Scope {
 	return ""
 }
 
-// access returns nil if who sends this header may do what needs the scope. The
-// caller is noted in the context, for the logs.
+// access returns nil if the sender of this header has the scope. It notes the caller in the context, for the logs.
 func access(ctx context.Context, who *auth.Authenticator, authorization string, s auth.Scope) error {
 	scheme, secret, _ := strings.Cut(authorization, " ")
 	if !strings.EqualFold(scheme, "Bearer") || strings.TrimSpace(secret) == "" {
@@ -53,7 +52,7 @@ func access(ctx context.Context, who *auth.Authenticator, authorization string, 
 
 const challenge = `Bearer realm="prebake"`
 
-// checkSecurity guards the routes of the table that need a scope.
+// checkSecurity protects the routes of the table that need a scope.
 func checkSecurity(a huma.API, c Config) func(huma.Context, func(huma.Context)) {
 	return func(ctx huma.Context, next func(huma.Context)) {
 		if scope := scopeOf(ctx.Operation()); scope != "" {
@@ -70,7 +69,7 @@ func checkSecurity(a huma.API, c Config) func(huma.Context, func(huma.Context)) 
 	}
 }
 
-// needScope guards the routes outside of the table.
+// needScope protects a route outside of the table.
 func needScope(c Config, s auth.Scope) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -87,14 +86,14 @@ func needScope(c Config, s auth.Scope) func(http.Handler) http.Handler {
 	}
 }
 
-// logOwn logs what went wrong inside the server, which the answer does not tell.
+// logOwn logs an error inside the server, because the answer does not contain it.
 func logOwn(ctx context.Context, c Config, err error) {
 	if fault.Of(err).HTTPStatus() >= http.StatusInternalServerError {
 		c.Log.ErrorContext(ctx, "caller not identified", "err", err)
 	}
 }
 
-// tokenStore keeps the tokens and the audit log.
+// tokenStore stores the tokens and the audit log.
 type tokenStore interface {
 	Tokens(ctx context.Context) ([]api.Token, error)
 	CreateToken(ctx context.Context, t api.Token, hash []byte) error
@@ -103,12 +102,12 @@ type tokenStore interface {
 	Audited(ctx context.Context, e api.AuditEntry) error
 }
 
-// maxAuditPath bounds a path in the audit log, in bytes.
+// maxAuditPath is the most bytes of a path in the audit log.
 const maxAuditPath = 512
 
-// audit notes who calls, and adds a line for each call with a known caller that
-// changed something, or was refused. What builders and nodes say all the time is
-// left out, as are the pieces of a push: its manifest is in.
+// audit notes the caller in the context. It adds an entry to the audit log for each call of a known caller that
+// changes something or was refused. The frequent reports of builders and nodes are left out. Of a push, only the
+// manifest is logged.
 func audit(c Config) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -137,7 +136,7 @@ func audit(c Config) func(http.Handler) http.Handler {
 				Request: middleware.GetReqID(ctx),
 				Source:  r.RemoteAddr,
 			}
-			// The client may be gone by now; what it changed stays changed.
+			// The client may be gone by now, but its change was made.
 			if err := c.Access.Audited(context.WithoutCancel(ctx), e); err != nil {
 				c.Log.ErrorContext(ctx, "audit log not written", "actor", e.Actor, "method", e.Method, "path", e.Path, "err", err)
 			}
@@ -162,8 +161,8 @@ func audited(r *http.Request) bool {
 	return true
 }
 
-// limitClients answers 429 and Retry-After to an address that asks more often than
-// perMinute; 0 means no bound.
+// limitClients answers 429 with Retry-After to an address with more than perMinute calls in a minute; 0 means no
+// limit.
 func limitClients(perMinute int) func(http.Handler) http.Handler {
 	if perMinute == 0 {
 		return func(next http.Handler) http.Handler { return next }
@@ -175,14 +174,14 @@ func limitClients(perMinute int) func(http.Handler) http.Handler {
 		}))
 }
 
-// peer is the address of who opened the connection; of IPv6 its network of 64 bits.
-// Headers that tell another address are anybody's to write.
+// peer returns the address that the connection comes from, or for IPv6 its /64 network. It ignores headers with
+// another address, because anybody can write them.
 func peer(r *http.Request) (string, error) {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	return httprate.CanonicalizeIP(host), err
 }
 
-// callers bound how many builds each caller that may only ask adds in an hour.
+// callers limits how many builds a caller with only the scope ask may add within an hour.
 type callers struct {
 	perHour int
 
@@ -190,11 +189,10 @@ type callers struct {
 	of map[string]*rate.Limiter
 }
 
-// maxCallers bounds the callers that are stored; names of issuers' tokens are
-// endless.
+// maxCallers is the most callers that are stored. It is limited, because the names in issuers' tokens are unlimited.
 const maxCallers = 10_000
 
-// caller says what limits hold for who calls.
+// caller returns the limits of the caller.
 func (a *callers) caller(ctx context.Context) catalogue.Caller {
 	who := auth.Noted(ctx)
 	if who.May(auth.Announce) {
@@ -218,7 +216,7 @@ func (a *callers) caller(ctx context.Context) catalogue.Caller {
 	}}
 }
 
-// access registers the routes of who may do what.
+// access registers the routes for tokens and for the audit log.
 func (t table) access() {
 	huma.Register(
 		t,

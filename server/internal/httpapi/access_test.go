@@ -23,9 +23,8 @@ import (
 	"github.com/prebake/prebake/server/internal/web"
 )
 
-// needed is the authorization table: each route with the scope that it needs. It is
-// written by hand, so that a route that changes its scope, or a new one, fails the
-// test until somebody says here that this is meant.
+// needed is the authorization table: each route with the scope that it needs. It is written by hand. A new route, or
+// a route with a changed scope, therefore fails the test until somebody confirms the change here.
 var needed = map[string]auth.Scope{
 	"GET /":                               "",
 	"GET /assets/{name}":                  "",
@@ -98,7 +97,7 @@ var needed = map[string]auth.Scope{
 	"PUT /v2/x/manifests/sha256-y.referrer": auth.Push,
 }
 
-// opens says which scopes a token may have to do what needs one.
+// opens has the scopes that satisfy each needed scope.
 var opens = map[auth.Scope][]auth.Scope{
 	auth.Ask:      {auth.Ask, auth.Announce, auth.Operate, auth.Admin},
 	auth.Announce: {auth.Announce, auth.Operate, auth.Admin},
@@ -108,7 +107,7 @@ var opens = map[auth.Scope][]auth.Scope{
 	auth.Admin:    {auth.Admin},
 }
 
-// makeToken stores a token with a scope that counts for a while from a time on.
+// makeToken stores a token with one scope that is valid for an hour after from.
 func makeToken(t *testing.T, db *store.Store, name string, s auth.Scope, from time.Time) api.Token {
 	t.Helper()
 	made, hash, err := auth.NewToken(api.NewToken{Name: name, Scopes: []string{string(s)}, LifeSeconds: 3600}, "test",
@@ -118,8 +117,8 @@ func makeToken(t *testing.T, db *store.Store, name string, s auth.Scope, from ti
 	return made
 }
 
-// Every route answers every kind of caller as the table says, and no route is
-// missing from it.
+// TestAuthorization calls every route as every kind of caller and compares the answer with the table. Each route has
+// to be in the table.
 func TestAuthorization(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -132,7 +131,7 @@ func TestAuthorization(t *testing.T) {
 	revoked := makeToken(t, db, "revoked", auth.Admin, time.Now())
 	check(t, db.RevokeToken(t.Context(), revoked.ID, time.Now()))
 	secrets["revoked"] = revoked.Secret
-	secrets["half"] = strings.TrimRight(secrets["admin"], "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") // its id alone
+	secrets["half"] = strings.TrimRight(secrets["admin"], "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") // only its id
 
 	for route, scope := range needed {
 		method, pattern, _ := strings.Cut(route, " ")
@@ -170,7 +169,7 @@ func TestAuthorization(t *testing.T) {
 	}))
 }
 
-// ask sends a request that is too empty to change anything, and returns the status.
+// ask sends a request whose body is too short to change anything. It returns the status.
 func ask(t *testing.T, method, url, secret string) int {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader("{"))
@@ -186,8 +185,8 @@ func ask(t *testing.T, method, url, secret string) int {
 	return resp.StatusCode
 }
 
-// A node asks for builds of known kernels, and so many an hour; what is there
-// already costs it nothing.
+// TestNodeAsks shows that a node may request builds of known kernels only, up to a number per hour. Requests for
+// builds that exist do not count.
 func TestNodeAsks(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -203,7 +202,7 @@ func TestNodeAsks(t *testing.T) {
 	}
 	check(t, request(pipeline, 78, "550.54.15"))
 	check(t, request(node, 78, "550.54.15"))
-	for i := range 2 { // serveLogging allows two an hour
+	for i := range 2 { // serveLogging allows two in an hour
 		check(t, request(node, 78, fmt.Sprintf("550.54.%d", 20+i)))
 	}
 	if err := request(node, 78, "550.54.30"); !fault.Is(err, fault.TooMany) {
@@ -213,8 +212,8 @@ func TestNodeAsks(t *testing.T) {
 	check(t, request(pipeline, 79, "550.54.30"))
 }
 
-// The audit log says who changed what, and who was refused; it is no place for
-// what builders say all the time.
+// TestAudit shows that the audit log has who changed what and who was refused. Builders' frequent reports are not in
+// it.
 func TestAudit(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -273,8 +272,8 @@ func TestAudit(t *testing.T) {
 	}
 }
 
-// A push of Cloud Pub/Sub gets as far as the mirror; one about anything else is
-// answered with 204, so that it does not come again.
+// TestPush shows that a message of Cloud Pub/Sub about a COS build makes the server ask its mirror. Any other message
+// is answered with 204, so that Pub/Sub does not send it again.
 func TestPush(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -293,13 +292,13 @@ func TestPush(t *testing.T) {
 		`"eventType": "OBJECT_FINALIZE", "objectId": "readme.txt"`)); got != http.StatusNoContent {
 		t.Errorf("push about no build = %d; want 204", got)
 	}
-	// This server has no mirror to look in.
+	// This server has no mirror.
 	if got := push(fmt.Sprintf(around, `"buildId": "17800.66.78"`)); got != http.StatusUnprocessableEntity {
 		t.Errorf("push about a build = %d; want 422", got)
 	}
 }
 
-// An address that asks too often hears for how long to wait; another one is served.
+// TestClientRate shows that an address with too many calls is told how long to wait. Another address is served.
 func TestClientRate(t *testing.T) {
 	t.Parallel()
 	h := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), CallsPerMinute: 3, Log: slog.New(slog.DiscardHandler),

@@ -14,17 +14,15 @@ import (
 	"github.com/klauspost/compress/gzip"
 )
 
-// compression is gzip's level: most of the gain for little time.
+// compression is the level of gzip. It gives most of the reduction for little time.
 const compression = 4
 
-// compressFrom is the size in bytes from which an answer is compressed. A smaller
-// one fits into one packet of Ethernet's anyway, and setting up the compressor costs
-// more than all else that a node's question does.
+// compressFrom is the size in bytes from which an answer is compressed. A smaller answer fits one Ethernet packet.
+// For such an answer, starting the compressor would cost more than the rest of a node's question.
 const compressFrom = 1400
 
-// etags gives answers to reads an ETag, and answers 304 to who has them. The body
-// is made either way: what is saved is the way to the client. Large answers are
-// compressed for who takes that.
+// etags adds an ETag to answers to reads. It answers 304 to a client that has the answer. The server makes the body
+// in both cases, so only the transfer is saved. Large answers are compressed for clients that accept gzip.
 func etags(next http.Handler) http.Handler {
 	compressor := middleware.NewCompressor(
 		compression,
@@ -33,11 +31,11 @@ func etags(next http.Handler) http.Handler {
 		"text/html",
 		"text/css",
 	)
-	// This one takes a third of the time of the standard library's for a list of artifacts.
+	// For a list of artifacts, this gzip package needs a third of the time of the standard library's.
 	compressor.SetEncoder("gzip", func(w io.Writer, level int) io.Writer {
 		out, err := gzip.NewWriterLevel(w, level)
 		if err != nil {
-			return nil // which is how chi is told of a level that is none
+			return nil // tells chi that the level is invalid
 		}
 		return out
 	})
@@ -52,7 +50,7 @@ func etags(next http.Handler) http.Handler {
 		next.ServeHTTP(held, r)
 		if held.status == http.StatusOK {
 			sum := sha256.Sum256(held.body.Bytes())
-			tag := fmt.Sprintf(`W/"%x"`, sum[:]) // weak: it may be compressed or not
+			tag := fmt.Sprintf(`W/"%x"`, sum[:]) // weak: the body may be compressed or not
 			w.Header().Set("Etag", tag)
 			if matches(r.Header.Get("If-None-Match"), tag) {
 				w.Header().Del("Content-Type")
@@ -81,7 +79,7 @@ func matches(header, tag string) bool {
 	return false
 }
 
-// bufferResponse sends an answer once it is whole.
+// bufferResponse sends an answer after it is complete.
 func bufferResponse(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		held := newBufferedResponse(w)
@@ -91,24 +89,24 @@ func bufferResponse(next http.Handler) http.Handler {
 	})
 }
 
-// bufferedResponse keeps an answer until it is whole.
+// bufferedResponse collects an answer until it is complete.
 type bufferedResponse struct {
 	http.ResponseWriter
 	status int
 	body   *bytes.Buffer
 }
 
-// buffers are buffers to use again.
+// buffers has buffers for reuse.
 var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
-// maxPooledBuffer is the largest buffer in bytes that is kept for the next answer.
+// maxPooledBuffer is the size in bytes up to which a buffer is reused.
 const maxPooledBuffer = 256 << 10
 
 func newBufferedResponse(w http.ResponseWriter) *bufferedResponse {
 	return &bufferedResponse{ResponseWriter: w, status: http.StatusOK, body: buffers.Get().(*bytes.Buffer)}
 }
 
-// free hands the buffer back; nobody may use the answer afterwards.
+// free returns the buffer to the pool. The answer must not be used afterwards.
 func (h *bufferedResponse) free() {
 	if h.body.Cap() <= maxPooledBuffer {
 		h.body.Reset()
@@ -119,7 +117,7 @@ func (h *bufferedResponse) free() {
 
 func (h *bufferedResponse) send() {
 	h.ResponseWriter.WriteHeader(h.status)
-	_, _ = h.ResponseWriter.Write(h.body.Bytes()) // the client is gone; there is nobody to tell
+	_, _ = h.ResponseWriter.Write(h.body.Bytes()) // an error means that the client is gone
 }
 
 func (h *bufferedResponse) WriteHeader(status int)      { h.status = status }

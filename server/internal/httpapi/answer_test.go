@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// stuck is a client that reads nothing until it is let go.
+// stuck is a client that reads nothing until the test allows it.
 type stuck struct {
 	http.ResponseWriter
 	writing *sync.WaitGroup
@@ -22,7 +22,7 @@ func (s *stuck) Write(p []byte) (int, error) {
 	return s.ResponseWriter.Write(p)
 }
 
-// Clients that do not read their pages keep nobody else's from being made.
+// TestSlowReadersHoldUpNobody shows that clients that do not read their pages do not delay the pages of others.
 func TestSlowReadersHoldUpNobody(t *testing.T) {
 	t.Parallel()
 	h := throttle()(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) }))
@@ -45,7 +45,7 @@ func TestSlowReadersHoldUpNobody(t *testing.T) {
 	}
 }
 
-// What is large is compressed for who takes that; what is small never.
+// TestCompression shows that large answers are compressed for clients that accept it, and small answers never.
 func TestCompression(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

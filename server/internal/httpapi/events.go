@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// Bounds of watching a build. A look is one row of the database; an idle connection
-// gets a comment now and then, so that nobody in between takes it for dead.
+// Limits of watching a build. A check reads one row of the database. An idle connection gets a comment at intervals,
+// so that no proxy closes it.
 const (
 	pollInterval      = time.Second
 	keepAliveInterval = 15 * time.Second
@@ -25,10 +25,10 @@ const (
 	watchersAtAll     = 512
 )
 
-// events sends a build's states as server-sent events
-// (https://html.spec.whatwg.org/multipage/server-sent-events.html): each one is the
-// build as the API tells it, named "build". The stream ends after the last state, when
-// the server stops, and after an hour; browsers ask again by themselves.
+// events sends the states of a build as server-sent events
+// (https://html.spec.whatwg.org/multipage/server-sent-events.html). Each event is named "build" and has the build as
+// in the API. The stream ends after the last state, when the server stops, and after an hour. Browsers then connect
+// again by themselves.
 func events(c Config) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		ctx := r.Context()
@@ -39,10 +39,11 @@ func events(c Config) http.HandlerFunc {
 		}
 		control := http.NewResponseController(w)
 		if err == nil {
-			// What is read from a client that only listens is its end.
+			// The client sends nothing more, so a read only notices its end. The read deadline is removed, because the stream
+			// is long.
 			err = control.SetReadDeadline(time.Time{})
 			if errors.Is(err, http.ErrNotSupported) {
-				err = nil // a test's recorder
+				err = nil // the recorder of a test has no deadlines
 			}
 		}
 		if err != nil {
@@ -65,12 +66,12 @@ func events(c Config) http.HandlerFunc {
 			message := ""
 			switch {
 			case !bytes.Equal(text, sent):
-				message = fmt.Sprintf("event: build\ndata: %s\n\n", text) // JSON has no line breaks
+				message = fmt.Sprintf("event: build\ndata: %s\n\n", text) // JSON text has no line breaks
 			case time.Since(at) >= keepAliveInterval:
 				message = ":\n\n"
 			}
 			if message != "" {
-				_ = control.SetWriteDeadline(time.Now().Add(longestWrite)) // as above
+				_ = control.SetWriteDeadline(time.Now().Add(longestWrite)) // fails only for a recorder of a test
 				if _, err := w.Write([]byte(message)); err != nil || control.Flush() != nil {
 					return // the client is gone
 				}
@@ -98,7 +99,7 @@ func events(c Config) http.HandlerFunc {
 	}
 }
 
-// watchers bounds how many watch at one time.
+// watchers limits how many clients watch at the same time.
 func watchers() func(http.Handler) http.Handler {
 	return middleware.ThrottleWithOpts(middleware.ThrottleOpts{
 		Limit: watchersAtAll, StatusCode: http.StatusServiceUnavailable,
@@ -106,7 +107,7 @@ func watchers() func(http.Handler) http.Handler {
 	})
 }
 
-// describeEvents adds the route, which streams, to the description.
+// describeEvents adds the streaming route to the API's description.
 func (t table) describeEvents(id *huma.Param) {
 	op := t.read(
 		"watch-build",

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/server/internal/httpapi"
 )
 
-// Who watches a build hears of each state, and of the end.
+// TestWatch shows that a client that watches a build gets each state and the end.
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -28,7 +28,7 @@ func TestWatch(t *testing.T) {
 	var got []string
 	err = api.Watch(t.Context(), c, b.ID, func(b api.Build) error {
 		got = append(got, fmt.Sprint(b.State, " ", b.Phase))
-		switch len(got) { // each event causes the next
+		switch len(got) { // each event triggers the next change
 		case 1:
 			_, err := c.UpdateBuild(t.Context(), b.ID,
 				api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Phase: "compile"})
@@ -38,7 +38,7 @@ func TestWatch(t *testing.T) {
 			return err
 		}
 		_, err := c.Cancel(t.Context(), b.ID)
-		if fault.Is(err, fault.Busy) { // it is over
+		if fault.Is(err, fault.Busy) { // the build has ended
 			return nil
 		}
 		return err
@@ -52,8 +52,8 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// A stream that ends before its build does is trouble that passes; one whose client
-// left ends, and so does every one when the server stops.
+// TestWatchEnds shows that a stream that ends before its build gives a transient error. The server ends a stream when
+// the client leaves and when the server stops.
 func TestWatchEnds(t *testing.T) {
 	t.Parallel()
 	short := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

@@ -13,14 +13,14 @@ import (
 	"github.com/prebake/prebake/server/internal/discover"
 )
 
-// cannotFail are the operations that take nothing that could be wrong.
+// cannotFail are the operations whose input cannot be wrong.
 var cannotFail = map[string]bool{"list-wish-lists": true, "read-coverage": true, "list-warnings": true}
 
-// elsewhere are the operations whose good call needs clients of several networks: a
-// test of the catalogue has it.
+// elsewhere are the operations whose successful call needs clients in several networks. A test of package catalogue
+// makes that call.
 var elsewhere = map[string]bool{"lift": true}
 
-// serveMirrored is serve with a mirror that has two COS builds.
+// serveMirrored is [serve] with a mirror that has two COS builds.
 func serveMirrored(t testing.TB) string {
 	t.Helper()
 	mirror := t.TempDir()
@@ -35,7 +35,7 @@ func serveMirrored(t testing.TB) string {
 	return url
 }
 
-// remember keeps the names that later calls need.
+// remember stores the names that later calls need.
 func remember(made map[string]string, e exchange, body []byte) {
 	if e.operation == "create-token" && e.status < 400 {
 		var is struct{ ID string }
@@ -45,8 +45,7 @@ func remember(made map[string]string, e exchange, body []byte) {
 	}
 }
 
-// exchanges are calls of every operation, in an order in which each finds what it
-// needs.
+// exchanges are calls of every operation. The order makes sure that each call finds what it needs.
 func exchanges() []exchange {
 	nobody, text := map[string]string{"Authorization": ""}, map[string]string{"Content-Type": "text/plain"}
 	kernel := `{"buildId": "17800.0.47", "board": "lakitu", "release": "6.1.0-47", "arch": "amd64"}`
@@ -80,7 +79,7 @@ func exchanges() []exchange {
 		{operation: "read-build", method: "GET", path: "/v1/builds/99", status: 404},
 		{operation: "read-build", method: "GET", path: "/v1/builds/0", status: 400, foreign: true},
 		{operation: "list-builds", method: "GET", path: "/v1/builds?state=queued&flavour=open", status: 200},
-		{operation: "list-builds", method: "GET", path: "/v1/builds?limit=1", status: 200}, // with a next page
+		{operation: "list-builds", method: "GET", path: "/v1/builds?limit=1", status: 200}, // has a next page
 		{operation: "list-builds", method: "GET", path: "/v1/builds?flavour=odd", status: 400, foreign: true},
 		{operation: "list-builds", method: "GET", path: "/v1/builds?state=odd", status: 400},
 		{operation: "update-build", method: "PATCH", path: "/v1/builds/1", body: fmt.Sprintf(
@@ -109,7 +108,7 @@ func exchanges() []exchange {
 		{operation: "update-build", method: "PATCH", path: "/v1/builds/1", body: `{"state": "queued"}`, status: 409},
 		{operation: "read-build", method: "GET", path: "/v1/builds/1", status: 200},
 		{operation: "cancel-build", method: "POST", path: "/v1/builds/2/cancel", status: 200},
-		{operation: "watch-build", method: "GET", path: "/v1/builds/2/events", status: 200}, // it is over
+		{operation: "watch-build", method: "GET", path: "/v1/builds/2/events", status: 200}, // the build has ended
 		{operation: "watch-build", method: "GET", path: "/v1/builds/99/events", status: 404},
 		{operation: "cancel-build", method: "POST", path: "/v1/builds/99/cancel", status: 404},
 		{operation: "resolve", method: "GET",
@@ -157,8 +156,8 @@ func exchanges() []exchange {
 		{operation: "read-release", method: "GET", path: "/v1/releases/17800.66.79", status: 404},
 		{operation: "read-ready-times", method: "GET", path: "/v1/ready-times?days=7", status: 200},
 		{operation: "read-ready-times", method: "GET", path: "/v1/ready-times?days=0", status: 400, foreign: true},
-		{operation: "list-kernels", method: "GET", path: "/v1/kernels", status: 200}, // with the driver lists of one
-		{operation: "list-cells", method: "GET", path: "/v1/cells", status: 200},     // with builds
+		{operation: "list-kernels", method: "GET", path: "/v1/kernels", status: 200}, // one kernel has driver lists
+		{operation: "list-cells", method: "GET", path: "/v1/cells", status: 200},     // some cells have builds
 		{operation: "list-wish-lists", method: "GET", path: "/v1/wish-lists", status: 200},
 		{operation: "read-wish-list", method: "GET", path: "/v1/wish-lists/production", status: 200},
 		{operation: "read-wish-list", method: "GET", path: "/v1/wish-lists/absent", status: 404},

@@ -11,20 +11,20 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// farmSource gives the numbers behind alerts and autoscaling.
+// farmSource reads the numbers for alerts and autoscaling.
 type farmSource interface {
 	CountFailures(ctx context.Context) (map[string]int, error)
 	OldestQueued(ctx context.Context) (time.Time, error)
 }
 
-// Durations are of cells that became ready within the last readyDays, and read again no
-// oftener than once in readyPause: they cost a row for each cell.
+// The durations cover cells that became ready within the last readyDays days. They are read at most once in
+// readyPause, because reading them costs one row for each cell.
 const (
 	readyDays  = 7
 	readyPause = time.Minute
 )
 
-// openStates are River's states of jobs that a builder has, or will take.
+// openStates are River's states of jobs that a builder works on or will take.
 var openStates = []string{"available", "pending", "retryable", "running", "scheduled"}
 
 var (
@@ -48,7 +48,7 @@ var (
 		"Cells that became ready within the last 7 days.", nil, nil)
 )
 
-// farmCollector tells how the farm performs when it is asked.
+// farmCollector reads the farm's metrics when Prometheus collects them.
 type farmCollector struct {
 	c Config
 
@@ -88,7 +88,7 @@ func (f *farmCollector) Collect(out chan<- prometheus.Metric) {
 	if failed, err := f.c.Store.CountFailures(ctx); err != nil {
 		out <- prometheus.NewInvalidMetric(failedDesc, err)
 	} else {
-		// Each class from the beginning, so that the first failure is a change.
+		// Every class has a value from the start, so that alerts see the first failure as a change.
 		for _, kind := range fault.Kinds() {
 			gauge(failedDesc, float64(failed[kind.String()]), kind.String())
 		}
@@ -108,7 +108,7 @@ func (f *farmCollector) Collect(out chan<- prometheus.Metric) {
 	gauge(readyDesc, ready.Max, "100")
 }
 
-// times returns what was read within the last minute, or reads it.
+// times returns the durations. It reads them again if the last reading is older than readyPause.
 func (f *farmCollector) times(ctx context.Context) (api.ReadyDuration, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

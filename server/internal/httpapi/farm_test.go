@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// gauges reads the server's metrics, by name and labels.
+// gauges reads the server's metrics. The keys are name and labels.
 func gauges(t *testing.T, url string) map[string]float64 {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url+"/metrics", nil)
@@ -41,7 +41,7 @@ func gauges(t *testing.T, url string) map[string]float64 {
 	return all
 }
 
-// What alerts and autoscaling go by follows the builds.
+// TestFarmMetrics shows that the metrics for alerts and autoscaling follow the builds.
 func TestFarmMetrics(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -88,7 +88,7 @@ func TestFarmMetrics(t *testing.T) {
 	want("one failed", map[string]float64{"prebake_builds_failed api-break": 1, "prebake_builds_failed transient": 0})
 }
 
-// The time from a release to its artifacts.
+// TestReadyMetrics checks the metrics of the time from a release to its artifacts.
 func TestReadyMetrics(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))

@@ -12,14 +12,13 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// bodied are the operations of the table of exchanges that take a body.
+// bodied are the exchanges with a body.
 func bodied() []exchange {
 	return slices.DeleteFunc(exchanges(), func(e exchange) bool { return e.body == "" || e.header["Authorization"] != "" })
 }
 
-// FuzzBodies sends bodies to every operation that takes a body: whatever
-// they hold, the server takes it or says what is wrong with it, and the fault is never
-// its own.
+// FuzzBodies sends bodies to every operation that takes one. The server must accept the body or say what is wrong
+// with it. No body may cause an error of the server.
 func FuzzBodies(f *testing.F) {
 	url := serveMirrored(f)
 	all := bodied()
@@ -38,7 +37,7 @@ func FuzzBodies(f *testing.F) {
 		check(t, errors.Join(err, resp.Body.Close()))
 		return resp.StatusCode, answer
 	}
-	for range 2 { // so that there is a build to report about
+	for range 2 { // makes a build to report on
 		send(f, all[slices.IndexFunc(all, func(e exchange) bool { return e.operation == "request-build" })])
 	}
 	f.Fuzz(func(t *testing.T, n int, content []byte) {

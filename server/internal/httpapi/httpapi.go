@@ -1,6 +1,5 @@
-// Package httpapi is the server's HTTP face: the route table with the access
-// rule of each route, decoding, and the mapping of faults to problem+json. It
-// refuses to decide anything about the catalogue, and holds no SQL.
+// Package httpapi is the server's HTTP interface. It has the route table with the access rule of each route, decodes
+// requests, and maps faults to problem+json. It makes no decision about the catalogue and has no SQL.
 package httpapi
 
 import (
@@ -18,26 +17,26 @@ import (
 	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
-// checker is a part that readiness depends on.
+// checker is a part that the server needs to be ready.
 type checker interface {
 	Ping(ctx context.Context) error
 }
 
-// counter gives the numbers behind the metrics.
+// counter counts builds and artifacts for the metrics.
 type counter interface {
 	CountBuilds(ctx context.Context) (map[api.State]int, error)
 	CountArtifacts(ctx context.Context) (map[api.State]int, error)
 }
 
-// depther tells how full the queue is.
+// depther counts the jobs in the queue by state.
 type depther interface {
 	Depth(ctx context.Context) (map[string]int, error)
 }
 
-// Config is what the handler is made of.
+// Config has the parts and settings of the handler.
 type Config struct {
 	Catalogue *catalogue.Catalogue
-	// Store and Queue are asked by readiness and metrics.
+	// Store and Queue are used by the readiness check and the metrics.
 	Store interface {
 		checker
 		counter
@@ -47,53 +46,52 @@ type Config struct {
 		checker
 		depther
 	}
-	// Disk tells whether there is room to write; nil means not asked.
+	// Disk reports whether there is room to write. nil skips the check.
 	Disk checker
-	// Free tells the bytes that are left on the data folder's disk; nil means not asked.
+	// Free returns the free bytes of the data folder's disk. nil leaves out the metric.
 	Free func() (uint64, error)
-	// Registry serves /v2/; it has its own access rule.
+	// Registry serves /v2/ and checks access itself.
 	Registry http.Handler
-	// Pages serves PageRoutes, and tells of pages that do not exist.
+	// Pages serves PageRoutes, and the page for unknown addresses.
 	Pages      http.Handler
 	PageRoutes []string
-	// Snapshot serves the files of a signed list below /snapshot/; nil means none.
+	// Snapshot serves the files of a signed list below /snapshot/. nil means that there is none.
 	Snapshot http.Handler
-	// Auth finds out who calls.
+	// Auth identifies the caller.
 	Auth *auth.Authenticator
-	// Access keeps tokens and the audit log.
+	// Access stores the tokens and the audit log.
 	Access tokenStore
-	// BuildsPerHour bounds the builds that a caller may add within an hour if asking is
-	// all that it may do; 0 means 120.
+	// BuildsPerHour is how many builds a caller with only the scope ask may add within an hour; 0 means 120.
 	BuildsPerHour int
-	// CallsPerMinute bounds the calls of each address; 0 means no bound.
+	// CallsPerMinute limits the calls of each address; 0 means no limit.
 	CallsPerMinute int
-	// Stopping is closed when the server stops: who watches is let go. nil never is.
+	// Stopping is closed when the server stops, to end the streams of watched builds. nil means never.
 	Stopping <-chan struct{}
-	// Port is the one that the server listens on; see relative.
+	// Port is the port that the server listens on; see [relative].
 	Port string
-	// Version is told in the API's description.
+	// Version appears in the API's description.
 	Version string
 	Log     *slog.Logger
 }
 
-// Time bounds of one request. Blobs and logs may be large and links slow; all
-// else is small.
+// shortCall and longCall limit the time of one request. Blobs and logs get the long one, because they may be large
+// and links slow.
 const (
 	shortCall = 30 * time.Second
 	longCall  = 30 * time.Minute
 )
 
-// defaultAsk is how many builds a caller that may only ask adds within an hour: the
-// cells of some COS releases, and no whole matrix.
+// defaultAsk is how many builds a caller with only the scope ask may add within an hour. That is enough for the cells
+// of some COS releases, and too little for a whole matrix.
 const defaultAsk = 120
 
-// New returns the whole HTTP face.
+// New returns the handler of the whole HTTP interface.
 func New(c Config) http.Handler {
 	ownErrors()
 	m := newMetrics(c)
 	root := chi.NewRouter()
-	// Every request sets its deadlines, refused ones too: those of the request
-	// before would end the connection.
+	// Every request sets its deadlines, even a refused one. Otherwise the deadlines of the previous request would end
+	// the connection.
 	root.Use(
 		boundRequestID,
 		middleware.RequestID,

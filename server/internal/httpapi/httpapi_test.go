@@ -32,8 +32,7 @@ import (
 
 const token = "0123456789abcdef"
 
-// serve starts the whole server but for discovery, over a temporary folder, and
-// returns its address.
+// serve starts the whole server without discovery, in a temporary folder, and returns its address.
 func serve(t *testing.T) string {
 	t.Helper()
 	url, _ := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -44,11 +43,11 @@ func serveLogging(t testing.TB, log *slog.Logger, change ...func(*catalogue.Conf
 	t.Helper()
 	parts, db := open(t, log, change...)
 	s := httptest.NewServer(httpapi.New(parts))
-	t.Cleanup(s.Close) // before what it is made of
+	t.Cleanup(s.Close) // runs before the cleanups of its parts
 	return s.URL, db
 }
 
-// open makes what the handler is made of, over a temporary folder.
+// open makes the parts of the handler in a temporary folder.
 func open(t testing.TB, log *slog.Logger, change ...func(*catalogue.Config)) (httpapi.Config, *store.Store) {
 	t.Helper()
 	dir := t.TempDir()
@@ -102,7 +101,7 @@ func TestFollowLog(t *testing.T) {
 	if err := c.AppendBuildLog(ctx, b.ID, 8, make([]byte, api.MaxLiveLogPart+1)); !fault.Is(err, fault.TooLarge) {
 		t.Errorf("AppendBuildLog() of too much = %v; want too-large", err)
 	}
-	// The next try has a log of its own.
+	// The next attempt has a log of its own.
 	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Queued, Class: "transient", Error: "x"})
 	check(t, err)
 	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 2})
@@ -116,7 +115,7 @@ func TestFollowLog(t *testing.T) {
 	out.wait(t, "one\ntwo\na\nb\n")
 }
 
-// lines is what was written, for somebody who waits for it.
+// lines collects what was written, for a reader that waits for it.
 type lines struct {
 	mu   sync.Mutex
 	text string
@@ -161,7 +160,7 @@ var (
 	digest = "sha256:" + strings.Repeat("c", 64)
 )
 
-// TestClient walks a build's life through the typed client.
+// TestClient makes a build and follows it to its end with the typed client.
 func TestClient(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -186,7 +185,7 @@ func TestClient(t *testing.T) {
 		t.Errorf("BuildLog() = %q", text)
 	}
 	done, err := c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Published, Digest: digest,
-		Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"}) // on this very server
+		Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"}) // on this server
 	check(t, err)
 	read, err := c.Build(ctx, b.ID)
 	check(t, err)
@@ -254,7 +253,7 @@ func TestClient(t *testing.T) {
 	}
 }
 
-// What goes wrong inside the server is in its log, whichever way it was asked.
+// TestFailuresAreLogged shows that an error inside the server is logged, for routes of the table and for others.
 func TestFailuresAreLogged(t *testing.T) {
 	t.Parallel()
 	var said bytes.Buffer
@@ -274,7 +273,7 @@ func TestFailuresAreLogged(t *testing.T) {
 
 func second[T any](_ T, err error) error { return err }
 
-// TestRoutes examines status, media type and access of single routes.
+// TestRoutes checks status, media type and access of single routes.
 func TestRoutes(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -359,9 +358,9 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
-// A browser that strays gets a page; a method that a path lacks is answered with
-// those that it has; an answer that a client has is not sent again; who is asked too
-// much of says so.
+// TestManners checks what clients expect of an HTTP server. A browser gets a page for an unknown address. A wrong
+// method gets the list of allowed ones. A client with the current ETag gets 304. Large answers are compressed on
+// request. A request id of the client is returned, unless it is too long.
 func TestManners(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -372,7 +371,7 @@ func TestManners(t *testing.T) {
 		for i := 0; i < len(header); i += 2 {
 			req.Header.Set(header[i], header[i+1])
 		}
-		resp, err := http.DefaultTransport.RoundTrip(req) // no decompression on the way
+		resp, err := http.DefaultTransport.RoundTrip(req) // RoundTrip does not decompress
 		check(t, err)
 		_, err = io.Copy(io.Discard, resp.Body)
 		check(t, errors.Join(err, resp.Body.Close()))
@@ -401,7 +400,7 @@ func TestManners(t *testing.T) {
 	}
 }
 
-// A list comes in pages, and the client follows them to the end.
+// TestPages shows that a list comes in pages, and that the client follows them to the end.
 func TestPages(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -432,7 +431,7 @@ func TestPages(t *testing.T) {
 	}
 }
 
-// With the database away, nobody hears of its user and host.
+// TestTroubleTellsNoSecrets shows that, without its database, the server does not tell the database's user and host.
 func TestTroubleTellsNoSecrets(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))

@@ -17,8 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// metrics has a registry of its own: the library's global one is shared with
-// whatever else is linked.
+// metrics has a registry of its own, because all linked packages share the library's global one.
 type metrics struct {
 	registry *prometheus.Registry
 	took     *prometheus.HistogramVec
@@ -60,8 +59,8 @@ func (m *metrics) handler() http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError})
 }
 
-// measure records each request under the pattern of its route, which bounds
-// the number of series whatever clients ask for.
+// measure records each request under the pattern of its route. The pattern limits the number of series, whatever
+// clients ask for.
 func (m *metrics) measure(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		begin, seen := time.Now(), middleware.NewWrapResponseWriter(w, r.ProtoMajor)
@@ -86,7 +85,7 @@ func (m *metrics) measure(next http.Handler) http.Handler {
 	})
 }
 
-// inventory counts builds, artifacts and jobs when it is asked.
+// inventory counts builds, artifacts and jobs when Prometheus collects them.
 type inventory struct{ c Config }
 
 func coverageDesc() *prometheus.Desc {

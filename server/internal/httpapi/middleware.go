@@ -22,13 +22,13 @@ import (
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
-// deadline bounds a request by the connection's own clocks, so that a client
-// that stops reading or sending cannot hold a handler for ever.
+// deadline limits a request by the deadlines of its connection, so that a client that stops reading or sending cannot
+// block a handler for ever.
 func deadline(d time.Duration) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			control, until := http.NewResponseController(w), time.Now().Add(d)
-			// A writer without deadlines is a test's recorder.
+			// Only the recorder of a test has no deadlines.
 			_ = control.SetReadDeadline(until)
 			_ = control.SetWriteDeadline(until)
 			next.ServeHTTP(w, r)
@@ -66,7 +66,7 @@ func recoverPanics(log *slog.Logger) func(http.Handler) http.Handler {
 	}
 }
 
-// secureHeaders are for the pages; the rest of the answers is not for browsers.
+// secureHeaders sets headers for browsers. Only the pages need them.
 func secureHeaders(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
@@ -81,8 +81,8 @@ func secureHeaders(next http.Handler) http.Handler {
 	})
 }
 
-// boundRequestID drops a client's request id that is no word of a moderate length;
-// chi then makes one.
+// boundRequestID removes a client's request id that is too long or has other characters than a word. chi then makes
+// one.
 func boundRequestID(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !requestIDPattern.MatchString(r.Header.Get(middleware.RequestIDHeader)) {
@@ -94,8 +94,8 @@ func boundRequestID(next http.Handler) http.Handler {
 
 var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9_./-]{1,64}$`)
 
-// logRequests tells of each request once it is answered: of those that change
-// something as information, of others for debugging. The answer has the id, too.
+// logRequests logs each request after its answer. Requests that change something are logged at level info, and others
+// at level debug. The answer has the request id, too.
 func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -136,22 +136,19 @@ func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 	}
 }
 
-// Bounds of what is answered at one time. A page of a list costs some
-// milliseconds of a core, a question of a node a fraction of one; who asks for the
-// largest pages must not delay the nodes.
+// Limits of concurrent answers. A page of a list costs some milliseconds of a core, and a node's question a fraction
+// of one. A client that asks for the largest pages must not delay the nodes.
 const (
-	listsAtOnce, listsWaiting = 32, 256 // with those that clients read slowly
+	listsAtOnce, listsWaiting = 32, 256 // includes pages that clients read slowly
 	callsAtOnce, callsWaiting = 64, 8192
 	longestWait               = 10 * time.Second
 )
 
-// listsMade is how many pages are made at one time: with two cores or more, there
-// is always one for the nodes.
+// listsMade is how many pages are made at the same time. With two cores or more, one core remains for the nodes.
 func listsMade() int { return max(1, runtime.GOMAXPROCS(0)/2) }
 
-// throttle answers 503 and Retry-After to what comes beyond the server's capacity.
-// A page is made as a whole before it is sent, so that a client that reads slowly
-// does not keep others from being made.
+// throttle answers 503 with Retry-After to requests beyond the server's capacity. A page is complete before it is
+// sent, so that a client that reads slowly does not delay the next page.
 func throttle() func(http.Handler) http.Handler {
 	of := func(limit, backlog int) func(http.Handler) http.Handler {
 		return middleware.ThrottleWithOpts(middleware.ThrottleOpts{
@@ -172,8 +169,7 @@ func throttle() func(http.Handler) http.Handler {
 	}
 }
 
-// isList reports whether a request is for a page of a list, or for a page for people that
-// reads as much.
+// isList reports whether a request is for a page of a list, or for a web page that reads as much.
 func isList(r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return false
@@ -198,7 +194,7 @@ func isList(r *http.Request) bool {
 	return strings.HasPrefix(r.URL.Path, "/cells/")
 }
 
-// notFound answers a browser with a page and all others with a problem.
+// notFound answers a browser with a page and other clients with a problem.
 func notFound(pages http.Handler) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if pages != nil && strings.Contains(r.Header.Get("Accept"), "text/html") {
@@ -275,7 +271,7 @@ func putLog(c Config) http.HandlerFunc {
 	}
 }
 
-// appendLog takes a part of the log of a running build.
+// appendLog adds a part to the log of a running build.
 func appendLog(c Config) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		id, err := pathID(r)

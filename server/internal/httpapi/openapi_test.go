@@ -27,7 +27,7 @@ import (
 
 var update = flag.Bool("update", false, "write docs/openapi.yaml anew")
 
-// undescribed are the routes that the API's description leaves out, and why.
+// undescribed has the routes that are not in the API's description, with the reason.
 var undescribed = map[string]string{
 	"GET /":                               "a page for people",
 	"GET /builds/{id}":                    "a page for people",
@@ -49,7 +49,7 @@ var undescribed = map[string]string{
 	"GET /openapi-3.0.yaml": "the description itself, for older tools",
 }
 
-// bare is the handler with everything that does not depend on a store.
+// bare returns the handler without the parts that need a store.
 func bare() http.Handler {
 	return httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler),
 		Pages: http.NotFoundHandler(), PageRoutes: web.Routes, Version: "devel"})
@@ -66,8 +66,8 @@ func description(t *testing.T) []byte {
 	return w.Body.Bytes()
 }
 
-// document is the description as libopenapi-validator reads it, which checks against
-// the JSON schema that the OpenAPI initiative publishes for 3.1.
+// document parses the description with libopenapi-validator. The validator uses the JSON schema of OpenAPI 3.1 that
+// the OpenAPI initiative publishes.
 func document(t *testing.T, raw []byte) (validator.Validator, *v3.Document) {
 	t.Helper()
 	doc, err := libopenapi.NewDocument(raw)
@@ -79,8 +79,9 @@ func document(t *testing.T, raw []byte) (validator.Validator, *v3.Document) {
 	return v, &model.Model
 }
 
-// The description in docs/ is what the server answers. Write it anew with
-// go test ./server/internal/httpapi -run TestDescription -update.
+// TestDescription compares the description in docs/ with the server's. This command writes the file again:
+//
+//	go test ./server/internal/httpapi -run TestDescription -update
 func TestDescription(t *testing.T) {
 	t.Parallel()
 	const file = "../../../docs/openapi.yaml"
@@ -103,7 +104,8 @@ func TestDescriptionIsValid(t *testing.T) {
 	}
 }
 
-// Each route is described, or is in the list above; nothing else is described.
+// TestRoutesAreDescribed shows that each route is either described or in the list above, and that nothing else is
+// described.
 func TestRoutesAreDescribed(t *testing.T) {
 	t.Parallel()
 	_, model := document(t, description(t))
@@ -153,19 +155,18 @@ func text(errs []*validation.ValidationError) string {
 type exchange struct {
 	operation string // its operationId
 	method    string
-	path      string // ID, TOKEN and LIST stand for what was made before
+	path      string // ID, TOKEN and LIST are replaced by the names that earlier calls made
 	body      string
 	header    map[string]string
 	status    int
-	// foreign is set for what the description forbids: the validator must say so,
-	// too, and the server refuse it.
+	// foreign is true for a request that the description forbids. The validator must report it, and the server must
+	// refuse it.
 	foreign bool
 }
 
-// TestDescriptionIsTrue calls each operation with good input and bad, and has the
-// validator compare both sides of each exchange with the description: what is sent
-// fits it if and only if the table says so, and every answer has a status, a media
-// type and a body that it tells of.
+// TestDescriptionIsTrue calls each operation with good and bad input. The validator compares both sides of each
+// exchange with the description. A request must fit the description exactly if the table says so. Every answer must
+// have a described status, media type and body.
 func TestDescriptionIsTrue(t *testing.T) {
 	t.Parallel()
 	v, model := document(t, description(t))
@@ -206,7 +207,7 @@ func TestDescriptionIsTrue(t *testing.T) {
 	}
 }
 
-// call sends a request, and returns it and its answer, both to be read once more.
+// call sends a request. It returns the request and the answer, whose bodies can be read again.
 func (e exchange) call(t *testing.T, url string) (*http.Request, *http.Response, []byte) {
 	t.Helper()
 	request := func(ctx context.Context) *http.Request {

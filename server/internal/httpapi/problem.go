@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// problem is an error answer in the shape that the router wants: a status, a
-// media type, and our members.
+// problem is an error answer in the form that the router needs: a status, a media type and the fields of
+// [api.Problem].
 type problem struct {
 	api.Problem
 	cause error // for the server's log
@@ -28,8 +28,8 @@ func (p *problem) Error() string             { return p.Detail }
 func (p *problem) GetStatus() int            { return p.Status }
 func (p *problem) ContentType(string) string { return "application/problem+json" }
 
-// problemOf maps a fault by its kind. What is wrong inside the server, such as a
-// database that is away with its host and user, is not told to clients.
+// problemOf maps a fault by its kind. It hides errors inside the server from clients. Such an error may name, for
+// example, the host and the user of the database.
 func problemOf(err error) api.Problem {
 	kind := fault.Of(err)
 	p := api.Problem{Title: kind.What(), Status: kind.HTTPStatus(), Kind: kind, Detail: err.Error(), Hint: fault.Hint(err)}
@@ -39,7 +39,7 @@ func problemOf(err error) api.Problem {
 	return p
 }
 
-// PublicText is what clients are told of an internal failure.
+// PublicText returns the text that clients get about an internal failure.
 func PublicText(kind fault.Kind) string {
 	switch kind {
 	case fault.DiskFull:
@@ -52,7 +52,7 @@ func PublicText(kind fault.Kind) string {
 
 func asProblem(err error) huma.StatusError { return &problem{problemOf(err), err} }
 
-// fail answers with an error, and logs the server's own.
+// fail answers with an error. It logs an error inside the server.
 func fail(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
 	p := problemOf(err)
 	if p.Status >= http.StatusInternalServerError {
@@ -61,8 +61,7 @@ func fail(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
 	writeProblem(w, p)
 }
 
-// logFailures logs what went wrong inside the server, since the answer does not
-// always tell it.
+// logFailures logs errors inside the server, because the answer does not always contain them.
 func logFailures(log *slog.Logger) huma.Transformer {
 	return func(ctx huma.Context, _ string, v any) (any, error) {
 		if p, ok := v.(*problem); ok && p.cause != nil && p.Status >= http.StatusInternalServerError {
@@ -72,9 +71,9 @@ func logFailures(log *slog.Logger) huma.Transformer {
 	}
 }
 
-// ownErrors makes the router's own refusals (a body that is no JSON, a missing
-// member) ours: clients see one kind of error, and one mistake has one status. The
-// library has a package variable for it and nothing else.
+// ownErrors replaces the errors of the router, such as for invalid JSON or a missing member, by ours. Clients then
+// see one kind of error, and each mistake has one status. It sets a package variable, because the library has no
+// other way.
 var ownErrors = sync.OnceFunc(func() {
 	huma.NewError = func(status int, text string, errs ...error) huma.StatusError {
 		var detail []string
@@ -97,14 +96,14 @@ var ownErrors = sync.OnceFunc(func() {
 		}
 		p := problemOf(fault.New(kind, strings.Join(detail, "; "), "find the members of this request in /openapi.json"))
 		if kind == fault.TimedOut {
-			p.Status = status // 504 would say that it is the server's fault
+			p.Status = status // 504 would blame the server
 		}
 		return &problem{Problem: p}
 	}
 })
 
-// refuseUnknown refuses query parameters that a route does not have: a filter that
-// is spelled wrong would otherwise list everything.
+// refuseUnknown refuses query parameters that a route does not have. Without the check, a misspelled filter would
+// list everything.
 func refuseUnknown(a huma.API) func(huma.Context, func(huma.Context)) {
 	return func(ctx huma.Context, next func(huma.Context)) {
 		u := ctx.URL()
@@ -135,13 +134,13 @@ func refuseUnknown(a huma.API) func(huma.Context, func(huma.Context)) {
 func writeHuma(a huma.API, ctx huma.Context, p api.Problem) {
 	ctx.SetHeader("Content-Type", "application/problem+json")
 	ctx.SetStatus(p.Status)
-	_ = a.Marshal(ctx.BodyWriter(), "application/json", p) // the client is gone
+	_ = a.Marshal(ctx.BodyWriter(), "application/json", p) // an error means that the client is gone
 }
 
 func writeProblem(w http.ResponseWriter, p api.Problem) {
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.WriteHeader(p.Status)
-	_ = json.NewEncoder(w).Encode(p) // the client is gone; there is nobody to tell
+	_ = json.NewEncoder(w).Encode(p) // an error means that the client is gone
 }
 
 func writeText(w http.ResponseWriter, status int, text string) {
@@ -150,15 +149,15 @@ func writeText(w http.ResponseWriter, status int, text string) {
 	_, _ = w.Write([]byte(text)) // as above
 }
 
-// apiConfig describes the API. The router's default would add $schema members
-// to answers and a documentation page that loads scripts from elsewhere.
+// apiConfig configures the API's description. The router's default would add $schema members to answers, and a
+// documentation page that loads scripts from other hosts.
 func apiConfig(version string, log *slog.Logger) huma.Config {
 	names := func(t reflect.Type, hint string) string {
 		name := huma.DefaultSchemaNamer(t, hint)
 		for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
 			t = t.Elem()
 		}
-		if path.Base(t.PkgPath()) == "target" { // api.Kernel and target.Kernel are two things
+		if path.Base(t.PkgPath()) == "target" { // api.Kernel and target.Kernel differ
 			return "Target" + name
 		}
 		return name

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
-// PushedMessage is what Cloud Pub/Sub sends to a push endpoint
-// (https://cloud.google.com/pubsub/docs/push, "Receive push messages").
+// PushedMessage is a message that Cloud Pub/Sub sends to a push endpoint (https://cloud.google.com/pubsub/docs/push,
+// "Receive push messages").
 type PushedMessage struct {
 	_       struct{} `json:"-" additionalProperties:"true"`
 	Message struct {
@@ -26,17 +26,16 @@ type PushedMessage struct {
 	} `json:"message"`
 }
 
-// buildID returns the COS build that a message tells of; "" if of none. A bucket's
-// notification (https://cloud.google.com/storage/docs/pubsub-notifications) tells of
-// one when its kernel's headers were written: each release has that object once per
-// board.
+// buildID returns the COS build that a message is about, or "" if there is none. A bucket's notification
+// (https://cloud.google.com/storage/docs/pubsub-notifications) counts if it reports that the headers of a kernel were
+// written. Each release has that object once for each board.
 func (m PushedMessage) buildID() string {
 	at := m.Message.Attributes
 	id := at["buildId"]
 	object := at["objectId"]
 	if board := path.Base(path.Dir(object)); id == "" && at["eventType"] == "OBJECT_FINALIZE" {
 		k, err := target.ParseKernel(path.Base(path.Dir(path.Dir(object))), board)
-		if err == nil && strings.HasSuffix("/"+object, "/"+cosbucket.HeadersName(k)) { // a mirror may have it under a folder
+		if err == nil && strings.HasSuffix("/"+object, "/"+cosbucket.HeadersName(k)) { // a mirror may have a folder before it
 			id = k.BuildID
 		}
 	}
@@ -47,7 +46,7 @@ func (m PushedMessage) buildID() string {
 	return id
 }
 
-// pushes registers what other services call when something happened to them.
+// pushes registers the routes that other services call to report an event.
 func (t table) pushes() {
 	huma.Register(
 		t,
@@ -65,8 +64,8 @@ func (t table) pushes() {
 				t.Log.DebugContext(ctx, "message dropped: it names no COS build")
 				return nil, nil
 			}
-			// An error has Pub/Sub send the message again, later and later: the release may
-			// be half uploaded.
+			// After an error, Pub/Sub sends the message again, with growing pauses. The release may not be completely uploaded
+			// yet.
 			if _, err := t.Catalogue.Announce(ctx, id); err != nil {
 				return nil, asProblem(err)
 			}

@@ -5,9 +5,8 @@ import (
 	"testing"
 )
 
-// The messages are the examples of Google's documents: "Push subscriptions" of
-// Pub/Sub for what is around them, "Pub/Sub notifications for Cloud Storage" for
-// attributes.
+// TestPushedMessage uses the examples of Google's documents. "Push subscriptions" of Pub/Sub has the envelope, and
+// "Pub/Sub notifications for Cloud Storage" has the attributes.
 func TestPushedMessage(t *testing.T) {
 	t.Parallel()
 	notification := func(event, object string) string {

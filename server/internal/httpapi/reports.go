@@ -23,12 +23,12 @@ func (t table) coverage() {
 	)
 }
 
-// From learns which network a client is of.
+// From finds the network of the client.
 type From struct{ network string }
 
-// Resolve is the router's hook for what is not a parameter.
+// Resolve is called by the router for input that is not a parameter.
 func (f *From) Resolve(ctx huma.Context) []error {
-	at, _ := netip.ParseAddrPort(ctx.RemoteAddr()) // else it is of an unknown one
+	at, _ := netip.ParseAddrPort(ctx.RemoteAddr()) // on an error, the network is unknown
 	f.network = catalogue.Network(at.Addr())
 	return nil
 }

@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Nodes report through the typed client; all of this test's are of one network, which
-// takes no artifact away.
+// TestReports reports through the typed client. All nodes of this test are in one network, so the artifact stays
+// published.
 func TestReports(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

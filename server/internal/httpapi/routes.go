@@ -21,10 +21,10 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// The types of this file that routes embed are exported because the router fills
-// embedded structs by reflection and passes over others in silence.
+// Types that routes embed are exported. The router fills embedded structs by reflection, and ignores unexported ones
+// without an error.
 
-// body wraps what a route answers, as the router's generics want it.
+// body wraps the answer of a route in the form that the router's generics need.
 type body[T any] struct{ Body T }
 
 func answer[T any](v T, err error) (*body[T], error) {
@@ -40,7 +40,7 @@ type list[T any] struct {
 	Body []T
 }
 
-// PageQuery says which page of a list is wanted.
+// PageQuery chooses the page of a list.
 type PageQuery struct {
 	Limit int    `query:"limit" minimum:"0" maximum:"1000" doc:"most entries of the page (kernels, for cells and matrices); 0 is 100"`
 	After string `query:"after" maxLength:"1024" doc:"cursor of the page before, from its Link header"`
@@ -48,7 +48,7 @@ type PageQuery struct {
 	at url.URL
 }
 
-// Resolve is the router's hook for what is not a parameter.
+// Resolve is called by the router for input that is not a parameter.
 func (p *PageQuery) Resolve(ctx huma.Context) []error {
 	p.at = ctx.URL()
 	return nil
@@ -56,7 +56,7 @@ func (p *PageQuery) Resolve(ctx huma.Context) []error {
 
 func (p *PageQuery) page() store.Page { return store.Page{After: p.After, Limit: p.Limit} }
 
-// listed answers with a page and a link to the one that begins at next.
+// listed answers with a page and a link to the next page, which begins at next.
 func listed[T any](p *PageQuery, all []T, next string, err error) (*list[T], error) {
 	if err != nil {
 		return nil, asProblem(err)
@@ -70,7 +70,7 @@ func listed[T any](p *PageQuery, all []T, next string, err error) (*list[T], err
 	return out, nil
 }
 
-// KernelQuery says which kernels are wanted.
+// KernelQuery chooses kernels.
 type KernelQuery struct {
 	BuildID   string `query:"buildId" doc:"BUILD_ID of /etc/os-release"`
 	Board     string `query:"board" doc:"CHROMEOS_RELEASE_BOARD of /etc/lsb-release"`
@@ -81,7 +81,7 @@ func (k *KernelQuery) filter() store.KernelFilter {
 	return store.KernelFilter{BuildID: k.BuildID, Board: k.Board, Milestone: k.Milestone}
 }
 
-// GKEQuery is a KernelQuery that also knows kernels by the nodes that boot them.
+// GKEQuery is a [KernelQuery] that can also choose kernels by the GKE version whose nodes boot them.
 type GKEQuery struct {
 	KernelQuery
 	GKE string `query:"gke" doc:"version of GKE whose nodes boot the kernel, or how one begins: 1.33"`
@@ -103,18 +103,17 @@ type DigestPath struct {
 	Digest string `path:"digest" doc:"digest of the artifact, sha256:…"`
 }
 
-// Asked learns the name by which a client reached the server.
+// Asked finds the host name by which the client reached the server.
 type Asked struct{ host string }
 
-// Resolve is the router's hook for what is not a parameter.
+// Resolve is called by the router for input that is not a parameter.
 func (a *Asked) Resolve(ctx huma.Context) []error {
 	a.host = ctx.Host()
 	return nil
 }
 
-// relative takes the host from a repository that is on this server, since
-// others reach the server by other names: a builder beside it says 127.0.0.1,
-// which means something else on a node.
+// relative removes the host from a repository on this server, because other clients reach the server by other names.
+// A builder on the same machine uses 127.0.0.1, which would be another machine for a node.
 func relative(repository, asked, port string) string {
 	host, rest, ok := strings.Cut(repository, "/")
 	if !ok || host == "" {
@@ -128,7 +127,7 @@ func relative(repository, asked, port string) string {
 	return repository
 }
 
-// table registers routes.
+// table registers the routes.
 type table struct {
 	huma.API
 	Config
@@ -145,7 +144,7 @@ func (table) read(id, path, what string) huma.Operation {
 	}
 }
 
-// adminRead describes a read that is for administrators.
+// adminRead describes a read that only administrators may make.
 func (t table) adminRead(id, path, what string) huma.Operation {
 	op := t.read(id, path, what)
 	op.Security = []map[string][]string{{schemeName: {string(auth.Admin)}}}
@@ -308,7 +307,7 @@ func (t table) builds() {
 			return answer(cat.Cancel(ctx, in.ID))
 		},
 	)
-	// The log's own handlers stream: see New.
+	// The handlers of the log stream, so New registers them.
 	text := map[string]*huma.MediaType{"text/plain": {Schema: &huma.Schema{Type: huma.TypeString}}}
 	id := &huma.Param{
 		Name:        "id",

@@ -1,11 +1,13 @@
-// Package jobs keeps the catalogue and the queue consistent. The two may be
-// separate databases (a file each, with SQLite), so a crash between a write to
-// the one and to the other must heal by itself. The sweep queues stored builds
-// that the queue lacks, fails builds whose job is over, takes jobs of cancelled
-// builds out of the queue, raises what was asked for, and gives what a dead
-// builder left to the others.
+// Package jobs keeps the catalogue and the queue consistent. The two may be separate databases, with SQLite a file
+// each. After a crash between the writes to the two, they differ. The sweep repairs that:
 //
-// It refuses to work builds: builders do that, through package queue.
+//   - It queues stored builds that the queue lacks.
+//   - It fails builds whose job has ended.
+//   - It removes jobs of cancelled builds from the queue.
+//   - It raises the priority of jobs to that of their builds.
+//   - It gives the builds of a dead builder to other builders.
+//
+// The package runs no builds: builders do that, through package queue.
 package jobs
 
 import (
@@ -20,7 +22,7 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// catalogue is what the sweep asks of the use-cases.
+// catalogue has the use-cases that the sweep needs.
 type catalogue interface {
 	OpenBuilds(ctx context.Context) ([]api.Build, error)
 	Build(ctx context.Context, id int64) (api.Build, error)
@@ -29,7 +31,7 @@ type catalogue interface {
 	Update(ctx context.Context, id int64, u api.BuildUpdate) (api.Build, error)
 }
 
-// jobQueue is what the sweep asks of the queue.
+// jobQueue has the functions of the queue that the sweep needs.
 type jobQueue interface {
 	Open(ctx context.Context) (map[int64]queue.JobState, error)
 	Lookup(ctx context.Context, build int64) (queue.JobState, error)
@@ -39,16 +41,16 @@ type jobQueue interface {
 	Release(ctx context.Context, builds ...int64) error
 }
 
-// A builder reports every [api.HeartbeatInterval]. One that has not for deadAfter is gone,
-// and with sweepEvery its builds go on elsewhere within a minute, also when the
-// server or its database was away meanwhile: then builders get settle to be heard
-// again, and not all of deadAfter.
+// A builder reports every [api.HeartbeatInterval]. A builder that has not reported for deadAfter is dead. With
+// sweepEvery, its builds continue on another builder within a minute. Reports may be lost while the server or its
+// database is down. Builders then get settleTime to report again. That is shorter than deadAfter, so that the minute
+// still holds.
 const (
 	deadAfter  = 30 * time.Second
 	settleTime = 15 * time.Second
 	sweepEvery = 5 * time.Second
-	// idle is how many times longer than a sweep the pause after it is at least, so
-	// that a queue of any length costs some hundredths of a core.
+	// idle is the shortest pause after a sweep, as a multiple of the sweep's duration. A queue of any length then costs
+	// some hundredths of a core.
 	idle = 25
 )
 
@@ -59,15 +61,15 @@ type Sweeper struct {
 	// Every is the pause between sweeps; 0 means 5 seconds.
 	Every time.Duration
 	Log   *slog.Logger
-	// Now is the clock; nil means time.Now.
+	// Now returns the current time. nil means time.Now.
 	Now func() time.Time
 
-	// listening is since when builders' reports have been heard without a break: a
-	// builder is not dead because the server was away.
+	// listening is the time since which builders can report without interruption. A builder is not dead because the
+	// server was down.
 	listening time.Time
 }
 
-// Run sweeps until ctx is done. Trouble is logged and tried again.
+// Run sweeps until ctx is done. It logs an error and tries again.
 func (s *Sweeper) Run(ctx context.Context) error {
 	every := s.Every
 	if every <= 0 {
@@ -86,8 +88,7 @@ func (s *Sweeper) Run(ctx context.Context) error {
 	}
 }
 
-// Sweep examines every open build once. A failure of one does not keep it from
-// the others.
+// Sweep examines every open build once. An error with one build does not stop the others.
 func (s *Sweeper) Sweep(ctx context.Context) error {
 	now := time.Now
 	if s.Now != nil {
@@ -102,7 +103,7 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 		open, err = s.Catalogue.OpenBuilds(ctx)
 	}
 	if err != nil {
-		s.listening = time.Time{} // reports may have been lost as well
+		s.listening = time.Time{} // reports may have been lost, too
 		return err
 	}
 	var errs []error
@@ -123,21 +124,20 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 			note(b.ID, s.Queue.SetPriority(ctx, b.ID, b.Priority))
 		}
 	}
-	for id := range jobs { // jobs without an open build
+	for id := range jobs { // these jobs have no open build
 		note(id, s.leftOver(ctx, id, now()))
 	}
 	return errors.Join(errs...)
 }
 
-// dead reports whether the builder of a running build is gone.
+// dead reports whether the builder of a running build is dead.
 func (s *Sweeper) dead(b api.Build, now time.Time) bool {
 	silent := b.HeartbeatAt == nil || now.Sub(*b.HeartbeatAt) > deadAfter
 	return silent && now.Sub(s.listening) > settleTime
 }
 
-// release gives a dead builder's work to the others. The job comes first: when the
-// build is not put back after that, the next sweep does it, or the attempt that has
-// begun by then makes it needless.
+// release gives a dead builder's job to other builders. It changes the queue first. If the change of the build then
+// fails, the next sweep repeats it, unless a new attempt has begun by then.
 func (s *Sweeper) release(ctx context.Context, b api.Build, at queue.JobState) error {
 	s.Log.WarnContext(ctx, "builder gone", "build", b.ID, "worker", b.Worker, "state", at.State)
 	if err := s.Queue.Release(ctx, b.ID); err != nil {
@@ -148,7 +148,7 @@ func (s *Sweeper) release(ctx context.Context, b api.Build, at queue.JobState) e
 	return err
 }
 
-// lost ends or queues a build that has no job which a worker will touch.
+// lost queues or ends a build that has no open job.
 func (s *Sweeper) lost(ctx context.Context, b api.Build) error {
 	at, err := s.Queue.Lookup(ctx, b.ID)
 	switch {
@@ -174,9 +174,8 @@ func (s *Sweeper) lost(ctx context.Context, b api.Build) error {
 	return nil
 }
 
-// leftOver cancels the job of a build that was called off. Jobs of builds that have
-// ended otherwise are about to end, too, unless a builder died between its report and
-// the end of its job: that one is ended here.
+// leftOver cancels the job of a cancelled build. The jobs of other ended builds usually end by themselves. If a
+// builder died between its report and the end of its job, leftOver ends the job.
 func (s *Sweeper) leftOver(ctx context.Context, id int64, now time.Time) error {
 	b, err := s.Catalogue.Build(ctx, id)
 	switch {

@@ -16,12 +16,12 @@ import (
 	"github.com/prebake/prebake/server/internal/jobs"
 )
 
-// world is both sides of the sweep, and what it did.
+// world is the catalogue and the queue of a sweep, and records what the sweep did.
 type world struct {
 	open     []api.Build
 	standing map[int64]queue.JobState
-	ended    map[int64]api.State // of builds that are not open
-	finished time.Time           // when these ended; zero is not known
+	ended    map[int64]api.State // states of builds that are not open
+	finished time.Time           // when those builds ended; zero means not known
 	away     bool
 	did      []string
 }
@@ -106,7 +106,7 @@ func TestSweep(t *testing.T) {
 	}
 }
 
-// One build that cannot be swept keeps no other from it.
+// TestSweepGoesOn shows that an error with one build does not stop the sweep of the others.
 func TestSweepGoesOn(t *testing.T) {
 	t.Parallel()
 	over := queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: 5, Error: "x"}
@@ -131,8 +131,8 @@ func TestRunEndsWithContext(t *testing.T) {
 	}
 }
 
-// A builder that does not report is gone after some reports were due, and its build
-// goes on elsewhere within a minute; that the server was away is not its fault.
+// TestSweepNoticesDeadBuilders shows that a builder that misses some reports counts as dead. Its build continues on
+// another builder within a minute. While the server was down, no builder counts as dead.
 func TestSweepNoticesDeadBuilders(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -143,7 +143,7 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 	sweep := func(at time.Duration, want ...string) {
 		t.Helper()
 		now, w.did = noon.Add(at), nil
-		_ = s.Sweep(t.Context()) // away is the point of one step
+		_ = s.Sweep(t.Context()) // in one step an error is expected
 		if d := cmp.Diff(want, w.did); d != "" {
 			t.Errorf("after %v, Sweep() did (-want +got):\n%s", at, d)
 		}
@@ -154,15 +154,15 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 	w.away = true
 	sweep(50 * time.Second)
 	w.away = false
-	sweep(10 * time.Minute) // nothing could be heard for ten minutes
+	sweep(10 * time.Minute) // no report could arrive for ten minutes
 	sweep(10*time.Minute + 14*time.Second)
 	beat = noon.Add(10*time.Minute + 15*time.Second)
 	sweep(10*time.Minute + 40*time.Second)
 	sweep(11*time.Minute, "release", "put back: transient")
 }
 
-// A server that was started again while a builder lay dead notices it no later than
-// the minute allows: it gives builders the time of one report to be heard, no more.
+// TestSweepNoticesAfterRestart starts a server again after a builder died. The server gives builders the time for one
+// report, and no more, so that it notices the death within the minute.
 func TestSweepNoticesAfterRestart(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -181,7 +181,7 @@ func TestSweepNoticesAfterRestart(t *testing.T) {
 	}
 }
 
-// A build that cannot be swept does not hide that builders are gone.
+// TestSweepNoticesBesideTrouble shows that an error with one build does not hide a dead builder.
 func TestSweepNoticesBesideTrouble(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -203,8 +203,8 @@ func TestSweepNoticesBesideTrouble(t *testing.T) {
 	}
 }
 
-// A build that waits is begun in the order that the catalogue has, also when the server
-// died between its writes to the two databases.
+// TestSweepRaises shows that waiting builds start in the order of the catalogue, even after the server died between
+// its writes to the two databases.
 func TestSweepRaises(t *testing.T) {
 	t.Parallel()
 	waits := func(priority int) queue.JobState {
@@ -221,8 +221,8 @@ func TestSweepRaises(t *testing.T) {
 	}
 }
 
-// A job whose build was called off is taken out of the queue; others that have no
-// open build are about to end by themselves.
+// TestSweepTakesOutCancelled shows that the job of a cancelled build is removed from the queue. Other jobs without an
+// open build end by themselves.
 func TestSweepTakesOutCancelled(t *testing.T) {
 	t.Parallel()
 	w := &world{ended: map[int64]api.State{1: api.Cancelled, 2: api.Published},
@@ -233,8 +233,8 @@ func TestSweepTakesOutCancelled(t *testing.T) {
 	}
 }
 
-// A builder that died between its report and the end of its job leaves a job that runs
-// for ever: it is ended once the build has been over for a while.
+// TestSweepEndsJobsOfFinishedBuilds has a builder that died between its report and the end of its job. The job would
+// run for ever, so the sweep ends it some time after its build.
 func TestSweepEndsJobsOfFinishedBuilds(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)

@@ -17,11 +17,11 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// What the library's protocol does not do as the distribution specification (v1.1)
-// wants it, or as clients expect, is done here, before it sees the request.
+// The library differs from the distribution specification (v1.1) and from what clients expect in some points. This
+// file corrects requests and answers in those points. The quoted titles are sections of the specification.
 
-// kindOf splits a path of the API: the repository, what of it is named, and which one.
-// A repository may have any of these words in its own name, so the last one counts.
+// kindOf splits a path of the API into the repository, the kind of object and its name. A repository's name may
+// contain the words for the kinds, so the last one counts.
 func kindOf(p string) (repo, kind, ref string) {
 	p = strings.TrimPrefix(p, "/v2/")
 	last := -1
@@ -33,19 +33,19 @@ func kindOf(p string) (repo, kind, ref string) {
 	return repo, kind, ref
 }
 
-// adapt answers a request itself, and returns true, or makes it one that the library
-// answers rightly.
+// adapt answers some requests itself and returns true. It changes other requests so that the library answers them
+// correctly.
 func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 	repo, kind, ref := kindOf(r.URL.Path)
 	refuse := func(err error) bool { h.writeError(w, r, err); return true }
 	switch {
 	case kind == "manifests" && strings.Contains(ref, ":"):
-		// "Errors": a digest that is none is not a manifest that is unknown.
+		// "Errors": a malformed digest gets an error of its own, not "manifest unknown".
 		if err := digest.Digest(ref).Validate(); err != nil {
 			return refuse(fmt.Errorf("%w: %w", ociregistry.ErrDigestInvalid, err))
 		}
 	case kind == "blobs" && r.Method == http.MethodDelete:
-		// "Deleting Blobs": a registry that does not do it says 405.
+		// "Deleting Blobs": a registry without this function answers 405.
 		w.Header().Set("Allow", "GET, HEAD")
 		writeStatus(
 			w,
@@ -55,7 +55,7 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 		)
 		return true
 	case kind == "blobs/uploads" && r.Method == http.MethodDelete:
-		id, err := base64.RawURLEncoding.DecodeString(path.Base(ref)) // the library's form
+		id, err := base64.RawURLEncoding.DecodeString(path.Base(ref)) // the encoding of the library
 		if err == nil {
 			err = h.store.CancelUpload(string(id))
 		}
@@ -65,8 +65,8 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 		w.WriteHeader(http.StatusNoContent)
 		return true
 	case kind == "blobs/uploads" && r.Method == http.MethodPost && r.URL.Query().Has("mount"):
-		// "Mounting a blob from another repository": one that is not there begins an
-		// upload, which clients then go on with.
+		// "Mounting a blob from another repository": if the blob is missing, the answer starts an upload, and the client
+		// continues with it.
 		if _, err := h.store.ResolveBlob(r.Context(), repo, ociregistry.Digest(r.URL.Query().Get("mount"))); err != nil {
 			r.URL.RawQuery = ""
 		} else if query := r.URL.Query(); !query.Has("from") {
@@ -88,8 +88,7 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 	return false
 }
 
-// readManifest reads a manifest before the library does: what is wrong with it is
-// the client's mistake.
+// readManifest reads a manifest before the library does, so that a wrong manifest counts as the client's mistake.
 func (h *handler) readManifest(w http.ResponseWriter, r *http.Request, repo, ref string) (done bool) {
 	content, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxManifest))
 	var large *http.MaxBytesError
@@ -102,7 +101,7 @@ func (h *handler) readManifest(w http.ResponseWriter, r *http.Request, repo, ref
 			fmt.Sprintf("the manifest has more than %d bytes", MaxManifest),
 		)
 		return true
-	case err != nil: // it stopped in the middle
+	case err != nil: // the body ended too early
 		err = fmt.Errorf("%w: %w", ociregistry.ErrManifestInvalid, err)
 	case !json.Valid(content):
 		err = fmt.Errorf("%w: it is no JSON", ociregistry.ErrManifestInvalid)
@@ -123,7 +122,7 @@ func (h *handler) readManifest(w http.ResponseWriter, r *http.Request, repo, ref
 	return false
 }
 
-// putSHA512 stores a manifest by a digest of the algorithm that the library lacks.
+// putSHA512 stores a manifest by its SHA-512 digest, which the library does not support.
 func (h *handler) putSHA512(w http.ResponseWriter, r *http.Request, repo string, d digest.Digest, content []byte) {
 	if digest.SHA512.FromBytes(content) != d {
 		h.writeError(w, r, ociregistry.ErrDigestInvalid)
@@ -135,7 +134,7 @@ func (h *handler) putSHA512(w http.ResponseWriter, r *http.Request, repo string,
 		return
 	}
 	var m manifest
-	if json.Unmarshal(content, &m) == nil && m.Subject != nil { // it was read once already
+	if json.Unmarshal(content, &m) == nil && m.Subject != nil { // the manifest was parsed before
 		w.Header().Set("OCI-Subject", string(m.Subject.Digest))
 	}
 	w.Header().Set("Location", "/v2/"+repo+"/manifests/"+string(d))
@@ -143,8 +142,7 @@ func (h *handler) putSHA512(w http.ResponseWriter, r *http.Request, repo string,
 	w.WriteHeader(http.StatusCreated)
 }
 
-// writeStatus writes an error in the specification's form with a status that its
-// code alone would not have.
+// writeStatus writes an error in the specification's form. The status may differ from the usual one of the code.
 func writeStatus(w http.ResponseWriter, status int, code, message string) {
 	type one struct {
 		Code    string `json:"code"`
@@ -152,20 +150,21 @@ func writeStatus(w http.ResponseWriter, status int, code, message string) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(map[string][]one{"errors": {{code, message}}}) // the client is gone
+	_ = json.NewEncoder(w).Encode(map[string][]one{"errors": {{code, message}}}) // an error means that the client is gone
 }
 
-// cached lets clients and proxies keep what is named by its digest for ever, answers
-// who has it already, and makes a range from the end one from the beginning.
+// cached allows clients and proxies to keep content that is named by its digest for ever. It answers 304 to a client
+// that has the blob. It turns a range that counts from the end into one that counts from the start, which the library
+// needs.
 func (h *handler) cached(w http.ResponseWriter, r *http.Request, kind, ref string) (done bool) {
 	d := ociregistry.Digest(ref)
 	if digest.Digest(ref).Validate() != nil {
-		w.Header().Set("Cache-Control", "no-cache") // a tag
+		w.Header().Set("Cache-Control", "no-cache") // a tag may move
 		return false
 	}
 	size, err := h.store.has(d)
 	if err != nil {
-		return false // the library says why
+		return false // the library answers with the reason
 	}
 	tag := strconv.Quote(ref)
 	w.Header().Set("Etag", tag)
@@ -182,7 +181,7 @@ func (h *handler) cached(w http.ResponseWriter, r *http.Request, kind, ref strin
 	return false
 }
 
-// withoutNull makes empty lists lists: the library writes null.
+// withoutNull replaces null by an empty list, because the library writes null for an empty list.
 func (h *handler) withoutNull(w http.ResponseWriter, r *http.Request) {
 	held := &bufferedBody{ResponseWriter: w, status: http.StatusOK}
 	h.api.ServeHTTP(held, r)
@@ -193,11 +192,11 @@ func (h *handler) withoutNull(w http.ResponseWriter, r *http.Request) {
 	w.Header().Del("Content-Length")
 	w.WriteHeader(held.status)
 	if r.Method != http.MethodHead {
-		_, _ = w.Write(body) // the client is gone; there is nobody to tell
+		_, _ = w.Write(body) // an error means that the client is gone
 	}
 }
 
-// bufferedBody keeps an answer until it is whole.
+// bufferedBody collects an answer until it is complete.
 type bufferedBody struct {
 	http.ResponseWriter
 	status int
@@ -209,13 +208,14 @@ func (h *bufferedBody) Write(p []byte) (int, error) { return h.body.Write(p) }
 
 type rangeKey struct{}
 
-// withRange tells the store whether a chunk says where it begins: the library hands
-// on 0 for one that does not.
+// withRange notes in the context whether a chunk has a Content-Range header. The library passes the offset 0 if the
+// header is missing.
 func withRange(r *http.Request) context.Context {
 	return context.WithValue(r.Context(), rangeKey{}, r.Header.Get("Content-Range") != "")
 }
 
-// saysWhere reports what withRange was told; who does not speak HTTP says where.
+// saysWhere reports whether the offset of a chunk is known. It is unknown only if [withRange] found no header.
+// Callers without HTTP always give the offset.
 func saysWhere(ctx context.Context) bool {
 	given, told := ctx.Value(rangeKey{}).(bool)
 	return given || !told

@@ -12,16 +12,16 @@ import (
 	"cuelabs.dev/go/oci/ociregistry"
 )
 
-// Collected is what a collection removed.
+// Collected counts what one collection removed.
 type Collected struct {
 	Blobs int
 	Bytes int64
 }
 
-// Collect removes uploads that nobody goes on with, and blobs that no manifest of any
-// repository names and that are older than a day. It may run beside pushes: a blob
-// that somebody asked for lately counts as new, and a manifest is stored only when
-// all of its blobs are there, which no collection changes meanwhile.
+// Collect removes abandoned uploads and unreferenced blobs. A blob is removed if no manifest of any repository names
+// it and it is older than a day. Pushes may safely run at the same time, for two reasons. A blob that was requested
+// lately counts as new. A manifest is stored only if all of its blobs exist, and no collection removes a blob in
+// between.
 func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err error) {
 	if err := s.dropUploads(now); err != nil {
 		return out, fmt.Errorf("collect: %w", err)
@@ -63,9 +63,9 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 	return out, ctx.Err()
 }
 
-// collect removes one blob, unless somebody asked for it since; -1 is not removed. A
-// manifest that names it may have come since the list was made: such a blob was asked
-// for before, by the check of the manifest.
+// collect removes one blob, and returns its size. It returns -1 if the blob is gone or was requested lately. A new
+// manifest may name the blob since the list of old blobs was made. The check of that manifest has requested the blob,
+// so collect keeps it.
 func (s *Store) collect(p string, now time.Time) (int64, error) {
 	s.collecting.Lock()
 	defer s.collecting.Unlock()
@@ -82,8 +82,7 @@ func (s *Store) collect(p string, now time.Time) (int64, error) {
 	return info.Size(), s.root.Remove(p)
 }
 
-// named returns the digests, without their algorithm, that manifests name, with those
-// of the manifests themselves.
+// named returns the digests of all manifests and of all blobs that they name. The digests have no algorithm.
 func (s *Store) named(ctx context.Context) (map[string]bool, error) {
 	all := map[string]bool{}
 	err := fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
@@ -96,7 +95,7 @@ func (s *Store) named(ctx context.Context) (map[string]bool, error) {
 		all[d.Name()] = true
 		content, err := s.root.ReadFile(blobPath(d.Name()))
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil // its entry is older than a crash: nothing can be read through it
+			return nil // left by a crash; nobody can read this manifest
 		}
 		if err != nil {
 			return err
@@ -120,10 +119,10 @@ func orNone(d *ociregistry.Descriptor) []ociregistry.Descriptor {
 	return []ociregistry.Descriptor{*d}
 }
 
-// touched is how long a blob that was asked for stays as new as it is.
+// touched is how long the time of a blob is not updated again, to save writes.
 const touched = time.Hour
 
-// touch makes a blob new: somebody is about to name it.
+// touch sets the time of a blob to now, because a client is about to name the blob.
 func (s *Store) touch(name string, info fs.FileInfo) error {
 	if time.Since(info.ModTime()) < touched {
 		return nil

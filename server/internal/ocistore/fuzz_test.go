@@ -16,9 +16,8 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// FuzzHandler sends requests of clients to the registry: paths, ranges, manifests,
-// indexes and pieces of blobs. Whatever they hold, the fault is never the server's, and
-// what is answered under a digest has that digest.
+// FuzzHandler sends clients' requests to the registry: paths, ranges, manifests, indexes and parts of blobs. No
+// request may cause an error of the server. An answer for a digest must have that digest.
 func FuzzHandler(f *testing.F) {
 	s, err := ocistore.Open(f.TempDir(), ocistore.Options{})
 	if err != nil {

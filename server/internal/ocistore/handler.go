@@ -16,27 +16,23 @@ import (
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
-// TokenPath is where clients that speak the registry token protocol get one.
+// TokenPath is where clients of the registry token protocol get a token.
 const TokenPath = "/v2/token"
 
-// anonymous is the bearer token of clients that only read. It opens nothing
-// that is not open without it.
+// anonymous is the bearer token of clients that only read. It gives no additional right.
 const anonymous = "anonymous"
 
-// access finds out who calls.
+// access identifies the caller.
 type access interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 }
 
-// Handler serves the distribution API. Everybody may read; a write needs a token
-// that may push, and a removal one that may operate, as a Basic password under any
-// user name or as a Bearer token.
+// Handler serves the distribution API. Everybody may read. A write needs a token with the scope push, and a deletion
+// one with the scope operate. The token is the Basic password of any user name, or a Bearer token.
 //
-// Stock clients ask GET /v2/ first and send credentials later only if that
-// answers 401, and some refuse to read anonymously from a registry that says
-// Basic. So the challenge is Bearer with a token endpoint that also hands out
-// an anonymous token: then docker, containerd, crane and cosign all read
-// without credentials and push with them.
+// Most clients ask GET /v2/ first, and send credentials later only if that answered 401. Some refuse to read
+// anonymously from a registry that asks for Basic. The challenge is therefore Bearer, and its token endpoint also gives
+// out an anonymous token. docker, containerd, crane and cosign then all read without credentials and push with them.
 func Handler(s *Store, who access, log *slog.Logger) http.Handler {
 	h := &handler{store: s, access: who, log: log}
 	h.api = ociserver.New(s, &ociserver.Options{
@@ -96,7 +92,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.api.ServeHTTP(w, r.WithContext(withRange(r)))
 }
 
-// scopeOf returns what a write needs. An upload that is called off is part of a push.
+// scopeOf returns the scope that a write needs. Cancelling an upload is part of a push.
 func scopeOf(r *http.Request) auth.Scope {
 	if r.Method == http.MethodDelete && !strings.Contains(r.URL.Path, "/blobs/uploads/") {
 		return auth.Operate
@@ -113,11 +109,11 @@ func (h *handler) challenge(w http.ResponseWriter, r *http.Request) {
 	h.writeError(w, r, ociregistry.ErrUnauthorized)
 }
 
-// serveToken answers with the secret that a known caller showed, and with the
-// anonymous one to those who claim nothing.
+// serveToken returns the secret of a known caller as its token. A caller without credentials gets the anonymous
+// token.
 func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret string, asked, known bool) {
 	if r.Method != http.MethodGet {
-		// Clients fall back to GET when the OAuth2 form of the protocol is absent.
+		// Clients use GET after a 404, which says that the OAuth2 form of the protocol is missing.
 		w.WriteHeader(http.StatusNotFound)
 		return
 	}
@@ -138,10 +134,9 @@ func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret stri
 	}
 }
 
-// writeError answers with an error. What is wrong inside the server, with its paths,
-// is for the log.
+// writeError answers with an error. Errors inside the server contain paths, so only the log gets their text.
 func (h *handler) writeError(w http.ResponseWriter, r *http.Request, err error) {
-	for _, name := range []string{"Etag", "Cache-Control"} { // of what was about to be sent
+	for _, name := range []string{"Etag", "Cache-Control"} { // these headers belong to the intended answer
 		w.Header().Del(name)
 	}
 	_, status := ociregistry.MarshalError(err)

@@ -7,7 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// audience is what the registry says of itself to everybody.
+// audience returns what the registry tells every client about who can read it.
 func (s *Store) audience() string {
 	if s.public {
 		return registry.AudiencePublic
@@ -15,7 +15,7 @@ func (s *Store) audience() string {
 	return registry.AudiencePrivate
 }
 
-// restricted says why a public registry does not take a manifest; "" means that it does.
+// restricted returns why a public registry refuses a manifest, or "" if it accepts it.
 func (s *Store) restricted(manifest []byte) string {
 	need := bundle.RestrictionOf(manifest)
 	if !s.public || s.redistribute.Covers(need) || need == bundle.RedistributeNone {

@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// A public registry says so, and takes of NVIDIA's what its operator lets go. A stock
-// client pushes.
+// TestPublicRegistry pushes with an ordinary client. A public registry says that it is public, and accepts only
+// NVIDIA content that its operator allows.
 func TestPublicRegistry(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -74,7 +74,7 @@ func TestPublicRegistry(t *testing.T) {
 					t.Errorf("Resolve(%s) after the push = %v; want there %t", f, err, want)
 				}
 			}
-			// What is not ours is taken.
+			// The registry accepts images that are not Prebake's.
 			if _, err := repo.Push(t.Context(), image(t)); err != nil {
 				t.Errorf("Push(somebody's image) = %v; want none", err)
 			}
@@ -82,8 +82,8 @@ func TestPublicRegistry(t *testing.T) {
 	}
 }
 
-// A public registry refuses what is restricted whatever else its manifest says, and however
-// long it is: other readers take fields that ours do not know.
+// TestPublicRegistryReadsAllManifests shows that a public registry refuses restricted content whatever other fields a
+// manifest has and however long it is. Other programs may accept fields that our parser does not know.
 func TestPublicRegistryReadsAllManifests(t *testing.T) {
 	t.Parallel()
 	s, err := ocistore.Open(t.TempDir(), ocistore.Options{Public: true})
@@ -103,7 +103,7 @@ func TestPublicRegistryReadsAllManifests(t *testing.T) {
 		t.Fatal(err)
 	}
 	foreign := image(t)
-	if _, err := repo.Push(t.Context(), foreign); err != nil { // the blobs that its manifest names
+	if _, err := repo.Push(t.Context(), foreign); err != nil { // pushes the blobs that the manifests name
 		t.Fatal(err)
 	}
 	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"),

@@ -31,7 +31,7 @@ import (
 
 const token = "s3cret"
 
-// createOnly is the policy that the server uses, roughly.
+// createOnly is similar to the server's rule.
 func createOnly(repo, _ string) bool { return strings.HasPrefix(repo, "prebake/") }
 
 func open(t *testing.T, dir string) *ocistore.Store {
@@ -48,7 +48,7 @@ func open(t *testing.T, dir string) *ocistore.Store {
 	return s
 }
 
-// serve starts a registry over dir and returns its host:port.
+// serve starts a registry with the folder dir and returns its host:port.
 func serve(t *testing.T, dir string) string {
 	t.Helper()
 	s := httptest.NewServer(ocistore.Handler(open(t, dir), auth.New(auth.Config{First: token}),
@@ -118,7 +118,7 @@ func TestStockClient(t *testing.T) {
 			t.Errorf("moving an ordinary tag = %v", err)
 		}
 	}
-	// The token as a bearer token, as a CI job would have it.
+	// A CI job would send the token as a bearer token.
 	bearer := remote.WithAuth(&authn.Bearer{Token: token})
 	if err := remote.Write(reference(t, host, "prebake/driver:two"), img, remote.WithContext(t.Context()),
 		bearer); err != nil {
@@ -135,7 +135,7 @@ func TestStockClient(t *testing.T) {
 		}
 	}
 
-	// Two referrers, one of another type.
+	// Two referrers have different types.
 	subject, err := remote.Head(ref, remote.WithContext(t.Context()))
 	if err != nil {
 		t.Fatal(err)
@@ -144,7 +144,7 @@ func TestStockClient(t *testing.T) {
 	for i, kind := range []types.MediaType{"application/vnd.x+json", "application/vnd.y+json"} {
 		r := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), kind)
 		r = mutate.Annotations(r, map[string]string{"n": fmt.Sprint(i)}).(v1.Image)
-		r = mutate.Subject(r, *subject).(v1.Image) // last: the library drops it in any later change
+		r = mutate.Subject(r, *subject).(v1.Image) // last, because any later change drops the subject
 		d := digestOf(t, r)
 		want = append(want, d)
 		if err := remote.Write(reference(t, host, "prebake/driver@"+d.String()), r, options(t)...); err != nil {
@@ -167,7 +167,7 @@ func TestStockClient(t *testing.T) {
 			t.Fatalf("%d layers, %v", len(layers), err)
 		}
 		for _, l := range layers {
-			r, err := l.Compressed() // verified against the digest by the library
+			r, err := l.Compressed() // the library verifies the digest
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -199,7 +199,7 @@ func TestStockClient(t *testing.T) {
 		}
 	}
 	check(host)
-	check(serve(t, dir)) // another process over the same folder: nothing was only in memory
+	check(serve(t, dir)) // another process reads the same folder, so nothing was only in memory
 
 	catalog, err := remote.Catalog(t.Context(), ref.Context().Registry)
 	if err != nil || !cmp.Equal(catalog, []string{"prebake/driver", "scratch/x"}) {
@@ -371,8 +371,7 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// FuzzManifest feeds manifests of clients to the store: whatever they hold, it
-// answers and writes nothing outside its folders.
+// FuzzManifest gives clients' manifests to the store. The store must answer, and must not write outside its folders.
 func FuzzManifest(f *testing.F) {
 	s, err := ocistore.Open(f.TempDir(), ocistore.Options{})
 	if err != nil {

@@ -18,7 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// What a killed process can leave behind is cleared or harmless.
+// TestCrashLeftovers shows that the remains of a killed process are removed or do no harm.
 func TestCrashLeftovers(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -27,7 +27,7 @@ func TestCrashLeftovers(t *testing.T) {
 	if err := remote.Write(reference(t, host, "prebake/driver:one"), img, options(t)...); err != nil {
 		t.Fatal(err)
 	}
-	// Killed between the referrers entry and the manifest.
+	// The process was killed after it wrote the referrers entry and before it wrote the manifest.
 	subject := digestOf(t, img).Hex
 	ghost := strings.Repeat("1", 64)
 	entry, err := json.Marshal(ociregistry.Descriptor{MediaType: "x", Digest: digest.Digest("sha256:" + ghost), Size: 1})
@@ -73,7 +73,7 @@ func TestConcurrentPushes(t *testing.T) {
 			}
 		})
 	}
-	// And one create-only tag that two different images race for: one wins.
+	// Different images also race for one create-only tag. One of them wins.
 	var mu sync.Mutex
 	won := 0
 	for range 4 {
@@ -100,7 +100,7 @@ func TestConcurrentPushes(t *testing.T) {
 		}
 		return err
 	})
-	if want := 5 + 4*5; err != nil || blobs > want { // 3 layers, config, manifest; losers may have pushed theirs
+	if want := 5 + 4*5; err != nil || blobs > want { // 3 layers, config and manifest; the losers may have pushed theirs
 		t.Errorf("%d blobs, %v; want at most %d", blobs, err, want)
 	}
 }

@@ -16,10 +16,10 @@ import (
 	"cuelabs.dev/go/oci/ociregistry"
 )
 
-// mediaTypeBlob is what a blob is served as: the protocol does not know more.
+// mediaTypeBlob is the media type of all blobs, because the protocol tells the registry no other.
 const mediaTypeBlob = "application/octet-stream"
 
-// file serves a part of a file as a BlobReader.
+// file serves a part of a file as an [ociregistry.BlobReader].
 type file struct {
 	io.Reader
 	f    *os.File
@@ -29,7 +29,7 @@ type file struct {
 func (f *file) Close() error                       { return f.f.Close() }
 func (f *file) Descriptor() ociregistry.Descriptor { return f.desc }
 
-// gone maps a missing file to the protocol's error.
+// gone replaces the error of a missing file by the protocol's error.
 func gone(err, unknown error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return unknown
@@ -37,7 +37,7 @@ func gone(err, unknown error) error {
 	return err
 }
 
-// open opens stored bytes from offset0 to offset1 (exclusive; -1 is the end).
+// open opens stored content from offset0 up to offset1, which is exclusive. An offset1 of -1 means the end.
 func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknown error) (ociregistry.BlobReader,
 	error) {
 	sum, err := hexOf(desc.Digest)
@@ -65,8 +65,8 @@ func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknow
 	return &file{io.NewSectionReader(f, offset0, offset1-offset0), f, desc}, nil
 }
 
-// GetBlob implements [ociregistry.Reader]. Blobs are shared by all
-// repositories: reading is open to everybody anyway.
+// GetBlob implements [ociregistry.Reader]. All repositories share their blobs, because everybody may read every
+// repository.
 func (s *Store) GetBlob(ctx context.Context, repo string, d ociregistry.Digest) (ociregistry.BlobReader, error) {
 	return s.GetBlobRange(ctx, repo, d, 0, -1)
 }
@@ -115,7 +115,7 @@ func (s *Store) HasManifest(ctx context.Context, repo, d string) (bool, error) {
 	return err == nil, err
 }
 
-// plain leaves the three members that resolving answers.
+// plain keeps the three fields that the protocol's resolve methods return.
 func plain(d ociregistry.Descriptor) ociregistry.Descriptor {
 	return ociregistry.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
 }
@@ -187,7 +187,7 @@ func (s *Store) Tags(_ context.Context, repo, startAfter string) iter.Seq2[strin
 		return ociregistry.ErrorSeq[string](err)
 	}
 	names := []string{}
-	for _, e := range entries { // ReadDir sorts
+	for _, e := range entries { // ReadDir returns sorted names
 		if e.Name() > startAfter {
 			names = append(names, e.Name())
 		}
@@ -195,7 +195,7 @@ func (s *Store) Tags(_ context.Context, repo, startAfter string) iter.Seq2[strin
 	return ociregistry.SliceSeq(names)
 }
 
-// Labels returns the annotations of manifests that are attached to one, of n at most.
+// Labels returns the annotations of at most n manifests that are attached to a manifest.
 func (s *Store) Labels(ctx context.Context, repo, d string, n int) ([]map[string]string, error) {
 	all, err := s.referrers(ctx, repo, ociregistry.Digest(d), "", n)
 	labels := make([]map[string]string, len(all))
@@ -205,8 +205,8 @@ func (s *Store) Labels(ctx context.Context, repo, d string, n int) ([]map[string
 	return labels, err
 }
 
-// Referrers implements [ociregistry.Lister]. A subject that does not exist has
-// no referrers; that is not an error in the protocol.
+// Referrers implements [ociregistry.Lister]. A missing subject has no referrers, and the protocol does not treat that
+// as an error.
 func (s *Store) Referrers(
 	ctx context.Context,
 	repo string,
@@ -246,7 +246,7 @@ func (s *Store) referrers(
 		}
 		desc, err := s.readDescriptor(path.Join(dir, e.Name()))
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // deleted since
+			continue // deleted after the folder was read
 		}
 		if err != nil {
 			return nil, err
@@ -254,8 +254,8 @@ func (s *Store) referrers(
 		if artifactType != "" && desc.ArtifactType != artifactType {
 			continue
 		}
-		// The entry is written before the manifest; a kill in between leaves
-		// an entry that must not be shown.
+		// The entry is written before the manifest. A process that was killed in between leaves an entry without a
+		// manifest, which must not be listed.
 		if _, err := s.ResolveManifest(ctx, repo, desc.Digest); errors.Is(err, ociregistry.ErrManifestUnknown) {
 			continue
 		} else if err != nil {

@@ -29,10 +29,9 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestSpecification runs the conformance program of the distribution specification
-// itself (github.com/opencontainers/distribution-spec/conformance, in go.mod as a
-// tool), with everything that version 1.1 has turned on. Nothing may fail; what it
-// may skip is written here.
+// TestSpecification runs the conformance program of the distribution specification with everything that version 1.1
+// has. The program is github.com/opencontainers/distribution-spec/conformance, a tool in go.mod. No test may fail.
+// The code below names the tests that may be skipped.
 func TestSpecification(t *testing.T) {
 	t.Parallel()
 	host := serve(t, t.TempDir())
@@ -60,7 +59,7 @@ func TestSpecification(t *testing.T) {
 			passed++
 		case strings.HasSuffix(strings.TrimSpace(line), ": FAIL"), strings.Contains(line, ": Skip") &&
 			!strings.Contains(line, "/blob-delete: Skip"):
-			t.Error(strings.TrimSpace(line)) // deleting single blobs is the one thing that we do not do
+			t.Error(strings.TrimSpace(line)) // deleting single blobs is the only thing that we do not support
 		}
 	}
 	if passed < 500 {
@@ -68,8 +67,8 @@ func TestSpecification(t *testing.T) {
 	}
 }
 
-// A create-only tag names for ever what it named once: neither deleting the tag nor
-// deleting the manifest makes room for other content.
+// TestCreateOnlyOutlivesDelete shows that a create-only tag names the same content for ever. Other content cannot
+// take the tag after the tag or the manifest was deleted.
 func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -114,8 +113,8 @@ func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	}
 }
 
-// What nobody names goes after a day, and nothing else: blobs of a push under way,
-// and those that somebody asked for, stay.
+// TestCollect shows that a collection removes unreferenced blobs after a day and nothing else. It keeps the blobs of
+// a running push, and blobs that were requested lately.
 func TestCollect(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -177,7 +176,7 @@ func TestCollect(t *testing.T) {
 	}
 }
 
-// age makes all files as old as that.
+// age sets the time of all files.
 func age(t *testing.T, dir string, at time.Time) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
@@ -191,8 +190,8 @@ func age(t *testing.T, dir string, at time.Time) {
 	}
 }
 
-// Pushes of old blobs that nothing names, beside a collection that never stops: a
-// manifest that was stored may never lack a blob.
+// TestCollectBesidePushes pushes old, unreferenced blobs while collections run without a pause. A stored manifest
+// must never lack a blob.
 func TestCollectBesidePushes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -207,7 +206,7 @@ func TestCollectBesidePushes(t *testing.T) {
 			if _, err := s.Collect(ctx, time.Now()); err != nil && ctx.Err() == nil {
 				t.Error(err)
 			}
-			time.Sleep(time.Duration(rand.IntN(20)) * time.Millisecond) // some pushes come through whole
+			time.Sleep(time.Duration(rand.IntN(20)) * time.Millisecond) // lets some pushes succeed
 		}
 	})
 	stored := 0
@@ -220,7 +219,7 @@ func TestCollectBesidePushes(t *testing.T) {
 			""); r.StatusCode != http.StatusAccepted {
 			t.Fatal(r.Status)
 		}
-		for _, name := range blobs(t, img) { // what is old and named by nothing may go at any moment
+		for _, name := range blobs(t, img) { // an old, unreferenced blob may be removed at any time
 			old := time.Now().Add(-25 * time.Hour)
 			err := os.Chtimes(filepath.Join(dir, "blobs/sha256", name[:2], name), old, old)
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -228,7 +227,7 @@ func TestCollectBesidePushes(t *testing.T) {
 			}
 		}
 		if err := remote.Write(ref, img, options(t)...); err != nil {
-			continue // a blob went between the client's look and the manifest: the client hears of it
+			continue // the blob was removed between check and manifest, and the client got an error
 		}
 		stored++
 		for _, name := range blobs(t, img) {
@@ -244,7 +243,7 @@ func TestCollectBesidePushes(t *testing.T) {
 	}
 }
 
-// blobs returns the hex digests of everything that an image is made of.
+// blobs returns the hex digests of all blobs and of the manifest of an image.
 func blobs(t *testing.T, img v1.Image) []string {
 	t.Helper()
 	config, err := img.ConfigName()
@@ -266,7 +265,7 @@ func blobs(t *testing.T, img v1.Image) []string {
 	return all
 }
 
-// Manners beside the specification's own tests.
+// TestManners checks behaviour that the specification's tests do not cover.
 func TestManners(t *testing.T) {
 	t.Parallel()
 	var full error

@@ -1,11 +1,9 @@
-// Package ocistore is the embedded registry: the OCI distribution API over a
-// folder. The protocol is CUE's ociserver; the storage below it is ours, see
-// docs/decisions/0003-embedded-registry.md.
+// Package ocistore is the embedded registry: the OCI distribution API over a folder. CUE's ociserver handles the
+// protocol. The storage is this package's, see docs/decisions/0003-embedded-registry.md.
 //
-// Bytes become visible only whole, verified and synced: a kill at any moment
-// leaves the store as it was before or after a push, never between. It refuses
-// digests other than SHA-256 and SHA-512, manifests whose blobs are missing, and a second
-// meaning for a tag of a create-only repository.
+// Content becomes visible only when it is complete, verified and synced. A process that is killed at any moment leaves
+// the store as it was before or after a push. The package refuses digests other than SHA-256 and SHA-512, manifests
+// with missing blobs, and a second meaning for a tag of a create-only repository.
 //
 // Layout of the folder:
 //
@@ -13,9 +11,9 @@
 //	repos/<name>/_manifests/<hex>              descriptor: the manifest is in this repository
 //	repos/<name>/_referrers/<subject>/<hex>    descriptor: the manifest has this subject
 //	repos/<name>/_tags/<tag>                   descriptor of the manifest that the tag names
-//	repos/<name>/_retired/<tag>                what a create-only tag named whose manifest was deleted
-//	uploads/<id>                               bytes of an upload under way
-//	tmp/                                       files that get renamed into place
+//	repos/<name>/_retired/<tag>                descriptor of the deleted manifest that a create-only tag named
+//	uploads/<id>                               content of a running upload
+//	tmp/                                       files that are renamed to their final name
 package ocistore
 
 import (
@@ -39,36 +37,35 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// Bounds. The largest real layer, firmware and user space of one driver, is
-// some hundred MB.
+// MaxManifest and MaxBlob are the largest sizes in bytes. The largest real layer, with firmware and user space of one
+// driver, has some hundred MB.
 const (
 	MaxManifest = 4 << 20
 	MaxBlob     = 8 << 30
-	// uploadMaxAge is how long an upload rests that nobody goes on with, and
-	// blobMinAge how long a blob stays that no manifest names: clients push blobs
-	// first.
+	// uploadMaxAge is how long an upload without a request is kept. blobMinAge is how long an unreferenced blob is kept.
+	// It must be long enough for a push, because clients push blobs first.
 	uploadMaxAge = 6 * time.Hour
 	blobMinAge   = 24 * time.Hour
 	maxName      = 255
 )
 
-// Options are what differs from registry to registry.
+// Options has the settings that differ between registries.
 type Options struct {
-	// CreateOnly says of which tags the first meaning is the last; nil means none.
+	// CreateOnly reports whether a tag must keep its first meaning. nil means that no tag must.
 	CreateOnly func(repo, tag string) bool
-	// Deleted is called with each manifest that was deleted; may be nil.
+	// Deleted is called with each deleted manifest. It may be nil.
 	Deleted func(repo string, d ociregistry.Digest)
-	// Public says that everybody may read what is here: then what is under NVIDIA's licence
-	// is refused, but for what Redistribute lets go; "" lets nothing go.
+	// Public means that everybody may read this registry. It then refuses content under NVIDIA's licence, except what
+	// Redistribute allows; "" allows nothing.
 	Public       bool
 	Redistribute bundle.Redistribution
-	// CheckFree says whether there is room to write; nil always has.
+	// CheckFree returns an error if there is no room to write. nil means that there always is.
 	CheckFree func() error
 }
 
-// Store is a registry backend over a folder. One process may use a folder.
+// Store is a registry backend with a folder. Only one process may use a folder.
 type Store struct {
-	*ociregistry.Funcs // the methods that are not defined here are refused as unsupported
+	*ociregistry.Funcs // refuses the methods that Store does not define as unsupported
 
 	root       *os.Root
 	createOnly func(repo, tag string) bool
@@ -79,14 +76,13 @@ type Store struct {
 	redistribute bundle.Redistribution
 
 	mu   sync.Mutex
-	busy map[string]bool // uploads that a request writes to right now
+	busy map[string]bool // uploads that a request writes to at this moment
 
-	// collecting is held to delete a blob, and shared to store a manifest.
+	// collecting is locked to delete a blob, and read-locked to store a manifest.
 	collecting sync.RWMutex
 }
 
-// Open opens the folder, making it if need be, and clears leftovers of a
-// process that was killed.
+// Open opens the folder, and makes it if it is missing. It removes the remains of a process that was killed.
 func Open(dir string, o Options) (*Store, error) {
 	s, err := open(dir, o)
 	if err != nil {
@@ -126,7 +122,7 @@ func open(dir string, o Options) (*Store, error) {
 	return s, nil
 }
 
-// clean empties tmp and drops uploads that nobody will go on with.
+// clean empties tmp and removes abandoned uploads.
 func (s *Store) clean() error {
 	if err := s.root.RemoveAll("tmp"); err != nil {
 		return err
@@ -137,7 +133,7 @@ func (s *Store) clean() error {
 	return s.dropUploads(time.Now())
 }
 
-// dropUploads drops the uploads that nobody will go on with.
+// dropUploads removes abandoned uploads.
 func (s *Store) dropUploads(now time.Time) error {
 	uploads, err := fs.ReadDir(s.root.FS(), "uploads")
 	if err != nil {
@@ -147,11 +143,11 @@ func (s *Store) dropUploads(now time.Time) error {
 	for _, u := range uploads {
 		info, err := u.Info()
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // it ended meanwhile
+			continue // the upload ended meanwhile
 		}
 		if err == nil && now.Sub(info.ModTime()) > uploadMaxAge {
 			if err = s.CancelUpload(u.Name()); errors.Is(err, ociregistry.ErrBlobUploadInvalid) {
-				err = nil // somebody goes on with it after all
+				err = nil // a request continues this upload
 			}
 		}
 		errs = append(errs, err)
@@ -162,8 +158,7 @@ func (s *Store) dropUploads(now time.Time) error {
 // Close closes the folder.
 func (s *Store) Close() error { return s.root.Close() }
 
-// hexOf returns the hex digits of a digest. Those of the two algorithms differ in
-// length, so that they tell the algorithm.
+// hexOf returns the hex digits of a digest. Their number tells the algorithm, because it differs between the two.
 func hexOf(d ociregistry.Digest) (string, error) {
 	if err := digest.Digest(d).Validate(); err != nil {
 		return "", fmt.Errorf("%w: %q: %w", ociregistry.ErrDigestInvalid, d, err)
@@ -175,7 +170,7 @@ func hexOf(d ociregistry.Digest) (string, error) {
 	return "", fmt.Errorf("%w: %q is neither a sha256 nor a sha512 digest", ociregistry.ErrDigestInvalid, d)
 }
 
-// algorithm is the one that a digest's hex digits are of.
+// algorithm returns the algorithm of a digest by the number of its hex digits.
 func algorithm(sum string) digest.Algorithm {
 	if len(sum) == 2*digest.SHA512.Size() {
 		return digest.SHA512
@@ -187,8 +182,8 @@ func blobPath(sum string) string {
 	return "blobs/" + string(algorithm(sum)) + "/" + sum[:2] + "/" + sum
 }
 
-// repoPath returns a path inside a repository's folder. Names of the protocol
-// cannot begin with an underscore, so our own folders cannot collide with them.
+// repoPath returns a path inside a repository's folder. Names of the protocol cannot begin with an underscore, so our
+// own folders cannot have the name of a repository.
 func repoPath(repo string, parts ...string) (string, error) {
 	if len(repo) > maxName || !ociref.IsValidRepository(repo) {
 		return "", fmt.Errorf("%w: %q", ociregistry.ErrNameInvalid, repo)
@@ -209,7 +204,7 @@ func randomID() string {
 	return hex.EncodeToString(id)
 }
 
-// syncDir makes a folder's entries durable.
+// syncDir writes a folder's entries to the disk.
 func (s *Store) syncDir(dir string) error {
 	f, err := s.root.Open(dir)
 	if err != nil {
@@ -218,8 +213,8 @@ func (s *Store) syncDir(dir string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// adopt moves a finished file into place. It exists with the same content
-// there already when the path is a digest's, so replacing it changes nothing.
+// adopt moves a complete file to its final path. If the path is that of a digest, an existing file there has the same
+// content, so replacing it changes nothing.
 func (s *Store) adopt(from, to string) error {
 	if err := s.mkdirs(path.Dir(to)); err != nil {
 		return err
@@ -230,7 +225,7 @@ func (s *Store) adopt(from, to string) error {
 	return s.syncDir(path.Dir(to))
 }
 
-// mkdirs makes a folder and its parents, each of them durable.
+// mkdirs makes a folder and its parents, and writes each to the disk.
 func (s *Store) mkdirs(dir string) error {
 	if _, err := s.root.Stat(dir); err == nil || dir == "." {
 		return err
@@ -277,7 +272,7 @@ func (s *Store) writeJSON(to string, v any) error {
 	return s.adopt(name, to)
 }
 
-// createJSON stores a small file unless one is there: fs.ErrExist.
+// createJSON stores a small file. It returns fs.ErrExist if the file exists.
 func (s *Store) createJSON(to string, v any) error {
 	raw, err := json.Marshal(v)
 	if err != nil {
@@ -296,7 +291,7 @@ func (s *Store) createJSON(to string, v any) error {
 	return s.syncDir(path.Dir(to))
 }
 
-// readDescriptor reads one of our small files.
+// readDescriptor reads a file that holds a descriptor.
 func (s *Store) readDescriptor(name string) (ociregistry.Descriptor, error) {
 	var d ociregistry.Descriptor
 	raw, err := s.root.ReadFile(name)
@@ -309,8 +304,8 @@ func (s *Store) readDescriptor(name string) (ociregistry.Descriptor, error) {
 	return d, nil
 }
 
-// has returns the size of a stored blob; fs.ErrNotExist when it is absent. Who asks
-// is about to name it: it is not collected soon.
+// has returns the size of a stored blob, or fs.ErrNotExist if it is missing. The caller is about to name the blob, so
+// has marks it as new, and it is not collected soon.
 func (s *Store) has(d ociregistry.Digest) (int64, error) {
 	sum, err := hexOf(d)
 	if err != nil {
@@ -323,7 +318,7 @@ func (s *Store) has(d ociregistry.Digest) (int64, error) {
 	return info.Size(), s.touch(blobPath(sum), info)
 }
 
-// putBytes stores content that is in memory under its own digest, d.
+// putBytes stores content from memory under its digest d.
 func (s *Store) putBytes(d digest.Digest, content []byte) error {
 	if _, err := s.has(d); err == nil {
 		return nil

@@ -18,8 +18,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// The manifest media types that are taken. Docker's two are there for images
-// that other tools copy in.
+// The registry accepts the OCI media types of manifests and Docker's two. Docker's are for images that other tools
+// copy here.
 const (
 	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
 	dockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -62,7 +62,7 @@ type counter struct{ n int64 }
 
 func (c *counter) Write(p []byte) (int, error) { c.n += int64(len(p)); return len(p), nil }
 
-// MountBlob implements [ociregistry.Writer]: blobs are shared already.
+// MountBlob implements [ociregistry.Writer]. It copies nothing, because all repositories share their blobs.
 func (s *Store) MountBlob(ctx context.Context, _, toRepo string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
 	if _, err := repoPath(toRepo); err != nil {
 		return ociregistry.Descriptor{}, err
@@ -88,8 +88,8 @@ func (s *Store) PushBlobChunked(_ context.Context, repo string, _ int) (ociregis
 
 var idPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
 
-// PushBlobChunkedResume implements [ociregistry.Writer]. The state of an upload
-// is the length of its file, so it survives a restart.
+// PushBlobChunkedResume implements [ociregistry.Writer]. The length of its file is the only state of an upload, so
+// the upload survives a restart.
 func (s *Store) PushBlobChunkedResume(
 	ctx context.Context,
 	repo, id string,
@@ -112,7 +112,7 @@ func (s *Store) PushBlobChunkedResume(
 	}
 	switch {
 	case !saysWhere(ctx):
-		offset = -1 // what comes is appended
+		offset = -1 // without an offset, the chunk is appended
 	case offset > 0 && offset != info.Size():
 		return nil, errors.Join(outOfOrder(offset, info.Size()), f.Close())
 	}
@@ -123,7 +123,7 @@ func outOfOrder(offset, size int64) error {
 	return fmt.Errorf("%w: chunk begins at %d, the upload has %d bytes", ociregistry.ErrRangeInvalid, offset, size)
 }
 
-// CancelUpload drops an upload that nobody writes to.
+// CancelUpload removes an upload that no request writes to.
 func (s *Store) CancelUpload(id string) error {
 	if !idPattern.MatchString(id) {
 		return ociregistry.ErrBlobUploadUnknown
@@ -146,21 +146,21 @@ func (s *Store) upload(id string, f *os.File, size, offset int64) (ociregistry.B
 	return &upload{s: s, id: id, f: f, size: size, offset: offset}, nil
 }
 
-// upload is one request's hold on an upload.
+// upload is an upload that one request has opened. No other request can write to it.
 type upload struct {
 	s      *Store
 	id     string
-	f      *os.File // nil once let go
+	f      *os.File // nil after Close
 	size   int64
-	offset int64 // what the client thinks the size is; -1 is unsaid or checked
+	offset int64 // the size that the client expects; -1 if it is unknown or checked
 }
 
 func (u *upload) ID() string     { return u.id }
 func (u *upload) Size() int64    { return u.size }
 func (u *upload) ChunkSize() int { return 64 << 10 }
 
-// Write appends. The client's offset is checked with the first byte: an empty
-// closing request says 0 whatever came before.
+// Write appends p. It checks the client's offset with the first byte only, because an empty last request has offset 0
+// whatever was sent before.
 func (u *upload) Write(p []byte) (int, error) {
 	if u.offset >= 0 && u.offset != u.size {
 		return 0, outOfOrder(u.offset, u.size)
@@ -174,7 +174,7 @@ func (u *upload) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// Close lets go; the upload can be resumed.
+// Close releases the upload, so that another request can resume it.
 func (u *upload) Close() error {
 	if u.f == nil {
 		return nil
@@ -187,7 +187,7 @@ func (u *upload) Close() error {
 	return err
 }
 
-// Cancel drops the upload.
+// Cancel removes the upload.
 func (u *upload) Cancel() error {
 	err := u.s.root.Remove("uploads/" + u.id)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -196,8 +196,7 @@ func (u *upload) Cancel() error {
 	return errors.Join(u.Close(), err)
 }
 
-// Commit verifies the upload against the digest and makes it a blob. Content
-// that is not what was promised is dropped.
+// Commit compares the upload with the digest and makes it a blob. It removes content with another digest.
 func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err error) {
 	sum, err := hexOf(d)
 	if err != nil {
@@ -225,7 +224,7 @@ func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err 
 	return ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: n}, u.Close()
 }
 
-// manifest is the part of all manifest kinds that a registry must look at.
+// manifest has the fields that a registry must read, of all kinds of manifests.
 type manifest struct {
 	MediaType    string                   `json:"mediaType"`
 	ArtifactType string                   `json:"artifactType"`
@@ -236,8 +235,8 @@ type manifest struct {
 	Annotations  map[string]string        `json:"annotations"`
 }
 
-// PushManifest implements [ociregistry.Writer]. Order matters: content,
-// referrers entry, manifest, tag. Each is visible only once what it needs is.
+// PushManifest implements [ociregistry.Writer]. It writes the content, the referrers entry, the manifest and the tag,
+// in this order. Each becomes visible only after everything that it needs.
 func (s *Store) PushManifest(
 	ctx context.Context,
 	repo, tag string,
@@ -247,7 +246,7 @@ func (s *Store) PushManifest(
 	return s.pushManifest(ctx, repo, tag, digest.FromBytes(content), content, mediaType)
 }
 
-// pushManifest stores a manifest under d, which is its digest by one algorithm.
+// pushManifest stores a manifest under d, which is its digest by one of the algorithms.
 func (s *Store) pushManifest(
 	ctx context.Context,
 	repo, tag string,
@@ -264,8 +263,7 @@ func (s *Store) pushManifest(
 			return desc, err
 		}
 	}
-	// What is checked here has to be there still when the manifest is: no blob is
-	// collected in between.
+	// The lock keeps the checked blobs until the manifest is stored: no collection can run in between.
 	s.collecting.RLock()
 	defer s.collecting.RUnlock()
 	m, err := s.check(ctx, repo, content, mediaType)
@@ -339,8 +337,8 @@ func (s *Store) setTag(repo, tag, name string, desc ociregistry.Descriptor) erro
 	return nil
 }
 
-// check parses a manifest and makes sure that everything it names is here. A
-// subject may be missing: the protocol lets referrers come first.
+// check parses a manifest and verifies that everything it names is stored. Its subject may be missing, because the
+// protocol allows referrers to arrive first.
 func (s *Store) check(ctx context.Context, repo string, content []byte, mediaType string) (manifest, error) {
 	var m manifest
 	invalid := func(format string, args ...any) error {
@@ -398,8 +396,8 @@ func missing(what string, d ociregistry.Digest, err error) error {
 	return err
 }
 
-// DeleteTag implements [ociregistry.Deleter]: the manifest stays. A create-only tag
-// is not deleted, since it would then name something else one day.
+// DeleteTag implements [ociregistry.Deleter]. The manifest stays. A create-only tag cannot be deleted, because it
+// could then name other content later.
 func (s *Store) DeleteTag(_ context.Context, repo, tag string) error {
 	name, err := tagPath(repo, tag)
 	if err != nil {
@@ -415,7 +413,7 @@ func (s *Store) DeleteTag(_ context.Context, repo, tag string) error {
 	return gone(cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))), ociregistry.ErrManifestUnknown)
 }
 
-// retired reads what a create-only tag named whose manifest was deleted.
+// retired reads which deleted manifest a create-only tag named.
 func (s *Store) retired(repo, tag string) (ociregistry.Descriptor, error) {
 	name, err := repoPath(repo, "_retired", tag)
 	if err != nil {
@@ -424,10 +422,9 @@ func (s *Store) retired(repo, tag string) (ociregistry.Descriptor, error) {
 	return s.readDescriptor(name)
 }
 
-// DeleteManifest implements [ociregistry.Deleter]: tags that name it go first, then
-// the manifest. What create-only tags named is kept, so that they come back with the
-// same content or not at all. The bytes stay until they are collected, since another
-// repository may have them.
+// DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest first, and then the manifest.
+// It remembers what create-only tags named, so that such a tag can only return with the same content. The content
+// stays until it is collected, because another repository may have it.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
 	desc, err := s.ResolveManifest(ctx, repo, d)
 	if err != nil {

@@ -10,10 +10,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// CopySQLite writes a copy of an SQLite file, of the catalogue or another, to a file
-// that must not exist. The copy is as the database was at one moment: what others
-// write meanwhile is in it whole or not at all, and nobody waits for the copy. It is
-// on the disk when this returns.
+// CopySQLite copies an SQLite database, the catalogue or another, to a new file. It refuses a file that exists. The
+// copy has the state of one moment: another writer's transaction is in it as a whole or not at all. No writer waits
+// for the copy. The copy is on the disk when CopySQLite returns.
 func CopySQLite(ctx context.Context, from, to string) error {
 	if err := copySQLite(ctx, from, to); err != nil {
 		return fmt.Errorf("copy database %s: %w", from, err)
@@ -22,11 +21,11 @@ func CopySQLite(ctx context.Context, from, to string) error {
 }
 
 func copySQLite(ctx context.Context, from, to string) (err error) {
-	// SQLite would make a database that is not there.
+	// Without this check, SQLite would make a missing database.
 	if _, err := os.Stat(from); err != nil {
 		return fault.Wrap(fault.NotFound, err, "name the server's data folder: --data FOLDER")
 	}
-	// The copy is private from its first byte: SQLite fills an empty file that is there.
+	// The file is made first, so that the copy is private from its first byte. SQLite accepts an empty file as target.
 	f, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
 	if err != nil {
 		return err
@@ -37,8 +36,8 @@ func copySQLite(ctx context.Context, from, to string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
-	// SQLite reads the source in one transaction. With a write-ahead log, as all of ours
-	// have, that blocks no writer.
+	// SQLite reads the source in one transaction. All our databases have a write-ahead log, so the transaction blocks no
+	// writer.
 	if _, err := db.ExecContext(ctx, `VACUUM INTO $1`, to); err != nil {
 		return classify("vacuum", err)
 	}

@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Who reads does not wait for who writes: with one connection for both, a builder's
-// report, or a list without an end, held up every probe and every node.
+// beside shows that readers do not wait for writers. When both used one connection, a builder's report or an endless
+// list blocked every probe and every node.
 func beside(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()
@@ -34,7 +34,7 @@ func beside(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// A write that panics leaves the only connection that writes to the next one.
+// panicked shows that the only connection for writing is free again after a write that panics.
 func panicked(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()

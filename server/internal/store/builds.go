@@ -34,7 +34,7 @@ func scanBuild(row func(...any) error) (api.Build, error) {
 	return b, errors.Join(err, json.Unmarshal([]byte(kernel), &b.Kernel))
 }
 
-// prefixed puts a table's name before each column of a list.
+// prefixed writes a table's name before each column of a list.
 func prefixed(table, columns string) string {
 	return table + "." + strings.ReplaceAll(columns, ", ", ", "+table+".")
 }
@@ -49,16 +49,16 @@ func builds(ctx context.Context, q querier, tail string, args ...any) ([]api.Bui
 	return all, classify("list builds", err)
 }
 
-// BuildFilter says which builds to list; zero fields mean any.
+// BuildFilter chooses the builds to list. An empty field allows any value.
 type BuildFilter struct {
 	State          api.State
 	BuildID, Board string
-	Milestone      int // of kernels that the catalogue has
+	Milestone      int // of the build's kernel; kernels that the catalogue lacks never match
 	Driver         string
 	Flavour        target.Flavour
 }
 
-// NextBuilds lists the first n builds that wait, in the order in which they are begun.
+// NextBuilds lists the first n waiting builds, in the order in which they will start.
 func (s *Store) NextBuilds(ctx context.Context, n int) ([]api.Build, error) {
 	return builds(ctx, s.readers, ` WHERE state = 'queued' ORDER BY priority, id LIMIT $1`, n)
 }
@@ -99,11 +99,11 @@ func (s *Store) Build(ctx context.Context, id int64) (api.Build, error) {
 	return build(ctx, s.readers, id, "")
 }
 
-// Build reads one build and keeps other transactions from changing it.
+// Build reads one build and locks it, so that no other transaction changes it.
 func (tx *Tx) Build(ctx context.Context, id int64) (api.Build, error) {
 	lock := ""
 	if tx.postgres {
-		lock = " FOR UPDATE" // SQLite's immediate transaction is a lock already
+		lock = " FOR UPDATE" // SQLite's immediate transaction has the lock already
 	}
 	return build(ctx, tx, id, lock)
 }
@@ -116,15 +116,15 @@ func build(ctx context.Context, q querier, id int64, lock string) (api.Build, er
 	return b, classify(fmt.Sprintf("read build %d", id), err)
 }
 
-// AddBuild stores a new build and returns it with its number. When the cell
-// has an open build already, that one is returned and added is false.
+// AddBuild stores a new build and returns it with its number. If the cell has an open build, AddBuild returns that
+// build, and added is false.
 func (tx *Tx) AddBuild(ctx context.Context, b api.Build) (stored api.Build, added bool, err error) {
 	kernel, err := json.Marshal(b.Kernel)
 	if err != nil {
 		return b, false, fmt.Errorf("encode kernel %s: %w", b.Kernel, err)
 	}
 	tx.touch(b.Kernel.String())
-	// The unique index over open builds decides; a lost race shows as no row.
+	// The database has a unique index over open builds. If another transaction was first, the INSERT returns no row.
 	for range 3 {
 		err = tx.QueryRowContext(
 			ctx,
@@ -152,12 +152,12 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNIN
 		if err != nil || found {
 			return open, false, err
 		}
-		// It was finished between the two statements: try once more.
+		// That build ended between the two statements, so another attempt follows.
 	}
 	return b, false, fault.New(fault.Busy, "store build: the cell's open build keeps changing", "ask again")
 }
 
-// openBuild finds the open build of the cell that b is of.
+// openBuild finds the open build of the same cell as b.
 func (tx *Tx) openBuild(ctx context.Context, b api.Build) (api.Build, bool, error) {
 	open, err := builds(ctx, tx, ` WHERE build_id = $1 AND board = $2 AND driver = $3 AND flavour = $4
         AND state IN ('queued', 'building')`, b.Kernel.BuildID, b.Kernel.Board, b.Driver.Version, string(b.Driver.Flavour))
@@ -167,9 +167,8 @@ func (tx *Tx) openBuild(ctx context.Context, b api.Build) (api.Build, bool, erro
 	return open[0], true, nil
 }
 
-// SetBuild stores a build as it is now. Its cell, its number and when it was
-// asked for never change. One that is opened while another build of its cell is
-// open is refused as busy.
+// SetBuild stores the current state of a build. The cell, the number and the creation time of a build never change.
+// The error has kind Busy if b is open and another build of its cell is open, too.
 func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 	kernel, err := json.Marshal(b.Kernel)
 	if err != nil {

@@ -15,23 +15,24 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A fleet asks the same few questions over and over, and each costs a database some
-// hundred microseconds. So what decides about a kernel's cells is stored until
-// something is written about that kernel. With SQLite, this process is the only one
-// that writes. With PostgreSQL, writers tell each other by NOTIFY, in the transaction
-// that writes; who does not receive them stores nothing.
+// Nodes ask the same few questions again and again, and each question costs a database some hundred microseconds. The
+// cache therefore keeps the facts of a kernel's cells until somebody writes about that kernel. With SQLite, this
+// process is the only writer. With PostgreSQL, each writer notifies the others by NOTIFY, in the transaction that
+// writes. A process that receives no notifications caches nothing.
 
-// Bounds of what is stored.
+// Limits of the cache.
 const (
 	rememberedKernels = 8192
 	rememberedDrivers = 4096
-	// maxNotes is how many kernels one transaction tells of by name.
+	rememberedTexts   = 4096
+	// maxNotes is the most keys that one transaction announces. A transaction that changes more announces that
+	// everything changed.
 	maxNotes = 50
 	channel  = "prebake_catalogue"
 )
 
-// KernelCells is a kernel and what decides about all of its cells. It is shared:
-// nobody may change it.
+// KernelCells is a kernel with the facts that decide the state of its cells. Readers share it, so it must not be
+// changed.
 type KernelCells struct {
 	Kernel api.Kernel
 	Facts  map[CellKey]Facts
@@ -40,23 +41,38 @@ type KernelCells struct {
 type cache struct {
 	kernels *lru.Cache[string, *KernelCells]
 	drivers *lru.Cache[string, api.DriverRelease]
+	// texts has those that many kernels share, such as driver versions, states and names of builders. With one copy of
+	// each, the garbage collector has less to scan. A text that was dropped is stored twice at worst.
+	texts *lru.Cache[string, string]
 
 	mu        sync.Mutex
-	listening bool   // what is written elsewhere is heard
-	dropped   uint64 // counts what was forgotten
+	listening bool   // notifications of other writers arrive
+	dropped   uint64 // how often entries were dropped
 }
 
 func newCache() *cache {
 	kernels, err := lru.New[string, *KernelCells](rememberedKernels)
 	drivers, derr := lru.New[string, api.DriverRelease](rememberedDrivers)
-	if err := errors.Join(err, derr); err != nil {
-		panic(err) // of a size that is not positive
+	texts, terr := lru.New[string, string](rememberedTexts)
+	if err := errors.Join(err, derr, terr); err != nil {
+		panic(err) // an error means that the size is not positive
 	}
-	return &cache{kernels: kernels, drivers: drivers}
+	return &cache{kernels: kernels, drivers: drivers, texts: texts}
 }
 
-// remember reads something and keeps it, unless something was forgotten meanwhile:
-// what was read may be older than that.
+// share replaces each text by the first equal one.
+func (c *cache) share(all ...*string) {
+	for _, text := range all {
+		if first, ok := c.texts.Get(*text); ok {
+			*text = first
+		} else {
+			c.texts.Add(*text, *text)
+		}
+	}
+}
+
+// remember returns a cached value, or reads it and caches it. It does not cache the value if entries were dropped
+// during the read, because the value may be older than the change.
 func remember[T any](c *cache, in *lru.Cache[string, T], key string, read func() (T, bool, error)) (T, error) {
 	if v, ok := in.Get(key); ok {
 		return v, nil
@@ -76,7 +92,7 @@ func remember[T any](c *cache, in *lru.Cache[string, T], key string, read func()
 	return v, nil
 }
 
-// forget drops what was written about; key "" is everything.
+// forget drops the entries of the kernels and drivers with these keys. The key "" drops everything.
 func (c *cache) forget(keys ...string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -92,7 +108,7 @@ func (c *cache) forget(keys ...string) {
 	}
 }
 
-// listens says whether other writers are heard from now on.
+// listens sets whether notifications of other writers arrive. It also drops everything.
 func (c *cache) listens(yes bool) {
 	c.mu.Lock()
 	c.listening = yes
@@ -100,8 +116,8 @@ func (c *cache) listens(yes bool) {
 	c.forget("")
 }
 
-// KernelCells reads a kernel and what decides about its cells; nil when the
-// catalogue does not know the kernel.
+// KernelCells reads a kernel with the facts that decide the state of its cells. It returns nil if the catalogue lacks
+// the kernel. The result may come from the cache.
 func (s *Store) KernelCells(ctx context.Context, buildID, board string) (*KernelCells, error) {
 	return remember(s.cache, s.cache.kernels, buildID+"/"+board, func() (*KernelCells, bool, error) {
 		all, facts, _, err := s.Cells(ctx, KernelFilter{BuildID: buildID, Board: board}, Page{Limit: 1})
@@ -112,9 +128,9 @@ func (s *Store) KernelCells(ctx context.Context, buildID, board string) (*Kernel
 	})
 }
 
-// RememberedCells lists a page of kernels with what decides about their cells, newest
-// BUILD_ID first, out of what is stored where it is. Each kernel is as one state
-// of the database had it, the page as a whole need not be.
+// RememberedCells lists a page of kernels with the facts about their cells, newest BUILD_ID first. It uses the cache
+// if all of the page is cached. Each kernel then has one consistent state of the database, but two kernels may have
+// different states.
 func (s *Store) RememberedCells(
 	ctx context.Context,
 	f KernelFilter,
@@ -145,7 +161,7 @@ func (s *Store) RememberedCells(
 	return all, next, nil
 }
 
-// rememberPage reads a page and keeps it, unless something was forgotten meanwhile.
+// rememberPage reads a page and caches it, unless entries were dropped during the read.
 func (s *Store) rememberPage(ctx context.Context, f KernelFilter, p Page) (all []*KernelCells, next string, err error) {
 	c := s.cache
 	c.mu.Lock()
@@ -175,7 +191,7 @@ func (s *Store) rememberPage(ctx context.Context, f KernelFilter, p Page) (all [
 	return all, next, nil
 }
 
-// listen receives what other processes write, until ctx is done.
+// listen receives the notifications of other processes, until ctx is done.
 func (s *Store) listen(ctx context.Context, url string) {
 	pause := backoff.NewExponentialBackOff()
 	pause.MaxInterval = 10 * time.Second
@@ -192,13 +208,13 @@ func (s *Store) listen(ctx context.Context, url string) {
 	}
 }
 
-// listenOnce is one connection of listen.
+// listenOnce listens on one connection until it breaks.
 func (s *Store) listenOnce(ctx context.Context, url string, begun func()) error {
 	conn, err := pgx.Connect(ctx, url)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }() // it is of no use any more
+	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }() // the connection is not used again
 	if _, err := conn.Exec(ctx, "LISTEN "+channel); err != nil {
 		return err
 	}
@@ -213,8 +229,7 @@ func (s *Store) listenOnce(ctx context.Context, url string, begun func()) error 
 	}
 }
 
-// touch notes that a transaction writes about a kernel (BUILD_ID/BOARD) or a driver
-// version; "" means about more than that.
+// touch notes that the transaction changes a kernel (BUILD_ID/BOARD) or a driver version. "" stands for everything.
 func (tx *Tx) touch(key string) {
 	if tx.touched == nil {
 		tx.touched = map[string]bool{}
@@ -222,7 +237,7 @@ func (tx *Tx) touch(key string) {
 	tx.touched[key] = true
 }
 
-// notes returns what others have to forget once the transaction is over.
+// notes returns the keys that every cache has to drop after the transaction.
 func (tx *Tx) notes() []string {
 	if tx.touched[""] || len(tx.touched) > maxNotes {
 		return []string{""}
@@ -234,7 +249,7 @@ func (tx *Tx) notes() []string {
 	return all
 }
 
-// notify has PostgreSQL tell all servers when the transaction is committed.
+// notify makes PostgreSQL send the keys to all servers when the transaction is committed.
 func (tx *Tx) notify(ctx context.Context, notes []string) error {
 	if !tx.postgres {
 		return nil

@@ -47,8 +47,7 @@ func (s *Store) Drivers(ctx context.Context, p Page) (all []api.DriverRelease, n
 	return all, next, classify("list drivers", err)
 }
 
-// Driver reads one driver version; one that nobody has seen comes without
-// flavours and without an error.
+// Driver reads one driver version. An unknown version is no error; it has no flavours.
 func (s *Store) Driver(ctx context.Context, version string) (api.DriverRelease, error) {
 	return remember(s.cache, s.cache.drivers, version, func() (api.DriverRelease, bool, error) {
 		d, err := scanDriver(
@@ -61,7 +60,7 @@ func (s *Store) Driver(ctx context.Context, version string) (api.DriverRelease, 
 	})
 }
 
-// PutDriver adds a driver version, or what is new about it.
+// PutDriver adds a driver version, or adds facts to a known one.
 func (tx *Tx) PutDriver(ctx context.Context, d api.DriverRelease) error {
 	flavours, err := json.Marshal(append([]target.Flavour{}, d.Flavours...))
 	if err != nil {
@@ -88,17 +87,16 @@ func scanArtifact(row func(...any) error, more ...any) (api.Artifact, error) {
 	return a, err
 }
 
-// ArtifactFilter says which artifacts to list; zero fields mean any.
+// ArtifactFilter chooses the artifacts to list. An empty field allows any value.
 type ArtifactFilter struct {
 	Digest, Driver string
 	Flavour        target.Flavour
 	State          api.State
-	// BuildID and Board are of a kernel that the artifact is attested for.
+	// BuildID and Board name a kernel that the artifact is attested for.
 	BuildID, Board string
 }
 
-// Artifacts lists a page of artifacts, newest first, with the kernels that each
-// is attested for.
+// Artifacts lists a page of artifacts, newest first. Each has the kernels that it is attested for.
 func (s *Store) Artifacts(ctx context.Context, f ArtifactFilter, p Page) (all []api.Artifact, next string, err error) {
 	all, next, err = artifacts(ctx, s.readers, f, p)
 	return all, next, classify("list artifacts", err)
@@ -122,7 +120,7 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 		w.and("a.digest IN (SELECT digest FROM artifact_kernels" + k.String() + ")")
 	}
 	if after != nil {
-		// The time is text in the cursor and a number in the table.
+		// The cursor has the time as text, and the table as a number.
 		w.and(
 			"a.published_at <= CAST(? AS BIGINT) AND (a.published_at < CAST(? AS BIGINT) OR a.digest > ?)",
 			after[0],
@@ -134,7 +132,7 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 	all, at := make([]api.Artifact, 0, p.Limit+1), make(map[string]int, p.Limit+1)
 	err = query(ctx, q, func(row func(...any) error) error {
 		a, err := scanArtifact(row)
-		a.Kernels = make([]target.Kernel, 0, 4) // some COS builds in a row share a kernel
+		a.Kernels = make([]target.Kernel, 0, 4) // often some consecutive COS builds share a kernel
 		at[a.Digest] = len(all)
 		all = append(all, a)
 		return err
@@ -142,7 +140,7 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 	if err != nil {
 		return nil, "", err
 	}
-	known := map[string]target.Kernel{} // artifacts of one kernel share its text, which is read once
+	known := map[string]target.Kernel{} // artifacts of one kernel have the same text, which is parsed once
 	err = query(ctx, q, func(row func(...any) error) error {
 		var digest, raw string
 		if err := row(&digest, &raw); err != nil {
@@ -155,7 +153,7 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 			}
 			known[raw] = k
 		}
-		if i, ok := at[digest]; ok { // absent: stored between the two reads
+		if i, ok := at[digest]; ok { // absent if it was stored between the two reads
 			all[i].Kernels = append(all[i].Kernels, k)
 		}
 		return nil
@@ -178,7 +176,7 @@ func (s *Store) Artifact(ctx context.Context, digest string) (api.Artifact, erro
 	return artifact(ctx, s.readers, digest)
 }
 
-// Artifact reads one artifact.
+// Artifact reads one artifact inside the transaction.
 func (tx *Tx) Artifact(ctx context.Context, digest string) (api.Artifact, error) {
 	return artifact(ctx, tx, digest)
 }
@@ -198,9 +196,8 @@ func artifact(ctx context.Context, q querier, digest string) (api.Artifact, erro
 	return all[0], nil
 }
 
-// PutArtifact adds an artifact, or adds kernels to one that is there. Digest,
-// driver and fingerprint of a stored artifact never change, nor does its
-// yanked state: that is SetArtifactState's.
+// PutArtifact adds an artifact, or adds kernels to a known one. It never changes the digest, driver, fingerprint or
+// state of a stored artifact. [Tx.SetArtifactState] changes the state.
 func (tx *Tx) PutArtifact(ctx context.Context, a api.Artifact) error {
 	err := func() error {
 		_, err := tx.ExecContext(ctx, `
@@ -216,8 +213,8 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (digest) DO NOTHING
 			if err != nil {
 				return err
 			}
-			// Other kernels of this fingerprint keep what is stored of them: there, the
-			// artifact is no more than a reason to attest it, which a builder finds anyway.
+			// Cached facts of other kernels with this fingerprint stay. For those kernels, the artifact is only a reason to
+			// attest it, and a builder finds it anyway.
 			tx.touch(k.String())
 			_, err = tx.ExecContext(ctx, `
 INSERT INTO artifact_kernels (digest, build_id, board, kernel, attested_at) VALUES ($1, $2, $3, $4, $5)
@@ -232,8 +229,7 @@ ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
 	return classify("store artifact "+a.Digest, err)
 }
 
-// Withdrawn lists the n artifacts that were yanked or put in quarantine last, without
-// their kernels.
+// Withdrawn lists the n artifacts that were yanked or quarantined last, without their kernels.
 func (s *Store) Withdrawn(ctx context.Context, n int) (all []api.Artifact, err error) {
 	err = query(ctx, s.readers, func(row func(...any) error) error {
 		a, err := scanArtifact(row)
@@ -244,10 +240,10 @@ ORDER BY a.withdrawn_at DESC, a.digest LIMIT $1`, n)
 	return all, classify("list withdrawn artifacts", err)
 }
 
-// KernelGroup counts the kernels of a board and a milestone.
+// KernelGroup is the number of kernels of one board and milestone.
 type KernelGroup struct {
 	Board     string
-	Milestone int // 0 is not known yet
+	Milestone int // 0 means not known yet
 	Kernels   int
 }
 
@@ -262,7 +258,8 @@ func (s *Store) KernelGroups(ctx context.Context) (all []KernelGroup, err error)
 	return all, classify("count kernels", err)
 }
 
-// SetArtifactState yanks or unyanks, as of a time. It has no replacement then.
+// SetArtifactState sets the state of an artifact and the reason. at is the time of the withdrawal. The replacement is
+// cleared.
 func (tx *Tx) SetArtifactState(
 	ctx context.Context,
 	digest string,
@@ -273,7 +270,7 @@ func (tx *Tx) SetArtifactState(
 	if !state.Withdrawn() {
 		at = time.Time{}
 	}
-	tx.touch("") // of all kernels that it is attested for
+	tx.touch("") // all kernels that the artifact is attested for
 	_, err := tx.ExecContext(
 		ctx,
 		`UPDATE artifacts SET state = $2, reason = $3, replacement = '', withdrawn_at = $4 WHERE digest = $1`,
@@ -285,14 +282,14 @@ func (tx *Tx) SetArtifactState(
 	return classify("mark artifact "+digest, err)
 }
 
-// SetReplacement names what takes a yanked artifact's place.
+// SetReplacement stores which artifact replaces a yanked one.
 func (tx *Tx) SetReplacement(ctx context.Context, digest, replacement string) error {
 	tx.touch("")
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET replacement = $2 WHERE digest = $1`, digest, replacement)
 	return classify("store replacement of "+digest, err)
 }
 
-// DropArtifact forgets an artifact of this repository whose bytes are gone.
+// DropArtifact removes an artifact of this repository whose content was deleted.
 func (tx *Tx) DropArtifact(ctx context.Context, repository, digest string) (dropped bool, err error) {
 	tx.touch("")
 	done, err := tx.ExecContext(ctx, `DELETE FROM artifacts WHERE digest = $1 AND repository = $2`, digest, repository)

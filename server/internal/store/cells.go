@@ -5,8 +5,6 @@ import (
 	"slices"
 	"time"
 
-	lru "github.com/hashicorp/golang-lru/v2"
-
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
 )
@@ -17,10 +15,10 @@ type CellKey struct {
 	Driver         target.Driver
 }
 
-// Facts are all that decides the state of a cell.
+// Facts are everything that decides the state of a cell.
 type Facts struct {
-	// Artifacts of the driver that may be this kernel's: those of its fingerprint
-	// or, while that is not known, those that are attested for it.
+	// Artifacts are the artifacts of the driver that may fit the kernel. They have the kernel's fingerprint. If that is
+	// not known, they are the artifacts that are attested for the kernel.
 	Artifacts []Candidate
 	// Newest is the newest build of the cell; nil when there is none.
 	Newest *api.Build
@@ -29,14 +27,13 @@ type Facts struct {
 // Candidate is an artifact, without the list of its kernels.
 type Candidate struct {
 	api.Artifact
-	// Attested says that the artifact is attested for the kernel in question.
+	// Attested means that the artifact is attested for this kernel.
 	Attested bool
-	// AttestedAt is since when; zero when it is not, or nobody knows.
+	// AttestedAt is when the artifact was attested. It is zero if it is not attested or the time is not known.
 	AttestedAt time.Time
 }
 
-// Cells reads a page of kernels and what decides about all of their cells, in one
-// state of the database.
+// Cells reads a page of kernels with the facts about all of their cells. It reads them in one state of the database.
 func (s *Store) Cells(
 	ctx context.Context,
 	f KernelFilter,
@@ -50,17 +47,16 @@ func (s *Store) Cells(
 		if all, next, err = kernels(ctx, q, f, p); err != nil {
 			return err
 		}
-		found, err = facts(ctx, q, text, args)
+		found, err = facts(ctx, q, s.cache, text, args)
 		return err
 	})
 	return all, found, next, classify("read cells", err)
 }
 
-// facts reads what decides about the cells of the kernels that the query from names
-// by build_id, board and fingerprint. The order of the CROSS JOINs is the one to look
-// things up in, which SQLite keeps and PostgreSQL may change: without statistics,
-// SQLite would begin at the wrong end.
-func facts(ctx context.Context, q querier, from string, args []any) (map[CellKey]Facts, error) {
+// facts reads the facts about the cells of some kernels. from is a query for build_id, board and fingerprint of those
+// kernels. The order of the CROSS JOINs is the order of the lookups. SQLite keeps that order and PostgreSQL may
+// change it. The order is written down because SQLite has no statistics here and would start with the wrong table.
+func facts(ctx context.Context, q querier, common *cache, from string, args []any) (map[CellKey]Facts, error) {
 	all := map[CellKey]Facts{}
 	same := texts{}
 	err := query(ctx, q, func(row func(...any) error) error {
@@ -69,7 +65,7 @@ func facts(ctx context.Context, q querier, from string, args []any) (map[CellKey
 		var at int64
 		a, err := scanArtifact(row, &key.BuildID, &key.Board, &attested, &at)
 		same.share(&a.Digest, &a.Reason, &key.BuildID, (*string)(&a.Fingerprint))
-		shareCommon(&a.Repository, &a.Driver.Version, &a.Release, &key.Board,
+		common.share(&a.Repository, &a.Driver.Version, &a.Release, &key.Board,
 			(*string)(&a.Driver.Flavour), (*string)(&a.Arch), (*string)(&a.State))
 		key.Driver = a.Driver
 		f := all[key]
@@ -92,12 +88,12 @@ ORDER BY 10 DESC, 1`, args...)
 	err = query(ctx, q, func(row func(...any) error) error {
 		b, err := scanBuild(row)
 		same.share(&b.Digest, &b.Kernel.BuildID, &b.Kernel.Commit, &b.Error)
-		shareCommon(&b.Driver.Version, (*string)(&b.Driver.Flavour), (*string)(&b.State), &b.Kernel.Board,
+		common.share(&b.Driver.Version, (*string)(&b.Driver.Flavour), (*string)(&b.State), &b.Kernel.Board,
 			&b.Kernel.Release, &b.Kernel.Version, (*string)(&b.Kernel.Arch), &b.Class, &b.Hint, &b.Worker)
 		for i := range b.Phases {
-			shareCommon(&b.Phases[i].Name)
+			common.share(&b.Phases[i].Name)
 		}
-		b.Phases = slices.Clip(slices.Clone(b.Phases)) // the decoder leaves room
+		b.Phases = slices.Clip(slices.Clone(b.Phases)) // removes the spare capacity of the decoder
 		key := CellKey{b.Kernel.BuildID, b.Kernel.Board, b.Driver}
 		f := all[key]
 		f.Newest = &b
@@ -110,7 +106,8 @@ WHERE b.build_id = k.build_id AND b.board = k.board AND b.id = (SELECT MAX(n.id)
 	return all, err
 }
 
-// texts has each text once: the facts about one kernel repeat the same few, and are stored for long.
+// texts keeps one copy of each text. The facts about one kernel repeat the same few texts and stay in memory for
+// long.
 type texts map[string]string
 
 func (t texts) share(all ...*string) {
@@ -119,26 +116,6 @@ func (t texts) share(all ...*string) {
 			*text = first
 		} else {
 			t[*text] = *text
-		}
-	}
-}
-
-// common are texts that the facts about many kernels have: driver versions, states, builders. One copy of each
-// leaves a collection of garbage less to look at. What falls out of this list is stored twice at worst.
-var common = func() *lru.Cache[string, string] {
-	c, err := lru.New[string, string](4096)
-	if err != nil {
-		panic(err) // of a size that is not positive
-	}
-	return c
-}()
-
-func shareCommon(all ...*string) {
-	for _, text := range all {
-		if first, ok := common.Get(*text); ok {
-			*text = first
-		} else {
-			common.Add(*text, *text)
 		}
 	}
 }

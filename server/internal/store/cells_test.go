@@ -16,13 +16,13 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// pages follows each list page by page, and wants each entry once.
+// pages reads each list page by page, and wants each entry exactly once.
 func pages(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	major, _, _ := strings.Cut(id, ".")
 	board := "pages" + major
 	err := s.Write(ctx, func(tx *store.Tx) error {
-		for _, n := range []int{2, 10, 1, 9, 100} { // not in the order of text
+		for _, n := range []int{2, 10, 1, 9, 100} { // numeric order differs from text order
 			k := api.Kernel{Kernel: target.Kernel{BuildID: fmt.Sprintf("%s.%d.0", major, n), Board: board}, SeenAt: noon}
 			if err := tx.PutKernel(ctx, k); err != nil {
 				return err
@@ -103,7 +103,7 @@ func pages(t *testing.T, s *store.Store, id string) {
 				}
 			}
 			want := newest
-			if name == "builds" || name == "artifacts" { // by number of the build, by digest
+			if name == "builds" || name == "artifacts" { // by the build's number or the digest
 				want = slices.Sorted(slices.Values(newest))
 				slices.Sort(got)
 			}
@@ -117,7 +117,7 @@ func pages(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// cells examines what decides about one cell.
+// cells checks the facts that decide one cell.
 func cells(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	known, sibling := kernelOf(id), kernelOf(id+"1")
@@ -150,7 +150,7 @@ func cells(t *testing.T, s *store.Store, id string) {
 	rows := []struct {
 		name        string
 		fingerprint target.Fingerprint
-		want        []string // digests' first letter, with ! where attested
+		want        []string // the first letters of the digests, with ! if attested
 	}{
 		{"fingerprint unknown: what is attested", "", []string{"a!"}},
 		{"fingerprint known: all of it, newest first", finger, []string{"b", "a!"}},
@@ -185,8 +185,8 @@ func cells(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// remembered writes in all the ways there are, by another process too where there
-// can be one, and wants each to be seen by who asked before.
+// remembered writes in every possible way. With PostgreSQL, another process writes. A reader who asked before must
+// see each change.
 func remembered(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	other := s
@@ -209,7 +209,7 @@ func remembered(t *testing.T, s *store.Store, id string) {
 		}
 		return text
 	}
-	state := func(listFirst bool) string { // who comes first reads what the other remembers
+	state := func(listFirst bool) string { // the second call may use what the first one cached
 		var cells *store.KernelCells
 		var page []*store.KernelCells
 		one := func() (err error) { cells, err = s.KernelCells(ctx, id, "lakitu"); return err }
@@ -252,14 +252,14 @@ func remembered(t *testing.T, s *store.Store, id string) {
 		}},
 		{"1.3 build failed", func(tx *store.Tx) error { _, err := tx.DropArtifact(ctx, "/r", artifact.Digest); return err }},
 	} {
-		state(i%2 == 0) // and so it is stored
+		state(i%2 == 0) // fills the cache
 		if err := other.Write(ctx, step.write); err != nil {
 			t.Fatal(err)
 		}
 		got := state(i%2 == 0)
 		for end := time.Now().Add(5 * time.Second); got != step.want && other != s &&
 			time.Now().Before(end); got = state(i%2 == 0) {
-			time.Sleep(time.Millisecond) // the note is on its way
+			time.Sleep(time.Millisecond) // the notification has not arrived yet
 		}
 		if got != step.want {
 			t.Errorf("after a write, the answer is %q; want %q", got, step.want)

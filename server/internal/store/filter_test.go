@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// filtered finds kernels by what is looked for in the matrix, and lists what pages show.
-// Rows of other tests are in the database, too, so that the board is this test's own.
+// filtered searches kernels as the matrix does, and lists what the pages show. It uses boards of its own, because the
+// database has rows of other tests, too.
 func filtered(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	noon := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)

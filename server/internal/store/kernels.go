@@ -36,29 +36,28 @@ func scanKernel(row func(...any) error, more ...any) (api.Kernel, error) {
 	return k, err
 }
 
-// What is stored of a map and of a list without entries.
+// noMap and noList are the stored forms of a map and of a list without entries.
 const (
 	noMap  = "{}"
 	noList = "[]"
 )
 
-// KernelFilter says which kernels to list; zero fields mean any.
+// KernelFilter chooses the kernels to list. An empty field allows any value.
 type KernelFilter struct {
 	BuildID, Board string
 	Milestone      int
-	// State is one that at least one cell of the kernel is in, other than published:
-	// that of the cell's newest build, or yanked or quarantined of an artifact that is
-	// attested for the kernel.
+	// State keeps kernels that have a cell in this state. It is the state of the cell's newest build, or yanked or
+	// quarantined for an artifact that is attested for the kernel. Published is not possible.
 	State api.State
-	// Text is how BUILD_ID or kernel release begin: letters, digits and ".+~-" only, since
-	// it becomes part of a pattern.
+	// Text is the beginning of a BUILD_ID or a kernel release. It becomes part of a pattern, so it may have only
+	// letters, digits and ".+~-".
 	Text string
-	// GKE is a version of GKE whose nodes boot the kernel, or how one begins: 1.33 or
-	// 1.33.5. It becomes part of a pattern: digits, dots and "-gke." only.
+	// GKE is a GKE version whose nodes boot the kernel, or the beginning of one: 1.33 or 1.33.5. It becomes part of a
+	// pattern, so it may have only digits, dots and "-gke.".
 	GKE string
 }
 
-// gke adds the condition that nodes of a GKE version boot a kernel.
+// gke adds the condition that nodes of a GKE version boot the kernel.
 func (f KernelFilter) gke(w *where) {
 	switch dots := strings.Count(f.GKE, "."); {
 	case f.GKE == "":
@@ -71,7 +70,7 @@ func (f KernelFilter) gke(w *where) {
 	}
 }
 
-// state adds the condition that a kernel has a cell in a state.
+// state adds the condition that the kernel has a cell in the wanted state.
 func (f KernelFilter) state(w *where) {
 	switch f.State {
 	case "":
@@ -85,7 +84,7 @@ AND n.flavour = b.flavour AND n.id > b.id))`, string(f.State))
 	}
 }
 
-// page makes the query of a page of kernels, newest BUILD_ID first.
+// page makes the query for a page of kernels, newest BUILD_ID first.
 func (f KernelFilter) page(columns string, p Page) (text string, args []any, err error) {
 	after, err := p.parse(2)
 	if err != nil {
@@ -107,7 +106,7 @@ func (f KernelFilter) page(columns string, p Page) (text string, args []any, err
 	return text, w.args, nil
 }
 
-// AfterKernel is the cursor of the page that begins after a kernel, newest first.
+// AfterKernel returns the cursor of the page that starts after a kernel, in the order newest first.
 func AfterKernel(k api.Kernel) string { return cursor(kernelKey(k)...) }
 
 func kernelKey(k api.Kernel) []string { return []string{target.SortKey(k.BuildID), k.Board} }
@@ -133,12 +132,12 @@ func (s *Store) Kernels(ctx context.Context, f KernelFilter, p Page) (all []api.
 	return all, next, classify("list kernels", err)
 }
 
-// Kernel reads one kernel; known is false when the catalogue lacks it.
+// Kernel reads one kernel. known is false if the catalogue lacks it.
 func (s *Store) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
 	return kernel(ctx, s.readers, buildID, board)
 }
 
-// Kernel reads one kernel; known is false when the catalogue lacks it.
+// Kernel reads one kernel inside the transaction. known is false if the catalogue lacks it.
 func (tx *Tx) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
 	return kernel(ctx, tx, buildID, board)
 }
@@ -152,8 +151,7 @@ func kernel(ctx context.Context, q querier, buildID, board string) (k api.Kernel
 	return k, err == nil, classify("read kernel "+buildID+"/"+board, err)
 }
 
-// PutKernel adds a kernel or what is new about it: empty fields leave what is
-// stored as it is.
+// PutKernel adds a kernel, or adds facts to a known one. Empty fields leave the stored values.
 func (tx *Tx) PutKernel(ctx context.Context, k api.Kernel) error {
 	branches, err := encoded(k.Branches)
 	if err != nil {
@@ -192,8 +190,8 @@ func encoded[T any](m map[string]T) (string, error) {
 	return string(text), err
 }
 
-// PutGKE stores which versions of GKE boot a kernel; none are none any more. A kernel
-// that the catalogue lacks stays out of it.
+// PutGKE stores which GKE versions boot a kernel. An empty list removes them all. A kernel that the catalogue lacks
+// is not added.
 func (tx *Tx) PutGKE(ctx context.Context, buildID, board string, versions []string) error {
 	text, err := json.Marshal(append([]string{}, versions...))
 	if err != nil {

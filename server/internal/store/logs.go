@@ -14,12 +14,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Logs keeps build logs as files: <dir>/<build>.log is what a builder sent at the end, and
-// <dir>/<build>.live what it has sent of a running build.
+// Logs stores build logs as files. <dir>/<build>.log is the complete log that a builder sent at the end.
+// <dir>/<build>.live is the part that it has sent of a running build.
 type Logs struct{ root *os.Root }
 
-// OpenLogs opens the folder, making it if need be, and clears what an
-// interrupted upload left behind.
+// OpenLogs opens the folder, and makes it if it is missing. It removes the remains of interrupted uploads.
 func OpenLogs(dir string) (*Logs, error) {
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return nil, fmt.Errorf("open logs: %w", err)
@@ -46,9 +45,9 @@ func (l *Logs) Close() error { return l.root.Close() }
 func logName(build int64) string  { return strconv.FormatInt(build, 10) + ".log" }
 func liveName(build int64) string { return strconv.FormatInt(build, 10) + ".live" }
 
-// Append adds to the log of a running build. offset is where the text belongs, in bytes:
-// 0 begins anew, and where the log does not end is kind Mismatch. At most api.MaxLiveLog
-// bytes are kept.
+// Append adds to the log of a running build. offset is the position of the text, in bytes. An offset of 0 starts the
+// log again. Any other offset has to be the current end of the log, or the error has kind Mismatch. The log may have
+// at most api.MaxLiveLog bytes.
 func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 	flags := os.O_WRONLY
 	if offset == 0 {
@@ -82,15 +81,14 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 		err = fault.New(fault.TooLarge, fmt.Sprintf("the log of a build under way has %d MiB at most", api.MaxLiveLog>>20),
 			"send all of it when the build has ended")
 	}
-	if err != nil { // a part is there whole, or not at all
+	if err != nil { // a part is stored whole or not at all
 		err = errors.Join(fault.Disk(err, "free space for the server's data folder"), f.Truncate(offset))
 		return fmt.Errorf("store log of build %d: %w", build, err)
 	}
 	return nil
 }
 
-// Put stores a build's log in place of the one before; readers see the one or
-// the other whole.
+// Put replaces the log of a build. Readers see the old log or the new one, and never a mixture.
 func (l *Logs) Put(build int64, r io.Reader) (err error) {
 	name := logName(build)
 	part, err := os.CreateTemp(l.root.Name(), name+".*.part")
@@ -128,9 +126,9 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// Get opens a build's log, as far as it is there; size is its length. Of a running build,
-// live is set: what it has sent goes before the log of an earlier try. When it has ended, what
-// it sent as a whole goes before parts, of which one may come late.
+// Get opens the log of a build; size is its current length in bytes. live means that the build is running. The log of
+// the running attempt then takes precedence over the complete log of an earlier one. For an ended build, the complete
+// log takes precedence over the parts, because a part may arrive late.
 func (l *Logs) Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error) {
 	names := []string{logName(build), liveName(build)}
 	if live {

@@ -10,15 +10,15 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Changes counts what was written, as far as this process knows: while it stays the
-// same, what was measured holds.
+// Changes returns a counter of the writes that this process knows of. While it stays the same, a measurement stays
+// valid.
 func (s *Store) Changes() uint64 {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
 	return s.cache.dropped
 }
 
-// Bounds of one transaction and one statement that store what a wish list wants, in cells.
+// wantedAtOnce and wantedRows are how many wanted cells one transaction and one statement store.
 const (
 	wantedAtOnce = 1000
 	wantedRows   = 100
@@ -27,11 +27,11 @@ const (
 // WantedCell is a cell that a wish list wants.
 type WantedCell struct {
 	CellKey
-	// Early says that an early-warning entry wants it.
+	// Early means that an early-warning entry wants the cell.
 	Early bool
 }
 
-// early is the column of that name.
+// early returns the value of the column early.
 func (w WantedCell) early() int {
 	if w.Early {
 		return 1
@@ -39,8 +39,8 @@ func (w WantedCell) early() int {
 	return 0
 }
 
-// SetWanted stores the cells that a wish list resulted in in place of those before. It
-// writes only what differs, in several transactions, so that a long list blocks nobody.
+// SetWanted replaces the wanted cells of a wish list. It writes only the differences, in several transactions, so
+// that a long list blocks no other writer.
 func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) error {
 	stored := map[WantedCell]bool{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -99,7 +99,7 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) 
 	return nil
 }
 
-// addWanted stores cells that a wish list wants. A list that was removed meanwhile wants none.
+// addWanted stores wanted cells of a wish list. It stores nothing for a list that was removed meanwhile.
 func (tx *Tx) addWanted(ctx context.Context, list string, cells []WantedCell) error {
 	if len(cells) == 0 {
 		return nil
@@ -117,17 +117,16 @@ func (tx *Tx) addWanted(ctx context.Context, list string, cells []WantedCell) er
 	) +
 		`) c WHERE EXISTS (SELECT 1 FROM wish_lists WHERE name = $1) ON CONFLICT (list, build_id, board, driver, flavour)
 DO UPDATE SET early = excluded.early`
-	if tx.postgres { // the types of parameters are not to be seen in a SELECT without a table
+	if tx.postgres { // without a table, PostgreSQL cannot tell the types of the parameters
 		text = strings.ReplaceAll(text, "SELECT $1,", "SELECT CAST($1 AS TEXT),")
 	}
 	_, err := tx.ExecContext(ctx, text, args...)
 	return err
 }
 
-// Coverage counts the cells that wish lists want, but for early warnings, by milestone (0 is not known) and
-// by state, in the order in which package catalogue judges. A state of
-// Unknown is one that nobody built and nobody builds. It costs some ten
-// microseconds for each cell.
+// Coverage counts the wanted cells by milestone and by state. Cells that only early-warning entries want are left
+// out. Milestone 0 means that it is not known. A cell's state is decided by the same rules as in package catalogue.
+// State Unknown means that the cell has no artifact and no build. Coverage takes some ten microseconds for each cell.
 func (s *Store) Coverage(ctx context.Context) (map[int]map[api.State]int, error) {
 	counts := map[int]map[api.State]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -172,17 +171,17 @@ FROM facts GROUP BY 1, 2`)
 	return counts, classify("count wanted cells", err)
 }
 
-// Waiting is a build in the order of the queue.
+// Waiting is a queued build.
 type Waiting struct {
 	ID       int64
 	Priority int
 	Flavour  target.Flavour
 }
 
-// maxWaiting bounds how much of the queue is looked at.
+// maxWaiting is the most builds of the queue that are read.
 const maxWaiting = 100_000
 
-// WaitingBuilds lists the builds that are queued in the order in which they are begun.
+// WaitingBuilds lists the queued builds in the order in which they will start.
 func (s *Store) WaitingBuilds(ctx context.Context) ([]Waiting, error) {
 	var all []Waiting
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -194,7 +193,7 @@ func (s *Store) WaitingBuilds(ctx context.Context) ([]Waiting, error) {
 	return all, classify("list waiting builds", err)
 }
 
-// Working is a build that a builder works on, or has ended.
+// Working is a build that a builder works on or has ended.
 type Working struct {
 	Worker                             string
 	Flavour                            target.Flavour
@@ -219,7 +218,7 @@ func (s *Store) RunningBuilds(ctx context.Context) ([]Working, error) {
 	return s.working(ctx, `'building' ORDER BY id LIMIT $1`, maxWaiting)
 }
 
-// PublishedBuilds lists the newest n builds of a flavour that a builder published.
+// PublishedBuilds lists the n newest builds of a flavour that a builder published.
 func (s *Store) PublishedBuilds(ctx context.Context, f target.Flavour, n int) ([]Working, error) {
 	return s.working(ctx, `'published' AND flavour = $1 AND started_at > 0 ORDER BY id DESC LIMIT $2`, string(f), n)
 }

@@ -11,15 +11,15 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// measured counts what wish lists want: what one of them no longer wants, or what a
-// removed one wanted, is not counted, and what two want counts once.
+// measured counts wanted cells. A cell does not count after its list dropped it or after the list was removed. A cell
+// that two lists want counts once.
 func measured(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
-	const milestone = 4242 // of no other row
+	const milestone = 4242 // no other test uses it
 	k := kernelOf(id)
 	k.Milestone = milestone
 	var cells []store.WantedCell
-	for i := range 2500 { // more than one transaction
+	for i := range 2500 { // more than one transaction stores
 		d := target.Driver{Version: "996." + time.Duration(i).String(), Flavour: target.Open}
 		cells = append(cells, store.WantedCell{CellKey: store.CellKey{BuildID: id, Board: "lakitu", Driver: d}})
 	}

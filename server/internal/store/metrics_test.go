@@ -8,14 +8,14 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// waiting shares its database with rows that have builds of their own.
+// waiting counts differences, because other tests have builds in the same database.
 func waiting(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	before, err := s.CountFailures(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	longAgo := time.UnixMicro(1).UTC() // before any other row's
+	longAgo := time.UnixMicro(1).UTC() // before the builds of all other tests
 	old, _, err := addBuild(ctx, s, api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: longAgo})
 	if err != nil {
 		t.Fatal(err)

@@ -9,24 +9,24 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Page bounds a list and says where it goes on.
+// Page limits a list and says where it continues.
 type Page struct {
-	// After is the Next of the page before; "" begins.
+	// After is the cursor that the previous page returned; "" starts the list.
 	After string
-	// Limit is the most entries; the caller makes sure that it is at least 1.
+	// Limit is the most entries. The caller makes sure that it is at least 1.
 	Limit int
 }
 
-// maxCursor bounds a cursor in bytes; ours have some hundred.
+// maxCursor is the most bytes of a cursor. Cursors of this package have some hundred bytes.
 const maxCursor = 1 << 10
 
-// cursor is the sort key of an entry in a form that clients hand back unread.
+// cursor encodes the sort key of an entry. Clients send the cursor back without reading it.
 func cursor(key ...string) string {
-	raw, _ := json.Marshal(key) // strings always encode
+	raw, _ := json.Marshal(key) // encoding strings never fails
 	return base64.RawURLEncoding.EncodeToString(raw)
 }
 
-// parse returns the n fields of the cursor; none when the list begins.
+// parse returns the n fields of the cursor, or nil at the start of the list.
 func (p Page) parse(n int) ([]string, error) {
 	if p.After == "" {
 		return nil, nil
@@ -46,8 +46,8 @@ func (p Page) parse(n int) ([]string, error) {
 	return key, nil
 }
 
-// cut returns the first limit of limit+1 entries, and the cursor of the next
-// page, if there is one.
+// cut takes limit+1 entries and returns the first limit of them. It also returns the cursor of the next page, or ""
+// if there is none.
 func cut[T any](all []T, limit int, key func(T) []string) ([]T, string) {
 	if len(all) <= limit {
 		return all, ""
@@ -56,8 +56,8 @@ func cut[T any](all []T, limit int, key func(T) []string) ([]T, string) {
 	return all, cursor(key(all[limit-1])...)
 }
 
-// where collects the conditions of a query. Each ? of a condition becomes the
-// next numbered parameter: the same text for both databases.
+// where collects the conditions of a query. Each ? of a condition becomes the next numbered parameter, so both
+// databases get the same text.
 type where struct {
 	conditions []string
 	args       []any
@@ -71,7 +71,7 @@ func (w *where) and(condition string, args ...any) {
 	w.conditions = append(w.conditions, condition)
 }
 
-// equal adds a condition unless the value is the zero one, which means any.
+// equal adds a condition, unless the value is the zero value, which means any.
 func equal[T comparable](w *where, column string, value T) {
 	var zero T
 	if value != zero {
@@ -86,7 +86,7 @@ func (w *where) String() string {
 	return " WHERE " + strings.Join(w.conditions, " AND ")
 }
 
-// limit adds a LIMIT with room for the entry that shows that there are more.
+// limit adds a LIMIT of n+1 entries. The additional entry shows that another page follows.
 func (w *where) limit(n int) string {
 	w.args = append(w.args, n+1)
 	return fmt.Sprintf(" LIMIT $%d", len(w.args))

@@ -7,9 +7,9 @@ import (
 	"sync"
 )
 
-// prepared reads a SQLite database by statements that are prepared once: preparing
-// one costs more than what most of ours do. PostgreSQL's driver does the same of
-// itself. The texts are those of this package, so there is a bounded number of them.
+// prepared reads an SQLite database with statements that it prepares once, because preparing costs more than most of
+// these queries. PostgreSQL's driver does the same by itself. All texts come from this package, so the number of
+// statements is bounded.
 type prepared struct {
 	*sql.DB
 	mu    sync.Mutex
@@ -22,7 +22,7 @@ func (p *prepared) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
 	if s, ok := p.stmts[text]; ok {
 		return s, nil
 	}
-	s, err := p.DB.PrepareContext(context.WithoutCancel(ctx), text) // it outlives who asked first
+	s, err := p.DB.PrepareContext(context.WithoutCancel(ctx), text) // the statement outlives the first caller
 	if err == nil {
 		p.stmts[text] = s
 	}
@@ -40,12 +40,12 @@ func (p *prepared) QueryContext(ctx context.Context, text string, args ...any) (
 func (p *prepared) QueryRowContext(ctx context.Context, text string, args ...any) *sql.Row {
 	s, err := p.stmt(ctx, text)
 	if err != nil {
-		return p.DB.QueryRowContext(ctx, text, args...) // which fails the same way, and says so
+		return p.DB.QueryRowContext(ctx, text, args...) // fails the same way, and the row returns the error
 	}
 	return s.QueryRowContext(ctx, args...)
 }
 
-// preparedTx is a transaction that uses the same statements.
+// preparedTx is a transaction that uses the prepared statements.
 type preparedTx struct {
 	*sql.Tx
 	p *prepared
@@ -62,7 +62,7 @@ func (t preparedTx) QueryContext(ctx context.Context, text string, args ...any) 
 func (t preparedTx) QueryRowContext(ctx context.Context, text string, args ...any) *sql.Row {
 	s, err := t.p.stmt(ctx, text)
 	if err != nil {
-		return t.Tx.QueryRowContext(ctx, text, args...) // which fails the same way, and says so
+		return t.Tx.QueryRowContext(ctx, text, args...) // fails the same way, and the row returns the error
 	}
 	return t.Tx.StmtContext(ctx, s).QueryRowContext(ctx, args...)
 }

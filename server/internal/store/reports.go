@@ -9,12 +9,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxReports bounds on how many nodes of one source an artifact is reported: who makes up
-// nodes fills no disk.
+// MaxReports is the most nodes of one source that may report on an artifact. The limit keeps a client that invents
+// nodes from filling the disk.
 const MaxReports = 1000
 
-// PutReport stores what a node says in place of what it said before. Source is where the
-// report came from.
+// PutReport stores a node's report and replaces its earlier one. source is the network that the report came from.
 func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at time.Time) error {
 	what := "store report on " + r.Digest
 	var others int
@@ -36,7 +35,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (digest, node) DO UPDATE
 	return classify(what, err)
 }
 
-// OutcomeCount counts the nodes of one source that said the same of an artifact.
+// OutcomeCount is how many nodes of one source reported the same outcome for an artifact.
 type OutcomeCount struct {
 	Source  string
 	Outcome api.Outcome
@@ -44,9 +43,10 @@ type OutcomeCount struct {
 	Nodes   int
 }
 
-// OutcomeCounts counts what nodes said of an artifact after since, and after IgnoreReportsBefore.
+// OutcomeCounts counts reports on an artifact. It leaves out reports before since and before the time of
+// [Tx.IgnoreReportsBefore].
 func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since time.Time) ([]OutcomeCount, error) {
-	if tx.postgres { // of two that report at once, the second one counts the first, too
+	if tx.postgres { // of two concurrent reports, the second one has to count the first
 		_, err := tx.ExecContext(ctx, `SELECT 1 FROM artifacts WHERE digest = $1 FOR NO KEY UPDATE`, digest)
 		if err != nil {
 			return nil, classify("read reports on "+digest, err)
@@ -65,14 +65,14 @@ GROUP BY source, outcome, class ORDER BY source, outcome, class`, digest, micros
 	return all, classify("read reports on "+digest, err)
 }
 
-// IgnoreReportsBefore has what nodes said of an artifact until then count no more.
+// IgnoreReportsBefore excludes reports on an artifact up to this time from [Tx.OutcomeCounts].
 func (tx *Tx) IgnoreReportsBefore(ctx context.Context, digest string, at time.Time) error {
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET judged_from = $2 WHERE digest = $1`, digest, micros(at))
 	return classify("mark artifact "+digest, err)
 }
 
-// Reports counts what nodes said by kernel and artifact, of one artifact or of one
-// kernel, the newest first. At most limit are returned.
+// Reports counts reports by kernel and artifact, for one artifact or for one kernel. It returns at most limit counts,
+// newest first.
 func (s *Store) Reports(ctx context.Context, digest, buildID, board string, limit int) ([]api.ReportCounts, error) {
 	w := &where{}
 	equal(w, "digest", digest)
@@ -93,10 +93,10 @@ FROM reports`+w.String()+fmt.Sprintf(` GROUP BY build_id, board, digest ORDER BY
 	return all, classify("count reports", err)
 }
 
-// forgottenAtOnce bounds one transaction that forgets reports.
+// forgottenAtOnce is the most reports that one transaction removes.
 const forgottenAtOnce = 5000
 
-// ForgetReports drops what nodes said before a time.
+// ForgetReports removes the reports from before a time.
 func (s *Store) ForgetReports(ctx context.Context, before time.Time) error {
 	for {
 		var n int64

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// reported stores what nodes say, counts it, and forgets it.
+// reported stores reports of nodes, counts them and removes them.
 func reported(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	digest, k := "sha256:said"+id, kernelOf(id)
@@ -39,7 +39,7 @@ func reported(t *testing.T, s *store.Store, id string) {
 	check(put(1, api.NotLoad, "rejected", "a", noon))
 	check(put(2, api.NotLoad, "rejected", "a", noon))
 	check(put(3, api.FellBack, "unusable", "b", noon.Add(time.Hour)))
-	check(put(2, api.Loaded, "", "a", noon.Add(2*time.Hour))) // in place of what it said before
+	check(put(2, api.Loaded, "", "a", noon.Add(2*time.Hour))) // replaces the node's earlier report
 	said := func(since time.Time) (all []store.OutcomeCount) {
 		t.Helper()
 		check(write(func(tx *store.Tx) (err error) { all, err = tx.OutcomeCounts(ctx, digest, since); return err }))
@@ -66,7 +66,7 @@ func reported(t *testing.T, s *store.Store, id string) {
 			t.Errorf("Reports(%v) (-want +got):\n%s", ask, d)
 		}
 	}
-	// Who makes up nodes fills no disk; others are heard all the same.
+	// A client that invents nodes cannot fill the disk. Reports of other sources are still stored.
 	check(write(func(tx *store.Tx) error {
 		for i := range store.MaxReports - 2 {
 			r := api.NodeReport{BuildID: id, Board: "lakitu", Digest: digest, Outcome: api.Loaded,
@@ -80,7 +80,7 @@ func reported(t *testing.T, s *store.Store, id string) {
 	if err := put(5, api.Loaded, "", "a", noon); !fault.Is(err, fault.TooMany) {
 		t.Errorf("PutReport(beyond the bound) = %v; want too-many", err)
 	}
-	check(put(2, api.Loaded, "", "a", noon.Add(3*time.Hour))) // one that is known
+	check(put(2, api.Loaded, "", "a", noon.Add(3*time.Hour))) // from a known node
 	check(put(6, api.Loaded, "", "c", noon.Add(3*time.Hour)))
 
 	check(s.ForgetReports(ctx, noon.Add(3*time.Hour)))

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// What is known of GPUs and of GKE stays through later notes that do not tell it, and
-// GKE versions filter kernels whole or by how they begin.
+// sources shows that later notes without GPUs and GKE versions do not remove the stored ones. It also filters kernels
+// by a whole GKE version and by the beginning of one.
 func sources(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	full := api.Kernel{Kernel: kernelOf(id), SeenAt: noon, GPUs: map[string]api.GPUDrivers{
@@ -31,11 +31,11 @@ func sources(t *testing.T, s *store.Store, id string) {
 		}
 	}
 	put(full)
-	if _, err := s.KernelCells(ctx, id, "lakitu"); err != nil { // which is stored
+	if _, err := s.KernelCells(ctx, id, "lakitu"); err != nil { // fills the cache
 		t.Fatal(err)
 	}
 	gke(id, "1.33.5-gke.1080000", "1.32.9-gke.100")
-	gke("1.1.1", "1.33.5-gke.1080000") // which the catalogue does not know
+	gke("1.1.1", "1.33.5-gke.1080000") // the catalogue lacks this kernel
 	put(api.Kernel{Kernel: kernelOf(id), SeenAt: noon})
 	want := full
 	want.FirstSeenAt, want.GKE = noon, []string{"1.33.5-gke.1080000", "1.32.9-gke.100"}

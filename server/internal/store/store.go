@@ -1,8 +1,7 @@
-// Package store keeps the catalogue in a database: SQLite in one file, or
-// PostgreSQL. It is the only package with SQL. Reading is a method of [Store],
-// writing one of [Tx], so that a use-case writes all it has to in one
-// transaction. It refuses to decide anything: which transitions are allowed, what
-// matches what, is package catalogue's.
+// Package store keeps the catalogue in a database: SQLite in one file, or PostgreSQL. It is the only package with
+// SQL. Methods of [Store] read. Methods of [Tx] write, so that a use-case can write everything in one transaction.
+// The package decides nothing: package catalogue decides which transitions are allowed and which artifact fits which
+// kernel.
 package store
 
 import (
@@ -33,27 +32,27 @@ import (
 //go:embed migrations/*.sql
 var migrations embed.FS
 
-// Store is an open catalogue. Close it.
+// Store is an open catalogue. The caller has to close it.
 type Store struct {
-	db       *sql.DB // writes
-	readers  reader  // the same with PostgreSQL
+	db       *sql.DB // for writing
+	readers  reader  // for reading; with PostgreSQL the same database
 	postgres bool
 	cache    *cache
 	stop     func() // ends the listener; nil without one
 }
 
-// reader is a database that is only read.
+// reader is a database that is used for reading only.
 type reader interface {
 	querier
 	BeginTx(ctx context.Context, opts *sql.TxOptions) (*sql.Tx, error)
 	Close() error
 }
 
-// readers is how many SQLite connections read side by side. A write delays
-// none of them, which is what SQLite's write-ahead log is for.
+// readers is how many SQLite connections read at the same time. A write delays none of them, because SQLite has a
+// write-ahead log.
 const readers = 8
 
-// Open opens sqlite:///abs/path or postgres://… and updates its tables.
+// Open opens the database sqlite:///abs/path or postgres://… and updates its tables.
 func Open(ctx context.Context, rawURL string) (*Store, error) {
 	s, err := open(rawURL)
 	if err != nil {
@@ -64,7 +63,7 @@ func Open(ctx context.Context, rawURL string) (*Store, error) {
 			"check that the database is reachable and writable, and not of a newer server"), s.Close())
 	}
 	if !s.postgres {
-		s.cache.listens(true) // to itself
+		s.cache.listens(true) // no other process writes
 		return s, nil
 	}
 	listening, cancel := context.WithCancel(context.WithoutCancel(ctx))
@@ -86,7 +85,7 @@ func open(rawURL string) (*Store, error) {
 		db, err := sqlite(file, url.Values{
 			"_pragma": {"busy_timeout(10000)", "journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(1)"},
 			"_txlock": {"immediate"},
-		}, 1) // SQLite has one writer: one connection makes waiting for it fair
+		}, 1) // SQLite has one writer; with one connection, writers wait in order
 		if err != nil {
 			return nil, err
 		}
@@ -110,7 +109,7 @@ func open(rawURL string) (*Store, error) {
 		"use --database sqlite:///abs/path/catalogue.db or --database postgres://user@host/name")
 }
 
-// sqlite opens a pool of at most n connections to a file.
+// sqlite opens a pool of at most n connections to an SQLite file.
 func sqlite(file string, query url.Values, n int) (*sql.DB, error) {
 	dsn := url.URL{Scheme: "file", Path: file, RawQuery: query.Encode()}
 	db, err := sql.Open("sqlite", dsn.String())
@@ -122,10 +121,10 @@ func sqlite(file string, query url.Values, n int) (*sql.DB, error) {
 	return db, nil
 }
 
-// after are the parts of migrations that SQL cannot say, by number.
+// after has the parts of migrations that need Go code, by the number of the migration.
 var after = map[int64]func(context.Context, *sql.Tx) error{2: fillSortKeys}
 
-// fillSortKeys writes the sort keys of rows that are older than the column.
+// fillSortKeys fills the sort keys of rows that are older than the column.
 func fillSortKeys(ctx context.Context, tx *sql.Tx) error {
 	for _, column := range []struct{ table, version string }{{"kernels", "build_id"}, {"drivers", "version"}} {
 		var versions []string
@@ -159,7 +158,7 @@ func (s *Store) migrate(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	id, sorted := "INTEGER PRIMARY KEY AUTOINCREMENT", "TEXT" // SQLite compares bytes of itself
+	id, sorted := "INTEGER PRIMARY KEY AUTOINCREMENT", "TEXT" // SQLite compares bytes by default
 	dialect := goose.DialectSQLite3
 	options := []goose.ProviderOption{goose.WithDisableGlobalRegistry(true)}
 	if s.postgres {
@@ -210,16 +209,15 @@ func (s *Store) Close() error {
 	return errors.Join(s.readers.Close(), s.db.Close())
 }
 
-// Ping reports whether the database answers. It asks the readers: a server that
-// writes a lot is ready all the same.
+// Ping reports whether the database answers. It uses the readers, so a server that writes a lot counts as ready.
 func (s *Store) Ping(ctx context.Context) error {
 	var one int
 	err := s.readers.QueryRowContext(ctx, `SELECT 1`).Scan(&one)
 	return classify("reach catalogue", err)
 }
 
-// classify classifies a database error: the database may answer better later. One
-// that has its class already, such as a refusal, keeps it.
+// classify gives a database error the kind Transient, because a later attempt may succeed. A full disk gets its own
+// kind. An error that has a kind already, such as a refusal, keeps it.
 func classify(what string, err error) error {
 	var classified *fault.Error
 	if err == nil || errors.As(err, &classified) {
@@ -237,7 +235,7 @@ type querier interface {
 	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
 }
 
-// query runs a SELECT and hands each row to scan.
+// query runs a SELECT and calls scan for each row.
 func query(
 	ctx context.Context,
 	q querier,
@@ -258,29 +256,28 @@ func query(
 	return rows.Err()
 }
 
-// Tx is a transaction that writes. What it reads, no other write changes before
-// it is over.
+// Tx is a transaction that writes. No other transaction changes what it has read before it ends.
 type Tx struct {
 	*sql.Tx
-	// Conn is the connection that the transaction is on.
+	// Conn is the connection of the transaction.
 	Conn     *sql.Conn
 	postgres bool
 	touched  map[string]bool // see touch
 }
 
-// Write runs f in one transaction and keeps what it did unless it returns an
-// error, which Write then returns.
+// Write runs f in one transaction and commits it. If f returns an error, Write rolls back and returns that error.
 func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 	conn, err := s.db.Conn(ctx)
 	if err != nil {
 		return classify("write to catalogue", err)
 	}
-	defer func() { err = errors.Join(err, conn.Close()) }() // which hands it back
+	defer func() { err = errors.Join(err, conn.Close()) }() // returns it to the pool
 	tx, err := conn.BeginTx(ctx, nil)
 	if err != nil {
 		return classify("write to catalogue", err)
 	}
-	// Where f panics: to close a connection waits for its transaction. Else it is over by then.
+	// This is for a panic of f: closing the connection would wait for the open transaction. In all other cases the
+	// transaction has ended, and Rollback does nothing.
 	defer func() { _ = tx.Rollback() }()
 	t := &Tx{Tx: tx, Conn: conn, postgres: s.postgres}
 	err = f(t)
@@ -292,15 +289,15 @@ func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 		return classify("write to catalogue", errors.Join(err, tx.Rollback()))
 	}
 	err = tx.Commit()
-	s.cache.forget(notes...) // whether it is committed or not: it may be
+	s.cache.forget(notes...) // after an error, too: the commit may have succeeded
 	return classify("write to catalogue", err)
 }
 
-// snapshot runs f over one state of the database, whatever is written meanwhile.
+// snapshot runs f on one state of the database, whatever others write meanwhile.
 func (s *Store) snapshot(ctx context.Context, f func(querier) error) error {
 	options := &sql.TxOptions{ReadOnly: true}
 	if s.postgres {
-		options.Isolation = sql.LevelRepeatableRead // SQLite's is always one
+		options.Isolation = sql.LevelRepeatableRead // SQLite always has this isolation
 	}
 	tx, err := s.readers.BeginTx(ctx, options)
 	if err != nil {

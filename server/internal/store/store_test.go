@@ -23,8 +23,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestConformance runs one suite over every database that is available. Rows
-// share a database and so each uses a BUILD_ID of its own.
+// TestConformance runs one suite on every available database. The tests of the suite share a database, so each uses a
+// BUILD_ID of its own.
 func TestConformance(t *testing.T) {
 	t.Parallel()
 	suite := map[string]func(t *testing.T, s *store.Store, buildID string){
@@ -36,7 +36,7 @@ func TestConformance(t *testing.T) {
 		"beside": beside, "panicked": panicked,
 	}
 	run := func(t *testing.T, url string) {
-		// Opening again must find everything migrated.
+		// A second Open finds all migrations done.
 		for range 2 {
 			s := open(t, url)
 			if err := s.Ping(t.Context()); err != nil {
@@ -44,11 +44,12 @@ func TestConformance(t *testing.T) {
 			}
 		}
 		s := open(t, url)
-		base := time.Now().Unix() % 100000000
+		base := time.Now().Unix() % 1000000 * 100
 		n := 0
 		for name, f := range suite {
 			n++
-			id := fmt.Sprintf("%d.%d.0", base, n)
+			// No two have a major number in common: tests of pages make builds of their own beside theirs.
+			id := fmt.Sprintf("%d.1.0", base+int64(n))
 			t.Run(name, func(t *testing.T) { f(t, s, id) })
 		}
 	}
@@ -80,7 +81,7 @@ func open(t *testing.T, url string) *store.Store {
 	return s
 }
 
-// page is long enough for all that the suite stores.
+// page is large enough for everything that the suite stores.
 var page = store.Page{Limit: 1000}
 
 var (
@@ -141,7 +142,7 @@ func drivers(t *testing.T, s *store.Store, _ string) {
 func artifacts(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	digest := "sha256:" + id
-	d := target.Driver{Version: "999." + id, Flavour: target.Open} // a driver that no other row uses
+	d := target.Driver{Version: "999." + id, Flavour: target.Open} // no other test uses this driver
 	first, second := kernelOf(id), kernelOf(id+"1")
 	a := api.Artifact{Digest: digest, Repository: "/prebake/driver", Fingerprint: "sha256:f", Driver: d,
 		Arch:    target.AMD64,
@@ -199,7 +200,7 @@ func addBuild(ctx context.Context, s *store.Store, b api.Build) (stored api.Buil
 	return stored, added, err
 }
 
-// changeBuild does what a use-case does: read, decide, store.
+// changeBuild changes a build as a use-case does: read, decide, store.
 func changeBuild(ctx context.Context, s *store.Store, id int64, decide func(*api.Build) error) (b api.Build,
 	err error) {
 	err = s.Write(ctx, func(tx *store.Tx) error {
@@ -379,7 +380,8 @@ func TestLogs(t *testing.T) {
 	}
 }
 
-// A log grows part by part, is begun anew by the next try, and ends as what was sent whole.
+// TestLogsGrow appends to a log part by part. The next attempt starts the log again. At the end, the complete log
+// replaces the parts.
 func TestLogsGrow(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -392,7 +394,7 @@ func TestLogsGrow(t *testing.T) {
 	for _, row := range []struct {
 		name string
 		do   func() error
-		kind fault.Kind // 0 is no error
+		kind fault.Kind // 0 means no error
 		want string
 		live bool
 	}{

@@ -27,7 +27,7 @@ func scanToken(row func(...any) error) (t api.Token, hash []byte, err error) {
 	return t, hash, errors.Join(err, json.Unmarshal([]byte(scopes), &t.Scopes))
 }
 
-// Token reads a token and the hash of its secret; fault.NotFound if there is none.
+// Token reads a token and the hash of its secret. The error has kind NotFound if there is none.
 func (s *Store) Token(ctx context.Context, id string) (api.Token, []byte, error) {
 	t, hash, err := scanToken(s.readers.QueryRowContext(ctx, `SELECT `+tokenColumns+` FROM tokens WHERE id = $1`, id).Scan)
 	if errors.Is(err, sql.ErrNoRows) {
@@ -40,7 +40,7 @@ func noToken(id string) error {
 	return fault.New(fault.NotFound, fmt.Sprintf("token %.40q does not exist", id), "list them: server tokens list")
 }
 
-// Tokens lists all tokens, without their secrets, by name.
+// Tokens lists all tokens without their secrets, sorted by name.
 func (s *Store) Tokens(ctx context.Context) ([]api.Token, error) {
 	all := []api.Token{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -51,7 +51,7 @@ func (s *Store) Tokens(ctx context.Context) ([]api.Token, error) {
 	return all, classify("list tokens", err)
 }
 
-// CreateToken stores a token with the hash of its secret, and not the secret.
+// CreateToken stores a token with the hash of its secret. The secret itself is not stored.
 func (s *Store) CreateToken(ctx context.Context, t api.Token, hash []byte) error {
 	scopes, err := json.Marshal(t.Scopes)
 	if err != nil {
@@ -65,8 +65,8 @@ func (s *Store) CreateToken(ctx context.Context, t api.Token, hash []byte) error
 	})
 }
 
-// RevokeToken makes a token worth nothing from now on. Its row stays, for the audit
-// log's sake. One that is revoked already keeps its time.
+// RevokeToken makes a token invalid from now on. The row stays, because the audit log refers to it. A revoked token
+// keeps the time of its first revocation.
 func (s *Store) RevokeToken(ctx context.Context, id string, at time.Time) error {
 	return s.Write(ctx, func(tx *Tx) error {
 		done, err := tx.ExecContext(ctx,
@@ -90,7 +90,7 @@ func (s *Store) TokenUsed(ctx context.Context, id string, at time.Time) error {
 	})
 }
 
-// Audited adds a line to the audit log.
+// Audited adds an entry to the audit log.
 func (s *Store) Audited(ctx context.Context, e api.AuditEntry) error {
 	return s.Write(ctx, func(tx *Tx) error {
 		_, err := tx.ExecContext(ctx,
@@ -100,7 +100,7 @@ func (s *Store) Audited(ctx context.Context, e api.AuditEntry) error {
 	})
 }
 
-// Audit lists a page of the audit log, newest first. An actor of "" is anybody.
+// Audit lists a page of the audit log, newest first. An empty actor means all actors.
 func (s *Store) Audit(ctx context.Context, actor string, p Page) (all []api.AuditEntry, next string, err error) {
 	after, err := p.parse(1)
 	if err != nil {
@@ -131,7 +131,7 @@ func (s *Store) Audit(ctx context.Context, actor string, p Page) (all []api.Audi
 	return all, next, nil
 }
 
-// TrimAudit removes what is in the audit log from before a time.
+// TrimAudit removes the entries of the audit log from before a time.
 func (s *Store) TrimAudit(ctx context.Context, before time.Time) error {
 	return s.Write(ctx, func(tx *Tx) error {
 		_, err := tx.ExecContext(ctx, `DELETE FROM audit WHERE at < $1`, micros(before))

@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// tokens: what is stored of a token comes back, and a revoked one stays revoked.
+// tokens stores a token, reads the same values back, and shows that a revoked token stays revoked.
 func tokens(t *testing.T, s *store.Store, id string) {
 	at := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 	want := api.Token{ID: "id-" + id, Name: "node-pool-a", Scopes: []string{"ask", "push"}, CreatedAt: at,
@@ -45,7 +45,7 @@ func tokens(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// audit: newest first, in pages, of one actor or of all.
+// audit lists the audit log newest first, in pages, for one actor and for all.
 func audit(t *testing.T, s *store.Store, id string) {
 	at := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 	var want []api.AuditEntry

@@ -7,13 +7,12 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// maxWarnings bounds one answer. A farm that has more broken cells of unreleased
-// milestones has one cause.
+// maxWarnings is the most entries of one answer. If more cells of unreleased milestones are broken, they have one
+// common cause.
 const maxWarnings = 1000
 
-// Warnings lists the cells that only early-warning entries of wish lists want and whose
-// last build that ended failed, newest kernels first. Since is when the first of the
-// failures ended that nothing published came between.
+// Warnings lists broken cells, newest builds first. Only early-warning entries of wish lists want these cells, and
+// their last ended build failed. Since is when the first failure after the last published build ended.
 func (s *Store) Warnings(ctx context.Context) ([]api.Warning, error) {
 	all := []api.Warning{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {

@@ -13,11 +13,11 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// warned shares its database with rows that have cells of their own: an early warning is
-// told and counted nowhere else, until it is published, or something else wants the cell.
+// warned stores an early warning in a database with cells of other tests. The warning is listed and counted nowhere
+// else. It ends when the cell is published or when another entry wants the cell.
 func warned(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
-	const milestone = 4343 // of no other row
+	const milestone = 4343 // no other test uses it
 	k := kernelOf(id)
 	k.Milestone = milestone
 	d := target.Driver{Version: "997.1.1", Flavour: target.Open}

@@ -25,7 +25,7 @@ func scanWishList(row func(...any) error) (api.WishList, error) {
 	return l, json.Unmarshal([]byte(problems), &l.Problems)
 }
 
-// WishLists lists all wish lists by name: there are few.
+// WishLists lists all wish lists by name. It has no pages, because there are few.
 func (s *Store) WishLists(ctx context.Context) ([]api.WishList, error) {
 	all := []api.WishList{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -51,9 +51,8 @@ func noWishList(name string) error {
 	return fault.New(fault.NotFound, fmt.Sprintf("wish list %q does not exist", name), "list them: server wish-lists")
 }
 
-// PutWishList stores a text as a wish list's newest version. Version 0 takes the
-// place of whatever is there; any other must be that of the stored text, so that two
-// people who edit a list do not undo each other's work.
+// PutWishList stores a text as the newest version of a wish list. Version 0 replaces any stored text. Any other
+// version must be that of the stored text, so that two people who edit a list do not overwrite each other.
 func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64, at time.Time) error {
 	var stored int64
 	err := tx.QueryRowContext(ctx, `SELECT version FROM wish_lists WHERE name = $1`, name).Scan(&stored)
@@ -74,7 +73,7 @@ ON CONFLICT (name) DO UPDATE SET text = excluded.text, version = wish_lists.vers
 	return classify("store wish list "+name, err)
 }
 
-// DropWishList removes a wish list. What was built for it stays.
+// DropWishList removes a wish list. Artifacts that were built for it stay.
 func (tx *Tx) DropWishList(ctx context.Context, name string) error {
 	done, err := tx.ExecContext(ctx, `DELETE FROM wish_lists WHERE name = $1`, name)
 	if err != nil {
@@ -86,7 +85,7 @@ func (tx *Tx) DropWishList(ctx context.Context, name string) error {
 	return nil
 }
 
-// PlannedWishList records what a version of a wish list came to.
+// PlannedWishList stores the result of a plan for one version of a wish list.
 func (tx *Tx) PlannedWishList(ctx context.Context, l api.WishList) error {
 	problems, err := json.Marshal(append([]string{}, l.Problems...))
 	if err != nil {
@@ -104,9 +103,9 @@ func (tx *Tx) PlannedWishList(ctx context.Context, l api.WishList) error {
 	return classify("store plan of wish list "+l.Name, err)
 }
 
-// ReadyTimes returns how long cells took from their kernel's being seen until they
-// had an artifact, shortest first, of those that became ready after since. Cells of
-// kernels that the catalogue knew only by then are left out.
+// ReadyTimes returns how long cells took, shortest first, from the time that their kernel was first seen until they
+// had an artifact. It covers cells that became ready after since. Cells whose artifact is older than the record of
+// their kernel are left out.
 func (s *Store) ReadyTimes(ctx context.Context, since time.Time) ([]time.Duration, error) {
 	var all []time.Duration
 	err := query(ctx, s.readers, func(row func(...any) error) error {

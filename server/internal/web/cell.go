@@ -23,31 +23,31 @@ type cellPage struct {
 	head
 	Kernel  api.Kernel
 	Release api.DriverRelease
-	// GPUs are the types of GPU for which the COS build names this driver.
+	// GPUs are the types of GPU for which the COS build lists this driver.
 	GPUs []catalogue.GPULabel
-	// Both leads to the page of both flavours; "" when this is it.
+	// Both is the path of the page with both flavours; "" means that this is that page.
 	Both     string
 	Flavours []flavourCell
 }
 
-// flavourCell is a cell as its page shows it.
+// flavourCell is a cell in the form that its page shows.
 type flavourCell struct {
 	catalogue.FlavourView
-	// Path is the cell's own page.
+	// Path is the path of the cell's own page.
 	Path     string
 	Commands []command
-	// Signed says in plain words what is attached to the artifact.
+	// Signed describes in plain words what is attached to the artifact.
 	Signed  []string
 	History []try
 }
 
-// command is one that the reader may paste.
+// command is a command that the reader can paste.
 type command struct{ What, Text string }
 
-// try is a build in the history of a cell.
+// try is a build in a cell's history.
 type try struct {
 	api.Build
-	Took string // "" when it has not ended
+	Took string // "" while it runs
 	Bar  template.HTML
 }
 
@@ -93,11 +93,11 @@ func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, http.StatusOK, "cell.html", page)
 }
 
-// bare is a word that a shell takes as it stands.
+// bare matches a word that a shell takes without quotes.
 var bare = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,-]+$`)
 
-// quoted writes a word for a shell: the name by which the reader reached the server is the
-// reader's, or who gave out the link.
+// quoted quotes a word for a shell. The server's name in a command needs that: it comes from the reader's request,
+// and so from anybody who gave the reader a link.
 func quoted(word string) string {
 	if bare.MatchString(word) {
 		return word
@@ -105,7 +105,7 @@ func quoted(word string) string {
 	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
 }
 
-// ask returns the commands of a cell: how to use what is there, or how to ask for what is not.
+// ask returns the commands for a cell. They use its artifact, or ask for one if there is none.
 func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 	server, k, d := quoted(base(r)), f.Kernel, f.Driver
 	cell := fmt.Sprintf("--build-id %s --board %s --driver %s --flavour %s", k.BuildID, k.Board, d.Version, d.Flavour)
@@ -140,12 +140,12 @@ func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 	}
 }
 
-// maxReferrers bounds how many statements of an artifact are examined: it may have some
-// for each of hundreds of kernels.
+// maxReferrers is how many statements of an artifact are examined. An artifact may have some for each of hundreds of
+// kernels.
 const maxReferrers = 200
 
-// signed says what is attached to an artifact on this server, by its labels, which anybody who
-// may push can write. A node verifies the statements themselves.
+// signed describes what is attached to an artifact on this server. It reads labels, which anybody who may push can
+// write. A node verifies the statements themselves.
 func (p *pages) signed(ctx context.Context, a *api.Artifact, k target.Kernel) ([]string, error) {
 	repository, local := strings.CutPrefix(a.Repository, "/")
 	if !local || p.Registry == nil {
@@ -190,7 +190,7 @@ func (p *pages) signed(ctx context.Context, a *api.Artifact, k target.Kernel) ([
 	return out, nil
 }
 
-// tries makes the history of a cell.
+// tries makes the history of a cell from its builds.
 func tries(builds []api.Build) []try {
 	var all []try
 	seconds := make([]float64, len(builds))
@@ -214,15 +214,15 @@ func tries(builds []api.Build) []try {
 type buildPage struct {
 	head
 	api.Build
-	// Cell is the page of the build's cell, Ref what stock clients pull.
+	// Cell is the path of the cell's page. Ref is the reference that OCI clients pull.
 	Cell, Ref, Total string
 	Phases           []phase
 	HasLog, Open     bool
-	// LogEnd is the end of the log of a running build.
+	// LogEnd is the last part of a running build's log.
 	LogEnd string
 }
 
-// phase is a part of a build's time.
+// phase is a phase of a build with its duration.
 type phase struct {
 	timeline.Phase
 	Took string
@@ -276,10 +276,10 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, http.StatusOK, "build.html", page)
 }
 
-// maxLogEnd bounds the end of a log that a page has, in bytes.
+// maxLogEnd is the most bytes of a log that a page shows.
 const maxLogEnd = 8 << 10
 
-// logEnd reads the last whole lines of a build's log; there is false when it has none.
+// logEnd reads the last complete lines of a build's log. there is false if the build has no log.
 func (p *pages) logEnd(ctx context.Context, id int64) (text string, there bool, err error) {
 	log, size, err := p.Catalogue.OpenLog(ctx, id)
 	if fault.Is(err, fault.NotFound) {

@@ -8,16 +8,15 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// This file draws charts as SVG within the page. What they show is beside them as
-// text, so that they are hidden from programs that read pages aloud.
+// This file draws charts as SVG in the page. The page has the same values as text, so screen readers skip the bars.
 
-// part is a stretch of a bar: its class is a state.
+// part is a section of a bar. The state is its CSS class.
 type part struct {
 	State api.State
 	N     int
 }
 
-// stacked draws parts of a whole as one bar.
+// stacked draws the parts of a whole as one bar.
 func stacked(parts []part) template.HTML {
 	total := 0
 	for _, p := range parts {
@@ -40,7 +39,7 @@ func stacked(parts []part) template.HTML {
 
 func number(x float64) string { return strconv.FormatFloat(x, 'f', 1, 64) }
 
-// bar draws one value beside the greatest of its list.
+// bar draws a bar for one value. The greatest value of the list has the full width.
 func bar(value, greatest float64, state api.State) template.HTML {
 	if greatest <= 0 {
 		greatest = 1
@@ -57,20 +56,20 @@ func bar(value, greatest float64, state api.State) template.HTML {
 	return out.safe()
 }
 
-// Sizes of the chart of releases, in its own units.
+// The sizes of the chart of releases are in units of its viewBox.
 const (
 	chartWidth, chartHeight = 720, 160
 	chartLeft, chartBottom  = 8, 24
 )
 
-// column is a release in the chart of freshness: how long its cells took, in seconds.
+// column is a release in the chart. Its values are how long its cells took to become ready, in seconds.
 type column struct {
 	Name     string
 	P50, Max float64
 }
 
-// freshness draws how long each release took until its cells were ready, the oldest at the
-// left: a column up to the slowest cell, and in it one up to the median.
+// freshness draws how long each release took until its cells were ready, oldest first from the left. Each release has
+// a column for its slowest cell, and in front of it a column for the median.
 func freshness(all []column) template.HTML {
 	greatest := 0.0
 	for _, c := range all {

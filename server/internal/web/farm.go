@@ -28,11 +28,11 @@ type queuePage struct {
 	head
 	*catalogue.Workload
 	Takes []takes
-	// More is how many builds wait that are not listed.
+	// More is how many waiting builds are not listed.
 	More int
 }
 
-// takes is how long builds of a flavour take.
+// takes is the duration of builds of one flavour.
 type takes struct {
 	Flavour target.Flavour
 	Time    string
@@ -63,7 +63,7 @@ type releasesPage struct {
 	Newest   string
 }
 
-// release is a COS build as the list has it.
+// release is a COS build in the form that the list shows.
 type release struct {
 	api.ReleaseSummary
 	Asked int
@@ -71,7 +71,7 @@ type release struct {
 	Bar   template.HTML
 }
 
-// maxReleases bounds the page of releases, in kernels.
+// maxReleases is the most kernels on the page of releases.
 const maxReleases = 60
 
 func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
@@ -120,11 +120,11 @@ func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
 type warningsPage struct {
 	head
 	Warnings []api.Warning
-	// More is how many there are beyond those that are shown.
+	// More is how many warnings are not shown.
 	More int
 }
 
-// maxWarnings bounds the page of early warnings.
+// maxWarnings is the most warnings on the page of early warnings.
 const maxWarnings = 100
 
 func (p *pages) warnings(w http.ResponseWriter, r *http.Request) {
@@ -144,11 +144,11 @@ func (p *pages) warnings(w http.ResponseWriter, r *http.Request) {
 type preflightPage struct {
 	head
 	api.Pool
-	// Build is what the reader wrote: a BUILD_ID, or a version of GKE.
+	// Build is the reader's input: a BUILD_ID or a GKE version.
 	Build   string
 	Boards  []string
 	Verdict *api.PoolVerdict
-	// Cell is the page of the cell that the answer is about; "" when there is none.
+	// Cell is the path of the page of the cell that the answer is about; "" means that there is none.
 	Cell string
 	// Wrong says what is wrong with the question.
 	Wrong, Hint string
@@ -191,8 +191,8 @@ func (p *pages) preflight(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, status, "preflight.html", page)
 }
 
-// badge draws how much of what wish lists want is there, of all or of one milestone, or
-// the state of a cell, in the form that people know from other projects' pages.
+// badge draws how much of the desired matrix is published, in total or for one milestone. With a build in the query,
+// it draws the state of a cell instead. Its form is the usual one of badges on project pages.
 func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	text, state := "nothing wanted", api.Unknown
@@ -226,13 +226,13 @@ func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "image/svg+xml")
 	w.Header().Set("Cache-Control", "public, max-age="+strconv.Itoa(int(badgeLife.Seconds())))
-	_, _ = w.Write([]byte(drawBadge("prebake", text, state))) // the client is gone; there is nobody to tell
+	_, _ = w.Write([]byte(drawBadge("prebake", text, state))) // an error means that the client is gone
 }
 
-// badgeLife is how long a badge may be kept by the page that shows it.
+// badgeLife is how long a page that shows a badge may keep it.
 const badgeLife = time.Minute
 
-// drawBadge draws a label and a value. A letter is about seven units wide.
+// drawBadge draws a label and a value. A character is about seven units wide.
 func drawBadge(name, value string, s api.State) string {
 	colours := map[api.State]string{
 		api.Published:   "#14602c",

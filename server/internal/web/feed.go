@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// The feed is Atom (RFC 4287).
+// atomFeed is an Atom feed (RFC 4287).
 
 type atomFeed struct {
 	XMLName xml.Name    `xml:"http://www.w3.org/2005/Atom feed"`
@@ -45,7 +45,7 @@ type atomCategory struct {
 	Term string `xml:"term,attr"`
 }
 
-// maxEntries bounds the feed.
+// maxEntries is the most entries of the feed.
 const maxEntries = 30
 
 func (p *pages) feed(w http.ResponseWriter, r *http.Request) {
@@ -79,11 +79,11 @@ func (p *pages) feed(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/atom+xml; charset=utf-8")
-	w.Header().Set("Cache-Control", "private, max-age=60") // it has the name that the reader used
-	_, _ = out.WriteTo(w)                                  // the client is gone; there is nobody to tell
+	w.Header().Set("Cache-Control", "private, max-age=60") // contains the server's name as the reader wrote it
+	_, _ = out.WriteTo(w)                                  // an error means that the client is gone
 }
 
-// entry tells of a build that ended, or of an artifact that was withdrawn.
+// entry describes a build that ended, or an artifact that was withdrawn.
 func entry(server string, at time.Time, b *api.Build, a *api.Artifact) atomEntry {
 	e := atomEntry{Updated: date(at)}
 	if b != nil {

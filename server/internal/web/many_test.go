@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The page that anybody may ask for is as long as one page, however large the catalogue
-// is: it was made of all builds times all kernels.
+// TestMatrixIsOnePage shows that the matrix has one page of kernels, however large the catalogue is. An earlier
+// version showed all builds of all kernels to anybody who asked.
 func TestMatrixIsOnePage(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)

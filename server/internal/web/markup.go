@@ -11,14 +11,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// This file makes what a page of the matrix has hundreds of: a template takes ten
-// times as long for each.
+// This file makes HTML that occurs hundreds of times on a page of the matrix, because a template takes ten times as
+// long.
 
 // markup collects HTML.
 type markup struct{ strings.Builder }
 
-// put adds pieces of HTML and, in turn, texts, which are escaped: the first piece is
-// HTML, the second a text, and so on.
+// put adds pieces in turn: the first is HTML, the second a text, and so on. It escapes the texts.
 func (m *markup) put(pieces ...string) {
 	for i, p := range pieces {
 		if i%2 == 1 {
@@ -28,10 +27,10 @@ func (m *markup) put(pieces ...string) {
 	}
 }
 
-// safe is what was collected, which has every text escaped.
+// safe returns the collected HTML. Every text in it is escaped.
 func (m *markup) safe() template.HTML { return template.HTML(m.String()) }
 
-// cellPath is the page of a cell, or of both cells of a driver version.
+// cellPath returns the path of a cell's page. Without a flavour, it is the page of both cells of a driver version.
 func cellPath(k target.Kernel, version string, flavour target.Flavour) string {
 	path := "/cells/" + url.PathEscape(k.Board) + "/" + url.PathEscape(k.BuildID) + "/" + url.PathEscape(version)
 	if flavour != "" {
@@ -40,7 +39,7 @@ func cellPath(k target.Kernel, version string, flavour target.Flavour) string {
 	return path
 }
 
-// cells makes the cells of a kernel's row, one for each driver with both flavours.
+// cells makes the cells of a kernel's row. Each driver has one cell for both flavours.
 func cells(k api.Kernel, drivers []api.DriverRelease, all [][]api.Resolution) template.HTML {
 	var out markup
 	for i, both := range all {
@@ -49,8 +48,8 @@ func cells(k api.Kernel, drivers []api.DriverRelease, all [][]api.Resolution) te
 	return out.safe()
 }
 
-// pill makes the cell of both flavours. A flavour that can never be built, and one that
-// nobody asked for beside one that somebody did, is left out.
+// pill makes the cell for both flavours. It leaves out a flavour that can never be built. It also leaves out a
+// flavour that nobody asked for, if somebody asked for the other one.
 func pill(out *markup, k target.Kernel, version string, both []api.Resolution) {
 	shown := both[:0:0]
 	for _, least := range []func(api.State) bool{
@@ -83,7 +82,7 @@ func pill(out *markup, k target.Kernel, version string, both []api.Resolution) {
 	out.put("</a></td>\n")
 }
 
-// half makes one flavour's part of a pill. The style sheet puts the state's sign before it.
+// half makes the part of a pill for one flavour. The style sheet adds the symbol of the state.
 func half(out *markup, s api.State, flavour string) {
 	out.put(`<span class="`, string(s), `">`)
 	if flavour != "" {
@@ -109,7 +108,7 @@ func kernelHead(k api.Kernel) template.HTML {
 	return out.safe()
 }
 
-// share is a part of a whole, in percent. What is not complete is not called so.
+// share returns a part of a whole in percent. It rounds to 100 % only if the part is the whole.
 func share(part, whole int) string {
 	if part == whole {
 		return "100 %"

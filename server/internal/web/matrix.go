@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// legend explains the states in the order of a build's life.
+// legend is the explanation of a state.
 type legend struct {
 	State api.State
 	Text  string
@@ -44,12 +44,12 @@ type matrixPage struct {
 	Groups     []group
 	Coverage   []covered
 	Legend     []legend
-	// Unfolded is this page with a column for each driver; Older leads to the next page,
-	// Newest to the first; "" when this is it.
+	// Unfolded is the address of this page with a column for each driver. Older is that of the next page, and Newest
+	// that of the first page; "" means that this is that page.
 	Unfolded, Older, Newest string
 }
 
-// Query is what the reader looks for, as the page's form has it.
+// Query is the reader's search, with the fields of the page's form.
 type Query struct {
 	Text, Board, Driver string
 	State               api.State
@@ -57,16 +57,16 @@ type Query struct {
 	All                 bool
 }
 
-// group is the kernels of a milestone.
+// group has the kernels of one milestone.
 type group struct {
 	Milestone int
-	Covered   string // share of what is wanted; "" when nothing is
+	Covered   string // the published share of the wanted cells; "" if none is wanted
 	Rows      []row
 }
 
 type row struct{ Head, Cells template.HTML }
 
-// covered is how much of what wish lists want of a milestone is there.
+// covered is how much of the desired matrix is published, for one milestone.
 type covered struct {
 	Milestone int
 	Share     string
@@ -74,10 +74,10 @@ type covered struct {
 	api.CoverageCounts
 }
 
-// maxRows bounds the kernels of a page.
+// maxRows is the most kernels on a page.
 const maxRows = 20
 
-// parse reads what the reader looks for.
+// parse reads the reader's search from the query.
 func parse(query url.Values) (Query, error) {
 	q := Query{
 		Text:   strings.TrimSpace(query.Get("q")),
@@ -96,8 +96,8 @@ func parse(query url.Values) (Query, error) {
 	return q, nil
 }
 
-// filters turns it into filters. A text such as 535 or R535.104 is a driver; BUILD_IDs have
-// five digits and kernel releases one (COS 113 is 18244.x, Linux is 6.x).
+// filters turns the search into filters. A text such as 535 or R535.104 is taken as a driver. No kernel begins like
+// that: a BUILD_ID begins with five digits and a kernel release with one (COS 113 is 18244.x, Linux is 6.x).
 func (q Query) filters() (store.KernelFilter, catalogue.DriverFilter) {
 	k := store.KernelFilter{Board: q.Board, Milestone: q.Milestone, State: q.State, Text: q.Text}
 	d := catalogue.DriverFilter{Text: q.Driver, All: q.All}
@@ -186,8 +186,7 @@ func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, http.StatusOK, "matrix.html", page)
 }
 
-// coverages tells how much of what is wanted is there, by milestone; without what nobody
-// wants.
+// coverages returns the coverage of each milestone with wanted cells.
 func coverages(c api.Coverage) []covered {
 	var all []covered
 	for _, m := range c.Milestones {

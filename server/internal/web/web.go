@@ -1,8 +1,7 @@
-// Package web is the server's pages for people: the matrix of kernels and drivers, a
-// page for each cell and build, the queue, the releases, preflight, a feed and a badge.
-// They are made of templates, one style sheet and one script, all embedded; every page
-// can be read without the script. It refuses anything from other hosts, and to change
-// anything.
+// Package web has the server's web pages: the matrix of kernels and drivers, a page for each cell and build, the
+// queue, the releases, preflight, a feed and a badge. The pages are made of templates, one style sheet and one
+// script, which are all embedded. Every page can be read without the script. The pages load nothing from other hosts,
+// and they change nothing.
 package web
 
 import (
@@ -28,7 +27,7 @@ import (
 //go:embed pages/*.html assets/*
 var files embed.FS
 
-// reader is what the pages read; package catalogue has it.
+// reader reads the data of the pages. Package catalogue implements it.
 type reader interface {
 	Matrix(ctx context.Context, f store.KernelFilter, d catalogue.DriverFilter, p store.Page) (*catalogue.Matrix, error)
 	View(ctx context.Context, buildID, board, version string) (*catalogue.CellView, error)
@@ -46,19 +45,18 @@ type reader interface {
 	Warnings(ctx context.Context) ([]api.Warning, error)
 }
 
-// labeller returns the labels of what is attached to an artifact of this server's registry,
-// of n things at most.
+// labeller returns the labels of at most n attachments of an artifact in this server's registry.
 type labeller interface {
 	Labels(ctx context.Context, repo, digest string, n int) ([]map[string]string, error)
 }
 
-// Config is what the pages are made of.
+// Config has the parts and settings of the pages.
 type Config struct {
 	Catalogue reader
-	// Registry tells what is signed of an artifact; nil means not asked.
+	// Registry returns the labels of an artifact's attachments. nil leaves them out of the page.
 	Registry labeller
 	Log      *slog.Logger
-	// Now is the clock; nil means time.Now.
+	// Now returns the current time. nil means time.Now.
 	Now func() time.Time
 }
 
@@ -67,13 +65,13 @@ type pages struct {
 	tmpl *template.Template
 }
 
-// Routes are the paths of the pages, as chi and [http.ServeMux] write them.
+// Routes are the paths of the pages, in the syntax of chi and [http.ServeMux].
 var Routes = []string{
 	"/", "/cells/{board}/{build}/{driver}", "/cells/{board}/{build}/{driver}/{flavour}", "/builds/{id}", "/queue",
 	"/releases", "/preflight", "/warnings", "/feed.atom", "/badge.svg", "/assets/{name}",
 }
 
-// New returns a handler of the pages.
+// New returns the handler of the pages.
 func New(c Config) (http.Handler, error) {
 	if c.Now == nil {
 		c.Now = time.Now
@@ -90,7 +88,7 @@ func New(c Config) (http.Handler, error) {
 	mux := http.NewServeMux()
 	handlers := []http.HandlerFunc{
 		p.matrix, p.cell, p.cell, p.build, p.queue, p.releases, p.preflight, p.warnings, p.feed, p.badge,
-		cached(http.FileServerFS(files)), // files only: no list of the folder
+		cached(http.FileServerFS(files)), // serves files only, and no list of the folder
 	}
 	for i, h := range handlers {
 		path := Routes[i]
@@ -116,17 +114,17 @@ func cached(next http.Handler) http.HandlerFunc {
 	}
 }
 
-// head is what every page has.
+// head has the fields that every page needs.
 type head struct {
-	// Title is that of the window, Here the path of the page that is marked in the menu.
+	// Title is the title of the window. Here is the path of the page that the menu marks.
 	Title, Here string
-	// Live is where changes of the page are told as server-sent events; without a script,
-	// a page with Live or Refresh is read again now and then.
+	// Live is the address of server-sent events about changes of the page. Refresh loads the page again every 15
+	// seconds, without a script or if Live is empty.
 	Live    string
 	Refresh bool
 }
 
-// dict makes what a template hands to another: names and values in turn.
+// dict makes the data that one template passes to another. Its arguments are names and values in turn.
 func dict(pairs ...any) map[any]any {
 	out := map[any]any{}
 	for i := 0; i+1 < len(pairs); i += 2 {
@@ -135,7 +133,7 @@ func dict(pairs ...any) map[any]any {
 	return out
 }
 
-// mark is a sign for a state, for readers who do not see the colours.
+// mark returns a symbol for a state, for readers who do not see the colours.
 func mark(s api.State) string {
 	switch s {
 	case api.Published:
@@ -154,7 +152,7 @@ func mark(s api.State) string {
 	return "·"
 }
 
-// label is a state in the terms of the page.
+// label returns the word for a state on the pages.
 func label(s api.State) string {
 	if s == api.Unknown {
 		return "not built"
@@ -165,7 +163,7 @@ func label(s api.State) string {
 func when(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 UTC") }
 func date(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
-// took writes a duration in seconds the way people say it.
+// took formats a duration in seconds for a person.
 func took(s float64) string {
 	d := time.Duration(s * float64(time.Second))
 	switch {
@@ -181,7 +179,7 @@ func took(s float64) string {
 	return strconv.Itoa(int(d.Hours()/24+.5)) + " days"
 }
 
-// ago says how far a time lies from now.
+// ago returns how far a time is from now.
 func (p *pages) ago(t time.Time) string {
 	d := p.Now().Sub(t)
 	switch {
@@ -193,13 +191,13 @@ func (p *pages) ago(t time.Time) string {
 	return took(d.Seconds()) + " ago"
 }
 
-// short cuts a digest or fingerprint to what people compare at a glance.
+// short shortens a digest or fingerprint to the part that people compare.
 func short(v any) string {
 	text := strings.TrimPrefix(fmt.Sprint(v), "sha256:")
 	return text[:min(12, len(text))]
 }
 
-// base is the address that the reader reached the server by.
+// base returns the address by which the reader reached the server.
 func base(r *http.Request) string {
 	scheme := "http"
 	if r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https" {
@@ -208,8 +206,8 @@ func base(r *http.Request) string {
 	return scheme + "://" + r.Host
 }
 
-// plain reports whether stock clients have to be told that an address has no TLS. They
-// know by themselves that a loopback address has none.
+// plain reports whether OCI clients need a flag that says that an address has no TLS. They need none for a loopback
+// address.
 func plain(r *http.Request) bool {
 	if strings.HasPrefix(base(r), "https:") {
 		return false
@@ -221,8 +219,8 @@ func plain(r *http.Request) bool {
 	return host != "localhost" && !net.ParseIP(strings.Trim(host, "[]")).IsLoopback()
 }
 
-// reference is what a stock client pulls. A repository without a host is on
-// this server, under the name that the reader reached it by.
+// reference returns the reference that an OCI client pulls. A repository without a host is on this server, whose name
+// is the one that the reader used.
 func reference(host, repository, digest string) string {
 	if strings.HasPrefix(repository, "/") {
 		repository = host + repository
@@ -247,7 +245,7 @@ func (p *pages) fail(w http.ResponseWriter, r *http.Request, err error) {
 	p.render(w, r, page.Status, "fail.html", page)
 }
 
-// render makes the whole page first: half a page would look like an answer.
+// render completes the page before it sends anything, because half a page would look like a complete answer.
 func (p *pages) render(w http.ResponseWriter, r *http.Request, status int, name string, data any) {
 	var out bytes.Buffer
 	if err := p.tmpl.ExecuteTemplate(&out, name, data); err != nil {
@@ -258,5 +256,5 @@ func (p *pages) render(w http.ResponseWriter, r *http.Request, status int, name 
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
-	_, _ = out.WriteTo(w) // the client is gone; there is nobody to tell
+	_, _ = out.WriteTo(w) // an error means that the client is gone
 }

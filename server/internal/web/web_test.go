@@ -27,7 +27,7 @@ import (
 	"github.com/prebake/prebake/server/internal/web"
 )
 
-// labels are what is attached to every artifact.
+// labels are the labels of every artifact's attachments.
 type labels []map[string]string
 
 func (l labels) Labels(context.Context, string, string, int) ([]map[string]string, error) {
@@ -43,8 +43,7 @@ var (
 	noon   = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 )
 
-// farm makes a catalogue over a real database, and its pages. The clock moves on by a
-// second with each look.
+// farm makes a catalogue with a real database, and its pages. Each call of the clock moves it on by a second.
 func farm(t *testing.T) (*catalogue.Catalogue, http.Handler) {
 	t.Helper()
 	dir := t.TempDir()
@@ -78,7 +77,7 @@ func check(t *testing.T, err error) {
 	}
 }
 
-// fill has a farm with a cell in each state.
+// fill adds a cell in each state.
 func fill(t *testing.T, cat *catalogue.Catalogue) {
 	t.Helper()
 	ctx := t.Context()
@@ -98,20 +97,20 @@ func fill(t *testing.T, cat *catalogue.Catalogue) {
 		_, err := cat.Update(ctx, id, u)
 		check(t, err)
 	}
-	done := request("535.261.03", "open") // 1
+	done := request("535.261.03", "open") // build 1
 	update(done, api.BuildUpdate{State: api.Building, Worker: "builder-1", Attempt: 1})
 	update(done, api.BuildUpdate{State: api.Published, Digest: digest, Fingerprint: finger,
 		Phases: []timeline.Phase{{Name: "compile", Seconds: 41.5}}})
-	failed := request("535.261.03", "proprietary") // 2
+	failed := request("535.261.03", "proprietary") // build 2
 	update(failed, api.BuildUpdate{State: api.Building, Worker: "builder-1", Attempt: 1})
 	update(failed, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "a.c:1: error: <b>too few</b>",
 		Hint:   "take a newer driver",
 		Phases: []timeline.Phase{{Name: "compile", Seconds: 1.5, Failed: true}}})
 	check(t, cat.PutLog(ctx, failed, strings.NewReader("what went wrong\n")))
-	running := request("550.90.07", "open") // 3
+	running := request("550.90.07", "open") // build 3
 	update(running, api.BuildUpdate{State: api.Building, Worker: "builder-2", Attempt: 1, Phase: "compile"})
 	check(t, cat.AppendLog(ctx, running, 0, strings.NewReader(strings.Repeat("a line\n", 2000)+"cc <nv.c>\n")))
-	request("550.90.07", "proprietary") // 4
+	request("550.90.07", "proprietary") // build 4
 	early := target.Kernel{BuildID: "19999.0.0", Board: "lakitu", Milestone: 133, Arch: target.AMD64}
 	check(t, cat.RecordKernel(ctx, api.Kernel{Kernel: early, Default: "570.86.10"}))
 	_, err := cat.PutWishList(ctx, "early",
@@ -249,7 +248,7 @@ func TestPages(t *testing.T) {
 	}
 }
 
-// TestLinks follows every link within the pages, from page to page.
+// TestLinks follows every link between the pages.
 func TestLinks(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)
@@ -278,7 +277,7 @@ func TestLinks(t *testing.T) {
 	}
 }
 
-// TestCommandsAreQuoted has a name for the server that means something to a shell.
+// TestCommandsAreQuoted uses a server name with characters that a shell interprets.
 func TestCommandsAreQuoted(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)
@@ -294,8 +293,7 @@ func TestCommandsAreQuoted(t *testing.T) {
 	}
 }
 
-// TestFeed reads the feed with the elements that RFC 4287, section 4.1, demands of each feed
-// and entry.
+// TestFeed checks that the feed has the elements that RFC 4287, section 4.1, requires of each feed and entry.
 func TestFeed(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)
@@ -339,7 +337,7 @@ func TestFeed(t *testing.T) {
 	}
 }
 
-// trouble is a catalogue that cannot answer.
+// trouble is a catalogue whose answers are errors.
 type trouble struct {
 	*catalogue.Catalogue
 	err error
@@ -371,7 +369,7 @@ func TestTrouble(t *testing.T) {
 	}
 }
 
-// TestHostile has a catalogue whose texts are markup: what a builder, a mirror or a list said.
+// TestHostile has a catalogue whose texts are markup. Such texts could come from a builder, a mirror or a list.
 func TestHostile(t *testing.T) {
 	t.Parallel()
 	const bad = `<i>"'&`
@@ -397,8 +395,8 @@ func (h hostile) Matrix(context.Context, store.KernelFilter, catalogue.DriverFil
 	return h.m, nil
 }
 
-// TestWeight has the largest page of the matrix: 20 kernels with 16 drivers that somebody
-// asked for, in both flavours.
+// TestWeight makes the largest page of the matrix: 20 kernels with 16 drivers that somebody asked for, in both
+// flavours.
 func TestWeight(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)
@@ -415,7 +413,7 @@ func TestWeight(t *testing.T) {
 				Driver: target.Driver{Version: fmt.Sprintf("5%02d.261.03", 30+i), Flavour: f}}
 			_, err := cat.AddArtifact(t.Context(), a)
 			check(t, err)
-			if j == 1 { // signs of two flavours take the most room
+			if j == 1 { // two flavours with different states take the most space
 				_, err := cat.Yank(t.Context(), a.Digest, api.YankRequest{Reason: "x"})
 				check(t, err)
 			}

@@ -1,4 +1,4 @@
-// Command modprobe writes down what it is asked for.
+// Command modprobe writes its arguments to the file /asked.
 package main
 
 import (

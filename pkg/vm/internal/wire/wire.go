@@ -1,7 +1,6 @@
-// Package wire is what the host and the virtual machine say to each other:
-// a script that the host puts into the initramfs, and events that the guest
-// writes, one JSON object a line, to its second serial port. It refuses to
-// know how either side is run.
+// Package wire defines the messages between the host and the virtual machine. The host puts a script into the
+// initramfs. The guest writes events, one JSON object per line, to its second serial port. The package does not know
+// how the two sides are started.
 package wire
 
 import (
@@ -13,7 +12,7 @@ import (
 	"io"
 )
 
-// Places inside the initramfs that both sides agree on.
+// Paths in the initramfs that the host and the guest both use.
 const (
 	ScriptPath = "/prebake/steps.json"
 	ModulesDir = "/prebake/modules"
@@ -21,8 +20,8 @@ const (
 	GPUModule  = "/prebake/emugpu.ko"
 )
 
-// Port is the guest's name of the serial port that carries events. On amd64 the
-// console is the first port of the same kind; an Arm machine's console is not.
+// Port returns the guest's device file of the serial port for events. On amd64 the console is the first port of the
+// same kind, so the events use the second. An Arm machine's console is a port of another kind.
 func Port(goarch string) string {
 	if goarch == "arm64" {
 		return "/dev/ttyS0"
@@ -30,11 +29,11 @@ func Port(goarch string) string {
 	return "/dev/ttyS1"
 }
 
-// Script is what the guest does between boot and power-off.
+// Script says what the guest does between boot and power-off.
 type Script struct {
-	// GPU loads the emulated GPU before the first step.
+	// GPU makes the guest load the emulated GPU before the first step.
 	GPU bool `json:"gpu,omitempty"`
-	// Network starts eth0 before the first step.
+	// Network makes the guest start eth0 before the first step.
 	Network bool   `json:"network,omitempty"`
 	Steps   []Step `json:"steps"`
 }
@@ -44,56 +43,55 @@ type Step struct {
 	Name string   `json:"name"`
 	Argv []string `json:"argv"`
 	Env  []string `json:"env,omitempty"`
-	// TimeoutMS ends the step after so many milliseconds; 0 means never.
+	// TimeoutMS is the time limit of the step in milliseconds; 0 means no limit.
 	TimeoutMS int64 `json:"timeoutMs,omitempty"`
-	// KeepGoing runs the next step even if this one fails.
+	// KeepGoing continues with the next step even if this one fails.
 	KeepGoing bool `json:"keepGoing,omitempty"`
-	// Background starts the step and goes on to the next at once.
+	// Background starts the step and continues with the next one at once.
 	Background bool `json:"background,omitempty"`
 }
 
-// Type says what an [Event] tells.
+// Type is the kind of an [Event].
 type Type string
 
-// The events, in the order in which they may come. Output and End repeat.
+// Types of events, in the order in which they may come. Output and End repeat.
 const (
 	Hello    Type = "hello"  // the guest's init runs
 	Ready    Type = "ready"  // kernel modules, network and GPU are up
 	Begin    Type = "begin"  // a step starts
 	Output   Type = "output" // a step wrote something
 	End      Type = "end"    // a step ended
-	Fatal    Type = "fatal"  // the guest's init cannot go on
+	Fatal    Type = "fatal"  // the guest's init cannot continue
 	Finished Type = "bye"    // the script is over; power goes off next
 )
 
 // Event is one line from the guest.
 type Event struct {
 	Type Type `json:"type"`
-	// Step is the index in the script; meaningful for begin, output and end.
+	// Step is the step's index in the script. It is set for Begin, Output and End.
 	Step int `json:"step,omitempty"`
 	// Stream is stdout or stderr.
 	Stream string `json:"stream,omitempty"`
 	Data   []byte `json:"data,omitempty"`
-	// Exit is a program's exit status, 128 + signal when it was killed, or the
-	// errno of a built-in.
+	// Exit is a program's exit status, 128 + the signal that killed it, or the errno of a built-in.
 	Exit    int     `json:"exit,omitempty"`
 	Seconds float64 `json:"seconds,omitempty"`
-	// Error says why; for fatal, and for a step that could not run or end.
+	// Error is the cause, for Fatal and for a step that could not run or was ended.
 	Error string `json:"error,omitempty"`
-	// Kernel is what the kernel logged since the last event that had this field.
+	// Kernel is the kernel's log since the last event that had this field.
 	Kernel string `json:"kernel,omitempty"`
 }
 
-// MaxLine bounds one event; the guest cuts output and kernel log to fit.
+// MaxLine is the greatest length of one event in bytes. The guest cuts output and kernel log so that they fit.
 const MaxLine = 4 << 20
 
-// MaxChunk bounds the bytes of one output event.
+// MaxChunk is the greatest number of output bytes in one event.
 const MaxChunk = 16 << 10
 
-// MaxOutput bounds what one stream of one step may say; the rest is dropped.
+// MaxOutput is the greatest number of bytes of one stream of one step. Further bytes are dropped.
 const MaxOutput = 4 << 20
 
-// Write sends one event.
+// Write writes one event as one line.
 func Write(w io.Writer, e Event) error {
 	line, err := json.Marshal(e)
 	if err != nil {
@@ -105,9 +103,8 @@ func Write(w io.Writer, e Event) error {
 	return nil
 }
 
-// Read calls f for every event until the stream ends. A last line without its
-// newline is what a machine that lost power leaves, and is dropped. Blank
-// lines are skipped; anything else that is no event is an error.
+// Read calls f for every event until the stream ends. It drops a last line without a newline, because a machine that
+// loses power leaves one. It skips blank lines. Any other line that is not an event is an error.
 func Read(r io.Reader, f func(Event) error) error {
 	in := bufio.NewReaderSize(r, 64<<10)
 	for {

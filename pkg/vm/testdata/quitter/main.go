@@ -1,4 +1,4 @@
-// Command quitter ends at once, which process 1 must not.
+// Command quitter ends at once. As process 1 it makes the kernel panic.
 package main
 
 func main() {}

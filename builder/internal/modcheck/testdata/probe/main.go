@@ -1,5 +1,5 @@
-// Command probe stands in for nvmlprobe in tests of the static checks: it says what the
-// stand-in for a driver says.
+// Command probe replaces nvmlprobe in tests of the static checks. The command prints the driver version of the test
+// module.
 package main
 
 import "fmt"

@@ -1,5 +1,5 @@
-// Command sigstore-kms-filekey is the smallest plugin of Sigstore's KMS
-// protocol: filekey:///PATH signs with a PEM key in a file. Tests build it.
+// Command sigstore-kms-filekey is a minimal plugin for Sigstore's KMS protocol. The URI filekey:///PATH signs with a
+// PEM key in a file. Tests build it.
 package main
 
 import (

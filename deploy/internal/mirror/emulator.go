@@ -1,0 +1,148 @@
+package mirror
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// emulatorProgram is what Debian's package qemu-system-x86 calls its program.
+const emulatorProgram = "qemu-system-x86_64"
+
+// emulatorPackages are qemu and the boot code of its network card, which it does not start without.
+var emulatorPackages = []string{"qemu-system-x86", "ipxe-qemu"}
+
+// Emulator unpacks the qemu of the next Debian release below cache, once for each version, and returns the
+// folder with a program qemu-system-x86_64. That qemu emulates the processor's instructions for SHA-256, which
+// Debian 12's qemu 7.2 does not: a virtual node, which hashes all that it fetches, takes about half the time
+// (TestNodeWithGPU on 2026-11-29: 47 s of 100 s). The program brings its own libraries, since Debian 12's are too
+// old for it. The kind of the error is Transient when Debian's archive cannot be reached.
+func Emulator(ctx context.Context, cache string, progress func(string)) (bin string, err error) {
+	c := Config{Cache: cache, Progress: progress}
+	unlock, err := lock(ctx, c)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	p := platforms[target.AMD64]
+	a, err := openApt(ctx, filepath.Join(cache, p.aptDir()+"-"+nextCodename), p, true, false, progress)
+	if err != nil {
+		return "", err
+	}
+	pkgs, err := a.closure(ctx, emulatorPackages...)
+	if err != nil {
+		return "", err
+	}
+	name := sha256.New()
+	for _, p := range pkgs {
+		fmt.Fprintf(name, "%s=%s\n", p.Name, p.Version)
+	}
+	parent := filepath.Join(cache, "emulators")
+	dir := filepath.Join(parent, hex.EncodeToString(name.Sum(nil))[:16])
+	bin = filepath.Join(dir, "bin")
+	if _, err := os.Stat(bin); err == nil {
+		return bin, nil
+	}
+	if err := errors.Join(a.download(ctx, pkgs), os.MkdirAll(parent, 0o755)); err != nil {
+		return "", err
+	}
+	tmp, err := os.MkdirTemp(parent, ".new-")
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
+	if err := a.unpackEmulator(ctx, pkgs, tmp); err != nil {
+		return "", err
+	}
+	old, err := filepath.Glob(filepath.Join(parent, "*"))
+	if err = errors.Join(err, os.Rename(tmp, dir)); err != nil {
+		return "", err
+	}
+	for _, dir := range old { // 200 MB for each version
+		err = errors.Join(err, os.RemoveAll(dir))
+	}
+	return bin, err
+}
+
+// unpackEmulator lays the packages below dir, and tries the program that comes of them.
+func (a *apt) unpackEmulator(ctx context.Context, pkgs []pkg, dir string) error {
+	all := tree{}
+	for _, p := range pkgs {
+		file, ok := a.file(p)
+		if !ok {
+			return fault.New(fault.InputMissing, "package "+p.Name+" is not at hand", "")
+		}
+		if err := readDeb(ctx, all, file, pickEmulator); err != nil {
+			return err
+		}
+	}
+	// The loader and the libraries are named by hand: the ones that the program names are this machine's.
+	all.add("bin/"+emulatorProgram, node{mode: 0o755, data: []byte(`#!/bin/sh
+root=${0%/*}/../usr
+lib=$root/lib/x86_64-linux-gnu
+exec "$lib/ld-linux-x86-64.so.2" --library-path "$lib" "$root/bin/` + emulatorProgram + `" \
+  -L "$root/share/qemu" -L "$root/share/seabios" -L "$root/lib/ipxe/qemu" "$@"
+`)})
+	if err := all.writeDir(dir); err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, filepath.Join(dir, "bin", emulatorProgram), "-accel", "tcg", "-machine", "q35", "-cpu",
+		"max", "-display", "none", "-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n", "-S", "-monitor", "stdio")
+	cmd.Stdin = strings.NewReader("quit\n")
+	_, err := output(cmd)
+	return err
+}
+
+// pickEmulator leaves out what a program without a display never reads: documents, and the machine's own
+// configuration.
+func pickEmulator(name string) string {
+	for _, folder := range []string{"usr/bin/" + emulatorProgram, "usr/lib/", "usr/share/qemu/", "usr/share/seabios/"} {
+		if strings.HasPrefix(name, folder) {
+			return name
+		}
+	}
+	return ""
+}
+
+// closure returns the packages, and all that they depend on, as apt would install them on a machine without any.
+func (a *apt) closure(ctx context.Context, names ...string) ([]pkg, error) {
+	out, err := a.run(ctx, "", "apt-get", append([]string{"install", "-qq", "--print-uris", "--no-install-recommends",
+		"-o", "Dir::State::status=/dev/null"}, names...)...)
+	if err != nil {
+		return nil, fault.Wrap(fault.InputMissing, fmt.Errorf("ask apt what %s need: %w", strings.Join(names, " and "), err),
+			"run again when Debian's archive is whole")
+	}
+	return parseURIs(out)
+}
+
+// parseURIs reads the lines of apt-get --print-uris: 'URL' NAME_VERSION_ARCH.deb SIZE DIGEST (apt-get(8)). An
+// epoch's colon is %3a in the file's name.
+func parseURIs(out []byte) ([]pkg, error) {
+	var pkgs []pkg
+	for line := range strings.Lines(string(out)) {
+		fields := strings.Fields(line)
+		if len(fields) == 0 {
+			continue
+		}
+		var parts []string
+		if len(fields) >= 2 {
+			parts = strings.Split(strings.TrimSuffix(fields[1], ".deb"), "_")
+		}
+		if len(parts) != 3 {
+			return nil, fault.New(fault.Unsupported, fmt.Sprintf("read apt's list of packages: no file name in %q", line), "")
+		}
+		pkgs = append(pkgs, pkg{parts[0], strings.ReplaceAll(parts[1], "%3a", ":")})
+	}
+	slices.SortFunc(pkgs, func(x, y pkg) int { return strings.Compare(x.Name, y.Name) })
+	return pkgs, nil
+}
