@@ -45,33 +45,33 @@ const (
 func mirrorFlags() []ucli.Flag {
 	return cli.Group(groupFrom,
 		cli.String("kernel-mirror", kernelBucket,
-			"`URL` of COS's release bucket: gs://, https:// or file://; more with commas"),
-		cli.String("driver-mirror", driverBucket, "`URL` of the bucket with NVIDIA's runfiles; more with commas"),
+			"`URL` of COS's release bucket: gs://, https:// or file://; several with commas between"),
+		cli.String("driver-mirror", driverBucket, "`URL` of the bucket with NVIDIA's runfiles; several with commas between"),
 	)
 }
 
 // pipelineFlags are the settings that build and work share.
 func pipelineFlags() []ucli.Flag {
 	googleSignatures := cli.Choice("google-signatures", pipeline.GoogleAuto,
-		"attach Google's module signatures: `MODE` is auto (if they hold), require or off",
+		"attach Google's module signatures: `MODE` is auto (if they match), require or off",
 		pipeline.GoogleAuto, pipeline.GoogleRequire, pipeline.GoogleOff)
 	loadTest := cli.Choice("load-test", pipeline.LoadTestAuto,
-		"load the modules in a virtual machine: `MODE` is auto (where it can), require or off",
+		"load the modules in a virtual machine: `MODE` is auto (where possible), require or off",
 		pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)
 	return slices.Concat(
 		cli.Group(groupWhat,
-			cli.Bool("google-modules", "publish Google's own open modules, and compile none"),
-			cli.Bool("debug-symbols", "publish the modules' debug information, too"),
-			cli.Bool("btf", "add types for tracers; needs pahole, and a vmlinux"),
+			cli.Bool("google-modules", "publish Google's prebuilt open modules; compile nothing"),
+			cli.Bool("debug-symbols", "also publish the modules' debug information"),
+			cli.Bool("btf", "add BTF types for tracing; needs pahole and vmlinux"),
 		),
 		mirrorFlags(),
 		cli.Group(groupTo,
 			cli.Strings("to",
 				"publish to `REF`: host/repository, oci:FOLDER, or a bucket"),
-			cli.String("username", "", "user `NAME` for the first --to, in place of Docker's"),
+			cli.String("username", "", "user `NAME` for the first --to, else from Docker's config"),
 			cli.String("password", "", "`PASSWORD` or token for the first --to"),
 			privateFlag(), redistributeFlag(),
-			cli.Bool("with-runfile", "copy NVIDIA's runfile into buckets among --to"),
+			cli.Bool("with-runfile", "also copy NVIDIA's runfile to each bucket in --to"),
 			cli.Range("deltas", 3, 0, 1000, "attach `COUNT` deltas from earlier builds"),
 		),
 		cli.Group(groupTrust,
@@ -79,17 +79,17 @@ func pipelineFlags() []ucli.Flag {
 			identityTokenFlag(),
 			cli.TrustedRootFlag(),
 			cli.String("module-key", "", "RSA `KEY` that signs modules: a file or KMS URI"),
-			cli.String("module-cert", "", "certificate `FILE` for --module-key, --google-modules"),
+			cli.String("module-cert", "", "certificate `FILE` of --module-key or --google-modules"),
 			googleSignatures,
-			cli.String("builder-id", builderID, "`URI` of the builder in the provenance"),
+			cli.String("builder-id", builderID, "`URI` that names this builder in the provenance"),
 		),
 		cli.Group(groupTrust, loadTest),
 		programFlags(),
 		cli.Group(groupResources,
 			cacheFlag(),
 			cacheSizeFlag(),
-			cli.Range("jobs", 0, 0, 10_000, "`COUNT` of compilers for a cell; 0 shares the processors"),
-			cli.Duration("compile-timeout", 45*time.Minute, "longest `TIME` for one compile"),
+			cli.Range("jobs", 0, 0, 10_000, "`COUNT` of compilers per cell; 0 shares the processors"),
+			cli.Duration("compile-timeout", 45*time.Minute, "stop a compile after `TIME`"),
 		),
 	)
 }
@@ -105,8 +105,8 @@ func defaultCache() string {
 // programFlags returns the flags that name the programs of the load test. By default these programs lie in the folder
 // of this program.
 func programFlags() []ucli.Flag {
-	guestinit := cli.String("guestinit", programBeside("guestinit"), "first `PROGRAM` in the machine")
-	probe := cli.String("probe", programBeside("nvmlprobe"), "`PROGRAM` asking NVML")
+	guestinit := cli.String("guestinit", programBeside("guestinit"), "init `PROGRAM` of the test VM")
+	probe := cli.String("probe", programBeside("nvmlprobe"), "test `PROGRAM` for NVML")
 	guestinit.DefaultText, probe.DefaultText = "beside builder", "nvmlprobe beside builder"
 	return cli.Group(groupOutput, guestinit, probe)
 }
@@ -201,10 +201,9 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 func buildCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "build",
-		Usage: "make one cell (a kernel and a driver), or those of a wish list",
+		Usage: "build one cell (a kernel with a driver), or all cells of a wish list",
 		Description: `Give --build-id for one cell, or --wish for many, and always --to and --key.
-With --wish, that file says what --board, --driver, --flavour and --label say
-for one cell.
+With --wish, the file replaces --board, --driver, --flavour and --label.
 
   builder build --build-id 17800.66.78 --driver R535 \
     --to registry.example/drivers --private registry.example --key prebake.key
@@ -216,15 +215,16 @@ for one cell.
 				cli.String("build-id", "", "COS `BUILD_ID`, such as 17800.66.78"),
 				cli.String("board", "lakitu", "`BOARD`: lakitu or lakitu-arm64"),
 				cli.String("driver", string(target.Default),
-					"`VERSION`, default, latest or a branch such as R535; for one GPU type: default@NVIDIA_L4"),
+					"`VERSION`, a branch such as R535, latest or default; default@NVIDIA_L4 for one GPU type"),
 				cli.String("flavour", string(target.Proprietary), "`FLAVOUR`: proprietary or open"),
 			),
 			pipelineFlags(),
 			wishFlags(),
-			cli.Group(groupTo, cli.Strings("label", "call the open driver `LABEL` in buckets: DEFAULT, LATEST or its branch")),
+			cli.Group(groupTo, cli.Strings("label",
+				"publish the open driver in buckets as `LABEL`: DEFAULT, LATEST or its branch")),
 			cli.Group(groupOutput,
 				cli.WasCalled(cli.String("log-file", "", "`FILE` for the full log (default: in the cache folder)"), "log"),
-				cli.Bool("dry-run", "with --wish: print what would be made, make nothing"),
+				cli.Bool("dry-run", "with --wish: print what would be built; build nothing"),
 				cli.OutputFlag(),
 			),
 		),
@@ -334,7 +334,7 @@ func printResult(w io.Writer, res *pipeline.Result) error {
 func keygenCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:      "keygen",
-		Usage:     "make a signing key in FILE and its public half in FILE.pub",
+		Usage:     "make a signing key in FILE, and its public key in FILE.pub",
 		ArgsUsage: "FILE",
 		Action: func(_ context.Context, cmd *ucli.Command) error {
 			path := cmd.Args().First()

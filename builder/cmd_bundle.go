@@ -25,7 +25,7 @@ import (
 func bundleCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "bundle",
-		Usage: "make one file with drivers and all that belongs to them, for places without a network",
+		Usage: "pack drivers into one file for sites without a network, and read such files",
 		Commands: []*ucli.Command{
 			bundleCreateCommand(), bundleShowCommand(), bundlePushCommand(), bundleExtractCommand(),
 		},
@@ -35,7 +35,7 @@ func bundleCommand() *ucli.Command {
 // registryFlags returns the flags of the commands that connect to registries.
 func registryFlags() []ucli.Flag {
 	return []ucli.Flag{
-		cli.String("username", "", "user `NAME` for that registry, in place of the Docker configuration's"),
+		cli.String("username", "", "user `NAME` for that registry (default: from Docker's configuration)"),
 		cli.String("password", "", "`PASSWORD` or token for that registry"),
 	}
 }
@@ -66,10 +66,10 @@ func bundleCreateCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "create", Usage: "pack drivers and their attestations into an OCI image layout in a tar",
 		ArgsUsage: "FILE",
-		Description: `Packs each driver that --from has for the kernels and versions that are named,
-or for all, with everything that is attached to it but debug symbols. The same
-input gives the same bytes. With --since the file is a delta: what an earlier
-one has is left out, and its readers need both.
+		Description: `Packs each driver of --from that --kernel, --driver and --flavour select, with
+everything that is attached to it except debug symbols. The same input gives the
+same bytes. With --since the file is a delta: it leaves out what the earlier
+file has, and readers need both files.
 
 Example:
   builder bundle create drivers.tar --from registry.example/prebake/driver \
@@ -78,16 +78,17 @@ Example:
 			cli.Group(groupFrom, cli.String("from", "", "repository `REF` with the drivers, as host/name or oci:FOLDER")),
 			cli.Group(groupFrom, registryFlags()...),
 			cli.Group(groupWhat,
-				cli.Strings("kernel", "COS build and board, as `BUILD_ID/BOARD`; repeat it for several, none is all"),
-				cli.Strings("driver", "`VERSION` of the driver; repeat it for several, none is all"),
-				cli.Strings("flavour", "`FLAVOUR`, open or proprietary; none is both"),
-				cli.String("snapshot", "", "`FOLDER` with a signed snapshot of the catalogue, packed as it is"),
-				cli.Strings("image", "image `REF` of a program, as HOST/NAME:TAG or HOST/NAME@DIGEST, for all its platforms"),
-				cli.String("since", "", "earlier `FILE`, or several with + between, whose contents are left out"),
+				cli.Strings("kernel", "only drivers for this COS build and board, `BUILD_ID/BOARD`; without the flag, for all"),
+				cli.Strings("driver", "only this driver `VERSION`; without the flag, all"),
+				cli.Strings("flavour", "only this `FLAVOUR`, open or proprietary; without the flag, both"),
+				cli.String("snapshot", "", "also pack the signed snapshot in `FOLDER`, unchanged"),
+				cli.Strings("image",
+					"also pack the container image `REF`, HOST/NAME:TAG or HOST/NAME@DIGEST, for all its platforms"),
+				cli.String("since", "", "make a delta that leaves out the contents of an earlier `FILE`; several with + between"),
 			),
 			cli.Group(
 				groupTrust,
-				cli.Strings("public-key", "`FILE` with a public key: it is packed, and has to have signed each driver"),
+				cli.Strings("public-key", "`FILE` with a public key that signed the drivers; the key is packed, too"),
 			),
 			cli.Group(groupTrust, cli.TrustFlags()...),
 			cli.Group(groupOutput, cli.OutputFlag()),
@@ -106,7 +107,7 @@ func runBundleCreate(ctx context.Context, cmd *ucli.Command) error {
 		return err
 	}
 	if _, err := os.Lstat(file); err == nil {
-		return fault.New(fault.Usage, file+" is there already", "name a file that is not")
+		return fault.New(fault.Usage, file+" exists already", "name a new file")
 	}
 	var report *offline.Report
 	err = writeAtomically(file, func(w io.Writer) (err error) {
@@ -254,7 +255,7 @@ func megabytes(n int64) string {
 
 func bundleShowCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "show", Usage: "list what a bundle holds, and compare every byte with its digest",
+		Name: "show", Usage: "list the contents of a bundle, and check every digest",
 		ArgsUsage: "FILE[+DELTA…]",
 		Description: `Example:
   builder bundle show drivers.tar+drivers-2.tar`,
@@ -300,8 +301,8 @@ func bundleExtractCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "extract", Usage: "write a bundle's snapshot or keys to a folder",
 		ArgsUsage: "FILE[+DELTA…]",
-		Description: `What a bundle says of itself proves nothing: trust its keys once you have
-compared them with what you know of the publisher.
+		Description: `A bundle cannot prove who made it. Before you trust the keys in it, compare them
+with keys that the publisher gave you in another way.
 
 Example:
   builder bundle extract drivers.tar --snapshot /srv/snapshot`,

@@ -23,15 +23,15 @@ func bundlePushCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "push", Usage: "copy a bundle's drivers to a registry, with unchanged digests and attestations",
 		ArgsUsage: "FILE[+DELTA…]",
-		Description: `Images of programs, keys and snapshot stay in the file: skopeo copies the
-images, builder bundle extract writes the files. A Prebake server takes a
-bundle by "server import", which also records it.
+		Description: `Container images, keys and the snapshot are not copied. Use skopeo for the
+images, and "builder bundle extract" for keys and snapshot. For a Prebake server
+use "server import", which also records the drivers in its catalogue.
 
 Example:
   builder bundle push drivers.tar --to registry.example/prebake/driver \
     --private registry.example/prebake`,
 		Flags: slices.Concat(
-			cli.Group(groupTo, cli.String("to", "", "repository `REF` to copy them to, as host/name or oci:FOLDER")),
+			cli.Group(groupTo, cli.String("to", "", "repository `REF` to copy the drivers to, as host/name or oci:FOLDER")),
 			cli.Group(groupTo, registryFlags()...),
 			cli.Group(groupTo, privateFlag(), redistributeFlag()),
 			cli.Group(groupOutput, cli.OutputFlag()),
@@ -57,7 +57,7 @@ Example:
 				return err
 			}
 			if all == nil {
-				return fault.New(fault.NoArtifact, file+" has no drivers", "builder bundle show "+file+" tells what it has")
+				return fault.New(fault.NoArtifact, file+" has no drivers", "list what it has: builder bundle show "+file)
 			}
 			return cli.Print(cmd, all, func(w io.Writer) error {
 				for _, t := range all {
@@ -87,7 +87,7 @@ func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licenc
 		f, err := target.ParseFlavour(m.Annotations[bundle.AnnotationDriverFlavour])
 		if err != nil {
 			return fault.Wrap(fault.Unverified, fmt.Errorf("read driver %s: %w", d.Digest, err),
-				"get the file again from who made it")
+				"get the file again from its publisher")
 		}
 		flavours[d.Digest.String()] = f
 		return nil

@@ -37,7 +37,7 @@ func homeDefault(f *ucli.StringFlag) *ucli.StringFlag {
 
 // cacheSizeFlag sets the size limit of the cache that build and work keep (see trimCache).
 func cacheSizeFlag() ucli.Flag {
-	f := cli.String("cache-size", "", "keep the cache below `SIZE`, as in 20GiB")
+	f := cli.String("cache-size", "", "keep the cache below `SIZE`, such as 20GiB")
 	f.Validator = validSize
 	return f
 }
@@ -51,7 +51,7 @@ func parseSize(text string) (int64, error) {
 	}
 	n, err := humanize.ParseBytes(text)
 	if err != nil || n == 0 || n > 1<<60 {
-		return 0, fmt.Errorf("size %q: want it as in 20GiB", text)
+		return 0, fmt.Errorf("size %q: want a number with a unit, such as 20GiB", text)
 	}
 	return int64(n), nil
 }
@@ -68,20 +68,20 @@ func trimCache(ctx context.Context, cmd *ucli.Command, cache *cas.Cache) (*cas.T
 func cacheCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:   "cache",
-		Usage:  "list what the cache holds",
+		Usage:  "list the contents of the cache",
 		Flags:  []ucli.Flag{cacheFlag(), cli.OutputFlag()},
 		Action: listCache,
 		Commands: []*ucli.Command{{
 			Name:  "trim",
-			Usage: "remove what was not used for the longest time",
-			Description: `What a running builder uses is never removed, so this may be called at any time.
-Everything that goes can be fetched or made again.`,
+			Usage: "remove the entries that were not used for the longest time",
+			Description: `Entries that a running builder uses are never removed, so this is safe at any
+time. A build fetches or makes a removed entry again when it needs it.`,
 			Flags: []ucli.Flag{
 				cacheFlag(),
-				&ucli.StringFlag{Name: "max-size", Usage: "until the cache is not larger than `SIZE`, as in 20GiB",
+				&ucli.StringFlag{Name: "max-size", Usage: "remove entries until the cache is at most `SIZE`, such as 20GiB",
 					Validator: validSize},
-				&ucli.StringFlag{Name: "min-free", Usage: "until the disk has `SIZE` free", Validator: validSize},
-				&ucli.DurationFlag{Name: "older-than", Usage: "whatever was not used for this `TIME`, as in 720h"},
+				&ucli.StringFlag{Name: "min-free", Usage: "remove entries until the disk has `SIZE` free", Validator: validSize},
+				&ucli.DurationFlag{Name: "older-than", Usage: "remove entries that were not used for `TIME`, such as 720h"},
 				&ucli.BoolFlag{Name: "dry-run", Usage: "remove nothing; print what would be removed"},
 				cli.OutputFlag(),
 			},
@@ -159,7 +159,8 @@ func runTrim(ctx context.Context, cmd *ucli.Command) error {
 		return err
 	}
 	if limit.Bytes == 0 && limit.MinFree == 0 && limit.OlderThan <= 0 {
-		return fault.New(fault.Usage, "trim to what?", "give --max-size, --min-free or --older-than, as in --max-size 20GiB")
+		return fault.New(fault.Usage, "trim cache: no limit is given",
+			"give --max-size, --min-free or --older-than, such as --max-size 20GiB")
 	}
 	return withCache(cmd, func(cache *cas.Cache) error {
 		done, err := cache.Trim(ctx, limit)

@@ -57,8 +57,8 @@ func TestCache(t *testing.T) {
 		{"in use", trim("--older-than", "720h"), 0, "removed 0 entries, 0 B; "},
 		{"in use says so", trim("--older-than", "720h"), 0, "1 entries stay, they are in use"},
 		{"no limit", trim(), 2, "hint:  give --max-size"},
-		{"bad size", trim("--max-size", "huge"), 2, "want it as in 20GiB"},
-		{"nothing is no size", trim("--max-size", "0"), 2, "want it as in 20GiB"},
+		{"bad size", trim("--max-size", "huge"), 2, "want a number with a unit, such as 20GiB"},
+		{"nothing is no size", trim("--max-size", "0"), 2, "want a number with a unit, such as 20GiB"},
 		{"unknown", []string{"cache", "wipe"}, 2, `no command "wipe"`},
 	} {
 		code, out, errs := runOne(t, cacheCommand(), row.args...)

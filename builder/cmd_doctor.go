@@ -18,31 +18,31 @@ import (
 func doctorCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "doctor",
-		Usage: "check that this machine has what builds need, and name what is missing",
-		Description: `Takes the flags and environment of build and work. Mirrors, destinations and key
-are tried where they are given. Changes nothing. The exit code is that of the
+		Usage: "check that this machine has what builds need, and list what is missing",
+		Description: `Takes the flags and environment of build and work. Mirrors, destinations and the
+key are checked if you name them. Changes nothing. The exit code is that of the
 worst finding.`,
 		Flags: slices.Concat(
-			cli.Group(groupWhat, cli.Bool("btf", "check the tools for BTF, too")),
+			cli.Group(groupWhat, cli.Bool("btf", "also check the tools for BTF")),
 			cli.Group(groupFrom,
-				cli.String("kernel-mirror", "", "try the `URL` of the COS release bucket"),
-				cli.String("driver-mirror", "", "try the `URL` of the bucket with NVIDIA's runfiles"),
+				cli.String("kernel-mirror", "", "check that the COS release bucket at `URL` can be read"),
+				cli.String("driver-mirror", "", "check that the bucket with NVIDIA's runfiles can be read at `URL`"),
 			),
 			cli.Group(groupTo,
-				cli.Strings("to", "try whether `REF` may be written"),
+				cli.Strings("to", "check that the destination `REF` can be written"),
 				privateFlag(), redistributeFlag(),
 				cli.String("username", "", "user `NAME` for the first --to"),
 				cli.String("password", "", "`PASSWORD` or token for the first --to"),
 			),
 			cli.Group(groupTrust,
-				cli.String("key", "", "try to load the signing `KEY`: a file or KMS URI, or to sign without one: keyless:FILE"),
+				cli.String("key", "", "check the signing `KEY`: a file, a KMS URI, or keyless:FILE"),
 				identityTokenFlag(),
 				cli.TrustedRootFlag(),
 			),
 			programFlags(),
 			cli.Group(groupResources,
 				cacheFlag(),
-				cli.Int("jobs", 0, "compilers side by side: `COUNT`; 0 is one for each processor"),
+				cli.Int("jobs", 0, "`COUNT` of compilers at once; 0 is one for each processor"),
 			),
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),

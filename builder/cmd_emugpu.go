@@ -27,10 +27,10 @@ func emugpuCommand() *ucli.Command {
 			&ucli.BoolFlag{Name: "revision", Usage: "print the digest of the emulated GPU's source, and compile nothing"},
 			&ucli.StringFlag{Name: "headers", Usage: "`FOLDER` of the kernel's headers"},
 			&ucli.StringFlag{Name: "toolchain", Usage: "`FOLDER` of the unpacked toolchain"},
-			&ucli.StringSliceFlag{Name: "variable", Usage: "`NAME=VALUE` of toolchain_env"},
+			&ucli.StringSliceFlag{Name: "variable", Usage: "variable `NAME=VALUE` from toolchain_env"},
 			&ucli.StringFlag{Name: "release", Usage: "`RELEASE` of the kernel, as uname -r prints it"},
 			&ucli.StringFlag{Name: "arch", Value: string(target.AMD64), Usage: "amd64 or arm64"},
-			&ucli.StringFlag{Name: "out", Usage: "`FILE` of the module"},
+			&ucli.StringFlag{Name: "out", Usage: "write the module to `FILE`"},
 		},
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			revision, err := testgpu.Revision()

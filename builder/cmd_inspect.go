@@ -22,16 +22,16 @@ import (
 func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",
-		Usage: "check one COS build in a bucket: what a build uses, and what does not fit",
-		Description: `Fetches what a build fetches of the kernel, and compiles nothing. Send the print
-along when you report that a build is not served. The exit code is that of the
-worst finding.`,
+		Usage: "check whether drivers can be built for one COS build, and list what is wrong with it",
+		Description: `Fetches the files of the kernel that a build needs, and compiles nothing. Attach
+the output when you report that a COS build does not work. The exit code is that
+of the worst finding.`,
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
 				&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Required: true,
 					Sources: cli.Env("build-id")},
 				cli.String("board", "lakitu", "COS `BOARD`"),
-				&ucli.BoolFlag{Name: "vmlinux", Usage: "fetch vmlinux, too (hundreds of MB), and compare it with the headers"},
+				&ucli.BoolFlag{Name: "vmlinux", Usage: "also fetch vmlinux (hundreds of MB), and compare it with the headers"},
 			),
 			cli.Group(groupFrom, cli.String("kernel-mirror", kernelBucket, "`URL` of the COS release bucket")),
 			cli.Group(groupOutput, cacheFlag(), cli.OutputFlag()),
@@ -77,7 +77,7 @@ func runInspect(ctx context.Context, cmd *ucli.Command) (err error) {
 		}
 		return fault.New(fault.Of(err),
 			fmt.Sprintf("%s cannot be built: %d of %d checks fail", kernel, failed, len(report.Findings)),
-			"read the lines that begin with fail; send the print along if they are wrong")
+			"read the lines that begin with fail; if they are wrong, report them with this output")
 	}
 	return nil
 }

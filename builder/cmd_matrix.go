@@ -35,10 +35,10 @@ import (
 // wishFlags returns the settings of build and work that apply with --wish only.
 func wishFlags() []ucli.Flag {
 	return slices.Concat(
-		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: try again what failed from the same inputs")),
+		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: retry cells that failed with the same inputs")),
 		cli.Group(groupResources,
-			cli.Range("parallel", 0, 0, 1000, "with --wish: `COUNT` of cells side by side; 0: by memory"),
-			cli.Range("attempts", 3, 1, 100, "with --wish: `COUNT` of tries if a failure may pass"),
+			cli.Range("parallel", 0, 0, 1000, "with --wish: `COUNT` cells at once; 0: as memory allows"),
+			cli.Range("attempts", 3, 1, 100, "with --wish: `COUNT` of tries if a failure is temporary"),
 		),
 	)
 }
@@ -65,7 +65,7 @@ func wishCommand() *ucli.Command {
 		Usage: "check wish lists",
 		Commands: []*ucli.Command{
 			{
-				Name: "check", Usage: "read a wish list and name every mistake", ArgsUsage: "FILE",
+				Name: "check", Usage: "check a wish list, and print every mistake", ArgsUsage: "FILE",
 				Action: func(_ context.Context, cmd *ucli.Command) error {
 					if cmd.Args().Len() != 1 {
 						return fault.New(fault.Usage, "wish check takes one file name", "builder wish check wish.yaml")

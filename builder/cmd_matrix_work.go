@@ -82,7 +82,7 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 			args = append(args, string(s), n)
 		}
 	}
-	log.InfoContext(ctx, "round done", args...)
+	log.InfoContext(ctx, "wish list checked", args...)
 	return m.label(ctx, p, func(note string) { log.DebugContext(ctx, "label not given", "note", note) })
 }
 

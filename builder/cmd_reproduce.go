@@ -29,8 +29,8 @@ func reproduceCommand() *ucli.Command {
 		Usage:     "rebuild a published artifact, and compare it file by file",
 		ArgsUsage: "REF…",
 		Description: `REF is host/repository, or oci:FOLDER, followed by @sha256:DIGEST or :TAG.
-Nothing that an earlier build left in a cache is used. Exit status 0 says that
-the same digests came out, 5 (mismatch) that one did not.
+Compiled objects in the cache are not used. The exit status is 0 if all digests
+are the same, and 5 (mismatch) if one differs.
 
 Example:
   builder reproduce --public-key prebake.key.pub \
@@ -38,24 +38,24 @@ Example:
 		Flags: slices.Concat(
 			mirrorFlags(),
 			cli.Group(groupFrom,
-				cli.String("username", "", "user `NAME` for the registry, in place of the Docker configuration's"),
+				cli.String("username", "", "user `NAME` for the registry (default: from Docker's configuration)"),
 				cli.String("password", "", "`PASSWORD` or token for the registry"),
 			),
-			cli.Group(groupTrust, cli.Strings("public-key", "`FILE` with a public key whose provenance is trusted")),
+			cli.Group(groupTrust, cli.Strings("public-key", "`FILE` with a public key; provenance that it signed is trusted")),
 			cli.Group(groupTrust, cli.TrustFlags()...),
 			cli.Group(groupTrust, cli.String("module-cert", "",
 				"`FILE` with the certificate that the kernel trusts, for --google-modules where the bucket shows none")),
 			cli.Group(groupTrust,
-				cli.Bool("attest", `sign "rebuilt, identical" with --key and attach it`),
+				cli.Bool("attest", "if all is identical, attach a statement signed with --key"),
 				cli.String("key", "",
-					"`KEY` that signs the reproduction: a file, a KMS URI, or keyless:FILE with a Sigstore signing configuration"),
+					"`KEY` for --attest: a file, a KMS URI, or keyless:FILE with a Sigstore signing configuration"),
 				identityTokenFlag(),
-				cli.String("builder-id", builderID, "`URI` of the builder of the reproduction"),
+				cli.String("builder-id", builderID, "`URI` that names this builder for --attest"),
 			),
 			cli.Group(groupResources,
-				homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache; only fetched inputs are taken from it")),
-				cli.Int("jobs", 0, "compilers side by side: `COUNT`; 0 is one for each processor"),
-				cli.Duration("compile-timeout", 45*time.Minute, "longest `TIME` for the compile"),
+				homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache; only its fetched inputs are used")),
+				cli.Int("jobs", 0, "`COUNT` of compilers at once; 0 is one for each processor"),
+				cli.Duration("compile-timeout", 45*time.Minute, "stop the compile after `TIME`"),
 			),
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),
@@ -137,7 +137,7 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	if len(differ) > 0 {
 		return fault.New(fault.Mismatch,
-			fmt.Sprintf("%d of %d artifacts did not come out again: %s", len(differ), len(reports), strings.Join(differ, ", ")),
+			fmt.Sprintf("reproduce: %d of %d artifacts differ: %s", len(differ), len(reports), strings.Join(differ, ", ")),
 			"do not use them until their builder has explained the difference")
 	}
 	return nil

@@ -24,7 +24,8 @@ func snapshotCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "snapshot",
 		Usage: "sign a list of published and withdrawn artifacts, for nodes without a server",
-		Description: `The list is a folder of files for any web server, by the rules of TUF. Example:
+		Description: `The list is a folder of files in the format of TUF (The Update Framework). Any
+web server can serve it. Example:
   builder snapshot keys keys
   builder snapshot root --to list --keys keys --threshold 2
   builder snapshot make --to list --keys keys --server https://prebake.example
@@ -45,7 +46,7 @@ var snapshotRoles = []string{"targets", "snapshot", "timestamp"}
 func toFlag() ucli.Flag { return cli.String("to", "", "`FOLDER` of the snapshot") }
 
 func keyFlags(roles ...string) []ucli.Flag {
-	flags := []ucli.Flag{cli.String("keys", "", "`FOLDER` that builder snapshot keys made, for keys that are not named")}
+	flags := []ucli.Flag{cli.String("keys", "", "`FOLDER` made by builder snapshot keys, for each key that no flag names")}
 	for _, role := range roles {
 		flags = append(flags, cli.String(role+"-key", "", "`KEY` of the "+role+": a file or a KMS URI"))
 	}
@@ -66,17 +67,17 @@ func keyRef(cmd *ucli.Command, role string) (string, error) {
 		}
 		return path, nil
 	}
-	return "", fault.New(fault.Usage, "no key of the "+role, "add --keys FOLDER, or --"+role+"-key KEY")
+	return "", fault.New(fault.Usage, "no key for the role "+role, "add --keys FOLDER, or --"+role+"-key KEY")
 }
 
 func snapshotKeysCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "keys", Usage: "make the keys of a snapshot in a folder", ArgsUsage: "FOLDER",
-		Flags: []ucli.Flag{cli.Int("root-keys", 3, "`COUNT` of keys for the root")},
+		Name: "keys", Usage: "make the signing keys of a snapshot in a folder", ArgsUsage: "FOLDER",
+		Flags: []ucli.Flag{cli.Int("root-keys", 3, "`COUNT` of root keys to make")},
 		Action: func(_ context.Context, cmd *ucli.Command) error {
 			dir, count := cmd.Args().First(), cmd.Int("root-keys")
 			if dir == "" || cmd.Args().Len() != 1 || count < 1 || count > 9 {
-				return fault.New(fault.Usage, "want one folder, and 1 to 9 root keys", "builder snapshot keys FOLDER")
+				return fault.New(fault.Usage, "make keys: want one folder, and 1 to 9 root keys", "builder snapshot keys FOLDER")
 			}
 			if err := os.MkdirAll(dir, 0o700); err != nil {
 				return fault.Wrap(fault.Usage, fmt.Errorf("make folder of keys: %w", err), "")
@@ -101,14 +102,15 @@ func snapshotKeysCommand() *ucli.Command {
 
 func snapshotRootCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "root", Usage: "write the next root, which names who may sign",
-		Description: `Nodes are configured with the first root, or with any later one. As many root
-keys as the threshold wants have to be at hand; of the others the public halves
-do. Another root than the first is signed by as many keys of the one before.`,
+		Name: "root", Usage: "write the next root, which lists the keys that may sign",
+		Description: `Nodes are configured with the first root, or with any later one. The command
+needs as many private root keys as --threshold says. For the other root keys,
+the public key is enough. A later root also needs signatures by keys of the root
+before it, as many as that root's threshold says.`,
 		Flags: append(cli.Group(groupTrust, append(keyFlags(snapshotRoles...),
-			cli.Strings("root-key", "`KEY` of the root: a file, a KMS URI, or a public key that signs nothing now"),
-			cli.Strings("former-key", "`KEY` of the previous root, which may not sign any more"),
-			cli.Int("threshold", 2, "`COUNT` of root keys that have to sign a root"),
+			cli.Strings("root-key", "`KEY` of the new root: a file, a KMS URI, or a public key, which does not sign now"),
+			cli.Strings("former-key", "`KEY` of the previous root that the new root removes; it signs the change"),
+			cli.Int("threshold", 2, "`COUNT` of root keys that must sign a root"),
 			lifetimeFlag("life", 365*24*time.Hour, "`TIME` until the root expires"),
 		)...), cli.Group(groupTo, toFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
@@ -222,13 +224,13 @@ func lifetimeFlag(name string, value time.Duration, usage string) ucli.Flag {
 
 func snapshotMakeCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "make", Usage: "ask a server for its artifacts, and publish the list",
+		Name: "make", Usage: "ask a server for its artifacts, and write the signed list",
 		Flags: slices.Concat(
 			cli.Group(groupFrom, cli.String("server", "", "`URL` of the server"),
-				cli.Bool("allow-empty", "publish a list in which nothing may be used")),
+				cli.Bool("allow-empty", "write the list even if it has no usable artifact")),
 			cli.Group(groupTrust, append(keyFlags(snapshotRoles...), timestampLifetime(),
 				lifetimeFlag("list-life", 90*24*time.Hour, "`TIME` until the list itself expires"),
-				cli.Int("least-version", 0, "lowest `VERSION` of the list, if the folder was lost"))...),
+				cli.Int("least-version", 0, "lowest `VERSION` of the new list; needed after the folder was lost"))...),
 			cli.Group(groupTo, toFlag()),
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),
@@ -253,8 +255,8 @@ func snapshotMakeCommand() *ucli.Command {
 			if !cmd.Bool("allow-empty") && !slices.ContainsFunc(list.Artifacts, usable) {
 				return fault.New(
 					fault.NoArtifact,
-					"the server has published nothing: nodes would install nothing",
-					"check --server, or mean it: --allow-empty",
+					"the server has no published artifact: nodes would install nothing",
+					"check --server; to write an empty list, add --allow-empty",
 				)
 			}
 			until := maker.Until{
@@ -280,7 +282,7 @@ func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.
 	}
 	_, by, err := sign.Metadata(ctx, ref)
 	if err == nil && by == nil {
-		err = fault.New(fault.Usage, ref+" is a public key, and cannot sign", "name the private half: --"+role+"-key KEY")
+		err = fault.New(fault.Usage, ref+" is a public key, and cannot sign", "name the private key: --"+role+"-key KEY")
 	}
 	return by, err
 }
@@ -320,7 +322,7 @@ func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Ca
 
 func snapshotRefreshCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "refresh", Usage: "sign a new timestamp for the newest list",
+		Name: "refresh", Usage: "sign a new timestamp for the newest list, before the old one expires",
 		Flags: slices.Concat(
 			cli.Group(groupTrust, append(keyFlags("timestamp"), timestampLifetime())...),
 			cli.Group(groupTo, toFlag()),

@@ -29,9 +29,9 @@ func workCommand() *ucli.Command {
 	if host == "" {
 		host = "builder"
 	}
-	id := cli.String("id", host, "`NAME` of this worker, one process each")
+	id := cli.String("id", host, "unique `NAME` of this worker")
 	id.DefaultText = "the host's name"
-	grace := cli.Duration("grace", 0, "`TIME` that running builds have after a stop signal")
+	grace := cli.Duration("grace", 0, "`TIME` for running builds to end after a stop signal")
 	grace.DefaultText = "10m with --wish, 0 with --queue"
 	return cli.WithConfig(&ucli.Command{
 		Name:  "work",
@@ -45,15 +45,15 @@ func workCommand() *ucli.Command {
 				cli.String("queue", "", "`URL` of the queue: sqlite:///PATH or postgres://…"),
 				cli.String("server", "http://127.0.0.1:8440", "`URL` of the server"),
 				cli.String("token", "", "the server's `TOKEN`, with scopes build and push"),
-				cli.String("token-file", "", "`FILE` with it, read at each call"),
+				cli.String("token-file", "", "`FILE` with that token; it is read at each call"),
 				id,
 			),
 			pipelineFlags(),
 			wishFlags(),
 			cli.Group(groupResources,
-				cli.Range("concurrency", 1, 1, 1000, "`COUNT` of queued builds side by side"),
+				cli.Range("concurrency", 1, 1, 1000, "`COUNT` of queued builds at once"),
 				homeDefault(cli.WasCalled(cli.String("state-dir", filepath.Join(filepath.Dir(defaultCache()), "worker"),
-					"`FOLDER` for the lock and running logs"), "state")),
+					"`FOLDER` for a lock file and the logs of running builds"), "state")),
 				grace,
 			),
 			cli.Group(groupOutput, metricsFlag()),

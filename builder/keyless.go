@@ -19,7 +19,7 @@ import (
 const envToken = "SIGSTORE_ID_TOKEN"
 
 func identityTokenFlag() ucli.Flag {
-	f := cli.String("identity-token", "", "`FILE` with an OpenID Connect token for keyless:")
+	f := cli.String("identity-token", "", "`FILE` with an OpenID Connect token for keyless signing")
 	f.DefaultText = "$" + envToken
 	return f
 }
@@ -89,7 +89,7 @@ func identityToken(file string) ([]byte, error) {
 		token, err = os.ReadFile(file)
 	}
 	if token = bytes.TrimSpace(token); err == nil && len(token) == 0 {
-		err = errors.New("there is none")
+		err = errors.New("no token is given")
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read identity token: %w", err),

@@ -16,12 +16,12 @@ import (
 )
 
 func privateFlag() ucli.Flag {
-	return cli.Strings("private", "only you can read `REF`, or below it")
+	return cli.Strings("private", "`REF`, or prefix, that only you can read")
 }
 
 func redistributeFlag() ucli.Flag {
 	return cli.Choice("redistribute", bundle.RedistributeNone,
-		"`PART` of NVIDIA's for places not private: none, userspace or all",
+		"`PART` of NVIDIA's files for public destinations: none, userspace or all",
 		bundle.RedistributeNone, bundle.RedistributeUserspace, bundle.RedistributeAll)
 }
 

@@ -37,8 +37,8 @@ func bootCommand() *ucli.Command {
 			{Name: "status", Usage: "show which modules the kernel accepts, and why", Flags: flags(), Action: action(false)},
 			{
 				Name: "undo", Usage: "restore the boot configuration that --edit-boot changed",
-				Description: `It counts from the next boot on. A configuration that somebody else changed
-since, such as an update of the operating system, stays as it is.`,
+				Description: `It takes effect at the next boot. A configuration that was changed again since,
+for example by an update of the operating system, stays as it is.`,
 				Flags: flags(), Action: action(true),
 			},
 		},

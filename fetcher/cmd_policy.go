@@ -19,7 +19,7 @@ func policyCommand() *ucli.Command {
 		Usage: "check a policy file: what a node may load",
 		Commands: []*ucli.Command{
 			{
-				Name: "check", Usage: "print what a policy demands, and whether it can be met", ArgsUsage: "FILE",
+				Name: "check", Usage: "print what a policy demands, and report its mistakes", ArgsUsage: "FILE",
 				Flags: []ucli.Flag{cli.OutputFlag()},
 				Action: func(_ context.Context, cmd *ucli.Command) error {
 					if cmd.Args().Len() != 1 {

@@ -24,18 +24,18 @@ func runCommand() *ucli.Command {
 	return cli.WithConfig(&ucli.Command{
 		Name:  "run",
 		Usage: "install and load the node's driver, then watch it",
-		Description: `Ends with the verdict's exit status when no driver is ready; whoever started
-it (kubelet, systemd) then tries again. While one serves the node and another
-is wanted, it says why and tries by itself. On SIGTERM the modules stay loaded.
+		Description: `If no driver is ready, run ends with the exit status of the cause, and kubelet
+or systemd starts it again. If a driver works but another one is wanted, run
+keeps it, reports why, and retries. On SIGTERM the modules stay loaded.
 
 Examples:
   fetcher run --server https://prebake.example --listen :8441
   fetcher run --config fetcher.yaml`,
 		Flags: slices.Concat(installFlags(), cli.Group(groupTo,
-			cli.String("listen", "", "serve /healthz, /readyz and /metrics at `ADDRESS` (default: not served)"),
+			cli.String("listen", "", "`ADDRESS` of /healthz, /readyz, /metrics (default: none)"),
 			cli.Duration("interval", time.Minute, "`TIME` between two checks of the driver"),
-			cli.String("node-name", "", "tell Kubernetes of the driver, on node `NAME`"),
-			cli.String("startup-taint", "", "`KEY` of a taint to remove once the driver is ready"),
+			cli.String("node-name", "", "report the driver on the Kubernetes node `NAME`"),
+			cli.String("startup-taint", "", "`KEY` of the node's taint to remove when a driver is ready"),
 		)),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := newAgent(cmd, true)
@@ -64,7 +64,7 @@ func checkTaint(cmd *ucli.Command) error {
 	if cmd.String("startup-taint") == "" || cmd.String("node-name") != "" {
 		return nil
 	}
-	return cli.About(fault.New(fault.Usage, "a startup taint was named, and no node", "name the node: --node-name NAME"),
+	return cli.About(fault.New(fault.Usage, "--startup-taint needs a node", "name the node: --node-name NAME"),
 		"startup-taint")
 }
 

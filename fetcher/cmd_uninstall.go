@@ -18,12 +18,12 @@ func uninstallCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "uninstall",
 		Usage: "remove the driver, and restore what the node had before",
-		Description: `The driver is unloaded, if it is ours and nobody uses it, what another
-installer had comes back, and nothing of ours stays in the install folder. A
-run that was killed is finished by the next. Stop fetcher run first. The state
-folder (--state-dir) of a node that compiled for itself is left to you.`,
-		Flags: slices.Concat(hostFlags(), cli.Group(groupTo, cli.Bool("no-load", "leave the modules that are loaded")),
-			cli.Group(groupOutput, cli.Bool("dry-run", "print what would be done, change nothing"), cli.OutputFlag())),
+		Description: `Unloads the driver if Prebake loaded it and no program uses it. Restores the
+files of another installer, and removes those of Prebake from the install
+folder. If uninstall was interrupted, run it again. Stop fetcher run first. On a
+node that compiled drivers, remove the state folder (--state-dir) yourself.`,
+		Flags: slices.Concat(hostFlags(), cli.Group(groupTo, cli.Bool("no-load", "do not unload the modules")),
+			cli.Group(groupOutput, cli.Bool("dry-run", "print what would be done, and change nothing"), cli.OutputFlag())),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)
 			if err != nil {
@@ -38,7 +38,7 @@ folder (--state-dir) of a node that compiled for itself is left to you.`,
 func historyCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "history",
-		Usage: "list what happened to drivers on this node",
+		Usage: "list when drivers were installed, activated and removed on this node",
 		Flags: append(hostFlags(), cli.Group(groupOutput, cli.OutputFlag())...),
 		Action: func(_ context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)

@@ -21,9 +21,9 @@ func verifyCommand() *ucli.Command {
 		Name:      "verify",
 		Usage:     "print the result of each trust rule for an artifact, or for the installed driver",
 		ArgsUsage: "[REF]",
-		Description: `REF is HOST/NAME@DIGEST or HOST/NAME:TAG, or oci:FOLDER@DIGEST. Without one the
-installed driver is verified with all its files. Nothing is changed, and no
-layer is fetched. The COS build is this node's, or the one that is named.`,
+		Description: `REF is HOST/NAME@DIGEST or HOST/NAME:TAG, or oci:FOLDER@DIGEST. Without REF,
+the installed driver is verified with all its files. Nothing is changed, and no
+layer is fetched. The COS build is that of this node, or --build-id.`,
 		Flags: append(append(hostFlags(), trustFlags()...), append(
 			cli.Group(groupWhat,
 				cli.String("build-id", "", "verify for the COS build with this `BUILD_ID`, on any machine"),
@@ -51,7 +51,7 @@ layer is fetched. The COS build is this node's, or the one that is named.`,
 func explain(ctx context.Context, cmd *ucli.Command, a *agent.Agent) (*agent.Explanation, error) {
 	if cmd.Args().Len() == 0 {
 		if cmd.IsSet("build-id") {
-			return nil, fault.New(fault.Usage, "an installed driver is verified for its own node",
+			return nil, fault.New(fault.Usage, "--build-id has no effect on an installed driver",
 				"name an artifact, or leave --build-id out")
 		}
 		return a.ExplainInstalled(ctx)

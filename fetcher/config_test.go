@@ -34,12 +34,12 @@ func TestConfigCheck(t *testing.T) {
 			"6:1: driver: a digest names an artifact, and not its repository; name"},
 		{"parameter", "  - nvidia", "  - nvidia.NVreg_EnableGpuFirmware=0",
 			`12:1: module-param: module parameter "nvidia": want MODULE.KEY=VALUE`},
-		{"taint without a node", "startup-taint: x\n", "", "LAST:1: startup-taint: a startup taint was named, and no node"},
+		{"taint without a node", "startup-taint: x\n", "", "LAST:1: startup-taint: --startup-taint needs a node"},
 		{"report without a token", "", "token-file: /etc/prebake/token\n",
 			"14:1: report: --report needs a server, and a token that names this node"},
 		{"policy and keys", "policy: /x.yaml\n", "",
 			"9:1: public-key: --policy and --public-key do not go together; set it in the policy"},
 		{"half of an identity", "trusted-root: /x.json\n", "",
-			"LAST:1: trusted-root: a trusted root and whom its certificates have to name go together"},
+			"LAST:1: trusted-root: --trusted-root and the identity that its certificates must name go together"},
 	})
 }

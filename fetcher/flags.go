@@ -33,9 +33,9 @@ const (
 
 // hostFlags are the flags that locate the node's root and the install folder.
 func hostFlags() []ucli.Flag {
-	root := cli.String("host-root", "/", "`FOLDER` with the node's root; /root in a DaemonSet")
+	root := cli.String("host-root", "/", "`FOLDER` where the node's root is mounted; /root in a DaemonSet")
 	install := cli.String("install-dir", "/home/kubernetes/bin/nvidia",
-		"install `FOLDER`, seen from the node's root")
+		"install `FOLDER`, as a path on the node")
 	root.Validator, install.Validator = absolute, absolute
 	return cli.Group(groupTo, root, install)
 }
@@ -49,27 +49,27 @@ func wishFlags() []ucli.Flag {
 		),
 		cli.Group(groupFrom,
 			cli.String("server", "", "`URL` of the Prebake server to ask"),
-			cli.Strings("registry", "repository `REF`, after the server, as host/name, oci:FOLDER or oci-archive:FILE"),
+			cli.Strings("registry", "repository `REF` to ask after the server: host/name, oci:FOLDER or oci-archive:FILE"),
 			cli.String("token-file", "", "`FILE` with a token, to ask the server for builds"),
-			cli.Bool("allow-downgrade", "allow an older driver where no version is named"),
-			cli.WasCalled(cli.Duration("wait-build", 0, "wait at most `TIME` for a build or a service"), "wait"),
+			cli.Bool("allow-downgrade", "accept an older driver if --driver names no version"),
+			cli.WasCalled(cli.Duration("wait-build", 0, "wait at most `TIME` for a build or an unreachable service"), "wait"),
 		),
 	)
 }
 
 func probeFlag() ucli.Flag {
-	probe := cli.String("probe", programBeside("nvmlprobe"), "`PROGRAM` that asks NVML")
-	probe.DefaultText = "nvmlprobe beside this"
+	probe := cli.String("probe", programBeside("nvmlprobe"), "`PROGRAM` to query NVML")
+	probe.DefaultText = "nvmlprobe beside fetcher"
 	return probe
 }
 
 // changeFlags are the flags of commands that change the node.
 func changeFlags() []ucli.Flag {
-	foreign := cli.Choice("foreign", "keep", "others' driver, `MODE`: keep or replace", "keep", "replace")
+	foreign := cli.Choice("foreign", "keep", "foreign driver: `MODE` is keep or replace", "keep", "replace")
 	maintenance := cli.String(
 		"maintenance",
 		"any",
-		"`HOURS` (UTC) for replacing a loaded driver, as in 02:00-05:00; any or never",
+		"`HOURS` (UTC) in which a loaded driver may be replaced: 02:00-05:00, any or never",
 	)
 	maintenance.Validator = func(s string) error {
 		_, err := agent.ParseWindow(s)
@@ -79,10 +79,10 @@ func changeFlags() []ucli.Flag {
 		cli.Group(groupTo,
 			foreign,
 			maintenance,
-			cli.Duration("wait-idle", 0, "longest `TIME` to wait for an idle GPU before that"),
+			cli.Duration("wait-idle", 0, "wait at most `TIME` for idle GPUs before a replacement"),
 			cli.Bool("persistence", "keep GPUs initialised while no program uses them"),
-			cli.Bool("edit-boot", "change a kernel command line that forbids it; reboot"),
-			cli.Bool("no-load", "install and switch, but load no module"),
+			cli.Bool("edit-boot", "edit a kernel command line that forbids modules; reboot"),
+			cli.Bool("no-load", "install the driver, but load no module"),
 			cli.Strings("module-param", "module parameter `PARAM`, as in nvidia.NVreg_EnableGpuFirmware=0"),
 		),
 		cli.Group(groupOutput,
@@ -98,7 +98,7 @@ func installFlags() []ucli.Flag {
 	builder := cli.String(
 		"builder",
 		"",
-		"`PROGRAM` or image (HOST/NAME@DIGEST) that compiles here; or never",
+		"`PROGRAM` or image (HOST/NAME@DIGEST) to compile on this node, or never",
 	)
 	builder.DefaultText = "builder beside fetcher"
 	cache := cli.String("cache", "", "`FOLDER` of the cache")
@@ -110,7 +110,7 @@ func installFlags() []ucli.Flag {
 		cli.Group(groupFrom,
 			builder,
 			cli.String("kernel-mirror", "", "`URL` of the COS release bucket, for compiling on this node"),
-			cli.String("driver-mirror", "", "`URL` of the bucket with NVIDIA's runfiles"),
+			cli.String("driver-mirror", "", "`URL` of the bucket with NVIDIA's runfiles, for the same"),
 		),
 		cli.Group(groupResources, stateFlag(), cache),
 		changeFlags(),
@@ -121,7 +121,8 @@ func installFlags() []ucli.Flag {
 
 // trustFlags are the flags that name the trusted signers. The fetcher loads nothing that these have not signed.
 func trustFlags() []ucli.Flag {
-	loadTest := cli.WasCalled(cli.String("load-test-policy", "any", "`MODE`: any, or tested by a kernel"), "load-test")
+	loadTest := cli.WasCalled(cli.String("load-test-policy", "any",
+		"`MODE` is any, or tested: only artifacts whose modules a kernel loaded in a test"), "load-test")
 	loadTest.Validator = func(s string) error {
 		_, err := trust.ParseLoadTestPolicy(s)
 		return err
@@ -129,7 +130,7 @@ func trustFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupTrust,
 			cli.String("policy", "",
-				"`FILE` with a policy, in place of all below"),
+				"use a policy `FILE` in place of the flags below"),
 			cli.WasCalled(cli.String("public-key", defaultKeys,
 				"`FILE` with the trusted public keys (PEM)"), "key"),
 			loadTest,
@@ -140,7 +141,7 @@ func trustFlags() []ucli.Flag {
 
 func stateFlag() ucli.Flag {
 	state := cli.String("state-dir", "/var/lib/prebake",
-		"`FOLDER`, seen from the node's root, for what is compiled here and its key")
+		"`FOLDER`, as a path on the node, for drivers compiled there and their key")
 	state.Validator = absolute
 	return state
 }

@@ -74,7 +74,7 @@ func checkTrust(cmd *ucli.Command) error {
 		if (cmd.String("trusted-root") == "") != (identity(cmd) == trust.Identity{}) {
 			return cli.About(fault.New(
 				fault.Usage,
-				"a trusted root and whom its certificates have to name go together",
+				"--trusted-root and the identity that its certificates must name go together",
 				"give --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL",
 			), "trusted-root", "certificate-identity", "certificate-identity-regexp", "certificate-oidc-issuer")
 		}

@@ -157,8 +157,8 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 		if cmd.String("builder") == "never" {
 			return trust.Policy{}, fault.New(
 				fault.Unverified,
-				"this node does not compile for itself (--builder never), and what it once compiled does not count",
-				"publish the driver, or allow it: --builder",
+				"this node does not compile drivers (--builder never), and does not trust those that it compiled before",
+				"publish the driver, or allow the node to compile: --builder PROGRAM",
 			)
 		}
 		return trust.Policy{}, nil
@@ -167,7 +167,7 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	if err == nil && !p.NodeBuilds {
 		err = fault.New(
 			fault.Unverified,
-			"the policy takes nothing that a node compiled for itself",
+			"the policy refuses drivers that the node itself compiled",
 			"publish the driver, or allow it in the policy: nodeBuilds: true",
 		)
 	}

@@ -19,7 +19,7 @@ func tokensCommand() *ucli.Command {
 		Name: "tokens", Usage: "make, list and revoke tokens",
 		Description: `Each caller gets a token of its own, with the scopes that it needs:
   ask       nodes: ask for builds of known kernels, report on drivers
-  announce  pipelines: tell of COS builds, ask for any build; includes ask
+  announce  pipelines: announce COS builds, ask for any build; includes ask
   build     builders: report builds, record artifacts
   push      builders: write to the registry
   operate   people: wish lists, cancel, yank, remove; includes announce
@@ -35,10 +35,10 @@ func listTokensCommand() *ucli.Command {
 
 func createTokenCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "create", Usage: "make a token and print it, once", ArgsUsage: "NAME",
+		Name: "create", Usage: "make a token, and print its secret; it cannot be printed again", ArgsUsage: "NAME",
 		Flags: writeFlags(
-			&ucli.StringSliceFlag{Name: "scope", Usage: "`SCOPE` that it has, repeatable", Required: true},
-			cli.Duration("life", 90*24*time.Hour, "`TIME` that it is valid, at most two years"),
+			&ucli.StringSliceFlag{Name: "scope", Usage: "`SCOPE` of the token; server tokens --help lists them", Required: true},
+			cli.Duration("life", 90*24*time.Hour, "`TIME` that the token is valid, at most two years"),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			name, err := oneArg(cmd, "NAME", "name it for who has it, such as node-pool-a")
@@ -63,7 +63,7 @@ func createTokenCommand() *ucli.Command {
 }
 
 func revokeTokenCommand() *ucli.Command {
-	return act("revoke", "make a token worth nothing, at once", "ID", "list them: server tokens list",
+	return act("revoke", "revoke a token at once", "ID", "list them: server tokens list",
 		func(ctx context.Context, c *api.Client, id string) error { return c.RevokeToken(ctx, id) })
 }
 

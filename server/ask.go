@@ -93,13 +93,13 @@ func buildCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "build", Usage: "show one build, or its log", ArgsUsage: "ID",
 		Flags: clientFlags(
-			&ucli.BoolFlag{Name: "log", Usage: "print the log so far instead"},
-			&ucli.BoolFlag{Name: "follow", Usage: "print the log as it grows, until the build has ended"},
+			&ucli.BoolFlag{Name: "log", Usage: "print the build's log so far"},
+			&ucli.BoolFlag{Name: "follow", Usage: "print the build's log as it grows, until the build has ended"},
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 			if err != nil || cmd.Args().Len() != 1 {
-				return fault.New(fault.Usage, "build needs one number", "list builds: server builds")
+				return fault.New(fault.Usage, "build needs the number of one build", "list builds: server builds")
 			}
 			c, err := client(cmd)
 			if err != nil {
@@ -137,11 +137,11 @@ func requestCommand() *ucli.Command {
 		&ucli.BoolFlag{Name: "wait", Usage: "wait until the build has ended"},
 	)
 	return &ucli.Command{
-		Name: "request", Usage: "ask for a build",
-		Description: `A cell that is queued or being built already is not asked for again: the
-answer is its build. With --wait, stderr tells of its place in the queue, of
-when it may be ready, and of each phase, and the exit status is that of the
-failure's class (docs/reference/exit-codes.md).
+		Name: "request", Usage: "request a build of a cell",
+		Description: `If the cell is already queued or being built, the answer is that build. With
+--wait, stderr shows its place in the queue, when it may be ready, and each
+phase. If it fails, the exit status is that of the failure's class
+(docs/reference/exit-codes.md).
 
 Example:
   server request --build-id 17800.66.78 --driver R535 --wait --token-file token`,
@@ -190,7 +190,7 @@ func cancelCommand() *ucli.Command {
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 			if err != nil || cmd.Args().Len() != 1 {
-				return fault.New(fault.Usage, "cancel needs one number", "list builds: server builds")
+				return fault.New(fault.Usage, "cancel needs the number of one build", "list builds: server builds")
 			}
 			c, err := client(cmd)
 			if err != nil {
@@ -207,10 +207,11 @@ func cancelCommand() *ucli.Command {
 
 func yankCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "yank", Usage: "mark an artifact as not to be used", ArgsUsage: "DIGEST",
+		Name: "yank", Usage: "withdraw an artifact: no node gets it any more", ArgsUsage: "DIGEST",
 		Flags: writeFlags(
 			&ucli.StringFlag{Name: "reason", Required: true, Usage: "`WHY` it must not be used; nodes show it"},
-			&ucli.StringFlag{Name: "replacement", Usage: "`DIGEST` to use in its place: same kernels, same or newer driver"},
+			&ucli.StringFlag{Name: "replacement",
+				Usage: "`DIGEST` of the artifact to use instead: same kernels, same or newer driver"},
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			return markArtifact(cmd, func(c *api.Client, digest string) (api.Artifact, error) {
@@ -222,7 +223,7 @@ func yankCommand() *ucli.Command {
 
 func unyankCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "unyank", Usage: "undo a yank", ArgsUsage: "DIGEST", Flags: writeFlags(),
+		Name: "unyank", Usage: "allow a yanked artifact again", ArgsUsage: "DIGEST", Flags: writeFlags(),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			return markArtifact(cmd, func(c *api.Client, digest string) (api.Artifact, error) { return c.Unyank(ctx, digest) })
 		},

@@ -200,7 +200,7 @@ func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel
 	if len(found) > maxAttestations {
 		return nil, fault.Errorf(
 			fault.Unverified,
-			"%d kernels are named in what is attached; at most %d are read",
+			"the attached statements name %d kernels; at most %d are read",
 			len(found),
 			maxAttestations,
 		)

@@ -28,21 +28,22 @@ type copied struct {
 func backupCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "backup", Usage: "copy databases and token while the server runs", ArgsUsage: "FOLDER",
-		Description: `FOLDER must not exist. It is made whole or not at all, readable by this user
-only: the catalogue has hashed tokens, and the token file is the first token.
+		Description: `FOLDER must not exist. It is created complete or not at all. Only this user can
+read it, because it has hashed tokens and the first token itself.
 
-Copy the registry after it: first DATA/registry/repos, then DATA/registry/blobs.
-Build logs are in DATA/logs. To restore, stop the server, put an empty folder in
-place of DATA, copy all of it back, start the server, and run server reindex.
+Copy the registry afterwards: first DATA/registry/repos, then
+DATA/registry/blobs. Build logs are in DATA/logs. To restore, stop the server,
+put an empty folder in place of DATA, copy all of it back, start the server, and
+run server reindex.
 
-PostgreSQL is copied by its own tools: pg_dump --format=custom, pg_restore.
+Back up PostgreSQL with its own tools: pg_dump --format=custom, pg_restore.
 
 Example:
   server backup --data /var/lib/prebake /backup/$(date +%F)`,
 		Flags: append(cli.Group(cli.From,
-			defaultsTo(cli.String("data", "", "`FOLDER` of everything the server keeps"), "as of server serve"),
-			defaultsTo(cli.String("database", "", "catalogue's `URL`"), "DATA/catalogue.db"),
-			defaultsTo(cli.String("queue", "", "build queue's `URL`"), "DATA/queue.db"),
+			defaultsTo(cli.String("data", "", "`FOLDER` with all data of the server"), "as for server serve"),
+			defaultsTo(cli.String("database", "", "`URL` of the catalogue's database"), "DATA/catalogue.db"),
+			defaultsTo(cli.String("queue", "", "`URL` of the build queue's database"), "DATA/queue.db"),
 			defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "DATA/token"),
 		), cli.Group(groupOutput, cli.OutputFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {

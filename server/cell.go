@@ -33,7 +33,7 @@ func cellFlags(required bool) []ucli.Flag {
 		},
 		cli.String("board", "lakitu", "`BOARD` of the COS build"),
 		cli.String("driver", string(target.Default),
-			"`VERSION`, default, latest or a branch such as R535; for one GPU type: default@NVIDIA_L4"),
+			"`VERSION`, a branch such as R535, latest or default; default@NVIDIA_L4 for one GPU type"),
 		cli.String("flavour", "auto", "`FLAVOUR`: auto, proprietary or open"),
 	}
 }
@@ -86,11 +86,11 @@ func cellError(asked cell, r api.Resolution) error {
 const exitsOfCells = `The exit status is
   0   published: nodes find their driver
   16  pending: it is queued, or being built
-  3   not covered: there is none, and nobody builds it`
+  3   not covered: not published, and nobody builds it`
 
 func resolveCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "resolve", Usage: "ask what a node of a kernel should run", Flags: clientFlags(cellFlags(true)...),
+		Name: "resolve", Usage: "ask which artifact a node with a kernel should run", Flags: clientFlags(cellFlags(true)...),
 		Description: exitsOfCells + `
 
 Example:
@@ -122,14 +122,14 @@ func (c cell) question() api.Question {
 
 func preflightCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "preflight", Usage: "ask whether nodes may move to a COS build: whether their driver is published for it",
+		Name: "preflight", Usage: "check that the driver of nodes is published for a COS build, before they move to it",
 		ArgsUsage: "[POOL...]",
-		Description: `A POOL of nodes is BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]; without one, the flags
-name it. What a POOL leaves out is as the flags say. A version of GKE in place
-of BUILD_ID is the build that its nodes boot, if the server has a --gke-map.
+		Description: `POOL describes a node pool: BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]. The flags give
+what it leaves out, or everything if there is no POOL. BUILD_ID may be a version
+of GKE if the server has a --gke-map: then the build that its nodes boot counts.
 
 ` + exitsOfCells + `
-and of several pools that of the worst: 3 if one of them is not covered.
+With several pools it is that of the worst: 3 if one of them is not covered.
 
 Example:
   server preflight 17800.66.78:lakitu:R535 17800.66.78:lakitu-arm64:R570:open

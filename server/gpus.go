@@ -22,14 +22,14 @@ type gpu struct {
 }
 
 func gpusCommand() *ucli.Command {
-	own := &ucli.StringFlag{Name: "gpu", Usage: "only of this `TYPE` of GPU, as COS calls it: NVIDIA_L4"}
-	cmd := list("gpus", "list which drivers COS builds name for types of GPU, newest build first",
+	own := &ucli.StringFlag{Name: "gpu", Usage: "only for this `TYPE` of GPU, by COS's name, such as NVIDIA_L4"}
+	cmd := list("gpus", "list the drivers that COS builds name for each type of GPU, newest build first",
 		clientFlags(append(kernelFilters(), milestoneFilter(), gkeFilter(), own)...),
 		func(ctx context.Context, c *api.Client, cmd *ucli.Command) ([]gpu, error) {
 			f := filter(cmd)
 			if f.BuildID == "" && f.Milestone == 0 && f.GKE == "" && cmd.String("gpu") == "" {
-				return nil, fault.New(fault.Usage, "types of GPU of which COS builds?",
-					"narrow it with --build-id, --milestone, --gke or --gpu")
+				return nil, fault.New(fault.Usage, "list types of GPU: no flag selects COS builds",
+					"add --build-id, --milestone, --gke or --gpu")
 			}
 			all := []gpu{}
 			for k, err := range c.EachKernel(ctx, f) {

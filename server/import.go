@@ -27,16 +27,17 @@ func importCommand() *ucli.Command {
 		ArgsUsage: "FILE[+DELTA…]",
 		Description: `Reads what "builder bundle create" packed, or any OCI image layout in a tar
 (oci:FOLDER for one in a folder), verifies each driver as a node does, and
-brings them to the server: artifacts and statements into its registry, byte for
-byte, and what they say into its catalogue. One that is not verified, or has a
-damaged layer, stops all. Of what is attached to them only what those keys
-vouch for goes along, and deltas.
+copies it to the server: artifacts and statements to its registry, unchanged,
+and their facts to its catalogue. If one driver cannot be verified, or has a
+damaged layer, nothing is copied. Of what is attached to a driver, only deltas,
+statements by the signers that the flags name, and what these statements name
+are copied.
 
 Example:
   server import drivers.tar --public-key farm.pub --token-file token
   server import one.tar+two.tar --public-key farm.pub --token-file token`,
 		Flags: append(signerFlags(), writeFlags(
-			cli.String("repository", "/prebake/driver", "`REPOSITORY` on the server to copy them to"),
+			cli.String("repository", "/prebake/driver", "`REPOSITORY` on the server to copy the drivers to"),
 		)...),
 		Action: runImport,
 	}
@@ -134,7 +135,7 @@ func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 		held = append(held, a)
 	}
 	if len(held) == 0 {
-		return nil, fault.New(fault.NoArtifact, "it has no drivers", "builder bundle show FILE lists what a bundle has")
+		return nil, fault.New(fault.NoArtifact, "it has no drivers", "list what the bundle has: builder bundle show FILE")
 	}
 	return held, nil
 }

@@ -8,7 +8,7 @@ import (
 )
 
 func publicFlag() ucli.Flag {
-	return cli.Bool("public", "the registry is public: refuse what is under NVIDIA's licence")
+	return cli.Bool("public", "the registry is public: refuse files under NVIDIA's licence")
 }
 
 func redistributeFlag() ucli.Flag {

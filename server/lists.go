@@ -39,14 +39,14 @@ type paged[T any] struct {
 
 func (p paged[T]) command() *ucli.Command {
 	own := append(slices.Clone(p.flags),
-		&ucli.IntFlag{Name: "limit", Value: p.most, Usage: "at most `COUNT` of " + p.what,
+		&ucli.IntFlag{Name: "limit", Value: p.most, Usage: "list at most `COUNT` " + p.what,
 			Validator: func(n int) error {
 				if n < 1 {
 					return fmt.Errorf("limit %d: want 1 or more, or --all", n)
 				}
 				return nil
 			}},
-		&ucli.BoolFlag{Name: "all", Usage: "all of them, in place of --limit"},
+		&ucli.BoolFlag{Name: "all", Usage: "list all of them, without a limit"},
 	)
 	flags := clientFlags(own...)
 	if p.token {
@@ -128,25 +128,25 @@ func filter(cmd *ucli.Command) api.Filter {
 
 func kernelFilters() []ucli.Flag {
 	return []ucli.Flag{
-		&ucli.StringFlag{Name: "build-id", Usage: "only of this COS build, `BUILD_ID`"},
-		&ucli.StringFlag{Name: "board", Usage: "only of this `BOARD`"},
+		&ucli.StringFlag{Name: "build-id", Usage: "only for the COS build `BUILD_ID`"},
+		&ucli.StringFlag{Name: "board", Usage: "only for this `BOARD`"},
 	}
 }
 
 func milestoneFilter() ucli.Flag {
-	return &ucli.IntFlag{Name: "milestone", Usage: "only of this COS milestone, a `NUMBER` such as 109"}
+	return &ucli.IntFlag{Name: "milestone", Usage: "only for the COS milestone `NUMBER`, such as 109"}
 }
 
 func gkeFilter() ucli.Flag {
-	return &ucli.StringFlag{Name: "gke", Usage: "only what nodes of this GKE `VERSION` boot, such as 1.33"}
+	return &ucli.StringFlag{Name: "gke", Usage: "only for COS builds that nodes of this GKE `VERSION` boot, such as 1.33"}
 }
 
 func driverFilter() ucli.Flag {
-	return &ucli.StringFlag{Name: "driver", Usage: "only of this driver `VERSION`"}
+	return &ucli.StringFlag{Name: "driver", Usage: "only for this driver `VERSION`"}
 }
 
 func flavourFilter() ucli.Flag {
-	return &ucli.StringFlag{Name: "flavour", Usage: "only of this `FLAVOUR`: proprietary or open"}
+	return &ucli.StringFlag{Name: "flavour", Usage: "only for this `FLAVOUR`: proprietary or open"}
 }
 
 func kernelsCommand() *ucli.Command {
@@ -184,9 +184,9 @@ func buildsCommand() *ucli.Command {
 
 func cellsCommand() *ucli.Command {
 	return paged[api.Resolution]{
-		name: "cells", usage: "list the states of drivers by kernel, newest kernel first",
-		description: `A cell is a kernel with a driver. Listed are those that somebody built, or asked
-for.`,
+		name: "cells", usage: "list cells and their states, newest kernel first",
+		description: `A cell is a kernel with a driver. The list has the cells that were built or
+requested.`,
 		what: "kernels", most: 20, key: func(r api.Resolution) string { return r.Kernel.String() },
 		flags: append(kernelFilters(), milestoneFilter(), gkeFilter(), driverFilter()), get: (*api.Client).EachCell,
 		table: printCells,
@@ -195,7 +195,8 @@ for.`,
 
 func quarantineCommand() *ucli.Command {
 	return paged[api.Quarantine]{
-		name: "quarantine", usage: "list artifacts that did not load on several nodes", what: "artifacts", most: 100,
+		name: "quarantine", usage: "list artifacts in quarantine, which failed on several nodes",
+		what: "artifacts", most: 100,
 		get: (*api.Client).EachQuarantine, table: printQuarantine,
 	}.command()
 }
@@ -203,8 +204,10 @@ func quarantineCommand() *ucli.Command {
 func auditCommand() *ucli.Command {
 	return paged[api.AuditEntry]{
 		name: "audit", usage: "list who changed what, newest first", what: "calls", most: 100, token: true,
-		flags: []ucli.Flag{&ucli.StringFlag{Name: "actor", Usage: "only of this `CALLER`, such as token:node-pool-a"}},
-		get:   (*api.Client).EachAudit, table: printAudit,
+		flags: []ucli.Flag{
+			&ucli.StringFlag{Name: "actor", Usage: "only changes by this `CALLER`, such as token:node-pool-a"},
+		},
+		get: (*api.Client).EachAudit, table: printAudit,
 	}.command()
 }
 
@@ -217,16 +220,17 @@ func artifactCommand() *ucli.Command {
 }
 
 func reportsCommand() *ucli.Command {
-	flags := append(kernelFilters(), &ucli.StringFlag{Name: "digest", Usage: "only of this artifact, `DIGEST`"})
+	flags := append(kernelFilters(), &ucli.StringFlag{Name: "digest", Usage: "only for the artifact with this `DIGEST`"})
 	return &ucli.Command{
-		Name: "reports", Usage: "count the reports of nodes about an artifact, or about those of a COS build",
+		Name: "reports", Usage: "count what nodes reported about an artifact, or about all artifacts of a COS build",
 		Flags: clientFlags(flags...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {
 				return err
 			}
 			if cmd.String("digest") == "" && cmd.String("build-id") == "" {
-				return fault.New(fault.Usage, "reports of what?", "name an artifact with --digest, or a COS build with --build-id")
+				return fault.New(fault.Usage, "count reports: no artifact and no COS build is named",
+					"name an artifact with --digest, or a COS build with --build-id")
 			}
 			c, err := client(cmd)
 			if err != nil {

@@ -121,7 +121,7 @@ func TestOperator(t *testing.T) {
 		{"no such build", []string{"build", "99"}, fault.NotFound.ExitCode(), "", "list builds"},
 		{"no log yet", []string{"build", "1", "--log"}, fault.NotFound.ExitCode(), "", "no log yet"},
 		{"stray argument", []string{"kernels", "x"}, 2, "", "takes no argument"},
-		{"bad number", []string{"build", "x"}, 2, "", "needs one number"},
+		{"bad number", []string{"build", "x"}, 2, "", "needs the number of one build"},
 		{"unknown command", []string{"frobnicate"}, 2, "", "no command"},
 		{"server away", []string{"drivers", "--server", "http://127.0.0.1:1"}, fault.Transient.ExitCode(), "",
 			"check that the server runs"},

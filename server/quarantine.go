@@ -14,7 +14,7 @@ import (
 func liftCommand() *ucli.Command {
 	return about(
 		"lift",
-		"make an artifact in quarantine usable again",
+		"take an artifact out of quarantine: nodes get it again",
 		"DIGEST",
 		"list them: server quarantine",
 		writeFlags(),

@@ -64,7 +64,7 @@ type comparison struct {
 
 // signerFlags returns the flags that name the trusted signers.
 func signerFlags() []ucli.Flag {
-	keys := cli.WasCalled(cli.Strings("public-key", "`FILE` with public keys of those who may publish"), "key")
+	keys := cli.WasCalled(cli.Strings("public-key", "`FILE` with public keys of trusted publishers"), "key")
 	return append(cli.Group(cli.Trust, keys), cli.Group(cli.Trust, cli.IdentityFlags()...)...)
 }
 
@@ -77,31 +77,31 @@ func reindexCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "reindex", Usage: "compare the catalogue with a registry, and record what it lacks",
 		Description: `Reads each tagged artifact of a repository and its signed statements, and
-verifies them as a node does. It shows what differs; --apply records the first
-two kinds:
+verifies them as a node does. It lists the differences; --apply records those of
+the first two kinds:
   missing     verified, and not in the catalogue
   attested    verified for more kernels than the catalogue has
-  differs     the catalogue says something else of it
-  absent      the catalogue names it, and the repository does not have it
-  unverified  nobody who is trusted says what it is; never recorded
-  lost        only the --bucket has it, as a tarball: build it again
+  differs     the catalogue has other facts about it
+  absent      in the catalogue, and not in the repository
+  unverified  no trusted signer signed it; never recorded
+  lost        only the --bucket has it, as a tarball; build it again
 
-A bucket of tarballs tells what a registry lost. Nothing is recorded of it:
-nodes take artifacts of a registry.
+A bucket of tarballs shows what a registry lost. Its tarballs are not recorded,
+because nodes fetch artifacts from a registry.
 
-Yanks are in the catalogue alone. After a loss without a backup, everything
-comes back as published: yank again what was yanked.
+Only the catalogue has yanks. If it was lost without a backup, every artifact
+comes back as published: yank again those that were yanked.
 
-The exit status is 0 when nothing is left to do, 4 when something is unverified,
-and 5 when there are other differences that were not applied.
+The exit status is 0 when nothing is left to do, 4 when an artifact is
+unverified, and 5 when there are other differences that were not applied.
 
 Example:
   server reindex --public-key farm.pub
   server reindex --public-key farm.pub --apply --token-file token`,
 		Flags: append(signerFlags(), writeFlags(
 			cli.String("repository", "/prebake/driver", "`REPOSITORY` to read: HOST/NAME, or /NAME on the server itself"),
-			cli.String("bucket", "", "`URL` of a bucket with signed tarballs to read, too: gs://, https:// or file://"),
-			&ucli.BoolFlag{Name: "apply", Usage: "record what is missing or attested"},
+			cli.String("bucket", "", "also read signed tarballs from the bucket at `URL`: gs://, https:// or file://"),
+			&ucli.BoolFlag{Name: "apply", Usage: "record artifacts that are missing or attested"},
 		)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {
@@ -350,15 +350,15 @@ func (c *comparison) left() error {
 	}
 	switch {
 	case count[unverified] > 0:
-		return fault.New(fault.Unverified, fmt.Sprintf("%d of what is published are unverified", count[unverified]),
-			"name the publisher's key with --public-key FILE; what nobody you trust published, remove")
+		return fault.New(fault.Unverified, fmt.Sprintf("%d published artifacts are unverified", count[unverified]),
+			"name the publisher's key with --public-key FILE; remove artifacts that no trusted signer published")
 	case rest > 0:
-		hint := "check each: publish again what differs or is absent, or yank it"
+		hint := "check each artifact: publish again those that differ or are absent, or yank them"
 		if count[missing]+count[attested] > 0 {
-			hint = "record what is missing: --apply"
+			hint = "add --apply to record the missing artifacts"
 		}
 		if count[lost] == rest {
-			hint = "build again what only the bucket has: server request"
+			hint = "build again the artifacts that only the bucket has: server request"
 		}
 		return fault.New(fault.Mismatch, fmt.Sprintf("%s and the catalogue differ in %d artifacts", c.Repository, rest), hint)
 	}

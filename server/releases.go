@@ -22,16 +22,16 @@ type releases struct {
 
 func releasesCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "releases", Usage: "list COS builds, newest first, and how long their cells took to be ready",
-		Description: `The time counts from a COS build's being seen until a cell of it was ready. P50
-is the time within which half of the cells were.`,
+		Name: "releases", Usage: "list COS builds, newest first, and how long it took to publish their drivers",
+		Description: `The time runs from the discovery of a COS build until a cell of it was ready.
+P50 is the time within which half of the cells were ready.`,
 		Flags: clientFlags(
-			&ucli.IntFlag{Name: "milestone", Usage: "only of this COS milestone, a `NUMBER` such as 109"},
-			&ucli.IntFlag{Name: "limit", Value: 20, Usage: "at most `COUNT` of releases", Validator: between(1, 1000)},
+			&ucli.IntFlag{Name: "milestone", Usage: "only for the COS milestone `NUMBER`, such as 109"},
+			&ucli.IntFlag{Name: "limit", Value: 20, Usage: "list at most `COUNT` releases", Validator: between(1, 1000)},
 			&ucli.IntFlag{
 				Name:      "days",
 				Value:     30,
-				Usage:     "compute percentiles over the cells that were ready within so many `DAYS`",
+				Usage:     "compute percentiles over the cells that became ready in the last `DAYS`",
 				Validator: between(1, 3660),
 			},
 		),

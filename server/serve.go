@@ -191,7 +191,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		CreateOnly: s.createOnly, CheckFree: room.CheckFree, Public: s.Public, Redistribute: s.Redistribute,
 		Deleted: func(repo string, d digest.Digest) {
 			if err := cat.Forget(context.WithoutCancel(ctx), repo, string(d)); err != nil {
-				log.Error("artifact not forgotten", "digest", string(d), "err", err)
+				log.Error("deleted artifact not removed from the catalogue", "digest", string(d), "err", err)
 			}
 		},
 	})

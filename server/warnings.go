@@ -11,7 +11,7 @@ import (
 )
 
 func warningsCommand() *ucli.Command {
-	return list("warnings", "list breaks that early-warning entries of wish lists found", clientFlags(),
+	return list("warnings", "list failures that early-warning entries of wish lists found", clientFlags(),
 		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.Warning, error) {
 			return c.Warnings(ctx)
 		}, printWarnings)

@@ -156,12 +156,13 @@ func reportUnreachable(w io.Writer) func(error) {
 
 func watchCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "watch", Usage: "follow a build, or the build of a cell, until it is over", ArgsUsage: "[ID]",
-		Description: `ID is a build's number; without it, the flags name the cell. A line is printed
-for each change; --output json prints an object on each line.
+		Name: "watch", Usage: "follow a build, or the build of a cell, until it ends", ArgsUsage: "[ID]",
+		Description: `ID is the number of a build. Without it, the flags name the cell. A line is
+printed for each change; with --output json it is an object.
 
-The exit status is 0 when the build is published, and that of its class when it
-has failed (docs/reference/exit-codes.md); 3 is for a cell that nobody builds.
+The exit status is 0 if the build is published. If it failed, the status is that
+of the failure's class (docs/reference/exit-codes.md). It is 3 if nobody builds
+the cell.
 
 Example:
   server watch 12

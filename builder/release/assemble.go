@@ -320,7 +320,7 @@ func (c *config) sign(ctx context.Context, dir, work string, statement sign.Stat
 		if err := sign.GenerateKey(key); err != nil {
 			return err
 		}
-		c.say("no -key: signing with a key that is thrown away, which proves nothing to others")
+		c.say("no -key: signing with a new key that is not kept, so others cannot verify the signature")
 	}
 	signer, err := sign.LoadSigner(ctx, key)
 	if err != nil {

@@ -127,7 +127,7 @@ func (c *config) fetch(ctx context.Context, all []debPackage) error {
 		first := all[missing[0]].path
 		text := fmt.Sprintf("download %s: no archive has these bytes; %d packages are missing", first, len(missing))
 		return fault.New(fault.InputMissing, text,
-			"name an archive that keeps old versions with -archive, or write the list anew: make release-packages")
+			"name an archive that keeps old versions with -archive, or write the list again: make release-packages")
 	}
 	for i := range all {
 		if err := all[i].readControl(ctx); err != nil {

@@ -50,17 +50,17 @@ func main() {
 	var out, archives, verify string
 	flag.StringVar(&out, "out", "release", "`FOLDER` of the release; an earlier release in it is replaced")
 	flag.StringVar(&c.source, "source", ".", "`FOLDER` of the repository")
-	flag.StringVar(&c.version, "version", "", "version of the release; empty is what git describe says")
+	flag.StringVar(&c.version, "version", "", "version of the release; if empty, as git describe prints it")
 	flag.StringVar(&c.lock, "packages", "builder/release/packages.lock",
 		"`FILE` that lists the builder image's Debian packages")
 	flag.StringVar(&archives, "archive", "",
-		"`URLS` of Debian archives that have these packages, separated by commas; empty is those of this machine's apt")
+		"`URLS` of Debian archives with these packages, separated by commas; if empty, those of this machine's apt")
 	flag.StringVar(&c.cache, "cache", "",
-		"`FOLDER` that keeps downloaded packages; empty is below the user's cache folder")
-	flag.StringVar(&c.key, "key", "", "`KEY` that signs: file or KMS URI; empty is one that is thrown away")
+		"`FOLDER` that keeps downloaded packages; if empty, one in the user's cache folder")
+	flag.StringVar(&c.key, "key", "", "signing `KEY`: a file or a KMS URI; if empty, a new key that is not kept")
 	flag.StringVar(&c.builderID, "builder-id", "https://prebake.dev/release",
-		"`URI` that names in the provenance who made the release")
-	flag.StringVar(&verify, "verify", "", "make nothing: check the release in -out with the public keys of this `FILE`")
+		"`URI` that names the builder of the release in the provenance")
+	flag.StringVar(&verify, "verify", "", "only check the release in -out, with the public keys in `FILE`; make nothing")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, c, out, archives, verify)
@@ -84,7 +84,7 @@ func run(ctx context.Context, c config, out, archives, verify string) error {
 		if err != nil {
 			return err
 		}
-		c.say("%s is whole, and signed by key %s", out, signer)
+		c.say("%s is complete, and signed by key %s", out, signer)
 		return nil
 	}
 	if archives != "" {

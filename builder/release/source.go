@@ -47,7 +47,7 @@ func (c *config) head(ctx context.Context) (string, error) {
 	}
 	if changes != "" {
 		return "", fault.New(fault.Usage, "release: changes are not committed: "+changes[:min(len(changes), 200)],
-			"commit them or take them away")
+			"commit them or undo them")
 	}
 	return c.git(ctx, "rev-parse", "HEAD")
 }
@@ -57,7 +57,7 @@ func (c *config) unchanged(ctx context.Context) error {
 	commit, err := c.head(ctx)
 	if err == nil && commit != c.commit {
 		err = fault.New(fault.Usage, fmt.Sprintf("release: the source was commit %s and is %s now", c.commit, commit),
-			"leave the source as it is until the release is made, and begin again")
+			"make the release again, and do not change the source meanwhile")
 	}
 	return err
 }
@@ -113,7 +113,7 @@ func (c *config) goVersion(ctx context.Context) (string, error) {
 func (c *config) sameGo(ctx context.Context, running string) error {
 	want, err := c.goVersion(ctx)
 	if err == nil && running != want {
-		err = fault.New(fault.Usage, fmt.Sprintf("release: this program is made with %s; go.mod names %s", running, want),
+		err = fault.New(fault.Usage, fmt.Sprintf("release: this program is built with %s; go.mod names %s", running, want),
 			"run GOTOOLCHAIN="+want+" make release, without GOEXPERIMENT")
 	}
 	return err
@@ -193,5 +193,5 @@ func notes(changelog []byte, version string) ([]byte, error) {
 			return []byte("# Prebake " + version + "\n\n" + text + "\n"), nil
 		}
 	}
-	return nil, fault.New(fault.Usage, "release: CHANGELOG.md says nothing of "+version, "add a section ## "+version)
+	return nil, fault.New(fault.Usage, "release: CHANGELOG.md has no section for "+version, "add a section ## "+version)
 }

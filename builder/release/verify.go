@@ -41,7 +41,8 @@ func checkAll(dir string, keys []byte) (string, error) {
 		return "", err
 	}
 	if statement.PredicateType != trust.PredicateProvenance {
-		return "", fmt.Errorf("signed is a %s; want a %s", statement.PredicateType, trust.PredicateProvenance)
+		return "", fmt.Errorf("the signed statement is of type %s; want %s", statement.PredicateType,
+			trust.PredicateProvenance)
 	}
 	text, err := os.ReadFile(filepath.Join(dir, sumsFile))
 	if err != nil {

@@ -34,16 +34,16 @@ func clangMeasurements() []string { return []string{"cold", "neighbour", "next"}
 func main() {
 	cli.Main(&ucli.Command{
 		Name:  "bench",
-		Usage: "print the headline ratios",
+		Usage: "measure Prebake against plain make and dkms, and print the ratios",
 		Flags: []ucli.Flag{
 			&ucli.StringFlag{Name: "bin", Value: "bin", Usage: "`FOLDER` with the product's programs"},
-			&ucli.IntFlag{Name: "runs", Value: 1, Usage: "runs of each measurement; the median counts"},
+			&ucli.IntFlag{Name: "runs", Value: 1, Usage: "`COUNT` of runs of each measurement; their median is printed"},
 			&ucli.StringFlag{Name: "only",
 				Usage: "a comma-separated `LIST` of " + strings.Join(measurements(), ", ") + " (default: all)"},
 			&ucli.BoolFlag{Name: "plain-once",
-				Usage: "compare all of a run with plain make of its first cell, and a matrix with dkms for one kernel only"},
+				Usage: "run plain make for the first cell only, and dkms for one kernel only; compare all cells with these"},
 			&ucli.BoolFlag{Name: "clang",
-				Usage: "measure cold, neighbour and next on one kernel that clang compiled in COS's manner (make clang keeps it)"},
+				Usage: "measure cold, neighbour and next on one kernel compiled with clang as COS does; make clang compiles it"},
 			&ucli.IntSliceFlag{Name: "kernel-abi",
 				Usage: "the matrix's kernels by ABI `NUMBER` (default: the two oldest and the two newest in Debian's index)"},
 		},
@@ -63,7 +63,7 @@ func main() {
 						"choose from "+strings.Join(measurements(), ", "))
 				}
 				if o.clang && !slices.Contains(clangMeasurements(), name) {
-					return fault.New(fault.Usage, fmt.Sprintf("measurement %s with --clang: there is one such kernel", name),
+					return fault.New(fault.Usage, fmt.Sprintf("measurement %s: it needs more kernels than --clang has", name),
 						"choose from "+strings.Join(clangMeasurements(), ", "))
 				}
 				o.only[name] = true

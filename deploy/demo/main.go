@@ -29,7 +29,7 @@ func main() {
 		Name:  "demo",
 		Usage: "build, publish, fetch and load a real driver on one machine",
 		Description: `Ends with PASS and exit status 0, or with FAIL, the reason and another status.
-Downloads and caches are kept, and make a second run quick; make clean-cache
+Downloads and caches are kept, so that the next run is quick; "make clean-cache"
 removes them.`,
 		Flags: []ucli.Flag{
 			&ucli.StringFlag{Name: "bin", Value: "bin", Usage: "`FOLDER` with the product's programs"},
@@ -37,7 +37,7 @@ removes them.`,
 				Name: "flavour", Value: string(target.Proprietary), Usage: "`FLAVOUR` of the driver: proprietary or open",
 			},
 			&ucli.BoolFlag{
-				Name: "stay", Usage: "leave server and builder running after PASS, until Ctrl-C, and say what to try",
+				Name: "stay", Usage: "keep server and builder running after PASS until Ctrl-C, and print commands to try",
 			},
 			&ucli.BoolFlag{Name: "console", Usage: "show the virtual node's console"},
 		},

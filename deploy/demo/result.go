@@ -42,7 +42,7 @@ func (d *demo) fail(ctx context.Context, err error, dir string) error {
 			}
 		}
 	}
-	return fault.New(fault.Of(err), "the demo failed: the reason stands below FAIL", "")
+	return fault.New(fault.Of(err), "the demo failed: see the reason below FAIL", "")
 }
 
 // pass prints the phases with their durations, and what the run proved.

@@ -42,37 +42,41 @@ func root() *ucli.Command {
 	return &ucli.Command{
 		Name:    "mirror",
 		Version: version,
-		Usage:   "make a COS-shaped mirror out of Debian's packages",
-		Description: `Lays out COS and driver buckets as folders, out of packages of the machine's own
-Debian archive. Needs no root, installs nothing, and leaves the machine's apt
-sources as they are.`,
+		Usage:   "make a mirror in the layout of COS's buckets from Debian's packages",
+		Description: `Writes a COS bucket and a driver bucket as folders. Their files come from
+packages of the Debian archive that this machine uses. Needs no root, installs
+nothing, and does not change the machine's apt sources.`,
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
-				&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD` of the builds for amd64"},
+				&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD` of the amd64 builds"},
 				&ucli.StringSliceFlag{Name: "arch", Value: []string{string(target.AMD64)},
-					Usage: "`ARCH` is amd64 or arm64; of arm64 the oldest kernel and one driver, for board lakitu-arm64"},
+					Usage: "`ARCH` is amd64 or arm64; arm64 has the oldest kernel and one driver, for board lakitu-arm64"},
 				&ucli.StringSliceFlag{Name: "kernel-series", Value: []string{"6.1"},
-					Usage: "kernels of this `SERIES`, 6.1 or 6.12; of 6.12 the newest, unless --kernel-abi names another"},
+					Usage: "kernels of this `SERIES`, 6.1 or 6.12; for 6.12 only the newest, unless --kernel-abi names another"},
 				&ucli.IntFlag{Name: "kernels", DefaultText: "4",
-					Usage: "how many kernels of 6.1: half of `N` from the oldest in Debian's index, half from the newest"},
-				&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "take the kernel with this ABI `NUMBER` instead, as in 47,50,56"},
+					Usage: "take `N` kernels of 6.1: half of them the oldest in Debian's index, half the newest"},
+				&ucli.IntSliceFlag{Name: "kernel-abi",
+					Usage: "take the kernel with this ABI `NUMBER` instead; several with commas between, such as 47,50,56"},
 				&ucli.StringSliceFlag{Name: "driver-branch",
-					Usage:       "drivers of this `BRANCH`, as in R535 and R550; one that Debian 12 has not is Debian 13's edition",
+					Usage:       "drivers of this `BRANCH`, such as R535; a branch that Debian 12 lacks comes from Debian 13",
 					DefaultText: "Debian 12's"},
 				&ucli.BoolFlag{Name: "neighbour",
-					Usage: "add one more release of the first branch, a close one, proprietary alone, out of Debian 13"},
-				&ucli.BoolFlag{Name: "only-kernels", Usage: "leave the driver bucket out"},
-				&ucli.BoolFlag{Name: "vmlinux", Usage: "add vmlinux, which --btf of other commands needs (50 MB a build)"},
+					Usage: "add a second, similar release of the first branch, proprietary only, from Debian 13"},
+				&ucli.BoolFlag{Name: "only-kernels", Usage: "make no driver bucket"},
+				&ucli.BoolFlag{Name: "vmlinux", Usage: "add vmlinux, which builder build --btf needs (50 MB for each COS build)"},
 				&ucli.BoolFlag{Name: "no-boot-archive",
-					Usage: "leave prebake-boot.tgz out, which no COS bucket has; with --vmlinux, load tests boot that"},
-				&ucli.BoolFlag{Name: "clang", Usage: "add a kernel compiled here with clang, as COS does it (minutes, once)"},
-				&ucli.BoolFlag{Name: "clang-cached", Usage: "take that kernel as an earlier run compiled it, and compile none"},
+					Usage: "leave out prebake-boot.tgz, which COS's bucket does not have; with --vmlinux, load tests boot vmlinux"},
+				&ucli.BoolFlag{Name: "clang",
+					Usage: "add a kernel that is compiled here with clang, as COS compiles its kernels (minutes, once)"},
+				&ucli.BoolFlag{Name: "clang-cached",
+					Usage: "as --clang, but with the kernel that an earlier run compiled; compile nothing"},
 				&ucli.BoolFlag{Name: "only-clang", Usage: "as --clang, without Debian's own kernels"},
 			),
-			cli.Group(groupFrom, &ucli.BoolFlag{Name: "refresh", Usage: "ask Debian's archive for its present package index"}),
+			cli.Group(groupFrom,
+				&ucli.BoolFlag{Name: "refresh", Usage: "fetch the current package index from Debian's archive"}),
 			cli.Group(groupTo,
 				&ucli.StringFlag{Name: "out", Usage: "`FOLDER` of the mirror", Required: true},
-				&ucli.StringFlag{Name: "cache", Usage: "`FOLDER` for packages and finished objects",
+				&ucli.StringFlag{Name: "cache", Usage: "`FOLDER` that keeps packages and finished files for later runs",
 					DefaultText: "prebake/mirror in the user's cache folder", Sources: cli.Env("mirror-cache")},
 			),
 			cli.Group(groupOutput,
@@ -171,7 +175,7 @@ func (g emugpu) run(ctx context.Context, args ...string) (string, error) {
 	if err != nil {
 		return "", fault.Wrap(fault.Usage,
 			fmt.Errorf("have the builder compile the emulated GPU: %w: %.1000s", err, strings.TrimSpace(stderr.String())),
-			"run make build, or pass --builder; --no-boot-archive does without")
+			"run make build, or pass --builder; or leave the boot archive out: --no-boot-archive")
 	}
 	return strings.TrimSpace(string(out)), nil
 }

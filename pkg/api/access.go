@@ -24,10 +24,10 @@ type Token struct {
 
 // NewToken is the body of a request for a token.
 type NewToken struct {
-	Name   string   `json:"name" doc:"who has it, such as node-pool-a"`
+	Name   string   `json:"name" doc:"name of the token's holder, such as node-pool-a"`
 	Scopes []string `json:"scopes" doc:"ask, announce, build, push, operate or admin"`
 	// LifeSeconds is the time until the token expires, in seconds; 0 means 90 days.
-	LifeSeconds int64 `json:"lifeSeconds,omitempty" doc:"how long it counts, in seconds; 0 is 90 days"`
+	LifeSeconds int64 `json:"lifeSeconds,omitempty" doc:"lifetime in seconds; 0 is 90 days"`
 }
 
 // AuditEntry records one call that changed something, or that the server refused as forbidden.

@@ -40,7 +40,7 @@ type Config struct {
 // if the file has no mistake and c.Check returns no error.
 func WithConfig(cmd *ucli.Command, c Config) *ucli.Command {
 	cmd.Flags = append(cmd.Flags, Group(Advanced,
-		String(configFlag, "", "YAML `FILE` with settings, by the names of these flags"))...)
+		String(configFlag, "", "YAML `FILE` with settings, named as these flags"))...)
 	cmd.Before = func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
 		return ctx, c.load(cmd)
 	}
@@ -95,7 +95,7 @@ func (c *Config) load(cmd *ucli.Command) error {
 		f.Fields(top, "a mapping of "+want, f.known, f.set)
 	}
 	rest := f.place(c.check(cmd))
-	hint := fmt.Sprintf("%s config schema prints what an editor needs to check the file", cmd.Root().Name)
+	hint := fmt.Sprintf("to check the file in an editor: %s config schema", cmd.Root().Name)
 	return errors.Join(append([]error{f.Err("read configuration", hint)}, rest...)...)
 }
 

@@ -22,11 +22,10 @@ func ConfigCommand(of func() *ucli.Command) *ucli.Command {
 		Name: "config", Usage: "check the file that " + name + " --config takes",
 		Commands: []*ucli.Command{
 			{
-				Name: "check", Usage: "name every mistake of a file, with its line and column",
+				Name: "check", Usage: "print every mistake in a file, with its line and column",
 				ArgsUsage: "FILE [-- FLAGS]",
-				Description: fmt.Sprintf(`It says what %[1]s would refuse before it opens anything, with the file,
-the environment of this command, and the flags that follow --. A password
-in the file is a mistake.
+				Description: fmt.Sprintf(`Checks the file together with the environment of this command and the flags
+after --, as %[1]s does when it starts. A password in the file is a mistake.
 
 Example:
   %[2]s config check FILE`, name, "PROGRAM"),
@@ -38,8 +37,9 @@ Example:
 				},
 			},
 			{
-				Name: "show", Usage: "print each setting, and where it comes from", ArgsUsage: "FILE [-- FLAGS]",
-				Description: `Settings that are secret are not printed.
+				Name: "show", Usage: "print each setting, and its source: file, variable, flag or default",
+				ArgsUsage: "FILE [-- FLAGS]",
+				Description: `Secret settings are not printed.
 
 Example:
   PROGRAM config show FILE`,

@@ -99,29 +99,29 @@ func WasCalled[T, C any, V ucli.ValueCreator[T, C]](f *ucli.FlagBase[T, C, V], e
 
 // TrustedRootFlag returns --trusted-root, for commands that use certificates.
 func TrustedRootFlag() ucli.Flag {
-	return String("trusted-root", "", "Sigstore's trusted_root.json `FILE`, for certificates")
+	return String("trusted-root", "", "Sigstore trusted_root.json `FILE`, for keyless signers")
 }
 
 // TrustFlags returns --trusted-root and the flags for the identity that its certificates must have, for commands that
 // verify. The flags have the names that cosign uses.
 func TrustFlags() []ucli.Flag {
 	return append(IdentityFlags(),
-		String("certificate-identity-regexp", "", "in place of the name, a `PATTERN` for the whole of it"))
+		String("certificate-identity-regexp", "", "trust each signer whose whole name matches `PATTERN`"))
 }
 
 // IdentityFlags returns [TrustFlags] without the flags for patterns.
 func IdentityFlags() []ucli.Flag {
 	return []ucli.Flag{
 		TrustedRootFlag(),
-		String("certificate-identity", "", "trust what `NAME` signed: URL or mail address"),
-		String("certificate-oidc-issuer", "", "`URL` of the OpenID Connect issuer of that identity"),
+		String("certificate-identity", "", "trust the keyless signer `NAME`: URL or mail address"),
+		String("certificate-oidc-issuer", "", "`URL` of the OpenID Connect issuer of that signer"),
 	}
 }
 
 // LogFlags returns --log-level and --log-format, for long-running programs.
 func LogFlags() []ucli.Flag {
 	return []ucli.Flag{
-		Choice("log-level", "info", "least `LEVEL`: debug, info, warn or error", "debug", "info", "warn", "error"),
+		Choice("log-level", "info", "lowest `LEVEL`: debug, info, warn or error", "debug", "info", "warn", "error"),
 		Choice("log-format", "text", "`FORMAT` of log lines: text or json", "text", "json"),
 	}
 }

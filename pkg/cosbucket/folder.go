@@ -24,7 +24,7 @@ type folder struct {
 
 func openFolder(u *url.URL) (*folder, error) {
 	if u.Host != "" && u.Host != "localhost" || !filepath.IsAbs(u.Path) {
-		return nil, fault.New(fault.Usage, "want an absolute path behind file://", "write file:///FOLDER")
+		return nil, fault.New(fault.Usage, "want an absolute path after file://", "write file:///FOLDER")
 	}
 	root, err := os.OpenRoot(filepath.Clean(u.Path))
 	if err != nil {

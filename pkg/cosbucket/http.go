@@ -76,8 +76,8 @@ func (w *web) fetch(ctx context.Context, name string, offset int64, etag string)
 	case offset == 0 && resp.StatusCode == http.StatusOK, offset > 0 && resp.StatusCode == http.StatusPartialContent:
 		return resp, nil
 	case resp.StatusCode == http.StatusOK:
-		err := fault.New(fault.Transient, "server began anew where it was asked for the rest",
-			"try again; name another mirror if it stays so")
+		err := fault.New(fault.Transient, "the server sent the object from its start, and was asked for the rest",
+			"try again; if it happens again, name another mirror")
 		return nil, errors.Join(err, resp.Body.Close())
 	}
 	return nil, errors.Join(statusError(resp.StatusCode), resp.Body.Close())
@@ -127,7 +127,7 @@ func total(contentRange string, offset int64) (int64, error) {
 		first != offset || last < first || last != size-1 {
 		return 0, fault.New(fault.Transient,
 			fmt.Sprintf("server answered with range %.60q; want it from %d to the end", contentRange, offset),
-			"try again; name another mirror if it stays so")
+			"try again; if it happens again, name another mirror")
 	}
 	return size, nil
 }
@@ -175,8 +175,8 @@ func (w *web) sibling(_ context.Context, bucket string) (backend, error) {
 		u.Host, u.Path = bucket+"."+google, ""
 	case dir == "":
 		return nil, fault.New(fault.Unsupported,
-			fmt.Sprintf("%s has no folder for a bucket's name, and bucket %s is asked for", w.url(""), bucket),
-			"serve each bucket in a folder of its name, as https://HOST/cos-tools and https://HOST/"+bucket)
+			fmt.Sprintf("%s serves one bucket without a folder of its name, and bucket %s is needed, too", w.url(""), bucket),
+			"serve each bucket in a folder of its name, such as https://HOST/cos-tools and https://HOST/"+bucket)
 	default:
 		u.Path = "/" + path.Join(path.Dir(dir), bucket)
 	}

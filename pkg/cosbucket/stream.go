@@ -186,7 +186,7 @@ func (c check) write(p []byte) {
 func (c check) judge(size int64) error {
 	bad := func(what, want, got string) error {
 		return fault.New(fault.Checksum, fmt.Sprintf("%s came with %s %s; the bucket says %s", c.attrs.URL, what, got, want),
-			"try again; if it stays so, put the object into the bucket anew, or name another mirror")
+			"try again; if it happens again, put the object into the bucket again, or name another mirror")
 	}
 	if c.attrs.Size >= 0 && size != c.attrs.Size {
 		return bad("size", fmt.Sprint(c.attrs.Size), fmt.Sprint(size))

@@ -49,9 +49,9 @@ func (p *Problem) Error() string {
 }
 
 const (
-	remedyKernel  = "compile against the header tree of this very build: release names repeat over builds"
+	remedyKernel  = "compile against the headers of exactly this COS build: several builds share one release name"
 	remedyDriver  = "choose a driver release that supports this kernel"
-	remedyDepends = "put the module it needs into the same set"
+	remedyDepends = "add the module that it needs to the same set"
 	remedySet     = "compile all modules of the set in one run"
 	remedyLicense = "choose the open flavour, or a driver release that supports this kernel"
 )

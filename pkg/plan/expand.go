@@ -98,7 +98,7 @@ func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, er
 	}
 	cells := e.cells(kernels, lists)
 	if len(cells) == 0 {
-		return nil, fault.New(fault.Usage, "expand wish list: every cell is excluded", "take a rule out of exclude")
+		return nil, fault.New(fault.Usage, "expand wish list: every cell is excluded", "remove a rule from exclude")
 	}
 	if len(cells) > maxCells {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("expand wish list: %d cells, more than %d", len(cells), maxCells),
@@ -169,7 +169,7 @@ func (e *expander) kernels(ctx context.Context) []wanted {
 			}
 			if len(found) == 0 {
 				add(none, fault.New(fault.InputMissing, fmt.Sprintf("%s: the bucket has no such build for board %s", asked, board),
-					"check milestone and board; builder plan shows what a wish list comes to"))
+					"check milestone and board; builder plan prints the cells of a wish list"))
 			}
 			for _, k := range found {
 				add(k, nil)
@@ -222,7 +222,7 @@ func (e *expander) list(ctx context.Context) *listing {
 	case l.err == nil || !fault.Is(l.err, fault.Unsupported):
 	case e.images == nil:
 		l.err = fault.Wrap(fault.Unsupported, l.err,
-			"name exact builds, or give imageMap: it says which builds there are where the bucket cannot")
+			"name exact builds, or set imageMap, which lists the builds where the bucket cannot")
 	default:
 		l.ids, l.err = nil, nil
 		for _, k := range e.images.kernels {

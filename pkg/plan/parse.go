@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/yamlfile"
 )
 
-const hintSchema = "see docs/examples/wish.yaml; builder wish schema prints what an editor needs to check the file"
+const hintSchema = "see docs/examples/wish.yaml; to check the file in an editor: builder wish schema"
 
 // Parse reads a wish list; errors call the file name. One error lists all mistakes, each with its line and column, what
 // was found, and what is wanted.

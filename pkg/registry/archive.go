@@ -145,7 +145,7 @@ func notBasedOn(p, before part) error {
 	if p.base == "" {
 		return fault.New(
 			fault.Usage,
-			p.path+" is whole, and needs no other bundle before it",
+			p.path+" is complete, and needs no other bundle before it",
 			"name it alone: "+archivePrefix+p.path,
 		)
 	}
@@ -307,7 +307,7 @@ func refused(what string) error {
 	return fault.New(
 		fault.Unverified,
 		what,
-		"get the file again from who made it, and compare its SHA-256; it has to be a tar, not compressed",
+		"get the file again from its publisher, and compare its SHA-256; it has to be a tar, not compressed",
 	)
 }
 

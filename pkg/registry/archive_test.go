@@ -224,7 +224,7 @@ func TestArchiveDelta(t *testing.T) {
 	other := pack(t, folderEntries(t, otherDir)...)
 	for ref, names := range map[string]string{
 		other + "+" + delta:              index, // the delta of another base
-		base + "+" + other:               "is whole",
+		base + "+" + other:               "is complete",
 		base + "+" + delta + "+" + delta: "is a delta of",
 	} {
 		if _, err := open(t, "oci-archive:"+ref).Resolve(t.Context(), s.Digest); !fault.Is(err, fault.Usage) ||

@@ -118,7 +118,7 @@ func Compare(ctx context.Context, r *Repository, d v1.Descriptor) error {
 		return fault.New(
 			fault.Unverified,
 			fmt.Sprintf("blob %s has %d bytes with digest sha256:%s; want %d", d.Digest, n, got, d.Size),
-			"get the file again from who made it",
+			"get the file again from its publisher",
 		)
 	}
 	return nil

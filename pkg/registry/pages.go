@@ -116,7 +116,8 @@ func nextPage(from *url.URL, h http.Header) (*url.URL, error) {
 			return nil, fault.New(fault.Unverified,
 				fmt.Sprintf("next page at %.100q: another place than the list's, which does not get this registry's credentials",
 					m[1]),
-				"have the registry, or the proxy before it, name its pages by their paths or by "+from.Scheme+"://"+from.Host)
+				"configure the registry, or the proxy before it, to name its pages by their paths or by "+
+					from.Scheme+"://"+from.Host)
 		}
 		return to, nil
 	}

@@ -90,8 +90,8 @@ func tagged(req *http.Request, resp *http.Response) (*http.Response, error) {
 		if req.Context().Value(attaching{}) != nil && resp.Header.Get("Docker-Content-Digest") == digest {
 			// GitLab takes the tag for the digest, and has no referrers API either (oras-project/oras-go#1396).
 			return nil, fault.New(fault.PublishRefused,
-				req.URL.Host+" takes the tag "+tag+" for the digest, and has no referrers API",
-				"publish to a registry that can list statements about an artifact; this one can keep none")
+				req.URL.Host+" confuses the tag "+tag+" with the digest, and has no referrers API",
+				"publish to a registry that can list statements about an artifact; this one cannot")
 		}
 		if req.Context().Value(attaching{}) != nil {
 			return nil, fault.New(fault.PublishRefused, "tag "+path.Base(req.URL.Path)+" is no list of referrers",

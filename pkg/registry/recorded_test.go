@@ -78,7 +78,7 @@ func TestRecordedGitLab(t *testing.T) {
 		t.Errorf("Attached = %d statements, %v; want none, and no error", len(got), err)
 	}
 	err = attachOne(t, repo, s)
-	if fault.Of(err) != fault.PublishRefused || !strings.Contains(err.Error(), "for the digest") ||
+	if fault.Of(err) != fault.PublishRefused || !strings.Contains(err.Error(), "with the digest") ||
 		!strings.Contains(fault.Hint(err), "publish to a registry") {
 		t.Errorf("Attach = %v (%v, hint %q); want it refused, and why", err, fault.Of(err), fault.Hint(err))
 	}

@@ -225,7 +225,7 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 		}
 	}
 	return fault.New(fault.Transient, "the registry does not list what was attached",
-		"try again; if it stays so, use a registry with the OCI referrers API")
+		"try again; if it happens again, use a registry with the OCI referrers API")
 }
 
 // maxStale is how long a new entry may be missing from a list of referrers.
@@ -282,7 +282,7 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	// try counts.
 	if text := err.Error(); strings.Contains(text, "server gave HTTP response to HTTPS client") &&
 		!strings.Contains(text, `Get "http://`) {
-		return fault.Wrap(fault.Usage, err, host+" speaks plain HTTP: say so in the configuration of this repository")
+		return fault.Wrap(fault.Usage, err, "configure this repository for plain HTTP, which "+host+" speaks")
 	}
 	if onNetwork(err) {
 		hint := "check that " + host + " can be reached from here"

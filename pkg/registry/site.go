@@ -253,7 +253,7 @@ func (s *site) reading(ctx context.Context, err error) error {
 func readOnly() error {
 	return fault.New(
 		fault.Usage,
-		"a web server, or a tar, is only read",
+		"a web server or a tar can only be read",
 		"publish to oci:FOLDER, and copy that folder there or pack it: builder bundle create",
 	)
 }

@@ -61,7 +61,7 @@ func ownGroup() (string, error) {
 		return "", fmt.Errorf("find control groups: %s: %w", groupRoot, err)
 	}
 	if s.Type != unix.CGROUP2_SUPER_MAGIC {
-		return "", fault.New(fault.Unsupported, fmt.Sprintf("%s is not of version 2", groupRoot),
+		return "", fault.New(fault.Unsupported, fmt.Sprintf("%s is not a control group of version 2", groupRoot),
 			"boot with systemd.unified_cgroup_hierarchy=1, on a kernel of 5.7 or newer")
 	}
 	text, err := os.ReadFile("/proc/self/cgroup")
@@ -77,7 +77,7 @@ func parseOwnGroup(text string) (string, error) {
 	for line := range strings.Lines(text) {
 		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::/"); ok {
 			if path != "" && !filepath.IsLocal(path) { // such as /../x, a group outside of the namespace
-				return "", fmt.Errorf("find own control group: /%s is out of sight", path)
+				return "", fmt.Errorf("find own control group: /%s is not visible here", path)
 			}
 			return path, nil
 		}
@@ -237,7 +237,8 @@ func (g *group) brokenLimit(l Limits) error {
 		// The counter "oom" counts the bounds of this group and its children, but not those of its parents.
 		if g.count("memory.events", "oom") == 0 {
 			return fault.New(fault.OutOfMemory,
-				fmt.Sprintf("all that ran side by side needed more than %d MiB of memory, or the machine had less", l.Together>>20),
+				fmt.Sprintf("all that ran at the same time needed more than %d MiB of memory, or the machine had less",
+					l.Together>>20),
 				hintTogether)
 		}
 		return fault.New(fault.OutOfMemory, fmt.Sprintf("it needed more than %d MiB of memory", l.Memory>>20), hintMemory)

@@ -104,7 +104,7 @@ func (e *ExitError) Killed() bool { return e.Status == 128+int(syscall.SIGKILL) 
 const (
 	hintInstall = "install bubblewrap: apt-get install bubblewrap"
 	hintLimits  = "install util-linux: apt-get install util-linux"
-	hintOutput  = "read the end of the build's log for what repeats itself"
+	hintOutput  = "read the end of the build's log to see which output repeats"
 	hintUserns  = "allow user namespaces: sysctl -w user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1 " +
 		"kernel.apparmor_restrict_unprivileged_userns=0 (those that exist); in a container, run it privileged or with a " +
 		"seccomp profile that permits unshare"

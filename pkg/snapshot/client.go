@@ -97,7 +97,7 @@ func (c *Client) Last() (*Snapshot, error) {
 		return nil, fmt.Errorf(
 			"read %s: %w",
 			c.cfg.State,
-			fault.Wrap(fault.Unverified, err, "remove the file: the next run asks the source anew"),
+			fault.Wrap(fault.Unverified, err, "remove the file: the next run asks the source again"),
 		)
 	}
 	if !bytes.Equal(st.ListPinned, c.cfg.Root) {
@@ -118,7 +118,7 @@ func (c *Client) remembered() (st state, err error) {
 		return state{}, fault.Wrap(
 			fault.Unverified,
 			fmt.Errorf("read state of snapshot %s: %w", c.cfg.State, err),
-			"remove the file: the next run asks the source anew",
+			"remove the file: the next run asks the source again",
 		)
 	}
 	f, err := os.Open(c.cfg.State)

@@ -18,13 +18,13 @@ var (
 	ErrRollback  = errors.New("it is older than one that was seen before")
 	ErrAltered   = errors.New("a file is not the one that was signed, or belongs to another list")
 	ErrSignature = errors.New("it is not signed by enough of the trusted keys")
-	ErrMalformed = errors.New("it has not the form that it should have")
+	ErrMalformed = errors.New("it is malformed")
 	// ErrEndless is a special case of ErrAltered. The client stops reading a file that is longer than the signed length.
 	ErrEndless = fmt.Errorf("%w: it has more bytes than it may have", ErrAltered)
 )
 
-const hintSource = "check that the source serves the folder that builder snapshot wrote, all files of one " +
-	"publication; if it does, they are changed in transit"
+const hintSource = "check that the source serves all files of one " +
+	"run of builder snapshot; if it does, they are changed in transit"
 
 // refused wraps a reason in an error of kind Unverified.
 func refused(err error) error { return fault.Wrap(fault.Unverified, err, hintSource) }
@@ -45,7 +45,7 @@ func explain(err error) error {
 			return fault.Wrap(
 				fault.Unverified,
 				fmt.Errorf("%w: %w", ErrExpired, err),
-				"have it made or refreshed: builder snapshot; if that was done, its source does not serve the newest",
+				"sign it again with builder snapshot refresh; if that was done, check that the source serves the newest files",
 			)
 		}
 		return refused(fmt.Errorf("%w: %w", known.reason, err))

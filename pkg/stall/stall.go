@@ -44,7 +44,7 @@ func (w *Reader) Read(p []byte) (int, error) {
 	}
 	if err != nil && w.silent.Load() {
 		// The error of the context would say that a person cancelled, so another error replaces it.
-		err = fault.New(fault.Transient, fmt.Sprintf("fetch %s: nothing came for %v", w.what, w.limit),
+		err = fault.New(fault.Transient, fmt.Sprintf("fetch %s: no data arrived for %v", w.what, w.limit),
 			"try again; check the network path to it")
 	}
 	return n, err

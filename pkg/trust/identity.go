@@ -105,7 +105,7 @@ func (i Identity) String() string {
 func (i Identity) matcher() (verify.CertificateIdentity, error) {
 	none := verify.CertificateIdentity{}
 	if (i.Subject == "") == (i.Pattern == "") || i.Issuer == "" {
-		return none, errors.New("a certificate's identity is a name, or a pattern for it, and an issuer")
+		return none, errors.New("want an issuer, and a name or a pattern for it")
 	}
 	whole := ""
 	if i.Pattern != "" {

@@ -24,7 +24,7 @@ var (
 	ErrThreshold  = errors.New("too few signatures")
 	ErrOtherRole  = errors.New("signed by somebody who is not trusted for this")
 	ErrKeyPeriod  = errors.New("signed with a key outside of its period")
-	ErrOtherInput = errors.New("built from inputs of another place")
+	ErrOtherInput = errors.New("built from inputs of a place that is not trusted")
 )
 
 // Role is a group of signers whose signatures count for some types of statements. Examples are the builders of a farm,
@@ -242,7 +242,7 @@ func (x *evaluation) met(rule Rule) (string, error) {
 		for _, other := range x.reasons[rule.Statement][:min(2, len(x.reasons[rule.Statement]))] {
 			err = fmt.Errorf("%w; %w", err, other)
 		}
-		return "", fault.Wrap(fault.Unverified, err, "have it signed by more of that role, or change the policy")
+		return "", fault.Wrap(fault.Unverified, err, "have it signed by more signers of that role, or change the policy")
 	}
 	return detail, nil
 }
@@ -267,7 +267,7 @@ func reproduced(st *Statement, e Expect) error {
 func (p Policy) revoked(digest string) (string, error) {
 	if slices.Contains(p.Revoked, digest) {
 		return "", fault.Wrap(fault.Unverified, fmt.Errorf("%w by the policy", ErrRevoked),
-			"install another driver; whoever revoked it knows why")
+			"install another driver; ask whoever revoked this one for the reason")
 	}
 	return fmt.Sprintf("not among %d revoked digests", len(p.Revoked)), nil
 }
@@ -314,7 +314,7 @@ func (p Policy) age(v Verdict, now time.Time) (string, error) {
 		return "", fault.New(fault.Unverified, "no provenance counts that could tell it", "")
 	case v.BuiltOn.After(now.Add(24 * time.Hour)):
 		return "", fault.New(fault.Unverified,
-			"its provenance says "+v.BuiltOn.UTC().Format(time.DateOnly)+", which is still to come",
+			"its provenance says "+v.BuiltOn.UTC().Format(time.DateOnly)+", which is in the future",
 			"check the clock of this machine, and of the builder")
 	}
 	if v.BuiltOn.IsZero() {

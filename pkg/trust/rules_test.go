@@ -113,7 +113,7 @@ func TestRules(t *testing.T) {
 		{name: "a rejection is no test passed", change: tests(2),
 			bundles: [][]byte{prov, fits, loaded(farm, trust.VerdictLoaded), rejected(farm2)}, is: trust.ErrRejected},
 		{name: "built tomorrow", change: age(30), bundles: [][]byte{finished("2099-05-20T00:00:00Z", ""), fits}, now: now,
-			text: "still to come"},
+			text: "in the future"},
 		{name: "the oldest of two decides", change: age(30),
 			bundles: [][]byte{finished("2026-05-20T00:00:00Z", ""), finished("2026-01-20T00:00:00Z", ""), fits}, now: now,
 			is: trust.ErrTooOld},

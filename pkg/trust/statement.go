@@ -82,11 +82,11 @@ func NewVerifier(p Policy) (*Verifier, error) {
 	unsettled := p.settle()
 	if len(p.Keys)+len(p.Identities) == 0 {
 		return nil, fault.New(fault.Usage, "verify artifacts: no public key is configured",
-			"configure the publisher's public key, or a trusted root and the identity that certificates of it have to name")
+			"configure the publisher's public key, or a trusted root and the publisher's identity")
 	}
 	if (p.Root == nil) != (len(p.Identities) == 0) {
 		return nil, fault.New(fault.Usage,
-			"verify artifacts: a trusted root and the identities that certificates of it have to name go together",
+			"verify artifacts: a trusted root and the identities of signers go together",
 			"configure both, or neither")
 	}
 	if unsettled != nil {

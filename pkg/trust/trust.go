@@ -199,7 +199,7 @@ func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 	x := &evaluation{reasons: map[string][]error{}}
 	for i, data := range bundles {
 		if i == MaxBundles {
-			x.useless.add(fault.Errorf(fault.Unverified, "%d more bundles were not looked at", len(bundles)-MaxBundles))
+			x.useless.add(fault.Errorf(fault.Unverified, "%d more bundles were not read", len(bundles)-MaxBundles))
 			break
 		}
 		st, err := v.Statement(data)
@@ -284,7 +284,7 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 	case PredicateSBOM, gpulist.PredicateType: // Verify does not need their content
 		err = x.counts(st, v.policy, e.Now)
 	default:
-		err = fault.Errorf(fault.Unverified, "statement of type %.80q", st.PredicateType)
+		err = fault.Errorf(fault.Unverified, "statement of unknown type %.80q", st.PredicateType)
 	}
 	if err != nil {
 		x.useless.add(err)
@@ -386,8 +386,7 @@ func (t *tally) explain(none error, useless tally) error {
 		missing = fmt.Errorf("%w that holds: %w", none, join(errs))
 	default:
 		return fault.Wrap(fault.Unverified, none,
-			"statements are attached to the artifact and stay behind in a plain copy: copy with oras cp -r or regctl image "+
-				"copy --referrers")
+			"copy the artifact together with the statements attached to it: oras cp -r, or regctl image copy --referrers")
 	}
 	kind := fault.Unverified
 	if len(t.errs) > 0 {

@@ -98,7 +98,7 @@ func findLibrary(machine elf.Machine, name string) (string, error) {
 			return p, nil
 		}
 	}
-	hint := "install the package that has it"
+	hint := "install the package that contains this library"
 	if machine == elf.EM_AARCH64 {
 		hint = "install Debian's package libc6-dev-arm64-cross"
 	}

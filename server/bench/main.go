@@ -43,12 +43,12 @@ func main() {
 	)
 	flag.IntVar(&s.kernels, "kernels", 5000, "COS builds")
 	flag.IntVar(&s.drivers, "drivers", 6, "driver versions; each has two flavours")
-	flag.IntVar(&s.builds, "builds", 100_000, "builds of the year, most of cells that are published since")
+	flag.IntVar(&s.builds, "builds", 100_000, "finished builds in the database; most of their cells are published")
 	flag.IntVar(&s.queue, "queue", 2000, "builds that wait for a builder")
-	flag.IntVar(&s.rate, "rate", 3000, "questions a second")
-	flag.IntVar(&s.storm, "storm", 15_000, "nodes of the boot storm")
-	flag.DurationVar(&s.length, "length", 15*time.Second, "time of each measurement")
-	flag.DurationVar(&s.stormLength, "storm-length", time.Minute, "time in which the nodes of the boot storm come up")
+	flag.IntVar(&s.rate, "rate", 3000, "requests per second")
+	flag.IntVar(&s.storm, "storm", 15_000, "nodes that boot at the same time in the boot storm")
+	flag.DurationVar(&s.length, "length", 15*time.Second, "duration of each measurement")
+	flag.DurationVar(&s.stormLength, "storm-length", time.Minute, "time within which all nodes of the boot storm boot")
 	flag.Func("only", "measure only the loads whose name matches this `pattern`", func(text string) (err error) {
 		s.only, err = regexp.Compile(text)
 		return err

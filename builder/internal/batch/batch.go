@@ -183,7 +183,7 @@ func (f *runner) check(ctx context.Context, j *job) {
 			f.mu.Lock()
 			f.lookupErr = cmp.Or(f.lookupErr, err)
 			f.mu.Unlock()
-			note := FailureOf(fmt.Errorf("not known whether it is published: %w", err))
+			note := FailureOf(fmt.Errorf("look up whether it is published: %w", err))
 			f.emit(Event{Job: j.Job, Kind: Note, Failure: &note})
 		case digest != "":
 			f.mu.Lock()

@@ -130,12 +130,12 @@ func (r *Report) Err() error {
 		}
 	}
 	stopped := r.States[Cancelled]
-	const hint = "the table names each cell and its reason, --output json its log"
+	const hint = "read the reason of each cell in the table; --output json names its log"
 	switch {
 	case stopped > 0:
 		return fault.New(fault.Cancelled,
-			fmt.Sprintf("told to stop: %d of %d cells not made, %d failed", stopped, len(r.Jobs), failed),
-			"run the command again: what is done is kept")
+			fmt.Sprintf("stopped: %d of %d cells were not built, %d failed", stopped, len(r.Jobs), failed),
+			"run the command again: it keeps what is done")
 	case failed == 0:
 		return nil
 	case len(kinds) == 1:

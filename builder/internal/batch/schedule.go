@@ -367,7 +367,7 @@ func (f *runner) skipRest(ctx context.Context) {
 		if cause == nil && !f.stopping(ctx) {
 			text = "not started: no reason was given" // only a bug in pick leads here
 		}
-		f.fail(j, fault.New(fault.Cancelled, text, "run the command again: what is done is kept"))
+		f.fail(j, fault.New(fault.Cancelled, text, "run the command again: it keeps what is done"))
 	}
 }
 

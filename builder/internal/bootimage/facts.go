@@ -152,8 +152,8 @@ func (f Facts) Check(headers string) error {
 		}
 	}
 	if said["UTS_RELEASE"] == "" {
-		return fault.New(fault.Unsupported, "compare vmlinux with the headers: they do not tell the kernel's release",
-			hintHeaders)
+		return fault.New(fault.Unsupported, "compare vmlinux with the headers: they do not name the kernel's release",
+			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
 	release := "Linux version " + said["UTS_RELEASE"] + " ("
 	begins := release
@@ -195,7 +195,8 @@ func (f Facts) checkConfig(headers string) error {
 
 func foreign(why error) error {
 	return fault.Wrap(fault.Mismatch, fmt.Errorf("vmlinux is not the kernel of this build: %w", why),
-		"put the vmlinux there that was linked together with these headers; or publish without a load test: --load-test off")
+		"put the vmlinux that was linked together with these headers into the bucket; or publish without a "+
+			"load test: --load-test off")
 }
 
 // readBounded reads a header of at most maxHeader bytes.

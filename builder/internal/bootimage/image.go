@@ -40,7 +40,7 @@ const (
 	lowMemory   = 1 << 30
 )
 
-const hintImage = "check that the object is the kernel as it was linked, an ELF file with its program segments"
+const hintImage = "check that the object is the kernel as the linker wrote it: an ELF file with program segments"
 
 func odd(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "read vmlinux: "+fmt.Sprintf(format, args...), hintImage)

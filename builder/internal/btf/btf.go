@@ -139,13 +139,13 @@ func parse(data []byte, base *Types) (*Types, error) {
 	}
 	size := le.Uint32(data[4:])
 	if size < headerSize || uint64(size) > uint64(len(data)) {
-		return nil, fmt.Errorf("a header of %d bytes, of %d in all", size, len(data))
+		return nil, fmt.Errorf("the header has %d bytes, the section %d", size, len(data))
 	}
 	part := func(at int) ([]byte, error) {
 		off, n := uint64(le.Uint32(data[at:])), uint64(le.Uint32(data[at+4:]))
 		rest := data[size:]
 		if off+n > uint64(len(rest)) {
-			return nil, fmt.Errorf("%d bytes from %d on are not there", n, off)
+			return nil, fmt.Errorf("%d bytes at offset %d are missing", n, off)
 		}
 		return rest[off : off+n], nil
 	}
@@ -185,7 +185,7 @@ func (t *Types) scan(types []byte) (starts []int, err error) {
 		kind, parts := head(types[at:])
 		f, ok := formOf(kind)
 		if !ok {
-			return nil, fmt.Errorf("type %d: of kind %d, which is unknown here", t.count+1, kind)
+			return nil, fmt.Errorf("type %d: kind %d is not known", t.count+1, kind)
 		}
 		if at += typeSize + f.tail + parts*f.each; at > len(types) {
 			return nil, fmt.Errorf("type %d: cut off", t.count+1)
@@ -248,7 +248,7 @@ func (t *Types) checkName(at uint32, base *Types) error {
 	}
 	switch {
 	case i >= uint64(len(table)):
-		return fmt.Errorf("check name at offset %d: it is beyond all strings", at)
+		return fmt.Errorf("check name at offset %d: it is after the end of the strings", at)
 	case i > 0 && table[i-1] != 0:
 		within := whole(table, int(i)) //nolint:gosec // within table
 		return fmt.Errorf("check name at offset %d: it begins within another, %q", at, within)

@@ -379,7 +379,7 @@ func (b *build) built() ([]string, error) {
 		return nil, fault.Wrap(fault.Internal, fmt.Errorf("look for modules: %w", err), hintLog)
 	}
 	if len(files) == 0 {
-		return nil, fault.New(fault.Internal, "make ended well but left no module", "read the build's log for what it did")
+		return nil, fault.New(fault.Internal, "make succeeded, but left no module", "read the build's log")
 	}
 	return files, nil
 }

@@ -98,10 +98,10 @@ const (
 	hintDisk   = "free at least 1 GiB on the disk of the work folder, or choose another folder"
 	hintMemory = "give the builder more memory (1 GiB for each job), or run fewer jobs"
 	hintTime   = "allow more time, or more jobs on a machine with more CPUs"
-	hintBreak  = "this driver release does not know this kernel's interfaces: choose a newer driver of the same branch"
-	hintImage  = "run the builder where the C library is as new as the inputs want it, such as a newer Debian; ldd " +
+	hintBreak  = "choose a newer driver of the same branch: this one does not know this kernel's interfaces"
+	hintImage  = "run the builder on a system with a newer C library, such as a newer Debian; ldd " +
 		"--version says what this machine has"
-	hintLog = "read the build's log; its first error lines say more"
+	hintLog = "read the first error lines of the build's log"
 )
 
 // checks maps NVIDIA's sanity checks, which run before a build, to the error that a failed check

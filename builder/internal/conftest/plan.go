@@ -15,7 +15,7 @@ import (
 )
 
 // ErrShape means that a script or a makefile has a form that this package does not know.
-var ErrShape = errors.New("conftest of another shape")
+var ErrShape = errors.New("conftest.sh has an unknown form")
 
 // categories returns the names of the headers that make concatenates from the answers of compile tests.
 func categories() []string { return []string{"functions", "generic", "macros", "symbols", "types"} }

@@ -235,8 +235,8 @@ func headersRoot(dir string) (string, error) {
 		}
 		hint := "check that the object is the header archive of a COS build"
 		if must == "Module.symvers" {
-			hint = "publish a kernel-headers.tgz that holds the kernel's Module.symvers: modpost and the gate look every " +
-				"symbol up in it"
+			hint = "publish a kernel-headers.tgz that holds the kernel's Module.symvers: modpost and the check of the modules " +
+				"look up every symbol in it"
 		}
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("read kernel-headers.tgz: no file %s, or nothing in it", path.Join(filepath.Base(found[0]), must)), hint)

@@ -120,7 +120,7 @@ func readRelease(dir string) (release, version string, err error) {
 	}
 	if !releasePattern.MatchString(release) {
 		return "", "", fault.New(fault.Unsupported,
-			fmt.Sprintf("read kernel headers: release %.80q of utsrelease.h or kernel.release is none", release),
+			fmt.Sprintf("read kernel headers: %.80q in utsrelease.h or kernel.release is not a kernel release", release),
 			"check that the header archive is complete")
 	}
 	// Newer kernels have UTS_VERSION in its own header, utsversion.h.
@@ -134,7 +134,7 @@ func readRelease(dir string) (release, version string, err error) {
 	}
 	if version != "" && !versionPattern.MatchString(version) {
 		return "", "", fault.New(fault.Unsupported,
-			fmt.Sprintf("read kernel headers: UTS_VERSION %.80q is no version", version),
+			fmt.Sprintf("read kernel headers: UTS_VERSION %.80q is not a version", version),
 			"check that the header archive is complete")
 	}
 	return release, version, nil

@@ -25,10 +25,10 @@ type part struct {
 // remedies holds the hints for an object that the bucket has in neither layout.
 var remedies = map[string]string{
 	"kernel-headers.tgz": "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror",
-	"toolchain.tar.xz":   "put it there, or a toolchain.tar.xz.gcs that says where it is",
+	"toolchain.tar.xz":   "put it into the bucket, or a toolchain.tar.xz.gcs that says where it is",
 	"toolchain_env": "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror; a build " +
 		"of your own needs the lines CC=… and CXX=… there",
-	"vmlinux": "build without --btf, or put the kernel's vmlinux there",
+	"vmlinux": "build without --btf, or put the kernel's vmlinux into the bucket",
 }
 
 // either calls ask with the object's name in each layout of a bucket, until one call finds the
@@ -185,7 +185,7 @@ func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error
 // follow fetches the toolchain from the first of these places that has it.
 func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, o archive.Options) (part,
 	error) {
-	absent := fmt.Errorf("%s says where the toolchain is, and there it is not", pointer.URI)
+	absent := fmt.Errorf("the toolchain is not where %s says", pointer.URI)
 	for _, at := range places {
 		f.Progressf("%s: the toolchain is %s", pointer.Name, at)
 		p, err := f.from(ctx, at, o)

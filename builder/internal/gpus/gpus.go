@@ -47,7 +47,7 @@ func Statement(digest string, d target.Driver, l *gpulist.List) (sign.Statement,
 	}
 	if len(raw) > maxPredicate {
 		return sign.Statement{}, fault.Errorf(fault.Unsupported,
-			"state supported GPUs: %d bytes; at most %d fit into a statement", len(raw), maxPredicate)
+			"make list of supported GPUs: %d bytes; at most %d fit into a statement", len(raw), maxPredicate)
 	}
 	return sign.About("nvidia-"+d.String(), digest, gpulist.PredicateType, short)
 }

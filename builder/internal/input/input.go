@@ -125,8 +125,8 @@ func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 			return Sum{Algorithm: a, Hex: sum}, nil
 		}
 	}
-	return Sum{}, fault.New(fault.Checksum, fmt.Sprintf("read %s of %s: no line holds one", a, base),
-		"replace the checksum file by the digest in hex, or by a line of "+string(a)+"sum's")
+	return Sum{}, fault.New(fault.Checksum, fmt.Sprintf("read %s of %s: no line has such a checksum", a, base),
+		"write the digest in hex, or the line that "+string(a)+"sum prints, into the checksum file")
 }
 
 // Sum reads the checksum file of an object. If the file does not exist, the error is InputMissing.
@@ -169,7 +169,7 @@ func (f *Fetcher) read(ctx context.Context, name string, limit int64) ([]byte, c
 	}
 	if int64(len(data)) > limit {
 		return nil, attrs, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit),
-			"check the object in the bucket: COS's is smaller by far")
+			"check the object in the bucket: COS's object is much smaller")
 	}
 	return data, attrs, nil
 }

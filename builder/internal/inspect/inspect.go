@@ -51,7 +51,7 @@ func (l *inspection) note(check, format string, args ...any) {
 func (l *inspection) fail(check string, level doctor.Level, err error) {
 	next := fault.Hint(err)
 	if next == "" {
-		next = "report it, with this print"
+		next = "report it, with this output"
 	}
 	l.Findings = append(l.Findings,
 		doctor.Finding{Check: check, Level: level, Text: err.Error(), Next: next, Class: fault.Of(err).String()})
@@ -71,7 +71,7 @@ func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.
 		l.fail("inputs", doctor.Fail, err)
 		return &l.Report
 	}
-	l.ok("inputs", "kernel %s, commit %s; ABI %s", in.Kernel.Release, or(in.Kernel.Commit, "not told"),
+	l.ok("inputs", "kernel %s, commit %s; ABI %s", in.Kernel.Release, or(in.Kernel.Commit, "unknown"),
 		in.Fingerprint.Short())
 	l.ok("headers", "%s", filepath.Base(in.Headers))
 	l.configuration(in.Headers)
@@ -222,10 +222,11 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 		return
 	case !in.HasVMLinux:
 		l.fail("load test", doctor.Warn,
-			fault.New(fault.InputMissing, "no vmlinux: modules get static checks only", "put the kernel there as it was linked"))
+			fault.New(fault.InputMissing, "no vmlinux: modules get static checks only",
+				"put the build's vmlinux into the bucket"))
 		return
 	case !c.VMLinux:
-		l.note("load test", "boots vmlinux; --vmlinux fetches it and holds it against the headers")
+		l.note("load test", "boots vmlinux; --vmlinux fetches it and compares it with the headers")
 		return
 	}
 	file, _, err := cossrc.FetchVMLinux(ctx, l.bucket, l.cache, in.Kernel, c.Progress)

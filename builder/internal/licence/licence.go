@@ -159,7 +159,7 @@ func (r Rule) Published(ctx context.Context, name string, p Destination, f targe
 	}
 	if near, _ := r.where(ctx, seen.Host); seen.Reads && !near {
 		return fault.New(fault.PublishRefused,
-			fmt.Sprintf("%s is in %s by now, and can be read without credentials", what, name),
+			fmt.Sprintf("%s is in %s now, and can be read without credentials", what, name),
 			"remove it, or revoke public read access there; then publish again")
 	}
 	return nil

@@ -26,7 +26,7 @@ var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", drm, peermem}
 
 // ErrLacking means that the machine lacks modules of the kernel that nvidia needs. A machine that boots from vmlinux
 // alone has only the drivers that are built into the kernel.
-var ErrLacking = errors.New("the machine lacks modules of the kernel's own")
+var ErrLacking = errors.New("the test machine lacks the kernel's own modules")
 
 // normalise maps module names to NVIDIA's spelling. Callers may write a name with or without .ko, and with - or _.
 func normalise(modules map[string]string) map[string]string {

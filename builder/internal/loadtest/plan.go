@@ -118,8 +118,9 @@ func (p *plan) addFiles(c Config) error {
 		return err
 	} else if !have {
 		return fault.New(fault.InputMissing,
-			fmt.Sprintf("driver %s comes without libnvidia-ml.so.1, which a node asks whether the driver works", p.version),
-			"check that the object is NVIDIA's full driver runfile for this architecture; --load-test off publishes what it has")
+			fmt.Sprintf("driver %s lacks libnvidia-ml.so.1, which nodes need to check the driver", p.version),
+			"check that the object is NVIDIA's full driver runfile for this architecture; or publish without a load "+
+				"test: --load-test off")
 	}
 	switch _, err := os.Stat(probe); {
 	case err == nil:

@@ -74,7 +74,7 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	le := binary.LittleEndian
 	switch {
 	case file.Class != elf.ELFCLASS64 || file.Data != elf.ELFDATA2LSB || file.Type != elf.ET_REL:
-		return nil, errors.New("it is no module of a 64-bit little-endian machine")
+		return nil, errors.New("it is not a module for a 64-bit little-endian machine")
 	case file.Section(modinfo.StampSection) != nil:
 		return nil, errors.New("it has a stamp")
 	}
@@ -83,7 +83,7 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	// The number of sections does not fit the header, or the table of sections ends outside the file.
 	if n == 0 || n != int(le.Uint16(data[atShnum:])) || n+1 >= int(elf.SHN_LORESERVE) || shoff > uint64(len(data)) ||
 		uint64(len(data))-shoff < uint64(n*sectionHeader) {
-		return nil, errors.New("its table of sections is not plain")
+		return nil, errors.New("its section table has an unusual form")
 	}
 	at := int(le.Uint16(data[atShnum+2:])) // e_shstrndx
 	if at >= n {

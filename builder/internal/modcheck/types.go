@@ -54,10 +54,10 @@ func fits(path string, kernel *btf.Types) error {
 	case err != nil:
 		return fmt.Errorf("read its types: %w", err)
 	case kernel == nil:
-		return errors.New("it has BTF, and the kernel's BTF is missing, so nothing compares the two")
+		return errors.New("it has BTF, and the kernel's BTF is missing: they cannot be compared")
 	}
 	if err := kernel.Check(types); err != nil {
-		return fmt.Errorf("its types do not go on where the kernel's end: %w", err)
+		return fmt.Errorf("its types do not continue those of the kernel: %w", err)
 	}
 	return nil
 }

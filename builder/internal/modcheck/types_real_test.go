@@ -59,7 +59,7 @@ func TestRealTypes(t *testing.T) {
 		t.Errorf("Check = %v; want it to pass", err)
 	}
 	if _, err := modcheck.Check(map[string]string{"nvidia": foreign}, k); !fault.Is(err, fault.CheckFailed) ||
-		!strings.Contains(err.Error(), "its types do not go on where the kernel's end") {
+		!strings.Contains(err.Error(), "its types do not continue those of the kernel") {
 		t.Errorf("Check with a sibling's types = %v; want check-failed for that reason", err)
 	}
 

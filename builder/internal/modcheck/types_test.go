@@ -23,7 +23,7 @@ func TestTypes(t *testing.T) {
 		{"none", "", nil, ""},
 		{"own kernel's", string(btfsample.Kernel(own...)), with(own), ""},
 		{"another kernel's", string(btfsample.Kernel(own...)), with(other),
-			"nvidia: its types do not go on where the kernel's end: type 5: check name at offset"},
+			"nvidia: its types do not continue those of the kernel: type 5: check name at offset"},
 		{"missing", string(btfsample.Kernel(own...)), nil, "nvidia: read its types: it has no section .BTF"},
 		{"unasked", "", with(own), "nvidia: it has BTF, and the kernel's BTF is missing"},
 		{"damaged", string(btfsample.Kernel(own...)), []string{".BTF", "types"}, "no BTF of version 1"},

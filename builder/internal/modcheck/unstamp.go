@@ -56,5 +56,5 @@ func unstamped(data []byte) ([]byte, error) {
 			return plain, nil
 		}
 	}
-	return nil, errors.New("its table of sections was not the last thing in it")
+	return nil, errors.New("its section table is not at its end")
 }

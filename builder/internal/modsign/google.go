@@ -93,7 +93,7 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 func (d *Detached) Attach(dst, name string, module []byte) error {
 	signature := d.modules[name]
 	if signature == nil {
-		return fault.Errorf(fault.CheckFailed, "%w: there is none of %s", ErrLeftOut, name)
+		return fault.Errorf(fault.CheckFailed, "%w: there is none for %s", ErrLeftOut, name)
 	}
 	if _, own, err := Split(module); err != nil || own != nil {
 		return errors.Join(err, fault.New(fault.CheckFailed, "attach a signature to "+name+": it is signed already",
@@ -102,12 +102,12 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	s, err := verify(module, signature, slices.Concat(d.certificates, d.roots))
 	switch {
 	case errors.Is(err, ErrChanged):
-		return fault.Errorf(fault.CheckFailed, "%w: that of %s is over other bytes", ErrLeftOut, name)
+		return fault.Errorf(fault.CheckFailed, "%w: the one for %s is over other bytes", ErrLeftOut, name)
 	case err != nil:
 		return fault.Wrap(fault.CheckFailed, fmt.Errorf("signature by Google of %s: %w", name, err),
 			"replace the archive in the bucket, or build with --google-signatures off")
 	case len(d.roots) > 0 && !slices.ContainsFunc(d.roots, s.Signer.Equal) && !chains(s.Signer, d.certificates, d.roots):
-		return fault.Errorf(fault.CheckFailed, "%w: that of %s is by %.200q, whom the kernel's root has not certified",
+		return fault.Errorf(fault.CheckFailed, "%w: the one for %s is by %.200q, which the kernel's root did not certify",
 			ErrLeftOut, name, s.Signer.Subject.String())
 	}
 	return writeNew(dst, module, signature, trailer(signature))

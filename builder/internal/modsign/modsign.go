@@ -74,7 +74,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	pub, ok := key.Public().(*rsa.PublicKey)
 	if !ok {
 		return nil, fault.New(fault.Usage,
-			fmt.Sprintf("%s is of type %T: an ECDSA signature is another one each time, and so would be the artifact", keyRef,
+			fmt.Sprintf("%s is of type %T: ECDSA signatures differ each time, and so would the artifact", keyRef,
 				key.Public()),
 			"use an RSA key: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout modules.key -out "+
 				"modules.crt")
@@ -82,11 +82,11 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	// rsa_check_key_length in the kernel's crypto/rsa.c refuses other lengths.
 	if !slices.Contains([]int{2048, 3072, 4096}, pub.N.BitLen()) {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("%s is an RSA key of %d bits", keyRef, pub.N.BitLen()),
-			"the kernel verifies 2048, 3072 and 4096 bits")
+			"use an RSA key of 2048, 3072 or 4096 bits, which the kernel can verify")
 	}
 	if !pub.Equal(cert.PublicKey) {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s is not that of key %s", certPath, keyRef),
-			"give the certificate whose public key this is")
+			"give the certificate of this key")
 	}
 	if cert.KeyUsage != 0 && cert.KeyUsage&x509.KeyUsageDigitalSignature == 0 {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s is not for signatures", certPath),
@@ -201,7 +201,7 @@ func digestOf(hash string) (asn1.ObjectIdentifier, error) {
 		return pkcs7.OIDDigestAlgorithmSHA512, nil
 	}
 	return nil, fault.New(fault.Unsupported, fmt.Sprintf("the kernel wants module signatures with hash %.40q", hash),
-		"sha256, sha384 and sha512 can be signed with: build without a module key for this kernel")
+		"build without a module key for this kernel: only sha256, sha384 and sha512 can be signed")
 }
 
 // detached makes the same CMS structure as scripts/sign-file. The structure has no content, no certificates and no

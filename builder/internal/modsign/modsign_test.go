@@ -215,7 +215,7 @@ func TestLoadRefuses(t *testing.T) {
 	two := write(t, filepath.Join(t.TempDir(), "crt"), append(text, text...))
 	none := filepath.Join(t.TempDir(), "none")
 	for name, row := range map[string]struct{ key, cert, text string }{
-		"ECDSA":                     {ec.keyPath, ec.path, "another one each time"},
+		"ECDSA":                     {ec.keyPath, ec.path, "ECDSA signatures differ each time"},
 		"odd length":                {odd.keyPath, odd.path, "2560 bits"},
 		"another key's certificate": {p.keyPath, other.path, "not that of key"},
 		"not for signatures":        {noSign.keyPath, noSign.path, "not for signatures"},

@@ -139,7 +139,7 @@ func (r *Release) userspace() (map[string]item, error) {
 		name := path.Join(to, base)
 		if old, ok := layout[name]; ok && old != it {
 			return nil, fault.New(fault.Unsupported, fmt.Sprintf("the manifest has two files for %s", name),
-				"report this driver version: its manifest is new in kind")
+				"report this driver version: its manifest has an unknown form")
 		}
 		layout[name] = it
 	}

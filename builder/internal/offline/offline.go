@@ -184,7 +184,7 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 		return nil, fault.New(
 			fault.NoArtifact,
 			c.From.Name()+" has no driver for "+strings.Join(append(lacks, "what was asked for")[:max(1, len(lacks))], ", "),
-			"build what is missing, or ask for less: --kernel, --driver, --flavour",
+			"build what is missing, or select less with --kernel, --driver and --flavour",
 		)
 	}
 	cells := make([]cell, 0, len(found))

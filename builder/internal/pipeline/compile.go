@@ -225,5 +225,5 @@ func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
 // changed returns the error for a module that changed in the cache since it was made.
 func changed(name, dir string) error {
 	return fault.New(fault.Transient, fmt.Sprintf("module %s was damaged in the cache since it was compiled", name),
-		"run it again: it is made anew; check the disk of "+dir)
+		"run the command again: it compiles the module again; check the disk of "+dir)
 }

@@ -133,8 +133,8 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 		return nil, nil
 	case r.req.Flavour != target.Open:
 		return nil, fault.New(fault.Unsupported,
-			fmt.Sprintf("Google ships no modules of flavour %s, but what it takes to link them", r.req.Flavour),
-			"--flavour open, or build without --google-modules")
+			fmt.Sprintf("Google ships no linked modules of flavour %s, only the parts to link them", r.req.Flavour),
+			"use --flavour open, or build without --google-modules")
 	}
 	driver, err := cossrc.FetchSignedDriver(ctx, kernels, r.cfg.Cache, in.kernel.Kernel, in.driver.Version,
 		r.progress("source"))
@@ -180,7 +180,7 @@ func (r *run) kernelTrusts(driver *cossrc.SignedDriver) ([]*x509.Certificate, er
 		return modsign.ReadCertificates(r.cfg.ModuleCert)
 	case driver.TrustedKey == nil:
 		return nil, fault.New(fault.InputMissing,
-			"the bucket does not show the certificate that this kernel was built with: there is no trusted_key.pem",
+			"the bucket has no certificate of this kernel: there is no trusted_key.pem",
 			"give it with --module-cert FILE")
 	}
 	trusted, err := modsign.ParseCertificates(driver.TrustedKey)

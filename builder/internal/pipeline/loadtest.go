@@ -37,8 +37,8 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 	case err != nil:
 		return t, "", err
 	case why != "" && r.cfg.LoadTest == LoadTestRequire:
-		return t, "", fault.New(fault.LoadTestFailed, "no bootable kernel at hand: "+why,
-			"put the build's vmlinux into the bucket, or publish without it: --load-test auto")
+		return t, "", fault.New(fault.LoadTestFailed, "no bootable kernel: "+why,
+			"put the build's vmlinux into the bucket, or publish without a load test: --load-test auto")
 	case why != "":
 		return loadTested{reason: why}, "static checks only: " + why, nil
 	}

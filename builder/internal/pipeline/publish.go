@@ -23,7 +23,7 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 			// A destination compares bytes with their digests. If it refuses a layer, the cause may
 			// be a damaged file in the cache.
 			if damaged := r.layersIntact(ctx, a); damaged != nil {
-				err = fmt.Errorf("%w; so: %w", damaged, err)
+				err = fmt.Errorf("%w; therefore: %w", damaged, err)
 			}
 			return "", fmt.Errorf("publish to %s: %w", p.name, err)
 		}

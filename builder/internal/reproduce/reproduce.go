@@ -115,7 +115,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		Driver: target.Wish(p.Built.Driver.Version), Flavour: p.Built.Driver.Flavour,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("make it again: %w", err)
+		return nil, fmt.Errorf("build it again: %w", err)
 	}
 	if err := sameInputs(p.Materials, made); err != nil {
 		return nil, err
@@ -187,8 +187,8 @@ func sameRecipes(theirs map[string]string) error {
 	for _, name := range slices.Sorted(maps.Keys(ours)) {
 		if theirs[name] != ours[name] {
 			return fault.New(fault.Unsupported,
-				fmt.Sprintf("it was made with recipe %s %q; this builder has %q", name, theirs[name], ours[name]),
-				fmt.Sprintf("take the builder's version %s, which the provenance names", theirs["builder"]))
+				fmt.Sprintf("it was built with recipe %s in version %q; this builder has %q", name, theirs[name], ours[name]),
+				fmt.Sprintf("use version %s of the builder, which the provenance names", theirs["builder"]))
 		}
 	}
 	return nil
@@ -203,7 +203,7 @@ func sameInputs(want []trust.Material, made *pipeline.Made) error {
 	for _, m := range want {
 		if !have[m.Digest] {
 			return fault.New(fault.Mismatch,
-				fmt.Sprintf("input %s was %s when it was built; the mirrors have another one now", m.Name, m.Digest),
+				fmt.Sprintf("input %s was %s when it was built; the mirrors now have another object", m.Name, m.Digest),
 				"name mirrors that hold that very object with --kernel-mirror and --driver-mirror; it came from "+m.URI)
 		}
 	}

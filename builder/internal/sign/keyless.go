@@ -55,7 +55,7 @@ type keyless struct {
 
 func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) {
 	if l.root == nil || l.token == nil {
-		return nil, fault.New(fault.Usage, "without a key, a trusted root and an identity token are needed",
+		return nil, fault.New(fault.Usage, "keyless signing needs a trusted root and an identity token",
 			"add --trusted-root FILE and --identity-token FILE")
 	}
 	text, err := readFile(path, maxSigningConfig, "write one with: cosign signing-config create")

@@ -32,7 +32,7 @@ type ReleaseFacts struct {
 func Release(f ReleaseFacts) (Statement, error) {
 	s, err := newRelease(f)
 	if err != nil {
-		return Statement{}, fmt.Errorf("state provenance of release %s: %w", f.Version, err)
+		return Statement{}, fmt.Errorf("make provenance of release %s: %w", f.Version, err)
 	}
 	return s, nil
 }

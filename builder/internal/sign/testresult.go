@@ -43,7 +43,7 @@ const fieldLoadTest = "prebake_loadTest"
 func TestResult(digest string, f TestFacts) (Statement, error) {
 	s, err := newTestResult(digest, f)
 	if err != nil {
-		return Statement{}, fmt.Errorf("state test result: %w", err)
+		return Statement{}, fmt.Errorf("make test result: %w", err)
 	}
 	return s, nil
 }
@@ -139,7 +139,7 @@ func SBOM(digest string, d target.Driver, doc []byte) (Statement, error) {
 		return newStatement(digest, d, trust.PredicateSBOM, body)
 	}()
 	if err != nil {
-		return Statement{}, fmt.Errorf("state contents: %w", err)
+		return Statement{}, fmt.Errorf("make list of contents: %w", err)
 	}
 	return s, nil
 }

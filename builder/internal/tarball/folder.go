@@ -42,7 +42,7 @@ const (
 // disk; it is (*os.File).Sync, except in tests.
 func openFolder(u *url.URL, flush func(*os.File) error) (*folder, error) {
 	if u.Host != "" && u.Host != "localhost" || !filepath.IsAbs(u.Path) {
-		return nil, fault.New(fault.Usage, "want an absolute path behind file://", "write file:///FOLDER")
+		return nil, fault.New(fault.Usage, "want an absolute path after file://", "write file:///FOLDER")
 	}
 	dir := filepath.Clean(u.Path)
 	if err := makeFolder(filepath.Join(dir, ownFolder), flush); err != nil {

@@ -398,7 +398,7 @@ func (p *publisher) create(ctx context.Context, o object, there bool) error {
 		case errors.Is(err, errExists):
 			// Another publisher created it, or the answer to our own write was lost.
 			if there, err = p.present(ctx, o); err == nil && !there {
-				err = fault.New(fault.Transient, "it comes and goes", "find out who removes objects there")
+				err = fault.New(fault.Transient, "the object appears and disappears", "find out who removes objects there")
 			}
 			if err != nil {
 				return fmt.Errorf("create %s: %w", p.bucket.URL(o.name), err)

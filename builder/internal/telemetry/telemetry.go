@@ -73,7 +73,7 @@ func Start(ctx context.Context, c Config) (*Telemetry, error) {
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", c.MetricsAddress)
 	if err != nil {
 		return nil, errors.Join(fault.Wrap(fault.Usage, fmt.Errorf("serve metrics: %w", err),
-			"give --metrics-address a free one, as in 127.0.0.1:9440"), t.Close())
+			"give --metrics-address a free address, such as 127.0.0.1:9440"), t.Close())
 	}
 	t.address = listener.Addr().String()
 	mux := http.NewServeMux()

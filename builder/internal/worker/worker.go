@@ -254,7 +254,7 @@ func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log
 	defer context.AfterFunc(w.hard, func() { cancel(context.Cause(w.hard)) })()
 	defer context.AfterFunc(w.stopping, func() {
 		if w.Grace > 0 {
-			log.InfoContext(ctx, "build goes on for a while", "grace", w.Grace)
+			log.InfoContext(ctx, "build continues until the grace period ends", "grace", w.Grace)
 		}
 	})()
 	res, err := w.make(ctx, job, attempt, cancel, log)

@@ -103,7 +103,7 @@ Acquire::Retries "3";
 	say("fetching the package index of Debian's " + codename + " for " + string(p.arch) + " (contrib and non-free too)")
 	if _, err := a.run(ctx, "", "apt-get", "update", "-qq", "--error-on=any"); err != nil {
 		if have && ctx.Err() == nil {
-			say("package index not refreshed, going on with the one at hand: " + firstLine(err))
+			say("package index not refreshed, using the one of an earlier run: " + firstLine(err))
 			return a, nil
 		}
 		return nil, fault.Wrap(fault.Transient, err, "check the machine's network and apt sources, then run again")

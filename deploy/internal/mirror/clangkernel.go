@@ -100,7 +100,7 @@ func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *un
 func (m *maker) unpackSource(ctx context.Context, p pkg, dir string) (string, error) {
 	deb, ok := m.apt.file(p)
 	if !ok {
-		return "", fault.New(fault.InputMissing, "package "+p.Name+" is not at hand", "")
+		return "", fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {

@@ -64,7 +64,7 @@ func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, erro
 	for _, p := range pkgs {
 		file, ok := a.file(p)
 		if !ok {
-			return nil, fault.New(fault.InputMissing, "package "+p.Name+" is not at hand", "")
+			return nil, fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
 		}
 		if err := readDeb(ctx, t, file, clangPick); err != nil {
 			return nil, err

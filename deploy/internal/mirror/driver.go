@@ -78,7 +78,7 @@ func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 	for _, need := range r.packages {
 		file, ok := r.apt.file(need)
 		if !ok {
-			return nil, fault.New(fault.InputMissing, "package "+need.Name+" is not at hand", "")
+			return nil, fault.New(fault.InputMissing, "package "+need.Name+" was not downloaded", "")
 		}
 		var err error
 		switch strings.TrimSuffix(need.Name, p.foreign) {

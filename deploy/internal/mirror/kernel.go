@@ -187,7 +187,7 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	read := func(p pkg, where pick) error {
 		file, ok := a.file(p)
 		if !ok {
-			return fault.New(fault.InputMissing, "package "+p.Name+" is not at hand", "")
+			return fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
 		}
 		return readDeb(ctx, t, file, where)
 	}
@@ -262,7 +262,7 @@ var bootModules = []string{
 func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name string) bool) ([]byte, error) {
 	file, ok := a.file(k.image)
 	if !ok {
-		return nil, fault.New(fault.InputMissing, "package "+k.image.Name+" is not at hand", "")
+		return nil, fault.New(fault.InputMissing, "package "+k.image.Name+" was not downloaded", "")
 	}
 	boot := "boot/vmlinuz-" + k.release
 	err := readDeb(ctx, in, file, func(name string) string {

@@ -45,7 +45,7 @@ func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work str
 	for _, need := range pkgs {
 		file, ok := a.file(need)
 		if !ok {
-			return nil, fault.New(fault.InputMissing, "package "+need.Name+" is not at hand", "")
+			return nil, fault.New(fault.InputMissing, "package "+need.Name+" was not downloaded", "")
 		}
 		if err := readDeb(ctx, t, file, p.toolchainPick); err != nil {
 			return nil, err

@@ -143,7 +143,7 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 		was, edited := pair.own[name], pair.debian[name]
 		// If the pair does not have both editions of the file, or they are equal, nothing tells what the file was before.
 		if was.data == nil || edited.data == nil || bytes.Equal(was.data, edited.data) {
-			return nil, nil, fault.New(fault.Unsupported, "undo Debian's edits: nothing tells what "+name+" was before", "")
+			return nil, nil, fault.New(fault.Unsupported, "undo Debian's edits: the original of "+name+" is not known", "")
 		}
 		n := own[name]
 		how := "as in NVIDIA's own"

@@ -65,7 +65,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		if err := a.begin(store, set.Digest, pointers, was, s.facts.FirmwarePath); err != nil && changed {
 			return err
 		} else if err != nil { // a full disk must not leave the node without a driver
-			a.parts.Log.WarnContext(ctx, "note attempt", "err", err)
+			a.parts.Log.WarnContext(ctx, "record attempt", "err", err)
 		}
 	}
 	err = a.parts.Line.Do("install", func() (string, error) {
@@ -73,7 +73,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		// made later.
 		did, err := store.EnsureExec(func() {
 			if err := store.WriteFile(execFile, []byte(a.bootID())); err != nil {
-				a.parts.Log.WarnContext(ctx, "note mount", "err", err)
+				a.parts.Log.WarnContext(ctx, "record mount", "err", err)
 			}
 		})
 		if err != nil {
@@ -226,10 +226,10 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	}
 	if t.changed {
 		if err := restore(store, t.to, before); err != nil {
-			errs = append(errs, fmt.Errorf("take install back: %w", err))
+			errs = append(errs, fmt.Errorf("roll back install: %w", err))
 		} else {
 			r.Changed = false
-			r.did("took the install back")
+			r.did("rolled the install back")
 		}
 	}
 	errs = append(errs, a.restoreFirmwarePath(s.facts))

@@ -275,7 +275,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 			waiting = append(waiting, s.wanted.Digest)
 			if fault.Is(reason, fault.Busy) && len(s.facts.Modules) > 0 {
 				if err := a.noteNext(store, s.wanted.Digest); err != nil {
-					a.parts.Log.WarnContext(ctx, "note what waits", "err", err)
+					a.parts.Log.WarnContext(ctx, "record waiting driver", "err", err)
 				}
 			}
 		}

@@ -266,12 +266,12 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 			if err := restorePointers(store, at.Before); err != nil {
 				return err
 			}
-			r.did("took back %s, which an earlier run left half done", short(digest))
+			r.did("rolled back %s, which an earlier run did not finish", short(digest))
 		}
 	}
 	if len(open) > 0 {
 		if err := all.write(store); err != nil { // a full disk must not leave the node without a driver
-			a.parts.Log.WarnContext(ctx, "note attempts", "err", err)
+			a.parts.Log.WarnContext(ctx, "record attempts", "err", err)
 		}
 	}
 	return nil

@@ -70,7 +70,8 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	switch on, known := a.secureBoot(); {
 	case !known:
 		return not("cannot tell whether Secure Boot is on",
-			"show this container the firmware's variables (/sys/firmware/efi/efivars), or change the boot configuration by hand")
+			"let this container see the firmware's variables (/sys/firmware/efi/efivars), or change the boot "+
+				"configuration by hand")
 	case on:
 		return not("Secure Boot is on", "turn Secure Boot off for this node pool, or use nodes that load any module")
 	}
@@ -85,10 +86,10 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		return a.reboot(r, fmt.Errorf("%w; the kernel command line was changed in this boot", why))
 	}
 	if edits.Edits >= maxEdits {
-		return not(fmt.Sprintf("that was done %d times, the last time on %s, and the kernel does what it did", edits.Edits,
+		return not(fmt.Sprintf("it was changed %d times, the last time on %s, and the kernel behaves as before", edits.Edits,
 			edits.At.UTC().Format(time.DateTime)),
-			"see what the node boots with: cat /proc/cmdline; fetcher boot undo restores the configuration and clears "+
-				"this record")
+			"read the command line that the node booted with: cat /proc/cmdline; fetcher boot undo restores the "+
+				"configuration and clears this record")
 	}
 	before := edits
 	edits = bootEdits{Edits: edits.Edits + 1, At: a.parts.Now().UTC(), BootID: a.bootID()}
@@ -108,7 +109,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	}
 	if entries == 0 {
 		return not("the boot configuration allows it already, and this kernel was booted without it",
-			"reboot the node, or see what boots it")
+			"reboot the node, or find out what boots it without that configuration")
 	}
 	r.did("changed the kernel command line of %s", plural(entries, "boot entry"))
 	a.parts.Log.WarnContext(ctx, "changed the kernel command line", "entries", entries, "want", want)
@@ -121,7 +122,7 @@ func (a *Agent) reboot(r *Report, why error) error {
 		return fault.Wrap(fault.Rejected, fmt.Errorf("%w: %w", why, err), "reboot the node")
 	}
 	r.did("asked for a reboot")
-	return fault.Wrap(fault.Rejected, fmt.Errorf("%w, and the node reboots", why), "fetcher boot undo reverts it")
+	return fault.Wrap(fault.Rejected, fmt.Errorf("%w, and the node reboots", why), "to undo this: fetcher boot undo")
 }
 
 func writeEdits(store *install.Store, e bootEdits) error {
@@ -153,9 +154,9 @@ func (a *Agent) undoBoot(r *Report, store *install.Store) error {
 		return err
 	}
 	if err := a.parts.Boot.Undo(); err != nil && !fault.Is(err, fault.NoArtifact) {
-		return fmt.Errorf("put the boot configuration back: %w", err)
+		return fmt.Errorf("restore the boot configuration: %w", err)
 	}
-	r.did("put the boot configuration back; it counts from the next boot on")
+	r.did("restored the boot configuration; it takes effect at the next boot")
 	return store.RemoveFile(bootFile)
 }
 

@@ -75,9 +75,9 @@ func TestEditBoot(t *testing.T) {
 	n.reboot(t)
 	run("after a reboot that was of no use", "and the node reboots", 2, 3)
 	n.reboot(t)
-	run("after the second", "that was done 2 times", 2, 3)
+	run("after the second", "it was changed 2 times", 2, 3)
 	n.reboot(t)
-	run("and ever after", "that was done 2 times", 2, 3)
+	run("and ever after", "it was changed 2 times", 2, 3)
 	// Once the kernel accepts modules, the count is reset.
 	enforce("N")
 	if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready {

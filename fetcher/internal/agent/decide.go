@@ -78,7 +78,7 @@ func decide(s nodeState) decision {
 	}
 	if good != nil && s.isDowngrade(good) {
 		return stay(fault.New(fault.Mismatch,
-			fmt.Sprintf("%s is installed, and %s is answered for the wish %s: an older driver", good.Driver, s.wanted.Driver,
+			fmt.Sprintf("driver %s is installed; driver %s, found for %s, is older", good.Driver, s.wanted.Driver,
 				s.question.Wish),
 			"name the version with --driver, or allow it: --allow-downgrade"))
 	}
@@ -125,12 +125,12 @@ func (s nodeState) put(set *install.Set) decision {
 		return decision{do: refuse,
 			err: fault.New(fault.Busy,
 				fmt.Sprintf("another driver is loaded that this program did not install: %s", s.facts.Driver),
-				"it stays as it is; --foreign replace unloads it, or reboot the node without what loads it")}
+				"add --foreign replace to unload it, or reboot the node without the installer that loads it; until then it stays")}
 	}
 	if s.closed != "" {
 		return decision{do: refuse,
 			err: fault.New(fault.Busy, fmt.Sprintf("replace driver %s: %s", s.facts.Driver, s.closed),
-				"the driver that is loaded stays until then, or until the node is rebooted")}
+				"wait until then, or reboot the node; the loaded driver stays meanwhile")}
 	}
 	if err := idle(s.facts); err != nil {
 		return decision{do: refuse, err: err}

@@ -72,7 +72,7 @@ func TestDecide(t *testing.T) {
 			set: "535.2", err: "enforces module signatures",
 			change: func(s *nodeState) { s.facts.Policy.SignaturesEnforced = true }},
 		{name: "downgrade", loaded: "535.3", current: "535.3", wanted: "535.2", do: keep, set: "535.3",
-			err: "an older driver"},
+			err: "is older"},
 		{name: "downgrade that is allowed", loaded: "535.3", current: "535.3", wanted: "535.2", do: replace, set: "535.2",
 			change: func(s *nodeState) { s.allowDowngrade = true }},
 		{name: "downgrade by its version", loaded: "535.3", current: "535.3", wanted: "535.2", wish: "535.2", do: replace,

@@ -255,7 +255,7 @@ func (a *Agent) deltasFor(
 	}
 	found, err := repo.Payloads(ctx, set.Digest, bundle.ArtifactTypeDelta, l.Size/2, wanted...)
 	if err != nil {
-		a.parts.Log.DebugContext(ctx, "did not find deltas", "err", err)
+		a.parts.Log.DebugContext(ctx, "list deltas", "err", err)
 		return nil
 	}
 	for _, d := range found {

@@ -145,7 +145,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 			return r, err
 		}
 	}
-	r.did("take %s out of %s", describe(s.current), a.cfg.InstallDir)
+	r.did("remove %s from %s", describe(s.current), a.cfg.InstallDir)
 	if a.cfg.DryRun {
 		if unload {
 			r.did("unload %s", s.facts.Driver)

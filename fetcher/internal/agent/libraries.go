@@ -32,7 +32,7 @@ func (a *Agent) hideLibraries(ctx context.Context, added bool) {
 		err = ldcache.Remove(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"))
 	}
 	if err != nil && !errors.Is(err, ldcache.ErrNone) {
-		a.parts.Log.WarnContext(ctx, "take the libraries from the node's programs", "err", err)
+		a.parts.Log.WarnContext(ctx, "remove libraries from ldconfig", "err", err)
 	}
 }
 

@@ -172,7 +172,7 @@ func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Fac
 	if have, err := store.ReadFile(firmwareBefore); facts.FirmwarePath != want &&
 		(err != nil || string(have) != facts.FirmwarePath) {
 		if err := store.WriteFile(firmwareBefore, []byte(facts.FirmwarePath)); err != nil {
-			a.parts.Log.Warn("note where firmware was before", "err", err)
+			a.parts.Log.Warn("record former firmware path", "err", err)
 		}
 	}
 	if err := a.writeFirmwarePath(want); err != nil {

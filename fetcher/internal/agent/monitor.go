@@ -180,7 +180,7 @@ func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) {
 	s, err := a.status(ctx, false)
 	if err != nil {
-		a.parts.Log.WarnContext(ctx, "look at the node", "err", err)
+		a.parts.Log.WarnContext(ctx, "read state of the node", "err", err)
 		return v, false
 	}
 	return s.Verdict, s.Verdict.State != gpucheck.Ready
@@ -310,7 +310,7 @@ func nothingInstalled(err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return fault.New(fault.NoArtifact, "no driver of ours is in force", "run fetcher install")
+	return fault.New(fault.NoArtifact, "no driver that Prebake installed is in force", "run fetcher install")
 }
 
 func keptAnswer(s *install.Set) resolve.Answer {

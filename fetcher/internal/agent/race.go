@@ -155,7 +155,7 @@ func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *hos
 			return answer, nil
 		}
 		if !fault.Is(err, fault.Transient) || time.Now().After(until) {
-			a.parts.Log.WarnContext(ctx, "what the farm has does not verify", "digest", answer.Digest, "err", err)
+			a.parts.Log.WarnContext(ctx, "artifact of the farm not verified", "digest", answer.Digest, "err", err)
 			return answer, err
 		}
 		say(err.Error())

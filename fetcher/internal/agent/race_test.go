@@ -200,7 +200,7 @@ func TestRace(t *testing.T) {
 			false,
 		},
 		{
-			"what the farm has does not verify",
+			"artifact of the farm not verified",
 			answers{is(api.Building), has(here, l.Digest)},
 			compiler{takes: time.Hour, answer: local},
 			10 * time.Minute,

@@ -53,7 +53,7 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 			"have the driver built for COS "+facts.Kernel.String()+", and check that --server or --registry is the right one")
 	case fault.Is(err, fault.Unverified):
 		err = fault.Wrap(fault.Unverified, err,
-			"use nothing of this artifact; publish it again, or fetch from another registry")
+			"publish the artifact again, or fetch it from another registry")
 	}
 	return content, verdict, err
 }
@@ -65,7 +65,7 @@ func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
 		return a.parts.NodeVerifier()
 	}
 	if a.parts.Verifier == nil {
-		return nil, fault.New(fault.Usage, "nobody is trusted",
+		return nil, fault.New(fault.Usage, "no signer is trusted",
 			"name the publisher's public key: --public-key FILE; nothing is loaded unverified")
 	}
 	return a.parts.Verifier, nil
@@ -149,7 +149,7 @@ func (a *Agent) verifiable(store *install.Store, set *install.Set, facts *host.F
 	return err == nil
 }
 
-const hintAgain = "run fetcher install again: what is damaged on this node is fetched anew"
+const hintAgain = "run fetcher install again: it fetches the damaged files again"
 
 // checkedLayer is a layer that was compared with its signed diff id.
 type checkedLayer struct {

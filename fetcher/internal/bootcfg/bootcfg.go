@@ -101,7 +101,7 @@ func read(esp *os.Root, name string) ([]byte, error) {
 	raw, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
 	if err == nil && len(raw) > maxConfig {
 		err = fault.New(fault.Unsupported, fmt.Sprintf("more than %d bytes", maxConfig),
-			"this is no configuration of COS's boot loader")
+			"check the EFI partition: this is not a configuration of COS's boot loader")
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
 		return nil, fmt.Errorf("read %s: %w", name, err)

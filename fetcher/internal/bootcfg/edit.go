@@ -51,7 +51,7 @@ func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 	}
 	if entries == 0 {
 		return nil, 0, fault.New(fault.Unsupported, "edit boot configuration: it has no boot entry",
-			"this is no configuration of COS's boot loader")
+			"check the EFI partition: this is not a configuration of COS's boot loader")
 	}
 	return edited, entries, nil
 }

@@ -43,7 +43,7 @@ func (Node) Reboot() error {
 	if err != nil || strings.TrimSpace(string(name)) != "systemd" {
 		return fault.New(fault.Unusable,
 			fmt.Sprintf("ask for a reboot: process 1 is %q here and no systemd", strings.TrimSpace(string(name))),
-			"show this container the node's processes: hostPID: true")
+			"let this container see the node's processes: hostPID: true")
 	}
 	if err := syscall.Kill(1, rebootSignal); err != nil {
 		return fmt.Errorf("ask for a reboot: %w", err)

@@ -171,7 +171,7 @@ func remove(node *noderoot.Root) (bool, error) {
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("take the description of GPUs away: %w", err)
+		return false, fmt.Errorf("remove the description of GPUs: %w", err)
 	}
 	err = dir.Remove(file)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -125,7 +125,7 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 		}
 		if hint, ok := refused[given.Name]; ok {
 			wrong = append(wrong, fault.New(fault.Usage,
-				fmt.Sprintf("as %s: -%s is nothing that this program does", Name, given.Name), hint))
+				fmt.Sprintf("as %s: this program does not support -%s", Name, given.Name), hint))
 		}
 		if why, ok := ignored[given.Name]; ok {
 			notes = append(notes, fmt.Sprintf("-%s is passed over: %s", given.Name, why))

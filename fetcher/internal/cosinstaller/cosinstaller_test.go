@@ -74,8 +74,8 @@ func TestTranslate(t *testing.T) {
 	for line, want := range map[string]string{
 		"":     "no command",
 		"list": "no command",
-		"install -nvidia-installer-url=https://example.com/x.run": "-nvidia-installer-url is nothing",
-		"install -local-artifacts-dir=/x -prepare-build-tools":    "-prepare-build-tools is nothing",
+		"install -nvidia-installer-url=https://example.com/x.run": "does not support -nvidia-installer-url",
+		"install -local-artifacts-dir=/x -prepare-build-tools":    "does not support -prepare-build-tools",
 		"install -nonsense": "-nonsense",
 		"install 535":       "no argument",
 	} {

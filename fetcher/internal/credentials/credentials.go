@@ -39,9 +39,9 @@ func (d docker) ResolveContext(ctx context.Context, r authn.Resource) (authn.Aut
 	if err == nil {
 		return a, nil
 	}
-	hint := "mend Docker's configuration, or name the folder of another one: DOCKER_CONFIG"
+	hint := "correct Docker's configuration, or set DOCKER_CONFIG to the folder of another one"
 	if text := err.Error(); strings.Contains(text, "docker-credential-") && strings.Contains(text, "not found") {
-		hint = "install that program beside the fetcher, or have Docker's configuration name none for this registry; at " +
+		hint = "install that program beside the fetcher, or remove it from Docker's configuration for this registry; at " +
 			"Google's registries the machine's service account needs none"
 	}
 	return nil, fault.Wrap(fault.Usage, fmt.Errorf("find credentials for %s: %w", r.RegistryStr(), err), hint)

@@ -218,7 +218,7 @@ func (v Verdict) Err() error {
 		return fault.New(fault.Unusable, "GPU present but not usable: "+text,
 			"read the kernel's lines: dmesg | grep -e NVRM -e Xid")
 	case Starting:
-		return fault.New(fault.Unusable, text, "start nvidia-fabricmanager of this driver's version, and look again")
+		return fault.New(fault.Unusable, text, "start nvidia-fabricmanager of this driver's version, and check again")
 	case Drifted:
 		return fault.New(fault.Mismatch, text, "run fetcher install when the GPUs are idle")
 	case Absent:

@@ -47,8 +47,8 @@ func inCluster(dir string) (*client, error) {
 	host, port := os.Getenv("KUBERNETES_SERVICE_HOST"), os.Getenv("KUBERNETES_SERVICE_PORT")
 	token := filepath.Join(dir, "token")
 	if _, err := os.Stat(token); host == "" || port == "" || err != nil {
-		return nil, fault.New(fault.Usage, "a node's name was given, and this is no pod with a service account",
-			"in the pod's spec: automountServiceAccountToken: true; elsewhere leave --node-name out")
+		return nil, fault.New(fault.Usage, "--node-name needs a pod with a service account",
+			"set automountServiceAccountToken: true in the pod's spec; outside of a cluster leave --node-name out")
 	}
 	pem, err := os.ReadFile(filepath.Join(dir, "ca.crt"))
 	if err != nil {

@@ -186,7 +186,7 @@ func (n *Node) write(ctx context.Context) error {
 	if err != nil {
 		if text := err.Error(); text != n.complain {
 			n.complain = text
-			n.log.WarnContext(ctx, "tell the cluster", "node", n.name, "err", err)
+			n.log.WarnContext(ctx, "report to the cluster", "node", n.name, "err", err)
 		}
 		return err
 	}
@@ -331,7 +331,7 @@ func (n *Node) removeTaint(ctx context.Context, path string, have node) error {
 	}
 	err := n.api.call(ctx, http.MethodPatch, path, jsonPatch, patch, nil)
 	if conflict(err) {
-		return fmt.Errorf("take taint %s away: the node changed meanwhile: %w", n.taint, err) // the next try reads it again
+		return fmt.Errorf("remove taint %s: the node changed meanwhile: %w", n.taint, err) // the next try reads it again
 	}
 	return err
 }

@@ -111,7 +111,7 @@ func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	return "", fault.Wrap(
 		fault.Unverified,
 		fmt.Errorf("%w %d of %s", ErrUnlisted, r.last.version, r.last.madeAt.UTC().Format(time.RFC3339)),
-		"have a new list made, if it was published since: builder snapshot make; or install what is in it",
+		"if the artifact is newer, have a new list made with builder snapshot make; or install one that is in the list",
 	)
 }
 
@@ -125,7 +125,7 @@ func (r *Rule) withdrawn(a snapshot.Artifact) error {
 	}
 	hint := "install another driver"
 	if a.Replacement != "" {
-		hint = "install in place of it: --driver " + a.Replacement
+		hint = "install its replacement: --driver " + a.Replacement
 	}
 	return fault.Wrap(fault.Unverified, fmt.Errorf("snapshot %d says that %w", r.last.version, err), hint)
 }
@@ -152,7 +152,7 @@ func (r *Rule) usable(now time.Time) error {
 	}
 	fail := func(why error, next string) error {
 		if r.refreshErr != nil {
-			why, next = fmt.Errorf("%w, and no newer one could be had: %w", why, r.refreshErr), hint
+			why, next = fmt.Errorf("%w, and no newer one could be fetched: %w", why, r.refreshErr), hint
 		}
 		return fault.Wrap(kind, why, next)
 	}
@@ -178,7 +178,7 @@ func (r *Rule) usable(now time.Time) error {
 	case r.MaxAge > 0 && now.Sub(l.madeAt) > r.MaxAge:
 		return fail(
 			fmt.Errorf(
-				"%w: it was made on %s, and the policy takes %v",
+				"%w: it was made on %s, and the policy allows %v",
 				ErrStale,
 				l.madeAt.UTC().Format(time.RFC3339),
 				r.MaxAge,

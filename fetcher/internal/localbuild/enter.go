@@ -185,7 +185,7 @@ func pivot(root string) error {
 		return fmt.Errorf("enter the new root: %w", err)
 	}
 	if err := unix.Unmount("/.old-root", unix.MNT_DETACH); err != nil {
-		return fmt.Errorf("let the former root go: %w", err)
+		return fmt.Errorf("unmount the former root: %w", err)
 	}
 	return os.Remove("/.old-root")
 }

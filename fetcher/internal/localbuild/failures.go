@@ -79,7 +79,7 @@ func (f failures) remember(q resolve.Question, err error) error {
 		return merr
 	}
 	if werr := os.WriteFile(f.file, raw, 0o600); werr != nil {
-		return fmt.Errorf("record what does not compile: %w", werr)
+		return fmt.Errorf("record the failed compile: %w", werr)
 	}
 	return nil
 }

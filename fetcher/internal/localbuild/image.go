@@ -52,7 +52,7 @@ func mayEnter() error {
 	if err := unix.Capget(&header, &caps[0]); err == nil && caps[0].Effective&(1<<unix.CAP_SYS_ADMIN) == 0 {
 		return fault.New(
 			fault.Usage,
-			"start the builder's image: this process may mount nothing",
+			"start the builder's image: this process is not allowed to mount",
 			"run as root with CAP_SYS_ADMIN (privileged: true), or turn compiling off: --builder never",
 		)
 	}

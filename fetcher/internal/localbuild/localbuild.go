@@ -55,7 +55,7 @@ func PublicKey(stateDir string) ([]byte, error) {
 	pem, err := os.ReadFile(keyIn(stateDir) + ".pub")
 	if err != nil {
 		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read node key: %w", err),
-			"what this node compiled for itself cannot be verified: have it compiled again, or publish the driver")
+			"have the driver compiled again, or publish it: without the key, what this node compiled cannot be verified")
 	}
 	return pem, nil
 }

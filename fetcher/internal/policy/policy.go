@@ -128,7 +128,7 @@ var schema []byte
 func Schema() []byte { return bytes.Clone(schema) }
 
 const (
-	hint    = "see docs/examples/policy.yaml; fetcher policy schema prints what an editor needs to check the file"
+	hint    = "see docs/examples/policy.yaml; to check the file in an editor: fetcher policy schema"
 	maxFile = 1 << 20
 )
 

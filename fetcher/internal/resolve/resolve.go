@@ -282,7 +282,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	}
 	branch, named := q.Wish.BranchName()
 	if (!named && q.Wish != target.Latest) || r.Tags == nil {
-		return Answer{}, fault.New(fault.Usage, fmt.Sprintf("driver %q: a registry alone does not know what that is", q.Wish),
+		return Answer{}, fault.New(fault.Usage, fmt.Sprintf("driver %q: a registry alone cannot resolve it", q.Wish),
 			"name a version, a branch or latest, as in --driver 535.261.03, or a server with --server URL")
 	}
 	tags, err := r.Tags(ctx)

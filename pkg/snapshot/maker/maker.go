@@ -87,7 +87,7 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 		return "", fault.New(
 			fault.Usage,
 			fmt.Sprintf("threshold %d of %d root keys", next.Threshold, len(next.Keys)),
-			"want 1 or more, and no more than there are keys",
+			"give --threshold a number from 1 to the number of root keys",
 		)
 	}
 	root := metadata.Root(tufTime(next.Expires))
@@ -107,7 +107,7 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 		}
 	}
 	if len(root.Signed.Roles[metadata.ROOT].KeyIDs) != len(next.Keys) {
-		return "", fault.New(fault.Usage, "one of the root keys is there twice", "name each once")
+		return "", fault.New(fault.Usage, "a root key is named twice", "name each root key once")
 	}
 	former, err := r.newestRoot()
 	if err != nil {

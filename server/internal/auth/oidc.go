@@ -70,7 +70,7 @@ func ReadIssuers(file string) (*Issuers, error) {
 		return fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("read issuers from %s: %w", file, err),
-			"docs/examples/issuers.yaml explains the file",
+			"see docs/examples/issuers.yaml, which explains the file",
 		)
 	}
 	info, err := os.Stat(file)
@@ -249,7 +249,7 @@ func issuerOf(raw string) (string, error) {
 	}
 	parts := strings.Split(raw, ".")
 	if len(parts) != 3 {
-		return "", errors.New("it has not three parts")
+		return "", errors.New("it does not have three parts")
 	}
 	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
 	if err != nil {

@@ -94,7 +94,7 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 	switch cell.State {
 	case api.Yanked:
 		return b, fault.New(fault.Unsupported, "request build: the artifact was yanked: "+cell.Reason,
-			"choose another driver version, or take the yank back: POST /v1/artifacts/{digest}/unyank")
+			"choose another driver version, or undo the yank: POST /v1/artifacts/{digest}/unyank")
 	case api.Quarantined:
 		return b, fault.New(fault.Unsupported, "request build: the artifact is in quarantine: "+cell.Reason, cell.Hint)
 	case api.Published:

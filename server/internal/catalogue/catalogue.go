@@ -266,7 +266,7 @@ func (c *Catalogue) AppendLog(ctx context.Context, id, offset int64, r io.Reader
 		return err
 	}
 	if b.State != api.Building {
-		return fault.New(fault.Mismatch, fmt.Sprintf("build %d is %s, and no builder is at it", id, b.State), "")
+		return fault.New(fault.Mismatch, fmt.Sprintf("build %d is %s, and no builder works on it", id, b.State), "")
 	}
 	return c.Logs.Append(id, offset, r)
 }
@@ -381,7 +381,7 @@ func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error
 		return err
 	})
 	if dropped {
-		c.Log.InfoContext(ctx, "artifact forgotten", "digest", digest, "repository", repository)
+		c.Log.InfoContext(ctx, "deleted artifact removed from the catalogue", "digest", digest, "repository", repository)
 	}
 	return err
 }

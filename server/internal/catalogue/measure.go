@@ -65,7 +65,7 @@ func (c *Catalogue) Measurer(ctx context.Context) error {
 		begin := time.Now()
 		if begin.Sub(forgot) >= time.Hour {
 			if err := c.Store.ForgetReports(ctx, c.Now().Add(-keepReports)); err != nil && ctx.Err() == nil {
-				c.Log.WarnContext(ctx, "old reports not forgotten", "err", err)
+				c.Log.WarnContext(ctx, "old reports not removed", "err", err)
 			}
 			forgot = begin
 		}

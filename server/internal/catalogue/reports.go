@@ -162,7 +162,8 @@ func quarantineReason(said []store.OutcomeCount, limit int) string {
 func (c *Catalogue) Reports(ctx context.Context, digest, buildID, board string) ([]api.ReportCounts, error) {
 	switch {
 	case digest == "" && buildID == "":
-		return nil, fault.New(fault.Usage, "reports on what?", "name an artifact, ?digest=, or a COS build, ?buildId=")
+		return nil, fault.New(fault.Usage, "count reports: no artifact and no COS build is named",
+			"name an artifact, ?digest=, or a COS build, ?buildId=")
 	case digest != "" && !digestPattern.MatchString(digest):
 		return nil, badDigest(digest)
 	}

@@ -36,7 +36,8 @@ type checkedRequest struct {
 func parseWish(buildID, board, driver, flavour string) (checkedRequest, error) {
 	k, err := target.ParseKernel(buildID, board)
 	if err != nil {
-		return checkedRequest{}, fault.Wrap(fault.Usage, err, "BUILD_ID is in /etc/os-release, the board in /etc/lsb-release")
+		return checkedRequest{}, fault.Wrap(fault.Usage, err,
+			"take BUILD_ID from /etc/os-release, and the board from /etc/lsb-release")
 	}
 	if driver == "" {
 		driver = string(target.Default)
@@ -54,7 +55,7 @@ func parseWish(buildID, board, driver, flavour string) (checkedRequest, error) {
 		return checkedRequest{}, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("flavour %q: want auto, proprietary or open", flavour),
-			"auto lets the server choose",
+			"use auto to let the server choose",
 		)
 	}
 	w.flavours = []target.Flavour{f}

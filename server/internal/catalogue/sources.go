@@ -26,7 +26,7 @@ func (c *Catalogue) SawGKE(ctx context.Context, versions map[string][]string) er
 	for _, all := range versions {
 		for _, v := range all {
 			if parsed, err := plan.ParseGKE(v); err != nil || parsed != v {
-				return fault.New(fault.Usage, fmt.Sprintf("record GKE versions: %.40q is none", v), "")
+				return fault.New(fault.Usage, fmt.Sprintf("record GKE versions: %.40q is not a version", v), "")
 			}
 		}
 	}

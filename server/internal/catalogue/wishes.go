@@ -50,8 +50,8 @@ func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version 
 	if strings.HasPrefix(w.ImageMap, "file:") && !strings.HasPrefix(c.KernelMirror, "file:") {
 		return api.WishList{}, fault.New(
 			fault.Usage,
-			"the image map is a file of the server's machine",
-			"put it on a web server or into a bucket",
+			"store wish list: its imageMap is a file on the server's machine",
+			"put the image map on a web server or into a bucket",
 		)
 	}
 	err = c.Store.Write(ctx, func(tx *store.Tx) error { return tx.PutWishList(ctx, name, text, version, c.Now()) })

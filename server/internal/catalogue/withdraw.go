@@ -19,7 +19,7 @@ func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) 
 		return api.Artifact{}, fault.New(
 			fault.Usage,
 			"yank "+digest+": want a reason of 1 to 1000 letters",
-			"give a reason, nodes show it",
+			"give a reason; nodes show it",
 		)
 	}
 	if err := checkLine("reason", reason); err != nil {

@@ -89,7 +89,7 @@ func needScope(c Config, s auth.Scope) func(http.Handler) http.Handler {
 // logOwn logs an error inside the server, because the answer does not contain it.
 func logOwn(ctx context.Context, c Config, err error) {
 	if fault.Of(err).HTTPStatus() >= http.StatusInternalServerError {
-		c.Log.ErrorContext(ctx, "caller not found out", "err", err)
+		c.Log.ErrorContext(ctx, "caller not identified", "err", err)
 	}
 }
 

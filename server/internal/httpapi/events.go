@@ -112,7 +112,7 @@ func (t table) describeEvents(id *huma.Param) {
 	op := t.read(
 		"watch-build",
 		"/v1/builds/{id}/events",
-		"Watch a build: server-sent events named build, each with the build, until it is over",
+		"Watch a build: server-sent events named build, each with the build, until it ends",
 	)
 	op.Parameters = []*huma.Param{id}
 	op.Responses = map[string]*huma.Response{strconv.Itoa(http.StatusOK): {

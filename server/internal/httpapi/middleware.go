@@ -203,7 +203,7 @@ func notFound(pages http.Handler) http.HandlerFunc {
 		}
 		writeProblem(
 			w,
-			problemOf(fault.New(fault.NotFound, "there is no "+r.URL.Path, "the routes are listed in /openapi.json")),
+			problemOf(fault.New(fault.NotFound, "there is no "+r.URL.Path, "find the paths in /openapi.json")),
 		)
 	}
 }

@@ -94,7 +94,7 @@ var ownErrors = sync.OnceFunc(func() {
 		case status >= http.StatusInternalServerError:
 			kind = fault.Internal
 		}
-		p := problemOf(fault.New(kind, strings.Join(detail, "; "), "the members are described in /openapi.json"))
+		p := problemOf(fault.New(kind, strings.Join(detail, "; "), "find the members of this request in /openapi.json"))
 		if kind == fault.TimedOut {
 			p.Status = status // 504 would blame the server
 		}
@@ -120,7 +120,7 @@ func refuseUnknown(a huma.API) func(huma.Context, func(huma.Context)) {
 						fault.New(
 							fault.Usage,
 							fmt.Sprintf("there is no query parameter %.80q here", name),
-							"the parameters are described in /openapi.json",
+							"find the parameters of this path in /openapi.json",
 						),
 					),
 				)

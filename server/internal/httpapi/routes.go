@@ -42,7 +42,7 @@ type list[T any] struct {
 
 // PageQuery chooses the page of a list.
 type PageQuery struct {
-	Limit int    `query:"limit" minimum:"0" maximum:"1000" doc:"most entries of the page; 0 is 100, of cells and matrices kernels are counted"`
+	Limit int    `query:"limit" minimum:"0" maximum:"1000" doc:"most entries of the page (kernels, for cells and matrices); 0 is 100"`
 	After string `query:"after" maxLength:"1024" doc:"cursor of the page before, from its Link header"`
 
 	at url.URL
@@ -254,7 +254,7 @@ func (t table) cells() {
 		Board   string `query:"board" doc:"CHROMEOS_RELEASE_BOARD of /etc/lsb-release"`
 		Driver  string `query:"driver" doc:"default (the default), latest, a branch, each also for a type of GPU as in default@NVIDIA_L4, or a version"`
 		Flavour string `query:"flavour" doc:"auto (the default), proprietary or open"`
-		Release string `query:"release" doc:"uname -r of the node; used only to refuse"`
+		Release string `query:"release" doc:"uname -r of the node; a release other than the kernel's is refused"`
 	}) (*body[api.Resolution], error) {
 		return answer(cat.Resolve(ctx, in.BuildID, in.Board, in.Driver, in.Flavour, in.Release))
 	})
@@ -320,7 +320,7 @@ func (t table) builds() {
 	read := t.read(
 		"read-log",
 		"/v1/builds/{id}/log",
-		"Read a build's log, of a build under way as far as it is there; ranges are answered",
+		"Read a build's log, of a running build the part so far; range requests work",
 	)
 	read.Parameters = []*huma.Param{id}
 	read.Responses = map[string]*huma.Response{
@@ -347,14 +347,14 @@ func (t table) builds() {
 		"append-log", auth.Build,
 		http.MethodPatch,
 		"/v1/builds/{id}/log",
-		"Add to the log of a build under way",
+		"Append to the log of a running build",
 		http.StatusNoContent,
 	)
 	more.Parameters = []*huma.Param{id, {
 		Name:        "offset",
 		In:          "query",
 		Required:    true,
-		Description: "where the text belongs, in bytes; 0 begins anew",
+		Description: "offset of the text in the log, in bytes; 0 starts the log again",
 		Schema:      &huma.Schema{Type: huma.TypeInteger, Format: "int64"},
 	}}
 	more.RequestBody, more.Responses = write.RequestBody, map[string]*huma.Response{
@@ -390,7 +390,7 @@ func (t table) artifacts() {
 			auth.Operate,
 			http.MethodPost,
 			"/v1/artifacts/{digest}/yank",
-			"Mark an artifact as not to be used",
+			"Yank an artifact: no node gets it any more",
 			http.StatusOK,
 		),
 		func(ctx context.Context, in *struct {
@@ -402,7 +402,7 @@ func (t table) artifacts() {
 	)
 	huma.Register(
 		t,
-		t.write("unyank", auth.Operate, http.MethodPost, "/v1/artifacts/{digest}/unyank", "Take a yank back", http.StatusOK),
+		t.write("unyank", auth.Operate, http.MethodPost, "/v1/artifacts/{digest}/unyank", "Undo a yank", http.StatusOK),
 		func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
 			return answer(cat.Unyank(ctx, in.Digest))
 		},
@@ -446,7 +446,7 @@ func (t table) wishLists() {
 			"drop-wish-list", auth.Operate,
 			http.MethodDelete,
 			"/v1/wish-lists/{name}",
-			"Remove a wish list; what was built for it stays",
+			"Remove a wish list; artifacts that were built for it stay",
 			http.StatusNoContent,
 		),
 		func(ctx context.Context, in *WishListPath) (*struct{}, error) {

@@ -182,7 +182,7 @@ func (s *Sweeper) leftOver(ctx context.Context, id int64, now time.Time) error {
 	case err != nil:
 		return err
 	case b.FinishedAt != nil && now.Sub(*b.FinishedAt) > deadAfter:
-		s.Log.WarnContext(ctx, "job ended, whose build is over", "build", id, "state", b.State)
+		s.Log.WarnContext(ctx, "job of an ended build removed", "build", id, "state", b.State)
 		return s.Queue.End(ctx, id)
 	case b.State == api.Cancelled:
 		return s.Queue.Cancel(ctx, id)

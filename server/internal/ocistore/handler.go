@@ -59,7 +59,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		var err error
 		who, err = h.Authenticate(r.Context(), secret)
 		if err != nil && !fault.Is(err, fault.Unauthorized) {
-			h.log.ErrorContext(r.Context(), "caller not found out", "err", err)
+			h.log.ErrorContext(r.Context(), "caller not identified", "err", err)
 			writeStatus(w, http.StatusServiceUnavailable, "UNAVAILABLE", "ask again; the server's log has the cause")
 			return
 		}

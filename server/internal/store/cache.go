@@ -256,7 +256,7 @@ func (tx *Tx) notify(ctx context.Context, notes []string) error {
 	}
 	for _, note := range notes {
 		if _, err := tx.ExecContext(ctx, `SELECT pg_notify($1, $2)`, channel, note); err != nil {
-			return fmt.Errorf("tell others: %w", err)
+			return fmt.Errorf("notify other servers: %w", err)
 		}
 	}
 	return nil

@@ -55,7 +55,8 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 	}
 	f, err := l.root.OpenFile(liveName(build), flags, 0o600)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fault.New(fault.Mismatch, fmt.Sprintf("the log of build %d has not begun", build), "begin anew at 0")
+		return fault.New(fault.Mismatch, fmt.Sprintf("the log of build %d has not been started", build),
+			"send the log again from offset 0")
 	}
 	if err != nil {
 		return fmt.Errorf("store log of build %d: %w", build, fault.Disk(err, "free space for the server's data folder"))
@@ -68,8 +69,8 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 	if size := info.Size(); size != offset {
 		return fault.New(
 			fault.Mismatch,
-			fmt.Sprintf("the log of build %d has %d bytes, and does not go on at %d", build, size, offset),
-			"begin anew at 0",
+			fmt.Sprintf("the log of build %d has %d bytes, and cannot continue at offset %d", build, size, offset),
+			"send the log again from offset 0",
 		)
 	}
 	if _, err := f.Seek(offset, io.SeekStart); err != nil {

@@ -39,7 +39,7 @@ func (p Page) parse(n int) ([]string, error) {
 	if err != nil || len(key) != n || len(p.After) > maxCursor {
 		return nil, fault.New(
 			fault.Usage,
-			"the cursor is none that this list gave out",
+			"this list did not give out this cursor",
 			"take it from the Link header of the page before",
 		)
 	}

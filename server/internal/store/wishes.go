@@ -62,7 +62,7 @@ func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64,
 	if version != 0 && version != stored {
 		return fault.New(
 			fault.Busy,
-			fmt.Sprintf("wish list %q has version %d by now, not %d", name, stored, version),
+			fmt.Sprintf("wish list %q has version %d now, not %d", name, stored, version),
 			"read it again, and send the change with that version",
 		)
 	}

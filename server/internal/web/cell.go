@@ -86,7 +86,7 @@ func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
 		p.fail(
 			w,
 			r,
-			fault.New(fault.NotFound, fmt.Sprintf("flavour %.20q is none", string(flavour)), "use proprietary or open"),
+			fault.New(fault.NotFound, fmt.Sprintf("flavour %.20q does not exist", string(flavour)), "use proprietary or open"),
 		)
 		return
 	}
