@@ -173,7 +173,7 @@ func TestStampRefuses(t *testing.T) {
 		"no fingerprint":    {plain, "17800.0.50", ""},
 		"no ELF":            {[]byte("#!/bin/sh\n"), ours, ""},
 		"cut short":         {cut, ours, ""},
-		"program":           {append(append(bytes.Clone(plain[:16]), 2), plain[17:]...), ours, "no module"},
+		"program":           {append(append(bytes.Clone(plain[:16]), 2), plain[17:]...), ours, "not a module"},
 		"nothing":           {nil, ours, ""},
 		"too many sections": {append(append(bytes.Clone(plain[:atShnum]), 0xff, 0xfe), plain[atShnum+2:]...), ours, ""},
 	} {

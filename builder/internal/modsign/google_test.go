@@ -106,7 +106,7 @@ func TestAttach(t *testing.T) {
 			leftOut: "which the kernel's root did not certify"},
 		{name: "compiled again", root: pemOf(g.root.cert), module: append(bytes.Clone(module), '!'),
 			leftOut: "the one for nvidia is over other bytes"},
-		{name: "not signed by Google", file: "nvidia-uvm", leftOut: "there is none of nvidia-uvm"},
+		{name: "not signed by Google", file: "nvidia-uvm", leftOut: "there is none for nvidia-uvm"},
 		{name: "signed by somebody whose certificate is not there", archive: withCertificate(another),
 			refused: modsign.ErrUnknownKey},
 		{name: "no signature", archive: withCertificate([]byte("x")), refused: modsign.ErrMalformed},

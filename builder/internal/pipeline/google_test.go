@@ -272,7 +272,7 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 		why          string
 	}{
 		{"one module has other bytes", newer, other, g.certs[0].Raw, "the one for nvidia-uvm is over other bytes"},
-		{"one module has no signature, in the older layout", oldName, one, nil, "there is none of nvidia-uvm"},
+		{"one module has no signature, in the older layout", oldName, one, nil, "there is none for nvidia-uvm"},
 		{"another root", newer, modules, newGoogle(t).certs[0].Raw, "which the kernel's root did not certify"},
 	} {
 		f.put(t, row.object, tgz(t, g.files(t, row.modules)))

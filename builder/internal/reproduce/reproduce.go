@@ -187,7 +187,7 @@ func sameRecipes(theirs map[string]string) error {
 	for _, name := range slices.Sorted(maps.Keys(ours)) {
 		if theirs[name] != ours[name] {
 			return fault.New(fault.Unsupported,
-				fmt.Sprintf("it was built with recipe %s in version %q; this builder has %q", name, theirs[name], ours[name]),
+				fmt.Sprintf("it was built with recipe %s %q; this builder has %q", name, theirs[name], ours[name]),
 				fmt.Sprintf("use version %s of the builder, which the provenance names", theirs["builder"]))
 		}
 	}
