@@ -72,7 +72,7 @@ func pipelineFlags() []ucli.Flag {
 			cli.String("password", "", "`PASSWORD` or token for the first --to"),
 			privateFlag(), redistributeFlag(),
 			cli.Bool("with-runfile", "also copy NVIDIA's runfile to each bucket in --to"),
-			cli.Range("deltas", 3, 0, 1000, "attach `COUNT` deltas from earlier builds"),
+			cli.Range("deltas", 3, 0, 1000, "attach to the artifact up to `COUNT` deltas, each from an earlier COS build"),
 		),
 		cli.Group(groupTrust,
 			cli.String("key", "", "signing `KEY`: a file (see keygen), a KMS URI, or keyless:FILE"),

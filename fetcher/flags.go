@@ -122,7 +122,7 @@ func installFlags() []ucli.Flag {
 // trustFlags are the flags that name the trusted signers. The fetcher loads nothing that these have not signed.
 func trustFlags() []ucli.Flag {
 	loadTest := cli.WasCalled(cli.String("load-test-policy", "any",
-		"`MODE` is any, or tested: only artifacts whose modules a kernel loaded in a test"), "load-test")
+		"`MODE` is tested (only artifacts that passed a load test) or any (also untested ones)"), "load-test")
 	loadTest.Validator = func(s string) error {
 		_, err := trust.ParseLoadTestPolicy(s)
 		return err

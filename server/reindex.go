@@ -101,7 +101,7 @@ Example:
 		Flags: append(signerFlags(), writeFlags(
 			cli.String("repository", "/prebake/driver", "`REPOSITORY` to read: HOST/NAME, or /NAME on the server itself"),
 			cli.String("bucket", "", "also read signed tarballs from the bucket at `URL`: gs://, https:// or file://"),
-			&ucli.BoolFlag{Name: "apply", Usage: "record artifacts that are missing or attested"},
+			&ucli.BoolFlag{Name: "apply", Usage: "record in the catalogue what the list calls missing or attested"},
 		)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {

@@ -57,7 +57,7 @@ func serveCommand() *ucli.Command {
 				cli.String("tls-cert", "", "`FILE` with a certificate (PEM), to listen with TLS; read again when it changes"),
 				cli.String("tls-key", "", "`FILE` with the private key of --tls-cert"),
 				cli.Range("quarantine", 3, 0, 1_000_000,
-					"put an artifact into quarantine when it fails on `NODES` within a day; 0 is never"),
+					"put an artifact into quarantine when it fails on `COUNT` nodes within a day; 0 means never"),
 			), append(cli.Group(cli.Resources,
 				cli.Range("reserve", 1024, 0, 1<<30,
 					"keep `MIB` (mebibytes) free on the disk of --data: refuse uploads below that"),

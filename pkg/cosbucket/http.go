@@ -76,7 +76,7 @@ func (w *web) fetch(ctx context.Context, name string, offset int64, etag string)
 	case offset == 0 && resp.StatusCode == http.StatusOK, offset > 0 && resp.StatusCode == http.StatusPartialContent:
 		return resp, nil
 	case resp.StatusCode == http.StatusOK:
-		err := fault.New(fault.Transient, "the server sent the object from its start, and was asked for the rest",
+		err := fault.New(fault.Transient, "the server ignored the Range header: it sent the whole object instead of the rest",
 			"try again; if it happens again, name another mirror")
 		return nil, errors.Join(err, resp.Body.Close())
 	}

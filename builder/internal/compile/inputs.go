@@ -99,9 +99,9 @@ func (k *recorder) readHeader(name string) *fileFacts {
 		func() ([]byte, error) { return readHost(filepath.Join(k.r.Headers, filepath.FromSlash(name))) })
 }
 
-// made returns the inputs of the object that a command compiled. ok is false if content that a view
-// hides may be part of the object. made assumes this if the object includes a header with a hidden
-// macro, and another of its files names this macro. The context of the name does not matter.
+// made returns the inputs of the object that command c compiled. If ok is false, the object must not be cached, because
+// it may depend on something that the cache key does not cover. One such case is a header of which a view hides a
+// macro: ok is false if any other file of the object contains the macro's name, even in a comment.
 func (k *recorder) made(c command) (v variant, ok bool) {
 	v = variant{Version: k.r.Driver.Modules().Version, Generated: map[string]string{}}
 	var hidden []string

@@ -68,7 +68,7 @@ func ParseEnv(text []byte) (map[string]string, error) {
 
 func badEnv(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "read toolchain_env: "+fmt.Sprintf(format, args...),
-		"check the object in the bucket: COS's has two lines, CC=… and CXX=…")
+		"check toolchain_env in the bucket: it must have two lines, CC=… and CXX=…")
 }
 
 func unquote(s string) string {
@@ -99,8 +99,8 @@ func ParseInfo(text []byte) (string, error) {
 
 func badInfo(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "read kernel_info: "+fmt.Sprintf(format, args...),
-		"check the object in the bucket: COS's has the line URL=https://cos.googlesource.com/third_party/kernel; without "+
-			"the object a build works too")
+		"check kernel_info in the bucket: it must have the line URL=https://cos.googlesource.com/third_party/kernel. The file "+
+			"is optional: a build also works if the bucket has none")
 }
 
 // readRelease returns the texts that `uname -r` and `uname -v` print on the kernel of a header

@@ -60,7 +60,7 @@ func TestDeltas(t *testing.T) {
 			// Build 49 has the same kernel as build 48. Build 40 has a layer with nothing in common.
 			again := testkit.NewSample(t, key, testkit.SampleKernel("48"), driver, code()+"48")
 			again.Kernel.BuildID = id("49")
-			if _, _, err := publish.Publish(t.Context(), repo, artifact(t, key, resign(t, key, again))); err != nil {
+			if _, _, err := publish.Publish(t.Context(), repo, artifact(t, key, signAgain(t, key, again))); err != nil {
 				t.Fatal(err)
 			}
 			publishBuild(t, repo, key, "40", "short")

@@ -43,8 +43,8 @@ func artifact(t testing.TB, key *testkit.Key, s testkit.Sample) publish.Artifact
 		Verifier: key.Verifier(t), Log: []byte("log of this build\n")}
 }
 
-// resign gives a sample the statements of another run. Their content is the same and their signatures differ.
-func resign(t testing.TB, key *testkit.Key, s testkit.Sample) testkit.Sample {
+// signAgain returns the sample with newly signed statements, as a second build of the same artifact makes them.
+func signAgain(t testing.TB, key *testkit.Key, s testkit.Sample) testkit.Sample {
 	t.Helper()
 	s.Bundles = [][]byte{
 		key.Provenance(t, s.Digest, trust.Parameters{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: driver}),
@@ -91,7 +91,7 @@ func TestPublish(t *testing.T) {
 			}
 			check(t, repo, key, s, 2)
 
-			again := artifact(t, key, resign(t, key, s))
+			again := artifact(t, key, signAgain(t, key, s))
 			again.Log = []byte("log of another run\n")
 			if got, existed, err := publish.Publish(ctx, repo, again); err != nil || !existed || got != s.Digest {
 				t.Fatalf("Publish again = %s, %v, %v; want %s, existed", got, existed, err, s.Digest)
@@ -100,7 +100,7 @@ func TestPublish(t *testing.T) {
 
 			twin := s
 			twin.Kernel.BuildID = "17800.1.47" // the same kernel in another COS build
-			twin = resign(t, key, twin)
+			twin = signAgain(t, key, twin)
 			if got, existed, err := publish.Publish(ctx, repo, artifact(t, key, twin)); err != nil || !existed ||
 				got != s.Digest {
 				t.Fatalf("Publish for another build = %s, %v, %v; want %s, existed", got, existed, err, s.Digest)
@@ -198,7 +198,7 @@ func TestCutOffAnywhere(t *testing.T) {
 						t.Errorf("n=%d: the tag is there, but Verify = %v", n, err)
 					}
 				}
-				if _, _, err := publish.Publish(t.Context(), whole, artifact(t, key, resign(t, key, s))); err != nil {
+				if _, _, err := publish.Publish(t.Context(), whole, artifact(t, key, signAgain(t, key, s))); err != nil {
 					t.Errorf("n=%d: Publish again = %v", n, err)
 				}
 				check(t, whole, key, s, 2)

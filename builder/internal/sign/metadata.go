@@ -34,7 +34,7 @@ func metadata(ctx context.Context, ref string, opts []Option) (crypto.PublicKey,
 	if strings.HasPrefix(ref, PrefixKeyless) {
 		return nil, nil, fault.New(
 			fault.Usage,
-			"an identity cannot sign a snapshot: its keys are valid for minutes only",
+			"a snapshot cannot be signed keyless: a keyless signing key is valid for some minutes only",
 			"give a key file or a KMS URI",
 		)
 	}

@@ -223,7 +223,7 @@ func fit(mods []install.Module, id bundle.Identity, facts *host.Facts) error {
 	for _, m := range mods {
 		mismatch := func(what, got, want string) error {
 			return fault.New(fault.Mismatch, fmt.Sprintf("check module %s: %s %q; want %q", m.Name, what, got, want),
-				"have the driver built for this very COS build")
+				"build the driver for this COS build")
 		}
 		release, _, _ := strings.Cut(m.Vermagic, " ")
 		switch {
@@ -237,7 +237,7 @@ func fit(mods []install.Module, id bundle.Identity, facts *host.Facts) error {
 	}
 	if !slices.ContainsFunc(mods, func(m install.Module) bool { return m.Name == "nvidia" }) {
 		return fault.New(fault.Mismatch, "check modules: the modules layer holds no drivers/nvidia.ko",
-			"have the driver built again")
+			"build the driver again")
 	}
 	return nil
 }

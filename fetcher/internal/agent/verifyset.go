@@ -50,7 +50,7 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 	case fault.Hint(err) != "":
 	case fault.Is(err, fault.Mismatch):
 		err = fault.Wrap(fault.Mismatch, err,
-			"have the driver built for COS "+facts.Kernel.String()+", and check that --server or --registry is the right one")
+			"build the driver for COS "+facts.Kernel.String()+", or check that --server or --registry names the right place")
 	case fault.Is(err, fault.Unverified):
 		err = fault.Wrap(fault.Unverified, err,
 			"publish the artifact again, or fetch it from another registry")

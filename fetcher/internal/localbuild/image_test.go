@@ -39,7 +39,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// imageBuilder is the builder in the image of these tests. It prints what it sees.
+// imageBuilder stands in for the builder in a test's image. It prints the folders, files and environment variables that
+// it can read there, so that a test can check what the image shows and what it hides.
 func imageBuilder() {
 	if os.Args[1] == "keygen" {
 		for _, name := range []string{os.Args[2], os.Args[2] + ".pub"} {
