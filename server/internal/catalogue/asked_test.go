@@ -11,6 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
 // TestCancel shows that a cancelled build also leaves the queue.
@@ -24,6 +25,31 @@ func TestCancel(t *testing.T) {
 	}
 	if next := request(t, c, first, v261, "open"); next.ID == b.ID || next.State != api.Queued {
 		t.Errorf("Request() after a cancel = %+v; want another build", next)
+	}
+}
+
+// TestPublishedMeanwhile publishes a cell after a request read its state and before the request adds a build. The
+// request gets the published build, and no second one is queued.
+func TestPublishedMeanwhile(t *testing.T) {
+	t.Parallel()
+	c, q := world(t)
+	failed := request(t, c, first, v261, "open")
+	update(t, c, failed.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1})
+	update(t, c, failed.ID, api.BuildUpdate{State: api.Failed, Worker: "w", Attempt: 1, Class: "disk-full", Error: "x"})
+	var published api.Build
+	allow := func() error {
+		b := request(t, c, first, v261, "open")
+		update(t, c, b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1})
+		published = update(t, c, b.ID, api.BuildUpdate{State: api.Published, Digest: digest("1"), Fingerprint: fingerA})
+		return nil
+	}
+	got, err := c.RequestAs(t.Context(), api.BuildRequest{BuildID: first, Board: "lakitu", Driver: v261, Flavour: "open"},
+		catalogue.Caller{Allow: allow})
+	if err != nil || got.ID != published.ID || got.State != api.Published {
+		t.Errorf("RequestAs() of a cell that was published meanwhile = %+v, %v; want build %d", got, err, published.ID)
+	}
+	if len(q.jobs) != 2 {
+		t.Errorf("the queue got %d jobs; want 2, none for the last request", len(q.jobs))
 	}
 }
 

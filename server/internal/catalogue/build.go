@@ -2,6 +2,7 @@ package catalogue
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"unicode/utf8"
@@ -103,7 +104,7 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 		}
 		// The artifact was published without a build of this server. A build that is published already records that.
 		b.State, b.Digest, b.FinishedAt = api.Published, cell.Digest, &now
-		b, _, err := c.add(ctx, b)
+		b, _, err := c.add(ctx, b, cell.Build)
 		return b, err
 	}
 	if k.SeenAt.IsZero() { // the catalogue has to know the kernel of each build, even without a mirror
@@ -111,7 +112,7 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 			return b, err
 		}
 	}
-	b, added, err := c.add(ctx, b)
+	b, added, err := c.add(ctx, b, cell.Build)
 	switch {
 	case err != nil:
 		return b, err
@@ -184,14 +185,33 @@ func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, e
 	return all, nil
 }
 
-// add stores a new build, or returns the open build of the same cell.
-func (c *Catalogue) add(ctx context.Context, b api.Build) (stored api.Build, added bool, err error) {
+// errPublished undoes an added build, because the cell was published after its state was read.
+var errPublished = errors.New("the cell was published meanwhile")
+
+// add stores a new build. It returns the open build of the same cell instead, if there is one. seen is the newest build
+// of the cell when its state was read, or nil. If a build of the cell was published since, add returns that one: a node
+// that asks while the builder reports must not start a second build.
+func (c *Catalogue) add(ctx context.Context, b api.Build, seen *api.Build) (stored api.Build, added bool, err error) {
 	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
 		if stored, added, err = tx.AddBuild(ctx, b); err != nil || !added || stored.State != api.Queued {
 			return err
 		}
+		// The build before is read after the insert. On PostgreSQL, only then no other transaction can end an open build of
+		// the cell unnoticed.
+		before, found, err := tx.BuildBefore(ctx, stored)
+		if err != nil {
+			return err
+		}
+		known := seen != nil && seen.ID == before.ID && seen.State == api.Published
+		if found && before.State == api.Published && !known {
+			stored, added = before, false
+			return errPublished
+		}
 		return c.within(tx, func(q Enqueuer) error { return c.enqueue(ctx, q, stored) })
 	})
+	if errors.Is(err, errPublished) {
+		err = nil
+	}
 	return stored, added, err
 }
 

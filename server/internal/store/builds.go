@@ -157,6 +157,17 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNIN
 	return b, false, fault.New(fault.Busy, "store build: the cell's open build keeps changing", "ask again")
 }
 
+// BuildBefore finds the newest build of b's cell that is older than b.
+func (tx *Tx) BuildBefore(ctx context.Context, b api.Build) (before api.Build, found bool, err error) {
+	all, err := builds(ctx, tx, ` WHERE build_id = $1 AND board = $2 AND driver = $3 AND flavour = $4
+        AND id < $5 ORDER BY id DESC LIMIT 1`,
+		b.Kernel.BuildID, b.Kernel.Board, b.Driver.Version, string(b.Driver.Flavour), b.ID)
+	if err != nil || len(all) == 0 {
+		return api.Build{}, false, classify("read the build before", err)
+	}
+	return all[0], true, nil
+}
+
 // openBuild finds the open build of the same cell as b.
 func (tx *Tx) openBuild(ctx context.Context, b api.Build) (api.Build, bool, error) {
 	open, err := builds(ctx, tx, ` WHERE build_id = $1 AND board = $2 AND driver = $3 AND flavour = $4
