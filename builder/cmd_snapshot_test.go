@@ -113,7 +113,7 @@ func TestSnapshot(t *testing.T) {
 		{"keys that are there", []string{"keys", keys}, fault.Usage, "use another name"},
 		{"no life", []string{"refresh", "--to", list, "--keys", keys, "--life", "-1h"}, fault.Usage, "want a minute or more"},
 		{"an identity", []string{"refresh", "--to", list, "--timestamp-key", "keyless:x"}, fault.Usage,
-			"cannot sign a snapshot"},
+			"a snapshot cannot be signed keyless"},
 	} {
 		code, _, errs := run(t, append([]string{"snapshot"}, row.args...)...)
 		if code != row.kind.ExitCode() || !strings.Contains(errs, row.err) {
