@@ -60,6 +60,9 @@ func FreeMemory(root string) uint64 {
 	group := filepath.Join(root, "sys", "fs", "cgroup")
 	limit, ok := number(filepath.Join(group, "memory.max"))
 	used, _ := number(filepath.Join(group, "memory.current"))
+	// The use includes the page cache. The kernel takes back its inactive part before it refuses memory, so kubelet does
+	// not count that part either (the "working set").
+	used -= min(used, inactiveFile(filepath.Join(group, "memory.stat")))
 	if ok {
 		left := uint64(1)
 		if limit > used { // a group may use more than its limit, for example after the limit was lowered
@@ -81,4 +84,23 @@ func number(file string) (uint64, bool) {
 	}
 	n, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
 	return n, err == nil
+}
+
+// inactiveFile reads inactive_file of a control group's memory.stat, in bytes (cgroup-v2.rst of the kernel's
+// documentation). It returns 0 if the kernel does not report it.
+func inactiveFile(file string) uint64 {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(line, "inactive_file "); ok {
+			n, err := strconv.ParseUint(strings.TrimSpace(value), 10, 64)
+			if err != nil {
+				return 0
+			}
+			return n
+		}
+	}
+	return 0
 }

@@ -81,6 +81,13 @@ func TestFreeMemory(t *testing.T) {
 	want(4096 << 10)
 	write("sys/fs/cgroup/memory.max", "3000\n")
 	want(2000)
+	// The lines are of the kernel's documentation, cgroup-v2.rst.
+	stat := "anon 500\nfile 400\ninactive_anon 0\nactive_anon 500\ninactive_file 300\nactive_file 100\n"
+	write("sys/fs/cgroup/memory.stat", stat)
+	want(2300)
+	write("sys/fs/cgroup/memory.stat", "inactive_file 5000\n") // the two files are not of one moment
+	want(3000)
+	write("sys/fs/cgroup/memory.stat", "anon 500\n")
 	for _, used := range []string{"3000\n", "4000\n"} { // nothing is left
 		write("sys/fs/cgroup/memory.current", used)
 		want(1)
