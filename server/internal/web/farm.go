@@ -72,7 +72,7 @@ type release struct {
 }
 
 // maxReleases is the most kernels on the page of releases.
-const maxReleases = 60
+const maxReleases = 30
 
 func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
 	after := r.URL.Query().Get("after")
