@@ -41,7 +41,7 @@ func createTokenCommand() *ucli.Command {
 			cli.Duration("life", 90*24*time.Hour, "`TIME` that the token is valid, at most two years"),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			name, err := oneArg(cmd, "NAME", "name it for who has it, such as node-pool-a")
+			name, err := oneArg(cmd, "NAME", "name the token for its holder, such as node-pool-a")
 			if err != nil {
 				return err
 			}
@@ -63,7 +63,7 @@ func createTokenCommand() *ucli.Command {
 }
 
 func revokeTokenCommand() *ucli.Command {
-	return act("revoke", "revoke a token at once", "ID", "list them: server tokens list",
+	return act("revoke", "revoke a token at once", "ID", "list tokens: server tokens list",
 		func(ctx context.Context, c *api.Client, id string) error { return c.RevokeToken(ctx, id) })
 }
 

@@ -232,7 +232,7 @@ func unyankCommand() *ucli.Command {
 
 func markArtifact(cmd *ucli.Command, call func(*api.Client, string) (api.Artifact, error)) error {
 	if cmd.Args().Len() != 1 {
-		return fault.New(fault.Usage, cmd.Name+" needs one digest", "list them: server artifacts")
+		return fault.New(fault.Usage, cmd.Name+" needs one digest", "list artifacts: server artifacts")
 	}
 	c, err := client(cmd)
 	if err != nil {

@@ -88,7 +88,7 @@ func backup(ctx context.Context, s settings, folder string) (done copied, err er
 		return done, err
 	}
 	if _, err := os.Lstat(folder); !errors.Is(err, fs.ErrNotExist) {
-		return done, fault.New(fault.Usage, "it is there already", "name a folder that does not exist yet")
+		return done, fault.New(fault.Usage, "the folder exists already", "name a folder that does not exist yet")
 	}
 	type database struct{ url, flag, name string }
 	databases := []database{{s.Queue, "queue", "queue.db"}, {s.Database, "database", "catalogue.db"}}
@@ -100,14 +100,14 @@ func backup(ctx context.Context, s settings, folder string) (done copied, err er
 			return done, fault.New(
 				fault.Usage,
 				"--"+d.flag+" is not an SQLite file",
-				"copy PostgreSQL with pg_dump --format=custom",
+				"copy a PostgreSQL database with pg_dump --format=custom",
 			)
 		}
 	}
 	// The backup gets its final name only when it is complete.
 	part, err := os.MkdirTemp(filepath.Dir(folder), "."+filepath.Base(folder)+".part-") // mode 0700
 	if err != nil {
-		return done, fault.Wrap(fault.Usage, err, "name a folder in one that this user may write")
+		return done, fault.Wrap(fault.Usage, err, "name a folder whose parent folder this user may write")
 	}
 	defer func() {
 		if err != nil {

@@ -41,7 +41,7 @@ func TestBackup(t *testing.T) {
 				}
 			}
 			if code, _, errs := run(t, "backup", "--data", dir, folder); code != fault.Usage.ExitCode() ||
-				!strings.Contains(errs, "there already") {
+				!strings.Contains(errs, "exists already") {
 				t.Errorf("backup over a backup = %d %s; want usage", code, errs)
 			}
 			intact(t, filepath.Join(folder, "catalogue.db"))
@@ -185,8 +185,8 @@ func comesBack(t *testing.T, flags []string, copies copies) {
 	if r := resolved(t, c, yanked); r.State != api.Yanked {
 		t.Errorf("Resolve() of what was yanked after reindex --apply = %s; want yanked", r.State)
 	}
-	if code, out, errs := run(t, args...); code != 0 || !strings.Contains(out, "they agree") {
-		t.Errorf("reindex after --apply = %d\n%s%s\nwant 0, they agree", code, out, errs)
+	if code, out, errs := run(t, args...); code != 0 || !strings.Contains(out, "no differences") {
+		t.Errorf("reindex after --apply = %d\n%s%s\nwant 0, no differences", code, out, errs)
 	}
 }
 

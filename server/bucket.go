@@ -119,7 +119,7 @@ func (b *bucket) build(ctx context.Context, id string) (all []tarball, bad []fin
 				all = append(all, t)
 			default:
 				bad = append(bad, finding{Digest: t.Artifact, Difference: absent, Driver: t.Driver,
-					Note: "the bucket's index names " + t.Object + ", which is not there"})
+					Note: "the bucket's index names " + t.Object + ", but the bucket does not have it"})
 			}
 		}
 	}
@@ -154,7 +154,7 @@ func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tar
 	digest := hex.EncodeToString(sum[:])
 	signature, err := b.b.ReadSmall(ctx, name+".sha256-"+digest+".sigstore.json", trust.MaxBundleSize)
 	if fault.Is(err, fault.InputMissing) {
-		return x, fault.New(fault.Unverified, "it has no signature", "")
+		return x, fault.New(fault.Unverified, "the index has no signature", "")
 	}
 	if err != nil {
 		return x, foreign(err)
@@ -169,15 +169,15 @@ func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tar
 		Board   string `json:"board"`
 	}
 	if err := json.Unmarshal(st.Predicate, &facts); err != nil {
-		return x, fault.Wrap(fault.Unverified, fmt.Errorf("read its statement: %w", err), "")
+		return x, fault.Wrap(fault.Unverified, fmt.Errorf("read the signed statement: %w", err), "")
 	}
 	if st.PredicateType != bucketObject || !st.About("sha256:"+digest) {
-		return x, fault.New(fault.Unverified, "its signature is about something else", "")
+		return x, fault.New(fault.Unverified, "the signed statement is not about this index", "")
 	}
 	// An index that was signed for one build and put in the place of another's is not trusted.
 	if facts.Object != name || facts.BuildID != k.BuildID || facts.Board != k.Board {
 		return x, fault.New(fault.Mismatch,
-			fmt.Sprintf("it is signed as %.200q of %.40q/%.40q", facts.Object, facts.BuildID, facts.Board), "")
+			fmt.Sprintf("the index is signed as %.200q for %.40q/%.40q", facts.Object, facts.BuildID, facts.Board), "")
 	}
 	if err := json.Unmarshal(text, &x); err != nil {
 		return x, fault.Wrap(fault.Unverified, err, "")
@@ -198,13 +198,13 @@ func foreign(err error) error {
 
 func (x tarballIndex) check(k target.Kernel) error {
 	if x.Format != 1 {
-		return fmt.Errorf("format %d: this program reads format 1 only", x.Format)
+		return fmt.Errorf("the index has format %d; this program reads format 1 only", x.Format)
 	}
 	if x.BuildID != k.BuildID || x.Board != k.Board {
-		return fmt.Errorf("it is of %.40q/%.40q", x.BuildID, x.Board)
+		return fmt.Errorf("the index is for %.40q/%.40q", x.BuildID, x.Board)
 	}
 	if len(x.Drivers) > maxEntries {
-		return fmt.Errorf("%d drivers; at most %d are read", len(x.Drivers), maxEntries)
+		return fmt.Errorf("the index has %d drivers; this program reads at most %d", len(x.Drivers), maxEntries)
 	}
 	for _, t := range x.Drivers {
 		if _, err := target.ParseDriver(t.Version, string(t.Flavour)); err != nil {
@@ -215,7 +215,7 @@ func (x tarballIndex) check(k target.Kernel) error {
 			return fmt.Errorf("artifact %.80q: want sha256: and 64 hex digits", t.Artifact)
 		}
 		if !strings.HasPrefix(t.Object, k.BuildID+"/"+k.Board+"/") || !fs.ValidPath(t.Object) {
-			return fmt.Errorf("object %.200q is not below %s/%s", t.Object, k.BuildID, k.Board)
+			return fmt.Errorf("object %.200q is not in the folder %s/%s", t.Object, k.BuildID, k.Board)
 		}
 	}
 	return nil

@@ -66,9 +66,9 @@ func cellError(asked cell, r api.Resolution) error {
 	case api.Published:
 		return nil
 	case api.Queued, api.Building:
-		hint := "wait for it: server watch --build-id " + asked.BuildID
+		hint := "wait for the build: server watch --build-id " + asked.BuildID
 		if r.Build != nil {
-			hint = fmt.Sprintf("wait for it: server watch %d", r.Build.ID)
+			hint = fmt.Sprintf("wait for the build: server watch %d", r.Build.ID)
 		}
 		return fault.New(fault.Pending, what, hint)
 	}
@@ -77,7 +77,7 @@ func cellError(asked cell, r api.Resolution) error {
 	}
 	hint := r.Hint
 	if hint == "" && (r.State == api.Unknown || r.State == api.Cancelled || r.State == api.Failed) {
-		hint = "ask for it: " + asked.request()
+		hint = "request a build: " + asked.request()
 	}
 	return fault.New(fault.NoArtifact, what, hint)
 }
@@ -170,7 +170,8 @@ Example:
 func pools(base cell, args []string) ([]cell, error) {
 	if len(args) == 0 {
 		if base.BuildID == "" {
-			return nil, fault.New(fault.Usage, "preflight needs a COS build", "name it: --build-id 17800.66.78, or list pools")
+			return nil, fault.New(fault.Usage, "preflight needs a COS build",
+				"name the COS build: --build-id 17800.66.78; or name each pool as an argument: 17800.66.78:lakitu:R535")
 		}
 		return []cell{base}, nil
 	}
@@ -179,7 +180,7 @@ func pools(base cell, args []string) ([]cell, error) {
 		parts := strings.Split(arg, ":")
 		if len(parts) > 4 || parts[0] == "" {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("pool %q: want BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]", arg),
-				"write one such as 17800.66.78:lakitu:R535")
+				"write a pool such as 17800.66.78:lakitu:R535")
 		}
 		c := base
 		for i, to := range []*string{&c.BuildID, &c.Board, &c.Driver, &c.Flavour} {
@@ -217,8 +218,9 @@ func verdict(asked []cell, answer api.Preflight) error {
 	if worst == nil || len(asked) == 1 {
 		return worst
 	}
-	return fault.Wrap(fault.Of(worst), fmt.Errorf("of %d pools %d may not move yet (%d pending, %d not covered): %w",
-		len(asked), waiting+missing, waiting, missing, worst), "")
+	err := fmt.Errorf("%d of %d pools cannot be upgraded yet (%d pending, %d not covered): %w",
+		waiting+missing, len(asked), waiting, missing, worst)
+	return fault.Wrap(fault.Of(worst), err, "")
 }
 
 func printPreflight(w io.Writer, base string, answer api.Preflight) error {

@@ -26,7 +26,7 @@ func TestConfigCheck(t *testing.T) {
 		{"password", "queue: postgres://u:pw@db/x\n", "",
 			"LAST:8: queue: found a password in a URL; want it in the environment"},
 		{"half of two", "tls-cert: /x.pem\n", "",
-			"LAST:1: tls-cert: one of --tls-cert and --tls-key is missing; give both, or none"},
+			"LAST:1: tls-cert: only one of the flags --tls-cert and --tls-key is given; give both flags, or neither"},
 		{"pattern", "create-only: [\"[\"]", `create-only: ["prebake/*", "prebake/*/*"]`,
 			`8:1: create-only: --create-only "[": syntax error`},
 	})

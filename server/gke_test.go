@@ -37,7 +37,7 @@ func TestGKEAndGPUs(t *testing.T) {
 	}
 	if code, _, stderr := run(t, "serve", "--data", t.TempDir(), "--gke-map",
 		"file://"+dir+"/gke-to-cos.json"); code != 2 ||
-		!strings.Contains(stderr, "give --kernel-mirror too") {
+		!strings.Contains(stderr, "give --kernel-mirror URL too") {
 		t.Errorf("serve without a kernel mirror = %d, %s; want 2 and a hint", code, stderr)
 	}
 	url, _, log := start(t, filepath.Join(t.TempDir(), "state"),
@@ -66,16 +66,16 @@ func TestGKEAndGPUs(t *testing.T) {
 	}{
 		{[]string{"kernels"}, 0, "BUILD_ID      BOARD   M    ABI  DEFAULT     RELEASE", ""},
 		{[]string{"kernels", "--gke", "1.33"}, 0, "18867.199.52  lakitu  121  535.261.03  1.33.5-gke.1080000", ""},
-		{[]string{"kernels", "--gke", "1.34"}, 0, "no kernel of it is known yet", ""},
-		{[]string{"kernels", "--gke", "x"}, 2, "", "write one such as 1.33"},
+		{[]string{"kernels", "--gke", "1.34"}, 0, "no kernel of this GKE version is known yet", ""},
+		{[]string{"kernels", "--gke", "x"}, 2, "", "write a version such as 1.33"},
 		{[]string{"gpus", "--gke", "1.33"}, 0, "18867.199.52/lakitu  NVIDIA_H100_80GB  580.95.05  -       R580 580.95.05",
 			""},
-		{[]string{"gpus", "--gpu", "NVIDIA_L4"}, 0, "no such build has a list of its own", ""},
+		{[]string{"gpus", "--gpu", "NVIDIA_L4"}, 0, "no such COS build has a driver list", ""},
 		{[]string{"gpus"}, 2, "", "add --build-id"},
 		{[]string{"preflight", "1.33.5-gke.1080000:lakitu:default@NVIDIA_H100_80GB"}, fault.NoArtifact.ExitCode(),
 			"580.95.05", "server request --build-id 18867.199.52"},
 		{[]string{"preflight", "1.33.5-gke.1080000", "1.34.0-gke.1"}, fault.NoArtifact.ExitCode(), "1.34.0-gke.1/lakitu",
-			"of 2 pools 2"},
+			"2 of 2 pools"},
 		{[]string{"preflight", "1.34.0-gke.1"}, fault.NoArtifact.ExitCode(), "", "for GKE 1.34.0-gke.1/lakitu is unknown"},
 	} {
 		code, out, stderr := ask(step.args...)

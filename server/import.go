@@ -45,7 +45,8 @@ Example:
 
 func runImport(ctx context.Context, cmd *ucli.Command) error {
 	if cmd.Args().Len() != 1 {
-		return fault.New(fault.Usage, cmd.FullName()+" takes one argument, the bundle", "see "+cmd.FullName()+" --help")
+		return fault.New(fault.Usage, cmd.FullName()+" takes one argument, the bundle",
+			"name the file of the bundle: "+cmd.FullName()+" FILE")
 	}
 	ref := cmd.Args().First()
 	if !strings.HasPrefix(ref, "oci:") {
@@ -135,7 +136,8 @@ func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 		held = append(held, a)
 	}
 	if len(held) == 0 {
-		return nil, fault.New(fault.NoArtifact, "it has no drivers", "list what the bundle has: builder bundle show FILE")
+		return nil, fault.New(fault.NoArtifact, "the bundle has no drivers",
+			"list the content of the bundle: builder bundle show FILE")
 	}
 	return held, nil
 }
@@ -143,8 +145,9 @@ func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 // pushTo opens a repository on the server with the caller's token.
 func pushTo(cmd *ucli.Command, base, name string) (*registry.Repository, error) {
 	if !strings.HasPrefix(name, "/") {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("repository %q: want one on the server, as in /prebake/driver", name),
-			"for another registry: builder bundle push, and then server reindex --apply")
+		return nil, fault.New(fault.Usage,
+			fmt.Sprintf("repository %q: want a repository of this server, such as /prebake/driver", name),
+			"copy the bundle to another registry with builder bundle push, and then run server reindex --apply")
 	}
 	token := cmd.String("token")
 	if file := cmd.String("token-file"); token == "" && file != "" {

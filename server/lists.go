@@ -212,7 +212,7 @@ func auditCommand() *ucli.Command {
 }
 
 func artifactCommand() *ucli.Command {
-	return about("artifact", "show one artifact", "DIGEST", "list them: server artifacts", clientFlags(),
+	return about("artifact", "show one artifact", "DIGEST", "list artifacts: server artifacts", clientFlags(),
 		func(ctx context.Context, c *api.Client, digest string) (api.Artifact, error) {
 			return c.Artifact(ctx, digest)
 		},

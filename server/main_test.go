@@ -109,7 +109,7 @@ func TestOperator(t *testing.T) {
 		{"builds", []string{"builds"}, 0, "17800.0.47/lakitu  535.261.03-open", ""},
 		{"builds as JSON", []string{"builds", "--output", "json", "--state", "queued"}, 0, `"buildId": "17800.0.47"`, ""},
 		{"resolve", []string{"resolve", "--build-id", "17800.0.47", "--driver", "535.261.03"}, fault.Pending.ExitCode(),
-			"start one: builder work", "is queued"},
+			"start a builder: builder work", "is queued"},
 		{"coverage", []string{"coverage"}, 0, "no wish list wants a cell", ""},
 		{"warnings", []string{"warnings"}, 0, "no early warning", ""},
 		{"quarantine", []string{"quarantine"}, 0, "nothing is in quarantine", ""},

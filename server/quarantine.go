@@ -16,7 +16,7 @@ func liftCommand() *ucli.Command {
 		"lift",
 		"take an artifact out of quarantine: nodes get it again",
 		"DIGEST",
-		"list them: server quarantine",
+		"list artifacts in quarantine: server quarantine",
 		writeFlags(),
 		func(ctx context.Context, c *api.Client, digest string) (api.Artifact, error) {
 			return c.Lift(ctx, digest)
@@ -40,7 +40,7 @@ func printQuarantine(w io.Writer, all []api.Quarantine) error {
 			fields = append(fields, [2]string{n.BuildID, fmt.Sprintf("%s: %d loaded, %d failed, %d fell back",
 				n.Board, n.Loaded, n.Failed, n.FellBack)})
 		}
-		fields = append(fields, [2]string{"hint", "server lift DIGEST, or server yank DIGEST --reason WHY"})
+		fields = append(fields, [2]string{"hint", "lift it: server lift DIGEST; or yank it: server yank DIGEST --reason WHY"})
 		if err := printFields(w, fields); err != nil {
 			return err
 		}

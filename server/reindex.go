@@ -257,7 +257,7 @@ func compareArtifact(a artifact, k api.Artifact, known bool, repository string) 
 		return f, false
 	}
 	if f.Kernels = without(a.kernels, k.Kernels); len(f.Kernels) > 0 {
-		f.Difference, f.Note = attested, "also for "+names(f.Kernels)
+		f.Difference, f.Note = attested, "also fits "+names(f.Kernels)
 		return f, false
 	}
 	return f, true
@@ -275,16 +275,16 @@ func contradictions(a artifact, k api.Artifact, repository string) (notes []stri
 		notes = append(notes, fmt.Sprintf("its driver is %s, the catalogue has %s", a.identity.Driver, k.Driver))
 	}
 	if k.Arch != a.identity.Arch {
-		notes = append(notes, fmt.Sprintf("it is for %s, the catalogue has %s", a.identity.Arch, k.Arch))
+		notes = append(notes, fmt.Sprintf("its architecture is %s, the catalogue has %s", a.identity.Arch, k.Arch))
 	}
 	if k.Release != "" && k.Release != a.identity.Release {
-		notes = append(notes, fmt.Sprintf("it is for release %s, the catalogue has %s", a.identity.Release, k.Release))
+		notes = append(notes, fmt.Sprintf("its kernel release is %s, the catalogue has %s", a.identity.Release, k.Release))
 	}
 	if k.Repository != repository {
-		notes = append(notes, "the catalogue has it in "+k.Repository)
+		notes = append(notes, "the catalogue names the repository "+k.Repository)
 	}
 	if more := without(k.Kernels, a.kernels); len(more) > 0 {
-		notes = append(notes, "nothing attests it for "+names(more))
+		notes = append(notes, "it has no kernel match for "+names(more))
 	}
 	return notes
 }
@@ -353,12 +353,12 @@ func (c *comparison) left() error {
 		return fault.New(fault.Unverified, fmt.Sprintf("%d published artifacts are unverified", count[unverified]),
 			"name the publisher's key with --public-key FILE; remove artifacts that no trusted signer published")
 	case rest > 0:
-		hint := "check each artifact: publish again those that differ or are absent, or yank them"
+		hint := "publish again each artifact that differs or is absent; or yank it: server yank DIGEST --reason WHY"
 		if count[missing]+count[attested] > 0 {
-			hint = "add --apply to record the missing artifacts"
+			hint = "run the command again with --apply to record the missing artifacts and kernel matches"
 		}
 		if count[lost] == rest {
-			hint = "build again the artifacts that only the bucket has: server request"
+			hint = "request a build of each artifact that only the bucket has: server request"
 		}
 		return fault.New(fault.Mismatch, fmt.Sprintf("%s and the catalogue differ in %d artifacts", c.Repository, rest), hint)
 	}
@@ -402,5 +402,5 @@ func printComparison(w io.Writer, c *comparison) error {
 		}
 		rows = append(rows, []string{digest, state, driver, printable(f.Note)})
 	}
-	return printTable(w, []string{"DIGEST", "STATE", "DRIVER", "NOTE"}, rows, "they agree")
+	return printTable(w, []string{"DIGEST", "STATE", "DRIVER", "NOTE"}, rows, "no differences")
 }

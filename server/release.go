@@ -66,7 +66,7 @@ func act(name, usage, what, hint string, call func(context.Context, *api.Client,
 	}
 }
 
-const hintBuildID = "such as 17800.66.78; list them: server kernels"
+const hintBuildID = "name a COS build such as 17800.66.78; list COS builds: server kernels"
 
 func releaseCommand() *ucli.Command {
 	return about("release", "show the states of a COS build's cells", "BUILD_ID", hintBuildID, clientFlags(),
@@ -110,7 +110,7 @@ func printRelease(w io.Writer, r api.Release) error {
 		}
 		rows = append(rows, []string{cell.Kernel.Board, cell.Driver.String(), string(cell.State), note})
 	}
-	return printTable(w, []string{"BOARD", "DRIVER", "STATE", "NOTE"}, rows, "no cell of this build was requested yet")
+	return printTable(w, []string{"BOARD", "DRIVER", "STATE", "NOTE"}, rows, "no cell of this COS build was requested yet")
 }
 
 func seconds(s float64) string {
@@ -156,7 +156,7 @@ func printWishList(w io.Writer, l api.WishList) error {
 	return err
 }
 
-const hintWishLists = "list them: server wish-lists"
+const hintWishLists = "list wish lists: server wish-lists"
 
 func showWishListCommand() *ucli.Command {
 	return about("show", "print a wish list, with its problems as comments", "NAME", hintWishLists, clientFlags(),
@@ -174,7 +174,8 @@ func putWishListCommand() *ucli.Command {
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if cmd.Args().Len() != 2 {
-				return fault.New(fault.Usage, cmd.FullName()+" needs a name and a file", "see docs/examples/wish.yaml")
+				return fault.New(fault.Usage, cmd.FullName()+" needs a name and a file",
+					"name the list and its file: "+cmd.FullName()+" production wish.yaml")
 			}
 			name, file := cmd.Args().Get(0), cmd.Args().Get(1)
 			text, err := os.ReadFile(file)

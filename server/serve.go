@@ -58,7 +58,7 @@ func (s *settings) dataPaths() error {
 	}
 	var err error
 	if s.Data, err = filepath.Abs(s.Data); err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("data folder: %w", err), "give --data as an absolute path")
+		return fault.Wrap(fault.Usage, fmt.Errorf("find data folder: %w", err), "give --data as an absolute path")
 	}
 	if s.Database == "" {
 		s.Database = "sqlite://" + filepath.Join(s.Data, "catalogue.db")
@@ -85,18 +85,19 @@ func (s *settings) complete() error {
 	}
 	for _, pattern := range s.CreateOnly {
 		if _, err := path.Match(pattern, ""); err != nil {
-			add("create-only", fmt.Sprintf("--create-only %q: %v", pattern, err), "write one such as prebake/*")
+			add("create-only", fmt.Sprintf("--create-only %q: %v", pattern, err), "write a pattern such as prebake/*")
 		}
 	}
 	if s.GKEMap != "" && s.KernelMirror == "" {
-		add("gke-map", "--gke-map names kernels, and there is no --kernel-mirror to read them in",
-			"give --kernel-mirror too", "kernel-mirror")
+		add("gke-map", "--gke-map is given without --kernel-mirror, in which the server looks up the kernels of GKE",
+			"give --kernel-mirror URL too", "kernel-mirror")
 	}
 	if (s.TLSCert == "") != (s.TLSKey == "") {
-		add("tls-cert", "one of --tls-cert and --tls-key is missing", "give both, or none", "tls-key")
+		add("tls-cert", "only one of the flags --tls-cert and --tls-key is given", "give both flags, or neither",
+			"tls-key")
 	}
 	if s.PublicRepository == "" {
-		add("public-repository", "public repository is empty",
+		add("public-repository", "--public-repository is empty",
 			"use --public-repository /prebake/driver, or a repository of your registry")
 	}
 	return errors.Join(wrong...)
@@ -144,7 +145,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return fault.New(
 			fault.Busy,
 			"data folder "+s.Data+" is in use by another server",
-			"stop that one, or give --data another folder",
+			"stop the other server, or give --data another folder",
 		)
 	}
 	defer closing("lock", lock.Close)
@@ -218,7 +219,8 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	}
 	listener, err := net.Listen("tcp", s.Listen)
 	if err != nil {
-		return fault.Wrap(fault.Busy, fmt.Errorf("listen: %w", err), "give --listen a free address, or port 0")
+		return fault.Wrap(fault.Busy, fmt.Errorf("listen: %w", err),
+			"give --listen a free address, or port 0 to take any free port")
 	}
 	address := listener.Addr().String()
 	_, port, err := net.SplitHostPort(address)
@@ -239,10 +241,10 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		scheme = "https"
 	}
 	if err := os.WriteFile(addressFile+".new", []byte(scheme+"://"+address+"\n"), 0o644); err != nil {
-		return errors.Join(fmt.Errorf("write address: %w", err), listener.Close())
+		return errors.Join(fmt.Errorf("write address file: %w", err), listener.Close())
 	}
 	if err := os.Rename(addressFile+".new", addressFile); err != nil {
-		return errors.Join(fmt.Errorf("write address: %w", err), listener.Close())
+		return errors.Join(fmt.Errorf("write address file: %w", err), listener.Close())
 	}
 	defer closing("address", func() error { return os.Remove(addressFile) })
 

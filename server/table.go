@@ -98,7 +98,8 @@ func printGKE(w io.Writer, all []api.Kernel) error {
 	for _, k := range all {
 		rows = append(rows, []string{k.BuildID, k.Board, milestone(k), orDash(k.Default), orDash(strings.Join(k.GKE, " "))})
 	}
-	return printTable(w, []string{"BUILD_ID", "BOARD", "M", "DEFAULT", "GKE"}, rows, "no kernel of it is known yet")
+	return printTable(w, []string{"BUILD_ID", "BOARD", "M", "DEFAULT", "GKE"}, rows,
+		"no kernel of this GKE version is known yet")
 }
 
 func printKernels(w io.Writer, all []api.Kernel) error {

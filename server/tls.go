@@ -33,7 +33,7 @@ func openCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, 
 		return nil, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("read certificate: %w", err),
-			"give --tls-cert and --tls-key files in PEM that belong together",
+			"give --tls-cert a certificate in PEM, and --tls-key the private key of that certificate in PEM",
 		)
 	}
 	return c, nil

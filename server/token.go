@@ -58,8 +58,8 @@ func checkToken(token, where string) error {
 	if len(token) < 16 || strings.ContainsAny(token, " \t\r\n") {
 		return fault.New(
 			fault.Usage,
-			"token in "+where+" is not one word of 16 letters or more",
-			"make one: openssl rand -hex 16",
+			"token in "+where+" is not one word of at least 16 letters",
+			"make a token: openssl rand -hex 16",
 		)
 	}
 	return nil

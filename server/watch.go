@@ -198,13 +198,14 @@ func watched(ctx context.Context, c *api.Client, cmd *ucli.Command) (api.Build, 
 	case cmd.Args().Len() == 1:
 		id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 		if err != nil {
-			return api.Build{}, fault.New(fault.Usage, fmt.Sprintf("watch needs a number, got %q", cmd.Args().First()),
+			return api.Build{}, fault.New(fault.Usage,
+				fmt.Sprintf("watch needs the number of a build, got %q", cmd.Args().First()),
 				"list builds: server builds")
 		}
 		return c.Build(ctx, id)
 	case cmd.Args().Len() > 1 || asked.BuildID == "":
-		return api.Build{}, fault.New(fault.Usage, "watch needs one build, or a cell",
-			"server watch ID, or server watch --build-id 17800.66.78; list builds: server builds")
+		return api.Build{}, fault.New(fault.Usage, "watch needs the number of one build, or a cell",
+			"name a build: server watch ID; or a cell: server watch --build-id 17800.66.78; list builds: server builds")
 	}
 	r, err := c.Resolve(ctx, asked.question())
 	if err != nil {

@@ -17,7 +17,7 @@ pools=("$@")
 ((${#pools[@]} > 0)) || refuse "no node pool is named" "usage: preflight.sh BUILD_ID:BOARD:DRIVER:FLAVOUR…, such as 17800.66.78:lakitu:R535"
 [[ ${PREBAKE_WAIT:=0} =~ ^[0-9]{1,6}$ ]] || refuse "PREBAKE_WAIT is ${PREBAKE_WAIT@Q}" "write a number of seconds"
 for pool in "${pools[@]}"; do
-  is_build_id "${pool%%:*}" || refuse "${pool@Q} begins with no COS build" "write one such as 17800.66.78:lakitu:R535"
+  is_build_id "${pool%%:*}" || refuse "${pool@Q} begins with no COS build" "write a pool such as 17800.66.78:lakitu:R535"
 done
 
 # note keeps a line where the run's page on GitHub shows it.

@@ -80,7 +80,7 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 	begin := time.Now()
 	world, err := fill(ctx, url, s)
 	if err != nil {
-		return fmt.Errorf("fill: %w", err)
+		return fmt.Errorf("fill database: %w", err)
 	}
 	fmt.Fprintf(out, "%s: %d kernels, %d cells, %d builds of which %d wait; filled in %v\n", name, s.kernels,
 		s.kernels*s.drivers*2, s.builds, s.queue, time.Since(begin).Round(time.Second))
@@ -222,5 +222,5 @@ func (p *process) peak() (int64, error) {
 			return kb << 10, err
 		}
 	}
-	return 0, errors.New("the kernel tells no VmHWM")
+	return 0, errors.New("read peak memory: the process status has no VmHWM")
 }

@@ -60,24 +60,24 @@ func parseScopes(names []string) ([]Scope, error) {
 	var all []Scope
 	for _, name := range names {
 		if !slices.Contains(Scopes(), Scope(name)) {
-			return nil, fault.New(fault.Usage, fmt.Sprintf("there is no scope %.40q", name), "scopes: "+scopeNames())
+			return nil, fault.New(fault.Usage, fmt.Sprintf("there is no scope %.40q", name), hintScopes())
 		}
 		if !slices.Contains(all, Scope(name)) {
 			all = append(all, Scope(name))
 		}
 	}
 	if len(all) == 0 {
-		return nil, fault.New(fault.Usage, "no scope is given", "scopes: "+scopeNames())
+		return nil, fault.New(fault.Usage, "no scope is given", hintScopes())
 	}
 	return all, nil
 }
 
-func scopeNames() string {
+func hintScopes() string {
 	var names []string
 	for _, s := range Scopes() {
 		names = append(names, string(s))
 	}
-	return strings.Join(names, ", ")
+	return "give one or more of the scopes " + strings.Join(names, ", ")
 }
 
 // Principal is a caller that sent a valid secret.
@@ -139,7 +139,8 @@ func (a *Authenticator) Authenticate(ctx context.Context, secret string) (Princi
 }
 
 func unknown(why string) error {
-	return fault.New(fault.Unauthorized, why, "get one from the operator of the server: server tokens create")
+	return fault.New(fault.Unauthorized, why,
+		"ask an operator of the server for a token; the operator makes one: server tokens create NAME")
 }
 
 // equalSecrets compares secrets in constant time. An empty secret equals nothing.
@@ -164,7 +165,7 @@ func Need(p Principal, s Scope) error {
 		return nil
 	}
 	return fault.New(fault.Forbidden, fmt.Sprintf("%s has no scope %q", cmp.Or(p.Name, "the caller"), s),
-		fmt.Sprintf("use a token that has it: server tokens create NAME --scope %s", s))
+		fmt.Sprintf("use a token that has this scope; make such a token: server tokens create NAME --scope %s", s))
 }
 
 type contextKey struct{}

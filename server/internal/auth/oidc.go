@@ -78,7 +78,7 @@ func ReadIssuers(file string) (*Issuers, error) {
 		return nil, fail(err)
 	}
 	if info.Size() > maxIssuers {
-		return nil, fail(fmt.Errorf("it has %d bytes, more than %d", info.Size(), maxIssuers))
+		return nil, fail(fmt.Errorf("the file has %d bytes; want at most %d", info.Size(), maxIssuers))
 	}
 	raw, err := os.ReadFile(file)
 	if err != nil {
@@ -108,13 +108,13 @@ func (r *Rule) prepare(dir string) error {
 	case err != nil || u.Scheme != "https" || u.Host == "":
 		return fmt.Errorf("issuer %q is not an https URL", r.Issuer)
 	case r.Audience == "":
-		return errors.New("audience is missing: without one, a token for any other service would do")
+		return errors.New("audience is missing: without an audience, the server would accept tokens for other services")
 	case len(r.Claims) == 0:
 		return errors.New("claims are missing: name at least one, such as sub or repository")
 	}
 	for name, want := range r.Claims {
 		if _, err := path.Match(want, ""); err != nil || want == "" {
-			return fmt.Errorf("claim %s: %q is not a text with * for any run of letters", name, want)
+			return fmt.Errorf("claim %s: %q is not a pattern; want a text with * for any characters except /", name, want)
 		}
 	}
 	if r.scopes, err = parseScopes(r.Scopes); err != nil {
@@ -228,7 +228,7 @@ func (all *Issuers) authenticate(ctx context.Context, raw string, now time.Time)
 		}
 		token, err := v.Verify(ctx, raw)
 		if err != nil {
-			return Principal{}, unknown("the token does not verify: " + err.Error())
+			return Principal{}, unknown("the token is not valid: " + err.Error())
 		}
 		p, err := r.judge(token)
 		if err == nil {
@@ -237,9 +237,9 @@ func (all *Issuers) authenticate(ctx context.Context, raw string, now time.Time)
 		refusal = err
 	}
 	if refusal != nil {
-		return Principal{}, unknown("no rule of the server is for this token: " + refusal.Error())
+		return Principal{}, unknown("no rule of the server accepts this token: " + refusal.Error())
 	}
-	return Principal{}, unknown("no rule of the server is for tokens of this issuer")
+	return Principal{}, unknown("no rule of the server names the issuer of this token")
 }
 
 // issuerOf reads the issuer of a token that is not verified yet, to choose the keys.
@@ -267,7 +267,7 @@ func issuerOf(raw string) (string, error) {
 // judge compares a verified token with the rule.
 func (r *Rule) judge(token *oidc.IDToken) (Principal, error) {
 	if !slices.Contains(token.Audience, r.Audience) {
-		return Principal{}, errors.New("its audience is another")
+		return Principal{}, errors.New("it is for another audience")
 	}
 	var claims map[string]any
 	if err := token.Claims(&claims); err != nil {
@@ -276,7 +276,7 @@ func (r *Rule) judge(token *oidc.IDToken) (Principal, error) {
 	for name, want := range r.Claims {
 		has, ok := claimText(claims[name])
 		if fits, err := path.Match(want, has); !ok || err != nil || !fits {
-			return Principal{}, fmt.Errorf("its claim %s is another", name)
+			return Principal{}, fmt.Errorf("its claim %s has another value", name)
 		}
 	}
 	name := token.Subject

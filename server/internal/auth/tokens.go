@@ -37,8 +37,8 @@ func NewToken(n api.NewToken, by string, now time.Time) (api.Token, []byte, erro
 	}
 	if !namePattern.MatchString(n.Name) {
 		return fail(
-			fmt.Sprintf("name %.80q is not of the form a-z, 0-9, . _ -", n.Name),
-			"name it for who has it, such as node-pool-a",
+			fmt.Sprintf("name %.80q: want letters a-z, digits and . _ -", n.Name),
+			"name the token for its holder, such as node-pool-a",
 		)
 	}
 	scopes, err := parseScopes(n.Scopes)
@@ -50,7 +50,7 @@ func NewToken(n api.NewToken, by string, now time.Time) (api.Token, []byte, erro
 		life = time.Duration(n.LifeSeconds) * time.Second
 	}
 	if n.LifeSeconds < 0 || n.LifeSeconds > int64(MaxLifetime/time.Second) {
-		return fail(fmt.Sprintf("a life of %d s is not between 1 s and %s", n.LifeSeconds, MaxLifetime), "")
+		return fail(fmt.Sprintf("a lifetime of %d s is not between 1 s and %s", n.LifeSeconds, MaxLifetime), "")
 	}
 	t := api.Token{ID: strings.ToLower(rand.Text()), Name: n.Name, CreatedAt: now, CreatedBy: by, ExpiresAt: now.Add(life)}
 	for _, s := range scopes {
@@ -84,7 +84,7 @@ func (a *Authenticator) ofToken(ctx context.Context, secret string) (Principal, 
 	}
 	scopes, err := parseScopes(t.Scopes)
 	if err != nil {
-		return Principal{}, unknown("token " + t.Name + " has scopes of another version of the server")
+		return Principal{}, unknown("token " + t.Name + " has a scope that this version of the server does not know")
 	}
 	if t.UsedAt == nil || now.Sub(*t.UsedAt) >= usedEvery {
 		if err := a.Tokens.TokenUsed(ctx, id, now); err != nil {

@@ -22,7 +22,7 @@ func TestRetryTellsWhy(t *testing.T) {
 	update(t, c, b.ID, api.BuildUpdate{State: api.Queued, Class: "transient", Error: "mirror is away\ndetail",
 		Hint: "wait"})
 	r, err := c.Resolve(t.Context(), first, "lakitu", v261, "open", "")
-	if err != nil || r.State != api.Queued || !strings.Contains(r.Reason, "next try after transient: mirror is away") {
+	if err != nil || r.State != api.Queued || !strings.Contains(r.Reason, "attempt ended with transient: mirror is away") {
 		t.Errorf("Resolve() = %s %q, %v; want queued with the reason of the last try", r.State, r.Reason, err)
 	}
 	if err := c.Abandon(t.Context(), b.ID, "discarded"); err != nil {

@@ -44,7 +44,7 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 		return api.Build{}, fault.New(
 			fault.Forbidden,
 			"request build: the catalogue does not know kernel "+w.kernel.String()+" yet",
-			"ask somebody who may announce it: server announce "+w.kernel.BuildID,
+			"ask the holder of a token with scope announce to run: server announce "+w.kernel.BuildID,
 		)
 	}
 	version, reason, hint := w.version(k, known)
@@ -75,7 +75,7 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 		return api.Build{}, fault.New(
 			fault.Unsupported,
 			"request build: "+refusal,
-			"choose the other flavour, or another version",
+			"choose another flavour or another driver version",
 		)
 	}
 	live := chosen.State == api.Published || chosen.State == api.Building || chosen.State == api.Queued
@@ -95,7 +95,7 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 	switch cell.State {
 	case api.Yanked:
 		return b, fault.New(fault.Unsupported, "request build: the artifact was yanked: "+cell.Reason,
-			"choose another driver version, or undo the yank: POST /v1/artifacts/{digest}/unyank")
+			"choose another driver version, or undo the yank: server unyank DIGEST")
 	case api.Quarantined:
 		return b, fault.New(fault.Unsupported, "request build: the artifact is in quarantine: "+cell.Reason, cell.Hint)
 	case api.Published:
@@ -164,8 +164,8 @@ func (c *Catalogue) find(ctx context.Context, k target.Kernel) (cells *store.Ker
 	if err == nil && cells == nil {
 		err = fault.New(
 			fault.InputMissing,
-			fmt.Sprintf("COS build %s is not for board %s", k.BuildID, k.Board),
-			"check the board: it is in /etc/lsb-release",
+			fmt.Sprintf("COS build %s has no kernel for board %s", k.BuildID, k.Board),
+			"take the board from CHROMEOS_RELEASE_BOARD in /etc/lsb-release",
 		)
 	}
 	return cells, err == nil, err
@@ -274,7 +274,8 @@ func (c *Catalogue) Abandon(ctx context.Context, id int64, why string) error {
 	if !open(&b) {
 		return nil // its end was reported meanwhile
 	}
-	u := api.BuildUpdate{State: api.Failed, Class: fault.Internal.String(), Error: why, Hint: "ask for the build again"}
+	u := api.BuildUpdate{State: api.Failed, Class: fault.Internal.String(), Error: why,
+		Hint: "request the build again: server request"}
 	if b.Class != "" {
 		u.Class, u.Error, u.Hint = b.Class, b.Error, orText(b.Hint, u.Hint)
 	}
@@ -358,7 +359,7 @@ func checkUpdate(u api.BuildUpdate) error {
 		}
 	}
 	if len(u.Phases) > maxPhases {
-		return fmt.Errorf("%d phases; at most %d", len(u.Phases), maxPhases)
+		return fmt.Errorf("the update has %d phases; want at most %d", len(u.Phases), maxPhases)
 	}
 	if u.Fingerprint != "" {
 		if _, err := target.ParseFingerprint(string(u.Fingerprint)); err != nil {
@@ -375,7 +376,7 @@ func checkUpdate(u api.BuildUpdate) error {
 		}
 	case api.Failed:
 		if _, err := fault.Parse(u.Class); err != nil || u.Class == "" {
-			return fmt.Errorf("a failed build needs a class: %q is not one", u.Class)
+			return fmt.Errorf("a failed build needs a class: %q is not the name of a class", u.Class)
 		}
 	}
 	return nil
@@ -426,7 +427,7 @@ func (c *Catalogue) recordArtifact(ctx context.Context, tx *store.Tx, b api.Buil
 		return fault.New(
 			fault.Usage,
 			fmt.Sprintf("publish build %d: no builder reported the kernel's fingerprint", b.ID),
-			"send it in the update",
+			"send the fingerprint in the update",
 		)
 	}
 	return c.addArtifact(ctx, tx, api.Artifact{

@@ -154,7 +154,7 @@ func page(p store.Page) (store.Page, error) {
 		return p, fault.New(
 			fault.Usage,
 			fmt.Sprintf("limit %d: want 1 to %d", p.Limit, MaxLimit),
-			"follow the Link header for more",
+			"ask for fewer, and follow the Link header to the next page",
 		)
 	}
 	return p, nil
@@ -205,7 +205,7 @@ func (c *Catalogue) Artifacts(
 	if f.State != "" && f.State != api.Published && f.State != api.Yanked && f.State != api.Quarantined {
 		return nil, "", fault.New(
 			fault.Usage,
-			fmt.Sprintf("state %q is not one of an artifact", f.State),
+			fmt.Sprintf("state %q is not a state of artifacts", f.State),
 			"use published, yanked or quarantined",
 		)
 	}
@@ -232,7 +232,7 @@ func (c *Catalogue) Builds(
 	}
 	return nil, "", fault.New(
 		fault.Usage,
-		fmt.Sprintf("state %q is not one of a build", f.State),
+		fmt.Sprintf("state %q is not a state of builds", f.State),
 		"use queued, building, published, failed or cancelled",
 	)
 }
@@ -266,7 +266,7 @@ func (c *Catalogue) AppendLog(ctx context.Context, id, offset int64, r io.Reader
 		return err
 	}
 	if b.State != api.Building {
-		return fault.New(fault.Mismatch, fmt.Sprintf("build %d is %s, and no builder works on it", id, b.State), "")
+		return fault.New(fault.Mismatch, fmt.Sprintf("append to log: build %d is %s, not building", id, b.State), "")
 	}
 	return c.Logs.Append(id, offset, r)
 }
@@ -319,9 +319,10 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	if c.Public && strings.HasPrefix(a.Repository, "/") && !c.Redistribute.Covers(need) {
 		return fault.New(
 			fault.PublishRefused,
-			fmt.Sprintf("artifact %s holds what is under NVIDIA's licence, and this server's registry is public", a.Digest),
+			fmt.Sprintf("artifact %s has files under NVIDIA's licence, and this server's registry is public", a.Digest),
 			fmt.Sprintf(
-				"keep it in a private repository; or, if you may pass that on, start the server with --redistribute %s",
+				"publish it to a private registry, or, if you may redistribute these files, start the server with "+
+					"--redistribute %s",
 				need,
 			),
 		)
@@ -334,7 +335,7 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 			return fault.New(
 				fault.Mismatch,
 				fmt.Sprintf("repository %s has no manifest %s", a.Repository, a.Digest),
-				"push it first",
+				"push the manifest first",
 			)
 		}
 	}
@@ -351,7 +352,8 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 		if ok && known.Fingerprint != "" && known.Fingerprint != a.Fingerprint {
 			return fault.New(
 				fault.Mismatch,
-				fmt.Sprintf("kernel %s has fingerprint %s, the artifact %s", k, known.Fingerprint.Short(), a.Fingerprint.Short()),
+				fmt.Sprintf("kernel %s has fingerprint %s, but the artifact has %s", k, known.Fingerprint.Short(),
+					a.Fingerprint.Short()),
 				"",
 			)
 		}
@@ -364,7 +366,8 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	case old.Driver != a.Driver || old.Fingerprint != a.Fingerprint:
 		return fault.New(
 			fault.Mismatch,
-			fmt.Sprintf("artifact %s is known as driver %s for fingerprint %s", a.Digest, old.Driver, old.Fingerprint.Short()),
+			fmt.Sprintf("the catalogue has artifact %s already, with driver %s and fingerprint %s", a.Digest, old.Driver,
+				old.Fingerprint.Short()),
 			"",
 		)
 	}

@@ -171,7 +171,8 @@ func TestResolve(t *testing.T) {
 		{"unknown branch", first, "R999", "auto", "", api.Unknown, "", "names no driver"},
 		{"unknown kernel, default", "1.2.3", "default", "auto", "", api.Unknown, "", "does not know COS build"},
 		{"unknown kernel, exact", "1.2.3", v261, "open", "", api.Unknown, v261, "not requested"},
-		{"node runs another kernel", first, v261, "proprietary", "6.6.6", api.Unsupported, "", "the node runs kernel 6.6.6"},
+		{"node runs another kernel", first, v261, "proprietary", "6.6.6", api.Unsupported, "",
+			"the node runs kernel release 6.6.6"},
 	}
 	for _, row := range rows {
 		got, err := c.Resolve(t.Context(), row.buildID, "lakitu", row.driver, row.flavour, row.release)

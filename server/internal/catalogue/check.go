@@ -27,7 +27,7 @@ var digestPattern = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
 
 func badDigest(digest string) error {
 	return fault.New(fault.Usage, fmt.Sprintf("digest %.80q: want sha256: and 64 lower-case hex digits", digest),
-		"list them: server artifacts")
+		"list artifacts: server artifacts")
 }
 
 // checkLine refuses a text that does not fit one line of a table.
@@ -79,7 +79,7 @@ func checkArtifact(a *api.Artifact) error {
 		return err
 	}
 	if n := len(a.Kernels); n == 0 || n > maxKernels {
-		return fmt.Errorf("the artifact is attested for %d kernels; want 1 to %d", n, maxKernels)
+		return fmt.Errorf("the artifact names %d kernels; want 1 to %d", n, maxKernels)
 	}
 	if err := (target.Kernel{BuildID: a.Kernels[0].BuildID, Board: a.Kernels[0].Board,
 		Release: a.Release}).Check(); err != nil {
@@ -94,7 +94,7 @@ func checkArtifact(a *api.Artifact) error {
 			a.Arch = arch
 		}
 		if a.Arch != arch {
-			return fmt.Errorf("the artifact is for %s, kernel %s is of %s", a.Arch, k, arch)
+			return fmt.Errorf("the artifact is for architecture %s, but kernel %s is for %s", a.Arch, k, arch)
 		}
 		a.Kernels[i].Arch = arch
 	}

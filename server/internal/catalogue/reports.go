@@ -54,7 +54,7 @@ func Network(a netip.Addr) string {
 // Report records a node's report about an artifact that it tried. from is the node's [Network].
 func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) error {
 	if err := checkReport(&r); err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("report: %w", err), "")
+		return fault.Wrap(fault.Usage, fmt.Errorf("record report: %w", err), "")
 	}
 	a, err := c.Store.Artifact(ctx, r.Digest)
 	if err != nil {
@@ -65,8 +65,9 @@ func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) e
 		func(k target.Kernel) bool { return k.BuildID == r.BuildID && k.Board == r.Board },
 	)
 	if a.Driver != r.Driver || !isFor {
-		return fault.New(fault.Mismatch, fmt.Sprintf("report: artifact %s is not driver %s for COS build %s of board %s",
-			r.Digest, r.Driver, r.BuildID, r.Board), "")
+		return fault.New(fault.Mismatch,
+			fmt.Sprintf("record report: artifact %s is not driver %s for COS build %s and board %s",
+				r.Digest, r.Driver, r.BuildID, r.Board), "")
 	}
 	reason, now := "", c.Now()
 	err = c.Store.Write(ctx, func(tx *store.Tx) error {
@@ -87,7 +88,7 @@ func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) e
 			return nil
 		}
 		if r.Message != "" {
-			reason += "; the last says: " + r.Message
+			reason += "; the last report says: " + r.Message
 		}
 		return tx.SetArtifactState(ctx, r.Digest, api.Quarantined, reason, c.Now())
 	})
@@ -163,7 +164,7 @@ func (c *Catalogue) Reports(ctx context.Context, digest, buildID, board string) 
 	switch {
 	case digest == "" && buildID == "":
 		return nil, fault.New(fault.Usage, "count reports: no artifact and no COS build is named",
-			"name an artifact, ?digest=, or a COS build, ?buildId=")
+			"name an artifact with ?digest=, or a COS build with ?buildId=")
 	case digest != "" && !digestPattern.MatchString(digest):
 		return nil, badDigest(digest)
 	}

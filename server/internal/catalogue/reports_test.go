@@ -125,7 +125,7 @@ func TestLift(t *testing.T) {
 	report(t, c, "a", said(9, api.Loaded, 0))
 	fails()
 	r, err := c.Resolve(ctx, first, "lakitu", v261, "open", "")
-	want := "it did not load on 3 of 4 nodes within a day; the last says: unknown symbol"
+	want := "it did not load on 3 of 4 nodes within a day; the last report says: unknown symbol"
 	if err != nil || r.State != api.Quarantined || r.Reason != want || r.Digest != "" ||
 		!strings.Contains(r.Hint, "server lift "+digest("1")) {
 		t.Errorf("Resolve() = %+v, %v; want quarantined, %q", r, err, want)

@@ -44,7 +44,7 @@ func parseWish(buildID, board, driver, flavour string) (checkedRequest, error) {
 	}
 	d, err := target.ParseGPUWish(driver)
 	if err != nil {
-		return checkedRequest{}, fault.Wrap(fault.Usage, err, "list what is known: server drivers")
+		return checkedRequest{}, fault.Wrap(fault.Usage, err, "list the known drivers: server drivers")
 	}
 	w := checkedRequest{kernel: k, driver: d}
 	if flavour == "" || flavour == Auto {
@@ -80,7 +80,7 @@ func (w checkedRequest) version(k api.Kernel, known bool) (version, reason, hint
 	}
 	if !known {
 		return "", "this server does not know COS build " + w.kernel.String() + " yet",
-			"ask again in a minute: it is looked up now, if the server has a --kernel-mirror; or ask for an exact driver version"
+			"ask again in a minute: a server with --kernel-mirror looks up the COS build; or name an exact driver version"
 	}
 	version, err := lists(k).Choose(w.driver)
 	if err != nil {
@@ -111,8 +111,8 @@ func (c *Catalogue) Resolve(
 	k := cells.Kernel
 	if release != "" && k.Release != "" && release != k.Release {
 		return api.Resolution{Kernel: k.Kernel, State: api.Unsupported,
-			Reason: fmt.Sprintf("the node runs kernel %s, but COS build %s has %s", release, w.kernel, k.Release),
-			Hint:   "boot the kernel that the COS build came with"}, nil
+			Reason: fmt.Sprintf("the node runs kernel release %s, but COS build %s has %s", release, w.kernel, k.Release),
+			Hint:   "boot the kernel of this COS build on the node"}, nil
 	}
 	version, reason, hint := w.version(k, known)
 	if version == "" {
@@ -158,7 +158,7 @@ func never(rel api.DriverRelease, d target.Driver) string {
 	case d.Flavour == target.Proprietary && major(d.Version) >= firstOpenOnly:
 		return fmt.Sprintf("branch %s has open modules only", d.Branch())
 	case len(rel.Flavours) > 0 && !slices.Contains(rel.Flavours, d.Flavour):
-		return fmt.Sprintf("release %s has no %s modules", d.Version, d.Flavour)
+		return fmt.Sprintf("NVIDIA's release %s has no %s modules", d.Version, d.Flavour)
 	}
 	return ""
 }
@@ -188,7 +188,7 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 		}
 	}
 	request := fmt.Sprintf(
-		"ask for it: server request --build-id %s --board %s --driver %s --flavour %s",
+		"request a build: server request --build-id %s --board %s --driver %s --flavour %s",
 		k.BuildID,
 		k.Board,
 		d.Version,
@@ -205,31 +205,33 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 		r.State, r.Reason, r.Hint = api.Queued, fmt.Sprintf(
 			"build %d waits for a builder",
 			newest.ID,
-		), "start one: builder work"
+		), "start a builder: builder work"
 		if newest.Class != "" {
-			r.Reason = fmt.Sprintf("build %d waits for its next try after %s: %s", newest.ID, newest.Class, newest.Error)
+			r.Reason = fmt.Sprintf("build %d waits for its next attempt; the last attempt ended with %s: %s",
+				newest.ID, newest.Class, newest.Error)
 		}
 	case yanked != nil:
 		withdrawn(&r, yanked)
 	case never(rel, d) != "":
-		r.State, r.Reason, r.Hint = api.Unsupported, never(rel, d), "choose the other flavour, or another version"
+		r.State, r.Reason, r.Hint = api.Unsupported, never(rel, d), "choose another flavour or another driver version"
 	case newest != nil && newest.State == api.Failed && newest.Class == fault.Unsupported.String():
 		r.State, r.Reason, r.Hint = api.Unsupported, newest.Error, orText(
 			newest.Hint,
-			"choose the other flavour, or another version",
+			"choose another flavour or another driver version",
 		)
 	case newest != nil && newest.State == api.Failed:
 		r.State, r.Reason, r.Hint = api.Failed, newest.Class+": "+newest.Error,
-			orText(newest.Hint, fmt.Sprintf("read its log: server build %d --log", newest.ID))
+			orText(newest.Hint, fmt.Sprintf("read the log of the build: server build %d --log", newest.ID))
 	case newest != nil && newest.State == api.Cancelled:
 		r.State, r.Reason, r.Hint = api.Cancelled, fmt.Sprintf("build %d was cancelled", newest.ID), request
 	case sibling != nil:
 		r.State, r.Reason, r.Hint = api.Unknown, fmt.Sprintf(
-			"%s has the same fingerprint, but no attestation for this build; a builder adds one without compiling",
+			"artifact %s has the same fingerprint, but no kernel match for this COS build; "+
+				"a builder can add the kernel match without compiling",
 			sibling.Digest,
 		), request
 	default:
-		r.State, r.Reason, r.Hint = api.Unknown, "this build was not requested yet", request
+		r.State, r.Reason, r.Hint = api.Unknown, "this cell was not requested yet", request
 	}
 	return r
 }
@@ -399,7 +401,7 @@ func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page
 		return nil, "", fault.New(
 			fault.Usage,
 			fmt.Sprintf("limit %d: want 1 to %d kernels", p.Limit, MaxLimitCells),
-			"follow the Link header for more",
+			"ask for fewer, and follow the Link header to the next page",
 		)
 	}
 	if err := checkFilter(f); err != nil {

@@ -26,7 +26,7 @@ func (c *Catalogue) SawGKE(ctx context.Context, versions map[string][]string) er
 	for _, all := range versions {
 		for _, v := range all {
 			if parsed, err := plan.ParseGKE(v); err != nil || parsed != v {
-				return fault.New(fault.Usage, fmt.Sprintf("record GKE versions: %.40q is not a version", v), "")
+				return fault.New(fault.Usage, fmt.Sprintf("record GKE versions: %.40q is not a GKE version", v), "")
 			}
 		}
 	}
@@ -52,8 +52,9 @@ var gkePattern = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,4}(\.[0-9]{1,4}(-gke\.
 
 func checkGKE(version string) error {
 	if version != "" && !gkePattern.MatchString(version) {
-		return fault.New(fault.Usage, fmt.Sprintf("GKE version %.40q: want 1.33.5-gke.1080000, or how one begins", version),
-			"write one such as 1.33")
+		return fault.New(fault.Usage,
+			fmt.Sprintf("GKE version %.40q: want a version such as 1.33.5-gke.1080000, or its beginning", version),
+			"write a version such as 1.33")
 	}
 	return nil
 }
@@ -65,14 +66,16 @@ func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution,
 		return nil, nil
 	}
 	if pool.BuildID != "" {
-		return nil, fault.New(fault.Usage, "pool names both a COS build and a version of GKE", "name one of them")
+		return nil, fault.New(fault.Usage, "pool names both a COS build and a GKE version",
+			"name either the COS build or the GKE version")
 	}
 	version, err := plan.ParseGKE(pool.GKE)
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, err, "list what is known: server kernels --gke 1.33")
+		return nil, fault.Wrap(fault.Usage, err,
+			"write a GKE version such as 1.33; list the kernels of a GKE version: server kernels --gke 1.33")
 	}
 	if _, err := target.ParseKernel("1.0.0", pool.Board); err != nil {
-		return nil, fault.Wrap(fault.Usage, err, "write one such as lakitu")
+		return nil, fault.Wrap(fault.Usage, err, "write a board such as lakitu")
 	}
 	f := store.KernelFilter{GKE: version, Board: pool.Board}
 	found, _, err := c.Store.Kernels(ctx, f, store.Page{Limit: 2})
@@ -83,16 +86,17 @@ func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution,
 		return &api.Resolution{
 			Kernel: target.Kernel{Board: pool.Board, Arch: target.BoardArch(pool.Board)}, State: api.Unknown,
 			Reason: fmt.Sprintf("this server knows no kernel of board %s that nodes of GKE %s boot", pool.Board, version),
-			Hint: "check the version, and that the server has a --gke-map and the build in its --kernel-mirror; or name " +
-				"BUILD_ID",
+			Hint: "check the GKE version; check that the server has --gke-map, and that its --kernel-mirror has the COS " +
+				"build; or name BUILD_ID instead of the GKE version",
 		}, nil
 	}
 	if len(found) > 1 {
 		return &api.Resolution{
 			Kernel: target.Kernel{Board: pool.Board, Arch: target.BoardArch(pool.Board)}, State: api.Unknown,
-			Reason: fmt.Sprintf("nodes of GKE %s on board %s boot several COS builds, %s and %s among them", version,
+			Reason: fmt.Sprintf("nodes of GKE %s on board %s boot several COS builds, such as %s and %s", version,
 				pool.Board, found[0].BuildID, found[1].BuildID),
-			Hint: "name BUILD_ID; all are listed by: server kernels --gke " + version + " --board " + pool.Board,
+			Hint: "name BUILD_ID instead of the GKE version; list these COS builds: server kernels --gke " + version +
+				" --board " + pool.Board,
 		}, nil
 	}
 	pool.BuildID = found[0].BuildID

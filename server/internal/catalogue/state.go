@@ -56,13 +56,13 @@ func eventOf(u api.BuildUpdate) (event, error) {
 			return e, nil
 		}
 	}
-	return "", fmt.Errorf("state %q is not one of a build", u.State)
+	return "", fmt.Errorf("state %q is not a state of builds", u.State)
 }
 
 // apply changes a build by an event with the values of u. It returns an error if the event is not allowed.
 func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, error) {
 	if u.Kernel != nil && (u.Kernel.BuildID != b.Kernel.BuildID || u.Kernel.Board != b.Kernel.Board) {
-		return b, fault.New(fault.Mismatch, fmt.Sprintf("it is of kernel %s, not %s", b.Kernel, *u.Kernel), "")
+		return b, fault.New(fault.Mismatch, fmt.Sprintf("the build is for kernel %s, not %s", b.Kernel, *u.Kernel), "")
 	}
 	// A newer attempt has begun, because the queue assumed that the builder of this attempt had died.
 	superseded := e != publish && u.Attempt > 0 && u.Attempt < b.Attempt
@@ -70,11 +70,12 @@ func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, er
 	case slices.Contains(tooLate[e], b.State), superseded && (e == fail || e == putBack):
 		return b, nil
 	case e != progress && !slices.Contains(allowed[e], b.State):
-		return b, fault.New(fault.Mismatch, fmt.Sprintf("it is %s and cannot become %s", b.State, leads[e]), "")
+		return b, fault.New(fault.Mismatch, fmt.Sprintf("the build is %s and cannot become %s", b.State, leads[e]), "")
 	case superseded:
-		return b, fault.New(fault.Mismatch, fmt.Sprintf("attempt %d of it is under way, not %d", b.Attempt, u.Attempt), "")
+		return b, fault.New(fault.Mismatch,
+			fmt.Sprintf("attempt %d of the build runs now, not attempt %d", b.Attempt, u.Attempt), "")
 	case b.State == api.Published && u.Digest != b.Digest: // a repeated report has to name the same digest
-		return b, fault.New(fault.Mismatch, "it is published as "+b.Digest, "")
+		return b, fault.New(fault.Mismatch, "the build is published already, as artifact "+b.Digest, "")
 	}
 	if u.Kernel != nil {
 		b.Kernel = *u.Kernel

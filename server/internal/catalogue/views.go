@@ -52,7 +52,7 @@ func (c *Catalogue) View(ctx context.Context, buildID, board, version string) (*
 	}
 	if cells == nil {
 		return nil, fault.New(fault.NotFound, fmt.Sprintf("COS build %s is not in the catalogue", k),
-			"announce it: server announce "+buildID)
+			"announce the COS build: server announce "+buildID)
 	}
 	rel, err := c.Store.Driver(ctx, version)
 	if err != nil {
@@ -265,7 +265,7 @@ func checkFilter(f store.KernelFilter) error {
 		return fault.New(fault.Usage, fmt.Sprintf("search text %.70q: want letters, digits and .+~- only", f.Text),
 			"search for the beginning of a BUILD_ID, a kernel release or a driver version")
 	case f.State != "" && !slices.Contains(filterStates, f.State):
-		return fault.New(fault.Usage, fmt.Sprintf("state %.20q is not one to filter by", string(f.State)),
+		return fault.New(fault.Usage, fmt.Sprintf("state %.20q cannot be a filter", string(f.State)),
 			"use building, queued, failed, yanked, quarantined or cancelled")
 	}
 	return checkGKE(f.GKE)

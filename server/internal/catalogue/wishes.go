@@ -50,8 +50,8 @@ func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version 
 	if strings.HasPrefix(w.ImageMap, "file:") && !strings.HasPrefix(c.KernelMirror, "file:") {
 		return api.WishList{}, fault.New(
 			fault.Usage,
-			"store wish list: its imageMap is a file on the server's machine",
-			"put the image map on a web server or into a bucket",
+			"store wish list: its imageMap is a file on the server's machine, which this server does not read",
+			"put the image map on a web server or into a bucket, and write its URL into the wish list",
 		)
 	}
 	err = c.Store.Write(ctx, func(tx *store.Tx) error { return tx.PutWishList(ctx, name, text, version, c.Now()) })
@@ -279,7 +279,7 @@ func (s *planView) Drivers(_ context.Context, k target.Kernel) (cosbucket.Driver
 		return list, fault.New(
 			fault.InputMissing,
 			fmt.Sprintf("COS build %s has no driver list", k),
-			"ask for exact driver versions",
+			"write exact driver versions into the wish list",
 		)
 	}
 	return list, nil
@@ -293,8 +293,8 @@ func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, 
 	if c.Mirror == nil {
 		return api.Release{}, fault.New(
 			fault.Unsupported,
-			"this server has no mirror of COS releases to look build "+buildID+" up in",
-			"start it with --kernel-mirror",
+			"look up COS build "+buildID+": this server has no mirror of COS releases",
+			"start the server with --kernel-mirror URL",
 		)
 	}
 	if _, err := c.lookUp(ctx, buildID); err != nil {
@@ -318,7 +318,7 @@ func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, e
 		return api.Release{}, fault.New(
 			fault.NotFound,
 			fmt.Sprintf("COS build %.80q is not in the catalogue", buildID),
-			"announce it: POST /v1/releases",
+			"announce the COS build: server announce BUILD_ID",
 		)
 	}
 	r := api.Release{BuildID: buildID, Kernels: kernels, SeenAt: kernels[0].FirstSeenAt}
@@ -372,7 +372,8 @@ const maxPools = 100
 // Preflight says whether node pools may be upgraded to COS builds: whether each of their nodes would find its driver.
 func (c *Catalogue) Preflight(ctx context.Context, q api.PreflightRequest) (api.Preflight, error) {
 	if n := len(q.Pools); n == 0 || n > maxPools {
-		return api.Preflight{}, fault.New(fault.Usage, fmt.Sprintf("preflight of %d pools; want 1 to %d", n, maxPools), "")
+		return api.Preflight{}, fault.New(fault.Usage,
+			fmt.Sprintf("the request names %d pools; want 1 to %d", n, maxPools), "")
 	}
 	out := api.Preflight{May: true}
 	for _, pool := range q.Pools {

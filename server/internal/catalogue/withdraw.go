@@ -19,7 +19,7 @@ func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) 
 		return api.Artifact{}, fault.New(
 			fault.Usage,
 			"yank "+digest+": want a reason of 1 to 1000 letters",
-			"give a reason; nodes show it",
+			"give a reason, which nodes show: --reason WHY",
 		)
 	}
 	if err := checkLine("reason", reason); err != nil {
@@ -49,7 +49,7 @@ func replaces(ctx context.Context, tx *store.Tx, old api.Artifact, digest string
 	var why string
 	switch {
 	case a.Digest == old.Digest:
-		why = "it is the artifact itself"
+		why = "it is the yanked artifact itself"
 	case a.State != api.Published:
 		why = "it is " + string(a.State)
 	case a.Fingerprint != old.Fingerprint:
@@ -64,7 +64,7 @@ func replaces(ctx context.Context, tx *store.Tx, old api.Artifact, digest string
 	return fault.New(
 		fault.Mismatch,
 		fmt.Sprintf("replacement %s does not fit: %s", digest, why),
-		"name a published artifact for the same kernels, of the same driver or a newer one",
+		"name a published artifact for the same kernels, with the same driver or a newer driver",
 	)
 }
 
@@ -75,7 +75,7 @@ func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, er
 			return fault.New(
 				fault.Mismatch,
 				"artifact "+digest+" is not yanked, it is in quarantine",
-				"lift it: server lift "+digest,
+				"lift the quarantine: server lift "+digest,
 			)
 		}
 		return tx.IgnoreReportsBefore(ctx, digest, c.Now())
@@ -87,7 +87,7 @@ func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, erro
 	return c.setState(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State != api.Quarantined {
 			return fault.New(fault.Mismatch, fmt.Sprintf("artifact %s is not in quarantine, it is %s", digest, old.State),
-				"list what is: server quarantine")
+				"list artifacts in quarantine: server quarantine")
 		}
 		return tx.IgnoreReportsBefore(ctx, digest, c.Now())
 	})
@@ -128,10 +128,10 @@ func (c *Catalogue) setState(
 func withdrawn(r *api.Resolution, a *store.Candidate) {
 	r.State, r.Reason, r.Hint = a.State, a.Reason, "choose another driver version"
 	if a.State == api.Quarantined {
-		r.Hint += ", or lift it: server lift " + a.Digest
+		r.Hint += ", or lift the quarantine: server lift " + a.Digest
 	}
 	if r.Replacement = a.Replacement; a.Replacement != "" {
-		r.Reason += "; " + a.Replacement + " replaces it"
-		r.Hint = "use what replaces it: --driver " + a.Replacement
+		r.Reason += "; artifact " + a.Replacement + " replaces it"
+		r.Hint = "use the replacement: --driver " + a.Replacement
 	}
 }

@@ -58,7 +58,7 @@ func TestYankWithReplacement(t *testing.T) {
 		}
 		r, err := c.Resolve(t.Context(), first, "lakitu", v261, "open", "")
 		if err != nil || r.State != api.Yanked || r.Replacement != replacement ||
-			r.Reason != "panics; "+replacement+" replaces it" || !strings.Contains(r.Hint, replacement) {
+			r.Reason != "panics; artifact "+replacement+" replaces it" || !strings.Contains(r.Hint, replacement) {
 			t.Errorf("Resolve() = %+v, %v; want yanked, and the replacement", r, err)
 		}
 	}

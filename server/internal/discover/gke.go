@@ -44,7 +44,7 @@ func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	}
 	kernels, versions := images.GKE()
 	if len(kernels) == 0 {
-		return 0, fault.New(fault.Unsupported, "discover GKE versions: "+s.Map+" names no version",
+		return 0, fault.New(fault.Unsupported, "discover GKE versions: "+s.Map+" names no GKE version",
 			"give --gke-map a list in the form of https://www.gstatic.com/gke-image-maps/gke-to-cos.json")
 	}
 	kernels = kernels[:min(len(kernels), maxGKE)]

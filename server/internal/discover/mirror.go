@@ -38,7 +38,7 @@ func (m Mirror) Build(ctx context.Context, buildID string) (all []api.Kernel, er
 		return nil, fault.New(
 			fault.InputMissing,
 			"the mirror has no COS build "+buildID,
-			"check BUILD_ID, and that the server's --kernel-mirror has that build",
+			"check BUILD_ID, and check that the server's --kernel-mirror has that COS build",
 		)
 	}
 	return all, nil

@@ -3,6 +3,7 @@ package httpapi
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"net"
 	"net/http"
 	"strings"
@@ -40,7 +41,7 @@ func access(ctx context.Context, who *auth.Authenticator, authorization string, 
 	scheme, secret, _ := strings.Cut(authorization, " ")
 	if !strings.EqualFold(scheme, "Bearer") || strings.TrimSpace(secret) == "" {
 		return fault.New(fault.Unauthorized, "this call needs a token",
-			"send it as Authorization: Bearer TOKEN; server tokens create makes one")
+			"send the header Authorization: Bearer TOKEN; make a token: server tokens create NAME")
 	}
 	p, err := who.Authenticate(ctx, strings.TrimSpace(secret))
 	if err != nil {
@@ -169,8 +170,8 @@ func limitClients(perMinute int) func(http.Handler) http.Handler {
 	}
 	return httprate.LimitBy(perMinute, time.Minute, peer, httprate.WithLimitHandler(
 		func(w http.ResponseWriter, _ *http.Request) {
-			writeProblem(w, problemOf(fault.New(fault.TooMany, "this address asks too often",
-				"wait for the time in Retry-After")))
+			writeProblem(w, problemOf(fault.New(fault.TooMany, "this IP address sends too many requests",
+				"wait as many seconds as the header Retry-After says")))
 		}))
 }
 
@@ -210,7 +211,8 @@ func (a *callers) caller(ctx context.Context) catalogue.Caller {
 			a.of[who.Name] = l
 		}
 		if !l.Allow() {
-			return fault.Errorf(fault.TooMany, "%s asked for %d new builds within an hour", who.Name, a.perHour)
+			return fault.New(fault.TooMany, fmt.Sprintf("%s requested %d new builds within an hour", who.Name, a.perHour),
+				"request the build later, or start the server with a higher --ask-rate")
 		}
 		return nil
 	}}

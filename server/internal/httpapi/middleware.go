@@ -220,7 +220,8 @@ func methodNotAllowed(routes chi.Routes) http.HandlerFunc {
 			}
 		}
 		w.Header().Set("Allow", strings.Join(has, ", "))
-		p := problemOf(fault.New(fault.Usage, r.Method+" is no method of this path", "use "+strings.Join(has, " or ")))
+		p := problemOf(fault.New(fault.Usage, "this path does not accept the method "+r.Method,
+			"use "+strings.Join(has, " or ")))
 		p.Status = http.StatusMethodNotAllowed
 		writeProblem(w, p)
 	}
@@ -277,7 +278,8 @@ func appendLog(c Config) http.HandlerFunc {
 		id, err := pathID(r)
 		offset, perr := strconv.ParseInt(r.URL.Query().Get("offset"), 10, 64)
 		if err == nil && (perr != nil || offset < 0) {
-			err = fault.New(fault.Usage, "offset is not a number of bytes", "name the offset of the part: ?offset=0")
+			err = fault.New(fault.Usage, "append to log: offset is not a number of bytes",
+				"give the offset of this part in the log, in bytes: ?offset=0")
 		}
 		if err == nil {
 			err = c.Catalogue.AppendLog(r.Context(), id, offset, http.MaxBytesReader(w, r.Body, api.MaxLiveLogPart))
@@ -285,8 +287,8 @@ func appendLog(c Config) http.HandlerFunc {
 		if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
 			err = fault.New(
 				fault.TooLarge,
-				fmt.Sprintf("a part of a log has %d kB at most", api.MaxLiveLogPart>>10),
-				"send it in several parts",
+				fmt.Sprintf("append to log: this part has more than %d kB", api.MaxLiveLogPart>>10),
+				"send the log in smaller parts",
 			)
 		}
 		if err != nil {

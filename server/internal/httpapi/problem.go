@@ -43,7 +43,7 @@ func problemOf(err error) api.Problem {
 func PublicText(kind fault.Kind) string {
 	switch kind {
 	case fault.DiskFull:
-		return "the server's disk is full; its log has the cause"
+		return "the server's disk is full; the server's log has the cause"
 	case fault.Internal:
 		return "internal error; the server's log has the cause"
 	}
@@ -94,7 +94,7 @@ var ownErrors = sync.OnceFunc(func() {
 		case status >= http.StatusInternalServerError:
 			kind = fault.Internal
 		}
-		p := problemOf(fault.New(kind, strings.Join(detail, "; "), "find the members of this request in /openapi.json"))
+		p := problemOf(fault.New(kind, strings.Join(detail, "; "), "find the fields of this request in /openapi.json"))
 		if kind == fault.TimedOut {
 			p.Status = status // 504 would blame the server
 		}
@@ -119,7 +119,7 @@ func refuseUnknown(a huma.API) func(huma.Context, func(huma.Context)) {
 					problemOf(
 						fault.New(
 							fault.Usage,
-							fmt.Sprintf("there is no query parameter %.80q here", name),
+							fmt.Sprintf("this path has no query parameter %.80q", name),
 							"find the parameters of this path in /openapi.json",
 						),
 					),

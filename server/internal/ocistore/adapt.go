@@ -51,7 +51,7 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 			w,
 			http.StatusMethodNotAllowed,
 			"UNSUPPORTED",
-			"blobs are shared by repositories, and go by themselves once no manifest names them",
+			"repositories share blobs; the server deletes a blob by itself when no manifest names it any more",
 		)
 		return true
 	case kind == "blobs/uploads" && r.Method == http.MethodDelete:
@@ -104,7 +104,7 @@ func (h *handler) readManifest(w http.ResponseWriter, r *http.Request, repo, ref
 	case err != nil: // the body ended too early
 		err = fmt.Errorf("%w: %w", ociregistry.ErrManifestInvalid, err)
 	case !json.Valid(content):
-		err = fmt.Errorf("%w: it is no JSON", ociregistry.ErrManifestInvalid)
+		err = fmt.Errorf("%w: the manifest is not JSON", ociregistry.ErrManifestInvalid)
 	}
 	if err != nil {
 		h.writeError(w, r, err)

@@ -24,7 +24,7 @@ type Collected struct {
 // between.
 func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err error) {
 	if err := s.dropUploads(now); err != nil {
-		return out, fmt.Errorf("collect: %w", err)
+		return out, fmt.Errorf("collect blobs: %w", err)
 	}
 	var old []string
 	err = fs.WalkDir(s.root.FS(), "blobs", func(p string, d fs.DirEntry, err error) error {
@@ -45,7 +45,7 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 	}
 	named, err := s.named(ctx)
 	if err != nil {
-		return out, fmt.Errorf("collect: %w", err)
+		return out, fmt.Errorf("collect blobs: %w", err)
 	}
 	for _, p := range old {
 		if named[path.Base(p)] {
@@ -53,7 +53,7 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 		}
 		n, err := s.collect(p, now)
 		if err != nil {
-			return out, fmt.Errorf("collect: %w", err)
+			return out, fmt.Errorf("collect blobs: %w", err)
 		}
 		if n >= 0 {
 			out.Blobs++

@@ -22,8 +22,8 @@ func (s *Store) restricted(manifest []byte) string {
 		return ""
 	}
 	return fmt.Sprintf(
-		"this registry is public, and the artifact holds what is under NVIDIA's licence: publish it to a private one, or, "+
-			"if you may pass that on, start the server with --redistribute %s",
+		"this registry is public, and the artifact has files under NVIDIA's licence: publish it to a private registry, or, "+
+			"if you may redistribute these files, start the server with --redistribute %s",
 		need,
 	)
 }

@@ -58,7 +58,8 @@ func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknow
 	}
 	if offset0 < 0 || offset0 > offset1 {
 		return nil, errors.Join(
-			fmt.Errorf("%w: %d to %d of %d bytes", ociregistry.ErrRangeInvalid, offset0, offset1, desc.Size),
+			fmt.Errorf("%w: the request is for bytes %d to %d, and the blob has %d bytes", ociregistry.ErrRangeInvalid,
+				offset0, offset1, desc.Size),
 			f.Close(),
 		)
 	}

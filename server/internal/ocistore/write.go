@@ -47,9 +47,9 @@ func (s *Store) PushBlob(
 	}
 	switch {
 	case count.n > MaxBlob || (desc.Size >= 0 && count.n != desc.Size):
-		err = fmt.Errorf("%w: got %d bytes", ociregistry.ErrSizeInvalid, count.n)
+		err = fmt.Errorf("%w: the content has %d bytes", ociregistry.ErrSizeInvalid, count.n)
 	case seen.Digest() != desc.Digest:
-		err = fmt.Errorf("%w: got %s", ociregistry.ErrDigestInvalid, seen.Digest())
+		err = fmt.Errorf("%w: the content has digest %s", ociregistry.ErrDigestInvalid, seen.Digest())
 	}
 	if err != nil {
 		return desc, errors.Join(err, s.root.Remove(name))
@@ -131,7 +131,7 @@ func (s *Store) CancelUpload(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.busy[id] {
-		return fmt.Errorf("%w: another request writes to it", ociregistry.ErrBlobUploadInvalid)
+		return fmt.Errorf("%w: another request writes to this upload", ociregistry.ErrBlobUploadInvalid)
 	}
 	return gone(s.root.Remove("uploads/"+id), ociregistry.ErrBlobUploadUnknown)
 }
@@ -140,7 +140,8 @@ func (s *Store) upload(id string, f *os.File, size, offset int64) (ociregistry.B
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.busy[id] {
-		return nil, errors.Join(fmt.Errorf("%w: another request writes to it", ociregistry.ErrBlobUploadInvalid), f.Close())
+		err := fmt.Errorf("%w: another request writes to this upload", ociregistry.ErrBlobUploadInvalid)
+		return nil, errors.Join(err, f.Close())
 	}
 	s.busy[id] = true
 	return &upload{s: s, id: id, f: f, size: size, offset: offset}, nil
@@ -167,7 +168,7 @@ func (u *upload) Write(p []byte) (int, error) {
 	}
 	u.offset = -1
 	if u.size+int64(len(p)) > MaxBlob {
-		return 0, fmt.Errorf("%w: more than %d bytes", ociregistry.ErrSizeInvalid, int64(MaxBlob))
+		return 0, fmt.Errorf("%w: the blob has more than %d bytes", ociregistry.ErrSizeInvalid, int64(MaxBlob))
 	}
 	n, err := u.f.Write(p)
 	u.size += int64(n)
@@ -216,7 +217,8 @@ func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err 
 		return desc, err
 	}
 	if seen.Digest() != d {
-		return desc, errors.Join(fmt.Errorf("%w: got %s", ociregistry.ErrDigestInvalid, seen.Digest()), u.Cancel())
+		err := fmt.Errorf("%w: the content has digest %s", ociregistry.ErrDigestInvalid, seen.Digest())
+		return desc, errors.Join(err, u.Cancel())
 	}
 	if err := u.s.adopt(name, blobPath(sum)); err != nil {
 		return desc, err
@@ -255,7 +257,7 @@ func (s *Store) pushManifest(
 	mediaType string,
 ) (desc ociregistry.Descriptor, err error) {
 	if len(content) > MaxManifest {
-		return desc, fmt.Errorf("%w: more than %d bytes", ociregistry.ErrManifestInvalid, MaxManifest)
+		return desc, fmt.Errorf("%w: the manifest has more than %d bytes", ociregistry.ErrManifestInvalid, MaxManifest)
 	}
 	var tagFile string
 	if tag != "" {
@@ -316,7 +318,8 @@ func (s *Store) pushManifest(
 }
 
 func denied(repo, tag string, is ociregistry.Digest) error {
-	return fmt.Errorf("%w: tag %s of %s is create-only and names %s", ociregistry.ErrDenied, tag, repo, is)
+	return fmt.Errorf("%w: tag %s of repository %s is create-only and already names %s", ociregistry.ErrDenied, tag,
+		repo, is)
 }
 
 func (s *Store) setTag(repo, tag, name string, desc ociregistry.Descriptor) error {
@@ -347,17 +350,17 @@ func (s *Store) check(ctx context.Context, repo string, content []byte, mediaTyp
 	switch mediaType {
 	case ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, dockerManifest, dockerList:
 	default:
-		return m, invalid("media type %q is not a manifest's", mediaType)
+		return m, invalid("media type %q is not a media type of manifests", mediaType)
 	}
 	if err := json.Unmarshal(content, &m); err != nil {
 		return m, invalid("%v", err)
 	}
 	if m.MediaType != "" && m.MediaType != mediaType {
-		return m, invalid("sent as %q, but says it is %q", mediaType, m.MediaType)
+		return m, invalid("the request has media type %q, but the manifest has %q", mediaType, m.MediaType)
 	}
 	if mediaType == ocispec.MediaTypeImageIndex || mediaType == dockerList {
 		if m.Config != nil || len(m.Layers) > 0 {
-			return m, invalid("an index has no config and no layers")
+			return m, invalid("an index must not have a config or layers")
 		}
 		for _, d := range m.Manifests {
 			if _, err := s.ResolveManifest(ctx, repo, d.Digest); err != nil {
@@ -367,7 +370,7 @@ func (s *Store) check(ctx context.Context, repo string, content []byte, mediaTyp
 		return m, nil
 	}
 	if m.Config == nil || len(m.Manifests) > 0 {
-		return m, invalid("an image manifest has a config and no manifests")
+		return m, invalid("an image manifest must have a config and no manifests")
 	}
 	for _, d := range append([]ociregistry.Descriptor{*m.Config}, m.Layers...) {
 		size, err := s.has(d.Digest)
@@ -378,7 +381,7 @@ func (s *Store) check(ctx context.Context, repo string, content []byte, mediaTyp
 			return m, missing("blob", d.Digest, err)
 		}
 		if size != d.Size {
-			return m, invalid("%s has %d bytes, the manifest says %d", d.Digest, size, d.Size)
+			return m, invalid("blob %s has %d bytes, but the manifest says %d", d.Digest, size, d.Size)
 		}
 	}
 	return m, nil

@@ -23,7 +23,7 @@ func CopySQLite(ctx context.Context, from, to string) error {
 func copySQLite(ctx context.Context, from, to string) (err error) {
 	// Without this check, SQLite would make a missing database.
 	if _, err := os.Stat(from); err != nil {
-		return fault.Wrap(fault.NotFound, err, "name the server's data folder: --data FOLDER")
+		return fault.Wrap(fault.NotFound, err, "name the data folder of the server: --data FOLDER")
 	}
 	// The file is made first, so that the copy is private from its first byte. SQLite accepts an empty file as target.
 	f, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)

@@ -154,7 +154,8 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNIN
 		}
 		// That build ended between the two statements, so another attempt follows.
 	}
-	return b, false, fault.New(fault.Busy, "store build: the cell's open build keeps changing", "ask again")
+	return b, false, fault.New(fault.Busy, "store build: the cell's open build keeps changing",
+		"send the request again")
 }
 
 // BuildBefore finds the newest build of b's cell that is older than b.
@@ -163,7 +164,7 @@ func (tx *Tx) BuildBefore(ctx context.Context, b api.Build) (before api.Build, f
         AND id < $5 ORDER BY id DESC LIMIT 1`,
 		b.Kernel.BuildID, b.Kernel.Board, b.Driver.Version, string(b.Driver.Flavour), b.ID)
 	if err != nil || len(all) == 0 {
-		return api.Build{}, false, classify("read the build before", err)
+		return api.Build{}, false, classify("read the previous build", err)
 	}
 	return all[0], true, nil
 }
@@ -197,7 +198,7 @@ func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 		if found && open.ID != b.ID {
 			return fault.New(
 				fault.Busy,
-				fmt.Sprintf("build %d cannot be opened: build %d of the same cell is open", b.ID, open.ID),
+				fmt.Sprintf("store build %d: build %d of the same cell has not ended yet", b.ID, open.ID),
 				"",
 			)
 		}

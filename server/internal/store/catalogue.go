@@ -190,7 +190,7 @@ func artifact(ctx context.Context, q querier, digest string) (api.Artifact, erro
 		return api.Artifact{}, fault.New(
 			fault.NotFound,
 			"artifact "+digest+" is not in the catalogue",
-			"list what is there: server artifacts",
+			"list artifacts: server artifacts",
 		)
 	}
 	return all[0], nil

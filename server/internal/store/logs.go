@@ -55,11 +55,11 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 	}
 	f, err := l.root.OpenFile(liveName(build), flags, 0o600)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fault.New(fault.Mismatch, fmt.Sprintf("the log of build %d has not been started", build),
+		return fault.New(fault.Mismatch, fmt.Sprintf("the log of build %d does not exist yet", build),
 			"send the log again from offset 0")
 	}
 	if err != nil {
-		return fmt.Errorf("store log of build %d: %w", build, fault.Disk(err, "free space for the server's data folder"))
+		return fmt.Errorf("store log of build %d: %w", build, fault.Disk(err, "free space on the disk of the data folder"))
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	info, err := f.Stat()
@@ -78,11 +78,11 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 	}
 	n, err := io.Copy(f, io.LimitReader(r, api.MaxLiveLog-offset+1))
 	if err == nil && offset+n > api.MaxLiveLog {
-		err = fault.New(fault.TooLarge, fmt.Sprintf("the log of a build under way has %d MiB at most", api.MaxLiveLog>>20),
-			"send all of it when the build has ended")
+		err = fault.New(fault.TooLarge, fmt.Sprintf("the log of a running build has %d MiB at most", api.MaxLiveLog>>20),
+			"send the whole log when the build has ended")
 	}
 	if err != nil { // a part is stored whole or not at all
-		err = errors.Join(fault.Disk(err, "free space for the server's data folder"), f.Truncate(offset))
+		err = errors.Join(fault.Disk(err, "free space on the disk of the data folder"), f.Truncate(offset))
 		return fmt.Errorf("store log of build %d: %w", build, err)
 	}
 	return nil
@@ -103,13 +103,13 @@ func (l *Logs) Put(build int64, r io.Reader) (err error) {
 	n, err := io.Copy(part, io.LimitReader(r, api.MaxBuildLog+1))
 	if err == nil && n > api.MaxBuildLog {
 		err = fault.New(fault.TooLarge, fmt.Sprintf("the log is larger than %d MiB", api.MaxBuildLog>>20),
-			"send its end only")
+			"send only the end of the log")
 	}
 	if err == nil {
 		err = part.Sync()
 	}
 	if err = errors.Join(err, part.Close()); err != nil {
-		err = fault.Disk(err, "free space for the server's data folder")
+		err = fault.Disk(err, "free space on the disk of the data folder")
 		return fmt.Errorf("store log of build %d: %w", build, err)
 	}
 	err = l.root.Rename(filepath.Base(part.Name()), name)

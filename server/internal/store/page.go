@@ -39,8 +39,8 @@ func (p Page) parse(n int) ([]string, error) {
 	if err != nil || len(key) != n || len(p.After) > maxCursor {
 		return nil, fault.New(
 			fault.Usage,
-			"this list did not give out this cursor",
-			"take it from the Link header of the page before",
+			"the cursor is not from this list",
+			"take the cursor from the Link header of the previous page",
 		)
 	}
 	return key, nil

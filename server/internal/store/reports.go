@@ -24,7 +24,8 @@ func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at
 		return classify(what, err)
 	}
 	if others >= MaxReports {
-		return fault.New(fault.TooMany, fmt.Sprintf("%s: %d nodes of %s reported on it already", what, others, source), "")
+		return fault.New(fault.TooMany,
+			fmt.Sprintf("%s: %d nodes of network %s reported on this artifact already", what, others, source), "")
 	}
 	_, err = tx.ExecContext(ctx, `
 INSERT INTO reports (digest, build_id, board, node, source, outcome, class, message, at)

@@ -60,7 +60,7 @@ func Open(ctx context.Context, rawURL string) (*Store, error) {
 	}
 	if err := s.migrate(ctx); err != nil {
 		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("migrate catalogue: %w", err),
-			"check that the database is reachable and writable, and not of a newer server"), s.Close())
+			"check that the server can reach and write the database, and that no newer server has migrated it"), s.Close())
 	}
 	if !s.postgres {
 		s.cache.listens(true) // no other process writes
@@ -224,7 +224,7 @@ func classify(what string, err error) error {
 		return err
 	}
 	if code := (*sqlitedriver.Error)(nil); errors.As(err, &code) && code.Code()&0xff == sqlitelib.SQLITE_FULL {
-		return fault.Wrap(fault.DiskFull, fmt.Errorf("%s: %w", what, err), "free space for the server's data folder")
+		return fault.Wrap(fault.DiskFull, fmt.Errorf("%s: %w", what, err), "free space on the disk of the data folder")
 	}
 	return fault.Wrap(fault.Transient, fmt.Errorf("%s: %w", what, err), "")
 }

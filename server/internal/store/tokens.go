@@ -37,7 +37,7 @@ func (s *Store) Token(ctx context.Context, id string) (api.Token, []byte, error)
 }
 
 func noToken(id string) error {
-	return fault.New(fault.NotFound, fmt.Sprintf("token %.40q does not exist", id), "list them: server tokens list")
+	return fault.New(fault.NotFound, fmt.Sprintf("token %.40q does not exist", id), "list tokens: server tokens list")
 }
 
 // Tokens lists all tokens without their secrets, sorted by name.

@@ -48,7 +48,8 @@ func (s *Store) WishList(ctx context.Context, name string) (api.WishList, error)
 }
 
 func noWishList(name string) error {
-	return fault.New(fault.NotFound, fmt.Sprintf("wish list %q does not exist", name), "list them: server wish-lists")
+	return fault.New(fault.NotFound, fmt.Sprintf("wish list %q does not exist", name),
+		"list wish lists: server wish-lists")
 }
 
 // PutWishList stores a text as the newest version of a wish list. Version 0 replaces any stored text. Any other
@@ -63,7 +64,7 @@ func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64,
 		return fault.New(
 			fault.Busy,
 			fmt.Sprintf("wish list %q has version %d now, not %d", name, stored, version),
-			"read it again, and send the change with that version",
+			"read the wish list again, and send your change with the new version number",
 		)
 	}
 	_, err = tx.ExecContext(ctx, `

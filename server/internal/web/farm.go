@@ -19,7 +19,8 @@ import (
 func parseID(text string) (int64, error) {
 	id, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || id < 1 {
-		return 0, fault.New(fault.NotFound, "there is no such build", "find it in the queue, or on the page of its cell")
+		return 0, fault.New(fault.NotFound, "there is no such build",
+			"find the build in the queue, or on the page of its cell")
 	}
 	return id, nil
 }

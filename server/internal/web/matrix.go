@@ -89,7 +89,7 @@ func parse(query url.Values) (Query, error) {
 	if m := query.Get("milestone"); m != "" {
 		n, err := strconv.Atoi(m)
 		if err != nil || n < 0 {
-			return q, fault.New(fault.Usage, fmt.Sprintf("milestone %.20q is not a number", m), "write one such as 109")
+			return q, fault.New(fault.Usage, fmt.Sprintf("milestone %.20q is not a number", m), "write a milestone such as 109")
 		}
 		q.Milestone = n
 	}

@@ -174,7 +174,7 @@ func TestPages(t *testing.T) {
 		{"kernels with a failed cell", full, "/?state=failed", 200, []string{"17800.66.78<"}, []string{"18244.151.14<"}},
 		{"kernels with a yanked cell", full, "/?state=yanked", 200, []string{"17800.66.78<"}, []string{"18244.151.14<"}},
 		{"kernels with a cancelled cell", full, "/?state=cancelled", 200, []string{"No kernel is like that"}, nil},
-		{"state that is none", full, "/?state=x", 400, []string{"not one to filter by"}, nil},
+		{"state that is none", full, "/?state=x", 400, []string{"cannot be a filter"}, nil},
 		{"milestone that is none", full, "/?milestone=x", 400, []string{"is not a number"}, nil},
 		{"cell of both flavours", full, cell + "535.261.03", 200, []string{
 			digest, "prebake.example/prebake/driver@" + digest,
