@@ -33,6 +33,6 @@ func TestConfigCheck(t *testing.T) {
 		{"nothing beside", "google-modules: true\nbtf: true\n", "",
 			"LAST+1:1: btf: --btf has no effect with --google-modules"},
 		{"not a URL", "server: prebake", "server: http://prebake.example.com:8440",
-			`3:1: server: server "prebake": want a URL; give it as in`},
+			`3:1: server: server "prebake": want a URL; give a URL, such as`},
 	})
 }
