@@ -58,7 +58,7 @@ Example:
 			}
 			if all == nil {
 				return fault.New(fault.NoArtifact, file+" has no drivers",
-					"list the content of the bundle: builder bundle show "+file)
+					"list what the bundle has: builder bundle show "+file)
 			}
 			return cli.Print(cmd, all, func(w io.Writer) error {
 				for _, t := range all {

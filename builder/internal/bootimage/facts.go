@@ -132,7 +132,7 @@ var definedString = regexp.MustCompile(`(?m)^#define[ \t]+(\w+)[ \t]+"([^"\n]*)"
 // ErrOtherRun means that the kernel has the release and configuration of the headers, but was linked by somebody else
 // or at another time. Callers may tolerate this difference, because not every bucket is known to have an image and
 // headers from the same run of make.
-var ErrOtherRun = errors.New("it was linked in another run of make than the headers")
+var ErrOtherRun = errors.New("it comes from another run of make than the headers")
 
 // Check reports whether the kernel belongs to a header tree. The releases must be equal. If the tree says who built the
 // kernel, when, and under which build number, these facts must be equal. If the kernel contains its configuration, the

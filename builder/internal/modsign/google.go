@@ -20,7 +20,7 @@ import (
 const AttachRecipe = "attach-1"
 
 // ErrLeftOut means that a signature by Google cannot be used for a module. The error's text continues with the reason.
-var ErrLeftOut = errors.New("Google's signatures are left out")
+var ErrLeftOut = errors.New("signatures by Google are left out")
 
 // Detached has Google's signatures for the driver of one COS build. They come from
 // extensions/gpu/nvidia-drivers-<VERSION>-signature.tar.gz. Google made them over the bytes of the modules that it
