@@ -125,7 +125,8 @@ func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 			return Sum{Algorithm: a, Hex: sum}, nil
 		}
 	}
-	return Sum{}, fault.New(fault.Checksum, fmt.Sprintf("read %s of %s: no line has a %s checksum of this object", a, base, a),
+	return Sum{}, fault.New(fault.Checksum,
+		fmt.Sprintf("read %s of %s: no line has a %s checksum of this object", a, base, a),
 		"write the digest in hex, or the line that "+string(a)+"sum prints, into the checksum file")
 }
 
