@@ -139,7 +139,7 @@ func refuseFlags(cmd *ucli.Command, beside string, names ...string) error {
 	for _, name := range names {
 		if cmd.IsSet(name) {
 			return cli.About(fault.New(fault.Usage, fmt.Sprintf("--%s has no effect with %s", name, beside),
-				"leave it out; see "+cmd.FullName()+" --help"), name)
+				"leave out --"+name+"; see "+cmd.FullName()+" --help"), name)
 		}
 	}
 	return nil
@@ -153,7 +153,7 @@ func oneSignature(cmd *ucli.Command) error {
 	}
 	if (cmd.String("module-key") == "") != (cmd.String("module-cert") == "") {
 		return cli.About(fault.New(fault.Usage, "--module-key and --module-cert go together",
-			"give both, or none; see "+cmd.FullName()+" --help"), "module-key", "module-cert")
+			"give both flags, or neither of them; see "+cmd.FullName()+" --help"), "module-key", "module-cert")
 	}
 	if cmd.String("google-signatures") == string(pipeline.GoogleRequire) {
 		return refuseFlags(cmd, "--google-signatures require", "module-key")
@@ -279,7 +279,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	log, err := os.Create(logPath)
 	if err != nil {
-		return fault.Disk(fmt.Errorf("open log: %w", err), "free space for logs")
+		return fault.Disk(fmt.Errorf("open log: %w", err), "free space on the disk of the log")
 	}
 	defer func() { err = errors.Join(err, log.Close()) }()
 	stderr := cmd.Root().ErrWriter
@@ -339,7 +339,7 @@ func keygenCommand() *ucli.Command {
 		Action: func(_ context.Context, cmd *ucli.Command) error {
 			path := cmd.Args().First()
 			if path == "" || cmd.Args().Len() != 1 {
-				return fault.New(fault.Usage, "keygen takes one file name", "builder keygen prebake.key")
+				return fault.New(fault.Usage, "keygen takes one file name", "run: builder keygen prebake.key")
 			}
 			if err := sign.GenerateKey(path); err != nil {
 				return err

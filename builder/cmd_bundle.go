@@ -107,7 +107,7 @@ func runBundleCreate(ctx context.Context, cmd *ucli.Command) error {
 		return err
 	}
 	if _, err := os.Lstat(file); err == nil {
-		return fault.New(fault.Usage, file+" exists already", "name a new file")
+		return fault.New(fault.Usage, file+" exists already", "give the name of a file that does not exist yet")
 	}
 	var report *offline.Report
 	err = writeAtomically(file, func(w io.Writer) (err error) {
@@ -320,7 +320,7 @@ Example:
 				return err
 			}
 			if cmd.String("snapshot")+cmd.String("keys") == "" {
-				return fault.New(fault.Usage, "nothing to extract", "name what to write: --snapshot FOLDER, --keys FOLDER")
+				return fault.New(fault.Usage, "nothing to extract", "give --snapshot FOLDER, --keys FOLDER or both")
 			}
 			for _, what := range []struct{ tag, kind, dir string }{
 				{offline.TagSnapshot, offline.TypeSnapshot, cmd.String("snapshot")},

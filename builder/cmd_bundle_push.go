@@ -57,7 +57,8 @@ Example:
 				return err
 			}
 			if all == nil {
-				return fault.New(fault.NoArtifact, file+" has no drivers", "list what it has: builder bundle show "+file)
+				return fault.New(fault.NoArtifact, file+" has no drivers",
+					"list what the bundle has: builder bundle show "+file)
 			}
 			return cli.Print(cmd, all, func(w io.Writer) error {
 				for _, t := range all {
@@ -87,7 +88,7 @@ func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licenc
 		f, err := target.ParseFlavour(m.Annotations[bundle.AnnotationDriverFlavour])
 		if err != nil {
 			return fault.Wrap(fault.Unverified, fmt.Errorf("read driver %s: %w", d.Digest, err),
-				"get the file again from its publisher")
+				"get the bundle again from its publisher")
 		}
 		flavours[d.Digest.String()] = f
 		return nil

@@ -168,7 +168,8 @@ func runTrim(ctx context.Context, cmd *ucli.Command) error {
 			return err
 		}
 		if done.Busy {
-			return fault.New(fault.Busy, "another process is trimming "+cache.Dir(), "wait for it")
+			return fault.New(fault.Busy, "another process is trimming "+cache.Dir(),
+				"wait until that process ends, then run the command again")
 		}
 		return cli.Print(cmd, done, func(w io.Writer) error {
 			verb := "removed"

@@ -77,7 +77,7 @@ func runInspect(ctx context.Context, cmd *ucli.Command) (err error) {
 		}
 		return fault.New(fault.Of(err),
 			fmt.Sprintf("%s cannot be built: %d of %d checks fail", kernel, failed, len(report.Findings)),
-			"read the lines that begin with fail; if they are wrong, report them with this output")
+			"read the lines that begin with fail; if such a line is wrong, report it as a bug, with this whole output")
 	}
 	return nil
 }

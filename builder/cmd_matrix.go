@@ -54,7 +54,7 @@ func oneOf(cmd *ucli.Command, a, b string) error {
 		if cmd.String(a) != "" {
 			what = "both --" + a + " and --" + b
 		}
-		return cli.About(fault.New(fault.Usage, what, "give one of the two; see "+cmd.FullName()+" --help"), a, b)
+		return cli.About(fault.New(fault.Usage, what, "give one of these two flags; see "+cmd.FullName()+" --help"), a, b)
 	}
 	return nil
 }
@@ -68,7 +68,7 @@ func wishCommand() *ucli.Command {
 				Name: "check", Usage: "check a wish list, and print every mistake", ArgsUsage: "FILE",
 				Action: func(_ context.Context, cmd *ucli.Command) error {
 					if cmd.Args().Len() != 1 {
-						return fault.New(fault.Usage, "wish check takes one file name", "builder wish check wish.yaml")
+						return fault.New(fault.Usage, "wish check takes one file name", "run: builder wish check wish.yaml")
 					}
 					w, err := readWish(cmd.Args().First())
 					if err != nil {

@@ -81,7 +81,7 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	refs := cmd.Args().Slice()
 	if len(refs) == 0 {
 		return fault.New(fault.Usage, "reproduce takes references to artifacts",
-			"builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
+			"run: builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
 	}
 	verifier, err := trusted(cmd)
 	if err != nil {
@@ -138,7 +138,7 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	if len(differ) > 0 {
 		return fault.New(fault.Mismatch,
 			fmt.Sprintf("reproduce: %d of %d artifacts differ: %s", len(differ), len(reports), strings.Join(differ, ", ")),
-			"do not use them until their builder has explained the difference")
+			"do not use these artifacts until their publisher has explained the difference")
 	}
 	return nil
 }
@@ -191,7 +191,7 @@ func openLog(cache *cas.Cache, name string) (*os.File, string, error) {
 	}
 	log, err := os.Create(path)
 	if err != nil {
-		return nil, "", fault.Disk(fmt.Errorf("open log: %w", err), "free space for logs")
+		return nil, "", fault.Disk(fmt.Errorf("open log: %w", err), "free space on the disk of the log")
 	}
 	return log, path, nil
 }

@@ -77,7 +77,8 @@ func snapshotKeysCommand() *ucli.Command {
 		Action: func(_ context.Context, cmd *ucli.Command) error {
 			dir, count := cmd.Args().First(), cmd.Int("root-keys")
 			if dir == "" || cmd.Args().Len() != 1 || count < 1 || count > 9 {
-				return fault.New(fault.Usage, "make keys: want one folder, and 1 to 9 root keys", "builder snapshot keys FOLDER")
+				return fault.New(fault.Usage, "make keys: want one folder, and 1 to 9 root keys",
+					"run: builder snapshot keys FOLDER")
 			}
 			if err := os.MkdirAll(dir, 0o700); err != nil {
 				return fault.Wrap(fault.Usage, fmt.Errorf("make folder of keys: %w", err), "")
@@ -256,7 +257,7 @@ func snapshotMakeCommand() *ucli.Command {
 				return fault.New(
 					fault.NoArtifact,
 					"the server has no published artifact: nodes would install nothing",
-					"check --server; to write an empty list, add --allow-empty",
+					"check --server; to sign an empty snapshot, add --allow-empty",
 				)
 			}
 			until := maker.Until{

@@ -87,7 +87,7 @@ func serverURL(cmd *ucli.Command) (*url.URL, error) {
 	u, err := url.Parse(cmd.String("server"))
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return nil, cli.About(fault.New(fault.Usage, fmt.Sprintf("server %q: want a URL", cmd.String("server")),
-			"give it as in --server http://127.0.0.1:8440"), "server")
+			"give a URL, such as --server http://127.0.0.1:8440"), "server")
 	}
 	return u, nil
 }

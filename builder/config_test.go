@@ -28,11 +28,11 @@ func TestConfigCheck(t *testing.T) {
 		{"secret", "password: abc\n", "",
 			"LAST:11: password: found a secret in a file that many may read; want what docker login stores"},
 		{"password", "postgres://prebake:pw@db", "postgres://prebake@db", "4:8: queue: found a password in a URL"},
-		{"both ways", "wish: wish.yaml\n", "", "LAST:1: wish: both --wish and --queue; give one of the two"},
+		{"both ways", "wish: wish.yaml\n", "", "LAST:1: wish: both --wish and --queue; give one of these two flags"},
 		{"half of two", "module-key: /x.key\n", "", "LAST:1: module-key: --module-key and --module-cert go together"},
 		{"nothing beside", "google-modules: true\nbtf: true\n", "",
 			"LAST+1:1: btf: --btf has no effect with --google-modules"},
 		{"not a URL", "server: prebake", "server: http://prebake.example.com:8440",
-			`3:1: server: server "prebake": want a URL; give it as in`},
+			`3:1: server: server "prebake": want a URL; give a URL, such as`},
 	})
 }

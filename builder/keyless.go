@@ -33,7 +33,7 @@ func checkKey(cmd *ucli.Command) error {
 	if isKeyless(cmd) {
 		return cli.About(missing(cmd, "trusted-root"), "key")
 	}
-	return refuseFlags(cmd, "a key of one's own", "identity-token")
+	return refuseFlags(cmd, "a key file or a KMS key", "identity-token")
 }
 
 // keyOptions returns the options for loading the key that --key names.

@@ -24,7 +24,7 @@ func labelsOf(cmd *ucli.Command, flavour target.Flavour) ([]string, error) {
 	case len(labels) == 0:
 	case flavour != target.Open:
 		return nil, fault.New(fault.Usage, "--label has no effect with --flavour "+string(flavour),
-			"COS's own installer takes only the open flavour from a bucket: --flavour open")
+			"add --flavour open: COS's own installer takes only the open flavour from a bucket")
 	case !slices.ContainsFunc(cmd.StringSlice("to"), tarball.Is):
 		return nil, fault.New(fault.Usage, "--label has no effect without a bucket",
 			"add --to gs://BUCKET/PREFIX or --to file:///FOLDER")

@@ -102,7 +102,7 @@ func removable(out string) error {
 		}
 	}
 	if err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("replace %s: no release is there: %w", out, err),
+		return fault.Wrap(fault.Usage, fmt.Errorf("replace %s: it is not the folder of a release: %w", out, err),
 			"name another folder with -out")
 	}
 	return nil
@@ -161,7 +161,7 @@ func (c *config) writeManifests(ctx context.Context, dir string, made []madeImag
 	}
 	for _, m := range made {
 		if !used[m.name] {
-			return fault.New(fault.Internal, "write manifests: none has "+imageHost+m.name+":latest", "")
+			return fault.New(fault.Internal, "write manifests: no manifest has "+imageHost+m.name+":latest", "")
 		}
 	}
 	var text bytes.Buffer

@@ -66,7 +66,7 @@ func readLock(file string) ([]debPackage, error) {
 		if len(f) != 4 || err != nil || p.size <= 0 || p.size > maxPackageSize || !sumPattern.MatchString(p.sum) ||
 			!poolPattern.MatchString(p.path) || !filepath.IsLocal(p.path) || len(all) == maxPackages {
 			text := fmt.Sprintf("read %s: line %d is not architecture, SHA-256, size and path", file, n)
-			return nil, fault.New(fault.Usage, text, "write it again: make release-packages")
+			return nil, fault.New(fault.Usage, text, "write the list again: make release-packages")
 		}
 		all = append(all, p)
 	}
@@ -127,7 +127,7 @@ func (c *config) fetch(ctx context.Context, all []debPackage) error {
 		first := all[missing[0]].path
 		text := fmt.Sprintf("download %s: no archive has these bytes; %d packages are missing", first, len(missing))
 		return fault.New(fault.InputMissing, text,
-			"name an archive that keeps old versions with -archive, or write the list again: make release-packages")
+			"name with -archive an archive that keeps old versions, or write the list again: make release-packages")
 	}
 	for i := range all {
 		if err := all[i].readControl(ctx); err != nil {

@@ -165,7 +165,7 @@ func (c *config) buildPrograms(ctx context.Context, dir string) error {
 			_, err := output(ctx, c.source, env, "go", "build", "-buildvcs=false",
 				"-ldflags", "-s -w -X main.version="+c.version, "-o", filepath.Join(to, p.name), p.pkg)
 			if err != nil {
-				return fault.Wrap(fault.Internal, err, "install what is missing: deploy/setup.sh build run arm64")
+				return fault.Wrap(fault.Internal, err, "install the missing program: deploy/setup.sh build run arm64")
 			}
 			if err := os.Chmod(filepath.Join(to, p.name), 0o755); err != nil {
 				return err

@@ -89,7 +89,7 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 		}
 	}
 	if res, err = build(); err != nil || res.Code != fault.Mismatch.ExitCode() ||
-		!strings.Contains(string(res.Stderr), "not the kernel of this build") {
+		!strings.Contains(string(res.Stderr), "not the kernel of this COS build") {
 		t.Errorf("build with a foreign vmlinux = %d, %v; want %d\n%s", res.Code, err, fault.Mismatch.ExitCode(), res.Stderr)
 	}
 	if res, err = inspect(); err != nil || !strings.Contains(string(res.Stdout), "not the kernel of") {

@@ -183,7 +183,7 @@ func (f *runner) check(ctx context.Context, j *job) {
 			f.mu.Lock()
 			f.lookupErr = cmp.Or(f.lookupErr, err)
 			f.mu.Unlock()
-			note := FailureOf(fmt.Errorf("look up whether it is published: %w", err))
+			note := FailureOf(fmt.Errorf("look up whether the cell is published: %w", err))
 			f.emit(Event{Job: j.Job, Kind: Note, Failure: &note})
 		case digest != "":
 			f.mu.Lock()
@@ -301,7 +301,7 @@ func (f *runner) logged(ctx context.Context, j *job) (res *pipeline.Result, err 
 		}
 	}
 	if err != nil {
-		return nil, fault.Disk(fmt.Errorf("open log: %w", err), "free space for logs")
+		return nil, fault.Disk(fmt.Errorf("open log: %w", err), "free space on the disk of the log")
 	}
 	defer func() {
 		err = errors.Join(err, log.Close())

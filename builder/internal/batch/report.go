@@ -130,12 +130,12 @@ func (r *Report) Err() error {
 		}
 	}
 	stopped := r.States[Cancelled]
-	const hint = "read the reason of each cell in the table; --output json names its log"
+	const hint = "read the reason of each cell in the table; to get the path of its log, add --output json"
 	switch {
 	case stopped > 0:
 		return fault.New(fault.Cancelled,
 			fmt.Sprintf("stopped: %d of %d cells were not built, %d failed", stopped, len(r.Jobs), failed),
-			"run the command again: it keeps what is done")
+			"run the command again: it does not build finished cells again")
 	case failed == 0:
 		return nil
 	case len(kinds) == 1:

@@ -142,7 +142,7 @@ func (f *runner) arrived(ctx context.Context, in *input, keep func(), err error)
 		lack := Failure{
 			Class: fault.Unsupported,
 			Error: fmt.Sprintf("driver %s: the release has no %s modules", j.Cell.Driver.Version, j.Cell.Driver.Flavour),
-			Hint:  "ask for another flavour of it", Lacking: true,
+			Hint:  "ask for another flavour of this driver", Lacking: true,
 		}
 		f.remember(ctx, j, lack)
 		f.finish(j, stateOf(j.Cell, lack), &lack)
@@ -367,7 +367,7 @@ func (f *runner) skipRest(ctx context.Context) {
 		if cause == nil && !f.stopping(ctx) {
 			text = "not started: no reason was given" // only a bug in pick leads here
 		}
-		f.fail(j, fault.New(fault.Cancelled, text, "run the command again: it keeps what is done"))
+		f.fail(j, fault.New(fault.Cancelled, text, "run the command again: it does not build finished cells again"))
 	}
 }
 

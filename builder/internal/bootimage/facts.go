@@ -132,7 +132,7 @@ var definedString = regexp.MustCompile(`(?m)^#define[ \t]+(\w+)[ \t]+"([^"\n]*)"
 // ErrOtherRun means that the kernel has the release and configuration of the headers, but was linked by somebody else
 // or at another time. Callers may tolerate this difference, because not every bucket is known to have an image and
 // headers from the same run of make.
-var ErrOtherRun = errors.New("linked in another run of make")
+var ErrOtherRun = errors.New("it comes from another run of make than the headers")
 
 // Check reports whether the kernel belongs to a header tree. The releases must be equal. If the tree says who built the
 // kernel, when, and under which build number, these facts must be equal. If the kernel contains its configuration, the
@@ -152,7 +152,7 @@ func (f Facts) Check(headers string) error {
 		}
 	}
 	if said["UTS_RELEASE"] == "" {
-		return fault.New(fault.Unsupported, "compare vmlinux with the headers: they do not name the kernel's release",
+		return fault.New(fault.Unsupported, "compare vmlinux with the headers: the headers do not name the kernel's release",
 			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
 	release := "Linux version " + said["UTS_RELEASE"] + " ("
@@ -160,7 +160,8 @@ func (f Facts) Check(headers string) error {
 	if by, host := said["LINUX_COMPILE_BY"], said["LINUX_COMPILE_HOST"]; by != "" && host != "" {
 		begins += by + "@" + host + ")"
 	}
-	words := fmt.Errorf("it says %.160q, the headers %q … %q", f.Banners[len(f.Banners)-1], begins, said["UTS_VERSION"])
+	words := fmt.Errorf("vmlinux says %.160q; the headers say %q … %q", f.Banners[len(f.Banners)-1], begins,
+		said["UTS_VERSION"])
 	if !slices.ContainsFunc(f.Banners, func(banner string) bool { return strings.HasPrefix(banner, release) }) {
 		return foreign(words)
 	}
@@ -188,13 +189,13 @@ func (f Facts) checkConfig(headers string) error {
 		return err
 	}
 	if line := firstDifference(inside, outside); line != "" {
-		return foreign(errors.New("its configuration differs from the headers' in " + line))
+		return foreign(errors.New("its configuration differs from the .config of the headers in " + line))
 	}
 	return nil
 }
 
 func foreign(why error) error {
-	return fault.Wrap(fault.Mismatch, fmt.Errorf("vmlinux is not the kernel of this build: %w", why),
+	return fault.Wrap(fault.Mismatch, fmt.Errorf("vmlinux is not the kernel of this COS build: %w", why),
 		"put the vmlinux that was linked together with these headers into the bucket; or publish without a "+
 			"load test: --load-test off")
 }

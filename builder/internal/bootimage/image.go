@@ -40,7 +40,8 @@ const (
 	lowMemory   = 1 << 30
 )
 
-const hintImage = "check that the object is the kernel as the linker wrote it: an ELF file with program segments"
+const hintImage = "check that vmlinux in the bucket is the unchanged output of the linker: an ELF file with program " +
+	"segments"
 
 func odd(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "read vmlinux: "+fmt.Sprintf(format, args...), hintImage)
@@ -56,7 +57,7 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	}
 	want := map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}[arch]
 	if f.Class != elf.ELFCLASS64 || f.Machine != want {
-		return odd("it is %v for %v; want 64 bits for %v", f.Class, f.Machine, want)
+		return odd("it is a file of %v for %v; want 64 bits for %v", f.Class, f.Machine, want)
 	}
 	var load []*elf.Prog
 	low, high := ^uint64(0), uint64(0)
@@ -65,18 +66,19 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 			continue
 		}
 		if p.Filesz > p.Memsz || p.Memsz > maxMemory || p.Paddr+p.Memsz < p.Paddr {
-			return odd("a segment of %d bytes, %d of them in the file, at %#x", p.Memsz, p.Filesz, p.Paddr)
+			return odd("the segment at %#x has an impossible size: %d bytes, %d of them in the file", p.Paddr, p.Memsz, p.Filesz)
 		}
 		load, low, high = append(load, p), min(low, p.Paddr), max(high, p.Paddr+p.Memsz)
 	}
 	if len(load) == 0 || len(load) > maxSegments || high-low > maxMemory {
-		return odd("%d segments over %d bytes of memory", len(load), high-low)
+		return odd("its %d segments take %d bytes of memory; want 1 to %d segments of at most %d bytes", len(load), high-low,
+			maxSegments, maxMemory)
 	}
 	if arch == target.ARM64 {
 		return writeFlat(out, load, low, high)
 	}
 	if low < entryAt+entrySize || high > lowMemory || f.Entry < low || f.Entry >= high {
-		return odd("segments from %#x to %#x with an entry at %#x", low, high, f.Entry)
+		return odd("its segments are from %#x to %#x, and its entry is at %#x: a machine cannot boot it", low, high, f.Entry)
 	}
 	return writeELF(out, f.Entry, load)
 }

@@ -135,11 +135,11 @@ func formOf(kind uint32) (form, bool) {
 func parse(data []byte, base *Types) (*Types, error) {
 	le := binary.LittleEndian
 	if len(data) < headerSize || le.Uint16(data) != magic || data[2] != 1 {
-		return nil, errors.New("no BTF of version 1 for a little-endian machine")
+		return nil, errors.New("it has no BTF of version 1 for a little-endian machine")
 	}
 	size := le.Uint32(data[4:])
 	if size < headerSize || uint64(size) > uint64(len(data)) {
-		return nil, fmt.Errorf("the header has %d bytes, the section %d", size, len(data))
+		return nil, fmt.Errorf("the header has %d bytes; the whole section has %d", size, len(data))
 	}
 	part := func(at int) ([]byte, error) {
 		off, n := uint64(le.Uint32(data[at:])), uint64(le.Uint32(data[at+4:]))
@@ -251,7 +251,7 @@ func (t *Types) checkName(at uint32, base *Types) error {
 		return fmt.Errorf("check name at offset %d: it is after the end of the strings", at)
 	case i > 0 && table[i-1] != 0:
 		within := whole(table, int(i)) //nolint:gosec // within table
-		return fmt.Errorf("check name at offset %d: it begins within another, %q", at, within)
+		return fmt.Errorf("check name at offset %d: it begins inside another name, %q", at, within)
 	}
 	return nil
 }

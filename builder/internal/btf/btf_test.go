@@ -67,7 +67,7 @@ func TestCheck(t *testing.T) {
 		{"for a kernel with more types", btfsample.Module(append(kernel, "file"), "nv_state", "os_mutex"),
 			"type 5: check name at offset "},
 		{"for a kernel with fewer", btfsample.Module(kernel[:1], "nv_state", "os_mutex"),
-			"begins within another, \"task_struct\""},
+			"begins inside another name, \"task_struct\""},
 		{"for a kernel of longer names", btfsample.Module([]string{"int", "task_struct_of_another_kernel"}, "a"),
 			"after the end of the strings"},
 		{"a type beyond all", edit(good, pointer+2, 9), "type 6: it refers to type 9 of 8"},

@@ -171,7 +171,7 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	if plan.Sources != insideKernel || plan.Output != insideKernel {
-		return nil, fmt.Errorf("%w: it looks at %s", errUseMake, plan.Sources)
+		return nil, fmt.Errorf("%w: conftest.sh looks at %s", errUseMake, plan.Sources)
 	}
 	return plan, a.r.Cache.PutFact("conftest-plan-2", key, text)
 }
@@ -218,7 +218,7 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 	var about []question
 	for _, name := range a.plan.Headers {
 		if !a.script.OneHeader() {
-			return nil, fmt.Errorf("%w: the script answers for no single header", errUseMake)
+			return nil, fmt.Errorf("%w: the script cannot test one header alone", errUseMake)
 		}
 		about = append(about, question{name: name, key: a.keyer.HeaderKey(name),
 			argv: []string{conftest.ModeHeader, flags, name}})

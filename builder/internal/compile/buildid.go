@@ -33,7 +33,7 @@ func setBuildID(stripped, debug string) error {
 		return err
 	}
 	if other != size {
-		return fmt.Errorf("%s: a build id of %d bytes, the stripped file's has %d", debug, other, size)
+		return fmt.Errorf("%s: its build id has %d bytes; the build id of the stripped file has %d", debug, other, size)
 	}
 	return writeAt(debug, id, at)
 }
@@ -64,11 +64,11 @@ func findBuildID(path string) (at, size int64, err error) {
 		return 0, 0, fmt.Errorf("read build id: %w", err)
 	}
 	if len(note) < header || string(note[12:header]) != "GNU\x00" || f.ByteOrder.Uint32(note[8:]) != 3 {
-		return 0, 0, fmt.Errorf("read build id: a note of %d bytes of another kind", len(note))
+		return 0, 0, fmt.Errorf("read build id: the note of %d bytes is of another kind", len(note))
 	}
 	size = int64(f.ByteOrder.Uint32(note[4:]))
 	if size < 8 || size > sha256.Size || header+size > int64(len(note)) {
-		return 0, 0, fmt.Errorf("read build id: %d bytes long", size)
+		return 0, 0, fmt.Errorf("read build id: it has %d bytes", size)
 	}
 	return int64(s.Offset) + header, size, nil //nolint:gosec // the offset is inside a file that was read completely
 }

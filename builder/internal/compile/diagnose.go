@@ -95,12 +95,12 @@ var paths = strings.NewReplacer(insideSource+"/", "", insideKernel+"/", "<kernel
 func relative(line string) string { return paths.Replace(line) }
 
 const (
-	hintDisk   = "free at least 1 GiB on the disk of the work folder, or choose another folder"
-	hintMemory = "give the builder more memory (1 GiB for each job), or run fewer jobs"
-	hintTime   = "allow more time, or more jobs on a machine with more CPUs"
-	hintBreak  = "choose a newer driver of the same branch: this one does not know this kernel's interfaces"
-	hintImage  = "run the builder on a system with a newer C library, such as a newer Debian; ldd " +
-		"--version says what this machine has"
+	hintDisk   = "free at least 1 GiB on the disk of the cache, or name a folder on another disk with --cache"
+	hintMemory = "give the builder more memory (1 GiB for each job), or run fewer jobs with --jobs"
+	hintTime   = "raise --compile-timeout, or run more jobs with --jobs on a machine with more CPUs"
+	hintBreak  = "choose a newer driver of the same branch: this driver does not know the interfaces of this kernel"
+	hintImage  = "run the builder on a system with a newer C library, such as a newer Debian; to see the " +
+		"version of this machine, run ldd --version"
 	hintLog = "read the first error lines of the build's log"
 )
 
@@ -163,7 +163,7 @@ func diagnose(err error, f findings) error {
 		return fault.New(check.kind, check.text, check.hint)
 	case f.missing != "":
 		return fault.New(fault.Internal, f.missing,
-			"install what is missing (make, perl and the C library's tools come with apt-get install build-essential), or "+
+			"install the missing program (make, perl and the C library's tools come with apt-get install build-essential), or "+
 				"check the toolchain archive")
 	case f.make != "" && f.lastLine != "":
 		return fault.New(fault.Internal, fmt.Sprintf("make: %s, after: %s", f.make, f.lastLine), hintLog)

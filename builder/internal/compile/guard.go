@@ -62,7 +62,7 @@ func compilerFault(dir string) error {
 	if len(text) == 0 {
 		return nil
 	}
-	said := fmt.Sprintf("the compiler did not get to its work: %.300q", text)
+	said := fmt.Sprintf("the compiler did not begin to compile: %.300q", text)
 	switch {
 	case noDisk.Match(text):
 		return fault.New(fault.DiskFull, said, hintDisk)
@@ -70,5 +70,6 @@ func compilerFault(dir string) error {
 		return fault.New(fault.OutOfMemory, said, hintMemory)
 	}
 	return fault.New(fault.Internal, said,
-		"check the machine's memory and disk, then run it again; if it happens again, the toolchain's compiler crashes")
+		"check the machine's memory and disk, then run the command again; if the error stays, the toolchain's "+
+			"compiler crashes")
 }

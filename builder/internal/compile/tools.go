@@ -161,7 +161,7 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	}
 	if !chain.has(cc) {
 		return "", "", "", fault.New(fault.InputMissing, fmt.Sprintf("find compiler: the toolchain has no bin/%s", cc),
-			"publish a toolchain.tar.xz that holds the CC of its toolchain_env")
+			"publish a toolchain.tar.xz that has the compiler that toolchain_env names as CC")
 	}
 	if m := compilerPattern.FindStringSubmatch(cc); m != nil {
 		prefix, suffix = m[1], m[2]

@@ -24,7 +24,7 @@ const (
 	// pahole makes BTF from debug information. It is always the host's program, even if the
 	// toolchain contains one, because Pahole reports the host's version.
 	pahole       = "/usr/bin/pahole"
-	hintPahole   = "apt-get install dwarves; or build without --btf"
+	hintPahole   = "run apt-get install dwarves; or build without --btf"
 	hintNoTypes  = "build without --btf"
 	paholeOutput = 16 << 10
 )
@@ -92,7 +92,8 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	minor, _ := strconv.Atoi(parts[2])
 	if number := 100*major + minor; number < t.pahole {
 		return fault.New(fault.Usage,
-			fmt.Sprintf("make BTF: pahole is %s; the kernel's own BTF was made by v%d.%02d", have, t.pahole/100, t.pahole%100),
+			fmt.Sprintf("make BTF: pahole has version %s; the kernel's BTF was made by v%d.%02d", have,
+				t.pahole/100, t.pahole%100),
 			fmt.Sprintf("install dwarves %d.%02d or newer; or %s", t.pahole/100, t.pahole%100, hintNoTypes))
 	}
 	return nil

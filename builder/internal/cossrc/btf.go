@@ -73,7 +73,7 @@ func extractTypes(vmlinux, to string) (err error) {
 	}
 	if err != nil {
 		return fault.Wrap(fault.Unsupported, err,
-			"check that the object is the kernel as the linker wrote it, with its BTF; or build without --btf")
+			"check that vmlinux in the bucket is the unchanged output of the linker, with its BTF; or build without --btf")
 	}
 	return os.WriteFile(to, data, 0o644)
 }

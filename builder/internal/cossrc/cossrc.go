@@ -109,7 +109,8 @@ func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, 
 	options ...Option) (*Inputs, error) {
 	kernel, err := target.ParseKernel(buildID, board)
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, err, "name a build as a bucket does: --build-id 17800.66.78 --board lakitu")
+		return nil, fault.Wrap(fault.Usage, err,
+			"name a COS build and a board, such as --build-id 17800.66.78 --board lakitu")
 	}
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}
 	for _, o := range options {
@@ -220,26 +221,26 @@ func headersRoot(dir string) (string, error) {
 	if len(found) != 1 {
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("read kernel-headers.tgz: %d folders usr/src/linux-headers-*; want one", len(found)),
-			"check that the object is the header archive of a COS build")
+			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
 	// Lstat, because the fingerprint does not cover the target of a link.
 	if fi, err := os.Lstat(found[0]); err != nil || !fi.IsDir() {
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("read kernel-headers.tgz: %s is no folder", filepath.Base(found[0])),
-			"check that the object is the header archive of a COS build")
+			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
 	for _, must := range []string{"Makefile", ".config", "Module.symvers"} {
 		fi, err := os.Lstat(filepath.Join(found[0], must))
 		if err == nil && fi.Mode().IsRegular() && fi.Size() > 0 {
 			continue
 		}
-		hint := "check that the object is the header archive of a COS build"
+		hint := "check that kernel-headers.tgz is the header archive of a COS build"
 		if must == "Module.symvers" {
 			hint = "publish a kernel-headers.tgz that holds the kernel's Module.symvers: modpost and the check of the modules " +
 				"look up every symbol in it"
 		}
 		return "", fault.New(fault.Unsupported,
-			fmt.Sprintf("read kernel-headers.tgz: no file %s, or nothing in it", path.Join(filepath.Base(found[0]), must)), hint)
+			fmt.Sprintf("read kernel-headers.tgz: %s is missing or empty", path.Join(filepath.Base(found[0]), must)), hint)
 	}
 	return found[0], nil
 }

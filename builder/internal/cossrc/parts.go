@@ -24,10 +24,10 @@ type part struct {
 
 // remedies holds the hints for an object that the bucket has in neither layout.
 var remedies = map[string]string{
-	"kernel-headers.tgz": "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror",
-	"toolchain.tar.xz":   "put it into the bucket, or a toolchain.tar.xz.gcs that says where it is",
-	"toolchain_env": "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror; a build " +
-		"of your own needs the lines CC=… and CXX=… there",
+	"kernel-headers.tgz": "check BUILD_ID and board, or give --kernel-mirror a bucket that has this COS build",
+	"toolchain.tar.xz":   "put the toolchain into the bucket, or a toolchain.tar.xz.gcs that names its bucket and path",
+	"toolchain_env": "check BUILD_ID and board, or give --kernel-mirror a bucket that has this COS build; " +
+		"for a COS build of your own, put a toolchain_env with the lines CC=… and CXX=… into the bucket",
 	"vmlinux": "build without --btf, or put the kernel's vmlinux into the bucket",
 }
 
@@ -195,7 +195,7 @@ func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbuck
 		absent = fmt.Errorf("%w; %w", absent, err)
 	}
 	return part{}, fault.Wrap(fault.InputMissing, absent,
-		"put the toolchain into a bucket of that name beside this one, or to "+
+		"put the toolchain where the error says that it is missing, or at "+
 			f.bucket.URL(cosbucket.ToolchainName(f.kernel)))
 }
 

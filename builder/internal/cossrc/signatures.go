@@ -74,7 +74,7 @@ func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cach
 	archive, err := f.file(ctx, cosbucket.SignedDriverName(kernel, version))
 	if fault.Is(err, fault.InputMissing) {
 		err = fault.Wrap(fault.InputMissing, err,
-			"choose a version that COS offers for this build, or build without --google-modules")
+			"choose a driver version that COS offers for this COS build, or build without --google-modules")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("kernel %s: %w", kernel, err)

@@ -331,7 +331,7 @@ func (e *examination) clock() {
 				now.Format(time.DateTime))})
 	case !e.m.Synchronised:
 		e.add(Finding{Check: "clock", Level: Note,
-			Text: now.Format(time.DateTime) + " UTC; the kernel does not know that anybody keeps it right"})
+			Text: now.Format(time.DateTime) + " UTC; the kernel does not know of a time service that sets the clock"})
 	default:
 		e.ok("clock", "%s UTC, synchronised", now.Format(time.DateTime))
 	}
@@ -379,8 +379,8 @@ func (r *Report) Err() error {
 	if err != nil {
 		return err
 	}
-	return fault.New(kind, fmt.Sprintf("this machine cannot build: %d of %d checks fail, first %s", n, len(r.Findings),
-		r.Findings[first].Check), r.Findings[first].Next)
+	return fault.New(kind, fmt.Sprintf("this machine cannot build: %d of %d checks fail, the first is %s", n,
+		len(r.Findings), r.Findings[first].Check), r.Findings[first].Next)
 }
 
 func size(bytes int64) string {

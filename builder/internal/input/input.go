@@ -125,7 +125,8 @@ func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 			return Sum{Algorithm: a, Hex: sum}, nil
 		}
 	}
-	return Sum{}, fault.New(fault.Checksum, fmt.Sprintf("read %s of %s: no line has such a checksum", a, base),
+	return Sum{}, fault.New(fault.Checksum,
+		fmt.Sprintf("read %s of %s: no line has a %s checksum of this object", a, base, a),
 		"write the digest in hex, or the line that "+string(a)+"sum prints, into the checksum file")
 }
 
@@ -169,7 +170,7 @@ func (f *Fetcher) read(ctx context.Context, name string, limit int64) ([]byte, c
 	}
 	if int64(len(data)) > limit {
 		return nil, attrs, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit),
-			"check the object in the bucket: COS's object is much smaller")
+			"check the object in the bucket: the object of COS is much smaller")
 	}
 	return data, attrs, nil
 }
@@ -242,7 +243,8 @@ func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material)
 	again, _, err := f.Blob(ctx, name, sum)
 	if err == nil && again.Digest != m.Digest {
 		err = fault.New(fault.Checksum,
-			fmt.Sprintf("fetch %s: it is %s now, and was %s before", m.URI, again.Digest, m.Digest), "run the command again")
+			fmt.Sprintf("fetch %s: its digest is %s now, and was %s before", m.URI, again.Digest, m.Digest),
+			"run the command again")
 	}
 	return err
 }
@@ -265,7 +267,7 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbuc
 	case told && sum.Algorithm == MD5 && sum.Hex != attrs.MD5:
 		// This check comes before the download, so that nobody waits for gigabytes to see the error.
 		return fact{}, attrs, fmt.Errorf("fetch %s: %w", f.Source.URL(name),
-			mismatch(name, sum, fmt.Errorf("the bucket says %s", attrs.MD5)))
+			mismatch(name, sum, fmt.Errorf("its MD5 in the bucket is %s", attrs.MD5)))
 	}
 	want := ""
 	if sum.Algorithm == SHA256 {
@@ -349,10 +351,10 @@ func (s *stream) Read(b []byte) (int, error) {
 	switch {
 	case s.n > maxObject:
 		return n, fault.New(fault.Unsupported, fmt.Sprintf("%s has more than %d GiB", s.name, maxObject>>30),
-			"check that the bucket's object is what its name says")
+			"check that the object in the bucket is the file that its name says")
 	case s.size > 0 && s.n > s.size:
 		return n, fault.New(fault.Checksum, fmt.Sprintf("%s has more than the %d bytes that the bucket says", s.name, s.size),
-			"try again; if it stays so, put the object into the bucket anew, or name another mirror")
+			"run the command again; if the error stays, put the object into the bucket again, or name another mirror")
 	case err == nil:
 		return n, nil
 	case !errors.Is(err, io.EOF):
@@ -377,5 +379,5 @@ func broken(name string, err error) error {
 		return err
 	}
 	return fault.Wrap(fault.Transient, fmt.Errorf("read %s: %w", name, err),
-		"try again; check the network on the way to the bucket")
+		"check the network to the bucket, then run the command again")
 }

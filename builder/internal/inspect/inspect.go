@@ -223,7 +223,7 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 	case !in.HasVMLinux:
 		l.fail("load test", doctor.Warn,
 			fault.New(fault.InputMissing, "no vmlinux: modules get static checks only",
-				"put the build's vmlinux into the bucket"))
+				"put the vmlinux of the COS build into the bucket"))
 		return
 	case !c.VMLinux:
 		l.note("load test", "boots vmlinux; --vmlinux fetches it and compares it with the headers")

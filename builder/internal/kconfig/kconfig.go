@@ -21,7 +21,7 @@ type Config map[string]string
 
 const (
 	hintLacking = "publish a kernel-headers.tgz that holds the kernel's .config"
-	hintBroken  = "fetch the kernel's headers again"
+	hintBroken  = "publish a kernel-headers.tgz with the undamaged .config of the kernel"
 )
 
 // ReadFile reads a configuration by its path.

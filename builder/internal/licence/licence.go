@@ -160,22 +160,22 @@ func (r Rule) Published(ctx context.Context, name string, p Destination, f targe
 	if near, _ := r.where(ctx, seen.Host); seen.Reads && !near {
 		return fault.New(fault.PublishRefused,
 			fmt.Sprintf("%s is in %s now, and can be read without credentials", what, name),
-			"remove it, or revoke public read access there; then publish again")
+			"remove it from there, or revoke public read access to the destination; then publish again")
 	}
 	return nil
 }
 
 func refuse(name string, f target.Flavour, who Audience, need bundle.Redistribution) error {
-	what := "user space and firmware beside open modules are"
+	what := "the user space and firmware of the open flavour are"
 	if f != target.Open {
 		what = "modules, user space and firmware are"
 	}
-	hint := fmt.Sprintf("if only you can read it, add --private %s", name)
+	hint := fmt.Sprintf("if only you can read the destination, add --private %s", name)
 	if who.Reason != "it is not marked private" {
 		hint = "publish to a private destination"
 		if strings.HasSuffix(who.Reason, "credentials, so --private is wrong") ||
 			strings.HasSuffix(who.Reason, "without credentials") {
-			hint = "revoke public read access to it, and add --private " + name
+			hint = "revoke public read access to the destination, and add --private " + name
 		}
 	}
 	return fault.New(

@@ -118,7 +118,7 @@ func TestRegistries(t *testing.T) {
 				Addresses: func(context.Context, string) ([]netip.Addr, error) { return nil, errors.New("no such host") }},
 				"--private is wrong", "revoke public read"},
 			{"for who has the password", locked, licence.Rule{Addresses: at(internet)}, "it is not marked private",
-				"only you can read it, add --private " + kind.locked},
+				"only you can read the destination, add --private " + kind.locked},
 			{"for who has the password, marked", locked, licence.Rule{Addresses: at(internet), Private: []string{kind.locked}},
 				"", ""},
 			{"the host marked", locked, licence.Rule{Addresses: at(internet), Private: []string{host + "/"}}, "", ""},

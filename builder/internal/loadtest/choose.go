@@ -78,7 +78,7 @@ func choose(modules map[string]string, present map[string]bool,
 	}
 	if why, ok := skipped["nvidia"]; ok {
 		return nil, nil, fault.Wrap(fault.InputMissing, fmt.Errorf("%w: nvidia %s", ErrLacking, why),
-			"add a boot archive whose modules/order has these modules, or skip the load test: --load-test off")
+			"put a boot archive whose modules/order has these modules into the bucket, or skip the load test: --load-test off")
 	}
 	return order, skipped, nil
 }

@@ -224,7 +224,7 @@ func cutOff(what string, res *vm.Result) string {
 	if res.Crash != "" {
 		return what + ": kernel crashed: " + res.Crash
 	}
-	return what + ": the machine did not get to the end of it"
+	return what + ": the machine did not get to the end of this step"
 }
 
 // refusal describes a failed step by its errno and by the kernel's own message.

@@ -82,7 +82,7 @@ func Run(ctx context.Context, c Config, console io.Writer) (*Verdict, error) {
 	v := judge(p, res)
 	if v.State == Rejected {
 		return v, fault.New(fault.LoadTestFailed, "load test: "+v.Reason,
-			"read the machine's kernel log in the build's log")
+			"read the kernel log of the test machine: it is in the build's log")
 	}
 	return v, nil
 }

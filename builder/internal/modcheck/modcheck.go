@@ -77,14 +77,15 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 				errs,
 				&modinfo.Problem{
 					Module: name,
-					Text:   fmt.Sprintf("is under the licence %.40q, which is none of an open module", m.License),
+					Text:   fmt.Sprintf("is under the licence %.40q, which no open module has", m.License),
 				},
 			)
 		}
 		mods = append(mods, m)
 	}
 	if len(errs) > 0 {
-		return "", fault.Wrap(fault.CheckFailed, errors.Join(errs...), "compile the modules of this very driver again")
+		return "", fault.Wrap(fault.CheckFailed, errors.Join(errs...),
+			"compile the modules again, from the sources of this driver")
 	}
 	if err := modinfo.Check(mods, rules); err != nil {
 		return "", err

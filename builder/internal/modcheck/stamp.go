@@ -65,7 +65,7 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 		return nil, err
 	}
 	if bytes.HasSuffix(data, []byte(modinfo.SignatureMagic)) {
-		return nil, errors.New("it is signed")
+		return nil, errors.New("it is signed already")
 	}
 	file, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {
@@ -76,7 +76,7 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	case file.Class != elf.ELFCLASS64 || file.Data != elf.ELFDATA2LSB || file.Type != elf.ET_REL:
 		return nil, errors.New("it is not a module for a 64-bit little-endian machine")
 	case file.Section(modinfo.StampSection) != nil:
-		return nil, errors.New("it has a stamp")
+		return nil, errors.New("it has a stamp already")
 	}
 	n := len(file.Sections)
 	shoff := le.Uint64(data[atShoff:])

@@ -38,7 +38,8 @@ func (k Kernel) checkTypes(modules map[string]string) error {
 	if len(errs) == 0 {
 		return nil
 	}
-	return fault.Wrap(fault.CheckFailed, errors.Join(errs...), "compile the modules for this very kernel again")
+	return fault.Wrap(fault.CheckFailed, errors.Join(errs...),
+		"compile the modules again, with the headers of this kernel")
 }
 
 func fits(path string, kernel *btf.Types) error {
@@ -54,10 +55,10 @@ func fits(path string, kernel *btf.Types) error {
 	case err != nil:
 		return fmt.Errorf("read its types: %w", err)
 	case kernel == nil:
-		return errors.New("it has BTF, and the kernel's BTF is missing: they cannot be compared")
+		return errors.New("the module has BTF, but the kernel's BTF is missing: the two cannot be compared")
 	}
 	if err := kernel.Check(types); err != nil {
-		return fmt.Errorf("its types do not continue those of the kernel: %w", err)
+		return fmt.Errorf("its types do not continue the kernel's types: %w", err)
 	}
 	return nil
 }

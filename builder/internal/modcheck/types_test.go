@@ -23,9 +23,9 @@ func TestTypes(t *testing.T) {
 		{"none", "", nil, ""},
 		{"own kernel's", string(btfsample.Kernel(own...)), with(own), ""},
 		{"another kernel's", string(btfsample.Kernel(own...)), with(other),
-			"nvidia: its types do not continue those of the kernel: type 5: check name at offset"},
+			"nvidia: its types do not continue the kernel's types: type 5: check name at offset"},
 		{"missing", string(btfsample.Kernel(own...)), nil, "nvidia: read its types: it has no section .BTF"},
-		{"unasked", "", with(own), "nvidia: it has BTF, and the kernel's BTF is missing"},
+		{"unasked", "", with(own), "nvidia: the module has BTF, but the kernel's BTF is missing"},
 		{"damaged", string(btfsample.Kernel(own...)), []string{".BTF", "types"}, "no BTF of version 1"},
 	} {
 		k := kernel(t)

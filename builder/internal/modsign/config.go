@@ -32,7 +32,8 @@ func ReadConfig(r io.Reader) (Config, error) {
 	}
 	if c.Checks && c.Hash == "" {
 		return Config{}, fault.New(fault.CheckFailed,
-			"read kernel configuration: CONFIG_MODULE_SIG without CONFIG_MODULE_SIG_HASH", "fetch the kernel's headers again")
+			"read kernel configuration: CONFIG_MODULE_SIG without CONFIG_MODULE_SIG_HASH",
+			"publish a kernel-headers.tgz with the undamaged .config of the kernel")
 	}
 	// A kernel without support for signatures cannot refuse a module.
 	c.Forced = c.Forced && c.Checks

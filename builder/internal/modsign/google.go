@@ -52,7 +52,7 @@ func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read Google's signatures: %w", err),
-			"replace the object in the bucket, or build with --google-signatures off")
+			"replace the archive in the bucket, or build with --google-signatures off")
 	}
 	return d, nil
 }
@@ -80,7 +80,7 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 		}
 		return nil
 	case d.modules[module] != nil:
-		return fmt.Errorf("%.100q is there twice", name)
+		return fmt.Errorf("%.100q is in the archive twice", name)
 	}
 	d.modules[module] = raw
 	return nil
@@ -93,21 +93,22 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 func (d *Detached) Attach(dst, name string, module []byte) error {
 	signature := d.modules[name]
 	if signature == nil {
-		return fault.Errorf(fault.CheckFailed, "%w: there is none for %s", ErrLeftOut, name)
+		return fault.Errorf(fault.CheckFailed, "%w: there is no signature for %s", ErrLeftOut, name)
 	}
 	if _, own, err := Split(module); err != nil || own != nil {
 		return errors.Join(err, fault.New(fault.CheckFailed, "attach a signature to "+name+": it is signed already",
-			"attach to the module as it was compiled"))
+			"attach the signature to the unsigned module, as it was compiled"))
 	}
 	s, err := verify(module, signature, slices.Concat(d.certificates, d.roots))
 	switch {
 	case errors.Is(err, ErrChanged):
-		return fault.Errorf(fault.CheckFailed, "%w: the one for %s is over other bytes", ErrLeftOut, name)
+		return fault.Errorf(fault.CheckFailed, "%w: the signature for %s is over other bytes", ErrLeftOut, name)
 	case err != nil:
-		return fault.Wrap(fault.CheckFailed, fmt.Errorf("signature by Google of %s: %w", name, err),
+		return fault.Wrap(fault.CheckFailed, fmt.Errorf("verify Google's signature of %s: %w", name, err),
 			"replace the archive in the bucket, or build with --google-signatures off")
 	case len(d.roots) > 0 && !slices.ContainsFunc(d.roots, s.Signer.Equal) && !chains(s.Signer, d.certificates, d.roots):
-		return fault.Errorf(fault.CheckFailed, "%w: the one for %s is by %.200q, which the kernel's root did not certify",
+		return fault.Errorf(fault.CheckFailed,
+			"%w: the signature for %s is by %.200q, which the kernel's root did not certify",
 			ErrLeftOut, name, s.Signer.Subject.String())
 	}
 	return writeNew(dst, module, signature, trailer(signature))
@@ -128,7 +129,7 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 			return nil
 		}
 		if slices.Contains(names, name) {
-			return fmt.Errorf("%.100q is there twice", name)
+			return fmt.Errorf("%.100q is in the archive twice", name)
 		}
 		module, err := readBounded(body)
 		if err != nil {
@@ -145,8 +146,8 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("unpack Google's modules: %w", err),
-			"check which certificate the kernel was built with, and replace the archive in the bucket where it is damaged; or "+
-				"build without --google-modules")
+			"check which certificate the kernel was built with, and give it with --module-cert; if the archive in the bucket "+
+				"is damaged, replace it; or build without --google-modules")
 	}
 	return names, nil
 }

@@ -63,8 +63,8 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 		return nil, err
 	}
 	if len(certs) != 1 {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("%s holds %d certificates", certPath, len(certs)),
-			"give a file with the signing certificate alone")
+		return nil, fault.New(fault.Usage, fmt.Sprintf("%s has %d certificates; want one", certPath, len(certs)),
+			"give a file that has only the signing certificate")
 	}
 	key, err := sign.OpenKey(ctx, keyRef)
 	if err != nil {
@@ -85,12 +85,12 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 			"use an RSA key of 2048, 3072 or 4096 bits, which the kernel can verify")
 	}
 	if !pub.Equal(cert.PublicKey) {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s is not that of key %s", certPath, keyRef),
-			"give the certificate of this key")
+		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s does not belong to key %s", certPath, keyRef),
+			"give the certificate of this key with --module-cert")
 	}
 	if cert.KeyUsage != 0 && cert.KeyUsage&x509.KeyUsageDigitalSignature == 0 {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s is not for signatures", certPath),
-			"make one with key usage digitalSignature")
+			"make a certificate with key usage digitalSignature")
 	}
 	return &Signer{key: key, cert: cert, identity: Fingerprint(cert)}, nil
 }
@@ -99,7 +99,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, err, "give the certificate's file")
+		return nil, fault.Wrap(fault.Usage, err, "give the file of the certificate with --module-cert")
 	}
 	defer f.Close()
 	text, err := io.ReadAll(io.LimitReader(f, maxCertFile+1))
@@ -177,7 +177,7 @@ func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
 	case err != nil:
 		return err
 	case signature != nil:
-		return fault.New(fault.CheckFailed, "it is signed already", "sign the module as it was compiled")
+		return fault.New(fault.CheckFailed, "it is signed already", "sign the unsigned module, as it was compiled")
 	}
 	signature, err := s.detached(module, digest)
 	if err != nil {
@@ -185,7 +185,8 @@ func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
 	}
 	if _, err := verify(module, signature, []*x509.Certificate{s.cert}); err != nil {
 		// A KMS key for RSA-PSS, or for another hash, signs too, but the kernel cannot verify its signature.
-		return fault.Wrap(fault.Usage, fmt.Errorf("own signature: %w", err), "use a key for RSA PKCS#1 v1.5 with "+hash)
+		return fault.Wrap(fault.Usage, fmt.Errorf("verify own signature: %w", err),
+			"use a key for RSA PKCS#1 v1.5 with "+hash)
 	}
 	return writeNew(dst, module, signature, trailer(signature))
 }
@@ -201,7 +202,7 @@ func digestOf(hash string) (asn1.ObjectIdentifier, error) {
 		return pkcs7.OIDDigestAlgorithmSHA512, nil
 	}
 	return nil, fault.New(fault.Unsupported, fmt.Sprintf("the kernel wants module signatures with hash %.40q", hash),
-		"build without a module key for this kernel: only sha256, sha384 and sha512 can be signed")
+		"build for this kernel without --module-key: only sha256, sha384 and sha512 can be signed")
 }
 
 // detached makes the same CMS structure as scripts/sign-file. The structure has no content, no certificates and no

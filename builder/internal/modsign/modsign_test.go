@@ -217,7 +217,7 @@ func TestLoadRefuses(t *testing.T) {
 	for name, row := range map[string]struct{ key, cert, text string }{
 		"ECDSA":                     {ec.keyPath, ec.path, "ECDSA signatures differ each time"},
 		"odd length":                {odd.keyPath, odd.path, "2560 bits"},
-		"another key's certificate": {p.keyPath, other.path, "not that of key"},
+		"another key's certificate": {p.keyPath, other.path, "does not belong to key"},
 		"not for signatures":        {noSign.keyPath, noSign.path, "not for signatures"},
 		"two certificates":          {p.keyPath, two, "2 certificates"},
 		"no certificate":            {p.keyPath, p.keyPath, "PRIVATE KEY"},

@@ -59,7 +59,7 @@ func Split(module []byte) (body, signature []byte, err error) {
 	case info[kindAt] != kindPKCS7:
 		return bad("not PKCS #7")
 	case !bytes.Equal(info[:lengthAt], want):
-		return bad("a field that has to be zero is not")
+		return bad("a field that must be zero is not zero")
 	case length == 0 || length > maxSignature || int64(length) >= int64(len(rest)):
 		return bad(fmt.Sprintf("%d bytes of signature in %d bytes", length, len(rest)))
 	}
@@ -76,7 +76,7 @@ func Verify(module []byte, trusted []*x509.Certificate) (*Signature, error) {
 		return nil, err
 	}
 	if signature == nil {
-		return nil, fault.Wrap(fault.CheckFailed, ErrUnsigned, "sign it: give the builder a module key")
+		return nil, fault.Wrap(fault.CheckFailed, ErrUnsigned, "sign the module: build with --module-key and --module-cert")
 	}
 	return verify(body, signature, trusted)
 }
@@ -161,11 +161,11 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
 	case len(rest) > 0:
-		return nil, fmt.Errorf("%w: data behind its end", ErrMalformed)
+		return nil, fmt.Errorf("%w: there is data after its end", ErrMalformed)
 	case !outline.Type.Equal(pkcs7.OIDSignedData) || !outline.Content.Inner.Type.Equal(pkcs7.OIDData):
 		return nil, fmt.Errorf("%w: not signed data", ErrMalformed)
 	case len(outline.Content.Inner.Content.FullBytes) > 0:
-		return nil, fmt.Errorf("%w: it holds content of its own", ErrMalformed)
+		return nil, fmt.Errorf("%w: it holds content itself; want a detached signature", ErrMalformed)
 	}
 	if p7, err = pkcs7.Parse(signature); err != nil {
 		return nil, fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())

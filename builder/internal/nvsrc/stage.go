@@ -232,7 +232,8 @@ func (r *Release) write(dst string, layout map[string]item) error {
 			err = copyFile(from, to, name, it)
 		}
 		if errors.Is(err, fs.ErrNotExist) {
-			return fault.Wrap(fault.Unverified, fmt.Errorf("the manifest names %s, which the release lacks: %w", it.src, err),
+			return fault.Wrap(fault.Unverified,
+				fmt.Errorf("the manifest names %s, which the release does not have: %w", it.src, err),
 				"check that the object is NVIDIA's .run file, whole and unchanged")
 		}
 		if err != nil {

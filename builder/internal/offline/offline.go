@@ -109,7 +109,8 @@ func write(ctx context.Context, w io.Writer, c Config) (*Report, error) {
 	if c.Since != nil {
 		l, ok := c.Since.AsLayout()
 		if !ok {
-			return nil, fault.New(fault.Usage, c.Since.Name()+" is no bundle", "name the earlier file: --since FILE.tar")
+			return nil, fault.New(fault.Usage, c.Since.Name()+" is no bundle",
+				"name the file of an earlier bundle: --since FILE.tar")
 		}
 		_, index, err := l.Index(ctx)
 		if err != nil {
@@ -183,8 +184,8 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 	if lacks := lacking(c, covered); len(lacks) > 0 || len(found) == 0 {
 		return nil, fault.New(
 			fault.NoArtifact,
-			c.From.Name()+" has no driver for "+strings.Join(append(lacks, "what was asked for")[:max(1, len(lacks))], ", "),
-			"build what is missing, or select less with --kernel, --driver and --flavour",
+			c.From.Name()+" has no driver for "+strings.Join(append(lacks, "this selection")[:max(1, len(lacks))], ", "),
+			"build the missing artifacts, or select fewer with --kernel, --driver and --flavour",
 		)
 	}
 	cells := make([]cell, 0, len(found))

@@ -276,7 +276,7 @@ func TestWriteRefuses(t *testing.T) {
 			kernel("99").String()},
 		{"a version that nobody built", offline.Config{Drivers: []string{"470.1.1"}}, fault.NoArtifact, "470.1.1"},
 		{"a flavour that nobody built", offline.Config{Flavours: []target.Flavour{target.Proprietary}}, fault.NoArtifact,
-			"what was asked for"},
+			"this selection"},
 		{"another signer", offline.Config{Verifier: testkit.NewKey(t).Verifier(t)}, fault.Unverified, "verify artifact"},
 		{"an empty snapshot", offline.Config{Snapshot: t.TempDir()}, fault.Usage, "empty"},
 		{"a snapshot with a link", offline.Config{Snapshot: link}, fault.Usage, "no regular file"},

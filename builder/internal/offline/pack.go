@@ -250,7 +250,8 @@ func (b blob) copy(ctx context.Context, w io.Writer) error {
 		return err
 	}
 	if got := hex.EncodeToString(h.Sum(nil)); n != b.Size || got != b.Digest.Hex {
-		return fault.New(fault.Unverified, fmt.Sprintf("%d bytes with digest sha256:%s; want %d", n, got, b.Size),
+		return fault.New(fault.Unverified,
+			fmt.Sprintf("it has %d bytes with digest sha256:%s; want %d bytes", n, got, b.Size),
 			"the repository serves altered bytes: publish the artifact again, or use another repository")
 	}
 	return nil

@@ -73,8 +73,8 @@ func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in
 		}
 		archive := cosbucket.SignatureNames(in.kernel.Kernel, in.driver.Version)[0]
 		return nil, fault.New(fault.InputMissing,
-			"the bucket has no signatures by Google for this driver: there is no "+kernels.URL(archive),
-			"name a bucket that has them with --kernel-mirror, or build with --google-signatures auto")
+			"the bucket does not have Google's signatures for this driver: there is no "+kernels.URL(archive),
+			"give --kernel-mirror a bucket that has these signatures, or build with --google-signatures auto")
 	}
 	detached, err := modsign.ReadDetached(bytes.NewReader(s.Archive), s.TrustedKey)
 	if err != nil {
@@ -102,7 +102,7 @@ func (r *run) attachSignatures(ctx context.Context, in *inputs, s signing, m *mo
 		fmt.Fprintln(r.log, err)
 		return m, err.Error(), nil
 	case errors.Is(err, modsign.ErrLeftOut):
-		hint := "publish the modules without them: --google-signatures auto"
+		hint := "publish the modules without Google's signatures: --google-signatures auto"
 		if s.forced {
 			hint = hintSigned
 		}
@@ -133,7 +133,7 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 		return nil, nil
 	case r.req.Flavour != target.Open:
 		return nil, fault.New(fault.Unsupported,
-			fmt.Sprintf("Google ships no linked modules of flavour %s, only the parts to link them", r.req.Flavour),
+			fmt.Sprintf("Google publishes no linked modules of flavour %s, only the parts to link them", r.req.Flavour),
 			"use --flavour open, or build without --google-modules")
 	}
 	driver, err := cossrc.FetchSignedDriver(ctx, kernels, r.cfg.Cache, in.kernel.Kernel, in.driver.Version,
@@ -181,12 +181,12 @@ func (r *run) kernelTrusts(driver *cossrc.SignedDriver) ([]*x509.Certificate, er
 	case driver.TrustedKey == nil:
 		return nil, fault.New(fault.InputMissing,
 			"the bucket has no certificate of this kernel: there is no trusted_key.pem",
-			"give it with --module-cert FILE")
+			"give the certificate with --module-cert FILE")
 	}
 	trusted, err := modsign.ParseCertificates(driver.TrustedKey)
 	if err != nil {
 		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read %s: %w", driver.Materials[1].URI, err),
-			"replace it in the bucket, or give the certificate with --module-cert FILE")
+			"replace trusted_key.pem in the bucket, or give the certificate with --module-cert FILE")
 	}
 	return trusted, nil
 }

@@ -271,8 +271,8 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 		root         []byte
 		why          string
 	}{
-		{"one module has other bytes", newer, other, g.certs[0].Raw, "the one for nvidia-uvm is over other bytes"},
-		{"one module has no signature, in the older layout", oldName, one, nil, "there is none for nvidia-uvm"},
+		{"one module has other bytes", newer, other, g.certs[0].Raw, "the signature for nvidia-uvm is over other bytes"},
+		{"one module has no signature, in the older layout", oldName, one, nil, "there is no signature for nvidia-uvm"},
 		{"another root", newer, modules, newGoogle(t).certs[0].Raw, "which the kernel's root did not certify"},
 	} {
 		f.put(t, row.object, tgz(t, g.files(t, row.modules)))

@@ -43,9 +43,10 @@ func TestLicenceRule(t *testing.T) {
 		hint string // "" means that it is published
 	}{
 		{"public", []string{free}, onTheInternet(""), "--private " + free},
-		{"marked, and open to everybody", []string{free}, onTheInternet("", free), "revoke public read access to it"},
+		{"marked, and open to everybody", []string{free}, onTheInternet("", free),
+			"revoke public read access to the destination"},
 		{"one of two", []string{locked, free}, onTheInternet("", locked), "--private " + free},
-		{"not marked", []string{locked}, onTheInternet(""), "if only you can read it, add --private " + locked},
+		{"not marked", []string{locked}, onTheInternet(""), "if only you can read the destination, add --private " + locked},
 		{"marked, and closed", []string{locked}, onTheInternet("", locked), ""},
 		{"the operator allows user space", []string{free}, onTheInternet(bundle.RedistributeUserspace), ""},
 	} {

@@ -38,7 +38,7 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 		return t, "", err
 	case why != "" && r.cfg.LoadTest == LoadTestRequire:
 		return t, "", fault.New(fault.LoadTestFailed, "no bootable kernel: "+why,
-			"put the build's vmlinux into the bucket, or publish without a load test: --load-test auto")
+			"put the vmlinux of the COS build into the bucket, or publish without a load test: --load-test auto")
 	case why != "":
 		return loadTested{reason: why}, "static checks only: " + why, nil
 	}

@@ -209,7 +209,8 @@ func verifyPublished(ctx context.Context, in *inputs, to *publication, p destina
 			return content, false, err
 		}
 		if !to.signing.takes(have, in, verdict.Materials) {
-			return content, false, fault.Errorf(fault.Mismatch, "the modules of %s are %s, which is not what is asked for",
+			return content, false, fault.Errorf(fault.Mismatch,
+				"the modules of %s are %s; this build wants other signatures, or none",
 				digest, have)
 		}
 	}

@@ -16,8 +16,8 @@ import (
 )
 
 // hintSigned is the hint for a kernel that loads signed modules only.
-const hintSigned = "sign them with a key that this kernel trusts: --module-key FILE --module-cert FILE; or publish " +
-	"those that Google signed: --google-modules"
+const hintSigned = "sign the modules with a key that this kernel trusts: --module-key FILE --module-cert FILE; or " +
+	"publish the modules that Google signed: --google-modules"
 
 // signing says who signs the modules for the kernel.
 type signing struct {
@@ -51,11 +51,11 @@ func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error
 		return s, nil
 	default:
 		return s, fault.New(fault.Unsupported,
-			fmt.Sprintf("kernel %s takes signed modules only, and no key signs these", in.kernel.Kernel), hintSigned)
+			fmt.Sprintf("kernel %s loads only signed modules, and no key signs the modules", in.kernel.Kernel), hintSigned)
 	}
 	if !config.Checks {
-		return s, fault.New(fault.Unsupported, fmt.Sprintf("kernel %s does not know module signatures", in.kernel.Kernel),
-			"build for it without --module-key")
+		return s, fault.New(fault.Unsupported, fmt.Sprintf("kernel %s does not support module signatures", in.kernel.Kernel),
+			"build for this kernel without --module-key")
 	}
 	s.hash = config.Hash
 	s.own, err = modsign.Load(ctx, r.cfg.ModuleKey, r.cfg.ModuleCert)

@@ -36,7 +36,7 @@ func (r *run) labels() bool {
 func (r *run) readLabels(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (map[string]string, error) {
 	for _, label := range r.cfg.Labels {
 		if err := target.CheckLabel(label, in.driver.Version); err != nil {
-			return nil, fault.Wrap(fault.Usage, err, "give a driver DEFAULT, LATEST, or the label of its own branch")
+			return nil, fault.Wrap(fault.Usage, err, "give a driver the label DEFAULT, LATEST or the name of its own branch")
 		}
 	}
 	if !r.labels() {

@@ -33,7 +33,7 @@ func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version st
 	if want := r.req.BTF; want != "" && want != version {
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("the modules' BTF was made by pahole %s; this machine has %s", want, version),
-			"install that version of dwarves")
+			"install pahole "+want+" (package dwarves)")
 	}
 	return version, nil
 }

@@ -134,8 +134,8 @@ func checkNames(ctx context.Context, repo *registry.Repository, digest string, a
 		if ok && have != digest {
 			return false, fault.New(fault.PublishRefused,
 				fmt.Sprintf("tag %s names %s already; this build made %s", tag, have, digest),
-				"equal inputs give equal digests, so find out what differs; remove the tag by hand if the published artifact "+
-					"is wrong")
+				"find out what differs, because equal inputs give equal digests; if the published artifact is wrong, remove the "+
+					"tag by hand")
 		}
 		if i == 0 {
 			existed = ok

@@ -187,7 +187,7 @@ func sameRecipes(theirs map[string]string) error {
 	for _, name := range slices.Sorted(maps.Keys(ours)) {
 		if theirs[name] != ours[name] {
 			return fault.New(fault.Unsupported,
-				fmt.Sprintf("it was built with recipe %s %q; this builder has %q", name, theirs[name], ours[name]),
+				fmt.Sprintf("the artifact was built with recipe %s %q; this builder has %q", name, theirs[name], ours[name]),
 				fmt.Sprintf("use version %s of the builder, which the provenance names", theirs["builder"]))
 		}
 	}
@@ -203,12 +203,13 @@ func sameInputs(want []trust.Material, made *pipeline.Made) error {
 	for _, m := range want {
 		if !have[m.Digest] {
 			return fault.New(fault.Mismatch,
-				fmt.Sprintf("input %s was %s when it was built; the mirrors now have another object", m.Name, m.Digest),
-				"name mirrors that hold that very object with --kernel-mirror and --driver-mirror; it came from "+m.URI)
+				fmt.Sprintf("input %s was %s in the published build; the mirrors now have another object", m.Name, m.Digest),
+				"give --kernel-mirror and --driver-mirror mirrors that have the published build's input: it came from "+m.URI)
 		}
 	}
 	if len(made.Materials) != len(want) {
-		return fault.Errorf(fault.Mismatch, "it was made from %d inputs, now there are %d", len(want), len(made.Materials))
+		return fault.Errorf(fault.Mismatch, "the artifact was made from %d inputs; this build has %d", len(want),
+			len(made.Materials))
 	}
 	return nil
 }

@@ -215,7 +215,7 @@ func TestRefuses(t *testing.T) {
 			nil, fault.Mismatch, "NVIDIA-Linux-x86_64-535.261.03.run"},
 		{"one input more", facts(),
 			append(materials[:2:2], sign.Material{Name: "x", Digest: "sha256:" + strings.Repeat("7", 64)}), nil, fault.Mismatch,
-			"now there are 3"},
+			"this build has 3"},
 		{"not published", facts(), materials, func(c *reproduce.Config) { c.Ref = "sha256:" + strings.Repeat("0", 64) },
 			fault.NoArtifact, ""},
 		{"another key", facts(), materials, func(c *reproduce.Config) { c.Verifier = testkit.NewKey(t).Verifier(t) },

@@ -74,7 +74,7 @@ func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) 
 	}
 	if err := l.root.Certified(leaf); err != nil {
 		return nil, fault.Wrap(fault.Usage, err,
-			"give the trusted root of the deployment that the signing configuration names")
+			"give --trusted-root the trusted_root.json of the Sigstore deployment that the signing configuration names")
 	}
 	who, err := certificate.SummarizeCertificate(leaf)
 	if err != nil {
@@ -188,8 +188,8 @@ func explainService(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	const hintToken = "give a fresh token for the audience that the certificate authority wants, sigstore as a rule: " +
-		"--identity-token FILE, or SIGSTORE_ID_TOKEN"
+	const hintToken = "give a fresh token with --identity-token FILE or in SIGSTORE_ID_TOKEN; its audience is the name " +
+		"that the certificate authority wants, usually sigstore"
 	for _, known := range []struct{ text, hint string }{
 		{"Fulcio returned 4", hintToken},
 		{"identity token", hintToken},

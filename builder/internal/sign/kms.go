@@ -20,7 +20,7 @@ import (
 )
 
 // hintRefs shows the form of a key's name for each key manager.
-const hintRefs = "name it gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V, " +
+const hintRefs = "name the key gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V, " +
 	"hashivault://KEY with VAULT_ADDR and VAULT_TOKEN, " +
 	"or NAME://... with a plugin sigstore-kms-NAME on PATH"
 
@@ -55,8 +55,8 @@ func explain(err error) error {
 		{".vault-token", hintRefs},
 		{"credentials:", hintGoogle},
 		{"new gcp kms client: open ", hintGoogle},
-		{"permission denied", "check that these credentials may use the key and read its public half"},
-		{"PermissionDenied", "grant roles/cloudkms.signerVerifier on the key"},
+		{"permission denied", "check that these credentials may use the key and read its public key"},
+		{"PermissionDenied", "grant the builder's account the role roles/cloudkms.signerVerifier on the key"},
 	} {
 		if strings.Contains(err.Error(), known.text) {
 			return fault.Wrap(fault.Usage, err, known.hint)

@@ -21,7 +21,7 @@ func Metadata(ctx context.Context, ref string, opts ...Option) (crypto.PublicKey
 	pub, by, err := metadata(ctx, ref, opts)
 	if err == nil {
 		if key, ok := pub.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
-			err = fault.New(fault.Usage, "the key is not of ECDSA P-256", "make one: builder snapshot keys FOLDER")
+			err = fault.New(fault.Usage, "the key is not an ECDSA P-256 key", "make keys with: builder snapshot keys FOLDER")
 		}
 	}
 	if err != nil {

@@ -84,10 +84,10 @@ func newTestResult(digest string, f TestFacts) (Statement, error) {
 	case trust.VerdictRejected:
 		p.Result, p.FailedTests = "FAILED", append(p.FailedTests, summary)
 	default:
-		return Statement{}, fmt.Errorf("verdict %q: not one of those that a load test has", t.Verdict)
+		return Statement{}, fmt.Errorf("verdict %q: a load test has no such verdict", t.Verdict)
 	}
 	if t.Verdict != trust.VerdictRejected && len(p.FailedTests) > 0 {
-		return Statement{}, fmt.Errorf("verdict %q, although %s", t.Verdict, p.FailedTests[0])
+		return Statement{}, fmt.Errorf("verdict %q, although a test failed: %s", t.Verdict, p.FailedTests[0])
 	}
 	// An entry must identify what was used in the test. A COS build has no digest of its own, so the entry has the
 	// kernel's fingerprint, a digest over everything that decides whether a module fits.

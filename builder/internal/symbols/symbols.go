@@ -78,7 +78,7 @@ func Publish(ctx context.Context, repo *registry.Repository, digest string, s Se
 func (s Set) publish(ctx context.Context, repo *registry.Repository, digest string) (d v1.Descriptor, existed bool,
 	err error) {
 	if s.Signer == nil {
-		return d, false, fault.New(fault.Usage, "no signing key", "name one with --key")
+		return d, false, fault.New(fault.Usage, "no signing key", "name a key with --key")
 	}
 	if s.Verifier == nil {
 		if s.Verifier, err = s.Signer.Verifier(); err != nil {
@@ -150,7 +150,8 @@ func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest
 		if signed {
 			return fault.New(fault.PublishRefused,
 				fmt.Sprintf("attach symbols to %s: it has other symbols already, as %s", digest, h.Digest),
-				"equal builds give equal symbols, so find out what differs; remove the referrer by hand if it is wrong")
+				"find out what differs, because equal builds give equal symbols; if the published symbols are wrong, remove "+
+					"their manifest by hand")
 		}
 	}
 	return nil
@@ -176,7 +177,7 @@ func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[stri
 	tree := filepath.Join(dir, "tree")
 	ids = map[string]string{}
 	if len(s.Debug) == 0 {
-		return bundle.Layer{}, nil, fault.New(fault.Usage, "no symbols", "compile with debug information")
+		return bundle.Layer{}, nil, fault.New(fault.Usage, "no debug symbols", "build with --debug-symbols")
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.Debug)) {
 		published, ok := s.Published[name]

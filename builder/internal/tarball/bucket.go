@@ -61,14 +61,14 @@ type Bucket struct{ s store }
 // folder is created. STORAGE_EMULATOR_HOST redirects gs://, as it does for every client of
 // Google's.
 func Open(ctx context.Context, dest string) (*Bucket, error) {
-	const hint = "name it gs://BUCKET/PREFIX, or file:///FOLDER"
+	const hint = "name the destination gs://BUCKET/PREFIX or file:///FOLDER"
 	u, err := url.Parse(dest)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open destination: %w", err), hint)
 	}
 	if u.User != nil || u.RawQuery != "" || u.Fragment != "" {
 		return nil, fault.New(fault.Usage,
-			fmt.Sprintf("open destination %s: user, query and fragment have no place in it", u.Redacted()), hint)
+			fmt.Sprintf("open destination %s: want a URL without user, query and fragment", u.Redacted()), hint)
 	}
 	var s store
 	switch u.Scheme {
@@ -178,6 +178,7 @@ func (b *Bucket) remove(ctx context.Context, name string, limit int64, such func
 }
 
 func busy(verb, url string) error {
-	return fault.New(fault.Transient, fmt.Sprintf("%s %s: others changed it %d times meanwhile", verb, url, tries),
+	return fault.New(fault.Transient,
+		fmt.Sprintf("%s %s: other writers changed the object %d times meanwhile", verb, url, tries),
 		"try again later")
 }

@@ -198,7 +198,7 @@ func (f *folder) write(ctx context.Context, u upload) error {
 	}
 	n, err := io.Copy(out, &ctxReader{ctx, in})
 	if err == nil && n != u.size {
-		err = fault.Errorf(fault.Internal, "%s changed while it was read: %d bytes, was %d", u.name, n, u.size)
+		err = fault.Errorf(fault.Internal, "%s changed while it was read: it has %d bytes, and had %d", u.name, n, u.size)
 	}
 	return onDisk(errors.Join(err, out.Sync(), out.Close()))
 }
@@ -227,9 +227,9 @@ func (f *folder) close() error { return f.root.Close() }
 
 func onDisk(err error) error {
 	if errors.Is(err, fs.ErrPermission) {
-		return fault.Wrap(fault.PublishRefused, err, "let this user write to the folder")
+		return fault.Wrap(fault.PublishRefused, err, "give this user write access to the folder")
 	}
-	return fault.Disk(err, "free space where the folder is, or publish to another one")
+	return fault.Disk(err, "free space on the disk of the folder, or publish to another folder")
 }
 
 // ctxReader is a reader that stops when its context ends. It exists for one call only.

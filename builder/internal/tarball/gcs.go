@@ -134,7 +134,7 @@ func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions
 	w.MD5, w.CRC32C, w.SendCRC32C = u.md5[:], u.crc32c, true
 	n, err := io.Copy(w, in)
 	if err == nil && n != u.size {
-		err = fault.Errorf(fault.Internal, "%s changed while it was read: %d bytes, was %d", u.name, n, u.size)
+		err = fault.Errorf(fault.Internal, "%s changed while it was read: it has %d bytes, and had %d", u.name, n, u.size)
 	}
 	if err != nil {
 		cancel()
@@ -158,11 +158,11 @@ func (g *googleBucket) fault(ctx context.Context, err error) error {
 	case errors.As(err, &known):
 		return err
 	case errors.Is(err, storage.ErrBucketNotExist):
-		return fault.Wrap(fault.Usage, err, "make the bucket, or name another one")
+		return fault.Wrap(fault.Usage, err, "make the bucket, or name another bucket")
 	case gcs.Status(err) == http.StatusPreconditionFailed:
 		return errChanged
 	case gcs.Status(err) == http.StatusNotFound:
-		return fault.Wrap(fault.Usage, err, "make the bucket "+g.BucketName()+", or name another one")
+		return fault.Wrap(fault.Usage, err, "make the bucket "+g.BucketName()+", or name another bucket")
 	case gcs.Status(err) == http.StatusUnauthorized, gcs.Status(err) == http.StatusForbidden:
 		return fault.Wrap(fault.PublishRefused, err,
 			"log in with gcloud auth application-default login as somebody who may create objects in "+g.BucketName())

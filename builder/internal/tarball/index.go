@@ -170,9 +170,9 @@ func (x Index) with(e Entry) (Index, error) {
 	have := x.Drivers[i]
 	if have.SHA256 != e.SHA256 || have.Artifact != e.Artifact || have.Fingerprint != e.Fingerprint {
 		return x, fault.New(fault.PublishRefused,
-			fmt.Sprintf("the index has driver %s as %s of artifact %s already; this is %s of artifact %s", e.Driver, have.SHA256,
-				have.Artifact, e.SHA256, e.Artifact),
-			"equal inputs give equal digests, so find out what differs; what is published is never replaced")
+			fmt.Sprintf("the index has driver %s already, as tarball %s of artifact %s; the new tarball is %s of artifact %s",
+				e.Driver, have.SHA256, have.Artifact, e.SHA256, e.Artifact),
+			"find out what differs, because equal inputs give equal digests; a published tarball is never replaced")
 	}
 	// A copy of the runfile may be added later than the driver.
 	if e.Runfile != nil && (have.Runfile == nil || have.Runfile.SHA256 == e.Runfile.SHA256 && have.Runfile.Object == "" &&

@@ -177,10 +177,10 @@ func (l Labelling) check() error {
 		return fault.Wrap(fault.Usage, err, "")
 	}
 	if l.Signer == nil {
-		return fault.New(fault.Usage, "no signing key", "name one with --key")
+		return fault.New(fault.Usage, "no signing key", "name a key with --key")
 	}
 	if l.Builder == "" {
-		return fault.New(fault.Usage, "labels without a builder", "name one with --builder-id")
+		return fault.New(fault.Usage, "no name of the builder", "name the builder with --builder-id")
 	}
 	for label, version := range l.Declared {
 		if _, err := target.ParseLabel(label); err != nil {
@@ -190,7 +190,7 @@ func (l Labelling) check() error {
 			continue
 		}
 		if err := target.CheckLabel(label, version); err != nil {
-			return fault.Wrap(fault.Usage, err, "give a version the label of its own branch")
+			return fault.Wrap(fault.Usage, err, "give a driver the label DEFAULT, LATEST or the name of its own branch")
 		}
 	}
 	return nil
@@ -256,14 +256,14 @@ func (p *publisher) claim(ctx context.Context, x Index, l Labelling) (claims, er
 func (p *publisher) checkStored(ctx context.Context, e Entry) error {
 	refuse := func(why string) error {
 		return fault.New(fault.PublishRefused, fmt.Sprintf("%s gets no label: %s", p.bucket.URL(e.Object), why),
-			"find out who changes objects there; builder build publishes what is missing")
+			"find out who changes objects in the bucket; to publish a missing object again, run builder build")
 	}
 	a, ok, err := p.bucket.s.stat(ctx, e.Object)
 	switch {
 	case err != nil:
 		return err
 	case !ok:
-		return refuse("it is not there")
+		return refuse("the object is not there")
 	case a.size != e.Size || a.md5 != "" && a.md5 != e.MD5:
 		return refuse(fmt.Sprintf("it has %d bytes and md5 %q; the index has %d and %q", a.size, a.md5, e.Size, e.MD5))
 	}
@@ -361,8 +361,8 @@ func taken(l Label, version, by string) error {
 		where = "in its own object"
 	}
 	return fault.New(fault.PublishRefused,
-		fmt.Sprintf("label %s is not given to %s: %s has it %s, set by %s", l.Label, l.Version, version, where, by),
-		"a label that another builder set is never moved: declare another label, or remove it there first")
+		fmt.Sprintf("label %s is not given to %s: %s has this label %s, set by %s", l.Label, l.Version, version, where, by),
+		"declare another label, or remove this label in the bucket first: a label that another builder set is never moved")
 }
 
 // versionObject returns the name of the object that holds only this label's version.

@@ -102,7 +102,8 @@ func (r Release) sources() ([]source, error) {
 		total += s.info.Size()
 	}
 	if len(all) > maxFiles || total > maxBytes {
-		return nil, fault.Errorf(fault.Usage, "%d files of %d bytes; at most %d and %d fit", len(all), total, maxFiles,
+		return nil, fault.Errorf(fault.Usage,
+			"%d files of %d bytes in all; at most %d files of %d bytes fit", len(all), total, maxFiles,
 			int64(maxBytes))
 	}
 	slices.SortFunc(all, func(a, b source) int { return cmp.Compare(a.name, b.name) })
@@ -201,7 +202,7 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 	h := sha256.New()
 	n, err := io.Copy(io.MultiWriter(tw, h), &ctxReader{ctx, in})
 	if err == nil && n != hdr.Size {
-		err = fmt.Errorf("changed while it was read: %d bytes, was %d", n, hdr.Size)
+		err = fmt.Errorf("changed while it was read: it has %d bytes, and had %d", n, hdr.Size)
 	}
 	return File{Name: s.name, Size: n, SHA256: ocidigest.NewDigest(ocidigest.SHA256, h).String()}, err
 }

@@ -216,7 +216,7 @@ func (p *publisher) check() error {
 		return fault.Wrap(fault.Usage, err, "")
 	}
 	if p.Signer == nil {
-		return fault.New(fault.Usage, "no signing key", "name one with --key")
+		return fault.New(fault.Usage, "no signing key", "name a key with --key")
 	}
 	return nil
 }
@@ -308,7 +308,7 @@ func Verify(v *trust.Verifier, bundle []byte, digest string, want ObjectFacts) (
 		return got, err
 	}
 	if st.PredicateType != PredicateObject || !st.About(digest) {
-		return got, fault.Errorf(fault.Unverified, "%w, not about %s of type %s", trust.ErrOtherDigest, digest,
+		return got, fault.Errorf(fault.Unverified, "%w: want a statement about %s of type %s", trust.ErrOtherDigest, digest,
 			PredicateObject)
 	}
 	if err := json.Unmarshal(st.Predicate, &got); err != nil {
@@ -342,8 +342,8 @@ const maxSignature = trust.MaxBundleSize
 // present reports whether an object exists. It returns an error if the name has other content.
 func (p *publisher) present(ctx context.Context, o object) (bool, error) {
 	refuse := func(why string) error {
-		return fault.New(fault.PublishRefused, fmt.Sprintf("%s is there already: %s", p.bucket.URL(o.name), why),
-			"what is published is never replaced: find out what differs, and remove it by hand if it is wrong")
+		return fault.New(fault.PublishRefused, fmt.Sprintf("%s exists already: %s", p.bucket.URL(o.name), why),
+			"find out what differs; if the published object is wrong, remove it by hand, because it is never replaced")
 	}
 	if o.same != nil {
 		have, _, err := p.bucket.small(ctx, o.name, maxSignature)
@@ -360,11 +360,11 @@ func (p *publisher) present(ctx context.Context, o object) (bool, error) {
 		return false, err
 	}
 	if a.size != o.size {
-		return false, refuse(fmt.Sprintf("it has %d bytes, this has %d", a.size, o.size))
+		return false, refuse(fmt.Sprintf("it has %d bytes; the new object has %d", a.size, o.size))
 	}
 	if sum := hex.EncodeToString(o.md5[:]); a.md5 != "" {
 		if a.md5 != sum {
-			return false, refuse(fmt.Sprintf("it has md5 %s, this has %s", a.md5, sum))
+			return false, refuse(fmt.Sprintf("it has MD5 %s; the new object has %s", a.md5, sum))
 		}
 		return true, nil
 	}
@@ -378,7 +378,7 @@ func (p *publisher) present(ctx context.Context, o object) (bool, error) {
 		return false, fmt.Errorf("read %s: %w", p.bucket.URL(o.name), err)
 	}
 	if have := s.object().sha256; have != o.sha256 {
-		return false, refuse(fmt.Sprintf("it has %s, this has %s", have, o.sha256))
+		return false, refuse(fmt.Sprintf("it has %s; the new object has %s", have, o.sha256))
 	}
 	return true, nil
 }
@@ -398,7 +398,7 @@ func (p *publisher) create(ctx context.Context, o object, there bool) error {
 		case errors.Is(err, errExists):
 			// Another publisher created it, or the answer to our own write was lost.
 			if there, err = p.present(ctx, o); err == nil && !there {
-				err = fault.New(fault.Transient, "the object appears and disappears", "find out who removes objects there")
+				err = fault.New(fault.Transient, "the object appears and disappears", "find out who removes objects in the bucket")
 			}
 			if err != nil {
 				return fmt.Errorf("create %s: %w", p.bucket.URL(o.name), err)
@@ -484,7 +484,7 @@ func (p *publisher) index(ctx context.Context, have []byte) (Index, error) {
 	x, err := p.bucket.verifyIndex(ctx, p.verifier, p.Kernel, have)
 	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) {
 		return Index{}, fault.Wrap(fault.PublishRefused, fmt.Errorf("extend the index: %w", err),
-			"publish with the key that signed it, or remove it by hand if it is wrong")
+			"publish with the key that signed the index; or, if the index is wrong, remove it by hand")
 	}
 	return x, err
 }

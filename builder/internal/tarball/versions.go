@@ -137,7 +137,7 @@ func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
 	i := slices.IndexFunc(all, of)
 	if i < 0 {
 		return fault.New(fault.Transient, fmt.Sprintf("version %s is no longer listed for %s", l.Version, l.GPUType),
-			"find out who takes versions out of the list")
+			"find out who removes versions from the list")
 	}
 	// The copy keeps COS's fields of the version that this program does not know.
 	more := proto.CloneOf(all[i])
@@ -187,7 +187,7 @@ func (change edit) unchanged(have []byte, list *gpuversions.GPUDriverVersionInfo
 func newer(err error) error {
 	text := strings.ReplaceAll(err.Error(), "\u00a0", " ") // protobuf varies white space in its messages
 	return fault.New(fault.PublishRefused, fmt.Sprintf("the published list cannot be extended: %.300s", text),
-		"update this program if the file is newer than it, or remove the file by hand if it is damaged")
+		"update this program, because a newer one may have written the file; or, if the file is damaged, remove it by hand")
 }
 
 // printText prints the list in protobuf's text format. The library's own printer varies its white

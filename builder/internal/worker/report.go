@@ -163,7 +163,7 @@ func (r *reporter) report() {
 	b, err := r.server.UpdateBuild(ctx, r.build, r.heartbeat)
 	switch {
 	case fault.Is(err, fault.Mismatch):
-		r.end(fault.Wrap(fault.Cancelled, fmt.Errorf("the build is not this builder's any more: %w", err), ""))
+		r.end(fault.Wrap(fault.Cancelled, fmt.Errorf("the build does not belong to this builder any more: %w", err), ""))
 	case err != nil:
 		r.log.DebugContext(ctx, "phase not reported", "err", err)
 	case b.State == api.Cancelled:

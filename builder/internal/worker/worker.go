@@ -275,7 +275,7 @@ func (w *worker) make(
 ) (res *pipeline.Result, err error) {
 	out, err := os.Create(w.logPath(job.Build))
 	if err != nil {
-		return &pipeline.Result{}, fault.Disk(fmt.Errorf("open log: %w", err), "free space for logs")
+		return &pipeline.Result{}, fault.Disk(fmt.Errorf("open log: %w", err), "free space on the disk of the log")
 	}
 	defer func() {
 		if cerr := out.Close(); cerr != nil {
