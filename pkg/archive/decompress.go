@@ -125,7 +125,7 @@ func checkXZ(br *bufio.Reader) error {
 	}
 	// Section 5.3.1: the size is 2 or 3, shifted left by half the code plus 11.
 	if size := (2 | int64(props&1)) << (props>>1&31 + 11); props > 40 || size > xzDict {
-		return refuse("read xz block header: asks for a dictionary over %d bytes", xzDict)
+		return refuse("read xz block header: the dictionary is larger than %d bytes", xzDict)
 	}
 	return nil
 }
