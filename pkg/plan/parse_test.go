@@ -81,7 +81,8 @@ func TestMistakes(t *testing.T) {
 		{"not YAML", "version: 1\nkernels: [\n", "w:2:1: not YAML: did not find expected node content"},
 		{"too much", strings.Repeat("# \n", 400_000), "w:1:1: more than 1048576 bytes"},
 		{"two documents", head + tail + "---\nversion: 1\n", "w:4:1: found a second document; want one in a file"},
-		{"nothing in it", "version: 1\n", "w:1:1: found no field kernels; want this field\nw:1:1: found no field drivers; want this field"},
+		{"nothing in it", "version: 1\n", "w:1:1: found no field kernels; want this field\n" +
+			"w:1:1: found no field drivers; want this field"},
 		{"newer format", "version: 2\nkernels: [{latest: 1}]\n" + tail,
 			"w:1:10: version: found version 2 of the format; want 1, or a newer builder"},
 		{"unknown field", head + tail + "driver: x\n",
@@ -102,7 +103,8 @@ func TestMistakes(t *testing.T) {
 		{"build and latest", "version: 1\nkernels: [{build: 17800.0.50, latest: 1}]\n" + tail,
 			"w:2:39: kernels[0].latest: found latest beside build; want either an exact COS build or the latest COS builds"},
 		{"milestone alone", "version: 1\nkernels: [{milestone: 109}]\n" + tail,
-			"w:2:23: kernels[0].milestone: found milestone without latest; want the number of newest COS builds, such as latest: 3"},
+			"w:2:23: kernels[0].milestone: found milestone without latest; want the number of newest COS builds, " +
+				"such as latest: 3"},
 		{"nothing asked", "version: 1\nkernels: [{board: lakitu}]\n" + tail,
 			"w:2:11: kernels[0]: found neither build nor latest; want {build: 17800.66.78}, {milestone: 109, latest: 3} or " +
 				"{latest: 2}"},

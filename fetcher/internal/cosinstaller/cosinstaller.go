@@ -73,8 +73,8 @@ var ignored = map[string]string{
 
 // refused are flags that ask for something that the fetcher does not do, each with a hint.
 var refused = map[string]string{
-	"nvidia-installer-url":      "name the version with -version, and publish that driver once with builder build --driver",
-	"nvidia-installer-url-open": "name the version with -version, and publish that driver once with builder build --driver",
+	"nvidia-installer-url":      "name the version with -version, and publish the driver once: builder build --driver",
+	"nvidia-installer-url-open": "name the version with -version, and publish the driver once: builder build --driver",
 	"signature-url":             "set PREBAKE_PUBLIC_KEY to the file with the publisher's key",
 	"local-artifacts-dir":       "set PREBAKE_REGISTRY=oci:FOLDER to a folder with artifacts",
 	"prepare-build-tools":       "leave the flag out: fetcher gets compiled drivers and needs no build tools",
