@@ -92,7 +92,7 @@ func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser,
 		}
 		return io.NopCloser(zr), format, nil
 	}
-	return nil, "", refuse("read archive: not a tar, and not one compressed with gzip, xz or zstd")
+	return nil, "", refuse("read archive: neither a tar nor a tar that is compressed with gzip, xz or zstd")
 }
 
 // xzDict is the largest dictionary that an xz stream may ask for. xz -9 asks for 64 MiB. The decoder allocates the

@@ -101,7 +101,7 @@ func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, er
 		return nil, fault.New(fault.Usage, "expand wish list: every cell is excluded", "remove a rule from exclude")
 	}
 	if len(cells) > maxCells {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("expand wish list: %d cells, more than %d", len(cells), maxCells),
+		return nil, fault.New(fault.Usage, fmt.Sprintf("expand wish list: %d cells; want at most %d", len(cells), maxCells),
 			"ask for fewer kernels or drivers in one file")
 	}
 	slices.SortStableFunc(cells, func(a, b Cell) int {

@@ -316,12 +316,13 @@ func (p Policy) age(v Verdict, now time.Time) (string, error) {
 		return "", fault.New(fault.Unverified, "no trusted provenance says when the artifact was built", "")
 	case v.BuiltOn.After(now.Add(24 * time.Hour)):
 		return "", fault.New(fault.Unverified,
-			"its provenance says "+v.BuiltOn.UTC().Format(time.DateOnly)+", which is in the future",
+			"the provenance says that the artifact was built on "+v.BuiltOn.UTC().Format(time.DateOnly)+
+				", which is in the future",
 			"check the clock of this machine, and of the builder")
 	}
 	if v.BuiltOn.IsZero() {
 		return "", fault.New(fault.Unverified,
-			"its provenance does not say when it was built, and the policy has a maximum age",
+			"the provenance does not say when the artifact was built, and the policy has a maximum age",
 			"build and publish the driver again: builder build")
 	}
 	if age := now.Sub(v.BuiltOn); age > p.MaxAge {

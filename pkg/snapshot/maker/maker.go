@@ -132,7 +132,7 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 	few := func(whose string, err error) error {
 		return fault.Wrap(
 			fault.Usage,
-			fmt.Errorf("too few keys of the %s root signed it: %w", whose, err),
+			fmt.Errorf("the new root is signed by too few keys of the %s root: %w", whose, err),
 			"name at least as many private root keys (files or URIs) as the threshold says",
 		)
 	}
