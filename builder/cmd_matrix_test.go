@@ -105,7 +105,8 @@ func TestTable(t *testing.T) {
 		Error: "nvidia/nv-pci.c:123:45: error: too few arguments to function 'pci_resize_resource'"}
 	jobs[1].Like = "17800.0.55/lakitu"
 	jobs[1].Seconds = 61
-	jobs[2].Failure = &batch.Failure{Class: fault.Unsupported, Error: "choose driver R535: COS names none for this build"}
+	jobs[2].Failure = &batch.Failure{Class: fault.Unsupported,
+		Error: "choose driver R535: COS names no such driver for this COS build"}
 	jobs[3].Failure = &batch.Failure{Class: fault.Internal, Error: strings.Repeat("x", 200)}
 	jobs[3].Known = true
 	jobs[4].Failure = &batch.Failure{Class: fault.InputMissing, Error: "none"}

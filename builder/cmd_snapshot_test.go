@@ -105,7 +105,7 @@ func TestSnapshot(t *testing.T) {
 		{"too few root keys", []string{"root", "--to", list, "--keys", keys, "--root-key", filepath.Join(keys, "root-1.key"),
 			"--root-key", filepath.Join(dir, "next.key.pub")}, fault.Usage, "too few keys"},
 		{"a threshold of more than there are", []string{"root", "--to", list, "--keys", keys, "--threshold", "4"},
-			fault.Usage, "threshold 4 of 3"},
+			fault.Usage, "threshold is 4, with 3 root keys"},
 		{"no list yet", []string{"refresh", "--to", filepath.Join(dir, "new"), "--keys", keys}, fault.Usage,
 			"builder snapshot make"},
 		{"no root yet", []string{"make", "--to", filepath.Join(dir, "new"), "--keys", keys, "--server", server.URL},

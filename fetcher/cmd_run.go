@@ -64,7 +64,7 @@ func checkTaint(cmd *ucli.Command) error {
 	if cmd.String("startup-taint") == "" || cmd.String("node-name") != "" {
 		return nil
 	}
-	return cli.About(fault.New(fault.Usage, "--startup-taint needs a node", "name the node: --node-name NAME"),
+	return cli.About(fault.New(fault.Usage, "--startup-taint needs the name of a node", "name the node: --node-name NAME"),
 		"startup-taint")
 }
 

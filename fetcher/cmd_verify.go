@@ -32,7 +32,7 @@ layer is fetched. The COS build is that of this node, or --build-id.`,
 			append(cli.Group(groupResources, stateFlag()), cli.Group(groupOutput, cli.OutputFlag())...)...)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			if cmd.Args().Len() > 1 {
-				return fault.New(fault.Usage, "want one artifact", "fetcher verify HOST/NAME@DIGEST")
+				return fault.New(fault.Usage, "want one artifact", "name the artifact: fetcher verify HOST/NAME@DIGEST")
 			}
 			a, done, err := localAgent(cmd)
 			if err != nil {
@@ -76,7 +76,7 @@ func explain(ctx context.Context, cmd *ucli.Command, a *agent.Agent) (*agent.Exp
 		i := strings.LastIndex(ref, ":")
 		if i < 0 || strings.Contains(ref[i:], "/") || strings.HasPrefix(ref, "oci:") && i == len("oci") {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("%q names no artifact in a repository", ref),
-				"name it with its digest or its tag: HOST/NAME@sha256:...")
+				"name the artifact with its digest or its tag: HOST/NAME@sha256:...")
 		}
 		name, digest = ref[:i], ref[i+1:]
 	}

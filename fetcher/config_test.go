@@ -31,15 +31,16 @@ func TestConfigCheck(t *testing.T) {
 			`5:1: server: server "prebake": want a URL`},
 		{"driver", "driver: newest", "driver: R535", "6:1: driver: "},
 		{"digest without a place", "driver: sha256:" + strings.Repeat("0", 64), "driver: R535",
-			"6:1: driver: a digest names an artifact, and not its repository; name"},
+			"6:1: driver: --driver with a digest needs the artifact's repository; name"},
 		{"parameter", "  - nvidia", "  - nvidia.NVreg_EnableGpuFirmware=0",
 			`12:1: module-param: module parameter "nvidia": want MODULE.KEY=VALUE`},
-		{"taint without a node", "startup-taint: x\n", "", "LAST:1: startup-taint: --startup-taint needs a node"},
+		{"taint without a node", "startup-taint: x\n", "", "LAST:1: startup-taint: --startup-taint needs the name of a node"},
 		{"report without a token", "", "token-file: /etc/prebake/token\n",
 			"14:1: report: --report needs a server, and a token that names this node"},
 		{"policy and keys", "policy: /x.yaml\n", "",
-			"9:1: public-key: --policy and --public-key do not go together; set it in the policy"},
+			"9:1: public-key: --policy and --public-key exclude each other; put the setting into the policy file"},
 		{"half of an identity", "trusted-root: /x.json\n", "",
-			"LAST:1: trusted-root: --trusted-root and the identity that its certificates must name go together"},
+			"LAST:1: trusted-root: --trusted-root needs a certificate identity, and a certificate identity needs " +
+				"--trusted-root"},
 	})
 }

@@ -187,7 +187,7 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 		errs = append(errs, cli.About(err, "module-param"))
 	}
 	if cfg.InstallDir == "/" {
-		errs = append(errs, cli.About(errors.New("install-dir /: want a folder of its own"), "install-dir"))
+		errs = append(errs, cli.About(errors.New("install-dir /: want a folder below /"), "install-dir"))
 	}
 	return cfg, usage(cmd, errs)
 }

@@ -65,7 +65,8 @@ func startReporter(log *slog.Logger, send func(context.Context, api.NodeReport) 
 }
 
 func (t *reporter) one(r api.NodeReport) {
-	ctx, cancel := context.WithTimeoutCause(context.Background(), reportTimeout, errors.New("the server takes no report"))
+	ctx, cancel := context.WithTimeoutCause(context.Background(), reportTimeout,
+		errors.New("the server did not answer the report in time"))
 	defer cancel()
 	if err := t.send(ctx, r); err != nil {
 		t.log.WarnContext(ctx, "report not taken", "digest", r.Digest, "outcome", r.Outcome, "err", err)

@@ -74,7 +74,7 @@ func checkTrust(cmd *ucli.Command) error {
 		if (cmd.String("trusted-root") == "") != (identity(cmd) == trust.Identity{}) {
 			return cli.About(fault.New(
 				fault.Usage,
-				"--trusted-root and the identity that its certificates must name go together",
+				"--trusted-root needs a certificate identity, and a certificate identity needs --trusted-root",
 				"give --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL",
 			), "trusted-root", "certificate-identity", "certificate-identity-regexp", "certificate-oidc-issuer")
 		}
@@ -85,8 +85,8 @@ func checkTrust(cmd *ucli.Command) error {
 		if cmd.IsSet(name) {
 			return cli.About(fault.New(
 				fault.Usage,
-				"--policy and --"+name+" do not go together",
-				"set it in the policy: fetcher policy schema prints the format",
+				"--policy and --"+name+" exclude each other",
+				"put the setting into the policy file; fetcher policy schema prints the format of the file",
 			), name, "policy")
 		}
 	}

@@ -143,7 +143,7 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 		return fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("find probe: %w", err),
-			"name the nvmlprobe program with --probe PATH, or load nothing: --no-load",
+			"name the nvmlprobe program with --probe PATH, or load no module: --no-load",
 		)
 	}
 	return nil
@@ -157,7 +157,7 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 		if cmd.String("builder") == "never" {
 			return trust.Policy{}, fault.New(
 				fault.Unverified,
-				"this node does not compile drivers (--builder never), and does not trust those that it compiled before",
+				"this node does not compile drivers (--builder never), and does not trust drivers that it compiled before",
 				"publish the driver, or allow the node to compile: --builder PROGRAM",
 			)
 		}
@@ -194,7 +194,7 @@ func serverURL(cmd *ucli.Command) (*url.URL, error) {
 		return nil, cli.About(fault.New(
 			fault.Usage,
 			fmt.Sprintf("server %q: want a URL", server),
-			"give it as in --server http://127.0.0.1:8440",
+			"name the server as a URL, as in --server http://127.0.0.1:8440",
 		), "server")
 	}
 	return u, nil
@@ -222,8 +222,8 @@ func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 		return policy, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("read trusted keys: %w", err),
-			"name the file with the publisher's public key: --public-key FILE, or trust an identity: --trusted-root FILE; "+
-				"nothing is installed unverified",
+			"name the file with the publisher's public key: --public-key FILE, or trust a certificate identity: "+
+				"--trusted-root FILE; without either no driver is installed",
 		)
 	}
 	return policy, nil
@@ -292,8 +292,8 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, er
 		var err error
 		if program, err = exec.LookPath(program); err != nil {
 			return nil, fault.Wrap(fault.Usage, fmt.Errorf("find builder: %w", err),
-				"name the builder program, --builder PATH, or its image, --builder HOST/NAME@sha256:DIGEST; or turn it off: "+
-					"--builder never")
+				"name the builder program, --builder PATH, or its image, --builder HOST/NAME@sha256:DIGEST; or turn "+
+					"compiling off: --builder never")
 		}
 	}
 	state, err := node.Path(cmd.String("state-dir"))
@@ -314,7 +314,7 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, er
 func pinnedNowhere() error {
 	return cli.About(fault.New(
 		fault.Usage,
-		"a digest names an artifact, and not its repository",
+		"--driver with a digest needs the artifact's repository",
 		"name the repository with --registry HOST/NAME",
 	), "driver")
 }

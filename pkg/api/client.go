@@ -182,7 +182,7 @@ func Watch(ctx context.Context, c *Client, id int64, f func(Build) error) error 
 		return nil
 	}
 	err = cmp.Or(lines.Err(), io.ErrUnexpectedEOF)
-	return fault.Wrap(fault.Transient, fmt.Errorf("GET %s%s: read events: %w", c.base, path, err), "watch again")
+	return fault.Wrap(fault.Transient, fmt.Errorf("GET %s%s: read events: %w", c.base, path, err), "run the command again")
 }
 
 // AddArtifact adds a published artifact to the catalogue.

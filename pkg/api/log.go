@@ -88,7 +88,7 @@ func (c *Client) PutBuildLog(ctx context.Context, id int64, log io.Reader) error
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	sent := &idleTimer{r: log, timer: time.AfterFunc(idleTimeout, func() {
-		cancel(fault.New(fault.Transient, "the server takes no more of the log", ""))
+		cancel(fault.New(fault.Transient, "send build log: the server accepts no more", ""))
 	})}
 	defer sent.timer.Stop()
 	resp, err := c.do(ctx, http.MethodPut, buildPath(id)+"/log", "text/plain; charset=utf-8", sent)

@@ -144,7 +144,7 @@ func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
 // disk.
 func (u *unpacker) one() error {
 	if u.count++; u.count > u.o.Entries {
-		return refuse("read tar: more than %d entries and folders that their names imply", u.o.Entries)
+		return refuse("read tar: more than %d entries, with the folders in their names", u.o.Entries)
 	}
 	return nil
 }
@@ -218,7 +218,7 @@ func (u *unpacker) folder(name string) error {
 	case errors.Is(err, fs.ErrExist):
 		fi, lerr := u.root.Lstat(name)
 		if lerr == nil && !fi.IsDir() {
-			return refuse("unpack %q: already there, and not a folder", name)
+			return refuse("unpack %q: already there, and is not a folder", name)
 		}
 		err = lerr
 	}

@@ -92,7 +92,7 @@ func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser,
 		}
 		return io.NopCloser(zr), format, nil
 	}
-	return nil, "", refuse("read archive: not a tar, and not one compressed with gzip, xz or zstd")
+	return nil, "", refuse("read archive: neither a tar nor a tar that is compressed with gzip, xz or zstd")
 }
 
 // xzDict is the largest dictionary that an xz stream may ask for. xz -9 asks for 64 MiB. The decoder allocates the
@@ -125,7 +125,7 @@ func checkXZ(br *bufio.Reader) error {
 	}
 	// Section 5.3.1: the size is 2 or 3, shifted left by half the code plus 11.
 	if size := (2 | int64(props&1)) << (props>>1&31 + 11); props > 40 || size > xzDict {
-		return refuse("read xz block header: asks for a dictionary over %d bytes", xzDict)
+		return refuse("read xz block header: the dictionary is larger than %d bytes", xzDict)
 	}
 	return nil
 }

@@ -44,9 +44,9 @@ func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID st
 	case ctx.Err() != nil:
 		return nil, fmt.Errorf("check unpacked %s layer: %w", kind, context.Cause(ctx))
 	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM):
-		return nil, fault.Wrap(fault.Transient, fmt.Errorf("check unpacked %s layer: %w", kind, err), "try again")
+		return nil, fault.Wrap(fault.Transient, fmt.Errorf("check unpacked %s layer: %w", kind, err), "run the command again")
 	case err == nil && got != wantDiffID:
-		err = fmt.Errorf("packed again it has digest %s; the config says %s", got, wantDiffID)
+		err = fmt.Errorf("the layer has digest %s when packed again; the config says %s", got, wantDiffID)
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("check unpacked %s layer: %w", kind, err), "")

@@ -129,7 +129,7 @@ func (d *deltaReader) chunk() error {
 	}
 	n := binary.LittleEndian.Uint32(head[:])
 	if d.last || n == 0 || n > maxFrame {
-		return fault.Errorf(fault.Unverified, "delta has a frame of %d bytes in a wrong place", n)
+		return fault.Errorf(fault.Unverified, "delta has a frame of %d bytes in the wrong place", n)
 	}
 	if d.buf == nil {
 		d.buf, d.out = make([]byte, 0, maxFrame), make([]byte, 0, deltaChunk)
@@ -145,7 +145,7 @@ func (d *deltaReader) chunk() error {
 	if d.made++; d.win.ended && d.made*deltaChunk > 2*d.win.size()+deltaSlack {
 		return fault.Errorf(
 			fault.Unverified,
-			"delta makes more than twice as much as the former layer has, %d bytes",
+			"delta unpacks to more than twice the size of the former layer, which has %d bytes",
 			d.win.size(),
 		)
 	}

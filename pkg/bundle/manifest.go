@@ -129,7 +129,7 @@ func decodeManifest(manifest []byte) (*v1.Manifest, error) {
 	case m.SchemaVersion != 2 || m.MediaType != types.OCIManifestSchema1:
 		return nil, fmt.Errorf("schema %d, media type %.80q: want an OCI image manifest", m.SchemaVersion, m.MediaType)
 	case m.Subject != nil || m.ArtifactType != "":
-		return nil, errors.New("it refers to another artifact, or is of another artifact type")
+		return nil, errors.New("the manifest refers to another artifact, or has another artifact type")
 	case m.Config.MediaType != types.OCIConfigJSON:
 		return nil, fmt.Errorf("config has media type %.80q; want %s", m.Config.MediaType, types.OCIConfigJSON)
 	case m.Config.Size <= 0 || m.Config.Size > MaxManifest:
@@ -150,7 +150,7 @@ func decodeManifest(manifest []byte) (*v1.Manifest, error) {
 		case l.Size <= 0 || l.Size > maxBytes:
 			return nil, fmt.Errorf("%s layer has %d bytes; want 1 to %d", kind, l.Size, int64(maxBytes))
 		case len(l.URLs) > 0 || len(l.Data) > 0:
-			return nil, fmt.Errorf("%s layer names another place for its bytes", kind)
+			return nil, fmt.Errorf("%s layer has the field urls or data; want neither of them", kind)
 		}
 		if err := checkHash(l.Digest); err != nil {
 			return nil, err

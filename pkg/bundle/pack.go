@@ -212,7 +212,7 @@ func copyIn(ctx context.Context, tw *tar.Writer, e entry, open func(entry) (io.R
 	defer f.Close()
 	n, err := io.Copy(tw, &ctxReader{ctx: ctx, r: f})
 	if err == nil && n != e.size {
-		err = fmt.Errorf("changed while it was read: %d bytes, was %d", n, e.size)
+		err = fmt.Errorf("changed while it was read: it has %d bytes, and had %d", n, e.size)
 	}
 	return err
 }
@@ -281,5 +281,5 @@ func (c *ctxReader) Read(p []byte) (int, error) {
 
 // diskFull adds the fault kind and a hint to an error of a full disk.
 func diskFull(err error) error {
-	return fault.Disk(err, "free some space on the disk of this folder")
+	return fault.Disk(err, "free space on the disk of the folder that this program writes to")
 }

@@ -183,12 +183,12 @@ func (x *extractor) check(hdr *tar.Header) (string, error) {
 		return "", fmt.Errorf("%s has type %q: only folders, regular files and links may be in a layer", name, hdr.Typeflag)
 	}
 	if _, dup := x.seen[name]; dup {
-		return "", fmt.Errorf("%s is there twice", name)
+		return "", fmt.Errorf("%s is in the archive twice", name)
 	}
 	// The parent must be a folder in this archive, which this code has created or checked. So no entry can go through
 	// a link.
 	if parent := path.Dir(name); parent != "." && x.seen[parent] != tar.TypeDir {
-		return "", fmt.Errorf("%s comes without its folder", name)
+		return "", fmt.Errorf("%s comes before its folder, or without it", name)
 	}
 	return name, nil
 }

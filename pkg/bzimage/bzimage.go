@@ -34,12 +34,12 @@ const (
 func Linked(image []byte) ([]byte, error) {
 	bad := func(format string, args ...any) error {
 		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...),
-			"take a kernel for amd64 that is compressed with LZ4, zstd or gzip")
+			"use a kernel for amd64 that is compressed with LZ4, zstd or gzip")
 	}
 	le := binary.LittleEndian
 	if len(image) < endOfHeader || string(image[atHeaderMagic:atHeaderMagic+4]) != "HdrS" ||
 		le.Uint16(image[atProtocol:]) < 0x208 {
-		return nil, bad("it is no bzImage")
+		return nil, bad("the file is not a bzImage")
 	}
 	sectors := uint64(image[atSetupSects])
 	if sectors == 0 {
@@ -49,12 +49,12 @@ func Linked(image []byte) ([]byte, error) {
 	size := uint64(le.Uint32(image[atPayloadLength:]))
 	const trailer = 4 // the size of the decompressed kernel
 	if size < trailer || from+size > uint64(len(image)) {
-		return nil, bad("%d bytes from %d on, of %d", size, from, len(image))
+		return nil, bad("the payload has %d bytes from offset %d on; the file has %d bytes", size, from, len(image))
 	}
 	payload := image[from : from+size-trailer]
 	want := le.Uint32(image[from+size-trailer:])
 	if want > maxLinked {
-		return nil, bad("a kernel of %d bytes; want at most %d", want, maxLinked)
+		return nil, bad("the kernel has %d bytes; want at most %d", want, maxLinked)
 	}
 	var packed io.Reader
 	switch {
@@ -78,14 +78,14 @@ func Linked(image []byte) ([]byte, error) {
 		zr.Multistream(false)
 		packed = zr
 	default:
-		return nil, bad("its kernel is compressed with neither LZ4, zstd nor gzip")
+		return nil, bad("the kernel is compressed with neither LZ4, zstd nor gzip")
 	}
 	linked, err := io.ReadAll(io.LimitReader(packed, int64(want)+1))
 	if err != nil {
 		return nil, bad("decompress: %v", err)
 	}
 	if uint64(len(linked)) != uint64(want) {
-		return nil, bad("a kernel of %d bytes; it says %d", len(linked), want)
+		return nil, bad("the kernel has %d bytes; the image says %d", len(linked), want)
 	}
 	return linked, nil
 }

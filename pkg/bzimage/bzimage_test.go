@@ -89,16 +89,16 @@ func TestLinked(t *testing.T) {
 		image []byte
 		want  string
 	}{
-		{"nothing", nil, "no bzImage"},
-		{"flat image", make([]byte, 4096), "no bzImage"},
-		{"old protocol", edit(func(i []byte) { i[atProtocol] = 7 }), "no bzImage"},
-		{"beyond the end", edit(func(i []byte) { i[atPayloadLength+3] = 0xff }), "bytes from 1120 on"},
+		{"nothing", nil, "not a bzImage"},
+		{"flat image", make([]byte, 4096), "not a bzImage"},
+		{"old protocol", edit(func(i []byte) { i[atProtocol] = 7 }), "not a bzImage"},
+		{"beyond the end", edit(func(i []byte) { i[atPayloadLength+3] = 0xff }), "bytes from offset 1120 on"},
 		{"other compression", edit(func(i []byte) { i[1120] = 0xfd }), "with neither LZ4"},
 		{"damaged", edit(func(i []byte) { copy(i[1130:], make([]byte, 64)) }), "read kernel image: "},
-		{"less than it says", bzImage(t, linked, len(linked)+1), "it says"},
-		{"more than it says", bzImage(t, linked, len(linked)-1), "it says"},
+		{"less than it says", bzImage(t, linked, len(linked)+1), "the image says"},
+		{"more than it says", bzImage(t, linked, len(linked)-1), "the image says"},
 		{"damaged zstd", imageOf(append(zstdOf(t, linked)[:16], make([]byte, 64)...), len(linked)), "read kernel image: "},
-		{"more zstd than it says", imageOf(zstdOf(t, linked), len(linked)-1), "it says"},
+		{"more zstd than it says", imageOf(zstdOf(t, linked), len(linked)-1), "the image says"},
 		{"far too much", bzImage(t, linked, maxLinked+1), "want at most"},
 	} {
 		if _, err := Linked(row.image); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" ||

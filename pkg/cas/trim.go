@@ -376,5 +376,6 @@ func (c *Cache) CheckFree(need int64) error {
 	}
 	return fault.New(fault.DiskFull,
 		fmt.Sprintf("the disk of %s has %d MiB free; want %d MiB", c.dir, free>>20, (need+1<<20-1)>>20),
-		"free space, for example with builder cache trim --max-size 5GiB --cache "+c.dir+", or set another --cache")
+		"free space, for example with builder cache trim --max-size 5GiB --cache "+c.dir+
+			", or name another folder with --cache")
 }

@@ -72,12 +72,13 @@ Example:
 // action.
 func configured(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.Command) error) error {
 	if cmd.Args().Len() == 0 {
-		return fault.New(fault.Usage, "want a configuration file", cmd.FullName()+" FILE")
+		return fault.New(fault.Usage, "want a configuration file", "name the file: "+cmd.FullName()+" FILE")
 	}
 	args := []string{cmd.Root().Name, of.Name, "--" + configFlag, cmd.Args().First()}
 	of.Action = func(_ context.Context, run *ucli.Command) error {
 		if extra := run.Args().First(); extra != "" {
-			return fault.New(fault.Usage, fmt.Sprintf("argument %q after the file", extra), "put -- before flags of "+of.Name)
+			return fault.New(fault.Usage, fmt.Sprintf("argument %q after the file", extra),
+				"put -- before the flags of "+of.Name)
 		}
 		return then(run)
 	}

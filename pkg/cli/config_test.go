@@ -169,7 +169,7 @@ func TestConfigMistakes(t *testing.T) {
 		t.Errorf("config check of no file = %d, %s; want 2 and the cause", code, errs)
 	}
 	code, _, errs = runConfigured(t, "count: 2\n", "config", "check", "FILE", "extra")
-	if code != 2 || !strings.Contains(errs, "put -- before flags of work") {
+	if code != 2 || !strings.Contains(errs, "put -- before the flags of work") {
 		t.Errorf("config check with an argument = %d, %s; want 2 and a hint", code, errs)
 	}
 }

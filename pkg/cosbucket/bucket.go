@@ -95,8 +95,8 @@ func open(ctx context.Context, rawURL string, wait time.Duration) (_ *Bucket, er
 		}
 		if u.User != nil || u.RawQuery != "" || u.Fragment != "" {
 			return nil, fault.New(fault.Usage,
-				fmt.Sprintf("open bucket %s: user, query and fragment have no place in a bucket's URL", u.Redacted()),
-				"leave them out")
+				fmt.Sprintf("open bucket %s: want a URL without user, query and fragment", u.Redacted()),
+				"remove user, query and fragment from the URL")
 		}
 		var b backend
 		switch u.Scheme {
@@ -108,7 +108,8 @@ func open(ctx context.Context, rawURL string, wait time.Duration) (_ *Bucket, er
 			b, err = openFolder(u)
 		default:
 			return nil, fault.New(fault.Usage, fmt.Sprintf("open bucket %q: unknown kind of URL", one),
-				"name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER, several mirrors of it with commas between them")
+				"name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER, and separate several mirrors of one bucket "+
+					"with commas")
 		}
 		if err != nil {
 			return nil, fmt.Errorf("open bucket %s: %w", one, err)

@@ -117,7 +117,7 @@ func (b *Bucket) Describe(ctx context.Context, k target.Kernel) (target.Kernel, 
 	commit := strings.TrimSpace(string(text))
 	if !target.ValidCommit(commit) {
 		return k, fault.New(fault.Unsupported, fmt.Sprintf("read %s: %.60q is not a commit of 40 hex digits", url, commit),
-			"put the kernel's commit there: 40 hex digits and a newline")
+			"put the kernel's commit into this object: 40 hex digits and a newline")
 	}
 	k.Commit = commit
 	return k, nil

@@ -83,7 +83,7 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 	}
 	if len(l.Versions) == 0 {
 		return DriverList{}, fault.New(fault.InputMissing,
-			"list drivers of "+k.String()+": the bucket names none for this build",
+			"list drivers of "+k.String()+": the bucket names no driver for this COS build",
 			"check BUILD_ID and board, or ask for an exact version")
 	}
 	l.Versions = sortVersions(l.Versions)
@@ -194,12 +194,12 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 	}
 	if len(l.GPUs) > maxGPUs {
 		return DriverList{}, fault.New(fault.Unsupported,
-			fmt.Sprintf("driver versions: %d types of GPU, more than %d", len(l.GPUs), maxGPUs),
+			fmt.Sprintf("driver versions: %d types of GPU; want at most %d", len(l.GPUs), maxGPUs),
 			"check that the bucket holds COS builds")
 	}
 	if l.Versions = sortVersions(l.Versions); len(l.Versions) > maxVersions {
 		return DriverList{}, fault.New(fault.Unsupported,
-			fmt.Sprintf("driver versions: %d of them, more than %d", len(l.Versions), maxVersions), "")
+			fmt.Sprintf("driver versions: %d versions; want at most %d", len(l.Versions), maxVersions), "")
 	}
 	return l, nil
 }
@@ -254,7 +254,7 @@ func (l DriverList) Choose(w target.Wish) (string, error) {
 		own, ok := l.GPUs[gpu]
 		if !ok {
 			return "", fault.New(fault.Unsupported,
-				fmt.Sprintf("choose driver %s: COS lists no GPU type %s for this build", w, gpu), l.offerGPUs())
+				fmt.Sprintf("choose driver %s: COS lists no GPU type %s for this COS build", w, gpu), l.offerGPUs())
 		}
 		return own.Choose(wish)
 	}
@@ -272,7 +272,8 @@ func (l DriverList) Choose(w target.Wish) (string, error) {
 		return "", fault.Wrap(fault.Usage, err, "")
 	}
 	if version == "" {
-		return "", fault.New(fault.Unsupported, fmt.Sprintf("choose driver %s: COS names none for this build", w), l.offer())
+		return "", fault.New(fault.Unsupported,
+			fmt.Sprintf("choose driver %s: COS names no such driver for this COS build", w), l.offer())
 	}
 	return version, nil
 }
@@ -280,9 +281,9 @@ func (l DriverList) Choose(w target.Wish) (string, error) {
 // offerGPUs returns a hint with the GPU types that have their own lists.
 func (l DriverList) offerGPUs() string {
 	if len(l.GPUs) == 0 {
-		return "this build has one list for all GPUs: ask without a GPU type"
+		return "leave the GPU type out: this COS build has one list for all GPUs"
 	}
-	return "ask for one of " + strings.Join(slices.Sorted(maps.Keys(l.GPUs)), ", ") + "; or without a GPU type"
+	return "ask for one of " + strings.Join(slices.Sorted(maps.Keys(l.GPUs)), ", ") + ", or leave the GPU type out"
 }
 
 // Newest returns one version for each branch: the version that COS names for it, or else the highest version in the
@@ -315,5 +316,5 @@ func (l DriverList) offer() string {
 	if len(words) == 0 {
 		return "ask for an exact version"
 	}
-	return "ask for what COS names for it: " + strings.Join(words, ", ") + "; or for an exact version"
+	return "ask for a driver that COS names for this COS build: " + strings.Join(words, ", ") + "; or for an exact version"
 }

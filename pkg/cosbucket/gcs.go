@@ -38,7 +38,7 @@ var gcsName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]$`)
 func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*googleBucket, error) {
 	if !gcsName.MatchString(name) {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("%q is not the name of a bucket", name),
-			"write gs://BUCKET, several mirrors of it with commas between them")
+			"write gs://BUCKET, and separate several mirrors of one bucket with commas")
 	}
 	options := []option.ClientOption{option.WithScopes(storage.ScopeReadOnly)}
 	if !credentialsConfigured(os.Getenv) {
@@ -118,7 +118,7 @@ func (g *googleBucket) open(ctx context.Context, name string, offset int64, pin 
 	if err != nil {
 		err = gcsError(err)
 		if fault.Is(err, fault.InputMissing) {
-			err = fault.Wrap(fault.Transient, errors.New("it was replaced while it was fetched"), "try again")
+			err = fault.Wrap(fault.Transient, errors.New("the object was replaced while it was fetched"), "try again")
 		}
 		return nil, Attrs{}, err
 	}

@@ -126,7 +126,7 @@ func total(contentRange string, offset int64) (int64, error) {
 	if n, err := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &first, &last, &size); err != nil || n != 3 ||
 		first != offset || last < first || last != size-1 {
 		return 0, fault.New(fault.Transient,
-			fmt.Sprintf("server answered with range %.60q; want it from %d to the end", contentRange, offset),
+			fmt.Sprintf("server answered with range %.60q; want the bytes from %d to the end", contentRange, offset),
 			"try again; if it happens again, name another mirror")
 	}
 	return size, nil
@@ -158,7 +158,8 @@ func (w *web) folders(context.Context) ([]string, error) { return nil, cannotLis
 var errCannotList = errors.New("a web server cannot list a bucket")
 
 func cannotList() error {
-	return fault.Wrap(fault.Unsupported, errCannotList, "name builds by BUILD_ID and board, or use the bucket's gs:// URL")
+	return fault.Wrap(fault.Unsupported, errCannotList,
+		"name COS builds by BUILD_ID and board, or use the bucket's gs:// URL")
 }
 
 // google is the host at which Google Cloud Storage serves objects by HTTPS. The bucket is the first element of the
@@ -175,7 +176,7 @@ func (w *web) sibling(_ context.Context, bucket string) (backend, error) {
 		u.Host, u.Path = bucket+"."+google, ""
 	case dir == "":
 		return nil, fault.New(fault.Unsupported,
-			fmt.Sprintf("%s serves one bucket without a folder of its name, and bucket %s is needed, too", w.url(""), bucket),
+			fmt.Sprintf("%s has one bucket and no folder for it; bucket %s is needed too", w.url(""), bucket),
 			"serve each bucket in a folder of its name, such as https://HOST/cos-tools and https://HOST/"+bucket)
 	default:
 		u.Path = "/" + path.Join(path.Dir(dir), bucket)

@@ -116,7 +116,7 @@ func (s *stream) otherMirror(broken error) error {
 			_ = body.Close() // not used
 			if told {
 				return fault.New(fault.Checksum, fmt.Sprintf("%s and %s are not the same bytes", s.attrs.URL, m.url(s.name)),
-					"name mirrors of one bucket only: one of the two is damaged, or another object")
+					"name only mirrors of the same bucket; one of these two objects is damaged, or is another object")
 			}
 			continue
 		}

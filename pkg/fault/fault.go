@@ -215,11 +215,13 @@ func Disk(err error, hint string) error {
 }
 
 // CacheDisk works as Disk does, for files in the cache folder.
-func CacheDisk(err error) error { return Disk(err, "free space, or set another cache folder") }
+func CacheDisk(err error) error {
+	return Disk(err, "free space on the disk of the cache folder, or name another folder with --cache")
+}
 
 // TempDisk works as Disk does, for files in the folder for temporary files.
 func TempDisk(err error) error {
-	return Disk(err, "free space in the folder for temporary files, or name another one with TMPDIR")
+	return Disk(err, "free space in the folder for temporary files, or name another folder with TMPDIR")
 }
 
 // Is reports whether err is of this kind.

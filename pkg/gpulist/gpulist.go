@@ -166,8 +166,8 @@ func (c *Chip) settle() error {
 		*id = strings.ToLower(*id)
 	}
 	if len(c.Name) > maxText || len(c.Features) > maxFeatures {
-		return fmt.Errorf("a name of %d bytes and %d features; at most %d and %d are read", len(c.Name), len(c.Features),
-			maxText, maxFeatures)
+		return fmt.Errorf("a name of %d bytes and %d features; want at most %d bytes and %d features", len(c.Name),
+			len(c.Features), maxText, maxFeatures)
 	}
 	for _, f := range c.Features {
 		if !wordPattern.MatchString(f) {
@@ -175,7 +175,7 @@ func (c *Chip) settle() error {
 		}
 	}
 	if c.Legacy != "" && !legacyPattern.MatchString(c.Legacy) {
-		return fmt.Errorf("legacy branch %.40q", c.Legacy)
+		return fmt.Errorf("legacy branch %.40q: want a branch such as 470.xx", c.Legacy)
 	}
 	return nil
 }
@@ -336,11 +336,11 @@ func Choose(gpus []GPU, offers []Offer) (int, error) {
 		}
 	}
 	if len(offers) == 0 {
-		return 0, fault.New(fault.NoArtifact, "choose flavour: none is published", "")
+		return 0, fault.New(fault.NoArtifact, "choose flavour: no flavour of this driver is published", "")
 	}
 	hint := "ask for another driver version with --driver"
 	if len(offers) == 1 && offers[0].Flavour == target.Open {
-		hint = "have the proprietary flavour built and published, or ask for another version with --driver"
+		hint = "build and publish the proprietary flavour: builder build; or ask for another version with --driver"
 	}
 	return 0, fault.New(fault.Unsupported, "choose flavour: "+strings.Join(whys, "; "), hint)
 }

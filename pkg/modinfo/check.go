@@ -49,9 +49,9 @@ func (p *Problem) Error() string {
 }
 
 const (
-	remedyKernel  = "compile against the headers of exactly this COS build: several builds share one release name"
+	remedyKernel  = "compile against the headers of exactly this COS build: several COS builds share one kernel release"
 	remedyDriver  = "choose a driver release that supports this kernel"
-	remedyDepends = "add the module that it needs to the same set"
+	remedyDepends = "add the needed module to the same set"
 	remedySet     = "compile all modules of the set in one run"
 	remedyLicense = "choose the open flavour, or a driver release that supports this kernel"
 )
@@ -129,7 +129,7 @@ func (c *checker) module(m *Module) {
 		name = Canonical(name)
 		needs[name] = true
 		if c.set[name] == nil && !c.own[name] {
-			c.add(m, "", remedyDepends, "needs module %s, which is neither in the set nor one of the kernel's", name)
+			c.add(m, "", remedyDepends, "needs module %s, which is neither in the set nor a module of the kernel", name)
 		}
 	}
 	for _, s := range m.Imports {
@@ -153,13 +153,14 @@ func (c *checker) module(m *Module) {
 // release and the kernel compares no checksums, only these facts distinguish them.
 func (c *checker) origin(m *Module) {
 	if c.rules.Machine != elf.EM_NONE && m.Machine != c.rules.Machine {
-		c.add(m, "", remedyKernel, "made for processor %v; this kernel's is %v", m.Machine, c.rules.Machine)
+		c.add(m, "", remedyKernel, "made for processor %v; this kernel is for processor %v", m.Machine, c.rules.Machine)
 	}
 	if salt := c.rules.Salt; salt != nil && m.Salt != *salt {
-		c.add(m, "", remedyKernel, "made for a kernel with build salt %q; this kernel's is %q", m.Salt, *salt)
+		c.add(m, "", remedyKernel, "made for a kernel with build salt %q; this kernel has build salt %q", m.Salt, *salt)
 	}
 	if size := c.rules.StructSize; size != 0 && m.StructSize != size {
-		c.add(m, "", remedyKernel, "struct module has %d bytes in it; in this kernel %d", m.StructSize, size)
+		c.add(m, "", remedyKernel, "struct module has %d bytes in this module, and %d bytes in this kernel", m.StructSize,
+			size)
 	}
 	switch want := c.rules.MadeFor; {
 	case want == "" || m.MadeFor == want:
@@ -183,7 +184,7 @@ func (c *checker) symbol(m *Module, s Symbol, needs map[string]bool) {
 			c.add(m, s.Name, remedySet, "is exported by module %s, on which the module does not depend", from)
 		}
 		if export.GPL && !gplCompatible(m.License) {
-			c.add(m, s.Name, remedyLicense, "is for GPL modules only; this one's licence is %q", m.License)
+			c.add(m, s.Name, remedyLicense, "is for GPL modules only; the licence of this module is %q", m.License)
 		}
 		if ns := export.Namespace; ns != "" && !slices.Contains(m.Namespaces, ns) {
 			c.add(m, s.Name, remedyDriver, "is in namespace %s, which the module does not import", ns)
@@ -193,7 +194,7 @@ func (c *checker) symbol(m *Module, s Symbol, needs map[string]bool) {
 	sibling := c.exporter[s.Name]
 	switch {
 	case sibling == m:
-		c.add(m, s.Name, remedySet, "is exported and undefined at once")
+		c.add(m, s.Name, remedySet, "is both exported and undefined")
 	case sibling != nil && !needs[sibling.Name]:
 		c.add(m, s.Name, remedySet, "is exported by %s, on which the module does not depend", sibling.Name)
 	case sibling != nil && c.rules.ModVersions:

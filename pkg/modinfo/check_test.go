@@ -54,7 +54,7 @@ func TestCheck(t *testing.T) {
 		}, "nvidia_uvm: symbol drm_open: is exported by module drm, on which"},
 		{"GPL symbol", func(a, b *sample, r *modinfo.Rules) {
 			a.imports, a.versions["mmu_gpl"] = append(a.imports, "mmu_gpl"), 4
-		}, "nvidia: symbol mmu_gpl: is for GPL modules only; this one's licence is \"NVIDIA\""},
+		}, "nvidia: symbol mmu_gpl: is for GPL modules only; the licence of this module is \"NVIDIA\""},
 		{"namespace not imported", func(a, b *sample, r *modinfo.Rules) {
 			b.imports, b.versions["dma_buf_get"] = append(b.imports, "dma_buf_get"), 6
 		}, "is in namespace DMA_BUF"},
@@ -69,11 +69,11 @@ func TestCheck(t *testing.T) {
 		{"exported twice", func(a, b *sample, r *modinfo.Rules) { b.exports = maps.Clone(a.exports) },
 			"symbol nvidia_get_rm_ops: is exported by nvidia_uvm too"},
 		{"another processor", func(a, b *sample, r *modinfo.Rules) { r.Machine = elf.EM_AARCH64 },
-			"nvidia: made for processor EM_X86_64; this kernel's is EM_AARCH64"},
+			"nvidia: made for processor EM_X86_64; this kernel is for processor EM_AARCH64"},
 		{"another salt", func(a, b *sample, r *modinfo.Rules) { salt := "6.1.0-50"; r.Salt = &salt },
-			"made for a kernel with build salt \"\"; this kernel's is \"6.1.0-50\""},
+			"made for a kernel with build salt \"\"; this kernel has build salt \"6.1.0-50\""},
 		{"another struct module", func(a, b *sample, r *modinfo.Rules) { a.this, r.StructSize = "nvidia", 0x340 },
-			"nvidia: struct module has 896 bytes in it; in this kernel 832"},
+			"nvidia: struct module has 896 bytes in this module, and 832 bytes in this kernel"},
 		{"not stamped", func(a, b *sample, r *modinfo.Rules) { r.MadeFor = "sha256:ab" },
 			"nvidia: does not say what kernel it was made for"},
 		{"stamped with a sibling", func(a, b *sample, r *modinfo.Rules) {

@@ -83,7 +83,7 @@ func Read(r io.ReaderAt, size int64) (*Module, error) {
 	m, err := read(r, size)
 	if err != nil {
 		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read module: %w", err),
-			"compile the module again; this file is no module of a 64-bit Linux kernel, or is damaged")
+			"compile the module again: this file is damaged, or is not a module of a 64-bit Linux kernel")
 	}
 	return m, nil
 }
@@ -241,7 +241,7 @@ func (m *Module) readVersions(f *elf.File) error {
 	for ; len(data) > 0; data = data[record:] {
 		name, _, ended := bytes.Cut(data[nameAt:record], []byte{0})
 		if !ended || len(name) == 0 {
-			return errors.New("section __versions: a name without end, or empty")
+			return errors.New("section __versions: a name has no end, or is empty")
 		}
 		m.CRCs[string(name)] = binary.LittleEndian.Uint32(data)
 	}
@@ -272,7 +272,7 @@ func (m *Module) readSymbols(f *elf.File) error {
 	if table.Size/elf.Sym64Size > maxSymbols || int(table.Link) >= len(f.Sections) ||
 		f.Sections[table.Link].Size > maxSection ||
 		(table.Flags|f.Sections[table.Link].Flags)&elf.SHF_COMPRESSED != 0 {
-		return errors.New("symbol table: too large, or without its names")
+		return errors.New("symbol table: too large, or its names are missing")
 	}
 	symbols, err := f.Symbols()
 	if err != nil {
@@ -282,7 +282,7 @@ func (m *Module) readSymbols(f *elf.File) error {
 	for i, s := range f.Sections {
 		if s.Name == "__kcrctab" || s.Name == "__kcrctab_gpl" {
 			if s.Size > maxSection || s.Type == elf.SHT_NOBITS || s.Flags&elf.SHF_COMPRESSED != 0 {
-				return fmt.Errorf("section %s: too large, or not plain", s.Name)
+				return fmt.Errorf("section %s: too large, compressed, or without content", s.Name)
 			}
 			if crcTables[elf.SectionIndex(i)], err = s.Data(); err != nil {
 				return fmt.Errorf("section %s: %w", s.Name, err)

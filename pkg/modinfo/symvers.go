@@ -87,7 +87,7 @@ func ReadSymvers(r io.Reader) (Symvers, error) {
 
 func symversFault(line int, err error) error {
 	return fault.Wrap(fault.Usage, fmt.Errorf("read Module.symvers: line %d: %w", line, err),
-		"take Module.symvers from the header tree of the very kernel; it has lines such as "+
+		"take Module.symvers from the headers of exactly this kernel; the file has lines such as "+
 			"0x4c9d28b0<tab>phys_base<tab>vmlinux<tab>EXPORT_SYMBOL<tab>")
 }
 

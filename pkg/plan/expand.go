@@ -101,7 +101,7 @@ func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, er
 		return nil, fault.New(fault.Usage, "expand wish list: every cell is excluded", "remove a rule from exclude")
 	}
 	if len(cells) > maxCells {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("expand wish list: %d cells, more than %d", len(cells), maxCells),
+		return nil, fault.New(fault.Usage, fmt.Sprintf("expand wish list: %d cells; want at most %d", len(cells), maxCells),
 			"ask for fewer kernels or drivers in one file")
 	}
 	slices.SortStableFunc(cells, func(a, b Cell) int {
@@ -116,7 +116,7 @@ func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, er
 	p := &Plan{Cells: cells}
 	for i, x := range w.Exclude {
 		if e.unused[i] {
-			p.Notes = append(p.Notes, fmt.Sprintf("exclude[%d] (line %d) takes out nothing", i, x.line))
+			p.Notes = append(p.Notes, fmt.Sprintf("exclude[%d] (line %d) excludes nothing", i, x.line))
 		}
 	}
 	return p, nil
@@ -168,7 +168,8 @@ func (e *expander) kernels(ctx context.Context) []wanted {
 				continue
 			}
 			if len(found) == 0 {
-				add(none, fault.New(fault.InputMissing, fmt.Sprintf("%s: the bucket has no such build for board %s", asked, board),
+				add(none, fault.New(fault.InputMissing,
+					fmt.Sprintf("%s: the bucket has no such COS build for board %s", asked, board),
 					"check milestone and board; builder plan prints the cells of a wish list"))
 			}
 			for _, k := range found {
@@ -222,7 +223,7 @@ func (e *expander) list(ctx context.Context) *listing {
 	case l.err == nil || !fault.Is(l.err, fault.Unsupported):
 	case e.images == nil:
 		l.err = fault.Wrap(fault.Unsupported, l.err,
-			"name exact builds, or set imageMap, which lists the builds where the bucket cannot")
+			"name exact COS builds, or set imageMap: an image map lists COS builds if the bucket cannot")
 	default:
 		l.ids, l.err = nil, nil
 		for _, k := range e.images.kernels {

@@ -217,7 +217,7 @@ func TestExpand(t *testing.T) {
 			"{driver: 535.2.2}\n- {milestone: 113}", real109(), nil, []string{
 			"M109 17800.0.50/lakitu 550.1.1-proprietary <R550>", "M109 17800.0.50/lakitu 550.1.1-open <R550>",
 			"M109 17800.0.47/lakitu 535.1.1-proprietary <default>", "M109 17800.0.47/lakitu 550.1.1-proprietary <R550>",
-			"exclude[4] (line 10) takes out nothing"}},
+			"exclude[4] (line 10) excludes nothing"}},
 	}
 	for _, row := range rows {
 		w, err := plan.Parse("w", []byte("version: 1\n"+row.wish+"\n"))

@@ -21,7 +21,7 @@ func ParseGKE(s string) (string, error) {
 	if version := strings.TrimPrefix(s, "v"); gkeVersion.MatchString(version) {
 		return version, nil
 	}
-	return "", fmt.Errorf("GKE version %.40q: want one such as 1.33.5-gke.1080000", s)
+	return "", fmt.Errorf("GKE version %.40q: want a version such as 1.33.5-gke.1080000", s)
 }
 
 // CompareGKE compares two GKE versions by their numbers.

@@ -45,7 +45,7 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 	}
 	if len(list.Entries) > maxImages {
 		return nil, fault.New(fault.Unsupported,
-			fmt.Sprintf("read image map: %d entries, more than %d", len(list.Entries), maxImages), hint)
+			fmt.Sprintf("read image map: %d entries; want at most %d", len(list.Entries), maxImages), hint)
 	}
 	m := &ImageMap{milestones: map[string]int{}, released: map[string]bool{}, gke: map[string][]string{}}
 	for _, e := range list.Entries {

@@ -81,11 +81,11 @@ func (p *parser) wish(a yamlfile.At) *Wish {
 	}
 	for _, must := range []string{"version", "kernels", "drivers"} {
 		if _, ok := seen[must]; !ok {
-			p.Say(a, "found no %s; want it", must)
+			p.Say(a, "found no field %s; want this field", must)
 		}
 	}
 	if both, ok := seen["architectures"]; ok && len(w.Boards) > 0 {
-		p.Say(both, "found boards too; want one of the two")
+		p.Say(both, "found architectures and boards; want only one of these fields")
 	}
 	if list, ok := seen["kernels"]; ok && w.ImageMap == "" && seen["imageMap"].Node == nil {
 		for i, k := range w.Kernels {
@@ -120,7 +120,7 @@ func (p *parser) checkLabels(w *Wish) {
 			p.Say(l.At, "found label %s for driver %s; want it for a driver of that branch", l.label, l.driver.Wish)
 		case !slices.Contains(flavours, target.Open):
 			p.Say(l.At, "found a label for a driver without the open flavour; want open among its flavours, since COS's "+
-				"installer takes no other from a bucket")
+				"installer takes no other flavour from a bucket")
 		}
 		seen[l.label] = true
 	}
@@ -206,11 +206,11 @@ func (p *parser) kernel(a yamlfile.At) Kernel {
 	case has("build"):
 		for _, other := range []string{"milestone", "latest", "released"} {
 			if has(other) {
-				p.Say(seen[other], "found it beside build; want either an exact build or the latest ones")
+				p.Say(seen[other], "found %s beside build; want either an exact COS build or the latest COS builds", other)
 			}
 		}
 	case !has("latest") && has("milestone"):
-		p.Say(seen["milestone"], "found no latest beside it; want how many of its newest builds, such as latest: 3")
+		p.Say(seen["milestone"], "found milestone without latest; want the number of newest COS builds, such as latest: 3")
 	case !has("latest"):
 		p.Say(a, "found neither build nor latest; want {build: 17800.66.78}, {milestone: 109, latest: 3} or {latest: 2}")
 	}
@@ -311,7 +311,7 @@ func (p *parser) exclude(a yamlfile.At) Exclude {
 		"reason":  func(a yamlfile.At) { x.Reason, _ = p.Word(a, "a text") },
 	})
 	if _, reason := seen["reason"]; seen != nil && (len(seen) == 0 || len(seen) == 1 && reason) {
-		p.Say(a, "found a rule that takes out everything; want at least one of board, build, driver, flavour or milestone")
+		p.Say(a, "found a rule that excludes everything; want at least one of board, build, driver, flavour or milestone")
 	}
 	return x
 }

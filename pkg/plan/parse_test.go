@@ -81,7 +81,8 @@ func TestMistakes(t *testing.T) {
 		{"not YAML", "version: 1\nkernels: [\n", "w:2:1: not YAML: did not find expected node content"},
 		{"too much", strings.Repeat("# \n", 400_000), "w:1:1: more than 1048576 bytes"},
 		{"two documents", head + tail + "---\nversion: 1\n", "w:4:1: found a second document; want one in a file"},
-		{"nothing in it", "version: 1\n", "w:1:1: found no kernels; want it\nw:1:1: found no drivers; want it"},
+		{"nothing in it", "version: 1\n", "w:1:1: found no field kernels; want this field\n" +
+			"w:1:1: found no field drivers; want this field"},
 		{"newer format", "version: 2\nkernels: [{latest: 1}]\n" + tail,
 			"w:1:10: version: found version 2 of the format; want 1, or a newer builder"},
 		{"unknown field", head + tail + "driver: x\n",
@@ -100,9 +101,10 @@ func TestMistakes(t *testing.T) {
 		{"bad build", "version: 1\nkernels: [{build: 17800.50}]\n" + tail,
 			`w:2:19: kernels[0].build: found "17800.50"; want a BUILD_ID such as 17800.66.78`},
 		{"build and latest", "version: 1\nkernels: [{build: 17800.0.50, latest: 1}]\n" + tail,
-			"w:2:39: kernels[0].latest: found it beside build; want either an exact build or the latest ones"},
+			"w:2:39: kernels[0].latest: found latest beside build; want either an exact COS build or the latest COS builds"},
 		{"milestone alone", "version: 1\nkernels: [{milestone: 109}]\n" + tail,
-			"w:2:23: kernels[0].milestone: found no latest beside it; want how many of its newest builds, such as latest: 3"},
+			"w:2:23: kernels[0].milestone: found milestone without latest; want the number of newest COS builds, " +
+				"such as latest: 3"},
 		{"nothing asked", "version: 1\nkernels: [{board: lakitu}]\n" + tail,
 			"w:2:11: kernels[0]: found neither build nor latest; want {build: 17800.66.78}, {milestone: 109, latest: 3} or " +
 				"{latest: 2}"},
@@ -120,7 +122,7 @@ func TestMistakes(t *testing.T) {
 			`w:1:10: boards[0]: found "../x"; want a board such as lakitu or lakitu-arm64`},
 		{"board twice", "boards: [lakitu, lakitu]\n" + head + tail, `w:1:18: boards[1]: found "lakitu" twice; want it once`},
 		{"boards and architectures", "boards: [lakitu]\narchitectures: [amd64]\n" + head + tail,
-			"w:2:16: architectures: found boards too; want one of the two"},
+			"w:2:16: architectures: found architectures and boards; want only one of these fields"},
 		{"bad architecture", "architectures: [x86_64]\n" + head + tail,
 			`w:1:17: architectures[0]: found "x86_64"; want amd64 or arm64`},
 		{"bad driver", head + "drivers: [newest]\n",
@@ -136,7 +138,7 @@ func TestMistakes(t *testing.T) {
 		{"bad flavour", head + tail + "flavours: [closed]\n",
 			`w:4:12: flavours[0]: found "closed"; want proprietary or open`},
 		{"a rule for all", head + tail + "exclude: [{reason: tired}]\n",
-			"w:4:11: exclude[0]: found a rule that takes out everything; want at least one of board, build, driver, flavour " +
+			"w:4:11: exclude[0]: found a rule that excludes everything; want at least one of board, build, driver, flavour " +
 				"or milestone"},
 		{"a rule with a wish", head + tail + "exclude: [{driver: default}]\n",
 			`w:4:20: exclude[0].driver: found "default"; want a version or a branch such as R535`},
@@ -155,7 +157,7 @@ func TestMistakes(t *testing.T) {
 			"flavours: [proprietary]\n" + head +
 				"drivers: [{version: 535.1, labels: [R535]}, {version: 580.1, flavours: [open], labels: [R580]}]\n",
 			"w:4:37: drivers[0].labels[0]: found a label for a driver without the open flavour; want open among its flavours, " +
-				"since COS's installer takes no other from a bucket"},
+				"since COS's installer takes no other flavour from a bucket"},
 		{"several", "version: x\nkernels:\n- {latset: 1}\ndrivers: [R]\n", strings.Join([]string{
 			`w:1:10: version: found "x"; want a number from 1 to 1073741824, such as 1`,
 			"w:3:3: kernels[0]: found neither build nor latest; want {build: 17800.66.78}, {milestone: 109, latest: 3} or " +

@@ -349,7 +349,7 @@ func (db database) raise(ctx context.Context, build int64, priority int) error {
 	}
 	text := `UPDATE river_job SET priority = $2 WHERE id = $1 AND state IN ('available', 'scheduled', 'retryable') AND priority > $2`
 	if err := db.exec.Exec(ctx, text, row.ID, priority); err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("raise build %d: %w", build, err), "")
+		return fault.Wrap(fault.Transient, fmt.Errorf("raise priority of build %d: %w", build, err), "")
 	}
 	return nil
 }

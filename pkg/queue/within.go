@@ -50,12 +50,13 @@ func (w Within) do(f func(database) error) error {
 	}
 	c, ok := w.q.insert.(*river.Client[pgx.Tx])
 	if !ok {
-		return fault.New(fault.Internal, "write to queue: its client is of no known database", "")
+		return fault.New(fault.Internal, "write to queue: the queue's client is for an unknown database", "")
 	}
 	return w.conn.Raw(func(driver any) error {
 		under, ok := driver.(*stdlib.Conn)
 		if !ok {
-			return fault.New(fault.Internal, fmt.Sprintf("write to queue: the connection is a %T, not one of pgx", driver), "")
+			return fault.New(fault.Internal,
+				fmt.Sprintf("write to queue: the connection is a %T; want a connection of pgx", driver), "")
 		}
 		// Outside of a transaction, each statement would be committed alone.
 		if status := under.Conn().PgConn().TxStatus(); status != 'T' {
@@ -98,7 +99,7 @@ type joined struct{ *connection }
 // connection is another name of pgx.Conn. A field that is embedded as Conn would hide the method Conn of joined.
 type connection = pgx.Conn
 
-var errJoined = errors.New("the transaction is somebody else's")
+var errJoined = errors.New("only the owner of the transaction may do this")
 
 func (j joined) Begin(context.Context) (pgx.Tx, error) { return nil, errJoined }
 func (j joined) Commit(context.Context) error          { return errJoined }

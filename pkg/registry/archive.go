@@ -112,7 +112,7 @@ func missing(parts []part, name string) error {
 			path.Base(name),
 			first.base,
 		),
-		"name that bundle before it: "+archivePrefix+"EARLIER.tar"+partsBetween+first.path,
+		"name that bundle first: "+archivePrefix+"EARLIER.tar"+partsBetween+first.path,
 	)
 }
 
@@ -146,7 +146,7 @@ func notBasedOn(p, before part) error {
 		return fault.New(
 			fault.Usage,
 			p.path+" is complete, and needs no other bundle before it",
-			"name it alone: "+archivePrefix+p.path,
+			"name this bundle alone: "+archivePrefix+p.path,
 		)
 	}
 	return fault.New(
@@ -158,7 +158,7 @@ func notBasedOn(p, before part) error {
 			before.path,
 			before.index,
 		),
-		"name the bundle that it was made for; builder bundle show FILE prints the index of each",
+		"name the bundle that the delta was made for; builder bundle show FILE prints the index of a bundle",
 	)
 }
 
@@ -191,7 +191,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 		return p, fault.New(
 			fault.Unverified,
 			"it has no "+markerFile+" with "+indexFile,
-			"name the tar of an OCI image layout, not compressed",
+			"name an uncompressed tar of an OCI image layout",
 		)
 	}
 	if err != nil {
@@ -278,10 +278,10 @@ func scan(r io.ReadSeeker) (map[string]extent, error) {
 			return nil, err
 		}
 		if h.Size < 0 || h.Size > size-at {
-			return nil, refused(fmt.Sprintf("%s has %d bytes, and the archive ends before", name, h.Size))
+			return nil, refused(fmt.Sprintf("%s has %d bytes, but the archive ends before", name, h.Size))
 		}
 		if _, ok := files[name]; ok {
-			return nil, refused(name + " is in it twice")
+			return nil, refused(name + " is in the archive twice")
 		}
 		files[name] = extent{at, h.Size}
 	}
@@ -294,11 +294,11 @@ func entryName(h *tar.Header) (string, error) {
 	}
 	for key := range h.PAXRecords {
 		if strings.HasPrefix(key, "GNU.sparse.") {
-			return "", refused(fmt.Sprintf("entry %.200q has holes", h.Name))
+			return "", refused(fmt.Sprintf("entry %.200q is a sparse file", h.Name))
 		}
 	}
 	if path.IsAbs(h.Name) || strings.ContainsAny(h.Name, "\\\x00") || slices.Contains(strings.Split(h.Name, "/"), "..") {
-		return "", refused(fmt.Sprintf("entry %.200q is outside", h.Name))
+		return "", refused(fmt.Sprintf("entry %.200q has a path outside of the archive", h.Name))
 	}
 	return path.Clean(h.Name), nil
 }
@@ -307,7 +307,7 @@ func refused(what string) error {
 	return fault.New(
 		fault.Unverified,
 		what,
-		"get the file again from its publisher, and compare its SHA-256; it has to be a tar, not compressed",
+		"get the file again from its publisher, and compare its SHA-256; the file must be an uncompressed tar",
 	)
 }
 

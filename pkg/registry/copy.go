@@ -74,7 +74,8 @@ func copyAttached(ctx context.Context, from, to *Repository, subject, digest str
 		return err
 	}
 	if m.Subject == nil || m.Subject.Digest.String() != subject {
-		return fault.Errorf(fault.Unverified, "%s is listed as attached to %s, and is not", digest, subject)
+		return fault.Errorf(fault.Unverified, "%s is listed as attached to %s, but its manifest has another subject, or none",
+			digest, subject)
 	}
 	a := &attachment{whole: img, subject: m.Subject.Digest}
 	if a.desc, err = describe(img); err != nil {

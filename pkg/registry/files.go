@@ -144,7 +144,7 @@ func saveFile(ctx context.Context, r *Repository, root *os.Root, name string, l 
 	}
 	defer func() { err = errors.Join(err, rc.Close()) }()
 	if err := root.MkdirAll(path.Dir(name), 0o755); err != nil {
-		return fault.Disk(err, "free space for it")
+		return fault.Disk(err, "free space on the disk of the folder for the files")
 	}
 	f, err := root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if errors.Is(err, os.ErrExist) {
@@ -159,7 +159,7 @@ func saveFile(ctx context.Context, r *Repository, root *os.Root, name string, l 
 		err = damaged(fmt.Errorf("digest is sha256:%x", h.Sum(nil)))
 	}
 	if err != nil {
-		return errors.Join(fault.Disk(err, "free space for it"), root.Remove(name))
+		return errors.Join(fault.Disk(err, "free space on the disk of the folder for the files"), root.Remove(name))
 	}
 	return nil
 }

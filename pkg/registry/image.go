@@ -71,7 +71,7 @@ func (r *Repository) ofArch(ctx context.Context, raw []byte, arch string) ([]byt
 			return r.Manifest(ctx, d.Digest.String())
 		}
 	}
-	return nil, fault.New(fault.Mismatch, "it has no image for linux/"+arch, "name an image for this architecture")
+	return nil, fault.New(fault.Mismatch, "the index has no image for linux/"+arch, "name an image for this architecture")
 }
 
 // saveBlob writes a blob to a file.
@@ -94,7 +94,7 @@ func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string)
 		err = cerr
 	}
 	if err != nil {
-		return fault.Disk(fmt.Errorf("read blob %s: %w", d.Digest, err), "free some space on the disk of this folder")
+		return fault.Disk(fmt.Errorf("read blob %s: %w", d.Digest, err), "free space on the disk of the folder for the image")
 	}
 	if got := hex.EncodeToString(h.Sum(nil)); got != d.Digest.Hex {
 		return fmt.Errorf("read blob %s: %w", d.Digest, damaged(fmt.Errorf("digest is sha256:%s", got)))

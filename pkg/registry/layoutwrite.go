@@ -62,7 +62,7 @@ func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descrip
 		all = list.Manifests
 	case i >= 0:
 		return nil, fault.New(fault.PublishRefused, "tag "+listTag(subject)+" is no list of referrers",
-			"remove that entry from "+indexFile+" by hand, or publish to another folder")
+			"remove that tag from "+indexFile+" by hand, or publish to another folder")
 	default:
 		if all, err = s.referrers(ctx, subject); err != nil { // attached before there was a list
 			return nil, err
@@ -304,9 +304,9 @@ func (s *layoutStore) write(path string, fill func(io.Writer) error) error {
 func denied(err error) error {
 	switch {
 	case fault.NoSpace(err):
-		return fault.Wrap(fault.DiskFull, err, "free some space on the disk of this folder")
+		return fault.Wrap(fault.DiskFull, err, "free space on the disk of the destination folder")
 	case errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS):
-		return fault.Wrap(fault.PublishRefused, err, "allow this user to write to the folder")
+		return fault.Wrap(fault.PublishRefused, err, "allow this user to write to the destination folder")
 	}
 	return err
 }

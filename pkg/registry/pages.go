@@ -114,9 +114,10 @@ func nextPage(from *url.URL, h http.Header) (*url.URL, error) {
 		}
 		if to.Scheme != from.Scheme || to.Host != from.Host || to.Path != from.Path || to.User != nil {
 			return nil, fault.New(fault.Unverified,
-				fmt.Sprintf("next page at %.100q: another place than the list's, which does not get this registry's credentials",
+				fmt.Sprintf("next page at %.100q: the address is not on the host of the list, and does not get this registry's "+
+					"credentials",
 					m[1]),
-				"configure the registry, or the proxy before it, to name its pages by their paths or by "+
+				"configure the registry, or the proxy in front of it: links to pages must be paths, or begin with "+
 					from.Scheme+"://"+from.Host)
 		}
 		return to, nil

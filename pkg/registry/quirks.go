@@ -91,11 +91,11 @@ func tagged(req *http.Request, resp *http.Response) (*http.Response, error) {
 			// GitLab takes the tag for the digest, and has no referrers API either (oras-project/oras-go#1396).
 			return nil, fault.New(fault.PublishRefused,
 				req.URL.Host+" confuses the tag "+tag+" with the digest, and has no referrers API",
-				"publish to a registry that can list statements about an artifact; this one cannot")
+				"publish to another registry: this one cannot list the attestations of an artifact")
 		}
 		if req.Context().Value(attaching{}) != nil {
 			return nil, fault.New(fault.PublishRefused, "tag "+path.Base(req.URL.Path)+" is no list of referrers",
-				"remove that tag by hand: without the referrers API it is where statements about the artifact are listed")
+				"remove that tag by hand: without the referrers API this tag must list the artifact's attestations")
 		}
 		return absent(resp), nil
 	}

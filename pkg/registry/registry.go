@@ -89,8 +89,8 @@ func Open(ref string, o Options) (*Repository, error) {
 		return nil, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("open repository %q: %w", ref, err),
-			"name it HOST[:PORT]/NAME, oci:PATH for a folder, oci-archive:FILE for a tar, or oci:https://HOST/PATH or "+
-				"oci:gs://BUCKET/PATH",
+			"name the repository HOST[:PORT]/NAME, oci:PATH for a folder, oci-archive:FILE for a tar, or "+
+				"oci:https://HOST/PATH or oci:gs://BUCKET/PATH",
 		)
 	}
 	return &Repository{name: ref, s: s}, nil
@@ -259,8 +259,8 @@ func (r *Repository) Tag(ctx context.Context, d v1.Descriptor, tag string) error
 
 // taken returns the error for a tag that already names another manifest.
 func taken(have v1.Hash, want v1.Hash) error {
-	return fault.New(fault.PublishRefused, fmt.Sprintf("it names %s already, not %s", have, want),
-		"published artifacts are never replaced: remove the tag by hand if it is wrong")
+	return fault.New(fault.PublishRefused, fmt.Sprintf("the tag names %s already, not %s", have, want),
+		"remove the tag by hand if it is wrong: builder never replaces a published artifact")
 }
 
 // Attach stores payload as a referrer of subject. If the same payload is attached again, there is still one referrer.
@@ -327,7 +327,7 @@ func damaged(err error) error {
 	return fault.Wrap(
 		fault.Unverified,
 		err,
-		"the repository serves altered bytes: publish the artifact again, or use another repository",
+		"publish the artifact again, or use another repository: this one serves altered bytes",
 	)
 }
 

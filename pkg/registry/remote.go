@@ -224,7 +224,7 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 			return err
 		}
 	}
-	return fault.New(fault.Transient, "the registry does not list what was attached",
+	return fault.New(fault.Transient, "the registry does not list the new attachment",
 		"try again; if it happens again, use a registry with the OCI referrers API")
 }
 
@@ -282,13 +282,14 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	// try counts.
 	if text := err.Error(); strings.Contains(text, "server gave HTTP response to HTTPS client") &&
 		!strings.Contains(text, `Get "http://`) {
-		return fault.Wrap(fault.Usage, err, "configure this repository for plain HTTP, which "+host+" speaks")
+		return fault.Wrap(fault.Usage, err,
+			"configure TLS on "+host+", which answers with plain HTTP, or configure this repository for plain HTTP")
 	}
 	if onNetwork(err) {
 		hint := "check that " + host + " can be reached from here"
 		if write && strings.Contains(host, ".dkr.ecr.") {
 			// Amazon ECR then closes the connection (aws/containers-roadmap#1970).
-			hint += "; Amazon ECR hangs up where there is no such repository: " + createECR(s.repo)
+			hint += "; Amazon ECR closes the connection if the repository does not exist; to create it: " + createECR(s.repo)
 		}
 		return fault.Wrap(fault.Transient, err, hint)
 	}
@@ -351,18 +352,18 @@ func answered(repo name.Repository, api *transport.Error, err error, write bool)
 	case status == http.StatusUnauthorized || status == http.StatusForbidden:
 		if write {
 			return fault.Wrap(fault.PublishRefused, err,
-				login+" that may push; Harbor answers so, too, where the project does not exist")
+				login+" that may push; Harbor gives the same answer if the project does not exist")
 		}
 		return fault.Wrap(fault.Usage, err, login)
 	case status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || status >= 500:
 		return fault.Wrap(fault.Transient, err, "try again later; "+host+" answered "+http.StatusText(status))
 	case write && unknownName(api):
 		return fault.Wrap(fault.PublishRefused, err,
-			"make the repository "+repo.RepositoryStr()+" first: "+host+" makes none on push (Amazon ECR: "+createECR(repo)+
-				"; Harbor: its project)")
+			"create the repository "+repo.RepositoryStr()+" first: "+host+" does not create it on push (Amazon ECR: "+
+				createECR(repo)+"; Harbor: create the project)")
 	case write:
 		return fault.Wrap(fault.PublishRefused, err,
-			"read the registry's answer; builder doctor --to "+repo.Name()+" tries the same without a build")
+			"read the registry's answer; to test the registry without a build, run builder doctor --to "+repo.Name())
 	case status == http.StatusNotFound:
 		return fault.Wrap(fault.NoArtifact, err, "")
 	}

@@ -149,8 +149,8 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 	return nil, fault.New(
 		fault.Usage,
 		"get "+at.String()+": access denied",
-		"let everybody, or this machine's service account, read it (roles/storage.objectViewer); or name a user in "+
-			"Docker's configuration for "+at.Host,
+		"let everybody, or this machine's service account, read this address (roles/storage.objectViewer); or name a user "+
+			"in Docker's configuration for "+at.Host,
 	)
 }
 
@@ -196,7 +196,7 @@ func (s *site) read(ctx context.Context, name string, limit int64) ([]byte, erro
 		return nil, fault.New(
 			fault.NoArtifact,
 			"there is no OCI image layout at "+s.base.String(),
-			"copy what builders wrote as oci:FOLDER there, index.json last",
+			"copy a folder that builder wrote as oci:FOLDER to this address, index.json last",
 		)
 	}
 	if name == indexFile && err == nil {
@@ -253,8 +253,8 @@ func (s *site) reading(ctx context.Context, err error) error {
 func readOnly() error {
 	return fault.New(
 		fault.Usage,
-		"a web server or a tar can only be read",
-		"publish to oci:FOLDER, and copy that folder there or pack it: builder bundle create",
+		"write to repository: a web server or a tar can only be read",
+		"publish to oci:FOLDER, then copy that folder to the web server, or pack it into a tar with builder bundle create",
 	)
 }
 

@@ -184,7 +184,7 @@ func (s steady) RoundTrip(req *http.Request) (*http.Response, error) {
 	if !waiting.Stop() && req.Context().Err() == nil {
 		err = errors.Join(fault.New(fault.Transient,
 			fmt.Sprintf("%s %s: no answer for %v", req.Method, req.URL.Redacted(), firstByteTimeout),
-			"try again; check the network path to it"), err)
+			"try again; check the network path to this host"), err)
 	}
 	if err != nil || resp.Body == nil {
 		if resp != nil && resp.Body != nil {

@@ -31,7 +31,7 @@ const (
 )
 
 const hintGroup = "give the builder a control group of its own: systemd-run --user --scope -p Delegate=yes builder " +
-	"…, or Delegate=yes in its unit; a Kubernetes pod has its memory limit around it in any case"
+	"…, or set Delegate=yes in its systemd unit; in Kubernetes set the memory limit of the pod instead"
 
 // LimitSupport says how this machine enforces the bounds on memory and processes.
 type LimitSupport struct {
@@ -62,7 +62,7 @@ func ownGroup() (string, error) {
 	}
 	if s.Type != unix.CGROUP2_SUPER_MAGIC {
 		return "", fault.New(fault.Unsupported, fmt.Sprintf("%s is not a control group of version 2", groupRoot),
-			"boot with systemd.unified_cgroup_hierarchy=1, on a kernel of 5.7 or newer")
+			"boot this machine with systemd.unified_cgroup_hierarchy=1, on kernel 5.7 or newer")
 	}
 	text, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -82,7 +82,7 @@ func parseOwnGroup(text string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", errors.New("find own control group: none of version 2")
+	return "", errors.New("find own control group: this process has no control group of version 2")
 }
 
 // groupMemory returns the lowest memory limit of this group and its ancestors.
@@ -237,8 +237,8 @@ func (g *group) brokenLimit(l Limits) error {
 		// The counter "oom" counts the bounds of this group and its children, but not those of its parents.
 		if g.count("memory.events", "oom") == 0 {
 			return fault.New(fault.OutOfMemory,
-				fmt.Sprintf("all that ran at the same time needed more than %d MiB of memory, or the machine had less",
-					l.Together>>20),
+				fmt.Sprintf("all programs that ran at the same time needed more than %d MiB of memory, "+
+					"or the machine had less memory", l.Together>>20),
 				hintTogether)
 		}
 		return fault.New(fault.OutOfMemory, fmt.Sprintf("it needed more than %d MiB of memory", l.Memory>>20), hintMemory)

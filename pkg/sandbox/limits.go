@@ -58,11 +58,12 @@ const (
 const prlimit = "/usr/bin/prlimit"
 
 const (
-	hintMemory    = "give the builder more memory (1 GiB for each job), or run fewer jobs"
+	hintMemory    = "give the builder more memory (1 GiB for each job), or run fewer jobs (--jobs)"
 	hintTogether  = "run fewer builds or jobs side by side (--parallel, --jobs), or give the builder more memory"
-	hintDisk      = "free space on the disk of the cache folder, or choose another folder: --cache"
-	hintProcesses = "run fewer jobs; if one job alone does this, read the end of the build's log"
-	hintTime      = "allow more time, or more jobs on a machine with more processors"
+	hintDisk      = "free space on the disk of the cache folder, or name another folder: --cache"
+	hintProcesses = "run fewer jobs (--jobs); if one job alone starts that many, read the end of the build's log"
+	hintTime      = "allow more time for a compile (--compile-timeout), or run more jobs (--jobs) on a machine with " +
+		"more processors"
 )
 
 func (l Limits) withDefaults() Limits {
@@ -214,7 +215,7 @@ func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 		}
 		if w.grown = now - began; w.grown > w.limits.Disk {
 			stop(fault.New(fault.DiskFull, fmt.Sprintf("it wrote more than %d MiB into its folders", w.limits.Disk>>20),
-				"read the end of the build's log for what it was writing"))
+				"read the end of the build's log to see which files it wrote"))
 			return
 		}
 		pause.Reset(max(time.Second, 100*time.Since(start)))

@@ -106,8 +106,8 @@ const (
 	hintLimits  = "install util-linux: apt-get install util-linux"
 	hintOutput  = "read the end of the build's log to see which output repeats"
 	hintUserns  = "allow user namespaces: sysctl -w user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1 " +
-		"kernel.apparmor_restrict_unprivileged_userns=0 (those that exist); in a container, run it privileged or with a " +
-		"seccomp profile that permits unshare"
+		"kernel.apparmor_restrict_unprivileged_userns=0 (only those that exist); in a container, run it privileged or with " +
+		"a seccomp profile that permits unshare"
 )
 
 // Run runs the program, and waits for it and all processes that it started. The sandbox ends when ctx ends and when

@@ -109,14 +109,14 @@ func (c Catalogue) Check() error {
 		return fmt.Errorf("schema %d; this program knows %d", c.Schema, Schema)
 	}
 	if c.MadeAt.IsZero() {
-		return errors.New("it does not say when it was made")
+		return errors.New("the catalogue does not say when it was made")
 	}
 	for i, a := range c.Artifacts {
 		if _, err := target.ParseFingerprint(a.Digest); err != nil { // a digest has the same form as a fingerprint
 			return fmt.Errorf("artifact %d: digest %.80q: want sha256: and 64 lower-case hex digits", i+1, a.Digest)
 		}
 		if i > 0 && c.Artifacts[i-1].Digest >= a.Digest {
-			return fmt.Errorf("artifact %s: twice, or not sorted", a.Digest)
+			return fmt.Errorf("artifact %s: listed twice, or not sorted", a.Digest)
 		}
 		switch a.State {
 		case Published, Yanked, Quarantined:

@@ -97,7 +97,7 @@ func (c *Client) Last() (*Snapshot, error) {
 		return nil, fmt.Errorf(
 			"read %s: %w",
 			c.cfg.State,
-			fault.Wrap(fault.Unverified, err, "remove the file: the next run asks the source again"),
+			fault.Wrap(fault.Unverified, err, "remove the file; the next run fetches the snapshot again"),
 		)
 	}
 	if !bytes.Equal(st.ListPinned, c.cfg.Root) {
@@ -118,7 +118,7 @@ func (c *Client) remembered() (st state, err error) {
 		return state{}, fault.Wrap(
 			fault.Unverified,
 			fmt.Errorf("read state of snapshot %s: %w", c.cfg.State, err),
-			"remove the file: the next run asks the source again",
+			"remove the file; the next run fetches the snapshot again",
 		)
 	}
 	f, err := os.Open(c.cfg.State)
@@ -157,8 +157,8 @@ func (c *Client) Refresh(ctx context.Context) (*Snapshot, error) {
 		refreshTime,
 		fault.New(
 			fault.Transient,
-			fmt.Sprintf("the source took longer than %v", refreshTime),
-			"check the network path to it",
+			fmt.Sprintf("the source of the snapshot took longer than %v", refreshTime),
+			"check the network path to the source of the snapshot",
 		),
 	)
 	defer cancel()

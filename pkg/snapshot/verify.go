@@ -15,16 +15,16 @@ import (
 // The reasons for which a list is refused, for errors.Is.
 var (
 	ErrExpired   = errors.New("it has expired")
-	ErrRollback  = errors.New("it is older than one that was seen before")
-	ErrAltered   = errors.New("a file is not the one that was signed, or belongs to another list")
+	ErrRollback  = errors.New("it is older than a snapshot that was seen before")
+	ErrAltered   = errors.New("a file is not the file that was signed, or belongs to another snapshot")
 	ErrSignature = errors.New("it is not signed by enough of the trusted keys")
 	ErrMalformed = errors.New("it is malformed")
 	// ErrEndless is a special case of ErrAltered. The client stops reading a file that is longer than the signed length.
-	ErrEndless = fmt.Errorf("%w: it has more bytes than it may have", ErrAltered)
+	ErrEndless = fmt.Errorf("%w: the file has more bytes than its signed size", ErrAltered)
 )
 
 const hintSource = "check that the source serves all files of one " +
-	"run of builder snapshot; if it does, they are changed in transit"
+	"run of builder snapshot; if it does, something on the network path changes the files"
 
 // refused wraps a reason in an error of kind Unverified.
 func refused(err error) error { return fault.Wrap(fault.Unverified, err, hintSource) }
@@ -45,7 +45,7 @@ func explain(err error) error {
 			return fault.Wrap(
 				fault.Unverified,
 				fmt.Errorf("%w: %w", ErrExpired, err),
-				"sign it again with builder snapshot refresh; if that was done, check that the source serves the newest files",
+				"run builder snapshot refresh; if that was done, check that the source serves the newest files",
 			)
 		}
 		return refused(fmt.Errorf("%w: %w", known.reason, err))
@@ -55,7 +55,7 @@ func explain(err error) error {
 	case errors.As(err, &missing):
 		return fault.Wrap(
 			fault.Transient,
-			fmt.Errorf("%s is not there (status %d)", missing.URL, missing.StatusCode),
+			fmt.Errorf("%s does not exist (HTTP status %d)", missing.URL, missing.StatusCode),
 			"check the address of the snapshot, and that all its files were copied",
 		)
 	case fault.Of(err) != fault.Internal:

@@ -45,7 +45,7 @@ func (w *Reader) Read(p []byte) (int, error) {
 	if err != nil && w.silent.Load() {
 		// The error of the context would say that a person cancelled, so another error replaces it.
 		err = fault.New(fault.Transient, fmt.Sprintf("fetch %s: no data arrived for %v", w.what, w.limit),
-			"try again; check the network path to it")
+			"try again; check the network path to the server")
 	}
 	return n, err
 }

@@ -88,7 +88,7 @@ func (k Kernel) Check() error {
 	case k.Version != "" && !unamePattern.MatchString(k.Version):
 		return fmt.Errorf("version %.50q of kernel %s: want what uname -v prints", k.Version, k)
 	case k.Arch != "" && k.Arch != BoardArch(k.Board):
-		return fmt.Errorf("architecture %.20q of kernel %s: its board is of %s", k.Arch, k, BoardArch(k.Board))
+		return fmt.Errorf("architecture %.20q of kernel %s: its board has architecture %s", k.Arch, k, BoardArch(k.Board))
 	}
 	return nil
 }
@@ -242,7 +242,7 @@ func ParseGPUWish(s string) (Wish, error) {
 	}
 	if _, exact := w.Exact(); exact || !ValidGPU(gpu) {
 		return "", fmt.Errorf("driver %q: want default, latest or a branch before the @, and COS's name of a GPU type "+
-			"behind it, as in default@NVIDIA_L4", s)
+			"after the @, as in default@NVIDIA_L4", s)
 	}
 	return Wish(s), nil
 }

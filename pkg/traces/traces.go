@@ -96,7 +96,7 @@ func wanted(env func(string) string) (bool, error) {
 	protocol := cmp.Or(env("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"), env("OTEL_EXPORTER_OTLP_PROTOCOL"))
 	if protocol != "" && protocol != "http/protobuf" {
 		return false, fault.New(fault.Usage, fmt.Sprintf("OTEL_EXPORTER_OTLP_PROTOCOL is %q", protocol),
-			"set it to http/protobuf, and the endpoint to the collector's HTTP port (usually 4318)")
+			"set OTEL_EXPORTER_OTLP_PROTOCOL to http/protobuf, and the endpoint to the collector's HTTP port (usually 4318)")
 	}
 	return true, nil
 }

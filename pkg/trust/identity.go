@@ -19,9 +19,9 @@ import (
 // Errors of a bundle that was signed with a short-lived certificate. Each error that is returned wraps one of them and
 // adds details; compare with errors.Is.
 var (
-	ErrUnknownIdentity = errors.New("signed by an unknown identity")
+	ErrUnknownIdentity = errors.New("signed by an unknown certificate identity")
 	ErrOtherRoot       = errors.New("signed with a certificate of another root")
-	ErrNoTime          = errors.New("no trusted timestamp shows that it was signed while its certificate was valid")
+	ErrNoTime          = errors.New("no trusted timestamp shows that the certificate was valid at the time of signing")
 )
 
 // Root is the root of trust of a Sigstore deployment, public or private: its certificate authorities, timestamp
@@ -105,7 +105,7 @@ func (i Identity) String() string {
 func (i Identity) matcher() (verify.CertificateIdentity, error) {
 	none := verify.CertificateIdentity{}
 	if (i.Subject == "") == (i.Pattern == "") || i.Issuer == "" {
-		return none, errors.New("want an issuer, and a name or a pattern for it")
+		return none, errors.New("want an issuer, and either a subject or a pattern")
 	}
 	whole := ""
 	if i.Pattern != "" {
@@ -183,7 +183,7 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 	}
 	if c.logged {
 		if err := verify.VerifySignedCertificateTimestamp(issued, 1, c.root); err != nil {
-			return fmt.Errorf("%w: no trusted log of certificates has it: %w", ErrOtherRoot, cut{err})
+			return fmt.Errorf("%w: no trusted certificate log has the certificate: %w", ErrOtherRoot, cut{err})
 		}
 	}
 	times, err := c.verifier.VerifyTransparencyLogInclusion(b)
@@ -195,8 +195,8 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 	}
 	for _, t := range times {
 		if at := t.Timestamp; at.Before(leaf.NotBefore) || at.After(leaf.NotAfter) {
-			return fmt.Errorf("%w: it was valid from %s to %s, and signed at %s", ErrNoTime, leaf.NotBefore.UTC(),
-				leaf.NotAfter.UTC(), at.UTC())
+			return fmt.Errorf("%w: the certificate was valid from %s to %s, and the signature is of %s", ErrNoTime,
+				leaf.NotBefore.UTC(), leaf.NotAfter.UTC(), at.UTC())
 		}
 	}
 	return fmt.Errorf("%w (certificate by %.200q)", ErrChanged, leaf.Issuer.String())

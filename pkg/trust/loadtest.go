@@ -133,7 +133,8 @@ func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bo
 	}
 	t := r.LoadTest
 	if t.Fingerprint != e.Identity.Fingerprint {
-		return false, fault.Errorf(fault.Mismatch, "%w: load test is of fingerprint %s, the artifact says %s",
+		return false, fault.Errorf(fault.Mismatch,
+			"%w: the load test was for ABI fingerprint %s; the artifact has ABI fingerprint %s",
 			ErrOtherIdentity, t.Fingerprint, e.Identity.Fingerprint)
 	}
 	to := &l.other
@@ -190,10 +191,10 @@ func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
 	if p == LoadTestTested {
 		err := ErrNotTested
 		if l.static {
-			err = fmt.Errorf("%w: it had %s", ErrNotTested, VerdictStatic)
+			err = fmt.Errorf("%w: the artifact had %s", ErrNotTested, VerdictStatic)
 		}
 		return "", fault.Wrap(fault.Unverified, err,
-			"publish it again with builder build --load-test require, or allow artifacts without a load test")
+			"publish the artifact again with builder build --load-test require, or allow artifacts without a load test")
 	}
 	return verdict, nil
 }

@@ -50,8 +50,8 @@ func (v *Verifier) provenance(st *Statement, e Expect) error {
 	}
 	built, id := p.BuildDefinition.ExternalParameters, e.Identity
 	disagree := func(what, said, is any) error {
-		return fault.Errorf(fault.Mismatch, "%w: provenance is for %s %v, the artifact says %v", ErrOtherIdentity, what, said,
-			is)
+		return fault.Errorf(fault.Mismatch, "%w: provenance is for %s %v, but the artifact is for %v", ErrOtherIdentity, what,
+			said, is)
 	}
 	switch {
 	case p.BuildDefinition.BuildType != BuildType:
@@ -60,16 +60,16 @@ func (v *Verifier) provenance(st *Statement, e Expect) error {
 	case p.RunDetails.Builder.ID == "":
 		return fault.New(fault.Unverified, "provenance names no builder", "")
 	case len(v.policy.Builders) > 0 && !slices.Contains(v.policy.Builders, p.RunDetails.Builder.ID):
-		return fault.Errorf(fault.Unverified, "built by %.120q; trusted are %s", p.RunDetails.Builder.ID,
+		return fault.Errorf(fault.Unverified, "built by builder %.120q; trusted builders are %s", p.RunDetails.Builder.ID,
 			strings.Join(v.policy.Builders, ", "))
 	case built.Driver != id.Driver:
 		return disagree("driver", built.Driver, id.Driver)
 	case built.Fingerprint != id.Fingerprint:
-		return disagree("fingerprint", built.Fingerprint, id.Fingerprint)
+		return disagree("ABI fingerprint", built.Fingerprint, id.Fingerprint)
 	case built.Kernel.Arch != id.Arch:
 		return disagree("architecture", built.Kernel.Arch, id.Arch)
 	case built.Kernel.Release != id.Release:
-		return disagree("release", built.Kernel.Release, id.Release)
+		return disagree("kernel release", built.Kernel.Release, id.Release)
 	}
 	if len(v.policy.Sources) == 0 {
 		return nil
@@ -81,12 +81,12 @@ func (v *Verifier) provenance(st *Statement, e Expect) error {
 		}
 		if placed++; !slices.ContainsFunc(v.policy.Sources,
 			func(prefix string) bool { return strings.HasPrefix(d.URI, prefix) }) {
-			return fault.Errorf(fault.Unverified, "%w: %.60s is from %.120q; trusted are %s", ErrOtherInput, d.Name, d.URI,
-				strings.Join(v.policy.Sources, ", "))
+			return fault.Errorf(fault.Unverified, "%w: %.60s is from %.120q; trusted sources are %s", ErrOtherInput, d.Name,
+				d.URI, strings.Join(v.policy.Sources, ", "))
 		}
 	}
 	if placed == 0 {
-		return fault.Errorf(fault.Unverified, "%w: its provenance names no place of any input", ErrOtherInput)
+		return fault.Errorf(fault.Unverified, "%w: the provenance names no source of any input", ErrOtherInput)
 	}
 	return nil
 }

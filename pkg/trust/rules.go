@@ -22,9 +22,9 @@ var (
 	ErrRevoked    = errors.New("its digest is revoked")
 	ErrTooOld     = errors.New("it is too old")
 	ErrThreshold  = errors.New("too few signatures")
-	ErrOtherRole  = errors.New("signed by somebody who is not trusted for this")
-	ErrKeyPeriod  = errors.New("signed with a key outside of its period")
-	ErrOtherInput = errors.New("built from inputs of a place that is not trusted")
+	ErrOtherRole  = errors.New("signed by a signer that is not trusted for this statement")
+	ErrKeyPeriod  = errors.New("signed with a key outside of its validity period")
+	ErrOtherInput = errors.New("built from inputs of an untrusted source")
 )
 
 // Role is a group of signers whose signatures count for some types of statements. Examples are the builders of a farm,
@@ -86,19 +86,19 @@ func (p *Policy) settle() error {
 		}
 	} else {
 		if len(p.Keys)+len(p.Identities) > 0 {
-			return bad("keys and identities belong to roles, or there are no roles")
+			return bad("some keys or identities are outside of roles; want all of them in roles, or no roles")
 		}
 		for _, r := range p.Roles {
 			for _, k := range r.Keys {
 				if slices.ContainsFunc(p.Keys, func(have PublicKey) bool { return have.Hint() == k.Key.Hint() }) {
-					return bad("key %s is there twice, the second time in role %s: a signer counts in one role only", k.Key.ID(),
+					return bad("key %s is listed twice, the second time in role %s: a signer counts in one role only", k.Key.ID(),
 						r.Name)
 				}
 				p.Keys = append(p.Keys, k.Key)
 			}
 			for _, i := range r.Identities {
 				if slices.Contains(p.Identities, i) {
-					return bad("identity %s is there twice, the second time in role %s", i, r.Name)
+					return bad("certificate identity %s is listed twice, the second time in role %s", i, r.Name)
 				}
 				p.Identities = append(p.Identities, i)
 			}
@@ -132,7 +132,7 @@ func (p *Policy) settle() error {
 			return bad("minimum version: %w", err)
 		}
 		if d != d.Modules() {
-			return bad("minimum version %s: want a release without a suffix; it counts for its editions, too", version)
+			return bad("minimum version %s: want a release without a suffix; it counts for all editions of the release", version)
 		}
 	}
 	return nil
@@ -168,10 +168,11 @@ func (r Role) has(st *Statement, now time.Time) (entry int, err error) {
 		switch {
 		case now.IsZero():
 		case !k.NotBefore.IsZero() && now.Before(k.NotBefore):
-			return 0, fault.Errorf(fault.Unverified, "%w: key %s of role %s counts from %s on, and this machine has %s",
+			return 0, fault.Errorf(fault.Unverified,
+				"%w: key %s of role %s is valid from %s on, and the date of this machine is %s",
 				ErrKeyPeriod, st.KeyID, r.Name, k.NotBefore.UTC().Format(time.DateOnly), now.UTC().Format(time.DateOnly))
 		case !k.NotAfter.IsZero() && !now.Before(k.NotAfter):
-			return 0, fault.Errorf(fault.Unverified, "%w: key %s of role %s counted until %s", ErrKeyPeriod, st.KeyID, r.Name,
+			return 0, fault.Errorf(fault.Unverified, "%w: key %s of role %s was valid until %s", ErrKeyPeriod, st.KeyID, r.Name,
 				k.NotAfter.UTC().Format(time.DateTime))
 		}
 		return i, nil
@@ -242,7 +243,8 @@ func (x *evaluation) met(rule Rule) (string, error) {
 		for _, other := range x.reasons[rule.Statement][:min(2, len(x.reasons[rule.Statement]))] {
 			err = fmt.Errorf("%w; %w", err, other)
 		}
-		return "", fault.Wrap(fault.Unverified, err, "have it signed by more signers of that role, or change the policy")
+		return "", fault.Wrap(fault.Unverified, err,
+			"ask more signers of that role to sign the artifact, or change the policy")
 	}
 	return detail, nil
 }
@@ -258,8 +260,8 @@ func reproduced(st *Statement, e Expect) error {
 		return fault.Errorf(fault.Unverified, "%w: reproduction: %w", ErrMalformed, cut{err})
 	}
 	if p.Result != "identical" || p.Fingerprint != e.Identity.Fingerprint || p.Driver != e.Identity.Driver {
-		return fault.Errorf(fault.Mismatch, "%w: reproduction is of %s on %s: %.20q", ErrOtherIdentity, p.Driver,
-			p.Fingerprint, p.Result)
+		return fault.Errorf(fault.Mismatch, "%w: reproduction is of driver %s for ABI fingerprint %s, with result %.20q",
+			ErrOtherIdentity, p.Driver, p.Fingerprint, p.Result)
 	}
 	return nil
 }
@@ -267,7 +269,7 @@ func reproduced(st *Statement, e Expect) error {
 func (p Policy) revoked(digest string) (string, error) {
 	if slices.Contains(p.Revoked, digest) {
 		return "", fault.Wrap(fault.Unverified, fmt.Errorf("%w by the policy", ErrRevoked),
-			"install another driver; ask whoever revoked this one for the reason")
+			"install another driver, or ask the author of the policy why this artifact is revoked")
 	}
 	return fmt.Sprintf("not among %d revoked digests", len(p.Revoked)), nil
 }
@@ -300,7 +302,7 @@ func (p Policy) minimum(d target.Driver) (string, error) {
 
 func (p Policy) tooOld(have, least string) error {
 	return fault.Wrap(fault.Unverified, fmt.Errorf("%w: driver %s; the policy wants %s or newer", ErrTooOld, have, least),
-		"ask for a newer driver")
+		"ask for a newer driver version")
 }
 
 // age checks that the build is not older than MaxAge, by the time in the provenance.
@@ -309,22 +311,25 @@ func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	case p.MaxAge == 0:
 		return "any age will do", nil
 	case now.IsZero():
-		return "not asked: it was taken before", nil
+		return "not checked: this node accepted the artifact before", nil
 	case v.BuilderID == "":
-		return "", fault.New(fault.Unverified, "no provenance counts that could tell it", "")
+		return "", fault.New(fault.Unverified, "no trusted provenance says when the artifact was built", "")
 	case v.BuiltOn.After(now.Add(24 * time.Hour)):
 		return "", fault.New(fault.Unverified,
-			"its provenance says "+v.BuiltOn.UTC().Format(time.DateOnly)+", which is in the future",
+			"the provenance says that the artifact was built on "+v.BuiltOn.UTC().Format(time.DateOnly)+
+				", which is in the future",
 			"check the clock of this machine, and of the builder")
 	}
 	if v.BuiltOn.IsZero() {
 		return "", fault.New(fault.Unverified,
-			"its provenance does not say when it was built, and the policy has a maximum age", "have it built again")
+			"the provenance does not say when the artifact was built, and the policy has a maximum age",
+			"build and publish the driver again: builder build")
 	}
 	if age := now.Sub(v.BuiltOn); age > p.MaxAge {
 		return "", fault.Wrap(fault.Unverified,
-			fmt.Errorf("%w: built on %s, %d days ago; the policy takes %d", ErrTooOld, v.BuiltOn.UTC().Format(time.DateOnly),
-				int(age.Hours()/24), int(p.MaxAge.Hours()/24)), "have it built again, or signed anew")
+			fmt.Errorf("%w: built on %s, %d days ago; the policy allows %d days", ErrTooOld,
+				v.BuiltOn.UTC().Format(time.DateOnly), int(age.Hours()/24), int(p.MaxAge.Hours()/24)),
+			"build the driver again, or sign a new provenance for it: builder build")
 	}
 	return "built on " + v.BuiltOn.UTC().Format(time.DateOnly), nil
 }

@@ -16,7 +16,7 @@ import (
 
 // Errors of a bundle itself. Each error that is returned wraps one of them and adds details; compare with errors.Is.
 var (
-	ErrMalformed  = errors.New("malformed bundle")
+	ErrMalformed  = errors.New("malformed attestation")
 	ErrUnknownKey = errors.New("signed by an unknown key")
 	ErrChanged    = errors.New("signature does not hold: payload or signature changed after signing")
 )
@@ -82,12 +82,12 @@ func NewVerifier(p Policy) (*Verifier, error) {
 	unsettled := p.settle()
 	if len(p.Keys)+len(p.Identities) == 0 {
 		return nil, fault.New(fault.Usage, "verify artifacts: no public key is configured",
-			"configure the publisher's public key, or a trusted root and the publisher's identity")
+			"configure the publisher's public key, or a trusted root and the publisher's certificate identity")
 	}
 	if (p.Root == nil) != (len(p.Identities) == 0) {
 		return nil, fault.New(fault.Usage,
-			"verify artifacts: a trusted root and the identities of signers go together",
-			"configure both, or neither")
+			"verify artifacts: a trusted root needs a certificate identity, and a certificate identity needs a trusted root",
+			"configure both, or neither of them")
 	}
 	if unsettled != nil {
 		return nil, unsettled
@@ -168,14 +168,14 @@ func (v *Verifier) Statement(data []byte) (*Statement, error) {
 func hintFor(err error) string {
 	switch {
 	case errors.Is(err, ErrUnknownKey):
-		return "configure the public key of the publisher of this artifact, if you trust them"
+		return "configure the public key of the publisher of this artifact, if you trust the publisher"
 	case errors.Is(err, ErrUnknownIdentity):
-		return "configure the name and the issuer that are in the certificate, if you trust them"
+		return "configure the subject and the issuer of the certificate as a certificate identity, if you trust the signer"
 	case errors.Is(err, ErrOtherRoot):
-		return "configure the trusted root of the Sigstore deployment that the publisher's certificate is from, if you " +
-			"trust it"
+		return "configure the trusted root of the Sigstore deployment that issued the certificate, if you trust that " +
+			"deployment"
 	case errors.Is(err, ErrNoTime):
-		return "have it signed again with a timestamp authority, or a log, that the trusted root names"
+		return "sign the artifact again with a timestamp authority or a log that the trusted root names"
 	}
 	return ""
 }

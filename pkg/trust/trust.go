@@ -199,7 +199,7 @@ func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 	x := &evaluation{reasons: map[string][]error{}}
 	for i, data := range bundles {
 		if i == MaxBundles {
-			x.useless.add(fault.Errorf(fault.Unverified, "%d more bundles were not read", len(bundles)-MaxBundles))
+			x.useless.add(fault.Errorf(fault.Unverified, "%d more attestations were not read", len(bundles)-MaxBundles))
 			break
 		}
 		st, err := v.Statement(data)
@@ -228,7 +228,7 @@ func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 		}},
 		{"load test", func() (detail string, err error) {
 			x.verdict.LoadTest, err = x.tests.decide(p.LoadTest)
-			return cmp.Or(x.verdict.LoadTest, "nothing says any"), err
+			return cmp.Or(x.verdict.LoadTest, "no load test attached"), err
 		}},
 	}
 	for _, rule := range p.Rules {
@@ -299,12 +299,14 @@ func (e Expect) check() error {
 	id := e.Identity
 	switch {
 	case e.Driver != id.Driver:
-		return fault.Errorf(fault.Mismatch, "%w: %s; wanted is %s", ErrOtherDriver, id.Driver, e.Driver)
+		return fault.Errorf(fault.Mismatch, "%w: the artifact has driver %s; the wanted driver is %s", ErrOtherDriver,
+			id.Driver, e.Driver)
 	case e.Kernel.Arch != "" && e.Kernel.Arch != id.Arch:
-		return fault.Errorf(fault.Mismatch, "%w: it is for %s, this node is %s", ErrOtherKernel, id.Arch, e.Kernel.Arch)
+		return fault.Errorf(fault.Mismatch, "%w: the artifact is for %s; this node is %s", ErrOtherKernel, id.Arch,
+			e.Kernel.Arch)
 	case e.Kernel.Release != "" && e.Kernel.Release != id.Release:
-		return fault.Errorf(fault.Mismatch, "%w: it is for release %s, this node runs %s", ErrOtherKernel, id.Release,
-			e.Kernel.Release)
+		return fault.Errorf(fault.Mismatch, "%w: the artifact is for kernel release %s; this node runs %s", ErrOtherKernel,
+			id.Release, e.Kernel.Release)
 	}
 	return nil
 }
@@ -337,20 +339,21 @@ func (m KernelMatch) fits(e Expect) error {
 	differs := func(said, is string) bool { return said != "" && is != "" && said != is }
 	switch said, node := m.Kernel, e.Kernel; {
 	case m.Fingerprint != e.Identity.Fingerprint:
-		return fault.Errorf(fault.Mismatch, "%w: kernel match is for fingerprint %s, the artifact says %s", ErrOtherIdentity,
+		return fault.Errorf(fault.Mismatch,
+			"%w: the kernel match is for ABI fingerprint %s; the artifact has ABI fingerprint %s", ErrOtherIdentity,
 			m.Fingerprint, e.Identity.Fingerprint)
 	case said.BuildID != node.BuildID || said.Board != node.Board:
-		return fault.Errorf(fault.Mismatch, "%w: this artifact is attested for %s, this node is %s", ErrOtherKernel, said,
-			node)
+		return fault.Errorf(fault.Mismatch, "%w: the artifact has a kernel match for COS %s; this node runs COS %s",
+			ErrOtherKernel, said, node)
 	case differs(said.Release, node.Release):
-		return fault.Errorf(fault.Mismatch, "%w: %s is attested with release %s, this node runs %s", ErrOtherKernel, said,
-			said.Release, node.Release)
+		return fault.Errorf(fault.Mismatch, "%w: the kernel match for COS %s has kernel release %s; this node runs %s",
+			ErrOtherKernel, said, said.Release, node.Release)
 	case differs(string(said.Arch), string(node.Arch)):
-		return fault.Errorf(fault.Mismatch, "%w: %s is attested for %s, this node is %s", ErrOtherKernel, said, said.Arch,
-			node.Arch)
+		return fault.Errorf(fault.Mismatch, "%w: the kernel match for COS %s has architecture %s; this node has %s",
+			ErrOtherKernel, said, said.Arch, node.Arch)
 	case differs(said.Commit, node.Commit):
-		return fault.Errorf(fault.Mismatch, "%w: %s is attested with kernel commit %s, this node has %s", ErrOtherKernel,
-			said, said.Commit, node.Commit)
+		return fault.Errorf(fault.Mismatch, "%w: the kernel match for COS %s has kernel commit %s; this node has %s",
+			ErrOtherKernel, said, said.Commit, node.Commit)
 	}
 	return nil
 }
@@ -383,10 +386,10 @@ func (t *tally) explain(none error, useless tally) error {
 		missing = join(t.errs[:min(shown, len(t.errs))])
 	case len(useless.errs) > 0:
 		errs := useless.errs[:min(shown, len(useless.errs))]
-		missing = fmt.Errorf("%w that holds: %w", none, join(errs))
+		missing = fmt.Errorf("%w that is valid: %w", none, join(errs))
 	default:
 		return fault.Wrap(fault.Unverified, none,
-			"copy the artifact together with the statements attached to it: oras cp -r, or regctl image copy --referrers")
+			"copy the artifact together with its attestations: oras cp -r, or regctl image copy --referrers")
 	}
 	kind := fault.Unverified
 	if len(t.errs) > 0 {

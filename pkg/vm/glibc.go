@@ -45,7 +45,7 @@ func GlibcFiles(paths ...string) ([]File, error) {
 		}
 		if machine != elf.EM_NONE && d.machine != machine {
 			return nil, fault.New(fault.Usage,
-				fmt.Sprintf("find libraries of %s: it is for %v, the others for %v", p, d.machine, machine), "")
+				fmt.Sprintf("find libraries of %s: the file is for %v, but the other files are for %v", p, d.machine, machine), "")
 		}
 		machine = d.machine
 		if name := path.Base(d.interpreter); d.interpreter != "" && !found[name] {

@@ -102,7 +102,7 @@ func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err erro
 	qemu, err := exec.LookPath(c.QEMU)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("find emulator: %w", err),
-			"install Debian's package "+platforms[c.Arch].pkg+", or name the program")
+			"install Debian's package "+platforms[c.Arch].pkg+", or name the program of the emulator")
 	}
 	consoleR, consoleW, err := os.Pipe()
 	if err != nil {

@@ -88,8 +88,8 @@ func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends)
 	switch cause := context.Cause(ctx); {
 	case seen.ended:
 	case errors.Is(cause, errOverran):
-		return fault.Wrap(fault.TimedOut, fmt.Errorf("run machine: no end after %v (%s)", c.Timeout, seen.place()),
-			"raise the limit, or read the console for what the machine waits for")
+		return fault.Wrap(fault.TimedOut, fmt.Errorf("run machine: it did not end within %v (%s)", c.Timeout, seen.place()),
+			"raise the time limit, or read the console to see what the machine waits for")
 	case e.protocol != nil:
 		return fmt.Errorf("run machine: %w", e.protocol)
 	case cause != nil:
@@ -140,7 +140,7 @@ func stageInitramfs(c Config) (_ *os.File, size int64, err error) {
 	if limit := int64(c.MemoryMiB) << 20 / 3; w.n > limit {
 		return nil, 0, fault.New(fault.Usage,
 			fmt.Sprintf("write initramfs: %d MiB of files do not fit %d MiB of memory", w.n>>20, c.MemoryMiB),
-			fmt.Sprintf("give the machine at least %d MiB", 3*w.n>>20+1))
+			fmt.Sprintf("give the machine at least %d MiB of memory", 3*w.n>>20+1))
 	}
 	return f, w.n, nil
 }

@@ -232,7 +232,7 @@ func TestCheck(t *testing.T) {
 			k.Boot = t.TempDir()
 			own := bytes.ReplaceAll(module(magic), []byte{0x80, 3, 0, 0, 0, 0, 0, 0}, []byte{0x40, 3, 0, 0, 0, 0, 0, 0})
 			write(t, filepath.Join(k.Boot, "modules/virtio_net.ko"), own)
-		}, "struct module has 896 bytes in it; in this kernel 832"},
+		}, "struct module has 896 bytes in this module, and 832 bytes in this kernel"},
 		{"struct module of this size", magic, ours, func(t *testing.T, k *Kernel) {
 			k.Boot = t.TempDir()
 			write(t, filepath.Join(k.Boot, "modules/virtio_net.ko"), module(magic))

@@ -212,7 +212,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	if fault.Is(cause, fault.NoDevice) {
 		// The driver found no device, although a GPU is on the PCI bus.
 		cause = fault.Wrap(fault.Unusable, fmt.Errorf("GPU present but not usable: %w", cause),
-			"check that this driver version and flavour support the GPU: --flavour, --driver")
+			"check that this driver supports the GPU; choose another version or flavour with --driver, --flavour")
 	}
 	// Modules of a foreign driver that was adopted must not be unloaded.
 	may := len(s.facts.Modules) == 0 || s.ownLoaded() || s.replaceForeign
@@ -221,12 +221,12 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	if reload {
 		if err := a.unloadOf(ctx, r, t.set, before); err != nil {
 			return fmt.Errorf("%w; and then: %w", cause,
-				errors.Join(fmt.Errorf("it stays in force: %w", err), a.end(store, t.set.Digest, cause)))
+				errors.Join(fmt.Errorf("driver %s stays in force: %w", t.set.Driver, err), a.end(store, t.set.Digest, cause)))
 		}
 	}
 	if t.changed {
 		if err := restore(store, t.to, before); err != nil {
-			errs = append(errs, fmt.Errorf("roll back install: %w", err))
+			errs = append(errs, fmt.Errorf("roll back installed files: %w", err))
 		} else {
 			r.Changed = false
 			r.did("rolled the install back")
@@ -423,8 +423,7 @@ func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) er
 	if last := a.readRecord(); last != nil && !fresh && len(r.Modules) > 0 {
 		if rec.Params = last.Params; !maps.Equal(rec.Params, a.cfg.ModuleParams) {
 			r.Waiting = append(r.Waiting,
-				"other module parameters than those with which the driver was loaded: they count when it is loaded again, after "+
-					"a reboot")
+				"the changed module parameters (--module-param) take effect when the driver is loaded again, after a reboot")
 		}
 	}
 	raw, err := json.MarshalIndent(rec, "", "  ")

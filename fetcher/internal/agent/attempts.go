@@ -61,7 +61,7 @@ func (a *attempt) refused(d target.Driver, other bool) error {
 	case a.ByHand && other:
 		why = "was rolled back by hand on " + a.At.UTC().Format(time.DateTime)
 	case a.Crashes >= maxTries:
-		why = fmt.Sprintf("took the node down %d times while it was loaded, the last time after %s", a.Crashes,
+		why = fmt.Sprintf("took the node down %d times during its load, the last time after %s", a.Crashes,
 			a.At.UTC().Format(time.DateTime))
 	case a.Failures >= maxTries && other:
 		why = fmt.Sprintf("failed %d times, the last time with: %s", a.Failures, a.Reason)
@@ -69,7 +69,7 @@ func (a *attempt) refused(d target.Driver, other bool) error {
 		return nil
 	}
 	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why),
-		"try it again with fetcher install --retry, or ask for another version with --driver")
+		"try this driver again with fetcher install --retry, or ask for another version with --driver")
 }
 
 // readAttempts reads attemptsFile. A damaged file counts as empty.
@@ -259,7 +259,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 			at.Crashes++
 		default:
 			at.Failures++
-			at.Reason = "the program ended while the driver was loaded"
+			at.Reason = "fetcher ended during the load of the driver"
 		}
 		at.Open = false
 		if at.Before.Current != "" || set == nil || at.Crashes >= maxTries {

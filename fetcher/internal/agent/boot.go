@@ -70,10 +70,11 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	switch on, known := a.secureBoot(); {
 	case !known:
 		return not("cannot tell whether Secure Boot is on",
-			"let this container see the firmware's variables (/sys/firmware/efi/efivars), or change the boot "+
+			"mount the firmware's variables (/sys/firmware/efi/efivars) into this container, or change the boot "+
 				"configuration by hand")
 	case on:
-		return not("Secure Boot is on", "turn Secure Boot off for this node pool, or use nodes that load any module")
+		return not("Secure Boot is on",
+			"turn Secure Boot off for this node pool, or use a GKE GPU node pool, whose nodes load any module")
 	}
 	edits, err := readEdits(store)
 	if err != nil {
@@ -83,13 +84,13 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	if edits.Edits > 0 && !edits.Applied { // the last change was begun, but not made
 		edits.Edits--
 	} else if edits.Edits > 0 && here {
-		return a.reboot(r, fmt.Errorf("%w; the kernel command line was changed in this boot", why))
+		return a.reboot(r, fmt.Errorf("%w; the kernel command line was changed since the last boot", why))
 	}
 	if edits.Edits >= maxEdits {
-		return not(fmt.Sprintf("it was changed %d times, the last time on %s, and the kernel behaves as before", edits.Edits,
+		return not(fmt.Sprintf("%d earlier changes, the last on %s, had no effect on the kernel", edits.Edits,
 			edits.At.UTC().Format(time.DateTime)),
-			"read the command line that the node booted with: cat /proc/cmdline; fetcher boot undo restores the "+
-				"configuration and clears this record")
+			"compare the command line of this boot (cat /proc/cmdline) with the boot configuration; to restore the "+
+				"boot configuration and to reset this count, run fetcher boot undo")
 	}
 	before := edits
 	edits = bootEdits{Edits: edits.Edits + 1, At: a.parts.Now().UTC(), BootID: a.bootID()}
@@ -108,8 +109,8 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		return errors.Join(why, err)
 	}
 	if entries == 0 {
-		return not("the boot configuration allows it already, and this kernel was booted without it",
-			"reboot the node, or find out what boots it without that configuration")
+		return not("the boot configuration has the parameters already, but this kernel was booted without them",
+			"reboot the node; if this happens again, find out which boot configuration the node uses")
 	}
 	r.did("changed the kernel command line of %s", plural(entries, "boot entry"))
 	a.parts.Log.WarnContext(ctx, "changed the kernel command line", "entries", entries, "want", want)
@@ -122,7 +123,8 @@ func (a *Agent) reboot(r *Report, why error) error {
 		return fault.Wrap(fault.Rejected, fmt.Errorf("%w: %w", why, err), "reboot the node")
 	}
 	r.did("asked for a reboot")
-	return fault.Wrap(fault.Rejected, fmt.Errorf("%w, and the node reboots", why), "to undo this: fetcher boot undo")
+	return fault.Wrap(fault.Rejected, fmt.Errorf("%w, and the node reboots", why),
+		"to undo the change of the kernel command line, run fetcher boot undo")
 }
 
 func writeEdits(store *install.Store, e bootEdits) error {

@@ -71,13 +71,13 @@ func TestEditBoot(t *testing.T) {
 	if maker.wants[0] != (bootcfg.Want{Unsigned: true}) {
 		t.Errorf("wanted was %+v; want unsigned modules, and nothing else", maker.wants[0])
 	}
-	run("again, in the same boot: it is asked for again", "was changed in this boot", 1, 2)
+	run("again, in the same boot: it is asked for again", "was changed since the last boot", 1, 2)
 	n.reboot(t)
 	run("after a reboot that was of no use", "and the node reboots", 2, 3)
 	n.reboot(t)
-	run("after the second", "it was changed 2 times", 2, 3)
+	run("after the second", "2 earlier changes", 2, 3)
 	n.reboot(t)
-	run("and ever after", "it was changed 2 times", 2, 3)
+	run("and ever after", "2 earlier changes", 2, 3)
 	// Once the kernel accepts modules, the count is reset.
 	enforce("N")
 	if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
@@ -91,7 +91,7 @@ func TestEditBoot(t *testing.T) {
 	enforce("Y")
 	maker.entries = 0
 	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Rejected) ||
-		!strings.Contains(err.Error(), "allows it already") || maker.reboots != 3 {
+		!strings.Contains(err.Error(), "has the parameters already") || maker.reboots != 3 {
 		t.Errorf("Run = %v, %d reboots; want none more", err, maker.reboots)
 	}
 	r, err := agent.New(n.cfg, n.parts).Boot(true)

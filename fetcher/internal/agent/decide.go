@@ -80,7 +80,7 @@ func decide(s nodeState) decision {
 		return stay(fault.New(fault.Mismatch,
 			fmt.Sprintf("driver %s is installed; driver %s, found for %s, is older", good.Driver, s.wanted.Driver,
 				s.question.Wish),
-			"name the version with --driver, or allow it: --allow-downgrade"))
+			"name the older version with --driver, or allow the downgrade with --allow-downgrade"))
 	}
 	d := s.put(s.wanted)
 	if d.set == nil && good != nil && good.Digest != s.wanted.Digest {
@@ -124,13 +124,13 @@ func (s nodeState) put(set *install.Set) decision {
 	case !s.ownLoaded() && !s.replaceForeign:
 		return decision{do: refuse,
 			err: fault.New(fault.Busy,
-				fmt.Sprintf("another driver is loaded that this program did not install: %s", s.facts.Driver),
-				"add --foreign replace to unload it, or reboot the node without the installer that loads it; until then it stays")}
+				fmt.Sprintf("foreign driver %s is loaded: another installer put it on this node", s.facts.Driver),
+				"add --foreign replace to unload the foreign driver, or remove the installer that loads it and reboot the node")}
 	}
 	if s.closed != "" {
 		return decision{do: refuse,
 			err: fault.New(fault.Busy, fmt.Sprintf("replace driver %s: %s", s.facts.Driver, s.closed),
-				"wait until then, or reboot the node; the loaded driver stays meanwhile")}
+				"wait for the hours of --maintenance, or reboot the node; until then the loaded driver stays in use")}
 	}
 	if err := idle(s.facts); err != nil {
 		return decision{do: refuse, err: err}
@@ -227,7 +227,7 @@ func fitsNode(s *install.Set, facts *host.Facts) error {
 	}
 	return fault.New(fault.Mismatch,
 		fmt.Sprintf("driver %s was installed for COS %s; this node runs %s", s.Driver, s.Kernel, facts.Kernel),
-		"install a driver for this build: fetcher install --driver VERSION")
+		"install a driver for the COS build of this node: fetcher install --driver VERSION")
 }
 
 // idle returns an error if the driver is in use, before any of its modules is unloaded.
@@ -236,13 +236,13 @@ func idle(facts *host.Facts) error {
 		if m.Permanent {
 			return fault.New(fault.Busy,
 				fmt.Sprintf("unload driver %s: this kernel never unloads module %s", facts.Driver, m.Name),
-				"reboot the node: the driver that is wanted is loaded then; until then the one in use stays as it is")
+				"reboot the node to load the wanted driver; until then the loaded driver stays in use")
 		}
 	}
 	if holders := facts.Holders(); len(holders) > 0 {
 		return fault.New(fault.Busy,
-			fmt.Sprintf("unload driver %s: in use by kernel module %s", facts.Driver, strings.Join(holders, ", ")),
-			"unload that module (rmmod) and run this again; the driver in use stays as it is")
+			fmt.Sprintf("unload driver %s: it is in use by kernel module %s", facts.Driver, strings.Join(holders, ", ")),
+			"unload that module with rmmod, then run fetcher again; until then the loaded driver stays in use")
 	}
 	for _, m := range facts.Modules {
 		if m.Refs > len(m.UsedBy) {
@@ -258,7 +258,7 @@ func idle(facts *host.Facts) error {
 				}
 			}
 			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: module %s is in use by %s", facts.Driver, m.Name, by),
-				"stop what uses the GPU and run this again; the driver in use stays as it is")
+				"stop the programs that use the GPU, then run fetcher again; until then the loaded driver stays in use")
 		}
 	}
 	return nil

@@ -53,7 +53,7 @@ func (a *Agent) explain(p evidence, v Verifier, digest string, kernel target.Ker
 	}
 	by, ok := v.(explainer)
 	if !ok {
-		return nil, fault.New(fault.Internal, "this verifier explains nothing", "")
+		return nil, fault.New(fault.Internal, "explain verification: this verifier gives no findings", "")
 	}
 	e := &Explanation{Digest: digest, Driver: content.Identity.Driver, Kernel: kernel}
 	e.Verdict, e.Findings, err = by.Explain(p.Bundles,
@@ -86,8 +86,8 @@ func (a *Agent) ExplainInstalled(ctx context.Context) (_ *Explanation, err error
 	}
 	var p evidence
 	if raw == nil || json.Unmarshal(raw, &p) != nil || digestOf(p.Manifest) != set.Digest {
-		return nil, fault.New(fault.Unverified, "the installed driver has no attestations, or those of another artifact",
-			hintAgain)
+		return nil, fault.New(fault.Unverified,
+			"verify installed driver: its attestations are missing, or are about another artifact", hintAgain)
 	}
 	v, err := a.verifierFor(set.Origin)
 	if err != nil {

@@ -109,13 +109,13 @@ func readAll(file fs.File) ([]byte, error) {
 func (f *foreignFiles) reload(ctx context.Context, a *Agent, r *Report) error {
 	for _, name := range []string{"nvidia", "nvidia_uvm"} {
 		if slices.Contains(f.unknown, name) {
-			return fmt.Errorf("driver %s, which was loaded before, is not loaded again: no file on this node is its %s; "+
-				"reboot the node, or start what loads it",
+			return fmt.Errorf("load foreign driver %s again: no file on this node is its module %s; reboot the node, or run "+
+				"the installer of that driver",
 				f.driver, strings.Join(f.unknown, ", "))
 		}
 	}
 	if _, err := a.loader.Load(ctx, f.images); err != nil {
-		return fmt.Errorf("load %s again: %w", f.driver, err)
+		return fmt.Errorf("load foreign driver %s again: %w", f.driver, err)
 	}
 	r.did("loaded %s again, which was there before", f.driver)
 	if len(f.unknown) > 0 {

@@ -137,7 +137,7 @@ func (a *Agent) images(store *install.Store, set *install.Set, before *host.Fact
 func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]byte, error) {
 	i := slices.IndexFunc(set.Layers, func(l install.Layer) bool { return l.Kind == bundle.LayerModules })
 	if i < 0 {
-		return nil, fault.New(fault.Unverified, "read module: the set has no modules layer", hintAgain)
+		return nil, fault.New(fault.Unverified, "read modules: the installed driver has no modules layer", hintAgain)
 	}
 	layer, err := store.LayerFS(set.Layers[i].Digest)
 	if err != nil {
@@ -149,7 +149,7 @@ func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]by
 	}
 	if got := digestOf(raw); got != m.SHA256 {
 		return nil, fault.New(fault.Unverified,
-			fmt.Sprintf("read module %s: digest is %s; verified was %s", m.Name, got, m.SHA256), hintAgain)
+			fmt.Sprintf("read module %s: the file has digest %s; the verified digest is %s", m.Name, got, m.SHA256), hintAgain)
 	}
 	return raw, nil
 }

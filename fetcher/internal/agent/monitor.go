@@ -100,7 +100,7 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 	ask bool) gpucheck.Verdict {
 	if _, ok := modules["nvidia"]; !ok {
 		return gpucheck.Verdict{
-			State: gpucheck.Absent, Reason: "no driver of ours is installed in " + a.cfg.InstallDir,
+			State: gpucheck.Absent, Reason: "Prebake has installed no driver in " + a.cfg.InstallDir,
 			PCIGPUs: len(facts.ManagedGPUs()),
 			Modules: modules, NVML: gpucheck.NVML{Devices: []gpucheck.Device{}},
 		}
@@ -193,7 +193,8 @@ func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged b
 	case set.Kernel.BuildID != facts.Kernel.BuildID || set.Kernel.Board != facts.Kernel.Board:
 		v.State, v.Reason = gpucheck.Drifted, fmt.Sprintf("installed for COS %s; this node runs %s", set.Kernel, facts.Kernel)
 	case facts.Driver != (target.Driver{}) && !facts.Runs(set.Driver):
-		v.State, v.Reason = gpucheck.Drifted, fmt.Sprintf("loaded is %s; installed is %s", facts.Driver, set.Driver)
+		v.State, v.Reason = gpucheck.Drifted,
+			fmt.Sprintf("driver %s is loaded; driver %s is installed", facts.Driver, set.Driver)
 	case staged:
 		v.State, v.Reason = gpucheck.Staged, "installed, and by request not loaded"
 	}
@@ -298,7 +299,8 @@ func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, s
 		}
 	}
 	r.Changed = true
-	r.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "taken out of force", PCIGPUs: len(facts.ManagedGPUs()),
+	r.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "the driver was taken out of force",
+		PCIGPUs: len(facts.ManagedGPUs()),
 		Modules: map[string]string{}}
 	err := errors.Join(store.Restore(install.Pointers{}), store.Sweep())
 	a.hideLibraries(ctx, addedLibraries(store))

@@ -246,7 +246,7 @@ func TestRace(t *testing.T) {
 			10 * time.Minute,
 			"",
 			fault.APIBreak,
-			"and the farm: resolve driver: failed",
+			"the farm gave no driver: resolve driver: failed",
 			false,
 		},
 		{
@@ -256,7 +256,7 @@ func TestRace(t *testing.T) {
 			time.Minute,
 			"",
 			fault.APIBreak,
-			"and the farm: resolve driver: building",
+			"the farm gave no driver: resolve driver: building",
 			false,
 		},
 	}

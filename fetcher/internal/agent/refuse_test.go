@@ -178,7 +178,7 @@ func TestRefuses(t *testing.T) {
 			liar{attached: func([][]byte) [][]byte { return nil }}, fault.Unverified, "provenance"},
 		{"signed by another key", strangers, ps.Digest, newer.Driver, liar{}, fault.Unverified, "unknown key"},
 		{"artifact of the sibling kernel", siblings, pb.Digest, newer.Driver, liar{}, fault.Mismatch,
-			"attested for " + buildB + "/lakitu, this node is " + buildA + "/lakitu"},
+			"kernel match for COS " + buildB + "/lakitu; this node runs COS " + buildA + "/lakitu"},
 		{"modules for another kernel inside", insides, pw.Digest, newer.Driver, liar{}, fault.Mismatch,
 			`made for kernel "6.1.99+"`},
 		{"module with other options inside", insides, otherOptions, newer.Driver, liar{}, fault.Mismatch,
@@ -433,7 +433,7 @@ func TestPolicyAndStatus(t *testing.T) {
 			t.Errorf("Status = %+v, %v; want %v with %q", s.Verdict, err, want, words)
 		}
 	}
-	status(fault.NoArtifact, "no driver of ours")
+	status(fault.NoArtifact, "has installed no driver")
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "Y\n")
 	_, err := n.run(t, ref, p.Digest, c.Driver)
 	if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "module.sig_enforce=1") || len(n.tree(t)) > 0 {
@@ -460,7 +460,7 @@ func TestPolicyAndStatus(t *testing.T) {
 	sample.Write(t, n.root, "proc/sys/kernel/random/boot_id", "another\n")
 	status(fault.Internal, "") // loaded, but NVML was not asked in this boot
 	sample.Write(t, n.root, "sys/module/nvidia/version", oldVersion+"\n")
-	status(fault.Mismatch, "module nvidia is version "+oldVersion)
+	status(fault.Mismatch, "module nvidia has version "+oldVersion)
 	sample.Write(t, n.root, "sys/module/nvidia/version", newVersion+"\n")
 	sample.Write(t, n.root, "etc/os-release", "ID=cos\nBUILD_ID="+buildB+"\n")
 	status(fault.Mismatch, "installed for COS "+buildA)

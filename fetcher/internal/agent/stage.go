@@ -168,8 +168,8 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 		return p, err
 	}
 	if got := digestOf(p.Manifest); got != digest { // check the digest before anything that the manifest names is fetched
-		return p, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the bytes have digest %s", digest, got),
-			"fetch from another registry")
+		return p, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: its content has digest %s", digest, got),
+			"fetch the artifact from another registry: --registry REF")
 	}
 	d, err := bundle.ConfigDescriptor(p.Manifest)
 	if err != nil {
@@ -223,7 +223,7 @@ func fit(mods []install.Module, id bundle.Identity, facts *host.Facts) error {
 	for _, m := range mods {
 		mismatch := func(what, got, want string) error {
 			return fault.New(fault.Mismatch, fmt.Sprintf("check module %s: %s %q; want %q", m.Name, what, got, want),
-				"build the driver for this COS build")
+				"build and publish the driver for the COS build of this node: builder build")
 		}
 		release, _, _ := strings.Cut(m.Vermagic, " ")
 		switch {
@@ -237,7 +237,7 @@ func fit(mods []install.Module, id bundle.Identity, facts *host.Facts) error {
 	}
 	if !slices.ContainsFunc(mods, func(m install.Module) bool { return m.Name == "nvidia" }) {
 		return fault.New(fault.Mismatch, "check modules: the modules layer holds no drivers/nvidia.ko",
-			"build the driver again")
+			"build and publish the driver again: builder build")
 	}
 	return nil
 }

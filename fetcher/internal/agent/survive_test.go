@@ -24,7 +24,7 @@ func TestUnusableAndOpen(t *testing.T) {
 	n, ref, older, newer, po, pn := two(t, 1)
 	n.parts.Probe, n.kernel.open = byVersion{n.root, newVersion}, "nvidia_uvm "+newVersion
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
-	if !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "it stays in force") ||
+	if !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "stays in force") ||
 		r.Verdict.State == gpucheck.Ready {
 		t.Errorf("Run = %+v, %v; want unusable, and the reason why it stays", r.Verdict, err)
 	}

@@ -37,8 +37,8 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 		return none, nil, err
 	}
 	if got := digestOf(p.Manifest); got != digest {
-		return none, nil, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the bytes have digest %s", digest, got),
-			"fetch from another registry")
+		return none, nil, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: its content has digest %s", digest, got),
+			"fetch the artifact from another registry: --registry REF")
 	}
 	content, err := bundle.ParseManifest(p.Manifest, p.Config) // also compares the config with its digest
 	if err != nil {
@@ -50,7 +50,7 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 	case fault.Hint(err) != "":
 	case fault.Is(err, fault.Mismatch):
 		err = fault.Wrap(fault.Mismatch, err,
-			"build the driver for COS "+facts.Kernel.String()+", or check that --server or --registry names the right place")
+			"build and publish the driver for COS "+facts.Kernel.String()+", or check --server and --registry")
 	case fault.Is(err, fault.Unverified):
 		err = fault.Wrap(fault.Unverified, err,
 			"publish the artifact again, or fetch it from another registry")
@@ -66,7 +66,7 @@ func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
 	}
 	if a.parts.Verifier == nil {
 		return nil, fault.New(fault.Usage, "no signer is trusted",
-			"name the publisher's public key: --public-key FILE; nothing is loaded unverified")
+			"name the publisher's public key: --public-key FILE; without a key no driver is loaded")
 	}
 	return a.parts.Verifier, nil
 }
@@ -126,8 +126,8 @@ func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host
 	}
 	var p evidence
 	if raw == nil {
-		return bundle.Content{}, fault.New(fault.Unverified, "it has no attestations",
-			"run fetcher install once while the registry answers: it writes them")
+		return bundle.Content{}, fault.New(fault.Unverified, "its attestations are not on this node",
+			"run fetcher install while the registry can be reached: it stores the attestations")
 	}
 	if err := json.Unmarshal(raw, &p); err != nil {
 		return bundle.Content{}, fault.Wrap(fault.Unverified, fmt.Errorf("read statements: %w", err), hintAgain)
@@ -149,7 +149,7 @@ func (a *Agent) verifiable(store *install.Store, set *install.Set, facts *host.F
 	return err == nil
 }
 
-const hintAgain = "run fetcher install again: it fetches the damaged files again"
+const hintAgain = "run fetcher install to replace the damaged files"
 
 // checkedLayer is a layer that was compared with its signed diff id.
 type checkedLayer struct {
@@ -237,7 +237,7 @@ func (a *Agent) modules(store *install.Store, content bundle.Content, facts *hos
 	}
 	for _, m := range mods {
 		if checked.files[m.File] != m.SHA256 {
-			return nil, fault.New(fault.Unverified, fmt.Sprintf("read module %s: it changed after it was checked", m.Name),
+			return nil, fault.New(fault.Unverified, fmt.Sprintf("read module %s: the file changed after its check", m.Name),
 				hintAgain)
 		}
 	}

@@ -47,7 +47,7 @@ func clock(text string) (time.Duration, error) {
 // Closed returns the reason why no driver may be replaced now; "" means that it may.
 func (w Window) Closed(now time.Time) string {
 	if w.Never {
-		return "its owner leaves that to a reboot (--maintenance never)"
+		return "with --maintenance never, only a reboot replaces the driver"
 	}
 	now = now.UTC()
 	at := time.Duration(now.Hour())*time.Hour + time.Duration(now.Minute())*time.Minute
@@ -59,7 +59,7 @@ func (w Window) Closed(now time.Time) string {
 		return ""
 	}
 	day := func(d time.Duration) string { return time.Time{}.Add(d).Format("15:04") }
-	return fmt.Sprintf("it is outside of the hours for that, %s to %s UTC", day(w.From), day(w.Until))
+	return fmt.Sprintf("the time is outside of the hours of --maintenance, %s to %s UTC", day(w.From), day(w.Until))
 }
 
 // idlePause is the time between two checks whether programs use the driver.

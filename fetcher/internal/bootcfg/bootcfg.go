@@ -58,7 +58,7 @@ func Apply(esp *os.Root, want Want) (entries int, err error) {
 func Undo(esp *os.Root) error {
 	kept, err := read(esp, backup)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fault.New(fault.NoArtifact, "undo: this program did not change the boot configuration", "")
+		return fault.New(fault.NoArtifact, "undo change of boot configuration: fetcher did not change it", "")
 	}
 	if err != nil {
 		return err
@@ -70,8 +70,8 @@ func Undo(esp *os.Root) error {
 	if !bytes.Equal(have, kept) {
 		if !ours(kept, have) {
 			return fault.New(fault.Mismatch,
-				"undo: the boot configuration is not what this program wrote; somebody changed it since",
-				"change it by hand; what it was before is in "+backup+" on the EFI partition")
+				"undo change of boot configuration: somebody changed it after fetcher",
+				"restore the boot configuration by hand; its former content is in "+backup+" on the EFI partition")
 		}
 		if err := write(esp, file, kept); err != nil {
 			return err
@@ -101,7 +101,7 @@ func read(esp *os.Root, name string) ([]byte, error) {
 	raw, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
 	if err == nil && len(raw) > maxConfig {
 		err = fault.New(fault.Unsupported, fmt.Sprintf("more than %d bytes", maxConfig),
-			"check the EFI partition: this is not a configuration of COS's boot loader")
+			"check the EFI partition: the file is not a configuration of COS's boot loader")
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
 		return nil, fmt.Errorf("read %s: %w", name, err)
@@ -128,8 +128,8 @@ func write(esp *os.Root, name string, data []byte) error {
 			"free space on the EFI partition")
 	}
 	if got, err := read(esp, name); err != nil || !bytes.Equal(got, data) {
-		return fault.New(fault.Internal, fmt.Sprintf("write %s: it reads back as something else (%v)", name, err),
-			"do not reboot this node; restore it from "+backup)
+		return fault.New(fault.Internal, fmt.Sprintf("write %s: the file reads back with other content (%v)", name, err),
+			"restore the file from "+backup+" before this node reboots")
 	}
 	return nil
 }

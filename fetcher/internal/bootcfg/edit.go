@@ -37,13 +37,14 @@ func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 		}
 		entries++
 		if bytes.Count(line, []byte(`"`))%2 != 0 {
-			return nil, 0, fault.New(fault.Unsupported, fmt.Sprintf("edit boot entry %d: a quote in it has no end", entries),
+			return nil, 0, fault.New(fault.Unsupported,
+				fmt.Sprintf("edit boot entry %d: a quotation mark is not closed", entries),
 				"change the boot configuration by hand")
 		}
 		changed := editLine(line, words, want)
 		if n := commandLine(changed); n > maxCommandLine {
 			return nil, 0, fault.New(fault.Unsupported,
-				fmt.Sprintf("edit boot entry %d: its command line would have %d bytes, and a kernel reads %d", entries, n,
+				fmt.Sprintf("edit boot entry %d: its command line would have %d bytes; a kernel reads at most %d", entries, n,
 					maxCommandLine),
 				"remove parameters that this node does not need")
 		}
@@ -51,7 +52,7 @@ func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 	}
 	if entries == 0 {
 		return nil, 0, fault.New(fault.Unsupported, "edit boot configuration: it has no boot entry",
-			"check the EFI partition: this is not a configuration of COS's boot loader")
+			"check the EFI partition: the file is not a configuration of COS's boot loader")
 	}
 	return edited, entries, nil
 }

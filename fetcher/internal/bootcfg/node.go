@@ -42,8 +42,8 @@ func (Node) Reboot() error {
 	name, err := os.ReadFile("/proc/1/comm")
 	if err != nil || strings.TrimSpace(string(name)) != "systemd" {
 		return fault.New(fault.Unusable,
-			fmt.Sprintf("ask for a reboot: process 1 is %q here and no systemd", strings.TrimSpace(string(name))),
-			"let this container see the node's processes: hostPID: true")
+			fmt.Sprintf("ask for a reboot: process 1 is %q; want systemd", strings.TrimSpace(string(name))),
+			"give this container the node's processes: set hostPID: true in the pod")
 	}
 	if err := syscall.Kill(1, rebootSignal); err != nil {
 		return fmt.Errorf("ask for a reboot: %w", err)

@@ -57,7 +57,8 @@ func Partition(node *noderoot.Root) (esp *os.Root, closed func() error, err erro
 
 func mountFault(device string, err error) error {
 	return fault.Wrap(fault.Unusable, fmt.Errorf("mount EFI partition %s: %w", device, err),
-		"run as root with CAP_SYS_ADMIN (privileged: true) on a kernel from 5.2 on with vfat, or edit the file by hand")
+		"run as root with CAP_SYS_ADMIN (privileged: true) on kernel 5.2 or newer with vfat, or edit the boot "+
+			"configuration by hand")
 }
 
 // find returns the device name of the EFI partition, as sysfs has it.
@@ -80,7 +81,7 @@ func find(root fs.FS) (string, error) {
 	}
 	if len(found) != 1 {
 		return "", fault.New(fault.Unsupported,
-			fmt.Sprintf("find EFI partition: %d partitions are called %s", len(found), label),
+			fmt.Sprintf("find EFI partition: %d partitions have the name %s; want 1", len(found), label),
 			"edit the boot configuration by hand")
 	}
 	return found[0], nil

@@ -61,23 +61,23 @@ func (m *many) Set(s string) error {
 
 // ignored are flags without a meaning for the fetcher, each with the reason for the note.
 var ignored = map[string]string{
-	"allow-unsigned-driver":      "nothing unsigned is loaded; the fetcher's own keys decide",
-	"test":                       "the fetcher's own keys decide",
+	"allow-unsigned-driver":      "fetcher verifies each driver with its own keys",
+	"test":                       "fetcher verifies each driver with its own keys",
 	"skip-nvidia-smi":            "NVML is asked instead of nvidia-smi",
-	"force-fallback":             "--driver names a branch where the newest driver does not do",
+	"force-fallback":             "name a branch with --driver if the newest driver does not work",
 	"target-gpu":                 "the GPUs of this node are read from the PCI bus",
-	"gcs-download-prefix":        "builds are found below BUILD_ID/BOARD",
+	"gcs-download-prefix":        "fetcher looks for COS builds below BUILD_ID/BOARD",
 	"gcs-download-bucket-nvidia": "--driver-mirror names the bucket with runfiles",
 	"gcs-download-prefix-nvidia": "--driver-mirror names the bucket with runfiles",
 }
 
 // refused are flags that ask for something that the fetcher does not do, each with a hint.
 var refused = map[string]string{
-	"nvidia-installer-url":      "name the version with -version, and publish it once: builder build --driver",
-	"nvidia-installer-url-open": "name the version with -version, and publish it once: builder build --driver",
-	"signature-url":             "name the publisher's key: PREBAKE_PUBLIC_KEY",
-	"local-artifacts-dir":       "name a folder with artifacts: PREBAKE_REGISTRY=oci:FOLDER",
-	"prepare-build-tools":       "nothing has to be prepared: the driver comes compiled",
+	"nvidia-installer-url":      "name the version with -version, and publish the driver once: builder build --driver",
+	"nvidia-installer-url-open": "name the version with -version, and publish the driver once: builder build --driver",
+	"signature-url":             "set PREBAKE_PUBLIC_KEY to the file with the publisher's key",
+	"local-artifacts-dir":       "set PREBAKE_REGISTRY=oci:FOLDER to a folder with artifacts",
+	"prepare-build-tools":       "leave the flag out: fetcher gets compiled drivers and needs no build tools",
 }
 
 // Translate returns the fetcher's arguments for the arguments of Google's program, without the program's name. The
@@ -90,8 +90,8 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 		args = args[1:]
 	}
 	if len(args) == 0 || args[0] != "install" {
-		return usage(fmt.Sprintf("%q is no command of it that this program has", strings.Join(args[:min(len(args), 1)], "")),
-			"it has install; fetcher --help lists all others")
+		return usage(fmt.Sprintf("command %q is not supported", strings.Join(args[:min(len(args), 1)], "")),
+			"use the command install; fetcher --help lists fetcher's own commands")
 	}
 	f := flag.NewFlagSet("install", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
@@ -115,7 +115,8 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 		return usage(err.Error(), "fetcher install --help lists the flags")
 	}
 	if f.NArg() > 0 {
-		return usage(fmt.Sprintf("install takes no argument such as %q", f.Arg(0)), "fetcher install --help lists the flags")
+		return usage(fmt.Sprintf("argument %q after install: want flags only", f.Arg(0)),
+			"fetcher install --help lists the flags")
 	}
 	ours = []string{"install", "--host-root=" + first(getenv("PREBAKE_HOST_ROOT"), getenv("ROOT_MOUNT_DIR"), "/root")}
 	var wrong []error
@@ -128,7 +129,7 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 				fmt.Sprintf("as %s: this program does not support -%s", Name, given.Name), hint))
 		}
 		if why, ok := ignored[given.Name]; ok {
-			notes = append(notes, fmt.Sprintf("-%s is passed over: %s", given.Name, why))
+			notes = append(notes, fmt.Sprintf("-%s is ignored: %s", given.Name, why))
 		}
 	})
 	if len(wrong) > 0 {

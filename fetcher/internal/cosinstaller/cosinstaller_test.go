@@ -42,7 +42,7 @@ func TestTranslate(t *testing.T) {
 			"",
 		},
 		"unsigned": {"install -allow-unsigned-driver -skip-nvidia-smi=false", nil, "install --host-root=/root",
-			"-allow-unsigned-driver is passed over"},
+			"-allow-unsigned-driver is ignored"},
 		"the environment of older ones": {
 			"install", map[string]string{"NVIDIA_DRIVER_VERSION": "535.261.03",
 				"NVIDIA_INSTALL_DIR_CONTAINER": "/usr/local/nvidia"},
@@ -72,12 +72,12 @@ func TestTranslate(t *testing.T) {
 		}
 	}
 	for line, want := range map[string]string{
-		"":     "no command",
-		"list": "no command",
+		"":     "is not supported",
+		"list": "is not supported",
 		"install -nvidia-installer-url=https://example.com/x.run": "does not support -nvidia-installer-url",
 		"install -local-artifacts-dir=/x -prepare-build-tools":    "does not support -prepare-build-tools",
 		"install -nonsense": "-nonsense",
-		"install 535":       "no argument",
+		"install 535":       "want flags only",
 	} {
 		if _, _, err := cosinstaller.Translate(strings.Fields(line), func(string) string { return "" }); !fault.Is(err,
 			fault.Usage) || !strings.Contains(err.Error(), want) || fault.Hint(err) == "" {

@@ -39,10 +39,10 @@ func (d docker) ResolveContext(ctx context.Context, r authn.Resource) (authn.Aut
 	if err == nil {
 		return a, nil
 	}
-	hint := "correct Docker's configuration, or set DOCKER_CONFIG to the folder of another one"
+	hint := "correct Docker's configuration, or set DOCKER_CONFIG to a folder with another configuration"
 	if text := err.Error(); strings.Contains(text, "docker-credential-") && strings.Contains(text, "not found") {
-		hint = "install that program beside the fetcher, or remove it from Docker's configuration for this registry; at " +
-			"Google's registries the machine's service account needs none"
+		hint = "install that program beside the fetcher, or remove it from Docker's configuration for this registry; for " +
+			"Google's registries it is not needed, because the machine's service account logs in"
 	}
 	return nil, fault.Wrap(fault.Usage, fmt.Errorf("find credentials for %s: %w", r.RegistryStr(), err), hint)
 }
@@ -125,7 +125,7 @@ func (g *Google) get(ctx context.Context) (string, error) {
 	}
 	if err != nil {
 		return "", fault.Wrap(fault.Transient, fmt.Errorf("ask the metadata server for a token: %w", err),
-			"check that the machine has a service account with the scope devstorage.read_only, or none at all")
+			"give the machine a service account with the scope devstorage.read_only, or no service account")
 	}
 	g.token, g.until = answer.Token, time.Now().Add(time.Duration(answer.Seconds)*time.Second)
 	return g.token, nil

@@ -255,7 +255,8 @@ func (Linux) Make(dev *os.Root, n Node) error {
 	err = unix.Fstatat(at, base, &st, unix.AT_SYMLINK_NOFOLLOW)
 	switch {
 	case err == nil && st.Mode&unix.S_IFMT != unix.S_IFCHR:
-		return fault.New(fault.Busy, fmt.Sprintf("make device file %s: something else is there", full), "remove "+full)
+		return fault.New(fault.Busy, fmt.Sprintf("make device file %s: a file of another type has this name", full),
+			"remove "+full)
 	case err == nil && st.Rdev != want:
 		// A module that was reloaded may have another major number.
 		if err := unix.Unlinkat(at, base, 0); err != nil {

@@ -96,11 +96,11 @@ func JudgeForeign(f Facts) Verdict {
 	v := Judge(f)
 	switch v.State {
 	case Ready:
-		v.State, v.Reason = Foreign, "not installed by this program; every GPU answers"
+		v.State, v.Reason = Foreign, "installed by another installer; every GPU answers"
 	case Loaded:
-		v.State, v.Reason = Foreign, "not installed by this program; NVML was not asked"
+		v.State, v.Reason = Foreign, "installed by another installer; NVML was not asked"
 	default:
-		v.Reason = "a driver that this program did not install: " + v.Reason
+		v.Reason = "foreign driver: " + v.Reason
 	}
 	return v
 }
@@ -129,7 +129,7 @@ func Judge(f Facts) Verdict {
 			return is(Unusable, "module %s is not loaded", name)
 		}
 		if got != "" && got != f.Driver.Modules().Version {
-			return is(Drifted, "module %s is version %s; installed is %s", name, got, f.Driver.Version)
+			return is(Drifted, "module %s has version %s; the installed driver has version %s", name, got, f.Driver.Version)
 		}
 	}
 	switch {
@@ -138,7 +138,8 @@ func Judge(f Facts) Verdict {
 	case f.NVML.Version == "":
 		return is(Unusable, "NVML does not answer: %s", f.NVML.Error)
 	case f.NVML.Version != f.Driver.Modules().Version:
-		return is(Unusable, "NVML answers with version %q; installed is %s", f.NVML.Version, f.Driver.Version)
+		return is(Unusable, "NVML answers with version %q; the installed driver has version %s", f.NVML.Version,
+			f.Driver.Version)
 	case len(missing) > 0:
 		return is(Unusable, "%d of %d GPUs usable: %s", v.UsableGPUs, v.PCIGPUs,
 			strings.Join(append(missing, reasons...), ", "))
@@ -151,7 +152,7 @@ func Judge(f Facts) Verdict {
 	}
 	if waiting := f.fabricless(); len(waiting) > 0 {
 		return is(Starting, "%d GPUs have not joined their NVLink fabric (%s): CUDA programs cannot start before "+
-			"nvidia-fabricmanager has", len(waiting), waiting[0])
+			"nvidia-fabricmanager has connected these GPUs", len(waiting), waiting[0])
 	}
 	return v
 }
@@ -213,12 +214,13 @@ func (v Verdict) Err() error {
 	switch v.State {
 	case NoDevice:
 		return fault.New(fault.NoDevice, "no GPU present: "+text,
-			"attach a GPU to this machine, or keep this program off nodes without one")
+			"attach a GPU to this machine, or run fetcher only on nodes with a GPU")
 	case Unusable:
 		return fault.New(fault.Unusable, "GPU present but not usable: "+text,
-			"read the kernel's lines: dmesg | grep -e NVRM -e Xid")
+			"read the kernel log: dmesg | grep -e NVRM -e Xid")
 	case Starting:
-		return fault.New(fault.Unusable, text, "start nvidia-fabricmanager of this driver's version, and check again")
+		return fault.New(fault.Unusable, text,
+			"start nvidia-fabricmanager in the version of this driver, then run fetcher status")
 	case Drifted:
 		return fault.New(fault.Mismatch, text, "run fetcher install when the GPUs are idle")
 	case Absent:

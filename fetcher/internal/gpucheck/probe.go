@@ -96,7 +96,7 @@ func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML,
 
 func hung(d time.Duration) error {
 	return fault.New(fault.Unusable, "ask NVML: no answer in "+d.Round(time.Second).String(),
-		"read the kernel's lines: dmesg | grep NVRM")
+		"read the kernel log: dmesg | grep NVRM")
 }
 
 func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, error) {
@@ -147,7 +147,7 @@ func (p *Prober) place() (err error) {
 		return fmt.Errorf("copy probe: %w", err)
 	case p.ReadOnly:
 		return fault.Wrap(fault.Unusable, errNotThere,
-			"run fetcher install, or run this on the node itself with --host-root /")
+			"run fetcher install, or run this command on the node itself with --host-root /")
 	case folder == nil:
 		return fmt.Errorf("copy probe: %w", err)
 	}

@@ -280,7 +280,7 @@ func ParseDriverVersion(text string) (target.Driver, error) {
 	line, _, _ := strings.Cut(text, "\n")
 	rest, ok := strings.CutPrefix(line, "NVRM version: NVIDIA UNIX ")
 	if !ok {
-		return target.Driver{}, fmt.Errorf("read loaded driver: first line %q is not the NVIDIA driver's", cut(line, 80))
+		return target.Driver{}, fmt.Errorf("read loaded driver: first line %q does not name the NVIDIA driver", cut(line, 80))
 	}
 	d := target.Driver{Flavour: target.Proprietary}
 	if strings.HasPrefix(rest, "Open Kernel Module") {

@@ -65,7 +65,7 @@ func (s *Store) inNode(here string, do func() error) (inside bool, err error) {
 	}
 	return s.node.Mounts(func() error {
 		if theirs, err := os.Stat(s.dir); err != nil || !os.SameFile(ours, theirs) {
-			return fmt.Errorf("%w: %s is another folder there", noderoot.ErrNamespace, s.dir)
+			return fmt.Errorf("%w: %s is another folder in the node's mounts", noderoot.ErrNamespace, s.dir)
 		}
 		return do()
 	})
@@ -122,6 +122,6 @@ func allowExecOld(dir string, flags int64) error {
 
 func (s *Store) execFault(err error) error {
 	return fault.Wrap(fault.Unusable, fmt.Errorf("remount %s with exec: %w", s.dir, err),
-		"run as root with CAP_SYS_ADMIN and the node's processes in sight (privileged: true, hostPID: true), or mount that "+
-			"folder without noexec on the node")
+		"run as root with CAP_SYS_ADMIN (privileged: true) and with the node's processes (hostPID: true), or mount that "+
+			"folder on the node without noexec")
 }

@@ -220,7 +220,7 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 	}
 	raw, err := json.MarshalIndent(set, "", "  ")
 	if err != nil {
-		return fmt.Errorf("encode set: %w", err)
+		return fmt.Errorf("encode description of driver: %w", err)
 	}
 	raw = append(raw, '\n')
 	links, err := s.links(set)
@@ -302,8 +302,9 @@ func (s *Store) LinksHold(set Set) error {
 			to, err = "", nil
 		}
 		if err != nil || to != links[name] {
-			return fault.New(fault.Unverified, fmt.Sprintf("the set's %s is %q; want a link to %q", name, to, links[name]),
-				"run fetcher install again")
+			return fault.New(fault.Unverified,
+				fmt.Sprintf("check installed driver: link %s leads to %q; want %q", name, to, links[name]),
+				"run fetcher install to repair the links")
 		}
 	}
 	return nil
@@ -331,7 +332,7 @@ func (s *Store) Sets() ([]*Set, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list sets: %w", err)
+		return nil, fmt.Errorf("list installed drivers: %w", err)
 	}
 	var all []*Set
 	for _, e := range entries {
@@ -346,8 +347,9 @@ func (s *Store) Sets() ([]*Set, error) {
 func (s *Store) SetAt(pointer string) (*Set, error) {
 	digest, ok := strings.CutPrefix(pointer, "sets/")
 	if !ok {
-		return nil, fault.New(fault.Unverified, fmt.Sprintf("%.200q is no set of this folder", pointer),
-			"remove "+ownFolder+" in the install folder and install again")
+		return nil, fault.New(fault.Unverified,
+			fmt.Sprintf("read installed driver: %.200q is not in this install folder", pointer),
+			"remove "+ownFolder+" in the install folder, then run fetcher install")
 	}
 	return s.Set("sha256:" + digest)
 }
@@ -377,5 +379,5 @@ func (s *Store) readSet(link string) (*Set, error) {
 
 // diskFault gives an error of a full disk its kind and a hint.
 func diskFault(err error) error {
-	return fault.Disk(err, "free space below the install folder, or name another with --install-dir")
+	return fault.Disk(err, "free space on the disk of the install folder, or name another folder with --install-dir")
 }

@@ -40,7 +40,7 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			err = fault.New(fault.Busy, fmt.Sprintf("lock %s: another installer works on this node", f.Name()),
-				"wait until it has finished and run this again")
+				"wait until the other installer has finished, then run fetcher again")
 		}
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("take lock: %w", err), unlock())
@@ -53,8 +53,8 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 // make this program create or open another file than the one that both installers lock.
 func (s *Store) openLock(name string) (*os.File, error) {
 	planted := func(what string) error {
-		return fault.New(fault.Busy, fmt.Sprintf("lock /%s: it is %s", name, what),
-			"remove it: Google's installer makes an empty file there")
+		return fault.New(fault.Busy, fmt.Sprintf("lock /%s: the file is %s", name, what),
+			"remove /"+name+": Google's installer uses an empty file there")
 	}
 	folder, err := s.node.Folder(path.Dir(name))
 	if err != nil {
@@ -81,7 +81,7 @@ func (s *Store) openLock(name string) (*os.File, error) {
 	case err == nil && st.Mode&unix.S_IFMT == unix.S_IFLNK:
 		return nil, planted("a link")
 	case err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG:
-		return nil, planted("no file of its own")
+		return nil, planted("not a regular file")
 	case errors.Is(err, unix.ENOENT):
 		if f, err = open(unix.O_CREAT | unix.O_EXCL); errors.Is(err, unix.EEXIST) { // that installer made it just now
 			f, err = open(0)
@@ -97,7 +97,7 @@ func (s *Store) openLock(name string) (*os.File, error) {
 		var named fs.FileInfo
 		named, err = s.node.Lstat(name)
 		if err == nil && (!info.Mode().IsRegular() || !os.SameFile(info, named)) {
-			err = planted("no file of its own")
+			err = planted("not a regular file, or was replaced just now")
 		}
 	}
 	if err != nil {

@@ -176,7 +176,7 @@ func (s *Store) adopt(name, to string) error {
 	}
 	if errors.Is(err, unix.EBUSY) {
 		return fault.Wrap(fault.Busy, fmt.Errorf("adopt %s: %w", name, err),
-			"another installer has mounted something at or below this folder; stop it first")
+			"stop the other installer that has mounted something at or below this folder")
 	}
 	if err != nil {
 		return fmt.Errorf("adopt %s: %w", name, err)
@@ -435,7 +435,7 @@ func (s *Store) readFile(name string, limit int64) (_ []byte, err error) {
 	data, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err == nil && int64(len(data)) > limit {
 		err = fault.New(fault.Unverified, fmt.Sprintf("more than %d bytes", limit),
-			"remove it: this program never writes that much")
+			"remove the file: fetcher never writes that much")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", name, err)

@@ -146,8 +146,8 @@ func (l *Loader) isLoaded(img Image) (bool, error) {
 		}
 		if m.Version != img.Version {
 			return false, fault.New(fault.Busy,
-				fmt.Sprintf("load %s %s: version %s of it is loaded", img.Name, img.Version, orUnknown(m.Version)),
-				"stop what uses the GPU and run this again, or reboot the node")
+				fmt.Sprintf("load %s %s: version %s of this module is loaded", img.Name, img.Version, orUnknown(m.Version)),
+				"stop the programs that use the GPU, then run fetcher again, or reboot the node")
 		}
 		return true, nil
 	}
@@ -198,28 +198,30 @@ var refusals = []struct {
 	{unix.ENODEV, fault.NoDevice, "the driver found no device that it can use (ENODEV)",
 		"check that a GPU is attached to this machine: lspci -d 10de:"},
 	{unix.ENOEXEC, fault.Rejected, "the module does not fit this kernel (ENOEXEC)",
-		"build the driver for this very COS build"},
+		"build and publish the driver for the COS build of this node: builder build"},
 	{unix.ENOENT, fault.Rejected, "the kernel lacks a symbol that the module needs (ENOENT)",
-		"build the driver for this very COS build"},
+		"build and publish the driver for the COS build of this node: builder build"},
 	{unix.EINVAL, fault.Rejected, "the kernel refused the module or one of its parameters (EINVAL)",
-		"check --module-param, and that the driver was built for this very COS build"},
+		"check --module-param, and that the driver was built for the COS build of this node"},
 	{unix.EKEYREJECTED, fault.Rejected, "the kernel refused the module's signature (EKEYREJECTED)",
 		"boot the node with module.sig_enforce=0"},
 	{unix.ENOKEY, fault.Rejected, "the kernel has no key for the module's signature (ENOKEY)",
 		"boot the node with module.sig_enforce=0"},
-	{unix.EBADMSG, fault.Rejected, "the module's signature is malformed (EBADMSG)", "fetch the driver again"},
-	{unix.EPERM, fault.Rejected, "not permitted (EPERM)",
+	{unix.EBADMSG, fault.Rejected, "the module's signature is malformed (EBADMSG)",
+		"run fetcher install to fetch the driver again"},
+	{unix.EPERM, fault.Rejected, "operation not permitted (EPERM)",
 		"run as root with CAP_SYS_MODULE (privileged: true), and check loadpin and lockdown on the kernel command line"},
 	{unix.EACCES, fault.Rejected, "denied by a security module (EACCES)",
 		"run as root with CAP_SYS_MODULE (privileged: true)"},
-	{unix.EBUSY, fault.Busy, "in use (EBUSY)", "stop what uses the GPU and run this again"},
-	{unix.EAGAIN, fault.Busy, "in use (EAGAIN)", "stop what uses the GPU and run this again"},
-	{unix.EEXIST, fault.Busy, "another version is loaded (EEXIST)",
-		"stop what uses the GPU and run this again, or reboot the node"},
+	{unix.EBUSY, fault.Busy, "the module is in use (EBUSY)", "stop the programs that use the GPU, then run fetcher again"},
+	{unix.EAGAIN, fault.Busy, "the module is in use (EAGAIN)",
+		"stop the programs that use the GPU, then run fetcher again"},
+	{unix.EEXIST, fault.Busy, "another version of the module is loaded (EEXIST)",
+		"stop the programs that use the GPU, then run fetcher again, or reboot the node"},
 	{unix.ENOMEM, fault.Transient, "the node has too little memory (ENOMEM)",
 		"free memory on the node and run this again"},
 	{unix.EIO, fault.Unusable, "the driver could not talk to the device (EIO)",
-		"read the kernel's NVRM lines: dmesg | grep NVRM"},
+		"read the kernel log: dmesg | grep NVRM"},
 }
 
 func classify(err error) (fault.Kind, string) {
@@ -228,7 +230,7 @@ func classify(err error) (fault.Kind, string) {
 			return r.kind, r.hint
 		}
 	}
-	return fault.Rejected, "read the kernel's lines: dmesg | tail"
+	return fault.Rejected, "read the kernel log: dmesg | tail"
 }
 
 func explain(err error) string {

@@ -16,9 +16,9 @@ import (
 
 // These are the reasons why an artifact is refused, for errors.Is.
 var (
-	ErrYanked      = errors.New("it was yanked")
-	ErrQuarantined = errors.New("it is in quarantine")
-	ErrUnlisted    = errors.New("it is not in the snapshot")
+	ErrYanked      = errors.New("the artifact was yanked")
+	ErrQuarantined = errors.New("the artifact is in quarantine")
+	ErrUnlisted    = errors.New("the artifact is not in snapshot")
 	ErrStale       = errors.New("the snapshot is too old")
 	ErrNone        = errors.New("there is no snapshot")
 )
@@ -111,7 +111,7 @@ func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	return "", fault.Wrap(
 		fault.Unverified,
 		fmt.Errorf("%w %d of %s", ErrUnlisted, r.last.version, r.last.madeAt.UTC().Format(time.RFC3339)),
-		"if the artifact is newer, have a new list made with builder snapshot make; or install one that is in the list",
+		"if the artifact is newer than the snapshot, make a new one: builder snapshot make; or install another driver",
 	)
 }
 
@@ -152,23 +152,23 @@ func (r *Rule) usable(now time.Time) error {
 	}
 	fail := func(why error, next string) error {
 		if r.refreshErr != nil {
-			why, next = fmt.Errorf("%w, and no newer one could be fetched: %w", why, r.refreshErr), hint
+			why, next = fmt.Errorf("%w, and no newer snapshot could be fetched: %w", why, r.refreshErr), hint
 		}
 		return fault.Wrap(kind, why, next)
 	}
-	const again = "have it made or refreshed: builder snapshot; then run this again"
+	const again = "make or refresh the snapshot with builder snapshot, then run fetcher again"
 	switch l := r.last; {
 	case l == nil:
 		return fail(ErrNone, again)
 	case l.former:
-		return fail(fmt.Errorf("%w under the root that is trusted now", ErrNone), again)
+		return fail(fmt.Errorf("%w that the present trusted root signed", ErrNone), again)
 	case now.After(l.expires):
 		return fail(fmt.Errorf("%w: it expired on %s", ErrStale, l.expires.UTC().Format(time.RFC3339)), again)
 	case l.madeAt.After(now.Add(skew)):
 		return fault.Wrap(
 			fault.Unverified,
 			fmt.Errorf(
-				"%w, or the clock of this machine is wrong: the list is of %s, and this machine has %s",
+				"%w, or the clock of this machine is wrong: the snapshot was made at %s, and this machine has the time %s",
 				ErrStale,
 				l.madeAt.UTC().Format(time.RFC3339),
 				now.UTC().Format(time.RFC3339),
@@ -178,7 +178,7 @@ func (r *Rule) usable(now time.Time) error {
 	case r.MaxAge > 0 && now.Sub(l.madeAt) > r.MaxAge:
 		return fail(
 			fmt.Errorf(
-				"%w: it was made on %s, and the policy allows %v",
+				"%w: it was made on %s, and the policy allows an age of %v",
 				ErrStale,
 				l.madeAt.UTC().Format(time.RFC3339),
 				r.MaxAge,

@@ -59,7 +59,7 @@ func (f failures) known(q resolve.Question) error {
 	return fault.New(
 		last.Kind,
 		fmt.Sprintf(
-			"%s (at %s; it is tried again after a day, or by fetcher install --retry)",
+			"%s (failed at %s; this node compiles again after a day, or with fetcher install --retry)",
 			last.Text,
 			last.At.Format(time.RFC3339),
 		),

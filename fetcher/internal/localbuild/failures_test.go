@@ -49,7 +49,7 @@ func TestFailuresAreRemembered(t *testing.T) {
 	transient := script(t, "exit 5")
 	for range 2 {
 		if _, err := transient.Build(t.Context(), question); err == nil ||
-			strings.Contains(err.Error(), "tried again after") {
+			strings.Contains(err.Error(), "compiles again after") {
 			t.Errorf("Build = %v", err)
 		}
 	}

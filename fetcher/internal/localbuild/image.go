@@ -69,7 +69,8 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	if held, err := lock.TryLock(); err != nil {
 		return "", "", nil, fmt.Errorf("lock %s: %w", stateDir, err)
 	} else if !held {
-		return "", "", nil, fault.New(fault.Busy, "another fetcher compiles on this node", "wait until it is done")
+		return "", "", nil, fault.New(fault.Busy, "another fetcher compiles on this node",
+			"wait until the other fetcher is done, then run fetcher again")
 	}
 	dir := filepath.Join(stateDir, imageFolder)
 	remove = func() error { return errors.Join(os.RemoveAll(dir), lock.Unlock()) }
@@ -84,7 +85,7 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	blobs, root := filepath.Join(dir, "blobs"), filepath.Join(dir, "root")
 	for _, d := range []string{blobs, root} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
-			return "", "", remove, fault.Disk(err, "free some space on the disk of "+stateDir)
+			return "", "", remove, fault.Disk(err, "free space on the disk of "+stateDir)
 		}
 	}
 	img, err := i.Repository.PullImage(ctx, i.Digest, runtime.GOARCH, blobs)
@@ -98,8 +99,8 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	if len(config.Config.Entrypoint) != 1 || !filepath.IsAbs(config.Config.Entrypoint[0]) {
 		return "", "", remove, fault.New(
 			fault.Usage,
-			fmt.Sprintf("its entry point is %q; want one program", config.Config.Entrypoint),
-			"name the image of Dockerfile.builder: --builder HOST/NAME@sha256:DIGEST",
+			fmt.Sprintf("the image's entry point is %q; want one program", config.Config.Entrypoint),
+			"name an image that Dockerfile.builder made: --builder HOST/NAME@sha256:DIGEST",
 		)
 	}
 	handle, err := os.OpenRoot(root)
@@ -110,7 +111,7 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	flat := mutate.Extract(img)
 	defer flat.Close()
 	if _, err := archive.UnpackTar(ctx, flat, handle, archive.Options{Root: true}); fault.NoSpace(err) {
-		return "", "", remove, fault.New(fault.DiskFull, err.Error(), "free some space on the disk of "+stateDir)
+		return "", "", remove, fault.New(fault.DiskFull, err.Error(), "free space on the disk of "+stateDir)
 	} else if err != nil {
 		return "", "", remove, err
 	}

@@ -55,7 +55,8 @@ func PublicKey(stateDir string) ([]byte, error) {
 	pem, err := os.ReadFile(keyIn(stateDir) + ".pub")
 	if err != nil {
 		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read node key: %w", err),
-			"have the driver compiled again, or publish it: without the key, what this node compiled cannot be verified")
+			"run fetcher install to compile the driver again, or publish the driver: without the key of this node, no "+
+				"driver that it compiled can be verified")
 	}
 	return pem, nil
 }
@@ -163,7 +164,7 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 	}
 	if err := json.Unmarshal(out, &res); err != nil || res.Digest == "" {
 		return resolve.Answer{}, fault.New(fault.Internal, "compile on this node: the builder's answer names no digest",
-			"use the builder of the same release as this program")
+			"use builder and fetcher of the same release")
 	}
 	return resolve.Answer{State: api.Published, Source: resolve.SourceNode, Driver: res.Driver, Repository: b.Layout(),
 		Digest: res.Digest}, nil
@@ -188,7 +189,7 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 	}
 	if err := cmd.Start(); err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("run builder: %w", err),
-			"name the builder program with --builder PATH, or --builder never")
+			"name the builder program with --builder PATH, or turn compiling off with --builder never")
 	}
 	said := b.follow(stderr)
 	err = cmd.Wait()
@@ -234,7 +235,7 @@ func (b *Builder) real() error {
 			path, err := filepath.EvalSymlinks(folder)
 			if err != nil {
 				return fault.Wrap(fault.Usage, fmt.Errorf("find mirror: %w", err),
-					"name a folder that is there with --kernel-mirror and --driver-mirror")
+					"name an existing folder with --kernel-mirror and --driver-mirror")
 			}
 			mirrors[i] = "file://" + path
 		}

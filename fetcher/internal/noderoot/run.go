@@ -55,7 +55,7 @@ func (r *Root) Run(ctx context.Context, limit time.Duration, program string, arg
 		}
 		return nil
 	case <-time.After(limit + killTime):
-		return fmt.Errorf("run the node's %s: it does not end, although it was killed after %v", program, limit)
+		return fmt.Errorf("run the node's %s: it was killed after %v and has not ended", program, limit)
 	}
 }
 

@@ -244,7 +244,7 @@ func empties(data []byte) error {
 		}
 		if (n.Kind == yaml.SequenceNode || n.Kind == yaml.MappingNode) && len(n.Content) == 0 || n.Kind == yaml.ScalarNode &&
 			(n.Tag == "!!null" || n.Value == "" || n.Value == "0") {
-			return fmt.Errorf("line %d: %s is empty: name something, or leave the field out", n.Line, name)
+			return fmt.Errorf("line %d: %s is empty: want a value, or no such field", n.Line, name)
 		}
 	}
 	return nil
@@ -270,7 +270,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 	}
 	for _, builder := range f.Builders {
 		if builder == "" {
-			return p, errors.New("builders: one of them is empty")
+			return p, errors.New("builders: an entry is empty")
 		}
 	}
 	names := make([]string, 0, len(f.Roles))
@@ -293,12 +293,12 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 		}
 	}
 	if identities != (p.Root != nil) {
-		return p, errors.New("trustedRoot and roles with identities go together")
+		return p, errors.New("trustedRoot needs a role with identities, and identities need trustedRoot")
 	}
 	for i, s := range f.Signatures {
 		predicate, ok := statements[s.Statement]
 		if !ok {
-			return p, fmt.Errorf("signatures, number %d: statement %.60q is not known", i+1, s.Statement)
+			return p, fmt.Errorf("signatures, entry %d: statement %.60q is not known", i+1, s.Statement)
 		}
 		count := s.Count
 		if count == 0 {
@@ -307,7 +307,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 		p.Rules = append(p.Rules, trust.Rule{Statement: predicate, Role: s.Role, Count: count})
 	}
 	if len(p.Roles) == 0 {
-		return p, errors.New("no role: no signature would count")
+		return p, errors.New("no role: without a role no signature counts")
 	}
 	_, err = trust.NewVerifier(p) // reports rules that no signature can satisfy
 	return p, err
@@ -329,14 +329,14 @@ func (r Role) role(name, dir string) (trust.Role, error) {
 		role.Identities = append(role.Identities, trust.Identity{Subject: id.Subject, Pattern: id.Pattern, Issuer: id.Issuer})
 	}
 	if len(role.Keys)+len(role.Identities) == 0 {
-		return role, errors.New("neither keys nor identities")
+		return role, errors.New("want keys, identities or both")
 	}
 	return role, nil
 }
 
 func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	if (k.File == "") == (k.PEM == "") {
-		return nil, errors.New("want file or pem")
+		return nil, errors.New("want either file or pem")
 	}
 	text := []byte(k.PEM)
 	if k.File != "" {
@@ -454,7 +454,7 @@ func (s *Snapshot) String() string {
 		text += fmt.Sprintf(", at most %d hours old", s.MaxAgeHours)
 	}
 	if s.Optional {
-		text += ", where there is one that holds"
+		text += ", if there is a valid snapshot"
 	}
 	return text
 }

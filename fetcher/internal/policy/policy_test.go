@@ -59,7 +59,7 @@ func TestSnapshot(t *testing.T) {
 	}
 	said := strings.Join(policy.Summary(p), "\n")
 	if !strings.Contains(said,
-		"must not be withdrawn in the snapshot from "+want.From+", at most 48 hours old, where there is one") {
+		"must not be withdrawn in the snapshot from "+want.From+", at most 48 hours old, if there is a valid snapshot") {
 		t.Errorf("Summary = %s", said)
 	}
 }
@@ -105,10 +105,10 @@ func TestRefuses(t *testing.T) {
 		"a typing error inside": {strings.Replace(head, "keys", "key", 1) + tail, "key"},
 		"two documents":         {head + tail + "---\n" + head, "more than one document"},
 		"no roles":              {"version: 1\n" + tail, "no role"},
-		"an empty role":         {"version: 1\nroles: {farm: {}}\n" + tail, "role farm: neither keys nor identities"},
+		"an empty role":         {"version: 1\nroles: {farm: {}}\n" + tail, "role farm: want keys, identities or both"},
 		"a file that is away":   {strings.Replace(head, "farm.pub", "away.pub", 1) + tail, "away.pub"},
 		"file and pem": {strings.Replace(head, "{file: farm.pub}", "{file: farm.pub, pem: x}", 1) + tail,
-			"want file or pem"},
+			"want either file or pem"},
 		"no key": {strings.Replace(head, "{file: farm.pub}", "{pem: hello}", 1) + tail, "key 1"},
 		"a day that is none": {strings.Replace(head, "farm.pub", "farm.pub, notAfter: 2026-13-01", 1) + tail,
 			"notAfter"},

@@ -91,7 +91,7 @@ func (a Answer) Err() error {
 		}
 	default:
 		if hint == "" {
-			hint = "compile on this node with --builder PATH, or ask the farm for it: POST /v1/builds"
+			hint = "compile on this node with --builder PATH, or ask the farm for a build: POST /v1/builds"
 		}
 	}
 	return fault.New(fault.NoArtifact, text, hint)
@@ -219,7 +219,7 @@ func absolute(base, repository string) (string, error) {
 		return "", fault.New(
 			fault.Usage,
 			fmt.Sprintf("server %q is not a URL with a host", base),
-			"give the server as in --server http://127.0.0.1:8440",
+			"name the server as a URL, as in --server http://127.0.0.1:8440",
 		)
 	}
 	return u.Host + "/" + path, nil
@@ -231,7 +231,7 @@ func check(a Answer, q Question) error {
 	mismatch := func(what, got, want string) error {
 		return fault.New(
 			fault.Mismatch,
-			fmt.Sprintf("ask server: asked for %s %s, got %s", what, want, got),
+			fmt.Sprintf("ask server: the answer is for another %s: want %s, got %s", what, want, got),
 			"check that --server names the right server",
 		)
 	}

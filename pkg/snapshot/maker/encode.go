@@ -34,7 +34,7 @@ func Encode(c snapshot.Catalogue) ([]byte, error) {
 	if len(text) > snapshot.MaxText || len(file) > snapshot.MaxFile {
 		return nil, fault.Errorf(
 			fault.TooLarge,
-			"write catalogue: %d bytes, %d packed; clients take %d and %d",
+			"write catalogue: %d bytes, %d compressed; clients read at most %d and %d",
 			len(text),
 			len(file),
 			snapshot.MaxText,

@@ -51,7 +51,8 @@ func Open(dir string, now func() time.Time) (*Repository, error) {
 		return fail(err)
 	}
 	if !locked {
-		return nil, fault.New(fault.Busy, "open snapshot "+dir+": another process writes to it", "wait until that is done")
+		return nil, fault.New(fault.Busy, "open snapshot "+dir+": another process writes to it",
+			"wait until the other process is done")
 	}
 	return &Repository{dir, now, lock}, nil
 }
@@ -86,7 +87,7 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 	if next.Threshold < 1 || next.Threshold > len(next.Keys) {
 		return "", fault.New(
 			fault.Usage,
-			fmt.Sprintf("threshold %d of %d root keys", next.Threshold, len(next.Keys)),
+			fmt.Sprintf("threshold is %d, with %d root keys", next.Threshold, len(next.Keys)),
 			"give --threshold a number from 1 to the number of root keys",
 		)
 	}
@@ -131,8 +132,8 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 	few := func(whose string, err error) error {
 		return fault.Wrap(
 			fault.Usage,
-			fmt.Errorf("signed by too few keys of the %s root: %w", whose, err),
-			"name as many files or URIs of private root keys as the threshold wants",
+			fmt.Errorf("the new root is signed by too few keys of the %s root: %w", whose, err),
+			"name at least as many private root keys (files or URIs) as the threshold says",
 		)
 	}
 	if former != nil {
@@ -221,7 +222,7 @@ func (r *Repository) publish(
 		return nil, err
 	}
 	if root == nil {
-		return nil, fault.New(fault.Usage, "there is no root yet", "make one: builder snapshot root")
+		return nil, fault.New(fault.Usage, "there is no root yet", "make a root: builder snapshot root")
 	}
 	former, err := r.newest()
 	if err != nil {
@@ -301,7 +302,7 @@ func (r *Repository) refresh(by signature.Signer, until time.Time) (*snapshot.Sn
 		return nil, err
 	}
 	if root == nil || at.version == 0 {
-		return nil, fault.New(fault.Usage, "there is no list yet", "make one: builder snapshot make")
+		return nil, fault.New(fault.Usage, "there is no snapshot yet", "make a snapshot: builder snapshot make")
 	}
 	stamp := metadata.Timestamp(tufTime(until))
 	stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = r.nextStamp(at), at.meta
@@ -326,7 +327,7 @@ func (r *Repository) verified(files snapshot.Files, root int64) (_ *snapshot.Sna
 		return nil, fault.Wrap(
 			fault.Usage,
 			err,
-			"sign with the keys that the newest root names, or make a root that names these: builder snapshot root",
+			"sign with the keys that the newest root names, or make a root that names your keys: builder snapshot root",
 		)
 	}
 	return s, nil
@@ -414,7 +415,7 @@ func (r *Repository) write(name string, data []byte) error {
 		if string(have) == string(data) {
 			return nil
 		}
-		return fault.New(fault.PublishRefused, fmt.Sprintf("write %s: it is there already, with other bytes", name), "")
+		return fault.New(fault.PublishRefused, fmt.Sprintf("write %s: the file exists with other content", name), "")
 	}
 	return r.replace(name, data)
 }

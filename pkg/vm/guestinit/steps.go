@@ -99,7 +99,7 @@ func (r *runner) builtin(i int, argv []string, timeout time.Duration) (int, erro
 	f, ok := r.builtins[argv[0]]
 	if !ok {
 		if argv[0] != "@stop" {
-			return exitUnrunnable, fmt.Errorf("built-in %s: no such thing", argv[0])
+			return exitUnrunnable, fmt.Errorf("built-in %s: no such command", argv[0])
 		}
 		if len(argv) != 2 {
 			return int(unix.EINVAL), errors.New("stop: want the name of a background step")
@@ -114,7 +114,7 @@ func (r *runner) builtin(i int, argv []string, timeout time.Duration) (int, erro
 	case err := <-result:
 		return exitOf(err), err
 	case <-expired(timeout):
-		return exitTimeout, fmt.Errorf("%s: no end after %v", argv[0], timeout)
+		return exitTimeout, fmt.Errorf("%s: it did not end within %v", argv[0], timeout)
 	}
 }
 
