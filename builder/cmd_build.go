@@ -53,10 +53,10 @@ func mirrorFlags() []ucli.Flag {
 // pipelineFlags are the settings that build and work share.
 func pipelineFlags() []ucli.Flag {
 	googleSignatures := cli.Choice("google-signatures", pipeline.GoogleAuto,
-		"attach Google's module signatures: `MODE` is auto (if they match), require or off",
+		"attach Google's signatures to the modules: `MODE` is auto (if they fit), require or off",
 		pipeline.GoogleAuto, pipeline.GoogleRequire, pipeline.GoogleOff)
 	loadTest := cli.Choice("load-test", pipeline.LoadTestAuto,
-		"load the modules in a virtual machine: `MODE` is auto (where possible), require or off",
+		"run the load test: `MODE` is auto (if the kernel can be booted), require or off",
 		pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)
 	return slices.Concat(
 		cli.Group(groupWhat,
@@ -68,18 +68,20 @@ func pipelineFlags() []ucli.Flag {
 		cli.Group(groupTo,
 			cli.Strings("to",
 				"publish to `REF`: host/repository, oci:FOLDER, or a bucket"),
-			cli.String("username", "", "user `NAME` for the first --to, else from Docker's config"),
+			cli.String("username", "", "user `NAME` for the first --to (default: Docker's config)"),
 			cli.String("password", "", "`PASSWORD` or token for the first --to"),
 			privateFlag(), redistributeFlag(),
 			cli.Bool("with-runfile", "also copy NVIDIA's runfile to each bucket in --to"),
-			cli.Range("deltas", 3, 0, 1000, "attach to the artifact up to `COUNT` deltas, each from an earlier COS build"),
+			cli.Range("deltas", 3, 0, 1000,
+				"attach up to `COUNT` deltas to the artifact, each from the artifact of an earlier COS build"),
 		),
 		cli.Group(groupTrust,
-			cli.String("key", "", "signing `KEY`: a file (see keygen), a KMS URI, or keyless:FILE"),
+			cli.String("key", "", "signing `KEY`: a file, a KMS URI or keyless:FILE"),
 			identityTokenFlag(),
 			cli.TrustedRootFlag(),
-			cli.String("module-key", "", "RSA `KEY` that signs modules: a file or KMS URI"),
-			cli.String("module-cert", "", "certificate `FILE` of --module-key or --google-modules"),
+			cli.String("module-key", "", "RSA `KEY` that signs modules: a file or a KMS URI"),
+			cli.String("module-cert", "",
+				"`FILE` with the certificate of --module-key, or of Google's key for --google-modules"),
 			googleSignatures,
 			cli.String("builder-id", builderID, "`URI` that names this builder in the provenance"),
 		),
@@ -88,7 +90,7 @@ func pipelineFlags() []ucli.Flag {
 		cli.Group(groupResources,
 			cacheFlag(),
 			cacheSizeFlag(),
-			cli.Range("jobs", 0, 0, 10_000, "`COUNT` of compilers per cell; 0 shares the processors"),
+			cli.Range("jobs", 0, 0, 10_000, "`COUNT` of compilers per cell; with 0, cells share CPUs"),
 			cli.Duration("compile-timeout", 45*time.Minute, "stop a compile after `TIME`"),
 		),
 	)
@@ -105,8 +107,8 @@ func defaultCache() string {
 // programFlags returns the flags that name the programs of the load test. By default these programs lie in the folder
 // of this program.
 func programFlags() []ucli.Flag {
-	guestinit := cli.String("guestinit", programBeside("guestinit"), "init `PROGRAM` of the test VM")
-	probe := cli.String("probe", programBeside("nvmlprobe"), "test `PROGRAM` for NVML")
+	guestinit := cli.String("guestinit", programBeside("guestinit"), "the load test's init `PROGRAM`")
+	probe := cli.String("probe", programBeside("nvmlprobe"), "the load test's `PROGRAM` that queries NVML")
 	guestinit.DefaultText, probe.DefaultText = "beside builder", "nvmlprobe beside builder"
 	return cli.Group(groupOutput, guestinit, probe)
 }
@@ -201,9 +203,9 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 func buildCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "build",
-		Usage: "build one cell (a kernel with a driver), or all cells of a wish list",
-		Description: `Give --build-id for one cell, or --wish for many, and always --to and --key.
-With --wish, the file replaces --board, --driver, --flavour and --label.
+		Usage: "build one cell (kernel and driver), or all cells of a wish list",
+		Description: `Give --build-id for one cell, or --wish for many. Always give --to and --key.
+With --wish, the wish list replaces --board, --driver, --flavour and --label.
 
   builder build --build-id 17800.66.78 --driver R535 \
     --to registry.example/drivers --private registry.example --key prebake.key
@@ -212,16 +214,16 @@ With --wish, the file replaces --board, --driver, --flavour and --label.
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
 				wishFlag(),
-				cli.String("build-id", "", "COS `BUILD_ID`, such as 17800.66.78"),
-				cli.String("board", "lakitu", "`BOARD`: lakitu or lakitu-arm64"),
+				cli.String("build-id", "", "`BUILD_ID` of the COS build, such as 17800.66.78"),
+				cli.String("board", "lakitu", "COS `BOARD`: lakitu or lakitu-arm64"),
 				cli.String("driver", string(target.Default),
-					"`VERSION`, a branch such as R535, latest or default; default@NVIDIA_L4 for one GPU type"),
+					"driver `VERSION`, branch such as R535, latest, default, or default@NVIDIA_L4 for one GPU type"),
 				cli.String("flavour", string(target.Proprietary), "`FLAVOUR`: proprietary or open"),
 			),
 			pipelineFlags(),
 			wishFlags(),
 			cli.Group(groupTo, cli.Strings("label",
-				"publish the open driver in buckets as `LABEL`: DEFAULT, LATEST or its branch")),
+				"label the open driver in buckets with `LABEL`: DEFAULT, LATEST or the driver's branch")),
 			cli.Group(groupOutput,
 				cli.WasCalled(cli.String("log-file", "", "`FILE` for the full log (default: in the cache folder)"), "log"),
 				cli.Bool("dry-run", "with --wish: print what would be built; build nothing"),

@@ -25,19 +25,26 @@ import (
 func bundleCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "bundle",
-		Usage: "pack drivers into one file for sites without a network, and read such files",
+		Usage: "pack drivers into one file for a site without a network, and read such a file",
 		Commands: []*ucli.Command{
 			bundleCreateCommand(), bundleShowCommand(), bundlePushCommand(), bundleExtractCommand(),
 		},
 	}
 }
 
-// registryFlags returns the flags of the commands that connect to registries.
-func registryFlags() []ucli.Flag {
+// registryFlags returns the flags of the commands that connect to a registry. flag names the flag of that registry.
+func registryFlags(flag string) []ucli.Flag {
 	return []ucli.Flag{
-		cli.String("username", "", "user `NAME` for that registry (default: from Docker's configuration)"),
-		cli.String("password", "", "`PASSWORD` or token for that registry"),
+		cli.String("username", "", "user `NAME` for the registry of "+flag+" (default: from Docker's configuration)"),
+		cli.String("password", "", "`PASSWORD` or token for the registry of "+flag),
 	}
+}
+
+// allUnless returns a flag that narrows the set of drivers. Without the flag, the set has all drivers.
+func allUnless(name, usage string) ucli.Flag {
+	f := cli.Strings(name, usage)
+	f.DefaultText = "all"
+	return f
 }
 
 // openBundle opens a bundle or a registry. For a registry it takes the credentials that are configured for it.
@@ -67,28 +74,29 @@ func bundleCreateCommand() *ucli.Command {
 		Name: "create", Usage: "pack drivers and their attestations into an OCI image layout in a tar",
 		ArgsUsage: "FILE",
 		Description: `Packs each driver of --from that --kernel, --driver and --flavour select, with
-everything that is attached to it except debug symbols. The same input gives the
-same bytes. With --since the file is a delta: it leaves out what the earlier
-file has, and readers need both files.
+everything that is attached to the driver except debug symbols. The same input
+gives the same bytes. With --since, FILE is a delta: it leaves out what the
+earlier bundle has. To read a delta, name both files with + between them.
 
 Example:
   builder bundle create drivers.tar --from registry.example/prebake/driver \
     --kernel 17800.66.78/lakitu --driver 535.261.03 --public-key prebake.key.pub`,
 		Flags: slices.Concat(
 			cli.Group(groupFrom, cli.String("from", "", "repository `REF` with the drivers, as host/name or oci:FOLDER")),
-			cli.Group(groupFrom, registryFlags()...),
+			cli.Group(groupFrom, registryFlags("--from")...),
 			cli.Group(groupWhat,
-				cli.Strings("kernel", "only drivers for this COS build and board, `BUILD_ID/BOARD`; without the flag, for all"),
-				cli.Strings("driver", "only this driver `VERSION`; without the flag, all"),
-				cli.Strings("flavour", "only this `FLAVOUR`, open or proprietary; without the flag, both"),
+				allUnless("kernel", "pack only drivers for this COS build and board, `BUILD_ID/BOARD`"),
+				allUnless("driver", "pack only drivers of this `VERSION`"),
+				allUnless("flavour", "pack only drivers of this `FLAVOUR`, open or proprietary"),
 				cli.String("snapshot", "", "also pack the signed snapshot in `FOLDER`, unchanged"),
 				cli.Strings("image",
-					"also pack the container image `REF`, HOST/NAME:TAG or HOST/NAME@DIGEST, for all its platforms"),
-				cli.String("since", "", "make a delta that leaves out the contents of an earlier `FILE`; several with + between"),
+					"also pack the container image `REF` (HOST/NAME:TAG or HOST/NAME@DIGEST) with all platforms"),
+				cli.String("since", "",
+					"make a delta that leaves out the contents of an earlier bundle `FILE`; several files with + between"),
 			),
 			cli.Group(
 				groupTrust,
-				cli.Strings("public-key", "`FILE` with a public key that signed the drivers; the key is packed, too"),
+				cli.Strings("public-key", "`FILE` with the public key of a trusted signer; the bundle gets this key, too"),
 			),
 			cli.Group(groupTrust, cli.TrustFlags()...),
 			cli.Group(groupOutput, cli.OutputFlag()),
@@ -307,8 +315,8 @@ with keys that the publisher gave you in another way.
 Example:
   builder bundle extract drivers.tar --snapshot /srv/snapshot`,
 		Flags: cli.Group(groupTo,
-			cli.String("snapshot", "", "new `FOLDER` for the snapshot"),
-			cli.String("keys", "", "new `FOLDER` for keys.pem"),
+			cli.String("snapshot", "", "write the snapshot to the new `FOLDER`"),
+			cli.String("keys", "", "write the public keys to keys.pem in the new `FOLDER`"),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			file, err := oneArg(cmd, "the bundle")

@@ -32,7 +32,7 @@ Example:
     --private registry.example/prebake`,
 		Flags: slices.Concat(
 			cli.Group(groupTo, cli.String("to", "", "repository `REF` to copy the drivers to, as host/name or oci:FOLDER")),
-			cli.Group(groupTo, registryFlags()...),
+			cli.Group(groupTo, registryFlags("--to")...),
 			cli.Group(groupTo, privateFlag(), redistributeFlag()),
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),

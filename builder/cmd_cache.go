@@ -74,8 +74,8 @@ func cacheCommand() *ucli.Command {
 		Commands: []*ucli.Command{{
 			Name:  "trim",
 			Usage: "remove the entries that were not used for the longest time",
-			Description: `Entries that a running builder uses are never removed, so this is safe at any
-time. A build fetches or makes a removed entry again when it needs it.`,
+			Description: `Trim at any time: entries that a running builder uses are never removed. A build
+fetches or makes a removed entry again when it needs this entry.`,
 			Flags: []ucli.Flag{
 				cacheFlag(),
 				&ucli.StringFlag{Name: "max-size", Usage: "remove entries until the cache is at most `SIZE`, such as 20GiB",

@@ -19,14 +19,14 @@ func doctorCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "doctor",
 		Usage: "check that this machine has what builds need, and list what is missing",
-		Description: `Takes the flags and environment of build and work. Mirrors, destinations and the
-key are checked if you name them. Changes nothing. The exit code is that of the
-worst finding.`,
+		Description: `doctor takes the flags and environment variables of build and work. It checks
+mirrors, destinations and the key if you name them, and changes nothing. The
+exit status is the one of the worst finding.`,
 		Flags: slices.Concat(
-			cli.Group(groupWhat, cli.Bool("btf", "also check the tools for BTF")),
+			cli.Group(groupWhat, cli.Bool("btf", "also check the tools that build --btf needs")),
 			cli.Group(groupFrom,
 				cli.String("kernel-mirror", "", "check that the COS release bucket at `URL` can be read"),
-				cli.String("driver-mirror", "", "check that the bucket with NVIDIA's runfiles can be read at `URL`"),
+				cli.String("driver-mirror", "", "check that the bucket with NVIDIA's runfiles at `URL` can be read"),
 			),
 			cli.Group(groupTo,
 				cli.Strings("to", "check that the destination `REF` can be written"),
@@ -42,7 +42,7 @@ worst finding.`,
 			programFlags(),
 			cli.Group(groupResources,
 				cacheFlag(),
-				cli.Int("jobs", 0, "`COUNT` of compilers at once; 0 is one for each processor"),
+				cli.Int("jobs", 0, "`COUNT` of compilers at once; 0 means one for each processor"),
 			),
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),

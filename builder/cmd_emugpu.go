@@ -29,7 +29,7 @@ func emugpuCommand() *ucli.Command {
 			&ucli.StringFlag{Name: "toolchain", Usage: "`FOLDER` of the unpacked toolchain"},
 			&ucli.StringSliceFlag{Name: "variable", Usage: "variable `NAME=VALUE` from toolchain_env"},
 			&ucli.StringFlag{Name: "release", Usage: "`RELEASE` of the kernel, as uname -r prints it"},
-			&ucli.StringFlag{Name: "arch", Value: string(target.AMD64), Usage: "amd64 or arm64"},
+			&ucli.StringFlag{Name: "arch", Value: string(target.AMD64), Usage: "`ARCH` of the kernel: amd64 or arm64"},
 			&ucli.StringFlag{Name: "out", Usage: "write the module to `FILE`"},
 		},
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {

@@ -22,15 +22,15 @@ import (
 func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",
-		Usage: "check whether drivers can be built for one COS build, and list what is wrong with it",
-		Description: `Fetches the files of the kernel that a build needs, and compiles nothing. Attach
-the output when you report that a COS build does not work. The exit code is that
-of the worst finding.`,
+		Usage: "check whether drivers can be built for one COS build, and list what is wrong",
+		Description: `inspect fetches those files of the COS build that compiling needs, and compiles
+nothing. Attach the output when you report that a COS build does not work. The
+exit status is the one of the worst finding.`,
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
-				&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Required: true,
+				&ucli.StringFlag{Name: "build-id", Usage: "`BUILD_ID` of the COS build, such as 17800.66.78", Required: true,
 					Sources: cli.Env("build-id")},
-				cli.String("board", "lakitu", "COS `BOARD`"),
+				cli.String("board", "lakitu", "COS `BOARD`: lakitu or lakitu-arm64"),
 				&ucli.BoolFlag{Name: "vmlinux", Usage: "also fetch vmlinux (hundreds of MB), and compare it with the headers"},
 			),
 			cli.Group(groupFrom, cli.String("kernel-mirror", kernelBucket, "`URL` of the COS release bucket")),

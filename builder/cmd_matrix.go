@@ -37,14 +37,14 @@ func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: retry cells that failed with the same inputs")),
 		cli.Group(groupResources,
-			cli.Range("parallel", 0, 0, 1000, "with --wish: `COUNT` cells at once; 0: as memory allows"),
-			cli.Range("attempts", 3, 1, 100, "with --wish: `COUNT` of tries if a failure is temporary"),
+			cli.Range("parallel", 0, 0, 1000, "with --wish: build `COUNT` cells at once; 0 means as many as memory allows"),
+			cli.Range("attempts", 3, 1, 100, "with --wish: try a cell up to `COUNT` times if its failure is temporary"),
 		),
 	)
 }
 
 func wishFlag() ucli.Flag {
-	return cli.String("wish", "", "wish list `FILE`: which kernels with which drivers")
+	return cli.String("wish", "", "`FILE` with the wish list: which drivers for which kernels")
 }
 
 // oneOf returns an error unless exactly one of two flags is set.
@@ -121,7 +121,7 @@ func planCommand() *ucli.Command {
 	}
 	return &ucli.Command{
 		Name:  "plan",
-		Usage: "print the cells of a wish list, and which are published",
+		Usage: "print the cells of a wish list, and which of them are published",
 		Flags: append(flags, cli.Group(groupOutput, cli.OutputFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := missing(cmd, "wish", "to", "key"); err != nil {

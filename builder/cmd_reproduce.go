@@ -28,9 +28,9 @@ func reproduceCommand() *ucli.Command {
 		Name:      "reproduce",
 		Usage:     "rebuild a published artifact, and compare it file by file",
 		ArgsUsage: "REF…",
-		Description: `REF is host/repository, or oci:FOLDER, followed by @sha256:DIGEST or :TAG.
-Compiled objects in the cache are not used. The exit status is 0 if all digests
-are the same, and 5 (mismatch) if one differs.
+		Description: `REF is host/repository or oci:FOLDER, followed by @sha256:DIGEST or by :TAG.
+The object cache is not used. The exit status is 0 if all digests are the same,
+and 5 (mismatch) if one differs.
 
 Example:
   builder reproduce --public-key prebake.key.pub \
@@ -41,20 +41,20 @@ Example:
 				cli.String("username", "", "user `NAME` for the registry (default: from Docker's configuration)"),
 				cli.String("password", "", "`PASSWORD` or token for the registry"),
 			),
-			cli.Group(groupTrust, cli.Strings("public-key", "`FILE` with a public key; provenance that it signed is trusted")),
+			cli.Group(groupTrust, cli.Strings("public-key", "trust provenance that the public key in `FILE` verifies")),
 			cli.Group(groupTrust, cli.TrustFlags()...),
 			cli.Group(groupTrust, cli.String("module-cert", "",
-				"`FILE` with the certificate that the kernel trusts, for --google-modules where the bucket shows none")),
+				"`FILE` with the certificate of Google's key, for artifacts of --google-modules if the bucket has no certificate")),
 			cli.Group(groupTrust,
-				cli.Bool("attest", "if all is identical, attach a statement signed with --key"),
+				cli.Bool("attest", "if all files are the same, sign an attestation with --key and attach it to the artifact"),
 				cli.String("key", "",
 					"`KEY` for --attest: a file, a KMS URI, or keyless:FILE with a Sigstore signing configuration"),
 				identityTokenFlag(),
-				cli.String("builder-id", builderID, "`URI` that names this builder for --attest"),
+				cli.String("builder-id", builderID, "`URI` that names this builder in the attestation"),
 			),
 			cli.Group(groupResources,
-				homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache; only its fetched inputs are used")),
-				cli.Int("jobs", 0, "`COUNT` of compilers at once; 0 is one for each processor"),
+				homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache; only fetched inputs in it are used")),
+				cli.Int("jobs", 0, "`COUNT` of compilers at once; 0 means one for each processor"),
 				cli.Duration("compile-timeout", 45*time.Minute, "stop the compile after `TIME`"),
 			),
 			cli.Group(groupOutput, cli.OutputFlag()),

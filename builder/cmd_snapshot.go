@@ -23,7 +23,7 @@ import (
 func snapshotCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "snapshot",
-		Usage: "sign a list of published and withdrawn artifacts, for nodes without a server",
+		Usage: "sign a list of published, yanked and quarantined artifacts, for nodes without a server",
 		Description: `The list is a folder of files in the format of TUF (The Update Framework). Any
 web server can serve it. Example:
   builder snapshot keys keys
@@ -46,9 +46,11 @@ var snapshotRoles = []string{"targets", "snapshot", "timestamp"}
 func toFlag() ucli.Flag { return cli.String("to", "", "`FOLDER` of the snapshot") }
 
 func keyFlags(roles ...string) []ucli.Flag {
-	flags := []ucli.Flag{cli.String("keys", "", "`FOLDER` made by builder snapshot keys, for each key that no flag names")}
+	flags := []ucli.Flag{
+		cli.String("keys", "", "`FOLDER` that builder snapshot keys made; it has the keys that no other flag names"),
+	}
 	for _, role := range roles {
-		flags = append(flags, cli.String(role+"-key", "", "`KEY` of the "+role+": a file or a KMS URI"))
+		flags = append(flags, cli.String(role+"-key", "", "`KEY` of the role "+role+": a file or a KMS URI"))
 	}
 	return flags
 }
@@ -104,13 +106,14 @@ func snapshotKeysCommand() *ucli.Command {
 func snapshotRootCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "root", Usage: "write the next root, which lists the keys that may sign",
-		Description: `Nodes are configured with the first root, or with any later one. The command
-needs as many private root keys as --threshold says. For the other root keys,
-the public key is enough. A later root also needs signatures by keys of the root
-before it, as many as that root's threshold says.`,
+		Description: `Give nodes the first root, or any later one. The command needs as many private
+root keys as --threshold says; for the remaining root keys, the public key is
+enough. A later root must also be signed by keys of the previous root, by as
+many as the threshold of the previous root says.`,
 		Flags: append(cli.Group(groupTrust, append(keyFlags(snapshotRoles...),
-			cli.Strings("root-key", "`KEY` of the new root: a file, a KMS URI, or a public key, which does not sign now"),
-			cli.Strings("former-key", "`KEY` of the previous root that the new root removes; it signs the change"),
+			cli.Strings("root-key", "`KEY` of the new root: a file, a KMS URI, or a public key file, which signs nothing now"),
+			cli.Strings("former-key",
+				"`KEY` that the previous root lists and the new root does not; this key also signs the new root"),
 			cli.Int("threshold", 2, "`COUNT` of root keys that must sign a root"),
 			lifetimeFlag("life", 365*24*time.Hour, "`TIME` until the root expires"),
 		)...), cli.Group(groupTo, toFlag())...),
@@ -208,7 +211,7 @@ func within(cmd *ucli.Command, do func(*maker.Repository) error) error {
 // timestampLifetime is the flag that sets how long a timestamp is valid. Somebody can hide a newer list from a node for
 // at most this time.
 func timestampLifetime() ucli.Flag {
-	return lifetimeFlag("life", 7*24*time.Hour, "`TIME` until nodes want a newer timestamp")
+	return lifetimeFlag("life", 7*24*time.Hour, "`TIME` until the timestamp expires and nodes need a newer one")
 }
 
 // lifetimeFlag returns a flag that sets how long a file of the snapshot is valid.
@@ -225,13 +228,13 @@ func lifetimeFlag(name string, value time.Duration, usage string) ucli.Flag {
 
 func snapshotMakeCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "make", Usage: "ask a server for its artifacts, and write the signed list",
+		Name: "make", Usage: "ask a server for its artifacts, and write the signed list of them",
 		Flags: slices.Concat(
 			cli.Group(groupFrom, cli.String("server", "", "`URL` of the server"),
-				cli.Bool("allow-empty", "write the list even if it has no usable artifact")),
+				cli.Bool("allow-empty", "write the list even if the server has no published artifact")),
 			cli.Group(groupTrust, append(keyFlags(snapshotRoles...), timestampLifetime(),
-				lifetimeFlag("list-life", 90*24*time.Hour, "`TIME` until the list itself expires"),
-				cli.Int("least-version", 0, "lowest `VERSION` of the new list; needed after the folder was lost"))...),
+				lifetimeFlag("list-life", 90*24*time.Hour, "`TIME` until the list of artifacts expires"),
+				cli.Int("least-version", 0, "lowest version `NUMBER` for the new list; needed if the folder of --to was lost"))...),
 			cli.Group(groupTo, toFlag()),
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),
@@ -323,7 +326,7 @@ func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Ca
 
 func snapshotRefreshCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "refresh", Usage: "sign a new timestamp for the newest list, before the old one expires",
+		Name: "refresh", Usage: "sign a new timestamp for the newest list, before the old timestamp expires",
 		Flags: slices.Concat(
 			cli.Group(groupTrust, append(keyFlags("timestamp"), timestampLifetime())...),
 			cli.Group(groupTo, toFlag()),

@@ -29,7 +29,7 @@ func workCommand() *ucli.Command {
 	if host == "" {
 		host = "builder"
 	}
-	id := cli.String("id", host, "unique `NAME` of this worker")
+	id := cli.String("id", host, "unique `NAME` of this builder")
 	id.DefaultText = "the host's name"
 	grace := cli.Duration("grace", 0, "`TIME` for running builds to end after a stop signal")
 	grace.DefaultText = "10m with --wish, 0 with --queue"
@@ -41,17 +41,17 @@ func workCommand() *ucli.Command {
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
 				wishFlag(),
-				cli.Duration("interval", 15*time.Minute, "with --wish: `TIME` between two checks"),
+				cli.Duration("interval", 15*time.Minute, "with --wish: `TIME` between checks of the list"),
 				cli.String("queue", "", "`URL` of the queue: sqlite:///PATH or postgres://…"),
 				cli.String("server", "http://127.0.0.1:8440", "`URL` of the server"),
-				cli.String("token", "", "the server's `TOKEN`, with scopes build and push"),
-				cli.String("token-file", "", "`FILE` with that token; it is read at each call"),
+				cli.String("token", "", "`TOKEN` for the server, with scopes build and push"),
+				cli.String("token-file", "", "`FILE` with the token; builder reads it for each request"),
 				id,
 			),
 			pipelineFlags(),
 			wishFlags(),
 			cli.Group(groupResources,
-				cli.Range("concurrency", 1, 1, 1000, "`COUNT` of queued builds at once"),
+				cli.Range("concurrency", 1, 1, 1000, "with --queue: `COUNT` of builds at once"),
 				homeDefault(cli.WasCalled(cli.String("state-dir", filepath.Join(filepath.Dir(defaultCache()), "worker"),
 					"`FOLDER` for a lock file and the logs of running builds"), "state")),
 				grace,

@@ -20,7 +20,7 @@ const envToken = "SIGSTORE_ID_TOKEN"
 
 func identityTokenFlag() ucli.Flag {
 	f := cli.String("identity-token", "", "`FILE` with an OpenID Connect token for keyless signing")
-	f.DefaultText = "$" + envToken
+	f.DefaultText = "the token in $" + envToken
 	return f
 }
 

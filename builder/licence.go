@@ -16,12 +16,12 @@ import (
 )
 
 func privateFlag() ucli.Flag {
-	return cli.Strings("private", "`REF`, or prefix, that only you can read")
+	return cli.Strings("private", "`REF` or REF prefix that only you can read")
 }
 
 func redistributeFlag() ucli.Flag {
 	return cli.Choice("redistribute", bundle.RedistributeNone,
-		"`PART` of NVIDIA's files for public destinations: none, userspace or all",
+		"`PART` of NVIDIA's files that may go to public destinations: none, userspace or all",
 		bundle.RedistributeNone, bundle.RedistributeUserspace, bundle.RedistributeAll)
 }
 

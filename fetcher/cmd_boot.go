@@ -37,8 +37,9 @@ func bootCommand() *ucli.Command {
 			{Name: "status", Usage: "show which modules the kernel accepts, and why", Flags: flags(), Action: action(false)},
 			{
 				Name: "undo", Usage: "restore the boot configuration that --edit-boot changed",
-				Description: `It takes effect at the next boot. A configuration that was changed again since,
-for example by an update of the operating system, stays as it is.`,
+				Description: `The restored configuration takes effect at the next boot. If something else has
+changed the configuration since, such as an update of the operating system, undo
+leaves the configuration as it is.`,
 				Flags: flags(), Action: action(true),
 			},
 		},

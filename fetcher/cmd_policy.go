@@ -16,7 +16,7 @@ import (
 func policyCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "policy",
-		Usage: "check a policy file: what a node may load",
+		Usage: "check a policy file, which says what a node may load",
 		Commands: []*ucli.Command{
 			{
 				Name: "check", Usage: "print what a policy demands, and report its mistakes", ArgsUsage: "FILE",

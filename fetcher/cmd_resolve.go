@@ -17,7 +17,7 @@ import (
 func resolveCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:   "resolve",
-		Usage:  "ask which artifact this node should run; changes nothing",
+		Usage:  "ask which artifact this node should run, and change nothing",
 		Flags:  slices.Concat(wishFlags(), hostFlags(), cli.Group(groupOutput, cli.OutputFlag())),
 		Action: resolveOnce,
 	}

@@ -25,17 +25,17 @@ func runCommand() *ucli.Command {
 		Name:  "run",
 		Usage: "install and load the node's driver, then watch it",
 		Description: `If no driver is ready, run ends with the exit status of the cause, and kubelet
-or systemd starts it again. If a driver works but another one is wanted, run
-keeps it, reports why, and retries. On SIGTERM the modules stay loaded.
+or systemd starts run again. If a driver works but another driver is wanted, run
+keeps the first, reports why, and retries. On SIGTERM the modules stay loaded.
 
 Examples:
   fetcher run --server https://prebake.example --listen :8441
   fetcher run --config fetcher.yaml`,
 		Flags: slices.Concat(installFlags(), cli.Group(groupTo,
-			cli.String("listen", "", "`ADDRESS` of /healthz, /readyz, /metrics (default: none)"),
+			cli.String("listen", "", "serve /healthz, /readyz and /metrics at `ADDRESS`"),
 			cli.Duration("interval", time.Minute, "`TIME` between two checks of the driver"),
-			cli.String("node-name", "", "report the driver on the Kubernetes node `NAME`"),
-			cli.String("startup-taint", "", "`KEY` of the node's taint to remove when a driver is ready"),
+			cli.String("node-name", "", "write the driver's state to the Kubernetes node `NAME`"),
+			cli.String("startup-taint", "", "remove the node's taint `KEY` when the driver is ready"),
 		)),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := newAgent(cmd, true)

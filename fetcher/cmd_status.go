@@ -19,7 +19,7 @@ import (
 func statusCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "status",
-		Usage: "print what is installed and loaded, from disk and /proc",
+		Usage: "print which driver is installed (from disk) and which is loaded (from /proc)",
 		Flags: append(hostFlags(), cli.Group(groupOutput, probeFlag(), cli.OutputFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)

@@ -18,10 +18,10 @@ func uninstallCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "uninstall",
 		Usage: "remove the driver, and restore what the node had before",
-		Description: `Unloads the driver if Prebake loaded it and no program uses it. Restores the
-files of another installer, and removes those of Prebake from the install
-folder. If uninstall was interrupted, run it again. Stop fetcher run first. On a
-node that compiled drivers, remove the state folder (--state-dir) yourself.`,
+		Description: `Stop fetcher run first. uninstall unloads the driver if Prebake loaded it and no
+program uses it. It restores the files of another installer, and removes
+Prebake's files from --install-dir. If uninstall was interrupted, run it again.
+On a node that compiled drivers, remove the folder of --state-dir yourself.`,
 		Flags: slices.Concat(hostFlags(), cli.Group(groupTo, cli.Bool("no-load", "do not unload the modules")),
 			cli.Group(groupOutput, cli.Bool("dry-run", "print what would be done, and change nothing"), cli.OutputFlag())),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {

@@ -21,13 +21,14 @@ func verifyCommand() *ucli.Command {
 		Name:      "verify",
 		Usage:     "print the result of each trust rule for an artifact, or for the installed driver",
 		ArgsUsage: "[REF]",
-		Description: `REF is HOST/NAME@DIGEST or HOST/NAME:TAG, or oci:FOLDER@DIGEST. Without REF,
-the installed driver is verified with all its files. Nothing is changed, and no
-layer is fetched. The COS build is that of this node, or --build-id.`,
+		Description: `REF is HOST/NAME@DIGEST, HOST/NAME:TAG or oci:FOLDER@DIGEST. Without REF, the
+command verifies the installed driver with all its files. It changes nothing and
+fetches no layer. It verifies for this node's COS build, or for --build-id.`,
 		Flags: append(append(hostFlags(), trustFlags()...), append(
 			cli.Group(groupWhat,
-				cli.String("build-id", "", "verify for the COS build with this `BUILD_ID`, on any machine"),
-				cli.String("board", "lakitu", "`BOARD` of that build"),
+				cli.String("build-id", "",
+					"verify for the COS build `BUILD_ID` instead of this node's COS build; works on any machine"),
+				cli.String("board", "lakitu", "`BOARD` of the COS build in --build-id"),
 			),
 			append(cli.Group(groupResources, stateFlag()), cli.Group(groupOutput, cli.OutputFlag())...)...)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {

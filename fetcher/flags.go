@@ -35,7 +35,7 @@ const (
 func hostFlags() []ucli.Flag {
 	root := cli.String("host-root", "/", "`FOLDER` where the node's root is mounted; /root in a DaemonSet")
 	install := cli.String("install-dir", "/home/kubernetes/bin/nvidia",
-		"install `FOLDER`, as a path on the node")
+		"`FOLDER` for the driver, as a path on the node")
 	root.Validator, install.Validator = absolute, absolute
 	return cli.Group(groupTo, root, install)
 }
@@ -44,12 +44,14 @@ func hostFlags() []ucli.Flag {
 func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat,
-			cli.String("driver", string(target.Default), "`VERSION`, branch, digest, latest, default"),
-			cli.String("flavour", resolve.Auto, "`FLAVOUR`: proprietary, open, or auto (open where it drives this node's GPUs)"),
+			cli.String("driver", string(target.Default),
+				"driver `VERSION`, a branch such as R535, an artifact's digest, latest or default"),
+			cli.String("flavour", resolve.Auto,
+				"driver `FLAVOUR`: proprietary, open, or auto (open if it supports this node's GPUs)"),
 		),
 		cli.Group(groupFrom,
 			cli.String("server", "", "`URL` of the Prebake server to ask"),
-			cli.Strings("registry", "repository `REF` to ask after the server: host/name, oci:FOLDER or oci-archive:FILE"),
+			cli.Strings("registry", "repository `REF` to try after the server: host/name, oci:FOLDER or oci-archive:FILE"),
 			cli.String("token-file", "", "`FILE` with a token, to ask the server for builds"),
 			cli.Bool("allow-downgrade", "accept an older driver if --driver names no version"),
 			cli.WasCalled(cli.Duration("wait-build", 0, "wait at most `TIME` for a build or an unreachable service"), "wait"),
@@ -69,7 +71,7 @@ func changeFlags() []ucli.Flag {
 	maintenance := cli.String(
 		"maintenance",
 		"any",
-		"`HOURS` (UTC) in which a loaded driver may be replaced: 02:00-05:00, any or never",
+		"`HOURS` (UTC) in which a loaded driver may be replaced, such as 02:00-05:00; also any or never",
 	)
 	maintenance.Validator = func(s string) error {
 		_, err := agent.ParseWindow(s)
@@ -79,7 +81,7 @@ func changeFlags() []ucli.Flag {
 		cli.Group(groupTo,
 			foreign,
 			maintenance,
-			cli.Duration("wait-idle", 0, "wait at most `TIME` for idle GPUs before a replacement"),
+			cli.Duration("wait-idle", 0, "wait at most `TIME` for idle GPUs before a driver change"),
 			cli.Bool("persistence", "keep GPUs initialised while no program uses them"),
 			cli.Bool("edit-boot", "edit a kernel command line that forbids modules; reboot"),
 			cli.Bool("no-load", "install the driver, but load no module"),
@@ -98,11 +100,11 @@ func installFlags() []ucli.Flag {
 	builder := cli.String(
 		"builder",
 		"",
-		"`PROGRAM` or image (HOST/NAME@DIGEST) to compile on this node, or never",
+		"builder `PROGRAM` or image (HOST/NAME@DIGEST) for compiling on this node, or never",
 	)
 	builder.DefaultText = "builder beside fetcher"
 	cache := cli.String("cache", "", "`FOLDER` of the cache")
-	cache.DefaultText = "cache in the state folder"
+	cache.DefaultText = "cache in --state-dir"
 	return slices.Concat(
 		wishFlags(),
 		hostFlags(),
@@ -110,7 +112,7 @@ func installFlags() []ucli.Flag {
 		cli.Group(groupFrom,
 			builder,
 			cli.String("kernel-mirror", "", "`URL` of the COS release bucket, for compiling on this node"),
-			cli.String("driver-mirror", "", "`URL` of the bucket with NVIDIA's runfiles, for the same"),
+			cli.String("driver-mirror", "", "`URL` of the bucket of runfiles, for compiling on this node"),
 		),
 		cli.Group(groupResources, stateFlag(), cache),
 		changeFlags(),
@@ -122,7 +124,7 @@ func installFlags() []ucli.Flag {
 // trustFlags are the flags that name the trusted signers. The fetcher loads nothing that these have not signed.
 func trustFlags() []ucli.Flag {
 	loadTest := cli.WasCalled(cli.String("load-test-policy", "any",
-		"`MODE` is tested (only artifacts that passed a load test) or any (also untested ones)"), "load-test")
+		"accept artifacts by `MODE`: tested (only those that passed a load test) or any"), "load-test")
 	loadTest.Validator = func(s string) error {
 		_, err := trust.ParseLoadTestPolicy(s)
 		return err
@@ -130,7 +132,7 @@ func trustFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupTrust,
 			cli.String("policy", "",
-				"use a policy `FILE` in place of the flags below"),
+				"use a policy `FILE` in place of the other trust flags"),
 			cli.WasCalled(cli.String("public-key", defaultKeys,
 				"`FILE` with the trusted public keys (PEM)"), "key"),
 			loadTest,
@@ -141,7 +143,7 @@ func trustFlags() []ucli.Flag {
 
 func stateFlag() ucli.Flag {
 	state := cli.String("state-dir", "/var/lib/prebake",
-		"`FOLDER`, as a path on the node, for drivers compiled there and their key")
+		"`FOLDER` (a path on the node) for drivers compiled there and the key that signs them")
 	state.Validator = absolute
 	return state
 }

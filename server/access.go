@@ -18,12 +18,12 @@ func tokensCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "tokens", Usage: "make, list and revoke tokens",
 		Description: `Each caller gets a token of its own, with the scopes that it needs:
-  ask       nodes: ask for builds of known kernels, report on drivers
-  announce  pipelines: announce COS builds, ask for any build; includes ask
+  ask       nodes: request builds for known kernels, report on drivers
+  announce  pipelines: announce COS builds, request any build; includes ask
   build     builders: report builds, record artifacts
   push      builders: write to the registry
-  operate   people: wish lists, cancel, yank, remove; includes announce
-  admin     tokens and the audit log; includes all others`,
+  operate   people: change wish lists, cancel, yank, remove; includes announce
+  admin     people: tokens and the audit log; includes all other scopes`,
 		Commands: []*ucli.Command{listTokensCommand(), createTokenCommand(), revokeTokenCommand()},
 	}
 }
@@ -35,10 +35,11 @@ func listTokensCommand() *ucli.Command {
 
 func createTokenCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "create", Usage: "make a token, and print its secret; it cannot be printed again", ArgsUsage: "NAME",
+		Name: "create", Usage: "make a token, and print its secret, which cannot be printed again", ArgsUsage: "NAME",
 		Flags: writeFlags(
-			&ucli.StringSliceFlag{Name: "scope", Usage: "`SCOPE` of the token; server tokens --help lists them", Required: true},
-			cli.Duration("life", 90*24*time.Hour, "`TIME` that the token is valid, at most two years"),
+			&ucli.StringSliceFlag{Name: "scope", Required: true,
+				Usage: "`SCOPE` of the token; server tokens --help lists all scopes"},
+			cli.Duration("life", 90*24*time.Hour, "`TIME` for which the token is valid, at most two years"),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			name, err := oneArg(cmd, "NAME", "name the token for its holder, such as node-pool-a")

@@ -35,8 +35,8 @@ func clientFlags(own ...ucli.Flag) []ucli.Flag {
 // writeFlags returns the flags of [clientFlags] and the two flags of the token, which writing needs.
 func writeFlags(own ...ucli.Flag) []ucli.Flag {
 	return append(clientFlags(own...), cli.Group(cli.Trust,
-		cli.String("token", "", "the server's `TOKEN`; prefer --token-file"),
-		cli.String("token-file", "", "`FILE` with the server's token"),
+		cli.String("token", "", "`TOKEN` for the server; prefer --token-file"),
+		cli.String("token-file", "", "`FILE` with the token for the server"),
 	)...)
 }
 
@@ -138,10 +138,10 @@ func requestCommand() *ucli.Command {
 	)
 	return &ucli.Command{
 		Name: "request", Usage: "request a build of a cell",
-		Description: `If the cell is already queued or being built, the answer is that build. With
---wait, stderr shows its place in the queue, when it may be ready, and each
-phase. If it fails, the exit status is that of the failure's class
-(docs/reference/exit-codes.md).
+		Description: `If the cell is already queued or being built, the answer is the build of that
+cell. With --wait, stderr shows the build's place in the queue, when the build
+may be ready, and each phase. If the build fails, the exit status is the one of
+the failure's class (docs/reference/exit-codes.md).
 
 Example:
   server request --build-id 17800.66.78 --driver R535 --wait --token-file token`,
@@ -186,7 +186,7 @@ func ended(waited bool, b api.Build) error {
 
 func cancelCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "cancel", Usage: "cancel a build that waits or runs", ArgsUsage: "ID", Flags: writeFlags(),
+		Name: "cancel", Usage: "cancel a build that is queued or running", ArgsUsage: "ID", Flags: writeFlags(),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 			if err != nil || cmd.Args().Len() != 1 {
@@ -209,9 +209,9 @@ func yankCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "yank", Usage: "withdraw an artifact: no node gets it any more", ArgsUsage: "DIGEST",
 		Flags: writeFlags(
-			&ucli.StringFlag{Name: "reason", Required: true, Usage: "`WHY` it must not be used; nodes show it"},
+			&ucli.StringFlag{Name: "reason", Required: true, Usage: "`WHY` no node may use the artifact; nodes show this text"},
 			&ucli.StringFlag{Name: "replacement",
-				Usage: "`DIGEST` of the artifact to use instead: same kernels, same or newer driver"},
+				Usage: "`DIGEST` of the artifact that nodes use instead; it has the same kernels, and the same or a newer driver"},
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			return markArtifact(cmd, func(c *api.Client, digest string) (api.Artifact, error) {

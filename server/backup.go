@@ -27,24 +27,24 @@ type copied struct {
 
 func backupCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "backup", Usage: "copy databases and token while the server runs", ArgsUsage: "FOLDER",
-		Description: `FOLDER must not exist. It is created complete or not at all. Only this user can
-read it, because it has hashed tokens and the first token itself.
+		Name: "backup", Usage: "copy the databases and the first token while the server runs", ArgsUsage: "FOLDER",
+		Description: `FOLDER must not exist. The command creates FOLDER complete or not at all. Only
+this user can read FOLDER, because it has hashed tokens and the first token.
 
 Copy the registry afterwards: first DATA/registry/repos, then
-DATA/registry/blobs. Build logs are in DATA/logs. To restore, stop the server,
-put an empty folder in place of DATA, copy all of it back, start the server, and
-run server reindex.
+DATA/registry/blobs. DATA is the folder of --data. Build logs are in DATA/logs.
+To restore, stop the server, put an empty folder in place of DATA, copy all
+files back, start the server, and run server reindex.
 
 Back up PostgreSQL with its own tools: pg_dump --format=custom, pg_restore.
 
 Example:
   server backup --data /var/lib/prebake /backup/$(date +%F)`,
 		Flags: append(cli.Group(cli.From,
-			defaultsTo(cli.String("data", "", "`FOLDER` with all data of the server"), "as for server serve"),
-			defaultsTo(cli.String("database", "", "`URL` of the catalogue's database"), "DATA/catalogue.db"),
-			defaultsTo(cli.String("queue", "", "`URL` of the build queue's database"), "DATA/queue.db"),
-			defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "DATA/token"),
+			defaultsTo(cli.String("data", "", "`FOLDER` with all data of the server"), "the default of server serve"),
+			defaultsTo(cli.String("database", "", "`URL` of the catalogue's database"), "catalogue.db in --data"),
+			defaultsTo(cli.String("queue", "", "`URL` of the build queue's database"), "queue.db in --data"),
+			defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "token in --data"),
 		), cli.Group(groupOutput, cli.OutputFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			folder, err := oneArg(cmd, "FOLDER", "name a folder that does not exist yet")

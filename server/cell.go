@@ -33,8 +33,8 @@ func cellFlags(required bool) []ucli.Flag {
 		},
 		cli.String("board", "lakitu", "`BOARD` of the COS build"),
 		cli.String("driver", string(target.Default),
-			"`VERSION`, a branch such as R535, latest or default; default@NVIDIA_L4 for one GPU type"),
-		cli.String("flavour", "auto", "`FLAVOUR`: auto, proprietary or open"),
+			"driver `VERSION`, branch such as R535, latest, default, or default@NVIDIA_L4 for one GPU type"),
+		cli.String("flavour", "auto", "driver `FLAVOUR`: auto, proprietary or open"),
 	}
 }
 
@@ -85,12 +85,13 @@ func cellError(asked cell, r api.Resolution) error {
 // exitsOfCells is the part of the help that tells pipelines how to read the exit status.
 const exitsOfCells = `The exit status is
   0   published: nodes find their driver
-  16  pending: it is queued, or being built
-  3   not covered: not published, and nobody builds it`
+  16  pending: the driver is queued, or being built
+  3   not covered: the driver is not published, and nobody builds it`
 
 func resolveCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "resolve", Usage: "ask which artifact a node with a kernel should run", Flags: clientFlags(cellFlags(true)...),
+		Name: "resolve", Usage: "ask which artifact a node with a given kernel should run",
+		Flags: clientFlags(cellFlags(true)...),
 		Description: exitsOfCells + `
 
 Example:
@@ -122,14 +123,17 @@ func (c cell) question() api.Question {
 
 func preflightCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "preflight", Usage: "check that the driver of nodes is published for a COS build, before they move to it",
+		Name:      "preflight",
+		Usage:     "check that the driver of nodes is published for a COS build, before the nodes boot that COS build",
 		ArgsUsage: "[POOL...]",
 		Description: `POOL describes a node pool: BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]. The flags give
-what it leaves out, or everything if there is no POOL. BUILD_ID may be a version
-of GKE if the server has a --gke-map: then the build that its nodes boot counts.
+the parts that POOL leaves out, or all parts if there is no POOL. If the server
+has a --gke-map, BUILD_ID may be a version of GKE: it stands for the COS build
+that nodes of this version boot.
 
 ` + exitsOfCells + `
-With several pools it is that of the worst: 3 if one of them is not covered.
+With several pools, the status is the one of the worst pool: 3 if one pool is
+not covered.
 
 Example:
   server preflight 17800.66.78:lakitu:R535 17800.66.78:lakitu-arm64:R570:open

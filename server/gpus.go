@@ -22,7 +22,7 @@ type gpu struct {
 }
 
 func gpusCommand() *ucli.Command {
-	own := &ucli.StringFlag{Name: "gpu", Usage: "only for this `TYPE` of GPU, by COS's name, such as NVIDIA_L4"}
+	own := &ucli.StringFlag{Name: "gpu", Usage: "show only this `TYPE` of GPU; write COS's name for it, such as NVIDIA_L4"}
 	cmd := list("gpus", "list the drivers that COS builds name for each type of GPU, newest build first",
 		clientFlags(append(kernelFilters(), milestoneFilter(), gkeFilter(), own)...),
 		func(ctx context.Context, c *api.Client, cmd *ucli.Command) ([]gpu, error) {

@@ -25,13 +25,13 @@ func importCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "import", Usage: "copy the drivers of an offline bundle to the registry and the catalogue",
 		ArgsUsage: "FILE[+DELTA…]",
-		Description: `Reads what "builder bundle create" packed, or any OCI image layout in a tar
-(oci:FOLDER for one in a folder), verifies each driver as a node does, and
-copies it to the server: artifacts and statements to its registry, unchanged,
-and their facts to its catalogue. If one driver cannot be verified, or has a
-damaged layer, nothing is copied. Of what is attached to a driver, only deltas,
-statements by the signers that the flags name, and what these statements name
-are copied.
+		Description: `FILE is a bundle of "builder bundle create", or any OCI image layout in a tar;
+for an OCI image layout in a folder, write oci:FOLDER. The command verifies each
+driver as a node does. It copies artifacts and attestations unchanged to the
+server's registry, and records the drivers in the server's catalogue. If one
+driver cannot be verified, or has a damaged layer, nothing is copied. Three
+kinds of attachments are copied with a driver: deltas, attestations by the
+signers that the flags name, and what these attestations refer to.
 
 Example:
   server import drivers.tar --public-key farm.pub --token-file token

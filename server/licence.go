@@ -8,11 +8,11 @@ import (
 )
 
 func publicFlag() ucli.Flag {
-	return cli.Bool("public", "the registry is public: refuse files under NVIDIA's licence")
+	return cli.Bool("public", "treat the registry as public: refuse NVIDIA's files that --redistribute does not allow")
 }
 
 func redistributeFlag() ucli.Flag {
 	return cli.Choice("redistribute", bundle.RedistributeNone,
-		"`PART` of NVIDIA's files that a public registry takes: none, userspace or all",
+		"with --public: `PART` of NVIDIA's files that the registry accepts: none, userspace or all",
 		bundle.RedistributeNone, bundle.RedistributeUserspace, bundle.RedistributeAll)
 }

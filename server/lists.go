@@ -28,6 +28,8 @@ type paged[T any] struct {
 	// what names the things that --limit counts. most is the default of --limit.
 	what string
 	most int
+	// of begins the text of --limit if key is set.
+	of string
 	// key is set if --limit counts groups of entries. It returns the group that an entry belongs to.
 	key func(T) string
 	get func(*api.Client, context.Context, api.Filter) iter.Seq2[T, error]
@@ -39,14 +41,14 @@ type paged[T any] struct {
 
 func (p paged[T]) command() *ucli.Command {
 	own := append(slices.Clone(p.flags),
-		&ucli.IntFlag{Name: "limit", Value: p.most, Usage: "list at most `COUNT` " + p.what,
+		&ucli.IntFlag{Name: "limit", Value: p.most, Usage: "list " + p.of + "at most `COUNT` " + p.what,
 			Validator: func(n int) error {
 				if n < 1 {
 					return fmt.Errorf("limit %d: want 1 or more, or --all", n)
 				}
 				return nil
 			}},
-		&ucli.BoolFlag{Name: "all", Usage: "list all of them, without a limit"},
+		&ucli.BoolFlag{Name: "all", Usage: "list all entries, without a limit"},
 	)
 	flags := clientFlags(own...)
 	if p.token {
@@ -128,25 +130,25 @@ func filter(cmd *ucli.Command) api.Filter {
 
 func kernelFilters() []ucli.Flag {
 	return []ucli.Flag{
-		&ucli.StringFlag{Name: "build-id", Usage: "only for the COS build `BUILD_ID`"},
-		&ucli.StringFlag{Name: "board", Usage: "only for this `BOARD`"},
+		&ucli.StringFlag{Name: "build-id", Usage: "show only entries for the COS build `BUILD_ID`"},
+		&ucli.StringFlag{Name: "board", Usage: "show only entries for this `BOARD`"},
 	}
 }
 
 func milestoneFilter() ucli.Flag {
-	return &ucli.IntFlag{Name: "milestone", Usage: "only for the COS milestone `NUMBER`, such as 109"}
+	return &ucli.IntFlag{Name: "milestone", Usage: "show only entries for the COS milestone `NUMBER`, such as 109"}
 }
 
 func gkeFilter() ucli.Flag {
-	return &ucli.StringFlag{Name: "gke", Usage: "only for COS builds that nodes of this GKE `VERSION` boot, such as 1.33"}
+	return &ucli.StringFlag{Name: "gke", Usage: "show only entries for the COS builds of a GKE `VERSION` such as 1.33"}
 }
 
 func driverFilter() ucli.Flag {
-	return &ucli.StringFlag{Name: "driver", Usage: "only for this driver `VERSION`"}
+	return &ucli.StringFlag{Name: "driver", Usage: "show only entries for this driver `VERSION`"}
 }
 
 func flavourFilter() ucli.Flag {
-	return &ucli.StringFlag{Name: "flavour", Usage: "only for this `FLAVOUR`: proprietary or open"}
+	return &ucli.StringFlag{Name: "flavour", Usage: "show only entries for this `FLAVOUR`: proprietary or open"}
 }
 
 func kernelsCommand() *ucli.Command {
@@ -168,7 +170,7 @@ func artifactsCommand() *ucli.Command {
 	return paged[api.Artifact]{
 		name: "artifacts", usage: "list published and yanked artifacts, newest first", what: "artifacts", most: 100,
 		flags: append(kernelFilters(), driverFilter(), flavourFilter(),
-			&ucli.StringFlag{Name: "state", Usage: "only in this `STATE`: published, yanked or quarantined"}),
+			&ucli.StringFlag{Name: "state", Usage: "show only artifacts in this `STATE`: published, yanked or quarantined"}),
 		get: (*api.Client).EachArtifact, table: printArtifacts,
 	}.command()
 }
@@ -177,7 +179,8 @@ func buildsCommand() *ucli.Command {
 	return paged[api.Build]{
 		name: "builds", usage: "list builds, newest first", what: "builds", most: 100,
 		flags: append(kernelFilters(), milestoneFilter(), driverFilter(), flavourFilter(),
-			&ucli.StringFlag{Name: "state", Usage: "only in this `STATE`: queued, building, published, failed or cancelled"}),
+			&ucli.StringFlag{Name: "state",
+				Usage: "show only builds in this `STATE`: queued, building, published, failed or cancelled"}),
 		get: (*api.Client).EachBuild, table: printBuilds,
 	}.command()
 }
@@ -187,7 +190,7 @@ func cellsCommand() *ucli.Command {
 		name: "cells", usage: "list cells and their states, newest kernel first",
 		description: `A cell is a kernel with a driver. The list has the cells that were built or
 requested.`,
-		what: "kernels", most: 20, key: func(r api.Resolution) string { return r.Kernel.String() },
+		what: "kernels", of: "the cells of ", most: 20, key: func(r api.Resolution) string { return r.Kernel.String() },
 		flags: append(kernelFilters(), milestoneFilter(), gkeFilter(), driverFilter()), get: (*api.Client).EachCell,
 		table: printCells,
 	}.command()
@@ -203,9 +206,9 @@ func quarantineCommand() *ucli.Command {
 
 func auditCommand() *ucli.Command {
 	return paged[api.AuditEntry]{
-		name: "audit", usage: "list who changed what, newest first", what: "calls", most: 100, token: true,
+		name: "audit", usage: "list who changed what, newest first", what: "changes", most: 100, token: true,
 		flags: []ucli.Flag{
-			&ucli.StringFlag{Name: "actor", Usage: "only changes by this `CALLER`, such as token:node-pool-a"},
+			&ucli.StringFlag{Name: "actor", Usage: "show only changes by this `CALLER`, such as token:node-pool-a"},
 		},
 		get: (*api.Client).EachAudit, table: printAudit,
 	}.command()
@@ -220,7 +223,8 @@ func artifactCommand() *ucli.Command {
 }
 
 func reportsCommand() *ucli.Command {
-	flags := append(kernelFilters(), &ucli.StringFlag{Name: "digest", Usage: "only for the artifact with this `DIGEST`"})
+	flags := append(kernelFilters(),
+		&ucli.StringFlag{Name: "digest", Usage: "show only reports about the artifact with this `DIGEST`"})
 	return &ucli.Command{
 		Name: "reports", Usage: "count what nodes reported about an artifact, or about all artifacts of a COS build",
 		Flags: clientFlags(flags...),

@@ -75,33 +75,34 @@ func signerFlags() []ucli.Flag {
 // caller's, and the audit log names who made it.
 func reindexCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "reindex", Usage: "compare the catalogue with a registry, and record what it lacks",
-		Description: `Reads each tagged artifact of a repository and its signed statements, and
-verifies them as a node does. It lists the differences; --apply records those of
-the first two kinds:
-  missing     verified, and not in the catalogue
-  attested    verified for more kernels than the catalogue has
-  differs     the catalogue has other facts about it
-  absent      in the catalogue, and not in the repository
-  unverified  no trusted signer signed it; never recorded
-  lost        only the --bucket has it, as a tarball; build it again
+		Name: "reindex", Usage: "compare the catalogue with a registry, and record what the catalogue lacks",
+		Description: `reindex reads each tagged artifact of a repository with its attestations, and
+verifies them as a node does. Then it lists the differences between repository
+and catalogue, each with its kind:
+  missing     a verified artifact is not in the catalogue
+  attested    a verified artifact is for more kernels than the catalogue says
+  differs     the catalogue has other facts about an artifact
+  absent      an artifact is in the catalogue, and not in the repository
+  unverified  no trusted signer signed the artifact
+  lost        only --bucket has the driver, as a tarball; build it again
+With --apply, reindex records the kinds missing and attested, and no others.
 
-A bucket of tarballs shows what a registry lost. Its tarballs are not recorded,
-because nodes fetch artifacts from a registry.
+A bucket with published tarballs shows what a registry lost. The tarballs are
+not recorded, because nodes fetch artifacts from a registry.
 
-Only the catalogue has yanks. If it was lost without a backup, every artifact
-comes back as published: yank again those that were yanked.
+Only the catalogue has yanks. If the catalogue was lost without a backup, every
+artifact comes back as published. Yank again those that were yanked.
 
-The exit status is 0 when nothing is left to do, 4 when an artifact is
-unverified, and 5 when there are other differences that were not applied.
+The exit status is 0 if no difference is left, 4 if an artifact is unverified,
+and 5 if other differences were not recorded.
 
 Example:
   server reindex --public-key farm.pub
   server reindex --public-key farm.pub --apply --token-file token`,
 		Flags: append(signerFlags(), writeFlags(
 			cli.String("repository", "/prebake/driver", "`REPOSITORY` to read: HOST/NAME, or /NAME on the server itself"),
-			cli.String("bucket", "", "also read signed tarballs from the bucket at `URL`: gs://, https:// or file://"),
-			&ucli.BoolFlag{Name: "apply", Usage: "record in the catalogue what the list calls missing or attested"},
+			cli.String("bucket", "", "also read published tarballs from the bucket at `URL`: gs://, https:// or file://"),
+			&ucli.BoolFlag{Name: "apply", Usage: "record the differences of the kinds missing and attested in the catalogue"},
 		)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {

@@ -76,7 +76,7 @@ func releaseCommand() *ucli.Command {
 func announceCommand() *ucli.Command {
 	return about(
 		"announce",
-		"announce a COS build: the server looks it up and queues its builds at once",
+		"announce a COS build: the server looks it up and queues builds for it at once",
 		"BUILD_ID",
 		hintBuildID,
 		writeFlags(),
@@ -118,7 +118,7 @@ func seconds(s float64) string {
 }
 
 func wishListsCommand() *ucli.Command {
-	cmd := list("wish-lists", "list or change wish lists, which say what the server builds by itself", clientFlags(),
+	cmd := list("wish-lists", "list or change wish lists, which say what the server queues by itself", clientFlags(),
 		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.WishList, error) {
 			return c.WishLists(ctx)
 		}, printWishLists)
@@ -170,7 +170,7 @@ func putWishListCommand() *ucli.Command {
 		Name: "put", Usage: "store a wish list: the file that builder build --wish takes", ArgsUsage: "NAME FILE",
 		Flags: writeFlags(
 			&ucli.Int64Flag{Name: "if-version", Aliases: []string{"version"},
-				Usage: "replace the stored list only if its version is `N`; 0 replaces any version"},
+				Usage: "replace the stored wish list only if it has version `NUMBER`; 0 means any version"},
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if cmd.Args().Len() != 2 {

@@ -22,16 +22,17 @@ type releases struct {
 
 func releasesCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "releases", Usage: "list COS builds, newest first, and how long it took to publish their drivers",
-		Description: `The time runs from the discovery of a COS build until a cell of it was ready.
-P50 is the time within which half of the cells were ready.`,
+		Name: "releases", Usage: "list COS builds, newest first, with the time until their drivers were published",
+		Description: `The time is measured for each cell of a COS build: from the discovery of the COS
+build until the cell was ready. P50 is the time within which half of the cells
+were ready.`,
 		Flags: clientFlags(
-			&ucli.IntFlag{Name: "milestone", Usage: "only for the COS milestone `NUMBER`, such as 109"},
-			&ucli.IntFlag{Name: "limit", Value: 20, Usage: "list at most `COUNT` releases", Validator: between(1, 1000)},
+			&ucli.IntFlag{Name: "milestone", Usage: "show only COS builds of the milestone `NUMBER`, such as 109"},
+			&ucli.IntFlag{Name: "limit", Value: 20, Usage: "list at most `COUNT` COS builds", Validator: between(1, 1000)},
 			&ucli.IntFlag{
 				Name:      "days",
 				Value:     30,
-				Usage:     "compute percentiles over the cells that became ready in the last `DAYS`",
+				Usage:     "compute percentiles over the cells that became ready in the last `COUNT` days",
 				Validator: between(1, 3660),
 			},
 		),

@@ -15,14 +15,14 @@ import (
 
 func serveCommand() *ucli.Command {
 	listen := cli.String("listen", "127.0.0.1:8440",
-		"`ADDRESS` to listen on; with port 0 it takes a free port, written to the file address in --data")
+		"`ADDRESS` to listen on; for port 0 the server takes a free port and writes its URL to the file address in --data")
 	listen.Validator = func(s string) error {
 		if _, _, err := net.SplitHostPort(s); err != nil {
 			return fmt.Errorf("listen %q: want HOST:PORT, or :PORT", s)
 		}
 		return nil
 	}
-	createOnly := cli.Strings("create-only", "`PATTERN` of registry repositories whose tags never move")
+	createOnly := cli.Strings("create-only", "`PATTERN` of registry repositories in which no tag can be moved")
 	createOnly.Value = []string{"prebake/*", "prebake/*/*"}
 	return cli.WithConfig(&ucli.Command{
 		Name: "serve", Usage: "run the server until a stop signal",
@@ -33,37 +33,39 @@ func serveCommand() *ucli.Command {
 			cli.Group(cli.From,
 				cli.String("kernel-mirror", "", "`URL` of COS's release bucket, to discover kernels: gs://, https:// or file://"),
 				cli.String("driver-mirror", "", "`URL` of the bucket with NVIDIA's runfiles, to discover drivers"),
-				cli.String("gke-map", "", "`URL` of Google's gke-to-cos.json, which says which COS build nodes of GKE boot"),
-				cli.Duration("discover-interval", 15*time.Minute, "`TIME` between two checks of the buckets"),
+				cli.String("gke-map", "", "`URL` of Google's gke-to-cos.json, which names the COS build of each GKE version"),
+				cli.Duration("discover-interval", 15*time.Minute,
+					"`TIME` between two checks of the buckets for new kernels and drivers"),
 			),
 			cli.Group(cli.To,
 				listen,
 				cli.String("public-repository", "/prebake/driver",
-					"`REPOSITORY` that builders publish to; one that begins with / is on this server"),
+					"`REPOSITORY` where builders publish artifacts; a name that begins with / is on this server"),
 				defaultsTo(cli.String("data", "",
 					"`FOLDER` for all data of the server"), "$XDG_STATE_HOME/prebake, or /var/lib/prebake for root"),
 				defaultsTo(databaseFlag("database",
-					"`URL` of the catalogue's database: sqlite:///PATH or postgres://…"), "DATA/catalogue.db"),
-				cli.String("snapshot", "", "`FOLDER` of a snapshot, made by builder snapshot, to serve under /snapshot/"),
+					"`URL` of the catalogue's database: sqlite:///PATH or postgres://…"), "catalogue.db in --data"),
+				cli.String("snapshot", "", "serve the snapshot in `FOLDER`, which builder snapshot made, under /snapshot/"),
 				defaultsTo(databaseFlag("queue", "`URL` of the build queue's database"),
-					"DATA/queue.db, or --database if that is postgres"),
+					"queue.db in --data, or --database if that is PostgreSQL"),
 				publicFlag(), redistributeFlag(),
 				createOnly,
 			)...),
 			append(cli.Group(cli.Trust,
 				cli.String("token", "", "the first `TOKEN`, which may do everything; prefer --token-file"),
-				defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "DATA/token, made at the first start"),
+				defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "token in --data, made at the first start"),
 				cli.String("oidc", "", "`FILE` with rules that say which OpenID Connect tokens may do what"),
-				cli.String("tls-cert", "", "`FILE` with a certificate (PEM), to listen with TLS; read again when it changes"),
+				cli.String("tls-cert", "",
+					"`FILE` with a certificate (PEM), to listen with TLS; the server reads a changed file again"),
 				cli.String("tls-key", "", "`FILE` with the private key of --tls-cert"),
 				cli.Range("quarantine", 3, 0, 1_000_000,
-					"put an artifact into quarantine when it fails on `COUNT` nodes within a day; 0 means never"),
+					"put an artifact into quarantine if it fails on `COUNT` nodes within a day; 0 means no quarantine"),
 			), append(cli.Group(cli.Resources,
 				cli.Range("reserve", 1024, 0, 1<<30,
-					"keep `MIB` (mebibytes) free on the disk of --data: refuse uploads below that"),
-				cli.Range("ask-rate", 120, 1, 1_000_000, "`COUNT` of builds that a node's token may request per hour"),
+					"refuse uploads while the disk of --data has less than `MIB` mebibytes free"),
+				cli.Range("ask-rate", 120, 1, 1_000_000, "let a node's token request at most `COUNT` builds per hour"),
 				cli.Range("client-rate", 30_000, 0, 1_000_000_000,
-					"`COUNT` of requests per minute from one IP address; 0 is no limit"),
+					"accept at most `COUNT` requests per minute from one IP address; 0 means no limit"),
 			), append(cli.Group(cli.Advanced,
 				cli.Duration("grace", 20*time.Second, "`TIME` for running requests to end when the server stops"),
 			), cli.Group(cli.Advanced, cli.LogFlags()...)...)...)...)...),

@@ -157,12 +157,12 @@ func reportUnreachable(w io.Writer) func(error) {
 func watchCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "watch", Usage: "follow a build, or the build of a cell, until it ends", ArgsUsage: "[ID]",
-		Description: `ID is the number of a build. Without it, the flags name the cell. A line is
-printed for each change; with --output json it is an object.
+		Description: `ID is the number of a build. Without ID, the flags name the cell. The command
+prints a line for each change; with --output json each line is an object.
 
-The exit status is 0 if the build is published. If it failed, the status is that
-of the failure's class (docs/reference/exit-codes.md). It is 3 if nobody builds
-the cell.
+The exit status is 0 if the artifact is published. If the build failed, the exit
+status is the one of the failure's class (docs/reference/exit-codes.md). If
+nobody builds the cell, the exit status is 3.
 
 Example:
   server watch 12

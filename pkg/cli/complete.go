@@ -58,7 +58,7 @@ var scripts embed.FS
 func completionCommands(root *ucli.Command) []*ucli.Command {
 	show := &ucli.Command{
 		Name: "completion", Usage: "print a completion script for bash, zsh or fish",
-		Description: fmt.Sprintf(`It completes commands, flags, and values where they are known. Load it with
+		Description: fmt.Sprintf(`The script completes commands, flags, and known values. Load the script with
   bash   source <(%[1]s completion bash)     in ~/.bashrc
   zsh    source <(%[1]s completion zsh)      in ~/.zshrc, after compinit
   fish   %[1]s completion fish >~/.config/fish/completions/%[1]s.fish`, root.Name),

@@ -40,7 +40,7 @@ type Config struct {
 // if the file has no mistake and c.Check returns no error.
 func WithConfig(cmd *ucli.Command, c Config) *ucli.Command {
 	cmd.Flags = append(cmd.Flags, Group(Advanced,
-		String(configFlag, "", "YAML `FILE` with settings, named as these flags"))...)
+		String(configFlag, "", "YAML `FILE` with settings, each named like its flag"))...)
 	cmd.Before = func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
 		return ctx, c.load(cmd)
 	}

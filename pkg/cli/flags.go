@@ -113,15 +113,15 @@ func TrustFlags() []ucli.Flag {
 func IdentityFlags() []ucli.Flag {
 	return []ucli.Flag{
 		TrustedRootFlag(),
-		String("certificate-identity", "", "trust the keyless signer `NAME`: URL or mail address"),
-		String("certificate-oidc-issuer", "", "`URL` of the OpenID Connect issuer of that signer"),
+		String("certificate-identity", "", "trust the keyless signer `NAME`, a URL or mail address"),
+		String("certificate-oidc-issuer", "", "`URL` of the keyless signer's OpenID Connect issuer"),
 	}
 }
 
 // LogFlags returns --log-level and --log-format, for long-running programs.
 func LogFlags() []ucli.Flag {
 	return []ucli.Flag{
-		Choice("log-level", "info", "lowest `LEVEL`: debug, info, warn or error", "debug", "info", "warn", "error"),
+		Choice("log-level", "info", "log `LEVEL`: debug, info, warn or error", "debug", "info", "warn", "error"),
 		Choice("log-format", "text", "`FORMAT` of log lines: text or json", "text", "json"),
 	}
 }
