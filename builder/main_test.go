@@ -50,7 +50,7 @@ func TestOperator(t *testing.T) {
 		code int
 		err  string // a part of stderr
 	}{
-		{"no key file name", []string{"keygen"}, 2, "hint:  builder keygen"},
+		{"no key file name", []string{"keygen"}, 2, "hint:  run: builder keygen"},
 		{"key is there", []string{"keygen", key}, 2, "hint:  use another name"},
 		{"no flags", []string{"build"}, 2, "build-id"},
 		{"bad BUILD_ID", build("--build-id", "x"), 2, "hint:  see builder build --help"},

@@ -195,7 +195,7 @@ func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbuck
 		absent = fmt.Errorf("%w; %w", absent, err)
 	}
 	return part{}, fault.Wrap(fault.InputMissing, absent,
-		"put the toolchain where the error says that it is missing, or at "+
+		"put the toolchain into the bucket that the pointer names, beside this bucket, or at "+
 			f.bucket.URL(cosbucket.ToolchainName(f.kernel)))
 }
 
