@@ -137,7 +137,7 @@ func TestChoose(t *testing.T) {
 			"the open modules of driver 535.261.03 do not drive GPU 0000:00:04.0 (10de:1db1)"},
 		{"Volta, only open, no list", gpus("0x1db1"), []gpulist.Offer{unknown}, 0, fault.Unsupported, "older"},
 		{"legacy", gpus("0x102d"), []gpulist.Offer{open, closed}, 0, fault.Unsupported, "needs branch 470.xx"},
-		{"nothing", gpus("0x1eb8"), nil, 0, fault.NoArtifact, "none"},
+		{"nothing", gpus("0x1eb8"), nil, 0, fault.NoArtifact, "no flavour"},
 	}
 	for _, row := range rows {
 		got, err := gpulist.Choose(row.gpus, row.offers)

@@ -124,7 +124,7 @@ func TestForeignNotPutBack(t *testing.T) {
 	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
 	_, err := n.run(t, ref, p.Digest, c.Driver)
 	if !fault.Is(err, fault.Unusable) ||
-		!strings.Contains(err.Error(), "no file on this node is its nvidia_uvm, nvidia_peermem") {
+		!strings.Contains(err.Error(), "no file on this node is its module nvidia_uvm, nvidia_peermem") {
 		t.Errorf("Run = %v; want a word about what is not loaded again", err)
 	}
 }

@@ -137,7 +137,7 @@ func TestRefuses(t *testing.T) {
 		"a source like others": {head + tail + "sources: [gs://cos-tools]\n", "ends with a slash"},
 		"a source of all":      {head + tail + "sources: ['']\n", "ends with a slash"},
 		"a key in two roles": {strings.Replace(head, "  farm:", "  other:\n    keys: [{file: farm.pub}]\n  farm:",
-			1) + tail, "there twice"},
+			1) + tail, "listed twice"},
 		"a snapshot without a root":   {head + tail + "snapshot: {from: https://x/list}\n", "want from and root"},
 		"a snapshot from elsewhere":   {head + tail + "snapshot: {from: 'ftp://x', root: 1.root.json}\n", "ftp://x"},
 		"a snapshot's root of nobody": {head + tail + "snapshot: {from: list, root: root.json}\n", "read root of snapshot"},
