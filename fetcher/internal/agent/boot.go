@@ -112,7 +112,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		return not("the boot configuration has the parameters already, but this kernel was booted without them",
 			"reboot the node; if this happens again, find out which boot configuration the node uses")
 	}
-	r.did("changed the kernel command line of %s", plural(entries, "boot entry"))
+	r.did("changed the kernel command line in %s of the boot configuration", plural(entries, "place"))
 	a.parts.Log.WarnContext(ctx, "changed the kernel command line", "entries", entries, "want", want)
 	return a.reboot(r, fmt.Errorf("%w; the kernel command line is changed", why))
 }
