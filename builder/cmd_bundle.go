@@ -92,7 +92,7 @@ Example:
 				cli.Strings("image",
 					"also pack the container image `REF` (HOST/NAME:TAG or HOST/NAME@DIGEST) with all platforms"),
 				cli.String("since", "",
-					"make a delta that leaves out the contents of an earlier bundle `FILE`; several files with + between"),
+					"make a delta: leave out what the earlier bundle `FILE` contains; for several bundles, write FILE+FILE"),
 			),
 			cli.Group(
 				groupTrust,

@@ -48,7 +48,8 @@ Example:
 			cli.Group(groupTrust,
 				cli.Bool("attest", "if all files are the same, sign an attestation with --key and attach it to the artifact"),
 				cli.String("key", "",
-					"`KEY` for --attest: a file, a KMS URI, or keyless:FILE with a Sigstore signing configuration"),
+					"`KEY` for --attest: a file, a KMS URI, or keyless:FILE, where FILE is a Sigstore "+
+						"signing configuration"),
 				identityTokenFlag(),
 				cli.String("builder-id", builderID, "`URI` that names this builder in the attestation"),
 			),

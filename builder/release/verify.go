@@ -18,7 +18,7 @@ import (
 func check(dir string, keys []byte) (signer string, err error) {
 	if signer, err = checkAll(dir, keys); err != nil {
 		err = fault.Wrap(fault.Unverified, fmt.Errorf("verify release %s: %w", dir, err),
-			"get the release again, and the key from whoever made it")
+			"get the release again, and get the public key from the publisher of the release")
 	}
 	return signer, err
 }

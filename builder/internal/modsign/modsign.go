@@ -177,7 +177,7 @@ func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
 	case err != nil:
 		return err
 	case signature != nil:
-		return fault.New(fault.CheckFailed, "it is signed already", "sign the unsigned module, as it was compiled")
+		return fault.New(fault.CheckFailed, "it is signed already", "sign the unsigned module that the build made")
 	}
 	signature, err := s.detached(module, digest)
 	if err != nil {

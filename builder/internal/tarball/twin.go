@@ -6,9 +6,9 @@
 // labels in them change. Each such write requires that the object is still in the state that was read. Publishing may
 // be interrupted at any point and run again.
 //
-// The package refuses to publish other bytes under a name that is taken, and to extend an index without a trusted
-// signature. It refuses to list a driver that Google's installer could not install, and to move a label that somebody
-// else set.
+// The package refuses four things: to publish different bytes under a name that exists already; to add to an index that
+// no trusted key signed; to list a driver that Google's installer could not install; and to point a label, such as
+// DEFAULT or R535, to another version if somebody else set the label.
 package tarball
 
 import (
@@ -478,8 +478,8 @@ func (p *publisher) indexWith(ctx context.Context, have []byte, entry Entry) ([]
 	return x.marshal()
 }
 
-// index reads an index before a change. It returns an error if no trusted key signed the index, because a new
-// signature would vouch for all its entries.
+// index reads the index to which an entry will be added. It returns an error if no trusted key signed the index: the
+// publisher signs the changed index as a whole, so it would also sign old entries that nobody verified.
 func (p *publisher) index(ctx context.Context, have []byte) (Index, error) {
 	x, err := p.bucket.verifyIndex(ctx, p.verifier, p.Kernel, have)
 	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) {
