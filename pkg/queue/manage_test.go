@@ -194,7 +194,11 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 			t.Parallel()
 			each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 				dead := open(t)
-				insert(t, dead, map[int64]int{1: 1, 2: 1, 3: 1})
+				for build := range int64(3) {
+					// SQLite stores milliseconds, and builds of one millisecond have no order.
+					insert(t, dead, map[int64]int{build + 1: 1})
+					time.Sleep(2 * time.Millisecond)
+				}
 				id := "dead"
 				if name == "same name" {
 					id = "w1" // the name that worked uses

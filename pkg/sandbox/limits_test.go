@@ -76,7 +76,7 @@ func TestTogether(t *testing.T) {
 		group.Go(func() { errs[i] = hold(limits, i, 1-i, meet) })
 	}
 	group.Wait()
-	if err := cmp.Or(errs...); !fault.Is(err, fault.OutOfMemory) || !strings.Contains(err.Error(), "side by side") {
+	if err := cmp.Or(errs...); !fault.Is(err, fault.OutOfMemory) || !strings.Contains(err.Error(), "at the same time") {
 		t.Errorf("two at once: %v; want one of them out of memory, for both together", errs)
 	}
 }
