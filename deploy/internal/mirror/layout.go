@@ -53,7 +53,7 @@ func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock %s: %w", c.Cache, err)
 	}
-	for _, pattern := range []string{"work-*", "debian*/download-*", "objects/.*.tmp-*"} {
+	for _, pattern := range []string{"work-*", "debian*/download-*", "objects/.*.tmp-*", "emulators/.new-*"} {
 		stale, err := filepath.Glob(filepath.Join(c.Cache, pattern))
 		for _, dir := range stale {
 			err = errors.Join(err, os.RemoveAll(dir))

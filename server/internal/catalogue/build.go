@@ -196,8 +196,8 @@ func (c *Catalogue) add(ctx context.Context, b api.Build, seen *api.Build) (stor
 		if stored, added, err = tx.AddBuild(ctx, b); err != nil || !added || stored.State != api.Queued {
 			return err
 		}
-		// The build before is read after the insert. On PostgreSQL, only then no other transaction can end an open build of
-		// the cell unnoticed.
+		// The build before is read after the insert, because the insert succeeds only if no build of the cell is open. A
+		// read before it could miss a build that another transaction of PostgreSQL ends between the two statements.
 		before, found, err := tx.BuildBefore(ctx, stored)
 		if err != nil {
 			return err
