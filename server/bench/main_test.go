@@ -67,7 +67,7 @@ func BenchmarkCells(b *testing.B) {
 	w, db := filled(b)
 	for i := 0; b.Loop(); i++ {
 		k := w.kernels[i%len(w.kernels)]
-		_, _, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board}, store.Page{Limit: 1})
+		_, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board}, store.Page{Limit: 1})
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -80,7 +80,7 @@ func BenchmarkRemembered(b *testing.B) {
 	w, db := filled(b)
 	begin := time.Now()
 	for _, k := range w.kernels {
-		if _, _, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board},
+		if _, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board},
 			store.Page{Limit: 1}); err != nil {
 			b.Fatal(err)
 		}

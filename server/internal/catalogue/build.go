@@ -65,7 +65,7 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 			refusal = orText(refusal, why)
 			continue
 		}
-		cell := resolution(k, rel, d, cells.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
+		cell := resolution(k, rel, d, cells.Facts(d))
 		live := cell.State == api.Published || cell.State == api.Building || cell.State == api.Queued
 		if chosen == nil || (live && rank(cell.State) < rank(chosen.State)) {
 			chosen = &cell

@@ -36,11 +36,7 @@ type lister interface {
 type resolver interface {
 	KernelCells(ctx context.Context, buildID, board string) (*store.KernelCells, error)
 	Driver(ctx context.Context, version string) (api.DriverRelease, error)
-	Cells(
-		ctx context.Context,
-		f store.KernelFilter,
-		p store.Page,
-	) ([]api.Kernel, map[store.CellKey]store.Facts, string, error)
+	Cells(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string, error)
 	RememberedCells(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string, error)
 }
 

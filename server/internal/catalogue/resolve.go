@@ -1,10 +1,8 @@
 package catalogue
 
 import (
-	"cmp"
 	"context"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -125,7 +123,7 @@ func (c *Catalogue) Resolve(
 	var best api.Resolution
 	for _, f := range w.candidates(version) {
 		d := target.Driver{Version: version, Flavour: f}
-		r := resolution(k, rel, d, cells.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
+		r := resolution(k, rel, d, cells.Facts(d))
 		if best.State == "" || rank(r.State) < rank(best.State) {
 			best = r
 		}
@@ -187,13 +185,6 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 			sibling = a
 		}
 	}
-	request := fmt.Sprintf(
-		"request a build: server request --build-id %s --board %s --driver %s --flavour %s",
-		k.BuildID,
-		k.Board,
-		d.Version,
-		d.Flavour,
-	)
 	switch {
 	case open(newest) && newest.State == api.Building:
 		r.State, r.Reason, r.Hint = api.Building, fmt.Sprintf(
@@ -223,17 +214,23 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 		r.State, r.Reason, r.Hint = api.Failed, newest.Class+": "+newest.Error,
 			orText(newest.Hint, fmt.Sprintf("read the log of the build: server build %d --log", newest.ID))
 	case newest != nil && newest.State == api.Cancelled:
-		r.State, r.Reason, r.Hint = api.Cancelled, fmt.Sprintf("build %d was cancelled", newest.ID), request
+		r.State, r.Reason, r.Hint = api.Cancelled, fmt.Sprintf("build %d was cancelled", newest.ID), requestHint(k, d)
 	case sibling != nil:
 		r.State, r.Reason, r.Hint = api.Unknown, fmt.Sprintf(
 			"artifact %s has the same fingerprint, but no kernel match for this COS build; "+
 				"a builder can add the kernel match without compiling",
 			sibling.Digest,
-		), request
+		), requestHint(k, d)
 	default:
-		r.State, r.Reason, r.Hint = api.Unknown, "this cell was not requested yet", request
+		r.State, r.Reason, r.Hint = api.Unknown, "this cell was not requested yet", requestHint(k, d)
 	}
 	return r
+}
+
+// requestHint tells how to request a build of the cell.
+func requestHint(k api.Kernel, d target.Driver) string {
+	return fmt.Sprintf("request a build: server request --build-id %s --board %s --driver %s --flavour %s",
+		k.BuildID, k.Board, d.Version, d.Flavour)
 }
 
 // lookUpLater requests the lookup of an unknown kernel. Nobody waits for the result, because nodes ask again. The
@@ -326,7 +323,7 @@ func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, d DriverFi
 		for j, rel := range drivers {
 			for _, f := range []target.Flavour{target.Proprietary, target.Open} {
 				d := target.Driver{Version: rel.Version, Flavour: f}
-				r := resolution(k, rel, d, kc.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
+				r := resolution(k, rel, d, kc.Facts(d))
 				m.Cells[i][j] = append(m.Cells[i][j], r)
 			}
 		}
@@ -342,8 +339,8 @@ func (c *Catalogue) columns(
 ) (shown, folded []api.DriverRelease, err error) {
 	asked := map[string]bool{} // versions with a build or an artifact on one of these kernels
 	for _, kc := range cells {
-		for key := range kc.Facts {
-			asked[key.Driver.Version] = true
+		for d := range kc.Drivers() {
+			asked[d.Version] = true
 		}
 	}
 	all := map[string]api.DriverRelease{}
@@ -423,16 +420,10 @@ func (c *Catalogue) Cells(
 		return nil, "", err
 	}
 	all := []api.Resolution{}
-	for _, kc := range cells { // cells are sorted by kernel already
-		keys := slices.SortedFunc(maps.Keys(kc.Facts), func(a, b store.CellKey) int {
-			return cmp.Or(
-				target.CompareVersions(b.Driver.Version, a.Driver.Version),
-				cmp.Compare(a.Driver.Flavour, b.Driver.Flavour),
-			)
-		})
-		for _, key := range keys {
-			if version == "" || version == key.Driver.Version {
-				r := resolution(kc.Kernel, api.DriverRelease{Version: key.Driver.Version}, key.Driver, kc.Facts[key])
+	for _, kc := range cells { // cells are sorted already
+		for d, facts := range kc.All() {
+			if version == "" || version == d.Version {
+				r := resolution(kc.Kernel, api.DriverRelease{Version: d.Version}, d, facts)
 				c.expect(&r)
 				all = append(all, r)
 			}

@@ -61,7 +61,7 @@ func (c *Catalogue) View(ctx context.Context, buildID, board, version string) (*
 	v := &CellView{Kernel: cells.Kernel, Release: rel}
 	for _, f := range []target.Flavour{target.Proprietary, target.Open} {
 		d := target.Driver{Version: version, Flavour: f}
-		facts := cells.Facts[store.CellKey{BuildID: buildID, Board: board, Driver: d}]
+		facts := cells.Facts(d)
 		one := FlavourView{Resolution: resolution(cells.Kernel, rel, d, facts)}
 		c.expect(&one.Resolution)
 		for _, a := range facts.Artifacts {
@@ -166,8 +166,8 @@ func (c *Catalogue) Releases(
 		if k.FirstSeenAt.Before(r.SeenAt) {
 			r.SeenAt = k.FirstSeenAt
 		}
-		for key, facts := range kc.Facts {
-			cell := resolution(k, api.DriverRelease{Version: key.Driver.Version}, key.Driver, facts)
+		for d, facts := range kc.All() {
+			cell := resolution(k, api.DriverRelease{Version: d.Version}, d, facts)
 			r.Cells[cell.State]++
 			if cell.ReadyAt != nil && !cell.ReadyAt.Before(k.FirstSeenAt) {
 				took = append(took, cell.ReadyAt.Sub(k.FirstSeenAt))

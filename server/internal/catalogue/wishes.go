@@ -231,15 +231,17 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 		states:  map[store.CellKey]api.State{},
 	}
 	for after := ""; ; {
-		all, facts, next, err := c.Store.Cells(ctx, store.KernelFilter{}, store.Page{After: after, Limit: MaxLimitCells})
+		all, next, err := c.Store.Cells(ctx, store.KernelFilter{}, store.Page{After: after, Limit: MaxLimitCells})
 		if err != nil {
 			return nil, err
 		}
-		for _, k := range all {
+		for _, cells := range all {
+			k := cells.Kernel
 			s.add(k)
-		}
-		for key, f := range facts {
-			s.states[key] = resolution(s.kernels[key.BuildID+"/"+key.Board], api.DriverRelease{}, key.Driver, f).State
+			for d, f := range cells.All() {
+				key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}
+				s.states[key] = resolution(k, api.DriverRelease{}, d, f).State
+			}
 		}
 		if after = next; after == "" {
 			break

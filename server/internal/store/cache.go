@@ -24,26 +24,15 @@ import (
 const (
 	rememberedKernels = 8192
 	rememberedDrivers = 4096
-	rememberedTexts   = 4096
 	// maxNotes is the most keys that one transaction announces. A transaction that changes more announces that
 	// everything changed.
 	maxNotes = 50
 	channel  = "prebake_catalogue"
 )
 
-// KernelCells is a kernel with the facts that decide the state of its cells. Readers share it, so it must not be
-// changed.
-type KernelCells struct {
-	Kernel api.Kernel
-	Facts  map[CellKey]Facts
-}
-
 type cache struct {
 	kernels *lru.Cache[string, *KernelCells]
 	drivers *lru.Cache[string, api.DriverRelease]
-	// texts has those that many kernels share, such as driver versions, states and names of builders. With one copy of
-	// each, the garbage collector has less to scan. A text that was dropped is stored twice at worst.
-	texts *lru.Cache[string, string]
 
 	mu        sync.Mutex
 	listening bool   // notifications of other writers arrive
@@ -53,22 +42,10 @@ type cache struct {
 func newCache() *cache {
 	kernels, err := lru.New[string, *KernelCells](rememberedKernels)
 	drivers, derr := lru.New[string, api.DriverRelease](rememberedDrivers)
-	texts, terr := lru.New[string, string](rememberedTexts)
-	if err := errors.Join(err, derr, terr); err != nil {
+	if err := errors.Join(err, derr); err != nil {
 		panic(err) // an error means that the size is not positive
 	}
-	return &cache{kernels: kernels, drivers: drivers, texts: texts}
-}
-
-// share replaces each text by the first equal one.
-func (c *cache) share(all ...*string) {
-	for _, text := range all {
-		if first, ok := c.texts.Get(*text); ok {
-			*text = first
-		} else {
-			c.texts.Add(*text, *text)
-		}
-	}
+	return &cache{kernels: kernels, drivers: drivers}
 }
 
 // remember returns a cached value, or reads it and caches it. It does not cache the value if entries were dropped
@@ -120,11 +97,11 @@ func (c *cache) listens(yes bool) {
 // the kernel. The result may come from the cache.
 func (s *Store) KernelCells(ctx context.Context, buildID, board string) (*KernelCells, error) {
 	return remember(s.cache, s.cache.kernels, buildID+"/"+board, func() (*KernelCells, bool, error) {
-		all, facts, _, err := s.Cells(ctx, KernelFilter{BuildID: buildID, Board: board}, Page{Limit: 1})
+		all, _, err := s.Cells(ctx, KernelFilter{BuildID: buildID, Board: board}, Page{Limit: 1})
 		if err != nil || len(all) == 0 {
 			return nil, false, err
 		}
-		return &KernelCells{all[0], facts}, true, nil
+		return all[0], true, nil
 	})
 }
 
@@ -167,25 +144,15 @@ func (s *Store) rememberPage(ctx context.Context, f KernelFilter, p Page) (all [
 	c.mu.Lock()
 	before := c.dropped
 	c.mu.Unlock()
-	kernels, facts, next, err := s.Cells(ctx, f, p)
+	all, next, err = s.Cells(ctx, f, p)
 	if err != nil {
 		return nil, "", err
-	}
-	of := make(map[string]*KernelCells, len(kernels))
-	for _, k := range kernels {
-		all = append(all, &KernelCells{Kernel: k, Facts: map[CellKey]Facts{}})
-		of[k.String()] = all[len(all)-1]
-	}
-	for key, fact := range facts {
-		if cells := of[key.BuildID+"/"+key.Board]; cells != nil {
-			cells.Facts[key] = fact
-		}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.dropped == before && c.listening {
-		for name, cells := range of {
-			c.kernels.Add(name, cells)
+		for _, cells := range all {
+			c.kernels.Add(cells.Kernel.String(), cells)
 		}
 	}
 	return all, next, nil

@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"slices"
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -34,43 +33,50 @@ type Candidate struct {
 }
 
 // Cells reads a page of kernels with the facts about all of their cells. It reads them in one state of the database.
-func (s *Store) Cells(
-	ctx context.Context,
-	f KernelFilter,
-	p Page,
-) (all []api.Kernel, found map[CellKey]Facts, next string, err error) {
+func (s *Store) Cells(ctx context.Context, f KernelFilter, p Page) (all []*KernelCells, next string, err error) {
 	text, args, err := f.page("build_id, board, fingerprint", p)
 	if err != nil {
-		return nil, nil, "", err
+		return nil, "", err
 	}
+	var found []api.Kernel
+	var of map[string]map[target.Driver]Facts
 	err = s.snapshot(ctx, func(q querier) error {
-		if all, next, err = kernels(ctx, q, f, p); err != nil {
+		if found, next, err = kernels(ctx, q, f, p); err != nil {
 			return err
 		}
-		found, err = facts(ctx, q, s.cache, text, args)
+		of, err = facts(ctx, q, text, args)
 		return err
 	})
-	return all, found, next, classify("read cells", err)
+	if err != nil {
+		return nil, "", classify("read cells", err)
+	}
+	all = make([]*KernelCells, len(found))
+	for i, k := range found {
+		all[i] = NewKernelCells(k, of[k.String()])
+	}
+	return all, next, nil
 }
 
-// facts reads the facts about the cells of some kernels. from is a query for build_id, board and fingerprint of those
-// kernels. The order of the CROSS JOINs is the order of the lookups. SQLite keeps that order and PostgreSQL may
-// change it. The order is written down because SQLite has no statistics here and would start with the wrong table.
-func facts(ctx context.Context, q querier, common *cache, from string, args []any) (map[CellKey]Facts, error) {
-	all := map[CellKey]Facts{}
-	same := texts{}
+// facts reads the facts about the cells of some kernels. The keys of the result are BUILD_ID/BOARD. from is a query for
+// build_id, board and fingerprint of those kernels. The order of the CROSS JOINs is the order of the lookups. SQLite
+// keeps that order and PostgreSQL may change it. The order is written down because SQLite has no statistics here and
+// would start with the wrong table.
+func facts(ctx context.Context, q querier, from string, args []any) (map[string]map[target.Driver]Facts, error) {
+	all := map[string]map[target.Driver]Facts{}
+	of := func(k target.Kernel) map[target.Driver]Facts {
+		if all[k.String()] == nil {
+			all[k.String()] = map[target.Driver]Facts{}
+		}
+		return all[k.String()]
+	}
 	err := query(ctx, q, func(row func(...any) error) error {
-		var key CellKey
+		var k target.Kernel
 		var attested bool
 		var at int64
-		a, err := scanArtifact(row, &key.BuildID, &key.Board, &attested, &at)
-		same.share(&a.Digest, &a.Reason, &key.BuildID, (*string)(&a.Fingerprint))
-		common.share(&a.Repository, &a.Driver.Version, &a.Release, &key.Board,
-			(*string)(&a.Driver.Flavour), (*string)(&a.Arch), (*string)(&a.State))
-		key.Driver = a.Driver
-		f := all[key]
+		a, err := scanArtifact(row, &k.BuildID, &k.Board, &attested, &at)
+		f := of(k)[a.Driver]
 		f.Artifacts = append(f.Artifacts, Candidate{a, attested, timeOf(at)})
-		all[key] = f
+		of(k)[a.Driver] = f
 		return err
 	}, `
 SELECT `+artifactColumns+`, k.build_id, k.board, t.digest IS NOT NULL, COALESCE(t.attested_at, 0)
@@ -87,35 +93,13 @@ ORDER BY 10 DESC, 1`, args...)
 	}
 	err = query(ctx, q, func(row func(...any) error) error {
 		b, err := scanBuild(row)
-		same.share(&b.Digest, &b.Kernel.BuildID, &b.Kernel.Commit, &b.Error)
-		common.share(&b.Driver.Version, (*string)(&b.Driver.Flavour), (*string)(&b.State), &b.Kernel.Board,
-			&b.Kernel.Release, &b.Kernel.Version, (*string)(&b.Kernel.Arch), &b.Class, &b.Hint, &b.Worker)
-		for i := range b.Phases {
-			common.share(&b.Phases[i].Name)
-		}
-		b.Phases = slices.Clip(slices.Clone(b.Phases)) // removes the spare capacity of the decoder
-		key := CellKey{b.Kernel.BuildID, b.Kernel.Board, b.Driver}
-		f := all[key]
+		f := of(b.Kernel)[b.Driver]
 		f.Newest = &b
-		all[key] = f
+		of(b.Kernel)[b.Driver] = f
 		return err
 	}, `
 SELECT `+prefixed("b", buildColumns)+` FROM (`+from+`) k CROSS JOIN builds b
 WHERE b.build_id = k.build_id AND b.board = k.board AND b.id = (SELECT MAX(n.id) FROM builds n
     WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver AND n.flavour = b.flavour)`, args...)
 	return all, err
-}
-
-// texts keeps one copy of each text. The facts about one kernel repeat the same few texts and stay in memory for
-// long.
-type texts map[string]string
-
-func (t texts) share(all ...*string) {
-	for _, text := range all {
-		if first, ok := t[*text]; ok {
-			*text = first
-		} else {
-			t[*text] = *text
-		}
-	}
 }

@@ -52,11 +52,10 @@ func pages(t *testing.T, s *store.Store, id string) {
 			return names, next, err
 		},
 		"cells": func(p store.Page) (names []string, next string, err error) {
-			all, facts, next, err := s.Cells(ctx, store.KernelFilter{Board: board}, p)
-			for _, k := range all {
-				if f := facts[store.CellKey{BuildID: k.BuildID, Board: board, Driver: driver}]; f.Newest != nil &&
-					len(f.Artifacts) == 1 {
-					names = append(names, k.BuildID)
+			all, next, err := s.Cells(ctx, store.KernelFilter{Board: board}, p)
+			for _, c := range all {
+				if f := c.Facts(driver); f.Newest != nil && len(f.Artifacts) == 1 {
+					names = append(names, c.Kernel.BuildID)
 				}
 			}
 			return names, next, err
@@ -64,10 +63,8 @@ func pages(t *testing.T, s *store.Store, id string) {
 		"remembered cells": func(p store.Page) (names []string, next string, err error) {
 			all, next, err := s.RememberedCells(ctx, store.KernelFilter{Board: board}, p)
 			for _, c := range all {
-				k := c.Kernel
-				if f := c.Facts[store.CellKey{BuildID: k.BuildID, Board: board, Driver: driver}]; f.Newest != nil &&
-					len(f.Artifacts) == 1 {
-					names = append(names, k.BuildID)
+				if f := c.Facts(driver); f.Newest != nil && len(f.Artifacts) == 1 {
+					names = append(names, c.Kernel.BuildID)
 				}
 			}
 			return names, next, err
@@ -166,8 +163,7 @@ func cells(t *testing.T, s *store.Store, id string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		facts := cells.Facts
-		f := facts[store.CellKey{BuildID: id, Board: "lakitu", Driver: d}]
+		f := cells.Facts(d)
 		var got []string
 		for _, a := range f.Artifacts {
 			name := a.Digest[7:8]
@@ -200,7 +196,7 @@ func remembered(t *testing.T, s *store.Store, id string) {
 	var b api.Build
 	describe := func(cells *store.KernelCells) (text string) {
 		text = cells.Kernel.Default
-		f := cells.Facts[store.CellKey{BuildID: id, Board: "lakitu", Driver: d}]
+		f := cells.Facts(d)
 		for _, a := range f.Artifacts {
 			text += " " + string(a.State)
 		}

@@ -45,7 +45,7 @@ func TestCellsAreLookedUp(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := facts(t.Context(), r, newCache(), from, args); err != nil {
+		if _, err := facts(t.Context(), r, from, args); err != nil {
 			t.Fatal(err)
 		}
 	}

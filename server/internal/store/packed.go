@@ -1,0 +1,278 @@
+package store
+
+import (
+	"cmp"
+	"encoding/binary"
+	"iter"
+	"maps"
+	"math"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// KernelCells is a kernel with the facts that decide the state of its cells. Readers share it, so it must not be
+// changed.
+//
+// A server keeps the facts about tens of thousands of cells for days. As values they are several hundred thousand
+// objects with pointers, and the garbage collector reads all of them again and again. KernelCells therefore has them in
+// packed form: all texts of a kernel's cells in one string, and everything else as numbers. Reading the facts about a
+// cell takes less than a microsecond.
+type KernelCells struct {
+	Kernel api.Kernel
+	// text has each text of the cells once.
+	text string
+	// cells has the place of each cell in facts, newest driver version first.
+	cells []packedCell
+	facts []byte
+}
+
+// packedCell is the driver of a cell, and where its facts begin. The numbers are offsets into text and facts.
+type packedCell struct{ version, versionEnd, flavour, flavourEnd, facts uint32 }
+
+// NewKernelCells packs the facts about the cells of a kernel.
+func NewKernelCells(k api.Kernel, facts map[target.Driver]Facts) *KernelCells {
+	drivers := slices.SortedFunc(maps.Keys(facts), func(a, b target.Driver) int {
+		return cmp.Or(
+			target.CompareVersions(b.Version, a.Version),
+			cmp.Compare(a.Version, b.Version),
+			cmp.Compare(a.Flavour, b.Flavour),
+		)
+	})
+	w := &packer{places: map[string]uint32{}}
+	cells := make([]packedCell, len(drivers))
+	for i, d := range drivers {
+		version, flavour := w.place(d.Version), w.place(string(d.Flavour))
+		cells[i] = packedCell{version, version + length(d.Version), flavour, flavour + length(string(d.Flavour)),
+			uint32(len(w.stream))}
+		f := facts[d]
+		w.facts(&f)
+	}
+	return &KernelCells{Kernel: k, text: w.text(), cells: cells, facts: slices.Clip(w.stream)}
+}
+
+// All returns the drivers that have facts, newest version first, with the facts about their cells.
+func (k *KernelCells) All() iter.Seq2[target.Driver, Facts] {
+	return func(yield func(target.Driver, Facts) bool) {
+		for _, c := range k.cells {
+			if !yield(k.driver(c), k.unpack(c)) {
+				return
+			}
+		}
+	}
+}
+
+// Drivers returns the drivers that have facts, newest version first.
+func (k *KernelCells) Drivers() iter.Seq[target.Driver] {
+	return func(yield func(target.Driver) bool) {
+		for _, c := range k.cells {
+			if !yield(k.driver(c)) {
+				return
+			}
+		}
+	}
+}
+
+// Facts returns the facts about the cell of a driver. They are empty if nothing is known about it.
+func (k *KernelCells) Facts(d target.Driver) Facts {
+	for _, c := range k.cells {
+		if k.driver(c) == d {
+			return k.unpack(c)
+		}
+	}
+	return Facts{}
+}
+
+func (k *KernelCells) driver(c packedCell) target.Driver {
+	return target.Driver{
+		Version: k.text[c.version:c.versionEnd],
+		Flavour: target.Flavour(k.text[c.flavour:c.flavourEnd]),
+	}
+}
+
+func (k *KernelCells) unpack(c packedCell) (f Facts) {
+	r := &packer{from: k.text, stream: k.facts[c.facts:], reads: true}
+	r.facts(&f)
+	return f
+}
+
+// packer writes values to a stream, or reads them from one. Each method does both, so the two cannot differ. A text is
+// its place among the texts and its length. What is read shares memory with the texts.
+type packer struct {
+	stream []byte
+	reads  bool
+
+	from string // what is read has its texts here
+
+	texts  strings.Builder // what is written has its texts here
+	places map[string]uint32
+}
+
+func (p *packer) text() string { return strings.Clone(p.texts.String()) }
+
+// place stores a text, unless it is there already, and returns where it begins.
+func (p *packer) place(s string) uint32 {
+	at, ok := p.places[s]
+	if !ok {
+		at = uint32(p.texts.Len())
+		p.texts.WriteString(s)
+		p.places[s] = at
+	}
+	return at
+}
+
+func length(s string) uint32 { return uint32(len(s)) }
+
+// uint packs an unsigned number.
+func (p *packer) uint(n *uint64) {
+	if !p.reads {
+		p.stream = binary.AppendUvarint(p.stream, *n)
+		return
+	}
+	var size int
+	*n, size = binary.Uvarint(p.stream)
+	p.stream = p.stream[size:]
+}
+
+// number packs a number that may be negative.
+func number[T int | int64](p *packer, n *T) {
+	if !p.reads {
+		p.stream = binary.AppendVarint(p.stream, int64(*n))
+		return
+	}
+	got, size := binary.Varint(p.stream)
+	*n, p.stream = T(got), p.stream[size:]
+}
+
+// packText packs a text.
+func packText[T ~string](p *packer, s *T) {
+	var at, size uint64
+	if !p.reads {
+		at, size = uint64(p.place(string(*s))), uint64(len(*s))
+	}
+	p.uint(&at)
+	p.uint(&size)
+	if p.reads {
+		*s = T(p.from[at : at+size])
+	}
+}
+
+func (p *packer) bool(b *bool) {
+	var n uint64
+	if *b {
+		n = 1
+	}
+	p.uint(&n)
+	*b = n == 1
+}
+
+// time packs a time. What is read is in UTC.
+func (p *packer) time(t *time.Time) {
+	seconds, nanos := t.Unix(), t.Nanosecond()
+	number(p, &seconds)
+	number(p, &nanos)
+	if p.reads {
+		*t = time.Unix(seconds, int64(nanos)).UTC()
+	}
+}
+
+// maybe packs a value that may be absent.
+func maybe[T any](p *packer, v **T, pack func(*T)) {
+	present := *v != nil
+	p.bool(&present)
+	if !present {
+		return
+	}
+	if p.reads {
+		*v = new(T)
+	}
+	pack(*v)
+}
+
+// list packs a list. An empty one is read as nil.
+func list[T any](p *packer, all *[]T, pack func(*T)) {
+	size := uint64(len(*all))
+	p.uint(&size)
+	if p.reads && size > 0 {
+		*all = make([]T, size)
+	}
+	for i := range *all {
+		pack(&(*all)[i])
+	}
+}
+
+func (p *packer) facts(f *Facts) {
+	list(p, &f.Artifacts, p.candidate)
+	maybe(p, &f.Newest, p.build)
+}
+
+func (p *packer) candidate(c *Candidate) {
+	p.artifact(&c.Artifact)
+	p.bool(&c.Attested)
+	p.time(&c.AttestedAt)
+}
+
+// artifact packs an artifact without the list of its kernels.
+func (p *packer) artifact(a *api.Artifact) {
+	packText(p, &a.Digest)
+	packText(p, &a.Repository)
+	packText(p, &a.Fingerprint)
+	p.driver(&a.Driver)
+	packText(p, &a.Arch)
+	packText(p, &a.Release)
+	packText(p, &a.State)
+	packText(p, &a.Reason)
+	packText(p, &a.Replacement)
+	p.time(&a.PublishedAt)
+	maybe(p, &a.WithdrawnAt, p.time)
+}
+
+func (p *packer) driver(d *target.Driver) {
+	packText(p, &d.Version)
+	packText(p, &d.Flavour)
+}
+
+func (p *packer) build(b *api.Build) {
+	number(p, &b.ID)
+	p.kernel(&b.Kernel)
+	p.driver(&b.Driver)
+	packText(p, &b.State)
+	packText(p, &b.Phase)
+	packText(p, &b.Worker)
+	number(p, &b.Attempt)
+	packText(p, &b.Class)
+	packText(p, &b.Error)
+	packText(p, &b.Hint)
+	packText(p, &b.Digest)
+	list(p, &b.Phases, p.phase)
+	number(p, &b.Priority)
+	p.time(&b.CreatedAt)
+	maybe(p, &b.StartedAt, p.time)
+	maybe(p, &b.FinishedAt, p.time)
+	maybe(p, &b.HeartbeatAt, p.time)
+}
+
+func (p *packer) kernel(k *target.Kernel) {
+	packText(p, &k.BuildID)
+	packText(p, &k.Board)
+	number(p, &k.Milestone)
+	packText(p, &k.Commit)
+	packText(p, &k.Release)
+	packText(p, &k.Version)
+	packText(p, &k.Arch)
+}
+
+func (p *packer) phase(f *timeline.Phase) {
+	packText(p, &f.Name)
+	p.time(&f.Start)
+	bits := math.Float64bits(f.Seconds)
+	p.uint(&bits)
+	f.Seconds = math.Float64frombits(bits)
+	packText(p, &f.Note)
+	packText(p, &f.Of)
+	p.bool(&f.Failed)
+}
