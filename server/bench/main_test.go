@@ -93,8 +93,14 @@ func BenchmarkRemembered(b *testing.B) {
 	}
 	for i := 0; b.Loop(); i++ {
 		k := w.kernels[i%len(w.kernels)]
-		if cells, err := db.KernelCells(b.Context(), k.BuildID, k.Board); err != nil || cells == nil {
+		cells, err := db.KernelCells(b.Context(), k.BuildID, k.Board)
+		if err != nil || cells == nil {
 			b.Fatal(cells, err)
+		}
+		for d, facts := range cells.All() {
+			if d.Version == "" || facts.Newest == nil && len(facts.Artifacts) == 0 {
+				b.Fatalf("cell %s of %s has facts %+v", d, k, facts)
+			}
 		}
 	}
 	b.ReportMetric(float64(database)/(float64(b.Elapsed())/float64(b.N)), "database/remembered")
