@@ -327,7 +327,7 @@ func (r *replacing) Write(p []byte) (int, error) {
 	return r.cutter.Write(p)
 }
 
-// A bucket with many builds costs one listing, and one more for each build that is examined.
+// BuildIDs costs one listing, however many COS builds the bucket has. BuildsOf costs one listing for each COS build.
 func TestEmulatorManyBuilds(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")
