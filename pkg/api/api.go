@@ -14,7 +14,7 @@ import (
 // State is the state of a cell of the matrix.
 type State string
 
-// The states of a cell. A build has only these of them: queued, building, published, failed and cancelled.
+// The states of a cell. A build can have only the states queued, building, published, failed and cancelled.
 const (
 	Published   State = "published"   // an artifact exists
 	Building    State = "building"    // a builder works on it

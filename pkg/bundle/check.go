@@ -140,10 +140,11 @@ func named(root *os.Root, names []string) ([]entry, error) {
 // owner, a file that others may write, or a file with a setuid, setgid or sticky bit.
 func plain(name string, info fs.FileInfo) error {
 	if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 || info.Mode().Perm()&0o022 != 0 {
-		return fmt.Errorf("%s has mode %s", name, info.Mode())
+		return fmt.Errorf("%s has mode %s; want a file that only its owner may write, without special bits", name,
+			info.Mode())
 	}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
-		return fmt.Errorf("%s is owned by user %d", name, st.Uid)
+		return fmt.Errorf("%s belongs to user %d; want user %d", name, st.Uid, os.Geteuid())
 	}
 	return nil
 }

@@ -229,13 +229,13 @@ func TestUnpackDelta(t *testing.T) {
 	for name, err := range map[string]error{
 		"a byte of the delta changed on the way": second(apply(t, flipped, sum(delta), former, to.DiffID)),
 		"a byte changed before it was digested":  second(apply(t, flipped, sum(flipped), former, to.DiffID)),
-		"the former layer is another":            second(apply(t, delta, sum(delta), other, to.DiffID)),
-		"another layer is wanted":                second(apply(t, delta, sum(delta), former, from.DiffID)),
+		"the former layer was changed":           second(apply(t, delta, sum(delta), other, to.DiffID)),
+		"the wanted diff ID is another":          second(apply(t, delta, sum(delta), former, from.DiffID)),
 		"the delta ends early": second(apply(t, delta[:len(delta)-1], sum(delta[:len(delta)-1]), former,
 			to.DiffID)),
-		"it ends behind a frame": second(apply(t, delta[:4+binary.LittleEndian.Uint32(delta)],
+		"the delta ends after its first frame": second(apply(t, delta[:4+binary.LittleEndian.Uint32(delta)],
 			sum(delta[:4+binary.LittleEndian.Uint32(delta)]), former, to.DiffID)),
-		"there is more of it": second(apply(t, append(slices.Clone(delta), delta...),
+		"the delta is there twice": second(apply(t, append(slices.Clone(delta), delta...),
 			sum(append(slices.Clone(delta), delta...)), former, to.DiffID)),
 	} {
 		if !fault.Is(err, fault.Unverified) {

@@ -50,7 +50,7 @@ func unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, siz
 	return nil
 }
 
-// check reads to the end, and compares the bytes with the digest and size in the manifest.
+// check reads the stream to its end, and compares the bytes with the digest and size in the manifest.
 func (m *meter) check(wantDigest string, size int64) error {
 	if m.err != nil {
 		// The source failed, so an error of the parsers is only a consequence.
@@ -63,11 +63,11 @@ func (m *meter) check(wantDigest string, size int64) error {
 	}
 	switch got := m.digest(); {
 	case m.over:
-		return fault.Errorf(fault.Unverified, "it is longer than the %d bytes that the manifest says", size)
+		return fault.Errorf(fault.Unverified, "the stream is longer than the %d bytes that the manifest says", size)
 	case m.n != size:
-		return fault.Errorf(fault.Unverified, "it has %d bytes; the manifest says %d", m.n, size)
+		return fault.Errorf(fault.Unverified, "the stream has %d bytes; the manifest says %d", m.n, size)
 	case got != wantDigest:
-		return fault.Errorf(fault.Unverified, "it has digest %s; the manifest says %s", got, wantDigest)
+		return fault.Errorf(fault.Unverified, "the stream has digest %s; the manifest says %s", got, wantDigest)
 	}
 	return nil
 }

@@ -115,7 +115,7 @@ func open(dir string) (*Cache, error) {
 	}
 	c := &Cache{dir: dir, owner: strings.TrimSuffix(filepath.Base(f.Name()), ".lock"), lock: flock.New(f.Name())}
 	if ok, err := c.lock.TryLock(); err != nil || !ok {
-		return nil, fmt.Errorf("open cache %s: lock own owner file: %t, %w", dir, ok, err)
+		return nil, fmt.Errorf("open cache %s: lock the owner file of this process: locked %t, %w", dir, ok, err)
 	}
 	for _, d := range []string{c.tmp(), c.work()} {
 		if err := os.Mkdir(d, 0o755); err != nil {
@@ -237,7 +237,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	}
 	digest = ocidigest.NewDigest(ocidigest.SHA256, h).String()
 	if want != "" && digest != want {
-		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: content is %s; want %s", digest, want), "")
+		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: content has digest %s; want %s", digest, want), "")
 	}
 	err = c.use(useName(blobKind, strings.TrimPrefix(digest, "sha256:")))
 	if err == nil {
@@ -283,7 +283,7 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 		return fmt.Errorf("verify blob %s: %w", digest, err)
 	}
 	if got := ocidigest.NewDigest(ocidigest.SHA256, h).String(); got != digest {
-		bad := fault.New(fault.Checksum, fmt.Sprintf("verify blob %s: content is %s", digest, got),
+		bad := fault.New(fault.Checksum, fmt.Sprintf("verify blob %s: content has digest %s", digest, got),
 			"run the command again: the damaged blob was removed; check the disk of "+c.dir)
 		return errors.Join(bad, os.Remove(path))
 	}

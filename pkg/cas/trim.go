@@ -263,7 +263,7 @@ func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err erro
 			})
 		case factsDir:
 			err = each(path, func(kind, path string, _ fs.FileInfo) {
-				_ = each(path, func(_, path string, info fs.FileInfo) { // an error means the same as for trees
+				_ = each(path, func(_, path string, info fs.FileInfo) { // an error means that the folder was removed meanwhile
 					all = append(all, entry{kind: factKind + kind, path: path, used: info.ModTime(), bytes: blocks(info)})
 				})
 			})

@@ -2,8 +2,8 @@
 // Storage (gs://), on any web server (https://, http://), or in a folder (file://). The object names are the same
 // everywhere. A bucket may have several mirrors, each of which can replace another.
 //
-// If a download breaks, the package resumes it, as long as the object is still the same. At the end it compares the
-// download with the size, md5 and crc32c that the bucket reports for the object.
+// If a download breaks, the package resumes it, provided that the object has not changed meanwhile. At the end it
+// compares the download with the size, md5 and crc32c that the bucket reports for the object.
 //
 // The package does not write. It sends credentials to Google only if they are configured for this account, and to other
 // servers never. Beyond those sums it checks the content only of small text files. A caller that downloads an archive

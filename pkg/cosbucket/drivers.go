@@ -202,7 +202,8 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 	}
 	if l.Versions = sortVersions(l.Versions); len(l.Versions) > maxVersions {
 		return DriverList{}, fault.New(fault.Unsupported,
-			fmt.Sprintf("driver versions: %d versions; want at most %d", len(l.Versions), maxVersions), "")
+			fmt.Sprintf("driver versions: %d versions; want at most %d", len(l.Versions), maxVersions),
+			"check that the bucket holds COS builds")
 	}
 	return l, nil
 }

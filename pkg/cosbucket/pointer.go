@@ -108,8 +108,8 @@ func ParseToolchainPath(text []byte) ([]Pointer, error) {
 	return all, all[0].check()
 }
 
-// Sibling opens the pointer's bucket in the same way as this one: in Google Cloud Storage, on the same web server, or
-// in the same parent folder. So a pointer can choose another bucket, but not another host or protocol.
+// Sibling opens the pointer's bucket beside bucket b: in Google Cloud Storage, on the same web server, or in the same
+// parent folder. So a pointer can choose another bucket, but not another host or protocol.
 func (b *Bucket) Sibling(ctx context.Context, p Pointer) (*Bucket, error) {
 	if err := p.check(); err != nil {
 		return nil, err

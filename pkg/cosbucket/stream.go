@@ -19,8 +19,8 @@ import (
 // 0 again.
 const progress = 1 << 20
 
-// stream is a download. After a break it is resumed on the same mirror or on the next one, as long as the object is
-// the same. At its end its sums are checked.
+// stream is a download. After a break, it continues on the same mirror or on another one that has the same bytes. At
+// the end, it compares the sums of the bytes with the sums that the bucket reported.
 type stream struct {
 	ctx    context.Context //nolint:containedctx // a Reader has no other way to be cancelled; it is for one download
 	bucket *Bucket
