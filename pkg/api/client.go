@@ -327,7 +327,7 @@ func drain(resp *http.Response) error {
 	return errors.Join(err, resp.Body.Close())
 }
 
-// do sends a request. It returns the answer only if the status is a success.
+// do sends a request. It returns an error in place of an answer whose status is an error; see send for 416.
 func (c *Client) do(ctx context.Context, method, path, contentType string, body io.Reader) (*http.Response, error) {
 	header := http.Header{}
 	if contentType != "" {
@@ -336,8 +336,8 @@ func (c *Client) do(ctx context.Context, method, path, contentType string, body 
 	return c.send(ctx, method, path, header, body)
 }
 
-// send works as do does, with more headers. For send and for do, an answer of status 416 is no error: [FollowLog] asks
-// for a range of a log, and the log may be shorter.
+// send works as do does, with more headers. An answer of status 416 is no error, because [FollowLog] asks for a range
+// of a log, and the log may be shorter than it was.
 func (c *Client) send(
 	ctx context.Context,
 	method, path string,

@@ -184,7 +184,8 @@ func (u *unpacker) entry(ctx context.Context, h *tar.Header, body io.Reader) err
 	return refuse("unpack %q: entry type %q is neither folder, file nor link", name, h.Typeflag)
 }
 
-// cleanName returns the slash-separated path below the root that a tar name stands for.
+// cleanName turns the name of a tar entry into a slash-separated path below the root. It refuses a name that leads out
+// of the root.
 func cleanName(name string, limit int) (string, error) {
 	if len(name) > limit {
 		return "", refuse("unpack %.60q…: name is longer than %d bytes", name, limit)

@@ -31,8 +31,8 @@ const (
 	// maxFrame is the greatest size of a frame in bytes: the size for a chunk that zstd cannot compress.
 	maxFrame = deltaChunk + deltaChunk>>8 + 64
 	// deltaSlack bounds the result of a delta, in bytes: at most twice the former layer's size plus deltaSlack.
-	// Anybody may attach a delta, and its result is verified only at its end. Without the bound, a hostile delta could
-	// fill the disk before.
+	// Anybody may attach a delta, and its result is verified only at its end. Without the bound, the result of a hostile
+	// delta could fill the disk before that.
 	deltaSlack = 16 << 20
 )
 

@@ -323,11 +323,11 @@ func each(dir string, f func(name, path string, info fs.FileInfo)) error {
 func foreignFiles(kind, dir string) (all []entry) {
 	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
-			return nil //nolint:nilerr // gone meanwhile, or not ours to read
+			return nil //nolint:nilerr // the file was removed meanwhile, or this user cannot read it
 		}
 		info, err := d.Info()
 		if err != nil || !info.Mode().IsRegular() || strings.HasSuffix(path, ".lock") || time.Since(info.ModTime()) < fresh {
-			return nil //nolint:nilerr // as above
+			return nil //nolint:nilerr // the file was removed meanwhile
 		}
 		all = append(all, entry{kind: kind, path: path, used: info.ModTime(), bytes: blocks(info)})
 		return nil
@@ -339,7 +339,7 @@ func foreignFiles(kind, dir string) (all []entry) {
 func measure(path string) (bytes int64, files int) {
 	_ = filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
-			return nil //nolint:nilerr // gone meanwhile
+			return nil //nolint:nilerr // the file was removed while measure ran
 		}
 		if info, err := d.Info(); err == nil {
 			bytes += blocks(info)

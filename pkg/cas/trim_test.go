@@ -180,8 +180,8 @@ func TestTrimLeavesWhatIsInUse(t *testing.T) {
 	}
 }
 
-// TestTrimAgainstUse checks trees under constant trimming by others. Every caller of Tree gets a complete tree, which
-// stays until the piece of work ends.
+// TestTrimAgainstUse trims a cache all the time while others use it. Every caller of Tree must get a complete tree that
+// stays until the caller's piece of work ends.
 func TestTrimAgainstUse(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -295,8 +295,8 @@ func TestTrimIsBusy(t *testing.T) {
 	}
 }
 
-// TestTrimForeign checks the folder of another program in the cache's folder. It is counted and trimmed file by file,
-// except for fresh files and locks.
+// TestTrimForeign checks the folder of another program in the cache's folder. Kinds counts its files, and Trim removes
+// them one by one. Both leave out fresh files and lock files.
 func TestTrimForeign(t *testing.T) {
 	t.Parallel()
 	c, dir := aged(t)

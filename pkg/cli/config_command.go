@@ -104,9 +104,9 @@ type setting struct {
 	From string `json:"from"`
 }
 
-// settings returns the settings that the command would run with. args are its flags on the command line.
+// settings returns the settings with which the command would run. args are the command's flags on the command line.
 func settings(cmd *ucli.Command, args []string) []setting {
-	c, _ := cmd.Metadata[configFlag].(*Config) // set, since WithConfig made the command
+	c, _ := cmd.Metadata[configFlag].(*Config) // never nil, because WithConfig made the command
 	var all []setting
 	for _, f := range settable(cmd.Flags) {
 		s := setting{Name: f.Names()[0], Value: f.Get(), From: "default"}
@@ -173,7 +173,7 @@ const durationPattern = `^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$`
 
 // configSchema returns the JSON schema of a command's configuration file.
 func configSchema(program string, cmd *ucli.Command) map[string]any {
-	c, _ := cmd.Metadata[configFlag].(*Config) // set, since WithConfig made the command
+	c, _ := cmd.Metadata[configFlag].(*Config) // never nil, because WithConfig made the command
 	text := map[string]any{"type": []string{"string", "number"}}
 	properties := map[string]any{}
 	for _, f := range settable(cmd.Flags) {

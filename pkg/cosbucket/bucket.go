@@ -48,7 +48,7 @@ type backend interface {
 	list(ctx context.Context, prefix string) ([]string, error)
 	// folders returns the names of the top-level folders: the part of each object's name before its first slash.
 	folders(ctx context.Context) ([]string, error)
-	// sibling opens another bucket by the same protocol, on the same server or in the same folder.
+	// sibling opens another bucket by the same protocol, on the same server or in the same parent folder.
 	sibling(ctx context.Context, bucket string) (backend, error)
 	url(name string) string
 	close() error

@@ -24,9 +24,9 @@ const (
 	maxGPUs        = 64
 )
 
-// DriverList has the driver versions that COS names for one build.
+// DriverList has the driver versions that COS names for one COS build.
 type DriverList struct {
-	// Default and Latest are "" if COS names none.
+	// Default and Latest are "" if COS names no such version.
 	Default, Latest string
 	// Branches maps a branch, such as R535, to its version.
 	Branches map[string]string

@@ -118,8 +118,8 @@ func TestEmulator(t *testing.T) {
 		p.Put(t, "cos-tools", name, []byte(text))
 		p.Put(t, "cos-tools-eu", "below/"+name, []byte(text))
 	}
-	// A machine without access rights has a metadata server. Google refuses that server's token even where none is
-	// needed.
+	// The metadata server of a machine without access rights gives a token that Google refuses, even for public buckets.
+	// So the package must not ask that server.
 	metadata := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 		t.Error("the metadata server was asked")
 	}))
@@ -196,7 +196,7 @@ func TestEmulatorStoredCompressed(t *testing.T) {
 	}
 }
 
-// Configured credentials are used.
+// The package sends credentials to Google if they are configured.
 func TestEmulatorCredentials(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")

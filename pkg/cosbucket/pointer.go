@@ -72,7 +72,7 @@ func ParsePointer(text []byte) (Pointer, error) {
 	return p, nil
 }
 
-// ParseToolchainURL parses toolchain_url of old builds: one URL that begins with https://storage.googleapis.com/ or
+// ParseToolchainURL parses toolchain_url of old COS builds: one URL that begins with https://storage.googleapis.com/ or
 // gs://.
 func ParseToolchainURL(text []byte) (Pointer, error) {
 	if len(text) > MaxPointer {

@@ -1,6 +1,6 @@
 // Package fault is the closed list of the ways in which Prebake fails. For each way it defines the exit code, the HTTP
 // status, the retry rule and the metric label. The lowest layer that knows the remedy attaches the kind and a hint.
-// Code above it wraps with %w and branches with [Of], never on text.
+// Code above that layer wraps the error with %w, and decides by its kind ([Of]), never by its text.
 //
 // The package imports no other package of the project.
 package fault

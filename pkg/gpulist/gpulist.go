@@ -257,7 +257,8 @@ func (l *List) find(g GPU) (Chip, bool) {
 	return *found, true
 }
 
-// tellsOpen reports whether any entry of the list has the feature kernelopen.
+// tellsOpen reports whether any entry of the list has the feature kernelopen. If none has it, the list says nothing
+// about the open modules.
 func (l *List) tellsOpen() bool { return l != nil && slices.ContainsFunc(l.Chips, Chip.Open) }
 
 // firstTuring is a bound below the PCI device ids of all GPUs with a GSP (TU102, 0x1e02 and up). The open modules need

@@ -176,8 +176,8 @@ func TestDrives(t *testing.T) {
 	}
 }
 
-// TestParseLeavesOut checks that one unreadable entry does not spoil the others. The list is only advice, so the rest
-// of it stays useful.
+// TestParseLeavesOut checks that ParseFile skips an unreadable entry and keeps the others. The list is only advice, so
+// the rest of it stays useful.
 func TestParseLeavesOut(t *testing.T) {
 	t.Parallel()
 	odd := strings.Replace(file, `"chips": [`,
