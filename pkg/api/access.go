@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Token describes an access token of the server. Only the answer to its creation contains the secret.
+// Token describes an access token of the server.
 type Token struct {
 	ID        string     `json:"id"`
 	Name      string     `json:"name"`
@@ -15,7 +15,7 @@ type Token struct {
 	CreatedAt time.Time  `json:"createdAt"`
 	CreatedBy string     `json:"createdBy"`
 	ExpiresAt time.Time  `json:"expiresAt"`
-	UsedAt    *time.Time `json:"usedAt,omitempty"` // rounded to the hour
+	UsedAt    *time.Time `json:"usedAt,omitempty"` // time of the last use, rounded to the hour
 	RevokedAt *time.Time `json:"revokedAt,omitempty"`
 	// Secret is the value that the holder sends with each request. The server returns it once, in the answer to
 	// CreateToken.
@@ -37,7 +37,7 @@ type AuditEntry struct {
 	Method string    `json:"method"`
 	Path   string    `json:"path"`
 	Status int       `json:"status"`
-	// Request is the id of the request. The server's log and the answer contain the same id.
+	// Request is the id of the request. The server writes this id into its log and into its answer to the caller.
 	Request string `json:"request"`
 	// Source is the network address of the caller.
 	Source string `json:"source"`
@@ -48,7 +48,7 @@ func (c *Client) Tokens(ctx context.Context) (all []Token, err error) {
 	return all, c.call(ctx, http.MethodGet, "/v1/tokens", nil, &all)
 }
 
-// CreateToken makes a token. Only this answer contains the token's secret.
+// CreateToken makes a token. The result contains the token's secret, which no later call returns.
 func (c *Client) CreateToken(ctx context.Context, n NewToken) (t Token, err error) {
 	return t, c.call(ctx, http.MethodPost, "/v1/tokens", n, &t)
 }

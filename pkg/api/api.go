@@ -1,5 +1,5 @@
 // Package api defines the types that server, builder and fetcher exchange over HTTP and through the queue, and a typed
-// client. It holds no rules; the component that owns a rule implements it.
+// client. It decides nothing: the component that owns a rule, such as which artifact a node gets, implements the rule.
 package api
 
 import (
@@ -14,21 +14,21 @@ import (
 // State is the state of a cell of the matrix.
 type State string
 
-// The states of a cell. A build has only these of them: queued, building, published, failed and cancelled.
+// The states of a cell. A build can have only the states queued, building, published, failed and cancelled.
 const (
 	Published   State = "published"   // an artifact exists
 	Building    State = "building"    // a builder works on it
 	Queued      State = "queued"      // a build waits for a builder
 	Failed      State = "failed"      // the last build failed; Class says how
 	Cancelled   State = "cancelled"   // the last build was cancelled
-	Unsupported State = "unsupported" // can never be built; Reason says why
-	Yanked      State = "yanked"      // was published and must not be used any more
-	Quarantined State = "quarantined" // was published and did not load on several nodes
-	Unknown     State = "unknown"     // not requested yet
+	Unsupported State = "unsupported" // the cell can never be built; Reason says why
+	Yanked      State = "yanked"      // an artifact exists, but an operator yanked it
+	Quarantined State = "quarantined" // an artifact exists, but it did not load on several nodes
+	Unknown     State = "unknown"     // nobody has requested a build of the cell, or the kernel is not known; see Reason
 )
 
-// Withdrawn reports whether an artifact of this state exists but must not be used. A node must then neither get it from
-// another place nor compile the driver itself.
+// Withdrawn reports whether an artifact exists but must not be used. A node must then not fetch the artifact from
+// another registry, and must not compile the driver itself.
 func (s State) Withdrawn() bool { return s == Yanked || s == Quarantined }
 
 // Kernel is a kernel of the catalogue.
@@ -36,8 +36,8 @@ type Kernel struct {
 	target.Kernel
 	// Fingerprint is empty until a builder has read the kernel's headers.
 	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
-	// Default, Latest and Branches come from the driver lists of this COS build: gpu_default_version, gpu_latest_version
-	// and gpu_driver_versions.
+	// Default, Latest and Branches come from these files of the COS build: gpu_default_version, gpu_latest_version and
+	// gpu_driver_versions.
 	Default  string            `json:"default,omitempty"`
 	Latest   string            `json:"latest,omitempty"`
 	Branches map[string]string `json:"branches,omitempty"`
@@ -102,14 +102,14 @@ type NewArtifact struct {
 	Kernels []target.Kernel `json:"kernels"`
 }
 
-// MaxBuildLog bounds the log of one build, in bytes. The server refuses a longer log, so builders send only the end of
-// it.
+// MaxBuildLog bounds the log of one build, in bytes. The server refuses a longer log. A builder therefore sends only
+// the last MaxBuildLog bytes of such a log.
 const MaxBuildLog = 64 << 20
 
-// Bounds of the log of a running build, in bytes: the whole log that the server keeps, and one appended part.
+// Bounds of the log of a running build, in bytes.
 const (
-	MaxLiveLog     = 8 << 20
-	MaxLiveLogPart = 256 << 10
+	MaxLiveLog     = 8 << 20   // of the whole log that the server keeps
+	MaxLiveLogPart = 256 << 10 // of one part that a builder appends
 )
 
 // HeartbeatInterval is the time between two reports of a builder that it works on a build. If several reports are
@@ -225,15 +225,16 @@ type Release struct {
 	BuildID string    `json:"buildId"`
 	SeenAt  time.Time `json:"seenAt"`
 	Kernels []Kernel  `json:"kernels"`
-	// Cells are the cells that somebody asked for, including those of wish lists. A published cell has the time at which
-	// it was published.
+	// Cells are the cells that somebody asked for, including those of wish lists. Ready is the number of published cells.
+	// Open is the number of cells that are queued or being built.
 	Cells []Resolution  `json:"cells"`
 	Ready int           `json:"ready"`
 	Open  int           `json:"open"`
 	Times ReadyDuration `json:"times"`
 }
 
-// ReadyDuration summarises, in seconds, how long cells took from the first sight of their kernel until they were ready.
+// ReadyDuration summarises how long cells took from the first sight of their kernel until they were ready. Count is the
+// number of cells. P50, P90 and P99 are percentiles, and Max is the longest time, all in seconds.
 type ReadyDuration struct {
 	Count int     `json:"count"`
 	P50   float64 `json:"p50"`
@@ -245,8 +246,8 @@ type ReadyDuration struct {
 // Pool is a node pool that may move to another COS build; see [Client.Preflight].
 type Pool struct {
 	Name string `json:"name,omitempty"`
-	// BuildID or GKE names the COS build; the other one is empty. GKE is a GKE version, such as 1.33.5-gke.1080000, and
-	// means the COS build that its nodes boot.
+	// BuildID or GKE names the COS build; the other field is empty. GKE is a GKE version, such as 1.33.5-gke.1080000. It
+	// stands for the COS build that the nodes of this GKE version boot.
 	BuildID string `json:"buildId,omitempty"`
 	GKE     string `json:"gke,omitempty"`
 	Board   string `json:"board"`
@@ -293,14 +294,14 @@ type Problem struct {
 	Hint   string     `json:"hint,omitempty"`
 }
 
-// BuildJob is the form of a build in the queue. [BuildJob.Kind] fixes its River kind.
+// BuildJob describes a build in the queue: it is the argument of a River job of the kind that [BuildJob.Kind] returns.
 type BuildJob struct {
 	Build   int64  `json:"build" river:"unique"`
 	BuildID string `json:"build_id"`
 	Board   string `json:"board"`
 	Driver  string `json:"driver"` // an exact version
 	Flavour string `json:"flavour"`
-	// KernelMirror and DriverMirror say where the inputs are; "" means the builder's own default.
+	// KernelMirror and DriverMirror are the URLs of the buckets with the inputs; "" means the builder's own default.
 	KernelMirror string `json:"kernel_mirror,omitempty"`
 	DriverMirror string `json:"driver_mirror,omitempty"`
 }

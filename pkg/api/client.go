@@ -21,11 +21,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of the answers that the client reads, in bytes. A list of all builds of a large farm has a few MiB. The server
-// bounds the log of a build.
+// Bounds of the answers that the client reads, in bytes. A list of all builds of a large farm has a few MiB. The log of
+// a build needs no bound here, because the server bounds it.
 const (
-	maxAnswer  = 64 << 20
-	maxProblem = 1 << 20
+	maxAnswer  = 64 << 20 // of an answer in JSON
+	maxProblem = 1 << 20  // of an error answer, and of one event
 )
 
 // Client calls a server. It is safe for concurrent use.
@@ -35,20 +35,19 @@ type Client struct {
 	http  *http.Client
 }
 
-// Time limits. The transfer of a log has no total limit; it may take as long as data still moves. idleTimeout ends it
-// after a silence.
+// Time limits. The transfer of a long log may take longer than callTime. So it has no limit in total, and ends only if
+// no data moves for idleTimeout.
 const (
-	callTime    = time.Minute
+	callTime    = time.Minute // of a call whose answer is JSON
 	idleTimeout = time.Minute
 )
 
 // NewClient returns a client of the server at base, such as http://127.0.0.1:8440. The token may be empty if the caller
-// only reads. If hc is nil, NewClient makes an HTTP client that limits each call to one minute. It limits the transfer
-// of a log only to one minute without data.
+// only reads. If hc is nil, NewClient makes an HTTP client that waits at most one minute for an answer to begin.
 func NewClient(base, token string, hc *http.Client) *Client {
 	if hc == nil {
 		transport := cleanhttp.DefaultPooledTransport()
-		transport.ResponseHeaderTimeout = idleTimeout // counts from the moment at which the request body is sent
+		transport.ResponseHeaderTimeout = idleTimeout // counts from the end of the request's body
 		hc = &http.Client{Transport: transport}
 	}
 	return &Client{base: strings.TrimRight(base, "/"), token: func() (string, error) { return token, nil }, http: hc}
@@ -57,7 +56,8 @@ func NewClient(base, token string, hc *http.Client) *Client {
 // maxToken bounds a token, in bytes. Kubernetes' tokens have some 1,500.
 const maxToken = 64 << 10
 
-// ReadToken reads a token from a file, without the white space around it.
+// ReadToken reads a token from a file, without the white space around it. If the file cannot be opened or has no token,
+// the error is of kind Usage.
 func ReadToken(file string) (string, error) {
 	f, err := os.Open(file)
 	if err != nil {
@@ -73,7 +73,7 @@ func ReadToken(file string) (string, error) {
 	}
 	token := strings.TrimSpace(string(raw))
 	if token == "" {
-		return "", fault.New(fault.Usage, "read token: "+file+" is empty", "")
+		return "", fault.New(fault.Usage, "read token: "+file+" is empty", "write the server's token into this file")
 	}
 	return token, nil
 }
@@ -103,7 +103,8 @@ func (c *Client) Artifacts(ctx context.Context) ([]Artifact, error) {
 }
 
 // Question is the input of Resolve. Flavour is auto, proprietary or open; "" means auto. Driver "" means default.
-// Release is the node's own `uname -r`, which the server uses only to refuse a node.
+// Release is what `uname -r` prints on the node. If it differs from the release of the kernel in the catalogue, the
+// answer has no artifact.
 type Question struct {
 	BuildID, Board, Driver, Flavour, Release string
 }
@@ -121,8 +122,8 @@ func (c *Client) Resolve(ctx context.Context, q Question) (Resolution, error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/resolve?"+values.Encode(), nil, &out)
 }
 
-// RequestBuild asks for the build of a cell. If the cell has a queued or running build, or is published, it returns
-// that build.
+// RequestBuild asks for the build of a cell. If a build of the cell is queued or running, or has published the cell,
+// RequestBuild returns that build and starts no other.
 func (c *Client) RequestBuild(ctx context.Context, r BuildRequest) (Build, error) {
 	var out Build
 	return out, c.call(ctx, http.MethodPost, "/v1/builds", r, &out)
@@ -326,7 +327,7 @@ func drain(resp *http.Response) error {
 	return errors.Join(err, resp.Body.Close())
 }
 
-// do sends a request. It returns the answer only if the status is a success.
+// do sends a request. It returns an error in place of an answer whose status is an error; see send for 416.
 func (c *Client) do(ctx context.Context, method, path, contentType string, body io.Reader) (*http.Response, error) {
 	header := http.Header{}
 	if contentType != "" {
@@ -335,8 +336,8 @@ func (c *Client) do(ctx context.Context, method, path, contentType string, body 
 	return c.send(ctx, method, path, header, body)
 }
 
-// send works as do does, with more headers. It also returns an answer of status 416, because a requested range of a log
-// may not exist.
+// send works as do does, with more headers. An answer of status 416 is no error, because [FollowLog] asks for a range
+// of a log, and the log may be shorter than it was.
 func (c *Client) send(
 	ctx context.Context,
 	method, path string,
@@ -387,9 +388,9 @@ func problem(resp *http.Response, fail func(error) error) error {
 	kind, hint := fault.Internal, ""
 	switch {
 	case resp.StatusCode == http.StatusUnauthorized:
-		kind, hint = fault.Unauthorized, "give the server's token"
+		kind, hint = fault.Unauthorized, "name a file with a token of the server in --token-file"
 	case resp.StatusCode == http.StatusForbidden:
-		kind, hint = fault.Forbidden, "give a token that allows this"
+		kind, hint = fault.Forbidden, "name a file with a token that allows this call in --token-file"
 	case resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode >= 500:
 		kind = fault.Transient
 	case resp.StatusCode >= 400:

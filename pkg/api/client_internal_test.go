@@ -7,6 +7,6 @@ import "testing"
 func TestClientBoundsNoTransfer(t *testing.T) {
 	t.Parallel()
 	if got := NewClient("http://server.example", "", nil).http.Timeout; got != 0 {
-		t.Errorf("NewClient().http.Timeout = %v; want none, since it counts for logs, too", got)
+		t.Errorf("NewClient().http.Timeout = %v; want none, because it would also end the transfer of a log", got)
 	}
 }

@@ -11,20 +11,20 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of a list in pages. pageLimit is the number of entries of a page. cellLimit is the number of kernels of a page
-// of cells. maxPages is the number of pages.
+// Bounds of a list that the client reads page by page. A page has at most pageLimit entries. A page of cells has the
+// cells of at most cellLimit kernels. A list has at most maxPages pages.
 const (
 	pageLimit = 1000
 	cellLimit = 100
 	maxPages  = 10000
 )
 
-// Filter selects entries of a list. An empty field matches any entry. A list refuses fields that it does not know; the
-// API's description names the known ones.
+// Filter selects entries of a list. An empty field matches any entry. The server refuses a field that the list does not
+// support. The methods of [Client] name the fields that their lists support.
 type Filter struct {
 	BuildID, Board string
 	Milestone      int
-	// GKE is a GKE version, or the beginning of one, such as 1.33. Only lists of kernels and of cells know it.
+	// GKE is a GKE version, or the beginning of one, such as 1.33.
 	GKE string
 	// Driver is an exact version.
 	Driver  string
@@ -59,7 +59,7 @@ func (f Filter) query(largest int) url.Values {
 // nextLink is the only form of the Link header in which the server names the next page.
 var nextLink = regexp.MustCompile(`^<(/v1/[^>]*)>; rel="next"$`)
 
-// each reads a list page by page, until the caller stops. An error ends the list.
+// each reads a list page by page, until the caller stops. After an error, each yields the error and stops.
 func each[T any](ctx context.Context, c *Client, path string, query url.Values) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		var none T
@@ -98,33 +98,33 @@ func collect[T any](entries iter.Seq2[T, error]) ([]T, error) {
 	return all, nil
 }
 
-// EachKernel reads kernels, newest first. The filter may set build, board and milestone.
+// EachKernel reads kernels, newest first. The filter may set BUILD_ID, board, milestone and GKE version.
 func (c *Client) EachKernel(ctx context.Context, f Filter) iter.Seq2[Kernel, error] {
 	return each[Kernel](ctx, c, "/v1/kernels", f.query(pageLimit))
 }
 
-// EachDriver reads driver versions, newest first.
+// EachDriver reads driver versions, newest first. The filter may set only the page size.
 func (c *Client) EachDriver(ctx context.Context, f Filter) iter.Seq2[DriverRelease, error] {
 	return each[DriverRelease](ctx, c, "/v1/drivers", f.query(pageLimit))
 }
 
-// EachArtifact reads artifacts, newest first. The filter may set all fields but the milestone.
+// EachArtifact reads artifacts, newest first. The filter may set BUILD_ID, board, driver, flavour and state.
 func (c *Client) EachArtifact(ctx context.Context, f Filter) iter.Seq2[Artifact, error] {
 	return each[Artifact](ctx, c, "/v1/artifacts", f.query(pageLimit))
 }
 
-// EachBuild reads builds, newest first. The filter may set all fields.
+// EachBuild reads builds, newest first. The filter may set BUILD_ID, board, milestone, driver, flavour and state.
 func (c *Client) EachBuild(ctx context.Context, f Filter) iter.Seq2[Build, error] {
 	return each[Build](ctx, c, "/v1/builds", f.query(pageLimit))
 }
 
-// EachCell reads the states of cells, those of the newest kernel first. The filter may set build, board, milestone and
-// driver.
+// EachCell reads the states of cells. The cells of the newest kernel come first. The filter may set BUILD_ID, board,
+// milestone, GKE version and driver.
 func (c *Client) EachCell(ctx context.Context, f Filter) iter.Seq2[Resolution, error] {
 	return each[Resolution](ctx, c, "/v1/cells", f.query(cellLimit))
 }
 
-// EachQuarantine reads the artifacts in quarantine, newest first.
+// EachQuarantine reads the artifacts in quarantine, newest first. The filter may set only the page size.
 func (c *Client) EachQuarantine(ctx context.Context, f Filter) iter.Seq2[Quarantine, error] {
 	return each[Quarantine](ctx, c, "/v1/quarantine", f.query(pageLimit))
 }
@@ -141,7 +141,7 @@ func (c *Client) Artifact(ctx context.Context, digest string) (Artifact, error) 
 }
 
 // ReadyTimes summarises how long cells took from the first sight of their kernel until they were ready. It covers the
-// cells that became ready within the last days.
+// cells that became ready within this number of days before now.
 func (c *Client) ReadyTimes(ctx context.Context, days int) (ReadyDuration, error) {
 	var out ReadyDuration
 	return out, c.call(ctx, http.MethodGet, "/v1/ready-times?days="+strconv.Itoa(days), nil, &out)

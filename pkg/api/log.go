@@ -17,7 +17,7 @@ import (
 // BuildLog opens the log of a build. For a running build, it reads the part that exists now. The caller closes the log.
 func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	resp, err := c.do(ctx, http.MethodGet, buildPath(id)+"/log", "", nil) //nolint:bodyclose // by who reads the log
+	resp, err := c.do(ctx, http.MethodGet, buildPath(id)+"/log", "", nil) //nolint:bodyclose // the caller closes the log
 	if err != nil {
 		cancel()
 		return nil, err
@@ -25,11 +25,11 @@ func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) 
 	return stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel), nil
 }
 
-// FollowLog writes a build's log while it grows, until the build has ended. It asks the server once every pause, and
-// keeps asking while the server does not answer. If the log is shorter than before, a new attempt has begun, and
+// FollowLog writes a build's log while it grows, until the build has ended. It waits for pause between two requests,
+// and tries again if the server does not answer. If the log is shorter than before, a new attempt has begun, and
 // FollowLog writes the new log from its beginning. It cannot detect a new attempt whose log outgrows the old one within
-// one pause; it then continues at the old position. FollowLog is a function and no method, so that only programs that
-// call it link it.
+// one pause; it then continues at the old position. FollowLog is a function and not a method of [Client], so that only
+// programs that call it contain its code.
 func FollowLog(ctx context.Context, c *Client, id int64, pause time.Duration, out io.Writer) error {
 	written := int64(0)
 	for {
@@ -88,7 +88,7 @@ func (c *Client) PutBuildLog(ctx context.Context, id int64, log io.Reader) error
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	sent := &idleTimer{r: log, timer: time.AfterFunc(idleTimeout, func() {
-		cancel(fault.New(fault.Transient, "send build log: the server accepts no more", ""))
+		cancel(fault.New(fault.Transient, "send build log: the server has stopped reading the log", ""))
 	})}
 	defer sent.timer.Stop()
 	resp, err := c.do(ctx, http.MethodPut, buildPath(id)+"/log", "text/plain; charset=utf-8", sent)
@@ -98,8 +98,8 @@ func (c *Client) PutBuildLog(ctx context.Context, id int64, log io.Reader) error
 	return drain(resp)
 }
 
-// AppendBuildLog appends to the log of a running build, at an offset in bytes. The error is of kind Mismatch if the log
-// does not end at that offset, or if the build has ended.
+// AppendBuildLog appends a part to the log of a running build. offset is the length of the log before this part, in
+// bytes. The error is of kind Mismatch if the server's log has another length, or if the build has ended.
 func (c *Client) AppendBuildLog(ctx context.Context, id, offset int64, part []byte) error {
 	at := buildPath(id) + "/log?offset=" + strconv.FormatInt(offset, 10)
 	resp, err := c.do(ctx, http.MethodPatch, at, "text/plain; charset=utf-8", bytes.NewReader(part))

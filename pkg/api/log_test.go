@@ -28,7 +28,7 @@ func (s *slow) Read(p []byte) (int, error) {
 	return copy(p, "line\n"), nil
 }
 
-// reader is a server that reads the whole request, or stops reading after some bytes.
+// reader is a server that reads the whole request. If most is above 0, it stops reading after that number of bytes.
 type reader struct{ most int }
 
 func (r reader) RoundTrip(req *http.Request) (*http.Response, error) {

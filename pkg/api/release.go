@@ -15,12 +15,12 @@ type ReleaseSummary struct {
 	SeenAt    time.Time `json:"seenAt"`
 	// Cells counts the cells that somebody asked for, by their state.
 	Cells map[State]int `json:"cells"`
-	// Times summarises how long the ready cells took.
+	// Times summarises how long the ready cells took from the first sight of their kernel.
 	Times ReadyDuration `json:"times"`
 }
 
-// EachRelease reads COS builds, newest first. The filter may set board and milestone. The size of a page counts
-// kernels, and a COS build has one kernel for each board.
+// EachRelease reads COS builds, newest first. The filter may set board and milestone. Its page size is a number of
+// kernels, not of COS builds: a COS build has one kernel for each board.
 func (c *Client) EachRelease(ctx context.Context, f Filter) iter.Seq2[ReleaseSummary, error] {
 	return each[ReleaseSummary](ctx, c, "/v1/releases", f.query(cellLimit))
 }

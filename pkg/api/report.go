@@ -15,8 +15,8 @@ type Outcome string
 // The outcomes of an activation.
 const (
 	Loaded   Outcome = "loaded"    // the driver is loaded and works
-	NotLoad  Outcome = "failed"    // the driver does not work, and the node has none
-	FellBack Outcome = "fell-back" // the driver does not work, and the node uses the one before
+	NotLoad  Outcome = "failed"    // the driver does not work, and the node has no other driver
+	FellBack Outcome = "fell-back" // the driver does not work, and the node uses its former driver again
 )
 
 // NodeReport is a node's report about an artifact that it tried.
@@ -26,11 +26,11 @@ type NodeReport struct {
 	Driver  target.Driver `json:"driver"`
 	Digest  string        `json:"digest"`
 	Outcome Outcome       `json:"outcome" enum:"loaded,failed,fell-back"`
-	// Class is the kind of the fault, and Message its first line. Both are empty if the outcome is Loaded.
+	// Class is the kind of the error, and Message is its first line. Both are empty if the outcome is Loaded.
 	Class   string `json:"class,omitempty"`
 	Message string `json:"message,omitempty"`
-	// Node is the same text in each report of a node, and does not identify the node to anybody: 32 to 64 lower-case hex
-	// digits, such as a hash of its machine id.
+	// Node is a text of 32 to 64 lower-case hex digits, such as a hash of the machine id. A node sends the same text in
+	// each report, so that the server counts the node once. Nobody can tell from the text which node it is.
 	Node string `json:"node"`
 }
 

@@ -19,7 +19,7 @@ type Warning struct {
 	Hint  string `json:"hint,omitempty"`
 	// Build is the number of the last failed build; its log has the details.
 	Build int64 `json:"build"`
-	// Since is the time of the first failure, and LastSeenAt that of the last.
+	// Since is the time of the first failure. LastSeenAt is the time of the last failure.
 	Since      time.Time `json:"since"`
 	LastSeenAt time.Time `json:"lastSeenAt"`
 }

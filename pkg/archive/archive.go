@@ -36,11 +36,11 @@ type Options struct {
 	Bytes int64
 	// Name is the longest path in bytes; 0 means 1024.
 	Name int
-	// Outside is called for a symbolic link that could lead out of the folder. Such a link is then left out. If Outside is
-	// nil, such a link refuses the whole archive.
+	// Outside is called for each symbolic link that could lead out of the folder. Unpack then leaves this link out. If
+	// Outside is nil and there is such a link, Unpack refuses the whole archive.
 	Outside func(name, target string)
-	// Root says that the archive is a root file system. Absolute links are made relative to its root, and devices, pipes
-	// and sockets are left out.
+	// Root says that the archive is a root file system. Unpack then makes absolute links relative to the archive's root,
+	// and leaves devices and pipes out.
 	Root bool
 	// XZTool is the path of an xz program for xz archives; "" means the decoder in Go.
 	XZTool string
@@ -66,7 +66,8 @@ type Stats struct {
 	Bytes                int64
 }
 
-// Unpack writes the tar in r below root, which should be empty.
+// Unpack writes the tar in r below root, which should be empty. If it refuses the archive, the error is of kind
+// Unverified.
 func Unpack(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stats, error) {
 	o = o.withDefaults()
 	src, format, err := Decompress(ctx, r, o.XZTool)
@@ -140,11 +141,11 @@ func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
 	}
 }
 
-// one counts one entry, or one folder that only an entry's name contains. Both count, because both take space on the
-// disk.
+// one counts one entry, or one folder that has no entry of its own because only the name of another entry contains it.
+// Both count, because both take space on the disk.
 func (u *unpacker) one() error {
 	if u.count++; u.count > u.o.Entries {
-		return refuse("read tar: more than %d entries, with the folders in their names", u.o.Entries)
+		return refuse("read tar: more than %d entries, including folders that have no entry of their own", u.o.Entries)
 	}
 	return nil
 }
@@ -183,7 +184,8 @@ func (u *unpacker) entry(ctx context.Context, h *tar.Header, body io.Reader) err
 	return refuse("unpack %q: entry type %q is neither folder, file nor link", name, h.Typeflag)
 }
 
-// cleanName returns the slash-separated path below the root that a tar name stands for.
+// cleanName turns the name of a tar entry into a slash-separated path below the root. It refuses a name that leads out
+// of the root.
 func cleanName(name string, limit int) (string, error) {
 	if len(name) > limit {
 		return "", refuse("unpack %.60q…: name is longer than %d bytes", name, limit)
@@ -218,7 +220,7 @@ func (u *unpacker) folder(name string) error {
 	case errors.Is(err, fs.ErrExist):
 		fi, lerr := u.root.Lstat(name)
 		if lerr == nil && !fi.IsDir() {
-			return refuse("unpack %q: already there, and is not a folder", name)
+			return refuse("unpack %q: the archive's folder already exists as a file or link", name)
 		}
 		err = lerr
 	}
@@ -344,7 +346,7 @@ func (u *unpacker) hardlink(name, target string) error {
 		return err
 	}
 	if !u.files[old] {
-		return refuse("unpack %q: hard link to %q, which is no earlier file of the archive", name, old)
+		return refuse("unpack %q: hard link to %q, which is not an earlier file of the archive", name, old)
 	}
 	if err := u.implied(path.Dir(name)); err != nil {
 		return err
@@ -357,8 +359,9 @@ func (u *unpacker) hardlink(name, target string) error {
 	return nil
 }
 
-// foreign classifies an error in the archive's bytes. A cancelled context, and an error that has a kind already, stay
-// as they are.
+// foreign classifies an error that occurred while the archive was read. Damaged bytes get the kind Unverified. If ctx
+// has ended, foreign returns the cause of that. It does not change an error that has a kind already, or an error of a
+// file on the disk.
 func foreign(ctx context.Context, err error) error {
 	var f *fault.Error
 	if cause := context.Cause(ctx); cause != nil {
@@ -370,7 +373,8 @@ func foreign(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Unverified, err, replace)
 }
 
-// local classifies an error of the local file system.
+// local classifies an error of the local file system. If the name exists already, the archive holds it twice, because
+// the folder was empty at the beginning.
 func local(name string, err error) error {
 	switch {
 	case fault.NoSpace(err):

@@ -35,8 +35,8 @@ const sniffLen = 262
 // 128 MiB.
 const zstdWindow = 128 << 20
 
-// Detect returns the format that the first bytes of a stream show; "" means that they show none. Detect needs 262 bytes
-// to recognise a plain tar, and 6 bytes for the other formats.
+// Detect returns the format of a stream that begins with head; "" means that the format is not known. Detect needs 262
+// bytes to recognise a plain tar, and 6 bytes for the other formats.
 func Detect(head []byte) Format {
 	switch {
 	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
@@ -51,8 +51,8 @@ func Detect(head []byte) Format {
 	return ""
 }
 
-// Decompress returns the tar inside r. The first bytes of r decide how. Close ends the process or decoder that
-// Decompress started; it does not close r.
+// Decompress returns the tar inside r. The first bytes of r decide which decoder it uses. The caller must close the
+// result, which ends the decoder or its process, and does not close r.
 //
 // xzTool is the path of an xz program; "" means the decoder in Go. The program is several times faster, which matters
 // for an archive of gigabytes. If the program fails, the next Read returns the error.
@@ -99,12 +99,13 @@ func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser,
 // dictionary before it reads any data, so the bound is checked first.
 const xzDict = 256 << 20
 
-// xzMemory bounds the memory of an xz program in the same way, with room for its threads.
+// xzMemory is the flag that limits the memory of an xz program. The limit is higher than xzDict, because the program
+// runs several threads.
 const xzMemory = "--memlimit-decompress=1GiB"
 
 // checkXZ bounds the dictionary size that the first block asks for. The block header follows the 12 bytes of the stream
-// header (.xz file format 1.2.1, sections 3.1 and 5.3.1). It holds its own size, flags, up to two optional sizes, and
-// then the filters. LZMA2 is filter 0x21, with one byte of properties.
+// header (.xz file format 1.2.1, sections 3.1 and 5.3.1). The block header holds its own size, flags, up to two optional
+// sizes, and then the filters. LZMA2 is filter 0x21, with one byte of properties.
 func checkXZ(br *bufio.Reader) error {
 	head, _ := br.Peek(12 + 64) // a header with LZMA2 alone is far shorter
 	if len(head) < 14 || head[12] == 0 {
@@ -123,7 +124,7 @@ func checkXZ(br *bufio.Reader) error {
 	if err != nil || id != 0x21 || n != 1 {
 		return refuse("read xz block header: first filter is not LZMA2")
 	}
-	// Section 5.3.1: the size is 2 or 3, shifted left by half the code plus 11.
+	// Section 5.3.1: bit 0 of props chooses 2 or 3, and props/2 + 11 is the number of bits by which it is shifted left.
 	if size := (2 | int64(props&1)) << (props>>1&31 + 11); props > 40 || size > xzDict {
 		return refuse("read xz block header: the dictionary is larger than %d bytes", xzDict)
 	}
@@ -184,9 +185,9 @@ func (p *xzProcess) Close() error {
 	return nil
 }
 
-// refuse returns an error about bytes that this package does not accept.
+// refuse returns an error of kind Unverified about bytes that this package does not accept.
 func refuse(format string, args ...any) error {
 	return fault.Wrap(fault.Unverified, fmt.Errorf(format, args...), replace)
 }
 
-const replace = "the archive is damaged or was tampered with: replace it at its source"
+const replace = "replace the archive at its source: it is damaged, or somebody changed it"

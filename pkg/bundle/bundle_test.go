@@ -206,7 +206,8 @@ func TestPackIsDeterministic(t *testing.T) {
 }
 
 // Published bytes must not change. If this test fails, for example after an update of the compression library, then
-// old inputs get new digests. A tag that names the old digest refuses the new one. PackRecipe must change then, too.
+// old inputs get new digests. Publishing such an artifact again fails, because its tag names the old digest and is
+// never moved. If the new bytes are wanted, PackRecipe must change together with the digests below.
 func TestPackKeepsItsBytes(t *testing.T) {
 	t.Parallel()
 	random := rand.New(rand.NewPCG(1, 2))
@@ -221,8 +222,8 @@ func TestPackKeepsItsBytes(t *testing.T) {
 	want := Layer{Digest: "sha256:2bc114a93918b7497867a88ea9e0b0ba5276194c88404bb0c1af574a2601eb2f",
 		DiffID: "sha256:aad0381547f6cb7ea43043b8c2a0a14d09b019013c034682489f7e23b8a96ce1"}
 	if PackRecipe != "tar-zstd-1" || got.Digest != want.Digest || got.DiffID != want.DiffID {
-		t.Errorf("%s: PackLayer = %s of %s; want %s of %s for tar-zstd-1", PackRecipe, got.Digest, got.DiffID, want.Digest,
-			want.DiffID)
+		t.Errorf("%s: PackLayer = digest %s, diff ID %s; want %s, %s for tar-zstd-1", PackRecipe, got.Digest, got.DiffID,
+			want.Digest, want.DiffID)
 	}
 }
 
@@ -314,7 +315,7 @@ func sampleImage(t testing.TB) (v1.Image, []byte, []byte) {
 func TestImage(t *testing.T) {
 	t.Parallel()
 	img, manifest, config := sampleImage(t)
-	// Fast, because the library's full check reads only gzip layers.
+	// The check is validate.Fast, because the library's full check can read only gzip layers.
 	if err := validate.Image(img, validate.Fast); err != nil {
 		t.Errorf("validate.Image = %v", err)
 	}

@@ -17,7 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Names returns the names of all files, folders and links of a kind of layer below root, for [CheckTree].
+// Names returns the names of all files, folders and links below root, for [CheckTree]. It returns an error if one of
+// them does not belong to a layer of this kind.
 func Names(root *os.Root, kind LayerKind) ([]string, error) {
 	entries, err := listTree(root, kind)
 	if err != nil {
@@ -31,12 +32,12 @@ func Names(root *os.Root, kind LayerKind) ([]string, error) {
 }
 
 // CheckTree checks that an unpacked layer below root still matches the signed config. It packs the files again and
-// compares the diff ID, because equal trees give equal archives. It examines only these names; nil means all files
-// below root. The source of the names need not be trusted, because other names give another archive.
+// compares the diff ID, because equal trees give equal archives. It packs only the entries that names lists; nil means
+// all entries below root. The source of names need not be trusted, because other names give another archive.
 //
-// For a layer of modules, CheckTree returns the SHA-256 digest of each file by its name, of the bytes that it read. If
-// a file was changed or is missing, the error has kind Unverified. If the disk or the machine fails, the error is
-// [fault.Transient].
+// For a layer of modules, CheckTree also returns a map from the name of each file to the SHA-256 digest of the bytes
+// that it read. If a file was changed or is missing, the error is of kind Unverified. If the machine has no more memory
+// or file handles, the error is of kind Transient.
 func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID string,
 	names []string) (map[string]string, error) {
 	files, got, err := digestTree(ctx, root, kind, names)
@@ -82,7 +83,7 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 		}
 		info, err := f.Stat()
 		if err == nil && !info.Mode().IsRegular() {
-			err = fmt.Errorf("%s is no regular file any more", e.name)
+			err = fmt.Errorf("%s is not a regular file any more", e.name)
 		}
 		if err == nil {
 			err = plain(e.name, info)
@@ -90,14 +91,14 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 		if err != nil {
 			return nil, errors.Join(err, f.Close())
 		}
-		if kind != LayerModules { // digests of the others are not needed, and they have ten times as many bytes
+		if kind != LayerModules { // no caller needs digests of the other layers, which have ten times as many bytes
 			return f, nil
 		}
 		return &hashedFile{ReadCloser: f, h: sha256.New(), done: func(digest string) { files[e.name] = digest }}, nil
 	})
 }
 
-// named examines the files with these names, which must be in the archive's order.
+// named returns the entries below root that have these names. The names must be in the archive's order.
 func named(root *os.Root, names []string) ([]entry, error) {
 	if len(names) > maxEntries {
 		return nil, fmt.Errorf("more than %d names", maxEntries)
@@ -128,21 +129,22 @@ func named(root *os.Root, names []string) ([]entry, error) {
 				return nil, err
 			}
 		default:
-			return nil, fmt.Errorf("%s is a %s", name, info.Mode().Type())
+			return nil, fmt.Errorf("%s has file type %s; want a folder, regular file or link", name, info.Mode().Type())
 		}
 		entries = append(entries, e)
 	}
 	return entries, nil
 }
 
-// plain refuses files that [Unpack] never makes and whose difference an archive does not show: files of other owners,
-// files that others may write, and files with setuid, setgid or sticky bits.
+// plain refuses a file that [Unpack] cannot have made, although an archive of it would be the same: a file of another
+// owner, a file that others may write, or a file with a setuid, setgid or sticky bit.
 func plain(name string, info fs.FileInfo) error {
 	if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 || info.Mode().Perm()&0o022 != 0 {
-		return fmt.Errorf("%s has mode %s", name, info.Mode())
+		return fmt.Errorf("%s has mode %s; want a file that only its owner may write, without special bits", name,
+			info.Mode())
 	}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
-		return fmt.Errorf("%s is owned by user %d", name, st.Uid)
+		return fmt.Errorf("%s belongs to user %d; want user %d", name, st.Uid, os.Geteuid())
 	}
 	return nil
 }

@@ -15,10 +15,10 @@ import (
 )
 
 // A delta turns the archive of one layer, the former layer, into the archive of another layer. The new archive is
-// split into chunks of deltaChunk bytes. Each chunk is one zstd frame (RFC 8878) after its length, which has 4 bytes
-// in little endian. The frame's dictionary is raw content without an ID: the bytes of the former archive around the
-// chunk's position, as [window] defines. The command `zstd --patch-from` writes and reads such frames. Neither side
-// needs a whole archive in memory or on the disk.
+// split into chunks of deltaChunk bytes. The delta has, for each chunk, the length of a zstd frame (4 bytes, little
+// endian) and the frame itself (RFC 8878). The frame's dictionary is raw content without an ID: the bytes of the former
+// archive around the chunk's position, as [window] defines. The command `zstd --patch-from` writes and reads such
+// frames. Neither the writer nor the reader of a delta needs a whole archive in memory or on the disk.
 const (
 	// ArtifactTypeDelta is the artifact type of a delta that is attached to an artifact. The delta makes one layer of
 	// that artifact.
@@ -28,10 +28,11 @@ const (
 
 	deltaChunk  = 2 << 20
 	deltaMargin = 1 << 20
-	// maxFrame is the greatest size of a frame in bytes: a chunk that zstd cannot compress.
+	// maxFrame is the greatest size of a frame in bytes: the size for a chunk that zstd cannot compress.
 	maxFrame = deltaChunk + deltaChunk>>8 + 64
 	// deltaSlack bounds the result of a delta, in bytes: at most twice the former layer's size plus deltaSlack.
-	// Anybody may attach a delta, and its result is verified only at its end.
+	// Anybody may attach a delta, and its result is verified only at its end. Without the bound, the result of a hostile
+	// delta could fill the disk before that.
 	deltaSlack = 16 << 20
 )
 
@@ -74,8 +75,9 @@ func WriteDelta(ctx context.Context, from, to io.Reader, w io.Writer) error {
 	}
 }
 
-// UnpackDelta is [Unpack] for a delta. It makes the layer from the former layer's archive, which need not be verified.
-// It succeeds only if the delta has this size and digest and its result has the diff ID.
+// UnpackDelta works as [Unpack] does, but it makes the layer from a delta and from the former layer's archive. That
+// archive need not be verified, because the result is: UnpackDelta succeeds only if the delta has this size and digest,
+// and its result has the diff ID.
 func UnpackDelta(
 	ctx context.Context,
 	delta io.Reader,
@@ -129,7 +131,8 @@ func (d *deltaReader) chunk() error {
 	}
 	n := binary.LittleEndian.Uint32(head[:])
 	if d.last || n == 0 || n > maxFrame {
-		return fault.Errorf(fault.Unverified, "delta has a frame of %d bytes in the wrong place", n)
+		return fault.Errorf(fault.Unverified, "delta has a frame of %d bytes; want 1 to %d bytes, and no frame after the "+
+			"last chunk", n, maxFrame)
 	}
 	if d.buf == nil {
 		d.buf, d.out = make([]byte, 0, maxFrame), make([]byte, 0, deltaChunk)
@@ -172,8 +175,8 @@ func (d *deltaReader) chunk() error {
 }
 
 // window provides the dictionary of each chunk. The dictionary has the former archive's bytes from deltaMargin before
-// the chunk's position to deltaMargin after the chunk. If the archive ends earlier, the dictionary is the same number
-// of bytes at the archive's end.
+// the chunk's position to deltaMargin after the chunk. If the archive ends earlier, the dictionary is the last
+// deltaChunk+2*deltaMargin bytes of the archive.
 type window struct {
 	r     io.Reader
 	buf   []byte
@@ -222,7 +225,7 @@ func noEOF(err error) error {
 	return err
 }
 
-// OpenArchive returns the archive in a packed layer, for [WriteDelta].
+// OpenArchive decompresses a packed layer and returns its archive, for [WriteDelta]. The caller closes the result.
 func OpenArchive(packed io.Reader) (io.ReadCloser, error) {
 	zr, err := newDecoder(packed)
 	if err != nil {
@@ -232,7 +235,7 @@ func OpenArchive(packed io.Reader) (io.ReadCloser, error) {
 }
 
 // TreeArchive packs an unpacked layer into the archive that [Unpack] read, for [UnpackDelta]. It packs the files with
-// these names; nil means all files. The caller closes it.
+// these names; nil means all files. The caller closes the result.
 func TreeArchive(ctx context.Context, root *os.Root, kind LayerKind, names []string) io.ReadCloser {
 	ctx, cancel := context.WithCancel(ctx)
 	r, w := io.Pipe()

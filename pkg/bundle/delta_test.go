@@ -42,7 +42,7 @@ func applyDelta(delta, from []byte) ([]byte, error) {
 	return io.ReadAll(&deltaReader{r: bytes.NewReader(delta), win: &window{r: bytes.NewReader(from)}})
 }
 
-// deltaCases are pairs of byte streams. most is the greatest length of their delta in bytes.
+// deltaCases returns pairs of byte streams. most is the greatest length of the delta from one to the other, in bytes.
 func deltaCases() map[string]struct {
 	from, to []byte
 	most     int
@@ -87,7 +87,7 @@ func TestDelta(t *testing.T) {
 	}
 }
 
-// TestDeltaByZstd compares with the zstd program. zstd must read each frame that [WriteDelta] writes, and
+// TestDeltaByZstd checks the frames with the zstd program. zstd must read each frame that [WriteDelta] writes, and
 // [UnpackDelta] must read the frames that zstd writes.
 func TestDeltaByZstd(t *testing.T) {
 	t.Parallel()
@@ -114,7 +114,7 @@ func TestDeltaByZstd(t *testing.T) {
 		var theirs bytes.Buffer
 		frames, i := makeDelta(t, tc.from, tc.to), 0
 		for to := range slices.Chunk(tc.to, deltaChunk) {
-			// The dictionary as the format defines it, written independently of [window].
+			// The test computes the dictionary by itself, as the format defines it, and does not use [window].
 			end := min(len(tc.from), (i+1)*deltaChunk+deltaMargin)
 			dict := filepath.Join(dir, "dict")
 			if err := os.WriteFile(dict, tc.from[max(0, end-deltaChunk-2*deltaMargin):end], 0o600); err != nil {
@@ -138,7 +138,7 @@ func TestDeltaByZstd(t *testing.T) {
 			t.Errorf("%s: %d bytes of the delta are left", name, len(frames))
 		}
 		if got, err := applyDelta(theirs.Bytes(), tc.from); err != nil || !bytes.Equal(got, tc.to) {
-			t.Errorf("%s: of zstd's frames come %d bytes, %v; want those %d", name, len(got), err, len(tc.to))
+			t.Errorf("%s: the frames of zstd give %d bytes, %v; want the %d original bytes", name, len(got), err, len(tc.to))
 		}
 	}
 }
@@ -229,13 +229,13 @@ func TestUnpackDelta(t *testing.T) {
 	for name, err := range map[string]error{
 		"a byte of the delta changed on the way": second(apply(t, flipped, sum(delta), former, to.DiffID)),
 		"a byte changed before it was digested":  second(apply(t, flipped, sum(flipped), former, to.DiffID)),
-		"the former layer is another":            second(apply(t, delta, sum(delta), other, to.DiffID)),
-		"another layer is wanted":                second(apply(t, delta, sum(delta), former, from.DiffID)),
+		"the former layer was changed":           second(apply(t, delta, sum(delta), other, to.DiffID)),
+		"the wanted diff ID is another":          second(apply(t, delta, sum(delta), former, from.DiffID)),
 		"the delta ends early": second(apply(t, delta[:len(delta)-1], sum(delta[:len(delta)-1]), former,
 			to.DiffID)),
-		"it ends behind a frame": second(apply(t, delta[:4+binary.LittleEndian.Uint32(delta)],
+		"the delta ends after its first frame": second(apply(t, delta[:4+binary.LittleEndian.Uint32(delta)],
 			sum(delta[:4+binary.LittleEndian.Uint32(delta)]), former, to.DiffID)),
-		"there is more of it": second(apply(t, append(slices.Clone(delta), delta...),
+		"the delta is there twice": second(apply(t, append(slices.Clone(delta), delta...),
 			sum(append(slices.Clone(delta), delta...)), former, to.DiffID)),
 	} {
 		if !fault.Is(err, fault.Unverified) {

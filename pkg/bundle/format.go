@@ -10,7 +10,8 @@ const MediaTypeLayer = "application/vnd.oci.image.layer.v1.tar+zstd"
 const FormatVersion = "1"
 
 // Annotations of the manifest. Together they are the whole identity of an artifact. BUILD_IDs are not among them,
-// because one artifact fits every COS build with its fingerprint. A signed kernel match for each COS build says so.
+// because one artifact fits every COS build with its fingerprint. A signed kernel-match statement names each of these
+// COS builds.
 const (
 	AnnotationFormat        = "dev.prebake.format"
 	AnnotationFingerprint   = "dev.prebake.kernel.fingerprint"
@@ -48,6 +49,6 @@ const annotationTitle = "org.opencontainers.image.title"
 // title returns the file name of a layer of this kind.
 func (k LayerKind) title() string { return string(k) + ".tar.zst" }
 
-// ImageRecipe names the way in which a manifest and a config are made from layers. It must change whenever the same
-// layers would give another manifest.
+// ImageRecipe is the version of the code that makes a manifest and a config from layers. Change it whenever equal layers
+// would give another manifest.
 const ImageRecipe = "image-3"

@@ -91,8 +91,7 @@ func Tag(id Identity) string {
 	return id.Driver.String() + "-" + id.Fingerprint.Short()
 }
 
-// KernelTag returns the tag by which a node without a server finds the
-// artifact for its COS build.
+// KernelTag returns the tag by which a node without a server finds the artifact for its COS build.
 func KernelTag(k target.Kernel, d target.Driver) string {
 	return strings.Join([]string{"cos", k.BuildID, k.Board, d.String()}, "-")
 }

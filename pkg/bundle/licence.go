@@ -10,9 +10,9 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Annotations of the manifest about the licences of its parts. The flavour alone decides their values. So equal inputs
-// give equal digests, whatever an operator allows. Artifacts that were published before these annotations existed have
-// none.
+// Annotations of the manifest about the licences of the artifact's parts. The flavour alone decides their values, not
+// what an operator allows. So equal inputs give equal digests. Artifacts that were published before these annotations
+// existed do not have them.
 const (
 	AnnotationModulesLicence   = "dev.prebake.licence.modules"
 	AnnotationUserspaceLicence = "dev.prebake.licence.userspace"
@@ -87,7 +87,8 @@ func (l Licence) annotations() map[string]string {
 	}
 }
 
-// checkLicence returns an error if a manifest's licences are not those of its flavour.
+// checkLicence returns an error if an annotation names another licence than the flavour has. An annotation may be
+// missing, because older artifacts have none.
 func checkLicence(m *v1.Manifest, f target.Flavour) error {
 	for key, want := range LicenceOf(f).annotations() {
 		if have, ok := m.Annotations[key]; ok && have != want {
@@ -98,10 +99,10 @@ func checkLicence(m *v1.Manifest, f target.Flavour) error {
 }
 
 // RestrictionOf returns the level that an operator must allow before everybody may read the content of this manifest.
-// The manifest is an artifact of Prebake, or a manifest attached to one with the same annotations, such as debug
-// symbols. Other manifests need RedistributeNone. Only the annotations decide: other content or the manifest's length
-// cannot lower the level. If the annotations cannot be parsed, the content is unknown, and RestrictionOf returns
-// RedistributeAll.
+// For an artifact of Prebake, the flavour in the annotations decides. This also holds for a manifest that is attached
+// to an artifact and has the same annotations, such as debug symbols. Every other manifest needs RedistributeNone. Other
+// content of the manifest, or its length, cannot lower the level. If the annotations or the flavour cannot be parsed,
+// the content is unknown, and RestrictionOf returns RedistributeAll.
 func RestrictionOf(manifest []byte) Redistribution {
 	var m struct {
 		Annotations map[string]any `json:"annotations"`

@@ -63,7 +63,7 @@ func TestOtherTermsThanTheFlavourHas(t *testing.T) {
 		restriction    Redistribution
 	}{
 		{"as written", "", "", fault.Internal, RedistributeUserspace},
-		{"none stated, as before there were any", `"dev.prebake.redistribution":"userspace",`, "", fault.Internal,
+		{"no annotation of the level, as in old artifacts", `"dev.prebake.redistribution":"userspace",`, "", fault.Internal,
 			RedistributeUserspace},
 		{"free for all", `"dev.prebake.redistribution":"userspace"`, `"dev.prebake.redistribution":"none"`, fault.Unverified,
 			RedistributeUserspace},

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// MaxManifest is the greatest size in bytes of a manifest or a config. Prebake's have about 2 KB.
+// MaxManifest is the greatest size in bytes of a manifest or a config. Those that Prebake makes have about 2 KB.
 const MaxManifest = 1 << 20
 
 // ContentLayer describes one layer of a published artifact.
@@ -25,7 +25,7 @@ type ContentLayer struct {
 	Size int64
 }
 
-// Content is the content of an artifact's manifest and config.
+// Content is what [ParseManifest] reads from an artifact's manifest and config.
 type Content struct {
 	Identity Identity
 	// Layers are in manifest order: modules, user space, firmware.
@@ -34,7 +34,7 @@ type Content struct {
 	Config string
 }
 
-// Layer returns the layer of this kind.
+// Layer returns the layer of this kind, or the zero value if there is none.
 func (c Content) Layer(kind LayerKind) ContentLayer {
 	for _, l := range c.Layers {
 		if l.Kind == kind {
@@ -67,8 +67,8 @@ func DriverOf(manifest []byte) (target.Driver, error) {
 }
 
 // ParseManifest parses an artifact's manifest and config. It refuses everything that this package would not have
-// written: another kind of image, other layers, or a config that does not belong to the manifest. The caller has
-// compared the manifest's bytes with its digest.
+// written: another kind of image, other layers, or a config that does not belong to the manifest. The caller must have
+// compared the manifest's bytes with its digest before.
 func ParseManifest(manifest, config []byte) (Content, error) {
 	c, err := parseManifest(manifest, config)
 	if err != nil {
@@ -129,7 +129,7 @@ func decodeManifest(manifest []byte) (*v1.Manifest, error) {
 	case m.SchemaVersion != 2 || m.MediaType != types.OCIManifestSchema1:
 		return nil, fmt.Errorf("schema %d, media type %.80q: want an OCI image manifest", m.SchemaVersion, m.MediaType)
 	case m.Subject != nil || m.ArtifactType != "":
-		return nil, errors.New("the manifest refers to another artifact, or has another artifact type")
+		return nil, errors.New("the manifest has a subject or an artifact type; want neither of them")
 	case m.Config.MediaType != types.OCIConfigJSON:
 		return nil, fmt.Errorf("config has media type %.80q; want %s", m.Config.MediaType, types.OCIConfigJSON)
 	case m.Config.Size <= 0 || m.Config.Size > MaxManifest:
@@ -169,7 +169,7 @@ func checkHash(h v1.Hash) error {
 // decode parses exactly one JSON value without unknown fields.
 func decode(data []byte, v any) error {
 	if len(data) > MaxManifest {
-		return fmt.Errorf("%d bytes; at most %d are read", len(data), MaxManifest)
+		return fmt.Errorf("%d bytes; want at most %d", len(data), MaxManifest)
 	}
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.DisallowUnknownFields()

@@ -32,7 +32,7 @@ const (
 	windowSize = 8 << 20 // zstd's window for packing and unpacking; it bounds the memory of unpacking
 )
 
-// PackRecipe names the way in which layers are packed. It must change whenever the same input would give other bytes,
+// PackRecipe is the version of the code that packs layers. Change it whenever equal input would give other bytes,
 // because caches of packed layers use it in their keys.
 const PackRecipe = "tar-zstd-1"
 
@@ -41,9 +41,10 @@ type Layer struct {
 	Kind LayerKind
 	// Path is the file with the compressed bytes.
 	Path string
-	// Digest is the digest of the compressed bytes. DiffID is the digest of the tar in them.
+	// Digest is the digest of the compressed bytes. DiffID is the digest of the tar that was compressed.
 	Digest, DiffID string
-	Size           int64
+	// Size is the number of compressed bytes.
+	Size int64
 }
 
 // entry is one name in a layer.
@@ -132,7 +133,7 @@ func listTree(src *os.Root, kind LayerKind) ([]entry, error) {
 				return err
 			}
 		default:
-			return fmt.Errorf("%s is a %s: only folders, regular files and links can be packed", name, info.Mode().Type())
+			return fmt.Errorf("%s has file type %s; want a folder, regular file or link", name, info.Mode().Type())
 		}
 		if err := checkName(name); err != nil {
 			return err
@@ -168,7 +169,7 @@ func checkPlace(kind LayerKind, name string, dir bool) error {
 		ok = top != "drivers" && top != "firmware"
 	}
 	if !ok {
-		return fmt.Errorf("%s does not belong into a layer of kind %q", name, kind)
+		return fmt.Errorf("%s does not belong in a layer of kind %q", name, kind)
 	}
 	return nil
 }
@@ -212,7 +213,7 @@ func copyIn(ctx context.Context, tw *tar.Writer, e entry, open func(entry) (io.R
 	defer f.Close()
 	n, err := io.Copy(tw, &ctxReader{ctx: ctx, r: f})
 	if err == nil && n != e.size {
-		err = fmt.Errorf("changed while it was read: it has %d bytes, and had %d", n, e.size)
+		err = fmt.Errorf("the file changed while it was read: it had %d bytes before, and has %d bytes now", e.size, n)
 	}
 	return err
 }
@@ -233,9 +234,9 @@ func checkName(name string) error {
 	return nil
 }
 
-// checkLink accepts relative links that stay inside the tree. ".." is allowed only at the beginning. The parents of a
-// link are real folders, so a leading ".." stays in them. A ".." after a name could lead out of the target of another
-// link.
+// checkLink accepts relative links that stay inside the tree. ".." is allowed only at the beginning of the target. The
+// parents of a link are real folders, so a leading ".." leads to one of them. A ".." after a name is refused: the name
+// could be another link, and the ".." would then leave the folder to which that link leads.
 func checkLink(name, link string) error {
 	bad := func(why string) error { return fmt.Errorf("link %s -> %.80q %s", name, link, why) }
 	if link == "" || len(link) > maxName || path.IsAbs(link) || strings.ContainsAny(link, "\x00\\\n\r") {
@@ -266,7 +267,7 @@ func (c *countHash) Write(p []byte) (int, error) {
 
 func (c *countHash) digest() string { return ocidigest.NewDigest(ocidigest.SHA256, c.h).String() }
 
-// ctxReader stops reading when its context ends. It lives for one call.
+// ctxReader stops reading when its context ends. It may hold a context, because it is used only during one call.
 type ctxReader struct {
 	ctx context.Context
 	r   io.Reader

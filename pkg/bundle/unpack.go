@@ -50,7 +50,7 @@ func unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, siz
 	return nil
 }
 
-// check reads to the end, and compares the bytes with the digest and size in the manifest.
+// check reads the stream to its end, and compares the bytes with the digest and size in the manifest.
 func (m *meter) check(wantDigest string, size int64) error {
 	if m.err != nil {
 		// The source failed, so an error of the parsers is only a consequence.
@@ -63,11 +63,11 @@ func (m *meter) check(wantDigest string, size int64) error {
 	}
 	switch got := m.digest(); {
 	case m.over:
-		return fault.Errorf(fault.Unverified, "it is longer than the %d bytes that the manifest says", size)
+		return fault.Errorf(fault.Unverified, "the stream is longer than the %d bytes that the manifest says", size)
 	case m.n != size:
-		return fault.Errorf(fault.Unverified, "it has %d bytes; the manifest says %d", m.n, size)
+		return fault.Errorf(fault.Unverified, "the stream has %d bytes; the manifest says %d", m.n, size)
 	case got != wantDigest:
-		return fault.Errorf(fault.Unverified, "it has digest %s; the manifest says %s", got, wantDigest)
+		return fault.Errorf(fault.Unverified, "the stream has digest %s; the manifest says %s", got, wantDigest)
 	}
 	return nil
 }
@@ -188,7 +188,7 @@ func (x *extractor) check(hdr *tar.Header) (string, error) {
 	// The parent must be a folder in this archive, which this code has created or checked. So no entry can go through
 	// a link.
 	if parent := path.Dir(name); parent != "." && x.seen[parent] != tar.TypeDir {
-		return "", fmt.Errorf("%s comes before its folder, or without it", name)
+		return "", fmt.Errorf("%s has no entry for its folder before it", name)
 	}
 	return name, nil
 }
@@ -220,8 +220,8 @@ func (x *extractor) write(name string, hdr *tar.Header, r io.Reader) error {
 	return errors.Join(err, f.Chmod(mode), f.Close())
 }
 
-// early makes the kernel start to write a large file to the disk while more of it is being unpacked. So the sync at
-// the end takes less time.
+// early tells the kernel to write a large file to the disk while the rest of the file is still being unpacked. So the
+// sync after unpacking takes less time.
 type early struct {
 	f     *os.File
 	n, at int64 // bytes that were written, and bytes whose write to the disk was started

@@ -165,10 +165,10 @@ func TestUnpackVerifies(t *testing.T) {
 	}{
 		{"good", packed, sum(packed), sum(plain), int64(len(packed)), ""},
 		{"padding only", compress(t, padded), sum(compress(t, padded)), sum(padded), int64(len(compress(t, padded))), ""},
-		{"flipped byte", flipped, sum(packed), sum(plain), int64(len(packed)), "it has digest"},
+		{"flipped byte", flipped, sum(packed), sum(plain), int64(len(packed)), "stream has digest"},
 		{"one byte short", packed[:len(packed)-1], sum(packed), sum(plain), int64(len(packed)), "bytes; the manifest says"},
 		{"one byte more", append(bytes.Clone(packed), 0), sum(packed), sum(plain), int64(len(packed)), "longer than"},
-		{"empty", nil, sum(packed), sum(plain), int64(len(packed)), "it has 0 bytes"},
+		{"empty", nil, sum(packed), sum(plain), int64(len(packed)), "stream has 0 bytes"},
 		{"another tar", packed, sum(packed), sum(padded), int64(len(packed)), "unpacked layer has digest"},
 		{"data behind the archive", compress(t, behind), sum(compress(t, behind)), sum(behind),
 			int64(len(compress(t, behind))), "behind the end"},

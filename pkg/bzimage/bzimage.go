@@ -47,7 +47,7 @@ func Linked(image []byte) ([]byte, error) {
 	}
 	from := (sectors+1)*512 + uint64(le.Uint32(image[atPayloadOffset:]))
 	size := uint64(le.Uint32(image[atPayloadLength:]))
-	const trailer = 4 // the size of the decompressed kernel
+	const trailer = 4 // number of bytes at the end of the payload that hold the size of the decompressed kernel
 	if size < trailer || from+size > uint64(len(image)) {
 		return nil, bad("the payload has %d bytes from offset %d on; the file has %d bytes", size, from, len(image))
 	}
@@ -70,7 +70,7 @@ func Linked(image []byte) ([]byte, error) {
 		defer zr.Close()
 		packed = zr
 	case bytes.HasPrefix(payload, []byte{0x1f, 0x8b}):
-		// A gzip stream ends with the size itself, so the image appends no other size.
+		// The last four bytes of a gzip stream are this size, so a kernel build appends no other size.
 		zr, err := gzip.NewReader(bytes.NewReader(image[from : from+size]))
 		if err != nil {
 			return nil, bad("decompress: %v", err)

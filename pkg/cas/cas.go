@@ -11,8 +11,8 @@
 // A caller must not write to a path that the cache returned. Trim removes entries that were unused for a long time, but
 // none that a living process has obtained.
 //
-// The package does not download, and does not decide what is worth keeping. It does not support a folder that several
-// machines share over a network, unless flock works there.
+// The package does not download, and does not decide what is worth keeping. Several machines may share the folder over
+// a network only if flock works on that file system.
 package cas
 
 import (
@@ -47,7 +47,7 @@ const (
 	workDir   = "work"   // work/<owner>/… holds the folders of TempDir
 	ownersDir = "owners" // <owner>.lock is locked by flock while the owner's process lives
 	locksDir  = "locks"  // one lock file for each tree that was ever made
-	usesDir   = "uses"   // <kind>@<key> records the last use of a blob or tree, and who uses it
+	usesDir   = "uses"   // <kind>@<key> records the last use of a blob or tree, and whether a process uses it now
 )
 
 // maxFact bounds the value of a fact, in bytes.
@@ -66,7 +66,7 @@ type Cache struct {
 	// Notify receives a line of text about each damaged tree that is made again. nil means no notice. Set it before the
 	// first use.
 	Notify func(text string)
-	// Count is called for each lookup, with the kind ("blob", a tree's kind, or "fact:" and a fact's kind) and whether the
+	// Count is called for each lookup. kind is "blob", a tree's kind, or "fact:" and a fact's kind. hit says whether the
 	// cache had the entry. nil means no call. Set it before the first use. Count may be called concurrently.
 	Count func(kind string, hit bool)
 
@@ -115,7 +115,7 @@ func open(dir string) (*Cache, error) {
 	}
 	c := &Cache{dir: dir, owner: strings.TrimSuffix(filepath.Base(f.Name()), ".lock"), lock: flock.New(f.Name())}
 	if ok, err := c.lock.TryLock(); err != nil || !ok {
-		return nil, fmt.Errorf("open cache %s: lock own owner file: %t, %w", dir, ok, err)
+		return nil, fmt.Errorf("open cache %s: lock the owner file of this process: locked %t, %w", dir, ok, err)
 	}
 	for _, d := range []string{c.tmp(), c.work()} {
 		if err := os.Mkdir(d, 0o755); err != nil {
@@ -199,7 +199,8 @@ func (c *Cache) blobPath(digest string) string {
 }
 
 // PutBlob stores the bytes of r, and returns their digest and size. If want is not "" and the bytes have another
-// digest, the error is of kind Checksum, and nothing is stored. If the blob want is stored already, r is not read.
+// digest, the error is of kind Checksum, and nothing is stored. If the cache has the blob want already, PutBlob does
+// not read r.
 func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest string, size int64, err error) {
 	if want != "" {
 		if !digestPattern.MatchString(want) {
@@ -226,7 +227,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 		err = f.Chmod(0o444)
 	}
 	if err == nil {
-		err = f.Sync() // Blob does not check the bytes again
+		err = f.Sync() // the bytes must survive a power cut, because Blob does not check them again
 	}
 	if cerr := f.Close(); err == nil {
 		err = cerr
@@ -236,7 +237,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	}
 	digest = ocidigest.NewDigest(ocidigest.SHA256, h).String()
 	if want != "" && digest != want {
-		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: content is %s; want %s", digest, want), "")
+		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: content has digest %s; want %s", digest, want), "")
 	}
 	err = c.use(useName(blobKind, strings.TrimPrefix(digest, "sha256:")))
 	if err == nil {
@@ -282,7 +283,7 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 		return fmt.Errorf("verify blob %s: %w", digest, err)
 	}
 	if got := ocidigest.NewDigest(ocidigest.SHA256, h).String(); got != digest {
-		bad := fault.New(fault.Checksum, fmt.Sprintf("verify blob %s: content is %s", digest, got),
+		bad := fault.New(fault.Checksum, fmt.Sprintf("verify blob %s: content has digest %s", digest, got),
 			"run the command again: the damaged blob was removed; check the disk of "+c.dir)
 		return errors.Join(bad, os.Remove(path))
 	}
@@ -358,14 +359,14 @@ func (c *Cache) Tree(ctx context.Context, kind, key string,
 	return path, false, nil
 }
 
-// PutFact stores a small value under a key; the key may be any text.
+// PutFact stores a value of at most maxFact bytes under a key. The kind must be a file name; the key may be any text.
 func (c *Cache) PutFact(kind, key string, value []byte) error {
 	if !keyPattern.MatchString(kind) || len(value) > maxFact {
 		return fault.New(fault.Internal,
-			fmt.Sprintf("remember %q: not a file name, or %d bytes are too many", kind, len(value)), "")
+			fmt.Sprintf("store fact: kind %q is not a file name, or the value of %d bytes is too large", kind, len(value)), "")
 	}
 	if err := c.writeFile(c.factPath(kind, key), append(factSum(value), value...)); err != nil {
-		return disk(fmt.Errorf("remember: %w", err))
+		return disk(fmt.Errorf("store fact: %w", err))
 	}
 	return nil
 }
@@ -425,8 +426,8 @@ func (c *Cache) factPath(kind, key string) string {
 	return filepath.Join(c.dir, factsDir, kind, hex.EncodeToString(sum[:]))
 }
 
-// TempDir makes an empty folder on the cache's file system. It is removed by cleanup, by Close, or by the next Open
-// after this process has died.
+// TempDir makes an empty folder on the cache's file system. The caller removes it with cleanup. Close also removes it,
+// and after a crash of this process the next Open does.
 func (c *Cache) TempDir(prefix string) (dir string, cleanup func() error, err error) {
 	dir, err = os.MkdirTemp(c.work(), strings.TrimSuffix(prefix, "-")+"-*")
 	if err != nil {

@@ -347,7 +347,7 @@ func TestFacts(t *testing.T) {
 	c := open(t, dir)
 	key := "https://example.com/a b?c\nmd5:00"
 	if _, ok := c.Fact("fetched", key); ok {
-		t.Error("an empty cache recalls something")
+		t.Error("Fact of an empty cache found a value")
 	}
 	for _, value := range []string{"one", "two"} {
 		if err := c.PutFact("fetched", key, []byte(value)); err != nil {
@@ -375,7 +375,7 @@ func TestFacts(t *testing.T) {
 		}
 	}
 	if err := c.PutFact("../x", key, nil); err == nil {
-		t.Error("Remember accepted ../x as a kind")
+		t.Error("PutFact accepted ../x as a kind")
 	}
 }
 
@@ -457,7 +457,8 @@ func TestDigestTree(t *testing.T) {
 		return sum
 	}
 	base := make(func(string) error { return nil })
-	// Published artifacts are found by digests of this scheme. If the value changes here, none of them is found again.
+	// Builders find published artifacts by digests of this scheme. If this digest changes, they find no artifact that was
+	// published before.
 	if want := "sha256:2455ddcd1a936088c1f4af695e2e4c9ed47b9ac301187d189ed5793e79785096"; base != want {
 		t.Errorf("DigestTree = %s; want %s", base, want)
 	}

@@ -57,9 +57,9 @@ func (k *Key) Differs(other *Key) string {
 // keyKind is the kind of the facts that [Cache.Used] stores.
 const keyKind = "keys"
 
-// MissReason returns the reason for which an entry must be made: the name of the first part in which its key differs
-// from the last key that was used for the same thing. It returns "" if there was no last key, or if the keys are equal
-// and the entry was removed.
+// MissReason explains why the cache lacks an entry. It compares the entry's key with the key that [Cache.Used] stored
+// last for the same text about. It returns the name of the first part in which the keys differ. It returns "" if no key
+// was stored, or if the keys are equal because the entry was removed.
 func (c *Cache) MissReason(about string, key *Key) string {
 	raw, ok := c.Fact(keyKind, about)
 	var last Key
@@ -69,8 +69,9 @@ func (c *Cache) MissReason(about string, key *Key) string {
 	return key.Differs(&last)
 }
 
-// Used stores the key of an entry that was made or found, for MissReason. It ignores errors such as a full disk. Such
-// an error costs only a reason, and whoever needs the space reports it anyway.
+// Used stores the key of an entry that was made or found, for MissReason. The text about names what the entry is for.
+// Used ignores errors such as a full disk: they only make a later MissReason less exact, and the next entry that is
+// written to the full disk reports the error.
 func (c *Cache) Used(about string, key *Key) {
 	if raw, err := json.Marshal(key.parts); err == nil {
 		_ = c.PutFact(keyKind, about, raw)

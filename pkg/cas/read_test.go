@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestTreeIsReadOnce checks when a process reads a tree again: if any metadata of its files changed, and whenever the
-// caller asks for it.
+// TestTreeIsReadOnce checks that a tree with unchanged content is not made again, whatever its files' times are. A
+// change of the content is found even if size and times are as before.
 func TestTreeIsReadOnce(t *testing.T) {
 	t.Parallel()
 	cache, err := cas.Open(t.TempDir())
@@ -64,6 +64,6 @@ func TestTreeIsReadOnce(t *testing.T) {
 		t.Errorf("Recheck of a damaged tree = %v; want transient", err)
 	}
 	if _, cached := tree(); cached || made != 2 {
-		t.Errorf("a damaged tree is taken: made %d times", made)
+		t.Errorf("Tree returned a damaged tree: it was made %d times; want 2", made)
 	}
 }

@@ -48,5 +48,5 @@ func (c *Cache) recheck(ctx context.Context, path string, whole bool) error {
 	}
 	return fault.New(fault.Transient,
 		fmt.Sprintf("cached tree %s/%s was damaged while it was in use: %s", kind, key, trouble),
-		"run the command again: it makes the tree again; check the disk of "+c.dir)
+		"run the command again, which makes the tree again; check the disk of "+c.dir)
 }

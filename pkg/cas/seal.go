@@ -15,9 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A seal is the digest of a tree. It is written before the tree gets its name. A later change of the tree does not
-// match the seal, whether a disk error, a power cut or a person made it. Without the seal, changed bytes would be
-// compiled, signed and published.
+// A seal is the digest of a tree. It is written before the tree gets its name. If a disk error, a power cut or a person
+// changes the tree later, the tree no longer matches its seal. Without the seal, changed bytes would be compiled, signed
+// and published.
 
 func (c *Cache) sealPath(kind, key string) string {
 	return filepath.Join(c.dir, sealsDir, kind, key)
@@ -32,8 +32,8 @@ func (c *Cache) seal(ctx context.Context, kind, key, dir string) error {
 	return c.writeFile(c.sealPath(kind, key), []byte(digest))
 }
 
-// intact reports whether the tree exists and matches its seal. If the tree exists and does not match, trouble says why.
-// An error means that the check was not possible: the context ended, or the tree belongs to another user.
+// intact reports whether the tree exists and matches its seal. If the tree exists and does not match, trouble says what
+// is wrong. An error means that the check was not possible: ctx has ended, or the tree belongs to another user.
 func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, trouble string, err error) {
 	if !isDir(path) {
 		return false, "", nil
@@ -66,7 +66,7 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 		return false, err.Error(), nil
 	}
 	if got != string(want) {
-		return false, fmt.Sprintf("its content is %s, it was made as %.80s", got, want), nil
+		return false, fmt.Sprintf("its content has digest %s; its seal says %.80s", got, want), nil
 	}
 	if again, _ := inodes(path); quiet && again == now { // no file changed during the check
 		c.mu.Lock()
@@ -117,13 +117,13 @@ const tick = time.Second
 
 func foreign(kind, key string, err error) error {
 	return fault.Wrap(fault.Usage, fmt.Errorf("check tree %s/%s: %w", kind, key, err),
-		"run as the user that the cache folder belongs to, or set another cache folder")
+		"run the command as the user that owns the cache folder, or name another folder with --cache")
 }
 
-// discard removes a damaged tree.
+// discard reports a damaged tree and removes it.
 func (c *Cache) discard(kind, key, path, trouble string) error {
 	if c.Notify != nil {
-		c.Notify(fmt.Sprintf("cached tree %s/%s is damaged (%s): making it again; check the disk of %s", kind, key, trouble,
+		c.Notify(fmt.Sprintf("cached tree %s/%s is damaged (%s) and is made again; check the disk of %s", kind, key, trouble,
 			c.dir))
 	}
 	grave, err := os.MkdirTemp(c.tmp(), "damaged-*")

@@ -19,8 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// treeScheme is the beginning of the data of every tree digest. Another scheme has another beginning, and so can never
-// give an equal digest.
+// treeScheme is the first text that is hashed for every tree digest. If the scheme of the digest changes, this text must
+// change, too, so that no digest of the new scheme equals a digest of the old one.
 const treeScheme = "prebake tree 1\n"
 
 // maxWorkers is the largest number of files that are hashed in parallel. More workers would only wait for the disk.
@@ -34,8 +34,8 @@ type treeEntry struct {
 
 // DigestTree returns a digest of the folder's content. For each file and symbolic link, in the order of the paths, it
 // covers path, kind, executable bit, and content or target. It does not cover times, owners, other mode bits and empty
-// folders, nor the slash-separated paths for which skip returns true. An entry that is no folder, file or symbolic link
-// is an error.
+// folders. It leaves out each entry for whose slash-separated path skip returns true. An entry that is no folder, file
+// or symbolic link is an error.
 func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (string, error) {
 	var entries []treeEntry
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {

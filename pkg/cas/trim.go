@@ -62,13 +62,13 @@ type Trimmed struct {
 // entry is something in the cache that can be removed alone.
 type entry struct {
 	kind, path string
-	use        string // name in uses/; "" means that the modification time of the file itself counts
+	use        string // name of the stamp in uses/; "" means no stamp: the entry's own modification time is its last use
 	seal       string // path of the seal, which is removed together with the entry
 	used       time.Time
 	bytes      int64
 }
 
-// rank is the order in which kinds are removed; the lowest comes first.
+// rank is the order in which Trim removes entries; the lowest rank comes first.
 func (e entry) rank() int {
 	if strings.HasPrefix(e.kind, factKind) {
 		return 1
@@ -107,8 +107,8 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 	return kinds, nil
 }
 
-// stamped reports whether the entry has a file in uses/. Entries from before these files were introduced have none, and
-// a lock on the file would create it with the current time.
+// stamped reports whether the entry has a stamp. An entry of an older version of the program has none. lockUse would
+// create the stamp with the current time, and the entry would then count as used now.
 func (c *Cache) stamped(e entry) bool {
 	if e.use == "" {
 		return false
@@ -141,8 +141,7 @@ func tally(entries []entry, busy func(entry) bool) []Kind {
 }
 
 // Trim removes the entries that were unused for the longest time, until the limit is reached. It never removes an entry
-// that a living process has obtained; see Begin. If the process is killed, no entry is left half removed under its
-// name.
+// that a living process has obtained; see Begin. If the process is killed, each entry is either complete or gone.
 func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 	done = &Trimmed{Kinds: []Kind{}}
 	gate := flock.New(filepath.Join(c.dir, "trim.lock"))
@@ -264,7 +263,7 @@ func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err erro
 			})
 		case factsDir:
 			err = each(path, func(kind, path string, _ fs.FileInfo) {
-				_ = each(path, func(_, path string, info fs.FileInfo) { // as above
+				_ = each(path, func(_, path string, info fs.FileInfo) { // an error means that the folder was removed meanwhile
 					all = append(all, entry{kind: factKind + kind, path: path, used: info.ModTime(), bytes: blocks(info)})
 				})
 			})
@@ -324,11 +323,11 @@ func each(dir string, f func(name, path string, info fs.FileInfo)) error {
 func foreignFiles(kind, dir string) (all []entry) {
 	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
-			return nil //nolint:nilerr // gone meanwhile, or not ours to read
+			return nil //nolint:nilerr // the file was removed meanwhile, or this user cannot read it
 		}
 		info, err := d.Info()
 		if err != nil || !info.Mode().IsRegular() || strings.HasSuffix(path, ".lock") || time.Since(info.ModTime()) < fresh {
-			return nil //nolint:nilerr // as above
+			return nil //nolint:nilerr // the file was removed meanwhile
 		}
 		all = append(all, entry{kind: kind, path: path, used: info.ModTime(), bytes: blocks(info)})
 		return nil
@@ -340,7 +339,7 @@ func foreignFiles(kind, dir string) (all []entry) {
 func measure(path string) (bytes int64, files int) {
 	_ = filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
-			return nil //nolint:nilerr // gone meanwhile
+			return nil //nolint:nilerr // the file was removed while measure ran
 		}
 		if info, err := d.Info(); err == nil {
 			bytes += blocks(info)

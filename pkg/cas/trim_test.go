@@ -124,7 +124,7 @@ func TestTrim(t *testing.T) {
 				t.Errorf("Trim = %+v of %d bytes; want %d removed", done, size, want)
 			}
 			if row.limit(size).DryRun && done.Removed != 4 {
-				t.Errorf("dry run = %+v; want it to tell of 4", done)
+				t.Errorf("dry run = %+v; want 4 entries that Trim would remove", done)
 			}
 			// A tree that was removed is made again.
 			if _, cached := mustTree(t, c, "modules", "0"); cached != (len(left) == 4) {
@@ -168,7 +168,7 @@ func TestTrimLeavesWhatIsInUse(t *testing.T) {
 			t.Errorf("%s: Trim = %+v; want %d in use", step.name, done, step.inUse)
 		}
 		if _, err := os.Stat(filepath.Join(dir, "trees/modules/0/a")); err != nil {
-			t.Errorf("%s: what another process has is gone: %v", step.name, err)
+			t.Errorf("%s: Trim removed a tree that another cache uses: %v", step.name, err)
 		}
 	}
 	end() // a second call does nothing
@@ -176,12 +176,12 @@ func TestTrimLeavesWhatIsInUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	if done := mustTrim(t, c, cas.Limit{Bytes: 1}); done.InUse != 0 || done.Removed != 1 {
-		t.Errorf("after the other's end: Trim = %+v; want its tree gone", done)
+		t.Errorf("after Close of the other cache: Trim = %+v; want its tree removed", done)
 	}
 }
 
-// TestTrimAgainstUse checks trees under constant trimming by others. Every caller of Tree gets a complete tree, which
-// stays until the piece of work ends.
+// TestTrimAgainstUse trims a cache all the time while others use it. Every caller of Tree must get a complete tree that
+// stays until the caller's piece of work ends.
 func TestTrimAgainstUse(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -223,8 +223,8 @@ func TestTrimAgainstUse(t *testing.T) {
 	trims.Wait()
 }
 
-// TestTrimWithoutStamps checks that listing does not change a cache that has no stamps yet. Trim uses the times of its
-// entries, also after they were listed.
+// TestTrimWithoutStamps checks a cache whose entries have no stamps, as older versions of the program made it. Kinds
+// and a dry run of Trim create no stamps, so a later Trim still uses the modification times of the entries.
 func TestTrimWithoutStamps(t *testing.T) {
 	t.Parallel()
 	c, dir := aged(t)
@@ -243,7 +243,7 @@ func TestTrimWithoutStamps(t *testing.T) {
 	kinds(t, c)
 	mustTrim(t, c, cas.Limit{Bytes: 1, DryRun: true})
 	if left, err := os.ReadDir(filepath.Join(dir, "uses")); err != nil || len(left) > 0 {
-		t.Errorf("looking left %v, %v", left, err)
+		t.Errorf("Kinds and a dry run of Trim left %v, %v in uses/; want nothing", left, err)
 	}
 	mustTrim(t, c, cas.Limit{OlderThan: 20 * time.Hour})
 	if left, err := os.ReadDir(filepath.Join(dir, "trees/modules")); err != nil || len(left) != 2 ||
@@ -270,7 +270,7 @@ func TestTrimFactsLast(t *testing.T) {
 	size := mustTrim(t, c, cas.Limit{}).Left
 	mustTrim(t, c, cas.Limit{Bytes: size - 100<<10})
 	if _, err := os.Stat(facts[0]); err != nil {
-		t.Errorf("the fact went before trees: %v", err)
+		t.Errorf("Trim removed the fact before the trees: %v", err)
 	}
 	mustTrim(t, c, cas.Limit{OlderThan: 999 * time.Hour})
 	if _, err := os.Stat(facts[0]); err == nil {
@@ -295,8 +295,8 @@ func TestTrimIsBusy(t *testing.T) {
 	}
 }
 
-// TestTrimForeign checks the folder of another program in the cache's folder. It is counted and trimmed file by file,
-// except for fresh files and locks.
+// TestTrimForeign checks the folder of another program in the cache's folder. Kinds counts its files, and Trim removes
+// them one by one. Both leave out fresh files and lock files.
 func TestTrimForeign(t *testing.T) {
 	t.Parallel()
 	c, dir := aged(t)

@@ -13,9 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Each blob and each tree has a file in uses/. The file records three things. Its modification time is the time of the
-// last use of the entry. Its content is the size of the entry. A shared flock on the file says that a living process
-// may be reading the entry. A process that removes the entry takes the lock exclusively, and removes this file last.
+// Each blob and each tree has a file in uses/, which is its stamp. The stamp records three things. Its modification
+// time is the time of the last use of the entry. Its content is the size of the entry. A shared flock on the stamp says
+// that a living process may be reading the entry. A process that removes the entry locks the stamp exclusively, and
+// removes the stamp last.
 
 // Names of kinds that are not kinds of trees.
 const (
@@ -31,9 +32,9 @@ type pin struct {
 	last uint64 // value of the cache's counter at the last use
 }
 
-// Begin marks the beginning of a piece of work, such as one build; end marks its end. An entry that the cache returns
-// stays until all pieces of work have ended that had begun before. If no piece of work had begun, the entry stays until
-// Close.
+// Begin marks the beginning of a piece of work, such as one build; end marks its end. When the cache returns an entry,
+// Trim cannot remove the entry until every piece of work that runs at this moment has ended. If none runs, the entry
+// stays until the next piece of work ends, or until Close.
 func (c *Cache) Begin() (end func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -63,8 +64,8 @@ func (c *Cache) Begin() (end func()) {
 	}
 }
 
-// use stamps an entry with the current time, and locks it against removal. The caller checks afterwards whether the
-// entry exists, because it may be removed before the lock is held.
+// use sets the time of an entry's stamp to the current time, and locks the entry against removal. The caller checks
+// afterwards whether the entry exists, because another process may remove it before use holds the lock.
 func (c *Cache) use(name string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -96,11 +97,12 @@ func (c *Cache) unpin() {
 	}
 }
 
-// errInUse means that a process uses the entry.
+// errInUse means that a process uses the entry, so that it must not be removed now.
 var errInUse = errors.New("in use")
 
-// lockUse opens a file of uses/ and locks it. If another process removed the file between the two steps, the lock
-// protects nothing, and lockUse starts again.
+// lockUse opens a stamp, which it creates if it is missing, and locks it. how is unix.LOCK_SH or unix.LOCK_EX, perhaps
+// with unix.LOCK_NB; then the error is errInUse if another process holds the lock. If another process removed the stamp
+// between the two steps, the lock protects nothing, and lockUse starts again.
 func lockUse(path string, how int) (*os.File, error) {
 	for {
 		f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o644)
@@ -145,9 +147,10 @@ func (c *Cache) size(name, path string) int64 {
 	n, _ := measure(path)
 	info, err := os.Stat(use)
 	if err != nil {
-		return n // not used since stamps were introduced
+		return n // an entry without a stamp: an older version of the program made it
 	}
-	// The file is written in place, because other processes lock this very file. It then gets its old time again.
+	// The stamp is written in place and not replaced, because other processes hold locks on this file. Then it gets its
+	// old time again.
 	if err := os.WriteFile(use, []byte(strconv.FormatInt(n, 10)), 0o644); err == nil {
 		_ = os.Chtimes(use, info.ModTime(), info.ModTime()) // on failure, the entry only counts as used now
 	}

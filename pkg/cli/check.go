@@ -42,7 +42,7 @@ func CheckHelp(program func() *ucli.Command) error {
 	return errors.Join(problems...)
 }
 
-// eachCommand calls f with each command that is not hidden, and its path.
+// eachCommand calls f with each command that is not hidden, and with the names on the way to that command.
 func eachCommand(root *ucli.Command, f func(path []string, cmd *ucli.Command)) {
 	var look func(path []string, cmd *ucli.Command)
 	look = func(path []string, cmd *ucli.Command) {
@@ -90,12 +90,12 @@ func checkExamples(root *ucli.Command, name string, cmd *ucli.Command) (problems
 		t := &typed{cmd: root, flags: root.VisibleFlags(), given: map[string]string{}}
 		for _, word := range words[1:] {
 			if strings.ContainsAny(word[:1], "|>&") {
-				break // the rest is for the shell
+				break // the shell interprets the rest of the line
 			}
 			isFlag := t.pending == nil && !t.ended && strings.HasPrefix(word, "--") && word != "--"
 			if flag, _, _ := strings.Cut(word, "="); isFlag && t.flag(flag) == nil {
 				problems = append(problems,
-					fmt.Errorf("%s: example %q has a flag that is not there: %s", name, strings.TrimSpace(line), word))
+					fmt.Errorf("%s: example %q has a flag that the command lacks: %s", name, strings.TrimSpace(line), word))
 			}
 			t.read(word)
 		}
@@ -111,9 +111,9 @@ func checkExamples(root *ucli.Command, name string, cmd *ucli.Command) (problems
 	return problems
 }
 
-// CompareDocs is for the tests of programs. It compares the documentation that the program's commands generate with the
-// files below a folder, or writes these files. They are a man(1) page for each command, a page with all flags, and the
-// schema of the configuration file.
+// CompareDocs is for the tests of programs. It generates documentation from the program's commands, and compares it
+// with the files below a folder: a man(1) page for each command, a page with all flags, and the schema of the
+// configuration file. It returns an error for each file that differs. If write is true, it replaces these files.
 func CompareDocs(folder string, program func() *ucli.Command, write bool) error {
 	root := program()
 	files := manual(program())
@@ -139,25 +139,26 @@ func CompareDocs(folder string, program func() *ucli.Command, write bool) error 
 				return err
 			}
 		default:
-			problems = append(problems, fmt.Errorf("%s is not what the commands make of it: run make generate", name))
+			problems = append(problems, fmt.Errorf("%s differs from what the commands generate: run make generate", name))
 		}
 	}
 	pages, err := filepath.Glob(filepath.Join(folder, "man", root.Name+"*.1"))
 	for _, page := range pages {
 		if _, ok := files["man/"+filepath.Base(page)]; !ok {
-			problems = append(problems, fmt.Errorf("%s is of no command: remove it", page))
+			problems = append(problems, fmt.Errorf("%s belongs to no command: remove it", page))
 		}
 	}
 	return errors.Join(append(problems, err)...)
 }
 
-// use is one flag, with the commands that have it.
+// use is one row of the page with all flags: a flag, and the commands that have it.
 type use struct {
 	names, value, text, def, kind string
 	commands                      []string
 }
 
-// uses returns the flags of a program in order, one for each pair of name and meaning.
+// uses returns the flags of a program in the order of their names. A flag that differs between commands in meaning,
+// value or default has one entry for each form.
 func uses(root *ucli.Command) []use {
 	var all []use
 	eachCommand(root, func(path []string, cmd *ucli.Command) {
@@ -190,8 +191,8 @@ func flagTable(root *ucli.Command) string {
 	fmt.Fprintf(&b, "# Flags of %s\n\n", root.Name)
 	b.WriteString("Generated from the commands: `make generate`. A flag's environment variable is `PREBAKE_` and its " +
 		"name in\n" +
-		"upper case, with `_` for `-`. A flag beats its variable, the variable beats `--config FILE`, and that the " +
-		"default.\n\n")
+		"upper case, with `_` for `-`. A flag beats its variable, the variable beats `--config FILE`, and the file beats\n" +
+		"the default.\n\n")
 	b.WriteString("| flag | value | meaning | default | commands |\n|---|---|---|---|---|\n")
 	cell := strings.NewReplacer("|", "\\|", "<", "&lt;", "\n", " ").Replace
 	for _, u := range uses(root) {

@@ -53,8 +53,8 @@ func Run(ctx context.Context, root *ucli.Command, args []string, stdout, stderr 
 	return fault.Of(err).ExitCode()
 }
 
-// prepare makes every command of a program report an error as one line and a hint. Without it, the library prints the
-// whole help text after a usage error.
+// prepare makes every command of a program report a usage error as one line and a hint. The library would print the
+// whole help text instead. prepare also adds the checks of [oneVariable], and puts the program's name into descriptions.
 func prepare(root *ucli.Command) {
 	root.ExitErrHandler = func(context.Context, *ucli.Command, error) {}
 	usage := func(_ context.Context, cmd *ucli.Command, err error, _ bool) error {
@@ -106,11 +106,11 @@ func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 	case "text":
 		return slog.New(slog.NewTextHandler(cmd.Root().ErrWriter, opts)), nil
 	}
-	return nil, fault.New(fault.Usage, fmt.Sprintf("log format %q", cmd.String("log-format")),
+	return nil, fault.New(fault.Usage, fmt.Sprintf("read --log-format: unknown format %q", cmd.String("log-format")),
 		"use --log-format text or json")
 }
 
-// readable writes durations as text. Otherwise JSON would have them as plain nanoseconds.
+// readable writes durations as text, such as 1.5s. In JSON they would otherwise be numbers of nanoseconds.
 func readable(_ []string, a slog.Attr) slog.Attr {
 	if a.Value.Kind() == slog.KindDuration {
 		a.Value = slog.StringValue(a.Value.Duration().String())

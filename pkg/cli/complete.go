@@ -24,7 +24,7 @@ type Candidate struct {
 type Place struct {
 	// Command is the path of the command without the program's name, such as "wish-lists show".
 	Command string
-	// Flag is the flag whose value is completed; "" means that the next argument is.
+	// Flag is the flag whose value is completed; "" means that an argument is completed.
 	Flag string
 	// Args are the arguments before the completed one.
 	Args []string
@@ -33,8 +33,8 @@ type Place struct {
 	Value func(flag string) string
 }
 
-// Completer returns the possible values at a place, the most likely ones first. A user waits at the prompt meanwhile,
-// so ctx ends after completeTime.
+// Completer returns the possible values at a place, the most likely values first. A user waits at the prompt for the
+// result, so ctx ends after completeTime.
 type Completer func(ctx context.Context, at Place) []Candidate
 
 const (
@@ -141,15 +141,16 @@ func candidates(ctx context.Context, root *ucli.Command, words []string) []Candi
 	return starting(current, "", append(all, t.values(ctx, "")...))
 }
 
-// plain matches values that need no quotes in a shell. Bash inserts a completion without quotes.
+// plain matches values that need no quotes in a shell. Other values are not offered, because bash inserts a completion
+// without quotes.
 var plain = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,~-]*$`)
 
 // starting returns the candidates that begin with the typed text, with a prefix before each.
 func starting(typed, prefix string, all []Candidate) []Candidate {
 	var out []Candidate
 	for _, c := range all {
-		// The output has one line for each candidate, with a tab after its value, and a terminal prints it. So a control
-		// character is not allowed.
+		// The output has one line for each candidate, with a tab between value and description, and a terminal prints it.
+		// So neither may contain a control character.
 		if strings.HasPrefix(c.Value, typed) && plain.MatchString(c.Value) &&
 			!strings.ContainsFunc(c.About, unicode.IsControl) {
 			out = append(out, Candidate{prefix + c.Value, c.About})
@@ -194,7 +195,8 @@ func takesValue(f ucli.Flag) bool {
 	return ok && doc.TakesValue()
 }
 
-// flag returns the flag with a name, which is given with its dashes. The flag of the innermost command wins.
+// flag returns the flag with a name, which may begin with dashes. If several commands of the path have a flag of this
+// name, the flag of the innermost command wins.
 func (t *typed) flag(name string) ucli.Flag {
 	name = strings.TrimLeft(name, "-")
 	for _, f := range slices.Backward(t.flags) {
@@ -205,7 +207,7 @@ func (t *typed) flag(name string) ucli.Flag {
 	return nil
 }
 
-// names returns the flags that are not given yet, or that may be repeated.
+// names returns the flags that are not on the command line yet, or that may be repeated.
 func (t *typed) names() []Candidate {
 	all, seen := []Candidate{}, map[string]bool{"help": true} // each command has --help, so it comes last
 	for _, f := range t.flags {

@@ -24,14 +24,14 @@ const configFlag = "config"
 
 // Config describes how a command reads its settings from a file.
 type Config struct {
-	// Secrets are the flags whose values are not allowed in the file, because many people may read it. The text names the
-	// setting to use instead, such as "token-file".
+	// Secrets has the flags whose values are not allowed in the file, because many people may read the file. It maps the
+	// name of a flag to what the file should have instead, such as "token-file".
 	Secrets map[string]string
 	// Check returns the errors of settings that do not fit together, each made by [About]. It must not open files or
 	// connections, because "config check" also runs on other machines. nil checks nothing.
 	Check func(*ucli.Command) error
 
-	// places maps each setting that comes from the file to its place there.
+	// places maps each setting whose value comes from the file to its place there, as FILE:LINE.
 	places map[string]string
 }
 
@@ -60,8 +60,8 @@ type flagsError struct {
 // Unwrap returns the error without the names of the flags.
 func (e *flagsError) Unwrap() error { return e.error }
 
-// About marks an error with the flags that it is about. The place of the first of them in the file is the place of the
-// error. A nil err stays nil.
+// About marks an error with the flags that it is about. If the configuration file sets one of these flags, the error is
+// reported with the line of the first such flag. A nil err stays nil.
 func About(err error, flags ...string) error {
 	if err == nil {
 		return nil
@@ -95,7 +95,7 @@ func (c *Config) load(cmd *ucli.Command) error {
 		f.Fields(top, "a mapping of "+want, f.known, f.set)
 	}
 	rest := f.place(c.check(cmd))
-	hint := fmt.Sprintf("to check the file in an editor: %s config schema", cmd.Root().Name)
+	hint := fmt.Sprintf("correct the file; print its schema with: %s config schema", cmd.Root().Name)
 	return errors.Join(append([]error{f.Err("read configuration", hint)}, rest...)...)
 }
 
@@ -123,7 +123,7 @@ func settable(flags []ucli.Flag) []ucli.Flag {
 	})
 }
 
-// known reports whether a key is the name of a flag. If not, it suggests the nearest name.
+// known reports whether a key is the name of a flag. If it is not, known reports a mistake that names the nearest flag.
 func (f *configFile) known(key yamlfile.At) bool {
 	name, flags := key.Node.Value, settable(f.cmd.Flags)
 	if slices.ContainsFunc(flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name }) {
@@ -146,7 +146,8 @@ func (f *configFile) known(key yamlfile.At) bool {
 	return false
 }
 
-// set checks the value of a setting, and sets the flag unless the flag has a value already.
+// set checks the value of a setting. If the flag has no value from the command line or the environment, set then sets
+// the flag.
 func (f *configFile) set(name string, value yamlfile.At) {
 	at := slices.IndexFunc(f.cmd.Flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name })
 	flag := f.cmd.Flags[at]
@@ -254,8 +255,9 @@ func trySet[T, C any, V ucli.ValueCreator[T, C]](flag *ucli.FlagBase[T, C, V], t
 	return f.Set(f.Name, text)
 }
 
-// place adds each error about flags to the mistakes of the file. The place of the error is the flag whose value comes
-// from the file, or whose value in the file is a mistake. place returns the errors that have no place in the file.
+// place adds each error of [About] to the mistakes of the file, at the line that sets one of the error's flags. It
+// prefers a flag whose value comes from the file to a flag whose value in the file was refused. place returns the
+// errors for which the file has no such line.
 func (f *configFile) place(err error) (rest []error) {
 	for _, part := range parts(err) {
 		var about *flagsError
@@ -283,8 +285,8 @@ func (f *configFile) place(err error) (rest []error) {
 	return rest
 }
 
-// parts splits an error into the errors of [About] and all others. Each part gets the kind and the hint of the error
-// around it.
+// parts splits an error into the errors of [About] and all other errors. Each part gets the kind and the hint of the
+// error that wrapped it.
 func parts(err error) []error {
 	switch e := err.(type) { //nolint:errorlint // each layer by itself
 	case nil:

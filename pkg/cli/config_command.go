@@ -15,7 +15,7 @@ import (
 )
 
 // ConfigCommand returns the command "config" for a command of [WithConfig]. It checks the configuration file, shows the
-// resulting settings, and prints the file's schema. of makes the command whose file it is.
+// resulting settings, and prints the file's schema. of returns the command that reads the file.
 func ConfigCommand(of func() *ucli.Command) *ucli.Command {
 	name := of().Name
 	return &ucli.Command{
@@ -73,12 +73,12 @@ Example:
 // action.
 func configured(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.Command) error) error {
 	if cmd.Args().Len() == 0 {
-		return fault.New(fault.Usage, "want a configuration file", "name the file: "+cmd.FullName()+" FILE")
+		return fault.New(fault.Usage, "read configuration: no file is named", "name the file: "+cmd.FullName()+" FILE")
 	}
 	args := []string{cmd.Root().Name, of.Name, "--" + configFlag, cmd.Args().First()}
 	of.Action = func(_ context.Context, run *ucli.Command) error {
 		if extra := run.Args().First(); extra != "" {
-			return fault.New(fault.Usage, fmt.Sprintf("argument %q after the file", extra),
+			return fault.New(fault.Usage, fmt.Sprintf("read configuration: unexpected argument %q after the file", extra),
 				"put -- before the flags of "+of.Name)
 		}
 		return then(run)
@@ -86,7 +86,7 @@ func configured(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.
 	root := &ucli.Command{Name: cmd.Root().Name, Commands: []*ucli.Command{of}}
 	root.Writer, root.ErrWriter = cmd.Root().Writer, cmd.Root().ErrWriter
 	prepare(root)
-	// The context is detached, because the library would find the running command in it.
+	// The context is detached, because the library would otherwise find the running command "config" in it.
 	return root.Run(detached{ctx}, slices.Concat(args, cmd.Args().Tail()))
 }
 
@@ -104,13 +104,13 @@ type setting struct {
 	From string `json:"from"`
 }
 
-// settings returns the settings that the command would run with. args are its flags on the command line.
+// settings returns the settings with which the command would run. args are the command's flags on the command line.
 func settings(cmd *ucli.Command, args []string) []setting {
-	c, _ := cmd.Metadata[configFlag].(*Config) // set, since WithConfig made the command
+	c, _ := cmd.Metadata[configFlag].(*Config) // never nil, because WithConfig made the command
 	var all []setting
 	for _, f := range settable(cmd.Flags) {
 		s := setting{Name: f.Names()[0], Value: f.Get(), From: "default"}
-		if d, ok := s.Value.(fmt.Stringer); ok { // a duration would be a number of nanoseconds
+		if d, ok := s.Value.(fmt.Stringer); ok { // in JSON, a duration would otherwise be a number of nanoseconds
 			s.Value = d.String()
 		}
 		_, secret := c.Secrets[s.Name]
@@ -173,7 +173,7 @@ const durationPattern = `^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$`
 
 // configSchema returns the JSON schema of a command's configuration file.
 func configSchema(program string, cmd *ucli.Command) map[string]any {
-	c, _ := cmd.Metadata[configFlag].(*Config) // set, since WithConfig made the command
+	c, _ := cmd.Metadata[configFlag].(*Config) // never nil, because WithConfig made the command
 	text := map[string]any{"type": []string{"string", "number"}}
 	properties := map[string]any{}
 	for _, f := range settable(cmd.Flags) {

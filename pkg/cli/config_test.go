@@ -160,7 +160,7 @@ func TestConfigMistakes(t *testing.T) {
 				t.Errorf("%s: tool %v = %d, %q, %s; want %q", row.name, args, code, out, errs, row.want)
 			}
 			if strings.Contains(errs, "secret@") || strings.Contains(errs, "abc") {
-				t.Errorf("%s: tool %v tells the secret: %s", row.name, args, errs)
+				t.Errorf("%s: tool %v prints the secret: %s", row.name, args, errs)
 			}
 		}
 	}

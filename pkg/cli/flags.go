@@ -9,15 +9,16 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// Env returns the source for the environment variable of a flag: PREBAKE_ and the flag's name in upper case.
+// Env returns the source that reads the environment variable of a flag. The variable's name is PREBAKE_ and the flag's
+// name in upper case, with _ in place of -.
 func Env(flag string) ucli.ValueSourceChain { return variables(flag) }
 
 func envName(flag string) string {
 	return "PREBAKE_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
-// String returns a flag with a text value, a default, and an environment variable. The name of its value is in back
-// quotes in the usage text; this holds for the functions below, too.
+// String returns a flag with a text value, a default, and an environment variable. In usage, back quotes mark the name
+// of the value, such as `FILE`. The functions below treat usage in the same way.
 func String(name, value, usage string) *ucli.StringFlag {
 	return &ucli.StringFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
 }
@@ -89,8 +90,8 @@ func Range(name string, value, least, most int, usage string) ucli.Flag {
 	return f
 }
 
-// WasCalled makes a flag and its variable also accept an earlier name. If both variables are set and differ, the
-// command ends with an error of kind Usage.
+// WasCalled lets a flag keep its earlier name, too: both as a flag and as an environment variable. If the variables of
+// both names are set and differ, the command ends with an error of kind Usage.
 func WasCalled[T, C any, V ucli.ValueCreator[T, C]](f *ucli.FlagBase[T, C, V], earlier string) *ucli.FlagBase[T, C, V] {
 	f.Aliases = append(f.Aliases, earlier)
 	f.Sources = variables(f.Name, earlier)
@@ -102,14 +103,14 @@ func TrustedRootFlag() ucli.Flag {
 	return String("trusted-root", "", "Sigstore trusted_root.json `FILE`, for keyless signers")
 }
 
-// TrustFlags returns --trusted-root and the flags for the identity that its certificates must have, for commands that
-// verify. The flags have the names that cosign uses.
+// TrustFlags returns --trusted-root and the flags that name the trusted keyless signers, for commands that verify. The
+// flags have the names that cosign uses.
 func TrustFlags() []ucli.Flag {
 	return append(IdentityFlags(),
 		String("certificate-identity-regexp", "", "trust each signer whose whole name matches `PATTERN`"))
 }
 
-// IdentityFlags returns [TrustFlags] without the flags for patterns.
+// IdentityFlags returns [TrustFlags] without --certificate-identity-regexp.
 func IdentityFlags() []ucli.Flag {
 	return []ucli.Flag{
 		TrustedRootFlag(),

@@ -161,7 +161,7 @@ func flagRow(f ucli.Flag) (row [2]string) {
 	return row
 }
 
-// defaultText returns a flag's default. It returns "" for zero and empty values; the usage text explains those.
+// defaultText returns a flag's default. It returns "" for a zero or empty default, which the usage text explains.
 func defaultText(f ucli.DocGenerationFlag) string {
 	if text := f.GetDefaultText(); text != "" {
 		return text
@@ -181,8 +181,9 @@ func defaultText(f ucli.DocGenerationFlag) string {
 	return text
 }
 
-// environment returns the sentence about the flags' environment variables; Env makes their names. Its example is the
-// shortest flag with a dash, if there is one, because it shows how the variable's name replaces the dash.
+// environment returns the sentence about the flags' environment variables; Env makes their names. The sentence has one
+// variable as an example. It prefers the shortest flag with a dash, because the example then shows what replaces the
+// dash in the name of the variable.
 func environment(flags []ucli.Flag) string {
 	var with, without, odd []string
 	var example string

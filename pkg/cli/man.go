@@ -8,8 +8,8 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// manual returns the man(1) pages of a program, one for the program and one for each command, as git has them. Their
-// language is man(7).
+// manual returns the man(1) pages of a program by file name: as for git, one page for the program and one for each
+// command. The pages are written in the language of man(7).
 func manual(root *ucli.Command) map[string]string {
 	root.Commands = append(root.Commands, completionCommands(root)...)
 	prepare(root)
@@ -90,8 +90,8 @@ func eachSynopsis(root, cmd *ucli.Command, f func(words, rest string)) {
 	}
 }
 
-// manText writes a description. If other text comes before it, it begins a new paragraph. Lines that begin with spaces
-// are not changed.
+// manText writes a description. follows says that other text comes before, so that the description must begin a new
+// paragraph. The line breaks of indented lines, such as examples, stay as they are.
 func manText(b *strings.Builder, text string, follows bool) {
 	if text == "" {
 		return

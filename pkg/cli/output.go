@@ -15,7 +15,7 @@ import (
 // formats are the possible values of --output.
 var formats = [...]string{"text", "json", "yaml"}
 
-// OutputFlag returns --output text|json|yaml, for commands that read.
+// OutputFlag returns --output text|json|yaml, for commands that only read.
 func OutputFlag() ucli.Flag {
 	return &ucli.StringFlag{
 		Name: "output", Aliases: []string{"o"}, Value: "text", Usage: "`FORMAT` of the result: text, json or yaml",
@@ -92,7 +92,7 @@ func yamlNode(dec *json.Decoder) (*yaml.Node, error) {
 		if t == '{' {
 			node.Kind, node.Tag = yaml.MappingNode, "!!map"
 		}
-		for dec.More() { // reads keys as values
+		for dec.More() { // in a mapping, keys and values alternate; a key is read as a value is
 			entry, err := yamlNode(dec)
 			if err != nil {
 				return nil, err

@@ -78,6 +78,6 @@ func (b *bar) stop() {
 	if b.pb == nil {
 		return
 	}
-	_ = b.pb.Finish() // as above
+	_ = b.pb.Finish() // a broken terminal cannot show an error
 	b.pb = nil
 }

@@ -16,12 +16,12 @@ var secretQueries = []string{
 	"signature",            // signed URLs of CloudFront, and older ones of S3 and Google
 	"x-goog-signature",     // Google's signed URLs
 	"x-amz-signature",      // AWS's presigned URLs, Signature Version 4
-	"x-amz-security-token", // the session token in such a URL
+	"x-amz-security-token", // the session token in a presigned URL of AWS
 }
 
 // secretURL reports whether a text is a URL with a secret in it: a password before the host, or a
-// secret in the query. A text that looks like a URL and cannot be read as one counts, if it may
-// have a password.
+// secret in the query. If a text looks like a URL but cannot be parsed, an @ in it may follow a
+// password, and secretURL returns true.
 func secretURL(text string) bool {
 	u, err := url.Parse(text)
 	if err != nil {

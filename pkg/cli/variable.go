@@ -11,14 +11,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// variable is an environment variable of a flag. It records whether the library asked for its value. The library asks
-// only if the flag is not on the command line.
+// variable is an environment variable of a flag. It records whether the library has read the variable. The library
+// reads it only if the flag is not on the command line.
 type variable struct {
 	key   string
 	asked bool
 }
 
-// variables returns the variables of a flag, in the order in which they are asked.
+// variables returns the variables of these flag names, in the order in which the library reads them.
 func variables(flags ...string) (all ucli.ValueSourceChain) {
 	for _, flag := range flags {
 		all.Chain = append(all.Chain, &variable{key: envName(flag)})
@@ -44,8 +44,9 @@ func (v *variable) IsFromEnv() bool { return true }
 // Key implements [ucli.EnvValueSource].
 func (v *variable) Key() string { return v.key }
 
-// asked returns the variables of a flag that are set and could decide the flag's value. These are the variables that
-// the library asked for, and those after them. If the flag is on the command line, there are none.
+// asked returns the names of the set environment variables that could decide a flag's value. If the flag is on the
+// command line, the library has read no variable, and asked returns none. Otherwise asked returns every set variable
+// from the first one on that the library has read.
 func asked(flag ucli.Flag) (set []string) {
 	asked := false
 	for _, source := range sources(flag).Chain {

@@ -2,12 +2,12 @@
 // Storage (gs://), on any web server (https://, http://), or in a folder (file://). The object names are the same
 // everywhere. A bucket may have several mirrors, each of which can replace another.
 //
-// If a download breaks, the package resumes it, as long as the object is still the same. At the end it compares the
-// download with the size, md5 and crc32c that the bucket reports for the object.
+// If a download breaks, the package resumes it, provided that the object has not changed meanwhile. At the end it
+// compares the download with the size, md5 and crc32c that the bucket reports for the object.
 //
-// The package does not write, and it sends no credentials that nobody configured. Beyond those sums it does not check
-// the content of an object, except of small text files. The caller that downloads an archive must check it against the
-// checksum that the bucket has beside it.
+// The package does not write. It sends credentials to Google only if they are configured for this account, and to other
+// servers never. Beyond those sums it checks the content only of small text files. A caller that downloads an archive
+// must compare the archive with the checksum that the bucket has beside it.
 package cosbucket
 
 import (
@@ -41,20 +41,20 @@ type Attrs struct {
 
 // backend reads a bucket by one protocol. Object names are valid fs paths.
 type backend interface {
-	// open opens an object at an offset. If pin is not empty and the object is another version, the error is
-	// transient.
+	// open opens an object at an offset in bytes. If pin is not empty and the object has another version now, the error
+	// is of kind Transient.
 	open(ctx context.Context, name string, offset int64, pin string) (io.ReadCloser, Attrs, error)
 	// list returns the names of objects that begin with prefix.
 	list(ctx context.Context, prefix string) ([]string, error)
-	// folders returns the part before the first slash of the objects' names.
+	// folders returns the names of the top-level folders: the part of each object's name before its first slash.
 	folders(ctx context.Context) ([]string, error)
-	// sibling opens another bucket by the same protocol, on the same server or in the same folder.
+	// sibling opens another bucket by the same protocol, on the same server or in the same parent folder.
 	sibling(ctx context.Context, bucket string) (backend, error)
 	url(name string) string
 	close() error
 }
 
-// maxListed is the greatest number of names in one listing. Google's driver bucket has tens of thousands.
+// maxListed is the greatest number of names in one listing. Google's driver bucket has tens of thousands of names.
 const maxListed = 1 << 20
 
 func tooMany() error {
@@ -64,18 +64,19 @@ func tooMany() error {
 // Bucket is an open bucket. It is safe for concurrent use.
 type Bucket struct {
 	mirrors []backend
-	// first is the index of the mirror that is asked first. It is the mirror that answered last after another one did
-	// not answer.
+	// first is the index of the mirror that is asked first. After a mirror did not answer, it is the mirror that answered
+	// instead.
 	first atomic.Int32
-	wait  time.Duration // before the first retry of a broken download
+	wait  time.Duration // time before the first retry of a broken download
 }
 
 // Open returns the bucket at a gs://, https://, http:// or file:// URL. If the URL has a path after the bucket's name,
 // the path is a prefix of every object's name.
 //
-// Several URLs, separated by commas, are mirrors of one bucket. Each method asks the mirrors in this order, and asks
-// the next one only if a mirror cannot be reached. If a mirror answers that an object does not exist, the object does
-// not exist. Damaged bytes from a mirror are an error, too.
+// Several URLs, separated by commas, are mirrors of one bucket. Each method asks the mirrors in this order. It asks the
+// next mirror only if a mirror cannot be reached; later calls then begin with the mirror that answered. If a mirror
+// answers that an object does not exist, no other mirror is asked, and the error is of kind InputMissing. If a mirror
+// sends damaged bytes, no other mirror is asked, either.
 func Open(ctx context.Context, rawURL string) (*Bucket, error) {
 	return open(ctx, rawURL, retryWait)
 }
@@ -148,7 +149,7 @@ func (b *Bucket) Close() error {
 // [Attrs] says which mirror an object was read from.
 func (b *Bucket) URL(name string) string { return b.mirrors[0].url(name) }
 
-// each calls ask for one mirror after the other until one answers.
+// each calls ask for one mirror after the other until one answers. It skips a mirror that cannot list, if ask lists.
 func (b *Bucket) each(ctx context.Context, ask func(m backend) error) error {
 	var troubles, cannot []error
 	start := int(b.first.Load())
@@ -212,7 +213,7 @@ func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, er
 	return stall.Watch(s, s.attrs.URL, stallLimit, cancel), s.attrs, nil
 }
 
-// stallLimit is how long one read of a download may take, including retries.
+// stallLimit is the longest time that one read of a download may take, including retries.
 const stallLimit = 5 * time.Minute
 
 // ReadSmall returns the content of an object of at most limit bytes.
@@ -221,7 +222,7 @@ func (b *Bucket) ReadSmall(ctx context.Context, name string, limit int64) ([]byt
 	return text, err
 }
 
-// readSmall is [Bucket.ReadSmall], and also returns the URL where the object was read.
+// readSmall works as [Bucket.ReadSmall] does, and also returns the URL from which the object was read.
 func (b *Bucket) readSmall(ctx context.Context, name string, limit int64) (text []byte, from string, err error) {
 	r, attrs, err := b.Get(ctx, name)
 	if err != nil {

@@ -279,8 +279,7 @@ func TestWeb(t *testing.T) {
 	}
 }
 
-// TestWebBrokenFile checks that a download without a way to resume fails
-// instead of ending early.
+// TestWebBrokenFile checks that a broken download that cannot be resumed ends with an error, and not with a short file.
 func TestWebBrokenFile(t *testing.T) {
 	t.Parallel()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

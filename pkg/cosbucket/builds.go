@@ -15,8 +15,8 @@ import (
 // parallel is the greatest number of listings that run at once.
 const parallel = 16
 
-// List returns the names of all objects that begin with prefix, sorted. A web server cannot list; the error is
-// fault.Unsupported then.
+// List returns the sorted names of all objects that begin with prefix. If all mirrors are web servers, which cannot
+// list, the error is of kind Unsupported.
 func (b *Bucket) List(ctx context.Context, prefix string) ([]string, error) {
 	if prefix != "" {
 		if err := checkName(strings.TrimSuffix(prefix, "/")); err != nil {
@@ -54,9 +54,9 @@ func (b *Bucket) BuildIDs(ctx context.Context) ([]string, error) {
 	return slices.Compact(ids), nil
 }
 
-// BuildsOf returns the kernels of these builds, in the order of ids. There is one kernel for each board with a
-// kernel_commit object, in either layout. BuildsOf does not read the commit; see [Bucket.Describe]. Each build costs
-// one listing, so a caller that needs only the newest builds should pass only those.
+// BuildsOf returns the kernels of these COS builds, in the order of ids. A COS build has one kernel for each board that
+// has an object kernel_commit, in either layout. BuildsOf does not read the commit; see [Bucket.Describe]. Each COS
+// build costs one listing, so a caller that needs only the newest COS builds should pass only their BUILD_IDs.
 func (b *Bucket) BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, error) {
 	found := make([][]target.Kernel, len(ids))
 	g, gctx := errgroup.WithContext(ctx)
@@ -76,7 +76,7 @@ func (b *Bucket) BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, e
 	return slices.Concat(found...), nil
 }
 
-// boards returns the kernels of a build, according to the names of its objects.
+// boards returns the kernels of a COS build, which it finds by the names of the objects in the bucket.
 func boards(id string, names []string) []target.Kernel {
 	var all []target.Kernel
 	for _, name := range names {
@@ -123,7 +123,8 @@ func (b *Bucket) Describe(ctx context.Context, k target.Kernel) (target.Kernel, 
 	return k, nil
 }
 
-// small reads a small object of a build in the layout that has it. It also returns the URL where the object was read.
+// small reads a small object of a COS build, in whichever layout the bucket has it. It also returns the URL from which
+// the object was read.
 func (b *Bucket) small(ctx context.Context, k target.Kernel, name string, limit int64) (text []byte, url string,
 	err error) {
 	var absent []error

@@ -24,21 +24,23 @@ const (
 	maxGPUs        = 64
 )
 
-// DriverList has the driver versions that COS names for one build.
+// DriverList has the driver versions that COS names for one COS build.
 type DriverList struct {
-	// Default and Latest are "" if COS names none.
+	// Default and Latest are "" if COS names no such version.
 	Default, Latest string
 	// Branches maps a branch, such as R535, to its version.
 	Branches map[string]string
 	// Versions has all versions that any of the files names, lowest first.
 	Versions []string
-	// GPUs has the list of each GPU type that has its own. The keys are COS's names of the types, such as NVIDIA_L4.
+	// GPUs has a list for each GPU type to which COS gives versions of its own. The keys are COS's names of the types, such
+	// as NVIDIA_L4.
 	GPUs map[string]DriverList
 }
 
-// Drivers reads these objects of a build: gpu_default_version, gpu_latest_version, the gpu_R*_version files, and
-// gpu_driver_versions as text or serialized. Each of them may be missing. If two of them disagree, the file with a
-// single version wins, because COS's own installer reads that one.
+// Drivers reads these objects of a COS build: gpu_default_version, gpu_latest_version, the gpu_R*_version files, and
+// gpu_driver_versions as text or serialized. Each of them may be missing; if all are, the error is of kind InputMissing.
+// If gpu_driver_versions disagrees with a file that has a single version, the single version wins, because COS's own
+// installer reads that file.
 func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, error) {
 	l, err := b.versionList(ctx, k)
 	if err != nil {
@@ -90,8 +92,8 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 	return l, nil
 }
 
-// versionList reads the build's list of versions. Without one, the result is empty. Both forms hold the same data, and
-// COS's newest builds have only the serialized one.
+// versionList reads gpu_driver_versions of a COS build. If there is none, the result is empty. The text form and the
+// serialized form hold the same data, and the newest COS builds have only the serialized form.
 func (b *Bucket) versionList(ctx context.Context, k target.Kernel) (DriverList, error) {
 	for _, form := range []struct {
 		name  string
@@ -115,8 +117,8 @@ func (b *Bucket) versionList(ctx context.Context, k target.Kernel) (DriverList, 
 
 var branchFile = regexp.MustCompile(`/gpu_(R[0-9]{3,4})_version$`)
 
-// branchFiles returns the branches that may have a version file. If the bucket can list, these are the branches of the
-// listed files. Otherwise they are the branches of the versions known so far.
+// branchFiles returns the branches that may have a file gpu_R*_version. If the bucket can list, these are the branches
+// of the listed files. Otherwise they are the branches of the versions in l.
 func (b *Bucket) branchFiles(ctx context.Context, k target.Kernel, l DriverList) ([]string, error) {
 	var branches []string
 	cannot := false
@@ -143,7 +145,8 @@ func (b *Bucket) branchFiles(ctx context.Context, k target.Kernel, l DriverList)
 	return slices.Compact(branches), nil
 }
 
-// ParseVersionFile parses a file with one driver version and a newline.
+// ParseVersionFile parses a file with one driver version and a newline. If the text is no version, the error is of kind
+// Unsupported.
 func ParseVersionFile(text []byte) (string, error) {
 	version := strings.TrimSpace(string(text))
 	if len(text) > maxVersionFile || !target.ValidVersion(version) {
@@ -153,8 +156,8 @@ func ParseVersionFile(text []byte) (string, error) {
 }
 
 // ParseDriverVersions parses gpu_driver_versions.textproto. It ignores unknown fields, versions that do not have
-// NVIDIA's format, and lists of GPU types whose names do not have COS's format. If a label names several versions, the
-// entry for all other GPUs comes before the entry of one GPU type.
+// NVIDIA's format, and lists of GPU types whose names do not have COS's format. If several entries give one label to
+// different versions, the entry for all other GPUs wins over the entry for one GPU type.
 func ParseDriverVersions(text []byte) (DriverList, error) {
 	return parseVersions(text, prototext.UnmarshalOptions{DiscardUnknown: true}.Unmarshal)
 }
@@ -199,7 +202,8 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 	}
 	if l.Versions = sortVersions(l.Versions); len(l.Versions) > maxVersions {
 		return DriverList{}, fault.New(fault.Unsupported,
-			fmt.Sprintf("driver versions: %d versions; want at most %d", len(l.Versions), maxVersions), "")
+			fmt.Sprintf("driver versions: %d versions; want at most %d", len(l.Versions), maxVersions),
+			"check that the bucket holds COS builds")
 	}
 	return l, nil
 }
@@ -224,6 +228,8 @@ func (l *DriverList) add(info *gpuversions.GPUDriverVersionInfo) {
 	}
 }
 
+// rank is the order in which entries are added, because the first version of a label wins: the entry for all other
+// GPUs, then the entries for one GPU type, then the entry for machines without a GPU.
 func rank(info *gpuversions.GPUDriverVersionInfo) int {
 	switch info.GetGpuDevice().GetGpuType() {
 	case "OTHERS", "OTHER":
@@ -300,7 +306,7 @@ func (l DriverList) Newest() map[string]string {
 	return newest
 }
 
-// offer returns a hint with the wishes that this list can answer.
+// offer returns a hint with the wishes for which this list has a version.
 func (l DriverList) offer() string {
 	newest := l.Newest()
 	var words []string

@@ -133,7 +133,8 @@ func FuzzParseVersionFile(f *testing.F) {
 	})
 }
 
-// COS's lists have versions for each GPU type. The schema is that of cos/tools. The list is invented.
+// COS's lists have versions for each GPU type. The list in this test is invented. It has the schema of Google's
+// repository cos/tools.
 func TestChooseByGPU(t *testing.T) {
 	t.Parallel()
 	entry := func(gpu string, versions ...string) string {
@@ -162,8 +163,8 @@ func TestChooseByGPU(t *testing.T) {
 	}
 }
 
-// Names of GPU types come from a bucket and are stored in catalogues. So each name must have COS's format, and their
-// number is bounded.
+// Names of GPU types come from a bucket and are stored in catalogues. So each name must have COS's format, and the
+// number of names is bounded.
 func TestGPUTypesAreBounded(t *testing.T) {
 	t.Parallel()
 	list := func(names ...string) (text string) {

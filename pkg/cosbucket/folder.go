@@ -51,7 +51,7 @@ func (f *folder) open(_ context.Context, name string, offset int64, _ string) (i
 	return r, Attrs{Size: info.Size()}, nil
 }
 
-// absent distinguishes a missing file from a file that the system cannot open. A checksum file that cannot be opened
+// absent distinguishes a missing file from a file that exists but cannot be opened. A checksum file of the second sort
 // must not count as missing.
 func absent(err error) error {
 	var errno syscall.Errno

@@ -42,8 +42,8 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 	}
 	options := []option.ClientOption{option.WithScopes(storage.ScopeReadOnly)}
 	if !credentialsConfigured(os.Getenv) {
-		// COS's buckets are public. The token of a machine without access rights would be refused, while a request
-		// without a token is answered.
+		// COS's buckets are public. Google answers a request without a token, but refuses the token of a machine that
+		// has no access rights.
 		options = []option.ClientOption{option.WithoutAuthentication()}
 	}
 	const hint = "check the Google credentials of this account, or unset GOOGLE_APPLICATION_CREDENTIALS"
@@ -63,8 +63,8 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 	return &googleBucket{gcs.New(client, name, prefix), wait}, nil
 }
 
-// credentialsConfigured reports whether application default credentials are configured for this account. A metadata
-// server does not count.
+// credentialsConfigured reports whether application default credentials are configured for this account, by a variable
+// or by a file. A metadata server does not count; openGCS says why.
 func credentialsConfigured(getenv func(string) string) bool {
 	if getenv("GOOGLE_APPLICATION_CREDENTIALS") != "" {
 		return true
@@ -106,7 +106,7 @@ func (g *googleBucket) open(ctx context.Context, name string, offset int64, pin 
 		}
 		pin = strconv.FormatInt(attrs.Generation, 10)
 	}
-	// The generation identifies the content: a resumed download continues with the same bytes, or fails.
+	// The generation identifies the content. So a resumed download continues with the same bytes, or it fails.
 	generation, err := strconv.ParseInt(pin, 10, 64)
 	if err != nil {
 		return nil, Attrs{}, fault.Wrap(fault.Internal, err, "")

@@ -118,8 +118,8 @@ func TestEmulator(t *testing.T) {
 		p.Put(t, "cos-tools", name, []byte(text))
 		p.Put(t, "cos-tools-eu", "below/"+name, []byte(text))
 	}
-	// A machine without access rights has a metadata server. Google refuses that server's token even where none is
-	// needed.
+	// The metadata server of a machine without access rights gives a token that Google refuses, even for public buckets.
+	// So the package must not ask that server.
 	metadata := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 		t.Error("the metadata server was asked")
 	}))
@@ -196,7 +196,7 @@ func TestEmulatorStoredCompressed(t *testing.T) {
 	}
 }
 
-// Configured credentials are used.
+// The package sends credentials to Google if they are configured.
 func TestEmulatorCredentials(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")
@@ -327,7 +327,7 @@ func (r *replacing) Write(p []byte) (int, error) {
 	return r.cutter.Write(p)
 }
 
-// A bucket with many builds costs one listing, and one more for each build that is examined.
+// BuildIDs costs one listing, however many COS builds the bucket has. BuildsOf costs one listing for each COS build.
 func TestEmulatorManyBuilds(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")

@@ -54,7 +54,7 @@ func (w *web) fetch(ctx context.Context, name string, offset int64, etag string)
 	if err != nil {
 		return nil, err
 	}
-	// The sums in a bucket are over the stored bytes, so no encoding may change them on the way.
+	// The sums in a bucket are over the stored bytes, so the server must not send the bytes in another encoding.
 	req.Header.Set("Accept-Encoding", "identity")
 	if offset > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
@@ -176,7 +176,7 @@ func (w *web) sibling(_ context.Context, bucket string) (backend, error) {
 		u.Host, u.Path = bucket+"."+google, ""
 	case dir == "":
 		return nil, fault.New(fault.Unsupported,
-			fmt.Sprintf("%s has one bucket and no folder for it; bucket %s is needed too", w.url(""), bucket),
+			fmt.Sprintf("%s is itself a bucket, so the server has no place for bucket %s beside it", w.url(""), bucket),
 			"serve each bucket in a folder of its name, such as https://HOST/cos-tools and https://HOST/"+bucket)
 	default:
 		u.Path = "/" + path.Join(path.Dir(dir), bucket)

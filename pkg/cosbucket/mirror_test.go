@@ -24,7 +24,7 @@ import (
 // mirror is a web server that sends the same sums as Google's. Its fields say in which way it fails.
 type mirror struct {
 	objects map[string]string
-	sums    map[string]string // sums of these bytes, not of the object's
+	sums    map[string]string // bytes whose sums the mirror sends instead of the sums of the object's bytes
 	down    bool
 	cut     int // break each response after this many bytes; 0 means never
 
@@ -199,7 +199,8 @@ func TestResumption(t *testing.T) {
 	}
 }
 
-// A web server cannot list, so a mirror that can list does it. The web server is still asked first for objects.
+// If the first mirror is a web server, which cannot list, the next mirror lists. The web server is still asked first for
+// objects.
 func TestMirrorThatLists(t *testing.T) {
 	t.Parallel()
 	web := &mirror{objects: objects}

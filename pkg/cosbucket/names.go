@@ -37,10 +37,10 @@ func ToolchainName(k target.Kernel) string { return under(k, "toolchain.tar.xz")
 // [ParsePointer].
 func ToolchainPointerName(k target.Kernel) string { return under(k, "toolchain.tar.xz.gcs") }
 
-// ToolchainURLName returns the object with the compiler's URL, which old builds have; see [ParseToolchainURL].
+// ToolchainURLName returns the object with the compiler's URL. Only old COS builds have it; see [ParseToolchainURL].
 func ToolchainURLName(k target.Kernel) string { return under(k, "toolchain_url") }
 
-// ToolchainPathName returns the object with the compiler's path, which builds of COS's own test runs have; see
+// ToolchainPathName returns the object with the compiler's path. The COS builds of COS's own test runs have it; see
 // [ParseToolchainPath].
 func ToolchainPathName(k target.Kernel) string { return under(k, "toolchain_path") }
 
@@ -59,7 +59,7 @@ func KernelInfoName(k target.Kernel) string { return under(k, "kernel_info") }
 // DriverVersionsName returns the object that lists the driver versions for each GPU type.
 func DriverVersionsName(k target.Kernel) string { return under(k, "gpu_driver_versions.textproto") }
 
-// DriverVersionsBinName returns the object that holds the same list, serialized.
+// DriverVersionsBinName returns the object that holds the list of [DriverVersionsName] as a serialized protobuf message.
 func DriverVersionsBinName(k target.Kernel) string { return under(k, "gpu_driver_versions.bin") }
 
 // DefaultVersionName returns the object that holds the default driver version.
@@ -68,24 +68,23 @@ func DefaultVersionName(k target.Kernel) string { return under(k, "gpu_default_v
 // LatestVersionName returns the object that holds the latest driver version.
 func LatestVersionName(k target.Kernel) string { return under(k, "gpu_latest_version") }
 
-// BranchVersionName returns the object that holds the version of a branch, such
-// as R535.
+// BranchVersionName returns the object that holds the version of a branch, such as R535.
 func BranchVersionName(k target.Kernel, branch string) string {
 	return under(k, "gpu_"+branch+"_version")
 }
 
-// SignatureNames returns the objects that may hold Google's signatures of a
-// driver's modules, the newer name first.
+// SignatureNames returns the objects that may hold Google's signatures of a driver's modules. The object of newer COS
+// builds comes first.
 func SignatureNames(k target.Kernel, version string) []string {
 	return []string{under(k, "extensions/gpu/nvidia-drivers-"+version+"-signature.tar.gz"),
 		under(k, "extensions/gpu/"+version+".signature.tar.gz")}
 }
 
-// TrustedKeyName returns the object that holds the root certificate in the kernel. The kernel verifies Google's module
-// signatures with it.
+// TrustedKeyName returns the object with a copy of the root certificate that is built into the kernel. The kernel
+// verifies Google's module signatures with this certificate.
 func TrustedKeyName(k target.Kernel) string { return under(k, "trusted_key.pem") }
 
-// SignedDriverName returns the object with a driver's open modules that Google compiled and signed.
+// SignedDriverName returns the object with the open modules of a driver, which Google compiled and signed.
 func SignedDriverName(k target.Kernel, version string) string {
 	return under(k, "nvidia-drivers-"+version+".tgz")
 }

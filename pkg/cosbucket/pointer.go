@@ -16,15 +16,15 @@ import (
 // MaxPointer is the greatest size in bytes of an object that holds a pointer.
 const MaxPointer = 4 << 10
 
-// Pointer names an object in another bucket. That bucket is reached in the same way as the bucket with the pointer;
-// see [Bucket.Sibling].
+// Pointer names an object in another bucket. [Bucket.Sibling] opens that bucket by the protocol of the bucket that
+// holds the pointer.
 type Pointer struct{ Bucket, Path string }
 
 // String returns the object's gs:// URL.
 func (p Pointer) String() string { return "gs://" + p.Bucket + "/" + p.Path }
 
 var (
-	// The pattern is Google's rule without the names that look like a host's address.
+	// bucketPattern is Google's rule for bucket names, but without dots. So a name cannot be the name of a host.
 	bucketPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{1,61}[a-z0-9]$`)
 	pathPattern   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+=@~/-]{0,999}$`)
 )
@@ -72,7 +72,7 @@ func ParsePointer(text []byte) (Pointer, error) {
 	return p, nil
 }
 
-// ParseToolchainURL parses toolchain_url of old builds: one URL that begins with https://storage.googleapis.com/ or
+// ParseToolchainURL parses toolchain_url of old COS builds: one URL that begins with https://storage.googleapis.com/ or
 // gs://.
 func ParseToolchainURL(text []byte) (Pointer, error) {
 	if len(text) > MaxPointer {
@@ -97,8 +97,8 @@ func ParseToolchainURL(text []byte) (Pointer, error) {
 	return p, nil
 }
 
-// ParseToolchainPath parses toolchain_path: a path in COS's SDK bucket. Older builds have it in Chromium OS's SDK
-// bucket instead, so both are returned.
+// ParseToolchainPath parses toolchain_path: the compiler's path in COS's SDK bucket. The compiler of older COS builds
+// is in Chromium OS's SDK bucket, under the same path. So ParseToolchainPath returns both places.
 func ParseToolchainPath(text []byte) ([]Pointer, error) {
 	if len(text) > MaxPointer {
 		return nil, badPointer("%d bytes; want at most %d", len(text), MaxPointer)
@@ -108,8 +108,8 @@ func ParseToolchainPath(text []byte) ([]Pointer, error) {
 	return all, all[0].check()
 }
 
-// Sibling opens the pointer's bucket in the same way as this one: in Google Cloud Storage, on the same web server, or
-// in the same parent folder. So a pointer can choose another bucket, but not another host or protocol.
+// Sibling opens the pointer's bucket beside bucket b: in Google Cloud Storage, on the same web server, or in the same
+// parent folder. So a pointer can choose another bucket, but not another host or protocol.
 func (b *Bucket) Sibling(ctx context.Context, p Pointer) (*Bucket, error) {
 	if err := p.check(); err != nil {
 		return nil, err
@@ -121,7 +121,7 @@ func (b *Bucket) Sibling(ctx context.Context, p Pointer) (*Bucket, error) {
 		if err != nil {
 			return nil, fmt.Errorf("open bucket %s: %w", p.Bucket, errors.Join(err, s.Close()))
 		}
-		// Several mirrors of one region may have the same sibling.
+		// Several mirrors may have the same sibling: all buckets in Google Cloud Storage have, for example.
 		if at := n.url(""); slices.Contains(known, at) {
 			err = n.close()
 		} else {

@@ -116,7 +116,7 @@ func FuzzParsePointer(f *testing.F) {
 	})
 }
 
-// A sibling is opened in the same way as its bucket, for each kind of bucket.
+// For each kind of bucket, a sibling is opened by the same protocol, on the same server or in the same parent folder.
 func TestSibling(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

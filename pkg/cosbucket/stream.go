@@ -15,13 +15,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// progress is how many bytes a download has to deliver between two breaks to reset the number of retries.
+// progress is a number of bytes. If a download delivers so many bytes between two breaks, its retries are counted from
+// 0 again.
 const progress = 1 << 20
 
-// stream is a download. After a break it is resumed on the same mirror or on the next one, as long as the object is
-// the same. At its end its sums are checked.
+// stream is a download. After a break, it continues on the same mirror or on another one that has the same bytes. At
+// the end, it compares the sums of the bytes with the sums that the bucket reported.
 type stream struct {
-	ctx    context.Context //nolint:containedctx // of one download: a Reader has no other way to be cancelled
+	ctx    context.Context //nolint:containedctx // a Reader has no other way to be cancelled; it is for one download
 	bucket *Bucket
 	name   string
 	from   backend
@@ -93,11 +94,11 @@ func (s *stream) resume(cause error) error {
 	return s.otherMirror(broken)
 }
 
-// otherMirror continues on another mirror, if that mirror reports the same bytes.
+// otherMirror continues the download on another mirror, if that mirror reports the same sums for the object.
 func (s *stream) otherMirror(broken error) error {
 	for i, m := range s.bucket.mirrors {
 		if m == s.from {
-			// The next download begins at the next mirror, even if it is of this object.
+			// The next download asks the next mirror first, even if it is a download of this object again.
 			s.bucket.prefer(i + 1)
 			continue
 		}
@@ -115,8 +116,8 @@ func (s *stream) otherMirror(broken error) error {
 		if same, told := s.attrs.same(attrs); !same {
 			_ = body.Close() // not used
 			if told {
-				return fault.New(fault.Checksum, fmt.Sprintf("%s and %s are not the same bytes", s.attrs.URL, m.url(s.name)),
-					"name only mirrors of the same bucket; one of these two objects is damaged, or is another object")
+				return fault.New(fault.Checksum, fmt.Sprintf("%s and %s have different bytes", s.attrs.URL, m.url(s.name)),
+					"name only mirrors of one bucket; if these are mirrors of one bucket, replace the damaged one of the two objects")
 			}
 			continue
 		}
@@ -132,7 +133,8 @@ func (s *stream) otherMirror(broken error) error {
 
 func (s *stream) Close() error { return s.body.Close() }
 
-// same reports whether two objects have the same bytes. told is false if the buckets report too little to decide it.
+// same reports whether two objects have the same bytes. told is false if the two buckets report too few sums and sizes
+// to decide that.
 func (a Attrs) same(b Attrs) (same, told bool) {
 	told = a.MD5 != "" && b.MD5 != "" || a.CRC32C != "" && b.CRC32C != "" && a.Size >= 0 && b.Size >= 0
 	differ := func(x, y string) bool { return x != "" && y != "" && x != y }
@@ -185,7 +187,8 @@ func (c check) write(p []byte) {
 
 func (c check) judge(size int64) error {
 	bad := func(what, want, got string) error {
-		return fault.New(fault.Checksum, fmt.Sprintf("%s came with %s %s; the bucket says %s", c.attrs.URL, what, got, want),
+		return fault.New(fault.Checksum, fmt.Sprintf("download of %s has %s %s; the bucket says %s", c.attrs.URL, what, got,
+			want),
 			"try again; if it happens again, put the object into the bucket again, or name another mirror")
 	}
 	if c.attrs.Size >= 0 && size != c.attrs.Size {

@@ -6,7 +6,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestClassesOfBuilds pins the classes of a failed build, because others depend on them: scripts on the exit codes,
+// TestClassesOfBuilds checks that the classes of a failed build do not change. Users' scripts depend on the exit codes,
 // dashboards on the names, and the queue on the retry rules.
 func TestClassesOfBuilds(t *testing.T) {
 	t.Parallel()

@@ -1,6 +1,6 @@
 // Package fault is the closed list of the ways in which Prebake fails. For each way it defines the exit code, the HTTP
 // status, the retry rule and the metric label. The lowest layer that knows the remedy attaches the kind and a hint.
-// Code above it wraps with %w and branches with [Of], never on text.
+// Code above that layer wraps the error with %w, and decides by its kind ([Of]), never by its text.
 //
 // The package imports no other package of the project.
 package fault
@@ -21,29 +21,29 @@ const (
 	Usage                      // the caller's input is wrong: flag, argument, file format
 	NoArtifact                 // nothing is published for this kernel, driver and flavour
 	Unverified                 // bytes whose digest, signature or provenance does not hold
-	Mismatch                   // verified bytes that are meant for something else
+	Mismatch                   // verified bytes that are meant for another kernel, driver or flavour
 	Rejected                   // the kernel refused a module
-	Busy                       // in use: a lock is held, or a loaded module is needed
+	Busy                       // a lock is held, or a loaded module is in use
 	NoDevice                   // no NVIDIA GPU on this machine
 	Unusable                   // a GPU is present, but the driver cannot use it
-	Transient                  // the same call may succeed later
+	Transient                  // a network or a service did not work; the same call may succeed later
 	NotFound                   // the named thing does not exist
 	Unauthorized               // the caller is not identified
 	Forbidden                  // the caller is identified and has no permission
 	TooLarge                   // the request, or the thing that it asks for, exceeds a size limit
 	TooMany                    // the caller asks too often
-	Pending                    // not published yet, but queued or being built
+	Pending                    // the artifact is not published yet, but it is queued or being built
 	InputMissing               // an input that the build needs does not exist
 	Checksum                   // a fetched input does not match its checksum
 	Unsupported                // this driver is not made for this kernel or flavour
 	APIBreak                   // the driver's source does not compile against this kernel
-	CheckFailed                // compiled, but a module would not fit the kernel
-	LoadTestFailed             // compiled and checked, but does not load in the test machine
+	CheckFailed                // the driver compiled, but one of its modules does not fit the kernel
+	LoadTestFailed             // the modules fit the kernel, but one does not load in the virtual machine
 	OutOfMemory                // the build needs more memory than it may have
 	DiskFull                   // no space is left on a disk
-	TimedOut                   // exceeded its time limit
+	TimedOut                   // the operation exceeded its time limit
 	PublishRefused             // the destination holds other bytes under this name, or refuses the upload
-	Cancelled                  // a person or a program cancelled it
+	Cancelled                  // a person or a program cancelled the operation
 	Several                    // several operations failed, for different reasons
 	kinds                      // number of kinds, not a kind
 )
@@ -56,7 +56,8 @@ type row struct {
 	what  string // one line for the table of exit codes in the documentation
 }
 
-// Exit codes 0 to 2 follow the common convention, and the shell uses 128 and above. No code ever gets a second meaning.
+// Exit codes 0 to 2 have their usual meanings: success, error, wrong usage. The shell uses the codes from 126 on. The
+// number of a kind never changes, and no other kind ever gets it.
 var table = [kinds]row{
 	Internal:       {"internal", 1, 500, false, "internal error: a bug, or a broken machine"},
 	Usage:          {"usage", 2, 400, false, "wrong flag, argument or configuration"},
@@ -104,7 +105,7 @@ func (k Kind) ExitCode() int { return k.row().exit }
 // HTTPStatus returns the status of an API answer that carries this kind.
 func (k Kind) HTTPStatus() int { return k.row().http }
 
-// Retryable reports whether the same call may succeed later unchanged.
+// Retryable reports whether the same call, without any change, may succeed later.
 func (k Kind) Retryable() bool { return k.row().retry }
 
 // What returns one sentence about the kind, for the documentation.
@@ -206,7 +207,7 @@ func NoSpace(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// Disk adds the kind DiskFull and the hint to the error of a full disk. Any other error, and nil, stays as it is.
+// Disk adds the kind DiskFull and the hint to the error of a full disk. It returns any other error, and nil, unchanged.
 func Disk(err error, hint string) error {
 	if !NoSpace(err) {
 		return err

@@ -1,6 +1,6 @@
 // Package gcs holds the code that readers and writers of Google Cloud Storage share: a handle for a bucket or a folder
-// in it, and the meaning of the library's errors. The package opens no client, because readers connect without
-// credentials first, and writers with them.
+// in it, and the meaning of the library's errors. The package opens no client, because a reader needs no credentials
+// for a public bucket, and a writer always needs them.
 package gcs
 
 import (
@@ -32,10 +32,11 @@ func New(client *storage.Client, name, folder string) Bucket {
 	return b
 }
 
-// Path returns the name in the bucket of an object that has the given name in the folder. Trim does the reverse.
+// Path returns an object's full name in the bucket: the folder's path, and the object's name in the folder. Trim does
+// the reverse.
 func (b Bucket) Path(name string) string { return b.prefix + name }
 
-// Trim returns the name in the folder of an object that has the given path in the bucket.
+// Trim returns an object's name in the folder. path is the object's full name in the bucket.
 func (b Bucket) Trim(path string) string { return strings.TrimPrefix(path, b.prefix) }
 
 // Object returns a handle for an object in the folder.
@@ -65,7 +66,7 @@ func Refused(status int) bool {
 	return status != 0 && status < 500 && status != http.StatusTooManyRequests && status != http.StatusRequestTimeout
 }
 
-// TransientError wraps an error of the service that a later call may not meet.
+// TransientError returns an error of kind Transient. err is an error of the service that may be gone at a later call.
 func TransientError(err error) error {
 	return fault.Wrap(fault.Transient, fmt.Errorf("ask Google Cloud Storage: %w", err),
 		"check the network, then try again")

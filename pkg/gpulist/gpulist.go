@@ -1,8 +1,8 @@
 // Package gpulist tells which GPUs a driver release supports, and which flavour of its kernel modules drives a given
 // GPU. The builder reads NVIDIA's supported-gpus.json. A node reads a short form of that file, from a signed statement.
 //
-// The package makes no guess about products. If a list does not name a GPU, its architecture decides, as if there were
-// no list.
+// The package makes no guess about products. If a list does not name a GPU, the GPU's architecture decides, as it does
+// without a list.
 package gpulist
 
 import (
@@ -37,16 +37,17 @@ const kernelOpen = "kernelopen"
 
 // Chip is one product.
 type Chip struct {
-	// Device is the PCI device id, such as 0x1eb8. SubVendor and SubDevice are the subsystem ids of the board; they are
-	// set only where the entry is for certain boards.
+	// Device is the PCI device id, such as 0x1eb8. SubVendor and SubDevice are the subsystem ids of a board; "" means that
+	// the entry is for all boards with this device.
 	Device    string `json:"device"`
 	SubVendor string `json:"subVendor,omitempty"`
 	SubDevice string `json:"subDevice,omitempty"`
-	// Name is NVIDIA's name of the product; short lists leave it out.
+	// Name is NVIDIA's name of the product. A list from [List.Short] has no names.
 	Name string `json:"name,omitempty"`
-	// Features are NVIDIA's names of features; short lists keep only kernelopen.
+	// Features are NVIDIA's names of features. A list from [List.Short] has only kernelopen.
 	Features []string `json:"features,omitempty"`
-	// Legacy is the older branch that this product needs instead, such as 470.xx; "" means that it needs none.
+	// Legacy is the older branch, such as 470.xx, that this product needs because the release does not support it any
+	// more. "" means that the release supports the product.
 	Legacy string `json:"legacy,omitempty"`
 }
 
@@ -83,7 +84,7 @@ func ParseFile(version string, text []byte) (*List, error) {
 
 func parseFile(version string, text []byte) (*List, error) {
 	if len(text) > MaxFile {
-		return nil, fmt.Errorf("%d bytes; at most %d are read", len(text), MaxFile)
+		return nil, fmt.Errorf("%d bytes; want at most %d", len(text), MaxFile)
 	}
 	var file struct {
 		Chips []json.RawMessage `json:"chips"`
@@ -92,7 +93,7 @@ func parseFile(version string, text []byte) (*List, error) {
 		return nil, err
 	}
 	if len(file.Chips) > maxChips {
-		return nil, fmt.Errorf("%d products; at most %d are read", len(file.Chips), maxChips)
+		return nil, fmt.Errorf("%d products; want at most %d", len(file.Chips), maxChips)
 	}
 	l := &List{Version: version}
 	for i, raw := range file.Chips {
@@ -124,7 +125,7 @@ func parseChip(raw []byte) (Chip, error) {
 	return chip, chip.settle()
 }
 
-// ParsePredicate reads the predicate of a statement. The caller has verified its signature.
+// ParsePredicate reads the predicate of a statement. The caller must have verified the statement's signature before.
 func ParsePredicate(text []byte) (*List, error) {
 	l := &List{}
 	err := json.Unmarshal(text, l)
@@ -256,7 +257,8 @@ func (l *List) find(g GPU) (Chip, bool) {
 	return *found, true
 }
 
-// tellsOpen reports whether any entry of the list has the feature kernelopen.
+// tellsOpen reports whether any entry of the list has the feature kernelopen. If none has it, the list says nothing
+// about the open modules.
 func (l *List) tellsOpen() bool { return l != nil && slices.ContainsFunc(l.Chips, Chip.Open) }
 
 // firstTuring is a bound below the PCI device ids of all GPUs with a GSP (TU102, 0x1e02 and up). The open modules need
@@ -269,7 +271,7 @@ func turing(device string) bool {
 }
 
 // Serves reports whether modules of this flavour drive a GPU; if not, why gives the reason. If the list is nil or does
-// not name the GPU, its architecture decides: the open modules need Turing or newer.
+// not name the GPU, the GPU's architecture decides: the open modules need Turing or newer.
 func (l *List) Serves(g GPU, f target.Flavour) (ok bool, why string) {
 	c, listed := l.find(g)
 	switch {
@@ -286,8 +288,8 @@ func (l *List) Serves(g GPU, f target.Flavour) (ok bool, why string) {
 }
 
 // Drives reports whether modules of this flavour drive any product that belongs to a gpu_type of COS's
-// gpu_driver_versions, such as NVIDIA_TESLA_P100. A product belongs to it if its name contains the words of the type,
-// in the same order and with no word between them.
+// gpu_driver_versions, such as NVIDIA_TESLA_P100. A product belongs to the type if the product's name contains the words
+// of the type, in the same order and with no word between them. The words NVIDIA and TESLA of the type do not count.
 func (l *List) Drives(gpuType string, f target.Flavour) bool {
 	words := strings.FieldsFunc(strings.ToUpper(gpuType), func(r rune) bool { return r == '_' })
 	words = slices.DeleteFunc(words, func(w string) bool { return w == "NVIDIA" || w == "TESLA" })
@@ -340,7 +342,8 @@ func Choose(gpus []GPU, offers []Offer) (int, error) {
 	}
 	hint := "ask for another driver version with --driver"
 	if len(offers) == 1 && offers[0].Flavour == target.Open {
-		hint = "build and publish the proprietary flavour: builder build; or ask for another version with --driver"
+		hint = "build and publish the proprietary flavour with builder build --flavour proprietary, or ask for another " +
+			"version with --driver"
 	}
 	return 0, fault.New(fault.Unsupported, "choose flavour: "+strings.Join(whys, "; "), hint)
 }

@@ -172,12 +172,12 @@ func TestDrives(t *testing.T) {
 		}
 	}
 	if (*gpulist.List)(nil).Drives("NVIDIA_L4", target.Open) {
-		t.Error("no list drives something")
+		t.Error("Drives of a nil list = true; want false")
 	}
 }
 
-// TestParseLeavesOut checks that one unreadable entry does not spoil the others. The list is only advice, so the rest
-// of it stays useful.
+// TestParseLeavesOut checks that ParseFile skips an unreadable entry and keeps the others. The list is only advice, so
+// the rest of it stays useful.
 func TestParseLeavesOut(t *testing.T) {
 	t.Parallel()
 	odd := strings.Replace(file, `"chips": [`,
@@ -188,7 +188,7 @@ func TestParseLeavesOut(t *testing.T) {
 	}
 	many := parse(t, strings.Replace(file, `"chips": [`, `"chips": [`+strings.Repeat(`{"devid":""},`, 1000), 1))
 	if len(many.LeftOut) != 20 {
-		t.Errorf("%d sentences about odd entries; want 20", len(many.LeftOut))
+		t.Errorf("LeftOut has %d entries; want 20", len(many.LeftOut))
 	}
 }
 
@@ -231,7 +231,8 @@ func FuzzParseFile(f *testing.F) {
 			}
 			return
 		}
-		// The short form gives the same answer for every product. The short form of a short form is that form itself.
+		// Serves returns the same for every product with the full and with the short form of a list. The short form of a
+		// short form is equal to it.
 		s := short(t, l)
 		if diff := cmp.Diff(s, short(t, s)); diff != "" {
 			t.Errorf("short form of the short form (-want +got):\n%s", diff)

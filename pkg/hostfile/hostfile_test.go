@@ -47,13 +47,13 @@ func TestCopy(t *testing.T) {
 			t.Errorf("%s: Sum = %s, %v; want %s", row.name, got, err, sum)
 		}
 		if err := row.copy(to, row.from); !errors.Is(err, fs.ErrExist) {
-			t.Errorf("%s: copy over a file = %v; want that it is there", row.name, err)
+			t.Errorf("%s: copy over an existing file = %v; want %v", row.name, err, fs.ErrExist)
 		}
 		if err := row.copy(to+" of nothing", filepath.Join(dir, "nothing")); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("%s: copy of nothing = %v; want that it is not there", row.name, err)
+			t.Errorf("%s: copy of a missing file = %v; want %v", row.name, err, fs.ErrNotExist)
 		}
 		if _, err := os.Lstat(to + " of nothing"); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("%s: the copy of nothing is there: %v", row.name, err)
+			t.Errorf("%s: the copy of a missing file exists: %v", row.name, err)
 		}
 	}
 	if _, err := hostfile.Sum(dir); err == nil {
