@@ -222,7 +222,7 @@ func testRun(t *testing.T) {
 		t.Errorf("begun (-want +got):\n%s", diff)
 	}
 	slices.Sort(w.fetched)
-	// 2.0.1 may be missing: its last cell may have got its state from the driver before.
+	// Kernel 2.0.1 may be missing: its last open cell can get its state from driver 9.9 before the kernel is fetched.
 	w.fetched = slices.DeleteFunc(w.fetched, func(name string) bool { return name == "2.0.1" })
 	if diff := cmp.Diff([]string{"1.0.1", "1.0.2", "5.1", "9.9"}, w.fetched); diff != "" {
 		t.Errorf("fetched (-want +got):\n%s", diff)

@@ -88,8 +88,8 @@ func TestLateTwin(t *testing.T) {
 	}
 }
 
-// While one attempt ends, another worker may look for work. It must start neither the same cell
-// again nor another cell of the same build.
+// While one attempt ends, another worker may look for work. That worker must start neither the same
+// cell again nor another cell of the same build.
 func TestNothingIsBegunMeanwhile(t *testing.T) {
 	t.Parallel()
 	var cells []plan.Cell
