@@ -51,8 +51,8 @@ var (
 )
 
 // compilerFault returns the fault of a compiler that was killed, crashed, or had no memory or disk
-// space. Such a compiler said nothing about its program, so an answer of conftest that came from it
-// is worthless.
+// space. Such a failure says nothing about the compiled program, so conftest must not use it as an
+// answer.
 func compilerFault(dir string) error {
 	text, err := untrusted.ReadFile(dir, faultFile, 2*faultSize)
 	if err != nil {
