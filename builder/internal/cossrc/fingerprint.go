@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fingerprintScheme is the first line of the hashed text. A change of the scheme needs another
-// name, because published artifacts are found by fingerprints of this one.
+// fingerprintScheme is the first line of the hashed text. If the scheme changes, this line must
+// change too. Nodes find published artifacts by fingerprints of the present scheme.
 const fingerprintScheme = "prebake fingerprint 1\n"
 
 // Fingerprint returns the ABI fingerprint of a header tree, a toolchain and the variables in

@@ -17,7 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Read returns the list of the release that was extracted to dir, or nil if the release has none, as old releases.
+// Read returns the list of the release that was extracted to dir, or nil if the release has no list. Old releases have
+// none.
 func Read(dir, version string) (*gpulist.List, error) {
 	f, err := os.OpenInRoot(dir, gpulist.File)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -58,8 +58,8 @@ func (a Audience) String() string {
 }
 
 // Audience decides whether a destination is private or public. These are private: a folder, a registry on this machine,
-// and a server that says so. A destination that the operator marks is private too, unless a client without credentials
-// can read it over the internet. All others are public.
+// and a Prebake server that says that it is private. A destination that the operator marks is private too, unless a
+// client without credentials can read it over the internet. All others are public.
 func (r Rule) Audience(ctx context.Context, name string, p Destination) (Audience, error) {
 	seen, err := p.AnonymousAccess(ctx, "")
 	if err != nil {
