@@ -204,7 +204,7 @@ func TestJudgeFillsTheVerdict(t *testing.T) {
 			{Name: "nvidia", Load: OK, Unload: OK}, {Name: "nvidia-uvm", Load: OK, Unload: OK},
 			{Name: "nvidia-modeset", Load: OK, Unload: OK},
 			{Name: "nvidia-peermem", Load: Skipped,
-				Note: "links into the kernel and says EINVAL: it has no RDMA stack to work with"},
+				Note: "links into the kernel, but its load returns EINVAL: it was compiled without an RDMA stack"},
 			{Name: "nvidia-drm", Load: Skipped, Note: "needs drm"},
 		},
 		BootSeconds: 4, LoadSeconds: 4, ProbeSeconds: 7, UnloadSeconds: 4, Seconds: 16,
@@ -231,7 +231,7 @@ func TestVerdictJSON(t *testing.T) {
 
 func TestIdleDRM(t *testing.T) {
 	t.Parallel()
-	for idle, want := range map[bool]string{true: "made for a kernel without DRM: there is nothing in it", false: ""} {
+	for idle, want := range map[bool]string{true: "compiled for a kernel without DRM, so the module is empty", false: ""} {
 		p := &plan{version: version, release: release, modules: []string{"nvidia", "nvidia-modeset", drm}, idleDRM: idle}
 		p.addSteps()
 		res := goodRun(p)
