@@ -226,7 +226,7 @@ func mayTrust(cmd *ucli.Command) (*trust.Verifier, error) {
 func printBundle(w io.Writer, file string, r *offline.Report) error {
 	fmt.Fprintf(w, "wrote    %s, %s\nindex    %s\n", file, megabytes(r.Size), r.Index)
 	for _, a := range r.Artifacts {
-		fmt.Fprintf(w, "driver   %s for %s\n         %s, %s, with %d statements and the like\n",
+		fmt.Fprintf(w, "driver   %s for %s\n         %s, %s, with %d referrers\n",
 			a.Driver, kernelNames(a.Kernels), a.Digest[:len("sha256:")+12], megabytes(a.Size), a.Attached)
 	}
 	for _, name := range r.Images {
@@ -236,7 +236,7 @@ func printBundle(w io.Writer, file string, r *offline.Report) error {
 		fmt.Fprintf(w, "snapshot %d files\n", r.Snapshot)
 	}
 	if r.Keys > 0 {
-		fmt.Fprintf(w, "keys     %d; who reads the file compares them with what it knows\n", r.Keys)
+		fmt.Fprintf(w, "keys     %d; a receiver must compare them with keys from another source\n", r.Keys)
 	}
 	_, err := fmt.Fprintf(w, "holds    %d blobs, %s\n", r.Blobs, megabytes(r.Bytes))
 	if err == nil && r.Base != "" {

@@ -86,8 +86,9 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 	return m.label(ctx, p, func(note string) { log.DebugContext(ctx, "label not given", "note", note) })
 }
 
-// logEvent logs events that change something. Cells that were published before are logged at debug level only. So are
-// cells that failed before from the same inputs, because the log of that earlier round has them.
+// logEvent logs events that change something. Cells that were published before are logged at debug level only. Cells
+// that failed in an earlier round with the same inputs are logged at debug level too, because that round logged the
+// failure.
 func logEvent(ctx context.Context, log *slog.Logger, e batch.Event) {
 	log = log.With("kernel", e.Job.Cell.Kernel.String(), "driver", e.Job.Cell.Driver.String())
 	switch e.Kind {
