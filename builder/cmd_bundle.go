@@ -32,7 +32,8 @@ func bundleCommand() *ucli.Command {
 	}
 }
 
-// registryFlags returns the flags of the commands that connect to a registry. flag names the flag of that registry.
+// registryFlags returns the flags of the commands that connect to a registry. flag is the flag that names the registry,
+// for the help text.
 func registryFlags(flag string) []ucli.Flag {
 	return []ucli.Flag{
 		cli.String("username", "", "user `NAME` for the registry of "+flag+" (default: from Docker's configuration)"),
@@ -140,7 +141,8 @@ func oneArg(cmd *ucli.Command, what string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// writeAtomically writes a file so that its name shows the complete content or nothing.
+// writeAtomically writes a file under a temporary name and renames it at the end. So the file's name never shows
+// incomplete content.
 func writeAtomically(file string, fill func(io.Writer) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
 	if err != nil {

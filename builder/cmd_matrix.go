@@ -182,7 +182,7 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	}
 	m.batch.Attempts = cmd.Int("attempts")
 	m.batch.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
-	// Destinations.Published does not see who signed the modules, and whether debug symbols and BTF exist. Only the
+	// Destinations.Published does not see who signed the modules, nor whether debug symbols and BTF exist. Only the
 	// pipeline compares these. So Destinations.Published decides only if no such setting is in use.
 	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules &&
 		cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto &&

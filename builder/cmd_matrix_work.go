@@ -18,7 +18,7 @@ import (
 const defaultGrace = 10 * time.Minute
 
 // runWorkWish keeps a wish list published. In each round it reads the file, asks the buckets, and builds what is
-// missing. After a stop signal it starts no more builds. After a second one it cancels the running builds.
+// missing. After a stop signal it starts no more builds. After a second stop signal it cancels the running builds.
 func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	log, err := cli.Logger(cmd)
 	if err != nil {

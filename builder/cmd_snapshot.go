@@ -292,7 +292,7 @@ func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.
 }
 
 // listOf asks a server for everything that it has published. If an artifact changes while the pages are read, it can
-// appear twice. Such an artifact counts as withdrawn if either entry says so.
+// appear twice. If one of the two entries is yanked or quarantined, listOf keeps that entry.
 func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Catalogue, error) {
 	c := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: now.UTC().Truncate(time.Second)}
 	all, err := server.Artifacts(ctx)

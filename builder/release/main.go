@@ -31,7 +31,8 @@ type config struct {
 	arches []string
 	// lock lists the Debian packages of the builder's image.
 	lock string
-	// archives are base URLs or folders that have these packages. If empty, apt's archives are used.
+	// archives are base URLs or folders that have these packages. If empty, the release uses the archives of this
+	// machine's apt.
 	archives []string
 	// cache keeps downloaded packages.
 	cache string

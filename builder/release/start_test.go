@@ -18,8 +18,8 @@ const sandboxed = `bwrap --unshare-all --unshare-user --disable-userns --uid 100
 all:; @echo 6*7 | bc | awk "{ print \$$1 }"
 END`
 
-// starts runs commands in the builder's image for this machine's architecture. They work only if no Debian package is
-// missing. copied is a folder with skopeo's copy of the image.
+// starts runs commands in the builder's image for this machine's architecture. The commands work only if no Debian
+// package is missing. copied is a folder with skopeo's copy of the image.
 func starts(t *testing.T, copied string, layers []v1.Descriptor) {
 	t.Helper()
 	root := filepath.Join(t.TempDir(), "root")

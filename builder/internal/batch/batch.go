@@ -206,9 +206,9 @@ func (f *runner) check(ctx context.Context, j *job) {
 	}
 }
 
-// fetch fetches the inputs of the open cells in the cells' order: a kernel, then its drivers. So
-// the first cell can start early. After the stop signal fetch gives up, because no cell will use
-// the inputs.
+// fetch fetches the inputs of the open cells in the plan's order: for each cell its kernel, then
+// its driver. So the first cell can start early. After the stop signal, fetch stops, because no
+// cell will use the inputs.
 func (f *runner) fetch(ctx context.Context) {
 	defer f.fetched()
 	ctx, cancel := context.WithCancel(ctx)

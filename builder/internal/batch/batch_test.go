@@ -412,7 +412,8 @@ func TestStoppingFetch(t *testing.T) {
 	})
 }
 
-// A single class of failures has its own exit code. Several classes share one code. Early warnings do not count.
+// If all failures have one class, the exit code is the code of that class. Failures of several classes have one common
+// code. Early warnings do not count.
 func TestErr(t *testing.T) {
 	t.Parallel()
 	rows := []struct {

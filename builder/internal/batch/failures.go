@@ -33,8 +33,8 @@ const (
 
 // FailureStore stores permanent failures in the cache. The key of a failure is made of the
 // checksums that the buckets publish for headers, toolchain and runfile. So Find needs no fetching
-// or unpacking. A cell without these checksums is tried each time. Another version of the builder,
-// recipe, setting or input leads to a new attempt.
+// or unpacking. A cell without these checksums is tried each time. A cell is also tried again after
+// a change of the builder's version, the recipe, a setting or an input.
 type FailureStore struct {
 	Facts            facts
 	Kernels, Drivers small

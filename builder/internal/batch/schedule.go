@@ -324,8 +324,9 @@ func (f *runner) remember(ctx context.Context, j *job, known Failure) {
 	}
 }
 
-// stateOf returns the state for a failure. A flavour that the release does not have is no failure
-// if the wish did not name the flavour.
+// stateOf returns the state for a failure. If the release does not have the flavour, the cell
+// counts as failed only if its wish named this flavour. A flavour from the wish list's general list
+// is unavailable.
 func stateOf(c plan.Cell, known Failure) State {
 	switch {
 	case known.Class == fault.Cancelled:

@@ -99,7 +99,7 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	return text, errors.Join(err, zr.Close())
 }
 
-// buildID reads the note with the GNU build id. In a kernel, this note is among others in the section .notes.
+// buildID reads the note with the GNU build id. In a kernel, the section .notes contains this note and other notes.
 func buildID(file *elf.File) string {
 	s := file.Section(".note.gnu.build-id")
 	if s == nil {
@@ -136,8 +136,8 @@ var ErrOtherRun = errors.New("it comes from another run of make than the headers
 
 // Check returns an error if the kernel does not belong to a header tree. The releases must be equal. If the tree says
 // who built the kernel, when, and under which build number, these facts must be equal. If the kernel contains its
-// configuration, the configurations must be equal. For the kernel of another build, the error is fault.Mismatch. The
-// error wraps ErrOtherRun if only the builder or the time differs.
+// configuration, the configurations must be equal. For the kernel of another COS build, the error is fault.Mismatch.
+// The error wraps ErrOtherRun if only the builder or the time differs.
 func (f Facts) Check(headers string) error {
 	said := map[string]string{}
 	for _, name := range []string{"utsrelease.h", "utsversion.h", "compile.h"} {
@@ -214,8 +214,8 @@ func readBounded(file string) ([]byte, error) {
 	return text, err
 }
 
-// firstDifference returns the first option, by name, that the two configurations do not set alike, or "" if there is
-// none.
+// firstDifference returns the first option, by name, whose values in the two configurations differ. It returns "" if
+// there is none.
 func firstDifference(a, b kconfig.Config) string {
 	var differ []string
 	for _, pair := range [][2]kconfig.Config{{a, b}, {b, a}} {

@@ -1,8 +1,8 @@
-// Package bootimage makes a bootable image for a virtual machine from the vmlinux that COS publishes with each build.
-// The package also reports whether a vmlinux is the kernel to which a header tree belongs.
+// Package bootimage makes a bootable image for a virtual machine from the vmlinux of a COS build. The package also
+// reports whether a vmlinux is the kernel to which a header tree belongs.
 //
-// The package refuses to guess. A file with another layout, or with the version text of another build, is an error that
-// names the difference.
+// The package refuses to guess. For a file with another layout, or with the version text of another COS build, the
+// package returns an error that names the difference.
 package bootimage
 
 import (

@@ -101,8 +101,9 @@ func Modules(ctx context.Context, r Request) (*Result, error) {
 	result, err := run(ctx, r, func(t tools) []string {
 		args := []string{"make", "modules", "SYSSRC=" + insideKernel, "SYSOUT=" + insideKernel,
 			"KERNEL_UNAME=" + r.Release, "IGNORE_CC_MISMATCH=1"}
-		// Google's installer sets the variable for kernels without MODVERSIONS, such as COS's, because their
-		// Module.symvers has no checksums. Package cossrc checks that Module.symvers exists and names symbols.
+		// Google's installer sets IGNORE_MISSING_MODULE_SYMVERS for kernels without MODVERSIONS, such as COS's kernels,
+		// because their Module.symvers has no checksums. Package cossrc checks that Module.symvers exists and names
+		// symbols.
 		if !t.modVersions {
 			args = append(args, "IGNORE_MISSING_MODULE_SYMVERS=1")
 		}
@@ -345,7 +346,8 @@ func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) er
 	return err
 }
 
-// flagVariables returns make variables with compiler flags of this package, which kbuild adds to the kernel's own.
+// flagVariables returns make variables with compiler flags of this package. Kbuild adds these flags to the kernel's
+// flags.
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
 	if t.btf {

@@ -18,7 +18,7 @@ type fileFacts struct {
 	digest string
 	named  map[string]bool // the wanted names that the file contains
 	pastes map[string]bool // parts of names that the preprocessor joins with ##
-	hides  bool            // the file includes others that no dependency list names
+	hides  bool            // the file includes other files that no dependency list names
 }
 
 // nameScanner looks for wanted names in files. It reads each file once.

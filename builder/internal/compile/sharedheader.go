@@ -107,7 +107,7 @@ type task struct {
 }
 
 // schedule orders the tasks so that one precompiled header is made while the questions of the
-// former one are asked. So only few precompiled headers are on the disk at the same time.
+// previous one are asked. So only few precompiled headers are on the disk at the same time.
 func schedule(open []question) []task {
 	var plain, all []task
 	of := map[*sharedHeader][]task{}

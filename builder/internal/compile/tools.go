@@ -202,7 +202,8 @@ func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, p
 		// Kbuild derives the assembler's path from this prefix.
 		all = append(all, "LLVM_IAS=0", "CROSS_COMPILE="+prefix)
 	case config["CONFIG_AS_IS_LLVM"], !assembler:
-		// Kernels before 5.13 do not name their assembler, and their default is the program as.
+		// The configuration of kernels before 5.13 names no assembler. Such a kernel uses the
+		// program as, or clang's own assembler if the toolchain has no as.
 		all = append(all, "LLVM_IAS=1")
 	}
 	if chain.has(hostClang) {

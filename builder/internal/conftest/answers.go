@@ -8,8 +8,8 @@ import (
 
 // Basis has everything that decides a stored answer, except the question itself.
 type Basis struct {
-	// View is the digest of the header tree as the script sees it. While a script runs, no file that this digest does
-	// not cover may be visible.
+	// View is the digest of the header tree as the script sees it. While a script runs, it may see only those kernel
+	// files that this digest covers.
 	View string
 	// Toolchain is the digest of the compiler's folder. Host is the digest of the host's programs
 	// ([sandbox.HostTools]). Recipe is the version of the way in which the script is run.
@@ -60,7 +60,7 @@ var (
 //
 // Two parts of the command line do not decide an answer, so the keys do not have them. [Keyer.Flags] leaves them out,
 // so that no program sees them. The first is the script's process number, which the script puts into KBUILD_BASENAME.
-// The second is the driver's version. It stays only if the script or a kernel header names its macro,
+// The second is the driver's version. The flags keep the version only if the script or a kernel header names its macro,
 // NV_VERSION_STRING.
 func NewKeyer(s *Script, p *Plan, b Basis) *Keyer {
 	a := &Keyer{script: s, plan: p, basis: b, flags: selfName.ReplaceAllString(p.Flags, "#conftest")}

@@ -3,10 +3,9 @@
 // the load test. It reads the kernel's release and version from them and computes the kernel's ABI
 // fingerprint.
 //
-// The fingerprint covers everything that decides whether a module fits the kernel: the content of
-// the header tree (with Module.symvers, .config and the prebuilt host tools), the content of the
-// toolchain, and toolchain_env. It leaves out three things. Each of them differs between builds of
-// the same kernel, and no module depends on it:
+// The fingerprint covers everything that decides whether a module fits the kernel: the content of the header tree (with
+// Module.symvers, .config and the prebuilt host tools), the content of the toolchain, and toolchain_env. It leaves out
+// three things that differ between two compilations of the same kernel. No module depends on them:
 //
 //   - times, owners and all mode bits except the executable one, which the packer sets;
 //   - include/generated/compile.h, which says who compiled the kernel, where and when;

@@ -36,7 +36,8 @@ func digestHeaders(ctx context.Context, dir string) (string, error) {
 	return digest, nil
 }
 
-// volatile reports whether a file of a header tree differs between two builds of the same kernel.
+// volatile reports whether a file of a header tree differs between two compilations of the same
+// kernel.
 func volatile(name string) bool {
 	return name == "include/generated/compile.h" || name == "include/generated/utsversion.h"
 }

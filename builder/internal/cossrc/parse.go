@@ -173,7 +173,8 @@ func parseDefine(text []byte, macro string) (string, error) {
 	return "", lines.Err()
 }
 
-// readHead reads the first bytes of a file in the tree. It returns nil if the file is missing.
+// readHead reads at most limit bytes from the start of a file in the tree. It returns nil if the
+// file is missing.
 func readHead(dir, name string, limit int64) ([]byte, error) {
 	f, err := os.OpenInRoot(dir, filepath.FromSlash(name))
 	if errors.Is(err, fs.ErrNotExist) {

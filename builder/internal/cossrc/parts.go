@@ -32,7 +32,8 @@ var remedies = map[string]string{
 }
 
 // either calls ask with the object's name in each layout of a bucket, until one call finds the
-// object. It returns that call's error.
+// object. It returns that call's error. If no call finds the object, the error is
+// fault.InputMissing with the hint from remedies.
 func (f *fetcher) either(name string, ask func(at string) error) error {
 	var asked []string
 	for _, at := range cosbucket.Layouts(f.kernel, name) {

@@ -1,6 +1,6 @@
 // Package gpus reads the list of supported GPUs from an NVIDIA release and makes a statement about it for an artifact.
-// With this statement a node can choose a flavour by its PCI ids. The package refuses to invent a list: for a release
-// without one there is no statement.
+// With this statement a node can choose a flavour by the PCI ids of its GPUs. The package refuses to invent a list: for
+// a release without a list there is no statement.
 package gpus
 
 import (
@@ -35,8 +35,8 @@ func Read(dir, version string) (*gpulist.List, error) {
 	return gpulist.ParseFile(version, text)
 }
 
-// maxPredicate limits the predicate in bytes, so that a bundle has room for base64 and the envelope. The 1,008 products
-// of 535.261.03 take 8 KB.
+// maxPredicate limits the predicate in bytes, so that a Sigstore bundle has room for the predicate in base64 and for
+// the envelope. The 1,008 products of 535.261.03 take 8 KB.
 const maxPredicate = 600 << 10
 
 // Statement states which GPUs the artifact with this manifest digest supports.

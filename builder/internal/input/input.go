@@ -111,7 +111,7 @@ var sumPattern = map[Algorithm]*regexp.Regexp{
 }
 
 // ParseSum reads the checksum of object from a checksum file. The file has a bare hex digest, or `hex name` lines as
-// md5sum writes them. Of several lines, the one that names the object counts.
+// md5sum writes them. If the file has several lines, ParseSum uses the line that names the object.
 func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 	base := path.Base(object)
 	for line := range bytes.Lines(text) {

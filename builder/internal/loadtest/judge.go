@@ -151,7 +151,8 @@ var taints = []struct {
 	{9, "warning"},
 }
 
-// newTaint returns the names of the flags that were set between the two readings.
+// newTaint compares two contents of /proc/sys/kernel/tainted. It returns the names of those flags in taints that only
+// the second one has.
 func newTaint(before, after string) string {
 	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
 	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)

@@ -248,7 +248,7 @@ func TestIdleDRM(t *testing.T) {
 	}
 }
 
-// TestNotAsked checks that the verdict says so if the probe for another processor is missing.
+// TestNotAsked checks that the verdict says why NVML was not asked if the probe for another processor is missing.
 func TestNotAsked(t *testing.T) {
 	t.Parallel()
 	p := &plan{version: version, release: release, modules: []string{"nvidia"},
