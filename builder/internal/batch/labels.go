@@ -56,7 +56,8 @@ func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string,
 	_ = group.Wait() // no error: the functions above return nil
 	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
 	if len(errs) > 0 {
-		return fmt.Errorf("label drivers: %d of %d kernels have an error, the first: %w", len(errs), len(kernels), errs[0])
+		return fmt.Errorf("label drivers: %d of %d kernels have an error; the first error: %w", len(errs), len(kernels),
+			errs[0])
 	}
 	return nil
 }

@@ -319,7 +319,7 @@ func (f *runner) remember(ctx context.Context, j *job, known Failure) {
 		return
 	}
 	if merr := f.cfg.Failures.Remember(ctx, j.Cell, known); merr != nil {
-		note := FailureOf(fmt.Errorf("failure not recorded: %w", merr))
+		note := FailureOf(fmt.Errorf("store the failure of the cell: %w", merr))
 		f.emit(Event{Job: j.Job, Kind: Note, Failure: &note})
 	}
 }

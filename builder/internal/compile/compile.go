@@ -132,9 +132,9 @@ func (r Request) withDefaults() (Request, error) {
 	var errs []error
 	if r.BTF != "" {
 		if info, err := os.Stat(r.BTF); err != nil {
-			errs = append(errs, fmt.Errorf("types: %w", err))
+			errs = append(errs, fmt.Errorf("BTF file: %w", err))
 		} else if !info.Mode().IsRegular() {
-			errs = append(errs, fmt.Errorf("types %s: not a file", r.BTF))
+			errs = append(errs, fmt.Errorf("BTF file %s: not a file", r.BTF))
 		}
 	}
 	for _, dir := range []struct {
@@ -153,7 +153,7 @@ func (r Request) withDefaults() (Request, error) {
 		*dir.path = abs
 	}
 	if !releasePattern.MatchString(r.Release) {
-		errs = append(errs, fmt.Errorf("kernel release %q: want it as uname -r prints it", r.Release))
+		errs = append(errs, fmt.Errorf("kernel release %q: want the text that uname -r prints", r.Release))
 	}
 	if _, ok := kernelArch[r.Arch]; !ok {
 		errs = append(errs, fmt.Errorf("architecture %q: want amd64 or arm64", r.Arch))

@@ -62,7 +62,7 @@ func compilerFault(dir string) error {
 	if len(text) == 0 {
 		return nil
 	}
-	said := fmt.Sprintf("the compiler did not begin to compile: %.300q", text)
+	said := fmt.Sprintf("the compiler failed for a reason outside its source file: %.300q", text)
 	switch {
 	case noDisk.Match(text):
 		return fault.New(fault.DiskFull, said, hintDisk)
@@ -71,5 +71,5 @@ func compilerFault(dir string) error {
 	}
 	return fault.New(fault.Internal, said,
 		"check the machine's memory and disk, then run the command again; if the error stays, the toolchain's "+
-			"compiler crashes")
+			"compiler crashes: report this to the publisher of the toolchain")
 }

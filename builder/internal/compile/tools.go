@@ -174,8 +174,8 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	clang := strings.Contains(cc, "clang")
 	for option, other := range map[string]bool{"CONFIG_CC_IS_CLANG": !clang, "CONFIG_CC_IS_GCC": clang} {
 		if config[option] && other {
-			return "", "", "", fault.New(fault.Usage, fmt.Sprintf("compiler %s: the kernel's .config says %s=y", cc, option),
-				hint)
+			return "", "", "", fault.New(fault.Usage,
+				fmt.Sprintf("compiler %s: another compiler built the kernel, because .config says %s=y", cc, option), hint)
 		}
 	}
 	// One clang program compiles for all processors, and its file name selects the target. Kbuild
@@ -183,7 +183,7 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	if clang && r.Arch == target.ARM64 && !strings.HasPrefix(prefix, "aarch64-") {
 		return "", "", "", fault.New(fault.Usage,
 			fmt.Sprintf("compiler %s: its name does not say that it compiles for arm64", cc),
-			"name "+crossPrefix[r.Arch]+"clang in the kernel's toolchain_env")
+			"set CC="+crossPrefix[r.Arch]+"clang in the kernel's toolchain_env")
 	}
 	return cc, prefix, suffix, nil
 }

@@ -43,7 +43,7 @@ func hideVolatileHeaders(headers, dir string) ([]sandbox.Bind, error) {
 		} else if err != nil {
 			return nil, err
 		} else if !info.Mode().IsRegular() {
-			return nil, fault.New(fault.Unsupported, name+" of the header tree is not a file",
+			return nil, fault.New(fault.Unsupported, "read header tree: "+name+" is not a regular file",
 				"check that kernel-headers.tgz is the header archive of a COS build")
 		}
 		text, err := readHost(filepath.Join(headers, name))

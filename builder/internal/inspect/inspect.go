@@ -223,7 +223,7 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 		return
 	case !in.HasVMLinux:
 		l.fail("load test", doctor.Warn,
-			fault.New(fault.InputMissing, "no vmlinux: modules get static checks only",
+			fault.New(fault.InputMissing, "find vmlinux: the bucket has none, so modules get static checks only",
 				"put the vmlinux of the COS build into the bucket"))
 		return
 	case !c.VMLinux:

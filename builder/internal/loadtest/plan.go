@@ -127,7 +127,7 @@ func (p *plan) addFiles(c Config) error {
 	case err == nil:
 		libraries, err := vm.GlibcFiles(probe, lib)
 		if err != nil {
-			return fmt.Errorf("find what NVML needs: %w", err)
+			return fmt.Errorf("find the libraries that NVML needs: %w", err)
 		}
 		p.files = append(p.files, vm.File{Name: guestLib, Path: lib, Mode: 0o755},
 			vm.File{Name: guestProbe, Path: probe, Mode: 0o755})
