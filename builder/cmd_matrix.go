@@ -356,7 +356,7 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	if n := report.Early(); n > 0 {
-		fmt.Fprintf(stderr, "note:  early warning: %s failed; that does not change the exit code\n", cellsOf(n))
+		fmt.Fprintf(stderr, "note:  early warning: %s failed; early warnings do not change the exit code\n", cellsOf(n))
 	}
 	return errors.Join(report.Err(), m.label(ctx, p, func(note string) { fmt.Fprintf(stderr, "note:  %s\n", note) }))
 }

@@ -73,7 +73,7 @@ func TestAsksNoClock(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, use := range varying(parsed) {
-			t.Errorf("%s uses %s: two releases would differ", file, use)
+			t.Errorf("%s uses %s: two releases of one commit would differ", file, use)
 		}
 	}
 	if looked < 5 {

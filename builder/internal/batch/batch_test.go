@@ -257,7 +257,7 @@ func testRun(t *testing.T) {
 	w.published = nil
 	r, err := batch.Status(t.Context(), cfg, p)
 	if err != nil || len(w.began)+len(w.fetched) != 0 || r.States[batch.Missing] != 4 {
-		t.Errorf("look begins %v, fetches %v, %v, %v; want 4 missing", w.began, w.fetched, r.States, err)
+		t.Errorf("Status begins %v, fetches %v, %v, %v; want 4 missing", w.began, w.fetched, r.States, err)
 	}
 }
 
@@ -279,7 +279,7 @@ func TestUnknown(t *testing.T) {
 		t.Errorf("Status = %v, %v; want transient trouble", r, err)
 	}
 	if r := batch.Run(t.Context(), cfg, p); r.States[batch.Published] != 1 || notes != 2 {
-		t.Errorf("Run: %v, %d notes; want it made, and a note each time", r.States, notes)
+		t.Errorf("Run: %v, %d notes; want the cell made, and one note for each lookup", r.States, notes)
 	}
 }
 

@@ -111,7 +111,7 @@ func TestHostileFiles(t *testing.T) {
 				write(t, r.Source, map[string]string{"Kbuild": kbuild, "conftest.sh": script})
 				result, told, err := attack(t, r, newCache(t))
 				if strings.Contains(told, secret) {
-					t.Errorf("the host's file is told:\n%s", told)
+					t.Errorf("the output contains the host's file:\n%s", told)
 				}
 				for name, path := range result.Modules {
 					if text, err := os.ReadFile(path); err != nil || bytes.Contains(text, []byte(secret)) {

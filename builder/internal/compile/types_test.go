@@ -108,7 +108,7 @@ func TestTypes(t *testing.T) {
 	}
 	defer f.Close()
 	if f.Section(btf.Section) != nil || f.Section(".debug_info") != nil {
-		t.Error("a module made without the kernel's types has some")
+		t.Error("a module that was made without the kernel's BTF has BTF or debug sections")
 	}
 }
 

@@ -256,7 +256,7 @@ func TestNotAsked(t *testing.T) {
 	p.addSteps()
 	res := goodRun(p)
 	if _, ok := res.Step(stepProbe); ok {
-		t.Error("NVML is asked though it cannot be")
+		t.Error("the plan has a step that asks NVML, without a probe program")
 	}
 	if v := judge(p, res); v.State != Loaded || v.NotAsked != p.notAsked || v.NVMLVersion != "" {
 		t.Errorf("judge() = %+v; want loaded, and why NVML was not asked", v)
@@ -295,7 +295,7 @@ func FuzzTellingLine(f *testing.F) {
 			return
 		}
 		if line := reasonLine(log); strings.ContainsRune(line, '\n') {
-			t.Errorf("tellingLine(%q) = %q; want one line", log, line)
+			t.Errorf("reasonLine(%q) = %q; want one line", log, line)
 		}
 		notLive(log, []string{"nvidia"})
 		warnings(log)
