@@ -136,7 +136,8 @@ func missing(cmd *ucli.Command, names ...string) error {
 	return fault.New(fault.Usage, "missing: "+strings.Join(none, ", "), "see "+cmd.FullName()+" --help")
 }
 
-// refuseFlags returns an error if one of the named flags is set. These flags have no effect together with beside.
+// refuseFlags returns an error if one of the named flags is set. beside names the setting with which these flags have
+// no effect.
 func refuseFlags(cmd *ucli.Command, beside string, names ...string) error {
 	for _, name := range names {
 		if cmd.IsSet(name) {
@@ -326,7 +327,7 @@ func printResult(w io.Writer, res *pipeline.Result) error {
 	case res.LoadTest != nil:
 		verdict = res.LoadTest.State
 	case res.Reused:
-		verdict = "as published already: nothing was made anew"
+		verdict = "not run now: this artifact was published before"
 	}
 	_, err := fmt.Fprintf(w, "tag       %s\ndriver    %s\nkernel    %s, release %s\nABI       %s\nload test %s\n",
 		res.Tag, res.Driver, res.Kernel, res.Kernel.Release, res.Fingerprint, verdict)

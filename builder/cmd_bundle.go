@@ -32,7 +32,8 @@ func bundleCommand() *ucli.Command {
 	}
 }
 
-// registryFlags returns the flags of the commands that connect to a registry. flag names the flag of that registry.
+// registryFlags returns the flags of the commands that connect to a registry. flag is the flag that names the registry,
+// for the help text.
 func registryFlags(flag string) []ucli.Flag {
 	return []ucli.Flag{
 		cli.String("username", "", "user `NAME` for the registry of "+flag+" (default: from Docker's configuration)"),
@@ -140,7 +141,8 @@ func oneArg(cmd *ucli.Command, what string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// writeAtomically writes a file so that its name shows the complete content or nothing.
+// writeAtomically writes a file under a temporary name and renames it at the end. So the file's name never shows
+// incomplete content.
 func writeAtomically(file string, fill func(io.Writer) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
 	if err != nil {
@@ -226,7 +228,7 @@ func mayTrust(cmd *ucli.Command) (*trust.Verifier, error) {
 func printBundle(w io.Writer, file string, r *offline.Report) error {
 	fmt.Fprintf(w, "wrote    %s, %s\nindex    %s\n", file, megabytes(r.Size), r.Index)
 	for _, a := range r.Artifacts {
-		fmt.Fprintf(w, "driver   %s for %s\n         %s, %s, with %d statements and the like\n",
+		fmt.Fprintf(w, "driver   %s for %s\n         %s, %s, with %d referrers\n",
 			a.Driver, kernelNames(a.Kernels), a.Digest[:len("sha256:")+12], megabytes(a.Size), a.Attached)
 	}
 	for _, name := range r.Images {
@@ -236,7 +238,7 @@ func printBundle(w io.Writer, file string, r *offline.Report) error {
 		fmt.Fprintf(w, "snapshot %d files\n", r.Snapshot)
 	}
 	if r.Keys > 0 {
-		fmt.Fprintf(w, "keys     %d; who reads the file compares them with what it knows\n", r.Keys)
+		fmt.Fprintf(w, "keys     %d; a receiver must compare them with keys from another source\n", r.Keys)
 	}
 	_, err := fmt.Fprintf(w, "holds    %d blobs, %s\n", r.Blobs, megabytes(r.Bytes))
 	if err == nil && r.Base != "" {

@@ -64,7 +64,7 @@ Example:
 				for _, t := range all {
 					fmt.Fprintf(
 						w,
-						"pushed   %s\n         %s, with %d statements and the like\n",
+						"pushed   %s\n         %s, with %d referrers\n",
 						t.Tag,
 						t.Digest[:len("sha256:")+12],
 						t.Attached,
@@ -104,7 +104,7 @@ func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licenc
 	isDriver := func(d v1.Descriptor, _ *v1.Manifest) bool { return flavours[d.Digest.String()] != "" }
 	all, err := registry.CopyTagged(ctx, from, to, isDriver, nil)
 	seen := map[string]bool{}
-	// This check also follows a copy that ended early, because the drivers that were sent are there.
+	// This check also runs after a copy that ended early, because some drivers may be in the registry already.
 	for _, t := range all {
 		if !seen[t.Digest] {
 			seen[t.Digest] = true

@@ -23,8 +23,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// destination runs the client library's registry. The registry reports the given audience in a header, unless audience
-// is empty. If hidden is true, it lists tags only to clients with credentials. The counter has the number of writes.
+// destination runs the registry of the library go-containerregistry. The registry reports the given audience in a
+// header, unless audience is empty. If hidden is true, it lists tags only to clients with credentials. The counter has
+// the number of writes.
 func destination(t *testing.T, audience string, hidden bool) (ref string, writes *atomic.Int64) {
 	t.Helper()
 	writes = &atomic.Int64{}

@@ -92,7 +92,7 @@ func reportTable(r *doctor.Report) string {
 		}
 	}
 	if r.Install != "" {
-		fmt.Fprintf(&out, "\nall that is missing, on Debian:\n  %s\n", r.Install)
+		fmt.Fprintf(&out, "\nto install everything that is missing, on Debian:\n  %s\n", r.Install)
 	}
 	return out.String()
 }

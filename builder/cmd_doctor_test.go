@@ -35,7 +35,7 @@ func TestDoctor(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &r); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	// The exit code is that of the first failure.
+	// The exit code is the code of the first failure's class.
 	kind, err := fault.Parse(firstClass(r))
 	if err != nil || kind.ExitCode() != code {
 		t.Errorf("exit code %d, first failure of class %q (%v)", code, firstClass(r), err)

@@ -132,15 +132,17 @@ func planCommand() *ucli.Command {
 	}
 }
 
+const hintWish = "check the name of the file; docs/examples/wish.yaml is an example of a wish list"
+
 func readWish(file string) (*plan.Wish, error) {
 	f, err := os.Open(file)
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read wish list: %w", err), "see docs/examples/wish.yaml")
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read wish list: %w", err), hintWish)
 	}
 	defer f.Close()
 	text, err := io.ReadAll(io.LimitReader(f, plan.MaxFile+1))
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read wish list: %w", err), "see docs/examples/wish.yaml")
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read wish list: %w", err), hintWish)
 	}
 	return plan.Parse(file, text)
 }
@@ -180,8 +182,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	}
 	m.batch.Attempts = cmd.Int("attempts")
 	m.batch.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
-	// The destinations' list does not say whose signature the modules carry, nor whether symbols and BTF are there.
-	// Only the pipeline compares these. So the list decides only if none of these settings is in use.
+	// Destinations.Published does not see who signed the modules, nor whether debug symbols and BTF exist. Only the
+	// pipeline compares these. So Destinations.Published decides only if no such setting is in use.
 	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules &&
 		cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto &&
 		!m.cfg.DebugSymbols &&
@@ -191,7 +193,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	if m.batch.Failures, err = failureStore(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
 		return nil, err
 	}
-	// The wish list gives the labels after all cells are built, because a label depends on all cells together.
+	// The pipeline gives no labels. The method label gives them after all cells are built, because a label depends on
+	// all cells together.
 	m.cfg.LabelsLater = true
 	m.batch.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{
@@ -225,8 +228,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	return m, nil
 }
 
-// openDestinations opens the destinations, and loads the key whose statements count there. Both must work before the
-// first build begins.
+// openDestinations opens the destinations, and loads the signing key. A cell counts as published only if this key
+// signed its statements. Both must work before the first build begins.
 func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinations, error) {
 	signer, err := sign.LoadSigner(ctx, cfg.Key, cfg.KeyOptions...)
 	if err != nil {
@@ -331,11 +334,11 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	stderr := cmd.Root().ErrWriter
 	beside := ""
 	if m.cfg.Compiling != nil {
-		beside = ", one of which does not compile"
+		beside = " (one of them in a step that does not compile)"
 	}
 	fmt.Fprintf(
 		stderr,
-		"%s, %d side by side%s, with %d compilers each; logs in %s\n",
+		"%s, %d at the same time%s, with %d compilers each; logs in %s\n",
 		cellsOf(len(p.Cells)),
 		m.batch.Parallel,
 		beside,
@@ -353,7 +356,7 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	if n := report.Early(); n > 0 {
-		fmt.Fprintf(stderr, "note:  early warning: %s failed; that does not change the exit code\n", cellsOf(n))
+		fmt.Fprintf(stderr, "note:  early warning: %s failed; early warnings do not change the exit code\n", cellsOf(n))
 	}
 	return errors.Join(report.Err(), m.label(ctx, p, func(note string) { fmt.Fprintf(stderr, "note:  %s\n", note) }))
 }

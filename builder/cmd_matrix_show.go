@@ -84,8 +84,8 @@ func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 			for _, line := range wrap(text, columns-4) {
 				fmt.Fprintf(out, "    %s\n", line)
 			}
-			// A cell that was tried has a log with the hint. For a cell that was not tried, the table is the only place
-			// for it.
+			// A cell that was tried has a log with the hint. For a cell that was not tried, only this table can show
+			// the hint.
 			if hint := j.Failure.Hint; hint != "" && j.Attempts == 0 && text == why {
 				for _, line := range wrap("next: "+hint, columns-4) {
 					fmt.Fprintf(out, "    %s\n", line)

@@ -32,7 +32,8 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"builder": main})
 }
 
-// publicRegistry runs the client library's registry. The registry reports the same audience as a public Prebake server.
+// publicRegistry runs the registry of the library go-containerregistry. The registry reports the same audience as a
+// public Prebake server.
 func publicRegistry(t *testing.T) string {
 	t.Helper()
 	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))

@@ -18,7 +18,7 @@ import (
 const defaultGrace = 10 * time.Minute
 
 // runWorkWish keeps a wish list published. In each round it reads the file, asks the buckets, and builds what is
-// missing. After a stop signal it starts no more builds. After a second one it cancels the running builds.
+// missing. After a stop signal it starts no more builds. After a second stop signal it cancels the running builds.
 func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	log, err := cli.Logger(cmd)
 	if err != nil {
@@ -86,8 +86,9 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 	return m.label(ctx, p, func(note string) { log.DebugContext(ctx, "label not given", "note", note) })
 }
 
-// logEvent logs events that change something. Cells that were published before are logged at debug level only. So are
-// cells that failed before from the same inputs, because the log of that earlier round has them.
+// logEvent logs events that change something. Cells that were published before are logged at debug level only. Cells
+// that failed in an earlier round with the same inputs are logged at debug level too, because that round logged the
+// failure.
 func logEvent(ctx context.Context, log *slog.Logger, e batch.Event) {
 	log = log.With("kernel", e.Job.Cell.Kernel.String(), "driver", e.Job.Cell.Driver.String())
 	switch e.Kind {

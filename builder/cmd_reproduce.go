@@ -64,8 +64,8 @@ Example:
 	}
 }
 
-// splitReference splits host/repository@digest or host/repository:tag into the repository and the digest or tag. A port
-// is not taken for a tag.
+// splitReference splits host/repository@digest or host/repository:tag into the repository and the digest or tag. The
+// colon before a port does not begin a tag.
 func splitReference(ref string) (repository, name string, err error) {
 	if at := strings.LastIndex(ref, "@"); at > 0 {
 		return ref[:at], ref[at+1:], nil

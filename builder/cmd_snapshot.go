@@ -42,7 +42,7 @@ web server can serve it. Example:
 // snapshotRoles are the roles of a snapshot that have a key of their own, in addition to the root.
 var snapshotRoles = []string{"targets", "snapshot", "timestamp"}
 
-// toFlag names the snapshot's folder. keyFlags names the keys of roles.
+// toFlag returns the flag of the snapshot's folder. keyFlags returns the flags of the keys of these roles.
 func toFlag() ucli.Flag { return cli.String("to", "", "`FOLDER` of the snapshot") }
 
 func keyFlags(roles ...string) []ucli.Flag {
@@ -177,8 +177,8 @@ many as the threshold of the previous root says.`,
 	}
 }
 
-// rootKeys lists the root keys of a folder. For each one it takes the private key, or the public key if that is
-// missing.
+// rootKeys lists the root keys of a folder. For each root key it returns the file of the private key, or the file of
+// the public key if the private one is missing.
 func rootKeys(dir string) ([]string, error) {
 	var refs []string
 	for i := 1; ; i++ {
@@ -292,7 +292,7 @@ func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.
 }
 
 // listOf asks a server for everything that it has published. If an artifact changes while the pages are read, it can
-// appear twice. Such an artifact counts as withdrawn if either entry says so.
+// appear twice. If one of the two entries is yanked or quarantined, listOf keeps that entry.
 func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Catalogue, error) {
 	c := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: now.UTC().Truncate(time.Second)}
 	all, err := server.Artifacts(ctx)

@@ -151,7 +151,7 @@ func embedded(
 			return o
 		}
 		o.Plain = o.Plain || server.Scheme == "http"
-		// Without a token, the registry's answer says what is missing.
+		// Without a token, the registry's error says what is missing.
 		if secret, err := token(); err == nil && o.Password == "" {
 			o.Username, o.Password = "token", secret
 		}

@@ -49,7 +49,7 @@ func keyOptions(cmd *ucli.Command) ([]sign.Option, error) {
 	return []sign.Option{sign.WithIdentity(root, func() ([]byte, error) { return identityToken(file) })}, nil
 }
 
-// trusted returns a verifier for the keys and the identity that the flags name.
+// trusted returns a verifier for the public keys and the certificate identity that the flags name.
 func trusted(cmd *ucli.Command) (*trust.Verifier, error) {
 	var policy trust.Policy
 	for _, file := range cmd.StringSlice("public-key") {

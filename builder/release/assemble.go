@@ -311,8 +311,8 @@ func digestOf(text []byte) string {
 	return ocidigest.FromBytes(text).String()
 }
 
-// sign writes the signature and the public key. Without -key it makes a key and deletes it afterwards. Nobody who got
-// the folder from elsewhere must trust such a key.
+// sign writes the signature and the public key. Without -key it makes a key and deletes it afterwards. A user who got
+// the release from elsewhere must not trust such a key.
 func (c *config) sign(ctx context.Context, dir, work string, statement sign.Statement) error {
 	key, name := c.key, "release.pub"
 	if key == "" {

@@ -13,8 +13,8 @@ import (
 	"testing"
 )
 
-// banned lists what differs from run to run, by import path. The names are those of functions. No names means the
-// whole package.
+// banned lists functions whose results differ from run to run, by import path. An entry without names bans the whole
+// package.
 var banned = map[string][]string{
 	"time":                   {"Now", "Since", "Until", "After", "AfterFunc", "NewTicker", "NewTimer", "Tick"},
 	"os":                     {"Hostname", "Getpid", "Getppid"},
@@ -73,7 +73,7 @@ func TestAsksNoClock(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, use := range varying(parsed) {
-			t.Errorf("%s uses %s: two releases would differ", file, use)
+			t.Errorf("%s uses %s: two releases of one commit would differ", file, use)
 		}
 	}
 	if looked < 5 {

@@ -230,7 +230,7 @@ func (p *debPackage) readControl(ctx context.Context) (err error) {
 		return errors.New("control file without name or version")
 	}
 	if arch != p.arch {
-		return fault.New(fault.Mismatch, fmt.Sprintf("the package is for %.40q; the list has it for %q", arch, p.arch),
+		return fault.New(fault.Mismatch, fmt.Sprintf("the package is for %.40q; the list of packages says %q", arch, p.arch),
 			"write the list again: make release-packages")
 	}
 	return nil
@@ -312,7 +312,8 @@ func (r *rootFS) file(name string, text []byte, mode int64) error {
 	return err
 }
 
-// place returns the path for a package's file. A file of a folder that became a link goes below usr.
+// place returns the path for a package's file. Folders such as /bin are links into usr since Debian 12, so place puts
+// their files below usr.
 func place(name string) string {
 	name = strings.TrimPrefix(path.Clean("/"+name), "/")
 	top, rest, _ := strings.Cut(name, "/")
@@ -397,7 +398,7 @@ func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
 	case tar.TypeLink:
 		h.Linkname = place(h.Linkname)
 		if _, ok := r.seen[h.Linkname]; !ok {
-			return fmt.Errorf("hard link to %.200q, which is not there", h.Linkname)
+			return fmt.Errorf("hard link to %.200q, which does not exist yet", h.Linkname)
 		}
 	case tar.TypeReg, tar.TypeSymlink:
 	default:

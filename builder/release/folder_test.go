@@ -24,8 +24,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// made is the release that the tests of a folder read. make release-test makes a complete one. Otherwise the tests make
-// a small one of this tree.
+// made is the release that the tests of this file read. make release-test makes a complete release. Otherwise the tests
+// make a small release of this tree.
 var made = struct {
 	sync.Mutex
 	dir, all string
@@ -42,7 +42,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// folder returns the folder of the release, and whether the release is complete. PREBAKE_RELEASE names a complete one.
+// folder returns the folder of the release, and whether the release is complete. PREBAKE_RELEASE names the folder of a
+// complete release.
 func folder(t *testing.T) (dir string, whole bool) {
 	t.Helper()
 	if dir := os.Getenv("PREBAKE_RELEASE"); dir != "" {

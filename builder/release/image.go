@@ -26,7 +26,8 @@ import (
 // compares the two.
 type image struct {
 	name string
-	// If debian is true, the image has all Debian packages; otherwise it has only their certificates.
+	// If debian is true, the image has all Debian packages; otherwise it has only the CA certificates of these
+	// packages.
 	debian   bool
 	programs []string
 	// links maps the name of each symbolic link to its target.

@@ -24,14 +24,15 @@ type config struct {
 	source string
 	// version names the release. The programs print it. commit is the commit of the source.
 	version, commit string
-	// date is the commit's time, or SOURCE_DATE_EPOCH if that is set. Every file, layer and statement with a time has
-	// this one.
+	// date is the commit's time, or SOURCE_DATE_EPOCH if that is set. Every file, layer and statement that has a time
+	// has this time.
 	date time.Time
 	// arches are the architectures, as GOARCH names them.
 	arches []string
 	// lock lists the Debian packages of the builder's image.
 	lock string
-	// archives are base URLs or folders that have these packages. If empty, apt's archives are used.
+	// archives are base URLs or folders that have these packages. If empty, the release uses the archives of this
+	// machine's apt.
 	archives []string
 	// cache keeps downloaded packages.
 	cache string

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Prints the Debian packages of the builder's image, for both architectures, as packages.lock has
-# them: one line for each, with architecture, SHA-256, size in bytes, and path in the archive. They
-# are the newest in this machine's apt sources; those of the machine and its lists stay as they are.
+# packages.sh prints the Debian packages of the builder's image, for both architectures, in the form
+# of packages.lock. Each line has architecture, SHA-256, size in bytes, and path in the archive. The
+# script takes the newest packages from this machine's apt sources. It does not change the packages
+# and the package lists of this machine.
 #
 # usage: builder/release/packages.sh >builder/release/packages.lock   (make release-packages)
 set -euo pipefail
 
-# Dockerfile.builder's list, and the packages that every Debian has.
+# The packages that Dockerfile.builder installs, and Debian's essential packages.
 packages=('?essential' bc bubblewrap ca-certificates dwarves ipxe-qemu libelf1 make qemu-system-x86 xz-utils zstd)
 
 work=$(mktemp -d)

@@ -47,7 +47,7 @@ func (c *config) head(ctx context.Context) (string, error) {
 	}
 	if changes != "" {
 		return "", fault.New(fault.Usage, "release: changes are not committed: "+changes[:min(len(changes), 200)],
-			"commit them or undo them")
+			"commit the changes, or undo them")
 	}
 	return c.git(ctx, "rev-parse", "HEAD")
 }
@@ -95,8 +95,8 @@ func (c *config) ofCommit(ctx context.Context) error {
 	}
 	n, err := strconv.ParseInt(seconds, 10, 64)
 	if err != nil {
-		return fault.New(fault.Usage, fmt.Sprintf("SOURCE_DATE_EPOCH is %.40q", seconds),
-			"give seconds since 1970, or unset it")
+		return fault.New(fault.Usage, fmt.Sprintf("read SOURCE_DATE_EPOCH: %.40q is not a number of seconds", seconds),
+			"set SOURCE_DATE_EPOCH to seconds since 1970, or unset it")
 	}
 	c.date = time.Unix(n, 0).UTC()
 	return nil

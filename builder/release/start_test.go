@@ -18,8 +18,8 @@ const sandboxed = `bwrap --unshare-all --unshare-user --disable-userns --uid 100
 all:; @echo 6*7 | bc | awk "{ print \$$1 }"
 END`
 
-// starts runs commands in the builder's image for this machine's architecture. They work only if no Debian package is
-// missing. copied is a folder with skopeo's copy of the image.
+// starts runs commands in the builder's image for this machine's architecture. The commands work only if no Debian
+// package is missing. copied is a folder with skopeo's copy of the image.
 func starts(t *testing.T, copied string, layers []v1.Descriptor) {
 	t.Helper()
 	root := filepath.Join(t.TempDir(), "root")
@@ -46,7 +46,8 @@ func starts(t *testing.T, copied string, layers []v1.Descriptor) {
 	}{
 		"sandbox": {sandboxed, []string{"42\n"}},
 		"doctor":  {"builder doctor --cache /tmp/cache 2>&1 || true", []string{"ok    qemu amd64 "}},
-		// The machine has a network card. The card needs a boot ROM from a Debian package that is easily forgotten.
+		// The machine has a network card. The card needs a boot ROM. It comes from a Debian package that is easily
+		// missing from the list.
 		"qemu": {
 			"echo quit | qemu-system-x86_64 -accel tcg -machine q35 -display none -S -netdev user,id=n " +
 				"-device virtio-net-pci,netdev=n -monitor stdio",

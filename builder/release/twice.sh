@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Makes the release of this commit twice and compares every byte, but for the signatures: in two
-# clones, at paths of different length, each with a compiler cache of its own, the second 40 days
-# later by the clock of everything that uses the C library (compilers, git, tar, dpkg-deb). Go's
-# programs ask the kernel for the time: what they write has none, which a test looks after.
+# twice.sh makes the release of this commit twice and compares every byte, except the signatures. It
+# works in two clones whose paths differ in length, and each clone has its own compiler cache. For the
+# second release, the clock of all programs that use the C library (compilers, git, tar, dpkg-deb)
+# is 40 days ahead. Go programs ask the kernel for the time, so this clock does not reach them. The
+# test TestAsksNoClock checks that the release program uses no clock.
 #
-# usage: builder/release/twice.sh [--warm]   --warm shares this machine's compiler cache, so that
-# images, manifests and links are made twice, and objects once
+# usage: builder/release/twice.sh [--warm]   With --warm, both clones share this machine's compiler
+# cache: images, manifests and links are made twice, and objects once.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -14,7 +15,7 @@ warm=
 work=$(mktemp -d)
 trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
 
-# one CLONE [COMMAND…]: a release in a clone
+# one CLONE [COMMAND…] makes a release in a new clone. COMMAND runs the release program.
 one() {
   local clone=$1 start=$SECONDS
   shift
@@ -28,12 +29,12 @@ one() {
   echo "twice: release in $clone took $((SECONDS - start)) s" >&2
 }
 commit=$(git rev-parse HEAD)
-GOTOOLCHAIN=$(sed -n 's/^go /go/p' go.mod) # which runs the assembler, too
+GOTOOLCHAIN=$(sed -n 's/^go /go/p' go.mod) # this Go also runs the release program
 export GOTOOLCHAIN
 one "$work/first"
 one "$work/a/second/clone" faketime -f +40d
 
-# Both are signed, with keys that were thrown away.
+# Each release is signed with its own key, which was deleted after the signing.
 for dir in "$work/first/release" "$work/a/second/clone/release"; do
   (cd "$dir" && sha256sum --quiet --strict --check SHA256SUMS)
   go run ./builder/release -out "$dir" -verify "$dir/signatures/throw-away.pub"

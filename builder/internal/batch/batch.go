@@ -4,11 +4,12 @@
 //
 // Cells with the same fingerprint, driver and flavour are the same build. Only one of them runs at
 // a time: the first one compiles, and the others reuse its result or fail in the same way. The user
-// space of a driver is staged only once too, because the cache locks each of its trees. The order
-// of starts only avoids that a cell waits for this lock.
+// space of a driver is unpacked only once too, because the cache locks a tree while one cell makes
+// it. A second cell of the same driver would wait for this lock, so the runner starts such cells
+// later if it can.
 //
-// The package does not know how a cell is made and where it is published. Functions in its Config
-// do that.
+// The package does not know how a cell is made or where its artifact is published. Functions in its
+// Config do that.
 package batch
 
 import (
@@ -34,20 +35,20 @@ import (
 
 // Config holds the functions and settings of a batch.
 type Config struct {
-	// Make makes one cell. On an error, the Result holds everything up to the failure. log gets the
-	// whole output of all tools.
+	// Make makes one cell. On an error, the Result holds everything up to the failure. log receives
+	// the whole output of all tools, and line receives the phases.
 	Make func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 	// Kernel fetches a kernel's inputs into the cache and returns its fingerprint. say receives
 	// progress, one line at a time.
 	Kernel func(ctx context.Context, k target.Kernel, say func(string)) (target.Fingerprint, error)
 	// Driver fetches a driver release into the cache and returns the flavours in it.
 	Driver func(ctx context.Context, version string, arch target.Arch, say func(string)) ([]target.Flavour, error)
-	// Published returns the digest of a cell that every destination has, signed for this COS build.
-	// It returns "" if one destination lacks the cell. Run calls it before it fetches anything.
-	// With nil, no cell counts as published.
+	// Published returns the digest of a cell's artifact if every destination has the artifact,
+	// signed for the cell's COS build. It returns "" if one destination lacks it. Run calls it
+	// before it fetches anything. With nil, no cell counts as published.
 	Published func(ctx context.Context, c plan.Cell) (digest string, err error)
-	// Failures stores permanent failures: the same inputs would fail in the same way again. Nil
-	// means no store.
+	// Failures stores permanent failures. A failure is permanent if the same inputs would fail in
+	// the same way again. Nil means no store.
 	Failures failureStore
 	// Parallel is the number of cells made at the same time; 0 means one.
 	Parallel int
@@ -58,8 +59,8 @@ type Config struct {
 	Wait time.Duration
 	// Logs is the folder for the cells' logs, one file for each cell.
 	Logs string
-	// Stopping is closed as the stop signal: running cells go on, and no further cell starts. Nil
-	// means no stop signal.
+	// Stopping is the stop signal: the caller closes it. Running cells then go on, and no further
+	// cell starts. Nil means that no stop signal comes.
 	Stopping <-chan struct{}
 	// Watch receives the events, in order and one at a time. It may be nil.
 	Watch func(Event)
@@ -91,8 +92,8 @@ func FailureOf(err error) Failure {
 }
 
 // Permanent reports whether the same inputs would fail in the same way each time. A failed load
-// test is never permanent: its virtual machine may have been too slow on a busy computer, and other
-// settings need no load test.
+// test is never permanent, because the virtual machine may have been too slow on a busy computer.
+// In addition, the same cell may succeed with settings that need no load test.
 func Permanent(kind fault.Kind, res *pipeline.Result) bool {
 	if res != nil {
 		for _, p := range res.Phases {
@@ -112,7 +113,7 @@ const (
 )
 
 // Run makes the missing cells of a plan and returns the state of every cell. When ctx ends, Run
-// cancels the running cells and all open ones.
+// stops the running cells, and every cell without a state becomes cancelled.
 func Run(ctx context.Context, cfg Config, p *plan.Plan) *Report {
 	if cfg.Parallel <= 0 {
 		cfg.Parallel = 1
@@ -154,7 +155,8 @@ func Status(ctx context.Context, cfg Config, p *plan.Plan) (*Report, error) {
 	return f.report(p), nil
 }
 
-// lookUp sets the state of the cells that are published and of those whose failure is stored.
+// lookUp sets the state of the cells that Run need not make: cells that are published, cells whose
+// failure is stored, and cells for which the plan names a problem.
 func (f *runner) lookUp(ctx context.Context) {
 	var group errgroup.Group
 	group.SetLimit(maxLookups)
@@ -179,7 +181,7 @@ func (f *runner) lookUp(ctx context.Context) {
 func (f *runner) check(ctx context.Context, j *job) {
 	if f.cfg.Published != nil {
 		switch digest, err := f.cfg.Published(ctx, j.Cell); {
-		case err != nil: // the cell stays open: its build meets the same error if it lasts
+		case err != nil: // the cell stays open: if the error lasts, the build reports it
 			f.mu.Lock()
 			f.lookupErr = cmp.Or(f.lookupErr, err)
 			f.mu.Unlock()
@@ -204,9 +206,9 @@ func (f *runner) check(ctx context.Context, j *job) {
 	}
 }
 
-// fetch fetches the inputs of the open cells in the cells' order: a kernel, then its drivers. So
-// the first cell can start early. After the stop signal fetch gives up, because no cell will use
-// the inputs.
+// fetch fetches the inputs of the open cells in the plan's order: for each cell its kernel, then
+// its driver. So the first cell can start early. After the stop signal, fetch stops, because no
+// cell will use the inputs.
 func (f *runner) fetch(ctx context.Context) {
 	defer f.fetched()
 	ctx, cancel := context.WithCancel(ctx)

@@ -222,7 +222,7 @@ func testRun(t *testing.T) {
 		t.Errorf("begun (-want +got):\n%s", diff)
 	}
 	slices.Sort(w.fetched)
-	// 2.0.1 may be missing: its last cell may have got its state from the driver before.
+	// Kernel 2.0.1 may be missing: its last open cell can get its state from driver 9.9 before the kernel is fetched.
 	w.fetched = slices.DeleteFunc(w.fetched, func(name string) bool { return name == "2.0.1" })
 	if diff := cmp.Diff([]string{"1.0.1", "1.0.2", "5.1", "9.9"}, w.fetched); diff != "" {
 		t.Errorf("fetched (-want +got):\n%s", diff)
@@ -257,7 +257,7 @@ func testRun(t *testing.T) {
 	w.published = nil
 	r, err := batch.Status(t.Context(), cfg, p)
 	if err != nil || len(w.began)+len(w.fetched) != 0 || r.States[batch.Missing] != 4 {
-		t.Errorf("look begins %v, fetches %v, %v, %v; want 4 missing", w.began, w.fetched, r.States, err)
+		t.Errorf("Status begins %v, fetches %v, %v, %v; want 4 missing", w.began, w.fetched, r.States, err)
 	}
 }
 
@@ -279,7 +279,7 @@ func TestUnknown(t *testing.T) {
 		t.Errorf("Status = %v, %v; want transient trouble", r, err)
 	}
 	if r := batch.Run(t.Context(), cfg, p); r.States[batch.Published] != 1 || notes != 2 {
-		t.Errorf("Run: %v, %d notes; want it made, and a note each time", r.States, notes)
+		t.Errorf("Run: %v, %d notes; want the cell made, and one note for each lookup", r.States, notes)
 	}
 }
 
@@ -412,7 +412,8 @@ func TestStoppingFetch(t *testing.T) {
 	})
 }
 
-// A single class of failures has its own exit code. Several classes share one code. Early warnings do not count.
+// If all failures have one class, the exit code is the code of that class. Failures of several classes have one common
+// code. Early warnings do not count.
 func TestErr(t *testing.T) {
 	t.Parallel()
 	rows := []struct {

@@ -29,10 +29,11 @@ type Destinations struct {
 	seen map[string]bool // layers that were found in a repository, by repository and digest
 }
 
-// Published returns the digest of a cell that every destination has. Each destination must have the
-// tag of this COS build and the complete artifact. Provenance and kernel match must be signed by a
-// trusted key. Published returns "" if one destination lacks any of these. It fetches no inputs,
-// because the inputs of a BUILD_ID and of a driver version never change.
+// Published returns the digest of a cell's artifact if every destination has the artifact. Each
+// repository must have the tag of the cell's COS build and the complete artifact. A trusted key
+// must have signed the provenance and the kernel match. Each bucket must have the published tarball
+// of the artifact. Published returns "" if one destination lacks any of these. It does not fetch
+// inputs to compare them, because the inputs of a BUILD_ID and of a driver version never change.
 func (p *Destinations) Published(ctx context.Context, c plan.Cell) (digest string, err error) {
 	if len(p.Repositories) == 0 {
 		return "", nil

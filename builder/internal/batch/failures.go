@@ -31,10 +31,10 @@ const (
 	maxSumFile  = 4 << 10
 )
 
-// FailureStore stores permanent failures in the cache. Its key is made of the checksums that the
-// buckets publish for headers, toolchain and runfile. So a stored failure is found again without
-// fetching or unpacking anything. A cell without these checksums is tried each time. Another
-// version of the builder, recipe, setting or input leads to a new attempt.
+// FailureStore stores permanent failures in the cache. The key of a failure is made of the
+// checksums that the buckets publish for headers, toolchain and runfile. So Find needs no fetching
+// or unpacking. A cell without these checksums is tried each time. A cell is also tried again after
+// a change of the builder's version, the recipe, a setting or an input.
 type FailureStore struct {
 	Facts            facts
 	Kernels, Drivers small
@@ -47,7 +47,8 @@ type FailureStore struct {
 	// settings a failed cell may succeed.
 	Settings string
 	// Signatures names the objects in the kernel bucket that may hold signatures for a driver's
-	// modules; nil means none. These objects may appear later and may be replaced.
+	// modules; nil means none. These objects may appear later and may be replaced, so the key
+	// covers their checksums.
 	Signatures func(k target.Kernel, version string) []string
 	// Forget makes Find return nothing. Remember still stores failures.
 	Forget bool
@@ -90,7 +91,8 @@ func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// Find returns the failure that the same inputs had before.
+// Find returns the stored failure of a cell with the same inputs. The second result is false if no
+// failure is stored.
 func (m *FailureStore) Find(ctx context.Context, c plan.Cell) (Failure, bool) {
 	if m.Forget {
 		return Failure{}, false
@@ -107,7 +109,8 @@ func (m *FailureStore) Find(ctx context.Context, c plan.Cell) (Failure, bool) {
 	return f, true
 }
 
-// Remember stores a failure.
+// Remember stores a failure. If the buckets have no checksums, the failure has no key, and Remember
+// does nothing.
 func (m *FailureStore) Remember(ctx context.Context, c plan.Cell, f Failure) error {
 	key := m.key(ctx, c)
 	if key == "" {

@@ -23,11 +23,12 @@ type lister interface {
 }
 
 // Label sets the labels of every kernel of a plan in every bucket. The labels come from the wish
-// list and from COS. Label removes the labels that builder set before and no longer wants. Kernels
-// outside the plan keep their labels.
+// list and from COS. builder is the URI of this builder. Label removes the labels that this builder
+// set before and that neither the wish list nor COS has now. Kernels outside the plan keep their
+// labels.
 //
-// An error with one kernel does not block the labels of others. Label calls note for each label
-// that it could not set because its version is not published.
+// An error with one kernel does not block the labels of the other kernels. Label calls note for
+// each label that it could not set because the label's driver version is not published.
 func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string, cos lister, note func(string)) error {
 	if len(p.Buckets) == 0 {
 		return nil
@@ -55,7 +56,8 @@ func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string,
 	_ = group.Wait() // no error: the functions above return nil
 	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
 	if len(errs) > 0 {
-		return fmt.Errorf("label drivers: %d of %d kernels have an error, the first: %w", len(errs), len(kernels), errs[0])
+		return fmt.Errorf("label drivers: %d of %d kernels have an error; the first error: %w", len(errs), len(kernels),
+			errs[0])
 	}
 	return nil
 }
@@ -76,7 +78,7 @@ func (p *Destinations) label(ctx context.Context, k target.Kernel, declared map[
 		}
 		for _, label := range got.Absent {
 			notes = append(notes, fmt.Sprintf("label %s for %s stays as it was: %s is not published in %s", label, k,
-				cmp.Or(declared[label], "its version"), got.URL))
+				cmp.Or(declared[label], "the version that COS names"), got.URL))
 		}
 	}
 	return notes, nil

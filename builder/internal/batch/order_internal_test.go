@@ -42,7 +42,7 @@ func TestOrder(t *testing.T) {
 		{"", "1.0.1 5.1"},          // nothing is warm: the plan's order
 		{"", "2.0.1 6.1"},          // a different kernel and a different driver
 		{"1.0.1 5.1", "1.0.2 5.1"}, // the same build, whose results are in the cache
-		{"1.0.2 5.1", "3.0.1 5.1"}, // not driver 6.1 and not kernel 2: a running cell is the first with each
+		{"1.0.2 5.1", "3.0.1 5.1"}, // neither kernel 2 nor driver 6.1: the running cell is the first with both
 		{"2.0.1 6.1", "1.0.1 6.1"}, // kernel and driver are warm
 		{"3.0.1 5.1", "2.0.1 5.1"},
 		{"1.0.1 6.1", "3.0.1 6.1"}, // before the early warning of the same build
@@ -88,8 +88,8 @@ func TestLateTwin(t *testing.T) {
 	}
 }
 
-// While one attempt ends, another worker may look for work. It must start neither the same cell
-// again nor another cell of the same build.
+// While one attempt ends, another worker may look for work. That worker must start neither the same
+// cell again nor another cell of the same build.
 func TestNothingIsBegunMeanwhile(t *testing.T) {
 	t.Parallel()
 	var cells []plan.Cell

@@ -12,12 +12,12 @@ import (
 // State is the outcome for one cell.
 type State string
 
-// The states. An empty State means that the cell is open: it is missing and was not started.
+// The states. An empty State means that the cell is open: it has no outcome yet.
 const (
 	Published   State = "published"   // this run made and published it
 	Existed     State = "existed"     // it was published before
 	Failed      State = "failed"      // it failed; Failure has the reason
-	Unavailable State = "unavailable" // it does not exist in this flavour or for this kernel
+	Unavailable State = "unavailable" // no driver exists for it in this flavour or for this kernel
 	Cancelled   State = "cancelled"   // the run was stopped
 	Missing     State = "missing"     // it is not published; only Status uses this state
 )
@@ -39,7 +39,7 @@ type Job struct {
 	Seconds  float64  `json:"seconds"`
 	Failure  *Failure `json:"failure,omitempty"`
 	// Known says that the failure comes from the FailureStore: an earlier run with the same inputs
-	// had it.
+	// failed in this way.
 	Known bool `json:"known,omitempty"`
 	// Like names a kernel of the same fingerprint. The same build failed for that kernel.
 	Like   string           `json:"like,omitempty"`
@@ -93,7 +93,7 @@ func (f *runner) report(p *plan.Plan) *Report {
 			j.State = Missing
 		}
 		if j.Attempts == 0 {
-			j.Log = "" // a log there is from an earlier run
+			j.Log = "" // a log file of this name is from an earlier run
 		}
 		r.Jobs = append(r.Jobs, j.Job)
 		r.States[j.State]++
@@ -116,8 +116,9 @@ func (f *runner) report(p *plan.Plan) *Report {
 // several is the class of a run whose cells failed with more than one class.
 const several = fault.Several
 
-// Err returns nil if no cell failed, early warnings aside. Otherwise its kind is the class of the
-// failures if all have the same one. A stopped run is cancelled, whatever failed before.
+// Err returns nil if no cell failed. Failed early warnings do not count. If all failures have one
+// class, the error has this class as its kind. If the classes differ, the kind is fault.Several. If
+// the run was stopped, the kind is fault.Cancelled, whatever failed before.
 func (r *Report) Err() error {
 	failed, kinds := 0, []fault.Kind{}
 	for _, c := range r.Failures {

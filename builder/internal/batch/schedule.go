@@ -42,7 +42,8 @@ type buildKey struct {
 
 func (j *job) buildKey() buildKey { return buildKey{j.kernel.fingerprint, j.Cell.Driver} }
 
-// ready reports whether all inputs of the cell have arrived. The caller holds runner.mu.
+// ready reports whether the cell can be built: both inputs arrived without an error, and the driver
+// has the cell's flavour. The caller holds runner.mu.
 func (j *job) ready() bool {
 	return j.kernel.here && j.driver.here && j.kernel.err == nil && j.driver.err == nil &&
 		slices.Contains(j.driver.flavours, j.Cell.Driver.Flavour)
@@ -112,8 +113,9 @@ func (f *runner) claim(in *input) *input {
 	return in
 }
 
-// arrived records that an input was fetched. If fetching failed, it fails the cells that need the
-// input.
+// arrived records the end of a fetch. keep stores what the fetch returned. arrived also gives a
+// final state to the cells that now cannot be built: the fetch of their input failed, their driver
+// lacks the flavour, or another cell of the same build has failed.
 func (f *runner) arrived(ctx context.Context, in *input, keep func(), err error) {
 	f.mu.Lock()
 	in.here, in.err = true, err
@@ -227,9 +229,9 @@ func (f *runner) pick(now time.Time) (best *job, wait time.Duration, open bool) 
 	return best, wait, open
 }
 
-// cost returns the rank of a cell that may start; the lowest cost starts first. A running cell may
-// be the first one with the same kernel or driver. A second cell next to it would repeat its work,
-// so its cost is high. The cost is low if kernel and driver are warm, that is, a finished cell left
+// cost returns the rank of a cell that may start; the lowest cost starts first. The cost is high if
+// a running cell is the first one with the same kernel or driver, because j would do the same work
+// at the same time. The cost is low if kernel and driver are warm, that is, a finished cell left
 // results in the cache. Cells with equal cost start in the plan's order, kernel by kernel.
 func (f *runner) cost(j *job, busy map[any]bool) int {
 	cost := 0
@@ -301,7 +303,7 @@ func (f *runner) made(ctx context.Context, j *job, res *pipeline.Result, err err
 	}
 }
 
-// failAlike fails a cell with the failure of the same build's first cell.
+// failAlike gives a cell the failure of another cell of the same build, the one that failed first.
 func (f *runner) failAlike(ctx context.Context, twin *job) {
 	f.mu.Lock()
 	first := f.failed[twin.buildKey()]
@@ -317,13 +319,14 @@ func (f *runner) remember(ctx context.Context, j *job, known Failure) {
 		return
 	}
 	if merr := f.cfg.Failures.Remember(ctx, j.Cell, known); merr != nil {
-		note := FailureOf(fmt.Errorf("failure not recorded: %w", merr))
+		note := FailureOf(fmt.Errorf("store the failure of the cell: %w", merr))
 		f.emit(Event{Job: j.Job, Kind: Note, Failure: &note})
 	}
 }
 
-// stateOf returns the state for a failure. A flavour that the release does not have is no failure
-// if the wish did not name the flavour.
+// stateOf returns the state for a failure. If the release does not have the flavour, the cell
+// counts as failed only if its wish named this flavour. A flavour from the wish list's general list
+// is unavailable.
 func stateOf(c plan.Cell, known Failure) State {
 	switch {
 	case known.Class == fault.Cancelled:
@@ -359,7 +362,7 @@ func (f *runner) put(j *job, state State, known *Failure) bool {
 	return true
 }
 
-// skipRest cancels the cells that were not started, or not started again.
+// skipRest cancels the cells that never started, and the cells whose next attempt did not start.
 func (f *runner) skipRest(ctx context.Context) {
 	cause := context.Cause(ctx)
 	for _, j := range f.jobs {

@@ -10,16 +10,16 @@ import (
 	"github.com/prometheus/procfs"
 )
 
-// CellMemory is the memory that one cell may need, in bytes. The virtual machine of the load test
-// has 3 GiB, and the programs around it need 0.5 GiB. About four compilers fit into less.
+// CellMemory is the memory that one cell may need, in bytes. The virtual machine of the load test has 3 GiB, and the
+// programs around it need 0.5 GiB. About four compilers at the same time need less than that.
 const CellMemory = 3584 << 20
 
 // jobsPerCell is the number of processors that one cell uses well. With more, its single-threaded
 // steps (link, pack, load test) would waste more than a second cell costs.
 const jobsPerCell = 4
 
-// Size returns how many cells to make at the same time, and make's -j for each. For parallel and
-// jobs, 0 means that Size chooses. memory is in bytes; 0 means unknown.
+// Size returns how many cells to make at the same time, and the number of compilers (make -j) for each cell. For
+// parallel and jobs, 0 means that Size chooses. memory is in bytes; 0 means unknown.
 func Size(parallel, jobs, cores int, memory uint64) (cells, each int) {
 	cores = max(cores, 1)
 	if parallel <= 0 {
@@ -60,8 +60,8 @@ func FreeMemory(root string) uint64 {
 	group := filepath.Join(root, "sys", "fs", "cgroup")
 	limit, ok := number(filepath.Join(group, "memory.max"))
 	used, _ := number(filepath.Join(group, "memory.current"))
-	// The use includes the page cache. The kernel takes back its inactive part before it refuses memory, so kubelet does
-	// not count that part either (the "working set").
+	// The use includes the page cache. The kernel frees the inactive part of the page cache before it refuses memory.
+	// So this part counts as free here, as in kubelet's "working set".
 	used -= min(used, inactiveFile(filepath.Join(group, "memory.stat")))
 	if ok {
 		left := uint64(1)

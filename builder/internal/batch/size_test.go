@@ -85,7 +85,7 @@ func TestFreeMemory(t *testing.T) {
 	stat := "anon 500\nfile 400\ninactive_anon 0\nactive_anon 500\ninactive_file 300\nactive_file 100\n"
 	write("sys/fs/cgroup/memory.stat", stat)
 	want(2300)
-	write("sys/fs/cgroup/memory.stat", "inactive_file 5000\n") // the two files are not of one moment
+	write("sys/fs/cgroup/memory.stat", "inactive_file 5000\n") // the two files were read at different moments
 	want(3000)
 	write("sys/fs/cgroup/memory.stat", "anon 500\n")
 	for _, used := range []string{"3000\n", "4000\n"} { // nothing is left

@@ -1,8 +1,9 @@
-# Starts a 64-bit Linux kernel whose program segments lie in memory already.
-# In: the PVH protocol of Xen and qemu, 32 bits, paging off, %ebx points at
-# hvm_start_info. Out: Linux's 64-bit boot protocol, long mode with 4 GiB mapped
-# one to one, %rsi points at boot_params. The constants of boot_params and the page
-# tables are in the image; see entry in image.go.
+# This code starts a 64-bit Linux kernel whose program segments are in memory already.
+# On entry, the machine is in the state of the PVH protocol of Xen and qemu: 32 bits,
+# paging off, %ebx points to hvm_start_info. At the jump to the kernel, it is in the
+# state of Linux's 64-bit boot protocol: long mode, 4 GiB mapped one to one, %rsi points
+# to boot_params. The image has the constants of boot_params and the page tables; see
+# entry in image.go.
 	.set ZERO, 0x101000		# boot_params
 	.set PML4, 0x102000
 	.code32

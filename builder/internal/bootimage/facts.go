@@ -53,7 +53,7 @@ func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 	}
 	s := file.Section(".rodata")
 	if s == nil || s.Type == elf.SHT_NOBITS || s.Size > maxSection {
-		return f, odd("it has no section .rodata, or a larger one than any kernel's")
+		return f, odd("its section .rodata is missing, or has more than %d MiB", maxSection>>20)
 	}
 	text, err := s.Data()
 	if err != nil {
@@ -74,7 +74,7 @@ func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 		rest = rest[end:]
 	}
 	if len(f.Banners) == 0 {
-		return f, odd("nothing in it says which kernel it is")
+		return f, odd("its section .rodata has no text that begins with %q", bannerBegins)
 	}
 	if _, packed, ok := bytes.Cut(text, configBegins); ok {
 		if packed, _, ok = bytes.Cut(packed, configEnds); ok {
@@ -99,7 +99,7 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	return text, errors.Join(err, zr.Close())
 }
 
-// buildID reads the note with the GNU build id. In a kernel, this note is among others in the section .notes.
+// buildID reads the note with the GNU build id. In a kernel, the section .notes contains this note and other notes.
 func buildID(file *elf.File) string {
 	s := file.Section(".note.gnu.build-id")
 	if s == nil {
@@ -130,14 +130,14 @@ func buildID(file *elf.File) string {
 var definedString = regexp.MustCompile(`(?m)^#define[ \t]+(\w+)[ \t]+"([^"\n]*)"`)
 
 // ErrOtherRun means that the kernel has the release and configuration of the headers, but was linked by somebody else
-// or at another time. Callers may tolerate this difference, because not every bucket is known to have an image and
-// headers from the same run of make.
+// or at another time. Callers may accept such a kernel, because some buckets may have an image and headers from
+// different runs of make.
 var ErrOtherRun = errors.New("it comes from another run of make than the headers")
 
-// Check reports whether the kernel belongs to a header tree. The releases must be equal. If the tree says who built the
-// kernel, when, and under which build number, these facts must be equal. If the kernel contains its configuration, the
-// configurations must be equal. For the kernel of another build, the error is fault.Mismatch. The error wraps
-// ErrOtherRun if only the builder or the time differs.
+// Check returns an error if the kernel does not belong to a header tree. The releases must be equal. If the tree says
+// who built the kernel, when, and under which build number, these facts must be equal. If the kernel contains its
+// configuration, the configurations must be equal. For the kernel of another COS build, the error is fault.Mismatch.
+// The error wraps ErrOtherRun if only the builder or the time differs.
 func (f Facts) Check(headers string) error {
 	said := map[string]string{}
 	for _, name := range []string{"utsrelease.h", "utsversion.h", "compile.h"} {
@@ -214,8 +214,8 @@ func readBounded(file string) ([]byte, error) {
 	return text, err
 }
 
-// firstDifference returns the first option, by name, that the two configurations do not set alike, or "" if there is
-// none.
+// firstDifference returns the first option, by name, whose values in the two configurations differ. It returns "" if
+// there is none.
 func firstDifference(a, b kconfig.Config) string {
 	var differ []string
 	for _, pair := range [][2]kconfig.Config{{a, b}, {b, a}} {

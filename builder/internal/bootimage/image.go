@@ -1,8 +1,8 @@
-// Package bootimage makes a bootable image for a virtual machine from the vmlinux that COS publishes with each build.
-// The package also reports whether a vmlinux is the kernel to which a header tree belongs.
+// Package bootimage makes a bootable image for a virtual machine from the vmlinux of a COS build. The package also
+// reports whether a vmlinux is the kernel to which a header tree belongs.
 //
-// The package refuses to guess. A file with another layout, or with the version text of another build, is an error that
-// names the difference.
+// The package refuses to guess. For a file with another layout, or with the version text of another COS build, the
+// package returns an error that names the difference.
 package bootimage
 
 import (
@@ -57,7 +57,7 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	}
 	want := map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}[arch]
 	if f.Class != elf.ELFCLASS64 || f.Machine != want {
-		return odd("it is a file of %v for %v; want 64 bits for %v", f.Class, f.Machine, want)
+		return odd("it is an ELF file of %v for %v; want %v for %v", f.Class, f.Machine, elf.ELFCLASS64, want)
 	}
 	var load []*elf.Prog
 	low, high := ^uint64(0), uint64(0)
@@ -78,7 +78,8 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 		return writeFlat(out, load, low, high)
 	}
 	if low < entryAt+entrySize || high > lowMemory || f.Entry < low || f.Entry >= high {
-		return odd("its segments are from %#x to %#x, and its entry is at %#x: a machine cannot boot it", low, high, f.Entry)
+		return odd("its segments are from %#x to %#x, and its entry is at %#x; want segments from %#x to %#x with the entry "+
+			"inside", low, high, f.Entry, entryAt+entrySize, lowMemory)
 	}
 	return writeELF(out, f.Entry, load)
 }
@@ -99,7 +100,8 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 			return err
 		}
 		if uint64(n) != p.Filesz { //nolint:gosec // never negative
-			return odd("it ends within the segment for %#x, after %d bytes of %d", p.Paddr, n, p.Filesz)
+			return odd("the file ends inside the segment for address %#x: it has %d of the segment's %d bytes", p.Paddr, n,
+				p.Filesz)
 		}
 	}
 	head := make([]byte, 64)
@@ -107,7 +109,7 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 		return odd("its first segment does not begin as an arm64 Image")
 	}
 	if size := binary.LittleEndian.Uint64(head[atImageSize:]); size < high-low || size > maxMemory {
-		return odd("it says that it takes %d bytes of memory; its segments take %d", size, high-low)
+		return odd("its Image header says that the kernel takes %d bytes of memory; the segments take %d", size, high-low)
 	}
 	return nil
 }

@@ -409,7 +409,7 @@ func TestCheck(t *testing.T) {
 }
 
 // TestConfigInside reads the configuration inside a vmlinux. A configuration that is larger than any kernel's is
-// refused, because half of it would look like that of another kernel.
+// refused, because its first part alone would look like the configuration of another kernel.
 func TestConfigInside(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {

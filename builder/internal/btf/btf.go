@@ -44,7 +44,7 @@ func Read(r io.ReaderAt) ([]byte, error) {
 	return s.Data()
 }
 
-// Types has the facts about a kernel's types that are needed to check a module's.
+// Types has the facts about a kernel's types that are needed to check the BTF of a module.
 type Types struct {
 	count   uint32 // the highest number of a type; 0 means void
 	strings []byte
@@ -65,7 +65,7 @@ func (t *Types) Check(module []byte) error {
 const (
 	magic      = 0xeb9f
 	headerSize = 24
-	typeSize   = 12 // of a type without the data that follows it
+	typeSize   = 12 // bytes of a type without the data that follows it
 )
 
 // The kinds of types, from include/uapi/linux/btf.h.

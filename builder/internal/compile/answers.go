@@ -34,8 +34,8 @@ const (
 )
 
 // errUseMake says that this package cannot answer conftest's questions before make asks them. The
-// wrapping error gives the reason. The build goes on: make asks the questions itself, which takes
-// longer.
+// wrapping error gives the reason. The build continues without stored answers: make runs conftest
+// itself, which takes longer.
 var errUseMake = errors.New("conftest is left to make")
 
 // answers answers conftest's questions before make asks them. An answer comes from the conftest
@@ -171,13 +171,13 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	if plan.Sources != insideKernel || plan.Output != insideKernel {
-		return nil, fmt.Errorf("%w: conftest.sh looks at %s", errUseMake, plan.Sources)
+		return nil, fmt.Errorf("%w: conftest.sh reads the headers in %s", errUseMake, plan.Sources)
 	}
 	return plan, a.r.Cache.PutFact("conftest-plan-2", key, text)
 }
 
 // noPlan distinguishes two causes of a missing plan: a failed sanity check, when the driver refuses
-// the kernel, and any other failure. Only the second one wraps errUseMake.
+// the kernel, and any other failure. For the second cause, the error wraps errUseMake.
 func (a *answers) noPlan(err error, said string) error {
 	var f findings
 	for line := range strings.Lines(said) {
@@ -373,7 +373,7 @@ func (a *answers) release(answer string) (string, error) {
 	}
 	strs := quoted.FindAll(text, -1)
 	if len(strs) != 1 || strings.Count(answer, maskedString) != 1 {
-		return "", fmt.Errorf("%w: utsrelease.h is of another shape", errUseMake)
+		return "", fmt.Errorf("%w: utsrelease.h, or the answer about it, does not have exactly one string", errUseMake)
 	}
 	return strings.Replace(answer, maskedString, string(strs[0]), 1), nil
 }

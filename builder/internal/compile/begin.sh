@@ -1,8 +1,9 @@
 #!/bin/sh
-# Stands in front of the compiler while a test of conftest runs. A program that
-# begins with the headers that were compiled beforehand, and with the same flags,
-# is compiled from there. Any other one is compiled as ever, and so is one for which
-# the compiler cannot read them: that says nothing of the program.
+# begin.sh runs in place of the compiler while conftest runs a test. It uses the
+# precompiled header if the test's program begins with the same headers and the
+# compiler gets the same flags. It compiles every other program in the normal way. It
+# also does so if the compiler cannot read the precompiled header, because that error
+# says nothing about the program.
 src=
 for arg; do
 	case $arg in conftest*.c) src=$arg ;; esac

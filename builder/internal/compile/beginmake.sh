@@ -1,14 +1,15 @@
 #!/bin/sh
-# Stands in front of the compiler while conftest compiles headers and nothing else:
-# keeps the flags, the program's text, and the headers as the compiler has read
-# them, if the program compiles from there.
+# beginmake.sh runs in place of the compiler while conftest compiles a program that
+# consists of headers only. It writes four things to @BEGIN@: the compiler's flags, the
+# program, the precompiled header, and the file "works" if the program compiles with
+# that precompiled header.
 src=
 for arg; do
 	case $arg in conftest*.c) src=$arg ;; esac
 done
 [ -n "$src" ] || exec @COMPILER@ "$@"
 printf '%s\n' "$@" | sed "s/^$src\$/conftest.c/" >@BEGIN@/flags
-# The file of answers is another one for each test.
+# Each test has its own conftest/headers.h, so text.h gets its content, not the include.
 sed -e '/^[[:space:]]*#include "conftest\/headers.h"/{' -e 'r conftest/headers.h' -e 'd' -e '}' "$src" >@BEGIN@/text.h
 sed -e 's/^[[:space:]]*//' -e '/^$/d' "$src" >@BEGIN@/program
 left=$#

@@ -264,7 +264,7 @@ func TestOtherShapes(t *testing.T) {
 			t.Errorf("%s: another module than make's: %v", name, err)
 		}
 		if !strings.Contains(log.String(), "conftest is left to make") {
-			t.Errorf("%s: the log does not tell\n%s", name, &log)
+			t.Errorf("%s: the log does not say that make runs conftest\n%s", name, &log)
 		}
 	}
 }

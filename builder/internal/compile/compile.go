@@ -101,8 +101,9 @@ func Modules(ctx context.Context, r Request) (*Result, error) {
 	result, err := run(ctx, r, func(t tools) []string {
 		args := []string{"make", "modules", "SYSSRC=" + insideKernel, "SYSOUT=" + insideKernel,
 			"KERNEL_UNAME=" + r.Release, "IGNORE_CC_MISMATCH=1"}
-		// Google's installer sets the variable for kernels without MODVERSIONS, such as COS's, because their
-		// Module.symvers has no checksums. Package cossrc checks that Module.symvers exists and names symbols.
+		// Google's installer sets IGNORE_MISSING_MODULE_SYMVERS for kernels without MODVERSIONS, such as COS's kernels,
+		// because their Module.symvers has no checksums. Package cossrc checks that Module.symvers exists and names
+		// symbols.
 		if !t.modVersions {
 			args = append(args, "IGNORE_MISSING_MODULE_SYMVERS=1")
 		}
@@ -131,9 +132,9 @@ func (r Request) withDefaults() (Request, error) {
 	var errs []error
 	if r.BTF != "" {
 		if info, err := os.Stat(r.BTF); err != nil {
-			errs = append(errs, fmt.Errorf("types: %w", err))
+			errs = append(errs, fmt.Errorf("BTF file: %w", err))
 		} else if !info.Mode().IsRegular() {
-			errs = append(errs, fmt.Errorf("types %s: not a file", r.BTF))
+			errs = append(errs, fmt.Errorf("BTF file %s: not a file", r.BTF))
 		}
 	}
 	for _, dir := range []struct {
@@ -152,7 +153,7 @@ func (r Request) withDefaults() (Request, error) {
 		*dir.path = abs
 	}
 	if !releasePattern.MatchString(r.Release) {
-		errs = append(errs, fmt.Errorf("kernel release %q: want it as uname -r prints it", r.Release))
+		errs = append(errs, fmt.Errorf("kernel release %q: want the text that uname -r prints", r.Release))
 	}
 	if _, ok := kernelArch[r.Arch]; !ok {
 		errs = append(errs, fmt.Errorf("architecture %q: want amd64 or arm64", r.Arch))
@@ -263,8 +264,8 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 func (b *build) modulesDir() string { return filepath.Join(b.r.WorkDir, "modules") }
 func (b *build) debugDir() string   { return filepath.Join(b.r.WorkDir, "debug") }
 
-// make writes stored answers and stored objects into the staged sources and runs make. Before make, no sandbox can
-// write to the staged sources, so until then they equal the copied ones.
+// make writes stored answers and stored objects into the staged sources and runs make. Until make runs, no sandbox can
+// write to the staged sources, so they equal Request.Source.
 func (b *build) make(ctx context.Context) error {
 	var a *answers
 	var o *objects
@@ -300,7 +301,7 @@ func (b *build) make(ctx context.Context) error {
 	}
 	err := b.runMake(ctx, box, "trouble")
 	if a != nil && err != nil && b.watch.findings.unanswered {
-		fmt.Fprintf(b.watch, "prebake: %v: make asks what the plan did not name\n", errUseMake)
+		fmt.Fprintf(b.watch, "prebake: %v: make asked a question that the plan does not name\n", errUseMake)
 		b.watch.findings, o = findings{}, nil
 		if err := errors.Join(os.RemoveAll(b.src), stage(ctx, b.r.Source, b.src)); err != nil {
 			return diskFull(err)
@@ -316,10 +317,10 @@ func (b *build) make(ctx context.Context) error {
 	}
 	defer left.Close()
 	if !a.unchanged(left) {
-		return nil // make wrote new answers, so the key of no object is certain: store nothing
+		return nil // make changed conftest's answers, so the keys of the objects may be wrong: store nothing
 	}
 	if err := o.store(ctx, left); err != nil {
-		return diskFull(fmt.Errorf("keep objects: %w", err))
+		return diskFull(fmt.Errorf("store objects: %w", err))
 	}
 	return nil
 }
@@ -329,7 +330,7 @@ func (b *build) make(ctx context.Context) error {
 const minForPCH = 16
 
 // runMake runs make with the guard script in front of the compiler. If the guard noted a fault, runMake returns that
-// fault even if make succeeded. The reason: make may have taken the compiler's failure for conftest's answer.
+// fault even if make succeeded. The reason: make may have used the compiler's failure as an answer of conftest.
 func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
 	dir := filepath.Join(b.r.WorkDir, note)
 	box, err := withFaultFile(box, dir)
@@ -345,7 +346,8 @@ func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) er
 	return err
 }
 
-// flagVariables returns make variables with compiler flags of this package, which kbuild adds to the kernel's own.
+// flagVariables returns make variables with compiler flags of this package. Kbuild adds these flags to the kernel's
+// flags.
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
 	if t.btf {
@@ -363,8 +365,9 @@ func flagVariables(r Request, t tools) []string {
 	return all
 }
 
-// debugInformation reports whether to compile with debug information. It costs a fifth of the compile time and most
-// of the bytes. Strip removes it again, so it is needed only for Debug and for making BTF.
+// debugInformation reports whether to compile with debug information. Debug information costs a fifth of the compile
+// time and makes up most of a module's bytes. The step strip removes it, so it is needed only for Debug and for making
+// BTF.
 func debugInformation(r Request) bool { return r.Debug || r.BTF != "" }
 
 // built returns the file names of the modules that make left.

@@ -104,8 +104,8 @@ const (
 	hintLog = "read the first error lines of the build's log"
 )
 
-// checks maps NVIDIA's sanity checks, which run before a build, to the error that a failed check
-// stands for.
+// checks maps each of NVIDIA's sanity checks, which run before a build, to the error for a failed
+// check.
 var checks = map[string]struct {
 	kind fault.Kind
 	text string

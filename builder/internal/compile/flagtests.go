@@ -18,7 +18,7 @@ import (
 
 // Kbuild tests some hundred compiler flags each time it starts. Each test compiles an empty file
 // (try-run in the kernel's scripts/Makefile.compiler). With clang these tests take longer than all
-// other work for a sibling kernel or the next driver. One build even starts make twice.
+// other work for a sibling kernel or the next driver. Moreover, make can start twice in one build.
 //
 // The compiler's answer depends on its arguments only. So this package runs the kernel's makefiles
 // once, in a sandbox without any source of a driver. The guard script records each answer. In later
@@ -53,7 +53,7 @@ func (b *build) flagTests(ctx context.Context, v *view) error {
 }
 
 // testFlags runs the kernel's makefiles for a module without sources, so that they test their
-// flags. It keeps the answers in dir.
+// flags. It copies the recorded answers to dir.
 func (b *build) testFlags(ctx context.Context, variables []string, dir string) error {
 	work := filepath.Join(b.r.WorkDir, "flag-tests")
 	src, told := filepath.Join(work, "src"), filepath.Join(work, "told")
@@ -100,7 +100,7 @@ func (b *build) testFlags(ctx context.Context, variables []string, dir string) e
 			continue
 		}
 		if _, err := left.Copy(filepath.Join(dir, name), name, maxFlagTest); err != nil {
-			return fmt.Errorf("keep test of flags: %w", err)
+			return fmt.Errorf("store the answer of a flag test: %w", err)
 		}
 	}
 	return os.RemoveAll(work)

@@ -51,8 +51,8 @@ var (
 )
 
 // compilerFault returns the fault of a compiler that was killed, crashed, or had no memory or disk
-// space. Such a compiler said nothing about its program, so an answer of conftest that came from it
-// is worthless.
+// space. Such a failure says nothing about the compiled program, so conftest must not use it as an
+// answer.
 func compilerFault(dir string) error {
 	text, err := untrusted.ReadFile(dir, faultFile, 2*faultSize)
 	if err != nil {
@@ -62,7 +62,7 @@ func compilerFault(dir string) error {
 	if len(text) == 0 {
 		return nil
 	}
-	said := fmt.Sprintf("the compiler did not begin to compile: %.300q", text)
+	said := fmt.Sprintf("the compiler failed for a reason outside its source file: %.300q", text)
 	switch {
 	case noDisk.Match(text):
 		return fault.New(fault.DiskFull, said, hintDisk)
@@ -71,5 +71,5 @@ func compilerFault(dir string) error {
 	}
 	return fault.New(fault.Internal, said,
 		"check the machine's memory and disk, then run the command again; if the error stays, the toolchain's "+
-			"compiler crashes")
+			"compiler crashes: report this to the publisher of the toolchain")
 }

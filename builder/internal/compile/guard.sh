@@ -1,15 +1,16 @@
 #!/bin/sh
-# Stands in front of the compiler, whoever calls it. Tests of the kernel, the
-# driver's and Kbuild's own, take any failure for a "no". A compiler that was
-# killed or found no room says nothing of the kind: that is noted, and whoever
-# started the build throws it away. The note's room was taken beforehand, so that
-# it is written on a full disk too.
+# guard.sh runs the compiler and notes the compiler's own faults. It is first in PATH,
+# so make and conftest call it as the compiler. The tests of kbuild and of the driver's
+# conftest take any failure of the compiler as the answer "no". But a compiler that was
+# killed, or had no memory or disk space, gives no answer. guard.sh writes such a fault
+# to the file $note, and the builder then discards the result. The file has its full size
+# already, so that writing to it works on a full disk too.
 note=@TROUBLE@
 said=/tmp/prebake-compiler.$$
 
-# Kbuild's test of a flag compiles nothing into a file that nobody reads. What the
-# compiler answers hangs on its arguments alone: where an equal test was made before,
-# the answer is that one.
+# Kbuild tests a flag by compiling /dev/null into a temporary file. The answer depends
+# on the compiler's arguments only. If the same test ran before, guard.sh returns the
+# recorded answer.
 name= line=
 case "$*" in
 */dev/null*.tmp_*/tmp*)

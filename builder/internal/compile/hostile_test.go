@@ -55,8 +55,8 @@ func TestHostileFiles(t *testing.T) {
 	if err := os.WriteFile(host, []byte(secret), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// Each kind of file is put into each place. A command takes the name of the file that it
-	// creates.
+	// The test puts each kind of file into each place. Each command takes the name of the file that
+	// it creates.
 	links := map[string]string{"a link": "ln -s " + host, "a pipe": "mkfifo", "a folder": "mkdir",
 		"a link to itself": "ln -s ."}
 	places := map[string]func(kbuild, script, make string) (string, string){
@@ -111,7 +111,7 @@ func TestHostileFiles(t *testing.T) {
 				write(t, r.Source, map[string]string{"Kbuild": kbuild, "conftest.sh": script})
 				result, told, err := attack(t, r, newCache(t))
 				if strings.Contains(told, secret) {
-					t.Errorf("the host's file is told:\n%s", told)
+					t.Errorf("the output contains the host's file:\n%s", told)
 				}
 				for name, path := range result.Modules {
 					if text, err := os.ReadFile(path); err != nil || bytes.Contains(text, []byte(secret)) {
@@ -157,7 +157,7 @@ func TestHostileAnswers(t *testing.T) {
 	}
 	r.Cache = cache
 	if got, notes := made(t, r); !bytes.Equal(got, want) {
-		t.Errorf("after a hostile driver another one becomes another module (%s)", notes)
+		t.Errorf("the hostile driver changed the module of another driver (%s)", notes)
 	}
 }
 
@@ -178,7 +178,7 @@ func TestHostileObjects(t *testing.T) {
 	}
 	r.Cache = cache
 	if got, notes := made(t, r); !bytes.Equal(got, want) {
-		t.Errorf("after a hostile driver another one becomes another module (%s)", notes)
+		t.Errorf("the hostile driver changed the module of another driver (%s)", notes)
 	}
 }
 

@@ -18,7 +18,7 @@ type fileFacts struct {
 	digest string
 	named  map[string]bool // the wanted names that the file contains
 	pastes map[string]bool // parts of names that the preprocessor joins with ##
-	hides  bool            // the file includes others that no dependency list names
+	hides  bool            // the file includes other files that no dependency list names
 }
 
 // nameScanner looks for wanted names in files. It reads each file once.
@@ -150,9 +150,9 @@ func (k *recorder) made(c command) (v variant, ok bool) {
 	return v, true
 }
 
-// driverFile adds one of the driver's files to the variant. The file is one of the original
-// sources, or the driver's makefiles made it, or it is one of conftest's headers. Of conftest's
-// headers only the lines that the object's sources name count, see answersAbout.
+// driverFile adds one of the driver's files to the variant. The file is one of the original sources, or the driver's
+// makefiles made it, or it is one of conftest's headers. driverFile adds nothing for a conftest header: answersAbout
+// finds the lines of it that the object's sources name, and only these lines are inputs.
 func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	w := k.readDriverFile(rel)
 	if w == nil {
@@ -173,8 +173,8 @@ func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	return w
 }
 
-// hidden returns the macros whose values a view hides, by header. A header with more than plain
-// definitions has nil: all of it is hidden, and no list of names covers that.
+// hidden returns the macros whose values a view hides, by header. For a header with more than plain definitions, the
+// value is nil: the view hides all of this header, and no list of names covers that.
 func (o *objects) hidden() (map[string][]string, error) {
 	names := map[string][]string{}
 	for header := range o.view.masked {
@@ -191,7 +191,7 @@ func (o *objects) hidden() (map[string][]string, error) {
 			return nil, err
 		}
 		if header == "include/generated/autoconf.h" {
-			// A macro in the manner of IS_ENABLED may add CONFIG_ to the shorter name.
+			// A macro such as IS_ENABLED may put CONFIG_ before the shorter name.
 			names[header] = []string{"CONFIG_BUILD_SALT", "BUILD_SALT"}
 			continue
 		}

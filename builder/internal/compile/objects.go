@@ -23,17 +23,17 @@ import (
 // The object cache keeps each object separately, together with its inputs. The inputs are the
 // content of the driver's files among its dependencies, the answers of conftest that these files
 // name, and the driver's version if they name it. Everything else that decides an object is in
-// [objects.base]. So the next driver of a branch and a sibling kernel reuse an object if its inputs
-// are the same for them.
+// [objects.base]. So a build of the next driver of a branch, or for a sibling kernel, reuses an
+// object if the object has the same inputs there.
 //
 // The cache stores the object and its .cmd file. make compares the .cmd file with the command that
 // it would run, and it compares file times. So make decides: if the command or a time differs, make
 // compiles the file again.
 //
-// The cache keeps an object only if no hidden content of a view is part of it. The object's .cmd
-// file lists the files that the compiler read, and the recorder searches these files for the hidden
-// names. It never keeps the objects of .mod.c files, because they contain the kernel's release and
-// salt.
+// The cache keeps an object only if the object contains nothing that a view hides. The object's
+// .cmd file lists the files that the compiler read, and the recorder searches these files for the
+// hidden names. The cache never keeps the objects of .mod.c files, because these objects contain
+// the kernel's release and salt.
 const (
 	objectKind = "object-1" // trees with the two files object and command
 	inputsKind = "object-inputs-1"
@@ -60,7 +60,7 @@ type objects struct {
 type variant struct {
 	// Files are the driver's files that the compiler read, by slash path.
 	Files []string `json:"files"`
-	// Macros are the answers of conftest that the kernel's headers name.
+	// Macros are the conftest macros whose names occur in the kernel's headers of this object.
 	Macros []string `json:"macros,omitempty"`
 	// Generated maps the path of each file that the driver's makefiles generated to its content.
 	Generated map[string]string `json:"generated,omitempty"`
@@ -121,7 +121,7 @@ func (b *build) makefiles() (string, error) {
 		}
 		if slices.Contains([]string{".c", ".h", ".o_binary"}, filepath.Ext(name)) ||
 			slices.Contains([]string{"conftest.sh", "dkms.conf"}, name) {
-			return nil // make runs neither of these two files
+			return nil // sources are inputs of single objects; make reads neither conftest.sh nor dkms.conf as a makefile
 		}
 		if d.Type() == fs.ModeSymlink {
 			to, err := os.Readlink(file)
@@ -165,7 +165,7 @@ func answersAbout(files map[string]string, named map[string]bool) string {
 	var b strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		if path.Ext(name) != ".h" || strings.Contains(name, "/") {
-			continue // a part from which a header is put together
+			continue // no compiler reads this file: make builds the headers from such parts
 		}
 		fmt.Fprintf(&b, "%s\n", name)
 		for line := range strings.Lines(files[name]) {
@@ -225,7 +225,7 @@ func (o *objects) variants(object string) []variant {
 	return all
 }
 
-var errNone = errors.New("nothing is kept")
+var errNone = errors.New("the cache does not have the object")
 
 // restore copies stored objects into the staged sources and returns their number. No sandbox has
 // written to the staged sources before.
@@ -333,7 +333,7 @@ func (o *objects) store(ctx context.Context, left *untrusted.Dir) error {
 func (k *recorder) recordOne(ctx context.Context, cmdFile, object string) error {
 	text, err := k.output.Read(cmdFile, maxCommand)
 	if err != nil {
-		return nil //nolint:nilerr // kbuild makes regular files only: do not store this one
+		return nil //nolint:nilerr // kbuild makes only regular files: do not store an object with another kind of file
 	}
 	c, ok := parseCommand(string(text)) // only a compiled object has a .cmd file that parses
 	if !ok {
@@ -360,7 +360,7 @@ func (k *recorder) recordOne(ctx context.Context, cmdFile, object string) error 
 	}
 	all := k.variants(object)
 	if slices.ContainsFunc(all, func(have variant) bool { return have.Inputs == v.Inputs }) {
-		return nil // make compiled the file although this variant exists, or the stored object was damaged
+		return nil // this variant is stored already: make compiled the file in spite of it, or the object was damaged
 	}
 	all = append([]variant{v}, all...)
 	raw, err := json.Marshal(all[:min(len(all), maxVariants)])

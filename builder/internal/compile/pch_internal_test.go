@@ -144,8 +144,8 @@ func TestPreambleScript(t *testing.T) {
 	}
 }
 
-// If the search for shared headers cannot read the sources, they are compiled without precompiled
-// headers.
+// If the search for shared headers cannot read the sources, the sources are compiled without
+// precompiled headers.
 func TestPreamblesLeftOut(t *testing.T) {
 	t.Parallel()
 	var log strings.Builder

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Stands in front of clang. Where a source begins as others of its module do,
-# the compiler starts from what it has read of that preamble; whatever goes
-# wrong on the way, it starts from nothing, as ever.
+# preamble.sh runs in place of clang. If a source file begins with the same includes
+# (the preamble) as other files of its module, preamble.sh compiles it with a
+# precompiled header. After any error it compiles the file in the normal way.
 compiler=@COMPILER@
 sources=@SOURCES@
 kernel=@KERNEL@
@@ -21,8 +21,8 @@ if [ -z "$src" ] || [ -z "$dep" ] || [ -z "$own" ] || [ -z "$does" ] || ! [ -f "
 fi
 { read -r name; read -r first; read -r through; } <"$preambles/of/$src"
 
-# prepare names the compiled preamble for these flags, and makes it if it is
-# the first to want it.
+# prepare sets $compiled to the name of the precompiled header for these flags. The
+# first call for these flags makes the precompiled header.
 prepare() {
 	left=$#
 	while [ "$left" -gt 0 ]; do
@@ -49,8 +49,8 @@ prepare() {
 	[ -e "$compiled.pch" ]
 }
 
-# relist puts the list of what was read into the order of a compilation without
-# a preamble: modpost makes checksums in that order.
+# relist rewrites the dependency list in the order of a compilation without a
+# precompiled header, because modpost computes checksums in that order.
 relist() {
 	awk -v source="$sources/$src" -v first="$first" -v through="$through" -v kernel="$kernel/" -v made="$preambles/" '
 		{ for (i = 1; i <= NF; i++) if ($i != "\\") word[++n] = $i }

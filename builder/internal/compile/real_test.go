@@ -30,11 +30,12 @@ const onceMore = " once more"
 // information, a build with an empty cache and a build with a filled cache must give the same
 // bytes.
 //
-// PREBAKE_CELLS is a list of BUILD_ID/VERSION. The cells share one cache, in that order. Each cell
-// is also compiled by make alone, unless a "=" stands before it: then its modules must equal those
-// of the cell before. PREBAKE_REFERENCES is a cache folder with the results of make alone for the
-// same inputs, tools and code of this package. PREBAKE_FILLED is a cache that contains these cells
-// already; it replaces the empty one. Who sets it must show elsewhere that an empty cache gives the
+// PREBAKE_CELLS is a list of BUILD_ID/VERSION. The cells share one cache, in that order. make alone
+// also compiles each cell, and the modules must be equal. If a "=" stands before a cell, make alone
+// does not compile it, and its modules must equal the modules of the previous cell.
+// PREBAKE_REFERENCES is a cache folder with the results of make alone for the same inputs, tools
+// and code of this package. PREBAKE_FILLED is a cache that contains these cells already; it
+// replaces the empty one. With PREBAKE_FILLED, another test must show that an empty cache gives the
 // same bytes, as TestReproduce of deploy/e2e does.
 func TestRealSameBytes(t *testing.T) {
 	mirror, cells := os.Getenv("PREBAKE_MIRROR"), os.Getenv("PREBAKE_CELLS")
@@ -114,7 +115,7 @@ func TestRealSameBytes(t *testing.T) {
 }
 
 // byMakeAlone returns the result of compileReal for make without a cache of this package and with
-// debug information. The cache references keeps it, so the same inputs are compiled once.
+// debug information. The cache references keeps the result, so the same inputs are compiled once.
 func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell string) (modules,
 	answers map[string]string) {
 	t.Helper()

@@ -48,8 +48,8 @@ var headerMakeScript string
 // sharedHeader is one precompiled header that several questions share.
 type sharedHeader struct {
 	headers []string
-	// at is its work folder. dir is begin/ inside at: one sandbox wrote it, and later sandboxes show
-	// it read-only.
+	// at is the work folder of this precompiled header. dir is the folder begin inside at. One
+	// sandbox writes dir, and later sandboxes show it read-only.
 	at  string
 	dir string
 
@@ -65,7 +65,7 @@ type sharedHeader struct {
 // longest possible one first.
 func (a *answers) assignHeaders(open []question, dir string) {
 	if a.view.Macros {
-		return // the kernel's headers depend on the answers, so the headers of one question may differ from another's
+		return // the kernel's headers depend on the answers, so two questions may see different headers
 	}
 	candidates := make([][]conftest.Prefix, len(open))
 	longest, made, least := 0, 0, minForHeader
@@ -107,7 +107,7 @@ type task struct {
 }
 
 // schedule orders the tasks so that one precompiled header is made while the questions of the
-// former one are asked. So only few precompiled headers are on the disk at the same time.
+// previous one are asked. So only few precompiled headers are on the disk at the same time.
 func schedule(open []question) []task {
 	var plain, all []task
 	of := map[*sharedHeader][]task{}

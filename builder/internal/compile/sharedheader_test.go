@@ -93,7 +93,8 @@ func compiler(t *testing.T, r compile.Request, script string) {
 }
 
 // Conftest programs that begin with the same headers share a precompiled header, unless the
-// compiler gets other flags. A compiler that cannot make one gives the same answers.
+// compiler gets other flags. With a compiler that cannot make a precompiled header, the answers are
+// the same.
 func TestBeginnings(t *testing.T) {
 	t.Parallel()
 	const guarded = "#ifndef HERE_H\n#define HERE_H\nstruct here { int size; };\n#endif\n"

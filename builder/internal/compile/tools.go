@@ -61,14 +61,16 @@ var compilerPattern = regexp.MustCompile(`^(.*-)?(?:gcc|clang|cc)(-[0-9.]+)?$`)
 // hostClang is the compiler in COS's toolchains for programs that run during the build.
 const hostClang = "x86_64-pc-linux-gnu-clang"
 
-// clangFlags are needed for conftest, which gets them too: conftest counts any compiler error as an
-// answer. If the kernel's CONFIG_WERROR reaches conftest, as in 5.15, clang's warning about an
-// undeclared function becomes an error. Conftest would then conclude that the kernel has the
-// function. With gcc this does not happen, because that warning is switched off there. An error
-// that a flag asks for by name stays an error; NVIDIA's own flags ask for some.
+// clangFlags switch -Werror off, so that warnings stay warnings. The driver's sources and
+// conftest's programs are compiled with them. Conftest needs them because it counts any compiler
+// error as an answer. If the kernel's CONFIG_WERROR reaches conftest, as in 5.15, clang's warning
+// about an undeclared function becomes an error. Conftest would then conclude that the kernel has
+// the function. With gcc this does not happen, because that warning is switched off there. A flag
+// of the form -Werror=NAME still makes the warning NAME an error; NVIDIA's makefiles have such
+// flags.
 //
-// The kernel's flags make strict-prototypes such an error, and older drivers fail on it because
-// clang reads the rule more strictly. COS's own build farm switches it off too.
+// The kernel's flags contain -Werror=strict-prototypes. Older drivers fail with it, because clang
+// applies the rule more strictly than gcc. COS's own build farm switches it off too.
 var clangFlags = []string{"-Wno-error", "-Wno-error=strict-prototypes"}
 
 // toolchain is the root of an unpacked toolchain archive; its methods look programs up.
@@ -88,9 +90,10 @@ func (t toolchain) inside(name string) string {
 }
 
 // findTools chooses the compiler and its companion tools. toolchain_env names the compiler. The
-// kernel's configuration says with which tools the kernel was built, and that decides the
-// companions. A kernel of clang and lld was built with LLVM=1, so its modules are too. Any other
-// kernel, of gcc or of clang with another linker, uses the binutils with the compiler's prefix.
+// kernel's configuration names the tools with which the kernel was built, and these decide the
+// companions. A kernel of clang and lld was built with LLVM=1, so its modules are built with LLVM=1
+// too. For any other kernel (gcc, or clang with another linker), findTools chooses the binutils
+// with the compiler's prefix.
 func findTools(r Request) (tools, error) {
 	var t tools
 	text, err := readConfig(filepath.Join(r.Headers, ".config"))
@@ -167,12 +170,12 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 		prefix, suffix = m[1], m[2]
 	}
 	// Kbuild derives its flags from the compiler that it finds, and its options from the
-	// configuration. If the two disagree, it makes modules that nobody has tested.
+	// configuration. If the two disagree, kbuild makes modules that nobody has tested.
 	clang := strings.Contains(cc, "clang")
 	for option, other := range map[string]bool{"CONFIG_CC_IS_CLANG": !clang, "CONFIG_CC_IS_GCC": clang} {
 		if config[option] && other {
-			return "", "", "", fault.New(fault.Usage, fmt.Sprintf("compiler %s: the kernel's .config says %s=y", cc, option),
-				hint)
+			return "", "", "", fault.New(fault.Usage,
+				fmt.Sprintf("compiler %s: another compiler built the kernel, because .config says %s=y", cc, option), hint)
 		}
 	}
 	// One clang program compiles for all processors, and its file name selects the target. Kbuild
@@ -180,7 +183,7 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	if clang && r.Arch == target.ARM64 && !strings.HasPrefix(prefix, "aarch64-") {
 		return "", "", "", fault.New(fault.Usage,
 			fmt.Sprintf("compiler %s: its name does not say that it compiles for arm64", cc),
-			"name "+crossPrefix[r.Arch]+"clang in the kernel's toolchain_env")
+			"set CC="+crossPrefix[r.Arch]+"clang in the kernel's toolchain_env")
 	}
 	return cc, prefix, suffix, nil
 }
@@ -199,7 +202,8 @@ func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, p
 		// Kbuild derives the assembler's path from this prefix.
 		all = append(all, "LLVM_IAS=0", "CROSS_COMPILE="+prefix)
 	case config["CONFIG_AS_IS_LLVM"], !assembler:
-		// Kernels before 5.13 do not name their assembler, and their default is the program as.
+		// The configuration of kernels before 5.13 names no assembler. Such a kernel uses the
+		// program as, or clang's own assembler if the toolchain has no as.
 		all = append(all, "LLVM_IAS=1")
 	}
 	if chain.has(hostClang) {

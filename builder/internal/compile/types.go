@@ -169,7 +169,7 @@ func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 	for _, flag := range flags {
 		if !paholeFlag.MatchString(flag) {
 			return nil, fault.New(fault.Unsupported,
-				fmt.Sprintf("ask the kernel's makefiles for the flags of pahole: %.200q", said), hintNoTypes)
+				fmt.Sprintf("ask the kernel's makefiles for the flags of pahole: not only flags: %.200q", said), hintNoTypes)
 		}
 	}
 	return slices.DeleteFunc(flags,
@@ -178,9 +178,9 @@ func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 
 var paholeFlag = regexp.MustCompile(`^--?[a-z][a-z0-9_,=]*$`)
 
-// wantsNoIDs refuses a module that offers functions to BPF programs. Such a module needs the
-// numbers of their types in its section .BTF_ids, and only the kernel's resolve_btfids can write
-// them.
+// wantsNoIDs refuses a module that offers functions to BPF programs. The section .BTF_ids of such a
+// module must have the type numbers of these functions, and only the kernel's resolve_btfids can
+// write them.
 func wantsNoIDs(dir, name string) (err error) {
 	left, err := untrusted.Open(dir)
 	if err != nil {

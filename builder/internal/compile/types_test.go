@@ -48,8 +48,8 @@ func typedToy(t *testing.T, config string) compile.Request {
 
 const takesBTF = "CONFIG_DEBUG_INFO_BTF_MODULES=y\n"
 
-// A module's BTF extends the kernel's. It is the same each time, with and without debug symbols. A
-// module gets no BTF if the request names none.
+// The BTF of a module extends the kernel's BTF. The module's BTF is the same each time, with and
+// without debug symbols. A module gets no BTF if the request names none.
 func TestTypes(t *testing.T) {
 	t.Parallel()
 	var first []byte
@@ -108,7 +108,7 @@ func TestTypes(t *testing.T) {
 	}
 	defer f.Close()
 	if f.Section(btf.Section) != nil || f.Section(".debug_info") != nil {
-		t.Error("a module made without the kernel's types has some")
+		t.Error("a module that was made without the kernel's BTF has BTF or debug sections")
 	}
 }
 

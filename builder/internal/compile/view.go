@@ -21,9 +21,9 @@ import (
 )
 
 // A view is a kernel's header tree without the parts that differ between sibling kernels: the
-// release and version strings, the salt of the build ids, and the checksums in Module.symvers.
-// Everything that is stored under a view's digest was found while those parts were hidden. So the
-// key covers everything that could be seen.
+// release and version strings, the salt of the build ids, and the checksums in Module.symvers. The
+// sandboxes whose results are stored under a view's digest did not show those parts. So the digest
+// covers everything that could change a stored result.
 type view struct {
 	viewFact
 	masked map[string][]byte // the replacement of each masked file, by slash path in the tree
@@ -32,7 +32,7 @@ type view struct {
 // viewFact is the part of a view that takes long to compute. The cache stores it under the header
 // tree's digest.
 type viewFact struct {
-	// Digest covers every file. For a masked file it covers the mask instead of the content.
+	// Digest covers every file. For a masked file it covers the replacement instead of the content.
 	Digest string `json:"digest"`
 	// Macros says that a kernel header names a macro of NVIDIA's conftest or the driver's version.
 	Macros bool `json:"macros"`

@@ -14,10 +14,10 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// volatileHeaders are the headers that differ between two builds of the same kernel. No fingerprint
-// covers them (package cossrc). The compiler sees that these headers exist and which strings they
-// define, but not the values. The reason: on kernels before 6.1, NVIDIA's driver would put the
-// number and the time of the kernel's build into a module.
+// volatileHeaders are the headers that differ between two compilations of the same kernel. No
+// fingerprint covers them (package cossrc). The compiler sees that these headers exist and which
+// strings they define, but not the values. The reason: on kernels before 6.1, NVIDIA's driver would
+// put the number and the time of the kernel's build into a module.
 var volatileHeaders = []string{"include/generated/compile.h", "include/generated/utsversion.h"}
 
 var stringDefinition = regexp.MustCompile(`(?m)^#define[ \t]+([A-Za-z_][A-Za-z0-9_]*)[ \t]+"[^"\n]*"[ \t]*$`)
@@ -43,7 +43,7 @@ func hideVolatileHeaders(headers, dir string) ([]sandbox.Bind, error) {
 		} else if err != nil {
 			return nil, err
 		} else if !info.Mode().IsRegular() {
-			return nil, fault.New(fault.Unsupported, name+" of the header tree is not a file",
+			return nil, fault.New(fault.Unsupported, "read header tree: "+name+" is not a regular file",
 				"check that kernel-headers.tgz is the header archive of a COS build")
 		}
 		text, err := readHost(filepath.Join(headers, name))

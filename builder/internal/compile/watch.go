@@ -91,7 +91,7 @@ func countWork(src string) work {
 	return work{conftest: len(tests), compile: len(sources), link: 2 * len(modules)}
 }
 
-// maxLine bounds how much of one line is examined. The log gets the whole line.
+// maxLine limits the bytes of one line that are examined. The log gets the whole line.
 const maxLine = 64 << 10
 
 // watch reads make's output while make runs. It passes every byte to the log. It counts steps for

@@ -8,8 +8,8 @@ import (
 
 // Basis has everything that decides a stored answer, except the question itself.
 type Basis struct {
-	// View is the digest of the header tree as the script sees it. While a script runs, no file that this digest does
-	// not cover may be visible.
+	// View is the digest of the header tree as the script sees it. While a script runs, it may see only those kernel
+	// files that this digest covers.
 	View string
 	// Toolchain is the digest of the compiler's folder. Host is the digest of the host's programs
 	// ([sandbox.HostTools]). Recipe is the version of the way in which the script is run.
@@ -60,7 +60,8 @@ var (
 //
 // Two parts of the command line do not decide an answer, so the keys do not have them. [Keyer.Flags] leaves them out,
 // so that no program sees them. The first is the script's process number, which the script puts into KBUILD_BASENAME.
-// The second is the driver's version, unless the script or a header names its macro.
+// The second is the driver's version. The flags keep the version only if the script or a kernel header names its macro,
+// NV_VERSION_STRING.
 func NewKeyer(s *Script, p *Plan, b Basis) *Keyer {
 	a := &Keyer{script: s, plan: p, basis: b, flags: selfName.ReplaceAllString(p.Flags, "#conftest")}
 	if !b.Macros && !s.names("NV_VERSION_STRING") {
@@ -90,7 +91,7 @@ func (a *Keyer) TestKey(test, headers string) (string, bool) {
 }
 
 // Visible returns the part of headers.h on which a test's program may depend: the lines about macros that the test
-// names. If a header of the kernel names such a macro, this is the whole of headers.h.
+// names. If a kernel header names a presence macro, Visible returns the whole of headers.h.
 func (a *Keyer) Visible(test, headers string) string {
 	if a.basis.Macros {
 		return headers

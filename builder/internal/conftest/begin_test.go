@@ -61,7 +61,7 @@ func TestBeginnings(t *testing.T) {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(row.want, beginnings(s.Prefixes("one", row.headers))); diff != "" {
-				t.Errorf("Beginnings differ (-want +got):\n%s", diff)
+				t.Errorf("Prefixes differ (-want +got):\n%s", diff)
 			}
 		})
 	}

@@ -370,8 +370,9 @@ func TestKeys(t *testing.T) {
 	}
 }
 
-// TestKeyOfLinesInText compares two tests. The text of one ends with the lines of headers.h that the other sees. The
-// keys must differ, because in the text the shell takes these lines for comments, and the macros stay undefined.
+// TestKeyOfLinesInText compares two tests. The text of the first test ends with the lines of headers.h that the second
+// test sees. The keys must differ: in the text of a test, these lines are comments of the shell, so the macros stay
+// undefined.
 func TestKeyOfLinesInText(t *testing.T) {
 	t.Parallel()
 	const line = "#define NV_ASM_PAGE_H_PRESENT\n"
@@ -390,7 +391,7 @@ func TestKeyOfLinesInText(t *testing.T) {
 	honest, sheet := key(script, line)
 	forged, other := key(strings.Replace(script, text, text+line, 1), "")
 	if sheet != other {
-		t.Fatal("the two do not share a sheet")
+		t.Fatal("the two tests do not share their stored answers")
 	}
 	if honest == forged {
 		t.Error("a test with the lines in its text has the key of one that sees them")
@@ -444,11 +445,11 @@ func TestSheet(t *testing.T) {
 	}
 	for _, raw := range []string{"", "null", "[]", `{"a":1}`} {
 		if got := conftest.ReadAnswers([]byte(raw)); got == nil || len(got) != 0 {
-			t.Errorf("ReadAnswers(%q) = %v; want an empty sheet", raw, got)
+			t.Errorf("ReadAnswers(%q) = %v; want no answers", raw, got)
 		}
 	}
 	if raw := (conftest.Answers{"k": strings.Repeat("x", 2<<20)}).Bytes(); raw != nil {
-		t.Errorf("Bytes of a sheet too large = %d bytes; want none", len(raw))
+		t.Errorf("Bytes of answers that are too large = %d bytes; want none", len(raw))
 	}
 }
 

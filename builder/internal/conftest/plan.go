@@ -48,10 +48,10 @@ var planVariables = []struct{ name, expression string }{
 	{"types", "$(NV_CONFTEST_TYPE_COMPILE_TESTS)"},
 }
 
-// PlanRules returns makefile text for the end of a driver's Kbuild file. With it, make runs the driver's sanity checks,
-// writes the plan to file, and stops before the first question. make has to write the plan, because only make knows the
-// flags: the kernel's makefiles compose them. The rules depend on conftest/uts_release, on which every header of
-// answers depends. This holds for NVIDIA's releases from 515.43.04 to 595.45.04, and for Debian's edition of them.
+// PlanRules returns makefile text for the end of a driver's Kbuild file. With this text, make runs the driver's sanity
+// checks, writes the plan to file, and stops before the first question. make has to write the plan, because only make
+// knows the flags: the kernel's makefiles compose them. The rules depend on conftest/uts_release, on which every header
+// of answers depends. This holds for NVIDIA's releases from 515.43.04 to 595.45.04, and for Debian's edition of them.
 func PlanRules(file string) string {
 	var b strings.Builder
 	b.WriteString("\n$(obj)/conftest/uts_release: prebake-plan\n.PHONY: prebake-plan\nprebake-plan: " +
@@ -78,7 +78,7 @@ func ParsePlan(text string) (*Plan, error) {
 	p := &Plan{Tests: map[string][]string{}}
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	if len(lines) != len(planVariables) {
-		return nil, fmt.Errorf("%w: a plan of %d lines", ErrShape, len(lines))
+		return nil, fmt.Errorf("%w: the plan has %d lines; want %d", ErrShape, len(lines), len(planVariables))
 	}
 	for i, v := range planVariables {
 		name, value, _ := strings.Cut(lines[i], " ")
@@ -97,7 +97,7 @@ func ParsePlan(text string) (*Plan, error) {
 		case "flags":
 			// make puts the flags between quotes for the shell.
 			if strings.ContainsAny(value, "'\x00") {
-				return nil, fmt.Errorf("%w: flags with a quote", ErrShape)
+				return nil, fmt.Errorf("%w: the compiler flags contain a quote", ErrShape)
 			}
 			p.Flags = value
 		case "cflags":
@@ -124,7 +124,7 @@ func ParsePlan(text string) (*Plan, error) {
 		}
 	}
 	if len(p.All()) == 0 { // releases before 515.76 list no headers, so only tests are required
-		return nil, fmt.Errorf("%w: no tests", ErrShape)
+		return nil, fmt.Errorf("%w: the plan has no tests", ErrShape)
 	}
 	return p, nil
 }
@@ -149,9 +149,10 @@ func unique(list []string) []string {
 	})
 }
 
-// Files returns the files that make would have written to the folder conftest/, by slash path. The order makes each
-// file at least as new as the files from which it is made. headers, tests and patches are the script's output. release
-// is its output for uts_release. If a plan has no headers, the answer for "" in headers is the whole of headers.h.
+// Files returns the files that make would have written to the folder conftest/, by slash path. The files must be
+// written in this order, so that each file is at least as new as the files from which make makes it. headers, tests and
+// patches are the script's output. release is its output for uts_release. If a plan has no headers, the answer for ""
+// in headers is the whole of headers.h.
 func (p *Plan) Files(headers, tests map[string]string, patches, release string) []File {
 	version := "// Kernel version: " + strings.TrimRight(release, "\n") + "\n"
 	files := []File{{"uts_release", version}, {"patches.h", patches}}

@@ -26,8 +26,8 @@ var (
 )
 
 // Prefixes returns the beginnings of a test's first program: up to its first header, up to its second, and so on.
-// Conditions about presence macros are evaluated with headers.h, whose lines the test sees. The beginning ends at any
-// other line that is neither a condition nor an include.
+// Conditions about presence macros are evaluated with headers.h, whose lines the test sees. The longest beginning ends
+// before the first line that is neither such a condition nor an include.
 //
 // A test's text is shell, but Prefixes reads it as C. Callers must therefore compare the lines with the program that
 // the shell makes from the text.
@@ -97,7 +97,7 @@ const checkFunction = "\ncompile_check_conftest() {\n"
 // nothing else.
 func (s *Script) OnlyHeaders(headers []string) (script []byte, test string, err error) {
 	if !strings.Contains(s.head, checkFunction) && !strings.Contains(s.tail, checkFunction) {
-		return nil, "", fmt.Errorf("%w: no function compiles a program", ErrShape)
+		return nil, "", fmt.Errorf("%w: the script has no function compile_check_conftest", ErrShape)
 	}
 	const name = "prebake_headers"
 	var text strings.Builder

@@ -60,7 +60,7 @@ func ParseScript(text []byte) (*Script, error) {
 	s.head, s.tail = head, tail
 	switch one, every := strings.Contains(all, headerMode), strings.Contains(all, headerModeAll); {
 	case one == every:
-		return nil, fmt.Errorf("%w: no way to ask for headers", ErrShape)
+		return nil, fmt.Errorf("%w: want one of the modes test_kernel_header and test_kernel_headers", ErrShape)
 	default:
 		s.oneHeader = one
 	}
@@ -148,7 +148,7 @@ func (s *Script) Question(test string) ([]byte, error) {
 			return nil, fmt.Errorf("%w: the script has no test %s", ErrShape, test)
 		}
 		if strings.Contains(text, answersAnother) {
-			return nil, fmt.Errorf("%w: the test %s runs another one", ErrShape, test)
+			return nil, fmt.Errorf("%w: the test %s runs another test", ErrShape, test)
 		}
 		text += "        ;;\n"
 	}

@@ -3,15 +3,14 @@
 // the load test. It reads the kernel's release and version from them and computes the kernel's ABI
 // fingerprint.
 //
-// The fingerprint covers everything that decides whether a module fits the kernel: the content of
-// the header tree (with Module.symvers, .config and the prebuilt host tools), the content of the
-// toolchain, and toolchain_env. It leaves out three things. Each of them differs between builds of
-// the same kernel, and no module depends on it:
+// The fingerprint covers everything that decides whether a module fits the kernel: the content of the header tree (with
+// Module.symvers, .config and the prebuilt host tools), the content of the toolchain, and toolchain_env. It leaves out
+// three things that differ between two compilations of the same kernel. No module depends on them:
 //
 //   - times, owners and all mode bits except the executable one, which the packer sets;
 //   - include/generated/compile.h, which says who compiled the kernel, where and when;
 //   - include/generated/utsversion.h, which has the build's number and time, as `uname -v` prints them. No module can
-//     print it, because package compile hides both files from the compiler.
+//     print them, because package compile hides both files from the compiler.
 //
 // Any other difference gives another fingerprint. That may cost a build that was not needed. The
 // opposite mistake would break a node.
@@ -20,10 +19,9 @@
 // in the same way. The object toolchain.tar.xz.gcs names the place; in old builds the object is
 // toolchain_path or toolchain_url.
 //
-// BTF, the description of the kernel's types, is taken from vmlinux if the caller asks for it and
-// the kernel's configuration has BTF for modules. A module's BTF then depends on the kernel's and
-// fits no other kernel. So the kernel's BTF is part of the fingerprint. The rest of vmlinux, with
-// the build's number and time, is not.
+// BTF, the description of the kernel's types, is taken from vmlinux if the caller asks for it and the kernel's
+// configuration has BTF for modules. A module's BTF then depends on the kernel's BTF and fits no other kernel. So the
+// kernel's BTF is part of the fingerprint. The rest of vmlinux, with the build's number and time, is not part of it.
 //
 // The package refuses inputs that differ from their checksum, and never guesses a kernel's release.
 package cossrc
@@ -70,8 +68,8 @@ type Inputs struct {
 	// Boot is the folder of the unpacked prebake-boot.tgz, and BootDigest is the archive's digest.
 	// Both are "" if the bucket does not have it.
 	Boot, BootDigest string
-	// HasVMLinux says that the bucket has vmlinux, the linked kernel, which [FetchVMLinux] fetches.
-	// It is false if there is a Boot.
+	// HasVMLinux says that the bucket has vmlinux, the linked kernel, which [FetchVMLinux] fetches. It is false if Boot
+	// is set, because the load test then boots that archive.
 	HasVMLinux bool
 	// SourceURL is the URL of the kernel's source from kernel_info; "" if the bucket has no
 	// kernel_info. It is information only: nothing fetches it.
@@ -95,8 +93,8 @@ const (
 	digestKind    = "tree-digest-v1"
 )
 
-// Bounds of the archives. They are several times the size of real ones (COS: 120 MB of headers, 2.2
-// GB of toolchain).
+// Bounds of the unpacked archives. They are several times the size of COS's archives (120 MB of headers, 2.2 GB of
+// toolchain).
 var (
 	headersLimits   = archive.Options{Entries: 200_000, Bytes: 2 << 30}
 	toolchainLimits = archive.Options{Entries: 400_000, Bytes: 16 << 30}

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fingerprintScheme is the first line of the hashed text. A change of the scheme needs another
-// name, because published artifacts are found by fingerprints of this one.
+// fingerprintScheme is the first line of the hashed text. If the scheme changes, this line must
+// change too. Nodes find published artifacts by fingerprints of the present scheme.
 const fingerprintScheme = "prebake fingerprint 1\n"
 
 // Fingerprint returns the ABI fingerprint of a header tree, a toolchain and the variables in
@@ -36,7 +36,8 @@ func digestHeaders(ctx context.Context, dir string) (string, error) {
 	return digest, nil
 }
 
-// volatile reports whether a file of a header tree differs between two builds of the same kernel.
+// volatile reports whether a file of a header tree differs between two compilations of the same
+// kernel.
 func volatile(name string) bool {
 	return name == "include/generated/compile.h" || name == "include/generated/utsversion.h"
 }

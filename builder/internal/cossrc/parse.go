@@ -30,8 +30,8 @@ var (
 	// envValue allows names of programs and flags. It allows no character that a shell or a
 	// makefile would expand.
 	envValue = regexp.MustCompile(`^[A-Za-z0-9_+=:,./ -]*$`)
-	// A release is the name of a folder below /lib/modules. Linux has 64 bytes for it in utsname,
-	// and the last one is the end mark.
+	// A release is the name of a folder below /lib/modules. Linux has room for 64 bytes of it
+	// (__NEW_UTS_LEN in linux/utsname.h), without the NUL byte at the end.
 	releasePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}$`)
 	// A source is a URL with any scheme, because mirrors may name their own sources.
 	sourcePattern  = regexp.MustCompile(`^[a-z][a-z0-9+.-]{0,31}:[!-~]{1,500}$`)
@@ -61,7 +61,7 @@ func ParseEnv(text []byte) (map[string]string, error) {
 		env[name] = value
 	}
 	if env["CC"] == "" {
-		return nil, badEnv("no CC")
+		return nil, badEnv("it has no line CC=…")
 	}
 	return env, nil
 }
@@ -87,7 +87,7 @@ func ParseInfo(text []byte) (string, error) {
 			continue
 		}
 		if found != "" || !sourcePattern.MatchString(value) {
-			return "", badInfo("%.100q is not one URL", text)
+			return "", badInfo("%.100q does not name exactly one URL", text)
 		}
 		found = value
 	}
@@ -104,8 +104,8 @@ func badInfo(format string, args ...any) error {
 }
 
 // readRelease returns the texts that `uname -r` and `uname -v` print on the kernel of a header
-// tree. The compiled kernel prints UTS_RELEASE. If a tree lacks its header, readRelease uses
-// kernel.release, from which kbuild makes UTS_RELEASE.
+// tree. The compiled kernel prints UTS_RELEASE. If a tree has no UTS_RELEASE in utsrelease.h,
+// readRelease uses kernel.release, from which kbuild makes UTS_RELEASE.
 func readRelease(dir string) (release, version string, err error) {
 	generated := "include/generated/"
 	if release, err = readDefine(dir, generated+"utsrelease.h", "UTS_RELEASE"); err != nil {
@@ -173,7 +173,8 @@ func parseDefine(text []byte, macro string) (string, error) {
 	return "", lines.Err()
 }
 
-// readHead reads the first bytes of a file in the tree. It returns nil if the file is missing.
+// readHead reads at most limit bytes from the start of a file in the tree. It returns nil if the
+// file is missing.
 func readHead(dir, name string, limit int64) ([]byte, error) {
 	f, err := os.OpenInRoot(dir, filepath.FromSlash(name))
 	if errors.Is(err, fs.ErrNotExist) {

@@ -17,7 +17,7 @@ import (
 // part is one object of the COS build in the cache: an unpacked archive or a file.
 type part struct {
 	material Material
-	pointer  Material // the pointer object that named this one's place; usually none
+	pointer  Material // the pointer object that named the place of this object; usually empty
 	at       string   // the cached tree or file
 	digest   string   // digest of the tree's content; "" if not computed
 }
@@ -32,7 +32,8 @@ var remedies = map[string]string{
 }
 
 // either calls ask with the object's name in each layout of a bucket, until one call finds the
-// object. It returns that call's error.
+// object. It returns that call's error. If no call finds the object, the error is
+// fault.InputMissing with the hint from remedies.
 func (f *fetcher) either(name string, ask func(at string) error) error {
 	var asked []string
 	for _, at := range cosbucket.Layouts(f.kernel, name) {
@@ -68,7 +69,8 @@ func (f *fetcher) commit(ctx context.Context) (string, Material, error) {
 	commit := strings.TrimSpace(string(text))
 	if !target.ValidCommit(commit) {
 		return "", Material{}, fault.New(fault.Checksum,
-			fmt.Sprintf("read kernel_commit: %.60q is not a commit of 40 hex digits", commit), "replace "+m.URI)
+			fmt.Sprintf("read kernel_commit: %.60q is not a commit of 40 hex digits", commit),
+			"write the kernel's commit, 40 hex digits, into "+m.URI)
 	}
 	return commit, m, nil
 }
@@ -106,7 +108,9 @@ func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.
 	if m.Unverified {
 		f.Progressf("%s: the bucket has no checksum for it", m.Name)
 	}
-	o.Outside = func(link, to string) { f.Progressf("%s: left out link %s, which leads out to %s", m.Name, link, to) }
+	o.Outside = func(link, to string) {
+		f.Progressf("%s: left out link %s to %s, outside the archive", m.Name, link, to)
+	}
 	dir, cached, err := f.Cache.Tree(ctx, kind, m.Digest, func(ctx context.Context, dir string) error {
 		if err := f.Recheck(ctx, name, sum, m); err != nil {
 			return err
@@ -123,8 +127,8 @@ func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.
 	return part{material: m, at: dir}, nil
 }
 
-// treeDigest returns the digest of an unpacked archive. The cache keeps it, so it is computed once
-// for each archive.
+// treeDigest returns the digest of an unpacked archive. The cache keeps the digest, so it is
+// computed once for each archive.
 func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute func() (string, error)) (string, error) {
 	key := kind + "\n" + blob
 	if known, ok := f.Cache.Fact(digestKind, key); ok {
@@ -195,7 +199,7 @@ func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbuck
 		absent = fmt.Errorf("%w; %w", absent, err)
 	}
 	return part{}, fault.Wrap(fault.InputMissing, absent,
-		"put the toolchain into the bucket that the pointer names, beside this bucket, or at "+
+		"put the toolchain where the pointer says, into a bucket beside this one; or put it at "+
 			f.bucket.URL(cosbucket.ToolchainName(f.kernel)))
 }
 

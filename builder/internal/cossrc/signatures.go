@@ -14,7 +14,7 @@ import (
 // Signatures are Google's signatures of the modules that Google compiled, for one driver version
 // and one COS build.
 type Signatures struct {
-	// Archive is the content of nvidia-drivers-<VERSION>-signature.tar.gz, or of the archive with
+	// Archive is the content of nvidia-drivers-<VERSION>-signature.tar.gz, or of the archive under
 	// its older name.
 	Archive []byte
 	// TrustedKey is the content of trusted_key.pem, the root certificate that the kernel was built

@@ -159,7 +159,7 @@ func (e *examination) sandbox(ctx context.Context) {
 		return
 	}
 	if err := e.m.Sandbox(ctx); err != nil {
-		e.fail("sandbox", err, "bwrap --unshare-all --ro-bind / / true says more")
+		e.fail("sandbox", err, "to see the cause, run: bwrap --unshare-all --ro-bind / / true")
 		return
 	}
 	e.ok("sandbox", "bubblewrap runs, and the kernel gives it namespaces")
@@ -222,7 +222,7 @@ func (e *examination) limits() {
 	if b := e.m.Limits(); !b.ControlGroup {
 		e.add(Finding{Check: "limits", Level: Warn, Next: fault.Hint(b.Reason),
 			Text: fmt.Sprintf("no control group for builds: memory is bounded for each process only, and root may start any "+
-				"number (%v)", b.Reason)})
+				"number of processes (%v)", b.Reason)})
 		return
 	}
 	e.ok("limits", "a control group bounds memory and processes of each build")
@@ -236,7 +236,7 @@ func (e *examination) machine() {
 	need := int64(jobs) << 30
 	if e.m.Memory < need {
 		f := Finding{Check: "memory", Level: Warn,
-			Text: fmt.Sprintf("%s for %d jobs; want 1 GiB for each", size(e.m.Memory), jobs),
+			Text: fmt.Sprintf("%s for %d jobs; want 1 GiB for each job", size(e.m.Memory), jobs),
 			Next: fmt.Sprintf("run fewer jobs: --jobs %d", max(1, e.m.Memory>>30))}
 		if e.m.Memory < 1<<30 {
 			f.Level, f.Class, f.Next = Fail, fault.OutOfMemory.String(), "give the builder at least 1 GiB"
@@ -255,7 +255,7 @@ func (e *examination) cache() {
 	case free < e.Need:
 		e.add(Finding{Check: "cache", Level: Fail, Class: fault.DiskFull.String(),
 			Text: fmt.Sprintf("the disk of %s has %s free; a build needs %s", e.Cache, size(free), size(e.Need)),
-			Next: "free space, or set another --cache"})
+			Next: "free space on this disk, or name a folder on another disk with --cache"})
 	case free < 5*e.Need:
 		e.add(Finding{Check: "cache", Level: Warn,
 			Text: fmt.Sprintf("the disk of %s has %s free: enough for a few cells", e.Cache, size(free)),
@@ -283,7 +283,7 @@ func (e *examination) loadTest() {
 		if emulator.arch == target.ARM64 && !e.armHelpers(check) {
 			continue
 		}
-		e.ok(check, "%s is there", emulator.program)
+		e.ok(check, "%s is installed", emulator.program)
 	}
 	text := "no KVM here; load tests run in emulation in any case"
 	if e.m.KVM {
@@ -293,7 +293,7 @@ func (e *examination) loadTest() {
 	for _, p := range []struct{ check, path, flag string }{{"guestinit", e.GuestInit, "--guestinit"},
 		{"nvmlprobe", e.NVMLProbe, "--probe"}} {
 		if err := e.m.Executable(p.path); err != nil {
-			e.add(Finding{Check: p.check, Level: Warn, Text: fmt.Sprintf("load tests need it: %v", err),
+			e.add(Finding{Check: p.check, Level: Warn, Text: fmt.Sprintf("load tests need this program: %v", err),
 				Next: fmt.Sprintf("put %s beside the builder program (make build makes it), or name it with %s; or build with "+
 					"--load-test off", filepath.Base(p.path), p.flag)})
 			continue
@@ -314,8 +314,8 @@ func (e *examination) armHelpers(check string) bool {
 		path := loadtest.Helper(p.path, target.ARM64)
 		if err := e.m.Executable(path); err != nil {
 			e.add(Finding{Check: check, Level: Warn, Text: fmt.Sprintf("the emulator is there, but %s: %v", p.without, err),
-				Next: fmt.Sprintf("put %s beside %s: make arm64-programs; or take the image builder-arm64; or build no drivers "+
-					"for arm64", filepath.Base(path), filepath.Base(p.path))})
+				Next: fmt.Sprintf("put %s beside %s: make arm64-programs compiles it; or use the image builder-arm64; or build no "+
+					"drivers for arm64", filepath.Base(path), filepath.Base(p.path))})
 			return false
 		}
 	}
@@ -327,7 +327,7 @@ func (e *examination) clock() {
 	switch now := e.m.Now().UTC(); {
 	case now.Before(released()) || now.After(released().AddDate(30, 0, 0)):
 		e.add(Finding{Check: "clock", Level: Fail, Class: fault.Usage.String(), Next: next,
-			Text: fmt.Sprintf("it shows %s: certificates will not verify, and provenance would have a wrong time",
+			Text: fmt.Sprintf("the clock shows %s: certificates will not verify, and provenance would have a wrong time",
 				now.Format(time.DateTime))})
 	case !e.m.Synchronised:
 		e.add(Finding{Check: "clock", Level: Note,
@@ -357,12 +357,12 @@ func (e *examination) outside(ctx context.Context) {
 		e.licence(ctx, name)
 	}
 	if e.Key != "" {
-		try("key", e.Key, "is loadable", "make one: builder keygen", e.m.Key)
+		try("key", e.Key, "is loadable", "check the name, or make a key: builder keygen FILE", e.m.Key)
 	}
 }
 
-// Err returns nil if builds can work. Otherwise the error has the class of the first failure, because later failures
-// may only be its consequences.
+// Err returns nil if builds can work. Otherwise the error has the class of the first failure, because the first failure
+// may be the cause of the later ones.
 func (r *Report) Err() error {
 	n, first := 0, -1
 	for i, f := range r.Findings {

@@ -274,14 +274,14 @@ func TestRealPrograms(t *testing.T) {
 	t.Parallel()
 	m := doctor.Real(licence.Rule{}, nil)
 	if !m.Program("sh") || m.Program("no-such-program") || m.Library("libno-such.so.1") || !m.Library("libc.so.6") {
-		t.Error("sh and libc are there, the others are not")
+		t.Error("Program and Library: want sh and libc.so.6 found, and the other names not found")
 	}
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "plain"), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	if m.Executable(filepath.Join(dir, "plain")) == nil || m.Executable(dir) == nil || m.Executable("/bin/sh") != nil {
-		t.Error("only a program is one")
+		t.Error("Executable: want success for /bin/sh only, not for a plain file or a folder")
 	}
 	if free, err := m.Cache(filepath.Join(dir, "cache")); err != nil || free <= 0 {
 		t.Errorf("Cache() = %d, %v", free, err)

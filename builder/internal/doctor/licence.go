@@ -50,10 +50,10 @@ func (e *examination) licence(ctx context.Context, name string) {
 	}
 	switch len(refused) {
 	case 0:
-		e.ok("licence", "%s may have both flavours", name)
+		e.ok("licence", "artifacts of both flavours may go to %s", name)
 	case 1:
 		e.add(Finding{Check: "licence", Level: Warn, Text: refused[0].Error(), Next: fault.Hint(refused[0])})
 	default:
-		e.fail("licence", refused[0], fmt.Sprintf("--private %s", name))
+		e.fail("licence", refused[0], fmt.Sprintf("if only you can read the destination, add --private %s", name))
 	}
 }

@@ -89,8 +89,8 @@ func synchronised() bool {
 	return err == nil && state != unix.TIME_ERROR
 }
 
-// reachable asks a bucket for an object that does not exist. If the bucket answers that the object is missing, it is
-// reachable.
+// reachable asks a bucket for an object that does not exist. If the bucket answers that the object is missing, the
+// bucket is reachable.
 func reachable(ctx context.Context, url string) (err error) {
 	b, err := cosbucket.Open(ctx, url)
 	if err != nil {

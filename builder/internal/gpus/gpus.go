@@ -1,6 +1,6 @@
 // Package gpus reads the list of supported GPUs from an NVIDIA release and makes a statement about it for an artifact.
-// With this statement a node can choose a flavour by its PCI ids. The package refuses to invent a list: for a release
-// without one there is no statement.
+// With this statement a node can choose a flavour by the PCI ids of its GPUs. The package refuses to invent a list: for
+// a release without a list there is no statement.
 package gpus
 
 import (
@@ -17,7 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Read returns the list of the release that was extracted to dir, or nil if the release has none, as old releases.
+// Read returns the list of the release that was extracted to dir, or nil if the release has no list. Old releases have
+// none.
 func Read(dir, version string) (*gpulist.List, error) {
 	f, err := os.OpenInRoot(dir, gpulist.File)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -34,8 +35,8 @@ func Read(dir, version string) (*gpulist.List, error) {
 	return gpulist.ParseFile(version, text)
 }
 
-// maxPredicate limits the predicate in bytes, so that a bundle has room for base64 and the envelope. The 1,008 products
-// of 535.261.03 take 8 KB.
+// maxPredicate limits the predicate in bytes, so that a Sigstore bundle has room for the predicate in base64 and for
+// the envelope. The 1,008 products of 535.261.03 take 8 KB.
 const maxPredicate = 600 << 10
 
 // Statement states which GPUs the artifact with this manifest digest supports.

@@ -1,6 +1,6 @@
 // Package input fetches objects of a bucket into the cache. The package streams each object, verifies it against its
-// checksum file, and records it for the provenance. The package does not fetch an object again if it has met the
-// published checksum before.
+// checksum file, and records it for the provenance. The package does not fetch an object again if the cache has the
+// content with the published checksum.
 //
 // The package refuses to keep bytes that differ from their checksum. The package refuses to hold an object in memory.
 package input
@@ -111,7 +111,7 @@ var sumPattern = map[Algorithm]*regexp.Regexp{
 }
 
 // ParseSum reads the checksum of object from a checksum file. The file has a bare hex digest, or `hex name` lines as
-// md5sum writes them. Of several lines, the one that names the object counts.
+// md5sum writes them. If the file has several lines, ParseSum uses the line that names the object.
 func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 	base := path.Base(object)
 	for line := range bytes.Lines(text) {
@@ -199,7 +199,8 @@ func (f *Fetcher) known(name string, s Sum) (fact, bool) {
 }
 
 // Blob fetches an object into the cache and returns its material and its path. If sum is zero, Blob checks the object
-// against the MD5 in the bucket's own metadata. If that is missing too, the material is marked as unverified.
+// against the MD5 in the bucket's own metadata. The bucket client checks the metadata's CRC32C. If both are missing
+// too, the material is marked as unverified.
 func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, string, error) {
 	known, ok := f.known(name, sum)
 	at, vouched := sum.Of, sum.Hex != ""
@@ -302,7 +303,7 @@ func mismatch(name string, sum Sum, cause error) error {
 		"replace the object or its checksum in the bucket: one of the two is damaged")
 }
 
-// Small reads a small object into memory and checks it against its checksum file.
+// Small reads an object of at most limit bytes into memory and checks it against its checksum file.
 func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, Material, error) {
 	data, attrs, err := f.read(ctx, name, limit)
 	if err != nil {

@@ -229,7 +229,7 @@ func TestBlobTriesABrokenStreamAgain(t *testing.T) {
 }
 
 // TestMaterialNamesTheMirror checks that the material names the mirror that had the object. This must hold if the
-// object was fetched from that mirror, and if only its checksum was.
+// object was fetched from that mirror, and also if only its checksum was fetched there.
 func TestMaterialNamesTheMirror(t *testing.T) {
 	t.Parallel()
 	b := &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes"), "d/p": "p"},

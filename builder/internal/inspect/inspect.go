@@ -1,5 +1,5 @@
-// Package inspect examines one build in a real bucket: which objects exist, which of them a build would use, and what
-// does not fit. The package continues after a failure, so that one report has all findings. The package refuses to
+// Package inspect examines one COS build in a bucket: which objects exist, which of them the builder would use, and
+// what does not fit. The package continues after a failure, so that one report has all findings. The package refuses to
 // compile, and to write to the bucket.
 package inspect
 
@@ -27,7 +27,8 @@ import (
 
 // Config says what to examine.
 type Config struct {
-	// VMLinux fetches the linked kernel, which may have hundreds of megabytes, and compares it with the headers.
+	// VMLinux makes Build fetch vmlinux, the linked kernel, which may have hundreds of megabytes, and compare it with
+	// the headers.
 	VMLinux bool
 	// Progress receives progress, one line at a time. nil means no output.
 	Progress func(string)
@@ -51,13 +52,13 @@ func (l *inspection) note(check, format string, args ...any) {
 func (l *inspection) fail(check string, level doctor.Level, err error) {
 	next := fault.Hint(err)
 	if next == "" {
-		next = "report it, with this output"
+		next = "report this error as a bug, with the whole output of this command"
 	}
 	l.Findings = append(l.Findings,
 		doctor.Finding{Check: check, Level: level, Text: err.Error(), Next: next, Class: fault.Of(err).String()})
 }
 
-// Build examines one build.
+// Build examines one COS build. It uses the cache for the objects that it fetches.
 func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.Kernel, c Config) *doctor.Report {
 	if c.Progress == nil {
 		c.Progress = func(string) {}
@@ -99,7 +100,7 @@ func or(text, other string) string {
 	return text
 }
 
-// objects reports which objects of a build exist, in which layout, and how large they are.
+// objects reports which objects of the COS build exist, in which layout, and how large they are.
 func (l *inspection) objects(ctx context.Context) {
 	for _, o := range []struct {
 		name   string
@@ -169,7 +170,7 @@ func (l *inspection) drivers(ctx context.Context) {
 	}
 }
 
-// signed reports which drivers Google compiled and signed for the build.
+// signed reports which drivers Google compiled or signed for the COS build.
 func (l *inspection) signed(ctx context.Context) {
 	var found []string
 	for _, name := range []string{"extensions/gpu/", "nvidia-drivers-"} {
@@ -187,7 +188,7 @@ func (l *inspection) signed(ctx context.Context) {
 		}
 	}
 	if len(found) == 0 {
-		l.note("signed", "nothing that Google compiled or signed")
+		l.note("signed", "Google compiled or signed no driver for this COS build")
 		return
 	}
 	l.ok("signed", "%s", strings.Join(found, ", "))
@@ -214,7 +215,7 @@ func (l *inspection) configuration(headers string) {
 	l.ok("configuration", "%s", strings.Join(said, " "))
 }
 
-// loadTest reports whether the build's kernel can be booted.
+// loadTest reports whether the kernel of the COS build can be booted.
 func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) {
 	switch {
 	case in.Boot != "":
@@ -222,7 +223,7 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 		return
 	case !in.HasVMLinux:
 		l.fail("load test", doctor.Warn,
-			fault.New(fault.InputMissing, "no vmlinux: modules get static checks only",
+			fault.New(fault.InputMissing, "find vmlinux: the bucket has none, so modules get static checks only",
 				"put the vmlinux of the COS build into the bucket"))
 		return
 	case !c.VMLinux:

@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Rule is the operator's decision. The zero value allows nothing of NVIDIA's to go to a destination that is not on this
-// machine and does not state its audience.
+// Rule is the operator's decision. The zero value allows no file under NVIDIA's licence to go to a destination that is
+// not on this machine and does not state its audience.
 type Rule struct {
 	// Redistribute says which files may go to every destination. "" means [bundle.RedistributeNone].
 	Redistribute bundle.Redistribution
@@ -35,8 +35,8 @@ type Rule struct {
 
 // Destination examines a destination as a client without credentials sees it.
 type Destination interface {
-	// AnonymousAccess checks whether such a client can read the artifact whose tag or digest is what. If what is empty,
-	// AnonymousAccess checks the destination in general.
+	// AnonymousAccess checks whether a client without credentials can read the artifact whose tag or digest is what. If
+	// what is empty, AnonymousAccess checks the destination in general.
 	AnonymousAccess(ctx context.Context, what string) (registry.AnonymousAccess, error)
 }
 
@@ -58,8 +58,8 @@ func (a Audience) String() string {
 }
 
 // Audience decides whether a destination is private or public. These are private: a folder, a registry on this machine,
-// and a server that says so. A destination that the operator marks is private too, unless a client without credentials
-// can read it over the internet. All others are public.
+// and a Prebake server that says that it is private. A destination that the operator marks is private too, unless a
+// client without credentials can read it over the internet. All others are public.
 func (r Rule) Audience(ctx context.Context, name string, p Destination) (Audience, error) {
 	seen, err := p.AnonymousAccess(ctx, "")
 	if err != nil {
@@ -101,8 +101,8 @@ func (r Rule) marks(name string) bool {
 const lookupTimeout = 10 * time.Second
 
 // where classifies the network of a host. near is true if the host has only addresses that the internet cannot reach.
-// here is true if it has only addresses of this machine. A host whose name cannot be resolved, for example behind a
-// proxy, is neither.
+// here is true if it has only addresses of this machine. Both are false for a host whose name cannot be resolved, for
+// example behind a proxy.
 func (r Rule) where(ctx context.Context, hostport string) (near, here bool) {
 	host := hostport
 	if h, _, err := net.SplitHostPort(hostport); err == nil {

@@ -61,8 +61,8 @@ func push(t *testing.T, repo *registry.Repository) string {
 	return d.Digest.String()
 }
 
-// inProcess runs the client library's registry behind a gate. The gate returns 0 to let a request through, or the
-// status of the answer.
+// inProcess runs the registry of the library go-containerregistry behind a gate. The gate returns 0 to let a request
+// through, or the status of the answer.
 func inProcess(t *testing.T, gate func(*http.Request) int) string {
 	t.Helper()
 	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
@@ -85,7 +85,8 @@ func password(r *http.Request) int {
 	return http.StatusUnauthorized
 }
 
-// TestRegistries uses two registries that are not part of Prebake: Debian's registry and the client library's.
+// TestRegistries uses two registries that are not part of Prebake: Debian's registry and the registry of the library
+// go-containerregistry.
 func TestRegistries(t *testing.T) {
 	t.Parallel()
 	login := registry.Options{Username: distribution.User, Password: distribution.Password}

@@ -42,14 +42,14 @@ func plainName(name string) string {
 	return strings.ReplaceAll(strings.TrimSuffix(name, ".ko"), "_", "-")
 }
 
-// choose returns the modules that can be loaded, in order. For each other module it returns the reason. present has the
-// modules that the machine has at boot. depends returns the modules that a file needs.
+// choose returns the modules that can be loaded, in order. skipped has each other module and the reason why it is not
+// loaded. present has the modules that the machine has at boot. depends returns the modules that a file needs.
 func choose(modules map[string]string, present map[string]bool,
 	depends func(file string) ([]string, error)) (order []string, skipped map[string]string, err error) {
 	skipped = map[string]string{}
 	for name := range modules {
 		if !slices.Contains(loadOrder, name) {
-			skipped[name] = "not a module of the driver that nodes load"
+			skipped[name] = "is not among the modules that nodes load"
 		}
 	}
 	for _, name := range loadOrder {

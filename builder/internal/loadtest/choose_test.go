@@ -28,17 +28,17 @@ func TestChoose(t *testing.T) {
 	}{
 		{"kernel without DRM", nil, []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-peermem"},
 			map[string]string{"nvidia-drm": "needs drm-kms-helper, which the machine does not have; drm, which the machine " +
-				"does not have", "nvidia-vgpu": "not a module of the driver that nodes load"}},
+				"does not have", "nvidia-vgpu": "is not among the modules that nodes load"}},
 		{"kernel without ACPI's video", map[string]bool{"no-video": true}, []string{"nvidia", "nvidia-uvm", "nvidia-peermem"},
 			map[string]string{
 				"nvidia-modeset": "needs video, which the machine does not have",
 				"nvidia-drm": "needs nvidia-modeset, which needs video, which the machine does not have; drm-kms-helper, " +
 					"which the machine does not have; drm, which the machine does not have",
-				"nvidia-vgpu": "not a module of the driver that nodes load",
+				"nvidia-vgpu": "is not among the modules that nodes load",
 			}},
 		{"kernel with DRM", map[string]bool{"drm": true, "drm-kms-helper": true},
 			[]string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"},
-			map[string]string{"nvidia-vgpu": "not a module of the driver that nodes load"}},
+			map[string]string{"nvidia-vgpu": "is not among the modules that nodes load"}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()

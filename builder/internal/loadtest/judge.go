@@ -92,16 +92,16 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 		case s.ExitCode == 0:
 			m.Load = OK
 			if name == drm && p.idleDRM {
-				m.Note = "made for a kernel without DRM: there is nothing in it"
+				m.Note = "compiled for a kernel without DRM, so the module is empty"
 			}
 			continue
 		case name == peermem && s.ExitCode == int(unix.EINVAL) && !strings.Contains(s.KernelLog, "nvidia_peermem:"):
-			m.Load, m.Note = Skipped, "links into the kernel and says EINVAL: it has no RDMA stack to work with"
+			m.Load, m.Note = Skipped, "links into the kernel, but its load returns EINVAL: it was compiled without an RDMA stack"
 			continue
 		}
 		if s.ExitCode == int(unix.ENODEV) && name == "nvidia" {
 			if line := noDeviceLine(s.KernelLog); line != "" {
-				m.Load, m.Note = OK, "linked, ran, and left again: no device"
+				m.Load, m.Note = OK, "linked into the kernel and ran, but found no device"
 				return NoDevice, line
 			}
 		}
@@ -151,7 +151,8 @@ var taints = []struct {
 	{9, "warning"},
 }
 
-// newTaint returns the names of the flags that were set between the two readings.
+// newTaint compares two contents of /proc/sys/kernel/tainted. It returns the names of those flags in taints that only
+// the second one has.
 func newTaint(before, after string) string {
 	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
 	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)
@@ -241,7 +242,7 @@ func refusal(what string, s vm.StepResult) string {
 	return text
 }
 
-// noDeviceMarks are the driver's messages that it runs but found no GPU.
+// noDeviceMarks are the messages with which the driver says that it runs but found no GPU.
 var noDeviceMarks = []string{
 	"NVRM: No NVIDIA GPU found",
 	"NVRM: No NVIDIA devices probed",

@@ -204,7 +204,7 @@ func TestJudgeFillsTheVerdict(t *testing.T) {
 			{Name: "nvidia", Load: OK, Unload: OK}, {Name: "nvidia-uvm", Load: OK, Unload: OK},
 			{Name: "nvidia-modeset", Load: OK, Unload: OK},
 			{Name: "nvidia-peermem", Load: Skipped,
-				Note: "links into the kernel and says EINVAL: it has no RDMA stack to work with"},
+				Note: "links into the kernel, but its load returns EINVAL: it was compiled without an RDMA stack"},
 			{Name: "nvidia-drm", Load: Skipped, Note: "needs drm"},
 		},
 		BootSeconds: 4, LoadSeconds: 4, ProbeSeconds: 7, UnloadSeconds: 4, Seconds: 16,
@@ -231,7 +231,7 @@ func TestVerdictJSON(t *testing.T) {
 
 func TestIdleDRM(t *testing.T) {
 	t.Parallel()
-	for idle, want := range map[bool]string{true: "made for a kernel without DRM: there is nothing in it", false: ""} {
+	for idle, want := range map[bool]string{true: "compiled for a kernel without DRM, so the module is empty", false: ""} {
 		p := &plan{version: version, release: release, modules: []string{"nvidia", "nvidia-modeset", drm}, idleDRM: idle}
 		p.addSteps()
 		res := goodRun(p)
@@ -248,7 +248,7 @@ func TestIdleDRM(t *testing.T) {
 	}
 }
 
-// TestNotAsked checks that the verdict says so if the probe for another processor is missing.
+// TestNotAsked checks that the verdict says why NVML was not asked if the probe for another processor is missing.
 func TestNotAsked(t *testing.T) {
 	t.Parallel()
 	p := &plan{version: version, release: release, modules: []string{"nvidia"},
@@ -256,7 +256,7 @@ func TestNotAsked(t *testing.T) {
 	p.addSteps()
 	res := goodRun(p)
 	if _, ok := res.Step(stepProbe); ok {
-		t.Error("NVML is asked though it cannot be")
+		t.Error("the plan has a step that asks NVML, without a probe program")
 	}
 	if v := judge(p, res); v.State != Loaded || v.NotAsked != p.notAsked || v.NVMLVersion != "" {
 		t.Errorf("judge() = %+v; want loaded, and why NVML was not asked", v)
@@ -295,7 +295,7 @@ func FuzzTellingLine(f *testing.F) {
 			return
 		}
 		if line := reasonLine(log); strings.ContainsRune(line, '\n') {
-			t.Errorf("tellingLine(%q) = %q; want one line", log, line)
+			t.Errorf("reasonLine(%q) = %q; want one line", log, line)
 		}
 		notLive(log, []string{"nvidia"})
 		warnings(log)

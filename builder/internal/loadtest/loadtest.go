@@ -48,7 +48,7 @@ type Config struct {
 	Init, Probe string
 	// KernelArgs are added to the kernel's command line, such as module.sig_enforce=1.
 	KernelArgs []string
-	// Timeout stops the machine. 0 means 5 minutes.
+	// Timeout is the time after which the machine is stopped. 0 means 5 minutes.
 	Timeout time.Duration
 	// Watch receives the machine's progress. Watch may be nil.
 	Watch func(vm.Progress)

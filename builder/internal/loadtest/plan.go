@@ -21,7 +21,7 @@ type plan struct {
 	version string
 	arch    target.Arch
 	release string // kernel release in the modules' vermagic
-	madeFor string // the stamp of nvidia.ko
+	madeFor string // the ABI fingerprint in the stamp of nvidia.ko; "" if it has no stamp
 	gpu     bool
 	modules []string // modules to load, in order
 	skipped map[string]string
@@ -93,7 +93,7 @@ func newPlan(c Config) (*plan, error) {
 	return p, nil
 }
 
-// archOf returns the architecture of a machine for modules of this ELF type.
+// archOf returns the architecture of modules that have this ELF machine type.
 func archOf(m elf.Machine) (target.Arch, error) {
 	switch m {
 	case elf.EM_X86_64:
@@ -104,7 +104,8 @@ func archOf(m elf.Machine) (target.Arch, error) {
 	return "", fault.New(fault.Unsupported, fmt.Sprintf("nvidia.ko is for processor %v", m), "compile for amd64 or arm64")
 }
 
-// Helper returns the path of a program for an architecture. That program lies in the folder of the program for amd64.
+// Helper returns the path of a load test's program for an architecture. program is the path of the program for amd64;
+// both lie in the same folder.
 func Helper(program string, arch target.Arch) string {
 	if arch == target.AMD64 {
 		return program
@@ -126,7 +127,7 @@ func (p *plan) addFiles(c Config) error {
 	case err == nil:
 		libraries, err := vm.GlibcFiles(probe, lib)
 		if err != nil {
-			return fmt.Errorf("find what NVML needs: %w", err)
+			return fmt.Errorf("find the libraries that NVML needs: %w", err)
 		}
 		p.files = append(p.files, vm.File{Name: guestLib, Path: lib, Mode: 0o755},
 			vm.File{Name: guestProbe, Path: probe, Mode: 0o755})

@@ -16,14 +16,15 @@ type Verdict struct {
 	// Machine describes the virtual machine. EmulatedGPU is true if it had an emulated GPU.
 	Machine     string `json:"machine,omitempty"`
 	EmulatedGPU bool   `json:"emulatedGpu"`
-	// Modules has every module of the set. The modules that were tried come first, in the order of loading. The others
-	// follow by name.
+	// Modules has every module of the driver. The modules that were tried come first, in the order of loading. The
+	// others follow by name.
 	Modules []Module `json:"modules"`
 	// NVMLVersion is the driver version that NVML reported.
 	NVMLVersion string `json:"nvmlVersion,omitempty"`
 	// NotAsked says why NVML was not asked. NotAsked is "" if NVML was asked, or if the test ended before that step.
 	NotAsked string `json:"notAsked,omitempty"`
-	// Warnings are lines of the kernel's log that a person should read even if the test passed.
+	// Warnings are the lines of the kernel's log that report an internal problem of the kernel. A driver with such a
+	// line is rejected.
 	Warnings []string `json:"warnings,omitempty"`
 	// KernelLog has the last maxKernelLog bytes of the kernel's log since the first load. After a crash it has the end
 	// of the console's output.
@@ -54,8 +55,8 @@ const (
 	Skipped = "skipped"
 )
 
-// maxKernelLog limits the log in a verdict, in bytes, because a verdict is stored, signed and sent to others. A run
-// without errors needs a fifth of it.
+// maxKernelLog limits the log in a verdict, in bytes, because a verdict is stored, signed and sent to others. The log
+// of a run without errors fills a fifth of this limit.
 const maxKernelLog = 32 << 10
 
 // String returns a line for people: "loaded", "loaded, no device: ..." or
