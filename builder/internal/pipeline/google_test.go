@@ -271,7 +271,8 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 		root         []byte
 		why          string
 	}{
-		{"one module has other bytes", newer, other, g.certs[0].Raw, "the signature for nvidia-uvm is over other bytes"},
+		{"one module has other bytes", newer, other, g.certs[0].Raw,
+			"the signature for nvidia-uvm was made over other bytes"},
 		{"one module has no signature, in the older layout", oldName, one, nil, "there is no signature for nvidia-uvm"},
 		{"another root", newer, modules, newGoogle(t).certs[0].Raw, "which the kernel's root did not certify"},
 	} {
