@@ -414,9 +414,9 @@ func TestGoogleModules(t *testing.T) {
 		t.Errorf("a sibling with the same root: %+v; want it reused", again)
 	}
 	refused("the same archive, but another root", request("17800.0.11"), fault.CheckFailed, "which certificate")
-	// A build that asks for compiled modules does not reuse Google's, and the reverse.
+	// A build that asks for compiled modules does not reuse an artifact with Google's modules.
 	cfg.GoogleModules = false
 	if _, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.PublishRefused) {
-		t.Errorf("compiled, where Google's are: %v; want it refused", err)
+		t.Errorf("a build of compiled modules, where an artifact with Google's modules is: %v; want it refused", err)
 	}
 }
