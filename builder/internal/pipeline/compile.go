@@ -71,7 +71,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 		in.pahole != "")
 	dir, cached, err := r.products.Tree(ctx, "modules", key.String(), func(ctx context.Context, dir string) error {
 		if why = r.products.MissReason(about, key); why != "" {
-			fmt.Fprintf(r.log, "compiled again, because this input changed since the last build of this cell: %s\n", why)
+			fmt.Fprintf(r.log, "compiled again: this input changed since the last build of this cell: %s\n", why)
 		}
 		if wait := r.cfg.Compiling; wait != nil && !wait.TryAcquire(1) {
 			began := time.Now().UTC()
@@ -91,7 +91,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			return err
 		}
 		if b := sandbox.SupportedLimits(); !b.ControlGroup {
-			fmt.Fprintf(r.log, "limits hold for each process of the compile, not for all processes together: %v\n", b.Reason)
+			fmt.Fprintf(r.log, "limits hold for each process of the compile, not for all together: %v\n", b.Reason)
 		}
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
 			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout),
