@@ -82,7 +82,8 @@ func (g *googleBucket) create(ctx context.Context, u upload) error {
 }
 
 func (g *googleBucket) replace(ctx context.Context, u upload, token string) error {
-	// By default a public object is cached for an hour, in Google's network too.
+	// By default a public object is cached for an hour, in Google's network too. Readers of an
+	// object that changes must see its present state.
 	u.cacheControl = "no-cache"
 	if token == "" {
 		return g.write(ctx, u, storage.Conditions{DoesNotExist: true})
@@ -125,7 +126,7 @@ func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions
 		return err
 	}
 	defer in.Close()
-	// The object appears at Close only. Cancelling the context gives the upload up.
+	// The object appears only when Close succeeds. Cancelling the context aborts the upload.
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	w := g.Object(u.name).If(c).NewWriter(wctx)

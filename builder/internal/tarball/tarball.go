@@ -33,7 +33,8 @@ const Recipe = "tgz-1"
 // level is the gzip level. It is the library's default, fixed here because the bytes depend on it.
 const level = 6
 
-// Bounds of a tarball. They are several times the size of a release of 2026.
+// maxFiles limits the number of files in a tarball, and maxBytes their size in bytes before
+// compression. Both are several times the size of a release of 2026.
 const (
 	maxFiles = 1000
 	maxBytes = 4 << 30
