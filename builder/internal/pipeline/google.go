@@ -57,8 +57,8 @@ func (c Config) Signing() (how string, objects func(k target.Kernel, version str
 		c.ModuleCert, c.GoogleSignatures, c.GoogleModules), objects
 }
 
-// fetchSignatures fetches Google's signatures. It returns nil if the bucket has none or this build
-// does not use them.
+// fetchSignatures fetches Google's signatures. It returns nil if the bucket has no such signatures
+// or this build does not use them.
 func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleSignatures, error) {
 	if r.cfg.ModuleKey != "" || r.cfg.GoogleModules || r.cfg.GoogleSignatures == GoogleOff {
 		return nil, nil

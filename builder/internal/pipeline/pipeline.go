@@ -148,8 +148,8 @@ type Result struct {
 	Layers   []bundle.Layer    `json:"layers,omitempty"`
 	// Symbols is the digest of the debug symbols, if Config.DebugSymbols asked for them.
 	Symbols string `json:"symbols,omitempty"`
-	// Deltas are the published deltas. Each one makes this artifact's module layer from the one of
-	// an earlier build.
+	// Deltas are the published deltas. With each delta, a node makes this artifact's module layer
+	// from the module layer of an earlier COS build.
 	Deltas []publish.Delta `json:"deltas,omitempty"`
 	// Tarballs are the published tarballs, one for each bucket.
 	Tarballs []tarball.Report `json:"twins,omitempty"`

@@ -116,7 +116,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		Driver: target.Wish(p.Built.Driver.Version), Flavour: p.Built.Driver.Flavour,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("build it again: %w", err)
+		return nil, fmt.Errorf("build the artifact again: %w", err)
 	}
 	if err := sameInputs(p.Materials, made); err != nil {
 		return nil, err

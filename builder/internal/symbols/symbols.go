@@ -184,7 +184,7 @@ func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[stri
 		published, ok := s.Published[name]
 		if !ok {
 			return bundle.Layer{}, nil, fault.Errorf(fault.CheckFailed,
-				"there are symbols of %s, which the artifact does not have", name)
+				"there are symbols of module %s, but the artifact has no such module", name)
 		}
 		want, err := buildID(published)
 		if err != nil {

@@ -135,7 +135,7 @@ func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions
 	w.MD5, w.CRC32C, w.SendCRC32C = u.md5[:], u.crc32c, true
 	n, err := io.Copy(w, in)
 	if err == nil && n != u.size {
-		err = fault.Errorf(fault.Internal, "%s changed while it was read: it has %d bytes, and had %d", u.name, n, u.size)
+		err = fault.Errorf(fault.Internal, "%s changed while it was read: it now has %d bytes; it had %d", u.name, n, u.size)
 	}
 	if err != nil {
 		cancel()

@@ -203,7 +203,7 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 	h := sha256.New()
 	n, err := io.Copy(io.MultiWriter(tw, h), &ctxReader{ctx, in})
 	if err == nil && n != hdr.Size {
-		err = fmt.Errorf("changed while it was read: it has %d bytes, and had %d", n, hdr.Size)
+		err = fmt.Errorf("the file changed while it was read: it now has %d bytes; it had %d", n, hdr.Size)
 	}
 	return File{Name: s.name, Size: n, SHA256: ocidigest.NewDigest(ocidigest.SHA256, h).String()}, err
 }

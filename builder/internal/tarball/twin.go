@@ -267,7 +267,7 @@ func (p *publisher) runfile(ctx context.Context) ([]object, *RunfileEntry, error
 		return nil, nil, fmt.Errorf("read runfile: %w", err)
 	}
 	if o.sha256 != p.Runfile.SHA256 {
-		return nil, nil, fault.Errorf(fault.Checksum, "read runfile %s: it has %s; want %s", p.Runfile.Path, o.sha256,
+		return nil, nil, fault.Errorf(fault.Checksum, "read runfile %s: it has digest %s; want %s", p.Runfile.Path, o.sha256,
 			p.Runfile.SHA256)
 	}
 	e.Object = path.Join(RunfileFolder, name)
