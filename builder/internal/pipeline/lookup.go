@@ -134,7 +134,7 @@ func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (n
 	switch {
 	case fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) || fault.Is(err, fault.NoArtifact):
 		fmt.Fprintf(r.log, "tag %s exists, but this build cannot reuse its artifact: %v\n", r.res.Tag, err)
-		return "published, but does not verify", nil
+		return "published, but cannot be reused", nil
 	case err != nil:
 		return "", err
 	case reason != "":
