@@ -11,7 +11,7 @@ import (
 // returns "" if the configuration alone does not determine it.
 func vermagicOf(config kconfig.Config, release string, arch target.Arch) string {
 	if config.On("CONFIG_RANDSTRUCT") || config.On("CONFIG_GCC_PLUGIN_RANDSTRUCT") {
-		return "" // the vermagic ends in a hash of the build's secret seed
+		return "" // the vermagic ends in a hash of a seed that only the kernel's build knows
 	}
 	words := []string{release}
 	add := func(word string, options ...string) {

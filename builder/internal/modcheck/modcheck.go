@@ -1,6 +1,6 @@
-// Package modcheck has the static checks of modules before publishing. The package stamps every module with the kernel
-// that it was made for. The package compares a finished set of modules with that kernel's own facts: its exports, its
-// configuration, and its own modules. The load test is the second check.
+// Package modcheck has the static checks of modules before publishing. [Stamp] writes into a module which kernel the
+// module was made for. [Check] compares the modules of one driver with facts of that kernel: the symbols that the
+// kernel exports, the kernel's configuration, and the kernel's own modules. The load test is the second check.
 //
 // The package refuses to compile, to load and to guess. A fact that the header tree does not have is an error or is
 // reported as left out, never assumed. docs/background/checks.md says what the checks prove and what they cannot prove.
@@ -23,34 +23,37 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// Recipe names the version of the stamp. Recipe is part of the cache keys of modules.
+// Recipe names the version of the stamp. Recipe is part of the cache keys of modules, so modules with an old stamp are
+// not used again.
 const Recipe = "stamp-1"
 
 // Kernel describes the kernel against which modules are checked.
 type Kernel struct {
 	// Headers is the root of the kernel's header tree.
 	Headers string
-	// Boot is the folder of a bootable kernel in the form that package vm reads. Its modules show the size of struct
-	// module in the kernel's own build. "" means that there is none.
+	// Boot is the folder of a bootable kernel in the form that package vm reads. The kernel's own modules in it show
+	// the size of struct module in this kernel. "" means that there is no such folder: then the size is not checked.
 	Boot string
 	// Release is `uname -r`.
 	Release string
 	Arch    target.Arch
-	// Fingerprint is the fingerprint that the modules' stamps must have. "" is for modules that somebody else made.
+	// Fingerprint is the ABI fingerprint that the stamp of every module must have. "" is for modules that Google
+	// signed: they have no stamp, because a stamp would change the signed bytes.
 	Fingerprint target.Fingerprint
 	// Version is the driver's version. "" skips this check.
 	Version string
 	// Open requires a licence that Linux accepts as compatible with its own.
 	Open bool
-	// BTF is a file with the kernel's BTF against which the BTF of the modules was made. "" means none. Then modules
-	// that Prebake compiled must have no BTF.
+	// BTF is the path of a file with the kernel's BTF. The BTF of the modules must continue this BTF. "" means that
+	// there is no such file: then modules that Prebake compiled must have no BTF.
 	BTF string
 }
 
 var machines = map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}
 
-// Check reads every module of a set and reports all reasons why the kernel would refuse it or crash with it. modules
-// maps names without .ko to files. The error is fault.CheckFailed. Check returns the vermagic of the set.
+// Check reads every module of a driver and reports all reasons why the kernel would refuse the module or crash with it.
+// modules maps names without .ko to files. If a module has such a fault, the error is of kind fault.CheckFailed. Check
+// returns the vermagic, which all modules share.
 func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 	rules, err := k.rules()
 	if err != nil {
@@ -77,7 +80,8 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 				errs,
 				&modinfo.Problem{
 					Module: name,
-					Text:   fmt.Sprintf("is under the licence %.40q, which no open module has", m.License),
+					Text: fmt.Sprintf("has the licence %.40q, but an open module has a licence that does not taint the kernel",
+						m.License),
 				},
 			)
 		}
@@ -139,7 +143,8 @@ func (k Kernel) rules() (modinfo.Rules, error) {
 	return r, err
 }
 
-// structSize returns sizeof(struct module) from one of the kernel's own modules, or 0 if there is none.
+// structSize returns sizeof(struct module) in bytes, as one of the kernel's own modules in the boot folder shows it.
+// structSize returns 0 if no module shows it.
 func structSize(boot string) (uint64, error) {
 	if boot == "" {
 		return 0, nil

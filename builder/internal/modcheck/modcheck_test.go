@@ -65,7 +65,8 @@ func module(vermagic string, more ...string) []byte {
 	return out.Bytes()
 }
 
-// kernel writes the files of a header tree that describe a kernel, as COS has them.
+// kernel writes those files of a header tree that describe a kernel, in the form of COS. kernel returns the facts of
+// this kernel.
 func kernel(t *testing.T) Kernel {
 	t.Helper()
 	dir := t.TempDir()

@@ -69,7 +69,8 @@ func standIn(t *testing.T, in *cossrc.Inputs, deed string) string {
 	return typedStandIn(t, in, deed, "")
 }
 
-// typedStandIn does the same, and adds BTF against the kernel's BTF in the file types.
+// typedStandIn does the same as standIn, and also gives the module BTF. The BTF is made against the kernel's BTF in the
+// file types.
 func typedStandIn(t *testing.T, in *cossrc.Inputs, deed, types string) string {
 	t.Helper()
 	dir := t.TempDir()

@@ -13,21 +13,22 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// These constants are offsets in an ELF64 header, and the size of a section header.
+// These constants are the offsets of e_shoff and e_shnum in an ELF64 header, and the size of a section header, in
+// bytes.
 const (
 	atShoff, atShnum = 0x28, 0x3c
 	sectionHeader    = 64
 )
 
-// stampAlign is the alignment of a note.
+// stampAlign is the alignment of a note in bytes.
 const stampAlign = 4
 
-// maxModule limits the size of a module that is stamped. The largest module has 250 MB as built.
+// maxModule limits the size in bytes of a module that Stamp reads. The largest module has 250 MB before it is stripped.
 const maxModule = 1 << 30
 
-// Stamp copies a module and adds a note with the ABI fingerprint of the kernel that it was made for. The note stays
-// with the file: the checks before publishing read it there, and a node shows it below /sys/module/<name>/notes. Stamp
-// refuses a signed module, because the signature would become invalid.
+// Stamp copies a module and adds a note with the ABI fingerprint of the kernel that the module was made for. The note
+// stays with the file: the checks before publishing read it there, and a node shows it below /sys/module/<name>/notes.
+// Stamp refuses a signed module, because the signature would become invalid.
 func Stamp(dst, src string, f target.Fingerprint) error {
 	data, err := readModule(src)
 	if err == nil {
@@ -80,7 +81,8 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	}
 	n := len(file.Sections)
 	shoff := le.Uint64(data[atShoff:])
-	// The number of sections does not fit the header, or the table of sections ends outside the file.
+	// Refuse a file whose number of sections, with one more section, does not fit into the header. Refuse a file whose
+	// section table ends outside the file.
 	if n == 0 || n != int(le.Uint16(data[atShnum:])) || n+1 >= int(elf.SHN_LORESERVE) || shoff > uint64(len(data)) ||
 		uint64(len(data))-shoff < uint64(n*sectionHeader) {
 		return nil, errors.New("its section table has an unusual form")
@@ -114,7 +116,7 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	if headers, err = binary.Append(headers, le, added); err != nil {
 		return nil, err
 	}
-	table := place(headers, 8) // may move out to a new array
+	table := place(headers, 8) // place may copy out to a new array, so the header is written after it
 	le.PutUint64(out[atShoff:], table)
 	le.PutUint16(out[atShnum:], uint16(n+1))
 	return out, nil

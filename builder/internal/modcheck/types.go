@@ -12,12 +12,12 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// checkTypes compares the modules' BTF with the kernel's. A kernel refuses a module whose BTF was made for another
-// kernel, unless it is configured to load the module without BTF. If the numbers fit by accident but name other types,
-// tracers show wrong results.
+// checkTypes compares the BTF of every module with the kernel's BTF. If the BTF of a module was made for another
+// kernel, the kernel refuses the module, or loads it without BTF: the kernel's configuration decides. If the type
+// numbers fit by accident but stand for other types, tracers show wrong results.
 func (k Kernel) checkTypes(modules map[string]string) error {
 	if k.BTF == "" && k.Fingerprint == "" {
-		return nil // whoever made the modules had the kernel's BTF; Prebake does not have it
+		return nil // Google signed the modules as they are, and Prebake has no BTF of the kernel to compare with
 	}
 	var kernel *btf.Types
 	if k.BTF != "" {

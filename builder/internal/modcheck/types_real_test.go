@@ -37,9 +37,9 @@ func typesOf(t *testing.T, in *cossrc.Inputs) string {
 	return out
 }
 
-// TestRealTypes boots a real kernel. The kernel must accept the BTF of a module that was made against the kernel's own
-// BTF. The kernel must refuse the BTF of a module that was made against a sibling's. The static check must decide the
-// same.
+// TestRealTypes boots a real kernel. The kernel must accept the BTF of a module if this BTF was made against the
+// kernel's own BTF. The kernel must refuse it if it was made against the BTF of a sibling kernel. The static check must
+// decide in the same way.
 func TestRealTypes(t *testing.T) {
 	t.Parallel()
 	own, other := kernels(t)
@@ -83,7 +83,7 @@ func TestRealTypes(t *testing.T) {
 	if !has("good") {
 		t.Errorf("%s = %s; want the module's types there\n%s", list, said["good"].Stdout, res.KernelLog)
 	}
-	// Debian's kernels load such a module, but without its BTF.
+	// Debian's kernels load a module whose BTF does not fit, but without its BTF.
 	if log := said["load foreign"].KernelLog; has("foreign") ||
 		!strings.Contains(log, "failed to validate module [nvidia] BTF") {
 		t.Errorf("%s = %s; want a sibling's types refused\n%s", list, said["foreign"].Stdout, log)

@@ -53,6 +53,6 @@ func TestTypes(t *testing.T) {
 	write(t, k.BTF, []byte("types"))
 	if _, err := Check(map[string]string{"nvidia": stampFile(t, module(magic), ours)}, k); err == nil ||
 		!strings.Contains(err.Error(), "read the kernel's types") {
-		t.Errorf("Check with a damaged description of the kernel = %v; want an error about it", err)
+		t.Errorf("Check with damaged BTF of the kernel = %v; want an error about the kernel's BTF", err)
 	}
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Unstamped returns the bytes of a module before [Stamp]. This is the compiler's output, and the content that somebody
-// else may have signed.
+// Unstamped returns the bytes that a module had before [Stamp]: the output of compiler, linker and strip. If Google
+// made the same bytes, Google's signature is over these bytes.
 func Unstamped(path string) ([]byte, error) {
 	data, err := readModule(path)
 	if err == nil {
@@ -26,8 +26,9 @@ func Unstamped(path string) ([]byte, error) {
 }
 
 // unstamped undoes stamped. stamped changes two fields of the header and otherwise only appends. One of the two fields
-// is the offset of the section table. Linkers and strip put that table at the end of the file, so its old offset is
-// known. To prove that nothing else was there, unstamped stamps its result again and compares.
+// is the offset of the section table. Linkers and strip put that table at the end of the file, so the old offset of the
+// table is known. To prove that the module had this form, unstamped stamps its result again and compares the new module
+// with the given one.
 func unstamped(data []byte) ([]byte, error) {
 	file, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {
@@ -56,5 +57,5 @@ func unstamped(data []byte) ([]byte, error) {
 			return plain, nil
 		}
 	}
-	return nil, errors.New("its section table is not at its end")
+	return nil, errors.New("the module changed after the stamp, or its section table was not at the end")
 }

@@ -9,8 +9,8 @@ import (
 
 // Config has the options of a kernel's configuration about module signatures.
 type Config struct {
-	// Checks is true if the kernel supports module signatures. Without this support it loads every module and never
-	// examines a signature.
+	// Checks is true if the kernel supports module signatures. Without this support the kernel loads every module and
+	// never examines a signature.
 	Checks bool
 	// Forced is true if the kernel refuses unsigned modules whatever its command line says. Such a kernel is configured
 	// to refuse them, or to lock itself down at boot.
@@ -19,7 +19,7 @@ type Config struct {
 	Hash string
 }
 
-// ReadConfig reads a kernel's .config.
+// ReadConfig reads the options about module signatures from a kernel's .config.
 func ReadConfig(r io.Reader) (Config, error) {
 	options, err := kconfig.Read(r)
 	if err != nil {
@@ -32,7 +32,7 @@ func ReadConfig(r io.Reader) (Config, error) {
 	}
 	if c.Checks && c.Hash == "" {
 		return Config{}, fault.New(fault.CheckFailed,
-			"read kernel configuration: CONFIG_MODULE_SIG without CONFIG_MODULE_SIG_HASH",
+			"read kernel configuration: CONFIG_MODULE_SIG is set, but CONFIG_MODULE_SIG_HASH is missing",
 			"publish a kernel-headers.tgz with the undamaged .config of the kernel")
 	}
 	// A kernel without support for signatures cannot refuse a module.

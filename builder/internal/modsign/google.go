@@ -30,15 +30,16 @@ type Detached struct {
 	modules             map[string][]byte // by file name, such as nvidia.ko
 }
 
-// These constants limit the archives.
+// These constants limit an archive: the number of its entries, and the number of bytes that it unpacks to.
 const (
 	maxEntries      = 1024
 	maxSignatureTar = 64 << 20
 	maxDriverTar    = 8 << 30
 )
 
-// ReadDetached reads such an archive and ignores files that it does not know. root is trusted_key.pem, the certificate
-// with which the kernel was built. If root is nil, a signature is checked only against the certificates in the archive.
+// ReadDetached reads an archive of signatures and ignores files that it does not know. root is the content of
+// trusted_key.pem, the certificate with which the kernel was built. If root is nil, a signature is checked only against
+// the certificates in the archive.
 func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 	d := &Detached{modules: map[string][]byte{}}
 	err := eachFile(archive, maxSignatureTar, d.add)
@@ -102,7 +103,7 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	s, err := verify(module, signature, slices.Concat(d.certificates, d.roots))
 	switch {
 	case errors.Is(err, ErrChanged):
-		return fault.Errorf(fault.CheckFailed, "%w: the signature for %s is over other bytes", ErrLeftOut, name)
+		return fault.Errorf(fault.CheckFailed, "%w: the signature for %s was made over other bytes", ErrLeftOut, name)
 	case err != nil:
 		return fault.Wrap(fault.CheckFailed, fmt.Errorf("verify Google's signature of %s: %w", name, err),
 			"replace the archive in the bucket, or build with --google-signatures off")
@@ -152,7 +153,8 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 	return names, nil
 }
 
-// eachFile calls do for every regular file of a gzip-compressed tar.
+// eachFile calls do for every regular file of a gzip-compressed tar. eachFile returns an error if the tar unpacks to
+// more than most bytes.
 func eachFile(r io.Reader, most int64, do func(h *tar.Header, body io.Reader) error) error {
 	z, err := gzip.NewReader(r)
 	if err != nil {

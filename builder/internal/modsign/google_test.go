@@ -105,7 +105,7 @@ func TestAttach(t *testing.T) {
 		{name: "the very bytes, another root", root: pemOf(stranger.cert),
 			leftOut: "which the kernel's root did not certify"},
 		{name: "compiled again", root: pemOf(g.root.cert), module: append(bytes.Clone(module), '!'),
-			leftOut: "the signature for nvidia is over other bytes"},
+			leftOut: "the signature for nvidia was made over other bytes"},
 		{name: "not signed by Google", file: "nvidia-uvm", leftOut: "there is no signature for nvidia-uvm"},
 		{name: "signed by somebody whose certificate is not there", archive: withCertificate(another),
 			refused: modsign.ErrUnknownKey},

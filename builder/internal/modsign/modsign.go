@@ -1,6 +1,6 @@
-// Package modsign signs kernel modules as the kernel's own sign-file does, and verifies such signatures by the kernel's
-// rules. The package also attaches the signatures that Google ships with a COS build to exactly the modules over which
-// they were made. Modules that Google signed itself are taken unchanged.
+// Package modsign signs kernel modules as the kernel's own program sign-file does, and verifies such signatures by the
+// kernel's rules. The package also attaches the signatures that Google ships with a COS build to exactly the modules
+// over which they were made. Modules that Google compiled and signed are verified and unpacked without a change.
 //
 // The package refuses keys whose signatures differ from run to run, because equal inputs must give equal modules. The
 // package refuses a module that is signed already. The package never returns a signature that it has not verified
@@ -47,8 +47,8 @@ type Signer struct {
 	identity string
 }
 
-// Load opens a key: a PEM file or a KMS URI, as in [sign.LoadSigner]. Load also reads the certificate (PEM or DER) that
-// the kernel trusts.
+// Load opens the RSA key keyRef: a PEM file or a KMS URI, as in [sign.OpenKey]. Load also reads the key's certificate,
+// which the kernel trusts, from the file certPath (PEM or DER).
 func Load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	s, err := load(ctx, keyRef, certPath)
 	if err != nil {
@@ -74,12 +74,13 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	pub, ok := key.Public().(*rsa.PublicKey)
 	if !ok {
 		return nil, fault.New(fault.Usage,
-			fmt.Sprintf("%s is of type %T: ECDSA signatures differ each time, and so would the artifact", keyRef,
-				key.Public()),
+			fmt.Sprintf("%s is of type %T: ECDSA signatures differ each time, so the artifact would differ each time",
+				keyRef, key.Public()),
 			"use an RSA key: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout modules.key -out "+
 				"modules.crt")
 	}
-	// rsa_check_key_length in the kernel's crypto/rsa.c refuses other lengths.
+	// rsa_check_key_length in the kernel's crypto/rsa.c refuses other lengths. The exceptions are 512, 1024 and 1536
+	// bits outside of FIPS mode, which are too short to be safe.
 	if !slices.Contains([]int{2048, 3072, 4096}, pub.N.BitLen()) {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("%s is an RSA key of %d bits", keyRef, pub.N.BitLen()),
 			"use an RSA key of 2048, 3072 or 4096 bits, which the kernel can verify")
@@ -202,7 +203,7 @@ func digestOf(hash string) (asn1.ObjectIdentifier, error) {
 		return pkcs7.OIDDigestAlgorithmSHA512, nil
 	}
 	return nil, fault.New(fault.Unsupported, fmt.Sprintf("the kernel wants module signatures with hash %.40q", hash),
-		"build for this kernel without --module-key: only sha256, sha384 and sha512 can be signed")
+		"build for this kernel without --module-key: Prebake signs modules only with sha256, sha384 or sha512")
 }
 
 // detached makes the same CMS structure as scripts/sign-file. The structure has no content, no certificates and no
@@ -232,8 +233,9 @@ func (s *Signer) detached(module []byte, digest asn1.ObjectIdentifier) ([]byte, 
 	}{pkcs7.OIDSignedData, asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 0, IsCompound: true, Bytes: inner}})
 }
 
-// These constants describe the trailer, struct module_signature of include/linux/module_signature.h. All its fields are
-// zero, except the type of the signature and its length.
+// These constants describe the trailer, struct module_signature of include/linux/module_signature.h: its size, the
+// offsets of two fields in bytes, and the value PKEY_ID_PKCS7 of the field for the type. All other fields are zero,
+// except the length of the signature.
 const (
 	trailerSize = 12
 	kindAt      = 2

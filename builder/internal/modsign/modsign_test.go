@@ -34,7 +34,8 @@ type pair struct {
 	keyPath, path string
 }
 
-// newPair makes a certificate for a key. The key signs it itself, or another pair signs it.
+// newPair makes a certificate for a key. If by is nil, the key signs its own certificate. Otherwise the pair by signs
+// the certificate.
 func newPair(t testing.TB, key crypto.Signer, by *pair, usage x509.KeyUsage) *pair {
 	t.Helper()
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
@@ -358,7 +359,7 @@ func appended(module, signature []byte) []byte {
 	return append(out, "~Module signature appended~\n"...)
 }
 
-// TestSignFile compares the signed module with the output of the kernel's own program, byte by byte.
+// TestSignFile compares the signed module with the output of the kernel's own program sign-file, byte by byte.
 func TestSignFile(t *testing.T) {
 	t.Parallel()
 	signFile := signFile(t)

@@ -15,15 +15,15 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// These errors are the possible faults of a module's signature. Each comment has the errno and the message of a kernel
-// with module.sig_enforce=1. Returned errors have a text of their own and wrap one of these for errors.Is.
+// These errors are the possible faults of a module's signature. Each comment has the errno and the message with which a
+// kernel with module.sig_enforce=1 refuses such a module. The errors that this package returns have a text of their own
+// and wrap one of these errors for errors.Is.
 var (
 	// ErrUnsigned: EKEYREJECTED, "Loading of unsigned module is rejected".
 	ErrUnsigned = errors.New("module is not signed")
 	// ErrMalformed: EBADMSG or EINVAL.
 	ErrMalformed = errors.New("malformed module signature")
-	// ErrUnknownKey: EKEYREJECTED, "Loading of module with unavailable key is
-	// rejected".
+	// ErrUnknownKey: EKEYREJECTED, "Loading of module with unavailable key is rejected".
 	ErrUnknownKey = errors.New("module is signed with a key that is not trusted")
 	// ErrChanged: EKEYREJECTED without a message.
 	ErrChanged = errors.New("module signature does not hold: module or signature changed after signing")
@@ -67,9 +67,9 @@ func Split(module []byte) (body, signature []byte, err error) {
 	return rest[:at], rest[at:], nil
 }
 
-// Verify checks by the kernel's rules that a module has a valid signature. The signer must be one of these
-// certificates, or a certificate that they have certified. Verify ignores validity periods, because the kernel has no
-// clock that it trusts.
+// Verify checks by the kernel's rules that a module has a valid signature. The signer must be one of the trusted
+// certificates, or a certificate that a trusted one has certified. Verify ignores the certificates' validity periods,
+// as the kernel does, because the kernel has no clock that it trusts.
 func Verify(module []byte, trusted []*x509.Certificate) (*Signature, error) {
 	body, signature, err := Split(module)
 	if err != nil {
@@ -128,7 +128,7 @@ func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, er
 }
 
 // These constants limit the parts of a signature, because each part costs a verification. A signature by the kernel's
-// own program has one signer and no certificates.
+// own program sign-file has one signer and no certificates.
 const (
 	maxSigners = 16
 	maxSent    = 16
@@ -140,8 +140,8 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	if len(signature) > maxSignature {
 		return nil, fmt.Errorf("%w: %d bytes", ErrMalformed, len(signature))
 	}
-	// The library accepts BER, and ignores some parts that it cannot read. This structure is the outline in DER.
-	// Nothing may follow it.
+	// The library also accepts BER, and ignores some parts that it cannot read. So the signature must first have this
+	// outline in DER, with nothing after it.
 	var outline struct {
 		Type    asn1.ObjectIdentifier
 		Content struct {
@@ -192,8 +192,8 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 // sha2 is the prefix of the object identifiers of the SHA-2 family.
 const sha2 = "2.16.840.1.101.3.4.2."
 
-// trustedSigner returns the certificate of a signer. This is a trusted certificate, or a certificate in the signature
-// that a trusted one has certified.
+// trustedSigner returns the certificate of a signer: a trusted certificate, or a certificate in the signature that a
+// trusted one has certified. trustedSigner returns nil if there is no such certificate.
 func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certificate) *x509.Certificate {
 	is := func(c *x509.Certificate) bool {
 		return bytes.Equal(c.RawIssuer, issuer) && c.SerialNumber.String() == serial

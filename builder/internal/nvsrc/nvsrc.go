@@ -1,8 +1,8 @@
 // Package nvsrc fetches one NVIDIA release into the cache. The package checks the runfile against its SHA-256 and
 // unpacks it without running any part of it. The package arranges the files as the folders of an installation.
 //
-// The package refuses a runfile without a published SHA-256, and one whose version differs from its name. The package
-// refuses a flavour that the release does not have.
+// The package refuses a runfile without a published SHA-256, and a runfile whose version differs from the version in
+// its name. The package refuses a flavour that the release does not have.
 package nvsrc
 
 import (
@@ -45,8 +45,8 @@ type Release struct {
 	Manifest *runfile.Manifest
 }
 
-// These constants are kinds of cached trees and facts. Their number changes when this package makes something else from
-// the same runfile.
+// These constants name kinds of cached trees and facts. Change the number in a name whenever this package makes another
+// tree or another fact from the same runfile.
 const (
 	driverKind = "driver-v1"
 	sourceKind = "driver-source-v1"
@@ -129,7 +129,8 @@ func (f *fetcher) run(ctx context.Context) (*Release, error) {
 	return r, nil
 }
 
-// find returns the name of the runfile at the first location that has a SHA-256 of the release, and that sum.
+// find searches the locations where buckets have runfiles. It returns the name of the runfile and its SHA-256 at the
+// first location that has a SHA-256 of the release.
 func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err error) {
 	var none error
 	for _, place := range cosbucket.RunfileLocations(f.version, f.arch) {
@@ -138,7 +139,7 @@ func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err err
 			return place.Runfile, sum, err
 		}
 		if none == nil {
-			none = err // the error names COS's own location, although all are missing
+			none = err // no location has the release: the error names the first location, which is COS's own
 		}
 	}
 	return "", input.Sum{}, none
@@ -210,8 +211,8 @@ func extract(ctx context.Context, file, dir string) error {
 	return err
 }
 
-// manifest reads .manifest. A missing or unreadable manifest is no error, because the files themselves show what they
-// are. A manifest of another version is an error.
+// manifest reads .manifest. A missing or unreadable manifest is no error, because the names and SONAMEs of the files
+// show what the files are. A manifest of another version is an error.
 func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 	in, err := os.OpenInRoot(dir, ".manifest")
 	if errors.Is(err, fs.ErrNotExist) {

@@ -266,8 +266,8 @@ func TestFetchAndStage(t *testing.T) {
 	}
 }
 
-// TestEdition checks a release with an edition suffix. Only its runfile has the suffix; its files have the plain
-// version.
+// TestEdition checks a release with an edition suffix. Only the name of the runfile has the suffix. The files in the
+// runfile have the plain version.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -20,7 +20,7 @@ import (
 // another layout.
 const StageRecipe = "stage-2"
 
-// These constants are folders of an installation.
+// These constants are folders of an installation, relative to its root.
 const (
 	binDir      = "bin"
 	libDir      = "lib64"
@@ -48,7 +48,8 @@ var destinations = map[string]string{
 	"VULKAN_ICD_JSON": vulkanDir, "GLVND_EGL_ICD_JSON": eglDir, "CUDA_ICD": openCLDir,
 }
 
-// vulkanFolder returns the folder of one of Vulkan's files. Older manifests do not name the folder.
+// vulkanFolder returns the folder of one of Vulkan's files. In older manifests, which do not name the folder, subdir is
+// "".
 func vulkanFolder(base, subdir string) string {
 	switch {
 	case subdir != "":
@@ -59,8 +60,8 @@ func vulkanFolder(base, subdir string) string {
 	return path.Join(vulkanDir, icdDir)
 }
 
-// desktop are prefixes of the names of libraries that only a desktop session uses. Their types in the manifest do not
-// show that.
+// desktop lists prefixes of the names of libraries that only a desktop session uses. The types in the manifest do not
+// distinguish these libraries from those that a compute node needs.
 var desktop = []string{
 	"libnvidia-gtk", "libnvidia-wayland-client", "libnvidia-egl-wayland", "libnvidia-egl-xcb", "libnvidia-egl-xlib",
 	"libnvidia-fbc", "libvdpau", "libglxserver", "libnvidia-glxserver", "libnvidia-wfb", "libnvidia-vulkan-producer",
@@ -131,7 +132,7 @@ func (r *Release) userspace() (map[string]item, error) {
 		}
 		it := item{src: e.Path, exec: e.Mode&0o111 != 0}
 		if e.Target != "" {
-			it = item{link: path.Base(e.Target)} // the folders have no subfolders
+			it = item{link: path.Base(e.Target)} // a link and its target are in the same folder
 		}
 		if to == vulkanDir {
 			to = vulkanFolder(base, e.Subdir)
@@ -139,7 +140,7 @@ func (r *Release) userspace() (map[string]item, error) {
 		name := path.Join(to, base)
 		if old, ok := layout[name]; ok && old != it {
 			return nil, fault.New(fault.Unsupported, fmt.Sprintf("the manifest has two files for %s", name),
-				"report this driver version: its manifest has an unknown form")
+				"report this driver version to the developers of Prebake: its manifest has an unknown form")
 		}
 		layout[name] = it
 	}

@@ -28,7 +28,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// These constants are the types and tags of the parts other than artifacts.
+// These constants are the artifact types and the tags of the two parts of a bundle that are neither artifacts nor
+// images: the snapshot and the public keys.
 const (
 	TypeSnapshot = "application/vnd.prebake.snapshot.v1"
 	TypeKeys     = "application/vnd.prebake.keys.v1"
@@ -47,27 +48,30 @@ type Config struct {
 	Flavours []target.Flavour
 	// Verifier must accept each artifact for each of its kernels. nil packs artifacts without verification.
 	Verifier *trust.Verifier
-	// Keys are files with public keys. Snapshot is a folder of signed files. "" means none.
+	// Keys are the paths of files with public keys. Snapshot is a folder with the signed files of a snapshot; with ""
+	// no snapshot is packed.
 	Keys     []string
 	Snapshot string
-	// Images are images of programs. They are packed for all their platforms.
+	// Images are container images of programs. Each image is packed for all its platforms.
 	Images []Image
-	// Since is an earlier bundle whose blobs are left out. nil leaves out none.
+	// Since is an earlier bundle. Write leaves out the blobs that Since has, so the new file is a delta. nil means that
+	// the new bundle is complete.
 	Since *registry.Repository
-	// Now is the time for which the verifier decides.
+	// Now is the time at which Verifier judges signatures and certificates.
 	Now time.Time
 }
 
 // Image is a program's image in a repository.
 type Image struct {
-	// Name is its name in the file. Ref is its tag or digest in Repo.
+	// Name is the image's name in the bundle. Ref is the image's tag or digest in Repo.
 	Name, Ref string
 	Repo      *registry.Repository
 }
 
 // Report says what was packed.
 type Report struct {
-	// Index is the digest of index.json. A delta names its base by this digest. Base is the index of Since.
+	// Index is the digest of the file's index.json. A delta names its base by such a digest: Base is the digest of
+	// index.json in the bundle Since.
 	Index string `json:"index"`
 	Base  string `json:"base,omitempty"`
 	// Artifacts lists the packed drivers.
@@ -90,7 +94,8 @@ type Artifact struct {
 	Digest  string          `json:"digest"`
 	Driver  target.Driver   `json:"driver"`
 	Kernels []target.Kernel `json:"kernels"`
-	// Size is the total size of its layers in bytes. Attached is the number of manifests that refer to it.
+	// Size is the total size of the artifact's layers in bytes. Attached is the number of referrers that were packed
+	// with the artifact.
 	Size     int64 `json:"size"`
 	Attached int   `json:"attached"`
 }
@@ -184,7 +189,8 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 	if lacks := lacking(c, covered); len(lacks) > 0 || len(found) == 0 {
 		return nil, fault.New(
 			fault.NoArtifact,
-			c.From.Name()+" has no driver for "+strings.Join(append(lacks, "this selection")[:max(1, len(lacks))], ", "),
+			c.From.Name()+" has no artifact for "+
+				strings.Join(append(lacks, "this selection")[:max(1, len(lacks))], ", "),
 			"build the missing artifacts, or select fewer with --kernel, --driver and --flavour",
 		)
 	}
@@ -196,21 +202,21 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 	return cells, nil
 }
 
-// lacking lists the cells that were requested and do not exist.
+// lacking lists the requested cells for which the repository has no artifact.
 func lacking(c Config, covered map[string]bool) (lacks []string) {
 	for _, k := range c.Kernels {
 		for _, version := range c.Drivers {
 			if !covered[k.String()+" "+version] {
-				lacks = append(lacks, version+" on "+k.String())
+				lacks = append(lacks, "driver "+version+" on kernel "+k.String())
 			}
 		}
 		if len(c.Drivers) == 0 && !covered[k.String()] {
-			lacks = append(lacks, k.String())
+			lacks = append(lacks, "kernel "+k.String())
 		}
 	}
 	for _, version := range c.Drivers {
 		if len(c.Kernels) == 0 && !covered[version] {
-			lacks = append(lacks, "any kernel of version "+version)
+			lacks = append(lacks, "driver "+version+" on any kernel")
 		}
 	}
 	return lacks
@@ -292,7 +298,7 @@ func (p *packer) driver(ctx context.Context, c Config, one cell) error {
 	return p.referrers(desc, list)
 }
 
-// verify decides as a node with this kernel would.
+// verify returns an error if a node with this kernel would refuse the artifact.
 func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k target.Kernel) error {
 	statements, err := c.From.Attached(ctx, digest, trust.ArtifactTypeBundle, c.Verifier.Wanted(k)...)
 	if err != nil {
@@ -305,8 +311,8 @@ func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k 
 	return err
 }
 
-// referrers adds a list of a manifest's referrers under the tag of the referrers tag schema. Some programs read this
-// tag in a layout. Others use the entries of the index.
+// referrers adds a list of a manifest's referrers under the tag of the referrers tag schema. Some programs find
+// referrers in a layout by this tag. Other programs find them by the entries of the index.
 func (p *packer) referrers(subject v1.Descriptor, list []v1.Descriptor) error {
 	if len(list) == 0 {
 		return nil

@@ -40,7 +40,7 @@ func open(t *testing.T, ref string) *registry.Repository {
 	return r
 }
 
-// farm is a registry that has the older driver for two kernels, and the newer driver for one.
+// farm is a registry that has the older driver for two kernels, and the newer driver for one of these kernels.
 type farm struct {
 	host    string
 	repo    *registry.Repository
@@ -271,7 +271,7 @@ func TestWriteRefuses(t *testing.T) {
 	}{
 		{"a driver that one of two kernels lacks",
 			offline.Config{Kernels: []target.Kernel{kernel("47"), kernel("50")}, Drivers: []string{newer.Version}},
-			fault.NoArtifact, newer.Version + " on " + kernel("47").String()},
+			fault.NoArtifact, newer.Version + " on kernel " + kernel("47").String()},
 		{"a kernel that nobody built for", offline.Config{Kernels: []target.Kernel{kernel("99")}}, fault.NoArtifact,
 			kernel("99").String()},
 		{"a version that nobody built", offline.Config{Drivers: []string{"470.1.1"}}, fault.NoArtifact, "470.1.1"},

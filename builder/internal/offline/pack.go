@@ -43,7 +43,8 @@ type blob struct {
 
 func (p *packer) add(d v1.Descriptor, open func(context.Context) (io.ReadCloser, error)) error {
 	if d.Digest.Algorithm != "sha256" || d.Size < 0 {
-		return fault.Errorf(fault.Unverified, "blob %.100q of %d bytes: want a SHA-256", d.Digest, d.Size)
+		return fault.Errorf(fault.Unverified, "blob %.100q of %d bytes: want a SHA-256 and a size that is not negative",
+			d.Digest, d.Size)
 	}
 	if have, ok := p.blobs[d.Digest.Hex]; ok && have.Size != d.Size {
 		return fault.Errorf(fault.Unverified, "blob %s has two declared sizes, %d and %d bytes", d.Digest, have.Size, d.Size)
@@ -70,8 +71,8 @@ func (p *packer) manifest(
 	return p.manifestIf(ctx, repo, digest, func(*v1.Manifest) bool { return true })
 }
 
-// manifestIf adds an image's manifest, config and layers. If want returns false, it adds nothing and the returned
-// manifest is nil.
+// manifestIf adds an image's manifest, config and layers. If want returns false, manifestIf adds nothing and the
+// returned manifest is nil.
 func (p *packer) manifestIf(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -252,7 +253,7 @@ func (b blob) copy(ctx context.Context, w io.Writer) error {
 	if got := hex.EncodeToString(h.Sum(nil)); n != b.Size || got != b.Digest.Hex {
 		return fault.New(fault.Unverified,
 			fmt.Sprintf("it has %d bytes with digest sha256:%s; want %d bytes", n, got, b.Size),
-			"the repository serves altered bytes: publish the artifact again, or use another repository")
+			"publish the artifact again, or use another repository: this one serves altered bytes")
 	}
 	return nil
 }

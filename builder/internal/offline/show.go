@@ -16,11 +16,12 @@ import (
 
 // Listing lists the content of a bundle.
 type Listing struct {
+	// Index is the digest of index.json. Base is the same digest of the bundle on which a delta builds.
 	Index   string  `json:"index"`
 	Base    string  `json:"base,omitempty"`
 	Entries []Entry `json:"entries"`
-	// Attached is the number of manifests that are attached to drivers. Blobs and Bytes count the blobs that were
-	// compared with their digests. For a delta they include the blobs of its base.
+	// Attached is the number of manifests that are attached to drivers. Blobs and Bytes count the blobs that Show
+	// compared with their digests. For a delta, the blobs of its base are counted too.
 	Attached int   `json:"attached"`
 	Blobs    int   `json:"blobs"`
 	Bytes    int64 `json:"bytes"`

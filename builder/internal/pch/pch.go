@@ -45,8 +45,8 @@ const (
 )
 
 // Find examines the .c files in the top-level folders of the tree. Each of these folders is one module with its own
-// flags. Paths in the texts begin with root, the place of the tree for the compiler. The result and its order depend
-// only on the content of the tree.
+// flags. Paths in the texts begin with root, the path at which the compiler finds the tree. The result and its order
+// depend only on the content of the tree.
 func Find(tree fs.FS, root string) ([]Header, error) {
 	t, err := readTree(tree)
 	if err != nil {
@@ -105,10 +105,11 @@ func (t *tree) choose(sources []string) []Header {
 	}
 }
 
-// prefixes returns all texts with which a source begins, for each number of headers.
+// prefixes returns the texts with which a source begins: one text for each number of headers that a precompiled header
+// could include.
 func (t *tree) prefixes(name string) map[string]Source {
 	all := map[string]Source{}
-	var through, before []string // the headers between, and the definitions before them
+	var through, before []string // the headers between source and text; the definitions before them
 	for at := name; at != "" && len(through) < maxDepth; {
 		first, included := "", false
 		lines := slices.Clone(before)
@@ -187,7 +188,8 @@ func (t *tree) orderMatters(header string, files []string) bool {
 }
 
 // weight estimates how much the compiler reads for a text. The estimate is the number of kernel headers that the text
-// includes. With the headers that they include, these are all of about the same size.
+// includes. All kernel headers count the same: each of them, together with the headers that it includes, has about the
+// same size.
 func (t *tree) weight(text string) int {
 	kernel := map[string]bool{}
 	for line := range strings.Lines(text) {

@@ -123,7 +123,7 @@ func TestThrough(t *testing.T) {
 	one := header("ONE", "#include \"base.h\"\nint one;")
 	got := find(t, ways(one, ""))
 	if len(got) != 1 || len(got[0].Sources) != 6 || got[0].Text != "#include \"/src/m/base.h\"\n" {
-		t.Fatalf("got %+v; want one preamble of six sources", got)
+		t.Fatalf("got %+v; want one precompiled header for six sources", got)
 	}
 	want := Source{Path: "m/a0.c", Through: []string{"/src/m/one.h"}, First: "/src/m/base.h"}
 	if diff := cmp.Diff(want, got[0].Sources[0]); diff != "" {
@@ -159,7 +159,7 @@ func FuzzFind(f *testing.F) {
 		for _, p := range all {
 			for line := range strings.Lines(p.Text) {
 				if _, ok := parseDirective(strings.TrimSuffix(line, "\n")); !ok {
-					t.Errorf("the preamble says %q", line)
+					t.Errorf("the precompiled header has the line %q; want only includes and definitions", line)
 				}
 			}
 		}

@@ -11,10 +11,10 @@ import (
 
 // tree has the directives of a driver's sources.
 type tree struct {
-	root     string
-	files    map[string]file
-	byBase   map[string][]string
-	closures map[string]map[string]bool
+	root     string                     // the path of the tree for the compiler
+	files    map[string]file            // by path in the tree
+	byBase   map[string][]string        // the paths of all files with a base name
+	closures map[string]map[string]bool // the results of closure, by header
 }
 
 type file struct {
@@ -31,8 +31,8 @@ type directive struct {
 }
 
 const (
-	maxFile = 8 << 20
-	maxHead = 128 // number of directives
+	maxFile = 8 << 20 // bytes
+	maxHead = 128     // directives
 )
 
 var errTooLarge = errors.New("larger than any source")
@@ -130,10 +130,10 @@ func guard(lines []string) string {
 	return m[1]
 }
 
-// code removes comments and returns the lines that are not blank then. code does not change strings and character
+// code removes comments and returns the remaining lines that are not blank. code does not change strings and character
 // constants.
 func code(text string) []string {
-	// In C, a backslash at the end joins lines before anything else happens.
+	// In C, a backslash at the end of a line joins it with the next line. This happens before comments are removed.
 	text = strings.ReplaceAll(strings.ReplaceAll(text, "\r\n", "\n"), "\\\n", "")
 	var b strings.Builder
 	for i := 0; i < len(text); {

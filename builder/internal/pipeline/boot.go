@@ -32,13 +32,15 @@ type boot struct {
 
 // cosArguments are arguments for the kernel's command line. With them, a kernel with COS's
 // configuration loads modules and firmware from the virtual machine's memory. loadpin.exclude
-// switches LoadPin off for modules, in the same words as COS's own command line. ima_appraise
-// switches off IMA's check of firmware. hung_task_panic keeps the kernel from a panic over a slow
-// task, because emulation is slower than the kernel's limit.
+// switches LoadPin off for modules, in the same words as COS's own command line. csm.disabled
+// switches off COS's Container Security Monitor, as that command line does. ima_appraise switches
+// off IMA's check of firmware. hung_task_panic prevents a panic over a slow task, because in an
+// emulator a task may take longer than the kernel allows.
 const cosArguments = "loadpin.exclude=kernel-module,firmware csm.disabled=1 ima_appraise=off hung_task_panic=0\n"
 
 // findBoot chooses the boot folder for the load test: the bucket's own boot archive, or a folder
-// made of the bucket's vmlinux. If there is neither, why gives the reason.
+// made of the bucket's vmlinux. If there is no boot folder and the build may go on without a load
+// test, findBoot returns the reason in why and no error.
 func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err error) {
 	switch {
 	case in.kernel.Boot != "":
@@ -61,9 +63,10 @@ func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err
 		b, err = r.makeBoot(ctx, in, vmlinux, sign.Material{Name: "vmlinux", URI: material.URI, Digest: material.Digest},
 			facts)
 	}
-	// A kernel that cannot be booted here, or that another run of make linked, proves nothing about
-	// the modules. Any other mismatch ends the build, because the modules may have been compiled
-	// against the wrong headers.
+	// The vmlinux may be one that cannot be booted here, or one that comes from another run of make
+	// than the headers. Both prove nothing about the modules, so a build that does not require the
+	// load test goes on without it. Any other mismatch ends the build, because the modules may have
+	// been compiled against the wrong headers.
 	if r.cfg.LoadTest != LoadTestRequire && (errors.Is(err, bootimage.ErrOtherRun) || fault.Is(err, fault.Unsupported)) {
 		return boot{}, err.Error(), nil
 	}
@@ -99,8 +102,8 @@ func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sig
 		in.kernel.HeadersDigest).
 		Add("toolchain", in.kernel.ToolchainDigest).Add("host tools", in.host).Add("emulated GPU", revision).Add("arguments",
 		cosArguments)
-	// The other modes may make a folder without the emulated GPU. A build that requires the load test
-	// must not get such a folder.
+	// In the other modes addGPU may leave the emulated GPU out of the folder. A build that requires
+	// the load test must not take such a folder from the cache, so its key differs.
 	if r.cfg.LoadTest == LoadTestRequire {
 		parts.Add("load test", string(LoadTestRequire))
 	}
@@ -158,8 +161,9 @@ func writeImage(vmlinux, to string, arch target.Arch) (err error) {
 	return fault.CacheDisk(bootimage.Write(out, in, arch))
 }
 
-// addGPU compiles the emulated GPU into a boot folder. If the emulated GPU does not know the
-// kernel's interfaces, the virtual machine has none. Modules can be loaded without it.
+// addGPU compiles the emulated GPU into a boot folder. If the emulated GPU does not compile,
+// because the kernel's interfaces are unknown to it, and the load test is not required, the folder
+// gets no emulated GPU: modules can be loaded without it.
 func (r *run) addGPU(ctx context.Context, in *inputs, dir string) (err error) {
 	work, cleanup, err := r.products.TempDir("emugpu-")
 	if err != nil {
@@ -171,7 +175,7 @@ func (r *run) addGPU(ctx context.Context, in *inputs, dir string) (err error) {
 		Arch: in.kernel.Kernel.Arch, Jobs: r.cfg.Jobs, Log: r.log,
 	})
 	if fault.Is(err, fault.APIBreak) && r.cfg.LoadTest != LoadTestRequire {
-		r.progress("load test")(fmt.Sprintf("the machine gets no emulated GPU: %v", err))
+		r.progress("load test")(fmt.Sprintf("the virtual machine gets no emulated GPU: %v", err))
 		return nil
 	}
 	if err != nil {

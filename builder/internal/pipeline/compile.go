@@ -24,9 +24,9 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// sumsFile lies next to the modules in the cache and has the form of sha256sum's output. The
-// pipeline compares the modules with it before the checks and again before it packs them. So damage
-// in the cache is noticed.
+// sumsFile lies next to the modules in the cache and has the form of sha256sum's output. To notice
+// damage in the cache, the pipeline compares the modules with sumsFile before the checks, and again
+// before it packs the modules.
 const sumsFile = "SHA256SUMS"
 
 // modules describes the modules of one driver in the cache.
@@ -71,7 +71,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 		in.pahole != "")
 	dir, cached, err := r.products.Tree(ctx, "modules", key.String(), func(ctx context.Context, dir string) error {
 		if why = r.products.MissReason(about, key); why != "" {
-			fmt.Fprintf(r.log, "made anew: not the %s of the last build of this cell\n", why)
+			fmt.Fprintf(r.log, "compiled again: this input changed since the last build of this cell: %s\n", why)
 		}
 		if wait := r.cfg.Compiling; wait != nil && !wait.TryAcquire(1) {
 			began := time.Now().UTC()
@@ -91,7 +91,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			return err
 		}
 		if b := sandbox.SupportedLimits(); !b.ControlGroup {
-			fmt.Fprintf(r.log, "each process of the compile is bounded, not all together: %v\n", b.Reason)
+			fmt.Fprintf(r.log, "limits hold for each process of the compile, not for all together: %v\n", b.Reason)
 		}
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
 			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout),
@@ -106,7 +106,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			SourceDigest: in.release.SourceDigest, HostDigest: in.host,
 			Progress: func(phase string, done, total int) { r.line.Progress("compile", "%s %d/%d", phase, done, total) },
 		})
-		release()
+		release() // the rest compiles nothing, so another cell may begin its compile
 		// Check the inputs before err: an input that changed during the compile explains every
 		// error and makes every success worthless.
 		madeOf = []string{in.kernel.Headers, in.kernel.Toolchain, source}
@@ -160,8 +160,9 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	return m, note, nil
 }
 
-// modulesKey returns the cache key of the compiled modules. It covers everything that decides their
-// bytes. The names of its parts appear in the log when a build says what changed.
+// modulesKey returns the cache key of the compiled modules. The key covers everything that decides
+// the modules' bytes. If a part of the key changed since the last build, the log shows the name of
+// this part.
 func (r *run) modulesKey(in *inputs) *cas.Key {
 	key := cas.NewKey("modules").Add("kernel fingerprint", string(in.kernel.Fingerprint)).Add("driver sources",
 		in.release.SourceDigest).

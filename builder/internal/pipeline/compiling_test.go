@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// If cells may compile only one at a time, a cell waits before its compile. It releases its place
-// after a failure too.
+// If only one cell may compile at a time, a second cell waits before its compile. After its compile
+// a cell lets the next cell begin, even if the compile failed.
 func TestCompiling(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -38,7 +38,7 @@ func TestCompiling(t *testing.T) {
 	}()
 	select {
 	case got := <-done:
-		t.Fatalf("it did not wait: %v", got.err)
+		t.Fatalf("the cell did not wait for the other compile: %v", got.err)
 	case <-time.After(2 * time.Second):
 	}
 	cfg.Compiling.Release(1)
@@ -47,14 +47,14 @@ func TestCompiling(t *testing.T) {
 		t.Fatalf("after the wait: %v, phases %v", got.err, phases(got.res))
 	}
 	if !cfg.Compiling.TryAcquire(1) {
-		t.Fatal("the place is not given back")
+		t.Fatal("after the compile no other cell can begin")
 	}
 	// After a stop signal the cell stops waiting.
 	cfg.Cache, cfg.Destinations = emptyCache(t), []string{"oci:" + filepath.Join(t.TempDir(), "another")}
 	ctx, stop := context.WithTimeoutCause(t.Context(), 3*time.Second, errors.New("told to stop"))
 	defer stop()
 	if _, err := pipeline.Run(ctx, cfg, request("17800.0.9"), io.Discard, &timeline.Run{}); err == nil {
-		t.Error("it compiled without a place")
+		t.Error("the cell compiled while another compile was running")
 	}
 	cfg.Compiling.Release(1)
 
@@ -64,6 +64,6 @@ func TestCompiling(t *testing.T) {
 		t.Error("a driver that does not compile was built")
 	}
 	if !cfg.Compiling.TryAcquire(1) {
-		t.Error("the place is not given back after a failure")
+		t.Error("after a failed compile no other cell can begin")
 	}
 }

@@ -353,7 +353,7 @@ func (th *theatre) afterwards(t *testing.T, want string, again *outcome) {
 	t.Helper()
 	for tag, digest := range th.tags(t) {
 		if digest != want {
-			t.Errorf("behind the fault, tag %s names %s; want %s or nothing", tag, digest, want)
+			t.Errorf("after the fault, tag %s names %s; want %s or no tag", tag, digest, want)
 		}
 	}
 	th.wire.down.Store(false)

@@ -57,8 +57,8 @@ func (c Config) Signing() (how string, objects func(k target.Kernel, version str
 		c.ModuleCert, c.GoogleSignatures, c.GoogleModules), objects
 }
 
-// fetchSignatures fetches Google's signatures. It returns nil if the bucket has none or this build
-// does not use them.
+// fetchSignatures fetches Google's signatures. It returns nil if the bucket has no such signatures
+// or this build does not use them.
 func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleSignatures, error) {
 	if r.cfg.ModuleKey != "" || r.cfg.GoogleModules || r.cfg.GoogleSignatures == GoogleOff {
 		return nil, nil
@@ -173,7 +173,8 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 	return &googleModules{driver, dir, cached}, nil
 }
 
-// kernelTrusts returns the certificates that Google's modules are verified with.
+// kernelTrusts returns the certificates with which this run verifies Google's modules: those of
+// Config.ModuleCert, or else trusted_key.pem in the bucket.
 func (r *run) kernelTrusts(driver *cossrc.SignedDriver) ([]*x509.Certificate, error) {
 	switch {
 	case r.cfg.ModuleCert != "":
@@ -209,7 +210,7 @@ func takeModules(in *inputs) (*modules, string, error) {
 // carries says whose signatures the modules of an artifact have, in the form of the provenance. All
 // fields are "" for unsigned modules.
 type carries struct {
-	key     string // identity of the certificate of the farm's own key
+	key     string // the fingerprint of the certificate of Config.ModuleKey
 	google  string // the digest of Google's signature archive
 	modules string // the digest of Google's archive of modules
 }
@@ -247,10 +248,10 @@ func (c carries) fact() (name, value string, ok bool) {
 // takes reports whether this run can reuse an artifact whose modules have the signatures c and were
 // made of the inputs madeOf.
 //
-// Google may have signed such modules for another COS build with the same fingerprint. If this run
-// requires no signatures, these modules are as good as unsigned ones. If it uses Google's modules,
-// they are as good as this build's own, on one condition: both kernels were built with the same
-// root certificate.
+// Another COS build with the same fingerprint may have published the artifact, with modules that
+// Google signed for that COS build. If this run requires no signatures, it can use these modules
+// like unsigned ones. If this run wants Google's modules, it can use those of the other COS build,
+// on one condition: both kernels were built with the same root certificate.
 func (s signing) takes(c carries, in *inputs, madeOf []trust.Material) bool {
 	among := func(wanted []cossrc.Material) bool {
 		return !slices.ContainsFunc(wanted, func(w cossrc.Material) bool {

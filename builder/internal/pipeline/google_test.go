@@ -271,7 +271,8 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 		root         []byte
 		why          string
 	}{
-		{"one module has other bytes", newer, other, g.certs[0].Raw, "the signature for nvidia-uvm is over other bytes"},
+		{"one module has other bytes", newer, other, g.certs[0].Raw,
+			"the signature for nvidia-uvm was made over other bytes"},
 		{"one module has no signature, in the older layout", oldName, one, nil, "there is no signature for nvidia-uvm"},
 		{"another root", newer, modules, newGoogle(t).certs[0].Raw, "which the kernel's root did not certify"},
 	} {
@@ -413,9 +414,9 @@ func TestGoogleModules(t *testing.T) {
 		t.Errorf("a sibling with the same root: %+v; want it reused", again)
 	}
 	refused("the same archive, but another root", request("17800.0.11"), fault.CheckFailed, "which certificate")
-	// A build that asks for compiled modules does not reuse Google's, and the reverse.
+	// A build that asks for compiled modules does not reuse an artifact with Google's modules.
 	cfg.GoogleModules = false
 	if _, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.PublishRefused) {
-		t.Errorf("compiled, where Google's are: %v; want it refused", err)
+		t.Errorf("a build of compiled modules, where an artifact with Google's modules is: %v; want it refused", err)
 	}
 }

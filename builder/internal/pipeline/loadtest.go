@@ -17,7 +17,7 @@ import (
 // loadTested is the outcome of the load test phase.
 type loadTested struct {
 	verdict *loadtest.Verdict // nil if no load test ran
-	reason  string            // why no load test ran, unless it was switched off
+	reason  string            // why no load test ran; "" if one ran or Config switched it off
 	boot    boot
 }
 

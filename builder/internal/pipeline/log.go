@@ -28,14 +28,14 @@ func newLogCopy(cache *cas.Cache) (*logCopy, error) {
 	return &logCopy{file, cleanup}, nil
 }
 
-// Write never returns an error, because a build must not fail over its log. The published log lacks
-// the text that could not be written.
+// Write never returns an error, because a fault of the log must not fail the build. The published
+// log lacks the text that could not be written.
 func (c *logCopy) Write(p []byte) (int, error) {
 	_, _ = c.file.Write(p)
 	return len(p), nil
 }
 
-// packed returns the log so far, compressed.
+// packed returns the log so far, compressed, and the digest that it will have in a registry.
 func (c *logCopy) packed() (log struct {
 	bytes  []byte
 	digest string

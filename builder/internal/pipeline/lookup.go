@@ -49,9 +49,10 @@ func (o *publication) close() error {
 	return errors.Join(errs...)
 }
 
-// lookUp asks every destination whether it has this cell already. If one lacks it, lookUp checks
-// that every destination can be written to. It opens keys and destinations now, so that a wrong one
-// ends the build before minutes of work and not after them.
+// lookUp asks every destination whether it has this cell already. If a destination lacks the cell,
+// lookUp checks that every destination can be written to. lookUp opens keys and destinations
+// already in this early phase, so that a wrong key or destination ends the build before the
+// compile.
 //
 // lookUp returns the publication with an error too, and the caller must close it.
 func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note string, err error) {
@@ -111,7 +112,8 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 	return nil
 }
 
-// findPublished asks every destination for the artifact.
+// findPublished asks every destination for the artifact. If all have the same artifact and this run
+// can reuse it, findPublished sets to.found.
 func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (note string, err error) {
 	r.res.Tag = bundle.Tag(bundle.Identity{Fingerprint: in.kernel.Fingerprint, Driver: in.driver})
 	digest := ""
@@ -131,8 +133,8 @@ func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (n
 	found, reason, err := r.reuse(ctx, in, to, digest)
 	switch {
 	case fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) || fault.Is(err, fault.NoArtifact):
-		fmt.Fprintf(r.log, "%s is there, but: %v\n", r.res.Tag, err)
-		return "published, but does not verify", nil
+		fmt.Fprintf(r.log, "tag %s exists, but this build cannot reuse its artifact: %v\n", r.res.Tag, err)
+		return "published, but cannot be reused", nil
 	case err != nil:
 		return "", err
 	case reason != "":
@@ -170,10 +172,10 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 		if err != nil {
 			return nil, "", err
 		}
-		// No statement names this COS build yet. If its own kernel can be booted, the load test has
-		// to run on it first.
+		// No statement names this COS build yet. If the kernel of this COS build can be booted, the
+		// load test has to run on that kernel first.
 		if !attested && r.cfg.LoadTest != LoadTestOff && (in.kernel.Boot != "" || in.kernel.HasVMLinux) {
-			return nil, "not tested on this build yet", nil
+			return nil, "not load-tested on this COS build yet", nil
 		}
 		found.identity, found.layers = content.Identity, nil
 		for _, l := range content.Layers {
@@ -183,8 +185,10 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 	return found, "", nil
 }
 
-// verifyPublished verifies the artifact with this digest in one destination. attested says that it
-// has a statement for this COS build already.
+// verifyPublished verifies the artifact with this digest in one destination. match is a kernel
+// match for this COS build, which this run has just signed: with it, a published artifact that
+// lacks only this statement verifies. attested says that the artifact already has a published
+// kernel match for this COS build.
 func verifyPublished(ctx context.Context, in *inputs, to *publication, p destination, digest string,
 	match []byte) (content bundle.Content, attested bool, err error) {
 	content, err = publish.Content(ctx, p.repo, digest)

@@ -117,7 +117,7 @@ func TestMachineInputsDamaged(t *testing.T) {
 	}
 }
 
-// stage has a real kernel and a stand-in for the driver that loads into it.
+// stage has a real kernel, and a small module that this kernel loads in place of a driver.
 type stage struct {
 	headers, release map[string]string
 	boot             []byte
@@ -195,7 +195,7 @@ func (th *theatre) tested(t *testing.T, digest string) {
 	}
 }
 
-// standIn compiles a module whose modinfo is the driver's.
+// standIn compiles the small module. It says its version where NVIDIA's driver says it.
 func standIn(t *testing.T, headers string) string {
 	t.Helper()
 	dir := t.TempDir()

@@ -30,9 +30,9 @@ type Made struct {
 	Materials []sign.Material
 }
 
-// Make builds one cell again from its sources. Modules, compiler caches and layers go into the
-// cache products and may come from it. A caller that passes a new, empty cache excludes all results
-// of earlier builds.
+// Make builds one cell again from its sources. Make writes modules, compiled objects and layers
+// into the cache products, and uses those that are there already. A caller that passes a new, empty
+// cache excludes all results of earlier builds.
 //
 // Make takes only fetched inputs from Config.Cache and compares them with their digests. Make needs
 // no key. It runs no load test, signs nothing with our keys and publishes nothing.

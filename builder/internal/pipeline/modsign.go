@@ -22,7 +22,7 @@ const hintSigned = "sign the modules with a key that this kernel trusts: --modul
 // signing says who signs the modules for the kernel.
 type signing struct {
 	own  *modsign.Signer // nil without Config.ModuleKey
-	hash string          // the hash that the kernel requires for signatures of own
+	hash string          // the hash algorithm that the kernel requires in signatures by own
 	// google says what to do if Google's signatures do not fit.
 	google GoogleSignatures
 	// forced says that the kernel loads signed modules only.
@@ -30,7 +30,7 @@ type signing struct {
 }
 
 // openSigning opens the key for the modules, if one is configured. It returns an error if the
-// kernel loads signed modules only and nobody signs these.
+// kernel loads signed modules only, but neither a key nor Google signs the modules of this build.
 func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error) {
 	f, err := os.Open(filepath.Join(in.kernel.Headers, ".config"))
 	if err != nil {

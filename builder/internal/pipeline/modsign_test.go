@@ -56,8 +56,8 @@ func moduleKey(t *testing.T) (key, cert string) {
 	return write("modules.key", "PRIVATE KEY", pkcs8), write("modules.crt", "CERTIFICATE", der)
 }
 
-// The modules are signed outside the sandbox. The artifact with signed modules differs from the one
-// without.
+// The modules are signed outside the sandbox. The artifact with signed modules differs from the
+// artifact with unsigned modules.
 func TestSignedModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

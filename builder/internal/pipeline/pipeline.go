@@ -1,8 +1,8 @@
 // Package pipeline makes one cell of the matrix. It takes a COS build and a driver wish through the
 // phases source, look up, compile (or take modules), sign modules, check, load test, package, sign
 // and publish, and reports every phase. `builder build`, `builder work` and a node's local compile
-// all use this package. If every destination already has the cell, signed with our key, the
-// pipeline attests it and compiles nothing.
+// all use this package. If every destination already has an artifact of the cell, signed with our
+// key, the pipeline compiles nothing: it only attests that the artifact fits the COS build.
 //
 // run.go calls the phases in their order. Each phase is in a file of its name; google.go deals with
 // modules that Google signed. Each phase returns a value that later phases use.
@@ -63,12 +63,13 @@ type Config struct {
 	Registry func(destination string) registry.Options
 	// Licence is the rule that says which destination may get which flavour.
 	Licence licence.Rule
-	// Key is a private key file, a KMS URI or "", in the form of [sign.LoadSigner], which also gets
-	// KeyOptions.
+	// Key names the signing key, in the form that [sign.LoadSigner] reads: a private key file, a
+	// KMS URI, or keyless: and a file. KeyOptions are the options for LoadSigner.
 	Key        string
 	KeyOptions []sign.Option
-	// ModuleKey is an RSA key file or a KMS URI; it signs the modules for the kernel. ModuleCert is
-	// its certificate. With ModuleKey "" this key signs nothing.
+	// ModuleKey is an RSA key file or a KMS URI. This key signs the modules for the kernel.
+	// ModuleCert is the file with its certificate. If ModuleKey is "", no own key signs the
+	// modules.
 	ModuleKey, ModuleCert string
 	// GoogleSignatures says what to do with Google's module signatures; "" means GoogleAuto.
 	GoogleSignatures GoogleSignatures
@@ -87,11 +88,11 @@ type Config struct {
 	// there.
 	WithRunfile bool
 	// Labels are set for the driver in buckets, in addition to the labels that COS gives it. Only
-	// the open flavour gets labels. With LabelsLater the caller sets all labels itself, because it
-	// knows more than one cell.
+	// the open flavour gets labels. If LabelsLater is true, the build sets no labels: the caller
+	// sets them after several builds, because labels depend on more than one cell.
 	Labels      []string
 	LabelsLater bool
-	// Deltas is the number of deltas that an artifact gets, see [publish.Deltas].
+	// Deltas is the largest number of deltas that an artifact gets, see [publish.Deltas].
 	Deltas int
 	// BuilderID is a URI. The provenance names it as builder.id, and a bucket's index records it as
 	// the builder that set the labels. Version is the version of this program.
@@ -147,8 +148,8 @@ type Result struct {
 	Layers   []bundle.Layer    `json:"layers,omitempty"`
 	// Symbols is the digest of the debug symbols, if Config.DebugSymbols asked for them.
 	Symbols string `json:"symbols,omitempty"`
-	// Deltas are the published deltas. Each one makes this artifact's module layer from the one of
-	// an earlier build.
+	// Deltas are the published deltas. With each delta, a node makes this artifact's module layer
+	// from the module layer of an earlier COS build.
 	Deltas []publish.Delta `json:"deltas,omitempty"`
 	// Tarballs are the published tarballs, one for each bucket.
 	Tarballs []tarball.Report `json:"twins,omitempty"`

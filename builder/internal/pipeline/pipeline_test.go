@@ -57,7 +57,7 @@ func toolchainFiles() map[string]string {
 	return files
 }
 
-// driverFiles returns a release with one module, whose modinfo is a real one's.
+// driverFiles returns a release with one module. Its modinfo has the fields of a real module.
 func driverFiles() map[string]string {
 	return map[string]string{
 		"kernel-open/Kbuild":   "obj-m += nvidia.o\n",

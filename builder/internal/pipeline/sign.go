@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// factHost is the name of the fact in the provenance that holds the digest of the host's programs
-// that the build ran.
+// factHost is the name of a fact in the provenance. The fact is a digest of those programs of the
+// host that the build ran.
 const factHost = "host-tools"
 
 // artifact is an image and its statements, ready to be published.

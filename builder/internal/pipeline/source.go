@@ -24,7 +24,7 @@ type inputs struct {
 	driver   target.Driver
 	host     string            // digest of the host's programs that a build runs
 	pahole   string            // version of pahole; "" if the modules get no BTF
-	google   *googleSignatures // nil if the bucket has none or the build does not use them
+	google   *googleSignatures // nil if the bucket has no signatures or the build uses none
 	prebuilt *googleModules    // nil without GoogleModules
 	labels   map[string]string // COS's labels, if this run sets labels
 }

@@ -110,8 +110,8 @@ func (r *run) publishTarballs(ctx context.Context, in *inputs, to *publication, 
 	return nil
 }
 
-// tarballFiles returns the folders of modules and firmware: the ones of this build, or the ones of
-// the reused artifact.
+// tarballFiles returns the folders with modules and firmware. Their files come from this build, or
+// from the published artifact that this build reuses.
 func (r *run) tarballFiles(ctx context.Context, in *inputs, to *publication, m *modules, a *artifact,
 	scratch string) (tarball.Release, error) {
 	dir := filepath.Join(scratch, "files")

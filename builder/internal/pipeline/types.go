@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// FactBTF is the name of the fact in the provenance that holds the version of the pahole that made
-// the modules' BTF. Modules without BTF have no such fact.
+// FactBTF is the name of a fact in the provenance. The fact is the version of the program pahole
+// that made the modules' BTF. The provenance of modules without BTF has no such fact.
 const FactBTF = "btf"
 
 // KernelOptions returns the optional inputs of a kernel that have to be fetched for this Config.
@@ -21,8 +21,9 @@ func (c Config) KernelOptions() []cossrc.Option {
 	return nil
 }
 
-// findPahole returns the version of the pahole that makes the modules' BTF. Another version may
-// make other bytes, so a request for a fixed version fails on a machine with another one.
+// findPahole returns the version of this machine's program pahole, which makes the modules' BTF.
+// Another version may make other bytes. So if the request names a version and this machine has
+// another version, the build fails.
 func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version string, err error) {
 	if kernel.BTF == "" {
 		return "", nil

@@ -46,8 +46,9 @@ func (f *farm) typedKernel(t *testing.T, build, text string) {
 	}
 }
 
-// With BTF a cell is another artifact. COS builds of the same kernel share it. Make gives it again
-// with the pahole version in its provenance.
+// A build with BTF makes another artifact of a cell than a build without BTF. COS builds with the
+// same kernel share this artifact. Make makes the same artifact again with the version of pahole
+// that the provenance names.
 func TestBTF(t *testing.T) {
 	t.Parallel()
 	for _, tool := range []string{"pahole", "objcopy"} {

@@ -23,7 +23,7 @@ import (
 // node too little.
 const maxDelta = 16 << 20
 
-// maxBefore limits how many builds are examined for each delta.
+// maxBefore limits how many earlier COS builds Deltas examines for each wanted delta.
 const maxBefore = 4
 
 // Delta describes a delta that [Deltas] attached.
@@ -33,10 +33,10 @@ type Delta struct {
 	Size int64         `json:"size"`
 }
 
-// Deltas attaches up to count deltas to a published artifact. From each one a node makes the artifact's module layer
-// out of the module layer of an earlier COS build. That build has the same board, milestone and driver. Deltas takes
-// the newest builds first, because a node whose OS was updated has the layer of one of them. Deltas returns what it
-// attached. Deltas skips a delta that is attached already or that saves too little.
+// Deltas attaches up to count deltas to a published artifact. With a delta, a node makes the artifact's module layer
+// out of the module layer of an earlier COS build of the same board, milestone and driver. Deltas takes the newest of
+// these COS builds first, because a node whose OS was updated usually has the layer of a recent one. Deltas returns
+// what it attached. Deltas skips a delta that is attached already or that saves too little.
 func Deltas(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -95,7 +95,7 @@ func deltas(
 			return made, err
 		}
 		if former.Digest == "" || former.DiffID == to.DiffID || formers[former.DiffID] {
-			continue // several builds may have the same kernel
+			continue // several COS builds may have the same module layer
 		}
 		if formers[former.DiffID] = true; len(formers) > count {
 			break
@@ -119,7 +119,8 @@ func deltas(
 	return made, nil
 }
 
-// buildsBefore returns the COS builds before k for which a tag of this driver exists, the newest first.
+// buildsBefore returns the COS builds before k, of the same board and milestone, for which a tag of this driver exists.
+// The newest comes first.
 func buildsBefore(tags []string, k target.Kernel, d target.Driver) []target.Kernel {
 	suffix, milestone := strings.TrimPrefix(bundle.KernelTag(k, d), "cos-"+k.BuildID), firstNumber(k.BuildID)
 	var before []target.Kernel
@@ -145,8 +146,8 @@ func firstNumber(buildID string) string {
 	return first
 }
 
-// layerOf returns the module layer of a build's artifact. The layer has no digest if there is no such artifact or if
-// this program cannot read it.
+// layerOf returns the module layer of a COS build's artifact with this driver. If there is no such artifact, or if this
+// program cannot read the artifact, the returned layer is empty: it has no digest.
 func layerOf(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -207,7 +208,8 @@ func openLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentL
 	return &layerReader{io.TeeReader(plain, h), h, l.DiffID, plain, blob}, nil
 }
 
-// check reads the rest of the layer, and compares the hash of the whole layer with the config.
+// check reads the rest of the layer, and compares the hash of the whole uncompressed layer with the diff id in the
+// artifact's config.
 func (l *layerReader) check() error {
 	if _, err := io.Copy(io.Discard, l); err != nil {
 		return fmt.Errorf("read layer: %w", err)

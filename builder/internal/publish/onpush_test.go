@@ -54,7 +54,8 @@ func onPush(t *testing.T) string {
 	return strings.TrimPrefix(s.URL, "http://")
 }
 
-// TestPublishMakesRepository checks that the first artifact creates the repository in such a registry.
+// TestPublishMakesRepository checks that the first artifact creates the repository in a registry that makes
+// repositories on push.
 func TestPublishMakesRepository(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

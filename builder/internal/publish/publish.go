@@ -102,7 +102,7 @@ func publish(ctx context.Context, repo *registry.Repository, a Artifact) (string
 }
 
 // Attest does the same as [Publish] for an artifact that is in the repository already. Attest attaches the missing
-// statements and adds the tags by which the kernel's build finds the artifact. Attest does not need Image.
+// statements and adds the tags by which nodes of this COS build find the artifact. Attest does not need Image.
 func Attest(ctx context.Context, repo *registry.Repository, digest string, a Artifact) error {
 	err := func() error {
 		if _, err := checkNames(ctx, repo, digest, a); err != nil {
@@ -134,8 +134,8 @@ func checkNames(ctx context.Context, repo *registry.Repository, digest string, a
 		if ok && have != digest {
 			return false, fault.New(fault.PublishRefused,
 				fmt.Sprintf("tag %s names %s already; this build made %s", tag, have, digest),
-				"find out what differs, because equal inputs give equal digests; if the published artifact is wrong, remove the "+
-					"tag by hand")
+				"run builder reproduce on the published artifact to see what differs, because equal inputs give equal "+
+					"digests; if the published artifact is wrong, remove the tag by hand")
 		}
 		if i == 0 {
 			existed = ok

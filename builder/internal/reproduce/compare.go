@@ -23,12 +23,12 @@ import (
 type Difference struct {
 	// Name is the file's path in the artifact.
 	Name string `json:"name"`
-	// What describes the difference. For a module it begins with the section.
+	// What describes the difference. For an ELF file, such as a module, it names the sections that differ.
 	What string `json:"what"`
 }
 
-// compare unpacks the layers whose digests differ, the published ones and the new ones. compare compares them file by
-// file.
+// compare unpacks each published layer whose digest differs from the new layer's digest, and that new layer. compare
+// then compares the unpacked files one by one.
 func (c Config) compare(ctx context.Context, content bundle.Content, made *pipeline.Made,
 	folder func(string) (string, error), report *Report) error {
 	theirs, err := folder("published")
@@ -65,7 +65,8 @@ func (c Config) compare(ctx context.Context, content bundle.Content, made *pipel
 	if err != nil {
 		return err
 	}
-	// If the modules are signed, a different digest is expected, but the description must be the same.
+	// If a key signed the published modules, the digests differ even if all files are the same. Then only the facts in
+	// the two configs (content.Identity) must still be equal.
 	if len(report.Differences) == 0 && (report.ModuleKey == "" || content.Identity != made.Identity) {
 		// All files are equal but the digest differs, so the files are packed in another way.
 		report.Differences = []Difference{{"(manifest)",
@@ -160,8 +161,9 @@ func list(dir string) (map[string]string, error) {
 	return all, err
 }
 
-// compareFiles returns "" if the contents are equal, and otherwise the place of the first difference. If strip is true,
-// it ignores the signature of the published module.
+// compareFiles returns "" if the contents are equal. Otherwise it returns a text that names the ELF sections that
+// differ, the two sizes, or the first byte that differs. If strip is true, it ignores the signature of the published
+// module.
 func compareFiles(published, made string, strip bool) (string, error) {
 	a, err := os.ReadFile(published)
 	if err != nil {

@@ -30,13 +30,14 @@ type Config struct {
 	Ref string
 	// Verifier holds the keys whose provenance is trusted.
 	Verifier *trust.Verifier
-	// Make builds the cell. Make is pipeline.Make with this machine's mirrors and tools. Its cache for build products
-	// was empty when the program began.
+	// Make builds the cell. Make is pipeline.Make with this machine's mirrors and tools. The cache in which Make stores
+	// what it builds was empty when the program began.
 	Make func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error)
 	// TempDir returns an empty folder and a function that removes it. The folder must have room for two unpacked copies
 	// of the artifact.
 	TempDir func(prefix string) (dir string, cleanup func() error, err error)
-	// Attest signs the result if it is "identical". nil signs nothing.
+	// Attest signs a statement that this builder made the same artifact, if Report.Identical is true. nil signs
+	// nothing.
 	Attest *sign.Signer
 	// By is a URI that names who builds the artifact again. By goes into the signed statement.
 	By string
@@ -50,16 +51,16 @@ type Report struct {
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
 	BuilderID   string             `json:"builderId"`
-	// Identical is true if the new digest is the same. With ModuleKey it is true if everything is the same except the
-	// signatures in the modules.
+	// Identical is true if the new artifact has the same digest as the published one. If ModuleKey is set, Identical is
+	// true if everything is the same except the signatures in the modules.
 	Identical bool `json:"identical"`
-	// ModuleKey names the certificate of the signatures in the published modules. Nobody else can make the same
-	// signatures, so the comparison ignores them.
+	// ModuleKey is the fingerprint of the certificate with whose key the published modules are signed. Run sets it only
+	// if the digests differ. Nobody else can make the same signatures, so the comparison ignores them.
 	ModuleKey string `json:"moduleKey,omitempty"`
 	// Made is the digest of the new artifact.
 	Made string `json:"made"`
-	// Files is the number of files that were compared. Differences lists those that differ, by name. Both cover only
-	// the layers whose digests differ.
+	// Files is the number of files that were compared. Differences lists the files that differ, by name. Both cover
+	// only the layers whose digests differ.
 	Files       int          `json:"files"`
 	Differences []Difference `json:"differences,omitempty"`
 	// Attested is the digest of the statement that was attached, if any.
@@ -115,7 +116,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		Driver: target.Wish(p.Built.Driver.Version), Flavour: p.Built.Driver.Flavour,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("build it again: %w", err)
+		return nil, fmt.Errorf("build the artifact again: %w", err)
 	}
 	if err := sameInputs(p.Materials, made); err != nil {
 		return nil, err
@@ -165,7 +166,8 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 	}
 	built := said.BuildDefinition.ExternalParameters
 	if built.Kernel.BuildID == "" {
-		// No statement names a kernel. Verify needs one before it can report the reason.
+		// No trusted provenance names a kernel. Verify needs a kernel before it can report what is wrong with the
+		// statements.
 		built.Kernel = target.Kernel{BuildID: "0.0.0", Board: "none"}
 	}
 	if attached, err = c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(built.Kernel)...); err != nil {

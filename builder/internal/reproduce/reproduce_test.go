@@ -224,7 +224,7 @@ func TestRefuses(t *testing.T) {
 			c.Make = func(context.Context, pipeline.Request) (*pipeline.Made, error) {
 				return nil, fault.New(fault.InputMissing, "no such headers", "")
 			}
-		}, fault.InputMissing, "build it again"},
+		}, fault.InputMissing, "build the artifact again"},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {

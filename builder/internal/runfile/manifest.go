@@ -12,7 +12,8 @@ import (
 	"strings"
 )
 
-// These constants limit a manifest. Real ones have about 1,000 lines.
+// maxManifest and maxField are limits in bytes, and maxEntries limits the number of entries. Real manifests have about
+// 1,000 lines. headerLines is the number of lines before the first entry.
 const (
 	maxManifest = 4 << 20
 	maxEntries  = 50_000
@@ -32,9 +33,9 @@ type Entry struct {
 	Subdir string
 	// Target is the target of a link, or "" for a file.
 	Target string
-	// NonGLVND is true for the variant for systems without libglvnd.
+	// NonGLVND is true for the variant of a library that is for systems without libglvnd.
 	NonGLVND bool
-	// Module is the component of the entry, or "" in older manifests.
+	// Module is the driver component that the entry belongs to, from the field MODULE:, or "" in older manifests.
 	Module string
 }
 
@@ -89,8 +90,8 @@ var (
 // the type, which is a word in capitals.
 var entryLine = regexp.MustCompile(`^\s*(\S.*?)\s+([0-9]+)\s+([A-Z][A-Z0-9_]*)(\s.*)?$`)
 
-// ParseManifest reads a .manifest. ParseManifest counts and skips lines of unknown types, because every branch adds
-// some. A line of a known type that lacks a field, or that names a path outside the archive, is an error.
+// ParseManifest reads a .manifest. ParseManifest counts and skips lines of unknown types, because every new branch adds
+// types. A line of a known type that lacks a field, or that names a path outside the archive, is an error.
 func ParseManifest(r io.Reader) (*Manifest, error) {
 	lines := bufio.NewScanner(io.LimitReader(r, maxManifest+1))
 	lines.Buffer(make([]byte, 0, 4096), 8*maxField)
@@ -132,7 +133,7 @@ func (m *Manifest) line(text string) error {
 	}
 	f := entryLine.FindStringSubmatch(text)
 	if f == nil {
-		return fmt.Errorf("%.80q has no type", text)
+		return fmt.Errorf("%.80q does not have name, mode and type", text)
 	}
 	e := Entry{Path: f[1], Type: f[3]}
 	s, ok := shapes[e.Type]
@@ -142,7 +143,7 @@ func (m *Manifest) line(text string) error {
 	}
 	mode, err := strconv.ParseUint(f[2], 8, 12)
 	if err != nil {
-		return fmt.Errorf("mode %.20q", f[2])
+		return fmt.Errorf("mode %.20q; want an octal number of at most 12 bits", f[2])
 	}
 	e.Mode = fs.FileMode(mode & 0o777)
 	if e.Path, err = inside(e.Path); err != nil {
@@ -219,7 +220,7 @@ func (e *Entry) subdir(field string) (string, error) {
 	}
 	n, err := strconv.ParseUint(depth, 10, 6)
 	if err != nil {
-		return "", fmt.Errorf("%.40q", field)
+		return "", fmt.Errorf("subdir %.40q; want INHERIT_PATH_DEPTH: and a number below 64", field)
 	}
 	parts := strings.Split(path.Dir(e.Path), "/")
 	if int(n) >= len(parts) || parts[0] == "." {

@@ -17,7 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// These constants limit the script. NVIDIA's script has about 1,100 lines and 40 KB. makeself's own has 700 lines.
+// These constants limit the script: its lines, and its size in bytes. NVIDIA's script has about 1,100 lines and 40 KB.
+// The original makeself's script has 700 lines.
 const (
 	maxLines  = 20_000
 	maxScript = 4 << 20
@@ -58,14 +59,14 @@ func Payload(r io.Reader) (io.Reader, Header, error) {
 			return nil, h, err
 		}
 		if line == 1 && !bytes.HasPrefix(text, []byte("#!")) {
-			return nil, h, damaged("does not start with a script")
+			return nil, h, damaged("the file does not start with a script")
 		}
 		m := skipPattern.FindSubmatch(bytes.TrimRight(text, "\r\n"))
 		if m == nil || h.Skip != 0 {
 			continue
 		}
 		if h.Skip, err = strconv.Atoi(string(m[2])); err != nil || h.Skip < line {
-			return nil, h, damaged("skip=%s on line %d", m[2], line)
+			return nil, h, damaged("skip=%s on line %d names an earlier line", m[2], line)
 		}
 	}
 	for range 2 {
@@ -79,7 +80,7 @@ func Payload(r io.Reader) (io.Reader, Header, error) {
 			return nil, h, err
 		}
 	}
-	return nil, h, damaged("no compressed tar behind line %d", h.Skip)
+	return nil, h, damaged("no compressed tar at or after line %d, which skip= names", h.Skip)
 }
 
 func peekFormat(br *bufio.Reader) archive.Format {
@@ -100,7 +101,7 @@ func readLine(br *bufio.Reader, limit int64) ([]byte, error) {
 		case err == nil:
 			return whole, nil
 		case errors.Is(err, io.EOF):
-			return nil, damaged("ends inside its script")
+			return nil, damaged("the file ends inside its script")
 		case !errors.Is(err, bufio.ErrBufferFull):
 			return nil, fmt.Errorf("read runfile: %w", err)
 		}

@@ -36,7 +36,7 @@ type Facts struct {
 	// Materials are the build's inputs, as provenance names them.
 	Materials []sign.Material
 	Layers    []bundle.Layer
-	// Modules are the published .ko files by name, with or without .ko.
+	// Modules maps the names of the modules, with or without .ko, to the paths of the published files.
 	Modules map[string]string
 	// Created is the document's time. Zero means 1970, as in all other parts of an artifact. The time of a clock would
 	// make each document different.
@@ -120,7 +120,7 @@ func (d *document) addMaterials() error {
 	for i, m := range d.facts.Materials {
 		sum, ok := strings.CutPrefix(m.Digest, "sha256:")
 		if !ok {
-			return fmt.Errorf("material %s: digest %.80q", m.Name, m.Digest)
+			return fmt.Errorf("material %s: digest %.80q; want sha256: and a hash", m.Name, m.Digest)
 		}
 		p := &spdx.Package{
 			PackageName: m.Name, PackageSPDXIdentifier: elementID(fmt.Sprintf("Input-%d-%s", i+1, m.Name)),
@@ -161,7 +161,7 @@ func (d *document) addMaterials() error {
 	return nil
 }
 
-// addLayers adds a package for every layer, and adds the modules to it as files.
+// addLayers adds a package for every layer. To the package of the module layer it adds the modules as files.
 func (d *document) addLayers() error {
 	for _, l := range d.facts.Layers {
 		id := elementID("Layer-" + string(l.Kind))

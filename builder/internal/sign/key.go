@@ -25,15 +25,16 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Signer signs statements with one key, or as one identity with short-lived keys. The key may be in a file or a KMS.
-// Its kind is one of those that [trust.PublicKey] lists.
+// Signer signs statements with one key, or without a key of its own (keyless signing). The key is in a file or a KMS,
+// and of a kind that [trust.PublicKey] lists. In keyless signing, short-lived keys sign, and a certificate for each key
+// names the person or service that signs.
 type Signer struct {
 	sv      signature.Signer
 	pub     crypto.PublicKey
 	details signature.AlgorithmDetails
 	key     trust.PublicKey
 
-	keyless *keyless // if set, it replaces all fields above
+	keyless *keyless // set for keyless signing only, and then all fields above are empty
 }
 
 const maxKeyFile = 64 << 10
@@ -65,7 +66,7 @@ func newLoading(opts []Option) loading {
 
 // LoadSigner opens a key. ref is the path of a PEM file, or a KMS URI such as gcpkms://projects/... For a URI,
 // LoadSigner uses a provider that is linked into the program, or else the plugin program sigstore-kms-<scheme> on PATH.
-// To sign without a key, ref is [PrefixKeyless] and the path of a signing configuration.
+// For keyless signing, ref is [PrefixKeyless] and the path of a signing configuration.
 func LoadSigner(ctx context.Context, ref string, opts ...Option) (*Signer, error) {
 	var s *Signer
 	var err error
@@ -126,10 +127,10 @@ func newSigner(sv signature.Signer, pub crypto.PublicKey) (*Signer, error) {
 	return &Signer{sv: sv, pub: pub, details: details, key: key}, nil
 }
 
-// PublicKey returns the public key, for verifying. A signer with an identity has none.
+// PublicKey returns the public key with which readers verify. For a keyless signer it returns the zero value.
 func (s *Signer) PublicKey() trust.PublicKey { return s.key }
 
-// Policy returns a policy that trusts this key or this identity only.
+// Policy returns a policy that trusts this signer only: its key, or the name in the certificates of a keyless signer.
 func (s *Signer) Policy() trust.Policy {
 	if s.keyless != nil {
 		return s.keyless.policy
@@ -137,7 +138,7 @@ func (s *Signer) Policy() trust.Policy {
 	return trust.Policy{Keys: []trust.PublicKey{s.key}}
 }
 
-// String returns the name of the key or of the identity.
+// String returns the ID of the key, or the name in the certificates of a keyless signer.
 func (s *Signer) String() string {
 	if s.keyless != nil {
 		return s.keyless.policy.Identities[0].String()
@@ -145,10 +146,10 @@ func (s *Signer) String() string {
 	return "key " + s.key.ID()
 }
 
-// Verifier returns a verifier that trusts this key, or this identity, only.
+// Verifier returns a verifier that trusts this signer only, as [Signer.Policy] says.
 func (s *Signer) Verifier() (*trust.Verifier, error) { return trust.NewVerifier(s.Policy()) }
 
-// PublicPEM returns the public key in the form that a node's configuration has.
+// PublicPEM returns the public key in PEM, the form in which a node's configuration has keys.
 func (s *Signer) PublicPEM() ([]byte, error) { return cryptoutils.MarshalPublicKeyToPEM(s.pub) }
 
 func (s *Signer) sign(ctx context.Context, data []byte) ([]byte, error) {
@@ -181,7 +182,8 @@ func generateKey(path string) error {
 	if err != nil {
 		return err
 	}
-	// The public key is written first. If writing stops halfway, no private key is there that would look complete.
+	// The public key is written first. If the program is killed between the two writes, there is no private key without
+	// its public key.
 	if err := writeNew(path+".pub", public, 0o644); err != nil {
 		return err
 	}

@@ -24,8 +24,8 @@ import (
 // names the certificate authority and the timestamp authorities.
 const PrefixKeyless = "keyless:"
 
-// WithIdentity is the option for references without a key. LoadSigner and Bundle call token for an identity token
-// whenever they need a certificate. What they sign must verify against this root.
+// WithIdentity is the option that keyless signing needs. LoadSigner and Bundle call token to get an identity token
+// whenever they need a new certificate. Signatures and certificates must verify against root.
 func WithIdentity(root *trust.Root, token func() ([]byte, error)) Option {
 	return func(l *loading) { l.root, l.token = root, token }
 }
@@ -162,7 +162,8 @@ func (k *keyless) certified(ctx context.Context) (sgsign.Keypair, *x509.Certific
 	if err != nil {
 		return nil, nil, fmt.Errorf("certificate: %w", err)
 	}
-	// The end is computed from the certificate's length and the local clock, because the authority's clock may differ.
+	// The end is computed from the local clock and the length of the certificate's validity, because the authority's
+	// clock may differ from the local clock.
 	k.keypair, k.leaf, k.until = fresh, leaf, asked.Add(leaf.NotAfter.Sub(leaf.NotBefore)-margin)
 	return fresh, leaf, nil
 }
@@ -175,21 +176,21 @@ func (k *keyless) options(ctx context.Context) (sgsign.Keypair, sgsign.BundleOpt
 		TransparencyLogs: k.logs}, err
 }
 
-// issued passes a certificate that was issued already to the bundle library.
+// issued gives the bundle library a certificate that the authority has issued before.
 type issued struct{ leaf *x509.Certificate }
 
 func (i issued) GetCertificate(context.Context, sgsign.Keypair, *sgsign.CertificateProviderOptions) ([]byte, error) {
 	return i.leaf.Raw, nil
 }
 
-// explainService distinguishes a token or setting that is wrong from a service that may answer the next time. As in
-// explain, only the texts of the errors differ.
+// explainService distinguishes two kinds of errors: a wrong token or setting, and a service that may work the next
+// time. As in explain, only the texts of the errors differ.
 func explainService(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	const hintToken = "give a fresh token with --identity-token FILE or in SIGSTORE_ID_TOKEN; its audience is the name " +
-		"that the certificate authority wants, usually sigstore"
+	const hintToken = "give a fresh token with --identity-token FILE or in SIGSTORE_ID_TOKEN; its audience must be " +
+		"the name that the certificate authority wants, usually sigstore"
 	for _, known := range []struct{ text, hint string }{
 		{"Fulcio returned 4", hintToken},
 		{"identity token", hintToken},

@@ -85,8 +85,8 @@ func fromKMS(ctx context.Context, ref string) (*Signer, error) {
 	return newSigner(sv, pub)
 }
 
-// OpenKey opens a key of any kind by file or URI, as in [LoadSigner]. Its signatures are not statements, but for
-// example those of kernel modules. The key works until ctx ends.
+// OpenKey opens a key of any kind by file or URI, as in [LoadSigner]. The key is for signatures of other things than
+// statements, such as kernel modules. The key works until ctx ends.
 func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, error) {
 	key, err := func() (crypto.Signer, error) {
 		if !strings.Contains(ref, "://") {

@@ -22,7 +22,7 @@ type ReleaseFacts struct {
 	Commit string
 	// Toolchain is the Go version that compiled the release.
 	Toolchain string
-	// BuilderID names who made the release. BuilderID is a URI.
+	// BuilderID is a URI that names who made the release.
 	BuilderID string
 	// Files are the release's files and images. Inputs are the inputs other than the source.
 	Files, Inputs []Material

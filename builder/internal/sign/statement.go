@@ -45,7 +45,8 @@ type BuildFacts struct {
 	Started, Finished time.Time
 	// LogDigest is the digest of the build log. If empty, it is left out.
 	LogDigest string
-	// Facts are further facts about sandbox and compiler.
+	// Facts are further facts about how the artifact was made, such as recipes and vermagic. They become the internal
+	// parameters of the provenance.
 	Facts map[string]string
 }
 
@@ -105,8 +106,8 @@ func newProvenance(digest string, f BuildFacts) (Statement, error) {
 	return newStatement(digest, f.Driver, trust.PredicateProvenance, p)
 }
 
-// KernelMatch states that the artifact with this manifest digest fits this COS build. fp is the fingerprint of the
-// build's kernel.
+// KernelMatch states that the artifact with this manifest digest fits this COS build. fp is the ABI fingerprint of the
+// COS build's kernel.
 func KernelMatch(digest string, k target.Kernel, fp target.Fingerprint, d target.Driver) (Statement, error) {
 	predicate, err := toStruct(trust.KernelMatch{Kernel: k, Fingerprint: fp})
 	if err != nil {
@@ -169,10 +170,10 @@ func timestamp(t time.Time) *timestamppb.Timestamp {
 	return timestamppb.New(t.UTC())
 }
 
-// Bundle signs a statement into a Sigstore bundle v0.3: a DSSE envelope and the hint of the key. The bundle has no
-// certificate, timestamp or log entry. The bundle can therefore be verified offline for as long as the key is trusted.
-// A signer without a key adds a certificate and a proof of the time. Before Bundle returns the result, it verifies the
-// result as a node does.
+// Bundle signs a statement into a Sigstore bundle v0.3: a DSSE envelope, and a hint that names the key. The bundle of a
+// signer with a key has no certificate, timestamp or log entry, so it can be verified offline for as long as the key is
+// trusted. The bundle of a keyless signer also has a certificate and a proof of the time. Before Bundle returns the
+// result, it verifies the result as a node does.
 func Bundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 	raw, err := newBundle(ctx, s, st)
 	if err != nil {
@@ -206,7 +207,8 @@ func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 		// If a KMS key was replaced in the meantime, the next try names the new key.
 		kind := fault.Transient
 		if s.keyless != nil {
-			// The root belongs to other services, or the token belongs to another identity.
+			// The trusted root belongs to other services, or the new token names somebody else. A retry changes
+			// neither.
 			kind = fault.Usage
 		}
 		return nil, fault.Wrap(kind, fmt.Errorf("verify what was signed: %w", err), "")

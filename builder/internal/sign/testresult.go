@@ -22,13 +22,15 @@ type TestFacts struct {
 	Static []string
 	// Warnings are lines of the kernel's log that a person should read even if the test passed.
 	Warnings []string
-	// Configuration names by digest what the test used, such as the boot image. The kernel's build is always added.
+	// Configuration names by digest what the test used, such as the boot image. TestResult itself adds the kernel of
+	// the COS build.
 	Configuration []Material
 	// URL is the address of the run for people. URL may be empty.
 	URL string
 }
 
-// These limits keep a statement small, because nodes fetch it.
+// These limits keep a statement small, because nodes fetch it. MaxTestLog and maxTestLine are in bytes, and
+// maxTestLines is a number of lines.
 const (
 	MaxTestLog   = 32 << 10
 	maxTestLines = 64

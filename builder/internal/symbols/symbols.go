@@ -105,8 +105,9 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	if err := s.refuseOthers(ctx, repo, digest, layer); err != nil {
 		return d, false, err
 	}
-	// The layer is attached in any case, because an earlier run may have ended between the manifest and the list of
-	// referrers. If the layer is there already, this costs little.
+	// The layer is attached even if the artifact has these symbols already: an earlier run may have ended after it
+	// wrote the manifest and before it wrote the list of referrers. If the layer is in the registry already, this costs
+	// little.
 	d, err = repo.AttachLayer(ctx, subject, ArtifactType, layer,
 		func() (io.ReadCloser, error) { return os.Open(packed.Path) }, s.Identity.Annotations())
 	if err != nil {
@@ -128,8 +129,8 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	return d, false, err
 }
 
-// refuseOthers returns an error if the artifact has other symbols with a trusted signature. Symbols without one are
-// ignored, because anybody may attach something.
+// refuseOthers returns an error if the artifact has other symbols with a trusted signature. Symbols without a trusted
+// signature are ignored, because anybody may attach something.
 func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest string, layer v1.Descriptor) error {
 	have, err := repo.Referrers(ctx, digest, ArtifactType)
 	if err != nil {
@@ -183,7 +184,7 @@ func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[stri
 		published, ok := s.Published[name]
 		if !ok {
 			return bundle.Layer{}, nil, fault.Errorf(fault.CheckFailed,
-				"there are symbols of %s, which the artifact does not have", name)
+				"there are symbols of module %s, but the artifact has no such module", name)
 		}
 		want, err := buildID(published)
 		if err != nil {

@@ -131,8 +131,8 @@ func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descript
 		t.Fatalf("Referrers = %v, %v; want %s alone", list, err, d.Digest)
 	}
 	if attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle); err != nil || len(attached) != 0 {
-		t.Errorf("the driver has %d statements, %v; want none: those about symbols are no node's business", len(attached),
-			err)
+		t.Errorf("the driver has %d statements, %v; want none: those about symbols are attached to the symbols",
+			len(attached), err)
 	}
 	v, err := set.Signer.Verifier()
 	if err != nil {

@@ -142,8 +142,8 @@ func (b *Bucket) update(ctx context.Context, name, contentType string, limit int
 			return false, want, nil
 		}
 		if int64(len(want)) > limit {
-			return false, nil, fault.Errorf(fault.PublishRefused, "update %s: it would have %d bytes; at most %d are read",
-				b.URL(name), len(want), limit)
+			return false, nil, fault.Errorf(fault.PublishRefused,
+				"update %s: the object would have %d bytes; readers accept at most %d", b.URL(name), len(want), limit)
 		}
 		if err := before(want); err != nil {
 			return false, nil, err

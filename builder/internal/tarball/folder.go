@@ -198,7 +198,7 @@ func (f *folder) write(ctx context.Context, u upload) error {
 	}
 	n, err := io.Copy(out, &ctxReader{ctx, in})
 	if err == nil && n != u.size {
-		err = fault.Errorf(fault.Internal, "%s changed while it was read: it has %d bytes, and had %d", u.name, n, u.size)
+		err = fault.Errorf(fault.Internal, "%s changed while it was read: it now has %d bytes; it had %d", u.name, n, u.size)
 	}
 	return onDisk(errors.Join(err, out.Sync(), out.Close()))
 }

@@ -9,8 +9,9 @@ import (
 	"github.com/prebake/prebake/builder/internal/tarball"
 )
 
-// After a crash, only the names are certain that a folder had when it was flushed to the disk. After
-// a publish, these must be all names, those of new folders among them.
+// After a crash, a folder has for certain only the names that it had when it was last flushed to
+// the disk. So after a publish, every folder must have been flushed with all its names, among them
+// the names of new folders.
 func TestNamesSurviveACrash(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)

@@ -82,7 +82,8 @@ func (g *googleBucket) create(ctx context.Context, u upload) error {
 }
 
 func (g *googleBucket) replace(ctx context.Context, u upload, token string) error {
-	// By default a public object is cached for an hour, in Google's network too.
+	// By default a public object is cached for an hour, in Google's network too. Readers of an
+	// object that changes must see its present state.
 	u.cacheControl = "no-cache"
 	if token == "" {
 		return g.write(ctx, u, storage.Conditions{DoesNotExist: true})
@@ -125,7 +126,7 @@ func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions
 		return err
 	}
 	defer in.Close()
-	// The object appears at Close only. Cancelling the context gives the upload up.
+	// The object appears only when Close succeeds. Cancelling the context aborts the upload.
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	w := g.Object(u.name).If(c).NewWriter(wctx)
@@ -134,7 +135,7 @@ func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions
 	w.MD5, w.CRC32C, w.SendCRC32C = u.md5[:], u.crc32c, true
 	n, err := io.Copy(w, in)
 	if err == nil && n != u.size {
-		err = fault.Errorf(fault.Internal, "%s changed while it was read: it has %d bytes, and had %d", u.name, n, u.size)
+		err = fault.Errorf(fault.Internal, "%s changed while it was read: it now has %d bytes; it had %d", u.name, n, u.size)
 	}
 	if err != nil {
 		cancel()

@@ -172,7 +172,8 @@ func (x Index) with(e Entry) (Index, error) {
 		return x, fault.New(fault.PublishRefused,
 			fmt.Sprintf("the index has driver %s already, as tarball %s of artifact %s; the new tarball is %s of artifact %s",
 				e.Driver, have.SHA256, have.Artifact, e.SHA256, e.Artifact),
-			"find out what differs, because equal inputs give equal digests; a published tarball is never replaced")
+			"run builder reproduce on the artifact of the published tarball to see what differs, because equal inputs give "+
+				"equal digests; a published tarball is never replaced")
 	}
 	// A copy of the runfile may be added later than the driver.
 	if e.Runfile != nil && (have.Runfile == nil || have.Runfile.SHA256 == e.Runfile.SHA256 && have.Runfile.Object == "" &&

@@ -60,12 +60,13 @@ func (x Index) installable(version string) (Entry, bool) {
 // Labelling describes the wanted labels of one COS build's drivers.
 type Labelling struct {
 	Kernel target.Kernel
-	// Builder is the URI of the builder that sets the labels. Labels of others stay.
+	// Builder is the URI of the builder that sets the labels. Labels that other builders set stay.
 	Builder string
-	// Declared maps the labels that an operator set to their versions. The version "" means that it
-	// is unknown now; the label then stays as it is.
+	// Declared maps each label that an operator declared to the version that gets the label. ""
+	// means that the version is unknown now: the label then stays as it is.
 	Declared map[string]string
-	// FromCOS maps COS's labels to their versions. A declared label has precedence.
+	// FromCOS maps each of COS's labels to the version that has the label at COS. If the operator
+	// declared the same label, the declared version has precedence.
 	FromCOS map[string]string
 	// Complete says that these are all labels that Builder wants. Other labels that Builder set
 	// before are removed.
@@ -315,7 +316,7 @@ func (l Labelling) claim(x Index, s labelState) claims {
 			c.absent = append(c.absent, label)
 			c.want = append(c.want, before...)
 		case !declared && !l.Complete && slices.ContainsFunc(before, func(have Label) bool { return have.Declared }):
-			// The operator declared the label in another run.
+			// The operator declared the label in another run, so COS's label does not replace it.
 			c.want = append(c.want, before...)
 		case ready:
 			settled[label] = true

@@ -86,7 +86,8 @@ func rowsOf(t testing.TB, all map[string]string) []string {
 	return forms[0]
 }
 
-// Labels follow the declared labels and COS's. When nobody wants them any more, they disappear completely.
+// The labels in a bucket follow the declared labels and COS's labels. A label that nobody wants any more disappears
+// completely.
 func TestLabels(t *testing.T) {
 	places(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -184,7 +185,7 @@ func signed(t testing.TB, all map[string]string, s *sign.Signer) {
 	}
 }
 
-// A labelling by a single build moves its own labels. It leaves labels that were declared in another run.
+// A build that sets labels itself moves only the labels that it wants. Labels that were declared in another run stay.
 func TestLabelsOfOneBuild(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)

@@ -14,8 +14,8 @@ import (
 
 // labelState is the state of all labels in a bucket.
 type labelState struct {
-	lists   [2]*gpuversions.GPUDriverVersionInfoList
-	objects map[string]string // the version in each label's own object, if there is one
+	lists   [2]*gpuversions.GPUDriverVersionInfoList // gpu_driver_versions: the text form, then the binary form
+	objects map[string]string                        // the version in each label's own object, if there is one
 }
 
 func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (labelState, error) {
@@ -45,9 +45,9 @@ func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (label
 	return s, nil
 }
 
-// foreign returns a version that has the label in a row or an object although this builder did not
-// set it there. by says who set it. "" means that there is none. A version that differs from the
-// label's own has precedence.
+// foreign returns a version that has the label l in l's row or object although this builder did not
+// set the label there. by says who set the label. The version "" means that nobody else set the
+// label. If several versions have the label, foreign returns one that differs from l.Version.
 func (s labelState) foreign(x Index, mine []Label, l Label) (version, by string) {
 	type holder struct{ version, by string }
 	var all []holder

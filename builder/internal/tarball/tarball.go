@@ -33,7 +33,8 @@ const Recipe = "tgz-1"
 // level is the gzip level. It is the library's default, fixed here because the bytes depend on it.
 const level = 6
 
-// Bounds of a tarball. They are several times the size of a release of 2026.
+// maxFiles limits the number of files in a tarball, and maxBytes their size in bytes before
+// compression. Both are several times the size of a release of 2026.
 const (
 	maxFiles = 1000
 	maxBytes = 4 << 30
@@ -202,7 +203,7 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 	h := sha256.New()
 	n, err := io.Copy(io.MultiWriter(tw, h), &ctxReader{ctx, in})
 	if err == nil && n != hdr.Size {
-		err = fmt.Errorf("changed while it was read: it has %d bytes, and had %d", n, hdr.Size)
+		err = fmt.Errorf("the file changed while it was read: it now has %d bytes; it had %d", n, hdr.Size)
 	}
 	return File{Name: s.name, Size: n, SHA256: ocidigest.NewDigest(ocidigest.SHA256, h).String()}, err
 }

@@ -31,8 +31,8 @@ import (
 )
 
 // PredicateObject is the predicate type of the statement next to each object. The statement says what the object is,
-// its name, and its COS build. A signature over the bytes alone would also be valid for another build's file under
-// this build's name.
+// its name, and its COS build. A signature over the bytes alone would also be valid if somebody stored the file of
+// another COS build under this COS build's name.
 const PredicateObject = "https://prebake.dev/bucket-object/v1"
 
 // ObjectFacts is the predicate of type PredicateObject.
@@ -73,8 +73,8 @@ type Release struct {
 	Artifact string
 	// Runfile may be nil.
 	Runfile *Runfile
-	// GPUs is the release's list of supported GPUs. It decides which rows of gpu_driver_versions get the version;
-	// with nil only the general rows do.
+	// GPUs is the release's list of supported GPUs. It decides in which rows of gpu_driver_versions the version is
+	// listed. With nil the version is listed only in the general rows.
 	GPUs *gpulist.List
 	// Signer signs everything that is written.
 	Signer *sign.Signer
@@ -138,8 +138,8 @@ func stateSignatureName(name, digest string) string {
 type object struct {
 	upload
 	sha256 string
-	// sign makes a signature object at the time of its creation. Two signatures of the same content differ, so its
-	// bytes are unknown before.
+	// sign makes a signature object at the time of its creation. Two signatures of the same content differ, so the
+	// object's bytes are unknown before that time.
 	sign func(ctx context.Context) (object, error)
 	// same checks the existing object of this name; nil means that its bytes must be equal.
 	same func(have []byte) error
@@ -267,7 +267,7 @@ func (p *publisher) runfile(ctx context.Context) ([]object, *RunfileEntry, error
 		return nil, nil, fmt.Errorf("read runfile: %w", err)
 	}
 	if o.sha256 != p.Runfile.SHA256 {
-		return nil, nil, fault.Errorf(fault.Checksum, "read runfile %s: it has %s; want %s", p.Runfile.Path, o.sha256,
+		return nil, nil, fault.Errorf(fault.Checksum, "read runfile %s: it has digest %s; want %s", p.Runfile.Path, o.sha256,
 			p.Runfile.SHA256)
 	}
 	e.Object = path.Join(RunfileFolder, name)
@@ -323,7 +323,7 @@ func Verify(v *trust.Verifier, bundle []byte, digest string, want ObjectFacts) (
 		{"fingerprint", string(got.Fingerprint), string(want.Fingerprint)},
 	} {
 		if f.want != "" && f.got != f.want {
-			return got, fault.Errorf(fault.Mismatch, "it is signed as %s %.200q; want %q", f.what, f.got, f.want)
+			return got, fault.Errorf(fault.Mismatch, "the signature is for %s %.200q; want %q", f.what, f.got, f.want)
 		}
 	}
 	return got, nil
@@ -343,7 +343,8 @@ const maxSignature = trust.MaxBundleSize
 func (p *publisher) present(ctx context.Context, o object) (bool, error) {
 	refuse := func(why string) error {
 		return fault.New(fault.PublishRefused, fmt.Sprintf("%s exists already: %s", p.bucket.URL(o.name), why),
-			"find out what differs; if the published object is wrong, remove it by hand, because it is never replaced")
+			"compare the published object with the new one; if the published object is wrong, remove it by hand, "+
+				"because this program never replaces it")
 	}
 	if o.same != nil {
 		have, _, err := p.bucket.small(ctx, o.name, maxSignature)

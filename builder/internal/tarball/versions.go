@@ -21,6 +21,7 @@ const maxVersions = 1 << 20
 // row of the node's GPU. A list that this package starts has these rows only.
 var anyGPU = []string{"NO_GPU", "OTHERS"}
 
+// general reports whether a gpu_type row is for no particular product. OTHER is another name of such a row.
 func general(gpuType string) bool { return slices.Contains(anyGPU, gpuType) || gpuType == "OTHER" }
 
 // withVersion returns an edit that adds a version without a label to the rows that it serves.

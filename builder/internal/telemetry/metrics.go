@@ -30,7 +30,7 @@ func newMetrics(c Config) *metrics {
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
 		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "prebake_build_phase_seconds", Help: "Duration of a build's phases; of is the phase that one is a part of.",
+			Name: "prebake_build_phase_seconds", Help: "Duration of a build's phases; of: the phase that contains this one.",
 			Buckets: []float64{.1, .5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 2700},
 		}, []string{"phase", "of"}),
 		results: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -77,7 +77,8 @@ func (m *metrics) lookup(kind string, hit bool) {
 	m.lookups.WithLabelValues(kind, result).Inc()
 }
 
-// Queue starts to count the queue's jobs by state with this function. nil stops it.
+// Queue sets the function that returns the number of jobs in the queue by state. Each scrape calls it. With nil, the
+// metric of the queue is left out.
 func (t *Telemetry) Queue(depth func(context.Context) (map[string]int, error)) {
 	if t == nil {
 		return
@@ -101,7 +102,7 @@ func (q *queueDepth) Describe(out chan<- *prometheus.Desc) { out <- queueDesc() 
 
 func (q *queueDepth) Collect(out chan<- prometheus.Metric) {
 	q.mu.Lock()
-	defer q.mu.Unlock() // the lock keeps the queue open until the count is done
+	defer q.mu.Unlock() // Queue(nil) waits for the lock, so nobody closes the queue during the count
 	if q.depth == nil {
 		return
 	}

@@ -1,10 +1,11 @@
 // Package testdriver is a very small driver for tests, which compiles in a moment. Its makefiles and its conftest.sh
-// have the form of NVIDIA's and of kbuild's, with the same kinds of questions, rules, times and .cmd files. The package
-// refuses to replace a real driver where only a real one proves something. deploy/e2e has real drivers.
+// have the form of the files of NVIDIA and of kbuild: the same kinds of conftest questions, of make rules, of time
+// stamps and of .cmd files. The package refuses to replace a real driver where only a real one proves something.
+// deploy/e2e has real drivers.
 package testdriver
 
-// Kbuild and Script are the driver's makefile and its conftest.sh. They contain questions about two headers and about
-// three other things.
+// Kbuild and Script are the driver's makefile and its conftest.sh. They contain conftest questions about two headers,
+// and three compile tests: has_size, has_old and symbol_a.
 const (
 	Kbuild = `obj := .
 NV_KERNEL_SOURCES := $(SYSSRC)

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm/emugpu"
 )
 
-// Revision returns a hash over the emulated GPU's source and the version of the compile. The hash changes when one of
-// them changes.
+// Revision returns a hash over the emulated GPU's source and compile.Recipe, for cache keys. The hash changes when the
+// source or the recipe changes.
 func Revision() (string, error) {
 	h := sha256.New()
 	fmt.Fprintln(h, compile.Recipe)

@@ -28,6 +28,7 @@ var ErrKind = errors.New("not a regular file")
 // ErrLarge means that the size of a file, or the number of names in a folder, exceeds the limit.
 var ErrLarge = errors.New("larger than allowed")
 
+// maxNames limits how many names Files reads, and maxDepth how deeply the folders may be nested.
 const (
 	maxNames = 100_000
 	maxDepth = 32

@@ -23,7 +23,7 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 	case err != nil && mayPass(err):
 		return err // the log file stays, and the next start of the worker sends it
 	case err != nil:
-		log.WarnContext(ctx, "log not taken", "err", err)
+		log.WarnContext(ctx, "log refused by the server", "err", err)
 	}
 	err = retryUntilDone(ctx, func() error {
 		_, err := w.Server.UpdateBuild(ctx, build, update)
@@ -116,9 +116,9 @@ func (w *worker) sendPendingLogs(ctx context.Context) {
 	}
 }
 
-// reporter sends the current phase to the server, and at every [api.HeartbeatInterval] the fact that the build is
-// running. reporter does not delay the build. Only the newest phase matters, and a lost report does no harm. The
-// server's answer may end the build.
+// reporter sends a report to the server whenever a new phase begins, and at every [api.HeartbeatInterval] to show that
+// the build is still running. reporter does not delay the build. Only the newest phase matters, and a lost report does
+// no harm. The server's answer to a report may cancel the build.
 type reporter struct {
 	server *api.Client
 	build  int64
@@ -156,7 +156,8 @@ func (w *worker) newReporter(build int64, attempt int, end context.CancelCauseFu
 	return r
 }
 
-// report sends one report. The answer says whether the build is still wanted.
+// report sends one report. If the server answers that the build was cancelled or that another builder has it, report
+// cancels the build.
 func (r *reporter) report() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -195,7 +196,7 @@ func (w *worker) follow(ctx context.Context, build int64, stop <-chan struct{}, 
 		}
 		switch {
 		case fault.Is(err, fault.Mismatch):
-			offset = 0 // the log of another server, or of another builder
+			offset = 0 // the server lost the log, or has the log of another attempt: send the log from its start
 		case fault.Of(err).Retryable():
 			log.DebugContext(ctx, "log not sent yet", "err", err)
 		case err != nil: // the log is too long, or the server is an older version

@@ -30,9 +30,10 @@ import (
 
 // Config has the settings of a worker.
 type Config struct {
-	// ID is the worker's name for people. State is a folder for the logs of its running builds. Both together are the
-	// worker's name in the queue: at its start a worker takes over builds that ran under that name. A lock in State
-	// prevents a second worker with the same folder. Workers on different machines must have different IDs.
+	// ID is the worker's name for people. State is a folder for the logs of the worker's running builds. ID and State
+	// together give the worker's name in the queue: when a worker starts, it takes over the builds that ran under that
+	// name. A lock in State prevents a second worker with the same folder. Workers on different machines must have
+	// different IDs.
 	ID, State string
 	// QueueURL is sqlite:///path or postgres://...
 	QueueURL string
@@ -41,14 +42,14 @@ type Config struct {
 	// ServerTimeout is how long a finished build waits for a server that does not answer. 0 means one minute.
 	ServerTimeout time.Duration
 	Server        *api.Client
-	// Make runs one build. If it fails, it returns an error and a Result with what it had found by then. log receives
-	// all output of tools.
+	// Make runs one build. If the build fails, Make returns an error, and a Result with everything that it found before
+	// the failure. log receives all output of tools.
 	Make func(ctx context.Context, r pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 	Log  *slog.Logger
 	// Grace is how long a running build may continue after a stop. A build that has not ended then is cancelled and
 	// handed back. 0 cancels builds at once.
 	Grace time.Duration
-	// Cancel ends the grace period when it is closed. nil never does.
+	// When Cancel is closed, the grace period ends at once. With nil, the grace period always has its full length.
 	Cancel <-chan struct{}
 	// Heartbeat is the time between reports of a running build. 0 means [api.HeartbeatInterval].
 	Heartbeat time.Duration
@@ -67,7 +68,7 @@ const shutdownTimeout = 20 * time.Second
 
 type worker struct {
 	Config
-	// stopping is done when the worker must take no more builds. stop ends it with the reason.
+	// stopping is done when the worker must take no more builds. stop cancels stopping with a reason.
 	stopping context.Context
 	stop     context.CancelCauseFunc
 	// hard is done when running builds must end, too.
@@ -157,7 +158,8 @@ func (cfg Config) queueName() (string, error) {
 	return fmt.Sprintf("%.80s-%x", cfg.ID, sum[:4]), nil
 }
 
-// build runs one build and reports it. The returned error decides about a retry.
+// build runs one build and reports its result to the server. From the returned error, the queue decides whether to run
+// the build again.
 func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error {
 	log := w.Log.With(
 		"build",
@@ -170,18 +172,19 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 		attempt,
 	)
 	if err := w.reportStart(ctx, job.Build, attempt); err != nil {
-		log.WarnContext(ctx, "build not begun", "err", err)
+		log.WarnContext(ctx, "build not started", "err", err)
 		return err
 	}
 	log.InfoContext(ctx, "build started")
 	res, err := w.bounded(ctx, job, attempt, log)
-	// Whatever the error is, the stop caused it.
+	// If the build fails after the worker had to stop, the stop counts as the cause, whatever the error is.
 	stopped := err != nil && w.hard.Err() != nil
 	if stopped {
 		err = queue.Requeue(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was stopped: %w", err), ""))
 	}
 	update := outcome(res, err, stopped, attempt >= queue.MaxAttempts)
-	// Another builder may have the build by now. The number makes sure that this update does not end that attempt.
+	// Another builder may have the build by now. The number of the attempt makes sure that this update does not end the
+	// other builder's attempt.
 	update.Attempt = attempt
 
 	patience := w.ServerTimeout
@@ -230,7 +233,7 @@ func (w *worker) reportStart(ctx context.Context, build int64, attempt int) erro
 	err = errors.Join(err, busy)
 	err = fmt.Errorf("report start of build %d: %w", build, err)
 	switch kind := fault.Of(err); {
-	// With these errors every other build would fail in the same way.
+	// With these errors, the start of every other build would fail in the same way. So the worker stops.
 	case kind == fault.Usage || kind == fault.Unauthorized || kind == fault.Forbidden:
 		err = fault.Wrap(kind, err, "check --server and --token")
 		w.stop(err)
@@ -259,7 +262,7 @@ func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log
 	})()
 	res, err := w.make(ctx, job, attempt, cancel, log)
 	if cause := context.Cause(ctx); err != nil && fault.Is(cause, fault.Cancelled) && w.hard.Err() == nil {
-		// Whatever the error is, the cancellation caused it.
+		// The cancellation counts as the cause, whatever the error of the build is.
 		err = fault.Wrap(fault.Cancelled, cause, "")
 	}
 	return res, err
