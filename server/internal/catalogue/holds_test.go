@@ -52,10 +52,10 @@ func TestNamesOnlyWhatTheRegistryHas(t *testing.T) {
 		t.Fatalf("state = %s; want published", s)
 	}
 	if err := c.Forget(ctx, "other/driver", digest("1")); err != nil || state() != api.Published {
-		t.Errorf("Forget(another repository) = %v, state %s; want it published still", err, state())
+		t.Errorf("Forget(another repository) = %v, state %s; want it still published", err, state())
 	}
 	if err := c.Forget(ctx, "prebake/driver", digest("1")); err != nil || state() == api.Published {
-		t.Errorf("Forget() = %v, state %s; want it published no more", err, state())
+		t.Errorf("Forget() = %v, state %s; want it no longer published", err, state())
 	}
 	all, _, err := c.Artifacts(ctx, store.ArtifactFilter{Digest: digest("1")}, store.Page{})
 	if err != nil || len(all) != 0 {

@@ -71,7 +71,8 @@ func (w checkedRequest) candidates(version string) []target.Flavour {
 	return []target.Flavour{target.Proprietary, target.Open}
 }
 
-// version turns a wish into a version by the driver lists of the kernel. If there is none, reason says why.
+// version turns a wish into a version by the driver lists of the kernel. If there is no version, reason says why and
+// hint says what to do.
 func (w checkedRequest) version(k api.Kernel, known bool) (version, reason, hint string) {
 	if v, ok := w.driver.Exact(); ok {
 		return v, "", ""
@@ -268,8 +269,8 @@ func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 	}
 }
 
-// maxUnknown is how many lookups may wait. maxMissed is how many looked-up kernels are remembered. missedFor is how
-// long one is not looked up again.
+// maxUnknown is how many lookups may wait. maxMissed is how many looked-up kernels are remembered. missedFor is the
+// pause before the same kernel is looked up again.
 const (
 	maxUnknown = 64
 	maxMissed  = 10000
@@ -398,7 +399,7 @@ func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page
 		return nil, "", fault.New(
 			fault.Usage,
 			fmt.Sprintf("limit %d: want 1 to %d kernels", p.Limit, MaxLimitCells),
-			"ask for fewer, and follow the Link header to the next page",
+			"ask for fewer kernels, and follow the Link header to the next page",
 		)
 	}
 	if err := checkFilter(f); err != nil {

@@ -135,7 +135,7 @@ func TestAnnounce(t *testing.T) {
 		t.Errorf("Release() = %+v, %v; want ready after 90 s", r, err)
 	}
 	if d, err := c.ReadyTimes(ctx, 1); err != nil || d != r.Times {
-		t.Errorf("ReadyTimes() = %+v, %v; want the same", d, err)
+		t.Errorf("ReadyTimes() = %+v, %v; want the times of Release()", d, err)
 	}
 	if _, err := c.Release(ctx, "9.9.9"); !fault.Is(err, fault.NotFound) {
 		t.Errorf("Release(absent) = %v; want not-found", err)

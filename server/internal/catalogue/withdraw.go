@@ -82,7 +82,7 @@ func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, er
 	})
 }
 
-// Lift makes a quarantined artifact usable again. Reports from before do not count any more.
+// Lift makes a quarantined artifact usable again. Earlier reports do not count any more.
 func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, error) {
 	return c.setState(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State != api.Quarantined {
