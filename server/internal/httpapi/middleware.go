@@ -81,8 +81,8 @@ func secureHeaders(next http.Handler) http.Handler {
 	})
 }
 
-// boundRequestID removes a client's request id that is too long or has other characters than a word. chi then makes
-// one.
+// boundRequestID removes a client's request id that is too long or has other characters than a word. chi then makes a
+// new id.
 func boundRequestID(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !requestIDPattern.MatchString(r.Header.Get(middleware.RequestIDHeader)) {
