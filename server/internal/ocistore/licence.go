@@ -15,7 +15,7 @@ func (s *Store) audience() string {
 	return registry.AudiencePrivate
 }
 
-// restricted returns why a public registry refuses a manifest, or "" if it accepts it.
+// restricted returns why a public registry refuses a manifest, or "" if the registry accepts the manifest.
 func (s *Store) restricted(manifest []byte) string {
 	need := bundle.RestrictionOf(manifest)
 	if !s.public || s.redistribute.Covers(need) || need == bundle.RedistributeNone {

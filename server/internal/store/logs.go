@@ -15,7 +15,7 @@ import (
 )
 
 // Logs stores build logs as files. <dir>/<build>.log is the complete log that a builder sent at the end.
-// <dir>/<build>.live is the part that it has sent of a running build.
+// <dir>/<build>.live is the part of the log that a builder has sent while the build runs.
 type Logs struct{ root *os.Root }
 
 // OpenLogs opens the folder, and makes it if it is missing. It removes the remains of interrupted uploads.

@@ -105,7 +105,8 @@ func quoted(word string) string {
 	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
 }
 
-// ask returns the commands for a cell. They use its artifact, or ask for one if there is none.
+// ask returns the commands for a cell. They install, verify and download the artifact of the cell. If there is no
+// artifact, the commands request one, or show the state of its build.
 func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 	server, k, d := quoted(base(r)), f.Kernel, f.Driver
 	cell := fmt.Sprintf("--build-id %s --board %s --driver %s --flavour %s", k.BuildID, k.Board, d.Version, d.Flavour)
