@@ -142,7 +142,7 @@ func printWishLists(w io.Writer, all []api.WishList) error {
 		w,
 		[]string{"NAME", "VERSION", "CELLS", "PLANNED", "NOTE"},
 		rows,
-		"no wish list is stored yet: server wish-lists put NAME FILE",
+		"no wish list is stored yet; store one: server wish-lists put NAME FILE",
 	)
 }
 

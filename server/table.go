@@ -162,7 +162,7 @@ func printBuilds(w io.Writer, all []api.Build) error {
 		rows = append(rows, []string{strconv.FormatInt(b.ID, 10), string(b.State), b.Kernel.String(), b.Driver.String(),
 			note})
 	}
-	return printTable(w, []string{"ID", "STATE", "KERNEL", "DRIVER", "NOTE"}, rows, "no build was asked for yet")
+	return printTable(w, []string{"ID", "STATE", "KERNEL", "DRIVER", "NOTE"}, rows, "no build was requested yet")
 }
 
 func printResolution(w io.Writer, base string, r api.Resolution) error {
