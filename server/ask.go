@@ -33,7 +33,7 @@ func clientFlags(own ...ucli.Flag) []ucli.Flag {
 	)
 }
 
-// writeFlags returns the flags of [clientFlags] and the two flags that give a token. The server answers calls that
+// writeFlags returns the flags of [clientFlags] and the two flags for the caller's token. The server answers calls that
 // change something, and some reads, only with a token.
 func writeFlags(own ...ucli.Flag) []ucli.Flag {
 	return append(clientFlags(own...), cli.Group(cli.Trust,

@@ -69,7 +69,7 @@ Example:
 	}
 }
 
-// backup copies the databases in a fixed order, so that each later copy knows at least what the earlier one knows:
+// backup copies the databases in a fixed order, so that each copy has everything that the copies before it refer to:
 //
 //   - The queue goes first. The catalogue may then have a queued build that the copied queue lacks. The sweep puts such
 //     a build into the queue again. A build that a builder took in that moment ends as failed, and the next request

@@ -64,7 +64,8 @@ func between(least, most int) func(int) error {
 
 func readReleases(ctx context.Context, c *api.Client, milestone, limit, days int) (out releases, err error) {
 	out.Days = days
-	// Page counts kernels. Two kernels are read for each COS build, because a COS build has a kernel for each board.
+	// The field Page counts kernels. Two kernels are read for each COS build, because a COS build has a kernel for each
+	// board.
 	out.Releases, _, err = first(c.EachRelease(ctx, api.Filter{Milestone: milestone, Page: 2 * limit}), limit,
 		func(r api.ReleaseSummary) string { return r.BuildID })
 	if err == nil {

@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Scope is a right of a caller. Reading needs none.
+// Scope is a right of a caller. Most reads need no scope.
 type Scope string
 
 // These are all scopes.
@@ -125,7 +125,8 @@ func New(c Config) *Authenticator {
 }
 
 // Authenticate returns the caller that a secret belongs to. The error has kind Unauthorized if the secret belongs to no
-// caller. The error has kind Transient if the secret cannot be checked now, because its issuer does not give its keys.
+// caller. The error has kind Transient if the secret cannot be checked now, for example because the issuer of a token
+// does not answer.
 func (a *Authenticator) Authenticate(ctx context.Context, secret string) (Principal, error) {
 	switch {
 	case equalSecrets(secret, a.First):

@@ -43,8 +43,9 @@ type Rule struct {
 	Issuer string `yaml:"issuer"`
 	// Audience is the value that the claim aud must contain.
 	Audience string `yaml:"audience"`
-	// Claims has the values that other claims must have. They are patterns of [path.Match]: a * stands for any
-	// characters except /. At least one claim is needed, because an issuer such as GitHub's signs tokens for everybody.
+	// Claims has a pattern for each claim that is checked. The value of the claim must match the pattern by [path.Match]:
+	// a * stands for any characters except /. At least one claim is needed, because an issuer such as GitHub's signs
+	// tokens for everybody.
 	Claims map[string]string `yaml:"claims"`
 	// Scopes are the scopes of a caller whose token fits the rule.
 	Scopes []string `yaml:"scopes"`
@@ -53,8 +54,8 @@ type Rule struct {
 	// Keys is a file with the issuer's keys (a JWK set). A relative path starts at the folder of the rules file. ""
 	// reads the keys from the issuer, by OpenID Connect Discovery.
 	Keys string `yaml:"keys"`
-	// CA is a file with certificates in PEM, to one of which the issuer's certificate must chain. "" means the system's
-	// certificates.
+	// CA is a file with certificates in PEM. The issuer's certificate must chain to one of these certificates. "" means
+	// the system's certificates.
 	CA string `yaml:"ca"`
 
 	scopes   []Scope

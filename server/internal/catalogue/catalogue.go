@@ -98,8 +98,8 @@ type Config struct {
 	// HasManifest reports whether a repository of this server (prebake/driver) has a manifest. The catalogue records no
 	// artifact that the registry lacks. nil skips the check.
 	HasManifest func(ctx context.Context, repository, digest string) (bool, error)
-	// Public means that anybody on the internet can read this server's registry. The catalogue then records only those
-	// artifacts in this registry that Redistribute allows.
+	// Public is true if the operator says, by --public, that everybody can read this server's registry. The catalogue then
+	// records only those artifacts in this registry that Redistribute allows.
 	Public       bool
 	Redistribute bundle.Redistribution
 	// KernelMirror and DriverMirror are the URLs of the buckets that builders read. Each job carries both. If one is "",

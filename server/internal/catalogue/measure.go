@@ -54,7 +54,7 @@ type figures struct {
 	builders int
 	heard    []Builder
 	groups   []store.KernelGroup
-	// ready has percentiles of the time from the first sight of a kernel until a cell of it was published. It covers the
+	// ready has percentiles of the time from the discovery of a kernel until a cell of it was published. It covers the
 	// cells that were published within the last readyDays days.
 	ready api.ReadyDuration
 }

@@ -17,8 +17,8 @@ import (
 // one, it takes the flavour that NVIDIA recommends: open from branch R560 on, proprietary before.
 const Auto = "auto"
 
-// NVIDIA set these two branches: R560 made the open modules the recommended ones, and R620 is the first branch
-// without proprietary modules.
+// NVIDIA chose these two branches: it recommends the open modules from R560 on, and releases no proprietary modules
+// from R620 on.
 const (
 	firstOpenPreferred = 560
 	firstOpenOnly      = 620
@@ -282,7 +282,8 @@ type Matrix struct {
 	Kernels []api.Kernel
 	Drivers []api.DriverRelease
 	Cells   [][][]api.Resolution
-	// Folded are the drivers without a column: nobody asked for them on these kernels, or there are too many.
+	// Folded are the drivers without a column: nobody requested them for these kernels, or there are maxColumns columns
+	// already.
 	Folded []api.DriverRelease
 	// Next is where the next page of kernels begins; "" means that there is none.
 	Next string
@@ -408,8 +409,8 @@ func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page
 	return c.Store.RememberedCells(ctx, f, p)
 }
 
-// Cells lists the states of cells for a page of kernels. version chooses one driver version. If it is empty, the list
-// has all versions that somebody built or published for these kernels.
+// Cells lists the states of cells for a page of kernels. version chooses one driver version. If version is empty, the
+// list has all versions that somebody built or published for these kernels.
 func (c *Catalogue) Cells(
 	ctx context.Context,
 	f store.KernelFilter,

@@ -103,8 +103,8 @@ type Workload struct {
 type Builder struct {
 	Name   string
 	SeenAt time.Time
-	// Running is how many builds the builder works on. Published is how many builds it published in the last minutes, as
-	// far as they are among the newest builds of their flavour.
+	// Running is how many builds the builder works on. Published is how many builds it published within idleFor. Only the
+	// recentBuilds newest builds of each flavour are counted.
 	Running, Published int
 }
 
@@ -183,7 +183,7 @@ func (c *Catalogue) Releases(
 // readyDays is the period of the percentiles on the page of releases, in days.
 const readyDays = 30
 
-// RecentReadyTimes returns percentiles of the time from the first sight of a kernel until a cell of it was published.
+// RecentReadyTimes returns percentiles of the time from the discovery of a kernel until a cell of it was published.
 // They cover the cells that were published within the last 30 days, as of the last measurement.
 func (c *Catalogue) RecentReadyTimes(ctx context.Context) (api.ReadyDuration, error) {
 	f, err := c.measured(ctx)
@@ -252,8 +252,8 @@ func (c *Catalogue) measured(ctx context.Context) (*figures, error) {
 	return c.figures.Load(), nil
 }
 
-// textPattern matches a text to search kernels for. It allows the characters of BUILD_IDs and kernel releases, and
-// none with a meaning in an SQL pattern.
+// textPattern matches a text to search kernels for. It allows the characters of BUILD_IDs and kernel releases, and no
+// character with a meaning in an SQL pattern.
 var textPattern = regexp.MustCompile(`^[A-Za-z0-9.+~-]{0,64}$`)
 
 // filterStates are the states that kernels can be filtered by. Published is left out, because nearly all kernels have a

@@ -356,7 +356,7 @@ func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, e
 	return r, nil
 }
 
-// ReadyTimes returns percentiles of the time from the first sight of a kernel until a cell of it was published. They
+// ReadyTimes returns percentiles of the time from the discovery of a kernel until a cell of it was published. They
 // cover the cells that were published within the given number of days.
 func (c *Catalogue) ReadyTimes(ctx context.Context, days int) (api.ReadyDuration, error) {
 	took, err := c.Store.ReadyTimes(ctx, c.Now().AddDate(0, 0, -days))

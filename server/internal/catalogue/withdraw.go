@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Yank marks an artifact as not to be used any more. It also names the replacement, if there is one.
+// Yank marks an artifact, so that no node gets it any more. It also stores the replacement, if y names one.
 // [Catalogue.Unyank] removes the mark.
 func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) (api.Artifact, error) {
 	reason := strings.TrimSpace(y.Reason)

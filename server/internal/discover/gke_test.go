@@ -43,8 +43,9 @@ func names(kernels []api.Kernel) (all []string) {
 	return all
 }
 
-// TestGKE shows what the list does. It finds builds that are not among the newest of their milestone. It labels known
-// kernels, and removes labels that are no longer in the list. It writes nothing if nothing changed.
+// TestGKE shows what discovery does with the list. It finds COS builds that are not among the newest of their
+// milestone. It labels known kernels, and removes labels that are no longer in the list. It writes nothing if nothing
+// changed.
 func TestGKE(t *testing.T) {
 	t.Parallel()
 	commit := strings.Repeat("a", 40)

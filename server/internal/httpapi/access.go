@@ -106,8 +106,8 @@ type tokenStore interface {
 // maxAuditPath is the most bytes of a path in the audit log.
 const maxAuditPath = 512
 
-// audit notes the caller in the context. It adds an entry to the audit log for each call by which a known caller
-// changes something, even if the call was refused. The frequent reports of builders and nodes are left out. Of a push,
+// audit notes the caller in the context. It adds an entry to the audit log for each call of a known caller that would
+// change something, even if the call was refused. The frequent reports of builders and nodes are left out. Of a push,
 // only the manifest is logged.
 func audit(c Config) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {

@@ -17,7 +17,7 @@ type farmSource interface {
 	OldestQueued(ctx context.Context) (time.Time, error)
 }
 
-// The durations cover cells that became ready within the last readyDays days. They are read at most once in
+// The times to ready cover cells that became ready within the last readyDays days. They are read at most once in
 // readyPause, because reading them costs one row for each cell.
 const (
 	readyDays  = 7

@@ -5,7 +5,7 @@
 //   - It queues stored builds that the queue lacks.
 //   - It marks builds as failed if their job has ended.
 //   - It removes jobs of cancelled builds from the queue.
-//   - It raises the priority of jobs to that of their builds.
+//   - It raises the priority of jobs to the priority of their builds.
 //   - It gives the builds of a dead builder to other builders.
 //
 // The package runs no builds: builders do that, through package queue.

@@ -142,7 +142,8 @@ func (h *handler) putSHA512(w http.ResponseWriter, r *http.Request, repo string,
 	w.WriteHeader(http.StatusCreated)
 }
 
-// writeStatus writes an error in the specification's form. The status may differ from the usual one of the code.
+// writeStatus writes an error in the specification's form. The status may differ from the usual status of the error
+// code.
 func writeStatus(w http.ResponseWriter, status int, code, message string) {
 	type one struct {
 		Code    string `json:"code"`

@@ -7,7 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// audience returns what the registry tells every client about who can read it.
+// audience returns the value of the header by which the registry tells each client who can read it.
 func (s *Store) audience() string {
 	if s.public {
 		return registry.AudiencePublic

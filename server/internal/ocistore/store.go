@@ -55,8 +55,8 @@ type Options struct {
 	CreateOnly func(repo, tag string) bool
 	// Deleted is called with each deleted manifest. It may be nil.
 	Deleted func(repo string, d ociregistry.Digest)
-	// Public means that anybody on the internet can read this registry. The registry then refuses content under NVIDIA's
-	// licence, except what Redistribute allows; "" allows nothing.
+	// Public is true if the operator says, by --public, that everybody can read this registry. The registry then refuses
+	// content under NVIDIA's licence, except what Redistribute allows; "" allows nothing.
 	Public       bool
 	Redistribute bundle.Redistribution
 	// CheckFree returns an error if there is no room to write. nil means no check.
@@ -292,7 +292,7 @@ func (s *Store) createJSON(to string, v any) error {
 	return s.syncDir(path.Dir(to))
 }
 
-// errDamaged means that a file does not hold what it should.
+// errDamaged means that a file of the store has content that the store cannot have written.
 var errDamaged = errors.New("damaged")
 
 // readDescriptor reads a file that holds a descriptor. If the file holds something else, the error is errDamaged.

@@ -104,7 +104,7 @@ func (tx *Tx) PlannedWishList(ctx context.Context, l api.WishList) error {
 	return classify("store plan of wish list "+l.Name, err)
 }
 
-// ReadyTimes returns the times from the first sight of a kernel until a cell of it had an artifact, shortest first. It
+// ReadyTimes returns the times from the discovery of a kernel until a cell of it had an artifact, shortest first. It
 // covers the cells that got their artifact after since. It leaves out cells whose artifact is older than the record of
 // their kernel.
 func (s *Store) ReadyTimes(ctx context.Context, since time.Time) ([]time.Duration, error) {

@@ -206,8 +206,8 @@ func base(r *http.Request) string {
 	return scheme + "://" + r.Host
 }
 
-// plain reports whether OCI clients need a flag that says that an address has no TLS. They need none for a loopback
-// address.
+// plain reports whether OCI clients need a flag that says that an address has no TLS. They need no such flag for a
+// loopback address.
 func plain(r *http.Request) bool {
 	if strings.HasPrefix(base(r), "https:") {
 		return false
