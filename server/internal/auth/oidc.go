@@ -161,7 +161,7 @@ func readKeys(file string) (*oidc.StaticKeySet, error) {
 	}
 	var set jose.JSONWebKeySet
 	if err := json.Unmarshal(raw, &set); err != nil {
-		return nil, fmt.Errorf("%s is no JWK set: %w", file, err)
+		return nil, fmt.Errorf("%s is not a JWK set: %w", file, err)
 	}
 	out := &oidc.StaticKeySet{}
 	for _, k := range set.Keys {

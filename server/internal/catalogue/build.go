@@ -428,7 +428,7 @@ func (c *Catalogue) recordArtifact(ctx context.Context, tx *store.Tx, b api.Buil
 		return fault.New(
 			fault.Usage,
 			fmt.Sprintf("publish build %d: no builder reported the kernel's fingerprint", b.ID),
-			"send the fingerprint in the update",
+			"send the field fingerprint in the update of the build",
 		)
 	}
 	return c.addArtifact(ctx, tx, api.Artifact{

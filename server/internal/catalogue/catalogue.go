@@ -332,7 +332,7 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 			return fault.New(
 				fault.Mismatch,
 				fmt.Sprintf("repository %s has no manifest %s", a.Repository, a.Digest),
-				"push the manifest first",
+				"push the manifest to this repository, and then record the artifact again",
 			)
 		}
 	}

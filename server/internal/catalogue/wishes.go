@@ -39,7 +39,7 @@ func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version 
 	if !namePattern.MatchString(name) {
 		return api.WishList{}, fault.New(
 			fault.Usage,
-			fmt.Sprintf("wish list name %.80q: want small letters, digits, - and _", name),
+			fmt.Sprintf("wish list name %.80q: want lower-case letters, digits, - and _", name),
 			"choose a name such as production",
 		)
 	}

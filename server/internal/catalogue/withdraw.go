@@ -18,7 +18,7 @@ func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) 
 	if reason == "" || len(reason) > 1000 {
 		return api.Artifact{}, fault.New(
 			fault.Usage,
-			"yank "+digest+": want a reason of 1 to 1000 letters",
+			"yank "+digest+": want a reason of 1 to 1000 bytes",
 			"give a reason, which nodes show: --reason WHY",
 		)
 	}

@@ -120,7 +120,8 @@ func (s *Store) PushBlobChunkedResume(
 }
 
 func outOfOrder(offset, size int64) error {
-	return fmt.Errorf("%w: chunk begins at %d, the upload has %d bytes", ociregistry.ErrRangeInvalid, offset, size)
+	return fmt.Errorf("%w: the chunk begins at byte %d, but the upload has %d bytes", ociregistry.ErrRangeInvalid,
+		offset, size)
 }
 
 // CancelUpload removes an upload that no request writes to.

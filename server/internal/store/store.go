@@ -60,7 +60,8 @@ func Open(ctx context.Context, rawURL string) (*Store, error) {
 	}
 	if err := s.migrate(ctx); err != nil {
 		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("migrate catalogue: %w", err),
-			"check that the server can reach and write the database, and that no newer server has migrated it"), s.Close())
+			"check that the server can reach the database and write to it, and that no newer server version has used it"),
+			s.Close())
 	}
 	if !s.postgres {
 		s.cache.listens(true) // no other process writes
