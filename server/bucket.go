@@ -226,8 +226,8 @@ func (x tarballIndex) check(k target.Kernel) error {
 	return nil
 }
 
-// addBucket adds findings about artifacts that only the bucket has. It adds nothing about an artifact of the
-// registry, because that one is compared with the catalogue already.
+// addBucket adds findings about artifacts that only the bucket has. It adds nothing about an artifact of the registry,
+// because [compare] has compared that artifact with the catalogue already.
 func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.Verifier) (err error) {
 	opened, err := cosbucket.Open(ctx, url)
 	if err != nil {

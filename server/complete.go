@@ -56,7 +56,7 @@ func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 	return nil
 }
 
-// arguments completes the next argument of a command. All commands but preflight take only one.
+// arguments completes the next argument of a command. All commands but preflight take only one argument.
 func arguments(ctx context.Context, at cli.Place) []cli.Candidate {
 	if at.Command == "preflight" {
 		return buildIDs(ctx, at)

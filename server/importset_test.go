@@ -65,8 +65,8 @@ func (s site) imports(t *testing.T) (code int, stdout, stderr string) {
 	return run(t, append([]string{"import", bundled(t, s.layout)}, s.flags...)...)
 }
 
-// TestImportOfADamagedLayer damages a layer of the last driver. The import reports it before it sends anything of the
-// first driver.
+// TestImportOfADamagedLayer damages a layer of the last driver. The import reports the damage before it sends anything
+// of the first driver.
 func TestImportOfADamagedLayer(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

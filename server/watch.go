@@ -34,7 +34,7 @@ const (
 // progress is a build, with its queue position while it is open.
 type progress struct {
 	api.Build
-	// Position and ETA are as in a resolution.
+	// Position and ETA have the meaning of the same fields of [api.Resolution].
 	Position int        `json:"position,omitempty"`
 	ETA      *time.Time `json:"eta,omitempty"`
 }

@@ -289,7 +289,7 @@ func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (ap
 	return c.update(ctx, id, u, func(*store.Tx) error { return nil })
 }
 
-// update is [Catalogue.Update]. It also runs more in the same transaction.
+// update is [Catalogue.Update]. It also calls the function more in the same transaction.
 func (c *Catalogue) update(
 	ctx context.Context, id int64, u api.BuildUpdate, more func(*store.Tx) error,
 ) (api.Build, error) {

@@ -10,8 +10,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestNamesOnlyWhatTheRegistryHas shows that the catalogue names no artifact that the server's registry lacks. It
-// refuses an artifact that was never there, whoever reports it. It removes an artifact that was deleted there.
+// TestNamesOnlyWhatTheRegistryHas shows that the catalogue names no artifact that the server's registry lacks. The
+// catalogue refuses an artifact that was never in the registry, whoever reports the artifact. It removes an artifact
+// that was deleted from the registry.
 func TestNamesOnlyWhatTheRegistryHas(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)

@@ -38,7 +38,7 @@ const (
 
 var nodePattern = regexp.MustCompile(`^[0-9a-f]{32,64}$`)
 
-// Network returns the network that a node's report comes from, which is a prefix of its address.
+// Network returns the network that a node's report comes from, which is a prefix of the node's address.
 func Network(a netip.Addr) string {
 	if !a.IsValid() {
 		return "unknown"

@@ -77,8 +77,8 @@ func mustKernel(t *testing.T, c *catalogue.Catalogue) api.Kernel {
 	return all[0]
 }
 
-// TestPlanForAGPU shows that the server's wish lists can name types of GPU, as the builder's can. It also has a
-// kernel whose only driver lists are for types of GPU.
+// TestPlanForAGPU shows that wish lists of the server can name types of GPU, like wish lists of the builder. One of the
+// kernels has driver lists for types of GPU only.
 func TestPlanForAGPU(t *testing.T) {
 	t.Parallel()
 	c, q := withGPUs(t)

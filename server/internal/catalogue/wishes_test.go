@@ -54,7 +54,7 @@ func TestPlan(t *testing.T) {
 	see("17800.0.1")
 	see("17800.0.2")
 	see("17800.0.10")
-	plan() // without a list, nothing is wanted
+	plan() // without a wish list, nothing is wanted
 	if _, err := c.PutWishList(ctx, "production", wishes, 0); err != nil {
 		t.Fatal(err)
 	}

@@ -190,7 +190,8 @@ type callers struct {
 	of map[string]*rate.Limiter
 }
 
-// maxCallers is the most callers that are stored. It is limited, because the names in issuers' tokens are unlimited.
+// maxCallers is the most callers that are stored. The number is limited, because the tokens of issuers can name any
+// number of callers.
 const maxCallers = 10_000
 
 // caller returns the limits of the caller.

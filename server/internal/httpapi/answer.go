@@ -79,7 +79,7 @@ func matches(header, tag string) bool {
 	return false
 }
 
-// bufferResponse sends an answer only when the handler has written all of it.
+// bufferResponse sends an answer only when the handler has written the whole answer.
 func bufferResponse(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		held := newBufferedResponse(w)

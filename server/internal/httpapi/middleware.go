@@ -136,8 +136,8 @@ func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 	}
 }
 
-// Limits of concurrent answers. A page of a list costs some milliseconds of a core, and a node's question a fraction
-// of one. A client that asks for the largest pages must not delay the nodes.
+// Limits of concurrent answers. A page of a list costs some milliseconds of a core, and a node's question costs a
+// fraction of a millisecond. A client that asks for the largest pages must not delay the nodes.
 const (
 	listsAtOnce, listsWaiting = 32, 256 // includes pages that clients read slowly
 	callsAtOnce, callsWaiting = 64, 8192

@@ -25,7 +25,7 @@ type cellPage struct {
 	Release api.DriverRelease
 	// GPUs are the types of GPU for which the COS build lists this driver.
 	GPUs []catalogue.GPULabel
-	// Both is the path of the page with both flavours; "" means that this is that page.
+	// Both is the path of the page with both flavours. It is "" on the page with both flavours itself.
 	Both     string
 	Flavours []flavourCell
 }
