@@ -43,7 +43,7 @@ func cellOf(cmd *ucli.Command) cell {
 		Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}
 }
 
-// request returns the command that asks for the cell.
+// request returns the command that requests a build of the cell.
 func (c cell) request() string {
 	return fmt.Sprintf(
 		"server request --build-id %s --board %s --driver %s --flavour %s",

@@ -171,7 +171,8 @@ func (c *Catalogue) Reports(ctx context.Context, digest, buildID, board string) 
 	return c.Store.Reports(ctx, digest, buildID, board, maxCounts)
 }
 
-// maxQuarantine is the most artifacts on a page of quarantined ones. It is small because each costs an SQL statement.
+// maxQuarantine is the most artifacts on a page of quarantined artifacts. It is small because each artifact costs an
+// SQL statement.
 const maxQuarantine = 100
 
 // Quarantined lists a page of the quarantined artifacts, newest first.

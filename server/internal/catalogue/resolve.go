@@ -60,7 +60,7 @@ func parseWish(buildID, board, driver, flavour string) (checkedRequest, error) {
 	return w, nil
 }
 
-// candidates returns the flavours to examine. The preferred one is first.
+// candidates returns the flavours to examine. The preferred flavour is first.
 func (w checkedRequest) candidates(version string) []target.Flavour {
 	switch {
 	case w.flavours != nil:
@@ -163,7 +163,7 @@ func never(rel api.DriverRelease, d target.Driver) string {
 }
 
 // resolution computes the state of a cell from all facts about it. An artifact counts for a kernel only if it is
-// attested for that COS build. If the kernel's fingerprint is known, the artifact must have the same one.
+// attested for that COS build. If the kernel's fingerprint is known, the artifact must have the same fingerprint.
 func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Facts) api.Resolution {
 	newest := facts.Newest
 	r := api.Resolution{Kernel: k.Kernel, Driver: d, Build: newest}

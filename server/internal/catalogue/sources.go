@@ -47,7 +47,7 @@ func (c *Catalogue) SawGKE(ctx context.Context, versions map[string][]string) er
 	return nil
 }
 
-// gkePattern matches a GKE version, or the beginning of one.
+// gkePattern matches a GKE version, or the beginning of a GKE version.
 var gkePattern = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,4}(\.[0-9]{1,4}(-gke\.[0-9]{1,9})?)?$`)
 
 func checkGKE(version string) error {

@@ -33,16 +33,16 @@ const (
 type Kernels struct {
 	// URL is the address of the bucket.
 	URL string
-	// PerMilestone is how many builds of each COS milestone are followed, newest first; 0 means 40. The number is per
-	// milestone for two reasons. Google's bucket keeps thousands of builds. An LTS milestone has releases for two years,
-	// while newer milestones are developed.
+	// PerMilestone is how many builds of each COS milestone are followed, newest first; 0 means 40. The number is limited
+	// because Google's bucket keeps thousands of builds. It is per milestone because an LTS milestone has releases for two
+	// years, while newer milestones are developed.
 	PerMilestone int
 }
 
 // Name is "kernels".
 func (Kernels) Name() string { return "kernels" }
 
-// Look reads the builds that the catalogue lacks, and again the known ones that may change.
+// Look reads the builds that the catalogue lacks. It also reads again those known builds that may change.
 func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	b, err := cosbucket.Open(ctx, s.URL)
 	if err != nil {
@@ -116,8 +116,8 @@ func known(ctx context.Context, c catalogue) (map[string][]api.Kernel, error) {
 	}
 }
 
-// choose returns the builds to read that the catalogue lacks, and the known kernels to read again. ids has the newest
-// first. All builds of a milestone have the same first number in their BUILD_IDs.
+// choose returns the builds to read that the catalogue lacks, and the known kernels to read again. The newest build is
+// first in ids. All builds of a milestone have the same first number in their BUILD_IDs.
 func (s Kernels) choose(
 	ids []string,
 	old map[string][]api.Kernel,

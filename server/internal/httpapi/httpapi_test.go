@@ -359,7 +359,7 @@ func TestRoutes(t *testing.T) {
 }
 
 // TestManners checks what clients expect of an HTTP server. A browser gets a page for an unknown address. A wrong
-// method gets the list of allowed ones. A client with the current ETag gets 304. Large answers are compressed on
+// method gets the list of allowed methods. A client with the current ETag gets 304. Large answers are compressed on
 // request. A request id of the client is returned, unless it is too long.
 func TestManners(t *testing.T) {
 	t.Parallel()

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// metrics has a registry of its own, because all linked packages share the library's global one.
+// metrics has a registry of its own, because all linked packages share the global registry of the library.
 type metrics struct {
 	registry *prometheus.Registry
 	took     *prometheus.HistogramVec

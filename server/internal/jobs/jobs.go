@@ -65,8 +65,8 @@ type Sweeper struct {
 	// Now returns the current time. nil means time.Now.
 	Now func() time.Time
 
-	// listening is the time since which builders can report without interruption. A builder is not dead because the
-	// server was down.
+	// listening is the time since which builders can report without interruption. A builder that was silent while the
+	// server was down is not dead.
 	listening time.Time
 }
 

@@ -1,5 +1,5 @@
 // Package ocistore is the embedded registry: the OCI distribution API over a folder. CUE's ociserver handles the
-// protocol. The storage is this package's, see docs/decisions/0003-embedded-registry.md.
+// protocol. This package stores the content, see docs/decisions/0003-embedded-registry.md.
 //
 // Content becomes visible only when it is complete, verified and synced. A process that is killed at any moment leaves
 // the store as it was before or after a push. The package refuses digests other than SHA-256 and SHA-512, manifests

@@ -18,8 +18,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// The registry accepts the OCI media types of manifests and Docker's two. Docker's are for images that other tools
-// copy here.
+// The registry accepts the OCI media types of manifests and the two of Docker. The types of Docker are for images that
+// other tools copy here.
 const (
 	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
 	dockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -239,7 +239,7 @@ type manifest struct {
 }
 
 // PushManifest implements [ociregistry.Writer]. It writes the content, the referrers entry, the manifest and the tag,
-// in this order. Each becomes visible only after everything that it needs.
+// in this order. Each of them becomes visible only after everything that it needs.
 func (s *Store) PushManifest(
 	ctx context.Context,
 	repo, tag string,

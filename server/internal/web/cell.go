@@ -141,8 +141,8 @@ func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 	}
 }
 
-// maxReferrers is how many statements of an artifact are examined. An artifact may have some for each of hundreds of
-// kernels.
+// maxReferrers is how many statements of an artifact are examined. An artifact may have statements for each of hundreds
+// of kernels.
 const maxReferrers = 200
 
 // signed describes what is attached to an artifact on this server. It reads labels, which anybody who may push can
