@@ -84,7 +84,7 @@ func printTokens(w io.Writer, all []api.Token) error {
 		w,
 		[]string{"ID", "NAME", "STATE", "SCOPES"},
 		rows,
-		"no token is made yet: server tokens create NAME --scope ask",
+		"no token was made yet; make one: server tokens create NAME --scope SCOPE",
 	)
 }
 
@@ -96,5 +96,5 @@ func printAudit(w io.Writer, all []api.AuditEntry) error {
 			[]string{e.At.UTC().Format("2006-01-02 15:04"), cut(e.Actor, 20), strconv.Itoa(e.Status), e.Method + " " + e.Path},
 		)
 	}
-	return printTable(w, []string{"AT", "ACTOR", "STATUS", "CALL"}, rows, "no changes yet")
+	return printTable(w, []string{"AT", "ACTOR", "STATUS", "CALL"}, rows, "no such change is recorded")
 }

@@ -16,7 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// groupWhat and the others are the headings under which --help lists flags that several commands share.
+// groupWhat, groupServer and groupOutput are the headings under which --help lists the flags that several commands
+// share.
 const (
 	groupWhat   = cli.What
 	groupServer = cli.From
@@ -32,7 +33,8 @@ func clientFlags(own ...ucli.Flag) []ucli.Flag {
 	)
 }
 
-// writeFlags returns the flags of [clientFlags] and the two flags of the token, which writing needs.
+// writeFlags returns the flags of [clientFlags] and the two flags for the caller's token. The server answers calls that
+// change something, and some reads, only with a token.
 func writeFlags(own ...ucli.Flag) []ucli.Flag {
 	return append(clientFlags(own...), cli.Group(cli.Trust,
 		cli.String("token", "", "`TOKEN` for the server; prefer --token-file"),
@@ -171,8 +173,8 @@ Example:
 	}
 }
 
-// ended returns the error of a build that the caller waited for and that was not published. The error has the class
-// of the build's failure.
+// ended returns an error if the caller waited for a build and the build was not published. The error has the class of
+// the build's failure. A build without a class was cancelled.
 func ended(waited bool, b api.Build) error {
 	if !waited || b.State == api.Published {
 		return nil

@@ -19,7 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// reader reads the artifacts of a registry that is not trusted. It accepts signed statements only.
+// reader reads the artifacts of a registry. The reader does not trust the registry, so it accepts only statements with
+// a trusted signature.
 type reader struct {
 	repo     *registry.Repository
 	verifier *trust.Verifier
@@ -30,13 +31,13 @@ type reader struct {
 type artifact struct {
 	digest   string
 	identity bundle.Identity
-	// kernels are the kernels that the artifact is verified for. err says why there are none.
+	// kernels are the kernels that the artifact is verified for. If kernels is empty, err says why.
 	kernels []target.Kernel
 	err     error
 }
 
-// readAtOnce is how many requests to the registry run at a time. maxAttestations is how many kernels are examined for
-// one artifact.
+// readAtOnce is how many requests to the registry run at a time. maxAttestations is the most kernels that the
+// statements of one artifact may name.
 const (
 	readAtOnce      = 8
 	maxAttestations = 5000
@@ -94,8 +95,8 @@ func (r *reader) each(ctx context.Context, n int, do func(context.Context, int) 
 	return context.Cause(ctx)
 }
 
-// itsOwn reports whether the artifact itself is at fault. A false result means that reading it failed, for example
-// because of the network.
+// itsOwn reports whether err is about the artifact itself. A false result means that reading the artifact failed, for
+// example because of the network.
 func itsOwn(ctx context.Context, err error) bool {
 	if ctx.Err() != nil {
 		return false
@@ -107,8 +108,8 @@ func itsOwn(ctx context.Context, err error) bool {
 	return false
 }
 
-// one reads an artifact. It returns an error only if the registry failed. What is wrong with the artifact itself is
-// in the err field of the result.
+// one reads an artifact. It returns an error only if the registry failed. An error about the artifact itself is in the
+// err field of the result.
 func (r *reader) one(ctx context.Context, digest string) (artifact, error) {
 	a := artifact{digest: digest}
 	err := r.read(ctx, &a)
@@ -154,7 +155,7 @@ func (r *reader) read(ctx context.Context, a *artifact) error {
 		}
 	}
 	if len(a.kernels) > 0 {
-		return nil // kernels without a valid statement do not count: anybody can write a label
+		return nil // other candidates do not count: anybody can write a label
 	}
 	if refusal == nil {
 		refusal = fault.Wrap(fault.Unverified, trust.ErrNoKernelMatch, "")
@@ -213,7 +214,8 @@ func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel
 	return all, nil
 }
 
-// verify decides as a node with this kernel does. The result has the kernel's other facts, as they were signed.
+// verify makes the same checks as a node with kernel k. The result is the signed kernel match, which has more facts
+// about the kernel than k.
 func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trust.KernelMatch, error) {
 	bundles, err := r.repo.AttachedIf(ctx, a.digest, trust.ArtifactTypeBundle, r.useful(a.digest), r.verifier.Wanted(k)...)
 	if err != nil {
@@ -232,9 +234,9 @@ func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trus
 	return verdict.Match, nil
 }
 
-// useful returns the function that [registry.Repository.AttachedIf] wants. The function returns a text that
-// identifies what a bundle states. The text is empty if the signature is not valid or the statement is about another
-// artifact.
+// useful returns a function for [registry.Repository.AttachedIf], which keeps only one of several bundles with the same
+// statement. The function returns a text that identifies the signer, the type and the content of a bundle's statement.
+// The text is empty if the signature is not valid or the statement is about another artifact.
 func (r *reader) useful(digest string) func([]byte) string {
 	return func(raw []byte) string {
 		st, err := r.verifier.Statement(raw)

@@ -69,12 +69,12 @@ Example:
 	}
 }
 
-// backup copies the databases in a fixed order, so that each later copy knows at least what the earlier one knows:
+// backup copies the databases in a fixed order, so that each copy has everything that the copies before it refer to:
 //
 //   - The queue goes first. The catalogue may then have a queued build that the copied queue lacks. The sweep puts such
 //     a build into the queue again. A build that a builder took in that moment ends as failed, and the next request
 //     tries it again. In the opposite order, the queue would have jobs of builds that the older catalogue does not
-//     know, and the catalogue would give the numbers of those builds to others.
+//     know, and the catalogue would give the numbers of those builds to other builds.
 //   - The catalogue goes before the registry, which the operator copies. Builders push an artifact first and tell the
 //     catalogue afterwards. All artifacts that the copied catalogue names are therefore in the later copy of the
 //     registry. That copy may have more artifacts; server reindex finds them. In the opposite order, the catalogue
@@ -136,8 +136,8 @@ func backup(ctx context.Context, s settings, folder string) (done copied, err er
 	return done, syncFolder(filepath.Dir(folder))
 }
 
-// copyToken copies the file with the first token. The data folder has no such file if the server gets its token by
-// --token, or from a file elsewhere, such as a secret of the platform.
+// copyToken copies the file with the first token, and reports whether there is one. The data folder has no such file if
+// the server gets its token by --token, or from a file elsewhere, such as a secret of the platform.
 func copyToken(s settings, to string) (bool, error) {
 	from := s.TokenFile
 	if from == "" {

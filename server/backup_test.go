@@ -147,7 +147,7 @@ func comesBack(t *testing.T, flags []string, copies copies) {
 	copies.restore(t, folder, dir)
 	url, _, _ = start(t, dir, flags...)
 	if got := secretOf(t, dir); got != secret {
-		t.Error("the token is another one after the restore")
+		t.Error("the token after the restore differs from the token before")
 	}
 	c = api.NewClient(url, secret, nil)
 	for _, b := range asked[:atLeast] {

@@ -28,7 +28,8 @@ import (
 // bucketObject is the predicate type of a statement about an object of a bucket.
 const bucketObject = "https://prebake.dev/bucket-object/v1"
 
-// maxIndex and maxEntries are the largest size and the most entries of an index. Builders have the same limits.
+// maxIndex is the largest size of an index, in bytes. maxEntries is the most drivers of an index. Builders have the
+// same limits.
 const (
 	indexFile  = "index.json"
 	maxIndex   = 4 << 20
@@ -53,14 +54,15 @@ type tarball struct {
 	kernel target.Kernel
 }
 
-// bucket is a bucket of tarballs that is not trusted. Only signed content of it is.
+// bucket is a bucket of tarballs. The server does not trust the bucket, but only what a trusted key signed.
 type bucket struct {
 	b        *cosbucket.Bucket
 	verifier *trust.Verifier
 }
 
-// tarballs reads all indexes. The findings are indexes that cannot be trusted, and tarballs that an index names and
-// the bucket lacks. An error means that the bucket failed.
+// tarballs reads all indexes. all has the tarballs that the bucket has. bad has a finding for each index that cannot be
+// trusted, and for each tarball that an index names and the bucket lacks. An error means that reading the bucket
+// failed.
 func (b *bucket) tarballs(ctx context.Context) (all []tarball, bad []finding, err error) {
 	ids, err := b.b.BuildIDs(ctx)
 	if err != nil {
@@ -126,8 +128,8 @@ func (b *bucket) build(ctx context.Context, id string) (all []tarball, bad []fin
 	return all, bad, nil
 }
 
-// has reports whether the bucket has an object. The list is older than the index, so an object that is missing there
-// is looked up again.
+// has reports whether the bucket has an object. listed was read before the index, so a newer object may be missing in
+// it. has therefore asks the bucket for an object that is not in listed.
 func (b *bucket) has(ctx context.Context, listed []string, name string) (bool, error) {
 	if _, ok := slices.BinarySearch(listed, name); ok {
 		return true, nil
@@ -142,9 +144,9 @@ func (b *bucket) has(ctx context.Context, listed []string, name string) (bool, e
 	return true, body.Close()
 }
 
-// index reads an index and checks its signature before it uses the content. Each state of an index has a signature of
-// its own under a name with the digest of that state. Builders write the signature first, so every state has its
-// signature.
+// index reads an index and checks its signature before it uses the content. Each version of an index has a signature of
+// its own. The name of the signature has the digest of that version. Builders write the signature before the index, so
+// each version that can be read has its signature.
 func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tarballIndex, err error) {
 	text, err := b.b.ReadSmall(ctx, name, maxIndex)
 	if err != nil {
@@ -174,10 +176,12 @@ func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tar
 	if st.PredicateType != bucketObject || !st.About("sha256:"+digest) {
 		return x, fault.New(fault.Unverified, "the signed statement is not about this index", "")
 	}
-	// An index that was signed for one build and put in the place of another's is not trusted.
+	// Somebody may put the signed index of one COS build in the place of another COS build's index. Such an index is not
+	// trusted.
 	if facts.Object != name || facts.BuildID != k.BuildID || facts.Board != k.Board {
 		return x, fault.New(fault.Mismatch,
-			fmt.Sprintf("the index is signed as %.200q for %.40q/%.40q", facts.Object, facts.BuildID, facts.Board), "")
+			fmt.Sprintf("the signature is for the index %.200q of kernel %.40q/%.40q, not for this index",
+				facts.Object, facts.BuildID, facts.Board), "")
 	}
 	if err := json.Unmarshal(text, &x); err != nil {
 		return x, fault.Wrap(fault.Unverified, err, "")
@@ -188,7 +192,8 @@ func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tar
 	return x, nil
 }
 
-// foreign turns the error of a file that is too long for an index into one that says "not trusted".
+// foreign gives kind Unverified to the errors of a file that cannot be an index: one that is too long, or whose
+// checksum is wrong.
 func foreign(err error) error {
 	if fault.Is(err, fault.Unsupported) || fault.Is(err, fault.Checksum) {
 		return fault.Wrap(fault.Unverified, err, "")
@@ -201,7 +206,7 @@ func (x tarballIndex) check(k target.Kernel) error {
 		return fmt.Errorf("the index has format %d; this program reads format 1 only", x.Format)
 	}
 	if x.BuildID != k.BuildID || x.Board != k.Board {
-		return fmt.Errorf("the index is for %.40q/%.40q", x.BuildID, x.Board)
+		return fmt.Errorf("the index is for kernel %.40q/%.40q, not %s", x.BuildID, x.Board, k)
 	}
 	if len(x.Drivers) > maxEntries {
 		return fmt.Errorf("the index has %d drivers; this program reads at most %d", len(x.Drivers), maxEntries)
@@ -221,8 +226,8 @@ func (x tarballIndex) check(k target.Kernel) error {
 	return nil
 }
 
-// addBucket adds findings about artifacts that only the bucket has. It adds nothing about an artifact of the
-// registry, because that one is compared with the catalogue already.
+// addBucket adds findings about artifacts that only the bucket has. It adds nothing about an artifact of the registry,
+// because [compare] has compared that artifact with the catalogue already.
 func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.Verifier) (err error) {
 	opened, err := cosbucket.Open(ctx, url)
 	if err != nil {

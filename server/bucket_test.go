@@ -57,14 +57,14 @@ func TestReindexBucket(t *testing.T) {
 	index("17800.0.48", farm, "17800.0.48", entry("17800.0.48", foreign.Digest))
 	index("17800.0.51", farm, "17800.0.51", entry("17800.0.51", gone))
 	index("17800.0.52", farm, "17800.0.52", entry("17800.0.52", gone))
-	// The registry has this artifact. The bucket has its tarball for this build, but the registry has no statement for
-	// it.
+	// The registry has this artifact, but no statement that it fits this COS build. The bucket has its tarball for this
+	// COS build.
 	index("17800.0.53", farm, "17800.0.53", entry("17800.0.53", held.Digest))
 	index("17800.0.54", farm, "17800.0.54", entry("17800.0.54", ""))
 	removed := entry("17800.0.55", held.Digest)
 	removed.Object = "17800.0.55/lakitu/extensions/gpu/x.tgz"
 	index("17800.0.55", farm, "17800.0.55", removed)
-	// The server trusts none of these.
+	// The server trusts none of the following indexes.
 	index("17800.0.61", stranger, "17800.0.61", entry("17800.0.61", gone))
 	index("17800.0.62", nil, "", entry("17800.0.62", gone))
 	index("17800.0.63", farm, "17800.0.64", entry("17800.0.63", gone))
@@ -80,7 +80,7 @@ func TestReindexBucket(t *testing.T) {
 	lostFor, others := map[string][]string{}, map[difference]int{}
 	for _, f := range got.Findings {
 		if f.Applied {
-			t.Errorf("%+v is applied; want nothing recorded of a bucket", f)
+			t.Errorf("%+v is applied; want no record from a bucket", f)
 		}
 		if f.Difference != lost {
 			others[f.Difference]++
@@ -97,7 +97,7 @@ func TestReindexBucket(t *testing.T) {
 	if diff := cmp.Diff(wantLost, lostFor); diff != "" {
 		t.Errorf("reindex finds lost (-want +got):\n%s", diff)
 	}
-	// Unverified are five indexes and the foreign artifact. Absent is the tarball that was removed.
+	// Five indexes and the foreign artifact are unverified. The tarball that was removed is absent.
 	if diff := cmp.Diff(map[difference]int{unverified: 6, absent: 1}, others); diff != "" {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// cell has the flags that name a cell on a command line.
+// cell has the values of the flags that name a cell on a command line.
 type cell struct {
 	BuildID, Board, Driver, Flavour string
 }
@@ -43,7 +43,7 @@ func cellOf(cmd *ucli.Command) cell {
 		Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}
 }
 
-// request returns the command that asks for the cell.
+// request returns the command that requests a build of the cell.
 func (c cell) request() string {
 	return fmt.Sprintf(
 		"server request --build-id %s --board %s --driver %s --flavour %s",
@@ -54,8 +54,8 @@ func (c cell) request() string {
 	)
 }
 
-// cellError returns the error of a cell without a usable artifact. The error is pending if a build is queued or
-// running, so that a pipeline can wait. Otherwise there is no artifact.
+// cellError returns the error for a cell that has no published artifact, and nil for a published cell. The kind of the
+// error is Pending if a build is queued or running, so that a pipeline can wait. Otherwise the kind is NoArtifact.
 func cellError(asked cell, r api.Resolution) error {
 	of := "COS build"
 	if _, gke := api.BuildOrGKE(asked.BuildID); gke != "" {
@@ -203,7 +203,7 @@ func verdict(asked []cell, answer api.Preflight) error {
 	waiting, missing := 0, 0
 	for i, v := range answer.Pools {
 		cell := asked[i]
-		if v.Resolution.Kernel.BuildID != "" { // the BUILD_ID of a GKE version
+		if v.Resolution.Kernel.BuildID != "" { // the question named a GKE version; the answer has its BUILD_ID
 			cell.BuildID = v.Resolution.Kernel.BuildID
 		}
 		err := cellError(cell, v.Resolution)
@@ -281,6 +281,6 @@ func printCells(w io.Writer, all []api.Resolution) error {
 		w,
 		[]string{"KERNEL", "DRIVER", "STATE", "NOTE"},
 		rows,
-		"no cell was requested yet: server request",
+		"no cell was requested yet; request a build: server request --build-id BUILD_ID",
 	)
 }

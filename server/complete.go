@@ -56,7 +56,7 @@ func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 	return nil
 }
 
-// arguments completes the next argument of a command. All commands but preflight take only one.
+// arguments completes the next argument of a command. All commands but preflight take only one argument.
 func arguments(ctx context.Context, at cli.Place) []cli.Candidate {
 	if at.Command == "preflight" {
 		return buildIDs(ctx, at)
@@ -80,7 +80,7 @@ func arguments(ctx context.Context, at cli.Place) []cli.Candidate {
 	case "lift":
 		return digests(ctx, at, api.Quarantined)
 	case "wish-lists show", "wish-lists put", "wish-lists remove":
-		lists, _ := server(at).WishLists(ctx) // without an answer, nothing is offered
+		lists, _ := server(at).WishLists(ctx) // if the server does not answer, no list is offered
 		var all []cli.Candidate
 		for _, l := range lists {
 			all = append(all, cli.Candidate{Value: l.Name, About: fmt.Sprintf("%d cells", l.Cells)})
@@ -130,7 +130,8 @@ func buildIDs(ctx context.Context, at cli.Place) []cli.Candidate {
 	})
 }
 
-// driversOf offers versions. For commands that take a wish, it also offers the words of wishes and the branches.
+// driversOf offers versions. For commands whose --driver may be a wish, it also offers default, latest and the
+// branches.
 func driversOf(ctx context.Context, at cli.Place) []cli.Candidate {
 	var words, branches []cli.Candidate
 	seen := map[string]bool{}

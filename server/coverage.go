@@ -52,5 +52,5 @@ func printCoverage(w io.Writer, v api.Coverage) error {
 		add("all", v.Total)
 	}
 	return printTable(w, []string{"M", "WANTED", "READY", "BUILDING", "QUEUED", "FAILED", "WITHDRAWN", "NEVER", "MISSING"},
-		rows, "no wish list wants a cell: server wish-lists put NAME FILE")
+		rows, "no wish list wants a cell; store a wish list: server wish-lists put NAME FILE")
 }

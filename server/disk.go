@@ -11,8 +11,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// disk watches the free space of the data folder. Below the reserve, the server refuses uploads and logs and reports
-// that it is not ready. The reserve keeps space for the databases, which must not meet a full disk.
+// disk watches the free space of the data folder. If less than the reserve is free, the server refuses uploads and
+// build logs, and reports that it is not ready. The reserve keeps space for the databases, which must not meet a full
+// disk.
 type disk struct {
 	dir     string
 	reserve uint64 // bytes
@@ -51,7 +52,7 @@ func (d *disk) CheckFree() error {
 		return fault.New(
 			fault.DiskFull,
 			fmt.Sprintf("%d MiB are left on the disk of %s, less than the reserve of %d MiB", free>>20, d.dir, d.reserve>>20),
-			"free space, or set --reserve lower",
+			"free space on this disk, or start the server with a smaller --reserve",
 		)
 	}
 	return nil

@@ -8,7 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-var rewrite = flag.Bool("update", false, "write the pages in docs that come of the commands anew")
+var rewrite = flag.Bool("update", false, "write the pages in docs that are generated from the commands")
 
 // TestDocs compares the pages in docs that are generated from the commands with the commands.
 func TestDocs(t *testing.T) {

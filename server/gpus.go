@@ -59,5 +59,5 @@ func printGPUs(w io.Writer, all []gpu) error {
 		rows = append(rows, []string{g.Kernel, g.GPU, orDash(g.Default), orDash(g.Latest), strings.Join(branches, ", ")})
 	}
 	return printTable(w, []string{"KERNEL", "GPU", "DEFAULT", "LATEST", "BRANCHES"}, rows,
-		"no such COS build has a driver list for a type of GPU; list COS builds: server kernels")
+		"no such COS build has a driver list for a GPU; list COS builds: server kernels")
 }

@@ -18,9 +18,9 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// importCommand pushes a bundle to the server and records it in the catalogue, as reindex does. Before it sends the
-// first byte, it verifies all that it will send of the bundle, layers included. Attachments that no trusted key
-// vouches for are not sent; [importSet] gives the rule.
+// importCommand pushes a bundle to the server and records its drivers in the catalogue, as reindex does. Before the
+// first byte is sent, the command verifies all that it will send, layers included. [importSet] says which attachments
+// of a driver are sent.
 func importCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "import", Usage: "copy the drivers of an offline bundle to the registry and the catalogue",
@@ -101,7 +101,7 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 
 func isDriver(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" }
 
-// drivers reads the tagged artifacts that are drivers. Without any, it returns an empty list and no error.
+// drivers reads the tagged artifacts that are drivers. The error has kind NoArtifact if there are none.
 func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 	tags, err := r.repo.Tags(ctx)
 	if err != nil {
@@ -110,7 +110,7 @@ func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 	seen := map[string]bool{}
 	for _, tag := range tags {
 		if strings.ContainsAny(tag, "/:@") {
-			continue // the name of a container image
+			continue // a tag with these characters is the name of a container image
 		}
 		d, err := r.repo.Resolve(ctx, tag)
 		if err != nil {

@@ -98,7 +98,7 @@ func TestImport(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := farm.Verifier(t).Verify(bundles, s.Expect()); err != nil {
-		t.Errorf("Verify of what the server has = %v; want nil", err)
+		t.Errorf("Verify of the driver on the server = %v; want nil", err)
 	}
 
 	foreign := testkit.NewSample(t, stranger, testkit.SampleKernel("2"), driver, "")
@@ -108,7 +108,7 @@ func TestImport(t *testing.T) {
 		t.Errorf("import of a stranger's driver = %d\n%s%s\nwant 4, and the driver named", code, out, errs)
 	}
 	if d, err := served.Resolve(t.Context(), foreign.Digest); !fault.Is(err, fault.NoArtifact) {
-		t.Errorf("after that the server has %v, %v; want nothing of it", d.Digest, err)
+		t.Errorf("after that the server has %v, %v; want no such artifact", d.Digest, err)
 	}
 	if known, err := c.Artifacts(t.Context()); err != nil || len(known) != 1 {
 		t.Errorf("after that the catalogue has %d artifacts, %v; want 1", len(known), err)

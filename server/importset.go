@@ -32,8 +32,8 @@ type sized struct {
 	size   int64
 }
 
-// maxDeltas limits the deltas of one driver. Builders attach one for each of three former kernels, and nodes try
-// three.
+// maxDeltas is the most deltas of one driver that are sent. Builders attach at most three deltas, one for each of three
+// former kernels, and a node tries at most three.
 const maxDeltas = 16
 
 func newImportSet(r *reader) *importSet {
@@ -103,7 +103,7 @@ func (v *importSet) add(ctx context.Context, digest string) error {
 			v.leftOut++
 			continue
 		}
-		if _, err := v.r.repo.Image(ctx, d.Digest.String()); err != nil { // reads its config, too
+		if _, err := v.r.repo.Image(ctx, d.Digest.String()); err != nil { // reads and checks the config, too
 			return err
 		}
 	}
@@ -112,7 +112,8 @@ func (v *importSet) add(ctx context.Context, digest string) error {
 	return err
 }
 
-// compare verifies a blob. It reads each blob once, even if several manifests name it.
+// compare verifies that the content of a blob matches its digest. It reads each blob once, even if several manifests
+// name it.
 func (v *importSet) compare(ctx context.Context, d v1.Descriptor) error {
 	blob := sized{d.Digest, d.Size}
 	if v.compared[blob] {
@@ -125,8 +126,8 @@ func (v *importSet) compare(ctx context.Context, d v1.Descriptor) error {
 	return nil
 }
 
-// attachment reads the manifest of an attachment. It returns nil if the manifest is listed but missing, and if it has
-// a shape that no allowed attachment has.
+// attachment reads the manifest of an attachment. It returns nil if the manifest is listed but missing. It also returns
+// nil if the manifest has another number of layers than one, or another subject.
 func (v *importSet) attachment(ctx context.Context, subject string, d v1.Descriptor) (*v1.Manifest, error) {
 	raw, err := v.r.repo.Manifest(ctx, d.Digest.String())
 	if fault.Is(err, fault.NoArtifact) {

@@ -65,8 +65,8 @@ func (s site) imports(t *testing.T) (code int, stdout, stderr string) {
 	return run(t, append([]string{"import", bundled(t, s.layout)}, s.flags...)...)
 }
 
-// TestImportOfADamagedLayer damages a layer of the last driver. The import reports it before it sends anything of the
-// first driver.
+// TestImportOfADamagedLayer damages a layer of the last driver. The import reports the damage before it sends anything
+// of the first driver.
 func TestImportOfADamagedLayer(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -86,7 +86,7 @@ func TestImportOfADamagedLayer(t *testing.T) {
 		t.Errorf("import = %d\n%s%s\nwant %d, and driver and layer named", code, out, errs, fault.Unverified.ExitCode())
 	}
 	if _, err := s.served.Resolve(t.Context(), first.Digest); !fault.Is(err, fault.NoArtifact) {
-		t.Errorf("Resolve of the driver that is whole = %v; want that nothing was sent", err)
+		t.Errorf("Resolve of the undamaged driver = %v; want no-artifact, because nothing may be sent", err)
 	}
 	if tags, err := s.served.Tags(t.Context()); err == nil && len(tags) > 0 {
 		t.Errorf("the server has tags %v; want none", tags)
@@ -97,7 +97,7 @@ func TestImportOfADamagedLayer(t *testing.T) {
 	}
 	if err := registry.Compare(t.Context(), s.served,
 		v1.Descriptor{Digest: hash, Size: first.Layers[0].Size}); err == nil {
-		t.Error("the server has a layer of the driver that is whole; want that nothing was sent")
+		t.Error("the server has a layer of the undamaged driver; want nothing, because nothing may be sent")
 	}
 	if known, err := s.client.Artifacts(t.Context()); err != nil || len(known) != 0 {
 		t.Errorf("the catalogue has %d artifacts, %v; want none", len(known), err)
@@ -173,7 +173,7 @@ func TestImportOfAttachments(t *testing.T) {
 	}
 	for digest, name := range want {
 		if !slices.ContainsFunc(got, func(d v1.Descriptor) bool { return d.Digest.String() == digest }) {
-			t.Errorf("the server lacks what is %s", name)
+			t.Errorf("the server lacks the attachment %q", name)
 		}
 	}
 }

@@ -16,7 +16,7 @@ import (
 )
 
 // largestPage is the most entries that the server sends in one page. For lists that count kernels, the server allows
-// fewer, and the client requests no more than those.
+// fewer entries. [api.Client] then asks for as many as the server allows.
 const largestPage = 1000
 
 // paged is a command that prints a list, up to a limit.
@@ -83,17 +83,17 @@ func (p paged[T]) command() *ucli.Command {
 			}
 			_, err = fmt.Fprintf(
 				cmd.Root().ErrWriter,
-				"there are more than these %d %s: --limit COUNT, or --all\n",
-				most,
+				"the server has more %s than the %d listed; list more with --limit COUNT, or all with --all\n",
 				p.what,
+				most,
 			)
 			return err
 		},
 	}
 }
 
-// first reads as many entries as most says. If key is set, most counts groups of entries. If most is 0, first reads
-// all entries. more reports whether there are others.
+// first reads as many entries as most says. If key is set, most counts groups of entries. If most is 0, first reads all
+// entries. more reports whether there are further entries.
 func first[T any](entries iter.Seq2[T, error], most int, key func(T) string) (all []T, more bool, err error) {
 	all = []T{}
 	count, last := 0, ""

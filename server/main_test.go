@@ -171,7 +171,7 @@ func TestOperator(t *testing.T) {
 	published := api.BuildUpdate{State: api.Published, Digest: digest, Kernel: &kernel,
 		Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("a", 64))}
 	if _, err := c.UpdateBuild(t.Context(), 1, published); !fault.Is(err, fault.Mismatch) {
-		t.Errorf("publishing what the registry has not = %v; want mismatch", err)
+		t.Errorf("UpdateBuild(published, a digest that the registry lacks) = %v; want mismatch", err)
 	}
 	digest = push(t, url, string(secret), "first")
 	published.Digest = digest

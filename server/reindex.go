@@ -26,12 +26,12 @@ type difference string
 
 // Each comment says what the difference means, and what --apply does about it.
 const (
-	missing    difference = "missing"    // verified, not in the catalogue; --apply records it
-	attested   difference = "attested"   // verified for more kernels than the catalogue has; --apply records them
+	missing    difference = "missing"    // a verified artifact is not in the catalogue; --apply records it
+	attested   difference = "attested"   // a verified artifact has more kernels than the catalogue; --apply records them
 	differs    difference = "differs"    // the catalogue contradicts the registry; a person has to decide
-	absent     difference = "absent"     // in the catalogue, not in the registry
-	unverified difference = "unverified" // no trusted signer says what it is; never recorded
-	lost       difference = "lost"       // only the bucket has it, as a tarball; it has to be built again
+	absent     difference = "absent"     // an artifact of the catalogue is not in the registry
+	unverified difference = "unverified" // no trusted signer says what the artifact is; it is never recorded
+	lost       difference = "lost"       // only the bucket has the driver, as a tarball; it has to be built again
 )
 
 // finding is a difference of one artifact.
@@ -68,11 +68,11 @@ func signerFlags() []ucli.Flag {
 	return append(cli.Group(cli.Trust, keys), cli.Group(cli.Trust, cli.IdentityFlags()...)...)
 }
 
-// reindexCommand asks a running server and writes through its API. An operator who lost the database starts the
-// server on the remaining data folder, or on a new one. The server then makes empty tables and serves its own
-// registry. Nodes need not wait, because they load what they have installed. One command therefore serves every case:
-// the server's own registry and any other, SQLite and PostgreSQL. The API checks each record as it checks every
-// caller's, and the audit log names who made it.
+// reindexCommand asks a running server and writes through its API. An operator who lost the database starts the server
+// on the remaining data folder, or on a new one. The server then makes empty tables and serves its own registry. Nodes
+// need not wait, because they load what they have installed. One command therefore serves every case: the server's own
+// registry and any other, SQLite and PostgreSQL. The API checks each record like a record of any other caller, and the
+// audit log names the caller.
 func reindexCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "reindex", Usage: "compare the catalogue with a registry, and record what the catalogue lacks",

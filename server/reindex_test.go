@@ -178,7 +178,7 @@ func TestReindex(t *testing.T) {
 		}
 	}
 
-	// An artifact without a trusted signature is not recorded, whoever asks.
+	// With --apply, too, an artifact without a trusted signature is not recorded.
 	all = read(fault.Unverified.ExitCode(), "--apply")
 	for digest := range wantStates {
 		if applied := digest == lacking.Digest || digest == more.Digest; all[digest].Applied != applied {

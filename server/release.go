@@ -142,7 +142,7 @@ func printWishLists(w io.Writer, all []api.WishList) error {
 		w,
 		[]string{"NAME", "VERSION", "CELLS", "PLANNED", "NOTE"},
 		rows,
-		"no wish list is stored yet: server wish-lists put NAME FILE",
+		"no wish list is stored yet; store one: server wish-lists put NAME FILE",
 	)
 }
 
@@ -175,7 +175,7 @@ func putWishListCommand() *ucli.Command {
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if cmd.Args().Len() != 2 {
 				return fault.New(fault.Usage, cmd.FullName()+" needs a name and a file",
-					"name the list and its file: "+cmd.FullName()+" production wish.yaml")
+					"name the wish list and its file: "+cmd.FullName()+" production wish.yaml")
 			}
 			name, file := cmd.Args().Get(0), cmd.Args().Get(1)
 			text, err := os.ReadFile(file)

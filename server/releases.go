@@ -14,7 +14,7 @@ import (
 
 // releases summarizes the newest COS builds.
 type releases struct {
-	// Times covers the cells that became ready within so many days.
+	// Times covers the cells that became ready within the last Days days.
 	Days     int                  `json:"days"`
 	Times    api.ReadyDuration    `json:"times"`
 	Releases []api.ReleaseSummary `json:"releases"`
@@ -64,7 +64,8 @@ func between(least, most int) func(int) error {
 
 func readReleases(ctx context.Context, c *api.Client, milestone, limit, days int) (out releases, err error) {
 	out.Days = days
-	// Two kernels for each COS build are read, because a COS build has a kernel for each board.
+	// The field Page counts kernels. Two kernels are read for each COS build, because a COS build has a kernel for each
+	// board.
 	out.Releases, _, err = first(c.EachRelease(ctx, api.Filter{Milestone: milestone, Page: 2 * limit}), limit,
 		func(r api.ReleaseSummary) string { return r.BuildID })
 	if err == nil {
@@ -93,7 +94,7 @@ func printReleases(w io.Writer, all releases) error {
 		)
 	}
 	head := []string{"BUILD_ID", "M", "SEEN", "CELLS", "READY", "OPEN", "P50", "P90", "MAX"}
-	if err := printTable(w, head, rows, "no release is known yet: server announce BUILD_ID"); err != nil ||
+	if err := printTable(w, head, rows, "no COS build is known yet; announce one: server announce BUILD_ID"); err != nil ||
 		all.Times.Count == 0 {
 		return err
 	}

@@ -209,7 +209,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Quarantine: s.Quarantine, Log: log,
 		Public: s.Public, Redistribute: s.Redistribute,
 	})
-	cat.PlanSoon() // what was wanted when the last server stopped
+	cat.PlanSoon() // the last server may have stopped before it planned
 	if s.KernelMirror != "" {
 		cat.Mirror = discover.Mirror{URL: s.KernelMirror}
 	}
@@ -280,7 +280,8 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	group.Go(func() error { return collect(running, registry, log) })
 	group.Go(func() error {
 		<-running.Done()
-		// The shutdown has two steps: the server accepts no new requests, and after the grace it drops the old ones.
+		// The shutdown has two steps: the server accepts no new requests, and after the grace period it closes the
+		// connections of the requests that still run.
 		log.Info("server stopping", "grace", s.Grace)
 		patience, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.Grace)
 		defer cancel()
@@ -302,7 +303,7 @@ func (s settings) sources() (all []discover.Source) {
 	if s.DriverMirror != "" {
 		all = append(all, discover.Drivers{URL: s.DriverMirror})
 	}
-	if s.GKEMap != "" { // last, because it may ask for thousands of builds
+	if s.GKEMap != "" { // last, because it may look up thousands of COS builds
 		all = append(all, &discover.GKE{Map: s.GKEMap, URL: s.KernelMirror})
 	}
 	return all

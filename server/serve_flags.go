@@ -105,7 +105,7 @@ func serveSettings(cmd *ucli.Command) settings {
 	}
 }
 
-// databaseFlag is a flag with the URL of a database.
+// databaseFlag returns a flag with the URL of a database.
 func databaseFlag(name, usage string) *ucli.StringFlag {
 	f := cli.String(name, "", usage)
 	f.Validator = func(s string) error {

@@ -16,7 +16,7 @@ var snapshotFile = regexp.MustCompile(
 )
 
 // snapshotFiles serves the folder of a snapshot. The builder may write to the folder meanwhile. The server verifies
-// nothing, because nodes verify.
+// nothing, because nodes verify each file.
 func snapshotFiles(dir string) (http.Handler, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -32,7 +32,7 @@ func snapshotFiles(dir string) (http.Handler, error) {
 			http.NotFound(w, r)
 			return
 		}
-		info, err := root.Stat(name) // first: opening a pipe waits for its other end
+		info, err := root.Stat(name) // before Open, because opening a named pipe waits for a writer
 		if err != nil || !info.Mode().IsRegular() {
 			http.NotFound(w, r)
 			return

@@ -18,7 +18,7 @@ const columns = 80
 const narrow = 12
 
 // printTable aligns rows under a head. The last column takes the remaining width and is cut to fit. The other columns
-// are usually short. If they are not, the widest is cut until the last column has its least width.
+// are usually short. If they are long, the widest column is cut until the last column has its least width.
 func printTable(w io.Writer, head []string, rows [][]string, none string) error {
 	if len(rows) == 0 {
 		_, err := fmt.Fprintln(w, none)
@@ -162,7 +162,7 @@ func printBuilds(w io.Writer, all []api.Build) error {
 		rows = append(rows, []string{strconv.FormatInt(b.ID, 10), string(b.State), b.Kernel.String(), b.Driver.String(),
 			note})
 	}
-	return printTable(w, []string{"ID", "STATE", "KERNEL", "DRIVER", "NOTE"}, rows, "no build was asked for yet")
+	return printTable(w, []string{"ID", "STATE", "KERNEL", "DRIVER", "NOTE"}, rows, "no build was requested yet")
 }
 
 func printResolution(w io.Writer, base string, r api.Resolution) error {

@@ -58,7 +58,7 @@ func checkToken(token, where string) error {
 	if len(token) < 16 || strings.ContainsAny(token, " \t\r\n") {
 		return fault.New(
 			fault.Usage,
-			"token in "+where+" is not one word of at least 16 letters",
+			"token in "+where+" is not one word of at least 16 characters",
 			"make a token: openssl rand -hex 16",
 		)
 	}

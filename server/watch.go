@@ -34,14 +34,14 @@ const (
 // progress is a build, with its queue position while it is open.
 type progress struct {
 	api.Build
-	// Position and ETA are as in a resolution.
+	// Position and ETA have the meaning of the same fields of [api.Resolution].
 	Position int        `json:"position,omitempty"`
 	ETA      *time.Time `json:"eta,omitempty"`
 }
 
 func (p progress) ended() bool { return p.State != api.Queued && p.State != api.Building }
 
-// text returns the message for a person. Two states with the same text look the same, so the second is not printed.
+// text returns the message for a person. If a new state has the same text as the last one, [follow] does not call say.
 func (p progress) text() string {
 	parts := []string{strings.TrimSpace(string(p.State) + " " + p.Phase)}
 	if p.ended() {
@@ -59,8 +59,8 @@ func (p progress) text() string {
 	return strings.Join(parts, ", ")
 }
 
-// follow calls say for each change of a build that a person would notice, until the build ends. If the server does
-// not answer, follow waits for it and calls away once.
+// follow calls say for each change of a build that a person would notice, until the build ends. If the server does not
+// answer, follow calls away once, and waits until the server answers.
 func follow(
 	ctx context.Context, c *api.Client, b api.Build, away func(error), say func(progress) error,
 ) (api.Build, error) {

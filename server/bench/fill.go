@@ -21,19 +21,19 @@ type world struct {
 	versions []string
 }
 
-// cursor returns the cursor of some page in a list of kernels, in the form of the store's cursors.
+// cursor returns the cursor of a random page in a list of kernels, in the form of the store's cursors.
 func (w world) cursor() string {
 	k := w.kernels[rand.IntN(len(w.kernels))]
 	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "[%q,%q]", target.SortKey(k.BuildID), k.Board))
 }
 
-// perFingerprint is how many COS builds share a kernel. COS's milestones show about this number, because releases are
-// more frequent than changes of the kernel.
+// perFingerprint is how many COS builds share one ABI fingerprint. COS's milestones show about this number, because
+// releases are more frequent than changes of the kernel.
 const perFingerprint = 4
 
 var branches = []int{19999, 19506, 19216, 18867, 18613, 18244, 17800}
 
-// fill writes the catalogue of a farm after a year.
+// fill writes a catalogue like that of a farm after a year.
 func fill(ctx context.Context, url string, s settings) (w world, err error) {
 	db, err := store.Open(ctx, url)
 	if err != nil {
@@ -120,7 +120,7 @@ func fillCells(ctx context.Context, tx *store.Tx, w world, i int, f target.Finge
 	return nil
 }
 
-// fillBuilds adds the builds of a year, and the waiting ones.
+// fillBuilds adds the builds of a year. The last s.queue builds wait for a builder; the others have ended.
 func fillBuilds(ctx context.Context, db *store.Store, w world, s settings, r *rand.Rand, begin time.Time) error {
 	const at = 1000 // builds in one transaction
 	for done := 0; done < s.builds; done += at {

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// row is one line of the table.
+// row has the measurements of one load: one line of the table that the command prints.
 type row struct {
 	name   string
 	took   []time.Duration
@@ -71,11 +71,12 @@ func get(ctx context.Context, c *connection, path string) bool {
 	return err == nil
 }
 
-// callers is the most calls at the same time. A fleet behind one proxy has about as many connections.
+// callers is the largest number of calls that run at the same time. A fleet behind one proxy has about as many
+// connections.
 const callers = 128
 
-// paced makes calls at a fixed rate, however long the answers take. The time of a call counts from the moment that it
-// was due, so that it shows when the server falls behind. With fresh, each call opens a new connection.
+// paced makes calls at a fixed rate, however long the answers take. The time of a call counts from the moment when the
+// call was due. A server that falls behind therefore shows long times. With fresh, each call opens a new connection.
 func paced(ctx context.Context, host string, rate int, length time.Duration, fresh bool, path func() string) *row {
 	var wait sync.WaitGroup
 	var next atomic.Int64
@@ -106,7 +107,8 @@ func paced(ctx context.Context, host string, rate int, length time.Duration, fre
 	return r
 }
 
-// measure runs all loads, one after the other. The first row is the least that any call takes.
+// measure runs all loads, one after the other. The first row measures /healthz, which takes the least time of all
+// calls. The table compares the other rows with the first.
 func measure(ctx context.Context, p *process, w world, s settings) ([]*row, error) {
 	host := strings.TrimPrefix(p.url, "http://")
 	question := func() string {

@@ -188,15 +188,15 @@ type usage struct {
 	ok           bool
 }
 
-// cpu reads the processor time up to now. The server's is in fields 14 and 15 of its stat file, in hundredths of a
-// second (proc(5)).
+// cpu reads the processor time up to now. The processor time of the server is in fields 14 and 15 of its file
+// /proc/PID/stat, in hundredths of a second (proc(5)).
 func (p *process) cpu() usage {
 	u := usage{at: time.Now()}
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
 	if err != nil {
 		return u
 	}
-	_, rest, _ := strings.Cut(string(raw), ") ") // the text after the name starts with field 3
+	_, rest, _ := strings.Cut(string(raw), ") ") // the text after the program's name starts with field 3
 	fields := strings.Fields(rest)
 	var self syscall.Rusage
 	if len(fields) < 13 || syscall.Getrusage(syscall.RUSAGE_SELF, &self) != nil {

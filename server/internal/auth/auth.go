@@ -1,6 +1,6 @@
 // Package auth identifies callers and decides what they may do. It knows three kinds of secrets: the server's first
 // token, tokens that an administrator made and whose hashes are in the database, and OpenID Connect tokens of issuers
-// that a file trusts. It knows no routes: the packages that serve them say what scope each needs.
+// that a file trusts. It knows no routes: the packages that serve routes say which scope each route needs.
 package auth
 
 import (
@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Scope is a right of a caller. Reading needs none.
+// Scope is a right of a caller. Most reads need no scope.
 type Scope string
 
 // These are all scopes.
@@ -32,10 +32,10 @@ const (
 	Build Scope = "build"
 	// Push is for writing to the registry.
 	Push Scope = "push"
-	// Operate is for people. They may change wish lists, cancel, yank and delete from the registry. It includes Ask and
-	// Announce.
+	// Operate is for people. They may change wish lists, cancel builds, yank artifacts and delete from the registry. The
+	// scope includes Ask and Announce.
 	Operate Scope = "operate"
-	// Admin is for making and revoking tokens and for reading the audit log. It includes all others.
+	// Admin is for making and revoking tokens and for reading the audit log. The scope includes all other scopes.
 	Admin Scope = "admin"
 )
 
@@ -95,7 +95,7 @@ func (p Principal) May(s Scope) bool {
 
 // tokenStore is the part of the database that the authenticator uses.
 type tokenStore interface {
-	// Token reads a token and its hash by its id. The error has kind NotFound if there is none.
+	// Token reads a token and its hash by its id. The error has kind NotFound if there is no such token.
 	Token(ctx context.Context, id string) (api.Token, []byte, error)
 	// TokenUsed records when a token was used.
 	TokenUsed(ctx context.Context, id string, at time.Time) error
@@ -124,8 +124,9 @@ func New(c Config) *Authenticator {
 	return &Authenticator{c}
 }
 
-// Authenticate returns the caller that a secret belongs to. The error has kind Unauthorized if it belongs to none,
-// and Transient if that cannot be checked now.
+// Authenticate returns the caller that a secret belongs to. The error has kind Unauthorized if the secret belongs to no
+// caller. The error has kind Transient if the secret cannot be checked now, for example because the issuer of a token
+// does not answer.
 func (a *Authenticator) Authenticate(ctx context.Context, secret string) (Principal, error) {
 	switch {
 	case equalSecrets(secret, a.First):
@@ -140,7 +141,7 @@ func (a *Authenticator) Authenticate(ctx context.Context, secret string) (Princi
 
 func unknown(why string) error {
 	return fault.New(fault.Unauthorized, why,
-		"ask an operator of the server for a token; the operator makes one: server tokens create NAME")
+		"ask an administrator of the server for a token; the administrator runs server tokens create NAME --scope SCOPE")
 }
 
 // equalSecrets compares secrets in constant time. An empty secret equals nothing.
@@ -149,8 +150,8 @@ func equalSecrets(given, secret string) bool {
 	return subtle.ConstantTimeCompare(a[:], b[:]) == 1 && secret != ""
 }
 
-// Secret returns the secret of a request: a Bearer token, or the Basic password of any user name. Registry clients
-// send the latter.
+// Secret returns the secret of a request: a Bearer token, or the password of HTTP Basic authentication with any user
+// name. Registry clients send such a password.
 func Secret(r *http.Request) (secret string, given bool) {
 	if _, password, ok := r.BasicAuth(); ok {
 		return password, true

@@ -67,11 +67,11 @@ func TestToken(t *testing.T) {
 	for i := range 3 {
 		now = now.Add(25 * time.Minute * time.Duration(i))
 		if _, err := a.Authenticate(t.Context(), made.Secret); err != nil {
-			t.Errorf("Who(token) again = %v", err)
+			t.Errorf("Authenticate(token) again = %v", err)
 		}
 	}
 	if m.used != 2 {
-		t.Errorf("its use was written %d times in 75 minutes; want 2", m.used)
+		t.Errorf("the use of the token was recorded %d times in 75 minutes; want 2", m.used)
 	}
 	for name, secret := range map[string]string{
 		"nothing": "", "prefix": tokenPrefix, "id alone": tokenPrefix + made.ID,
@@ -133,8 +133,8 @@ func sign(t *testing.T, alg jose.SignatureAlgorithm, k crypto.PrivateKey, claims
 
 const issuer = "https://token.actions.githubusercontent.com"
 
-// TestIssuer uses the claims that GitHub documents for its tokens ("OpenID Connect reference", docs.github.com). Each
-// row but the first changes one thing, and its token is refused.
+// TestIssuer uses the claims that GitHub documents for its tokens ("OpenID Connect reference", docs.github.com). The
+// server accepts a token with these claims. Each row changes one thing, and the server refuses its token.
 func TestIssuer(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -28,13 +28,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Limits of input from outside, in bytes, and of requests to an issuer.
+// These are the limits of input from outside, in bytes, and the times of requests to an issuer.
 const (
-	maxIssuers  = 1 << 20 // of the rules file
-	maxJWT      = 16 << 10
-	maxKeys     = 1 << 20
-	askIssuer   = 10 * time.Second
-	retryIssuer = 10 * time.Second
+	maxIssuers  = 1 << 20          // of the rules file
+	maxJWT      = 16 << 10         // of a token
+	maxKeys     = 1 << 20          // of a file with keys
+	askIssuer   = 10 * time.Second // for one request
+	retryIssuer = 10 * time.Second // from a failed request to the next
 )
 
 // Rule trusts some of an issuer's tokens.
@@ -43,18 +43,19 @@ type Rule struct {
 	Issuer string `yaml:"issuer"`
 	// Audience is the value that the claim aud must contain.
 	Audience string `yaml:"audience"`
-	// Claims has the values that other claims must have. They are patterns of [path.Match]: a * stands for any
-	// characters except /. At least one claim is needed, because an issuer such as GitHub's signs tokens for everybody.
+	// Claims has a pattern for each claim that is checked. The value of the claim must match the pattern by [path.Match]:
+	// a * stands for any characters except /. At least one claim is needed, because an issuer such as GitHub's signs
+	// tokens for everybody.
 	Claims map[string]string `yaml:"claims"`
-	// Scopes are the scopes of such a caller.
+	// Scopes are the scopes of a caller whose token fits the rule.
 	Scopes []string `yaml:"scopes"`
 	// Name is the caller's name in the audit log. {claim} is replaced by a claim. "" means the claim sub.
 	Name string `yaml:"name"`
 	// Keys is a file with the issuer's keys (a JWK set). A relative path starts at the folder of the rules file. ""
 	// reads the keys from the issuer, by OpenID Connect Discovery.
 	Keys string `yaml:"keys"`
-	// CA is a file with certificates in PEM, to one of which the issuer's certificate must chain. "" means the system's
-	// certificates.
+	// CA is a file with certificates in PEM. The issuer's certificate must chain to one of these certificates. "" means
+	// the system's certificates.
 	CA string `yaml:"ca"`
 
 	scopes   []Scope
@@ -160,7 +161,7 @@ func readKeys(file string) (*oidc.StaticKeySet, error) {
 	}
 	var set jose.JSONWebKeySet
 	if err := json.Unmarshal(raw, &set); err != nil {
-		return nil, fmt.Errorf("%s is no JWK set: %w", file, err)
+		return nil, fmt.Errorf("%s is not a JWK set: %w", file, err)
 	}
 	out := &oidc.StaticKeySet{}
 	for _, k := range set.Keys {
@@ -183,8 +184,8 @@ func verifierConfig() *oidc.Config {
 	}}
 }
 
-// lazyVerifier reads an issuer's keys when the first token of that issuer arrives. The server can therefore start
-// without the issuer.
+// lazyVerifier reads an issuer's keys when the first token of that issuer arrives. The server can therefore start while
+// the issuer does not answer.
 type lazyVerifier struct {
 	issuer string
 	client *http.Client
@@ -201,7 +202,7 @@ func (l *lazyVerifier) get(now time.Time) (*oidc.IDTokenVerifier, error) {
 	if l.verifier != nil || now.Sub(l.failed) < retryIssuer && l.err != nil {
 		return l.verifier, l.err
 	}
-	// The key set uses this context and its client for its whole life, so the end of one request must not cancel it.
+	// The key set keeps this context and sends all later requests with it, so it must not be the context of one call.
 	provider, err := oidc.NewProvider(oidc.ClientContext(context.Background(), l.client), l.issuer)
 	if err != nil {
 		l.failed, l.err = now, fault.Wrap(fault.Transient, fmt.Errorf("ask issuer %s for its keys: %w", l.issuer, err), "")

@@ -14,9 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A token is prebake_ID_SECRET. Scanners for leaked secrets recognize the prefix. The id finds the token's row. Each
-// part has 26 letters and digits with 128 random bits, so a plain SHA-256 is enough: nobody can guess the secret from
-// it.
+// A token has the form prebake_ID_SECRET. Scanners for leaked secrets recognize the prefix. The store finds the token's
+// row by ID. ID and SECRET have 26 letters and digits each, with 128 random bits. A plain SHA-256 of the token is
+// therefore safe in the database: nobody can guess the secret from the hash.
 const tokenPrefix = "prebake_"
 
 // DefaultLifetime and MaxLifetime are the default and the longest lifetime of a token.

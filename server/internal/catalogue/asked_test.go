@@ -64,8 +64,8 @@ func (u *upstream) Build(_ context.Context, buildID string) ([]api.Kernel, error
 	return []api.Kernel{{Kernel: target.Kernel{BuildID: buildID, Board: "lakitu", Arch: target.AMD64}, Default: v261}}, nil
 }
 
-// TestUnknownBuildIsLookedUp has a mirror. A request for a COS build that the catalogue lacks looks the build up
-// there. The server refuses the request if the mirror lacks it, too.
+// TestUnknownBuildIsLookedUp has a mirror. A request for a COS build that the catalogue lacks looks the COS build up in
+// the mirror. The server refuses the request if the mirror lacks the COS build, too.
 func TestUnknownBuildIsLookedUp(t *testing.T) {
 	t.Parallel()
 	c, q := world(t)
@@ -93,12 +93,12 @@ func TestUnknownBuildIsLookedUp(t *testing.T) {
 		}
 	}
 	if up.asked != 0 {
-		t.Errorf("questions asked the mirror %d times themselves", up.asked)
+		t.Errorf("Resolve() asked the mirror %d times; want 0", up.asked)
 	}
 	ctx, stop := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer stop()
 	if err := c.LookUpUnknown(ctx); err != nil || up.asked != 1 {
-		t.Errorf("a thousand questions asked the mirror %d times, %v; want once", up.asked, err)
+		t.Errorf("LookUpUnknown() after a thousand questions asked the mirror %d times, %v; want once", up.asked, err)
 	}
 }
 

@@ -23,8 +23,8 @@ type Caller struct {
 	Allow func() error
 }
 
-// Request asks for a cell to be built. For a published cell it returns the finished build, and for an open cell the
-// open build. A failed cell gets a new build.
+// Request asks for a build of a cell. For a published cell it returns the finished build. For a cell that is queued or
+// building it returns that build. A failed cell gets a new build.
 func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build, error) {
 	return c.RequestAs(ctx, r, Caller{})
 }
@@ -55,8 +55,8 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 	if err != nil {
 		return api.Build{}, err
 	}
-	// Among the flavours that the wish allows, a published or open cell is chosen. Without one, the preferred flavour is
-	// chosen among those that can be built.
+	// Among the flavours that the wish allows, a cell that is published, building or queued is chosen. If there is none,
+	// the preferred flavour is chosen among those that can be built.
 	var chosen *api.Resolution
 	var refusal string
 	for _, f := range w.candidates(version) {
@@ -87,8 +87,8 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 	return c.openCell(ctx, k, *chosen, queue.PriorityAsked)
 }
 
-// openCell adds and queues a build for a cell that has none. It raises the priority of an open build that waits with
-// a lower one.
+// openCell adds and queues a build for a cell that has none. If a build of the cell waits with a lower priority,
+// openCell raises the priority of that build. A withdrawn artifact is an error of kind Unsupported.
 func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolution, priority int) (api.Build, error) {
 	now := c.Now()
 	b := api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, Priority: priority, CreatedAt: now}
@@ -102,12 +102,12 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 		if cell.Build != nil && cell.Build.State == api.Published && cell.Build.Digest == cell.Digest {
 			return *cell.Build, nil
 		}
-		// The artifact was published without a build of this server. A build that is published already records that.
+		// No build of this server published the artifact. A new build in state published records where it is.
 		b.State, b.Digest, b.FinishedAt = api.Published, cell.Digest, &now
 		b, _, err := c.add(ctx, b, cell.Build)
 		return b, err
 	}
-	if k.SeenAt.IsZero() { // the catalogue has to know the kernel of each build, even without a mirror
+	if k.SeenAt.IsZero() { // each build needs its kernel in the catalogue; without a mirror, nothing else adds it
 		if err := c.RecordKernel(ctx, k); err != nil {
 			return b, err
 		}
@@ -135,8 +135,9 @@ func (c *Catalogue) within(tx *store.Tx, change func(Enqueuer) error) error {
 	return change(c.Within(tx))
 }
 
-// after changes the queue after that transaction, if the queue has a database of its own. The build is stored
-// already, so the sweep of package jobs repeats a change that fails here.
+// after changes the queue after the transaction of [Catalogue.within], if the queue has a database of its own. The
+// build is stored already, so the sweep of package jobs repeats a change that fails here. trouble is the log message
+// for such a failure.
 func (c *Catalogue) after(ctx context.Context, trouble string, id int64, change func(Enqueuer) error) {
 	if c.Within != nil {
 		return
@@ -185,12 +186,12 @@ func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, e
 	return all, nil
 }
 
-// errPublished undoes an added build, because the cell was published after its state was read.
+// errPublished makes the transaction remove an added build, because the cell was published after its state was read.
 var errPublished = errors.New("the cell was published meanwhile")
 
 // add stores a new build. It returns the open build of the same cell instead, if there is one. seen is the newest build
-// of the cell when its state was read, or nil. If a build of the cell was published since, add returns that one: a node
-// that asks while the builder reports must not start a second build.
+// of the cell when its state was read, or nil. If a build of the cell was published since then, add returns the
+// published build: a node that asks while the builder reports must not start a second build.
 func (c *Catalogue) add(ctx context.Context, b api.Build, seen *api.Build) (stored api.Build, added bool, err error) {
 	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
 		if stored, added, err = tx.AddBuild(ctx, b); err != nil || !added || stored.State != api.Queued {
@@ -264,15 +265,15 @@ func (c *Catalogue) OpenBuilds(ctx context.Context) ([]api.Build, error) {
 	return c.Store.OpenBuilds(ctx)
 }
 
-// Abandon fails an open build that no worker will work on again. If the last attempt reported an error, the build
-// keeps that error, because it says more than the parameter why.
+// Abandon marks an open build as failed, because no worker will work on it again. If the last attempt reported an
+// error, the build keeps that error, because it says more than the parameter why.
 func (c *Catalogue) Abandon(ctx context.Context, id int64, why string) error {
 	b, err := c.Store.Build(ctx, id)
 	if err != nil {
 		return err
 	}
 	if !open(&b) {
-		return nil // its end was reported meanwhile
+		return nil // the end of the build was reported meanwhile
 	}
 	u := api.BuildUpdate{State: api.Failed, Class: fault.Internal.String(), Error: why,
 		Hint: "request the build again: server request"}
@@ -288,7 +289,7 @@ func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (ap
 	return c.update(ctx, id, u, func(*store.Tx) error { return nil })
 }
 
-// update is [Catalogue.Update]. It also runs more in the same transaction.
+// update is [Catalogue.Update]. It also calls the function more in the same transaction.
 func (c *Catalogue) update(
 	ctx context.Context, id int64, u api.BuildUpdate, more func(*store.Tx) error,
 ) (api.Build, error) {
@@ -396,8 +397,8 @@ func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build,
 		return err
 	}
 	if known && old.Fingerprint != "" && k.Fingerprint != "" && old.Fingerprint != k.Fingerprint {
-		// COS builds do not change, so the mirror has changed. The newest fingerprint counts. Artifacts with the old one do
-		// not match any more.
+		// COS builds do not change, so the mirror has changed. The newest fingerprint counts. Artifacts with the old
+		// fingerprint do not match any more.
 		c.Log.WarnContext(
 			ctx,
 			"kernel fingerprint changed",
@@ -427,7 +428,7 @@ func (c *Catalogue) recordArtifact(ctx context.Context, tx *store.Tx, b api.Buil
 		return fault.New(
 			fault.Usage,
 			fmt.Sprintf("publish build %d: no builder reported the kernel's fingerprint", b.ID),
-			"send the fingerprint in the update",
+			"send the field fingerprint in the update of the build",
 		)
 	}
 	return c.addArtifact(ctx, tx, api.Artifact{

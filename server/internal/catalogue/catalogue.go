@@ -1,6 +1,6 @@
-// Package catalogue holds the server's use-cases and rules. It says which kernels and drivers exist, what a node with
-// a given kernel should run, which cell is built, and which states a build may enter. The package has no HTTP and no
-// SQL. It never matches artifacts by kernel release, because several COS builds share one.
+// Package catalogue holds the server's use-cases and rules. It says which kernels and drivers exist, what a node with a
+// given kernel should run, which cell is built, and which states a build may enter. The package has no HTTP and no SQL.
+// It never matches artifacts by kernel release, because several COS builds share one kernel release.
 package catalogue
 
 import (
@@ -67,7 +67,7 @@ type Logs interface {
 	Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error)
 }
 
-// Enqueuer puts builds into the queue and takes them out. Calling a method twice must have the same result as once.
+// Enqueuer puts builds into the queue and takes them out. Two equal calls must have the same result as one call.
 type Enqueuer interface {
 	Insert(ctx context.Context, job api.BuildJob, priority int) error
 	SetPriority(ctx context.Context, build int64, priority int) error
@@ -98,11 +98,12 @@ type Config struct {
 	// HasManifest reports whether a repository of this server (prebake/driver) has a manifest. The catalogue records no
 	// artifact that the registry lacks. nil skips the check.
 	HasManifest func(ctx context.Context, repository, digest string) (bool, error)
-	// Public means that everybody may read this server's registry. The catalogue then records only artifacts in it that
-	// Redistribute allows.
+	// Public is true if the operator says, by --public, that everybody can read this server's registry. The catalogue then
+	// records only those artifacts in this registry that Redistribute allows.
 	Public       bool
 	Redistribute bundle.Redistribution
-	// KernelMirror and DriverMirror are written into the jobs. If one is "", the builder uses its own setting.
+	// KernelMirror and DriverMirror are the URLs of the buckets that builders read. Each job carries both. If one is "",
+	// the builder uses its own setting.
 	KernelMirror, DriverMirror string
 	// Quarantine is how many nodes have to report within a day that an artifact does not load, before it goes into
 	// quarantine. 0 switches quarantine off.
@@ -135,7 +136,7 @@ func New(c Config) *Catalogue {
 	return &Catalogue{Config: c, unknown: make(chan target.Kernel, maxUnknown), planning: make(chan struct{}, 1)}
 }
 
-// DefaultLimit and MaxLimit are the usual and the largest number of entries on a page.
+// DefaultLimit is the number of entries on a page if the client gives no limit. MaxLimit is the largest limit.
 const (
 	DefaultLimit = 100
 	MaxLimit     = 1000
@@ -150,7 +151,7 @@ func page(p store.Page) (store.Page, error) {
 		return p, fault.New(
 			fault.Usage,
 			fmt.Sprintf("limit %d: want 1 to %d", p.Limit, MaxLimit),
-			"ask for fewer, and follow the Link header to the next page",
+			"ask for fewer entries, and follow the Link header to the next page",
 		)
 	}
 	return p, nil
@@ -331,7 +332,7 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 			return fault.New(
 				fault.Mismatch,
 				fmt.Sprintf("repository %s has no manifest %s", a.Repository, a.Digest),
-				"push the manifest first",
+				"push the manifest to this repository, and then record the artifact again",
 			)
 		}
 	}

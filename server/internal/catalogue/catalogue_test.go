@@ -78,7 +78,7 @@ var (
 
 func digest(n string) string { return "sha256:" + strings.Repeat(n, 64) }
 
-// world returns a catalogue with three kernels and two drivers. Two of the kernels have the same fingerprint.
+// world returns a catalogue with three kernels and two drivers. Two of the kernels share a fingerprint.
 func world(t *testing.T) (*catalogue.Catalogue, *fakeQueue) {
 	t.Helper()
 	c, q := open(t)
@@ -188,7 +188,7 @@ func TestResolve(t *testing.T) {
 			t.Errorf("%s: Resolve() names %q in %q as %s", row.name, got.Digest, got.Repository, got.State)
 		}
 		if got.State != api.Published && got.Hint == "" {
-			t.Errorf("%s: no hint for the reader's next move", row.name)
+			t.Errorf("%s: Resolve() has no hint", row.name)
 		}
 	}
 
@@ -274,7 +274,7 @@ func TestRequest(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// The artifact was published without a build of this server. The request records a published build for it.
+	// No build of this server published this artifact. The request records a published build for it.
 	if _, err := c.AddArtifact(t.Context(),
 		api.NewArtifact{Digest: digest("3"), Fingerprint: fingerB, Repository: "ghcr.io/x/y",
 			Driver:  target.Driver{Version: v261, Flavour: target.Open},
@@ -313,7 +313,7 @@ func TestRequest(t *testing.T) {
 	}
 	q.broken = true
 	if b := request(t, c, first, "998.1", "open"); b.State != api.Queued {
-		t.Errorf("with the queue away = %s; want the build kept as queued", b.State)
+		t.Errorf("Request() with a broken queue = %s; want queued", b.State)
 	}
 }
 

@@ -10,8 +10,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestNamesOnlyWhatTheRegistryHas shows that the catalogue names no artifact that the server's registry lacks. It
-// refuses an artifact that was never there, whoever reports it. It removes an artifact that was deleted there.
+// TestNamesOnlyWhatTheRegistryHas shows that the catalogue names no artifact that the server's registry lacks. The
+// catalogue refuses an artifact that was never in the registry, whoever reports the artifact. It removes an artifact
+// that was deleted from the registry.
 func TestNamesOnlyWhatTheRegistryHas(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -52,10 +53,10 @@ func TestNamesOnlyWhatTheRegistryHas(t *testing.T) {
 		t.Fatalf("state = %s; want published", s)
 	}
 	if err := c.Forget(ctx, "other/driver", digest("1")); err != nil || state() != api.Published {
-		t.Errorf("Forget(another repository) = %v, state %s; want it published still", err, state())
+		t.Errorf("Forget(another repository) = %v, state %s; want it still published", err, state())
 	}
 	if err := c.Forget(ctx, "prebake/driver", digest("1")); err != nil || state() == api.Published {
-		t.Errorf("Forget() = %v, state %s; want it published no more", err, state())
+		t.Errorf("Forget() = %v, state %s; want it no longer published", err, state())
 	}
 	all, _, err := c.Artifacts(ctx, store.ArtifactFilter{Digest: digest("1")}, store.Page{})
 	if err != nil || len(all) != 0 {

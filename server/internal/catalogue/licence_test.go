@@ -40,8 +40,8 @@ func TestRecordsOfAPublicServer(t *testing.T) {
 		})
 		if row.taken && err != nil || !row.taken &&
 			(!fault.Is(err, fault.PublishRefused) || !strings.Contains(fault.Hint(err), "--redistribute")) {
-			t.Errorf("%s: AddArtifact = %v, hint %q; want taken %t, else publish-refused with what allows it", row.name, err,
-				fault.Hint(err), row.taken)
+			t.Errorf("%s: AddArtifact = %v, hint %q; want accepted %t, or publish-refused with --redistribute in the hint",
+				row.name, err, fault.Hint(err), row.taken)
 		}
 	}
 }

@@ -33,7 +33,7 @@ const (
 	// measureAnyway is the greatest age of a measurement while nothing is written. It is limited because a builder can
 	// stop without a report.
 	measureAnyway = time.Minute
-	// recentBuilds is how many of the newest builds the median duration of a build is taken from.
+	// recentBuilds is how many of the newest published builds of a flavour the median duration is computed from.
 	recentBuilds = 51
 	// A running build whose builder reported nothing for aliveFor does not count. A builder without work reports
 	// nothing, so it counts until idleFor after its last build.
@@ -54,7 +54,8 @@ type figures struct {
 	builders int
 	heard    []Builder
 	groups   []store.KernelGroup
-	// ready has the percentiles of how long cells took that became ready within the last readyDays days.
+	// ready has percentiles of the time from the discovery of a kernel until a cell of it was published. It covers the
+	// cells that were published within the last readyDays days.
 	ready api.ReadyDuration
 }
 
@@ -146,7 +147,8 @@ func (c *Catalogue) Measure(ctx context.Context) error {
 	return nil
 }
 
-// take returns how long a build of a flavour takes. For a flavour that was never built, it uses the other one.
+// take returns how long a build of a flavour takes. For a flavour that was never built, it returns the duration of the
+// other flavour. It returns 0 if nothing was ever built.
 func (f *figures) take(flavour target.Flavour) time.Duration {
 	if d, ok := f.takes[flavour]; ok {
 		return d

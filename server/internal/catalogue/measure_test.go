@@ -66,7 +66,8 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 			}
 		}
 	}
-	// One artifact has a kernel without a known fingerprint. The other stopped matching its kernel.
+	// The first artifact is for a kernel whose fingerprint is not known. The second artifact does not match its kernel any
+	// more, because the fingerprint of that kernel changes afterwards.
 	publish(t, c, digest("e"), "17800.0.3", fingerA, target.Driver{Version: "535.6", Flavour: target.Proprietary})
 	publish(t, c, digest("f"), "17800.0.4", fingerB, target.Driver{Version: "535.5", Flavour: target.Proprietary})
 	if err := c.RecordKernel(ctx,
@@ -101,7 +102,7 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 		t.Fatal(err)
 	}
 	if d := cmp.Diff(want, got.Total); d != "" || want.Withdrawn == 0 || want.Unsupported == 0 || want.Missing == 0 {
-		t.Errorf("Coverage() (-what resolve says +got):\n%s", d)
+		t.Errorf("Coverage() (-counted with Resolve +got):\n%s", d)
 	}
 	if d := cmp.Diff([]api.MilestoneCoverage{{Milestone: 109, CoverageCounts: want}}, got.Milestones); d != "" {
 		t.Errorf("Coverage() by milestone (-want +got):\n%s", d)

@@ -14,11 +14,11 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Nodes may report what happened to an artifact. An artifact that does not load on several nodes goes into
-// quarantine: no node gets it until an operator has examined it. Nodes may lie, so failures also count by the network
-// that they come from (/24, or /64 with IPv6). The failures of one network count at most as one node less than a
-// quarantine needs. An attacker with one network therefore cannot withdraw an artifact. Such an attacker may keep a
-// bad artifact in use, but that is no worse than without reports.
+// Nodes may report what happened to an artifact. An artifact that does not load on several nodes goes into quarantine:
+// no node gets it until an operator has examined it. Nodes may lie, so failures also count by the network that they
+// come from (/24, or /64 with IPv6). The failures of one network count at most as one node less than a quarantine
+// needs. If a quarantine needs two nodes or more, an attacker with one network cannot withdraw an artifact. Such an
+// attacker may keep a bad artifact in use, but that is no worse than without reports.
 
 // reporter reads and removes the reports of nodes.
 type reporter interface {
@@ -38,7 +38,7 @@ const (
 
 var nodePattern = regexp.MustCompile(`^[0-9a-f]{32,64}$`)
 
-// Network returns the network that a node's report comes from, which is a prefix of its address.
+// Network returns the network that a node's report comes from, which is a prefix of the node's address.
 func Network(a netip.Addr) string {
 	if !a.IsValid() {
 		return "unknown"
@@ -137,7 +137,7 @@ var artifactFaults = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Unusable
 // that nodes reported within a day. The artifact goes into quarantine if it failed on at least limit nodes, and on
 // more nodes than it loaded on.
 func quarantineReason(said []store.OutcomeCount, limit int) string {
-	most := max(1, limit-1) // nodes that count for one network
+	most := max(1, limit-1) // the most nodes that count for one network
 	of, loaded, nodes := map[string]int{}, 0, 0
 	for _, s := range said {
 		kind, err := fault.Parse(s.Class)
@@ -171,7 +171,8 @@ func (c *Catalogue) Reports(ctx context.Context, digest, buildID, board string) 
 	return c.Store.Reports(ctx, digest, buildID, board, maxCounts)
 }
 
-// maxQuarantine is the most artifacts on a page of quarantined ones. It is small because each costs an SQL statement.
+// maxQuarantine is the most artifacts on a page of quarantined artifacts. It is small because each artifact costs an
+// SQL statement.
 const maxQuarantine = 100
 
 // Quarantined lists a page of the quarantined artifacts, newest first.

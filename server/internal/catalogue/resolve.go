@@ -17,8 +17,8 @@ import (
 // one, it takes the flavour that NVIDIA recommends: open from branch R560 on, proprietary before.
 const Auto = "auto"
 
-// NVIDIA set these two branches: R560 made the open modules the recommended ones, and R620 is the first branch
-// without proprietary modules.
+// NVIDIA chose these two branches: it recommends the open modules from R560 on, and releases no proprietary modules
+// from R620 on.
 const (
 	firstOpenPreferred = 560
 	firstOpenOnly      = 620
@@ -60,7 +60,7 @@ func parseWish(buildID, board, driver, flavour string) (checkedRequest, error) {
 	return w, nil
 }
 
-// candidates returns the flavours to examine. The preferred one is first.
+// candidates returns the flavours to examine. The preferred flavour is first.
 func (w checkedRequest) candidates(version string) []target.Flavour {
 	switch {
 	case w.flavours != nil:
@@ -71,7 +71,8 @@ func (w checkedRequest) candidates(version string) []target.Flavour {
 	return []target.Flavour{target.Proprietary, target.Open}
 }
 
-// version turns a wish into a version by the driver lists of the kernel. If there is none, reason says why.
+// version turns a wish into a version by the driver lists of the kernel. If there is no version, reason says why and
+// hint says what to do.
 func (w checkedRequest) version(k api.Kernel, known bool) (version, reason, hint string) {
 	if v, ok := w.driver.Exact(); ok {
 		return v, "", ""
@@ -162,7 +163,7 @@ func never(rel api.DriverRelease, d target.Driver) string {
 }
 
 // resolution computes the state of a cell from all facts about it. An artifact counts for a kernel only if it is
-// attested for that COS build. If the kernel's fingerprint is known, the artifact must have the same one.
+// attested for that COS build. If the kernel's fingerprint is known, the artifact must have the same fingerprint.
 func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Facts) api.Resolution {
 	newest := facts.Newest
 	r := api.Resolution{Kernel: k.Kernel, Driver: d, Build: newest}
@@ -268,8 +269,8 @@ func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 	}
 }
 
-// maxUnknown is how many lookups may wait. maxMissed is how many looked-up kernels are remembered. missedFor is how
-// long one is not looked up again.
+// maxUnknown is how many lookups may wait. maxMissed is how many looked-up kernels are remembered. missedFor is the
+// pause before the same kernel is looked up again.
 const (
 	maxUnknown = 64
 	maxMissed  = 10000
@@ -281,7 +282,8 @@ type Matrix struct {
 	Kernels []api.Kernel
 	Drivers []api.DriverRelease
 	Cells   [][][]api.Resolution
-	// Folded are the drivers without a column: nobody asked for them on these kernels, or there are too many.
+	// Folded are the drivers without a column: nobody requested them for these kernels, or there are maxColumns columns
+	// already.
 	Folded []api.DriverRelease
 	// Next is where the next page of kernels begins; "" means that there is none.
 	Next string
@@ -398,7 +400,7 @@ func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page
 		return nil, "", fault.New(
 			fault.Usage,
 			fmt.Sprintf("limit %d: want 1 to %d kernels", p.Limit, MaxLimitCells),
-			"ask for fewer, and follow the Link header to the next page",
+			"ask for fewer kernels, and follow the Link header to the next page",
 		)
 	}
 	if err := checkFilter(f); err != nil {
@@ -407,8 +409,8 @@ func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page
 	return c.Store.RememberedCells(ctx, f, p)
 }
 
-// Cells lists the states of cells for a page of kernels. version chooses one driver version. If it is empty, the list
-// has all versions that somebody built or published for these kernels.
+// Cells lists the states of cells for a page of kernels. version chooses one driver version. If version is empty, the
+// list has all versions that somebody built or published for these kernels.
 func (c *Catalogue) Cells(
 	ctx context.Context,
 	f store.KernelFilter,

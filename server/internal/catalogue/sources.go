@@ -47,7 +47,7 @@ func (c *Catalogue) SawGKE(ctx context.Context, versions map[string][]string) er
 	return nil
 }
 
-// gkePattern matches a GKE version, or the beginning of one.
+// gkePattern matches a GKE version, or the beginning of a GKE version.
 var gkePattern = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,4}(\.[0-9]{1,4}(-gke\.[0-9]{1,9})?)?$`)
 
 func checkGKE(version string) error {
@@ -59,8 +59,8 @@ func checkGKE(version string) error {
 	return nil
 }
 
-// named sets the COS build of a pool that is named by its GKE version. If no kernel or more than one is known for
-// that version, it returns an answer that says so.
+// named sets the COS build of a pool that is named by its GKE version. If the catalogue has no kernel or several
+// kernels for that version, named returns a resolution that says so. Otherwise it returns nil.
 func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution, error) {
 	if pool.GKE == "" {
 		return nil, nil
@@ -125,7 +125,7 @@ func driverList(first, latest string, branches map[string]string) cosbucket.Driv
 type GPULabel struct {
 	// GPU is COS's name of the type, such as NVIDIA_L4.
 	GPU string
-	// Labels are those of default, latest and the branch that name the version.
+	// Labels are the labels that stand for the version: default, latest, or a branch.
 	Labels []string
 }
 

@@ -77,8 +77,8 @@ func mustKernel(t *testing.T, c *catalogue.Catalogue) api.Kernel {
 	return all[0]
 }
 
-// TestPlanForAGPU shows that the server's wish lists can name types of GPU, as the builder's can. It also has a
-// kernel whose only driver lists are for types of GPU.
+// TestPlanForAGPU shows that wish lists of the server can name types of GPU, like wish lists of the builder. One of the
+// kernels has driver lists for types of GPU only.
 func TestPlanForAGPU(t *testing.T) {
 	t.Parallel()
 	c, q := withGPUs(t)
@@ -115,7 +115,7 @@ func TestPreflightOfGKE(t *testing.T) {
 	v, err := ask(pool)
 	if err != nil || v.Resolution.Kernel.BuildID != first || v.Resolution.Driver.Version != v309 || v.May ||
 		v.Pool != pool {
-		t.Errorf("Preflight(%+v) = %+v, %v; want COS build %s with %s, not there yet", pool, v, err, first, v309)
+		t.Errorf("Preflight(%+v) = %+v, %v; want COS build %s with driver %s, not published", pool, v, err, first, v309)
 	}
 	for _, gke := range []string{"1.31.0-gke.7", "1.1.1-gke.1"} { // not in the list; in list, not in mirror
 		v, err = ask(api.Pool{GKE: gke, Board: "lakitu"})
@@ -151,8 +151,8 @@ func TestPreflightOfGKE(t *testing.T) {
 	}
 }
 
-// TestSawGKE shows that a GKE version is refused unless it has the stored form. It also records more kernels than one
-// transaction changes.
+// TestSawGKE shows that the catalogue records only GKE versions of the form 1.33.5-gke.1. It also records more kernels
+// than one transaction changes.
 func TestSawGKE(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)

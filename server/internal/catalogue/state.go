@@ -10,7 +10,7 @@ import (
 )
 
 // event is something that happens to a build. The tables below hold all rules about the order of a build's states. No
-// other code knows them.
+// other code has such rules.
 type event string
 
 const (
@@ -27,9 +27,9 @@ var leads = map[event]api.State{
 	start: api.Building, publish: api.Published, fail: api.Failed, putBack: api.Queued, cancel: api.Cancelled,
 }
 
-// allowed has the states in which each event may happen. A failed build may start again, because the queue may offer
-// a job that the server gave up. The event publish is allowed in every state, even after a cancel, because the
-// artifact exists. Published is final.
+// allowed has the states in which each event may happen. A failed build may start again, because the queue may still
+// offer the job of a build that the server marked as failed. The event publish is allowed in every state, even after a
+// cancel, because the artifact exists. Published is final.
 var allowed = map[event][]api.State{
 	start:   {api.Queued, api.Building, api.Failed},
 	publish: {api.Queued, api.Building, api.Failed, api.Cancelled, api.Published},
@@ -38,8 +38,8 @@ var allowed = map[event][]api.State{
 	cancel:  {api.Queued, api.Building, api.Cancelled},
 }
 
-// tooLate has the states in which an event arrives too late and changes nothing. The report is no mistake of the
-// builder. The answer contains the state, so the builder stops.
+// tooLate has the states in which an event arrives too late and changes nothing. Such a report is not a mistake of the
+// builder, so it is not an error. The answer has the build's state, so the builder stops.
 var tooLate = map[event][]api.State{
 	progress: {api.Queued, api.Published, api.Failed, api.Cancelled},
 	fail:     {api.Cancelled},
@@ -93,7 +93,7 @@ func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, er
 		b.HeartbeatAt = &at
 	case publish:
 		b.Class, b.Error, b.Hint, b.Digest = "", "", "", u.Digest
-	case fail, putBack: // in state queued, the error is that of the last attempt
+	case fail, putBack: // a queued build keeps the error of its last attempt
 		set(&b.Class, u.Class)
 		set(&b.Error, u.Error)
 		set(&b.Hint, u.Hint)

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// This file has what the web pages show beyond the answers of the API.
+// The web pages show more than the answers of the API. This file has what only the pages need.
 
 // CellView has everything that the catalogue knows about one kernel and one driver version.
 type CellView struct {
@@ -103,11 +103,12 @@ type Workload struct {
 type Builder struct {
 	Name   string
 	SeenAt time.Time
-	// Running is how many builds the builder works on. Published is how many of the newest builds it published.
+	// Running is how many builds the builder works on. Published is how many builds it published within idleFor. Only the
+	// recentBuilds newest builds of each flavour are counted.
 	Running, Published int
 }
 
-// maxShown is the most builds in a list of the queue.
+// maxShown is the most builds in each list of the page of the queue.
 const maxShown = 50
 
 // Workload reads the builders and the waiting builds.
@@ -182,7 +183,8 @@ func (c *Catalogue) Releases(
 // readyDays is the period of the percentiles on the page of releases, in days.
 const readyDays = 30
 
-// RecentReadyTimes returns how long cells took that became ready within the last 30 days, as of the last measurement.
+// RecentReadyTimes returns percentiles of the time from the discovery of a kernel until a cell of it was published.
+// They cover the cells that were published within the last 30 days, as of the last measurement.
 func (c *Catalogue) RecentReadyTimes(ctx context.Context) (api.ReadyDuration, error) {
 	f, err := c.measured(ctx)
 	if err != nil {
@@ -250,12 +252,12 @@ func (c *Catalogue) measured(ctx context.Context) (*figures, error) {
 	return c.figures.Load(), nil
 }
 
-// textPattern matches a text to search kernels for. It allows the characters of BUILD_IDs and kernel releases, and
-// none with a meaning in an SQL pattern.
+// textPattern matches a text to search kernels for. It allows the characters of BUILD_IDs and kernel releases, and no
+// character with a meaning in an SQL pattern.
 var textPattern = regexp.MustCompile(`^[A-Za-z0-9.+~-]{0,64}$`)
 
-// filterStates are the states that kernels can be filtered by. Published is left out, because nearly all cells have
-// it. Unknown is left out, because the catalogue stores nothing about such cells.
+// filterStates are the states that kernels can be filtered by. Published is left out, because nearly all kernels have a
+// published cell. Unknown is left out, because the catalogue stores nothing about such cells.
 var filterStates = []api.State{api.Building, api.Queued, api.Failed, api.Yanked, api.Quarantined, api.Cancelled}
 
 // checkFilter refuses a filter that no kernel can match.

@@ -33,13 +33,13 @@ func (c *Catalogue) WishList(ctx context.Context, name string) (api.WishList, er
 	return c.Store.WishList(ctx, name)
 }
 
-// PutWishList checks and stores the text of a wish list, and requests a plan. version is the version of the text that
-// the new one replaces; 0 replaces any.
+// PutWishList checks and stores the text of a wish list, and asks [Catalogue.Planner] for a plan. version is the
+// version of the stored text that the caller wants to replace; 0 replaces any version.
 func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version int64) (api.WishList, error) {
 	if !namePattern.MatchString(name) {
 		return api.WishList{}, fault.New(
 			fault.Usage,
-			fmt.Sprintf("wish list name %.80q: want small letters, digits, - and _", name),
+			fmt.Sprintf("wish list name %.80q: want lower-case letters, digits, - and _", name),
 			"choose a name such as production",
 		)
 	}
@@ -126,7 +126,8 @@ func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 	return n, errors.Join(errs...)
 }
 
-// planList plans one wish list, and writes the number of cells and the problems into it.
+// planList plans one wish list and returns how many builds it queued. It writes the number of cells and the problems
+// into l.
 func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planView) (n int, err error) {
 	l.Cells, l.Problems = 0, nil
 	w, err := plan.Parse(l.Name, []byte(l.Text))
@@ -173,7 +174,8 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 	return n, c.Store.SetWanted(ctx, l.Name, wanted)
 }
 
-// queueCell queues one cell, unless the cell has a state already.
+// queueCell queues a build of one cell, and reports whether it did. A cell that has a build or an artifact, or that can
+// never be built, gets no build.
 func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planView) (bool, error) {
 	k, ok := known.kernels[cell.Kernel.String()]
 	if !ok { // a COS build that the wish list names and the catalogue lacks
@@ -205,7 +207,8 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	return true, nil
 }
 
-// planView has the catalogue in the form of a bucket, so that a wish list can be expanded against it.
+// planView has the content of the catalogue, with the methods of a bucket that [plan.Expand] calls to expand a wish
+// list.
 type planView struct {
 	ids     []string // newest first
 	kernels map[string]api.Kernel
@@ -287,7 +290,8 @@ func (s *planView) Drivers(_ context.Context, k target.Kernel) (cosbucket.Driver
 	return list, nil
 }
 
-// Announce looks up a COS build, records it and plans it at once. A second call for the same build changes nothing.
+// Announce looks up a COS build, records its kernels, and plans all wish lists at once. A second call for the same COS
+// build changes nothing.
 func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, error) {
 	if _, err := target.ParseKernel(buildID, "lakitu"); err != nil {
 		return api.Release{}, fault.Wrap(fault.Usage, err, "")
@@ -352,7 +356,8 @@ func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, e
 	return r, nil
 }
 
-// ReadyTimes returns percentiles of how long cells took that became ready within the given number of days.
+// ReadyTimes returns percentiles of the time from the discovery of a kernel until a cell of it was published. They
+// cover the cells that were published within the given number of days.
 func (c *Catalogue) ReadyTimes(ctx context.Context, days int) (api.ReadyDuration, error) {
 	took, err := c.Store.ReadyTimes(ctx, c.Now().AddDate(0, 0, -days))
 	return durations(took), err

@@ -54,7 +54,7 @@ func TestPlan(t *testing.T) {
 	see("17800.0.1")
 	see("17800.0.2")
 	see("17800.0.10")
-	plan() // without a list, nothing is wanted
+	plan() // without a wish list, nothing is wanted
 	if _, err := c.PutWishList(ctx, "production", wishes, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -135,7 +135,7 @@ func TestAnnounce(t *testing.T) {
 		t.Errorf("Release() = %+v, %v; want ready after 90 s", r, err)
 	}
 	if d, err := c.ReadyTimes(ctx, 1); err != nil || d != r.Times {
-		t.Errorf("ReadyTimes() = %+v, %v; want the same", d, err)
+		t.Errorf("ReadyTimes() = %+v, %v; want the times of Release()", d, err)
 	}
 	if _, err := c.Release(ctx, "9.9.9"); !fault.Is(err, fault.NotFound) {
 		t.Errorf("Release(absent) = %v; want not-found", err)

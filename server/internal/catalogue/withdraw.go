@@ -11,14 +11,14 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Yank marks an artifact as not to be used any more. It also names the replacement, if there is one.
+// Yank marks an artifact, so that no node gets it any more. It also stores the replacement, if y names one.
 // [Catalogue.Unyank] removes the mark.
 func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) (api.Artifact, error) {
 	reason := strings.TrimSpace(y.Reason)
 	if reason == "" || len(reason) > 1000 {
 		return api.Artifact{}, fault.New(
 			fault.Usage,
-			"yank "+digest+": want a reason of 1 to 1000 letters",
+			"yank "+digest+": want a reason of 1 to 1000 bytes",
 			"give a reason, which nodes show: --reason WHY",
 		)
 	}
@@ -82,7 +82,7 @@ func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, er
 	})
 }
 
-// Lift makes a quarantined artifact usable again. Reports from before do not count any more.
+// Lift makes a quarantined artifact usable again. Earlier reports do not count any more.
 func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, error) {
 	return c.setState(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State != api.Quarantined {

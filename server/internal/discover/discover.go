@@ -23,7 +23,7 @@ type catalogue interface {
 	SawGKE(ctx context.Context, versions map[string][]string) error
 }
 
-// Source is one place that lists what exists. A new kind of place needs a new implementation.
+// Source is a place that lists kernels, drivers or GKE versions.
 type Source interface {
 	// Name says what the source finds, in one word for the log.
 	Name() string

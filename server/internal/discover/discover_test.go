@@ -143,8 +143,8 @@ func TestTroubleIsNotFatal(t *testing.T) {
 	}
 }
 
-// TestEachMilestoneIsFollowed shows that an LTS milestone is followed however many builds newer milestones have.
-// Known builds are not read again each time.
+// TestEachMilestoneIsFollowed shows that an LTS milestone is followed however many builds newer milestones have. Of the
+// known COS builds, only the newest of each milestone are read again each time.
 func TestEachMilestoneIsFollowed(t *testing.T) {
 	t.Parallel()
 	commit := strings.Repeat("a", 40) + "\n"
@@ -156,7 +156,7 @@ func TestEachMilestoneIsFollowed(t *testing.T) {
 	n := &notes{}
 	c := discover.Kernels{URL: mirror, PerMilestone: 10}
 	if k, err := c.Look(t.Context(), n); k != 11 || err != nil {
-		t.Fatalf("Scan() = %d kernels, %v; want 10 of the newest milestone and one of the LTS", k, err)
+		t.Fatalf("Look() = %d kernels, %v; want 10 of the newest milestone and one of the LTS milestone", k, err)
 	}
 	if !slices.ContainsFunc(n.kernels, func(k api.Kernel) bool { return k.BuildID == "17800.66.78" }) {
 		t.Error("the LTS build is not known")
@@ -167,8 +167,7 @@ func TestEachMilestoneIsFollowed(t *testing.T) {
 	}
 	n.kernels = nil
 	if k, err := c.Look(t.Context(), n); k != 4 || err != nil {
-		t.Errorf("the second Look() read %d kernels, %v; want the three newest of a milestone and the one of the other", k,
-			err)
+		t.Errorf("the second Look() read %d kernels, %v; want three of one milestone and one of the other", k, err)
 	}
 }
 

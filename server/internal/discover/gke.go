@@ -14,29 +14,29 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxGKE is how many kernels of a list are followed, newest first.
+// maxGKE is the most kernels that are taken from a list, newest first.
 const maxGKE = 4000
 
-// missedFor is how long a missing kernel is not looked up in the bucket again.
+// missedFor is the pause before a kernel that the bucket lacks is looked up there again.
 const missedFor = 24 * time.Hour
 
-// GKE is a list of GKE versions and the COS images that their nodes boot. It finds COS builds that are older than the
-// followed ones of their milestone. It also finds builds in a mirror that cannot list its content.
+// GKE is a list of GKE versions and the COS images that their nodes boot. It finds COS builds that [Kernels] does not
+// find: those older than the newest builds of their milestone, and those in a mirror that cannot list its content.
 type GKE struct {
 	// Map is the URL of a list with the form of gke-to-cos.json.
 	Map string
 	// URL is the address of the bucket with the builds.
 	URL string
 
-	// missed has the time when a listed kernel was last missing in the bucket.
+	// missed has the time when the bucket lacked a listed kernel. The keys are BUILD_ID/board.
 	missed map[string]time.Time
 }
 
 // Name is "gke".
 func (*GKE) Name() string { return "gke" }
 
-// Look reads the list. It looks up listed kernels that the catalogue lacks, if the bucket has them. Then it labels
-// the known kernels. It returns how many kernels have a label.
+// Look reads the list. First it looks up the listed kernels that the catalogue lacks, if the bucket has them. Then it
+// records the GKE versions of each known kernel. It returns how many kernels have a GKE version.
 func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	images, err := plan.LoadImageMap(ctx, s.Map)
 	if err != nil {
@@ -78,7 +78,7 @@ func (s *GKE) lookUp(ctx context.Context, to catalogue, kernels []target.Kernel)
 	for _, k := range kernels {
 		listed[k.String()] = true
 	}
-	// This keeps missed at no more than maxGKE entries.
+	// Only listed kernels stay in missed, so it has at most maxGKE entries.
 	maps.DeleteFunc(s.missed, func(k string, at time.Time) bool { return !listed[k] || now.Sub(at) >= missedFor })
 	old, err := known(ctx, to)
 	if err != nil {

@@ -21,9 +21,9 @@ import (
 )
 
 // gkeMap has the form of https://www.gstatic.com/gke-image-maps/gke-to-cos.json. Three things come from
-// tools/gke-gpu-driver-version of GoogleCloudPlatform/professional-services: the fields, the form of creation_time,
-// and that the last three numbers of an image are the BUILD_ID. Its README has the first GKE version. The names of
-// images come from gVisor's test/gpu/cos_gpu_compatibility_test.go.
+// tools/gke-gpu-driver-version of GoogleCloudPlatform/professional-services: the fields, the form of creation_time, and
+// that the last three numbers of an image are the BUILD_ID. The README of that tool has the first GKE version. The
+// names of images come from gVisor's test/gpu/cos_gpu_compatibility_test.go.
 const gkeMap = `{"creation_time": "2026-11-01T08:00:00.123456Z", "entries": [
 	{"gke_version": "1.33.5-gke.1080000", "image": "cos-121-18867-199-52"},
 	{"gke_version": "1.33.5-gke.200", "image": "cos-121-18867-199-52"},
@@ -43,8 +43,9 @@ func names(kernels []api.Kernel) (all []string) {
 	return all
 }
 
-// TestGKE shows what the list does. It finds builds that are not among the newest of their milestone. It labels known
-// kernels, and removes labels that are no longer in the list. It writes nothing if nothing changed.
+// TestGKE shows what discovery does with the list. It finds COS builds that are not among the newest of their
+// milestone. It labels known kernels, and removes labels that are no longer in the list. It writes nothing if nothing
+// changed.
 func TestGKE(t *testing.T) {
 	t.Parallel()
 	commit := strings.Repeat("a", 40)
@@ -73,7 +74,7 @@ func TestGKE(t *testing.T) {
 	}
 	n = &notes{known: append(n.known[:1:1], n.kernels...)}
 	if k, err := source.Look(t.Context(), n); k != 3 || err != nil || len(n.kernels) != 0 {
-		t.Errorf("the second Scan() = %d, %v, and read %d kernels; want 3 and none", k, err, len(n.kernels))
+		t.Errorf("the second Look() = %d, %v, and read %d kernels; want 3 and none", k, err, len(n.kernels))
 	}
 	want := map[string][]string{
 		"17800.66.78/lakitu": {"1.30.5-gke.100"}, "18867.199.52/lakitu-arm64": {"1.33.5-gke.1080000"},
@@ -162,7 +163,7 @@ func TestGKERefusesOtherLists(t *testing.T) {
 		n := &notes{known: known}
 		_, err := (&discover.GKE{Map: maps + "/" + name, URL: maps}).Look(t.Context(), n)
 		if !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" || n.gke != nil {
-			t.Errorf("Scan(%s) = %v, labels %v; want unsupported with a hint, and no label changed", name, err, n.gke)
+			t.Errorf("Look(%s) = %v, labels %v; want unsupported with a hint, and no label changed", name, err, n.gke)
 		}
 	}
 }

@@ -20,28 +20,29 @@ import (
 // parallel is how many requests to one bucket run at a time.
 const parallel = 8
 
-// Google adds to the driver lists of a milestone's newest builds after their release, and seldom to others. The
-// newest builds of each milestone are therefore read again each time, and other known kernels after readAgain.
+// Google adds drivers to the driver lists of a milestone's newest builds after their release, and seldom to the lists
+// of older builds. The newest builds of each milestone are therefore read again each time, and other known kernels
+// after readAgain.
 const (
 	newest     = 3
 	readAgain  = 24 * time.Hour
 	pageLength = 1000
 )
 
-// Kernels is a bucket of COS releases. It lists the builds in it by milestone, with their driver lists.
+// Kernels is a bucket of COS releases. It finds the newest COS builds of each milestone, and their driver lists.
 type Kernels struct {
 	// URL is the address of the bucket.
 	URL string
-	// PerMilestone is how many builds of each COS milestone are followed, newest first; 0 means 40. The number is per
-	// milestone for two reasons. Google's bucket keeps thousands of builds. An LTS milestone has releases for two years,
-	// while newer milestones are developed.
+	// PerMilestone is how many builds of each COS milestone are followed, newest first; 0 means 40. The number is limited
+	// because Google's bucket keeps thousands of builds. It is per milestone because an LTS milestone has releases for two
+	// years, while newer milestones are developed.
 	PerMilestone int
 }
 
 // Name is "kernels".
 func (Kernels) Name() string { return "kernels" }
 
-// Look reads the builds that the catalogue lacks, and again the known ones that may change.
+// Look reads the builds that the catalogue lacks. It also reads again those known builds that may change.
 func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	b, err := cosbucket.Open(ctx, s.URL)
 	if err != nil {
@@ -65,8 +66,8 @@ func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	return n, err
 }
 
-// record reads kernels in a bucket and records each. It returns the kernels that the bucket lacks, because lists may
-// name kernels that are not there.
+// record reads kernels in a bucket and records them. n is how many it recorded. lacks has the kernels that the bucket
+// lacks, because lists may name kernels that are not there.
 func record(
 	ctx context.Context,
 	b *cosbucket.Bucket,
@@ -115,8 +116,8 @@ func known(ctx context.Context, c catalogue) (map[string][]api.Kernel, error) {
 	}
 }
 
-// choose returns the builds to read that the catalogue lacks, and the known kernels to read again. ids has the newest
-// first. All builds of a milestone have the same first number in their BUILD_IDs.
+// choose returns the builds to read that the catalogue lacks, and the known kernels to read again. The newest build is
+// first in ids. All builds of a milestone have the same first number in their BUILD_IDs.
 func (s Kernels) choose(
 	ids []string,
 	old map[string][]api.Kernel,
@@ -146,10 +147,12 @@ func (s Kernels) choose(
 	return unseen, again
 }
 
-// incomplete reports whether a kernel was never read from a bucket. It is known only because somebody asked for it.
+// incomplete reports whether a kernel was never read from a bucket. Such a kernel is in the catalogue only because a
+// build or an artifact named it.
 func incomplete(k api.Kernel) bool { return k.Commit == "" }
 
-// read reads the facts about a kernel from a bucket. It reads the commit once and the driver lists each time.
+// read reads the facts about a kernel from a bucket. It reads the commit only if k has none, because the commit does
+// not change. It reads the driver lists each time.
 func read(ctx context.Context, b *cosbucket.Bucket, k target.Kernel) (api.Kernel, error) {
 	if err := ctx.Err(); err != nil {
 		return api.Kernel{}, err

@@ -41,7 +41,7 @@ func access(ctx context.Context, who *auth.Authenticator, authorization string, 
 	scheme, secret, _ := strings.Cut(authorization, " ")
 	if !strings.EqualFold(scheme, "Bearer") || strings.TrimSpace(secret) == "" {
 		return fault.New(fault.Unauthorized, "this call needs a token",
-			"send the header Authorization: Bearer TOKEN; make a token: server tokens create NAME")
+			"send the header Authorization: Bearer TOKEN; make a token: server tokens create NAME --scope "+string(s))
 	}
 	p, err := who.Authenticate(ctx, strings.TrimSpace(secret))
 	if err != nil {
@@ -106,9 +106,9 @@ type tokenStore interface {
 // maxAuditPath is the most bytes of a path in the audit log.
 const maxAuditPath = 512
 
-// audit notes the caller in the context. It adds an entry to the audit log for each call of a known caller that
-// changes something or was refused. The frequent reports of builders and nodes are left out. Of a push, only the
-// manifest is logged.
+// audit notes the caller in the context. It adds an entry to the audit log for each call of a known caller that would
+// change something, even if the call was refused. The frequent reports of builders and nodes are left out. Of a push,
+// only the manifest is logged.
 func audit(c Config) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -190,7 +190,8 @@ type callers struct {
 	of map[string]*rate.Limiter
 }
 
-// maxCallers is the most callers that are stored. It is limited, because the names in issuers' tokens are unlimited.
+// maxCallers is the most callers that are stored. The number is limited, because the tokens of issuers can name any
+// number of callers.
 const maxCallers = 10_000
 
 // caller returns the limits of the caller.

@@ -159,7 +159,7 @@ func TestAuthorization(t *testing.T) {
 	routes, ok := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler),
 		Pages: http.NotFoundHandler(), PageRoutes: web.Routes, Snapshot: http.NotFoundHandler()}).(chi.Routes)
 	if !ok {
-		t.Fatal("the handler tells no routes")
+		t.Fatal("the handler does not list its routes")
 	}
 	check(t, chi.Walk(routes, func(method, route string, _ http.Handler, _ ...func(http.Handler) http.Handler) error {
 		if _, listed := needed[method+" "+route]; !listed {

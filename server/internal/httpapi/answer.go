@@ -31,7 +31,7 @@ func etags(next http.Handler) http.Handler {
 		"text/html",
 		"text/css",
 	)
-	// For a list of artifacts, this gzip package needs a third of the time of the standard library's.
+	// For a list of artifacts, this gzip package needs a third of the time that the standard library needs.
 	compressor.SetEncoder("gzip", func(w io.Writer, level int) io.Writer {
 		out, err := gzip.NewWriterLevel(w, level)
 		if err != nil {
@@ -79,7 +79,7 @@ func matches(header, tag string) bool {
 	return false
 }
 
-// bufferResponse sends an answer after it is complete.
+// bufferResponse sends an answer only when the handler has written the whole answer.
 func bufferResponse(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		held := newBufferedResponse(w)

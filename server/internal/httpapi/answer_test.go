@@ -41,7 +41,7 @@ func TestSlowReadersHoldUpNobody(t *testing.T) {
 	close(let)
 	done.Wait()
 	if w.Code != http.StatusOK || w.Body.String() != "/v1/kernels" {
-		t.Errorf("a list beside %d clients that do not read theirs = %d %q; want 200", listsMade(), w.Code, w.Body)
+		t.Errorf("a list beside %d clients that do not read their lists = %d %q; want 200", listsMade(), w.Code, w.Body)
 	}
 }
 
@@ -67,7 +67,7 @@ func TestCompression(t *testing.T) {
 		w := httptest.NewRecorder()
 		h.ServeHTTP(w, r)
 		if got := w.Header().Get("Content-Encoding"); got != row.want || w.Header().Get("Etag") == "" {
-			t.Errorf("%d bytes for who takes %q: encoding %q, ETag %q; want %q and a tag", row.length, row.accept, got,
+			t.Errorf("%d bytes, Accept-Encoding %q: encoding %q, ETag %q; want %q and a tag", row.length, row.accept, got,
 				w.Header().Get("Etag"), row.want)
 		}
 		if row.want == "" && w.Body.String() != body {

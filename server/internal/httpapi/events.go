@@ -39,8 +39,8 @@ func events(c Config) http.HandlerFunc {
 		}
 		control := http.NewResponseController(w)
 		if err == nil {
-			// The client sends nothing more, so a read only notices its end. The read deadline is removed, because the stream
-			// is long.
+			// The client sends nothing more, so the server reads only to notice that the client has gone. The read deadline is
+			// removed, because the stream is long.
 			err = control.SetReadDeadline(time.Time{})
 			if errors.Is(err, http.ErrNotSupported) {
 				err = nil // the recorder of a test has no deadlines

@@ -17,7 +17,7 @@ type farmSource interface {
 	OldestQueued(ctx context.Context) (time.Time, error)
 }
 
-// The durations cover cells that became ready within the last readyDays days. They are read at most once in
+// The times to ready cover cells that became ready within the last readyDays days. They are read at most once in
 // readyPause, because reading them costs one row for each cell.
 const (
 	readyDays  = 7
@@ -29,18 +29,18 @@ var openStates = []string{"available", "pending", "retryable", "running", "sched
 
 var (
 	openDesc = prometheus.NewDesc("prebake_queue_open_jobs",
-		"Jobs that a builder has, or will take: what builders are scaled by.", nil, nil)
+		"Jobs that a builder works on or will take; scale builders by this number.", nil, nil)
 	oldestDesc = prometheus.NewDesc("prebake_queue_oldest_seconds",
-		"Time since the build was asked for that waits longest; 0 when none waits.", nil, nil)
+		"Time since the request for the build that waits longest; 0 if no build waits.", nil, nil)
 	failedDesc = prometheus.NewDesc(
 		"prebake_builds_failed",
-		"Builds that are failed, by class, but for early warnings. Goes down when one is tried again.",
+		"Failed builds, by class, without early warnings. The number goes down when such a build starts again.",
 		[]string{"class"},
 		nil,
 	)
 	readyDesc = prometheus.NewDesc(
 		"prebake_release_to_ready_seconds",
-		"Time from a kernel's being seen until a cell of it was ready, by percentile, over the last 7 days.",
+		"Time from the discovery of a kernel until a cell of it was ready, by percentile, over the last 7 days.",
 		[]string{"percentile"},
 		nil,
 	)

@@ -74,8 +74,8 @@ type Config struct {
 	Log     *slog.Logger
 }
 
-// shortCall and longCall limit the time of one request. Blobs and logs get the long one, because they may be large
-// and links slow.
+// shortCall and longCall limit the time of one request. longCall is for blobs and logs, because they may be large and
+// connections may be slow.
 const (
 	shortCall = 30 * time.Second
 	longCall  = 30 * time.Minute

@@ -215,7 +215,7 @@ func TestClient(t *testing.T) {
 		t.Errorf("Unyank() = %s, %v", a.State, err)
 	}
 	if all, err := c.Kernels(ctx); err != nil || len(all) != 2 {
-		t.Errorf("Kernels() = %d, %v; want the build's and the one that an artifact was attested for", len(all), err)
+		t.Errorf("Kernels() = %d, %v; want the kernel of the build, and the kernel of the artifact", len(all), err)
 	}
 	for what, n := range map[string]func() (int, error){
 		"artifacts": func() (int, error) { all, err := c.Artifacts(ctx); return len(all), err },
@@ -359,7 +359,7 @@ func TestRoutes(t *testing.T) {
 }
 
 // TestManners checks what clients expect of an HTTP server. A browser gets a page for an unknown address. A wrong
-// method gets the list of allowed ones. A client with the current ETag gets 304. Large answers are compressed on
+// method gets the list of allowed methods. A client with the current ETag gets 304. Large answers are compressed on
 // request. A request id of the client is returned, unless it is too long.
 func TestManners(t *testing.T) {
 	t.Parallel()
@@ -390,13 +390,13 @@ func TestManners(t *testing.T) {
 		t.Errorf("GET with the ETag %q = %s; want 304", tag, r.Status)
 	}
 	if r := ask("GET", "/", "Accept-Encoding", "gzip"); r.Header.Get("Content-Encoding") != "gzip" {
-		t.Errorf("GET / for who takes gzip = %q", r.Header.Get("Content-Encoding"))
+		t.Errorf("GET / with Accept-Encoding gzip has encoding %q", r.Header.Get("Content-Encoding"))
 	}
 	if r := ask("GET", "/v1/kernels", "X-Request-Id", "abc-1"); r.Header.Get("X-Request-Id") != "abc-1" {
 		t.Errorf("request id = %q; want the client's", r.Header.Get("X-Request-Id"))
 	}
 	if r := ask("GET", "/v1/kernels", "X-Request-Id", strings.Repeat("x", 1000)); len(r.Header.Get("X-Request-Id")) > 100 {
-		t.Error("a request id of 1000 letters came back")
+		t.Error("the answer has the client's request id of 1000 letters; want a new id")
 	}
 }
 
@@ -442,7 +442,7 @@ func TestTroubleTellsNoSecrets(t *testing.T) {
 		text, err := io.ReadAll(resp.Body)
 		check(t, errors.Join(err, resp.Body.Close()))
 		if resp.StatusCode != http.StatusServiceUnavailable || strings.Contains(string(text), "database") {
-			t.Errorf("GET %s = %s %.200s; want 503 without the database's own words", path, resp.Status, text)
+			t.Errorf("GET %s = %s %.200s; want 503 without the error of the database", path, resp.Status, text)
 		}
 	}
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// metrics has a registry of its own, because all linked packages share the library's global one.
+// metrics has a registry of its own, because all linked packages share the global registry of the library.
 type metrics struct {
 	registry *prometheus.Registry
 	took     *prometheus.HistogramVec
@@ -36,7 +36,7 @@ func newMetrics(c Config) *metrics {
 	info.Set(1)
 	if c.Free != nil {
 		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "prebake_disk_free_bytes",
-			Help: "Room left on the disk of the data folder."}, func() float64 {
+			Help: "Free space on the disk of the data folder."}, func() float64 {
 			free, err := c.Free()
 			if err != nil {
 				return math.NaN()
@@ -91,7 +91,7 @@ type inventory struct{ c Config }
 func coverageDesc() *prometheus.Desc {
 	return prometheus.NewDesc(
 		"prebake_coverage_cells",
-		"Cells that wish lists want by state, but for early warnings.",
+		"Cells that wish lists want, by state, without early warnings.",
 		[]string{"state"},
 		nil,
 	)

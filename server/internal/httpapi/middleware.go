@@ -81,8 +81,8 @@ func secureHeaders(next http.Handler) http.Handler {
 	})
 }
 
-// boundRequestID removes a client's request id that is too long or has other characters than a word. chi then makes
-// one.
+// boundRequestID removes a client's request id that is too long or has other characters than a word. chi then makes a
+// new id.
 func boundRequestID(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !requestIDPattern.MatchString(r.Header.Get(middleware.RequestIDHeader)) {
@@ -136,8 +136,8 @@ func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 	}
 }
 
-// Limits of concurrent answers. A page of a list costs some milliseconds of a core, and a node's question a fraction
-// of one. A client that asks for the largest pages must not delay the nodes.
+// Limits of concurrent answers. A page of a list costs some milliseconds of a core, and a node's question costs a
+// fraction of a millisecond. A client that asks for the largest pages must not delay the nodes.
 const (
 	listsAtOnce, listsWaiting = 32, 256 // includes pages that clients read slowly
 	callsAtOnce, callsWaiting = 64, 8192

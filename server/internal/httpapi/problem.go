@@ -47,7 +47,7 @@ func PublicText(kind fault.Kind) string {
 	case fault.Internal:
 		return "internal error; the server's log has the cause"
 	}
-	return "the server cannot answer right now, ask again; its log has the cause"
+	return "the server cannot answer right now; ask again; the server's log has the cause"
 }
 
 func asProblem(err error) huma.StatusError { return &problem{problemOf(err), err} }
@@ -71,9 +71,9 @@ func logFailures(log *slog.Logger) huma.Transformer {
 	}
 }
 
-// ownErrors replaces the errors of the router, such as for invalid JSON or a missing member, by ours. Clients then
-// see one kind of error, and each mistake has one status. It sets a package variable, because the library has no
-// other way.
+// ownErrors replaces the errors of the router, such as for invalid JSON or a missing member, by errors of this package.
+// Clients then see one kind of error, and each mistake has one status. It sets a package variable, because the library
+// has no other way.
 var ownErrors = sync.OnceFunc(func() {
 	huma.NewError = func(status int, text string, errs ...error) huma.StatusError {
 		var detail []string
@@ -146,7 +146,7 @@ func writeProblem(w http.ResponseWriter, p api.Problem) {
 func writeText(w http.ResponseWriter, status int, text string) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.WriteHeader(status)
-	_, _ = w.Write([]byte(text)) // as above
+	_, _ = w.Write([]byte(text)) // an error means that the client is gone
 }
 
 // apiConfig configures the API's description. The router's default would add $schema members to answers, and a

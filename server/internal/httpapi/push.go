@@ -64,8 +64,8 @@ func (t table) pushes() {
 				t.Log.DebugContext(ctx, "message dropped: it names no COS build")
 				return nil, nil
 			}
-			// After an error, Pub/Sub sends the message again, with growing pauses. The release may not be completely uploaded
-			// yet.
+			// Announce fails if the release is not completely uploaded yet. After an error, Pub/Sub sends the message again,
+			// with growing pauses.
 			if _, err := t.Catalogue.Announce(ctx, id); err != nil {
 				return nil, asProblem(err)
 			}

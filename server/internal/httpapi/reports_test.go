@@ -31,7 +31,7 @@ func TestReports(t *testing.T) {
 		t.Errorf("Reports() = %+v, %v; want 5 failures", all, err)
 	}
 	if q, err := c.Quarantine(ctx); err != nil || q == nil || len(q) != 0 {
-		t.Errorf("Quarantine() = %+v, %v; want none: they are of one network", q, err)
+		t.Errorf("Quarantine() = %+v, %v; want none, because all reports come from one network", q, err)
 	}
 	if _, err := c.Lift(ctx, digest); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("Lift(published) = %v; want mismatch", err)

@@ -307,7 +307,8 @@ func (t table) builds() {
 			return answer(cat.Cancel(ctx, in.ID))
 		},
 	)
-	// The handlers of the log stream, so New registers them.
+	// [New] registers the handlers of logs, because they stream and the router's handlers cannot. Here the routes of logs
+	// are only described.
 	text := map[string]*huma.MediaType{"text/plain": {Schema: &huma.Schema{Type: huma.TypeString}}}
 	id := &huma.Param{
 		Name:        "id",

@@ -1,10 +1,11 @@
-// Package jobs keeps the catalogue and the queue consistent. The two may be separate databases, with SQLite a file
-// each. After a crash between the writes to the two, they differ. The sweep repairs that:
+// Package jobs keeps the catalogue and the queue consistent. The two may be separate databases; with SQLite, each is a
+// file of its own. After a crash between the write to one and the write to the other, they differ. The sweep repairs
+// that:
 //
 //   - It queues stored builds that the queue lacks.
-//   - It fails builds whose job has ended.
+//   - It marks builds as failed if their job has ended.
 //   - It removes jobs of cancelled builds from the queue.
-//   - It raises the priority of jobs to that of their builds.
+//   - It raises the priority of jobs to the priority of their builds.
 //   - It gives the builds of a dead builder to other builders.
 //
 // The package runs no builds: builders do that, through package queue.
@@ -41,10 +42,10 @@ type jobQueue interface {
 	Release(ctx context.Context, builds ...int64) error
 }
 
-// A builder reports every [api.HeartbeatInterval]. A builder that has not reported for deadAfter is dead. With
-// sweepEvery, its builds continue on another builder within a minute. Reports may be lost while the server or its
-// database is down. Builders then get settleTime to report again. That is shorter than deadAfter, so that the minute
-// still holds.
+// A builder reports every [api.HeartbeatInterval]. A builder that has not reported for deadAfter is dead. The sweep
+// runs every sweepEvery, so the builds of a dead builder continue on another builder within a minute. Reports may be
+// lost while the server or its database is down. Builders then get settleTime to report again. settleTime is shorter
+// than deadAfter, so builds continue within a minute even then.
 const (
 	deadAfter  = 30 * time.Second
 	settleTime = 15 * time.Second
@@ -64,8 +65,8 @@ type Sweeper struct {
 	// Now returns the current time. nil means time.Now.
 	Now func() time.Time
 
-	// listening is the time since which builders can report without interruption. A builder is not dead because the
-	// server was down.
+	// listening is the time since which builders can report without interruption. A builder that was silent while the
+	// server was down is not dead.
 	listening time.Time
 }
 
@@ -103,7 +104,7 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 		open, err = s.Catalogue.OpenBuilds(ctx)
 	}
 	if err != nil {
-		s.listening = time.Time{} // reports may have been lost, too
+		s.listening = time.Time{} // reports of builders may have been lost, too
 		return err
 	}
 	var errs []error

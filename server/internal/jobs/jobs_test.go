@@ -132,7 +132,7 @@ func TestRunEndsWithContext(t *testing.T) {
 }
 
 // TestSweepNoticesDeadBuilders shows that a builder that misses some reports counts as dead. Its build continues on
-// another builder within a minute. While the server was down, no builder counts as dead.
+// another builder within a minute. No builder counts as dead only because the server was down.
 func TestSweepNoticesDeadBuilders(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)

@@ -142,7 +142,8 @@ func (h *handler) putSHA512(w http.ResponseWriter, r *http.Request, repo string,
 	w.WriteHeader(http.StatusCreated)
 }
 
-// writeStatus writes an error in the specification's form. The status may differ from the usual one of the code.
+// writeStatus writes an error in the specification's form. The status may differ from the usual status of the error
+// code.
 func writeStatus(w http.ResponseWriter, status int, code, message string) {
 	type one struct {
 		Code    string `json:"code"`
@@ -154,8 +155,8 @@ func writeStatus(w http.ResponseWriter, status int, code, message string) {
 }
 
 // cached allows clients and proxies to keep content that is named by its digest for ever. It answers 304 to a client
-// that has the blob. It turns a range that counts from the end into one that counts from the start, which the library
-// needs.
+// that has the blob. The library does not support a range that counts from the end of a blob, so cached turns it into a
+// range that counts from the start.
 func (h *handler) cached(w http.ResponseWriter, r *http.Request, kind, ref string) (done bool) {
 	d := ociregistry.Digest(ref)
 	if digest.Digest(ref).Validate() != nil {

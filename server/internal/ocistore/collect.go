@@ -63,9 +63,9 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 	return out, ctx.Err()
 }
 
-// collect removes one blob, and returns its size. It returns -1 if the blob is gone or was requested lately. A new
-// manifest may name the blob since the list of old blobs was made. The check of that manifest has requested the blob,
-// so collect keeps it.
+// collect removes one blob, and returns its size. It returns -1 if the blob is gone or was requested lately. A manifest
+// that was stored after the list of old blobs was made may name the blob. The check of that manifest has requested the
+// blob, so collect keeps it.
 func (s *Store) collect(p string, now time.Time) (int64, error) {
 	s.collecting.Lock()
 	defer s.collecting.Unlock()
@@ -82,7 +82,8 @@ func (s *Store) collect(p string, now time.Time) (int64, error) {
 	return info.Size(), s.root.Remove(p)
 }
 
-// named returns the digests of all manifests and of all blobs that they name. The digests have no algorithm.
+// named returns the digests of all manifests and of all blobs that they name. The digests are hex digits without the
+// name of the algorithm.
 func (s *Store) named(ctx context.Context) (map[string]bool, error) {
 	all := map[string]bool{}
 	err := fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
@@ -119,7 +120,7 @@ func orNone(d *ociregistry.Descriptor) []ociregistry.Descriptor {
 	return []ociregistry.Descriptor{*d}
 }
 
-// touched is how long the time of a blob is not updated again, to save writes.
+// touched is the shortest time between two updates of the time of a blob, to save writes.
 const touched = time.Hour
 
 // touch sets the time of a blob to now, because a client is about to name the blob.

@@ -27,10 +27,11 @@ type access interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 }
 
-// Handler serves the distribution API. Everybody may read. A write needs a token with the scope push, and a deletion
-// one with the scope operate. The token is the Basic password of any user name, or a Bearer token.
+// Handler serves the distribution API. Everybody who reaches the server may read. A write needs a token with the scope
+// push, and a deletion needs a token with the scope operate. The client sends the token as a Bearer token, or as the
+// password of HTTP Basic authentication with any user name.
 //
-// Most clients ask GET /v2/ first, and send credentials later only if that answered 401. Some refuse to read
+// Most clients ask GET /v2/ first, and send credentials later only if that answered 401. Some clients refuse to read
 // anonymously from a registry that asks for Basic. The challenge is therefore Bearer, and its token endpoint also gives
 // out an anonymous token. docker, containerd, crane and cosign then all read without credentials and push with them.
 func Handler(s *Store, who access, log *slog.Logger) http.Handler {

@@ -7,7 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// audience returns what the registry tells every client about who can read it.
+// audience returns the value of the header by which the registry tells each client who can read it.
 func (s *Store) audience() string {
 	if s.public {
 		return registry.AudiencePublic
@@ -15,7 +15,7 @@ func (s *Store) audience() string {
 	return registry.AudiencePrivate
 }
 
-// restricted returns why a public registry refuses a manifest, or "" if it accepts it.
+// restricted returns why a public registry refuses a manifest, or "" if the registry accepts the manifest.
 func (s *Store) restricted(manifest []byte) string {
 	need := bundle.RestrictionOf(manifest)
 	if !s.public || s.redistribute.Covers(need) || need == bundle.RedistributeNone {

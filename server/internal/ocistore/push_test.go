@@ -100,7 +100,7 @@ func TestConcurrentPushes(t *testing.T) {
 		}
 		return err
 	})
-	if want := 5 + 4*5; err != nil || blobs > want { // 3 layers, config and manifest; the losers may have pushed theirs
+	if want := 5 + 4*5; err != nil || blobs > want { // 3 layers, config, manifest; losers may have pushed blobs
 		t.Errorf("%d blobs, %v; want at most %d", blobs, err, want)
 	}
 }

@@ -59,7 +59,7 @@ func TestSpecification(t *testing.T) {
 			passed++
 		case strings.HasSuffix(strings.TrimSpace(line), ": FAIL"), strings.Contains(line, ": Skip") &&
 			!strings.Contains(line, "/blob-delete: Skip"):
-			t.Error(strings.TrimSpace(line)) // deleting single blobs is the only thing that we do not support
+			t.Error(strings.TrimSpace(line)) // deleting single blobs is all that this registry does not support
 		}
 	}
 	if passed < 500 {
@@ -100,7 +100,7 @@ func TestCreateOnlyOutlivesDelete(t *testing.T) {
 		t.Fatalf("DELETE of the manifest = %s; want 202", r.Status)
 	}
 	if want := []string{"prebake/driver@" + d.String()}; !slices.Equal(deleted, want) {
-		t.Errorf("told of %v; want %v", deleted, want)
+		t.Errorf("Deleted was called for %v; want %v", deleted, want)
 	}
 	if r := call(t, host, "GET", "/v2/prebake/driver/manifests/one", ""); r.StatusCode != http.StatusNotFound {
 		t.Errorf("GET of the tag = %s; want 404", r.Status)
@@ -113,8 +113,8 @@ func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	}
 }
 
-// TestDeleteBesideBadTags shows that a tag that cannot be read keeps the manifest, because it may name the manifest. A
-// damaged tag does not, and stays as it is.
+// TestDeleteBesideBadTags shows that a manifest is not deleted while a tag cannot be read, because the tag may name the
+// manifest. A damaged tag does not prevent the deletion, and stays as it is.
 func TestDeleteBesideBadTags(t *testing.T) {
 	t.Parallel()
 	for _, repo := range []string{"prebake/driver", "scratch/x"} { // the first is create-only
@@ -180,7 +180,7 @@ func TestCollect(t *testing.T) {
 	}
 	now := time.Now()
 	if out, err := s.Collect(t.Context(), now); err != nil || out.Blobs != 0 {
-		t.Errorf("Collect(now) = %+v, %v; want nothing: all of it is new", out, err)
+		t.Errorf("Collect(now) = %+v, %v; want nothing: all blobs are new", out, err)
 	}
 	age(t, dir, now.Add(-25*time.Hour))
 	layers, err := gone.Layers()
@@ -199,7 +199,7 @@ func TestCollect(t *testing.T) {
 		t.Errorf("Collect() = %+v, %v; want 4 blobs", out, err)
 	}
 	if _, err := remote.Get(reference(t, host, "a/kept:1"), options(t)...); err != nil {
-		t.Errorf("what has a manifest: %v", err)
+		t.Errorf("an image that has a manifest: %v; want no error", err)
 	}
 	if img, err := remote.Image(reference(t, host, "a/kept:1"), options(t)...); err != nil {
 		t.Error(err)
@@ -331,7 +331,7 @@ func TestManners(t *testing.T) {
 	}
 	r = call(t, host, "GET", "/v2/a/b/manifests/"+d, "")
 	if tag := r.Header.Get("Etag"); tag != `"`+d+`"` || !strings.Contains(r.Header.Get("Cache-Control"), "immutable") {
-		t.Errorf("by digest: Etag %q, Cache-Control %q; want what lasts for ever", tag, r.Header.Get("Cache-Control"))
+		t.Errorf("by digest: Etag %q, Cache-Control %q; want the digest, and immutable", tag, r.Header.Get("Cache-Control"))
 	}
 	if r = call(t, host, "GET", "/v2/a/b/manifests/1", ""); r.Header.Get("Cache-Control") != "no-cache" {
 		t.Errorf("by tag: Cache-Control %q; want no-cache", r.Header.Get("Cache-Control"))
@@ -357,6 +357,7 @@ func TestManners(t *testing.T) {
 	full = nil
 	if r = call(t, host, "GET", "/v2/a/b/blobs/sha256:"+strings.Repeat("0", 64),
 		""); r.StatusCode != http.StatusNotFound || r.Header.Get("Cache-Control") != "" {
-		t.Errorf("an absent blob = %s, Cache-Control %q; want 404 that nobody keeps", r.Status, r.Header.Get("Cache-Control"))
+		t.Errorf("an absent blob = %s, Cache-Control %q; want 404 without Cache-Control", r.Status,
+			r.Header.Get("Cache-Control"))
 	}
 }

@@ -1,5 +1,5 @@
 // Package ocistore is the embedded registry: the OCI distribution API over a folder. CUE's ociserver handles the
-// protocol. The storage is this package's, see docs/decisions/0003-embedded-registry.md.
+// protocol. This package stores the content, see docs/decisions/0003-embedded-registry.md.
 //
 // Content becomes visible only when it is complete, verified and synced. A process that is killed at any moment leaves
 // the store as it was before or after a push. The package refuses digests other than SHA-256 and SHA-512, manifests
@@ -43,7 +43,7 @@ const (
 	MaxManifest = 4 << 20
 	MaxBlob     = 8 << 30
 	// uploadMaxAge is how long an upload without a request is kept. blobMinAge is how long an unreferenced blob is kept.
-	// It must be long enough for a push, because clients push blobs first.
+	// It must be longer than a push takes, because clients push the blobs before the manifest that names them.
 	uploadMaxAge = 6 * time.Hour
 	blobMinAge   = 24 * time.Hour
 	maxName      = 255
@@ -55,11 +55,11 @@ type Options struct {
 	CreateOnly func(repo, tag string) bool
 	// Deleted is called with each deleted manifest. It may be nil.
 	Deleted func(repo string, d ociregistry.Digest)
-	// Public means that everybody may read this registry. It then refuses content under NVIDIA's licence, except what
-	// Redistribute allows; "" allows nothing.
+	// Public is true if the operator says, by --public, that everybody can read this registry. The registry then refuses
+	// content under NVIDIA's licence, except what Redistribute allows; "" allows nothing.
 	Public       bool
 	Redistribute bundle.Redistribution
-	// CheckFree returns an error if there is no room to write. nil means that there always is.
+	// CheckFree returns an error if there is no room to write. nil means no check.
 	CheckFree func() error
 }
 
@@ -158,7 +158,8 @@ func (s *Store) dropUploads(now time.Time) error {
 // Close closes the folder.
 func (s *Store) Close() error { return s.root.Close() }
 
-// hexOf returns the hex digits of a digest. Their number tells the algorithm, because it differs between the two.
+// hexOf returns the hex digits of a digest. The number of digits tells the algorithm, because SHA-256 and SHA-512 have
+// different numbers.
 func hexOf(d ociregistry.Digest) (string, error) {
 	if err := digest.Digest(d).Validate(); err != nil {
 		return "", fmt.Errorf("%w: %q: %w", ociregistry.ErrDigestInvalid, d, err)
@@ -291,10 +292,10 @@ func (s *Store) createJSON(to string, v any) error {
 	return s.syncDir(path.Dir(to))
 }
 
-// errDamaged means that a file does not hold what it should.
+// errDamaged means that a file of the store has content that the store cannot have written.
 var errDamaged = errors.New("damaged")
 
-// readDescriptor reads a file that holds a descriptor. If the content is none, the error is errDamaged.
+// readDescriptor reads a file that holds a descriptor. If the file holds something else, the error is errDamaged.
 func (s *Store) readDescriptor(name string) (ociregistry.Descriptor, error) {
 	var d ociregistry.Descriptor
 	raw, err := s.root.ReadFile(name)
@@ -308,7 +309,7 @@ func (s *Store) readDescriptor(name string) (ociregistry.Descriptor, error) {
 }
 
 // has returns the size of a stored blob, or fs.ErrNotExist if it is missing. The caller is about to name the blob, so
-// has marks it as new, and it is not collected soon.
+// has marks the blob as new. [Store.Collect] then keeps it for at least a day.
 func (s *Store) has(d ociregistry.Digest) (int64, error) {
 	sum, err := hexOf(d)
 	if err != nil {

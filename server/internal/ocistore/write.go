@@ -18,8 +18,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// The registry accepts the OCI media types of manifests and Docker's two. Docker's are for images that other tools
-// copy here.
+// The registry accepts the OCI media types of manifests and the two of Docker. The types of Docker are for images that
+// other tools copy here.
 const (
 	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
 	dockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -120,7 +120,8 @@ func (s *Store) PushBlobChunkedResume(
 }
 
 func outOfOrder(offset, size int64) error {
-	return fmt.Errorf("%w: chunk begins at %d, the upload has %d bytes", ociregistry.ErrRangeInvalid, offset, size)
+	return fmt.Errorf("%w: the chunk begins at byte %d, but the upload has %d bytes", ociregistry.ErrRangeInvalid,
+		offset, size)
 }
 
 // CancelUpload removes an upload that no request writes to.
@@ -160,8 +161,8 @@ func (u *upload) ID() string     { return u.id }
 func (u *upload) Size() int64    { return u.size }
 func (u *upload) ChunkSize() int { return 64 << 10 }
 
-// Write appends p. It checks the client's offset with the first byte only, because an empty last request has offset 0
-// whatever was sent before.
+// Write appends p. It compares the client's offset with the size only when the first bytes arrive. A last request
+// without content has offset 0, whatever was sent before, and must not be refused.
 func (u *upload) Write(p []byte) (int, error) {
 	if u.offset >= 0 && u.offset != u.size {
 		return 0, outOfOrder(u.offset, u.size)
@@ -238,7 +239,7 @@ type manifest struct {
 }
 
 // PushManifest implements [ociregistry.Writer]. It writes the content, the referrers entry, the manifest and the tag,
-// in this order. Each becomes visible only after everything that it needs.
+// in this order. Each of them becomes visible only after everything that it needs.
 func (s *Store) PushManifest(
 	ctx context.Context,
 	repo, tag string,
@@ -248,7 +249,7 @@ func (s *Store) PushManifest(
 	return s.pushManifest(ctx, repo, tag, digest.FromBytes(content), content, mediaType)
 }
 
-// pushManifest stores a manifest under d, which is its digest by one of the algorithms.
+// pushManifest stores a manifest under d, which is its SHA-256 or SHA-512 digest.
 func (s *Store) pushManifest(
 	ctx context.Context,
 	repo, tag string,
@@ -375,7 +376,7 @@ func (s *Store) check(ctx context.Context, repo string, content []byte, mediaTyp
 	for _, d := range append([]ociregistry.Descriptor{*m.Config}, m.Layers...) {
 		size, err := s.has(d.Digest)
 		if errors.Is(err, fs.ErrNotExist) && nondistributable(d.MediaType) {
-			continue // image specification, "Non-Distributable Layers": it may never be pushed
+			continue // image specification, "Non-Distributable Layers": such a layer may never be pushed
 		}
 		if err != nil {
 			return m, missing("blob", d.Digest, err)
@@ -425,12 +426,13 @@ func (s *Store) retired(repo, tag string) (ociregistry.Descriptor, error) {
 	return s.readDescriptor(name)
 }
 
-// DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest first, and then the manifest.
-// It remembers what create-only tags named, so that such a tag can only return with the same content. The content
-// stays until it is collected, because another repository may have it.
+// DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest first, and then the manifest. It
+// remembers which manifest a create-only tag named, so that such a tag can only return with the same content. The
+// content stays until it is collected, because another repository may have it.
 //
-// A tag that cannot be read may name the manifest, so the manifest stays. A damaged tag names nothing and stays as it
-// is: it must not block the deletion, and a damaged create-only tag must not become free for other content.
+// If a tag cannot be read, it may name the manifest. DeleteManifest then returns an error, and the manifest stays. A
+// damaged tag names nothing and stays as it is: it must not block the deletion, and a damaged create-only tag must not
+// become free for other content.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
 	desc, err := s.ResolveManifest(ctx, repo, d)
 	if err != nil {

@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// beside shows that readers do not wait for writers. When both used one connection, a builder's report or an endless
-// list blocked every probe and every node.
+// beside shows that readers do not wait for writers. When readers and writers used one connection, a builder's report
+// or an endless list blocked every readiness check and every node's question.
 func beside(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()
@@ -25,7 +25,7 @@ func beside(t *testing.T, s *store.Store, id string) {
 			t.Errorf("KernelCells() beside a write = %v", err)
 		}
 		if all, _, err := s.Kernels(ctx, store.KernelFilter{BuildID: id}, page); err != nil || len(all) != 0 {
-			t.Errorf("Kernels() beside a write = %d, %v; want what was there before", len(all), err)
+			t.Errorf("Kernels() beside a write = %d, %v; want the state before the write", len(all), err)
 		}
 		return nil
 	})

@@ -152,7 +152,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNIN
 		if err != nil || found {
 			return open, false, err
 		}
-		// That build ended between the two statements, so another attempt follows.
+		// The open build ended between the two statements, so the loop tries again.
 	}
 	return b, false, fault.New(fault.Busy, "store build: the cell's open build keeps changing",
 		"send the request again")

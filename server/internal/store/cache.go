@@ -48,8 +48,8 @@ func newCache() *cache {
 	return &cache{kernels: kernels, drivers: drivers}
 }
 
-// remember returns a cached value, or reads it and caches it. It does not cache the value if entries were dropped
-// during the read, because the value may be older than the change.
+// remember returns a cached value, or calls read and caches its result. It caches nothing if read says so. It also
+// caches nothing if entries were dropped during the read, because the value may be older than the change.
 func remember[T any](c *cache, in *lru.Cache[string, T], key string, read func() (T, bool, error)) (T, error) {
 	if v, ok := in.Get(key); ok {
 		return v, nil
@@ -105,9 +105,9 @@ func (s *Store) KernelCells(ctx context.Context, buildID, board string) (*Kernel
 	})
 }
 
-// RememberedCells lists a page of kernels with the facts about their cells, newest BUILD_ID first. It uses the cache
-// if all of the page is cached. Each kernel then has one consistent state of the database, but two kernels may have
-// different states.
+// RememberedCells lists a page of kernels with the facts about their cells, newest BUILD_ID first. It uses the cache if
+// all of the page is cached. The facts about one kernel then come from one state of the database. The facts about two
+// kernels may come from different states.
 func (s *Store) RememberedCells(
 	ctx context.Context,
 	f KernelFilter,

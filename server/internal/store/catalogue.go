@@ -96,7 +96,7 @@ type ArtifactFilter struct {
 	BuildID, Board string
 }
 
-// Artifacts lists a page of artifacts, newest first. Each has the kernels that it is attested for.
+// Artifacts lists a page of artifacts, newest first. Each artifact has the kernels that it is attested for.
 func (s *Store) Artifacts(ctx context.Context, f ArtifactFilter, p Page) (all []api.Artifact, next string, err error) {
 	all, next, err = artifacts(ctx, s.readers, f, p)
 	return all, next, classify("list artifacts", err)
@@ -153,7 +153,7 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 			}
 			known[raw] = k
 		}
-		if i, ok := at[digest]; ok { // absent if it was stored between the two reads
+		if i, ok := at[digest]; ok { // not ok if the artifact was stored between the two reads
 			all[i].Kernels = append(all[i].Kernels, k)
 		}
 		return nil
@@ -213,8 +213,8 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (digest) DO NOTHING
 			if err != nil {
 				return err
 			}
-			// Cached facts of other kernels with this fingerprint stay. For those kernels, the artifact is only a reason to
-			// attest it, and a builder finds it anyway.
+			// Cached facts of other kernels with this fingerprint stay. Such a kernel can use the artifact only after a builder
+			// has attested it for that kernel. The builder finds the artifact without the cache.
 			tx.touch(k.String())
 			_, err = tx.ExecContext(ctx, `
 INSERT INTO artifact_kernels (digest, build_id, board, kernel, attested_at) VALUES ($1, $2, $3, $4, $5)

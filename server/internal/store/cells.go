@@ -16,8 +16,8 @@ type CellKey struct {
 
 // Facts are everything that decides the state of a cell.
 type Facts struct {
-	// Artifacts are the artifacts of the driver that may fit the kernel. They have the kernel's fingerprint. If that is
-	// not known, they are the artifacts that are attested for the kernel.
+	// Artifacts are the artifacts of the driver that may fit the kernel. They have the kernel's fingerprint. If the
+	// fingerprint is not known, they are the artifacts that are attested for the kernel.
 	Artifacts []Candidate
 	// Newest is the newest build of the cell; nil when there is none.
 	Newest *api.Build
@@ -28,7 +28,7 @@ type Candidate struct {
 	api.Artifact
 	// Attested means that the artifact is attested for this kernel.
 	Attested bool
-	// AttestedAt is when the artifact was attested. It is zero if it is not attested or the time is not known.
+	// AttestedAt is when the artifact was attested. It is zero if the artifact is not attested or the time is not known.
 	AttestedAt time.Time
 }
 

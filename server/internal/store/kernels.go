@@ -52,8 +52,8 @@ type KernelFilter struct {
 	// Text is the beginning of a BUILD_ID or a kernel release. It becomes part of a pattern, so it may have only
 	// letters, digits and ".+~-".
 	Text string
-	// GKE is a GKE version whose nodes boot the kernel, or the beginning of one: 1.33 or 1.33.5. It becomes part of a
-	// pattern, so it may have only digits, dots and "-gke.".
+	// GKE is a GKE version whose nodes boot the kernel, or the beginning of such a version: 1.33 or 1.33.5. It becomes
+	// part of a pattern, so it may have only digits, dots and "-gke.".
 	GKE string
 }
 
@@ -132,12 +132,12 @@ func (s *Store) Kernels(ctx context.Context, f KernelFilter, p Page) (all []api.
 	return all, next, classify("list kernels", err)
 }
 
-// Kernel reads one kernel. known is false if the catalogue lacks it.
+// Kernel reads one kernel. known is false if the catalogue lacks the kernel.
 func (s *Store) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
 	return kernel(ctx, s.readers, buildID, board)
 }
 
-// Kernel reads one kernel inside the transaction. known is false if the catalogue lacks it.
+// Kernel reads one kernel inside the transaction. known is false if the catalogue lacks the kernel.
 func (tx *Tx) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
 	return kernel(ctx, tx, buildID, board)
 }
@@ -190,8 +190,8 @@ func encoded[T any](m map[string]T) (string, error) {
 	return string(text), err
 }
 
-// PutGKE stores which GKE versions boot a kernel. An empty list removes them all. A kernel that the catalogue lacks
-// is not added.
+// PutGKE stores which GKE versions boot a kernel. An empty list removes all versions of the kernel. A kernel that the
+// catalogue lacks is not added.
 func (tx *Tx) PutGKE(ctx context.Context, buildID, board string, versions []string) error {
 	text, err := json.Marshal(append([]string{}, versions...))
 	if err != nil {

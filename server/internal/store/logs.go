@@ -15,7 +15,7 @@ import (
 )
 
 // Logs stores build logs as files. <dir>/<build>.log is the complete log that a builder sent at the end.
-// <dir>/<build>.live is the part that it has sent of a running build.
+// <dir>/<build>.live is the part of the log that a builder has sent while the build runs.
 type Logs struct{ root *os.Root }
 
 // OpenLogs opens the folder, and makes it if it is missing. It removes the remains of interrupted uploads.
@@ -78,7 +78,8 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 	}
 	n, err := io.Copy(f, io.LimitReader(r, api.MaxLiveLog-offset+1))
 	if err == nil && offset+n > api.MaxLiveLog {
-		err = fault.New(fault.TooLarge, fmt.Sprintf("the log of a running build has %d MiB at most", api.MaxLiveLog>>20),
+		err = fault.New(fault.TooLarge,
+			fmt.Sprintf("the log is larger than %d MiB, and the build still runs", api.MaxLiveLog>>20),
 			"send the whole log when the build has ended")
 	}
 	if err != nil { // a part is stored whole or not at all
@@ -142,7 +143,7 @@ func (l *Logs) Get(build int64, live bool) (log io.ReadSeekCloser, size int64, e
 		return nil, 0, fault.New(
 			fault.NotFound,
 			fmt.Sprintf("build %d has no log yet", build),
-			"ask again in a moment",
+			"wait until the builder has sent the log, and ask again",
 		)
 	}
 	if err != nil {

@@ -10,15 +10,16 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Changes returns a counter of the writes that this process knows of. While it stays the same, a measurement stays
-// valid.
+// Changes returns a counter of the writes that this process knows of. While the counter stays the same, a measurement
+// stays valid.
 func (s *Store) Changes() uint64 {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
 	return s.cache.dropped
 }
 
-// wantedAtOnce and wantedRows are how many wanted cells one transaction and one statement store.
+// wantedAtOnce is how many wanted cells one transaction stores. wantedRows is how many wanted cells one statement
+// stores.
 const (
 	wantedAtOnce = 1000
 	wantedRows   = 100
@@ -124,9 +125,10 @@ DO UPDATE SET early = excluded.early`
 	return err
 }
 
-// Coverage counts the wanted cells by milestone and by state. Cells that only early-warning entries want are left
-// out. Milestone 0 means that it is not known. A cell's state is decided by the same rules as in package catalogue.
-// State Unknown means that the cell has no artifact and no build. Coverage takes some ten microseconds for each cell.
+// Coverage counts the wanted cells by milestone and by state. Cells that only early-warning entries want are left out.
+// Milestone 0 means that the milestone is not known. A cell's state is decided by the same rules as in package
+// catalogue. State Unknown means that the cell has no artifact and no build. Coverage takes some ten microseconds for
+// each cell.
 func (s *Store) Coverage(ctx context.Context) (map[int]map[api.State]int, error) {
 	counts := map[int]map[api.State]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -193,7 +195,7 @@ func (s *Store) WaitingBuilds(ctx context.Context) ([]Waiting, error) {
 	return all, classify("list waiting builds", err)
 }
 
-// Working is a build that a builder works on or has ended.
+// Working has the times of a build that runs or that a builder has published.
 type Working struct {
 	Worker                             string
 	Flavour                            target.Flavour

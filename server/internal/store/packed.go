@@ -18,10 +18,10 @@ import (
 // KernelCells is a kernel with the facts that decide the state of its cells. Readers share it, so it must not be
 // changed.
 //
-// A server keeps the facts about tens of thousands of cells for days. As values they are several hundred thousand
-// objects with pointers, and the garbage collector reads all of them again and again. KernelCells therefore has them in
-// packed form: all texts of a kernel's cells in one string, and everything else as numbers. Reading the facts about a
-// cell takes less than a microsecond.
+// A server keeps the facts about tens of thousands of cells for days. As Go values, these facts are several hundred
+// thousand objects with pointers, and the garbage collector reads all of them again and again. KernelCells therefore
+// has the facts in packed form: all texts of a kernel's cells in one string, and everything else as numbers. Reading
+// the facts about a cell takes less than a microsecond.
 type KernelCells struct {
 	Kernel api.Kernel
 	// text has each text of the cells once.
@@ -31,7 +31,8 @@ type KernelCells struct {
 	facts []byte
 }
 
-// packedCell is the driver of a cell, and where its facts begin. The numbers are offsets into text and facts.
+// packedCell is the driver of a cell, and the place of the cell's facts. facts is an offset into KernelCells.facts. The
+// other numbers are offsets into KernelCells.text.
 type packedCell struct{ version, versionEnd, flavour, flavourEnd, facts uint32 }
 
 // NewKernelCells packs the facts about the cells of a kernel.
@@ -77,7 +78,7 @@ func (k *KernelCells) Drivers() iter.Seq[target.Driver] {
 	}
 }
 
-// Facts returns the facts about the cell of a driver. They are empty if nothing is known about it.
+// Facts returns the facts about the cell of a driver. The result is empty if nothing is known about the cell.
 func (k *KernelCells) Facts(d target.Driver) Facts {
 	for _, c := range k.cells {
 		if k.driver(c) == d {
@@ -100,21 +101,22 @@ func (k *KernelCells) unpack(c packedCell) (f Facts) {
 	return f
 }
 
-// packer writes values to a stream, or reads them from one. Each method does both, so the two cannot differ. A text is
-// its place among the texts and its length. What is read shares memory with the texts.
+// packer writes values to a stream, or reads them from a stream. Each method does both, so that writing and reading
+// cannot differ. A text is written as its place among the texts and its length. A text that is read shares memory with
+// the string of all texts.
 type packer struct {
 	stream []byte
 	reads  bool
 
-	from string // what is read has its texts here
+	from string // the texts of the values that are read
 
-	texts  strings.Builder // what is written has its texts here
+	texts  strings.Builder // the texts of the values that are written
 	places map[string]uint32
 }
 
 func (p *packer) text() string { return strings.Clone(p.texts.String()) }
 
-// place stores a text, unless it is there already, and returns where it begins.
+// place stores a text, unless the text is stored already. It returns the offset of the text.
 func (p *packer) place(s string) uint32 {
 	at, ok := p.places[s]
 	if !ok {
@@ -170,7 +172,7 @@ func (p *packer) bool(b *bool) {
 	*b = n == 1
 }
 
-// time packs a time. What is read is in UTC.
+// time packs a time. A time that is read is in UTC.
 func (p *packer) time(t *time.Time) {
 	seconds, nanos := t.Unix(), t.Nanosecond()
 	number(p, &seconds)
@@ -193,7 +195,7 @@ func maybe[T any](p *packer, v **T, pack func(*T)) {
 	pack(*v)
 }
 
-// list packs a list. An empty one is read as nil.
+// list packs a list. An empty list is read as nil.
 func list[T any](p *packer, all *[]T, pack func(*T)) {
 	size := uint64(len(*all))
 	p.uint(&size)

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fillFields gives every field below v another value than its zero value, and no two texts or numbers the same one. It
-// knows no type of the catalogue, so a field that somebody adds later is filled too.
+// fillFields gives each field below v a value that is not its zero value. No two texts or numbers are equal. The
+// function reads the types by reflection, so it also fills a field that somebody adds later.
 func fillFields(t *testing.T, v reflect.Value, next *int) {
 	*next++
 	switch v.Kind() {
@@ -52,7 +52,7 @@ func TestPackedFactsKeepEveryField(t *testing.T) {
 	var whole Facts
 	fillFields(t, reflect.ValueOf(&whole).Elem(), new(int))
 	for i := range whole.Artifacts {
-		whole.Artifacts[i].Kernels = nil // a Candidate has none
+		whole.Artifacts[i].Kernels = nil // a Candidate has no kernels
 	}
 	extreme := Facts{Newest: &api.Build{ID: math.MaxInt64, Attempt: math.MinInt, CreatedAt: time.Unix(math.MinInt32, 1).UTC()}}
 	want := map[target.Driver]Facts{
@@ -69,7 +69,7 @@ func TestPackedFactsKeepEveryField(t *testing.T) {
 		got[d] = f
 		order = append(order, d.String())
 		if diff := cmp.Diff(f, cells.Facts(d)); diff != "" {
-			t.Errorf("Facts(%s) differs from the list's (-list +single):\n%s", d, diff)
+			t.Errorf("Facts(%s) differs from the facts of All() (-All +Facts):\n%s", d, diff)
 		}
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

@@ -9,11 +9,12 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxReports is the most nodes of one source that may report on an artifact. The limit keeps a client that invents
+// MaxReports is the most nodes of one network that may report on an artifact. The limit keeps a client that invents
 // nodes from filling the disk.
 const MaxReports = 1000
 
-// PutReport stores a node's report and replaces its earlier one. source is the network that the report came from.
+// PutReport stores a node's report about an artifact. It replaces the earlier report of that node. source is the
+// network that the report came from.
 func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at time.Time) error {
 	what := "store report on " + r.Digest
 	var others int
@@ -36,7 +37,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (digest, node) DO UPDATE
 	return classify(what, err)
 }
 
-// OutcomeCount is how many nodes of one source reported the same outcome for an artifact.
+// OutcomeCount is how many nodes of one network reported the same outcome for an artifact.
 type OutcomeCount struct {
 	Source  string
 	Outcome api.Outcome
@@ -47,7 +48,7 @@ type OutcomeCount struct {
 // OutcomeCounts counts reports on an artifact. It leaves out reports before since and before the time of
 // [Tx.IgnoreReportsBefore].
 func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since time.Time) ([]OutcomeCount, error) {
-	if tx.postgres { // of two concurrent reports, the second one has to count the first
+	if tx.postgres { // the lock makes the second of two concurrent reports count the first
 		_, err := tx.ExecContext(ctx, `SELECT 1 FROM artifacts WHERE digest = $1 FOR NO KEY UPDATE`, digest)
 		if err != nil {
 			return nil, classify("read reports on "+digest, err)
@@ -66,7 +67,7 @@ GROUP BY source, outcome, class ORDER BY source, outcome, class`, digest, micros
 	return all, classify("read reports on "+digest, err)
 }
 
-// IgnoreReportsBefore excludes reports on an artifact up to this time from [Tx.OutcomeCounts].
+// IgnoreReportsBefore makes [Tx.OutcomeCounts] leave out the reports on an artifact up to this time.
 func (tx *Tx) IgnoreReportsBefore(ctx context.Context, digest string, at time.Time) error {
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET judged_from = $2 WHERE digest = $1`, digest, micros(at))
 	return classify("mark artifact "+digest, err)

@@ -60,7 +60,8 @@ func Open(ctx context.Context, rawURL string) (*Store, error) {
 	}
 	if err := s.migrate(ctx); err != nil {
 		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("migrate catalogue: %w", err),
-			"check that the server can reach and write the database, and that no newer server has migrated it"), s.Close())
+			"check that the server can reach the database and write to it, and that no newer server version has used it"),
+			s.Close())
 	}
 	if !s.postgres {
 		s.cache.listens(true) // no other process writes
@@ -256,7 +257,8 @@ func query(
 	return rows.Err()
 }
 
-// Tx is a transaction that writes. No other transaction changes what it has read before it ends.
+// Tx is a transaction that writes. With SQLite, no other transaction writes at the same time. With PostgreSQL, other
+// transactions may change rows that this one has read. A method that must prevent that locks the rows.
 type Tx struct {
 	*sql.Tx
 	// Conn is the connection of the transaction.
@@ -276,8 +278,8 @@ func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 	if err != nil {
 		return classify("write to catalogue", err)
 	}
-	// This is for a panic of f: closing the connection would wait for the open transaction. In all other cases the
-	// transaction has ended, and Rollback does nothing.
+	// If f panics, this ends the transaction, because closing the connection would wait for an open transaction. In all
+	// other cases the transaction has ended already, and Rollback does nothing.
 	defer func() { _ = tx.Rollback() }()
 	t := &Tx{Tx: tx, Conn: conn, postgres: s.postgres}
 	err = f(t)

@@ -48,7 +48,8 @@ func TestConformance(t *testing.T) {
 		n := 0
 		for name, f := range suite {
 			n++
-			// No two have a major number in common: tests of pages make builds of their own beside theirs.
+			// No two tests share the first number of their BUILD_IDs, because the test of pages makes further COS builds with
+			// that number.
 			id := fmt.Sprintf("%d.1.0", base+int64(n))
 			t.Run(name, func(t *testing.T) { f(t, s, id) })
 		}
@@ -329,7 +330,7 @@ func change(t *testing.T, s *store.Store, id string) {
 		t.Fatal(err)
 	}
 	if d := cmp.Diff(want, got); d != "" {
-		t.Errorf("ChangeBuild (-want +got):\n%s", d)
+		t.Errorf("changeBuild() (-want +got):\n%s", d)
 	}
 	if _, err := changeBuild(ctx, s, 1<<40, func(*api.Build) error { return nil }); !fault.Is(err, fault.NotFound) {
 		t.Errorf("changeBuild(absent) = %v; want not-found", err)

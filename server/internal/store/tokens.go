@@ -27,7 +27,7 @@ func scanToken(row func(...any) error) (t api.Token, hash []byte, err error) {
 	return t, hash, errors.Join(err, json.Unmarshal([]byte(scopes), &t.Scopes))
 }
 
-// Token reads a token and the hash of its secret. The error has kind NotFound if there is none.
+// Token reads a token and the hash of its secret. The error has kind NotFound if there is no such token.
 func (s *Store) Token(ctx context.Context, id string) (api.Token, []byte, error) {
 	t, hash, err := scanToken(s.readers.QueryRowContext(ctx, `SELECT `+tokenColumns+` FROM tokens WHERE id = $1`, id).Scan)
 	if errors.Is(err, sql.ErrNoRows) {

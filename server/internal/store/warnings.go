@@ -8,11 +8,11 @@ import (
 )
 
 // maxWarnings is the most entries of one answer. If more cells of unreleased milestones are broken, they have one
-// common cause.
+// common cause, which these entries show already.
 const maxWarnings = 1000
 
 // Warnings lists broken cells, newest builds first. Only early-warning entries of wish lists want these cells, and
-// their last ended build failed. Since is when the first failure after the last published build ended.
+// their last ended build failed. Since is the time when the first failed build after the last published build ended.
 func (s *Store) Warnings(ctx context.Context) ([]api.Warning, error) {
 	all := []api.Warning{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {

@@ -52,8 +52,8 @@ func noWishList(name string) error {
 		"list wish lists: server wish-lists")
 }
 
-// PutWishList stores a text as the newest version of a wish list. Version 0 replaces any stored text. Any other
-// version must be that of the stored text, so that two people who edit a list do not overwrite each other.
+// PutWishList stores a text as the newest version of a wish list. Version 0 replaces any stored text. Any other version
+// must be the version of the stored text, so that two people who edit a list do not overwrite each other.
 func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64, at time.Time) error {
 	var stored int64
 	err := tx.QueryRowContext(ctx, `SELECT version FROM wish_lists WHERE name = $1`, name).Scan(&stored)
@@ -104,9 +104,9 @@ func (tx *Tx) PlannedWishList(ctx context.Context, l api.WishList) error {
 	return classify("store plan of wish list "+l.Name, err)
 }
 
-// ReadyTimes returns how long cells took, shortest first, from the time that their kernel was first seen until they
-// had an artifact. It covers cells that became ready after since. Cells whose artifact is older than the record of
-// their kernel are left out.
+// ReadyTimes returns the times from the discovery of a kernel until a cell of it had an artifact, shortest first. It
+// covers the cells that got their artifact after since. It leaves out cells whose artifact is older than the record of
+// their kernel.
 func (s *Store) ReadyTimes(ctx context.Context, since time.Time) ([]time.Duration, error) {
 	var all []time.Duration
 	err := query(ctx, s.readers, func(row func(...any) error) error {

@@ -25,7 +25,7 @@ type cellPage struct {
 	Release api.DriverRelease
 	// GPUs are the types of GPU for which the COS build lists this driver.
 	GPUs []catalogue.GPULabel
-	// Both is the path of the page with both flavours; "" means that this is that page.
+	// Both is the path of the page with both flavours. It is "" on the page with both flavours itself.
 	Both     string
 	Flavours []flavourCell
 }
@@ -105,7 +105,8 @@ func quoted(word string) string {
 	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
 }
 
-// ask returns the commands for a cell. They use its artifact, or ask for one if there is none.
+// ask returns the commands for a cell. They install, verify and download the artifact of the cell. If there is no
+// artifact, the commands request one, or show the state of its build.
 func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 	server, k, d := quoted(base(r)), f.Kernel, f.Driver
 	cell := fmt.Sprintf("--build-id %s --board %s --driver %s --flavour %s", k.BuildID, k.Board, d.Version, d.Flavour)
@@ -140,8 +141,8 @@ func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 	}
 }
 
-// maxReferrers is how many statements of an artifact are examined. An artifact may have some for each of hundreds of
-// kernels.
+// maxReferrers is how many statements of an artifact are examined. An artifact may have statements for each of hundreds
+// of kernels.
 const maxReferrers = 200
 
 // signed describes what is attached to an artifact on this server. It reads labels, which anybody who may push can

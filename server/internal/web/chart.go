@@ -62,7 +62,8 @@ const (
 	chartLeft, chartBottom  = 8, 24
 )
 
-// column is a release in the chart. Its values are how long its cells took to become ready, in seconds.
+// column is a release in the chart. P50 is the median of the times that its cells took to become ready, and Max is the
+// longest. Both are in seconds.
 type column struct {
 	Name     string
 	P50, Max float64

@@ -33,7 +33,7 @@ type queuePage struct {
 	More int
 }
 
-// takes is the duration of builds of one flavour.
+// takes is the median duration of the builds of one flavour.
 type takes struct {
 	Flavour target.Flavour
 	Time    string

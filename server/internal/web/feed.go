@@ -79,7 +79,7 @@ func (p *pages) feed(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/atom+xml; charset=utf-8")
-	w.Header().Set("Cache-Control", "private, max-age=60") // contains the server's name as the reader wrote it
+	w.Header().Set("Cache-Control", "private, max-age=60") // the feed has the host name that the reader used
 	_, _ = out.WriteTo(w)                                  // an error means that the client is gone
 }
 

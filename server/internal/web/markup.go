@@ -48,8 +48,8 @@ func cells(k api.Kernel, drivers []api.DriverRelease, all [][]api.Resolution) te
 	return out.safe()
 }
 
-// pill makes the cell for both flavours. It leaves out a flavour that can never be built. It also leaves out a
-// flavour that nobody asked for, if somebody asked for the other one.
+// pill makes the cell for both flavours. It leaves out a flavour that can never be built. It also leaves out a flavour
+// that nobody asked for, if somebody asked for the other flavour.
 func pill(out *markup, k target.Kernel, version string, both []api.Resolution) {
 	shown := both[:0:0]
 	for _, least := range []func(api.State) bool{

@@ -44,8 +44,8 @@ type matrixPage struct {
 	Groups     []group
 	Coverage   []covered
 	Legend     []legend
-	// Unfolded is the address of this page with a column for each driver. Older is that of the next page, and Newest
-	// that of the first page; "" means that this is that page.
+	// Unfolded is the address of this page with a column for each driver. Older is the address of the next page, and
+	// Newest is the address of the first page. "" means that the page needs no such link.
 	Unfolded, Older, Newest string
 }
 

@@ -118,8 +118,8 @@ func cached(next http.Handler) http.HandlerFunc {
 type head struct {
 	// Title is the title of the window. Here is the path of the page that the menu marks.
 	Title, Here string
-	// Live is the address of server-sent events about changes of the page. Refresh loads the page again every 15
-	// seconds, without a script or if Live is empty.
+	// Live is the address of server-sent events about changes of the page. If Refresh is set, the browser loads the page
+	// again every 15 seconds, unless the script follows Live.
 	Live    string
 	Refresh bool
 }
@@ -206,8 +206,8 @@ func base(r *http.Request) string {
 	return scheme + "://" + r.Host
 }
 
-// plain reports whether OCI clients need a flag that says that an address has no TLS. They need none for a loopback
-// address.
+// plain reports whether OCI clients need a flag that says that an address has no TLS. They need no such flag for a
+// loopback address.
 func plain(r *http.Request) bool {
 	if strings.HasPrefix(base(r), "https:") {
 		return false
@@ -219,8 +219,8 @@ func plain(r *http.Request) bool {
 	return host != "localhost" && !net.ParseIP(strings.Trim(host, "[]")).IsLoopback()
 }
 
-// reference returns the reference that an OCI client pulls. A repository without a host is on this server, whose name
-// is the one that the reader used.
+// reference returns the reference that an OCI client pulls. A repository without a host is on this server. The
+// reference then has the host name that the reader used.
 func reference(host, repository, digest string) string {
 	if strings.HasPrefix(repository, "/") {
 		repository = host + repository

@@ -1,5 +1,6 @@
--- Written once for SQLite and PostgreSQL. {{id}} becomes each one's own way to
--- number rows. Times are microseconds since 1970; lists and maps are JSON text.
+-- The same text serves SQLite and PostgreSQL. {{id}} becomes the syntax by which
+-- each database numbers rows. Times are microseconds since 1970; lists and maps
+-- are JSON text.
 
 CREATE TABLE kernels (
     build_id       TEXT   NOT NULL,
@@ -70,6 +71,6 @@ CREATE TABLE builds (
 
 CREATE INDEX builds_by_cell ON builds (build_id, board, driver, flavour, id);
 
--- One open build for each cell: what makes asking twice harmless.
+-- Each cell has at most one open build, so a second request adds no second build.
 CREATE UNIQUE INDEX builds_one_open ON builds (build_id, board, driver, flavour)
     WHERE state IN ('queued', 'building');

@@ -1,4 +1,5 @@
--- What has to be built without anybody asking, and how soon it was.
+-- The wish lists, the priorities of builds, and an index for the times at which
+-- cells became ready.
 
 CREATE TABLE wish_lists (
     name       TEXT   NOT NULL PRIMARY KEY,
@@ -10,7 +11,7 @@ CREATE TABLE wish_lists (
     problems   TEXT   NOT NULL DEFAULT '[]'
 );
 
--- 1 is first; see package queue.
+-- Builds with priority 1 start first; see package queue.
 ALTER TABLE builds ADD COLUMN priority BIGINT NOT NULL DEFAULT 1;
 
 CREATE INDEX artifact_kernels_by_time ON artifact_kernels (attested_at);

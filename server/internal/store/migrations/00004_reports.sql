@@ -1,11 +1,12 @@
--- What takes a yanked artifact's place, what wish lists want, and what nodes say.
+-- The replacements of yanked artifacts, the wanted cells of wish lists, and the
+-- reports of nodes.
 
 ALTER TABLE artifacts ADD COLUMN replacement TEXT NOT NULL DEFAULT '';
--- Reports of nodes that are older than this do not count against the artifact.
+-- Reports of nodes up to this time do not count against the artifact.
 ALTER TABLE artifacts ADD COLUMN judged_from BIGINT NOT NULL DEFAULT 0;
 CREATE INDEX artifacts_by_state ON artifacts (state);
 
--- The cells that each wish list came to when it was last planned.
+-- The cells that each wish list wanted when it was last planned.
 CREATE TABLE wanted (
     list     TEXT NOT NULL REFERENCES wish_lists (name) ON DELETE CASCADE,
     build_id TEXT NOT NULL,
@@ -15,8 +16,8 @@ CREATE TABLE wanted (
     PRIMARY KEY (list, build_id, board, driver, flavour)
 );
 
--- The last that each node said of an artifact. source is the prefix of
--- the address that it came from.
+-- The last report of each node about an artifact. source is the network that the
+-- report came from: a prefix of the node's address.
 CREATE TABLE reports (
     digest   TEXT   NOT NULL REFERENCES artifacts (digest) ON DELETE CASCADE,
     build_id TEXT   NOT NULL,

@@ -1,4 +1,4 @@
--- Who may do what, and who did what.
+-- The tokens of callers, and the audit log.
 
 CREATE TABLE tokens (
     id         TEXT   NOT NULL PRIMARY KEY,

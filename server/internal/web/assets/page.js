@@ -1,10 +1,10 @@
-// Pages are whole without this script. It adds buttons that copy, and keeps a page that
-// changes up to date.
+// Each page is complete without this script. The script adds buttons that copy a text,
+// and keeps a page up to date while the catalogue changes.
 "use strict";
 
 // addCopiers adds a button to each text that people copy.
 function addCopiers(texts) {
-  if (!navigator.clipboard) return; // without TLS, browsers keep it to themselves
+  if (!navigator.clipboard) return; // browsers give pages without TLS no clipboard
   for (const text of texts) {
     const button = document.createElement("button");
     button.type = "button";
@@ -22,8 +22,8 @@ addCopiers(document.querySelectorAll(".copy"));
 
 const main = document.getElementById("main");
 
-// renew takes the page's content anew, unless something in it has the focus.
-// It tells whether the page may still change.
+// renew loads the page's content again, unless an element in it has the focus.
+// It returns whether the page may still change.
 async function renew() {
   const answer = await fetch(location.href, {headers: {Accept: "text/html"}});
   if (!answer.ok) return true;
@@ -32,7 +32,7 @@ async function renew() {
   if (!fresh || main.contains(document.activeElement) && document.activeElement !== main) return true;
   const log = document.getElementById("log");
   const place = fresh.querySelector("#log");
-  if (log && place) place.replaceWith(log); // it goes on by itself
+  if (log && place) place.replaceWith(log); // follow already updates this log
   main.replaceChildren(...fresh.childNodes);
   if (!log && place) follow(place);
   addCopiers(main.querySelectorAll(".copy"));
@@ -40,12 +40,12 @@ async function renew() {
   return Boolean(fresh.dataset.live || fresh.dataset.refresh);
 }
 
-// follow shows a log as it grows, for as long as the page has it.
+// follow shows a log as it grows, until the page no longer contains the log.
 async function follow(log) {
   let at = 0;
   const text = new TextDecoder();
   while (log.isConnected) {
-    // A range that begins with what is there already is never empty.
+    // The range begins with the last byte that the page has, so it is never empty.
     const range = `bytes=${Math.max(0, at - 1)}-`;
     const answer = await fetch(log.dataset.log, {headers: {Range: range}}).catch(() => null);
     if (answer && answer.status === 206) {
@@ -56,7 +56,7 @@ async function follow(log) {
       at += bytes.length;
       if (atEnd) log.scrollTop = log.scrollHeight;
     }
-    if (answer && answer.status === 416) at = 0; // another try began, with a log of its own
+    if (answer && answer.status === 416) at = 0; // a new attempt has begun, with a log of its own
     await new Promise(resolve => setTimeout(resolve, 3000));
   }
 }
@@ -67,7 +67,7 @@ if (main.dataset.live) {
   const events = new EventSource(main.dataset.live);
   let first = true;
   events.addEventListener("build", async () => {
-    if (first) { first = false; return; } // what the page shows already
+    if (first) { first = false; return; } // the page shows this state already
     if (!await renew()) events.close();
   });
 } else if (main.dataset.refresh) {
