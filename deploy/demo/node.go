@@ -173,7 +173,7 @@ func (r *nodeRun) wantGPU(version, digest string) error {
 			fmt.Errorf("NVML answers version %q (%s); want %s", v.NVML.Version, v.NVML.Error, version))
 	}
 	if v.Digest != digest {
-		problems = append(problems, fmt.Errorf("the node has installed %q; built was %s", v.Digest, digest))
+		problems = append(problems, fmt.Errorf("the node has installed %q; want %s, which was built", v.Digest, digest))
 	}
 	return errors.Join(append(problems, r.wantExit(fault.Unusable))...)
 }
