@@ -158,8 +158,8 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 	return nil
 }
 
-// byHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar. If crane
-// is installed, byHand fetches and unpacks the artifact with it too. It records the seconds of both.
+// byHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar. If
+// crane is installed, byHand fetches and unpacks the artifact with it too. It records the seconds of both.
 func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
 	dir := filepath.Join(b.Dir, "by-hand")
 	var script strings.Builder

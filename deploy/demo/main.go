@@ -1,7 +1,7 @@
-// Command demo runs Prebake's main job on one machine. It makes a COS-shaped mirror from Debian's packages, and starts a
-// server and a builder. The builder builds a real NVIDIA driver for a real kernel. The program then boots a virtual COS
-// node, which finds, verifies, installs and loads the driver. It ends with PASS or FAIL, and says what the run proved.
-// No step is faked.
+// Command demo runs Prebake's main job on one machine. It makes a COS-shaped mirror from Debian's packages, and starts
+// a server and a builder. The builder builds a real NVIDIA driver for a real kernel. The program then boots a virtual
+// COS node, which finds, verifies, installs and loads the driver. It ends with PASS or FAIL, and says what the run
+// proved. No step is faked.
 package main
 
 import (
@@ -47,7 +47,8 @@ removes them.`,
 				flavour: target.Flavour(cmd.String("flavour")), stay: cmd.Bool("stay"),
 			}
 			if d.flavour != target.Proprietary && d.flavour != target.Open {
-				return fault.New(fault.Usage, fmt.Sprintf("flavour %q: want proprietary or open", d.flavour), "give --flavour proprietary or --flavour open")
+				return fault.New(fault.Usage, fmt.Sprintf("flavour %q: want proprietary or open", d.flavour),
+					"give --flavour proprietary or --flavour open")
 			}
 			if cmd.Bool("console") {
 				d.console = cmd.Root().ErrWriter

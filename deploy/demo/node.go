@@ -25,8 +25,9 @@ import (
 // diskBytes is the size of the node's disk. The image is sparse, and the driver takes less than a GiB of it.
 const diskBytes = 3 << 30
 
-// disk is the node's disk, which has the install folder. It is kept from one run of the demo to the next, as a real node
-// keeps its disk between boots. The fetcher compares digests, and does not download a layer that the disk already has.
+// disk is the node's disk, which has the install folder. It is kept from one run of the demo to the next, as a real
+// node keeps its disk between boots. The fetcher compares digests, and does not download a layer that the disk already
+// has.
 type disk struct {
 	path string
 	file *os.File // locked while the disk is in use

@@ -108,7 +108,7 @@ func TestAirGap(t *testing.T) {
 		install("upgrade", deltaRef, testbed.InstallDir), testbed.ModulesStep())
 	alone := named(t, res, "nothing there")
 	if alone.ExitCode != fault.Usage.ExitCode() || !strings.Contains(string(alone.Stderr), base.Index) {
-		t.Errorf("install of the delta alone into a new folder = %d: %s\nwant %d, and the name of the bundle that it needs: %s",
+		t.Errorf("install of the delta alone into a new folder = %d: %s\nwant %d, and the bundle that it needs: %s",
 			alone.ExitCode, alone.Stderr, fault.Usage.ExitCode(), base.Index)
 	}
 	if both := named(t, res, "both"); both.ExitCode != 0 {

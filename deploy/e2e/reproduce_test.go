@@ -17,8 +17,8 @@ import (
 )
 
 // TestReproduce rebuilds a published artifact from its provenance, without using results in the builder's caches. A
-// second party signs that the result is the same. The test also publishes an artifact with one changed byte in a module,
-// signed with a trusted key. builder reproduce must detect the change, and name the file and the section.
+// second party signs that the result is the same. The test also publishes an artifact with one changed byte in a
+// module, signed with a trusted key. builder reproduce must detect the change, and name the file and the section.
 func TestReproduce(t *testing.T) {
 	k := shared.kernel(1)
 	digest := published(t, shared.srv, k, shared.driver(), target.Proprietary).Digest

@@ -23,8 +23,8 @@ const crossCompiler = "aarch64-linux-gnu-gcc-12"
 
 // TestARM64 lets the builder on this machine cross-compile a driver for an Arm kernel. The builder checks the modules,
 // loads all of them in an emulated Arm machine, queries NVML, unloads the modules, and publishes the driver. The test
-// also runs the tests of package vm on this kernel, one of which boots without the driver of the serial port. At last it
-// builds the driver with vmlinux, and no boot archive, in the bucket.
+// also runs the tests of package vm on this kernel, one of which boots without the driver of the serial port. At last
+// it builds the driver with vmlinux, and no boot archive, in the bucket.
 //
 // Downloading the packages and compiling take minutes, so the test runs only where PREBAKE_ARM64_CACHE names the cache
 // folder of `mirror` (make arm64 does).

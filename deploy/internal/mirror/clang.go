@@ -20,8 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// clangMajorBuild is the first number of the BUILD_ID of the clang-built kernel. BUILD_IDs of COS's milestone 113, which
-// has a kernel of clangSeries, begin with this number.
+// clangMajorBuild is the first number of the BUILD_ID of the clang-built kernel. BUILD_IDs of COS's milestone 113,
+// which has a kernel of clangSeries, begin with this number.
 const clangMajorBuild = 18244
 
 // clangSeries is the series of the kernel that the mirror compiles. Debian's own kernels have the same series, so the
@@ -83,8 +83,8 @@ func (m *maker) planClang(ctx context.Context) (clangBuild, error) {
 	return b, err
 }
 
-// checkClangTools returns an error that names the tools for compiling a kernel that this machine lacks. A mirror without
-// the clang-built kernel does not need these tools.
+// checkClangTools returns an error that names the tools for compiling a kernel that this machine lacks. A mirror
+// without the clang-built kernel does not need these tools.
 func checkClangTools() error {
 	var missing []string
 	for _, t := range []struct{ name, pkg string }{
@@ -219,8 +219,8 @@ func (m *maker) forSource(releases []release) []release {
 // clangBootArgs is the part of COS's command line that excludes modules and firmware from LoadPin.
 const clangBootArgs = "loadpin.exclude=kernel-module,firmware\n"
 
-// makeClangBoot packs the boot archive: the kernel image and the emulated GPU. The module of the emulated GPU is signed,
-// because it must also load if the kernel enforces signatures.
+// makeClangBoot packs the boot archive: the kernel image and the emulated GPU. The module of the emulated GPU is
+// signed, because it must also load if the kernel enforces signatures.
 func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers object, toolchain *unpacked) (object,
 	error) {
 	r := recipe{Kind: "clang-prebake-boot.tgz", Params: []string{"kernel " + kernel.SHA256, "arguments " + clangBootArgs}}

@@ -91,9 +91,9 @@ func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir
 	return v
 }
 
-// TestClangCell lets the builder build and load-test a driver for the kernel of TestClangKernel. Like COS's buckets, the
-// bucket has only vmlinux and no boot archive. The kernel has LoadPin, no entry point for PVH and no symbol versions,
-// and it panics on an oops.
+// TestClangCell lets the builder build and load-test a driver for the kernel of TestClangKernel. Like COS's buckets,
+// the bucket has only vmlinux and no boot archive. The kernel has LoadPin, no entry point for PVH and no symbol
+// versions, and it panics on an oops.
 //
 // The kernel comes from the cache. When Debian updates the source, the cache does not have the new version. The test
 // then compiles it if PREBAKE_CLANG_COMPILE is set, and is skipped otherwise.

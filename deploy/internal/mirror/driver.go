@@ -209,7 +209,8 @@ func fixHeader(file []byte, t tree) ([]byte, error) {
 	head := file[:end]
 	m := usizeLine.FindSubmatch(head)
 	if m == nil {
-		return nil, fault.New(fault.Internal, "read makeself header: no uncompressed size", "report this and the output of makeself --version to the developers of Prebake")
+		return nil, fault.New(fault.Internal, "read makeself header: no uncompressed size",
+			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	var total int64
 	for _, n := range t {

@@ -43,8 +43,8 @@ var buildMajors = map[string]int{ownSeries: 17800, "6.12": 19216}
 // buildMajor returns the first number of the kernel's BUILD_IDs.
 func (k kernel) buildMajor() int { return buildMajors[k.series] }
 
-// findKernels returns the kernels of the given series whose packages are all in the index. They are sorted by series and
-// then by age, oldest first.
+// findKernels returns the kernels of the given series whose packages are all in the index. They are sorted by series
+// and then by age, oldest first.
 func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]kernel, error) {
 	names, err := a.names(ctx, "linux-headers-")
 	if err != nil {
@@ -119,10 +119,10 @@ func (k *kernel) complete(versions map[string][]string) bool {
 // are siblings.
 const defaultKernels = 4
 
-// selectKernels selects kernels by ABI number. Without numbers, it selects count kernels of Debian 12's own series: half
-// of them the oldest, and half the newest. If count is 0, it selects defaultKernels, or all if there are fewer. The
-// default driver compiles for the oldest kernels, and the newest kernel shows the API break. The two newest kernels are
-// often siblings. For any other series it selects the kernels that the numbers name, or else the newest kernel.
+// selectKernels selects kernels by ABI number. Without numbers, it selects count kernels of Debian 12's own series:
+// half of them the oldest, and half the newest. If count is 0, it selects defaultKernels, or all if there are fewer.
+// The default driver compiles for the oldest kernels, and the newest kernel shows the API break. The two newest kernels
+// are often siblings. For any other series it selects the kernels that the numbers name, or else the newest kernel.
 func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
 	if len(abis) == 0 && p.oldest && len(all) > 0 {
 		return all[:1], nil

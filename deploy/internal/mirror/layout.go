@@ -20,8 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// toolVersion returns the version of a program that packs objects. Another version may write other bytes, so the version
-// is part of an object's recipe.
+// toolVersion returns the version of a program that packs objects. Another version may write other bytes, so the
+// version is part of an object's recipe.
 func toolVersion(ctx context.Context, name string) (string, error) {
 	out, err := output(exec.CommandContext(ctx, name, "--version"))
 	if err != nil {

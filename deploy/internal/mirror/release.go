@@ -239,7 +239,8 @@ func selectReleases(whole []release) ([]release, error) {
 	both := newestRelease(whole, func(r release) bool { return r.open })
 	newest := newestRelease(whole, func(release) bool { return true })
 	if both == nil {
-		return nil, fault.New(fault.InputMissing, "find drivers: apt knows no NVIDIA release with the sources of both flavours",
+		return nil, fault.New(fault.InputMissing,
+			"find drivers: apt knows no NVIDIA release with the sources of both flavours",
 			"make sure that the machine's archive serves contrib and non-free, and run again with --refresh")
 	}
 	if newest.version == both.version {
