@@ -72,11 +72,11 @@ scenarios: setup build ## play the scenarios of a node on a virtual one, with a 
 	PREBAKE_SCENARIOS=1 $(GO) test -v -count=1 -timeout 80m -run '^TestNodeScenarios$$' ./deploy/e2e
 
 .PHONY: soak
-soak: ## kill the fetcher at random moments, SOAK (1000) times, and look at what it leaves
+soak: ## kill the fetcher at random moments, SOAK (1000) times, and check what it leaves
 	PREBAKE_SOAK=$(or $(SOAK),1000) $(GO) test -v -count=1 -timeout 120m -run '^TestSoak$$' ./fetcher
 
 .PHONY: chaos
-chaos: setup ## kill server, builders and PostgreSQL while CHAOS (300) jobs run, and count what became of them
+chaos: setup ## kill server, builders and PostgreSQL while CHAOS (300) jobs run, and count how they ended
 	PREBAKE_CHAOS=$(or $(CHAOS),300) $(GO) test -v -count=1 -timeout 120m -run '^TestChaos$$' ./builder/internal/chaos
 
 .PHONY: fuzz
@@ -90,14 +90,14 @@ fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
 
 # The kernel is compiled once. It is kept in the folder of Debian packages that demo and tests use too.
 .PHONY: clang
-clang: setup build ## compile a kernel with clang in COS's manner, a driver for it, and load that
+clang: setup build ## compile a kernel with clang as COS does, then compile and load a driver for it
 	@deploy/setup.sh clang
 	PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
 	  $(GO) test -v -count=1 -timeout 120m -run '^TestClangKernel$$' ./deploy/internal/mirror
 
 # With PREBAKE_CLANG_COMPILE=1, the target first compiles the kernel if no earlier run did.
 .PHONY: clang-cell
-clang-cell: setup build ## load-test a driver for the kernel that make clang compiled, if it did
+clang-cell: setup build ## load-test a driver for the kernel that make clang compiled, if there is one
 	@[[ -z "$${PREBAKE_CLANG_COMPILE:-}" ]] || deploy/setup.sh clang
 	@PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
 	  $(GO) test -v -count=1 -timeout 45m -run '^TestClangCell$$' ./deploy/internal/mirror
@@ -111,13 +111,13 @@ arm64: setup build ## cross-compile a driver for arm64 and load it in an emulate
 
 # The Debian packages are kept in the folder that demo and tests use too.
 .PHONY: next
-next: setup build ## make a wish list of two driver branches over two kernel series, and compare with make
+next: setup build ## build two driver branches for two kernel series, and compare the modules with those of plain make
 	PREBAKE_NEXT_CACHE="$${PREBAKE_NEXT_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
 	  $(GO) test -v -count=1 -timeout 170m -run '^TestNext$$' ./deploy/internal/mirror
 
 # The image builder-arm64 and the fetcher's image for arm64 nodes need these programs.
 .PHONY: arm64-programs
-arm64-programs: ## build for arm64 what runs there, into bin/
+arm64-programs: ## build the programs that run on arm64 machines into bin/
 	@deploy/setup.sh build arm64
 	GOARCH=arm64 $(GOBUILD)guestinit-arm64 ./pkg/vm/guestinit
 	GOARCH=arm64 $(GOBUILD)fetcher-arm64 ./fetcher
@@ -152,7 +152,7 @@ images: build ## build and start the container images with buildah, no registry 
 	@deploy/images.sh
 
 .PHONY: images-arm64
-images-arm64: build arm64-programs ## build the image that load-tests drivers for arm64 too, and the fetcher's for both
+images-arm64: build arm64-programs ## build the image that load-tests drivers for arm64 too, and the fetcher's image for both architectures
 	@deploy/setup.sh run images
 	@deploy/images.sh --arm64
 
@@ -197,7 +197,7 @@ clean: ## remove what was built here; the user's cache folder stays
 # them. The next run makes the folders again. The folder build is also the default of builder's
 # --cache. Trees in that cache have read-only folders, so chmod makes these writable first.
 .PHONY: clean-cache
-clean-cache: ## remove downloads and caches of demo, tests and, by default, builder, some GB
+clean-cache: ## remove the downloads and caches (some GB) of demo, tests and, by default, builder
 	@state="$${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}"; \
 	  for name in mirror packages build demo browser images references release tools; do \
 	    [[ -d "$$state/$$name" ]] || continue; \

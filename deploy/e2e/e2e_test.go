@@ -113,7 +113,7 @@ func (s *stage) kernel(n int) target.Kernel { return s.mirror.Builds[n].Kernel }
 // driver returns the older driver version, which has both flavours.
 func (s *stage) driver() string { return s.mirror.Drivers[0].Version }
 
-// twin returns two COS builds of the mirror that have the same kernel. The first result is the later COS build.
+// twin returns two COS builds of the mirror that have the same kernel. The first result has the higher BUILD_ID.
 func (s *stage) twin(t *testing.T) (twin, of target.Kernel) {
 	t.Helper()
 	for _, a := range s.mirror.Builds {

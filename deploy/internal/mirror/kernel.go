@@ -255,8 +255,8 @@ func rebuilt(t tree, k kernel, when time.Time) {
 }
 
 // bootModules are the modules that a test machine loads at boot. loadOrder adds their dependencies, and leaves out
-// modules that are built into the kernel. The network card and the disk need some of them. ext4 and vfat need others,
-// which they request by name. nvidia-modeset and nvidia-drm need the last two.
+// modules that are built into the kernel. They are for the network card, for the disk, and for the file systems ext4 and
+// vfat, which request crc32c_generic and the nls modules by name. The last two are for nvidia-modeset and nvidia-drm.
 var bootModules = []string{
 	"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "nls_cp437", "nls_ascii", "vfat", "drm_kms_helper",
 	"video",
