@@ -239,7 +239,7 @@ func skopeoClient(c client) {
 	c.refused("nobody is logged in", "skopeo", cp("oci:layout:v1", repo+":v1")...)
 	c.login("skopeo", "login", "--tls-verify=false", "-u", "prebake", "--password-stdin", c.host)
 	c.must("skopeo", cp("oci:layout:v1", repo+":v1")...)
-	// Debian's skopeo encodes an index again, so the digest is another one than that of the layout.
+	// Debian's skopeo encodes an index again, so its digest in the registry differs from its digest in the layout.
 	said, err := os.ReadFile(filepath.Join(c.home, "digest"))
 	if err != nil {
 		t.Fatal(err)

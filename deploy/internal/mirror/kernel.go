@@ -36,8 +36,8 @@ type kernel struct {
 const ownSeries = "6.1"
 
 // buildMajors maps the kernel series of Debian 12 to the first number of the mirror's BUILD_IDs. A BUILD_ID is
-// <major>.0.<abi> for a Debian kernel, and <major>.1.<abi> for a second build of the same kernel. The numbers are those
-// of COS's milestones 109 and 125, which have kernels of these series.
+// <major>.0.<abi> for a Debian kernel, and <major>.1.<abi> for a second COS build with the same kernel. The numbers are
+// those of COS's milestones 109 and 125, which have kernels of these series.
 var buildMajors = map[string]int{ownSeries: 17800, "6.12": 19216}
 
 // buildMajor returns the first number of the kernel's BUILD_IDs.
@@ -255,8 +255,9 @@ func rebuilt(t tree, k kernel, when time.Time) {
 }
 
 // bootModules are the modules that a test machine loads at boot. loadOrder adds their dependencies, and leaves out
-// modules that are built into the kernel. They are for the network card, for the disk, and for the file systems ext4 and
-// vfat, which request crc32c_generic and the nls modules by name. The last two are for nvidia-modeset and nvidia-drm.
+// modules that are built into the kernel. They are for the network card, for the disk, and for the file systems ext4
+// and vfat, which request crc32c_generic and the nls modules by name. The last two are for nvidia-modeset and
+// nvidia-drm.
 var bootModules = []string{
 	"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "nls_cp437", "nls_ascii", "vfat", "drm_kms_helper",
 	"video",

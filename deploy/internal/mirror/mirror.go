@@ -40,7 +40,7 @@ type Config struct {
 	// gets one kernel and one driver, unless ABIs names more kernels.
 	Archs []target.Arch
 	// Series are the kernel series, 6.1 and 6.12; an empty list means 6.1, Debian
-	// 12's own. The others are for amd64 only.
+	// 12's own. 6.12 is for amd64 only.
 	Series []string
 	// Kernels is the number of kernels of 6.1 if ABIs is empty. Half of them are the oldest in Debian's index, and half
 	// the newest. 0 means four, or all if there are fewer. The mirror has only the newest kernel of any other series.
@@ -374,7 +374,7 @@ func (m *maker) run(ctx context.Context) error {
 type build struct {
 	Build
 	kernel kernel
-	second bool // the second build of the same kernel
+	second bool // the second COS build with the same kernel
 	mtime  time.Time
 }
 

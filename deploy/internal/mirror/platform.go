@@ -92,7 +92,7 @@ func (p platform) plain(versions map[string][]string) map[string][]string {
 	return all
 }
 
-// aptDir returns the folder of apt's lists. Each architecture has one of its own.
+// aptDir returns the name of apt's folder in the cache. Each architecture has a folder of its own.
 func (p platform) aptDir() string {
 	if p.foreign == "" {
 		return "debian"

@@ -21,8 +21,8 @@ var (
 		"libnvcuvid1", "libnvidia-encode1", "libnvidia-opticalflow1", "libnvidia-cfg1", "nvidia-opencl-icd",
 		"nvidia-cuda-mps",
 	}
-	// driverTools are tools that Debian builds separately. Their version is of the release's branch, but it may differ from
-	// the release's version.
+	// driverTools are tools that Debian builds separately. Their version is of the release's branch, but it may differ
+	// from the release's version.
 	driverTools = []string{"nvidia-modprobe", "nvidia-persistenced"}
 	// notOfLine are the packages that exist only in the line "".
 	notOfLine = []string{"nvidia-cuda-mps"}
