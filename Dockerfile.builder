@@ -7,9 +7,9 @@
 #   make arm64-programs
 #   docker build -f Dockerfile.builder -t prebake-builder-arm64 --target builder-arm64 .
 #
-# BASE is any Debian 12 root with apt; pin it by digest (BASE=…@sha256:…) for the
-# same tools in each build of the image. "make images" makes one on the spot and
-# needs neither a registry nor a Docker daemon.
+# BASE is an image of Debian 12 with apt. To get the same tools in each build of
+# the image, pin BASE by digest (BASE=…@sha256:…). "make images" makes its own
+# base image, and needs neither a registry nor a Docker daemon.
 ARG BASE=docker.io/library/debian:bookworm-slim
 
 FROM ${BASE} AS certificates
@@ -23,23 +23,25 @@ USER 65532:65532
 EXPOSE 8440
 ENTRYPOINT ["/usr/local/bin/server"]
 
-# The builder brings what its sandbox needs beside the kernel's own toolchain:
-# bubblewrap, make and the shell tools of kbuild, bc, libelf1 for objtool, dwarves
-# for --btf; and qemu with its network card's boot ROM for the load test.
+# The image has the programs that a compile in the sandbox needs beside the
+# kernel's own toolchain: bubblewrap, make and the shell tools of kbuild, bc,
+# libelf1 for objtool, and dwarves for --btf. For the load test it has qemu, and
+# ipxe-qemu with the boot ROM of qemu's network card.
 FROM ${BASE} AS builder
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \
       bc bubblewrap ca-certificates dwarves ipxe-qemu libelf1 make qemu-system-x86 xz-utils zstd \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/dpkg.log /var/log/apt
-# guestinit and nvmlprobe lie beside builder, where it looks for them; fetcher
-# is there so that one image can do a whole installation.
+# The program builder looks for guestinit and nvmlprobe in its own folder. The
+# image has fetcher too, so that one image can build a driver and install it.
 COPY bin/builder bin/fetcher bin/guestinit bin/nvmlprobe /usr/local/bin/
 USER 65532:65532
 ENTRYPOINT ["/usr/local/bin/builder"]
 
-# An emulated Arm machine, and what runs in it: cross-compiled, so that no
-# compiler is in the image. The emulator of 32-bit machines is as large as the
-# one that load tests start, and comes in the same package.
+# This stage adds qemu for Arm machines, and the programs that run in such a
+# machine. "make arm64-programs" cross-compiled these programs, so that the image
+# needs no compiler. The Debian package also has qemu-system-arm, which emulates
+# 32-bit machines. Load tests do not start it and it is large, so it is removed.
 FROM builder AS builder-arm64
 USER 0:0
 RUN apt-get update \
@@ -48,5 +50,5 @@ RUN apt-get update \
 COPY bin/guestinit-arm64 bin/nvmlprobe-arm64 /usr/local/bin/
 USER 65532:65532
 
-# What is built where no target is named.
+# The last stage is what docker build makes if no --target is given.
 FROM builder

@@ -15,20 +15,23 @@ FUZZTIME ?= 10s
 ARGS ?=
 TOOLCHAIN = $(shell sed -n 's/^go /go/p' go.mod)
 
-# One set of flags for build, test and lint, so that each package is compiled
-# once: no path of this checkout, no C, none of gRPC's own pages about its calls,
-# which would bring HTML templates to each node. Only nvmlprobe is cgo.
+# Build, test and lint use the same flags, so that Go compiles each package once.
+# -trimpath keeps the path of this checkout out of the programs. grpcnotrace
+# leaves out gRPC's debug pages, whose HTML templates each node would download
+# with the fetcher. Only nvmlprobe needs cgo; it is off for all other programs.
 export GOFLAGS := -trimpath -tags=grpcnotrace $(GOFLAGS)
 export CGO_ENABLED := 0
-# The C side of go-nvml is deprecated by its own header; the rest is Go's default.
+# go-nvml calls C functions that its own header marks as deprecated, so the
+# warning about them is off. The other two flags are Go's default.
 export CGO_CFLAGS := -O2 -g -Wno-deprecated-declarations
 GOBUILD := $(GO) build -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/
 CGO := ./fetcher/nvmlprobe
 
-# All but the cgo package, and of these all but the end-to-end tests, which
-# need a mirror and virtual machines, or a browser.
+# PACKAGES are all packages without the cgo package. UNITS are PACKAGES without
+# the end-to-end tests, because these need a mirror and virtual machines, or a
+# browser.
 PACKAGES = $$($(GO) list ./... | grep -v '/fetcher/nvmlprobe$$')
-# The longest go first: what waits in them for an emulated processor leaves time to others.
+# SUITE begins with the longest tests. While they wait for an emulated machine, other tests can run.
 SUITE = ./deploy/e2e ./deploy/browser $(UNITS)
 UNITS = $$($(GO) list ./... | grep -v -e '/fetcher/nvmlprobe$$' -e '/deploy/e2e$$' -e '/deploy/browser$$')
 
@@ -69,11 +72,11 @@ scenarios: setup build ## play the scenarios of a node on a virtual one, with a 
 	PREBAKE_SCENARIOS=1 $(GO) test -v -count=1 -timeout 80m -run '^TestNodeScenarios$$' ./deploy/e2e
 
 .PHONY: soak
-soak: ## kill the fetcher at random moments, SOAK (1000) times, and look at what it leaves
+soak: ## kill the fetcher at random moments, SOAK (1000) times, and check what it leaves
 	PREBAKE_SOAK=$(or $(SOAK),1000) $(GO) test -v -count=1 -timeout 120m -run '^TestSoak$$' ./fetcher
 
 .PHONY: chaos
-chaos: setup ## kill server, builders and PostgreSQL while CHAOS (300) jobs run, and count what became of them
+chaos: setup ## kill server, builders and PostgreSQL while CHAOS (300) jobs run, and count how they ended
 	PREBAKE_CHAOS=$(or $(CHAOS),300) $(GO) test -v -count=1 -timeout 120m -run '^TestChaos$$' ./builder/internal/chaos
 
 .PHONY: fuzz
@@ -85,42 +88,42 @@ fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
 	  done; \
 	done
 
-# The kernel is compiled once and kept with the packages that demo and tests use.
+# The kernel is compiled once. It is kept in the folder of Debian packages that demo and tests use too.
 .PHONY: clang
-clang: setup build ## compile a kernel with clang in COS's manner, a driver for it, and load that
+clang: setup build ## compile a kernel with clang as COS does, then compile and load a driver for it
 	@deploy/setup.sh clang
 	PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
 	  $(GO) test -v -count=1 -timeout 120m -run '^TestClangKernel$$' ./deploy/internal/mirror
 
-# With PREBAKE_CLANG_COMPILE=1 a kernel that no earlier run compiled is compiled.
+# With PREBAKE_CLANG_COMPILE=1, the target first compiles the kernel if no earlier run did.
 .PHONY: clang-cell
-clang-cell: setup build ## load-test a driver for the kernel that make clang compiled, if it did
+clang-cell: setup build ## load-test a driver for the kernel that make clang compiled, if there is one
 	@[[ -z "$${PREBAKE_CLANG_COMPILE:-}" ]] || deploy/setup.sh clang
 	@PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
 	  $(GO) test -v -count=1 -timeout 45m -run '^TestClangCell$$' ./deploy/internal/mirror
 
-# Packages are kept with those that demo and tests use.
+# The Debian packages are kept in the folder that demo and tests use too.
 .PHONY: arm64
 arm64: setup build ## cross-compile a driver for arm64 and load it in an emulated Arm machine
 	@deploy/setup.sh arm64
 	PREBAKE_ARM64_CACHE="$${PREBAKE_ARM64_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
 	  $(GO) test -v -count=1 -timeout 60m -run '^TestARM64$$' ./deploy/internal/mirror
 
-# Packages are kept with those that demo and tests use.
+# The Debian packages are kept in the folder that demo and tests use too.
 .PHONY: next
-next: setup build ## make a wish list of two driver branches over two kernel series, and compare with make
+next: setup build ## build two driver branches for two kernel series, and compare the modules with those of plain make
 	PREBAKE_NEXT_CACHE="$${PREBAKE_NEXT_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
 	  $(GO) test -v -count=1 -timeout 170m -run '^TestNext$$' ./deploy/internal/mirror
 
-# What the load test of drivers for arm64 needs beside the builder.
+# The image builder-arm64 and the fetcher's image for arm64 nodes need these programs.
 .PHONY: arm64-programs
-arm64-programs: ## build for arm64 what runs there, into bin/
+arm64-programs: ## build the programs that run on arm64 machines into bin/
 	@deploy/setup.sh build arm64
 	GOARCH=arm64 $(GOBUILD)guestinit-arm64 ./pkg/vm/guestinit
 	GOARCH=arm64 $(GOBUILD)fetcher-arm64 ./fetcher
 	CGO_ENABLED=1 GOARCH=arm64 CC=aarch64-linux-gnu-gcc-12 $(GOBUILD)nvmlprobe-arm64 $(CGO)
 
-# Looked at by people; the tests of the pages are part of make test.
+# The screenshots are for people to look at. The tests of the pages are part of make test.
 .PHONY: screenshots
 screenshots: ## draw the server's pages into screenshots/: every state, desktop, phone and dark
 	@deploy/setup.sh build browser
@@ -149,13 +152,14 @@ images: build ## build and start the container images with buildah, no registry 
 	@deploy/images.sh
 
 .PHONY: images-arm64
-images-arm64: build arm64-programs ## build the image that load-tests drivers for arm64 too, and the fetcher's for both
+images-arm64: build arm64-programs ## build the image that load-tests drivers for arm64 too, and the fetcher's image for both architectures
 	@deploy/setup.sh run images
 	@deploy/images.sh --arm64
 
-# ARGS='-version v1.2.3' names another version than git describe, -key FILE signs with a key
-# that is kept, and -archive URL has Debian packages that this machine's archive dropped.
-# The Go of go.mod runs it, and no newer one: it compresses the images.
+# ARGS passes flags: -version v1.2.3 names the release (default: git describe), -key FILE signs
+# with an existing key, and -archive URL is an archive that still has the Debian packages that
+# this machine's archive dropped. The release is made with exactly the Go version of go.mod,
+# because Go's standard library compresses the images and another version may write other bytes.
 .PHONY: release
 release: ## make a release of this commit in release/: the same bytes wherever it is made
 	@deploy/setup.sh build run arm64
@@ -189,11 +193,11 @@ clean: ## remove what was built here; the user's cache folder stays
 	rm -rf bin release .release-* screenshots
 	rm -f builder/release/*.lock.new
 
-# Folders by their names, and no others: some may have put more beside them. The next run makes
-# them again. The folder build is also what builder takes where no --cache is given. A tree of its
-# cache has folders that nobody may write.
+# clean-cache removes only the folders that it names, because users may keep other files beside
+# them. The next run makes the folders again. The folder build is also the default of builder's
+# --cache. Trees in that cache have read-only folders, so chmod makes these writable first.
 .PHONY: clean-cache
-clean-cache: ## remove downloads and caches of demo, tests and, by default, builder, some GB
+clean-cache: ## remove the downloads and caches (some GB) of demo, tests and, by default, builder
 	@state="$${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}"; \
 	  for name in mirror packages build demo browser images references release tools; do \
 	    [[ -d "$$state/$$name" ]] || continue; \

@@ -19,10 +19,10 @@ import (
 
 // TestCarriers checks that containerd handles an artifact as any other image. It mounts the artifact, as kubelet does
 // for an image volume. It pulls the artifact through a mirror that hosts.toml names, as it does with peers such as
-// Spegel. All names in the test lead to the mirrors.
+// Spegel. The artifact's registry in this test, farm.example, does not exist: hosts.toml names a mirror in its place.
 func TestCarriers(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("containerd wants to be root")
+		t.Skip("containerd runs as root only; run the test as root")
 	}
 	r := startServer(t)
 	c := newClient(t, r)
@@ -52,8 +52,8 @@ func TestCarriers(t *testing.T) {
 			}
 		})
 	}
-	// The mirror passes on manifests and layers, but it has no list of statements. A node therefore accepts nothing from
-	// it (docs/how-to/carriers.md).
+	// The pull-through mirror passes on manifests and layers, but not the list of an artifact's attestations. A node
+	// therefore accepts nothing that comes only from such a mirror (docs/how-to/carriers.md).
 	through, err := registry.Open(passing+"/prebake/driver", registry.Options{Plain: true})
 	if err != nil {
 		t.Fatal(err)
@@ -62,12 +62,13 @@ func TestCarriers(t *testing.T) {
 		t.Errorf("Manifest through the mirror = %v; want nil", err)
 	}
 	if got, err := through.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle); err != nil || len(got) != 0 {
-		t.Errorf("Attached through the mirror = %d, %v; want none: then docs/how-to/carriers.md is out of date", len(got),
-			err)
+		t.Errorf("Attached through the mirror = %d, %v; want none: if it now has some, change docs/how-to/carriers.md",
+			len(got), err)
 	}
 }
 
-// hostsDir returns a folder that tells containerd where a registry's images are (containerd, docs/hosts.md).
+// hostsDir returns a folder that tells containerd to pull the images of a registry from a mirror. containerd's
+// docs/hosts.md describes its form.
 func hostsDir(t *testing.T, registry, mirror string) string {
 	t.Helper()
 	dir := t.TempDir()

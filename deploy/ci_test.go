@@ -196,7 +196,9 @@ func variables(t *testing.T) map[string]bool {
 	return known
 }
 
-// TestCloudBuild decodes the file into the type of Google's own client, and refuses unknown members.
+// TestCloudBuild checks that cloudbuild.yaml has only members that Cloud Build knows, by decoding it into the type of
+// Google's own client. It also checks that each step runs a script that exists, and sets only variables that a script
+// reads.
 func TestCloudBuild(t *testing.T) {
 	t.Parallel()
 	strict := func(text string) (b cloudbuild.Build, err error) {

@@ -24,8 +24,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// stockClients are the foreign programs that the tests use with the registry. deploy/tool.sh builds oras and regctl;
-// Debian packages the others.
+// stockClients are the programs of other projects that the tests use with the registry. deploy/tool.sh builds oras and
+// regctl; the other programs come from Debian packages.
 var stockClients = []string{"oras", "regctl", "skopeo", "containerd", "ctr"}
 
 // client runs stock programs against a server. Each client has a home folder of its own.
@@ -46,7 +46,8 @@ func newClient(t *testing.T, r running) client {
 	return client{t, t.TempDir(), r.Host}
 }
 
-// try runs a program until it ends.
+// try runs a program for at most one minute. It returns what the program printed on stdout. The error of a program that
+// failed has all of its output.
 func (c client) try(input, program string, args ...string) (stdout string, err error) {
 	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
@@ -163,7 +164,7 @@ func orasClient(c client) {
 	push := []string{"push", "--plain-http", "--artifact-type", "application/vnd.example.notes", repo + ":v1",
 		"notes.txt:text/plain"}
 	c.refused("nobody is logged in", "oras", push...)
-	c.refused("the password is none", "oras", append(push, "-u", "x", "-p", "wrong")...)
+	c.refused("the password is wrong", "oras", append(push, "-u", "x", "-p", "wrong")...)
 	c.login("oras", "login", "--plain-http", "-u", "prebake", "--password-stdin", c.host)
 	c.must("oras", push...)
 	digest := c.must("oras", "resolve", "--plain-http", repo+":v1")
@@ -238,7 +239,8 @@ func skopeoClient(c client) {
 	c.refused("nobody is logged in", "skopeo", cp("oci:layout:v1", repo+":v1")...)
 	c.login("skopeo", "login", "--tls-verify=false", "-u", "prebake", "--password-stdin", c.host)
 	c.must("skopeo", cp("oci:layout:v1", repo+":v1")...)
-	said, err := os.ReadFile(filepath.Join(c.home, "digest")) // Debian's skopeo encodes an index anew
+	// Debian's skopeo encodes an index again, so its digest in the registry differs from its digest in the layout.
+	said, err := os.ReadFile(filepath.Join(c.home, "digest"))
 	if err != nil {
 		t.Fatal(err)
 	}

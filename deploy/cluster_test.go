@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/cluster"
 )
 
-// foreignKinds are the kinds of other projects that the components use. Each has the Go module that publishes its
-// definition, and the file there.
+// foreignKinds are the kinds of other projects that the components use. Each row names the Go module that publishes the
+// definition (CRD) of one kind, and the file in that module.
 var foreignKinds = []struct{ module, file string }{
 	{"github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"},
 	{"github.com/prometheus-operator/prometheus-operator@v0.85.0",
@@ -50,7 +50,7 @@ func moduleFile(t *testing.T, module, file string) string {
 	return string(text)
 }
 
-// whole writes an overlay with components, as an operator would write it.
+// whole writes an overlay of overlays/gke with components, as an operator would write it, and returns its folder.
 func whole(t *testing.T, components ...string) string {
 	t.Helper()
 	base, err := filepath.Abs("kubernetes")
@@ -121,7 +121,7 @@ func TestClusterTakesComponents(t *testing.T) {
 	for _, want := range []string{"ScaledObject", "ServiceMonitor", "PodMonitor", "PrometheusRule", "PodDisruptionBudget",
 		"NetworkPolicy", "ConfigMap"} {
 		if !strings.Contains(rendered, "\nkind: "+want+"\n") {
-			t.Errorf("there is no %s", want)
+			t.Errorf("the manifests with all components have no %s", want)
 		}
 	}
 	// The definitions must really be checked: a manifest with an unknown member is refused.
@@ -136,7 +136,7 @@ func TestClusterTakesComponents(t *testing.T) {
 		}
 		if _, err := c.Kubectl(bad, "apply", "--server-side", "--validate=strict", "--dry-run=server", "-f",
 			"-"); err == nil {
-			t.Errorf("%s: %q was taken", row.name, row.to)
+			t.Errorf("%s: the API server accepted the unknown or wrong member %q", row.name, row.to)
 		}
 	}
 }

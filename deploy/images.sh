@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds the three images with buildah, starts what is in them, and prints
-# their sizes and digests. Needs neither a registry nor a daemon: without BASE_IMAGE the
-# base is a Debian root that debootstrap makes from this machine's own apt
-# sources, kept under the user's cache folder.
+# This script builds the three images with buildah, starts the programs in them, and
+# prints the images' sizes and digests. It needs neither a registry nor a daemon. The base
+# image is a Debian root that debootstrap makes from this machine's own apt sources. The
+# script keeps that root under the user's cache folder.
 #
-# usage: deploy/images.sh [--arm64] [FOLDER]   images as OCI archives into FOLDER (bin/images)
-#   --arm64        builder-arm64, and the fetcher for both architectures, in place of the three
-#   BASE_IMAGE=…   use this image as base instead
+# usage: deploy/images.sh [--arm64] [FOLDER]   write images as OCI archives into FOLDER (bin/images)
+#   --arm64        build builder-arm64, and fetcher for both architectures, and not the three images
+#   BASE_IMAGE=…   use this base image, and do not make one
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +16,7 @@ images=(builder server fetcher)
 programs=(builder server fetcher nvmlprobe guestinit)
 
 if ((EUID != 0)); then
-  # A root file system with its owners and devices takes root to make.
+  # Only root can make a root file system with files of several owners and with devices.
   echo "images: going on with sudo" >&2
   exec sudo PREBAKE_STATE="$cache" BASE_IMAGE="${BASE_IMAGE:-}" deploy/images.sh "$@"
 fi
@@ -36,14 +36,16 @@ mkdir -p "$cache/images" "$out"
 work=$(mktemp -d "$cache/images/.work-XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
-# The machine's own Debian sources as sources.list lines.
+# debian_sources prints this machine's Debian sources as lines of a sources.list.
 debian_sources() {
   # shellcheck disable=SC2016 # apt expands these, not the shell
   apt-get indextargets --format 'deb $(REPO_URI) $(CODENAME) $(COMPONENT)' \
     'Created-By: Packages' 'Origin: Debian' 'Component: main' | sort -u | grep -E " $suite(-security|-updates)? "
 }
 
-# One tar for each state of the distribution, named by its base-files version.
+# base_tar sets base_file to a tar of the Debian root, from the cache if it is there. The name
+# of the tar has the version of Debian's package base-files, which changes with each Debian
+# point release.
 base_tar() {
   [[ -n $(debian_sources || true) ]] || apt-get -q update >/dev/null
   local version tar mirror start=$SECONDS
@@ -66,7 +68,8 @@ base_tar() {
   base_file=$tar
 }
 
-# vfs and chroot need no kernel feature beyond what a container has.
+# buildah_ runs buildah with the storage driver vfs. vfs, and the isolation chroot below, also
+# work inside a container: they need no more kernel features than a container has.
 buildah_() { buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@" </dev/null; }
 
 base=${BASE_IMAGE:-}
@@ -80,7 +83,8 @@ if [[ -z $base ]]; then
   rm -rf "$work/context"
 fi
 
-# build NAME DOCKERFILE TARGET… : build, archive, remember the size
+# build NAME DOCKERFILE [OPTION…] builds an image, and writes it to an OCI archive in $out and
+# its digest to a file in $work.
 build() {
   local name=$1 file=$2 start=$SECONDS
   shift 2
@@ -104,7 +108,7 @@ sizes() {
   done
 }
 
-# What an image is for must start inside it.
+# enter IMAGE makes a container of an image. starts COMMAND… checks that a program starts in it.
 enter() {
   image=$1
   container=$(buildah_ from --pull=false "localhost/prebake/$image")
@@ -114,7 +118,8 @@ starts() {
     { tail -n 20 "$work/smoke.log" >&2; say "$image: $* does not run inside the image"; exit 1; }
   say "$image: $1: $(head -n 1 "$work/smoke.log" | tr -d '\r')"
 }
-# What a builder's doctor says of a machine that is this image.
+# doctor_finds CHECK runs builder doctor with the image as the machine's root file system, and
+# requires that it reports CHECK as ok.
 doctor_finds() {
   local root report
   root=$(buildah_ mount "$container")
@@ -124,11 +129,13 @@ doctor_finds() {
   grep -q "^ok    $1 " <<<"$report" || { echo "$report" >&2; say "$image: doctor does not find $1"; exit 1; }
   say "$image: doctor finds $1"
 }
-# An index with the node image of each architecture, under the name of the one.
+# both_fetchers makes one index with the fetcher's image for each architecture, and writes it
+# to fetcher.tar, where otherwise the image for one architecture is.
 both_fetchers() {
   local arch platforms
   build fetcher Dockerfile.fetcher
-  # The base is of this machine's architecture and only lends its certificates.
+  # The base image is for this machine's architecture. That is no harm, because the image takes
+  # only the certificates from it.
   build fetcher-arm64 Dockerfile.fetcher --build-arg SUFFIX=-arm64
   container=$(buildah_ from --pull=false localhost/prebake/fetcher-arm64)
   buildah_ config --arch arm64 "$container"
@@ -161,12 +168,14 @@ enter builder
 starts builder version
 starts fetcher version
 starts bwrap --version
-# A machine with its network card, which needs a boot ROM that is easily forgotten.
+# This machine has a network card. qemu needs a boot ROM for the card, whose Debian package is
+# easily forgotten.
 starts sh -c 'echo quit | timeout 60 qemu-system-x86_64 -accel tcg -machine q35 -display none -S \
   -netdev user,id=n -device virtio-net-pci,netdev=n -monitor stdio'
-# The sandbox and what kbuild runs in it, as the pod's user. The kernel gives no
-# namespaces to a process in a chroot, such as those that buildah runs here; so
-# the image becomes the root of a mount namespace, as it does in a pod.
+# sandboxed checks that the sandbox, and programs that kbuild runs in it, run in the image as the
+# user of the pod. buildah would run them in a chroot, and the kernel lets no process in a chroot
+# make namespaces. Therefore bwrap makes the image the root of a mount namespace, as it is in a
+# pod.
 sandboxed() {
   local root answer
   root=$(buildah_ mount "$container")
@@ -181,12 +190,13 @@ sandboxed() {
   say "$image: sandbox with make, bc and awk runs as uid 65532"
 }
 sandboxed
-# One cell from empty caches, in the image and as its user: it has to come to
-# the digest that a build on this machine comes to, which may use its caches.
+# same_digest builds one cell in the image, as the image's user and from empty caches, and builds
+# the same cell with bin/builder on this machine, where it may use caches. Both artifacts must
+# have the same digest.
 same_digest() {
   local root mirror=$cache/mirror start=$SECONDS here there cell
   bin/mirror --out "$mirror" --cache "$cache/packages" >"$work/mirror.log" 2>&1 ||
-    { tail -n 20 "$work/mirror.log" >&2; say "no mirror to build from"; exit 1; }
+    { tail -n 20 "$work/mirror.log" >&2; say "bin/mirror failed, so there is nothing to build from"; exit 1; }
   bin/builder keygen "$work/key" >/dev/null
   cell=(--build-id "$(sed -n 's/.*"buildId": "\(.*\)".*/\1/p' "$mirror/mirror.json" | sed -n 2p)"
     --driver "$(sed -n 's/.*"version": "\(.*\)".*/\1/p' "$mirror/mirror.json" | sed -n 1p)"
@@ -211,9 +221,9 @@ same_digest() {
   node_compiles "$mirror" "$here"
   rm -rf "$work/here" "$work/there"
 }
-# A node for which nothing is published pulls this image and compiles with it. What it
-# makes is the same artifact; sources and objects are those of the build before, in the same
-# image, since the keys of objects name the programs of the image.
+# node_compiles checks that a node for which nothing is published pulls this image, compiles the
+# driver with it, and gets the same artifact. The node uses the cache of the build in the image
+# that same_digest made: the keys of its object cache depend on the programs of the image.
 node_compiles() {
   local mirror=$1 want=$2 node=$work/node start=$SECONDS made kernel
   kernel=$(sed -n 's/.*"release": "\(.*\)".*/\1/p' "$mirror/mirror.json" | sed -n 2p)

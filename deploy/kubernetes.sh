@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Prints the folder of a real kube-apiserver and its kubectl, for tests; builds them the
-# first time, out of the k8s.io/kubernetes module. That module names its parts without a
-# version, so that "go install" refuses it: here they are the parts' own modules of the
-# same release.
+# This script prints the folder with a real kube-apiserver and its kubectl, for tests. The
+# first time, it builds both from the Go module k8s.io/kubernetes. That module requires its
+# parts, such as k8s.io/api, in the version v0.0.0, so "go install" refuses it. The script
+# therefore replaces each part by the part's own module of the same release.
 #
-# The build is kept under the user's cache folder. It takes some minutes, once.
+# It keeps both programs under the user's cache folder. Building them takes some minutes.
 set -euo pipefail
 
 version=${KUBERNETES_VERSION:-1.36.3}
@@ -29,7 +29,7 @@ if [[ ! -x $dir/kubectl ]]; then
   for program in kube-apiserver kubectl; do
     go build -trimpath -ldflags='-s -w' -o "new/$program" "k8s.io/kubernetes/cmd/$program" >&2
   done
-  # Two builds at once: the first one to arrive stays.
+  # If two runs build at the same time, the folder of the first one to end stays.
   mv -T new "$dir" 2>/dev/null || [[ -x $dir/kubectl ]]
   echo "kubernetes: built in $((SECONDS - start)) s" >&2
 fi

@@ -123,7 +123,7 @@ func TestPoliciesSelectOurPods(t *testing.T) {
 		"NetworkPolicy/prebake-server-prometheus",
 	} {
 		if _, ok := all[want]; !ok {
-			t.Errorf("there is no %s", want)
+			t.Errorf("the manifests have no %s", want)
 		}
 	}
 }
@@ -139,14 +139,14 @@ func TestBuilderNetwork(t *testing.T) {
 	ports := map[int]bool{}
 	for _, r := range p.Spec.Egress {
 		if len(r.Ports) == 0 {
-			t.Error("a rule for egress has no port, and so all")
+			t.Error("a rule for egress names no port, and so permits all")
 		}
 		for _, port := range r.Ports {
 			ports[port.Port] = true
 		}
 		for _, peer := range r.To {
 			if peer.IPBlock.CIDR == "0.0.0.0/0" && !cmp.Equal(peer.IPBlock.Except, []string{"169.254.0.0/16"}) {
-				t.Errorf("builders reach %v without %v; want no link-local address", peer.IPBlock.CIDR, peer.IPBlock.Except)
+				t.Errorf("builders may reach %v except %v; want no link-local address", peer.IPBlock.CIDR, peer.IPBlock.Except)
 			}
 		}
 	}

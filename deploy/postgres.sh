@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Runs a command with a PostgreSQL of its own at hand, and ends that server
-# with it. The server listens on a socket in a temporary folder only.
+# This script starts a PostgreSQL server, runs a command, and stops the server when the
+# command has ended. The server listens only on a socket in a temporary folder.
 #
-# usage: deploy/postgres.sh COMMAND…   PREBAKE_TEST_POSTGRES names the database
+# usage: deploy/postgres.sh COMMAND…   The command finds the URL of a database in its
+# environment, in PREBAKE_TEST_POSTGRES.
 set -euo pipefail
 
 bin=$(find /usr/lib/postgresql -maxdepth 2 -name bin 2>/dev/null | sort -V | tail -n 1)
 [[ -x $bin/initdb ]] || { echo "postgres: not installed; run make setup" >&2; exit 1; }
 
 dir=$(mktemp -d "${TMPDIR:-/tmp}/prebake-postgres-XXXXXX")
-# PostgreSQL refuses to run as root; its package made a user for it.
+# PostgreSQL refuses to run as root, so root runs it as the user postgres, which Debian's
+# package has made.
 as=()
 if ((EUID == 0)); then
   as=(setpriv --reuid postgres --regid postgres --init-groups)

@@ -149,7 +149,7 @@ func TestMetricsExist(t *testing.T) {
 			}
 			has, ok := known[selector.Name]
 			if !ok {
-				t.Errorf("%s: no program of ours has the metric %q", where, selector.Name)
+				t.Errorf("%s: the server exports no metric %q", where, selector.Name)
 				return nil
 			}
 			for _, m := range selector.LabelMatchers {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that building, testing and the demo need, and
-# only those that are missing. Quick when nothing is.
+# This script installs the Debian packages that building, testing and the demo need. It
+# installs only packages that are missing.
 #
 # usage: deploy/setup.sh [GROUP…]   groups: build, run, test, browser, images,
 # clang, arm64, release; default: all but the last three
@@ -9,32 +9,35 @@ set -euo pipefail
 declare -A groups=(
   # The NVML probe is cgo; everything else is plain Go.
   [build]="gcc libc6-dev ca-certificates"
-  # builder: a sandbox (bubblewrap), what kbuild runs in it (make, bc, libelf1
-  # for objtool, dwarves for --btf), and gcc-12 with binutils, which the COS-shaped
-  # mirror wraps as the toolchain of Debian's kernels. mirror: makeself packs the driver, zstd
-  # and xz read packages, patchelf makes the wrapped compiler find its own
-  # libraries. Load test and demo node: qemu, and its network card's boot ROM,
-  # without which qemu refuses to make the card; mke2fs makes its disk.
+  # For builder: a sandbox (bubblewrap), programs that kbuild runs in it (make, bc,
+  # libelf1 for objtool, dwarves for --btf), and gcc-12 with binutils, which the
+  # COS-shaped mirror wraps as the toolchain of Debian's kernels. For mirror: makeself
+  # packs the driver, zstd and xz read packages, patchelf makes the wrapped compiler
+  # find its own libraries. For the load test and the demo's node: qemu; ipxe-qemu has
+  # the boot ROM without which qemu does not make the network card; mke2fs (e2fsprogs)
+  # makes the file system of the node's disk.
   [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu e2fsprogs"
-  # The other database of the server and its queue; see deploy/postgres.sh. A
-  # registry that nobody here wrote, clients of registries, what a real kube-apiserver
-  # keeps its objects in, what makes an EFI partition, shells that complete what is typed,
-  # and what reads manual pages.
+  # postgresql: the second database that server and queue support; see deploy/postgres.sh.
+  # docker-registry: a registry of another project. skopeo and containerd: clients of
+  # registries. etcd-server: the store of a real kube-apiserver. fdisk, dosfstools and
+  # mtools make an EFI partition. zsh and fish test the completion of commands. mandoc
+  # checks the manual pages.
   [test]="postgresql docker-registry skopeo containerd etcd-server fdisk dosfstools mtools zsh fish mandoc"
-  # A browser that opens the server's pages, what it draws text and signs with, and
-  # what drives it (deploy/browser).
+  # Chromium opens the server's pages, and draws text with fonts-dejavu-core. A program in
+  # deploy/browser drives it. nodejs runs that program, and npm installs its packages.
   [browser]="chromium fonts-dejavu-core nodejs npm"
-  # A Dockerfile builder that needs no daemon, a base image made on the spot, and
-  # what enters an image to try its sandbox.
+  # buildah builds Dockerfiles and needs no daemon. debootstrap makes the base image.
+  # bubblewrap enters an image to try the sandbox in it.
   [images]="buildah debootstrap bubblewrap"
-  # What compiling a whole kernel needs, for `mirror --clang` only; clang
-  # itself comes out of the mirror's packages.
+  # Only `mirror --clang` needs these packages: it compiles a whole kernel. clang itself
+  # comes from packages that mirror downloads.
   [clang]="make bc flex bison libelf-dev libssl-dev"
-  # Loading a driver for arm64: an emulated Arm machine, and a C compiler for the
-  # program that asks NVML in it. The driver's own cross compiler comes out of
-  # the mirror's packages.
+  # To load a driver for arm64: an emulated Arm machine, and a C compiler for nvmlprobe,
+  # which asks NVML in that machine. The cross compiler for the driver comes from packages
+  # that mirror downloads.
   [arm64]="qemu-system-arm gcc-12-aarch64-linux-gnu libc6-dev-arm64-cross"
-  # Another day for the second of two releases, and what reads images that others wrote.
+  # faketime gives the second of two releases another date. skopeo, a program of another
+  # project, reads the images of a release.
   [release]="faketime skopeo"
 )
 
@@ -48,16 +51,17 @@ for group in "${@:-build run test browser images}"; do
 done
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
-  echo "setup: this is not a Debian machine; it must bring, under its own names: ${wanted[*]}" >&2
+  echo "setup: this is not a Debian machine; install what these Debian packages have: ${wanted[*]}" >&2
   exit 0
 fi
 
 installed=" $(dpkg-query -W -f='${Package}=${db:Status-Status} ' "${wanted[@]}" 2>/dev/null || true)"
 missing=()
 for package in "${wanted[@]}"; do
-  # Docker's own package of containerd is another one, which Debian's would replace.
+  # If Docker's own package of containerd is installed, Debian's package would replace it.
   [[ $package == containerd ]] && command -v containerd ctr >/dev/null && continue
-  # A newer Node.js than Debian's brings its own npm, with which Debian's conflicts.
+  # A Node.js that does not come from Debian brings its own npm. Debian's packages conflict
+  # with it.
   [[ $package == nodejs || $package == npm ]] && command -v node >/dev/null && command -v npm >/dev/null && continue
   [[ $installed == *" $package=installed "* ]] || missing+=("$package")
 done
@@ -75,23 +79,25 @@ apt() { "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o Dpkg::Use-
 
 echo "setup: installing ${missing[*]}${sudo:+ (with sudo)}" >&2
 start=$SECONDS
-# One unreachable source among many must not stop us: installing decides.
-apt update >/dev/null || echo "setup: apt-get update had trouble; going on with the lists at hand" >&2
+# An apt source that cannot be reached may have none of the packages. So an error of update
+# does not stop the script; an error of install does.
+apt update >/dev/null || echo "setup: apt-get update failed; going on with the package lists of an earlier update" >&2
 if [[ " ${missing[*]} " == *" postgresql "* ]]; then
-  # Only the programs are wanted: no server that runs on this machine from now on.
+  # The tests need only PostgreSQL's programs. This setting keeps Debian's package from
+  # starting a server that would run on this machine from now on.
   "${sudo[@]}" mkdir -p /etc/postgresql-common/createcluster.d
   echo 'create_main_cluster = false' | "${sudo[@]}" tee /etc/postgresql-common/createcluster.d/prebake.conf >/dev/null
 fi
 if [[ " ${missing[*]} " == *" docker-registry "* ]]; then
-  # As above: the program, and no service of that name.
+  # The tests need only the program. This link masks the service, so that it never starts.
   "${sudo[@]}" mkdir -p /etc/systemd/system
   "${sudo[@]}" ln -sfn /dev/null /etc/systemd/system/docker-registry.service
 fi
 if [[ " ${missing[*]} " == *" containerd "* ]]; then
   "${sudo[@]}" mkdir -p /etc/systemd/system
-  # As above.
+  # The tests need only the programs. This link masks the service, so that it never starts.
   "${sudo[@]}" ln -sfn /dev/null /etc/systemd/system/containerd.service
 fi
-# Recommended packages stay out: qemu's alone would be a desktop.
+# Recommended packages are left out, because those of qemu alone are a whole desktop.
 apt install -y --no-install-recommends "${missing[@]}" >&2
 echo "setup: installed ${#missing[@]} packages in $((SECONDS - start)) s" >&2

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Prints the path of a Go tool at a pinned version; builds it the first time.
-# The build is kept under the user's cache folder, by tool, tool version and Go
-# version, so that a fresh clone does not pay for it again.
+# This script prints the path of a Go tool in a pinned version. The first time, it
+# builds the tool. It keeps the program under the user's cache folder, by tool, tool
+# version and Go version, so that a fresh clone of the repository does not build it
+# again.
 #
 # usage: deploy/tool.sh MODULE@VERSION   (as for "go install")
 set -euo pipefail
@@ -18,9 +19,10 @@ if [[ ! -x $dir/$name ]]; then
   tmp=$(mktemp -d "$root/.new-XXXXXX")
   trap 'rm -rf "$tmp"' EXIT
   start=$SECONDS
-  # Outside the module: a tool brings its own dependencies, not ours.
+  # Run outside of this module, so that the tool gets its own dependencies, and not those of
+  # our go.mod.
   (cd / && GOBIN=$tmp CGO_ENABLED=0 GOFLAGS= go install -trimpath -ldflags='-s -w' "$package" >&2)
-  # Two builds at once: the first one to arrive stays.
+  # If two runs build at the same time, the folder of the first one to end stays.
   mv -T "$tmp" "$dir" 2>/dev/null || [[ -x $dir/$name ]]
   echo "tool: built $name in $((SECONDS - start)) s" >&2
 fi

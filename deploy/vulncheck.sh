@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Runs govulncheck over all packages. Findings fail; a database that cannot be
-# reached does not, and is said in one line: an air-gapped machine can set
-# GOVULNDB to a copy (file:///…).
+# This script runs govulncheck over all packages. It fails if govulncheck finds a
+# vulnerability. If the database cannot be reached, it prints one line that says so,
+# and succeeds. On a machine without a network, set GOVULNDB to a copy of the database
+# (file:///…).
 #
 # usage: deploy/vulncheck.sh GOVULNCHECK DATABASE
 set -euo pipefail
 tool=$1 db=$2
 
-# One small package first: whether the database answers shows within seconds.
+# Check one small package first: that takes only seconds, and shows whether the database
+# can be reached.
 if ! answer=$("$tool" -db "$db" ./pkg/fault 2>&1); then
   case $answer in
     *"fetching vulnerabilities"*)

@@ -211,8 +211,8 @@ func (b *bench) build(ctx context.Context, c cell, cache, to string) (float64, [
 	return seconds, r.Phases, nil
 }
 
-// headerTree unpacks the kernel headers, as a person would do by hand. source below does the same with the driver's
-// sources.
+// headerTree unpacks the headers of a kernel, as a person would do by hand, and returns their folder. It unpacks the
+// headers of each kernel once, and the toolchain once.
 func (b *bench) headerTree(ctx context.Context, k build) (string, error) {
 	if dir := b.headers[k.Release]; dir != "" {
 		return dir, nil
@@ -241,6 +241,8 @@ func (b *bench) headerTree(ctx context.Context, k build) (string, error) {
 	return b.headers[k.Release], nil
 }
 
+// source unpacks the runfile of a driver, as a person would do by hand, and returns the folder with the sources of the
+// proprietary modules. It unpacks each runfile once.
 func (b *bench) source(ctx context.Context, driver string) (string, error) {
 	if dir := b.sources[driver]; dir != "" {
 		return dir, nil

@@ -11,9 +11,10 @@ import (
 	"time"
 )
 
-// byDKMS measures Debian's dkms for a cell, from the sources in its source tree to the stripped modules in its tree.
-// The script runs from its unpacked package, in a bubblewrap sandbox with a read-only view of the machine. It builds
-// for the named kernel only, installs nothing and leaves nothing behind.
+// byDKMS returns the seconds that Debian's dkms takes for a cell. The time begins when the driver's sources lie in the
+// source tree of dkms, and ends when dkms has written the stripped modules. dkms is a script. It runs from its unpacked
+// package, in a bubblewrap sandbox with a read-only view of the machine. It builds for the named kernel only, and
+// installs nothing. byDKMS removes the modules.
 func (b *bench) byDKMS(ctx context.Context, c cell) (seconds float64, err error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {
@@ -53,7 +54,7 @@ func (b *bench) byDKMS(ctx context.Context, c cell) (seconds float64, err error)
 	built, err := filepath.Glob(filepath.Join(dir, "tree", "nvidia", c.driver, c.kernel.Release, "x86_64", "module",
 		"*.ko*"))
 	if err == nil && len(built) != len(dkmsModules()) {
-		err = fmt.Errorf("dkms left %d modules for %s", len(built), c)
+		err = fmt.Errorf("dkms built %d modules for %s; want %d", len(built), c, len(dkmsModules()))
 	}
 	return seconds, err
 }
@@ -74,8 +75,8 @@ func dkmsModules() []string {
 	return []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 }
 
-// dkmsConf returns NVIDIA's own template, filled in as NVIDIA's installer does it, with the names of the compiler and
-// the header tree added.
+// dkmsConf returns the text of dkms.conf for a driver. It is the template in NVIDIA's runfile, filled in as NVIDIA's
+// installer does it, with the names of the compiler and of the header tree added.
 func dkmsConf(version string) string {
 	var conf strings.Builder
 	fmt.Fprintf(&conf, "PACKAGE_NAME=nvidia\nPACKAGE_VERSION=%s\nAUTOINSTALL=yes\n", version)

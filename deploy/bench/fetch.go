@@ -39,7 +39,7 @@ func (b *bench) fetch(ctx context.Context) (err error) {
 		{kernel: b.mirror.Builds[1], driver: b.mirror.Drivers[0].Version},
 	}
 	var layers []bundle.Layer
-	for _, c := range cells { // may use caches of other builds, because the build is not measured
+	for _, c := range cells { // these builds may use a cache that earlier builds filled, because they are not measured
 		if layers, err = b.publish(ctx, srv, c); err != nil {
 			return err
 		}
@@ -87,8 +87,9 @@ func (b *bench) publish(ctx context.Context, srv *testbed.Server, c cell) ([]bun
 	return r.Layers, json.Unmarshal(out, &r)
 }
 
-// fetchOnce installs one kernel's driver on a fresh node, and measures that. It then installs the older kernel's driver
-// on another fresh node, and updates that node's OS. It also does by hand what an install without a delta would do.
+// fetchOnce measures an install of the driver for the newer kernel, cells[1], on a fresh node, and fetches the same
+// layers by hand for comparison. It then installs the driver for the older kernel, cells[0], on another fresh node, and
+// updates that node to the newer kernel. For the update, it records how many bytes the node fetched.
 func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell, layers []bundle.Layer) error {
 	root := filepath.Join(b.Dir, "fetch-node")
 	defer os.RemoveAll(root)
@@ -96,7 +97,7 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 		FetchedBytes int64 `json:"fetchedBytes"`
 	}
 	for i, c := range []cell{cells[1], cells[0], cells[1]} {
-		if i == 1 { // begins again with a fresh node that has the older kernel, so that an update follows
+		if i == 1 { // remove the first node: the second one starts with the older kernel, and is updated afterwards
 			if err := os.RemoveAll(root); err != nil {
 				return err
 			}
@@ -157,8 +158,8 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 	return nil
 }
 
-// byHand fetches, hashes and unpacks the three layers in parallel with the usual programs. It does the same with crane
-// if that is installed.
+// byHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar. If
+// crane is installed, byHand fetches and unpacks the artifact with it too. It records the seconds of both.
 func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
 	dir := filepath.Join(b.Dir, "by-hand")
 	var script strings.Builder
@@ -206,7 +207,7 @@ func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers 
 	return nil
 }
 
-// timed measures a command that fills a folder, and then removes the folder.
+// timed runs a command that fills a folder, and removes the folder. It returns the seconds that the command took.
 func (b *bench) timed(ctx context.Context, dir, name string, args ...string) (float64, error) {
 	start := time.Now()
 	err := b.command(ctx, name, args...)

@@ -42,7 +42,8 @@ func (b *bench) guest(ctx context.Context) (err error) {
 		return err
 	}
 	node := testbed.Node{Kernel: c.kernel.Kernel, Boot: boot, GPU: true, Key: b.key + ".pub", Console: b.Out}
-	// The driver was pushed by hand, so it is in the server's registry but not in its catalogue.
+	// "builder build" published the driver without the queue, so the server's registry has the artifact but the server's
+	// catalogue does not. The fetcher therefore gets the name of the registry.
 	registry := strings.Replace(srv.Repository(), "127.0.0.1", vm.HostAddress, 1)
 	for range b.runs {
 		install := testbed.InstallStep(srv, "--driver", c.driver, "--flavour", "proprietary", "--registry", registry)
@@ -68,7 +69,8 @@ func (b *bench) guest(ctx context.Context) (err error) {
 		}
 		byHand := node
 		var steps []vm.Step
-		// /proc/modules lists the newest module first. The other modules need the last one, so the order is reversed.
+		// The first line of /proc/modules is the module that was loaded last. A module needs those that were loaded before
+		// it, so the steps load the modules in the reverse order of the lines.
 		for _, name := range testbed.Live(live.Stdout) {
 			f := vm.File{Name: "/modules/" + name + ".ko", Path: filepath.Join(dir, "drivers", name+".ko"), Mode: 0o644}
 			byHand.Files = append(byHand.Files, f)
@@ -90,7 +92,8 @@ func (b *bench) guest(ctx context.Context) (err error) {
 	return nil
 }
 
-// untilLoaded returns the time from the beginning of a run to the end of its phase "load", in seconds.
+// untilLoaded returns the time from the beginning of a run to the end of its phase "load", in seconds. A run without
+// this phase is an error.
 func untilLoaded(phases []timeline.Phase) (float64, error) {
 	for _, p := range phases {
 		if p.Name == "load" && p.Of == "" {

@@ -78,7 +78,8 @@ type options struct {
 	runs  int
 	abis  []int
 	clang bool
-	// plainOnce compares all cells of a run with one run of make, for the first cell.
+	// plainOnce runs plain make only once in a run, for the first cell, and dkms only once for each driver. The other
+	// cells are compared with these times.
 	plainOnce bool
 	only      map[string]bool
 }
@@ -179,14 +180,14 @@ func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	if err := json.Unmarshal(raw, m); err != nil {
 		return nil, fmt.Errorf("read mirror.json: %w", err)
 	}
-	if !b.clang { // a second build of a kernel has the same fingerprint, and so compiles nothing
+	if !b.clang { // a second COS build of a kernel has the same ABI fingerprint, so builder would compile nothing for it
 		m.Builds = slices.DeleteFunc(m.Builds, func(k build) bool { return k.Note != "" })
 	}
 	if len(m.Builds) < kernels || len(m.Drivers) < 3 {
 		return nil, fmt.Errorf("the mirror has %d kernels and %d drivers; want at least %d and 3", len(m.Builds),
 			len(m.Drivers), kernels)
 	}
-	// The order is: a release, its neighbour, and one that is further away.
+	// In order of version, the drivers are: one release, its neighbour, and a later release of the same branch.
 	slices.SortFunc(m.Drivers, func(x, y driver) int { return target.CompareVersions(x.Version, y.Version) })
 	return m, nil
 }

@@ -1,11 +1,11 @@
-// What is checked of one page. Each check returns texts, one for each finding; the
-// test in Go decides what they mean. Code inside page.evaluate runs in the page.
+// The checks of one page. Each check returns a list of texts, one for each finding. The
+// test in Go decides what a finding means. Code inside page.evaluate runs in the page.
 
-// A target is what a finger or a key may hit.
+// targets selects the elements that a user can press with a finger or a key.
 const targets = 'a[href], button, input:not([type=hidden]), select, textarea, summary, [role=button], [role=link]';
 
-// place names an element for people; shown says that they see it; hits, that a finger at
-// a point hits it.
+// place returns a name of an element for people. shown tells whether a user can see and
+// use the element. hits tells whether a finger at the point (x, y) hits the element.
 const place = `window.place = (e) => {
   const name = e.id ? '#' + e.id : [...e.classList].map((c) => '.' + c).join('');
   const text = (e.innerText || e.value || e.ariaLabel || '').trim().replace(/\\s+/g, ' ');
@@ -18,7 +18,8 @@ window.hits = (e, x, y) => {
   return at && (e.contains(at) || at.closest('label')?.control === e);
 };`;
 
-// most bounds how many elements a finding names.
+// most is the highest number of texts that a check returns. If there are more, some()
+// replaces the rest by their number.
 const most = 5;
 
 function some(all) {
@@ -31,7 +32,7 @@ export async function width(page) {
   const wide = await page.evaluate(`${place} (() => {
     const most = ${screen};
     if (document.documentElement.scrollWidth <= most) return [];
-    // What lies in a box that scrolls or clips by itself does not widen the document.
+    // An element in a box that scrolls or clips its content does not widen the document.
     const boxed = (e) => {
       for (let p = e.parentElement; p && p !== document.body; p = p.parentElement)
         if (getComputedStyle(p).overflowX !== 'visible') return true;
@@ -44,8 +45,9 @@ export async function width(page) {
   return some(wide);
 }
 
-// sizes finds targets that a finger misses: less than 44 × 44 CSS px (WCAG 2.5.5). A link
-// in a sentence is excepted, as in WCAG 2.5.8. What a pseudo-element adds counts.
+// sizes finds targets that are too small for a finger: less than 44 × 44 CSS px (WCAG
+// 2.5.5). Links in a sentence may be smaller, as in WCAG 2.5.8. If a pseudo-element makes
+// a target larger, the larger area counts.
 export async function sizes(page) {
   return some(await page.evaluate(`${place} (() => {
     const least = 44, slack = 0.5;
@@ -61,14 +63,14 @@ export async function sizes(page) {
         const in_ = walk.currentNode.parentElement;
         if (!in_.closest(${JSON.stringify(targets)}) && block(in_) === block(e)) text += walk.currentNode.data;
       }
-      return (text.match(/[\\p{L}\\p{N}]{2,}/gu) || []).length >= 2; // words, and not a list's separators
+      return (text.match(/[\\p{L}\\p{N}]{2,}/gu) || []).length >= 2; // two words; separators of a list are no words
     };
     const found = [];
     for (const e of document.querySelectorAll(${JSON.stringify(targets)})) {
       if (!shown(e) || inSentence(e)) continue;
       e.scrollIntoView({ block: 'center', inline: 'center', behavior: 'instant' });
       let box = e.getBoundingClientRect();
-      if (box.right <= 0 || box.bottom <= 0) continue; // beside the screen until it has the focus
+      if (box.right <= 0 || box.bottom <= 0) continue; // the element is outside of the screen until it has the focus
       const label = e.labels?.[0]?.getBoundingClientRect();
       const ticked = e.matches('[type=checkbox], [type=radio]');
       if (ticked && label && label.width * label.height > box.width * box.height) box = label;
@@ -82,8 +84,9 @@ export async function sizes(page) {
   })()`));
 }
 
-// keyboard presses Tab through the page: each element that can be used is reached, is
-// not hidden behind another one, and looks different while it has the focus.
+// keyboard presses Tab until it has gone through the whole page. It finds usable elements
+// that Tab does not reach, that are hidden while they have the focus, or that look the
+// same with the focus as without it.
 export async function keyboard(page) {
   const want = await page.evaluate(`${place} (() => {
     scrollTo(0, 0);
@@ -92,7 +95,7 @@ export async function keyboard(page) {
       if (!shown(e) || e.tabIndex < 0) return false;
       if (e.type !== 'radio' || !e.name) return true;
       const group = radios.filter((r) => r.name === e.name && r.form === e.form);
-      return e === (group.find((r) => r.checked) || group[0]); // a group is one stop
+      return e === (group.find((r) => r.checked) || group[0]); // Tab stops once for all radio buttons of a group
     });
     const looks = (e) => {
       const s = getComputedStyle(e), ring = s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 1;
@@ -108,7 +111,7 @@ export async function keyboard(page) {
       if (!e || e === document.body || e === k.first) return true;
       k.first ??= e;
       const before = k.left.get(e);
-      if (before === undefined) return false; // a box that only scrolls
+      if (before === undefined) return false; // not in the list: a box that takes the focus only to be scrolled
       k.left.delete(e);
       if (before === k.looks(e)) k.found.push(place(e) + ' looks the same with the focus');
       const b = e.getBoundingClientRect();
@@ -125,8 +128,9 @@ export async function keyboard(page) {
     ...[...window.keyboard.left.keys()].map((e) => place(e) + ' is not reached by Tab')])()`));
 }
 
-// sticky scrolls a table by half and looks for its head on the screen. A table that
-// fits the screen tells nothing, which is a finding of its own where must is set.
+// sticky scrolls a table by half of its height, and checks that the table's head is still
+// on the screen. If there is no such table, or it is too short to scroll, sticky can check
+// nothing; with must set, it then returns a finding that says so.
 export async function sticky(page, head, must) {
   const { width, height } = page.viewportSize();
   await page.setViewportSize({ width, height: 500 });
@@ -150,7 +154,8 @@ export async function sticky(page, head, must) {
   return found;
 }
 
-// axe asks axe-core; what it calls minor or moderate is left to people.
+// axe runs axe-core, and returns the violations that axe-core calls serious or critical.
+// Minor and moderate ones are left to the judgement of people.
 export async function axe(page, source) {
   await page.addScriptTag({ content: source });
   const bad = await page.evaluate(async () => {
@@ -162,8 +167,9 @@ export async function axe(page, source) {
   return some(bad);
 }
 
-// readable counts what a reader gets out of a page, to compare it with and without
-// JavaScript.
+// readable counts the headings, rows and links that a reader sees, so that withoutScript
+// can compare a page with and without JavaScript. dead has the buttons that the reader sees
+// and that are in no form: these do nothing without JavaScript.
 export async function readable(page) {
   return page.evaluate(`${place} (() => {
     const all = (s) => [...document.querySelectorAll(s)].filter(shown).length;
@@ -172,7 +178,8 @@ export async function readable(page) {
   })()`);
 }
 
-// withoutScript compares what two calls of readable returned.
+// withoutScript compares two results of readable for one page: withIt has the page with
+// JavaScript, without has it without JavaScript. The second must show no fewer rows and links.
 export function withoutScript(withIt, without) {
   const found = without.dead.map((b) => `${b} does nothing without JavaScript; hide it`);
   if (without.heading !== 1) found.push(`${without.heading} headings h1 are shown; want one`);

@@ -1,5 +1,6 @@
-// Drives Chromium for the test in Go: reads a line of JSON for each page from stdin,
-// and answers with one on stdout. It decides nothing: it says what it found.
+// This program drives Chromium for the test in Go. It reads questions from stdin, one line
+// of JSON for each, and writes one line of JSON to stdout as the answer to each. It reports
+// findings; the test decides what they mean.
 //
 // usage: node drive.mjs NODE_MODULES CHROMIUM
 import { createRequire } from 'node:module';
@@ -26,8 +27,8 @@ const views = {
   noscript: { ...large, javaScriptEnabled: false },
 };
 
-// tabs are the pages of the browser by what they are like: to make one takes longer than
-// to check it.
+// tabs keeps open pages of the browser, by view and options. Opening a new page takes
+// longer than checking one.
 const tabs = new Map();
 
 async function tab(view, options) {
@@ -35,12 +36,13 @@ async function tab(view, options) {
   if (tabs.has(key)) return tabs.get(key);
   const context = await browser.newContext({ ...views[view], ...options, reducedMotion: 'reduce' });
   const page = await context.newPage();
-  // Each page is weighed, and so fetches all that it needs.
+  // weigh adds up all resources of a page, so none of them may come from the cache.
   await (await context.newCDPSession(page)).send('Network.setCacheDisabled', { cacheDisabled: true });
   const now = { page };
   page.on('console', (m) => {
     if (m.type() !== 'error') return;
-    // Chromium says of every answer that is an error that it is one.
+    // Chromium logs an error for a response whose status is an error. For the page itself,
+    // the status is checked elsewhere.
     if (m.location().url === now.url && /status of \d+/.test(m.text())) return;
     (/content security policy/i.test(m.text()) ? now.csp : now.console).push(m.text());
   });
@@ -54,8 +56,9 @@ async function tab(view, options) {
   return now;
 }
 
-// open goes to a page and calls f with it. What the page says to the console, and whom
-// it asks, is in the second argument.
+// open goes to a page and calls f(page, said, response). said has the errors that the page
+// logged to the console, its violations of the content security policy, the URLs that it
+// asked on other hosts, and all responses that it got.
 async function open(view, url, options, f) {
   const now = await tab(view, options);
   await now.page.goto('about:blank');
@@ -64,8 +67,8 @@ async function open(view, url, options, f) {
   return f(now.page, now, response);
 }
 
-// weigh adds up what a page and all it needs have, in bytes, unpacked. A stream of events
-// has no end, and comes after the page.
+// weigh returns the size of a page with all its resources, in bytes, uncompressed. A stream
+// of events does not count: it has no end, and begins when the page is complete.
 async function weigh(responses) {
   let bytes = 0;
   for (const r of responses) {
@@ -104,7 +107,8 @@ async function check({ url, status, sticky, large }) {
     add('noscript', 'noscript', checks.withoutScript(withScript, await checks.readable(page)));
     quiet('noscript', said);
   });
-  // The page's policy does not let axe-core in: it is set aside for this alone.
+  // The page's content security policy forbids the script of axe-core, so the policy is off
+  // for this check only.
   for (const view of ['desktop', 'phone', 'dark']) {
     await open(view, url, { bypassCSP: true }, async (page, said, response) => {
       expect(view, response);
@@ -115,7 +119,7 @@ async function check({ url, status, sticky, large }) {
   return { findings, title, weight };
 }
 
-// other checks what is no page, with a blank one to parse it in.
+// other checks a feed or a badge. Neither is a page, so a blank page parses its text.
 async function other({ do: kind, url, status }) {
   const response = await fetch(url);
   const findings = [];
@@ -132,8 +136,8 @@ async function status({ url }) {
   return { status: (await fetch(url)).status };
 }
 
-// draw draws the whole page as three readers see it. A page that is longer than some
-// screens is cut: nobody looks at more.
+// draw makes screenshots of the whole page for desktop, phone and dark mode. It cuts a page
+// that is higher than five screens, because nobody looks at more.
 async function draw({ url, file }) {
   for (const view of ['desktop', 'phone', 'dark']) {
     await open(view, url, {}, async (page) => {

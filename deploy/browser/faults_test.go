@@ -18,7 +18,7 @@ func TestChecksFindFaults(t *testing.T) {
 	served := http.FileServer(http.Dir("testdata"))
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
-		case "/loose.html": // has no policy, so that its scripts run
+		case "/loose.html": // this page has no content security policy, so that its scripts run
 			r.URL.Path = "/faulty.html"
 		case "/faulty.html":
 			w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
@@ -77,7 +77,7 @@ func TestChecksFindFaults(t *testing.T) {
 			for _, f := range d.ask(t, row.q).Findings {
 				got[f.Check] += f.View + ": " + f.Text + "\n"
 			}
-			if row.name != "no table" { // this row uses the page of an earlier row, with more faults
+			if row.name != "no table" { // the page of that row has more faults, which the row "policy" checks
 				want := slices.Sorted(maps.Keys(row.want))
 				if diff := cmp.Diff(want, slices.Sorted(maps.Keys(got))); diff != "" {
 					t.Errorf("checks that find something (-want +got):\n%s\n%v", diff, got)

@@ -1,12 +1,13 @@
-// What is checked of answers that are no pages: a feed and a badge. They are read by
-// Chromium's own XML parser.
+// The checks of the server's responses that are no pages: a feed and a badge. Chromium's
+// own XML parser reads them.
 
-// parse is code of the page: a document, or an error of one line.
+// parse is code that runs in the page. It parses text into the document doc. If the text is
+// no XML, it returns the first line of the parser's error as a finding.
 const parse = `const doc = new DOMParser().parseFromString(text, 'application/xml');
 const wrong = doc.querySelector('parsererror');
 if (wrong) return ['it is no XML: ' + wrong.textContent.trim().split('\\n')[0]];`;
 
-// feed holds an Atom feed to RFC 4287: sections 4.1.1 (feed), 4.1.2 (entry), 4.2.6 (ids),
+// feed checks an Atom feed against RFC 4287: sections 4.1.1 (feed), 4.1.2 (entry), 4.2.6 (ids),
 // 4.2.7 (links) and 3.3 (dates).
 export async function feed(page, type, text) {
   const found = /^application\/atom\+xml\b/.test(type) ? [] : [`its type is ${type}; want application/atom+xml`];
@@ -50,7 +51,8 @@ export async function feed(page, type, text) {
   })(${JSON.stringify(text)})`));
 }
 
-// badge holds an SVG image to what a page that shows it needs.
+// badge checks that a page can show an SVG image: the image has a media type, a title and a
+// size, consists of shapes and text only, and Chromium can draw it.
 export async function badge(page, type, text) {
   const found = /^image\/svg\+xml\b/.test(type) ? [] : [`its type is ${type}; want image/svg+xml`];
   return found.concat(await page.evaluate(`(async (text) => { ${parse}
@@ -58,7 +60,7 @@ export async function badge(page, type, text) {
     if (root.localName !== 'svg' || root.namespaceURI !== 'http://www.w3.org/2000/svg')
       return ['its root is ' + root.nodeName];
     const title = [...root.children].find((c) => c.localName === 'title')?.textContent.trim();
-    if (!title && !root.getAttribute('aria-label')) found.push('it has no title for who does not see it');
+    if (!title && !root.getAttribute('aria-label')) found.push('it has no title for readers who cannot see it');
     if (doc.querySelector('script, foreignObject, image, [href^=http]')) found.push('it has more than shapes and text');
     const image = new Image();
     image.src = URL.createObjectURL(new Blob([text], { type: 'image/svg+xml' }));

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Prints the folder of the packages that package-lock.json names, and installs them
-# the first time: playwright-core drives Chromium, axe-core judges accessibility.
-# They are kept under the user's cache folder, by the lock's hash, and come from
-# the registry that npm is configured with.
+# This script prints the folder of the npm packages that package-lock.json names, and
+# installs the packages the first time. playwright-core drives Chromium; axe-core judges
+# accessibility. The folder is in the user's cache folder, and its name is the hash of
+# package-lock.json. The packages come from the registry that npm is configured with.
 #
 # usage: deploy/browser/modules.sh
 set -euo pipefail
@@ -22,9 +22,9 @@ if [[ ! -d $dir/node_modules ]]; then
   tmp=$(mktemp -d "$root/.new-XXXXXX")
   trap 'rm -rf "$tmp"' EXIT
   cp package.json package-lock.json .npmrc "$tmp"
-  # Neither package needs a script: the browser is Debian's.
+  # Neither package needs an install script, because the browser comes from Debian.
   (cd "$tmp" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >&2)
-  # Two at once: the first one to arrive stays.
+  # If two runs install at the same time, the folder of the first one to end stays.
   mv -T "$tmp" "$dir" 2>/dev/null || [[ -d $dir/node_modules ]]
 fi
 echo "$dir/node_modules"

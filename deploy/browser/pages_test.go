@@ -22,8 +22,8 @@ type row struct {
 	// Missing says that the server does not have the page yet, so that it must answer 404. If it answers anything else,
 	// the test fails until Missing is removed.
 	Missing bool
-	// Waits names the checks that the page does not pass yet, with the reasons. If the page passes one of them in all of
-	// its sets, the test fails until the entry is removed.
+	// Waits names the checks that the page does not pass yet, with the reasons. If the page passes such a check in all of
+	// its data sets, the test fails until the check is removed from Waits.
 	Waits map[string]string
 }
 

@@ -79,7 +79,7 @@ func wait(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); !is(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("after a minute it is not so that %s", what)
+			t.Fatalf("after a minute it is still not true that %s", what)
 		}
 	}
 }

@@ -1,16 +1,20 @@
 # shellcheck shell=bash
-# Read by announce.sh and preflight.sh. Runs the server's command line: out of the container
-# image PREBAKE_IMAGE, or the program PREBAKE_PROGRAM ("server", from PATH).
+# announce.sh and preflight.sh source this file. It runs the command line of Prebake's server.
+# If PREBAKE_IMAGE is set, the command line runs in that container image, on docker's network
+# PREBAKE_NETWORK (default: host). Otherwise it is the program PREBAKE_PROGRAM (default:
+# "server", from PATH).
 #
-# PREBAKE_SERVER is the server's URL. PREBAKE_TOKEN comes from the environment only: the
-# command line of a program is there for everybody on its machine to read.
+# PREBAKE_SERVER is the server's URL. PREBAKE_TOKEN, the server's token, is passed in the
+# environment only, because everybody on a machine can read the command lines of programs.
+# PREBAKE_PAUSE is the time between two tries, in seconds (default: 15).
 #
-# Exit statuses are those of the command line; the table is in the README of the repository.
+# The scripts end with the exit statuses of the command line, which
+# docs/reference/exit-codes.md lists.
 
-# The statuses that the scripts act upon.
+# The exit statuses to which the scripts react.
 usage=2 no_artifact=3 transient=10 pending=16
 
-# refuse TEXT HINT ends the script.
+# refuse TEXT HINT prints an error with its hint, and ends the script with the status usage.
 refuse() {
   printf 'error: %s\nhint: %s\n' "$1" "$2" >&2
   exit "$usage"
@@ -27,7 +31,8 @@ prebake() {
   fi
 }
 
-# patiently is prebake, five times over what may pass.
+# patiently runs prebake up to five times, while the exit status is transient: such a failure
+# may pass. It returns the status of the last run.
 patiently() {
   local status try
   for try in 1 2 3 4 5; do
@@ -38,5 +43,6 @@ patiently() {
   done
 }
 
-# is_build_id is what may stand on a command line as a COS build, and cannot be a flag.
+# is_build_id tests that a text has the form of a BUILD_ID, so that no text can be taken for a
+# flag.
 is_build_id() { [[ $1 =~ ^[0-9]+(\.[0-9]+){1,3}$ ]]; }

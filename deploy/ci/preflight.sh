@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Asks a Prebake server whether node pools may move to COS builds: whether each of their
-# nodes would find its driver. Ends with 0 when all of them may, with 16 when what one lacks
-# is queued or being built, with 3 when one is not covered and nobody builds what it lacks,
-# and with another status when the answer is not known.
+# This script asks a Prebake server whether node pools may move to COS builds. A pool may move
+# if its nodes would find their driver there. The script ends with one of these statuses:
 #
-# With PREBAKE_WAIT, in seconds, it asks again and again for so long.
+#   0      all pools may move
+#   16     a pool may not move yet: the artifact that it needs is queued or being built
+#   3      a pool may not move: the artifact that it needs is missing, and nobody builds it
+#   other  the server did not answer the question; the status is that of the command line
+#
+# PREBAKE_WAIT is a time in seconds (default: 0). Until it is over, the script asks again about
+# the pools that may not move yet.
 #
 # usage: preflight.sh BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]…   (or the list in PREBAKE_POOLS;
-# lib.sh has the rest)
+# lib.sh describes the other variables)
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -20,7 +24,7 @@ for pool in "${pools[@]}"; do
   is_build_id "${pool%%:*}" || refuse "${pool@Q} begins with no COS build" "write a pool such as 17800.66.78:lakitu:R535"
 done
 
-# note keeps a line where the run's page on GitHub shows it.
+# note adds a line to the summary that GitHub shows on the page of a workflow's run.
 note() { [[ -z ${GITHUB_STEP_SUMMARY:-} ]] || printf '%s\n' "$1" >>"$GITHUB_STEP_SUMMARY"; }
 
 ask() {
@@ -41,7 +45,7 @@ while true; do
         waiting+=("$pool")
         notes+=("- $pool: may **not** move yet, it is being built")
         ;;
-      "$no_artifact") # yet: what was announced is planned a little later
+      "$no_artifact") # this may change: the server plans a little after an announcement
         waiting+=("$pool")
         notes+=("- $pool: may **not** move, nobody builds it")
         worst=$no_artifact
@@ -54,7 +58,7 @@ while true; do
   done
   ((${#waiting[@]} > 0)) || exit 0
   ((SECONDS < PREBAKE_WAIT)) || break
-  pools=("${waiting[@]}") # what may move once, may
+  pools=("${waiting[@]}") # do not ask again about pools that may move
   sleep "${PREBAKE_PAUSE:-15}"
 done
 for line in "${notes[@]}"; do note "$line"; done

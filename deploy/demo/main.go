@@ -1,7 +1,7 @@
-// Command demo runs Prebake's main job on one machine. It makes a COS-shaped mirror from Debian's packages, starts a
-// server and a builder, and has a real NVIDIA driver built for a real kernel. It then boots a virtual COS node, which
-// finds, verifies, installs and loads the driver. The program ends with PASS or FAIL, and says what the run proved. It
-// fakes no step.
+// Command demo runs Prebake's main job on one machine. It makes a COS-shaped mirror from Debian's packages, and starts
+// a server and a builder. The builder builds a real NVIDIA driver for a real kernel. The program then boots a virtual
+// COS node, which finds, verifies, installs and loads the driver. It ends with PASS or FAIL, and says what the run
+// proved. No step is faked.
 package main
 
 import (
@@ -47,7 +47,8 @@ removes them.`,
 				flavour: target.Flavour(cmd.String("flavour")), stay: cmd.Bool("stay"),
 			}
 			if d.flavour != target.Proprietary && d.flavour != target.Open {
-				return fault.New(fault.Usage, fmt.Sprintf("flavour %q: want proprietary or open", d.flavour), "see demo --help")
+				return fault.New(fault.Usage, fmt.Sprintf("flavour %q: want proprietary or open", d.flavour),
+					"give --flavour proprietary or --flavour open")
 			}
 			if cmd.Bool("console") {
 				d.console = cmd.Root().ErrWriter
@@ -74,8 +75,8 @@ type demo struct {
 	version string        // version of the driver
 	kernel  target.Kernel // kernel of the node
 	build   api.Build     // build of the driver for kernel
-	// second is the build of the same driver for sibling, a kernel of the same upstream version. Debian's archive has no
-	// such kernel at times; then both are zero.
+	// second is the build of the same driver for sibling, a kernel of the same upstream version. If Debian's archive has
+	// no such kernel, which happens at times, both are zero.
 	sibling target.Kernel
 	second  api.Build
 	bare    *nodeRun // the node before it has a GPU
@@ -222,7 +223,8 @@ func (d *demo) node(ctx context.Context) (err error) {
 	return errors.Join(d.bare.wantNoDevice(), d.gpu.wantGPU(d.version, d.build.Digest))
 }
 
-// kept returns the phases of a build that used the result of an earlier build. The note of such a phase says so.
+// kept returns the names of the phases in which a build used the result of an earlier build. The note of such a phase
+// contains "cached".
 func kept(b api.Build) (phases []string) {
 	for _, p := range b.Phases {
 		if p.Of == "" && strings.Contains(p.Note, "cached") {

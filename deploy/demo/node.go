@@ -25,9 +25,9 @@ import (
 // diskBytes is the size of the node's disk. The image is sparse, and the driver takes less than a GiB of it.
 const diskBytes = 3 << 30
 
-// disk is the node's disk with its install folder. It is kept from one run to the next, as a real node keeps its disk
-// between boots. The node therefore does not download a layer again that it has. The fetcher itself decides that, by
-// comparing digests.
+// disk is the node's disk, which has the install folder. It is kept from one run of the demo to the next, as a real
+// node keeps its disk between boots. The fetcher compares digests, and does not download a layer that the disk already
+// has.
 type disk struct {
 	path string
 	file *os.File // locked while the disk is in use
@@ -78,7 +78,8 @@ func (d *disk) format(ctx context.Context) error {
 	return nil
 }
 
-// close releases the disk. If the run failed, it also empties the disk, so that the next run does not meet its files.
+// close releases the disk. If keep is false, because the run failed, close also empties the disk, so that the next run
+// makes a new file system.
 func (d *disk) close(keep bool) error {
 	var err error
 	if !keep {
@@ -173,7 +174,7 @@ func (r *nodeRun) wantGPU(version, digest string) error {
 			fmt.Errorf("NVML answers version %q (%s); want %s", v.NVML.Version, v.NVML.Error, version))
 	}
 	if v.Digest != digest {
-		problems = append(problems, fmt.Errorf("the node has installed %q; built was %s", v.Digest, digest))
+		problems = append(problems, fmt.Errorf("the node has installed %q; want %s, which was built", v.Digest, digest))
 	}
 	return errors.Join(append(problems, r.wantExit(fault.Unusable))...)
 }
@@ -192,9 +193,9 @@ func (r *nodeRun) wantExit(kind fault.Kind) error {
 // remembered matches the note of a phase in which the builder used stored results.
 var remembered = regexp.MustCompile(`^([0-9]+) [a-z]+, ([0-9]+) (?:remembered|reused)$`)
 
-// wantRemembered checks the phases of the sibling's build. Most answers of conftest and most objects must come from the
-// build for the former kernel. If the demo ran before, the modules themselves are in the cache, and nothing is
-// compiled.
+// wantRemembered checks the phases of the build for the sibling kernel. At least nine tenths of conftest's answers and
+// of the object files must come from the caches that the build for the first kernel filled. If the demo ran before, the
+// finished modules are in the cache: then nothing is compiled, and there is nothing to check.
 func wantRemembered(phases []timeline.Phase) error {
 	if slices.ContainsFunc(phases, func(p timeline.Phase) bool {
 		return p.Name == "compile" && strings.HasSuffix(p.Note, "cached")
@@ -206,7 +207,7 @@ func wantRemembered(phases []timeline.Phase) error {
 		// Both phases are parts of a phase that is also called "compile", so the search looks only at parts.
 		i := slices.IndexFunc(phases, func(p timeline.Phase) bool { return p.Name == name && p.Of != "" })
 		if i < 0 {
-			problems = append(problems, fmt.Errorf("the sibling's build has no phase %s", name))
+			problems = append(problems, fmt.Errorf("the build for the sibling kernel has no phase %s", name))
 			continue
 		}
 		var kept, all int
@@ -216,7 +217,8 @@ func wantRemembered(phases []timeline.Phase) error {
 		}
 		if kept*10 < all*9 || kept == 0 {
 			problems = append(problems,
-				fmt.Errorf("the sibling's %s: %q; want nine tenths remembered or reused", name, phases[i].Note))
+				fmt.Errorf("phase %s of the build for the sibling kernel: %q; want nine tenths remembered or reused", name,
+					phases[i].Note))
 		}
 	}
 	return errors.Join(problems...)

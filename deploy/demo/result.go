@@ -130,11 +130,11 @@ func (d *demo) suggest() error {
 	fmt.Fprintln(d.out, "Try in another terminal:")
 	token := filepath.Join(d.srv.Data, "token")
 	for _, try := range [][2]string{
-		{"where the drivers of each kernel stand", "server cells" + server},
-		{"have the builder make another one, and watch it on the page",
+		{"show the state of each cell", "server cells" + server},
+		{"request the same driver for another kernel, and watch the build on the page",
 			"server request" + server + " --token-file " + token + " --build-id " + other.BuildID +
 				" --board " + other.Board + " --driver " + d.version + " --flavour proprietary --wait"},
-		{"ask as a node of this kernel would", "fetcher resolve" + server + " --host-root " + root},
+		{"find the driver for this kernel as a node does", "fetcher resolve" + server + " --host-root " + root},
 		{"verify the artifact as a node does",
 			"fetcher verify --host-root " + root + " --public-key " + d.key + ".pub " + ref},
 	} {
@@ -152,7 +152,8 @@ func row(w interface{ Write([]byte) (int, error) }, name, text string) {
 	}
 }
 
-// sizes returns the disk space of the demo's folders. A file with several names counts once.
+// sizes returns the disk space of the demo's folders: a text with the size of each, and the sum in bytes. A file with
+// several hard links counts once.
 func sizes(state string) (text string, total int64, err error) {
 	type inode struct{ dev, ino uint64 }
 	seen := map[inode]bool{}

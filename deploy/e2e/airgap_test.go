@@ -28,8 +28,8 @@ type offlineBundle struct {
 	LeftOutBytes int64  `json:"leftOutBytes"`
 }
 
-// TestAirGap installs a driver from a bundle on a node that never has a network. The bundle is made next to the farm,
-// and the bundles are on the node's disk, as if somebody had carried them there.
+// TestAirGap installs a driver from a bundle on a node that never has a network. The builder makes the bundles on a
+// machine that reaches the farm. The test then puts them on the node's disk, as if somebody had carried them there.
 //
 // Then the node's OS is updated. A second bundle, a delta, has the driver for the new OS, and leaves out the parts that
 // the node has. A node without those parts gets an error that names the bundle that it needs.
@@ -108,11 +108,11 @@ func TestAirGap(t *testing.T) {
 		install("upgrade", deltaRef, testbed.InstallDir), testbed.ModulesStep())
 	alone := named(t, res, "nothing there")
 	if alone.ExitCode != fault.Usage.ExitCode() || !strings.Contains(string(alone.Stderr), base.Index) {
-		t.Errorf("with the delta alone a new folder ended with %d: %s\nwant %d, and the bundle that it needs named: %s",
+		t.Errorf("install of the delta alone into a new folder = %d: %s\nwant %d, and the bundle that it needs: %s",
 			alone.ExitCode, alone.Stderr, fault.Usage.ExitCode(), base.Index)
 	}
 	if both := named(t, res, "both"); both.ExitCode != 0 {
-		t.Errorf("with both bundles a new folder ended with %d: %s; want 0", both.ExitCode, both.Stderr)
+		t.Errorf("install of both bundles into a new folder = %d: %s; want 0", both.ExitCode, both.Stderr)
 	}
 	r := installed(t, res, "upgrade", second.Digest)
 	if most := layer(t, m, bundle.LayerModules).Size; r.FetchedBytes > most {

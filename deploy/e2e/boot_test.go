@@ -15,9 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// grubConfig returns a boot configuration in the form of COS's: entries A and B, each in a local and a verified form.
-// The verified form has a quoted word. The form is from the test data of cos/tools' cos_image_analyzer. The words are
-// from /proc/cmdline on hosts of Cloud Shell.
+// grubConfig returns a GRUB configuration in the form of COS: entries A and B, each once with a local root and once
+// with a verified root. An entry with a verified root has a quoted argument. The form is from the test data of
+// cos_image_analyzer in cos/tools. The kernel arguments are from /proc/cmdline on hosts of Cloud Shell.
 func grubConfig() string {
 	const words = "init=/usr/lib/systemd/systemd rootwait ro noresume loglevel=7 security=apparmor csm.disabled=1 " +
 		"loadpin.exclude=kernel-module,firmware " +
@@ -125,6 +125,6 @@ func TestNodeBootConfiguration(t *testing.T) {
 	step(res, "status", 0, "module signatures enforced   no")
 	step(res, "undo", 0, "is what it was")
 	if config() != before {
-		t.Errorf("undone, the boot configuration is\n%s", config())
+		t.Errorf("after boot undo, the boot configuration is\n%s\nwant\n%s", config(), before)
 	}
 }

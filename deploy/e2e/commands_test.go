@@ -87,7 +87,8 @@ func TestCommandsOfPages(t *testing.T) {
 		t.Errorf("the download is %v, %v; want a driver", info, err)
 	}
 
-	// Nobody asked for this cell. After the commands it waits, or a builder has found that the driver does not exist.
+	// Nobody has requested this cell before. After the commands, its build waits in the queue, or has failed because the
+	// driver does not exist. The test cancels it.
 	for _, command := range commandsOf(t, shared.srv, shared.srv.Addr, k, "999.99.99", target.Open) {
 		run(command, 0)
 	}

@@ -25,8 +25,8 @@ func demoProgram(t *testing.T) string {
 	return program
 }
 
-// TestDemo checks that the demo passes, prints what the run proved, and stays. All commands that it suggests must work,
-// and Ctrl-C must end it.
+// TestDemo checks that the demo with --stay passes, prints what the run proved, and keeps running. All commands that it
+// suggests must work, and Ctrl-C must end it.
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -102,7 +102,8 @@ func TestDemo(t *testing.T) {
 func TestDemoFails(t *testing.T) {
 	t.Parallel()
 	program := demoProgram(t)
-	// The folder has all programs. Only the one that makes the key is replaced: it fails as it would with a full disk.
+	// The folder has all programs. Only builder is replaced, by a script whose command keygen fails as it would with a
+	// full disk.
 	bin := t.TempDir()
 	for _, name := range []string{"server", "fetcher", "mirror", "guestinit", "nvmlprobe"} {
 		if err := os.Symlink(shared.Program(name), filepath.Join(bin, name)); err != nil {

@@ -106,14 +106,14 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	return st, nil
 }
 
-// kernel returns the nth build of the mirror. Builds 0 and 1 have the two oldest ABIs, for which the older driver
-// compiles. For the newest ABI it does not.
+// kernel returns the kernel of COS build n in the mirror. COS builds 0 and 1 have the two oldest kernels. Both flavours
+// of the older driver compile for these, but its open flavour does not compile for the newest kernel.
 func (s *stage) kernel(n int) target.Kernel { return s.mirror.Builds[n].Kernel }
 
 // driver returns the older driver version, which has both flavours.
 func (s *stage) driver() string { return s.mirror.Drivers[0].Version }
 
-// twin returns the extra build of a kernel, and the build of the same kernel that the mirror has as well.
+// twin returns two COS builds of the mirror that have the same kernel. The first result has the higher BUILD_ID.
 func (s *stage) twin(t *testing.T) (twin, of target.Kernel) {
 	t.Helper()
 	for _, a := range s.mirror.Builds {
@@ -123,11 +123,11 @@ func (s *stage) twin(t *testing.T) (twin, of target.Kernel) {
 			}
 		}
 	}
-	t.Fatal("the mirror has no two builds of one kernel")
+	t.Fatal("the mirror has no two COS builds with the same kernel")
 	return
 }
 
-// newest returns the newest kernel. The older driver does not support its interface.
+// newest returns the newest kernel. The open flavour of the older driver does not compile for it.
 func (s *stage) newest() target.Kernel {
 	newest := s.mirror.Builds[0].Kernel
 	for _, b := range s.mirror.Builds[1:] {

@@ -73,14 +73,14 @@ func TestMatrixSharesUserspace(t *testing.T) {
 	}
 }
 
-// TestTwinBuildSharesArtifact checks that a second COS build of the same kernel needs no compile. The existing artifact
-// gets a kernel-match attestation for it.
+// TestTwinBuildSharesArtifact checks that a second COS build with the same kernel gets the existing artifact and no
+// compile. The artifact gets a kernel match for the second COS build too.
 func TestTwinBuildSharesArtifact(t *testing.T) {
 	twin, of := shared.twin(t)
 	first := published(t, shared.srv, of, shared.driver(), target.Proprietary)
 	second := published(t, shared.srv, twin, shared.driver(), target.Proprietary)
 	if first.Digest != second.Digest {
-		t.Errorf("%s got %s, its twin %s got %s; want one artifact", of, first.Digest, twin, second.Digest)
+		t.Errorf("%s got %s, and %s, with the same kernel, got %s; want one artifact", of, first.Digest, twin, second.Digest)
 	}
 	for _, k := range []target.Kernel{twin, of} {
 		r, err := shared.srv.Client.Resolve(t.Context(),

@@ -188,8 +188,8 @@ func findFile(t *testing.T, dir, part string) string {
 	return ""
 }
 
-// TestNodeCompilesLocally checks that a node without a matching artifact compiles the driver itself, with the same
-// code, and trusts its own result. The server of this test knows no build.
+// TestNodeCompilesLocally checks that a node without a matching artifact compiles the driver itself, with the program
+// builder, and trusts its own result. The server of this test has no artifact.
 func TestNodeCompilesLocally(t *testing.T) {
 	k := shared.kernel(1)
 	published(t, shared.srv, k, shared.driver(), target.Proprietary) // fills the shared build cache with the modules

@@ -62,7 +62,8 @@ func TestPartsOnRealInputs(t *testing.T) {
 	tools := "PATH=" + stockTools(t) + ":" + os.Getenv("PATH")
 	emulator := gcs.Env + "=" + tool(t, gcs.Tool)
 	twin, of := shared.twin(t)
-	// The test compares the cell that make alone builds with the same cell from the farm's cache.
+	// TestRealSameBytes compares the modules that make alone compiles for a cell with those in the farm's cache, so the
+	// cache must have the cell.
 	published(t, shared.srv, twin, shared.driver(), target.Proprietary)
 	cells := fmt.Sprintf("PREBAKE_CELLS=%s/%s =%s/%s", of.BuildID, shared.driver(), twin.BuildID, shared.driver())
 

@@ -16,9 +16,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestReproduce rebuilds a published artifact from its provenance, without the results in the builder's caches. A
-// second party signs that the result is the same. The test also publishes an artifact with one changed object, signed
-// with a trusted key. reproduce must detect it, and name the file and the section.
+// TestReproduce rebuilds a published artifact from its provenance, without using results in the builder's caches. A
+// second party signs that the result is the same. The test also publishes an artifact with one changed byte in a
+// module, signed with a trusted key. builder reproduce must detect the change, and name the file and the section.
 func TestReproduce(t *testing.T) {
 	k := shared.kernel(1)
 	digest := published(t, shared.srv, k, shared.driver(), target.Proprietary).Digest
@@ -97,8 +97,8 @@ func verifier(t *testing.T, pem []byte) *trust.Verifier {
 	return v
 }
 
-// statements returns the attached statements whose signatures are valid. A type may occur several times: an artifact
-// that fits two COS builds has a kernel match for each.
+// statements returns the statements attached to an artifact whose signatures v accepts. Several statements may have the
+// same type: an artifact that fits two COS builds has a kernel match for each.
 func statements(t *testing.T, repo *registry.Repository, digest string, v *trust.Verifier) (all []*trust.Statement) {
 	t.Helper()
 	attached, err := repo.Attached(t.Context(), digest, trust.ArtifactTypeBundle)

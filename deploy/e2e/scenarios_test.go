@@ -178,7 +178,8 @@ func (p *play) scenario(name, text string) {
 			}
 		case "boot":
 			if steps := p.boots[len(p.boots)-1]; len(steps) > 0 && !p.dies[steps[len(steps)-1].Name] {
-				add(vm.Step{Argv: []string{"/bin/sh", "-c", "echo b > /proc/sysrq-trigger; sleep 60"}}) // without a flush
+				// The kernel restarts at once and writes no cached data to the disk, as in a power cut.
+				add(vm.Step{Argv: []string{"/bin/sh", "-c", "echo b > /proc/sysrq-trigger; sleep 60"}})
 				p.dies[last] = true
 			}
 			p.boots = append(p.boots, nil)
@@ -210,7 +211,7 @@ func (p *play) scenario(name, text string) {
 					out = r.Stderr
 				}
 				if strings.Contains(string(out), rest) == negated {
-					return "it printed something else"
+					return fmt.Sprintf("%s contains the text: %t; want %t", word, negated, !negated)
 				}
 				return ""
 			})
@@ -266,13 +267,13 @@ func (p *play) run(node testbed.Node) {
 		switch got, ran := seen[last]; {
 		case p.dies[last] && ran && !got.Ended:
 		case err != nil || p.dies[last]:
-			p.t.Errorf("%s: the node went on, or died too early: %v", last, err)
+			p.t.Errorf("%s: the node did not die during this step, or died when it should not: %v", last, err)
 		}
 	}
 	for _, w := range p.wants {
 		r, ok := seen[w.step]
 		if !ok {
-			p.t.Errorf("%s: the node did not come to it", w.where)
+			p.t.Errorf("%s: the node did not run this step", w.where)
 			continue
 		}
 		if what := w.check(r); what != "" {

@@ -21,8 +21,8 @@ import (
 )
 
 // TestReleaseToNode runs the way from a COS release to a node without manual steps. A COS build appears in the mirror
-// and is announced. The wish list plans both flavours, and two builders build one each. A node that asked before
-// anything was published gets its driver. Nobody requests a build.
+// and is announced. The server plans both flavours, because a wish list wants them, and each of two builders builds
+// one. A node that asked before anything was published gets its driver. Nobody requests a build.
 func TestReleaseToNode(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)
@@ -42,7 +42,7 @@ func TestReleaseToNode(t *testing.T) {
 	}
 	defer srv.Stop()
 
-	// The wish list names the COS build before the build exists, and asks for COS's default driver.
+	// The wish list names the COS build before the mirror has it, and asks for COS's default driver.
 	text := fmt.Sprintf("version: 1\nkernels: [{build: %s, board: %s}]\ndrivers: [default]\nflavours: [proprietary, "+
 		"open]\n", k.BuildID, k.Board)
 	if _, err := srv.Client.PutWishList(t.Context(), "story", api.NewWishList{Text: text}); err != nil {

@@ -34,7 +34,7 @@ func TestWishList(t *testing.T) {
 	dir := t.TempDir()
 	var wish strings.Builder
 	wish.WriteString("version: 1\nkernels:\n")
-	// The kernels are the two oldest ones, a second build of one of them, and the newest.
+	// The COS builds have the two oldest kernels, one of these kernels a second time, and the newest kernel.
 	builds := 0
 	for i, b := range shared.mirror.Builds {
 		if i < 3 || b.Kernel == shared.newest() {
@@ -61,7 +61,8 @@ func TestWishList(t *testing.T) {
 			t.Fatal(err)
 		}
 		if res.Code != fault.APIBreak.ExitCode() {
-			t.Fatalf("build --wish ends with %d; want %d, as the one cell that fails\n%s", res.Code, fault.APIBreak.ExitCode(),
+			t.Fatalf("build --wish ends with %d; want %d, the code of the one cell that fails\n%s", res.Code,
+				fault.APIBreak.ExitCode(),
 				res.Stdout)
 		}
 		return res.Stdout
@@ -73,7 +74,7 @@ func TestWishList(t *testing.T) {
 		}
 		return r
 	}
-	// There is a cell for each version, build and flavour. One version has no open flavour.
+	// There is a cell for each driver version, COS build and flavour. One version has no open flavour.
 	first := read(run("json"))
 	if n := len(first.Cells); n != builds*2*len(shared.mirror.Drivers) || first.States["unavailable"] != builds ||
 		first.States["failed"] != 1 || first.States["published"] != n-builds-1 {

@@ -98,7 +98,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	if cache == "" {
 		user, err := os.UserCacheDir()
 		if err != nil {
-			return fault.Wrap(fault.Usage, err, "pass --cache")
+			return fault.Wrap(fault.Usage, err, "pass --cache FOLDER")
 		}
 		cache = filepath.Join(user, "prebake", "mirror")
 	}
@@ -106,7 +106,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	if gpu.builder == "" {
 		self, err := os.Executable()
 		if err != nil {
-			return fault.Wrap(fault.Usage, err, "pass --builder")
+			return fault.Wrap(fault.Usage, err, "pass --builder PROGRAM")
 		}
 		gpu.builder = filepath.Join(filepath.Dir(self), "builder")
 	}
@@ -174,8 +174,8 @@ func (g emugpu) run(ctx context.Context, args ...string) (string, error) {
 	out, err := cmd.Output()
 	if err != nil {
 		return "", fault.Wrap(fault.Usage,
-			fmt.Errorf("have the builder compile the emulated GPU: %w: %.1000s", err, strings.TrimSpace(stderr.String())),
-			"run make build, or pass --builder; or leave the boot archive out: --no-boot-archive")
+			fmt.Errorf("run builder to compile the emulated GPU: %w: %.1000s", err, strings.TrimSpace(stderr.String())),
+			"run make build, or pass --builder PROGRAM; for a mirror without boot archives, pass --no-boot-archive")
 	}
 	return strings.TrimSpace(string(out)), nil
 }

@@ -38,8 +38,8 @@ func (p pkg) upstream() string {
 	return v
 }
 
-// apt queries and downloads with the machine's apt program. It uses sources, lists and caches of its own, so that the
-// machine's stay unchanged.
+// apt queries and downloads with the machine's apt program. It uses sources, lists and caches of its own, so that those
+// of the machine stay unchanged.
 type apt struct {
 	dir      string // for sources, lists, cache and packages
 	conf     string
@@ -103,7 +103,7 @@ Acquire::Retries "3";
 	say("fetching the package index of Debian's " + codename + " for " + string(p.arch) + " (contrib and non-free too)")
 	if _, err := a.run(ctx, "", "apt-get", "update", "-qq", "--error-on=any"); err != nil {
 		if have && ctx.Err() == nil {
-			say("package index not refreshed, using the one of an earlier run: " + firstLine(err))
+			say("package index not refreshed, using the index of an earlier run: " + firstLine(err))
 			return a, nil
 		}
 		return nil, fault.Wrap(fault.Transient, err, "check the machine's network and apt sources, then run again")

@@ -42,7 +42,7 @@ func TestDownloadGoesOn(t *testing.T) {
 		t.Fatalf("download = %v (%v); want transient, with apt's words and a hint", err, fault.Of(err))
 	}
 	if _, ok := a.file(pkg{"gone", "1"}); ok {
-		t.Error("a half package got its name")
+		t.Error("an incomplete file got the name of a package")
 	}
 	if left, err := filepath.Glob(filepath.Join(dir, "download-*")); err != nil || len(left) > 0 {
 		t.Errorf("download left %v, %v", left, err)

@@ -23,10 +23,11 @@ const crossCompiler = "aarch64-linux-gnu-gcc-12"
 
 // TestARM64 lets the builder on this machine cross-compile a driver for an Arm kernel. The builder checks the modules,
 // loads all of them in an emulated Arm machine, queries NVML, unloads the modules, and publishes the driver. The test
-// also starts the machine without the driver of its serial port, and builds with vmlinux in the bucket.
+// also runs the tests of package vm on this kernel, one of which boots without the driver of the serial port. At last
+// it builds the driver with vmlinux, and no boot archive, in the bucket.
 //
-// Packages and the compile take minutes, so the test runs only where PREBAKE_ARM64_CACHE names the cache folder of
-// `mirror` (make arm64 does).
+// Downloading the packages and compiling take minutes, so the test runs only where PREBAKE_ARM64_CACHE names the cache
+// folder of `mirror` (make arm64 does).
 func TestARM64(t *testing.T) {
 	cache := os.Getenv("PREBAKE_ARM64_CACHE")
 	if cache == "" {
@@ -68,11 +69,11 @@ func TestARM64(t *testing.T) {
 	for _, name := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"} {
 		i := slices.IndexFunc(v.Modules, func(m testedModule) bool { return m.Name == name })
 		if i < 0 || v.Modules[i] != (testedModule{Name: name, Load: loadOK, Unload: loadOK}) {
-			t.Errorf("modules = %+v; want %s loaded and unloaded, without a word", v.Modules, name)
+			t.Errorf("modules = %+v; want %s loaded and unloaded, without a note", v.Modules, name)
 		}
 	}
 
-	// These tests cover the parts of the machine that the load test does not show.
+	// The tests of package vm cover parts of the emulated machine that the load test does not show.
 	bucket, boot := filepath.Join(mirror, "cos", kernel.BuildID, "lakitu-arm64"), filepath.Join(dir, "boot")
 	if err := os.Mkdir(boot, 0o755); err != nil {
 		t.Fatal(err)
@@ -102,8 +103,8 @@ func TestARM64(t *testing.T) {
 	if err := publishText(filepath.Join(bucket, "vmlinux"), string(wrapped(image))); err != nil {
 		t.Fatal(err)
 	}
-	// This nvidia.ko needs DRM, which is a module of this kernel. vmlinux therefore passes every check, and its boot image
-	// is made, but the driver cannot be loaded.
+	// This nvidia.ko needs DRM, which is a module of this kernel and so is not in vmlinux. vmlinux passes every check, and
+	// the builder makes its boot image, but the driver cannot be loaded in it.
 	done = build("out-vmlinux", "auto")
 	i := slices.IndexFunc(done.Phases, func(p timeline.Phase) bool { return p.Name == "load test" })
 	if i < 0 || !strings.Contains(done.Phases[i].Note, "nvidia needs drm") {
@@ -120,7 +121,7 @@ type built struct {
 }
 
 // wrapped makes a vmlinux from an arm64 Image. The whole image is one segment and the section .rodata. Debian's own
-// vmlinux is in a package of 800 MB.
+// vmlinux is in a package of 800 MB, which is too large to download for a test.
 func wrapped(image []byte) []byte {
 	const base, head = 0xffff800008000000, 64 + 56
 	names := "\x00.rodata\x00.shstrtab\x00"

@@ -20,15 +20,16 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// clangMajorBuild is the first number of the BUILD_ID of the clang-built kernel. It is the branch of COS's milestone
-// 113, which has a kernel of this series.
+// clangMajorBuild is the first number of the BUILD_ID of the clang-built kernel. BUILD_IDs of COS's milestone 113,
+// which has a kernel of clangSeries, begin with this number.
 const clangMajorBuild = 18244
 
-// clangSeries is the kernel series that the mirror compiles. Debian's own kernels have the same series, so Debian's
-// NVIDIA driver fits it.
+// clangSeries is the series of the kernel that the mirror compiles. Debian's own kernels have the same series, so the
+// NVIDIA driver that Debian packages compiles for it.
 const clangSeries = "6.1"
 
-// File names of the signing key in the mirror. They are in the folder of the build whose kernel trusts the key.
+// File names of the key that signs modules, and of its certificate. Both files are in the mirror's folder of the COS
+// build whose kernel trusts the certificate.
 const (
 	signingKeyName  = "test-module-signing.key"
 	signingCertName = "test-module-signing.crt"
@@ -82,7 +83,8 @@ func (m *maker) planClang(ctx context.Context) (clangBuild, error) {
 	return b, err
 }
 
-// checkClangTools returns an error that names the missing tools for compiling a kernel. Other mirrors do not need them.
+// checkClangTools returns an error that names the tools for compiling a kernel that this machine lacks. A mirror
+// without the clang-built kernel does not need these tools.
 func checkClangTools() error {
 	var missing []string
 	for _, t := range []struct{ name, pkg string }{
@@ -101,11 +103,11 @@ func checkClangTools() error {
 	if len(missing) == 0 {
 		return nil
 	}
-	return fault.New(fault.Usage, "a kernel cannot be compiled on this machine without "+strings.Join(missing, ", "),
-		"apt-get install "+strings.Join(missing, " "))
+	return fault.New(fault.Usage, "compile a kernel: this machine lacks "+strings.Join(missing, ", "),
+		"run apt-get install "+strings.Join(missing, " "))
 }
 
-// makeClang makes the clang-built COS build and publishes it in the mirror.
+// makeClang makes the COS build whose kernel clang compiles, and publishes it in the mirror.
 func (m *maker) makeClang(ctx context.Context, b clangBuild, releases []release) (_ Build, err error) {
 	archive, err := m.makeClangToolchain(ctx, b.toolchain)
 	if err != nil {
@@ -196,8 +198,9 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 	return os.Chmod(filepath.Join(dir, signingKeyName), 0o600)
 }
 
-// forSource sorts the releases for the kernel that the mirror compiles. The newest release of the machine's own Debian
-// comes first, because Debian made it for the source of this kernel.
+// forSource returns the driver releases for the kernel that the mirror compiles, the default one first. The default is
+// the newest release in the machine's own Debian release, because Debian packages it for the source of this kernel.
+// Older ones of that Debian release are left out.
 func (m *maker) forSource(releases []release) []release {
 	var own, others []release
 	for _, r := range releases {
@@ -216,8 +219,8 @@ func (m *maker) forSource(releases []release) []release {
 // clangBootArgs is the part of COS's command line that excludes modules and firmware from LoadPin.
 const clangBootArgs = "loadpin.exclude=kernel-module,firmware\n"
 
-// makeClangBoot packs the kernel image and the emulated GPU. The GPU module is signed, because it must also load where
-// the kernel enforces signatures.
+// makeClangBoot packs the boot archive: the kernel image and the emulated GPU. The module of the emulated GPU is
+// signed, because it must also load if the kernel enforces signatures.
 func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers object, toolchain *unpacked) (object,
 	error) {
 	r := recipe{Kind: "clang-prebake-boot.tgz", Params: []string{"kernel " + kernel.SHA256, "arguments " + clangBootArgs}}

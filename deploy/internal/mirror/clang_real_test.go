@@ -91,9 +91,9 @@ func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir
 	return v
 }
 
-// TestClangCell lets the builder build and load-test a driver for that kernel. Like COS's buckets, the bucket has only
-// vmlinux and no boot archive. The kernel has LoadPin, no entry point for PVH and no symbol versions, and it panics on
-// an oops.
+// TestClangCell lets the builder build and load-test a driver for the kernel of TestClangKernel. Like COS's buckets,
+// the bucket has only vmlinux and no boot archive. The kernel has LoadPin, no entry point for PVH and no symbol
+// versions, and it panics on an oops.
 //
 // The kernel comes from the cache. When Debian updates the source, the cache does not have the new version. The test
 // then compiles it if PREBAKE_CLANG_COMPILE is set, and is skipped otherwise.
@@ -132,7 +132,8 @@ func TestClangCell(t *testing.T) {
 	if notes := linked.Section(".notes"); notes == nil {
 		t.Error("vmlinux has no notes")
 	}
-	// The builds from the same inputs stay in the cache. The verdicts are removed, so that the load test always runs.
+	// The cache keeps the modules of earlier runs with the same inputs. The test removes the verdicts from it, so that the
+	// load test always runs.
 	builds := filepath.Join(cache, "clang-builds")
 	verdicts := filepath.Join(builds, "facts", "loadtest")
 	if err := os.RemoveAll(verdicts); err != nil {
@@ -140,7 +141,7 @@ func TestClangCell(t *testing.T) {
 	}
 	v := buildClang(t, builder, mirror, dir, builds, kernel)
 	if _, err := os.Stat(verdicts); err != nil {
-		t.Errorf("the load test left no verdict where it was removed from: %v", err)
+		t.Errorf("the load test wrote no new verdict to the cache: %v", err)
 	}
 	for i, name := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"} { // DRM is built in
 		if i >= len(v.Modules) || v.Modules[i].Name != name || v.Modules[i].Load != loadOK {
@@ -181,7 +182,8 @@ func checkAnswers(t *testing.T, cache string) {
 	}
 }
 
-// checkClangBuild checks the published build as a builder would. It returns a folder with the content of its archives.
+// checkClangBuild checks the published COS build as a builder would. It returns a folder with the unpacked header and
+// boot archives.
 func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -191,7 +193,7 @@ func checkClangBuild(t *testing.T, build, release string) (dir string) {
 		}
 	}
 	if !strings.HasSuffix(release, "+") {
-		t.Errorf("release = %q; want it to end with + as COS's do", release)
+		t.Errorf("release = %q; want it to end with + as the releases of COS's kernels do", release)
 	}
 	config, err := os.ReadFile(filepath.Join(dir, "usr/src/linux-headers-"+release, ".config"))
 	if err != nil {

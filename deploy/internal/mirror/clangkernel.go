@@ -39,8 +39,8 @@ const (
 // clangCert is the path of the trusted certificate in the kernel's source.
 const clangCert = "certs/test-module-signing.crt"
 
-// Names in the archive in which a finished kernel is cached. No machine needs the module. It is there, unsigned, for
-// tests of the modules that the kernel refuses.
+// Names in the archive in which a finished kernel is cached. clangTestModule is an unsigned module. No machine loads it
+// at boot. Tests use it to check which modules the kernel refuses.
 const (
 	clangHeaders    = "headers"
 	clangImage      = "boot/vmlinuz"
@@ -207,8 +207,8 @@ func (k kernelBuild) configure(ctx context.Context, cert []byte) error {
 		return err
 	}
 	if missing := unmet(want, string(got)); len(missing) > 0 {
-		return fault.New(fault.Unsupported, "configure kernel: these have no effect: "+strings.Join(missing, ", "),
-			"correct deploy/internal/mirror/clang.config for this kernel's source")
+		return fault.New(fault.Unsupported, "configure kernel: these lines are not in the final .config: "+
+			strings.Join(missing, ", "), "correct deploy/internal/mirror/clang.config for this kernel's source")
 	}
 	return nil
 }
@@ -317,7 +317,7 @@ func headerFile(name string) bool {
 	case "tools/objtool":
 		return base == "objtool"
 	}
-	// Files that the compile made are left out.
+	// Object files, archives and hidden files are results of the compile, and no headers.
 	return !strings.HasSuffix(base, ".o") && !strings.HasSuffix(base, ".a") && !strings.HasPrefix(base, ".")
 }
 
@@ -349,7 +349,7 @@ func (t tree) addDisk(name, file string, d fs.DirEntry) error {
 	return nil
 }
 
-// buildOutput keeps the end of a build's output, and reports the build's progress.
+// buildOutput keeps the end of make's output, and reports how many objects are compiled.
 type buildOutput struct {
 	progress func(string)
 	last     []byte
@@ -357,8 +357,8 @@ type buildOutput struct {
 }
 
 const (
-	outputKept  = 4 << 10
-	objectsStep = 250 // objects between two lines of progress
+	outputKept  = 4 << 10 // bytes
+	objectsStep = 250     // objects between two lines of progress
 )
 
 func (b *buildOutput) Write(p []byte) (int, error) {

@@ -88,8 +88,9 @@ func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, erro
 	return t, t.checkLibraries()
 }
 
-// clangPick leaves out the files that a kernel build does not need: static libraries, sanitizers, headers of C++ and of
-// accelerators, and optimiser plugins.
+// clangPick returns the path in the archive for a file of Debian's packages; "" leaves the file out. It leaves out
+// files that the compile of a kernel does not need: static libraries, sanitizers, headers of C++ and of accelerators,
+// and optimiser plugins.
 func clangPick(name string) string {
 	if tool, ok := strings.CutPrefix(name, llvmDir+"/bin/"); ok {
 		switch {

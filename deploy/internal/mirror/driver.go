@@ -31,8 +31,8 @@ func (m *maker) runfileTree(ctx context.Context, r release, releases []release) 
 	return t, edits, nil
 }
 
-// makeOwn replaces Debian's edition of the module sources with NVIDIA's own sources. If these are not available,
-// Debian's edition stays, and the list says so.
+// makeOwn replaces Debian's edition of the module sources with NVIDIA's own sources. It returns the list of Debian's
+// edits that it undid. If NVIDIA's sources are not available, Debian's edition stays, and the list says so.
 func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []release) (edits []string, err error) {
 	var s sources
 	base, ok := baseOf(r, releases)
@@ -96,7 +96,9 @@ func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 	return t, nil
 }
 
-// finish adds the files that neither Debian's packages nor NVIDIA's sources contain.
+// finish completes the tree. It adds the links of the libraries, and the files that neither Debian's packages nor
+// NVIDIA's sources contain: nvidia-installer and .manifest. It removes manual pages, and sets the modes of the files. A
+// missing file that every runfile has is an error.
 func finish(t tree, p platform, r release) error {
 	if err := t.addLibraryLinks(r.version); err != nil {
 		return err
@@ -123,8 +125,8 @@ func finish(t tree, p platform, r release) error {
 	return nil
 }
 
-// addSource adds the module sources from one of Debian's -source packages. It also adds NVIDIA's licence, of which
-// every package has a copy.
+// addSource adds the module sources from one of Debian's -source packages. It also adds NVIDIA's licence, and makes the
+// list of supported GPUs from the README. Every package has a copy of both.
 func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 	outer := tree{}
 	err := readDeb(ctx, outer, deb, func(name string) string {
@@ -195,18 +197,20 @@ var (
 	headerEnds = []byte("\neval $finish; exit $res\n")
 )
 
-// fixHeader replaces a size in the header by the sum of the file sizes. makeself takes that size from du, so it depends
-// on the file system. The payload, the number of lines and all checksums stay the same.
+// fixHeader changes the header that makeself wrote. It replaces the uncompressed size by the sum of the file sizes,
+// because makeself takes that size from du, whose result depends on the file system. It also gives the header the form
+// of NVIDIA's. The payload, the number of lines and all checksums stay the same.
 func fixHeader(file []byte, t tree) ([]byte, error) {
 	end := bytes.Index(file, headerEnds)
 	if end < 0 {
 		return nil, fault.New(fault.Internal, "read makeself header: its last line is not where it should be",
-			"report the version of makeself")
+			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	head := file[:end]
 	m := usizeLine.FindSubmatch(head)
 	if m == nil {
-		return nil, fault.New(fault.Internal, "read makeself header: no uncompressed size", "report the version of makeself")
+		return nil, fault.New(fault.Internal, "read makeself header: no uncompressed size",
+			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	var total int64
 	for _, n := range t {
@@ -214,11 +218,11 @@ func fixHeader(file []byte, t tree) ([]byte, error) {
 	}
 	size := regexp.MustCompile(`\b` + string(m[1]) + `( KB|; then)`)
 	fixed := size.ReplaceAll(head, fmt.Appendf(nil, "%d$1", (total+1023)/1024))
-	// NVIDIA's header has the option -x, with which callers unpack the runfile. It also has the number of lines without
-	// quotes.
+	// NVIDIA's header has the option -x, with which callers unpack the runfile. It also has the line skip=NUMBER, the
+	// number of lines of the header, without quotes. makeself writes the number in quotes and has no -x.
 	if len(optionLine.FindAll(fixed, -1)) != 1 || !skipLine.Match(fixed) {
 		return nil, fault.New(fault.Internal, "read makeself header: no option --noexec or no skip line",
-			"report the version of makeself")
+			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	fixed = optionLine.ReplaceAll(fixed, []byte("$1|-x|--extract-only)"))
 	fixed = skipLine.ReplaceAll(fixed, []byte("skip=$1"))

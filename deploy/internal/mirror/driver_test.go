@@ -81,7 +81,7 @@ func TestLine(t *testing.T) {
 			t.Errorf("the plain line calls %s %s", plain, got)
 		}
 	}
-	// A line does not have nvidia-cuda-mps. A plain release must have it.
+	// Only the plain packages have nvidia-cuda-mps, so a release of tesla-535 is complete without it.
 	versions := index(nil, "535.274.02-1~deb13u1")
 	delete(versions, "nvidia-cuda-mps")
 	if got := wholeReleases(versions, ""); len(got) > 0 {

@@ -16,17 +16,17 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// emulatorProgram is what Debian's package qemu-system-x86 calls its program.
+// emulatorProgram is the name of the program in Debian's package qemu-system-x86.
 const emulatorProgram = "qemu-system-x86_64"
 
-// emulatorPackages are qemu and the boot code of its network card, which it does not start without.
+// emulatorPackages are qemu and the boot ROM of its network card. qemu does not start without the ROM.
 var emulatorPackages = []string{"qemu-system-x86", "ipxe-qemu"}
 
-// Emulator unpacks the qemu of the next Debian release below cache, once for each version, and returns the
-// folder with a program qemu-system-x86_64. That qemu emulates the processor's instructions for SHA-256, which
-// Debian 12's qemu 7.2 does not: a virtual node, which hashes all that it fetches, takes about half the time
-// (TestNodeWithGPU on 2026-11-29: 47 s of 100 s). The program brings its own libraries, since Debian 12's are too
-// old for it. The kind of the error is Transient when Debian's archive cannot be reached.
+// Emulator unpacks the qemu of the next Debian release below cache, once for each version. It returns the folder that
+// has the program qemu-system-x86_64. This qemu emulates the processor's instructions for SHA-256, which qemu 7.2 of
+// Debian 12 does not. A virtual node hashes everything that it fetches, so with this qemu it takes about half the time
+// (TestNodeWithGPU on 2026-11-29: 47 s in place of 100 s). The libraries of Debian 12 are too old for the program, so
+// its own libraries are unpacked with it. If Debian's archive cannot be reached, the error is Transient.
 func Emulator(ctx context.Context, cache string, progress func(string)) (bin string, err error) {
 	c := Config{Cache: cache, Progress: progress}
 	unlock, err := lock(ctx, c)
@@ -68,25 +68,26 @@ func Emulator(ctx context.Context, cache string, progress func(string)) (bin str
 	if err = errors.Join(err, os.Rename(tmp, dir)); err != nil {
 		return "", err
 	}
-	for _, dir := range old { // 200 MB for each version
+	for _, dir := range old { // older versions, of 200 MB each
 		err = errors.Join(err, os.RemoveAll(dir))
 	}
 	return bin, err
 }
 
-// unpackEmulator lays the packages below dir, and tries the program that comes of them.
+// unpackEmulator unpacks the packages below dir, and checks that the program starts.
 func (a *apt) unpackEmulator(ctx context.Context, pkgs []pkg, dir string) error {
 	all := tree{}
 	for _, p := range pkgs {
 		file, ok := a.file(p)
 		if !ok {
-			return fault.New(fault.InputMissing, "package "+p.Name+" is not at hand", "")
+			return fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
 		}
 		if err := readDeb(ctx, all, file, pickEmulator); err != nil {
 			return err
 		}
 	}
-	// The loader and the libraries are named by hand: the ones that the program names are this machine's.
+	// The script starts the program with the loader and the libraries of its own packages. Without that, the program
+	// would load the libraries of this machine.
 	all.add("bin/"+emulatorProgram, node{mode: 0o755, data: []byte(`#!/bin/sh
 root=${0%/*}/../usr
 lib=$root/lib/x86_64-linux-gnu
@@ -103,8 +104,8 @@ exec "$lib/ld-linux-x86-64.so.2" --library-path "$lib" "$root/bin/` + emulatorPr
 	return err
 }
 
-// pickEmulator leaves out what a program without a display never reads: documents, and the machine's own
-// configuration.
+// pickEmulator selects the program, its libraries and its firmware. It leaves out documents and configuration files,
+// which qemu without a display never reads.
 func pickEmulator(name string) string {
 	for _, folder := range []string{"usr/bin/" + emulatorProgram, "usr/lib/", "usr/share/qemu/", "usr/share/seabios/"} {
 		if strings.HasPrefix(name, folder) {
@@ -114,13 +115,14 @@ func pickEmulator(name string) string {
 	return ""
 }
 
-// closure returns the packages, and all that they depend on, as apt would install them on a machine without any.
+// closure returns the named packages and all packages that they depend on, in the versions that apt would install on a
+// machine that has no package yet.
 func (a *apt) closure(ctx context.Context, names ...string) ([]pkg, error) {
 	out, err := a.run(ctx, "", "apt-get", append([]string{"install", "-qq", "--print-uris", "--no-install-recommends",
 		"-o", "Dir::State::status=/dev/null"}, names...)...)
 	if err != nil {
 		return nil, fault.Wrap(fault.InputMissing, fmt.Errorf("ask apt what %s need: %w", strings.Join(names, " and "), err),
-			"run again when Debian's archive is whole")
+			"run again later: Debian's archive lacks a package that these packages need")
 	}
 	return parseURIs(out)
 }

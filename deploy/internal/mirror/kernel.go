@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// kernel is one Debian kernel. All its packages have one version, except the build tools, of which Debian has one
-// version for all kernels.
+// kernel is one Debian kernel. Its packages headers, common and image have the same version. The package kbuild, with
+// the build tools, may have another version.
 type kernel struct {
 	series  string // such as 6.1
 	abi     int    // such as 47 for 6.1.0-47, and 117 for 6.12.117+deb12
@@ -36,14 +36,15 @@ type kernel struct {
 const ownSeries = "6.1"
 
 // buildMajors maps the kernel series of Debian 12 to the first number of the mirror's BUILD_IDs. A BUILD_ID is
-// <major>.0.<abi> for a Debian kernel, and <major>.1.<abi> for a second build of the same kernel. The numbers are those
-// of COS's milestones 109 and 125, which have kernels of these series.
+// <major>.0.<abi> for a Debian kernel, and <major>.1.<abi> for a second COS build with the same kernel. The numbers are
+// those of COS's milestones 109 and 125, which have kernels of these series.
 var buildMajors = map[string]int{ownSeries: 17800, "6.12": 19216}
 
 // buildMajor returns the first number of the kernel's BUILD_IDs.
 func (k kernel) buildMajor() int { return buildMajors[k.series] }
 
-// findKernels returns the kernels of the given series in the index, sorted by series and then by age, oldest first.
+// findKernels returns the kernels of the given series whose packages are all in the index. They are sorted by series
+// and then by age, oldest first.
 func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]kernel, error) {
 	names, err := a.names(ctx, "linux-headers-")
 	if err != nil {
@@ -102,7 +103,8 @@ func (p platform) kernel(headers string) (kernel, bool) {
 	return k, true
 }
 
-// complete sets the versions, and reports whether all packages exist.
+// complete sets the version of each of the kernel's packages, and reports whether the index has all of them. versions
+// maps the names of packages to the versions in the index, newest first.
 func (k *kernel) complete(versions map[string][]string) bool {
 	if len(versions[k.headers.Name]) == 0 || len(versions[k.kbuild.Name]) == 0 {
 		return false
@@ -117,10 +119,10 @@ func (k *kernel) complete(versions map[string][]string) bool {
 // are siblings.
 const defaultKernels = 4
 
-// selectKernels selects kernels by ABI number. Without numbers, it selects count kernels of Debian 12's own series: the
-// oldest half and the newest half. The stable driver compiles on the old ones, and the newest one shows the API break.
-// The two newest are often two compiles of one upstream version. For any other series it selects the newest kernel,
-// unless a number names another one.
+// selectKernels selects kernels by ABI number. Without numbers, it selects count kernels of Debian 12's own series:
+// half of them the oldest, and half the newest. If count is 0, it selects defaultKernels, or all if there are fewer.
+// The default driver compiles for the oldest kernels, and the newest kernel shows the API break. The two newest kernels
+// are often siblings. For any other series it selects the kernels that the numbers name, or else the newest kernel.
 func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
 	if len(abis) == 0 && p.oldest && len(all) > 0 {
 		return all[:1], nil
@@ -147,7 +149,8 @@ func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, 
 		case len(abis) > 0:
 		case len(same) < count:
 			return nil, fault.New(fault.InputMissing,
-				fmt.Sprintf("select kernels: %d wanted, %d in Debian's index", count, len(same)), "ask for fewer with --kernels")
+				fmt.Sprintf("select kernels: %d wanted, %d in Debian's index", count, len(same)),
+				"leave out --kernels, or pass a lower number")
 		default:
 			n := count
 			if n == 0 {
@@ -180,7 +183,8 @@ func (k kernel) commit() string {
 
 func (k kernel) packages() []pkg { return []pkg{k.headers, k.common, k.kbuild, k.image} }
 
-// headerTree merges the three packages into one tree in the form of COS's kernel-headers.tgz.
+// headerTree merges the packages common, headers and kbuild of a kernel into one tree in the form of COS's
+// kernel-headers.tgz.
 func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	root := "usr/src/linux-headers-" + k.release
 	t := tree{}
@@ -225,8 +229,8 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 			return nil, err
 		}
 	}
-	// Debian has the release in .kernelvariables, together with the name of its compiler. COS's build tree has it in this
-	// file.
+	// Debian writes the kernel release to .kernelvariables, together with the name of Debian's compiler, and that file is
+	// left out above. COS's header tree has the kernel release in this file.
 	t.addFile(root+"/include/config/kernel.release", k.release+"\n")
 	for _, must := range []string{"Makefile", ".config", "Module.symvers", "include/generated/autoconf.h",
 		"include/generated/utsrelease.h", "scripts/mod/modpost"} {
@@ -238,8 +242,8 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	return t, nil
 }
 
-// rebuilt changes the tree as a second build of the same kernel would. Only the builder and the time of the build
-// differ.
+// rebuilt changes a header tree to that of a second compile of the same kernel. Only the user, the host and the time of
+// the compile differ.
 func rebuilt(t tree, k kernel, when time.Time) {
 	generated := "usr/src/linux-headers-" + k.release + "/include/generated/"
 	t.addFile(generated+"utsversion.h",
@@ -250,15 +254,17 @@ func rebuilt(t tree, k kernel, when time.Time) {
 	}
 }
 
-// bootModules are the modules that a test machine loads at boot. Their dependencies are added, and modules that are
-// built into the kernel are left out. They are for the network card, for the disk with two file systems and the modules
-// that these request by name, and for nvidia-modeset and nvidia-drm.
+// bootModules are the modules that a test machine loads at boot. loadOrder adds their dependencies, and leaves out
+// modules that are built into the kernel. They are for the network card, for the disk, and for the file systems ext4
+// and vfat, which request crc32c_generic and the nls modules by name. The last two are for nvidia-modeset and
+// nvidia-drm.
 var bootModules = []string{
 	"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "nls_cp437", "nls_ascii", "vfat", "drm_kms_helper",
 	"video",
 }
 
-// kernelImage returns the file that boots. It also adds the files of the kernel's package that more selects to in.
+// kernelImage returns the kernel image, vmlinuz. It also adds those files of the image's package to in for which more
+// returns true.
 func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name string) bool) ([]byte, error) {
 	file, ok := a.file(k.image)
 	if !ok {

@@ -20,7 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// toolVersion returns the version of a compressor. Another version may write other bytes.
+// toolVersion returns the version of a program that packs objects. Another version may write other bytes, so the
+// version is part of an object's recipe.
 func toolVersion(ctx context.Context, name string) (string, error) {
 	out, err := output(exec.CommandContext(ctx, name, "--version"))
 	if err != nil {
@@ -204,7 +205,8 @@ func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releas
 	return nil
 }
 
-// texts returns the small text files of a COS build.
+// texts returns the small text files of a COS build, by their names in the bucket. The first of the releases is the
+// default driver.
 func (m *maker) texts(k target.Kernel, b build, releases []release) map[string]string {
 	stable, latest := releases[0], latestOf(releases)
 	all := map[string]string{
@@ -279,8 +281,8 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 	})
 }
 
-// compileEmuGPU compiles the emulated GPU with a header archive. If finish is not nil, it may change the module before
-// the module is packed.
+// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. If finish is not nil, it may
+// change the module's file before, for example sign it.
 func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object, toolchain *unpacked,
 	finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
 	tools, err := toolchain.dir(ctx, m.Cache)
@@ -312,7 +314,7 @@ func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string,
 	return ko, err
 }
 
-// unpacked is the toolchain as a folder. It is unpacked at the first use.
+// unpacked is a toolchain archive as a folder. The first call of dir unpacks it.
 type unpacked struct {
 	object object
 	once   sync.Once

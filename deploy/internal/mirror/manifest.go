@@ -12,7 +12,7 @@ import (
 )
 
 // manifest returns the text of .manifest, which tells an installer the type of every file in the archive. Its lines
-// have the form of NVIDIA's.
+// have the form of the .manifest in NVIDIA's runfiles.
 func manifest(t tree, arch, version string) string {
 	var out strings.Builder
 	fmt.Fprintf(&out, "NVIDIA Accelerated Graphics Driver for Linux-%s\n%s\n", arch, version)
@@ -26,8 +26,8 @@ func manifest(t tree, arch, version string) string {
 	return out.String()
 }
 
-// libraryTypes maps the stem of a library's name to its types in the manifest. A type with a subdirectory field has
-// subdir set.
+// libraryTypes maps the stem of a library's name to the types of the library and of its links in the manifest. subdir
+// says that a line of the type has a field for the subdirectory.
 var libraryTypes = map[string]struct {
 	lib, link string
 	subdir    bool

@@ -40,22 +40,22 @@ type Config struct {
 	// gets one kernel and one driver, unless ABIs names more kernels.
 	Archs []target.Arch
 	// Series are the kernel series, 6.1 and 6.12; an empty list means 6.1, Debian
-	// 12's own. The others are for amd64 only.
+	// 12's own. 6.12 is for amd64 only.
 	Series []string
 	// Kernels is the number of kernels of 6.1 if ABIs is empty. Half of them are the oldest in Debian's index, and half
 	// the newest. 0 means four, or all if there are fewer. The mirror has only the newest kernel of any other series.
 	Kernels int
-	// ABIs selects kernels by Debian's ABI number instead.
+	// ABIs selects kernels by Debian's ABI number. If it is not empty, Kernels has no effect.
 	ABIs []int
-	// Branches are the driver branches, such as R535; the first is the default's. An empty list means the branches of
-	// Debian 12. A branch that Debian 12 does not have comes from Debian 13, with the sources as Debian edited them, and
-	// for amd64 only.
+	// Branches are the driver branches, such as R535. The default driver is of the first branch. An empty list means the
+	// branches of Debian 12. A branch that Debian 12 does not have comes from Debian 13, with the sources as Debian edited
+	// them, and for amd64 only.
 	Branches []string
-	// Neighbour adds one more release of the default's branch, in the proprietary flavour only. Debian 13 has that release
-	// beside its own driver. It is for amd64 only.
+	// Neighbour adds one more release of the default driver's branch, in the proprietary flavour only. Debian 13 has that
+	// release beside its own driver. Neighbour is for amd64 only.
 	Neighbour bool
-	// VMLinux adds each kernel as an ELF file with its BTF types, if it can be extracted from the boot image. Only the
-	// kernels for amd64 can.
+	// VMLinux adds vmlinux for each kernel: an ELF file with BTF types. The mirror extracts it from the boot image, which
+	// is possible for amd64 only.
 	VMLinux bool
 	// NoBoot leaves prebake-boot.tgz out, as COS's buckets do. A load test then boots vmlinux.
 	NoBoot bool
@@ -105,7 +105,8 @@ func (c Config) Validate() error {
 			"pass --out and --cache"))
 	}
 	if c.Kernels < 0 || c.Kernels == 1 {
-		errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("%d kernels: want 2 or more", c.Kernels), "pass --kernels 3"))
+		errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("%d kernels: want 2 or more", c.Kernels),
+			"pass --kernels 2, or a higher number"))
 	}
 	if _, err := target.ParseKernel("1.1.1", c.Board); err != nil {
 		errs = append(errs, fault.Wrap(fault.Usage, err, ""))
@@ -140,7 +141,7 @@ func (c Config) Validate() error {
 			"leave out --driver-branch and --neighbour, or --arch arm64"))
 	}
 	if c.VMLinux && slices.Contains(c.Archs, target.ARM64) {
-		errs = append(errs, fault.New(fault.Usage, "vmlinux for arm64: its kernel's image holds none",
+		errs = append(errs, fault.New(fault.Usage, "vmlinux for arm64: the kernel image for arm64 contains no vmlinux",
 			"leave out --vmlinux, or --arch arm64"))
 	}
 	return errors.Join(errs...)
@@ -189,7 +190,7 @@ func checkTools() error {
 	}
 	if len(missing) > 0 {
 		return fault.New(fault.Usage, "programs are missing on this machine: "+strings.Join(missing, ", "),
-			"apt-get install "+strings.Join(missing, " "))
+			"run apt-get install "+strings.Join(missing, " "))
 	}
 	return nil
 }
@@ -199,7 +200,7 @@ type maker struct {
 	Config
 	platform platform
 	apt      *apt
-	next     *apt // of the next Debian release; nil until it is needed
+	next     *apt // for the next Debian release; nil until openNext is called
 	refresh  bool
 	store    store
 	// toolchainPkgs are the packages of the toolchain archive.
@@ -269,11 +270,11 @@ func makePart(ctx context.Context, c Config, p platform) (Result, error) {
 		if refresh || a.fresh && (m.next == nil || m.next.fresh) || !errors.Is(err, errDownload) {
 			return Result{}, err
 		}
-		c.Progress("Debian's archive no longer has a package of the index at hand: asking for the present one")
+		c.Progress("Debian's archive no longer has a package that the stored index names: fetching the current index")
 	}
 }
 
-// openNext returns the archive of the next Debian release.
+// openNext returns the apt for the next Debian release. The first call prepares it.
 func (m *maker) openNext(ctx context.Context) (_ *apt, err error) {
 	if m.next == nil {
 		m.next, err = openApt(ctx, filepath.Join(m.Cache, m.platform.aptDir()+"-"+nextCodename), m.platform, true, m.refresh,
@@ -373,7 +374,7 @@ func (m *maker) run(ctx context.Context) error {
 type build struct {
 	Build
 	kernel kernel
-	second bool // the second build of the same kernel
+	second bool // the second COS build with the same kernel
 	mtime  time.Time
 }
 
@@ -424,7 +425,8 @@ func (m *maker) makeAll(ctx context.Context, builds []build, releases []release)
 	return g.Wait()
 }
 
-// byKernel groups the builds of one kernel. They share objects, which should be made only once.
+// byKernel groups the COS builds that have the same kernel. The COS builds of a group share objects. They are made one
+// after the other, so that each object is made only once.
 func byKernel(builds []build) [][]build {
 	var groups [][]build
 	for i, b := range builds {

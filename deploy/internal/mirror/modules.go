@@ -40,8 +40,8 @@ func (t tree) decompress(file string) error {
 	return nil
 }
 
-// loadOrder returns the files in t of the wanted modules and their dependencies, in load order, and decompresses them.
-// A wanted module that is missing is built into the kernel, and left out. A missing dependency is an error.
+// loadOrder returns the files of the wanted modules and of their dependencies in t, in load order, and decompresses
+// them. A wanted module that has no file is built into the kernel, so it is left out. A missing dependency is an error.
 func loadOrder(t tree, wanted ...string) ([]string, error) {
 	files := map[string]string{}
 	for name := range t {
@@ -90,7 +90,8 @@ func loadOrder(t tree, wanted ...string) ([]string, error) {
 	return order, nil
 }
 
-// moduleName returns the kernel's name of a module file.
+// moduleName returns the name that the kernel uses for the module in a file: without suffixes, and with _ in place of
+// -.
 func moduleName(file string) string {
 	return strings.ReplaceAll(strings.TrimSuffix(path.Base(strings.TrimSuffix(file, ".xz")), ".ko"), "-", "_")
 }

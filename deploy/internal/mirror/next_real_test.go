@@ -41,7 +41,7 @@ func TestNext(t *testing.T) {
 		t.Fatalf("mirror made %+v; want kernels of 6.1 and 6.12", made.Builds)
 	}
 	wish := filepath.Join(dir, "wish.yaml")
-	// The newer kernel is an early warning, so that its failures do not change the exit status.
+	// The wish list marks the newer kernel as an early warning, so that its failures do not change the exit status.
 	text := "version: 1\nboards: [lakitu]\nkernels:\n  - build: " + kernels["6.1"] + "\n  - build: " + kernels["6.12"] +
 		"\n    earlyWarning: true\n" +
 		"drivers:\n  - default\n  - branch: R550\nflavours: [proprietary, open]\n"
@@ -79,7 +79,7 @@ func TestNext(t *testing.T) {
 			t.Logf("%s: %s", name, c.Digest)
 		case c.Failure != nil && c.Failure.Class == "api-break" && strings.Contains(c.Failure.Error, "error:") &&
 			c.Cell.Kernel.BuildID == kernels["6.12"]:
-			t.Logf("%s does not know the kernel: %s", name, c.Failure.Error)
+			t.Logf("%s: the driver is too old for the kernel: %s", name, c.Failure.Error)
 		default:
 			t.Errorf("%s: %s %+v", name, c.State, c.Failure)
 		}

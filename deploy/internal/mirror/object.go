@@ -47,7 +47,7 @@ type object struct {
 	SHA256 string `json:"sha256"`
 }
 
-// store has the finished objects by their recipes.
+// store keeps finished objects in a folder, by their recipes.
 type store struct{ dir string }
 
 // make returns the object of this recipe. It calls write if no earlier run has made the object. A file in the store is
@@ -99,8 +99,8 @@ func (o object) publish(dst string) error {
 		}
 		if got := hex.EncodeToString(h.Sum(nil)); got != o.SHA256 {
 			bad = true
-			return fault.New(fault.Checksum, fmt.Sprintf("copy %s: its sha256 is %s, it was made as %s", o.path, got, o.SHA256),
-				"run again: the damaged object was removed; check the disk")
+			return fault.New(fault.Checksum, fmt.Sprintf("copy %s: its sha256 is %s; want %s", o.path, got, o.SHA256),
+				"run again, which makes the damaged file anew; check the disk for errors")
 		}
 		return nil
 	})
@@ -129,7 +129,7 @@ func putFile(dst, text string) error {
 	})
 }
 
-// writeAtomic writes the content of dst atomically.
+// writeAtomic writes a temporary file beside dst and renames it to dst, so that dst is never incomplete.
 func writeAtomic(dst string, write func(io.Writer) error) error {
 	f, err := os.CreateTemp(filepath.Dir(dst), "."+filepath.Base(dst)+".tmp-")
 	if err != nil {

@@ -8,12 +8,12 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// platform has everything that differs between the mirror's architectures. Kernels and drivers for another architecture
-// than the machine's are cross-compiled. Debian's kbuild programs and compilers for that run on the machine.
+// platform has everything that differs between the mirror's architectures. Modules for another architecture than the
+// machine's are cross-compiled, with Debian's kbuild programs and compilers that run on the machine.
 type platform struct {
 	arch target.Arch
 	// flavour is Debian's kernel flavour. For amd64 it is the smallest one, which is for virtual machines. For arm64 it is
-	// the plain one. That one has DRM, so that one kernel of the mirror loads nvidia-drm.
+	// the plain one, because its kernel has DRM. With DRM, at least one kernel of the mirror can load nvidia-drm.
 	flavour string
 	// kernelArch is the name of the kernel's folder below arch/.
 	kernelArch string
@@ -28,7 +28,7 @@ type platform struct {
 	gccDir string
 	// toolchain are the packages with the compiler and the binary tools.
 	toolchain []string
-	// oldest says that only the oldest kernel is taken if no kernel is named.
+	// oldest says that the mirror gets only the oldest kernel, if Config.ABIs names none, and only the default driver.
 	oldest bool
 }
 
@@ -67,14 +67,14 @@ func (p platform) board(amd64 string) string {
 // env returns the content of toolchain_env.
 func (p platform) env() string { return "CC=" + p.prefix + "gcc\nCXX=" + p.prefix + "gcc\n" }
 
-// headers matches the names of Debian's header packages. Its groups are the part before the flavour, the series in it,
-// and the ABI number in one of two places.
+// headers matches the names of Debian's header packages. Its groups are 1 the version before the flavour, 2 the series,
+// and the ABI number: 3 if the version is like 6.1.0-47, and 4 if it is like 6.12.117+deb12.
 func (p platform) headers() *regexp.Regexp {
 	return regexp.MustCompile(`^linux-headers-(([0-9]+\.[0-9]+)\.(?:0-([0-9]{1,6})|([0-9]{1,6})\+deb[0-9]+))-` +
 		regexp.QuoteMeta(p.flavour) + `$`)
 }
 
-// named returns package names in the form that apt needs.
+// named adds the suffix of the architecture to package names, as apt needs it.
 func (p platform) named(names ...string) []string {
 	var all []string
 	for _, name := range names {
@@ -92,7 +92,7 @@ func (p platform) plain(versions map[string][]string) map[string][]string {
 	return all
 }
 
-// aptDir returns the folder of apt's lists. Each architecture has one of its own.
+// aptDir returns the name of apt's folder in the cache. Each architecture has a folder of its own.
 func (p platform) aptDir() string {
 	if p.foreign == "" {
 		return "debian"

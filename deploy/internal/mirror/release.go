@@ -21,17 +21,18 @@ var (
 		"libnvcuvid1", "libnvidia-encode1", "libnvidia-opticalflow1", "libnvidia-cfg1", "nvidia-opencl-icd",
 		"nvidia-cuda-mps",
 	}
-	// driverTools are tools that Debian builds separately. Their versions follow the branch, not the release.
+	// driverTools are tools that Debian builds separately. Their version is of the release's branch, but it may differ
+	// from the release's version.
 	driverTools = []string{"nvidia-modprobe", "nvidia-persistenced"}
-	// notOfLine are the packages that exist only in the plain line.
+	// notOfLine are the packages that exist only in the line "".
 	notOfLine = []string{"nvidia-cuda-mps"}
 )
 
-// line says which of Debian's packages a release consists of. "" means the plain packages. Otherwise it names packages
-// of an older branch that Debian keeps beside them, such as "tesla-535".
+// line is one of Debian's sets of NVIDIA packages. "" are the plain packages, such as nvidia-smi. Beside these, Debian
+// keeps packages of older branches, such as nvidia-tesla-535-smi, whose line is "tesla-535".
 type line string
 
-// named returns the line's name of a plain package.
+// named returns the name that a plain package has in the line.
 func (l line) named(plain string) string {
 	if l == "" || slices.Contains(driverTools, plain) {
 		return plain
@@ -44,7 +45,7 @@ func (l line) named(plain string) string {
 	return "libnvidia-" + string(l) + "-" + strings.TrimPrefix(plain, "lib")
 }
 
-// lacks reports whether the line does not have a package.
+// lacks reports whether the line has no package for a plain package.
 func (l line) lacks(plain string) bool { return l != "" && slices.Contains(notOfLine, plain) }
 
 // release is one NVIDIA release in Debian.
@@ -53,7 +54,7 @@ type release struct {
 	apt      *apt   // source of the packages
 	line     line
 	packages []pkg
-	open     bool
+	open     bool // the release has the sources of the open flavour too
 }
 
 // sourceVersion returns the version of the release's source packages.
@@ -158,8 +159,8 @@ func (m *maker) findDrivers(ctx context.Context) (releases []release, err error)
 	return releases, nil
 }
 
-// findBranches takes each branch from the machine's own Debian release. If that has no release of the branch, it takes
-// the branch from the next Debian release.
+// findBranches returns the driver releases of the branches in m.Branches. own are the driver releases of the machine's
+// own Debian release. A branch that own lacks is taken from the next Debian release.
 func (m *maker) findBranches(ctx context.Context, own []release) (releases []release, err error) {
 	for _, branch := range m.Branches {
 		of := ofBranch(own, branch)
@@ -191,8 +192,8 @@ func (m *maker) findBranches(ctx context.Context, own []release) (releases []rel
 	return releases, nil
 }
 
-// findNeighbour returns one more release of the default's branch. The next Debian release has it in a separate line of
-// packages.
+// findNeighbour returns one more release of the default driver's branch, which is not in releases. The next Debian
+// release has it in a line of its own.
 func (m *maker) findNeighbour(ctx context.Context, releases []release) (release, error) {
 	a, err := m.openNext(ctx)
 	if err != nil {
@@ -232,13 +233,14 @@ func newestRelease(releases []release, wanted func(release) bool) *release {
 	return newest
 }
 
-// selectReleases returns the newest release that has both flavours, and then the newest of all. They may be the same
-// release.
+// selectReleases returns the newest release that has both flavours, and then the newest of all. If these are the same
+// release, it returns only that one.
 func selectReleases(whole []release) ([]release, error) {
 	both := newestRelease(whole, func(r release) bool { return r.open })
 	newest := newestRelease(whole, func(release) bool { return true })
 	if both == nil {
-		return nil, fault.New(fault.InputMissing, "find drivers: apt knows no NVIDIA release with both kernel module sources",
+		return nil, fault.New(fault.InputMissing,
+			"find drivers: apt knows no NVIDIA release with the sources of both flavours",
 			"make sure that the machine's archive serves contrib and non-free, and run again with --refresh")
 	}
 	if newest.version == both.version {
@@ -247,7 +249,7 @@ func selectReleases(whole []release) ([]release, error) {
 	return []release{*both, *newest}, nil
 }
 
-// complete adds the other packages of the release. It reports whether all of them exist in exactly this version.
+// complete adds driverPackages to the release's packages. It reports whether all of them exist in exactly version v.
 func (r *release) complete(versions map[string][]string, v string) bool {
 	for _, name := range driverPackages {
 		if r.line.lacks(name) {

@@ -18,8 +18,9 @@ import (
 const components = "main contrib non-free non-free-firmware"
 
 // DeriveSources reads a machine's apt sources under etcApt (sources.list, sources.list.d/*.list and *.sources). It
-// returns one deb822 sources file with the same archives, suites and keyrings of this Debian release, and with all
-// components. It leaves out other suites, such as third-party archives, because they do not have these components.
+// returns one deb822 sources file with the archives, suites and keyrings that the machine has for the Debian release
+// codename, and with all components. It leaves out other suites, such as those of third-party archives, because they do
+// not have these components.
 func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 	names, err := fs.Glob(etcApt, "sources.list.d/*")
 	if err != nil {
@@ -62,8 +63,8 @@ func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 // installed.
 const nextCodename = "trixie"
 
-// ofNext changes derived sources of one release to those of the next. Archives and keyrings stay the same, and the
-// suites change.
+// ofNext changes derived sources of the Debian release codename to sources of the next Debian release. Archives and
+// keyrings stay the same, and the suites change.
 func ofNext(derived []byte, codename string) []byte {
 	var out bytes.Buffer
 	for line := range strings.Lines(string(derived)) {

@@ -35,8 +35,8 @@ var toolchainPackages = append([]string{
 var binaries = []string{"addr2line", "ar", "as", "c++filt", "elfedit", "ld.bfd", "nm", "objcopy", "objdump", "ranlib",
 	"readelf", "size", "strings", "strip"}
 
-// machineLibs are the libraries that come from the machine, as for COS's archive. Every machine that runs the toolchain
-// has a C library.
+// machineLibs are the libraries of libc. The toolchain takes them from the machine, as COS's toolchain does, because
+// every machine that can run the toolchain has them.
 var machineLibs = []string{"libc.so.6", "libm.so.6", "libdl.so.2", "ld-linux-x86-64.so.2"}
 
 // toolchainTree makes the tree of a compiler that works from any folder.
@@ -64,8 +64,9 @@ func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work str
 	return t, t.checkLibraries()
 }
 
-// toolchainPick leaves out link-time optimisation, sanitizers and plugins. A kernel module needs none of them, and they
-// are two thirds of the packages.
+// toolchainPick returns the path in the archive for a file of Debian's packages; "" leaves the file out. It leaves out
+// the compiler for link-time optimisation (lto1), sanitizers and gcc's plugins. A kernel module needs none of them, and
+// they are two thirds of the packages.
 func (p platform) toolchainPick(name string) string {
 	base := path.Base(name)
 	if tool, ok := strings.CutPrefix(name, "usr/bin/"+p.triplet+"-"); ok {
@@ -93,8 +94,8 @@ func (p platform) toolchainPick(name string) string {
 	return ""
 }
 
-// checkLinks returns an error if a link leaves the tree, or if its target is missing because it has another name in
-// the tree. The archive must not depend on other files.
+// checkLinks returns an error if a link leaves the tree, or if the tree does not have the link's target, for example
+// because the target got another name there. The archive must not depend on other files.
 func (t tree) checkLinks() error {
 	for name, n := range t {
 		if n.link == "" {
@@ -102,14 +103,16 @@ func (t tree) checkLinks() error {
 		}
 		to := path.Join(path.Dir(name), n.link)
 		if _, ok := t[to]; path.IsAbs(n.link) || !ok {
-			return fault.New(fault.Internal, fmt.Sprintf("lay out toolchain: %s points at %s, which is not in it", name, n.link),
+			return fault.New(fault.Internal, fmt.Sprintf("lay out toolchain: %s points at %s, which the archive lacks", name,
+				n.link),
 				"")
 		}
 	}
 	return nil
 }
 
-// relocate makes every program and library search for its libraries first in a path relative to itself.
+// relocate makes every program and library search for its libraries in the folder lib of the archive first. The search
+// path is relative to the file, so that the archive works wherever it is unpacked. work is a scratch folder.
 func relocate(ctx context.Context, t tree, work string) error {
 	root, err := os.OpenRoot(work)
 	if err != nil {
@@ -145,7 +148,8 @@ func relocate(ctx context.Context, t tree, work string) error {
 	return nil
 }
 
-// checkLibraries refuses a toolchain if a library is missing: one that is neither in the archive nor on every machine.
+// checkLibraries returns an error if a program or a library in the tree needs a library that is neither in the tree nor
+// one of machineLibs.
 func (t tree) checkLibraries() error {
 	for name, n := range t {
 		if !bytes.HasPrefix(n.data, []byte(elf.ELFMAG)) || path.Ext(name) == ".o" {
@@ -163,15 +167,15 @@ func (t tree) checkLibraries() error {
 			if _, ok := t["lib/"+lib]; !ok && !slices.Contains(machineLibs, lib) {
 				return fault.New(fault.Internal,
 					fmt.Sprintf("lay out toolchain: %s needs %s, which no package in the list holds", name, lib),
-					"add its package to toolchainPackages")
+					"add the library's package to libraryPackages or clangPackages in deploy/internal/mirror")
 			}
 		}
 	}
 	return nil
 }
 
-// writeTarXZ compresses in blocks of a fixed size. With xz's default, the bytes would depend on the number of
-// processors.
+// writeTarXZ writes the tree as a tar.xz. It lets xz compress in blocks of a fixed size, because with xz's default the
+// bytes would depend on the number of processors.
 func (t tree) writeTarXZ(ctx context.Context, w io.Writer) error {
 	cmd := exec.CommandContext(ctx, "xz", "-3", "-T2", "--block-size=8MiB", "--check=crc64", "-c")
 	cmd.Env = append(os.Environ(), "XZ_DEFAULTS=", "XZ_OPT=")

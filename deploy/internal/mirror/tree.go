@@ -38,7 +38,7 @@ type node struct {
 // tree maps slash-separated relative paths to nodes. Folders need no entry.
 type tree map[string]node
 
-// add stores a node. It replaces a node of the same name, also a link to a folder.
+// add stores a node. It replaces a node that has the same name, even a link.
 func (t tree) add(name string, n node) { t[path.Clean(name)] = n }
 
 func (t tree) addFile(name, text string) { t.add(name, node{mode: 0o644, data: []byte(text)}) }
@@ -143,7 +143,7 @@ func readXZ(ctx context.Context, t tree, archive []byte, where pick) error {
 	return pipe(cmd, func(r io.Reader) error { return readTar(t, r, where) })
 }
 
-// pipe passes the stdout of cmd to read, and then drains the rest.
+// pipe runs cmd and passes its stdout to read. It discards the output that read leaves, so that cmd can end.
 func pipe(cmd *exec.Cmd, read func(io.Reader) error) error {
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr

@@ -20,7 +20,7 @@ import (
 // it.
 const (
 	openOrigin = "nvidia-open-gpu-kernel-modules"
-	// undoRecipe must change whenever the result of undoing changes.
+	// undoRecipe is part of the recipes of runfiles. It must change whenever the result of undoing the patches changes.
 	undoRecipe = "undo-1"
 )
 
@@ -129,9 +129,9 @@ func (t tree) edited() []string {
 	return names
 }
 
-// undo undoes Debian's edits of some sources. pair has a folder in both editions, and may be of another flavour or
-// release. A changed file that equals the pair's Debian edition is replaced by NVIDIA's file of the pair. To any other
-// changed file, undo applies the difference between the editions backwards.
+// undo undoes Debian's edits of the sources debian. pair is a folder of sources in both editions. It may be of another
+// flavour or release than debian. If a changed file equals the file of the same name in pair.debian, undo replaces it
+// by the file in pair.own. To any other changed file, undo applies the difference between these two files backwards.
 //
 // edits has a line for each changed file. undo returns an error if a line that Debian added is still in a file.
 func undo(ctx context.Context, work string, debian tree, pair edition) (own tree, edits []string, err error) {
@@ -201,8 +201,8 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 	return best, nil
 }
 
-// remainingLines returns the lines of the text that only Debian's edition has. It ignores short lines and the ends of
-// conditions, because these prove nothing.
+// remainingLines returns the lines of the text that only Debian's edition has. It ignores short lines, and #else and
+// #endif, because these prove nothing.
 func remainingLines(text, was, edited []byte) []string {
 	set := func(text []byte) map[string]bool {
 		lines := map[string]bool{}
@@ -251,8 +251,8 @@ func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, e
 	return s, err
 }
 
-// likeSources undoes Debian's edits of a release that has only one flavour. It undoes them as in base, the release of
-// the branch that has both flavours.
+// likeSources undoes Debian's edits of a release that has only one flavour. base is a release of the same branch that
+// has both flavours, and so shows what Debian edited.
 func (m *maker) likeSources(ctx context.Context, base release, t tree) (s sources, err error) {
 	only := base
 	only.packages = base.onlySources()

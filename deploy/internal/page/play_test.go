@@ -47,7 +47,7 @@ func TestPlay(t *testing.T) {
 				t.Errorf("Play(%q) = %v; want %q", row.text, err, row.err)
 			}
 			if _, err := os.Stat(dir + "/after"); err == nil {
-				t.Error("a command behind one that failed ran")
+				t.Error("the command after the failed one ran; want Play to stop")
 			}
 		})
 	}

@@ -109,7 +109,8 @@ func (s *Scene) RunNode(ctx context.Context, n Node, steps []vm.Step) (*vm.Resul
 	})
 }
 
-// InstallStep returns the step in which the node installs a driver, from resolving to validating.
+// InstallStep returns the step in which the node installs a driver, from resolving to validating. extra are additional
+// flags of fetcher install.
 func InstallStep(srv *Server, extra ...string) vm.Step {
 	return vm.Step{Name: "install", KeepGoing: true, Timeout: 8 * time.Minute, Argv: append([]string{
 		"/usr/bin/fetcher", "install", "--server", "http://10.0.2.2:" + srv.Addr[strings.LastIndex(srv.Addr, ":")+1:],
@@ -140,8 +141,8 @@ func Decode(step vm.StepResult, v any) error {
 	return nil
 }
 
-// NodeRoot makes a folder that looks like the root of a COS node to the fetcher. It is for tests that need no kernel of
-// the node's own.
+// NodeRoot makes a folder that looks like the root of a COS node to the fetcher. It is for tests in which the node's
+// kernel does not run.
 func NodeRoot(root string, k target.Kernel) error {
 	for name, text := range map[string]string{
 		"etc/os-release":            "ID=cos\nBUILD_ID=" + k.BuildID + "\nVERSION=109\nKERNEL_COMMIT_ID=" + k.Commit + "\n",

@@ -1,5 +1,6 @@
-// Package testbed runs the whole product on one machine: a COS-shaped mirror, a server, a builder that works its queue,
-// and a virtual node that boots one of the kernels. The demo and the end-to-end tests use it.
+// Package testbed runs the whole product on one machine: a COS-shaped mirror, a server, a builder that takes builds
+// from the server's queue, and a virtual node that boots one of the mirror's kernels. The demo and the end-to-end tests
+// use it.
 //
 // The package runs the real programs from the bin folder, and does not use their internals.
 package testbed
@@ -155,7 +156,8 @@ func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 		return nil, fmt.Errorf("read what mirror printed: %w", err)
 	}
 	if len(m.Builds) < 3 || len(m.Drivers) < 2 {
-		return nil, fmt.Errorf("mirror has %d builds and %d drivers; want at least 3 and 2", len(m.Builds), len(m.Drivers))
+		return nil, fmt.Errorf("the mirror has %d COS builds and %d drivers; want at least 3 and 2", len(m.Builds),
+			len(m.Drivers))
 	}
 	for i := range m.Builds {
 		k := &m.Builds[i].Kernel
@@ -246,7 +248,7 @@ func (s *Scene) StartServer(ctx context.Context, data string, m *Mirror) (*Serve
 	if err := waitFor(ctx, time.Minute, func() (bool, error) {
 		select {
 		case <-p.done:
-			return false, errors.Join(fmt.Errorf("it ended, see %s", filepath.Join(s.Dir, "server.log")), p.err)
+			return false, errors.Join(fmt.Errorf("the server ended; see %s", filepath.Join(s.Dir, "server.log")), p.err)
 		default:
 		}
 		addr, err := os.ReadFile(addrFile)
@@ -263,10 +265,10 @@ func (s *Scene) StartServer(ctx context.Context, data string, m *Mirror) (*Serve
 	return srv, nil
 }
 
-// Repository returns the repository of the server's own registry for drivers.
+// Repository returns the repository for drivers in the server's own registry.
 func (srv *Server) Repository() string { return srv.Addr + "/prebake/driver" }
 
-// StartWorker starts a builder that works the server's queue.
+// StartWorker starts a builder that takes builds from the server's queue.
 func (s *Scene) StartWorker(srv *Server, m *Mirror, key, cache string, extra ...string) (*Process, error) {
 	return s.Start("worker.log", "builder", append([]string{
 		"work", "--server", "http://" + srv.Addr, "--token", srv.Token, "--queue",
