@@ -134,8 +134,8 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 		return fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("the new root is signed by too few keys of the %s root: %w", whose, err),
-			"give as many private keys (files or KMS URIs) with --root-key, or with --former-key for keys of the former "+
-				"root only, as --threshold of that root says",
+			"add private keys of that root with --root-key, or with --former-key if the new root does not list the key, "+
+				"until there are as many as the threshold of that root",
 		)
 	}
 	if former != nil {

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// Check compares the file with the help of all commands of a program. With update it writes the file instead. program
-// returns a new command tree at each call.
+// Check compares the file with the help of all commands of a program. If update is true, Check writes the file instead.
+// program returns a new command tree at each call.
 func Check(t *testing.T, file string, update bool, program func() *ucli.Command) {
 	t.Helper()
 	want, err := page(program)
