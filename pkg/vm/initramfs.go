@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
-// folders are the folders that every guest has, in addition to those of its files.
+// folders are the folders that every guest has, in addition to the parent folders of its files.
 var folders = []string{"/dev", "/proc", "/sys", "/tmp", "/run", "/root", "/etc"}
 
 // Tree returns a [File] for every regular file, link and folder below dir. In the guest they are below name.
