@@ -139,7 +139,7 @@ type wanted struct {
 }
 
 // kernels resolves the wish list's entries for kernels. A kernel that several entries ask for appears once. It is an
-// early warning only if each of these entries is one.
+// early warning only if all these entries are early warnings.
 func (e *expander) kernels(ctx context.Context) []wanted {
 	var all []wanted
 	var known *listing
@@ -208,8 +208,8 @@ func merge(all []wanted, w wanted) []wanted {
 	return append(all, w)
 }
 
-// listing caches which COS builds the bucket has. A bucket has thousands of them, so listing asks for the boards of a
-// COS build only if a wish may want this build.
+// listing caches which COS builds the bucket has. A bucket has thousands of them, so newest asks for the boards of a
+// COS build only if a wish may want that build.
 type listing struct {
 	ids    []string // newest first
 	boards map[string][]target.Kernel

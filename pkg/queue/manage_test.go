@@ -24,7 +24,7 @@ func insert(t *testing.T, q *queue.Queue, priorities map[int64]int) {
 	}
 }
 
-// worked works the queue with one worker until n builds were seen. It returns them in their order.
+// worked runs one worker until it has got n builds. It returns the builds in the order in which the worker got them.
 func worked(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), 30*time.Second)
@@ -45,7 +45,7 @@ func worked(t *testing.T, q *queue.Queue, n int) (order []int64) {
 }
 
 // TestPriorities checks that a build that somebody waits for comes before a build that only a wish list wants. The
-// order of insertion does not matter, and the priority may have been raised after it.
+// order of insertion does not matter, and the priority may be raised after the insertion.
 func TestPriorities(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {

@@ -215,7 +215,7 @@ func TestKilledWorker(t *testing.T) {
 	})
 }
 
-// expect works the queue as w1 until it sees the build in this attempt.
+// expect runs a worker named w1 until it gets the build, and checks the number of the attempt.
 func expect(t *testing.T, q *queue.Queue, build int64, attempt int) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)

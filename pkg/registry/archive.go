@@ -158,7 +158,7 @@ func notBasedOn(p, before part) error {
 			before.path,
 			before.index,
 		),
-		"name before the delta the bundle that it was made for; builder bundle show FILE prints the index of a bundle",
+		"compare the indexes that builder bundle show FILE prints, and name the right bundle before the delta",
 	)
 }
 

@@ -24,9 +24,9 @@ const (
 	maxOthers = 8
 )
 
-// Attached returns the payloads of this type that are attached to a manifest. It compares them with their digests.
-// Each element of wanted is a set of annotations that an attachment must have. Without any set, every attachment
-// matches.
+// Attached returns the payloads of this type that are attached to a manifest. It compares each payload with its digest.
+// Each element of wanted is a set of annotations. An attachment matches if it has all annotations of one set, or if
+// wanted is empty.
 //
 // Attachments that have all annotations of one set come first. They are taken from the sets in turns, so that many
 // attachments for one set do not hide those for another. After them come attachments that lack an annotation of a

@@ -166,7 +166,7 @@ type remoteLayer struct {
 func (l remoteLayer) Digest() (v1.Hash, error)            { return l.d.Digest, nil }
 func (l remoteLayer) Size() (int64, error)                { return l.d.Size, nil }
 func (l remoteLayer) MediaType() (types.MediaType, error) { return l.d.MediaType, nil }
-func (l remoteLayer) DiffID() (v1.Hash, error)            { return l.d.Digest, nil } // nothing calls DiffID
+func (l remoteLayer) DiffID() (v1.Hash, error)            { return l.d.Digest, nil } // not called for a stored image
 func (l remoteLayer) Compressed() (io.ReadCloser, error) {
 	return l.i.r.Blob(l.i.ctx, l.d.Digest.String(), l.d.Size)
 }

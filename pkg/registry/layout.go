@@ -129,13 +129,13 @@ func (s *layoutStore) resolve(ctx context.Context, ref string) (v1.Descriptor, e
 			return v1.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}, nil
 		}
 	}
-	return v1.Descriptor{}, fault.New(fault.NoArtifact, "not in this folder", "")
+	return v1.Descriptor{}, fault.New(fault.NoArtifact, "not in this image layout", "")
 }
 
 func (s *layoutStore) manifest(ctx context.Context, digest string) ([]byte, error) {
 	raw, err := s.files.read(ctx, blobName(digest), MaxManifest) // Repository.Manifest compares the bytes with the digest
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fault.New(fault.NoArtifact, "not in this folder", "")
+		return nil, fault.New(fault.NoArtifact, "not in this image layout", "")
 	}
 	return raw, err
 }

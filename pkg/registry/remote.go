@@ -83,8 +83,8 @@ func (s *remoteStore) reference(ref string) name.Reference {
 }
 
 func (s *remoteStore) resolve(ctx context.Context, ref string) (v1.Descriptor, error) {
-	// HEAD comes first, because registries do not count it as a pull. If the response to HEAD lacks a header or fails,
-	// GET decides.
+	// HEAD comes first, because registries do not count it as a pull. If HEAD gives no clear result, for example because
+	// a header is missing, GET decides.
 	head, err := s.puller.Head(ctx, s.reference(ref))
 	if err == nil && head.Digest.Algorithm == "sha256" {
 		return v1.Descriptor{MediaType: head.MediaType, Digest: head.Digest, Size: head.Size}, nil

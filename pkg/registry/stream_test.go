@@ -80,7 +80,7 @@ func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.In
 	return strings.TrimPrefix(srv.URL, "http://"), asked, ranges
 }
 
-// breaking is a response body whose connection breaks after this many bytes.
+// breaking is a response body whose connection breaks after left bytes.
 type breaking struct {
 	io.ReadCloser
 	left int64

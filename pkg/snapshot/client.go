@@ -24,8 +24,8 @@ import (
 type Config struct {
 	// From is the folder of the snapshot: an http or https URL, or an absolute path.
 	From string
-	// Root is the root metadata that the node's owner trusts, of any version. Newer roots come from the source, and keys
-	// of the root before must have signed each of them.
+	// Root is the root metadata that the node's owner trusts, of any version. Newer roots come from the source. Enough
+	// keys of the root before must have signed each newer root.
 	Root []byte
 	// State is the path of the file that keeps the last list. The client refuses lists that are older than the kept one.
 	// Until the kept list expires, it is valid without a network. If State is "", the client keeps no list.

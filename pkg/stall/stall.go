@@ -21,9 +21,10 @@ type Reader struct {
 	cancel context.CancelFunc
 }
 
-// Watch guards a stream whose request has a context that cancel ends. One Read may take no longer than limit. Without
-// the guard, a server that keeps the connection open and sends nothing would block its reader for ever. The error is of
-// kind Transient. The argument what names the download in the error.
+// Watch guards the stream of a download. A Read that takes longer than limit fails with an error of kind Transient.
+// Without the guard, a server that keeps the connection open and sends nothing would block its reader for ever. cancel
+// must cancel the context of the download; Watch calls it to end the Read. The argument what names the download in the
+// error.
 func Watch(r io.ReadCloser, what string, limit time.Duration, cancel context.CancelFunc) *Reader {
 	w := &Reader{ReadCloser: r, what: what, limit: limit, silent: new(atomic.Bool), cancel: cancel}
 	w.timer = time.AfterFunc(limit, func() {

@@ -83,7 +83,7 @@ func writeInitramfs(w io.Writer, c Config) error {
 	return nil
 }
 
-// guestFiles returns the files that every machine needs, and those of the caller.
+// guestFiles returns the files that every machine needs, and the caller's files.
 func guestFiles(c Config) ([]File, error) {
 	script, err := json.Marshal(c.script())
 	if err != nil {

@@ -268,7 +268,7 @@ func (r *Repository) publish(
 	if err != nil {
 		return nil, err
 	}
-	// The timestamp is written last, so that a reader sees either the list before, or this one.
+	// The timestamp is written last, so that a reader sees either the former list or the new list.
 	v := strconv.FormatInt(version, 10)
 	for _, f := range []struct {
 		name string
