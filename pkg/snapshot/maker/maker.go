@@ -134,8 +134,8 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 		return fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("the new root is signed by too few keys of the %s root: %w", whose, err),
-			"add private keys of that root with --root-key, or with --former-key if the new root does not list the key, "+
-				"until there are as many as the threshold of that root",
+			"add private keys of the "+whose+" root until its threshold is met: with --root-key, or with --former-key if the "+
+				"new root does not list the key",
 		)
 	}
 	if former != nil {
