@@ -201,7 +201,7 @@ func (q *Queue) Ping(ctx context.Context) error {
 	return nil
 }
 
-// Priorities of builds. River works lower numbers first, and allows 1 to 4.
+// Priorities of builds. River starts jobs with lower numbers first, and allows the numbers 1 to 4.
 const (
 	PriorityAsked   = 1 // a node or a person waits for the build
 	PriorityWanted  = 2 // a wish list wants the build; builds for newer kernels are inserted first

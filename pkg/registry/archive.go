@@ -54,7 +54,7 @@ type part struct {
 // extent is the position of a file's bytes in a tar.
 type extent struct{ at, size int64 }
 
-// openArchives parses FILE[+FILE…]. It opens no file: the first read does.
+// openArchives parses FILE[+FILE…]. It opens no file; the first read opens all of them.
 func openArchives(ref string) (*layoutStore, error) {
 	paths := strings.Split(ref, partsBetween)
 	if slices.Contains(paths, "") {

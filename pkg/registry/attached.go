@@ -69,7 +69,7 @@ func (r *Repository) attached(ctx context.Context, digest, artifactType string, 
 }
 
 // sortOut returns two lists. asked has the attachments with all annotations of a set, taken from the sets in turns.
-// perhaps has the other attachments that do not contradict every set.
+// perhaps has the attachments that lack an annotation of a set, but do not contradict that set.
 func sortOut(list []v1.Descriptor, wanted []map[string]string) (asked, perhaps []v1.Descriptor) {
 	if len(wanted) == 0 {
 		return list, nil
@@ -95,7 +95,7 @@ func sortOut(list []v1.Descriptor, wanted []map[string]string) (asked, perhaps [
 	return asked, perhaps
 }
 
-// matchSet returns the index of the first set that the annotations have completely, or -1. may is false if the
+// matchSet returns the index of the first set whose elements are all among the annotations, or -1. may is false if the
 // annotations contradict every set.
 func matchSet(annotations map[string]string, wanted []map[string]string) (first int, may bool) {
 	for i, set := range wanted {
@@ -165,7 +165,7 @@ func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]by
 	return all, nil
 }
 
-// payload reads one payload. It returns nil for a manifest of another shape.
+// payload reads one payload. It returns nil if the manifest does not have the form of a matching attachment.
 func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	layer, err := s.layer(ctx, d, MaxAttachment)
 	if err != nil || layer == nil {
@@ -178,7 +178,8 @@ func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	return payload, err
 }
 
-// layer returns the descriptor of a manifest's payload. It returns nil for a manifest of another shape.
+// layer returns the descriptor of a manifest's payload. It returns nil if the manifest does not have the form of a
+// matching attachment.
 func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.Descriptor, error) {
 	raw, err := s.r.Manifest(ctx, d.Digest.String())
 	if err != nil {
@@ -236,8 +237,8 @@ func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, 
 	return payloads, nil
 }
 
-// mayBe reports whether a descriptor may have an artifact type. A registry that does not know artifact types reports
-// the type of the config, or none.
+// mayBe reports whether a listed manifest may be of an artifact type. A registry that does not know artifact types
+// lists the media type of the config instead, or no type.
 func mayBe(d v1.Descriptor, artifactType string) bool {
 	return d.ArtifactType == artifactType || d.ArtifactType == "" || d.ArtifactType == emptyType
 }

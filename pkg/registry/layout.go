@@ -39,7 +39,7 @@ type layoutFiles interface {
 	settled() bool
 }
 
-// folder is [layoutFiles] in a folder.
+// folder implements [layoutFiles] for a folder on a disk.
 type folder string
 
 const (

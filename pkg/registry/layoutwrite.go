@@ -46,8 +46,8 @@ func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
 	})
 }
 
-// listWith returns the list of a subject's referrers with d added. It is nil if d is in the list already. The caller
-// holds the lock.
+// listWith returns the list of a subject's referrers with d added. The result is nil if d is in the list already. The
+// caller holds the lock.
 func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descriptor) ([]byte, error) {
 	idx, err := s.index(ctx)
 	if err != nil {

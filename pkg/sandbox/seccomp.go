@@ -69,7 +69,8 @@ func filter() ([]byte, error) {
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: auditArch, SkipTrue: 1},
 		refuse(unix.ENOSYS),
 		bpf.LoadAbsolute{Off: dataNumber, Size: 4},
-		// Calls above lastCall are newer than the list. The x32 ABI's numbers are above it, too.
+		// Calls above lastCall are newer than the list of refused calls. The numbers of the x32 ABI are above lastCall,
+		// too.
 		bpf.JumpIf{Cond: bpf.JumpLessOrEqual, Val: lastCall, SkipTrue: 1},
 		refuse(unix.ENOSYS),
 	}

@@ -73,7 +73,8 @@ type Kernel struct {
 	Board   string `json:"board"`
 }
 
-// Decode reads the file. It checks no signature; [Verify] compares the bytes with the signed digest.
+// Decode reads a list from its compressed file. It checks no signature; [Verify] compares the bytes with the signed
+// digest.
 func Decode(file []byte) (*Catalogue, error) {
 	c, err := decode(file)
 	if err != nil {

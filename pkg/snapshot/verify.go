@@ -76,8 +76,8 @@ type Files struct {
 // Snapshot is a list with valid signatures.
 type Snapshot struct {
 	Catalogue
-	// Version counts the lists. Refreshed is the version of the timestamp. It grows each time when somebody signs which
-	// list is the newest.
+	// Version counts the lists. Refreshed is the version of the timestamp. Refreshed grows each time when the farm signs
+	// which list is the newest.
 	Version, Refreshed int64
 	// Expires is the time at which the first part of the snapshot expires.
 	Expires time.Time

@@ -1,4 +1,4 @@
-// Package stall ends downloads that receive no data any more. It does not know the protocol, and it repeats nothing.
+// Package stall ends downloads that receive no data any more. It does not know the protocol, and it does not retry.
 package stall
 
 import (

@@ -178,7 +178,8 @@ func (t tested) verdict() (passed string, rejected error) {
 	return passed, nil
 }
 
-// decide returns the verdict for an artifact, or "" if there is none.
+// decide returns the load test's verdict for an artifact, or "" if there is none. It returns an error if the modules
+// were rejected, or if the policy p demands a load test that the artifact lacks.
 func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
 	for _, of := range []tested{l.own, l.other} {
 		if passed, rejected := of.verdict(); passed != "" || rejected != nil {

@@ -57,10 +57,11 @@ type Expect struct {
 	Kernel target.Kernel
 	// Driver is the driver that was asked for.
 	Driver target.Driver
-	// Identity is the identity in the manifest's annotations.
+	// Identity is what the manifest's annotations say about the artifact, such as its driver and its ABI fingerprint.
 	Identity bundle.Identity
-	// Now is the time at which a new artifact is accepted. The policy's periods and ages are checked against it. Zero
-	// skips these checks, for an artifact that was accepted before, because passing time does not make it worse.
+	// Now is the time at which a new artifact is accepted. The policy's periods and ages are checked against this time.
+	// Zero skips these checks. It is for an artifact that was accepted before, because an artifact does not become worse
+	// with time.
 	Now time.Time
 }
 

@@ -70,7 +70,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 
 var errOverran = errors.New("machine ran past its time limit")
 
-// ends is how a run ended, according to each source of information.
+// ends has what each source of information says about the end of a run.
 type ends struct {
 	console  string
 	exit     error

@@ -58,8 +58,8 @@ func (r *Reader) Want(a At, format string, args ...any) {
 // Mistakes returns how many mistakes were found so far.
 func (r *Reader) Mistakes() int { return len(r.mistakes) }
 
-// Err returns all mistakes as one error of kind Usage, sorted by line and column. It returns nil if there are none.
-// doing says why the file is read, such as "read wish list".
+// Err returns all mistakes as one error of kind Usage, sorted by line and column. It returns nil if there are no
+// mistakes. doing begins the error's text, such as "read wish list".
 func (r *Reader) Err(doing, hint string) error {
 	n := len(r.mistakes)
 	if n == 0 {

@@ -57,7 +57,7 @@ func Open(dir string, now func() time.Time) (*Repository, error) {
 	return &Repository{dir, now, lock}, nil
 }
 
-// Close releases the lock, so that others may write.
+// Close releases the lock, so that other processes may write.
 func (r *Repository) Close() error { return r.lock.Close() }
 
 // Root says which keys sign a snapshot from now on.

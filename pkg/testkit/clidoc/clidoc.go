@@ -1,5 +1,5 @@
 // Package clidoc is for tests of programs. It checks that a page of docs/reference equals the program's --help output.
-// Only test files import it. It adds nothing about a flag that --help does not say.
+// Only test files import it. It adds nothing to the text of --help.
 package clidoc
 
 import (
