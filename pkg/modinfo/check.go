@@ -37,7 +37,9 @@ type Problem struct {
 	Module string
 	// Symbol is the symbol that the problem is about. It may be empty.
 	Symbol string
-	Text   string
+	// Text says what is wrong.
+	Text string
+	// Remedy is the hint for the person who compiles the module. It may be empty.
 	Remedy string
 }
 
@@ -51,21 +53,21 @@ func (p *Problem) Error() string {
 const (
 	remedyKernel  = "compile against the headers of exactly this COS build: several COS builds share one kernel release"
 	remedyDriver  = "choose a driver release that supports this kernel"
-	remedyDepends = "add the needed module to the same set"
-	remedySet     = "compile all modules of the set in one run"
+	remedyDepends = "compile the needed module too, and check both modules together"
+	remedySet     = "compile all modules of the driver in one run"
 	remedyLicense = "choose the open flavour, or a driver release that supports this kernel"
 )
 
 // maxProblems is the greatest number of problems that Check reports for each module.
 const maxProblems = 8
 
-// Check reports every reason why this kernel would refuse the modules if they were loaded together. The error is
-// fault.CheckFailed and wraps a [Problem] for each reason.
+// Check reports every reason why this kernel would refuse the modules if they were loaded together. These modules are
+// called the set. The error is fault.CheckFailed and wraps a [Problem] for each reason.
 func Check(mods []*Module, rules Rules) error {
 	c := checker{rules: rules, set: map[string]*Module{}, exporter: map[string]*Module{}, own: rules.Symvers.modules()}
 	var errs []error
 	if len(mods) == 0 {
-		errs = append(errs, &Problem{Module: "set", Text: "holds no module", Remedy: remedySet})
+		errs = append(errs, &Problem{Module: "set", Text: "has no module", Remedy: remedySet})
 	}
 	for _, m := range mods {
 		if c.set[m.Name] != nil {
@@ -87,7 +89,7 @@ func Check(mods []*Module, rules Rules) error {
 		c.module(c.set[name])
 		for i, p := range c.problems {
 			if i == maxProblems {
-				errs = append(errs, &Problem{Module: name, Text: fmt.Sprintf("%d more", len(c.problems)-i)})
+				errs = append(errs, &Problem{Module: name, Text: fmt.Sprintf("%d more problems", len(c.problems)-i)})
 				break
 			}
 			errs = append(errs, p)
@@ -135,7 +137,8 @@ func (c *checker) module(m *Module) {
 	for _, s := range m.Imports {
 		c.symbol(m, s, needs)
 	}
-	// CRCs also has names that are not imported symbols, such as module_layout.
+	// CRCs also has checksums of names that are not imported symbols, such as module_layout. The kernel compares them
+	// too.
 	if c.rules.ModVersions {
 		for _, name := range slices.Sorted(maps.Keys(m.CRCs)) {
 			if _, imported := slices.BinarySearchFunc(m.Imports, name,
@@ -149,8 +152,9 @@ func (c *checker) module(m *Module) {
 	}
 }
 
-// origin compares the kernel tree that a module was built with to the kernel. If two sibling kernels have the same
-// release and the kernel compares no checksums, only these facts distinguish them.
+// origin checks that a module was built with the source tree of this kernel. It compares processor, build salt, size of
+// struct module and ABI fingerprint. If two sibling kernels have the same release and compare no checksums, only these
+// facts tell a module for one kernel from a module for the other.
 func (c *checker) origin(m *Module) {
 	if c.rules.Machine != elf.EM_NONE && m.Machine != c.rules.Machine {
 		c.add(m, "", remedyKernel, "made for processor %v; this kernel is for processor %v", m.Machine, c.rules.Machine)
@@ -165,14 +169,15 @@ func (c *checker) origin(m *Module) {
 	switch want := c.rules.MadeFor; {
 	case want == "" || m.MadeFor == want:
 	case m.MadeFor == "":
-		c.add(m, "", remedyKernel, "does not say what kernel it was made for; this kernel is %s", want)
+		c.add(m, "", remedyKernel, "has no ABI fingerprint in section %s; this kernel has ABI fingerprint %s", StampSection,
+			want)
 	default:
-		c.add(m, "", remedyKernel, "made for kernel %s; this kernel is %s", m.MadeFor, want)
+		c.add(m, "", remedyKernel, "made for ABI fingerprint %s; this kernel has ABI fingerprint %s", m.MadeFor, want)
 	}
 }
 
 func (c *checker) symbol(m *Module, s Symbol, needs map[string]bool) {
-	// The kernel's loader skips this symbol, which the x86 and Arm assemblers add.
+	// The assemblers for x86 and Arm add this symbol. The kernel ignores it when it loads a module.
 	if s.Name == "_GLOBAL_OFFSET_TABLE_" {
 		return
 	}
@@ -217,7 +222,8 @@ func (c *checker) crc(m *Module, symbol string, want uint32, whose string) {
 	}
 }
 
-// gplCompatible has the same list as the kernel (include/linux/license.h).
+// gplCompatible reports whether the kernel treats a licence as compatible with the GPL. The list is that of
+// license_is_gpl_compatible in the kernel's include/linux/license.h.
 func gplCompatible(license string) bool {
 	switch license {
 	case "GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL":
@@ -226,8 +232,9 @@ func gplCompatible(license string) bool {
 	return false
 }
 
-// Order sorts the modules. Each module comes after the modules of the set that it depends on. Otherwise the order is
-// by name.
+// Order sorts the modules for loading. Each module comes after those of the given modules that it depends on. Modules
+// that do not depend on each other are sorted by name. Order fails if a module depends on itself, directly or through
+// others.
 func Order(mods []*Module) ([]*Module, error) {
 	waiting := map[string]*Module{}
 	for _, m := range mods {
@@ -247,8 +254,7 @@ func Order(mods []*Module) ([]*Module, error) {
 				&Problem{Module: names[0], Text: "depends on itself through " + strings.Join(names, ", "), Remedy: remedySet},
 				remedySet)
 		}
-		// Only one module is taken in each round, so that more modules in the set do not change the order of the
-		// others.
+		// Each round takes only one module. An additional module therefore does not change the order of the others.
 		next := slices.Min(ready)
 		ordered = append(ordered, waiting[next])
 		delete(waiting, next)

@@ -75,16 +75,16 @@ func TestCheck(t *testing.T) {
 		{"another struct module", func(a, b *sample, r *modinfo.Rules) { a.this, r.StructSize = "nvidia", 0x340 },
 			"nvidia: struct module has 896 bytes in this module, and 832 bytes in this kernel"},
 		{"not stamped", func(a, b *sample, r *modinfo.Rules) { r.MadeFor = "sha256:ab" },
-			"nvidia: does not say what kernel it was made for"},
+			"nvidia: has no ABI fingerprint in section .note.prebake; this kernel has ABI fingerprint sha256:ab"},
 		{"stamped with a sibling", func(a, b *sample, r *modinfo.Rules) {
 			r.MadeFor, a.stamp = "sha256:ab", string(modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType,
 				[]byte("sha256:cd")))
-		}, "nvidia: made for kernel sha256:cd; this kernel is sha256:ab"},
+		}, "nvidia: made for ABI fingerprint sha256:cd; this kernel has ABI fingerprint sha256:ab"},
 		{"many problems", func(a, b *sample, r *modinfo.Rules) {
 			for c := 'a'; c <= 'z'; c++ {
 				a.imports = append(a.imports, "gone_"+string(c))
 			}
-		}, "nvidia: 18 more"},
+		}, "nvidia: 18 more problems"},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {

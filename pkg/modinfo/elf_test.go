@@ -19,7 +19,7 @@ type sample struct {
 	imports  []string
 	weak     []string
 	exports  map[string]uint32 // with their checksums; in __kcrctab
-	absolute map[string]uint32 // with checksums as absolute symbols, as older kernels have them
+	absolute map[string]uint32 // exports with their checksums in absolute symbols, as before Linux 5.19
 	this     string            // name in .gnu.linkonce.this_module
 	noTable  bool              // without a symbol table
 	note     string            // the section of the build id

@@ -27,8 +27,10 @@ type Module struct {
 	SrcVersion string
 	// Vermagic has the kernel release and the options that the kernel compares at load, without the blank at its end.
 	Vermagic string
-	License  string
-	// Depends are the modules that must be loaded before, as modpost writes their names; see [Canonical].
+	// License is MODULE_LICENSE, such as NVIDIA or GPL v2.
+	License string
+	// Depends are the modules that must be loaded before this one. Their names are as modpost writes them, with - or _;
+	// see [Canonical].
 	Depends []string
 	// Firmware has the names of firmware files that the module may request.
 	Firmware []string
@@ -40,7 +42,8 @@ type Module struct {
 	Exports []string
 	// ExportCRCs are the checksums of Exports. It is empty without MODVERSIONS.
 	ExportCRCs map[string]uint32
-	// CRCs are the checksums that the module expects of its imports. It is empty without MODVERSIONS.
+	// CRCs are the checksums that the module expects of its imports and of some other names, such as module_layout. It is
+	// empty without MODVERSIONS.
 	CRCs map[string]uint32
 	// BuildID is the build ID that the linker made from the module's content. It may be empty.
 	BuildID string
@@ -56,11 +59,11 @@ type Module struct {
 	Machine elf.Machine
 	// Signed is true if a signature is appended. The signature is not verified.
 	Signed bool
-	// Size is the length of the module in bytes, without that signature.
+	// Size is the length of the module in bytes, without an appended signature.
 	Size int64
 }
 
-// Symbol is an undefined symbol. A weak one may stay undefined.
+// Symbol is an undefined symbol. If it is weak, the kernel loads the module even if nothing exports the symbol.
 type Symbol struct {
 	Name string
 	Weak bool
@@ -69,8 +72,8 @@ type Symbol struct {
 // Canonical returns a module's name in the form that the kernel compares: with _ for each -.
 func Canonical(name string) string { return strings.ReplaceAll(name, "-", "_") }
 
-// Bounds on a module file. The largest real module, nvidia.ko of the open flavour, has 250 MB as built and 100,000
-// symbols. Each of its tables has less than a tenth of these bounds.
+// Bounds on a module file, in bytes or symbols. The largest real module, nvidia.ko of the open flavour, has 250 MB as
+// built and 100,000 symbols. Each of its tables has less than a tenth of the bound for that table.
 const (
 	maxFile    = 2 << 30
 	maxSection = 64 << 20
@@ -78,7 +81,7 @@ const (
 	maxModinfo = 1 << 20
 )
 
-// Read reads the facts of a module file of this size.
+// Read reads the facts of a module file. size is the length of the file in bytes. The error is fault.CheckFailed.
 func Read(r io.ReaderAt, size int64) (*Module, error) {
 	m, err := read(r, size)
 	if err != nil {
@@ -226,8 +229,9 @@ func structName(f *elf.File) (string, error) {
 	return Canonical(string(name)), nil
 }
 
-// readVersions reads __versions. Its records have 64 bytes: a checksum in the first eight, and a name in the others.
-// From Linux 6.14 on it reads two other sections, in which a name may be longer.
+// readVersions reads the checksums that the module expects. They are in the section __versions. Each record has 64
+// bytes: a checksum in the first eight, and a name in the others. Since Linux 6.14, a module may have the checksums in
+// two other sections (CONFIG_EXTENDED_MODVERSIONS), because a name may be longer there.
 func (m *Module) readVersions(f *elf.File) error {
 	const record, nameAt = 64, 8
 	m.CRCs = map[string]uint32{}
@@ -305,7 +309,7 @@ func (m *Module) readSymbols(f *elf.File) error {
 		if !ok || name == "" {
 			continue
 		}
-		if s.Section == elf.SHN_ABS { // before Linux 5.19 the value was the checksum
+		if s.Section == elf.SHN_ABS { // before Linux 5.19 the symbol's value was the checksum
 			m.ExportCRCs[name] = uint32(s.Value)
 		} else if crcs, ok := crcTables[s.Section]; ok && s.Value+4 > s.Value && s.Value+4 <= uint64(len(crcs)) {
 			m.ExportCRCs[name] = binary.LittleEndian.Uint32(crcs[s.Value:])
@@ -320,8 +324,9 @@ func (m *Module) readSymbols(f *elf.File) error {
 	return nil
 }
 
-// SignatureMagic is the end of a signed module. Before it are twelve bytes. The third of them is the kind of signature
-// (2 is PKCS #7), and the last four are the signature's length.
+// SignatureMagic is the end of a signed module. The twelve bytes before it are the kernel's struct module_signature.
+// The third of these bytes is the kind of signature (2 is PKCS #7). The last four are the signature's length in bytes,
+// with the most significant byte first.
 const SignatureMagic = "~Module signature appended~\n"
 
 // signatureSize returns the number of bytes of the appended signature with its trailer, or 0 if there is none.

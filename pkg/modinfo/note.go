@@ -8,8 +8,8 @@ import (
 	"fmt"
 )
 
-// BuildIDNote is the section that has the build ID. A loaded module has a file with this name in its notes folder in
-// /sys.
+// BuildIDNote is the section that has the build ID. For a loaded module, the kernel shows the section as the file
+// /sys/module/<name>/notes/<BuildIDNote>.
 const BuildIDNote = ".note.gnu.build-id"
 
 // The builder's stamp is one note in the section StampSection, with owner [StampOwner] and type [StampType]. The
@@ -65,7 +65,8 @@ func AppendNote(section []byte, owner string, kind uint32, content []byte) []byt
 	return pad(append(section, content...))
 }
 
-// BuildID returns the build ID in the section [BuildIDNote]. It returns "" if the section has another note.
+// BuildID returns the build ID in hexadecimal digits. note is the content of the section [BuildIDNote]. BuildID returns
+// "" if the section has no build ID, or one of more than 64 bytes.
 func BuildID(note []byte) string {
 	const most, gnuBuildID = 64, 3
 	id := Note(note, "GNU", gnuBuildID)

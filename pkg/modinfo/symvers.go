@@ -110,7 +110,8 @@ func parseExport(line string) (string, Export, error) {
 	case "EXPORT_SYMBOL_GPL", "EXPORT_SYMBOL_GPL_FUTURE", "EXPORT_UNUSED_SYMBOL_GPL":
 		e.GPL = true
 	default:
-		// Linux 5.3 and older wrote the namespace in another place. No other kinds are known.
+		// The first releases of Linux 5.4 and 5.5 wrote the namespace before the module, so another field stands here. No
+		// other kinds are known.
 		return "", Export{}, fmt.Errorf("kind of export %q: want EXPORT_SYMBOL or EXPORT_SYMBOL_GPL", kind)
 	}
 	if fields[1] == "" || fields[2] == "" {

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// bucket is the part of a COS release bucket that Expand needs.
+// bucket has the functions of a COS release bucket that Expand needs.
 type bucket interface {
 	// BuildIDs returns the BUILD_IDs, newest first, from one listing of the bucket. BuildsOf needs one more listing for
 	// each BUILD_ID.
@@ -48,23 +48,23 @@ func (c Cell) String() string {
 // Problem is the reason why a wish expands to no cell.
 type Problem struct {
 	Err error `json:"-"`
-	// Unavailable says that the problem is no failure, because the same wish has an answer for other kernels.
+	// Unavailable says that the problem is no failure, because COS offers a version for the same wish to other kernels.
 	Unavailable bool `json:"unavailable,omitempty"`
 }
 
-// MarshalText prints the error.
+// MarshalText returns the text of the error.
 func (p *Problem) MarshalText() ([]byte, error) { return []byte(p.Err.Error()), nil }
 
 // Plan is the result of the expansion of a wish list.
 type Plan struct {
-	// Cells has the order of the wishes, without repetition. The cells of early warnings come last.
+	// Cells has each cell once, in the order of the wish list. The cells of early warnings come last.
 	Cells []Cell `json:"cells"`
 	// Notes are messages for the author of the wish list.
 	Notes []string `json:"notes,omitempty"`
 }
 
-// Labels returns, for each kernel that has cells, the labels of the wish list with their versions. A version "" means
-// that the bucket named none.
+// Labels returns the labels of the wish list for each kernel that has cells, and the driver version that has each
+// label. The version is "" if the bucket names no version for that driver and kernel.
 func (p *Plan) Labels() map[target.Kernel]map[string]string {
 	all := map[target.Kernel]map[string]string{}
 	for _, c := range p.Cells {
@@ -85,7 +85,7 @@ func (p *Plan) Labels() map[target.Kernel]map[string]string {
 const parallel = 8
 
 // Expand returns the cells of a wish list. If one kernel or one driver cannot be resolved, its cell has a Problem, and
-// the other cells are not affected. images may be nil.
+// the other cells are not affected. images is the image map, or nil if the wish list names none.
 func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, error) {
 	e := &expander{wish: w, bucket: b, images: images, unused: map[int]bool{}}
 	for i := range w.Exclude {
@@ -98,7 +98,8 @@ func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, er
 	}
 	cells := e.cells(kernels, lists)
 	if len(cells) == 0 {
-		return nil, fault.New(fault.Usage, "expand wish list: every cell is excluded", "remove a rule from exclude")
+		return nil, fault.New(fault.Usage, "expand wish list: every cell is excluded",
+			"remove a rule from exclude in the wish list")
 	}
 	if len(cells) > maxCells {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("expand wish list: %d cells; want at most %d", len(cells), maxCells),
@@ -126,10 +127,10 @@ type expander struct {
 	wish   *Wish
 	bucket bucket
 	images *ImageMap
-	unused map[int]bool // exclude rules that have removed no cell so far
+	unused map[int]bool // indexes of the exclude rules that have removed no cell so far
 }
 
-// wanted is one kernel that the wish list asks for, or the error of an entry that found no kernel.
+// wanted is one kernel that the wish list asks for. If no kernel was found for an entry, wanted has the error instead.
 type wanted struct {
 	kernel target.Kernel
 	asked  string
@@ -138,7 +139,7 @@ type wanted struct {
 }
 
 // kernels resolves the wish list's entries for kernels. A kernel that several entries ask for appears once. It is an
-// early warning only if all these entries are.
+// early warning only if all these entries are early warnings.
 func (e *expander) kernels(ctx context.Context) []wanted {
 	var all []wanted
 	var known *listing
@@ -170,7 +171,7 @@ func (e *expander) kernels(ctx context.Context) []wanted {
 			if len(found) == 0 {
 				add(none, fault.New(fault.InputMissing,
 					fmt.Sprintf("%s: the bucket has no such COS build for board %s", asked, board),
-					"check milestone and board; builder plan prints the cells of a wish list"))
+					"correct milestone or board in the wish list; builder plan then prints its cells"))
 			}
 			for _, k := range found {
 				add(k, nil)
@@ -207,15 +208,16 @@ func merge(all []wanted, w wanted) []wanted {
 	return append(all, w)
 }
 
-// listing caches which builds the bucket has. A bucket has thousands of builds, so the boards of a build are asked for
-// only if the build may be wanted.
+// listing caches which COS builds the bucket has. A bucket has thousands of them, so newest asks for the boards of a
+// COS build only if a wish may want that build.
 type listing struct {
 	ids    []string // newest first
 	boards map[string][]target.Kernel
 	err    error
 }
 
-// list lists the bucket. A web server has no listing; the builds then come from the image map.
+// list returns the COS builds of the bucket. A bucket on a plain web server cannot be listed. The COS builds then come
+// from the image map.
 func (e *expander) list(ctx context.Context) *listing {
 	l := &listing{boards: map[string][]target.Kernel{}}
 	l.ids, l.err = e.bucket.BuildIDs(ctx)
@@ -223,7 +225,7 @@ func (e *expander) list(ctx context.Context) *listing {
 	case l.err == nil || !fault.Is(l.err, fault.Unsupported):
 	case e.images == nil:
 		l.err = fault.Wrap(fault.Unsupported, l.err,
-			"name exact COS builds, or set imageMap: an image map lists COS builds if the bucket cannot")
+			"in the wish list, name exact COS builds, or set imageMap to the URL of a list of COS images")
 	default:
 		l.ids, l.err = nil, nil
 		for _, k := range e.images.kernels {
@@ -236,10 +238,10 @@ func (e *expander) list(ctx context.Context) *listing {
 	return l
 }
 
-// atOnce is the number of builds whose boards are asked for at one time.
+// atOnce is the number of COS builds whose boards one call of BuildsOf asks for.
 const atOnce = 8
 
-// newest returns the newest builds of a board that match an entry, newest first.
+// newest returns the newest kernels of a board that match an entry, newest first.
 func (e *expander) newest(ctx context.Context, l *listing, entry Kernel, board string) (found []target.Kernel,
 	err error) {
 	if l.err != nil {
@@ -282,13 +284,14 @@ func (e *expander) newest(ctx context.Context, l *listing, entry Kernel, board s
 	return found, nil
 }
 
-// answer is the bucket's answer about the drivers of one kernel.
+// answer is the bucket's list of drivers for one kernel, or the error of reading it.
 type answer struct {
 	list cosbucket.DriverList
 	err  error
 }
 
-// lists reads the driver lists of all kernels, unless every wish names an exact version.
+// lists reads the bucket's driver list of each kernel. If every wish names an exact version, no list is needed and
+// lists reads none.
 func (e *expander) lists(ctx context.Context, kernels []wanted) []answer {
 	all := make([]answer, len(kernels))
 	if !slices.ContainsFunc(e.wish.Drivers, func(d Driver) bool { _, exact := d.Wish.Exact(); return !exact }) {
@@ -319,7 +322,7 @@ func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
 		}
 		key := c.String()
 		if c.Kernel.BuildID == "" || c.Driver.Version == "" {
-			key += "\n" + asked // keeps wishes that have no version apart
+			key += "\n" + asked // two wishes without a version stay two cells
 		}
 		i, ok := index[key]
 		if !ok {
@@ -362,7 +365,7 @@ func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
 			}
 		}
 	}
-	// A wish that has a version for no kernel at all is more likely a mistake in the file, and so counts as a failure.
+	// If a wish has a version for no kernel at all, the wish is probably a mistake in the file. It counts as a failure.
 	for i := range all {
 		if p := all[i].Problem; p != nil && p.Unavailable &&
 			!slices.ContainsFunc(all[i].Asked, func(w string) bool { return met[target.Wish(w)] }) {
@@ -378,7 +381,7 @@ func choose(w target.Wish, a answer) (string, *Problem) {
 	if exact {
 		return version, nil
 	}
-	if a.err != nil { // a very new build has no list yet
+	if a.err != nil { // a very new COS build has no driver list yet
 		return "", &Problem{Err: fmt.Errorf("driver %s: %w", w, a.err), Unavailable: fault.Is(a.err, fault.InputMissing)}
 	}
 	version, err := a.list.Choose(w)
@@ -388,7 +391,8 @@ func choose(w target.Wish, a answer) (string, *Problem) {
 	return version, nil
 }
 
-// excluded applies the exclude rules to a cell. If the cell has no version, a rule matches the text of the wish.
+// excluded reports whether an exclude rule removes a cell. If the cell has no version, the driver of a rule is compared
+// with the text of the wish.
 func (e *expander) excluded(c Cell, asked string) bool {
 	if c.Problem != nil && c.Kernel.BuildID == "" {
 		return false

@@ -23,7 +23,7 @@ const imageMap = `{"creation_time": "2026-11-01", "entries": [
 	{"gke_version": "1.37.1-gke.1", "image": "ubuntu-gke-2404-1-33"}
 ]}`
 
-// world is a fake bucket with a list of builds and their driver lists.
+// world is a fake bucket with a list of COS builds and their driver lists.
 type world struct {
 	builds  []string
 	err     error
@@ -163,7 +163,7 @@ func TestExpand(t *testing.T) {
 		{"board of one entry", "kernels: [{milestone: 109, latest: 1, board: lakitu-arm64}]\ndrivers: " +
 			"[550.1.1]\nflavours: [open]", real109(), nil, []string{
 			"M109 17800.0.50/lakitu-arm64 550.1.1-open <550.1.1>"}},
-		{"early warnings come last; asked for otherwise too, it is none",
+		{"early warnings come last; a kernel that another entry asks for too is no early warning",
 			"kernels: [{latest: 2, earlyWarning: true}, {milestone: 113, latest: 1, earlyWarning: true}, {build: " +
 				"18244.0.2}]\ndrivers: [550.1.1]\nflavours: [open]", real109(), nil, []string{
 				"M113 18244.0.2/lakitu 550.1.1-open <550.1.1>", "20301.0.0/lakitu 550.1.1-open early <550.1.1>",

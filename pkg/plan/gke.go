@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// MaxGKE is how many GKE versions are kept for one kernel; the newest are kept.
+// MaxGKE is the largest number of GKE versions of one kernel. If there are more, the newest are kept.
 const MaxGKE = 200
 
 // gkeVersion is the form of a GKE version, such as 1.33.5-gke.1080000.
@@ -29,8 +29,8 @@ func CompareGKE(a, b string) int {
 	return target.CompareVersions(strings.Replace(a, "-gke.", ".", 1), strings.Replace(b, "-gke.", ".", 1))
 }
 
-// GKE returns the kernels that GKE's nodes boot, newest BUILD_ID first, from the image map. It also returns the GKE
-// versions of each kernel, newest first; the key is BUILD_ID/board. The name of an image tells the board.
+// GKE returns the kernels of the image map that GKE's nodes boot, newest BUILD_ID first. It also returns the GKE
+// versions of each kernel, newest first, by the key BUILD_ID/board.
 func (m *ImageMap) GKE() (kernels []target.Kernel, versions map[string][]string) {
 	if m == nil {
 		return nil, nil

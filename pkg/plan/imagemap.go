@@ -9,13 +9,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// MaxImageMap bounds an image map, in bytes. The real one has less than a megabyte.
+// MaxImageMap bounds an image map, in bytes. Google's image map has less than a megabyte.
 const MaxImageMap = 32 << 20
 
 const maxImages = 200_000
 
-// imageName is the form of a COS image's name: the milestone and three numbers. GKE's own images have longer names and
-// do not match; the list names their COS images in other entries.
+// imageName is the form of a COS image's name: the milestone and the three numbers of the BUILD_ID. GKE's own images
+// have longer names and do not match. Other entries of the list name the COS images that GKE's images are made from.
 var imageName = regexp.MustCompile(
 	`^cos-(arm64-)?(?:lm-)?(?:beta-|dev-|stable-)?([0-9]{2,4})-([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})$`)
 
@@ -27,10 +27,11 @@ type ImageMap struct {
 	gke        map[string][]string // GKE versions by BUILD_ID/board
 }
 
-// ParseImageMap reads a list of images in the form of gke-to-cos.json. It skips names that are not COS's. A list
-// without any COS image is an error.
+// ParseImageMap reads a list of images in the form of gke-to-cos.json. It skips entries whose image is not a COS image.
+// A list without any COS image is an error of kind fault.Unsupported.
 func ParseImageMap(data []byte) (*ImageMap, error) {
-	const hint = "name a list in the form of https://www.gstatic.com/gke-image-maps/gke-to-cos.json"
+	const hint = "set imageMap of the wish list, or --gke-map of the server, to the URL of a list in the form of " +
+		"https://www.gstatic.com/gke-image-maps/gke-to-cos.json"
 	if len(data) > MaxImageMap {
 		return nil, fault.New(fault.Unsupported, fmt.Sprintf("read image map: more than %d bytes", MaxImageMap), hint)
 	}
@@ -74,13 +75,13 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 		}
 	}
 	if len(m.kernels) == 0 {
-		return nil, fault.New(fault.Unsupported, "read image map: no COS image in it", hint)
+		return nil, fault.New(fault.Unsupported, "read image map: the list names no COS image", hint)
 	}
 	return m, nil
 }
 
-// milestone returns the milestone of a build, from the image map or else from the number of the build's branch; 0 means
-// unknown.
+// milestone returns the milestone of a COS build. It takes the milestone from the image map, or else from the first
+// number of the BUILD_ID; 0 means unknown.
 func (m *ImageMap) milestone(buildID string) int {
 	if m != nil && m.milestones[buildID] != 0 {
 		return m.milestones[buildID]

@@ -12,10 +12,10 @@ import (
 	"github.com/prebake/prebake/pkg/yamlfile"
 )
 
-const hintSchema = "see docs/examples/wish.yaml; to check the file in an editor: builder wish schema"
+const hintSchema = "correct the file as in docs/examples/wish.yaml; builder wish schema prints a schema for editors"
 
-// Parse reads a wish list; errors call the file name. One error lists all mistakes, each with its line and column, what
-// was found, and what is wanted.
+// Parse reads a wish list. name is the file's name in error messages. One error of kind fault.Usage lists all mistakes,
+// each with its line and column, what was found, and what is wanted.
 func Parse(name string, data []byte) (*Wish, error) {
 	p := &parser{Reader: yamlfile.Reader{Name: name}}
 	w := &Wish{}
@@ -99,7 +99,7 @@ func (p *parser) wish(a yamlfile.At) *Wish {
 	return w
 }
 
-// checkLabels checks the rules about labels that need the whole file.
+// checkLabels checks the rules about labels that depend on the whole file.
 func (p *parser) checkLabels(w *Wish) {
 	seen := map[string]bool{}
 	for _, l := range p.labels {
@@ -117,7 +117,7 @@ func (p *parser) checkLabels(w *Wish) {
 		case seen[l.label]:
 			p.Say(l.At, "found label %s for a second driver; want it once", l.label)
 		case is && branch != of:
-			p.Say(l.At, "found label %s for driver %s; want it for a driver of that branch", l.label, l.driver.Wish)
+			p.Say(l.At, "found label %s for driver %s; want the label of the driver's own branch", l.label, l.driver.Wish)
 		case !slices.Contains(flavours, target.Open):
 			p.Say(l.At, "found a label for a driver without the open flavour; want open among its flavours, since COS's "+
 				"installer takes no other flavour from a bucket")

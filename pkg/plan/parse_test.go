@@ -150,8 +150,8 @@ func TestMistakes(t *testing.T) {
 			"w:3:71: drivers[1].labels[0]: found label LATEST for a second driver; want it once"},
 		{"label of another branch", head + "drivers: [{branch: R535, labels: [R580]}, {version: 580.1, labels: [R535]}]\n",
 			strings.Join([]string{
-				"w:3:35: drivers[0].labels[0]: found label R580 for driver R535; want it for a driver of that branch",
-				"w:3:69: drivers[1].labels[0]: found label R535 for driver 580.1; want it for a driver of that branch",
+				"w:3:35: drivers[0].labels[0]: found label R580 for driver R535; want the label of the driver's own branch",
+				"w:3:69: drivers[1].labels[0]: found label R535 for driver 580.1; want the label of the driver's own branch",
 			}, "\n")},
 		{"label without the open flavour",
 			"flavours: [proprietary]\n" + head +

@@ -1,10 +1,11 @@
 // Package plan turns a wish list into cells. A wish list is a YAML file that a person maintains; it names the wanted
-// COS builds, drivers and flavours. Parse reads the file and reports every mistake, with its line. Expand asks a bucket
-// which builds and drivers exist. It returns one cell for each combination of build, driver version and flavour.
+// COS builds, drivers and flavours. Parse reads the file and reports every mistake, with its line. Expand asks a COS
+// release bucket which COS builds and drivers exist. It returns one cell for each combination of kernel, driver version
+// and flavour.
 //
-// Parse and Expand depend only on the file and the bucket's answers; only LoadImageMap opens a connection. The package
-// refuses to guess. It reports a field that it does not know, a milestone that has no builds, and a driver that COS
-// does not offer; it never skips them silently.
+// The results of Parse and Expand depend only on the file, the bucket and the image map. The package itself opens a
+// connection only in LoadImageMap. The package refuses to guess. It reports a field that it does not know, a milestone
+// that has no COS builds, and a driver that COS does not offer; it never skips them silently.
 package plan
 
 import (
@@ -17,9 +18,9 @@ const FormatVersion = 1
 // MaxFile bounds a wish list, in bytes.
 const MaxFile = 1 << 20
 
-// More bounds. They are far above the number of cells that a farm builds in a day.
+// Bounds on the content of a wish list. They are far above what a farm can build in a day.
 const (
-	maxLatest    = 1000   // builds that one entry may ask for
+	maxLatest    = 1000   // COS builds that one entry may ask for
 	maxCells     = 20_000 // cells of one plan
 	minMilestone = 60
 	maxMilestone = 9999

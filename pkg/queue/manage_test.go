@@ -24,7 +24,7 @@ func insert(t *testing.T, q *queue.Queue, priorities map[int64]int) {
 	}
 }
 
-// worked works the queue with one worker until n builds were seen. It returns them in their order.
+// worked runs one worker until it has got n builds. It returns the builds in the order in which the worker got them.
 func worked(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), 30*time.Second)
@@ -44,8 +44,8 @@ func worked(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	return order
 }
 
-// TestPriorities checks that a build that somebody waits for comes before one that a wish list wants. This also holds
-// if it was inserted later or raised later.
+// TestPriorities checks that a build that somebody waits for comes before a build that only a wish list wants. The
+// order of insertion does not matter, and the priority may be raised after the insertion.
 func TestPriorities(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -91,8 +91,8 @@ func TestCancel(t *testing.T) {
 	})
 }
 
-// TestRelease checks that another worker, of any name, gets the running job of a dead worker after its release. A
-// waiting job does not change.
+// TestRelease checks that Release makes the running job of a dead worker available to a worker of any name. A waiting
+// job does not change.
 func TestRelease(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {

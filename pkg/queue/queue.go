@@ -1,5 +1,5 @@
 // Package queue is the build queue that server and builder share. It opens and migrates the database, inserts builds,
-// and works them. It uses River over SQLite (one machine) or PostgreSQL (many machines).
+// and gives them to workers. It uses River over SQLite (one machine) or PostgreSQL (many machines).
 //
 // The package knows nothing about a build except [api.BuildJob]. The fetcher must never import it, because a node needs
 // no database driver.
@@ -32,19 +32,21 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxAttempts is the largest number of attempts of a build whose faults are retryable. A job that fails in attempt
-// MaxAttempts is not tried again.
+// MaxAttempts is the largest number of attempts of a build. A job that fails in this attempt is not tried again, even
+// if the fault is retryable.
 const MaxAttempts = 5
 
-// JobTimeout bounds one attempt of one build. After RescueAfter, the queue gives the job of a worker that never
-// reported back to another worker. RescueAfter is longer, so that no running build is taken away.
+// JobTimeout bounds one attempt of one build. If a worker has not ended its job after RescueAfter, the queue gives the
+// job to another worker. RescueAfter is longer than JobTimeout, so that the queue takes no running build from its
+// worker.
 const (
 	JobTimeout  = time.Hour
 	RescueAfter = JobTimeout + 15*time.Minute
 )
 
-// grace is how long running builds may continue after they were told to stop. It is enough for a build that is about to
-// publish, and short enough that nothing kills the process from outside before.
+// grace is how long running builds may continue after Work was told to stop. It is long enough for a build that is
+// about to publish. It is also short enough that a process manager, such as Kubernetes, does not kill the process
+// first.
 const grace = 5 * time.Second
 
 // Queue is an open queue. The caller closes it.
@@ -58,7 +60,7 @@ type Queue struct {
 	grace  time.Duration // for Work; 0 means the constant grace
 }
 
-// client has the methods that both instances of River's generic client share.
+// client has the methods of River's generic client that are the same for SQLite and PostgreSQL.
 type client interface {
 	Insert(ctx context.Context, args river.JobArgs, opts *river.InsertOpts) (*rivertype.JobInsertResult, error)
 	JobCancel(ctx context.Context, id int64) (*rivertype.JobRow, error)
@@ -92,10 +94,10 @@ func Open(ctx context.Context, rawURL string) (*Queue, error) {
 	return q, nil
 }
 
-// SetLogger sets the logger for River's own messages. Without it, they are dropped.
+// SetLogger sets the logger for River's own messages. Without a logger, these messages are dropped.
 func (q *Queue) SetLogger(log *slog.Logger) { q.log = log }
 
-// SetGrace sets how long Work lets running builds continue after it was told to stop. The default is some seconds.
+// SetGrace sets how long Work lets running builds continue after it was told to stop. The default is five seconds.
 func (q *Queue) SetGrace(d time.Duration) { q.grace = d }
 
 func (q *Queue) openSQLite(path string) error {
@@ -135,7 +137,7 @@ func (q *Queue) openPostgres(ctx context.Context, rawURL string) error {
 
 // migrationLock is the key of PostgreSQL's advisory lock around migrations. The number is arbitrary, and nobody else
 // uses it. With SQLite, a lock file beside the database has the same purpose. The locks are needed because River's
-// migrations take none.
+// migrations take no lock.
 const migrationLock = 0x70726562616b65
 
 // migrate runs River's migrations. Only one process runs them at a time.
@@ -199,15 +201,15 @@ func (q *Queue) Ping(ctx context.Context) error {
 	return nil
 }
 
-// Priorities of builds. River works lower numbers first, and allows 1 to 4.
+// Priorities of builds. River starts jobs with lower numbers first, and allows the numbers 1 to 4.
 const (
 	PriorityAsked   = 1 // a node or a person waits for the build
 	PriorityWanted  = 2 // a wish list wants the build; builds for newer kernels are inserted first
 	PriorityWarning = 4 // the build is for a milestone that is not released yet
 )
 
-// Insert adds a build to the queue. If the build is inserted twice, there is one job, with its first priority. Priority
-// 0 means PriorityAsked.
+// Insert adds a build to the queue. A second Insert of the same build changes nothing: the job and its priority stay.
+// Priority 0 means PriorityAsked.
 func (q *Queue) Insert(ctx context.Context, job api.BuildJob, priority int) error {
 	return q.own().insertBuild(ctx, job, priority)
 }
@@ -291,11 +293,11 @@ func (db database) find(ctx context.Context, build int64) (*rivertype.JobRow, er
 	return rows[0], nil
 }
 
-// listed is the number of jobs that one query returns.
+// listed is the largest number of jobs that one query returns.
 const listed = 5000
 
-// Open returns, by build, the states of all jobs that a worker will still work on. One query reads
-// some thousand jobs.
+// Open returns the states of all jobs that have not ended, by build number. A farm may have many jobs, so each query
+// reads a part of them.
 func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 	all := map[int64]JobState{}
 	for last := int64(0); ; {
@@ -320,9 +322,9 @@ func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 	}
 }
 
-// Cancel cancels a build's job. If the job is running, its worker is not interrupted; the worker learns of it in
-// another way. The job is cancelled whatever the worker reports. A build without a job, or with an ended one, is no
-// error.
+// Cancel cancels a build's job. If the job is running, Cancel does not interrupt the worker; the server tells the
+// worker in the reply to its next report. The job is cancelled whatever the worker reports. If the build has no job, or
+// its job has ended, Cancel changes nothing and returns nil.
 func (q *Queue) Cancel(ctx context.Context, build int64) error { return q.own().cancel(ctx, build) }
 
 func (db database) cancel(ctx context.Context, build int64) error {
@@ -336,8 +338,8 @@ func (db database) cancel(ctx context.Context, build int64) error {
 	return nil
 }
 
-// SetPriority raises the priority of a build's waiting job; it never lowers it. River has no function for that, so
-// SetPriority writes to River's table.
+// SetPriority raises the priority of a build's waiting job. It never lowers a priority. River has no function that
+// changes a priority, so SetPriority writes to River's table.
 func (q *Queue) SetPriority(ctx context.Context, build int64, priority int) error {
 	return q.own().raise(ctx, build, priority)
 }

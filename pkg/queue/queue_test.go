@@ -115,7 +115,7 @@ func TestWorkVerdicts(t *testing.T) {
 			if attempt == 1 && seen.Add(1) == 6 {
 				stop()
 			}
-			if j.Build == 2 { // its second attempt must come after the first attempts of the others, however slow they are
+			if j.Build == 2 { // its second attempt must come after the first attempts of all other builds
 				<-ctx.Done()
 			}
 			return results[j.Build]
@@ -138,10 +138,10 @@ func TestWorkVerdicts(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if n == 2 && got.State == "available" { // River serves a short pause without its scheduler
+			if n == 2 && got.State == "available" { // River makes a job available at once if its pause is short
 				got.State = "retryable"
 			}
-			if n == 4 && got.State == "available" { // the stop may have come between
+			if n == 4 && got.State == "available" { // the worker may have been stopping already
 				got.State = "scheduled"
 			}
 			got.Error, want.Priority = "", queue.PriorityAsked
@@ -215,7 +215,7 @@ func TestKilledWorker(t *testing.T) {
 	})
 }
 
-// expect works the queue as w1 until it sees the build in this attempt.
+// expect runs a worker named w1 until it gets the build, and checks the number of the attempt.
 func expect(t *testing.T, q *queue.Queue, build int64, attempt int) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)

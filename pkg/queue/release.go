@@ -14,9 +14,10 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Release gives the running jobs of these builds to other workers, because their workers are dead or seem to be. It
-// ends each job, and inserts a successor that continues with the next attempt. If a worker returns that was taken for
-// dead, it therefore ends only its own job. Jobs that are not running do not change.
+// Release gives the running jobs of these builds to other workers. The caller knows or assumes that the present workers
+// are dead. Release ends each job and inserts a second job, its successor, which continues with the next attempt. If a
+// worker is alive after all, it therefore ends only the first job, not the successor. Jobs that are not running do not
+// change.
 func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	var rows []*rivertype.JobRow
 	for _, build := range builds {
@@ -37,8 +38,8 @@ func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	return nil
 }
 
-// End removes the job of an ended build from the queue for good, also if its worker has died. A build without a job, or
-// with an ended one, is no error.
+// End ends the job of a build that has ended, even if the job's worker has died. No worker gets the job again. If the
+// build has no job, or its job has ended, End changes nothing and returns nil.
 func (q *Queue) End(ctx context.Context, build int64) error {
 	row, err := q.own().find(ctx, build)
 	if err != nil {
@@ -78,8 +79,9 @@ func (q *Queue) succeed(ctx context.Context, rows []*rivertype.JobRow) (err erro
 	return tx.Commit(ctx)
 }
 
-// successor inserts a waiting copy of an ended job. River has no function for that: a job that River inserts has no
-// former attempts. The statement does not copy a job that ended by itself meanwhile, or that another server has copied.
+// successor inserts a waiting copy of an ended job. River has no function for such a copy: a job that River inserts has
+// no former attempts. The statement copies neither a job that ended by itself meanwhile nor a job that another server
+// has copied.
 const successor = `INSERT INTO river_job (args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
 	priority, queue, scheduled_at, state, tags, unique_key, unique_states)
 SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
@@ -87,8 +89,8 @@ SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, me
 FROM river_job WHERE id = $1 AND state = 'discarded' AND attempt = $2 AND attempt < max_attempts
 ON CONFLICT DO NOTHING`
 
-// adopt makes the jobs available that the database shows as running under this worker's id. No process runs them,
-// because the id belongs to this process, which has just started.
+// adopt makes those jobs available again that the database shows as running under this worker's id. No process runs
+// them, because the id belongs to this process, which has just started. A job in its last attempt is discarded.
 func (q *Queue) adopt(ctx context.Context, id string) error {
 	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
 		Max: 10000, OrderByClause: "id ASC",
@@ -102,7 +104,7 @@ func (q *Queue) adopt(ctx context.Context, id string) error {
 	for _, row := range rows {
 		switch n := len(row.AttemptedBy); {
 		case n == 0 || row.AttemptedBy[n-1] != id:
-		case row.Attempt >= row.MaxAttempts: // bounds a build that kills its worker each time
+		case row.Attempt >= row.MaxAttempts: // a build that kills its worker in every attempt must end
 			last = append(last, row)
 		default:
 			again = append(again, row)

@@ -67,7 +67,7 @@ func (w Within) do(f func(database) error) error {
 	})
 }
 
-// database has River's functions, for a database or for one transaction.
+// database has River's functions. They work on the database itself or in one transaction.
 type database struct {
 	exec   riverdriver.Executor
 	insert func(context.Context, river.JobArgs, *river.InsertOpts) (*rivertype.JobInsertResult, error)
@@ -92,8 +92,8 @@ func inTx[T any](c *river.Client[T], tx T) database {
 	}
 }
 
-// joined is a connection on which database/sql has begun a transaction. River may use it, but only database/sql may end
-// it.
+// joined is a connection on which database/sql has begun a transaction. River may use the transaction, but only
+// database/sql may end it.
 type joined struct{ *connection }
 
 // connection is another name of pgx.Conn. A field that is embedded as Conn would hide the method Conn of joined.

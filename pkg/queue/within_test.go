@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// TestWithin checks writes to the queue inside a transaction of the caller. They take effect at its commit, and not at
-// all if it is rolled back.
+// TestWithin checks writes to the queue inside a transaction of the caller. The writes take effect when the transaction
+// is committed, and not at all if it is rolled back.
 func TestWithin(t *testing.T) {
 	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) {
@@ -89,7 +89,7 @@ func within(t *testing.T, driver, rawURL string) {
 	stands("a rollback", 1, "available")
 	step("Cancel(1)", true, out)
 	stands("a commit", 1, "cancelled")
-	if driver == "pgx" { // with SQLite, the transaction itself refuses
+	if driver == "pgx" { // SQLite's transaction refuses such a write itself
 		err := q.Within(conn, nil).Insert(t.Context(), job(5), queue.PriorityAsked)
 		if !fault.Is(err, fault.Internal) {
 			t.Errorf("Insert(5) without a transaction = %v; want %v", err, fault.Internal)

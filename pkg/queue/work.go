@@ -13,14 +13,15 @@ import (
 )
 
 // Work takes builds from the queue and calls do for each, at most concurrency at a time, until ctx ends. Then it takes
-// no more builds, gives the running ones a short grace period, and cancels them. It returns nil after they have ended.
+// no more builds, waits a grace period for the running builds (see [Queue.SetGrace]), and cancels those that still run.
+// It returns nil after all of them have ended.
 //
-// id is the name of the worker, and only one process may use it at a time. The caller ensures that, for example with a
-// lock file. Jobs that a killed process of the same id left behind become available again at once.
+// id is the name of the worker. The caller ensures that only one process uses the name at a time, for example with a
+// lock file. If a killed process with the same id left jobs behind, they become available again at once.
 //
-// The error of do decides about the job. [Requeue] gives the job back. An error that is not retryable, or of kind
-// Cancelled, ends the job. After any other error the job is tried again, at most MaxAttempts times in all, with growing
-// pauses.
+// The error of do decides about the job. An error from [Requeue] gives the job back to the queue. An error that is not
+// retryable, or of kind Cancelled, ends the job. After any other error the job is tried again, with growing pauses,
+// until it has had MaxAttempts attempts.
 func (q *Queue) Work(
 	ctx context.Context,
 	id string,
@@ -58,13 +59,15 @@ func (q *Queue) Work(
 		if ctx.Err() != nil {
 			return nil
 		}
-		return fault.Wrap(fault.Transient, fmt.Errorf("work queue: %w", err), "check that the queue's database is reachable")
+		return fault.Wrap(fault.Transient, fmt.Errorf("work queue: %w", err),
+			"check that the database of --queue is reachable")
 	}
 	<-c.Stopped()
 	return nil
 }
 
-// handBackPause is the pause before the next attempt of a job that its worker gave back without being stopped.
+// handBackPause is the pause before the next attempt of a job that a worker gave back while the worker was not
+// stopping.
 const handBackPause = 15 * time.Second
 
 // requeueError is the error that [Requeue] returns.
@@ -72,12 +75,12 @@ type requeueError struct{ error }
 
 func (h requeueError) Unwrap() error { return h.error }
 
-// Requeue marks an error that is not the fault of the build, such as a stopped worker or a server that does not answer.
-// The queue offers the job again: at once after a stop, else after a short pause. The attempt does not count.
+// Requeue marks an error that the build did not cause, such as a stopped worker or a server that does not answer. The
+// queue offers the job again: at once if the worker is stopping, else after a short pause. The attempt does not count.
 func Requeue(err error) error { return requeueError{err} }
 
-// riverError converts the error of a build to the error that River expects. It looks only at the error, so that the
-// queue and the other reports of do agree.
+// riverError converts the error of a build to the error that River expects. Whether the job ends depends only on the
+// error and not on ctx, so that the queue agrees with what do reports to others. ctx decides only about the pause.
 func riverError(ctx context.Context, err error) error {
 	var back requeueError
 	switch {

@@ -32,9 +32,10 @@ type AnonymousAccess struct {
 	Reads bool
 }
 
-// AnonymousAccess asks the registry without credentials. With a digest, Reads says whether that manifest can be read.
-// Without one, Reads says whether the repository's tags can be listed. If the registry answers that there is no such
-// repository, and answers so to everybody, Reads is true: everybody will be able to read what is pushed there.
+// AnonymousAccess asks the registry without credentials. If digest is not empty, Reads says whether that manifest can
+// be read. Otherwise Reads says whether the repository's tags can be listed. If the registry answers the request for
+// the tags with 404, the repository does not exist, and the registry shows that to everybody. Reads is then true,
+// because everybody will be able to read what is pushed there.
 func (r *Repository) AnonymousAccess(ctx context.Context, digest string) (AnonymousAccess, error) {
 	s, ok := r.s.(*remoteStore)
 	if !ok {

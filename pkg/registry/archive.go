@@ -54,7 +54,7 @@ type part struct {
 // extent is the position of a file's bytes in a tar.
 type extent struct{ at, size int64 }
 
-// openArchives parses FILE[+FILE…]. It opens no file: the first read does.
+// openArchives parses FILE[+FILE…]. It opens no file; the first read opens all of them.
 func openArchives(ref string) (*layoutStore, error) {
 	paths := strings.Split(ref, partsBetween)
 	if slices.Contains(paths, "") {
@@ -97,8 +97,8 @@ func (a *archives) open(ctx context.Context, name string, size int64) (io.ReadCl
 	return nil, missing(parts, name)
 }
 
-// missing returns the error for a file that no part has. If the first part is a delta, the error asks for the bundle
-// that it is a delta of.
+// missing returns the error for a file that no part has. If the first part is a delta, the error names the bundle that
+// has to come before it.
 func missing(parts []part, name string) error {
 	first := parts[0]
 	if first.base == "" {
@@ -107,12 +107,12 @@ func missing(parts []part, name string) error {
 	return fault.New(
 		fault.Usage,
 		fmt.Sprintf(
-			"%s is a delta, and leaves out %s, which the bundle with index %s has",
+			"%s is a delta without %s, which is in the bundle with index %s",
 			first.path,
 			path.Base(name),
 			first.base,
 		),
-		"name that bundle first: "+archivePrefix+"EARLIER.tar"+partsBetween+first.path,
+		"name the file of that bundle before the delta: "+archivePrefix+"EARLIER.tar"+partsBetween+first.path,
 	)
 }
 
@@ -145,20 +145,20 @@ func notBasedOn(p, before part) error {
 	if p.base == "" {
 		return fault.New(
 			fault.Usage,
-			p.path+" is complete, and needs no other bundle before it",
-			"name this bundle alone: "+archivePrefix+p.path,
+			p.path+" is complete and no delta of "+before.path,
+			"name the complete bundle alone: "+archivePrefix+p.path,
 		)
 	}
 	return fault.New(
 		fault.Usage,
 		fmt.Sprintf(
-			"%s is a delta of the bundle with index %s, and %s has index %s",
+			"%s is a delta of the bundle with index %s, but %s has index %s",
 			p.path,
 			p.base,
 			before.path,
 			before.index,
 		),
-		"name the bundle that the delta was made for; builder bundle show FILE prints the index of a bundle",
+		"compare the indexes that builder bundle show FILE prints, and name the right bundle before the delta",
 	)
 }
 
@@ -170,7 +170,8 @@ func readPart(ctx context.Context, file string) (part, error) {
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		// The error is not wrapped: callers read fs.ErrNotExist as an empty folder, and a missing archive is not one.
+		// The error does not wrap fs.ErrNotExist. Callers take that error for an empty folder, and a missing archive must
+		// be an error.
 		return p, fault.New(
 			fault.NotFound,
 			"there is no such file",
@@ -190,7 +191,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return p, fault.New(
 			fault.Unverified,
-			"it has no "+markerFile+" with "+indexFile,
+			"it lacks "+markerFile+" or "+indexFile,
 			"name an uncompressed tar of an OCI image layout",
 		)
 	}
@@ -224,7 +225,7 @@ func checkMarker(raw []byte) error {
 		return fault.New(
 			fault.Unverified,
 			fmt.Sprintf("image layout version %.20q; want 1.0.0", marker.Version),
-			"update this program",
+			"use a newer version of this program",
 		)
 	}
 	return nil
@@ -239,7 +240,7 @@ func scanFile(file string) (map[string]extent, error) {
 	return scan(f)
 }
 
-// layoutFile matches the files of a layout that are read. An archive may have other files, too.
+// layoutFile matches the names of a layout's files. An archive may have other files, which are ignored.
 var layoutFile = regexp.MustCompile(`^(oci-layout|index\.json|blobs/sha256/[0-9a-f]{64})$`)
 
 // scan returns the position of each file of a layout in a tar. It accepts only folders and regular files, and each
@@ -272,7 +273,7 @@ func scan(r io.ReadSeeker) (map[string]extent, error) {
 		if h.Typeflag == tar.TypeDir || !layoutFile.MatchString(name) {
 			continue
 		}
-		// The tar reader has read the header and nothing after it.
+		// The tar reader has read only the header so far. The file's bytes therefore begin at the present position.
 		at, err := r.Seek(0, io.SeekCurrent)
 		if err != nil {
 			return nil, err
@@ -374,8 +375,9 @@ func (l Layout) Index(ctx context.Context) (idx *v1.IndexManifest, digest string
 	return idx, hash.String(), err
 }
 
-// Has reports whether the layout has a blob with exactly the size that d says. So a truncated blob does not count. Has
-// does not compare the digest. If a delta was opened without its base, Has looks only in the delta.
+// Has reports whether the layout has a blob with exactly the size that d says. A truncated blob therefore does not
+// count. Has does not compare the digest. If a delta was opened without the bundle before it, Has looks only in the
+// delta.
 func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	places := []interface {
 		open(ctx context.Context, name string, size int64) (io.ReadCloser, error)

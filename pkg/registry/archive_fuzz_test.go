@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// FuzzScan scans arbitrary tars. Every extent that scan finds must lie within the tar and have the name of a layout's
+// FuzzScan scans arbitrary tars. Every file that scan finds must lie within the tar and have the name of a layout's
 // file.
 func FuzzScan(f *testing.F) {
 	var b bytes.Buffer

@@ -113,7 +113,8 @@ func TestArchive(t *testing.T) {
 	if _, err := repo.Resolve(t.Context(), "v2"); !fault.Is(err, fault.NoArtifact) {
 		t.Errorf("Resolve of what is not there = %v; want kind no-artifact", err)
 	}
-	// A reader finds the attachments by either of the two lists alone.
+	// A layout has two lists of attachments: the entries of the index, and the list under a tag. A reader finds the
+	// attachments if the layout has only one of them.
 	for name, keep := range map[string]func(d v1.Descriptor) bool{
 		"entries alone": func(d v1.Descriptor) bool {
 			return !strings.HasPrefix(d.Annotations[registry.AnnotationRefName], "sha256-")

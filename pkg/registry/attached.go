@@ -13,20 +13,20 @@ import (
 
 // Bounds of [Repository.Attached].
 const (
-	// MaxAttachments is the greatest number of payloads that are read among the attachments that match. As many again
-	// are read among the attachments that may match.
+	// MaxAttachments is the greatest number of payloads that are read from attachments with all wanted annotations. As
+	// many more are read from attachments that lack some of these annotations.
 	MaxAttachments = 64
 	// MaxAttachment is the greatest size of one payload in bytes.
 	MaxAttachment = 1 << 20
 	// maxManifests is the greatest number of manifests that one search reads.
 	maxManifests = 1024
-	// maxOthers is the greatest number of payloads that are returned although the caller cannot use them.
+	// maxOthers is the greatest number of useless payloads that [Repository.AttachedIf] returns.
 	maxOthers = 8
 )
 
-// Attached returns the payloads of this type that are attached to a manifest. It compares them with their digests.
-// Each element of wanted is a set of annotations that an attachment must have. Without any set, every attachment
-// matches.
+// Attached returns the payloads of this type that are attached to a manifest. It compares each payload with its digest.
+// Each element of wanted is a set of annotations. An attachment matches if it has all annotations of one set, or if
+// wanted is empty.
 //
 // Attachments that have all annotations of one set come first. They are taken from the sets in turns, so that many
 // attachments for one set do not hide those for another. After them come attachments that lack an annotation of a
@@ -39,11 +39,11 @@ func (r *Repository) Attached(ctx context.Context, digest, artifactType string, 
 	return r.attached(ctx, digest, artifactType, nil, wanted)
 }
 
-// AttachedIf is [Repository.Attached] for a caller that can tell a useful payload from one that anybody may attach.
-// useful returns a name for what the payload says, or "" if the payload is not useful. Of several payloads with the
-// same name only the first counts. So neither many useless attachments nor many copies of a useful one can hide a
-// useful one, whatever their annotations are. If an attachment cannot be read as it is listed, the others are still
-// returned. A few useless payloads come last, so that the caller can report what was wrong with them.
+// AttachedIf is [Repository.Attached] for a caller that can tell a useful payload from a useless one, which anybody may
+// attach. The function useful returns a name for what the payload says, or "" if the payload is useless. Of several
+// payloads with the same name only the first counts. Many useless payloads, or many copies of one useful payload,
+// therefore cannot hide another useful payload. If a listed attachment is missing or damaged, the other attachments are
+// still returned. A few useless payloads come last, so that the caller can report what was wrong with them.
 func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string,
 	useful func(payload []byte) (what string), wanted ...map[string]string) ([][]byte, error) {
 	return r.attached(ctx, digest, artifactType, useful, wanted)
@@ -69,7 +69,7 @@ func (r *Repository) attached(ctx context.Context, digest, artifactType string, 
 }
 
 // sortOut returns two lists. asked has the attachments with all annotations of a set, taken from the sets in turns.
-// perhaps has the other attachments that do not contradict every set.
+// perhaps has the attachments that lack an annotation of a set, but do not contradict that set.
 func sortOut(list []v1.Descriptor, wanted []map[string]string) (asked, perhaps []v1.Descriptor) {
 	if len(wanted) == 0 {
 		return list, nil
@@ -95,7 +95,7 @@ func sortOut(list []v1.Descriptor, wanted []map[string]string) (asked, perhaps [
 	return asked, perhaps
 }
 
-// matchSet returns the index of the first set that the annotations have completely, or -1. may is false if the
+// matchSet returns the index of the first set whose elements are all among the annotations, or -1. may is false if the
 // annotations contradict every set.
 func matchSet(annotations map[string]string, wanted []map[string]string) (first int, may bool) {
 	for i, set := range wanted {
@@ -126,8 +126,8 @@ type search struct {
 }
 
 // leftOut reports whether an attachment is skipped because of err. An attachment that is listed but does not exist is
-// always skipped. With useful, an attachment that is damaged is skipped, too. An error of the network does not come
-// from the attachment, so it is returned.
+// always skipped. A damaged attachment is skipped if the caller has given the function useful. An error of the network
+// does not come from the attachment, so the attachment is not skipped and the search fails.
 func (s *search) leftOut(ctx context.Context, err error) bool {
 	if err == nil || ctx.Err() != nil {
 		return false
@@ -165,7 +165,7 @@ func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]by
 	return all, nil
 }
 
-// payload reads one payload. It returns nil for a manifest of another shape.
+// payload reads one payload. It returns nil if the manifest does not have the form of a matching attachment.
 func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	layer, err := s.layer(ctx, d, MaxAttachment)
 	if err != nil || layer == nil {
@@ -178,7 +178,8 @@ func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	return payload, err
 }
 
-// layer returns the descriptor of a manifest's payload. It returns nil for a manifest of another shape.
+// layer returns the descriptor of a manifest's payload. It returns nil if the manifest does not have the form of a
+// matching attachment.
 func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.Descriptor, error) {
 	raw, err := s.r.Manifest(ctx, d.Digest.String())
 	if err != nil {
@@ -190,7 +191,7 @@ func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.De
 		m.Layers[0].Size < 0 || m.Layers[0].Size > most || checkDigest(m.Layers[0].Digest.String()) != nil {
 		return nil, nil
 	}
-	// A list need not repeat the annotations of a manifest, so compare them again.
+	// The list of referrers need not repeat the annotations of a manifest, so compare those in the manifest itself.
 	if _, may := matchSet(m.Annotations, s.wanted); !may && len(s.wanted) > 0 {
 		return nil, nil
 	}
@@ -202,9 +203,9 @@ func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.De
 // maxPayloads is the greatest number of manifests that [Repository.Payloads] reads.
 const maxPayloads = 256
 
-// Payloads is [Repository.Attached] for payloads that are too large to be read whole. It returns the descriptor of
-// each payload of at most most bytes, the smallest first, with the annotations of its attachment. It leaves out
-// attachments that cannot be read.
+// Payloads is [Repository.Attached] for payloads that are too large to be read whole. It returns the descriptors of the
+// payloads, the smallest first, each with the annotations of its attachment. It leaves out payloads whose size in bytes
+// exceeds most, and attachments that cannot be read.
 func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, most int64,
 	wanted ...map[string]string) ([]v1.Descriptor, error) {
 	list, err := r.list(ctx, digest)
@@ -236,8 +237,8 @@ func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, 
 	return payloads, nil
 }
 
-// mayBe reports whether a descriptor may have an artifact type. A registry that does not know artifact types reports
-// the type of the config, or none.
+// mayBe reports whether a listed manifest may be of an artifact type. A registry that does not know artifact types
+// lists the media type of the config instead, or no type.
 func mayBe(d v1.Descriptor, artifactType string) bool {
 	return d.ArtifactType == artifactType || d.ArtifactType == "" || d.ArtifactType == emptyType
 }

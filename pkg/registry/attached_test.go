@@ -26,7 +26,8 @@ import (
 
 const labelledType = "application/vnd.test.labelled"
 
-// crowd attaches many manifests of one kind, one that is wanted, and some without annotations.
+// crowd pushes an image and attaches many manifests of kind match, one manifest of kind plan, and some without this
+// annotation.
 func crowd(t *testing.T, repo *registry.Repository) (digest string) {
 	t.Helper()
 	img, err := random.Image(64, 1)
@@ -199,8 +200,8 @@ func TestHostilePages(t *testing.T) {
 	}
 }
 
-// Useless attachments hide no useful one, whatever their annotations are. An attachment that is missing or broken does
-// not prevent reading the others.
+// Useless attachments do not hide a useful attachment, whatever annotations they have. An attachment that is missing or
+// broken does not prevent reading the others.
 func TestAttachedIf(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

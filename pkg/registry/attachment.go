@@ -18,7 +18,7 @@ const emptyType = "application/vnd.oci.empty.v1+json"
 
 var emptyConfig = []byte("{}")
 
-// attachment is a manifest that refers to another one and carries one payload.
+// attachment is a manifest that has another manifest as its subject, and that carries one payload.
 type attachment struct {
 	open     func() (io.ReadCloser, error) // opens the payload
 	layer    v1.Descriptor
@@ -28,7 +28,7 @@ type attachment struct {
 	whole    v1.Image // a finished manifest that is copied as it is; nil if there is none
 }
 
-// inMemory describes a payload that is in memory.
+// inMemory returns the descriptor of a payload in memory, and a function that opens the payload.
 func inMemory(mediaType string, payload []byte) (v1.Descriptor, func() (io.ReadCloser, error), error) {
 	d := v1.Descriptor{MediaType: types.MediaType(mediaType)}
 	var err error

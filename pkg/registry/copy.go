@@ -85,8 +85,8 @@ func copyAttached(ctx context.Context, from, to *Repository, subject, digest str
 	return to.s.attach(ctx, a)
 }
 
-// ArtifactType returns the type of an artifact as a list of referrers has it: artifactType, or the config's media type
-// if that is empty (image-spec 1.1, "guidelines for artifact usage").
+// ArtifactType returns the type of an artifact as a list of referrers has it: the manifest's artifactType or, if that
+// is empty, the config's media type (image-spec 1.1, "guidelines for artifact usage").
 func ArtifactType(m *v1.Manifest) string {
 	if m.ArtifactType != "" {
 		return m.ArtifactType
@@ -166,7 +166,7 @@ type remoteLayer struct {
 func (l remoteLayer) Digest() (v1.Hash, error)            { return l.d.Digest, nil }
 func (l remoteLayer) Size() (int64, error)                { return l.d.Size, nil }
 func (l remoteLayer) MediaType() (types.MediaType, error) { return l.d.MediaType, nil }
-func (l remoteLayer) DiffID() (v1.Hash, error)            { return l.d.Digest, nil } // never asked for a stored image
+func (l remoteLayer) DiffID() (v1.Hash, error)            { return l.d.Digest, nil } // not called for a stored image
 func (l remoteLayer) Compressed() (io.ReadCloser, error) {
 	return l.i.r.Blob(l.i.ctx, l.d.Digest.String(), l.d.Size)
 }
@@ -208,7 +208,7 @@ type Tagged struct {
 }
 
 // EachTagged calls visit for each image that has a tag, sorted by tag. It skips names in a layout that are not valid
-// tags. It ends with the first error.
+// tags, and tags of manifests that are no images. It returns the first error of a request or of visit.
 func EachTagged(
 	ctx context.Context,
 	r *Repository,

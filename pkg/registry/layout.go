@@ -20,7 +20,8 @@ import (
 
 // layoutStore is an OCI image layout (image-spec 1.1, image-layout.md). index.json has one entry for each manifest and
 // tag. An attached manifest has an entry without a tag, and its subject field names the manifest that it is attached
-// to. Every file appears complete under its final name, or not at all. Writers of all processes take turns by a lock.
+// to. Every file appears complete under its final name, or not at all. A lock file allows only one writer at a time,
+// among all processes.
 type layoutStore struct {
 	dir   string
 	files layoutFiles
@@ -32,13 +33,13 @@ type layoutFiles interface {
 	// the error is [fs.ErrNotExist].
 	read(ctx context.Context, name string, limit int64) ([]byte, error)
 	open(ctx context.Context, name string, size int64) (io.ReadCloser, error)
-	// cheap reports whether it is cheap to read many small files. settled reports that nobody adds attachments to this
-	// layout, so a list of referrers is complete.
+	// cheap reports whether it is cheap to read many small files. settled reports whether the layout has all its
+	// attachments already. If settled is true, the list of referrers under the tag is complete.
 	cheap() bool
 	settled() bool
 }
 
-// folder is [layoutFiles] in a folder.
+// folder implements [layoutFiles] for a folder on a disk.
 type folder string
 
 const (
@@ -128,22 +129,23 @@ func (s *layoutStore) resolve(ctx context.Context, ref string) (v1.Descriptor, e
 			return v1.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}, nil
 		}
 	}
-	return v1.Descriptor{}, fault.New(fault.NoArtifact, "not in this folder", "")
+	return v1.Descriptor{}, fault.New(fault.NoArtifact, "not in this image layout", "")
 }
 
 func (s *layoutStore) manifest(ctx context.Context, digest string) ([]byte, error) {
 	raw, err := s.files.read(ctx, blobName(digest), MaxManifest) // Repository.Manifest compares the bytes with the digest
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fault.New(fault.NoArtifact, "not in this folder", "")
+		return nil, fault.New(fault.NoArtifact, "not in this image layout", "")
 	}
 	return raw, err
 }
 
-// A layout lists attached manifests in two ways, and each client reads one of them. oras reads the entries of
-// index.json whose manifest has a subject. regclient reads the list under the tag of the referrers tag schema.
+// A layout can list attached manifests in two ways, and clients differ in which one they read. oras reads the entries
+// of index.json whose manifest has a subject. regclient reads the list under the tag of the referrers tag schema. This
+// package writes and reads both.
 
-// listed returns the list of referrers under that tag, and its position in the index. Without such a tag it returns
-// nil and -1. If the tag names something else than a list of referrers, the list is nil.
+// listed returns the list under the referrers tag of subject, and the position of that tag in the index. Without such a
+// tag it returns nil and -1. If the tag names something else than a list of referrers, the list is nil.
 func (s *layoutStore) listed(ctx context.Context, idx *v1.IndexManifest, subject string) (*v1.IndexManifest, int,
 	error) {
 	i := slices.IndexFunc(idx.Manifests, func(d v1.Descriptor) bool { return d.Annotations[refName] == listTag(subject) })
@@ -200,7 +202,7 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 		if !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil {
 			continue
 		}
-		if looks++; looks > maxManifests && !s.files.cheap() { // each of these manifests has to be read
+		if looks++; looks > maxManifests && !s.files.cheap() { // each candidate costs a request
 			break
 		}
 		raw, err := s.files.read(ctx, blobName(d.Digest.String()), MaxManifest)

@@ -46,8 +46,8 @@ func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
 	})
 }
 
-// listWith returns the list of a subject's referrers with d added. It is nil if d is in the list already. The caller
-// holds the lock.
+// listWith returns the list of a subject's referrers with d added. The result is nil if d is in the list already. The
+// caller holds the lock.
 func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descriptor) ([]byte, error) {
 	idx, err := s.index(ctx)
 	if err != nil {
@@ -61,10 +61,10 @@ func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descrip
 	case list != nil:
 		all = list.Manifests
 	case i >= 0:
-		return nil, fault.New(fault.PublishRefused, "tag "+listTag(subject)+" is no list of referrers",
+		return nil, fault.New(fault.PublishRefused, "tag "+listTag(subject)+" does not name a list of referrers",
 			"remove that tag from "+indexFile+" by hand, or publish to another folder")
 	default:
-		if all, err = s.referrers(ctx, subject); err != nil { // attached before there was a list
+		if all, err = s.referrers(ctx, subject); err != nil { // manifests that were attached before the list existed
 			return nil, err
 		}
 	}
@@ -74,7 +74,7 @@ func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descrip
 		return nil, nil
 	}
 	raw, err := ReferrersList(all)
-	if err == nil && len(raw) > MaxManifest { // nobody could read it
+	if err == nil && len(raw) > MaxManifest { // readers refuse a longer list
 		err = fault.New(fault.PublishRefused,
 			fmt.Sprintf("the list of what is attached to %s would have %d bytes; at most %d are read", subject, len(raw),
 				MaxManifest),
@@ -300,7 +300,7 @@ func (s *layoutStore) write(path string, fill func(io.Writer) error) error {
 	return nil
 }
 
-// denied adds the fault kind to an error of the disk.
+// denied adds kind and hint to an error of writing a file, if the disk is full or the user may not write.
 func denied(err error) error {
 	switch {
 	case fault.NoSpace(err):

@@ -17,8 +17,8 @@ import (
 )
 
 const (
-	// maxList is the greatest size in bytes of a list of referrers with all its pages. The list repeats the
-	// annotations of each referrer, and anybody who may push can attach one with megabytes of them.
+	// maxList is the greatest size in bytes of a list of referrers with all its pages. The list repeats the annotations
+	// of each referrer, and anybody who may push can attach a manifest with megabytes of annotations.
 	maxList = 32 << 20
 	// maxAnnotation is the greatest size in bytes of one annotation: key and value together.
 	maxAnnotation = 1 << 10
@@ -114,11 +114,11 @@ func nextPage(from *url.URL, h http.Header) (*url.URL, error) {
 		}
 		if to.Scheme != from.Scheme || to.Host != from.Host || to.Path != from.Path || to.User != nil {
 			return nil, fault.New(fault.Unverified,
-				fmt.Sprintf("next page at %.100q: the address is not on the host of the list, and does not get this registry's "+
-					"credentials",
+				fmt.Sprintf("refuse next page at %.100q: it is not on the host and path of the first page, so it must not get "+
+					"this registry's credentials",
 					m[1]),
-				"configure the registry, or the proxy in front of it: links to pages must be paths, or begin with "+
-					from.Scheme+"://"+from.Host)
+				"configure the registry, or the proxy in front of it, so that each link to a next page begins with "+
+					from.Scheme+"://"+from.Host+from.Path+" or is a relative path")
 		}
 		return to, nil
 	}

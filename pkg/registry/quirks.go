@@ -20,12 +20,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// lenient translates unusual responses about referrers into responses that the client library knows. Each response
-// that means "no such API" becomes a 404. The library then uses the tag of the referrers tag schema instead.
+// lenient translates unusual responses about referrers into responses that the client library knows. Each response that
+// means "this registry has no referrers API" becomes a 404. The library then uses the tag of the referrers tag schema
+// instead of the API.
 type lenient struct{ next http.RoundTripper }
 
-// referrersTag matches the path of a manifest under the tag that replaces the API (distribution-spec 1.1, "Referrers
-// Tag Schema").
+// referrersTag matches the path of a manifest under the tag that replaces the referrers API (distribution-spec 1.1,
+// "Referrers Tag Schema").
 var referrersTag = regexp.MustCompile(`/manifests/sha256-[0-9a-f]{64}$`)
 
 // attaching is a context key. It marks requests that add to a list of referrers.
@@ -90,12 +91,12 @@ func tagged(req *http.Request, resp *http.Response) (*http.Response, error) {
 		if req.Context().Value(attaching{}) != nil && resp.Header.Get("Docker-Content-Digest") == digest {
 			// GitLab takes the tag for the digest, and has no referrers API either (oras-project/oras-go#1396).
 			return nil, fault.New(fault.PublishRefused,
-				req.URL.Host+" confuses the tag "+tag+" with the digest, and has no referrers API",
+				req.URL.Host+" has no referrers API, and confuses the tag "+tag+" with the digest",
 				"publish to another registry: this one cannot list the attestations of an artifact")
 		}
 		if req.Context().Value(attaching{}) != nil {
-			return nil, fault.New(fault.PublishRefused, "tag "+path.Base(req.URL.Path)+" is no list of referrers",
-				"remove that tag by hand: without the referrers API this tag must list the artifact's attestations")
+			return nil, fault.New(fault.PublishRefused, "tag "+path.Base(req.URL.Path)+" does not name a list of referrers",
+				"remove that tag by hand: this registry has no referrers API, so the tag must list the artifact's attestations")
 		}
 		return absent(resp), nil
 	}

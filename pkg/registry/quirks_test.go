@@ -137,7 +137,7 @@ func TestOddReferrersTag(t *testing.T) {
 	}
 }
 
-// The client waits as long as the registry asks, unless that is longer than the bound.
+// The client waits as long as the registry asks. If that is longer than the bound, the client does not wait at all.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]struct {

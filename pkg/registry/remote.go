@@ -83,8 +83,8 @@ func (s *remoteStore) reference(ref string) name.Reference {
 }
 
 func (s *remoteStore) resolve(ctx context.Context, ref string) (v1.Descriptor, error) {
-	// HEAD comes first, because it does not count as a pull. Not every registry answers HEAD with all headers, so GET
-	// decides if HEAD does not.
+	// HEAD comes first, because registries do not count it as a pull. If HEAD gives no clear result, for example because
+	// a header is missing, GET decides.
 	head, err := s.puller.Head(ctx, s.reference(ref))
 	if err == nil && head.Digest.Algorithm == "sha256" {
 		return v1.Descriptor{MediaType: head.MediaType, Digest: head.Digest, Size: head.Size}, nil
@@ -148,7 +148,7 @@ func (s *remoteStore) push(ctx context.Context, img v1.Image) error {
 	if err != nil {
 		return err
 	}
-	// A pusher remembers what it sent. A new pusher asks the registry again.
+	// A pusher skips what it sent before without asking the registry. A new pusher asks the registry.
 	p, err := remote.NewPusher(s.options...)
 	if err != nil {
 		return err
@@ -176,7 +176,7 @@ func (s *remoteStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 	if err := p.Put(ctx, s.repo.Tag(tag), rawManifest{raw: raw, mediaType: d.MediaType}); err != nil {
 		return s.writing(ctx, err)
 	}
-	// The API has no "create only" operation: the last writer wins. So read the tag again.
+	// The API cannot create a tag only if it does not exist: the last writer wins. So read the tag again.
 	have, err := s.resolve(ctx, tag)
 	if err == nil && have.Digest != d.Digest {
 		err = taken(have.Digest, d.Digest)
@@ -189,8 +189,8 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 	if err != nil {
 		return err
 	}
-	// If the registry lacks the referrers API, attaching rewrites a shared tag. If two writers do so at once, one
-	// entry is lost. So check whether the list has this attachment.
+	// If the registry lacks the referrers API, attaching rewrites the list under a shared tag. If two writers do so at
+	// once, one of the new entries is lost. So check whether the list has this attachment, and try again if it has not.
 	const tries = 3
 	for range tries {
 		p, err := remote.NewPusher(s.options...)
@@ -278,17 +278,17 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	if err, ok := onTheWay(err, host); ok {
 		return err
 	}
-	// net/http has no error type for this. On loopback the client tries plain HTTP next; then the error of that second
-	// try counts.
+	// net/http has no error type for a server that speaks plain HTTP. On loopback the client tries plain HTTP next, and
+	// the error of that second try counts.
 	if text := err.Error(); strings.Contains(text, "server gave HTTP response to HTTPS client") &&
 		!strings.Contains(text, `Get "http://`) {
 		return fault.Wrap(fault.Usage, err,
-			"configure TLS on "+host+", which answers with plain HTTP, or configure this repository for plain HTTP")
+			"configure TLS on "+host+": this program speaks plain HTTP only to loopback and private addresses")
 	}
 	if onNetwork(err) {
 		hint := "check that " + host + " can be reached from here"
 		if write && strings.Contains(host, ".dkr.ecr.") {
-			// Amazon ECR then closes the connection (aws/containers-roadmap#1970).
+			// Amazon ECR closes the connection of a push to a repository that does not exist (aws/containers-roadmap#1970).
 			hint += "; Amazon ECR closes the connection if the repository does not exist; to create it: " + createECR(s.repo)
 		}
 		return fault.Wrap(fault.Transient, err, hint)
@@ -296,12 +296,12 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	if write {
 		return err
 	}
-	// The remaining errors are answers that the client library did not accept.
+	// The remaining errors come from responses that the client library did not accept.
 	return damaged(err)
 }
 
-// onTheWay adds the fault kind to an error that the other side did not answer with. For any other error the result is
-// false.
+// onTheWay adds the fault kind to an error that comes from TLS or from a transport of this package, and not from the
+// server's response. For any other error the result is false.
 func onTheWay(err error, host string) (error, bool) {
 	var known *fault.Error
 	if errors.As(err, &known) { // from one of the transports between the library and the network
@@ -326,8 +326,8 @@ func onNetwork(err error) bool {
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EPIPE)
 }
 
-// Denied reports whether a registry refused access. The caller may have no rights, or the registry hides whether the
-// artifact exists.
+// Denied reports whether a registry answered with 401 or 403. Some registries also answer so if the artifact does not
+// exist.
 func Denied(err error) bool {
 	var api *transport.Error
 	return errors.As(err, &api) && (api.StatusCode == http.StatusUnauthorized || api.StatusCode == http.StatusForbidden)
@@ -347,14 +347,14 @@ func createECR(repo name.Repository) string {
 // answered maps an error response of a registry to an error with a fault kind and a hint.
 func answered(repo name.Repository, api *transport.Error, err error, write bool) error {
 	host, status := repo.RegistryStr(), api.StatusCode
-	login := "log in with docker login " + host + ", or configure a user and token for it"
+	login, flags := "log in with docker login "+host, "; builder also takes --username and --password"
 	switch {
 	case status == http.StatusUnauthorized || status == http.StatusForbidden:
 		if write {
 			return fault.Wrap(fault.PublishRefused, err,
-				login+" that may push; Harbor gives the same answer if the project does not exist")
+				login+" as a user who may push"+flags+"; Harbor gives the same answer if the project does not exist")
 		}
-		return fault.Wrap(fault.Usage, err, login)
+		return fault.Wrap(fault.Usage, err, login+flags)
 	case status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || status >= 500:
 		return fault.Wrap(fault.Transient, err, "try again later; "+host+" answered "+http.StatusText(status))
 	case write && unknownName(api):
@@ -370,9 +370,9 @@ func answered(repo name.Repository, api *transport.Error, err error, write bool)
 	return err
 }
 
-var errTooLong = errors.New("answer is longer than it may be")
+var errTooLong = errors.New("response is too long")
 
-// bounded ends the read of a manifest or list that is too long. The library's own bound is 100 MB.
+// bounded stops reading a manifest or list that is too long. The library's own bound of 100 MB is too high.
 type bounded struct{ next http.RoundTripper }
 
 func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {

@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// site reads an OCI image layout from a web server or from a Google Cloud Storage bucket. Somebody copied there a
-// folder that a builder wrote as oci:FOLDER. site sends GET requests only.
+// site reads an OCI image layout from a web server or from a Google Cloud Storage bucket. A builder wrote the layout as
+// oci:FOLDER, and an operator copied it there. site sends GET requests only.
 type site struct {
 	base     *url.URL
 	keys     authn.Keychain
@@ -39,8 +39,8 @@ const maxSiteIndex = 16 << 20
 // indexAge is how long a site's index is reused, because one resolution reads it several times.
 const indexAge = 30 * time.Second
 
-// storageHost is the host of Cloud Storage, which has an object at /BUCKET/OBJECT (Cloud Storage documentation, "XML
-// API request endpoints").
+// storageHost is the host of Cloud Storage. The path of an object there is /BUCKET/OBJECT (Cloud Storage documentation,
+// "XML API request endpoints").
 const storageHost = "storage.googleapis.com"
 
 // openSite opens a site by its URL: https://…, http://… or gs://BUCKET/PREFIX.
@@ -78,8 +78,8 @@ func openSite(ref string, o Options) (store, error) {
 				return errors.New("stopped after 10 redirects")
 			}
 			if from := via[0].URL; req.URL.Scheme != from.Scheme || req.URL.Host != from.Host {
-				// net/http copies the headers of the first request to each redirect, and removes fewer of them than
-				// needed here.
+				// net/http copies the headers of the first request to each redirect. It keeps Authorization in some cases in
+				// which the server is another one.
 				req.Header.Del("Authorization")
 			}
 			return nil
@@ -100,8 +100,8 @@ type resource string
 func (r resource) String() string      { return string(r) }
 func (r resource) RegistryStr() string { return string(r) }
 
-// get requests a file, first without credentials. A public bucket answers that, and no token goes to a server that did
-// not ask for one.
+// get requests a file, first without credentials. A public bucket answers such a request, so no token is sent to a
+// server that did not ask for one.
 func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 	at := s.base.JoinPath(name)
 	for _, known := range []bool{false, true} {
@@ -141,7 +141,7 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 			)
 		default:
 			return nil, errors.Join(
-				fault.New(fault.Usage, "get "+at.String()+": HTTP "+resp.Status, "check the address"),
+				fault.New(fault.Usage, "get "+at.String()+": HTTP "+resp.Status, "check the address of the repository"),
 				resp.Body.Close(),
 			)
 		}
@@ -149,8 +149,8 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 	return nil, fault.New(
 		fault.Usage,
 		"get "+at.String()+": access denied",
-		"let everybody, or this machine's service account, read this address (roles/storage.objectViewer); or name a user "+
-			"in Docker's configuration for "+at.Host,
+		"let everybody, or this machine's service account, read this address (roles/storage.objectViewer); or log in with "+
+			"docker login "+at.Host,
 	)
 }
 

@@ -135,7 +135,7 @@ func (h *half) Write(p []byte) (int, error) {
 	panic(http.ErrAbortHandler)
 }
 
-// go-containerregistry writes layouts whose tags are annotations as in ours.
+// go-containerregistry writes a tag into a layout as the same annotation as this package does.
 func TestSiteByOthers(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -299,7 +299,7 @@ type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// A layout with very many manifests and no list of referrers is not read completely.
+// If a layout on a web server has very many manifests and no list of referrers, only some of the manifests are read.
 func TestSiteOfMany(t *testing.T) {
 	t.Parallel()
 	var index strings.Builder

@@ -17,12 +17,12 @@ import (
 
 const (
 	// idleTimeout is how long a response may pause before its connection is given up. firstByteTimeout is how long a
-	// response may take to begin, because a registry that is a mirror downloads the manifest first.
+	// response may take to begin. It is longer, because a registry that is a mirror first downloads the manifest itself.
 	idleTimeout      = 45 * time.Second
 	firstByteTimeout = 4 * time.Minute
 	// minRetryFor is the minimum time for which a broken blob is retried.
 	minRetryFor = 2 * time.Minute
-	// progress is how many bytes a connection has to deliver before it counts as working.
+	// progress is how many bytes a connection has to deliver before it counts as working again.
 	progress = 64 << 10
 )
 
@@ -41,7 +41,7 @@ type stream struct {
 	body   io.Reader // body of the open connection
 	rc     io.Closer
 	since  int64         // bytes that this connection delivered
-	broken time.Time     // time of the first error without progress since; zero if the connection works
+	broken time.Time     // time of the first error since the last progress; zero if the connection works
 	pause  time.Duration // before the next retry
 }
 
@@ -117,14 +117,14 @@ func (b *stream) Close() error { return b.rc.Close() }
 // offsetKey is a context key. Its value is an int64: the offset at which a blob continues.
 type offsetKey struct{}
 
-// ranged requests the rest of a blob by a Range header (RFC 9110, 14). If a registry sends the whole blob in spite of
-// it, ranged discards the beginning.
+// ranged requests the rest of a blob by a Range header (RFC 9110, 14). If a registry ignores the header and sends the
+// whole blob, ranged discards the beginning.
 type ranged struct{ next http.RoundTripper }
 
 func (r ranged) RoundTrip(req *http.Request) (*http.Response, error) {
 	from, _ := req.Context().Value(offsetKey{}).(int64)
-	// The library requests a token with the same context, and that request must have no range. A redirect from a blob
-	// goes to another path, which need not have /blobs/ in it.
+	// The library requests a token with the same context, and that request must have no range. The registry may redirect
+	// the request for a blob to a path without /blobs/; such a request has a Response.
 	if from <= 0 || req.Method != http.MethodGet || !strings.Contains(req.URL.Path, "/blobs/") && req.Response == nil {
 		return r.next.RoundTrip(req)
 	}
@@ -138,8 +138,9 @@ func (r ranged) RoundTrip(req *http.Request) (*http.Response, error) {
 	case http.StatusPartialContent:
 		m := contentRange.FindStringSubmatch(resp.Header.Get("Content-Range"))
 		if m == nil || m[1] != strconv.FormatInt(from, 10) {
-			return nil, errors.Join(fault.Errorf(fault.Transient, "asked for a blob from byte %d on, got %.80q", from,
-				resp.Header.Get("Content-Range")), resp.Body.Close())
+			return nil, errors.Join(fault.Errorf(fault.Transient,
+				"read blob from byte %d on: the response has Content-Range %.80q", from, resp.Header.Get("Content-Range")),
+				resp.Body.Close())
 		}
 		resp.StatusCode, resp.Status = http.StatusOK, "200 OK" // the library accepts only 200
 	case http.StatusOK:
@@ -173,7 +174,7 @@ func (s *skipping) Read(p []byte) (int, error) {
 type steady struct{ next http.RoundTripper }
 
 func (s steady) RoundTrip(req *http.Request) (*http.Response, error) {
-	// The check is by path and not by POST, because tokens are requested by POST, too.
+	// The first condition checks the path and not the method POST, because requests for tokens are POST requests, too.
 	if strings.Contains(req.URL.Path, "/blobs/uploads/") || req.Method == http.MethodPut ||
 		req.Method == http.MethodPatch {
 		return s.next.RoundTrip(req)

@@ -80,7 +80,7 @@ func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.In
 	return strings.TrimPrefix(srv.URL, "http://"), asked, ranges
 }
 
-// breaking is a response body whose connection breaks after this many bytes.
+// breaking is a response body whose connection breaks after left bytes.
 type breaking struct {
 	io.ReadCloser
 	left int64
@@ -99,8 +99,8 @@ type failing struct{}
 
 func (failing) Read([]byte) (int, error) { return 0, net.ErrClosed }
 
-// A download that breaks continues at the same offset. The registry is that of the distribution project, so the test
-// does not depend on a registry of ours.
+// A download that breaks continues at the same offset. The test uses the registry of the distribution project, because
+// it is independent of Prebake's code.
 func TestResume(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)
@@ -115,16 +115,16 @@ func TestResume(t *testing.T) {
 		t.Errorf("read %d bytes, %v; want the %d that were pushed", len(got), err, len(data))
 	}
 	if asked.Load() < 4 || ranges.Load() != asked.Load()-1 {
-		t.Errorf("%d requests, %d of them for a rest; want 4 and 3", asked.Load(), ranges.Load())
+		t.Errorf("%d requests, %d of them with a range; want at least 4, all but the first with a range", asked.Load(),
+			ranges.Load())
 	}
 	if err := rc.Close(); err != nil {
 		t.Error(err)
 	}
 }
 
-// A registry without support for ranges sends the blob from the beginning again, and the client discards the bytes
-// that it has. If the connection always breaks at the same byte, the client gives up and says how many bytes it
-// received.
+// A registry without support for ranges sends the blob from the beginning again, and the client discards the bytes that
+// it has already.
 func TestResumeWithoutRanges(t *testing.T) {
 	t.Parallel()
 	host := testkit.Registry(t, true)
@@ -276,7 +276,7 @@ func TestResumeBehindRedirect(t *testing.T) {
 	defer rc.Close()
 	got, err := io.ReadAll(rc)
 	if err != nil || !bytes.Equal(got, data) || asked.Load() < 4 || ranges.Load() != asked.Load()-1 {
-		t.Errorf("read %d bytes in %d requests, %d of them for a rest, %v; want %d in 4, or more where what was sent was "+
-			"lost, and all but one for a rest", len(got), asked.Load(), ranges.Load(), err, len(data))
+		t.Errorf("read %d bytes in %d requests, %d of them with a range, %v; want %d bytes in at least 4 requests, all but "+
+			"the first with a range", len(got), asked.Load(), ranges.Load(), err, len(data))
 	}
 }

@@ -35,9 +35,9 @@ const hintGroup = "give the builder a control group of its own: systemd-run --us
 
 // LimitSupport says how this machine enforces the bounds on memory and processes.
 type LimitSupport struct {
-	// ControlGroup is true if a control group enforces the bounds for all processes together. Otherwise Reason says
-	// why not, with a hint. Without a control group, the memory of each process is bounded, and the number of
-	// processes of this user; the number is not bounded for root.
+	// ControlGroup is true if a control group enforces the bounds for all processes together. Otherwise Reason says why
+	// not, with a hint. Without a control group, the kernel bounds the memory of each single process. It also bounds the
+	// number of all processes of this user, but not if the user is root.
 	ControlGroup bool
 	Reason       error
 }
@@ -85,7 +85,8 @@ func parseOwnGroup(text string) (string, error) {
 	return "", errors.New("find own control group: this process has no control group of version 2")
 }
 
-// groupMemory returns the lowest memory limit of this group and its ancestors.
+// groupMemory returns the lowest memory limit, in bytes, of this group and its ancestors. It returns math.MaxInt64 if
+// there is no limit.
 func groupMemory(dir string) int64 {
 	least := int64(math.MaxInt64)
 	for ; len(dir) >= len(groupRoot); dir = filepath.Dir(dir) {
@@ -100,9 +101,9 @@ func groupMemory(dir string) int64 {
 	return least
 }
 
-// parent returns the group in which runs create theirs, with the controllers that they need. If the builder's group
-// has processes, it cannot delegate controllers. Then the builder moves into a child group, if it is the only process
-// in its group.
+// parent returns the control group in which the groups of the runs are created, and enables the controllers that these
+// groups need. A group that has processes cannot delegate controllers. If the builder is the only process in its group,
+// it therefore moves into a child group. If there are other processes, parent returns an error.
 func parent() (string, error) {
 	own, err := ownGroup()
 	if err != nil {
@@ -179,7 +180,7 @@ func newGroup(l Limits) (*group, error) {
 		}
 		path, err := os.MkdirTemp(all, fmt.Sprintf("%s%d-*", runGroup, os.Getpid()))
 		if errors.Is(err, fs.ErrNotExist) && try < maxTries {
-			continue // the last run in that group has just ended
+			continue // another run has just ended, and has removed the group for all runs
 		} else if err != nil {
 			return nil, err
 		}
@@ -195,8 +196,8 @@ func newGroup(l Limits) (*group, error) {
 	}
 }
 
-// maxTries is how often newGroup retries because another run removed the parent group. For each retry, another run of
-// this process must have begun and ended.
+// maxTries is how often newGroup retries because another run removed the parent group. The number is enough, because
+// each retry needs another run that begins and ends at that moment.
 const maxTries = 100
 
 // groupOfAll creates or finds the group for all runs of this process that have the same bound.
@@ -238,7 +239,7 @@ func (g *group) brokenLimit(l Limits) error {
 		if g.count("memory.events", "oom") == 0 {
 			return fault.New(fault.OutOfMemory,
 				fmt.Sprintf("all programs that ran at the same time needed more than %d MiB of memory, "+
-					"or the machine had less memory", l.Together>>20),
+					"or the machine had less memory than that", l.Together>>20),
 				hintTogether)
 		}
 		return fault.New(fault.OutOfMemory, fmt.Sprintf("it needed more than %d MiB of memory", l.Memory>>20), hintMemory)

@@ -53,8 +53,8 @@ const (
 	maxTime      = 2 * time.Hour
 )
 
-// prlimit is the program that sets the limits inside the sandbox. If this process set them from outside, the program
-// could have started others before.
+// prlimit is the program that sets the limits inside the sandbox, before it starts the actual program. If this process
+// set the limits from outside, the program could start other processes before the limits apply.
 const prlimit = "/usr/bin/prlimit"
 
 const (
@@ -92,7 +92,7 @@ func (l Limits) withDefaults() Limits {
 // a lower limit.
 func AvailableMemory() int64 {
 	var info unix.Sysinfo_t
-	most := int64(4 << 30) // if the kernel does not say
+	most := int64(4 << 30) // used if the kernel does not report the memory
 	if err := unix.Sysinfo(&info); err == nil {
 		most = int64(info.Totalram) * int64(info.Unit)
 	}
@@ -102,8 +102,8 @@ func AvailableMemory() int64 {
 	return most
 }
 
-// command returns the command that runs a program within the limits. Where this process has a lower limit of its own,
-// that one applies. each is true if memory is bounded for each process, without a control group.
+// command returns the command that runs a program within the limits. If this process has a lower limit itself, the
+// lower limit applies. each is true if there is no control group; the memory of each process is then bounded.
 func (l Limits) command(each bool) ([]string, error) {
 	args := []string{prlimit, "--core=0"}
 	rows := []struct {
@@ -188,7 +188,7 @@ func (w *diskWatch) measure(ctx context.Context) (bytes int64) {
 	return bytes
 }
 
-// run calls stop when a bound is exceeded, and ends with ctx. It measures for at most a hundredth of the time.
+// run calls stop when a bound is exceeded, and ends with ctx. It spends at most a hundredth of the time on measuring.
 func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 	if len(w.folders) == 0 {
 		return

@@ -9,11 +9,12 @@
 //   - its own /proc, /dev and /tmp
 //   - the folders that the caller binds
 //   - the host name "prebake"
-//   - no home folder, and of /etc only what links and the loader need
+//   - no home folder
+//   - of /etc only the folder alternatives, for links in /usr/bin, and the loader's cache
 //
 // It runs as user and group 1000, without capabilities, and cannot create namespaces. A filter refuses system calls
 // that no build needs. Memory, processes, time, disk space, output and /tmp are bounded; see [Limits].
-// [SupportedLimits] says how strictly they are enforced. /proc/self/mountinfo shows the host's paths of the bound
+// [SupportedLimits] says how strictly the bounds are enforced. /proc/self/mountinfo shows the host's paths of the bound
 // folders, because the kernel cannot hide them.
 package sandbox
 
@@ -97,23 +98,24 @@ type ExitError struct{ Status int }
 
 func (e *ExitError) Error() string { return fmt.Sprintf("exit status %d", e.Status) }
 
-// Killed reports whether SIGKILL ended the program. Nobody else sends that signal, so it means the kernel's
-// out-of-memory killer.
+// Killed reports whether SIGKILL ended the program. If Run kills the program, Run returns another error. Killed
+// therefore means that the kernel's out-of-memory killer ended the program.
 func (e *ExitError) Killed() bool { return e.Status == 128+int(syscall.SIGKILL) }
 
 const (
 	hintInstall = "install bubblewrap: apt-get install bubblewrap"
 	hintLimits  = "install util-linux: apt-get install util-linux"
 	hintOutput  = "read the end of the build's log to see which output repeats"
+	hintFile    = "read the end of the build's log to see which program wrote the file"
 	hintUserns  = "allow user namespaces: sysctl -w user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1 " +
-		"kernel.apparmor_restrict_unprivileged_userns=0 (only those that exist); in a container, run it privileged or with " +
-		"a seccomp profile that permits unshare"
+		"kernel.apparmor_restrict_unprivileged_userns=0 (only the settings that exist here); in a container, run it " +
+		"privileged or with a seccomp profile that permits unshare"
 )
 
 // Run runs the program, and waits for it and all processes that it started. The sandbox ends when ctx ends and when
-// this process ends, even by SIGKILL. If the program fails, the error is an [ExitError]. If it exceeds a limit, the
-// error is fault.OutOfMemory, fault.DiskFull, fault.TimedOut or fault.Internal, whatever its status. If the sandbox
-// cannot be created, the error is fault.Usage.
+// this process ends, even by SIGKILL. If the program fails, the error is an [ExitError]. If it exceeds a limit,
+// the error is fault.OutOfMemory, fault.DiskFull, fault.TimedOut or fault.Internal, whatever the program's exit status
+// is. If the sandbox cannot be created, the error is fault.Usage.
 func Run(ctx context.Context, c Config) error {
 	if err := c.Validate(); err != nil {
 		return fmt.Errorf("run in sandbox: %w", err)
@@ -177,7 +179,7 @@ func Run(ctx context.Context, c Config) error {
 	if status == 128+int(syscall.SIGXFSZ) {
 		return fmt.Errorf("run %s: %w", program,
 			fault.New(fault.DiskFull, fmt.Sprintf("it wrote a file of more than %d MiB", min(maxFile, c.Limits.Disk)>>20),
-				hintOutput))
+				hintFile))
 	}
 	return fmt.Errorf("run %s: %w", program, &ExitError{Status: status})
 }
@@ -198,20 +200,22 @@ func (c Config) start(ctx context.Context, bwrap string, output io.Writer) (brok
 		if started {
 			return nil, err
 		}
-		// CLONE_INTO_CGROUP does not work, because the kernel is old or a filter of system calls refuses it.
+		// CLONE_INTO_CGROUP does not work, because the kernel is old or a filter of system calls refuses it. So try again
+		// without a control group.
 	}
 	_, err = c.exec(ctx, bwrap, output, nil)
 	return nil, err
 }
 
-// exec runs bubblewrap in the group. If g is nil, it runs without a group.
+// exec runs bubblewrap in the control group g, or in no group of its own if g is nil. started is false if the process
+// could not be created; err then says why.
 func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *group) (started bool, err error) {
 	limit, err := c.Limits.command(g == nil)
 	if err != nil {
 		return true, fmt.Errorf("make sandbox: %w", err)
 	}
-	// The options are passed through file descriptors. On the command line, the program could read the host's paths in
-	// /proc/1/cmdline.
+	// The options are passed through file descriptors. If they were on the command line, the program could read the
+	// host's paths in /proc/1/cmdline.
 	calls, err := filter()
 	if err != nil {
 		return true, fmt.Errorf("make sandbox: %w", err)
@@ -233,14 +237,14 @@ func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *gro
 	}
 	cmd := exec.CommandContext(ctx, bwrap, slices.Concat([]string{"--args", strconv.Itoa(first), "--"}, limit, c.Argv)...)
 	cmd.ExtraFiles = files
-	cmd.Env = []string{} // bubblewrap itself needs no variables of ours
+	cmd.Env = []string{} // bubblewrap itself needs no variables; the program gets its own by --setenv
 	cmd.Stdout, cmd.Stderr = output, output
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if g != nil {
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(g.dir.Fd())
 	}
 	cmd.Cancel = func() error { return killWithChildren(cmd.Process.Pid) }
-	// All processes end with the sandbox's first process. The delay is only needed if a pipe stays open longer.
+	// All processes end with the sandbox's first process. Wait needs the delay only if a pipe stays open longer.
 	cmd.WaitDelay = 10 * time.Second
 
 	// --die-with-parent depends on the thread that forked, not on the process. So that thread must live until the

@@ -11,8 +11,9 @@ import (
 )
 
 // The filter of system calls. A build reads and writes files and starts programs. The filter refuses calls that reach
-// outside its namespaces, and calls into parts of the kernel that few programs use and that have many bugs. It also
-// refuses every call that a newer kernel adds. The list follows the reasons of Docker's and Flatpak's default filters.
+// outside the sandbox's namespaces, and calls into parts of the kernel that few programs use and that have many bugs.
+// It also refuses every call that a newer kernel adds. Docker's and Flatpak's default filters refuse calls for the same
+// reasons.
 //
 // Most refused calls return ENOSYS, because the C library then assumes an old kernel.
 
@@ -26,7 +27,8 @@ const (
 const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
 	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
 
-// refusedCalls exist on every architecture. archRefusedCalls exist only on this one.
+// refusedCalls are the refused calls that every architecture has. archRefusedCalls are the refused calls that only this
+// architecture has.
 var refusedCalls = []uint32{
 	// Calls on other processes' memory and descriptors.
 	unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_PROCESS_MADVISE, unix.SYS_KCMP,
@@ -61,12 +63,14 @@ func filter() ([]byte, error) {
 	}
 	allow := bpf.RetConstant{Val: unix.SECCOMP_RET_ALLOW}
 	p := []bpf.Instruction{
-		// In another architecture's ABI the numbers mean other calls.
+		// A program may use the system call ABI of another architecture, in which the numbers mean other calls. Refuse all
+		// of them.
 		bpf.LoadAbsolute{Off: dataArch, Size: 4},
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: auditArch, SkipTrue: 1},
 		refuse(unix.ENOSYS),
 		bpf.LoadAbsolute{Off: dataNumber, Size: 4},
-		// Calls above lastCall are newer than the list. The x32 ABI's numbers are above it, too.
+		// Calls above lastCall are newer than the list of refused calls. The numbers of the x32 ABI are above lastCall,
+		// too.
 		bpf.JumpIf{Cond: bpf.JumpLessOrEqual, Val: lastCall, SkipTrue: 1},
 		refuse(unix.ENOSYS),
 	}

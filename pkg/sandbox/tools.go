@@ -15,7 +15,8 @@ import (
 )
 
 // hostTools are the programs in the host's /usr that a kernel's build system and a driver's scripts run. They are the
-// programs in Documentation/process/changes.rst that a module's build needs, and those that shell scripts use.
+// programs in the kernel's Documentation/process/changes.rst that a module's build needs, and those that shell scripts
+// use.
 var hostTools = []string{
 	"awk", "basename", "bash", "bc", "cat", "chmod", "cksum", "cmp", "cp", "cut", "date", "diff", "dirname", "echo", "env",
 	"expr", "false",

@@ -17,13 +17,15 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// inGuest is an environment variable that makes this program set up a virtual machine before it runs its tests. Its
-// value says in which control group the tests run. root is the root of the tree. unit is a group of its own, as a
-// service has it. user is the same, delegated to an ordinary user.
+// inGuest is an environment variable that makes this program prepare the virtual machine in which it runs, before it
+// runs its tests. Its value says in which control group the tests run. The value root means the root group of the
+// machine, and unit means a separate group, such as systemd makes for a service. The value user means such a group too,
+// delegated to an ordinary user.
 const inGuest = "PREBAKE_TEST_GUEST"
 
 // TestInVirtualMachine tests the bounds that need a control group, in a virtual machine that has control groups. The
-// same tests run there as root of the tree, in a unit's group, and as an ordinary user with a delegated group.
+// same tests run there three times: in the root group, in a separate group, and as an ordinary user in a delegated
+// group.
 func TestInVirtualMachine(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")

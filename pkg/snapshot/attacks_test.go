@@ -29,8 +29,8 @@ func edited(t testing.TB, data []byte, change func(signed map[string]any)) []byt
 // above is a version of the timestamp that is higher than any that the node has seen.
 var above = start.AddDate(0, 0, 1).Unix()
 
-// TestAttacks checks that a node which has seen list 2 refuses each attack with an error of its own. The node's state
-// must not change. The attacker has every file that was ever published, and in some rows also keys.
+// TestAttacks checks that a node which has seen list 2 refuses each attack with the error that names it. The node's
+// state must not change. The attacker has every file that was ever published, and in some rows also keys.
 func TestAttacks(t *testing.T) {
 	t.Parallel()
 	first := snapshots.New(t, start)
@@ -50,7 +50,7 @@ func TestAttacks(t *testing.T) {
 	}{
 		"rollback: all of an older list": {func(*testing.T, *snapshots.Farm, string) string { return old }, 0,
 			snapshot.ErrRollback},
-		"rollback: the snapshot, by who has the timestamp's key": {func(t *testing.T, f *snapshots.Farm, dir string) string {
+		"rollback: the snapshot, with the timestamp's key": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = above, &metadata.MetaFiles{Version: 1}
 			sign(t, stamp, f.Stamps, dir, "timestamp.json")
@@ -58,7 +58,7 @@ func TestAttacks(t *testing.T) {
 			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
 			return dir
 		}, 0, snapshot.ErrRollback},
-		"rollback: the list, by who has the keys of timestamp and snapshot": {func(t *testing.T, f *snapshots.Farm,
+		"rollback: the list, with the keys of timestamp and snapshot": {func(t *testing.T, f *snapshots.Farm,
 			dir string) string {
 			snap := metadata.Snapshot(start.AddDate(0, 1, 0))
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 1}
@@ -82,7 +82,7 @@ func TestAttacks(t *testing.T) {
 			write(t, read(t, old, "1.targets.json"), dir, "3.targets.json")
 			return dir
 		}, 0, snapshot.ErrAltered},
-		"mix and match: the list of another": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
+		"mix and match: the file of another list": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
 			write(t, read(t, list(t, old, 1)), list(t, dir, 3))
 			return dir
 		}, 0, snapshot.ErrAltered},
@@ -115,7 +115,7 @@ func TestAttacks(t *testing.T) {
 			sign(t, metadata.Timestamp(start.AddDate(0, 1, 0)), snapshots.NewSigner(t), dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
-		"wrong key: the snapshot, signed by who may sign the list": {func(t *testing.T, f *snapshots.Farm,
+		"wrong key: the snapshot, signed with the key for lists": {func(t *testing.T, f *snapshots.Farm,
 			dir string) string {
 			snap := metadata.Snapshot(start.AddDate(0, 1, 0))
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 3}

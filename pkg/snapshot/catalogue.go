@@ -2,9 +2,9 @@
 // checks a snapshot without a connection to the farm. The package defines the form of the list. Its client reads the
 // list from any web server or folder, by the rules of TUF (The Update Framework, 1.0).
 //
-// The client refuses a list that is older than one it has seen, that has expired, that mixes parts of several lists,
-// that does not end, or that too few of the trusted keys signed. The package does not sign, and does not decide about
-// an artifact.
+// The client refuses a list in each of these cases: it is older than a list that the client has seen; it has expired;
+// it mixes parts of several lists; it is longer than its signed size; or too few of the trusted keys signed it. The
+// package does not sign, and does not decide about an artifact.
 package snapshot
 
 import (
@@ -58,7 +58,7 @@ type Artifact struct {
 	Digest string `json:"digest"`
 	State  State  `json:"state"`
 	// Reason says why a withdrawn artifact must not be used. Replacement is the digest of the artifact to use in its
-	// place; "" means that nobody named one.
+	// place; "" means that the operator named none.
 	Reason      string             `json:"reason,omitempty"`
 	Replacement string             `json:"replacement,omitempty"`
 	Driver      target.Driver      `json:"driver"`
@@ -73,7 +73,8 @@ type Kernel struct {
 	Board   string `json:"board"`
 }
 
-// Decode reads the file. It checks no signature; [Verify] compares the bytes with the signed digest.
+// Decode reads a list from its compressed file. It checks no signature; [Verify] compares the bytes with the signed
+// digest.
 func Decode(file []byte) (*Catalogue, error) {
 	c, err := decode(file)
 	if err != nil {
@@ -103,7 +104,7 @@ func decode(file []byte) (*Catalogue, error) {
 	return &c, c.Check()
 }
 
-// Check returns an error if no client would accept the list.
+// Check returns an error if clients would refuse the list because of its content.
 func (c Catalogue) Check() error {
 	if c.Schema != Schema {
 		return fmt.Errorf("schema %d; this program knows %d", c.Schema, Schema)

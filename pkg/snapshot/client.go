@@ -24,11 +24,11 @@ import (
 type Config struct {
 	// From is the folder of the snapshot: an http or https URL, or an absolute path.
 	From string
-	// Root is the root metadata that the node's owner trusts, of any version. Newer roots come from the source, and each
-	// must have signatures by the keys of the one before.
+	// Root is the root metadata that the node's owner trusts, of any version. Newer roots come from the source. Enough
+	// keys of the root before must have signed each newer root.
 	Root []byte
-	// State is the path of the file that keeps the last list. Lists that are older than it are refused. Until it expires,
-	// it is valid without a network. "" stores nothing.
+	// State is the path of the file that keeps the last list. The client refuses lists that are older than the kept one.
+	// Until the kept list expires, it is valid without a network. If State is "", the client keeps no list.
 	State string
 	// ReadOnly says that the client reads the state file but does not write it.
 	ReadOnly bool
@@ -72,11 +72,13 @@ const (
 
 // state is the content of the state file.
 type state struct {
-	// Pinned is the configured root at the time when Root was accepted. Root is the newest root that follows from it.
+	// Pinned is the configured root at the time when Files.Root was accepted. Files.Root is the newest root that follows
+	// from Pinned.
 	Pinned []byte `json:"pinned"`
 	Files
-	// ListPinned and ListRoot are the two roots under which the list was accepted. They are set only if they differ from
-	// Pinned and Root. They may differ because a newer root can name keys that have not signed a list yet.
+	// ListPinned and ListRoot are the configured root and the newest root at the time when the list was accepted. They
+	// are set only if they differ from Pinned and Files.Root. They may differ because a newer root can name keys that
+	// have not signed a list yet.
 	ListPinned []byte `json:"listPinned,omitempty"`
 	ListRoot   []byte `json:"listRoot,omitempty"`
 }
@@ -107,9 +109,9 @@ func (c *Client) Last() (*Snapshot, error) {
 	return s, nil
 }
 
-// remembered reads the state file. If the configured root has changed, remembered drops the stored root, because it
-// follows from the former one. It keeps the list of that time, because the list still tells which lists are older and
-// which artifacts were withdrawn.
+// remembered reads the state file. If the configured root has changed, remembered drops the stored root, because the
+// stored root follows from the former configured root. It keeps the stored list, because that list still tells which
+// lists are older and which artifacts were withdrawn.
 func (c *Client) remembered() (st state, err error) {
 	if c.cfg.State == "" {
 		return st, nil
@@ -149,8 +151,8 @@ func (c *Client) remembered() (st state, err error) {
 	return st, nil
 }
 
-// Refresh reads the newest list from the source, and stores it. The stored list does not change if the source does not
-// answer (fault.Transient), or if its answer is refused (fault.Unverified).
+// Refresh reads the newest list from the source, and stores it. If the source does not answer (fault.Transient), or
+// serves a list that the client refuses (fault.Unverified), the stored list stays.
 func (c *Client) Refresh(ctx context.Context) (*Snapshot, error) {
 	ctx, cancel := context.WithTimeoutCause(
 		ctx,
@@ -174,8 +176,8 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// The library writes files to a folder one by one. The state takes over all of them together, so that half of a new
-	// list never replaces a complete one.
+	// The library writes files to a folder one by one. The state file then gets all of them together, so that half of a
+	// new list never replaces a complete one.
 	work, err := c.workFolder()
 	if err != nil {
 		return nil, err
@@ -183,7 +185,7 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
 	next, err := recoverPanic(func() (Files, error) { return c.update(ctx, work, st) })
 	if err != nil {
-		if next.Root != nil && !bytes.Equal(next.Root, st.Root) { // keeps the new root, although its list was refused
+		if next.Root != nil && !bytes.Equal(next.Root, st.Root) { // keeps the new root even though the list was refused
 			st.Pinned, st.Root = c.cfg.Root, next.Root
 			err = errors.Join(err, c.keep(st))
 		}
@@ -196,19 +198,19 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	return s, c.keep(state{Pinned: c.cfg.Root, Files: next})
 }
 
-// workFolder makes an empty folder. It is beside the state file, because that disk is writable. If no state is written,
-// it is in the folder for temporary files.
+// workFolder makes an empty folder. The folder is beside the state file, because that disk is writable. If the client
+// writes no state, the new folder is in the folder for temporary files.
 func (c *Client) workFolder() (string, error) {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		work, err := os.MkdirTemp("", "prebake-snapshot-")
 		return work, c.disk(err)
 	}
-	work := c.cfg.State + ".work" // has a fixed name, so that killed runs leave at most one folder
+	work := c.cfg.State + ".work" // the name is fixed, so that killed runs leave at most one folder
 	err := errors.Join(os.MkdirAll(filepath.Dir(work), 0o755), os.RemoveAll(work), os.Mkdir(work, 0o700))
 	return work, c.disk(err)
 }
 
-// disk explains an error of the work folder. The hint names the disk that has the folder.
+// disk adds kind and hint to an error of the work folder if the disk is full. The hint names the disk of the folder.
 func (c *Client) disk(err error) error {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		return fault.TempDisk(err)
@@ -218,7 +220,7 @@ func (c *Client) disk(err error) error {
 
 const hintDisk = "free space on the disk of the state folder"
 
-// update runs the TUF library's client. It returns the newest root also if it returns an error.
+// update runs the TUF library's client. It returns the newest root even if it also returns an error.
 func (c *Client) update(ctx context.Context, work string, st state) (next Files, err error) {
 	root := st.Root
 	if root == nil {
@@ -242,7 +244,7 @@ func (c *Client) update(ctx context.Context, work string, st state) (next Files,
 	if err != nil {
 		return next, explain(err)
 	}
-	up.UnsafeSetRefTime(c.cfg.Now()) // "unsafe" only because it is not the system clock
+	up.UnsafeSetRefTime(c.cfg.Now()) // the name says Unsafe because the caller chooses the clock
 	defer func() {
 		var read error
 		next.Root, read = os.ReadFile(file("root"))

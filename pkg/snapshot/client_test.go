@@ -211,8 +211,8 @@ func TestEndlessData(t *testing.T) {
 	}
 }
 
-// TestAway checks that an unreachable source gives an error of kind Transient. It may be reachable again later, so it
-// counts as no attack.
+// TestAway checks that an unreachable source gives an error of kind Transient. The source may be reachable again later,
+// so the client does not report an attack.
 func TestAway(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -340,8 +340,7 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// TestDecode checks that a list of another schema, and one that decompresses to a thousand mebibytes of zeros, are
-// refused.
+// TestDecode checks that malformed lists are refused. One of them decompresses to more than [snapshot.MaxText] bytes.
 func TestDecode(t *testing.T) {
 	t.Parallel()
 	good, err := maker.Encode(snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: start,

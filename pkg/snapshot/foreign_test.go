@@ -42,7 +42,7 @@ func TestForeignClient(t *testing.T) {
 	if want := read(t, list(t, f.Dir, 1)); !bytes.Equal(got.Bytes(), want) {
 		t.Errorf("Download has %d bytes; want the %d of the list", got.Len(), len(want))
 	}
-	// The foreign client refuses a changed timestamp. It does so because of the signature, since the form is valid.
+	// The foreign client refuses a changed timestamp. The form of the file is valid, so the reason is the signature.
 	check(t, os.WriteFile(filepath.Join(f.Dir, "timestamp.json"),
 		edited(t, read(t, f.Dir, "timestamp.json"), func(s map[string]any) { s["version"] = now.Unix() + 8 }), 0o644))
 	if _, err := c.Update(); err == nil {

@@ -32,7 +32,7 @@ func openSource(from string, client *http.Client, agent string) (source, error) 
 		return fault.New(
 			fault.Usage,
 			fmt.Sprintf("snapshot from %.200q: %s", from, why),
-			"give the URL of the folder that builder snapshot wrote, http:// or https://, or its absolute path",
+			"give the http:// or https:// URL of the folder that builder snapshot wrote, or the absolute path of that folder",
 		)
 	}
 	if !strings.Contains(from, "://") {
@@ -93,7 +93,8 @@ func (w *web) get(ctx context.Context, name string) (io.ReadCloser, error) {
 	switch resp.StatusCode {
 	case http.StatusOK:
 		return resp.Body, nil
-	case http.StatusNotFound, http.StatusGone, http.StatusForbidden: // 403: a bucket without listing
+	case http.StatusNotFound, http.StatusGone, http.StatusForbidden:
+		// A bucket answers 403 for a missing file if the client may not list the bucket.
 		err = fs.ErrNotExist
 	default:
 		err = fault.New(
@@ -113,7 +114,7 @@ func (f folder) String() string { return string(f) }
 func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 	root, err := os.OpenRoot(string(f))
 	if err != nil {
-		// The error is not wrapped, so that a missing folder does not look like a missing file in it.
+		// The error is not wrapped, so that callers do not take a missing folder for a missing file in the folder.
 		return nil, fault.New(fault.Transient, "open folder: "+err.Error(), "check that the folder of the snapshot is there")
 	}
 	defer root.Close()
@@ -130,7 +131,7 @@ func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 // urlPrefix is the beginning of the URLs that the TUF library makes.
 const urlPrefix = "snapshot:/"
 
-// download reads one file of the source, of at most so many bytes.
+// download reads one file of the source. most is the greatest size of the file in bytes.
 type download func(name string, most int64) ([]byte, error)
 
 // DownloadFile implements the Fetcher of the TUF library.

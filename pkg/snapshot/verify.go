@@ -12,11 +12,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The reasons for which a list is refused, for errors.Is.
+// The reasons why a client refuses a list. A caller finds the reason with errors.Is.
 var (
 	ErrExpired   = errors.New("it has expired")
 	ErrRollback  = errors.New("it is older than a snapshot that was seen before")
-	ErrAltered   = errors.New("a file is not the file that was signed, or belongs to another snapshot")
+	ErrAltered   = errors.New("a file differs from the signed file, or belongs to another snapshot")
 	ErrSignature = errors.New("it is not signed by enough of the trusted keys")
 	ErrMalformed = errors.New("it is malformed")
 	// ErrEndless is a special case of ErrAltered. The client stops reading a file that is longer than the signed length.
@@ -56,7 +56,7 @@ func explain(err error) error {
 		return fault.Wrap(
 			fault.Transient,
 			fmt.Errorf("%s does not exist (HTTP status %d)", missing.URL, missing.StatusCode),
-			"check the address of the snapshot, and that all its files were copied",
+			"check the address of the snapshot, and that all files of the folder were copied to it",
 		)
 	case fault.Of(err) != fault.Internal:
 		return err // an error of the transfer
@@ -76,8 +76,8 @@ type Files struct {
 // Snapshot is a list with valid signatures.
 type Snapshot struct {
 	Catalogue
-	// Version counts the lists. Refreshed is the version of the timestamp. It grows each time when somebody signs which
-	// list is the newest.
+	// Version counts the lists. Refreshed is the version of the timestamp. Refreshed grows each time when the farm signs
+	// which list is the newest.
 	Version, Refreshed int64
 	// Expires is the time at which the first part of the snapshot expires.
 	Expires time.Time
@@ -152,8 +152,8 @@ func checkRoot(text []byte) error {
 	return nil
 }
 
-// recoverPanic turns a panic into a refusal. The TUF library dereferences null parts before it has checked their
-// signature.
+// recoverPanic turns a panic into an error of kind Unverified. The TUF library panics on metadata with null parts,
+// because it dereferences them before it checks the signature.
 func recoverPanic[T any](do func() (T, error)) (_ T, err error) {
 	defer func() {
 		if p := recover(); p != nil {

@@ -1,4 +1,4 @@
-// Package stall ends downloads that receive no data any more. It does not know the protocol, and it repeats nothing.
+// Package stall ends downloads that receive no data any more. It does not know the protocol, and it does not retry.
 package stall
 
 import (
@@ -21,9 +21,10 @@ type Reader struct {
 	cancel context.CancelFunc
 }
 
-// Watch guards a stream that ends with the context of cancel. One Read may take no longer than limit. Without the
-// guard, a server that keeps the connection open and sends nothing would block its reader for ever. The error is of
-// kind Transient. The argument what names the download in the error.
+// Watch guards the stream of a download. A Read that takes longer than limit fails with an error of kind Transient.
+// Without the guard, a server that keeps the connection open and sends nothing would block its reader for ever. cancel
+// must cancel the context of the download; Watch calls it to end the Read. The argument what names the download in the
+// error.
 func Watch(r io.ReadCloser, what string, limit time.Duration, cancel context.CancelFunc) *Reader {
 	w := &Reader{ReadCloser: r, what: what, limit: limit, silent: new(atomic.Bool), cancel: cancel}
 	w.timer = time.AfterFunc(limit, func() {
@@ -43,7 +44,7 @@ func (w *Reader) Read(p []byte) (int, error) {
 		w.cancel() // no more data is expected, and not every caller closes the stream
 	}
 	if err != nil && w.silent.Load() {
-		// The error of the context would say that a person cancelled, so another error replaces it.
+		// The stream returned the error of a cancelled context, which reads as if a person had cancelled. So replace it.
 		err = fault.New(fault.Transient, fmt.Sprintf("fetch %s: no data arrived for %v", w.what, w.limit),
 			"try again; check the network path to the server")
 	}

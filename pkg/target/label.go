@@ -24,7 +24,7 @@ func CheckLabel(label, version string) error {
 		return err
 	}
 	if branch, is := w.BranchName(); is && branch != Branch(version) {
-		return fmt.Errorf("label %s: %.40q is of branch %.40s", label, version, Branch(version))
+		return fmt.Errorf("label %s: version %.40q is of branch %.40s", label, version, Branch(version))
 	}
 	return nil
 }

@@ -2,14 +2,14 @@ package target
 
 import "strings"
 
-// Milestone returns the COS milestone that a BUILD_ID belongs to, which is VERSION in /etc/os-release. It returns false
-// where the milestone is not known: for builds of a development branch, for milestones newer than this table, and for a
-// text that is no BUILD_ID.
+// Milestone returns the COS milestone that a BUILD_ID belongs to. An image has the milestone as VERSION in
+// /etc/os-release. Milestone returns false if the milestone is not known: for COS builds of a development branch, for
+// milestones newer than this table, and for a text that is no BUILD_ID.
 //
-// All builds of a milestone carry the number of the branch on which the milestone was made. Google publishes no list of
-// these numbers, but the names of images contain both (cos-109-17800-570-40). This table therefore comes from the
-// release notes of each milestone. For milestones that are out of support it comes from endoflife.date's list of last
-// releases.
+// The BUILD_IDs of a milestone begin with the number of the branch on which the milestone was made. Google publishes no
+// list of these numbers, but the name of an image has both numbers (cos-109-17800-570-40). This table therefore comes
+// from the release notes of each milestone. For milestones that are out of support it comes from endoflife.date's list
+// of last releases.
 //
 // The table leaves out development images. One milestone has many branch numbers for them: 133 had 19672, 19700 and
 // 19879 before 19999. Milestone does not guess from the intervals between the numbers, because it would then take an

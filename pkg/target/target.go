@@ -1,8 +1,8 @@
 // Package target holds the domain terms of Prebake as small comparable values. It does no I/O.
 //
 //   - A kernel is the kernel of one COS build on one board. BUILD_ID and board identify it; commit, release and version
-//     describe it. Several COS builds share one `uname -r`, and COS does not set MODVERSIONS, so a release alone
-//     identifies nothing.
+//     describe it. Several COS builds share one `uname -r`, and COS does not set MODVERSIONS, so a kernel release
+//     alone does not identify a kernel.
 //   - A driver is one NVIDIA release in one flavour (proprietary or open).
 //   - A fingerprint is a digest over everything that decides whether a module fits a kernel. Kernels with one
 //     fingerprint share one artifact.
@@ -42,7 +42,8 @@ type Kernel struct {
 	Release string `json:"release,omitempty"`
 	// Version is the output of `uname -v`; "" means that the kernel's headers do not contain it.
 	Version string `json:"version,omitempty"`
-	Arch    Arch   `json:"arch,omitempty"`
+	// Arch is the architecture of the board; see [BoardArch].
+	Arch Arch `json:"arch,omitempty"`
 }
 
 // String returns BUILD_ID/BOARD, the name that people and buckets use.
@@ -73,7 +74,7 @@ var (
 	unamePattern   = regexp.MustCompile(`^[ -~]{1,200}$`) // of `uname -v`: printable ASCII
 )
 
-// Check returns an error for the first field that does not have its form. Only BUILD_ID and board are required.
+// Check returns an error for the first field that is malformed. Only BUILD_ID and board are required.
 func (k Kernel) Check() error {
 	if _, err := ParseKernel(k.BuildID, k.Board); err != nil {
 		return err
@@ -183,8 +184,8 @@ func Branch(version string) string {
 	return "R" + major
 }
 
-// CompareVersions compares driver versions by number, field by field, and then by suffix. It returns -1, 0 or 1. A
-// missing field comes before 0.
+// CompareVersions compares two driver versions or two BUILD_IDs by number, field by field, and then by suffix. It
+// returns -1, 0 or 1. A missing field comes before 0.
 func CompareVersions(a, b string) int {
 	a, suffix, _ := strings.Cut(a, "-")
 	b, other, _ := strings.Cut(b, "-")
@@ -281,8 +282,8 @@ func (f Fingerprint) Short() string {
 // sortFields is the largest number of fields in a version; driver versions have four.
 const sortFields = 4
 
-// SortKey returns a text that sorts by bytes as [CompareVersions] sorts. Databases need it, because they cannot call
-// that function. It takes BUILD_IDs and driver versions.
+// SortKey returns a key for a driver version or a BUILD_ID. Keys compared by bytes have the order of [CompareVersions].
+// Databases need the key, because they cannot call that function.
 func SortKey(version string) string {
 	numbers, suffix, _ := strings.Cut(version, "-")
 	fields := strings.Split(numbers, ".")

@@ -39,8 +39,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Authority is a private Sigstore deployment. It certifies identities and makes time stamps, for any time that a test
-// needs.
+// Authority is a private Sigstore deployment. It issues certificates and time stamps, for any time that a test needs.
 type Authority struct {
 	// CA issues certificates with CAKey.
 	CA    *x509.Certificate
@@ -115,8 +114,8 @@ func (a *Authority) Certificate(t testing.TB, pub crypto.PublicKey, who trust.Id
 	}, a.CA, pub, a.CAKey)
 }
 
-// Root returns the trusted root as trusted_root.json. The logs are only listed in it; this authority writes nothing to
-// them.
+// Root returns the trusted root as trusted_root.json. The root lists the given logs, but the authority writes nothing
+// to them.
 func (a *Authority) Root(t testing.TB, certificateLogs, logs map[string]*root.TransparencyLog) []byte {
 	t.Helper()
 	from := a.CA.NotBefore
@@ -188,8 +187,9 @@ func Token(t testing.TB, issuer, email string, expires time.Time) []byte {
 	return []byte("e30." + base64.RawURLEncoding.EncodeToString(body) + ".e30")
 }
 
-// asked reads a request to Fulcio: to certify a key for the holder of a token. The holder proves that he has the key
-// with a signature over his own name.
+// asked reads a request to Fulcio for a certificate that binds a public key to the holder of a token. The request has a
+// signature over the holder's mail address, which proves that the holder has the private key. asked verifies this
+// signature.
 func asked(r *http.Request) (crypto.PublicKey, trust.Identity, error) {
 	var in struct {
 		PublicKeyRequest struct {
@@ -272,8 +272,8 @@ func (a *Authority) ServeTime(t testing.TB) string {
 	return s.URL
 }
 
-// Sign returns a bundle with a signature over an in-toto statement, which is given as JSON. The key is new, and its
-// certificate is valid from the given time on. The bundle has this authority's time stamps of the given times.
+// Sign returns a Sigstore bundle with a signature over an in-toto statement, which is given as JSON. The key is new,
+// and its certificate is valid from the given time on. The bundle has this authority's time stamps of the given times.
 func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from time.Time, stamps ...time.Time) []byte {
 	t.Helper()
 	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"},
@@ -301,7 +301,7 @@ func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from 
 	return raw
 }
 
-// certifier is the interface to an authority that the bundle library needs.
+// certifier gives the library that makes Sigstore bundles a certificate for a public key.
 type certifier func(crypto.PublicKey) []byte
 
 func (c certifier) GetCertificate(_ context.Context, k sign.Keypair, _ *sign.CertificateProviderOptions) ([]byte,

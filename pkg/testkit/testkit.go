@@ -87,7 +87,7 @@ func (k *Key) Verifier(t testing.TB) *trust.Verifier {
 	return v
 }
 
-// Sign returns a bundle with a signature over an in-toto statement, which is given as JSON.
+// Sign returns a Sigstore bundle with a signature over an in-toto statement, which is given as JSON.
 func (k *Key) Sign(t testing.TB, payload []byte) []byte {
 	t.Helper()
 	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"},
@@ -152,7 +152,7 @@ func (k *Key) KernelMatch(t testing.TB, digest string, m trust.KernelMatch) []by
 	return k.Statement(t, digest, trust.PredicateKernelMatch, m)
 }
 
-// keypair is the interface to a Key that the bundle library needs.
+// keypair has the methods by which the library that makes Sigstore bundles signs with a Key.
 type keypair struct {
 	k    *Key
 	hint string
@@ -187,8 +187,9 @@ type Sample struct {
 	Digest   string
 	Identity bundle.Identity
 	// Kernel is the COS build that the statements are for.
-	Kernel  target.Kernel
-	Layers  []bundle.Layer
+	Kernel target.Kernel
+	Layers []bundle.Layer
+	// Bundles are the Sigstore bundles with the signed statements.
 	Bundles [][]byte
 }
 
@@ -200,8 +201,8 @@ func SampleKernel(patch string) target.Kernel {
 	}
 }
 
-// NewSample makes an artifact for a kernel and driver, signed with key. Its modules are no real ones. Another salt
-// makes another artifact of the same identity.
+// NewSample makes an artifact for a kernel and driver, signed with key. Its module files are not real modules. Another
+// salt gives another artifact with the same [bundle.Identity].
 func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt string) Sample {
 	t.Helper()
 	return NewSampleOf(t, key, k, d, map[string]string{

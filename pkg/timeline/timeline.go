@@ -32,7 +32,7 @@ type Event struct {
 	Text string
 }
 
-// Run records phases. The zero value works: it has no watcher, and so displays nothing.
+// Run records phases. The zero value is ready to use. It has no watcher, so it displays nothing.
 type Run struct {
 	// Watch is called for every event, in order, never concurrently; may be nil.
 	Watch func(Event)
@@ -56,7 +56,7 @@ func (r *Run) emit(e Event) {
 	}
 }
 
-// Do runs f as a phase and records the phase, also if f fails. f returns the note of the phase. Do returns f's error
+// Do runs f as a phase and records the phase, even if f fails. f returns the note of the phase. Do returns f's error
 // unchanged.
 func (r *Run) Do(name string, f func() (note string, err error)) error {
 	start := r.now()
@@ -94,7 +94,7 @@ func (r *Run) Phases() []Phase {
 	return append([]Phase(nil), r.phases...)
 }
 
-// Total returns the time of all phases in seconds. It counts no phase that is a part of another.
+// Total returns the time of all phases in seconds. It does not count phases that are part of another phase.
 func Total(phases []Phase) (seconds float64) {
 	for _, p := range phases {
 		if p.Of == "" {

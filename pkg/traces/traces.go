@@ -1,6 +1,6 @@
 // Package traces sends the work of a program as OpenTelemetry spans, by OTLP over HTTP, if the standard OTEL_*
-// environment variables name a collector. Each run has one span, and each phase of its timeline has a span below that
-// one. A missing collector never makes a run fail: its spans are lost, and the log gets a line.
+// environment variables name a collector. Each run has one span, and each phase of its timeline has a child span. If
+// the collector cannot be reached, the run does not fail: the spans are lost, and the log gets a line.
 package traces
 
 import (
@@ -47,7 +47,7 @@ func Start(ctx context.Context, service, version string, log *slog.Logger) (*Tra
 		return nil, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("send traces: %w", err),
-			"check the OTEL_EXPORTER_OTLP_* variables",
+			"correct the environment variables OTEL_EXPORTER_OTLP_*",
 		)
 	}
 	about, err := resource.New(
@@ -63,7 +63,7 @@ func Start(ctx context.Context, service, version string, log *slog.Logger) (*Tra
 		return nil, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("send traces: %w", err),
-			"check OTEL_RESOURCE_ATTRIBUTES: name=value,name=value",
+			"set OTEL_RESOURCE_ATTRIBUTES in the form name=value,name=value",
 		)
 	}
 	// The OpenTelemetry library has only one global handler for the errors of all exporters.
@@ -182,7 +182,8 @@ func (s *Span) Phase(p timeline.Phase) {
 	}
 	span := s.open[p.Name]
 	if p.Of != "" || span == nil {
-		// The phase has no open span: it was measured elsewhere as a part of a running phase, or no event announced it.
+		// The phase has no open span. Either it was measured elsewhere as a part of a running phase, or no event announced
+		// its beginning.
 		ctx := s.ctx
 		if whole := s.open[p.Of]; whole != nil {
 			ctx = api.ContextWithSpan(ctx, whole)

@@ -68,8 +68,8 @@ func parseRoot(text []byte) (*Root, error) {
 	return &Root{material}, nil
 }
 
-// Certified returns nil if an authority of this root issued the certificate. It does not say who used the certificate,
-// or when.
+// Certified returns nil if an authority of this root issued the certificate. It checks neither who used the certificate
+// nor when.
 func (r *Root) Certified(leaf *x509.Certificate) error {
 	if _, err := chains(r.material, leaf); err != nil {
 		return fault.Wrap(fault.Unverified, err, hintFor(err))
@@ -109,7 +109,8 @@ func (i Identity) matcher() (verify.CertificateIdentity, error) {
 	}
 	whole := ""
 	if i.Pattern != "" {
-		// The pattern is compiled alone first, because a pattern with an extra bracket could close the group below.
+		// The pattern is compiled alone first. Otherwise a pattern with an extra bracket could close the group below, and
+		// then match a part of a name.
 		if _, err := regexp.Compile(i.Pattern); err != nil {
 			return none, err
 		}
@@ -121,7 +122,7 @@ func (i Identity) matcher() (verify.CertificateIdentity, error) {
 // certificates is the part of a [Verifier] that checks signatures by certificates.
 type certificates struct {
 	root       root.TrustedMaterial
-	identities string // for messages
+	identities string // the trusted certificate identities, for messages
 	verifier   *verify.Verifier
 	policy     verify.PolicyBuilder
 	logged     bool // a certificate transparency log must have the certificates
@@ -129,8 +130,8 @@ type certificates struct {
 
 func newCertificates(p Policy) (*certificates, error) {
 	c := &certificates{root: p.Root.material}
-	// Each kind of proof for which the root has a source is required. The operator of a log wants to find in it
-	// everything that is signed in the operator's name.
+	// A trusted time stamp is always required. If the root names a log, a proof from a log of that kind is required too.
+	// Otherwise somebody could sign in a publisher's name, and the publisher would not find the signature in the log.
 	demanded := []verify.VerifierOption{verify.WithObserverTimestamps(1)}
 	if len(c.root.RekorLogs()) > 0 {
 		demanded = append(demanded, verify.WithTransparencyLog(1))

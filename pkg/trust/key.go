@@ -18,8 +18,8 @@ import (
 )
 
 // PublicKey is a trusted key. It is ECDSA on P-256, which every KMS and cosign support; ECDSA on P-384 or P-521; RSA
-// (PKCS #1 v1.5) of 2048, 3072 or 4096 bits; or Ed25519. Only the hash that Sigstore's algorithm registry names for a
-// key is accepted with it.
+// (PKCS #1 v1.5) of 2048, 3072 or 4096 bits; or Ed25519. A signature by the key must use the hash that Sigstore's
+// algorithm registry names for that kind of key.
 type PublicKey struct {
 	key crypto.PublicKey
 	sum [sha256.Size]byte // of the DER form (SubjectPublicKeyInfo)
@@ -34,8 +34,8 @@ const (
 func NewPublicKey(pub crypto.PublicKey) (PublicKey, error) {
 	if _, err := signature.GetDefaultPublicKeyDetails(pub); err != nil {
 		return PublicKey{}, fault.New(fault.Usage,
-			fmt.Sprintf("read public key: %T of this kind or length is not supported", pub),
-			"use ECDSA P-256, P-384 or P-521, RSA of 2048, 3072 or 4096 bits, or Ed25519: builder keygen FILE")
+			fmt.Sprintf("read public key: a key of type %T with this curve or length is not supported", pub),
+			"use ECDSA P-256, P-384 or P-521, RSA of 2048, 3072 or 4096 bits, or Ed25519; builder keygen FILE makes such a key")
 	}
 	der, err := x509.MarshalPKIXPublicKey(pub)
 	if err != nil {

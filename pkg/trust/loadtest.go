@@ -24,7 +24,8 @@ const (
 	VerdictStatic = "static checks only"
 )
 
-// LoadTest is Prebake's own field in a test result. The standard fields of the predicate have only names of tests.
+// LoadTest is Prebake's own field in a test result. It is needed because the standard fields of the predicate have only
+// names of tests.
 type LoadTest struct {
 	Verdict string `json:"verdict"`
 	// Reason says in one line why the verdict is not VerdictLoaded.
@@ -73,7 +74,7 @@ type LoadTestPolicy string
 const (
 	// LoadTestAny also accepts artifacts that had only static checks, or no test result.
 	LoadTestAny LoadTestPolicy = ""
-	// LoadTestTested accepts an artifact only if a kernel with its fingerprint has loaded its modules.
+	// LoadTestTested accepts an artifact only if a kernel with the artifact's ABI fingerprint has loaded its modules.
 	LoadTestTested LoadTestPolicy = "tested"
 )
 
@@ -109,23 +110,23 @@ func ParseTestResult(st *Statement) (TestResult, error) {
 	return r, nil
 }
 
-// loadTests collects the test results about an artifact. Results for the node's own COS build come before those for
-// other builds with the same fingerprint.
+// loadTests collects the test results about an artifact. Results for the node's own COS build decide first. Results for
+// other COS builds with the same ABI fingerprint decide only if there are none for the node's own.
 type loadTests struct {
 	own, other tested
 	static     bool
 }
 
-// tested has the results for the node's own build, or for other builds: the best pass of each signer, and the
-// rejections. A pass revokes a rejection by the same signer only.
+// tested has the results for the node's own COS build, or for other COS builds: the best pass of each signer, and the
+// rejections. A pass revokes only a rejection by the same signer.
 type tested struct {
 	passed   map[string]string
 	rejected map[string]error
 }
 
-// add adds one statement. An error means that the statement does not count. add calls counts to ask whether the signer
-// may state that modules were loaded. Every trusted signer may state that they were rejected. passed is true if a
-// signer who counts states that a kernel loaded the modules.
+// add adds one statement. An error means that the statement does not count. Every trusted signer may state that modules
+// were rejected. add calls counts to ask whether the signer may also state that modules were loaded. passed is true if
+// such a signer states that a kernel loaded the modules.
 func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bool, err error) {
 	r, err := ParseTestResult(st)
 	if err != nil {
@@ -161,8 +162,8 @@ func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bo
 	return true, nil
 }
 
-// verdict returns the best pass, or a rejection that its signer did not revoke by a pass. Of several rejections it
-// returns that of the signer whose name sorts first.
+// verdict returns the best pass. If there is a rejection that its signer did not revoke by a pass, verdict returns the
+// rejection instead. Of several rejections it returns the one whose signer's name sorts first.
 func (t tested) verdict() (passed string, rejected error) {
 	for _, signer := range slices.Sorted(maps.Keys(t.rejected)) {
 		if t.passed[signer] == "" {
@@ -177,7 +178,8 @@ func (t tested) verdict() (passed string, rejected error) {
 	return passed, nil
 }
 
-// decide returns the verdict for an artifact, or "" if there is none.
+// decide returns the load test's verdict for an artifact, or "" if there is none. It returns an error if the modules
+// were rejected, or if the policy p demands a load test that the artifact lacks.
 func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
 	for _, of := range []tested{l.own, l.other} {
 		if passed, rejected := of.verdict(); passed != "" || rejected != nil {
@@ -194,7 +196,8 @@ func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
 			err = fmt.Errorf("%w: the artifact had %s", ErrNotTested, VerdictStatic)
 		}
 		return "", fault.Wrap(fault.Unverified, err,
-			"publish the artifact again with builder build --load-test require, or allow artifacts without a load test")
+			"publish the artifact again with builder build --load-test require, or accept artifacts without a load test: "+
+				"fetcher --load-test-policy any, or loadTest: any in the policy")
 	}
 	return verdict, nil
 }

@@ -17,7 +17,7 @@ func TestLoadTestDecides(t *testing.T) {
 	key, stranger := testkit.NewKey(t), testkit.NewKey(t)
 	k47 := testkit.SampleKernel("47")
 	s := testkit.NewSample(t, key, k47, driver, "")
-	twin := k47 // another build of the same kernel
+	twin := k47 // another COS build with the same kernel
 	twin.BuildID = "17800.1.47"
 	results := map[string]string{
 		trust.VerdictLoaded: "PASSED", trust.VerdictNoDevice: "WARNED", trust.VerdictStatic: "WARNED",
@@ -53,14 +53,15 @@ func TestLoadTestDecides(t *testing.T) {
 		{"no device", [][]byte{own(trust.VerdictNoDevice)}, trust.LoadTestTested, trust.VerdictNoDevice, nil},
 		{"both", [][]byte{own(trust.VerdictLoaded), own(trust.VerdictNoDevice)}, trust.LoadTestTested, trust.VerdictLoaded,
 			nil},
-		{"loaded on a twin", [][]byte{ofTwin(trust.VerdictLoaded)}, trust.LoadTestTested, trust.VerdictLoaded, nil},
+		{"loaded on another COS build", [][]byte{ofTwin(trust.VerdictLoaded)}, trust.LoadTestTested, trust.VerdictLoaded,
+			nil},
 		{"rejected, any", [][]byte{own(trust.VerdictRejected)}, trust.LoadTestAny, "", trust.ErrRejected},
-		{"rejected on a twin", [][]byte{ofTwin(trust.VerdictRejected)}, trust.LoadTestAny, "", trust.ErrRejected},
+		{"rejected on another COS build", [][]byte{ofTwin(trust.VerdictRejected)}, trust.LoadTestAny, "", trust.ErrRejected},
 		{"rejected, then loaded", [][]byte{own(trust.VerdictRejected), own(trust.VerdictLoaded)}, trust.LoadTestAny,
 			trust.VerdictLoaded, nil},
-		{"rejected here, loaded on a twin", [][]byte{own(trust.VerdictRejected), ofTwin(trust.VerdictLoaded)},
+		{"rejected here, loaded on another COS build", [][]byte{own(trust.VerdictRejected), ofTwin(trust.VerdictLoaded)},
 			trust.LoadTestAny, "", trust.ErrRejected},
-		{"loaded here, rejected on a twin", [][]byte{own(trust.VerdictLoaded), ofTwin(trust.VerdictRejected)},
+		{"loaded here, rejected on another COS build", [][]byte{own(trust.VerdictLoaded), ofTwin(trust.VerdictRejected)},
 			trust.LoadTestAny, trust.VerdictLoaded, nil},
 		{"a stranger's", [][]byte{test(stranger, trust.VerdictLoaded, nil)}, trust.LoadTestTested, "", trust.ErrNotTested},
 		{"a stranger's rejection", [][]byte{test(stranger, trust.VerdictRejected, nil)}, trust.LoadTestAny, "", nil},

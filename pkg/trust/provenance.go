@@ -23,7 +23,8 @@ type provenance struct {
 	BuildDefinition struct {
 		BuildType          string     `json:"buildType"`
 		ExternalParameters Parameters `json:"externalParameters"`
-		// InternalParameters may have any form. Only the presence of our names is checked.
+		// InternalParameters may have any form. Only the presence of FactModuleKey, FactGoogleSignatures and
+		// FactGoogleModules is checked.
 		InternalParameters   map[string]json.RawMessage `json:"internalParameters"`
 		ResolvedDependencies []struct {
 			Name   string            `json:"name"`
@@ -95,7 +96,7 @@ func (v *Verifier) provenance(st *Statement, e Expect) error {
 func fillProvenance(st *Statement, verdict *Verdict) {
 	var p provenance
 	if json.Unmarshal(st.Predicate, &p) != nil {
-		return // cannot happen: provenance has parsed it before
+		return // cannot happen: Verifier.provenance has parsed the same bytes
 	}
 	run := p.RunDetails
 	// If several statements count, the oldest time decides. A statement without a time makes the time unknown (zero).

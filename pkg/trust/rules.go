@@ -58,12 +58,13 @@ type Signature struct {
 	Statement string `json:"statement"`
 	Signer    string `json:"signer"`
 	Role      string `json:"role"`
-	// Entry is the index of the key or identity in the role. Several subjects can match one identity with a pattern,
-	// and they count once.
+	// Entry is the index of the key or certificate identity in the role. If several subjects match the pattern of one
+	// identity, they count as one signer.
 	Entry int `json:"entry"`
 }
 
-// Finding is the result of one rule of a policy for an artifact.
+// Finding is the result of one rule of a policy for an artifact. OK says whether the artifact satisfies the rule;
+// Detail says why.
 type Finding struct {
 	Rule   string `json:"rule"`
 	OK     bool   `json:"ok"`
@@ -155,11 +156,11 @@ func short(predicate string) string {
 	return predicate
 }
 
-// Signer returns the ID of the key, or the identity, that signed the statement.
+// Signer returns the ID of the key, or the certificate identity, that signed the statement.
 func (s *Statement) Signer() string { return s.KeyID + s.Identity }
 
-// has returns the index of the role's key or identity that signed a statement, or why the signature does not count. If
-// now is zero, the periods of keys are not checked.
+// has returns the index of the role's key or certificate identity that signed a statement. The error says why the
+// signature does not count. If now is zero, has does not check the periods of keys.
 func (r Role) has(st *Statement, now time.Time) (entry int, err error) {
 	for i, k := range r.Keys {
 		if st.KeyID == "" || k.Key.Hint() != st.hint {
@@ -197,8 +198,9 @@ func (i Identity) names(who Identity) bool {
 	return err == nil && whole.MatchString(who.Subject)
 }
 
-// counts returns nil if at least one rule counts a statement, and records the signatures. Otherwise it returns the
-// reason. If no rule is about the statement's type, the signers who may sign the provenance count.
+// counts returns nil if a statement counts for at least one rule, and records the signature for each such rule.
+// Otherwise it returns the reason. If the policy has no rule about the statement's type, the statement counts if its
+// signer may sign the provenance.
 func (x *evaluation) counts(st *Statement, p Policy, now time.Time) error {
 	about := slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Statement == st.PredicateType })
 	var why error
@@ -225,7 +227,8 @@ func (x *evaluation) counts(st *Statement, p Policy, now time.Time) error {
 	return why
 }
 
-// met returns an error if fewer signers than a rule demands have signed.
+// met returns an error if fewer signers have signed than a rule demands. Otherwise it returns how many have signed, and
+// who.
 func (x *evaluation) met(rule Rule) (string, error) {
 	var signers []string
 	entries := map[int]bool{}
@@ -305,7 +308,7 @@ func (p Policy) tooOld(have, least string) error {
 		"ask for a newer driver version")
 }
 
-// age checks that the build is not older than MaxAge, by the time in the provenance.
+// age checks that the build of the artifact is not older than MaxAge. The time of the build is in the provenance.
 func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	switch {
 	case p.MaxAge == 0:

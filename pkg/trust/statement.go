@@ -21,8 +21,8 @@ var (
 	ErrChanged    = errors.New("signature does not hold: payload or signature changed after signing")
 )
 
-// Bounds on what is read. A registry may let anybody attach bundles, so neither their number nor their size may cost
-// much time.
+// Bounds on the Sigstore bundles that are read. A registry may let anybody attach bundles, so neither the number nor
+// the size of bundles may cost much time.
 const (
 	// MaxBundles has room for the bundles that match [Wanted], for as many bundles without labels, and for the
 	// caller's own bundles.
@@ -34,8 +34,8 @@ const (
 // statementType is the only type of in-toto statement that is accepted.
 const statementType = "https://in-toto.io/Statement/v1"
 
-// Verifier checks bundles against a fixed set of public keys and identities. It uses no network, no clock and no
-// files.
+// Verifier checks Sigstore bundles against a fixed set of public keys and certificate identities. It uses no network,
+// no clock and no files.
 type Verifier struct {
 	policy       Policy
 	keys         map[string]PublicKey // by hint
@@ -43,22 +43,24 @@ type Verifier struct {
 	certificates *certificates // nil if the policy trusts no certificates
 }
 
-// Policy says whose signatures are trusted. It needs at least one key or identity. Without Roles and Rules, one
-// signature is enough.
+// Policy says whose signatures are trusted. It needs at least one key or certificate identity. Without Roles and Rules,
+// one signature under each required statement is enough.
 type Policy struct {
 	// Keys are the public keys of the publishers.
 	Keys []PublicKey
-	// Root verifies certificates, and Identities are the names that they may have. Either both are set, or neither.
+	// Root verifies certificates, and Identities are the names that the certificates may have. Either both are set, or
+	// neither.
 	Root       *Root
 	Identities []Identity
 	// Roles and Rules replace Keys and Identities if several parties have to sign. There must be rules for provenance
 	// and kernel match, and there may be rules for other types.
 	Roles []Role
 	Rules []Rule
-	// Builders are the builder IDs that the provenance may name. Sources are the prefixes that the URIs of its inputs
-	// may have. An empty list allows any.
+	// Builders are the builder IDs that the provenance may name. Sources are the prefixes that the URIs of the build's
+	// inputs may have. An empty list allows any value.
 	Builders, Sources []string
-	// MaxAge is the greatest age of a build that is installed anew. Zero allows any age.
+	// MaxAge is the greatest age of an artifact's build at the time when a node first accepts the artifact. Zero allows
+	// any age.
 	MaxAge time.Duration
 	// MinVersions are the oldest driver versions that are accepted, one for each branch.
 	MinVersions []string
@@ -66,7 +68,7 @@ type Policy struct {
 	Revoked []string
 	// LoadTest says whether an artifact needs a passed load test. The zero value does not demand one.
 	LoadTest LoadTestPolicy
-	// Listing is also asked about each artifact. Nil means that there is no listing.
+	// Listing can refuse artifacts in addition to the policy. Nil means that there is no listing.
 	Listing Listing
 }
 
@@ -119,7 +121,7 @@ func NewVerifier(p Policy) (*Verifier, error) {
 
 // Statement is an in-toto statement with a valid signature.
 type Statement struct {
-	// KeyID is the [PublicKey.ID] of the signer. Identity is the name in the signer's certificate. One of the two is
+	// KeyID is the [PublicKey.ID] of the signer. Identity is the name in the signer's certificate. KeyID or Identity is
 	// empty.
 	KeyID    string
 	Identity string
@@ -143,8 +145,9 @@ func (s *Statement) About(digest string) bool {
 	return false
 }
 
-// Statements returns the statements with a valid signature, this digest as a subject, and this predicate type. It is
-// for callers that read more than [Verifier.Verify] does. It examines only the first [MaxBundles] bundles.
+// Statements returns the statements that have a valid signature, this digest as a subject, and this predicate type. It
+// is for callers that need a statement whose content [Verifier.Verify] does not read. It examines only the first
+// [MaxBundles] bundles.
 func (v *Verifier) Statements(bundles [][]byte, digest, predicateType string) []*Statement {
 	var all []*Statement
 	for _, data := range bundles[:min(len(bundles), MaxBundles)] {
@@ -211,8 +214,8 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	if !ok {
 		return nil, fmt.Errorf("%w: key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()), v.trusted())
 	}
-	// The caller compares the subject, because its error can say what the subject is instead. Nothing is returned
-	// before the signature is verified.
+	// The library does not compare the subject here. [Verifier.Verify] compares it later, because its error can name the
+	// subject. Nothing is returned before the signature is verified.
 	result, err := v.verifier.Verify(&b, verify.NewPolicy(verify.WithoutArtifactUnsafe(), verify.WithKey()))
 	if err != nil {
 		return nil, fmt.Errorf("%w (key %s)", ErrChanged, key.ID())
@@ -220,7 +223,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	return readStatement(Statement{KeyID: key.ID(), hint: key.Hint()}, result)
 }
 
-// trusted returns the trusted keys and identities, for messages.
+// trusted returns the trusted keys and certificate identities, for messages.
 func (v *Verifier) trusted() string {
 	all := ids(v.policy.Keys)
 	switch {

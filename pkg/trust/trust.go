@@ -1,6 +1,8 @@
-// Package trust decides whether an artifact can be trusted. A trusted signer, known by a key or an identity, must have
-// stated what the artifact is, and must have stated it for this kernel and driver. The package works offline and holds
-// no secrets. It does not sign or fetch, and it uses nothing from a statement before the signature is verified.
+// Package trust decides whether an artifact can be trusted. A trusted signer must have stated how the artifact was
+// built, and that it fits this kernel and driver. The policy names the trusted signers, by public keys or by
+// certificate identities. A bundle is a Sigstore bundle here: one signed statement with the proof of its signature. The
+// package works offline and holds no secrets. It does not sign or fetch, and it uses nothing from a statement before
+// the signature is verified.
 package trust
 
 import (
@@ -30,7 +32,7 @@ const (
 	PredicateSBOM = "https://spdx.dev/Document"
 	// BuildType defines the meaning of the provenance's parameters.
 	BuildType = "https://prebake.dev/build/v1"
-	// ArtifactTypeBundle is the artifact type of attached bundles.
+	// ArtifactTypeBundle is the artifact type of attached Sigstore bundles.
 	ArtifactTypeBundle = "application/vnd.dev.sigstore.bundle.v0.3+json"
 )
 
@@ -50,15 +52,16 @@ type Expect struct {
 	// Digest is the digest of the manifest. The caller has compared the manifest's bytes with it.
 	Digest string
 	// Kernel is the node's kernel. BuildID and Board are required. Release, Commit and Arch are compared if both sides
-	// know them. Version is not compared: the build counter and time in a header tree may come from another run of
-	// make than the image's. COS itself matches by BUILD_ID.
+	// know them. Version is not compared: it has a build counter and a time, and they may differ between the
+	// headers and the image. COS itself matches by BUILD_ID.
 	Kernel target.Kernel
 	// Driver is the driver that was asked for.
 	Driver target.Driver
-	// Identity is the identity in the manifest's annotations.
+	// Identity is what the manifest's annotations say about the artifact, such as its driver and its ABI fingerprint.
 	Identity bundle.Identity
-	// Now is the time at which a new artifact is accepted. The policy's periods and ages are checked against it. Zero
-	// skips these checks, for an artifact that was accepted before, because passing time does not make it worse.
+	// Now is the time at which a new artifact is accepted. The policy's periods and ages are checked against this time.
+	// Zero skips these checks. It is for an artifact that was accepted before, because an artifact does not become worse
+	// with time.
 	Now time.Time
 }
 
@@ -84,8 +87,8 @@ type Material struct {
 
 // Verdict has the facts that were verified about an artifact.
 type Verdict struct {
-	// KeyID is the key that signed the provenance. Identity is the name in the certificate that signed it. One of the
-	// two is empty.
+	// KeyID is the key that signed the provenance. Identity is the name in the certificate that signed it. KeyID or
+	// Identity is empty.
 	KeyID    string `json:"keyId,omitempty"`
 	Identity string `json:"identity,omitempty"`
 	// BuilderID names the builder, and InvocationID the run of the builder.
@@ -93,8 +96,8 @@ type Verdict struct {
 	InvocationID string `json:"invocationId,omitempty"`
 	// Built has the driver, and the COS build whose kernel it was compiled for.
 	Built Parameters `json:"built"`
-	// Match is the kernel match for the node's COS build. MatchedBy is the key or the identity that signed it, which
-	// may differ from the signer of the provenance.
+	// Match is the kernel match for the node's COS build. MatchedBy is the key or the certificate identity that signed
+	// the kernel match. It may differ from the signer of the provenance.
 	Match     KernelMatch `json:"match"`
 	MatchedBy string      `json:"matchedBy"`
 	// Materials are the inputs of the build.
@@ -112,8 +115,8 @@ type Verdict struct {
 	Ignored []string `json:"ignored,omitempty"`
 }
 
-// SignedBy returns the key or the identity that signed the provenance. If another signer signed the kernel match,
-// SignedBy adds that signer.
+// SignedBy returns the key or the certificate identity that signed the provenance. If another signer signed the kernel
+// match, SignedBy adds that signer.
 func (v *Verdict) SignedBy() string {
 	by := v.KeyID + v.Identity
 	if v.MatchedBy != "" && v.MatchedBy != by {
@@ -358,7 +361,8 @@ func (m KernelMatch) fits(e Expect) error {
 	return nil
 }
 
-// tally collects the results for one of the required statements.
+// tally collects the results of all statements of one type. ok is true if one of them is valid; errs has the reasons
+// why others are not.
 type tally struct {
 	ok   bool
 	errs []error

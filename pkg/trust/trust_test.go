@@ -78,7 +78,7 @@ func TestVerifyRefuses(t *testing.T) {
 	sibling := testkit.NewSample(t, key, k50, driver, "")
 	prov, match := s.Bundles[0], s.Bundles[1]
 	params := trust.Parameters{Kernel: k47, Fingerprint: s.Identity.Fingerprint, Driver: driver}
-	twin := k47 // another build of the same kernel
+	twin := k47 // another COS build with the same kernel
 	twin.BuildID = "17800.1.47"
 	twinMatch := key.KernelMatch(t, s.Digest, trust.KernelMatch{Kernel: twin, Fingerprint: s.Identity.Fingerprint})
 	spoiled := func(f func(p map[string]any)) []byte {
@@ -241,7 +241,7 @@ func TestJunkDoesNotPoison(t *testing.T) {
 		many = append(many, []byte("junk"))
 	}
 	if _, err := key.Verifier(t).Verify(append(many, s.Bundles...), s.Expect()); !fault.Is(err, fault.Unverified) {
-		t.Errorf("Verify(valid behind %d others) = %v; want them not looked at", trust.MaxBundles, err)
+		t.Errorf("Verify(valid behind %d others) = %v; want the valid bundles ignored", trust.MaxBundles, err)
 	}
 }
 

@@ -128,9 +128,9 @@ func TestBootWithDisk(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
 	if bootArch(t, boot) != target.AMD64 {
-		t.Skip("the shell in this test is this machine's")
+		t.Skip("this test runs the host's shell in the machine, so it needs a kernel for amd64")
 	}
-	image := filepath.Join(t.TempDir(), "a,disk.img") // the comma tests how qemu's command line quotes one
+	image := filepath.Join(t.TempDir(), "a,disk.img") // the comma tests how commas are quoted on qemu's command line
 	if err := errors.Join(os.WriteFile(image, nil, 0o644), os.Truncate(image, 64<<20)); err != nil {
 		t.Fatal(err)
 	}
@@ -163,12 +163,13 @@ func TestBootWithDisk(t *testing.T) {
 	}
 	if kept, lost := mustStep(t, res, "kept").Stdout, mustStep(t, res, "lost").Stdout; string(kept) != "kept\n" ||
 		len(lost) > 0 {
-		t.Errorf("after the power cut the disk has %q and %q; want what was flushed alone", kept, lost)
+		t.Errorf("after the power cut the disk has %q and %q; want only the flushed data", kept, lost)
 	}
 }
 
-// COS's kernels for Arm have no driver for the serial port of the events. The kernel of this test has the driver, and
-// an argument keeps it from starting. On amd64 the machine gets the same PCI serial port as on arm64.
+// COS's kernels for Arm have no driver for the serial port of the events. The kernel of this test has the driver, but
+// an argument on its command line keeps the driver from starting. On amd64 the machine gets the same PCI serial port as
+// on arm64.
 func TestBootWithoutSerialDriver(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)

@@ -13,8 +13,8 @@ import (
 )
 
 // BootArgs is the name of the file in a boot folder that has arguments for the kernel's command line, separated by
-// white space. COS's kernels need one to tell LoadPin what it must not restrict. Without the file there are no such
-// arguments.
+// white space. COS's kernels need an argument that tells LoadPin which kinds of files it must not restrict. If the file
+// is missing, the boot folder adds no arguments.
 const BootArgs = "cmdline"
 
 // maxBootArgs is the greatest length of the file in bytes: as much as an amd64 kernel reads of its command line.
@@ -43,7 +43,8 @@ func bootArgs(boot string) (args []string, err error) {
 			return nil, fault.New(fault.Usage,
 				fmt.Sprintf("boot folder %s: %s holds %q, which a kernel does not accept", boot, BootArgs, arg), "")
 		}
-		// The kernel passes everything after "--" to init, so our own arguments would not reach the kernel.
+		// The kernel passes everything after "--" to init. Arguments that this package adds later would then not reach the
+		// kernel.
 		if arg == "--" {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("boot folder %s: %s holds --", boot, BootArgs),
 				"remove -- from the file")

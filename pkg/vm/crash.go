@@ -2,8 +2,8 @@ package vm
 
 import "strings"
 
-// crashMarks are the beginnings of the kernel's messages about its own failure. The message that says most comes
-// first. Machines run with oops=panic, so each of these failures ends the machine.
+// crashMarks are the beginnings of the kernel's messages about its own failure. The message that explains the failure
+// best comes first. Machines run with oops=panic, so each of these failures ends the machine.
 var crashMarks = []string{
 	"BUG: ",
 	"kernel BUG at ",

@@ -13,8 +13,8 @@ import (
 )
 
 // libraryFolders are the folders in which a glibc loader without a cache or configuration searches, on the
-// distributions that Prebake builds on. The last one for arm64 is where Debian keeps the libraries of a cross
-// compiler; a loader does not search there.
+// distributions that Prebake builds on. The last folder for arm64 is an exception: no loader searches there, but Debian
+// keeps the libraries of its cross compiler there.
 var libraryFolders = map[elf.Machine][]string{
 	elf.EM_X86_64: {"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"},
 	elf.EM_AARCH64: {"/lib/aarch64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib",
@@ -26,8 +26,8 @@ var libraryFolders = map[elf.Machine][]string{
 var guestFolders = map[elf.Machine]string{elf.EM_X86_64: "/lib/x86_64-linux-gnu",
 	elf.EM_AARCH64: "/lib/aarch64-linux-gnu"}
 
-// dlopened are parts of glibc that NVIDIA's libraries need. A program that opens those libraries with dlopen need not
-// name these parts itself.
+// dlopened are parts of glibc that NVIDIA's libraries need. A program that opens NVIDIA's libraries with dlopen need
+// not be linked with these parts, so GlibcFiles always adds them.
 var dlopened = []string{"libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6"}
 
 // GlibcFiles returns the files that dynamic programs and libraries need in a guest of their own architecture: the
@@ -109,7 +109,7 @@ func findLibrary(machine elf.Machine, name string) (string, error) {
 // maxInterpreter is the greatest length of a loader's path in bytes.
 const maxInterpreter = 4096
 
-// dynamic is what a program or library needs according to its ELF headers.
+// dynamic has the loader and the libraries that a program or library needs, according to its ELF headers.
 type dynamic struct {
 	machine     elf.Machine
 	interpreter string

@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
-// folders are the folders that every guest has, in addition to those of its files.
+// folders are the folders that every guest has, in addition to the parent folders of its files.
 var folders = []string{"/dev", "/proc", "/sys", "/tmp", "/run", "/root", "/etc"}
 
 // Tree returns a [File] for every regular file, link and folder below dir. In the guest they are below name.
@@ -83,7 +83,7 @@ func writeInitramfs(w io.Writer, c Config) error {
 	return nil
 }
 
-// guestFiles returns the files that every machine needs, and those of the caller.
+// guestFiles returns the files that every machine needs, and the caller's files.
 func guestFiles(c Config) ([]File, error) {
 	script, err := json.Marshal(c.script())
 	if err != nil {

@@ -31,11 +31,12 @@ type platform struct {
 
 // platforms has the machine of each architecture.
 //
-// On amd64 the processor is all that the emulator supports except AVX2. Under emulation, Go's AVX2 code for SHA-256 is
-// slower than its plain code, and a node hashes much data.
+// On amd64 the processor has everything that the emulator supports, except AVX2. Under emulation, Go's AVX2 code for
+// SHA-256 is slower than its plain code, and a node hashes much data.
 //
-// On arm64 the processor is the one of COS's Arm nodes. qemu's "max" would spend its time on pointer authentication.
-// The machine's only built-in serial port is the console, so the events use a serial port on PCI.
+// On arm64 the processor is the processor of COS's Arm nodes. With qemu's processor "max", the emulation of pointer
+// authentication would take most of the time. The machine's only built-in serial port is the console, so the events use
+// a serial port on PCI.
 var platforms = map[target.Arch]platform{
 	target.AMD64: {
 		qemu: "qemu-system-x86_64", pkg: "qemu-system-x86", machine: "q35", cpu: "max,avx2=off",
@@ -83,7 +84,7 @@ func (c Config) args() []string {
 		"-chardev", "file,id=events,path=/dev/fd/4",
 		"-kernel", filepath.Join(c.Boot, BootKernel), "-initrd", "/dev/fd/5",
 		"-append", strings.Join(kernel, " "),
-	}, p.events) // after the console, because the first -serial is the first port
+	}, p.events) // these options come after the console's, because the first -serial is the first port
 }
 
 // describe returns one line about the guest's machine. The line begins with qemu's own text about its version.
@@ -102,7 +103,7 @@ func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err erro
 	qemu, err := exec.LookPath(c.QEMU)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("find emulator: %w", err),
-			"install Debian's package "+platforms[c.Arch].pkg+", or name the program of the emulator")
+			"install Debian's package "+platforms[c.Arch].pkg)
 	}
 	consoleR, consoleW, err := os.Pipe()
 	if err != nil {
@@ -122,8 +123,8 @@ func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err erro
 	m.start = time.Now()
 	started := make(chan error)
 	go func() {
-		// The kernel sends the death signal when the thread that started the child ends. So that thread must live as
-		// long as the child.
+		// The kernel sends Pdeathsig when the thread that started the child ends. So that thread must live as long as the
+		// child.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		if err := cmd.Start(); err != nil {
@@ -134,7 +135,8 @@ func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err erro
 		m.done <- cmd.Wait()
 	}()
 	err = <-started
-	// The child has its own copies of the write ends. If ours stayed open, the readers would never see the end.
+	// The child has its own copies of the pipes' write ends. If this process kept its copies open, the readers would
+	// never see the end.
 	err = errors.Join(err, consoleW.Close(), eventsW.Close())
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start %s: %w", qemu, err), consoleR.Close(), eventsR.Close())

@@ -17,7 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
-// maxConsole is how many bytes of the console are kept: the last ones, because they show why the machine ended.
+// maxConsole is how many bytes of the console are kept. These are the last bytes, because they show why the machine
+// ended.
 const maxConsole = 4 << 20
 
 // Run boots the machine, runs its steps and waits for the machine's end. A failed step is not an error of Run: the
@@ -32,7 +33,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The caller's arguments come last, because a kernel uses the later one of two settings.
+	// The caller's arguments come last. If an argument is given twice, a kernel uses the later one.
 	c.KernelArgs = slices.Concat(own, c.KernelArgs)
 	initrd, size, err := stageInitramfs(c)
 	if err != nil {
@@ -69,7 +70,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 
 var errOverran = errors.New("machine ran past its time limit")
 
-// ends is how a run ended, according to each source of information.
+// ends has what each source of information says about the end of a run.
 type ends struct {
 	console  string
 	exit     error
@@ -77,7 +78,8 @@ type ends struct {
 	stderr   string
 }
 
-// verdict returns why a run failed, or nil. If there are several causes, it returns the one that says most.
+// verdict returns why a run failed, or nil. If there are several causes, it returns the one that explains the failure
+// best.
 func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends) error {
 	if !seen.ended {
 		res.KernelLog = e.console
@@ -89,7 +91,7 @@ func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends)
 	case seen.ended:
 	case errors.Is(cause, errOverran):
 		return fault.Wrap(fault.TimedOut, fmt.Errorf("run machine: it did not end within %v (%s)", c.Timeout, seen.place()),
-			"raise the time limit, or read the console to see what the machine waits for")
+			"read the end of the machine's kernel log to see what it waits for")
 	case e.protocol != nil:
 		return fmt.Errorf("run machine: %w", e.protocol)
 	case cause != nil:
@@ -113,8 +115,8 @@ func lastLine(text, none string) string {
 	return none
 }
 
-// stageInitramfs writes the initramfs to a file and removes the file's name. So the file disappears when it is closed,
-// even if this process is killed.
+// stageInitramfs writes the initramfs to a file that has no name any more. The file therefore disappears when it is
+// closed, even if this process is killed. size is in bytes.
 func stageInitramfs(c Config) (_ *os.File, size int64, err error) {
 	f, err := os.CreateTemp("", "prebake-initramfs-")
 	if err != nil {
@@ -236,8 +238,8 @@ func (r *recorder) place() string {
 	return fmt.Sprintf("after step %q", r.steps[r.last].Name)
 }
 
-// copyConsole keeps the end of the console's text in keep, and writes all of it to show. An error of show does not
-// stop the machine: copyConsole only stops writing to show.
+// copyConsole keeps the end of the console's text in keep, and writes the whole text to show. If show returns an error,
+// copyConsole stops writing to show, but the machine goes on.
 func copyConsole(from io.Reader, keep *tail, show io.Writer) error {
 	buf := make([]byte, 32<<10)
 	for {

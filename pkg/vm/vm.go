@@ -186,7 +186,7 @@ const (
 	defaultTimeout = 5 * time.Minute
 )
 
-// WithDefaults returns a copy in which every zero value that means a default is replaced by that default.
+// WithDefaults returns a copy of the config with the defaults that the comments of the fields name.
 func (c Config) WithDefaults() Config {
 	if c.MemoryMiB == 0 {
 		c.MemoryMiB = defaultMemory
@@ -264,7 +264,7 @@ func (c Config) Validate() error {
 			say("step %d %q: no program named", i, s.Name)
 		}
 		if s.Background && names[s.Name] {
-			say("step %d %q: a background step needs a name of its own", i, s.Name)
+			say("step %d %q: want a name that no earlier step has, because the step runs in the background", i, s.Name)
 		}
 		names[s.Name] = true
 	}

@@ -1,6 +1,6 @@
 // Package yamlfile reads YAML files that people write. It reports every mistake with its line and column, what was
-// found, and what is wanted. It reads the nodes of the file itself, because the errors of the YAML library name Go
-// types, have no column, and for some mistakes report only the first. The package does not know the meaning of a file;
+// found, and what is wanted. It checks the nodes of the file itself, because the errors of the YAML library name Go
+// types, have no column, and sometimes report only the first mistake. The package does not know the meaning of a file;
 // its callers do.
 package yamlfile
 
@@ -41,7 +41,7 @@ type Reader struct {
 	mistakes []mistake
 }
 
-// Say records a mistake at a node.
+// Say records a mistake at a node. The text is in the form "found X; want Y".
 func (r *Reader) Say(a At, format string, args ...any) {
 	text := fmt.Sprintf(format, args...)
 	if a.Path != "" {
@@ -58,8 +58,8 @@ func (r *Reader) Want(a At, format string, args ...any) {
 // Mistakes returns how many mistakes were found so far.
 func (r *Reader) Mistakes() int { return len(r.mistakes) }
 
-// Err returns all mistakes as one error of kind Usage, sorted by line and column. It returns nil if there are none.
-// doing says why the file is read, such as "read wish list".
+// Err returns all mistakes as one error of kind Usage, sorted by line and column. It returns nil if there are no
+// mistakes. doing begins the error's text, such as "read wish list".
 func (r *Reader) Err(doing, hint string) error {
 	n := len(r.mistakes)
 	if n == 0 {
@@ -105,8 +105,9 @@ func Found(n *yaml.Node) string {
 
 var syntaxLine = regexp.MustCompile(`^(?:yaml: )?line ([0-9]{1,9}): `)
 
-// Document returns the top node of a file. The file may have at most so many bytes and must hold exactly one document.
-// The argument want describes the expected content, for the error about an empty file.
+// Document returns the top node of a file. most is the greatest size of the file in bytes. The file must have exactly
+// one document. The argument want describes the expected content, for the error about an empty file. If the result is
+// false, Document has recorded a mistake and there is no node.
 func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	top := At{Node: &yaml.Node{}}
 	if len(data) > most {
@@ -139,9 +140,10 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 }
 
 // Fields calls each for every field of a mapping, with the field's name and value. It skips a field, and records a
-// mistake, if the key is repeated, is no scalar, or if key or value is an anchor or alias. known returns whether a key
-// is known, and records the mistake if not. Fields returns the known fields. If the node is no mapping, Fields records
-// that as a mistake and returns nil. The argument what describes the wanted value in that mistake.
+// mistake, in each of these cases: the key is repeated; the key is no scalar; or key or value is an anchor or alias.
+// The function known reports whether a key is known, and itself records a mistake if not. Fields returns the known
+// fields. If the node is no mapping, Fields records a mistake and returns nil; what describes the wanted value in that
+// mistake.
 func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(name string, value At)) map[string]At {
 	if a.Node.Kind != yaml.MappingNode {
 		r.Want(a, "%s", what)
@@ -182,8 +184,8 @@ func (r *Reader) literal(a At) bool {
 	return true
 }
 
-// Mapping calls, for each field of a mapping, the function under the field's name. A field without a function is a
-// mistake.
+// Mapping calls the function in fields for each field of a mapping, by the field's name. A field that fields does not
+// have is a mistake. The argument what and the result are those of [Reader.Fields].
 func (r *Reader) Mapping(a At, what string, fields map[string]func(At)) map[string]At {
 	return r.Fields(a, what, func(key At) bool {
 		if _, ok := fields[key.Node.Value]; ok {
@@ -219,7 +221,7 @@ func (r *Reader) List(a At, what string, item func(At)) {
 	}
 }
 
-// Word reads a scalar as its text. A number in YAML's sense stays text, so that the version 535.10 keeps its zero.
+// Word reads a scalar as text. What YAML reads as a number stays text too, so that the version 535.10 keeps its zero.
 func (r *Reader) Word(a At, what string) (string, bool) {
 	if a.Node.Kind != yaml.ScalarNode || a.Node.Tag == "!!null" || a.Node.Value == "" {
 		r.Want(a, "%s", what)

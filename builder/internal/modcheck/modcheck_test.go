@@ -220,7 +220,7 @@ func TestCheck(t *testing.T) {
 		{"fits", magic, ours, func(*testing.T, *Kernel) {}, ""},
 		// On COS, sibling kernels share one release and have no checksums and no salt. Only the stamp distinguishes
 		// their modules.
-		{"sibling kernel", magic, theirs, func(*testing.T, *Kernel) {}, "made for kernel " + string(theirs)},
+		{"sibling kernel", magic, theirs, func(*testing.T, *Kernel) {}, "made for ABI fingerprint " + string(theirs)},
 		{"sibling kernel, somebody else's module", magic, theirs, func(_ *testing.T, k *Kernel) { k.Fingerprint = "" }, ""},
 		{"other options", release + " SMP preempt mod_unload", ours, func(*testing.T, *Kernel) {},
 			`this kernel wants "` + magic + `"`},

@@ -142,7 +142,7 @@ func TestRealGate(t *testing.T) {
 		{"sibling kernel", foreign,
 			[]string{"made for release " + other.Kernel.Release + "; this kernel is " + own.Kernel.Release}},
 		{"sibling kernel of the same release", sibling,
-			[]string{"checksum", "made for a kernel with build salt", "made for kernel " + string(other.Fingerprint)}},
+			[]string{"checksum", "made for a kernel with build salt", "made for ABI fingerprint " + string(other.Fingerprint)}},
 		{"unresolved symbol", patched(t, good, needed, missing),
 			[]string{"symbol " + missing + ": is exported neither by this kernel nor by a module of the set"}},
 		{"wrong vermagic", patched(t, good, " SMP preempt", " XMP preempt"), []string{"XMP preempt", "this kernel wants"}},

@@ -32,8 +32,8 @@ type Repository struct {
 	lock *flock.Flock
 }
 
-// Open opens a folder, and makes it if it is missing. The versions of timestamps come from the clock now. The caller
-// closes the repository.
+// Open opens a folder, and makes it if it is missing. now is the clock from which timestamps get their versions. The
+// caller closes the repository.
 func Open(dir string, now func() time.Time) (*Repository, error) {
 	fail := func(err error) (*Repository, error) {
 		return nil, fault.Wrap(
@@ -57,7 +57,7 @@ func Open(dir string, now func() time.Time) (*Repository, error) {
 	return &Repository{dir, now, lock}, nil
 }
 
-// Close releases the lock, so that others may write.
+// Close releases the lock, so that other processes may write.
 func (r *Repository) Close() error { return r.lock.Close() }
 
 // Root says which keys sign a snapshot from now on.
@@ -65,12 +65,13 @@ type Root struct {
 	// Keys are the keys that may sign the next root. Threshold is how many of them must sign it.
 	Keys      []crypto.PublicKey
 	Threshold int
-	// Targets is the key that signs the content of a list. Snapshot signs which list is the newest. Timestamp signs that
-	// this is still so.
+	// Targets is the key that signs the content of a list. Snapshot is the key that signs which list is the newest.
+	// Timestamp is the key that signs, again and again, that this list is still the newest.
 	Targets, Snapshot, Timestamp crypto.PublicKey
-	// Signers sign the new root. There must be enough of them for Threshold of Keys, and for the threshold of the former
-	// root.
+	// Signers sign the new root. At least Threshold of Keys must be among them, and as many keys of the former root as
+	// the former root's threshold says.
 	Signers []signature.Signer
+	// Expires is the time after which clients refuse the root.
 	Expires time.Time
 }
 
@@ -108,7 +109,7 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 		}
 	}
 	if len(root.Signed.Roles[metadata.ROOT].KeyIDs) != len(next.Keys) {
-		return "", fault.New(fault.Usage, "a root key is named twice", "name each root key once")
+		return "", fault.New(fault.Usage, "a root key is named twice", "give each --root-key once")
 	}
 	former, err := r.newestRoot()
 	if err != nil {
@@ -133,7 +134,8 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 		return fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("the new root is signed by too few keys of the %s root: %w", whose, err),
-			"name at least as many private root keys (files or URIs) as the threshold says",
+			"add private keys of the "+whose+" root until its threshold is met: with --root-key, or with --former-key if the "+
+				"new root does not list the key",
 		)
 	}
 	if former != nil {
@@ -177,8 +179,8 @@ func keyOf(pub crypto.PublicKey) (*metadata.Key, error) {
 	if !ok || key.Curve != elliptic.P256() {
 		return nil, fault.New(
 			fault.Usage,
-			fmt.Sprintf("a key of type %T, or on another curve, cannot sign a snapshot", pub),
-			"use ECDSA P-256: builder keygen FILE",
+			fmt.Sprintf("key of type %T: want an ECDSA key on the curve P-256", pub),
+			"make such a key: builder keygen FILE",
 		)
 	}
 	return metadata.KeyFromPublicKey(key)
@@ -196,8 +198,8 @@ type Signers struct{ Targets, Snapshot, Timestamp Signer }
 // Until has the times at which the three parts of a snapshot expire.
 type Until struct{ Targets, Snapshot, Timestamp time.Time }
 
-// Publish writes a list as the newest one. least is the lowest version that the list and its timestamp may have. With
-// 0, the list gets the version after the newest in the folder.
+// Publish writes a list as the newest one. least is the lowest version that the list and its timestamp may have. If
+// least is 0, the list gets the version after the newest list in the folder.
 func (r *Repository) Publish(
 	list snapshot.Catalogue,
 	by Signers,
@@ -266,7 +268,7 @@ func (r *Repository) publish(
 	if err != nil {
 		return nil, err
 	}
-	// The timestamp is written last, so that a reader sees either the list before, or this one.
+	// The timestamp is written last, so that a reader sees either the former list or the new list.
 	v := strconv.FormatInt(version, 10)
 	for _, f := range []struct {
 		name string
@@ -283,7 +285,7 @@ func (r *Repository) publish(
 	return s, r.trim(version)
 }
 
-// Refresh signs a new timestamp, which says that the newest list is still the newest, and is valid until then.
+// Refresh signs a new timestamp. The timestamp says that the published list is still the newest, and expires at until.
 func (r *Repository) Refresh(by signature.Signer, until time.Time) (*snapshot.Snapshot, error) {
 	s, err := r.refresh(by, until)
 	if err != nil {
@@ -348,16 +350,16 @@ func signed[T metadata.Roles](m *metadata.Metadata[T], by signature.Signer) ([]b
 	return m.ToBytes(true)
 }
 
-// newest is the published list.
+// newest is the published list with its version and the version of its timestamp.
 type newest struct {
 	version, stamp int64
 	meta           *metadata.MetaFiles // of the snapshot metadata
 	files          snapshot.Files      // all parts but the root
 }
 
-// nextStamp returns the version of the next timestamp. It is the clock in seconds, or one more than the former version
-// if that is higher. If a folder was lost, its new timestamps so get a higher version than the nodes have seen,
-// although nobody counted the refreshes.
+// nextStamp returns the version of the next timestamp. The version is the clock in seconds, or one more than the former
+// version if that is higher. If the folder was lost and is made again, new timestamps therefore get a higher version
+// than the nodes have seen, although the number of former refreshes is unknown.
 func (r *Repository) nextStamp(former newest) int64 { return max(former.stamp+1, r.now().Unix()) }
 
 // newest reads the published list; version 0 means that there is none.
@@ -444,10 +446,10 @@ func (r *Repository) replace(name string, data []byte) (err error) {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// keptVersions is how many older lists stay in the folder, for clients that are still reading one.
+// keptVersions is how many older lists stay in the folder, for clients that are still reading an older list.
 const keptVersions = 3
 
-// trim removes the files of lists that are too old for any reader.
+// trim removes the files of lists that are older than the kept ones. version is the version of the newest list.
 func (r *Repository) trim(version int64) error {
 	used := map[string]bool{}
 	names, err := filepath.Glob(filepath.Join(r.dir, "*.targets.json"))

@@ -1,4 +1,5 @@
-// Package btfsample makes small BTF type descriptions, and ELF files that contain them, for tests.
+// Package btfsample makes small type descriptions in BTF (BPF Type Format, the kernel's format), and ELF files that
+// contain them, for tests.
 package btfsample
 
 import (

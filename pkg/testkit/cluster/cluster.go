@@ -1,6 +1,6 @@
-// Package cluster runs a real kube-apiserver with etcd for one test. The API server admits, forbids and stores objects
-// as the one of a cluster does. Only test files import the package. It cannot run pods, because it has no kubelet, no
-// scheduler and no controller.
+// Package cluster runs a real kube-apiserver with etcd for one test. This API server admits, forbids and stores objects
+// as the API server of a real cluster does. Only test files import the package. It cannot run pods, because it has no
+// kubelet, no scheduler and no controller.
 package cluster
 
 import (
@@ -34,7 +34,7 @@ type Cluster struct {
 	t testing.TB
 	// Host and Port are the address of the API server.
 	Host, Port string
-	// CA is the certificate of its certificate authority, in PEM.
+	// CA is the self-signed certificate of the API server, in PEM. Clients verify connections with it.
 	CA []byte
 
 	dir, bin, admin string
@@ -74,7 +74,8 @@ func Start(t testing.TB) *Cluster {
 		"--service-account-signing-key-file", filepath.Join(c.dir, "accounts.key"), "--service-cluster-ip-range",
 		"10.0.0.0/24", "--allow-privileged")
 	c.ready()
-	// A real cluster's controller makes this account in each namespace. No controller runs here, so Start makes it.
+	// In a real cluster, a controller makes this service account in each namespace. No controller runs here, so Start
+	// makes it.
 	c.Must(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts",
 		map[string]any{"metadata": map[string]any{"name": "default"}}, nil)
 	return c
@@ -115,7 +116,7 @@ func (c *Cluster) run(name string, argv ...string) {
 	}
 	c.t.Cleanup(func() {
 		cancel()
-		_ = cmd.Wait() // cancel has killed it
+		_ = cmd.Wait() // the error says only that cancel killed the program
 		if c.t.Failed() {
 			text := said.Bytes()
 			c.t.Logf("%s said: %s", name, text[max(0, len(text)-4000):])

@@ -1,6 +1,6 @@
-// Package distribution runs Debian's build of the registry of the distribution project for one test. This project did
-// not write that registry, so the test also checks the protocol. Only test files import the package. Version 2.8 has no
-// referrers API, so it tests the work without that API, and cannot replace a registry that has it.
+// Package distribution runs Debian's package of the distribution project's registry for one test. Prebake did not write
+// that registry, so the test also checks the protocol. Only test files import the package. Version 2.8 of the registry
+// has no referrers API. Tests with it show how clients work without that API; the API itself needs another registry.
 package distribution
 
 import (
@@ -88,7 +88,7 @@ func start(t testing.TB, more string) string {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	_ = w.Close() // the program has a copy of its own
+	_ = w.Close() // the program has its own copy of this end of the pipe
 	stop := func(rest chan struct{}) {
 		if err := cmd.Process.Kill(); err != nil {
 			t.Errorf("stop the registry: %v", err)
@@ -97,7 +97,7 @@ func start(t testing.TB, more string) string {
 		_ = cmd.Wait() // it was killed
 		_ = r.Close()
 	}
-	// The program prints its address when it listens, or ends.
+	// The program prints its address when it begins to listen. If it cannot listen, it ends.
 	var said []string
 	for lines := bufio.NewScanner(r); lines.Scan(); {
 		if m := listening.FindStringSubmatch(lines.Text()); m != nil {

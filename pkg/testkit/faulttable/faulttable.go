@@ -44,7 +44,7 @@ type Table struct {
 	Rows    []string
 	// Seen has the results. Its key is the row, a space, and the column.
 	Seen map[string]string
-	// Hint is the command that writes the table again. Update makes Check write it.
+	// Hint is the command that writes the table again. If Update is true, Check writes the table.
 	Hint   string
 	Update bool
 }
@@ -70,7 +70,7 @@ func (tab Table) Check(t *testing.T) {
 	before, rest, ok := strings.Cut(string(text), start)
 	old, after, ok2 := strings.Cut(rest, end)
 	if !ok || !ok2 {
-		t.Fatalf("%s has no place for the table", tab.File)
+		t.Fatalf("%s lacks a mark of the table: want %q and %q", tab.File, start, end)
 	}
 	switch {
 	case old == table.String():

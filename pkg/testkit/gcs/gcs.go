@@ -1,6 +1,5 @@
 // Package gcs runs fake-gcs-server, an emulator of Google Cloud Storage, for one test. Only test files import it. The
-// emulator allows everything to everybody, so it cannot test Google's permissions, such as what is refused without
-// rights.
+// emulator allows everything to everybody, so tests with it say nothing about Google's permissions.
 package gcs
 
 import (
@@ -63,7 +62,7 @@ func start(t testing.TB, program string) (address string, err error) {
 		return "", err
 	}
 	_, port, _ := net.SplitHostPort(address)
-	// The public host is the host of plain downloads, whose URLs do not have the path of the API.
+	// The public host is the host in the URLs of plain downloads. These URLs do not begin with the path of the API.
 	cmd := exec.Command(program, "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", port,
 		"-public-host", address)
 	cmd.Env = []string{"HOME=/nonexistent"}
@@ -80,7 +79,7 @@ func start(t testing.TB, program string) (address string, err error) {
 		_ = cmd.Wait() // it was killed
 		return errors.Join(kill, drain)
 	}
-	// The emulator prints this text once it listens, or ends.
+	// The emulator prints this text when it begins to listen. If it cannot listen, it ends.
 	var said []string
 	for lines := bufio.NewScanner(stderr); lines.Scan(); {
 		if strings.Contains(lines.Text(), "server started at") {

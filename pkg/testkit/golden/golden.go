@@ -10,8 +10,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// Check fails the test if one of the files differs from want. With update it writes the files instead; a test sets it
-// from its flag -update.
+// Check fails the test if one of the files differs from want. If update is true, Check writes the files instead; a test
+// passes the value of its flag -update.
 func Check(t testing.TB, update bool, want []byte, files ...string) {
 	t.Helper()
 	for _, file := range files {
@@ -26,8 +26,8 @@ func Check(t testing.TB, update bool, want []byte, files ...string) {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(got, want) {
-			t.Errorf("%s is not what its source gives; run go test -run '^%s$' -update in this package (- file, + source)\n%s",
-				file, t.Name(), cmp.Diff(string(got), string(want)))
+			t.Errorf("%s is out of date; run go test -run '^%s$' -update in this package "+
+				"(- file, + what the test generates)\n%s", file, t.Name(), cmp.Diff(string(got), string(want)))
 		}
 	}
 }

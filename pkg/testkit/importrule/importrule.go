@@ -17,8 +17,8 @@ func list(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// within reports whether a package belongs to a module or folder. A package of the standard library has no packages
-// below it in this sense.
+// within reports whether a package belongs to a module or folder. A package of the standard library counts alone,
+// without the packages in folders below it.
 func within(pkg, folder string) bool {
 	return pkg == folder || strings.Contains(folder, ".") && strings.HasPrefix(pkg, folder+"/")
 }

@@ -1,4 +1,5 @@
-// Package snapshots makes snapshots for tests, and has all their keys. Only test files import it. It checks nothing.
+// Package snapshots makes snapshots for tests, and gives tests all keys that sign a snapshot. Only test files import
+// it. It checks nothing.
 package snapshots
 
 import (

@@ -22,9 +22,9 @@ var sources embed.FS
 // Name is the module's name. Its file is Name.ko.
 const Name = "emugpu"
 
-// KernelArg returns the argument for the kernel's command line that reserves memory. The emulated device uses that
-// memory as its own. Arm kernels do not know memmap=. There mem= limits the kernel to less memory than the machine
-// has.
+// KernelArg returns the argument for the kernel's command line that keeps the kernel away from some memory. The
+// emulated device uses that memory as its own. Arm kernels do not know memmap=. On Arm, mem= makes the kernel use less
+// memory than the machine has, and the device uses the rest.
 func KernelArg(arch target.Arch) string {
 	if arch == target.ARM64 {
 		return "mem=2304M"
@@ -32,7 +32,7 @@ func KernelArg(arch target.Arch) string {
 	return "memmap=96M$0x4f000000"
 }
 
-// Memory returns the memory in MiB that the machine needs at least.
+// Memory returns the least memory in MiB that a machine with the emulated GPU needs.
 func Memory(arch target.Arch) int {
 	if arch == target.ARM64 {
 		return 2304 + 128

@@ -16,7 +16,8 @@ const (
 	gateway      = "10.0.2.2"
 )
 
-// network starts lo and eth0. The driver registers eth0 asynchronously, so network waits for it, up to wait.
+// network starts lo and eth0. The driver registers eth0 asynchronously, so network waits until eth0 exists, at most for
+// the time wait.
 func network(wait time.Duration) error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {

@@ -24,7 +24,7 @@ func openPort(path string) (port, error) {
 	}
 	u, bare := openUART("/sys/bus/pci/devices")
 	if bare != nil {
-		return nil, fmt.Errorf("%w, and without a driver: %w", err, bare)
+		return nil, fmt.Errorf("%w; drive the port without a kernel driver: %w", err, bare)
 	}
 	return u, nil
 }
@@ -32,8 +32,8 @@ func openPort(path string) (port, error) {
 // tty is a serial port with a kernel driver.
 type tty struct{ *os.File }
 
-// openTTY opens a serial port in raw mode, so that the line discipline changes no bytes. A kernel may have device
-// files of ports that do not exist; reading their settings fails.
+// openTTY opens a serial port in raw mode, so that the line discipline changes no bytes. If the port does not exist,
+// its device file may exist nevertheless; reading the port's settings then fails.
 func openTTY(path string) (tty, error) {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {

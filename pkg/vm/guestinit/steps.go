@@ -42,7 +42,8 @@ type job struct {
 	exit  int           // valid after done is closed
 }
 
-// run runs the steps until a step without KeepGoing fails. Then it ends the steps that are still in the background.
+// run runs the steps, and stops early if a step without KeepGoing fails. At the end it stops the background steps that
+// still run.
 func (r *runner) run(steps []wire.Step) {
 	r.background = map[string]*job{}
 	for i, s := range steps {
@@ -150,7 +151,7 @@ func (r *runner) stop(name string) (int, error) {
 	case <-time.After(stopGrace):
 		j.signal(unix.SIGKILL)
 		<-j.done
-		text = fmt.Sprintf("killed: did not end in %v when asked to", stopGrace)
+		text = fmt.Sprintf("killed: it did not end within %v after SIGTERM", stopGrace)
 	}
 	r.host.send(wire.Event{Type: wire.End, Step: j.step, Exit: j.exit, Error: text,
 		Seconds: time.Since(j.start).Seconds()})
@@ -179,7 +180,8 @@ func exitStatus(err error) int {
 	return exitUnrunnable
 }
 
-// exitOf returns the errno in a built-in's error as the step's exit status, or 1 if there is none.
+// exitOf returns the exit status of a built-in: 0 without an error, the errno in the error, or 1 if the error has no
+// errno.
 func exitOf(err error) int {
 	var errno unix.Errno
 	switch {

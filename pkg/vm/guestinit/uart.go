@@ -11,7 +11,7 @@ import (
 )
 
 // Registers of qemu's pci-serial, which is a 16550A behind an I/O port BAR (docs/specs/pci-serial.rst of qemu).
-// guestinit drives it itself, because COS's kernels for Arm lack CONFIG_SERIAL_8250_PCI.
+// guestinit drives this device itself, because COS's kernels for Arm lack CONFIG_SERIAL_8250_PCI.
 const (
 	uartVendor, uartDevice = "0x1b36", "0x0002"
 
@@ -25,7 +25,7 @@ const (
 	uartDepth   = 16
 )
 
-// uartTimeout is how long the host may leave bytes unread. A host that reads from a pipe needs far less.
+// uartTimeout is how long the host may leave bytes unread. The host reads from a pipe, so it needs far less time.
 const uartTimeout = time.Minute
 
 // registers gives access to the registers of a device, one byte at each offset.

@@ -121,7 +121,10 @@ static void fill_config(void)
 	put16(PCI_SUBSYSTEM_VENDOR_ID, PCI_VENDOR_ID_NVIDIA);
 	put16(PCI_SUBSYSTEM_ID, 0x12a2);
 	put8(PCI_CAPABILITY_LIST, CAP_EXPRESS);
-	/* Without interrupt controllers of a PC, a line is somebody else's. */
+	/*
+	 * Line 11 is a line of a PC's interrupt controller. On another machine
+	 * the number may belong to another device.
+	 */
 	if (IS_ENABLED(CONFIG_X86)) {
 		put8(PCI_INTERRUPT_LINE, 11);
 		put8(PCI_INTERRUPT_PIN, 1);
@@ -256,8 +259,9 @@ static void drop_interrupt(void)
 static int irq;
 
 /*
- * Where the domain's number is no matter of sysdata, the bridge has it. Asking
- * for a free one would fail: the device tree numbers the machine's own bridge.
+ * On this architecture the host bridge, and not sysdata, has the number of the
+ * PCI domain. Asking the kernel for a free number would fail, because the
+ * device tree gives a number to the machine's own bridge.
  */
 static struct pci_bus *create_root(struct list_head *resources)
 {
@@ -277,9 +281,9 @@ static struct pci_bus *create_root(struct list_head *resources)
 }
 
 /*
- * There is no interrupt controller behind the bridge that could send messages,
- * and no line of a PC. The device gets an interrupt of its own that never
- * comes.
+ * The bridge has no controller for message signalled interrupts, and the
+ * machine has no interrupt line of a PC. The device gets an interrupt of its
+ * own, which it never raises.
  */
 static int add_interrupt(void)
 {

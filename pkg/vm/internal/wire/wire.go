@@ -20,8 +20,8 @@ const (
 	GPUModule  = "/prebake/emugpu.ko"
 )
 
-// Port returns the guest's device file of the serial port for events. On amd64 the console is the first port of the
-// same kind, so the events use the second. An Arm machine's console is a port of another kind.
+// Port returns the guest's device file of the serial port for events. On amd64 the console is ttyS0, so the events use
+// ttyS1. On arm64 the console is ttyAMA0, a port of another kind, so the events use ttyS0.
 func Port(goarch string) string {
 	if goarch == "arm64" {
 		return "/dev/ttyS0"
@@ -54,7 +54,7 @@ type Step struct {
 // Type is the kind of an [Event].
 type Type string
 
-// Types of events, in the order in which they may come. Output and End repeat.
+// Types of events, in the order in which they may come. Begin, Output and End come for each step; Output may repeat.
 const (
 	Hello    Type = "hello"  // the guest's init runs
 	Ready    Type = "ready"  // kernel modules, network and GPU are up
@@ -104,7 +104,8 @@ func Write(w io.Writer, e Event) error {
 }
 
 // Read calls f for every event until the stream ends. It drops a last line without a newline, because a machine that
-// loses power leaves one. It skips blank lines. Any other line that is not an event is an error.
+// loses power may leave half a line. It skips blank lines. Any other line that is not an event is an error. If f
+// returns an error, Read stops and returns that error.
 func Read(r io.Reader, f func(Event) error) error {
 	in := bufio.NewReaderSize(r, 64<<10)
 	for {
