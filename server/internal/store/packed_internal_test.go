@@ -54,7 +54,9 @@ func TestPackedFactsKeepEveryField(t *testing.T) {
 	for i := range whole.Artifacts {
 		whole.Artifacts[i].Kernels = nil // a Candidate has no kernels
 	}
-	extreme := Facts{Newest: &api.Build{ID: math.MaxInt64, Attempt: math.MinInt, CreatedAt: time.Unix(math.MinInt32, 1).UTC()}}
+	extreme := Facts{Newest: &api.Build{
+		ID: math.MaxInt64, Attempt: math.MinInt, CreatedAt: time.Unix(math.MinInt32, 1).UTC(),
+	}}
 	want := map[target.Driver]Facts{
 		{Version: "535.104.05", Flavour: target.Open}:        whole,
 		{Version: "535.104.05", Flavour: target.Proprietary}: {},
