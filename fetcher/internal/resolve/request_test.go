@@ -29,7 +29,7 @@ func TestServerRequest(t *testing.T) {
 		state  api.State
 		reason string
 	}{
-		{"unknown", unknown, queued, nil, 1, api.Queued, "this node asked for it"},
+		{"unknown", unknown, queued, nil, 1, api.Queued, "this node asked for the build"},
 		{
 			"the farm refuses",
 			unknown,
