@@ -113,7 +113,8 @@ func TestForeignKilled(t *testing.T) {
 	}
 }
 
-// TestForeignNotPutBack checks the error if a foreign driver cannot be restored: it must name what is missing.
+// TestForeignNotPutBack checks the error if a foreign driver cannot be loaded again: it must name the modules whose
+// files are missing.
 func TestForeignNotPutBack(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -124,7 +125,7 @@ func TestForeignNotPutBack(t *testing.T) {
 	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
 	_, err := n.run(t, ref, p.Digest, c.Driver)
 	if !fault.Is(err, fault.Unusable) ||
-		!strings.Contains(err.Error(), "no file on this node is its module nvidia_uvm, nvidia_peermem") {
-		t.Errorf("Run = %v; want a word about what is not loaded again", err)
+		!strings.Contains(err.Error(), "found no file on this node for module nvidia_uvm, nvidia_peermem") {
+		t.Errorf("Run = %v; want the names of the modules that were not loaded again", err)
 	}
 }
