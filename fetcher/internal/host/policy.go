@@ -60,7 +60,7 @@ func readPolicy(root fs.FS) (Policy, error) {
 	return p, nil
 }
 
-// ParseCmdline parses a kernel command line. Later words win.
+// ParseCmdline parses a kernel command line. If a key occurs several times, the last one counts.
 func ParseCmdline(text string) Policy {
 	p := Policy{}
 	for word := range strings.FieldsSeq(text) {
