@@ -32,7 +32,7 @@ type Rule struct {
 
 	mu sync.Mutex
 	// last is the last valid list; nil means none. read is true once last was read from the disk or fetched. refreshErr is
-	// the error of the last attempt to do so.
+	// the error of the last attempt to read or fetch it.
 	last       *list
 	read       bool
 	refreshErr error
