@@ -59,7 +59,7 @@ func (w Window) Closed(now time.Time) string {
 		return ""
 	}
 	day := func(d time.Duration) string { return time.Time{}.Add(d).Format("15:04") }
-	return fmt.Sprintf("now is outside of the hours of --maintenance, %s to %s UTC", day(w.From), day(w.Until))
+	return fmt.Sprintf("the present time is outside the hours of --maintenance, %s to %s UTC", day(w.From), day(w.Until))
 }
 
 // idlePause is the time between two checks whether programs use the driver.

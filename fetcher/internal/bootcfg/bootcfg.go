@@ -71,7 +71,7 @@ func Undo(esp *os.Root) error {
 		if !ours(kept, have) {
 			return fault.New(fault.Mismatch,
 				"undo change of boot configuration: somebody changed it after fetcher",
-				"compare "+file+" on the EFI partition with "+backup+", which has the former content, and edit it by hand")
+				"correct "+file+" on the EFI partition by hand; "+backup+" has the content from before the change")
 		}
 		if err := write(esp, file, kept); err != nil {
 			return err

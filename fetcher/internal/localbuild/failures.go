@@ -35,7 +35,7 @@ func (b Builder) failures() failures {
 	f := failures{file: filepath.Join(b.StateDir, "failed.json"), builder: b.KernelMirror + " " + b.DriverMirror + " "}
 	if b.Image != nil {
 		f.builder += b.Image.Digest
-	} else if info, err := os.Stat(b.Program); err == nil { // with size and time: another release has the same path
+	} else if info, err := os.Stat(b.Program); err == nil { // size and time: another release may have this path
 		f.builder += fmt.Sprintf("%s %d %d", b.Program, info.Size(), info.ModTime().UnixNano())
 	}
 	return f

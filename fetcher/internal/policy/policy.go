@@ -298,7 +298,8 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 	for i, s := range f.Signatures {
 		predicate, ok := statements[s.Statement]
 		if !ok {
-			return p, fmt.Errorf("signatures, entry %d: statement %.60q: want provenance, kernelMatch, testResult, reproduction or sbom", i+1, s.Statement)
+			return p, fmt.Errorf("signatures, entry %d: statement %.60q: want provenance, kernelMatch, testResult, "+
+				"reproduction or sbom", i+1, s.Statement)
 		}
 		count := s.Count
 		if count == 0 {
