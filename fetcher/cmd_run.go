@@ -220,8 +220,8 @@ func (k daemon) stay(ctx context.Context) error {
 		k.pending(pending)
 		watch, stop := ctx, func() {}
 		if pending != nil {
-			// The node wants another driver than the one that serves it. Ending here would only make kubelet or systemd start
-			// this program again and again.
+			// The loaded driver works, but the node wants another driver. If this program ended here, kubelet or systemd would
+			// only start it again and again.
 			watch, stop = context.WithTimeout(ctx, retryChecks*k.every)
 		}
 		footprint.Trim() // give the node the memory that only the run needed

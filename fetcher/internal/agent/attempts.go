@@ -138,7 +138,7 @@ func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.St
 	return nil
 }
 
-// begin records that the activation of a set begins, and which foreign driver is unloaded for it.
+// begin records that the activation of a driver begins, and which foreign driver it unloads.
 func (a *Agent) begin(store *install.Store, digest string, before install.Pointers, was *foreignFiles,
 	firmware string) error {
 	err := a.note(store, digest, func(at *attempt) {

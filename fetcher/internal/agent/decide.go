@@ -196,8 +196,8 @@ func (s nodeState) another(digest string) bool {
 	})
 }
 
-// isDowngrade reports whether the farm's answer is older than the installed driver, for a wish without an exact
-// version.
+// isDowngrade reports whether the wanted driver is older than the installed driver good, and the owner neither named an
+// exact version nor allowed a downgrade.
 func (s nodeState) isDowngrade(good *install.Set) bool {
 	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || s.allowDowngrade ||
 		!serves(good, s.question) {

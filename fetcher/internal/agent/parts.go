@@ -45,7 +45,7 @@ type Repository interface {
 	) ([]v1.Descriptor, error)
 }
 
-// Verifier judges signed statements. Package trust has the one implementation.
+// Verifier judges signed statements. Package trust has the only real implementation.
 type Verifier interface {
 	Verify(bundles [][]byte, e trust.Expect) (*trust.Verdict, error)
 	// Statement checks the signature of one statement.

@@ -192,7 +192,7 @@ func digestOf(data []byte) string {
 	return ocidigest.FromBytes(data).String()
 }
 
-// loadOrder is the order in which modules are loaded. [install.Set] lists them in the same order.
+// loadOrder is the order in which modules are loaded. [install.Set] lists modules in this order.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 
 // inspect reads the modules of a layer, and checks that they fit this kernel and this driver. For a layer that was

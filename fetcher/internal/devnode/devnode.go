@@ -21,7 +21,7 @@ import (
 
 // Node is one character device file.
 type Node struct {
-	// Name is the path below /dev; it may have a folder.
+	// Name is the path below /dev, such as nvidia0 or nvidia-caps/nvidia-cap1.
 	Name         string
 	Major, Minor uint32
 	Mode         fs.FileMode
@@ -181,7 +181,7 @@ func gpuMinors(root fs.FS) ([]uint32, error) {
 	return minors, nil
 }
 
-// System makes and removes device files. The one real implementation is [Linux].
+// System makes and removes device files. The only real implementation is [Linux].
 type System interface {
 	// Make makes n in the folder dev, or corrects the existing device file.
 	Make(dev *os.Root, n Node) error

@@ -188,7 +188,7 @@ func (f Facts) missing() (missing, reasons []string) {
 }
 
 // fabricless returns the GPUs that wait for NVIDIA's fabric manager. GPUs wait for it on machines with NVSwitches.
-// Until then, CUDA programs fail with error 802, system not yet initialized.
+// Until the fabric manager has connected them, CUDA programs fail with error 802, system not yet initialized.
 func (f Facts) fabricless() (waiting []string) {
 	for _, d := range f.NVML.Devices {
 		if d.Fabric == "not started" || d.Fabric == "in progress" {

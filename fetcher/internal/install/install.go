@@ -230,8 +230,8 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 	}
 	final := path.Join("sets", name)
 	if info, err := s.root.Lstat(path.Join(ownFolder, final)); err == nil && info.IsDir() {
-		// The same artifact comes again: for another COS build with the same fingerprint, or fetched anew. It may be the
-		// set in force, so its names change one by one.
+		// This artifact is already on the disk. It was installed for another COS build with the same fingerprint, or its
+		// layers were fetched again. The set may be in force, so replace its links one by one.
 		for _, name := range names {
 			if at := path.Join(ownFolder, final, name); links[name] == "" {
 				err = s.root.RemoveAll(at)

@@ -45,7 +45,8 @@ func cell(q resolve.Question) string {
 	return fmt.Sprintf("%s/%s %s %s", q.Kernel.BuildID, q.Kernel.Board, q.Wish, q.Flavour)
 }
 
-// known returns the error of a recent failure of the same compile.
+// known returns the error of the last failed compile, if that compile had the same cell and builder, and failed within
+// failureAge. Otherwise it returns nil.
 func (f failures) known(q resolve.Question) error {
 	raw, err := os.ReadFile(f.file)
 	var last failure
