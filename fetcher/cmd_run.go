@@ -133,7 +133,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	return g.Wait()
 }
 
-// flushTime bounds the wait of a failed program until the cluster has stored the reason.
+// flushTime is how long a failing program waits at most until the cluster has stored the reason.
 const flushTime = 10 * time.Second
 
 // listeners receive the state of the driver: the fetcher's own HTTP server, and optionally a cluster.

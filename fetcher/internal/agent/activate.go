@@ -178,14 +178,14 @@ func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeStat
 	return a.findForeign(s.facts, s.facts.Driver.String(), s.facts.Modules)
 }
 
-// served reports whether more GPUs worked with the driver set at the last check than work now. If not, a rollback to
+// served reports whether more GPUs worked at the last check of the driver in set than work now. If not, a rollback to
 // that driver would not help.
 func (a *Agent) served(set *install.Set, now gpucheck.Verdict) bool {
 	rec := a.lastRecord()
 	return rec != nil && rec.Verdict.Digest == set.Digest && rec.Verdict.UsableGPUs > now.UsableGPUs
 }
 
-// returnTo reports whether the driver before, which was in force before an activation, can be activated again.
+// returnTo reports whether the agent can activate a driver again that was in force before an activation.
 func (s nodeState) returnTo(before *install.Set) bool {
 	return before != nil && !s.noLoad && fitsNode(before, s.facts) == nil && s.refused(before) == nil
 }
@@ -309,8 +309,8 @@ func (s nodeState) lacks(set *install.Set) bool {
 	})
 }
 
-// unloadOf unloads the modules of set, whose activation failed. It does nothing if they are not loaded, or if set is
-// also the former driver.
+// unloadOf unloads the modules of the driver in set, whose activation failed. It does nothing if they are not loaded,
+// or if the driver is also the former driver.
 func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set) error {
 	facts, err := host.Observe(a.node)
 	if err != nil || len(facts.Modules) == 0 || before.Digest == set.Digest || !(nodeState{facts: facts}).runs(set) {

@@ -152,7 +152,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 }
 
 // mayBuild reports whether this node should compile a driver that is not published. It should not if the owner wants
-// one artifact by its digest, if a foreign driver stays loaded, or if the driver in force is a wanted one that verifies
+// one artifact by its digest, if a foreign driver stays loaded, or if the driver in force serves the wish and verifies
 // or runs.
 func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set) bool {
 	if a.parts.Local == nil || a.cfg.Pin != "" {

@@ -47,8 +47,8 @@ const (
 	refuse kernelAction = "refuse"
 )
 
-// decision says what to do: put the driver set in force, with the kernel action do. If set is not the wanted driver,
-// err is the reason. If set is nil, the agent changes nothing, and err is the reason.
+// decision says what to do. The agent puts the driver in set in force, and does the kernel action do. If that is not
+// the wanted driver, err is the reason. If set is nil, the agent changes nothing, and err is the reason.
 type decision struct {
 	do  kernelAction
 	set *install.Set
@@ -181,8 +181,8 @@ func (s nodeState) refused(set *install.Set) error {
 	return a.refused(set.Driver, s.another(set.Digest))
 }
 
-// another reports whether the node has a driver that it may run besides the one with this digest. That is a loaded
-// foreign driver, or a driver on the disk.
+// another reports whether the node has a driver that it may run besides the driver with this digest. That can be a
+// loaded foreign driver, the driver in force, or the previous driver.
 func (s nodeState) another(digest string) bool {
 	if len(s.facts.Modules) > 0 && !s.ownLoaded() {
 		return true

@@ -41,8 +41,8 @@ type Event struct {
 	Reason  string `json:"why,omitempty"`
 }
 
-// addHistory adds an event to the history and reports it to the server. The history is only for people to read, so it
-// only logs a failed write.
+// addHistory adds an event to the history, and reports it to Parts.Tried. The history is only for people to read, so
+// addHistory only logs a failed write.
 func (a *Agent) addHistory(
 	ctx context.Context,
 	store *install.Store,

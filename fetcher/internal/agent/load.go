@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// restoreFirmwarePath sets the kernel's firmware path to the path that the facts before have.
+// restoreFirmwarePath sets the kernel's firmware path to its value in before, the facts from before the activation.
 func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 	now, err := host.Observe(a.node)
 	if err != nil || now.FirmwarePath == before.FirmwarePath {

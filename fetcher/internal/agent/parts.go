@@ -50,7 +50,7 @@ type Verifier interface {
 	Verify(bundles [][]byte, e trust.Expect) (*trust.Verdict, error)
 	// Statement checks the signature of one statement.
 	Statement(bundle []byte) (*trust.Statement, error)
-	// Wanted returns the annotations that the statements needed for a kernel have.
+	// Wanted returns annotations by which a registry can find the statements that the verifier needs for a kernel.
 	Wanted(k target.Kernel) []map[string]string
 }
 

@@ -68,9 +68,9 @@ type outcome struct {
 }
 
 // race compiles on this node. If the owner lets the node wait for the farm, race also asks the farm repeatedly at the
-// same time; the compile then begins after grace, or once the farm has answered. When one side has an artifact, race
-// stops the other side. It also stops the compile if the farm says that the artifact is yanked or quarantined. race
-// returns when both sides have ended.
+// same time; the compile then begins after grace, or earlier if the farm has no artifact. When one side has an
+// artifact, race stops the other side. It also stops the compile if the farm says that the artifact is yanked or
+// quarantined. race returns when both sides have ended.
 func (a *Agent) race(
 	ctx context.Context,
 	q resolve.Question,

@@ -83,7 +83,7 @@ func Undo(esp *os.Root) error {
 	return flush(esp)
 }
 
-// ours reports whether this program made the configuration edited from the configuration before.
+// ours reports whether edited is a result that this program can make from the configuration before.
 func ours(before, edited []byte) bool {
 	for _, want := range []Want{{Unsigned: true}, {Elsewhere: true}, {Unsigned: true, Elsewhere: true}} {
 		if out, _, err := Edit(before, want); err == nil && bytes.Equal(out, edited) {

@@ -205,7 +205,7 @@ func others(node *noderoot.Root) (string, error) {
 			}
 			// NVIDIA's device plugin writes descriptions of other kinds into these folders, so compare the kind. If this code
 			// cannot parse a file, runtimes cannot parse it either. Of a file longer than maxSpec, only the beginning is read;
-			// search the kind in its text.
+			// look for the kind in that text.
 			if err == nil && (len(raw) >= maxSpec && bytes.Contains(raw, []byte(Kind)) || yaml.Unmarshal(raw, &spec) == nil &&
 				spec.Kind == Kind) {
 				return path.Join(dir, e.Name()), nil

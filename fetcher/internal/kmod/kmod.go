@@ -20,7 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// System is the kernel's interface to load and unload modules. The only real implementation is [Linux].
+// System is the kernel's interface to load and unload modules, and to read the kernel log. The only real implementation
+// is [Linux].
 type System interface {
 	// InitModule calls init_module(2).
 	InitModule(image []byte, params string) error

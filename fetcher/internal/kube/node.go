@@ -109,7 +109,7 @@ func (n *Node) Alive() {
 	}
 }
 
-// Pending records why the node does not have the wanted driver; nil means that it has.
+// Pending records why the node does not have the wanted driver; nil means that the node has it.
 func (n *Node) Pending(why error) {
 	n.mu.Lock()
 	n.pending = ""
