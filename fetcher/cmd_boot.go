@@ -65,7 +65,7 @@ func printBoot(w io.Writer, r *agent.BootReport) error {
 	say("Secure Boot", r.SecureBoot, "")
 	fmt.Fprintf(w, "%-28s %d\n", "boot configuration changed", r.Edits)
 	if r.Undone {
-		fmt.Fprintln(w, "the boot configuration is what it was; reboot the node")
+		fmt.Fprintln(w, "the boot configuration is restored; reboot the node")
 	}
 	return nil
 }

@@ -35,7 +35,7 @@ func installCommand() *ucli.Command {
 	}
 }
 
-// traced is [runOnce] for commands that run once. It starts and closes the tracer.
+// traced starts a tracer, calls [runOnce] with it, and closes it. It serves the commands that do one run and then end.
 func traced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*agent.Report, error)) error {
 	log, err := logger(cmd, false)
 	if err != nil {
@@ -46,8 +46,8 @@ func traced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*
 	return runOnce(ctx, cmd, tracer, run)
 }
 
-// startTraces reads the OTEL_* environment. Wrong settings there only cost the traces, because the node must get its
-// driver anyway.
+// startTraces starts the tracer that the OTEL_* environment variables configure. If they are wrong, it prints the error
+// and returns nil: the command then runs without traces, because the node must get its driver anyway.
 func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *traces.Tracer {
 	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
 	if err != nil {
@@ -57,7 +57,7 @@ func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *trac
 	return tracer
 }
 
-// runOnce prints the report even when the run failed, traces the run, and returns its error.
+// runOnce calls run, traces it, and prints its report, also after an error. It returns the error of run.
 func runOnce(ctx context.Context, cmd *ucli.Command, tracer *traces.Tracer,
 	run func(context.Context) (*agent.Report, error)) error {
 	ctx, span := tracer.Begin(ctx, cmd.Name, nil)

@@ -101,7 +101,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 		g.Go(func() error { return outside.cluster.Run(gctx) })
 	}
 	g.Go(func() error {
-		defer cancel() // the HTTP server has nothing to report after this
+		defer cancel() // the HTTP server and the reporter to the cluster end with the daemon
 		k := daemon{
 			node: a, every: max(cmd.Duration("interval"), time.Second), once: cmd.Bool("dry-run"), outside: outside,
 			run: func(run func(context.Context) (*agent.Report, error)) error { return runOnce(gctx, cmd, tracer, run) },
@@ -114,7 +114,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 				}
 			},
 		}
-		if outside.cluster != nil { // what an earlier boot reported to the cluster may be wrong now
+		if outside.cluster != nil { // the cluster may still show the driver of an earlier boot
 			if v, ok := a.QuickVerdict(gctx); ok {
 				outside.cluster.Report(v)
 			}
@@ -122,7 +122,8 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 		}
 		err := k.stay(gctx)
 		if outside.cluster != nil && ctx.Err() == nil {
-			// The run ends because no driver is ready. Operators look for this reason in the cluster, so it must arrive there.
+			// The program ends because no driver is ready. Operators look for the reason in the cluster, so write it there
+			// first.
 			last, done := context.WithTimeout(context.WithoutCancel(ctx), flushTime)
 			defer done()
 			outside.cluster.Flush(last)
@@ -132,7 +133,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	return g.Wait()
 }
 
-// flushTime is how long a failed run waits until the cluster has its report.
+// flushTime is how long a failing program waits at most until the cluster has stored the reason.
 const flushTime = 10 * time.Second
 
 // listeners receive the state of the driver: the fetcher's own HTTP server, and optionally a cluster.
@@ -168,14 +169,15 @@ type daemon struct {
 	outside *listeners
 	// run does one run and prints its report.
 	run func(func(context.Context) (*agent.Report, error)) error
-	// quickVerdict returns the verdict to report after a run that came to none; nil means that there is no cluster.
+	// quickVerdict returns a verdict for the cluster after a run that ended without one; see [agent.Agent.QuickVerdict].
+	// The function is nil if no cluster is configured.
 	quickVerdict func(context.Context) (gpucheck.Verdict, bool)
 	// pending receives the reason why the node serves with another driver than the wanted one. It receives nil when the
 	// node has the wanted driver.
 	pending func(error)
 }
 
-// reportFailure reports to the cluster why no driver is ready, although this run made no check.
+// reportFailure reports to the cluster why no driver is ready, after a run that failed before its check of the driver.
 func (k daemon) reportFailure(ctx context.Context, why error) {
 	if k.quickVerdict == nil {
 		return
@@ -191,16 +193,17 @@ func (k daemon) reportFailure(ctx context.Context, why error) {
 func (k daemon) stay(ctx context.Context) error {
 	ready := false
 	for {
-		k.outside.server.Watch(0) // no checks happen during a run, so the deadline between checks is off
+		k.outside.server.Watch(0) // a run may take long before it checks the driver: no deadline
 		var pending error
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
 			if err == nil && r.Pending != "" {
 				pending = errors.New(r.Pending) // this run reported no error, but an earlier reason still holds
 			}
-			if r.Verdict.State != "" { // without a verdict this run made no check, and the last one holds
+			if r.Verdict.State != "" { // without a verdict, the verdict of the last check stays
 				k.outside.Report(r.Verdict)
-				// NVLink's fabric manager starts after the driver, together with programs that wait for this one.
+				// With Starting, only NVLink's fabric manager is missing. It starts after the driver, so the daemon must not
+				// end.
 				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
 			} else if err != nil && !ready {
 				k.reportFailure(ctx, err)
@@ -217,8 +220,8 @@ func (k daemon) stay(ctx context.Context) error {
 		k.pending(pending)
 		watch, stop := ctx, func() {}
 		if pending != nil {
-			// The node wants another driver than the one that serves it. Ending here would only make kubelet or systemd start
-			// this program again and again.
+			// The loaded driver works, but the node wants another driver. If this program ended here, kubelet or systemd would
+			// only start it again and again.
 			watch, stop = context.WithTimeout(ctx, retryChecks*k.every)
 		}
 		footprint.Trim() // give the node the memory that only the run needed

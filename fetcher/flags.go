@@ -121,7 +121,8 @@ func installFlags() []ucli.Flag {
 	)
 }
 
-// trustFlags are the flags that name the trusted signers. The fetcher loads nothing that these have not signed.
+// trustFlags are the flags that name the trusted signers. The fetcher loads no driver that none of them signed, except
+// drivers that this node compiled.
 func trustFlags() []ucli.Flag {
 	loadTest := cli.WasCalled(cli.String("load-test-policy", "any",
 		"accept artifacts by `MODE`: tested (only those that passed a load test) or any"), "load-test")
@@ -194,7 +195,7 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	return cfg, usage(cmd, errs)
 }
 
-// readConfig also reads which driver the node wants. It reports all mistakes at once.
+// readConfig reads the settings of [readHostConfig] and which driver the node wants. It reports all mistakes at once.
 func readConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg, err := readHostConfig(cmd)
 	errs := []error{err}
@@ -221,7 +222,8 @@ func usage(cmd *ucli.Command, errs []error) error {
 // digestPrefix begins a value of --driver that is the digest of one artifact instead of a wish.
 const digestPrefix = "sha256:"
 
-// paramPattern permits no white space in a module parameter, because the kernel splits the text there.
+// paramPattern permits no white space in a module parameter, because the kernel splits a parameter string at white
+// space.
 var paramPattern = regexp.MustCompile(`^([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,128}=[!-~]*)$`)
 
 func readParams(list []string) (map[string]string, error) {

@@ -21,14 +21,14 @@ import (
 var version = "devel"
 
 func main() {
-	if len(os.Args) > 1 && os.Args[1] == localbuild.EnterCommand { // localbuild started this program a second time
+	if len(os.Args) > 1 && os.Args[1] == localbuild.EnterCommand { // localbuild started this program as its child
 		err := localbuild.Enter(os.Args[2:])
 		cli.PrintError(os.Stderr, err)
 		os.Exit(fault.Of(err).ExitCode())
 	}
 	if os.Getenv("GOGC") == "" {
-		// The live heap is the windows of two layers, some 17 MB, and the program allocates little besides. GC percent 10
-		// keeps the heap small and costs CPU time. On a node, memory is worth more.
+		// Most of the live heap, some 17 MB, is the decompression windows of two layers. GC percent 10 keeps the heap small
+		// and costs CPU time. On a node, memory is worth more than CPU time.
 		debug.SetGCPercent(10)
 	}
 	if cosinstaller.Recognise(os.Args) {

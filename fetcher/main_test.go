@@ -209,7 +209,7 @@ func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repositor
 	}
 }
 
-// fakeBuilder replaces the builder. It has the builder's command line, and puts out an artifact that was made before.
+// fakeBuilder replaces the builder. It has the builder's command line, and returns an artifact that was made before.
 // The environment variable FAIL holds the exit status of a failure.
 func fakeBuilder() {
 	args := map[string]string{}

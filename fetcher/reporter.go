@@ -23,8 +23,8 @@ const (
 	leaveTime     = 3 * time.Second
 )
 
-// reporter sends to the server what happened to artifacts. It runs beside all other work, so that a slow or absent
-// server blocks nothing. Reports that the server does not accept are lost.
+// reporter tells the server whether artifacts loaded on this node. It sends from its own goroutine, so that a slow or
+// absent server blocks nothing. Reports that the server does not accept are lost.
 type reporter struct {
 	send func(ctx context.Context, r api.NodeReport) error
 	log  *slog.Logger
@@ -69,20 +69,21 @@ func (t *reporter) one(r api.NodeReport) {
 		errors.New("the server did not answer the report in time"))
 	defer cancel()
 	if err := t.send(ctx, r); err != nil {
-		t.log.WarnContext(ctx, "report not taken", "digest", r.Digest, "outcome", r.Outcome, "err", err)
+		t.log.WarnContext(ctx, "the server did not accept a report", "digest", r.Digest, "outcome", r.Outcome, "err", err)
 	}
 }
 
-// queue sends a report soon. Reports that come faster than the server takes them are lost.
+// queue hands a report to the reporter's goroutine and returns at once. If that goroutine already has eight reports to
+// send, the report is lost.
 func (t *reporter) queue(r api.NodeReport) {
 	select {
 	case t.next <- r:
 	default:
-		t.log.Warn("report dropped", "digest", r.Digest, "outcome", r.Outcome)
+		t.log.Warn("dropped a report: earlier ones still wait", "digest", r.Digest, "outcome", r.Outcome)
 	}
 }
 
-// close waits a short time for reports on their way. Nobody may call queue after close.
+// close waits, at most leaveTime, until the queued reports are sent. Nobody may call queue after close.
 func (t *reporter) close() {
 	close(t.next)
 	select {

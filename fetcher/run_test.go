@@ -41,8 +41,8 @@ func (w *watcher) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// TestRunEnds stops fetcher run while it watches a driver, and before it has one. A last row gives it an address that
-// is in use.
+// TestRunEnds stops fetcher run while it watches a driver, and before it has one. The last row gives the program an
+// address that is in use.
 func TestRunEnds(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

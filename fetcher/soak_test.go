@@ -85,7 +85,7 @@ func TestSoak(t *testing.T) {
 					continue
 				}
 				if _, err := os.Stat(filepath.Join(folder, name)); err != nil {
-					t.Errorf("round %d: %s leads nowhere: %v", round, name, err)
+					t.Errorf("round %d: link %s has no target: %v", round, name, err)
 				}
 			}
 		}
@@ -114,7 +114,7 @@ func TestSoak(t *testing.T) {
 		t.Fatalf("uninstall: %v\n%s", err, out)
 	}
 	if left, err := os.ReadDir(folder); err != nil || len(left) > 0 {
-		t.Errorf("uninstalled, and there is %v, %v", left, err)
+		t.Errorf("after the uninstall, the install folder has %v, %v", left, err)
 	}
 }
 

@@ -55,8 +55,8 @@ func newListing(cmd *ucli.Command, p policy.Policy, node *noderoot.Root) (*liste
 	}, err
 }
 
-// trustPolicy reads the policy file, or the flags that replace one. With flags the key file may be missing if an
-// identity is trusted, unless --public-key names the file.
+// trustPolicy reads the policy file, or else the trust flags. With trust flags, the default key file may be missing if
+// the flags name a certificate identity. A file that --public-key names must exist.
 func trustPolicy(cmd *ucli.Command) (policy.Policy, error) {
 	if err := checkTrust(cmd); err != nil {
 		return policy.Policy{}, err

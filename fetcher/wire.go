@@ -65,7 +65,7 @@ func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
 		return nil, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("open host root: %w", err),
-			"name the folder where the node's root is mounted with --host-root",
+			"set --host-root to the folder where the node's root is mounted",
 		)
 	}
 	return node, nil
@@ -105,7 +105,7 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 	parts.Refresh = refresh
 	if state, err := parts.Node.Path(cmd.String("state-dir")); err == nil && !cfg.DryRun {
 		if err := localbuild.Sweep(state); err != nil {
-			log.Warn("remove the builder's image of a run that was killed", "err", err)
+			log.Warn("could not remove the builder's image, which a killed run left", "err", err)
 		}
 	}
 	builder, err := newBuilder(cmd, parts.Node)
@@ -150,7 +150,8 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 }
 
 // nodeBuilds returns the part of the owner's policy that applies to artifacts compiled on this node. It returns an
-// error where the node must not use such artifacts. Without a policy file they are allowed unless --builder is never.
+// error of kind Unverified if the node must not use such artifacts: the policy file refuses them, or there is no policy
+// file and --builder is never.
 func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	file := cmd.String("policy")
 	if file == "" {
@@ -158,7 +159,7 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 			return trust.Policy{}, fault.New(
 				fault.Unverified,
 				"this node does not compile drivers (--builder never), and does not trust drivers that it compiled before",
-				"publish the driver, or allow the node to compile: --builder PROGRAM",
+				"publish the driver with builder build --to REF, or allow this node to compile with --builder PROGRAM",
 			)
 		}
 		return trust.Policy{}, nil
@@ -168,7 +169,7 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 		err = fault.New(
 			fault.Unverified,
 			"the policy refuses drivers that the node itself compiled",
-			"publish the driver, or allow it in the policy: nodeBuilds: true",
+			"publish the driver with builder build --to REF, or set nodeBuilds: true in the policy file",
 		)
 	}
 	return trust.Policy{MinVersions: p.MinVersions, Revoked: p.Revoked}, err
@@ -203,7 +204,7 @@ func serverURL(cmd *ucli.Command) (*url.URL, error) {
 // flagPolicy returns the policy that the trust flags describe.
 func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 	if policy.LoadTest, err = trust.ParseLoadTestPolicy(cmd.String("load-test-policy")); err != nil {
-		return policy, fault.Wrap(fault.Usage, err, "see --help")
+		return policy, fault.Wrap(fault.Usage, err, "set --load-test-policy to any or to tested")
 	}
 	file := cmd.String("trusted-root")
 	if file != "" {
@@ -222,15 +223,15 @@ func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 		return policy, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("read trusted keys: %w", err),
-			"name the file with the publisher's public key: --public-key FILE, or trust a certificate identity: "+
-				"--trusted-root FILE; without either no driver is installed",
+			"name the file with the publisher's public key: --public-key FILE; for keyless signing, give --trusted-root "+
+				"FILE with --certificate-identity NAME and --certificate-oidc-issuer URL; without either no driver is installed",
 		)
 	}
 	return policy, nil
 }
 
-// nodeVerifier returns a verifier that trusts this node's own key, which is in the state folder. It demands no load
-// test, because the node tests an artifact that it compiled itself by loading it.
+// nodeVerifier returns a verifier that trusts this node's own key, which is in the state folder. The verifier demands
+// no load test: the node is about to load the artifact that it compiled, and sees then whether the modules load.
 func nodeVerifier(cmd *ucli.Command, stateDir string) (agent.Verifier, error) {
 	p, err := nodeBuilds(cmd)
 	if err != nil {
@@ -263,7 +264,7 @@ func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error)
 	return registry.Open(ref, o)
 }
 
-// newBuilder returns nil when this node must not compile, or has no builder.
+// newBuilder returns nil if this node must not compile, or if --builder is not set and no builder is beside fetcher.
 func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, error) {
 	program := cmd.String("builder")
 	if program == "never" {
@@ -310,7 +311,7 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, er
 	}, nil
 }
 
-// pinnedNowhere returns the error for a digest without a repository.
+// pinnedNowhere returns the error for a --driver that is a digest, while no --registry names its repository.
 func pinnedNowhere() error {
 	return cli.About(fault.New(
 		fault.Usage,
@@ -319,9 +320,9 @@ func pinnedNowhere() error {
 	), "driver")
 }
 
-// newFinder returns a finder that asks the server first and then the registries. Without both, compiles must be true,
-// because the node then compiles the driver itself. v verifies the lists of supported GPUs. If v is nil, no list
-// counts.
+// newFinder returns a finder that asks the server first and then the registries. If neither is configured, the node can
+// only compile the driver itself; newFinder then returns an error if compiles is false. v verifies the lists of
+// supported GPUs. If v is nil, the finder reads no such list.
 func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
 	var gpus resolve.Lister
 	if v != nil {
@@ -341,7 +342,7 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 		client := api.NewClient(cmd.String("server"), "", nil)
 		s := resolve.Server{Client: client, GPUs: gpus}
 		if file := cmd.String("token-file"); file != "" && !cmd.Bool("dry-run") && cmd.Name != "resolve" {
-			s.Request = client.WithTokenFile(file).RequestBuild // read anew each time, as kubelet replaces it
+			s.Request = client.WithTokenFile(file).RequestBuild // reads the file at each call, as kubelet renews the token
 		}
 		chain = append(chain, s)
 	}
@@ -367,8 +368,8 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 	)
 }
 
-// registryFinder returns a finder that asks one repository. It opens the repository for each question, because its
-// login credentials expire before this long-running program ends.
+// registryFinder returns a finder that asks one repository. The finder opens the repository again for each question,
+// because the credentials of an open repository expire while fetcher run still runs.
 func registryFinder(ref string, open func() (*registry.Repository, error), gpus resolve.Lister) resolve.Registry {
 	return resolve.Registry{
 		Ref: ref, GPUs: gpus,

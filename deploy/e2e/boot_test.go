@@ -123,7 +123,7 @@ func TestNodeBootConfiguration(t *testing.T) {
 		fetcher("undo", "boot", "undo"))
 	step(res, "after the reboot", 0, "would    load nvidia")
 	step(res, "status", 0, "module signatures enforced   no")
-	step(res, "undo", 0, "is what it was")
+	step(res, "undo", 0, "is restored")
 	if config() != before {
 		t.Errorf("after boot undo, the boot configuration is\n%s\nwant\n%s", config(), before)
 	}

@@ -20,7 +20,7 @@ import (
 const (
 	exitAnswered = 0 // NVML answered; devices may be empty
 	exitSilent   = 1 // NVML could not be opened or did not answer; error says why
-	exitUsage    = 2
+	exitUsage    = 2 // the arguments are wrong
 )
 
 // Answer is the JSON object that the probe prints.
@@ -101,7 +101,8 @@ type asked interface {
 	LookupSymbol(string) error
 }
 
-// ask fills an answer as far as NVML responds.
+// ask asks NVML, and fills the answer as far as NVML responds. If NVML does not find its library, why returns the
+// dynamic loader's error.
 func ask(lib asked, persist bool, why func() error) (a Answer) {
 	a.Devices = []Device{}
 	if ret := lib.Init(); ret != nvml.SUCCESS {
@@ -136,7 +137,7 @@ func ask(lib asked, persist bool, why func() error) (a Answer) {
 		}
 		device := describe(d)
 		device.Persistence = persistence(d, persist)
-		// Drivers before R525 lack this function. The loader would end a program that calls it all the same.
+		// Drivers before R525 lack this function. The dynamic loader ends a program that calls a missing function.
 		if lib.LookupSymbol("nvmlDeviceGetGpuFabricInfo") == nil {
 			device.Fabric = fabric(d)
 		}
@@ -153,7 +154,7 @@ type facts interface {
 	GetMemoryInfo() (nvml.Memory, nvml.Return)
 }
 
-// describe reads the properties of a GPU. Error has the first one that NVML refused.
+// describe reads the properties of a GPU. Error names the first property that NVML did not tell.
 func describe(d facts) (out Device) {
 	note := func(what string, ret nvml.Return) bool {
 		if ret != nvml.SUCCESS && out.Error == "" {
@@ -196,7 +197,7 @@ func persistence(d interface {
 	return "off"
 }
 
-// fabric returns a GPU's progress in joining its fabric.
+// fabric returns a GPU's progress in joining its NVLink fabric; "" means that it has none.
 func fabric(d interface {
 	GetGpuFabricInfo() (nvml.GpuFabricInfo, nvml.Return)
 }) string {

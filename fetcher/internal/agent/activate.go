@@ -22,7 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// loaded are the modules that the agent loads. The other modules of a set are for hardware that has its own tools.
+// loaded are the modules that the agent loads on every node. Other modules of a driver, such as nvidia-peermem, are for
+// special hardware, and the tools of that hardware load them.
 var loaded = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
 
 // optional are the loaded modules that CUDA programs do not need.
@@ -30,8 +31,8 @@ var optional = []string{"nvidia-modeset", "nvidia-drm"}
 
 func isLoaded(module string) bool { return slices.Contains(loaded, module) }
 
-// activate carries out a decision: it puts a staged set in force, loads it and checks the result. It restores files and
-// modules if the set cannot be loaded, or if fewer GPUs work with it than before.
+// activate carries out a decision: it puts the decision's driver in force, loads it and checks it. If the driver cannot
+// be loaded, or if fewer GPUs work with it than before, activate restores the former files and modules.
 func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s nodeState, d decision) error {
 	// An activation runs to its end even if ctx is cancelled. The kernel and the probe bound its time.
 	ctx = context.WithoutCancel(ctx)
@@ -85,7 +86,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		if err := errors.Join(store.Switch(set.Digest), store.WriteCacheFile(*set)); err != nil && changed {
 			return "", errors.Join(err, restore(store, pointers, before))
 		} else if err != nil {
-			a.parts.Log.WarnContext(ctx, "put links in order", "err", err)
+			a.parts.Log.WarnContext(ctx, "correct the links of the installed driver", "err", err)
 		}
 		if !changed {
 			return "already in force", nil
@@ -106,7 +107,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		}
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
-		if d.do != keep { // errors of the driver before no longer count
+		if d.do != keep { // GPU errors from before the load no longer count
 			a.xids = xidWatch{mark: mark}
 		}
 		if r.Verdict, err = a.validate(ctx, set, mark, a.newXids()); err != nil {
@@ -135,8 +136,9 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	return err
 }
 
-// verifyFor verifies the files that are about to be switched to or loaded. The result missing is true if some modules
-// of the set are not loaded and do not verify. The driver works without these modules, so they stay unloaded.
+// verifyFor verifies the files of the driver that activate is about to switch to or to load. The result missing is true
+// if the driver already runs, and some of its modules are not loaded and do not verify. The driver works without these
+// modules, so activate does not load them.
 func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState, d decision,
 	changed bool) (set *install.Set, missing bool, err error) {
 	if changed || d.do != keep {
@@ -149,12 +151,13 @@ func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState
 	if set, err = a.verifySet(ctx, store, d.set, s.facts, bundle.LayerModules); err == nil || s.incomplete() {
 		return set, false, err
 	}
-	a.parts.Log.WarnContext(ctx, "other modules of the set do not verify", "err", err)
+	a.parts.Log.WarnContext(ctx, "modules that are not loaded yet do not verify", "err", err)
 	return d.set, true, nil
 }
 
-// findBefore ensures that the driver that is about to be unloaded can be loaded again. A verified set of this program
-// needs no preparation. For any other driver, findBefore finds the files and keeps them open.
+// findBefore ensures that the driver that is about to be unloaded can be loaded again. If this program installed that
+// driver, and the driver verifies, there is nothing to do. For any other driver, findBefore finds the files of its
+// modules and keeps them open.
 func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeState, d decision,
 	before *install.Set) *foreignFiles {
 	if d.do != replace {
@@ -169,25 +172,26 @@ func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeStat
 		if err == nil {
 			return &foreignFiles{}
 		}
-		a.parts.Log.WarnContext(ctx, "the driver in force does not verify; its files are found by their build ids", "err",
+		a.parts.Log.WarnContext(ctx, "the driver in force does not verify; looking for its files by build id", "err",
 			err)
 	}
 	return a.findForeign(s.facts, s.facts.Driver.String(), s.facts.Modules)
 }
 
-// served reports whether more GPUs worked with a set at the last check than work now. If not, a rollback to that set
-// would not help.
+// served reports whether more GPUs worked at the last check of the driver in set than work now. If not, a rollback to
+// that driver would not help.
 func (a *Agent) served(set *install.Set, now gpucheck.Verdict) bool {
 	rec := a.lastRecord()
 	return rec != nil && rec.Verdict.Digest == set.Digest && rec.Verdict.UsableGPUs > now.UsableGPUs
 }
 
-// returnTo reports whether the set before can be activated again.
+// returnTo reports whether the agent can activate a driver again that was in force before an activation.
 func (s nodeState) returnTo(before *install.Set) bool {
 	return before != nil && !s.noLoad && fitsNode(before, s.facts) == nil && s.refused(before) == nil
 }
 
-// restore puts the former set in force again.
+// restore puts the former driver in force again. The argument to has its pointers, and before describes it; nil means
+// that no driver was in force.
 func restore(store *install.Store, to install.Pointers, before *install.Set) error {
 	err := store.Restore(to)
 	if before != nil {
@@ -204,8 +208,8 @@ type revertPlan struct {
 	foreign     *foreignFiles // the foreign driver that was unloaded
 }
 
-// revert restores files and modules after an activation that failed. If modules cannot be unloaded, their files stay in
-// force. The returned error is cause, together with the errors of the restoration.
+// revert restores files and modules after an activation that failed. If the modules of the failed driver cannot be
+// unloaded, that driver stays in force. The returned error is cause, together with the errors of the restoration.
 func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s nodeState, t revertPlan,
 	cause error) error {
 	before := t.before
@@ -214,7 +218,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 		cause = fault.Wrap(fault.Unusable, fmt.Errorf("GPU present but not usable: %w", cause),
 			"check that this driver supports the GPU; choose another version or flavour with --driver, --flavour")
 	}
-	// Modules of a foreign driver that was adopted must not be unloaded.
+	// The agent must not unload a foreign driver that it has only adopted (see nodeState.put).
 	may := len(s.facts.Modules) == 0 || s.ownLoaded() || s.replaceForeign
 	reload := may && s.returnTo(before) && (t.changed || s.facts.Runs(before.Driver))
 	var errs []error
@@ -274,7 +278,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	return cause
 }
 
-// paramsBefore returns the parameters with which the driver before was loaded.
+// paramsBefore returns the module parameters with which the former driver was loaded.
 func (a *Agent) paramsBefore() map[string]string {
 	if rec := a.readRecord(); rec != nil {
 		return rec.Params
@@ -286,7 +290,7 @@ func (a *Agent) paramsBefore() map[string]string {
 func (f *foreignFiles) stillRuns(a *Agent) bool {
 	now, err := host.LoadedModules(a.node)
 	if err != nil {
-		return true // assume that none is missing
+		return true // assume that all are loaded
 	}
 	for _, m := range f.modules {
 		if !slices.ContainsFunc(now,
@@ -297,7 +301,7 @@ func (f *foreignFiles) stillRuns(a *Agent) bool {
 	return true
 }
 
-// lacks reports whether a module of the set that the agent loads is not in the kernel.
+// lacks reports whether a module that the agent should load for this driver is not in the kernel.
 func (s nodeState) lacks(set *install.Set) bool {
 	return slices.ContainsFunc(set.Modules, func(m install.Module) bool {
 		return isLoaded(m.Name) &&
@@ -305,7 +309,8 @@ func (s nodeState) lacks(set *install.Set) bool {
 	})
 }
 
-// unloadOf unloads the loaded modules of a set that failed.
+// unloadOf unloads the modules of the driver in set, whose activation failed. It does nothing if they are not loaded,
+// or if the driver is also the former driver.
 func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set) error {
 	facts, err := host.Observe(a.node)
 	if err != nil || len(facts.Modules) == 0 || before.Digest == set.Digest || !(nodeState{facts: facts}).runs(set) {
@@ -342,7 +347,8 @@ func (a *Agent) newXids() []string {
 	return a.xids.lines
 }
 
-// validate checks the loaded driver. xids are the lines with GPU errors that count.
+// validate checks the loaded driver and returns the verdict. The mark is the end of the kernel log before the load.
+// xids are the lines with GPU errors that count against the driver.
 func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, xids []string) (gpucheck.Verdict,
 	error) {
 	facts, err := host.Observe(a.node)
@@ -374,7 +380,7 @@ func (a *Agent) notePersistence(r *Report) {
 	for _, d := range r.Verdict.NVML.Devices {
 		if a.cfg.Persistence && d.Error == "" && d.Persistence != "on" {
 			r.Waiting = append(r.Waiting,
-				fmt.Sprintf("persistence mode of GPU %s: %s", d.PCIBusID, cmp.Or(d.Persistence, "it does not tell")))
+				fmt.Sprintf("persistence mode of GPU %s: %s", d.PCIBusID, cmp.Or(d.Persistence, "the GPU does not report it")))
 		}
 	}
 }
@@ -388,8 +394,8 @@ func addresses(facts *host.Facts) []string {
 	return all
 }
 
-// foreign returns the loaded modules whose build id differs from the installed file's. They keep working. After the
-// next boot the installed ones are loaded.
+// foreign returns the names of the loaded modules whose build id differs from the build id of the installed file. Such
+// modules keep working. After the next boot, the agent loads the installed files.
 func foreign(facts *host.Facts, set *install.Set) []string {
 	var names []string
 	for _, m := range facts.Modules {

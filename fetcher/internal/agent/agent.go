@@ -1,6 +1,8 @@
 // Package agent installs and loads the driver that a node should run, step by step: observe, resolve, verify, fetch,
 // stage, install, load, validate. It refuses to give unverified bytes a final name, and to touch a driver that is in
 // use. It refuses to leave a node in a worse state: when a step fails, it restores the driver that was in force.
+//
+// In names and types of this package, a set is one driver on the node's disk, as [install.Set] describes it.
 package agent
 
 import (
@@ -36,7 +38,7 @@ type Agent struct {
 	// checked has the layers that this run compared with their signed content, and seen has those of earlier runs. Both
 	// map a digest to a checkedLayer.
 	checked, seen sync.Map
-	// unverified has the sets that this run could not verify: it maps a digest to the error.
+	// unverified maps the digest of each installed driver that this run could not verify to the error.
 	unverified sync.Map
 }
 
@@ -60,11 +62,13 @@ type Report struct {
 	DryRun  bool `json:"dryRun,omitempty"`
 	// Plan lists the actions of the run, or with DryRun the actions of a real run.
 	Plan []string `json:"plan"`
-	// Pending is the reason why another wanted driver on the disk is not in force; "" means that there is none.
+	// Pending is the reason why the wanted driver, which is on the disk, is not in force yet; "" means that no driver
+	// waits.
 	Pending string `json:"pending,omitempty"`
-	// Waiting lists wishes of the owner that take effect later.
+	// Waiting lists settings of the node's owner that have not taken effect, each with the reason.
 	Waiting []string `json:"waiting,omitempty"`
-	// FetchedBytes counts the layer bytes that are fetched; CachedBytes counts those already on the node.
+	// FetchedBytes counts the bytes of the fetched layers and deltas. CachedBytes counts the bytes of the layers that were
+	// already on the node.
 	FetchedBytes int64            `json:"fetchedBytes"`
 	CachedBytes  int64            `json:"cachedBytes"`
 	Modules      []kmod.Outcome   `json:"modules"`
@@ -76,8 +80,8 @@ func (r *Report) did(format string, args ...any) {
 	r.Plan = append(r.Plan, fmt.Sprintf(format, args...))
 }
 
-// Run does all steps once. The report is never nil and shows how far the run came. A verdict other than ready is an
-// error of the verdict's kind.
+// Run does all steps once. The report is never nil and shows how far the run came. If the verdict needs the operator,
+// the error has the verdict's kind (see [gpucheck.Verdict.Err]).
 func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // a timeline for this run only
 	a.forget()
@@ -87,7 +91,8 @@ func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	return r, err
 }
 
-// forget drops what the last run read from the disk.
+// forget begins a new run: the layers that the last run checked become those of an earlier run, and the drivers that
+// did not verify are checked again.
 func (a *Agent) forget() {
 	a.checked.Range(func(digest, layer any) bool {
 		a.seen.Store(digest, layer)
@@ -115,7 +120,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 			err = a.editBoot(ctx, r, store, facts, err)
 		}
 	}()
-	// Report a certain refusal of the kernel before any download.
+	// If the kernel will certainly refuse the modules, report that before any download.
 	if !a.cfg.NoLoad && len(facts.Modules) == 0 {
 		if err := facts.Policy.Allows("nvidia", true); err != nil {
 			return err
@@ -146,8 +151,9 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	}
 }
 
-// mayBuild reports whether this node should compile a driver that is not published. It should not if a foreign driver
-// stays loaded, or if a wanted and verified driver is already installed.
+// mayBuild reports whether this node should compile a driver that is not published. It should not if the owner wants
+// one artifact by its digest, if a foreign driver stays loaded, or if the driver in force serves the wish and verifies
+// or runs.
 func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set) bool {
 	if a.parts.Local == nil || a.cfg.Pin != "" {
 		return false
@@ -172,9 +178,9 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 	return do()
 }
 
-// start completes or undoes what an earlier run left unfinished. It then loads an installed driver of this COS build,
-// if no driver is loaded. Thus a node becomes ready without the farm. start first tries a set that waits for a kernel
-// without a driver, then the current one, then the previous one.
+// start completes or undoes what an earlier run left unfinished. If no driver is loaded, it then loads an installed
+// driver of this COS build, so that a node becomes ready without the farm. It tries first the driver that waits for a
+// kernel without a driver, then the current driver, then the previous one. start returns the driver in force.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
 	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
@@ -190,7 +196,7 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 		return store.Current()
 	}
 	waiting := s.waiting()
-	if waiting != nil && !serves(waiting, s.question) { // it waits for another wish
+	if waiting != nil && !serves(waiting, s.question) { // it does not match the present wish
 		waiting = nil
 	}
 	for _, set := range []*install.Set{waiting, s.current, s.previous} {
@@ -206,14 +212,14 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 	}
 	if s, err := a.readState(ctx, store); err == nil && len(s.facts.Modules) == 0 {
 		if err := a.restoreForeign(ctx, r, store, s); err != nil {
-			a.parts.Log.WarnContext(ctx, "activate the previous driver again", "err", err)
+			a.parts.Log.WarnContext(ctx, "load the foreign driver again, which a killed run unloaded", "err", err)
 		}
 	}
 	return store.Current()
 }
 
-// try activates a set and reports whether the set is loaded. If it is not, the farm may name a better one. If the farm
-// does not, applyDecision fails with the same error.
+// try activates an installed driver and reports whether the driver is loaded. It only logs an error, because the farm
+// may name a better driver. If the farm does not, applyDecision tries the same driver again and returns the error.
 func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s nodeState, set *install.Set) bool {
 	d := s.put(set)
 	if d.set == nil {
@@ -226,7 +232,8 @@ func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s node
 	return err == nil || r.Verdict.Digest == set.Digest
 }
 
-// applyDecision decides with the farm's answer, or without one, and activates the chosen set.
+// applyDecision decides which driver must be in force, and activates it. The argument none is the reason why the farm
+// named no artifact. If it is nil, r.Answer names the artifact.
 func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Store, none error) error {
 	s, err := a.readState(ctx, store) // again, because the wait for the answer may have been long
 	if err != nil {
@@ -251,7 +258,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	}
 	excused := a.upToDate(r.Answer, s, silent)
 	d := decide(s)
-	var waiting []string // digests of sets that stay on the disk without being in force
+	var waiting []string // digests of drivers that stay on the disk without being in force
 	if set := s.waiting(); set != nil {
 		waiting = append(waiting, set.Digest)
 		if serves(set, s.question) && (d.set == nil || d.set.Digest != set.Digest) {
@@ -295,7 +302,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	return errors.Join(d.err, store.Sweep(waiting...))
 }
 
-// addUnverified adds the reason why the installed driver did not verify, because the operator must repair that.
+// addUnverified adds to err the reason why the installed driver did not verify, because the operator must repair it.
 func (a *Agent) addUnverified(s nodeState, err error) error {
 	if s.current == nil {
 		return err
@@ -310,8 +317,9 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 		cmp.Or(fault.Hint(bad), hintAgain))
 }
 
-// upToDate reports whether the node already has a driver that serves its wish. A farm that names no artifact (silent)
-// or does not answer is then no error. A hostile answer or a yanked driver is always an error.
+// upToDate reports whether the node already has a driver that serves its wish, so that the run needs no answer. It is
+// then no error if the farm names no artifact (silent) or does not answer. An answer that fails verification, and a
+// yanked driver, are always errors.
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
 	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked:
@@ -345,7 +353,7 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 		s.attempts = attempts{}
 		return s, err
 	}
-	// An error in the following files must not endanger the driver in force.
+	// An error in one of the following files is only logged, because it must not endanger the driver in force.
 	if s.previous, err = store.Previous(); err != nil {
 		a.parts.Log.WarnContext(ctx, "read former driver", "err", err)
 	}
@@ -359,7 +367,7 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 	return s, nil
 }
 
-// waiting returns the set that waits for a kernel without a driver; nil means none.
+// waiting returns the driver on the disk that waits for a kernel without a driver; nil means none.
 func (s nodeState) waiting() *install.Set {
 	for _, set := range s.staged {
 		if at := s.attempts[set.Digest]; at != nil && at.Next {
@@ -399,7 +407,8 @@ func (a *Agent) observe(r *Report) (*host.Facts, error) {
 	return facts, err
 }
 
-// openStore opens the install folder. With DryRun a missing folder gives nil.
+// openStore opens the install folder, and makes it if it is missing. With DryRun it makes nothing, and returns nil if
+// the folder is missing.
 func (a *Agent) openStore() (*install.Store, error) {
 	store, err := install.Open(a.parts.Node, a.cfg.InstallDir, !a.cfg.DryRun)
 	if a.cfg.DryRun && errors.Is(err, fs.ErrNotExist) {

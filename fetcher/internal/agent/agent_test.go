@@ -153,7 +153,7 @@ func (n *node) tree(t *testing.T) map[string]string {
 		}
 		sub, err := filepath.EvalSymlinks(filepath.Join(dir, e.Name()))
 		if err != nil {
-			t.Fatalf("%s leads nowhere: %v", e.Name(), err)
+			t.Fatalf("link %s has no target: %v", e.Name(), err)
 		}
 		err = filepath.WalkDir(sub, func(path string, d fs.DirEntry, err error) error {
 			if err != nil || !d.Type().IsRegular() {
@@ -266,11 +266,11 @@ func TestUpgradeAndRollback(t *testing.T) {
 	}
 	n.inUse(t, "0")
 
-	// The kernel refuses the new driver. The old one must come back.
+	// The kernel refuses the new driver. The agent must load the old driver again.
 	n.kernel.refuse["nvidia_uvm "+newVersion] = syscall.ENOENT
 	_, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "NVRM: nvidia_uvm says") {
-		t.Fatalf("Run with a refused module = %v; want rejected with the kernel's line", err)
+		t.Fatalf("Run with a refused module = %v; want rejected, with the line of the kernel log", err)
 	}
 	if diff := cmp.Diff(good, n.tree(t)); diff != "" {
 		t.Errorf("after a refused module, tree (-want +got):\n%s", diff)
@@ -333,7 +333,7 @@ func TestWithdraw(t *testing.T) {
 		}
 		sample.Write(t, filepath.Join(n.root, installDir), "lib64/libcuda.so.1", "of another installer")
 		if _, err := rollback(); !fault.Is(err, fault.NoArtifact) || fault.Hint(err) == "" {
-			t.Errorf("Rollback with nothing of ours = %v; want no artifact and a hint", err)
+			t.Errorf("Rollback without a driver of this program = %v; want no artifact and a hint", err)
 		}
 		before := n.tree(t)
 		if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
@@ -353,7 +353,7 @@ func TestWithdraw(t *testing.T) {
 		}
 		r, err := rollback()
 		if err != nil || !r.Changed || r.Verdict.State != gpucheck.Absent {
-			t.Fatalf("Rollback = %+v, %v; want it taken out of force", r, err)
+			t.Fatalf("Rollback = %+v, %v; want no driver in force", r, err)
 		}
 		if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
 			t.Errorf("system calls (-want +got):\n%s", diff)

@@ -15,20 +15,20 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// attemptsFile records the sets whose activation failed, or has not ended.
+// attemptsFile records the drivers whose activation failed, or has not ended.
 const attemptsFile = ".prebake/attempts.json"
 
-// maxTries is how often a set may fail or crash the node before it is refused.
+// maxTries is how often a driver may fail, or crash the node, before the agent refuses it.
 const maxTries = 2
 
 // maxAttempts bounds the entries of the file; the oldest ones are dropped.
 const maxAttempts = 32
 
-// attempt is the record of the activations of one set. It is written and flushed before the agent switches, unloads or
-// loads anything. After a kill or a kernel panic, the next run then knows the state before.
+// attempt is the record of the activations of one driver. The agent writes and flushes it before it switches, unloads
+// or loads anything. After a kill or a kernel panic, the next run therefore knows the former state.
 type attempt struct {
-	// Open means that the activation began and has not ended. Before has the pointers of that time. BootID is the boot in
-	// which it began.
+	// Open means that the activation began and has not ended. Before has the pointers from before the activation. BootID
+	// is the boot in which the activation began.
 	Open   bool             `json:"open,omitempty"`
 	Before install.Pointers `json:"before"`
 	BootID string           `json:"bootId,omitempty"`
@@ -38,30 +38,30 @@ type attempt struct {
 	Crashes  int    `json:"crashes,omitempty"`
 	Failures int    `json:"failures,omitempty"`
 	Reason   string `json:"why,omitempty"`
-	// ByHand means that an operator rolled the set back.
+	// ByHand means that an operator rolled the driver back.
 	ByHand bool `json:"byHand,omitempty"`
-	// Foreign are the modules of the foreign driver that was loaded in that boot and had to be unloaded. They are loaded
-	// again if this set fails.
+	// Foreign are the modules of the foreign driver that the activation has to unload; ForeignDriver is its name. The
+	// agent loads these modules again if this driver fails.
 	Foreign       []host.Module `json:"foreign,omitempty"`
 	ForeignDriver string        `json:"foreignDriver,omitempty"`
 	// Firmware is the kernel's firmware path before the activation.
 	Firmware string `json:"firmware,omitempty"`
-	// Next means that the set waits for a kernel without a driver, because the loaded driver could not be unloaded.
+	// Next means that the driver waits for a kernel without a driver, because the loaded driver could not be unloaded.
 	Next bool `json:"next,omitempty"`
 }
 
-// attempts maps the digest of a set to its record.
+// attempts maps the digest of a driver's artifact to the record.
 type attempts map[string]*attempt
 
-// refused returns the reason why a set is not tried again without --retry. Failures and a rollback count only if
-// another good set exists (other), because a node without a driver has nothing to lose.
+// refused returns the reason why the agent does not try a driver again without --retry. Failures and a rollback count
+// only if the node has another good driver (other), because a node without a driver has nothing to lose.
 func (a *attempt) refused(d target.Driver, other bool) error {
 	why := ""
 	switch {
 	case a.ByHand && other:
 		why = "was rolled back by hand on " + a.At.UTC().Format(time.DateTime)
 	case a.Crashes >= maxTries:
-		why = fmt.Sprintf("took the node down %d times during its load, the last time after %s", a.Crashes,
+		why = fmt.Sprintf("took the node down %d times during its load; the last load began at %s", a.Crashes,
 			a.At.UTC().Format(time.DateTime))
 	case a.Failures >= maxTries && other:
 		why = fmt.Sprintf("failed %d times, the last time with: %s", a.Failures, a.Reason)
@@ -109,8 +109,8 @@ func (all attempts) write(store *install.Store) error {
 	return store.WriteFile(attemptsFile, append(raw, '\n'))
 }
 
-// lacksForeign reports whether a run that was killed in this boot unloaded a foreign driver, and nothing was loaded
-// since. No set of this program was in force then.
+// lacksForeign reports whether a run of this boot unloaded a foreign driver, and no driver is loaded now. It is false
+// if a driver of this program was in force before that run.
 func (a *attempt) lacksForeign(s nodeState, boot string) bool {
 	return len(s.facts.Modules) == 0 && len(a.Foreign) > 0 && a.BootID == boot && a.Before.Current == ""
 }
@@ -138,7 +138,7 @@ func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.St
 	return nil
 }
 
-// begin records that the activation of a set begins, and which foreign driver is unloaded for it.
+// begin records that the activation of a driver begins, and which foreign driver it unloads.
 func (a *Agent) begin(store *install.Store, digest string, before install.Pointers, was *foreignFiles,
 	firmware string) error {
 	err := a.note(store, digest, func(at *attempt) {
@@ -151,8 +151,8 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 	return store.Sync()
 }
 
-// end records the result of the activation. Without an error it deletes the set's record. If a full disk prevents that,
-// it removes the whole file, so that no record stays open.
+// end records the result of the activation: failed is its error. If failed is nil, end deletes the driver's record. If
+// it cannot write the file, for example to a full disk, it removes the whole file, so that no record stays open.
 func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	if failed == nil {
 		all, err := readAttempts(store)
@@ -171,7 +171,7 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	mods, err := host.LoadedModules(a.node)
 	empty := err != nil || len(mods) == 0
 	return a.note(store, digest, func(at *attempt) {
-		if at.Open, at.Next = false, false; !empty { // an empty kernel still needs the foreign driver back
+		if at.Open, at.Next = false, false; !empty { // without a driver, the foreign one must be loaded again
 			at.Foreign, at.ForeignDriver, at.Firmware = nil, "", ""
 		}
 		// Errors that say nothing about the driver do not count against it.
@@ -189,7 +189,7 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	})
 }
 
-// noteNext makes one set wait for a kernel without a driver, and no other set.
+// noteNext records that this driver, and no other, waits for a kernel without a driver.
 func (a *Agent) noteNext(store *install.Store, digest string) error {
 	all, err := readAttempts(store)
 	if err != nil {
@@ -220,8 +220,8 @@ func (a *Agent) note(store *install.Store, digest string, change func(*attempt))
 	return all.write(store)
 }
 
-// recover ends the activations that earlier runs left open, the newest first. A driver that was loaded in the present
-// boot stays, and the next step judges it. Otherwise recover restores the state before the activation.
+// recover ends the activations that earlier runs left open, the newest first. If such an activation loaded its driver
+// in the present boot, the driver stays, and a later step checks it. Otherwise recover restores the former state.
 func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) error {
 	all, err := readAttempts(store)
 	if err != nil { // an unreadable record must not endanger the driver in force
@@ -254,7 +254,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 			if err := store.Switch(digest); err != nil {
 				return err
 			}
-			continue // it stays open, because nobody knows yet whether a GPU works with it
+			continue // the record stays open until the driver is checked
 		case crashed:
 			at.Crashes++
 		default:
@@ -277,8 +277,8 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 	return nil
 }
 
-// restorePointers puts the set from before an activation in force again. If that set no longer exists, the present one
-// stays.
+// restorePointers puts the driver in force again that was in force before an activation. If that driver is no longer on
+// the disk, the present driver stays in force.
 func restorePointers(store *install.Store, to install.Pointers) error {
 	if to.Current == "" {
 		return restore(store, install.Pointers{}, nil)

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// bootFile records the changes of the node's boot configuration by this program.
+// bootFile records how this program changed the node's boot configuration.
 const bootFile = ".prebake/boot.json"
 
 // maxEdits is how often this program changes the configuration before it asks the operator. Without a limit, a
@@ -42,7 +42,7 @@ type BootReport struct {
 	Undone bool `json:"undone,omitempty"`
 }
 
-// bootMaker changes the boot configuration. Package bootcfg has the real one.
+// bootMaker changes the boot configuration. Package bootcfg has the real implementation.
 type bootMaker interface {
 	Apply(want bootcfg.Want) (entries int, err error)
 	Undo() error
@@ -50,8 +50,8 @@ type bootMaker interface {
 	Reboot() error
 }
 
-// editBoot changes the kernel command line if it is the reason (why) for the refusal of modules. It then asks for a
-// reboot.
+// editBoot changes the kernel command line if why says that the kernel refuses modules because of it, and if the owner
+// allows the change. It then asks for a reboot. The returned error is why, with a note on what editBoot did.
 func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, why error) error {
 	var want bootcfg.Want
 	want.Unsigned, want.Elsewhere = facts.Policy.Restricts()
@@ -81,7 +81,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		return errors.Join(why, err)
 	}
 	here := edits.BootID == a.bootID()
-	if edits.Edits > 0 && !edits.Applied { // the last change was begun, but not made
+	if edits.Edits > 0 && !edits.Applied { // the last change began, but was not made
 		edits.Edits--
 	} else if edits.Edits > 0 && here {
 		return a.reboot(r, fmt.Errorf("%w; the kernel command line was changed since the last boot", why))
@@ -117,7 +117,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	return a.reboot(r, fmt.Errorf("%w; the kernel command line is changed", why))
 }
 
-// reboot asks for a reboot. The returned error is why.
+// reboot asks for a reboot. It always returns an error: why, with a note on the reboot.
 func (a *Agent) reboot(r *Report, why error) error {
 	if err := a.parts.Boot.Reboot(); err != nil {
 		return fault.Wrap(fault.Rejected, fmt.Errorf("%w: %w", why, err), "reboot the node")
@@ -144,12 +144,12 @@ func (a *Agent) bootAllows(ctx context.Context, store *install.Store, facts *hos
 	if e, err := readEdits(store); err == nil && e.Edits > 0 {
 		e.Edits = 0 // Applied stays, because the uninstall needs it
 		if err := writeEdits(store, e); err != nil {
-			a.parts.Log.WarnContext(ctx, "forget changes of the kernel command line", "err", err)
+			a.parts.Log.WarnContext(ctx, "reset the count of boot configuration changes", "err", err)
 		}
 	}
 }
 
-// undoBoot restores the boot configuration at an uninstall.
+// undoBoot restores the boot configuration for an uninstall, if this program changed it.
 func (a *Agent) undoBoot(r *Report, store *install.Store) error {
 	e, err := readEdits(store)
 	if err != nil || !e.Applied || a.parts.Boot == nil {
@@ -168,7 +168,7 @@ func readEdits(store *install.Store) (e bootEdits, err error) {
 		return e, err
 	}
 	if json.Unmarshal(raw, &e) != nil {
-		e.Edits = maxEdits // damaged: an operator must look
+		e.Edits = maxEdits // the file is damaged: change nothing before an operator looks
 	}
 	return e, nil
 }

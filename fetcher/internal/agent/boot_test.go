@@ -50,7 +50,7 @@ func TestEditBoot(t *testing.T) {
 		t.Helper()
 		_, err := n.run(t, ref, p.Digest, c.Driver)
 		if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), text) || fault.Hint(err) == "" {
-			t.Errorf("%s: %v (%s); want it rejected, with %q", what, err, fault.Hint(err), text)
+			t.Errorf("%s: Run = %v (hint %s); want rejected, with %q", what, err, fault.Hint(err), text)
 		}
 		if len(maker.wants) != edits || maker.reboots != reboots || len(n.kernel.calls) > 0 {
 			t.Errorf("%s: %d edits, %d reboots, calls %v; want %d and %d", what, len(maker.wants), maker.reboots, n.kernel.calls,
@@ -84,7 +84,7 @@ func TestEditBoot(t *testing.T) {
 		t.Fatalf("Run = %+v, %v; want ready", r.Verdict, err)
 	}
 	if r, err := agent.New(n.cfg, n.parts).Boot(false); err != nil || r.Edits != 0 || r.Policy.SignaturesEnforced {
-		t.Errorf("Boot = %+v, %v; want nothing remembered", r, err)
+		t.Errorf("Boot = %+v, %v; want no recorded change", r, err)
 	}
 	// A configuration that already allows modules must not cause a reboot.
 	n.reboot(t)
@@ -99,7 +99,7 @@ func TestEditBoot(t *testing.T) {
 		t.Errorf("Boot, undone = %+v, %v", r, err)
 	}
 	if r, err := agent.New(n.cfg, n.parts).Boot(false); err != nil || r.Edits != 0 {
-		t.Errorf("Boot afterwards = %+v, %v; want it forgotten", r, err)
+		t.Errorf("Boot afterwards = %+v, %v; want no recorded change", r, err)
 	}
 }
 
@@ -144,11 +144,11 @@ func TestEditBootSpares(t *testing.T) {
 	maker := &bootMaker{entries: 5}
 	n.parts.Boot, n.cfg.EditBoot = maker, true
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "Y\n")
-	// The loaded driver serves the node. The newer one has no signature for the kernel.
+	// The loaded driver serves the node. The newer driver has no signature that the kernel accepts.
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest || len(maker.wants)+maker.reboots > 0 {
-		t.Errorf("Run = %+v, %v; %d edits, %d reboots; want the driver left alone", r.Verdict, err, len(maker.wants),
-			maker.reboots)
+		t.Errorf("Run = %+v, %v; %d edits, %d reboots; want no edit, and the loaded driver kept", r.Verdict, err,
+			len(maker.wants), maker.reboots)
 	}
 	// The driver refuses a parameter.
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "N\n")
@@ -170,15 +170,15 @@ func TestEditBootFails(t *testing.T) {
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "Y\n")
 	for range 4 {
 		if _, err := n.run(t, ref, p.Digest, c.Driver); err == nil || !strings.Contains(err.Error(), "no such partition") {
-			t.Errorf("Run = %v; want what keeps it from being done", err)
+			t.Errorf("Run = %v; want the reason why the change fails", err)
 		}
 		n.reboot(t)
 	}
 	maker.err = nil
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err == nil || !strings.Contains(err.Error(), "and the node reboots") {
-		t.Errorf("Run = %v; want it done", err)
+		t.Errorf("Run = %v; want the command line changed", err)
 	}
 	if _, err := n.uninstall(); err != nil || !maker.undone {
-		t.Errorf("Uninstall = %v, undone %t; want the boot configuration put back", err, maker.undone)
+		t.Errorf("Uninstall = %v, undone %t; want the boot configuration restored", err, maker.undone)
 	}
 }

@@ -15,17 +15,17 @@ import (
 // nodeState has all inputs of a decision. The decision reads nothing else.
 type nodeState struct {
 	facts *host.Facts
-	// current and previous are the sets that are in force now and were before; nil means none. staged has all sets on the
-	// disk, including these two.
+	// current is the driver in force, and previous is the driver that was in force before it; nil means none. staged has
+	// all drivers on the disk, including these two.
 	current, previous *install.Set
 	staged            []*install.Set
-	// wanted is the verified set that the farm names. If it is nil, none is the reason.
+	// wanted is the verified driver that the farm named. If wanted is nil, none is the reason.
 	wanted *install.Set
 	none   error
 	// question is the node's question to the farm.
 	question resolve.Question
 	attempts attempts
-	// verifiable reports whether the statements of a set verify; nil means that they do for all sets.
+	// verifiable reports whether the statements of a driver on the disk verify; nil means that all verify.
 	verifiable func(*install.Set) bool
 	// closed is the reason why a loaded driver may not be replaced now; "" means that it may.
 	closed string
@@ -37,26 +37,26 @@ type nodeState struct {
 type kernelAction string
 
 const (
-	// keep leaves the loaded modules, and adds modules of the set that are not loaded.
+	// keep leaves the loaded modules, and loads those modules of the chosen driver that are missing.
 	keep kernelAction = "keep"
-	// load loads the set into a kernel without a driver.
+	// load loads the chosen driver into a kernel without a driver.
 	load kernelAction = "load"
-	// replace unloads the loaded driver, and then loads the set.
+	// replace unloads the loaded driver, and then loads the chosen driver.
 	replace kernelAction = "replace"
 	// refuse changes nothing.
 	refuse kernelAction = "refuse"
 )
 
-// decision says what to do. A set is put in force with the kernel action do. err is then the reason why it is not the
-// wanted set.
+// decision says what to do. The agent puts the driver in set in force, and does the kernel action do. If that is not
+// the wanted driver, err is the reason. If set is nil, the agent changes nothing, and err is the reason.
 type decision struct {
 	do  kernelAction
 	set *install.Set
 	err error
 }
 
-// decide chooses the node's driver. A driver that fits this COS build stays in force, or is put in force again, until
-// another one can replace it. The farm's answer does not change that.
+// decide chooses the node's driver. Whatever the farm answers, a driver that fits this COS build stays in force, or is
+// put in force again, until another driver can replace it.
 func decide(s nodeState) decision {
 	good := s.usableSet()
 	stay := func(why error) decision {
@@ -78,8 +78,8 @@ func decide(s nodeState) decision {
 	}
 	if good != nil && s.isDowngrade(good) {
 		return stay(fault.New(fault.Mismatch,
-			fmt.Sprintf("driver %s is installed; driver %s, found for %s, is older", good.Driver, s.wanted.Driver,
-				s.question.Wish),
+			fmt.Sprintf("driver %s, found for --driver %s, is older than the installed driver %s", s.wanted.Driver,
+				s.question.Wish, good.Driver),
 			"name the older version with --driver, or allow the downgrade with --allow-downgrade"))
 	}
 	d := s.put(s.wanted)
@@ -89,7 +89,8 @@ func decide(s nodeState) decision {
 	return d
 }
 
-// usableSet returns the set that may be in force: the current one, or else the previous one.
+// usableSet returns the installed driver that may be in force: the current one, or else the previous one. It returns
+// nil if neither may.
 func (s nodeState) usableSet() *install.Set {
 	for _, set := range []*install.Set{s.current, s.previous} {
 		if set != nil && fitsNode(set, s.facts) == nil && s.refused(set) == nil && s.acceptable(set) {
@@ -99,17 +100,19 @@ func (s nodeState) usableSet() *install.Set {
 	return nil
 }
 
-// acceptable reports whether a set's attestations permit that it is in force. A running set needs no check.
+// acceptable reports whether the attestations of a driver on the disk permit that the driver is in force. A driver that
+// is loaded needs no check.
 func (s nodeState) acceptable(set *install.Set) bool {
 	return s.verifiable == nil || s.noLoad || s.verifiable(set) || s.runs(set)
 }
 
-// keepsForeign reports whether a foreign driver is loaded that must stay.
+// keepsForeign reports whether a foreign driver is loaded, and the owner's settings do not permit to replace it.
 func (s nodeState) keepsForeign() bool {
 	return len(s.facts.Modules) > 0 && !s.noLoad && !s.replaceForeign && !s.ownLoaded()
 }
 
-// put returns how a set gets in force, or why it cannot.
+// put returns the decision that puts a driver in force. If that is not possible now, it returns a decision without a
+// driver, with the reason.
 func (s nodeState) put(set *install.Set) decision {
 	switch {
 	case s.noLoad:
@@ -119,7 +122,7 @@ func (s nodeState) put(set *install.Set) decision {
 	case s.runs(set):
 		return decision{do: keep, set: set}
 	case !s.ownLoaded() && s.facts.Runs(set.Driver):
-		// Another program loaded the same driver. It is adopted unchanged.
+		// Another program loaded the same driver. The agent adopts it: the loaded modules stay as they are.
 		return decision{do: keep, set: set}
 	case !s.ownLoaded() && !s.replaceForeign:
 		return decision{do: refuse,
@@ -138,7 +141,8 @@ func (s nodeState) put(set *install.Set) decision {
 	return s.allowed(set, replace)
 }
 
-// allowed checks the kernel's policy before anything is unloaded or switched.
+// allowed returns the decision do for a driver, or a refusal if the kernel's policy forbids one of its modules. It is
+// called before anything is unloaded or switched.
 func (s nodeState) allowed(set *install.Set, do kernelAction) decision {
 	for _, m := range set.Modules {
 		if !isLoaded(m.Name) {
@@ -151,8 +155,9 @@ func (s nodeState) allowed(set *install.Set, do kernelAction) decision {
 	return decision{do: do, set: set}
 }
 
-// runs reports whether the loaded modules are those of a set. The build ids decide, or else version and flavour. Two
-// editions of a release have the same modules, so the set in force decides between them.
+// runs reports whether the loaded modules are those of a driver on the disk. The modules' build ids decide; without
+// build ids, version and flavour decide. Two editions of a release have the same modules. Of two such editions, the one
+// in force counts as loaded.
 func (s nodeState) runs(set *install.Set) bool {
 	if !s.facts.Runs(set.Driver) || len(foreign(s.facts, set)) > 0 {
 		return false
@@ -167,7 +172,7 @@ func (s nodeState) ownLoaded() bool {
 	})
 }
 
-// refused returns the reason why a set must not be tried again; nil means that it may.
+// refused returns the reason why the agent must not try a driver again; nil means that it may.
 func (s nodeState) refused(set *install.Set) error {
 	a := s.attempts[set.Digest]
 	if a == nil || s.retry {
@@ -176,7 +181,8 @@ func (s nodeState) refused(set *install.Set) error {
 	return a.refused(set.Driver, s.another(set.Digest))
 }
 
-// another reports whether the node has another driver that it may run: a set, or a foreign driver.
+// another reports whether the node has a driver that it may run besides the driver with this digest. That can be a
+// loaded foreign driver, the driver in force, or the previous driver.
 func (s nodeState) another(digest string) bool {
 	if len(s.facts.Modules) > 0 && !s.ownLoaded() {
 		return true
@@ -190,8 +196,8 @@ func (s nodeState) another(digest string) bool {
 	})
 }
 
-// isDowngrade reports whether the farm's answer is older than the installed driver, for a wish without an exact
-// version.
+// isDowngrade reports whether the wanted driver is older than the installed driver good, and the owner neither named an
+// exact version nor allowed a downgrade.
 func (s nodeState) isDowngrade(good *install.Set) bool {
 	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || s.allowDowngrade ||
 		!serves(good, s.question) {
@@ -200,7 +206,7 @@ func (s nodeState) isDowngrade(good *install.Set) bool {
 	return target.CompareVersions(s.wanted.Driver.Modules().Version, good.Driver.Modules().Version) < 0
 }
 
-// serves reports whether an installed set answers the question, as far as the node knows without the farm.
+// serves reports whether an installed driver is what the question asks for, as far as the node knows without the farm.
 func serves(s *install.Set, q resolve.Question) bool {
 	if s == nil || s.Kernel.BuildID != q.Kernel.BuildID || s.Kernel.Board != q.Kernel.Board ||
 		s.Kernel.Release != q.Kernel.Release {
@@ -212,14 +218,14 @@ func serves(s *install.Set, q resolve.Question) bool {
 	if v, exact := q.Wish.Exact(); exact && v != s.Driver.Version {
 		return false
 	}
-	// A branch does not include editions of a release, because these must be asked for by name.
+	// A wish for a branch does not include the editions of a release. A node gets an edition only by its full version.
 	if b, named := q.Wish.BranchName(); named && (b != s.Driver.Branch() || s.Driver != s.Driver.Modules()) {
 		return false
 	}
 	return q.Flavour == resolve.Auto || q.Flavour == string(s.Driver.Flavour)
 }
 
-// fitsNode returns an error if a set was installed for another COS build.
+// fitsNode returns an error if a driver was installed for another COS build than the node's.
 func fitsNode(s *install.Set, facts *host.Facts) error {
 	if s.Kernel.BuildID == facts.Kernel.BuildID && s.Kernel.Board == facts.Kernel.Board &&
 		s.Kernel.Release == facts.Kernel.Release {
@@ -230,7 +236,8 @@ func fitsNode(s *install.Set, facts *host.Facts) error {
 		"install a driver for the COS build of this node: fetcher install --driver VERSION")
 }
 
-// idle returns an error if the driver is in use, before any of its modules is unloaded.
+// idle returns an error of kind Busy if the loaded driver is in use, or cannot be unloaded. Callers ask before they
+// unload the first module.
 func idle(facts *host.Facts) error {
 	for _, m := range facts.Modules {
 		if m.Permanent {

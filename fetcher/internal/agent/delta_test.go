@@ -33,7 +33,7 @@ func archiveOf(t *testing.T, l bundle.Layer) *bytes.Buffer {
 	return &b
 }
 
-// TestDelta updates the operating system of a node that has the modules for the COS build before.
+// TestDelta updates the operating system of a node that has the modules for the former COS build.
 func TestDelta(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

@@ -35,7 +35,7 @@ import (
 
 var update = flag.Bool("update", false, "write docs/reference/node-faults.md anew")
 
-// These are the faults of a run. Each happens at the begin of a phase.
+// These are the faults of a run. Each happens at the beginning of a phase.
 const (
 	faultKill    = "killed"
 	faultDisk    = "disk full"
@@ -129,7 +129,7 @@ func (o order) setUp(t testing.TB) {
 	before := o
 	before.Fault, before.Boot = "", false
 	if r, err := n.runOf(t, before, before.Older, older); err != nil || r.Verdict.State != gpucheck.Ready {
-		t.Fatalf("the run before: %+v, %v", r.Verdict, err)
+		t.Fatalf("set up the node: Run = %+v, %v", r.Verdict, err)
 	}
 	if o.Boot {
 		n.reboot(t)
@@ -205,7 +205,7 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 			t.Fatal("this is no virtual machine of ours")
 		}
 		err := os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0) // resets the machine at once, without a flush
-		t.Fatalf("the machine goes on: %v", err)
+		t.Fatalf("reset the machine: it still runs: %v", err)
 	case faultDisk:
 		return faulttable.Fill(filepath.Join(o.Root, "home", "filler"))
 	case faultNetwork:
@@ -237,7 +237,7 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 	return nil
 }
 
-// each calls do for all files below layers, of the modules and of the user space.
+// each calls do for every file of the unpacked layers in dir, which is the folder .prebake of an install folder.
 func each(dir string, do func(string) error) error {
 	return filepath.WalkDir(filepath.Join(dir, "layers"), func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {

@@ -19,14 +19,14 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// atOnce is the number of layers that are fetched at the same time. Each layer needs a window of 8 MiB, and has its own
-// goroutines to fetch, unpack and write. Two layers therefore keep a small node busy.
+// atOnce is the number of layers that are fetched at the same time. Each layer needs a decompression window of 8 MiB,
+// and has its own goroutines to fetch, unpack and write. Two layers therefore keep a small node busy.
 const atOnce = 2
 
 // missingLayer is a layer that this node must fetch.
 type missingLayer struct {
 	install.Layer
-	// deltas can make the layer from other layers on the disk, the smallest first.
+	// deltas are published deltas that make this layer from a layer on the disk, the smallest first.
 	deltas []delta
 }
 
@@ -38,13 +38,13 @@ func (l missingLayer) bytes() int64 {
 	return l.Size
 }
 
-// delta is a delta that applies to a layer on the disk.
+// delta is one published delta, and the layer on the disk to which it applies.
 type delta struct {
 	v1.Descriptor
 	from install.Layer
 }
 
-// fetch fetches the layers that are missing or damaged, several at the same time.
+// fetch fetches the layers that are missing or damaged, at most [atOnce] at the same time.
 func (a *Agent) fetch(
 	ctx context.Context,
 	r *Report,
@@ -59,7 +59,7 @@ func (a *Agent) fetch(
 		return err
 	}
 	if len(missing) > 0 {
-		footprint.Trim() // memory of the start and of the verification becomes free for the windows
+		footprint.Trim() // free the memory of start and verification before the windows need it
 	}
 	var done atomic.Int64
 	g, gctx := errgroup.WithContext(ctx)
@@ -71,7 +71,7 @@ func (a *Agent) fetch(
 			g.Go(func() error { return a.fetchWhole(gctx, repo, store, l, id, facts, &done) })
 		}
 	}
-	// Deltas come after the whole layers, so that a delta that fills the disk cannot harm them.
+	// Apply deltas after the whole layers are stored, so that a delta that fills the disk cannot harm these layers.
 	err = g.Wait()
 	for _, l := range missing {
 		if err == nil && len(l.deltas) > 0 {
@@ -84,7 +84,7 @@ func (a *Agent) fetch(
 	return err
 }
 
-// fetchWhole fetches a layer as it was published.
+// fetchWhole fetches a whole layer, without a delta.
 func (a *Agent) fetchWhole(
 	ctx context.Context,
 	repo Repository,
@@ -104,7 +104,7 @@ func (a *Agent) fetchWhole(
 	return nil
 }
 
-// fetchDelta makes a layer from one of its deltas. If none works, it fetches the whole layer.
+// fetchDelta makes a layer from the first of its deltas that works. If no delta works, it fetches the whole layer.
 func (a *Agent) fetchDelta(
 	ctx context.Context,
 	r *Report,
@@ -137,7 +137,8 @@ func (a *Agent) fetchDelta(
 	return a.fetchWhole(ctx, repo, store, l, id, facts, done)
 }
 
-// addLayer adds a layer, checks its modules, and stores the layer's print for later comparisons.
+// addLayer calls unpack to write a layer into the store, and checks the layer's modules. It keeps the layer's print in
+// memory, so that later checks of an unchanged layer need not read it again.
 func (a *Agent) addLayer(
 	store *install.Store,
 	l missingLayer,
@@ -222,8 +223,8 @@ func (a *Agent) missing(
 // maxDeltas is how many deltas are tried for a layer. Anybody may attach a useless delta.
 const maxDeltas = 3
 
-// deltasFor finds deltas for a layer of modules, the smallest first. Anybody may attach a delta, because its result
-// must match the signed content anyway.
+// deltasFor finds deltas for a layer of modules, the smallest first. It trusts a delta of anybody, because the layer
+// that the delta makes must match the signed content anyway.
 func (a *Agent) deltasFor(
 	ctx context.Context,
 	repo Repository,

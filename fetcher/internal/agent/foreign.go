@@ -19,7 +19,7 @@ import (
 // belongs to a loaded module if both have the same build id, which the linker computes from the module's whole content.
 type foreignFiles struct {
 	driver string
-	// modules are the modules to unload, or the unloaded ones; it is empty if there are none.
+	// modules are the modules that an activation unloads; the list is empty if it unloads no foreign driver.
 	modules []host.Module
 	images  []kmod.Image
 	files   []fs.File
@@ -58,8 +58,8 @@ func (a *Agent) findForeign(facts *host.Facts, driver string, modules []host.Mod
 	return f
 }
 
-// moduleFiles lists the files that may contain a driver's modules. They are in the folders of installers on COS nodes,
-// in this program's folder for adopted content, and in the kernel's own module folder.
+// moduleFiles lists the files that may contain a driver's modules. It looks into the folders of installers on COS
+// nodes, into this program's folder for adopted content, and into the kernel's own module folder.
 func (a *Agent) moduleFiles(facts *host.Facts) []string {
 	var all []string
 	dirs := []string{path.Join(a.cfg.InstallDir, "drivers"), path.Join(a.cfg.InstallDir, ".prebake/adopted/drivers")}
@@ -105,11 +105,11 @@ func readAll(file fs.File) ([]byte, error) {
 	return io.ReadAll(io.NewSectionReader(at, 0, maxModule))
 }
 
-// reload loads the foreign driver again, after our driver failed.
+// reload loads the foreign driver again, after the driver of this program failed.
 func (f *foreignFiles) reload(ctx context.Context, a *Agent, r *Report) error {
 	for _, name := range []string{"nvidia", "nvidia_uvm"} {
 		if slices.Contains(f.unknown, name) {
-			return fmt.Errorf("load foreign driver %s again: no file on this node is its module %s; reboot the node, or run "+
+			return fmt.Errorf("load foreign driver %s again: found no file on this node for module %s; reboot the node, or run "+
 				"the installer of that driver",
 				f.driver, strings.Join(f.unknown, ", "))
 		}

@@ -36,8 +36,8 @@ func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, in ...string) *n
 	return n
 }
 
-// TestForeignPutBack checks that a foreign driver that was unloaded is loaded again from its own files when our driver
-// fails.
+// TestForeignPutBack checks that the agent loads an unloaded foreign driver again from its own files, when the driver
+// of this program fails.
 func TestForeignPutBack(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -63,7 +63,7 @@ func TestForeignPutBack(t *testing.T) {
 	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
 		t.Errorf("tree (-want +got):\n%s", diff)
 	}
-	// When our driver works, the node's additional module is loaded with it.
+	// When this program's driver works, the node's additional module is loaded with it.
 	delete(n.kernel.refuse, "nvidia_uvm "+newVersion)
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 		t.Fatal(err)
@@ -73,8 +73,8 @@ func TestForeignPutBack(t *testing.T) {
 	}
 }
 
-// TestForeignKilled kills a run after it unloaded a foreign driver and before it loaded ours. The run left a record, so
-// the next run must restore the foreign driver when ours fails.
+// TestForeignKilled kills a run after it unloaded a foreign driver and before it loaded the new driver. The run left a
+// record, so the next run must restore the foreign driver when the new driver fails.
 func TestForeignKilled(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -113,7 +113,8 @@ func TestForeignKilled(t *testing.T) {
 	}
 }
 
-// TestForeignNotPutBack checks the error if a foreign driver cannot be restored: it must name what is missing.
+// TestForeignNotPutBack checks the error if a foreign driver cannot be loaded again: it must name the modules whose
+// files are missing.
 func TestForeignNotPutBack(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -124,7 +125,7 @@ func TestForeignNotPutBack(t *testing.T) {
 	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
 	_, err := n.run(t, ref, p.Digest, c.Driver)
 	if !fault.Is(err, fault.Unusable) ||
-		!strings.Contains(err.Error(), "no file on this node is its module nvidia_uvm, nvidia_peermem") {
-		t.Errorf("Run = %v; want a word about what is not loaded again", err)
+		!strings.Contains(err.Error(), "found no file on this node for module nvidia_uvm, nvidia_peermem") {
+		t.Errorf("Run = %v; want the names of the modules that were not loaded again", err)
 	}
 }

@@ -36,12 +36,13 @@ type Event struct {
 	What   string        `json:"what"`
 	Driver target.Driver `json:"driver"`
 	Digest string        `json:"digest"`
-	// Verdict is the verdict at that time, and Reason is the error.
+	// Verdict is the verdict after the event, and Reason is the error that caused the event; both may be "".
 	Verdict string `json:"verdict,omitempty"`
 	Reason  string `json:"why,omitempty"`
 }
 
-// addHistory adds an event to the history. The history is for people, so a failed write stops nothing.
+// addHistory adds an event to the history, and reports it to Parts.Tried. The history is only for people to read, so
+// addHistory only logs a failed write.
 func (a *Agent) addHistory(
 	ctx context.Context,
 	store *install.Store,
@@ -83,7 +84,7 @@ func readHistory(store *install.Store) ([]Event, error) {
 	}
 	var all []Event
 	if json.Unmarshal(raw, &all) != nil {
-		return nil, nil // a damaged file begins anew
+		return nil, nil // a damaged file counts as empty
 	}
 	return all, nil
 }
@@ -104,9 +105,9 @@ func (a *Agent) History() (all []Event, err error) {
 	return all, err
 }
 
-// Uninstall restores the node's state from before this program. It unloads the driver if the driver is ours and not in
-// use. It restores what another installer had, and removes everything of ours. If an uninstall is killed, the next one
-// completes it.
+// Uninstall restores the node's state from before this program. It unloads the driver if this program installed it. A
+// driver in use is an error of kind Busy, and then nothing changes. Uninstall removes all files of this program, and
+// restores the files of another installer. If an uninstall is killed, the next one completes it.
 func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.forget()
@@ -122,7 +123,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 		return r, err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	if !store.Exists() { // it never existed, or is nearly removed
+	if !store.Exists() { // it never existed, or a killed uninstall has almost removed it
 		if !a.cfg.DryRun {
 			err = store.Remove()
 		}
@@ -162,7 +163,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 		if err != nil {
 			return r, err
 		}
-		if was == nil { // an older release stored none: use the path of the kernel command line
+		if was == nil { // an older release stored no path: use that of the kernel command line
 			was = []byte(host.BootedFirmwarePath(a.node))
 		}
 		if err := a.writeFirmwarePath(string(was)); err != nil {

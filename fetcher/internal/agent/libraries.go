@@ -42,11 +42,11 @@ func addedLibraries(store *install.Store) bool {
 	return err == nil && raw != nil
 }
 
-// describeGPUs writes the description of the loaded driver's GPUs for container runtimes. Without a loaded driver it
-// removes the description.
+// describeGPUs writes the description of the loaded driver's GPUs for container runtimes. It removes the description if
+// no driver is loaded, or if the loaded driver is not the installed one.
 func (a *Agent) describeGPUs(ctx context.Context, v gpucheck.Verdict) {
 	err := func() error {
-		if _, loaded := v.Modules["nvidia"]; !loaded || v.State == gpucheck.Drifted { // the libraries are of another driver
+		if _, loaded := v.Modules["nvidia"]; !loaded || v.State == gpucheck.Drifted { // the installed libraries do not fit
 			return cdi.Remove(a.parts.Node)
 		}
 		gpus, err := cdi.GPUs(a.node)

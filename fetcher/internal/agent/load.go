@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// restoreFirmwarePath sets the kernel's firmware path back to the one in before.
+// restoreFirmwarePath sets the kernel's firmware path to its value in before, the facts from before the activation.
 func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 	now, err := host.Observe(a.node)
 	if err != nil || now.FirmwarePath == before.FirmwarePath {
@@ -29,7 +29,7 @@ func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 	return a.writeFirmwarePath(before.FirmwarePath)
 }
 
-// writeFirmware sets the kernel's firmware path, unless it is already set.
+// writeFirmware sets the kernel's firmware path if it differs from the path in now.
 func (a *Agent) writeFirmware(path string, now *host.Facts) error {
 	if path == now.FirmwarePath {
 		return nil
@@ -113,9 +113,9 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 	return a.inDev(a.parts.Nodes.Clear)
 }
 
-// images returns the modules of a set to load, in load order. They are the modules that every node loads, and those
-// that this node had loaded before, such as nvidia-peermem. The caller has verified the set. Bytes compares each module
-// with its verified digest.
+// images returns those modules of a driver that must be loaded, in load order. They are the modules that every node
+// loads, and the modules that this node had loaded before, such as nvidia-peermem. The caller has verified the driver.
+// When a module is loaded, its Bytes function compares the file with the verified digest again.
 func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts,
 	params map[string]string) []kmod.Image {
 	var images []kmod.Image
@@ -154,7 +154,8 @@ func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]by
 	return raw, nil
 }
 
-// setFirmwarePath sets the kernel's firmware path to the driver's firmware, unless the present path already has it.
+// setFirmwarePath sets the kernel's firmware path to the folder with the driver's firmware. It changes nothing if the
+// present path already has this firmware.
 func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Facts, set *install.Set) error {
 	inside := path.Join("firmware", "nvidia", set.Driver.Modules().Version)
 	if !a.parts.Node.Exists(path.Join(a.cfg.InstallDir, inside)) {
@@ -168,7 +169,8 @@ func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Fac
 		return nil // this kernel loads no firmware from files
 	}
 	want := path.Join(a.cfg.InstallDir, "firmware")
-	// Store the path for an uninstall. A full disk must not leave the node without a driver.
+	// Store the former path, so that an uninstall can restore it. An error is only logged, because a full disk must not
+	// leave the node without a driver.
 	if have, err := store.ReadFile(firmwareBefore); facts.FirmwarePath != want &&
 		(err != nil || string(have) != facts.FirmwarePath) {
 		if err := store.WriteFile(firmwareBefore, []byte(facts.FirmwarePath)); err != nil {

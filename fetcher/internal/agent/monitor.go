@@ -80,22 +80,22 @@ func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error)
 	return a.validate(ctx, set, kmod.Mark{}, a.newXids())
 }
 
-// Status is the state of a node, read without the farm.
+// Status is the state of a node, as its disk, /proc and NVML report it.
 type Status struct {
 	Host *host.Facts `json:"host"`
-	// Installed and Previous are null when there is no such set.
+	// Installed is the driver in force, and Previous the driver before it; null means that there is none.
 	Installed *install.Set     `json:"installed"`
 	Previous  *install.Set     `json:"previous"`
 	Verdict   gpucheck.Verdict `json:"verdict"`
-	// CheckedAt is the time at which NVML was asked; null means never in this boot.
+	// CheckedAt is the time at which a run last asked NVML; null means never in this boot.
 	CheckedAt *time.Time `json:"checkedAt"`
 }
 
-// nvmlFolders are the folders of other installers for NVML's library on COS nodes: Google's installer, and NVIDIA's
-// container toolkit. In other places the loader finds the library.
+// nvmlFolders are the folders in which other installers on COS nodes put NVML's library: Google's installer, and
+// NVIDIA's container toolkit. If the library is in none of them, the dynamic loader searches for it.
 var nvmlFolders = []string{"/home/kubernetes/bin/nvidia", "/var/lib/nvidia", "/usr/local/nvidia"}
 
-// judgeForeign returns the verdict on a node without a set in force.
+// judgeForeign returns the verdict on a node where no driver of this program is in force. With ask it asks NVML.
 func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string,
 	ask bool) gpucheck.Verdict {
 	if _, ok := modules["nvidia"]; !ok {
@@ -119,7 +119,7 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 	nvml, err := a.parts.Probe.Probe(ctx, library, false)
 	if err == nil {
 		f.NVML = nvml
-	} else { // an unreachable NVML does not mean a broken driver
+	} else { // the driver may work although NVML could not be asked
 		facts.Unread = append(facts.Unread, err.Error())
 	}
 	return gpucheck.JudgeForeign(f)
@@ -186,7 +186,7 @@ func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) 
 	return s.Verdict, s.Verdict.State != gpucheck.Ready
 }
 
-// judgeStatus adds the checks that compare the disk with the running kernel.
+// judgeStatus judges the facts, and then compares the installed driver with the running kernel and the loaded driver.
 func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged bool) gpucheck.Verdict {
 	v := gpucheck.Judge(f)
 	switch {
@@ -223,8 +223,8 @@ func (a *Agent) lastRecord() *record {
 	return &rec
 }
 
-// Rollback puts the previous set in force again and loads it. Without a previous set, it restores the install folder
-// from before this program.
+// Rollback puts the previous driver in force again and loads it. Without a previous driver, it unloads the present one,
+// and restores the install folder from before this program.
 func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.forget()
@@ -279,7 +279,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		return r, nil
 	}
 	err = a.activate(ctx, r, store, s, d)
-	// The rollback is permanent: the driver that was left is not activated again before an operator asks for it.
+	// The rollback is permanent: the agent does not activate the former driver again before an operator asks for it.
 	if now, cerr := store.Current(); cerr == nil && now != nil && now.Digest == previous.Digest {
 		err = errors.Join(err, a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }))
 		a.addHistory(ctx, store, eventRolledBack, current, "", nil)
@@ -287,7 +287,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	return r, err
 }
 
-// withdraw takes the only set out of force and unloads it. A foreign driver stays loaded.
+// withdraw removes the only driver from the install folder, and unloads it. A foreign driver stays loaded.
 func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, s nodeState) error {
 	facts := s.facts
 	if !a.cfg.NoLoad && len(facts.Modules) > 0 && s.ownLoaded() {
@@ -299,8 +299,8 @@ func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, s
 		}
 	}
 	r.Changed = true
-	r.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "the driver was taken out of force",
-		PCIGPUs: len(facts.ManagedGPUs()),
+	r.Verdict = gpucheck.Verdict{State: gpucheck.Absent, PCIGPUs: len(facts.ManagedGPUs()),
+		Reason:  "the driver was rolled back, and there is no previous driver",
 		Modules: map[string]string{}}
 	err := errors.Join(store.Restore(install.Pointers{}), store.Sweep())
 	a.hideLibraries(ctx, addedLibraries(store))

@@ -160,7 +160,7 @@ func TestHold(t *testing.T) {
 			t.Errorf("verdicts (-want +got):\n%s", diff)
 		}
 		if took := time.Since(start); took != 3*time.Minute {
-			t.Errorf("three looks took %v; want 3m", took)
+			t.Errorf("three checks took %v; want 3m", took)
 		}
 	})
 	if len(n.kernel.calls) > 0 {

@@ -145,7 +145,7 @@ func TestMutations(t *testing.T) {
 			default:
 				verdict.Ignored = nil // a statement that nobody needs may be ignored
 				if want := *believed; !reflect.DeepEqual(&want, verdict) {
-					t.Errorf("statement: believed is %+v; want %+v\n%s", verdict, want, p.Bundles[i])
+					t.Errorf("a changed statement was accepted as %+v; want %+v\n%s", verdict, want, p.Bundles[i])
 				}
 				counts["statement, the same"]++
 			}

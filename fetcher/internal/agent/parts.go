@@ -26,15 +26,17 @@ type Repository interface {
 	Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
 	// Small reads a whole blob, and compares it with its digest.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
-	// AttachedIf returns attached signatures, compared with their digests. It returns first those for which useful
-	// returns a text, one for each text. Attachments with a wanted set of annotations precede the others of their kind.
+	// AttachedIf returns the signed statements that are attached to an artifact, and checks their digests. The function
+	// useful returns a name for a useful statement, else "". Of several statements with one name, only the first counts.
+	// Statements whose annotations match wanted come first (see registry.Repository.AttachedIf).
 	AttachedIf(
 		ctx context.Context,
 		digest, artifactType string,
 		useful func([]byte) string,
 		wanted ...map[string]string,
 	) ([][]byte, error)
-	// Payloads lists attached artifacts without reading them.
+	// Payloads returns the descriptors of attachments of a type, without reading the attachments. It leaves out those with
+	// more bytes than most.
 	Payloads(
 		ctx context.Context,
 		digest, artifactType string,
@@ -43,12 +45,12 @@ type Repository interface {
 	) ([]v1.Descriptor, error)
 }
 
-// Verifier judges signed statements. Package trust has the one implementation.
+// Verifier judges signed statements. Package trust has the only real implementation.
 type Verifier interface {
 	Verify(bundles [][]byte, e trust.Expect) (*trust.Verdict, error)
 	// Statement checks the signature of one statement.
 	Statement(bundle []byte) (*trust.Statement, error)
-	// Wanted returns the annotations of the statements that decide for a kernel.
+	// Wanted returns annotations by which a registry can find the statements that the verifier needs for a kernel.
 	Wanted(k target.Kernel) []map[string]string
 }
 
@@ -75,11 +77,11 @@ type Config struct {
 	Wait time.Duration
 	// ModuleParams maps a module's name to its parameter string.
 	ModuleParams map[string]string
-	// NoLoad stages and switches, but loads no module.
+	// NoLoad puts the driver in force on the disk, but loads no module.
 	NoLoad bool
-	// ReplaceForeign permits to unload a foreign driver; without it that driver stays. AllowDowngrade accepts an older
-	// driver than the installed one for a wish without a version. Retry tries drivers again that failed too often, crashed
-	// the node, or were rolled back by hand.
+	// ReplaceForeign permits the agent to unload a foreign driver; otherwise that driver stays. AllowDowngrade accepts an
+	// older driver than the installed one if the wish names no version. Retry tries drivers again that failed too often,
+	// crashed the node, or were rolled back by hand.
 	ReplaceForeign, AllowDowngrade, Retry bool
 	// Maintenance is the time window for replacing a loaded driver. WaitIdle is how long to wait for programs that use the
 	// driver.
@@ -100,8 +102,8 @@ type Parts struct {
 	// Verifier judges published artifacts. NodeVerifier judges artifacts that this node compiled itself.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
-	// Refresh updates the data that Verifier depends on, before a published artifact is judged. Verifier itself decides
-	// what an error of Refresh means. nil means that there is nothing to update.
+	// Refresh fetches the signed list that Verifier reads. The agent calls it before it judges a published artifact. The
+	// agent only logs an error of Refresh, because Verifier decides what it means. nil means that there is no list.
 	Refresh func(ctx context.Context) error
 	// Local is nil when the node must not compile.
 	Local localBuilder
@@ -112,7 +114,8 @@ type Parts struct {
 	Probe  prober
 	// Boot changes the boot configuration; nil means that changes are forbidden.
 	Boot bootMaker
-	// Tried receives the result of each artifact that was loaded. It must not block; nil means that nobody wants it.
+	// Tried receives a report on each driver that was loaded or failed to load. It must not block. nil means that nobody
+	// wants these reports.
 	Tried func(api.NodeReport)
 	Log   *slog.Logger
 	Line  *timeline.Run

@@ -28,7 +28,7 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 		switch {
 		case err != nil && compiles && a.cfg.Wait > 0 && !a.cfg.DryRun && fault.Is(err, fault.Transient):
 			grace = min(a.cfg.Wait/2, maxGrace)
-			return fmt.Sprintf("%v; compiling on this node if that lasts for %v", err, grace), nil
+			return fmt.Sprintf("%v; compiling on this node if this error lasts for %v", err, grace), nil
 		case err != nil:
 			return "", err
 		case answer.Err() == nil:
@@ -60,15 +60,17 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 // not make all its nodes compile.
 const maxGrace = 2 * time.Minute
 
-// outcome is the result of one side of the race.
+// outcome is the result of one side of the race: of the compile on this node (local), or of the farm.
 type outcome struct {
 	answer resolve.Answer
 	err    error
 	local  bool
 }
 
-// race compiles on this node and asks the farm repeatedly at the same time. When one side has an artifact, race stops
-// the other side. It waits for both sides to end.
+// race compiles on this node. If the owner lets the node wait for the farm, race also asks the farm repeatedly at the
+// same time; the compile then begins after grace, or earlier if the farm has no artifact. When one side has an
+// artifact, race stops the other side. It also stops the compile if the farm says that the artifact is yanked or
+// quarantined. race returns when both sides have ended.
 func (a *Agent) race(
 	ctx context.Context,
 	q resolve.Question,
@@ -108,7 +110,7 @@ func (a *Agent) race(
 		}()
 	}
 	var won, yanked *resolve.Answer
-	var errs [2]error // of this node, whose owner can repair it, and of the farm
+	var errs [2]error // first the error of this node, whose owner can repair it, then that of the farm
 	for range runners {
 		switch o := <-ended; {
 		case won != nil:
@@ -139,7 +141,8 @@ func (a *Agent) race(
 	)
 }
 
-// findArtifact asks the farm until it has a verified artifact, or until none can be expected.
+// findArtifact asks the farm until the farm names an artifact that verifies. It gives up after an error that is not of
+// kind Transient, and when the time to wait is over.
 func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
 	say := func(text string) { a.parts.Line.Progress("build", "the farm: %s", text) }
 	until := time.Now().Add(a.cfg.Wait)

@@ -271,7 +271,7 @@ func TestRace(t *testing.T) {
 				n.parts.NodeVerifier = func() (agent.Verifier, error) { return own.Verifier(t), nil }
 				r, err := n.runAs(t)
 				if row.words == "yanked" && r.Answer.State != api.Yanked {
-					t.Errorf("Run says %s; want yanked", r.Answer.State)
+					t.Errorf("Run answers %s; want yanked", r.Answer.State)
 				}
 				if row.from == "" {
 					if !fault.Is(err, row.kind) || !strings.Contains(err.Error(), row.words) {
@@ -284,7 +284,7 @@ func TestRace(t *testing.T) {
 					t.Errorf("the compile was stopped: %v; want %v", got, row.stopped)
 				}
 				if row.compile.started.Load() != row.compile.ended.Load() {
-					t.Error("the compile goes on behind the run")
+					t.Error("the compile still runs after the end of the run")
 				}
 			})
 		})

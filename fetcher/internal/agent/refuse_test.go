@@ -113,8 +113,8 @@ func TestRefuses(t *testing.T) {
 	strangers := testkit.Registry(t, true) + "/prebake/driver"
 	ps := sample.Publish(t, strangers, stranger, foreign)
 
-	// The sibling has the same `uname -r`, but is another build with another fingerprint. The registry offers it under
-	// this build's name.
+	// The sibling kernel has the same `uname -r`, but is of another COS build and has another fingerprint. The registry
+	// offers the artifact for it under the tag of this node's COS build.
 	sibling := sample.NewCell(t, buildB, newVersion)
 	sibling.Fingerprint = target.Fingerprint("sha256:" + strings.Repeat("0b", 32))
 	sibling.PointAt = newer.Kernel
@@ -273,7 +273,7 @@ func TestTamperedOnDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.cfg.NoLoad = false
-	// The service does not answer, so the run uses the installed set.
+	// The service does not answer, so the run uses the installed driver.
 	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
 	if err := os.WriteFile(path, sample.Module("nvidia", newVersion, "6.1.77+ SMP preempt mod_unload evil"),
 		0o644); err != nil {
@@ -285,7 +285,7 @@ func TestTamperedOnDisk(t *testing.T) {
 	}
 }
 
-// TestOffline runs a node while the farm does not answer. A node with an installed driver for its own build becomes
+// TestOffline runs a node while the farm does not answer. A node with an installed driver for its own COS build becomes
 // ready. Any other node reports the reason.
 func TestOffline(t *testing.T) {
 	t.Parallel()

@@ -14,9 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestUnprovedComesBack starts with a driver that does not verify: an older release installed it without statements, or
-// its files changed. When the next driver fails, the agent must load this one again from its own files. It must not try
-// the next driver for ever.
+// TestUnprovedComesBack starts with a loaded driver that does not verify: an older release installed it without
+// statements, or its files changed. When the next driver fails, the agent must load the former driver again from its
+// own files. It must stop trying the next driver after some failures.
 func TestUnprovedComesBack(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]func(t *testing.T, n *node){
@@ -51,7 +51,7 @@ func TestUnprovedComesBack(t *testing.T) {
 			_, _ = n.run(t, ref, pn.Digest, newer.Driver) // the calls below show the result
 		}
 		if len(n.kernel.calls) != 0 {
-			t.Errorf("%s: it is still tried: %v", name, n.kernel.calls)
+			t.Errorf("%s: the agent still tries the failing driver: %v", name, n.kernel.calls)
 		}
 	}
 }
@@ -68,7 +68,7 @@ func TestRefusedIsKept(t *testing.T) {
 	n.cfg.ReplaceForeign = false
 	for range 2 {
 		if r, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Busy) || r.FetchedBytes != 0 {
-			t.Errorf("Run = %v, %d bytes; want it refused before anything is fetched", err, r.FetchedBytes)
+			t.Errorf("Run = %v, %d bytes; want an error before anything is fetched", err, r.FetchedBytes)
 		}
 	}
 	n.cfg.ReplaceForeign = true
@@ -101,11 +101,12 @@ func TestForeignIsLeftAlone(t *testing.T) {
 		}
 	}
 	if tries != 2 {
-		t.Errorf("it was taken down %d times; want 2", tries)
+		t.Errorf("%d runs made system calls; want 2, until the agent gives the driver up", tries)
 	}
 }
 
-// TestMissingModuleIsProved checks that an unsigned module is not loaded beside signed ones.
+// TestMissingModuleIsProved checks that the agent verifies a module that is missing beside loaded ones. A module that
+// somebody replaced on the disk is not loaded.
 func TestMissingModuleIsProved(t *testing.T) {
 	t.Parallel()
 	n, _, _, _, _, _ := two(t, 1)
@@ -123,7 +124,8 @@ func TestMissingModuleIsProved(t *testing.T) {
 	}
 }
 
-// TestNextIsOfTheWish checks that a set that waited for another wish is not activated at a later boot.
+// TestNextIsOfTheWish checks that a driver that does not match the present wish, but waited for a reboot, is not
+// activated at a later boot.
 func TestNextIsOfTheWish(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := two(t, 1)
@@ -139,6 +141,6 @@ func TestNextIsOfTheWish(t *testing.T) {
 	n.reboot(t)
 	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
 	if r, err := n.runAs(t); err != nil || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
-		t.Errorf("Run = %+v, %v; want what is wished for", r.Verdict, err)
+		t.Errorf("Run = %+v, %v; want the driver of the wish", r.Verdict, err)
 	}
 }

@@ -81,7 +81,7 @@ func (n *node) killed(t *testing.T, ref, digest string, c sample.Cell, module st
 	defer func() {
 		n.kernel.die = ""
 		if recover() == nil {
-			t.Fatalf("the run did not get as far as %s", module)
+			t.Fatalf("the run ended before the load of %s", module)
 		}
 	}()
 	_, _ = n.run(t, ref, digest, c.Driver)
@@ -329,14 +329,14 @@ func TestForeignStays(t *testing.T) {
 	r, err := n.run(t, ref, p.Digest, c.Driver)
 	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "foreign driver") || r.Changed ||
 		len(n.kernel.calls) > 0 {
-		t.Errorf("Run = %v, calls %v; want somebody else's driver left alone", err, n.kernel.calls)
+		t.Errorf("Run = %v, calls %v; want the foreign driver kept", err, n.kernel.calls)
 	}
 	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
 		t.Errorf("tree (-want +got):\n%s", diff)
 	}
 	n.cfg.ReplaceForeign = true
 	if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
-		t.Errorf("with --foreign replace: %+v, %v; want ours", r.Verdict, err)
+		t.Errorf("with --foreign replace: %+v, %v; want this program's driver", r.Verdict, err)
 	}
 	if diff := cmp.Diff(append([]string{"unload nvidia"}, loads(newVersion)...), n.kernel.calls); diff != "" {
 		t.Errorf("system calls (-want +got):\n%s", diff)
@@ -352,17 +352,18 @@ func TestChangedParameters(t *testing.T) {
 		r, err := n.run(t, ref, po.Digest, older.Driver)
 		if err != nil || len(r.Waiting) != 1 || !strings.Contains(r.Waiting[0], "module parameters") ||
 			len(n.kernel.calls) > 0 {
-			t.Errorf("Run = %+v, %v; want a word about the parameters, and nothing loaded", r.Waiting, err)
+			t.Errorf("Run = %+v, %v; want a note on the parameters, and nothing loaded", r.Waiting, err)
 		}
 	}
 	n.reboot(t)
 	r, err := n.run(t, ref, po.Digest, older.Driver)
 	if err != nil || len(r.Waiting) > 0 || len(n.kernel.calls) == 0 ||
 		n.kernel.calls[0] != "load nvidia "+oldVersion+" NVreg_Foo=1" {
-		t.Errorf("after a reboot: %+v, %v, calls %v; want it loaded with them", r.Waiting, err, n.kernel.calls)
+		t.Errorf("after a reboot: %+v, %v, calls %v; want the driver loaded with the new parameters", r.Waiting, err,
+			n.kernel.calls)
 	}
 	if r, err := n.run(t, ref, po.Digest, older.Driver); err != nil || len(r.Waiting) > 0 {
-		t.Errorf("and then: %+v, %v; want no word", r.Waiting, err)
+		t.Errorf("the run after that: %+v, %v; want no note on the parameters", r.Waiting, err)
 	}
 }
 
@@ -378,7 +379,7 @@ func TestRefusedLeavesNothing(t *testing.T) {
 	}
 	raw, err := os.ReadFile(filepath.Join(n.root, "sys/module/firmware_class/parameters/path"))
 	if err != nil || string(raw) != "/somebody/elses" {
-		t.Errorf("firmware path = %q, %v; want what it was", raw, err)
+		t.Errorf("firmware path = %q, %v; want the former path", raw, err)
 	}
 	if len(n.nodes.made) == 0 {
 		t.Error("the device files of the former driver were not made again")
@@ -404,7 +405,7 @@ func TestUninstallKilled(t *testing.T) {
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 		t.Fatal(err)
 	}
-	// Former versions removed the pointer first.
+	// Former releases of this program removed the pointer to the driver before the links.
 	if err := os.Remove(filepath.Join(n.root, installDir, ".prebake/current")); err != nil {
 		t.Fatal(err)
 	}

@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// asks makes a node check a snapshot in a folder before it installs anything, as its policy may demand. Each call
-// replaces the program and keeps the disk.
+// asks gives the node a policy that demands a snapshot from the folder from. Each call makes new parts on the same
+// disk, as a restart of the program does.
 func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from string, now func() time.Time) {
 	t.Helper()
 	root, err := os.ReadFile(filepath.Join(farm.Dir, "1.root.json"))
@@ -76,8 +76,8 @@ func TestSnapshotKeepsOut(t *testing.T) {
 	}
 
 	for name, row := range map[string]struct {
-		// before is the snapshot that the node has seen. The node then sees the snapshot in the folder from, when it should
-		// install the newer driver.
+		// before is the folder of the snapshot that the node uses for the older driver. from is the folder of the snapshot
+		// that the node uses afterwards, when it should install the newer driver.
 		before, from string
 		after        time.Duration
 		want         error // nil means that the driver is installed
@@ -104,7 +104,7 @@ func TestSnapshotKeepsOut(t *testing.T) {
 			n.reboot(t)
 			n.asks(t, key, farm, row.before, clock)
 			if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
-				t.Fatalf("install of what is listed = %v", err)
+				t.Fatalf("install the listed driver = %v", err)
 			}
 			tree := n.tree(t)
 			now = now.Add(row.after)
@@ -117,7 +117,7 @@ func TestSnapshotKeepsOut(t *testing.T) {
 				return
 			}
 			if row.excused && (err != nil || !strings.Contains(r.Answer.Reason, row.want.Error())) {
-				t.Errorf("Run = %v, reason %q; want no error, and as reason that %v", err, r.Answer.Reason, row.want)
+				t.Errorf("Run = %v, reason %q; want no error, and the reason %v", err, r.Answer.Reason, row.want)
 			} else if !row.excused && (!errors.Is(err, row.want) || fault.Hint(err) == "") {
 				t.Errorf("Run = %v (hint %q); want %v", err, fault.Hint(err), row.want)
 			}
@@ -184,7 +184,7 @@ func TestSnapshotTakesNothingAway(t *testing.T) {
 	n.asks(t, key, farm, farm.Dir, clock)
 	r, err := n.runAs(t)
 	if !errors.Is(err, listed.ErrYanked) || r.Verdict.State != gpucheck.Ready || len(n.kernel.calls) > 0 {
-		t.Errorf("yanked: Run = %s, %v, system calls %v; want told, and the driver as it is", r.Verdict.State, err,
+		t.Errorf("yanked: Run = %s, %v, system calls %v; want an error, and the driver unchanged", r.Verdict.State, err,
 			n.kernel.calls)
 	}
 	n.reboot(t)

@@ -29,8 +29,8 @@ import (
 // maxModule bounds the size of one module in bytes. The largest real module has 65 MB.
 const maxModule = 512 << 20
 
-// fetchAndStage verifies the resolved artifact, fetches the layers that the node lacks, and stages them as a set. It
-// does not put the set in force.
+// fetchAndStage verifies the resolved artifact, fetches the layers that the node lacks, and stages the driver. It does
+// not put the driver in force.
 func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Store, facts *host.Facts,
 	current *install.Set) (*install.Set, error) {
 	var repo Repository
@@ -93,7 +93,7 @@ func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Sto
 	return set, nil
 }
 
-// judge reads the signed statements of an artifact and judges them.
+// judge reads the signed statements of an artifact and verifies them. It reads no layer.
 func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.Answer,
 	facts *host.Facts) (repo Repository, p evidence, content bundle.Content, verdict *trust.Verdict, err error) {
 	origin := originOf(answer)
@@ -114,7 +114,7 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 	return repo, p, content, verdict, err
 }
 
-// refresh updates the data that the verifier depends on. If that fails, the verifier decides whether this matters.
+// refresh fetches the signed list that the verifier reads. If that fails, the verifier decides whether this matters.
 func (a *Agent) refresh(ctx context.Context) {
 	if a.parts.Refresh == nil {
 		return
@@ -124,8 +124,9 @@ func (a *Agent) refresh(ctx context.Context) {
 	}
 }
 
-// since returns the time at which the artifact is taken: now, or zero if the node took it before and still has valid
-// evidence. With zero, damaged files can be repaired at any time.
+// since returns the time for the rules that apply only to artifacts that are new to the node, such as the highest age.
+// It is now for a new artifact. It is zero if the node has evidence of the artifact that still verifies, so that the
+// node can fetch damaged files again at any time.
 func (a *Agent) since(store *install.Store, origin install.Origin, answer resolve.Answer, facts *host.Facts) time.Time {
 	if store != nil {
 		if raw, err := store.Evidence(answer.Digest); err == nil && raw != nil {
@@ -144,9 +145,9 @@ func (a *Agent) since(store *install.Store, origin install.Origin, answer resolv
 // together.
 const maxBundles = 16 << 20
 
-// useful returns a text for a bundle, for [registry.Repository.AttachedIf]. The text is "" if the signature is invalid
-// or the statement is about another artifact. The same statement by the same signer has the same text, however its JSON
-// is written.
+// useful returns the function of this name for [registry.Repository.AttachedIf]. It returns "" for a bundle whose
+// signature is invalid, or whose statement is about another artifact. For any other bundle it returns a name made of
+// signer and content, so that copies of one statement have one name.
 func useful(v statements, digest string) func([]byte) string {
 	return func(bundle []byte) string {
 		st, err := v.Statement(bundle)
@@ -179,7 +180,7 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 		return p, err
 	}
 	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful(v, digest), v.Wanted(facts.Kernel)...)
-	for i, size := 0, 0; i < len(p.Bundles); i++ { // bound the evidence that is stored with the set and read again
+	for i, size := 0, 0; i < len(p.Bundles); i++ { // bound the evidence, which is stored with the driver
 		if size += len(p.Bundles[i]); size > maxBundles {
 			p.Bundles = p.Bundles[:i]
 		}
@@ -191,12 +192,12 @@ func digestOf(data []byte) string {
 	return ocidigest.FromBytes(data).String()
 }
 
-// loadOrder is the order in which modules are loaded. A set lists them in the same order.
+// loadOrder is the order in which modules are loaded. [install.Set] lists modules in this order.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 
-// inspect reads every module of a layer, and checks that it fits this kernel and this driver. The argument known has
-// the trusted digests of a layer that was already checked. With nil, inspect computes the digests itself; they are
-// compared when the modules are loaded.
+// inspect reads the modules of a layer, and checks that they fit this kernel and this driver. For a layer that was
+// already compared with its signed content, known maps the layer's files to their digests, or to "" if inspect must
+// compute the digest; inspect skips other files. If known is nil, inspect reads all modules and computes all digests.
 func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[string]string) ([]install.Module, error) {
 	files, err := fs.Glob(layer, "drivers/*.ko")
 	if err != nil {

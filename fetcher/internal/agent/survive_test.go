@@ -26,7 +26,7 @@ func TestUnusableAndOpen(t *testing.T) {
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "stays in force") ||
 		r.Verdict.State == gpucheck.Ready {
-		t.Errorf("Run = %+v, %v; want unusable, and the reason why it stays", r.Verdict, err)
+		t.Errorf("Run = %+v, %v; want unusable, and the reason why the driver stays", r.Verdict, err)
 	}
 	if _, ok := n.tree(t)["lib64/libnvidia-ml.so."+newVersion]; !ok {
 		t.Errorf("the libraries are not those of the modules that are loaded: %v", n.tree(t))
@@ -34,7 +34,7 @@ func TestUnusableAndOpen(t *testing.T) {
 	n.kernel.open = ""
 	n.inUse(t, "0")
 	if r, err := n.run(t, ref, po.Digest, older.Driver); err == nil && r.Verdict.Digest != po.Digest {
-		t.Errorf("then: %+v, %v", r.Verdict, err)
+		t.Errorf("the run after that: %+v, %v", r.Verdict, err)
 	}
 	n.cfg.AllowDowngrade = true
 	if r, err := n.run(t, ref, po.Digest, older.Driver); err != nil || r.Verdict.Digest != po.Digest ||
@@ -52,7 +52,7 @@ func TestKilledWhileLooking(t *testing.T) {
 	func() {
 		defer func() {
 			if recover() == nil {
-				t.Fatal("nobody was asked")
+				t.Fatal("the probe was not run")
 			}
 		}()
 		_, _ = n.run(t, ref, pn.Digest, newer.Driver)
@@ -85,7 +85,7 @@ func TestNextAfterReboot(t *testing.T) {
 	// A farm that forgot the driver must not cause its removal from the disk.
 	n.parts.Finder = finder{answer: resolve.Answer{State: api.Unknown, Source: "server"}}
 	if r, err := n.runAs(t); err != nil || !strings.Contains(r.Pending, newVersion) {
-		t.Errorf("with a farm that knows nothing: %v, pending %q; want it pending still", err, r.Pending)
+		t.Errorf("with a farm that knows nothing: %v, pending %q; want the driver still pending", err, r.Pending)
 	}
 	n.reboot(t)
 	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// tried reports what happened to a set that was loaded, if Parts.Tried is set. It reports nothing that does not depend
-// on the driver: a node without a GPU, or with a fabric that is still starting.
+// tried reports the result of an activation to Parts.Tried, if that is set. It leaves out results that say nothing
+// about the driver: those of a node without a GPU, or of a node whose NVLink fabric is still starting.
 func (a *Agent) tried(what string, set *install.Set, verdict string, why error) {
 	if a.parts.Tried == nil || a.cfg.NoLoad || verdict == string(gpucheck.Starting) || fault.Is(why, fault.NoDevice) {
 		return

@@ -180,7 +180,7 @@ func TestVerifiedNow(t *testing.T) {
 				if farm {
 					r, err = n.run(t, ref, po.Digest, older.Driver)
 					if err != nil || r.Verdict.State != gpucheck.Ready {
-						t.Fatalf("Run = %+v, %v; want what is damaged mended", r.Verdict, err)
+						t.Fatalf("Run = %+v, %v; want the damage repaired", r.Verdict, err)
 					}
 					if diff := cmp.Diff(good, n.tree(t)); diff != "" {
 						t.Errorf("installed (-want +got):\n%s", diff)
@@ -192,7 +192,7 @@ func TestVerifiedNow(t *testing.T) {
 					}
 					if !strings.Contains(errText(err), "verify installed driver") &&
 						!strings.Contains(errText(err), "connection refused") {
-						t.Errorf("Run = %v; want what is wrong", err)
+						t.Errorf("Run = %v; want the damage named", err)
 					}
 					if len(n.kernel.calls) != 0 {
 						t.Errorf("system calls %v; want nothing loaded", n.kernel.calls)
@@ -235,7 +235,7 @@ func TestAddedStays(t *testing.T) {
 		t.Helper()
 		for _, name := range []string{"lib64/libnccl-net.so", "bin/nccl-test"} {
 			if raw, err := os.ReadFile(filepath.Join(n.root, installDir, name)); err != nil || string(raw) != "evil" {
-				t.Errorf("%s is %q, %v; want what was put there", name, raw, err)
+				t.Errorf("%s is %q, %v; want the added file unchanged", name, raw, err)
 			}
 		}
 	}
@@ -246,7 +246,7 @@ func TestAddedStays(t *testing.T) {
 	}
 	n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, flipped)
 	if r, err := n.run(t, ref, po.Digest, older.Driver); err != nil || r.FetchedBytes == 0 {
-		t.Errorf("with a damaged library: %d bytes, %v; want it fetched", r.FetchedBytes, err)
+		t.Errorf("with a damaged library: %d bytes, %v; want the layer fetched", r.FetchedBytes, err)
 	}
 	there()
 	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.Digest != pn.Digest {
@@ -298,7 +298,7 @@ func TestNodesOwnAfterReboot(t *testing.T) {
 	n.edit(t, "sets/*/set.json",
 		func(raw []byte) []byte { return bytes.Replace(raw, []byte(`"node"`), []byte(`"published"`), 1) })
 	if _, err := n.runAs(t); err == nil || len(n.kernel.calls) != 0 {
-		t.Errorf("called published: %v, calls %v; want it refused", err, n.kernel.calls)
+		t.Errorf("with the origin published: %v, calls %v; want the driver refused", err, n.kernel.calls)
 	}
 }
 

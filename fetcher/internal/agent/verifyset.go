@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// evidence has everything that is needed to verify an artifact. It comes from a registry, or from the files of a set on
-// the disk. It is not trusted before [Agent.verify].
+// evidence has everything that is needed to verify an artifact. It comes from a registry, or from the disk, where it is
+// stored with the driver. It must not be trusted before [Agent.verify].
 type evidence struct {
 	Manifest []byte   `json:"manifest"`
 	Config   []byte   `json:"config"`
@@ -53,7 +53,7 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 			"build and publish the driver for COS "+facts.Kernel.String()+", or check --server and --registry")
 	case fault.Is(err, fault.Unverified):
 		err = fault.Wrap(fault.Unverified, err,
-			"publish the artifact again, or fetch it from another registry")
+			"publish the artifact again with builder build, or fetch it from another registry: --registry REF")
 	}
 	return content, verdict, err
 }
@@ -71,7 +71,8 @@ func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
 	return a.parts.Verifier, nil
 }
 
-// setOf returns the set that signed content describes. The signed content does not have the digests of the modules.
+// setOf describes an artifact as a driver on the disk, by its signed content. Modules stays empty, because the signed
+// content does not have the digests of the modules.
 func (a *Agent) setOf(origin install.Origin, digest, repository string, content bundle.Content,
 	facts *host.Facts) *install.Set {
 	set := &install.Set{
@@ -84,8 +85,9 @@ func (a *Agent) setOf(origin install.Origin, digest, repository string, content 
 	return set
 }
 
-// verifySet verifies a set on the disk, now and for this kernel: its statements, and with them every byte of its
-// layers. It returns the set that the signed content describes. set.json decides only where the files are.
+// verifySet verifies a driver on the disk, now and for this kernel: its statements, and with them every byte of its
+// layers. If kinds are given, it reads only layers of these kinds. It returns the driver as the signed content
+// describes it. Of set.json, it trusts only where the files are.
 func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts,
 	kinds ...bundle.LayerKind) (*install.Set, error) {
 	fail := func(err error) (*install.Set, error) {
@@ -118,7 +120,7 @@ func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *instal
 	return proved, nil
 }
 
-// attestations verifies the attestations of a set, but none of its files.
+// attestations verifies the attestations of a driver on the disk, but none of its files.
 func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host.Facts) (bundle.Content, error) {
 	raw, err := store.Evidence(set.Digest)
 	if err != nil {
@@ -136,8 +138,8 @@ func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host
 	return content, err
 }
 
-// verifiable reports whether a set can be verified: its statements verify, and its verification has not failed in this
-// run.
+// verifiable reports whether the attestations of a driver on the disk verify, and no verification of its files has
+// failed in this run.
 func (a *Agent) verifiable(store *install.Store, set *install.Set, facts *host.Facts) bool {
 	if set == nil || set.Damaged {
 		return false
@@ -161,8 +163,9 @@ type checkedLayer struct {
 	modules []install.Module
 }
 
-// unchanged reports whether a layer's inodes are the same as at its check in this or an earlier run. A set that waits
-// on the disk is therefore not read again. A set that is switched to or loaded is always read ([Agent.verifySet]).
+// unchanged reports whether a layer's inodes are the same as at its check in this or an earlier run. A driver that
+// waits on the disk is therefore not read again. Before a driver is put in force or loaded, the agent always reads it
+// ([Agent.verifySet]).
 func (a *Agent) unchanged(store *install.Store, l install.Layer) bool {
 	known, ok := a.layer(l.Digest)
 	if !ok || known.print == "" {
@@ -211,8 +214,9 @@ func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.
 	return nil
 }
 
-// modules describes the modules of a layer that was checked. If the layer's inodes have not changed since, it does not
-// compute the digests again. Each module is compared with its digest in memory when it is loaded.
+// modules describes the modules of the modules layer, which was checked before. If the layer's inodes have not changed
+// since, it does not compute the digests again. When a module is loaded, its bytes in memory are compared with the
+// digest.
 func (a *Agent) modules(store *install.Store, content bundle.Content, facts *host.Facts) ([]install.Module, error) {
 	l := content.Layer(bundle.LayerModules)
 	layer, err := store.LayerFS(l.Digest)

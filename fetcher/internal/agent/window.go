@@ -13,7 +13,7 @@ import (
 
 // Window is the time of day at which a loaded driver may be replaced. The zero value means any time.
 type Window struct {
-	// Never forbids a replacement before a reboot.
+	// Never means that the agent replaces no loaded driver; a new driver waits for a reboot.
 	Never bool
 	// From and Until are times of the day in UTC, counted from midnight. Equal values mean the whole day. A window may
 	// include midnight.
@@ -44,7 +44,7 @@ func clock(text string) (time.Duration, error) {
 	return time.Duration(at.Hour())*time.Hour + time.Duration(at.Minute())*time.Minute, err
 }
 
-// Closed returns the reason why no driver may be replaced now; "" means that it may.
+// Closed returns the reason why the loaded driver may not be replaced now; "" means that it may.
 func (w Window) Closed(now time.Time) string {
 	if w.Never {
 		return "with --maintenance never, only a reboot replaces the driver"
@@ -59,7 +59,7 @@ func (w Window) Closed(now time.Time) string {
 		return ""
 	}
 	day := func(d time.Duration) string { return time.Time{}.Add(d).Format("15:04") }
-	return fmt.Sprintf("the time is outside of the hours of --maintenance, %s to %s UTC", day(w.From), day(w.Until))
+	return fmt.Sprintf("the present time is outside the hours of --maintenance, %s to %s UTC", day(w.From), day(w.Until))
 }
 
 // idlePause is the time between two checks whether programs use the driver.
@@ -81,8 +81,9 @@ func (a *Agent) reportWaiting(ctx context.Context) {
 	a.watcher.Report(v)
 }
 
-// waitIdle waits, at most until end, for the programs that use a driver that must be replaced. It reports whether
-// another try makes sense. It holds no lock and changes nothing.
+// waitIdle waits until no program uses the loaded driver, which must be replaced, but at most until end. It waits only
+// if why is of kind Busy. The result is true if the caller should try again. waitIdle holds no lock and changes
+// nothing.
 func (a *Agent) waitIdle(ctx context.Context, why error, end time.Time) bool {
 	if a.cfg.WaitIdle <= 0 || a.cfg.NoLoad || !fault.Is(why, fault.Busy) || a.cfg.Maintenance.Closed(a.parts.Now()) != "" {
 		return false

@@ -53,7 +53,7 @@ func TestMaintenance(t *testing.T) {
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "02:00 to 05:00 UTC") ||
 		r.Verdict.Digest != po.Digest || len(n.kernel.calls) > 0 {
-		t.Errorf("at noon: %+v, %v, calls %v; want the old driver left alone", r.Verdict, err, n.kernel.calls)
+		t.Errorf("at noon: %+v, %v, calls %v; want the old driver kept", r.Verdict, err, n.kernel.calls)
 	}
 	n.parts.Now = func() time.Time { return time.Date(2026, 6, 2, 3, 0, 0, 0, time.UTC) }
 	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.Digest != pn.Digest {
@@ -62,12 +62,12 @@ func TestMaintenance(t *testing.T) {
 	n.cfg.Maintenance = agent.Window{Never: true}
 	n.reboot(t)
 	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
-		t.Errorf("after a reboot: %+v, %v; want it loaded", r.Verdict, err)
+		t.Errorf("after a reboot: %+v, %v; want the new driver loaded", r.Verdict, err)
 	}
 }
 
-// TestWaitIdle checks that the program that uses the driver is named and waited for. When it ends, the driver is
-// replaced.
+// TestWaitIdle checks that the agent names the program that uses the driver, and waits for its end. The agent then
+// replaces the driver.
 func TestWaitIdle(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := two(t, 1)
@@ -84,7 +84,7 @@ func TestWaitIdle(t *testing.T) {
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "in use by python3 (pid 812, pod ml/train-0)") ||
 		r.Verdict.Digest != po.Digest {
-		t.Errorf("Run = %v; want busy, and by whom", err)
+		t.Errorf("Run = %v; want busy, and the name of the program", err)
 	}
 	n.cfg.WaitIdle = time.Minute
 	n.answer(ref, pn.Digest, newer.Driver)
@@ -94,7 +94,7 @@ func TestWaitIdle(t *testing.T) {
 		t.Errorf("Run = %+v, %v; want the new driver once the GPU is idle", r.Verdict, err)
 	}
 	if len(told) == 0 || told[0].State != gpucheck.Ready || told[0].Digest != po.Digest {
-		t.Errorf("while it waits it tells %+v; want the driver that is in force", told)
+		t.Errorf("while the agent waits, it reports %+v; want the driver in force", told)
 	}
 }
 

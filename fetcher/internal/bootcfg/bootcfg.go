@@ -39,8 +39,8 @@ func Apply(esp *os.Root, want Want) (entries int, err error) {
 	if bytes.Equal(edited, have) {
 		return 0, nil
 	}
-	// An update of the operating system writes a new configuration. Undo must then restore the new one, so it replaces the
-	// copy. A configuration that this program edited must not replace the copy.
+	// An update of the operating system writes a new configuration. Undo must then restore the new configuration, so Apply
+	// stores a copy of it in place of the old copy. A configuration that this program edited must not replace the copy.
 	kept, err := read(esp, backup)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, err
@@ -53,8 +53,8 @@ func Apply(esp *os.Root, want Want) (entries int, err error) {
 	return entries, write(esp, file, edited)
 }
 
-// Undo restores the configuration from before [Apply]. It leaves a configuration alone that somebody else changed
-// since.
+// Undo restores the configuration that was there before [Apply]. If somebody else has changed the configuration since,
+// Undo leaves it unchanged and returns an error of kind Mismatch. If there is no copy, the error is of kind NoArtifact.
 func Undo(esp *os.Root) error {
 	kept, err := read(esp, backup)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -71,7 +71,7 @@ func Undo(esp *os.Root) error {
 		if !ours(kept, have) {
 			return fault.New(fault.Mismatch,
 				"undo change of boot configuration: somebody changed it after fetcher",
-				"restore the boot configuration by hand; its former content is in "+backup+" on the EFI partition")
+				"correct "+file+" on the EFI partition by hand; "+backup+" has the content from before the change")
 		}
 		if err := write(esp, file, kept); err != nil {
 			return err
@@ -83,7 +83,7 @@ func Undo(esp *os.Root) error {
 	return flush(esp)
 }
 
-// ours reports whether edited is the result of this program's edit of the configuration before.
+// ours reports whether edited is a result that this program can make from the configuration before.
 func ours(before, edited []byte) bool {
 	for _, want := range []Want{{Unsigned: true}, {Elsewhere: true}, {Unsigned: true, Elsewhere: true}} {
 		if out, _, err := Edit(before, want); err == nil && bytes.Equal(out, edited) {
@@ -113,7 +113,7 @@ func read(esp *os.Root, name string) ([]byte, error) {
 func write(esp *os.Root, name string, data []byte) error {
 	f, err := esp.OpenFile(fresh, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o755)
 	if err != nil {
-		return fault.Disk(fmt.Errorf("write %s: %w", name, err), "free space on the EFI partition")
+		return fault.Disk(fmt.Errorf("write %s: %w", name, err), "make space on the EFI partition")
 	}
 	_, err = f.Write(data)
 	err = errors.Join(err, f.Sync(), f.Close())
@@ -125,10 +125,10 @@ func write(esp *os.Root, name string, data []byte) error {
 	}
 	if err != nil {
 		return fault.Disk(errors.Join(fmt.Errorf("write %s: %w", name, err), esp.RemoveAll(fresh)),
-			"free space on the EFI partition")
+			"make space on the EFI partition")
 	}
 	if got, err := read(esp, name); err != nil || !bytes.Equal(got, data) {
-		return fault.New(fault.Internal, fmt.Sprintf("write %s: the file reads back with other content (%v)", name, err),
+		return fault.New(fault.Internal, fmt.Sprintf("write %s: the file has other content than was written (%v)", name, err),
 			"restore the file from "+backup+" before this node reboots")
 	}
 	return nil
@@ -154,8 +154,8 @@ func SecureBoot(root fs.FS, kernelLog []string) (on, known bool) {
 	if err == nil && len(raw) == 5 {
 		return raw[4] == 1, true
 	}
-	// Where the EFI variables are not mounted, a line of the kernel log answers. The kernel prints it in
-	// efi_set_secure_boot of drivers/firmware/efi.
+	// If the EFI variables are not mounted, a line of the kernel log tells the state of Secure Boot. The kernel prints the
+	// line in efi_set_secure_boot of drivers/firmware/efi.
 	for _, line := range kernelLog {
 		switch {
 		case strings.Contains(line, "Secure boot enabled"):

@@ -79,9 +79,9 @@ func TestEdit(t *testing.T) {
 		}
 		again, _, err := bootcfg.Edit(got, row.want)
 		if err != nil || !bytes.Equal(again, got) {
-			t.Errorf("%s: edited twice it is something else: %v", name, err)
+			t.Errorf("%s: a second Edit changes the result: %v", name, err)
 		}
-		// host's parser of command lines was not written for this package. It must read the wanted values, too.
+		// Package host has a parser of command lines that was written independently of Edit. It must read the wanted values.
 		for line := range strings.Lines(string(got)) {
 			_, cmdline, ok := strings.Cut(line, "vmlinuz")
 			if p := host.ParseCmdline(cmdline); ok && row.want.Unsigned && !strings.Contains(line, "dm=") &&
@@ -173,7 +173,7 @@ func TestApplyAndUndo(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := bootcfg.Undo(esp); !fault.Is(err, fault.Mismatch) || have() != updated {
-		t.Errorf("Undo after an update = %v; want the update left alone", err)
+		t.Errorf("Undo after an update = %v; want a mismatch, and the updated file unchanged", err)
 	}
 	if _, err := bootcfg.Apply(esp, bootcfg.Want{Unsigned: true}); err != nil {
 		t.Fatal(err)

@@ -12,12 +12,12 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Want lists what the command line shall allow.
+// Want says which modules the kernel command line must allow.
 type Want struct {
-	// Unsigned allows modules without a signature by a key of the kernel: module.sig_enforce=0.
+	// Unsigned allows modules that no key of the kernel signed. The parameter is module.sig_enforce=0.
 	Unsigned bool `json:"unsigned,omitempty"`
-	// Elsewhere allows modules and firmware from other file systems than the root: loadpin.exclude=kernel-module,firmware.
-	// COS itself sets this on newer images.
+	// Elsewhere allows modules and firmware from other file systems than the root. The parameter is
+	// loadpin.exclude=kernel-module,firmware. Newer COS images set it themselves.
 	Elsewhere bool `json:"elsewhere,omitempty"`
 }
 
@@ -25,9 +25,9 @@ type Want struct {
 // arch/arm64, minus the terminating zero.
 const maxCommandLine = 2047
 
-// Edit returns the configuration with the wanted words in each boot entry, and the number of entries. All other bytes
-// stay. The form is GRUB's, as COS images have it: a line "linux FILE WORD…" for each entry, local and verified, A and
-// B.
+// Edit returns the configuration with the wanted parameters in each boot entry, and the number of boot entries. All
+// other bytes stay. The configuration is GRUB's. Each boot entry of a COS image has one line "linux FILE WORD…", where
+// the words are the kernel command line. COS has local and verified entries for its root partitions A and B.
 func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 	for line := range bytes.Lines(config) {
 		words := split(line)
@@ -39,14 +39,14 @@ func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 		if bytes.Count(line, []byte(`"`))%2 != 0 {
 			return nil, 0, fault.New(fault.Unsupported,
 				fmt.Sprintf("edit boot entry %d: a quotation mark is not closed", entries),
-				"change the boot configuration by hand")
+				"edit efi/boot/grub.cfg on the EFI partition by hand")
 		}
 		changed := editLine(line, words, want)
 		if n := commandLine(changed); n > maxCommandLine {
 			return nil, 0, fault.New(fault.Unsupported,
-				fmt.Sprintf("edit boot entry %d: its command line would have %d bytes; a kernel reads at most %d", entries, n,
+				fmt.Sprintf("edit boot entry %d: the command line would have %d bytes; a kernel reads at most %d", entries, n,
 					maxCommandLine),
-				"remove parameters that this node does not need")
+				"remove kernel parameters that this node does not need from efi/boot/grub.cfg on the EFI partition")
 		}
 		edited = append(edited, changed...)
 	}
@@ -83,8 +83,8 @@ func split(line []byte) (words []word) {
 	return words
 }
 
-// editLine changes the words of one entry. A kernel takes the last of several words with the same key, so editLine
-// changes each of them.
+// editLine changes the parameters of one boot entry. If a key occurs several times, editLine changes every occurrence,
+// because the kernel uses the last one.
 func editLine(line []byte, words []word, want Want) []byte {
 	var out []byte
 	at, excluded := 0, false
@@ -109,15 +109,15 @@ func editLine(line []byte, words []word, want Want) []byte {
 		}
 	}
 	out = append(out, line[at:]...)
-	if want.Elsewhere && !excluded { // after the kernel's name, because every entry has that place
+	if want.Elsewhere && !excluded { // insert it after the kernel's file name, which every entry has
 		end := words[1].to
 		out = slices.Concat(out[:end], []byte(" loadpin.exclude=kernel-module,firmware"), out[end:])
 	}
 	return out
 }
 
-// commandLine returns the length in bytes of the command line that the kernel gets. It has the words after the kernel's
-// name, and BOOT_IMAGE=NAME before them, which GRUB adds.
+// commandLine returns the length in bytes of the command line that the kernel gets. That is BOOT_IMAGE=NAME, which GRUB
+// adds, and then the words after the kernel's file name.
 func commandLine(line []byte) int {
 	words := split(line)
 	text := "BOOT_IMAGE=" + words[1].of(line)

@@ -19,7 +19,8 @@ import (
 // label is the name of COS's EFI partition in the partition table.
 const label = "EFI-SYSTEM"
 
-// Partition mounts the node's EFI partition for this program only. No other process sees the mount.
+// Partition mounts the node's EFI partition for this program only. No other process sees the mount. The function closed
+// ends the mount.
 func Partition(node *noderoot.Root) (esp *os.Root, closed func() error, err error) {
 	device, err := find(node.FS())
 	if err != nil {
@@ -61,7 +62,7 @@ func mountFault(device string, err error) error {
 			"configuration by hand")
 }
 
-// find returns the device name of the EFI partition, as sysfs has it.
+// find returns the name of the EFI partition's device below /dev. It reads the name from sysfs.
 func find(root fs.FS) (string, error) {
 	const dir = "sys/class/block"
 	entries, err := fs.ReadDir(root, dir)
@@ -82,7 +83,7 @@ func find(root fs.FS) (string, error) {
 	if len(found) != 1 {
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("find EFI partition: %d partitions have the name %s; want 1", len(found), label),
-			"edit the boot configuration by hand")
+			"mount the EFI partition and edit efi/boot/grub.cfg by hand")
 	}
 	return found[0], nil
 }

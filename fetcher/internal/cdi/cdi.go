@@ -32,7 +32,7 @@ const (
 	file   = "prebake-nvidia.json"
 )
 
-// maxSpec bounds the bytes that are read of another program's file.
+// maxSpec is how many bytes this package reads at most of a description that another program wrote.
 const maxSpec = 1 << 20
 
 // inside is the driver's path in containers, the same as with GKE's device plugin.
@@ -46,7 +46,7 @@ type GPU struct {
 	UUID string
 }
 
-// GPUs returns the GPUs of the loaded driver, in the order of the PCI bus.
+// GPUs returns the GPUs of the loaded driver, in the order of the PCI bus; none if no driver is loaded.
 func GPUs(root fs.FS) ([]GPU, error) {
 	const dir = "proc/driver/nvidia/gpus"
 	entries, err := fs.ReadDir(root, dir)
@@ -113,7 +113,7 @@ func Spec(gpus []GPU, installDir string, nodes []string) *specs.Spec {
 			spec.ContainerEdits.DeviceNodes = append(spec.ContainerEdits.DeviceNodes, &specs.DeviceNode{Path: "/dev/" + name})
 		}
 	}
-	// The mount has the whole folder, because the names in it are links into the set in force.
+	// The mount has the whole folder, because bin, lib64 and the other names in it are links to files elsewhere in it.
 	spec.ContainerEdits.Mounts = []*specs.Mount{{HostPath: installDir, ContainerPath: inside,
 		Options: []string{"ro", "nosuid", "nodev", "rbind", "rprivate"}}}
 	// This value stops NVIDIA's container runtime, if the node has it, from adding devices to such a container.
@@ -203,8 +203,9 @@ func others(node *noderoot.Root) (string, error) {
 			var spec struct {
 				Kind string `yaml:"kind"`
 			}
-			// NVIDIA's device plugin writes descriptions of other kinds into these folders. A file that this code cannot parse
-			// cannot be parsed by runtimes either, unless it is longer than maxSpec.
+			// NVIDIA's device plugin writes descriptions of other kinds into these folders, so compare the kind. If this code
+			// cannot parse a file, runtimes cannot parse it either. Of a file longer than maxSpec, only the beginning is read;
+			// look for the kind in that text.
 			if err == nil && (len(raw) >= maxSpec && bytes.Contains(raw, []byte(Kind)) || yaml.Unmarshal(raw, &spec) == nil &&
 				spec.Kind == Kind) {
 				return path.Join(dir, e.Name()), nil

@@ -83,7 +83,7 @@ func TestRuntime(t *testing.T) {
 		t.Errorf("all GPUs are %+v", edits)
 	}
 	var container oci.Spec
-	if _, err := cache.InjectDevices(&container, "nvidia.com/gpu=1"); err == nil { // it succeeds on a machine with GPUs
+	if _, err := cache.InjectDevices(&container, "nvidia.com/gpu=1"); err == nil { // this machine has such GPUs
 		t.Log(container.Linux.Devices)
 	}
 	general := upstream.ContainerEdits{ContainerEdits: &spec.ContainerEdits}
@@ -134,7 +134,8 @@ func TestThisMachine(t *testing.T) {
 	}
 }
 
-// TestBesideDevicePlugin checks that a description of another kind, by NVIDIA's device plugin, does not prevent ours.
+// TestBesideDevicePlugin checks that a description of another kind, by NVIDIA's device plugin, does not prevent the
+// description of this package.
 func TestBesideDevicePlugin(t *testing.T) {
 	t.Parallel()
 	n, dir := node(t)
@@ -145,11 +146,11 @@ func TestBesideDevicePlugin(t *testing.T) {
 		t.Fatal(err)
 	}
 	if changed, err := cdi.Write(n, cdi.Spec([]cdi.GPU{{}}, "/nv", nil)); err != nil || !changed {
-		t.Errorf("Write = %t, %v; want ours written", changed, err)
+		t.Errorf("Write = %t, %v; want the description written", changed, err)
 	}
 }
 
-// TestOthers checks that another program's description stays the only one, even if it came second.
+// TestOthers checks that another program's description stays the only one, even if that program wrote it later.
 func TestOthers(t *testing.T) {
 	t.Parallel()
 	for _, theirs := range []string{"run/cdi/nvidia.yaml", "etc/cdi/nvidia.json"} {
@@ -164,10 +165,10 @@ func TestOthers(t *testing.T) {
 			t.Fatal(err)
 		}
 		if changed, err := cdi.Write(n, spec); err != nil || changed {
-			t.Errorf("%s: Write = %t, %v; want theirs left alone", theirs, changed, err)
+			t.Errorf("%s: Write = %t, %v; want the other description kept", theirs, changed, err)
 		}
 		if _, err := os.Stat(filepath.Join(dir, "run/cdi/prebake-nvidia.json")); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%s: ours is there still: %v", theirs, err)
+			t.Errorf("%s: the description of this package still exists: %v", theirs, err)
 		}
 	}
 }

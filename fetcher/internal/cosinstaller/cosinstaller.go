@@ -21,7 +21,8 @@ import (
 // Name is the name of Google's program.
 const Name = "cos-gpu-installer"
 
-// own are flags of Google's program that the fetcher does not have. They identify its command lines.
+// own are flags of Google's program that the fetcher does not have. A command line with such a flag is for Google's
+// program.
 var own = []string{"version", "host-dir", "no-verify", "module-arg"}
 
 // Recognise reports whether a command line is for Google's program: by the program's name, or by flags that the fetcher
@@ -59,16 +60,16 @@ func (m *many) Set(s string) error {
 	return nil
 }
 
-// ignored are flags without a meaning for the fetcher, each with the reason for the note.
+// ignored are flags of Google's program that the fetcher ignores. Each has the reason that is printed to the user.
 var ignored = map[string]string{
-	"allow-unsigned-driver":      "fetcher verifies each driver with its own keys",
-	"test":                       "fetcher verifies each driver with its own keys",
+	"allow-unsigned-driver":      "fetcher verifies each driver with the keys that its trust flags name",
+	"test":                       "fetcher verifies each driver with the keys that its trust flags name",
 	"skip-nvidia-smi":            "NVML is asked instead of nvidia-smi",
 	"force-fallback":             "name a branch with --driver if the newest driver does not work",
 	"target-gpu":                 "the GPUs of this node are read from the PCI bus",
 	"gcs-download-prefix":        "fetcher looks for COS builds below BUILD_ID/BOARD",
-	"gcs-download-bucket-nvidia": "--driver-mirror names the bucket with runfiles",
-	"gcs-download-prefix-nvidia": "--driver-mirror names the bucket with runfiles",
+	"gcs-download-bucket-nvidia": "name the bucket with runfiles with --driver-mirror",
+	"gcs-download-prefix-nvidia": "name the bucket with runfiles with --driver-mirror",
 }
 
 // refused are flags that ask for something that the fetcher does not do, each with a hint.
@@ -112,11 +113,11 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 		f.String(name, "", "")
 	}
 	if err := f.Parse(args[1:]); err != nil {
-		return usage(err.Error(), "fetcher install --help lists the flags")
+		return usage(err.Error(), "correct the flag, or use the flags of fetcher itself: fetcher install --help")
 	}
 	if f.NArg() > 0 {
 		return usage(fmt.Sprintf("argument %q after install: want flags only", f.Arg(0)),
-			"fetcher install --help lists the flags")
+			"remove the argument, or use the flags of fetcher itself: fetcher install --help")
 	}
 	ours = []string{"install", "--host-root=" + first(getenv("PREBAKE_HOST_ROOT"), getenv("ROOT_MOUNT_DIR"), "/root")}
 	var wrong []error

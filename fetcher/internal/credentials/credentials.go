@@ -1,6 +1,6 @@
 // Package credentials finds the credentials with which a node logs in to a registry. It reads Docker's configuration,
 // which is also the form of Kubernetes pull secrets. At Google's registries it uses the machine's service account. The
-// package refuses to guess: without credentials from one of the two it sends none.
+// package refuses to guess: if neither source has credentials for a registry, the node sends none.
 package credentials
 
 import (
@@ -41,8 +41,8 @@ func (d docker) ResolveContext(ctx context.Context, r authn.Resource) (authn.Aut
 	}
 	hint := "correct Docker's configuration, or set DOCKER_CONFIG to a folder with another configuration"
 	if text := err.Error(); strings.Contains(text, "docker-credential-") && strings.Contains(text, "not found") {
-		hint = "install that program beside the fetcher, or remove it from Docker's configuration for this registry; for " +
-			"Google's registries it is not needed, because the machine's service account logs in"
+		hint = "install that docker-credential program in a folder of PATH, or remove it from Docker's configuration; " +
+			"Google's registries do not need it, because fetcher logs in there with the machine's service account"
 	}
 	return nil, fault.Wrap(fault.Usage, fmt.Errorf("find credentials for %s: %w", r.RegistryStr(), err), hint)
 }
@@ -93,7 +93,7 @@ func (g *Google) get(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	host := metadataHost
-	if other := os.Getenv("GCE_METADATA_HOST"); other != "" { // Google's own clients read the same variable
+	if other := os.Getenv("GCE_METADATA_HOST"); other != "" { // Google's client libraries read the same variable
 		host = other
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+host+tokenPath, nil)
@@ -106,7 +106,7 @@ func (g *Google) get(ctx context.Context) (string, error) {
 		if errors.Is(ctx.Err(), context.Canceled) {
 			return "", context.Cause(ctx)
 		}
-		return "", nil // this machine is not Google's
+		return "", nil // no metadata server: this machine is not Google's
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode == http.StatusNotFound {
@@ -125,7 +125,7 @@ func (g *Google) get(ctx context.Context) (string, error) {
 	}
 	if err != nil {
 		return "", fault.Wrap(fault.Transient, fmt.Errorf("ask the metadata server for a token: %w", err),
-			"give the machine a service account with the scope devstorage.read_only, or no service account")
+			"give this machine a service account with the scope devstorage.read_only, or remove its service account")
 	}
 	g.token, g.until = answer.Token, time.Now().Add(time.Duration(answer.Seconds)*time.Second)
 	return g.token, nil

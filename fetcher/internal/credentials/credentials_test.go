@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// docker makes the text Docker's configuration.
+// docker writes text as Docker's configuration, and sets DOCKER_CONFIG to its folder.
 func docker(t *testing.T, text string) {
 	t.Helper()
 	dir := t.TempDir()

@@ -21,7 +21,7 @@ import (
 
 // Node is one character device file.
 type Node struct {
-	// Name is the path below /dev; it may have a folder.
+	// Name is the path below /dev, such as nvidia0 or nvidia-caps/nvidia-cap1.
 	Name         string
 	Major, Minor uint32
 	Mode         fs.FileMode
@@ -91,8 +91,8 @@ func ParseMajors(text string) map[string]uint32 {
 	return majors
 }
 
-// ParseParams reads owner and mode of device files from /proc/driver/nvidia/params. Without values there, the owner is
-// root and the mode is 0666.
+// ParseParams reads owner and mode of device files from the text of /proc/driver/nvidia/params. If the text has no such
+// values, the owner is root and the mode is 0666.
 func ParseParams(text string) Node {
 	n := Node{Mode: 0o666}
 	for line := range strings.Lines(text) {
@@ -181,12 +181,12 @@ func gpuMinors(root fs.FS) ([]uint32, error) {
 	return minors, nil
 }
 
-// System makes and removes device files. The one real implementation is [Linux].
+// System makes and removes device files. The only real implementation is [Linux].
 type System interface {
 	// Make makes n in the folder dev, or corrects the existing device file.
 	Make(dev *os.Root, n Node) error
-	// Clear removes the driver's device files from the folder dev, because GKE's device plugin takes them as the sign of a
-	// driver.
+	// Clear removes the driver's device files from the folder dev, because GKE's device plugin takes them as the sign that
+	// a driver is ready.
 	Clear(dev *os.Root) error
 }
 
@@ -278,8 +278,8 @@ func (Linux) Make(dev *os.Root, n Node) error {
 	return nil
 }
 
-// link makes the device's link in /dev/char. It ignores errors, because a driver works without the link. It replaces
-// links only, and no other files.
+// link makes the link to a device file in /dev/char. It ignores errors, because a driver works without the link. If
+// another file than a link has the name, link leaves that file as it is.
 func link(dev *os.Root, n Node) {
 	name, to := fmt.Sprintf("%s/%d:%d", charFolder, n.Major, n.Minor), "../"+n.Name
 	have, err := dev.Readlink(name)

@@ -36,11 +36,11 @@ func Trim() {
 type mapping struct{ start, end uintptr }
 
 // fileMappings returns the ranges of /proc/PID/smaps (proc_pid_smaps(5)) whose pages are all in the program file. A
-// page that was written to has no copy in the file, so its range must stay. Permissions do not show this, because a
-// dynamic loader writes to pages and then makes them read-only (RELRO). The counts of anonymous and swapped pages show
-// it.
+// page that was written to differs from the file, so its range must stay mapped. The permissions of a range do not show
+// whether it was written to, because a dynamic loader writes to pages and then makes them read-only (RELRO). The counts
+// of anonymous and swapped pages show it.
 func fileMappings(smaps io.Reader, program string) (found []mapping) {
-	var m mapping // the zero value is a mapping that must stay
+	var m mapping // the zero value is not returned
 	anonymous := false
 	lines := bufio.NewScanner(smaps)
 	for lines.Scan() {
@@ -65,8 +65,8 @@ func fileMappings(smaps io.Reader, program string) (found []mapping) {
 	return found
 }
 
-// programMapping parses the first line of a mapping. It returns the zero value for a mapping that is writable or not of
-// the program's file.
+// programMapping parses the first line of a mapping. It returns the zero value if the mapping is writable, or belongs
+// to another file than the program.
 func programMapping(line, program string) (m mapping) {
 	// An example of such a line:
 	//	00400000-00ec7000 r-xp 00000000 fe:00 1314                      /usr/bin/fetcher

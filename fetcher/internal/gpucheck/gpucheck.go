@@ -41,7 +41,7 @@ type Verdict struct {
 	Digest string `json:"digest,omitempty"`
 	// Modules are the loaded NVIDIA modules, with their versions.
 	Modules map[string]string `json:"modules"`
-	// Foreign are those modules that were loaded from another file than the installed one, although with the same version.
+	// Foreign names the modules that were loaded from another file than the installed file, but have the same version.
 	Foreign []string `json:"foreignModules,omitempty"`
 	NVML    NVML     `json:"nvml"`
 	// PCIGPUs counts the GPUs on the bus; UsableGPUs counts those that answered NVML.
@@ -84,7 +84,7 @@ type Facts struct {
 	// GPUs are the PCI addresses of the GPUs that the driver must drive.
 	GPUs []string
 	NVRM []string
-	// Since has the kernel's lines since the load of the driver, if this time is known.
+	// Since has the lines of the kernel log since the load of the driver; it is empty if that time is not known.
 	Since []string
 }
 
@@ -157,8 +157,8 @@ func Judge(f Facts) Verdict {
 	return v
 }
 
-// missing returns the GPUs that NVML does not list as healthy, and the errors of devices that NVML lists without an
-// address. A healthy device without an address counts for one GPU that no other device accounts for.
+// missing returns the GPUs that NVML does not list as healthy. The result reasons has the errors of devices that NVML
+// lists without a PCI address. A healthy device without an address counts as one of the GPUs that NVML does not list.
 func (f Facts) missing() (missing, reasons []string) {
 	nameless := 0
 	listed := map[string]string{} // from address to error
@@ -187,8 +187,8 @@ func (f Facts) missing() (missing, reasons []string) {
 	return missing, reasons
 }
 
-// fabricless returns the GPUs that wait for the fabric manager. On machines with NVSwitches GPUs do so (CUDA error 802,
-// system not yet initialized).
+// fabricless returns the GPUs that wait for NVIDIA's fabric manager. GPUs wait for it on machines with NVSwitches.
+// Until the fabric manager has connected them, CUDA programs fail with error 802, system not yet initialized.
 func (f Facts) fabricless() (waiting []string) {
 	for _, d := range f.NVML.Devices {
 		if d.Fabric == "not started" || d.Fabric == "in progress" {

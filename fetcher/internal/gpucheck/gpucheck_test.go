@@ -221,7 +221,7 @@ func TestProbeHangs(t *testing.T) {
 	}
 	if _, err := p.Probe(t.Context(), "x", false); !fault.Is(err, fault.Unusable) ||
 		!strings.Contains(err.Error(), "no answer in") {
-		t.Errorf("a look while the probe hangs: %v; want unusable", err)
+		t.Errorf("Probe while another probe hangs = %v; want unusable", err)
 	}
 	out, err := os.OpenFile(pipe, os.O_WRONLY, 0)
 	if err != nil {
@@ -231,7 +231,7 @@ func TestProbeHangs(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := <-first; !fault.Is(err, fault.Unusable) || strings.Contains(err.Error(), "no answer in") {
-		t.Errorf("the first look ends with %v; want that the probe said nothing", err)
+		t.Errorf("the first Probe = %v; want the error of a probe without output", err)
 	}
 }
 

@@ -29,12 +29,12 @@ import (
 type Prober struct {
 	// Program is the probe's path in the fetcher's own root.
 	Program string
-	// Node is the node's root. If that is not "/", Prober copies the program to Copy and runs it in the node's root with
-	// the node's libraries.
+	// Node is the node's root. If its folder is not "/", Prober copies the program to Copy, and runs the copy in the
+	// node's root with the node's libraries.
 	Node *noderoot.Root
 	// Copy is a path inside the node's root.
 	Copy string
-	// ReadOnly makes no copy. Without an existing copy, NVML is then not asked.
+	// ReadOnly forbids to write the copy. If the node has no copy yet, Probe then returns an error.
 	ReadOnly bool
 
 	mu    sync.Mutex
@@ -54,10 +54,10 @@ const killTime = 10 * time.Second
 // maxAnswer bounds the probe's output in bytes. A machine has at most 16 GPUs.
 const maxAnswer = 1 << 20
 
-// Probe asks an NVML library: a path inside the node's root, or a name that the loader finds. persist turns persistence
-// mode on. A failure of NVML is part of the answer. An error means that the probe itself did not run or did not end.
-// Probe always returns: if the driver blocks the probe, the process stays behind, and further calls return an error
-// until it has ended.
+// Probe asks an NVML library: a path inside the node's root, or a name that the dynamic loader finds. persist turns
+// persistence mode on. A failure of NVML is part of the answer. An error means that the probe itself did not run or did
+// not end. Probe always returns: if the driver blocks the probe's process, Probe leaves it behind, and further calls
+// return an error until that process has ended.
 func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML, error) {
 	p.mu.Lock()
 	if !p.since.IsZero() {
@@ -113,7 +113,7 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 		args = append(args, "--persist")
 	}
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Path, cmd.Err = program, nil // skip the lookup of the program, which exec did in the fetcher's root
+	cmd.Path, cmd.Err = program, nil // exec looked for the program in the fetcher's root: ignore its result
 	cmd.Dir, cmd.SysProcAttr, cmd.Env = "/", attr, []string{}
 	if filepath.IsAbs(library) {
 		cmd.Env = []string{"LD_LIBRARY_PATH=" + filepath.Dir(library)}
@@ -128,7 +128,7 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 	return parseAnswer(stdout.Bytes(), stderr.String(), err)
 }
 
-// place copies the probe into the node's root, unless an identical copy is there.
+// place copies the probe into the node's root, if no identical copy is there.
 func (p *Prober) place() (err error) {
 	want, err := hostfile.Sum(p.Program)
 	if err != nil {
@@ -153,7 +153,7 @@ func (p *Prober) place() (err error) {
 	}
 	tmp := "tmp-probe-" + rand.Text() // another fetcher may copy at the same time
 	if err := errors.Join(p.copy(folder, tmp), folder.RemoveAll(tmp)); err != nil {
-		return fault.Disk(fmt.Errorf("copy probe: %w", err), "free space below the install folder")
+		return fault.Disk(fmt.Errorf("copy probe: %w", err), "make space on the disk of the install folder")
 	}
 	return nil
 }
@@ -169,7 +169,7 @@ func (p *Prober) copy(folder *os.Root, tmp string) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(hostfile.Fill(out, in), folder.Chmod(tmp, 0o755)); err != nil { // despite the umask
+	if err := errors.Join(hostfile.Fill(out, in), folder.Chmod(tmp, 0o755)); err != nil { // the umask also applied
 		return err
 	}
 	return folder.Rename(tmp, path.Base(p.Copy))

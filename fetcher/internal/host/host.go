@@ -42,21 +42,21 @@ type Facts struct {
 	Unread []string `json:"unread,omitempty"`
 }
 
-// Runs reports whether a driver is the loaded one. A loaded driver does not report the suffix of its runfile. A driver
-// with an unknown version text does not report its flavour.
+// Runs reports whether d is the loaded driver. It ignores the suffix of d's runfile, such as -grid, because a loaded
+// driver does not report it. It ignores the flavour if the loaded driver's version text has an unknown form.
 func (f *Facts) Runs(d target.Driver) bool {
 	d = d.Modules()
 	return f.Driver.Version != "" && f.Driver.Version == d.Version &&
 		(f.Driver.Flavour == "" || f.Driver.Flavour == d.Flavour)
 }
 
-// ManagedGPUs are the GPUs that the NVIDIA driver must drive.
+// ManagedGPUs returns the GPUs that the NVIDIA driver must drive.
 func (f *Facts) ManagedGPUs() []GPU {
 	return slices.DeleteFunc(slices.Clone(f.GPUs), func(g GPU) bool { return !g.Managed() })
 }
 
-// Holders are the loaded modules of others that use the driver, such as gdrdrv or nvidia_fs. They must be unloaded
-// before the driver.
+// Holders returns the loaded modules that use the driver but are not part of it, such as gdrdrv or nvidia_fs. They must
+// be unloaded before the driver.
 func (f *Facts) Holders() []string {
 	var all []string
 	for _, m := range f.Modules {
@@ -101,7 +101,7 @@ func (g GPU) Managed() bool {
 	return !g.VirtualFunction && !strings.Contains(g.Driver, "vfio") && g.Driver != "pci-stub"
 }
 
-// Listed returns the GPUs in the form of the lists of supported GPUs.
+// Listed returns the managed GPUs in the type that package gpulist compares with lists of supported GPUs.
 func (f *Facts) Listed() []gpulist.GPU {
 	own := f.ManagedGPUs()
 	all := make([]gpulist.GPU, len(own))
@@ -201,7 +201,8 @@ func BootedFirmwarePath(root fs.FS) string {
 
 func (f *Facts) unread(err error) { f.Unread = append(f.Unread, err.Error()) }
 
-// LoadedModules returns the driver's modules in /proc/modules, in its order: the youngest first.
+// LoadedModules returns the driver's modules in the order of /proc/modules: the module that was loaded last comes
+// first.
 func LoadedModules(root fs.FS) ([]Module, error) {
 	text, err := readFirst(root, "proc/modules")
 	if errors.Is(err, fs.ErrNotExist) {

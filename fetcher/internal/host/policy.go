@@ -13,7 +13,7 @@ import (
 
 // Policy describes how the running kernel restricts the loading of modules.
 type Policy struct {
-	// SignaturesEnforced means that the kernel loads only modules signed by one of its keys.
+	// SignaturesEnforced means that the kernel loads only modules that one of its own keys signed.
 	SignaturesEnforced bool `json:"signaturesEnforced"`
 	// LoadPin means that the LoadPin security module is active and enforcing.
 	LoadPin bool `json:"loadPin"`
@@ -60,7 +60,7 @@ func readPolicy(root fs.FS) (Policy, error) {
 	return p, nil
 }
 
-// ParseCmdline parses a kernel command line. Later words win.
+// ParseCmdline parses a kernel command line. If a key occurs several times, the last one counts.
 func ParseCmdline(text string) Policy {
 	p := Policy{}
 	for word := range strings.FieldsSeq(text) {
@@ -93,8 +93,8 @@ func refused(text, hint string) error {
 	return fault.Wrap(fault.Rejected, &PolicyError{text}, hint)
 }
 
-// Allows returns the reason why the kernel would refuse one of our modules, or nil. signed says whether the module has
-// a signature. Only the kernel can check the signature's key.
+// Allows returns the reason why the kernel would refuse a module from the install folder; nil means that it would not.
+// signed says whether the module has a signature. Only the kernel can check the signature's key.
 func (p Policy) Allows(module string, signed bool) error {
 	if p.SignaturesEnforced && !signed {
 		return refused(

@@ -11,11 +11,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// EnsureExec mounts the install folder over itself with exec allowed, if its file system forbids exec. COS's stateful
-// partition does, and then neither the tools nor the libraries can be used. EnsureExec mounts in the node's mount
-// namespace, so that every program and pod on the node has the mount. If this container does not see that mount, it
-// gets one of its own, too. EnsureExec calls note before it mounts on the node. The result did is true if it mounted on
-// the node.
+// EnsureExec mounts the install folder over itself with exec allowed, if the folder's file system forbids exec. COS
+// mounts its stateful partition without exec, and then neither the tools nor the libraries of a driver can be used.
+// EnsureExec mounts in the node's mount namespace, so that every program and pod on the node has the mount. If this
+// container does not see that mount, EnsureExec makes another mount in the container. It calls note before it mounts on
+// the node, so that the caller can record the mount. The result did is true if it mounted on the node.
 func (s *Store) EnsureExec(note func()) (did bool, err error) {
 	here, err := s.node.Path(s.dir)
 	if err != nil {
@@ -106,7 +106,7 @@ func allowExec(dir string, note func()) (bool, error) {
 	return true, errors.Join(err, closed)
 }
 
-// allowExecOld does the same on kernels before Linux 5.12, in two steps: bind mount, then remount.
+// allowExecOld makes the same mount on kernels before Linux 5.12, in two steps: bind mount, then remount.
 func allowExecOld(dir string, flags int64) error {
 	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
 		return err

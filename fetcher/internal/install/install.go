@@ -1,5 +1,5 @@
-// Package install keeps driver sets in a node's install folder and switches between them atomically. All files of this
-// program are below .prebake:
+// Package install keeps drivers in a node's install folder and switches between them atomically. It calls one driver on
+// the disk a set. All files of this program are below .prebake:
 //
 //	.prebake/layers/<hex>/      one unpacked layer, immutable, named by its digest
 //	.prebake/sets/<hex>/        one artifact: links into layers, and set.json
@@ -39,7 +39,7 @@ var roots = map[bundle.LayerKind][]string{
 	bundle.LayerFirmware:  {"firmware"},
 }
 
-// names are all top-level names of this program, libraries before modules.
+// names are all top-level names that this program makes in the install folder, libraries before modules.
 var names = []string{"lib64", "bin", "share", "vulkan", "firmware", "drivers"}
 
 // Layer is one layer of a set.
@@ -50,7 +50,7 @@ type Layer struct {
 	Size   int64            `json:"size"`
 }
 
-// Module is one kernel module of a set, in the state at its verification.
+// Module is one kernel module of a set, as its verification found it.
 type Module struct {
 	Name string `json:"name"`
 	// File is the path below the install folder.
@@ -74,8 +74,9 @@ const (
 	MadeHere Origin = "node"
 )
 
-// Set is one installed artifact. set.json is not trusted: a caller that loads a set must compare set.json with the
-// signed statements (see [Store.Evidence]).
+// Set describes one artifact that is unpacked on this node, whether it is in force or not. The file set.json stores the
+// description and is not trusted: a caller that loads the modules must compare the description with the signed
+// statements (see [Store.Evidence]).
 type Set struct {
 	// Digest is the artifact's manifest digest.
 	Digest string `json:"digest"`
@@ -88,7 +89,7 @@ type Set struct {
 	// Modules are in load order.
 	Modules     []Module  `json:"modules"`
 	InstalledAt time.Time `json:"installedAt"`
-	// Damaged means that only the digest is known.
+	// Damaged means that set.json could not be read, so that only Digest is known.
 	Damaged bool `json:"damaged,omitempty"`
 }
 
@@ -195,14 +196,14 @@ func (s *Store) flush(name string) error {
 	return errors.Join(err, d.Close())
 }
 
-// evidenceFile has the evidence for a set's verification. It is beside the set's links.
+// evidenceFile stores the evidence with which a set is verified. It is in the set's folder, beside the links.
 const evidenceFile = "proof.json"
 
 // maxEvidence bounds the evidence in bytes: a manifest, a config, and all examined statements.
 const maxEvidence = 64 << 20
 
-// Evidence returns the evidence for a set's verification, as [Store.AddSet] stored it. It returns nil if there is none,
-// as in sets of older releases.
+// Evidence returns the evidence with which a set is verified, as [Store.AddSet] stored it. It returns nil if there is
+// none, as in sets of older releases.
 func (s *Store) Evidence(digest string) ([]byte, error) {
 	name, err := hexOf(digest)
 	if err != nil {
@@ -211,8 +212,8 @@ func (s *Store) Evidence(digest string) ([]byte, error) {
 	return s.readFile(path.Join(ownFolder, "sets", name, evidenceFile), maxEvidence)
 }
 
-// AddSet writes a set and its evidence. All layers of the set must be unpacked. The set is not in force before
-// [Store.Switch].
+// AddSet writes a set and its evidence (proof). All layers of the set must be unpacked already. The set comes in force
+// only by [Store.Switch].
 func (s *Store) AddSet(set Set, proof []byte) error {
 	name, err := hexOf(set.Digest)
 	if err != nil {
@@ -229,8 +230,8 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 	}
 	final := path.Join("sets", name)
 	if info, err := s.root.Lstat(path.Join(ownFolder, final)); err == nil && info.IsDir() {
-		// The same artifact comes again: for another COS build with the same fingerprint, or fetched anew. It may be the
-		// set in force, so its names change one by one.
+		// This artifact is already on the disk. It was installed for another COS build with the same fingerprint, or its
+		// layers were fetched again. The set may be in force, so replace its links one by one.
 		for _, name := range names {
 			if at := path.Join(ownFolder, final, name); links[name] == "" {
 				err = s.root.RemoveAll(at)
@@ -286,7 +287,7 @@ func (s *Store) links(set Set) (map[string]string, error) {
 	return links, nil
 }
 
-// LinksHold returns an error unless each name of a set is a link into the set's layers.
+// LinksHold returns an error of kind Unverified if a link of a set does not lead into the set's own layers.
 func (s *Store) LinksHold(set Set) error {
 	hex, err := hexOf(set.Digest)
 	if err != nil {
@@ -357,8 +358,8 @@ func (s *Store) SetAt(pointer string) (*Set, error) {
 // maxSet bounds set.json in bytes; a real one has a few kilobytes.
 const maxSet = 1 << 20
 
-// readSet reads a set below ownFolder. If set.json cannot be read, only the digest is known. Nothing fits such a set,
-// and the next run that gets an answer writes it again.
+// readSet reads the set at a path below ownFolder. If set.json cannot be read, the result has only the digest. Such a
+// set fits no node, so it is never loaded. The next run whose answer names this artifact writes set.json again.
 func (s *Store) readSet(link string) (*Set, error) {
 	raw, err := s.readFile(path.Join(ownFolder, link, "set.json"), maxSet)
 	if err == nil && raw == nil {
@@ -379,5 +380,5 @@ func (s *Store) readSet(link string) (*Set, error) {
 
 // diskFault gives an error of a full disk its kind and a hint.
 func diskFault(err error) error {
-	return fault.Disk(err, "free space on the disk of the install folder, or name another folder with --install-dir")
+	return fault.Disk(err, "make space on the disk of the install folder, or name another folder with --install-dir")
 }

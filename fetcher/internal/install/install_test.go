@@ -253,7 +253,7 @@ func TestLockPlanted(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err := s.Lock("tmp/lock"); err == nil || !strings.Contains(err.Error(), "lock /tmp/lock") {
-			t.Errorf("%s: Lock = %v; want it refused", name, err)
+			t.Errorf("%s: Lock = %v; want an error", name, err)
 		}
 		if _, err := os.Lstat(filepath.Join(root, "etc/made")); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s: a file was made where the link leads", name)
@@ -354,7 +354,7 @@ func TestSweepTakesNamesFirst(t *testing.T) {
 		if err == nil && len(entries) != files {
 			// ReadDir is not atomic. Only a layer that still has its name must be complete.
 			if s.HasLayer(old.Digest) {
-				t.Fatalf("look %d: %d of %d files under the layer's name", looked, len(entries), files)
+				t.Fatalf("check %d: the layer has %d of %d files under its final name", looked, len(entries), files)
 			}
 		}
 	}

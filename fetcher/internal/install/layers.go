@@ -27,9 +27,9 @@ func (s *Store) HasLayer(digest string) bool {
 	return err == nil && info.IsDir()
 }
 
-// AddLayer calls fill to write a layer into a new folder. It renames the folder to its final name after fill and its
-// checks succeeded. On an error nothing remains. AddLayer replaces an existing layer of that name in one step. It keeps
-// files that others added there, because installers of NCCL plugins write into lib64.
+// AddLayer calls fill to write a layer into a new folder. If fill succeeds, AddLayer renames the folder to its final
+// name. On an error nothing remains. AddLayer replaces an existing layer of that name in one step. It keeps files that
+// other programs added to the layer, because installers of NCCL plugins write into lib64.
 func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 	name, err := hexOf(l.Digest)
 	if err != nil {
@@ -54,8 +54,8 @@ func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 	})
 }
 
-// namesFile lists the files that were unpacked into a layer. It is in the layer's folder, and no top-level link leads
-// to it. The file is only a help and never trusted.
+// namesFile lists the files that were unpacked into a layer, to tell them from files that other programs added. It is
+// in the layer's folder, and no top-level link leads to it. Its content is never trusted.
 const namesFile = ".prebake-names"
 
 // maxNames bounds namesFile in bytes.
@@ -100,7 +100,7 @@ func (s *Store) LayerNames(digest string) ([]string, error) {
 	raw, err := s.readFile(path.Join(ownFolder, "layers", name, namesFile), maxNames)
 	var names []string
 	if err != nil || raw == nil || json.Unmarshal(raw, &names) != nil {
-		return nil, nil // then all files in the folder must belong to the layer
+		return nil, nil // callers then count all files in the folder as the layer's
 	}
 	return names, nil
 }
@@ -117,7 +117,7 @@ func (s *Store) added(digest string, names []string) []string {
 	}
 	var added []string
 	at := path.Join(ownFolder, "layers", name)
-	// ignore files that cannot be read: there is nothing to keep
+	// Ignore files that cannot be read, because they cannot be kept either.
 	_ = fs.WalkDir(s.root.FS(), at, func(p string, d fs.DirEntry, err error) error {
 		if rel := strings.TrimPrefix(p, at+"/"); err == nil && p != at && !d.IsDir() && !known[rel] {
 			added = append(added, rel)
@@ -127,8 +127,8 @@ func (s *Store) added(digest string, names []string) []string {
 	return added
 }
 
-// carryOver links files that others added to user space into a new layer. It takes them from an existing layer of the
-// same digest and from the layer of the driver in force.
+// carryOver links into a new user-space layer the files that other programs added to user space. It takes these files
+// from an existing layer of the same digest, and from the user-space layer of the driver in force.
 func (s *Store) carryOver(l Layer, dst *os.Root, names []string) error {
 	if l.Kind != bundle.LayerUserspace {
 		return nil

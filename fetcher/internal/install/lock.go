@@ -49,8 +49,9 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 	return unlock, nil
 }
 
-// openLock opens the other installer's lock file. Everybody on the node may write into its folder. A planted link would
-// make this program create or open another file than the one that both installers lock.
+// openLock opens the lock file of Google's installer, and refuses a link in its place. Everybody on the node may write
+// into the folder of this file. A link that somebody puts there would make this program open another file than Google's
+// installer locks.
 func (s *Store) openLock(name string) (*os.File, error) {
 	planted := func(what string) error {
 		return fault.New(fault.Busy, fmt.Sprintf("lock /%s: the file is %s", name, what),
@@ -83,7 +84,7 @@ func (s *Store) openLock(name string) (*os.File, error) {
 	case err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG:
 		return nil, planted("not a regular file")
 	case errors.Is(err, unix.ENOENT):
-		if f, err = open(unix.O_CREAT | unix.O_EXCL); errors.Is(err, unix.EEXIST) { // that installer made it just now
+		if f, err = open(unix.O_CREAT | unix.O_EXCL); errors.Is(err, unix.EEXIST) { // Google's installer made it just now
 			f, err = open(0)
 		}
 	case err == nil:

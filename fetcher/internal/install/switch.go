@@ -44,8 +44,9 @@ func (s *Store) Switch(digest string) error {
 	return s.expose()
 }
 
-// Restore restores the state in before exactly. If no set was in force then, Restore removes the top-level links before
-// the pointer to the set. A killed run can therefore be repeated, and never leaves a link without a target.
+// Restore makes those sets current and previous again that before names. If before names no current set, Restore
+// removes the top-level links, and only then the pointer to the set. Thus a killed run leaves no link without a target,
+// and can be repeated.
 func (s *Store) Restore(before Pointers) error {
 	if before.Current == "" {
 		if err := s.withdraw(); err != nil {
@@ -135,7 +136,7 @@ func (s *Store) expose() error {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("look into current set: %w", err)
+			return fmt.Errorf("look into installed driver: %w", err)
 		}
 		if got, err := s.root.Readlink(name); err == nil && got == to {
 			continue
@@ -224,13 +225,14 @@ func (s *Store) withdraw() error {
 }
 
 // cacheFile is the file in which Google's installer notes what it installed. This program writes the same file, and
-// keeps the other installer's version in the folder adopted. savedCache lists the versions that this program wrote.
+// keeps the file of Google's installer in the folder adopted. savedCache stores the texts that this program wrote into
+// cacheFile, so that it knows its own file later.
 const (
 	cacheFile  = ".cache"
 	savedCache = ownFolder + "/cache"
 )
 
-// hideCache removes cacheFile if this program wrote it, and restores the other installer's version.
+// hideCache removes cacheFile if this program wrote it, and restores the file of the other installer.
 func (s *Store) hideCache() error {
 	ours, err := s.caches()
 	if err != nil {
@@ -255,14 +257,14 @@ func (s *Store) hideCache() error {
 	return s.RemoveFile(savedCache)
 }
 
-// caches returns the versions of cacheFile that this program wrote, the newest last.
+// caches returns the texts that this program wrote into cacheFile, the newest last.
 func (s *Store) caches() (ours []string, err error) {
 	raw, err := s.ReadFile(savedCache)
 	if err != nil || raw == nil {
 		return nil, err
 	}
 	if json.Unmarshal(raw, &ours) != nil {
-		return nil, nil // if the list is damaged, every version counts as another installer's
+		return nil, nil // if the list is damaged, every text counts as another installer's
 	}
 	return ours, nil
 }
@@ -409,7 +411,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 	return s.WriteFile(cacheFile, text)
 }
 
-// maxCaches bounds the number of recorded versions.
+// maxCaches bounds the number of texts in savedCache.
 const maxCaches = 64
 
 // RemoveFile removes a small file of the install folder, if it exists.
@@ -455,7 +457,7 @@ func (s *Store) WriteFile(name string, data []byte) error {
 		return diskFault(fmt.Errorf("write %s: %w", name, err))
 	}
 	err = s.root.Rename(tmp, name)
-	if info, lerr := s.root.Lstat(name); err != nil && lerr == nil && info.IsDir() { // a folder of that name is not ours
+	if info, lerr := s.root.Lstat(name); err != nil && lerr == nil && info.IsDir() { // never made by this program
 		err = errors.Join(s.root.RemoveAll(name), s.root.Rename(tmp, name))
 	}
 	if err != nil {

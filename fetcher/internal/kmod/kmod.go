@@ -20,7 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// System is the kernel's interface for changes. The one real implementation is [Linux].
+// System is the kernel's interface to load and unload modules, and to read the kernel log. The only real implementation
+// is [Linux].
 type System interface {
 	// InitModule calls init_module(2).
 	InitModule(image []byte, params string) error
@@ -116,13 +117,13 @@ func (l *Loader) Load(ctx context.Context, images []Image) (done []Outcome, err 
 		}
 		image, err := img.Bytes()
 		if err != nil {
-			return done, err // invalid bytes are an error, even of an optional module
+			return done, err // bytes that do not verify are an error, even those of an optional module
 		}
 		was, err := l.loadOne(img, image)
 		switch {
 		case err == nil:
 			done = append(done, Outcome{Name: img.Name, Was: was})
-			if was == Loaded { // we do not unload modules that others loaded
+			if was == Loaded { // after an error, unload only what this program loaded
 				mine = append(mine, img.Name)
 			}
 		case img.Optional:
@@ -188,7 +189,7 @@ type refusal struct {
 func (r *refusal) Error() string { return r.text }
 func (r *refusal) Unwrap() error { return r.cause }
 
-// refusals maps the errnos of init_module(2) and the kernel's module loader to faults.
+// refusals maps the errnos of init_module(2), delete_module(2) and the kernel's module loader to faults.
 var refusals = []struct {
 	errno syscall.Errno
 	kind  fault.Kind
@@ -204,9 +205,9 @@ var refusals = []struct {
 	{unix.EINVAL, fault.Rejected, "the kernel refused the module or one of its parameters (EINVAL)",
 		"check --module-param, and that the driver was built for the COS build of this node"},
 	{unix.EKEYREJECTED, fault.Rejected, "the kernel refused the module's signature (EKEYREJECTED)",
-		"boot the node with module.sig_enforce=0"},
+		"boot the node with module.sig_enforce=0 on the kernel command line"},
 	{unix.ENOKEY, fault.Rejected, "the kernel has no key for the module's signature (ENOKEY)",
-		"boot the node with module.sig_enforce=0"},
+		"boot the node with module.sig_enforce=0 on the kernel command line"},
 	{unix.EBADMSG, fault.Rejected, "the module's signature is malformed (EBADMSG)",
 		"run fetcher install to fetch the driver again"},
 	{unix.EPERM, fault.Rejected, "operation not permitted (EPERM)",
@@ -219,7 +220,7 @@ var refusals = []struct {
 	{unix.EEXIST, fault.Busy, "another version of the module is loaded (EEXIST)",
 		"stop the programs that use the GPU, then run fetcher again, or reboot the node"},
 	{unix.ENOMEM, fault.Transient, "the node has too little memory (ENOMEM)",
-		"free memory on the node and run this again"},
+		"stop programs on the node to get memory, then run fetcher again"},
 	{unix.EIO, fault.Unusable, "the driver could not talk to the device (EIO)",
 		"read the kernel log: dmesg | grep NVRM"},
 }
@@ -299,8 +300,8 @@ func (l *Loader) Since(m Mark) []string {
 	return plain
 }
 
-// Follow returns the kernel's lines after the mark, and the present end of the log. It returns no lines if there was no
-// mark, or if the log no longer has it, because the new lines are then unknown.
+// Follow returns the kernel's lines after the mark m, and the present end of the log. If m is empty, or if the log no
+// longer has the line of m, Follow returns no lines, because it cannot tell which lines are new.
 func (l *Loader) Follow(m Mark) (lines []string, end Mark) {
 	all, err := l.System.Log()
 	if err != nil || len(all) == 0 {

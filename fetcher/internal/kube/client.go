@@ -99,7 +99,7 @@ const (
 // fieldManager is the name under which the API server records this program's changes.
 const fieldManager = "prebake-fetcher"
 
-// call sends in, if it is not nil, and decodes the answer into out, if that is not nil.
+// call sends in with the content type kind, if in is not nil. It decodes the answer into out, if out is not nil.
 func (c *client) call(ctx context.Context, method, path, kind string, in, out any) error {
 	what := strings.ToLower(method) + " " + path
 	token, err := os.ReadFile(c.token)

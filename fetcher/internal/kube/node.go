@@ -28,8 +28,8 @@ const (
 	annotationReason  = "prebake.dev/driver-reason"
 	annotationPending = "prebake.dev/driver-pending"
 
-	// annotationGoogle begins the annotations with the parts of the version. GKE's device plugin writes the same ones with
-	// -publish-driver-version (container-engine-accelerators, cmd/nvidia_gpu).
+	// annotationGoogle is the prefix of the annotations with the parts of the driver's version. GKE's device plugin writes
+	// the same annotations if it has the flag -publish-driver-version (container-engine-accelerators, cmd/nvidia_gpu).
 	annotationGoogle = "cloud.google.com/cuda.driver-version."
 
 	// Condition is the type of the condition on the node object.
@@ -62,11 +62,11 @@ type Node struct {
 	complain string
 }
 
-// state is what the node object shall show.
+// state is what the node object must show.
 type state struct {
 	verdict gpucheck.Verdict
 	pending string
-	// since is the time of the last verdict if no newer one came within stale; else zero.
+	// since is the time of the last verdict, if that verdict is older than stale; else it is zero.
 	since time.Time
 }
 
@@ -109,7 +109,7 @@ func (n *Node) Alive() {
 	}
 }
 
-// Pending records why the node needs another driver than the one that serves it; nil means that it does not.
+// Pending records why the node does not have the wanted driver; nil means that the node has it.
 func (n *Node) Pending(why error) {
 	n.mu.Lock()
 	n.pending = ""
@@ -240,14 +240,14 @@ func (n *Node) patch(ctx context.Context, s state) error {
 		return nil
 	}
 	err := n.event(ctx, have.Metadata.UID, now, s)
-	if denied(err) { // Events are the first right that an owner may want to withhold
+	if denied(err) { // the owner may withhold this right; labels and condition work without it
 		n.log.InfoContext(ctx, "the service account may write no Events", "err", err)
 		return nil
 	}
 	return err
 }
 
-// metadata returns the labels and annotations; null removes one.
+// metadata returns the labels and annotations. A null value removes the label or annotation.
 func (s state) metadata() map[string]any {
 	v := s.verdict
 	labels := map[string]any{labelState: string(v.State), labelVersion: nil, labelFlavour: nil}

@@ -209,7 +209,7 @@ func TestFlush(t *testing.T) {
 	c.Must(http.MethodGet, "/api/v1/nodes/gpu-1", nil, &got)
 	if got.Metadata.Labels["prebake.dev/driver-state"] != "absent" ||
 		!strings.Contains(got.Metadata.Annotations["prebake.dev/driver-reason"], "was not requested") {
-		t.Errorf("the node is %+v; want what was told", got)
+		t.Errorf("the node is %+v; want the reported state", got)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
@@ -263,7 +263,7 @@ func notMore(t *testing.T, c *cluster.Cluster, token string) {
 	} {
 		if err := try(row.method, row.path, row.in); err == nil || !strings.Contains(err.Error(), "HTTP 403") &&
 			!strings.Contains(err.Error(), "HTTP 422") {
-			t.Errorf("%s: %v; want it refused", name, err)
+			t.Errorf("%s: %v; want the call refused", name, err)
 		}
 	}
 	if err := try(http.MethodPatch, "/api/v1/nodes/gpu-1",

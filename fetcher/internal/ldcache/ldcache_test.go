@@ -78,7 +78,7 @@ func TestCache(t *testing.T) {
 		}
 	}
 	if !strings.Contains(listed(), "/nv/lib64/libm.so.6") {
-		t.Errorf("the cache has not the library:\n%s", listed())
+		t.Errorf("the cache lacks the library:\n%s", listed())
 	}
 	if want := "include /etc/ld.so.conf.d/*.conf\n# theirs\n/nv/lib64\n"; config() != want {
 		t.Errorf("ld.so.conf is %q; want %q", config(), want)
@@ -105,7 +105,7 @@ func TestNoLdconfig(t *testing.T) {
 	}
 	defer node.Close()
 	if err := ldcache.Add(t.Context(), node, "/x", func() error { return nil }); !errors.Is(err, ldcache.ErrNone) {
-		t.Errorf("Add without an ldconfig = %v; want that there is none", err)
+		t.Errorf("Add without an ldconfig = %v; want ErrNone", err)
 	}
 }
 

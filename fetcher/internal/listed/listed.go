@@ -1,6 +1,6 @@
 // Package listed checks an artifact against a signed list (snapshot), by the rules of a node's owner. It refuses to
-// withdraw anything because of its own failure: a missing or expired list blocks new artifacts, but not those that the
-// node already has.
+// count an artifact as withdrawn because of its own failure: if the list is missing or expired, the node takes no new
+// artifact, but it may use the artifacts that it already has.
 package listed
 
 import (
@@ -31,7 +31,8 @@ type Rule struct {
 	Client *snapshot.Client
 
 	mu sync.Mutex
-	// last is the last valid list. refreshErr is the error of the last attempt to read or refresh it.
+	// last is the last valid list; nil means none. read is true once last was read from the disk or fetched. refreshErr is
+	// the error of the last attempt to read or fetch it.
 	last       *list
 	read       bool
 	refreshErr error
@@ -111,7 +112,8 @@ func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	return "", fault.Wrap(
 		fault.Unverified,
 		fmt.Errorf("%w %d of %s", ErrUnlisted, r.last.version, r.last.madeAt.UTC().Format(time.RFC3339)),
-		"if the artifact is newer than the snapshot, make a new one: builder snapshot make; or install another driver",
+		"if the artifact is newer than the snapshot, make a new snapshot: builder snapshot make; else install another "+
+			"driver: --driver VERSION",
 	)
 }
 
@@ -123,15 +125,15 @@ func (r *Rule) withdrawn(a snapshot.Artifact) error {
 	if a.Reason != "" {
 		err = fmt.Errorf("%w: %.200s", err, a.Reason)
 	}
-	hint := "install another driver"
+	hint := "install another driver: --driver VERSION"
 	if a.Replacement != "" {
 		hint = "install its replacement: --driver " + a.Replacement
 	}
 	return fault.Wrap(fault.Unverified, fmt.Errorf("snapshot %d says that %w", r.last.version, err), hint)
 }
 
-// absent reports whether an error says that there is no valid list, or that the source did not answer. Optional
-// tolerates these errors. A list that fails verification is a different error.
+// absent reports whether an error says that there is no valid list, or that the source of the list did not answer. A
+// rule with Optional tolerates only these errors. It does not tolerate a list that fails verification.
 func absent(err error) bool {
 	return fault.Is(err, fault.Transient) || errors.Is(err, ErrNone) || errors.Is(err, ErrStale) ||
 		errors.Is(err, snapshot.ErrExpired)
@@ -156,7 +158,7 @@ func (r *Rule) usable(now time.Time) error {
 		}
 		return fault.Wrap(kind, why, next)
 	}
-	const again = "make or refresh the snapshot with builder snapshot, then run fetcher again"
+	const again = "run builder snapshot make, or builder snapshot refresh for an unchanged list; then run fetcher again"
 	switch l := r.last; {
 	case l == nil:
 		return fail(ErrNone, again)

@@ -103,16 +103,16 @@ func TestCheck(t *testing.T) {
 				d := digest(string(rune('1' + i)))
 				switch detail, err := rule.Check(d, now); {
 				case want == nil && (err != nil || detail == ""):
-					t.Errorf("Check(%s) of something new = %q, %v; want it taken", d[:8], detail, err)
+					t.Errorf("Check(%s) of a new artifact = %q, %v; want no error", d[:8], detail, err)
 				case want != nil && (!errors.Is(err, want) || fault.Hint(err) == ""):
-					t.Errorf("Check(%s) of something new = %v (hint %q); want %v", d[:8], err, fault.Hint(err), want)
+					t.Errorf("Check(%s) of a new artifact = %v (hint %q); want %v", d[:8], err, fault.Hint(err), want)
 				case want != nil && i == 0 && fault.Of(err) != kind:
-					t.Errorf("Check(%s) of something new = %v, %v; want kind %v", d[:8], err, fault.Of(err), kind)
+					t.Errorf("Check(%s) of a new artifact = %v, %v; want kind %v", d[:8], err, fault.Of(err), kind)
 				}
 				_, err := rule.Check(d, time.Time{})
 				yanked := i == 1 && (row.seen || row.fresh[1] != nil && !errors.Is(row.fresh[1], listed.ErrNone))
 				if yanked != errors.Is(err, listed.ErrYanked) || !yanked && err != nil {
-					t.Errorf("Check(%s) of what is here = %v; want yanked: %v, and nothing else", d[:8], err, yanked)
+					t.Errorf("Check(%s) of an artifact on the node = %v; want ErrYanked: %v, and no other error", d[:8], err, yanked)
 				}
 			}
 		})
@@ -162,7 +162,7 @@ func TestAnotherRoot(t *testing.T) {
 	}
 }
 
-// TestWords checks that the error has the reason and the hint has the replacement.
+// TestWords checks the error about a yanked artifact: the error has the reason, and the hint has the replacement.
 func TestWords(t *testing.T) {
 	t.Parallel()
 	farm := snapshots.New(t, start)

@@ -18,10 +18,10 @@ import (
 //
 //	EnterCommand ROOT FOLDER… -- PROGRAM ARGUMENT…
 //
-// The folders are available there at their own paths. See [Enter].
+// The program finds each FOLDER of this machine at the same path in the image. See [Enter].
 const EnterCommand = "in-image"
 
-// keptVariables are the environment variables that a program in an image gets.
+// keptVariables are the environment variables of this process that a program in an image gets.
 var keptVariables = []string{"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"}
 
 // hostFiles are files of this container that replace those of an image: the name resolution, and the certificate
@@ -119,8 +119,8 @@ func outermost(folders []string) []string {
 	return all
 }
 
-// makeMountPoint makes a folder or a file in an image as a mount point. It removes symbolic links of the image on the
-// way there, because the mount must have the same path as outside.
+// makeMountPoint makes a folder or a file in an image as a mount point. It removes symbolic links of the image in that
+// path, because the mount must have the same path as outside the image.
 func makeMountPoint(root, path string, dir bool) error {
 	at := root
 	for part := range strings.SplitSeq(strings.Trim(path, "/"), "/") {

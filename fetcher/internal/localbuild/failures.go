@@ -35,7 +35,7 @@ func (b Builder) failures() failures {
 	f := failures{file: filepath.Join(b.StateDir, "failed.json"), builder: b.KernelMirror + " " + b.DriverMirror + " "}
 	if b.Image != nil {
 		f.builder += b.Image.Digest
-	} else if info, err := os.Stat(b.Program); err == nil { // size and time, because another release has the same name
+	} else if info, err := os.Stat(b.Program); err == nil { // size and time: another release may have this path
 		f.builder += fmt.Sprintf("%s %d %d", b.Program, info.Size(), info.ModTime().UnixNano())
 	}
 	return f
@@ -45,7 +45,8 @@ func cell(q resolve.Question) string {
 	return fmt.Sprintf("%s/%s %s %s", q.Kernel.BuildID, q.Kernel.Board, q.Wish, q.Flavour)
 }
 
-// known returns the error of a recent failure of the same compile.
+// known returns the error of the last failed compile, if that compile had the same cell and builder, and failed within
+// failureAge. Otherwise it returns nil.
 func (f failures) known(q resolve.Question) error {
 	raw, err := os.ReadFile(f.file)
 	var last failure

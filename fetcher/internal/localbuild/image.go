@@ -85,7 +85,7 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	blobs, root := filepath.Join(dir, "blobs"), filepath.Join(dir, "root")
 	for _, d := range []string{blobs, root} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
-			return "", "", remove, fault.Disk(err, "free space on the disk of "+stateDir)
+			return "", "", remove, fault.Disk(err, "make space on the disk of "+stateDir)
 		}
 	}
 	img, err := i.Repository.PullImage(ctx, i.Digest, runtime.GOARCH, blobs)
@@ -111,10 +111,10 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	flat := mutate.Extract(img)
 	defer flat.Close()
 	if _, err := archive.UnpackTar(ctx, flat, handle, archive.Options{Root: true}); fault.NoSpace(err) {
-		return "", "", remove, fault.New(fault.DiskFull, err.Error(), "free space on the disk of "+stateDir)
+		return "", "", remove, fault.New(fault.DiskFull, err.Error(), "make space on the disk of "+stateDir)
 	} else if err != nil {
 		return "", "", remove, err
 	}
-	// Some programs in the image run as other users.
+	// Some programs in the image run as other users, so these must be able to enter the root.
 	return root, config.Config.Entrypoint[0], remove, errors.Join(os.Chmod(root, 0o755), os.RemoveAll(blobs))
 }

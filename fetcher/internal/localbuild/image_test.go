@@ -238,7 +238,7 @@ func buildInImage(t *testing.T, repo *registry.Repository, digest, dir string) {
 	}
 	if text := strings.Join(seen.Environment, " "); strings.Contains(text, "token") ||
 		!strings.Contains(text, "HTTPS_PROXY=") {
-		t.Errorf("its environment is %q", text)
+		t.Errorf("the builder's environment is %q", text)
 	}
 	if left, err := filepath.Glob(b.StateDir + "/builder-image"); err != nil || len(left) > 0 {
 		t.Errorf("left %q, %v", left, err)

@@ -68,7 +68,8 @@ const (
 	keyFile   = "local.key"
 )
 
-// keyIn returns the path of the key file. Older releases had it in the state folder itself.
+// keyIn returns the path of the file with the node's private key. Older releases had the file in the state folder
+// itself.
 func keyIn(stateDir string) string {
 	key := filepath.Join(stateDir, keyFolder, keyFile)
 	old := filepath.Join(stateDir, keyFile)
@@ -204,13 +205,14 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 		return nil, fmt.Errorf("run builder: %w", err)
 	}
 	if stdout.Len() > maxOutput {
-		return nil, fault.New(fault.Internal, "run builder: its answer is too large", "")
+		return nil, fault.New(fault.Internal, "run builder: its output has more than 4 MiB",
+			"use builder and fetcher of the same release")
 	}
 	return stdout.Bytes(), nil
 }
 
-// real replaces the folders by their paths without symbolic links. A program in an image sees these folders at the same
-// paths, but not the links to them.
+// real replaces the paths of b's folders by paths without symbolic links. A program in an image sees these folders at
+// their real paths, but not the links to them.
 func (b *Builder) real() error {
 	if b.Image == nil {
 		return nil

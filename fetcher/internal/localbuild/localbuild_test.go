@@ -139,7 +139,7 @@ func TestHalfAKey(t *testing.T) {
 			}
 			for _, name := range []string{"node-key/local.key", "node-key/local.key.pub"} {
 				if got, err := os.ReadFile(filepath.Join(b.StateDir, name)); err != nil || string(got) != pem {
-					t.Errorf("%s = %q, %v; want a whole one", name, got, err)
+					t.Errorf("%s = %q, %v; want a complete key", name, got, err)
 				}
 			}
 			if _, err := os.Stat(old); !os.IsNotExist(err) {

@@ -13,9 +13,10 @@ import (
 // ErrNamespace means that this program cannot enter the node's mount namespace.
 var ErrNamespace = errors.New("the node's mounts cannot be reached from this container")
 
-// Mounts calls do where it sees and changes the node's own mounts, under the node's own file names. A mount that a
-// container makes for itself would stay in the container. If this program is already in the node's namespace, Mounts
-// calls do directly and inside is false. The error is [ErrNamespace] if do was not called.
+// Mounts calls do in the node's mount namespace. There, do sees and changes the node's own mounts, under the node's own
+// file names. Other programs on the node would not see a mount that do makes in this container's namespace. If this
+// program is already in the node's namespace, Mounts calls do directly, and inside is false. If Mounts cannot enter the
+// node's namespace, it does not call do, and returns [ErrNamespace].
 func (r *Root) Mounts(do func() error) (inside bool, err error) {
 	theirs, err := r.namespace()
 	if err != nil {
@@ -35,8 +36,8 @@ func (r *Root) Mounts(do func() error) (inside bool, err error) {
 	}
 	done := make(chan error, 1)
 	go func() {
-		// The goroutine ends with its thread locked, so the thread ends, too. No other goroutine may run in another
-		// namespace.
+		// The goroutine ends while it is locked to its thread, so the Go runtime ends the thread, too. Otherwise another
+		// goroutine would later run on this thread, in the node's namespace.
 		runtime.LockOSThread()
 		done <- within(theirs, do)
 	}()

@@ -34,8 +34,8 @@ func (r *Root) Close() error { return r.root.Close() }
 // Dir returns the folder where the node's root is mounted, for chroot.
 func (r *Root) Dir() string { return r.dir }
 
-// Path returns the path of a node's file or folder in this program's root, for child processes. It follows links now; a
-// link that changes later has no effect.
+// Path returns the path of a node's file or folder in this program's root, for child processes. The path has no links,
+// so a link that changes later has no effect.
 func (r *Root) Path(name string) (string, error) {
 	at, err := r.follow(name)
 	return filepath.Join(r.dir, at), err
@@ -98,8 +98,8 @@ type links struct{ root *os.Root }
 func (l links) Lstat(name string) (fs.FileInfo, error) { return l.root.Lstat(clean(name)) }
 func (l links) Readlink(name string) (string, error)   { return l.root.Readlink(clean(name)) }
 
-// through calls do with a name. If that fails, for example on an absolute link, it calls do with the name after all
-// links. [os.Root] keeps both names below the node's root.
+// through calls do with a name. If that fails, for example on an absolute link, through follows all links itself, and
+// calls do with the resulting name. [os.Root] keeps both names below the node's root.
 func through[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
 	name = clean(name)
 	v, err := do(name)

@@ -34,7 +34,7 @@ func (r *Root) Run(ctx context.Context, limit time.Duration, program string, arg
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Path, cmd.Err = program, nil // skip exec's lookup: the path is the node's
+	cmd.Path, cmd.Err = program, nil // exec looked for the program in this root: ignore its result
 	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if r.dir != "/" {
 		attr.Chroot = r.dir

@@ -223,7 +223,7 @@ func Parse(data []byte) (*File, error) {
 		return nil, err
 	}
 	if err := dec.Decode(new(any)); !errors.Is(err, io.EOF) {
-		return nil, errors.New("more than one document")
+		return nil, errors.New("the file has more than one document")
 	}
 	if f.Version != 1 {
 		return nil, fmt.Errorf("version %d; want 1", f.Version)
@@ -231,8 +231,8 @@ func Parse(data []byte) (*File, error) {
 	return &f, nil
 }
 
-// empties refuses fields without a value. For example, a list whose entries were all commented out would otherwise
-// allow everything.
+// empties refuses fields without a value. Without this check, a list whose entries are all commented out would allow
+// everything.
 func empties(data []byte) error {
 	var fields map[string]yaml.Node
 	if err := yaml.Unmarshal(data, &fields); err != nil {
@@ -244,7 +244,7 @@ func empties(data []byte) error {
 		}
 		if (n.Kind == yaml.SequenceNode || n.Kind == yaml.MappingNode) && len(n.Content) == 0 || n.Kind == yaml.ScalarNode &&
 			(n.Tag == "!!null" || n.Value == "" || n.Value == "0") {
-			return fmt.Errorf("line %d: %s is empty: want a value, or no such field", n.Line, name)
+			return fmt.Errorf("line %d: %s is empty: give it a value, or remove the field", n.Line, name)
 		}
 	}
 	return nil
@@ -298,7 +298,8 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 	for i, s := range f.Signatures {
 		predicate, ok := statements[s.Statement]
 		if !ok {
-			return p, fmt.Errorf("signatures, entry %d: statement %.60q is not known", i+1, s.Statement)
+			return p, fmt.Errorf("signatures, entry %d: statement %.60q: want provenance, kernelMatch, testResult, "+
+				"reproduction or sbom", i+1, s.Statement)
 		}
 		count := s.Count
 		if count == 0 {
@@ -307,7 +308,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 		p.Rules = append(p.Rules, trust.Rule{Statement: predicate, Role: s.Role, Count: count})
 	}
 	if len(p.Roles) == 0 {
-		return p, errors.New("no role: without a role no signature counts")
+		return p, errors.New("no role: without a role, no signature is trusted")
 	}
 	_, err = trust.NewVerifier(p) // reports rules that no signature can satisfy
 	return p, err
@@ -353,7 +354,7 @@ func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("notBefore: %w", err)
 	}
-	until, err := parseTime(k.NotAfter, 24*time.Hour) // the named day is still valid
+	until, err := parseTime(k.NotAfter, 24*time.Hour) // the key is valid until the end of that day
 	if err != nil {
 		return nil, fmt.Errorf("notAfter: %w", err)
 	}
@@ -367,7 +368,7 @@ func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	return keys, nil
 }
 
-// parseTime reads a time, or a day. It returns the beginning of the day plus add.
+// parseTime reads a time (RFC 3339), or a day in UTC. For a day it returns the beginning of the day plus add.
 func parseTime(text string, add time.Duration) (time.Time, error) {
 	if text == "" {
 		return time.Time{}, nil
@@ -444,7 +445,7 @@ func Summary(p Policy) []string {
 	return lines
 }
 
-// String describes the requirement of a list in one line.
+// String describes in one line what a policy requires of the signed list.
 func (s *Snapshot) String() string {
 	text := "needs to be in the snapshot from " + s.From
 	if s.AllowUnlisted {

@@ -72,8 +72,8 @@ func New(now func() time.Time) *Server {
 // ServeHTTP implements [http.Handler].
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
-// Watch starts the deadline for checks. readyz fails once the last verdict is older than age. healthz fails if no check
-// ended within age. With age 0 there is no deadline, because no checks run.
+// Watch tells the server that periodic checks of the driver begin. From then on, /readyz fails if the last verdict is
+// older than age, and /healthz fails if no check has ended within age. With age 0 there are no such deadlines.
 func (s *Server) Watch(age time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -154,7 +154,7 @@ func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
 func answer(w http.ResponseWriter, status int, body []byte) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_, _ = w.Write(body) // nobody remains to report an error to
+	_, _ = w.Write(body) // an error means that the client is gone
 }
 
 // Run serves on the address until the context ends.

@@ -13,12 +13,12 @@ import (
 // driver and what was yanked. Registries and folders follow, because they may answer when the server does not.
 type Chain []Finder
 
-// Find returns the first answer that names an artifact, or that says that the node must not have one. Without such an
-// answer it returns, in this order: an answer about a running build, the error of a source that did not respond, the
-// first answer.
+// Find returns the first answer that names an artifact, or that forbids one (yanked, quarantined, unsupported). If no
+// source gives such an answer, Find returns the first of these that exists: an answer about a running build, the errors
+// of sources that did not respond, the first other answer, the errors of sources that cannot resolve the wish.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
-	// After a server has named the driver, the other sources are asked for that driver only. The newest driver in a
+	// After a server has named the driver, Find asks the other sources for that driver only. The newest driver in a
 	// registry may be yanked, or nobody may have chosen it.
 	var away, other error
 	var farm Server // the server that gave the answer "first"
@@ -50,8 +50,8 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			}
 		}
 	}
-	// The farm is also asked when another source is away that may have the artifact. The farm makes one build at most of
-	// it.
+	// Find asks the farm for a build even if another source did not respond and may have the artifact. The cost is at most
+	// one needless build, because the farm builds a cell only once for all nodes.
 	if first != nil && first.Missing != nil && pending == nil {
 		if err := farm.request(ctx, first); err != nil {
 			return *first, err

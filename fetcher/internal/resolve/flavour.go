@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Lister returns the list of GPUs that a published artifact supports. A trusted signer signed the list. nil means that
-// there is no such list.
+// Lister returns the list of GPUs that a published artifact supports. A trusted signer signed the list. The result is
+// nil if the artifact has no such list.
 type Lister func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error)
 
 type statements interface {
@@ -25,8 +25,8 @@ type Attachments interface {
 		wanted ...map[string]string) ([][]byte, error)
 }
 
-// Signed returns a Lister that reads the statements attached to artifacts. It ignores statements that do not verify,
-// because anybody may attach one.
+// Signed returns a Lister that reads the signed statements that are attached to an artifact. It ignores statements that
+// do not verify, because anybody who may write to the registry may attach one.
 func Signed(v statements, open func(repository string) (Attachments, error)) Lister {
 	return func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error) {
 		repo, err := open(repository)
@@ -64,8 +64,8 @@ func (l Lister) list(ctx context.Context, a Answer) (*gpulist.List, error) {
 	return l(ctx, a.Repository, a.Digest, a.Driver)
 }
 
-// narrow replaces flavour auto where this needs no list. GPUs older than Turing work with proprietary modules only, in
-// every release.
+// narrow replaces flavour auto by proprietary if the node has a GPU that is older than Turing. In every release, only
+// the proprietary modules drive such a GPU, so no list of supported GPUs is needed.
 func (q Question) narrow() Question {
 	if _, err := gpulist.Choose(q.GPUs, []gpulist.Offer{{Flavour: target.Open}}); err != nil && q.Flavour == Auto {
 		q.Flavour = string(target.Proprietary)
@@ -73,8 +73,8 @@ func (q Question) narrow() Question {
 	return q
 }
 
-// none returns the answer for published artifacts that do not drive the node's GPUs. A node that compiles by itself
-// then builds the proprietary flavour.
+// none returns the answer if the published artifacts do not drive the node's GPUs. The answer names the proprietary
+// flavour, because a node that compiles for itself then builds this flavour.
 func none(a Answer, unfit error) Answer {
 	return Answer{
 		State: api.Unsupported, Driver: target.Driver{Version: a.Driver.Version, Flavour: target.Proprietary},

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestServerRequest checks that a node asks for a build of what nobody asked for yet, and of nothing else.
+// TestServerRequest checks that a node asks for a build only if nobody has asked for the same build yet.
 func TestServerRequest(t *testing.T) {
 	t.Parallel()
 	unknown := api.Resolution{State: api.Unknown, Reason: "nobody asked for it"}
@@ -29,7 +29,7 @@ func TestServerRequest(t *testing.T) {
 		state  api.State
 		reason string
 	}{
-		{"unknown", unknown, queued, nil, 1, api.Queued, "this node asked for it"},
+		{"unknown", unknown, queued, nil, 1, api.Queued, "this node asked for the build"},
 		{
 			"the farm refuses",
 			unknown,

@@ -1,4 +1,4 @@
-// Package resolve finds the one artifact that a node should run. It asks a server or, without one, a registry. It
+// Package resolve finds the one artifact that a node should run. It asks a server first, and then registries. It
 // refuses to trust the answer: the caller must verify the artifact.
 package resolve
 
@@ -52,7 +52,7 @@ const (
 // Answer names an artifact, or says why there is none.
 type Answer struct {
 	State api.State `json:"state"`
-	// Driver is exact as far as the source knows it.
+	// Driver has the version and the flavour as far as the source knows them.
 	Driver target.Driver `json:"driver"`
 	// Repository is a reference that the registry client opens.
 	Repository string `json:"repository,omitempty"`
@@ -62,7 +62,7 @@ type Answer struct {
 	Hint       string `json:"hint,omitempty"`
 	// Build is the newest build of the cell; 0 means none.
 	Build int64 `json:"build,omitempty"`
-	// Missing is the build that the farm may be asked for; nil means none.
+	// Missing is the build that this node may ask the farm for; nil means none.
 	Missing *api.BuildRequest `json:"-"`
 }
 
@@ -105,15 +105,15 @@ type client interface {
 // Server asks a Prebake server.
 type Server struct {
 	Client client
-	// Request asks for a build of what nobody asked for yet, if no other source of a [Chain] has it. With nil the node
-	// asks for no build.
+	// Request asks the server for a build. A [Chain] calls it if none of its sources has the artifact and nobody has asked
+	// for the build yet. If Request is nil, the node asks for no build.
 	Request func(ctx context.Context, r api.BuildRequest) (api.Build, error)
 	// GPUs lists the supported GPUs; nil means that no lists are read.
 	GPUs Lister
 }
 
-// Find asks the server once. It asks a second time if the server answers flavour auto with open modules that do not
-// drive the node's GPUs.
+// Find asks the server for the artifact. If the question has flavour auto, and the server answers with open modules
+// that do not drive the node's GPUs, Find asks again for the proprietary flavour.
 func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 	auto := q.Flavour == Auto
 	q = q.narrow()
@@ -200,12 +200,13 @@ func (s Server) request(ctx context.Context, a *Answer) error {
 		}
 	case b.State == api.Queued || b.State == api.Building:
 		a.State, a.Build, a.Driver = b.State, b.ID, b.Driver
-		a.Reason = "this node asked for it"
+		a.Reason = "this node asked for the build"
 	}
 	return nil
 }
 
-// absolute completes the name of a repository on the server itself with the server's host.
+// absolute puts the server's host before the name of a repository that the server itself holds. Such a name begins with
+// a slash. Any other name already has a host and stays as it is.
 func absolute(base, repository string) (string, error) {
 	if repository == "" {
 		return "", fault.New(fault.Transient, "ask server: the answer names no repository", "update the server")
@@ -225,8 +226,8 @@ func absolute(base, repository string) (string, error) {
 	return u.Host + "/" + path, nil
 }
 
-// check compares the answer with the question. A wrong answer is found here, before the signed statements are fetched,
-// which would show it only later.
+// check compares the answer with the question. The signed statements would reveal a wrong answer too, but the node
+// fetches them only later.
 func check(a Answer, q Question) error {
 	mismatch := func(what, got, want string) error {
 		return fault.New(
@@ -272,7 +273,8 @@ type Registry struct {
 	GPUs Lister
 }
 
-// Find looks up the tags of this COS build. Tags do not say which driver is the default of a build.
+// Find looks up the tags of this COS build. Tags do not say which driver is the default of a COS build, so a wish for
+// the default is an error of kind Usage.
 func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	if q.Pin != "" {
 		return r.pinned(ctx, q.Pin)
@@ -298,7 +300,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 			continue
 		}
 		d, err := target.ParseDriver(name[:i], name[i+1:])
-		// An edition of a release, such as GRID, must be asked for by its name.
+		// A node gets an edition of a release, such as GRID, only if the wish names the edition.
 		if err == nil && d == d.Modules() && (!named || d.Branch() == branch) && !slices.Contains(versions, d.Version) {
 			versions = append(versions, d.Version)
 		}
@@ -317,7 +319,8 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	return answer, nil
 }
 
-// pinned answers with the artifact of a digest. The driver is what the artifact claims; the caller verifies this claim.
+// pinned looks up the artifact with this digest. The answer's driver is what the artifact's manifest claims; the caller
+// must verify the claim.
 func (r Registry) pinned(ctx context.Context, digest string) (Answer, error) {
 	d, err := r.Driver(ctx, digest)
 	if fault.Is(err, fault.NoArtifact) {
@@ -333,14 +336,14 @@ func (r Registry) pinned(ctx context.Context, digest string) (Answer, error) {
 	return Answer{State: api.Published, Source: SourceRegistry, Driver: d, Repository: r.Ref, Digest: digest}, nil
 }
 
-// exact looks up the tag of a version. With flavour auto it prefers the open flavour where both exist and the open
-// modules drive the GPUs, as COS itself does.
+// exact looks up the tag of a version. With flavour auto it prefers the open flavour, as COS itself does, if the open
+// modules drive the node's GPUs.
 func (r Registry) exact(ctx context.Context, q Question, version string) (Answer, error) {
 	flavours, gpus := []target.Flavour{target.Flavour(q.Flavour)}, q.GPUs
 	if q.Flavour == Auto {
 		flavours = []target.Flavour{target.Open, target.Proprietary}
 	} else {
-		gpus = nil // a node that names a flavour gets it
+		gpus = nil // a node that asks for one flavour gets it, whatever its GPUs are
 	}
 	unknown := Answer{
 		State:  api.Unknown,
@@ -384,7 +387,7 @@ func (r Registry) exact(ctx context.Context, q Question, version string) (Answer
 // NoSource is the finder of nodes that have neither server nor registry. It never finds an artifact.
 type NoSource struct{}
 
-// Find answers Unknown.
+// Find implements [Finder]. Its answer always has the state Unknown.
 func (NoSource) Find(context.Context, Question) (Answer, error) {
 	return Answer{State: api.Unknown, Source: SourceNone, Reason: "neither a server nor a registry is configured"}, nil
 }
@@ -404,7 +407,8 @@ type WaitLimits struct {
 	Progress func(text string)
 }
 
-// Find asks until the answer is final or the time is over. It returns the last answer or error unchanged.
+// Find asks f until the answer is final or the time is over. A running build and an error of kind Transient are not
+// final. Find returns the last answer and error.
 func (p WaitLimits) Find(ctx context.Context, f Finder, q Question) (Answer, error) {
 	if p.Pause <= 0 {
 		p.Pause = 3 * time.Second

@@ -30,7 +30,7 @@ type Cell struct {
 	Kernel      target.Kernel
 	Driver      target.Driver
 	Fingerprint target.Fingerprint
-	// Vermagic is the vermagic of the modules; "" means the one that the kernel wants.
+	// Vermagic is the vermagic of the modules; "" means the vermagic that the kernel wants.
 	Vermagic string
 	// Attested are the kernels for which the artifact has a kernel match; nil means only Kernel.
 	Attested []target.Kernel
@@ -38,7 +38,7 @@ type Cell struct {
 	Untagged bool
 	// PointAt is the kernel whose pointer tag names the artifact; the zero value means Kernel.
 	PointAt target.Kernel
-	// Bulk is a number of bytes that is added to one file of each layer. Half of them compress well.
+	// Bulk is how many bytes are added to one file of each layer. Half of these bytes compress well.
 	Bulk int
 	// Modify changes the files of the modules layer before they are packed; may be nil.
 	Modify func(files map[string]string)
@@ -227,7 +227,7 @@ func BuildNote(text string) string {
 	return "\x04\x00\x00\x00\x20\x00\x00\x00\x03\x00\x00\x00GNU\x00" + string(sum[:])
 }
 
-// Root makes a node's root folder that runs the cell's kernel, with the given number of GPUs.
+// Root makes the root folder of a node that runs the cell's kernel and has this number of GPUs. It returns the path.
 func Root(t testing.TB, c Cell, gpus int) string {
 	t.Helper()
 	root := t.TempDir()
