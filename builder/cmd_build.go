@@ -180,13 +180,6 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 		return pipeline.Config{}, fmt.Errorf("open cache: %w", err)
 	}
 	to := cmd.StringSlice("to")
-	credentials := func(destination string) registry.Options {
-		o := registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()}
-		if destination == to[0] {
-			o.Username, o.Password = cmd.String("username"), cmd.String("password")
-		}
-		return o
-	}
 	return pipeline.Config{
 		Licence:      licenceRule(cmd),
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
@@ -195,10 +188,21 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 		GoogleModules: cmd.Bool("google-modules"), DebugSymbols: cmd.Bool("debug-symbols"), BTF: cmd.Bool("btf"),
 		WithRunfile: cmd.Bool("with-runfile"), Deltas: cmd.Int("deltas"), BuilderID: cmd.String("builder-id"),
 		Version:  version,
-		Registry: credentials, KeyOptions: keys,
+		Registry: credentials(cmd, to), KeyOptions: keys,
 		Jobs: cmd.Int("jobs"), LoadTest: pipeline.LoadTest(cmd.String("load-test")),
 		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), CompileTimeout: cmd.Duration("compile-timeout"),
 	}, nil
+}
+
+// credentials returns the registry options of each destination. --username and --password are for the first one.
+func credentials(cmd *ucli.Command, to []string) func(destination string) registry.Options {
+	return func(destination string) registry.Options {
+		o := registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()}
+		if len(to) > 0 && destination == to[0] {
+			o.Username, o.Password = cmd.String("username"), cmd.String("password")
+		}
+		return o
+	}
 }
 
 func buildCommand() *ucli.Command {

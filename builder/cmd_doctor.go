@@ -11,7 +11,6 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/doctor"
 	"github.com/prebake/prebake/pkg/cli"
-	"github.com/prebake/prebake/pkg/registry"
 )
 
 // doctorCommand accepts the settings of build and work, and requires none of them.
@@ -65,13 +64,7 @@ func runDoctor(ctx context.Context, cmd *ucli.Command) error {
 	if err != nil {
 		return err
 	}
-	report := doctor.Run(ctx, c, doctor.Real(licenceRule(cmd), func(destination string) registry.Options {
-		o := registry.Options{UserAgent: "prebake-builder/" + version}
-		if destination == to[0] {
-			o.Username, o.Password = cmd.String("username"), cmd.String("password")
-		}
-		return o
-	}, keys...))
+	report := doctor.Run(ctx, c, doctor.Real(licenceRule(cmd), credentials(cmd, to), keys...))
 	if err := cli.Print(cmd, report, func(w io.Writer) error {
 		_, err := io.WriteString(w, reportTable(report))
 		return err

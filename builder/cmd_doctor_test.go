@@ -15,7 +15,7 @@ import (
 func TestDoctor(t *testing.T) {
 	t.Parallel()
 	args := []string{"doctor", "--cache", filepath.Join(t.TempDir(), "cache"), "--to", "oci:/proc/self/x", "--to",
-		"oci:" + t.TempDir(), "--key", filepath.Join(t.TempDir(), "none")}
+		"oci:" + t.TempDir(), "--to", "file://" + t.TempDir(), "--key", filepath.Join(t.TempDir(), "none")}
 	code, out, errs := runOne(t, doctorCommand(), args...)
 	if code == 0 || !strings.Contains(errs, "this machine cannot build") || !strings.Contains(errs, "hint:") {
 		t.Errorf("doctor = %d\n%s; want a failure and what to do", code, errs)

@@ -13,6 +13,7 @@ import (
 
 	ucli "github.com/urfave/cli/v3"
 
+	"github.com/prebake/prebake/builder/internal/login"
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/reproduce"
 	"github.com/prebake/prebake/builder/internal/sign"
@@ -112,7 +113,7 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 		c.Ref = name
 		c.Repo, err = registry.Open(where,
 			registry.Options{UserAgent: "prebake-builder/" + version, Username: cmd.String("username"),
-				Password: cmd.String("password")})
+				Password: cmd.String("password"), Keychain: login.Keychain()})
 		if err != nil {
 			return err
 		}

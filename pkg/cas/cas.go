@@ -114,8 +114,12 @@ func open(dir string) (*Cache, error) {
 		return nil, disk(fmt.Errorf("open cache: %w", err))
 	}
 	c := &Cache{dir: dir, owner: strings.TrimSuffix(filepath.Base(f.Name()), ".lock"), lock: flock.New(f.Name())}
-	if ok, err := c.lock.TryLock(); err != nil || !ok {
-		return nil, fmt.Errorf("open cache %s: lock the owner file of this process: locked %t, %w", dir, ok, err)
+	switch locked, err := c.lock.TryLock(); {
+	case err != nil:
+		return nil, fmt.Errorf("open cache %s: lock the owner file of this process: %w", dir, err)
+	case !locked: // its name is new, so only a process that locks every file can have it
+		return nil, fault.New(fault.Busy, fmt.Sprintf("open cache %s: another process holds %s", dir, f.Name()),
+			"start the program again")
 	}
 	for _, d := range []string{c.tmp(), c.work()} {
 		if err := os.Mkdir(d, 0o755); err != nil {

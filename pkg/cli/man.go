@@ -65,7 +65,7 @@ func manPage(root, cmd *ucli.Command, name string) string {
 	}
 	b.WriteString(".SH EXIT STATUS\n0 when done. Other codes name the kind of failure; they are the same for all " +
 		"programs:\n" +
-		"the README has the list.\n")
+		"docs/reference/exit-codes.md in the source has the list.\n")
 	if cmd != root {
 		fmt.Fprintf(&b, ".SH SEE ALSO\n.BR %s (1)\n", roff(root.Name))
 	}

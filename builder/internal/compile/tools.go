@@ -273,9 +273,13 @@ func readConfig(path string) ([]byte, error) {
 			"publish a kernel-headers.tgz that holds the kernel's .config")
 	}
 	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxConfig))
+	text, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
 	if err != nil {
 		return nil, fmt.Errorf("read kernel configuration: %w", err)
+	}
+	if len(text) > maxConfig {
+		return nil, fault.New(fault.CheckFailed, "read kernel configuration: it has more than 4 MiB",
+			"publish a kernel-headers.tgz that holds the kernel's .config")
 	}
 	return text, nil
 }

@@ -21,7 +21,7 @@ const typesFile = "vmlinux.btf"
 // result for each vmlinux. types returns an empty part if the kernel does not accept BTF in
 // modules.
 func (f *fetcher) types(ctx context.Context, headers string) (p part, err error) {
-	text, err := readHead(headers, ".config", kconfig.Max)
+	text, err := readHead(headers, ".config", kconfig.Max+1)
 	if err != nil {
 		return p, err
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/licence"
 	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
@@ -50,14 +51,24 @@ func Real(rule licence.Rule, options func(destination string) registry.Options, 
 		KVM:        unix.Access("/dev/kvm", unix.R_OK|unix.W_OK) == nil,
 		Now:        time.Now, Synchronised: synchronised(),
 		Mirror: reachable, MayGo: mayPublish(rule, options),
-		Destination: func(ctx context.Context, name string) error {
-			return registry.CheckPush(ctx, name, options(name))
-		},
+		Destination: func(ctx context.Context, name string) error { return mayWrite(ctx, name, options) },
 		Key: func(ctx context.Context, ref string) error {
 			_, err := sign.LoadSigner(ctx, ref, keys...)
 			return err
 		},
 	}
+}
+
+// mayWrite returns an error if this user may not publish to a destination.
+func mayWrite(ctx context.Context, name string, options func(destination string) registry.Options) (err error) {
+	if !tarball.Is(name) {
+		return registry.CheckPush(ctx, name, options(name))
+	}
+	b, err := tarball.Open(ctx, name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(b.CheckWrite(ctx), b.Close())
 }
 
 func executable(path string) error {

@@ -90,7 +90,8 @@ func privateFile(path string, l loading) (crypto.Signer, error) {
 	}
 	private, err := cryptoutils.UnmarshalPEMToPrivateKey(text, func(bool) ([]byte, error) { return l.password() })
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, err, "give a PEM file of type PRIVATE KEY, as builder keygen writes it")
+		return nil, fault.Wrap(fault.Usage, err, "give a PEM file of type PRIVATE KEY, as builder keygen writes it; "+
+			"decrypt an encrypted PKCS #8 key with: openssl pkey -in KEY -out DECRYPTED")
 	}
 	key, ok := private.(crypto.Signer)
 	if !ok {

@@ -44,6 +44,8 @@ type store interface {
 	// remove removes the object if it is still in the token's state; the error is errChanged
 	// otherwise. An object that is already gone is no error.
 	remove(ctx context.Context, name, token string) error
+	// writable returns an error if this user may not create objects. It changes nothing.
+	writable(ctx context.Context) error
 	url(name string) string
 	close() error
 }
@@ -93,6 +95,16 @@ func Is(dest string) bool {
 
 // Close closes connections and folders.
 func (b *Bucket) Close() error { return b.s.close() }
+
+// CheckWrite returns an error if this user may not create objects in the destination. It changes nothing. For a bucket,
+// Google evaluates the account's rights without an object's name, so a right that has a condition on names counts as
+// missing.
+func (b *Bucket) CheckWrite(ctx context.Context) error {
+	if err := b.s.writable(ctx); err != nil {
+		return fmt.Errorf("publish to %s: %w", b.URL(""), err)
+	}
+	return nil
+}
 
 // URL returns an object's URL.
 func (b *Bucket) URL(name string) string { return b.s.url(name) }

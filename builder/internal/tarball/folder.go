@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/gofrs/flock"
+	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -224,6 +225,13 @@ func (f *folder) url(name string) string {
 }
 
 func (f *folder) close() error { return f.root.Close() }
+
+func (f *folder) writable(context.Context) error {
+	if err := unix.Access(f.dir, unix.W_OK|unix.X_OK); err != nil {
+		return onDisk(&fs.PathError{Op: "write", Path: f.dir, Err: err})
+	}
+	return nil
+}
 
 func onDisk(err error) error {
 	if errors.Is(err, fs.ErrPermission) {

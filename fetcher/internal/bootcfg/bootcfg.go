@@ -127,9 +127,13 @@ func write(esp *os.Root, name string, data []byte) error {
 		return fault.Disk(errors.Join(fmt.Errorf("write %s: %w", name, err), esp.RemoveAll(fresh)),
 			"make space on the EFI partition")
 	}
-	if got, err := read(esp, name); err != nil || !bytes.Equal(got, data) {
-		return fault.New(fault.Internal, fmt.Sprintf("write %s: the file has other content than was written (%v)", name, err),
-			"restore the file from "+backup+" before this node reboots")
+	got, err := read(esp, name)
+	if err == nil && !bytes.Equal(got, data) {
+		err = errors.New("the file has other content than was written")
+	}
+	if err != nil {
+		return fault.Wrap(fault.Internal, fmt.Errorf("check %s after the write: %w", name, err),
+			"before this node reboots, restore "+file+" from "+backup)
 	}
 	return nil
 }
