@@ -104,8 +104,8 @@ const xzDict = 256 << 20
 const xzMemory = "--memlimit-decompress=1GiB"
 
 // checkXZ bounds the dictionary size that the first block asks for. The block header follows the 12 bytes of the stream
-// header (.xz file format 1.2.1, sections 3.1 and 5.3.1). The block header holds its own size, flags, up to two optional
-// sizes, and then the filters. LZMA2 is filter 0x21, with one byte of properties.
+// header (.xz file format 1.2.1, sections 3.1 and 5.3.1). The block header holds its own size, flags, up to two
+// optional sizes, and then the filters. LZMA2 is filter 0x21, with one byte of properties.
 func checkXZ(br *bufio.Reader) error {
 	head, _ := br.Peek(12 + 64) // a header with LZMA2 alone is far shorter
 	if len(head) < 14 || head[12] == 0 {

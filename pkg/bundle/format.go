@@ -49,6 +49,6 @@ const annotationTitle = "org.opencontainers.image.title"
 // title returns the file name of a layer of this kind.
 func (k LayerKind) title() string { return string(k) + ".tar.zst" }
 
-// ImageRecipe is the version of the code that makes a manifest and a config from layers. Change it whenever equal layers
-// would give another manifest.
+// ImageRecipe is the version of the code that makes a manifest and a config from layers. Change it whenever equal
+// layers would give another manifest.
 const ImageRecipe = "image-3"

@@ -100,9 +100,9 @@ func checkLicence(m *v1.Manifest, f target.Flavour) error {
 
 // RestrictionOf returns the level that an operator must allow before everybody may read the content of this manifest.
 // For an artifact of Prebake, the flavour in the annotations decides. This also holds for a manifest that is attached
-// to an artifact and has the same annotations, such as debug symbols. Every other manifest needs RedistributeNone. Other
-// content of the manifest, or its length, cannot lower the level. If the annotations or the flavour cannot be parsed,
-// the content is unknown, and RestrictionOf returns RedistributeAll.
+// to an artifact and has the same annotations, such as debug symbols. Every other manifest needs RedistributeNone.
+// Other content of the manifest, or its length, cannot lower the level. If the annotations or the flavour cannot be
+// parsed, the content is unknown, and RestrictionOf returns RedistributeAll.
 func RestrictionOf(manifest []byte) Redistribution {
 	var m struct {
 		Annotations map[string]any `json:"annotations"`

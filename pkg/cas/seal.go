@@ -16,8 +16,8 @@ import (
 )
 
 // A seal is the digest of a tree. It is written before the tree gets its name. If a disk error, a power cut or a person
-// changes the tree later, the tree no longer matches its seal. Without the seal, changed bytes would be compiled, signed
-// and published.
+// changes the tree later, the tree no longer matches its seal. Without the seal, changed bytes would be compiled,
+// signed and published.
 
 func (c *Cache) sealPath(kind, key string) string {
 	return filepath.Join(c.dir, sealsDir, kind, key)

@@ -19,8 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// treeScheme is the first text that is hashed for every tree digest. If the scheme of the digest changes, this text must
-// change, too, so that no digest of the new scheme equals a digest of the old one.
+// treeScheme is the first text that is hashed for every tree digest. If the scheme of the digest changes, this text
+// must change, too, so that no digest of the new scheme equals a digest of the old one.
 const treeScheme = "prebake tree 1\n"
 
 // maxWorkers is the largest number of files that are hashed in parallel. More workers would only wait for the disk.

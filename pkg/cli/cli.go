@@ -54,7 +54,8 @@ func Run(ctx context.Context, root *ucli.Command, args []string, stdout, stderr 
 }
 
 // prepare makes every command of a program report a usage error as one line and a hint. The library would print the
-// whole help text instead. prepare also adds the checks of [oneVariable], and puts the program's name into descriptions.
+// whole help text instead. prepare also adds the checks of [oneVariable], and puts the program's name into
+// descriptions.
 func prepare(root *ucli.Command) {
 	root.ExitErrHandler = func(context.Context, *ucli.Command, error) {}
 	usage := func(_ context.Context, cmd *ucli.Command, err error, _ bool) error {

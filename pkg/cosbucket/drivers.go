@@ -32,15 +32,15 @@ type DriverList struct {
 	Branches map[string]string
 	// Versions has all versions that any of the files names, lowest first.
 	Versions []string
-	// GPUs has a list for each GPU type to which COS gives versions of its own. The keys are COS's names of the types, such
-	// as NVIDIA_L4.
+	// GPUs has a list for each GPU type to which COS gives versions of its own. The keys are COS's names of the types,
+	// such as NVIDIA_L4.
 	GPUs map[string]DriverList
 }
 
 // Drivers reads these objects of a COS build: gpu_default_version, gpu_latest_version, the gpu_R*_version files, and
-// gpu_driver_versions as text or serialized. Each of them may be missing; if all are, the error is of kind InputMissing.
-// If gpu_driver_versions disagrees with a file that has a single version, the single version wins, because COS's own
-// installer reads that file.
+// gpu_driver_versions as text or serialized. Each of them may be missing; if all are, the error is of kind
+// InputMissing. If gpu_driver_versions disagrees with a file that has a single version, the single version wins, because
+// COS's own installer reads that file.
 func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, error) {
 	l, err := b.versionList(ctx, k)
 	if err != nil {

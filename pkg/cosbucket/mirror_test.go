@@ -199,8 +199,8 @@ func TestResumption(t *testing.T) {
 	}
 }
 
-// If the first mirror is a web server, which cannot list, the next mirror lists. The web server is still asked first for
-// objects.
+// If the first mirror is a web server, which cannot list, the next mirror lists. The web server is still asked first
+// for objects.
 func TestMirrorThatLists(t *testing.T) {
 	t.Parallel()
 	web := &mirror{objects: objects}

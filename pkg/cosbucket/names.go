@@ -59,7 +59,8 @@ func KernelInfoName(k target.Kernel) string { return under(k, "kernel_info") }
 // DriverVersionsName returns the object that lists the driver versions for each GPU type.
 func DriverVersionsName(k target.Kernel) string { return under(k, "gpu_driver_versions.textproto") }
 
-// DriverVersionsBinName returns the object that holds the list of [DriverVersionsName] as a serialized protobuf message.
+// DriverVersionsBinName returns the object that holds the list of [DriverVersionsName] as a serialized protobuf
+// message.
 func DriverVersionsBinName(k target.Kernel) string { return under(k, "gpu_driver_versions.bin") }
 
 // DefaultVersionName returns the object that holds the default driver version.

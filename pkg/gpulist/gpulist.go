@@ -288,8 +288,9 @@ func (l *List) Serves(g GPU, f target.Flavour) (ok bool, why string) {
 }
 
 // Drives reports whether modules of this flavour drive any product that belongs to a gpu_type of COS's
-// gpu_driver_versions, such as NVIDIA_TESLA_P100. A product belongs to the type if the product's name contains the words
-// of the type, in the same order and with no word between them. The words NVIDIA and TESLA of the type do not count.
+// gpu_driver_versions, such as NVIDIA_TESLA_P100. A product belongs to the type if the product's name contains the
+// words of the type, in the same order and with no word between them. The words NVIDIA and TESLA of the type do not
+// count.
 func (l *List) Drives(gpuType string, f target.Flavour) bool {
 	words := strings.FieldsFunc(strings.ToUpper(gpuType), func(r rune) bool { return r == '_' })
 	words = slices.DeleteFunc(words, func(w string) bool { return w == "NVIDIA" || w == "TESLA" })
