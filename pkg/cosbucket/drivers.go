@@ -39,8 +39,8 @@ type DriverList struct {
 
 // Drivers reads these objects of a COS build: gpu_default_version, gpu_latest_version, the gpu_R*_version files, and
 // gpu_driver_versions as text or serialized. Each of them may be missing; if all are, the error is of kind
-// InputMissing. If gpu_driver_versions disagrees with a file that has a single version, the single version wins, because
-// COS's own installer reads that file.
+// InputMissing. If gpu_driver_versions disagrees with a file that has a single version, the single version wins,
+// because COS's own installer reads that file.
 func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, error) {
 	l, err := b.versionList(ctx, k)
 	if err != nil {
