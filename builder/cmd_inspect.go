@@ -76,8 +76,8 @@ func runInspect(ctx context.Context, cmd *ucli.Command) (err error) {
 			}
 		}
 		return fault.New(fault.Of(err),
-			fmt.Sprintf("%s cannot be built: %d of %d checks fail", kernel, failed, len(report.Findings)),
-			"read the lines that begin with fail; if such a line is wrong, report it as a bug, with this whole output")
+			fmt.Sprintf("no driver can be built for kernel %s: %d of %d checks fail", kernel, failed, len(report.Findings)),
+			"read the lines that begin with \"fail\"; if one of them is wrong, report a bug and add this whole output")
 	}
 	return nil
 }

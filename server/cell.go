@@ -33,7 +33,7 @@ func cellFlags(required bool) []ucli.Flag {
 		},
 		cli.String("board", "lakitu", "`BOARD` of the COS build"),
 		cli.String("driver", string(target.Default),
-			"driver `VERSION`, branch such as R535, latest, default, or default@NVIDIA_L4 for one GPU type"),
+			"driver `VERSION`, or default, or latest, or a branch (R535); for one GPU type: default@NVIDIA_L4"),
 		cli.String("flavour", "auto", "driver `FLAVOUR`: auto, proprietary or open"),
 	}
 }
@@ -43,15 +43,10 @@ func cellOf(cmd *ucli.Command) cell {
 		Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}
 }
 
-// request returns the command that requests a build of the cell.
-func (c cell) request() string {
-	return fmt.Sprintf(
-		"server request --build-id %s --board %s --driver %s --flavour %s",
-		c.BuildID,
-		c.Board,
-		c.Driver,
-		c.Flavour,
-	)
+// command returns a command of the server that takes the flags of [cellFlags], such as watch, for the cell.
+func (c cell) command(name string) string {
+	return fmt.Sprintf("server %s --build-id %s --board %s --driver %s --flavour %s",
+		name, c.BuildID, c.Board, c.Driver, c.Flavour)
 }
 
 // cellError returns the error for a cell that has no published artifact, and nil for a published cell. The kind of the
@@ -66,7 +61,7 @@ func cellError(asked cell, r api.Resolution) error {
 	case api.Published:
 		return nil
 	case api.Queued, api.Building:
-		hint := "wait for the build: server watch --build-id " + asked.BuildID
+		hint := "wait for the build: " + asked.command("watch")
 		if r.Build != nil {
 			hint = fmt.Sprintf("wait for the build: server watch %d", r.Build.ID)
 		}
@@ -77,7 +72,7 @@ func cellError(asked cell, r api.Resolution) error {
 	}
 	hint := r.Hint
 	if hint == "" && (r.State == api.Unknown || r.State == api.Cancelled || r.State == api.Failed) {
-		hint = "request a build: " + asked.request()
+		hint = "request a build: " + asked.command("request")
 	}
 	return fault.New(fault.NoArtifact, what, hint)
 }

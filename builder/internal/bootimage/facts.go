@@ -129,15 +129,15 @@ func buildID(file *elf.File) string {
 
 var definedString = regexp.MustCompile(`(?m)^#define[ \t]+(\w+)[ \t]+"([^"\n]*)"`)
 
-// ErrOtherRun means that the kernel has the release and configuration of the headers, but was linked by somebody else
-// or at another time. Callers may accept such a kernel, because some buckets may have an image and headers from
+// ErrOtherRun means that the kernel has the release and configuration of the headers, but comes from another run of
+// make: somebody else built it, or it has another time or build number. Callers may accept such a kernel, because some buckets may have an image and headers from
 // different runs of make.
 var ErrOtherRun = errors.New("it comes from another run of make than the headers")
 
-// Check returns an error if the kernel does not belong to a header tree. The releases must be equal. If the tree says
-// who built the kernel, when, and under which build number, these facts must be equal. If the kernel contains its
-// configuration, the configurations must be equal. For the kernel of another COS build, the error is fault.Mismatch.
-// The error wraps ErrOtherRun if only the builder or the time differs.
+// Check returns an error of kind [fault.Mismatch] if the kernel does not belong to a header tree. The releases must be
+// equal. If the kernel contains its configuration, the configurations must be equal. If the tree says who built the
+// kernel, when, and under which build number, these facts must be equal. If only these last facts differ, the error
+// also wraps [ErrOtherRun].
 func (f Facts) Check(headers string) error {
 	said := map[string]string{}
 	for _, name := range []string{"utsrelease.h", "utsversion.h", "compile.h"} {
@@ -196,8 +196,8 @@ func (f Facts) checkConfig(headers string) error {
 
 func foreign(why error) error {
 	return fault.Wrap(fault.Mismatch, fmt.Errorf("vmlinux is not the kernel of this COS build: %w", why),
-		"put the vmlinux that was linked together with these headers into the bucket; or publish without a "+
-			"load test: --load-test off")
+		"put the vmlinux into the bucket that comes from the same run of make as these headers; or publish "+
+			"without a load test: --load-test off")
 }
 
 // readBounded reads a header of at most maxHeader bytes.

@@ -182,7 +182,8 @@ func TestHostileObjects(t *testing.T) {
 	}
 }
 
-// An object that includes a file which a view hides is compiled again for each kernel.
+// TestHiddenFileInObject puts a header that a view hides (see view.go) into an object. The cache must not keep such an
+// object: it must be compiled again for each kernel.
 func TestHiddenFileInObject(t *testing.T) {
 	t.Parallel()
 	r := asking(t)

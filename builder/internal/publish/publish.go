@@ -157,8 +157,8 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// attach attaches the missing statements. attach attaches the log first, so that a log that a provenance names always
-// exists.
+// attach adds the statements that the artifact lacks in the registry. It adds the build log first: the provenance names
+// the log, so the log must exist before the provenance.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	digest := subject.Digest.String()
 	present := map[string]bool{}

@@ -189,7 +189,8 @@ func (s *Store) Tags(_ context.Context, repo, startAfter string) iter.Seq2[strin
 	}
 	names := []string{}
 	for _, e := range entries { // ReadDir returns sorted names
-		if e.Name() > startAfter {
+		// A file with another name is no tag. It must not stop a caller that goes through all tags.
+		if e.Name() > startAfter && ociref.IsValidTag(e.Name()) {
 			names = append(names, e.Name())
 		}
 	}
