@@ -106,7 +106,7 @@ func TestBuildID(t *testing.T) {
 	sh := func(args ...string) {
 		t.Helper()
 		if out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
-			t.Skipf("%v: %v: %s", args, err, out)
+			t.Fatalf("%v: %v: %s", args, err, out)
 		}
 	}
 	id := func(path string) string {

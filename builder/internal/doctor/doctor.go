@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/builder/internal/loadtest"
+	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/target"
@@ -352,8 +353,11 @@ func (e *examination) outside(ctx context.Context) {
 		try("mirror", name, "answers", "check the URL, the network and the proxy", e.m.Mirror)
 	}
 	for _, name := range e.Destinations {
-		try("destination", name, "may be written", "check the name, --username and --password, or docker login",
-			e.m.Destination)
+		next := "check the name, --username and --password, or docker login"
+		if tarball.Is(name) {
+			next = "check the name of the bucket or folder"
+		}
+		try("destination", name, "may be written", next, e.m.Destination)
 		e.licence(ctx, name)
 	}
 	if e.Key != "" {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/prebake/prebake/builder/internal/licence"
 	"github.com/prebake/prebake/builder/internal/tarball"
@@ -18,6 +19,9 @@ func mayPublish(
 	options func(destination string) registry.Options,
 ) func(context.Context, string, target.Flavour) error {
 	return func(ctx context.Context, name string, f target.Flavour) (err error) {
+		if strings.HasPrefix(name, "file:") {
+			return nil // artifacts in a folder stay on this machine; to open the folder would make it
+		}
 		if tarball.Is(name) {
 			b, err := tarball.Open(ctx, name)
 			if err != nil {

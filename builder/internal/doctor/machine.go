@@ -60,15 +60,11 @@ func Real(rule licence.Rule, options func(destination string) registry.Options, 
 }
 
 // mayWrite returns an error if this user may not publish to a destination.
-func mayWrite(ctx context.Context, name string, options func(destination string) registry.Options) (err error) {
-	if !tarball.Is(name) {
-		return registry.CheckPush(ctx, name, options(name))
+func mayWrite(ctx context.Context, name string, options func(destination string) registry.Options) error {
+	if tarball.Is(name) {
+		return tarball.CheckWrite(ctx, name)
 	}
-	b, err := tarball.Open(ctx, name)
-	if err != nil {
-		return err
-	}
-	return errors.Join(b.CheckWrite(ctx), b.Close())
+	return registry.CheckPush(ctx, name, options(name))
 }
 
 func executable(path string) error {
