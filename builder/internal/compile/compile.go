@@ -64,12 +64,13 @@ type Request struct {
 	// BTF is the path of a file with the kernel's BTF, the description of its types. Each module gets BTF that
 	// extends the kernel's. "" means modules without BTF.
 	BTF string
-	// Cache stores conftest's answers and compiled objects, for this kernel and its siblings. With nil, all work is
-	// done again. Cache does not change the result.
+	// Cache stores conftest's answers and compiled objects, for this kernel and its sibling kernels. If Cache is nil,
+	// the build reuses nothing. Cache does not change the resulting bytes.
 	//
 	// A request with a Cache needs all four digests. HeaderDigest, ToolchainDigest and SourceDigest name the content
 	// of those folders; SourceDigest covers all flavours of Driver. HostDigest names the host's programs, see
-	// [sandbox.HostTools]. HeaderDigest may leave out compile.h and utsversion.h.
+	// [sandbox.HostTools]. HeaderDigest need not cover compile.h and utsversion.h, because the sandbox hides the
+	// values in them.
 	Cache                                                   *cas.Cache
 	HeaderDigest, ToolchainDigest, SourceDigest, HostDigest string
 	// WorkDir is an empty folder on a disk with at least 1 GiB free. After the build it holds src/, out/, modules/
@@ -325,12 +326,12 @@ func (b *build) make(ctx context.Context) error {
 	return nil
 }
 
-// minForPCH is the least number of files still to compile for which precompiled headers are made. Making one
-// precompiled header costs about as much as compiling three files.
+// minForPCH is the number of files that must still be compiled before precompiled headers (PCH) are worth it. Making
+// one precompiled header takes about as long as compiling three files.
 const minForPCH = 16
 
 // runMake runs make with the guard script in front of the compiler. If the guard noted a fault, runMake returns that
-// fault even if make succeeded. The reason: make may have used the compiler's failure as an answer of conftest.
+// fault even if make succeeded: conftest may have taken the compiler's failure for an answer about the kernel.
 func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
 	dir := filepath.Join(b.r.WorkDir, note)
 	box, err := withFaultFile(box, dir)
@@ -351,7 +352,7 @@ func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) er
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
 	if t.btf {
-		all = append(all, "CONFIG_DEBUG_INFO_BTF_MODULES=") // types makes BTF after make
+		all = append(all, "CONFIG_DEBUG_INFO_BTF_MODULES=") // kbuild makes no BTF; build.types does it after make
 	}
 	if t.clang {
 		cflags = append(cflags, clangFlags...)
