@@ -2,11 +2,11 @@
 // driver once, and starts cells in the order that uses the caches best. It repeats attempts whose
 // failure may be temporary, and it writes the report. A failed cell does not block any other.
 //
-// Cells with the same fingerprint, driver and flavour lead to the same artifact. Only one of these
-// cells runs at a time. The first one compiles. The others then reuse the result of the first one,
-// or fail in the same way. While a cell unpacks the user space of a driver into the cache, the cache
-// locks that folder. A second cell of the same driver would wait for the lock, so the runner starts
-// another cell first if it can.
+// Cells with the same fingerprint, driver and flavour lead to the same artifact. This package calls
+// them cells of the same build. Only one of these cells runs at a time. The first one compiles. The
+// others then reuse the result of the first one, or fail in the same way. While a cell unpacks the
+// user space of a driver into the cache, the cache locks that folder. A second cell of the same
+// driver would wait for the lock, so the runner starts another cell first if it can.
 //
 // The package does not know how a cell is made or where its artifact is published. Functions in its
 // Config do that.
@@ -59,8 +59,8 @@ type Config struct {
 	Wait time.Duration
 	// Logs is the folder for the cells' logs, one file for each cell.
 	Logs string
-	// Stopping is the stop signal: the caller closes it. Running cells then go on, and no further
-	// cell starts. Nil means that no stop signal comes.
+	// Stopping is the stop signal. When the caller closes it, running cells continue to their end,
+	// and no further cell starts. Nil means that no stop signal comes.
 	Stopping <-chan struct{}
 	// Watch receives the events, in order and one at a time. It may be nil.
 	Watch func(Event)

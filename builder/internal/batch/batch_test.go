@@ -450,7 +450,7 @@ func TestErr(t *testing.T) {
 	}
 }
 
-// Events arrive one at a time, each with the counts of its moment.
+// Events arrive one at a time. Each event has the counts of the time at which it was sent.
 func TestEvents(t *testing.T) {
 	t.Parallel()
 	w := &world{t: t}

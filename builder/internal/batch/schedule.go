@@ -34,7 +34,8 @@ type job struct {
 	pauses         *backoff.ExponentialBackOff
 }
 
-// buildKey identifies a build: cells with the same key have the same outcome.
+// buildKey identifies the cells of the same build (see the package comment). They have the same
+// outcome.
 type buildKey struct {
 	fingerprint target.Fingerprint
 	driver      target.Driver

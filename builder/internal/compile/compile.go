@@ -347,8 +347,8 @@ func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) er
 	return err
 }
 
-// flagVariables returns make variables with compiler flags of this package. Kbuild adds these flags to the kernel's
-// flags.
+// flagVariables returns make variables. They add this package's compiler flags to the kernel's flags, and switch
+// kbuild's own BTF step off.
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
 	if t.btf {
@@ -366,9 +366,8 @@ func flagVariables(r Request, t tools) []string {
 	return all
 }
 
-// debugInformation reports whether to compile with debug information. Debug information costs a fifth of the compile
-// time and makes up most of a module's bytes. The step strip removes it, so it is needed only for Debug and for making
-// BTF.
+// debugInformation reports whether to compile with debug information. Debug information takes a fifth of the compile
+// time and most of a module's bytes. The step strip removes it, so only Request.Debug and the making of BTF need it.
 func debugInformation(r Request) bool { return r.Debug || r.BTF != "" }
 
 // built returns the file names of the modules that make left.

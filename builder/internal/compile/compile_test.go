@@ -290,7 +290,7 @@ func TestHidesWhoCompiled(t *testing.T) {
 			t.Fatal(err)
 		}
 		if bytes.Contains(data, []byte(built)) {
-			t.Errorf("the module tells %q", built)
+			t.Errorf("the module contains %q; want it hidden", built)
 		}
 		sums = append(sums, string(data))
 	}

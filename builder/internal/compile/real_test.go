@@ -27,12 +27,13 @@ import (
 const onceMore = " once more"
 
 // TestRealSameBytes compares modules of a real driver for a real kernel. make alone with debug
-// information, a build with an empty cache and a build with a filled cache must give the same
-// bytes.
+// information, a build with an empty cache, and a build with a filled cache must give the same
+// bytes. Here "make alone" means a build in which this package reuses and precompiles nothing.
 //
-// PREBAKE_CELLS is a list of BUILD_ID/VERSION. The cells share one cache, in that order. make alone
-// also compiles each cell, and the modules must be equal. If a "=" stands before a cell, make alone
-// does not compile it, and its modules must equal the modules of the previous cell.
+// PREBAKE_CELLS is a list of BUILD_ID/VERSION. The test compiles these cells in that order with one
+// cache. make alone also compiles each cell, and the modules must be equal. If a "=" stands before a
+// cell, make alone does not compile that cell, and its modules must equal those of the previous cell.
+//
 // PREBAKE_REFERENCES is a cache folder with the results of make alone for the same inputs, tools
 // and code of this package. PREBAKE_FILLED is a cache that contains these cells already; it
 // replaces the empty one. With PREBAKE_FILLED, another test must show that an empty cache gives the

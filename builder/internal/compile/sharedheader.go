@@ -25,8 +25,8 @@ import (
 //
 // The driver's script makes the precompiled header in its own sandbox, without any of the script's
 // tests. The key of every answer covers all files in that sandbox. The tests see the precompiled
-// header read-only. Tokens, macros and flags are the same as in a plain compilation, so the answers
-// are the same too. TestRealSameBytes compares them.
+// header read-only. Tokens, macros and flags are the same as without a precompiled header, so the
+// answers are the same too. TestRealSameBytes compares these answers with the answers of make alone.
 const (
 	insideHeader  = "/prebake/begin"
 	insideWrapper = "/prebake/front"

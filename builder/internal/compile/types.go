@@ -21,8 +21,8 @@ import (
 
 const (
 	insideBTF = "/prebake/vmlinux.btf"
-	// pahole makes BTF from debug information. It is always the host's program, even if the
-	// toolchain contains one, because Pahole reports the host's version.
+	// pahole is the host's program that makes BTF from debug information. A pahole in the toolchain
+	// is never used, because the function Pahole reports the version of the host's pahole.
 	pahole       = "/usr/bin/pahole"
 	hintPahole   = "run apt-get install dwarves; or build without --btf"
 	hintNoTypes  = "build without --btf"
