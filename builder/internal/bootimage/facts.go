@@ -21,8 +21,8 @@ import (
 
 // Facts are the facts about a kernel that its vmlinux contains.
 type Facts struct {
-	// Banners are all texts in vmlinux that begin with "Linux version ". A vmlinux can contain several such texts, and
-	// the first text may be incomplete.
+	// Banners are all texts in vmlinux that begin with "Linux version ". Linkers leave several such texts in a vmlinux,
+	// and the first text may be incomplete.
 	Banners []string
 	// BuildID is the GNU build id in hex, or "" if there is none.
 	BuildID string

@@ -26,7 +26,7 @@ type size struct {
 	// phase is the longest duration of one of a build's three phases. pause is the time between two faults.
 	phase, pause time.Duration
 	// long adds two kinds of faults: builders that end for good, and builders that stop for so long that the farm
-	// considers them dead. After each such fault, the farm needs about a minute before it continues the builds.
+	// considers them dead. After each such fault, the farm needs up to a minute before it continues the builds.
 	long bool
 }
 

@@ -16,7 +16,7 @@ var hostTools = []string{"scripts/basic/fixdep", "scripts/mod/modpost", "scripts
 	"tools/objtool/objtool"}
 
 // loaders maps a GOARCH to the path of glibc's dynamic loader. A machine with another C library does
-// not have this file.
+// not have this file. Scripts and static programs run without it.
 var loaders = map[string]string{"amd64": "/lib64/ld-linux-x86-64.so.2", "arm64": "/lib/ld-linux-aarch64.so.1"}
 
 // listNeeds is a shell script in which the dynamic loader lists each program's libraries without
