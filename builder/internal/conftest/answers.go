@@ -60,10 +60,10 @@ var (
 
 // NewKeyer prepares keys for the questions of a plan.
 //
-// Two parts of the compiler's flags do not decide an answer, so no key covers them. [Keyer.Flags] leaves both parts
-// out, so that no test's program sees them. The first part is the process number of the script, which the script puts
-// into the macro KBUILD_BASENAME. The second part is the driver's version, in the macro NV_VERSION_STRING. The flags
-// keep the version if the script names this macro, or if [Basis.Macros] is true.
+// Two parts of the compiler's flags do not decide an answer, so no key covers them, and [Keyer.Flags] leaves them out.
+// The first part is the process number of the script, which the script puts into the macro KBUILD_BASENAME. The second
+// part is the driver's version, in the macro NV_VERSION_STRING. If the script names this macro, or [Basis.Macros] is
+// true, the version may decide an answer. Then the flags and the keys keep the version.
 func NewKeyer(s *Script, p *Plan, b Basis) *Keyer {
 	a := &Keyer{script: s, plan: p, basis: b, flags: selfName.ReplaceAllString(p.Flags, "#conftest")}
 	if !b.Macros && !s.names("NV_VERSION_STRING") {
@@ -115,5 +115,5 @@ func (a *Keyer) Visible(test, headers string) string {
 	return lines.String()
 }
 
-// PatchesKey returns the key of the output of patch_check for sources without patches.
+// PatchesKey returns the key of the script's output for [ModePatches], for a driver's sources without patches.
 func (a *Keyer) PatchesKey() string { return digest("patches") }

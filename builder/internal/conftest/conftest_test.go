@@ -242,7 +242,7 @@ func TestQuestion(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got, err := sh(question(test), conftest.ModeTest, "-O2", test); err != nil || got != want {
-			t.Errorf("%s: alone it answers %q, %v; in the script %q", test, got, err, want)
+			t.Errorf("%s: the script with this test alone answers %q, %v; the whole script answers %q", test, got, err, want)
 		}
 		if got, err := sh(question(test), conftest.ModeTest, "-O2", "other"); test != "one" && err == nil {
 			t.Errorf("the script for %s answers %q to another question", test, got)
@@ -364,7 +364,7 @@ func TestKeys(t *testing.T) {
 	s, p := parse(t, script, plan)
 	a := conftest.NewKeyer(s, p, basis)
 	if got := a.Flags(); strings.Contains(got, "535.1") || strings.Contains(got, "conftest12") {
-		t.Errorf("Flags = %q: a program would see what no key covers", got)
+		t.Errorf("Flags = %q; want no version and no process number in them, because no key covers these", got)
 	}
 	if got := a.Visible("set_uc", headers); got != "#define NV_ASM_PAGE_H_PRESENT\n" {
 		t.Errorf("Visible = %q; want the one line that the test's text names", got)

@@ -19,7 +19,7 @@ import (
 	"strings"
 )
 
-// ErrShape means that a script or a makefile has a form that this package does not know.
+// ErrShape means that a script or a plan has a form that this package does not know.
 var ErrShape = errors.New("conftest.sh has an unknown form")
 
 // categories returns the categories of compile tests. make concatenates the answers of a category into one header, such
@@ -82,7 +82,8 @@ var (
 	word       = regexp.MustCompile(`^[A-Za-z0-9_./+-]+$`)
 )
 
-// ParsePlan parses the text that make wrote with PlanRules.
+// ParsePlan parses the text that make wrote with the rules of [PlanRules]. If the text has another form, the error is
+// ErrShape.
 func ParsePlan(text string) (*Plan, error) {
 	p := &Plan{Tests: map[string][]string{}}
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
@@ -148,7 +149,7 @@ func (p *Plan) All() []string {
 	return slices.Compact(all)
 }
 
-// unique removes repetitions, as make's $^ does.
+// unique removes repetitions. make does the same: its variable $^ names each prerequisite once.
 func unique(list []string) []string {
 	seen := map[string]bool{}
 	return slices.DeleteFunc(slices.Clone(list), func(s string) bool {

@@ -160,8 +160,8 @@ func (s *Script) Question(test string) ([]byte, error) {
 	return []byte(s.head + beginTests + text + noOther + endTests + s.tail), nil
 }
 
-// noOther is the last stanza of the scripts that this package makes. noOther ends the script with an error if a caller
-// asks for another test.
+// noOther is the last stanza of the scripts that this package makes. It ends such a script with an error if a caller
+// asks for a test that the script does not have.
 const noOther = "        *) exit 1\n        ;;"
 
 func digest(parts ...string) string {

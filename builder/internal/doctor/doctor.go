@@ -46,7 +46,7 @@ type Finding struct {
 // Report has all findings, in the order of the checks.
 type Report struct {
 	Findings []Finding `json:"findings"`
-	// Install is one command that installs all missing packages, or "" if none is missing.
+	// Install is one command that installs all missing packages on Debian, or "" if none is missing.
 	Install string `json:"install,omitempty"`
 }
 

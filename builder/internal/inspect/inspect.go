@@ -179,7 +179,7 @@ func (l *inspection) signed(ctx context.Context) {
 		for _, prefix := range cosbucket.Layouts(l.kernel, l.kernel.BuildID+"/"+l.kernel.Board+"/"+name) {
 			names, err := l.bucket.List(ctx, prefix)
 			if fault.Is(err, fault.Unsupported) {
-				l.note("signed", "this bucket cannot be listed: %v", err)
+				l.note("signed", "it is unknown which drivers Google signed, because the bucket cannot be listed: %v", err)
 				return
 			}
 			if err != nil {

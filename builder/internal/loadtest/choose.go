@@ -24,8 +24,8 @@ const peermem = "nvidia-peermem"
 // loadOrder is the order in which a node loads the modules. peermem is the last one, because most nodes do not need it.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", drm, peermem}
 
-// ErrLacking means that the module nvidia needs other modules of the kernel, and the machine lacks them. A machine that
-// boots vmlinux alone has only the parts of the kernel that are built in, and no modules of the kernel.
+// ErrLacking means that the module nvidia needs some of the kernel's own modules, and the machine lacks them. A machine
+// that boots vmlinux alone has only the parts that are built into the kernel, and no modules.
 var ErrLacking = errors.New("the test machine lacks the kernel's own modules")
 
 // normalise maps module names to NVIDIA's spelling. Callers may write a name with or without .ko, and with - or _.
@@ -44,8 +44,8 @@ func plainName(name string) string {
 
 // choose returns the driver's modules that can be loaded, in load order. modules maps the names of the driver's modules
 // to files. present has the names of the kernel's own modules that the machine loads at boot. depends returns the names
-// of the modules that a module's file needs. skipped maps each module that cannot be loaded to the reason. If nvidia
-// itself cannot be loaded, the error wraps ErrLacking.
+// of the modules that a module's file needs. skipped maps each other module of the driver to the reason why the test
+// does not load it. If nvidia itself cannot be loaded, the error wraps ErrLacking.
 func choose(modules map[string]string, present map[string]bool,
 	depends func(file string) ([]string, error)) (order []string, skipped map[string]string, err error) {
 	skipped = map[string]string{}
@@ -86,7 +86,8 @@ func choose(modules map[string]string, present map[string]bool,
 	return order, skipped, nil
 }
 
-// kernelModules returns the names of the modules that the machine loads at boot.
+// kernelModules returns the names of the kernel's own modules that the machine loads at boot. boot is the boot folder,
+// in which the file modules/order lists them. Without this file, kernelModules returns an empty map.
 func kernelModules(boot string) (map[string]bool, error) {
 	present := map[string]bool{}
 	text, err := os.ReadFile(filepath.Join(boot, filepath.FromSlash(vm.BootOrder)))

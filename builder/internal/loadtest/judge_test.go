@@ -178,7 +178,7 @@ func TestJudge(t *testing.T) {
 			row.change(res)
 			v := judge(p, res)
 			if v.State != row.state || len(v.Loaded()) != row.loaded {
-				t.Errorf("judge() = %s, loaded %v; want %s, %d of them", v, v.Loaded(), row.state, row.loaded)
+				t.Errorf("judge() = %s, loaded %v; want %s, %d loaded modules", v, v.Loaded(), row.state, row.loaded)
 			}
 			if len(row.reason) == 0 && v.Reason != "" {
 				t.Errorf("reason = %q; want none", v.Reason)

@@ -21,8 +21,8 @@ type plan struct {
 	version string
 	arch    target.Arch
 	release string // kernel release in the modules' vermagic
-	madeFor string // the ABI fingerprint in the stamp of nvidia.ko; "" if it has no stamp
-	gpu     bool
+	madeFor string // the ABI fingerprint in nvidia.ko's stamp (modinfo.StampSection); "" if it has no stamp
+	gpu     bool   // true if the machine has an emulated GPU
 	modules []string // modules to load, in order
 	skipped map[string]string
 	// idleDRM is true if the module nvidia-drm is empty, because it was compiled for a kernel without DRM.
@@ -174,7 +174,7 @@ func (p *plan) addSteps() {
 	add(false, stepAfter, "@cat", procTainted)
 }
 
-// readModule reads a module's facts.
+// readModule reads a module's file: its vermagic, symbols, dependencies and stamp.
 func readModule(file string) (m *modinfo.Module, err error) {
 	in, err := os.Open(file)
 	if err != nil {
