@@ -20,9 +20,9 @@ import (
 type plan struct {
 	version string
 	arch    target.Arch
-	release string // kernel release in the modules' vermagic
-	madeFor string // the ABI fingerprint in nvidia.ko's stamp (modinfo.StampSection); "" if it has no stamp
-	gpu     bool   // true if the machine has an emulated GPU
+	release string   // kernel release in the modules' vermagic
+	madeFor string   // the ABI fingerprint in nvidia.ko's stamp (modinfo.StampSection); "" if it has no stamp
+	gpu     bool     // true if the machine has an emulated GPU
 	modules []string // modules to load, in order
 	skipped map[string]string
 	// idleDRM is true if the module nvidia-drm is empty, because it was compiled for a kernel without DRM.
