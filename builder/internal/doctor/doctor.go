@@ -35,7 +35,7 @@ type Finding struct {
 	Check string `json:"check"`
 	Level Level  `json:"level"`
 	Text  string `json:"text"`
-	// Next is what the operator must do. Every warning and failure has it.
+	// Next says what the operator must do. It is set for every warning and failure.
 	Next string `json:"next,omitempty"`
 	// Class is the fault class of a failure.
 	Class string `json:"class,omitempty"`

@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Rule is the operator's decision. The zero value allows no file under NVIDIA's licence to go to a destination that is
-// not on this machine and does not state its audience.
+// Rule is the operator's decision. With the zero value, files under NVIDIA's licence may go only to destinations on
+// this machine, and to Prebake servers that say that they are private.
 type Rule struct {
 	// Redistribute says which files may go to every destination. "" means [bundle.RedistributeNone].
 	Redistribute bundle.Redistribution
@@ -36,8 +36,8 @@ type Rule struct {
 
 // Destination examines a destination as a client without credentials sees it.
 type Destination interface {
-	// AnonymousAccess checks whether a client without credentials can read the artifact that what names by tag or
-	// digest. If what is empty, AnonymousAccess checks the destination in general.
+	// AnonymousAccess checks whether a client without credentials can read an artifact. The parameter what is the
+	// artifact's tag or digest. If it is empty, AnonymousAccess checks the destination in general.
 	AnonymousAccess(ctx context.Context, what string) (registry.AnonymousAccess, error)
 }
 
@@ -102,8 +102,8 @@ func (r Rule) marks(name string) bool {
 const lookupTimeout = 10 * time.Second
 
 // where classifies the network of a host. near is true if the host has only addresses that the internet cannot reach.
-// here is true if it has only addresses of this machine. Both are false for a host whose name cannot be resolved, for
-// example behind a proxy.
+// here is true if the host has only addresses of this machine. Both are false for a host whose name cannot be resolved,
+// for example behind a proxy.
 func (r Rule) where(ctx context.Context, hostport string) (near, here bool) {
 	host := hostport
 	if h, _, err := net.SplitHostPort(hostport); err == nil {
@@ -119,7 +119,7 @@ func (r Rule) where(ctx context.Context, hostport string) (near, here bool) {
 	defer cancel()
 	all, err := find(ctx, strings.Trim(host, "[]"))
 	near, here = err == nil && len(all) > 0, err == nil && len(all) > 0
-	shared := netip.MustParsePrefix("100.64.0.0/10") // RFC 6598
+	shared := netip.MustParsePrefix("100.64.0.0/10") // RFC 6598; the internet cannot reach these addresses
 	for _, a := range all {
 		a = a.Unmap()
 		here = here && a.IsLoopback()
@@ -142,10 +142,10 @@ func (r Rule) Check(ctx context.Context, name string, p Destination, f target.Fl
 	return refuse(name, f, who, need)
 }
 
-// Published examines an artifact after its publication to a destination that the operator marked as private. what is
-// the artifact's tag or digest. If a client without credentials can read the artifact over the internet, Published
-// returns a [fault.PublishRefused] error. Published does not examine other destinations, and none that is private for
-// another reason too, such as a folder.
+// Published examines an artifact after its publication to a destination that the operator marked as private. The
+// parameter what is the artifact's tag or digest. If a client without credentials can read the artifact over the
+// internet, Published returns a [fault.PublishRefused] error. Published does not examine destinations without the
+// operator's mark, nor destinations that are private for another reason too, such as a folder.
 func (r Rule) Published(ctx context.Context, name string, p Destination, f target.Flavour, what string) error {
 	need := bundle.LicenceOf(f).Redistribution
 	if r.Redistribute.Covers(need) || !r.marks(name) {

@@ -153,8 +153,8 @@ var taints = []struct {
 	{9, "warning"},
 }
 
-// newTaint returns the names of the flags in taints that are set in after and not in before. Both are contents of
-// /proc/sys/kernel/tainted.
+// newTaint compares the contents that /proc/sys/kernel/tainted had before and after the modules were loaded. newTaint
+// returns the names of those flags in taints that only the second content has.
 func newTaint(before, after string) string {
 	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
 	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)
@@ -230,8 +230,8 @@ func cutOff(what string, res *vm.Result) string {
 	return what + ": the machine did not finish this step"
 }
 
-// refusal describes a failed step. The text has the step's name from what, the errno or the exit status, and the
-// kernel's own message if there is one.
+// refusal describes a failed step. The parameter what names the step. The text also has the errno or the exit status of
+// the step, and the kernel's own message if there is one.
 func refusal(what string, s vm.StepResult) string {
 	text := what + ": "
 	if name := unix.ErrnoName(syscall.Errno(s.ExitCode)); name != "" && s.ExitCode < 124 {
@@ -314,8 +314,8 @@ func withoutStamp(line string) string {
 	return line
 }
 
-// notLive returns those of modules that /proc/modules does not list with the state Live. text is the content of
-// /proc/modules.
+// notLive returns the modules that /proc/modules does not list with the state Live. The parameter text is the content
+// of /proc/modules.
 func notLive(text string, modules []string) []string {
 	live := map[string]bool{}
 	for line := range strings.Lines(text) {

@@ -23,7 +23,7 @@ import (
 const (
 	// Loaded: every module loaded, NVML answered with the right version, and every module unloaded.
 	Loaded = "loaded"
-	// NoDevice: the module nvidia linked into the kernel and ran, but found no GPU.
+	// NoDevice: the kernel linked the module nvidia and ran it, but the module found no GPU.
 	NoDevice = "loaded, no device"
 	// Rejected: the kernel or the driver reported an error.
 	Rejected = "rejected"
