@@ -38,7 +38,7 @@ const (
 // errUseMake says that this package cannot answer conftest's questions before make asks them. The
 // wrapping error gives the reason. The build continues without stored answers: make runs conftest
 // itself, which takes longer.
-var errUseMake = errors.New("make runs conftest itself")
+var errUseMake = errors.New("conftest is left to make")
 
 // answers answers conftest's questions before make asks them. If the conftest cache has the answer
 // to the same question for an equal view (see view.go), no test runs. Otherwise the test runs in its
