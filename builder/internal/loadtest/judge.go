@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -13,7 +14,6 @@ import (
 
 	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/vm"
-	"regexp"
 )
 
 // answer is the JSON that nvmlprobe prints.

@@ -162,6 +162,12 @@ func TestJudge(t *testing.T) {
 		{"taint cannot be read", change(stepAfter, says("much\n")), Rejected, 3, []string{"unknown flags"}},
 		{"kernel warns", func(res *vm.Result) { res.KernelLog += "[    9.1] WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1\n" },
 			Rejected, 3, []string{"the kernel complained: WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1"}},
+		{"kernel of 6.19 or later warns", func(res *vm.Result) {
+			res.KernelLog += "[    9.1] WARNING: kernel/sched/core.c:8511 at sched_init+0x20/0x410, CPU#0: swapper/0\n"
+		}, Rejected, 3, []string{"the kernel complained: WARNING: kernel/sched/core.c:8511 at sched_init"}},
+		{"a driver's own warning", func(res *vm.Result) {
+			res.KernelLog += "[    9.1] WARNING: the GPU is old\n"
+		}, Loaded, 3, nil},
 		{"kernel warns while it boots",
 			func(res *vm.Result) { res.KernelLog = "[    0.1] WARNING: CPU: 0 PID: 1 at boot.c:1\n" + res.KernelLog }, Loaded, 3,
 			nil},
