@@ -48,6 +48,8 @@ type Audience struct {
 	Reason string
 	// marked is true if the destination is private only because the operator says so.
 	marked bool
+	// private tells how to make a public destination a private one.
+	private string
 }
 
 // String returns a text for people.
@@ -70,7 +72,7 @@ func (r Rule) Audience(ctx context.Context, name string, p Destination) (Audienc
 	case seen.Host == "":
 		return Audience{Reason: "it is a folder"}, nil
 	case seen.Visibility == registry.AudiencePublic:
-		return Audience{Public: true, Reason: "the server says so"}, nil
+		return Audience{Public: true, Reason: "the server says so", private: "publish to a private destination"}, nil
 	case seen.Visibility == registry.AudiencePrivate:
 		return Audience{Reason: "the server says so"}, nil
 	}
@@ -79,11 +81,14 @@ func (r Rule) Audience(ctx context.Context, name string, p Destination) (Audienc
 	case here:
 		return Audience{Reason: "it is on this machine"}, nil
 	case !r.marks(name) && seen.Reads:
-		return Audience{Public: true, Reason: "it can be read without credentials"}, nil
+		return Audience{Public: true, Reason: "it can be read without credentials",
+			private: "revoke public read access to the destination, and add --private " + name}, nil
 	case !r.marks(name):
-		return Audience{Public: true, Reason: "it is not marked private"}, nil
+		return Audience{Public: true, Reason: "it is not marked private",
+			private: "if only you can read the destination, add --private " + name}, nil
 	case seen.Reads && !near:
-		return Audience{Public: true, Reason: "it can be read without credentials, so --private is wrong"}, nil
+		return Audience{Public: true, Reason: "it can be read without credentials, so --private is wrong",
+			private: "revoke public read access to the destination"}, nil
 	}
 	return Audience{Reason: "--private says so", marked: true}, nil
 }
@@ -172,14 +177,6 @@ func refuse(name string, f target.Flavour, who Audience, need bundle.Redistribut
 	if f != target.Open {
 		what = "modules, user space and firmware are"
 	}
-	hint := fmt.Sprintf("if only you can read the destination, add --private %s", name)
-	if who.Reason != "it is not marked private" {
-		hint = "publish to a private destination"
-		if strings.HasSuffix(who.Reason, "credentials, so --private is wrong") ||
-			strings.HasSuffix(who.Reason, "without credentials") {
-			hint = "revoke public read access to the destination, and add --private " + name
-		}
-	}
 	return fault.New(
 		fault.PublishRefused,
 		fmt.Sprintf(
@@ -189,6 +186,6 @@ func refuse(name string, f target.Flavour, who Audience, need bundle.Redistribut
 			what,
 			who,
 		),
-		hint+fmt.Sprintf("; if you may pass on what NVIDIA's licence covers, add --redistribute %s", need),
+		who.private+fmt.Sprintf("; if you may pass on what NVIDIA's licence covers, add --redistribute %s", need),
 	)
 }
