@@ -25,7 +25,7 @@ const (
 )
 
 // module returns the smallest relocatable file that both the kernel's loader and this package accept as a module. more
-// has names and contents of further sections, alternately.
+// lists further sections: the name of a section, then its content, then the next name.
 func module(vermagic string, more ...string) []byte {
 	names := []byte("\x00.modinfo\x00.symtab\x00.strtab\x00.gnu.linkonce.this_module\x00.shstrtab\x00")
 	for i := 0; i < len(more); i += 2 {
@@ -218,8 +218,8 @@ func TestCheck(t *testing.T) {
 		want   string // "" passes
 	}{
 		{"fits", magic, ours, func(*testing.T, *Kernel) {}, ""},
-		// On COS, sibling kernels share one release and have no checksums and no salt. Only the stamp distinguishes
-		// their modules.
+		// On COS, sibling kernels share one release and have neither checksums of symbols nor a build salt. So only the
+		// stamp shows for which of these kernels a module was made.
 		{"sibling kernel", magic, theirs, func(*testing.T, *Kernel) {}, "made for ABI fingerprint " + string(theirs)},
 		{"sibling kernel, somebody else's module", magic, theirs, func(_ *testing.T, k *Kernel) { k.Fingerprint = "" }, ""},
 		{"other options", release + " SMP preempt mod_unload", ours, func(*testing.T, *Kernel) {},
@@ -279,7 +279,7 @@ func TestCheckRefusesWithoutFacts(t *testing.T) {
 	}
 }
 
-// TestVermagic has the vermagic of real kernels with these configurations.
+// TestVermagic compares the result of vermagicOf with the vermagic of real kernels that have these configurations.
 func TestVermagic(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

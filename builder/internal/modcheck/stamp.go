@@ -26,9 +26,10 @@ const stampAlign = 4
 // maxModule limits the size in bytes of a module that Stamp reads. The largest module has 250 MB before it is stripped.
 const maxModule = 1 << 30
 
-// Stamp copies a module and adds a note with the ABI fingerprint of the kernel that the module was made for. The note
-// stays with the file: the checks before publishing read it there, and a node shows it below /sys/module/<name>/notes.
-// Stamp refuses a signed module, because the signature would become invalid.
+// Stamp copies a module from src to the new file dst and adds the stamp. The stamp is an ELF note with f, the ABI
+// fingerprint of the kernel that the module was made for. The checks before publishing read the stamp in the file. On a
+// node, the kernel shows the stamp of a loaded module below /sys/module/<name>/notes. Stamp refuses a signed module,
+// because the signature would become invalid.
 func Stamp(dst, src string, f target.Fingerprint) error {
 	data, err := readModule(src)
 	if err == nil {
@@ -59,8 +60,9 @@ func readModule(path string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-// stamped appends to a relocatable ELF64 file: the note, the section names with one more name, and the section headers
-// with one more header. All existing sections stay where they are, so that no index and no offset in them changes.
+// stamped returns a copy of a relocatable ELF64 file with three parts appended: the note, the section names with one
+// more name, and the section headers with one more header. All existing sections stay where they are, so that no index
+// and no offset in them changes.
 func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	if _, err := target.ParseFingerprint(string(f)); err != nil {
 		return nil, err
@@ -116,7 +118,8 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	if headers, err = binary.Append(headers, le, added); err != nil {
 		return nil, err
 	}
-	table := place(headers, 8) // place may copy out to a new array, so the header is written after it
+	table := place(headers, 8)
+	// Only now change the ELF header: place may have moved out to another array.
 	le.PutUint64(out[atShoff:], table)
 	le.PutUint16(out[atShnum:], uint16(n+1))
 	return out, nil

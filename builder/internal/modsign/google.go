@@ -15,16 +15,17 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// AttachRecipe names the version of [Detached.Attach]. AttachRecipe is part of cache keys, together with the digests of
-// the archive and of the root.
+// AttachRecipe is the version of the bytes that [Detached.Attach] writes. The cache keys of modules with Google's
+// signatures contain AttachRecipe, and the digests of the signature archive and of trusted_key.pem.
 const AttachRecipe = "attach-1"
 
-// ErrLeftOut means that a signature by Google cannot be used for a module. The error's text continues with the reason.
+// ErrLeftOut means that Google's signatures cannot be used for a driver. [Detached.Attach] wraps ErrLeftOut and adds
+// the reason. A build may then publish the modules without Google's signatures.
 var ErrLeftOut = errors.New("signatures by Google are left out")
 
-// Detached has Google's signatures for the driver of one COS build. They come from
-// extensions/gpu/nvidia-drivers-<VERSION>-signature.tar.gz. Google made them over the bytes of the modules that it
-// compiled and linked itself.
+// Detached has Google's signatures for the driver of one COS build. The signatures come from an archive in the COS
+// bucket, such as extensions/gpu/nvidia-drivers-<VERSION>-signature.tar.gz. Google made each signature over the bytes
+// of a module that Google compiled and linked itself.
 type Detached struct {
 	certificates, roots []*x509.Certificate
 	modules             map[string][]byte // by file name, such as nvidia.ko
@@ -37,9 +38,10 @@ const (
 	maxDriverTar    = 8 << 30
 )
 
-// ReadDetached reads an archive of signatures and ignores files that it does not know. root is the content of
-// trusted_key.pem, the certificate with which the kernel was built. If root is nil, a signature is checked only against
-// the certificates in the archive.
+// ReadDetached reads a signature archive, which is a gzip-compressed tar. It uses the files *.ko.sig (signatures),
+// *.pem and *.der (certificates), and ignores all other files. root is the content of trusted_key.pem, the root
+// certificate that is built into the kernel. If root is nil, a signature is checked only against the certificates in
+// the archive.
 func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 	d := &Detached{modules: map[string][]byte{}}
 	err := eachFile(archive, maxSignatureTar, d.add)
@@ -88,9 +90,10 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 }
 
 // Attach writes a module with Google's signature to the new file dst. name is the module's name without .ko, and module
-// is its content. The error is [ErrLeftOut] in three cases: there is no signature, the signature was made over other
-// bytes, or the kernel's root has not certified its signer. If none of the known certificates fits the signature, the
-// signature is damaged, and Attach returns another error.
+// is the content of the unsigned module. The error wraps [ErrLeftOut] in three cases: the archive has no signature for
+// the module, the signature was made over other bytes, or the kernel's root certificate did not certify the signer. If
+// the signature is malformed, or if no known certificate belongs to its signer, the archive is damaged: then the error
+// does not wrap ErrLeftOut.
 func (d *Detached) Attach(dst, name string, module []byte) error {
 	signature := d.modules[name]
 	if signature == nil {
@@ -115,13 +118,13 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	return writeNew(dst, module, signature, trailer(signature))
 }
 
-// UnpackRecipe names the version of [UnpackSigned], for cache keys.
+// UnpackRecipe is the version of what [UnpackSigned] writes. The cache keys of Google's modules contain it.
 const UnpackRecipe = "unpack-signed-1"
 
-// UnpackSigned writes the modules from nvidia-drivers-<VERSION>.tgz into a folder. Google compiled and signed these
-// modules for one COS build. They are written unchanged, because a kernel that trusts only Google's key loads only
-// these modules. Each module must have a valid signature by one of the trusted certificates. UnpackSigned returns the
-// names of the modules without .ko.
+// UnpackSigned reads nvidia-drivers-<VERSION>.tgz from archive and writes its modules into the folder dir. Google
+// compiled and signed these modules for one COS build. UnpackSigned does not change them, because a kernel that trusts
+// only Google's key loads only modules with exactly these bytes. Each module must have a valid signature by one of the
+// trusted certificates. UnpackSigned returns the names of the modules without .ko.
 func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([]string, error) {
 	var names []string
 	err := eachFile(archive, maxDriverTar, func(h *tar.Header, body io.Reader) error {
@@ -153,8 +156,8 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 	return names, nil
 }
 
-// eachFile calls do for every regular file of a gzip-compressed tar. eachFile returns an error if the tar unpacks to
-// more than most bytes.
+// eachFile calls do for every regular file of a gzip-compressed tar. eachFile returns an error if the tar has more than
+// maxEntries entries or unpacks to more than most bytes.
 func eachFile(r io.Reader, most int64, do func(h *tar.Header, body io.Reader) error) error {
 	z, err := gzip.NewReader(r)
 	if err != nil {

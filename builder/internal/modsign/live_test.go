@@ -15,10 +15,11 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// TestLive loads modules into a real kernel that accepts only signed modules. PREBAKE_BOOT is a boot folder. Its
-// modules may be signed or not. PREBAKE_MODULE_KEY and PREBAKE_MODULE_CERT are a pair that this kernel trusts, such as
-// the mirror's test-module-signing.key and .crt for its clang-built kernel. Without this pair, TestLive tries modules
-// that a kernel refuses, and the shipped module if it is signed.
+// TestLive loads modules into a real kernel that accepts only signed modules. PREBAKE_BOOT is the path of a boot
+// folder, whose modules may be signed or not. PREBAKE_MODULE_KEY and PREBAKE_MODULE_CERT are the paths of a key and its
+// certificate, which this kernel trusts. The program deploy/mirror writes such a pair for its clang-built kernel:
+// test-module-signing.key and test-module-signing.crt. Without a pair, TestLive loads only modules that the kernel must
+// refuse and, if it is signed, the module from the boot folder.
 func TestLive(t *testing.T) {
 	t.Parallel()
 	boot, key, cert := os.Getenv("PREBAKE_BOOT"), os.Getenv("PREBAKE_MODULE_KEY"), os.Getenv("PREBAKE_MODULE_CERT")
@@ -31,7 +32,7 @@ func TestLive(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
-	// The boot folder has the kernel only, because the steps load the modules.
+	// The folder bare has the kernel and no modules, because the steps of this test load the modules themselves.
 	bare := t.TempDir()
 	kernel, err := filepath.Abs(filepath.Join(boot, vm.BootKernel))
 	if err != nil {
@@ -58,7 +59,8 @@ func TestLive(t *testing.T) {
 	try("signed with a key that the kernel does not know", signed(t, load(t, rsaPair(t)), unsigned, "sha256"),
 		syscall.EKEYREJECTED, "module with unavailable key is rejected")
 	broken := signed(t, load(t, rsaPair(t)), unsigned, "sha256")
-	broken[len(broken)-len("~Module signature appended~\n")-12] = 1 // Split refuses this field, too
+	// The first byte of the trailer must be 0. Split refuses another value, too.
+	broken[len(broken)-len("~Module signature appended~\n")-12] = 1
 	try("signed with a broken trailer", broken, syscall.EBADMSG, "unexpected non-zero params")
 	if key != "" && cert != "" {
 		s, err := modsign.Load(t.Context(), key, cert)
@@ -96,11 +98,12 @@ func TestLive(t *testing.T) {
 	}
 }
 
-// moduleName is the module that replaces a driver. moduleName needs no other module.
+// moduleName is a module of the kernel that this test loads in place of a driver. The module depends on no other
+// module.
 const moduleName = "failover"
 
-// plainModule returns a module without its signature. If the module is shipped with a signature, it also returns the
-// shipped module.
+// plainModule returns the boot folder's module moduleName without a signature. If the module in the folder is signed,
+// plainModule also returns it unchanged, as asShipped.
 func plainModule(t *testing.T, boot string) (unsigned, asShipped []byte) {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join(boot, "modules", moduleName+".ko"))

@@ -29,8 +29,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// Recipe names the version of the signatures. Recipe changes when the bytes of a signature change. Recipe is part of
-// cache keys, together with [Signer.Identity].
+// Recipe is the version of the signatures that [Signer.Sign] makes. Recipe changes if Sign makes other bytes from the
+// same module, key and hash algorithm. The cache keys of signed modules contain Recipe and [Signer.Identity].
 const Recipe = "modsign-1"
 
 // These constants are limits in bytes. The largest module of a driver has about 70 MB after it is stripped.
@@ -96,7 +96,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	return &Signer{key: key, cert: cert, identity: Fingerprint(cert)}, nil
 }
 
-// ReadCertificates reads a file with PEM certificates, or with one certificate in DER.
+// ReadCertificates reads a file with certificates, in the form that [ParseCertificates] reads.
 func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -115,7 +115,7 @@ func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	return certs, nil
 }
 
-// ParseCertificates parses PEM certificates, or one certificate in DER.
+// ParseCertificates parses certificates in PEM, or certificates in DER with nothing between them.
 func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	if len(text) > maxCertFile {
 		return nil, fmt.Errorf("more than %d bytes", maxCertFile)
@@ -138,19 +138,21 @@ func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	return certs, nil
 }
 
-// Fingerprint identifies a certificate: sha256: and the digest of its DER form.
+// Fingerprint identifies a certificate. It returns "sha256:" and the SHA-256 of the certificate's DER form, in hex.
 func Fingerprint(cert *x509.Certificate) string {
 	return ocidigest.FromBytes(cert.Raw).String()
 }
 
-// Identity returns the [Fingerprint] of the certificate. Together with [Recipe] and the hash it decides the bytes of
-// every signature.
+// Identity returns the [Fingerprint] of the certificate. The module, the hash algorithm, [Recipe] and Identity together
+// decide the bytes of a signature.
 func (s *Signer) Identity() string { return s.identity }
 
-// Certificate returns the certificate by which the kernel finds the key.
+// Certificate returns the certificate of the signer's key. The kernel must have this certificate to verify the
+// signatures.
 func (s *Signer) Certificate() *x509.Certificate { return s.cert }
 
-// Key returns a cache key for signatures by this signer. Modules with equal keys and equal bytes get equal signatures.
+// Key returns a cache key for signatures by this signer with the hash algorithm hash. Equal modules get equal
+// signatures if Key is equal.
 func (s *Signer) Key(hash string) string { return Recipe + "-" + hash + "-" + s.identity }
 
 // Sign signs the module src and writes it to the new file dst. hash is the kernel's CONFIG_MODULE_SIG_HASH (see
