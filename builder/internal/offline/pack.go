@@ -71,8 +71,8 @@ func (p *packer) manifest(
 	return p.manifestIf(ctx, repo, digest, func(*v1.Manifest) bool { return true })
 }
 
-// manifestIf adds an image's manifest, config and layers. If want returns false, manifestIf adds nothing and the
-// returned manifest is nil.
+// manifestIf reads the manifest with this digest. If want returns true for the manifest, manifestIf adds the manifest,
+// its config and its layers. If want returns false, manifestIf adds nothing and the returned manifest is nil.
 func (p *packer) manifestIf(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -103,7 +103,7 @@ func (p *packer) manifestIf(
 	return d, &m, err
 }
 
-// entry adds a manifest to the index under a name.
+// entry adds a manifest to the index and gives it a name, such as a tag.
 func (p *packer) entry(d v1.Descriptor, name string) {
 	d.Annotations = map[string]string{registry.AnnotationRefName: name}
 	p.index = append(p.index, d)
@@ -178,7 +178,7 @@ func readFile(path string) ([]byte, error) {
 // epoch is the time of every entry in the tar.
 var epoch = time.Unix(0, 0).UTC()
 
-// write writes the tar: the layout's marker, the index, and the blobs by digest.
+// write writes the tar: the file oci-layout, index.json, and the blobs in the order of their digests.
 func (p *packer) write(ctx context.Context, w io.Writer) error {
 	count := &counter{w: w}
 	t := tar.NewWriter(count)
