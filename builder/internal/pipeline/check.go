@@ -19,7 +19,7 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 		Open: in.driver.Flavour == target.Open,
 	}
 	if m.carries.byGoogle() {
-		kernel.Fingerprint = "" // Google signed the module without our stamp
+		kernel.Fingerprint = "" // Google signed modules that have no stamp of ours
 	}
 	vermagic, err = modcheck.Check(m.files, kernel)
 	if err != nil {
@@ -32,8 +32,8 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 	return id, vermagic, nil
 }
 
-// staticChecks names the checks that passed before the load test. The signed test result lists
-// them.
+// staticChecks returns the texts with which the signed test result lists the checks that passed
+// before the load test.
 func staticChecks(in *inputs, m *modules) []string {
 	origin := "stamp of the kernel's fingerprint"
 	if m.carries.byGoogle() {

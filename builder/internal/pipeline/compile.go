@@ -33,13 +33,15 @@ const sumsFile = "SHA256SUMS"
 type modules struct {
 	files map[string]string // name to path
 	sums  map[string]string // name to SHA-256, in hex
-	// debug is the folder of the unstripped modules; it exists only with Config.DebugSymbols.
+	// debug is the path of the folder with the unstripped modules. The folder exists only with
+	// Config.DebugSymbols.
 	debug string
 	// madeOf lists the inputs that this run compiled from. It is empty if the modules came from the
 	// cache.
 	madeOf []string
 	// carries says whose signatures the modules have. signedBy lists everything that decides the
-	// bytes of the signatures, for cache keys.
+	// bytes of the signatures. The cache keys of everything that is made from the modules contain
+	// it.
 	carries  carries
 	signedBy []string
 	// identity is the artifact's identity, which the check phase sets.
@@ -47,7 +49,7 @@ type modules struct {
 }
 
 // key returns the cache key of a product that is made from the modules in their published form. The
-// key covers everything that decides the modules' bytes, and the parts in more.
+// key differs if anything differs that decides the modules' bytes, or if a text in more differs.
 func (m *modules) key(in *inputs, more ...string) string {
 	return in.stampedKey(slices.Concat(more, m.signedBy)...)
 }
@@ -203,8 +205,8 @@ func readModules(dir string) (*modules, error) {
 	return m, nil
 }
 
-// intact returns an error if a module no longer has its checksum, or if one of these folders of the
-// cache changed since it was filled.
+// intact returns an error if a module no longer has the checksum from sumsFile. It also returns an
+// error if one of the folders, which are in the cache, changed since a build filled it.
 func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
 	for _, name := range slices.Sorted(maps.Keys(m.files)) {
 		sum, err := hostfile.Sum(m.files[name])

@@ -41,8 +41,11 @@ type googleSignatures struct {
 	materials []cossrc.Material // the signature archive comes first
 }
 
-// Signing describes how modules get signatures for the kernel. objects returns the names of the
-// objects in the kernel bucket that the signatures come from; nil means that they come from none.
+// Signing returns in how a text with the settings that decide which signatures the modules get for
+// the kernel. Other settings give another text, so that a failure stored under one text does not
+// stop a build with other settings. objects returns the names of the objects in the kernel bucket
+// from which the signatures or the signed modules come. objects is nil if none come from the
+// bucket.
 func (c Config) Signing() (how string, objects func(k target.Kernel, version string) []string) {
 	c = c.withDefaults(Request{})
 	switch {
@@ -125,8 +128,9 @@ type googleModules struct {
 	cached bool
 }
 
-// fetchModules fetches Google's modules and verifies each one. It runs in the source phase, so that
-// a missing or unsigned module ends the build early.
+// fetchModules fetches Google's modules and verifies the signature of each one. It returns nil
+// without Config.GoogleModules. It runs in the source phase, so that a missing or unsigned module
+// ends the build early.
 func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleModules, error) {
 	switch {
 	case !r.cfg.GoogleModules:
@@ -207,8 +211,8 @@ func takeModules(in *inputs) (*modules, string, error) {
 	return m, note, nil
 }
 
-// carries says whose signatures the modules of an artifact have, in the form of the provenance. All
-// fields are "" for unsigned modules.
+// carries says whose signatures the modules of an artifact have. The provenance records the field
+// that is set, see fact. All fields are "" for unsigned modules.
 type carries struct {
 	key     string // the fingerprint of the certificate of Config.ModuleKey
 	google  string // the digest of Google's signature archive
@@ -248,10 +252,11 @@ func (c carries) fact() (name, value string, ok bool) {
 // takes reports whether this run can reuse an artifact whose modules have the signatures c and were
 // made of the inputs madeOf.
 //
-// Another COS build with the same fingerprint may have published the artifact, with modules that
-// Google signed for that COS build. If this run requires no signatures, it can use these modules
-// like unsigned ones. If this run wants Google's modules, it can use those of the other COS build,
-// on one condition: both kernels were built with the same root certificate.
+// The artifact may have been made for another COS build with the same fingerprint, with modules
+// that Google signed for that COS build. If this run requires no signatures, it can reuse this
+// artifact as if its modules were unsigned. If this run wants Google's modules, it can reuse an
+// artifact with Google's modules for the other COS build on one condition: both kernels were built
+// with the same root certificate.
 func (s signing) takes(c carries, in *inputs, madeOf []trust.Material) bool {
 	among := func(wanted []cossrc.Material) bool {
 		return !slices.ContainsFunc(wanted, func(w cossrc.Material) bool {

@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// google is a key and certificate that sign modules as Google does for a COS build.
+// google has a key and its certificate. With them, a test signs modules in Google's place.
 type google struct {
 	key, certPath string
 	certs         []*x509.Certificate
@@ -87,7 +87,7 @@ func tgz(t *testing.T, files map[string]string) []byte {
 	return out.Bytes()
 }
 
-// elsewhere returns the farm with another, empty registry.
+// elsewhere returns a copy of the farm with another registry, which is empty.
 func (f farm) elsewhere(t *testing.T) *farm {
 	t.Helper()
 	f.repo = testkit.Registry(t, true) + "/prebake/driver"

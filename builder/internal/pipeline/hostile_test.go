@@ -15,7 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// asking writes a driver that asks its kernel questions, with one of its files changed.
+// asking writes a driver whose conftest.sh compiles test programs against the kernel's headers, and
+// writes such a kernel. In one file of the driver, asking replaces the text from by the text to.
 func (f *farm) asking(t *testing.T, file, from, to string) {
 	t.Helper()
 	files := map[string]string{}

@@ -17,12 +17,12 @@ import (
 // loadTested is the outcome of the load test phase.
 type loadTested struct {
 	verdict *loadtest.Verdict // nil if no load test ran
-	reason  string            // why no load test ran; "" if one ran or Config switched it off
+	reason  string            // why no load test ran; "" if one ran, or with LoadTestOff
 	boot    boot
 }
 
-// testKey returns the cache key of the verdict about these modules on this boot image, with user
-// space and firmware of this runfile.
+// testKey returns the cache key of a load test's verdict. The key differs if the modules, the boot
+// folder, or the runfile with user space and firmware differ.
 func testKey(in *inputs, m *modules, b boot) string {
 	return m.key(in, loadtest.Recipe, b.key, nvsrc.StageRecipe, in.release.Digest)
 }
@@ -83,8 +83,9 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 	return t, verdict.State, r.products.PutFact("loadtest", key, raw)
 }
 
-// cachedVerdict returns the stored verdict about these modules. It returns nil if there is none, or
-// if a new test could check more than the stored one did.
+// cachedVerdict returns the stored verdict about these modules. It returns nil if there is no
+// stored verdict, or if a new load test could check more: the stored verdict may lack NVML's answer
+// because the NVML probe was missing.
 func (r *run) cachedVerdict(in *inputs, key string) *loadtest.Verdict {
 	raw, ok := r.products.Fact("loadtest", key)
 	verdict := &loadtest.Verdict{}

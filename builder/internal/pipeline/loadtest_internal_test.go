@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A stored verdict is reused only if everything in the virtual machine is the same.
+// A stored verdict may be reused only if everything that the load test uses is the same. So a
+// change of each input must change the key.
 func TestKeyOfVerdict(t *testing.T) {
 	t.Parallel()
 	key := func(change func(in *inputs, m *modules, b *boot)) string {

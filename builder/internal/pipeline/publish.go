@@ -20,8 +20,8 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 			_, existed, err = publish.Publish(ctx, p.repo, all)
 		}
 		if err != nil {
-			// A destination compares bytes with their digests. If it refuses a layer, the cause may
-			// be a damaged file in the cache.
+			// A destination compares the layers that it receives with their digests. If it refuses
+			// a layer, the cause may be a damaged file in the cache.
 			if damaged := r.layersIntact(ctx, a); damaged != nil {
 				err = fmt.Errorf("%w; therefore: %w", damaged, err)
 			}
@@ -68,7 +68,7 @@ func (r *run) layersIntact(ctx context.Context, a *artifact) error {
 	return nil
 }
 
-// publishDeltas attaches deltas for nodes that have an earlier build's modules. Deltas are
+// publishDeltas attaches deltas for nodes that have the modules of an earlier COS build. Deltas are
 // optional: without them nodes fetch the whole layer. So publishDeltas returns an error only if the
 // context ends.
 func (r *run) publishDeltas(ctx context.Context, in *inputs, to *publication, a *artifact) error {

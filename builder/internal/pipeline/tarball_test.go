@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A bucket gets a tarball for each COS build. If one destination lacks the cell, the cell is made
-// again for it.
+// A bucket gets a tarball for each COS build, even if two COS builds share the artifact. If the
+// bucket already has other bytes under the tarball's name, the build fails and the bytes stay.
 func TestTarballTwins(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
