@@ -85,8 +85,8 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 				errs,
 				&modinfo.Problem{
 					Module: name,
-					Text: fmt.Sprintf("has the licence %.40q, but an open module has a licence that does not taint the kernel",
-						m.License),
+					Text: fmt.Sprintf("has the licence %.40q; a module of flavour open must have a licence that does not taint "+
+						"the kernel", m.License),
 				},
 			)
 		}

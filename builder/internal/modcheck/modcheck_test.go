@@ -106,7 +106,7 @@ func TestStamp(t *testing.T) {
 		t.Fatal(err)
 	}
 	if m.MadeFor != string(ours) || m.Vermagic != magic || m.StructSize != 0x380 {
-		t.Errorf("a stamped module says %+v; want it made for %s, and all else as before", m, ours)
+		t.Errorf("Read of a stamped module = %+v; want it made for %s, and all else as before", m, ours)
 	}
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -198,7 +198,7 @@ func FuzzStamped(f *testing.F) {
 		}
 		file, err := elf.NewFile(bytes.NewReader(out))
 		if err != nil {
-			t.Fatalf("stamped() made what is no ELF file: %v", err)
+			t.Fatalf("stamped() made a file that is not ELF: %v", err)
 		}
 		last := file.Sections[len(file.Sections)-1]
 		note, err := last.Data()

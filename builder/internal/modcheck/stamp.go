@@ -55,7 +55,7 @@ func readModule(path string) ([]byte, error) {
 		return nil, err
 	}
 	if info.Size() > maxModule {
-		return nil, fmt.Errorf("%d bytes are more than %d", info.Size(), maxModule)
+		return nil, fmt.Errorf("the file has %d bytes, more than the limit of %d", info.Size(), maxModule)
 	}
 	return os.ReadFile(path)
 }
@@ -68,7 +68,7 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 		return nil, err
 	}
 	if bytes.HasSuffix(data, []byte(modinfo.SignatureMagic)) {
-		return nil, errors.New("it is signed already")
+		return nil, errors.New("the module is signed already")
 	}
 	file, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {
@@ -77,9 +77,9 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	le := binary.LittleEndian
 	switch {
 	case file.Class != elf.ELFCLASS64 || file.Data != elf.ELFDATA2LSB || file.Type != elf.ET_REL:
-		return nil, errors.New("it is not a module for a 64-bit little-endian machine")
+		return nil, errors.New("the file is not a module for a 64-bit little-endian machine")
 	case file.Section(modinfo.StampSection) != nil:
-		return nil, errors.New("it has a stamp already")
+		return nil, errors.New("the module has a stamp already")
 	}
 	n := len(file.Sections)
 	shoff := le.Uint64(data[atShoff:])
@@ -87,11 +87,11 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	// section table ends outside the file.
 	if n == 0 || n != int(le.Uint16(data[atShnum:])) || n+1 >= int(elf.SHN_LORESERVE) || shoff > uint64(len(data)) ||
 		uint64(len(data))-shoff < uint64(n*sectionHeader) {
-		return nil, errors.New("its section table has an unusual form")
+		return nil, errors.New("the section table has an unusual form")
 	}
 	at := int(le.Uint16(data[atShnum+2:])) // e_shstrndx
 	if at >= n {
-		return nil, errors.New("its section names are missing")
+		return nil, errors.New("the section names are missing")
 	}
 	names, err := file.Sections[at].Data()
 	if err != nil {

@@ -36,7 +36,7 @@ func unstamped(data []byte) ([]byte, error) {
 	}
 	stamp := file.Section(modinfo.StampSection)
 	if stamp == nil {
-		return nil, fmt.Errorf("it has no section %s", modinfo.StampSection)
+		return nil, fmt.Errorf("the module has no section %s", modinfo.StampSection)
 	}
 	note, err := stamp.Data()
 	if err != nil {
@@ -57,5 +57,5 @@ func unstamped(data []byte) ([]byte, error) {
 			return plain, nil
 		}
 	}
-	return nil, errors.New("the module changed after the stamp, or its section table was not at the end")
+	return nil, errors.New("the module changed after it was stamped, or its section table was not at the end of the file")
 }

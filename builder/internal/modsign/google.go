@@ -21,7 +21,7 @@ const AttachRecipe = "attach-1"
 
 // ErrLeftOut means that Google's signatures cannot be used for a driver. [Detached.Attach] wraps ErrLeftOut and adds
 // the reason. A build may then publish the modules without Google's signatures.
-var ErrLeftOut = errors.New("signatures by Google are left out")
+var ErrLeftOut = errors.New("signatures by Google cannot be used")
 
 // Detached has Google's signatures for the driver of one COS build. The signatures come from an archive in the COS
 // bucket, such as extensions/gpu/nvidia-drivers-<VERSION>-signature.tar.gz. Google made each signature over the bytes
@@ -46,7 +46,7 @@ func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 	d := &Detached{modules: map[string][]byte{}}
 	err := eachFile(archive, maxSignatureTar, d.add)
 	if err == nil && len(d.modules) == 0 {
-		err = errors.New("no signature of a module")
+		err = errors.New("the archive has no signature of a module")
 	}
 	if err == nil && root != nil {
 		if d.roots, err = ParseCertificates(root); err != nil {
@@ -79,7 +79,7 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 			return fmt.Errorf("%.100q: %w", h.Name, err)
 		}
 		if d.certificates = append(d.certificates, certs...); len(d.certificates) > maxSent {
-			return fmt.Errorf("more than %d certificates", maxSent)
+			return fmt.Errorf("the archive has more than %d certificates", maxSent)
 		}
 		return nil
 	case d.modules[module] != nil:
@@ -100,8 +100,8 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 		return fault.Errorf(fault.CheckFailed, "%w: there is no signature for %s", ErrLeftOut, name)
 	}
 	if _, own, err := Split(module); err != nil || own != nil {
-		return errors.Join(err, fault.New(fault.CheckFailed, "attach a signature to "+name+": it is signed already",
-			"attach the signature to the unsigned module, as it was compiled"))
+		return errors.Join(err, fault.New(fault.CheckFailed, "attach a signature to "+name+": the module is signed already",
+			"attach the signature to the unsigned module that the compiler made"))
 	}
 	s, err := verify(module, signature, slices.Concat(d.certificates, d.roots))
 	switch {
@@ -112,7 +112,7 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 			"replace the archive in the bucket, or build with --google-signatures off")
 	case len(d.roots) > 0 && !slices.ContainsFunc(d.roots, s.Signer.Equal) && !chains(s.Signer, d.certificates, d.roots):
 		return fault.Errorf(fault.CheckFailed,
-			"%w: the signature for %s is by %.200q, which the kernel's root did not certify",
+			"%w: the signature for %s is by %.200q, which the kernel's root certificate did not certify",
 			ErrLeftOut, name, s.Signer.Subject.String())
 	}
 	return writeNew(dst, module, signature, trailer(signature))
@@ -146,7 +146,7 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 		return writeNew(filepath.Join(dir, name+".ko"), module)
 	})
 	if err == nil && len(names) == 0 {
-		err = errors.New("no modules")
+		err = errors.New("the archive has no modules")
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("unpack Google's modules: %w", err),
@@ -171,13 +171,13 @@ func eachFile(r io.Reader, most int64, do func(h *tar.Header, body io.Reader) er
 		switch {
 		case errors.Is(err, io.EOF):
 			if left.N <= 0 {
-				return fmt.Errorf("more than %d bytes unpacked", most)
+				return fmt.Errorf("the archive unpacks to more than %d bytes", most)
 			}
 			return nil
 		case err != nil:
 			return err
 		case n == maxEntries:
-			return fmt.Errorf("more than %d entries", maxEntries)
+			return fmt.Errorf("the archive has more than %d entries", maxEntries)
 		case h.Typeflag != tar.TypeReg: // links and folders are ignored
 			continue
 		case !filepath.IsLocal(h.Name):

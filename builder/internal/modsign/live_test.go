@@ -24,7 +24,7 @@ func TestLive(t *testing.T) {
 	t.Parallel()
 	boot, key, cert := os.Getenv("PREBAKE_BOOT"), os.Getenv("PREBAKE_MODULE_KEY"), os.Getenv("PREBAKE_MODULE_CERT")
 	if boot == "" {
-		t.Skip("PREBAKE_BOOT names no folder with vmlinuz and modules")
+		t.Skip("PREBAKE_BOOT is not set: want the path of a boot folder, with vmlinuz and modules")
 	}
 	init := filepath.Join(t.TempDir(), "guestinit")
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", init, "github.com/prebake/prebake/pkg/vm/guestinit")
@@ -108,7 +108,7 @@ func plainModule(t *testing.T, boot string) (unsigned, asShipped []byte) {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join(boot, "modules", moduleName+".ko"))
 	if err != nil {
-		t.Skipf("no module to try it with: %v", err)
+		t.Skipf("the boot folder lacks the module that the test loads: %v", err)
 	}
 	body, signature, err := modsign.Split(data)
 	if err != nil {

@@ -64,7 +64,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	}
 	if len(certs) != 1 {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("%s has %d certificates; want one", certPath, len(certs)),
-			"give a file that has only the signing certificate")
+			"give --module-cert a file that has only the certificate of the signing key")
 	}
 	key, err := sign.OpenKey(ctx, keyRef)
 	if err != nil {
@@ -74,7 +74,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	pub, ok := key.Public().(*rsa.PublicKey)
 	if !ok {
 		return nil, fault.New(fault.Usage,
-			fmt.Sprintf("%s is of type %T: ECDSA signatures differ each time, so the artifact would differ each time",
+			fmt.Sprintf("%s is a key of type %T; want an RSA key: ECDSA signatures differ each time, so the artifact would, too",
 				keyRef, key.Public()),
 			"use an RSA key: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout modules.key -out "+
 				"modules.crt")
@@ -180,7 +180,8 @@ func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
 	case err != nil:
 		return err
 	case signature != nil:
-		return fault.New(fault.CheckFailed, "it is signed already", "sign the unsigned module that the build made")
+		return fault.New(fault.CheckFailed, "the module is signed already",
+			"sign the unsigned module that the compiler made")
 	}
 	signature, err := s.detached(module, digest)
 	if err != nil {
@@ -189,7 +190,7 @@ func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
 	if _, err := verify(module, signature, []*x509.Certificate{s.cert}); err != nil {
 		// A KMS key for RSA-PSS, or for another hash, signs too, but the kernel cannot verify its signature.
 		return fault.Wrap(fault.Usage, fmt.Errorf("verify own signature: %w", err),
-			"use a key for RSA PKCS#1 v1.5 with "+hash)
+			"give --module-key a KMS key that signs by RSA PKCS#1 v1.5 with "+hash)
 	}
 	return writeNew(dst, module, signature, trailer(signature))
 }
@@ -219,7 +220,7 @@ func (s *Signer) detached(module []byte, digest asn1.ObjectIdentifier) ([]byte, 
 	// The kernel supports only the plain RSA algorithm here, for every hash.
 	sd.SetEncryptionAlgorithm(pkcs7.OIDEncryptionAlgorithmRSA)
 	if err := sd.SignWithoutAttr(s.cert, s.key, pkcs7.SignerInfoConfig{}); err != nil {
-		return nil, fault.Wrap(fault.Transient, err, "check that the module signing key can be reached")
+		return nil, fault.Wrap(fault.Transient, err, "check that this machine can reach the key of --module-key")
 	}
 	sd.Detach()
 	// Finish would add the certificate, so this code wraps the structure itself.
@@ -268,7 +269,7 @@ func readBounded(r io.Reader) ([]byte, error) {
 		return nil, err
 	}
 	if len(module) > maxModule {
-		return nil, fault.Errorf(fault.CheckFailed, "more than %d bytes", maxModule)
+		return nil, fault.Errorf(fault.CheckFailed, "the module has more than %d bytes", maxModule)
 	}
 	return module, nil
 }

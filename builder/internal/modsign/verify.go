@@ -61,7 +61,8 @@ func Split(module []byte) (body, signature []byte, err error) {
 	case !bytes.Equal(info[:lengthAt], want):
 		return bad("a field that must be zero is not zero")
 	case length == 0 || length > maxSignature || int64(length) >= int64(len(rest)):
-		return bad(fmt.Sprintf("%d bytes of signature in %d bytes", length, len(rest)))
+		return bad(fmt.Sprintf("the signature would have %d bytes; the file has %d, and the limit is %d", length, len(module),
+			maxSignature))
 	}
 	at := len(rest) - int(length)
 	return rest[:at], rest[at:], nil

@@ -235,7 +235,8 @@ func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 	}
 	if target.ModuleVersion(m.Version) != target.ModuleVersion(f.version) {
 		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile holds version %.60q", m.Version),
-			"put the right file at "+f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
+			"put the right file, the runfile of driver "+f.version+", at "+
+				f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
 	}
 	if len(m.Unknown) > 0 {
 		f.Progressf("left out files of unknown types in .manifest: %s",

@@ -255,7 +255,7 @@ func copyFile(from, to *os.Root, name string, it item) error {
 		return err
 	}
 	if !fi.Mode().IsRegular() {
-		return fault.New(fault.Unverified, fmt.Sprintf("%s is not a file", it.src),
+		return fault.New(fault.Unverified, fmt.Sprintf("%s is not a regular file", it.src),
 			"check that the object is NVIDIA's .run file, whole and unchanged")
 	}
 	mode := fs.FileMode(0o644)

@@ -135,9 +135,9 @@ func (p *packer) folder(dir string) (int, error) {
 		case err != nil || e.IsDir():
 			return err
 		case !e.Type().IsRegular():
-			return fault.New(fault.Usage, path+" is no regular file", "give a folder of plain files")
+			return fault.New(fault.Usage, path+" is no regular file", "give --snapshot a folder that has only regular files")
 		case len(files) == registry.MaxFiles:
-			return fault.Errorf(fault.Usage, "more than %d files", registry.MaxFiles)
+			return fault.Errorf(fault.Usage, "the folder has more than %d files", registry.MaxFiles)
 		}
 		name, err := filepath.Rel(dir, path)
 		if err != nil {
@@ -152,13 +152,13 @@ func (p *packer) folder(dir string) (int, error) {
 		return err
 	})
 	if err == nil && len(files) == 0 {
-		err = fault.New(fault.Usage, "it is empty", "name the folder with the signed files")
+		err = fault.New(fault.Usage, "the folder is empty", "name the folder with the signed files")
 	}
 	if err != nil {
 		return 0, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("read snapshot %s: %w", dir, err),
-			"name the folder with the signed files: --snapshot FOLDER",
+			"give --snapshot the folder with the snapshot's files; it must have regular files only",
 		)
 	}
 	return len(files), p.files(TypeSnapshot, TagSnapshot, files)
@@ -252,7 +252,7 @@ func (b blob) copy(ctx context.Context, w io.Writer) error {
 	}
 	if got := hex.EncodeToString(h.Sum(nil)); n != b.Size || got != b.Digest.Hex {
 		return fault.New(fault.Unverified,
-			fmt.Sprintf("it has %d bytes with digest sha256:%s; want %d bytes", n, got, b.Size),
+			fmt.Sprintf("the repository sent %d bytes with digest sha256:%s; want %d bytes", n, got, b.Size),
 			"publish the artifact again, or use another repository: this one serves altered bytes")
 	}
 	return nil

@@ -44,7 +44,7 @@ const maxDepth = 3
 func Show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 	l, err := show(ctx, repo)
 	if err != nil {
-		return nil, fmt.Errorf("look through %s: %w", repo.Name(), err)
+		return nil, fmt.Errorf("list bundle %s: %w", repo.Name(), err)
 	}
 	return l, nil
 }
@@ -52,7 +52,8 @@ func Show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 func show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 	layout, ok := repo.AsLayout()
 	if !ok {
-		return nil, fault.New(fault.Usage, "it is no bundle", "name a file, or a folder with an image layout as oci:FOLDER")
+		return nil, fault.New(fault.Usage, "this is a registry, not a bundle",
+			"name the file of a bundle, or oci:FOLDER for a folder with an image layout")
 	}
 	idx, digest, err := layout.Index(ctx)
 	if err != nil {

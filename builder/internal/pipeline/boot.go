@@ -75,8 +75,8 @@ func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err
 	return b, "", err
 }
 
-// readFacts reads from vmlinux what it says about its kernel. readFacts returns an error if that
-// does not fit the headers that the modules were compiled against.
+// readFacts reads the facts about the kernel that vmlinux contains. readFacts returns an error if
+// these facts do not fit the headers that the modules were compiled against.
 func readFacts(vmlinux string, in *inputs) (facts bootimage.Facts, err error) {
 	f, err := os.Open(vmlinux)
 	if err != nil {
@@ -145,8 +145,8 @@ func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sig
 	if err := json.Unmarshal(raw, &made); err != nil {
 		return boot{}, err
 	}
-	fmt.Fprintf(r.log, "boots %s, made of %s, build id %s: %s\n", made.Image, from.URI, made.BuildID,
-		facts.Banners[len(facts.Banners)-1])
+	fmt.Fprintf(r.log, "the load test boots kernel image %s, made of %s with build id %s: %s\n", made.Image, from.URI,
+		made.BuildID, facts.Banners[len(facts.Banners)-1])
 	return boot{dir, key, []sign.Material{from, {Name: "boot image", Digest: made.Image}}}, nil
 }
 

@@ -93,7 +93,8 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			return err
 		}
 		if b := sandbox.SupportedLimits(); !b.ControlGroup {
-			fmt.Fprintf(r.log, "limits hold for each process of the compile, not for all together: %v\n", b.Reason)
+			fmt.Fprintf(r.log, "the limits of the sandbox hold for each process of the compile, not for all processes "+
+				"together: %v\n", b.Reason)
 		}
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
 			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout),

@@ -463,7 +463,7 @@ func TestKilledWhilePublishing(t *testing.T) {
 			}
 			th.wire.trigger.Store(&pull)
 			if got := read(t, cmd, func() { close(started) }); got.Class != killed && got.Digest != want {
-				t.Errorf("it was not killed, and came to %+v", got)
+				t.Errorf("the build was not killed, and ended with %+v", got)
 			}
 			th.wire.trigger.Store(nil)
 			th.afterwards(t, want, nil)

@@ -41,11 +41,11 @@ type googleSignatures struct {
 	materials []cossrc.Material // the signature archive comes first
 }
 
-// Signing returns in how a text with the settings that decide which signatures the modules get for
-// the kernel. Other settings give another text, so that a failure stored under one text does not
-// stop a build with other settings. objects returns the names of the objects in the kernel bucket
-// from which the signatures or the signed modules come. objects is nil if none come from the
-// bucket.
+// Signing describes which signatures the modules get for the kernel. how is a text with the
+// settings that decide this. Other settings give another text, so that a failure stored with one
+// text does not stop a build with other settings. objects returns the names of the objects in the
+// kernel bucket from which the signatures or the signed modules come. objects is nil if none come
+// from the bucket.
 func (c Config) Signing() (how string, objects func(k target.Kernel, version string) []string) {
 	c = c.withDefaults(Request{})
 	switch {
@@ -76,7 +76,7 @@ func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in
 		}
 		archive := cosbucket.SignatureNames(in.kernel.Kernel, in.driver.Version)[0]
 		return nil, fault.New(fault.InputMissing,
-			"the bucket does not have Google's signatures for this driver: there is no "+kernels.URL(archive),
+			"the bucket does not have Google's signatures for this driver: "+kernels.URL(archive)+" is missing",
 			"give --kernel-mirror a bucket that has these signatures, or build with --google-signatures auto")
 	}
 	detached, err := modsign.ReadDetached(bytes.NewReader(s.Archive), s.TrustedKey)
@@ -137,7 +137,8 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 		return nil, nil
 	case r.req.Flavour != target.Open:
 		return nil, fault.New(fault.Unsupported,
-			fmt.Sprintf("Google publishes no linked modules of flavour %s, only the parts to link them", r.req.Flavour),
+			fmt.Sprintf("Google publishes no modules of flavour %s, only the parts from which the modules are linked",
+				r.req.Flavour),
 			"use --flavour open, or build without --google-modules")
 	}
 	driver, err := cossrc.FetchSignedDriver(ctx, kernels, r.cfg.Cache, in.kernel.Kernel, in.driver.Version,
@@ -185,7 +186,7 @@ func (r *run) kernelTrusts(driver *cossrc.SignedDriver) ([]*x509.Certificate, er
 		return modsign.ReadCertificates(r.cfg.ModuleCert)
 	case driver.TrustedKey == nil:
 		return nil, fault.New(fault.InputMissing,
-			"the bucket has no certificate of this kernel: there is no trusted_key.pem",
+			"the bucket has no certificate of this kernel: trusted_key.pem is missing",
 			"give the certificate with --module-cert FILE")
 	}
 	trusted, err := modsign.ParseCertificates(driver.TrustedKey)

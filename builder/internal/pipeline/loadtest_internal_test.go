@@ -37,7 +37,7 @@ func TestKeyOfVerdict(t *testing.T) {
 	} {
 		k := key(change)
 		if other, ok := met[k]; ok {
-			t.Errorf("with another %s the key is that with another %s", what, other)
+			t.Errorf("a change of %s gives the same key as a change of %s", what, other)
 		}
 		met[k] = what
 	}
@@ -71,7 +71,7 @@ func TestVerdictWithoutNVML(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r.cachedVerdict(in, "asked") == nil || r.cachedVerdict(in, "not asked") != nil {
-		t.Errorf("with a probe the verdicts are %v and %v; want only the one that has asked", r.cachedVerdict(in, "asked"),
-			r.cachedVerdict(in, "not asked"))
+		t.Errorf("with a probe the verdicts are %v and %v; want only the first, whose test asked NVML",
+			r.cachedVerdict(in, "asked"), r.cachedVerdict(in, "not asked"))
 	}
 }

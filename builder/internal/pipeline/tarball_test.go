@@ -41,7 +41,7 @@ func TestTarballTwins(t *testing.T) {
 	other := must(t, cfg, request("17800.1.9"))
 	if other.Digest != first.Digest || !other.Reused || len(other.Tarballs) != 1 ||
 		other.Tarballs[0].SHA256 != first.Tarballs[0].SHA256 || other.Tarballs[0].URL == first.Tarballs[0].URL {
-		t.Errorf("its twin: %+v; want %s with a tarball of its own", other, first.Digest)
+		t.Errorf("another COS build with the same fingerprint: %+v; want %s with a tarball of its own", other, first.Digest)
 	}
 
 	// A file with the tarball's name and other bytes stays unchanged.

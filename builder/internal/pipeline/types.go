@@ -33,7 +33,7 @@ func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version st
 	}
 	if want := r.req.BTF; want != "" && want != version {
 		return "", fault.New(fault.Unsupported,
-			fmt.Sprintf("the modules' BTF was made by pahole %s; this machine has %s", want, version),
+			fmt.Sprintf("the published modules have BTF by pahole %s, but this machine has pahole %s", want, version),
 			"install pahole "+want+" (package dwarves)")
 	}
 	return version, nil

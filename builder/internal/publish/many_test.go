@@ -83,6 +83,7 @@ func TestManyKernels(t *testing.T) {
 		})
 	}
 	if trust.MaxBundles < 2*registry.MaxAttachments {
-		t.Errorf("of %d statements that are read, %d are looked at", 2*registry.MaxAttachments, trust.MaxBundles)
+		t.Errorf("a client reads %d statements, but a verifier examines only %d of them", 2*registry.MaxAttachments,
+			trust.MaxBundles)
 	}
 }

@@ -192,7 +192,7 @@ func sameRecipes(theirs map[string]string) error {
 		if theirs[name] != ours[name] {
 			return fault.New(fault.Unsupported,
 				fmt.Sprintf("the artifact was built with recipe %s %q; this builder has %q", name, theirs[name], ours[name]),
-				fmt.Sprintf("use version %s of the builder, which the provenance names", theirs["builder"]))
+				fmt.Sprintf("run builder reproduce of version %s, the version that built the artifact", theirs["builder"]))
 		}
 	}
 	return nil
@@ -212,7 +212,7 @@ func sameInputs(want []trust.Material, made *pipeline.Made) error {
 		}
 	}
 	if len(made.Materials) != len(want) {
-		return fault.Errorf(fault.Mismatch, "the artifact was made from %d inputs; this build has %d", len(want),
+		return fault.Errorf(fault.Mismatch, "the published artifact was made from %d inputs; this build has %d", len(want),
 			len(made.Materials))
 	}
 	return nil
