@@ -39,8 +39,8 @@ type Kernel struct {
 	// Release is the kernel release, as `uname -r` prints it.
 	Release string
 	Arch    target.Arch
-	// Fingerprint is the ABI fingerprint that the stamp of every module must have. "" is for modules that Google
-	// signed: they have no stamp, because a stamp would change the signed bytes.
+	// Fingerprint is the ABI fingerprint that the stamp of every module must have. Fingerprint is "" for modules that
+	// Google signed. Such modules have no stamp, because a stamp would change the signed bytes.
 	Fingerprint target.Fingerprint
 	// Version is the driver's version. If Version is "", Check does not compare the versions of the modules with it.
 	Version string

@@ -65,8 +65,8 @@ func module(vermagic string, more ...string) []byte {
 	return out.Bytes()
 }
 
-// kernel writes those files of a header tree that describe a kernel, in the form of COS. kernel returns the facts of
-// this kernel.
+// kernel writes the files of a header tree that Check reads, with the content that COS's headers have. It returns the
+// Kernel for this header tree.
 func kernel(t *testing.T) Kernel {
 	t.Helper()
 	dir := t.TempDir()

@@ -83,8 +83,8 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	}
 	n := len(file.Sections)
 	shoff := le.Uint64(data[atShoff:])
-	// Refuse a file whose number of sections, with one more section, does not fit into the header. Refuse a file whose
-	// section table ends outside the file.
+	// Refuse a file if its number of sections plus one does not fit into the ELF header, or if its section table ends
+	// outside the file.
 	if n == 0 || n != int(le.Uint16(data[atShnum:])) || n+1 >= int(elf.SHN_LORESERVE) || shoff > uint64(len(data)) ||
 		uint64(len(data))-shoff < uint64(n*sectionHeader) {
 		return nil, errors.New("the section table has an unusual form")

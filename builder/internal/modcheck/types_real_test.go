@@ -84,7 +84,7 @@ func TestRealTypes(t *testing.T) {
 	if !has("good") {
 		t.Errorf("%s = %s; want the module's types there\n%s", list, said["good"].Stdout, res.KernelLog)
 	}
-	// Debian's kernels load a module whose BTF does not fit, but without its BTF.
+	// If a module's BTF does not fit, Debian's kernels load the module without its BTF.
 	if log := said["load foreign"].KernelLog; has("foreign") ||
 		!strings.Contains(log, "failed to validate module [nvidia] BTF") {
 		t.Errorf("%s = %s; want a sibling's types refused\n%s", list, said["foreign"].Stdout, log)

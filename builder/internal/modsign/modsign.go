@@ -1,6 +1,7 @@
 // Package modsign signs kernel modules as the kernel's own program sign-file does, and verifies such signatures by the
-// kernel's rules. The package also attaches the signatures that Google ships with a COS build to exactly the modules
-// over which they were made. Modules that Google compiled and signed are verified and unpacked without a change.
+// kernel's rules. Google ships detached signatures with a COS build: the package attaches such a signature to a module
+// if the signature was made over exactly the module's bytes. The package also verifies the modules that Google compiled
+// and signed, and unpacks them without a change.
 //
 // The package refuses keys whose signatures differ from run to run, because equal inputs must give equal modules. The
 // package refuses a module that is signed already. The package never returns a signature that it has not verified

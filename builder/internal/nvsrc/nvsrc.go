@@ -147,7 +147,8 @@ func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err err
 	return "", input.Sum{}, none
 }
 
-// missing adds a hint to the error for a missing object. The hint lists versions that the bucket has.
+// missing adds a hint to the error for a missing object. The hint lists versions that the bucket has. If the bucket
+// cannot be listed, or has no versions, the hint says where to copy the runfile.
 func (f *fetcher) missing(ctx context.Context, err error) error {
 	if !fault.Is(err, fault.InputMissing) {
 		return err

@@ -16,8 +16,8 @@ import (
 
 // Header is a text with which some sources begin.
 type Header struct {
-	// Text is the content of the precompiled header. With it the compiler reads the same tokens, and gets the same
-	// macros, as from the beginnings of the sources.
+	// Text is the content of the precompiled header. From Text, the compiler reads the same tokens and macros as from
+	// the beginnings of the sources.
 	Text string
 	// Sources are the sources that begin with this text.
 	Sources []Source

@@ -24,9 +24,9 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// sumsFile lies next to the modules in the cache and has the form of sha256sum's output. To notice
-// damage in the cache, the pipeline compares the modules with sumsFile before the checks, and again
-// before it packs the modules.
+// sumsFile is the name of a file next to the modules in the cache. The file has the form of
+// sha256sum's output. To notice damage in the cache, the pipeline compares the modules with
+// sumsFile before the checks, and again before it packs the modules.
 const sumsFile = "SHA256SUMS"
 
 // modules describes the modules of one driver in the cache.
@@ -36,8 +36,8 @@ type modules struct {
 	// debug is the path of the folder with the unstripped modules. The folder exists only with
 	// Config.DebugSymbols.
 	debug string
-	// madeOf lists the inputs that this run compiled from. It is empty if the modules came from the
-	// cache.
+	// madeOf lists the paths of the inputs from which this run compiled the modules. It is empty if
+	// the modules came from the cache.
 	madeOf []string
 	// carries says whose signatures the modules have. signedBy lists everything that decides the
 	// bytes of the signatures. The cache keys of everything that is made from the modules contain
@@ -110,8 +110,8 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			Progress: func(phase string, done, total int) { r.line.Progress("compile", "%s %d/%d", phase, done, total) },
 		})
 		release() // the rest compiles nothing, so another cell may begin its compile
-		// Check the inputs before err: an input that changed during the compile explains every
-		// error and makes every success worthless.
+		// Check the inputs before looking at err: if an input changed during the compile, this
+		// change explains any error, and makes a success worthless.
 		madeOf = []string{in.kernel.Headers, in.kernel.Toolchain, source}
 		if in.kernel.BTF != "" {
 			madeOf = append(madeOf, in.kernel.BTF)

@@ -220,9 +220,9 @@ type carries struct {
 	modules string // the digest of Google's archive of modules
 }
 
-// willCarry returns whose signatures the modules of these inputs will have, as far as that is
-// certain before they are made. Google's signatures are not certain: they may not fit the compiled
-// modules.
+// willCarry returns whose signatures the modules will have, as far as this is certain before a
+// build makes the modules. Google's signatures are not certain, because they may not fit the
+// compiled modules: for them, willCarry returns no signatures.
 func (s signing) willCarry(in *inputs) carries {
 	switch {
 	case s.own != nil:

@@ -56,7 +56,8 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 		t.verdict, r.res.LoadTest = verdict, verdict
 		return t, verdict.State + ", cached verdict", nil
 	}
-	// Check first: a kernel image that was damaged in the cache may hang until the time limit.
+	// Check modules and boot folder before the load test: with a kernel image that was damaged in
+	// the cache, the virtual machine may hang until the time limit.
 	if err := r.intact(ctx, m, b.dir); err != nil {
 		return t, "", err
 	}
@@ -64,8 +65,8 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 		Boot: b.dir, Modules: m.files, Userspace: user, Firmware: firmware,
 		Version: in.driver.Modules().Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
 	}, r.log)
-	// Check before err: an input that changed during the test explains every failure and makes
-	// every success worthless.
+	// Check the inputs before looking at err: if an input changed during the load test, this change
+	// explains any failure, and makes a success worthless.
 	if err := r.intact(ctx, m, b.dir, user, firmware); err != nil {
 		return t, "", err
 	}

@@ -36,7 +36,7 @@ type Made struct {
 // Make uses no result of an earlier build.
 //
 // From Config.Cache, Make takes only fetched inputs, and compares them with their digests. Make
-// needs no key. It runs no load test, signs nothing with our keys and publishes nothing.
+// needs no key. Make runs no load test, signs nothing with our keys and publishes nothing.
 func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log io.Writer, line *timeline.Run) (*Made,
 	error) {
 	cfg = cfg.withDefaults(req)

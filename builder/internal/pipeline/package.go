@@ -24,8 +24,8 @@ func (r *run) staged(ctx context.Context, in *inputs, kind bundle.LayerKind) (st
 	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+in.release.Digest[len("sha256:"):],
 		func(ctx context.Context, dir string) error {
 			err := stage(dir)
-			// Check the release before err: if files of the release changed during the copy, the
-			// copy must not get into the cache.
+			// Check the release before looking at err: if files of the release changed during the
+			// copy, the copy must not get into the cache.
 			if damaged := r.cfg.Cache.Recheck(ctx, in.release.Dir); damaged != nil {
 				return damaged
 			}
