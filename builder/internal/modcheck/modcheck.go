@@ -77,7 +77,7 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 		if k.Version != "" && m.Version != "" && m.Version != k.Version {
 			errs = append(
 				errs,
-				&modinfo.Problem{Module: name, Text: fmt.Sprintf("is of driver %s; want %s", m.Version, k.Version)},
+				&modinfo.Problem{Module: name, Text: fmt.Sprintf("has driver version %s; want %s", m.Version, k.Version)},
 			)
 		}
 		if k.Open && !slices.Contains(openLicences(), m.License) {

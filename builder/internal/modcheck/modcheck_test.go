@@ -228,7 +228,7 @@ func TestCheck(t *testing.T) {
 			"made for release 6.6.111+; this kernel is 6.6.105+"},
 		{"other processor", magic, ours, func(_ *testing.T, k *Kernel) { k.Arch = target.ARM64 }, "EM_X86_64"},
 		{"other driver", magic, ours, func(_ *testing.T, k *Kernel) { k.Version = "1.2.4" },
-			"is of driver 1.2.3; want 1.2.4"},
+			"has driver version 1.2.3; want 1.2.4"},
 		{"struct module of another size", magic, ours, func(t *testing.T, k *Kernel) {
 			k.Boot = t.TempDir()
 			own := bytes.ReplaceAll(module(magic), []byte{0x80, 3, 0, 0, 0, 0, 0, 0}, []byte{0x40, 3, 0, 0, 0, 0, 0, 0})

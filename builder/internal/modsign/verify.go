@@ -123,7 +123,7 @@ func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, er
 	}()
 	if err != nil {
 		return nil, fault.Wrap(fault.CheckFailed, err,
-			"sign the module with a key whose certificate the kernel was built with")
+			"sign the module with a key whose certificate is built into the kernel: --module-key and --module-cert")
 	}
 	return s, nil
 }
