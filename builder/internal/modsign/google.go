@@ -28,7 +28,7 @@ var ErrLeftOut = errors.New("signatures by Google cannot be used")
 // of a module that Google compiled and linked itself.
 type Detached struct {
 	certificates, roots []*x509.Certificate
-	modules             map[string][]byte // by file name, such as nvidia.ko
+	modules             map[string][]byte // signatures by the name of the module, without .ko
 }
 
 // These constants limit an archive: the number of its entries, and the number of bytes that it unpacks to.

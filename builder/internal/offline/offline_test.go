@@ -297,7 +297,8 @@ func TestWriteRefuses(t *testing.T) {
 	}
 }
 
-// TestWriteComparesBytes checks that nothing is packed if a repository returns bytes that differ from their digest.
+// TestWriteComparesBytes checks that Write returns an error if a repository returns bytes that differ from their
+// digest.
 func TestWriteComparesBytes(t *testing.T) {
 	t.Parallel()
 	dir, key := t.TempDir(), testkit.NewKey(t)

@@ -29,7 +29,7 @@ import (
 
 // packer collects blobs and the entries of the index.
 type packer struct {
-	blobs  map[string]blob // by digest
+	blobs  map[string]blob // by the hex digits of the digest
 	index  []v1.Descriptor
 	since  *registry.Layout
 	report Report

@@ -48,7 +48,8 @@ const (
 
 // Find examines the .c files in the top-level folders of the tree. Each of these folders is one module with its own
 // flags. Paths in the texts begin with root, the path at which the compiler finds the tree. The result and its order
-// depend only on the content of the tree.
+// depend only on the content of the tree. Find returns an error if it cannot read a file, or if a .c or .h file is
+// larger than maxFile.
 func Find(tree fs.FS, root string) ([]Header, error) {
 	t, err := readTree(tree)
 	if err != nil {
@@ -175,8 +176,8 @@ func (t *tree) inside(name string) string {
 }
 
 // orderMatters reports whether a header may mean something else if the compiler reads it before the files. This is so
-// if the header may include one of the files, or has a condition on the include guard of one of the files. It also
-// counts as so if a macro names a file that the header includes.
+// if the header may include one of the files, or has a condition on the include guard of one of the files. orderMatters
+// also returns true if a macro names a file that the header includes, because that file is unknown.
 func (t *tree) orderMatters(header string, files []string) bool {
 	for name := range t.closure(header) {
 		if t.files[name].computed {

@@ -36,8 +36,8 @@ type Delta struct {
 // Deltas attaches up to count deltas to a published artifact. With a delta, a node makes the artifact's module layer
 // out of the module layer of an earlier COS build of the same board, milestone and driver. Deltas takes the newest of
 // these COS builds first, because a node whose OS was updated usually has the layer of a recent one. Deltas skips a
-// delta that is attached already. Deltas also skips a delta that saves too little: one that is larger than maxDelta or
-// than half of the layer. made lists the deltas that Deltas attached, also if it returns an error.
+// delta that is attached already. Deltas also skips a delta that saves too little, because it is larger than maxDelta
+// or than half of the new layer. made lists the deltas that Deltas attached, also if it returns an error.
 func Deltas(
 	ctx context.Context,
 	repo *registry.Repository,
