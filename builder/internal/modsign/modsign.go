@@ -190,7 +190,7 @@ func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
 	}
 	if _, err := verify(module, signature, []*x509.Certificate{s.cert}); err != nil {
 		// A KMS key for RSA-PSS, or for another hash, signs too, but the kernel cannot verify its signature.
-		return fault.Wrap(fault.Usage, fmt.Errorf("verify own signature: %w", err),
+		return fault.Wrap(fault.Usage, fmt.Errorf("verify the new signature: %w", err),
 			"give --module-key a KMS key that signs by RSA PKCS#1 v1.5 with "+hash)
 	}
 	return writeNew(dst, module, signature, trailer(signature))

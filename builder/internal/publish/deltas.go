@@ -218,7 +218,7 @@ func (l *layerReader) check() error {
 	if got := ocidigest.NewDigest(ocidigest.SHA256, l.h).String(); got != l.want {
 		return fault.New(
 			fault.Unverified,
-			fmt.Sprintf("read layer: it has diff id %s; the config says %s", got, l.want),
+			fmt.Sprintf("read layer: the layer has diff id %s, but the artifact's config says %s", got, l.want),
 			"",
 		)
 	}

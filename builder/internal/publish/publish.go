@@ -190,10 +190,11 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 		if a.Verifier != nil {
 			st, err := a.Verifier.Statement(raw)
 			if err != nil {
-				return fmt.Errorf("check own statement: %w", err)
+				return fmt.Errorf("verify the new statement: %w", err)
 			}
 			if !st.About(digest) {
-				return fault.Errorf(fault.Internal, "check own statement of type %s: it is not about %s", st.PredicateType, digest)
+				return fault.Errorf(fault.Internal, "verify the new statement of type %s: it is not about %s",
+					st.PredicateType, digest)
 			}
 			if present[proves(st)] {
 				continue
