@@ -11,7 +11,7 @@ import (
 // returns "" if the configuration alone does not determine it.
 func vermagicOf(config kconfig.Config, release string, arch target.Arch) string {
 	if config.On("CONFIG_RANDSTRUCT") || config.On("CONFIG_GCC_PLUGIN_RANDSTRUCT") {
-		return "" // the vermagic ends in a hash of a seed that only the kernel's build knows
+		return "" // the vermagic ends in a hash of a random seed, which the configuration does not have
 	}
 	words := []string{release}
 	add := func(word string, options ...string) {
@@ -23,7 +23,7 @@ func vermagicOf(config kconfig.Config, release string, arch target.Arch) string 
 		}
 	}
 	add("SMP", "CONFIG_SMP")
-	switch { // Linux 5.16 introduced PREEMPT_BUILD as the option that decides here
+	switch { // vermagic.h checks PREEMPT_BUILD since Linux 5.16, and PREEMPT before
 	case config.On("CONFIG_PREEMPT_BUILD") || config.On("CONFIG_PREEMPT"):
 		words = append(words, "preempt")
 	case config.On("CONFIG_PREEMPT_RT"):

@@ -1,9 +1,11 @@
-// Package modcheck has the static checks of modules before publishing. [Stamp] writes into a module which kernel the
-// module was made for. [Check] compares the modules of one driver with facts of that kernel: the symbols that the
-// kernel exports, the kernel's configuration, and the kernel's own modules. The load test is the second check.
+// Package modcheck has the static checks of modules before publishing. [Stamp] adds a note to a module. The note,
+// called the stamp, says which kernel the module was made for. [Check] compares the modules of one driver with facts of
+// that kernel: the symbols that the kernel exports, the kernel's configuration, and the kernel's own modules. A second
+// check, the load test, is in package loadtest.
 //
-// The package refuses to compile, to load and to guess. A fact that the header tree does not have is an error or is
-// reported as left out, never assumed. docs/background/checks.md says what the checks prove and what they cannot prove.
+// The package refuses to compile, to load and to guess. If the header tree lacks a fact about the kernel, Check returns
+// an error, or skips the check that needs this fact. Check never assumes a value for the fact.
+// docs/background/checks.md says what the checks prove and what they cannot prove.
 package modcheck
 
 import (
@@ -23,8 +25,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// Recipe names the version of the stamp. Recipe is part of the cache keys of modules, so modules with an old stamp are
-// not used again.
+// Recipe is the version of the stamp's form. The cache keys of modules contain Recipe. If Recipe changes, a build
+// therefore does not take modules with an old stamp from the cache.
 const Recipe = "stamp-1"
 
 // Kernel describes the kernel against which modules are checked.
@@ -34,15 +36,16 @@ type Kernel struct {
 	// Boot is the folder of a bootable kernel in the form that package vm reads. The kernel's own modules in it show
 	// the size of struct module in this kernel. "" means that there is no such folder: then the size is not checked.
 	Boot string
-	// Release is `uname -r`.
+	// Release is the kernel release, as `uname -r` prints it.
 	Release string
 	Arch    target.Arch
-	// Fingerprint is the ABI fingerprint that the stamp of every module must have. "" is for modules that Google
-	// signed: they have no stamp, because a stamp would change the signed bytes.
+	// Fingerprint is the ABI fingerprint that the stamp of every module must have. Fingerprint is "" for modules that
+	// Google signed. Such modules have no stamp, because a stamp would change the signed bytes.
 	Fingerprint target.Fingerprint
-	// Version is the driver's version. "" skips this check.
+	// Version is the driver's version. If Version is "", Check does not compare the versions of the modules with it.
 	Version string
-	// Open requires a licence that Linux accepts as compatible with its own.
+	// Open means that the driver is of flavour open. Then every module must have a licence that does not taint the
+	// kernel.
 	Open bool
 	// BTF is the path of a file with the kernel's BTF. The BTF of the modules must continue this BTF. "" means that
 	// there is no such file: then modules that Prebake compiled must have no BTF.
@@ -51,9 +54,11 @@ type Kernel struct {
 
 var machines = map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}
 
-// Check reads every module of a driver and reports all reasons why the kernel would refuse the module or crash with it.
-// modules maps names without .ko to files. If a module has such a fault, the error is of kind fault.CheckFailed. Check
-// returns the vermagic, which all modules share.
+// Check reads every module of a driver and returns an error if the kernel would refuse a module, or crash with it.
+// modules maps the name of each module, without .ko, to the path of its file. Such an error is of kind
+// fault.CheckFailed and lists every fault that one step of the check found. Later steps do not run. If the header tree
+// lacks .config or Module.symvers, the error is of kind fault.InputMissing. vermagic is the vermagic, which all modules
+// share.
 func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 	rules, err := k.rules()
 	if err != nil {
@@ -72,7 +77,7 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 		if k.Version != "" && m.Version != "" && m.Version != k.Version {
 			errs = append(
 				errs,
-				&modinfo.Problem{Module: name, Text: fmt.Sprintf("is of driver %s; want %s", m.Version, k.Version)},
+				&modinfo.Problem{Module: name, Text: fmt.Sprintf("has driver version %s; want %s", m.Version, k.Version)},
 			)
 		}
 		if k.Open && !slices.Contains(openLicences(), m.License) {
@@ -80,8 +85,8 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 				errs,
 				&modinfo.Problem{
 					Module: name,
-					Text: fmt.Sprintf("has the licence %.40q, but an open module has a licence that does not taint the kernel",
-						m.License),
+					Text: fmt.Sprintf("has the licence %.40q; a module of flavour open must have a licence that does not taint "+
+						"the kernel", m.License),
 				},
 			)
 		}
@@ -97,7 +102,7 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 	if err := k.checkTypes(modules); err != nil {
 		return "", err
 	}
-	return mods[0].Vermagic, nil // Check refuses an empty set
+	return mods[0].Vermagic, nil // modinfo.Check refuses an empty list of modules, so mods[0] exists
 }
 
 // openLicences returns the licences that do not taint a kernel (Linux, include/linux/license.h).
@@ -105,7 +110,7 @@ func openLicences() []string {
 	return []string{"GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL"}
 }
 
-// Read reads the facts of a module file.
+// Read reads from a module file what [Check] needs to know about the module.
 func Read(path string) (*modinfo.Module, error) {
 	f, err := os.Open(path)
 	if err != nil {

@@ -25,7 +25,7 @@ const (
 )
 
 // module returns the smallest relocatable file that both the kernel's loader and this package accept as a module. more
-// has names and contents of further sections, alternately.
+// lists further sections: the name of a section, then its content, then the next name.
 func module(vermagic string, more ...string) []byte {
 	names := []byte("\x00.modinfo\x00.symtab\x00.strtab\x00.gnu.linkonce.this_module\x00.shstrtab\x00")
 	for i := 0; i < len(more); i += 2 {
@@ -65,8 +65,8 @@ func module(vermagic string, more ...string) []byte {
 	return out.Bytes()
 }
 
-// kernel writes those files of a header tree that describe a kernel, in the form of COS. kernel returns the facts of
-// this kernel.
+// kernel writes the files of a header tree that Check reads, with the content that COS's headers have. It returns the
+// Kernel for this header tree.
 func kernel(t *testing.T) Kernel {
 	t.Helper()
 	dir := t.TempDir()
@@ -106,7 +106,7 @@ func TestStamp(t *testing.T) {
 		t.Fatal(err)
 	}
 	if m.MadeFor != string(ours) || m.Vermagic != magic || m.StructSize != 0x380 {
-		t.Errorf("a stamped module says %+v; want it made for %s, and all else as before", m, ours)
+		t.Errorf("Read of a stamped module = %+v; want it made for %s, and all else as before", m, ours)
 	}
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -198,7 +198,7 @@ func FuzzStamped(f *testing.F) {
 		}
 		file, err := elf.NewFile(bytes.NewReader(out))
 		if err != nil {
-			t.Fatalf("stamped() made what is no ELF file: %v", err)
+			t.Fatalf("stamped() made a file that is not ELF: %v", err)
 		}
 		last := file.Sections[len(file.Sections)-1]
 		note, err := last.Data()
@@ -218,8 +218,8 @@ func TestCheck(t *testing.T) {
 		want   string // "" passes
 	}{
 		{"fits", magic, ours, func(*testing.T, *Kernel) {}, ""},
-		// On COS, sibling kernels share one release and have no checksums and no salt. Only the stamp distinguishes
-		// their modules.
+		// On COS, sibling kernels share one release and have neither checksums of symbols nor a build salt. So only the
+		// stamp shows for which of these kernels a module was made.
 		{"sibling kernel", magic, theirs, func(*testing.T, *Kernel) {}, "made for ABI fingerprint " + string(theirs)},
 		{"sibling kernel, somebody else's module", magic, theirs, func(_ *testing.T, k *Kernel) { k.Fingerprint = "" }, ""},
 		{"other options", release + " SMP preempt mod_unload", ours, func(*testing.T, *Kernel) {},
@@ -228,7 +228,7 @@ func TestCheck(t *testing.T) {
 			"made for release 6.6.111+; this kernel is 6.6.105+"},
 		{"other processor", magic, ours, func(_ *testing.T, k *Kernel) { k.Arch = target.ARM64 }, "EM_X86_64"},
 		{"other driver", magic, ours, func(_ *testing.T, k *Kernel) { k.Version = "1.2.4" },
-			"is of driver 1.2.3; want 1.2.4"},
+			"has driver version 1.2.3; want 1.2.4"},
 		{"struct module of another size", magic, ours, func(t *testing.T, k *Kernel) {
 			k.Boot = t.TempDir()
 			own := bytes.ReplaceAll(module(magic), []byte{0x80, 3, 0, 0, 0, 0, 0, 0}, []byte{0x40, 3, 0, 0, 0, 0, 0, 0})
@@ -279,7 +279,7 @@ func TestCheckRefusesWithoutFacts(t *testing.T) {
 	}
 }
 
-// TestVermagic has the vermagic of real kernels with these configurations.
+// TestVermagic compares the result of vermagicOf with the vermagic of real kernels that have these configurations.
 func TestVermagic(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

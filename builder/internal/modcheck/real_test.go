@@ -69,8 +69,8 @@ func standIn(t *testing.T, in *cossrc.Inputs, deed string) string {
 	return typedStandIn(t, in, deed, "")
 }
 
-// typedStandIn does the same as standIn, and also gives the module BTF. The BTF is made against the kernel's BTF in the
-// file types.
+// typedStandIn does the same as standIn, and also gives the module BTF. types is the path of a file with the kernel's
+// BTF, against which the module's BTF is made. If types is "", the module gets no BTF.
 func typedStandIn(t *testing.T, in *cossrc.Inputs, deed, types string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -121,12 +121,13 @@ func patched(t *testing.T, file, old, text string) string {
 	return out
 }
 
-// needed is a symbol that the kernel exports. missing differs from it by one letter, and no kernel has it.
+// needed is a symbol that the kernel exports and the test's module imports. missing is the name of a symbol that no
+// kernel exports. It differs from needed by one letter.
 const needed, missing = "proc_create_single_data", "proc_create_zingle_data"
 
-// TestRealGate checks modules against real kernels. These modules must be refused, each for its own reason: one of a
-// sibling kernel, one that needs a symbol that the kernel lacks, one with a wrong vermagic, and one that crashes the
-// kernel. The same module without such a fault must pass.
+// TestRealGate checks modules against real kernels. Modules with these faults must be refused, each for its own reason:
+// the module was compiled for a sibling kernel, it needs a symbol that the kernel lacks, it has a wrong vermagic, it
+// crashes the kernel, or it makes the kernel print a warning. The same module without such a fault must pass.
 func TestRealGate(t *testing.T) {
 	t.Parallel()
 	own, other := kernels(t)

@@ -26,9 +26,10 @@ const stampAlign = 4
 // maxModule limits the size in bytes of a module that Stamp reads. The largest module has 250 MB before it is stripped.
 const maxModule = 1 << 30
 
-// Stamp copies a module and adds a note with the ABI fingerprint of the kernel that the module was made for. The note
-// stays with the file: the checks before publishing read it there, and a node shows it below /sys/module/<name>/notes.
-// Stamp refuses a signed module, because the signature would become invalid.
+// Stamp copies a module from src to the new file dst and adds the stamp. The stamp is an ELF note with f, the ABI
+// fingerprint of the kernel that the module was made for. The checks before publishing read the stamp in the file. On a
+// node, the kernel shows the stamp of a loaded module below /sys/module/<name>/notes. Stamp refuses a signed module,
+// because the signature would become invalid.
 func Stamp(dst, src string, f target.Fingerprint) error {
 	data, err := readModule(src)
 	if err == nil {
@@ -54,19 +55,20 @@ func readModule(path string) ([]byte, error) {
 		return nil, err
 	}
 	if info.Size() > maxModule {
-		return nil, fmt.Errorf("%d bytes are more than %d", info.Size(), maxModule)
+		return nil, fmt.Errorf("the file has %d bytes, more than the limit of %d", info.Size(), maxModule)
 	}
 	return os.ReadFile(path)
 }
 
-// stamped appends to a relocatable ELF64 file: the note, the section names with one more name, and the section headers
-// with one more header. All existing sections stay where they are, so that no index and no offset in them changes.
+// stamped returns a copy of a relocatable ELF64 file with three parts appended: the note, the section names with one
+// more name, and the section headers with one more header. All existing sections stay where they are, so that no index
+// and no offset in them changes.
 func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	if _, err := target.ParseFingerprint(string(f)); err != nil {
 		return nil, err
 	}
 	if bytes.HasSuffix(data, []byte(modinfo.SignatureMagic)) {
-		return nil, errors.New("it is signed already")
+		return nil, errors.New("the module is signed already")
 	}
 	file, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {
@@ -75,21 +77,21 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	le := binary.LittleEndian
 	switch {
 	case file.Class != elf.ELFCLASS64 || file.Data != elf.ELFDATA2LSB || file.Type != elf.ET_REL:
-		return nil, errors.New("it is not a module for a 64-bit little-endian machine")
+		return nil, errors.New("the file is not a module for a 64-bit little-endian machine")
 	case file.Section(modinfo.StampSection) != nil:
-		return nil, errors.New("it has a stamp already")
+		return nil, errors.New("the module has a stamp already")
 	}
 	n := len(file.Sections)
 	shoff := le.Uint64(data[atShoff:])
-	// Refuse a file whose number of sections, with one more section, does not fit into the header. Refuse a file whose
-	// section table ends outside the file.
+	// Refuse a file if its number of sections plus one does not fit into the ELF header, or if its section table ends
+	// outside the file.
 	if n == 0 || n != int(le.Uint16(data[atShnum:])) || n+1 >= int(elf.SHN_LORESERVE) || shoff > uint64(len(data)) ||
 		uint64(len(data))-shoff < uint64(n*sectionHeader) {
-		return nil, errors.New("its section table has an unusual form")
+		return nil, errors.New("the section table has an unusual form")
 	}
 	at := int(le.Uint16(data[atShnum+2:])) // e_shstrndx
 	if at >= n {
-		return nil, errors.New("its section names are missing")
+		return nil, errors.New("the section names are missing")
 	}
 	names, err := file.Sections[at].Data()
 	if err != nil {
@@ -116,7 +118,8 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	if headers, err = binary.Append(headers, le, added); err != nil {
 		return nil, err
 	}
-	table := place(headers, 8) // place may copy out to a new array, so the header is written after it
+	table := place(headers, 8)
+	// Only now change the ELF header: place may have moved out to another array.
 	le.PutUint64(out[atShoff:], table)
 	le.PutUint16(out[atShnum:], uint16(n+1))
 	return out, nil

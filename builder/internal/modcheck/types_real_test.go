@@ -15,7 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// typesOf extracts a kernel's BTF from the image that boots.
+// typesOf extracts the kernel's BTF from the kernel image in the boot folder. It returns the path of a file with the
+// BTF.
 func typesOf(t *testing.T, in *cossrc.Inputs) string {
 	t.Helper()
 	image, err := os.ReadFile(filepath.Join(in.Boot, vm.BootKernel))
@@ -37,8 +38,8 @@ func typesOf(t *testing.T, in *cossrc.Inputs) string {
 	return out
 }
 
-// TestRealTypes boots a real kernel. The kernel must accept the BTF of a module if this BTF was made against the
-// kernel's own BTF. The kernel must refuse it if it was made against the BTF of a sibling kernel. The static check must
+// TestRealTypes boots a real kernel and loads modules with BTF. The kernel must accept BTF that was made against the
+// kernel's own BTF. The kernel must refuse BTF that was made against the BTF of a sibling kernel. The static check must
 // decide in the same way.
 func TestRealTypes(t *testing.T) {
 	t.Parallel()
@@ -83,7 +84,7 @@ func TestRealTypes(t *testing.T) {
 	if !has("good") {
 		t.Errorf("%s = %s; want the module's types there\n%s", list, said["good"].Stdout, res.KernelLog)
 	}
-	// Debian's kernels load a module whose BTF does not fit, but without its BTF.
+	// If a module's BTF does not fit, Debian's kernels load the module without its BTF.
 	if log := said["load foreign"].KernelLog; has("foreign") ||
 		!strings.Contains(log, "failed to validate module [nvidia] BTF") {
 		t.Errorf("%s = %s; want a sibling's types refused\n%s", list, said["foreign"].Stdout, log)

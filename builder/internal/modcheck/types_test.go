@@ -9,7 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
-// TestTypes checks that a module's types must continue where the types of this very kernel end.
+// TestTypes checks that Check accepts a module's BTF only if the module's type numbers continue the type numbers of the
+// kernel's own BTF.
 func TestTypes(t *testing.T) {
 	t.Parallel()
 	own, other := []string{"int", "task_struct"}, []string{"int", "task_struct", "file"}

@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Unstamped returns the bytes that a module had before [Stamp]: the output of compiler, linker and strip. If Google
-// made the same bytes, Google's signature is over these bytes.
+// Unstamped returns the bytes that a module had before [Stamp]: the output of compiler, linker and strip. Google signs
+// modules without a stamp. So Google's signature fits these bytes if Google's compile made the same bytes.
 func Unstamped(path string) ([]byte, error) {
 	data, err := readModule(path)
 	if err == nil {
@@ -25,10 +25,10 @@ func Unstamped(path string) ([]byte, error) {
 	return data, nil
 }
 
-// unstamped undoes stamped. stamped changes two fields of the header and otherwise only appends. One of the two fields
-// is the offset of the section table. Linkers and strip put that table at the end of the file, so the old offset of the
-// table is known. To prove that the module had this form, unstamped stamps its result again and compares the new module
-// with the given one.
+// unstamped undoes what stamped did. stamped changes two fields of the ELF header and otherwise only appends. One of
+// the two fields is the offset of the section table. Linkers and strip put that table at the end of the file, so the
+// old offset of the table is known. To prove that the module had this form, unstamped stamps its result again and
+// compares the new module with the given one.
 func unstamped(data []byte) ([]byte, error) {
 	file, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {
@@ -36,7 +36,7 @@ func unstamped(data []byte) ([]byte, error) {
 	}
 	stamp := file.Section(modinfo.StampSection)
 	if stamp == nil {
-		return nil, fmt.Errorf("it has no section %s", modinfo.StampSection)
+		return nil, fmt.Errorf("the module has no section %s", modinfo.StampSection)
 	}
 	note, err := stamp.Data()
 	if err != nil {
@@ -57,5 +57,5 @@ func unstamped(data []byte) ([]byte, error) {
 			return plain, nil
 		}
 	}
-	return nil, errors.New("the module changed after the stamp, or its section table was not at the end")
+	return nil, errors.New("the module changed after it was stamped, or its section table was not at the end of the file")
 }

@@ -10,7 +10,8 @@ import (
 	"testing"
 )
 
-// TestUnstamped checks that the bytes before the stamp come back exactly, for the output of compiler, linker and strip.
+// TestUnstamped stamps a module and checks that Unstamped returns exactly the bytes from before. It does this with the
+// output of the compiler, of the linker and of strip.
 func TestUnstamped(t *testing.T) {
 	t.Parallel()
 	inputs := map[string][]byte{}

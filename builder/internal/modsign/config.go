@@ -7,7 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Config has the options of a kernel's configuration about module signatures.
+// Config says what a kernel's configuration decides about module signatures.
 type Config struct {
 	// Checks is true if the kernel supports module signatures. Without this support the kernel loads every module and
 	// never examines a signature.
@@ -15,7 +15,7 @@ type Config struct {
 	// Forced is true if the kernel refuses unsigned modules whatever its command line says. Such a kernel is configured
 	// to refuse them, or to lock itself down at boot.
 	Forced bool
-	// Hash is the hash algorithm of the signatures of the kernel's own modules.
+	// Hash is the hash algorithm with which the kernel's own modules are signed (CONFIG_MODULE_SIG_HASH).
 	Hash string
 }
 

@@ -15,19 +15,20 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// AttachRecipe names the version of [Detached.Attach]. AttachRecipe is part of cache keys, together with the digests of
-// the archive and of the root.
+// AttachRecipe is the version of the bytes that [Detached.Attach] writes. The cache keys of modules with Google's
+// signatures contain AttachRecipe, and the digests of the signature archive and of trusted_key.pem.
 const AttachRecipe = "attach-1"
 
-// ErrLeftOut means that a signature by Google cannot be used for a module. The error's text continues with the reason.
-var ErrLeftOut = errors.New("signatures by Google are left out")
+// ErrLeftOut means that Google's signatures cannot be used for a driver. [Detached.Attach] wraps ErrLeftOut and adds
+// the reason. A build may then publish the modules without Google's signatures.
+var ErrLeftOut = errors.New("signatures by Google cannot be used")
 
-// Detached has Google's signatures for the driver of one COS build. They come from
-// extensions/gpu/nvidia-drivers-<VERSION>-signature.tar.gz. Google made them over the bytes of the modules that it
-// compiled and linked itself.
+// Detached has Google's signatures for the driver of one COS build. The signatures come from an archive in the COS
+// bucket, such as extensions/gpu/nvidia-drivers-<VERSION>-signature.tar.gz. Google made each signature over the bytes
+// of a module that Google compiled and linked itself.
 type Detached struct {
 	certificates, roots []*x509.Certificate
-	modules             map[string][]byte // by file name, such as nvidia.ko
+	modules             map[string][]byte // signatures by the name of the module, without .ko
 }
 
 // These constants limit an archive: the number of its entries, and the number of bytes that it unpacks to.
@@ -37,14 +38,15 @@ const (
 	maxDriverTar    = 8 << 30
 )
 
-// ReadDetached reads an archive of signatures and ignores files that it does not know. root is the content of
-// trusted_key.pem, the certificate with which the kernel was built. If root is nil, a signature is checked only against
-// the certificates in the archive.
+// ReadDetached reads a signature archive, which is a gzip-compressed tar. It uses the files *.ko.sig (signatures),
+// *.pem and *.der (certificates), and ignores all other files. root is the content of trusted_key.pem, the root
+// certificate that is built into the kernel. If root is nil, a signature is checked only against the certificates in
+// the archive.
 func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 	d := &Detached{modules: map[string][]byte{}}
 	err := eachFile(archive, maxSignatureTar, d.add)
 	if err == nil && len(d.modules) == 0 {
-		err = errors.New("no signature of a module")
+		err = errors.New("the archive has no signature of a module")
 	}
 	if err == nil && root != nil {
 		if d.roots, err = ParseCertificates(root); err != nil {
@@ -77,7 +79,7 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 			return fmt.Errorf("%.100q: %w", h.Name, err)
 		}
 		if d.certificates = append(d.certificates, certs...); len(d.certificates) > maxSent {
-			return fmt.Errorf("more than %d certificates", maxSent)
+			return fmt.Errorf("the archive has more than %d certificates", maxSent)
 		}
 		return nil
 	case d.modules[module] != nil:
@@ -88,17 +90,18 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 }
 
 // Attach writes a module with Google's signature to the new file dst. name is the module's name without .ko, and module
-// is its content. The error is [ErrLeftOut] in three cases: there is no signature, the signature was made over other
-// bytes, or the kernel's root has not certified its signer. If none of the known certificates fits the signature, the
-// signature is damaged, and Attach returns another error.
+// is the content of the unsigned module. The error wraps [ErrLeftOut] in three cases: the archive has no signature for
+// the module, the signature was made over other bytes, or the kernel's root certificate did not certify the signer. If
+// the signature is malformed, or if no known certificate belongs to its signer, the archive is damaged: then the error
+// does not wrap ErrLeftOut.
 func (d *Detached) Attach(dst, name string, module []byte) error {
 	signature := d.modules[name]
 	if signature == nil {
 		return fault.Errorf(fault.CheckFailed, "%w: there is no signature for %s", ErrLeftOut, name)
 	}
 	if _, own, err := Split(module); err != nil || own != nil {
-		return errors.Join(err, fault.New(fault.CheckFailed, "attach a signature to "+name+": it is signed already",
-			"attach the signature to the unsigned module, as it was compiled"))
+		return errors.Join(err, fault.New(fault.CheckFailed, "attach a signature to "+name+": the module is signed already",
+			"attach the signature to the unsigned module that the compiler made"))
 	}
 	s, err := verify(module, signature, slices.Concat(d.certificates, d.roots))
 	switch {
@@ -109,19 +112,19 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 			"replace the archive in the bucket, or build with --google-signatures off")
 	case len(d.roots) > 0 && !slices.ContainsFunc(d.roots, s.Signer.Equal) && !chains(s.Signer, d.certificates, d.roots):
 		return fault.Errorf(fault.CheckFailed,
-			"%w: the signature for %s is by %.200q, which the kernel's root did not certify",
+			"%w: the signature for %s is by %.200q, which the kernel's root certificate did not certify",
 			ErrLeftOut, name, s.Signer.Subject.String())
 	}
 	return writeNew(dst, module, signature, trailer(signature))
 }
 
-// UnpackRecipe names the version of [UnpackSigned], for cache keys.
+// UnpackRecipe is the version of what [UnpackSigned] writes. The cache keys of Google's modules contain it.
 const UnpackRecipe = "unpack-signed-1"
 
-// UnpackSigned writes the modules from nvidia-drivers-<VERSION>.tgz into a folder. Google compiled and signed these
-// modules for one COS build. They are written unchanged, because a kernel that trusts only Google's key loads only
-// these modules. Each module must have a valid signature by one of the trusted certificates. UnpackSigned returns the
-// names of the modules without .ko.
+// UnpackSigned reads nvidia-drivers-<VERSION>.tgz from archive and writes its modules into the folder dir. Google
+// compiled and signed these modules for one COS build. UnpackSigned does not change them, because a kernel that trusts
+// only Google's key loads only modules with exactly these bytes. Each module must have a valid signature by one of the
+// trusted certificates. UnpackSigned returns the names of the modules without .ko.
 func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([]string, error) {
 	var names []string
 	err := eachFile(archive, maxDriverTar, func(h *tar.Header, body io.Reader) error {
@@ -143,7 +146,7 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 		return writeNew(filepath.Join(dir, name+".ko"), module)
 	})
 	if err == nil && len(names) == 0 {
-		err = errors.New("no modules")
+		err = errors.New("the archive has no modules")
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("unpack Google's modules: %w", err),
@@ -153,8 +156,8 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 	return names, nil
 }
 
-// eachFile calls do for every regular file of a gzip-compressed tar. eachFile returns an error if the tar unpacks to
-// more than most bytes.
+// eachFile calls do for every regular file of a gzip-compressed tar. eachFile returns an error if the tar has more than
+// maxEntries entries or unpacks to more than most bytes.
 func eachFile(r io.Reader, most int64, do func(h *tar.Header, body io.Reader) error) error {
 	z, err := gzip.NewReader(r)
 	if err != nil {
@@ -168,13 +171,13 @@ func eachFile(r io.Reader, most int64, do func(h *tar.Header, body io.Reader) er
 		switch {
 		case errors.Is(err, io.EOF):
 			if left.N <= 0 {
-				return fmt.Errorf("more than %d bytes unpacked", most)
+				return fmt.Errorf("the archive unpacks to more than %d bytes", most)
 			}
 			return nil
 		case err != nil:
 			return err
 		case n == maxEntries:
-			return fmt.Errorf("more than %d entries", maxEntries)
+			return fmt.Errorf("the archive has more than %d entries", maxEntries)
 		case h.Typeflag != tar.TypeReg: // links and folders are ignored
 			continue
 		case !filepath.IsLocal(h.Name):

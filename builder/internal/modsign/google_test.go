@@ -96,14 +96,14 @@ func TestAttach(t *testing.T) {
 		name, file    string
 		archive, root []byte
 		module        []byte
-		leftOut       string // "" means that it is attached or refused
+		leftOut       string // "" means that Attach attaches the signature or refuses it
 		refused       error
 	}{
 		{name: "the very bytes, root known", root: pemOf(g.root.cert)},
 		{name: "the very bytes, the root itself is the signer", root: g.driver.cert.Raw},
 		{name: "the very bytes, root unknown"},
 		{name: "the very bytes, another root", root: pemOf(stranger.cert),
-			leftOut: "which the kernel's root did not certify"},
+			leftOut: "which the kernel's root certificate did not certify"},
 		{name: "compiled again", root: pemOf(g.root.cert), module: append(bytes.Clone(module), '!'),
 			leftOut: "the signature for nvidia was made over other bytes"},
 		{name: "not signed by Google", file: "nvidia-uvm", leftOut: "there is no signature for nvidia-uvm"},

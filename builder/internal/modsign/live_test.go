@@ -15,14 +15,14 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// TestLive loads modules into a real kernel that accepts only signed modules. PREBAKE_BOOT is a boot folder. If its
-// modules are signed, the kernel must accept the shipped module. It must refuse all others. The tests of the mirror load a
-// module that they signed with a key that a kernel trusts (make clang).
+// TestLive loads modules into a real kernel that accepts only signed modules. PREBAKE_BOOT is the path of a boot
+// folder. If its modules are signed, the kernel must accept the module from the folder. It must refuse all others. The
+// tests of deploy/internal/mirror load a module that is signed with a key that the kernel trusts (make clang).
 func TestLive(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")
 	if boot == "" {
-		t.Skip("PREBAKE_BOOT names no folder with vmlinuz and modules")
+		t.Skip("PREBAKE_BOOT is not set: want the path of a boot folder, with vmlinuz and modules")
 	}
 	init := filepath.Join(t.TempDir(), "guestinit")
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", init, "github.com/prebake/prebake/pkg/vm/guestinit")
@@ -30,7 +30,7 @@ func TestLive(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
-	// The boot folder has the kernel only, because the steps load the modules.
+	// The folder bare has the kernel and no modules, because the steps of this test load the modules themselves.
 	bare := t.TempDir()
 	kernel, err := filepath.Abs(filepath.Join(boot, vm.BootKernel))
 	if err != nil {
@@ -57,7 +57,8 @@ func TestLive(t *testing.T) {
 	try("signed with a key that the kernel does not know", signed(t, load(t, rsaPair(t)), unsigned, "sha256"),
 		syscall.EKEYREJECTED, "module with unavailable key is rejected")
 	broken := signed(t, load(t, rsaPair(t)), unsigned, "sha256")
-	broken[len(broken)-len("~Module signature appended~\n")-12] = 1 // Split refuses this field, too
+	// The first byte of the trailer must be 0. Split refuses another value, too.
+	broken[len(broken)-len("~Module signature appended~\n")-12] = 1
 	try("signed with a broken trailer", broken, syscall.EBADMSG, "unexpected non-zero params")
 	if asShipped != nil {
 		try("signed by whoever built the kernel", asShipped, 0, "")
@@ -79,11 +80,12 @@ func TestLive(t *testing.T) {
 	}
 }
 
-// moduleName is the module that replaces a driver. moduleName needs no other module.
+// moduleName is a module of the kernel that this test loads in place of a driver. The module depends on no other
+// module.
 const moduleName = "failover"
 
-// plainModule returns a module without its signature. If the module is shipped with a signature, it also returns the
-// shipped module.
+// plainModule returns the boot folder's module moduleName without a signature. If the module in the folder is signed,
+// plainModule also returns it unchanged, as asShipped.
 func plainModule(t *testing.T, boot string) (unsigned, asShipped []byte) {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join(boot, "modules", moduleName+".ko"))

@@ -1,6 +1,7 @@
 // Package modsign signs kernel modules as the kernel's own program sign-file does, and verifies such signatures by the
-// kernel's rules. The package also attaches the signatures that Google ships with a COS build to exactly the modules
-// over which they were made. Modules that Google compiled and signed are verified and unpacked without a change.
+// kernel's rules. Google ships detached signatures with a COS build: the package attaches such a signature to a module
+// if the signature was made over exactly the module's bytes. The package also verifies the modules that Google compiled
+// and signed, and unpacks them without a change.
 //
 // The package refuses keys whose signatures differ from run to run, because equal inputs must give equal modules. The
 // package refuses a module that is signed already. The package never returns a signature that it has not verified
@@ -29,8 +30,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// Recipe names the version of the signatures. Recipe changes when the bytes of a signature change. Recipe is part of
-// cache keys, together with [Signer.Identity].
+// Recipe is the version of the signatures that [Signer.Sign] makes. Recipe changes if Sign makes other bytes from the
+// same module, key and hash algorithm. The cache keys of signed modules contain Recipe and [Signer.Identity].
 const Recipe = "modsign-1"
 
 // These constants are limits in bytes. The largest module of a driver has about 70 MB after it is stripped.
@@ -64,7 +65,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	}
 	if len(certs) != 1 {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("%s has %d certificates; want one", certPath, len(certs)),
-			"give a file that has only the signing certificate")
+			"give --module-cert a file that has only the certificate of the signing key")
 	}
 	key, err := sign.OpenKey(ctx, keyRef)
 	if err != nil {
@@ -74,7 +75,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	pub, ok := key.Public().(*rsa.PublicKey)
 	if !ok {
 		return nil, fault.New(fault.Usage,
-			fmt.Sprintf("%s is of type %T: ECDSA signatures differ each time, so the artifact would differ each time",
+			fmt.Sprintf("%s is a key of type %T; want an RSA key: ECDSA signatures differ each time, so the artifact would, too",
 				keyRef, key.Public()),
 			"use an RSA key: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout modules.key -out "+
 				"modules.crt")
@@ -96,7 +97,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	return &Signer{key: key, cert: cert, identity: Fingerprint(cert)}, nil
 }
 
-// ReadCertificates reads a file with PEM certificates, or with one certificate in DER.
+// ReadCertificates reads a file with certificates, in the form that [ParseCertificates] reads.
 func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -115,7 +116,7 @@ func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	return certs, nil
 }
 
-// ParseCertificates parses PEM certificates, or one certificate in DER.
+// ParseCertificates parses certificates in PEM, or certificates in DER with nothing between them.
 func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	if len(text) > maxCertFile {
 		return nil, fmt.Errorf("more than %d bytes", maxCertFile)
@@ -138,19 +139,21 @@ func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	return certs, nil
 }
 
-// Fingerprint identifies a certificate: sha256: and the digest of its DER form.
+// Fingerprint identifies a certificate. It returns "sha256:" and the SHA-256 of the certificate's DER form, in hex.
 func Fingerprint(cert *x509.Certificate) string {
 	return ocidigest.FromBytes(cert.Raw).String()
 }
 
-// Identity returns the [Fingerprint] of the certificate. Together with [Recipe] and the hash it decides the bytes of
-// every signature.
+// Identity returns the [Fingerprint] of the certificate. The module, the hash algorithm, [Recipe] and Identity together
+// decide the bytes of a signature.
 func (s *Signer) Identity() string { return s.identity }
 
-// Certificate returns the certificate by which the kernel finds the key.
+// Certificate returns the certificate of the signer's key. The kernel must have this certificate to verify the
+// signatures.
 func (s *Signer) Certificate() *x509.Certificate { return s.cert }
 
-// Key returns a cache key for signatures by this signer. Modules with equal keys and equal bytes get equal signatures.
+// Key returns a cache key for signatures by this signer with the hash algorithm hash. Equal modules get equal
+// signatures if Key is equal.
 func (s *Signer) Key(hash string) string { return Recipe + "-" + hash + "-" + s.identity }
 
 // Sign signs the module src and writes it to the new file dst. hash is the kernel's CONFIG_MODULE_SIG_HASH (see
@@ -178,7 +181,8 @@ func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
 	case err != nil:
 		return err
 	case signature != nil:
-		return fault.New(fault.CheckFailed, "it is signed already", "sign the unsigned module that the build made")
+		return fault.New(fault.CheckFailed, "the module is signed already",
+			"sign the unsigned module that the compiler made")
 	}
 	signature, err := s.detached(module, digest)
 	if err != nil {
@@ -186,8 +190,8 @@ func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
 	}
 	if _, err := verify(module, signature, []*x509.Certificate{s.cert}); err != nil {
 		// A KMS key for RSA-PSS, or for another hash, signs too, but the kernel cannot verify its signature.
-		return fault.Wrap(fault.Usage, fmt.Errorf("verify own signature: %w", err),
-			"use a key for RSA PKCS#1 v1.5 with "+hash)
+		return fault.Wrap(fault.Usage, fmt.Errorf("verify the new signature: %w", err),
+			"give --module-key a KMS key that signs by RSA PKCS#1 v1.5 with "+hash)
 	}
 	return writeNew(dst, module, signature, trailer(signature))
 }
@@ -217,7 +221,7 @@ func (s *Signer) detached(module []byte, digest asn1.ObjectIdentifier) ([]byte, 
 	// The kernel supports only the plain RSA algorithm here, for every hash.
 	sd.SetEncryptionAlgorithm(pkcs7.OIDEncryptionAlgorithmRSA)
 	if err := sd.SignWithoutAttr(s.cert, s.key, pkcs7.SignerInfoConfig{}); err != nil {
-		return nil, fault.Wrap(fault.Transient, err, "check that the module signing key can be reached")
+		return nil, fault.Wrap(fault.Transient, err, "check that this machine can reach the key of --module-key")
 	}
 	sd.Detach()
 	// Finish would add the certificate, so this code wraps the structure itself.
@@ -266,7 +270,7 @@ func readBounded(r io.Reader) ([]byte, error) {
 		return nil, err
 	}
 	if len(module) > maxModule {
-		return nil, fault.Errorf(fault.CheckFailed, "more than %d bytes", maxModule)
+		return nil, fault.Errorf(fault.CheckFailed, "the module has more than %d bytes", maxModule)
 	}
 	return module, nil
 }

@@ -248,7 +248,8 @@ func TestKMS(t *testing.T) {
 	}
 }
 
-// TestTrailer begins with the example from the tests of COS's own installer.
+// TestTrailer checks the trailer that follows a signature. The first example comes from the tests of COS's own
+// installer.
 func TestTrailer(t *testing.T) {
 	t.Parallel()
 	vector, err := hex.DecodeString("6D6F64756C65" + "7369676E6174757265" + "000002000000000000000009" +

@@ -61,7 +61,8 @@ func Split(module []byte) (body, signature []byte, err error) {
 	case !bytes.Equal(info[:lengthAt], want):
 		return bad("a field that must be zero is not zero")
 	case length == 0 || length > maxSignature || int64(length) >= int64(len(rest)):
-		return bad(fmt.Sprintf("%d bytes of signature in %d bytes", length, len(rest)))
+		return bad(fmt.Sprintf("the signature would have %d bytes; the file has %d, and the limit is %d", length, len(module),
+			maxSignature))
 	}
 	at := len(rest) - int(length)
 	return rest[:at], rest[at:], nil
@@ -122,13 +123,15 @@ func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, er
 	}()
 	if err != nil {
 		return nil, fault.Wrap(fault.CheckFailed, err,
-			"sign the module with a key whose certificate the kernel was built with")
+			"sign the module with a key whose certificate is built into the kernel: --module-key and --module-cert")
 	}
 	return s, nil
 }
 
-// These constants limit the parts of a signature, because each part costs a verification. A signature by the kernel's
-// own program sign-file has one signer and no certificates.
+// These constants limit the parts of a signature, because each part costs a verification. maxSigners limits the
+// signers. maxSent limits the certificates in a signature or in a signature archive. maxChain limits the certificates
+// between a signer and a trusted certificate. A signature by the kernel's own program sign-file has one signer and no
+// certificates.
 const (
 	maxSigners = 16
 	maxSent    = 16
@@ -192,8 +195,9 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 // sha2 is the prefix of the object identifiers of the SHA-2 family.
 const sha2 = "2.16.840.1.101.3.4.2."
 
-// trustedSigner returns the certificate of a signer: a trusted certificate, or a certificate in the signature that a
-// trusted one has certified. trustedSigner returns nil if there is no such certificate.
+// trustedSigner returns the certificate of the signer with this issuer and serial number. The certificate is a trusted
+// certificate, or a certificate in the signature that a trusted certificate has certified. trustedSigner returns nil if
+// there is no such certificate.
 func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certificate) *x509.Certificate {
 	is := func(c *x509.Certificate) bool {
 		return bytes.Equal(c.RawIssuer, issuer) && c.SerialNumber.String() == serial
@@ -211,8 +215,7 @@ func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certifica
 	return nil
 }
 
-// chains reports whether a trusted certificate has certified c, directly or through other certificates of the
-// signature.
+// chains reports whether a trusted certificate has certified c, directly or through the certificates in sent.
 func chains(c *x509.Certificate, sent, trusted []*x509.Certificate) bool {
 	certified := func(by *x509.Certificate) bool {
 		return bytes.Equal(by.RawSubject, c.RawIssuer) &&

@@ -1,5 +1,6 @@
 // Package nvsrc fetches one NVIDIA release into the cache. The package checks the runfile against its SHA-256 and
-// unpacks it without running any part of it. The package arranges the files as the folders of an installation.
+// unpacks the runfile without running any part of it. The Stage functions then copy the unpacked files into the folders
+// of an installation.
 //
 // The package refuses a runfile without a published SHA-256, and a runfile whose version differs from the version in
 // its name. The package refuses a flavour that the release does not have.
@@ -26,7 +27,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Material is one input, as provenance names it.
+// Material is one input of a build, in the form in which the provenance names it.
 type Material = input.Material
 
 // Release is one NVIDIA release in the cache. Nobody may write below Dir.
@@ -35,13 +36,14 @@ type Release struct {
 	// Flavours are the flavours for which the release has module sources.
 	Flavours  []target.Flavour
 	Materials []Material
-	// Dir is the extracted tree.
+	// Dir is the folder of the unpacked runfile.
 	Dir string
-	// Digest is the runfile's SHA-256. Digest and StageRecipe together identify the result of the Stage functions.
+	// Digest is the runfile's SHA-256. Digest and StageRecipe together decide what the Stage functions write.
 	Digest string
 	// SourceDigest is a digest of the content of all module sources, of all flavours.
 	SourceDigest string
-	// Manifest describes the release's files. Manifest is nil if the release has no manifest that can be read.
+	// Manifest describes the release's files. Manifest is nil if the release has no manifest, or one that cannot be
+	// parsed.
 	Manifest *runfile.Manifest
 }
 
@@ -145,7 +147,8 @@ func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err err
 	return "", input.Sum{}, none
 }
 
-// missing adds a hint to the error for a missing object. The hint lists versions that the bucket has.
+// missing adds a hint to the error for a missing object. The hint lists versions that the bucket has. If the bucket
+// cannot be listed, or has no versions, the hint says where to copy the runfile.
 func (f *fetcher) missing(ctx context.Context, err error) error {
 	if !fault.Is(err, fault.InputMissing) {
 		return err
@@ -205,14 +208,14 @@ func extract(ctx context.Context, file, dir string) error {
 	defer root.Close()
 	o := limits
 	if tool, err := exec.LookPath("xz"); err == nil {
-		o.XZTool = tool // about three times as fast as the decoder in Go; Unpack limits its total output
+		o.XZTool = tool // xz is about three times as fast as the decoder in Go; Unpack limits what xz may write in total
 	}
 	_, err = archive.Unpack(ctx, payload, root, o)
 	return err
 }
 
-// manifest reads .manifest. A missing or unreadable manifest is no error, because the names and SONAMEs of the files
-// show what the files are. A manifest of another version is an error.
+// manifest reads .manifest. If the manifest is missing or cannot be parsed, manifest returns nil and no error, because
+// the names and SONAMEs of the files show what the files are. A manifest of another driver version is an error.
 func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 	in, err := os.OpenInRoot(dir, ".manifest")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -233,7 +236,8 @@ func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 	}
 	if target.ModuleVersion(m.Version) != target.ModuleVersion(f.version) {
 		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile holds version %.60q", m.Version),
-			"put the right file at "+f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
+			"put the right file, the runfile of driver "+f.version+", at "+
+				f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
 	}
 	if len(m.Unknown) > 0 {
 		f.Progressf("left out files of unknown types in .manifest: %s",

@@ -155,8 +155,8 @@ func runfile(t testing.TB, files map[string]string, xzed bool) []byte {
 	return b.Bytes()
 }
 
-// lay writes a runfile and its SHA-256 file into a folder bucket. If sum is set, it is written instead of the real
-// SHA-256.
+// lay writes a runfile and its SHA-256 file into dir, a folder that serves as a bucket. If sum is not "", it is the
+// content of the SHA-256 file, in place of the real SHA-256.
 func lay(t testing.TB, dir, version string, file []byte, sum string) {
 	t.Helper()
 	name := "NVIDIA-Linux-x86_64-" + version + ".run"
@@ -332,7 +332,7 @@ func TestStageWithoutManifest(t *testing.T) {
 	}
 }
 
-// TestPlaces checks that a runfile is found at each location that buckets use, with the right sum. The material must
+// TestPlaces checks that Fetch finds a runfile and its SHA-256 at each location that buckets use. The material must
 // name the location.
 func TestPlaces(t *testing.T) {
 	t.Parallel()

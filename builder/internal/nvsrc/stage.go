@@ -32,9 +32,9 @@ const (
 	firmwareDir = "firmware/nvidia"
 )
 
-// destinations maps the types of files that a compute node needs to their folders. All other types are left out: X11,
-// VDPAU, documentation, unit files and sources. GLX_CLIENT_LIB is included, because Vulkan's driver file names
-// libGLX_nvidia.
+// destinations maps file types, in the words of the manifest, to folders of an installation. It has the types that a
+// compute node needs. Files of all other types are left out: X11, VDPAU, documentation, unit files and sources.
+// GLX_CLIENT_LIB is included, because Vulkan's driver file names libGLX_nvidia.
 var destinations = map[string]string{
 	"CUDA_LIB": libDir, "OPENCL_LIB": libDir, "OPENCL_WRAPPER_LIB": libDir, "NVCUVID_LIB": libDir, "ENCODEAPI_LIB": libDir,
 	"UTILITY_LIB": libDir, "OPENGL_LIB": libDir, "GLVND_LIB": libDir, "TLS_LIB": libDir, "GLX_CLIENT_LIB": libDir,
@@ -48,8 +48,8 @@ var destinations = map[string]string{
 	"VULKAN_ICD_JSON": vulkanDir, "GLVND_EGL_ICD_JSON": eglDir, "CUDA_ICD": openCLDir,
 }
 
-// vulkanFolder returns the folder of one of Vulkan's files. In older manifests, which do not name the folder, subdir is
-// "".
+// vulkanFolder returns the folder for the file base, one of Vulkan's files. subdir is the folder that the manifest
+// names for the file. Older manifests name none: then subdir is "", and the file's name decides.
 func vulkanFolder(base, subdir string) string {
 	switch {
 	case subdir != "":
@@ -76,7 +76,7 @@ var tools = []string{
 // item is one file or link of the layout.
 type item struct {
 	src  string // relative to the release's folder; "" for a link
-	link string // target
+	link string // the target of a link; "" for a file
 	exec bool
 }
 
@@ -148,8 +148,8 @@ func (r *Release) userspace() (map[string]item, error) {
 	return layout, nil
 }
 
-// byName decides the layout of a release whose manifest cannot be read. byName takes the libraries at the top of the
-// tree, known tools and known driver files.
+// byName decides the layout of a release whose manifest is missing or cannot be parsed. byName takes the libraries at
+// the top of the tree, known tools and known driver files.
 func (r *Release) byName() (map[string]item, error) {
 	entries, err := os.ReadDir(r.Dir)
 	if err != nil {
@@ -195,7 +195,7 @@ func wanted(to, base string) bool {
 	return true
 }
 
-// dropDangling removes links whose target is not in the layout, because that file was left out.
+// dropDangling removes links whose target is not in the layout. Such a target is a file that userspace has left out.
 func dropDangling(layout map[string]item) {
 	for again := true; again; {
 		again = false
@@ -255,7 +255,7 @@ func copyFile(from, to *os.Root, name string, it item) error {
 		return err
 	}
 	if !fi.Mode().IsRegular() {
-		return fault.New(fault.Unverified, fmt.Sprintf("%s is not a file", it.src),
+		return fault.New(fault.Unverified, fmt.Sprintf("%s is not a regular file", it.src),
 			"check that the object is NVIDIA's .run file, whole and unchanged")
 	}
 	mode := fs.FileMode(0o644)
@@ -269,8 +269,8 @@ func copyFile(from, to *os.Root, name string, it item) error {
 	return errors.Join(out.Chmod(mode), hostfile.Fill(out, in))
 }
 
-// addSONAMEs adds a link for each library of the folder whose SONAME differs from its file name. The loader finds a
-// library by its SONAME, the name with which programs were linked.
+// addSONAMEs adds a link for each library of the folder whose SONAME differs from its file name. The dynamic loader
+// finds a library by its SONAME, because the linker writes the SONAME into each program that uses the library.
 func addSONAMEs(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -1,8 +1,8 @@
 // Package offline packs artifacts with everything that belongs to them into one file for places without a network. The
 // file is an OCI image layout in a tar. A bundle is complete, or it is a delta with only what an earlier bundle lacks.
 //
-// The package refuses to pack bytes that differ from their digest. The package does not decide for the reader whether
-// the content is trusted: the reader of the file must verify it.
+// The package refuses to pack bytes that differ from their digest. The package does not make the content trusted:
+// whoever reads the file must verify the signatures in it.
 package offline
 
 import (
@@ -54,8 +54,8 @@ type Config struct {
 	Snapshot string
 	// Images are container images of programs. Each image is packed for all its platforms.
 	Images []Image
-	// Since is an earlier bundle. Write leaves out the blobs that Since has, so the new file is a delta. nil means that
-	// the new bundle is complete.
+	// Since is an earlier bundle. Write leaves out the blobs that Since has, so the new file is a delta. If Since is
+	// nil, the new bundle is complete.
 	Since *registry.Repository
 	// Now is the time at which Verifier judges signatures and certificates.
 	Now time.Time
@@ -70,8 +70,8 @@ type Image struct {
 
 // Report says what was packed.
 type Report struct {
-	// Index is the digest of the file's index.json. A delta names its base by such a digest: Base is the digest of
-	// index.json in the bundle Since.
+	// Index is the digest of index.json in the packed file. Base is the digest of index.json in Config.Since, the
+	// bundle that a reader of the delta needs. Base is "" for a complete bundle.
 	Index string `json:"index"`
 	Base  string `json:"base,omitempty"`
 	// Artifacts lists the packed drivers.
@@ -80,8 +80,9 @@ type Report struct {
 	// Snapshot is the number of files in the snapshot. Keys is the number of public keys.
 	Snapshot int `json:"snapshot,omitempty"`
 	Keys     int `json:"keys,omitempty"`
-	// Size is the size of the file in bytes. Blobs and Bytes count the packed blobs. LeftOut and LeftOutBytes count the
-	// blobs that the earlier bundle has.
+	// Size is the size of the file in bytes. Blobs is the number of packed blobs, and Bytes is their total size.
+	// LeftOut and LeftOutBytes are the number and the total size in bytes of the blobs that were left out, because
+	// Config.Since has them.
 	Size         int64 `json:"size"`
 	Blobs        int   `json:"blobs"`
 	Bytes        int64 `json:"bytes"`
@@ -202,7 +203,7 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 	return cells, nil
 }
 
-// lacking lists the requested cells for which the repository has no artifact.
+// lacking lists the requested cells, kernels and driver versions for which the repository has no artifact.
 func lacking(c Config, covered map[string]bool) (lacks []string) {
 	for _, k := range c.Kernels {
 		for _, version := range c.Drivers {
@@ -222,7 +223,7 @@ func lacking(c Config, covered map[string]bool) (lacks []string) {
 	return lacks
 }
 
-// wanted reports whether the list contains one, or is empty.
+// wanted reports whether list contains the value one. An empty list contains every value.
 func wanted[T any](list []T, one T, name func(T) string) bool {
 	return len(list) == 0 || slices.ContainsFunc(list, func(x T) bool { return name(x) == name(one) })
 }
@@ -243,7 +244,7 @@ func parseTag(tag string) (target.Kernel, target.Driver, bool) {
 	return k, d, err == nil && bundle.KernelTag(k, d) == tag
 }
 
-// driver packs an artifact and its referrers. driver leaves out debug symbols.
+// driver packs one artifact, its tags and its referrers. Referrers with debug symbols are left out.
 func (p *packer) driver(ctx context.Context, c Config, one cell) error {
 	content, err := publish.Content(ctx, c.From, one.digest)
 	if err != nil {
@@ -311,8 +312,8 @@ func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k 
 	return err
 }
 
-// referrers adds a list of a manifest's referrers under the tag of the referrers tag schema. Some programs find
-// referrers in a layout by this tag. Other programs find them by the entries of the index.
+// referrers adds a list of the referrers of subject. The list has the tag that OCI's referrers tag schema gives it.
+// Some programs find referrers in a layout by this tag. Other programs find them by the entries of the index.
 func (p *packer) referrers(subject v1.Descriptor, list []v1.Descriptor) error {
 	if len(list) == 0 {
 		return nil
@@ -330,7 +331,8 @@ func (p *packer) referrers(subject v1.Descriptor, list []v1.Descriptor) error {
 	return nil
 }
 
-// program packs an image, or an index with all its images.
+// program packs a program's image. If the image is an index for several platforms, program packs the index and the
+// images of all platforms.
 func (p *packer) program(ctx context.Context, img Image) error {
 	d, err := img.Repo.Resolve(ctx, img.Ref)
 	if err != nil {
@@ -380,7 +382,7 @@ func (p *packer) keys(files []string) (int, error) {
 	for _, file := range files {
 		text, err := os.ReadFile(file)
 		if err != nil {
-			return 0, fault.Wrap(fault.Usage, err, "give the FILE.pub that builder keygen wrote")
+			return 0, fault.Wrap(fault.Usage, err, "give --public-key the file FILE.pub that builder keygen wrote")
 		}
 		keys, err := trust.ParsePublicKeys(text)
 		if err != nil {

@@ -107,7 +107,7 @@ func TestBundleAndDelta(t *testing.T) {
 	if part.Base != whole.Index || part.LeftOut == 0 || len(part.Artifacts) != 2 || part.Size >= whole.Size+whole.Bytes {
 		t.Errorf("Write of a delta = %+v; want two artifacts, without what %s has", part, whole.Index)
 	}
-	// The first bundle has the same user space and firmware, because the driver version is the same.
+	// The first bundle has the same driver version, and therefore the same layers of user space and firmware.
 	for _, l := range f.samples[1].Layers[1:] {
 		if bytes.Contains(read(t, delta), []byte("blobs/sha256/"+strings.TrimPrefix(l.Digest, "sha256:"))) {
 			t.Errorf("the delta has the layer of %s; want it left out", l.Kind)
@@ -147,8 +147,9 @@ func read(t *testing.T, file string) []byte {
 	return raw
 }
 
-// TestBundleHoldsAll reads a bundle with the layout library of another project. The library must find both lists of
-// referrers, an image for two platforms, and files by their names.
+// TestBundleHoldsAll checks that a bundle has the snapshot's files, the keys, an image for two platforms, and an
+// artifact with its statements. Another project's library for layouts must find the statements in the index and in the
+// list of referrers, and both platforms of the image. The bundle must not have debug symbols.
 func TestBundleHoldsAll(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -296,7 +297,8 @@ func TestWriteRefuses(t *testing.T) {
 	}
 }
 
-// TestWriteComparesBytes checks that nothing is packed if a repository returns bytes that differ from their digest.
+// TestWriteComparesBytes checks that Write returns an error if a repository returns bytes that differ from their
+// digest.
 func TestWriteComparesBytes(t *testing.T) {
 	t.Parallel()
 	dir, key := t.TempDir(), testkit.NewKey(t)

@@ -29,7 +29,7 @@ import (
 
 // packer collects blobs and the entries of the index.
 type packer struct {
-	blobs  map[string]blob // by digest
+	blobs  map[string]blob // by the hex digits of the digest
 	index  []v1.Descriptor
 	since  *registry.Layout
 	report Report
@@ -71,8 +71,8 @@ func (p *packer) manifest(
 	return p.manifestIf(ctx, repo, digest, func(*v1.Manifest) bool { return true })
 }
 
-// manifestIf adds an image's manifest, config and layers. If want returns false, manifestIf adds nothing and the
-// returned manifest is nil.
+// manifestIf reads the manifest with this digest. If want returns true for the manifest, manifestIf adds the manifest,
+// its config and its layers. If want returns false, manifestIf adds nothing and the returned manifest is nil.
 func (p *packer) manifestIf(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -103,7 +103,7 @@ func (p *packer) manifestIf(
 	return d, &m, err
 }
 
-// entry adds a manifest to the index under a name.
+// entry adds a manifest to the index and gives it a name, such as a tag.
 func (p *packer) entry(d v1.Descriptor, name string) {
 	d.Annotations = map[string]string{registry.AnnotationRefName: name}
 	p.index = append(p.index, d)
@@ -135,9 +135,9 @@ func (p *packer) folder(dir string) (int, error) {
 		case err != nil || e.IsDir():
 			return err
 		case !e.Type().IsRegular():
-			return fault.New(fault.Usage, path+" is no regular file", "give a folder of plain files")
+			return fault.New(fault.Usage, path+" is no regular file", "give --snapshot a folder that has only regular files")
 		case len(files) == registry.MaxFiles:
-			return fault.Errorf(fault.Usage, "more than %d files", registry.MaxFiles)
+			return fault.Errorf(fault.Usage, "the folder has more than %d files", registry.MaxFiles)
 		}
 		name, err := filepath.Rel(dir, path)
 		if err != nil {
@@ -152,13 +152,13 @@ func (p *packer) folder(dir string) (int, error) {
 		return err
 	})
 	if err == nil && len(files) == 0 {
-		err = fault.New(fault.Usage, "it is empty", "name the folder with the signed files")
+		err = fault.New(fault.Usage, "the folder is empty", "name the folder with the signed files")
 	}
 	if err != nil {
 		return 0, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("read snapshot %s: %w", dir, err),
-			"name the folder with the signed files: --snapshot FOLDER",
+			"give --snapshot the folder with the snapshot's files; it must have regular files only",
 		)
 	}
 	return len(files), p.files(TypeSnapshot, TagSnapshot, files)
@@ -178,7 +178,7 @@ func readFile(path string) ([]byte, error) {
 // epoch is the time of every entry in the tar.
 var epoch = time.Unix(0, 0).UTC()
 
-// write writes the tar: the layout's marker, the index, and the blobs by digest.
+// write writes the tar: the file oci-layout, index.json, and the blobs in the order of their digests.
 func (p *packer) write(ctx context.Context, w io.Writer) error {
 	count := &counter{w: w}
 	t := tar.NewWriter(count)
@@ -252,7 +252,7 @@ func (b blob) copy(ctx context.Context, w io.Writer) error {
 	}
 	if got := hex.EncodeToString(h.Sum(nil)); n != b.Size || got != b.Digest.Hex {
 		return fault.New(fault.Unverified,
-			fmt.Sprintf("it has %d bytes with digest sha256:%s; want %d bytes", n, got, b.Size),
+			fmt.Sprintf("the repository sent %d bytes with digest sha256:%s; want %d bytes", n, got, b.Size),
 			"publish the artifact again, or use another repository: this one serves altered bytes")
 	}
 	return nil

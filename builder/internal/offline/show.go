@@ -16,12 +16,14 @@ import (
 
 // Listing lists the content of a bundle.
 type Listing struct {
-	// Index is the digest of index.json. Base is the same digest of the bundle on which a delta builds.
+	// Index is the digest of index.json in this bundle. Base is the digest of index.json in the earlier bundle that a
+	// delta needs. Base is "" for a complete bundle.
 	Index   string  `json:"index"`
 	Base    string  `json:"base,omitempty"`
 	Entries []Entry `json:"entries"`
-	// Attached is the number of manifests that are attached to drivers. Blobs and Bytes count the blobs that Show
-	// compared with their digests. For a delta, the blobs of its base are counted too.
+	// Attached is the number of manifests that are attached to drivers. Blobs and Bytes are the number and the total
+	// size of the blobs that Show compared with their digests. If the listed bundle is a delta, they include the blobs
+	// of its base.
 	Attached int   `json:"attached"`
 	Blobs    int   `json:"blobs"`
 	Bytes    int64 `json:"bytes"`
@@ -32,7 +34,7 @@ type Entry struct {
 	Names  []string `json:"names"`
 	Kind   string   `json:"kind"` // driver, image, snapshot or keys
 	Digest string   `json:"digest"`
-	Size   int64    `json:"size"` // of the layers, for all platforms
+	Size   int64    `json:"size"` // total size of the layers in bytes, for all platforms
 }
 
 // maxDepth limits how deeply indexes may be nested.
@@ -42,7 +44,7 @@ const maxDepth = 3
 func Show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 	l, err := show(ctx, repo)
 	if err != nil {
-		return nil, fmt.Errorf("look through %s: %w", repo.Name(), err)
+		return nil, fmt.Errorf("list bundle %s: %w", repo.Name(), err)
 	}
 	return l, nil
 }
@@ -50,7 +52,8 @@ func Show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 func show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 	layout, ok := repo.AsLayout()
 	if !ok {
-		return nil, fault.New(fault.Usage, "it is no bundle", "name a file, or a folder with an image layout as oci:FOLDER")
+		return nil, fault.New(fault.Usage, "this is a registry, not a bundle",
+			"name the file of a bundle, or oci:FOLDER for a folder with an image layout")
 	}
 	idx, digest, err := layout.Index(ctx)
 	if err != nil {

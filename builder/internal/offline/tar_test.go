@@ -5,7 +5,8 @@ import (
 	"testing"
 )
 
-// untar unpacks bundles with GNU tar, one over the other, as a user would.
+// untar unpacks all bundles with GNU tar into the same new folder, in this order, as a user would. It returns the
+// folder.
 func untar(t *testing.T, files ...string) string {
 	t.Helper()
 	dir := t.TempDir()

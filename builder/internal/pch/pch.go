@@ -1,7 +1,7 @@
-// Package pch finds text with which several sources of a kernel module begin. This text includes the first headers,
-// which are most of what a compiler reads. A compiler that precompiles the text once does not read it again for the
-// other sources. The package decides by the text of the files alone. The package refuses text that it does not
-// understand: such a source is left out and compiled as usual.
+// Package pch finds text with which several sources of a kernel module begin. This text includes the first headers, and
+// these headers are most of what a compiler reads for a source. A compiler that precompiles the text once does not read
+// it again for the other sources. The package decides by the text of the files alone. The package refuses text that it
+// does not understand: such a source is left out and compiled as usual.
 package pch
 
 import (
@@ -16,8 +16,8 @@ import (
 
 // Header is a text with which some sources begin.
 type Header struct {
-	// Text is the content of the precompiled header. With it the compiler reads the same tokens, and gets the same
-	// macros, as from the beginnings of the sources.
+	// Text is the content of the precompiled header. From Text, the compiler reads the same tokens and macros as from
+	// the beginnings of the sources.
 	Text string
 	// Sources are the sources that begin with this text.
 	Sources []Source
@@ -25,19 +25,21 @@ type Header struct {
 
 // Source is a source that begins with the text of a precompiled header.
 type Source struct {
+	// Path is the source's path in the tree.
 	Path string
-	// Through are the headers between the source and the text of the precompiled header, outermost first. The source
-	// includes the first header, and each header includes the next one. In each of them, only the include guard and
-	// definitions come before that include.
+	// Through lists the headers between the source and the text of the precompiled header. The source includes the
+	// first of these headers, and each header includes the next one. Before that include, the source and the headers
+	// have only definitions and, in a header, the include guard.
 	Through []string
-	// First is the path of the first header that the precompiled header includes, if it is one of the driver's own
-	// headers.
+	// First is the path of the first header that the precompiled header includes. First is "" if that header is the
+	// kernel's and not the driver's own.
 	First string
 }
 
 // These constants choose the headers that are worth precompiling. A precompiled header takes as long to compile as
-// three sources take to read the same text. A precompiled header with only few of the kernel's headers saves nothing.
-// maxDepth limits the headers between a source and the text.
+// three sources take to read the same text, so at least minSources sources must begin with the text. A precompiled
+// header with only few of the kernel's headers saves nothing, so the text must include at least minWeight of them.
+// maxDepth limits the number of headers between a source and the text.
 const (
 	minSources = 4
 	minWeight  = 16
@@ -46,7 +48,8 @@ const (
 
 // Find examines the .c files in the top-level folders of the tree. Each of these folders is one module with its own
 // flags. Paths in the texts begin with root, the path at which the compiler finds the tree. The result and its order
-// depend only on the content of the tree.
+// depend only on the content of the tree. Find returns an error if it cannot read a file, or if a .c or .h file is
+// larger than maxFile.
 func Find(tree fs.FS, root string) ([]Header, error) {
 	t, err := readTree(tree)
 	if err != nil {
@@ -67,7 +70,8 @@ func Find(tree fs.FS, root string) ([]Header, error) {
 	return all, nil
 }
 
-// choose returns the header that saves most, and then further headers for the remaining sources.
+// choose returns the precompiled headers for the sources of one module. The first is the header that saves most. The
+// next ones are for the sources that have no precompiled header yet.
 func (t *tree) choose(sources []string) []Header {
 	begin := map[string][]Source{} // sources by text
 	for _, name := range sources {
@@ -171,8 +175,9 @@ func (t *tree) inside(name string) string {
 	return t.root + "/" + name
 }
 
-// orderMatters reports whether a header may mean something else if it is read before the files. This is so if the
-// header may include one of the files, or checks whether one has been included.
+// orderMatters reports whether a header may mean something else if the compiler reads it before the files. This is so
+// if the header may include one of the files, or has a condition on the include guard of one of the files. orderMatters
+// also returns true if a macro names a file that the header includes, because that file is unknown.
 func (t *tree) orderMatters(header string, files []string) bool {
 	for name := range t.closure(header) {
 		if t.files[name].computed {
@@ -212,8 +217,9 @@ func (t *tree) weight(text string) int {
 	return len(kernel)
 }
 
-// closure returns every file of the driver that a header may include, directly or not, and the header itself. It
-// ignores conditions. A name stands for every file with that name.
+// closure returns every file of the driver that a header may include, directly or not, and the header itself. closure
+// ignores the conditions around an include. If an include could mean several files of the driver, closure returns all
+// of them.
 func (t *tree) closure(header string) map[string]bool {
 	if known := t.closures[header]; known != nil {
 		return known
@@ -235,7 +241,7 @@ func (t *tree) closure(header string) map[string]bool {
 	return seen
 }
 
-// named returns the files of the driver that an include of this name could mean.
+// named returns the files of the driver that an include with this name could mean.
 func (t *tree) named(name string) []string {
 	var found []string
 	for _, file := range t.byBase[path.Base(name)] {

@@ -24,7 +24,8 @@ import (
 // boot is the boot folder from which the load test's virtual machine starts.
 type boot struct {
 	dir string // the folder in the layout of package vm; "" means there is none
-	// key is a digest of everything in the folder, for cache keys.
+	// key is a digest that differs if the content of the folder differs. The cache keys of verdicts
+	// contain it.
 	key string
 	// from lists the files that the folder was made of. The signed test result names them.
 	from []sign.Material
@@ -33,14 +34,15 @@ type boot struct {
 // cosArguments are arguments for the kernel's command line. With them, a kernel with COS's
 // configuration loads modules and firmware from the virtual machine's memory. loadpin.exclude
 // switches LoadPin off for modules, in the same words as COS's own command line. csm.disabled
-// switches off COS's Container Security Monitor, as that command line does. ima_appraise switches
-// off IMA's check of firmware. hung_task_panic prevents a panic over a slow task, because in an
-// emulator a task may take longer than the kernel allows.
+// switches off COS's Container Security Monitor, as COS's own command line does. ima_appraise
+// switches off IMA's check of firmware. hung_task_panic=0 prevents a panic over a slow task: in an
+// emulator, a task may take longer than the kernel allows.
 const cosArguments = "loadpin.exclude=kernel-module,firmware csm.disabled=1 ima_appraise=off hung_task_panic=0\n"
 
 // findBoot chooses the boot folder for the load test: the bucket's own boot archive, or a folder
-// made of the bucket's vmlinux. If there is no boot folder and the build may go on without a load
-// test, findBoot returns the reason in why and no error.
+// made of the bucket's vmlinux. If the bucket has neither, findBoot returns the reason in why and
+// no error. If the bucket's vmlinux cannot be used, findBoot returns an error with LoadTestRequire,
+// and otherwise the reason in why.
 func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err error) {
 	switch {
 	case in.kernel.Boot != "":
@@ -63,18 +65,18 @@ func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err
 		b, err = r.makeBoot(ctx, in, vmlinux, sign.Material{Name: "vmlinux", URI: material.URI, Digest: material.Digest},
 			facts)
 	}
-	// The vmlinux may be one that cannot be booted here, or one that comes from another run of make
-	// than the headers. Both prove nothing about the modules, so a build that does not require the
-	// load test goes on without it. Any other mismatch ends the build, because the modules may have
-	// been compiled against the wrong headers.
+	// This machine may be unable to boot the vmlinux, or vmlinux and headers may come from two runs
+	// of make. Neither proves anything about the modules. So a build that does not require the load
+	// test continues without a load test. Any other mismatch ends the build, because the modules
+	// may have been compiled against the wrong headers.
 	if r.cfg.LoadTest != LoadTestRequire && (errors.Is(err, bootimage.ErrOtherRun) || fault.Is(err, fault.Unsupported)) {
 		return boot{}, err.Error(), nil
 	}
 	return b, "", err
 }
 
-// readFacts reads the kernel's facts from vmlinux. It compares them with the headers that the
-// modules were compiled against.
+// readFacts reads the facts about the kernel that vmlinux contains. readFacts returns an error if
+// these facts do not fit the headers that the modules were compiled against.
 func readFacts(vmlinux string, in *inputs) (facts bootimage.Facts, err error) {
 	f, err := os.Open(vmlinux)
 	if err != nil {
@@ -87,11 +89,12 @@ func readFacts(vmlinux string, in *inputs) (facts bootimage.Facts, err error) {
 	return facts, err
 }
 
-// factsFile is the file in a made boot folder that describes the kernel image.
+// factsFile is the name of a file in a boot folder from makeBoot. The file has the digest of the
+// kernel image and the build id of the vmlinux that the image was made of.
 const factsFile = "image.json"
 
 // makeBoot makes a boot folder from vmlinux, including the emulated GPU compiled for this kernel.
-// The cache keeps the folder, so equal inputs make it once.
+// The cache keeps the folder, so makeBoot makes it only once from the same inputs.
 func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sign.Material,
 	facts bootimage.Facts) (boot, error) {
 	revision, err := testgpu.Revision()
@@ -142,8 +145,8 @@ func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sig
 	if err := json.Unmarshal(raw, &made); err != nil {
 		return boot{}, err
 	}
-	fmt.Fprintf(r.log, "boots %s, made of %s, build id %s: %s\n", made.Image, from.URI, made.BuildID,
-		facts.Banners[len(facts.Banners)-1])
+	fmt.Fprintf(r.log, "the load test boots kernel image %s, made of %s with build id %s: %s\n", made.Image, from.URI,
+		made.BuildID, facts.Banners[len(facts.Banners)-1])
 	return boot{dir, key, []sign.Material{from, {Name: "boot image", Digest: made.Image}}}, nil
 }
 
@@ -161,9 +164,10 @@ func writeImage(vmlinux, to string, arch target.Arch) (err error) {
 	return fault.CacheDisk(bootimage.Write(out, in, arch))
 }
 
-// addGPU compiles the emulated GPU into a boot folder. If the emulated GPU does not compile,
-// because the kernel's interfaces are unknown to it, and the load test is not required, the folder
-// gets no emulated GPU: modules can be loaded without it.
+// addGPU compiles the emulated GPU and copies it into a boot folder. The emulated GPU may not
+// compile, because its source does not know the interfaces of this kernel. That is an error only if
+// the load test is required. Otherwise the folder gets no emulated GPU: modules can be loaded
+// without one.
 func (r *run) addGPU(ctx context.Context, in *inputs, dir string) (err error) {
 	work, cleanup, err := r.products.TempDir("emugpu-")
 	if err != nil {

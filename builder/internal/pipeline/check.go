@@ -19,7 +19,7 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 		Open: in.driver.Flavour == target.Open,
 	}
 	if m.carries.byGoogle() {
-		kernel.Fingerprint = "" // Google signed the module without our stamp
+		kernel.Fingerprint = "" // modules that Google signed have no stamp
 	}
 	vermagic, err = modcheck.Check(m.files, kernel)
 	if err != nil {
@@ -32,24 +32,24 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 	return id, vermagic, nil
 }
 
-// staticChecks names the checks that passed before the load test. The signed test result lists
-// them.
+// staticChecks returns the texts with which the signed test result lists the checks that passed
+// before the load test.
 func staticChecks(in *inputs, m *modules) []string {
 	origin := "stamp of the kernel's fingerprint"
 	if m.carries.byGoogle() {
 		origin = "Google's signature of every module, for this COS build and over these bytes"
 	}
 	all := []string{
-		"module names, driver version and processor", "size of struct module, where the kernel shows its own", "vermagic",
+		"module names, driver version and processor", "size of struct module, if a module of the kernel shows it", "vermagic",
 		origin, "build salt",
-		"order of dependencies", "every imported symbol is exported by the kernel or a module of the set",
-		"symbol checksums, where the kernel has them",
+		"order of dependencies", "every imported symbol is exported by the kernel or by a module of the driver",
+		"symbol checksums, if the kernel has them",
 	}
 	if in.driver.Flavour == target.Open {
-		all = append(all, "every module is under a licence that the kernel takes as compatible with its own")
+		all = append(all, "every module has a licence that does not taint the kernel")
 	}
 	if in.kernel.BTF != "" {
-		all = append(all, "BTF of every module goes on where the kernel's ends")
+		all = append(all, "BTF of every module continues the kernel's BTF")
 	}
 	return all
 }

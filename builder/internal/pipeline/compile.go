@@ -24,22 +24,24 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// sumsFile lies next to the modules in the cache and has the form of sha256sum's output. To notice
-// damage in the cache, the pipeline compares the modules with sumsFile before the checks, and again
-// before it packs the modules.
+// sumsFile is the name of a file next to the modules in the cache. The file has the form of
+// sha256sum's output. To notice damage in the cache, the pipeline compares the modules with
+// sumsFile before the checks, and again before it packs the modules.
 const sumsFile = "SHA256SUMS"
 
 // modules describes the modules of one driver in the cache.
 type modules struct {
 	files map[string]string // name to path
 	sums  map[string]string // name to SHA-256, in hex
-	// debug is the folder of the unstripped modules; it exists only with Config.DebugSymbols.
+	// debug is the path of the folder with the unstripped modules. The folder exists only with
+	// Config.DebugSymbols.
 	debug string
-	// madeOf lists the inputs that this run compiled from. It is empty if the modules came from the
-	// cache.
+	// madeOf lists the paths of the inputs from which this run compiled the modules. It is empty if
+	// the modules came from the cache.
 	madeOf []string
 	// carries says whose signatures the modules have. signedBy lists everything that decides the
-	// bytes of the signatures, for cache keys.
+	// bytes of the signatures. The cache keys of everything that is made from the modules contain
+	// it.
 	carries  carries
 	signedBy []string
 	// identity is the artifact's identity, which the check phase sets.
@@ -47,7 +49,7 @@ type modules struct {
 }
 
 // key returns the cache key of a product that is made from the modules in their published form. The
-// key covers everything that decides the modules' bytes, and the parts in more.
+// key differs if anything differs that decides the modules' bytes, or if a text in more differs.
 func (m *modules) key(in *inputs, more ...string) string {
 	return in.stampedKey(slices.Concat(more, m.signedBy)...)
 }
@@ -91,7 +93,8 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			return err
 		}
 		if b := sandbox.SupportedLimits(); !b.ControlGroup {
-			fmt.Fprintf(r.log, "limits hold for each process of the compile, not for all together: %v\n", b.Reason)
+			fmt.Fprintf(r.log, "the limits of the sandbox hold for each process of the compile, not for all processes "+
+				"together: %v\n", b.Reason)
 		}
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
 			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout),
@@ -107,8 +110,8 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			Progress: func(phase string, done, total int) { r.line.Progress("compile", "%s %d/%d", phase, done, total) },
 		})
 		release() // the rest compiles nothing, so another cell may begin its compile
-		// Check the inputs before err: an input that changed during the compile explains every
-		// error and makes every success worthless.
+		// Check the inputs before looking at err: if an input changed during the compile, this
+		// change explains any error, and makes a success worthless.
 		madeOf = []string{in.kernel.Headers, in.kernel.Toolchain, source}
 		if in.kernel.BTF != "" {
 			madeOf = append(madeOf, in.kernel.BTF)
@@ -203,8 +206,8 @@ func readModules(dir string) (*modules, error) {
 	return m, nil
 }
 
-// intact returns an error if a module no longer has its checksum, or if one of these folders of the
-// cache changed since it was filled.
+// intact returns an error if a module no longer has the checksum from sumsFile. It also returns an
+// error if one of the folders, which are in the cache, changed since a build filled it.
 func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
 	for _, name := range slices.Sorted(maps.Keys(m.files)) {
 		sum, err := hostfile.Sum(m.files[name])

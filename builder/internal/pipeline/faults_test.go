@@ -252,7 +252,7 @@ func newWire(t *testing.T, f *farm) *wire {
 	return w
 }
 
-// theatre is a separate build farm for one fault.
+// theatre is a build farm in which one test causes one fault. Each test has its own, so that tests can run in parallel.
 type theatre struct {
 	f    *farm
 	wire *wire
@@ -290,7 +290,7 @@ func (th *theatre) process(t *testing.T, fault, phase string) *exec.Cmd {
 	return cmd
 }
 
-// killed is the class of a build that was killed before it could report its own.
+// killed stands for the class of the error if a build was killed before it could report a class.
 const killed = "killed"
 
 func (th *theatre) run(t *testing.T, fault, phase string) *outcome {
@@ -298,7 +298,7 @@ func (th *theatre) run(t *testing.T, fault, phase string) *outcome {
 	return read(t, th.process(t, fault, phase), func() {})
 }
 
-// read runs a build until it ends. It calls started when the build runs.
+// read starts a build, calls started, and waits until the build ends. It returns the outcome that the build printed.
 func read(t *testing.T, cmd *exec.Cmd, started func()) *outcome {
 	t.Helper()
 	var buffer bytes.Buffer
@@ -375,7 +375,8 @@ func (th *theatre) afterwards(t *testing.T, want string, again *outcome) {
 	}
 }
 
-// struck builds under a fault and then without it. It returns how the first build ended.
+// struck builds under a fault and then without it. It returns how the first build ended: the class of its error, or
+// "published". want is the digest of the right artifact.
 func (th *theatre) struck(t *testing.T, kind, phase, want string) string {
 	t.Helper()
 	got := th.run(t, kind, phase)
@@ -462,7 +463,7 @@ func TestKilledWhilePublishing(t *testing.T) {
 			}
 			th.wire.trigger.Store(&pull)
 			if got := read(t, cmd, func() { close(started) }); got.Class != killed && got.Digest != want {
-				t.Errorf("it was not killed, and came to %+v", got)
+				t.Errorf("the build was not killed, and ended with %+v", got)
 			}
 			th.wire.trigger.Store(nil)
 			th.afterwards(t, want, nil)

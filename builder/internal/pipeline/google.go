@@ -41,8 +41,11 @@ type googleSignatures struct {
 	materials []cossrc.Material // the signature archive comes first
 }
 
-// Signing describes how modules get signatures for the kernel. objects returns the names of the
-// objects in the kernel bucket that the signatures come from; nil means that they come from none.
+// Signing describes which signatures the modules get for the kernel. how is a text with the
+// settings that decide this. Other settings give another text, so that a failure stored with one
+// text does not stop a build with other settings. objects returns the names of the objects in the
+// kernel bucket from which the signatures or the signed modules come. objects is nil if none come
+// from the bucket.
 func (c Config) Signing() (how string, objects func(k target.Kernel, version string) []string) {
 	c = c.withDefaults(Request{})
 	switch {
@@ -73,7 +76,7 @@ func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in
 		}
 		archive := cosbucket.SignatureNames(in.kernel.Kernel, in.driver.Version)[0]
 		return nil, fault.New(fault.InputMissing,
-			"the bucket does not have Google's signatures for this driver: there is no "+kernels.URL(archive),
+			"the bucket does not have Google's signatures for this driver: "+kernels.URL(archive)+" is missing",
 			"give --kernel-mirror a bucket that has these signatures, or build with --google-signatures auto")
 	}
 	detached, err := modsign.ReadDetached(bytes.NewReader(s.Archive), s.TrustedKey)
@@ -125,15 +128,17 @@ type googleModules struct {
 	cached bool
 }
 
-// fetchModules fetches Google's modules and verifies each one. It runs in the source phase, so that
-// a missing or unsigned module ends the build early.
+// fetchModules fetches Google's modules and verifies the signature of each one. It returns nil
+// without Config.GoogleModules. It runs in the source phase, so that a missing or unsigned module
+// ends the build early.
 func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleModules, error) {
 	switch {
 	case !r.cfg.GoogleModules:
 		return nil, nil
 	case r.req.Flavour != target.Open:
 		return nil, fault.New(fault.Unsupported,
-			fmt.Sprintf("Google publishes no linked modules of flavour %s, only the parts to link them", r.req.Flavour),
+			fmt.Sprintf("Google publishes no modules of flavour %s, only the parts from which the modules are linked",
+				r.req.Flavour),
 			"use --flavour open, or build without --google-modules")
 	}
 	driver, err := cossrc.FetchSignedDriver(ctx, kernels, r.cfg.Cache, in.kernel.Kernel, in.driver.Version,
@@ -181,7 +186,7 @@ func (r *run) kernelTrusts(driver *cossrc.SignedDriver) ([]*x509.Certificate, er
 		return modsign.ReadCertificates(r.cfg.ModuleCert)
 	case driver.TrustedKey == nil:
 		return nil, fault.New(fault.InputMissing,
-			"the bucket has no certificate of this kernel: there is no trusted_key.pem",
+			"the bucket has no certificate of this kernel: trusted_key.pem is missing",
 			"give the certificate with --module-cert FILE")
 	}
 	trusted, err := modsign.ParseCertificates(driver.TrustedKey)
@@ -207,17 +212,17 @@ func takeModules(in *inputs) (*modules, string, error) {
 	return m, note, nil
 }
 
-// carries says whose signatures the modules of an artifact have, in the form of the provenance. All
-// fields are "" for unsigned modules.
+// carries says whose signatures the modules of an artifact have. The provenance records the field
+// that is set, see fact. All fields are "" for unsigned modules.
 type carries struct {
 	key     string // the fingerprint of the certificate of Config.ModuleKey
 	google  string // the digest of Google's signature archive
 	modules string // the digest of Google's archive of modules
 }
 
-// willCarry returns whose signatures the modules of these inputs will have, as far as that is
-// certain before they are made. Google's signatures are not certain: they may not fit the compiled
-// modules.
+// willCarry returns whose signatures the modules will have, as far as this is certain before a
+// build makes the modules. Google's signatures are not certain, because they may not fit the
+// compiled modules: for them, willCarry returns no signatures.
 func (s signing) willCarry(in *inputs) carries {
 	switch {
 	case s.own != nil:
@@ -248,10 +253,11 @@ func (c carries) fact() (name, value string, ok bool) {
 // takes reports whether this run can reuse an artifact whose modules have the signatures c and were
 // made of the inputs madeOf.
 //
-// Another COS build with the same fingerprint may have published the artifact, with modules that
-// Google signed for that COS build. If this run requires no signatures, it can use these modules
-// like unsigned ones. If this run wants Google's modules, it can use those of the other COS build,
-// on one condition: both kernels were built with the same root certificate.
+// The artifact may have been made for another COS build with the same fingerprint, with modules
+// that Google signed for that COS build. If this run requires no signatures, it can reuse this
+// artifact as if its modules were unsigned. If this run wants Google's modules, it can reuse an
+// artifact with Google's modules for the other COS build on one condition: both kernels were built
+// with the same root certificate.
 func (s signing) takes(c carries, in *inputs, madeOf []trust.Material) bool {
 	among := func(wanted []cossrc.Material) bool {
 		return !slices.ContainsFunc(wanted, func(w cossrc.Material) bool {

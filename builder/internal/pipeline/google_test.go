@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// google is a key and certificate that sign modules as Google does for a COS build.
+// google has a key and its certificate. With them, a test signs modules in Google's place.
 type google struct {
 	key, certPath string
 	certs         []*x509.Certificate
@@ -87,7 +87,7 @@ func tgz(t *testing.T, files map[string]string) []byte {
 	return out.Bytes()
 }
 
-// elsewhere returns the farm with another, empty registry.
+// elsewhere returns a copy of the farm with another registry, which is empty.
 func (f farm) elsewhere(t *testing.T) *farm {
 	t.Helper()
 	f.repo = testkit.Registry(t, true) + "/prebake/driver"
@@ -188,8 +188,8 @@ func TestGoogleSignatures(t *testing.T) {
 	res := must(t, cfg, request("17800.0.9"))
 	if diff := cmp.Diff(wholeSigned, phases(res)); diff != "" || res.Digest == plain.Digest ||
 		note(res, signPhase) != "2 of Google's signatures" {
-		t.Errorf("with signatures it is %s, without %s; note %q, phases (-want +got):\n%s", res.Digest, plain.Digest,
-			note(res, signPhase), diff)
+		t.Errorf("the artifact with signatures is %s, without %s; note %q, phases (-want +got):\n%s", res.Digest,
+			plain.Digest, note(res, signPhase), diff)
 	}
 	f.verified(t, res, 4)
 	for name, module := range modules {
@@ -274,7 +274,7 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 		{"one module has other bytes", newer, other, g.certs[0].Raw,
 			"the signature for nvidia-uvm was made over other bytes"},
 		{"one module has no signature, in the older layout", oldName, one, nil, "there is no signature for nvidia-uvm"},
-		{"another root", newer, modules, newGoogle(t).certs[0].Raw, "which the kernel's root did not certify"},
+		{"another root", newer, modules, newGoogle(t).certs[0].Raw, "which the kernel's root certificate did not certify"},
 	} {
 		f.put(t, row.object, tgz(t, g.files(t, row.modules)))
 		if row.root != nil {
@@ -289,7 +289,8 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 				note(res, signPhase), plain.Digest, row.why, diff)
 		}
 		if got := there.materialsOf(t, res); slices.Contains(got, filepath.Base(row.object)) {
-			t.Errorf("%s: the provenance names inputs %q, though nothing came of one", row.name, got)
+			t.Errorf("%s: the provenance names inputs %q; want no signature archive, because no signature was attached",
+				row.name, got)
 		}
 		cfg.GoogleSignatures = pipeline.GoogleRequire
 		cfg.Destinations = []string{f.elsewhere(t).repo}

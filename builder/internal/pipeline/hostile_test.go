@@ -15,7 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// asking writes a driver that asks its kernel questions, with one of its files changed.
+// asking writes a driver whose conftest.sh compiles test programs against the kernel's headers, and
+// writes such a kernel. In one file of the driver, asking replaces the text from by the text to.
 func (f *farm) asking(t *testing.T, file, from, to string) {
 	t.Helper()
 	files := map[string]string{}
@@ -76,7 +77,7 @@ func TestHostileDriver(t *testing.T) {
 				t.Fatalf("the builder hangs: %v\n%s", err, &log)
 			}
 			if !slices.Contains(phases(res), "compile") {
-				t.Fatalf("it did not come to the compile: %v", err)
+				t.Fatalf("the build ended before the compile: %v", err)
 			}
 			if row.kind >= 0 && fault.Of(err) != row.kind {
 				t.Errorf("Run = %v (%v); want %v\n%s", err, fault.Of(err), row.kind, &log)
@@ -86,14 +87,14 @@ func TestHostileDriver(t *testing.T) {
 				told += err.Error() + fault.Hint(err)
 			}
 			if strings.Contains(told, secret) {
-				t.Errorf("the signing key is told:\n%s", told)
+				t.Errorf("the log or the error has the signing key:\n%s", told)
 			}
 			if now, err := os.ReadFile(f.key); err != nil || string(now) != string(key) {
 				t.Errorf("the key's file changed: %v", err)
 			}
 			if row.kind >= 0 {
 				if kept, err := filepath.Glob(filepath.Join(cache.Dir(), "facts", "conftest-2", "*")); err != nil || len(kept) > 0 {
-					t.Errorf("answers are kept: %v, %v", kept, err)
+					t.Errorf("the conftest cache kept answers of this driver: %v, %v", kept, err)
 				}
 			}
 		})

@@ -6,7 +6,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/tarball"
 )
 
-// mayPublish returns an error if the licence rule forbids modules of this flavour in one of the
+// mayPublish returns an error if the licence rule forbids the request's flavour in one of the
 // destinations.
 func (r *run) mayPublish(ctx context.Context, to *publication) error {
 	for _, p := range to.destinations {

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/distribution"
 )
 
-// onTheInternet returns a licence rule that resolves every registry to a public address instead of
-// this machine's.
+// onTheInternet returns a licence rule for which every registry has a public address, although the
+// registries of the test run on this machine.
 func onTheInternet(says bundle.Redistribution, private ...string) licence.Rule {
 	return licence.Rule{Redistribute: says, Private: private,
 		Addresses: func(context.Context, string) ([]netip.Addr, error) {
@@ -24,7 +24,7 @@ func onTheInternet(says bundle.Redistribution, private ...string) licence.Rule {
 }
 
 // A flavour under NVIDIA's licence must not go to a registry that everybody can read. The build
-// ends before the compile, the registry stays empty, and the hint is an order.
+// must end before the compile, the registry must stay empty, and the hint must name the next step.
 func TestLicenceRule(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

@@ -17,12 +17,12 @@ import (
 // loadTested is the outcome of the load test phase.
 type loadTested struct {
 	verdict *loadtest.Verdict // nil if no load test ran
-	reason  string            // why no load test ran; "" if one ran or Config switched it off
+	reason  string            // why no load test ran; "" if one ran, or with LoadTestOff
 	boot    boot
 }
 
-// testKey returns the cache key of the verdict about these modules on this boot image, with user
-// space and firmware of this runfile.
+// testKey returns the cache key of a load test's verdict. The key differs if the modules, the boot
+// folder, or the runfile with user space and firmware differ.
 func testKey(in *inputs, m *modules, b boot) string {
 	return m.key(in, loadtest.Recipe, b.key, nvsrc.StageRecipe, in.release.Digest)
 }
@@ -56,7 +56,8 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 		t.verdict, r.res.LoadTest = verdict, verdict
 		return t, verdict.State + ", cached verdict", nil
 	}
-	// Check first: a kernel image that was damaged in the cache may hang until the time limit.
+	// Check modules and boot folder before the load test: with a kernel image that was damaged in
+	// the cache, the virtual machine may hang until the time limit.
 	if err := r.intact(ctx, m, b.dir); err != nil {
 		return t, "", err
 	}
@@ -64,8 +65,8 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 		Boot: b.dir, Modules: m.files, Userspace: user, Firmware: firmware,
 		Version: in.driver.Modules().Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
 	}, r.log)
-	// Check before err: an input that changed during the test explains every failure and makes
-	// every success worthless.
+	// Check the inputs before looking at err: if an input changed during the load test, this change
+	// explains any failure, and makes a success worthless.
 	if err := r.intact(ctx, m, b.dir, user, firmware); err != nil {
 		return t, "", err
 	}
@@ -83,8 +84,9 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 	return t, verdict.State, r.products.PutFact("loadtest", key, raw)
 }
 
-// cachedVerdict returns the stored verdict about these modules. It returns nil if there is none, or
-// if a new test could check more than the stored one did.
+// cachedVerdict returns the stored verdict about these modules. It returns nil if there is no
+// stored verdict, or if a new load test could check more: the stored verdict may lack NVML's answer
+// because the NVML probe was missing.
 func (r *run) cachedVerdict(in *inputs, key string) *loadtest.Verdict {
 	raw, ok := r.products.Fact("loadtest", key)
 	verdict := &loadtest.Verdict{}

@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A stored verdict is reused only if everything in the virtual machine is the same.
+// A stored verdict may be reused only if everything that the load test uses is the same. So a
+// change of each input must change the key.
 func TestKeyOfVerdict(t *testing.T) {
 	t.Parallel()
 	key := func(change func(in *inputs, m *modules, b *boot)) string {
@@ -36,7 +37,7 @@ func TestKeyOfVerdict(t *testing.T) {
 	} {
 		k := key(change)
 		if other, ok := met[k]; ok {
-			t.Errorf("with another %s the key is that with another %s", what, other)
+			t.Errorf("a change of %s gives the same key as a change of %s", what, other)
 		}
 		met[k] = what
 	}
@@ -70,7 +71,7 @@ func TestVerdictWithoutNVML(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r.cachedVerdict(in, "asked") == nil || r.cachedVerdict(in, "not asked") != nil {
-		t.Errorf("with a probe the verdicts are %v and %v; want only the one that has asked", r.cachedVerdict(in, "asked"),
-			r.cachedVerdict(in, "not asked"))
+		t.Errorf("with a probe the verdicts are %v and %v; want only the first, whose test asked NVML",
+			r.cachedVerdict(in, "asked"), r.cachedVerdict(in, "not asked"))
 	}
 }

@@ -54,7 +54,7 @@ func (o *publication) close() error {
 // already in this early phase, so that a wrong key or destination ends the build before the
 // compile.
 //
-// lookUp returns the publication with an error too, and the caller must close it.
+// Even with an error, lookUp returns the publication, and the caller must close the publication.
 func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note string, err error) {
 	to = &publication{}
 	if err := r.open(ctx, in, to); err != nil {

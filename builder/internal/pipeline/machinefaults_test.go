@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// The moments of a load test at which faults happen, and the text on the virtual machine's console
-// at each moment.
+// The moments of a load test at which faults happen. bootText and driverText are what the virtual
+// machine's console prints at the second and the third moment.
 const (
 	momentStart  = "load test begins"
 	momentBoot   = "machine boots"
@@ -35,7 +35,7 @@ const (
 var moments = []string{momentStart, momentBoot, momentDriver}
 
 // Every fault happens while a real kernel boots in a virtual machine and loads a module. The kernel
-// comes from PREBAKE_MIRROR. The driver is a stand-in of a few lines.
+// comes from PREBAKE_MIRROR. The driver is a small module from standIn.
 func TestMachineFaults(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -82,7 +82,9 @@ func TestMachineFaults(t *testing.T) {
 	}
 }
 
-// An input of the load test is damaged between its creation and its use.
+// Something damages an input of the load test in the cache, after a build made it and before the
+// load test uses it. The build must not rely on the damaged input, and the next build must publish
+// the right test result.
 func TestMachineInputsDamaged(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -149,7 +151,8 @@ func newStage(t *testing.T) *stage {
 	if err != nil || len(trees) != 1 {
 		t.Fatalf("header trees: %v, %v", trees, err)
 	}
-	// Only the files that the checks read: the compiler has used the whole tree already.
+	// The test needs only the files that the checks read, because standIn compiles the module with
+	// the whole tree.
 	s.headers = map[string]string{}
 	for _, name := range []string{"Makefile", ".config", "Module.symvers", "include/config/kernel.release"} {
 		s.headers["usr/src/"+filepath.Base(trees[0])+"/"+name] = text(t, filepath.Join(trees[0], name))
@@ -195,7 +198,8 @@ func (th *theatre) tested(t *testing.T, digest string) {
 	}
 }
 
-// standIn compiles the small module. It says its version where NVIDIA's driver says it.
+// standIn compiles a small module that replaces a driver. The module shows its version in
+// /proc/driver/nvidia/version, as NVIDIA's driver does.
 func standIn(t *testing.T, headers string) string {
 	t.Helper()
 	dir := t.TempDir()

@@ -18,24 +18,25 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Made is a cell that was built and not published.
+// Made is the result of Make: the artifact of a cell, which Make does not publish.
 type Made struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
 	Identity    bundle.Identity
-	// Layers are files in the cache that the caller passed to Make.
+	// Layers are the artifact's layers. Their files are in the cache products that the caller
+	// passed to Make.
 	Layers    []bundle.Layer
 	Image     v1.Image
 	Materials []sign.Material
 }
 
-// Make builds one cell again from its sources. Make writes modules, compiled objects and layers
-// into the cache products, and uses those that are there already. A caller that passes a new, empty
-// cache excludes all results of earlier builds.
+// Make builds one cell again from its sources. Make stores modules, compiled objects and layers in
+// the cache products, and reuses what products already has. If the caller passes an empty cache,
+// Make uses no result of an earlier build.
 //
-// Make takes only fetched inputs from Config.Cache and compares them with their digests. Make needs
-// no key. It runs no load test, signs nothing with our keys and publishes nothing.
+// From Config.Cache, Make takes only fetched inputs, and compares them with their digests. Make
+// needs no key. Make runs no load test, signs nothing with our keys and publishes nothing.
 func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log io.Writer, line *timeline.Run) (*Made,
 	error) {
 	cfg = cfg.withDefaults(req)
@@ -63,8 +64,10 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 	return made, nil
 }
 
-// Recipes returns the versions of this builder's ways to make things, as the provenance names them.
-// A builder with the same recipes can make the same artifact again.
+// Recipes returns the recipe of each step that decides the bytes of an artifact, by the step's
+// name. A recipe is the version of what the step makes: it changes if the step makes other bytes
+// from the same inputs. The provenance records the recipes. A builder with the same recipes can
+// make the same artifact again.
 func Recipes() map[string]string {
 	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe,
 		"image": bundle.ImageRecipe, "stamp": modcheck.Recipe}

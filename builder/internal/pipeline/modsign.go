@@ -51,7 +51,8 @@ func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error
 		return s, nil
 	default:
 		return s, fault.New(fault.Unsupported,
-			fmt.Sprintf("kernel %s loads only signed modules, and no key signs the modules", in.kernel.Kernel), hintSigned)
+			fmt.Sprintf("kernel %s loads only signed modules, but this build has no key to sign the modules",
+				in.kernel.Kernel), hintSigned)
 	}
 	if !config.Checks {
 		return s, fault.New(fault.Unsupported, fmt.Sprintf("kernel %s does not support module signatures", in.kernel.Kernel),

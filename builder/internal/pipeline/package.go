@@ -24,8 +24,8 @@ func (r *run) staged(ctx context.Context, in *inputs, kind bundle.LayerKind) (st
 	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+in.release.Digest[len("sha256:"):],
 		func(ctx context.Context, dir string) error {
 			err := stage(dir)
-			// Check the release before err: if its files changed while they were copied, the copy
-			// must not get into the cache.
+			// Check the release before looking at err: if files of the release changed during the
+			// copy, the copy must not get into the cache.
 			if damaged := r.cfg.Cache.Recheck(ctx, in.release.Dir); damaged != nil {
 				return damaged
 			}
@@ -114,8 +114,9 @@ func (r *run) packEarly(ctx context.Context, in *inputs) *earlyLayers {
 	return a
 }
 
-// take waits for a layer and returns it. It returns false if packing failed: driverLayer then packs
-// again and reports the error.
+// take waits until packEarly has packed the layers, and returns the layer of this kind. It returns
+// false if packEarly did not pack this kind or its packing failed: then the caller packs the layer
+// itself, and reports any error.
 func (a *earlyLayers) take(kind bundle.LayerKind) (layer, bool) {
 	if a == nil {
 		return layer{}, false
@@ -125,7 +126,7 @@ func (a *earlyLayers) take(kind bundle.LayerKind) (layer, bool) {
 	return l, ok && l.err == nil
 }
 
-// end stops the packing and waits until it has ended.
+// end stops the packing of early layers and waits until the packing has ended.
 func (a *earlyLayers) end() {
 	if a != nil {
 		a.stop()
@@ -133,7 +134,8 @@ func (a *earlyLayers) end() {
 	}
 }
 
-// pack packs the layers that earlyLayers does not have yet.
+// pack returns the three layers of the artifact. It packs the layer of the modules, and each layer
+// that early does not have.
 func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLayers) (_ []bundle.Layer, note string,
 	err error) {
 	reused := 0

@@ -4,8 +4,8 @@
 // all use this package. If every destination already has an artifact of the cell, signed with our
 // key, the pipeline compiles nothing: it only attests that the artifact fits the COS build.
 //
-// run.go calls the phases in their order. Each phase is in a file of its name; google.go deals with
-// modules that Google signed. Each phase returns a value that later phases use.
+// run.go calls the phases in their order. The file of a phase has the phase's name. google.go deals
+// with modules that Google signed. Each phase returns a value that later phases use.
 //
 // The package refuses to publish anything that failed a phase. It does not know how a phase does
 // its work: that is in other packages.
@@ -34,8 +34,8 @@ type LoadTest string
 
 // The load test's modes.
 const (
-	// LoadTestAuto runs the load test if the mirror has a bootable kernel and the modules that the
-	// driver needs.
+	// LoadTestAuto runs the load test if the bucket has a bootable kernel, and those modules of the
+	// kernel that the driver needs.
 	LoadTestAuto LoadTest = "auto"
 	// LoadTestRequire fails the build if the load test cannot run.
 	LoadTestRequire LoadTest = "require"
@@ -74,8 +74,8 @@ type Config struct {
 	// GoogleSignatures says what to do with Google's module signatures; "" means GoogleAuto.
 	GoogleSignatures GoogleSignatures
 	// GoogleModules publishes the open modules that Google compiled and signed for the COS build,
-	// unchanged. They are verified with ModuleCert or, without it, with the certificate in the
-	// bucket that the kernel was built with.
+	// unchanged. They are verified with ModuleCert. If ModuleCert is "", they are verified with the
+	// certificate with which the kernel was built, trusted_key.pem in the bucket.
 	GoogleModules bool
 	// DebugSymbols publishes the modules' debug information as a referrer of the artifact. The
 	// compile takes longer, and the artifact stays the same.
@@ -92,7 +92,8 @@ type Config struct {
 	// sets them after several builds, because labels depend on more than one cell.
 	Labels      []string
 	LabelsLater bool
-	// Deltas is the largest number of deltas that an artifact gets, see [publish.Deltas].
+	// Deltas is the largest number of deltas that an artifact gets, see [publish.Deltas]. 0 means
+	// none.
 	Deltas int
 	// BuilderID is a URI. The provenance names it as builder.id, and a bucket's index records it as
 	// the builder that set the labels. Version is the version of this program.
@@ -119,13 +120,14 @@ type Request struct {
 	BuildID, Board string
 	Driver         target.Wish
 	Flavour        target.Flavour
-	// KernelMirror, DriverMirror and GoogleSignatures replace those of the Config if they are not
-	// "".
+	// Each of KernelMirror, DriverMirror and GoogleSignatures replaces the Config's field of the
+	// same name, if it is not "".
 	KernelMirror, DriverMirror string
 	GoogleSignatures           GoogleSignatures
 	// GoogleModules has the same meaning as Config.GoogleModules; one of the two is enough.
 	GoogleModules bool
-	// BTF asks for BTF as Config.BTF does, made by exactly this version of pahole.
+	// BTF is a version of pahole. If BTF is not "", the modules get BTF as with Config.BTF, and the
+	// build fails if this machine has another version of pahole.
 	BTF string
 }
 
@@ -136,7 +138,7 @@ type Result struct {
 	Driver      target.Driver      `json:"driver"`
 	Digest      string             `json:"digest"`
 	// Repositories are the repositories that hold the artifact, in the order of
-	// Config.Destinations. Tarballs lists the buckets.
+	// Config.Destinations. Destinations that are buckets are in Tarballs instead.
 	Repositories []string `json:"repositories"`
 	Tag          string   `json:"tag"`
 	// Existed says that every destination had this artifact before the build.

@@ -89,7 +89,7 @@ func tarOf(t testing.TB, files map[string]string, out io.WriteCloser) {
 	}
 }
 
-// farm has two buckets, a key and a registry.
+// farm has two buckets below the folder dir, a signing key and a repository in a registry.
 type farm struct {
 	dir, key string
 	repo     string
@@ -235,7 +235,8 @@ func phases(res *pipeline.Result) (names []string) {
 	return names
 }
 
-// verified checks that a node of this COS build would accept the artifact.
+// verified checks that a node of this COS build would accept the artifact, and that the artifact
+// has this number of attached statements.
 func (f *farm) verified(t *testing.T, res *pipeline.Result, attached int) {
 	t.Helper()
 	repo, err := registry.Open(f.repo, registry.Options{})
@@ -297,8 +298,8 @@ var (
 	reused = []string{"source", "look up", "publish"}
 )
 
-// The first build starts with empty caches. A second one uses the cache, and later ones use the
-// registry only.
+// The first build starts with an empty cache and compiles. The second build takes the modules from
+// the cache. Later builds with empty caches reuse the artifact in the registry.
 func TestBuild(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

@@ -20,8 +20,8 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 			_, existed, err = publish.Publish(ctx, p.repo, all)
 		}
 		if err != nil {
-			// A destination compares bytes with their digests. If it refuses a layer, the cause may
-			// be a damaged file in the cache.
+			// A destination compares the layers that it receives with their digests. If it refuses
+			// a layer, the cause may be a damaged file in the cache.
 			if damaged := r.layersIntact(ctx, a); damaged != nil {
 				err = fmt.Errorf("%w; therefore: %w", damaged, err)
 			}
@@ -45,12 +45,12 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 	if err := r.publishDeltas(ctx, in, to, a); err != nil {
 		return "", err
 	}
-	note := fmt.Sprintf("%s to %d place(s)", a.digest[:19], len(to.destinations)+len(to.buckets))
+	note := fmt.Sprintf("%s to %d destination(s)", a.digest[:19], len(to.destinations)+len(to.buckets))
 	if n := len(r.res.Deltas); n > 0 {
 		note += fmt.Sprintf(", %d delta(s)", n)
 	}
 	if r.res.Existed {
-		note += ", was there already"
+		note += ", published there before"
 	}
 	return note, nil
 }
@@ -68,7 +68,7 @@ func (r *run) layersIntact(ctx context.Context, a *artifact) error {
 	return nil
 }
 
-// publishDeltas attaches deltas for nodes that have an earlier build's modules. Deltas are
+// publishDeltas attaches deltas for nodes that have the modules of an earlier COS build. Deltas are
 // optional: without them nodes fetch the whole layer. So publishDeltas returns an error only if the
 // context ends.
 func (r *run) publishDeltas(ctx context.Context, in *inputs, to *publication, a *artifact) error {
@@ -81,7 +81,7 @@ func (r *run) publishDeltas(ctx context.Context, in *inputs, to *publication, a 
 			r.progress("publish")(fmt.Sprintf("no delta in %s: %v", p.name, err))
 		}
 		for _, d := range made {
-			fmt.Fprintf(r.log, "delta of the modules for %s: %d bytes\n", d.From, d.Size)
+			fmt.Fprintf(r.log, "delta from the modules of %s: %d bytes\n", d.From, d.Size)
 		}
 		r.res.Deltas = append(r.res.Deltas, made...)
 	}

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// run is one build: its settings, its log and its result so far. A phase returns its value, and run
-// passes the value to the phases that need it.
+// run is one build: its settings, its log and its result so far. Each phase returns a value, and
+// the methods all, make and makeModules pass the value to the phases that need it.
 type run struct {
 	cfg     Config
 	req     Request
@@ -98,8 +98,8 @@ func (r *run) make(ctx context.Context, in *inputs, to *publication) (*artifact,
 	return a, m, err
 }
 
-// makeModules compiles the modules or takes those that Google compiled. It signs them if a key or
-// Google's signatures are available, and checks them against the kernel.
+// makeModules compiles the modules, or takes the modules that Google compiled. It signs them if a
+// key or Google's signatures are available, and checks them against the kernel.
 func (r *run) makeModules(ctx context.Context, in *inputs, s signing) (m *modules, err error) {
 	if in.prebuilt != nil {
 		m, err = phase(r, "take modules", func() (*modules, string, error) { return takeModules(in) })
@@ -115,8 +115,8 @@ func (r *run) makeModules(ctx context.Context, in *inputs, s signing) (m *module
 	return m, err
 }
 
-// phase runs one phase of a build, records it, and returns its value. The text that do returns is
-// the note in the timeline.
+// phase runs one phase of a build by calling do, and records the phase in the timeline. It returns
+// the value that do returns. The text that do returns is the phase's note in the timeline.
 func phase[T any](r *run, name string, do func() (T, string, error)) (made T, err error) {
 	fmt.Fprintf(r.log, "\n== %s\n", name)
 	err = r.line.Do(name, func() (note string, err error) {

@@ -98,11 +98,13 @@ func (in *inputs) key(parts ...string) string {
 }
 
 // stampedKey returns the cache key of a product that is made from the compiled and stamped modules.
+// The key differs if a text in more differs.
 func (in *inputs) stampedKey(more ...string) string {
 	return in.key(append(slices.Clone(more), compile.Recipe, modcheck.Recipe, string(in.kernel.Fingerprint))...)
 }
 
-// materials returns all inputs of modules with these signatures, in the form of the provenance.
+// materials returns all inputs of a build whose modules have the signatures c, in the form in which
+// the provenance names them.
 func (in *inputs) materials(c carries) []sign.Material {
 	var all []sign.Material
 	files := slices.Concat(in.kernel.Materials, in.release.Materials)

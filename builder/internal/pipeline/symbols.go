@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// debugFolder lies next to the modules in the cache and holds the unstripped modules.
+// debugFolder is the name of the folder next to the modules in the cache. The folder has the
+// unstripped modules.
 const debugFolder = "debug"
 
 // keepDebug copies the unstripped modules into the tree that goes into the cache.

@@ -31,8 +31,8 @@ func (r *run) labels() bool {
 	return r.req.Flavour == target.Open && !r.cfg.LabelsLater && slices.ContainsFunc(r.cfg.Destinations, tarball.Is)
 }
 
-// readLabels reads the labels that COS gives. It returns an error if the driver cannot have one of
-// Config.Labels.
+// readLabels reads which labels COS gives to which drivers on this COS build. It returns nil if
+// this run sets no labels, and an error if the driver cannot have one of Config.Labels.
 func (r *run) readLabels(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (map[string]string, error) {
 	for _, label := range r.cfg.Labels {
 		if err := target.CheckLabel(label, in.driver.Version); err != nil {
@@ -45,7 +45,8 @@ func (r *run) readLabels(ctx context.Context, kernels *cosbucket.Bucket, in *inp
 	return tarball.COSLabels(ctx, kernels, in.kernel.Kernel)
 }
 
-// setLabels sets the driver's labels in every bucket.
+// setLabels sets the labels of this COS build's drivers in every bucket: those that COS gives, and
+// Config.Labels for the driver of this run.
 func (r *run) setLabels(ctx context.Context, in *inputs, to *publication) error {
 	if !r.labels() {
 		return nil

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A bucket gets a tarball for each COS build. If one destination lacks the cell, the cell is made
-// again for it.
+// A bucket gets a tarball for each COS build, even if two COS builds share the artifact. If the
+// bucket already has other bytes under the tarball's name, the build fails and the bytes stay.
 func TestTarballTwins(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -41,7 +41,7 @@ func TestTarballTwins(t *testing.T) {
 	other := must(t, cfg, request("17800.1.9"))
 	if other.Digest != first.Digest || !other.Reused || len(other.Tarballs) != 1 ||
 		other.Tarballs[0].SHA256 != first.Tarballs[0].SHA256 || other.Tarballs[0].URL == first.Tarballs[0].URL {
-		t.Errorf("its twin: %+v; want %s with a tarball of its own", other, first.Digest)
+		t.Errorf("another COS build with the same fingerprint: %+v; want %s with a tarball of its own", other, first.Digest)
 	}
 
 	// A file with the tarball's name and other bytes stays unchanged.

@@ -21,9 +21,9 @@ func (c Config) KernelOptions() []cossrc.Option {
 	return nil
 }
 
-// findPahole returns the version of this machine's program pahole, which makes the modules' BTF.
-// Another version may make other bytes. So if the request names a version and this machine has
-// another version, the build fails.
+// findPahole returns the version of this machine's program pahole, which makes the modules' BTF. It
+// returns "" if the modules get no BTF. Another version of pahole may make other bytes. So
+// findPahole returns an error if the request names another version than this machine has.
 func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version string, err error) {
 	if kernel.BTF == "" {
 		return "", nil
@@ -33,7 +33,7 @@ func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version st
 	}
 	if want := r.req.BTF; want != "" && want != version {
 		return "", fault.New(fault.Unsupported,
-			fmt.Sprintf("the modules' BTF was made by pahole %s; this machine has %s", want, version),
+			fmt.Sprintf("the published modules have BTF by pahole %s, but this machine has pahole %s", want, version),
 			"install pahole "+want+" (package dwarves)")
 	}
 	return version, nil

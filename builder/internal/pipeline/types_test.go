@@ -46,9 +46,9 @@ func (f *farm) typedKernel(t *testing.T, build, text string) {
 	}
 }
 
-// A build with BTF makes another artifact of a cell than a build without BTF. COS builds with the
-// same kernel share this artifact. Make makes the same artifact again with the version of pahole
-// that the provenance names.
+// For the same cell, a build with BTF makes another artifact than a build without BTF. COS builds
+// with the same kernel share the artifact with BTF. With the version of pahole that the provenance
+// names, Make makes the same artifact again.
 func TestBTF(t *testing.T) {
 	t.Parallel()
 	for _, tool := range []string{"pahole", "objcopy"} {

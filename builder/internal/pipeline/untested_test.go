@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A COS build with its own boot image gets a load test before it is attested.
+// If a COS build has its own boot image, the artifact must pass a load test on this kernel before
+// the artifact is attested for this COS build.
 func TestNotReusedUntested(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

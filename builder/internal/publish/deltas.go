@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxDelta limits the size of a delta in bytes. A delta is kept in memory while it is made. A larger delta would save a
-// node too little.
+// maxDelta limits the size of a delta in bytes. Deltas keeps a delta in memory while it makes the delta. A larger delta
+// would save a node too little.
 const maxDelta = 16 << 20
 
 // maxBefore limits how many earlier COS builds Deltas examines for each wanted delta.
@@ -35,8 +35,9 @@ type Delta struct {
 
 // Deltas attaches up to count deltas to a published artifact. With a delta, a node makes the artifact's module layer
 // out of the module layer of an earlier COS build of the same board, milestone and driver. Deltas takes the newest of
-// these COS builds first, because a node whose OS was updated usually has the layer of a recent one. Deltas returns
-// what it attached. Deltas skips a delta that is attached already or that saves too little.
+// these COS builds first, because a node whose OS was updated usually has the layer of a recent one. Deltas skips a
+// delta that is attached already. Deltas also skips a delta that saves too little, because it is larger than maxDelta
+// or than half of the new layer. made lists the deltas that Deltas attached, also if it returns an error.
 func Deltas(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -217,7 +218,7 @@ func (l *layerReader) check() error {
 	if got := ocidigest.NewDigest(ocidigest.SHA256, l.h).String(); got != l.want {
 		return fault.New(
 			fault.Unverified,
-			fmt.Sprintf("read layer: it has diff id %s; the config says %s", got, l.want),
+			fmt.Sprintf("read layer: the layer has diff id %s, but the artifact's config says %s", got, l.want),
 			"",
 		)
 	}

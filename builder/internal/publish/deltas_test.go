@@ -20,7 +20,7 @@ func code() string {
 	return string(b)
 }
 
-// publishBuild publishes a sample for the build 17800.0.number.
+// publishBuild publishes a sample for the COS build 17800.0.number.
 func publishBuild(t *testing.T, repo *registry.Repository, key *testkit.Key, number, salt string) testkit.Sample {
 	t.Helper()
 	s := testkit.NewSample(t, key, testkit.SampleKernel(number), driver, salt)
@@ -57,7 +57,8 @@ func TestDeltas(t *testing.T) {
 			for _, number := range []string{"9", "47", "48", "60"} {
 				publishBuild(t, repo, key, number, code()+number)
 			}
-			// Build 49 has the same kernel as build 48. Build 40 has a layer with nothing in common.
+			// Build 49 has the same kernel as build 48. The module layer of build 40 has nothing in common with the
+			// other layers.
 			again := testkit.NewSample(t, key, testkit.SampleKernel("48"), driver, code()+"48")
 			again.Kernel.BuildID = id("49")
 			if _, _, err := publish.Publish(t.Context(), repo, artifact(t, key, signAgain(t, key, again))); err != nil {
@@ -69,7 +70,7 @@ func TestDeltas(t *testing.T) {
 			if diff := cmp.Diff([]string{id("49"), id("47")}, builds(t, repo, s, 2)); diff != "" {
 				t.Errorf("deltas (-want +got):\n%s", diff)
 			}
-			// A delta that exists is not made again. A delta that would save little is not made.
+			// Deltas does not make a delta again that exists, and does not make a delta that would save little.
 			if diff := cmp.Diff([]string{id("9")}, builds(t, repo, s, 4)); diff != "" {
 				t.Errorf("deltas of a second call (-want +got):\n%s", diff)
 			}

@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// These constants limit a build log, in bytes. If a log is too long, its middle is dropped. Its beginning (inputs and
-// flags) and its end (the error) are worth most. A build of a driver with its tests writes about 1 MB.
+// These constants limit a build log, in bytes. If a log is too long, its middle is dropped, because a reader needs the
+// beginning (inputs and flags) and the end (the error) most. A build of a driver with its tests writes about 1 MB.
 const (
 	maxLogHead = 4 << 20
 	maxLogTail = 12 << 20
@@ -26,7 +26,8 @@ func PackLog(log io.Reader) (packed []byte, digest string, err error) {
 	if err == nil {
 		packed, err = compress(text)
 	}
-	// Build logs compress far below the size limit of an attachment. If a log does not, PackLog keeps less of it.
+	// Build logs compress far below the size limit of an attachment. If a compressed log is still above the limit,
+	// PackLog drops more of the log's middle.
 	for most := maxLogTail; err == nil && len(packed) > registry.MaxAttachment; {
 		most /= 2
 		if text, err = readEnds(bytes.NewReader(text), most/4, most); err == nil {

@@ -72,8 +72,9 @@ func FuzzUnpackLog(f *testing.F) {
 	})
 }
 
-// TestLogThatProvenanceNames publishes twice. In a second case, an earlier run was interrupted. In both cases the log
-// that the valid provenance names must be in the registry.
+// TestLogThatProvenanceNames publishes an artifact in two runs with different logs. In the first case, the first run
+// published everything. In the second case, the first run was interrupted after it had attached its log. In both cases
+// the registry must have the log whose digest the attached provenance records.
 func TestLogThatProvenanceNames(t *testing.T) {
 	t.Parallel()
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")

@@ -12,9 +12,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestManyKernels checks an artifact that fits more COS builds than the number of statements that a client reads. Each
-// build must find its own kernel match and the provenance. This must work even if the first statements were attached
-// before statements had labels. No statement may be attached twice.
+// TestManyKernels checks an artifact with so many kernel matches that a client does not read all of them. A node of
+// each COS build must find its own kernel match and the provenance. This must work even if the first statements were
+// attached before statements had labels. No statement may be attached twice.
 func TestManyKernels(t *testing.T) {
 	t.Parallel()
 	const most, old = 200, 40
@@ -51,7 +51,7 @@ func TestManyKernels(t *testing.T) {
 			if err != nil || len(list) != 1+all {
 				t.Errorf("%d statements attached, %v; want the provenance and %d matches, each once", len(list), err, all)
 			}
-			for i := 0; i < all; i += 8 { // both old and new ones are among these
+			for i := 0; i < all; i += 8 { // this tries kernel matches of both kinds, attached before and with labels
 				k := kernel(i)
 				bundles, err := repo.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle, trust.Wanted(k)...)
 				if err != nil {
@@ -83,6 +83,7 @@ func TestManyKernels(t *testing.T) {
 		})
 	}
 	if trust.MaxBundles < 2*registry.MaxAttachments {
-		t.Errorf("of %d statements that are read, %d are looked at", 2*registry.MaxAttachments, trust.MaxBundles)
+		t.Errorf("a client reads %d statements, but a verifier examines only %d of them", 2*registry.MaxAttachments,
+			trust.MaxBundles)
 	}
 }

@@ -16,10 +16,10 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// onPush runs a registry that creates a repository when a client with push rights asks for a token. Until then it
-// answers as for a private repository. The token exchange follows the distribution project's token specification.
-// Status, challenge and scopes are Quay's, as recorded in helm/helm#31567 (2025-11-25) and helm/helm#32144
-// (2026-05-22). In those issues, a client that kept its token for reading could not push.
+// onPush runs a registry that creates a repository when a client with push rights asks for a token. Until then the
+// registry denies everything, as it does for a private repository. The token exchange follows the distribution
+// project's token specification. Status, challenge and scopes are Quay's, as recorded in helm/helm#31567 (2025-11-25)
+// and helm/helm#32144 (2026-05-22). In those issues, a client that kept its token for reading could not push.
 func onPush(t *testing.T) string {
 	t.Helper()
 	var made atomic.Bool

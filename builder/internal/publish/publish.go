@@ -25,22 +25,25 @@ type Artifact struct {
 	Identity bundle.Identity
 	// Kernel is the COS build for which the artifact is published this time.
 	Kernel target.Kernel
-	// Bundles are the signed statements: provenance, the kernel match for Kernel, the test result and the contents.
+	// Bundles are the signed statements, each as a Sigstore bundle: provenance, the kernel match for Kernel, the test
+	// result and the contents.
 	Bundles [][]byte
-	// Verifier verifies statements that are attached already. A statement with the same content is not attached again,
-	// although its signature would differ. Nil attaches every statement.
+	// Verifier verifies the statements that the artifact already has in the repository. If one of them proves the same
+	// as a statement in Bundles, the statement in Bundles is not attached. If Verifier is nil, every statement is
+	// attached.
 	Verifier *trust.Verifier
-	// Log is the build log as [PackLog] returns it. nil attaches none. The log is attached together with the provenance
-	// that names it. Log is left out if the provenance of another run is there already.
+	// Log is the build log as [PackLog] returns it, or nil. The log is attached together with the provenance that
+	// records its digest. If the repository already has a provenance of another run, neither is attached.
 	Log []byte
 }
 
-// Existing returns the digest that a tag names in a repository. ok is false if the tag does not exist. The caller
-// verifies the statements of the digest before it relies on them.
+// Existing returns the digest that a tag names in a repository. ok is false if the tag does not exist. Existing
+// verifies nothing: the caller must verify the statements about the digest before it relies on the artifact.
 func Existing(ctx context.Context, repo *registry.Repository, tag string) (digest string, ok bool, err error) {
 	d, err := repo.Resolve(ctx, tag)
-	// A registry such as Quay creates a repository on push. Before that it denies reading. If this client may push
-	// there, the repository does not exist yet, so it has no tag.
+	// A registry such as Quay creates a repository on the first push, and denies reading until then. So if this client
+	// may push to the repository, but the registry still denies reading it, the repository does not exist yet and has
+	// no tag.
 	if registry.Denied(err) && repo.CheckPush(ctx) == nil {
 		if d, err = repo.Resolve(ctx, tag); registry.Denied(err) {
 			return "", false, nil
@@ -157,8 +160,8 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// attach adds the statements that the artifact lacks in the registry. It adds the build log first: the provenance names
-// the log, so the log must exist before the provenance.
+// attach adds the statements that the artifact lacks in the registry. It adds the build log before the provenance,
+// because the provenance records the log's digest and must never refer to a log that is missing.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	digest := subject.Digest.String()
 	present := map[string]bool{}
@@ -172,7 +175,7 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 			return err
 		}
 		for _, raw := range attached {
-			// Statements that cannot be verified belong to somebody else and are ignored.
+			// A statement that a.Verifier cannot verify was signed by somebody else, and is ignored.
 			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
 				present[proves(st)] = true
 			}
@@ -187,10 +190,11 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 		if a.Verifier != nil {
 			st, err := a.Verifier.Statement(raw)
 			if err != nil {
-				return fmt.Errorf("check own statement: %w", err)
+				return fmt.Errorf("verify the new statement: %w", err)
 			}
 			if !st.About(digest) {
-				return fault.Errorf(fault.Internal, "check own statement of type %s: it is not about %s", st.PredicateType, digest)
+				return fault.Errorf(fault.Internal, "verify the new statement of type %s: it is not about %s",
+					st.PredicateType, digest)
 			}
 			if present[proves(st)] {
 				continue

@@ -27,8 +27,8 @@ type Difference struct {
 	What string `json:"what"`
 }
 
-// compare unpacks each published layer whose digest differs from the new layer's digest, and that new layer. compare
-// then compares the unpacked files one by one.
+// compare compares each published layer with the new layer of the same kind. If the digests of the two layers differ,
+// compare unpacks both and compares their files one by one.
 func (c Config) compare(ctx context.Context, content bundle.Content, made *pipeline.Made,
 	folder func(string) (string, error), report *Report) error {
 	theirs, err := folder("published")
@@ -68,7 +68,7 @@ func (c Config) compare(ctx context.Context, content bundle.Content, made *pipel
 	// If a key signed the published modules, the digests differ even if all files are the same. Then only the facts in
 	// the two configs (content.Identity) must still be equal.
 	if len(report.Differences) == 0 && (report.ModuleKey == "" || content.Identity != made.Identity) {
-		// All files are equal but the digest differs, so the files are packed in another way.
+		// All files are equal, but the digests of the artifacts differ.
 		report.Differences = []Difference{{"(manifest)",
 			fmt.Sprintf("all %d files are the same, but they are packed or described in another way", report.Files)}}
 	}
@@ -83,8 +83,8 @@ func unpack(ctx context.Context, r io.Reader, digest, diffID string, size int64,
 	return errors.Join(bundle.Unpack(ctx, r, digest, diffID, size, root), root.Close())
 }
 
-// compareTrees compares two folders by name, kind, exec bit, link target and content. If signed is true, it ignores
-// signatures at the end of published modules.
+// compareTrees compares two folders by name, kind, exec bit, link target and content. If signed is true, compareTrees
+// ignores signatures at the end of published modules.
 func compareTrees(published, made string, signed bool) (files int, all []Difference, err error) {
 	theirs, err := list(published)
 	if err != nil {
@@ -162,8 +162,8 @@ func list(dir string) (map[string]string, error) {
 }
 
 // compareFiles returns "" if the contents are equal. Otherwise it returns a text that names the ELF sections that
-// differ, the two sizes, or the first byte that differs. If strip is true, it ignores the signature of the published
-// module.
+// differ, the two sizes, or the first byte that differs. If strip is true, compareFiles ignores the signature at the
+// end of the published module.
 func compareFiles(published, made string, strip bool) (string, error) {
 	a, err := os.ReadFile(published)
 	if err != nil {
@@ -171,7 +171,8 @@ func compareFiles(published, made string, strip bool) (string, error) {
 	}
 	if strip {
 		if a, _, err = modsign.Split(a); err != nil {
-			// The file is not as its provenance says. This is a difference, not an error.
+			// The signature is malformed, so the file is not as the provenance says. This is a difference, not an
+			// error.
 			return err.Error(), nil
 		}
 	}

@@ -1,7 +1,7 @@
 // Package reproduce builds a published artifact again from the inputs that its provenance names. The package reports
-// file by file whether the result is the same. A second party may sign this result. The package refuses an artifact
-// whose provenance does not verify. The package refuses other inputs than the provenance names. The package refuses to
-// use anything that an earlier build left in a cache.
+// file by file whether the result is the same. If the result is the same, a second party may sign a statement that says
+// so. The package refuses an artifact whose provenance does not verify. The package refuses inputs that the provenance
+// does not name. The package refuses to use anything that an earlier build left in a cache.
 package reproduce
 
 import (
@@ -30,8 +30,8 @@ type Config struct {
 	Ref string
 	// Verifier holds the keys whose provenance is trusted.
 	Verifier *trust.Verifier
-	// Make builds the cell. Make is pipeline.Make with this machine's mirrors and tools. The cache in which Make stores
-	// what it builds was empty when the program began.
+	// Make builds the cell: it calls pipeline.Make with this machine's mirrors and tools. The caller gives
+	// pipeline.Make a cache for products that was empty when the program began.
 	Make func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error)
 	// TempDir returns an empty folder and a function that removes it. The folder must have room for two unpacked copies
 	// of the artifact.
@@ -54,8 +54,8 @@ type Report struct {
 	// Identical is true if the new artifact has the same digest as the published one. If ModuleKey is set, Identical is
 	// true if everything is the same except the signatures in the modules.
 	Identical bool `json:"identical"`
-	// ModuleKey is the fingerprint of the certificate with whose key the published modules are signed. Run sets it only
-	// if the digests differ. Nobody else can make the same signatures, so the comparison ignores them.
+	// ModuleKey is the fingerprint of a certificate. The key of this certificate signed the published modules. Run sets
+	// ModuleKey only if the digests differ. Nobody else can make the same signatures, so the comparison ignores them.
 	ModuleKey string `json:"moduleKey,omitempty"`
 	// Made is the digest of the new artifact.
 	Made string `json:"made"`
@@ -67,7 +67,8 @@ type Report struct {
 	Attested string `json:"attested,omitempty"`
 }
 
-// provenance has the facts from the provenance that the rebuild needs.
+// provenance has what Run needs to know from the published artifact's provenance. recipes are the recipes (see
+// [pipeline.Recipes]) and the other facts that the provenance records by name.
 type provenance struct {
 	trust.Verdict
 	recipes map[string]string
@@ -100,7 +101,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// An error does not matter. The folder is temporary, and the next start removes it as well.
+	// An error of cleanup does not matter, because the next start of the program also removes the temporary folder.
 	defer func() { _ = cleanup() }()
 	folder := func(name string) (string, error) {
 		path := filepath.Join(dir, name)
@@ -142,8 +143,8 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	return report, err
 }
 
-// provenance finds the provenance of the artifact. provenance verifies the provenance as a node with the kernel of that
-// provenance would.
+// provenance finds the artifact's provenance. It verifies the provenance as a node would that runs the kernel for which
+// the artifact was built.
 func (c Config) provenance(ctx context.Context, digest string, content bundle.Content) (*provenance, error) {
 	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
 	if err != nil {
@@ -183,20 +184,21 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 	return &provenance{*verdict, said.BuildDefinition.InternalParameters}, nil
 }
 
-// sameRecipes compares the recipes of both builds. If they differ, a difference in bytes proves nothing.
+// sameRecipes returns an error if the published build had other recipes (see [pipeline.Recipes]) than this builder.
+// With other recipes, a difference in bytes proves nothing.
 func sameRecipes(theirs map[string]string) error {
 	ours := pipeline.Recipes()
 	for _, name := range slices.Sorted(maps.Keys(ours)) {
 		if theirs[name] != ours[name] {
 			return fault.New(fault.Unsupported,
 				fmt.Sprintf("the artifact was built with recipe %s %q; this builder has %q", name, theirs[name], ours[name]),
-				fmt.Sprintf("use version %s of the builder, which the provenance names", theirs["builder"]))
+				fmt.Sprintf("run builder reproduce of version %s, the version that built the artifact", theirs["builder"]))
 		}
 	}
 	return nil
 }
 
-// sameInputs compares the inputs that were fetched now with those that the provenance names.
+// sameInputs returns an error if this build was made from other inputs than the provenance names.
 func sameInputs(want []trust.Material, made *pipeline.Made) error {
 	have := map[string]bool{}
 	for _, m := range made.Materials {
@@ -210,7 +212,7 @@ func sameInputs(want []trust.Material, made *pipeline.Made) error {
 		}
 	}
 	if len(made.Materials) != len(want) {
-		return fault.Errorf(fault.Mismatch, "the artifact was made from %d inputs; this build has %d", len(want),
+		return fault.Errorf(fault.Mismatch, "the published artifact was made from %d inputs; this build has %d", len(want),
 			len(made.Materials))
 	}
 	return nil

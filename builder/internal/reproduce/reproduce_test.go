@@ -93,7 +93,8 @@ func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 	}}
 }
 
-// again returns a Make function that replaces a rebuild. The function returns these layers.
+// again returns a function for Config.Make that builds nothing. The function checks that the request is for the cell of
+// want, and returns this image with these layers and inputs.
 func again(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context,
 	pipeline.Request) (*pipeline.Made, error) {
 	return func(_ context.Context, req pipeline.Request) (*pipeline.Made, error) {
@@ -149,14 +150,14 @@ func TestIdentical(t *testing.T) {
 	if said != 1 {
 		t.Errorf("%d statements of the second party; want one", said)
 	}
-	// A second statement is not needed.
+	// The artifact has the statement already, so a second run must not attach another one.
 	if report, err = reproduce.Run(t.Context(), f.cfg); err != nil || report.Attested != "" {
 		t.Errorf("second Run = %+v, %v; want nothing attested anew", report, err)
 	}
 }
 
-// TestGoogle checks that an artifact with Google's signatures, or with Google's modules, is built again in the same
-// way.
+// TestGoogle checks what Run asks Make for. If the provenance records Google's signatures or Google's modules, the
+// request must ask for the same.
 func TestGoogle(t *testing.T) {
 	t.Parallel()
 	for fact, want := range map[string]pipeline.Request{

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A stand-in for a driver, for tests of the gate: it loads, says its version
- * where NVIDIA's driver says it, and does one bad deed that the compiler's
- * command line names.
+ * This module replaces a driver in tests of the checks before publishing. It
+ * shows a version in /proc/driver/nvidia/version, as NVIDIA's driver does. When
+ * the kernel loads the module, the module makes the fault that a macro of the
+ * compiler's command line chooses: DEED_OOPS or DEED_WARN, or none.
  */
 #include <linux/init.h>
 #include <linux/module.h>
