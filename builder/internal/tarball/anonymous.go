@@ -23,8 +23,8 @@ import (
 // "HTTP status and error codes").
 const absentObject = ".prebake-outsider"
 
-// AnonymousAccess asks the bucket without credentials whether everybody can read the object.
-// Without a name, it asks whether everybody may list the bucket.
+// AnonymousAccess asks the bucket without credentials whether everybody can read the object. If object is "", it asks
+// whether everybody may list the bucket. For a folder, it asks nothing and returns the zero value.
 func (b *Bucket) AnonymousAccess(ctx context.Context, object string) (registry.AnonymousAccess, error) {
 	g, ok := b.s.(*googleBucket)
 	if !ok {

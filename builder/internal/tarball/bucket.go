@@ -33,8 +33,8 @@ type upload struct {
 type store interface {
 	// stat returns an object's attributes; ok is false if there is no object.
 	stat(ctx context.Context, name string) (a attrs, ok bool, err error)
-	// open opens an object for reading; the error is errAbsent if there is none. The token
-	// identifies the state that is read.
+	// open opens an object for reading; the error is errAbsent if there is no object. The token identifies the state of
+	// the object that is read.
 	open(ctx context.Context, name string) (rc io.ReadCloser, token string, err error)
 	// create stores a whole object or nothing; the error is errExists if the name is taken.
 	create(ctx context.Context, u upload) error
@@ -44,7 +44,7 @@ type store interface {
 	// remove removes the object if it is still in the token's state; the error is errChanged
 	// otherwise. An object that is already gone is no error.
 	remove(ctx context.Context, name, token string) error
-	// writable returns an error if this user may not create objects. It changes nothing.
+	// writable returns an error if this user may not create objects. writable changes nothing.
 	writable(ctx context.Context) error
 	url(name string) string
 	close() error
@@ -52,16 +52,16 @@ type store interface {
 
 var (
 	errAbsent  = errors.New("no such object")
-	errExists  = errors.New("there is an object of this name")
-	errChanged = errors.New("another writer changed the object meanwhile")
+	errExists  = errors.New("an object of this name exists already")
+	errChanged = errors.New("another writer changed the object after it was read")
 )
 
 // Bucket is an open destination: a bucket of Google Cloud Storage or a folder.
 type Bucket struct{ s store }
 
-// Open returns the destination at gs://BUCKET/PREFIX or file:///FOLDER. The bucket must exist; a
-// folder is created. STORAGE_EMULATOR_HOST redirects gs://, as it does for every client of
-// Google's.
+// Open returns the destination at gs://BUCKET/PREFIX or file:///FOLDER. The bucket must exist. If the folder does not
+// exist, Open creates it. If the environment variable STORAGE_EMULATOR_HOST names a server, Open uses that server for
+// gs://, as Google's own clients do.
 func Open(ctx context.Context, dest string) (*Bucket, error) {
 	const hint = "name the destination gs://BUCKET/PREFIX or file:///FOLDER"
 	u, err := url.Parse(dest)
@@ -96,9 +96,9 @@ func Is(dest string) bool {
 // Close closes connections and folders.
 func (b *Bucket) Close() error { return b.s.close() }
 
-// CheckWrite returns an error if this user may not create objects in the destination. It changes nothing. For a bucket,
-// Google evaluates the account's rights without an object's name, so a right that has a condition on names counts as
-// missing.
+// CheckWrite returns an error if this user may not create objects in the destination. CheckWrite changes nothing. For a
+// bucket, Google evaluates the account's rights without an object's name. So a right counts as missing if it holds only
+// for objects with certain names.
 func (b *Bucket) CheckWrite(ctx context.Context) error {
 	if err := b.s.writable(ctx); err != nil {
 		return fmt.Errorf("publish to %s: %w", b.URL(""), err)
@@ -135,10 +135,10 @@ func (b *Bucket) small(ctx context.Context, name string, limit int64) (data []by
 // attempt.
 const tries = 256
 
-// update replaces an object by the result of change, which gets the present bytes, or nil if there
-// is no object. If another writer changes the object meanwhile, update reads it again and repeats.
-// It calls before with the new bytes right before they become visible. If the bytes stay equal,
-// update writes nothing.
+// update changes an object. It calls change with the object's present bytes, or with nil if there is no object, and
+// writes what change returns. Before each write, update calls before with the new bytes. If another writer changes the
+// object in between, update starts again. If change returns the present bytes, update writes nothing and changed is
+// false. data are the object's bytes after the call.
 func (b *Bucket) update(ctx context.Context, name, contentType string, limit int64,
 	change func(have []byte) ([]byte, error), before func(data []byte) error) (changed bool, data []byte, err error) {
 	for range tries {
@@ -171,8 +171,8 @@ func (b *Bucket) update(ctx context.Context, name, contentType string, limit int
 	return false, nil, busy("update", b.URL(name))
 }
 
-// remove removes an object if such returns true for its bytes. If another writer changes the object
-// meanwhile, remove reads it again and repeats.
+// remove removes an object if such returns true for its bytes, and reports whether it removed the object. If another
+// writer changes the object in between, remove starts again.
 func (b *Bucket) remove(ctx context.Context, name string, limit int64, such func(have []byte) bool) (bool, error) {
 	for range tries {
 		have, token, err := b.small(ctx, name, limit)
@@ -191,6 +191,6 @@ func (b *Bucket) remove(ctx context.Context, name string, limit int64, such func
 
 func busy(verb, url string) error {
 	return fault.New(fault.Transient,
-		fmt.Sprintf("%s %s: other writers changed the object %d times meanwhile", verb, url, tries),
-		"try again later")
+		fmt.Sprintf("%s %s: other writers changed the object during each of %d attempts", verb, url, tries),
+		"run the command again when fewer builders publish for this COS build")
 }

@@ -103,7 +103,7 @@ func (g *googleBucket) remove(ctx context.Context, name, token string) error {
 		return err
 	}
 	err = g.Object(name).If(c).Delete(ctx)
-	if errors.Is(err, storage.ErrObjectNotExist) { // the first attempt may have removed it, and its answer was lost
+	if errors.Is(err, storage.ErrObjectNotExist) { // the library's first attempt may have removed the object already
 		return nil
 	}
 	return g.fault(ctx, err)
@@ -118,8 +118,7 @@ func state(token string) (storage.Conditions, error) {
 	return storage.Conditions{GenerationMatch: generation}, nil
 }
 
-// chunk is the number of bytes that the library keeps in memory to send again after a network
-// fault.
+// chunk is the number of bytes that the library keeps in memory, so that it can send them again after a network error.
 const chunk = 16 << 20
 
 func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions) error {

@@ -17,16 +17,16 @@ import (
 // indexFormat is the only format that this program writes and reads.
 const indexFormat = 1
 
-// Bounds of an index. One entry has about 2 KB.
+// These constants limit the bytes, the drivers and the labels of an index. One entry has about 2 KB.
 const (
 	maxIndex   = 4 << 20
 	maxEntries = 2000
 	maxLabels  = 4000
 )
 
-// Index lists the drivers that are published for one COS build, for programs to read. It is one of
-// the few objects that change. Drivers are added and never altered; only labels move to other
-// versions. The index contains no time, so equal content gives equal bytes.
+// Index lists the drivers that are published for one COS build, for programs to read. The index is one of the few
+// objects that change: builders add drivers and never alter them, and move labels to other versions. The index contains
+// no time, so equal content gives equal bytes.
 type Index struct {
 	Format  int    `json:"format"`
 	BuildID string `json:"buildId"`
@@ -66,8 +66,8 @@ type RunfileEntry struct {
 	Object string `json:"object,omitempty"`
 }
 
-// ParseIndex reads an index. It refuses an index that this program would not have written. The
-// caller has verified the signature.
+// ParseIndex reads an index whose signature the caller has verified. If this program would not have written such an
+// index, the error is [fault.Unverified].
 func ParseIndex(text []byte) (Index, error) {
 	x, err := parseIndex(text)
 	if err != nil {

@@ -160,7 +160,7 @@ func TestLabels(t *testing.T) {
 			}
 		}
 		if diff := cmp.Diff(lasting(bare), lasting(content(t, dest))); diff != "" {
-			t.Errorf("with all labels taken away (-before any +now):\n%s", diff)
+			t.Errorf("after all labels were removed (-before any label +now):\n%s", diff)
 		}
 	})
 }
@@ -257,7 +257,7 @@ func TestLabelsOfOthers(t *testing.T) {
 		}
 	}
 	refused(labelling(s, labels{"DEFAULT": v261}, nil), "535.1.1 has this label for OTHERS, set by somebody else")
-	// COS's labels are set where no other label contradicts.
+	// A label from COS is set unless somebody else set this label on another version.
 	give(labelling(s, nil, labels{"DEFAULT": v261}), "NO_GPU DEFAULT "+v261, "gpu_default_version "+v261)
 	give(labelling(s, nil, nil))
 
@@ -274,7 +274,7 @@ func TestLabelsOfOthers(t *testing.T) {
 	give(labelling(s, nil, nil))
 	write(t, filepath.Join(dir, "gpu_R535_version"), "535.1.1\n")
 	cos = append(cos, "gpu_R535_version 535.1.1")
-	refused(other(labels{"R535": v309}), "535.1.1 has this label in its own object")
+	refused(other(labels{"R535": v309}), "535.1.1 has this label in the label's own object")
 }
 
 // A version gets a label only if its tarball is complete and signed.
@@ -343,7 +343,7 @@ func TestLabelsCutOffAnywhere(t *testing.T) {
 			t.Fatalf("n=%d: SetLabels of nothing = %v", n, err)
 		}
 		if diff := cmp.Diff(bare, lasting(m.Content())); diff != "" {
-			t.Fatalf("n=%d: with all labels taken away (-before any +now):\n%s", n, diff)
+			t.Fatalf("n=%d: after all labels were removed (-before any label +now):\n%s", n, diff)
 		}
 		if err == nil {
 			if n < 20 {

@@ -95,7 +95,7 @@ gpu_driver_version_info {
 		t.Error(err)
 	}
 	if err := proto.Unmarshal(bin, &fromBin); err != nil || !proto.Equal(&fromText, &fromBin) {
-		t.Errorf("binary = %v, %v; want what the text says", &fromBin, err)
+		t.Errorf("binary = %v, %v; want the same list as the text form", &fromBin, err)
 	}
 	// protoc is an independent reader.
 	if program, err := exec.LookPath("protoc"); err == nil {
@@ -106,8 +106,8 @@ gpu_driver_version_info {
 			t.Errorf("protoc --encode = %q, %v; want %q", out, err, bin)
 		}
 	}
-	// The binary form keeps fields that this program does not know. The text form cannot, so it is
-	// not changed.
+	// In the binary form, this program keeps fields that it does not know. In the text form it cannot, so it refuses to
+	// change such a file.
 	newer := protoBytes(bin, "\x9a\x06\x03new") // field 99
 	if got, err := tarball.Binary.Add(newer, "580.1.1", none); err != nil || !bytes.Contains(got, []byte("new")) ||
 		!bytes.Contains(got, []byte("580.1.1")) {

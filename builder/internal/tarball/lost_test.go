@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// loser is a proxy in front of the emulator. It drops the first answer to each upload or removal of
-// an object whose name ends in one of names. The request itself takes effect.
+// loser is a proxy in front of the emulator. For each suffix in names, it drops one answer to an upload or removal of
+// an object whose name has this suffix. The request itself takes effect.
 type loser struct {
 	next  http.Handler
 	names []string
@@ -84,6 +84,6 @@ func TestLostAnswers(t *testing.T) {
 	}
 	check(t, content(t, dest), v, open)
 	if diff := cmp.Diff(bare, lasting(content(t, dest))); diff != "" {
-		t.Errorf("with the label taken away (-before +now):\n%s", diff)
+		t.Errorf("after the label was removed (-before +now):\n%s", diff)
 	}
 }

@@ -57,7 +57,7 @@ func digestOf(data []byte) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// newRelease returns a driver whose modules contain the text salt.
+// newRelease returns a driver whose modules contain the value of salt, so that another salt gives other bytes.
 func newRelease(t testing.TB, s *sign.Signer, d target.Driver, salt string) tarball.Release {
 	t.Helper()
 	dir := t.TempDir()
@@ -195,7 +195,7 @@ func newReleaseAgain(t testing.TB, r tarball.Release) tarball.Release {
 	return r
 }
 
-// readers reads the bucket in the ways of COS's installer, of our builder and of GNU tar.
+// readers reads the bucket as COS's installer, Prebake's builder and GNU tar do.
 func readers(t *testing.T, dest string) {
 	t.Helper()
 	b, err := cosbucket.Open(t.Context(), dest)

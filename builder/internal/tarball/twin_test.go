@@ -378,7 +378,7 @@ func TestNoBucket(t *testing.T) {
 	s, _ := newSigner(t)
 	if _, err := tarball.Publish(t.Context(), openBucket(t, "gs://nowhere"), newRelease(t, s, open, "")); !fault.Is(err,
 		fault.Usage) || fault.Hint(err) == "" {
-		t.Errorf("Publish to a bucket that is not there = %v (%v); want kind usage with a hint", err, fault.Of(err))
+		t.Errorf("Publish to a bucket that does not exist = %v (%v); want kind usage with a hint", err, fault.Of(err))
 	}
 }
 

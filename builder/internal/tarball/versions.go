@@ -79,9 +79,8 @@ func rows(list *gpuversions.GPUDriverVersionInfoList, version string) []string {
 	return all
 }
 
-// withLabels returns an edit that removes labels and sets others. As in COS's own lists, a version
-// has one entry for each of its labels. An entry without a label exists only if the version has no
-// label.
+// withLabels returns an edit that removes the labels in drop and sets those in give. As in COS's own lists, a version
+// has one entry for each of its labels. An entry without a label exists only if the version has no label.
 func withLabels(drop, give []Label) edit {
 	return func(list *gpuversions.GPUDriverVersionInfoList) error {
 		for _, info := range list.GetGpuDriverVersionInfo() {
@@ -138,9 +137,9 @@ func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
 	i := slices.IndexFunc(all, of)
 	if i < 0 {
 		return fault.New(fault.Transient, fmt.Sprintf("version %s is no longer listed for %s", l.Version, l.GPUType),
-			"find out who removes versions from the list")
+			"find out who removes versions from gpu_driver_versions, then run the command again")
 	}
-	// The copy keeps COS's fields of the version that this program does not know.
+	// The copy also keeps fields that COS set on the version and that this program does not know.
 	more := proto.CloneOf(all[i])
 	more.Label = l.Label
 	info.SupportedDriverVersions = slices.Insert(all, i+1, more)
@@ -187,8 +186,9 @@ func (change edit) unchanged(have []byte, list *gpuversions.GPUDriverVersionInfo
 
 func newer(err error) error {
 	text := strings.ReplaceAll(err.Error(), "\u00a0", " ") // protobuf varies white space in its messages
-	return fault.New(fault.PublishRefused, fmt.Sprintf("the published list cannot be extended: %.300s", text),
-		"update this program, because a newer one may have written the file; or, if the file is damaged, remove it by hand")
+	return fault.New(fault.PublishRefused, fmt.Sprintf("the published gpu_driver_versions cannot be read: %.300s", text),
+		"install a newer builder, because a newer version may have written the file; or, if the file is damaged, remove the "+
+			"file from the bucket by hand")
 }
 
 // printText prints the list in protobuf's text format. The library's own printer varies its white
