@@ -24,7 +24,8 @@ func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	// At the start a mistake in the list ends the program, because the operator is there and sees it.
+	// At the start, a mistake in the list ends the program, because the operator is there and sees the error. In later
+	// rounds the program logs the mistake and waits for the next round.
 	if _, err := readWish(cmd.String("wish")); err != nil {
 		return err
 	}

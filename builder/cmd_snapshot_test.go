@@ -123,7 +123,7 @@ func TestSnapshot(t *testing.T) {
 	all = all[1:]
 	if code, _, errs := run(t, "snapshot", "make", "--to", list, "--keys", keys, "--timestamp-key",
 		filepath.Join(dir, "next.key"), "--server", server.URL); code != fault.NoArtifact.ExitCode() {
-		t.Errorf("make of nothing = %d %s; want no artifact", code, errs)
+		t.Errorf("make without published artifacts = %d %s; want no artifact", code, errs)
 	}
 	if got := takes(8, snapshot.Yanked); got != newest { // the failed commands published nothing
 		t.Errorf("the timestamp has version %d; want %d", got, newest)
