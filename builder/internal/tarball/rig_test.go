@@ -115,7 +115,7 @@ func content(t testing.TB, dest string) map[string]string {
 	return all
 }
 
-// places runs a test with a folder and with a bucket of a real emulator.
+// places runs a test with a folder, and with a bucket of an emulator of Cloud Storage.
 func places(t *testing.T, test func(t *testing.T, dest string)) {
 	t.Run("folder", func(t *testing.T) { test(t, "file://"+filepath.Join(t.TempDir(), "bucket")) })
 	t.Run("bucket", func(t *testing.T) {

@@ -101,8 +101,8 @@ func TestPublish(t *testing.T) {
 
 var errCut = errors.New("the machine lost its network")
 
-// TestCutOffAnywhere interrupts publishing at every call, before and after the call took effect.
-// The index must not list an object that is missing. Then it publishes again.
+// TestCutOffAnywhere interrupts publishing at every call to the bucket, before and after the call took effect. The
+// index must not list an object that is missing. Then the test publishes again, which must complete the bucket.
 func TestCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -129,20 +129,20 @@ func TestCutOffAnywhere(t *testing.T) {
 		check(t, m.Content(), v)
 		if err == nil {
 			if n < 20 {
-				t.Errorf("Publish made only %d calls; did the cut work?", n)
+				t.Errorf("Publish made only %d calls; want 20 or more", n)
 			}
 			check(t, m.Content(), v, open, proprietary)
 			return
 		}
 		if !errors.Is(err, errCut) {
-			t.Fatalf("n=%d: Publish = %v; want the cause", n, err)
+			t.Fatalf("n=%d: Publish = %v; want %v", n, err, errCut)
 		}
 		if _, err := tarball.Publish(t.Context(), b, r); err != nil {
 			t.Fatalf("n=%d: Publish again = %v", n, err)
 		}
 		check(t, m.Content(), v, open, proprietary)
 		if t.Failed() {
-			t.Fatalf("n=%d", n)
+			t.Fatalf("n=%d: the errors above are of publishing that was interrupted at this call", n)
 		}
 	}
 }
