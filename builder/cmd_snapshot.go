@@ -81,7 +81,7 @@ func snapshotKeysCommand() *ucli.Command {
 			dir, count := cmd.Args().First(), cmd.Int("root-keys")
 			if dir == "" || cmd.Args().Len() != 1 || count < 1 || count > 9 {
 				return fault.New(fault.Usage, "make keys: want one folder, and 1 to 9 root keys",
-					"run: builder snapshot keys FOLDER")
+					"run: builder snapshot keys FOLDER, with --root-keys from 1 to 9")
 			}
 			if err := os.MkdirAll(dir, 0o700); err != nil {
 				return fault.Wrap(fault.Usage, fmt.Errorf("make folder of keys: %w", err), "")

@@ -11,7 +11,7 @@ func TestDependencies(t *testing.T) {
 	t.Parallel()
 	importrule.CheckBanned(t, map[string]string{
 		"github.com/prebake/prebake/server":  "builders talk to the server over HTTP and the queue",
-		"github.com/prebake/prebake/fetcher": "the fetcher starts the builder on a node; the builder does not use the fetcher",
+		"github.com/prebake/prebake/fetcher": "the fetcher may start the builder; the builder does not use the fetcher",
 		"github.com/go-chi/chi/v5": "a builder serves nothing but its metrics: nobody may reach the signing " +
 			"key over the network",
 		"github.com/danielgtaylor/huma/v2":       "a builder has no API of its own",

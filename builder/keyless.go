@@ -91,7 +91,7 @@ func identityToken(file string) ([]byte, error) {
 		token, err = os.ReadFile(file)
 	}
 	if token = bytes.TrimSpace(token); err == nil && len(token) == 0 {
-		err = errors.New("no token is given")
+		err = errors.New("the token is empty")
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read identity token: %w", err),

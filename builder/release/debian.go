@@ -67,7 +67,7 @@ func readLock(file string) ([]debPackage, error) {
 		if len(f) != 4 || err != nil || p.size <= 0 || p.size > maxPackageSize || !sumPattern.MatchString(p.sum) ||
 			!poolPattern.MatchString(p.path) || !filepath.IsLocal(p.path) || len(all) == maxPackages {
 			text := fmt.Sprintf("read %s: line %d is not architecture, SHA-256, size and path", file, n)
-			return nil, fault.New(fault.Usage, text, "write the list again: make release-packages")
+			return nil, fault.New(fault.Usage, text, "write packages.lock again: make release-packages")
 		}
 		all = append(all, p)
 	}
@@ -229,7 +229,7 @@ func (p *debPackage) readControl(ctx context.Context) (err error) {
 		}
 	}
 	if p.name == "" || p.version == "" {
-		return errors.New("control file without name or version")
+		return errors.New("the control file lacks the field Package or Version")
 	}
 	if arch != p.arch {
 		return fault.New(fault.Mismatch, fmt.Sprintf("the package is for %.40q; packages.lock says %q", arch, p.arch),
@@ -406,7 +406,7 @@ func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
 		}
 	case tar.TypeReg, tar.TypeSymlink:
 	default:
-		return fmt.Errorf("entry of type %q", h.Typeflag)
+		return fmt.Errorf("entry of type %q; want a file, a folder or a link", h.Typeflag)
 	}
 	r.seen[name] = h.Typeflag == tar.TypeDir
 	if err := r.tw.WriteHeader(h); err != nil {

@@ -268,7 +268,8 @@ func fromTar(file, name string) ([]byte, error) {
 	for {
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
-			return nil, fault.New(fault.Usage, "read packages: no file "+name, "list ca-certificates among the packages")
+			return nil, fault.New(fault.Usage, "read packages: no package has the file "+name,
+				"add ca-certificates to builder/release/packages.sh, then run: make release-packages")
 		}
 		if err != nil {
 			return nil, err

@@ -223,7 +223,7 @@ func readFile(path string, most int64, hint string) ([]byte, error) {
 		return nil, err
 	}
 	if int64(len(text)) > most {
-		return nil, fault.Errorf(fault.Usage, "more than %d bytes", most)
+		return nil, fault.Errorf(fault.Usage, "the file has more than %d bytes", most)
 	}
 	return text, nil
 }

@@ -57,7 +57,7 @@ func (b *Bucket) AnonymousAccess(ctx context.Context, object string) (registry.A
 	case ctx.Err() != nil:
 		return out, context.Cause(ctx)
 	default:
-		return out, fmt.Errorf("look at %s: %w", g.URL(name), gcs.TransientError(err))
+		return out, fmt.Errorf("read %s without credentials: %w", g.URL(name), gcs.TransientError(err))
 	}
 	return out, nil
 }

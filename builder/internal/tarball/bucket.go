@@ -79,7 +79,7 @@ func Open(ctx context.Context, dest string) (*Bucket, error) {
 	case "file":
 		s, err = openFolder(u, (*os.File).Sync)
 	default:
-		return nil, fault.New(fault.Usage, fmt.Sprintf("open destination %q: not a bucket", dest), hint)
+		return nil, fault.New(fault.Usage, fmt.Sprintf("open destination %q: neither gs:// nor file://", dest), hint)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open destination %s: %w", dest, err)
@@ -123,7 +123,7 @@ func (b *Bucket) small(ctx context.Context, name string, limit int64) (data []by
 		return nil, "", fmt.Errorf("read %s: %w", b.URL(name), err)
 	}
 	if int64(len(data)) > limit {
-		return nil, "", fault.Errorf(fault.PublishRefused, "read %s: more than %d bytes", b.URL(name), limit)
+		return nil, "", fault.Errorf(fault.PublishRefused, "read %s: the object has more than %d bytes", b.URL(name), limit)
 	}
 	if data == nil {
 		data = []byte{}

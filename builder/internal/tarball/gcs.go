@@ -33,7 +33,7 @@ func openGCS(ctx context.Context, u *url.URL) (*googleBucket, error) {
 	}
 	prefix := strings.Trim(u.Path, "/")
 	if prefix != path.Clean(prefix) && prefix != "" || strings.HasPrefix(prefix, "..") {
-		return nil, fault.Errorf(fault.Usage, "prefix %q is not a clean path", u.Path)
+		return nil, fault.Errorf(fault.Usage, "prefix %q: want a path without //, . and ..", u.Path)
 	}
 	client, err := storage.NewClient(ctx)
 	if err != nil {
@@ -113,7 +113,7 @@ func (g *googleBucket) remove(ctx context.Context, name, token string) error {
 func state(token string) (storage.Conditions, error) {
 	generation, err := strconv.ParseInt(token, 10, 64)
 	if err != nil || generation == 0 {
-		return storage.Conditions{}, fault.Errorf(fault.Internal, "generation %q", token)
+		return storage.Conditions{}, fault.Errorf(fault.Internal, "generation %q: want a number other than 0", token)
 	}
 	return storage.Conditions{GenerationMatch: generation}, nil
 }

@@ -87,7 +87,7 @@ func parseIndex(text []byte) (Index, error) {
 		return x, err
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return x, errors.New("data behind the end of the document")
+		return x, errors.New("data after the end of the document")
 	}
 	if x.Format != indexFormat {
 		return x, fmt.Errorf("format %d: this program reads format %d only", x.Format, indexFormat)
@@ -148,7 +148,7 @@ func (e Entry) check(k target.Kernel) error {
 		}
 	}
 	if e.Size <= 0 || len(e.Files) == 0 || len(e.Files) > maxFiles {
-		return fmt.Errorf("%d bytes in %d files", e.Size, len(e.Files))
+		return fmt.Errorf("%d bytes in %d files; want a positive size and 1 to %d files", e.Size, len(e.Files), maxFiles)
 	}
 	return nil
 }

@@ -43,7 +43,7 @@ func (l Label) check(x Index) error {
 		return fmt.Errorf("version %.40q is not published", l.Version)
 	}
 	if l.Builder == "" {
-		return errors.New("no builder")
+		return errors.New("the label names no builder")
 	}
 	return nil
 }

@@ -254,7 +254,7 @@ func TestParseIndex(t *testing.T) {
 		"no digest":           {"sha256:ab", "sha256:AB"},
 		"no size":             {`"size": 10`, `"size": 0`},
 		"not JSON":            {`{`, `[`},
-		"data behind the end": {"\n}\n", "\n}\n{}"},
+		"data after the end": {"\n}\n", "\n}\n{}"},
 		"label of nobody":     {`"builder": "b"`, `"builder": ""`},
 		"no label":            {`"label": "DEFAULT"`, `"label": "BEST"`},
 		"branch of another":   {`"label": "LATEST"`, `"label": "R580"`},

@@ -78,7 +78,7 @@ func (r Release) sources() ([]source, error) {
 		}
 	}
 	if !slices.ContainsFunc(all, func(s source) bool { return s.name == "drivers/nvidia.ko" }) {
-		return nil, fault.Errorf(fault.Usage, "%s holds no nvidia.ko", r.Modules)
+		return nil, fault.Errorf(fault.Usage, "folder %s has no nvidia.ko", r.Modules)
 	}
 	if r.Firmware != "" {
 		want := path.Join("firmware/nvidia", r.Driver.Modules().Version)

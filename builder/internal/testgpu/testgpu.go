@@ -54,7 +54,7 @@ func Compile(ctx context.Context, dir string, r compile.Request) (string, error)
 	}
 	path, ok := res.Modules[emugpu.Name]
 	if !ok {
-		return "", fmt.Errorf("compile %s: no module came out", emugpu.Name)
+		return "", fmt.Errorf("compile %s: the compile made no module of this name", emugpu.Name)
 	}
 	return path, nil
 }

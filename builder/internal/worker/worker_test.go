@@ -112,7 +112,8 @@ func TestLastAttempt(t *testing.T) {
 	r.standing(t, queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: queue.MaxAttempts})
 }
 
-// lost uses up attempts. The database connection of each worker is closed during its build.
+// lost uses up attempts of a build. For each attempt, a worker begins the build, and then loses its connection to the
+// queue's database.
 func lost(t *testing.T, r *rig, attempts int) {
 	t.Helper()
 	name, err := r.cfg.QueueName()
