@@ -48,8 +48,8 @@ type Entry struct {
 	SHA256    string `json:"sha256"`
 	MD5       string `json:"md5"`
 	Signature string `json:"signature"`
-	// Artifact is the manifest digest of the OCI artifact with the same modules and firmware.
-	// Fingerprint is the ABI fingerprint of the kernel that they were made for.
+	// Artifact is the manifest digest of the OCI artifact with the same modules and firmware. Fingerprint is the ABI
+	// fingerprint of the kernel for which the modules were compiled.
 	Artifact    string             `json:"artifact,omitempty"`
 	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
 	// Runfile is NVIDIA's runfile, which contains the user space.

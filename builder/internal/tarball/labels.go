@@ -20,8 +20,8 @@ import (
 type Label struct {
 	// Label is DEFAULT, LATEST or a branch such as R535.
 	Label string `json:"label"`
-	// GPUType is the row of gpu_driver_versions. "" means the separate object that holds only this
-	// label's version, which installers of older milestones read.
+	// GPUType is the row of gpu_driver_versions in which the label is. "" stands for the label's own object, such as
+	// gpu_default_version: it holds only the label's version, and installers of older milestones read it.
 	GPUType string `json:"gpuType,omitempty"`
 	Version string `json:"version"`
 	// Builder is the URI of the builder that set the label. Only this builder may move or remove the label.
@@ -68,8 +68,8 @@ type Labelling struct {
 	// FromCOS maps each of COS's labels to the version that has the label at COS. If the operator
 	// declared the same label, the declared version has precedence.
 	FromCOS map[string]string
-	// Complete says that these are all labels that Builder wants. Other labels that Builder set
-	// before are removed.
+	// Complete says that Declared and FromCOS have all labels that Builder wants. SetLabels then removes all other labels
+	// that Builder set before.
 	Complete bool
 	// Signer signs the index and the lists.
 	Signer *sign.Signer
@@ -370,7 +370,7 @@ func taken(l Label, version, by string) error {
 			"bucket; a builder never moves a label that it did not set")
 }
 
-// versionObject returns the name of the object that holds only this label's version.
+// versionObject returns the name of the label's own object, which holds only the label's version.
 func versionObject(k target.Kernel, label string) string {
 	switch label {
 	case "DEFAULT":

@@ -50,8 +50,8 @@ func (l *loser) loses(name string) bool {
 	return false
 }
 
-// TestLostAnswers loses the answer to an upload that took effect. The library then repeats the
-// upload, and its precondition fails because of the publisher's own object.
+// TestLostAnswers loses the answer to an upload that took effect. The library then repeats the upload, and the
+// precondition fails, because the object exists already. Publish must recognize its own object and succeed.
 func TestLostAnswers(t *testing.T) {
 	s := gcs.Start(t)
 	u, err := url.Parse(s.Endpoint)

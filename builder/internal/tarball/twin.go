@@ -113,9 +113,9 @@ const (
 
 func under(k target.Kernel, name string) string { return path.Join(k.BuildID, k.Board, name) }
 
-// TarballName returns the name of a driver's tarball. Google's installer reads nvidia-drivers-VERSION.tgz as open
-// modules. So a tarball of the proprietary flavour has the flavour in its name and lies in COS's folder of
-// extensions.
+// TarballName returns the name of a driver's tarball. Google's installer expects open modules in
+// nvidia-drivers-VERSION.tgz. So a tarball of the proprietary flavour has the flavour in its name and lies in COS's
+// folder of extensions.
 func TarballName(k target.Kernel, d target.Driver) string {
 	if d.Flavour == target.Open {
 		return under(k, "nvidia-drivers-"+d.Version+".tgz")
@@ -300,8 +300,8 @@ func (p *publisher) signature(name, digest string, facts ObjectFacts) object {
 	return o
 }
 
-// Verify checks the signature of an object with this digest. The statement must be about this name, COS build and
-// driver. Facts that are empty in want are not compared.
+// Verify checks the signature of an object with this digest. The signed facts must equal the facts in want. Verify does
+// not compare facts that are empty in want.
 func Verify(v *trust.Verifier, bundle []byte, digest string, want ObjectFacts) (ObjectFacts, error) {
 	var got ObjectFacts
 	st, err := v.Statement(bundle)

@@ -53,8 +53,7 @@ func TestPublish(t *testing.T) {
 			t.Fatalf("publishing again changed (-before +after):\n%s", diff)
 		}
 
-		// Refused: other bytes under the same name, another artifact with the same bytes, and
-		// another key.
+		// Publish must refuse other bytes under the same name, another artifact with the same bytes, and another key.
 		stranger, _ := newSigner(t)
 		other := r
 		other.Artifact = digestOf([]byte("x"))

@@ -24,8 +24,8 @@ var anyGPU = []string{"NO_GPU", "OTHERS"}
 // general reports whether a gpu_type row is for no particular product. OTHER is another name of such a row.
 func general(gpuType string) bool { return slices.Contains(anyGPU, gpuType) || gpuType == "OTHER" }
 
-// withVersion returns an edit that adds a version without a label to the rows that it serves.
-// [SetLabels] sets labels.
+// withVersion returns an edit that adds a version, without a label, to the general rows and to each row for whose
+// gpu_type serves returns true. [SetLabels] sets labels.
 func withVersion(version string, serves func(gpuType string) bool) edit {
 	return func(list *gpuversions.GPUDriverVersionInfoList) error {
 		addVersion(list, version, serves)
@@ -146,8 +146,8 @@ func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
 	return nil
 }
 
-// editText changes gpu_driver_versions.textproto; have is nil if there is no file. A file without
-// changes keeps its bytes.
+// editText changes gpu_driver_versions.textproto. have has the file's bytes, or is nil if there is no file. If the list
+// stays the same, editText returns have.
 func editText(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
 	// Printing would lose an unknown field, so such a field is an error.
@@ -160,7 +160,7 @@ func editText(have []byte, change edit) ([]byte, error) {
 	return printText(&list), nil
 }
 
-// editBinary changes gpu_driver_versions.bin and keeps unknown fields.
+// editBinary changes gpu_driver_versions.bin, as editText does. It keeps fields that this program does not know.
 func editBinary(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
 	if err := proto.Unmarshal(have, &list); err != nil {
@@ -172,7 +172,7 @@ func editBinary(have []byte, change edit) ([]byte, error) {
 	return proto.MarshalOptions{Deterministic: true}.Marshal(&list)
 }
 
-// edit is a change of a list.
+// edit is a change of gpu_driver_versions.
 type edit func(*gpuversions.GPUDriverVersionInfoList) error
 
 // unchanged applies the edit to the list and reports whether the list stayed the same.
@@ -212,6 +212,6 @@ func printText(list *gpuversions.GPUDriverVersionInfoList) []byte {
 	return []byte(b.String())
 }
 
-// forInstaller reports whether Google's installer can use the driver's tarball. It accepts ready
+// forInstaller reports whether Google's installer can use the driver's tarball. From a tarball, that installer takes
 // modules of the open flavour only.
 func forInstaller(d target.Driver) bool { return d.Flavour == target.Open }

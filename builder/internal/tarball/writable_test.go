@@ -9,9 +9,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestCheckWriteBucket answers as Google does. Path and bodies are those of
-// https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions. The emulator of the other tests allows
-// everything.
+// TestCheckWriteBucket runs a server that answers as Google does. Path and bodies are those of
+// https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions. This test cannot use the emulator of
+// the other tests, because the emulator allows everything.
 func TestCheckWriteBucket(t *testing.T) {
 	const kind = `"kind":"storage#testIamPermissionsResponse"`
 	for _, row := range []struct {
@@ -50,7 +50,7 @@ func TestCheckWriteBucket(t *testing.T) {
 	}
 }
 
-// TestCheckWriteFolder checks a folder that this user may write, and one that nobody may write.
+// TestCheckWriteFolder checks a folder that this user may write. Then it removes the folder and checks again.
 func TestCheckWriteFolder(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
