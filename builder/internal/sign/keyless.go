@@ -21,7 +21,7 @@ import (
 )
 
 // PrefixKeyless begins a reference that names a Sigstore signing configuration instead of a key. The configuration
-// names the certificate authority and the timestamp authorities.
+// names the certificate authority, and the timestamp authorities and logs that prove the time of a signature.
 const PrefixKeyless = "keyless:"
 
 // WithIdentity is the option that keyless signing needs. LoadSigner and Bundle call token whenever they need a new

@@ -122,7 +122,7 @@ func TestPublish(t *testing.T) {
 	}
 }
 
-// check reads the symbols like a person with a crash dump.
+// check fetches the symbols from the registry and uses them as a person with a crash dump does.
 func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descriptor, set symbols.Set) {
 	t.Helper()
 	ctx := t.Context()

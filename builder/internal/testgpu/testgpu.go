@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm/emugpu"
 )
 
-// Revision returns a hash over the emulated GPU's source and compile.Recipe, for cache keys. The hash changes when the
-// source or the recipe changes.
+// Revision returns a hash over the emulated GPU's source and over compile.Recipe, the version of the build method.
+// Cache keys contain this hash, so that a changed source or build method makes a new module.
 func Revision() (string, error) {
 	h := sha256.New()
 	fmt.Fprintln(h, compile.Recipe)

@@ -28,7 +28,8 @@ import (
 // server serves the part of the API that a worker uses.
 type server struct {
 	*httptest.Server
-	// refuse returns the error for an update, or nil to accept it. refuse may also stop parts of the test.
+	// refuse returns the error for an update, or nil to accept the update. Tests also use refuse to react to an update,
+	// for example to stop the worker.
 	refuse func(u api.BuildUpdate) *api.Problem
 
 	mu     sync.Mutex

@@ -79,7 +79,8 @@ type worker struct {
 }
 
 // Run works until ctx ends. Then it takes no more builds and lets running builds finish within the grace period. It
-// cancels the remaining builds and hands them back to the queue.
+// cancels the remaining builds and hands them back to the queue. If the server refuses the worker itself, for example
+// because of a wrong token, Run stops in the same way and returns that error.
 func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.ServerTimeout <= 0 {
 		cfg.ServerTimeout = time.Minute
