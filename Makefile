@@ -71,6 +71,12 @@ race: ## run the tests of single packages with the race detector
 scenarios: setup build ## play the scenarios of a node on a virtual one, with a real driver
 	PREBAKE_SCENARIOS=1 $(GO) test -v -count=1 -timeout 80m -run '^TestNodeScenarios$$' ./deploy/e2e
 
+# The node must look like a COS node: mount an os-release with BUILD_ID over /etc/os-release.
+.PHONY: gpu
+gpu: setup build ## compare reports and CDI with the GPU of this machine; needs NVIDIA's driver, and only reads
+	PREBAKE_PROBE="$(CURDIR)/bin/nvmlprobe" $(GO) test -v -count=1 -run '^(TestGPUOfThisMachine|TestThisMachine)$$' \
+	  ./fetcher/internal/kube ./fetcher/internal/cdi | tee /dev/stderr | { ! grep -q -e '--- SKIP'; }
+
 .PHONY: soak
 soak: ## kill the fetcher at random moments, SOAK (1000) times, and check what it leaves
 	PREBAKE_SOAK=$(or $(SOAK),1000) $(GO) test -v -count=1 -timeout 120m -run '^TestSoak$$' ./fetcher

@@ -17,6 +17,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/login"
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
@@ -195,11 +196,12 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 }
 
 // credentials returns a function that returns the registry options of a destination. --username and --password are for
-// the first destination only.
+// the first registry in to; buckets and folders in to do not count.
 func credentials(cmd *ucli.Command, to []string) func(destination string) registry.Options {
+	first := slices.IndexFunc(to, func(destination string) bool { return !tarball.Is(destination) })
 	return func(destination string) registry.Options {
 		o := registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()}
-		if len(to) > 0 && destination == to[0] {
+		if first >= 0 && destination == to[first] {
 			o.Username, o.Password = cmd.String("username"), cmd.String("password")
 		}
 		return o

@@ -39,8 +39,8 @@ import (
 // versions), $PROPRIETARY, $OPEN and $OTHER (digests; $OTHER is for another kernel), $BUILD, $BEFORE (an earlier COS
 // build), $TOKEN (the server's) and $DIR (the install folder).
 //
-// The machine is emulated, and reads the whole driver for each load. A file takes some ten minutes, so the test runs
-// only if PREBAKE_SCENARIOS is set (make scenarios).
+// The machine is emulated, and reads the whole driver for each load. A file takes minutes, so the test runs only if
+// PREBAKE_SCENARIOS is set (make scenarios). TestScenarioScripts always reads the files.
 func TestNodeScenarios(t *testing.T) {
 	if os.Getenv("PREBAKE_SCENARIOS") == "" {
 		t.Skip("PREBAKE_SCENARIOS is not set; run make scenarios")
@@ -98,6 +98,31 @@ func TestNodeScenarios(t *testing.T) {
 			}
 			play.run(node)
 		})
+	}
+}
+
+// TestScenarioScripts checks that the scripts of TestNodeScenarios can be read: each line has a known word, and each
+// command has a status.
+func TestScenarioScripts(t *testing.T) {
+	t.Parallel()
+	scripts, err := filepath.Glob("testdata/*.txtar")
+	if err != nil || len(scripts) == 0 {
+		t.Fatalf("no scenarios: %v", err)
+	}
+	for _, script := range scripts {
+		raw, err := os.ReadFile(script)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := &play{t: t, words: strings.NewReplacer(), boots: [][]vm.Step{nil}, builds: []string{""}, dies: map[string]bool{}}
+		for _, f := range txtar.Parse(raw).Files {
+			if !strings.HasPrefix(f.Name, "file ") {
+				p.scenario(f.Name, string(f.Data))
+			}
+		}
+		if p.count == 0 || len(p.wants) == 0 {
+			t.Errorf("%s has %d steps and %d expectations; want both", script, p.count, len(p.wants))
+		}
 	}
 }
 

@@ -444,33 +444,3 @@ func FuzzParseManifest(f *testing.F) {
 		}
 	})
 }
-
-func BenchmarkPackLayer(b *testing.B) {
-	dir := os.Getenv("PREBAKE_BENCH_TREE")
-	if dir == "" {
-		b.Skip("PREBAKE_BENCH_TREE names no folder in the shape of a modules layer")
-	}
-	for b.Loop() {
-		l, err := PackLayer(b.Context(), dir, LayerModules, filepath.Join(b.TempDir(), "l"))
-		if err != nil {
-			b.Fatal(err)
-		}
-		b.ReportMetric(float64(l.Size), "bytes")
-	}
-}
-
-func BenchmarkUnpack(b *testing.B) {
-	dir := os.Getenv("PREBAKE_BENCH_TREE")
-	if dir == "" {
-		b.Skip("PREBAKE_BENCH_TREE names no folder in the shape of a modules layer")
-	}
-	l, err := PackLayer(b.Context(), dir, LayerModules, filepath.Join(b.TempDir(), "l"))
-	if err != nil {
-		b.Fatal(err)
-	}
-	for b.Loop() {
-		if _, err := unpackFile(b, l); err != nil {
-			b.Fatal(err)
-		}
-	}
-}

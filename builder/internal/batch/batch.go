@@ -2,11 +2,11 @@
 // driver once, and starts cells in the order that uses the caches best. It repeats attempts whose
 // failure may be temporary, and it writes the report. A failed cell does not block any other.
 //
-// Cells with the same fingerprint, driver and flavour are the same build. Only one of them runs at
-// a time: the first one compiles, and the others reuse its result or fail in the same way. The user
-// space of a driver is unpacked only once too, because the cache locks a tree while one cell makes
-// it. A second cell of the same driver would wait for this lock, so the runner starts such cells
-// later if it can.
+// Cells with the same fingerprint, driver and flavour lead to the same artifact. This package calls
+// them cells of the same build. Only one of these cells runs at a time. The first one compiles. The
+// others then reuse the result of the first one, or fail in the same way. While a cell unpacks the
+// user space of a driver into the cache, the cache locks that folder. A second cell of the same
+// driver would wait for the lock, so the runner starts another cell first if it can.
 //
 // The package does not know how a cell is made or where its artifact is published. Functions in its
 // Config do that.
@@ -44,8 +44,8 @@ type Config struct {
 	// Driver fetches a driver release into the cache and returns the flavours in it.
 	Driver func(ctx context.Context, version string, arch target.Arch, say func(string)) ([]target.Flavour, error)
 	// Published returns the digest of a cell's artifact if every destination has the artifact,
-	// signed for the cell's COS build. It returns "" if one destination lacks it. Run calls it
-	// before it fetches anything. With nil, no cell counts as published.
+	// signed for the cell's COS build. It returns "" if one destination lacks the artifact. Run
+	// calls Published before it fetches anything. If Published is nil, no cell counts as published.
 	Published func(ctx context.Context, c plan.Cell) (digest string, err error)
 	// Failures stores permanent failures. A failure is permanent if the same inputs would fail in
 	// the same way again. Nil means no store.
@@ -54,13 +54,13 @@ type Config struct {
 	Parallel int
 	// Attempts is the number of attempts for a cell whose failure may be temporary; 0 means 3.
 	Attempts int
-	// Wait is the pause before the second attempt; the pause before each further attempt is longer.
-	// 0 means 10 seconds.
+	// Wait is the pause before the second attempt; 0 means 10 seconds. The pause before each further
+	// attempt is longer.
 	Wait time.Duration
 	// Logs is the folder for the cells' logs, one file for each cell.
 	Logs string
-	// Stopping is the stop signal: the caller closes it. Running cells then go on, and no further
-	// cell starts. Nil means that no stop signal comes.
+	// Stopping is the stop signal. When the caller closes it, running cells continue to their end,
+	// and no further cell starts. Nil means that no stop signal comes.
 	Stopping <-chan struct{}
 	// Watch receives the events, in order and one at a time. It may be nil.
 	Watch func(Event)
@@ -144,8 +144,8 @@ func Run(ctx context.Context, cfg Config, p *plan.Plan) *Report {
 	return f.report(p)
 }
 
-// Status returns the state of every cell without making any. If a destination does not answer,
-// Status returns an error, because nobody knows then which cells are missing.
+// Status returns the state of every cell and makes no cell. If a destination does not answer,
+// Status returns an error, because it cannot know then which cells are missing.
 func Status(ctx context.Context, cfg Config, p *plan.Plan) (*Report, error) {
 	f := newRunner(cfg, p)
 	f.lookUp(ctx)

@@ -216,13 +216,15 @@ func testRun(t *testing.T) {
 	if diff := cmp.Diff(want, states(r)); diff != "" {
 		t.Errorf("states (-want +got):\n%s", diff)
 	}
-	// The cells start one after the other, kernel by kernel. The same build is tried again only if that can help.
+	// The cells start one after the other, kernel by kernel. Cell "1.0.2 5.1-open" does not start, because the same
+	// build failed for kernel 1.0.1 already.
 	if diff := cmp.Diff([]string{"1.0.1 5.1-proprietary", "1.0.1 5.1-open", "1.0.2 5.1-proprietary",
 		"1.0.1 9.9-proprietary"}, w.began); diff != "" {
 		t.Errorf("begun (-want +got):\n%s", diff)
 	}
 	slices.Sort(w.fetched)
-	// Kernel 2.0.1 may be missing: its last open cell can get its state from driver 9.9 before the kernel is fetched.
+	// Run may or may not fetch kernel 2.0.1. The kernel's only open cell needs driver 9.9 with the open flavour, which
+	// does not exist. If the driver arrives first, the cell fails at once, and no cell needs the kernel.
 	w.fetched = slices.DeleteFunc(w.fetched, func(name string) bool { return name == "2.0.1" })
 	if diff := cmp.Diff([]string{"1.0.1", "1.0.2", "5.1", "9.9"}, w.fetched); diff != "" {
 		t.Errorf("fetched (-want +got):\n%s", diff)
@@ -261,7 +263,7 @@ func testRun(t *testing.T) {
 	}
 }
 
-// A destination that does not answer has not said that a cell is missing. So Status fails, and Run tries to make the
+// If a destination does not answer, nobody knows whether it has the cell. So Status returns an error, and Run makes the
 // cell.
 func TestUnknown(t *testing.T) {
 	t.Parallel()
@@ -276,15 +278,15 @@ func TestUnknown(t *testing.T) {
 	}
 	p := cells("1.0.1 5.1-open")
 	if r, err := batch.Status(t.Context(), cfg, p); !fault.Is(err, fault.Transient) {
-		t.Errorf("Status = %v, %v; want transient trouble", r, err)
+		t.Errorf("Status = %v, %v; want a transient error", r, err)
 	}
 	if r := batch.Run(t.Context(), cfg, p); r.States[batch.Published] != 1 || notes != 2 {
 		t.Errorf("Run: %v, %d notes; want the cell made, and one note for each lookup", r.States, notes)
 	}
 }
 
-// A temporary failure is tried again after a pause, in which other cells run. A cell that ran out of memory is tried
-// again alone.
+// After a temporary failure of a cell, Run pauses and then tries the cell again. Other cells run during the pause. If a
+// cell ran out of memory, Run tries it again while no other cell runs.
 func TestAgain(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -298,10 +300,10 @@ func TestAgain(t *testing.T) {
 					return fault.New(fault.OutOfMemory, "killed", "")
 				}
 				if len(w.running) != 1 {
-					t.Errorf("after it ran out of memory, it is made beside %v", w.running)
+					t.Errorf("a cell that ran out of memory runs again together with %v; want it alone", w.running)
 				}
 			case "3.0.1":
-				return errors.New("a bug") // is not tried again
+				return errors.New("a bug") // Run does not try a cell again after a bug
 			}
 			return nil
 		}
@@ -318,10 +320,10 @@ func TestAgain(t *testing.T) {
 			t.Errorf("states (-want +got):\n%s", diff)
 		}
 		if w.most != 3 {
-			t.Errorf("%d cells side by side; want 3", w.most)
+			t.Errorf("at most %d cells ran at the same time; want 3", w.most)
 		}
 		if len(w.memory) != 0 {
-			t.Errorf("remembered %v; want nothing that may pass, nor bugs", w.memory)
+			t.Errorf("stored failures = %v; want none, because temporary failures and bugs are not permanent", w.memory)
 		}
 	})
 }
@@ -448,7 +450,7 @@ func TestErr(t *testing.T) {
 	}
 }
 
-// Events arrive one at a time, each with the counts of its moment.
+// Events arrive one at a time. Each event has the counts of the time at which it was sent.
 func TestEvents(t *testing.T) {
 	t.Parallel()
 	w := &world{t: t}

@@ -22,7 +22,7 @@ type Destinations struct {
 	// Buckets hold the published tarballs of the artifacts in Repositories.
 	Buckets  []*tarball.Bucket
 	Verifier *trust.Verifier
-	// Signer signs the lists with labels.
+	// Signer signs the driver lists that Label changes in the buckets.
 	Signer *sign.Signer
 
 	mu   sync.Mutex
@@ -32,8 +32,9 @@ type Destinations struct {
 // Published returns the digest of a cell's artifact if every destination has the artifact. Each
 // repository must have the tag of the cell's COS build and the complete artifact. A trusted key
 // must have signed the provenance and the kernel match. Each bucket must have the published tarball
-// of the artifact. Published returns "" if one destination lacks any of these. It does not fetch
-// inputs to compare them, because the inputs of a BUILD_ID and of a driver version never change.
+// of the artifact. Published returns "" if one destination lacks any of these. Published does not
+// compare the inputs of the artifact with the files in the input buckets, because the inputs of a
+// BUILD_ID and of a driver version never change.
 func (p *Destinations) Published(ctx context.Context, c plan.Cell) (digest string, err error) {
 	if len(p.Repositories) == 0 {
 		return "", nil
@@ -95,8 +96,8 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 	return nil
 }
 
-// layer checks that a repository has a layer. Each layer is checked once, because many artifacts
-// share one.
+// layer returns an error if a repository does not have a layer. Many artifacts share a layer, so
+// layer asks a repository only once for each digest.
 func (p *Destinations) layer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
 	name := repo.Name() + "@" + l.Digest
 	p.mu.Lock()

@@ -226,7 +226,7 @@ func TestMemory(t *testing.T) {
 		t.Errorf("Remember without checksums = %v, %d facts; want none more than %d", err, len(cache), before)
 	}
 	forgotten("no checksum", m, c)
-	// A damaged fact is not a failure.
+	// A damaged entry of the cache does not count as a stored failure.
 	for k := range cache {
 		cache[k] = []byte("{")
 	}

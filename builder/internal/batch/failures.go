@@ -15,36 +15,39 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// facts is the part of the cache that FailureStore needs.
+// facts is the part of the cache that FailureStore needs. A fact is a small value that the cache
+// stores under a kind and a key.
 type facts interface {
 	PutFact(kind, key string, value []byte) error
 	Fact(kind, key string) ([]byte, bool)
 }
 
-// small reads the small objects of a bucket.
+// small is the part of a bucket that FailureStore needs. ReadSmall reads an object of at most limit
+// bytes.
 type small interface {
 	ReadSmall(ctx context.Context, name string, limit int64) ([]byte, error)
 }
 
 const (
 	failureKind = "failure-v1"
-	maxSumFile  = 4 << 10
+	maxSumFile  = 4 << 10 // limit for one checksum file, in bytes
 )
 
-// FailureStore stores permanent failures in the cache. The key of a failure is made of the
-// checksums that the buckets publish for headers, toolchain and runfile. So Find needs no fetching
-// or unpacking. A cell without these checksums is tried each time. A cell is also tried again after
-// a change of the builder's version, the recipe, a setting or an input.
+// FailureStore stores permanent failures in the cache, so that a later run does not compile a cell
+// that must fail again. The key of a failure is a digest over the checksums that the buckets publish
+// for headers, toolchain and runfile. So Find neither fetches nor unpacks these files. If a bucket
+// does not publish these checksums, every run tries the cell again. A run also tries the cell again
+// if the builder's version, [compile.Recipe], a setting or an input has changed.
 type FailureStore struct {
 	Facts            facts
 	Kernels, Drivers small
 	// Version is the version of this program.
 	Version string
-	// BTF says that the modules get BTF. Then the key covers vmlinux too, because a build with BTF
-	// needs it.
+	// BTF says that the modules get BTF. Then the key also covers vmlinux, because a build with BTF
+	// reads the kernel's types from vmlinux.
 	BTF bool
-	// Settings is a text with the settings that can decide whether a build fails. With other
-	// settings a failed cell may succeed.
+	// Settings is a text with all settings that can decide whether a build fails. The key covers
+	// Settings, because a failed cell may succeed with other settings.
 	Settings string
 	// Signatures names the objects in the kernel bucket that may hold signatures for a driver's
 	// modules; nil means none. These objects may appear later and may be replaced, so the key
@@ -54,7 +57,8 @@ type FailureStore struct {
 	Forget bool
 }
 
-// key returns the key of a cell's failure. It is "" if the buckets have no checksums.
+// key returns the key of a cell's failure. The key is "" if a bucket does not publish a checksum
+// that the key needs, or does not answer.
 func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
 	h := sha256.New()
 	fmt.Fprintf(h, "%s\n%s\n%q\n%s\n%s\n", m.Version, compile.Recipe, m.Settings, c.Driver, c.Kernel.Arch)
@@ -109,8 +113,8 @@ func (m *FailureStore) Find(ctx context.Context, c plan.Cell) (Failure, bool) {
 	return f, true
 }
 
-// Remember stores a failure. If the buckets have no checksums, the failure has no key, and Remember
-// does nothing.
+// Remember stores a failure. If key finds no key for the cell, Remember stores nothing and returns
+// nil.
 func (m *FailureStore) Remember(ctx context.Context, c plan.Cell, f Failure) error {
 	key := m.key(ctx, c)
 	if key == "" {

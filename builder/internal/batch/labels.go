@@ -22,13 +22,14 @@ type lister interface {
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
 }
 
-// Label sets the labels of every kernel of a plan in every bucket. The labels come from the wish
-// list and from COS. builder is the URI of this builder. Label removes the labels that this builder
-// set before and that neither the wish list nor COS has now. Kernels outside the plan keep their
-// labels.
+// Label sets the labels of every kernel of a plan in every bucket. A label, such as LATEST or R535,
+// is a name under which Google's installer finds a driver version for a COS build. The labels come
+// from the wish list and from COS. builder is the URI of this builder. Label removes each label that
+// this builder set before, if neither the wish list nor COS has that label now. Kernels outside the
+// plan keep their labels.
 //
-// An error with one kernel does not block the labels of the other kernels. Label calls note for
-// each label that it could not set because the label's driver version is not published.
+// If Label fails for one kernel, it still sets the labels of the other kernels. A label stays
+// unchanged if its driver version is not published. Label calls note for each such label.
 func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string, cos lister, note func(string)) error {
 	if len(p.Buckets) == 0 {
 		return nil

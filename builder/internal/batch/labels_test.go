@@ -19,7 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// says is a COS release bucket with the default version of each build.
+// says is a fake COS release bucket. It maps a BUILD_ID to the driver version with the label DEFAULT. The version
+// "down" stands for a bucket that does not answer.
 type says map[string]string
 
 func (s says) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {

@@ -13,9 +13,9 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestOrder checks the order in which several workers start cells. No cell may start while a
-// running cell makes the same kernel or driver for the first time. Each step of the script starts a
-// cell, or ends a running one.
+// TestOrder checks the order in which several workers start cells. A cell waits while a running cell
+// is the first one with the same kernel or driver, as long as another cell can start. Each step
+// first ends the running cell that it names, if any, and then starts a cell.
 func TestOrder(t *testing.T) {
 	t.Parallel()
 	p := &plan.Plan{}
@@ -45,7 +45,7 @@ func TestOrder(t *testing.T) {
 		{"1.0.2 5.1", "3.0.1 5.1"}, // neither kernel 2 nor driver 6.1: the running cell is the first with both
 		{"2.0.1 6.1", "1.0.1 6.1"}, // kernel and driver are warm
 		{"3.0.1 5.1", "2.0.1 5.1"},
-		{"1.0.1 6.1", "3.0.1 6.1"}, // before the early warning of the same build
+		{"1.0.1 6.1", "3.0.1 6.1"}, // the early warning 1.0.2 6.1 starts last
 		{"2.0.1 5.1", "1.0.2 6.1"},
 	} {
 		if j := byName[step.end]; j != nil {
@@ -124,7 +124,7 @@ func TestNothingIsBegunMeanwhile(t *testing.T) {
 		first, twin := f.jobs[0], f.jobs[1]
 		first.running = true
 		woken, looked := f.changed, make(chan struct{})
-		f.eventMu.Lock() // holds made's event back until look has run
+		f.eventMu.Lock() // made cannot send its event before look has run
 		go func() {
 			defer close(looked)
 			<-woken

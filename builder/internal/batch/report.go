@@ -14,12 +14,12 @@ type State string
 
 // The states. An empty State means that the cell is open: it has no outcome yet.
 const (
-	Published   State = "published"   // this run made and published it
-	Existed     State = "existed"     // it was published before
-	Failed      State = "failed"      // it failed; Failure has the reason
-	Unavailable State = "unavailable" // no driver exists for it in this flavour or for this kernel
-	Cancelled   State = "cancelled"   // the run was stopped
-	Missing     State = "missing"     // it is not published; only Status uses this state
+	Published   State = "published"   // this run made and published the cell
+	Existed     State = "existed"     // the cell was published before
+	Failed      State = "failed"      // the cell failed; Failure has the reason
+	Unavailable State = "unavailable" // the release lacks this flavour, or COS lists no such driver for this kernel
+	Cancelled   State = "cancelled"   // the run was stopped before the cell had an outcome
+	Missing     State = "missing"     // the cell is not published; only Status uses this state
 )
 
 // States returns all states in the order of the summary.
@@ -41,7 +41,8 @@ type Job struct {
 	// Known says that the failure comes from the FailureStore: an earlier run with the same inputs
 	// failed in this way.
 	Known bool `json:"known,omitempty"`
-	// Like names a kernel of the same fingerprint. The same build failed for that kernel.
+	// Like names the kernel whose cell failed first, if this cell failed without an attempt of its
+	// own. Both kernels have the same fingerprint, so this cell would fail in the same way.
 	Like   string           `json:"like,omitempty"`
 	Log    string           `json:"log,omitempty"`
 	Phases []timeline.Phase `json:"phases,omitempty"`
@@ -53,11 +54,11 @@ type EventKind int
 // The kinds of events.
 const (
 	Started EventKind = iota
-	Phase
-	Again   // an attempt failed, and another one follows
-	Settled // the cell has its final state
-	Note    // a problem that does not fail the cell
-	Fetch   // progress with fetching an input of this cell
+	Phase             // a phase of the cell began or ended
+	Again             // an attempt failed, and another one follows
+	Settled           // the cell has its final state
+	Note              // a problem that does not fail the cell
+	Fetch             // progress with fetching an input of this cell
 )
 
 // Event reports progress of one cell. Job is a copy.
@@ -67,7 +68,7 @@ type Event struct {
 	Phase       timeline.Event // only for Phase
 	Failure     *Failure       // only for Again and Note
 	Text        string         // only for Fetch
-	Done, Total int            // numbers of cells
+	Done, Total int            // the number of cells that have a state, and of all cells
 }
 
 // Count is the number of failed cells of one class.
@@ -131,7 +132,7 @@ func (r *Report) Err() error {
 		}
 	}
 	stopped := r.States[Cancelled]
-	const hint = "read the reason of each cell in the table; to get the path of its log, add --output json"
+	const hint = "read in the table why each cell failed; to see the path of each log, run the command with --output json"
 	switch {
 	case stopped > 0:
 		return fault.New(fault.Cancelled,

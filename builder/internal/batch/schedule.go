@@ -29,12 +29,13 @@ type job struct {
 	*Job
 	kernel, driver *input
 	running        bool
-	alone          bool      // ran out of memory next to other cells, so it now runs alone
+	alone          bool      // the cell ran out of memory, so its next attempt runs without other cells
 	notBefore      time.Time // earliest time of the next attempt
 	pauses         *backoff.ExponentialBackOff
 }
 
-// buildKey identifies a build: cells with the same key have the same outcome.
+// buildKey identifies the cells of the same build (see the package comment). They have the same
+// outcome.
 type buildKey struct {
 	fingerprint target.Fingerprint
 	driver      target.Driver
@@ -144,7 +145,7 @@ func (f *runner) arrived(ctx context.Context, in *input, keep func(), err error)
 		lack := Failure{
 			Class: fault.Unsupported,
 			Error: fmt.Sprintf("driver %s: the release has no %s modules", j.Cell.Driver.Version, j.Cell.Driver.Flavour),
-			Hint:  "ask for another flavour of this driver", Lacking: true,
+			Hint:  "name another flavour of this driver in the wish list or with --flavour", Lacking: true,
 		}
 		f.remember(ctx, j, lack)
 		f.finish(j, stateOf(j.Cell, lack), &lack)
@@ -189,8 +190,9 @@ func (f *runner) next(ctx context.Context) *job {
 	}
 }
 
-// pick returns the best cell that may start at this time. wait is the time until the next pause
-// ends. open says that a cell may become ready later. The caller holds f.mu.
+// pick returns the best cell that may start now, or nil. wait is the time until the next pause of a
+// cell ends; 0 means that no cell pauses. open says that a cell can start now or may become ready
+// later. The caller holds f.mu.
 func (f *runner) pick(now time.Time) (best *job, wait time.Duration, open bool) {
 	running := map[buildKey]bool{}
 	busy := map[any]bool{}
@@ -324,9 +326,9 @@ func (f *runner) remember(ctx context.Context, j *job, known Failure) {
 	}
 }
 
-// stateOf returns the state for a failure. If the release does not have the flavour, the cell
-// counts as failed only if its wish named this flavour. A flavour from the wish list's general list
-// is unavailable.
+// stateOf returns the state for a failure. If the release does not have the flavour, the state
+// depends on the place in the wish list that named the flavour. The cell is Failed if its own wish
+// named the flavour. The cell is Unavailable if the flavour comes from the general list of flavours.
 func stateOf(c plan.Cell, known Failure) State {
 	switch {
 	case known.Class == fault.Cancelled:

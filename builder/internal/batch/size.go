@@ -10,12 +10,12 @@ import (
 	"github.com/prometheus/procfs"
 )
 
-// CellMemory is the memory that one cell may need, in bytes. The virtual machine of the load test has 3 GiB, and the
-// programs around it need 0.5 GiB. About four compilers at the same time need less than that.
+// CellMemory is the memory that one cell may need, in bytes. The load test needs most: its virtual machine has 3 GiB,
+// and the programs around it need 0.5 GiB. The compile step runs about four compilers, which need less.
 const CellMemory = 3584 << 20
 
-// jobsPerCell is the number of processors that one cell uses well. With more, its single-threaded
-// steps (link, pack, load test) would waste more than a second cell costs.
+// jobsPerCell is the number of processors that one cell uses well. Further processors would be idle
+// during the single-threaded steps (link, pack, load test), so they do more work for a second cell.
 const jobsPerCell = 4
 
 // Size returns how many cells to make at the same time, and the number of compilers (make -j) for each cell. For
@@ -48,8 +48,9 @@ func ExtraCells(parallel, cells int, memory uint64) int {
 func Cores() int { return runtime.GOMAXPROCS(0) }
 
 // FreeMemory returns the memory in bytes that this process may still use: the machine's available
-// memory, or the rest of the control group's limit if that is less. 0 means unknown. If nothing is
-// left, FreeMemory returns 1, which is room for no cell.
+// memory, or the rest of the control group's limit if the rest is less. root is the folder with proc
+// and sys: "/", or a copy in tests. 0 means unknown. If the limit leaves no memory, FreeMemory
+// returns 1, which is too little for any cell.
 func FreeMemory(root string) uint64 {
 	var free uint64
 	if fs, err := procfs.NewFS(filepath.Join(root, "proc")); err == nil {
@@ -75,8 +76,8 @@ func FreeMemory(root string) uint64 {
 	return free
 }
 
-// number reads a file with one number. ok is false for the text max, which control groups write if
-// there is no limit.
+// number reads a file with one number. The second result is false if the file cannot be read or has
+// no number. A control group without a limit has the text max in place of a number.
 func number(file string) (uint64, bool) {
 	text, err := os.ReadFile(file)
 	if err != nil {

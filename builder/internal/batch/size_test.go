@@ -81,7 +81,7 @@ func TestFreeMemory(t *testing.T) {
 	want(4096 << 10)
 	write("sys/fs/cgroup/memory.max", "3000\n")
 	want(2000)
-	// The lines are of the kernel's documentation, cgroup-v2.rst.
+	// The names of the lines are from cgroup-v2.rst in the kernel's documentation.
 	stat := "anon 500\nfile 400\ninactive_anon 0\nactive_anon 500\ninactive_file 300\nactive_file 100\n"
 	write("sys/fs/cgroup/memory.stat", stat)
 	want(2300)

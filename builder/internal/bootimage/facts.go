@@ -21,8 +21,8 @@ import (
 
 // Facts are the facts about a kernel that its vmlinux contains.
 type Facts struct {
-	// Banners are the texts that begin with "Linux version ". Linkers leave more than one, and the first one may be
-	// incomplete.
+	// Banners are all texts in vmlinux that begin with "Linux version ". Linkers leave several such texts in a vmlinux,
+	// and the first text may be incomplete.
 	Banners []string
 	// BuildID is the GNU build id in hex, or "" if there is none.
 	BuildID string
@@ -30,12 +30,14 @@ type Facts struct {
 	Config []byte
 }
 
+// Limits for the section .rodata, for one banner and for one generated header, in bytes.
 const (
 	maxSection = 256 << 20
 	maxBanner  = 1024
 	maxHeader  = 4 << 20
 )
 
+// kernel/configs.c puts configBegins and configEnds around the compressed configuration.
 var (
 	bannerBegins = []byte("Linux version ")
 	configBegins = []byte("IKCFG_ST")
@@ -44,7 +46,8 @@ var (
 
 const hintHeaders = "check that kernel-headers.tgz is the header archive of a COS build"
 
-// ReadFacts reads the facts from a vmlinux.
+// ReadFacts reads the facts from a vmlinux. The error has the kind [fault.Unsupported] if the file does not have the
+// form of a vmlinux.
 func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 	var f Facts
 	file, err := elf.NewFile(vmlinux)
@@ -99,7 +102,8 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	return text, errors.Join(err, zr.Close())
 }
 
-// buildID reads the note with the GNU build id. In a kernel, the section .notes contains this note and other notes.
+// buildID returns the GNU build id in hex, or "" if there is none. Type 3 (NT_GNU_BUILD_ID in elf.h) and the name GNU
+// mark the note with this id. In a kernel, the section .notes contains this note and other notes.
 func buildID(file *elf.File) string {
 	s := file.Section(".note.gnu.build-id")
 	if s == nil {
@@ -129,9 +133,9 @@ func buildID(file *elf.File) string {
 
 var definedString = regexp.MustCompile(`(?m)^#define[ \t]+(\w+)[ \t]+"([^"\n]*)"`)
 
-// ErrOtherRun means that the kernel has the release and configuration of the headers, but comes from another run of
-// make: somebody else built it, or it has another time or build number. Callers may accept such a kernel, because some buckets may have an image and headers from
-// different runs of make.
+// ErrOtherRun means that kernel and headers have the same release and configuration, but come from two runs of make:
+// the user, the host, the time or the build number differs. Callers may accept such a kernel, because a bucket may have
+// an image and headers from different runs of make.
 var ErrOtherRun = errors.New("it comes from another run of make than the headers")
 
 // Check returns an error of kind [fault.Mismatch] if the kernel does not belong to a header tree. The releases must be
@@ -196,7 +200,7 @@ func (f Facts) checkConfig(headers string) error {
 
 func foreign(why error) error {
 	return fault.Wrap(fault.Mismatch, fmt.Errorf("vmlinux is not the kernel of this COS build: %w", why),
-		"put the vmlinux into the bucket that comes from the same run of make as these headers; or publish "+
+		"replace vmlinux in the bucket by the file from the run of make that produced kernel-headers.tgz; or publish "+
 			"without a load test: --load-test off")
 }
 
@@ -215,7 +219,7 @@ func readBounded(file string) ([]byte, error) {
 }
 
 // firstDifference returns the first option, by name, whose values in the two configurations differ. It returns "" if
-// there is none.
+// the configurations are equal.
 func firstDifference(a, b kconfig.Config) string {
 	var differ []string
 	for _, pair := range [][2]kconfig.Config{{a, b}, {b, a}} {

@@ -19,7 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Recipe names the version of the image format. Recipe is part of cache keys.
+// Recipe names the version of the image format. Recipe is part of cache keys. Raise the number with any change of the
+// bytes that Write makes.
 const Recipe = "bootimage-1"
 
 // entryCode is the assembled entry.S. A test assembles entry.S again and compares.
@@ -27,17 +28,18 @@ const Recipe = "bootimage-1"
 //go:embed entry.bin
 var entryCode []byte
 
-// These constants are the places of the entry code in the machine's memory. They are below the memory of every kernel.
+// The machine loads the entry code, boot_params and the page tables together at the address entryAt. They lie below the
+// segments of the kernel. All sizes are in bytes.
 const (
 	page      = 0x1000
 	entryAt   = 1 << 20
 	zeroPage  = 0x1000 // offset of boot_params from entryAt
-	tables    = 0x2000 // offset of the page tables
-	entrySize = 0x8000
+	tables    = 0x2000 // offset of the page tables from entryAt
+	entrySize = 0x8000 // size of entry code, boot_params and page tables
 
-	maxMemory   = 512 << 20
+	maxMemory   = 512 << 20 // largest memory of a kernel
 	maxSegments = 16
-	lowMemory   = 1 << 30
+	lowMemory   = 1 << 30 // the segments of an x86 kernel end below this address
 )
 
 const hintImage = "check that vmlinux in the bucket is the unchanged output of the linker: an ELF file with program " +
@@ -47,9 +49,10 @@ func odd(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "read vmlinux: "+fmt.Sprintf(format, args...), hintImage)
 }
 
-// Write writes an image that qemu's -kernel accepts. For amd64 it is an ELF file with the kernel's own segments and
-// Prebake's entry code. The file's PVH note names this entry, so that every kernel boots, with or without a PVH entry
-// of its own. For arm64 it is the kernel's Image, with the same content that objcopy -O binary makes from vmlinux.
+// Write writes an image that qemu's -kernel accepts. For amd64 the image is an ELF file with the kernel's own segments
+// and Prebake's entry code. The PVH note of the image names this entry code, so every kernel boots, with or without a
+// PVH entry of its own. For arm64 the image is the kernel's Image: the bytes that objcopy -O binary makes from vmlinux.
+// The error has the kind [fault.Unsupported] if vmlinux does not have the form of a kernel for arch.
 func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	f, err := elf.NewFile(vmlinux)
 	if err != nil {
@@ -114,8 +117,9 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	return nil
 }
 
-// entry returns the entry code with the address of the kernel's entry, the constants of boot_params
-// (Documentation/x86/boot.rst), and page tables that map 4 GiB of memory one to one.
+// entry returns the content of the memory at entryAt. It has three parts: the entry code with kernel, the address of
+// the kernel's entry; the constants of boot_params (Documentation/x86/boot.rst); and page tables that map 4 GiB of
+// memory one to one.
 func entry(kernel uint64) []byte {
 	le, b := binary.LittleEndian, make([]byte, entrySize)
 	le.PutUint64(b[copy(b, entryCode)-8:], kernel)

@@ -48,8 +48,8 @@ func TestEntry(t *testing.T) {
 	}
 }
 
-// kernel makes an ELF file for this processor with the machine's compiler and linker. Its segments lie at the same
-// addresses as those of a kernel.
+// kernel makes an ELF file for this processor with the machine's compiler and linker. The file contains the banner, and
+// its first segment lies at the address at. A real x86 kernel lies at 0x1000000.
 func kernel(t testing.TB, banner string, at string) []byte {
 	t.Helper()
 	for _, tool := range []string{"gcc", "ld"} {
@@ -145,7 +145,7 @@ func TestWriteRefuses(t *testing.T) {
 	} {
 		if _, err := image(t, vmlinux, target.AMD64); fault.Of(err) != fault.Unsupported && !errors.Is(err, os.ErrClosed) ||
 			err == nil {
-			if name != "half" || err == nil { // a segment that ends early is a read error
+			if name != "half" || err == nil { // the file "half" ends inside a segment, which is a read error
 				t.Errorf("%s: Write = %v; want %v", name, err, fault.Unsupported)
 			}
 		}
@@ -194,11 +194,12 @@ func arm64Head(memory uint64) []byte {
 	return b
 }
 
-// arm64Base is the address to which kernels are linked.
+// arm64Base is an address to which arm64 kernels are linked.
 const arm64Base = 0xffff800008000000
 
-// TestWriteFlat checks that an Image has each segment at its place in memory, with zeros between them. The Image must
-// not have the memory that the kernel clears itself.
+// TestWriteFlat checks that an Image has each segment at the segment's place in memory, with zeros between the
+// segments. The Image must end before the memory that has no data in the file, because the kernel clears that memory
+// itself.
 func TestWriteFlat(t *testing.T) {
 	t.Parallel()
 	text, data := arm64Head(0x9000), bytes.Repeat([]byte("data"), 100)

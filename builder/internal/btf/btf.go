@@ -1,10 +1,11 @@
 // Package btf reads BTF, the description of types that a kernel and its modules carry for tracers. The package extracts
 // the BTF of a kernel from vmlinux and compares the BTF of a module with it. The BTF of a module is split: the numbers
-// of its types and strings continue where those of the kernel end. With the BTF of another kernel these numbers mean
-// something else. A kernel then refuses the module, or loads it without its BTF if the kernel is configured so.
+// of the module's types and strings continue where the kernel's numbers end. Under the BTF of another kernel, the same
+// numbers mean other types and strings. A kernel without CONFIG_MODULE_ALLOW_BTF_MISMATCH refuses such a module. A
+// kernel with this option loads the module and ignores the module's BTF.
 //
-// The package refuses to interpret types. The package walks over them once and follows no reference, so that no input
-// causes deep recursion or long run times. The meaning of a type concerns the kernel and the tracer only.
+// The package refuses to interpret types. It visits each type once and follows no reference from one type to another,
+// so that no input causes deep recursion or long run times. Only kernel and tracers need the meaning of a type.
 package btf
 
 import (
@@ -25,8 +26,8 @@ const maxSize = 64 << 20
 // ErrNone means that a file has no BTF.
 var ErrNone = errors.New("it has no section " + Section)
 
-// Read returns the BTF of an ELF file. Read reads only the headers and that section. If the section is missing, the
-// error is [ErrNone].
+// Read returns the BTF of an ELF file. Read reads only the ELF headers and the section .BTF. If this section is
+// missing, the error is [ErrNone].
 func Read(r io.ReaderAt) ([]byte, error) {
 	f, err := elf.NewFile(r)
 	if err != nil {
@@ -62,10 +63,11 @@ func (t *Types) Check(module []byte) error {
 	return err
 }
 
+// The format of BTF is described in the kernel's Documentation/bpf/btf.rst.
 const (
 	magic      = 0xeb9f
-	headerSize = 24
-	typeSize   = 12 // bytes of a type without the data that follows it
+	headerSize = 24 // bytes
+	typeSize   = 12 // bytes of a type's head; the data of the type follows the head
 )
 
 // The kinds of types, from include/uapi/linux/btf.h.
@@ -91,13 +93,14 @@ const (
 	kindEnum64    = 19
 )
 
-// form describes the data of one kind of type, in addition to its name.
+// form describes the data of one kind of type. Every type begins with a head of three words of 4 bytes; the first word
+// is the type's name. A part of a type is a member, an enumerator, an argument or a variable.
 type form struct {
 	refers bool // the third word of the head is the number of a type
-	tail   int  // bytes that follow once
-	each   int  // bytes that follow for each part of the type
-	// name and types are the positions of a name and of type numbers, in words, within a part or within the tail. -1
-	// means none.
+	tail   int  // bytes after the head of a type that has no parts
+	each   int  // bytes after the head for each part of the type
+	// name is the position of a name within a part or within the tail, in words; -1 means none. types are the positions
+	// of type numbers there.
 	name  int
 	types []int
 }
@@ -130,8 +133,8 @@ func formOf(kind uint32) (form, bool) {
 	return f, true
 }
 
-// parse reads BTF whose numbers continue where base ends. The checks of numbers are as strict as the kernel's. The
-// checks of names are stricter: a name must be a whole string.
+// parse reads BTF whose numbers continue where base ends. parse checks type numbers as strictly as the kernel does. It
+// checks names more strictly: a name must begin at the start of a string.
 func parse(data []byte, base *Types) (*Types, error) {
 	le := binary.LittleEndian
 	if len(data) < headerSize || le.Uint16(data) != magic || data[2] != 1 {
@@ -239,8 +242,8 @@ func (t *Types) checkID(id uint32) error {
 	return nil
 }
 
-// checkName returns an error if a name does not begin at the start of a string. The string is in the kernel's table.
-// For an offset beyond the end of that table, it is in the table of t.
+// checkName returns an error if no string begins at the offset at. Offsets count through the kernel's table of strings
+// (base) first. They continue in the table of t.
 func (t *Types) checkName(at uint32, base *Types) error {
 	table, i := base.strings, uint64(at)
 	if i >= uint64(len(table)) {

@@ -27,15 +27,16 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// edit changes the 32-bit word with the index at.
+// edit returns a copy of data in which the 32-bit word with the index at has the given value.
 func edit(data []byte, at int, value uint32) []byte {
 	out := bytes.Clone(data)
 	binary.LittleEndian.PutUint32(out[4*at:], value)
 	return out
 }
 
-// first is the index of the word after the header, where the first type begins. That type has four words: name, kind
-// with number of parts, size, and the bits of an int. The second type is a pointer.
+// first is the index of the first word after the header, where the first type begins. The first type is an int of four
+// words: name, kind with number of parts, size, and the bits of the int. The second type, a pointer, begins at the word
+// with the index pointer.
 const first, pointer = 6, 10
 
 func TestCheck(t *testing.T) {

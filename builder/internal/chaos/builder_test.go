@@ -32,7 +32,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// asBuilder is the variable that makes this test program run as a builder. Its value is a [builder] as JSON.
+// asBuilder is the environment variable that makes this test program run as a builder. The variable's value is a
+// [builder] as JSON.
 const asBuilder = "PREBAKE_CHAOS_BUILDER"
 
 func TestMain(m *testing.M) {
@@ -49,9 +50,9 @@ func TestMain(m *testing.M) {
 // builder has the settings of a builder.
 type builder struct {
 	ID, State, Queue, Server, Token string
-	// Events is the folder in which all builders write their notes.
+	// Events is the folder with the file of notes, to which all builders write.
 	Events string
-	// Phase is the longest duration of each of a build's three phases.
+	// Phase is the longest duration of one phase. A build has three phases.
 	Phase time.Duration
 }
 
@@ -68,7 +69,7 @@ func runBuilder(text string) error {
 	return err
 }
 
-// note is one line of the file of notes, to which all builders write.
+// note is one line of the file of notes: a builder began or ended a build.
 type note struct {
 	Cell string
 	Pid  int
@@ -102,13 +103,13 @@ func number(buildID string) int {
 	return n
 }
 
-// apiBreak and trouble choose cells by their number. One cell in ten does not compile. One in ten has a transient
-// failure in its first attempt.
+// apiBreak chooses the cells that do not compile. trouble chooses the cells whose first attempt has a transient
+// failure. Each of the two functions chooses one cell in ten, by the cell's number.
 func apiBreak(cell string) bool { return number(cell)%10 == 3 }
 func trouble(cell string) bool  { return number(cell)%10 == 7 }
 
 // build replaces the pipeline. build takes some time, writes a log and pushes an artifact. Each artifact has random
-// content, so that a second artifact of the same cell would be noticed.
+// content. So a second artifact of the same cell has another digest, and the test notices it.
 func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer,
 	line *timeline.Run) (res *pipeline.Result, err error) {
 	cell := r.BuildID

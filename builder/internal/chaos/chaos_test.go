@@ -25,16 +25,16 @@ type size struct {
 	jobs, workers int
 	// phase is the longest duration of one of a build's three phases. pause is the time between two faults.
 	phase, pause time.Duration
-	// Long runs also remove builders for good, and freeze builders until the farm considers them dead. Each of these
-	// takes a minute.
+	// long adds two kinds of faults: builders that end for good, and builders that stop for so long that the farm
+	// considers them dead. After each such fault, the farm needs up to a minute before it continues the builds.
 	long bool
 }
 
 // small is the size of the run among the other tests. `make chaos` sets the jobs of a long run.
 var small = size{jobs: 12, workers: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
 
-// TestChaos kills every part of a working farm at random, and fills disks. At the end every cell must be published
-// once, or failed with a reason.
+// TestChaos kills the parts of a working farm at random, and fills their disks. At the end every cell must be published
+// exactly once, or must have failed with a reason.
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
@@ -83,9 +83,9 @@ type faultRun struct {
 
 	kills   map[string]int
 	faults  []injection
-	paused  sync.WaitGroup
-	cold    *process // the builder that is frozen; at most one at a time
-	resumed atomic.Bool
+	paused  sync.WaitGroup // waits until every frozen builder runs again
+	cold    *process       // the builder that was frozen last; at most one is frozen at a time
+	resumed atomic.Bool    // the builder cold runs again
 }
 
 // cell returns the BUILD_ID of job n.
@@ -93,8 +93,9 @@ func cell(n int) string { return fmt.Sprintf("18000.0.%d", n) }
 
 const driver = "535.261.03"
 
-// injectFaults requests all cells. Then it injects faults until nearly all cells are finished, and at least one fault
-// into each part. At the end it waits for the remaining cells.
+// injectFaults requests all cells and injects faults in rounds. A round has at least one fault for each part of the
+// farm. A short run ends after one round. A long run begins further rounds until at most one cell in twenty is open. At
+// the end injectFaults waits for the remaining cells.
 func (s *faultRun) injectFaults(t *testing.T) {
 	t.Helper()
 	seed := uint64(time.Now().UnixNano())
@@ -104,7 +105,7 @@ func (s *faultRun) injectFaults(t *testing.T) {
 			t.Fatalf("PREBAKE_CHAOS_SEED: %v", err)
 		}
 	}
-	t.Logf("seed %d: PREBAKE_CHAOS_SEED makes the same plan, not the same moments", seed)
+	t.Logf("the seed is %d; with the seed in PREBAKE_CHAOS_SEED, a run has the same order of faults at other times", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	ctx, stop := context.WithTimeout(t.Context(), 45*time.Minute)
 	defer stop()
@@ -180,7 +181,7 @@ func (s *faultRun) open(ctx context.Context) (int, error) {
 	return n, nil
 }
 
-// blows returns the faults, one of each kind for a round.
+// blows returns the faults of one round. Each function injects one fault.
 func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 	count := func(what string) { s.kills[what]++ }
 	hit := func(p *process, sig syscall.Signal, what string) bool {
@@ -230,7 +231,7 @@ func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 		}
 		s.startBuilder(t)
 	}
-	freeze := func(*testing.T) { // the farm considers the builder dead, and then it continues
+	freeze := func(*testing.T) { // the farm considers the builder dead, and then the builder continues
 		if s.cold != nil && !s.resumed.Load() {
 			return
 		}

@@ -30,7 +30,7 @@ type farm struct {
 	server   *process
 	postgres *process // nil with SQLite
 	builders []*process
-	disks    []string // small file systems, named by part as in builder-3
+	disks    []string // folders of small file systems; the last part of each path names its program, as in builder-3
 	phase    time.Duration
 	started  int // number of builders started so far
 }

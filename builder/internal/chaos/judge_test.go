@@ -26,8 +26,9 @@ type verdict struct {
 	doubled, lost []string
 	left          int
 	reasons       map[string]int // number of failures by class
-	// interrupted counts attempts that were running in a builder when a fault hit it. resume is the longest time until
-	// another attempt began.
+	// interrupted counts the attempts that were running in a builder when a fault hit that builder. resume is the
+	// longest time from such a fault until another attempt of the same cell began, or the cell finished. slowest names
+	// this cell and fault.
 	interrupted int
 	resume      time.Duration
 	slowest     string
@@ -113,7 +114,7 @@ func (s *faultRun) announced(t *testing.T) map[int64]int {
 		}
 	}
 	if len(times) == 0 {
-		t.Errorf("the server's log names no published build: its form has changed")
+		t.Errorf("the server's log has no line \"build changed\" for a published build; adapt announced to the log")
 	}
 	return times
 }
@@ -162,7 +163,7 @@ func (s *faultRun) resumes(t *testing.T, v *verdict, builds map[string][]api.Bui
 			}
 			v.interrupted++
 			if on.IsZero() {
-				v.lost = append(v.lost, name+" did not go on after its builder was struck")
+				v.lost = append(v.lost, name+" did not continue after a fault hit its builder")
 				continue
 			}
 			if took := on.Sub(blow.at); took > v.resume {
@@ -211,8 +212,9 @@ func (v *verdict) check(t *testing.T, run size) {
 	if v.reasons[fault.APIBreak.String()] > breaks {
 		t.Errorf("%d cells failed as an API break; want at most %d", v.reasons[fault.APIBreak.String()], breaks)
 	}
-	// The guarantee of one minute holds only for a farm that has the machine to itself.
+	// The farm guarantees one minute only if nothing else uses the machine. A short run shares the machine with other
+	// tests.
 	if run.long && v.resume > time.Minute {
-		t.Errorf("a build went on after %v (%s); want a minute at most", v.resume, v.slowest)
+		t.Errorf("a build continued %v after a fault (%s); want at most a minute", v.resume, v.slowest)
 	}
 }

@@ -104,8 +104,8 @@ func (p *process) retire() int {
 	return pid
 }
 
-// smallDisk mounts a small file system of size MiB on dir, which the test can fill. A mount needs root. Without root,
-// dir is a plain folder and full is false.
+// smallDisk mounts a small file system of size MiB on dir, which the test can fill. Only root can mount. Without a
+// mount, dir is a plain folder, and full is false.
 func smallDisk(t *testing.T, dir, size string) (full bool) {
 	t.Helper()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -115,7 +115,7 @@ func smallDisk(t *testing.T, dir, size string) (full bool) {
 		return false
 	}
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size="+size+"m,mode=755"); err != nil {
-		t.Logf("no small disk can be mounted, and none is filled: %v", err)
+		t.Logf("mount a small file system on %s: %v; this run does not fill this disk", dir, err)
 		return false
 	}
 	t.Cleanup(func() {

@@ -23,14 +23,16 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// insideAsk is the folder of one conftest question inside its sandbox. The question can write to no
-// other folder.
+// insideAsk is the work folder of a conftest question inside the question's sandbox. A question is
+// one call of the driver's conftest.sh. Each question has its own work folder, its own /tmp and its
+// own folder of compiler faults (see guard.go). It can write to nothing else.
 const insideAsk = "/prebake/ask"
 
+// Limits in bytes for an answer, for the plan and for one file of the folder conftest/.
 const (
 	maxAnswer = 64 << 10
 	maxPlan   = 1 << 20
-	maxHeader = 4 << 20 // limit for one file of the folder conftest/, in bytes
+	maxHeader = 4 << 20
 )
 
 // errUseMake says that this package cannot answer conftest's questions before make asks them. The
@@ -38,15 +40,15 @@ const (
 // itself, which takes longer.
 var errUseMake = errors.New("conftest is left to make")
 
-// answers answers conftest's questions before make asks them. An answer comes from the conftest
-// cache if the same question was asked of an equal view. Otherwise the test runs. Each test runs in
-// its own sandbox. The sandbox shows only files that the key of the answer covers, so a stored
-// answer cannot depend on anything else.
+// answers answers conftest's questions before make asks them. If the conftest cache has the answer
+// to the same question for an equal view (see view.go), no test runs. Otherwise the test runs in its
+// own sandbox. The sandbox shows only files that the key of the answer covers, so a stored answer
+// cannot depend on anything else.
 type answers struct {
 	*build
 	view   *view
-	box    sandbox.Config // make's sandbox with the view's masks and without the sources
-	files  map[string]string
+	box    sandbox.Config    // make's sandbox without the sources; the view's replacements cover the masked files
+	files  map[string]string // files of the folder conftest/, by name
 	script *conftest.Script
 	plan   *conftest.Plan
 	keyer  *conftest.Keyer
@@ -70,9 +72,9 @@ func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	// The mode patch_check of conftest.sh prints macros that patch files define. No cache key
-	// covers them.
+	// covers the patch files.
 	if found, err := fs.Glob(hostFS(b.src), "patch-*.h"); err != nil || len(found) > 0 {
-		return nil, fmt.Errorf("%w: the sources are patched", errUseMake)
+		return nil, fmt.Errorf("%w: the sources contain patch files (patch-*.h)", errUseMake)
 	}
 	a := &answers{build: b, view: v, script: script, files: map[string]string{}}
 	a.box = b.box
@@ -105,9 +107,10 @@ func readStored(cache *cas.Cache, key string) (conftest.Answers, error) {
 	return conftest.Answers{}, nil
 }
 
-// findPlan lets make run the driver's sanity checks and print the list of its conftest questions.
-// The cache stores this plan. Its key covers everything that decides the plan: the makefiles and
-// scripts of the driver and of the kernel.
+// findPlan returns the plan: the list of the questions that the driver's makefiles ask conftest. If
+// the cache has no plan, findPlan runs make. make runs the driver's sanity checks and writes the
+// plan. The cache key covers everything that decides the plan: the makefiles and scripts of the
+// driver and of the kernel.
 func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	args := slices.Clone(a.args)
 	for i, arg := range args {
@@ -122,8 +125,8 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 			return plan, nil
 		}
 	}
-	// make gets a copy of the sources here, because it may change them and sees masked headers in
-	// this run.
+	// In this run make gets its own copy of the sources. It sees masked headers, so files that it
+	// changes must not get into the build.
 	dir := filepath.Join(a.r.WorkDir, "plan")
 	src, told := filepath.Join(dir, "src"), filepath.Join(dir, "told")
 	if err := os.MkdirAll(told, 0o755); err != nil {
@@ -148,7 +151,7 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	box.Binds = append(box.Binds,
 		sandbox.Bind{Host: src, Inside: insideSource, Writable: true},
 		sandbox.Bind{Host: told, Inside: insideAsk, Writable: true})
-	err = sandbox.Run(ctx, box) // an exit error is expected: PlanRules ends make with one
+	err = sandbox.Run(ctx, box) // an exit error is normal: with PlanRules, make fails after it has written the plan
 	if cause := context.Cause(ctx); cause != nil {
 		return nil, cause
 	}
@@ -171,13 +174,14 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	if plan.Sources != insideKernel || plan.Output != insideKernel {
-		return nil, fmt.Errorf("%w: conftest.sh reads the headers in %s", errUseMake, plan.Sources)
+		return nil, fmt.Errorf("%w: conftest.sh reads headers in %s and %s; want only %s", errUseMake, plan.Sources,
+			plan.Output, insideKernel)
 	}
 	return plan, a.r.Cache.PutFact("conftest-plan-2", key, text)
 }
 
-// noPlan distinguishes two causes of a missing plan: a failed sanity check, when the driver refuses
-// the kernel, and any other failure. For the second cause, the error wraps errUseMake.
+// noPlan returns the error for a missing plan. If a sanity check failed, the driver refuses the
+// kernel, and noPlan returns the error of make. In any other case the error wraps errUseMake.
 func (a *answers) noPlan(err error, said string) error {
 	var f findings
 	for line := range strings.Lines(said) {
@@ -200,25 +204,25 @@ func appendTo(file, text string) error {
 // question is one call of conftest.sh.
 type question struct {
 	name, key string
-	test      string   // the only test that the script keeps; "" for none
-	argv      []string // the arguments after the script's fourth one
+	test      string   // the only test that this question's copy of conftest.sh contains; "" means no test
+	argv      []string // the script's arguments from the fifth on
 	headers   string   // the part of conftest/headers.h that the test may see
-	// header is the precompiled header that the question's program begins with; nil if there is
-	// none. lines are the program's first lines after the script's own preamble, up to the last
-	// include of the header.
+	// header is the precompiled header that the question's program begins with; nil means none.
+	// lines are the program's first lines after the lines that the script puts before every
+	// program. The last line includes the last file of the precompiled header.
 	header *sharedHeader
 	lines  []string
 }
 
-// find returns the content of the folder conftest/. It answers the open questions and stores new
-// answers.
+// find returns the files of the folder conftest/. It runs the tests without a stored answer and
+// stores their answers.
 func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 	known, flags := len(a.stored), a.keyer.Flags()
 	a.watch.expect.conftest = max(1, len(a.plan.Headers)) + len(a.plan.All())
 	var about []question
 	for _, name := range a.plan.Headers {
 		if !a.script.OneHeader() {
-			return nil, fmt.Errorf("%w: the script cannot test one header alone", errUseMake)
+			return nil, fmt.Errorf("%w: conftest.sh cannot test a single header", errUseMake)
 		}
 		about = append(about, question{name: name, key: a.keyer.HeaderKey(name),
 			argv: []string{conftest.ModeHeader, flags, name}})
@@ -233,8 +237,8 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The empty release is harmless here: headers.h holds the version in a comment only, and no
-	// test reads it.
+	// The empty release is harmless here: headers.h has the release in a comment only, and no test
+	// reads comments.
 	for _, f := range a.plan.Files(headers, nil, "", "") {
 		if f.Name == "headers.h" {
 			a.present = f.Text
@@ -244,7 +248,7 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 	for _, name := range append(a.plan.All(), "uts_release") {
 		key, ok := a.keyer.TestKey(name, a.present)
 		if !ok {
-			return nil, fmt.Errorf("%w: the script has no test %s", errUseMake, name)
+			return nil, fmt.Errorf("%w: conftest.sh has no test %s", errUseMake, name)
 		}
 		about = append(about, question{name: name, key: key, test: name, argv: []string{conftest.ModeTest, flags, name},
 			headers: a.keyer.Visible(name, a.present)})
@@ -267,8 +271,8 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 	return a.plan.Files(headers, tests, tests[conftest.ModePatches], release), nil
 }
 
-// ask returns the answers by question name. It runs the tests of the questions without a stored
-// answer and adds their answers to a.stored.
+// ask returns the answer to each question, by the question's name. If a question has no stored
+// answer, ask runs the question's test and adds the answer to a.stored.
 func (a *answers) ask(ctx context.Context, about []question) (map[string]string, error) {
 	found, asked := map[string]string{}, map[string]bool{}
 	var open []question
@@ -365,7 +369,8 @@ func (a *answers) askOne(ctx context.Context, q question, dir string) (text stri
 	return string(raw), os.RemoveAll(dir)
 }
 
-// release replaces the masked release string in the answer of uts_release by the kernel's real one.
+// release returns the answer to the question uts_release with the kernel's release in place of the
+// masked string.
 func (a *answers) release(answer string) (string, error) {
 	text, err := readHost(filepath.Join(a.r.Headers, "include/generated/utsrelease.h"))
 	if err != nil {
@@ -373,7 +378,8 @@ func (a *answers) release(answer string) (string, error) {
 	}
 	strs := quoted.FindAll(text, -1)
 	if len(strs) != 1 || strings.Count(answer, maskedString) != 1 {
-		return "", fmt.Errorf("%w: utsrelease.h, or the answer about it, does not have exactly one string", errUseMake)
+		return "", fmt.Errorf("%w: utsrelease.h or the answer to uts_release does not contain exactly one string",
+			errUseMake)
 	}
 	return strings.Replace(answer, maskedString, string(strs[0]), 1), nil
 }
@@ -381,10 +387,10 @@ func (a *answers) release(answer string) (string, error) {
 //go:embed conftest.sh
 var answeredScript string
 
-// write writes the files of the folder conftest/. make compares times, so write creates each file
-// after the files that it depends on in the makefiles. write also replaces the driver's conftest.sh
-// by a script that only prints the stored answers. So no code of the driver's script runs in the
-// compiler's sandbox.
+// write writes the files of the folder conftest/. make compares file times, so write creates each
+// file after the files on which the makefiles let it depend. write also replaces the driver's
+// conftest.sh by a script that only prints the stored answers. So no code of the driver's conftest.sh
+// runs in make's sandbox.
 func (a *answers) write(files []conftest.File) error {
 	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@",
 		insideSource+"/conftest/uts_release").Replace(answeredScript)
@@ -400,7 +406,7 @@ func (a *answers) write(files []conftest.File) error {
 	return nil
 }
 
-// unchanged reports whether the build left the files of the folder conftest/ as this package wrote
+// unchanged reports whether the files of the folder conftest/ still have the content that write gave
 // them.
 func (a *answers) unchanged(left *untrusted.Dir) bool {
 	for name, text := range a.files {

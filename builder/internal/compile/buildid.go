@@ -7,10 +7,10 @@ import (
 )
 
 // setBuildID replaces the build id of a stripped module by a digest of the module's own bytes. If
-// debug names a file, that file gets the same build id. The reason: the linker computes its build
-// id over the debug sections too. With the linker's id, a compilation with debug information and
-// one without it would give modules that differ in the build id only. A module without a build id
-// stays unchanged.
+// debug names a file, that file gets the same build id. A module without a build id stays unchanged.
+//
+// The linker's build id would depend on the debug sections too. Then two builds of one module, with
+// and without debug information, would give stripped modules that differ in the build id only.
 func setBuildID(stripped, debug string) error {
 	text, err := readHost(stripped)
 	if err != nil {
@@ -64,11 +64,11 @@ func findBuildID(path string) (at, size int64, err error) {
 		return 0, 0, fmt.Errorf("read build id: %w", err)
 	}
 	if len(note) < header || string(note[12:header]) != "GNU\x00" || f.ByteOrder.Uint32(note[8:]) != 3 {
-		return 0, 0, fmt.Errorf("read build id: the note of %d bytes is of another kind", len(note))
+		return 0, 0, fmt.Errorf("read build id: the note of %d bytes is not a GNU build id", len(note))
 	}
 	size = int64(f.ByteOrder.Uint32(note[4:]))
 	if size < 8 || size > sha256.Size || header+size > int64(len(note)) {
-		return 0, 0, fmt.Errorf("read build id: it has %d bytes", size)
+		return 0, 0, fmt.Errorf("read build id: the id has %d bytes; want 8 to %d bytes inside the note", size, sha256.Size)
 	}
 	return int64(s.Offset) + header, size, nil //nolint:gosec // the offset is inside a file that was read completely
 }

@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// asking returns a request with a driver whose conftest asks questions, and a kernel that has the
-// answers.
+// asking returns a request like toy's. Its driver has a conftest.sh with tests, and its kernel has
+// the headers that the tests read.
 func asking(t *testing.T) compile.Request {
 	t.Helper()
 	r := toy(t)
@@ -150,9 +150,9 @@ func TestCache(t *testing.T) {
 	}
 }
 
-// A compiler that is killed, or has no memory or disk space, says nothing about the kernel. No
-// answer may come from it, whether this package or make asks the question. The messages are gcc's
-// and clang's own.
+// A compiler that is killed, or has no memory or disk space, says nothing about the kernel. Its
+// failure must not become an answer of conftest, whether this package or make asks the question. The
+// messages in the rows are the ones that gcc and clang print.
 func TestTroubleIsNoAnswer(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
@@ -231,8 +231,8 @@ func TestCacheShared(t *testing.T) {
 	}
 }
 
-// If a driver's makefiles have an unknown form, make itself asks conftest's questions. The module
-// then contains nothing of the failed attempt.
+// If a driver's makefiles have an unknown form, make itself runs conftest. The module is the same as
+// in a build without a cache.
 func TestOtherShapes(t *testing.T) {
 	t.Parallel()
 	for name, files := range map[string]map[string]string{

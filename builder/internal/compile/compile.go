@@ -64,12 +64,13 @@ type Request struct {
 	// BTF is the path of a file with the kernel's BTF, the description of its types. Each module gets BTF that
 	// extends the kernel's. "" means modules without BTF.
 	BTF string
-	// Cache stores conftest's answers and compiled objects, for this kernel and its siblings. With nil, all work is
-	// done again. Cache does not change the result.
+	// Cache stores conftest's answers and compiled objects, for this kernel and its sibling kernels. If Cache is nil,
+	// the build reuses nothing. Cache does not change the resulting bytes.
 	//
 	// A request with a Cache needs all four digests. HeaderDigest, ToolchainDigest and SourceDigest name the content
 	// of those folders; SourceDigest covers all flavours of Driver. HostDigest names the host's programs, see
-	// [sandbox.HostTools]. HeaderDigest may leave out compile.h and utsversion.h.
+	// [sandbox.HostTools]. HeaderDigest need not cover compile.h and utsversion.h, because the sandbox hides the
+	// values in them.
 	Cache                                                   *cas.Cache
 	HeaderDigest, ToolchainDigest, SourceDigest, HostDigest string
 	// WorkDir is an empty folder on a disk with at least 1 GiB free. After the build it holds src/, out/, modules/
@@ -325,12 +326,12 @@ func (b *build) make(ctx context.Context) error {
 	return nil
 }
 
-// minForPCH is the least number of files still to compile for which precompiled headers are made. Making one
-// precompiled header costs about as much as compiling three files.
+// minForPCH is the number of files that must still be compiled before precompiled headers (PCH) are worth it. Making
+// one precompiled header takes about as long as compiling three files.
 const minForPCH = 16
 
 // runMake runs make with the guard script in front of the compiler. If the guard noted a fault, runMake returns that
-// fault even if make succeeded. The reason: make may have used the compiler's failure as an answer of conftest.
+// fault even if make succeeded: conftest may have taken the compiler's failure for an answer about the kernel.
 func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
 	dir := filepath.Join(b.r.WorkDir, note)
 	box, err := withFaultFile(box, dir)
@@ -346,12 +347,12 @@ func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) er
 	return err
 }
 
-// flagVariables returns make variables with compiler flags of this package. Kbuild adds these flags to the kernel's
-// flags.
+// flagVariables returns make variables. They add this package's compiler flags to the kernel's flags, and switch
+// kbuild's own BTF step off.
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
 	if t.btf {
-		all = append(all, "CONFIG_DEBUG_INFO_BTF_MODULES=") // types makes BTF after make
+		all = append(all, "CONFIG_DEBUG_INFO_BTF_MODULES=") // kbuild makes no BTF; build.types does it after make
 	}
 	if t.clang {
 		cflags = append(cflags, clangFlags...)
@@ -365,9 +366,8 @@ func flagVariables(r Request, t tools) []string {
 	return all
 }
 
-// debugInformation reports whether to compile with debug information. Debug information costs a fifth of the compile
-// time and makes up most of a module's bytes. The step strip removes it, so it is needed only for Debug and for making
-// BTF.
+// debugInformation reports whether to compile with debug information. Debug information takes a fifth of the compile
+// time and most of a module's bytes. The step strip removes it, so only Request.Debug and the making of BTF need it.
 func debugInformation(r Request) bool { return r.Debug || r.BTF != "" }
 
 // built returns the file names of the modules that make left.

@@ -236,7 +236,7 @@ func TestFailures(t *testing.T) {
 	}
 }
 
-// The first line of output cancels the build. The result still holds the phases so far.
+// TestCancel cancels the build at the first line of output. The result still has the phases so far.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	r := toy(t)
@@ -290,7 +290,7 @@ func TestHidesWhoCompiled(t *testing.T) {
 			t.Fatal(err)
 		}
 		if bytes.Contains(data, []byte(built)) {
-			t.Errorf("the module tells %q", built)
+			t.Errorf("the module contains %q; want it hidden", built)
 		}
 		sums = append(sums, string(data))
 	}

@@ -17,9 +17,9 @@ type findings struct {
 	modpost string // modpost's first ERROR
 	check   string // the name of NVIDIA's sanity check that failed
 	missing string // a program that was not found
-	library string // a program from the header tree or the toolchain that needs a library this machine lacks
-	memory  string
-	disk    string
+	library string // the loader's message about a program whose library is missing on this machine
+	memory  string // a message about missing memory or a killed program
+	disk    string // a message about a full disk
 	make    string // make's first *** line
 	// unanswered says that make asked conftest a question without a prepared answer.
 	unanswered bool
@@ -100,7 +100,7 @@ const (
 	hintTime   = "raise --compile-timeout, or run more jobs with --jobs on a machine with more CPUs"
 	hintBreak  = "choose a newer driver of the same branch: this driver does not know the interfaces of this kernel"
 	hintImage  = "run the builder on a system with a newer C library, such as a newer Debian; to see the " +
-		"version of this machine, run ldd --version"
+		"version of this machine's C library, run ldd --version"
 	hintLog = "read the first error lines of the build's log"
 )
 
@@ -112,7 +112,7 @@ var checks = map[string]struct {
 	hint string
 }{
 	"cc_sanity_check": {fault.Internal, "the toolchain's compiler cannot make object files",
-		"check the toolchain archive and toolchain_env of this kernel"},
+		"check that CC in this kernel's toolchain_env names a compiler that runs, and that toolchain.tar.xz is complete"},
 	"cc_version_check": {fault.Internal, "the driver's makefiles refuse the compiler's version", hintLog},
 	"dom0_sanity_check": {fault.Unsupported, "the driver does not support a Xen host kernel",
 		"choose another kernel"},
@@ -139,11 +139,12 @@ func stopped(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Cancelled, err, "")
 }
 
-// diagnose turns the error of a failed run into one with a kind, a text and a hint, from the
-// findings in its output.
+// diagnose returns an error with a kind, a text and a hint for a failed run of a program. It derives
+// them from f, the findings in the program's output. An error of the sandbox or of the context stays
+// unchanged, because such an error explains itself.
 func diagnose(err error, f findings) error {
 	var exit *sandbox.ExitError
-	if !errors.As(err, &exit) { // errors of the sandbox and of the context explain themselves
+	if !errors.As(err, &exit) {
 		return err
 	}
 	switch check := checks[f.check]; {
@@ -153,7 +154,7 @@ func diagnose(err error, f findings) error {
 		return fault.New(fault.OutOfMemory, f.memory, hintMemory)
 	case exit.Killed():
 		return fault.New(fault.OutOfMemory, "the build was killed", hintMemory)
-	case f.library != "": // checked before compiler errors: a tool that did not run can give conftest wrong answers
+	case f.library != "": // before compiler errors, because a tool that cannot run gives conftest wrong answers
 		return fault.New(fault.Usage, f.library, hintImage)
 	case f.source != "":
 		return fault.New(fault.APIBreak, f.source, hintBreak)
@@ -164,7 +165,7 @@ func diagnose(err error, f findings) error {
 	case f.missing != "":
 		return fault.New(fault.Internal, f.missing,
 			"install the missing program (make, perl and the C library's tools come with apt-get install build-essential), or "+
-				"check the toolchain archive")
+				"publish a toolchain.tar.xz that contains it")
 	case f.make != "" && f.lastLine != "":
 		return fault.New(fault.Internal, fmt.Sprintf("make: %s, after: %s", f.make, f.lastLine), hintLog)
 	case f.make != "":

@@ -15,8 +15,8 @@ import (
 var hostTools = []string{"scripts/basic/fixdep", "scripts/mod/modpost", "scripts/genksyms/genksyms",
 	"tools/objtool/objtool"}
 
-// loaders maps a GOARCH to the dynamic loader of glibc that the sandbox may have. Scripts and
-// static programs need no loader.
+// loaders maps a GOARCH to the path of glibc's dynamic loader. A machine with another C library does
+// not have this file. Scripts and static programs run without it.
 var loaders = map[string]string{"amd64": "/lib64/ld-linux-x86-64.so.2", "arm64": "/lib/ld-linux-aarch64.so.1"}
 
 // listNeeds is a shell script in which the dynamic loader lists each program's libraries without
@@ -26,8 +26,9 @@ const listNeeds = `for f in "$@"; do [ -x "$f" ] && "$LOADER" --list "$f" 2>&1; 
 
 var missingLibrary = regexp.MustCompile(`(?m)^\s*(\S+) => not found$`)
 
-// checkFit returns an error if the programs of the header archive cannot run here, on this machine
-// or in the builder's image. It runs before the compile, which would fail only after minutes.
+// checkFit returns an error if the C library of this machine (or of the builder's image) is too old
+// for the programs in the header tree, or a library is missing. It runs before the compile, which
+// would fail only after minutes.
 func checkFit(ctx context.Context, r Request, t tools) error {
 	loader := loaders[runtime.GOARCH]
 	if _, err := os.Stat(loader); err != nil {
@@ -51,7 +52,7 @@ func checkFit(ctx context.Context, r Request, t tools) error {
 	}
 	if m := missingLibrary.FindStringSubmatch(said); m != nil {
 		return fault.New(fault.Usage, "this machine cannot run the kernel's build tools: they need the library "+m[1],
-			"install the package that has it (libelf1 for libelf.so.1), or run the builder in another image")
+			"install the package of this library (libelf1 for libelf.so.1), or run the builder in an image that has it")
 	}
 	return nil
 }

@@ -29,12 +29,12 @@ const (
 	insideNewFlagTests = "/prebake/flag-tests-new"
 
 	flagTestKind = "flag-tests-1"
-	maxFlagTests = 4096
-	maxFlagTest  = 64 << 10
+	maxFlagTests = 4096     // number of recorded answers
+	maxFlagTest  = 64 << 10 // bytes of one answer
 )
 
-// flagTests adds the compiler's recorded answers to the kernel's flag tests to all sandboxes. A
-// test without a recorded answer runs the compiler as usual.
+// flagTests shows the recorded answers of the kernel's flag tests in all sandboxes of the build. For
+// a test without a recorded answer, the guard runs the compiler.
 func (b *build) flagTests(ctx context.Context, v *view) error {
 	key := cas.NewKey(flagTestKind).Add("recipe", Recipe).Add("guard", guardScript).Add("kernel view",
 		v.Digest).Add("toolchain", b.r.ToolchainDigest).Add("host tools", b.r.HostDigest)

@@ -19,7 +19,7 @@ const (
 	insideFaults = "/prebake/trouble"
 
 	faultFile = "compiler"
-	faultSize = 4096
+	faultSize = 4096 // bytes
 )
 
 //go:embed guard.sh
@@ -56,7 +56,7 @@ var (
 func compilerFault(dir string) error {
 	text, err := untrusted.ReadFile(dir, faultFile, 2*faultSize)
 	if err != nil {
-		return fault.Wrap(fault.Internal, fmt.Errorf("read the compiler guard's note: %w", err), hintLog)
+		return fault.Wrap(fault.Internal, fmt.Errorf("read the recorded faults of the compiler: %w", err), hintLog)
 	}
 	text = bytes.TrimSpace(text)
 	if len(text) == 0 {

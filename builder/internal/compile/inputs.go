@@ -16,14 +16,14 @@ import (
 // fileFacts are the facts about one file that the key of an object needs.
 type fileFacts struct {
 	digest string
-	named  map[string]bool // the wanted names that the file contains
+	named  map[string]bool // those of the scanner's names that the file contains
 	pastes map[string]bool // parts of names that the preprocessor joins with ##
 	hides  bool            // the file includes other files that no dependency list names
 }
 
-// nameScanner looks for wanted names in files. It reads each file once.
+// nameScanner looks for names in files. It reads each file once.
 type nameScanner struct {
-	names map[string]bool
+	names map[string]bool // the names to look for
 	seen  map[string]*fileFacts
 }
 
@@ -100,8 +100,9 @@ func (k *recorder) readHeader(name string) *fileFacts {
 }
 
 // made returns the inputs of the object that command c compiled. If ok is false, the object must not be cached, because
-// it may depend on something that the cache key does not cover. One such case is a header of which a view hides a
-// macro: ok is false if any other file of the object contains the macro's name, even in a comment.
+// it may depend on something that the cache key does not cover. For example, a view (see view.go) hides the value of
+// the macro UTS_RELEASE in a header. If the object includes this header, and another file of the object contains the
+// macro's name, even in a comment, ok is false.
 func (k *recorder) made(c command) (v variant, ok bool) {
 	v = variant{Version: k.r.Driver.Modules().Version, Generated: map[string]string{}}
 	var hidden []string
@@ -150,9 +151,9 @@ func (k *recorder) made(c command) (v variant, ok bool) {
 	return v, true
 }
 
-// driverFile adds one of the driver's files to the variant. The file is one of the original sources, or the driver's
-// makefiles made it, or it is one of conftest's headers. driverFile adds nothing for a conftest header: answersAbout
-// finds the lines of it that the object's sources name, and only these lines are inputs.
+// driverFile adds one of the driver's files to the inputs in v. The file is an original source, a file that the
+// driver's makefiles made, or a header of conftest. driverFile adds no header of conftest, because only some of its
+// lines are inputs: the lines about macros that the object's sources name. answersAbout finds these lines.
 func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	w := k.readDriverFile(rel)
 	if w == nil {
@@ -173,8 +174,8 @@ func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	return w
 }
 
-// hidden returns the macros whose values a view hides, by header. For a header with more than plain definitions, the
-// value is nil: the view hides all of this header, and no list of names covers that.
+// hidden returns the macros whose values a view hides, by header. A nil list means that names cannot describe what the
+// view hides, because the file has other lines than plain definitions. Then no object that includes the file is cached.
 func (o *objects) hidden() (map[string][]string, error) {
 	names := map[string][]string{}
 	for header := range o.view.masked {
@@ -183,7 +184,7 @@ func (o *objects) hidden() (map[string][]string, error) {
 			continue
 		}
 		if slices.Contains(volatileHeaders, header) {
-			names[header] = []string{} // no name is needed: in the build too, the compiler saw only what a view shows
+			names[header] = []string{} // make's sandbox hides the same values, so no object can contain them
 			continue
 		}
 		text, err := readHost(filepath.Join(o.r.Headers, header))
@@ -191,7 +192,7 @@ func (o *objects) hidden() (map[string][]string, error) {
 			return nil, err
 		}
 		if header == "include/generated/autoconf.h" {
-			// A macro such as IS_ENABLED may put CONFIG_ before the shorter name.
+			// A macro may build the name CONFIG_BUILD_SALT out of CONFIG_ and the shorter name.
 			names[header] = []string{"CONFIG_BUILD_SALT", "BUILD_SALT"}
 			continue
 		}
@@ -229,8 +230,8 @@ var (
 
 const maxDeps = 20000
 
-// parseCommand reads the .cmd file of a compiled object. It returns false for any other .cmd file
-// and for a command that does not list all its inputs.
+// parseCommand reads the .cmd file of a compiled object. It returns false for any other .cmd file,
+// and for a command that may read files that are not in the list of dependencies.
 func parseCommand(text string) (command, bool) {
 	var c command
 	inDeps := false
@@ -240,8 +241,8 @@ func parseCommand(text string) (command, bool) {
 		case inDeps:
 			name, more := strings.CutSuffix(strings.TrimSpace(line), `\`)
 			name = strings.TrimSpace(name)
-			// $(wildcard include/config/X) stands for a kernel option. The header autoconf.h
-			// decides the options, and made reads it always.
+			// $(wildcard include/config/X) stands for a kernel option. The options are in
+			// autoconf.h, which made adds to the dependencies of every object.
 			if name != "" && !strings.HasPrefix(name, "$(wildcard ") {
 				if strings.ContainsAny(name, " $") || len(c.deps) == maxDeps {
 					return command{}, false

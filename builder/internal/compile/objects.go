@@ -20,25 +20,28 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// The object cache keeps each object separately, together with its inputs. The inputs are the
-// content of the driver's files among its dependencies, the answers of conftest that these files
-// name, and the driver's version if they name it. Everything else that decides an object is in
-// [objects.base]. So a build of the next driver of a branch, or for a sibling kernel, reuses an
-// object if the object has the same inputs there.
+// The object cache keeps each object separately, together with the object's inputs. An object has
+// three kinds of inputs. The first is the content of the driver's files that the compiler read. The
+// second is the conftest answers about macros whose names these files or the kernel's headers
+// contain. The third is the driver's version, if the files contain the name of its macro. The key
+// [objects.base] covers everything else that decides an object. So a build of the next driver of a
+// branch, or for a sibling kernel, reuses an object if the object has the same inputs in that build.
 //
 // The cache stores the object and its .cmd file. make compares the .cmd file with the command that
 // it would run, and it compares file times. So make decides: if the command or a time differs, make
 // compiles the file again.
 //
-// The cache keeps an object only if the object contains nothing that a view hides. The object's
-// .cmd file lists the files that the compiler read, and the recorder searches these files for the
-// hidden names. The cache never keeps the objects of .mod.c files, because these objects contain
-// the kernel's release and salt.
+// A view (see view.go) hides what differs between sibling kernels. The cache keeps an object only if
+// the object contains nothing that the view hides. The object's .cmd file lists the files that the
+// compiler read, and the recorder searches these files for the hidden names. The cache never keeps
+// the objects of .mod.c files, because these objects contain the kernel's release and build salt.
 const (
 	objectKind = "object-1" // trees with the two files object and command
 	inputsKind = "object-inputs-1"
 
-	maxVariants  = 8 // variants of one object; the newest are kept
+	maxVariants = 8 // variants of one object; the newest are kept
+
+	// Limits for one file, in bytes.
 	maxCommand   = 1 << 20
 	maxObject    = 1 << 30
 	maxSource    = 8 << 20
@@ -50,8 +53,8 @@ type objects struct {
 	*build
 	view    *view
 	answers map[string]string // files of the folder conftest/, by name
-	base    *cas.Key
-	tree    *nameScanner // scans the original sources
+	base    *cas.Key          // what the cache keys of all objects of this build have in common
+	tree    *nameScanner      // scans the original sources
 	// restored holds the objects that came from the cache.
 	restored map[string]bool
 }
@@ -106,9 +109,9 @@ var (
 )
 
 // makefiles returns a digest of all files of the driver that can influence the compile commands:
-// everything but sources, headers and the linked cores. It leaves out lines that only list conftest
-// questions and lines that only set the version. The answers to the questions are inputs of each
-// object, by macro name.
+// everything but sources, headers and NVIDIA's precompiled objects (.o_binary). It leaves out lines
+// that only list conftest questions and lines that only set the version. Objects have answers and
+// version among their own inputs.
 func (b *build) makefiles() (string, error) {
 	key := cas.NewKey("makefiles")
 	err := walkHost(b.r.Source, func(file string, d fs.DirEntry, err error) error {
@@ -159,8 +162,8 @@ func answerNames(files map[string]string) map[string]bool {
 	return names
 }
 
-// answersAbout returns the lines of the answers about the named macros. It also returns every line
-// that is not about one macro, because any file may depend on such a line.
+// answersAbout returns the lines of conftest's answers that define or undefine a named macro. It
+// also returns every line that defines and undefines no macro, because any file may depend on it.
 func answersAbout(files map[string]string, named map[string]bool) string {
 	var b strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(files)) {
@@ -283,9 +286,9 @@ func (o *objects) restoreOne(ctx context.Context, object string, v variant) (boo
 	if err != nil {
 		return false, err
 	}
-	// kbuild's command defines the driver's version for every file. This object does not depend on
-	// the version, or the version would be among its inputs. So the stored command gets the version
-	// of this build, and make finds no difference.
+	// kbuild's command defines the driver's version for every file. If the object depended on the
+	// version, the version would be among its inputs, and would be the same in this build. So the
+	// stored command gets the version of this build, and make finds no difference.
 	command = bytes.ReplaceAll(command, []byte(`-DNV_VERSION_STRING=\"`+v.Version+`\"`),
 		[]byte(`-DNV_VERSION_STRING=\"`+o.r.Driver.Modules().Version+`\"`))
 	file := filepath.Join(o.src, filepath.FromSlash(object))
@@ -333,7 +336,7 @@ func (o *objects) store(ctx context.Context, left *untrusted.Dir) error {
 func (k *recorder) recordOne(ctx context.Context, cmdFile, object string) error {
 	text, err := k.output.Read(cmdFile, maxCommand)
 	if err != nil {
-		return nil //nolint:nilerr // kbuild makes only regular files: do not store an object with another kind of file
+		return nil //nolint:nilerr // kbuild did not make this file, because it makes only regular files: store nothing
 	}
 	c, ok := parseCommand(string(text)) // only a compiled object has a .cmd file that parses
 	if !ok {
@@ -360,7 +363,7 @@ func (k *recorder) recordOne(ctx context.Context, cmdFile, object string) error 
 	}
 	all := k.variants(object)
 	if slices.ContainsFunc(all, func(have variant) bool { return have.Inputs == v.Inputs }) {
-		return nil // this variant is stored already: make compiled the file in spite of it, or the object was damaged
+		return nil // the list has this variant already: make did not accept the stored object, or the object was damaged
 	}
 	all = append([]variant{v}, all...)
 	raw, err := json.Marshal(all[:min(len(all), maxVariants)])

@@ -19,13 +19,13 @@ const insidePCH = "/prebake/preambles"
 //go:embed preamble.sh
 var pchScript string
 
-// precompile finds the first headers that many sources of a module share, so that the compiler
-// reads them only once. It returns make's sandbox with a wrapper script in place of the compiler;
-// the script makes and uses the precompiled headers.
+// precompile finds the headers that many sources of a module include first, so that the compiler
+// reads these headers only once. It returns make's sandbox with a wrapper script in place of the
+// compiler. The script makes and uses the precompiled headers.
 //
-// precompile changes nothing for gcc and for builds with debug information. clang's objects are the
-// same with and without a precompiled header, but gcc's differ in the order of instructions. Debug
-// information names the files that the compiler read.
+// For gcc and for builds with debug information, precompile returns the sandbox unchanged, because
+// precompiled headers would change the objects. With gcc the order of instructions would differ.
+// Debug information would name the precompiled header among the files that the compiler read.
 func (b *build) precompile(box sandbox.Config) (sandbox.Config, error) {
 	if !b.t.clang || b.debug {
 		return box, nil
@@ -57,7 +57,8 @@ func (b *build) precompile(box sandbox.Config) (sandbox.Config, error) {
 	if err := write(filepath.Join(dir, "bin", filepath.Base(b.t.compiler)), script, 0o755); err != nil {
 		return box, err
 	}
-	fmt.Fprintf(b.watch, "prebake: %s begin with %s\n", count(sources, "source"), count(len(found), "precompiled header"))
+	fmt.Fprintf(b.watch, "prebake: %s to compile with %s\n", count(sources, "source"),
+		count(len(found), "precompiled header"))
 	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: dir, Inside: insidePCH, Writable: true})
 	box.Env = maps.Clone(box.Env)
 	box.Env["PATH"] = insidePCH + "/bin:" + box.Env["PATH"]

@@ -14,10 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// fakeClang acts as clang, as far as the wrapper script can see. It logs its arguments, writes an
-// object, and writes a dependency list in clang's order. A source or a precompiled header that
-// contains "bad" does not compile. A source that contains "late" does not compile with a
-// precompiled header.
+// fakeClang is a script in place of clang. It logs its arguments, writes an object, and writes a
+// dependency list in clang's order. A source or a precompiled header that contains "bad" does not
+// compile. A source that contains "late" compiles only without a precompiled header.
 const fakeClang = `#!/bin/sh
 echo "$*" >>@LOG@
 for arg; do

@@ -25,18 +25,19 @@ import (
 //
 // The driver's script makes the precompiled header in its own sandbox, without any of the script's
 // tests. The key of every answer covers all files in that sandbox. The tests see the precompiled
-// header read-only. Tokens, macros and flags are the same as in a plain compilation, so the answers
-// are the same too. TestRealSameBytes compares them.
+// header read-only. Tokens, macros and flags are the same as without a precompiled header, so the
+// answers are the same too. TestRealSameBytes compares these answers with the answers of make alone.
 const (
 	insideHeader  = "/prebake/begin"
 	insideWrapper = "/prebake/front"
 
-	// The least number of programs that must share a beginning. With gcc, one precompiled header
-	// costs about as much as three programs; with clang, about as much as one and a half.
+	// So many programs must begin with the same headers before a precompiled header is worth it.
+	// With gcc, making one precompiled header takes about as long as compiling three programs; with
+	// clang, about as long as one and a half.
 	minForHeader      = 4
 	minForHeaderClang = 3
 
-	maxHeaderText = 64 << 10
+	maxHeaderText = 64 << 10 // bytes
 )
 
 //go:embed begin.sh
@@ -47,7 +48,7 @@ var headerMakeScript string
 
 // sharedHeader is one precompiled header that several questions share.
 type sharedHeader struct {
-	headers []string
+	headers []string // the kernel's headers in it, in the order of their includes
 	// at is the work folder of this precompiled header. dir is the folder begin inside at. One
 	// sandbox writes dir, and later sandboxes show it read-only.
 	at  string
@@ -61,8 +62,8 @@ type sharedHeader struct {
 	left   int // number of questions that are not answered yet
 }
 
-// assignHeaders gives questions whose programs begin with the same headers one shared header, the
-// longest possible one first.
+// assignHeaders gives one shared header to the questions whose programs begin with the same headers.
+// If several shared headers fit a question, the question gets the one with the most headers.
 func (a *answers) assignHeaders(open []question, dir string) {
 	if a.view.Macros {
 		return // the kernel's headers depend on the answers, so two questions may see different headers
@@ -106,8 +107,8 @@ type task struct {
 	question question
 }
 
-// schedule orders the tasks so that one precompiled header is made while the questions of the
-// previous one are asked. So only few precompiled headers are on the disk at the same time.
+// schedule orders the tasks. Each precompiled header is made while the tests of the previous
+// precompiled header run. So only few precompiled headers are on the disk at the same time.
 func schedule(open []question) []task {
 	var plain, all []task
 	of := map[*sharedHeader][]task{}
@@ -134,7 +135,7 @@ func schedule(open []question) []task {
 	return append(all, plain...)
 }
 
-// asked counts one answered question, and removes the precompiled header after the last one.
+// asked counts one answered question. After the last question it removes the precompiled header.
 func (b *sharedHeader) asked() error {
 	if b == nil {
 		return nil

@@ -65,7 +65,8 @@ func functions(t *testing.T, r compile.Request) string {
 	t.Cleanup(func() { _ = cache.Close() })
 	var log bytes.Buffer
 	r.Cache, r.WorkDir, r.Log = cache, t.TempDir(), &log
-	if _, err := compile.Modules(t.Context(), r); err != nil || strings.Contains(log.String(), "left to make") {
+	if _, err := compile.Modules(t.Context(), r); err != nil ||
+		strings.Contains(log.String(), "conftest is left to make") {
 		t.Fatalf("Modules = %v\n%s", err, &log)
 	}
 	text, err := os.ReadFile(filepath.Join(r.WorkDir, "src/conftest/functions.h"))
@@ -105,8 +106,8 @@ func TestBeginnings(t *testing.T) {
 		want   []string
 		header string
 	}{
-		// This compiler compiles a program with the header only if it comes from the precompiled
-		// one. So the answers show which programs used it.
+		// This compiler refuses a program that includes the header, unless the program uses the
+		// precompiled header. So the answers show which programs used the precompiled header.
 		"precompiled": {`case "$*" in *"-include /prebake/begin/text.h"*) ;; *" -c conftest"*) grep -q linux/here.h conftest*.c && exit 1 ;; esac
 `, append(yes, "#undef NV_other_flags"), guarded},
 		"no precompiled headers": {`case "$*" in *c-header*) exit 1 ;; esac

@@ -62,15 +62,16 @@ var compilerPattern = regexp.MustCompile(`^(.*-)?(?:gcc|clang|cc)(-[0-9.]+)?$`)
 const hostClang = "x86_64-pc-linux-gnu-clang"
 
 // clangFlags switch -Werror off, so that warnings stay warnings. The driver's sources and
-// conftest's programs are compiled with them. Conftest needs them because it counts any compiler
-// error as an answer. If the kernel's CONFIG_WERROR reaches conftest, as in 5.15, clang's warning
-// about an undeclared function becomes an error. Conftest would then conclude that the kernel has
-// the function. With gcc this does not happen, because that warning is switched off there. A flag
-// of the form -Werror=NAME still makes the warning NAME an error; NVIDIA's makefiles have such
-// flags.
+// conftest's programs are compiled with these flags. Conftest needs the flags, because it counts any
+// compiler error as an answer. If the kernel's CONFIG_WERROR reaches conftest, as in 5.15, clang's
+// warning about an undeclared function becomes an error. Conftest would then conclude that the
+// kernel has the function. Conftest with gcc does not have this problem, because the warning is off
+// there. A flag of the form -Werror=NAME still makes the warning NAME an error; NVIDIA's makefiles
+// have such flags.
 //
-// The kernel's flags contain -Werror=strict-prototypes. Older drivers fail with it, because clang
-// applies the rule more strictly than gcc. COS's own build farm switches it off too.
+// The kernel's flags contain -Werror=strict-prototypes. Older drivers do not compile with this flag,
+// because clang applies the rule more strictly than gcc. COS's own build farm switches the flag off
+// too.
 var clangFlags = []string{"-Wno-error", "-Wno-error=strict-prototypes"}
 
 // toolchain is the root of an unpacked toolchain archive; its methods look programs up.
@@ -89,11 +90,11 @@ func (t toolchain) inside(name string) string {
 	return ""
 }
 
-// findTools chooses the compiler and its companion tools. toolchain_env names the compiler. The
-// kernel's configuration names the tools with which the kernel was built, and these decide the
-// companions. A kernel of clang and lld was built with LLVM=1, so its modules are built with LLVM=1
-// too. For any other kernel (gcc, or clang with another linker), findTools chooses the binutils
-// with the compiler's prefix.
+// findTools chooses the compiler and the tools that go with it: linker, assembler and others.
+// toolchain_env names the compiler. The kernel's configuration decides the other tools, because it
+// names the tools that built the kernel. If clang and lld built the kernel, make ran with LLVM=1, so
+// the modules are built with LLVM=1 too. For any other kernel (gcc, or clang with another linker),
+// findTools chooses the binutils with the compiler's prefix.
 func findTools(r Request) (tools, error) {
 	var t tools
 	text, err := readConfig(filepath.Join(r.Headers, ".config"))
@@ -164,18 +165,19 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	}
 	if !chain.has(cc) {
 		return "", "", "", fault.New(fault.InputMissing, fmt.Sprintf("find compiler: the toolchain has no bin/%s", cc),
-			"publish a toolchain.tar.xz that has the compiler that toolchain_env names as CC")
+			"publish a toolchain.tar.xz with this compiler, or correct CC in the kernel's toolchain_env")
 	}
 	if m := compilerPattern.FindStringSubmatch(cc); m != nil {
 		prefix, suffix = m[1], m[2]
 	}
 	// Kbuild derives its flags from the compiler that it finds, and its options from the
-	// configuration. If the two disagree, kbuild makes modules that nobody has tested.
+	// configuration. If compiler and configuration disagree, nobody has tested the modules that kbuild
+	// makes.
 	clang := strings.Contains(cc, "clang")
 	for option, other := range map[string]bool{"CONFIG_CC_IS_CLANG": !clang, "CONFIG_CC_IS_GCC": clang} {
 		if config[option] && other {
 			return "", "", "", fault.New(fault.Usage,
-				fmt.Sprintf("compiler %s: another compiler built the kernel, because .config says %s=y", cc, option), hint)
+				fmt.Sprintf("compiler %s: .config says %s=y, so another compiler built the kernel", cc, option), hint)
 		}
 	}
 	// One clang program compiles for all processors, and its file name selects the target. Kbuild

@@ -21,8 +21,8 @@ import (
 
 const (
 	insideBTF = "/prebake/vmlinux.btf"
-	// pahole makes BTF from debug information. It is always the host's program, even if the
-	// toolchain contains one, because Pahole reports the host's version.
+	// pahole is the host's program that makes BTF from debug information. A pahole in the toolchain
+	// is never used, because the function Pahole reports the version of the host's pahole.
 	pahole       = "/usr/bin/pahole"
 	hintPahole   = "run apt-get install dwarves; or build without --btf"
 	hintNoTypes  = "build without --btf"
@@ -55,8 +55,9 @@ func ask(ctx context.Context, box sandbox.Config, argv ...string) (string, error
 	return said.String(), nil
 }
 
-// refused gives the kind and the hint to the error of a program that failed. Errors of the sandbox
-// itself have a kind already.
+// refused adds a kind and a hint to the error of a program that failed. A program that was killed
+// gets the kind fault.OutOfMemory. An error of the sandbox itself stays unchanged, because it has a
+// kind already.
 func refused(err error, kind fault.Kind, hint string) error {
 	var exit *sandbox.ExitError
 	switch {
@@ -99,10 +100,11 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	return nil
 }
 
-// types adds BTF to the modules that make left. Kbuild itself would add BTF if the header tree
-// contained vmlinux; otherwise it prints a warning for each module. flagVariables switches both
-// off, for two reasons. Header trees lack the program resolve_btfids that kbuild's rule runs. And
-// kbuild's flags let pahole work in parallel, which changes the order of the types from run to run.
+// types adds BTF to the modules that make left. Kbuild does this itself if the header tree contains
+// vmlinux; otherwise it prints a warning for each module. flagVariables switches off both, BTF and
+// warning, for two reasons. Header trees lack the program resolve_btfids, which kbuild would run.
+// And kbuild's flags let pahole work in parallel, which changes the order of the types from run to
+// run.
 func (b *build) types(ctx context.Context, result *Result) (err error) {
 	built, err := b.built()
 	if err != nil {
@@ -169,7 +171,8 @@ func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 	for _, flag := range flags {
 		if !paholeFlag.MatchString(flag) {
 			return nil, fault.New(fault.Unsupported,
-				fmt.Sprintf("ask the kernel's makefiles for the flags of pahole: not only flags: %.200q", said), hintNoTypes)
+				fmt.Sprintf("ask the kernel's makefiles for the flags of pahole: %.80q is not a plain flag; make printed %.200q",
+					flag, said), hintNoTypes)
 		}
 	}
 	return slices.DeleteFunc(flags,

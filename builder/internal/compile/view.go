@@ -21,9 +21,13 @@ import (
 )
 
 // A view is a kernel's header tree without the parts that differ between sibling kernels: the
-// release and version strings, the salt of the build ids, and the checksums in Module.symvers. The
-// sandboxes whose results are stored under a view's digest did not show those parts. So the digest
-// covers everything that could change a stored result.
+// release and version strings, the salt of the build ids, and the checksums in Module.symvers. A
+// file with such a part is masked: the view has a replacement without that part.
+//
+// Conftest's answers and compiled objects are stored under the digest of a view, so that sibling
+// kernels share them. This is safe, because no stored result contains a hidden part. The sandboxes
+// of conftest's questions show the replacements only. make's sandbox shows the real files, but the
+// recorder (see inputs.go) stores no object that may contain a hidden part.
 type view struct {
 	viewFact
 	masked map[string][]byte // the replacement of each masked file, by slash path in the tree
@@ -33,8 +37,10 @@ type view struct {
 // tree's digest.
 type viewFact struct {
 	// Digest covers every file. For a masked file it covers the replacement instead of the content.
+	// The Digest in the cache covers only the files that are not masked; newView adds the others.
 	Digest string `json:"digest"`
-	// Macros says that a kernel header names a macro of NVIDIA's conftest or the driver's version.
+	// Macros says that a kernel header contains a macro that NVIDIA's conftest defines, or the macro
+	// with the driver's version.
 	Macros bool `json:"macros"`
 }
 
@@ -141,8 +147,8 @@ func namesDriver(headers string) (found bool, err error) {
 	return found, err
 }
 
-// binds returns binds that put the masked files over the header tree in a sandbox. It writes the
-// masked files to dir.
+// binds writes the replacements of the masked files to dir. It returns binds that put them over the
+// header tree in a sandbox.
 func (v *view) binds(dir string) ([]sandbox.Bind, error) {
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err

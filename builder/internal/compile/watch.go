@@ -42,8 +42,8 @@ var (
 )
 
 // countWork reads the Kbuild files of the sources and counts the steps that make will take. It
-// knows NVIDIA's form of lists. It counts each test and each file once, as make does. A wrong count
-// only makes the progress display less exact.
+// knows the form of the lists in NVIDIA's Kbuild files. It counts each test and each file once, as
+// make does. A wrong count makes only the progress display less exact.
 func countWork(src string) work {
 	tests, sources, modules := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	_ = walkHost(src, func(path string, entry fs.DirEntry, err error) error {
@@ -183,7 +183,7 @@ func (w *watch) end(failed bool) {
 	w.phase, w.started, w.done = "", now, 0
 }
 
-// stepLine matches the one line that a quiet make prints for each step.
+// stepLine matches the line that make prints for each step when it does not print whole commands.
 var stepLine = regexp.MustCompile(`^ +(CONFTEST|CC \[M\]|AS \[M\]|LD \[M\]|MODPOST)[: ]? *(\S*)(.*)$`)
 
 func (w *watch) read(line string) {

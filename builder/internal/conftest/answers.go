@@ -6,25 +6,27 @@ import (
 	"strings"
 )
 
-// Basis has everything that decides a stored answer, except the question itself.
+// Basis has everything that decides a stored answer, except the script, its arguments and the question.
 type Basis struct {
-	// View is the digest of the header tree as the script sees it. While a script runs, it may see only those kernel
+	// View is the digest of the kernel view (see the package comment). While a script runs, it may see only those kernel
 	// files that this digest covers.
 	View string
 	// Toolchain is the digest of the compiler's folder. Host is the digest of the host's programs
-	// ([sandbox.HostTools]). Recipe is the version of the way in which the script is run.
+	// ([sandbox.HostTools]). Recipe is the version of the code that runs the script (Recipe in
+	// builder/internal/compile).
 	Toolchain, Host, Recipe string
-	// Macros is true if a header names presence macros or the macro of the driver's version. Then an answer may depend
-	// on the whole of headers.h, and on the version.
+	// Macros is true if a kernel header names a presence macro (NV_..._PRESENT) or NV_VERSION_STRING, the macro of the
+	// driver's version. Then an answer may depend on the whole of headers.h, and on the driver's version.
 	Macros bool
 }
 
-// Answers holds answers by key. The zero value is empty.
+// Answers maps the key of a question to its answer. [Keyer] makes the keys.
 type Answers map[string]string
 
-const maxAnswers = 1 << 20 // limit for a fact in pkg/cas
+const maxAnswers = 1 << 20 // in bytes; pkg/cas stores no larger fact
 
-// ReadAnswers parses stored answers. ReadAnswers returns no answers if the text is not valid.
+// ReadAnswers parses the text of [Answers.Bytes]. If the text is not valid, ReadAnswers returns an empty map, and the
+// caller asks every question again.
 func ReadAnswers(raw []byte) Answers {
 	s := Answers{}
 	if json.Unmarshal(raw, &s) != nil || s == nil {
@@ -33,7 +35,7 @@ func ReadAnswers(raw []byte) Answers {
 	return s
 }
 
-// Bytes returns the text for ReadAnswers, or nil if the text is too large to be stored.
+// Bytes returns the answers as text for [ReadAnswers], or nil if the text is too large to be stored.
 func (s Answers) Bytes() []byte {
 	raw, err := json.Marshal(s)
 	if err != nil || len(raw) > maxAnswers {
@@ -58,10 +60,10 @@ var (
 
 // NewKeyer prepares keys for the questions of a plan.
 //
-// Two parts of the command line do not decide an answer, so the keys do not have them. [Keyer.Flags] leaves them out,
-// so that no program sees them. The first is the script's process number, which the script puts into KBUILD_BASENAME.
-// The second is the driver's version. The flags keep the version only if the script or a kernel header names its macro,
-// NV_VERSION_STRING.
+// Two parts of the compiler's flags do not decide an answer, so no key covers them, and [Keyer.Flags] leaves them out.
+// The first part is the process number of the script, which the script puts into the macro KBUILD_BASENAME. The second
+// part is the driver's version, in the macro NV_VERSION_STRING. If the script names this macro, or [Basis.Macros] is
+// true, the version may decide an answer. Then the flags and the keys keep the version.
 func NewKeyer(s *Script, p *Plan, b Basis) *Keyer {
 	a := &Keyer{script: s, plan: p, basis: b, flags: selfName.ReplaceAllString(p.Flags, "#conftest")}
 	if !b.Macros && !s.names("NV_VERSION_STRING") {
@@ -73,14 +75,15 @@ func NewKeyer(s *Script, p *Plan, b Basis) *Keyer {
 // Flags returns the compiler's flags. Every question must be asked with these flags.
 func (a *Keyer) Flags() string { return a.flags }
 
-// CacheKey returns the key under which all answers are stored.
+// CacheKey returns the key of the cache entry that holds all answers together. Drivers with the same key share the
+// entry.
 func (a *Keyer) CacheKey() string {
 	return digest("conftest sheet 3", a.basis.View, a.basis.Toolchain, a.basis.Host, a.basis.Recipe, a.plan.CC,
 		a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.frame())
 }
 
-// HeaderKey returns the key of the question whether a header exists. With "" it returns the key of the question about
-// all headers that the script itself lists.
+// HeaderKey returns the key of the question whether a header exists. HeaderKey("") is the key of the question about all
+// headers in the script's own list.
 func (a *Keyer) HeaderKey(header string) string { return digest("header", header) }
 
 // TestKey returns the key of a compile test. headers is the content of headers.h. ok is false if the script does not
@@ -90,8 +93,8 @@ func (a *Keyer) TestKey(test, headers string) (string, bool) {
 	return digest("test", test, text, a.Visible(test, headers)), ok
 }
 
-// Visible returns the part of headers.h on which a test's program may depend: the lines about macros that the test
-// names. If a kernel header names a presence macro, Visible returns the whole of headers.h.
+// Visible returns the part of headers.h on which a test's program may depend: the lines about those macros that the
+// test or the common text of the script names. If [Basis.Macros] is true, Visible returns the whole of headers.h.
 func (a *Keyer) Visible(test, headers string) string {
 	if a.basis.Macros {
 		return headers
@@ -112,5 +115,5 @@ func (a *Keyer) Visible(test, headers string) string {
 	return lines.String()
 }
 
-// PatchesKey returns the key of the output of patch_check for sources without patches.
+// PatchesKey returns the key of the script's output for [ModePatches], for a driver's sources without patches.
 func (a *Keyer) PatchesKey() string { return digest("patches") }

@@ -103,9 +103,9 @@ func parse(t *testing.T, scriptText, planText string) (*conftest.Script, *confte
 	return s, p
 }
 
-// TestPlanRules checks that make, with the rules, runs the sanity checks, writes the text for ParsePlan, and stops
-// before the first question. The makefile is a short version of the form that all of NVIDIA's Kbuild files have.
-// deploy/e2e tests NVIDIA's own files.
+// TestPlanRules checks what make does with the rules: it runs the sanity checks, writes the text for ParsePlan, and
+// stops before the first question. The test's makefile is a short version of NVIDIA's Kbuild files. deploy/e2e tests
+// NVIDIA's own files.
 func TestPlanRules(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("make"); err != nil {
@@ -174,7 +174,7 @@ $(HEADERS): $(obj)/conftest/uts_release
 		t.Errorf("make with a check that fails = %v\n%s", err, out)
 	}
 	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("there is a plan: %v", err)
+		t.Errorf("Stat(plan) = %v; want no plan after a check that fails", err)
 	}
 }
 
@@ -216,7 +216,8 @@ func TestParsePlan(t *testing.T) {
 	}
 }
 
-// TestQuestion checks that a script with one test gives the same answer as the whole script, and no other answer.
+// TestQuestion checks that a script with one test answers this test as the whole script does, and answers no other
+// test.
 func TestQuestion(t *testing.T) {
 	t.Parallel()
 	s, p := parse(t, script, plan)
@@ -241,7 +242,7 @@ func TestQuestion(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got, err := sh(question(test), conftest.ModeTest, "-O2", test); err != nil || got != want {
-			t.Errorf("%s: alone it answers %q, %v; in the script %q", test, got, err, want)
+			t.Errorf("%s: the script with this test alone answers %q, %v; the whole script answers %q", test, got, err, want)
 		}
 		if got, err := sh(question(test), conftest.ModeTest, "-O2", "other"); test != "one" && err == nil {
 			t.Errorf("the script for %s answers %q to another question", test, got)
@@ -289,7 +290,7 @@ func TestScriptShapes(t *testing.T) {
 		}
 		got, err := conftest.ParseScript([]byte(text))
 		if row.name == "a stanza that does not end" {
-			// The two tests then have one common text, so the key of each contains the other.
+			// The stanza of the test one then includes the stanza symbol_*, so the key of the test one covers both.
 			if err != nil || got.Knows("symbol_x") {
 				t.Errorf("%s: ParseScript = %v; want one test that swallows the next", row.name, err)
 			}
@@ -363,16 +364,16 @@ func TestKeys(t *testing.T) {
 	s, p := parse(t, script, plan)
 	a := conftest.NewKeyer(s, p, basis)
 	if got := a.Flags(); strings.Contains(got, "535.1") || strings.Contains(got, "conftest12") {
-		t.Errorf("Flags = %q: a program would see what no key covers", got)
+		t.Errorf("Flags = %q; want no version and no process number in them, because no key covers these", got)
 	}
 	if got := a.Visible("set_uc", headers); got != "#define NV_ASM_PAGE_H_PRESENT\n" {
 		t.Errorf("Visible = %q; want the one line that the test's text names", got)
 	}
 }
 
-// TestKeyOfLinesInText compares two tests. The text of the first test ends with the lines of headers.h that the second
-// test sees. The keys must differ: in the text of a test, these lines are comments of the shell, so the macros stay
-// undefined.
+// TestKeyOfLinesInText compares two tests. The first test sees a line of headers.h. The second test sees no line of
+// headers.h, but its own text ends with the same line. The keys must differ: in a test's text the line is a comment of
+// the shell, so it defines no macro for the second test.
 func TestKeyOfLinesInText(t *testing.T) {
 	t.Parallel()
 	const line = "#define NV_ASM_PAGE_H_PRESENT\n"
@@ -394,12 +395,12 @@ func TestKeyOfLinesInText(t *testing.T) {
 		t.Fatal("the two tests do not share their stored answers")
 	}
 	if honest == forged {
-		t.Error("a test with the lines in its text has the key of one that sees them")
+		t.Error("a test with the line in its text has the same key as a test that sees the line in headers.h")
 	}
 }
 
-// TestFiles checks that the files are the same as those of make's rules: each part occurs once, and the release is
-// last.
+// TestFiles checks that Files returns what make's rules would write: each answer occurs once in a header, and the
+// kernel's release is the last line.
 func TestFiles(t *testing.T) {
 	t.Parallel()
 	_, p := parse(t, script, plan)

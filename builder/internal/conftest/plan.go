@@ -1,6 +1,11 @@
-// Package conftest reads NVIDIA's conftest.sh. The package knows which questions a driver asks about a kernel, what
-// decides each answer, and in which files make expects the answers. Answers are stored in the conftest cache by kernel
-// view and compiler. A sibling kernel and the next driver of a branch therefore ask only new questions.
+// Package conftest reads NVIDIA's conftest.sh. A question is one test of this script, such as "does this header exist?"
+// or "does this function have four arguments?". The answer is the text that the script prints for the test: #define and
+// #undef lines. The package knows which questions a driver asks about a kernel, what decides each answer, and in which
+// files make expects the answers.
+//
+// The builder stores answers in the conftest cache by kernel view and compiler. A kernel view is a kernel's header tree
+// without the parts that differ between sibling kernels (see builder/internal/compile/view.go). For a sibling kernel,
+// and for the next driver of a branch, the builder therefore asks only the questions that have no stored answer.
 //
 // The package refuses to guess. If it does not know the form of a script or a plan, it returns [ErrShape], and its
 // caller lets make ask the questions. The package runs no program, because builder/internal/compile does that.
@@ -14,10 +19,11 @@ import (
 	"strings"
 )
 
-// ErrShape means that a script or a makefile has a form that this package does not know.
+// ErrShape means that a script or a plan has a form that this package does not know.
 var ErrShape = errors.New("conftest.sh has an unknown form")
 
-// categories returns the names of the headers that make concatenates from the answers of compile tests.
+// categories returns the categories of compile tests. make concatenates the answers of a category into one header, such
+// as functions.h.
 func categories() []string { return []string{"functions", "generic", "macros", "symbols", "types"} }
 
 // Plan has the questions that a driver's Kbuild file asks conftest.sh, and the arguments of the script.
@@ -27,12 +33,14 @@ type Plan struct {
 	// Flags is the expanded value of NV_CONFTEST_CFLAGS. CFlags is NV_CFLAGS_FROM_CONFTEST, the part of Flags that the
 	// script adds itself.
 	Flags, CFlags string
-	// Headers are the headers whose presence is tested, in order.
+	// Headers are the headers whose presence is tested, in the order of the Kbuild file. A header may occur twice.
 	Headers []string
-	// Tests are the compile tests of each category, in order.
+	// Tests maps each category to its compile tests, in the order of the Kbuild file. A test may occur twice.
 	Tests map[string][]string
 }
 
+// planVariables are the lines of a plan, in order. A line has the name, a blank, and the value that make computes for
+// the expression.
 var planVariables = []struct{ name, expression string }{
 	{"cc", "$(strip $(CC))"},
 	{"arch", "$(ARCH)"},
@@ -50,8 +58,9 @@ var planVariables = []struct{ name, expression string }{
 
 // PlanRules returns makefile text for the end of a driver's Kbuild file. With this text, make runs the driver's sanity
 // checks, writes the plan to file, and stops before the first question. make has to write the plan, because only make
-// knows the flags: the kernel's makefiles compose them. The rules depend on conftest/uts_release, on which every header
-// of answers depends. This holds for NVIDIA's releases from 515.43.04 to 595.45.04, and for Debian's edition of them.
+// knows the flags: the kernel's makefiles compose them. The rules add a prerequisite to conftest/uts_release, because
+// make makes that file before every header of answers. This holds for NVIDIA's releases from 515.43.04 to 595.45.04,
+// and for Debian's edition of these releases.
 func PlanRules(file string) string {
 	var b strings.Builder
 	b.WriteString("\n$(obj)/conftest/uts_release: prebake-plan\n.PHONY: prebake-plan\nprebake-plan: " +
@@ -73,7 +82,8 @@ var (
 	word       = regexp.MustCompile(`^[A-Za-z0-9_./+-]+$`)
 )
 
-// ParsePlan parses the text that make wrote with PlanRules.
+// ParsePlan parses the text that make wrote with the rules of [PlanRules]. If the text has another form, the error is
+// ErrShape.
 func ParsePlan(text string) (*Plan, error) {
 	p := &Plan{Tests: map[string][]string{}}
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
@@ -83,7 +93,7 @@ func ParsePlan(text string) (*Plan, error) {
 	for i, v := range planVariables {
 		name, value, _ := strings.Cut(lines[i], " ")
 		if name != v.name {
-			return nil, fmt.Errorf("%w: plan line %q", ErrShape, name)
+			return nil, fmt.Errorf("%w: line %d of the plan begins with %q; want %q", ErrShape, i+1, name, v.name)
 		}
 		switch name {
 		case "cc":
@@ -110,17 +120,17 @@ func ParsePlan(text string) (*Plan, error) {
 	}
 	for _, w := range []string{p.CC, p.Arch, p.Sources, p.Output} {
 		if !word.MatchString(w) {
-			return nil, fmt.Errorf("%w: %q", ErrShape, w)
+			return nil, fmt.Errorf("%w: the script's argument %q is not one plain word", ErrShape, w)
 		}
 	}
 	for _, h := range p.Headers {
 		if !headerName.MatchString(h) {
-			return nil, fmt.Errorf("%w: header %q", ErrShape, h)
+			return nil, fmt.Errorf("%w: %q in the plan is not a header name", ErrShape, h)
 		}
 	}
 	for _, t := range p.All() {
 		if !testName.MatchString(t) {
-			return nil, fmt.Errorf("%w: test %q", ErrShape, t)
+			return nil, fmt.Errorf("%w: %q in the plan is not a test name", ErrShape, t)
 		}
 	}
 	if len(p.All()) == 0 { // releases before 515.76 list no headers, so only tests are required
@@ -139,7 +149,7 @@ func (p *Plan) All() []string {
 	return slices.Compact(all)
 }
 
-// unique removes repetitions, as make's $^ does.
+// unique removes repetitions. make does the same: its variable $^ names each prerequisite once.
 func unique(list []string) []string {
 	seen := map[string]bool{}
 	return slices.DeleteFunc(slices.Clone(list), func(s string) bool {
@@ -149,10 +159,12 @@ func unique(list []string) []string {
 	})
 }
 
-// Files returns the files that make would have written to the folder conftest/, by slash path. The files must be
-// written in this order, so that each file is at least as new as the files from which make makes it. headers, tests and
-// patches are the script's output. release is its output for uts_release. If a plan has no headers, the answer for ""
-// in headers is the whole of headers.h.
+// Files returns the files that make would write to the folder conftest/. The caller must write them in this order, so
+// that each file is at least as new as the files from which make makes it.
+//
+// headers maps each header to its answer, and tests maps each compile test to its answer. patches is the script's
+// output for [ModePatches], and release is the script's output for the test uts_release. If the plan lists no headers,
+// headers[""] is the whole content of headers.h.
 func (p *Plan) Files(headers, tests map[string]string, patches, release string) []File {
 	version := "// Kernel version: " + strings.TrimRight(release, "\n") + "\n"
 	files := []File{{"uts_release", version}, {"patches.h", patches}}
@@ -179,5 +191,5 @@ func (p *Plan) Files(headers, tests map[string]string, patches, release string) 
 	return files
 }
 
-// File is one file of the folder conftest/.
+// File is one file of the folder conftest/. Name is its slash path in that folder, and Text is its content.
 type File struct{ Name, Text string }

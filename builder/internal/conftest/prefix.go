@@ -7,11 +7,14 @@ import (
 	"strings"
 )
 
-// Prefix is the beginning of a test's program.
+// Prefix is the beginning of a test's C program: its first include lines, and the conditions around them. Tests whose
+// programs begin with the same headers can share one precompiled header.
 type Prefix struct {
-	// Lines are the lines of the program after the script's own preamble, without leading blanks and empty lines.
+	// Lines are the program's lines after the preamble that the script puts before every program. Blanks at the start of
+	// a line are removed, and empty lines are left out.
 	Lines []string
-	// Headers are the headers that the compiler reads for these lines, in order, such as "<linux/mm.h>".
+	// Headers are the headers that the compiler reads for Lines, in order, such as "<linux/mm.h>". An include line within
+	// a false condition adds no header.
 	Headers []string
 }
 
@@ -26,11 +29,12 @@ var (
 )
 
 // Prefixes returns the beginnings of a test's first program: up to its first header, up to its second, and so on.
-// Conditions about presence macros are evaluated with headers.h, whose lines the test sees. The longest beginning ends
-// before the first line that is neither such a condition nor an include.
+// headers is the content of headers.h, which defines the presence macros (NV_..._PRESENT) for the program. Prefixes
+// evaluates conditions on these macros. Prefixes stops at the first line that is neither such a condition nor an
+// include line.
 //
-// A test's text is shell, but Prefixes reads it as C. Callers must therefore compare the lines with the program that
-// the shell makes from the text.
+// A test's text is shell code, but Prefixes reads the program in it as C. Callers must therefore compare the lines with
+// the program that the shell makes from the text.
 func (s *Script) Prefixes(test, headers string) []Prefix {
 	text, _ := s.find(test)
 	at := programStart.FindStringIndex(text)
@@ -93,8 +97,10 @@ func (s *Script) Prefixes(test, headers string) []Prefix {
 
 const checkFunction = "\ncompile_check_conftest() {\n"
 
-// OnlyHeaders returns a script with a single test, and the name of that test. The test compiles these headers and
-// nothing else.
+// OnlyHeaders returns a script with a single test, and the name of that test. The test's program includes these headers
+// after the script's preamble, and has no other line. Callers run the test to make a precompiled header from the
+// program. If the script has no function compile_check_conftest, or a header has an unknown form, the error is
+// ErrShape.
 func (s *Script) OnlyHeaders(headers []string) (script []byte, test string, err error) {
 	if !strings.Contains(s.head, checkFunction) && !strings.Contains(s.tail, checkFunction) {
 		return nil, "", fmt.Errorf("%w: the script has no function compile_check_conftest", ErrShape)
@@ -104,7 +110,7 @@ func (s *Script) OnlyHeaders(headers []string) (script []byte, test string, err 
 	fmt.Fprintf(&text, "        %s)\n            compile_check_conftest \"", name)
 	for _, h := range headers {
 		if !includeLine.MatchString("#include " + h) {
-			return nil, "", fmt.Errorf("%w: %q is no header", ErrShape, h)
+			return nil, "", fmt.Errorf("%w: %q is not a header name in angle brackets", ErrShape, h)
 		}
 		fmt.Fprintf(&text, "#include %s\n", h)
 	}

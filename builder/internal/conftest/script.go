@@ -9,13 +9,13 @@ import (
 	"strings"
 )
 
-// Script is the parsed conftest.sh of a driver. Each compile test is a stanza of one case statement. All other text is
-// common to all tests.
+// Script is the parsed conftest.sh of a driver. The function compile_test of the script consists of one case statement.
+// Each stanza of the case statement is a compile test. All other text of the script is common to all tests.
 type Script struct {
 	head, tail string // the text before and after the stanzas
 	stanzas    []stanza
-	// oneHeader is true if the script answers for one header at a time, as scripts since 515.76 do. Older scripts
-	// answer for all headers that they list at once.
+	// oneHeader is true if one call of the script tests one header, as scripts since 515.76 do. One call of an older
+	// script tests all headers in the script's own list.
 	oneHeader bool
 }
 
@@ -32,6 +32,7 @@ var (
 	innerCase  = regexp.MustCompile(`^\s*case\s.*\sin\s*$`)
 )
 
+// These constants are text of conftest.sh in NVIDIA's releases. ParseScript finds the parts of a script by them.
 const (
 	beginTests = "\ncompile_test() {\n    case \"$1\" in\n"
 	endTests   = "\n    esac\n}\n"
@@ -40,7 +41,7 @@ const (
 
 	headerMode     = "\n    test_kernel_header)\n"
 	headerModeAll  = "\n    test_kernel_headers)\n"
-	answersAnother = "compile_test "
+	answersAnother = "compile_test " // a test with this text calls another test
 )
 
 // ParseScript parses a conftest.sh. ParseScript returns ErrShape if it does not know the script's form.
@@ -60,7 +61,8 @@ func ParseScript(text []byte) (*Script, error) {
 	s.head, s.tail = head, tail
 	switch one, every := strings.Contains(all, headerMode), strings.Contains(all, headerModeAll); {
 	case one == every:
-		return nil, fmt.Errorf("%w: want one of the modes test_kernel_header and test_kernel_headers", ErrShape)
+		return nil, fmt.Errorf("%w: the script has both or neither of the modes test_kernel_header and "+
+			"test_kernel_headers; want one", ErrShape)
 	default:
 		s.oneHeader = one
 	}
@@ -84,14 +86,14 @@ func ParseScript(text []byte) (*Script, error) {
 			s.stanzas = append(s.stanzas, *now)
 			now = nil
 		case innerCase.MatchString(line):
-			return nil, fmt.Errorf("%w: a case within a test", ErrShape)
+			return nil, fmt.Errorf("%w: a test contains a case statement", ErrShape)
 		}
 		if now != nil {
 			now.text += line
 		}
 	}
 	if now != nil || len(s.stanzas) == 0 {
-		return nil, fmt.Errorf("%w: a test without an end", ErrShape)
+		return nil, fmt.Errorf("%w: the script has no test, or its last test has no end", ErrShape)
 	}
 	return s, nil
 }
@@ -119,13 +121,13 @@ func (s *Script) Knows(test string) bool {
 
 // These constants are the modes of the script, its fifth argument.
 const (
-	ModeTest    = "compile_tests"       // followed by the flags and the test's name
-	ModeHeader  = "test_kernel_header"  // followed by the flags and the header's name
-	ModeHeaders = "test_kernel_headers" // followed by the flags
-	ModePatches = "patch_check"
+	ModeTest    = "compile_tests"       // the next arguments are the flags and the test's name
+	ModeHeader  = "test_kernel_header"  // the next arguments are the flags and the header's name
+	ModeHeaders = "test_kernel_headers" // the next argument is the flags
+	ModePatches = "patch_check"         // no further arguments
 )
 
-// names reports whether the script mentions a word anywhere.
+// names reports whether a word occurs anywhere in the script.
 func (s *Script) names(word string) bool {
 	for _, st := range s.stanzas {
 		if strings.Contains(st.text, word) {
@@ -135,11 +137,14 @@ func (s *Script) names(word string) bool {
 	return strings.Contains(s.frame(), word)
 }
 
-// OneHeader reports whether the script answers for one header at a time.
+// OneHeader reports whether one call of the script tests one header. If not, one call tests all headers in the script's
+// own list.
 func (s *Script) OneHeader() bool { return s.oneHeader }
 
-// Question returns the script with this test only. The test's answer depends on this text, and [Keyer.TestKey] covers
-// it. With "" the script has no test.
+// Question returns a script whose only compile test is test. With "" the returned script has no compile test, but its
+// other modes work. Callers run the returned script instead of the whole one, because [Keyer.CacheKey] and
+// [Keyer.TestKey] together cover its text. If the script lacks the test, or the test calls another test, the error is
+// ErrShape.
 func (s *Script) Question(test string) ([]byte, error) {
 	text := ""
 	if test != "" {
@@ -155,7 +160,8 @@ func (s *Script) Question(test string) ([]byte, error) {
 	return []byte(s.head + beginTests + text + noOther + endTests + s.tail), nil
 }
 
-// noOther ends the script with an error if it is asked for another test.
+// noOther is the last stanza of the scripts that this package makes. It ends such a script with an error if a caller
+// asks for a test that the script does not have.
 const noOther = "        *) exit 1\n        ;;"
 
 func digest(parts ...string) string {

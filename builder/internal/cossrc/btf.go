@@ -17,9 +17,9 @@ import (
 // typesFile is the only file in a cached tree of btfKind.
 const typesFile = "vmlinux.btf"
 
-// types extracts the kernel's BTF, the description of its types, from vmlinux. The cache keeps the
-// result for each vmlinux. types returns an empty part if the kernel does not accept BTF in
-// modules.
+// types extracts the kernel's BTF, the description of its types, from vmlinux. headers is the root of the header tree.
+// The cache keeps the BTF of each vmlinux. If the kernel is configured without BTF for modules, types returns an empty
+// part.
 func (f *fetcher) types(ctx context.Context, headers string) (p part, err error) {
 	text, err := readHead(headers, ".config", kconfig.Max+1)
 	if err != nil {
@@ -73,7 +73,7 @@ func extractTypes(vmlinux, to string) (err error) {
 	}
 	if err != nil {
 		return fault.Wrap(fault.Unsupported, err,
-			"check that vmlinux in the bucket is the unchanged output of the linker, with its BTF; or build without --btf")
+			"put the unstripped vmlinux of the COS build, with its section .BTF, into the bucket; or build without --btf")
 	}
 	return os.WriteFile(to, data, 0o644)
 }

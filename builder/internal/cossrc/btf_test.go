@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
-// With WithBTF the kernel's types are part of the fingerprint. The rest of vmlinux is not.
+// TestBTF checks that with WithBTF the fingerprint covers the kernel's BTF, but no other part of vmlinux.
 func TestBTF(t *testing.T) {
 	t.Parallel()
 	const b = "cos-tools/17800.0.9/lakitu/"
@@ -20,7 +20,7 @@ func TestBTF(t *testing.T) {
 	fetch := func(options ...cossrc.Option) (*cossrc.Inputs, error) { return fetchFrom(t, url, "lakitu", options...) }
 	put(t, root, layouts(t)[0].objects)
 	if in, err := fetch(cossrc.WithBTF()); err != nil || in.Fingerprint != golden || in.BTF != "" {
-		t.Errorf("Fetch = %+v, %v; want a kernel that takes no BTF to be as it is without", in, err)
+		t.Errorf("Fetch = %+v, %v; want no BTF and the usual fingerprint: the kernel has no BTF for modules", in, err)
 	}
 
 	files := headerFiles()
@@ -30,14 +30,14 @@ func TestBTF(t *testing.T) {
 	_, err := fetch(cossrc.WithBTF())
 	if !fault.Is(err, fault.InputMissing) || !strings.Contains(err.Error(), url+"/17800.0.9/lakitu/vmlinux") ||
 		fault.Hint(err) == "" {
-		t.Errorf("Fetch without a vmlinux = %v; want input-missing that names it, with a hint", err)
+		t.Errorf("Fetch without a vmlinux = %v; want input-missing that names vmlinux, with a hint", err)
 	}
 	types := btfsample.Kernel("int", "task_struct")
 	vmlinux := func(sections ...string) { put(t, root, map[string][]byte{b + "vmlinux": btfsample.ELF(sections...)}) }
 	vmlinux(".text", "first", ".BTF", string(types))
 	plain, err := fetch()
 	if err != nil || plain.BTF != "" {
-		t.Fatalf("Fetch = %+v, %v; want no types that nobody asked for", plain, err)
+		t.Fatalf("Fetch = %+v, %v; want no BTF without WithBTF", plain, err)
 	}
 	first, err := fetch(cossrc.WithBTF())
 	if err != nil {
@@ -45,12 +45,13 @@ func TestBTF(t *testing.T) {
 	}
 	if data, err := os.ReadFile(first.BTF); err != nil || !bytes.Equal(data, types) ||
 		len(first.Materials) != len(plain.Materials)+1 || first.Fingerprint == plain.Fingerprint {
-		t.Errorf("types = %q, %v, of %+v; want vmlinux's, as one more material, and another fingerprint", data, err, first)
+		t.Errorf("types = %q, %v, of %+v; want vmlinux's types, one more material, and another fingerprint", data, err,
+			first)
 	}
 	vmlinux(".text", "second", ".BTF", string(types))
 	if again, err := fetch(cossrc.WithBTF()); err != nil || again.Fingerprint != first.Fingerprint ||
 		again.BTFDigest != first.BTFDigest {
-		t.Errorf("another build of the same kernel = %+v, %v; want the same fingerprint as %+v", again, err, first)
+		t.Errorf("another compilation of the same kernel = %+v, %v; want the same fingerprint as %+v", again, err, first)
 	}
 	vmlinux(".text", "first", ".BTF", string(btfsample.Kernel("int", "task_group")))
 	if other, err := fetch(cossrc.WithBTF()); err != nil || other.Fingerprint == first.Fingerprint {

@@ -1,23 +1,23 @@
-// Package cossrc fetches the kernel inputs of one COS build from a COS release bucket into the
-// cache: the header tree, the toolchain, toolchain_env and, if there is one, the boot archive for
-// the load test. It reads the kernel's release and version from them and computes the kernel's ABI
-// fingerprint.
+// Package cossrc fetches the kernel inputs of one COS build from a COS release bucket into the cache: the header tree,
+// the toolchain, toolchain_env and, if there is one, the boot archive for the load test. The package reads the kernel's
+// release and version from the header tree, and computes the kernel's ABI fingerprint.
 //
 // The fingerprint covers everything that decides whether a module fits the kernel: the content of the header tree (with
 // Module.symvers, .config and the prebuilt host tools), the content of the toolchain, and toolchain_env. It leaves out
 // three things that differ between two compilations of the same kernel. No module depends on them:
 //
-//   - times, owners and all mode bits except the executable one, which the packer sets;
+//   - times, owners and mode bits, which the program that packs the archive sets (the executable bit is covered);
 //   - include/generated/compile.h, which says who compiled the kernel, where and when;
 //   - include/generated/utsversion.h, which has the build's number and time, as `uname -v` prints them. No module can
 //     print them, because package compile hides both files from the compiler.
 //
-// Any other difference gives another fingerprint. That may cost a build that was not needed. The
-// opposite mistake would break a node.
+// Any other difference gives another fingerprint, even if the same modules fit both kernels. Prebake then makes a build
+// that is not needed. This costs less than the opposite mistake: if two kernels had one fingerprint and needed
+// different modules, a node would load modules that do not fit its kernel.
 //
-// If the bucket has no toolchain.tar.xz, the toolchain comes from another bucket, which is reached
-// in the same way. The object toolchain.tar.xz.gcs names the place; in old builds the object is
-// toolchain_path or toolchain_url.
+// If the bucket has no toolchain.tar.xz, the package fetches the toolchain from another bucket. The object
+// toolchain.tar.xz.gcs names that bucket and the path in it; in old COS builds, the object is toolchain_path or
+// toolchain_url. [cosbucket.Bucket.Sibling] says where the package looks for the other bucket.
 //
 // BTF, the description of the kernel's types, is taken from vmlinux if the caller asks for it and the kernel's
 // configuration has BTF for modules. A module's BTF then depends on the kernel's BTF and fits no other kernel. So the
@@ -62,29 +62,31 @@ type Inputs struct {
 	Toolchain, ToolchainDigest string
 	// Env is the content of toolchain_env: CC and CXX.
 	Env map[string]string
-	// BTF is the path of a file with the kernel's BTF, taken from vmlinux, and BTFDigest is its
-	// digest. Both are "" without [WithBTF], and if the kernel does not accept BTF in modules.
+	// BTF is the path of a file with the kernel's BTF, taken from vmlinux, and BTFDigest is the file's digest. Both are
+	// "" without [WithBTF], and also if the kernel is configured without BTF for modules.
 	BTF, BTFDigest string
-	// Boot is the folder of the unpacked prebake-boot.tgz, and BootDigest is the archive's digest.
-	// Both are "" if the bucket does not have it.
+	// Boot is the folder of the unpacked boot archive, prebake-boot.tgz, and BootDigest is the archive's digest. Both are
+	// "" if the bucket has no boot archive.
 	Boot, BootDigest string
-	// HasVMLinux says that the bucket has vmlinux, the linked kernel, which [FetchVMLinux] fetches. It is false if Boot
-	// is set, because the load test then boots that archive.
+	// HasVMLinux is true if the bucket has vmlinux, the linked kernel, which [FetchVMLinux] fetches. If Boot is set,
+	// HasVMLinux is always false, because the load test boots the boot archive and needs no vmlinux.
 	HasVMLinux bool
-	// SourceURL is the URL of the kernel's source from kernel_info; "" if the bucket has no
-	// kernel_info. It is information only: nothing fetches it.
+	// SourceURL is the URL of the kernel's source from kernel_info; "" if the bucket has no kernel_info. SourceURL is
+	// information for people only: Prebake does not fetch the source.
 	SourceURL string
+	// Materials are the objects that were fetched, for the provenance.
 	Materials []Material
 }
 
 // Option asks Fetch for an input that not every build needs.
 type Option func(*fetcher)
 
-// WithBTF asks for the kernel's BTF. If the kernel accepts BTF in modules and the bucket has no
-// vmlinux, Fetch returns fault.InputMissing.
+// WithBTF asks for the kernel's BTF. If the kernel is configured with BTF for modules and the bucket has no vmlinux,
+// Fetch returns fault.InputMissing.
 func WithBTF() Option { return func(f *fetcher) { f.btf = true } }
 
-// Kinds of cached trees and facts. Raise the number when the same archive gives another result.
+// Kinds of cached trees and facts. Raise the number of a kind when the code makes another tree or digest from the same
+// archive.
 const (
 	headersKind   = "headers-v1"
 	toolchainKind = "toolchain-v1"
@@ -218,10 +220,10 @@ func headersRoot(dir string) (string, error) {
 	}
 	if len(found) != 1 {
 		return "", fault.New(fault.Unsupported,
-			fmt.Sprintf("read kernel-headers.tgz: %d folders usr/src/linux-headers-*; want one", len(found)),
+			fmt.Sprintf("read kernel-headers.tgz: it has %d folders usr/src/linux-headers-*; want one", len(found)),
 			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
-	// Lstat, because the fingerprint does not cover the target of a link.
+	// Lstat does not follow a link. A link is refused, because the fingerprint would not cover the target's files.
 	if fi, err := os.Lstat(found[0]); err != nil || !fi.IsDir() {
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("read kernel-headers.tgz: %s is no folder", filepath.Base(found[0])),
@@ -234,8 +236,8 @@ func headersRoot(dir string) (string, error) {
 		}
 		hint := "check that kernel-headers.tgz is the header archive of a COS build"
 		if must == "Module.symvers" {
-			hint = "publish a kernel-headers.tgz that holds the kernel's Module.symvers: modpost and the check of the modules " +
-				"look up every symbol in it"
+			hint = "put a kernel-headers.tgz with the kernel's Module.symvers into the bucket: modpost and the check of the " +
+				"modules look up every symbol in Module.symvers"
 		}
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("read kernel-headers.tgz: %s is missing or empty", path.Join(filepath.Base(found[0]), must)), hint)

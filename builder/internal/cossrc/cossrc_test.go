@@ -116,7 +116,7 @@ func release(t testing.TB, headers, toolchain map[string]string, when time.Time,
 
 var day = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
-// lay writes a build's objects, each with its .md5, into a bucket that is a folder.
+// lay writes the objects of a COS build, each with its .md5, into the bucket in folder dir.
 func lay(t testing.TB, dir, build string, objects map[string][]byte) {
 	t.Helper()
 	at := filepath.Join(dir, build, "lakitu")
@@ -211,7 +211,7 @@ func TestFetch(t *testing.T) {
 		t.Errorf("ToolchainDigest = %s; want %s", in.ToolchainDigest, digest)
 	}
 	if _, err := target.ParseFingerprint(in.HeadersDigest); err != nil || in.HeadersDigest == digest {
-		t.Errorf("HeadersDigest = %s, %v; want one of its own", in.HeadersDigest, err)
+		t.Errorf("HeadersDigest = %s, %v; want a digest other than the toolchain's", in.HeadersDigest, err)
 	}
 	if got, err := cossrc.Fingerprint(in.Headers, digest, in.Env); err != nil || got != in.Fingerprint {
 		t.Errorf("Fingerprint = %s, %v; want what Fetch says: %s", got, err, in.Fingerprint)
@@ -309,7 +309,7 @@ func TestFingerprint(t *testing.T) {
 				in.Fingerprint == base, r.same)
 		}
 	}
-	// Nodes find published artifacts by this value. A change of it would make all of them useless.
+	// Nodes find published artifacts by this value. If it changes, no node finds the artifacts that are published already.
 	if want :=
 		target.Fingerprint("sha256:6866f2e7d30d976270d18df370b872174504aa92fed2251cffbf2e93b0625f82"); base != want {
 		t.Errorf("fingerprint = %s; want %s", base, want)
@@ -414,7 +414,7 @@ func TestFetchRefuses(t *testing.T) {
 	}
 }
 
-// If an archive is damaged in the cache, it is fetched again before it is used.
+// TestDamagedArchiveIsFetchedAgain checks that Fetch fetches an archive again if the archive is damaged in the cache.
 func TestDamagedArchiveIsFetchedAgain(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)

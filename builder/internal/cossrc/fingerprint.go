@@ -13,13 +13,15 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fingerprintScheme is the first line of the hashed text. If the scheme changes, this line must
-// change too. Nodes find published artifacts by fingerprints of the present scheme.
+// fingerprintScheme is the first line of the text that combine hashes. If the form of that text changes, raise the
+// number. After such a change, nodes do not find the artifacts that were published before, because nodes look for
+// artifacts by fingerprint.
 const fingerprintScheme = "prebake fingerprint 1\n"
 
 // Fingerprint returns the ABI fingerprint of a header tree, a toolchain and the variables in
 // toolchain_env, for modules without BTF. toolchainTreeDigest is the digest of the toolchain's
-// unpacked content, made by [cas.DigestTree]. The package comment says which files do not count.
+// unpacked content, made by [cas.DigestTree]. The package comment says which files of the header tree the fingerprint
+// leaves out.
 func Fingerprint(headersDir, toolchainTreeDigest string, env map[string]string) (target.Fingerprint, error) {
 	headers, err := digestHeaders(context.Background(), headersDir)
 	if err != nil {
@@ -36,12 +38,13 @@ func digestHeaders(ctx context.Context, dir string) (string, error) {
 	return digest, nil
 }
 
-// volatile reports whether a file of a header tree differs between two compilations of the same
-// kernel.
+// volatile reports whether a file of a header tree differs between two compilations of the same kernel, so that the
+// fingerprint leaves it out. name is the file's slash path in the tree.
 func volatile(name string) bool {
 	return name == "include/generated/compile.h" || name == "include/generated/utsversion.h"
 }
 
+// combine computes the fingerprint from the digests of its parts. btf is "" for modules without BTF.
 func combine(headers, toolchain, btf string, env map[string]string) target.Fingerprint {
 	h := sha256.New()
 	fmt.Fprintf(h, "%sheaders %s\ntoolchain %s\n", fingerprintScheme, headers, toolchain)

@@ -44,7 +44,7 @@ func put(t testing.TB, root string, objects map[string][]byte) {
 // sdk is the toolchain's path in the rows below.
 const sdk = "2023/08/x86_64-cros-linux-gnu-2023.08.01.tar.xz"
 
-// layouts returns the different layouts in which buckets have the same COS build.
+// layouts returns the same COS build in each layout that a bucket may have.
 func layouts(t testing.TB) []layout {
 	headers, toolchain, env, commit := "kernel-headers.tgz", "toolchain.tar.xz", "toolchain_env", "kernel_commit"
 	r := release(t, headerFiles(), toolchainFiles(), day, 0)
@@ -111,7 +111,7 @@ func (l layout) check(t *testing.T, bucketURL string, in *cossrc.Inputs) {
 	slices.Sort(want)
 	slices.Sort(got)
 	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("materials are where they were found (-want +got)\n%s", diff)
+		t.Errorf("the materials' places differ (-want +got)\n%s", diff)
 	}
 }
 
@@ -154,8 +154,8 @@ func TestLayouts(t *testing.T) {
 	}
 }
 
-// TestEmulatorLayouts reads the layouts through Google's API from a real emulator. There are no
-// checksum files; the server's own checksums verify the objects.
+// TestEmulatorLayouts reads the layouts through Google's API from an emulator. The emulator's buckets have no checksum
+// files, so the checksums in the objects' metadata verify the objects.
 func TestEmulatorLayouts(t *testing.T) {
 	for _, l := range layouts(t) {
 		t.Run(l.name, func(t *testing.T) {
@@ -182,7 +182,7 @@ func TestArmHasNoOlderLayout(t *testing.T) {
 	put(t, root, layouts(t)[1].objects)
 	_, err := fetchFrom(t, "file://"+root+"/cos-tools", "lakitu-arm64")
 	if !fault.Is(err, fault.InputMissing) || strings.Contains(err.Error(), "17800.0.9/toolchain_env") {
-		t.Errorf("Fetch = %v; want input-missing, and x86's objects left alone", err)
+		t.Errorf("Fetch = %v; want input-missing for the Arm board, without a search for the x86 board's objects", err)
 	}
 }
 
@@ -196,16 +196,17 @@ func TestInfo(t *testing.T) {
 	url := "file://" + root + "/cos-tools"
 	in, err := fetchFrom(t, url, "lakitu")
 	if err != nil || in.Fingerprint != golden || in.SourceURL != "https://cos.googlesource.com/third_party/kernel" {
-		t.Errorf("Fetch = %+v, %v; want the source's URL, and the fingerprint as without", in, err)
+		t.Errorf("Fetch = %+v, %v; want the source's URL, and the fingerprint that the COS build has without kernel_info",
+			in, err)
 	}
 	put(t, root, map[string][]byte{info: []byte("<html>")})
 	if _, err := fetchFrom(t, url, "lakitu"); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" {
-		t.Errorf("Fetch with a kernel_info that is none = %v; want unsupported, with a hint", err)
+		t.Errorf("Fetch with HTML in kernel_info = %v; want unsupported, with a hint", err)
 	}
 }
 
-// An error about a missing object names the object and the places that were tried, and says what to
-// do.
+// TestMissingObjects checks that an error about a missing object names the object and the places that Fetch tried, and
+// that the hint says what to do.
 func TestMissingObjects(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -223,7 +224,8 @@ func TestMissingObjects(t *testing.T) {
 		{0, "17800.0.9/lakitu/toolchain_env", []string{"no toolchain_env", "/17800.0.9/lakitu/toolchain_env"}, "CC="},
 		{4, "../chromiumos-sdk/" + sdk, []string{"/17800.0.9/lakitu/toolchain.tar.xz.gcs", "/chromiumos-sdk/" + sdk},
 			"/cos-tools/17800.0.9/lakitu/toolchain.tar.xz"},
-		{4, "../chromiumos-sdk", []string{"/17800.0.9/lakitu/toolchain.tar.xz.gcs", "chromiumos-sdk"}, "beside"},
+		{4, "../chromiumos-sdk", []string{"/17800.0.9/lakitu/toolchain.tar.xz.gcs", "chromiumos-sdk"},
+			"beside --kernel-mirror"},
 		{6, "../chromiumos-sdk", []string{"/17800.0.9/lakitu/toolchain_path", "cos-sdk", "chromiumos-sdk"}, "beside"},
 	}
 	for _, r := range rows {
@@ -239,7 +241,8 @@ func TestMissingObjects(t *testing.T) {
 		}
 		_, err := fetchFrom(t, "file://"+root+"/cos-tools", l.board)
 		if !fault.Is(err, fault.InputMissing) || !strings.Contains(fault.Hint(err), r.hint) {
-			t.Errorf("without %s: %v, hint %q; want input-missing, with a hint of %s", r.remove, err, fault.Hint(err), r.hint)
+			t.Errorf("without %s: %v, hint %q; want input-missing, with a hint that has %s", r.remove, err, fault.Hint(err),
+				r.hint)
 			continue
 		}
 		for _, text := range r.texts {
@@ -250,7 +253,7 @@ func TestMissingObjects(t *testing.T) {
 	}
 }
 
-// A pointer may be hostile, and so may the object that it names.
+// TestPointersThatLie checks pointers to forbidden places, and pointers to objects that are no toolchain.
 func TestPointersThatLie(t *testing.T) {
 	t.Parallel()
 	rows := map[string]fault.Kind{

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// TestMirror reads every COS build of a mirror that is made of real kernels.
+// TestMirror reads every COS build of a mirror with real kernels. PREBAKE_MIRROR names the mirror.
 func TestMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {
@@ -73,12 +73,13 @@ func TestMirror(t *testing.T) {
 		}
 	}
 	if len(byPrint) >= len(builds) {
-		t.Errorf("%d builds have %d fingerprints; want the rebuilt kernel to share one", len(builds), len(byPrint))
+		t.Errorf("%d COS builds have %d fingerprints; want fewer, because one kernel was only compiled again",
+			len(builds), len(byPrint))
 	}
 }
 
-// TestEmulatorMirror reads a COS build of such a mirror through the API of Google Cloud Storage.
-// The result must equal the one from the folder.
+// TestEmulatorMirror reads a COS build of the same mirror through the API of Google Cloud Storage. The result must
+// equal the result from the folder.
 func TestEmulatorMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {

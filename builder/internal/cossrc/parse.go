@@ -30,10 +30,10 @@ var (
 	// envValue allows names of programs and flags. It allows no character that a shell or a
 	// makefile would expand.
 	envValue = regexp.MustCompile(`^[A-Za-z0-9_+=:,./ -]*$`)
-	// A release is the name of a folder below /lib/modules. Linux has room for 64 bytes of it
-	// (__NEW_UTS_LEN in linux/utsname.h), without the NUL byte at the end.
+	// A kernel release is also the name of a folder in /lib/modules, so it must not contain a slash. A release has at
+	// most 64 bytes (__NEW_UTS_LEN in linux/utsname.h), without the NUL byte at the end.
 	releasePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}$`)
-	// A source is a URL with any scheme, because mirrors may name their own sources.
+	// sourcePattern accepts a URL with any scheme, because the operator of a mirror may name another source than Google.
 	sourcePattern  = regexp.MustCompile(`^[a-z][a-z0-9+.-]{0,31}:[!-~]{1,500}$`)
 	versionPattern = regexp.MustCompile(`^[ -~]{1,64}$`)
 )
@@ -53,10 +53,10 @@ func ParseEnv(text []byte) (map[string]string, error) {
 		name, value, ok := strings.Cut(line, "=")
 		value = unquote(strings.TrimSpace(value))
 		if !ok || len(line) > 1024 || !envName.MatchString(name) || !envValue.MatchString(value) {
-			return nil, badEnv("%.100q is not NAME=VALUE of plain characters", line)
+			return nil, badEnv("line %.100q is not NAME=VALUE, where VALUE has only letters, digits, blanks and _+=:,./-", line)
 		}
 		if old, ok := env[name]; ok && old != value {
-			return nil, badEnv("%s is set twice", name)
+			return nil, badEnv("%s is set twice, to different values", name)
 		}
 		env[name] = value
 	}
@@ -68,7 +68,7 @@ func ParseEnv(text []byte) (map[string]string, error) {
 
 func badEnv(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "read toolchain_env: "+fmt.Sprintf(format, args...),
-		"check toolchain_env in the bucket: it must have two lines, CC=… and CXX=…")
+		"write toolchain_env in the bucket again: it must have two lines, CC=… and CXX=…")
 }
 
 func unquote(s string) string {
@@ -99,13 +99,15 @@ func ParseInfo(text []byte) (string, error) {
 
 func badInfo(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "read kernel_info: "+fmt.Sprintf(format, args...),
-		"check kernel_info in the bucket: it must have the line URL=https://cos.googlesource.com/third_party/kernel. The file "+
-			"is optional: a build also works if the bucket has none")
+		"write the line URL=https://cos.googlesource.com/third_party/kernel into kernel_info in the bucket; or remove "+
+			"kernel_info, because builds do not need it")
 }
 
-// readRelease returns the texts that `uname -r` and `uname -v` print on the kernel of a header
-// tree. The compiled kernel prints UTS_RELEASE. If a tree has no UTS_RELEASE in utsrelease.h,
-// readRelease uses kernel.release, from which kbuild makes UTS_RELEASE.
+const hintHeaders = "put the complete kernel-headers.tgz of the COS build into the bucket"
+
+// readRelease returns the texts that `uname -r` and `uname -v` print on the kernel of a header tree. The first text is
+// UTS_RELEASE from utsrelease.h. If a tree has no UTS_RELEASE, readRelease uses kernel.release, from which kbuild makes
+// UTS_RELEASE. version is "" if the tree has no UTS_VERSION.
 func readRelease(dir string) (release, version string, err error) {
 	generated := "include/generated/"
 	if release, err = readDefine(dir, generated+"utsrelease.h", "UTS_RELEASE"); err != nil {
@@ -121,7 +123,7 @@ func readRelease(dir string) (release, version string, err error) {
 	if !releasePattern.MatchString(release) {
 		return "", "", fault.New(fault.Unsupported,
 			fmt.Sprintf("read kernel headers: %.80q in utsrelease.h or kernel.release is not a kernel release", release),
-			"check that the header archive is complete")
+			hintHeaders)
 	}
 	// Newer kernels have UTS_VERSION in its own header, utsversion.h.
 	for _, name := range []string{"utsversion.h", "compile.h"} {
@@ -134,8 +136,8 @@ func readRelease(dir string) (release, version string, err error) {
 	}
 	if version != "" && !versionPattern.MatchString(version) {
 		return "", "", fault.New(fault.Unsupported,
-			fmt.Sprintf("read kernel headers: UTS_VERSION %.80q is not a version", version),
-			"check that the header archive is complete")
+			fmt.Sprintf("read kernel headers: UTS_VERSION %.80q is longer than 64 bytes, or has unprintable characters",
+				version), hintHeaders)
 	}
 	return release, version, nil
 }
@@ -149,8 +151,7 @@ func readDefine(dir, name, macro string) (string, error) {
 	}
 	value, err := parseDefine(text, macro)
 	if err != nil {
-		return "", fault.Wrap(fault.Unsupported, fmt.Errorf("read %s: %w", path.Base(name), err),
-			"check that the header archive is complete")
+		return "", fault.Wrap(fault.Unsupported, fmt.Errorf("read %s: %w", path.Base(name), err), hintHeaders)
 	}
 	return value, nil
 }
@@ -173,8 +174,7 @@ func parseDefine(text []byte, macro string) (string, error) {
 	return "", lines.Err()
 }
 
-// readHead reads at most limit bytes from the start of a file in the tree. It returns nil if the
-// file is missing.
+// readHead reads the first limit bytes of a file in the tree. readHead returns nil if the file is missing.
 func readHead(dir, name string, limit int64) ([]byte, error) {
 	f, err := os.OpenInRoot(dir, filepath.FromSlash(name))
 	if errors.Is(err, fs.ErrNotExist) {

@@ -25,15 +25,16 @@ type part struct {
 // remedies holds the hints for an object that the bucket has in neither layout.
 var remedies = map[string]string{
 	"kernel-headers.tgz": "check BUILD_ID and board, or give --kernel-mirror a bucket that has this COS build",
-	"toolchain.tar.xz":   "put the toolchain into the bucket, or a toolchain.tar.xz.gcs that names its bucket and path",
+	"toolchain.tar.xz": "put toolchain.tar.xz into the bucket, or a toolchain.tar.xz.gcs that names the toolchain's " +
+		"bucket and path",
 	"toolchain_env": "check BUILD_ID and board, or give --kernel-mirror a bucket that has this COS build; " +
 		"for a COS build of your own, put a toolchain_env with the lines CC=… and CXX=… into the bucket",
 	"vmlinux": "build without --btf, or put the kernel's vmlinux into the bucket",
 }
 
-// either calls ask with the object's name in each layout of a bucket, until one call finds the
-// object. It returns that call's error. If no call finds the object, the error is
-// fault.InputMissing with the hint from remedies.
+// either calls ask with the object's name in each layout of a bucket, the likelier layout first. The first call whose
+// error is not fault.InputMissing is the last one, and either returns its error, which may be nil. If every call
+// returns fault.InputMissing, either returns fault.InputMissing with the hint from remedies.
 func (f *fetcher) either(name string, ask func(at string) error) error {
 	var asked []string
 	for _, at := range cosbucket.Layouts(f.kernel, name) {
@@ -75,7 +76,7 @@ func (f *fetcher) commit(ctx context.Context) (string, Material, error) {
 	return commit, m, nil
 }
 
-// info reads kernel_info and returns the source URL. It returns "" if the build has no kernel_info.
+// info reads kernel_info and returns the source URL. It returns "" if the COS build has no kernel_info.
 func (f *fetcher) info(ctx context.Context) (string, error) {
 	text, _, err := f.small(ctx, cosbucket.KernelInfoName(f.kernel), maxInfo)
 	if fault.Is(err, fault.InputMissing) {
@@ -87,7 +88,8 @@ func (f *fetcher) info(ctx context.Context) (string, error) {
 	return ParseInfo(text)
 }
 
-// unpack fetches an archive and unpacks it into the cache, once for each content.
+// unpack fetches an archive and unpacks it into the cache. If the cache has a tree of the same archive content, unpack
+// uses that tree.
 func (f *fetcher) unpack(ctx context.Context, name, kind string, o archive.Options) (p part, err error) {
 	err = f.either(name, func(at string) error {
 		p, err = unpack(ctx, &f.Fetcher, at, kind, o)
@@ -106,10 +108,10 @@ func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.
 		return part{}, err
 	}
 	if m.Unverified {
-		f.Progressf("%s: the bucket has no checksum for it", m.Name)
+		f.Progressf("%s: not verified, because the bucket has no checksum for this object", m.Name)
 	}
 	o.Outside = func(link, to string) {
-		f.Progressf("%s: left out link %s to %s, outside the archive", m.Name, link, to)
+		f.Progressf("%s: left out the link %s, because its target %s is outside the archive", m.Name, link, to)
 	}
 	dir, cached, err := f.Cache.Tree(ctx, kind, m.Digest, func(ctx context.Context, dir string) error {
 		if err := f.Recheck(ctx, name, sum, m); err != nil {
@@ -127,8 +129,8 @@ func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.
 	return part{material: m, at: dir}, nil
 }
 
-// treeDigest returns the digest of an unpacked archive. The cache keeps the digest, so it is
-// computed once for each archive.
+// treeDigest returns the digest of what was made from an object, such as an unpacked archive. blob is the object's
+// digest. The cache keeps the result, so compute runs once for each object.
 func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute func() (string, error)) (string, error) {
 	key := kind + "\n" + blob
 	if known, ok := f.Cache.Fact(digestKind, key); ok {
@@ -143,7 +145,7 @@ func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute fun
 	return digest, f.Cache.PutFact(digestKind, key, []byte(digest))
 }
 
-// pointers are the objects that name the toolchain's place, the newest kind first.
+// pointers are the objects that name the toolchain's bucket and path. Newer COS builds have the first kind.
 var pointers = []struct {
 	name  func(target.Kernel) string
 	parse func([]byte) ([]cosbucket.Pointer, error)
@@ -186,12 +188,12 @@ func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error
 	return part{}, none
 }
 
-// follow fetches the toolchain from the first of these places that has it.
+// follow fetches the toolchain from the first of places that has it. pointer is the object that names the places.
 func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, o archive.Options) (part,
 	error) {
-	absent := fmt.Errorf("the toolchain is not where %s says", pointer.URI)
+	absent := fmt.Errorf("the toolchain is not at the place that %s names", pointer.URI)
 	for _, at := range places {
-		f.Progressf("%s: the toolchain is %s", pointer.Name, at)
+		f.Progressf("%s: the toolchain is expected at %s", pointer.Name, at)
 		p, err := f.from(ctx, at, o)
 		if !fault.Is(err, fault.InputMissing) {
 			return p, err
@@ -199,10 +201,12 @@ func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbuck
 		absent = fmt.Errorf("%w; %w", absent, err)
 	}
 	return part{}, fault.Wrap(fault.InputMissing, absent,
-		"put the toolchain where the pointer says, into a bucket beside this one; or put it at "+
-			f.bucket.URL(cosbucket.ToolchainName(f.kernel)))
+		fmt.Sprintf("put the toolchain at the place that %s names, in a bucket beside --kernel-mirror: on the same server "+
+			"or in the same parent folder; or put the toolchain at %s", pointer.Name,
+			f.bucket.URL(cosbucket.ToolchainName(f.kernel))))
 }
 
+// from fetches the toolchain from one place in another bucket.
 func (f *fetcher) from(ctx context.Context, at cosbucket.Pointer, o archive.Options) (_ part, err error) {
 	b, err := f.bucket.Sibling(ctx, at)
 	if err != nil {

@@ -17,22 +17,22 @@ type Signatures struct {
 	// Archive is the content of nvidia-drivers-<VERSION>-signature.tar.gz, or of the archive under
 	// its older name.
 	Archive []byte
-	// TrustedKey is the content of trusted_key.pem, the root certificate that the kernel was built
-	// with. It is nil if the bucket does not have it.
+	// TrustedKey is the content of trusted_key.pem, the root certificate that is compiled into the kernel. It is nil if
+	// the bucket has no trusted_key.pem.
 	TrustedKey []byte
 	// Materials are the objects that were read, the archive first.
 	Materials []Material
 }
 
-// Bounds in bytes. Real archives have a few KB for each module and firmware image; old ones also
-// contain the program sign-file.
+// Bounds in bytes. A real archive has a few KB for each module and firmware image. Old archives also contain the
+// program sign-file.
 const (
 	maxSignatures = 16 << 20
 	maxTrustedKey = 1 << 20
 )
 
-// FetchSignatures fetches the signatures that a COS build has for a driver version. It returns nil
-// if there are none.
+// FetchSignatures fetches Google's signatures that a COS build has for a driver version. It returns nil if the COS
+// build has no signatures for this version.
 func FetchSignatures(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel,
 	version string) (*Signatures, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache}, bucket: b, kernel: kernel}
@@ -66,8 +66,8 @@ type SignedDriver struct {
 	Materials []Material
 }
 
-// FetchSignedDriver fetches the driver that Google compiled and signed. If the COS build has none,
-// the error is fault.InputMissing.
+// FetchSignedDriver fetches the driver that Google compiled and signed for a COS build. If the COS build has no such
+// driver of this version, the error is fault.InputMissing.
 func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, version string,
 	say func(string)) (*SignedDriver, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}
@@ -105,7 +105,7 @@ func (f *fetcher) file(ctx context.Context, name string) (p part, err error) {
 	return p, err
 }
 
-// trustedKey reads trusted_key.pem. It returns nil if the build does not have it.
+// trustedKey reads trusted_key.pem. It returns nil if the COS build has no trusted_key.pem.
 func (f *fetcher) trustedKey(ctx context.Context) ([]byte, Material, error) {
 	key, m, err := f.small(ctx, cosbucket.TrustedKeyName(f.kernel), maxTrustedKey)
 	if fault.Is(err, fault.InputMissing) {

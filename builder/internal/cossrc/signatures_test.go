@@ -22,7 +22,8 @@ const (
 	oldArchive    = "extensions/gpu/" + signedVersion + ".signature.tar.gz"
 )
 
-// Google's signatures and modules are found under both names and in both layouts.
+// TestSignatures checks that Google's signatures and modules are found under their new and their old name, and in both
+// layouts.
 func TestSignatures(t *testing.T) {
 	t.Parallel()
 	const build, legacy = "17800.0.9/lakitu/", "17800.0.9/"
@@ -72,7 +73,8 @@ func TestSignatures(t *testing.T) {
 			want := []string{row.archive, row.root}
 			if diff := cmp.Diff(want, []string{string(s.Archive), string(s.TrustedKey)}); diff != "" ||
 				(len(s.Materials) == 2) != (row.root != "") {
-				t.Errorf("%s: FetchSignatures names %+v; archive and root (-want +got):\n%s", row.name, s.Materials, diff)
+				t.Errorf("%s: FetchSignatures has the materials %+v; archive and root certificate (-want +got):\n%s", row.name,
+					s.Materials, diff)
 			}
 		}
 		d, err := cossrc.FetchSignedDriver(t.Context(), bucket, cache, kernel, signedVersion, nil)

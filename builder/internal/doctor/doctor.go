@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/builder/internal/loadtest"
+	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/target"
@@ -35,7 +36,7 @@ type Finding struct {
 	Check string `json:"check"`
 	Level Level  `json:"level"`
 	Text  string `json:"text"`
-	// Next is what the operator must do. Every warning and failure has it.
+	// Next says what the operator must do. It is set for every warning and failure.
 	Next string `json:"next,omitempty"`
 	// Class is the fault class of a failure.
 	Class string `json:"class,omitempty"`
@@ -46,7 +47,7 @@ type Finding struct {
 // Report has all findings, in the order of the checks.
 type Report struct {
 	Findings []Finding `json:"findings"`
-	// Install is one command that installs all missing packages, or "" if none is missing.
+	// Install is one command that installs all missing packages on Debian, or "" if none is missing.
 	Install string `json:"install,omitempty"`
 }
 
@@ -62,19 +63,20 @@ type Config struct {
 	BTF bool
 	// GuestInit and NVMLProbe are paths of the load test's programs.
 	GuestInit, NVMLProbe string
-	// Doctor tries Mirrors, Destinations and Key if they are set.
+	// Mirrors are the URLs of the buckets with kernels and with drivers. Destinations are the places where builds
+	// publish. Key names the signing key. Run tries each one that is set.
 	Mirrors      []string
 	Destinations []string
 	Key          string
 }
 
-// Machine has the functions and facts that the checks use. [Real] returns those of this machine.
+// Machine has the functions and facts that the checks use. [Real] returns the functions and facts of this machine.
 type Machine struct {
 	// Program reports whether the sandbox will find a program.
 	Program func(name string) bool
 	// Library reports whether the loader will find a shared library.
 	Library func(name string) bool
-	// Executable returns an error if a path is not a file that may be run.
+	// Executable returns an error if a path is not a program that this user may run.
 	Executable func(path string) error
 	// Sandbox runs an empty sandbox. Limits is [sandbox.SupportedLimits].
 	Sandbox func(ctx context.Context) error
@@ -89,9 +91,10 @@ type Machine struct {
 	// Now returns the machine's time. Synchronised is true if the kernel considers its clock synchronised.
 	Now          func() time.Time
 	Synchronised bool
-	// Mirror, Destination and Key try one entry of the same field in Config.
+	// Mirror tries one entry of Config.Mirrors, Destination one entry of Config.Destinations, and Key tries Config.Key.
 	Mirror, Destination, Key func(ctx context.Context, name string) error
-	// MayGo asks the licence rule whether a flavour may go to a destination.
+	// MayGo asks the licence rule whether artifacts of a flavour may go to a destination. If the rule forbids it, the
+	// error is [fault.PublishRefused].
 	MayGo func(ctx context.Context, name string, f target.Flavour) error
 }
 
@@ -146,7 +149,7 @@ func (e *examination) fail(check string, err error, next string) {
 func missing(check string, level Level, text string, packages ...string) Finding {
 	f := Finding{Check: check, Level: level, Text: text, Packages: packages,
 		Next: "on Debian: apt-get install " + strings.Join(packages,
-			" ") + "; on other systems install the package that has it"}
+			" ") + "; on other systems install the packages that have the missing files"}
 	if level == Fail {
 		f.Class = fault.Usage.String()
 	}
@@ -204,7 +207,7 @@ func (e *examination) tools() {
 	if len(lacks) > 0 {
 		packages = slices.Compact(packages)
 		text := strings.Join(lacks, ", ")
-		e.add(missing("build tools", Fail, "missing in /usr/bin, where the sandbox looks: "+text, packages...))
+		e.add(missing("build tools", Fail, "not found in the system folders, such as /usr/bin: "+text, packages...))
 		return
 	}
 	e.ok("build tools", "make, bc, libelf and the shell's tools are installed")
@@ -221,11 +224,11 @@ func (e *examination) types() {
 func (e *examination) limits() {
 	if b := e.m.Limits(); !b.ControlGroup {
 		e.add(Finding{Check: "limits", Level: Warn, Next: fault.Hint(b.Reason),
-			Text: fmt.Sprintf("no control group for builds: memory is bounded for each process only, and root may start any "+
-				"number of processes (%v)", b.Reason)})
+			Text: fmt.Sprintf("builds get no control group (%v): the kernel bounds the memory of each process only, and a "+
+				"build that runs as root may start any number of processes", b.Reason)})
 		return
 	}
-	e.ok("limits", "a control group bounds memory and processes of each build")
+	e.ok("limits", "a control group bounds the memory and the number of processes of each build")
 }
 
 func (e *examination) machine() {
@@ -239,7 +242,7 @@ func (e *examination) machine() {
 			Text: fmt.Sprintf("%s for %d jobs; want 1 GiB for each job", size(e.m.Memory), jobs),
 			Next: fmt.Sprintf("run fewer jobs: --jobs %d", max(1, e.m.Memory>>30))}
 		if e.m.Memory < 1<<30 {
-			f.Level, f.Class, f.Next = Fail, fault.OutOfMemory.String(), "give the builder at least 1 GiB"
+			f.Level, f.Class, f.Next = Fail, fault.OutOfMemory.String(), "give the builder at least 1 GiB of memory"
 		}
 		e.add(f)
 		return
@@ -258,8 +261,8 @@ func (e *examination) cache() {
 			Next: "free space on this disk, or name a folder on another disk with --cache"})
 	case free < 5*e.Need:
 		e.add(Finding{Check: "cache", Level: Warn,
-			Text: fmt.Sprintf("the disk of %s has %s free: enough for a few cells", e.Cache, size(free)),
-			Next: "set --cache-size, so that the cache stays within bounds"})
+			Text: fmt.Sprintf("the disk of %s has %s free: enough for a few builds", e.Cache, size(free)),
+			Next: "build with --cache-size SIZE, so that the builder deletes old entries of the cache"})
 	default:
 		e.ok("cache", "%s is writable, %s free", e.Cache, size(free))
 	}
@@ -302,10 +305,11 @@ func (e *examination) loadTest() {
 	}
 }
 
-// released is a date before the release of this program. A clock that shows an earlier date is wrong.
+// released returns a date before the release of this program. A clock that shows an earlier date is wrong.
 func released() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }
 
-// armHelpers looks for the load test's programs for arm64. The programs for amd64 have findings of their own.
+// armHelpers looks for the programs that a load test of arm64 drivers needs beside the emulator. If one is missing,
+// armHelpers adds a finding and returns false. loadTest itself checks the programs for amd64.
 func (e *examination) armHelpers(check string) bool {
 	for _, p := range []struct{ path, without string }{
 		{e.GuestInit, "drivers for arm64 cannot be load-tested"},
@@ -349,20 +353,23 @@ func (e *examination) outside(ctx context.Context) {
 		e.ok(check, "%s %s", name, good)
 	}
 	for _, name := range e.Mirrors {
-		try("mirror", name, "answers", "check the URL, the network and the proxy", e.m.Mirror)
+		try("mirror", name, "answers", "check the URL of the mirror, the network and the proxy settings", e.m.Mirror)
 	}
 	for _, name := range e.Destinations {
-		try("destination", name, "may be written", "check the name, --username and --password, or docker login",
-			e.m.Destination)
+		next := "check the destination in --to; log in with docker login, or with --username and --password"
+		if tarball.Is(name) {
+			next = "check the name of the bucket or folder in --to"
+		}
+		try("destination", name, "may be written", next, e.m.Destination)
 		e.licence(ctx, name)
 	}
 	if e.Key != "" {
-		try("key", e.Key, "is loadable", "check the name, or make a key: builder keygen FILE", e.m.Key)
+		try("key", e.Key, "is loadable", "check the value of --key, or make a key: builder keygen FILE", e.m.Key)
 	}
 }
 
-// Err returns nil if builds can work. Otherwise the error has the class of the first failure, because the first failure
-// may be the cause of the later ones.
+// Err returns nil if no check failed. Otherwise the error has the class and the hint of the first failure, because the
+// first failure may be the cause of the later ones.
 func (r *Report) Err() error {
 	n, first := 0, -1
 	for i, f := range r.Findings {

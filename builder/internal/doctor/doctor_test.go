@@ -23,7 +23,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// bare is the variable that makes this test program run the doctor for TestBareMachine.
+// bare is the environment variable with which TestBareMachine starts this test program again, to run the checks and
+// print the report.
 const bare = "PREBAKE_TEST_BARE"
 
 func TestMain(m *testing.M) {
@@ -40,7 +41,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// healthy returns a machine that has everything.
+// healthy returns a machine on which no check fails.
 func healthy() doctor.Machine {
 	fine := func(context.Context, string) error { return nil }
 	return doctor.Machine{
@@ -75,7 +76,7 @@ func TestHealthy(t *testing.T) {
 	}
 }
 
-// TestFindings checks that each missing thing has a finding with its package or its remedy.
+// TestFindings checks that each lack of a machine gives a finding, with the missing package or with a remedy.
 func TestFindings(t *testing.T) {
 	t.Parallel()
 	lacking := func(names ...string) func(string) bool {
@@ -219,7 +220,7 @@ func TestNothingOutside(t *testing.T) {
 	}
 }
 
-// TestBareMachine runs the doctor in a real root file system that has the program itself and almost nothing else.
+// TestBareMachine runs the checks in a real root file system that has this test program and almost nothing else.
 func TestBareMachine(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bwrap"); err != nil {

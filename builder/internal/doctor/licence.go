@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/prebake/prebake/builder/internal/licence"
 	"github.com/prebake/prebake/builder/internal/tarball"
@@ -12,12 +13,16 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// mayPublish returns a function that asks the licence rule about a destination.
+// mayPublish returns a function for [Machine.MayGo] that asks rule about a destination. options returns the registry
+// options of a destination.
 func mayPublish(
 	rule licence.Rule,
 	options func(destination string) registry.Options,
 ) func(context.Context, string, target.Flavour) error {
 	return func(ctx context.Context, name string, f target.Flavour) (err error) {
+		if strings.HasPrefix(name, "file:") {
+			return nil // artifacts in a folder stay on this machine; to open the folder would make it
+		}
 		if tarball.Is(name) {
 			b, err := tarball.Open(ctx, name)
 			if err != nil {
@@ -33,8 +38,8 @@ func mayPublish(
 	}
 }
 
-// licence reports which flavours may go to a destination. If no flavour may go there, the check fails. If one flavour
-// may not, the check warns, because builds of that flavour fail.
+// licence reports whether artifacts of each flavour may go to a destination. If the rule forbids both flavours, the
+// check fails. If the rule forbids one flavour, the check warns, because builds of that flavour will fail.
 func (e *examination) licence(ctx context.Context, name string) {
 	ctx, cancel := context.WithTimeout(ctx, networkTimeout)
 	defer cancel()
@@ -44,7 +49,7 @@ func (e *examination) licence(ctx context.Context, name string) {
 		case fault.Is(err, fault.PublishRefused):
 			refused = append(refused, err)
 		case err != nil:
-			e.fail("licence", err, "check the name and the network")
+			e.fail("licence", err, "check the name of the destination in --to, and the network")
 			return
 		}
 	}

@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// Real returns the checks of this machine. rule decides which artifacts may go where. options returns the registry
-// options of a destination.
+// Real returns the functions and facts of this machine. rule decides which artifacts may go to which destination.
+// options returns the registry options of a destination. keys are the options for loading a signing key.
 func Real(rule licence.Rule, options func(destination string) registry.Options, keys ...sign.Option) Machine {
 	return Machine{
 		Program: func(name string) bool {
@@ -60,15 +60,11 @@ func Real(rule licence.Rule, options func(destination string) registry.Options, 
 }
 
 // mayWrite returns an error if this user may not publish to a destination.
-func mayWrite(ctx context.Context, name string, options func(destination string) registry.Options) (err error) {
-	if !tarball.Is(name) {
-		return registry.CheckPush(ctx, name, options(name))
+func mayWrite(ctx context.Context, name string, options func(destination string) registry.Options) error {
+	if tarball.Is(name) {
+		return tarball.CheckWrite(ctx, name)
 	}
-	b, err := tarball.Open(ctx, name)
-	if err != nil {
-		return err
-	}
-	return errors.Join(b.CheckWrite(ctx), b.Close())
+	return registry.CheckPush(ctx, name, options(name))
 }
 
 func executable(path string) error {
@@ -77,7 +73,7 @@ func executable(path string) error {
 		return err
 	}
 	if !info.Mode().IsRegular() || unix.Access(path, unix.X_OK) != nil {
-		return fmt.Errorf("%s: not a program that this user may run", path)
+		return fmt.Errorf("%s is not a program that this user may run", path)
 	}
 	return nil
 }
@@ -100,8 +96,8 @@ func synchronised() bool {
 	return err == nil && state != unix.TIME_ERROR
 }
 
-// reachable asks a bucket for an object that does not exist. If the bucket answers that the object is missing, the
-// bucket is reachable.
+// reachable returns an error if a bucket cannot be read. It asks the bucket for an object that does not exist. A bucket
+// that answers "missing" is reachable.
 func reachable(ctx context.Context, url string) (err error) {
 	b, err := cosbucket.Open(ctx, url)
 	if err != nil {

@@ -1,6 +1,6 @@
-// Package gpus reads the list of supported GPUs from an NVIDIA release and makes a statement about it for an artifact.
-// With this statement a node can choose a flavour by the PCI ids of its GPUs. The package refuses to invent a list: for
-// a release without a list there is no statement.
+// Package gpus reads the list of supported GPUs from an NVIDIA release, and makes a statement that attaches the list to
+// an artifact. With this statement a node can choose a flavour by the PCI ids of its GPUs. The package refuses to
+// invent a list: an artifact of a release without a list gets no such statement.
 package gpus
 
 import (
@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Read returns the list of the release that was extracted to dir, or nil if the release has no list. Old releases have
-// none.
+// Read returns the list of supported GPUs of a release. dir is the folder with the extracted release, and version is
+// the driver's version. Old releases have no list; then Read returns nil.
 func Read(dir, version string) (*gpulist.List, error) {
 	f, err := os.OpenInRoot(dir, gpulist.File)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -35,8 +35,8 @@ func Read(dir, version string) (*gpulist.List, error) {
 	return gpulist.ParseFile(version, text)
 }
 
-// maxPredicate limits the predicate in bytes, so that a Sigstore bundle has room for the predicate in base64 and for
-// the envelope. The 1,008 products of 535.261.03 take 8 KB.
+// maxPredicate limits the statement's predicate, in bytes. A Sigstore bundle must have room for the predicate in base64
+// and for the envelope around it. The 1,008 products of 535.261.03 take 8 KB.
 const maxPredicate = 600 << 10
 
 // Statement states which GPUs the artifact with this manifest digest supports.
@@ -48,7 +48,7 @@ func Statement(digest string, d target.Driver, l *gpulist.List) (sign.Statement,
 	}
 	if len(raw) > maxPredicate {
 		return sign.Statement{}, fault.Errorf(fault.Unsupported,
-			"make list of supported GPUs: %d bytes; at most %d fit into a statement", len(raw), maxPredicate)
+			"make list of supported GPUs: it has %d bytes; at most %d fit into a statement", len(raw), maxPredicate)
 	}
 	return sign.About("nvidia-"+d.String(), digest, gpulist.PredicateType, short)
 }

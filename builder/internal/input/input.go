@@ -1,8 +1,9 @@
-// Package input fetches objects of a bucket into the cache. The package streams each object, verifies it against its
-// checksum file, and records it for the provenance. The package does not fetch an object again if the cache has the
-// content with the published checksum.
+// Package input fetches objects of a bucket into the cache. The package streams each object into the cache, verifies it
+// against its checksum file, and describes it for the provenance. If the cache already has content with the published
+// checksum, the package uses that content and fetches nothing.
 //
-// The package refuses to keep bytes that differ from their checksum. The package refuses to hold an object in memory.
+// The package refuses to keep bytes that differ from their checksum. The package refuses to hold an object in memory,
+// except a small one, such as toolchain_env, whose size it limits.
 package input
 
 import (
@@ -71,15 +72,15 @@ type Sum struct {
 // maxSum limits the size of a checksum file in bytes. Such a file has one digest and a file name.
 const maxSum = 4 << 10
 
-// maxObject limits the size of a stored object in bytes. A toolchain of COS has 0.7 GB, and so has a kernel with its
-// symbols.
+// maxObject limits the size of a stored object in bytes. The largest objects of COS are the toolchain's archive and
+// vmlinux with its symbols, with 0.7 GB each.
 const maxObject = 32 << 30
 
 // fetched is the kind of facts that map a checksum of a bucket's object to a blob in the cache.
 const fetched = "fetched-v1"
 
-// attempts is how often an object is fetched if its stream breaks. The bucket client itself retries failures before the
-// first byte.
+// attempts limits how often [Fetcher.Blob] downloads an object whose stream breaks. The bucket client itself retries a
+// request that fails before the first byte.
 const attempts = 3
 
 // reportEvery is the number of bytes between two progress lines.
@@ -110,8 +111,8 @@ var sumPattern = map[Algorithm]*regexp.Regexp{
 	SHA256: regexp.MustCompile(`^[0-9a-f]{64}$`),
 }
 
-// ParseSum reads the checksum of object from a checksum file. The file has a bare hex digest, or `hex name` lines as
-// md5sum writes them. If the file has several lines, ParseSum uses the line that names the object.
+// ParseSum reads the checksum of object from text, the content of a checksum file. The file has a hex digest alone, or
+// `hex name` lines as md5sum writes them. ParseSum uses the first line that has a digest alone or names the object.
 func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 	base := path.Base(object)
 	for line := range bytes.Lines(text) {
@@ -170,7 +171,7 @@ func (f *Fetcher) read(ctx context.Context, name string, limit int64) ([]byte, c
 	}
 	if int64(len(data)) > limit {
 		return nil, attrs, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit),
-			"check the object in the bucket: the object of COS is much smaller")
+			"put the original object into the bucket again: it is much smaller")
 	}
 	return data, attrs, nil
 }
@@ -181,13 +182,15 @@ type fact struct {
 	Size   int64  `json:"size"`
 }
 
-// key returns the key of a sum. The key has the bucket's URL but not the object's name, because builds of one milestone
-// have the same toolchain of gigabytes under different names. MD5 collisions are no additional risk: somebody who could
-// put a colliding object into the bucket could also replace the object itself.
+// key returns the key of the stored fact about an object with this checksum. The key has the bucket's URL but not the
+// object's name, because the COS builds of one milestone have the same toolchain of gigabytes under different names.
+// MD5 collisions are no additional risk: somebody who can put an object with the same MD5 into the bucket can also
+// replace the object itself.
 func (f *Fetcher) key(name string, s Sum) string {
 	return strings.TrimSuffix(f.Source.URL(name), name) + "\n" + string(s.Algorithm) + ":" + s.Hex
 }
 
+// known returns the fact about an object with this checksum if the cache still has the object's content.
 func (f *Fetcher) known(name string, s Sum) (fact, bool) {
 	var known fact
 	raw, ok := f.Cache.Fact(fetched, f.key(name, s))
@@ -198,9 +201,10 @@ func (f *Fetcher) known(name string, s Sum) (fact, bool) {
 	return known, ok
 }
 
-// Blob fetches an object into the cache and returns its material and its path. If sum is zero, Blob checks the object
-// against the MD5 in the bucket's own metadata. The bucket client checks the metadata's CRC32C. If both are missing
-// too, the material is marked as unverified.
+// Blob fetches an object into the cache. It returns the object's material and the path of the content in the cache. If
+// sum is zero, Blob checks the content against the MD5 in the bucket's own metadata. The bucket client checks the
+// CRC32C in the metadata. If the object has neither a checksum file nor a checksum in the metadata, the material is
+// marked as unverified.
 func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, string, error) {
 	known, ok := f.known(name, sum)
 	at, vouched := sum.Of, sum.Hex != ""
@@ -232,9 +236,9 @@ func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, str
 	return m, file, nil
 }
 
-// Recheck reads a blob that [Fetcher.Blob] returned and compares it with its digest again. Callers use it before they
-// make something permanent from the blob, because the blob may have been in the cache for a year. A damaged blob is
-// fetched again to the same path.
+// Recheck reads a blob that [Fetcher.Blob] returned and compares it with its digest again. Callers use Recheck before
+// they make something permanent from the blob, because the blob may have been in the cache for a year. If the blob is
+// damaged, Recheck fetches the object again, to the same path.
 func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material) error {
 	err := f.Cache.Verify(ctx, m.Digest)
 	if !fault.Is(err, fault.Checksum) {
@@ -268,7 +272,7 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbuc
 	case told && sum.Algorithm == MD5 && sum.Hex != attrs.MD5:
 		// This check comes before the download, so that nobody waits for gigabytes to see the error.
 		return fact{}, attrs, fmt.Errorf("fetch %s: %w", f.Source.URL(name),
-			mismatch(name, sum, fmt.Errorf("its MD5 in the bucket is %s", attrs.MD5)))
+			mismatch(name, sum, fmt.Errorf("the bucket's metadata has MD5 %s", attrs.MD5)))
 	}
 	want := ""
 	if sum.Algorithm == SHA256 {
@@ -317,7 +321,8 @@ func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, 
 		h := sum.Algorithm.new()
 		h.Write(data)
 		if got := hex.EncodeToString(h.Sum(nil)); got != sum.Hex {
-			return nil, Material{}, fmt.Errorf("fetch %s: %w", attrs.URL, mismatch(name, sum, fmt.Errorf("content is %s", got)))
+			return nil, Material{}, fmt.Errorf("fetch %s: %w", attrs.URL, mismatch(name, sum,
+				fmt.Errorf("the content has %s", got)))
 		}
 	}
 	digest := sha256.Sum256(data)
@@ -328,8 +333,8 @@ func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, 
 	return data, m, nil
 }
 
-// stream counts and hashes a download and reports its progress. If the bytes are not the expected ones, the last Read
-// returns an error instead of io.EOF. The cache then stores nothing.
+// stream counts and hashes the bytes of a download and reports progress. If the size or the checksum is wrong, Read
+// returns an error and never io.EOF, so that the cache stores nothing.
 type stream struct {
 	r        io.Reader
 	progress func(string, ...any)
@@ -337,7 +342,7 @@ type stream struct {
 	size     int64 // size that the bucket reported; 0 or less means unknown
 	sum      Sum
 	hash     hash.Hash // nil if PutBlob checks the sum, or if there is no sum
-	n        int64
+	n        int64     // bytes read so far
 }
 
 func (s *stream) Read(b []byte) (int, error) {
@@ -352,9 +357,9 @@ func (s *stream) Read(b []byte) (int, error) {
 	switch {
 	case s.n > maxObject:
 		return n, fault.New(fault.Unsupported, fmt.Sprintf("%s has more than %d GiB", s.name, maxObject>>30),
-			"check that the object in the bucket is the file that its name says")
+			"put the file that the object's name says into the bucket: no file of COS or NVIDIA is so large")
 	case s.size > 0 && s.n > s.size:
-		return n, fault.New(fault.Checksum, fmt.Sprintf("%s has more than the %d bytes that the bucket says", s.name, s.size),
+		return n, fault.New(fault.Checksum, fmt.Sprintf("%s has more bytes than the bucket reports: %d", s.name, s.size),
 			"run the command again; if the error stays, put the object into the bucket again, or name another mirror")
 	case err == nil:
 		return n, nil
@@ -365,14 +370,14 @@ func (s *stream) Read(b []byte) (int, error) {
 	}
 	if s.hash != nil {
 		if got := hex.EncodeToString(s.hash.Sum(nil)); got != s.sum.Hex {
-			return n, mismatch(s.name, s.sum, fmt.Errorf("content is %s", got))
+			return n, mismatch(s.name, s.sum, fmt.Errorf("the content has %s", got))
 		}
 	}
 	return n, io.EOF
 }
 
-// broken marks an error of a stream that ended early as transient, because a new stream may succeed. An error that has
-// a kind already, or is an error of a file or of ctx, is returned unchanged.
+// broken marks the error of a stream that ended early as transient, because a new stream may succeed. Three errors are
+// returned unchanged: an error that has a kind already, an error of a local file, and an error of ctx.
 func broken(name string, err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) || errors.Is(err, context.Canceled) ||

@@ -24,7 +24,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// bucket has objects in memory. Each Get of an object takes the first of its bodies. The last body stays.
+// bucket has objects in memory. Each Get returns the object's first entry in bodies and removes the entry. If an object
+// has no entry in bodies, Get returns its data.
 type bucket struct {
 	bodies map[string][]io.Reader
 	data   map[string]string

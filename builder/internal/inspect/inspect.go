@@ -1,6 +1,7 @@
-// Package inspect examines one COS build in a bucket: which objects exist, which of them the builder would use, and
-// what does not fit. The package continues after a failure, so that one report has all findings. The package refuses to
-// compile, and to write to the bucket.
+// Package inspect examines one COS build in a bucket. It reports which objects exist, what the kernel's configuration
+// says, whether compiler and kernel fit each other and this machine, and whether a load test can boot the kernel. The
+// package continues after a failure where it can, so that one report has many findings. The package refuses to compile,
+// and to write to the bucket.
 package inspect
 
 import (
@@ -58,7 +59,7 @@ func (l *inspection) fail(check string, level doctor.Level, err error) {
 		doctor.Finding{Check: check, Level: level, Text: err.Error(), Next: next, Class: fault.Of(err).String()})
 }
 
-// Build examines one COS build. It uses the cache for the objects that it fetches.
+// Build examines one COS build and returns the findings. It keeps the objects that it fetches in the cache.
 func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.Kernel, c Config) *doctor.Report {
 	if c.Progress == nil {
 		c.Progress = func(string) {}
@@ -72,7 +73,7 @@ func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.
 		l.fail("inputs", doctor.Fail, err)
 		return &l.Report
 	}
-	l.ok("inputs", "kernel %s, commit %s; ABI %s", in.Kernel.Release, or(in.Kernel.Commit, "unknown"),
+	l.ok("inputs", "kernel %s, commit %s; ABI fingerprint %s", in.Kernel.Release, or(in.Kernel.Commit, "unknown"),
 		in.Fingerprint.Short())
 	l.ok("headers", "%s", filepath.Base(in.Headers))
 	l.configuration(in.Headers)
@@ -128,7 +129,8 @@ func (l *inspection) objects(ctx context.Context) {
 	}
 }
 
-// find returns the path of an object in either layout, and its size. find does not read the object.
+// find returns the path of an object in the first layout that has it, and the object's size. find does not read the
+// object.
 func (l *inspection) find(ctx context.Context, name string) (at string, size int64, err error) {
 	for _, at = range cosbucket.Layouts(l.kernel, name) {
 		var r io.ReadCloser
@@ -159,8 +161,8 @@ func (l *inspection) drivers(ctx context.Context) {
 		l.fail("drivers", doctor.Warn, err)
 		return
 	}
-	l.ok("drivers", "default %s, latest %s, in all %s", or(list.Default, "none"), or(list.Latest, "none"),
-		strings.Join(list.Versions, " "))
+	l.ok("drivers", "default version %s, latest version %s; all versions: %s", or(list.Default, "none"),
+		or(list.Latest, "none"), strings.Join(list.Versions, " "))
 	var gpus []string
 	for gpu, own := range list.GPUs {
 		gpus = append(gpus, fmt.Sprintf("%s (default %s)", gpu, or(own.Default, "none")))
@@ -177,7 +179,7 @@ func (l *inspection) signed(ctx context.Context) {
 		for _, prefix := range cosbucket.Layouts(l.kernel, l.kernel.BuildID+"/"+l.kernel.Board+"/"+name) {
 			names, err := l.bucket.List(ctx, prefix)
 			if fault.Is(err, fault.Unsupported) {
-				l.note("signed", "this bucket cannot be listed: %v", err)
+				l.note("signed", "it is unknown which drivers Google signed, because the bucket cannot be listed: %v", err)
 				return
 			}
 			if err != nil {
@@ -194,7 +196,7 @@ func (l *inspection) signed(ctx context.Context) {
 	l.ok("signed", "%s", strings.Join(found, ", "))
 }
 
-// facts are the options that decide how modules are built, loaded and tested.
+// facts are the kernel's options that decide how modules are compiled, loaded and tested.
 var facts = []string{
 	"CONFIG_CC_VERSION_TEXT", "CONFIG_LD_IS_LLD", "CONFIG_AS_IS_LLVM", "CONFIG_MODVERSIONS", "CONFIG_MODULE_SIG",
 	"CONFIG_MODULE_SIG_FORCE", "CONFIG_MODULE_SIG_HASH",
@@ -215,7 +217,7 @@ func (l *inspection) configuration(headers string) {
 	l.ok("configuration", "%s", strings.Join(said, " "))
 }
 
-// loadTest reports whether the kernel of the COS build can be booted.
+// loadTest reports whether a load test can boot the kernel of the COS build, and from which object.
 func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) {
 	switch {
 	case in.Boot != "":
@@ -223,7 +225,7 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 		return
 	case !in.HasVMLinux:
 		l.fail("load test", doctor.Warn,
-			fault.New(fault.InputMissing, "find vmlinux: the bucket has none, so modules get static checks only",
+			fault.New(fault.InputMissing, "find vmlinux: the bucket has none, so builds run static checks and no load test",
 				"put the vmlinux of the COS build into the bucket"))
 		return
 	case !c.VMLinux:

@@ -12,16 +12,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Max limits a configuration, in bytes. A kernel with every option has 300 KB.
+// Max limits the size of a configuration in bytes. A configuration with every option of a kernel has 300 KB.
 const Max = 4 << 20
 
-// Config maps the options that are set to their values. Names begin with CONFIG_. A value is as written: y, m, a
-// number, or a string in its quotes.
+// Config maps each option that is set to its value. The option's name begins with CONFIG_. The value is the text in
+// the file: y, m, a number, or a string with its quotes.
 type Config map[string]string
 
 const (
-	hintLacking = "publish a kernel-headers.tgz that holds the kernel's .config"
-	hintBroken  = "publish a kernel-headers.tgz with the undamaged .config of the kernel"
+	hintLacking = "put a kernel-headers.tgz with the kernel's .config into the bucket"
+	hintBroken  = "put a kernel-headers.tgz with the undamaged .config of the kernel into the bucket"
 )
 
 // ReadFile reads a configuration by its path.
@@ -43,8 +43,8 @@ func Read(r io.Reader) (Config, error) {
 	return Parse(text)
 }
 
-// Parse reads the lines that set an option and skips all other lines. If two lines set the same option, the second one
-// counts, as in the kernel's own reader. A text larger than Max, or with a line of 64 KB, is an error.
+// Parse reads the lines that set an option and skips all other lines. If two lines set the same option, the second line
+// counts, as in the kernel's own reader. A text that is larger than Max, or has a line of 64 KB or more, is an error.
 func Parse(text []byte) (Config, error) {
 	if len(text) > Max {
 		err := fmt.Errorf("read kernel configuration: it has more than %d MiB", Max>>20)

@@ -51,7 +51,7 @@ func TestRead(t *testing.T) {
 		}
 	}
 	if !got.On("CONFIG_SMP") || got.On("CONFIG_DRM") || got.On("CONFIG_PREEMPT") {
-		t.Error("On: want SMP alone of SMP, DRM=m and PREEMPT")
+		t.Error("On: want true for SMP, and false for DRM=m and for PREEMPT")
 	}
 	if got := got.Text("CONFIG_CC_VERSION_TEXT"); got != "clang = 17" {
 		t.Errorf("Text = %q; want it without quotes", got)

@@ -1,5 +1,6 @@
-// Package licence decides whether an artifact may go to a destination. Files under NVIDIA's licence go only to private
-// destinations, unless the operator allows more. docs/decisions/0031 explains what that licence says.
+// Package licence decides whether an artifact may go to a destination. Files under NVIDIA's licence may go to private
+// destinations. They may go to public destinations only if the operator allows it. docs/decisions/0031 explains what
+// NVIDIA's licence says.
 //
 // The package refuses to interpret the licence. The package refuses to believe --private for a destination if a request
 // without credentials proves the opposite. The package believes a Prebake server's own statement: a server that says
@@ -21,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Rule is the operator's decision. The zero value allows no file under NVIDIA's licence to go to a destination that is
-// not on this machine and does not state its audience.
+// Rule is the operator's decision. With the zero value, files under NVIDIA's licence may go only to destinations on
+// this machine, and to Prebake servers that say that they are private.
 type Rule struct {
 	// Redistribute says which files may go to every destination. "" means [bundle.RedistributeNone].
 	Redistribute bundle.Redistribution
@@ -35,8 +36,8 @@ type Rule struct {
 
 // Destination examines a destination as a client without credentials sees it.
 type Destination interface {
-	// AnonymousAccess checks whether a client without credentials can read the artifact whose tag or digest is what. If
-	// what is empty, AnonymousAccess checks the destination in general.
+	// AnonymousAccess checks whether a client without credentials can read an artifact. The parameter what is the
+	// artifact's tag or digest. If it is empty, AnonymousAccess checks the destination in general.
 	AnonymousAccess(ctx context.Context, what string) (registry.AnonymousAccess, error)
 }
 
@@ -47,6 +48,8 @@ type Audience struct {
 	Reason string
 	// marked is true if the destination is private only because the operator says so.
 	marked bool
+	// private tells how to make a public destination a private one.
+	private string
 }
 
 // String returns a text for people.
@@ -58,8 +61,8 @@ func (a Audience) String() string {
 }
 
 // Audience decides whether a destination is private or public. These are private: a folder, a registry on this machine,
-// and a Prebake server that says that it is private. A destination that the operator marks is private too, unless a
-// client without credentials can read it over the internet. All others are public.
+// and a Prebake server that says that it is private. A destination that the operator marks as private is private too,
+// except if a client without credentials can read it over the internet. All other destinations are public.
 func (r Rule) Audience(ctx context.Context, name string, p Destination) (Audience, error) {
 	seen, err := p.AnonymousAccess(ctx, "")
 	if err != nil {
@@ -69,7 +72,7 @@ func (r Rule) Audience(ctx context.Context, name string, p Destination) (Audienc
 	case seen.Host == "":
 		return Audience{Reason: "it is a folder"}, nil
 	case seen.Visibility == registry.AudiencePublic:
-		return Audience{Public: true, Reason: "the server says so"}, nil
+		return Audience{Public: true, Reason: "the server says so", private: "publish to a private destination"}, nil
 	case seen.Visibility == registry.AudiencePrivate:
 		return Audience{Reason: "the server says so"}, nil
 	}
@@ -78,16 +81,19 @@ func (r Rule) Audience(ctx context.Context, name string, p Destination) (Audienc
 	case here:
 		return Audience{Reason: "it is on this machine"}, nil
 	case !r.marks(name) && seen.Reads:
-		return Audience{Public: true, Reason: "it can be read without credentials"}, nil
+		return Audience{Public: true, Reason: "it can be read without credentials",
+			private: "revoke public read access to the destination, and add --private " + name}, nil
 	case !r.marks(name):
-		return Audience{Public: true, Reason: "it is not marked private"}, nil
+		return Audience{Public: true, Reason: "it is not marked private",
+			private: "if only you can read the destination, add --private " + name}, nil
 	case seen.Reads && !near:
-		return Audience{Public: true, Reason: "it can be read without credentials, so --private is wrong"}, nil
+		return Audience{Public: true, Reason: "it can be read without credentials, so --private is wrong",
+			private: "revoke public read access to the destination"}, nil
 	}
 	return Audience{Reason: "--private says so", marked: true}, nil
 }
 
-// marks reports whether the operator marked a destination.
+// marks reports whether the operator marked a destination as private.
 func (r Rule) marks(name string) bool {
 	for _, p := range r.Private {
 		if p = strings.TrimSuffix(p, "/"); p != "" && (name == p || strings.HasPrefix(name, p+"/")) {
@@ -101,8 +107,8 @@ func (r Rule) marks(name string) bool {
 const lookupTimeout = 10 * time.Second
 
 // where classifies the network of a host. near is true if the host has only addresses that the internet cannot reach.
-// here is true if it has only addresses of this machine. Both are false for a host whose name cannot be resolved, for
-// example behind a proxy.
+// here is true if the host has only addresses of this machine. Both are false for a host whose name cannot be resolved,
+// for example behind a proxy.
 func (r Rule) where(ctx context.Context, hostport string) (near, here bool) {
 	host := hostport
 	if h, _, err := net.SplitHostPort(hostport); err == nil {
@@ -118,7 +124,7 @@ func (r Rule) where(ctx context.Context, hostport string) (near, here bool) {
 	defer cancel()
 	all, err := find(ctx, strings.Trim(host, "[]"))
 	near, here = err == nil && len(all) > 0, err == nil && len(all) > 0
-	shared := netip.MustParsePrefix("100.64.0.0/10") // RFC 6598
+	shared := netip.MustParsePrefix("100.64.0.0/10") // RFC 6598; the internet cannot reach these addresses
 	for _, a := range all {
 		a = a.Unmap()
 		here = here && a.IsLoopback()
@@ -141,9 +147,10 @@ func (r Rule) Check(ctx context.Context, name string, p Destination, f target.Fl
 	return refuse(name, f, who, need)
 }
 
-// Published examines an artifact after its publication. what is its name or digest. A destination that is private only
-// because the operator marked it must not give the artifact to a client without credentials. If it does, Published
-// returns a [fault.PublishRefused] error.
+// Published examines an artifact after its publication to a destination that the operator marked as private. The
+// parameter what is the artifact's tag or digest. If a client without credentials can read the artifact over the
+// internet, Published returns a [fault.PublishRefused] error. Published does not examine destinations without the
+// operator's mark, nor destinations that are private for another reason too, such as a folder.
 func (r Rule) Published(ctx context.Context, name string, p Destination, f target.Flavour, what string) error {
 	need := bundle.LicenceOf(f).Redistribution
 	if r.Redistribute.Covers(need) || !r.marks(name) {
@@ -160,7 +167,7 @@ func (r Rule) Published(ctx context.Context, name string, p Destination, f targe
 	if near, _ := r.where(ctx, seen.Host); seen.Reads && !near {
 		return fault.New(fault.PublishRefused,
 			fmt.Sprintf("%s is in %s now, and can be read without credentials", what, name),
-			"remove it from there, or revoke public read access to the destination; then publish again")
+			"remove the artifact from the destination, or revoke public read access to the destination; then publish again")
 	}
 	return nil
 }
@@ -169,14 +176,6 @@ func refuse(name string, f target.Flavour, who Audience, need bundle.Redistribut
 	what := "the user space and firmware of the open flavour are"
 	if f != target.Open {
 		what = "modules, user space and firmware are"
-	}
-	hint := fmt.Sprintf("if only you can read the destination, add --private %s", name)
-	if who.Reason != "it is not marked private" {
-		hint = "publish to a private destination"
-		if strings.HasSuffix(who.Reason, "credentials, so --private is wrong") ||
-			strings.HasSuffix(who.Reason, "without credentials") {
-			hint = "revoke public read access to the destination, and add --private " + name
-		}
 	}
 	return fault.New(
 		fault.PublishRefused,
@@ -187,6 +186,6 @@ func refuse(name string, f target.Flavour, who Audience, need bundle.Redistribut
 			what,
 			who,
 		),
-		hint+fmt.Sprintf("; if you may pass on what NVIDIA's licence covers, add --redistribute %s", need),
+		who.private+fmt.Sprintf("; if you may pass on what NVIDIA's licence covers, add --redistribute %s", need),
 	)
 }

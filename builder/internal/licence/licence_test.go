@@ -23,7 +23,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// at returns a look-up that gives these addresses to every host. All real hosts of this test are on loopback.
+// at returns a look-up that returns these addresses for every host. The tests need it, because their real hosts all
+// have loopback addresses.
 func at(addresses ...string) func(context.Context, string) ([]netip.Addr, error) {
 	return func(context.Context, string) ([]netip.Addr, error) {
 		var all []netip.Addr
@@ -61,8 +62,8 @@ func push(t *testing.T, repo *registry.Repository) string {
 	return d.Digest.String()
 }
 
-// inProcess runs the registry of the library go-containerregistry behind a gate. The gate returns 0 to let a request
-// through, or the status of the answer.
+// inProcess runs the registry of the library go-containerregistry behind a gate. If the gate returns 0, the registry
+// answers the request. Otherwise the answer has the status that the gate returns.
 func inProcess(t *testing.T, gate func(*http.Request) int) string {
 	t.Helper()
 	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
@@ -189,8 +190,8 @@ func TestWhatTheServerSays(t *testing.T) {
 	}
 }
 
-// TestPublishedForEverybody uses a registry that lists nothing without credentials, but returns what a client asks for
-// by name.
+// TestPublishedForEverybody uses a registry that shows no list of tags to a client without credentials, but returns an
+// artifact whose name the client knows.
 func TestPublishedForEverybody(t *testing.T) {
 	t.Parallel()
 	secret := false
@@ -224,7 +225,8 @@ func TestPublishedForEverybody(t *testing.T) {
 	}
 }
 
-// TestNoAnswer checks that a registry without an answer does not count as private.
+// TestNoAnswer checks that Check returns an error for a registry that refuses every request or cannot be reached. Such
+// a registry must not count as private.
 func TestNoAnswer(t *testing.T) {
 	t.Parallel()
 	ref := inProcess(t, func(*http.Request) int { return http.StatusMethodNotAllowed })

@@ -17,15 +17,15 @@ import (
 // compiled module is empty.
 const drm = "nvidia-drm"
 
-// peermem is the module that shares GPU memory with RDMA cards. If it was compiled for a kernel without the vendor's
-// RDMA stack, it links into the kernel, but its load returns EINVAL.
+// peermem is the module that shares GPU memory with RDMA cards. If the module was compiled without the RDMA stack of
+// the cards' vendor, the kernel links the module, but the module's own start code then returns EINVAL.
 const peermem = "nvidia-peermem"
 
-// loadOrder is the order in which a node loads the modules. The last one is the module that most nodes do not need.
+// loadOrder is the order in which a node loads the modules. peermem is the last one, because most nodes do not need it.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", drm, peermem}
 
-// ErrLacking means that the machine lacks modules of the kernel that nvidia needs. A machine that boots from vmlinux
-// alone has only the drivers that are built into the kernel.
+// ErrLacking means that the module nvidia needs some of the kernel's own modules, and the machine lacks them. A machine
+// that boots vmlinux alone has only the parts that are built into the kernel, and no modules.
 var ErrLacking = errors.New("the test machine lacks the kernel's own modules")
 
 // normalise maps module names to NVIDIA's spelling. Callers may write a name with or without .ko, and with - or _.
@@ -42,8 +42,10 @@ func plainName(name string) string {
 	return strings.ReplaceAll(strings.TrimSuffix(name, ".ko"), "_", "-")
 }
 
-// choose returns the modules that can be loaded, in order. skipped has each other module and the reason why it is not
-// loaded. present has the modules that the machine has at boot. depends returns the modules that a file needs.
+// choose returns the driver's modules that can be loaded, in load order. modules maps the names of the driver's modules
+// to files. present has the names of the kernel's own modules that the machine loads at boot. depends returns the names
+// of the modules that a module's file needs. skipped maps each other module of the driver to the reason why the test
+// does not load it. If nvidia itself cannot be loaded, the error wraps ErrLacking.
 func choose(modules map[string]string, present map[string]bool,
 	depends func(file string) ([]string, error)) (order []string, skipped map[string]string, err error) {
 	skipped = map[string]string{}
@@ -78,12 +80,14 @@ func choose(modules map[string]string, present map[string]bool,
 	}
 	if why, ok := skipped["nvidia"]; ok {
 		return nil, nil, fault.Wrap(fault.InputMissing, fmt.Errorf("%w: nvidia %s", ErrLacking, why),
-			"put a boot archive whose modules/order has these modules into the bucket, or skip the load test: --load-test off")
+			"put a prebake-boot.tgz into the bucket that has these modules and lists them in modules/order; or build without "+
+				"a load test: --load-test off")
 	}
 	return order, skipped, nil
 }
 
-// kernelModules returns the names of the modules that the machine loads at boot.
+// kernelModules returns the names of the kernel's own modules that the machine loads at boot. boot is the boot folder,
+// in which the file modules/order lists them. Without this file, kernelModules returns an empty map.
 func kernelModules(boot string) (map[string]bool, error) {
 	present := map[string]bool{}
 	text, err := os.ReadFile(filepath.Join(boot, filepath.FromSlash(vm.BootOrder)))
@@ -96,7 +100,7 @@ func kernelModules(boot string) (map[string]bool, error) {
 	return present, nil
 }
 
-// dependencies returns the names of the modules that a file needs.
+// dependencies returns the names of the modules that a module's file needs.
 func dependencies(file string) ([]string, error) {
 	m, err := readModule(file)
 	if err != nil {

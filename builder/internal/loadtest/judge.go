@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -15,13 +16,13 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// answer is the output of nvmlprobe.
+// answer is the JSON that nvmlprobe prints.
 type answer struct {
 	DriverVersion string `json:"driverVersion"`
 	Error         string `json:"error"`
 }
 
-// judge computes the verdict from the steps and the kernel's log of a machine.
+// judge computes the verdict from the results of the plan's steps and from the kernel's log.
 func judge(p *plan, res *vm.Result) *Verdict {
 	log := sinceLoad(res)
 	v := &Verdict{Machine: res.Machine, EmulatedGPU: p.gpu, NotAsked: p.notAsked, KernelLog: lastBytes(log, maxKernelLog),
@@ -53,8 +54,8 @@ func judge(p *plan, res *vm.Result) *Verdict {
 	return v
 }
 
-// sinceLoad returns the kernel's log from the first load on. After a crash it returns the whole log, because the log of
-// each step is lost then.
+// sinceLoad returns the kernel's log from the load of the first module on. After a crash sinceLoad returns the whole
+// log, because the results of the steps then have no log of their own.
 func sinceLoad(res *vm.Result) string {
 	if res.Crash != "" {
 		return res.KernelLog
@@ -71,7 +72,8 @@ func sinceLoad(res *vm.Result) string {
 	return res.KernelLog[boot:]
 }
 
-// examine checks the steps in the order in which they ran. examine stops at the first step with a wrong result.
+// examine checks the steps in the order in which they ran, and fills in the results of the modules. examine stops at
+// the first step with a wrong result. reason is "" if state is Loaded.
 func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	before, ok := res.Step(stepBefore)
 	if !ok || !before.Ended || before.ExitCode != 0 {
@@ -79,7 +81,8 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	}
 	release, taint, _ := strings.Cut(strings.TrimSpace(string(before.Stdout)), "\n")
 	if v.Release = release; release != p.release {
-		// A kernel with symbol versions ignores the release in the vermagic, so it would load the modules.
+		// This check is needed: a kernel with symbol versions ignores the release in the vermagic, so it would load modules
+		// that were made for another release.
 		return Rejected, fmt.Sprintf("the machine runs kernel %s; the modules were made for %s", release, p.release)
 	}
 	for _, name := range p.modules {
@@ -151,13 +154,13 @@ var taints = []struct {
 	{9, "warning"},
 }
 
-// newTaint compares two contents of /proc/sys/kernel/tainted. It returns the names of those flags in taints that only
-// the second one has.
+// newTaint compares the contents that /proc/sys/kernel/tainted had before and after the modules were loaded. newTaint
+// returns the names of those flags in taints that only the second content has.
 func newTaint(before, after string) string {
 	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
 	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)
 	if err1 != nil || err2 != nil {
-		return fmt.Sprintf("unknown flags %.20q, then %.20q", before, after)
+		return fmt.Sprintf("unknown flags: %.20q before the load, %.20q after it", before, after)
 	}
 	var flags []string
 	for _, t := range taints {
@@ -185,7 +188,7 @@ func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 		switch name {
 		case stepVersion:
 			if !slices.Contains(strings.Fields(text), p.version) {
-				return Rejected, fmt.Sprintf("the loaded driver calls itself %q; want version %s", firstLine(text), p.version)
+				return Rejected, fmt.Sprintf("the loaded driver reports %q; want version %s", firstLine(text), p.version)
 			}
 		case stepStamp:
 			if got := string(modinfo.Note(s.Stdout, modinfo.StampOwner, modinfo.StampType)); got != p.madeFor {
@@ -207,7 +210,7 @@ func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 	}
 	var a answer
 	if err := json.Unmarshal(s.Stdout, &a); err != nil {
-		return Rejected, fmt.Sprintf("ask NVML: exit status %d without an answer: %s", s.ExitCode,
+		return Rejected, fmt.Sprintf("ask NVML: nvmlprobe ended with exit status %d and printed no result: %s", s.ExitCode,
 			firstLine(s.Error+string(s.Stderr)))
 	}
 	v.NVMLVersion = a.DriverVersion
@@ -225,10 +228,11 @@ func cutOff(what string, res *vm.Result) string {
 	if res.Crash != "" {
 		return what + ": kernel crashed: " + res.Crash
 	}
-	return what + ": the machine did not get to the end of this step"
+	return what + ": the machine did not finish this step"
 }
 
-// refusal describes a failed step by its errno and by the kernel's own message.
+// refusal describes a failed step. The parameter what names the step. The text also has the errno or the exit status of
+// the step, and the kernel's own message if there is one.
 func refusal(what string, s vm.StepResult) string {
 	text := what + ": "
 	if name := unix.ErrnoName(syscall.Errno(s.ExitCode)); name != "" && s.ExitCode < 124 {
@@ -262,7 +266,8 @@ var reasonMarks = []string{
 	"exports duplicate symbol", "NVRM:", "nvidia",
 }
 
-// reasonLine returns the line of the kernel's log that best explains a failure.
+// reasonLine returns the line of the kernel's log that best explains a failure: a line with one of reasonMarks, or else
+// the last line.
 func reasonLine(log string) string {
 	if line := findLine(log, reasonMarks); line != "" {
 		return line
@@ -271,16 +276,19 @@ func reasonLine(log string) string {
 	return withoutStamp(lines[len(lines)-1])
 }
 
+// complaint matches the first line of each report of an internal problem. WARN's line is made by __warn in
+// kernel/panic.c: "WARNING: CPU: 0 PID: 1 at FILE:LINE FUNCTION", since Linux 6.19 "WARNING: FILE:LINE at FUNCTION,
+// CPU#0: COMMAND/PID", both also without FILE:LINE.
+var complaint = regexp.MustCompile(`^(WARNING: (CPU: |.*\bat .*, CPU#)|UBSAN: |KASAN: |BUG: )`)
+
 // warnings returns the lines in which the kernel reports an internal problem but continues to run.
 func warnings(log string) []string {
 	var all []string
 	for line := range strings.Lines(log) {
 		text := withoutStamp(strings.TrimSpace(line))
-		for _, mark := range []string{"WARNING: CPU: ", "UBSAN: ", "KASAN: ", "BUG: "} {
-			// A workqueue lockup is left out, because a busy host causes it.
-			if strings.HasPrefix(text, mark) && !strings.HasPrefix(text, "BUG: workqueue lockup") && len(all) < maxWarnings {
-				all = append(all, text)
-			}
+		// A workqueue lockup is left out, because a busy host causes it.
+		if complaint.MatchString(text) && !strings.HasPrefix(text, "BUG: workqueue lockup") && len(all) < maxWarnings {
+			all = append(all, text)
 		}
 	}
 	return all
@@ -289,8 +297,8 @@ func warnings(log string) []string {
 // maxWarnings limits the number of lines that a verdict quotes.
 const maxWarnings = 20
 
-// findLine tries the marks in their order. findLine returns the first line that contains the first mark found in the
-// log.
+// findLine returns the first line of the log that contains the first mark. If no line contains it, findLine tries the
+// next mark. If no line contains a mark, findLine returns "".
 func findLine(log string, marks []string) string {
 	for _, mark := range marks {
 		for line := range strings.Lines(log) {
@@ -302,6 +310,7 @@ func findLine(log string, marks []string) string {
 	return ""
 }
 
+// withoutStamp removes the time from the start of a line of the kernel's log, such as "[    5.264406] ".
 func withoutStamp(line string) string {
 	if stamp, text, ok := strings.Cut(line, "] "); ok && strings.Trim(stamp, "[ .0123456789") == "" {
 		return text
@@ -309,7 +318,8 @@ func withoutStamp(line string) string {
 	return line
 }
 
-// notLive returns the modules whose state in /proc/modules is not Live.
+// notLive returns the modules that /proc/modules does not list with the state Live. The parameter text is the content
+// of /proc/modules.
 func notLive(text string, modules []string) []string {
 	live := map[string]bool{}
 	for line := range strings.Lines(text) {

@@ -14,7 +14,7 @@ import (
 
 const version, release, stamp = "535.261.03", "6.1.0-50-cloud-amd64", "sha256:11"
 
-// These logs come from real machines and are shortened.
+// These logs are shortened copies of the logs of real machines.
 const (
 	logLoaded = `[    5.264406] nvidia-nvlink: Nvlink Core is being initialized, major device number 244
 [    5.308864] NVRM: loading NVIDIA UNIX x86_64 Kernel Module  535.261.03  Sat Jun 14 16:05:50 UTC 2025
@@ -54,7 +54,7 @@ func testPlan() *plan {
 	return p
 }
 
-// goodRun returns the result of a machine in which all steps succeeded.
+// goodRun returns the result of a run of the plan in which every step succeeded, except the load of nvidia-peermem.
 func goodRun(p *plan) *vm.Result {
 	res := &vm.Result{KernelLog: logLoaded}
 	for _, s := range p.steps {
@@ -86,7 +86,8 @@ func goodRun(p *plan) *vm.Result {
 
 func TestJudge(t *testing.T) {
 	t.Parallel()
-	// change returns a function that changes one step of a good run. Steps after a failed step did not run.
+	// change returns a function that changes the result of one step of a good run. If the step now fails, the function
+	// removes the steps after it, because the machine would not run them.
 	change := func(step string, f func(*vm.StepResult)) func(*vm.Result) {
 		return func(res *vm.Result) {
 			i := slices.IndexFunc(res.Steps, func(s vm.StepResult) bool { return s.Name == step })
@@ -141,7 +142,7 @@ func TestJudge(t *testing.T) {
 		{"NVML of another driver", change(stepProbe, says(nvmlNew)), Rejected, 3, []string{`"535.309.01"; want 535.261.03`}},
 		{"probe crashes", change(stepProbe,
 			func(s *vm.StepResult) { s.ExitCode, s.Stdout, s.Stderr = 139, nil, []byte("trap\n") }), Rejected, 3,
-			[]string{"exit status 139 without an answer: trap"}},
+			[]string{"exit status 139 and printed no result: trap"}},
 		{"does not unload", change("unload nvidia", fails(11, "")), Rejected, 3, []string{"unload nvidia: EAGAIN"}},
 		{"peer memory does not link",
 			change("load nvidia-peermem",
@@ -149,7 +150,7 @@ func TestJudge(t *testing.T) {
 			[]string{"load nvidia-peermem: ENOENT", "Unknown symbol"}},
 		{"NVML was not asked", func(res *vm.Result) {
 			res.Steps = slices.DeleteFunc(res.Steps, func(s vm.StepResult) bool { return s.Name == stepProbe })
-		}, Rejected, 3, []string{"ask NVML: the machine did not get"}},
+		}, Rejected, 3, []string{"ask NVML: the machine did not finish"}},
 		{"another kernel", change(stepBefore, says("6.1.0-47-cloud-amd64\n0\n")), Rejected, 0,
 			[]string{"runs kernel 6.1.0-47-cloud-amd64; the modules were made for 6.1.0-50-cloud-amd64"}},
 		{"taints the kernel", change(stepAfter, says("12801\n")), Rejected, 3,
@@ -161,6 +162,12 @@ func TestJudge(t *testing.T) {
 		{"taint cannot be read", change(stepAfter, says("much\n")), Rejected, 3, []string{"unknown flags"}},
 		{"kernel warns", func(res *vm.Result) { res.KernelLog += "[    9.1] WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1\n" },
 			Rejected, 3, []string{"the kernel complained: WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1"}},
+		{"kernel of 6.19 or later warns", func(res *vm.Result) {
+			res.KernelLog += "[    9.1] WARNING: kernel/sched/core.c:8511 at sched_init+0x20/0x410, CPU#0: swapper/0\n"
+		}, Rejected, 3, []string{"the kernel complained: WARNING: kernel/sched/core.c:8511 at sched_init"}},
+		{"a driver's own warning", func(res *vm.Result) {
+			res.KernelLog += "[    9.1] WARNING: the GPU is old\n"
+		}, Loaded, 3, nil},
 		{"kernel warns while it boots",
 			func(res *vm.Result) { res.KernelLog = "[    0.1] WARNING: CPU: 0 PID: 1 at boot.c:1\n" + res.KernelLog }, Loaded, 3,
 			nil},
@@ -177,7 +184,7 @@ func TestJudge(t *testing.T) {
 			row.change(res)
 			v := judge(p, res)
 			if v.State != row.state || len(v.Loaded()) != row.loaded {
-				t.Errorf("judge() = %s, loaded %v; want %s, %d of them", v, v.Loaded(), row.state, row.loaded)
+				t.Errorf("judge() = %s, loaded %v; want %s, %d loaded modules", v, v.Loaded(), row.state, row.loaded)
 			}
 			if len(row.reason) == 0 && v.Reason != "" {
 				t.Errorf("reason = %q; want none", v.Reason)

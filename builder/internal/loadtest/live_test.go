@@ -15,13 +15,14 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// liveConfig returns a real kernel and a real driver that was compiled for it. The end-to-end run sets two variables:
-// PREBAKE_BOOT is a boot folder, and PREBAKE_DRIVER is a folder with drivers/*.ko, lib64/ and possibly firmware/.
+// liveConfig returns a Config with a real kernel and a real driver that was compiled for this kernel. The end-to-end
+// test sets two environment variables: PREBAKE_BOOT is a boot folder, and PREBAKE_DRIVER is a folder with drivers/*.ko,
+// lib64/ and possibly firmware/. Without them, liveConfig skips the test.
 func liveConfig(t *testing.T) Config {
 	t.Helper()
 	boot, driver := os.Getenv("PREBAKE_BOOT"), os.Getenv("PREBAKE_DRIVER")
 	if boot == "" || driver == "" {
-		t.Skip("PREBAKE_BOOT and PREBAKE_DRIVER name no kernel and no driver made for it")
+		t.Skip("set PREBAKE_BOOT to a boot folder, and PREBAKE_DRIVER to the folder of a driver for its kernel")
 	}
 	c := Config{Boot: boot, Modules: map[string]string{}, Userspace: driver, Firmware: driver, Timeout: 5 * time.Minute}
 	files, err := filepath.Glob(filepath.Join(driver, "drivers", "*.ko"))
@@ -44,8 +45,8 @@ func liveConfig(t *testing.T) Config {
 	return c
 }
 
-// buildProgram compiles a program of this repository for arch. buildProgram returns the path of the program for amd64.
-// The program for another architecture lies in the same folder.
+// buildProgram compiles a program of this repository for arch. buildProgram returns the path without the suffix for
+// arch. [Helper] makes the path of the compiled program from it.
 func buildProgram(t *testing.T, pkg string, arch target.Arch) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
@@ -118,8 +119,8 @@ func TestLiveDriverWithoutGPU(t *testing.T) {
 	}
 }
 
-// TestLiveWrongModule changes the module's vermagic, so that the module does not fit the kernel. A kernel with symbol
-// versions ignores the release in the vermagic, but it always compares the rest.
+// TestLiveWrongModule changes the vermagic of nvidia.ko, so that the module does not fit the kernel. The test changes
+// the word SMP and not the release, because a kernel with symbol versions ignores the release in the vermagic.
 func TestLiveWrongModule(t *testing.T) {
 	t.Parallel()
 	c := liveConfig(t)

@@ -1,6 +1,6 @@
-// Package loadtest loads a driver's compiled kernel modules into the very kernel that they were compiled for, in a
-// virtual machine. The package asks NVIDIA's management library (NVML) for the driver version, and unloads the modules
-// again. This is the last check before a driver is published.
+// Package loadtest boots a virtual machine with the kernel that a driver's modules were compiled for, and loads the
+// modules there. Then it asks NVIDIA's management library (NVML) for the driver version, and unloads the modules. This
+// is the last check before a driver is published.
 //
 // The package refuses to publish and to repair. The package also refuses to call a driver good that it did not see
 // running. If the machine has no GPU, emulated or not, the verdict says so.
@@ -23,7 +23,7 @@ import (
 const (
 	// Loaded: every module loaded, NVML answered with the right version, and every module unloaded.
 	Loaded = "loaded"
-	// NoDevice: the module nvidia linked into the kernel and ran, but found no GPU.
+	// NoDevice: the kernel linked the module nvidia and ran it, but the module found no GPU.
 	NoDevice = "loaded, no device"
 	// Rejected: the kernel or the driver reported an error.
 	Rejected = "rejected"
@@ -37,7 +37,7 @@ type Config struct {
 	// Modules maps module names, such as nvidia-uvm, to files. The files' architecture decides the architecture of the
 	// machine.
 	Modules map[string]string
-	// Userspace is a folder with lib64/libnvidia-ml.so.1.
+	// Userspace is the folder of the driver's user space. It has lib64/libnvidia-ml.so.1, which is NVML.
 	Userspace string
 	// Firmware is a folder with firmware/nvidia/<VERSION>/. "" means that the driver has none.
 	Firmware string
@@ -54,9 +54,9 @@ type Config struct {
 	Watch func(vm.Progress)
 }
 
-// Run boots the machine, loads the modules, asks NVML and unloads the modules. If the driver is rejected, Run returns
-// the verdict and fault.LoadTestFailed. Any other error means that the test could not run. Run writes the machine's
-// console to console, which may be nil.
+// Run boots the machine, loads the modules, asks NVML and unloads the modules. If the test rejects the driver, Run
+// returns the verdict and a fault.LoadTestFailed error. Any other error means that the test could not run; the verdict
+// is then nil. Run writes the output of the machine's console to console, which may be nil.
 func Run(ctx context.Context, c Config, console io.Writer) (*Verdict, error) {
 	c.Modules = normalise(c.Modules)
 	if err := c.validate(); err != nil {
@@ -104,6 +104,7 @@ func (c Config) validate() error {
 	return nil
 }
 
+// exists reports whether there is a file or folder at path.
 func exists(path string) (bool, error) {
 	_, err := os.Stat(path)
 	if errors.Is(err, os.ErrNotExist) {

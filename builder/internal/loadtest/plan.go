@@ -16,18 +16,18 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// plan has the steps for the machine and the facts that judge their results.
+// plan has the steps for the machine, and the facts with which judge checks the results of the steps.
 type plan struct {
 	version string
 	arch    target.Arch
-	release string // kernel release in the modules' vermagic
-	madeFor string // the ABI fingerprint in the stamp of nvidia.ko; "" if it has no stamp
-	gpu     bool
+	release string   // kernel release in the modules' vermagic
+	madeFor string   // the ABI fingerprint in nvidia.ko's stamp (modinfo.StampSection); "" if it has no stamp
+	gpu     bool     // true if the machine has an emulated GPU
 	modules []string // modules to load, in order
 	skipped map[string]string
-	// idleDRM is true if nvidia-drm is empty.
+	// idleDRM is true if the module nvidia-drm is empty, because it was compiled for a kernel without DRM.
 	idleDRM bool
-	// notAsked says why NVML cannot be asked.
+	// notAsked says why NVML cannot be asked; "" if it can.
 	notAsked string
 	files    []vm.File
 	steps    []vm.Step
@@ -104,8 +104,8 @@ func archOf(m elf.Machine) (target.Arch, error) {
 	return "", fault.New(fault.Unsupported, fmt.Sprintf("nvidia.ko is for processor %v", m), "compile for amd64 or arm64")
 }
 
-// Helper returns the path of a load test's program for an architecture. program is the path of the program for amd64;
-// both lie in the same folder.
+// Helper returns the path of the variant of a load test's program that runs on arch. program is the path of the variant
+// for amd64. The variants for all architectures lie in the same folder.
 func Helper(program string, arch target.Arch) string {
 	if arch == target.AMD64 {
 		return program
@@ -137,14 +137,14 @@ func (p *plan) addFiles(c Config) error {
 		p.notAsked = "this builder has no " + filepath.Base(probe)
 	default:
 		return fault.Wrap(fault.Usage, fmt.Errorf("find nvmlprobe: %w", err),
-			"run make build, or name the program with --probe")
+			"compile nvmlprobe with make build, or name the program with --probe")
 	}
 	if c.Firmware == "" {
 		return nil
 	}
 	firmware, err := vm.Tree("/lib/firmware", filepath.Join(c.Firmware, "firmware"))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil // a driver without GSP firmware
+		return nil // old drivers have no firmware for the GPU's GSP processor
 	}
 	p.files = append(p.files, firmware...)
 	return err
@@ -174,7 +174,7 @@ func (p *plan) addSteps() {
 	add(false, stepAfter, "@cat", procTainted)
 }
 
-// readModule reads a module's facts.
+// readModule reads a module's file: its vermagic, symbols, dependencies and stamp.
 func readModule(file string) (m *modinfo.Module, err error) {
 	in, err := os.Open(file)
 	if err != nil {

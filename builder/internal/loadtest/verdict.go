@@ -2,7 +2,8 @@ package loadtest
 
 import "strings"
 
-// Recipe names the version of the load test. Recipe is part of the key of a stored verdict.
+// Recipe names the version of this package's load test. The key of a stored verdict contains Recipe. Raise the number
+// if a change of the package may give another verdict, so that stored verdicts are not used any more.
 const Recipe = "loadtest-3"
 
 // Verdict is the result of a load test. Its JSON is stored, printed and signed, so the names must not change.
@@ -13,11 +14,12 @@ type Verdict struct {
 	Reason string `json:"reason,omitempty"`
 	// Release is the release of the booted kernel, as uname -r prints it.
 	Release string `json:"release,omitempty"`
-	// Machine describes the virtual machine. EmulatedGPU is true if it had an emulated GPU.
+	// Machine describes the virtual machine, such as the emulator's version. EmulatedGPU is true if the machine had an
+	// emulated GPU.
 	Machine     string `json:"machine,omitempty"`
 	EmulatedGPU bool   `json:"emulatedGpu"`
-	// Modules has every module of the driver. The modules that were tried come first, in the order of loading. The
-	// others follow by name.
+	// Modules has every module of the driver. The modules that the test loads come first, in load order. The skipped
+	// modules follow, sorted by name.
 	Modules []Module `json:"modules"`
 	// NVMLVersion is the driver version that NVML reported.
 	NVMLVersion string `json:"nvmlVersion,omitempty"`
@@ -41,18 +43,19 @@ type Verdict struct {
 // Module is the result of one module.
 type Module struct {
 	Name string `json:"name"`
-	// Load and Unload are [OK], [Refused] or [Skipped]. They are "" if the test ended earlier.
+	// Load and Unload are the results of these steps: [OK], [Refused] or [Skipped]. A result is "" if the test ended
+	// before that step, or if the module was not loaded and so is not unloaded.
 	Load   string `json:"load,omitempty"`
 	Unload string `json:"unload,omitempty"`
-	// Note gives the reason if the result is not OK.
+	// Note explains a result that is not a plain OK, such as the reason why a module was skipped.
 	Note string `json:"note,omitempty"`
 }
 
 // These constants are the results of a module.
 const (
 	OK      = "ok"
-	Refused = "refused"
-	Skipped = "skipped"
+	Refused = "refused" // the kernel returned an error, or the step did not end
+	Skipped = "skipped" // the test did not load the module, or accepts that the module does not start; see Module.Note
 )
 
 // maxKernelLog limits the log in a verdict, in bytes, because a verdict is stored, signed and sent to others. The log

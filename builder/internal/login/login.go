@@ -1,7 +1,7 @@
-// Package login finds the credentials with which the builder pushes. The first source is the user's Docker
-// configuration. For Google's registries, the second source is the credentials that Google's own tools would use.
+// Package login finds the credentials with which the builder pushes to a registry. The first source is the user's
+// Docker configuration. For Google's registries there is a second source: the credentials that Google's own tools use.
 //
-// The package refuses to ask Google for credentials of other registries.
+// The package refuses to ask Google for credentials for other registries.
 package login
 
 import (

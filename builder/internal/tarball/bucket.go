@@ -44,8 +44,6 @@ type store interface {
 	// remove removes the object if it is still in the token's state; the error is errChanged
 	// otherwise. An object that is already gone is no error.
 	remove(ctx context.Context, name, token string) error
-	// writable returns an error if this user may not create objects. writable changes nothing.
-	writable(ctx context.Context) error
 	url(name string) string
 	close() error
 }
@@ -63,6 +61,24 @@ type Bucket struct{ s store }
 // exist, Open creates it. If the environment variable STORAGE_EMULATOR_HOST names a server, Open uses that server for
 // gs://, as Google's own clients do.
 func Open(ctx context.Context, dest string) (*Bucket, error) {
+	u, err := parse(dest)
+	if err != nil {
+		return nil, err
+	}
+	var s store
+	if u.Scheme == "gs" {
+		s, err = openGCS(ctx, u)
+	} else {
+		s, err = openFolder(u, (*os.File).Sync)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open destination %s: %w", dest, err)
+	}
+	return &Bucket{s}, nil
+}
+
+// parse returns the URL of a destination: gs:// or file://.
+func parse(dest string) (*url.URL, error) {
 	const hint = "name the destination gs://BUCKET/PREFIX or file:///FOLDER"
 	u, err := url.Parse(dest)
 	if err != nil {
@@ -72,19 +88,10 @@ func Open(ctx context.Context, dest string) (*Bucket, error) {
 		return nil, fault.New(fault.Usage,
 			fmt.Sprintf("open destination %s: want a URL without user, query and fragment", u.Redacted()), hint)
 	}
-	var s store
-	switch u.Scheme {
-	case "gs":
-		s, err = openGCS(ctx, u)
-	case "file":
-		s, err = openFolder(u, (*os.File).Sync)
-	default:
+	if u.Scheme != "gs" && u.Scheme != "file" {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("open destination %q: neither gs:// nor file://", dest), hint)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("open destination %s: %w", dest, err)
-	}
-	return &Bucket{s}, nil
+	return u, nil
 }
 
 // Is reports whether a destination's name belongs to [Open]. Other names are OCI repositories.
@@ -95,16 +102,6 @@ func Is(dest string) bool {
 
 // Close closes connections and folders.
 func (b *Bucket) Close() error { return b.s.close() }
-
-// CheckWrite returns an error if this user may not create objects in the destination. CheckWrite changes nothing. For a
-// bucket, Google evaluates the account's rights without an object's name. So a right counts as missing if it holds only
-// for objects with certain names.
-func (b *Bucket) CheckWrite(ctx context.Context) error {
-	if err := b.s.writable(ctx); err != nil {
-		return fmt.Errorf("publish to %s: %w", b.URL(""), err)
-	}
-	return nil
-}
 
 // URL returns an object's URL.
 func (b *Bucket) URL(name string) string { return b.s.url(name) }

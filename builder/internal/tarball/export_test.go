@@ -130,8 +130,6 @@ func NewMemory() *Memory {
 // Bucket returns the Memory as a destination.
 func (m *Memory) Bucket() *Bucket { return &Bucket{m} }
 
-func (m *Memory) writable(context.Context) error { return nil }
-
 // Content returns every object by name.
 func (m *Memory) Content() map[string]string {
 	all := map[string]string{}

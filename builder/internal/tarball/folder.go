@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/gofrs/flock"
-	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -43,10 +42,10 @@ const (
 // openFolder opens a folder, and makes the folder if it does not exist. flush writes a folder's entries to the disk;
 // except in tests, flush is (*os.File).Sync.
 func openFolder(u *url.URL, flush func(*os.File) error) (*folder, error) {
-	if u.Host != "" && u.Host != "localhost" || !filepath.IsAbs(u.Path) {
-		return nil, fault.New(fault.Usage, "want an absolute path after file://", "write file:///FOLDER")
+	dir, err := folderPath(u)
+	if err != nil {
+		return nil, err
 	}
-	dir := filepath.Clean(u.Path)
 	if err := makeFolder(filepath.Join(dir, ownFolder), flush); err != nil {
 		return nil, onDisk(err)
 	}
@@ -55,6 +54,13 @@ func openFolder(u *url.URL, flush func(*os.File) error) (*folder, error) {
 		return nil, onDisk(err)
 	}
 	return &folder{dir, root, flush}, nil
+}
+
+func folderPath(u *url.URL) (string, error) {
+	if u.Host != "" && u.Host != "localhost" || !filepath.IsAbs(u.Path) {
+		return "", fault.New(fault.Usage, "want an absolute path after file://", "write file:///FOLDER")
+	}
+	return filepath.Clean(u.Path), nil
 }
 
 // makeFolder makes a folder and its missing parents. It flushes the folder above each new one, so
@@ -225,13 +231,6 @@ func (f *folder) url(name string) string {
 }
 
 func (f *folder) close() error { return f.root.Close() }
-
-func (f *folder) writable(context.Context) error {
-	if err := unix.Access(f.dir, unix.W_OK|unix.X_OK); err != nil {
-		return onDisk(&fs.PathError{Op: "write", Path: f.dir, Err: err})
-	}
-	return nil
-}
 
 func onDisk(err error) error {
 	if errors.Is(err, fs.ErrPermission) {

@@ -4,12 +4,10 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"net/url"
 	"path"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -144,21 +142,6 @@ func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions
 		return g.fault(ctx, err)
 	}
 	return g.fault(ctx, w.Close())
-}
-
-// mayCreate is the permission to create objects: https://cloud.google.com/storage/docs/access-control/iam-permissions.
-const mayCreate = "storage.objects.create"
-
-func (g *googleBucket) writable(ctx context.Context) error {
-	granted, err := g.IAM().TestPermissions(ctx, []string{mayCreate})
-	if err != nil {
-		return g.fault(ctx, err)
-	}
-	if !slices.Contains(granted, mayCreate) {
-		return fault.New(fault.PublishRefused, fmt.Sprintf("this account lacks the permission %s", mayCreate),
-			"give the account the role Storage Object User (roles/storage.objectUser) in "+g.BucketName())
-	}
-	return nil
 }
 
 func (g *googleBucket) url(name string) string { return g.URL(name) }

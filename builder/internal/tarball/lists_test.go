@@ -97,15 +97,18 @@ gpu_driver_version_info {
 	if err := proto.Unmarshal(bin, &fromBin); err != nil || !proto.Equal(&fromText, &fromBin) {
 		t.Errorf("binary = %v, %v; want the same list as the text form", &fromBin, err)
 	}
-	// protoc is an independent reader.
-	if program, err := exec.LookPath("protoc"); err == nil {
+	t.Run("protoc", func(t *testing.T) { // an independent writer of both forms
+		program, err := exec.LookPath("protoc")
+		if err != nil {
+			t.Skip("protoc is missing: apt-get install protobuf-compiler")
+		}
 		cmd := exec.CommandContext(t.Context(), program, "--proto_path=../../../pkg/cosbucket/gpuversions",
 			"--encode=cos_gpu.GPUDriverVersionInfoList", "gpu_driver_versions.proto")
 		cmd.Stdin = bytes.NewReader(text)
 		if out, err := cmd.Output(); err != nil || !bytes.Equal(out, bin) {
 			t.Errorf("protoc --encode = %q, %v; want %q", out, err, bin)
 		}
-	}
+	})
 	// In the binary form, this program keeps fields that it does not know. In the text form it cannot, so it refuses to
 	// change such a file.
 	newer := protoBytes(bin, "\x9a\x06\x03new") // field 99

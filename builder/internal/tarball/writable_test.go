@@ -1,17 +1,23 @@
 package tarball_test
 
 import (
+	"errors"
+	"io/fs"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
+	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
 // TestCheckWriteBucket runs a server that answers as Google does. Path and bodies are those of
 // https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions. This test cannot use the emulator of
-// the other tests, because the emulator allows everything.
+// the other tests, because the emulator does not answer questions about permissions.
 func TestCheckWriteBucket(t *testing.T) {
 	const kind = `"kind":"storage#testIamPermissionsResponse"`
 	for _, row := range []struct {
@@ -20,7 +26,9 @@ func TestCheckWriteBucket(t *testing.T) {
 		want       fault.Kind
 		ok         bool
 	}{
-		{"may create", `{` + kind + `,"permissions":["storage.objects.create"]}`, 200, 0, true},
+		{"all permissions", `{` + kind + `,"permissions":["storage.objects.create","storage.objects.delete",
+			"storage.objects.get","storage.objects.list"]}`, 200, 0, true},
+		{"role objectCreator", `{` + kind + `,"permissions":["storage.objects.create"]}`, 200, fault.PublishRefused, false},
 		{"may only read", `{` + kind + `}`, 200, fault.PublishRefused, false},
 		{"no such bucket", `{"error":{"code":404,"message":"The specified bucket does not exist."}}`, 404,
 			fault.Usage, false},
@@ -29,9 +37,9 @@ func TestCheckWriteBucket(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				if r.Method != http.MethodGet || r.URL.Path != "/storage/v1/b/mine/iam/testPermissions" &&
-					r.URL.Path != "/b/mine/iam/testPermissions" {
-					t.Errorf("%s %s; want a question about permissions", r.Method, r.URL)
+				if r.Method != http.MethodGet || !strings.HasPrefix(r.URL.Path, "/storage/v1/b/mine/") &&
+					!strings.HasPrefix(r.URL.Path, "/b/mine/") {
+					t.Errorf("%s %s; want a question about the bucket", r.Method, r.URL)
 				}
 				w.Header().Set("Content-Type", "application/json")
 				w.WriteHeader(row.status)
@@ -41,7 +49,7 @@ func TestCheckWriteBucket(t *testing.T) {
 			}))
 			defer server.Close()
 			t.Setenv("STORAGE_EMULATOR_HOST", server.URL)
-			err := openBucket(t, "gs://mine/drivers").CheckWrite(t.Context())
+			err := tarball.CheckWrite(t.Context(), "gs://mine/drivers")
 			if row.ok != (err == nil) || err != nil && (fault.Of(err) != row.want || fault.Hint(err) == "") {
 				t.Errorf("CheckWrite() = %v (%v), hint %q; want ok %t, kind %v",
 					err, fault.Of(err), fault.Hint(err), row.ok, row.want)
@@ -50,18 +58,55 @@ func TestCheckWriteBucket(t *testing.T) {
 	}
 }
 
-// TestCheckWriteFolder checks a folder that this user may write. Then it removes the folder and checks again.
+// TestCheckWriteEmulator checks that CheckWrite accepts an existing bucket of an emulator, and refuses a missing
+// bucket.
+func TestCheckWriteEmulator(t *testing.T) {
+	server := gcs.Start(t)
+	server.Use(t)
+	server.Bucket(t, "mine")
+	if err := tarball.CheckWrite(t.Context(), "gs://mine/drivers"); err != nil {
+		t.Errorf("CheckWrite() = %v", err)
+	}
+	if err := tarball.CheckWrite(t.Context(), "gs://none/drivers"); !fault.Is(err, fault.Usage) {
+		t.Errorf("CheckWrite() = %v for a bucket that does not exist; want usage", err)
+	}
+}
+
+// TestCheckWriteFolder checks that CheckWrite makes no folder, and that it refuses a folder if publishing could not
+// write the folder or a file in it.
 func TestCheckWriteFolder(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	b := openBucket(t, "file://"+dir)
-	if err := b.CheckWrite(t.Context()); err != nil {
-		t.Errorf("CheckWrite() = %v in a folder of this user", err)
+	missing := filepath.Join(dir, "a", "b")
+	if err := tarball.CheckWrite(t.Context(), "file://"+missing); err != nil {
+		t.Errorf("CheckWrite() = %v for a folder that can be made", err)
 	}
-	if err := os.RemoveAll(dir); err != nil {
-		t.Fatal(err)
+	if _, err := os.Stat(filepath.Dir(missing)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("CheckWrite() made a folder: %v", err)
 	}
-	if err := b.CheckWrite(t.Context()); err == nil {
-		t.Error("CheckWrite() = nil for a folder that is gone")
+	file := filepath.Join(dir, "file")
+	write(t, file, "x")
+	for _, bad := range []string{"/proc/none/x", file + "/below"} {
+		if err := tarball.CheckWrite(t.Context(), "file://"+bad); !fault.Is(err, fault.PublishRefused) || fault.Hint(err) == "" {
+			t.Errorf("CheckWrite(%s) = %v, hint %q; want a refusal", bad, err, fault.Hint(err))
+		}
+	}
+	if os.Geteuid() == 0 {
+		return // root may write everything below
+	}
+	for _, closed := range []string{"", ".prebake", ".prebake/lock"} {
+		dest := t.TempDir()
+		openBucket(t, "file://"+dest)
+		write(t, filepath.Join(dest, ".prebake", "lock"), "")
+		at := filepath.Join(dest, closed)
+		if err := os.Chmod(at, 0o500); err != nil {
+			t.Fatal(err)
+		}
+		if err := tarball.CheckWrite(t.Context(), "file://"+dest); !fault.Is(err, fault.PublishRefused) {
+			t.Errorf("CheckWrite() = %v, where %q is closed to this user; want a refusal", err, closed)
+		}
+		if err := os.Chmod(at, 0o700); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

@@ -36,6 +36,10 @@ const (
 	clangToolchain = "/prebake/toolchain"
 )
 
+// errNotCompiled means that the cache has no kernel of this version that clang compiled, and that Config.ClangCached
+// forbids to compile one.
+var errNotCompiled = errors.New("no earlier run compiled this kernel with clang")
+
 // clangCert is the path of the trusted certificate in the kernel's source.
 const clangCert = "certs/test-module-signing.crt"
 
@@ -71,7 +75,7 @@ func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *un
 			return err
 		}
 		if m.ClangCached {
-			return fault.New(fault.InputMissing, "no earlier run compiled "+b.release+" with clang",
+			return fault.Wrap(fault.InputMissing, fmt.Errorf("%w: %s", errNotCompiled, b.release),
 				"run make clang, which takes a quarter of an hour and more")
 		}
 		return m.work(func(dir string) error {

@@ -1,14 +1,17 @@
 package catalogue_test
 
 import (
+	"encoding/json"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/server/internal/store"
 )
 
@@ -113,5 +116,42 @@ func TestUpdateTeachesKernel(t *testing.T) {
 	}
 	if _, err := c.Yank(t.Context(), digest("7"), api.YankRequest{Reason: "x"}); !fault.Is(err, fault.NotFound) {
 		t.Errorf("Yank(absent) = %v; want not-found", err)
+	}
+}
+
+// TestPhasesOfBuilders sends phases whose times and texts are at the ends of what a request can hold. Every answer about
+// the build must still be JSON. RFC 3339 has the years 0 to 9999, so these times can be read, but not written in UTC.
+func TestPhasesOfBuilders(t *testing.T) {
+	t.Parallel()
+	c, _ := world(t)
+	b := request(t, c, first, v261, "open")
+	var phases []timeline.Phase
+	text := `[{"name": "late", "start": "9999-12-31T23:59:59-01:00"}, {"name": "early", "start": "0000-01-01T00:00:00+01:00"},
+		{"name": "here", "start": "2026-11-29T12:00:00+02:00", "seconds": 1.5, "failed": true}]`
+	if err := json.Unmarshal([]byte(text), &phases); err != nil {
+		t.Fatal(err)
+	}
+	phases[0].Note = strings.Repeat("ü", 5000)
+	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Phases: phases})
+	r, err := c.Resolve(t.Context(), first, "lakitu", v261, "open", "")
+	if err != nil || r.Build == nil || len(r.Build.Phases) != 3 {
+		t.Fatalf("Resolve() = %+v, %v; want a build with three phases", r, err)
+	}
+	single, err := c.Build(t.Context(), b.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, answer := range []any{r, single} {
+		if _, err := json.Marshal(answer); err != nil {
+			t.Errorf("the answer is no JSON: %v", err)
+		}
+	}
+	if diff := cmp.Diff(single.Phases, r.Build.Phases); diff != "" {
+		t.Errorf("the phases differ between the build and its cell:\n%s", diff)
+	}
+	got := r.Build.Phases
+	if !got[0].Start.IsZero() || !got[1].Start.IsZero() || len(got[0].Note) > 5000 ||
+		!got[2].Start.Equal(time.Date(2026, 11, 29, 10, 0, 0, 0, time.UTC)) || !got[2].Failed {
+		t.Errorf("phases = %.300v", got)
 	}
 }

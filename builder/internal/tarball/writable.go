@@ -1,0 +1,108 @@
+package tarball
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"cloud.google.com/go/storage"
+	"golang.org/x/sys/unix"
+	"google.golang.org/api/iterator"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gcs"
+)
+
+// CheckWrite returns an error if this user may not publish to the destination at gs://BUCKET/PREFIX or file:///FOLDER.
+// CheckWrite changes nothing. Unlike [Open], it does not create the folder.
+func CheckWrite(ctx context.Context, dest string) (err error) {
+	u, err := parse(dest)
+	if err != nil {
+		return err
+	}
+	if u.Scheme == "file" {
+		err = checkFolder(u)
+	} else {
+		err = checkBucket(ctx, u)
+	}
+	if err != nil {
+		return fmt.Errorf("publish to %s: %w", dest, err)
+	}
+	return nil
+}
+
+// needed has the permissions that publishing uses. Publishing replaces lists, and for Google a replacement also deletes
+// the old object. Publishing asks for objects that may not exist, and only an account that may list the bucket gets the
+// answer "not found"; all others get "forbidden". The source of the names is
+// https://cloud.google.com/storage/docs/access-control/iam-permissions.
+var needed = []string{
+	"storage.objects.create", "storage.objects.delete", "storage.objects.get", "storage.objects.list",
+}
+
+// checkBucket asks Google for the account's permissions. Google answers for the whole bucket, so a permission that a
+// condition limits to some names, or that the account has in a managed folder, counts as missing.
+func checkBucket(ctx context.Context, u *url.URL) (err error) {
+	g, err := openGCS(ctx, u)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, g.Close()) }()
+	granted, err := g.IAM().TestPermissions(ctx, needed)
+	if gcs.Status(err) == http.StatusNotFound {
+		// Either the bucket does not exist, or the server is an emulator, which cannot answer questions about
+		// permissions. A bucket whose objects can be listed exists, so the server is an emulator.
+		_, err = g.Objects(ctx, &storage.Query{Prefix: g.Path("")}).Next()
+		if err == nil || errors.Is(err, iterator.Done) {
+			return nil
+		}
+	}
+	if err != nil {
+		return g.fault(ctx, err)
+	}
+	lacks := slices.DeleteFunc(slices.Clone(needed), func(p string) bool { return slices.Contains(granted, p) })
+	if len(lacks) == 0 {
+		return nil
+	}
+	hint := "give the account the role Storage Object User (roles/storage.objectUser) in " + g.BucketName()
+	if g.Path("") != "" {
+		hint += "; if the account has this role for names below " + g.Path("") + " only, ignore this finding"
+	}
+	return fault.New(fault.PublishRefused, "this account lacks "+strings.Join(lacks, ", "), hint)
+}
+
+// checkFolder checks whether this user may write the folder. If the folder does not exist, checkFolder checks the
+// nearest existing folder above it. checkFolder also checks the files of this package in the folder (see ownFolder).
+func checkFolder(u *url.URL) error {
+	dir, err := folderPath(u)
+	if err != nil {
+		return err
+	}
+	own := []string{filepath.Join(dir, ownFolder), filepath.Join(dir, lockFile), filepath.Join(dir, partFile)}
+	for err = access(dir); errors.Is(err, fs.ErrNotExist) && dir != "/"; err = access(dir) {
+		dir = filepath.Dir(dir)
+	}
+	for _, name := range own {
+		if err == nil {
+			dir, err = name, access(name)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+	}
+	if err != nil {
+		return fault.Wrap(fault.PublishRefused, &fs.PathError{Op: "write", Path: dir, Err: err},
+			"give this user write access to the folder and to all of "+ownFolder+" in it")
+	}
+	return nil
+}
+
+// access returns an error if the effective user may not write a file or folder.
+func access(name string) error {
+	return unix.Faccessat(unix.AT_FDCWD, name, unix.W_OK, unix.AT_EACCESS)
+}
