@@ -87,7 +87,8 @@ func TestCheckWriteFolder(t *testing.T) {
 	file := filepath.Join(dir, "file")
 	write(t, file, "x")
 	for _, bad := range []string{"/proc/none/x", file + "/below"} {
-		if err := tarball.CheckWrite(t.Context(), "file://"+bad); !fault.Is(err, fault.PublishRefused) || fault.Hint(err) == "" {
+		if err := tarball.CheckWrite(t.Context(), "file://"+bad); !fault.Is(err, fault.PublishRefused) ||
+			fault.Hint(err) == "" {
 			t.Errorf("CheckWrite(%s) = %v, hint %q; want a refusal", bad, err, fault.Hint(err))
 		}
 	}
