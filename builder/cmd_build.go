@@ -123,7 +123,7 @@ func programBeside(name string) string {
 	return filepath.Join(filepath.Dir(self), name)
 }
 
-// missing returns an error that lists those of the named flags that nobody set.
+// missing returns an error that lists the named flags that have no value.
 func missing(cmd *ucli.Command, names ...string) error {
 	var none []string
 	for _, name := range names {
@@ -137,8 +137,8 @@ func missing(cmd *ucli.Command, names ...string) error {
 	return fault.New(fault.Usage, "missing: "+strings.Join(none, ", "), "see "+cmd.FullName()+" --help")
 }
 
-// refuseFlags returns an error if one of the named flags is set. beside names the setting with which these flags have
-// no effect.
+// refuseFlags returns an error if any of the named flags is set. beside is the text for the setting with which these
+// flags have no effect.
 func refuseFlags(cmd *ucli.Command, beside string, names ...string) error {
 	for _, name := range names {
 		if cmd.IsSet(name) {
@@ -149,8 +149,8 @@ func refuseFlags(cmd *ucli.Command, beside string, names ...string) error {
 	return nil
 }
 
-// oneSignature refuses settings with which modules would be signed twice. oneSignature also refuses settings that have
-// no effect on modules which somebody else made.
+// oneSignature refuses settings with which modules would be signed twice. With --google-modules, it also refuses
+// settings that have no effect on modules that Google compiled.
 func oneSignature(cmd *ucli.Command) error {
 	if cmd.Bool("google-modules") {
 		return refuseFlags(cmd, "--google-modules", "module-key", "google-signatures", "debug-symbols", "btf")
@@ -195,7 +195,8 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	}, nil
 }
 
-// credentials returns the registry options of each destination. --username and --password are for the first registry.
+// credentials returns a function that returns the registry options of a destination. --username and --password are for
+// the first registry in to; buckets and folders in to do not count.
 func credentials(cmd *ucli.Command, to []string) func(destination string) registry.Options {
 	first := slices.IndexFunc(to, func(destination string) bool { return !tarball.Is(destination) })
 	return func(destination string) registry.Options {

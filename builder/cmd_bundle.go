@@ -41,14 +41,15 @@ func registryFlags(flag string) []ucli.Flag {
 	}
 }
 
-// allUnless returns a flag that narrows the set of drivers. Without the flag, the set has all drivers.
+// allUnless returns a flag that selects drivers. If the user does not set the flag, all drivers are selected.
 func allUnless(name, usage string) ucli.Flag {
 	f := cli.Strings(name, usage)
 	f.DefaultText = "all"
 	return f
 }
 
-// openBundle opens a bundle or a registry. For a registry it takes the credentials that are configured for it.
+// openBundle opens a bundle or a registry. For a registry, openBundle uses the credentials in Docker's configuration,
+// or Google's credentials for Google's registries.
 func openBundle(ref string) (*registry.Repository, error) {
 	return registry.Open(ref, registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()})
 }
@@ -61,8 +62,8 @@ func openNamed(cmd *ucli.Command, ref string) (*registry.Repository, error) {
 	})
 }
 
-// fileRef makes a reference from a file's name, or from several names with + between them. A name that is a reference
-// already is returned unchanged.
+// fileRef makes a reference from a file's name, or from several names with + between them. fileRef returns a name that
+// begins with oci: or oci-archive: unchanged, because such a name is a reference.
 func fileRef(name string) string {
 	if strings.HasPrefix(name, "oci:") || strings.HasPrefix(name, "oci-archive:") {
 		return name
@@ -141,8 +142,8 @@ func oneArg(cmd *ucli.Command, what string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// writeAtomically writes a file under a temporary name and renames it at the end. So the file's name never shows
-// incomplete content.
+// writeAtomically writes a file under a temporary name and renames the file at the end. So a file with the final name
+// is always complete.
 func writeAtomically(file string, fill func(io.Writer) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
 	if err != nil {
@@ -217,7 +218,8 @@ func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
 	return c, err
 }
 
-// mayTrust returns the verifier of the flags, or nil if the flags name neither a public key nor a trusted root.
+// mayTrust returns a verifier for the signers that the flags name, or nil if the flags name neither a public key nor a
+// trusted root.
 func mayTrust(cmd *ucli.Command) (*trust.Verifier, error) {
 	if len(cmd.StringSlice("public-key")) == 0 && cmd.String("trusted-root") == "" {
 		return nil, nil

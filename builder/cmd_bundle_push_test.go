@@ -23,9 +23,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// destination runs the registry of the library go-containerregistry. The registry reports the given audience in a
-// header, unless audience is empty. If hidden is true, it lists tags only to clients with credentials. The counter has
-// the number of writes.
+// destination runs the registry of the library go-containerregistry. If audience is not empty, the registry reports
+// audience in a header. If hidden is true, the registry lists tags only to clients with credentials. writes counts the
+// requests that write.
 func destination(t *testing.T, audience string, hidden bool) (ref string, writes *atomic.Int64) {
 	t.Helper()
 	writes = &atomic.Int64{}
@@ -104,8 +104,8 @@ func TestBundlePushLicence(t *testing.T) {
 	}
 }
 
-// TestPushDriversOnTheInternet checks that --private counts for a destination on the internet, until a client without
-// credentials can read what was pushed.
+// TestPushDriversOnTheInternet checks that pushDrivers accepts --private for a destination on the internet, and that it
+// fails if it finds after the copy that a client without credentials can read the drivers.
 func TestPushDriversOnTheInternet(t *testing.T) {
 	t.Parallel()
 	from, err := registry.Open(flavoured(t, target.Proprietary), registry.Options{})
@@ -121,18 +121,18 @@ func TestPushDriversOnTheInternet(t *testing.T) {
 		return []netip.Addr{netip.MustParseAddr("203.0.113.7")}, nil // an example address of RFC 5737
 	}}
 	if got, err := pushDrivers(t.Context(), from, repo, rule); !fault.Is(err, fault.PublishRefused) || writes.Load() != 0 {
-		t.Errorf("pushDrivers without a mark = %v, %v, and %d writes; want publish-refused, and none", got, err,
+		t.Errorf("pushDrivers without --private = %v, %v, and %d writes; want publish-refused and no write", got, err,
 			writes.Load())
 	}
 	rule.Private = []string{to}
 	got, err := pushDrivers(t.Context(), from, repo, rule)
 	if !fault.Is(err, fault.PublishRefused) || !strings.Contains(err.Error(), "can be read without credentials") ||
 		writes.Load() == 0 {
-		t.Errorf("pushDrivers to where outsiders read by digest = %v, %v; want publish-refused after it was sent", got, err)
+		t.Errorf("pushDrivers to a registry that everybody reads = %v, %v; want publish-refused after a write", got, err)
 	}
 	rule.Redistribute = bundle.RedistributeAll
 	if got, err := pushDrivers(t.Context(), from, repo, rule); err != nil || len(got) != 2 {
-		t.Errorf("pushDrivers of what may go = %v, %v; want both tags", got, err)
+		t.Errorf("pushDrivers with --redistribute all = %v, %v; want both tags", got, err)
 	}
 }
 

@@ -73,7 +73,7 @@ func TestBundle(t *testing.T) {
 	}
 	out, _ = does(0, create("two-again.tar", "--since", at("one.tar"))...)
 	if !strings.Contains(out, "left out") || !strings.Contains(out, "delta of "+report.Base) {
-		t.Errorf("bundle create --since prints\n%s\nwant what was left out, and of what it is a delta", out)
+		t.Errorf("bundle create --since prints\n%s\nwant the size of the left-out blobs, and the earlier bundle's index", out)
 	}
 	both := at("one.tar") + "+" + at("two.tar")
 	if out, _ = does(0, "show", both); strings.Count(out, "driver ") != 2 || !strings.Contains(out, "verified") {
@@ -95,11 +95,11 @@ func TestBundle(t *testing.T) {
 	for _, s := range samples {
 		if d, err := to.Resolve(t.Context(), bundle.KernelTag(s.Kernel, driver)); err != nil ||
 			d.Digest.String() != s.Digest {
-			t.Errorf("bundle push brought %v, %v for %s; want %s", d.Digest, err, s.Kernel, s.Digest)
+			t.Errorf("after bundle push, the artifact of %s is %v, %v; want %s", s.Kernel, d.Digest, err, s.Digest)
 		}
 	}
 	if _, err := to.Resolve(t.Context(), offline.TagSnapshot); !fault.Is(err, fault.NoArtifact) {
-		t.Errorf("Resolve(snapshot) after bundle push = %v; want nothing: only drivers are brought", err)
+		t.Errorf("Resolve(snapshot) after bundle push = %v; want no artifact, because push copies only drivers", err)
 	}
 
 	for _, row := range []struct {
@@ -125,9 +125,9 @@ func TestBundle(t *testing.T) {
 		}
 	}
 	if left, err := filepath.Glob(at(".x.tar*")); err != nil || len(left) != 0 {
-		t.Errorf("what failed left %v, %v; want nothing", left, err)
+		t.Errorf("the failed commands left %v, %v; want no file", left, err)
 	}
 	if _, err := os.Stat(at("x.tar")); err == nil {
-		t.Error("what failed left x.tar")
+		t.Error("a failed command left x.tar")
 	}
 }

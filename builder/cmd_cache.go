@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// buildNeeds is the disk space in bytes that a build takes at its peak. docs/decisions/0016 measured it: a work folder
-// with debug information, and what the build adds to the cache.
+// buildNeeds is the disk space in bytes that a build takes at its peak, for a work folder with debug information and
+// for the build's new entries in the cache. docs/decisions/0016 has the measurement.
 const buildNeeds = 4 << 30
 
 func cacheFlag() ucli.Flag {
@@ -35,7 +35,7 @@ func homeDefault(f *ucli.StringFlag) *ucli.StringFlag {
 	return f
 }
 
-// cacheSizeFlag sets the size limit of the cache that build and work keep (see trimCache).
+// cacheSizeFlag returns the flag of build and work that limits the size of the cache (see trimCache).
 func cacheSizeFlag() ucli.Flag {
 	f := cli.String("cache-size", "", "keep the cache below `SIZE`, such as 20GiB")
 	f.Validator = validSize

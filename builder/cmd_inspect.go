@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inspectCommand checks in about a minute whether a bucket serves a COS build.
+// inspectCommand checks in about a minute whether a bucket has the files of a COS build that a driver's build needs.
 func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",

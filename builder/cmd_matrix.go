@@ -153,7 +153,7 @@ type matrix struct {
 	batch            batch.Config
 	kernels, drivers *cosbucket.Bucket
 	destinations     *batch.Destinations
-	telemetry        *telemetry.Telemetry // nil records nothing
+	telemetry        *telemetry.Telemetry // may be nil, and then records nothing
 }
 
 func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
@@ -182,8 +182,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	}
 	m.batch.Attempts = cmd.Int("attempts")
 	m.batch.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
-	// Destinations.Published does not see who signed the modules, nor whether debug symbols and BTF exist. Only the
-	// pipeline compares these. So Destinations.Published decides only if no such setting is in use.
+	// Destinations.Published finds published cells fast, but does not check who signed the modules, or whether debug
+	// symbols and BTF exist. If a setting asks for any of these, the pipeline looks at every cell itself.
 	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules &&
 		cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto &&
 		!m.cfg.DebugSymbols &&
@@ -193,8 +193,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	if m.batch.Failures, err = failureStore(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
 		return nil, err
 	}
-	// The pipeline gives no labels. The method label gives them after all cells are built, because a label depends on
-	// all cells together.
+	// The pipeline sets no labels, because a label depends on all cells together. The method label sets the labels after
+	// all cells are built.
 	m.cfg.LabelsLater = true
 	m.batch.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{
@@ -228,8 +228,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	return m, nil
 }
 
-// openDestinations opens the destinations, and loads the signing key. A cell counts as published only if this key
-// signed its statements. Both must work before the first build begins.
+// openDestinations opens the destinations and loads the signing key, so that a mistake in them shows before the first
+// build begins. A cell counts as published only if this key signed the statements about its artifact.
 func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinations, error) {
 	signer, err := sign.LoadSigner(ctx, cfg.Key, cfg.KeyOptions...)
 	if err != nil {

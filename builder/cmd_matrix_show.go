@@ -84,7 +84,7 @@ func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 			for _, line := range wrap(text, columns-4) {
 				fmt.Fprintf(out, "    %s\n", line)
 			}
-			// A cell that was tried has a log with the hint. For a cell that was not tried, only this table can show
+			// The log of a build has the hint of its failure. A cell that was not tried has no log, so this table shows
 			// the hint.
 			if hint := j.Failure.Hint; hint != "" && j.Attempts == 0 && text == why {
 				for _, line := range wrap("next: "+hint, columns-4) {

@@ -24,7 +24,8 @@ func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	// At the start a mistake in the list ends the program, because the operator is there and sees it.
+	// At the start, a mistake in the list ends the program, because the operator is there and sees the error. In later
+	// rounds the program logs the mistake and waits for the next round.
 	if _, err := readWish(cmd.String("wish")); err != nil {
 		return err
 	}
@@ -73,7 +74,7 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 		return err
 	}
 	for _, note := range p.Notes {
-		log.WarnContext(ctx, "wish list has a needless rule", "note", note)
+		log.WarnContext(ctx, "wish list has a rule without effect", "note", note)
 	}
 	report := batch.Run(ctx, m.batch, p)
 	args := []any{"cells", len(report.Jobs), "took", time.Since(begin).Round(time.Millisecond)}
@@ -83,7 +84,7 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 		}
 	}
 	log.InfoContext(ctx, "wish list checked", args...)
-	return m.label(ctx, p, func(note string) { log.DebugContext(ctx, "label not given", "note", note) })
+	return m.label(ctx, p, func(note string) { log.DebugContext(ctx, "label not set", "note", note) })
 }
 
 // logEvent logs events that change something. Cells that were published before are logged at debug level only. Cells

@@ -82,7 +82,7 @@ func splitReference(ref string) (repository, name string, err error) {
 func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	refs := cmd.Args().Slice()
 	if len(refs) == 0 {
-		return fault.New(fault.Usage, "reproduce takes references to artifacts",
+		return fault.New(fault.Usage, "reproduce needs the reference of at least one artifact",
 			"run: builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
 	}
 	verifier, err := trusted(cmd)
@@ -145,8 +145,8 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	return nil
 }
 
-// reproduceAll builds one cell after the other. All cells share one cache for build products. This cache is empty at
-// the start and is removed at the end of the call.
+// reproduceAll rebuilds one artifact after the other. All rebuilds share one cache for build products. This cache is
+// empty at the start, so that every file is really compiled again, and is removed at the end of the call.
 func reproduceAll(ctx context.Context, cmd *ucli.Command, cache *cas.Cache,
 	all []reproduce.Config) (_ []*reproduce.Report, err error) {
 	dir, cleanup, err := cache.TempDir("products-")

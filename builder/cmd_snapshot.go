@@ -42,9 +42,10 @@ web server can serve it. Example:
 // snapshotRoles are the roles of a snapshot that have a key of their own, in addition to the root.
 var snapshotRoles = []string{"targets", "snapshot", "timestamp"}
 
-// toFlag returns the flag of the snapshot's folder. keyFlags returns the flags of the keys of these roles.
+// toFlag returns the flag that names the snapshot's folder.
 func toFlag() ucli.Flag { return cli.String("to", "", "`FOLDER` of the snapshot") }
 
+// keyFlags returns --keys, and for each of these roles the flag that names the role's key.
 func keyFlags(roles ...string) []ucli.Flag {
 	flags := []ucli.Flag{
 		cli.String("keys", "", "`FOLDER` that builder snapshot keys made; it has the keys that no other flag names"),
@@ -64,7 +65,7 @@ func keyRef(cmd *ucli.Command, role string) (string, error) {
 	if dir := cmd.String("keys"); dir != "" {
 		path := filepath.Join(dir, role+".key")
 		if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) && cmd.Name == "root" {
-			// The root file needs only the public key.
+			// A root lists public keys, so the private key of a role is not necessary.
 			return path + ".pub", nil
 		}
 		return path, nil
@@ -80,7 +81,7 @@ func snapshotKeysCommand() *ucli.Command {
 			dir, count := cmd.Args().First(), cmd.Int("root-keys")
 			if dir == "" || cmd.Args().Len() != 1 || count < 1 || count > 9 {
 				return fault.New(fault.Usage, "make keys: want one folder, and 1 to 9 root keys",
-					"run: builder snapshot keys FOLDER")
+					"run: builder snapshot keys FOLDER, with --root-keys from 1 to 9")
 			}
 			if err := os.MkdirAll(dir, 0o700); err != nil {
 				return fault.Wrap(fault.Usage, fmt.Errorf("make folder of keys: %w", err), "")
@@ -194,7 +195,8 @@ func rootKeys(dir string) ([]string, error) {
 		}
 	}
 	if len(refs) == 0 {
-		return nil, fault.New(fault.Usage, "no root-1.key in "+dir, "make keys with: builder snapshot keys "+dir)
+		return nil, fault.New(fault.Usage, "neither root-1.key nor root-1.key.pub in "+dir,
+			"make keys with: builder snapshot keys "+dir)
 	}
 	return refs, nil
 }
@@ -208,8 +210,8 @@ func within(cmd *ucli.Command, do func(*maker.Repository) error) error {
 	return errors.Join(do(r), r.Close())
 }
 
-// timestampLifetime is the flag that sets how long a timestamp is valid. Somebody can hide a newer list from a node for
-// at most this time.
+// timestampLifetime returns the flag that sets how long a timestamp is valid. An attacker on the network can hide a
+// newer list from a node for at most this time.
 func timestampLifetime() ucli.Flag {
 	return lifetimeFlag("life", 7*24*time.Hour, "`TIME` until the timestamp expires and nodes need a newer one")
 }
@@ -291,8 +293,8 @@ func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.
 	return by, err
 }
 
-// listOf asks a server for everything that it has published. If an artifact changes while the pages are read, it can
-// appear twice. If one of the two entries is yanked or quarantined, listOf keeps that entry.
+// listOf asks a server for all artifacts. The server's list comes in pages, and an artifact that changes meanwhile can
+// appear twice. If one of its two entries says yanked or quarantined, listOf keeps that entry.
 func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Catalogue, error) {
 	c := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: now.UTC().Truncate(time.Second)}
 	all, err := server.Artifacts(ctx)

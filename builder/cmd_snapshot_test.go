@@ -100,7 +100,7 @@ func TestSnapshot(t *testing.T) {
 		{"a public key that is to sign",
 			[]string{"refresh", "--to", list, "--timestamp-key", filepath.Join(dir, "next.key.pub")}, fault.Usage,
 			"cannot sign"},
-		{"the key of before", []string{"refresh", "--to", list, "--keys", keys}, fault.Usage,
+		{"the timestamp key that was replaced", []string{"refresh", "--to", list, "--keys", keys}, fault.Usage,
 			"sign with the keys that the newest root names"},
 		{"too few root keys", []string{"root", "--to", list, "--keys", keys, "--root-key", filepath.Join(keys, "root-1.key"),
 			"--root-key", filepath.Join(dir, "next.key.pub")}, fault.Usage, "too few keys"},
@@ -112,7 +112,7 @@ func TestSnapshot(t *testing.T) {
 			fault.Usage, "builder snapshot root"},
 		{"keys that are there", []string{"keys", keys}, fault.Usage, "use another name"},
 		{"no life", []string{"refresh", "--to", list, "--keys", keys, "--life", "-1h"}, fault.Usage, "want a minute or more"},
-		{"an identity", []string{"refresh", "--to", list, "--timestamp-key", "keyless:x"}, fault.Usage,
+		{"a keyless key", []string{"refresh", "--to", list, "--timestamp-key", "keyless:x"}, fault.Usage,
 			"a snapshot cannot be signed keyless"},
 	} {
 		code, _, errs := run(t, append([]string{"snapshot"}, row.args...)...)
@@ -123,9 +123,9 @@ func TestSnapshot(t *testing.T) {
 	all = all[1:]
 	if code, _, errs := run(t, "snapshot", "make", "--to", list, "--keys", keys, "--timestamp-key",
 		filepath.Join(dir, "next.key"), "--server", server.URL); code != fault.NoArtifact.ExitCode() {
-		t.Errorf("make of nothing = %d %s; want no artifact", code, errs)
+		t.Errorf("make without published artifacts = %d %s; want no artifact", code, errs)
 	}
 	if got := takes(8, snapshot.Yanked); got != newest { // the failed commands published nothing
-		t.Errorf("the timestamp has version %d; want %d", got, newest)
+		t.Errorf("after the failed commands the timestamp has version %d; want %d", got, newest)
 	}
 }

@@ -24,7 +24,7 @@ import (
 )
 
 func workCommand() *ucli.Command {
-	// If there is no host name, the name stays empty and the check below reports it.
+	// If the host has no name, the default of --id is builder.
 	host, _ := os.Hostname()
 	if host == "" {
 		host = "builder"
@@ -68,7 +68,7 @@ func workCommand() *ucli.Command {
 	}, cli.Config{Secrets: secretFlags(), Check: checkWork})
 }
 
-// secretFlags maps each flag that a configuration file must not contain to what the operator sets in its place.
+// secretFlags maps each flag that a configuration file must not contain to the setting that the operator uses instead.
 func secretFlags() map[string]string {
 	return map[string]string{
 		"token":    "token-file, or the variable PREBAKE_TOKEN",
@@ -138,8 +138,8 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 	})
 }
 
-// embedded completes the options of a destination whose registry is the server's own. Such a registry uses the protocol
-// of --server and accepts --token, so that the operator need not set them twice.
+// embedded completes the options of a destination whose registry is part of the server. For such a registry, embedded
+// sets the protocol (http or https) of --server and the server's token, so that the operator need not set them twice.
 func embedded(
 	server *url.URL,
 	token func() (string, error),
@@ -151,7 +151,7 @@ func embedded(
 			return o
 		}
 		o.Plain = o.Plain || server.Scheme == "http"
-		// Without a token, the registry's error says what is missing.
+		// If the token cannot be read, the request goes without it, and the registry's error says what is missing.
 		if secret, err := token(); err == nil && o.Password == "" {
 			o.Username, o.Password = "token", secret
 		}

@@ -11,13 +11,13 @@ func TestDependencies(t *testing.T) {
 	t.Parallel()
 	importrule.CheckBanned(t, map[string]string{
 		"github.com/prebake/prebake/server":  "builders talk to the server over HTTP and the queue",
-		"github.com/prebake/prebake/fetcher": "a node runs the builder, not the other way",
+		"github.com/prebake/prebake/fetcher": "the fetcher may start the builder; the builder does not use the fetcher",
 		"github.com/go-chi/chi/v5": "a builder serves nothing but its metrics: nobody may reach the signing " +
 			"key over the network",
-		"github.com/danielgtaylor/huma/v2":       "as above",
-		"cuelabs.dev/go/oci/ociregistry":         "the registry is the server's",
+		"github.com/danielgtaylor/huma/v2":       "a builder has no API of its own",
+		"cuelabs.dev/go/oci/ociregistry":         "only the server contains a registry",
 		"github.com/prebake/prebake/pkg/testkit": "test helpers do not ship",
-		"github.com/prebake/prebake/deploy":      "what lays out Debian's packages is no part of the product",
+		"github.com/prebake/prebake/deploy":      "the programs in deploy are for demos and tests, and do not ship",
 	})
 }
 
@@ -30,8 +30,8 @@ func TestHomes(t *testing.T) {
 		{Lib: "github.com/sigstore/sigstore", Package: "/internal/sign", Reason: "private keys live in sign"},
 		{Lib: "github.com/sigstore/sigstore-go", Package: "/internal/sign", Reason: "private keys live in sign"},
 		{Lib: "go.opentelemetry.io/otel", Package: "/internal/telemetry",
-			Reason: "what leaves a builder is decided in one place"},
-		{Lib: "github.com/prometheus/client_golang", Package: "/internal/telemetry", Reason: "as above"},
+			Reason: "only telemetry sends traces"},
+		{Lib: "github.com/prometheus/client_golang", Package: "/internal/telemetry", Reason: "only telemetry serves metrics"},
 		{Lib: "github.com/riverqueue/river", Reason: "the queue lives in pkg/queue"},
 	})
 }

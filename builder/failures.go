@@ -14,6 +14,7 @@ import (
 )
 
 // failureStore opens the store of failures for the settings of this run. Single builds and wish lists share the store.
+// If forget is true, the store does not find earlier failures, so that a build retries them.
 func failureStore(cfg pipeline.Config, kernels, drivers *cosbucket.Bucket, forget bool) (*batch.FailureStore, error) {
 	host, err := sandbox.HostTools()
 	if err != nil {

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// envToken is the variable in which a CI system passes its token to Sigstore's own tools.
+// envToken is the variable in which a CI system passes an OpenID Connect token to Sigstore's own tools.
 const envToken = "SIGSTORE_ID_TOKEN"
 
 func identityTokenFlag() ucli.Flag {
@@ -28,7 +28,8 @@ func isKeyless(cmd *ucli.Command) bool {
 	return strings.HasPrefix(cmd.String("key"), sign.PrefixKeyless)
 }
 
-// checkKey returns an error for settings of the key that exclude each other.
+// checkKey returns an error if --key is keyless and --trusted-root is missing, or if --key is not keyless and
+// --identity-token is set.
 func checkKey(cmd *ucli.Command) error {
 	if isKeyless(cmd) {
 		return cli.About(missing(cmd, "trusted-root"), "key")
@@ -49,7 +50,8 @@ func keyOptions(cmd *ucli.Command) ([]sign.Option, error) {
 	return []sign.Option{sign.WithIdentity(root, func() ([]byte, error) { return identityToken(file) })}, nil
 }
 
-// trusted returns a verifier for the public keys and the certificate identity that the flags name.
+// trusted returns a verifier that trusts the public keys in the flags, and the keyless signer of the --certificate
+// flags.
 func trusted(cmd *ucli.Command) (*trust.Verifier, error) {
 	var policy trust.Policy
 	for _, file := range cmd.StringSlice("public-key") {
@@ -89,7 +91,7 @@ func identityToken(file string) ([]byte, error) {
 		token, err = os.ReadFile(file)
 	}
 	if token = bytes.TrimSpace(token); err == nil && len(token) == 0 {
-		err = errors.New("no token is given")
+		err = errors.New("the token is empty")
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read identity token: %w", err),

@@ -94,9 +94,9 @@ func TestKeylessFlags(t *testing.T) {
 			t.Errorf("%s: %v = %d\n%s%s\nwant 2 with %q and nothing on stdout", row.name, row.args, code, out, errs, row.err)
 		}
 	}
-	// With these flags only the artifact is missing.
+	// These flags are complete, so the only error is that the artifact does not exist.
 	if code, _, errs := run(t,
 		reproduce(append(someone, "--trusted-root", trusted, "--attest", "--key", ref)...)...); code == 2 || code == 0 {
-		t.Errorf("reproduce for an identity = %d %s; want it to look for the artifact", code, errs)
+		t.Errorf("reproduce with complete flags = %d %s; want an error about the missing artifact", code, errs)
 	}
 }

@@ -32,7 +32,8 @@ func licenceRule(cmd *ucli.Command) licence.Rule {
 	}
 }
 
-// refused lists the destinations to which a flavour of the plan may not go, with the reason.
+// refused returns a note for each destination and flavour, if the plan has cells of this flavour and the licence rule
+// does not let this flavour go to this destination. A note has the reason and a hint.
 func (m *matrix) refused(ctx context.Context, p *plan.Plan) (notes []string, err error) {
 	var flavours []target.Flavour
 	for _, c := range p.Cells {

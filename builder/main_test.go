@@ -23,7 +23,8 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	return code, out.String(), errs.String()
 }
 
-// TestOperator makes common mistakes. Each one must end with its own exit code and name the next step.
+// TestOperator runs the program with common mistakes of operators. For each mistake, the program must end with the exit
+// code of the mistake, and must name the next step.
 func TestOperator(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// These constants are names of files of a release that the program itself reads.
+// These constants are the names of files in a release that this program also reads, when it checks a release.
 const (
 	sumsFile       = "SHA256SUMS"
 	provenanceFile = "provenance.json"
@@ -98,7 +98,7 @@ func removable(out string) error {
 			info, err = os.Lstat(filepath.Join(out, name))
 		}
 		if err == nil && info.IsDir() != (name == signatureDir) {
-			err = fmt.Errorf("%s is of another type", name)
+			err = fmt.Errorf("%s has another type (file or folder) than in a release", name)
 		}
 	}
 	if err != nil {
@@ -311,8 +311,8 @@ func digestOf(text []byte) string {
 	return ocidigest.FromBytes(text).String()
 }
 
-// sign writes the signature and the public key. Without -key it makes a key and deletes it afterwards. A user who got
-// the release from elsewhere must not trust such a key.
+// sign writes the signature and the public key. Without -key, sign makes a key pair and deletes the private key
+// afterwards. A user who got the release from elsewhere must not trust the public key of such a pair.
 func (c *config) sign(ctx context.Context, dir, work string, statement sign.Statement) error {
 	key, name := c.key, "release.pub"
 	if key == "" {
@@ -320,7 +320,7 @@ func (c *config) sign(ctx context.Context, dir, work string, statement sign.Stat
 		if err := sign.GenerateKey(key); err != nil {
 			return err
 		}
-		c.say("no -key: signing with a new key that is not kept, so others cannot verify the signature")
+		c.say("no -key: signing with a new key, which is deleted afterwards; other people cannot know who signed")
 	}
 	signer, err := sign.LoadSigner(ctx, key)
 	if err != nil {
@@ -357,7 +357,7 @@ func regularFiles(dir string) (names []string, err error) {
 		case d.IsDir():
 			return nil
 		case !d.Type().IsRegular():
-			return fault.New(fault.Unverified, fmt.Sprintf("%s is no regular file", path), "")
+			return fault.New(fault.Unverified, fmt.Sprintf("%s is not a regular file", path), "")
 		}
 		names = append(names, filepath.ToSlash(name))
 		return nil

@@ -23,10 +23,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// debPackage is one Debian package. Its fields come from packages.lock and from the package's own control file.
+// debPackage is one Debian package. arch, sum, size and path come from packages.lock. control is the package's own
+// control file, which has name and version.
 type debPackage struct {
-	arch, sum string
-	size      int64
+	arch, sum string // sum is the SHA-256 in hex
+	size      int64  // in bytes
 	path      string // relative to an archive's base URL
 
 	file          string // path in the cache, after the download
@@ -66,7 +67,7 @@ func readLock(file string) ([]debPackage, error) {
 		if len(f) != 4 || err != nil || p.size <= 0 || p.size > maxPackageSize || !sumPattern.MatchString(p.sum) ||
 			!poolPattern.MatchString(p.path) || !filepath.IsLocal(p.path) || len(all) == maxPackages {
 			text := fmt.Sprintf("read %s: line %d is not architecture, SHA-256, size and path", file, n)
-			return nil, fault.New(fault.Usage, text, "write the list again: make release-packages")
+			return nil, fault.New(fault.Usage, text, "write packages.lock again: make release-packages")
 		}
 		all = append(all, p)
 	}
@@ -89,7 +90,7 @@ func aptArchives(ctx context.Context) ([]string, error) {
 	slices.Sort(all)
 	if all = slices.Compact(all); len(all) == 0 {
 		return nil, fault.New(fault.InputMissing, "find Debian packages: apt has no index of Debian",
-			"run apt-get update, or name an archive with -archive")
+			"run apt-get update, or name an archive with -archive URL")
 	}
 	return all, nil
 }
@@ -125,9 +126,10 @@ func (c *config) fetch(ctx context.Context, all []debPackage) error {
 	}
 	if len(missing) > 0 {
 		first := all[missing[0]].path
-		text := fmt.Sprintf("download %s: no archive has these bytes; %d packages are missing", first, len(missing))
-		return fault.New(fault.InputMissing, text,
-			"name with -archive an archive that keeps old versions, or write the list again: make release-packages")
+		text := fmt.Sprintf("download %s: no archive has a file with the SHA-256 of packages.lock; %d packages are missing",
+			first, len(missing))
+		return fault.New(fault.InputMissing, text, "name an archive that keeps old versions: -archive URL; or write "+
+			"packages.lock again with present versions: make release-packages")
 	}
 	for i := range all {
 		if err := all[i].readControl(ctx); err != nil {
@@ -154,8 +156,8 @@ func download(ctx context.Context, base string, all []debPackage, missing []int)
 			args = append(args, url, all[i].file+".part", "SHA256:"+all[i].sum)
 		}
 		if len(args) > 5 {
-			// apt-helper fails if one package is missing. The files that exist afterwards decide which ones are
-			// missing.
+			// apt-helper fails if the archive lacks one package of several. So download ignores the error, and checks
+			// afterwards which files exist.
 			_, _ = output(ctx, "", nil, "/usr/lib/apt/apt-helper", args...)
 			if ctx.Err() != nil {
 				return nil, context.Cause(ctx)
@@ -227,11 +229,11 @@ func (p *debPackage) readControl(ctx context.Context) (err error) {
 		}
 	}
 	if p.name == "" || p.version == "" {
-		return errors.New("control file without name or version")
+		return errors.New("the control file lacks the field Package or Version")
 	}
 	if arch != p.arch {
-		return fault.New(fault.Mismatch, fmt.Sprintf("the package is for %.40q; the list of packages says %q", arch, p.arch),
-			"write the list again: make release-packages")
+		return fault.New(fault.Mismatch, fmt.Sprintf("the package is for %.40q; packages.lock says %q", arch, p.arch),
+			"write packages.lock again: make release-packages")
 	}
 	return nil
 }
@@ -242,7 +244,8 @@ type rootFS struct {
 	tw *tar.Writer
 	// seen has an entry for each written name. The value is true for a folder.
 	seen map[string]bool
-	// certificates and masters are the files from which finish makes other files.
+	// certificates are the CA certificates, and masters are Debian's templates of passwd and group, both by path. finish
+	// makes other files from them.
 	certificates map[string][]byte
 	masters      map[string][]byte
 	status       bytes.Buffer
@@ -312,8 +315,8 @@ func (r *rootFS) file(name string, text []byte, mode int64) error {
 	return err
 }
 
-// place returns the path for a package's file. Folders such as /bin are links into usr since Debian 12, so place puts
-// their files below usr.
+// place returns the path in the root file system for a file of a package. Folders such as /bin are links into usr since
+// Debian 12, so place moves a file in /bin to usr/bin.
 func place(name string) string {
 	name = strings.TrimPrefix(path.Clean("/"+name), "/")
 	top, rest, _ := strings.Cut(name, "/")
@@ -324,7 +327,8 @@ func place(name string) string {
 	return name
 }
 
-// leftOut reports whether a file is documentation that nobody reads in a container. Licences are kept.
+// leftOut reports whether a file is left out of the image, because it is documentation that nobody reads in a
+// container. Licences are kept.
 func leftOut(name string) bool {
 	if rest, ok := strings.CutPrefix(name, "usr/share/doc/"); ok {
 		return strings.Contains(rest, "/") && path.Base(rest) != "copyright"
@@ -402,7 +406,7 @@ func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
 		}
 	case tar.TypeReg, tar.TypeSymlink:
 	default:
-		return fmt.Errorf("entry of type %q", h.Typeflag)
+		return fmt.Errorf("entry of type %q; want a file, a folder or a link", h.Typeflag)
 	}
 	r.seen[name] = h.Typeflag == tar.TypeDir
 	if err := r.tw.WriteHeader(h); err != nil {

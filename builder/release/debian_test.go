@@ -37,7 +37,7 @@ func entries(t *testing.T, text []byte) map[string]string {
 			t.Errorf("the tar has %s twice", h.Name)
 		}
 		if h.Uid != 0 || h.Gid != 0 || h.Uname != "" {
-			t.Errorf("%s is of %d:%d %q; want 0:0 and no name", h.Name, h.Uid, h.Gid, h.Uname)
+			t.Errorf("the owner of %s is %d:%d %q; want 0:0 and no name", h.Name, h.Uid, h.Gid, h.Uname)
 		}
 		switch h.Typeflag {
 		case tar.TypeReg:
@@ -121,7 +121,7 @@ func TestRootRefuses(t *testing.T) {
 	if err := c.fetch(t.Context(), other); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("fetch of a package for all as one for arm64 = %v; want %v", err, fault.Mismatch)
 	}
-	// An archive whose file has other bytes counts as an archive without the file.
+	// If the file in an archive has other bytes than packages.lock says, the archive counts as one without the file.
 	c.cache = t.TempDir()
 	if err := os.WriteFile(filepath.Join(c.archives[0], packages[0].path), []byte("other"), 0o600); err != nil {
 		t.Fatal(err)
@@ -176,7 +176,7 @@ func TestReadLockRefuses(t *testing.T) {
 	}
 }
 
-// TestLock checks that packages.lock has the form that packages.sh writes. The list must have all packages that the
+// TestLock checks that packages.lock has the form that packages.sh writes, and that it lists all packages that the
 // Dockerfile installs, for both architectures.
 func TestLock(t *testing.T) {
 	t.Parallel()

@@ -27,7 +27,8 @@ func (r *rootFS) keeper(name string) map[string][]byte {
 	return nil
 }
 
-// alternatives are the names that update-alternatives sets up for programs of Debian's essential packages.
+// alternatives are names of commands, each with the program that runs under this name. On an installed Debian,
+// maintainer scripts of essential packages set up these names with update-alternatives.
 var alternatives = []struct{ name, program string }{
 	{"awk", "usr/bin/mawk"},
 	{"nawk", "usr/bin/mawk"},

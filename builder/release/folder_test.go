@@ -24,8 +24,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// made is the release that the tests of this file read. make release-test makes a complete release. Otherwise the tests
-// make a small release of this tree.
+// made is the small release that the first test of this file makes from this tree, for all tests of the file. With
+// "make release-test", the tests read a complete release instead (see folder).
 var made = struct {
 	sync.Mutex
 	dir, all string
@@ -42,8 +42,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// folder returns the folder of the release, and whether the release is complete. PREBAKE_RELEASE names the folder of a
-// complete release.
+// folder returns the folder of the release, and whether the release is complete. "make release-test" makes a complete
+// release and names its folder in the environment variable PREBAKE_RELEASE.
 func folder(t *testing.T) (dir string, whole bool) {
 	t.Helper()
 	if dir := os.Getenv("PREBAKE_RELEASE"); dir != "" {
@@ -65,8 +65,8 @@ func folder(t *testing.T) (dir string, whole bool) {
 	return made.dir, false
 }
 
-// publicKey returns the public key in the release's folder. Tests may trust it. A user who got the release from
-// elsewhere must get the key in another way.
+// publicKey returns the public key in the release's folder. Tests may trust this key, because they made the release. A
+// user who got the release from elsewhere must get the key in another way.
 func publicKey(t *testing.T, dir string) []byte {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(dir, signatureDir, "*.pub"))
@@ -198,8 +198,8 @@ func module(t *testing.T, name, version, vermagic string) string {
 	return string(content)
 }
 
-// TestInstalls uses the programs of the folder only. TestInstalls packs a driver for a site without a network and
-// installs it.
+// TestInstalls checks that the programs of the release work together. With these programs only, it packs a driver for a
+// site without a network and installs the driver.
 func TestInstalls(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)
@@ -257,8 +257,8 @@ func TestInstalls(t *testing.T) {
 	}
 }
 
-// TestManifestsNameTheImages reads the images with skopeo and renders the manifests with kubectl. The manifests must
-// have the digests of the images.
+// TestManifestsNameTheImages reads the images with skopeo and renders the Kubernetes manifests with kubectl. The
+// rendered manifests must have the digests of the images.
 func TestManifestsNameTheImages(t *testing.T) {
 	t.Parallel()
 	dir, whole := folder(t)
@@ -284,7 +284,7 @@ func TestManifestsNameTheImages(t *testing.T) {
 			want = []string{"amd64", "arm64"}
 		}
 		if diff := cmp.Diff(want, arches); diff != "" {
-			t.Errorf("%s is for other architectures (-want +got):\n%s", im.name, diff)
+			t.Errorf("architectures of image %s (-want +got):\n%s", im.name, diff)
 		}
 	}
 	tools, err := output(t.Context(), "", nil, "../../deploy/kubernetes.sh")
@@ -300,21 +300,22 @@ func TestManifestsNameTheImages(t *testing.T) {
 		}
 		for name, want := range digests {
 			if !strings.Contains(string(rendered), "image: "+want+"\n") {
-				t.Errorf("overlay %s has no %s in the form %s", overlay, name, want)
+				t.Errorf("overlay %s does not have image %s by its digest: want %s", overlay, name, want)
 			}
 		}
 		if strings.Contains(string(rendered), imageHost+"fetcher:") {
-			t.Errorf("overlay %s has an image by its tag:\n%s", overlay, rendered)
+			t.Errorf("overlay %s has image fetcher by its tag; want its digest:\n%s", overlay, rendered)
 		}
 	}
 	text, err := os.ReadFile(filepath.Join(dir, "manifests/gce/cloud-init.yaml"))
 	if err != nil || !strings.Contains(string(text), digests["fetcher"]) {
-		t.Errorf("cloud-init.yaml without %s, %v", digests["fetcher"], err)
+		t.Errorf("cloud-init.yaml does not have image %s, %v", digests["fetcher"], err)
 	}
 }
 
-// inspectImage compares the image of one architecture with its Dockerfile. inspectImage also compares the programs in
-// the image with those of the folder.
+// inspectImage compares the image of one architecture with its description im. inspectImage also compares the programs
+// in the image with the programs in the release's folder. If the release is complete, inspectImage runs commands in the
+// builder's image, too.
 func inspectImage(t *testing.T, im image, dir, archive, arch string, whole bool) {
 	t.Helper()
 	to := filepath.Join(t.TempDir(), im.name+arch)
@@ -340,7 +341,7 @@ func inspectImage(t *testing.T, im image, dir, archive, arch string, whole bool)
 	}
 	entry := []string{"/usr/local/bin/" + im.name}
 	if config.Architecture != arch || config.Config.User != im.user || !cmp.Equal(config.Config.Entrypoint, entry) {
-		t.Errorf("%s for %s = %+v", im.name, arch, config)
+		t.Errorf("image %s for %s = %+v; want user %q and entry point %q", im.name, arch, config, im.user, entry)
 	}
 	last := filepath.Join(to, m.Layers[len(m.Layers)-1].Digest.Hex)
 	for _, name := range im.programs {
@@ -351,7 +352,7 @@ func inspectImage(t *testing.T, im image, dir, archive, arch string, whole bool)
 		}
 		outside, _, err := fileSum(filepath.Join(dir, platform(arch), name))
 		if err != nil || digestOf(inside) != "sha256:"+outside {
-			t.Errorf("%s for %s: %s is another one than in the folder, %v", im.name, arch, name, err)
+			t.Errorf("image %s for %s: program %s differs from the one in the release's folder, %v", im.name, arch, name, err)
 		}
 	}
 	if whole && im.debian && arch == runtime.GOARCH {

@@ -22,8 +22,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// image describes one of the images. A Dockerfile describes it too, for people who build that image alone. A test
-// compares the two.
+// image describes one container image of the release. Dockerfile.builder and Dockerfile.fetcher describe the same
+// images, for people who build only one of them. TestLock compares the list of Debian packages; nothing compares the
+// rest, so change both together.
 type image struct {
 	name string
 	// If debian is true, the image has all Debian packages; otherwise it has only the CA certificates of these
@@ -42,7 +43,7 @@ var images = []image{
 		programs: []string{"builder", "fetcher", "guestinit", "nvmlprobe"},
 	},
 	{name: "server", programs: []string{"server"}, user: "65532:65532", port: "8440/tcp"},
-	// The program takes the flags of Google's installer if it is started under the link's name.
+	// If fetcher is started under the name cos-gpu-installer, it takes the flags of Google's installer.
 	{
 		name: "fetcher", programs: []string{"fetcher", "nvmlprobe"},
 		links: map[string]string{"cos-gpu-installer": "/usr/local/bin/fetcher"},
@@ -54,13 +55,13 @@ const imagePath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 // madeImage describes an image that was written.
 type madeImage struct {
 	name string
-	// digest is the digest of the index. arches has the digest of the image of each architecture.
+	// digest is the digest of the index over all architectures. arches maps each architecture to its image's digest.
 	digest string
 	arches map[string]string
 }
 
-// buildImages writes an OCI archive for each image, with an index over the architectures. buildImages takes the
-// programs from dir. Nobody needs the files in work afterwards.
+// buildImages writes an OCI archive for each image, with an index over the architectures, below dir. buildImages takes
+// the programs from dir. work is a folder for temporary files, which nobody needs afterwards.
 func (c *config) buildImages(ctx context.Context, dir, work string, packages []debPackage) ([]madeImage, error) {
 	type bases struct{ debian, certificates v1.Layer }
 	layers := map[string]bases{}
@@ -267,7 +268,8 @@ func fromTar(file, name string) ([]byte, error) {
 	for {
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
-			return nil, fault.New(fault.Usage, "read packages: no file "+name, "list ca-certificates among the packages")
+			return nil, fault.New(fault.Usage, "read packages: no package has the file "+name,
+				"add ca-certificates to builder/release/packages.sh, then run: make release-packages")
 		}
 		if err != nil {
 			return nil, err

@@ -1,7 +1,7 @@
 // Command release makes a release of Prebake in one folder: programs, container images, manifests with the images'
 // digests, contents (SPDX), checksums, and a signed provenance statement. The same commit gives the same bytes, except
 // for the folder of signatures. The command refuses a source tree with uncommitted changes. The command also refuses a
-// Debian package that differs from the list.
+// Debian package whose SHA-256 differs from packages.lock.
 package main
 
 import (
@@ -29,7 +29,7 @@ type config struct {
 	date time.Time
 	// arches are the architectures, as GOARCH names them.
 	arches []string
-	// lock lists the Debian packages of the builder's image.
+	// lock is the path of the file that lists the Debian packages of the builder's image (packages.lock).
 	lock string
 	// archives are base URLs or folders that have these packages. If empty, the release uses the archives of this
 	// machine's apt.
@@ -40,7 +40,8 @@ type config struct {
 	key string
 	// builderID names in the provenance who made the release. builderID is a URI.
 	builderID string
-	// check examines the source again before the release is signed. nil skips this.
+	// check returns an error if the source has changed since the release began. It is called before the release is
+	// signed. With nil, nothing is checked.
 	check func(context.Context) error
 	// say prints progress for a person.
 	say func(format string, args ...any)

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// testCommit is the commit in test releases. No such commit exists.
+// testCommit is the commit that test releases name. No such commit exists.
 var testCommit = strings.Repeat("c", 40)
 
 // debFile makes a Debian package with dpkg-deb and puts it into an archive. debFile returns the package's line for

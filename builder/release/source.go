@@ -39,7 +39,7 @@ func (c *config) git(ctx context.Context, args ...string) (string, error) {
 
 // head returns the commit of the source. head refuses a source tree that differs from the commit.
 func (c *config) head(ctx context.Context) (string, error) {
-	// The user's own git settings may hide new files.
+	// The user's own git settings may hide new files, so the command ignores the user's list of ignored files.
 	changes, err := c.git(ctx, "-c", "core.excludesFile=/dev/null", "status", "--porcelain", "--untracked-files=all",
 		"--ignore-submodules=none")
 	if err != nil {
@@ -108,8 +108,9 @@ func (c *config) goVersion(ctx context.Context) (string, error) {
 	return "go" + strings.TrimSpace(string(out)), err
 }
 
-// sameGo returns an error if this program was compiled with another Go than go.mod names. This program compresses the
-// layers of the images with its own Go library, and another Go release may give other bytes.
+// sameGo returns an error if running, the Go release that compiled this program, is not the one that go.mod names. This
+// program compresses the images' layers with the standard library of that Go release, and another Go release may give
+// other bytes.
 func (c *config) sameGo(ctx context.Context, running string) error {
 	want, err := c.goVersion(ctx)
 	if err == nil && running != want {
@@ -165,7 +166,7 @@ func (c *config) buildPrograms(ctx context.Context, dir string) error {
 			_, err := output(ctx, c.source, env, "go", "build", "-buildvcs=false",
 				"-ldflags", "-s -w -X main.version="+c.version, "-o", filepath.Join(to, p.name), p.pkg)
 			if err != nil {
-				return fault.Wrap(fault.Internal, err, "install the missing program: deploy/setup.sh build run arm64")
+				return fault.Wrap(fault.Internal, err, "if a program is missing, run: deploy/setup.sh build run arm64")
 			}
 			if err := os.Chmod(filepath.Join(to, p.name), 0o755); err != nil {
 				return err

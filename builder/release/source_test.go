@@ -97,7 +97,7 @@ func TestOfCommit(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "x"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// A change that the user's own git settings hide counts as a change, too.
+	// A new file counts as a change, even if the user's own git settings hide the file.
 	hide := filepath.Join(t.TempDir(), "hide")
 	if err := os.WriteFile(hide, []byte("x\n"), 0o600); err != nil {
 		t.Fatal(err)

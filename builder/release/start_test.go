@@ -37,7 +37,7 @@ func starts(t *testing.T, copied string, layers []v1.Descriptor) {
 		"--bind", root, "/", "--dev-bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev", "--tmpfs", "/tmp", "--clearenv",
 		"--setenv", "PATH", "/usr/local/bin:/usr/bin:/bin", "--setenv", "HOME", "/nonexistent",
 	}
-	if os.Geteuid() == 0 { // run as the image's user
+	if os.Geteuid() == 0 { // root must run the commands as the image's user
 		inside = append(inside, "setpriv", "--reuid", "65532", "--regid", "65532", "--clear-groups")
 	}
 	for name, row := range map[string]struct {
@@ -46,8 +46,8 @@ func starts(t *testing.T, copied string, layers []v1.Descriptor) {
 	}{
 		"sandbox": {sandboxed, []string{"42\n"}},
 		"doctor":  {"builder doctor --cache /tmp/cache 2>&1 || true", []string{"ok    qemu amd64 "}},
-		// The machine has a network card. The card needs a boot ROM. It comes from a Debian package that is easily
-		// missing from the list.
+		// With a network card, QEMU starts only if the card's boot ROM exists. The boot ROM is in a Debian package of its
+		// own, which somebody may forget in packages.lock.
 		"qemu": {
 			"echo quit | qemu-system-x86_64 -accel tcg -machine q35 -display none -S -netdev user,id=n " +
 				"-device virtio-net-pci,netdev=n -monitor stdio",

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// check compares every file of a release with its checksum. check also verifies that one of the given keys signed the
-// checksums. check returns the id of that key.
+// check compares every file of a release with its checksum. check also verifies that one of the given public keys (PEM)
+// signed the checksums, and returns the id of that key. If anything is wrong, the error is [fault.Unverified].
 func check(dir string, keys []byte) (signer string, err error) {
 	if signer, err = checkAll(dir, keys); err != nil {
 		err = fault.Wrap(fault.Unverified, fmt.Errorf("verify release %s: %w", dir, err),
@@ -49,7 +49,7 @@ func checkAll(dir string, keys []byte) (string, error) {
 		return "", err
 	}
 	if !statement.About(digestOf(text)) {
-		return "", fmt.Errorf("%s is not what was signed", sumsFile)
+		return "", fmt.Errorf("%s does not have the digest in the signed statement", sumsFile)
 	}
 	if err := samePayload(raw, filepath.Join(dir, provenanceFile)); err != nil {
 		return "", err
@@ -58,7 +58,7 @@ func checkAll(dir string, keys []byte) (string, error) {
 	for line := range strings.Lines(string(text)) {
 		sum, name, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "  ")
 		if !ok || !sumPattern.MatchString(sum) || !filepath.IsLocal(name) {
-			return "", fmt.Errorf("%s has the line %.200q", sumsFile, line)
+			return "", fmt.Errorf("%s: line %.200q; want a SHA-256, two spaces and a path in the release", sumsFile, line)
 		}
 		listed[name] = sum
 	}
@@ -86,7 +86,8 @@ func checkAll(dir string, keys []byte) (string, error) {
 	return statement.KeyID, nil
 }
 
-// samePayload returns an error if a file is not the payload of the signature.
+// samePayload returns an error if a file does not have the bytes that were signed. signature is the Sigstore bundle,
+// which contains these bytes.
 func samePayload(signature []byte, file string) error {
 	var bundle struct {
 		Envelope struct {
@@ -98,7 +99,7 @@ func samePayload(signature []byte, file string) error {
 	}
 	text, err := os.ReadFile(file)
 	if err == nil && !bytes.Equal(text, bundle.Envelope.Payload) {
-		err = fmt.Errorf("%s is not what was signed", filepath.Base(file))
+		err = fmt.Errorf("%s differs from the signed statement", filepath.Base(file))
 	}
 	return err
 }

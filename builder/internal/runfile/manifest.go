@@ -12,8 +12,8 @@ import (
 	"strings"
 )
 
-// maxManifest and maxField are limits in bytes, and maxEntries limits the number of entries. Real manifests have about
-// 1,000 lines. headerLines is the number of lines before the first entry.
+// maxManifest and maxField limit the sizes of a manifest and of a path, in bytes. maxEntries limits the number of
+// entries. Real manifests have about 1,000 lines. headerLines is the number of lines before the first entry.
 const (
 	maxManifest = 4 << 20
 	maxEntries  = 50_000
@@ -25,7 +25,9 @@ const (
 type Entry struct {
 	// Path is the path of the file in the archive. For a link, it is the name of the link.
 	Path string
+	// Mode has the permission bits only, without setuid and setgid.
 	Mode fs.FileMode
+	// Type is NVIDIA's word for the kind of file, such as CUDA_LIB.
 	Type string
 	// Compat32 is true for files of 32-bit programs.
 	Compat32 bool
@@ -42,14 +44,15 @@ type Entry struct {
 // Manifest is a parsed .manifest.
 type Manifest struct {
 	Product, Version string
-	// Settings are lines 3 to 8, which NVIDIA's installer reads.
+	// Settings are lines 3 to 8. NVIDIA's installer reads these lines, and Prebake does not use them.
 	Settings []string
 	Entries  []Entry
 	// Unknown counts the lines of each type that this package does not know.
 	Unknown map[string]int
 }
 
-// shape says which fields follow name, mode and type.
+// shape says which fields follow name, mode and type in a line of the manifest. The source of the format is the
+// function parse_manifest in install-from-cwd.c of https://github.com/NVIDIA/nvidia-installer.
 type shape struct {
 	class  bool // NATIVE or COMPAT32
 	subdir bool
@@ -86,12 +89,13 @@ var (
 	}
 )
 
-// entryLine matches name, mode, type and the other fields. A name may contain blanks. The name ends before the mode and
-// the type, which is a word in capitals.
+// entryLine matches name, mode, type and the other fields. A name may contain blanks, so the mode (digits) and the type
+// (a word in capitals) after the name show where the name ends.
 var entryLine = regexp.MustCompile(`^\s*(\S.*?)\s+([0-9]+)\s+([A-Z][A-Z0-9_]*)(\s.*)?$`)
 
 // ParseManifest reads a .manifest. ParseManifest counts and skips lines of unknown types, because every new branch adds
-// types. A line of a known type that lacks a field, or that names a path outside the archive, is an error.
+// types. If a line of a known type lacks a field, or has a path that leads out of the archive, the error is
+// [fault.Unverified].
 func ParseManifest(r io.Reader) (*Manifest, error) {
 	lines := bufio.NewScanner(io.LimitReader(r, maxManifest+1))
 	lines.Buffer(make([]byte, 0, 4096), 8*maxField)
@@ -157,8 +161,8 @@ func (m *Manifest) line(text string) error {
 }
 
 // fill reads the fields after the type. KEY:VALUE fields come after the fields with a fixed position. The exception is
-// INHERIT_PATH_DEPTH:n, which takes the place of a subdir. The subdir then consists of the path's own folders without
-// the first n.
+// INHERIT_PATH_DEPTH:n, which stands in the position of the subdir. The subdir is then the folder of the file's own
+// path without its first n parts.
 func (e *Entry) fill(s shape, fields []string) error {
 	next := func(what string) (string, error) {
 		if len(fields) == 0 {

@@ -36,7 +36,8 @@ type Header struct {
 	Format archive.Format
 }
 
-// Payload reads the script of a runfile and returns a reader for the compressed tar after it.
+// Payload reads the script of a runfile and returns a reader for the compressed tar after the script. If the file has
+// no such script or no such tar, the error is [fault.Unverified].
 //
 // The number in skip= has two meanings. In NVIDIA's files it is the line at which the payload begins. In files of the
 // original makeself it is the last line of the script. Payload tries both, and the bytes at each position decide.
@@ -84,7 +85,7 @@ func Payload(r io.Reader) (io.Reader, Header, error) {
 }
 
 func peekFormat(br *bufio.Reader) archive.Format {
-	head, _ := br.Peek(512) // a short payload is decided by the bytes that exist
+	head, _ := br.Peek(512) // if the payload is shorter, Peek returns the bytes that exist, and they decide
 	return archive.Detect(head)
 }
 

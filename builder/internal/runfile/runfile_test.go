@@ -72,7 +72,7 @@ func TestPayload(t *testing.T) {
 		skip   int
 	}{
 		{"skip names the payload's line, as NVIDIA writes it", script("skip=41", 40), archive.XZ, 41},
-		{"zstd behind the same", script("skip=41", 40), archive.Zstd, 41},
+		{"zstd after the same script", script("skip=41", 40), archive.Zstd, 41},
 		{"skip names the script's last line, as makeself writes it", script(`skip="40"`, 40), archive.Gzip, 40},
 		{"quoted, the payload's line", script(`skip="41"`, 40), archive.Zstd, 41},
 		{"single quotes", script(`skip='40'`, 40), archive.XZ, 40},
@@ -277,7 +277,7 @@ func FuzzPayload(f *testing.F) {
 		}
 		rest, err := io.ReadAll(body)
 		if err != nil || !bytes.Equal(rest, data[h.Offset:]) {
-			t.Errorf("payload is %d bytes, %v; want the %d behind offset %d", len(rest), err, len(data)-int(h.Offset), h.Offset)
+			t.Errorf("payload is %d bytes, %v; want the %d after offset %d", len(rest), err, len(data)-int(h.Offset), h.Offset)
 		}
 		if got := archive.Detect(rest); got != h.Format || got == "" {
 			t.Errorf("payload is %q; header says %q", got, h.Format)
@@ -297,7 +297,7 @@ func FuzzParseManifest(f *testing.F) {
 		for _, e := range m.Entries {
 			for _, p := range []string{e.Path, e.Subdir, e.Target} {
 				if p != "" && !filepath.IsLocal(p) {
-					t.Errorf("entry %+v leads out", e)
+					t.Errorf("entry %+v has a path that leads out of the archive", e)
 				}
 			}
 			if e.Mode&^0o777 != 0 {

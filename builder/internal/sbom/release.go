@@ -23,8 +23,7 @@ type Whole struct {
 	Parts   []Part
 }
 
-// Part is something that a program or image contains: a program, a Go module or a Debian package. A part that is given
-// twice is listed once.
+// Part is something that a program or image contains: a program, a Go module or a Debian package.
 type Part struct {
 	Name, Version string
 	// Digest is "sha256:" and the hash of the part's file. Empty means unknown.
@@ -35,7 +34,8 @@ type Part struct {
 	Licence string
 }
 
-// Release returns the SPDX document of a program or image. The same input gives the same bytes.
+// Release returns the SPDX document of a program or image, as JSON. If Parts has the same part twice, the document
+// lists the part once. The same input gives the same bytes.
 func Release(w Whole) ([]byte, error) {
 	sum, ok := strings.CutPrefix(w.Digest, "sha256:")
 	if !ok || len(sum) != 2*sha256.Size {
@@ -73,7 +73,7 @@ func Release(w Whole) ([]byte, error) {
 	whole := add("Whole", Part{Name: w.Name, Version: w.Version, Digest: w.Digest, Licence: "Apache-2.0"})
 	whole.PrimaryPackagePurpose = w.Purpose
 	if w.Purpose == "CONTAINER" {
-		whole.PackageLicenseDeclared = noAssertion // the Debian packages in it have their own licences
+		whole.PackageLicenseDeclared = noAssertion // the Debian packages in the image have their own licences
 	}
 	d.relate("DOCUMENT", common.TypeRelationshipDescribe, "Whole")
 	seen := map[Part]bool{}

@@ -49,7 +49,7 @@ func TestRelease(t *testing.T) {
 		t.Errorf("%d packages (-want +got):\n%s", len(d.Packages), diff)
 	}
 	if d.CreationInfo.Created != "2026-01-02T02:04:05Z" {
-		t.Errorf("the document is of %s; want the release's time in UTC", d.CreationInfo.Created)
+		t.Errorf("the document's time is %s; want the release's time in UTC", d.CreationInfo.Created)
 	}
 	whole.Digest = "latest"
 	if raw, err := sbom.Release(whole); err == nil {

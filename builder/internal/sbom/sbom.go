@@ -1,10 +1,11 @@
 // Package sbom writes the contents of an artifact as an SPDX 2.3 document: NVIDIA's runfile, the kernel's header tree,
 // the toolchain, and every module with the inputs that it was made from. The same facts give the same bytes. The
-// package refuses to guess: the licence of an input is NOASSERTION unless somebody has read it.
+// package refuses to guess licences: it names the licences of the runfile and of the kernel's headers, which a person
+// has read. All other inputs get NOASSERTION, SPDX's word for "no statement".
 package sbom
 
 import (
-	"crypto/sha1" //nolint:gosec // SPDX 2.3 (8.4) demands it of every file; nothing is decided by it
+	"crypto/sha1" //nolint:gosec // SPDX 2.3 (8.4) requires a SHA-1 of every file; Prebake decides nothing by it
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -36,7 +37,7 @@ type Facts struct {
 	// Materials are the build's inputs, as provenance names them.
 	Materials []sign.Material
 	Layers    []bundle.Layer
-	// Modules maps the names of the modules, with or without .ko, to the paths of the published files.
+	// Modules maps the names of the modules, with or without .ko, to the paths of the module files on this machine.
 	Modules map[string]string
 	// Created is the document's time. Zero means 1970, as in all other parts of an artifact. The time of a clock would
 	// make each document different.
@@ -50,7 +51,8 @@ const (
 	licenceKernel = "GPL-2.0-only" // the kernel's COPYING, for the kernel as a whole
 )
 
-// JSON returns the document.
+// JSON returns the SPDX document in JSON. The materials must have a runfile and kernel headers, and the layers must
+// have a layer of modules.
 func JSON(f Facts) ([]byte, error) {
 	raw, err := build(f)
 	if err != nil {
@@ -105,7 +107,8 @@ const artifact = "Artifact"
 type document struct {
 	spdx.Document
 	facts Facts
-	// These are the ids of the inputs, grouped by their use in a module.
+	// driver has the ids of the runfile, and kernel those of the kernel's headers. tools has the ids of all other inputs,
+	// which count as build tools.
 	driver, kernel, tools []common.ElementID
 }
 
@@ -231,7 +234,7 @@ func sha256Sum(sum string) []common.Checksum {
 
 // location returns a URI as SPDX's download location, or NOASSERTION if there is no usable URI.
 func location(uri string) string {
-	if uri == "" || strings.HasPrefix(uri, "file:") { // a file URI of this machine means nothing on another one
+	if uri == "" || strings.HasPrefix(uri, "file:") { // a file URI of this machine means nothing on other machines
 		return noAssertion
 	}
 	return uri

@@ -7,8 +7,8 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 )
 
-// About makes a statement with a predicate of the given type about the bytes with this digest. name is for people to
-// read.
+// About makes a statement with a predicate of the given type about the bytes with this digest. name tells people what
+// the bytes are; no program compares it.
 func About(name, digest, predicateType string, predicate any) (Statement, error) {
 	s, err := about(name, digest, predicateType, predicate)
 	if err != nil {

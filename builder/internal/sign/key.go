@@ -1,6 +1,7 @@
-// Package sign has all code that uses private keys. The package loads a signing key from a file or a KMS, or gets
-// certificates for short-lived keys. The package makes the statements about an artifact and signs them into Sigstore
-// bundles. The package refuses to publish, to verify for other packages, and to export a private key.
+// Package sign has all code that uses private keys. The package loads a signing key from a file or a KMS, or makes
+// short-lived keys and gets certificates for them. The package makes the statements about an artifact, signs each
+// statement, and returns statement and signature as a Sigstore bundle. The package refuses to publish, to verify for
+// other packages, and to export a private key.
 package sign
 
 import (
@@ -25,9 +26,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Signer signs statements with one key, or without a key of its own (keyless signing). The key is in a file or a KMS,
-// and of a kind that [trust.PublicKey] lists. In keyless signing, short-lived keys sign, and a certificate for each key
-// names the person or service that signs.
+// Signer signs statements in one of two ways. It signs with one lasting key in a file or a KMS, of a kind that
+// [trust.PublicKey] lists. Or it signs keyless: with short-lived keys, each with a certificate that names the person or
+// service that signs.
 type Signer struct {
 	sv      signature.Signer
 	pub     crypto.PublicKey
@@ -105,7 +106,7 @@ func fromFile(path string, l loading) (*Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	// NewPublicKey comes first, because its error names the supported kinds of keys.
+	// NewPublicKey comes before LoadDefaultSigner, because its error names the supported kinds of keys.
 	if _, err := trust.NewPublicKey(private.Public()); err != nil {
 		return nil, err
 	}
@@ -150,7 +151,7 @@ func (s *Signer) String() string {
 // Verifier returns a verifier that trusts this signer only, as [Signer.Policy] says.
 func (s *Signer) Verifier() (*trust.Verifier, error) { return trust.NewVerifier(s.Policy()) }
 
-// PublicPEM returns the public key in PEM, the form in which a node's configuration has keys.
+// PublicPEM returns the public key in PEM. A node's configuration has keys in this form.
 func (s *Signer) PublicPEM() ([]byte, error) { return cryptoutils.MarshalPublicKeyToPEM(s.pub) }
 
 func (s *Signer) sign(ctx context.Context, data []byte) ([]byte, error) {

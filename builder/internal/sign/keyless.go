@@ -21,31 +21,32 @@ import (
 )
 
 // PrefixKeyless begins a reference that names a Sigstore signing configuration instead of a key. The configuration
-// names the certificate authority and the timestamp authorities.
+// names the certificate authority, and the timestamp authorities and logs that prove the time of a signature.
 const PrefixKeyless = "keyless:"
 
-// WithIdentity is the option that keyless signing needs. LoadSigner and Bundle call token to get an identity token
-// whenever they need a new certificate. Signatures and certificates must verify against root.
+// WithIdentity is the option that keyless signing needs. LoadSigner and Bundle call token whenever they need a new
+// certificate; token returns an OpenID Connect token, which names the signer to the certificate authority. Signatures
+// and certificates must verify against root.
 func WithIdentity(root *trust.Root, token func() ([]byte, error)) Option {
 	return func(l *loading) { l.root, l.token = root, token }
 }
 
-// margin is the time before a certificate's expiry from which the certificate is not used any more. The time stamp of a
-// signature must lie within the certificate's lifetime.
+// margin keeps a signature's time stamp within the lifetime of the certificate: a certificate that expires in less than
+// margin signs nothing more.
 const margin = time.Minute
 
 const (
 	maxSigningConfig = 1 << 20
-	tries            = 3 // how often a service that is too busy is tried
+	tries            = 3 // how often sigstore-go repeats a request that a service answered with an HTTP 5xx status
 )
 
-// keyless signs with short-lived keys. Each key is used for as long as its certificate is valid.
+// keyless signs with short-lived keys. Each key signs until its certificate is about to expire (see margin).
 type keyless struct {
 	ca           *sgsign.Fulcio
 	timestampers []*sgsign.TimestampAuthority
 	logs         []sgsign.Transparency
 	token        func() ([]byte, error)
-	policy       trust.Policy // trusts the identity that the first certificate named
+	policy       trust.Policy // trusts the person or service that the first certificate named
 
 	mu      sync.Mutex
 	keypair sgsign.Keypair
@@ -58,15 +59,15 @@ func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) 
 		return nil, fault.New(fault.Usage, "keyless signing needs a trusted root and an identity token",
 			"add --trusted-root FILE and --identity-token FILE")
 	}
-	text, err := readFile(path, maxSigningConfig, "write one with: cosign signing-config create")
+	text, err := readFile(path, maxSigningConfig, "write a signing configuration with: cosign signing-config create")
 	if err != nil {
 		return nil, err
 	}
 	k := &keyless{token: l.token}
 	if err := k.services(text, time.Now()); err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("signing configuration: %w", err),
-			"give a Sigstore signing_config.json with a certificate authority and a timestamp authority or a log: cosign "+
-				"signing-config create writes one")
+			"give a Sigstore signing_config.json with a certificate authority, and with a timestamp authority or a log; cosign "+
+				"signing-config create writes such a file")
 	}
 	_, leaf, err := k.certified(ctx)
 	if err != nil {
@@ -85,7 +86,7 @@ func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) 
 	return &Signer{keyless: k}, nil
 }
 
-// services selects the services of the signing configuration that are valid at this time.
+// services parses a signing configuration and selects the services in it that are valid at the time now.
 func (k *keyless) services(text []byte, now time.Time) error {
 	raw, err := root.NewSigningConfigProtobuf(text)
 	if err != nil {
@@ -123,7 +124,8 @@ func (k *keyless) services(text []byte, now time.Time) error {
 	return nil
 }
 
-// several selects as many services of one kind as the configuration requires.
+// several selects as many services of one kind as the configuration requires. It returns nil if the configuration has
+// no service of this kind.
 func several(kind string, want *prototrust.ServiceConfiguration, all []root.Service, versions []uint32,
 	now time.Time) ([]root.Service, error) {
 	if len(all) == 0 {
@@ -168,23 +170,25 @@ func (k *keyless) certified(ctx context.Context) (sgsign.Keypair, *x509.Certific
 	return fresh, leaf, nil
 }
 
-// options returns the key for the next signature. options also returns the certificate, which proves the signer's
-// identity, and the services that prove the time.
+// options returns the key for the next signature. options also returns the certificate, which names the signer, and the
+// services that prove the time of the signature.
 func (k *keyless) options(ctx context.Context) (sgsign.Keypair, sgsign.BundleOptions, error) {
 	key, leaf, err := k.certified(ctx)
 	return key, sgsign.BundleOptions{Context: ctx, CertificateProvider: issued{leaf}, TimestampAuthorities: k.timestampers,
 		TransparencyLogs: k.logs}, err
 }
 
-// issued gives the bundle library a certificate that the authority has issued before.
+// issued gives the bundle library a certificate that the authority has issued already, so that the library asks for no
+// other one.
 type issued struct{ leaf *x509.Certificate }
 
 func (i issued) GetCertificate(context.Context, sgsign.Keypair, *sgsign.CertificateProviderOptions) ([]byte, error) {
 	return i.leaf.Raw, nil
 }
 
-// explainService distinguishes two kinds of errors: a wrong token or setting, and a service that may work the next
-// time. As in explain, only the texts of the errors differ.
+// explainService gives an error of a service its kind. The error is [fault.Usage] for a wrong token or setting, and
+// [fault.Transient] for a service that may work the next time. Like explain, explainService compares error texts,
+// because the libraries have no error types for this.
 func explainService(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -219,7 +223,7 @@ func readFile(path string, most int64, hint string) ([]byte, error) {
 		return nil, err
 	}
 	if int64(len(text)) > most {
-		return nil, fault.Errorf(fault.Usage, "more than %d bytes", most)
+		return nil, fault.Errorf(fault.Usage, "the file has more than %d bytes", most)
 	}
 	return text, nil
 }

@@ -44,9 +44,10 @@ func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerif
 	return sv, pub, nil
 }
 
-// explain distinguishes two kinds of errors. Wrong arguments and credentials stay wrong until somebody corrects them. A
-// service may answer the next time. The libraries have no error types for that, so explain compares error texts. Any
-// unknown text counts as an error of the service.
+// explain gives an error of a KMS its kind. The error is [fault.Usage] for wrong arguments and credentials, which stay
+// wrong until somebody corrects them. It is [fault.Transient] for a service that may answer the next time. The
+// libraries have no error types for this, so explain compares error texts. Any unknown text counts as an error of the
+// service.
 func explain(err error) error {
 	for _, known := range []struct{ text, hint string }{
 		{"kms specification", hintRefs},
@@ -85,8 +86,9 @@ func fromKMS(ctx context.Context, ref string) (*Signer, error) {
 	return newSigner(sv, pub)
 }
 
-// OpenKey opens a key of any kind by file or URI, as in [LoadSigner]. The key is for signatures of other things than
-// statements, such as kernel modules. The key works until ctx ends.
+// OpenKey opens a key that signs other things than statements, such as kernel modules. ref is the path of a PEM file or
+// a KMS URI, as in [LoadSigner]. Unlike LoadSigner, OpenKey accepts any kind of key that can sign. The key works until
+// ctx ends.
 func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, error) {
 	key, err := func() (crypto.Signer, error) {
 		if !strings.Contains(ref, "://") {
@@ -96,7 +98,7 @@ func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, er
 		if err != nil {
 			return nil, err
 		}
-		// After an error, Public returns nil and Sign returns the error.
+		// The function for errors can be empty: after an error, key.Public returns nil and key.Sign returns the error.
 		key, _, err := sv.CryptoSigner(ctx, func(error) {})
 		if err == nil && key.Public() == nil {
 			err = errors.New("no public key")

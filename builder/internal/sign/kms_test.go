@@ -173,7 +173,7 @@ func TestVault(t *testing.T) {
 	}
 	if _, err := sign.LoadSigner(t.Context(), "hashivault:///a/b"); !fault.Is(err, fault.Usage) ||
 		!strings.Contains(fault.Hint(err), "hashivault://KEY") {
-		t.Errorf("LoadSigner(bad name) = %v, hint %q; want how to name it", err, fault.Hint(err))
+		t.Errorf("LoadSigner(bad name) = %v, hint %q; want a hint with the form of a key's name", err, fault.Hint(err))
 	}
 	t.Setenv("VAULT_TOKEN", "s.wrong")
 	if _, err := sign.LoadSigner(t.Context(), "hashivault://drivers"); !fault.Is(err, fault.Usage) ||
@@ -193,11 +193,11 @@ func TestGoogleWithoutCredentials(t *testing.T) {
 	t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", filepath.Join(t.TempDir(), "none"))
 	_, err := sign.LoadSigner(t.Context(), "gcpkms://projects/p/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1")
 	if !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "GOOGLE_APPLICATION_CREDENTIALS") {
-		t.Errorf("LoadSigner = %v, hint %q; want usage, and how to give credentials", err, fault.Hint(err))
+		t.Errorf("LoadSigner = %v, hint %q; want usage, and a hint about credentials", err, fault.Hint(err))
 	}
 	if _, err := sign.LoadSigner(t.Context(), "gcpkms://x"); !fault.Is(err, fault.Usage) ||
 		!strings.Contains(fault.Hint(err), "gcpkms://projects/") {
-		t.Errorf("LoadSigner(bad name) = %v, hint %q; want how to name it", err, fault.Hint(err))
+		t.Errorf("LoadSigner(bad name) = %v, hint %q; want a hint with the form of a key's name", err, fault.Hint(err))
 	}
 }
 
@@ -225,6 +225,6 @@ func TestPlugin(t *testing.T) {
 	}
 	if _, err := sign.LoadSigner(t.Context(), "filekey:///none"); !fault.Is(err, fault.Transient) ||
 		!strings.Contains(err.Error(), "no such file") {
-		t.Errorf("LoadSigner(plugin that fails) = %v; want its words", err)
+		t.Errorf("LoadSigner(plugin that fails) = %v; want the plugin's error text", err)
 	}
 }

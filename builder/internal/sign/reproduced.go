@@ -8,14 +8,14 @@ import (
 
 // ReproducedFacts is the content of a reproduction statement, in addition to the cell.
 type ReproducedFacts struct {
-	// By is a URI that names who reproduced the artifact. Builder names who built it first.
+	// By is a URI that names who reproduced the artifact. Builder is a URI that names who built the artifact first.
 	By, Builder string
-	// Recipes are the build methods that were used.
+	// Recipes maps each step of the build, such as "compile", to the version of the method that the rebuild used.
 	Recipes map[string]string
 }
 
-// Reproduced states "rebuilt, identical" about the artifact with this manifest digest. No statement exists for another
-// result.
+// Reproduced states "rebuilt, identical" about the artifact with this manifest digest. A rebuild with another result
+// gets no statement.
 func Reproduced(digest string, built trust.Parameters, f ReproducedFacts) (Statement, error) {
 	predicate, err := toStruct(map[string]any{
 		"result": "identical", "rebuilder": map[string]string{"id": f.By}, "builder": map[string]string{"id": f.Builder},

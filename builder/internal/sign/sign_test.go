@@ -151,7 +151,7 @@ func TestProvenanceIsStable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// protojson varies its white space on purpose.
+	// protojson varies its white space on purpose, so one comparison would prove nothing.
 	for range 20 {
 		again, err := sign.Provenance(s.Digest, facts(s))
 		if err != nil || string(one.JSON()) != string(again.JSON()) {
@@ -230,7 +230,7 @@ func TestGenerateKeyNeverOverwrites(t *testing.T) {
 		t.Error("GenerateKey overwrote a file")
 	}
 	if _, err := os.Stat(other + ".pub"); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("GenerateKey failed and left its public half: %v", err)
+		t.Errorf("GenerateKey failed and left the public key: %v", err)
 	}
 }
 

@@ -45,8 +45,8 @@ type BuildFacts struct {
 	Started, Finished time.Time
 	// LogDigest is the digest of the build log. If empty, it is left out.
 	LogDigest string
-	// Facts are further facts about how the artifact was made, such as recipes and vermagic. They become the internal
-	// parameters of the provenance.
+	// Facts are further facts about how the artifact was made, such as the vermagic and the versions of the build methods.
+	// They become the internal parameters of the provenance.
 	Facts map[string]string
 }
 
@@ -132,8 +132,8 @@ func newStatement(digest string, d target.Driver, predicateType string, predicat
 	return statementOf("nvidia-"+d.String(), digest, predicateType, body)
 }
 
-// marshal prints a message as JSON without the random white space of protojson. protojson adds this white space so that
-// nobody compares its output byte by byte.
+// marshal prints a message as JSON, so that equal messages give equal bytes. protojson adds random white space, so that
+// nobody relies on the bytes of its output; marshal removes this white space.
 func marshal(m proto.Message) ([]byte, error) {
 	raw, err := protojson.Marshal(m)
 	if err != nil {
@@ -204,14 +204,14 @@ func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 		return nil, err
 	}
 	if _, err := verifier.Statement(raw); err != nil {
-		// If a KMS key was replaced in the meantime, the next try names the new key.
+		// Somebody may have replaced the key in the KMS after it was loaded. The next try loads the new key.
 		kind := fault.Transient
 		if s.keyless != nil {
-			// The trusted root belongs to other services, or the new token names somebody else. A retry changes
-			// neither.
+			// The trusted root belongs to other services, or the new token names another signer. A retry would fail in
+			// the same way.
 			kind = fault.Usage
 		}
-		return nil, fault.Wrap(kind, fmt.Errorf("verify what was signed: %w", err), "")
+		return nil, fault.Wrap(kind, fmt.Errorf("verify the new signature: %w", err), "")
 	}
 	return raw, nil
 }

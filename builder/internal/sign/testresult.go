@@ -16,16 +16,17 @@ import (
 // TestFacts is the content of a test result.
 type TestFacts struct {
 	Driver target.Driver
-	// LoadTest is the verdict with the observations behind it. Its kernel log is cut to the last [MaxTestLog] bytes.
+	// LoadTest is the verdict with the observations behind it. TestResult keeps only the last [MaxTestLog] bytes of the
+	// kernel's log.
 	LoadTest trust.LoadTest
-	// Static names the static checks that passed. An artifact that fails one of them is not load-tested.
+	// Static names the static checks that passed. An artifact that fails a static check is not load-tested.
 	Static []string
 	// Warnings are lines of the kernel's log that a person should read even if the test passed.
 	Warnings []string
-	// Configuration names by digest what the test used, such as the boot image. TestResult itself adds the kernel of
-	// the COS build.
+	// Configuration names the files that the test used, such as the boot image, with their digests. TestResult adds the
+	// kernel to this list.
 	Configuration []Material
-	// URL is the address of the run for people. URL may be empty.
+	// URL is the address of a page about the test, for people. URL may be empty.
 	URL string
 }
 
@@ -132,7 +133,7 @@ func SBOM(digest string, d target.Driver, doc []byte) (Statement, error) {
 			return Statement{}, err
 		}
 		if !strings.HasPrefix(head.Version, "SPDX-2.") {
-			return Statement{}, fmt.Errorf("spdxVersion %.40q: want 2", head.Version)
+			return Statement{}, fmt.Errorf("spdxVersion %.40q: want SPDX-2.x", head.Version)
 		}
 		body := &structpb.Struct{}
 		if err := body.UnmarshalJSON(doc); err != nil {
@@ -146,7 +147,8 @@ func SBOM(digest string, d target.Driver, doc []byte) (Statement, error) {
 	return s, nil
 }
 
-// lines limits the number and length of lines that come from elsewhere, such as a kernel log.
+// lines shortens a list of lines that come from elsewhere, such as a kernel's log: at most maxTestLines lines, each cut
+// by oneLine. If lines are left out, the last line says how many.
 func lines(texts []string) []string {
 	var all []string
 	for i, text := range texts {

@@ -118,7 +118,7 @@ func TestTestResultIsBounded(t *testing.T) {
 	}
 	st, err := sign.TestResult(s.Digest, f)
 	if err != nil || len(st.JSON()) > 128<<10 {
-		t.Errorf("TestResult of a talkative machine = %d bytes, %v; want at most 128 KB", len(st.JSON()), err)
+		t.Errorf("TestResult with a long kernel log = %d bytes, %v; want at most 128 KiB", len(st.JSON()), err)
 	}
 }
 

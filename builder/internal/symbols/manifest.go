@@ -9,7 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// ParseManifest returns the only layer of a manifest that [Publish] wrote.
+// ParseManifest returns the only layer of a manifest that [Publish] wrote. raw is the manifest in JSON. ParseManifest
+// returns an error for any other manifest.
 func ParseManifest(raw []byte) (v1.Descriptor, error) {
 	var m v1.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil {
@@ -17,8 +18,9 @@ func ParseManifest(raw []byte) (v1.Descriptor, error) {
 	}
 	if m.ArtifactType != ArtifactType || len(m.Layers) != 1 || m.Layers[0].MediaType != bundle.MediaTypeLayer ||
 		m.Subject == nil {
-		return v1.Descriptor{}, fmt.Errorf("read manifest of debug symbols: artifact type %.80q with %d layers",
-			m.ArtifactType, len(m.Layers))
+		return v1.Descriptor{}, fmt.Errorf(
+			"read manifest of debug symbols: artifact type %.80q with %d layers; want %s with one layer, and a subject",
+			m.ArtifactType, len(m.Layers), ArtifactType)
 	}
 	return m.Layers[0], nil
 }

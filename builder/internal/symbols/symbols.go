@@ -52,8 +52,8 @@ type Facts struct {
 // Set has the symbols of one artifact.
 type Set struct {
 	Identity bundle.Identity
-	// Debug maps modules to files with debug information. Published maps them to the files of the artifact. The build
-	// ids of both files must be equal.
+	// Debug maps the names of modules to files with debug information. Published maps the names to the module files of
+	// the artifact. Each file in Debug must have the build id of the module's file in Published.
 	Debug, Published map[string]string
 	// Signer signs the statement about the symbols.
 	Signer *sign.Signer
@@ -63,9 +63,9 @@ type Set struct {
 	Scratch string
 }
 
-// Publish attaches the symbols to the artifact with this manifest digest, and a signed statement to the symbols.
-// existed is true if both were there before. If a trusted signer attached other symbols before, the error is
-// [fault.PublishRefused].
+// Publish attaches the symbols to the artifact with this manifest digest, and a signed statement to the symbols. d
+// describes the manifest of the symbols. existed is true if both symbols and statement were attached before. If a
+// trusted signer attached other symbols before, the error is [fault.PublishRefused].
 func Publish(ctx context.Context, repo *registry.Repository, digest string, s Set) (d v1.Descriptor, existed bool,
 	err error) {
 	d, existed, err = s.publish(ctx, repo, digest)
@@ -129,8 +129,8 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	return d, false, err
 }
 
-// refuseOthers returns an error if the artifact has other symbols with a trusted signature. Symbols without a trusted
-// signature are ignored, because anybody may attach something.
+// refuseOthers returns an error if the artifact has other symbols with a trusted signature. refuseOthers ignores
+// symbols without a trusted signature, because anybody who may write to the repository may attach such symbols.
 func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest string, layer v1.Descriptor) error {
 	have, err := repo.Referrers(ctx, digest, ArtifactType)
 	if err != nil {
@@ -150,15 +150,15 @@ func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest
 		}
 		if signed {
 			return fault.New(fault.PublishRefused,
-				fmt.Sprintf("attach symbols to %s: it has other symbols already, as %s", digest, h.Digest),
-				"find out what differs, because equal builds give equal symbols; if the published symbols are wrong, remove "+
-					"their manifest by hand")
+				fmt.Sprintf("attach symbols to %s: the artifact already has other symbols, in manifest %s", digest, h.Digest),
+				"compare the published symbols with the new ones, because equal builds give equal symbols; if the published "+
+					"symbols are wrong, delete their manifest in the registry")
 		}
 	}
 	return nil
 }
 
-// signed reports whether these symbols have a statement with a trusted signature.
+// signed reports whether the symbols with this manifest have a statement with a trusted signature.
 func (s Set) signed(ctx context.Context, repo *registry.Repository, d v1.Descriptor) (bool, error) {
 	attached, err := repo.Attached(ctx, d.Digest.String(), trust.ArtifactTypeBundle, trust.OfType(PredicateType))
 	if err != nil {
@@ -207,7 +207,7 @@ func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[stri
 	return layer, ids, err
 }
 
-// File returns the name of a module's symbols in the layer.
+// File returns the name of a module's symbols in the layer. buildID is the module's build id in hexadecimal.
 func File(buildID string) string { return Folder + "/" + buildID[:2] + "/" + buildID[2:] + ".debug" }
 
 var idPattern = regexp.MustCompile(`^[0-9a-f]{8,128}$`)

@@ -122,7 +122,7 @@ func TestPublish(t *testing.T) {
 	}
 }
 
-// check reads the symbols like a person with a crash dump.
+// check fetches the symbols from the registry and uses them as a person with a crash dump does.
 func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descriptor, set symbols.Set) {
 	t.Helper()
 	ctx := t.Context()
@@ -131,7 +131,7 @@ func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descript
 		t.Fatalf("Referrers = %v, %v; want %s alone", list, err, d.Digest)
 	}
 	if attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle); err != nil || len(attached) != 0 {
-		t.Errorf("the driver has %d statements, %v; want none: those about symbols are attached to the symbols",
+		t.Errorf("the driver has %d statements, %v; want none: the statement about the symbols is attached to the symbols",
 			len(attached), err)
 	}
 	v, err := set.Signer.Verifier()
@@ -206,7 +206,7 @@ func TestStranger(t *testing.T) {
 	}
 	set := newSet(t, sample.Identity, newSigner(t), 2)
 	if _, existed, err := symbols.Publish(ctx, repo, sample.Digest, set); err != nil || existed {
-		t.Errorf("Publish beside a stranger's = existed %v, %v; want new symbols", existed, err)
+		t.Errorf("Publish beside an untrusted signer's symbols = existed %v, %v; want new symbols", existed, err)
 	}
 }
 

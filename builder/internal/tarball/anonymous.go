@@ -23,8 +23,8 @@ import (
 // "HTTP status and error codes").
 const absentObject = ".prebake-outsider"
 
-// AnonymousAccess asks the bucket without credentials whether everybody can read the object.
-// Without a name, it asks whether everybody may list the bucket.
+// AnonymousAccess asks the bucket without credentials whether everybody can read the object. If object is "", it asks
+// whether everybody may list the bucket. For a folder, it asks nothing and returns the zero value.
 func (b *Bucket) AnonymousAccess(ctx context.Context, object string) (registry.AnonymousAccess, error) {
 	g, ok := b.s.(*googleBucket)
 	if !ok {
@@ -57,7 +57,7 @@ func (b *Bucket) AnonymousAccess(ctx context.Context, object string) (registry.A
 	case ctx.Err() != nil:
 		return out, context.Cause(ctx)
 	default:
-		return out, fmt.Errorf("look at %s: %w", g.URL(name), gcs.TransientError(err))
+		return out, fmt.Errorf("read %s without credentials: %w", g.URL(name), gcs.TransientError(err))
 	}
 	return out, nil
 }

@@ -33,8 +33,8 @@ type upload struct {
 type store interface {
 	// stat returns an object's attributes; ok is false if there is no object.
 	stat(ctx context.Context, name string) (a attrs, ok bool, err error)
-	// open opens an object for reading; the error is errAbsent if there is none. The token
-	// identifies the state that is read.
+	// open opens an object for reading; the error is errAbsent if there is no object. The token identifies the state of
+	// the object that is read.
 	open(ctx context.Context, name string) (rc io.ReadCloser, token string, err error)
 	// create stores a whole object or nothing; the error is errExists if the name is taken.
 	create(ctx context.Context, u upload) error
@@ -50,16 +50,16 @@ type store interface {
 
 var (
 	errAbsent  = errors.New("no such object")
-	errExists  = errors.New("there is an object of this name")
-	errChanged = errors.New("another writer changed the object meanwhile")
+	errExists  = errors.New("an object of this name exists already")
+	errChanged = errors.New("another writer changed the object after it was read")
 )
 
 // Bucket is an open destination: a bucket of Google Cloud Storage or a folder.
 type Bucket struct{ s store }
 
-// Open returns the destination at gs://BUCKET/PREFIX or file:///FOLDER. The bucket must exist; a
-// folder is created. STORAGE_EMULATOR_HOST redirects gs://, as it does for every client of
-// Google's.
+// Open returns the destination at gs://BUCKET/PREFIX or file:///FOLDER. The bucket must exist. If the folder does not
+// exist, Open creates it. If the environment variable STORAGE_EMULATOR_HOST names a server, Open uses that server for
+// gs://, as Google's own clients do.
 func Open(ctx context.Context, dest string) (*Bucket, error) {
 	u, err := parse(dest)
 	if err != nil {
@@ -89,7 +89,7 @@ func parse(dest string) (*url.URL, error) {
 			fmt.Sprintf("open destination %s: want a URL without user, query and fragment", u.Redacted()), hint)
 	}
 	if u.Scheme != "gs" && u.Scheme != "file" {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("open destination %q: not a bucket", dest), hint)
+		return nil, fault.New(fault.Usage, fmt.Sprintf("open destination %q: neither gs:// nor file://", dest), hint)
 	}
 	return u, nil
 }
@@ -120,7 +120,7 @@ func (b *Bucket) small(ctx context.Context, name string, limit int64) (data []by
 		return nil, "", fmt.Errorf("read %s: %w", b.URL(name), err)
 	}
 	if int64(len(data)) > limit {
-		return nil, "", fault.Errorf(fault.PublishRefused, "read %s: more than %d bytes", b.URL(name), limit)
+		return nil, "", fault.Errorf(fault.PublishRefused, "read %s: the object has more than %d bytes", b.URL(name), limit)
 	}
 	if data == nil {
 		data = []byte{}
@@ -132,10 +132,10 @@ func (b *Bucket) small(ctx context.Context, name string, limit int64) (data []by
 // attempt.
 const tries = 256
 
-// update replaces an object by the result of change, which gets the present bytes, or nil if there
-// is no object. If another writer changes the object meanwhile, update reads it again and repeats.
-// It calls before with the new bytes right before they become visible. If the bytes stay equal,
-// update writes nothing.
+// update changes an object. It calls change with the object's present bytes, or with nil if there is no object, and
+// writes what change returns. Before each write, update calls before with the new bytes. If another writer changes the
+// object in between, update starts again. If change returns the present bytes, update writes nothing and changed is
+// false. data are the object's bytes after the call.
 func (b *Bucket) update(ctx context.Context, name, contentType string, limit int64,
 	change func(have []byte) ([]byte, error), before func(data []byte) error) (changed bool, data []byte, err error) {
 	for range tries {
@@ -168,8 +168,8 @@ func (b *Bucket) update(ctx context.Context, name, contentType string, limit int
 	return false, nil, busy("update", b.URL(name))
 }
 
-// remove removes an object if such returns true for its bytes. If another writer changes the object
-// meanwhile, remove reads it again and repeats.
+// remove removes an object if such returns true for its bytes, and reports whether it removed the object. If another
+// writer changes the object in between, remove starts again.
 func (b *Bucket) remove(ctx context.Context, name string, limit int64, such func(have []byte) bool) (bool, error) {
 	for range tries {
 		have, token, err := b.small(ctx, name, limit)
@@ -188,6 +188,6 @@ func (b *Bucket) remove(ctx context.Context, name string, limit int64, such func
 
 func busy(verb, url string) error {
 	return fault.New(fault.Transient,
-		fmt.Sprintf("%s %s: other writers changed the object %d times meanwhile", verb, url, tries),
-		"try again later")
+		fmt.Sprintf("%s %s: other writers changed the object during each of %d attempts", verb, url, tries),
+		"run the command again when fewer builders publish for this COS build")
 }

@@ -26,12 +26,12 @@ var (
 	Binary = Form{"bin", editBinary, proto.Unmarshal, proto.Marshal}
 )
 
-// Add adds a version.
+// Add adds a version to the list, as withVersion does.
 func (f Form) Add(have []byte, version string, serves func(string) bool) ([]byte, error) {
 	return f.edit(have, withVersion(version, serves))
 }
 
-// Relabel removes labels and sets others.
+// Relabel removes the labels in drop and sets those in give.
 func (f Form) Relabel(have []byte, drop, give []Label) ([]byte, error) {
 	return f.edit(have, withLabels(drop, give))
 }
@@ -60,8 +60,8 @@ func OpenFolder(dir string, flush func(*os.File) error) (*Bucket, error) {
 	return &Bucket{f}, nil
 }
 
-// Breaking returns a destination whose calls can fail. It calls before at the start and after at
-// the end of every call; an error of either is the error of the call.
+// Breaking returns a destination whose calls can fail. Every call calls before at its start, and a call that writes
+// also calls after at its end. If before or after returns an error, the call returns this error.
 func Breaking(b *Bucket, before, after func() error) *Bucket {
 	return &Bucket{&breaking{b.s, before, after}}
 }

@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// folder is a destination on a disk. A lock file lets only one writer work at a time, in this
-// process or another. Readers need no lock, because objects appear only by link and rename.
+// folder is a destination on a disk. A lock file lets only one writer work at a time, of all processes. Readers need no
+// lock, because objects appear only by link and rename.
 type folder struct {
 	dir   string
 	root  *os.Root
@@ -34,12 +34,13 @@ const lockPause = 20 * time.Millisecond
 const (
 	ownFolder = ".prebake"
 	lockFile  = ownFolder + "/lock"
-	// Only one writer works at a time, so it may overwrite what a killed writer left.
+	// partFile is the object that is being written. Only one writer works at a time, so a writer may overwrite the
+	// partFile that a killed writer left.
 	partFile = ownFolder + "/part"
 )
 
-// openFolder opens a folder, which it makes if there is none. flush writes a folder's entries to the
-// disk; it is (*os.File).Sync, except in tests.
+// openFolder opens a folder, and makes the folder if it does not exist. flush writes a folder's entries to the disk;
+// except in tests, flush is (*os.File).Sync.
 func openFolder(u *url.URL, flush func(*os.File) error) (*folder, error) {
 	dir, err := folderPath(u)
 	if err != nil {
@@ -210,9 +211,8 @@ func (f *folder) write(ctx context.Context, u upload) error {
 	return onDisk(errors.Join(err, out.Sync(), out.Close()))
 }
 
-// sync syncs the folder of an object and all folders above it in the destination, so that the
-// object's name survives a crash. It does not ask which folders are new, because a killed writer may
-// have made some of them.
+// sync syncs the folder of an object and all folders above it in the destination, so that the object's name survives a
+// crash. sync also syncs folders that existed before, because a killed writer may have made them without a sync.
 func (f *folder) sync(name string) error {
 	for dir := path.Dir(name); ; dir = path.Dir(dir) {
 		d, err := f.root.Open(dir)

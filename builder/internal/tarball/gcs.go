@@ -31,7 +31,7 @@ func openGCS(ctx context.Context, u *url.URL) (*googleBucket, error) {
 	}
 	prefix := strings.Trim(u.Path, "/")
 	if prefix != path.Clean(prefix) && prefix != "" || strings.HasPrefix(prefix, "..") {
-		return nil, fault.Errorf(fault.Usage, "prefix %q is not a clean path", u.Path)
+		return nil, fault.Errorf(fault.Usage, "prefix %q: want a path without //, . and ..", u.Path)
 	}
 	client, err := storage.NewClient(ctx)
 	if err != nil {
@@ -101,7 +101,7 @@ func (g *googleBucket) remove(ctx context.Context, name, token string) error {
 		return err
 	}
 	err = g.Object(name).If(c).Delete(ctx)
-	if errors.Is(err, storage.ErrObjectNotExist) { // the first attempt may have removed it, and its answer was lost
+	if errors.Is(err, storage.ErrObjectNotExist) { // the library's first attempt may have removed the object already
 		return nil
 	}
 	return g.fault(ctx, err)
@@ -111,13 +111,12 @@ func (g *googleBucket) remove(ctx context.Context, name, token string) error {
 func state(token string) (storage.Conditions, error) {
 	generation, err := strconv.ParseInt(token, 10, 64)
 	if err != nil || generation == 0 {
-		return storage.Conditions{}, fault.Errorf(fault.Internal, "generation %q", token)
+		return storage.Conditions{}, fault.Errorf(fault.Internal, "generation %q: want a number other than 0", token)
 	}
 	return storage.Conditions{GenerationMatch: generation}, nil
 }
 
-// chunk is the number of bytes that the library keeps in memory to send again after a network
-// fault.
+// chunk is the number of bytes that the library keeps in memory, so that it can send them again after a network error.
 const chunk = 16 << 20
 
 func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions) error {

@@ -7,9 +7,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Has reports whether a COS build's [Index] lists a driver that was made from this OCI artifact. A
-// caller uses it to decide whether there is work to do. Has verifies nothing; [Publish] examines
-// every object itself.
+// Has reports whether a COS build's [Index] lists a driver that was made from this OCI artifact. Callers use Has to
+// decide whether the driver must be published. Has verifies no signature; [Publish] examines every object itself.
 func Has(ctx context.Context, b *Bucket, k target.Kernel, d target.Driver, artifact string) (bool, error) {
 	text, _, err := b.small(ctx, IndexName(k), maxIndex)
 	if err != nil || text == nil {

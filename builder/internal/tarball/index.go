@@ -17,16 +17,16 @@ import (
 // indexFormat is the only format that this program writes and reads.
 const indexFormat = 1
 
-// Bounds of an index. One entry has about 2 KB.
+// These constants limit the bytes, the drivers and the labels of an index. One entry has about 2 KB.
 const (
 	maxIndex   = 4 << 20
 	maxEntries = 2000
 	maxLabels  = 4000
 )
 
-// Index lists the drivers that are published for one COS build, for programs to read. It is one of
-// the few objects that change. Drivers are added and never altered; only labels move to other
-// versions. The index contains no time, so equal content gives equal bytes.
+// Index lists the drivers that are published for one COS build, for programs to read. The index is one of the few
+// objects that change: builders add drivers and never alter them, and move labels to other versions. The index contains
+// no time, so equal content gives equal bytes.
 type Index struct {
 	Format  int    `json:"format"`
 	BuildID string `json:"buildId"`
@@ -48,8 +48,8 @@ type Entry struct {
 	SHA256    string `json:"sha256"`
 	MD5       string `json:"md5"`
 	Signature string `json:"signature"`
-	// Artifact is the manifest digest of the OCI artifact with the same modules and firmware.
-	// Fingerprint is the ABI fingerprint of the kernel that they were made for.
+	// Artifact is the manifest digest of the OCI artifact with the same modules and firmware. Fingerprint is the ABI
+	// fingerprint of the kernel for which the modules were compiled.
 	Artifact    string             `json:"artifact,omitempty"`
 	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
 	// Runfile is NVIDIA's runfile, which contains the user space.
@@ -66,8 +66,8 @@ type RunfileEntry struct {
 	Object string `json:"object,omitempty"`
 }
 
-// ParseIndex reads an index. It refuses an index that this program would not have written. The
-// caller has verified the signature.
+// ParseIndex reads an index whose signature the caller has verified. If this program would not have written such an
+// index, the error is [fault.Unverified].
 func ParseIndex(text []byte) (Index, error) {
 	x, err := parseIndex(text)
 	if err != nil {
@@ -87,7 +87,7 @@ func parseIndex(text []byte) (Index, error) {
 		return x, err
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return x, errors.New("data behind the end of the document")
+		return x, errors.New("data after the end of the document")
 	}
 	if x.Format != indexFormat {
 		return x, fmt.Errorf("format %d: this program reads format %d only", x.Format, indexFormat)
@@ -148,7 +148,7 @@ func (e Entry) check(k target.Kernel) error {
 		}
 	}
 	if e.Size <= 0 || len(e.Files) == 0 || len(e.Files) > maxFiles {
-		return fmt.Errorf("%d bytes in %d files", e.Size, len(e.Files))
+		return fmt.Errorf("%d bytes in %d files; want a positive size and 1 to %d files", e.Size, len(e.Files), maxFiles)
 	}
 	return nil
 }

@@ -20,13 +20,13 @@ import (
 type Label struct {
 	// Label is DEFAULT, LATEST or a branch such as R535.
 	Label string `json:"label"`
-	// GPUType is the row of gpu_driver_versions. "" means the separate object that holds only this
-	// label's version, which installers of older milestones read.
+	// GPUType is the row of gpu_driver_versions in which the label is. "" stands for the label's own object, such as
+	// gpu_default_version: it holds only the label's version, and installers of older milestones read it.
 	GPUType string `json:"gpuType,omitempty"`
 	Version string `json:"version"`
-	// Builder is the builder that set the label. Only this builder may move or remove it.
+	// Builder is the URI of the builder that set the label. Only this builder may move or remove the label.
 	Builder string `json:"builder"`
-	// Declared says that an operator asked for the label. Otherwise it comes from COS.
+	// Declared says that an operator asked for the label. If false, the builder copied the label from COS's own list.
 	Declared bool `json:"declared,omitempty"`
 }
 
@@ -43,7 +43,7 @@ func (l Label) check(x Index) error {
 		return fmt.Errorf("version %.40q is not published", l.Version)
 	}
 	if l.Builder == "" {
-		return errors.New("no builder")
+		return errors.New("the label names no builder")
 	}
 	return nil
 }
@@ -68,8 +68,8 @@ type Labelling struct {
 	// FromCOS maps each of COS's labels to the version that has the label at COS. If the operator
 	// declared the same label, the declared version has precedence.
 	FromCOS map[string]string
-	// Complete says that these are all labels that Builder wants. Other labels that Builder set
-	// before are removed.
+	// Complete says that Declared and FromCOS have all labels that Builder wants. SetLabels then removes all other labels
+	// that Builder set before.
 	Complete bool
 	// Signer signs the index and the lists.
 	Signer *sign.Signer
@@ -83,8 +83,8 @@ type Labelled struct {
 	URL string `json:"url"`
 	// Labels maps the wanted labels that are set now to their versions.
 	Labels map[string]string `json:"labels,omitempty"`
-	// Absent lists the declared labels whose version is not published in this bucket. They stay as
-	// they were.
+	// Absent lists the declared labels whose version is not published in this bucket. SetLabels does not change these
+	// labels.
 	Absent []string `json:"absent,omitempty"`
 	// Existed says that no change was necessary.
 	Existed bool `json:"existed"`
@@ -95,7 +95,8 @@ type lister interface {
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
 }
 
-// COSLabels returns the labels that a COS release bucket sets for a COS build.
+// COSLabels returns the labels that a COS release bucket sets for a COS build. Each label maps to its version. If the
+// bucket has no list of drivers for the COS build, there are no labels.
 func COSLabels(ctx context.Context, b lister, k target.Kernel) (map[string]string, error) {
 	list, err := b.Drivers(ctx, k)
 	if err != nil && !fault.Is(err, fault.InputMissing) {
@@ -115,9 +116,9 @@ func COSLabels(ctx context.Context, b lister, k target.Kernel) (map[string]strin
 // complete and signed. If somebody else set a declared label on another version, the error is
 // [fault.PublishRefused] and nothing changes.
 //
-// SetLabels first writes to the index which labels the builder is about to set, and removes dropped
-// labels from the index last. Two builders find each other's labels there. After an interruption at
-// any point, the index names the builder of every label.
+// SetLabels first writes to the index which labels the builder is about to set, and removes dropped labels from the
+// index last. So the index names the builder of every label, even after an interruption. With the index, a builder
+// recognizes the labels of other builders.
 func SetLabels(ctx context.Context, b *Bucket, l Labelling) (Labelled, error) {
 	got, err := setLabels(ctx, b, l)
 	if err != nil {
@@ -181,7 +182,7 @@ func (l Labelling) check() error {
 		return fault.New(fault.Usage, "no signing key", "name a key with --key")
 	}
 	if l.Builder == "" {
-		return fault.New(fault.Usage, "no name of the builder", "name the builder with --builder-id")
+		return fault.New(fault.Usage, "the builder has no name", "name the builder with --builder-id URI")
 	}
 	for label, version := range l.Declared {
 		if _, err := target.ParseLabel(label); err != nil {
@@ -197,7 +198,7 @@ func (l Labelling) check() error {
 	return nil
 }
 
-// labels changes the labels in the index.
+// labels replaces the labels in the index by those that change returns.
 func (p *publisher) labels(ctx context.Context, change func(Index) ([]Label, error)) error {
 	return p.change(ctx, listing{IndexName(p.Kernel), "application/json", maxIndex, func(have []byte) ([]byte, error) {
 		x, err := p.index(ctx, have)
@@ -215,7 +216,7 @@ func (p *publisher) labels(ctx context.Context, change func(Index) ([]Label, err
 	}})
 }
 
-// isLabelled reports whether a label is in the list, whether declared or from COS.
+// isLabelled reports whether a label is in the list. The field Declared is not compared.
 func isLabelled(all []Label, l Label) bool {
 	return slices.ContainsFunc(all, func(have Label) bool { return have.compare(l) == 0 })
 }
@@ -223,9 +224,9 @@ func isLabelled(all []Label, l Label) bool {
 // claims holds the labels to set and to remove, computed from a labelling and the published state.
 type claims struct {
 	want, drop []Label
-	given      map[string]string
-	absent     []string
-	conflicts  []error
+	given      map[string]string // for Labelled.Labels
+	absent     []string          // for Labelled.Absent
+	conflicts  []error           // one for each declared label that somebody else set on another version
 }
 
 // claim computes which labels to set and to remove. It checks the tarball of each version that gets
@@ -266,7 +267,7 @@ func (p *publisher) checkStored(ctx context.Context, e Entry) error {
 	case !ok:
 		return refuse("the object is not there")
 	case a.size != e.Size || a.md5 != "" && a.md5 != e.MD5:
-		return refuse(fmt.Sprintf("it has %d bytes and md5 %q; the index has %d and %q", a.size, a.md5, e.Size, e.MD5))
+		return refuse(fmt.Sprintf("it has %d bytes and md5 %q; the index says %d and %q", a.size, a.md5, e.Size, e.MD5))
 	}
 	signature, _, err := p.bucket.small(ctx, e.Signature, maxSignature)
 	if err != nil {
@@ -287,7 +288,7 @@ func (p *publisher) checkStored(ctx context.Context, e Entry) error {
 func (l Labelling) wanted() map[string]string {
 	all := map[string]string{}
 	for label, version := range l.FromCOS {
-		if target.CheckLabel(label, version) == nil { // an unknown label that COS may use one day is no error
+		if target.CheckLabel(label, version) == nil { // COS may add labels that this program does not know
 			all[label] = version
 		}
 	}
@@ -295,6 +296,7 @@ func (l Labelling) wanted() map[string]string {
 	return all
 }
 
+// claim computes the claims without checking any tarball. x is the index, and s has the labels in the bucket.
 func (l Labelling) claim(x Index, s labelState) claims {
 	c := claims{given: map[string]string{}}
 	var mine []Label
@@ -316,7 +318,7 @@ func (l Labelling) claim(x Index, s labelState) claims {
 			c.absent = append(c.absent, label)
 			c.want = append(c.want, before...)
 		case !declared && !l.Complete && slices.ContainsFunc(before, func(have Label) bool { return have.Declared }):
-			// The operator declared the label in another run, so COS's label does not replace it.
+			// The operator declared this label in another run, so the version from COS does not replace the operator's.
 			c.want = append(c.want, before...)
 		case ready:
 			settled[label] = true
@@ -331,9 +333,9 @@ func (l Labelling) claim(x Index, s labelState) claims {
 	return c
 }
 
-// assign adds a label to the claims, for each row and object where its version is listed. A label
-// from COS goes only to the rows for no particular product. A list with product rows comes from COS
-// itself, and has COS's labels already.
+// assign adds a label to the claims: for each of these rows of gpu_driver_versions, and for the label's own object. A
+// label from COS goes only to the rows for no particular product. The reason: a list with rows for products was copied
+// from COS, and has COS's labels already.
 func (c *claims) assign(s labelState, x Index, mine []Label, rows []string, l Label) {
 	for _, row := range append(rows, "") {
 		if _, given := c.given[l.Label]; row == "" && !given || row != "" && !l.Declared && !general(row) {
@@ -359,14 +361,16 @@ func (c *claims) assign(s labelState, x Index, mine []Label, rows []string, l La
 func taken(l Label, version, by string) error {
 	where := "for " + l.GPUType
 	if l.GPUType == "" {
-		where = "in its own object"
+		where = "in the label's own object"
 	}
 	return fault.New(fault.PublishRefused,
-		fmt.Sprintf("label %s is not given to %s: %s has this label %s, set by %s", l.Label, l.Version, version, where, by),
-		"declare another label, or remove this label in the bucket first: a label that another builder set is never moved")
+		fmt.Sprintf("label %s is not given to version %s: version %s has this label %s, set by %s", l.Label, l.Version,
+			version, where, by),
+		"ask for another label (--label, or labels in the wish list), or let the one who set this label remove it from the "+
+			"bucket; a builder never moves a label that it did not set")
 }
 
-// versionObject returns the name of the object that holds only this label's version.
+// versionObject returns the name of the label's own object, which holds only the label's version.
 func versionObject(k target.Kernel, label string) string {
 	switch label {
 	case "DEFAULT":
@@ -377,7 +381,7 @@ func versionObject(k target.Kernel, label string) string {
 	return cosbucket.BranchVersionName(k, label)
 }
 
-// versionObjects writes and removes the objects that hold one label's version each.
+// versionObjects writes and removes the labels' own objects, each of which holds one label's version.
 func (p *publisher) versionObjects(ctx context.Context, c claims) error {
 	for _, w := range c.want {
 		if w.GPUType != "" {
@@ -409,7 +413,7 @@ func (p *publisher) versionObjects(ctx context.Context, c claims) error {
 	return nil
 }
 
-// hasVersion reports whether one of these labels gave a label's object this version.
+// hasVersion reports whether the list has an entry for a label's own object with this version.
 func hasVersion(all []Label, label, version string) bool {
 	return slices.ContainsFunc(all,
 		func(l Label) bool { return l.GPUType == "" && l.Label == label && l.Version == version })

@@ -160,7 +160,7 @@ func TestLabels(t *testing.T) {
 			}
 		}
 		if diff := cmp.Diff(lasting(bare), lasting(content(t, dest))); diff != "" {
-			t.Errorf("with all labels taken away (-before any +now):\n%s", diff)
+			t.Errorf("after all labels were removed (-before any label +now):\n%s", diff)
 		}
 	})
 }
@@ -257,7 +257,7 @@ func TestLabelsOfOthers(t *testing.T) {
 		}
 	}
 	refused(labelling(s, labels{"DEFAULT": v261}, nil), "535.1.1 has this label for OTHERS, set by somebody else")
-	// COS's labels are set where no other label contradicts.
+	// A label from COS is set unless somebody else set this label on another version.
 	give(labelling(s, nil, labels{"DEFAULT": v261}), "NO_GPU DEFAULT "+v261, "gpu_default_version "+v261)
 	give(labelling(s, nil, nil))
 
@@ -274,7 +274,7 @@ func TestLabelsOfOthers(t *testing.T) {
 	give(labelling(s, nil, nil))
 	write(t, filepath.Join(dir, "gpu_R535_version"), "535.1.1\n")
 	cos = append(cos, "gpu_R535_version 535.1.1")
-	refused(other(labels{"R535": v309}), "535.1.1 has this label in its own object")
+	refused(other(labels{"R535": v309}), "535.1.1 has this label in the label's own object")
 }
 
 // A version gets a label only if its tarball is complete and signed.
@@ -308,8 +308,8 @@ func TestLabelsNeedTarballs(t *testing.T) {
 	}
 }
 
-// TestLabelsCutOffAnywhere interrupts a change of labels at every call, before and after the call took effect. The
-// index must name every label in the lists, so that a later run can remove all of them.
+// TestLabelsCutOffAnywhere interrupts a change of labels at every call to the bucket, before and after the call took
+// effect. The index must name every label in the lists, so that a later run can remove all labels.
 func TestLabelsCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -337,24 +337,24 @@ func TestLabelsCutOffAnywhere(t *testing.T) {
 			labelling(s, labels{"DEFAULT": v309}, labels{"R535": v309}))
 		check(t, m.Content(), v)
 		if err != nil && !errors.Is(err, errCut) {
-			t.Fatalf("n=%d: SetLabels = %v; want the cause", n, err)
+			t.Fatalf("n=%d: SetLabels = %v; want %v", n, err, errCut)
 		}
 		if _, err := tarball.SetLabels(t.Context(), b, labelling(s, nil, nil)); err != nil {
 			t.Fatalf("n=%d: SetLabels of nothing = %v", n, err)
 		}
 		if diff := cmp.Diff(bare, lasting(m.Content())); diff != "" {
-			t.Fatalf("n=%d: with all labels taken away (-before any +now):\n%s", n, diff)
+			t.Fatalf("n=%d: after all labels were removed (-before any label +now):\n%s", n, diff)
 		}
 		if err == nil {
 			if n < 20 {
-				t.Errorf("Give made only %d calls; did the cut work?", n)
+				t.Errorf("SetLabels made only %d calls; want 20 or more", n)
 			}
 			return
 		}
 	}
 }
 
-// Builders that publish and set labels at the same time lose no entry.
+// No entry and no label is lost if several builders publish and set labels at the same time.
 func TestLabelsSideBySide(t *testing.T) {
 	places(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -398,7 +398,7 @@ func TestLabelsSideBySide(t *testing.T) {
 		}
 		slices.Sort(want)
 		if diff := cmp.Diff(want, rowsOf(t, content(t, dest))); diff != "" || won != 1 {
-			t.Errorf("%d builders gave DEFAULT; want 1. Labels (-want +got):\n%s", won, diff)
+			t.Errorf("%d builders set DEFAULT; want 1. Labels (-want +got):\n%s", won, diff)
 		}
 		signed(t, content(t, dest), s)
 	})

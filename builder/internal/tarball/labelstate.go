@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/cosbucket/gpuversions"
 )
 
-// labelState is the state of all labels in a bucket.
+// labelState has the labels of one COS build that are in a bucket, whoever set them.
 type labelState struct {
 	lists   [2]*gpuversions.GPUDriverVersionInfoList // gpu_driver_versions: the text form, then the binary form
 	objects map[string]string                        // the version in each label's own object, if there is one
@@ -45,9 +45,9 @@ func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (label
 	return s, nil
 }
 
-// foreign returns a version that has the label l in l's row or object although this builder did not
-// set the label there. by says who set the label. The version "" means that nobody else set the
-// label. If several versions have the label, foreign returns one that differs from l.Version.
+// foreign returns a version that has the label l in l's row, or in the label's own object, because somebody other than
+// this builder set the label. by says who. The version "" means that nobody else set the label. If several versions
+// have the label, foreign returns one that differs from l.Version.
 func (s labelState) foreign(x Index, mine []Label, l Label) (version, by string) {
 	type holder struct{ version, by string }
 	var all []holder

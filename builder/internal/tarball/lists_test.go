@@ -95,7 +95,7 @@ gpu_driver_version_info {
 		t.Error(err)
 	}
 	if err := proto.Unmarshal(bin, &fromBin); err != nil || !proto.Equal(&fromText, &fromBin) {
-		t.Errorf("binary = %v, %v; want what the text says", &fromBin, err)
+		t.Errorf("binary = %v, %v; want the same list as the text form", &fromBin, err)
 	}
 	t.Run("protoc", func(t *testing.T) { // an independent writer of both forms
 		program, err := exec.LookPath("protoc")
@@ -109,8 +109,8 @@ gpu_driver_version_info {
 			t.Errorf("protoc --encode = %q, %v; want %q", out, err, bin)
 		}
 	})
-	// The binary form keeps fields that this program does not know. The text form cannot, so it is
-	// not changed.
+	// In the binary form, this program keeps fields that it does not know. In the text form it cannot, so it refuses to
+	// change such a file.
 	newer := protoBytes(bin, "\x9a\x06\x03new") // field 99
 	if got, err := tarball.Binary.Add(newer, "580.1.1", none); err != nil || !bytes.Contains(got, []byte("new")) ||
 		!bytes.Contains(got, []byte("580.1.1")) {
@@ -247,20 +247,20 @@ func TestParseIndex(t *testing.T) {
 		t.Fatalf("ParseIndex = %+v, %v", x, err)
 	}
 	for name, edit := range map[string][2]string{
-		"newer format":        {`"format": 1`, `"format": 2`},
-		"unknown field":       {`"format": 1`, `"format": 1, "x": 1`},
-		"another build":       {`"buildId": "17800.0.47"`, `"buildId": "17800.0.48"`},
-		"no build":            {`"buildId": "17800.0.47"`, `"buildId": ""`},
-		"another object":      {`"object": "17800.0.47`, `"object": "../17800.0.47`},
-		"another signature":   {`tgz.sigstore`, `tgz.x`},
-		"flavour and name":    {`"flavour": "open"`, `"flavour": "proprietary"`},
-		"no digest":           {"sha256:ab", "sha256:AB"},
-		"no size":             {`"size": 10`, `"size": 0`},
-		"not JSON":            {`{`, `[`},
-		"data behind the end": {"\n}\n", "\n}\n{}"},
-		"label of nobody":     {`"builder": "b"`, `"builder": ""`},
-		"no label":            {`"label": "DEFAULT"`, `"label": "BEST"`},
-		"branch of another":   {`"label": "LATEST"`, `"label": "R580"`},
+		"newer format":       {`"format": 1`, `"format": 2`},
+		"unknown field":      {`"format": 1`, `"format": 1, "x": 1`},
+		"another build":      {`"buildId": "17800.0.47"`, `"buildId": "17800.0.48"`},
+		"no build":           {`"buildId": "17800.0.47"`, `"buildId": ""`},
+		"another object":     {`"object": "17800.0.47`, `"object": "../17800.0.47`},
+		"another signature":  {`tgz.sigstore`, `tgz.x`},
+		"flavour and name":   {`"flavour": "open"`, `"flavour": "proprietary"`},
+		"no digest":          {"sha256:ab", "sha256:AB"},
+		"no size":            {`"size": 10`, `"size": 0`},
+		"not JSON":           {`{`, `[`},
+		"data after the end": {"\n}\n", "\n}\n{}"},
+		"label of nobody":    {`"builder": "b"`, `"builder": ""`},
+		"no label":           {`"label": "DEFAULT"`, `"label": "BEST"`},
+		"branch of another":  {`"label": "LATEST"`, `"label": "R580"`},
 		"label of no version": {`"gpuType": "OTHERS",
       "version": "535.261.03"`, `"gpuType": "OTHERS",
       "version": "535.1.1"`},

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// loser is a proxy in front of the emulator. It drops the first answer to each upload or removal of
-// an object whose name ends in one of names. The request itself takes effect.
+// loser is a proxy in front of the emulator. For each suffix in names, it drops one answer to an upload or removal of
+// an object whose name has this suffix. The request itself takes effect.
 type loser struct {
 	next  http.Handler
 	names []string
@@ -50,8 +50,8 @@ func (l *loser) loses(name string) bool {
 	return false
 }
 
-// TestLostAnswers loses the answer to an upload that took effect. The library then repeats the
-// upload, and its precondition fails because of the publisher's own object.
+// TestLostAnswers loses the answer to an upload that took effect. The library then repeats the upload, and the
+// precondition fails, because the object exists already. Publish must recognize its own object and succeed.
 func TestLostAnswers(t *testing.T) {
 	s := gcs.Start(t)
 	u, err := url.Parse(s.Endpoint)
@@ -84,6 +84,6 @@ func TestLostAnswers(t *testing.T) {
 	}
 	check(t, content(t, dest), v, open)
 	if diff := cmp.Diff(bare, lasting(content(t, dest))); diff != "" {
-		t.Errorf("with the label taken away (-before +now):\n%s", diff)
+		t.Errorf("after the label was removed (-before +now):\n%s", diff)
 	}
 }

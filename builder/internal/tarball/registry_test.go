@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestAnotherRegistry uses another registry program without the referrers API. It publishes,
-// publishes again, and tries to publish another artifact.
+// TestAnotherRegistry publishes to another registry program, which has no referrers API. It publishes an artifact
+// twice. Then it publishes another artifact for the same cell, which Publish must refuse.
 func TestAnotherRegistry(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)

@@ -57,7 +57,7 @@ func digestOf(data []byte) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// newRelease returns a driver whose modules contain the text salt.
+// newRelease returns a driver whose modules contain the value of salt, so that another salt gives other bytes.
 func newRelease(t testing.TB, s *sign.Signer, d target.Driver, salt string) tarball.Release {
 	t.Helper()
 	dir := t.TempDir()
@@ -115,7 +115,7 @@ func content(t testing.TB, dest string) map[string]string {
 	return all
 }
 
-// places runs a test with a folder and with a bucket of a real emulator.
+// places runs a test with a folder, and with a bucket of an emulator of Cloud Storage.
 func places(t *testing.T, test func(t *testing.T, dest string)) {
 	t.Run("folder", func(t *testing.T) { test(t, "file://"+filepath.Join(t.TempDir(), "bucket")) })
 	t.Run("bucket", func(t *testing.T) {
@@ -195,7 +195,7 @@ func newReleaseAgain(t testing.TB, r tarball.Release) tarball.Release {
 	return r
 }
 
-// readers reads the bucket in the ways of COS's installer, of our builder and of GNU tar.
+// readers reads the bucket as COS's installer, Prebake's builder and GNU tar do.
 func readers(t *testing.T, dest string) {
 	t.Helper()
 	b, err := cosbucket.Open(t.Context(), dest)

@@ -26,8 +26,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Recipe is the version of the packing method. Change it whenever equal input would give other
-// bytes. A tarball that was published under the old recipe can then no longer be published again.
+// Recipe is the version of the packing method. Change it whenever equal input would give other bytes. A driver that was
+// packed with the old method can then not be published again, because the new tarball has other bytes and Publish
+// refuses to replace a published one.
 const Recipe = "tgz-1"
 
 // level is the gzip level. It is the library's default, fixed here because the bytes depend on it.
@@ -53,7 +54,7 @@ type source struct {
 	info       fs.FileInfo
 }
 
-// sources returns the tarball's files in order of their names.
+// sources returns the files that go into the tarball, in the order of their names in it.
 func (r Release) sources() ([]source, error) {
 	var all []source
 	add := func(name, file string) error {
@@ -77,7 +78,7 @@ func (r Release) sources() ([]source, error) {
 		}
 	}
 	if !slices.ContainsFunc(all, func(s source) bool { return s.name == "drivers/nvidia.ko" }) {
-		return nil, fault.Errorf(fault.Usage, "%s holds no nvidia.ko", r.Modules)
+		return nil, fault.Errorf(fault.Usage, "folder %s has no nvidia.ko", r.Modules)
 	}
 	if r.Firmware != "" {
 		want := path.Join("firmware/nvidia", r.Driver.Modules().Version)
@@ -144,7 +145,7 @@ func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, 
 	if err != nil {
 		return object{}, nil, err
 	}
-	zw.ModTime = time.Unix(0, 0) // no time; for a zero Time the library would write the year 1, cut to 32 bits
+	zw.ModTime = time.Unix(0, 0) // 0 means "no time" in gzip; a zero time.Time would become the year 1, cut to 32 bits
 	tw := tar.NewWriter(zw)
 	made := map[string]bool{}
 	for _, s := range files {
@@ -194,7 +195,7 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 		}
 		if value != nil {
 			hdr.Format = tar.FormatPAX
-			hdr.PAXRecords = map[string]string{"SCHILY.xattr." + name: string(value)} // the key of GNU tar --xattrs
+			hdr.PAXRecords = map[string]string{"SCHILY.xattr." + name: string(value)} // GNU tar --xattrs uses this key
 		}
 	}
 	if err := tw.WriteHeader(hdr); err != nil {

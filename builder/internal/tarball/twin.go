@@ -1,6 +1,7 @@
 // Package tarball publishes a built driver into a bucket, as a tarball in the layout that COS's own installer reads.
-// The tarball has the modules and the firmware of an OCI artifact. Its name is the one in a COS release bucket, and
-// checksums, a signature and an index come with it. The bucket is one of Google Cloud Storage or a folder.
+// The tarball has the modules and the firmware of an OCI artifact. It has the name that COS's installer looks for in a
+// COS release bucket. The package also publishes checksums, a signature and an index. A bucket is a bucket of Google
+// Cloud Storage, or a folder.
 //
 // Objects are created and never replaced. Only the lists that grow (index.json and gpu_driver_versions) and the
 // labels in them change. Each such write requires that the object is still in the state that was read. Publishing may
@@ -55,11 +56,11 @@ type Runfile struct {
 	SHA256 string
 	// URI is the source of the runfile.
 	URI string
-	// Copy publishes the runfile into the bucket too. It stays unchanged, as NVIDIA's terms require.
+	// If Copy is true, Publish also copies the runfile into the bucket, unchanged, as NVIDIA's terms require.
 	Copy bool
 }
 
-// Release is one driver for one COS build, which Publish publishes at once.
+// Release is one driver for one COS build. One call of Publish publishes one Release.
 type Release struct {
 	// Kernel is the COS build. Only BuildID, Board and Arch are used.
 	Kernel      target.Kernel
@@ -73,14 +74,14 @@ type Release struct {
 	Artifact string
 	// Runfile may be nil.
 	Runfile *Runfile
-	// GPUs is the release's list of supported GPUs. It decides in which rows of gpu_driver_versions the version is
-	// listed. With nil the version is listed only in the general rows.
+	// GPUs is the driver's list of supported GPUs. GPUs decides in which rows of gpu_driver_versions the version is
+	// listed. With nil, the version is listed only in the rows for no particular product.
 	GPUs *gpulist.List
 	// Signer signs everything that is written.
 	Signer *sign.Signer
 	// Verifier verifies what was published before; nil means that only Signer's key is trusted.
 	Verifier *trust.Verifier
-	// Scratch is a folder for temporary files; "" means the system's.
+	// Scratch is a folder for temporary files; "" means the system's temporary folder.
 	Scratch string
 }
 
@@ -112,9 +113,9 @@ const (
 
 func under(k target.Kernel, name string) string { return path.Join(k.BuildID, k.Board, name) }
 
-// TarballName returns the name of a driver's tarball. Google's installer reads nvidia-drivers-VERSION.tgz as open
-// modules. So a tarball of the proprietary flavour has the flavour in its name and lies in COS's folder of
-// extensions.
+// TarballName returns the name of a driver's tarball. Google's installer expects open modules in
+// nvidia-drivers-VERSION.tgz. So a tarball of the proprietary flavour has the flavour in its name and lies in COS's
+// folder of extensions.
 func TarballName(k target.Kernel, d target.Driver) string {
 	if d.Flavour == target.Open {
 		return under(k, "nvidia-drivers-"+d.Version+".tgz")
@@ -141,12 +142,12 @@ type object struct {
 	// sign makes a signature object at the time of its creation. Two signatures of the same content differ, so the
 	// object's bytes are unknown before that time.
 	sign func(ctx context.Context) (object, error)
-	// same checks the existing object of this name; nil means that its bytes must be equal.
+	// same checks the bytes of an existing object of this name. nil means that these bytes must equal the new ones.
 	same func(have []byte) error
 }
 
-// Publish publishes a release into the bucket. Existing objects stay. If one of the names has other bytes, the error
-// is [fault.PublishRefused] and nothing changes.
+// Publish publishes a release into the bucket. Publish keeps an existing object that equals the new one. If an existing
+// object has other bytes, the error is [fault.PublishRefused] and nothing changes.
 func Publish(ctx context.Context, b *Bucket, r Release) (Report, error) {
 	report, err := publish(ctx, b, r)
 	if err != nil {
@@ -221,8 +222,8 @@ func (p *publisher) check() error {
 	return nil
 }
 
-// objects returns all objects to create, in the order of creation. An object that says that others are complete comes
-// after them.
+// objects returns all objects to create, in the order of creation. An object that readers take as a sign that others
+// are complete, such as a signature, comes after the others.
 func (p *publisher) objects(ctx context.Context, tarball string) ([]object, Entry, error) {
 	var all []object
 	entry := Entry{Driver: p.Driver, Artifact: p.Artifact, Fingerprint: p.Fingerprint}
@@ -299,8 +300,8 @@ func (p *publisher) signature(name, digest string, facts ObjectFacts) object {
 	return o
 }
 
-// Verify checks the signature of an object with this digest. The statement must be about this name, COS build and
-// driver. Facts that are empty in want are not compared.
+// Verify checks the signature of an object with this digest. The signed facts must equal the facts in want. Verify does
+// not compare facts that are empty in want.
 func Verify(v *trust.Verifier, bundle []byte, digest string, want ObjectFacts) (ObjectFacts, error) {
 	var got ObjectFacts
 	st, err := v.Statement(bundle)
@@ -339,7 +340,8 @@ func driverText(d *target.Driver) string {
 // maxSignature bounds a signature in bytes. A statement of this package has about 2 KB.
 const maxSignature = trust.MaxBundleSize
 
-// present reports whether an object exists. It returns an error if the name has other content.
+// present reports whether an object exists. If an object of this name has other content, the error is
+// [fault.PublishRefused].
 func (p *publisher) present(ctx context.Context, o object) (bool, error) {
 	refuse := func(why string) error {
 		return fault.New(fault.PublishRefused, fmt.Sprintf("%s exists already: %s", p.bucket.URL(o.name), why),
@@ -384,7 +386,8 @@ func (p *publisher) present(ctx context.Context, o object) (bool, error) {
 	return true, nil
 }
 
-// create stores an object that did not exist at the check.
+// create stores an object, unless there is true: then the object existed at the check. create adds the object to the
+// report.
 func (p *publisher) create(ctx context.Context, o object, there bool) error {
 	if !there {
 		made := o
@@ -397,9 +400,10 @@ func (p *publisher) create(ctx context.Context, o object, there bool) error {
 		err := p.bucket.s.create(ctx, made.upload)
 		switch {
 		case errors.Is(err, errExists):
-			// Another publisher created it, or the answer to our own write was lost.
+			// Another publisher created the object, or the answer to our own write was lost.
 			if there, err = p.present(ctx, o); err == nil && !there {
-				err = fault.New(fault.Transient, "the object appears and disappears", "find out who removes objects in the bucket")
+				err = fault.New(fault.Transient, "somebody removed the object after it was created",
+					"find out who removes objects in the bucket, then publish again")
 			}
 			if err != nil {
 				return fmt.Errorf("create %s: %w", p.bucket.URL(o.name), err)
@@ -448,7 +452,8 @@ func (p *publisher) versions(ctx context.Context, change edit) error {
 		func(have []byte) ([]byte, error) { return editBinary(have, change) }})
 }
 
-// change changes an object. It writes the signature of the next state before the state itself.
+// change changes an object. change writes the signature of the new state first, so that readers always find the
+// signature of the state that they read.
 func (p *publisher) change(ctx context.Context, l listing) error {
 	changed, data, err := p.bucket.update(ctx, l.name, l.contentType, l.limit, l.next, func(data []byte) error {
 		digest := bytesObject(l.name, "", data).sha256
@@ -485,7 +490,7 @@ func (p *publisher) index(ctx context.Context, have []byte) (Index, error) {
 	x, err := p.bucket.verifyIndex(ctx, p.verifier, p.Kernel, have)
 	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) {
 		return Index{}, fault.Wrap(fault.PublishRefused, fmt.Errorf("extend the index: %w", err),
-			"publish with the key that signed the index; or, if the index is wrong, remove it by hand")
+			"publish with the --key that signed the index; or, if the index is wrong, remove the index from the bucket by hand")
 	}
 	return x, err
 }

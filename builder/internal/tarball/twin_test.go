@@ -53,8 +53,7 @@ func TestPublish(t *testing.T) {
 			t.Fatalf("publishing again changed (-before +after):\n%s", diff)
 		}
 
-		// Refused: other bytes under the same name, another artifact with the same bytes, and
-		// another key.
+		// Publish must refuse other bytes under the same name, another artifact with the same bytes, and another key.
 		stranger, _ := newSigner(t)
 		other := r
 		other.Artifact = digestOf([]byte("x"))
@@ -101,8 +100,8 @@ func TestPublish(t *testing.T) {
 
 var errCut = errors.New("the machine lost its network")
 
-// TestCutOffAnywhere interrupts publishing at every call, before and after the call took effect.
-// The index must not list an object that is missing. Then it publishes again.
+// TestCutOffAnywhere interrupts publishing at every call to the bucket, before and after the call took effect. The
+// index must not list an object that is missing. Then the test publishes again, which must complete the bucket.
 func TestCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -129,20 +128,20 @@ func TestCutOffAnywhere(t *testing.T) {
 		check(t, m.Content(), v)
 		if err == nil {
 			if n < 20 {
-				t.Errorf("Publish made only %d calls; did the cut work?", n)
+				t.Errorf("Publish made only %d calls; want 20 or more", n)
 			}
 			check(t, m.Content(), v, open, proprietary)
 			return
 		}
 		if !errors.Is(err, errCut) {
-			t.Fatalf("n=%d: Publish = %v; want the cause", n, err)
+			t.Fatalf("n=%d: Publish = %v; want %v", n, err, errCut)
 		}
 		if _, err := tarball.Publish(t.Context(), b, r); err != nil {
 			t.Fatalf("n=%d: Publish again = %v", n, err)
 		}
 		check(t, m.Content(), v, open, proprietary)
 		if t.Failed() {
-			t.Fatalf("n=%d", n)
+			t.Fatalf("n=%d: the errors above are of publishing that was interrupted at this call", n)
 		}
 	}
 }
@@ -378,7 +377,7 @@ func TestNoBucket(t *testing.T) {
 	s, _ := newSigner(t)
 	if _, err := tarball.Publish(t.Context(), openBucket(t, "gs://nowhere"), newRelease(t, s, open, "")); !fault.Is(err,
 		fault.Usage) || fault.Hint(err) == "" {
-		t.Errorf("Publish to a bucket that is not there = %v (%v); want kind usage with a hint", err, fault.Of(err))
+		t.Errorf("Publish to a bucket that does not exist = %v (%v); want kind usage with a hint", err, fault.Of(err))
 	}
 }
 

@@ -24,8 +24,8 @@ var anyGPU = []string{"NO_GPU", "OTHERS"}
 // general reports whether a gpu_type row is for no particular product. OTHER is another name of such a row.
 func general(gpuType string) bool { return slices.Contains(anyGPU, gpuType) || gpuType == "OTHER" }
 
-// withVersion returns an edit that adds a version without a label to the rows that it serves.
-// [SetLabels] sets labels.
+// withVersion returns an edit that adds a version, without a label, to the general rows and to each row for whose
+// gpu_type serves returns true. [SetLabels] sets labels.
 func withVersion(version string, serves func(gpuType string) bool) edit {
 	return func(list *gpuversions.GPUDriverVersionInfoList) error {
 		addVersion(list, version, serves)
@@ -79,9 +79,8 @@ func rows(list *gpuversions.GPUDriverVersionInfoList, version string) []string {
 	return all
 }
 
-// withLabels returns an edit that removes labels and sets others. As in COS's own lists, a version
-// has one entry for each of its labels. An entry without a label exists only if the version has no
-// label.
+// withLabels returns an edit that removes the labels in drop and sets those in give. As in COS's own lists, a version
+// has one entry for each of its labels. An entry without a label exists only if the version has no label.
 func withLabels(drop, give []Label) edit {
 	return func(list *gpuversions.GPUDriverVersionInfoList) error {
 		for _, info := range list.GetGpuDriverVersionInfo() {
@@ -138,17 +137,17 @@ func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
 	i := slices.IndexFunc(all, of)
 	if i < 0 {
 		return fault.New(fault.Transient, fmt.Sprintf("version %s is no longer listed for %s", l.Version, l.GPUType),
-			"find out who removes versions from the list")
+			"find out who removes versions from gpu_driver_versions, then run the command again")
 	}
-	// The copy keeps COS's fields of the version that this program does not know.
+	// The copy also keeps fields that COS set on the version and that this program does not know.
 	more := proto.CloneOf(all[i])
 	more.Label = l.Label
 	info.SupportedDriverVersions = slices.Insert(all, i+1, more)
 	return nil
 }
 
-// editText changes gpu_driver_versions.textproto; have is nil if there is no file. A file without
-// changes keeps its bytes.
+// editText changes gpu_driver_versions.textproto. have has the file's bytes, or is nil if there is no file. If the list
+// stays the same, editText returns have.
 func editText(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
 	// Printing would lose an unknown field, so such a field is an error.
@@ -161,7 +160,7 @@ func editText(have []byte, change edit) ([]byte, error) {
 	return printText(&list), nil
 }
 
-// editBinary changes gpu_driver_versions.bin and keeps unknown fields.
+// editBinary changes gpu_driver_versions.bin, as editText does. It keeps fields that this program does not know.
 func editBinary(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
 	if err := proto.Unmarshal(have, &list); err != nil {
@@ -173,7 +172,7 @@ func editBinary(have []byte, change edit) ([]byte, error) {
 	return proto.MarshalOptions{Deterministic: true}.Marshal(&list)
 }
 
-// edit is a change of a list.
+// edit is a change of gpu_driver_versions.
 type edit func(*gpuversions.GPUDriverVersionInfoList) error
 
 // unchanged applies the edit to the list and reports whether the list stayed the same.
@@ -187,8 +186,9 @@ func (change edit) unchanged(have []byte, list *gpuversions.GPUDriverVersionInfo
 
 func newer(err error) error {
 	text := strings.ReplaceAll(err.Error(), "\u00a0", " ") // protobuf varies white space in its messages
-	return fault.New(fault.PublishRefused, fmt.Sprintf("the published list cannot be extended: %.300s", text),
-		"update this program, because a newer one may have written the file; or, if the file is damaged, remove it by hand")
+	return fault.New(fault.PublishRefused, fmt.Sprintf("the published gpu_driver_versions cannot be read: %.300s", text),
+		"install a newer builder, because a newer version may have written the file; or, if the file is damaged, remove the "+
+			"file from the bucket by hand")
 }
 
 // printText prints the list in protobuf's text format. The library's own printer varies its white
@@ -212,6 +212,6 @@ func printText(list *gpuversions.GPUDriverVersionInfoList) []byte {
 	return []byte(b.String())
 }
 
-// forInstaller reports whether Google's installer can use the driver's tarball. It accepts ready
+// forInstaller reports whether Google's installer can use the driver's tarball. From a tarball, that installer takes
 // modules of the open flavour only.
 func forInstaller(d target.Driver) bool { return d.Flavour == target.Open }

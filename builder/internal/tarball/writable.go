@@ -20,7 +20,7 @@ import (
 )
 
 // CheckWrite returns an error if this user may not publish to the destination at gs://BUCKET/PREFIX or file:///FOLDER.
-// It changes nothing, and makes no folder.
+// CheckWrite changes nothing. Unlike [Open], it does not create the folder.
 func CheckWrite(ctx context.Context, dest string) (err error) {
 	u, err := parse(dest)
 	if err != nil {
@@ -37,8 +37,9 @@ func CheckWrite(ctx context.Context, dest string) (err error) {
 	return nil
 }
 
-// needed has the permissions that publishing uses. It reads and replaces lists, and to replace an object is to delete
-// the old one. Without the permission to list, Google answers a question about an absent object as if it were forbidden:
+// needed has the permissions that publishing uses. Publishing replaces lists, and for Google a replacement also deletes
+// the old object. Publishing asks for objects that may not exist, and only an account that may list the bucket gets the
+// answer "not found"; all others get "forbidden". The source of the names is
 // https://cloud.google.com/storage/docs/access-control/iam-permissions.
 var needed = []string{
 	"storage.objects.create", "storage.objects.delete", "storage.objects.get", "storage.objects.list",
@@ -54,7 +55,8 @@ func checkBucket(ctx context.Context, u *url.URL) (err error) {
 	defer func() { err = errors.Join(err, g.Close()) }()
 	granted, err := g.IAM().TestPermissions(ctx, needed)
 	if gcs.Status(err) == http.StatusNotFound {
-		// Either there is no such bucket, or this is an emulator, which has no permissions.
+		// Either the bucket does not exist, or the server is an emulator, which cannot answer questions about
+		// permissions. A bucket whose objects can be listed exists, so the server is an emulator.
 		_, err = g.Objects(ctx, &storage.Query{Prefix: g.Path("")}).Next()
 		if err == nil || errors.Is(err, iterator.Done) {
 			return nil
@@ -74,7 +76,8 @@ func checkBucket(ctx context.Context, u *url.URL) (err error) {
 	return fault.New(fault.PublishRefused, "this account lacks "+strings.Join(lacks, ", "), hint)
 }
 
-// checkFolder checks the folder, or the nearest folder above it that exists, and the files that publishing writes.
+// checkFolder checks whether this user may write the folder. If the folder does not exist, checkFolder checks the
+// nearest existing folder above it. checkFolder also checks the files of this package in the folder (see ownFolder).
 func checkFolder(u *url.URL) error {
 	dir, err := folderPath(u)
 	if err != nil {

@@ -15,9 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// TestCheckWriteBucket answers as Google does. Path and bodies are those of
-// https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions. The emulator of the other tests allows
-// everything.
+// TestCheckWriteBucket runs a server that answers as Google does. Path and bodies are those of
+// https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions. This test cannot use the emulator of
+// the other tests, because the emulator does not answer questions about permissions.
 func TestCheckWriteBucket(t *testing.T) {
 	const kind = `"kind":"storage#testIamPermissionsResponse"`
 	for _, row := range []struct {
@@ -26,7 +26,7 @@ func TestCheckWriteBucket(t *testing.T) {
 		want       fault.Kind
 		ok         bool
 	}{
-		{"may do all of it", `{` + kind + `,"permissions":["storage.objects.create","storage.objects.delete",
+		{"all permissions", `{` + kind + `,"permissions":["storage.objects.create","storage.objects.delete",
 			"storage.objects.get","storage.objects.list"]}`, 200, 0, true},
 		{"role objectCreator", `{` + kind + `,"permissions":["storage.objects.create"]}`, 200, fault.PublishRefused, false},
 		{"may only read", `{` + kind + `}`, 200, fault.PublishRefused, false},
@@ -58,7 +58,8 @@ func TestCheckWriteBucket(t *testing.T) {
 	}
 }
 
-// TestCheckWriteEmulator shows that a bucket whose service knows no permissions passes, and a missing bucket does not.
+// TestCheckWriteEmulator checks that CheckWrite accepts an existing bucket of an emulator, and refuses a missing
+// bucket.
 func TestCheckWriteEmulator(t *testing.T) {
 	server := gcs.Start(t)
 	server.Use(t)
@@ -71,7 +72,8 @@ func TestCheckWriteEmulator(t *testing.T) {
 	}
 }
 
-// TestCheckWriteFolder checks that CheckWrite makes no folder, and finds what publishing could not write.
+// TestCheckWriteFolder checks that CheckWrite makes no folder, and that it refuses a folder if publishing could not
+// write the folder or a file in it.
 func TestCheckWriteFolder(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -85,7 +87,8 @@ func TestCheckWriteFolder(t *testing.T) {
 	file := filepath.Join(dir, "file")
 	write(t, file, "x")
 	for _, bad := range []string{"/proc/none/x", file + "/below"} {
-		if err := tarball.CheckWrite(t.Context(), "file://"+bad); !fault.Is(err, fault.PublishRefused) || fault.Hint(err) == "" {
+		if err := tarball.CheckWrite(t.Context(), "file://"+bad); !fault.Is(err, fault.PublishRefused) ||
+			fault.Hint(err) == "" {
 			t.Errorf("CheckWrite(%s) = %v, hint %q; want a refusal", bad, err, fault.Hint(err))
 		}
 	}

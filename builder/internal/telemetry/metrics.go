@@ -102,7 +102,9 @@ func (q *queueDepth) Describe(out chan<- *prometheus.Desc) { out <- queueDesc() 
 
 func (q *queueDepth) Collect(out chan<- prometheus.Metric) {
 	q.mu.Lock()
-	defer q.mu.Unlock() // Queue(nil) waits for the lock, so nobody closes the queue during the count
+	// A caller that wants to close the queue calls Queue(nil) first. Queue(nil) waits for this lock, so the queue stays
+	// open during the count.
+	defer q.mu.Unlock()
 	if q.depth == nil {
 		return
 	}

@@ -1,6 +1,6 @@
 // Package telemetry reports the progress of builds. The package sends a trace for each cell, with a span for each
-// phase, by OTLP over HTTP, if the standard OTEL_* environment names a collector. The package serves metrics for
-// Prometheus on an address that the operator chooses. Without either it does nothing.
+// phase, by OTLP over HTTP, if the standard OTEL_* environment variables name a collector. The package serves metrics
+// for Prometheus if the operator chooses an address.
 //
 // The package refuses to serve anything but metrics. The package refuses to fail a build: if the collector cannot be
 // reached, the spans are lost and the log has a line about it.
@@ -110,8 +110,8 @@ func (t *Telemetry) Close() error {
 	return errors.Join(errs...)
 }
 
-// Cell starts the trace of one build. Cell adds itself to line.Watch, so callers must call it before they use line. end
-// takes the error of the build.
+// Cell starts the trace of one build. Cell adds a function to line.Watch, so callers must call Cell before they use
+// line. At the end of the build, callers call end with the error of the build, or with nil.
 func (t *Telemetry) Cell(ctx context.Context, c Cell, line *timeline.Run) (_ context.Context, end func(err error)) {
 	if t == nil {
 		return ctx, func(error) {}

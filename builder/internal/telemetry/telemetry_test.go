@@ -179,7 +179,7 @@ func TestCollectorAway(t *testing.T) {
 	}
 	build(t, tel, cell, nil)
 	if err := tel.Close(); err != nil {
-		t.Errorf("Close = %v; want no word of the collector", err)
+		t.Errorf("Close = %v; want nil, because a collector that cannot be reached is no error", err)
 	}
 }
 
@@ -300,7 +300,7 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("cache entries = %v; want one fact", series(got["prebake_cache_entries"]))
 	}
 	if series(got["prebake_cache_bytes"])["kind=fact:verdict"] <= 0 {
-		t.Errorf("cache bytes = %v; want the fact's", series(got["prebake_cache_bytes"]))
+		t.Errorf("cache bytes = %v; want the bytes of the fact", series(got["prebake_cache_bytes"]))
 	}
 	// The server has no other page.
 	if res, err := http.Get("http://" + tel.Address() + "/debug/pprof/"); err != nil ||

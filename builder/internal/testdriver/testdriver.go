@@ -1,7 +1,7 @@
 // Package testdriver is a very small driver for tests, which compiles in a moment. Its makefiles and its conftest.sh
 // have the form of the files of NVIDIA and of kbuild: the same kinds of conftest questions, of make rules, of time
-// stamps and of .cmd files. The package refuses to replace a real driver where only a real one proves something.
-// deploy/e2e has real drivers.
+// stamps and of .cmd files. The package refuses to be a proof that Prebake compiles NVIDIA's drivers: the tests in
+// deploy/e2e compile real drivers for that.
 package testdriver
 
 // Kbuild and Script are the driver's makefile and its conftest.sh. They contain conftest questions about two headers,
@@ -153,7 +153,8 @@ int nv(struct here *h) { return h->size + NV_symbol_a; }
 	}
 }
 
-// Headers returns the files of a kernel's header tree by path.
+// Headers returns the files of a kernel's header tree by path. release becomes UTS_RELEASE. crc is the checksum in
+// Module.symvers of a, the only symbol that this kernel exports.
 func Headers(release, crc string) map[string]string {
 	return map[string]string{
 		".config":                        "CONFIG_MODVERSIONS=y\nCONFIG_BUILD_SALT=\"" + release + "\"\n",

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm/emugpu"
 )
 
-// Revision returns a hash over the emulated GPU's source and compile.Recipe, for cache keys. The hash changes when the
-// source or the recipe changes.
+// Revision returns a hash over the emulated GPU's source and over compile.Recipe, the version of the build method.
+// Cache keys contain this hash, so that a changed source or build method makes a new module.
 func Revision() (string, error) {
 	h := sha256.New()
 	fmt.Fprintln(h, compile.Recipe)
@@ -54,7 +54,7 @@ func Compile(ctx context.Context, dir string, r compile.Request) (string, error)
 	}
 	path, ok := res.Modules[emugpu.Name]
 	if !ok {
-		return "", fmt.Errorf("compile %s: no module came out", emugpu.Name)
+		return "", fmt.Errorf("compile %s: the compile made no module of this name", emugpu.Name)
 	}
 	return path, nil
 }

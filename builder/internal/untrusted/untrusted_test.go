@@ -80,7 +80,7 @@ func TestHostile(t *testing.T) {
 		t.Errorf("Read of a file = %q, %v", text, err)
 	}
 	if _, err := d.Read("sub/file", 6); !errors.Is(err, untrusted.ErrLarge) {
-		t.Errorf("Read of a file over the bound = %v; want %v", err, untrusted.ErrLarge)
+		t.Errorf("Read of a file over the limit = %v; want %v", err, untrusted.ErrLarge)
 	}
 	files, err := d.Files()
 	if diff := cmp.Diff([]string{"sub/file"}, files); err != nil || diff != "" {

@@ -38,14 +38,15 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 	return nil
 }
 
-// mayPass reports whether a later request to the server may succeed. An internal error of the server counts as such,
-// because the build did not cause it.
+// mayPass reports whether a later request to the server may succeed. mayPass is true also for an internal error of the
+// server, because the build did not cause that error.
 func mayPass(err error) bool {
 	kind := fault.Of(err)
 	return kind.Retryable() || kind == fault.Internal
 }
 
-// retryUntilDone repeats a call while a later one may succeed, until ctx is done.
+// retryUntilDone repeats a call every two seconds until the call succeeds, mayPass is false for its error, or ctx is
+// done. retryUntilDone returns the error of the last call.
 func retryUntilDone(ctx context.Context, call func() error) error {
 	for {
 		err := call()
@@ -60,7 +61,7 @@ func retryUntilDone(ctx context.Context, call func() error) error {
 	}
 }
 
-// sendLog sends the end of a build's log. sendLog sends as many bytes as the server accepts.
+// sendLog sends a build's log. If the log is longer than [api.MaxBuildLog] bytes, sendLog sends only its end.
 func (w *worker) sendLog(ctx context.Context, build int64) (err error) {
 	f, err := os.Open(w.logPath(build))
 	if errors.Is(err, os.ErrNotExist) {
@@ -124,7 +125,7 @@ type reporter struct {
 	build  int64
 	// heartbeat is the content of each report.
 	heartbeat api.BuildUpdate
-	// end cancels the build; it may be called several times.
+	// end cancels the build. Callers may call end several times.
 	end  context.CancelCauseFunc
 	log  *slog.Logger
 	next chan string
@@ -196,10 +197,10 @@ func (w *worker) follow(ctx context.Context, build int64, stop <-chan struct{}, 
 		}
 		switch {
 		case fault.Is(err, fault.Mismatch):
-			offset = 0 // the server lost the log, or has the log of another attempt: send the log from its start
+			offset = 0 // the server lost the log, or has the log of another attempt, so the next part is the log's start
 		case fault.Of(err).Retryable():
 			log.DebugContext(ctx, "log not sent yet", "err", err)
-		case err != nil: // the log is too long, or the server is an older version
+		case err != nil: // the log is too long, or the server is an older version that accepts no parts
 			log.DebugContext(ctx, "log is sent at the end only", "err", err)
 			return
 		default:

@@ -28,7 +28,8 @@ import (
 // server serves the part of the API that a worker uses.
 type server struct {
 	*httptest.Server
-	// refuse returns the error for an update, or nil to accept it. refuse may also stop parts of the test.
+	// refuse returns the error for an update, or nil to accept the update. Tests also use refuse to react to an update,
+	// for example to stop the worker.
 	refuse func(u api.BuildUpdate) *api.Problem
 
 	mu     sync.Mutex
@@ -36,7 +37,7 @@ type server struct {
 	phases []string
 	log    string
 	live   []byte    // the parts of the log that came while the build was running
-	build  api.Build // answer to GET
+	build  api.Build // the answer to each GET and each accepted update of the build
 }
 
 func newServer(t *testing.T) *server {
@@ -160,7 +161,7 @@ func newRig(t *testing.T, tries ...try) *rig {
 	return r
 }
 
-// run works until the server has received this number of states, or until a minute has passed.
+// run runs the worker until the server has received this number of updates with a state, or until a minute has passed.
 func (r *rig) run(t *testing.T, states int) error {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
@@ -202,6 +203,7 @@ func fails(err error) try {
 	}
 }
 
+// standing checks the state of the build in the queue.
 func (r *rig) standing(t *testing.T, want queue.JobState) {
 	t.Helper()
 	got, err := r.queue.Lookup(t.Context(), 7)
@@ -214,6 +216,7 @@ func (r *rig) standing(t *testing.T, want queue.JobState) {
 	}
 }
 
+// noLogs checks that the worker has sent and removed all logs.
 func (r *rig) noLogs(t *testing.T) {
 	t.Helper()
 	if left, err := filepath.Glob(filepath.Join(r.cfg.State, "*.log")); err != nil || len(left) > 0 {

@@ -15,20 +15,20 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestStopInMidBuild checks how a build ends after a stop. The build may finish, with or without success, and its
-// result counts. A build that does not finish within the grace period is cancelled and handed back. That costs no
-// attempt.
+// TestStopInMidBuild checks how a build ends after a stop of the worker. If the build ends within the grace period, its
+// result counts, with or without success. Otherwise the worker cancels the build and hands it back to the queue, and
+// the queue does not count the attempt.
 func TestStopInMidBuild(t *testing.T) {
 	t.Parallel()
 	waits := func(ctx context.Context, _ io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
 		<-ctx.Done()
 		if !fault.Is(context.Cause(ctx), fault.Cancelled) {
-			return &pipeline.Result{}, errors.New("the build was ended without its cause")
+			return &pipeline.Result{}, errors.New("the build was cancelled, but not with the cause fault.Cancelled")
 		}
 		return &pipeline.Result{}, context.Cause(ctx)
 	}
-	// goesOn shows that a stop alone does not reach the build. A phase begins after the stop, and when the server has
-	// received it, the build's context is still valid.
+	// goesOn shows that a stop alone does not cancel the build. A phase begins after the stop. When the server has
+	// received the report of this phase, the build's context must still be valid.
 	goesOn := func(then try, heard <-chan struct{}) try {
 		return func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 			err := line.Do("goes on", func() (string, error) {
@@ -49,7 +49,7 @@ func TestStopInMidBuild(t *testing.T) {
 	rows := []struct {
 		name   string
 		grace  time.Duration
-		second bool // a second signal
+		second bool // whether a second stop signal arrives
 		goesOn bool
 		try    try
 		state  api.State
@@ -103,7 +103,7 @@ func TestStopInMidBuild(t *testing.T) {
 			}
 			r.standing(t, row.queue)
 			if got, err := r.queue.Lookup(t.Context(), 8); err != nil || got.Attempt != 0 || got.Ended {
-				t.Errorf("the build that was not begun: %+v, %v; want it in line", got, err)
+				t.Errorf("the second build = %+v, %v; want it to wait in the queue", got, err)
 			}
 			r.noLogs(t)
 		})

@@ -1,5 +1,6 @@
-// Package worker takes builds from the queue, runs them, and reports them to the server. Server and queue both store
-// the state of a build. So that both agree, the worker decides each outcome once and sends it to both.
+// Package worker takes builds from the queue, runs them, and reports their results to the server. Server and queue both
+// store the state of a build. So that both store the same state, the worker decides each result once and sends it to
+// both.
 //
 // The package refuses to know how a build is made. The package refuses to decide whether a failure is worth a retry,
 // because the kind of the fault decides that.
@@ -39,15 +40,16 @@ type Config struct {
 	QueueURL string
 	// Concurrency is the number of builds that run at the same time. 0 means one.
 	Concurrency int
-	// ServerTimeout is how long a finished build waits for a server that does not answer. 0 means one minute.
+	// ServerTimeout limits how long the worker tries to report the end of a build to a server that does not answer. 0
+	// means one minute.
 	ServerTimeout time.Duration
 	Server        *api.Client
 	// Make runs one build. If the build fails, Make returns an error, and a Result with everything that it found before
 	// the failure. log receives all output of tools.
 	Make func(ctx context.Context, r pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 	Log  *slog.Logger
-	// Grace is how long a running build may continue after a stop. A build that has not ended then is cancelled and
-	// handed back. 0 cancels builds at once.
+	// Grace is how long running builds may continue after the worker was told to stop. The worker cancels a build that
+	// runs longer and hands it back to the queue. With 0, the worker cancels builds at once.
 	Grace time.Duration
 	// When Cancel is closed, the grace period ends at once. With nil, the grace period always has its full length.
 	Cancel <-chan struct{}
@@ -55,12 +57,13 @@ type Config struct {
 	Heartbeat time.Duration
 	// LogEvery is the time between two parts of a growing log. 0 means two seconds.
 	LogEvery time.Duration
-	// Telemetry receives builds and the queue's depth. Telemetry may be nil.
+	// Telemetry receives the phases and results of builds, and the number of jobs in the queue. Telemetry may be nil.
 	Telemetry *telemetry.Telemetry
 }
 
-// startTimeout is how long the start of a build waits for a server that does not answer, for example because it
-// restarts. The wait is worth it, because a build that is handed back loses its place in the queue.
+// startTimeout limits how long the worker tries to report the start of a build to a server that does not answer, for
+// example because the server restarts. After this time the worker hands the build back, and the build loses its place
+// in the queue.
 const startTimeout = 20 * time.Second
 
 // shutdownTimeout is how long reports may take after a stop of the worker.
@@ -71,12 +74,13 @@ type worker struct {
 	// stopping is done when the worker must take no more builds. stop cancels stopping with a reason.
 	stopping context.Context
 	stop     context.CancelCauseFunc
-	// hard is done when running builds must end, too.
+	// hard is done when running builds must end, too: at the end of the grace period.
 	hard context.Context
 }
 
 // Run works until ctx ends. Then it takes no more builds and lets running builds finish within the grace period. It
-// cancels the remaining builds and hands them back to the queue.
+// cancels the remaining builds and hands them back to the queue. If the server refuses the worker itself, for example
+// because of a wrong token, Run stops in the same way and returns that error.
 func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.ServerTimeout <= 0 {
 		cfg.ServerTimeout = time.Minute
@@ -177,7 +181,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 	}
 	log.InfoContext(ctx, "build started")
 	res, err := w.bounded(ctx, job, attempt, log)
-	// If the build fails after the worker had to stop, the stop counts as the cause, whatever the error is.
+	// A build that fails after the grace period counts as stopped by the worker, whatever its error is.
 	stopped := err != nil && w.hard.Err() != nil
 	if stopped {
 		err = queue.Requeue(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was stopped: %w", err), ""))
@@ -213,7 +217,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 	return err
 }
 
-// reportStart reports the start of the build. The build begins only if the server accepts this.
+// reportStart reports the start of the build. The build begins only if the server accepts the report.
 func (w *worker) reportStart(ctx context.Context, build int64, attempt int) error {
 	patience, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
@@ -235,13 +239,14 @@ func (w *worker) reportStart(ctx context.Context, build int64, attempt int) erro
 	switch kind := fault.Of(err); {
 	// With these errors, the start of every other build would fail in the same way. So the worker stops.
 	case kind == fault.Usage || kind == fault.Unauthorized || kind == fault.Forbidden:
-		err = fault.Wrap(kind, err, "check --server and --token")
+		err = fault.Wrap(kind, err, "check --server and --token, or the token in the file of --token-file")
 		w.stop(err)
 		return queue.Requeue(err)
 	case kind != fault.Busy && mayPass(err):
 		return queue.Requeue(err)
 	}
-	// The server decides: the build has ended, is gone, or another build of the cell is open.
+	// The server refused the start. If the build has ended or is gone, the queue drops it. If another build of the same
+	// cell is open (fault.Busy), the queue counts the attempt and offers this build again later.
 	return err
 }
 
@@ -249,7 +254,7 @@ func (w *worker) logPath(build int64) string {
 	return filepath.Join(w.State, fmt.Sprintf("build-%d.log", build))
 }
 
-// bounded runs the build and cancels it when the worker must stop.
+// bounded runs the build, and cancels it when the grace period after a stop of the worker ends.
 func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log *slog.Logger) (*pipeline.Result,
 	error) {
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -262,7 +267,7 @@ func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log
 	})()
 	res, err := w.make(ctx, job, attempt, cancel, log)
 	if cause := context.Cause(ctx); err != nil && fault.Is(cause, fault.Cancelled) && w.hard.Err() == nil {
-		// The cancellation counts as the cause, whatever the error of the build is.
+		// The server's answer to a report cancelled the build. This counts as the cause, whatever the build's error is.
 		err = fault.Wrap(fault.Cancelled, cause, "")
 	}
 	return res, err
@@ -307,7 +312,8 @@ func (w *worker) make(
 	}, out, line)
 }
 
-// outcome returns the update for the server. last means that the queue will not offer the build again.
+// outcome returns the update for the server. stopped means that the worker cancelled the build because the worker
+// stops. last means that the queue does not offer the build again after a failure.
 func outcome(res *pipeline.Result, err error, stopped, last bool) api.BuildUpdate {
 	update := api.BuildUpdate{Phases: res.Phases, Fingerprint: res.Fingerprint}
 	if res.Kernel.BuildID != "" {
@@ -335,8 +341,8 @@ func outcome(res *pipeline.Result, err error, stopped, last bool) api.BuildUpdat
 	return update
 }
 
-// errorText returns the text that tables show for an error. For an API break this is the compiler's own line only,
-// without the context that callers added.
+// errorText returns the text that tables show for an error. For an API break (the driver's source does not fit the
+// kernel) this is only the compiler's line, without the context that callers added.
 func errorText(err error) string {
 	var e *fault.Error
 	if errors.As(err, &e) && e.Kind == fault.APIBreak {

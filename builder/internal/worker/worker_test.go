@@ -107,12 +107,13 @@ func TestLastAttempt(t *testing.T) {
 	}
 	if got := r.server.states[1]; got.State != api.Failed || got.Class != fault.OutOfMemory.String() ||
 		r.server.states[0].Attempt != queue.MaxAttempts {
-		t.Errorf("the server heard %+v; want failed, out of memory, in the last attempt", r.server.states)
+		t.Errorf("the server heard %+v; want the last attempt failed with out-of-memory", r.server.states)
 	}
 	r.standing(t, queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: queue.MaxAttempts})
 }
 
-// lost uses up attempts. The database connection of each worker is closed during its build.
+// lost uses up attempts of a build. For each attempt, a worker begins the build, and then loses its connection to the
+// queue's database.
 func lost(t *testing.T, r *rig, attempts int) {
 	t.Helper()
 	name, err := r.cfg.QueueName()
@@ -174,8 +175,8 @@ func TestStopHandsBack(t *testing.T) {
 	}
 }
 
-// TestServerAway checks a server that does not answer. Before the build this costs no attempt. After the build it loses
-// no outcome.
+// TestServerAway checks a server that does not answer. If it does not answer before the build, the queue counts no
+// attempt. If it does not answer after the build, the build runs again, and the worker reports the result of that run.
 func TestServerAway(t *testing.T) {
 	t.Parallel()
 	t.Run("at the start", func(t *testing.T) {
@@ -342,7 +343,7 @@ func TestLogOfKilledBuild(t *testing.T) {
 	}
 }
 
-// TestLongLog checks that the end of a log is sent if the log is longer than the server accepts.
+// TestLongLog checks that the worker sends only the end of a log that is longer than the server accepts.
 func TestLongLog(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, func(_ context.Context, log io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
