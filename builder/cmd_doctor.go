@@ -20,7 +20,7 @@ func doctorCommand() *ucli.Command {
 		Usage: "check that this machine has what builds need, and list what is missing",
 		Description: `doctor takes the flags and environment variables of build and work. It checks
 mirrors, destinations and the key if you name them, and changes nothing. The
-exit status is the one of the worst finding.`,
+exit status is the one of the first check that fails.`,
 		Flags: slices.Concat(
 			cli.Group(groupWhat, cli.Bool("btf", "also check the tools that build --btf needs")),
 			cli.Group(groupFrom,

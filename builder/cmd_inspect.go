@@ -25,7 +25,7 @@ func inspectCommand() *ucli.Command {
 		Usage: "check whether drivers can be built for one COS build, and list what is wrong",
 		Description: `inspect fetches those files of the COS build that compiling needs, and compiles
 nothing. Attach the output when you report that a COS build does not work. The
-exit status is the one of the worst finding.`,
+exit status is the one of the first check that fails.`,
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
 				&ucli.StringFlag{Name: "build-id", Usage: "`BUILD_ID` of the COS build, such as 17800.66.78", Required: true,

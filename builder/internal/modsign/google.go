@@ -99,9 +99,12 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	if signature == nil {
 		return fault.Errorf(fault.CheckFailed, "%w: there is no signature for %s", ErrLeftOut, name)
 	}
-	if _, own, err := Split(module); err != nil || own != nil {
-		return errors.Join(err, fault.New(fault.CheckFailed, "attach a signature to "+name+": the module is signed already",
-			"attach the signature to the unsigned module that the compiler made"))
+	switch _, own, err := Split(module); {
+	case err != nil:
+		return fmt.Errorf("attach a signature to %s: %w", name, err)
+	case own != nil:
+		return fault.New(fault.CheckFailed, "attach a signature to "+name+": the module is signed already",
+			"attach the signature to the unsigned module that the compiler made")
 	}
 	s, err := verify(module, signature, slices.Concat(d.certificates, d.roots))
 	switch {

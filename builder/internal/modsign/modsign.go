@@ -75,7 +75,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	pub, ok := key.Public().(*rsa.PublicKey)
 	if !ok {
 		return nil, fault.New(fault.Usage,
-			fmt.Sprintf("%s is a key of type %T; want an RSA key: ECDSA signatures differ each time, so the artifact would, too",
+			fmt.Sprintf("%s is a key of type %T; want an RSA key, whose signatures are the same each time",
 				keyRef, key.Public()),
 			"use an RSA key: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout modules.key -out "+
 				"modules.crt")

@@ -132,12 +132,15 @@ func (p *packer) folder(dir string) (int, error) {
 	var files []v1.Descriptor
 	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
 		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission):
+			return fault.Wrap(fault.Usage, err, "give --snapshot a folder that exists and that this user may read")
 		case err != nil || e.IsDir():
 			return err
 		case !e.Type().IsRegular():
 			return fault.New(fault.Usage, path+" is no regular file", "give --snapshot a folder that has only regular files")
 		case len(files) == registry.MaxFiles:
-			return fault.Errorf(fault.Usage, "the folder has more than %d files", registry.MaxFiles)
+			return fault.New(fault.Usage, fmt.Sprintf("the folder has more than %d files", registry.MaxFiles),
+				"give --snapshot a folder that has only the snapshot's files")
 		}
 		name, err := filepath.Rel(dir, path)
 		if err != nil {
@@ -152,14 +155,10 @@ func (p *packer) folder(dir string) (int, error) {
 		return err
 	})
 	if err == nil && len(files) == 0 {
-		err = fault.New(fault.Usage, "the folder is empty", "name the folder with the signed files")
+		err = fault.New(fault.Usage, "the folder is empty", "give --snapshot the folder with the snapshot's files")
 	}
 	if err != nil {
-		return 0, fault.Wrap(
-			fault.Usage,
-			fmt.Errorf("read snapshot %s: %w", dir, err),
-			"give --snapshot the folder with the snapshot's files; it must have regular files only",
-		)
+		return 0, fmt.Errorf("read snapshot %s: %w", dir, err)
 	}
 	return len(files), p.files(TypeSnapshot, TagSnapshot, files)
 }

@@ -228,6 +228,6 @@ func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
 
 // changed returns the error for a module that changed in the cache since it was made.
 func changed(name, dir string) error {
-	return fault.New(fault.Transient, fmt.Sprintf("module %s was damaged in the cache since it was compiled", name),
-		"run the command again: it compiles the module again; check the disk of "+dir)
+	return fault.New(fault.Transient, fmt.Sprintf("module %s changed in the cache during this build", name),
+		"check the disk of "+dir+"; then run the command again, which makes the module again")
 }

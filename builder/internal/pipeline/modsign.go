@@ -90,7 +90,10 @@ func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 	dir, cached, err := r.products.Tree(ctx, "signed", in.stampedKey(by...), func(_ context.Context, dir string) error {
 		sums := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(m.files)) {
-			if sum, err := hostfile.Sum(m.files[name]); err != nil || sum != m.sums[name] {
+			switch sum, err := hostfile.Sum(m.files[name]); {
+			case err != nil:
+				return fmt.Errorf("read module %s: %w", name, err)
+			case sum != m.sums[name]:
 				return changed(name, r.products.Dir())
 			}
 			path := filepath.Join(dir, name+".ko")
