@@ -216,7 +216,7 @@ func TestLoadRefuses(t *testing.T) {
 	two := write(t, filepath.Join(t.TempDir(), "crt"), append(text, text...))
 	none := filepath.Join(t.TempDir(), "none")
 	for name, row := range map[string]struct{ key, cert, text string }{
-		"ECDSA":                     {ec.keyPath, ec.path, "ECDSA signatures differ each time"},
+		"ECDSA":                     {ec.keyPath, ec.path, "whose signatures are the same each time"},
 		"odd length":                {odd.keyPath, odd.path, "2560 bits"},
 		"another key's certificate": {p.keyPath, other.path, "does not belong to key"},
 		"not for signatures":        {noSign.keyPath, noSign.path, "not for signatures"},
