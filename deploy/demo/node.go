@@ -179,8 +179,17 @@ func (r *nodeRun) wantGPU(version, digest string) error {
 	return errors.Join(append(problems, r.wantExit(fault.Unusable))...)
 }
 
-// wantNoDevice checks the report of the node before it has a GPU.
-func (r *nodeRun) wantNoDevice() error { return r.wantExit(fault.NoDevice) }
+// wantNoDevice checks the report of the node before it has a GPU. On a new disk no driver is installed either, and the
+// fetcher reports that first.
+func (r *nodeRun) wantNoDevice() error {
+	if n := r.report.Verdict.PCIGPUs; n != 0 {
+		return fmt.Errorf("before the emulated GPU is put in, the fetcher sees %d GPUs; want none", n)
+	}
+	if r.code == fault.NoArtifact.ExitCode() && r.report.Verdict.State == "absent" {
+		return nil
+	}
+	return r.wantExit(fault.NoDevice)
+}
 
 func (r *nodeRun) wantExit(kind fault.Kind) error {
 	if r.code != kind.ExitCode() {

@@ -46,6 +46,28 @@ func TestWantGPU(t *testing.T) {
 	}
 }
 
+func TestWantNoDevice(t *testing.T) {
+	t.Parallel()
+	for name, row := range map[string]struct {
+		state string
+		kind  fault.Kind
+		gpus  int
+		ok    bool
+	}{
+		"a new disk":             {"absent", fault.NoArtifact, 0, true},
+		"the driver of a run":    {"no-device", fault.NoDevice, 0, true},
+		"a GPU, and a new disk":  {"absent", fault.NoArtifact, 1, false},
+		"a GPU that is unusable": {"unusable", fault.Unusable, 1, false},
+		"another failure":        {"unusable", fault.Internal, 0, false},
+	} {
+		r := &nodeRun{code: row.kind.ExitCode()}
+		r.report.Verdict.State, r.report.Verdict.PCIGPUs = row.state, row.gpus
+		if err := r.wantNoDevice(); (err == nil) != row.ok {
+			t.Errorf("%s: wantNoDevice() = %v; want an error: %t", name, err, !row.ok)
+		}
+	}
+}
+
 func TestWantRemembered(t *testing.T) {
 	t.Parallel()
 	notes := func(conftest, compile string) []timeline.Phase {
