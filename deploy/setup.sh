@@ -22,7 +22,7 @@ declare -A groups=(
   # registries. etcd-server: the store of a real kube-apiserver. fdisk, dosfstools and
   # mtools make an EFI partition. zsh and fish test the completion of commands. mandoc
   # checks the manual pages. protoc and the binutils for arm64 make what tests compare with.
-  [test]="postgresql docker-registry skopeo containerd etcd-server fdisk dosfstools mtools zsh fish mandoc
+  [test]="postgresql docker-registry skopeo containerd etcd-server fdisk dosfstools mtools zsh fish mandoc \
     protobuf-compiler binutils-aarch64-linux-gnu"
   # Chromium opens the server's pages, and draws text with fonts-dejavu-core. A program in
   # deploy/browser drives it. nodejs runs that program, and npm installs its packages.

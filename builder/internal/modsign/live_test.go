@@ -1,7 +1,6 @@
 package modsign_test
 
 import (
-	"crypto/x509"
 	"errors"
 	"os"
 	"os/exec"

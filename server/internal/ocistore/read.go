@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"cuelabs.dev/go/oci/ociregistry"
+	"cuelabs.dev/go/oci/ociregistry/ociref"
 )
 
 // mediaTypeBlob is the media type of all blobs, because the protocol tells the registry no other.
