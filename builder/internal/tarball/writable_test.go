@@ -86,11 +86,9 @@ func TestCheckWriteFolder(t *testing.T) {
 	}
 	file := filepath.Join(dir, "file")
 	write(t, file, "x")
-	for _, bad := range []string{"/proc/none/x", file + "/below"} {
-		if err := tarball.CheckWrite(t.Context(), "file://"+bad); !fault.Is(err, fault.PublishRefused) ||
-			fault.Hint(err) == "" {
-			t.Errorf("CheckWrite(%s) = %v, hint %q; want a refusal", bad, err, fault.Hint(err))
-		}
+	if err := tarball.CheckWrite(t.Context(), "file://"+file+"/below"); !fault.Is(err, fault.PublishRefused) ||
+		fault.Hint(err) == "" {
+		t.Errorf("CheckWrite() = %v, hint %q below a file; want a refusal", err, fault.Hint(err))
 	}
 	if os.Geteuid() == 0 {
 		return // root may write everything below

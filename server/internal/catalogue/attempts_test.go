@@ -119,8 +119,9 @@ func TestUpdateTeachesKernel(t *testing.T) {
 	}
 }
 
-// TestPhasesOfBuilders sends phases whose times and texts are at the ends of what a request can hold. Every answer about
-// the build must still be JSON. RFC 3339 has the years 0 to 9999, so these times can be read, but not written in UTC.
+// TestPhasesOfBuilders sends phases whose times and texts are at the ends of what a request can hold. Every answer
+// about the build must still be JSON. RFC 3339 has the years 0 to 9999, so these times can be read, but not written in
+// UTC.
 func TestPhasesOfBuilders(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)

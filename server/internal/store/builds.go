@@ -38,8 +38,8 @@ func scanBuild(row func(...any) error) (api.Build, error) {
 	return b, errors.Join(err, json.Unmarshal([]byte(kernel), &b.Kernel))
 }
 
-// encodable returns a time in UTC. A time whose year JSON cannot hold (RFC 3339: 0 to 9999) becomes zero: near the ends,
-// a text with an offset can be read, but the same time in UTC cannot be written.
+// encodable returns a time in UTC. A time whose year JSON cannot hold (RFC 3339: 0 to 9999) becomes zero: near the
+// ends, a text with an offset can be read, but the same time in UTC cannot be written.
 func encodable(t time.Time) time.Time {
 	t = t.UTC()
 	if year := t.Year(); year < 0 || year > 9999 {
