@@ -319,8 +319,8 @@ with keys that the publisher gave you in another way.
 Example:
   builder bundle extract drivers.tar --snapshot /srv/snapshot`,
 		Flags: cli.Group(groupTo,
-			cli.String("snapshot", "", "write the snapshot to the new `FOLDER`"),
-			cli.String("keys", "", "write the public keys to keys.pem in the new `FOLDER`"),
+			cli.String("snapshot", "", "write the snapshot to `FOLDER`, which must be new or empty"),
+			cli.String("keys", "", "write the bundle's public keys to keys.pem in `FOLDER`, which must be new or empty"),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			file, err := oneArg(cmd, "the bundle")

@@ -91,6 +91,8 @@ func TestCIScripts(t *testing.T) {
 			[]string{"17800.66.78:lakitu:550.54.15"}, fault.Pending.ExitCode(), "", "is queued"},
 		{"no such driver", "preflight.sh", to, []string{"17800.66.90:lakitu:new"}, 2, "", "hint:"},
 		{"no pool", "preflight.sh", to, nil, 2, "", "no node pool is named"},
+		{"a GKE version, where the server follows no map", "preflight.sh", to, []string{"1.33.5-gke.1080000:lakitu"},
+			fault.NoArtifact.ExitCode(), "== 1.33.5-gke.1080000:lakitu", ""},
 		{"a flag for a pool", "preflight.sh", to, []string{"--help"}, 2, "", "begins with no COS build"},
 		{"a flag for a driver", "preflight.sh", to, []string{"17800.66.90:lakitu:--help"}, 2, "", "hint:"},
 		{"no number", "preflight.sh", append(slices.Clone(to), "PREBAKE_WAIT=long"), []string{"17800.66.90"}, 2, "",

@@ -100,7 +100,7 @@ func installFlags() []ucli.Flag {
 	builder := cli.String(
 		"builder",
 		"",
-		"builder `PROGRAM` or image (HOST/NAME@DIGEST) for compiling on this node, or never",
+		"builder `PROGRAM` or image (HOST/NAME@DIGEST) that compiles here; \"never\" for none",
 	)
 	builder.DefaultText = "builder beside fetcher"
 	cache := cli.String("cache", "", "`FOLDER` of the cache")

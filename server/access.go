@@ -38,7 +38,7 @@ func createTokenCommand() *ucli.Command {
 		Name: "create", Usage: "make a token, and print its secret, which cannot be printed again", ArgsUsage: "NAME",
 		Flags: writeFlags(
 			&ucli.StringSliceFlag{Name: "scope", Required: true,
-				Usage: "`SCOPE` of the token; server tokens --help lists all scopes"},
+				Usage: "`SCOPE` of the token; to list all scopes: server tokens --help"},
 			cli.Duration("life", 90*24*time.Hour, "`TIME` for which the token is valid, at most two years"),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {

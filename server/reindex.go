@@ -102,7 +102,8 @@ Example:
 		Flags: append(signerFlags(), writeFlags(
 			cli.String("repository", "/prebake/driver", "`REPOSITORY` to read: HOST/NAME, or /NAME on the server itself"),
 			cli.String("bucket", "", "also read published tarballs from the bucket at `URL`: gs://, https:// or file://"),
-			&ucli.BoolFlag{Name: "apply", Usage: "record the differences of the kinds missing and attested in the catalogue"},
+			&ucli.BoolFlag{Name: "apply",
+				Usage: "add to the catalogue what it lacks: the differences \"missing\" and \"attested\""},
 		)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {

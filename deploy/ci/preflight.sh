@@ -11,7 +11,7 @@
 # the pools that may not move yet.
 #
 # usage: preflight.sh BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]…   (or the list in PREBAKE_POOLS;
-# lib.sh describes the other variables)
+# lib.sh describes the other variables). In place of BUILD_ID a GKE version may stand.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -21,7 +21,8 @@ pools=("$@")
 ((${#pools[@]} > 0)) || refuse "no node pool is named" "usage: preflight.sh BUILD_ID:BOARD:DRIVER:FLAVOUR…, such as 17800.66.78:lakitu:R535"
 [[ ${PREBAKE_WAIT:=0} =~ ^[0-9]{1,6}$ ]] || refuse "PREBAKE_WAIT is ${PREBAKE_WAIT@Q}" "write a number of seconds"
 for pool in "${pools[@]}"; do
-  is_build_id "${pool%%:*}" || refuse "${pool@Q} begins with no COS build" "write a pool such as 17800.66.78:lakitu:R535"
+  is_build_id "${pool%%:*}" || [[ ${pool%%:*} =~ ^v?[0-9]+\.[0-9]+\.[0-9]+-gke\.[0-9]+$ ]] ||
+    refuse "${pool@Q} begins with no COS build" "write a pool such as 17800.66.78:lakitu:R535 or 1.33.5-gke.1080000:lakitu"
 done
 
 # note adds a line to the summary that GitHub shows on the page of a workflow's run.

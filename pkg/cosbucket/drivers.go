@@ -32,7 +32,7 @@ type DriverList struct {
 	Branches map[string]string
 	// Versions has all versions that any of the files names, lowest first.
 	Versions []string
-	// GPUs has a list for each GPU type to which COS gives versions of its own. The keys are COS's names of the types,
+	// GPUs has a list for each GPU type for which COS names separate versions. The keys are COS's names of the types,
 	// such as NVIDIA_L4.
 	GPUs map[string]DriverList
 }

@@ -231,8 +231,8 @@ func FuzzParseFile(f *testing.F) {
 			}
 			return
 		}
-		// Serves returns the same for every product with the full and with the short form of a list. The short form of a
-		// short form is equal to it.
+		// The full list and its short form must give the same answer about each product. Shortening a short form must
+		// change nothing.
 		s := short(t, l)
 		if diff := cmp.Diff(s, short(t, s)); diff != "" {
 			t.Errorf("short form of the short form (-want +got):\n%s", diff)

@@ -66,8 +66,8 @@ func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) 
 	k := &keyless{token: l.token}
 	if err := k.services(text, time.Now()); err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("signing configuration: %w", err),
-			"give a Sigstore signing_config.json with a certificate authority, and with a timestamp authority or a log; cosign "+
-				"signing-config create writes such a file")
+			"give a Sigstore signing_config.json that names a certificate authority, and a timestamp authority or a log; "+
+				"write one with: cosign signing-config create")
 	}
 	_, leaf, err := k.certified(ctx)
 	if err != nil {

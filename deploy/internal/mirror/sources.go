@@ -54,7 +54,7 @@ func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 	}
 	if out.Len() == 0 {
 		return nil, fault.New(fault.Unsupported, "derive apt sources: no source of suite "+codename+" in /etc/apt",
-			"run on a Debian machine whose apt sources list "+codename)
+			"add a source for "+codename+" under /etc/apt, or run on a Debian machine that has one")
 	}
 	return out.Bytes(), nil
 }

@@ -13,9 +13,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// foreignNode is a node on which Google's installer installed and loaded a driver. The argument in is a list of the
-// modules whose files are in that installer's folder.
-func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, in ...string) *node {
+// foreignNode is a node on which Google's installer installed and loaded a driver. onDisk lists the modules whose files
+// are in that installer's folder.
+func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, onDisk ...string) *node {
 	t.Helper()
 	n := newNode(t, c, 1, key)
 	n.reboot(t)
@@ -25,7 +25,7 @@ func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, in ...string) *n
 		if err := n.kernel.InitModule(m, ""); err != nil {
 			t.Fatal(err)
 		}
-		for _, have := range in {
+		for _, have := range onDisk {
 			if have == name {
 				sample.Write(t, filepath.Join(n.root, installDir), "drivers/"+name+".ko", string(m))
 			}
