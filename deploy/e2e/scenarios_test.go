@@ -21,6 +21,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
+// scenarios is the environment variable that asks for TestNodeScenarios.
+const scenarios = "PREBAKE_SCENARIOS"
+
 // TestNodeScenarios runs testdata/*.txtar. Each file runs on one virtual node, with the emulated GPU and NVIDIA's real
 // driver. Each section of a file is a scenario, and the state of the node is kept from one to the next. If the install
 // folder is on a disk, the node may die and boot again.
@@ -42,7 +45,7 @@ import (
 // The machine is emulated, and reads the whole driver for each load. A file takes minutes, so the test runs only if
 // PREBAKE_SCENARIOS is set (make scenarios). TestScenarioScripts always reads the files.
 func TestNodeScenarios(t *testing.T) {
-	if os.Getenv("PREBAKE_SCENARIOS") == "" {
+	if os.Getenv(scenarios) == "" {
 		t.Skip("PREBAKE_SCENARIOS is not set; run make scenarios")
 	}
 	k := shared.kernel(1)
