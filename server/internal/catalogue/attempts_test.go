@@ -127,7 +127,8 @@ func TestPhasesOfBuilders(t *testing.T) {
 	c, _ := world(t)
 	b := request(t, c, first, v261, "open")
 	var phases []timeline.Phase
-	text := `[{"name": "late", "start": "9999-12-31T23:59:59-01:00"}, {"name": "early", "start": "0000-01-01T00:00:00+01:00"},
+	text := `[{"name": "late", "start": "9999-12-31T23:59:59-01:00"},
+		{"name": "early", "start": "0000-01-01T00:00:00+01:00"},
 		{"name": "here", "start": "2026-11-29T12:00:00+02:00", "seconds": 1.5, "failed": true}]`
 	if err := json.Unmarshal([]byte(text), &phases); err != nil {
 		t.Fatal(err)
