@@ -130,9 +130,9 @@ func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
 			return nil
 		}
 		if err != nil {
-			return foreign(ctx, fmt.Errorf("read tar: %w", err))
+			return readError(ctx, fmt.Errorf("read tar: %w", err))
 		}
-		if err := u.one(); err != nil {
+		if err := u.countEntry(); err != nil {
 			return err
 		}
 		if err := u.entry(ctx, h, tr); err != nil {
@@ -141,9 +141,9 @@ func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
 	}
 }
 
-// one counts one entry, or one folder that has no entry of its own because only the name of another entry contains it.
+// countEntry counts one entry, or one folder that has no entry of its own because only the name of another entry contains it.
 // Both count, because both take space on the disk.
-func (u *unpacker) one() error {
+func (u *unpacker) countEntry() error {
 	if u.count++; u.count > u.o.Entries {
 		return refuse("read tar: more than %d entries, including folders that have no entry of their own", u.o.Entries)
 	}
@@ -209,7 +209,7 @@ func (u *unpacker) folder(name string) error {
 	if u.dirs[name] {
 		return nil
 	}
-	if err := u.implied(path.Dir(name)); err != nil {
+	if err := u.makeImplied(path.Dir(name)); err != nil {
 		return err
 	}
 	err := u.root.Mkdir(name, 0o755)
@@ -225,25 +225,25 @@ func (u *unpacker) folder(name string) error {
 		err = lerr
 	}
 	if err != nil {
-		return local(name, err)
+		return writeError(name, err)
 	}
 	u.dirs[name] = true
 	return nil
 }
 
-// implied makes a folder that the name of an entry contains, if no entry made it before.
-func (u *unpacker) implied(name string) error {
+// makeImplied makes a folder that the name of an entry contains, if no entry made it before.
+func (u *unpacker) makeImplied(name string) error {
 	if u.dirs[name] {
 		return nil
 	}
-	if err := u.one(); err != nil {
+	if err := u.countEntry(); err != nil {
 		return err
 	}
 	return u.folder(name)
 }
 
 func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io.Reader) error {
-	if err := u.implied(path.Dir(name)); err != nil {
+	if err := u.makeImplied(path.Dir(name)); err != nil {
 		return err
 	}
 	mode := fs.FileMode(0o644)
@@ -252,7 +252,7 @@ func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io
 	}
 	f, err := u.root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
 	if err != nil {
-		return local(name, err)
+		return writeError(name, err)
 	}
 	n, err := u.copy(ctx, f, body)
 	if err == nil && n != h.Size {
@@ -266,7 +266,7 @@ func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io
 		err = cerr
 	}
 	if err != nil {
-		return local(name, err)
+		return writeError(name, err)
 	}
 	u.files[name] = true
 	u.stats.Files++
@@ -291,7 +291,7 @@ func (u *unpacker) copy(ctx context.Context, w io.Writer, r io.Reader) (n int64,
 			return n, nil
 		}
 		if rerr != nil {
-			return n, foreign(ctx, rerr)
+			return n, readError(ctx, rerr)
 		}
 	}
 }
@@ -308,11 +308,11 @@ func (u *unpacker) symlink(name, target string) error {
 		u.o.Outside(name, target)
 		return nil
 	}
-	if err := u.implied(path.Dir(name)); err != nil {
+	if err := u.makeImplied(path.Dir(name)); err != nil {
 		return err
 	}
 	if err := u.root.Symlink(target, name); err != nil {
-		return local(name, err)
+		return writeError(name, err)
 	}
 	u.stats.Links++
 	return nil
@@ -348,21 +348,21 @@ func (u *unpacker) hardlink(name, target string) error {
 	if !u.files[old] {
 		return refuse("unpack %q: hard link to %q, which is not an earlier file of the archive", name, old)
 	}
-	if err := u.implied(path.Dir(name)); err != nil {
+	if err := u.makeImplied(path.Dir(name)); err != nil {
 		return err
 	}
 	if err := u.root.Link(old, name); err != nil {
-		return local(name, err)
+		return writeError(name, err)
 	}
 	u.files[name] = true
 	u.stats.Files++
 	return nil
 }
 
-// foreign classifies an error that occurred while the archive was read. Damaged bytes get the kind Unverified. If ctx
+// readError classifies an error that occurred while the archive was read. Damaged bytes get the kind Unverified. If ctx
 // has ended, foreign returns the cause of that. It does not change an error that has a kind already, or an error of a
 // file on the disk.
-func foreign(ctx context.Context, err error) error {
+func readError(ctx context.Context, err error) error {
 	var f *fault.Error
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
@@ -370,12 +370,12 @@ func foreign(ctx context.Context, err error) error {
 	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) {
 		return err
 	}
-	return fault.Wrap(fault.Unverified, err, replace)
+	return fault.Wrap(fault.Unverified, err, hintReplace)
 }
 
-// local classifies an error of the local file system. If the name exists already, the archive holds it twice, because
+// writeError classifies an error of the local file system. If the name exists already, the archive holds it twice, because
 // the folder was empty at the beginning.
-func local(name string, err error) error {
+func writeError(name string, err error) error {
 	switch {
 	case fault.NoSpace(err):
 		return fault.CacheDisk(fmt.Errorf("unpack %q: %w", name, err))

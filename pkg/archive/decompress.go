@@ -187,7 +187,7 @@ func (p *xzProcess) Close() error {
 
 // refuse returns an error of kind Unverified about bytes that this package does not accept.
 func refuse(format string, args ...any) error {
-	return fault.Wrap(fault.Unverified, fmt.Errorf(format, args...), replace)
+	return fault.Wrap(fault.Unverified, fmt.Errorf(format, args...), hintReplace)
 }
 
-const replace = "replace the archive at its source: it is damaged, or somebody changed it"
+const hintReplace = "replace the archive at its source: it is damaged, or somebody changed it"

@@ -92,9 +92,9 @@ func (c *Config) load(cmd *ucli.Command) error {
 	f := &configFile{Reader: yamlfile.Reader{Name: name}, config: c, cmd: cmd, keys: map[string]yamlfile.At{}}
 	const want = "settings, such as log-level: info"
 	if top, ok := f.Document(data, maxConfig, want); ok {
-		f.Fields(top, "a mapping of "+want, f.known, f.set)
+		f.Fields(top, "a mapping of "+want, f.isFlag, f.setFlag)
 	}
-	rest := f.place(c.check(cmd))
+	rest := f.addErrors(c.check(cmd))
 	hint := fmt.Sprintf("correct the file; print its schema with: %s config schema", cmd.Root().Name)
 	return errors.Join(append([]error{f.Err("read configuration", hint)}, rest...)...)
 }
@@ -116,16 +116,16 @@ func readBounded(name string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, maxConfig+1)) // if the file is longer, Document reports that as a mistake
 }
 
-// settable returns the flags that may be in the file.
-func settable(flags []ucli.Flag) []ucli.Flag {
+// fileFlags returns the flags that may be in the file.
+func fileFlags(flags []ucli.Flag) []ucli.Flag {
 	return slices.DeleteFunc(slices.Clone(flags), func(f ucli.Flag) bool {
 		return slices.Contains([]string{"help", "version", configFlag}, f.Names()[0])
 	})
 }
 
 // known reports whether a key is the name of a flag. If it is not, known reports a mistake that names the nearest flag.
-func (f *configFile) known(key yamlfile.At) bool {
-	name, flags := key.Node.Value, settable(f.cmd.Flags)
+func (f *configFile) isFlag(key yamlfile.At) bool {
+	name, flags := key.Node.Value, fileFlags(f.cmd.Flags)
 	if slices.ContainsFunc(flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name }) {
 		if _, twice := f.keys[name]; !twice {
 			f.keys[name] = yamlfile.At{Node: key.Node, Path: name}
@@ -148,7 +148,7 @@ func (f *configFile) known(key yamlfile.At) bool {
 
 // set checks the value of a setting. If the flag has no value from the command line or the environment, set then sets
 // the flag.
-func (f *configFile) set(name string, value yamlfile.At) {
+func (f *configFile) setFlag(name string, value yamlfile.At) {
 	at := slices.IndexFunc(f.cmd.Flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name })
 	flag := f.cmd.Flags[at]
 	if instead, ok := f.config.Secrets[name]; ok {
@@ -192,22 +192,22 @@ func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 		}
 	case "array":
 		var items []string
-		f.List(value, "texts", func(item yamlfile.At) { items = append(items, f.word(item)) })
+		f.List(value, "texts", func(item yamlfile.At) { items = append(items, f.readText(item)) })
 		text = ucli.NewStringSlice(items...).Serialize() // keeps an item with a comma together
 	default:
-		text = f.word(value)
+		text = f.readText(value)
 	}
 	if f.Mistakes() > before {
 		return "", false
 	}
-	if err := try(flag, text); err != nil {
+	if err := tryValue(flag, text); err != nil {
 		f.Say(value, "%v", err)
 	}
 	return text, f.Mistakes() == before
 }
 
-// word reads one text. A secret in the text is a mistake.
-func (f *configFile) word(value yamlfile.At) string {
+// readText reads one text. A secret in the text is a mistake.
+func (f *configFile) readText(value yamlfile.At) string {
 	if value.Node.Tag == "!!bool" {
 		f.Want(value, "a text; put it in quotes if it is one")
 		return ""
@@ -227,8 +227,8 @@ func (f *configFile) word(value yamlfile.At) string {
 	return text
 }
 
-// try checks a value with the flag's own parser, and does not change the flag.
-func try(flag ucli.Flag, text string) error {
+// tryValue checks a value with the flag's own parser, and does not change the flag.
+func tryValue(flag ucli.Flag, text string) error {
 	switch f := flag.(type) {
 	case *choiceFlag:
 		return trySet(f.StringFlag, text)
@@ -255,11 +255,11 @@ func trySet[T, C any, V ucli.ValueCreator[T, C]](flag *ucli.FlagBase[T, C, V], t
 	return f.Set(f.Name, text)
 }
 
-// place adds each error of [About] to the mistakes of the file, at the line that sets one of the error's flags. It
-// prefers a flag whose value comes from the file to a flag whose value in the file was refused. place returns the
+// addErrors adds each error of [About] to the mistakes of the file, at the line that sets one of the error's flags. It
+// prefers a flag whose value comes from the file to a flag whose value in the file was refused. addErrors returns the
 // errors for which the file has no such line.
-func (f *configFile) place(err error) (rest []error) {
-	for _, part := range parts(err) {
+func (f *configFile) addErrors(err error) (rest []error) {
+	for _, part := range splitError(err) {
 		var about *flagsError
 		if !errors.As(part, &about) {
 			rest = append(rest, part)
@@ -285,9 +285,9 @@ func (f *configFile) place(err error) (rest []error) {
 	return rest
 }
 
-// parts splits an error into the errors of [About] and all other errors. Each part gets the kind and the hint of the
+// splitError splits an error into the errors of [About] and all other errors. Each part gets the kind and the hint of the
 // error that wrapped it.
-func parts(err error) []error {
+func splitError(err error) []error {
 	switch e := err.(type) { //nolint:errorlint // each layer by itself
 	case nil:
 		return nil
@@ -296,7 +296,7 @@ func parts(err error) []error {
 	case interface{ Unwrap() []error }:
 		var all []error
 		for _, part := range e.Unwrap() {
-			all = append(all, parts(part)...)
+			all = append(all, splitError(part)...)
 		}
 		return all
 	}
@@ -304,7 +304,7 @@ func parts(err error) []error {
 	if !errors.As(err, &about) {
 		return []error{err}
 	}
-	all := parts(errors.Unwrap(err))
+	all := splitError(errors.Unwrap(err))
 	if e, ok := err.(*fault.Error); ok { //nolint:errorlint // this layer, not one below
 		for i := range all {
 			all[i] = fault.Wrap(e.Kind, all[i], e.Hint)

@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// configured returns a program with a command that reads a file and prints its settings.
-func configured() *ucli.Command {
+// configuredProgram returns a program with a command that reads a file and prints its settings.
+func configuredProgram() *ucli.Command {
 	url := cli.String("url", "", "`URL` of things")
 	url.Validator = func(s string) error {
 		if !strings.HasPrefix(s, "http") {
@@ -67,7 +67,7 @@ func runConfigured(t *testing.T, text string, args ...string) (code int, stdout,
 		args[i] = strings.ReplaceAll(args[i], "FILE", file)
 	}
 	var out, errs strings.Builder
-	code = cli.Run(t.Context(), configured(), append([]string{"tool"}, args...), &out, &errs)
+	code = cli.Run(t.Context(), configuredProgram(), append([]string{"tool"}, args...), &out, &errs)
 	clean := strings.NewReplacer(file, "work.yaml").Replace
 	return code, clean(out.String()), clean(errs.String())
 }

@@ -57,15 +57,15 @@ func Choice[T ~string](name string, value T, usage string, choices ...T) ucli.Fl
 	}
 	f.Validator = func(s string) error {
 		if !slices.Contains(f.choices, s) {
-			return fmt.Errorf("%s %q: want %s", name, s, either(f.choices))
+			return fmt.Errorf("%s %q: want %s", name, s, joinOr(f.choices))
 		}
 		return nil
 	}
 	return f
 }
 
-// either joins the possible words for an error or a usage text.
-func either(words []string) string {
+// joinOr joins the possible words for an error or a usage text.
+func joinOr(words []string) string {
 	if len(words) == 1 {
 		return words[0]
 	}

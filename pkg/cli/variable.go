@@ -44,10 +44,10 @@ func (v *variable) IsFromEnv() bool { return true }
 // Key implements [ucli.EnvValueSource].
 func (v *variable) Key() string { return v.key }
 
-// asked returns the names of the set environment variables that could decide a flag's value. If the flag is on the
+// setVariables returns the names of the set environment variables that could decide a flag's value. If the flag is on the
 // command line, the library has read no variable, and asked returns none. Otherwise asked returns every set variable
 // from the first one on that the library has read.
-func asked(flag ucli.Flag) (set []string) {
+func setVariables(flag ucli.Flag) (set []string) {
 	asked := false
 	for _, source := range sources(flag).Chain {
 		v, ok := source.(*variable)
@@ -85,7 +85,7 @@ func sources(flag ucli.Flag) ucli.ValueSourceChain {
 
 // fromEmptyVariable reports whether the value of a flag comes from an empty variable.
 func fromEmptyVariable(flag ucli.Flag) bool {
-	set := asked(flag)
+	set := setVariables(flag)
 	return len(set) > 0 && os.Getenv(set[0]) == ""
 }
 
@@ -94,7 +94,7 @@ func fromEmptyVariable(flag ucli.Flag) bool {
 func oneVariable(before ucli.BeforeFunc) ucli.BeforeFunc {
 	return func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
 		for _, flag := range cmd.Flags {
-			set := asked(flag)
+			set := setVariables(flag)
 			if !slices.ContainsFunc(set, func(key string) bool { return os.Getenv(key) != os.Getenv(set[0]) }) {
 				continue
 			}

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/yamlfile"
 )
 
-const hintSchema = "correct the file as in docs/examples/wish.yaml; builder wish schema prints a schema for editors"
+const hintSchema = "correct the file as in docs/examples/wish.yaml; to print a schema for editors, run: builder wish schema"
 
 // Parse reads a wish list. name is the file's name in error messages. One error of kind fault.Usage lists all mistakes,
 // each with its line and column, what was found, and what is wanted.
@@ -40,8 +40,8 @@ type labelAt struct {
 	driver Driver
 }
 
-// words reads a list of words. A repeated word is a mistake.
-func words[T ~string](p *parser, a yamlfile.At, what string, parse func(yamlfile.At) (T, bool)) []T {
+// readWords reads a list of words. A repeated word is a mistake.
+func readWords[T ~string](p *parser, a yamlfile.At, what string, parse func(yamlfile.At) (T, bool)) []T {
 	var all []T
 	p.List(a, what, func(e yamlfile.At) {
 		v, ok := parse(e)
@@ -65,13 +65,13 @@ func (p *parser) wish(a yamlfile.At) *Wish {
 			}
 		},
 		"imageMap":      func(a yamlfile.At) { w.ImageMap = p.url(a) },
-		"boards":        func(a yamlfile.At) { w.Boards = words(p, a, "boards, such as lakitu", p.board) },
-		"architectures": func(a yamlfile.At) { w.Architectures = words(p, a, "amd64 and arm64", p.arch) },
+		"boards":        func(a yamlfile.At) { w.Boards = readWords(p, a, "boards, such as lakitu", p.board) },
+		"architectures": func(a yamlfile.At) { w.Architectures = readWords(p, a, "amd64 and arm64", p.arch) },
 		"kernels": func(a yamlfile.At) {
 			p.List(a, "kernels", func(e yamlfile.At) { w.Kernels = append(w.Kernels, p.kernel(e)) })
 		},
 		"drivers":  func(a yamlfile.At) { p.List(a, "drivers", func(e yamlfile.At) { p.addDriver(w, e) }) },
-		"flavours": func(a yamlfile.At) { w.Flavours = words(p, a, "proprietary and open", p.flavour) },
+		"flavours": func(a yamlfile.At) { w.Flavours = readWords(p, a, "proprietary and open", p.flavour) },
 		"exclude": func(a yamlfile.At) {
 			p.List(a, "rules", func(e yamlfile.At) { w.Exclude = append(w.Exclude, p.exclude(e)) })
 		},
@@ -259,8 +259,8 @@ func (p *parser) driver(a yamlfile.At) (Driver, bool) {
 			}
 			d.Wish = target.Wish(text)
 		},
-		"flavours": func(a yamlfile.At) { d.Flavours = words(p, a, "proprietary and open", p.flavour) },
-		"labels":   func(a yamlfile.At) { d.Labels = words(p, a, "labels, such as DEFAULT", p.label) },
+		"flavours": func(a yamlfile.At) { d.Flavours = readWords(p, a, "proprietary and open", p.flavour) },
+		"labels":   func(a yamlfile.At) { d.Labels = readWords(p, a, "labels, such as DEFAULT", p.label) },
 	})
 	_, version := seen["version"]
 	_, branch := seen["branch"]

@@ -152,7 +152,7 @@ func (a *Authority) Timestamp(t testing.TB, sum []byte, at time.Time) []byte {
 func (a *Authority) ServeCertificates(t testing.TB) string {
 	t.Helper()
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		pub, who, err := asked(r)
+		pub, who, err := readRequest(r)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
@@ -187,10 +187,10 @@ func Token(t testing.TB, issuer, email string, expires time.Time) []byte {
 	return []byte("e30." + base64.RawURLEncoding.EncodeToString(body) + ".e30")
 }
 
-// asked reads a request to Fulcio for a certificate that binds a public key to the holder of a token. The request has a
-// signature over the holder's mail address, which proves that the holder has the private key. asked verifies this
+// readRequest reads a request to Fulcio for a certificate that binds a public key to the holder of a token. The request has a
+// signature over the holder's mail address, which proves that the holder has the private key. readRequest verifies this
 // signature.
-func asked(r *http.Request) (crypto.PublicKey, trust.Identity, error) {
+func readRequest(r *http.Request) (crypto.PublicKey, trust.Identity, error) {
 	var in struct {
 		PublicKeyRequest struct {
 			PublicKey         struct{ Content string }

@@ -17,7 +17,8 @@ type Phase struct {
 	Seconds float64 `json:"seconds"`
 	// Note is a fact for the reader, such as "cached", a size or a count; may be empty.
 	Note string `json:"note,omitempty"`
-	// Of names the phase that contains this one; may be empty. The containing phase's time includes this phase's time.
+	// Of is the name of the phase that contains this one; may be empty. The containing phase's time includes this phase's
+	// time.
 	Of string `json:"of,omitempty"`
 	// Failed says that the phase ended in an error.
 	Failed bool `json:"failed,omitempty"`

@@ -61,7 +61,7 @@ func writeInitramfs(w io.Writer, c Config) error {
 	if err != nil {
 		return err
 	}
-	files, err = arrange(files)
+	files, err = arrangeFiles(files)
 	if err != nil {
 		return err
 	}
@@ -112,8 +112,8 @@ func guestFiles(c Config) ([]File, error) {
 	return append(files, c.Files...), nil
 }
 
-// arrange checks the names, adds missing folders, and sorts the files. Every folder comes before its content.
-func arrange(files []File) ([]File, error) {
+// arrangeFiles checks the names, adds missing folders, and sorts the files. Every folder comes before its content.
+func arrangeFiles(files []File) ([]File, error) {
 	byName := map[string]File{}
 	var errs []error
 	for _, f := range files {

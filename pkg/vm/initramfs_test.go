@@ -126,7 +126,7 @@ func TestArrangeRefuses(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			_, err := arrange(row.files)
+			_, err := arrangeFiles(row.files)
 			if !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), row.want) {
 				t.Errorf("arrange() = %v; want usage with %q", err, row.want)
 			}

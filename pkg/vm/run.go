@@ -84,7 +84,7 @@ func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends)
 	if !seen.ended {
 		res.KernelLog = e.console
 		if res.Crash = crashLine(e.console); res.Crash != "" {
-			return &CrashError{Line: res.Crash, Step: seen.running()}
+			return &CrashError{Line: res.Crash, Step: seen.runningStep()}
 		}
 	}
 	switch cause := context.Cause(ctx); {
@@ -218,8 +218,8 @@ func (r *recorder) result() *Result {
 	return &Result{Steps: r.steps, KernelLog: r.log.String(), BootSeconds: r.ready}
 }
 
-// running returns the name of the step that began last, or "" if that step has ended.
-func (r *recorder) running() string {
+// runningStep returns the name of the step that began last, or "" if that step has ended.
+func (r *recorder) runningStep() string {
 	if len(r.steps) == 0 || r.steps[r.last].Ended {
 		return ""
 	}
@@ -227,7 +227,7 @@ func (r *recorder) running() string {
 }
 
 func (r *recorder) place() string {
-	switch name := r.running(); {
+	switch name := r.runningStep(); {
 	case name != "":
 		return fmt.Sprintf("in step %q", name)
 	case r.ready == 0:

@@ -73,7 +73,7 @@ func Start(t testing.TB) *Cluster {
 		filepath.Join(c.dir, "accounts.key"),
 		"--service-account-signing-key-file", filepath.Join(c.dir, "accounts.key"), "--service-cluster-ip-range",
 		"10.0.0.0/24", "--allow-privileged")
-	c.ready()
+	c.waitReady()
 	// In a real cluster, a controller makes this service account in each namespace. No controller runs here, so Start
 	// makes it.
 	c.Must(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts",
@@ -124,8 +124,8 @@ func (c *Cluster) run(name string, argv ...string) {
 	})
 }
 
-// ready waits until the API server reports that it is ready.
-func (c *Cluster) ready() {
+// waitReady waits until the API server reports that it is ready.
+func (c *Cluster) waitReady() {
 	c.t.Helper()
 	end := time.Now().Add(3 * time.Minute)
 	for {

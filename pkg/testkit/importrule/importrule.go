@@ -17,9 +17,9 @@ func list(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// within reports whether a package belongs to a module or folder. A package of the standard library counts alone,
+// belongsTo reports whether a package belongs to a module or folder. A package of the standard library counts alone,
 // without the packages in folders below it.
-func within(pkg, folder string) bool {
+func belongsTo(pkg, folder string) bool {
 	return pkg == folder || strings.Contains(folder, ".") && strings.HasPrefix(pkg, folder+"/")
 }
 
@@ -32,7 +32,7 @@ func CheckBanned(t *testing.T, bans map[string]string) {
 			if why == "" {
 				t.Errorf("the ban of %s has no reason", ban)
 			}
-			if within(dep, ban) {
+			if belongsTo(dep, ban) {
 				t.Errorf("the program links %s: %s", dep, why)
 			}
 		}
@@ -55,7 +55,7 @@ func CheckOwners(t *testing.T, own string, homes []Owner) {
 		fields := strings.Fields(line)
 		for _, h := range homes {
 			for _, imported := range fields[1:] {
-				if within(imported, h.Lib) && (h.Package == "" || fields[0] != own+h.Package) {
+				if belongsTo(imported, h.Lib) && (h.Package == "" || fields[0] != own+h.Package) {
 					t.Errorf("%s imports %s: %s", fields[0], imported, h.Reason)
 				}
 			}
