@@ -16,9 +16,9 @@ import (
 // helpLines is the number of lines of two screens.
 const helpLines = 80
 
-// CheckHelp is for the tests of programs. It returns an error for each of these: a help page that is longer than two
-// screens or wider than a terminal; a command without an example; an example with a flag that its command does not
-// have; and a flag without a heading, if other flags of the same command have one.
+// CheckHelp is for the tests of programs. It returns one error for each of these mistakes: a help page that is longer
+// than two screens or wider than a terminal; a command without an example; an example with a flag that its command does
+// not have; and a flag without a heading, if other flags of the same command have one.
 func CheckHelp(program func() *ucli.Command) error {
 	var problems []error
 	eachCommand(program(), func(path []string, cmd *ucli.Command) {
@@ -170,8 +170,8 @@ func flagUses(root *ucli.Command) []flagUse {
 			row := flagRow(f)
 			text, def, _ := strings.Cut(row[1], " (default: ")
 			names, value, _ := strings.Cut(strings.ReplaceAll(row[0], ", ", ","), " ")
-			u := flagUse{names: strings.ReplaceAll(names, ",", ", "), value: value, text: text, def: strings.TrimSuffix(def, ")"),
-				kind: strings.Trim(schemaType(doc.(ucli.Flag)), "[]")}
+			u := flagUse{names: strings.ReplaceAll(names, ",", ", "), value: value, text: text,
+				def: strings.TrimSuffix(def, ")"), kind: strings.Trim(schemaType(doc.(ucli.Flag)), "[]")}
 			at := slices.IndexFunc(all, func(have flagUse) bool {
 				return have.names == u.names && have.value == u.value && have.text == u.text && have.def == u.def
 			})

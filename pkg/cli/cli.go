@@ -111,7 +111,7 @@ func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 		"use --log-format text or json")
 }
 
-// durationText writes durations as text, such as 1.5s. In JSON they would otherwise be numbers of nanoseconds.
+// durationText replaces durations by text, such as 1.5s. In JSON they would otherwise be numbers of nanoseconds.
 func durationText(_ []string, a slog.Attr) slog.Attr {
 	if a.Value.Kind() == slog.KindDuration {
 		a.Value = slog.StringValue(a.Value.Duration().String())

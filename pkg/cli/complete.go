@@ -42,7 +42,7 @@ const (
 	completeTime = 2 * time.Second
 )
 
-// Complete makes f complete the values of a program's flags and arguments.
+// Complete sets the function f, which completes the values of a program's flags and arguments.
 func Complete(root *ucli.Command, f Completer) *ucli.Command {
 	root.Metadata = map[string]any{completerKey: f}
 	return root
@@ -141,11 +141,11 @@ func candidates(ctx context.Context, root *ucli.Command, words []string) []Candi
 	return withPrefix(current, "", append(all, t.values(ctx, "")...))
 }
 
-// plainValue matches values that need no quotes in a shell. Other values are not offered, because bash inserts a completion
-// without quotes.
+// plainValue matches values that need no quotes in a shell. Other values are not offered, because bash inserts a
+// completion without quotes.
 var plainValue = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,~-]*$`)
 
-// withPrefix returns the candidates that begin with the typed text, with a prefix before each.
+// withPrefix returns the candidates that begin with what the user has typed, and puts the argument prefix before each.
 func withPrefix(typed, prefix string, all []Candidate) []Candidate {
 	var out []Candidate
 	for _, c := range all {

@@ -16,16 +16,16 @@ import (
 	"github.com/prebake/prebake/pkg/yamlfile"
 )
 
-// maxConfig bounds a configuration file, in bytes.
+// maxConfig is the greatest size of a configuration file in bytes.
 const maxConfig = 1 << 20
 
-// configFlag is the flag that names the file. The file itself cannot contain it.
+// configFlag is the flag with the path of the file. The file itself cannot set this flag.
 const configFlag = "config"
 
 // Config describes how a command reads its settings from a file.
 type Config struct {
-	// Secrets has the flags whose values are not allowed in the file, because many people may read the file. It maps the
-	// name of a flag to what the file should have instead, such as "token-file".
+	// Secrets has the flags whose values are not allowed in the file, because many people may read the file. Each key is
+	// the name of a flag. The value is what the file should have instead, such as "token-file".
 	Secrets map[string]string
 	// Check returns the errors of settings that do not fit together, each made by [About]. It must not open files or
 	// connections, because "config check" also runs on other machines. nil checks nothing.
@@ -92,7 +92,7 @@ func (c *Config) load(cmd *ucli.Command) error {
 	f := &configFile{Reader: yamlfile.Reader{Name: name}, config: c, cmd: cmd, keys: map[string]yamlfile.At{}}
 	const want = "settings, such as log-level: info"
 	if top, ok := f.Document(data, maxConfig, want); ok {
-		f.Fields(top, "a mapping of "+want, f.isFlag, f.setFlag)
+		f.Fields(top, "a mapping of "+want, f.checkKey, f.setFlag)
 	}
 	rest := f.addErrors(c.check(cmd))
 	hint := fmt.Sprintf("correct the file; print its schema with: %s config schema", cmd.Root().Name)
@@ -123,8 +123,9 @@ func fileFlags(flags []ucli.Flag) []ucli.Flag {
 	})
 }
 
-// known reports whether a key is the name of a flag. If it is not, known reports a mistake that names the nearest flag.
-func (f *configFile) isFlag(key yamlfile.At) bool {
+// checkKey reports whether a key is the name of a flag. If it is not, checkKey records a mistake with the name of the
+// nearest flag.
+func (f *configFile) checkKey(key yamlfile.At) bool {
 	name, flags := key.Node.Value, fileFlags(f.cmd.Flags)
 	if slices.ContainsFunc(flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name }) {
 		if _, twice := f.keys[name]; !twice {
@@ -146,8 +147,8 @@ func (f *configFile) isFlag(key yamlfile.At) bool {
 	return false
 }
 
-// set checks the value of a setting. If the flag has no value from the command line or the environment, set then sets
-// the flag.
+// setFlag checks the value of a setting. Then it sets the flag, unless the flag has a value from the command line or
+// the environment.
 func (f *configFile) setFlag(name string, value yamlfile.At) {
 	at := slices.IndexFunc(f.cmd.Flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name })
 	flag := f.cmd.Flags[at]
@@ -174,8 +175,8 @@ func schemaType(flag ucli.Flag) string {
 	return ""
 }
 
-// text returns the text to set the flag to. It reports a mistake if the value has another type than the flag, or if the
-// flag's own parser refuses it.
+// text returns the text to which the flag is to be set. It records a mistake if the value has another type than the
+// flag, or if the flag's own parser refuses it.
 func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 	before := f.Mistakes()
 	text := value.Node.Value
@@ -209,7 +210,7 @@ func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 // readText reads one text. A secret in the text is a mistake.
 func (f *configFile) readText(value yamlfile.At) string {
 	if value.Node.Tag == "!!bool" {
-		f.Want(value, "a text; put it in quotes if it is one")
+		f.Want(value, "a text; if the value is meant as a text, put it in quotes")
 		return ""
 	}
 	text, ok := f.Word(value, "a text")
@@ -222,7 +223,7 @@ func (f *configFile) readText(value yamlfile.At) string {
 			envName(strings.SplitN(value.Path, "[", 2)[0]))
 	}
 	if strings.Contains(text, "PRIVATE KEY-----") {
-		f.Say(value, "found a private key; want the name of a file with it")
+		f.Say(value, "found a private key; want the path of a file that contains the key")
 	}
 	return text
 }
@@ -285,8 +286,8 @@ func (f *configFile) addErrors(err error) (rest []error) {
 	return rest
 }
 
-// splitError splits an error into the errors of [About] and all other errors. Each part gets the kind and the hint of the
-// error that wrapped it.
+// splitError splits an error into the errors of [About] and all other errors. Each part gets the kind and the hint of
+// the error that wrapped it.
 func splitError(err error) []error {
 	switch e := err.(type) { //nolint:errorlint // each layer by itself
 	case nil:

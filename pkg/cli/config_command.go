@@ -15,7 +15,7 @@ import (
 )
 
 // ConfigCommand returns the command "config" for a command of [WithConfig]. It checks the configuration file, shows the
-// resulting settings, and prints the file's schema. of returns the command that reads the file.
+// resulting settings, and prints the file's schema. The function of returns the command that reads the file.
 func ConfigCommand(of func() *ucli.Command) *ucli.Command {
 	name := of().Name
 	return &ucli.Command{
@@ -69,11 +69,11 @@ Example:
 	}
 }
 
-// readSettings reads the settings of a command as a run of the command would, but calls then instead of the command's
-// action.
+// readSettings reads the settings of a command as a run of the command would, but calls the function then instead of
+// the command's action.
 func readSettings(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.Command) error) error {
 	if cmd.Args().Len() == 0 {
-		return fault.New(fault.Usage, "read configuration: no file is named", "name the file: "+cmd.FullName()+" FILE")
+		return fault.New(fault.Usage, "read configuration: no file is given", "give the file: "+cmd.FullName()+" FILE")
 	}
 	args := []string{cmd.Root().Name, of.Name, "--" + configFlag, cmd.Args().First()}
 	of.Action = func(_ context.Context, run *ucli.Command) error {

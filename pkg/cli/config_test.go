@@ -138,7 +138,7 @@ func TestConfigMistakes(t *testing.T) {
 			"work.yaml:1:6: to[0]: found a password in a URL; want it in the environment: PGPASSFILE for a database, or " +
 				"PREBAKE_TO"},
 		{"private key", "name: |\n  -----BEGIN PRIVATE KEY-----\n",
-			"work.yaml:1:7: name: found a private key; want the name of a file with it"},
+			"work.yaml:1:7: name: found a private key; want the path of a file that contains the key"},
 		{"password in a query", "url: https://h/?SSLpassword=secret\n", "work.yaml:1:6: url: found a password in a URL"},
 		{"signed URL", "to: [\"https://h/o?X-Goog-Signature=abc\"]\n", "work.yaml:1:6: to[0]: found a password in a URL"},
 		{"presigned URL", "to: [\"https://h/o?X-Amz-Date=20261129T000000Z&X-Amz-Signature=abc\"]\n",

@@ -44,9 +44,9 @@ func (v *variable) IsFromEnv() bool { return true }
 // Key implements [ucli.EnvValueSource].
 func (v *variable) Key() string { return v.key }
 
-// setVariables returns the names of the set environment variables that could decide a flag's value. If the flag is on the
-// command line, the library has read no variable, and asked returns none. Otherwise asked returns every set variable
-// from the first one on that the library has read.
+// setVariables returns the names of the set environment variables that could decide a flag's value. If the flag is on
+// the command line, the library has read no variable, and setVariables returns none. Otherwise setVariables returns the
+// first variable that the library has read and every variable after it, if they are set.
 func setVariables(flag ucli.Flag) (set []string) {
 	asked := false
 	for _, source := range sources(flag).Chain {
@@ -89,8 +89,8 @@ func fromEmptyVariable(flag ucli.Flag) bool {
 	return len(set) > 0 && os.Getenv(set[0]) == ""
 }
 
-// oneVariable refuses a flag if its variable and the variable's earlier name are both set and differ. Otherwise one of
-// them would be ignored without a notice.
+// oneVariable refuses a flag if its variable and the variable's earlier name are both set and differ. Otherwise the
+// program would silently ignore one of the two.
 func oneVariable(before ucli.BeforeFunc) ucli.BeforeFunc {
 	return func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
 		for _, flag := range cmd.Flags {

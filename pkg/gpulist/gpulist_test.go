@@ -36,7 +36,7 @@ func parse(t testing.TB, text string) *gpulist.List {
 	return l
 }
 
-// shortForm writes the short form of a list as a statement does, and reads it again.
+// shortForm returns the short form of a list after it was written into a statement and read again.
 func shortForm(t testing.TB, l *gpulist.List) *gpulist.List {
 	t.Helper()
 	raw, err := json.Marshal(l.Short())

@@ -29,7 +29,7 @@ type Module struct {
 	Vermagic string
 	// License is MODULE_LICENSE, such as NVIDIA or GPL v2.
 	License string
-	// Depends are the modules that must be loaded before this one. Their names are as modpost writes them, with - or _;
+	// Depends are the modules that must be loaded before this module. Their names are as modpost writes them, with - or _;
 	// see [Canonical].
 	Depends []string
 	// Firmware has the names of firmware files that the module may request.

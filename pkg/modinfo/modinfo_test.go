@@ -54,7 +54,9 @@ func TestRead(t *testing.T) {
 		{"no MODVERSIONS", goodBytes(func(s *sample) { s.versions = nil }), func(m *modinfo.Module) { m.CRCs = nil }},
 		{"extended versions", goodBytes(func(s *sample) { s.extended, s.versions = s.versions, nil }),
 			func(m *modinfo.Module) {}},
-		{"build id", goodBytes(func(s *sample) { s.note = "\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd" }),
+		{"build id", goodBytes(func(s *sample) {
+			s.note = "\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd"
+		}),
 			func(m *modinfo.Module) { m.BuildID = "abcd" }},
 		{"build id cut short", goodBytes(func(s *sample) {
 			s.note = "\x04\x00\x00\x00\x03\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd"

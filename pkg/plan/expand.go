@@ -85,7 +85,7 @@ func (p *Plan) Labels() map[target.Kernel]map[string]string {
 const maxRequests = 8
 
 // Expand returns the cells of a wish list. If one kernel or one driver cannot be resolved, its cell has a Problem, and
-// the other cells are not affected. images is the image map, or nil if the wish list has none.
+// the other cells are not affected. The argument images is the image map, or nil if the wish list has none.
 func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, error) {
 	e := &expander{wish: w, bucket: b, images: images, unused: map[int]bool{}}
 	for i := range w.Exclude {

@@ -12,10 +12,11 @@ import (
 	"github.com/prebake/prebake/pkg/yamlfile"
 )
 
-const hintSchema = "correct the file as in docs/examples/wish.yaml; to print a schema for editors, run: builder wish schema"
+const hintSchema = "correct the file as in docs/examples/wish.yaml; " +
+	"to print a schema for editors, run: builder wish schema"
 
-// Parse reads a wish list. name is the file's name in error messages. One error of kind fault.Usage lists all mistakes,
-// each with its line and column, what was found, and what is wanted.
+// Parse reads a wish list. The argument name is the file's name in error messages. One error of kind fault.Usage lists
+// all mistakes, each with its line and column, what was found, and what is wanted.
 func Parse(name string, data []byte) (*Wish, error) {
 	p := &parser{Reader: yamlfile.Reader{Name: name}}
 	w := &Wish{}
@@ -119,8 +120,8 @@ func (p *parser) checkLabels(w *Wish) {
 		case is && branch != of:
 			p.Say(l.At, "found label %s for driver %s; want the label of the driver's own branch", l.label, l.driver.Wish)
 		case !slices.Contains(flavours, target.Open):
-			p.Say(l.At, "found a label for a driver without the open flavour; want open among its flavours, since COS's "+
-				"installer takes no other flavour from a bucket")
+			p.Say(l.At, "found a label for a driver without the open flavour; want open among the driver's flavours, since "+
+				"COS's installer takes no other flavour from a bucket")
 		}
 		seen[l.label] = true
 	}

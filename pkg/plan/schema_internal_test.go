@@ -100,7 +100,7 @@ func TestSchemaFields(t *testing.T) {
 				continue
 			}
 			name, _, _ := bytes.Cut([]byte(f.Tag.Get("json")), []byte(","))
-			text := string(name) + ": [[]]\n" // no field accepts a list of lists, so the mistake shows whether the field is known
+			text := string(name) + ": [[]]\n" // no field accepts a list of lists, so a known field gives another mistake
 			if where != "" {
 				text = where + ":\n- " + text
 			}

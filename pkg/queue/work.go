@@ -80,8 +80,8 @@ func (h requeueError) Unwrap() error { return h.error }
 func Requeue(err error) error { return requeueError{err} }
 
 // riverError converts the error of a build to the error that River expects. Whether the job ends depends only on the
-// error and not on ctx, so that the queue agrees with what the function do tells others. ctx decides only about the
-// pause.
+// error and not on ctx. The function do may report the error to others, and they must come to the same result as the
+// queue. ctx decides only about the pause.
 func riverError(ctx context.Context, err error) error {
 	var back requeueError
 	switch {

@@ -107,7 +107,9 @@ func TestAttacks(t *testing.T) {
 			return dir
 		}, 0, snapshot.ErrAltered},
 		"a timestamp that lives longer": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
-			write(t, editSigned(t, read(t, dir, "timestamp.json"), func(s map[string]any) { s["expires"] = "2036-01-01T00:00:00Z" }),
+			write(t, editSigned(t, read(t, dir, "timestamp.json"), func(s map[string]any) {
+				s["expires"] = "2036-01-01T00:00:00Z"
+			}),
 				dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrSignature},

@@ -87,7 +87,7 @@ func (n *node) checkList(t testing.TB, from string, former bool) {
 	}
 }
 
-// serve starts a web server for a folder, which ends with the test, and returns its URL.
+// serve runs a web server for a folder until the test ends, and returns its URL.
 func serve(t testing.TB, dir string) string {
 	t.Helper()
 	server := httptest.NewServer(http.FileServer(http.Dir(dir)))

@@ -131,7 +131,8 @@ func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 // urlPrefix is the beginning of the URLs that the TUF library makes.
 const urlPrefix = "snapshot:/"
 
-// download is a function that reads one file of the source. most is the greatest size of the file in bytes.
+// download is a function that reads one file of the source. The argument most is the greatest size of the file in
+// bytes.
 type download func(name string, most int64) ([]byte, error)
 
 // DownloadFile implements the Fetcher of the TUF library.

@@ -33,7 +33,7 @@ type Event struct {
 	Text string
 }
 
-// Run records phases. The zero value is ready to use. It has no watcher, so it displays nothing.
+// Run collects the phases of one run. The zero value is ready to use. It has no watcher, so it displays nothing.
 type Run struct {
 	// Watch is called for every event, in order, never concurrently; may be nil.
 	Watch func(Event)
@@ -73,7 +73,7 @@ func (r *Run) Do(name string, f func() (note string, err error)) error {
 	return err
 }
 
-// Progress reports progress inside a running phase.
+// Progress tells the watcher about progress inside a running phase.
 func (r *Run) Progress(phase, format string, args ...any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -124,7 +124,7 @@ type Span struct {
 	once sync.Once
 }
 
-// Begin starts the span of a run, and returns a context that contains it. The value of an attribute is a string, an
+// Begin starts the span of a run, and returns a context with this span. The value of an attribute is a string, an
 // int64, an int or a bool.
 func (t *Tracer) Begin(ctx context.Context, name string, attributes map[string]any) (context.Context, *Span) {
 	if t == nil {

@@ -22,8 +22,8 @@ import (
 const maxConsole = 4 << 20
 
 // Run boots the machine, runs its steps and waits for the machine's end. A failed step is not an error of Run: the
-// result has its exit code. If the guest's kernel crashes, the error is a [*CrashError], and the result has everything
-// that was received before.
+// result has the step's exit code. If the guest's kernel crashes, the error is a [*CrashError], and the result has
+// everything that was received before.
 func Run(ctx context.Context, c Config) (*Result, error) {
 	c = c.WithDefaults()
 	if err := c.Validate(); err != nil {
@@ -70,7 +70,8 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 
 var errOverran = errors.New("machine ran past its time limit")
 
-// ends has what each source of information says about the end of a run.
+// ends is what is known about the end of a run: the text of the console, the errors of qemu and of the event stream,
+// and what qemu printed.
 type ends struct {
 	console  string
 	exit     error

@@ -105,9 +105,9 @@ func Found(n *yaml.Node) string {
 
 var syntaxLine = regexp.MustCompile(`^(?:yaml: )?line ([0-9]{1,9}): `)
 
-// Document returns the top node of a file. most is the greatest size of the file in bytes. The file must have exactly
-// one document. The argument want describes the expected content, for the error about an empty file. If the result is
-// false, Document has recorded a mistake and there is no node.
+// Document returns the top node of a file. The argument most is the greatest size of the file in bytes. The file must
+// have exactly one document. The argument want describes the expected content, for the error about an empty file. If
+// the result is false, Document has recorded a mistake and there is no node.
 func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	top := At{Node: &yaml.Node{}}
 	if len(data) > most {
@@ -141,7 +141,7 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 
 // Fields calls the function each for every field of a mapping, with the field's name and value. It skips a field, and
 // records a mistake, in each of these cases: the key is repeated; the key is no scalar; or key or value is an anchor or
-// alias. The function known reports whether a key is known, and itself records a mistake if not. Fields returns the
+// alias. The function known reports whether a key is known, and records a mistake if it is not. Fields returns the
 // known fields. If the node is no mapping, Fields records a mistake and returns nil. The argument what describes the
 // wanted value in that mistake.
 func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(name string, value At)) map[string]At {

@@ -198,8 +198,8 @@ type Signers struct{ Targets, Snapshot, Timestamp Signer }
 // Until has the times at which the three parts of a snapshot expire.
 type Until struct{ Targets, Snapshot, Timestamp time.Time }
 
-// Publish writes a list as the newest one. least is the lowest version that the list and its timestamp may have. If
-// least is 0, the list gets the version after the newest list in the folder.
+// Publish writes a list and makes it the newest. The argument least is the lowest version that the list and its
+// timestamp may have. If it is 0, the list gets the version after the newest list in the folder.
 func (r *Repository) Publish(
 	list snapshot.Catalogue,
 	by Signers,

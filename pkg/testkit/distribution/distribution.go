@@ -53,7 +53,7 @@ func StartProtected(t testing.TB) string {
 	return start(t, fmt.Sprintf(protection, file))
 }
 
-// Start runs an empty registry, which ends with the test, and returns its host:port.
+// Start runs an empty registry until the test ends, and returns its host:port.
 func Start(t testing.TB) string {
 	t.Helper()
 	return start(t, "")

@@ -17,8 +17,8 @@ func list(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// belongsTo reports whether a package belongs to a module or folder. A package of the standard library counts alone,
-// without the packages in folders below it.
+// belongsTo reports whether a package is in a module or in a folder. If folder is a package of the standard library,
+// packages in the folders below it do not belong to it.
 func belongsTo(pkg, folder string) bool {
 	return pkg == folder || strings.Contains(folder, ".") && strings.HasPrefix(pkg, folder+"/")
 }
@@ -39,7 +39,7 @@ func CheckBanned(t *testing.T, bans map[string]string) {
 	}
 }
 
-// Owner names the only package that may import a heavy library.
+// Owner is a heavy library with the only package that may import it.
 type Owner struct {
 	// Lib is the library. Package is the path, below the current folder, of the package that may import it, such as
 	// /internal/store; "" means none.
@@ -47,8 +47,8 @@ type Owner struct {
 	Reason       string
 }
 
-// CheckOwners fails if a package below the current folder imports a library that another package owns. own is the
-// import path of the current folder.
+// CheckOwners fails if a package below the current folder imports a library that another package owns. The argument own
+// is the import path of the current folder.
 func CheckOwners(t *testing.T, own string, homes []Owner) {
 	t.Helper()
 	for line := range strings.Lines(list(t, "-f", `{{.ImportPath}} {{join .Imports " "}}`, "./...")) {
