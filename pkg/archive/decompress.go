@@ -52,7 +52,7 @@ func Detect(head []byte) Format {
 }
 
 // Decompress returns the tar inside r. The first bytes of r decide which decoder it uses. The caller must close the
-// result. That ends the decoder or its process, but does not close r.
+// result. Close ends the decoder or its process, but does not close r.
 //
 // xzTool is the path of an xz program; "" means the decoder in Go. The program is several times faster, which matters
 // for an archive of gigabytes. If the program fails, the next Read returns the error.

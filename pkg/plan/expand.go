@@ -130,8 +130,8 @@ type expander struct {
 	unused map[int]bool // indexes of the exclude rules that have removed no cell so far
 }
 
-// wantedKernel is one kernel that the wish list asks for. If no kernel was found for an entry, it has the error
-// instead.
+// wantedKernel is one kernel that the wish list asks for. If no kernel was found for an entry, the field err has the
+// error.
 type wantedKernel struct {
 	kernel target.Kernel
 	asked  string
@@ -212,7 +212,7 @@ func merge(all []wantedKernel, w wantedKernel) []wantedKernel {
 // listing caches which COS builds the bucket has. A bucket has thousands of them, so newestKernels asks for the boards
 // of a COS build only if a wish may want that build.
 type listing struct {
-	ids    []string // newestKernels first
+	ids    []string // newest first
 	boards map[string][]target.Kernel
 	err    error
 }

@@ -92,7 +92,7 @@ func real109() world {
 	}
 }
 
-// planText prints a plan, one line for each cell.
+// planText returns a plan as text, with one line for each cell.
 func planText(p *plan.Plan) string {
 	var lines []string
 	for _, c := range p.Cells {

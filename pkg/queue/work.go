@@ -13,7 +13,7 @@ import (
 )
 
 // Work takes builds from the queue and calls the function do for each build, until ctx ends. At most concurrency calls
-// run at a time. After that it takes no more builds, waits a grace period for the running builds (see
+// run at a time. When ctx has ended, Work takes no more builds, waits a grace period for the running builds (see
 // [Queue.SetGrace]), and cancels those that still run. It returns nil after all of them have ended.
 //
 // id is the name of the worker. The caller ensures that only one process uses the name at a time, for example with a

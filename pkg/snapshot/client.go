@@ -176,8 +176,8 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// The library writes the files of a list one by one, so it gets a folder of its own. Afterwards, the state file gets
-	// all of them at once. Half of a new list therefore never replaces a complete list.
+	// The library writes the files of a list one by one, here into a work folder. Afterwards, the state file gets all of
+	// them at once. Half of a new list therefore never replaces a complete list.
 	work, err := c.workFolder()
 	if err != nil {
 		return nil, err

@@ -95,8 +95,8 @@ func serve(t testing.TB, dir string) string {
 	return server.URL
 }
 
-// TestRefresh reads a list from a folder and from a web server. Afterwards, the node knows the stored list without
-// folder and web server.
+// TestRefresh reads a list from a folder and from a web server. Afterwards, the node knows the stored list even without
+// the folder and the web server.
 func TestRefresh(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)

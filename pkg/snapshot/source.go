@@ -140,8 +140,8 @@ func (d download) DownloadFile(address string, most int64, _ time.Duration) ([]b
 	return d(strings.TrimPrefix(address, urlPrefix), most)
 }
 
-// fetch returns the download function of one refresh. The function uses this ctx, because the library passes no
-// context.
+// fetch returns the download function of one refresh. The function uses the ctx of this call, because the library
+// passes no context.
 func fetch(ctx context.Context, from source) download {
 	return func(name string, most int64) ([]byte, error) {
 		if most <= 0 || most > MaxFile {

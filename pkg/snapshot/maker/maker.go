@@ -199,7 +199,7 @@ type Signers struct{ Targets, Snapshot, Timestamp Signer }
 type Until struct{ Targets, Snapshot, Timestamp time.Time }
 
 // Publish writes a list and makes it the newest. The argument least is the lowest version that the list and its
-// timestamp may have. If it is 0, the list gets the version after the newest list in the folder.
+// timestamp may have. If least is 0, the list gets the version after the newest list in the folder.
 func (r *Repository) Publish(
 	list snapshot.Catalogue,
 	by Signers,
