@@ -48,7 +48,7 @@ func (c Cell) String() string {
 // Problem is the reason why a wish expands to no cell.
 type Problem struct {
 	Err error `json:"-"`
-	// Unavailable says that the problem is no failure, because COS offers a version for the same wish to other kernels.
+	// Unavailable says that the problem is no failure: for the same wish, COS offers a version to other kernels.
 	Unavailable bool `json:"unavailable,omitempty"`
 }
 

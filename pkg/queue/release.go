@@ -89,8 +89,8 @@ SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, me
 FROM river_job WHERE id = $1 AND state = 'discarded' AND attempt = $2 AND attempt < max_attempts
 ON CONFLICT DO NOTHING`
 
-// adopt makes those jobs available again that the database shows as running under this worker's id. No process runs
-// them, because the id belongs to this process, which has just started. A job in its last attempt is discarded.
+// adopt makes jobs available again if the database shows them as running under this worker's id. No process runs them,
+// because the id belongs to this process, which has just started. A job in its last attempt is discarded.
 func (q *Queue) adopt(ctx context.Context, id string) error {
 	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
 		Max: 10000, OrderByClause: "id ASC",

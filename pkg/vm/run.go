@@ -92,7 +92,7 @@ func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends)
 	case seen.ended:
 	case errors.Is(cause, errOverran):
 		return fault.Wrap(fault.TimedOut, fmt.Errorf("run machine: it did not end within %v (%s)", c.Timeout, seen.place()),
-			"read the end of the machine's kernel log to see what it waits for")
+			"read the end of the machine's kernel log to see what the machine waits for")
 	case e.protocol != nil:
 		return fmt.Errorf("run machine: %w", e.protocol)
 	case cause != nil:

@@ -285,7 +285,7 @@ func (r *Repository) publish(
 	return s, r.trim(version)
 }
 
-// Refresh signs a new timestamp. The timestamp says that the published list is still the newest, and expires at until.
+// Refresh signs a new timestamp: the published list is still the newest. The timestamp expires at the time until.
 func (r *Repository) Refresh(by signature.Signer, until time.Time) (*snapshot.Snapshot, error) {
 	s, err := r.refresh(by, until)
 	if err != nil {

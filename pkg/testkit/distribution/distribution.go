@@ -1,6 +1,7 @@
-// Package distribution runs Debian's package of the distribution project's registry for one test. Prebake did not write
-// that registry, so the test also checks the protocol. Only test files import the package. Version 2.8 of the registry
-// has no referrers API. Tests with it show how clients work without that API; the API itself needs another registry.
+// Package distribution runs Debian's package of the distribution project's registry for one test. The registry is not a
+// part of Prebake, so a test with it also checks the protocol. Only test files import the package. Version 2.8 of the
+// registry has no referrers API. Tests with it show how clients work without that API; the API itself needs another
+// registry.
 package distribution
 
 import (
