@@ -97,7 +97,7 @@ func TestRecorder(t *testing.T) {
 	if diff := cmp.Diff(want, r.result(), cmpopts.IgnoreFields(Result{}, "BootSeconds")); diff != "" {
 		t.Errorf("result (-want +got):\n%s", diff)
 	}
-	if got := r.running(); got != "c" {
+	if got := r.runningStep(); got != "c" {
 		t.Errorf("running() = %q; want c", got)
 	}
 }
