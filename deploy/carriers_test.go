@@ -33,7 +33,7 @@ func TestCarriers(t *testing.T) {
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"),
 		target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
 	s.Publish(t, repo)
-	want := tree(t, unpacked(t, repo, s))
+	want := tree(t, unpackArtifact(t, repo, s))
 	passing := distribution.StartMirror(t, r.URL)
 	for name, mirror := range map[string]string{"the server": r.Host, "a pull-through mirror": passing} {
 		t.Run(name, func(t *testing.T) {
@@ -83,8 +83,8 @@ func hostsDir(t *testing.T, registry, mirror string) string {
 	return dir
 }
 
-// unpacked returns a folder with the artifact's files, as a node installs them.
-func unpacked(t *testing.T, repo *registry.Repository, s testkit.Sample) string {
+// unpackArtifact returns a folder with the artifact's files, as a node installs them.
+func unpackArtifact(t *testing.T, repo *registry.Repository, s testkit.Sample) string {
 	t.Helper()
 	dir := t.TempDir()
 	root, err := os.OpenRoot(dir)

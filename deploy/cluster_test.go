@@ -50,8 +50,8 @@ func moduleFile(t *testing.T, module, file string) string {
 	return string(text)
 }
 
-// whole writes an overlay of overlays/gke with components, as an operator would write it, and returns its folder.
-func whole(t *testing.T, components ...string) string {
+// writeOverlay writes an overlay of overlays/gke with components, as an operator would write it, and returns its folder.
+func writeOverlay(t *testing.T, components ...string) string {
 	t.Helper()
 	base, err := filepath.Abs("kubernetes")
 	if err != nil {
@@ -85,7 +85,7 @@ func TestClusterTakesComponents(t *testing.T) {
 	if _, err := c.Kubectl("", "wait", "--for=condition=established", "--timeout=60s", "crd", "--all"); err != nil {
 		t.Fatal(err)
 	}
-	rendered, err := c.Kubectl("", "kustomize", whole(t, "podmonitor", "keda", "monitoring"))
+	rendered, err := c.Kubectl("", "kustomize", writeOverlay(t, "podmonitor", "keda", "monitoring"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,10 +107,10 @@ func TestClusterTakesComponents(t *testing.T) {
 				"--replicas=7"); err != nil {
 				t.Fatal(err)
 			}
-			first = applied(t, c, rendered)
+			first = readApplied(t, c, rendered)
 			continue
 		}
-		if diff := cmp.Diff(first, applied(t, c, rendered)); diff != "" {
+		if diff := cmp.Diff(first, readApplied(t, c, rendered)); diff != "" {
 			t.Errorf("the second apply changed (-first +second):\n%s", diff)
 		}
 	}
@@ -141,8 +141,8 @@ func TestClusterTakesComponents(t *testing.T) {
 	}
 }
 
-// applied reads each applied object back, without the fields that the API server adds.
-func applied(t *testing.T, c *cluster.Cluster, rendered string) map[string]map[string]any {
+// readApplied reads each applied object back, without the fields that the API server adds.
+func readApplied(t *testing.T, c *cluster.Cluster, rendered string) map[string]map[string]any {
 	t.Helper()
 	raw, err := c.Kubectl(rendered, "get", "-o", "json", "-f", "-")
 	if err != nil {

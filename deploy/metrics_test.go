@@ -43,7 +43,7 @@ func TestGeneratedMetrics(t *testing.T) {
 	for _, m := range all {
 		fmt.Fprintf(&table, "| %s | `%s` %s | %s | %s |\n", m.program, m.name, m.kind, strings.Join(m.labels, ", "), m.help)
 	}
-	between(t, "docs/reference/metrics.md", "metrics", table.String())
+	checkPart(t, "docs/reference/metrics.md", "metrics", table.String())
 }
 
 // metricsOf finds the metrics that a file declares. It reads calls such as
@@ -55,14 +55,14 @@ func metricsOf(program string, file *ast.File) (all []metric) {
 		if a, ok := n.(*ast.AssignStmt); ok && len(a.Lhs) == 1 {
 			if f, ok := a.Rhs[0].(*ast.FuncLit); ok {
 				ast.Inspect(f, func(n ast.Node) bool {
-					if m, ok := declared(n); ok && strings.HasSuffix(m.name, "_") {
+					if m, ok := parseMetric(n); ok && strings.HasSuffix(m.name, "_") {
 						wrappers[fmt.Sprint(a.Lhs[0])] = m
 					}
 					return true
 				})
 			}
 		}
-		if m, ok := declared(n); ok && !strings.HasSuffix(m.name, "_") {
+		if m, ok := parseMetric(n); ok && !strings.HasSuffix(m.name, "_") {
 			m.program = program
 			all = append(all, m)
 		}
@@ -80,8 +80,8 @@ func metricsOf(program string, file *ast.File) (all []metric) {
 	return all
 }
 
-// declared reads one call of the Prometheus library.
-func declared(n ast.Node) (m metric, ok bool) {
+// parseMetric reads one call of the Prometheus library.
+func parseMetric(n ast.Node) (m metric, ok bool) {
 	call, ok := n.(*ast.CallExpr)
 	if !ok || len(call.Args) == 0 {
 		return m, false

@@ -125,8 +125,8 @@ func TestScaledObject(t *testing.T) {
 	}
 }
 
-// up is Prometheus's own metric that says whether a target answered.
-const up = "up"
+// upMetric is Prometheus's own metric that says whether a target answered.
+const upMetric = "up"
 
 // nameLabel is the label that holds a metric's name ("Data model", prometheus.io/docs).
 const nameLabel = "__name__"
@@ -144,7 +144,7 @@ func TestMetricsExist(t *testing.T) {
 		}
 		parser.Inspect(tree, func(node parser.Node, _ []parser.Node) error {
 			selector, ok := node.(*parser.VectorSelector)
-			if !ok || selector.Name == up || strings.HasPrefix(selector.Name, "prebake_fetcher_") {
+			if !ok || selector.Name == upMetric || strings.HasPrefix(selector.Name, "prebake_fetcher_") {
 				return nil
 			}
 			has, ok := known[selector.Name]

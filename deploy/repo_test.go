@@ -173,9 +173,9 @@ func TestFileLength(t *testing.T) {
 	}
 }
 
-// foreign are host names that must not be in the repository, because only a machine's own configuration may contain
+// foreignHosts are host names that must not be in the repository, because only a machine's own configuration may contain
 // them.
-var foreign = []string{
+var foreignHosts = []string{
 	"deb." + "debian.org", "security." + "debian.org", "ftp." + "debian.org", "snapshot." + "debian.org",
 	"proxy." + "golang.org", "sum." + "golang.org", "registry." + "npmjs.org",
 }
@@ -187,7 +187,7 @@ func TestNoForeignHosts(t *testing.T) {
 			continue
 		}
 		text := read(t, name)
-		for _, word := range foreign {
+		for _, word := range foreignHosts {
 			if strings.Contains(text, word) {
 				t.Errorf("%s names %s: take it from the machine's configuration", name, word)
 			}

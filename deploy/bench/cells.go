@@ -79,9 +79,9 @@ type bench struct {
 	loadedPhases []timeline.Phase // phases of the last run
 }
 
-// once builds the whole matrix in order, beginning with an empty cache. It also measures the alternatives that the
+// measureOnce builds the whole matrix in order, beginning with an empty cache. It also measures the alternatives that the
 // builds are compared with.
-func (b *bench) once(ctx context.Context, n int) error {
+func (b *bench) measureOnce(ctx context.Context, n int) error {
 	cache := filepath.Join(b.Dir, fmt.Sprintf("cache-%d", n))
 	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
 	var ours, theirs, plain float64
@@ -101,7 +101,7 @@ func (b *bench) once(ctx context.Context, n int) error {
 			case len(done) == 0:
 				c.role = "cold"
 			}
-			if !b.wanted(c, n) {
+			if !b.needs(c, n) {
 				continue
 			}
 			seconds, phases, err := b.build(ctx, c, cache, repo)
@@ -118,7 +118,7 @@ func (b *bench) once(ctx context.Context, n int) error {
 			fmt.Fprintf(b.Out, "%s: %.1f s %s\n", c, seconds, c.role)
 			if r := b.roles[c.role]; r != nil && b.only[c.role] && len(r.ours) == n {
 				if plain == 0 || !b.plainOnce {
-					if plain, err = b.plain(ctx, c); err != nil {
+					if plain, err = b.measurePlain(ctx, c); err != nil {
 						return err
 					}
 				}
@@ -134,7 +134,7 @@ func (b *bench) once(ctx context.Context, n int) error {
 			}
 			if b.only["matrix"] {
 				if byDKMS[c.driver] == 0 || !b.plainOnce {
-					if byDKMS[c.driver], err = b.byDKMS(ctx, c); err != nil {
+					if byDKMS[c.driver], err = b.dkmsSeconds(ctx, c); err != nil {
 						return err
 					}
 					fmt.Fprintf(b.Out, "%s: dkms %.1f s\n", c, byDKMS[c.driver])
@@ -149,11 +149,11 @@ func (b *bench) once(ctx context.Context, n int) error {
 	if !b.only["node"] || len(b.cells) == 0 {
 		return nil
 	}
-	return b.onNode(ctx, n, cache, repo)
+	return b.installOnNode(ctx, n, cache, repo)
 }
 
-// wanted reports whether a cell of a run is needed: because it is measured, or because a measured cell depends on it.
-func (b *bench) wanted(c cell, run int) bool {
+// needs reports whether a cell of a run is needed: because it is measured, or because a measured cell depends on it.
+func (b *bench) needs(c cell, run int) bool {
 	hasSibling := slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
 		return k.upstream() == c.kernel.upstream() && k.Release != c.kernel.Release
 	})
@@ -280,8 +280,8 @@ func clangFlags() []string {
 		"KCFLAGS=-Wno-error -Wno-error=strict-prototypes"}
 }
 
-// plain measures what people do by hand: make modules in unpacked sources.
-func (b *bench) plain(ctx context.Context, c cell) (float64, error) {
+// measurePlain measures what people do by hand: make modules in unpacked sources.
+func (b *bench) measurePlain(ctx context.Context, c cell) (float64, error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {
 		return 0, err
@@ -306,11 +306,11 @@ func (b *bench) plain(ctx context.Context, c cell) (float64, error) {
 	return time.Since(start).Seconds(), os.RemoveAll(tree)
 }
 
-// onNode builds the first cell again, and installs it on a folder that looks like the root of a COS node. It does not
+// installOnNode builds the first cell again, and installs it on a folder that looks like the root of a COS node. It does not
 // load the modules, because the time for that is the same whoever made them.
-func (b *bench) onNode(ctx context.Context, n int, cache, repo string) error {
+func (b *bench) installOnNode(ctx context.Context, n int, cache, repo string) error {
 	c := b.cells[0]
-	plain, err := b.plain(ctx, c)
+	plain, err := b.measurePlain(ctx, c)
 	if err != nil {
 		return err
 	}

@@ -11,11 +11,11 @@ import (
 	"time"
 )
 
-// byDKMS returns the seconds that Debian's dkms takes for a cell. The time begins when the driver's sources lie in the
+// dkmsSeconds returns the seconds that Debian's dkms takes for a cell. The time begins when the driver's sources lie in the
 // source tree of dkms, and ends when dkms has written the stripped modules. dkms is a script. It runs from its unpacked
 // package, in a bubblewrap sandbox with a read-only view of the machine. It builds for the named kernel only, and
-// installs nothing. byDKMS removes the modules.
-func (b *bench) byDKMS(ctx context.Context, c cell) (seconds float64, err error) {
+// installs nothing. dkmsSeconds removes the modules.
+func (b *bench) dkmsSeconds(ctx context.Context, c cell) (seconds float64, err error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {
 		return 0, err

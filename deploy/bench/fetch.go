@@ -147,7 +147,7 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 			if usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
 				b.fetching.peak = append(b.fetching.peak, float64(usage.Maxrss)/1024) // in KiB, see getrusage(2)
 			}
-			if err := b.byHand(ctx, srv, cells[1], layers); err != nil {
+			if err := b.fetchByHand(ctx, srv, cells[1], layers); err != nil {
 				return err
 			}
 		case 2:
@@ -158,9 +158,9 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 	return nil
 }
 
-// byHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar. If
+// fetchByHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar. If
 // crane is installed, byHand fetches and unpacks the artifact with it too. It records the seconds of both.
-func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
+func (b *bench) fetchByHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
 	dir := filepath.Join(b.Dir, "by-hand")
 	var script strings.Builder
 	script.WriteString("set -e -o pipefail\n")
@@ -176,7 +176,7 @@ func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers 
 		)
 	}
 	script.WriteString("for p in $p0 $p1 $p2; do wait $p; done\n")
-	seconds, err := b.timed(ctx, dir, "bash", "-c", script.String())
+	seconds, err := b.runTimed(ctx, dir, "bash", "-c", script.String())
 	if err != nil {
 		return err
 	}
@@ -187,7 +187,7 @@ func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers 
 		return nil
 	}
 	tag := bundle.KernelTag(c.kernel.Kernel, target.Driver{Version: c.driver, Flavour: target.Proprietary})
-	seconds, err = b.timed(
+	seconds, err = b.runTimed(
 		ctx,
 		dir,
 		"bash",
@@ -207,8 +207,8 @@ func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers 
 	return nil
 }
 
-// timed runs a command that fills a folder, and removes the folder. It returns the seconds that the command took.
-func (b *bench) timed(ctx context.Context, dir, name string, args ...string) (float64, error) {
+// runTimed runs a command that fills a folder, and removes the folder. It returns the seconds that the command took.
+func (b *bench) runTimed(ctx context.Context, dir, name string, args ...string) (float64, error) {
 	start := time.Now()
 	err := b.command(ctx, name, args...)
 	return time.Since(start).Seconds(), errors.Join(err, os.RemoveAll(dir))

@@ -147,7 +147,7 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 		if len(o.only) == 0 {
 			break // the other measurements compile nothing
 		}
-		if err := b.once(ctx, i); err != nil {
+		if err := b.measureOnce(ctx, i); err != nil {
 			return err
 		}
 	}

@@ -85,7 +85,7 @@ func (d *demo) pass() error {
 		"machine that has one.", d.gpu.report.Verdict.State, d.gpu.code))
 
 	fmt.Fprintln(d.out, "\nReused from earlier runs")
-	for _, r := range d.reused() {
+	for _, r := range d.reusedRows() {
 		row(d.out, r[0], r[1])
 	}
 
@@ -99,13 +99,13 @@ func (d *demo) pass() error {
 	return nil
 }
 
-// reused returns what this run took from earlier runs, as pairs of a name and a text.
-func (d *demo) reused() (rows [][2]string) {
+// reusedRows returns what this run took from earlier runs, as pairs of a name and a text.
+func (d *demo) reusedRows() (rows [][2]string) {
 	if d.mirror.Cached > 0 {
 		all := d.mirror.Cached + d.mirror.Made
 		rows = append(rows, [2]string{"mirror", fmt.Sprintf("%d of its %d objects", d.mirror.Cached, all)})
 	}
-	if phases := kept(d.build); len(phases) > 0 {
+	if phases := reusedPhases(d.build); len(phases) > 0 {
 		rows = append(rows, [2]string{"builder", "results of the phases " + strings.Join(phases, ", ")})
 	}
 	if n := d.gpu.report.CachedBytes; n > 0 {

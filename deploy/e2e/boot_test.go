@@ -40,7 +40,7 @@ func grubConfig() string {
 func TestNodeBootConfiguration(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)
-	published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)
 	if err != nil {
 		t.Fatal(err)

@@ -57,7 +57,7 @@ func TestMatrixSharesUserspace(t *testing.T) {
 	user, firmware := map[string]bool{}, map[string]bool{}
 	for _, k := range []target.Kernel{shared.kernel(0), shared.kernel(1)} {
 		for _, f := range []target.Flavour{target.Proprietary, target.Open} {
-			b := published(t, shared.srv, k, shared.driver(), f)
+			b := mustBuild(t, shared.srv, k, shared.driver(), f)
 			m := manifest(t, shared.srv, b.Digest)
 			l := layer(t, m, bundle.LayerModules)
 			if other, ok := modules[l.Digest.String()]; ok {
@@ -77,8 +77,8 @@ func TestMatrixSharesUserspace(t *testing.T) {
 // compile. The artifact gets a kernel match for the second COS build too.
 func TestTwinBuildSharesArtifact(t *testing.T) {
 	twin, of := shared.twin(t)
-	first := published(t, shared.srv, of, shared.driver(), target.Proprietary)
-	second := published(t, shared.srv, twin, shared.driver(), target.Proprietary)
+	first := mustBuild(t, shared.srv, of, shared.driver(), target.Proprietary)
+	second := mustBuild(t, shared.srv, twin, shared.driver(), target.Proprietary)
 	if first.Digest != second.Digest {
 		t.Errorf("%s got %s, and %s, with the same kernel, got %s; want one artifact", of, first.Digest, twin, second.Digest)
 	}
@@ -95,7 +95,7 @@ func TestTwinBuildSharesArtifact(t *testing.T) {
 // restarted builder must finish the build. The result must be one artifact, identical to the shared worker's.
 func TestKilledBuilderReproduces(t *testing.T) {
 	k := shared.kernel(1)
-	want := published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	want := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 
 	dir := t.TempDir()
 	s, err := testbed.New(shared.Bin, dir, os.Stderr)
@@ -292,7 +292,7 @@ func corruptHeaders(t *testing.T, m *testbed.Mirror, k target.Kernel) *testbed.M
 // registry to which the same artifact was published.
 func TestStockCrane(t *testing.T) {
 	k := shared.kernel(1)
-	b := published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	b := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 	second := craneRegistry(t) + "/drivers/nvidia"
 	if _, err := shared.Must(t.Context(), "builder", "build", "--build-id", k.BuildID, "--board", k.Board, "--driver",
 		shared.driver(),

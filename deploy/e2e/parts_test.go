@@ -41,7 +41,7 @@ var oneProcessor = map[string]bool{
 // such tests are skipped if an input is missing. Here all inputs exist, so no test may be skipped.
 func TestPartsOnRealInputs(t *testing.T) {
 	k := shared.kernel(1)
-	published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)
 	if err != nil {
 		t.Fatal(err)
@@ -64,7 +64,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 	twin, of := shared.twin(t)
 	// TestRealSameBytes compares the modules that make alone compiles for a cell with those in the farm's cache, so the
 	// cache must have the cell.
-	published(t, shared.srv, twin, shared.driver(), target.Proprietary)
+	mustBuild(t, shared.srv, twin, shared.driver(), target.Proprietary)
 	cells := fmt.Sprintf("PREBAKE_CELLS=%s/%s =%s/%s", of.BuildID, shared.driver(), twin.BuildID, shared.driver())
 
 	filled := "PREBAKE_FILLED=" + shared.BuildCache()

@@ -21,7 +21,7 @@ import (
 // module, signed with a trusted key. builder reproduce must detect the change, and name the file and the section.
 func TestReproduce(t *testing.T) {
 	k := shared.kernel(1)
-	digest := published(t, shared.srv, k, shared.driver(), target.Proprietary).Digest
+	digest := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary).Digest
 	insider := testkit.NewKey(t)
 	tampered := tamper(t, shared.srv.Repository(), digest, insider)
 

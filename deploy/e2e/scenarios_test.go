@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// scenarios is the environment variable that asks for TestNodeScenarios.
-const scenarios = "PREBAKE_SCENARIOS"
+// scenariosEnv is the environment variable that asks for TestNodeScenarios.
+const scenariosEnv = "PREBAKE_SCENARIOS"
 
 // TestNodeScenarios runs testdata/*.txtar. Each file runs on one virtual node, with the emulated GPU and NVIDIA's real
 // driver. Each section of a file is a scenario, and the state of the node is kept from one to the next. If the install
@@ -45,16 +45,16 @@ const scenarios = "PREBAKE_SCENARIOS"
 // The machine is emulated, and reads the whole driver for each load. A file takes minutes, so the test runs only if
 // PREBAKE_SCENARIOS is set (make scenarios). TestScenarioScripts always reads the files.
 func TestNodeScenarios(t *testing.T) {
-	if os.Getenv(scenarios) == "" {
+	if os.Getenv(scenariosEnv) == "" {
 		t.Skip("PREBAKE_SCENARIOS is not set; run make scenarios")
 	}
 	k := shared.kernel(1)
 	port := shared.srv.Addr[strings.LastIndex(shared.srv.Addr, ":")+1:]
 	repo := strings.Replace(shared.srv.Repository(), shared.srv.Addr, vm.HostAddress+":"+port, 1)
 	before := shared.kernel(0) // built first, because a build makes deltas from the builds before it
-	other := published(t, shared.srv, before, shared.driver(), target.Proprietary)
-	proprietary := published(t, shared.srv, k, shared.driver(), target.Proprietary)
-	open := published(t, shared.srv, k, shared.driver(), target.Open)
+	other := mustBuild(t, shared.srv, before, shared.driver(), target.Proprietary)
+	proprietary := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
+	open := mustBuild(t, shared.srv, k, shared.driver(), target.Open)
 	if b := build(t, shared.srv, k, "535.999.99", target.Proprietary); b.State != api.Failed { // no bucket has this driver
 		t.Fatalf("build %d is %s", b.ID, b.State)
 	}

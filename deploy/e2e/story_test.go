@@ -74,10 +74,10 @@ func TestReleaseToNode(t *testing.T) {
 		var err error
 		res, err = s.RunNode(ctx,
 			testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 20 * time.Minute},
-			[]vm.Step{waiting(srv), testbed.ModulesStep()})
+			[]vm.Step{waitStep(srv), testbed.ModulesStep()})
 		done <- err
 	}()
-	asked(t, srv, done)
+	waitAsked(t, srv, done)
 	for _, id := range []string{"first", "second"} {
 		own := *s
 		own.Dir = filepath.Join(dir, id)
@@ -125,18 +125,18 @@ func TestReleaseToNode(t *testing.T) {
 	t.Logf("from release to ready: %+v", release.Times)
 }
 
-// waiting returns a step that installs COS's default driver, and waits until somebody has built it.
-func waiting(srv *testbed.Server) vm.Step {
+// waitStep returns a step that installs COS's default driver, and waits until somebody has built it.
+func waitStep(srv *testbed.Server) vm.Step {
 	step := testbed.InstallStep(srv, "--wait", "15m", "--builder", "never")
 	step.Timeout = 16 * time.Minute
 	return step
 }
 
-// answered matches the metric of the server that counts the nodes' questions.
-var answered = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
+// answeredMetric matches the metric of the server that counts the nodes' questions.
+var answeredMetric = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
 
-// asked returns when a node has asked the server. If done reports first that the node has ended, the test fails.
-func asked(t *testing.T, srv *testbed.Server, done <-chan error) {
+// waitAsked returns when a node has asked the server. If done reports first that the node has ended, the test fails.
+func waitAsked(t *testing.T, srv *testbed.Server, done <-chan error) {
 	t.Helper()
 	for {
 		resp, err := http.Get("http://" + srv.Addr + "/metrics")
@@ -147,7 +147,7 @@ func asked(t *testing.T, srv *testbed.Server, done <-chan error) {
 		if cerr := resp.Body.Close(); err != nil || cerr != nil {
 			t.Fatal(err, cerr)
 		}
-		if answered.Match(raw) {
+		if answeredMetric.Match(raw) {
 			return
 		}
 		select {

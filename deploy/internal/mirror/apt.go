@@ -66,7 +66,7 @@ func openApt(ctx context.Context, dir string, p platform, next, refresh bool, sa
 		return nil, err
 	}
 	if next {
-		sources, codename = ofNext(sources, codename), nextCodename
+		sources, codename = nextSources(sources, codename), nextCodename
 	}
 	sources = addDebSrc(sources, codename)
 	sourcesFile := filepath.Join(dir, "prebake.sources")
@@ -142,8 +142,8 @@ func firstLine(err error) string {
 	return line
 }
 
-// names returns the packages whose names begin with prefix.
-func (a *apt) names(ctx context.Context, prefix string) ([]string, error) {
+// packageNames returns the packages whose names begin with prefix.
+func (a *apt) packageNames(ctx context.Context, prefix string) ([]string, error) {
 	out, err := a.run(ctx, "", "apt-cache", "pkgnames", prefix)
 	if err != nil {
 		return nil, err

@@ -34,7 +34,7 @@ func TestARM64(t *testing.T) {
 		t.Skip("PREBAKE_ARM64_CACHE is not set: it names the cache folder of `mirror --arch arm64`; run make arm64")
 	}
 	dir := t.TempDir()
-	builder := programs(t, target.ARM64)
+	builder := compilePrograms(t, target.ARM64)
 
 	mirror := filepath.Join(dir, "mirror")
 	var made Result
@@ -46,7 +46,7 @@ func TestARM64(t *testing.T) {
 
 	key := filepath.Join(dir, "key")
 	builder(nil, "keygen", key)
-	build := func(out, loadTest string) (done built) {
+	build := func(out, loadTest string) (done buildResult) {
 		builder(&done, "build", "--build-id", kernel.BuildID, "--board", "lakitu-arm64",
 			"--driver", "default", "--flavour", "proprietary",
 			"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
@@ -100,7 +100,7 @@ func TestARM64(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := publishText(filepath.Join(bucket, "vmlinux"), string(wrapped(image))); err != nil {
+	if err := publishText(filepath.Join(bucket, "vmlinux"), string(wrapImage(image))); err != nil {
 		t.Fatal(err)
 	}
 	// This nvidia.ko needs DRM, which is a module of this kernel and so is not in vmlinux. vmlinux passes every check, and
@@ -112,17 +112,17 @@ func TestARM64(t *testing.T) {
 	}
 }
 
-// built has the fields of the output of builder build that the tests check.
-type built struct {
+// buildResult has the fields of the output of builder build that the tests check.
+type buildResult struct {
 	Kernel   target.Kernel
 	Driver   target.Driver
 	LoadTest verdict
 	Phases   []timeline.Phase
 }
 
-// wrapped makes a vmlinux from an arm64 Image. The whole image is one segment and the section .rodata. Debian's own
+// wrapImage makes a vmlinux from an arm64 Image. The whole image is one segment and the section .rodata. Debian's own
 // vmlinux is in a package of 800 MB, which is too large to download for a test.
-func wrapped(image []byte) []byte {
+func wrapImage(image []byte) []byte {
 	const base, head = 0xffff800008000000, 64 + 56
 	names := "\x00.rodata\x00.shstrtab\x00"
 	size, end := uint64(len(image)), uint64(head+len(image)+len(names))
@@ -165,10 +165,10 @@ const (
 
 func (v *verdict) String() string { return strings.TrimSuffix(v.State+": "+v.Reason, ": ") }
 
-// programs compiles builder, mirror, and the programs that the load test of an architecture needs, into one folder. It
+// compilePrograms compiles builder, mirror, and the programs that the load test of an architecture needs, into one folder. It
 // returns a function that runs builder, or mirror if the first argument is "mirror", and decodes the JSON output into
 // out.
-func programs(t *testing.T, arch target.Arch) func(out any, args ...string) {
+func compilePrograms(t *testing.T, arch target.Arch) func(out any, args ...string) {
 	t.Helper()
 	bin, suffix, cc := t.TempDir(), "", "gcc"
 	if arch != target.AMD64 {

@@ -122,7 +122,7 @@ func (m *maker) makeClang(ctx context.Context, b clangBuild, releases []release)
 	made := recipe{Params: []string{"kernel " + kernel.SHA256}}
 	made.Kind = "clang-kernel-headers.tgz"
 	headers, err := m.object(ctx, "headers of "+b.release, made, func(_ context.Context, w io.Writer) error {
-		t, err := readTgz(kernel.path, under(clangHeaders, "usr/src/linux-headers-"+b.release))
+		t, err := readTgz(kernel.path, pickFolder(clangHeaders, "usr/src/linux-headers-"+b.release))
 		if err != nil {
 			return err
 		}
@@ -140,7 +140,7 @@ func (m *maker) makeClang(ctx context.Context, b clangBuild, releases []release)
 	if m.VMLinux {
 		made.Kind = "clang-vmlinux"
 		objects["vmlinux"], err = m.object(ctx, "vmlinux of "+b.release, made, func(_ context.Context, w io.Writer) error {
-			t, err := readTgz(kernel.path, under("boot", "boot"))
+			t, err := readTgz(kernel.path, pickFolder("boot", "boot"))
 			if err != nil {
 				return err
 			}
@@ -183,7 +183,7 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 		}
 	}
 	source := build{Build: done, kernel: kernel{version: b.source.Version}}
-	texts := m.texts(k, source, m.forSource(releases))
+	texts := m.textFiles(k, source, m.clangReleases(releases))
 	texts[cosbucket.ToolchainEnvName(k)] = clangEnv
 	for name, text := range texts {
 		if err := publishText(at(name), text); err != nil {
@@ -198,10 +198,10 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 	return os.Chmod(filepath.Join(dir, signingKeyName), 0o600)
 }
 
-// forSource returns the driver releases for the kernel that the mirror compiles, the default one first. The default is
+// clangReleases returns the driver releases for the kernel that the mirror compiles, the default one first. The default is
 // the newest release in the machine's own Debian release, because Debian packages it for the source of this kernel.
 // Older ones of that Debian release are left out.
-func (m *maker) forSource(releases []release) []release {
+func (m *maker) clangReleases(releases []release) []release {
 	var own, others []release
 	for _, r := range releases {
 		if r.apt == m.apt {
@@ -229,7 +229,7 @@ func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers
 		r.Params = append(r.Params, "emugpu "+m.EmuGPURevision)
 	}
 	return m.object(ctx, "boot files of "+b.release, r, func(ctx context.Context, w io.Writer) error {
-		t, err := readTgz(kernel.path, under("boot", ""))
+		t, err := readTgz(kernel.path, pickFolder("boot", ""))
 		if err != nil {
 			return err
 		}

@@ -31,7 +31,7 @@ func TestClangKernel(t *testing.T) {
 		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `mirror --only-clang`; run make clang")
 	}
 	dir := t.TempDir()
-	builder := programs(t, target.AMD64)
+	builder := compilePrograms(t, target.AMD64)
 
 	mirror := filepath.Join(dir, "mirror")
 	var made Result
@@ -78,7 +78,7 @@ func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir
 	t.Helper()
 	key := filepath.Join(dir, "key")
 	builder(nil, "keygen", key)
-	var done built
+	var done buildResult
 	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "proprietary",
 		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
 		"--cache", cache, "--key", key, "--to", "oci:"+filepath.Join(dir, "out"),
@@ -103,7 +103,7 @@ func TestClangCell(t *testing.T) {
 		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `mirror`; run make clang-cell")
 	}
 	dir := t.TempDir()
-	builder := programs(t, target.AMD64)
+	builder := compilePrograms(t, target.AMD64)
 	mirror := filepath.Join(dir, "mirror")
 	var made Result
 	args := []string{"mirror", "--only-clang", "--vmlinux", "--no-boot-archive", "--out", mirror, "--cache", cache,
@@ -199,7 +199,7 @@ func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if missing := unmet(configText(), string(config)); len(missing) > 0 {
+	if missing := missingLines(configText(), string(config)); len(missing) > 0 {
 		t.Errorf(".config lacks %v", missing)
 	}
 	gpu, err := os.ReadFile(filepath.Join(dir, "emugpu.ko"))

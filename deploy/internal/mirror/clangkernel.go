@@ -78,7 +78,7 @@ func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *un
 			return fault.Wrap(fault.InputMissing, fmt.Errorf("%w: %s", errNotCompiled, b.release),
 				"run make clang, which takes a quarter of an hour and more")
 		}
-		return m.work(func(dir string) error {
+		return m.inWorkDir(func(dir string) error {
 			m.Progress("compiling " + b.release + " with clang: this takes minutes, once")
 			src, err := m.unpackSource(ctx, b.source, dir)
 			if err != nil {
@@ -210,15 +210,15 @@ func (k kernelBuild) configure(ctx context.Context, cert []byte) error {
 	if err != nil {
 		return err
 	}
-	if missing := unmet(want, string(got)); len(missing) > 0 {
+	if missing := missingLines(want, string(got)); len(missing) > 0 {
 		return fault.New(fault.Unsupported, "configure kernel: these lines are not in the final .config: "+
 			strings.Join(missing, ", "), "correct deploy/internal/mirror/clang.config for this kernel's source")
 	}
 	return nil
 }
 
-// unmet returns the lines of a wanted configuration that the final configuration does not have.
-func unmet(want, got string) []string {
+// missingLines returns the lines of a wanted configuration that the final configuration does not have.
+func missingLines(want, got string) []string {
 	set := map[string]string{}
 	for line := range strings.Lines(got) {
 		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok && !strings.HasPrefix(name, "#") {

@@ -47,7 +47,7 @@ func (m *maker) makeClangToolchain(ctx context.Context, pkgs []pkg) (object, err
 	}
 	r := recipe{Kind: "clang-toolchain.tar.xz", Packages: pkgs, Tools: versions}
 	return m.object(ctx, "clang toolchain", r, func(ctx context.Context, w io.Writer) error {
-		return m.work(func(dir string) error {
+		return m.inWorkDir(func(dir string) error {
 			t, err := clangTree(ctx, m.apt, pkgs, dir)
 			if err != nil {
 				return err

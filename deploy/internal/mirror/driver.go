@@ -82,10 +82,10 @@ func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 		}
 		var err error
 		switch strings.TrimSuffix(need.Name, p.foreign) {
-		case r.line.named(sourcePackage):
-			err = addSource(ctx, t, file, r.line.named("nvidia-kernel"), "kernel")
-		case r.line.named(openSourcePackage):
-			err = addSource(ctx, t, file, r.line.named("nvidia-open-kernel"), "kernel-open")
+		case r.line.packageName(sourcePackage):
+			err = addSource(ctx, t, file, r.line.packageName("nvidia-kernel"), "kernel")
+		case r.line.packageName(openSourcePackage):
+			err = addSource(ctx, t, file, r.line.packageName("nvidia-open-kernel"), "kernel-open")
 		default:
 			err = readDeb(ctx, t, file, func(name string) string { return p.runfileName(name, r.version) })
 		}
@@ -156,7 +156,7 @@ func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 		}
 	}
 	prefix := "modules/" + inside
-	move := under(prefix, to)
+	move := pickFolder(prefix, to)
 	return readXZ(ctx, t, outer["source"].data, func(name string) string {
 		// These files are Debian's additions to NVIDIA's files.
 		if name == prefix+"/debian" || strings.HasPrefix(name, prefix+"/debian/") || name == prefix+"/NVIDIA_Changelog" {

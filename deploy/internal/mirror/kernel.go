@@ -46,7 +46,7 @@ func (k kernel) buildMajor() int { return buildMajors[k.series] }
 // findKernels returns the kernels of the given series whose packages are all in the index. They are sorted by series
 // and then by age, oldest first.
 func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]kernel, error) {
-	names, err := a.names(ctx, "linux-headers-")
+	names, err := a.packageNames(ctx, "linux-headers-")
 	if err != nil {
 		return nil, err
 	}
@@ -72,7 +72,7 @@ func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]ke
 	}
 	whole := all[:0]
 	for _, k := range all {
-		if k.complete(versions) {
+		if k.setVersions(versions) {
 			whole = append(whole, k)
 		}
 	}
@@ -103,9 +103,9 @@ func (p platform) kernel(headers string) (kernel, bool) {
 	return k, true
 }
 
-// complete sets the version of each of the kernel's packages, and reports whether the index has all of them. versions
+// setVersions sets the version of each of the kernel's packages, and reports whether the index has all of them. versions
 // maps the names of packages to the versions in the index, newest first.
-func (k *kernel) complete(versions map[string][]string) bool {
+func (k *kernel) setVersions(versions map[string][]string) bool {
 	if len(versions[k.headers.Name]) == 0 || len(versions[k.kbuild.Name]) == 0 {
 		return false
 	}
@@ -196,7 +196,7 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 		return readDeb(ctx, t, file, where)
 	}
 	// The headers of other architectures are left out, as in COS's archive.
-	common := under("usr/src/"+k.common.Name, root)
+	common := pickFolder("usr/src/"+k.common.Name, root)
 	err := read(k.common, func(name string) string {
 		to := common(name)
 		if rest, ok := strings.CutPrefix(to, root+"/arch/"); ok && rest != k.arch && !strings.HasPrefix(rest, k.arch+"/") {
@@ -211,7 +211,7 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	own := under("usr/src/linux-headers-"+k.release, root)
+	own := pickFolder("usr/src/linux-headers-"+k.release, root)
 	err = read(k.headers, func(name string) string {
 		to := own(name)
 		switch rel := strings.TrimPrefix(to, root+"/"); {
@@ -225,7 +225,7 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	}
 	kbuild := "usr/lib/" + k.kbuild.Name
 	for _, sub := range []string{"scripts", "tools"} {
-		if err := read(k.kbuild, under(kbuild+"/"+sub, root+"/"+sub)); err != nil {
+		if err := read(k.kbuild, pickFolder(kbuild+"/"+sub, root+"/"+sub)); err != nil {
 			return nil, err
 		}
 	}
@@ -242,9 +242,9 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	return t, nil
 }
 
-// rebuilt changes a header tree to that of a second compile of the same kernel. Only the user, the host and the time of
+// changeCompileInfo changes a header tree to that of a second compile of the same kernel. Only the user, the host and the time of
 // the compile differ.
-func rebuilt(t tree, k kernel, when time.Time) {
+func changeCompileInfo(t tree, k kernel, when time.Time) {
 	generated := "usr/src/linux-headers-" + k.release + "/include/generated/"
 	t.addFile(generated+"utsversion.h",
 		fmt.Sprintf("#define UTS_VERSION \"#2 SMP PREEMPT_DYNAMIC %s\"\n", when.Format("Mon Jan _2 15:04:05 MST 2006")))

@@ -18,7 +18,7 @@ func manifest(t tree, arch, version string) string {
 	fmt.Fprintf(&out, "NVIDIA Accelerated Graphics Driver for Linux-%s\n%s\n", arch, version)
 	out.WriteString("nvidia\nkernel\nnvidia nvidia-uvm nvidia-modeset nvidia-drm nvidia-peermem\n")
 	fmt.Fprintf(&out, "NVIDIA Linux %s Kernel Module\nnvidia-installer\n%s\n", arch, arch)
-	for _, name := range t.names() {
+	for _, name := range t.paths() {
 		if line := manifestLine(name, t[name]); line != "" {
 			out.WriteString(line + "\n")
 		}
@@ -81,7 +81,7 @@ func manifestLine(name string, n node) string {
 // addLibraryLinks adds a link with the SONAME of every library. It also adds the plain .so link if NVIDIA's archive has
 // one.
 func (t tree) addLibraryLinks(version string) error {
-	for _, name := range t.names() {
+	for _, name := range t.paths() {
 		if path.Dir(name) != "." || !strings.HasSuffix(name, ".so."+version) {
 			continue
 		}

@@ -24,7 +24,7 @@ func TestNext(t *testing.T) {
 			"--driver-branch R535,R550`; run make next")
 	}
 	dir := t.TempDir()
-	builder := programs(t, target.AMD64)
+	builder := compilePrograms(t, target.AMD64)
 
 	mirror := filepath.Join(dir, "mirror")
 	var made Result

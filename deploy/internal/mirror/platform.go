@@ -74,8 +74,8 @@ func (p platform) headers() *regexp.Regexp {
 		regexp.QuoteMeta(p.flavour) + `$`)
 }
 
-// named adds the suffix of the architecture to package names, as apt needs it.
-func (p platform) named(names ...string) []string {
+// aptNames adds the suffix of the architecture to package names, as apt needs it.
+func (p platform) aptNames(names ...string) []string {
 	var all []string
 	for _, name := range names {
 		all = append(all, name+p.foreign)
@@ -83,8 +83,8 @@ func (p platform) named(names ...string) []string {
 	return all
 }
 
-// plain removes the architecture's suffix from the package names in apt's answer.
-func (p platform) plain(versions map[string][]string) map[string][]string {
+// plainNames removes the architecture's suffix from the package names in apt's answer.
+func (p platform) plainNames(versions map[string][]string) map[string][]string {
 	all := map[string][]string{}
 	for name, v := range versions {
 		all[strings.TrimSuffix(name, p.foreign)] = v

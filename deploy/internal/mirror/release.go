@@ -24,16 +24,16 @@ var (
 	// driverTools are tools that Debian builds separately. Their version is of the release's branch, but it may differ
 	// from the release's version.
 	driverTools = []string{"nvidia-modprobe", "nvidia-persistenced"}
-	// notOfLine are the packages that exist only in the line "".
-	notOfLine = []string{"nvidia-cuda-mps"}
+	// onlyPlain are the packages that exist only in the line "".
+	onlyPlain = []string{"nvidia-cuda-mps"}
 )
 
 // line is one of Debian's sets of NVIDIA packages. "" are the plain packages, such as nvidia-smi. Beside these, Debian
 // keeps packages of older branches, such as nvidia-tesla-535-smi, whose line is "tesla-535".
 type line string
 
-// named returns the name that a plain package has in the line.
-func (l line) named(plain string) string {
+// packageName returns the name that a plain package has in the line.
+func (l line) packageName(plain string) string {
 	if l == "" || slices.Contains(driverTools, plain) {
 		return plain
 	}
@@ -45,8 +45,8 @@ func (l line) named(plain string) string {
 	return "libnvidia-" + string(l) + "-" + strings.TrimPrefix(plain, "lib")
 }
 
-// lacks reports whether the line has no package for a plain package.
-func (l line) lacks(plain string) bool { return l != "" && slices.Contains(notOfLine, plain) }
+// hasNo reports whether the line has no package for a plain package.
+func (l line) hasNo(plain string) bool { return l != "" && slices.Contains(onlyPlain, plain) }
 
 // release is one NVIDIA release in Debian.
 type release struct {
@@ -60,7 +60,7 @@ type release struct {
 // sourceVersion returns the version of the release's source packages.
 func (r release) sourceVersion() string {
 	for _, p := range r.packages {
-		if strings.HasPrefix(p.Name, r.line.named(sourcePackage)) {
+		if strings.HasPrefix(p.Name, r.line.packageName(sourcePackage)) {
 			return p.Version
 		}
 	}
@@ -70,8 +70,8 @@ func (r release) sourceVersion() string {
 // onlySources returns the packages with module sources.
 func (r release) onlySources() []pkg {
 	return slices.DeleteFunc(slices.Clone(r.packages), func(p pkg) bool {
-		return !strings.HasPrefix(p.Name, r.line.named(sourcePackage)) &&
-			!strings.HasPrefix(p.Name, r.line.named(openSourcePackage))
+		return !strings.HasPrefix(p.Name, r.line.packageName(sourcePackage)) &&
+			!strings.HasPrefix(p.Name, r.line.packageName(openSourcePackage))
 	})
 }
 
@@ -87,13 +87,13 @@ func findReleases(ctx context.Context, a *apt, p platform, l line) ([]release, e
 	var ask []string
 	plain := slices.Concat([]string{sourcePackage, openSourcePackage}, driverPackages, driverTools)
 	for _, name := range plain {
-		ask = append(ask, l.named(name))
+		ask = append(ask, l.packageName(name))
 	}
-	versions, err := a.versions(ctx, p.named(ask...)...)
+	versions, err := a.versions(ctx, p.aptNames(ask...)...)
 	if err != nil {
 		return nil, err
 	}
-	versions = p.plain(versions)
+	versions = p.plainNames(versions)
 	byPlain := map[string][]string{}
 	for i, name := range plain {
 		byPlain[name] = versions[ask[i]]
@@ -103,7 +103,7 @@ func findReleases(ctx context.Context, a *apt, p platform, l line) ([]release, e
 		r := &releases[i]
 		r.apt = a
 		for j := range r.packages {
-			r.packages[j].Name = l.named(r.packages[j].Name) + p.foreign
+			r.packages[j].Name = l.packageName(r.packages[j].Name) + p.foreign
 		}
 	}
 	return releases, nil
@@ -122,7 +122,7 @@ func wholeReleases(versions map[string][]string, l line) []release {
 			r.open = true
 			r.packages = append(r.packages, pkg{openSourcePackage, v})
 		}
-		if !r.complete(versions, v) {
+		if !r.addPackages(versions, v) {
 			continue
 		}
 		r.addTools(versions)
@@ -249,10 +249,10 @@ func selectReleases(whole []release) ([]release, error) {
 	return []release{*both, *newest}, nil
 }
 
-// complete adds driverPackages to the release's packages. It reports whether all of them exist in exactly version v.
-func (r *release) complete(versions map[string][]string, v string) bool {
+// addPackages adds driverPackages to the release's packages. It reports whether all of them exist in exactly version v.
+func (r *release) addPackages(versions map[string][]string, v string) bool {
 	for _, name := range driverPackages {
-		if r.line.lacks(name) {
+		if r.line.hasNo(name) {
 			continue
 		}
 		if !slices.Contains(versions[name], v) {

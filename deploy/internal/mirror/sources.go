@@ -63,9 +63,9 @@ func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 // installed.
 const nextCodename = "trixie"
 
-// ofNext changes derived sources of the Debian release codename to sources of the next Debian release. Archives and
+// nextSources changes derived sources of the Debian release codename to sources of the next Debian release. Archives and
 // keyrings stay the same, and the suites change.
-func ofNext(derived []byte, codename string) []byte {
+func nextSources(derived []byte, codename string) []byte {
 	var out bytes.Buffer
 	for line := range strings.Lines(string(derived)) {
 		if suites, ok := strings.CutPrefix(line, "Suites: "); ok {

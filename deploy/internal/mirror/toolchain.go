@@ -119,7 +119,7 @@ func relocate(ctx context.Context, t tree, work string) error {
 		return err
 	}
 	defer root.Close()
-	for _, name := range t.names() {
+	for _, name := range t.paths() {
 		n := t[name]
 		if n.link != "" || !bytes.HasPrefix(n.data, []byte(elf.ELFMAG)) || path.Ext(name) == ".o" {
 			continue

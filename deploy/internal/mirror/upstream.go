@@ -112,9 +112,9 @@ func (t tree) replace(dir string, with tree) {
 	}
 }
 
-// edited returns the names of the files that Debian changed. dpkg-source gives these files the time of the newest
+// editedFiles returns the names of the files that Debian changed. dpkg-source gives these files the time of the newest
 // changelog entry, which is later than the times of all other files.
-func (t tree) edited() []string {
+func (t tree) editedFiles() []string {
 	var newest int64
 	for _, n := range t {
 		newest = max(newest, n.changed)
@@ -139,7 +139,7 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	for name, n := range debian {
 		own[name] = n
 	}
-	for _, name := range debian.edited() {
+	for _, name := range debian.editedFiles() {
 		was, edited := pair.own[name], pair.debian[name]
 		// If the pair does not have both editions of the file, or they are equal, nothing tells what the file was before.
 		if was.data == nil || edited.data == nil || bytes.Equal(was.data, edited.data) {
@@ -243,7 +243,7 @@ func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, e
 			s.open[name] = n
 		}
 	}
-	err = m.work(func(dir string) error {
+	err = m.inWorkDir(func(dir string) error {
 		var err error
 		s.kernel, s.edits, err = undo(ctx, dir, t.sub("kernel"), pair)
 		return err
@@ -264,7 +264,7 @@ func (m *maker) likeSources(ctx context.Context, base release, t tree) (s source
 	if err != nil {
 		return s, err
 	}
-	err = m.work(func(dir string) error {
+	err = m.inWorkDir(func(dir string) error {
 		var err error
 		s.kernel, s.edits, err = undo(ctx, dir, t.sub("kernel"), edition{own: own.kernel, debian: debian.sub("kernel")})
 		return err

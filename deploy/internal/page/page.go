@@ -62,7 +62,7 @@ func Parse(source []byte) *Page {
 		}
 		switch n := n.(type) {
 		case *ast.Heading:
-			section = anchor(plain(n, source), seen)
+			section = anchor(plainText(n, source), seen)
 			p.Anchors[section] = true
 		case *ast.Link:
 			p.Links = append(p.Links, Text{string(n.Destination), line})
@@ -73,7 +73,7 @@ func Parse(source []byte) *Page {
 			if first, ok := n.FirstChild().(*ast.Text); ok {
 				at = lineAt(source, first.Segment.Start)
 			}
-			p.Spans = append(p.Spans, Text{strings.Join(strings.Fields(plain(n, source)), " "), at})
+			p.Spans = append(p.Spans, Text{strings.Join(strings.Fields(plainText(n, source)), " "), at})
 		case *ast.FencedCodeBlock:
 			p.Blocks = append(p.Blocks, block(n, source, section))
 		}
@@ -101,8 +101,8 @@ func lineAt(source []byte, offset int) int {
 	return 1 + strings.Count(string(source[:offset]), "\n")
 }
 
-// plain returns the text of a node and its children, without markup.
-func plain(n ast.Node, source []byte) string {
+// plainText returns the text of a node and its children, without markup.
+func plainText(n ast.Node, source []byte) string {
 	var b strings.Builder
 	_ = ast.Walk(n, func(n ast.Node, entering bool) (ast.WalkStatus, error) {
 		switch n := n.(type) {

@@ -111,15 +111,15 @@ func judge(commands []Command, output string) error {
 		if status != "0" {
 			return fmt.Errorf("line %d: %s\nexit status %s:\n%s", c.Line, c.Text, status, got)
 		}
-		if c.Want != nil && !matches(c.Want, got) {
+		if c.Want != nil && !isMatch(c.Want, got) {
 			return fmt.Errorf("line %d: %s\nprinted:\n%s\nwant:\n%s", c.Line, c.Text, got, strings.Join(c.Want, "\n"))
 		}
 	}
 	return nil
 }
 
-// matches reports whether the output fits the output on the page.
-func matches(want []string, got string) bool {
+// isMatch reports whether the output fits the output on the page.
+func isMatch(want []string, got string) bool {
 	var b strings.Builder
 	b.WriteString("^")
 	for _, line := range want {
