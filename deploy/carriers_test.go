@@ -18,8 +18,8 @@ import (
 )
 
 // TestCarriers checks that containerd handles an artifact as any other image. It mounts the artifact, as kubelet does
-// for an image volume. It pulls the artifact through a mirror that hosts.toml names, as it does with peers such as
-// Spegel. The artifact's registry in this test, farm.example, does not exist: hosts.toml names a mirror in its place.
+// for an image volume. It pulls the artifact through a mirror, as containerd does with peers such as Spegel. The
+// artifact's registry in this test, farm.example, does not exist: the file hosts.toml gives the mirror in its place.
 func TestCarriers(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("containerd runs as root only; run the test as root")
@@ -67,8 +67,8 @@ func TestCarriers(t *testing.T) {
 	}
 }
 
-// hostsDir returns a folder that tells containerd to pull the images of a registry from a mirror. containerd's
-// docs/hosts.md describes its form.
+// hostsDir returns a folder with a file hosts.toml, which tells containerd to pull the images of a registry from a
+// mirror. The format of the file is in containerd's docs/hosts.md.
 func hostsDir(t *testing.T, registry, mirror string) string {
 	t.Helper()
 	dir := t.TempDir()

@@ -46,8 +46,8 @@ func newClient(t *testing.T, r runningServer) client {
 	return client{t, t.TempDir(), r.Host}
 }
 
-// try runs a program for at most one minute. It returns what the program printed on stdout. The error of a program that
-// failed has all of its output.
+// try runs a program for at most one minute. It returns what the program printed on stdout. If the program fails, the
+// error has all that the program printed.
 func (c client) try(input, program string, args ...string) (stdout string, err error) {
 	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
@@ -88,8 +88,8 @@ func (c client) mustFail(why, program string, args ...string) {
 	}
 }
 
-// checkDigest compares the digest that the registry has under a name with want; "" means that there must be none. It uses a
-// library that none of the clients use, and no credentials.
+// checkDigest compares want with the digest that the registry has under a name; "" means that there must be none. It
+// uses a library that none of the clients use, and no credentials.
 func (c client) checkDigest(ref, want string) {
 	c.t.Helper()
 	parsed, err := name.ParseReference(c.host+"/"+ref, name.Insecure)

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/cluster"
 )
 
-// foreignKinds are the kinds of other projects that the components use. Each row names the Go module that publishes the
-// definition (CRD) of one kind, and the file in that module.
+// foreignKinds are the kinds of other projects that the components use. Each row has the Go module that publishes the
+// definition (CRD) of one kind, and the file of the definition in that module.
 var foreignKinds = []struct{ module, file string }{
 	{"github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"},
 	{"github.com/prometheus-operator/prometheus-operator@v0.85.0",
@@ -50,7 +50,8 @@ func moduleFile(t *testing.T, module, file string) string {
 	return string(text)
 }
 
-// writeOverlay writes an overlay of overlays/gke with components, as an operator would write it, and returns its folder.
+// writeOverlay writes an overlay, as an operator would write it: overlays/gke with components. It returns the folder of
+// the new overlay.
 func writeOverlay(t *testing.T, components ...string) string {
 	t.Helper()
 	base, err := filepath.Abs("kubernetes")
@@ -124,7 +125,7 @@ func TestClusterTakesComponents(t *testing.T) {
 			t.Errorf("the manifests with all components have no %s", want)
 		}
 	}
-	// The definitions must really be checked: a manifest with an unknown member is refused.
+	// The API server must really check manifests against the definitions, and so refuse a manifest with an unknown member.
 	for _, row := range []struct{ name, from, to string }{
 		{"KEDA", "pollingInterval:", "poolingInterval:"}, {"rules", "expr: absent", "query: absent"},
 		{"monitor", "scrapeTimeout:", "scrapeTimeOut:"},

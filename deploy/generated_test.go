@@ -30,7 +30,8 @@ func TestGeneratedExitCodes(t *testing.T) {
 	checkPart(t, "docs/reference/exit-codes.md", "exit codes", table.String())
 }
 
-// checkPart compares the text between the two marker comments of a part with want. With -update it writes want there.
+// checkPart compares one part of a page with want. Two marker comments enclose the part. With -update, checkPart writes
+// want into the page.
 func checkPart(t *testing.T, name, part, want string) {
 	t.Helper()
 	begin := fmt.Sprintf("<!-- begin generated: %s (make generate) -->\n", part)

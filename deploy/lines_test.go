@@ -16,7 +16,7 @@ const maxColumns = 120
 var unbreakable = regexp.MustCompile(`\S{80,}|://`)
 
 // TestLineLength refuses long lines. It ignores lines that a line break would change: raw strings, Markdown's tables
-// and code blocks, and addresses. It also ignores lines with a nolint directive, because the directive holds only for
+// and code blocks, and addresses. It also ignores lines with a nolint directive, because the directive applies only to
 // its own line.
 func TestLineLength(t *testing.T) {
 	t.Parallel()
@@ -39,7 +39,7 @@ func TestLineLength(t *testing.T) {
 	}
 }
 
-// TestLineLengthExceptions shows which lines count and which are ignored.
+// TestLineLengthExceptions checks which lines TestLineLength ignores.
 func TestLineLengthExceptions(t *testing.T) {
 	t.Parallel()
 	source := "package a\n\nvar a = `\nraw\n`\nvar b = 1 //nolint:x // why\nvar c = \"`\"\n"

@@ -47,8 +47,8 @@ func TestGeneratedMetrics(t *testing.T) {
 }
 
 // metricsOf finds the metrics that a file declares. It reads calls such as
-// prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: …}, labels) and prometheus.NewDesc(name, help, labels, nil). It
-// also reads calls of a function in the file that wraps such a call for one namespace.
+// prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: …}, labels) and prometheus.NewDesc(name, help, labels, nil). If a
+// function in the file wraps such a call for one namespace, metricsOf also reads the calls of that function.
 func metricsOf(program string, file *ast.File) (all []metric) {
 	wrappers := map[string]metric{}
 	ast.Inspect(file, func(n ast.Node) bool {
@@ -80,7 +80,7 @@ func metricsOf(program string, file *ast.File) (all []metric) {
 	return all
 }
 
-// parseMetric reads one call of the Prometheus library.
+// parseMetric reads one call of the Prometheus library. ok is false if the node is no such call.
 func parseMetric(n ast.Node) (m metric, ok bool) {
 	call, ok := n.(*ast.CallExpr)
 	if !ok || len(call.Args) == 0 {
@@ -121,7 +121,7 @@ func parseMetric(n ast.Node) (m metric, ok bool) {
 	return m, m.name != ""
 }
 
-// text returns the value of a string constant in the source; "" means that the expression is none.
+// text returns the value of a string constant in the source; "" means that the expression is no string constant.
 func text(e ast.Expr) string {
 	switch e := e.(type) {
 	case *ast.BasicLit:

@@ -19,8 +19,8 @@ import (
 
 const monitoring = "deploy/kubernetes/components/monitoring/"
 
-// rules has the fields of a PrometheusRule that the tests check. TestClusterTakesComponents checks its form, on an API
-// server with the definition of the Prometheus operator.
+// rules has the fields of a PrometheusRule that the tests check. TestClusterTakesComponents checks all fields, on an
+// API server with the definition of the Prometheus operator.
 type rules struct {
 	Spec struct {
 		Groups []struct {
@@ -125,10 +125,10 @@ func TestScaledObject(t *testing.T) {
 	}
 }
 
-// upMetric is Prometheus's own metric that says whether a target answered.
+// upMetric is a metric of Prometheus itself. It says whether Prometheus could read a program's metrics.
 const upMetric = "up"
 
-// nameLabel is the label that holds a metric's name ("Data model", prometheus.io/docs).
+// nameLabel is the label that has a metric's name ("Data model", prometheus.io/docs).
 const nameLabel = "__name__"
 
 // TestMetricsExist parses every expression as Prometheus does. It checks that a running server exports the metrics and

@@ -92,8 +92,8 @@ func TestPackageComments(t *testing.T) {
 	}
 }
 
-// walls lists the banned imports of folders, with the reasons. All rows that match a file apply, not only the row of
-// the longest folder.
+// walls lists the banned imports of folders, with the reasons. If several rows match a file, all of them apply, not
+// only the row with the longest folder.
 var walls = []struct {
 	below, banned, why string
 }{
@@ -209,7 +209,7 @@ func TestMakeTargetsInDocumentsExist(t *testing.T) {
 	for _, name := range files(t, ".md") {
 		for _, match := range makeMention.FindAllStringSubmatch(read(t, name), -1) {
 			if !targets[match[1]] {
-				t.Errorf("%s names make %s: the Makefile has no such target", name, match[1])
+				t.Errorf("%s has the command make %s, but the Makefile has no such target", name, match[1])
 			}
 		}
 	}

@@ -69,7 +69,7 @@ type bench struct {
 	dkms             string // path of the script
 
 	roles        map[string]*ratio // by name of the role
-	cells        []cell            // cells of the last run that compile
+	cells        []cell            // cells of the last run whose driver compiles
 	whole, small []float64
 	matrix       ratio
 	compile      ratio
@@ -79,8 +79,8 @@ type bench struct {
 	loadedPhases []timeline.Phase // phases of the last run
 }
 
-// measureOnce builds the whole matrix in order, beginning with an empty cache. It also measures the alternatives that the
-// builds are compared with.
+// measureOnce builds the whole matrix in order, beginning with an empty cache. It also measures the alternatives to
+// which the builds are compared.
 func (b *bench) measureOnce(ctx context.Context, n int) error {
 	cache := filepath.Join(b.Dir, fmt.Sprintf("cache-%d", n))
 	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
@@ -101,7 +101,7 @@ func (b *bench) measureOnce(ctx context.Context, n int) error {
 			case len(done) == 0:
 				c.role = "cold"
 			}
-			if !b.needs(c, n) {
+			if !b.inRun(c, n) {
 				continue
 			}
 			seconds, phases, err := b.build(ctx, c, cache, repo)
@@ -152,8 +152,9 @@ func (b *bench) measureOnce(ctx context.Context, n int) error {
 	return b.installOnNode(ctx, n, cache, repo)
 }
 
-// needs reports whether a cell of a run is needed: because it is measured, or because a measured cell depends on it.
-func (b *bench) needs(c cell, run int) bool {
+// inRun reports whether a run builds a cell. A run builds a cell if it measures the cell, or if a cell that it measures
+// depends on it.
+func (b *bench) inRun(c cell, run int) bool {
 	hasSibling := slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
 		return k.upstream() == c.kernel.upstream() && k.Release != c.kernel.Release
 	})
@@ -195,7 +196,7 @@ func (b *bench) build(ctx context.Context, c cell, cache, to string) (float64, [
 	seconds := time.Since(start).Seconds()
 	var r result
 	if err := json.Unmarshal(res.Stdout, &r); err != nil {
-		return 0, nil, fmt.Errorf("read builder's result: %w", err)
+		return 0, nil, fmt.Errorf("read the result of builder build: %w", err)
 	}
 	for _, p := range r.Phases {
 		fmt.Fprintf(b.Out, "  %-10s %6.1f s  %s\n", p.Name, p.Seconds, p.Note)
@@ -266,7 +267,7 @@ func (b *bench) command(ctx context.Context, name string, args ...string) error 
 	return nil
 }
 
-// makeFlags returns the arguments of make that name the folders and the compiler.
+// makeFlags returns the arguments that tell make the folders and the compiler.
 func makeFlags(headers string) []string {
 	return []string{"SYSSRC=" + headers, "SYSOUT=" + headers, "CC=x86_64-cros-linux-gnu-gcc",
 		"LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1"}
@@ -306,8 +307,8 @@ func (b *bench) measurePlain(ctx context.Context, c cell) (float64, error) {
 	return time.Since(start).Seconds(), os.RemoveAll(tree)
 }
 
-// installOnNode builds the first cell again, and installs it on a folder that looks like the root of a COS node. It does not
-// load the modules, because the time for that is the same whoever made them.
+// installOnNode builds the first cell again, and installs it on a folder that looks like the root of a COS node. It
+// does not load the modules, because the time for that does not depend on who made them.
 func (b *bench) installOnNode(ctx context.Context, n int, cache, repo string) error {
 	c := b.cells[0]
 	plain, err := b.measurePlain(ctx, c)

@@ -89,7 +89,7 @@ func (b *bench) publish(ctx context.Context, srv *testbed.Server, c cell) ([]bun
 
 // fetchOnce measures an install of the driver for the newer kernel, cells[1], on a fresh node, and fetches the same
 // layers by hand for comparison. It then installs the driver for the older kernel, cells[0], on another fresh node, and
-// updates that node to the newer kernel. For the update, it records how many bytes the node fetched.
+// updates that node to the newer kernel. It keeps the number of bytes that this node fetched for the update.
 func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell, layers []bundle.Layer) error {
 	root := filepath.Join(b.Dir, "fetch-node")
 	defer os.RemoveAll(root)
@@ -159,7 +159,8 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 }
 
 // fetchByHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar. If
-// crane is installed, byHand fetches and unpacks the artifact with it too. It records the seconds of both.
+// crane is installed, fetchByHand also fetches and unpacks the artifact with crane. It keeps the seconds that each of
+// the two ways takes.
 func (b *bench) fetchByHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
 	dir := filepath.Join(b.Dir, "by-hand")
 	var script strings.Builder
@@ -183,7 +184,7 @@ func (b *bench) fetchByHand(ctx context.Context, srv *testbed.Server, c cell, la
 	b.fetching.curl.theirs = append(b.fetching.curl.theirs, seconds)
 	crane, err := exec.LookPath("crane")
 	if err != nil {
-		fmt.Fprintln(b.Out, "there is no crane: fetching is not compared with it")
+		fmt.Fprintln(b.Out, "crane is not installed: fetching is not compared with crane")
 		return nil
 	}
 	tag := bundle.KernelTag(c.kernel.Kernel, target.Driver{Version: c.driver, Flavour: target.Proprietary})

@@ -59,11 +59,11 @@ func main() {
 			}
 			for _, name := range list {
 				if !slices.Contains(measurements(), name) {
-					return fault.New(fault.Usage, fmt.Sprintf("no measurement %q", name),
+					return fault.New(fault.Usage, fmt.Sprintf("measure %q: there is no such measurement", name),
 						"choose from "+strings.Join(measurements(), ", "))
 				}
 				if o.clang && !slices.Contains(clangMeasurements(), name) {
-					return fault.New(fault.Usage, fmt.Sprintf("measurement %s: it needs more kernels than --clang has", name),
+					return fault.New(fault.Usage, fmt.Sprintf("measure %s: it needs several kernels, and with --clang there is only one", name),
 						"choose from "+strings.Join(clangMeasurements(), ", "))
 				}
 				o.only[name] = true

@@ -21,7 +21,7 @@ const root = "../.."
 // maxWeight is the largest permitted size of a page with all its resources, in bytes, uncompressed.
 const maxWeight = 100_000
 
-// statFiles reads the metadata of files and folders, so that Go's cache of test results depends on them.
+// statFiles reads the metadata of files and folders. Go's cache of test results then depends on them.
 func statFiles(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
@@ -119,7 +119,7 @@ func checkPage(t *testing.T, d *driver, r row, s *set, url string, titles map[st
 }
 
 // TestDraw makes screenshots of the pages in all sets, for desktop, phone and dark mode. It writes them to the folder
-// that PREBAKE_SCREENSHOTS names (make screenshots). If the variable is not set, it draws only one page, as a check
+// in PREBAKE_SCREENSHOTS, which make screenshots sets. If the variable is not set, it draws only one page, as a check
 // that drawing works.
 func TestDraw(t *testing.T) {
 	dir := os.Getenv("PREBAKE_SCREENSHOTS")

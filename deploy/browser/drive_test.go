@@ -20,7 +20,7 @@ type question struct {
 	URL    string `json:"url"`
 	Status int    `json:"status,omitempty"`
 	Sticky string `json:"sticky,omitempty"`
-	// Large says that the page's table must be long enough to scroll.
+	// Large is true if the page's table must be long enough to scroll.
 	Large bool `json:"large"`
 	// File is the path of the screenshot, without its ending.
 	File string `json:"file,omitempty"`

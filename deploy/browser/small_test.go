@@ -244,8 +244,8 @@ func publish(t *testing.T, s *set, b api.Build, c story, begin time.Time) {
 	}
 }
 
-// report reports that an artifact did not load. Each node reports from a network of its own, because the reports of one
-// network alone put nothing in quarantine.
+// report reports that an artifact did not load. Each node reports from a network of its own, because reports from only
+// one network put no artifact in quarantine.
 func report(t *testing.T, s *set, c story, digest string, node int) {
 	t.Helper()
 	from := &net.TCPAddr{IP: net.IPv4(127, 0, byte(node+1), 1)}
@@ -261,8 +261,8 @@ func report(t *testing.T, s *set, c story, digest string, node int) {
 	}
 }
 
-// keepReporting reports a build regularly until the test ends. Without reports, the server would give the build to another
-// builder.
+// keepReporting sends reports about a build until the test ends. Without reports, the server would give the build to
+// another builder.
 func keepReporting(t *testing.T, s *set, id int64) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())

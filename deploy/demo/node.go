@@ -78,8 +78,8 @@ func (d *disk) format(ctx context.Context) error {
 	return nil
 }
 
-// close releases the disk. If keep is false, because the run failed, close also empties the disk, so that the next run
-// makes a new file system.
+// close releases the disk. keep is false if the run failed. close then also empties the disk, and the next run makes a
+// new file system.
 func (d *disk) close(keep bool) error {
 	var err error
 	if !keep {

@@ -19,7 +19,8 @@ import (
 // states are the folders below the cache folder that the demo uses.
 var states = []string{"mirror", "packages", "build", "demo"}
 
-// fail prints why the demo failed, keeps the logs of server and builder, and returns an error of the same kind.
+// fail prints why the demo failed, and keeps the logs of server and builder. The error that it returns is of the same
+// kind as err.
 func (d *demo) fail(ctx context.Context, err error, dir string) error {
 	if ctx.Err() != nil {
 		err = fault.New(fault.Cancelled, "interrupted", "")
@@ -165,7 +166,7 @@ func sizes(state string) (text string, total int64, err error) {
 			if err == nil {
 				info, err = e.Info()
 			}
-			if errors.Is(err, fs.ErrNotExist) { // another builder removes files meanwhile that it no longer needs
+			if errors.Is(err, fs.ErrNotExist) { // meanwhile another builder may remove files that it no longer needs
 				return nil
 			}
 			if err != nil {
@@ -178,7 +179,7 @@ func sizes(state string) (text string, total int64, err error) {
 			return nil
 		})
 		if err != nil {
-			return "", 0, fmt.Errorf("measure %s: %w", filepath.Join(state, name), err)
+			return "", 0, fmt.Errorf("read the size of %s: %w", filepath.Join(state, name), err)
 		}
 		total += sum
 		parts = append(parts, name+" "+size(sum))

@@ -35,7 +35,7 @@ type Text struct {
 type Block struct {
 	// Language is the first word after the fence, such as sh; "" means none.
 	Language string
-	// Run says that a test runs the block, because the second word after the fence is "run".
+	// Run is true if the second word after the fence is "run". A test then runs the block.
 	Run bool
 	// Section is the anchor of the heading above the block.
 	Section string

@@ -59,8 +59,8 @@ func (p *Page) Script() []Command {
 }
 
 // Play runs the commands in one bash, in the folder dir, and compares their output with the page. It stops at the first
-// command that fails or prints something else; its error names the line of the page. At the end it kills background
-// jobs.
+// command that fails or prints something else. The error then has the command's line on the page. At the end it kills
+// background jobs.
 func Play(ctx context.Context, dir string, env []string, commands []Command) error {
 	var script strings.Builder
 	script.WriteString("exec 2>&1\n")
@@ -118,7 +118,7 @@ func judge(commands []Command, output string) error {
 	return nil
 }
 
-// isMatch reports whether the output fits the output on the page.
+// isMatch reports whether the output of a command is what the page shows.
 func isMatch(want []string, got string) bool {
 	var b strings.Builder
 	b.WriteString("^")
