@@ -52,7 +52,7 @@ for group in "${@:-build run test browser images}"; do
 done
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
-  echo "setup: this is not a Debian machine; install what these Debian packages have: ${wanted[*]}" >&2
+  echo "setup: this is not a Debian machine; install the programs of these Debian packages by hand: ${wanted[*]}" >&2
   exit 0
 fi
 
@@ -73,7 +73,7 @@ fi
 
 sudo=()
 if ((EUID != 0)); then
-  command -v sudo >/dev/null || { echo "setup: missing ${missing[*]}; run as root: apt-get install ${missing[*]}" >&2; exit 1; }
+  command -v sudo >/dev/null || { echo "setup: these packages are missing: ${missing[*]}; there is no sudo, so run as root: apt-get install ${missing[*]}" >&2; exit 1; }
   sudo=(sudo)
 fi
 apt() { "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 "$@" </dev/null; }

@@ -31,9 +31,10 @@ prebake() {
   fi
 }
 
-# patiently runs prebake up to five times, while the exit status is transient: such a failure
-# may pass. It returns the status of the last run.
-patiently() {
+# with_retries runs prebake. While the exit status is transient, which means that the failure
+# may pass, it runs prebake again, up to five times in all. It returns the status of the last
+# run.
+with_retries() {
   local status try
   for try in 1 2 3 4 5; do
     status=0

@@ -11,7 +11,7 @@
 # the pools that may not move yet.
 #
 # usage: preflight.sh BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]…   (or the list in PREBAKE_POOLS;
-# lib.sh describes the other variables). In place of BUILD_ID a GKE version may stand.
+# lib.sh describes the other variables). A GKE version may be given in place of BUILD_ID.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -31,7 +31,7 @@ note() { [[ -z ${GITHUB_STEP_SUMMARY:-} ]] || printf '%s\n' "$1" >>"$GITHUB_STEP
 ask() {
   local id board driver flavour
   IFS=: read -r id board driver flavour <<<"$1"
-  patiently preflight --build-id="$id" --board="${board:-lakitu}" --driver="${driver:-default}" --flavour="${flavour:-auto}"
+  with_retries preflight --build-id="$id" --board="${board:-lakitu}" --driver="${driver:-default}" --flavour="${flavour:-auto}"
 }
 
 while true; do

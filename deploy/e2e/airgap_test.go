@@ -31,8 +31,9 @@ type offlineBundle struct {
 // TestAirGap installs a driver from a bundle on a node that never has a network. The builder makes the bundles on a
 // machine that reaches the farm. The test then puts them on the node's disk, as if somebody had carried them there.
 //
-// Then the node's OS is updated. A second bundle, a delta, has the driver for the new OS, and leaves out the parts that
-// the node has. A node without those parts gets an error that names the bundle that it needs.
+// Then the node's OS is updated. The second bundle is a delta. It has the driver for the new OS, but not the parts that
+// the node has already. On a node without these parts the install fails, and the error says which bundle the node
+// needs.
 func TestAirGap(t *testing.T) {
 	t.Parallel()
 	before, k := shared.kernel(0), shared.kernel(1)
@@ -64,7 +65,7 @@ func TestAirGap(t *testing.T) {
 			delta, rest)
 	}
 
-	// The disk is mounted at the parent of the install folder.
+	// The disk is mounted at the parent folder of the install folder.
 	mount := filepath.Dir(testbed.InstallDir)
 	disk := diskWith(t, dir)
 	install := func(name, ref, folder string, more ...string) vm.Step {

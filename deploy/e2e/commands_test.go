@@ -88,7 +88,7 @@ func TestCommandsOfPages(t *testing.T) {
 	}
 
 	// Nobody has requested this cell before. After the commands, its build waits in the queue, or has failed because the
-	// driver does not exist. The test cancels it.
+	// driver does not exist. The test cancels the build.
 	for _, command := range commandsOf(t, shared.srv, shared.srv.Addr, k, "999.99.99", target.Open) {
 		run(command, 0)
 	}

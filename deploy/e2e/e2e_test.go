@@ -2,7 +2,7 @@
 // drivers. It does not look inside the programs. It uses only their output, the API, the registry and the disk.
 //
 // The tests need the programs in bin/ and the Debian packages of `make setup`; run them with `make test`. With -short
-// they are left out.
+// they do not run.
 package e2e
 
 import (

@@ -73,8 +73,8 @@ func TestMatrixSharesUserspace(t *testing.T) {
 	}
 }
 
-// TestTwinBuildSharesArtifact checks that a second COS build with the same kernel gets the existing artifact and no
-// compile. The artifact gets a kernel match for the second COS build too.
+// TestTwinBuildSharesArtifact checks a second COS build with the same kernel. Nothing may be compiled for it: it must
+// get the existing artifact. The artifact must get a kernel match for the second COS build too.
 func TestTwinBuildSharesArtifact(t *testing.T) {
 	twin, of := shared.twin(t)
 	first := mustBuild(t, shared.srv, of, shared.driver(), target.Proprietary)
@@ -91,8 +91,9 @@ func TestTwinBuildSharesArtifact(t *testing.T) {
 	}
 }
 
-// TestKilledBuilderReproduces kills a builder in the middle of a compile, with empty caches in other folders. The
-// restarted builder must finish the build. The result must be one artifact, identical to the shared worker's.
+// TestKilledBuilderReproduces kills a builder in the middle of a compile. This builder has folders of its own with
+// empty caches. After a restart it must finish the build. The result must be one artifact, identical to the artifact of
+// the shared worker.
 func TestKilledBuilderReproduces(t *testing.T) {
 	k := shared.kernel(1)
 	want := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
@@ -279,7 +280,7 @@ func corruptHeaders(t *testing.T, m *testbed.Mirror, k target.Kernel) *testbed.M
 		t.Fatal(err)
 	}
 	raw[len(raw)/2] ^= 1
-	if err := os.Remove(headers); err != nil { // removes the hard link, so that the original file is not changed
+	if err := os.Remove(headers); err != nil { // this removes the hard link only, so that the original file is not changed
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(headers, raw, 0o644); err != nil {

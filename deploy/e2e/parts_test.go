@@ -29,8 +29,8 @@ const (
 	regctl = "github.com/regclient/regclient/cmd/regctl@v0.11.7"
 )
 
-// oneProcessor names the parts that use only one processor: emulated machines, and programs that compress and
-// decompress. They run in parallel.
+// oneProcessor has the parts that use only one processor: emulated machines, and programs that compress and decompress.
+// These parts run in parallel.
 var oneProcessor = map[string]bool{
 	"mirror twice": true, "module signatures": true, "sandbox under control groups": true,
 	"virtual machine": true, "load test": true, "faults while a machine runs": true,

@@ -34,8 +34,8 @@ const scenariosEnv = "PREBAKE_SCENARIOS"
 //	background NAME COMMAND         start a command that keeps running; stop NAME ends it
 //	stdout TEXT, stderr TEXT        the last command printed this; with ! before it, it did not
 //	loaded MODULE...                these NVIDIA modules are in the kernel, and no others
-//	boot [BUILD_ID]                 cut the power, unless the node has died already, and boot again, with another
-//	                                COS build if one is named
+//	boot [BUILD_ID]                 cut the power, unless the node has died already, and boot again; with BUILD_ID,
+//	                                boot that COS build
 //	=> dies                         in place of a status: the node dies during the command
 //
 // These variables are replaced: $SERVER, $AWAY (an address where nothing answers), $REPO, $OLD and $NEWER (driver
@@ -152,11 +152,11 @@ type play struct {
 	builds []string // COS build of each boot
 	dies   map[string]bool
 	count  int
-	wants  []want
+	wants  []expectation
 }
 
-// want is one expectation about a step.
-type want struct {
+// expectation is a condition that the result of one step must meet.
+type expectation struct {
 	where, step string
 	check       func(vm.StepResult) string // returns "" if the expectation is met
 }
@@ -180,7 +180,7 @@ func (p *play) scenario(name, text string) {
 		if negated {
 			word, rest, _ = strings.Cut(rest, " ")
 		}
-		expect := func(check func(vm.StepResult) string) { p.wants = append(p.wants, want{where, last, check}) }
+		expect := func(check func(vm.StepResult) string) { p.wants = append(p.wants, expectation{where, last, check}) }
 		switch word {
 		case "", "#":
 		case "fetcher", "sh":

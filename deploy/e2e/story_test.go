@@ -42,7 +42,7 @@ func TestReleaseToNode(t *testing.T) {
 	}
 	defer srv.Stop()
 
-	// The wish list names the COS build before the mirror has it, and asks for COS's default driver.
+	// The wish list has the COS build before the mirror does. It asks for COS's default driver.
 	text := fmt.Sprintf("version: 1\nkernels: [{build: %s, board: %s}]\ndrivers: [default]\nflavours: [proprietary, "+
 		"open]\n", k.BuildID, k.Board)
 	if _, err := srv.Client.PutWishList(t.Context(), "story", api.NewWishList{Text: text}); err != nil {
@@ -132,10 +132,12 @@ func waitStep(srv *testbed.Server) vm.Step {
 	return step
 }
 
-// answeredMetric matches the metric of the server that counts the nodes' questions.
+// answeredMetric matches a line of the server's metrics: the number of questions of nodes that the server has answered,
+// if there are any.
 var answeredMetric = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
 
-// waitAsked returns when a node has asked the server. If done reports first that the node has ended, the test fails.
+// waitAsked returns when a node has asked the server. The channel done receives the end of the node. If that comes
+// first, the test fails.
 func waitAsked(t *testing.T, srv *testbed.Server, done <-chan error) {
 	t.Helper()
 	for {

@@ -24,14 +24,14 @@ const crossCompiler = "aarch64-linux-gnu-gcc-12"
 // TestARM64 lets the builder on this machine cross-compile a driver for an Arm kernel. The builder checks the modules,
 // loads all of them in an emulated Arm machine, queries NVML, unloads the modules, and publishes the driver. The test
 // also runs the tests of package vm on this kernel, one of which boots without the driver of the serial port. At last
-// it builds the driver with vmlinux, and no boot archive, in the bucket.
+// it builds the driver from a bucket that has vmlinux and no boot archive.
 //
-// Downloading the packages and compiling take minutes, so the test runs only where PREBAKE_ARM64_CACHE names the cache
-// folder of `mirror` (make arm64 does).
+// Downloading the packages and compiling take minutes, so the test runs only if PREBAKE_ARM64_CACHE is set to the cache
+// folder of `mirror`. make arm64 sets it.
 func TestARM64(t *testing.T) {
 	cache := os.Getenv("PREBAKE_ARM64_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_ARM64_CACHE is not set: it names the cache folder of `mirror --arch arm64`; run make arm64")
+		t.Skip("PREBAKE_ARM64_CACHE is not set to the cache folder of `mirror --arch arm64`; run make arm64")
 	}
 	dir := t.TempDir()
 	builder := compilePrograms(t, target.ARM64)
@@ -103,8 +103,9 @@ func TestARM64(t *testing.T) {
 	if err := publishText(filepath.Join(bucket, "vmlinux"), string(wrapImage(image))); err != nil {
 		t.Fatal(err)
 	}
-	// This nvidia.ko needs DRM, which is a module of this kernel and so is not in vmlinux. vmlinux passes every check, and
-	// the builder makes its boot image, but the driver cannot be loaded in it.
+	// nvidia.ko for this kernel needs DRM. DRM is a module of this kernel, so vmlinux does not contain it. vmlinux passes
+	// every check, and the builder makes a boot image of it. But the driver cannot be loaded in a machine that boots this
+	// image.
 	done = build("out-vmlinux", "auto")
 	i := slices.IndexFunc(done.Phases, func(p timeline.Phase) bool { return p.Name == "load test" })
 	if i < 0 || !strings.Contains(done.Phases[i].Note, "nvidia needs drm") {
@@ -147,7 +148,8 @@ func wrapImage(image []byte) []byte {
 	return out.Bytes()
 }
 
-// verdict has the fields of the load test in the output of builder build --output json that the tests check.
+// verdict has those fields of the load test that the tests check. They are in the output of builder build --output
+// json.
 type verdict struct {
 	State, Reason, Release, Machine, NVMLVersion, KernelLog string
 

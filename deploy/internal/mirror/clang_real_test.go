@@ -20,15 +20,15 @@ import (
 )
 
 // TestClangKernel runs the builder on a kernel like COS's: compiled with clang and lld, without symbol versions, with
-// LoadPin. The builder compiles the driver with that toolchain, checks it, loads it in a machine that boots that
-// kernel, and publishes it.
+// LoadPin. The builder compiles the driver with clang, checks the modules, loads them in a machine that boots that
+// kernel, and publishes the driver.
 //
-// The kernel takes minutes to compile, once for each cache. The test therefore runs only where PREBAKE_CLANG_CACHE
-// names the cache folder of `mirror` (make clang does).
+// The kernel takes minutes to compile, once for each cache. The test therefore runs only if PREBAKE_CLANG_CACHE is set
+// to the cache folder of `mirror`. make clang sets it.
 func TestClangKernel(t *testing.T) {
 	cache := os.Getenv("PREBAKE_CLANG_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `mirror --only-clang`; run make clang")
+		t.Skip("PREBAKE_CLANG_CACHE is not set to the cache folder of `mirror --only-clang`; run make clang")
 	}
 	dir := t.TempDir()
 	builder := compilePrograms(t, target.AMD64)
@@ -100,7 +100,7 @@ func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir
 func TestClangCell(t *testing.T) {
 	cache := os.Getenv("PREBAKE_CLANG_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `mirror`; run make clang-cell")
+		t.Skip("PREBAKE_CLANG_CACHE is not set to the cache folder of `mirror`; run make clang-cell")
 	}
 	dir := t.TempDir()
 	builder := compilePrograms(t, target.AMD64)

@@ -32,8 +32,8 @@ var clangPackages = []string{
 // llvmDir is the folder where Debian has the programs without a version in their names.
 const llvmDir = "usr/lib/llvm-" + clangMajor
 
-// llvmTools are the binary tools in the archive. llvmLinks are tools that are another tool under a second name.
-// Debian's llvm-objdump is left out: it loads an HTTP client with many libraries, and no module needs it.
+// llvmTools are the binary tools in the archive. llvmLinks maps the second name of a tool to the tool. Debian's
+// llvm-objdump is left out: it loads an HTTP client with many libraries, and no module needs it.
 var (
 	llvmTools = []string{"llvm-ar", "llvm-nm", "llvm-objcopy", "llvm-readobj", "llvm-size", "llvm-strings"}
 	llvmLinks = map[string]string{"llvm-ranlib": "llvm-ar", "llvm-strip": "llvm-objcopy", "llvm-readelf": "llvm-readobj"}

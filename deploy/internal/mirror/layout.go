@@ -281,10 +281,10 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 	})
 }
 
-// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. If finish is not nil, it may
-// change the module's file before, for example sign it.
-func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object, toolchain *unpacked,
-	finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
+// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. If finish is not nil,
+// compileEmuGPU calls it before reading the module's file. finish may change the file, for example sign the module.
+func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object,
+	toolchain *toolchainFolder, finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
 	tools, err := toolchain.dir(ctx, m.Cache)
 	if err != nil {
 		return nil, err
@@ -314,15 +314,15 @@ func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string,
 	return ko, err
 }
 
-// unpacked is a toolchain archive as a folder. The first call of dir unpacks it.
-type unpacked struct {
+// toolchainFolder is a folder with an unpacked toolchain archive. The first call of dir unpacks it.
+type toolchainFolder struct {
 	object object
 	once   sync.Once
 	path   string
 	err    error
 }
 
-func (u *unpacked) dir(ctx context.Context, parent string) (string, error) {
+func (u *toolchainFolder) dir(ctx context.Context, parent string) (string, error) {
 	u.once.Do(func() {
 		if u.path, u.err = os.MkdirTemp(parent, "work-toolchain-"); u.err == nil {
 			_, u.err = output(exec.CommandContext(ctx, "tar", "-xJf", u.object.path, "-C", u.path))
@@ -331,7 +331,7 @@ func (u *unpacked) dir(ctx context.Context, parent string) (string, error) {
 	return u.path, u.err
 }
 
-func (u *unpacked) remove() error {
+func (u *toolchainFolder) remove() error {
 	if u.path == "" {
 		return nil
 	}

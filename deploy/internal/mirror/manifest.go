@@ -12,7 +12,7 @@ import (
 )
 
 // manifest returns the text of .manifest, which tells an installer the type of every file in the archive. Its lines
-// have the form of the .manifest in NVIDIA's runfiles.
+// look like those of .manifest in NVIDIA's runfiles.
 func manifest(t tree, arch, version string) string {
 	var out strings.Builder
 	fmt.Fprintf(&out, "NVIDIA Accelerated Graphics Driver for Linux-%s\n%s\n", arch, version)
@@ -27,7 +27,7 @@ func manifest(t tree, arch, version string) string {
 }
 
 // libraryTypes maps the stem of a library's name to the types of the library and of its links in the manifest. subdir
-// says that a line of the type has a field for the subdirectory.
+// is true if a line of the type has a field for the subdirectory.
 var libraryTypes = map[string]struct {
 	lib, link string
 	subdir    bool

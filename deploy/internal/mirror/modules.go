@@ -12,7 +12,7 @@ import (
 	"github.com/ulikunitz/xz"
 )
 
-// maxModule bounds one module of the kernel, in bytes. Real modules are far smaller.
+// maxModule is the largest permitted size of a module of the kernel, in bytes. Real modules are far smaller.
 const maxModule = 64 << 20
 
 // moduleFile reports whether a file is a kernel module. The modules of Debian's newer kernels are compressed.

@@ -11,16 +11,16 @@ import (
 )
 
 // TestNext lets the builder build a wish list with two driver branches, both flavours and two kernel series. Each cell
-// has a load test. Then it builds some cells again without any cache, and they must have the same digests. It also
-// builds them with make alone, and the modules must be the same.
+// has a load test. Then it builds some cells again without any cache: the artifacts must have the same digests. It also
+// compiles the modules of these cells with make alone: the modules must be the same.
 //
 // A driver may be too old for a kernel's interfaces. Such a cell must fail with the compiler's message; no other
-// failure is accepted. Packages and compiles take almost an hour, so the test runs only where PREBAKE_NEXT_CACHE names
-// the cache folder of `mirror` (make next does).
+// failure is accepted. Downloading the packages and compiling take almost an hour, so the test runs only if
+// PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. make next sets it.
 func TestNext(t *testing.T) {
 	cache := os.Getenv("PREBAKE_NEXT_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_NEXT_CACHE is not set: it names the cache folder of `mirror --kernel-series 6.1,6.12 " +
+		t.Skip("PREBAKE_NEXT_CACHE is not set to the cache folder of `mirror --kernel-series 6.1,6.12 " +
 			"--driver-branch R535,R550`; run make next")
 	}
 	dir := t.TempDir()

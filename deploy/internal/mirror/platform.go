@@ -28,7 +28,8 @@ type platform struct {
 	gccDir string
 	// toolchain are the packages with the compiler and the binary tools.
 	toolchain []string
-	// oldest says that the mirror gets only the oldest kernel, if Config.ABIs names none, and only the default driver.
+	// oldest is true if the mirror gets only the default driver and, unless Config.ABIs has numbers, only the oldest
+	// kernel.
 	oldest bool
 }
 
@@ -74,7 +75,7 @@ func (p platform) headers() *regexp.Regexp {
 		regexp.QuoteMeta(p.flavour) + `$`)
 }
 
-// aptNames adds the suffix of the architecture to package names, as apt needs it.
+// aptNames returns package names with the suffix of the architecture, as apt needs it.
 func (p platform) aptNames(names ...string) []string {
 	var all []string
 	for _, name := range names {
@@ -83,7 +84,7 @@ func (p platform) aptNames(names ...string) []string {
 	return all
 }
 
-// plainNames removes the architecture's suffix from the package names in apt's answer.
+// plainNames returns apt's answer without the architecture's suffix in the package names.
 func (p platform) plainNames(versions map[string][]string) map[string][]string {
 	all := map[string][]string{}
 	for name, v := range versions {

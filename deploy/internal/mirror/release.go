@@ -45,7 +45,7 @@ func (l line) packageName(plain string) string {
 	return "libnvidia-" + string(l) + "-" + strings.TrimPrefix(plain, "lib")
 }
 
-// hasNo reports whether the line has no package for a plain package.
+// hasNo reports whether the line has no package that corresponds to a plain package.
 func (l line) hasNo(plain string) bool { return l != "" && slices.Contains(onlyPlain, plain) }
 
 // release is one NVIDIA release in Debian.
@@ -160,7 +160,7 @@ func (m *maker) findDrivers(ctx context.Context) (releases []release, err error)
 }
 
 // findBranches returns the driver releases of the branches in m.Branches. own are the driver releases of the machine's
-// own Debian release. A branch that own lacks is taken from the next Debian release.
+// own Debian release. If own has no driver release of a branch, the next Debian release must have one.
 func (m *maker) findBranches(ctx context.Context, own []release) (releases []release, err error) {
 	for _, branch := range m.Branches {
 		of := ofBranch(own, branch)
@@ -192,8 +192,8 @@ func (m *maker) findBranches(ctx context.Context, own []release) (releases []rel
 	return releases, nil
 }
 
-// findNeighbour returns one more release of the default driver's branch, which is not in releases. The next Debian
-// release has it in a line of its own.
+// findNeighbour returns one more release of the default driver's branch, which is not in releases. It comes from the
+// next Debian release, where this branch has a line of packages.
 func (m *maker) findNeighbour(ctx context.Context, releases []release) (release, error) {
 	a, err := m.openNext(ctx)
 	if err != nil {
@@ -211,7 +211,7 @@ func (m *maker) findNeighbour(ctx context.Context, releases []release) (release,
 	if newest == nil {
 		return release{}, fault.New(fault.InputMissing,
 			fmt.Sprintf("find drivers: Debian 13 has no other release of %s among its %s packages", branch, l),
-			"leave out --neighbour")
+			"remove --neighbour")
 	}
 	return *newest, nil
 }
@@ -249,7 +249,8 @@ func selectReleases(whole []release) ([]release, error) {
 	return []release{*both, *newest}, nil
 }
 
-// addPackages adds driverPackages to the release's packages. It reports whether all of them exist in exactly version v.
+// addPackages adds driverPackages in version v to the release's packages. It reports whether the index has all of them
+// in exactly this version.
 func (r *release) addPackages(versions map[string][]string, v string) bool {
 	for _, name := range driverPackages {
 		if r.line.hasNo(name) {

@@ -63,8 +63,8 @@ func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 // installed.
 const nextCodename = "trixie"
 
-// nextSources changes derived sources of the Debian release codename to sources of the next Debian release. Archives and
-// keyrings stay the same, and the suites change.
+// nextSources returns sources of the next Debian release. The argument derived has sources of the Debian release
+// codename. The result has the same archives and keyrings, and other suites.
 func nextSources(derived []byte, codename string) []byte {
 	var out bytes.Buffer
 	for line := range strings.Lines(string(derived)) {

@@ -22,7 +22,7 @@ import (
 // which they are made.
 var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// maxEntry bounds one file of a package, in bytes. NVIDIA's largest file has less than 100 MiB.
+// maxEntry is the largest permitted size of a file of a package, in bytes. NVIDIA's largest file has less than 100 MiB.
 const maxEntry = 1 << 30
 
 // node is one file, folder or link of a tree.
@@ -123,7 +123,7 @@ func (t tree) writeDir(dir string) error {
 	return nil
 }
 
-// pick returns the name in the tree for a file of an archive; "" leaves the file out.
+// A pick returns the name that a file of an archive gets in a tree; "" leaves the file out.
 type pick func(name string) string
 
 // readDeb adds the selected files of a Debian package to t.

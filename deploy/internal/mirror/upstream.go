@@ -16,19 +16,20 @@ import (
 )
 
 // Debian's -source packages are NVIDIA's trees with Debian's patches. Real runfiles have no such patches. Debian's
-// source package of the open flavour also contains NVIDIA's own release tree, and the mirror undoes the patches with
-// it.
+// source package of the open flavour also contains NVIDIA's own release tree. With that tree, the mirror undoes the
+// patches.
 const (
 	openOrigin = "nvidia-open-gpu-kernel-modules"
-	// undoRecipe is part of the recipes of runfiles. It must change whenever the result of undoing the patches changes.
+	// undoRecipe is the version of the code that undoes the patches. It is part of the recipe of a runfile. It must change
+	// whenever the code gives another result.
 	undoRecipe = "undo-1"
 )
 
 // edition is one folder of module sources in two editions: NVIDIA's own, and Debian's.
 type edition struct{ own, debian tree }
 
-// addDebSrc adds entries for source packages to derived sources. They cover only this suite and contrib, because
-// contrib has the only source package that the mirror needs.
+// addDebSrc adds entries for source packages to derived sources. The entries are only for the suite codename and for
+// contrib, because contrib has the only source package that the mirror needs.
 func addDebSrc(derived []byte, codename string) []byte {
 	out := bytes.NewBuffer(bytes.Clone(derived))
 	for _, s := range parseDeb822(derived) {
@@ -141,7 +142,7 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	}
 	for _, name := range debian.editedFiles() {
 		was, edited := pair.own[name], pair.debian[name]
-		// If the pair does not have both editions of the file, or they are equal, nothing tells what the file was before.
+		// If pair does not have both editions of the file, or if both are equal, the file's original cannot be known.
 		if was.data == nil || edited.data == nil || bytes.Equal(was.data, edited.data) {
 			return nil, nil, fault.New(fault.Unsupported, "undo Debian's edits: the original of "+name+" is not known", "")
 		}
