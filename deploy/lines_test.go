@@ -9,7 +9,7 @@ import (
 	"unicode/utf8"
 )
 
-// maxColumns is the longest line of Go and Markdown, in characters; a tab counts as one.
+// maxColumns is the length of the longest permitted line of Go and Markdown, in characters. A tab is one character.
 const maxColumns = 120
 
 // unbreakable matches a link or an address, which must not be broken.

@@ -173,8 +173,8 @@ func TestFileLength(t *testing.T) {
 	}
 }
 
-// foreignHosts are host names that must not be in the repository, because only a machine's own configuration may contain
-// them.
+// foreignHosts are host names that must not be in the repository, because only a machine's own configuration may
+// contain them.
 var foreignHosts = []string{
 	"deb." + "debian.org", "security." + "debian.org", "ftp." + "debian.org", "snapshot." + "debian.org",
 	"proxy." + "golang.org", "sum." + "golang.org", "registry." + "npmjs.org",

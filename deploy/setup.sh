@@ -10,12 +10,12 @@ declare -A groups=(
   # The NVML probe is cgo; everything else is plain Go.
   [build]="gcc libc6-dev ca-certificates"
   # For builder: a sandbox (bubblewrap), programs that kbuild runs in it (make, bc,
-  # libelf1 for objtool, dwarves for --btf), and gcc-12 with binutils, which the
-  # COS-shaped mirror wraps as the toolchain of Debian's kernels. For mirror: makeself
-  # packs the driver, zstd and xz read packages, patchelf makes the wrapped compiler
-  # find its own libraries. For the load test and the demo's node: qemu; ipxe-qemu has
-  # the boot ROM without which qemu does not make the network card; mke2fs (e2fsprogs)
-  # makes the file system of the node's disk.
+  # libelf1 for objtool, dwarves for --btf), and gcc-12 with binutils, of which the
+  # COS-shaped mirror makes the toolchain for Debian's kernels. For mirror: makeself
+  # packs the driver, zstd and xz read packages, patchelf makes the compiler of this
+  # toolchain find its own libraries. For the load test and the demo's node: qemu;
+  # ipxe-qemu has the boot ROM without which qemu does not make the network card;
+  # mke2fs (e2fsprogs) makes the file system of the node's disk.
   [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu e2fsprogs"
   # postgresql: the second database that server and queue support; see deploy/postgres.sh.
   # docker-registry: a registry of another project. skopeo and containerd: clients of
@@ -80,8 +80,8 @@ apt() { "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o Dpkg::Use-
 
 echo "setup: installing ${missing[*]}${sudo:+ (with sudo)}" >&2
 start=$SECONDS
-# An apt source that cannot be reached may have none of the packages. So an error of update
-# does not stop the script; an error of install does.
+# An apt source that cannot be reached may have none of the packages. So an error of
+# apt-get update does not stop the script. An error of apt-get install does.
 apt update >/dev/null || echo "setup: apt-get update failed; going on with the package lists of an earlier update" >&2
 if [[ " ${missing[*]} " == *" postgresql "* ]]; then
   # The tests need only PostgreSQL's programs. This setting keeps Debian's package from

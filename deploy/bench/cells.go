@@ -46,7 +46,7 @@ func (k build) upstream() string {
 	return version
 }
 
-// cell is one kernel with one driver, and its role in the matrix.
+// cell is one kernel with one driver, and the role of this pair in the matrix.
 type cell struct {
 	kernel build
 	driver string
@@ -191,7 +191,7 @@ func (b *bench) build(ctx context.Context, c cell, cache, to string) (float64, [
 		return 0, nil, fault.New(fault.APIBreak, c.String(), "")
 	}
 	if res.Code != 0 {
-		return 0, nil, fmt.Errorf("build %s: exit status %d", c, res.Code)
+		return 0, nil, fmt.Errorf("build the cell %s: builder ended with exit status %d", c, res.Code)
 	}
 	seconds := time.Since(start).Seconds()
 	var r result

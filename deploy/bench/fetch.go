@@ -129,11 +129,11 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 		start := time.Now()
 		out, err := cmd.Output()
 		if err != nil {
-			return fmt.Errorf("install: %w", err)
+			return fmt.Errorf("install the driver: %w", err)
 		}
 		seconds := time.Since(start).Seconds()
 		if err := json.Unmarshal(out, &r); err != nil {
-			return fmt.Errorf("install: %w", err)
+			return fmt.Errorf("install the driver: %w", err)
 		}
 		switch i {
 		case 0:

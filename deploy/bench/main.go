@@ -1,6 +1,6 @@
-// Command bench measures Prebake's headline numbers. Each number is a ratio against a named alternative that is
-// measured in the same run, because only ratios are comparable on another machine. The program does not judge the
-// numbers, and no test depends on a time.
+// Command bench measures Prebake's headline numbers. Each number is the ratio of Prebake's result to that of an
+// alternative, which the same run measures. Only such ratios are comparable with those of another machine. The program
+// does not judge the numbers, and no test depends on a time.
 package main
 
 import (

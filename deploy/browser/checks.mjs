@@ -1,7 +1,8 @@
 // The checks of one page. Each check returns a list of texts, one for each finding. The
 // test in Go decides what a finding means. Code inside page.evaluate runs in the page.
 
-// targets selects the elements that a user can press with a finger or a key.
+// targets is a selector for the elements that a user can press with a finger or a
+// key.
 const targets = 'a[href], button, input:not([type=hidden]), select, textarea, summary, [role=button], [role=link]';
 
 // place returns a name of an element for people. The function shown returns true if a
@@ -180,7 +181,7 @@ export async function readable(page) {
   })()`);
 }
 
-// withoutScript compares two results of readable for one page: The argument withIt is the
+// withoutScript compares two results of readable for one page. The argument withIt is the
 // result with JavaScript, and the argument without is the result without JavaScript. Without
 // JavaScript, the page must show no fewer rows and links.
 export function withoutScript(withIt, without) {

@@ -223,8 +223,8 @@ func (d *demo) node(ctx context.Context) (err error) {
 	return errors.Join(d.bare.wantNoDevice(), d.gpu.wantGPU(d.version, d.build.Digest))
 }
 
-// reusedPhases returns the names of the phases in which a build used the result of an earlier build. The note of such a phase
-// contains "cached".
+// reusedPhases returns the names of the phases in which a build used the result of an earlier build. The note of such a
+// phase contains "cached".
 func reusedPhases(b api.Build) (phases []string) {
 	for _, p := range b.Phases {
 		if p.Of == "" && strings.Contains(p.Note, "cached") {

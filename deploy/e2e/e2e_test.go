@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// stage holds the parts that all tests share: one mirror, one server, one worker, one key.
+// stage has the parts that all tests share: one mirror, one server, one worker, one key.
 type stage struct {
 	*testbed.Scene
 	mirror *testbed.Mirror

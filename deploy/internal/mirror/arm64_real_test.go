@@ -167,9 +167,9 @@ const (
 
 func (v *verdict) String() string { return strings.TrimSuffix(v.State+": "+v.Reason, ": ") }
 
-// compilePrograms compiles builder, mirror, and the programs that the load test of an architecture needs, into one folder. It
-// returns a function that runs builder, or mirror if the first argument is "mirror", and decodes the JSON output into
-// out.
+// compilePrograms compiles builder, mirror, and the programs that the load test of an architecture needs, into one
+// folder. It returns a function that runs builder, or mirror if the first argument is "mirror", and decodes the JSON
+// output into out.
 func compilePrograms(t *testing.T, arch target.Arch) func(out any, args ...string) {
 	t.Helper()
 	bin, suffix, cc := t.TempDir(), "", "gcc"

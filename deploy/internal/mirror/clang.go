@@ -241,7 +241,7 @@ func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers
 					return signModule(ctx, tree, ko, b.pair)
 				})
 			if err != nil {
-				return fmt.Errorf("compile emulated GPU for %s: %w", b.release, err)
+				return fmt.Errorf("compile the emulated GPU for %s: %w", b.release, err)
 			}
 			t.add(vm.BootGPU, node{mode: 0o644, data: emu})
 		}

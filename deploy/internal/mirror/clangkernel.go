@@ -293,7 +293,7 @@ func builtTree(src, release string) (tree, error) {
 	return t, nil
 }
 
-// headerFolder reports whether the header tree contains anything from this folder of the source tree. The kernel's
+// headerFolder reports whether the header tree contains anything from a folder of the source tree. The kernel's
 // packaging scripts choose the same folders.
 func headerFolder(name string) bool {
 	top := []string{"arch", "arch/x86", "tools", "tools/objtool"}

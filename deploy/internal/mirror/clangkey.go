@@ -34,7 +34,7 @@ func (m *maker) signingKey() (signingPair, error) {
 	text, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		if text, err = newSigningPair(); err != nil {
-			return signingPair{}, fmt.Errorf("make key for module signatures: %w", err)
+			return signingPair{}, fmt.Errorf("make the key for module signatures: %w", err)
 		}
 		err = writeAtomic(path, func(w io.Writer) error {
 			_, err := w.Write(text)

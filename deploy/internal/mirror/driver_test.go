@@ -99,7 +99,8 @@ func TestLine(t *testing.T) {
 	}
 }
 
-// fakeApt replaces apt-cache. Each line of madison names an archive, "own" or "next", and a package with its version.
+// fakeApt replaces apt-cache. Each line of the argument madison has an archive, "own" or "next", and a package with its
+// version.
 func fakeApt(t *testing.T, madison string) (own, next *apt) {
 	t.Helper()
 	bin, dir := t.TempDir(), t.TempDir()

@@ -103,8 +103,8 @@ func (p platform) kernel(headers string) (kernel, bool) {
 	return k, true
 }
 
-// setVersions sets the version of each of the kernel's packages, and reports whether the index has all of them.
-// versions maps the names of packages to the versions in the index, newest first.
+// setVersions sets the version of each of the kernel's packages, and reports whether the index has all of them. The
+// keys of the argument versions are package names. Its values are the versions in the index, newest first.
 func (k *kernel) setVersions(versions map[string][]string) bool {
 	if len(versions[k.headers.Name]) == 0 || len(versions[k.kbuild.Name]) == 0 {
 		return false

@@ -52,7 +52,7 @@ func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 		_, err = l.TryLockContext(ctx, 500*time.Millisecond)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("lock %s: %w", c.Cache, err)
+		return nil, fmt.Errorf("lock the cache folder %s: %w", c.Cache, err)
 	}
 	for _, pattern := range []string{"work-*", "debian*/download-*", "objects/.*.tmp-*", "emulators/.new-*"} {
 		stale, err := filepath.Glob(filepath.Join(c.Cache, pattern))
@@ -270,7 +270,7 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 		if m.EmuGPU != nil {
 			var err error
 			if emu, err = m.compileEmuGPU(ctx, k.release, m.platform.env(), headers, m.toolchain, nil); err != nil {
-				return fmt.Errorf("compile emulated GPU for %s: %w", k.release, err)
+				return fmt.Errorf("compile the emulated GPU for %s: %w", k.release, err)
 			}
 		}
 		t, err := bootTree(ctx, m.apt, k, emu)

@@ -105,7 +105,7 @@ func (c Config) Validate() error {
 			"pass --out and --cache"))
 	}
 	if c.Kernels < 0 || c.Kernels == 1 {
-		errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("%d kernels: want 2 or more", c.Kernels),
+		errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("make a mirror with --kernels %d: want 2 or more", c.Kernels),
 			"pass --kernels 2, or a higher number"))
 	}
 	if _, err := target.ParseKernel("1.1.1", c.Board); err != nil {

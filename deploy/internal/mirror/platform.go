@@ -21,7 +21,7 @@ type platform struct {
 	foreign string
 	// runfile is NVIDIA's name of the architecture.
 	runfile string
-	// triplet is the GNU name of the architecture. prefix begins the names of the tools, as in COS's SDK.
+	// triplet is the GNU name of the architecture. prefix is the beginning of the tools' names, as in COS's SDK.
 	triplet, prefix string
 	// gccDir is the compiler's own folder. The compiler finds the folder, and from there as and ld, by relative paths, so
 	// no wrapper is needed.

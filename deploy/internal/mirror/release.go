@@ -192,8 +192,8 @@ func (m *maker) findBranches(ctx context.Context, own []release) (releases []rel
 	return releases, nil
 }
 
-// findNeighbour returns one more release of the default driver's branch, which is not in releases. It comes from the
-// next Debian release, where this branch has a line of packages.
+// findNeighbour returns a release of the default driver's branch that is not in releases. It comes from the next Debian
+// release, where this branch has a line of packages.
 func (m *maker) findNeighbour(ctx context.Context, releases []release) (release, error) {
 	a, err := m.openNext(ctx)
 	if err != nil {

@@ -259,7 +259,7 @@ func (s *Scene) StartServer(ctx context.Context, data string, m *Mirror) (*Serve
 		srv.Addr, srv.Token = strings.TrimPrefix(strings.TrimSpace(string(addr)), "http://"), strings.TrimSpace(string(token))
 		return err == nil && srv.Addr != "", nil
 	}); err != nil {
-		return nil, errors.Join(fmt.Errorf("wait for server: %w", err), p.Kill())
+		return nil, errors.Join(fmt.Errorf("wait for the server: %w", err), p.Kill())
 	}
 	srv.Client = api.NewClient("http://"+srv.Addr, srv.Token, nil)
 	return srv, nil
