@@ -63,7 +63,8 @@ func main() {
 						"choose from "+strings.Join(measurements(), ", "))
 				}
 				if o.clang && !slices.Contains(clangMeasurements(), name) {
-					return fault.New(fault.Usage, fmt.Sprintf("measure %s: it needs several kernels, but --clang gives only one", name),
+					return fault.New(fault.Usage,
+						fmt.Sprintf("measure %s: it needs several kernels, but --clang gives only one", name),
 						"choose from "+strings.Join(clangMeasurements(), ", "))
 				}
 				o.only[name] = true
