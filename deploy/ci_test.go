@@ -200,8 +200,8 @@ func variables(t *testing.T) map[string]bool {
 	return known
 }
 
-// TestCloudBuild checks that cloudbuild.yaml has only members that Cloud Build knows, by decoding it into the type of
-// Google's own client. It also checks that each step runs a script that exists, and sets only variables that a script
+// TestCloudBuild decodes cloudbuild.yaml into the type of Google's own client. The file must have only members that
+// this type has. The test also checks that each step runs a script that exists, and sets only variables that a script
 // reads.
 func TestCloudBuild(t *testing.T) {
 	t.Parallel()

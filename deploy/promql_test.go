@@ -100,8 +100,8 @@ func scaledObject(t *testing.T) scaled {
 	return s
 }
 
-// TestScaledObject checks that KEDA's value location is a valid Prometheus selector, and that KEDA asks the address on
-// which the server listens.
+// TestScaledObject checks that valueLocation, a setting of KEDA, is a valid Prometheus selector. It also checks that
+// KEDA asks the address on which the server listens.
 func TestScaledObject(t *testing.T) {
 	t.Parallel()
 	s := scaledObject(t)

@@ -21,7 +21,8 @@ declare -A groups=(
   # docker-registry: a registry of another project. skopeo and containerd: clients of
   # registries. etcd-server: the store of a real kube-apiserver. fdisk, dosfstools and
   # mtools make an EFI partition. zsh and fish test the completion of commands. mandoc
-  # checks the manual pages. protoc and the binutils for arm64 make what tests compare with.
+  # checks the manual pages. protoc and the binutils for arm64 make files to which tests
+  # compare the results of our code.
   [test]="postgresql docker-registry skopeo containerd etcd-server fdisk dosfstools mtools zsh fish mandoc \
     protobuf-compiler binutils-aarch64-linux-gnu"
   # Chromium opens the server's pages, and draws text with fonts-dejavu-core. A program in

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fetching has the measurements of a node's work with a published driver: fetch, verify and stage it from a registry on
-// loopback, and then again after an update of the node's OS.
+// fetching has the measurements of a node that gets a published driver. The node fetches, verifies and stages the
+// driver from a registry on loopback. It does so again after an update of its OS.
 type fetching struct {
 	curl, crane ratio
 	delta       ratio     // bytes, in kB

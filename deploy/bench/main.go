@@ -157,8 +157,8 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 }
 
 // makeMirror makes a mirror with four kernels and three drivers of one branch. The mirror program chooses the four
-// kernels: the two oldest, on which all drivers compile, and the two newest. With clang, the mirror has the only kernel
-// that clang compiled.
+// kernels: the two oldest, on which all drivers compile, and the two newest. With --clang, the mirror has one kernel
+// only, which clang has compiled.
 func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	m, kernels := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}, 2
 	args := []string{"--neighbour", "--cache", filepath.Join(b.State, "packages")}

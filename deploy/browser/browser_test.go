@@ -1,4 +1,4 @@
-// Package browser checks the server's pages as a reader sees them. It uses Chromium, which playwright-core drives, on a
+// Package browser checks the server's pages as a reader sees them. playwright-core opens the pages in Chromium: on a
 // desktop, on a phone, in dark mode and without JavaScript. The server's data is empty, small, or a farm with 60,000
 // cells. The package does not depend on how the pages are made.
 package browser

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# announce.sh and preflight.sh source this file. It runs the command line of Prebake's server.
-# If PREBAKE_IMAGE is set, the command line runs in that container image, on docker's network
-# PREBAKE_NETWORK (default: host). Otherwise it is the program PREBAKE_PROGRAM (default:
-# "server", from PATH).
+# announce.sh and preflight.sh source this file. The function prebake runs the command line of
+# Prebake's server. If PREBAKE_IMAGE is set, the command line runs in that container image, on
+# docker's network PREBAKE_NETWORK (default: host). Otherwise it is the program PREBAKE_PROGRAM
+# (default: "server", from PATH).
 #
 # PREBAKE_SERVER is the server's URL. PREBAKE_TOKEN, the server's token, is passed in the
 # environment only, because everybody on a machine can read the command lines of programs.

@@ -7,8 +7,8 @@
 #   3      a pool may not move: the artifact that it needs is missing, and nobody builds it
 #   other  the server did not answer the question; the status is that of the command line
 #
-# PREBAKE_WAIT is a time in seconds (default: 0). Until it is over, the script asks again about
-# the pools that may not move yet.
+# PREBAKE_WAIT is a time in seconds (default: 0). Until this time is over, the script asks
+# again about the pools that may not move yet.
 #
 # usage: preflight.sh BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]…   (or the list in PREBAKE_POOLS;
 # lib.sh describes the other variables). A GKE version may be given in place of BUILD_ID.

@@ -62,8 +62,8 @@ func TestPartsOnRealInputs(t *testing.T) {
 	tools := "PATH=" + stockTools(t) + ":" + os.Getenv("PATH")
 	emulator := gcs.Env + "=" + tool(t, gcs.Tool)
 	twin, of := shared.twin(t)
-	// TestRealSameBytes compares the modules that make alone compiles for a cell with those in the farm's cache, so the
-	// cache must have the cell.
+	// TestRealSameBytes compiles the modules of a cell with make alone, and compares them with the modules in the farm's
+	// cache. So the cache must have the cell.
 	mustBuild(t, shared.srv, twin, shared.driver(), target.Proprietary)
 	cells := fmt.Sprintf("PREBAKE_CELLS=%s/%s =%s/%s", of.BuildID, shared.driver(), twin.BuildID, shared.driver())
 

@@ -21,8 +21,8 @@ import (
 )
 
 // TestReleaseToNode runs the way from a COS release to a node without manual steps. A COS build appears in the mirror
-// and is announced. The server plans both flavours, because a wish list wants them, and each of two builders builds
-// one. A node that asked before anything was published gets its driver. Nobody requests a build.
+// and is announced. The server plans both flavours, because a wish list wants them. Two builders build one flavour
+// each. A node that asked before anything was published gets its driver. Nobody requests a build.
 func TestReleaseToNode(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)

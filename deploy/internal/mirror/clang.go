@@ -24,8 +24,8 @@ import (
 // which has a kernel of clangSeries, begin with this number.
 const clangMajorBuild = 18244
 
-// clangSeries is the series of the kernel that the mirror compiles. Debian's own kernels have the same series, so the
-// NVIDIA driver that Debian packages compiles for it.
+// clangSeries is the series of the kernel that the mirror compiles. Debian's own kernels are of the same series. The
+// NVIDIA driver in Debian's packages therefore compiles for the mirror's kernel.
 const clangSeries = "6.1"
 
 // File names of the key that signs modules, and of its certificate. Both files are in the mirror's folder of the COS
@@ -199,7 +199,7 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 }
 
 // clangReleases returns the driver releases for the kernel that the mirror compiles, the default one first. The default
-// is the newest one that the machine's own Debian release has, because Debian packages it for the source of this
+// is the newest one that the machine's own Debian release has, because Debian makes that release fit the source of this
 // kernel. Older ones from this Debian release are left out.
 func (m *maker) clangReleases(releases []release) []release {
 	var own, others []release

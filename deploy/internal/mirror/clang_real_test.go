@@ -132,8 +132,8 @@ func TestClangCell(t *testing.T) {
 	if notes := linked.Section(".notes"); notes == nil {
 		t.Error("vmlinux has no notes")
 	}
-	// The cache keeps the modules of earlier runs with the same inputs. The test removes the verdicts from it, so that the
-	// load test always runs.
+	// The cache keeps the modules of earlier runs with the same inputs. The test removes the verdicts from the cache, so
+	// that the load test always runs.
 	builds := filepath.Join(cache, "clang-builds")
 	verdicts := filepath.Join(builds, "facts", "loadtest")
 	if err := os.RemoveAll(verdicts); err != nil {

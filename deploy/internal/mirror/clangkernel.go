@@ -59,7 +59,8 @@ func configText() string {
 	return clangConfig + "CONFIG_SYSTEM_TRUSTED_KEYS=\"" + clangCert + "\"\n"
 }
 
-// makeClangKernel compiles the kernel. The result is cached by source package, compiler, configuration and certificate.
+// makeClangKernel compiles the kernel. The cache finds the result by source package, compiler, configuration and
+// certificate.
 func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *toolchainFolder) (object, error) {
 	sum := func(text []byte) string {
 		s := sha256.Sum256(text)

@@ -97,8 +97,8 @@ func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 }
 
 // finish completes the tree. It adds the links of the libraries, and the files that neither Debian's packages nor
-// NVIDIA's sources contain: nvidia-installer and .manifest. It removes manual pages, and sets the modes of the files. A
-// missing file that every runfile has is an error.
+// NVIDIA's sources contain: nvidia-installer and .manifest. It removes manual pages, and sets the modes of the files.
+// It returns an error if a file is missing that every runfile has.
 func finish(t tree, p platform, r release) error {
 	if err := t.addLibraryLinks(r.version); err != nil {
 		return err

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// kernel is one Debian kernel. Its packages headers, common and image have the same version. The package kbuild, with
-// the build tools, may have another version.
+// kernel is one Debian kernel. Three of its packages have the same version: headers, common and image. The package
+// kbuild has the build tools, and may have another version.
 type kernel struct {
 	series  string // such as 6.1
 	abi     int    // such as 47 for 6.1.0-47, and 117 for 6.12.117+deb12
@@ -255,10 +255,10 @@ func changeCompileInfo(t tree, k kernel, when time.Time) {
 	}
 }
 
-// bootModules are the modules that a test machine loads at boot. loadOrder adds their dependencies, and leaves out
-// modules that are built into the kernel. They are for the network card, for the disk, and for the file systems ext4
-// and vfat, which request crc32c_generic and the nls modules by name. The last two are for nvidia-modeset and
-// nvidia-drm.
+// bootModules are the modules that a test machine loads at boot. The last two are for nvidia-modeset and nvidia-drm.
+// The others are for the network card, for the disk, and for the file systems ext4 and vfat, which request
+// crc32c_generic and the nls modules by name. loadOrder adds the dependencies of all, and leaves out modules that are
+// built into the kernel.
 var bootModules = []string{
 	"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "nls_cp437", "nls_ascii", "vfat", "drm_kms_helper",
 	"video",

@@ -48,8 +48,8 @@ type Config struct {
 	// ABIs selects kernels by Debian's ABI number. If it is not empty, Kernels has no effect.
 	ABIs []int
 	// Branches are the driver branches, such as R535. The default driver is of the first branch. An empty list means the
-	// branches of Debian 12. A branch that Debian 12 does not have comes from Debian 13, with the sources as Debian edited
-	// them, and for amd64 only.
+	// branches of Debian 12. If Debian 12 does not have a branch, its releases come from Debian 13, with the sources as
+	// Debian edited them, and for amd64 only.
 	Branches []string
 	// Neighbour adds one more release of the default driver's branch, in the proprietary flavour only. Debian 13 has that
 	// release beside its own driver. Neighbour is for amd64 only.

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// revision must change whenever the code makes other bytes from the same packages. Then the cache does not return
-// objects of older code.
+// revision is part of every recipe. It must change whenever the code makes other bytes from the same packages. The
+// cache then returns no objects of older code.
 const revision = 3
 
 // recipe has everything that decides the content of an object. The cache finds an object by its recipe.

@@ -68,8 +68,8 @@ func (p platform) board(amd64 string) string {
 // env returns the content of toolchain_env.
 func (p platform) env() string { return "CC=" + p.prefix + "gcc\nCXX=" + p.prefix + "gcc\n" }
 
-// headers matches the names of Debian's header packages. Its groups are 1 the version before the flavour, 2 the series,
-// and the ABI number: 3 if the version is like 6.1.0-47, and 4 if it is like 6.12.117+deb12.
+// headers matches the names of Debian's header packages. Group 1 is the version before the flavour, and group 2 the
+// series. The ABI number is group 3 in a version like 6.1.0-47, and group 4 in a version like 6.12.117+deb12.
 func (p platform) headers() *regexp.Regexp {
 	return regexp.MustCompile(`^linux-headers-(([0-9]+\.[0-9]+)\.(?:0-([0-9]{1,6})|([0-9]{1,6})\+deb[0-9]+))-` +
 		regexp.QuoteMeta(p.flavour) + `$`)

@@ -28,8 +28,8 @@ var (
 	onlyPlain = []string{"nvidia-cuda-mps"}
 )
 
-// line is one of Debian's sets of NVIDIA packages. "" are the plain packages, such as nvidia-smi. Beside these, Debian
-// keeps packages of older branches, such as nvidia-tesla-535-smi, whose line is "tesla-535".
+// line is one of Debian's sets of NVIDIA packages. The line "" has the plain packages, such as nvidia-smi. Debian also
+// has packages of older branches: nvidia-tesla-535-smi, for example, is in the line "tesla-535".
 type line string
 
 // packageName returns the name that a plain package has in the line.
@@ -233,8 +233,8 @@ func newestRelease(releases []release, wanted func(release) bool) *release {
 	return newest
 }
 
-// selectReleases returns the newest release that has both flavours, and then the newest of all. If these are the same
-// release, it returns only that one.
+// selectReleases returns the newest release that has both flavours, and then the newest release of all. If these are
+// the same release, it returns that release once.
 func selectReleases(whole []release) ([]release, error) {
 	both := newestRelease(whole, func(r release) bool { return r.open })
 	newest := newestRelease(whole, func(release) bool { return true })
@@ -264,8 +264,8 @@ func (r *release) addPackages(versions map[string][]string, v string) bool {
 	return true
 }
 
-// addTools adds a version of each tool: the newest one of the branch that is not newer than the release. If all are
-// newer, it adds the oldest one of the branch.
+// addTools adds one version of each tool: the newest version of the branch that is not newer than the release. If all
+// versions are newer, it adds the oldest version of the branch.
 func (r *release) addTools(versions map[string][]string) {
 	for _, name := range driverTools {
 		var best string

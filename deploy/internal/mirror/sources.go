@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// components are the parts of Debian's archive that the mirror needs. main has the kernels, contrib NVIDIA's open
-// sources, and non-free the rest.
+// components are the parts of Debian's archive that the mirror needs. main has the kernels, contrib has NVIDIA's open
+// sources, and non-free has the rest.
 const components = "main contrib non-free non-free-firmware"
 
 // DeriveSources reads a machine's apt sources under etcApt (sources.list, sources.list.d/*.list and *.sources). It

@@ -166,8 +166,8 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	return own, edits, nil
 }
 
-// unpatch applies the difference between two texts backwards to a third text. It leaves out parts that do not fit,
-// because Debian's patches differ between flavours.
+// unpatch applies the difference between was and edited backwards to the argument text. It leaves out parts of the
+// difference that do not fit, because Debian's patches differ between flavours.
 func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte, error) {
 	file := func(name string) string { return filepath.Join(work, name) }
 	if err := errors.Join(os.WriteFile(file("was"), was, 0o644), os.WriteFile(file("edited"), edited, 0o644)); err != nil {
@@ -202,8 +202,8 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 	return best, nil
 }
 
-// remainingLines returns the lines of the text that only Debian's edition has. It ignores short lines, and #else and
-// #endif, because these prove nothing.
+// remainingLines returns the lines of the argument text that are in Debian's edition of the file, and not in NVIDIA's
+// own. It ignores short lines, and #else and #endif, because these prove nothing.
 func remainingLines(text, was, edited []byte) []string {
 	set := func(text []byte) map[string]bool {
 		lines := map[string]bool{}
