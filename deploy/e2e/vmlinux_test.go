@@ -15,8 +15,8 @@ import (
 )
 
 // TestLoadTestOnVMLinux uses a bucket as COS has it, with vmlinux and without a boot archive. The load test must boot
-// exactly that vmlinux, and its signed result must name it. The boot image starts with Prebake's own entry code, as for
-// a COS kernel, although Debian's kernels have an entry point for PVH, which qemu could start.
+// exactly that vmlinux, and the signed result must say so. The boot image starts with Prebake's own entry code, as for
+// a COS kernel. (qemu could also start Debian's kernels at their entry point for PVH.)
 func TestLoadTestOnVMLinux(t *testing.T) {
 	t.Parallel()
 	k, other := shared.kernel(1), shared.kernel(0)
