@@ -195,6 +195,16 @@ func (a *apt) file(p pkg) (string, bool) {
 	return "", false
 }
 
+// mustFile returns the file of a package that download fetched. Another process may have removed it since then.
+func (a *apt) mustFile(p pkg) (string, error) {
+	file, ok := a.file(p)
+	if !ok {
+		return "", fault.New(fault.InputMissing, fmt.Sprintf("open package %s: its file is not in %s", p.Name, a.dir),
+			"run the command again, which downloads the package again")
+	}
+	return file, nil
+}
+
 // errDownload means that the archive did not serve a package. Debian may have replaced the package since the index was
 // fetched.
 var errDownload = errors.New("download packages")
@@ -267,5 +277,5 @@ func osReleaseField(file, key string) (string, error) {
 		}
 	}
 	return "", fault.New(fault.Unsupported,
-		fmt.Sprintf("read the Debian release of this machine: %s has no %s", file, key), "run on Debian 12")
+		fmt.Sprintf("read the Debian release of this machine: %s has no %s", file, key), "run on Debian 12, with the os-release of its package base-files")
 }

@@ -103,9 +103,9 @@ func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *to
 
 // unpackSource unpacks the kernel's source below dir, and returns its folder.
 func (m *maker) unpackSource(ctx context.Context, p pkg, dir string) (string, error) {
-	deb, ok := m.apt.file(p)
-	if !ok {
-		return "", fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
+	deb, err := m.apt.mustFile(p)
+	if err != nil {
+		return "", err
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {

@@ -6,8 +6,6 @@ import (
 	"path"
 	"slices"
 	"strings"
-
-	"github.com/prebake/prebake/pkg/fault"
 )
 
 // clangMajor is the major version of clang for the clang-built kernel: the newest in Debian 12.
@@ -62,9 +60,9 @@ func (m *maker) makeClangToolchain(ctx context.Context, pkgs []pkg) (object, err
 func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, error) {
 	t := tree{}
 	for _, p := range pkgs {
-		file, ok := a.file(p)
-		if !ok {
-			return nil, fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
+		file, err := a.mustFile(p)
+		if err != nil {
+			return nil, err
 		}
 		if err := readDeb(ctx, t, file, clangPick); err != nil {
 			return nil, err

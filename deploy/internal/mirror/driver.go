@@ -76,11 +76,10 @@ const debianEdition = "Debian's edition: "
 func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 	t := tree{}
 	for _, need := range r.packages {
-		file, ok := r.apt.file(need)
-		if !ok {
-			return nil, fault.New(fault.InputMissing, "package "+need.Name+" was not downloaded", "")
+		file, err := r.apt.mustFile(need)
+		if err != nil {
+			return nil, err
 		}
-		var err error
 		switch strings.TrimSuffix(need.Name, p.foreign) {
 		case r.line.packageName(sourcePackage):
 			err = addSource(ctx, t, file, r.line.packageName("nvidia-kernel"), "kernel")

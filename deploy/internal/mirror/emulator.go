@@ -78,9 +78,9 @@ func Emulator(ctx context.Context, cache string, progress func(string)) (bin str
 func (a *apt) unpackEmulator(ctx context.Context, pkgs []pkg, dir string) error {
 	all := tree{}
 	for _, p := range pkgs {
-		file, ok := a.file(p)
-		if !ok {
-			return fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
+		file, err := a.mustFile(p)
+		if err != nil {
+			return err
 		}
 		if err := readDeb(ctx, all, file, pickEmulator); err != nil {
 			return err

@@ -190,9 +190,9 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	root := "usr/src/linux-headers-" + k.release
 	t := tree{}
 	read := func(p pkg, where pick) error {
-		file, ok := a.file(p)
-		if !ok {
-			return fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
+		file, err := a.mustFile(p)
+		if err != nil {
+			return err
 		}
 		return readDeb(ctx, t, file, where)
 	}
@@ -267,12 +267,12 @@ var bootModules = []string{
 // kernelImage returns the kernel image, vmlinuz. The function more selects other files of the image's package:
 // kernelImage adds them to the tree in.
 func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name string) bool) ([]byte, error) {
-	file, ok := a.file(k.image)
-	if !ok {
-		return nil, fault.New(fault.InputMissing, "package "+k.image.Name+" was not downloaded", "")
+	file, err := a.mustFile(k.image)
+	if err != nil {
+		return nil, err
 	}
 	boot := "boot/vmlinuz-" + k.release
-	err := readDeb(ctx, in, file, func(name string) string {
+	err = readDeb(ctx, in, file, func(name string) string {
 		if name == boot || more(name) {
 			return name
 		}

@@ -43,9 +43,9 @@ var machineLibs = []string{"libc.so.6", "libm.so.6", "libdl.so.2", "ld-linux-x86
 func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work string) (tree, error) {
 	t := tree{}
 	for _, need := range pkgs {
-		file, ok := a.file(need)
-		if !ok {
-			return nil, fault.New(fault.InputMissing, "package "+need.Name+" was not downloaded", "")
+		file, err := a.mustFile(need)
+		if err != nil {
+			return nil, err
 		}
 		if err := readDeb(ctx, t, file, p.toolchainPick); err != nil {
 			return nil, err
