@@ -25,7 +25,7 @@ import (
 
 // insideAsk is the work folder of a conftest question inside the question's sandbox. A question is
 // one call of the driver's conftest.sh. Each question has its own work folder, its own /tmp and its
-// own folder of compiler faults (see guard.go). It can write to nothing else.
+// own folder of compiler faults (see guard.go). A question can write to nothing else.
 const insideAsk = "/prebake/ask"
 
 // Limits in bytes for an answer, for the plan and for one file of the folder conftest/.
@@ -35,16 +35,16 @@ const (
 	maxHeader = 4 << 20
 )
 
-// errUseMake says that this package cannot answer conftest's questions before make asks them. The
+// errUseMake means that this package cannot answer conftest's questions before make asks them. The
 // wrapping error gives the reason. The build continues without stored answers: make runs conftest
 // itself, which takes longer.
-var errUseMake = errors.New("conftest is left to make")
+var errUseMake = errors.New("make has to run conftest itself")
 
-// answers answers conftest's questions before make asks them. If the conftest cache has the answer
+// answerer answers conftest's questions before make asks them. If the conftest cache has the answer
 // to the same question for an equal view (see view.go), no test runs. Otherwise the test runs in its
 // own sandbox. The sandbox shows only files that the key of the answer covers, so a stored answer
 // cannot depend on anything else.
-type answers struct {
+type answerer struct {
 	*build
 	view   *view
 	box    sandbox.Config    // make's sandbox without the sources; the view's replacements cover the masked files
@@ -53,14 +53,14 @@ type answers struct {
 	plan   *conftest.Plan
 	keyer  *conftest.Keyer
 	stored conftest.Answers
-	// present is the text of conftest/headers.h; it is empty until the header questions are
-	// answered. wrapperDir holds the compiler wrapper that uses precompiled headers.
+	// present is the text of conftest/headers.h; it is empty until the questions about headers have
+	// answers. wrapperDir is the folder with the compiler wrapper that uses precompiled headers.
 	present, wrapperDir string
 }
 
-// answers writes conftest's answers into the staged sources. If the error wraps errUseMake, the
-// staged sources are unchanged.
-func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
+// answerQuestions writes conftest's answers into the staged sources. If it returns an error that
+// wraps errUseMake, it has not changed the staged sources.
+func (b *build) answerQuestions(ctx context.Context, v *view) (*answerer, error) {
 	text, err := readHost(filepath.Join(b.src, "conftest.sh"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w: the driver has no conftest.sh", errUseMake)
@@ -76,7 +76,7 @@ func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
 	if found, err := fs.Glob(hostFS(b.src), "patch-*.h"); err != nil || len(found) > 0 {
 		return nil, fmt.Errorf("%w: the sources contain patch files (patch-*.h)", errUseMake)
 	}
-	a := &answers{build: b, view: v, script: script, files: map[string]string{}}
+	a := &answerer{build: b, view: v, script: script, files: map[string]string{}}
 	a.box = b.box
 	a.box.Binds = slices.DeleteFunc(slices.Clone(b.box.Binds), func(bind sandbox.Bind) bool { return bind.Writable })
 	masks, err := v.binds(filepath.Join(b.r.WorkDir, "masks"))
@@ -108,9 +108,9 @@ func readStored(cache *cas.Cache, key string) (conftest.Answers, error) {
 }
 
 // findPlan returns the plan: the list of the questions that the driver's makefiles ask conftest. If
-// the cache has no plan, findPlan runs make. make runs the driver's sanity checks and writes the
-// plan. The cache key covers everything that decides the plan: the makefiles and scripts of the
-// driver and of the kernel.
+// the cache does not have the plan yet, findPlan runs make, which runs the driver's sanity checks
+// and writes the plan. The cache key covers everything that decides the plan: the makefiles and
+// scripts of the driver and of the kernel.
 func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	args := slices.Clone(a.args)
 	for i, arg := range args {
@@ -174,14 +174,15 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	if plan.Sources != insideKernel || plan.Output != insideKernel {
-		return nil, fmt.Errorf("%w: conftest.sh reads headers in %s and %s; want only %s", errUseMake, plan.Sources,
-			plan.Output, insideKernel)
+		return nil, fmt.Errorf("%w: the plan has source folder %s and output folder %s of the kernel; want %s for both",
+			errUseMake, plan.Sources, plan.Output, insideKernel)
 	}
 	return plan, a.r.Cache.PutFact("conftest-plan-2", key, text)
 }
 
-// noPlan returns the error for a missing plan. If a sanity check failed, the driver refuses the
-// kernel, and noPlan returns the error of make. In any other case the error wraps errUseMake.
+// noPlan returns the error for a missing plan. If one of the driver's sanity checks failed, the
+// driver refuses the kernel, and noPlan returns make's error err unchanged. In any other case the
+// error wraps errUseMake.
 func (a *answers) noPlan(err error, said string) error {
 	var f findings
 	for line := range strings.Lines(said) {
@@ -229,7 +230,7 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 	}
 	if len(a.plan.Headers) == 0 {
 		if a.script.OneHeader() {
-			return nil, fmt.Errorf("%w: the plan names no header", errUseMake)
+			return nil, fmt.Errorf("%w: the plan has no header", errUseMake)
 		}
 		about = []question{{key: a.keyer.HeaderKey(""), argv: []string{conftest.ModeHeaders, flags}}}
 	}
@@ -294,12 +295,12 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 	if err := a.writeWrapper(a.wrapperDir, headerScript); err != nil {
 		return nil, err
 	}
-	var mu sync.Mutex // guards the watch, both maps and sharedHeader.left
+	var mu sync.Mutex // guards the watch, the maps found and a.stored, and sharedHeader.left
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(a.r.Jobs)
 	answer := func(q question, dir string) error {
 		if q.header != nil {
-			if err := q.header.make(gctx, a); err != nil {
+			if err := q.header.ensure(gctx, a); err != nil {
 				return err
 			}
 		}
@@ -313,12 +314,12 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 			fmt.Fprintf(a.watch, " CONFTEST: %s\n", q.name)
 		}
 		found[q.name], a.stored[q.key] = text, text
-		return q.header.asked()
+		return q.header.countAnswer()
 	}
 	for i, next := range schedule(open) {
 		g.Go(func() error {
 			if next.header != nil {
-				return next.header.make(gctx, a)
+				return next.header.ensure(gctx, a)
 			}
 			return answer(next.question, filepath.Join(dir, strconv.Itoa(i)))
 		})
@@ -387,10 +388,10 @@ func (a *answers) release(answer string) (string, error) {
 //go:embed conftest.sh
 var answeredScript string
 
-// write writes the files of the folder conftest/. make compares file times, so write creates each
-// file after the files on which the makefiles let it depend. write also replaces the driver's
-// conftest.sh by a script that only prints the stored answers. So no code of the driver's conftest.sh
-// runs in make's sandbox.
+// write writes the files of the folder conftest/. In the makefiles some of these files depend on
+// others, and make compares their times. So write creates each file after the files on which it
+// depends. It also replaces the driver's conftest.sh by a script that only prints the stored answers.
+// So no code of the driver's conftest.sh runs in make's sandbox.
 func (a *answers) write(files []conftest.File) error {
 	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@",
 		insideSource+"/conftest/uts_release").Replace(answeredScript)
