@@ -71,7 +71,7 @@ func (b *build) answerQuestions(ctx context.Context, v *view) (*answerer, error)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
-	// The mode patch_check of conftest.sh prints macros that patch files define. No cache key
+	// The mode patch_check of conftest.sh prints macros that are defined in patch files. No cache key
 	// covers the patch files.
 	if found, err := fs.Glob(hostFS(b.src), "patch-*.h"); err != nil || len(found) > 0 {
 		return nil, fmt.Errorf("%w: the sources contain patch files (patch-*.h)", errUseMake)
@@ -192,7 +192,7 @@ func (a *answers) noPlan(err error, said string) error {
 		fmt.Fprint(a.watch, said)
 		return err // [diagnose] reads this error together with the findings of the watch
 	}
-	return fmt.Errorf("%w: make printed no plan: %s", errUseMake, f.lastLine)
+	return fmt.Errorf("%w: make wrote no plan; the last line of its output: %s", errUseMake, f.lastLine)
 }
 
 func appendTo(file, text string) error {
@@ -210,7 +210,7 @@ type question struct {
 	headers   string   // the part of conftest/headers.h that the test may see
 	// header is the precompiled header that the question's program begins with; nil means none.
 	// lines are the program's first lines after the lines that the script puts before every
-	// program. The last line includes the last file of the precompiled header.
+	// program. The last of them is the include line for the precompiled header's last file.
 	header *sharedHeader
 	lines  []string
 }
@@ -359,19 +359,19 @@ func (a *answers) askOne(ctx context.Context, q question, dir string) (text stri
 	}
 	var exit *sandbox.ExitError
 	if errors.As(err, &exit) && !exit.Killed() {
-		return "", fmt.Errorf("%w: %s: %w: %.200q", errUseMake, q.name, err, said.String())
+		return "", fmt.Errorf("%w: run conftest.sh for %s: %w; its output: %.200q", errUseMake, q.name, err, said.String())
 	} else if err != nil {
 		return "", diagnose(err, findings{})
 	}
 	raw, err := untrusted.ReadFile(work, "answer", maxAnswer)
 	if err != nil {
-		return "", fmt.Errorf("%w: %s: %w", errUseMake, q.name, err)
+		return "", fmt.Errorf("%w: read the answer of conftest.sh for %s: %w", errUseMake, q.name, err)
 	}
 	return string(raw), os.RemoveAll(dir)
 }
 
-// release returns the answer to the question uts_release with the kernel's release in place of the
-// masked string.
+// release puts the kernel's release into the answer to the question uts_release, in place of the
+// masked string. It returns the new answer.
 func (a *answers) release(answer string) (string, error) {
 	text, err := readHost(filepath.Join(a.r.Headers, "include/generated/utsrelease.h"))
 	if err != nil {

@@ -58,8 +58,8 @@ type Request struct {
 	Arch   target.Arch
 	// Jobs is make's -j; 0 means the number of CPUs. Jobs does not change the resulting bytes.
 	Jobs int
-	// Debug keeps the unstripped modules with debug information in Result.Debug. Debug does not change the stripped
-	// modules.
+	// If Debug is true, Result.Debug has the unstripped modules, with debug information. Debug does not change the
+	// stripped modules.
 	Debug bool
 	// BTF is the path of a file with the kernel's BTF, the description of its types. Each module gets BTF that
 	// extends the kernel's. "" means modules without BTF.
@@ -73,8 +73,8 @@ type Request struct {
 	// utsversion.h, because the sandbox hides the values in them.
 	Cache                                                   *cas.Cache
 	HeaderDigest, ToolchainDigest, SourceDigest, HostDigest string
-	// WorkDir is an empty folder on a disk with at least 1 GiB free. After the build it holds src/, out/, modules/
-	// and more. The caller removes it.
+	// WorkDir is an empty folder on a disk with at least 1 GiB free. After the build the folder contains src/, out/,
+	// modules/ and more. The caller removes the folder.
 	WorkDir string
 	// Log receives the whole output of the build; nil discards it.
 	Log io.Writer
@@ -85,11 +85,11 @@ type Request struct {
 
 // Result is the outcome of a compilation.
 type Result struct {
-	// Modules maps a module's file name without .ko to the path of the stripped module in WorkDir/modules. The files
-	// have mode 0644. No sandbox could write to that folder.
+	// Modules has the path of each stripped module, by the module's file name without .ko. The files are in
+	// WorkDir/modules and have mode 0644. No sandbox could write to that folder.
 	Modules map[string]string
-	// Debug maps the same names to the unstripped modules in WorkDir/debug, which have the same build ids. Without
-	// Request.Debug the map is empty.
+	// Debug has the path of each unstripped module in WorkDir/debug, by the same names. An unstripped module has the
+	// build id of the stripped one. If Request.Debug is false, the map is empty.
 	Debug map[string]string
 	// Phases are conftest, compile, link, types and strip. A phase that did not run is missing.
 	Phases []timeline.Phase
@@ -479,7 +479,7 @@ func take(dir, name, to string) (err error) {
 	_, err = left.Copy(to, name, maxModule)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, untrusted.ErrKind), errors.Is(err, untrusted.ErrLarge):
-		return fault.Wrap(fault.Internal, fmt.Errorf("take %s out of the sandbox: %w", name, err), hintLog)
+		return fault.Wrap(fault.Internal, fmt.Errorf("copy %s out of the sandbox: %w", name, err), hintLog)
 	}
 	return diskFull(err)
 }

@@ -97,7 +97,7 @@ func relative(line string) string { return paths.Replace(line) }
 const (
 	hintDisk   = "free at least 1 GiB on the disk of the cache, or set --cache to a folder on another disk"
 	hintMemory = "give the builder more memory (1 GiB for each job), or run fewer jobs with --jobs"
-	hintTime   = "raise --compile-timeout, or run more jobs with --jobs on a machine with more CPUs"
+	hintTime   = "set a longer --compile-timeout; or build on a machine with more CPUs, with more --jobs"
 	hintBreak  = "choose a newer driver of the same branch: this driver does not know the interfaces of this kernel"
 	hintImage  = "run the builder on a system with a newer C library, such as a newer Debian; to see the " +
 		"version of this machine's C library: ldd --version"
@@ -167,7 +167,7 @@ func diagnose(err error, f findings) error {
 			"publish a toolchain.tar.xz that contains the missing program; or install the program on this machine (for "+
 				"make, perl and the C library's tools: apt-get install build-essential)")
 	case f.make != "" && f.lastLine != "":
-		return fault.New(fault.Internal, fmt.Sprintf("make: %s, after: %s", f.make, f.lastLine), hintLog)
+		return fault.New(fault.Internal, fmt.Sprintf("make: %s; the line before: %s", f.make, f.lastLine), hintLog)
 	case f.make != "":
 		return fault.New(fault.Internal, "make: "+f.make, hintLog)
 	case f.lastLine != "":

@@ -15,8 +15,8 @@ import (
 var hostTools = []string{"scripts/basic/fixdep", "scripts/mod/modpost", "scripts/genksyms/genksyms",
 	"tools/objtool/objtool"}
 
-// loaders maps a GOARCH to the path of glibc's dynamic loader. A machine with another C library does
-// not have this file. Scripts and static programs run without it.
+// loaders has the path of glibc's dynamic loader for each GOARCH. A machine with another C library
+// does not have this file. Scripts and static programs run without the loader.
 var loaders = map[string]string{"amd64": "/lib64/ld-linux-x86-64.so.2", "arm64": "/lib/ld-linux-aarch64.so.1"}
 
 // listNeeds is a shell script in which the dynamic loader lists each program's libraries without

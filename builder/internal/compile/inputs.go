@@ -17,7 +17,7 @@ import (
 type fileFacts struct {
 	digest string
 	named  map[string]bool // the scanner's names that occur in the file
-	pastes map[string]bool // parts of names that the preprocessor joins with ##
+	pastes map[string]bool // parts of names, which the preprocessor joins with ##
 	hides  bool            // true if the file includes files that are missing in every dependency list
 }
 

@@ -66,10 +66,10 @@ type variant struct {
 	Files []string `json:"files"`
 	// Macros are the conftest macros whose names occur in the kernel's headers of this object.
 	Macros []string `json:"macros,omitempty"`
-	// Generated maps the path of each file that the driver's makefiles generated to its content.
+	// Generated has the content of each file that the driver's makefiles generated, by the file's path.
 	Generated map[string]string `json:"generated,omitempty"`
-	// Inputs is the digest of all inputs, see objects.inputs. Version is the version of the driver
-	// that the object was compiled for.
+	// Inputs is the digest of all inputs, see objects.inputs. Version is the version of the driver for
+	// which the object was compiled.
 	Inputs  string `json:"inputs"`
 	Version string `json:"version"`
 }

@@ -40,8 +40,8 @@ var crossPrefix = map[target.Arch]string{
 type tools struct {
 	variables []string // make variables such as CC=name
 	compiler  string   // path inside the sandbox
-	strip     string   // file name of strip
-	objcopy   string   // file name of objcopy; "" if the toolchain has none
+	strip     string   // file name of the toolchain's strip
+	objcopy   string   // file name of the toolchain's objcopy; "" if it has none
 	sysroot   string   // path inside the sandbox; may be empty
 	clang     bool
 
@@ -181,8 +181,8 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 				fmt.Sprintf("compiler %s: .config says %s=y, so another compiler built the kernel", cc, option), hint)
 		}
 	}
-	// One clang program compiles for all processors, and its file name selects the target. Kbuild
-	// would set the target itself, but the driver's conftest would not.
+	// One clang program compiles for all processors. If no flag selects a processor, the program's
+	// file name does. Kbuild sets such a flag, but the driver's conftest does not.
 	if clang && r.Arch == target.ARM64 && !strings.HasPrefix(prefix, "aarch64-") {
 		return "", "", "", fault.New(fault.Usage,
 			fmt.Sprintf("compiler %s: its name does not say that it compiles for arm64", cc),

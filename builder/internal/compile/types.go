@@ -94,7 +94,7 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	minor, _ := strconv.Atoi(parts[2])
 	if number := 100*major + minor; number < t.pahole {
 		return fault.New(fault.Usage,
-			fmt.Sprintf("make BTF: pahole has version %s; the kernel's BTF was made by v%d.%02d", have,
+			fmt.Sprintf("make BTF: this machine has pahole %s, but pahole v%d.%02d made the kernel's BTF", have,
 				t.pahole/100, t.pahole%100),
 			fmt.Sprintf("install dwarves %d.%02d or newer; or %s", t.pahole/100, t.pahole%100, hintNoTypes))
 	}

@@ -123,7 +123,7 @@ func TestTypesRefused(t *testing.T) {
 		text         string
 	}{
 		{"kernel without", "", nil, "", false, fault.Usage, "configured without CONFIG_DEBUG_INFO_BTF_MODULES"},
-		{"newer pahole", takesBTF + "CONFIG_PAHOLE_VERSION=9901\n", nil, "", false, fault.Usage, "made by v99.01"},
+		{"newer pahole", takesBTF + "CONFIG_PAHOLE_VERSION=9901\n", nil, "", false, fault.Usage, "pahole v99.01 made"},
 		{"no objcopy", takesBTF, nil, "", true, fault.InputMissing, "no objcopy"},
 		{"flags that name a file", takesBTF, map[string]string{"scripts/pahole-flags.sh": "echo --btf_base=/etc/x\n"}, "",
 			false, fault.Unsupported, "--btf_base=/etc/x"},

@@ -148,8 +148,8 @@ func mentionsDriver(headers string) (found bool, err error) {
 	return found, err
 }
 
-// binds writes the replacements of the masked files to dir. It returns binds that put them over the
-// header tree in a sandbox.
+// binds writes the replacements of the masked files to dir. It returns sandbox binds that put the
+// replacements over the header tree.
 func (v *view) binds(dir string) ([]sandbox.Bind, error) {
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err

@@ -32,8 +32,8 @@ func hideStrings(text []byte) []byte {
 	return []byte(shown.String())
 }
 
-// hideVolatileHeaders writes replacements of the volatile headers to dir. It returns binds that put
-// them over the header tree.
+// hideVolatileHeaders writes replacements of the volatile headers to dir. It returns sandbox binds that
+// put the replacements over the header tree.
 func hideVolatileHeaders(headers, dir string) ([]sandbox.Bind, error) {
 	var binds []sandbox.Bind
 	for _, name := range volatileHeaders {

@@ -186,7 +186,7 @@ func (w *watch) end(failed bool) {
 	w.phase, w.started, w.done = "", now, 0
 }
 
-// stepLine matches the line that make prints for each step when it does not print whole commands.
+// stepLine matches the line that make prints for each step, if make does not print whole commands.
 var stepLine = regexp.MustCompile(`^ +(CONFTEST|CC \[M\]|AS \[M\]|LD \[M\]|MODPOST)[: ]? *(\S*)(.*)$`)
 
 func (w *watch) read(line string) {

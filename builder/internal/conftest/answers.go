@@ -20,7 +20,7 @@ type Basis struct {
 	Macros bool
 }
 
-// Answers maps the key of a question to its answer. [Keyer] makes the keys.
+// Answers has the answers to questions, by the question's key. [Keyer] makes the keys.
 type Answers map[string]string
 
 const maxAnswers = 1 << 20 // in bytes; pkg/cas stores no larger fact
@@ -87,8 +87,8 @@ func (a *Keyer) CacheKey() string {
 // all headers in the script's own list.
 func (a *Keyer) HeaderKey(header string) string { return digest("header", header) }
 
-// TestKey returns the key of a compile test. headers is the content of headers.h. ok is false if the script does not
-// know the test.
+// TestKey returns the key of a compile test. The argument headers is the content of headers.h. If the script does not
+// know the test, TestKey returns false.
 func (a *Keyer) TestKey(test, headers string) (string, bool) {
 	text, ok := a.script.find(test)
 	return digest("test", test, text, a.Visible(test, headers)), ok

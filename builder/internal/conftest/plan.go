@@ -35,7 +35,7 @@ type Plan struct {
 	Flags, CFlags string
 	// Headers are the headers whose presence is tested, in the order of the Kbuild file. A header may occur twice.
 	Headers []string
-	// Tests maps each category to its compile tests, in the order of the Kbuild file. A test may occur twice.
+	// Tests has the compile tests of each category, in the order of the Kbuild file. A test may occur twice.
 	Tests map[string][]string
 }
 

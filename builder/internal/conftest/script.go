@@ -50,7 +50,7 @@ func ParseScript(text []byte) (*Script, error) {
 	all := string(text)
 	for _, part := range []string{beginTests, testLoop, testMode} {
 		if strings.Count(all, part) != 1 {
-			return nil, fmt.Errorf("%w: the script does not have %q exactly once", ErrShape, strings.TrimSpace(part))
+			return nil, fmt.Errorf("%w: the script does not contain %q exactly once", ErrShape, strings.TrimSpace(part))
 		}
 	}
 	head, body, _ := strings.Cut(all, beginTests)
@@ -76,7 +76,7 @@ func ParseScript(text []byte) (*Script, error) {
 		case now == nil:
 			m := stanzaHead.FindStringSubmatch(line)
 			if m == nil {
-				return nil, fmt.Errorf("%w: %.80q does not begin a test", ErrShape, bare)
+				return nil, fmt.Errorf("%w: the line %.80q does not begin a test", ErrShape, bare)
 			}
 			now = &stanza{}
 			for p := range strings.SplitSeq(m[1], "|") {

@@ -27,9 +27,9 @@ type Header struct {
 type Source struct {
 	// Path is the source's path in the tree.
 	Path string
-	// Through lists the headers between the source and the text of the precompiled header. The source includes the
-	// first of these headers, and each header includes the next one. Before that include, the source and the headers
-	// have only definitions and, in a header, the include guard.
+	// Through is the list of the headers between the source and the text of the precompiled header. The source includes
+	// the first of these headers, and each header includes the next one. Before that include line, the source and the
+	// headers have only definitions and, in a header, the include guard.
 	Through []string
 	// First is the path of the first header that the precompiled header includes. If that header is the kernel's and not
 	// the driver's, First is "".
@@ -110,7 +110,7 @@ func (t *tree) choose(sources []string) []Header {
 }
 
 // prefixes returns the texts with which a source begins. Each of these texts ends after an include line, and could be
-// the text of a precompiled header. The map's values are the source as an entry of Header.Sources.
+// the text of a precompiled header. Each value of the map is the entry for Header.Sources.
 func (t *tree) prefixes(name string) map[string]Source {
 	all := map[string]Source{}
 	var through, before []string // the headers between source and text; the definitions before these headers

@@ -33,10 +33,10 @@ type boot struct {
 
 // cosArguments are arguments for the kernel's command line. With them, a kernel with COS's
 // configuration loads modules and firmware from the virtual machine's memory. loadpin.exclude
-// switches LoadPin off for modules, in the same words as COS's own command line. csm.disabled
-// switches off COS's Container Security Monitor, as COS's own command line does. ima_appraise
-// switches off IMA's check of firmware. hung_task_panic=0 prevents a panic over a slow task: in an
-// emulator, a task may take longer than the kernel allows.
+// switches LoadPin off for modules, with the same words that COS uses on its own command line.
+// csm.disabled switches off COS's Container Security Monitor, as COS itself does. ima_appraise
+// switches off IMA's check of firmware. hung_task_panic=0 prevents a panic over a slow task, because
+// in an emulator a task may take longer than the kernel allows.
 const cosArguments = "loadpin.exclude=kernel-module,firmware csm.disabled=1 ima_appraise=off hung_task_panic=0\n"
 
 // findBoot chooses the boot folder for the load test: the bucket's own boot archive, or a folder

@@ -31,8 +31,8 @@ const sumsFile = "SHA256SUMS"
 
 // modules describes the modules of one driver in the cache.
 type modules struct {
-	files map[string]string // name to path
-	sums  map[string]string // name to SHA-256, in hex
+	files map[string]string // the paths of the modules, by name
+	sums  map[string]string // the SHA-256 of the modules in hex, by name
 	// debug is the path of the folder with the unstripped modules. The folder exists only if
 	// Config.DebugSymbols is true.
 	debug string
@@ -97,7 +97,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 		}
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
 			fault.New(fault.TimedOut, fmt.Sprintf("the modules took longer than %v to compile", r.cfg.CompileTimeout),
-				"raise --compile-timeout"))
+				"set a longer --compile-timeout"))
 		defer cancel()
 		made, err := compile.Modules(ctx, compile.Request{
 			Source: source, Headers: in.kernel.Headers, Toolchain: in.kernel.Toolchain, Env: in.kernel.Env,

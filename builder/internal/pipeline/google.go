@@ -83,7 +83,7 @@ func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in
 	}
 	detached, err := modsign.ReadDetached(bytes.NewReader(s.Archive), s.TrustedKey)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", s.Materials[0].URI, err)
+		return nil, fmt.Errorf("read %s: %w", s.Materials[0].URI, err)
 	}
 	return &googleSignatures{Detached: detached, materials: s.Materials}, nil
 }
@@ -164,7 +164,7 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 		defer func() { err = errors.Join(err, f.Close()) }()
 		names, err := modsign.UnpackSigned(f, dir, trusted)
 		if err != nil {
-			return fmt.Errorf("%s: %w", driver.Materials[0].URI, err)
+			return fmt.Errorf("unpack %s: %w", driver.Materials[0].URI, err)
 		}
 		sums := map[string]string{}
 		for _, name := range names {

@@ -92,7 +92,7 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 	case err != nil:
 		return err
 	case to.gpus != nil && len(to.gpus.LeftOut) > 0:
-		r.progress("look up")("left out of supported-gpus.json: " + strings.Join(to.gpus.LeftOut, "; "))
+		r.progress("look up")("cannot read these entries of supported-gpus.json: " + strings.Join(to.gpus.LeftOut, "; "))
 	}
 	for _, dest := range r.cfg.Destinations {
 		if tarball.Is(dest) {

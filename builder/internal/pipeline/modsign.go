@@ -35,7 +35,8 @@ type signing struct {
 func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error) {
 	f, err := os.Open(filepath.Join(in.kernel.Headers, ".config"))
 	if err != nil {
-		return s, fault.Wrap(fault.InputMissing, err, "publish a kernel-headers.tgz that holds the kernel's .config")
+		return s, fault.Wrap(fault.InputMissing, fmt.Errorf("read kernel configuration: %w", err),
+			"publish a kernel-headers.tgz that holds the kernel's .config")
 	}
 	defer f.Close()
 	config, err := modsign.ReadConfig(f)

@@ -62,7 +62,7 @@ func (r *run) checkLayers(ctx context.Context, a *artifact) error {
 	}
 	for _, l := range a.layers {
 		if err := r.products.Recheck(ctx, l.Path); err != nil {
-			return fmt.Errorf("%s layer: %w", l.Kind, err)
+			return fmt.Errorf("read the %s layer in the cache: %w", l.Kind, err)
 		}
 	}
 	return nil

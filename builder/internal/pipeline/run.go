@@ -40,7 +40,7 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	defer cfg.Cache.Begin()() // the cache keeps everything that this build uses until the build ends
 	kept, err := newLogCopy(cfg.Cache)
 	if err != nil {
-		return &r.res, fault.CacheDisk(fmt.Errorf("keep the log: %w", err))
+		return &r.res, fault.CacheDisk(fmt.Errorf("make a file for the log: %w", err))
 	}
 	defer func() { _ = kept.close() }() // a failure is ignored: the next Open of the cache removes the file as well
 	r.kept, r.log = kept, io.MultiWriter(log, kept)
