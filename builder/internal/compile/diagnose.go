@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// findings holds the first line of each kind of error in a build's output.
+// findings has the first line of each kind of error in a build's output.
 type findings struct {
 	source  string // a compiler error with a place in a source file
 	modpost string // modpost's first ERROR
@@ -87,8 +87,8 @@ func (f *findings) read(line string) {
 	}
 }
 
-// paths shortens the sandbox's paths. The path of a driver's file becomes relative to the driver's
-// sources, and the path of a kernel header becomes <kernel>/include/….
+// paths is the replacer that shortens the sandbox's paths. The path of a driver's file becomes
+// relative to the driver's sources, and the path of a kernel header becomes <kernel>/include/….
 var paths = strings.NewReplacer(insideSource+"/", "", insideKernel+"/", "<kernel>/", insideToolchain+"/",
 	"<toolchain>/")
 

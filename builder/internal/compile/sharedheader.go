@@ -57,8 +57,8 @@ type sharedHeader struct {
 
 	once sync.Once
 	err  error // the result of makeOnce
-	// prefix holds the lines that the script puts before every program. It is nil if the
-	// precompiled header could not be made.
+	// prefix has the lines that the script puts before every program. It is nil if the compiler could
+	// not make or use the precompiled header.
 	prefix []string
 	left   int // number of questions that have no answer yet
 }

@@ -35,7 +35,7 @@ const (
 	GoogleOff GoogleSignatures = "off"
 )
 
-// googleSignatures holds Google's signatures for this run's COS build and driver.
+// googleSignatures has Google's signatures for the COS build and the driver of this run.
 type googleSignatures struct {
 	*modsign.Detached
 	materials []cossrc.Material // the signature archive comes first
@@ -123,7 +123,7 @@ func (r *run) attachSignatures(ctx context.Context, in *inputs, s signing, m *mo
 	return signed, note, nil
 }
 
-// googleModules holds the modules that Google compiled for this run's COS build.
+// googleModules has the modules that Google compiled for the COS build of this run.
 type googleModules struct {
 	*cossrc.SignedDriver
 	dir    string // the folder of the verified modules

@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// publication holds the destinations of an artifact, and the keys that sign it.
+// publication has the destinations of an artifact, and the keys with which the artifact is signed.
 type publication struct {
 	signer       *sign.Signer
 	verifier     *trust.Verifier

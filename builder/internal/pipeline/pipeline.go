@@ -49,7 +49,7 @@ const (
 	defaultMinFree        = 1 << 30
 )
 
-// Config holds the settings of one machine for all its builds.
+// Config is the settings of one machine for all its builds.
 type Config struct {
 	// KernelMirror and DriverMirror are bucket URLs: gs://, https:// or file://.
 	KernelMirror, DriverMirror string
@@ -127,7 +127,7 @@ type Request struct {
 	// same name, if it is not "".
 	KernelMirror, DriverMirror string
 	GoogleSignatures           GoogleSignatures
-	// GoogleModules has the same meaning as Config.GoogleModules; one of the two is enough.
+	// GoogleModules has the same meaning as Config.GoogleModules. It is enough if one of the two is true.
 	GoogleModules bool
 	// BTF is a version of pahole. If BTF is not "", the modules get BTF as with Config.BTF, and the
 	// build fails if this machine has another version of pahole.
