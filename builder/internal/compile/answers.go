@@ -111,7 +111,7 @@ func readStored(cache *cas.Cache, key string) (conftest.Answers, error) {
 // the cache does not have the plan yet, findPlan runs make, which runs the driver's sanity checks
 // and writes the plan. The cache key covers everything that decides the plan: the makefiles and
 // scripts of the driver and of the kernel.
-func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
+func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	args := slices.Clone(a.args)
 	for i, arg := range args {
 		if strings.HasPrefix(arg, "KERNEL_UNAME=") {
@@ -183,7 +183,7 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 // noPlan returns the error for a missing plan. If one of the driver's sanity checks failed, the
 // driver refuses the kernel, and noPlan returns make's error err unchanged. In any other case the
 // error wraps errUseMake.
-func (a *answers) noPlan(err error, said string) error {
+func (a *answerer) noPlan(err error, said string) error {
 	var f findings
 	for line := range strings.Lines(said) {
 		f.read(strings.TrimRight(line, "\r\n"))
@@ -217,7 +217,7 @@ type question struct {
 
 // find returns the files of the folder conftest/. It runs the tests without a stored answer and
 // stores their answers.
-func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
+func (a *answerer) find(ctx context.Context) ([]conftest.File, error) {
 	known, flags := len(a.stored), a.keyer.Flags()
 	a.watch.expect.conftest = max(1, len(a.plan.Headers)) + len(a.plan.All())
 	var about []question
@@ -274,7 +274,7 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 
 // ask returns the answer to each question, by the question's name. If a question has no stored
 // answer, ask runs the question's test and adds the answer to a.stored.
-func (a *answers) ask(ctx context.Context, about []question) (map[string]string, error) {
+func (a *answerer) ask(ctx context.Context, about []question) (map[string]string, error) {
 	found, asked := map[string]string{}, map[string]bool{}
 	var open []question
 	for _, q := range about {
@@ -329,7 +329,7 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 
 // askOne runs the driver's conftest.sh for one question in its own sandbox and returns what the
 // script printed.
-func (a *answers) askOne(ctx context.Context, q question, dir string) (text string, err error) {
+func (a *answerer) askOne(ctx context.Context, q question, dir string) (text string, err error) {
 	script, err := a.script.Question(q.test)
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errUseMake, err)
@@ -372,7 +372,7 @@ func (a *answers) askOne(ctx context.Context, q question, dir string) (text stri
 
 // release puts the kernel's release into the answer to the question uts_release, in place of the
 // masked string. It returns the new answer.
-func (a *answers) release(answer string) (string, error) {
+func (a *answerer) release(answer string) (string, error) {
 	text, err := readHost(filepath.Join(a.r.Headers, "include/generated/utsrelease.h"))
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errUseMake, err)
@@ -392,7 +392,7 @@ var answeredScript string
 // others, and make compares their times. So write creates each file after the files on which it
 // depends. It also replaces the driver's conftest.sh by a script that only prints the stored answers.
 // So no code of the driver's conftest.sh runs in make's sandbox.
-func (a *answers) write(files []conftest.File) error {
+func (a *answerer) write(files []conftest.File) error {
 	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@",
 		insideSource+"/conftest/uts_release").Replace(answeredScript)
 	if err := os.WriteFile(filepath.Join(a.src, "conftest.sh"), []byte(script), 0o644); err != nil {
@@ -409,7 +409,7 @@ func (a *answers) write(files []conftest.File) error {
 
 // unchanged reports whether the files of the folder conftest/ still have the content that write gave
 // them.
-func (a *answers) unchanged(left *untrusted.Dir) bool {
+func (a *answerer) unchanged(left *untrusted.Dir) bool {
 	for name, text := range a.files {
 		if now, err := left.Read("conftest/"+name, maxHeader); err != nil || string(now) != text {
 			return false

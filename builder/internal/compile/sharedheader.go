@@ -65,7 +65,7 @@ type sharedHeader struct {
 
 // assignHeaders gives one shared header to the questions whose programs begin with the same headers.
 // If several shared headers fit a question, the question gets the one with the most headers.
-func (a *answers) assignHeaders(open []question, dir string) {
+func (a *answerer) assignHeaders(open []question, dir string) {
 	if a.view.Macros {
 		return // the kernel's headers depend on answers, so two questions may see different headers
 	}
@@ -149,7 +149,7 @@ func (b *sharedHeader) countAnswer() error {
 }
 
 // writeWrapper fills in the template of a compiler wrapper and writes it to dir.
-func (a *answers) writeWrapper(dir, script string) error {
+func (a *answerer) writeWrapper(dir, script string) error {
 	use, strict := "-include "+insideHeader+"/text.h", "-Winvalid-pch -Werror=invalid-pch"
 	if a.t.clang {
 		use, strict = "-include-pch "+insideHeader+"/text.h.gch", ""
@@ -236,7 +236,7 @@ func (b *sharedHeader) makeOnce(ctx context.Context, a *answerer, dir string) er
 
 // withHeader adds the precompiled header of a question to the question's sandbox. If the question has
 // none, the sandbox stays unchanged.
-func (a *answers) withHeader(box sandbox.Config, q question) sandbox.Config {
+func (a *answerer) withHeader(box sandbox.Config, q question) sandbox.Config {
 	if q.header == nil || q.header.prefix == nil {
 		return box
 	}
@@ -248,7 +248,7 @@ func (a *answers) withHeader(box sandbox.Config, q question) sandbox.Config {
 }
 
 // askArguments returns the command that runs the driver's script for a question.
-func (a *answers) askArguments(q question) []string {
+func (a *answerer) askArguments(q question) []string {
 	return append([]string{"sh", "-c", `exec /bin/sh ./conftest.sh "$@" > answer`, "sh", a.plan.CC, a.plan.Arch,
 		a.plan.Sources, a.plan.Output}, q.argv...)
 }
