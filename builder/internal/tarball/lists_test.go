@@ -140,7 +140,7 @@ func FuzzEditText(f *testing.F) {
 		if err := prototext.Unmarshal(got, &after); err != nil {
 			t.Fatalf("EditText(%q) = %q, which cannot be read: %v", have, got, err)
 		}
-		kept(t, &before, &after)
+		checkKept(t, &before, &after)
 		if again, err := tarball.Text.Add(got, "535.261.03", none); err != nil || !bytes.Equal(again, got) {
 			t.Errorf("EditText twice = %q, %v; want %q", again, err, got)
 		}
@@ -170,12 +170,12 @@ func FuzzEditBinary(f *testing.F) {
 		if err := proto.Unmarshal(got, &after); err != nil {
 			t.Fatalf("EditBinary(%q) = %q, which cannot be read: %v", have, got, err)
 		}
-		kept(t, &before, &after)
+		checkKept(t, &before, &after)
 	})
 }
 
-// kept checks that the list still has all its former entries.
-func kept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList) {
+// checkKept checks that the list after has all entries of the list before.
+func checkKept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList) {
 	t.Helper()
 	if len(after.GetGpuDriverVersionInfo()) < len(before.GetGpuDriverVersionInfo()) {
 		t.Fatalf("rows were lost: %v", after)

@@ -26,12 +26,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Recipe is the version of the packing method. Change it whenever equal input would give other bytes. A driver that was
-// packed with the old method can then not be published again, because the new tarball has other bytes and Publish
-// refuses to replace a published one.
+// Recipe is the version of the packing method. Change Recipe whenever the same files would give a different tarball.
+// After such a change, a driver that is published already cannot be published again: its new tarball differs from the
+// published tarball, which Publish never replaces.
 const Recipe = "tgz-1"
 
-// level is the gzip level. It is the library's default, fixed here because the bytes depend on it.
+// level is the compression level of gzip. It is the library's default, and is fixed here because the content of the
+// tarball depends on it.
 const level = 6
 
 // maxFiles limits the number of files in a tarball, and maxBytes their size in bytes before
@@ -105,15 +106,15 @@ func (r Release) sources() ([]source, error) {
 	}
 	if len(all) > maxFiles || total > maxBytes {
 		return nil, fault.Errorf(fault.Usage,
-			"%d files of %d bytes in all; at most %d files of %d bytes fit", len(all), total, maxFiles,
-			int64(maxBytes))
+			"the tarball would have %d files with %d bytes in all; at most %d files with %d bytes are allowed", len(all), total,
+			maxFiles, int64(maxBytes))
 	}
 	slices.SortFunc(all, func(a, b source) int { return cmp.Compare(a.name, b.name) })
 	return all, nil
 }
 
-// keptXattrs are the extended attributes that go into the tarball. The kernel's integrity subsystem
-// (IMA) compares firmware with security.ima.
+// keptXattrs has the names of the extended attributes that go into the tarball. The attribute security.ima has the hash
+// or signature with which the kernel's integrity subsystem (IMA) checks a firmware file.
 var keptXattrs = []string{"security.ima"}
 
 // readXattr returns an extended attribute of a file; nil means that the file has none.
@@ -168,7 +169,8 @@ func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, 
 	return o, list, nil
 }
 
-// folders writes the entries of a folder and of the folders above it, each once.
+// folders writes the tar entries of the folder dir and of its parent folders. The map made has the folders whose
+// entries are in the tar already.
 func folders(tw *tar.Writer, made map[string]bool, dir string) error {
 	if dir == "." || made[dir] {
 		return nil
@@ -209,7 +211,7 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 	return File{Name: s.name, Size: n, SHA256: ocidigest.NewDigest(ocidigest.SHA256, h).String()}, err
 }
 
-// sums is a writer that counts and hashes the bytes.
+// sums is a writer that counts the bytes written to it, and computes their checksums.
 type sums struct {
 	w    io.Writer
 	done func() object
@@ -252,7 +254,7 @@ func fileObject(ctx context.Context, file string) (object, error) {
 	return o, nil
 }
 
-// bytesObject returns an object with these bytes.
+// bytesObject returns an object whose content is data.
 func bytesObject(name, contentType string, data []byte) object {
 	s := newSums()
 	_, _ = s.Write(data) // a hash never returns an error
