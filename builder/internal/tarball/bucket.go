@@ -89,7 +89,8 @@ func parse(dest string) (*url.URL, error) {
 			fmt.Sprintf("open destination %s: want a URL without user, query and fragment", u.Redacted()), hint)
 	}
 	if u.Scheme != "gs" && u.Scheme != "file" {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("open destination %q: the URL begins neither with gs:// nor with file://", dest), hint)
+		return nil, fault.New(fault.Usage,
+			fmt.Sprintf("open destination %q: the URL begins neither with gs:// nor with file://", dest), hint)
 	}
 	return u, nil
 }
