@@ -26,9 +26,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Signer signs statements in one of two ways. It signs with one lasting key in a file or a KMS, of a kind that
-// [trust.PublicKey] lists. Or it signs keyless: with short-lived keys, each with a certificate that names the person or
-// service that signs.
+// Signer signs statements in one of two ways. It signs with one lasting key, which is in a file or a KMS and of a kind
+// that [trust.PublicKey] supports. Or it signs keyless: with short-lived keys, each with a certificate for the person
+// or service that signs.
 type Signer struct {
 	sv      signature.Signer
 	pub     crypto.PublicKey
@@ -106,7 +106,7 @@ func fromFile(path string, l loading) (*Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	// NewPublicKey comes before LoadDefaultSigner, because its error names the supported kinds of keys.
+	// NewPublicKey comes before LoadDefaultSigner, because its error lists the supported kinds of keys.
 	if _, err := trust.NewPublicKey(private.Public()); err != nil {
 		return nil, err
 	}
