@@ -143,9 +143,9 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	return Loaded, ""
 }
 
-// taints are the taint flags of Documentation/admin-guide/tainted-kernels.rst that show damage. The flags for a module
-// that is proprietary, out of tree or not signed by the kernel's key are expected, so they are left out. The flag for a
-// soft lockup is left out, because a busy host causes lockups in an emulated machine.
+// taints has the flags in Documentation/admin-guide/tainted-kernels.rst that show damage to the kernel. The flags for a
+// module that is proprietary, out of tree or not signed by the kernel's key are expected, so they are left out. The
+// flag for a soft lockup is left out, because a busy host causes lockups in an emulated machine.
 var taints = []struct {
 	bit  uint
 	what string
@@ -154,8 +154,8 @@ var taints = []struct {
 	{9, "warning"},
 }
 
-// newTaint compares the contents that /proc/sys/kernel/tainted had before and after the modules were loaded. newTaint
-// returns the names of those flags in taints that only the second content has.
+// newTaint compares two contents of /proc/sys/kernel/tainted: from before the modules were loaded, and from after it.
+// newTaint returns the names of the flags in taints that are set only in the second content.
 func newTaint(before, after string) string {
 	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
 	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)
@@ -231,8 +231,8 @@ func cutOff(what string, res *vm.Result) string {
 	return what + ": the machine did not finish this step"
 }
 
-// refusal describes a failed step. The parameter what names the step. The text also has the errno or the exit status of
-// the step, and the kernel's own message if there is one.
+// refusal describes a failed step. The parameter what says which step it was. The text also has the errno or the exit
+// status of the step, and the kernel's own message if there is one.
 func refusal(what string, s vm.StepResult) string {
 	text := what + ": "
 	if name := unix.ErrnoName(syscall.Errno(s.ExitCode)); name != "" && s.ExitCode < 124 {
@@ -294,7 +294,7 @@ func warnings(log string) []string {
 	return all
 }
 
-// maxWarnings limits the number of lines that a verdict quotes.
+// maxWarnings is the largest number of lines in [Verdict.Warnings].
 const maxWarnings = 20
 
 // findLine returns the first line of the log that contains the first mark. If no line contains it, findLine tries the

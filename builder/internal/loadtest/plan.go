@@ -56,7 +56,7 @@ const (
 	sysStamp     = "/sys/module/nvidia/notes/" + modinfo.StampSection
 )
 
-// stepTimeout limits one step. Even a slow machine needs far less.
+// stepTimeout is the time limit of one step. Even a slow machine needs far less.
 const stepTimeout = 2 * time.Minute
 
 func newPlan(c Config) (*plan, error) {
@@ -120,8 +120,8 @@ func (p *plan) addFiles(c Config) error {
 	} else if !have {
 		return fault.New(fault.InputMissing,
 			fmt.Sprintf("driver %s lacks libnvidia-ml.so.1, which nodes need to check the driver", p.version),
-			"check that the object is NVIDIA's full driver runfile for this architecture; or publish without a load "+
-				"test: --load-test off")
+			"check that the runfile is NVIDIA's full driver for this architecture; or publish without a load test: "+
+				"--load-test off")
 	}
 	switch _, err := os.Stat(probe); {
 	case err == nil:
@@ -137,7 +137,7 @@ func (p *plan) addFiles(c Config) error {
 		p.notAsked = "this builder has no " + filepath.Base(probe)
 	default:
 		return fault.Wrap(fault.Usage, fmt.Errorf("find nvmlprobe: %w", err),
-			"compile nvmlprobe with make build, or name the program with --probe")
+			"give the path of nvmlprobe with --probe; or compile nvmlprobe with: make build")
 	}
 	if c.Firmware == "" {
 		return nil
