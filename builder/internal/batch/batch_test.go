@@ -178,8 +178,8 @@ func waitASecond(string) error {
 
 var errBreak = fault.New(fault.APIBreak, "nv-pci.c:1: error: too few arguments", "take a newer one")
 
-// A failed cell does not block any other. Cells of the same build fail and succeed together. A published cell, and
-// one whose failure is stored, does not start.
+// A failed cell does not block any other cell. Cells of the same build fail and succeed together. A cell does not start
+// if it is published, or if its failure is stored.
 func TestRun(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, testRun)
@@ -357,7 +357,7 @@ func TestFetchTrouble(t *testing.T) {
 	})
 }
 
-// When the context ends, running cells are cancelled and the others do not start.
+// When the context ends, running cells are cancelled and no other cell starts.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

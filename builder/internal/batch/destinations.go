@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Destinations are the places where artifacts are published, and the keys that are trusted there.
+// Destinations has the places where artifacts are published, and the keys that are trusted there.
 type Destinations struct {
 	Repositories []*registry.Repository
 	// Buckets hold the published tarballs of the artifacts in Repositories.

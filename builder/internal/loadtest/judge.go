@@ -130,7 +130,7 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 		m.Unload = OK
 	}
 	if res.Crash != "" {
-		return Loaded, "" // judge reports the crash
+		return Loaded, "" // the function judge reports the crash
 	}
 	after, ok := res.Step(stepAfter)
 	if !ok || !after.Ended || after.ExitCode != 0 {
@@ -276,9 +276,9 @@ func reasonLine(log string) string {
 	return withoutStamp(lines[len(lines)-1])
 }
 
-// complaint matches the first line of each report of an internal problem. WARN's line is made by __warn in
-// kernel/panic.c: "WARNING: CPU: 0 PID: 1 at FILE:LINE FUNCTION", since Linux 6.19 "WARNING: FILE:LINE at FUNCTION,
-// CPU#0: COMMAND/PID", both also without FILE:LINE.
+// complaint matches the first line of each report of an internal problem. The first line of a report by the macro WARN
+// is made by __warn in kernel/panic.c. It is "WARNING: CPU: 0 PID: 1 at FILE:LINE FUNCTION"; since Linux 6.19 it is
+// "WARNING: FILE:LINE at FUNCTION, CPU#0: COMMAND/PID". In both forms, FILE:LINE may be missing.
 var complaint = regexp.MustCompile(`^(WARNING: (CPU: |.*\bat .*, CPU#)|UBSAN: |KASAN: |BUG: )`)
 
 // warnings returns the lines in which the kernel reports an internal problem but continues to run.

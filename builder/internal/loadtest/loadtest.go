@@ -64,11 +64,11 @@ func Run(ctx context.Context, c Config, console io.Writer) (*Verdict, error) {
 	}
 	gpu, err := exists(filepath.Join(c.Boot, vm.BootGPU))
 	if err != nil {
-		return nil, fmt.Errorf("prepare load test: %w", err)
+		return nil, fmt.Errorf("prepare the load test: %w", err)
 	}
 	p, err := newPlan(c)
 	if err != nil {
-		return nil, fmt.Errorf("prepare load test: %w", err)
+		return nil, fmt.Errorf("prepare the load test: %w", err)
 	}
 	p.gpu = gpu
 	res, err := vm.Run(ctx, vm.Config{
@@ -99,7 +99,7 @@ func (c Config) validate() error {
 		errs = append(errs, errors.New("no nvmlprobe program"))
 	}
 	if len(errs) > 0 {
-		return fault.Wrap(fault.Usage, fmt.Errorf("prepare load test: %w", errors.Join(errs...)), "")
+		return fault.Wrap(fault.Usage, fmt.Errorf("prepare the load test: %w", errors.Join(errs...)), "")
 	}
 	return nil
 }

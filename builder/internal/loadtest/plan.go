@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// plan has the steps for the machine, and the facts with which judge checks the results of the steps.
+// plan has the steps for the machine, and the facts with which the function judge checks the results of the steps.
 type plan struct {
 	version string
 	arch    target.Arch

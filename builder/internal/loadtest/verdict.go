@@ -58,8 +58,8 @@ const (
 	Skipped = "skipped" // the test did not load the module, or accepts that the module does not start; see Module.Note
 )
 
-// maxKernelLog limits the log in a verdict, in bytes, because a verdict is stored, signed and sent to others. The log
-// of a run without errors fills a fifth of this limit.
+// maxKernelLog is the largest size of the log in a verdict, in bytes. There is a limit, because a verdict is stored,
+// signed and sent to others. The log of a run without errors fills a fifth of it.
 const maxKernelLog = 32 << 10
 
 // String returns a line for people: "loaded", "loaded, no device: ..." or

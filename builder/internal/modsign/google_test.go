@@ -96,7 +96,7 @@ func TestAttach(t *testing.T) {
 		name, file    string
 		archive, root []byte
 		module        []byte
-		leftOut       string // "" means that Attach attaches the signature or refuses it
+		leftOut       string // reason of ErrLeftOut; "" means that Attach returns another error or none
 		refused       error
 	}{
 		{name: "the very bytes, root known", root: pemOf(g.root.cert)},

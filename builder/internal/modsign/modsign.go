@@ -53,7 +53,7 @@ type Signer struct {
 func Load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	s, err := load(ctx, keyRef, certPath)
 	if err != nil {
-		return nil, fmt.Errorf("load module signing key: %w", err)
+		return nil, fmt.Errorf("load the module signing key: %w", err)
 	}
 	return s, nil
 }
@@ -77,8 +77,8 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 		return nil, fault.New(fault.Usage,
 			fmt.Sprintf("%s is a key of type %T; want an RSA key, whose signatures are the same each time",
 				keyRef, key.Public()),
-			"use an RSA key: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout modules.key -out "+
-				"modules.crt")
+			"make an RSA key with: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout "+
+				"modules.key -out modules.crt")
 	}
 	// rsa_check_key_length in the kernel's crypto/rsa.c refuses other lengths. The exceptions are 512, 1024 and 1536
 	// bits outside of FIPS mode, which are too short to be safe.

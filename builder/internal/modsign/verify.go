@@ -26,7 +26,7 @@ var (
 	// ErrUnknownKey: EKEYREJECTED, "Loading of module with unavailable key is rejected".
 	ErrUnknownKey = errors.New("module is signed with a key that is not trusted")
 	// ErrChanged: EKEYREJECTED without a message.
-	ErrChanged = errors.New("module signature does not hold: module or signature changed after signing")
+	ErrChanged = errors.New("module signature is not valid: the module or the signature changed after signing")
 )
 
 // Signature describes a valid signature.
@@ -129,10 +129,10 @@ func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, er
 	return s, nil
 }
 
-// These constants limit the parts of a signature, because each part costs a verification. maxSigners limits the
-// signers. maxSent limits the certificates in a signature or in a signature archive. maxChain limits the certificates
-// between a signer and a trusted certificate. A signature by the kernel's own program sign-file has one signer and no
-// certificates.
+// These constants limit the parts of a signature, because each part costs a verification. maxSigners is the largest
+// number of signers. maxSent is the largest number of certificates in a signature or in a signature archive. maxChain
+// is the largest number of certificates between a signer and a trusted certificate. A signature by the kernel's own
+// program sign-file has one signer and no certificates.
 const (
 	maxSigners = 16
 	maxSent    = 16
@@ -144,8 +144,8 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	if len(signature) > maxSignature {
 		return nil, fmt.Errorf("%w: it has %d bytes; at most %d are read", ErrMalformed, len(signature), maxSignature)
 	}
-	// The library also accepts BER, and ignores some parts that it cannot read. So the signature must first have this
-	// outline in DER, with nothing after it.
+	// The library also accepts BER, and ignores some parts that it cannot read. So this function first checks that the
+	// signature has this outline in DER, with nothing after it.
 	var outline struct {
 		Type    asn1.ObjectIdentifier
 		Content struct {

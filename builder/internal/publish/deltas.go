@@ -19,11 +19,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxDelta limits the size of a delta in bytes. Deltas keeps a delta in memory while it makes the delta. A larger delta
-// would save a node too little.
+// maxDelta is the largest size of a delta, in bytes. There is a limit for two reasons: a delta is in memory while it is
+// made, and a larger delta would save a node too little.
 const maxDelta = 16 << 20
 
-// maxBefore limits how many earlier COS builds Deltas examines for each wanted delta.
+// maxBefore is the largest number of earlier COS builds that Deltas examines for each wanted delta.
 const maxBefore = 4
 
 // Delta describes a delta that [Deltas] attached.
@@ -35,8 +35,8 @@ type Delta struct {
 
 // Deltas attaches up to count deltas to a published artifact. With a delta, a node makes the artifact's module layer
 // out of the module layer of an earlier COS build of the same board, milestone and driver. Deltas takes the newest of
-// these COS builds first, because a node whose OS was updated usually has the layer of a recent one. Deltas skips a
-// delta that is attached already. Deltas also skips a delta that saves too little, because it is larger than maxDelta
+// these COS builds first, because a node whose OS was updated usually has the layer of a recent COS build. Deltas skips
+// a delta that is attached already. Deltas also skips a delta that saves too little, because it is larger than maxDelta
 // or than half of the new layer. The result made has the deltas that were attached, also if there is an error.
 func Deltas(
 	ctx context.Context,

@@ -92,7 +92,7 @@ func privateFile(path string, l loading) (crypto.Signer, error) {
 	private, err := cryptoutils.UnmarshalPEMToPrivateKey(text, func(bool) ([]byte, error) { return l.password() })
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "give a PEM file of type PRIVATE KEY, as builder keygen writes it; "+
-			"decrypt an encrypted PKCS #8 key with: openssl pkey -in KEY -out DECRYPTED")
+			"if the file is an encrypted PKCS #8 key, decrypt it with: openssl pkey -in KEY -out DECRYPTED")
 	}
 	key, ok := private.(crypto.Signer)
 	if !ok {
@@ -164,7 +164,7 @@ func GenerateKey(path string) error {
 	if err := generateKey(path); err != nil {
 		hint := ""
 		if errors.Is(err, os.ErrExist) {
-			hint = "use another name: a node that trusts the old key would not trust what you publish with the new one"
+			hint = "use another name for the new key: nodes that trust the old key would not trust what you publish with the new one"
 		}
 		return fault.Wrap(fault.Usage, fmt.Errorf("generate key: %w", err), hint)
 	}

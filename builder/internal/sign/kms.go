@@ -109,7 +109,7 @@ func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, er
 		return key, nil
 	}()
 	if err != nil {
-		return nil, fmt.Errorf("open key %s: %w", ref, err)
+		return nil, fmt.Errorf("open the key %s: %w", ref, err)
 	}
 	return key, nil
 }

@@ -30,7 +30,7 @@ type Material struct {
 	Digest    string // sha256:...
 }
 
-// BuildFacts is everything that provenance says about a build. The caller sets times and ids, because this package
+// BuildFacts is everything that the provenance says about a build. The caller sets times and ids, because this package
 // reads no clock.
 type BuildFacts struct {
 	Kernel      target.Kernel
@@ -178,7 +178,7 @@ func timestamp(t time.Time) *timestamppb.Timestamp {
 func Bundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 	raw, err := newBundle(ctx, s, st)
 	if err != nil {
-		return nil, fmt.Errorf("sign %s: %w", st.PredicateType, err)
+		return nil, fmt.Errorf("sign the statement of type %s: %w", st.PredicateType, err)
 	}
 	return raw, nil
 }

@@ -34,8 +34,7 @@ type Index struct {
 	Board   string `json:"board"`
 	// Drivers are sorted by version and flavour.
 	Drivers []Entry `json:"drivers"`
-	// Labels are the labels that builders set. A label in gpu_driver_versions that is missing here
-	// was set by somebody else.
+	// Labels are the labels that builders set. If a label in gpu_driver_versions is missing here, somebody else set it.
 	Labels []Label `json:"labels,omitempty"`
 }
 

@@ -62,7 +62,7 @@ func (x Index) installable(version string) (Entry, bool) {
 // Labelling describes the wanted labels of one COS build's drivers.
 type Labelling struct {
 	Kernel target.Kernel
-	// Builder is the URI of the builder that sets the labels. Labels that other builders set stay.
+	// Builder is the URI of the builder that sets the labels. Labels of other builders stay as they are.
 	Builder string
 	// Declared maps each label that an operator declared to the version that gets the label. The version "" means that the
 	// version is not known now; then the label stays as it is.
@@ -374,7 +374,7 @@ func taken(l Label, version, by string) error {
 			"bucket, because a builder never moves a label of somebody else")
 }
 
-// versionObject returns the name of the label's own object, which holds only the label's version.
+// versionObject returns the name of the label's own object. That object has only the label's version.
 func versionObject(k target.Kernel, label string) string {
 	switch label {
 	case "DEFAULT":

@@ -385,7 +385,7 @@ func TestLabelsSideBySide(t *testing.T) {
 		if err := g.Wait(); err != nil {
 			t.Fatal(err)
 		}
-		// All builders want the same label, and one gets it.
+		// All builders want the same label, and only one of them gets it.
 		won := 0
 		for i, err := range refused {
 			switch {

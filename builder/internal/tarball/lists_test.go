@@ -16,7 +16,7 @@ import (
 
 func none(string) bool { return false }
 
-// cosText has the form of COS's own file, as far as that is known.
+// cosText is a list in the form of COS's own gpu_driver_versions, as far as that form is known.
 const cosText = `gpu_driver_version_info {
   gpu_device { gpu_type: "NVIDIA_TESLA_V100" }
   supported_driver_versions { label: "DEFAULT" version: "535.1.1" }
@@ -195,7 +195,7 @@ func checkKept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList
 	}
 }
 
-// indexText is an index with one driver and two labels, as it is published.
+// indexText is a published index with one driver and two labels.
 var indexText = `{
   "format": 1,
   "buildId": "17800.0.47",

@@ -57,7 +57,7 @@ func digestOf(data []byte) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// newRelease returns a driver whose modules contain the value of salt, so that another salt gives other bytes.
+// newRelease returns a driver whose modules contain the value of salt, so that another salt gives other modules.
 func newRelease(t testing.TB, s *sign.Signer, d target.Driver, salt string) tarball.Release {
 	t.Helper()
 	dir := t.TempDir()
@@ -85,7 +85,7 @@ func openBucket(t testing.TB, dest string) *tarball.Bucket {
 	return b
 }
 
-// content returns every object as a reader of COS buckets gets it.
+// content returns every object by name, as a reader of COS buckets gets it.
 func content(t testing.TB, dest string) map[string]string {
 	t.Helper()
 	b, err := cosbucket.Open(t.Context(), dest)
@@ -178,8 +178,7 @@ func check(t testing.TB, all map[string]string, v *trust.Verifier, want ...targe
 	}
 }
 
-// newReleaseAgain returns the same release as on another machine: with other folders, times and
-// modes.
+// newReleaseAgain returns the same release as another machine would make it: with other folders, times and modes.
 func newReleaseAgain(t testing.TB, r tarball.Release) tarball.Release {
 	t.Helper()
 	for _, dir := range []*string{&r.Modules, &r.Firmware} {

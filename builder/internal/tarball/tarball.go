@@ -35,8 +35,8 @@ const Recipe = "tgz-1"
 // tarball depends on it.
 const level = 6
 
-// maxFiles limits the number of files in a tarball, and maxBytes their size in bytes before
-// compression. Both are several times the size of a release of 2026.
+// maxFiles is the largest number of files in a tarball. maxBytes is the largest size of all these files together, in
+// bytes before compression. Both are several times what a release of 2026 needs.
 const (
 	maxFiles = 1000
 	maxBytes = 4 << 30
@@ -55,7 +55,7 @@ type source struct {
 	info       fs.FileInfo
 }
 
-// sources returns the files that go into the tarball, in the order of their names in it.
+// sources returns the files that go into the tarball, sorted by their names in the tarball.
 func (r Release) sources() ([]source, error) {
 	var all []source
 	add := func(name, file string) error {
@@ -117,7 +117,7 @@ func (r Release) sources() ([]source, error) {
 // or signature with which the kernel's integrity subsystem (IMA) checks a firmware file.
 var keptXattrs = []string{"security.ima"}
 
-// readXattr returns an extended attribute of a file; nil means that the file has none.
+// readXattr returns an extended attribute of a file. It returns nil if the file does not have the attribute.
 func readXattr(f *os.File, name string) ([]byte, error) {
 	value := make([]byte, 64<<10) // XATTR_SIZE_MAX of Linux
 	n, err := unix.Fgetxattr(int(f.Fd()), name, value)
@@ -130,9 +130,9 @@ func readXattr(f *os.File, name string) ([]byte, error) {
 	return value[:n], nil
 }
 
-// pack writes the tarball to dst. Equal files and attributes give equal bytes on any machine: names
-// are sorted, times are zero, owners are root, and modes are fixed. The compressor runs in one
-// thread, and its library's version is pinned.
+// pack writes the tarball to dst. The same files and attributes give the same tarball on any machine: names are sorted,
+// times are zero, owners are root, and modes are fixed. The compressor runs in one thread, and its library's version is
+// pinned.
 func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, string) ([]byte, error)) (_ object,
 	list []File, err error) {
 	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)

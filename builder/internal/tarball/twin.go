@@ -114,8 +114,8 @@ const (
 func under(k target.Kernel, name string) string { return path.Join(k.BuildID, k.Board, name) }
 
 // TarballName returns the name of a driver's tarball. Google's installer expects open modules in
-// nvidia-drivers-VERSION.tgz. So a tarball of the proprietary flavour has the flavour in its name and lies in COS's
-// folder of extensions.
+// nvidia-drivers-VERSION.tgz. So a tarball with proprietary modules has the flavour in its name, and is in COS's folder
+// of extensions.
 func TarballName(k target.Kernel, d target.Driver) string {
 	if d.Flavour == target.Open {
 		return under(k, "nvidia-drivers-"+d.Version+".tgz")
@@ -126,7 +126,7 @@ func TarballName(k target.Kernel, d target.Driver) string {
 // IndexName returns the name of a COS build's [Index].
 func IndexName(k target.Kernel) string { return under(k, indexFile) }
 
-// signatureName returns the name of the signature of an object that never changes.
+// signatureName returns the name of the signature for an object that never changes.
 func signatureName(name string) string { return name + ".sigstore.json" }
 
 // stateSignatureName returns the name of a signature for an object that changes. The signature is for the state of the
@@ -148,7 +148,7 @@ type object struct {
 }
 
 // Publish publishes a release into the bucket. Publish keeps an existing object that equals the new one. If an existing
-// object has other bytes, the error is [fault.PublishRefused] and nothing changes.
+// object has other content, the error is [fault.PublishRefused] and nothing changes.
 func Publish(ctx context.Context, b *Bucket, r Release) (Report, error) {
 	report, err := publish(ctx, b, r)
 	if err != nil {

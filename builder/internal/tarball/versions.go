@@ -147,7 +147,7 @@ func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
 	return nil
 }
 
-// editText changes gpu_driver_versions.textproto. have has the file's bytes, or is nil if there is no file. If the list
+// editText changes gpu_driver_versions.textproto. have is the file's content, or nil if there is no file. If the list
 // stays the same, editText returns have.
 func editText(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
@@ -214,6 +214,6 @@ func printText(list *gpuversions.GPUDriverVersionInfoList) []byte {
 	return []byte(b.String())
 }
 
-// forInstaller reports whether Google's installer can use the driver's tarball. From a tarball, that installer takes
-// modules of the open flavour only.
+// forInstaller reports whether Google's installer can use the driver's tarball. From a tarball, this installer takes
+// only modules of the open flavour.
 func forInstaller(d target.Driver) bool { return d.Flavour == target.Open }

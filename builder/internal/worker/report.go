@@ -125,7 +125,7 @@ type reporter struct {
 	build  int64
 	// heartbeat is the content of each report.
 	heartbeat api.BuildUpdate
-	// end cancels the build. Callers may call end several times.
+	// The function end cancels the build. It may be called several times.
 	end  context.CancelCauseFunc
 	log  *slog.Logger
 	next chan string
@@ -173,8 +173,8 @@ func (r *reporter) sendReport() {
 	}
 }
 
-// follow sends a log while it grows, until stop is closed. If a part cannot be sent now, it is sent with the next part
-// or with the whole log at the end.
+// follow sends a log while it grows, until the channel stop is closed. If a part of the log cannot be sent now, it is
+// sent with the next part or with the whole log at the end.
 func (w *worker) follow(ctx context.Context, build int64, stop <-chan struct{}, log *slog.Logger) {
 	every := w.LogEvery
 	if every <= 0 {

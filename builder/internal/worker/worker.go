@@ -44,7 +44,7 @@ type Config struct {
 	// means one minute.
 	ServerTimeout time.Duration
 	Server        *api.Client
-	// Make runs one build. If the build fails, Make returns an error, and a Result with everything that it found before
+	// Make runs one build. If the build fails, Make returns an error, and a Result with everything that was found before
 	// the failure. log receives all output of tools.
 	Make func(ctx context.Context, r pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 	Log  *slog.Logger

@@ -261,8 +261,8 @@ func TestSecondWorkerIsRefused(t *testing.T) {
 	}
 }
 
-// TestSameIDElsewhere checks two workers with the same ID and different folders, as two workers with defaults on one
-// machine are. The second must not take over the running builds of the first.
+// TestSameIDElsewhere checks two workers with the same ID and different folders, as two workers with default settings
+// on one machine have them. The second must not take over the running builds of the first.
 func TestSameIDElsewhere(t *testing.T) {
 	t.Parallel()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
