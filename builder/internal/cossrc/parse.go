@@ -125,7 +125,7 @@ func readRelease(dir string) (release, version string, err error) {
 			fmt.Sprintf("read kernel headers: %.80q in utsrelease.h or kernel.release is not a kernel release", release),
 			hintHeaders)
 	}
-	// Newer kernels have UTS_VERSION in its own header, utsversion.h.
+	// Newer kernels have UTS_VERSION in a separate header, utsversion.h.
 	for _, name := range []string{"utsversion.h", "compile.h"} {
 		if version, err = readDefine(dir, generated+name, "UTS_VERSION"); err != nil {
 			return "", "", err

@@ -31,8 +31,9 @@ type Artifact struct {
 	// Verifier verifies the statements that the artifact already has in the repository. If one of them proves the same as
 	// a statement in Bundles, the new statement is not attached. If Verifier is nil, every statement is attached.
 	Verifier *trust.Verifier
-	// Log is the build log as [PackLog] returns it, or nil. The log is attached together with the provenance that
-	// records its digest. If the repository already has a provenance of another run, neither is attached.
+	// Log is the build log as [PackLog] returns it, or nil. The log is attached together with the provenance, which has
+	// the log's digest. If the repository already has the provenance of another run, neither log nor provenance is
+	// attached.
 	Log []byte
 }
 
@@ -75,8 +76,8 @@ func Content(ctx context.Context, repo *registry.Repository, digest string) (bun
 	return bundle.ParseManifest(manifest, config)
 }
 
-// Publish stores an artifact and returns its digest. existed is true if the artifact's tag referred to this digest
-// before. In that case Publish adds only what is missing, such as the statement for another COS build with this
+// Publish stores an artifact and returns its digest. The result existed is true if the artifact's tag referred to this
+// digest before. In that case Publish adds only what is missing, such as the statement for another COS build with this
 // fingerprint. If a tag refers to another digest, the error is [fault.PublishRefused] and nothing is changed.
 func Publish(ctx context.Context, repo *registry.Repository, a Artifact) (digest string, existed bool, err error) {
 	digest, existed, err = publish(ctx, repo, a)
@@ -126,7 +127,7 @@ func (a Artifact) tags() []string {
 	return []string{bundle.Tag(a.Identity), bundle.KernelTag(a.Kernel, a.Identity.Driver)}
 }
 
-// checkTags checks both tags before anything is sent. existed is true if the artifact's own tag exists.
+// checkTags checks both tags before anything is sent. The result existed is true if the artifact's own tag exists.
 func checkTags(ctx context.Context, repo *registry.Repository, digest string, a Artifact) (existed bool, err error) {
 	for i, tag := range a.tags() {
 		have, ok, err := Existing(ctx, repo, tag)
@@ -160,7 +161,7 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 }
 
 // attach adds the statements that the artifact lacks in the registry. It adds the build log before the provenance,
-// because the provenance records the log's digest and must never refer to a log that is missing.
+// because the provenance has the log's digest and must never refer to a log that is missing.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	digest := subject.Digest.String()
 	present := map[string]bool{}

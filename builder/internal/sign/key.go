@@ -164,7 +164,8 @@ func GenerateKey(path string) error {
 	if err := generateKey(path); err != nil {
 		hint := ""
 		if errors.Is(err, os.ErrExist) {
-			hint = "use another name for the new key: nodes that trust the old key would not trust what you publish with the new one"
+			hint = "use another name for the new key: nodes that trust the old key would not trust what you publish " +
+				"with the new one"
 		}
 		return fault.Wrap(fault.Usage, fmt.Errorf("generate key: %w", err), hint)
 	}

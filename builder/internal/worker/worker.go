@@ -189,7 +189,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 		err = queue.Requeue(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was stopped: %w", err), ""))
 	}
 	update := outcome(res, err, stopped, attempt >= queue.MaxAttempts)
-	// Another builder may have the build by now. The number of the attempt makes sure that this update does not end the
+	// Another builder may have the build by now. Because the update has the number of the attempt, it does not end the
 	// other builder's attempt.
 	update.Attempt = attempt
 
