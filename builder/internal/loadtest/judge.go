@@ -73,7 +73,7 @@ func sinceLoad(res *vm.Result) string {
 }
 
 // examine checks the steps in the order in which they ran, and fills in the results of the modules. examine stops at
-// the first step with a wrong result. reason is "" if state is Loaded.
+// the first step with a wrong result. The result reason is "" if the result state is Loaded.
 func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	before, ok := res.Step(stepBefore)
 	if !ok || !before.Ended || before.ExitCode != 0 {
@@ -154,8 +154,8 @@ var taints = []struct {
 	{9, "warning"},
 }
 
-// newTaint compares two contents of /proc/sys/kernel/tainted: from before the modules were loaded, and from after it.
-// newTaint returns the names of the flags in taints that are set only in the second content.
+// newTaint compares two contents of /proc/sys/kernel/tainted: one from before the modules were loaded, and one from
+// after that. newTaint returns the names of the flags in taints that are set only in the second content.
 func newTaint(before, after string) string {
 	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
 	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)

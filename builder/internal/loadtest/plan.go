@@ -165,7 +165,7 @@ func (p *plan) addSteps() {
 	}
 	add(false, stepNodes, "@nvidia-nodes")
 	if p.notAsked == "" {
-		// The modules must unload even if the probe fails.
+		// The modules must be unloaded even if the probe fails.
 		add(true, stepProbe, guestProbe, "--lib", guestLib)
 	}
 	for _, m := range slices.Backward(p.modules) {
@@ -174,7 +174,8 @@ func (p *plan) addSteps() {
 	add(false, stepAfter, "@cat", procTainted)
 }
 
-// readModule reads a module's file: its vermagic, symbols, dependencies and stamp.
+// readModule reads from a module's file the vermagic, the symbols, the dependencies and the kernel fingerprint in its
+// stamp.
 func readModule(file string) (m *modinfo.Module, err error) {
 	in, err := os.Open(file)
 	if err != nil {

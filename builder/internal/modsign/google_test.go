@@ -209,7 +209,7 @@ func withCertificate(t *testing.T, p *pair) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return appended(module, signature)
+	return appendSignature(module, signature)
 }
 
 func TestUnpackSigned(t *testing.T) {

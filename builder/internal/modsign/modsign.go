@@ -119,7 +119,7 @@ func ReadCertificates(path string) ([]*x509.Certificate, error) {
 // ParseCertificates parses certificates in PEM, or certificates in DER with nothing between them.
 func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	if len(text) > maxCertFile {
-		return nil, fmt.Errorf("more than %d bytes", maxCertFile)
+		return nil, fmt.Errorf("it has more than %d bytes", maxCertFile)
 	}
 	block, rest := pem.Decode(text)
 	if block == nil {

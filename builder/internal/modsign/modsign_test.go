@@ -346,15 +346,15 @@ func TestOpenSSL(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = modsign.Verify(appended(module, signature), []*x509.Certificate{p.cert})
+		_, err = modsign.Verify(appendSignature(module, signature), []*x509.Certificate{p.cert})
 		if row.is == nil && err != nil || row.is != nil && !errors.Is(err, row.is) {
 			t.Errorf("%s: Verify = %v; want %v", name, err, row.is)
 		}
 	}
 }
 
-// appended appends a signature to a module in the kernel's format.
-func appended(module, signature []byte) []byte {
+// appendSignature appends a signature to a module in the kernel's format.
+func appendSignature(module, signature []byte) []byte {
 	out := append(bytes.Clone(module), signature...)
 	out = append(out, 0, 0, 2, 0, 0, 0, 0, 0, byte(len(signature)>>24), byte(len(signature)>>16), byte(len(signature)>>8),
 		byte(len(signature)))
@@ -439,8 +439,8 @@ func FuzzVerify(f *testing.F) {
 	good := signModule(f, load(f, p), module, "sha256")
 	f.Add(good)
 	f.Add(module)
-	f.Add(appended(module, []byte("signature")))
-	f.Add(appended(module, []byte("\x30\x80\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02\xa0\x80\x00\x00\x00\x00")))
+	f.Add(appendSignature(module, []byte("signature")))
+	f.Add(appendSignature(module, []byte("\x30\x80\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02\xa0\x80\x00\x00\x00\x00")))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		if _, err := modsign.Verify(raw, []*x509.Certificate{p.cert}); err != nil {
 			if !fault.Is(err, fault.CheckFailed) {

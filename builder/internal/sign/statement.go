@@ -45,8 +45,8 @@ type BuildFacts struct {
 	Started, Finished time.Time
 	// LogDigest is the digest of the build log. If it is empty, the provenance does not refer to a log.
 	LogDigest string
-	// Facts are further facts about how the artifact was made, such as the vermagic and the versions of the build methods.
-	// They become the internal parameters of the provenance.
+	// Facts are further facts about how the artifact was made, such as the vermagic and the version of each build step's
+	// code. They become the internal parameters of the provenance.
 	Facts map[string]string
 }
 

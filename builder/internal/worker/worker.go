@@ -89,7 +89,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err := os.MkdirAll(cfg.State, 0o755); err != nil {
 		return fault.Wrap(
 			fault.Usage,
-			fmt.Errorf("make state folder: %w", err),
+			fmt.Errorf("make the state folder: %w", err),
 			"give --state-dir a folder that this user may write",
 		)
 	}
