@@ -50,7 +50,7 @@ func (o *publication) close() error {
 }
 
 // lookUp asks every repository whether it has this cell already. If this run cannot reuse a
-// published artifact, lookUp also checks that it can push to every repository. This early phase opens
+// published artifact, lookUp also checks that it can publish to every destination. This early phase opens
 // keys and destinations, so that a wrong key or destination ends the build before the compile.
 //
 // lookUp returns the publication even if it returns an error. The caller must close the publication
@@ -71,7 +71,27 @@ func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note str
 			return to, "", fmt.Errorf("publish to %s: %w", p.name, err)
 		}
 	}
-	return to, note, nil
+	return to, note, r.checkBuckets(ctx)
+}
+
+// checkBuckets checks that this run can publish to every bucket and folder. If Google says that the
+// account lacks a permission, checkBuckets only warns, because Google answers for the whole bucket,
+// and the account may have the permission for some names only.
+func (r *run) checkBuckets(ctx context.Context) error {
+	for _, dest := range r.cfg.Destinations {
+		if !tarball.Is(dest) {
+			continue
+		}
+		err := tarball.CheckWrite(ctx, dest)
+		if fault.Is(err, fault.PublishRefused) && !strings.HasPrefix(dest, "file:") {
+			r.progress("look up")(fmt.Sprintf("publishing may fail after the compile: %v; %s", err, fault.Hint(err)))
+			continue
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // open opens the keys and the destinations.

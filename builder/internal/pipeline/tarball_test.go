@@ -2,8 +2,12 @@ package pipeline_test
 
 import (
 	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -121,5 +125,49 @@ func TestDebugSymbols(t *testing.T) {
 	}
 	if again := must(t, cfg, request("17800.0.9")); !again.Reused {
 		t.Errorf("the same again: %+v; want it reused", again)
+	}
+}
+
+// TestBucketIsCheckedBeforeTheCompile runs a server that answers as Google does: the path of the first question and the
+// bodies are those of https://cloud.google.com/storage/docs/json_api/v1/buckets/testIamPermissions.
+func TestBucketIsCheckedBeforeTheCompile(t *testing.T) {
+	for _, row := range []struct {
+		name           string
+		status         int
+		body           string
+		kind           fault.Kind
+		phases         []string
+		warning, error string
+	}{
+		{"no such bucket", http.StatusNotFound,
+			`{"error":{"code":404,"message":"The specified bucket does not exist."}}`, fault.Usage, whole[:2], "", "bucket"},
+		{"an account that may only read", http.StatusOK, `{"kind":"storage#testIamPermissionsResponse"}`,
+			fault.PublishRefused, whole,
+			"publishing may fail after the compile: publish to gs://mine/drivers: this account lacks storage.objects.create",
+			"gs://mine/drivers"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Content-Type", "application/json")
+				status, body := http.StatusForbidden, `{"error":{"code":403,"message":"no access"}}`
+				if r.Method == http.MethodGet {
+					status, body = row.status, row.body
+				}
+				w.WriteHeader(status)
+				_, _ = io.WriteString(w, body)
+			}))
+			defer server.Close()
+			t.Setenv("STORAGE_EMULATOR_HOST", server.URL)
+			cfg := newFarm(t).config(t, emptyCache(t))
+			cfg.Destinations = append(cfg.Destinations, "gs://mine/drivers")
+			res, log, err := build(t, cfg, request("17800.0.9"))
+			if !fault.Is(err, row.kind) || !strings.Contains(err.Error(), row.error) || !strings.Contains(log, row.warning) {
+				t.Errorf("Run = %v (%v), log:\n%s\nwant %v with %q, and %q in the log", err, fault.Of(err), log, row.kind,
+					row.error, row.warning)
+			}
+			if diff := cmp.Diff(row.phases, phases(res)); diff != "" {
+				t.Errorf("phases (-want +got):\n%s", diff)
+			}
+		})
 	}
 }
