@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// bootFile records how this program changed the node's boot configuration.
+// bootFile has a record of the changes that this program made to the node's boot configuration.
 const bootFile = ".prebake/boot.json"
 
 // maxEdits is how often this program changes the configuration before it asks the operator. Without a limit, a
@@ -23,10 +23,10 @@ const maxEdits = 2
 
 // bootEdits is the content of bootFile.
 type bootEdits struct {
-	// Edits counts the changes since the kernel last accepted modules.
+	// Edits is the number of changes since the kernel last accepted modules.
 	Edits int       `json:"edits"`
 	At    time.Time `json:"at"`
-	// BootID is the boot in which the last change was made or begun.
+	// BootID is the id of the boot in which the last change was made or begun.
 	BootID string `json:"bootId"`
 	// Applied means that the change was made, and not undone since.
 	Applied bool `json:"applied,omitempty"`
@@ -50,8 +50,9 @@ type bootMaker interface {
 	Reboot() error
 }
 
-// editBoot changes the kernel command line if why says that the kernel refuses modules because of it, and if the owner
-// allows the change. It then asks for a reboot. The returned error is why, with a note on what editBoot did.
+// editBoot changes the kernel command line and asks for a reboot. It does so only if the error why says that the kernel
+// refuses modules because of the command line, and if the owner allows the change. It returns the error why, with a
+// note on what was done.
 func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, why error) error {
 	var want bootcfg.Want
 	want.Unsigned, want.Elsewhere = facts.Policy.Restricts()
@@ -117,7 +118,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	return a.reboot(r, fmt.Errorf("%w; the kernel command line is changed", why))
 }
 
-// reboot asks for a reboot. It always returns an error: why, with a note on the reboot.
+// reboot asks for a reboot. It always returns the error why, with a note on the reboot.
 func (a *Agent) reboot(r *Report, why error) error {
 	if err := a.parts.Boot.Reboot(); err != nil {
 		return fault.Wrap(fault.Rejected, fmt.Errorf("%w: %w", why, err), "reboot the node")

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/ldcache"
 )
 
-// ldFile records that this program added the library folder to the node's ld.so.conf.
+// ldFile exists if this program has added the library folder to the node's ld.so.conf.
 const ldFile = ".prebake/ld-so-conf"
 
 // exposeLibraries makes the libraries available to the node's own programs. Pods do not need this.
@@ -24,8 +24,8 @@ func (a *Agent) exposeLibraries(ctx context.Context, store *install.Store) {
 	}
 }
 
-// hideLibraries undoes exposeLibraries for a driver that is no longer in force. The argument added is true if this
-// program added the folder.
+// hideLibraries undoes exposeLibraries for a driver that is no longer active. The argument added means that this
+// program added the library folder to ld.so.conf.
 func (a *Agent) hideLibraries(ctx context.Context, added bool) {
 	err := ldcache.Refresh(ctx, a.parts.Node)
 	if added {
@@ -36,7 +36,7 @@ func (a *Agent) hideLibraries(ctx context.Context, added bool) {
 	}
 }
 
-// addedLibraries reports whether this program added the folder.
+// addedLibraries reports whether this program added the library folder to ld.so.conf.
 func addedLibraries(store *install.Store) bool {
 	raw, err := store.ReadFile(ldFile)
 	return err == nil && raw != nil

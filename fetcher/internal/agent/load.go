@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// restoreFirmwarePath sets the kernel's firmware path to its value in before, the facts from before the activation.
+// restoreFirmwarePath sets the kernel's firmware path to its value from before the activation.
 func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 	now, err := host.Observe(a.node)
 	if err != nil || now.FirmwarePath == before.FirmwarePath {
@@ -29,7 +29,8 @@ func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 	return a.writeFirmwarePath(before.FirmwarePath)
 }
 
-// writeFirmware sets the kernel's firmware path if it differs from the path in now.
+// writeFirmware sets the kernel's firmware path. It does nothing if the present path, which is in the argument now, is
+// the same.
 func (a *Agent) writeFirmware(path string, now *host.Facts) error {
 	if path == now.FirmwarePath {
 		return nil
@@ -100,7 +101,7 @@ func (a *Agent) loadHelper(ctx context.Context) {
 func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error {
 	a.describeGPUs(ctx, gpucheck.Verdict{}) // containers must not get GPUs that are about to disappear
 	var names []string
-	for _, m := range facts.Modules { // youngest first, so that users come before the modules that they use
+	for _, m := range facts.Modules { // last loaded first, so that a module comes before those that it uses
 		names = append(names, m.Name)
 	}
 	done, err := a.loader.Unload(ctx, names)
@@ -207,7 +208,7 @@ func (a *Agent) makeNodes() error {
 	})
 }
 
-// inDev calls do with the node's folder of device files.
+// inDev calls the function do with the node's folder of device files.
 func (a *Agent) inDev(do func(dev *os.Root) error) error {
 	dev, err := a.parts.Node.Folder("dev")
 	if err != nil {

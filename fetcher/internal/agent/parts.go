@@ -27,16 +27,16 @@ type Repository interface {
 	// Small reads a whole blob, and compares it with its digest.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	// AttachedIf returns the signed statements that are attached to an artifact, and checks their digests. The function
-	// useful returns a name for a useful statement, else "". Of several statements with one name, only the first counts.
-	// Statements whose annotations match wanted come first (see registry.Repository.AttachedIf).
+	// useful returns a name for a useful statement, and "" for any other. Of several statements with the same name, only
+	// the first counts. Statements whose annotations match wanted come first (see registry.Repository.AttachedIf).
 	AttachedIf(
 		ctx context.Context,
 		digest, artifactType string,
 		useful func([]byte) string,
 		wanted ...map[string]string,
 	) ([][]byte, error)
-	// Payloads returns the descriptors of attachments of a type, without reading the attachments. It leaves out those with
-	// more bytes than most.
+	// Payloads returns the descriptors of attachments of a type, without reading the attachments. It leaves out
+	// attachments with more bytes than the argument most.
 	Payloads(
 		ctx context.Context,
 		digest, artifactType string,
@@ -77,7 +77,7 @@ type Config struct {
 	Wait time.Duration
 	// ModuleParams maps a module's name to its parameter string.
 	ModuleParams map[string]string
-	// NoLoad puts the driver in force on the disk, but loads no module.
+	// NoLoad means that the driver becomes active on the disk, but that no module is loaded.
 	NoLoad bool
 	// ReplaceForeign permits the agent to unload a foreign driver; otherwise that driver stays. AllowDowngrade accepts an
 	// older driver than the installed one if the wish names no version. Retry tries drivers again that failed too often,
@@ -103,7 +103,8 @@ type Parts struct {
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
 	// Refresh fetches the signed list that Verifier reads. The agent calls it before it judges a published artifact. The
-	// agent only logs an error of Refresh, because Verifier decides what it means. nil means that there is no list.
+	// agent only logs an error of Refresh, because Verifier decides whether a missing list matters. Refresh is nil if
+	// there is no list.
 	Refresh func(ctx context.Context) error
 	// Local is nil when the node must not compile.
 	Local localBuilder

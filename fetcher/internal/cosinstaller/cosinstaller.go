@@ -62,27 +62,27 @@ func (m *many) Set(s string) error {
 
 // ignored are flags of Google's program that the fetcher ignores. Each has the reason that is printed to the user.
 var ignored = map[string]string{
-	"allow-unsigned-driver":      "fetcher verifies each driver with the keys that its trust flags name",
-	"test":                       "fetcher verifies each driver with the keys that its trust flags name",
+	"allow-unsigned-driver":      "fetcher verifies each driver with the keys in its trust flags",
+	"test":                       "fetcher verifies each driver with the keys in its trust flags",
 	"skip-nvidia-smi":            "NVML is asked instead of nvidia-smi",
-	"force-fallback":             "name a branch with --driver if the newest driver does not work",
+	"force-fallback":             "if the newest driver does not work, set --driver to a branch",
 	"target-gpu":                 "the GPUs of this node are read from the PCI bus",
 	"gcs-download-prefix":        "fetcher looks for COS builds below BUILD_ID/BOARD",
-	"gcs-download-bucket-nvidia": "name the bucket with runfiles with --driver-mirror",
-	"gcs-download-prefix-nvidia": "name the bucket with runfiles with --driver-mirror",
+	"gcs-download-bucket-nvidia": "set --driver-mirror to the bucket with the runfiles",
+	"gcs-download-prefix-nvidia": "set --driver-mirror to the bucket with the runfiles",
 }
 
 // refused are flags that ask for something that the fetcher does not do, each with a hint.
 var refused = map[string]string{
-	"nvidia-installer-url":      "name the version with -version, and publish the driver once: builder build --driver",
-	"nvidia-installer-url-open": "name the version with -version, and publish the driver once: builder build --driver",
+	"nvidia-installer-url":      "set -version, and publish that driver once: builder build --driver VERSION",
+	"nvidia-installer-url-open": "set -version, and publish that driver once: builder build --driver VERSION",
 	"signature-url":             "set PREBAKE_PUBLIC_KEY to the file with the publisher's key",
 	"local-artifacts-dir":       "set PREBAKE_REGISTRY=oci:FOLDER to a folder with artifacts",
 	"prepare-build-tools":       "leave the flag out: fetcher gets compiled drivers and needs no build tools",
 }
 
 // Translate returns the fetcher's arguments for the arguments of Google's program, without the program's name. The
-// notes name the ignored flags.
+// notes list the ignored flags.
 func Translate(args []string, getenv func(string) string) (ours, notes []string, err error) {
 	usage := func(what, hint string) ([]string, []string, error) {
 		return nil, nil, fault.New(fault.Usage, "as "+Name+": "+what, hint)

@@ -1,5 +1,5 @@
-// Package credentials finds the credentials with which a node logs in to a registry. It reads Docker's configuration,
-// which is also the form of Kubernetes pull secrets. At Google's registries it uses the machine's service account. The
+// Package credentials finds the credentials with which a node logs in to a registry. It reads Docker's configuration;
+// Kubernetes pull secrets have the same format. At Google's registries it uses the machine's service account. The
 // package refuses to guess: if neither source has credentials for a registry, the node sends none.
 package credentials
 
@@ -125,7 +125,8 @@ func (g *Google) get(ctx context.Context) (string, error) {
 	}
 	if err != nil {
 		return "", fault.Wrap(fault.Transient, fmt.Errorf("ask the metadata server for a token: %w", err),
-			"give this machine a service account with the scope devstorage.read_only, or remove its service account")
+			"to read private artifacts, give the machine's service account the scope devstorage.read_only; to read only "+
+				"public artifacts, run the machine without a service account")
 	}
 	g.token, g.until = answer.Token, time.Now().Add(time.Duration(answer.Seconds)*time.Second)
 	return g.token, nil

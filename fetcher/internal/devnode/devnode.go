@@ -231,9 +231,9 @@ func (Linux) Clear(dev *os.Root) error {
 // nodeName matches the names that Plan returns.
 var nodeName = regexp.MustCompile(`^nvidia([0-9]{1,3}|ctl|-modeset|-uvm|-uvm-tools|-caps/nvidia-cap[0-9]{1,7})$`)
 
-// charFolder is the folder below /dev with a link MAJOR:MINOR to each device file. runc names a container's devices to
-// systemd by these links. A container loses a device whose link is missing (NVIDIA's container toolkit, "nvidia-ctk
-// system create-dev-char-symlinks").
+// charFolder is the folder below /dev with a link MAJOR:MINOR to each device file. runc uses these links to tell
+// systemd which devices a container has. A container loses a device whose link is missing (NVIDIA's container toolkit,
+// "nvidia-ctk system create-dev-char-symlinks").
 const charFolder = "char"
 
 // Linux makes real device files.

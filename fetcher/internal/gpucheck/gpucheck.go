@@ -41,10 +41,11 @@ type Verdict struct {
 	Digest string `json:"digest,omitempty"`
 	// Modules are the loaded NVIDIA modules, with their versions.
 	Modules map[string]string `json:"modules"`
-	// Foreign names the modules that were loaded from another file than the installed file, but have the same version.
+	// Foreign has the names of the modules that were loaded from another file than the installed one, but in the same
+	// version.
 	Foreign []string `json:"foreignModules,omitempty"`
 	NVML    NVML     `json:"nvml"`
-	// PCIGPUs counts the GPUs on the bus; UsableGPUs counts those that answered NVML.
+	// PCIGPUs is the number of GPUs on the bus. UsableGPUs is the number of GPUs that answered NVML.
 	PCIGPUs    int `json:"pciGPUs"`
 	UsableGPUs int `json:"usableGPUs"`
 	// NVRM has the driver's own lines in the kernel log.

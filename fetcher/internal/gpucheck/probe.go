@@ -43,21 +43,21 @@ type Prober struct {
 
 var errNotThere = errors.New("ask NVML: the probe was not copied to this node yet")
 
-// probeTime bounds one probe. NVML's first call initialises the GPUs. On large machines this takes some seconds for
-// each GPU.
+// probeTime is the longest allowed time of one probe. NVML's first call initialises the GPUs. On large machines this
+// takes some seconds for each GPU.
 const probeTime = 2 * time.Minute
 
 // killTime is how long the prober waits for a killed probe to end. A probe that sleeps inside the driver (state D of
 // ps) never ends.
 const killTime = 10 * time.Second
 
-// maxAnswer bounds the probe's output in bytes. A machine has at most 16 GPUs.
+// maxAnswer is the largest allowed output of the probe in bytes. A machine has at most 16 GPUs.
 const maxAnswer = 1 << 20
 
-// Probe asks an NVML library: a path inside the node's root, or a name that the dynamic loader finds. persist turns
-// persistence mode on. A failure of NVML is part of the answer. An error means that the probe itself did not run or did
-// not end. Probe always returns: if the driver blocks the probe's process, Probe leaves it behind, and further calls
-// return an error until that process has ended.
+// Probe asks an NVML library: a path inside the node's root, or a name that the dynamic loader finds. If persist is
+// true, the probe turns persistence mode on. A failure of NVML is part of the answer. An error means that the probe
+// itself did not run or did not end. Probe always returns: if the driver blocks the probe's process, Probe leaves it
+// behind, and further calls return an error until that process has ended.
 func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML, error) {
 	p.mu.Lock()
 	if !p.since.IsZero() {
@@ -132,7 +132,8 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 func (p *Prober) place() (err error) {
 	want, err := hostfile.Sum(p.Program)
 	if err != nil {
-		return fault.Wrap(fault.Unusable, fmt.Errorf("read probe: %w", err), "check that --probe names the nvmlprobe program")
+		return fault.Wrap(fault.Unusable, fmt.Errorf("read probe: %w", err),
+			"set --probe to the path of the nvmlprobe program")
 	}
 	folder, err := p.Node.Folder(path.Dir(p.Copy))
 	if err == nil {
@@ -201,13 +202,13 @@ func parseAnswer(stdout []byte, stderr string, runErr error) (NVML, error) {
 			cause = runErr
 		}
 		return NVML{}, fault.Wrap(fault.Unusable, fmt.Errorf("ask NVML: %w: %s", cause, Clip(strings.TrimSpace(stderr), 200)),
-			"check that --probe names the nvmlprobe program and that the node has a C library")
+			"check that --probe is the path of the nvmlprobe program, and that the node has a C library")
 	}
 	switch {
 	case a.Error == "" && runErr != nil:
 		a.Error = runErr.Error()
 	case a.Error == "" && a.DriverVersion == "":
-		a.Error = "the probe named no version"
+		a.Error = "the probe's answer has no version"
 	}
 	return NVML{Version: a.DriverVersion, CUDA: a.CUDAVersion, Devices: a.Devices, Error: a.Error}, nil
 }

@@ -50,7 +50,7 @@ func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 		if err := dst.WriteFile(namesFile, raw, 0o644); err != nil {
 			return err
 		}
-		return s.carryOver(l, dst, names)
+		return s.keepAdded(l, dst, names)
 	})
 }
 
@@ -58,7 +58,7 @@ func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 // in the layer's folder, and no top-level link leads to it. Its content is never trusted.
 const namesFile = ".prebake-names"
 
-// maxNames bounds namesFile in bytes.
+// maxNames is the largest allowed size of namesFile in bytes.
 const maxNames = 16 << 20
 
 // LayerPrint returns a digest over all inodes of an unpacked layer: names, numbers, sizes, modes and times of change.
@@ -100,7 +100,7 @@ func (s *Store) LayerNames(digest string) ([]string, error) {
 	raw, err := s.readFile(path.Join(ownFolder, "layers", name, namesFile), maxNames)
 	var names []string
 	if err != nil || raw == nil || json.Unmarshal(raw, &names) != nil {
-		return nil, nil // callers then count all files in the folder as the layer's
+		return nil, nil // callers then take all files in the folder for the layer's
 	}
 	return names, nil
 }
@@ -127,9 +127,9 @@ func (s *Store) added(digest string, names []string) []string {
 	return added
 }
 
-// carryOver links into a new user-space layer the files that other programs added to user space. It takes these files
-// from an existing layer of the same digest, and from the user-space layer of the driver in force.
-func (s *Store) carryOver(l Layer, dst *os.Root, names []string) error {
+// keepAdded links the files that other programs added to user space into a new user-space layer. It takes these files
+// from an existing layer of the same digest, and from the user-space layer of the active driver.
+func (s *Store) keepAdded(l Layer, dst *os.Root, names []string) error {
 	if l.Kind != bundle.LayerUserspace {
 		return nil
 	}

@@ -39,7 +39,7 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 	for _, f := range held {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = fault.New(fault.Busy, fmt.Sprintf("lock %s: another installer works on this node", f.Name()),
+			err = fault.New(fault.Busy, fmt.Sprintf("%s is locked: another installer works on this node", f.Name()),
 				"wait until the other installer has finished, then run fetcher again")
 		}
 		if err != nil {
@@ -50,11 +50,11 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 }
 
 // openLock opens the lock file of Google's installer, and refuses a link in its place. Everybody on the node may write
-// into the folder of this file. A link that somebody puts there would make this program open another file than Google's
-// installer locks.
+// into the folder of this file. If somebody put a link there, this program would lock another file than Google's
+// installer does.
 func (s *Store) openLock(name string) (*os.File, error) {
 	planted := func(what string) error {
-		return fault.New(fault.Busy, fmt.Sprintf("lock /%s: the file is %s", name, what),
+		return fault.New(fault.Busy, fmt.Sprintf("open lock /%s: the file is %s", name, what),
 			"remove /"+name+": Google's installer uses an empty file there")
 	}
 	folder, err := s.node.Folder(path.Dir(name))

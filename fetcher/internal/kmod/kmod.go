@@ -92,8 +92,8 @@ type Loader struct {
 	Root fs.FS
 }
 
-// Load loads images in order. It skips a module that is already loaded in the same version. A module that is loaded in
-// another version causes a fault of kind Busy. On an error, Load unloads the modules that it loaded itself.
+// Load loads images in order. It skips a module that is already loaded in the same version. If a module is already
+// loaded in another version, the error is of kind Busy. On an error, Load unloads the modules that it loaded itself.
 func (l *Loader) Load(ctx context.Context, images []Image) (done []Outcome, err error) {
 	var mine []string
 	defer func() {
@@ -147,7 +147,8 @@ func (l *Loader) isLoaded(img Image) (bool, error) {
 		}
 		if m.Version != img.Version {
 			return false, fault.New(fault.Busy,
-				fmt.Sprintf("load %s %s: version %s of this module is loaded", img.Name, img.Version, orUnknown(m.Version)),
+				fmt.Sprintf("load module %s in version %s: it is already loaded in version %s", img.Name, img.Version,
+					orUnknown(m.Version)),
 				"stop the programs that use the GPU, then run fetcher again, or reboot the node")
 		}
 		return true, nil
@@ -173,7 +174,7 @@ func (l *Loader) loadOne(img Image, image []byte) (was string, err error) {
 		return Loaded, nil
 	}
 	kind, hint := classify(err)
-	text := fmt.Sprintf("load %s: %s", img.Name, explain(err))
+	text := fmt.Sprintf("load module %s: %s", img.Name, explain(err))
 	if lines := l.Since(mark); len(lines) > 0 {
 		text += "; the kernel says: " + strings.Join(tail(lines, 4), " | ")
 	}
@@ -243,8 +244,8 @@ func explain(err error) string {
 	return err.Error()
 }
 
-// Unload unloads modules in the given order and returns the unloaded ones. It skips a module that is not loaded. A
-// module in use causes a fault of kind Busy, and the modules after it stay loaded.
+// Unload unloads modules in the given order and returns the unloaded ones. It skips a module that is not loaded. If a
+// module is in use, the error is of kind Busy, and the modules after it stay loaded.
 func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err error) {
 	for _, name := range names {
 		if ctx.Err() != nil {
@@ -257,7 +258,7 @@ func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err
 		if err != nil {
 			kind, hint := classify(err)
 			return done, &fault.Error{Kind: kind, Hint: hint,
-				Err: &refusal{text: fmt.Sprintf("unload %s: %s", name, explain(err)), cause: err}}
+				Err: &refusal{text: fmt.Sprintf("unload module %s: %s", name, explain(err)), cause: err}}
 		}
 		done = append(done, name)
 	}
