@@ -35,7 +35,7 @@ func installCommand() *ucli.Command {
 	}
 }
 
-// traced starts a tracer, calls [runOnce] with it, and closes it. It serves the commands that do one run and then end.
+// traced starts a tracer, calls [runOnce] with it, and closes it. It is for the commands that do one run and then end.
 func traced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*agent.Report, error)) error {
 	log, err := logger(cmd, false)
 	if err != nil {

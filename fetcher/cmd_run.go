@@ -68,8 +68,8 @@ func checkTaint(cmd *ucli.Command) error {
 		"startup-taint")
 }
 
-// checkTimeout bounds one check of the driver. A check ends sooner in any case: either the driver answers, or the probe
-// times out.
+// checkTimeout is the longest expected time of one check of the driver. A check ends sooner in any case: either the
+// driver answers, or the probe times out.
 const checkTimeout = 3 * time.Minute
 
 // retryChecks is a number of checks. After so many checks the daemon runs the agent again, if the last run left the

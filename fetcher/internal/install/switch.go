@@ -225,8 +225,8 @@ func (s *Store) withdraw() error {
 }
 
 // cacheFile is the file in which Google's installer notes what it installed. This program writes the same file, and
-// keeps the file of Google's installer in the folder adopted. savedCache has each content that this program wrote into
-// cacheFile, so that it recognises its own file later.
+// keeps the file of Google's installer in the folder adopted. savedCache is a list of the contents that this program
+// wrote into cacheFile, so that it recognises its own file later.
 const (
 	cacheFile  = ".cache"
 	savedCache = ownFolder + "/cache"
@@ -257,7 +257,7 @@ func (s *Store) hideCache() error {
 	return s.RemoveFile(savedCache)
 }
 
-// caches returns each content that this program wrote into cacheFile, the newest last.
+// caches returns the contents that this program wrote into cacheFile, the newest last.
 func (s *Store) caches() (ours []string, err error) {
 	raw, err := s.ReadFile(savedCache)
 	if err != nil || raw == nil {
@@ -302,12 +302,12 @@ func (s *Store) Remove() error {
 }
 
 // Sweep removes the sets and layers that neither the current nor the previous set needs, and the leftovers of an
-// interrupted run. The argument also has the digests of further sets to keep. Sweep renames each folder before it
-// deletes it. A set or a layer under its final name is therefore complete even if this program is killed.
-func (s *Store) Sweep(also ...string) error {
+// interrupted run. It also keeps the sets with the digests in extra. Sweep renames each folder before it deletes it. A
+// set or a layer under its final name is therefore complete even if this program is killed.
+func (s *Store) Sweep(extra ...string) error {
 	keep := map[string]bool{}
 	layersKnown := true
-	for _, digest := range also {
+	for _, digest := range extra {
 		set, err := s.Set(digest)
 		if err != nil || set == nil {
 			continue

@@ -1,6 +1,6 @@
 // Package listed checks an artifact against a signed list (snapshot), by the rules of a node's owner. It refuses to
-// count an artifact as withdrawn because of its own failure: if the list is missing or expired, the node takes no new
-// artifact, but it may use the artifacts that it already has.
+// treat an artifact as withdrawn only because the list is missing or expired. The node then takes no new artifact, but
+// it may use the artifacts that it already has.
 package listed
 
 import (
@@ -31,8 +31,8 @@ type Rule struct {
 	Client *snapshot.Client
 
 	mu sync.Mutex
-	// last is the last valid list; nil means none. read is true once last was read from the disk or fetched. refreshErr is
-	// the error of the last attempt to read or fetch it.
+	// last is the last valid list; nil means none. The field read is true once the last list was read from the disk or
+	// fetched. refreshErr is the error of the last attempt to read or fetch it.
 	last       *list
 	read       bool
 	refreshErr error
@@ -158,7 +158,8 @@ func (r *Rule) usable(now time.Time) error {
 		}
 		return fault.Wrap(kind, why, next)
 	}
-	const again = "run builder snapshot make, or builder snapshot refresh for an unchanged list; then run fetcher again"
+	const again = "make a new snapshot (builder snapshot make), or renew an unchanged one (builder snapshot refresh); " +
+		"then run fetcher again"
 	switch l := r.last; {
 	case l == nil:
 		return fail(ErrNone, again)

@@ -77,7 +77,7 @@ func mounts(root string, folders []string) error {
 			return err
 		}
 	}
-	// No mount must be visible outside this process.
+	// The mounts must not be visible outside this process.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("keep mounts private: %w", err)
 	}

@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// failures stores the last failed compile of this node. A driver that does not support the kernel's interface will not
-// support it ten minutes later either. The file is only a help: a file that cannot be read counts as empty.
+// failures is the file with the last failed compile of this node. A driver that does not support the kernel's interface
+// will not support it ten minutes later either. The file only saves time: if it cannot be read, it counts as empty.
 type failures struct {
 	file    string
 	builder string // the builder that failed, and its mirrors

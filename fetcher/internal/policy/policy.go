@@ -132,7 +132,7 @@ const (
 	maxFile = 1 << 20
 )
 
-// Policy is the content of a policy file, with the files that it names.
+// Policy is the content of a policy file, and of the files to which it refers.
 type Policy struct {
 	trust.Policy
 	// NodeBuilds lets the node compile drivers itself.
@@ -143,7 +143,7 @@ type Policy struct {
 	Root     []byte
 }
 
-// Read reads a policy file, and the files that it names.
+// Read reads a policy file, and the files to which it refers.
 func Read(name string) (Policy, error) {
 	p, err := read(name)
 	if err != nil {
@@ -213,7 +213,7 @@ func bounded(name string) ([]byte, error) {
 
 // Parse reads the text of a policy file. An unknown field is an error, because somebody may rely on it as a rule.
 func Parse(data []byte) (*File, error) {
-	if err := empties(data); err != nil {
+	if err := refuseEmpty(data); err != nil {
 		return nil, err
 	}
 	dec := yaml.NewDecoder(bytes.NewReader(data))
@@ -231,9 +231,9 @@ func Parse(data []byte) (*File, error) {
 	return &f, nil
 }
 
-// empties refuses fields without a value. Without this check, a list whose entries are all commented out would allow
-// everything.
-func empties(data []byte) error {
+// refuseEmpty returns an error if a field has no value. Without this check, a list whose entries are all commented out
+// would allow everything.
+func refuseEmpty(data []byte) error {
 	var fields map[string]yaml.Node
 	if err := yaml.Unmarshal(data, &fields); err != nil {
 		return nil // the parser reports this error

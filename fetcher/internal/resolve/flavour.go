@@ -73,9 +73,9 @@ func (q Question) narrow() Question {
 	return q
 }
 
-// none returns the answer if the published artifacts do not drive the node's GPUs. The answer names the proprietary
-// flavour, because a node that compiles for itself then builds this flavour.
-func none(a Answer, unfit error) Answer {
+// unfitAnswer returns the answer if the published artifacts do not drive the node's GPUs. Its driver has the
+// proprietary flavour, because a node that compiles for itself then builds this flavour.
+func unfitAnswer(a Answer, unfit error) Answer {
 	return Answer{
 		State: api.Unsupported, Driver: target.Driver{Version: a.Driver.Version, Flavour: target.Proprietary},
 		Source: a.Source,
