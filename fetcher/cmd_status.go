@@ -47,7 +47,7 @@ func rollbackCommand() *ucli.Command {
 				return err
 			}
 			defer func() { err = errors.Join(err, done()) }()
-			return traced(ctx, cmd, a.Rollback)
+			return runTraced(ctx, cmd, a.Rollback)
 		},
 	}
 }

@@ -182,7 +182,8 @@ func (a *Agent) secureBoot() (on, known bool) {
 	return bootcfg.SecureBoot(a.node, lines)
 }
 
-// Boot reports what the node's kernel allows. With undo it restores the boot configuration that this program changed.
+// Boot reports what the node's kernel allows. If undo is true, it also restores the boot configuration that this
+// program changed.
 func (a *Agent) Boot(undo bool) (r *BootReport, err error) {
 	facts, err := a.Observe()
 	if err != nil {

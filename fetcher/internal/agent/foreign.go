@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// foreignFiles are the open files of a foreign driver. They stay readable when their names change or disappear. A file
+// foreignFiles are the open files of a foreign driver. They stay readable if they are renamed or deleted. A file
 // belongs to a loaded module if both have the same build id, which the linker computes from the module's whole content.
 type foreignFiles struct {
 	driver string

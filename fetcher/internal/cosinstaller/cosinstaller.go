@@ -21,9 +21,8 @@ import (
 // Name is the name of Google's program.
 const Name = "cos-gpu-installer"
 
-// own are flags of Google's program that the fetcher does not have. A command line with such a flag is for Google's
-// program.
-var own = []string{"version", "host-dir", "no-verify", "module-arg"}
+// ownFlags are flags that only Google's program has. A command line with such a flag is for that program.
+var ownFlags = []string{"version", "host-dir", "no-verify", "module-arg"}
 
 // Recognise reports whether a command line is for Google's program: by the program's name, or by flags that the fetcher
 // does not have.
@@ -42,9 +41,9 @@ func Recognise(args []string) bool {
 			return false
 		}
 		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
-		_, passed := ignored[name]
-		_, no := refused[name]
-		if strings.HasPrefix(arg, "-") && (passed || no || slices.Contains(own, name)) {
+		_, passed := ignoredFlags[name]
+		_, no := refusedFlags[name]
+		if strings.HasPrefix(arg, "-") && (passed || no || slices.Contains(ownFlags, name)) {
 			return true
 		}
 	}
@@ -60,8 +59,8 @@ func (m *many) Set(s string) error {
 	return nil
 }
 
-// ignored are flags of Google's program that the fetcher ignores. Each has the reason that is printed to the user.
-var ignored = map[string]string{
+// ignoredFlags are flags of Google's program that the fetcher ignores. Each has the reason that is printed to the user.
+var ignoredFlags = map[string]string{
 	"allow-unsigned-driver":      "fetcher verifies each driver with the keys in its trust flags",
 	"test":                       "fetcher verifies each driver with the keys in its trust flags",
 	"skip-nvidia-smi":            "NVML is asked instead of nvidia-smi",
@@ -72,8 +71,8 @@ var ignored = map[string]string{
 	"gcs-download-prefix-nvidia": "set --driver-mirror to the bucket with the runfiles",
 }
 
-// refused are flags that ask for something that the fetcher does not do, each with a hint.
-var refused = map[string]string{
+// refusedFlags are flags that ask for something that the fetcher does not do, each with a hint.
+var refusedFlags = map[string]string{
 	"nvidia-installer-url":      "set -version, and publish that driver once: builder build --driver VERSION",
 	"nvidia-installer-url-open": "set -version, and publish that driver once: builder build --driver VERSION",
 	"signature-url":             "set PREBAKE_PUBLIC_KEY to the file with the publisher's key",
@@ -125,11 +124,11 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 		if given.Value.String() == "false" {
 			return
 		}
-		if hint, ok := refused[given.Name]; ok {
+		if hint, ok := refusedFlags[given.Name]; ok {
 			wrong = append(wrong, fault.New(fault.Usage,
 				fmt.Sprintf("as %s: this program does not support -%s", Name, given.Name), hint))
 		}
-		if why, ok := ignored[given.Name]; ok {
+		if why, ok := ignoredFlags[given.Name]; ok {
 			notes = append(notes, fmt.Sprintf("-%s is ignored: %s", given.Name, why))
 		}
 	})

@@ -89,8 +89,8 @@ type Facts struct {
 	Since []string
 }
 
-// required are the modules that every CUDA program needs.
-var required = []string{"nvidia", "nvidia_uvm"}
+// requiredModules are the modules that every CUDA program needs.
+var requiredModules = []string{"nvidia", "nvidia_uvm"}
 
 // JudgeForeign returns a verdict about a foreign driver.
 func JudgeForeign(f Facts) Verdict {
@@ -124,7 +124,7 @@ func Judge(f Facts) Verdict {
 	if v.PCIGPUs == 0 {
 		return is(NoDevice, "no NVIDIA GPU on the PCI bus")
 	}
-	for _, name := range required {
+	for _, name := range requiredModules {
 		got, ok := f.Modules[name]
 		if !ok {
 			return is(Unusable, "module %s is not loaded", name)
@@ -280,7 +280,7 @@ func (v Verdict) Print(w io.Writer) error {
 	return err
 }
 
-// Clip shortens a text to n characters and marks the cut with dots.
+// Clip shortens a text to n characters, the last of which are dots.
 func Clip(s string, n int) string {
 	if utf8.RuneCountInString(s) <= n {
 		return s

@@ -103,7 +103,7 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 	program := p.Program
 	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if p.Node.Dir() != "/" {
-		if err := p.place(); err != nil {
+		if err := p.ensureCopy(); err != nil {
 			return NVML{}, err
 		}
 		program, attr.Chroot = p.Copy, p.Node.Dir()
@@ -128,8 +128,8 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 	return parseAnswer(stdout.Bytes(), stderr.String(), err)
 }
 
-// place copies the probe into the node's root, if no identical copy is there.
-func (p *Prober) place() (err error) {
+// ensureCopy copies the probe into the node's root, if no identical copy is there.
+func (p *Prober) ensureCopy() (err error) {
 	want, err := hostfile.Sum(p.Program)
 	if err != nil {
 		return fault.Wrap(fault.Unusable, fmt.Errorf("read probe: %w", err),

@@ -170,8 +170,8 @@ func Observe(root fs.FS) (*Facts, error) {
 	}
 	f.Driver, err = loadedDriver(root)
 	if err != nil {
-		// A version text that is newer than this program must not cause an error. The module itself reports its version; only
-		// the flavour stays unknown.
+		// A version text of a form that this program does not know must not cause an error. The module itself also reports
+		// the version; only the flavour stays unknown.
 		f.unread(err)
 		for _, m := range f.Modules {
 			if m.Name == "nvidia" {

@@ -63,7 +63,7 @@ type Module struct {
 	Signed   bool   `json:"signed,omitempty"`
 }
 
-// Origin says who made an artifact. This decides whose signature counts for it.
+// Origin says who made an artifact. This decides whose signature the artifact needs.
 type Origin string
 
 const (
@@ -100,7 +100,7 @@ type Store struct {
 	root *os.Root
 }
 
-// Open opens the install folder of a node. With create it makes the folder first.
+// Open opens the install folder of a node. If create is true, it first makes the folder.
 func Open(node *noderoot.Root, dir string, create bool) (*Store, error) {
 	if create {
 		if err := node.MakeFolder(path.Join(dir, ownFolder), 0o755); err != nil {

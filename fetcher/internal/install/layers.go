@@ -105,8 +105,8 @@ func (s *Store) LayerNames(digest string) ([]string, error) {
 	return names, nil
 }
 
-// added lists the files of an unpacked layer that are not among names.
-func (s *Store) added(digest string, names []string) []string {
+// addedFiles returns the files of an unpacked layer that are not in the argument names.
+func (s *Store) addedFiles(digest string, names []string) []string {
 	name, err := hexOf(digest)
 	if err != nil {
 		return nil
@@ -142,7 +142,7 @@ func (s *Store) keepAdded(l Layer, dst *os.Root, names []string) error {
 		}
 	}
 	for digest, ours := range from {
-		for _, file := range s.added(digest, ours) {
+		for _, file := range s.addedFiles(digest, ours) {
 			if err := s.linkOrCopy(digest, file, dst); err != nil && !errors.Is(err, fs.ErrExist) &&
 				!errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("keep %s: %w", file, err)

@@ -1,6 +1,6 @@
-// Package kmod loads and unloads kernel modules by system calls. It loads from bytes that the caller has verified and
-// holds in memory, so that the kernel gets exactly the verified bytes. Each refusal of the kernel becomes a fault with
-// lines of the kernel log. The package refuses to search for modules, to resolve their dependencies, and to force
+// Package kmod loads and unloads kernel modules by system calls. It loads a module from memory, after the caller has
+// verified it there, so that the kernel gets exactly the verified bytes. Each refusal of the kernel becomes a fault
+// with lines of the kernel log. The package refuses to search for modules, to resolve their dependencies, and to force
 // anything.
 package kmod
 

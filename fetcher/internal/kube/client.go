@@ -77,14 +77,14 @@ func (e *statusError) Error() string {
 	return fmt.Sprintf("%s: HTTP %d: %s", e.what, e.code, e.message)
 }
 
-// denied reports whether the service account lacks the right for the call.
-func denied(err error) bool {
+// isDenied reports whether the service account lacks the right for the call.
+func isDenied(err error) bool {
 	var s *statusError
 	return errors.As(err, &s) && (s.code == http.StatusForbidden || s.code == http.StatusUnauthorized)
 }
 
-// conflict reports whether an object has changed since it was read.
-func conflict(err error) bool {
+// isConflict reports whether an object has changed since it was read.
+func isConflict(err error) bool {
 	var s *statusError
 	return errors.As(err, &s) && (s.code == http.StatusConflict || s.code == http.StatusUnprocessableEntity)
 }

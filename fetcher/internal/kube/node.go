@@ -66,13 +66,13 @@ type Node struct {
 type state struct {
 	verdict gpucheck.Verdict
 	pending string
-	// since is the time of the last verdict if that verdict is no longer valid (see stale). Otherwise it is zero.
+	// since is the time of the last verdict if that verdict is no longer valid (see maxVerdictAge). Otherwise it is zero.
 	since time.Time
 }
 
-// stale is how long the last verdict stays valid while checks end without a verdict. That is the time of three checks
-// at the default interval, and of one check whose probe times out.
-const stale = 6 * time.Minute
+// maxVerdictAge is how long the last verdict stays valid while checks end without a verdict. That is the time of three
+// checks at the default interval, and of one check whose probe times out.
+const maxVerdictAge = 6 * time.Minute
 
 // same reports whether two states look the same in the cluster.
 func (s state) same(o state) bool {
@@ -102,7 +102,7 @@ func (n *Node) Report(v gpucheck.Verdict) {
 // state unknown.
 func (n *Node) Alive() {
 	n.mu.Lock()
-	old := !n.verdictAt.IsZero() && n.now().Sub(n.verdictAt) > stale
+	old := !n.verdictAt.IsZero() && n.now().Sub(n.verdictAt) > maxVerdictAge
 	n.mu.Unlock()
 	if old {
 		n.wake()
@@ -172,7 +172,7 @@ func (n *Node) write(ctx context.Context) error {
 	defer n.writing.Unlock()
 	n.mu.Lock()
 	s := state{verdict: n.verdict, pending: n.pending}
-	if n.now().Sub(n.verdictAt) > stale {
+	if n.now().Sub(n.verdictAt) > maxVerdictAge {
 		s.since = n.verdictAt
 	}
 	n.mu.Unlock()
@@ -240,7 +240,7 @@ func (n *Node) patch(ctx context.Context, s state) error {
 		return nil
 	}
 	err := n.event(ctx, have.Metadata.UID, now, s)
-	if denied(err) { // the owner may withhold this right; labels and condition work without it
+	if isDenied(err) { // the owner may withhold this right; labels and condition work without it
 		n.log.InfoContext(ctx, "the service account may write no Events", "err", err)
 		return nil
 	}
@@ -330,7 +330,7 @@ func (n *Node) removeTaint(ctx context.Context, path string, have node) error {
 		{"op": "replace", "path": "/spec/taints", "value": rest},
 	}
 	err := n.api.call(ctx, http.MethodPatch, path, jsonPatch, patch, nil)
-	if conflict(err) {
+	if isConflict(err) {
 		return fmt.Errorf("remove taint %s: the node changed meanwhile: %w", n.taint, err) // the next try reads it again
 	}
 	return err

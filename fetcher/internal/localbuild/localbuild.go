@@ -118,10 +118,10 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 		return resolve.Answer{}, err
 	}
 	failed := b.failures()
-	if err := failed.known(q); err != nil && !b.Retry {
+	if err := failed.lastError(q); err != nil && !b.Retry {
 		return resolve.Answer{}, err
 	}
-	defer func() { err = errors.Join(err, failed.remember(q, err)) }()
+	defer func() { err = errors.Join(err, failed.store(q, err)) }()
 	if b.Image != nil {
 		if b.Progress != nil {
 			b.Progress("fetching the builder's image")

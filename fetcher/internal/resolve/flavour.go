@@ -64,9 +64,9 @@ func (l Lister) list(ctx context.Context, a Answer) (*gpulist.List, error) {
 	return l(ctx, a.Repository, a.Digest, a.Driver)
 }
 
-// narrow replaces flavour auto by proprietary if the node has a GPU that is older than Turing. In every release, only
-// the proprietary modules drive such a GPU, so no list of supported GPUs is needed.
-func (q Question) narrow() Question {
+// narrowFlavour replaces flavour auto by proprietary if the node has a GPU that is older than Turing. Only the
+// proprietary modules of a release drive such a GPU. No list of supported GPUs is needed to know that.
+func (q Question) narrowFlavour() Question {
 	if _, err := gpulist.Choose(q.GPUs, []gpulist.Offer{{Flavour: target.Open}}); err != nil && q.Flavour == Auto {
 		q.Flavour = string(target.Proprietary)
 	}

@@ -116,7 +116,7 @@ type Server struct {
 // that do not drive the node's GPUs, Find asks again for the proprietary flavour.
 func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 	auto := q.Flavour == Auto
-	q = q.narrow()
+	q = q.narrowFlavour()
 	a, err := s.ask(ctx, q)
 	if err != nil || a.State != api.Published || !auto || len(q.GPUs) == 0 {
 		return a, err
@@ -180,7 +180,7 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 	if a.State != api.Published {
 		return a, nil
 	}
-	if a.Repository, err = absolute(s.Client.Base(), r.Repository); err != nil {
+	if a.Repository, err = addHost(s.Client.Base(), r.Repository); err != nil {
 		return Answer{}, err
 	}
 	return a, check(a, q)
@@ -205,9 +205,9 @@ func (s Server) request(ctx context.Context, a *Answer) error {
 	return nil
 }
 
-// absolute puts the server's host before the name of a repository that is in the server itself. Such a name begins with
+// addHost puts the server's host before the name of a repository that is in the server itself. Such a name begins with
 // a slash. Any other name already has a host and stays as it is.
-func absolute(base, repository string) (string, error) {
+func addHost(base, repository string) (string, error) {
 	if repository == "" {
 		return "", fault.New(fault.Transient, "ask server: the answer has no repository", "update the server")
 	}
@@ -276,10 +276,10 @@ type Registry struct {
 // the default is an error of kind Usage.
 func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	if q.Pin != "" {
-		return r.pinned(ctx, q.Pin)
+		return r.findDigest(ctx, q.Pin)
 	}
 	if version, exact := q.Wish.Exact(); exact {
-		return r.exact(ctx, q, version)
+		return r.findVersion(ctx, q, version)
 	}
 	branch, named := q.Wish.BranchName()
 	if (!named && q.Wish != target.Latest) || r.Tags == nil {
@@ -311,16 +311,16 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 		Reason: fmt.Sprintf("%s has no tag %s* for %s", r.Ref, prefix, q.Wish),
 	}
 	for _, version := range versions {
-		if answer, err = r.exact(ctx, q, version); err != nil || answer.State == api.Published {
+		if answer, err = r.findVersion(ctx, q, version); err != nil || answer.State == api.Published {
 			return answer, err
 		}
 	}
 	return answer, nil
 }
 
-// pinned looks up the artifact with this digest. The answer's driver is what the artifact's manifest claims; the caller
-// must verify the claim.
-func (r Registry) pinned(ctx context.Context, digest string) (Answer, error) {
+// findDigest looks up the artifact with this digest. The answer's driver is what the artifact's manifest claims; the
+// caller must verify the claim.
+func (r Registry) findDigest(ctx context.Context, digest string) (Answer, error) {
 	d, err := r.Driver(ctx, digest)
 	if fault.Is(err, fault.NoArtifact) {
 		return Answer{
@@ -335,9 +335,9 @@ func (r Registry) pinned(ctx context.Context, digest string) (Answer, error) {
 	return Answer{State: api.Published, Source: SourceRegistry, Driver: d, Repository: r.Ref, Digest: digest}, nil
 }
 
-// exact looks up the tag of a version. With flavour auto it prefers the open flavour, as COS itself does, if the open
-// modules drive the node's GPUs.
-func (r Registry) exact(ctx context.Context, q Question, version string) (Answer, error) {
+// findVersion looks up the tag of a version. With flavour auto it prefers the open flavour, as COS itself does, if the
+// open modules drive the node's GPUs.
+func (r Registry) findVersion(ctx context.Context, q Question, version string) (Answer, error) {
 	flavours, gpus := []target.Flavour{target.Flavour(q.Flavour)}, q.GPUs
 	if q.Flavour == Auto {
 		flavours = []target.Flavour{target.Open, target.Proprietary}
