@@ -52,7 +52,7 @@ func rollbackCommand() *ucli.Command {
 	}
 }
 
-// localAgent wires an agent that asks no server and no registry.
+// localAgent makes an agent that asks no server and no registry.
 func localAgent(cmd *ucli.Command) (*agent.Agent, func() error, error) {
 	cfg, err := readHostConfig(cmd)
 	if err != nil {

@@ -95,7 +95,7 @@ func changeFlags() []ucli.Flag {
 	)
 }
 
-// installFlags are the flags that install and run share.
+// installFlags are the flags of the commands install and run.
 func installFlags() []ucli.Flag {
 	builder := cli.String(
 		"builder",
@@ -201,7 +201,7 @@ func readConfig(cmd *ucli.Command) (agent.Config, error) {
 	errs := []error{err}
 	if pin := cmd.String("driver"); strings.HasPrefix(pin, digestPrefix) {
 		cfg.Wish, cfg.Pin = target.Default, pin
-		if _, err := target.ParseFingerprint(pin); err != nil { // digests have the same form
+		if _, err := target.ParseFingerprint(pin); err != nil { // a digest has the same format
 			errs = append(errs, cli.About(fmt.Errorf("driver %q: want sha256: and 64 lower-case hex digits", pin), "driver"))
 		}
 	} else if cfg.Wish, err = target.ParseWish(pin); err != nil {

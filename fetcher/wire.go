@@ -71,7 +71,7 @@ func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
 	return node, nil
 }
 
-// newAgent wires an agent that installs drivers. The argument long is true for a command that runs long and therefore
+// newAgent makes an agent that installs drivers. The argument long is true for a command that runs long and therefore
 // logs.
 func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, err error) {
 	cfg, err := readConfig(cmd)

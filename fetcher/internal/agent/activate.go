@@ -34,7 +34,7 @@ func isLoaded(module string) bool { return slices.Contains(loaded, module) }
 // activate carries out a decision: it makes the decision's driver the active one, loads it and checks it. If the driver
 // cannot be loaded, or if fewer GPUs work with it than before, activate restores the former files and modules.
 func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s nodeState, d decision) error {
-	// An activation runs to its end even if ctx is cancelled. The kernel and the probe bound its time.
+	// An activation runs to its end even if ctx is cancelled. Only the kernel and the probe limit its time.
 	ctx = context.WithoutCancel(ctx)
 	before, set := s.current, d.set
 	pointers, err := store.Pointers()
@@ -66,7 +66,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		if err := a.begin(store, set.Digest, pointers, was, s.facts.FirmwarePath); err != nil && changed {
 			return err
 		} else if err != nil { // a full disk must not leave the node without a driver
-			a.parts.Log.WarnContext(ctx, "record attempt", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not record the attempt", "err", err)
 		}
 	}
 	err = a.parts.Line.Do("install", func() (string, error) {
@@ -74,7 +74,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		// made later.
 		did, err := store.EnsureExec(func() {
 			if err := store.WriteFile(execFile, []byte(a.bootID())); err != nil {
-				a.parts.Log.WarnContext(ctx, "record mount", "err", err)
+				a.parts.Log.WarnContext(ctx, "could not record the mount", "err", err)
 			}
 		})
 		if err != nil {
@@ -86,7 +86,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		if err := errors.Join(store.Switch(set.Digest), store.WriteCacheFile(*set)); err != nil && changed {
 			return "", errors.Join(err, restore(store, pointers, before))
 		} else if err != nil {
-			a.parts.Log.WarnContext(ctx, "correct the links of the installed driver", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not correct the links of the installed driver", "err", err)
 		}
 		if !changed {
 			return "already active", nil
@@ -326,8 +326,8 @@ func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Se
 // nvmlLibrary is the path of NVML's library below the install folder.
 const nvmlLibrary = "lib64/libnvidia-ml.so.1"
 
-// xidWatch has the GPU errors in the kernel log since this program loaded the driver, or first checked it. mark is the
-// position up to which the log was read.
+// xidWatch has the GPU errors in the kernel log since this program loaded the driver, or first checked it. Its field
+// mark is the position up to which the log was read.
 type xidWatch struct {
 	mark  kmod.Mark
 	lines []string

@@ -213,7 +213,7 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 	}
 	if s, err := a.readState(ctx, store); err == nil && len(s.facts.Modules) == 0 {
 		if err := a.restoreForeign(ctx, r, store, s); err != nil {
-			a.parts.Log.WarnContext(ctx, "load the foreign driver again, which a killed run unloaded", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not load the foreign driver again, which a killed run unloaded", "err", err)
 		}
 	}
 	return store.Current()
@@ -228,7 +228,8 @@ func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s node
 	}
 	err := a.activate(ctx, r, store, s, d)
 	if err != nil {
-		a.parts.Log.WarnContext(ctx, "load installed driver", "driver", set.Driver, "digest", set.Digest, "err", err)
+		a.parts.Log.WarnContext(ctx, "could not load the installed driver", "driver", set.Driver, "digest", set.Digest,
+			"err", err)
 	}
 	return err == nil || r.Verdict.Digest == set.Digest
 }
@@ -272,7 +273,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 			return a.addUnverified(s, d.err) // keep the fetched layers for the next run
 		}
 		d.err = a.addUnverified(s, d.err)
-		if s.wanted != nil { // keep it for the next run, even if it was refused often
+		if s.wanted != nil { // keep the wanted driver for the next run, even if it was refused
 			waiting = append(waiting, s.wanted.Digest)
 		}
 		return errors.Join(d.err, store.Sweep(waiting...))
@@ -283,7 +284,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 			waiting = append(waiting, s.wanted.Digest)
 			if fault.Is(reason, fault.Busy) && len(s.facts.Modules) > 0 {
 				if err := a.noteNext(store, s.wanted.Digest); err != nil {
-					a.parts.Log.WarnContext(ctx, "record waiting driver", "err", err)
+					a.parts.Log.WarnContext(ctx, "could not record the waiting driver", "err", err)
 				}
 			}
 		}
@@ -342,7 +343,7 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 	}
 	if s.facts.Open() {
 		if s.facts.Users, err = host.DeviceUsers(a.node); err != nil {
-			a.parts.Log.WarnContext(ctx, "find who uses the GPU", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not find out which processes use the GPU", "err", err)
 		}
 	}
 	s.verifiable = func(set *install.Set) bool { return a.verifiable(store, set, s.facts) }
@@ -357,13 +358,13 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 	}
 	// An error in one of the following files is only logged, because it must not endanger the active driver.
 	if s.previous, err = store.Previous(); err != nil {
-		a.parts.Log.WarnContext(ctx, "read former driver", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the former driver", "err", err)
 	}
 	if s.staged, err = store.Sets(); err != nil {
-		a.parts.Log.WarnContext(ctx, "read staged drivers", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the staged drivers", "err", err)
 	}
 	if s.attempts, err = readAttempts(store); err != nil {
-		a.parts.Log.WarnContext(ctx, "read attempts", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the attempts", "err", err)
 		s.attempts = attempts{}
 	}
 	return s, nil

@@ -24,8 +24,9 @@ const maxTries = 2
 // maxAttempts is the highest number of records in the file. The oldest ones are dropped.
 const maxAttempts = 32
 
-// attempt is the record of the activations of one driver. The agent writes and flushes it before it switches, unloads
-// or loads anything. After a kill or a kernel panic, the next run therefore knows the former state.
+// attempt is the record of the activations of one driver. The agent writes the record, and flushes it to the disk,
+// before it switches, unloads or loads anything. After a kill or a kernel panic, the next run therefore knows the
+// former state.
 type attempt struct {
 	// Open means that the activation began and has not ended. Before has the pointers from before the activation. BootID
 	// is the id of the boot in which the activation began.
@@ -87,7 +88,7 @@ func readAttempts(store *install.Store) (attempts, error) {
 		return attempts{}, nil
 	}
 	for digest, a := range all {
-		if _, err := target.ParseFingerprint(digest); err != nil || a == nil { // digests have the same form
+		if _, err := target.ParseFingerprint(digest); err != nil || a == nil { // a digest has the same format
 			delete(all, digest)
 		}
 	}
@@ -227,7 +228,7 @@ func (a *Agent) note(store *install.Store, digest string, change func(*attempt))
 func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) error {
 	all, err := readAttempts(store)
 	if err != nil { // an unreadable record must not endanger the active driver
-		a.parts.Log.WarnContext(ctx, "read attempts", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the attempts", "err", err)
 		return nil
 	}
 	var open []string
@@ -273,7 +274,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 	}
 	if len(open) > 0 {
 		if err := all.write(store); err != nil { // a full disk must not leave the node without a driver
-			a.parts.Log.WarnContext(ctx, "record attempts", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not record the attempts", "err", err)
 		}
 	}
 	return nil

@@ -28,7 +28,7 @@ type bootEdits struct {
 	At    time.Time `json:"at"`
 	// BootID is the id of the boot in which the last change was made or begun.
 	BootID string `json:"bootId"`
-	// Applied means that the change was made, and not undone since.
+	// Applied means that the change was made, and has not been undone since.
 	Applied bool `json:"applied,omitempty"`
 }
 
@@ -145,7 +145,7 @@ func (a *Agent) bootAllows(ctx context.Context, store *install.Store, facts *hos
 	if e, err := readEdits(store); err == nil && e.Edits > 0 {
 		e.Edits = 0 // Applied stays, because the uninstall needs it
 		if err := writeEdits(store, e); err != nil {
-			a.parts.Log.WarnContext(ctx, "reset the count of boot configuration changes", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not reset the count of boot configuration changes", "err", err)
 		}
 	}
 }

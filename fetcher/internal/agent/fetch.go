@@ -64,7 +64,7 @@ func (a *Agent) fetch(
 	var done atomic.Int64
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(atOnce)
-	// Start the largest first, so that it does not finish alone at the end.
+	// Start the largest layer first, so that it does not finish alone at the end.
 	slices.SortStableFunc(missing, func(x, y missingLayer) int { return cmp.Compare(y.Size, x.Size) })
 	for _, l := range missing {
 		if len(l.deltas) == 0 {
@@ -256,7 +256,7 @@ func (a *Agent) deltasFor(
 	}
 	found, err := repo.Payloads(ctx, set.Digest, bundle.ArtifactTypeDelta, l.Size/2, wanted...)
 	if err != nil {
-		a.parts.Log.DebugContext(ctx, "list deltas", "err", err)
+		a.parts.Log.DebugContext(ctx, "could not list deltas", "err", err)
 		return nil
 	}
 	for _, d := range found {

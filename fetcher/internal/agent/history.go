@@ -73,7 +73,7 @@ func (a *Agent) addHistory(
 		}
 	}
 	if err != nil {
-		a.parts.Log.WarnContext(ctx, "write history", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not write the history", "err", err)
 	}
 }
 

@@ -20,7 +20,7 @@ func (a *Agent) exposeLibraries(ctx context.Context, store *install.Store) {
 	note := func() error { return store.WriteFile(ldFile, nil) }
 	err := ldcache.Add(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"), note)
 	if err != nil && !errors.Is(err, ldcache.ErrNone) {
-		a.parts.Log.WarnContext(ctx, "register libraries with ldconfig", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not register the libraries with ldconfig", "err", err)
 	}
 }
 
@@ -32,7 +32,7 @@ func (a *Agent) hideLibraries(ctx context.Context, added bool) {
 		err = ldcache.Remove(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"))
 	}
 	if err != nil && !errors.Is(err, ldcache.ErrNone) {
-		a.parts.Log.WarnContext(ctx, "remove libraries from ldconfig", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not remove the libraries from ldconfig", "err", err)
 	}
 }
 
@@ -69,6 +69,6 @@ func (a *Agent) describeGPUs(ctx context.Context, v gpucheck.Verdict) {
 		return err
 	}()
 	if err != nil {
-		a.parts.Log.WarnContext(ctx, "describe GPUs to container runtimes", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not describe the GPUs to container runtimes", "err", err)
 	}
 }

@@ -29,8 +29,8 @@ func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 	return a.writeFirmwarePath(before.FirmwarePath)
 }
 
-// writeFirmware sets the kernel's firmware path. It does nothing if the present path, which is in the argument now, is
-// the same.
+// writeFirmware sets the kernel's firmware path. It does nothing if the facts in the argument now already have this
+// path.
 func (a *Agent) writeFirmware(path string, now *host.Facts) error {
 	if path == now.FirmwarePath {
 		return nil
@@ -93,7 +93,7 @@ func (a *Agent) loadHelper(ctx context.Context) {
 		return
 	}
 	if err := a.parts.Node.Run(ctx, time.Minute, program, "-q", drmHelper); err != nil {
-		a.parts.Log.InfoContext(ctx, "load what nvidia-drm needs", "err", err)
+		a.parts.Log.InfoContext(ctx, "could not load the kernel module that nvidia-drm needs", "err", err)
 	}
 }
 
@@ -175,7 +175,7 @@ func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Fac
 	if have, err := store.ReadFile(firmwareBefore); facts.FirmwarePath != want &&
 		(err != nil || string(have) != facts.FirmwarePath) {
 		if err := store.WriteFile(firmwareBefore, []byte(facts.FirmwarePath)); err != nil {
-			a.parts.Log.Warn("record former firmware path", "err", err)
+			a.parts.Log.Warn("could not record the former firmware path", "err", err)
 		}
 	}
 	if err := a.writeFirmwarePath(want); err != nil {

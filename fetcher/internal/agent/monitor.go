@@ -180,7 +180,7 @@ func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) {
 	s, err := a.status(ctx, false)
 	if err != nil {
-		a.parts.Log.WarnContext(ctx, "read state of the node", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the state of the node", "err", err)
 		return v, false
 	}
 	return s.Verdict, s.Verdict.State != gpucheck.Ready

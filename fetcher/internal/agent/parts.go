@@ -76,7 +76,7 @@ type Config struct {
 	Flavour string
 	// Wait is the longest time to wait for a build or a failing service.
 	Wait time.Duration
-	// ModuleParams maps a module's name to its parameter string.
+	// ModuleParams has the parameter string of each module, by the module's name.
 	ModuleParams map[string]string
 	// NoLoad means that the driver becomes active on the disk, but that no module is loaded.
 	NoLoad bool

@@ -120,7 +120,7 @@ func (a *Agent) refresh(ctx context.Context) {
 		return
 	}
 	if err := a.parts.Refresh(ctx); err != nil {
-		a.parts.Log.WarnContext(ctx, "refresh snapshot", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not refresh the snapshot", "err", err)
 	}
 }
 
@@ -145,9 +145,9 @@ func (a *Agent) since(store *install.Store, origin install.Origin, answer resolv
 // some hundred kilobytes.
 const maxBundles = 16 << 20
 
-// useful returns a function, for the argument useful of [registry.Repository.AttachedIf]. The function returns "" for a
-// bundle whose signature is invalid, or whose statement is about another artifact. For any other bundle it returns a
-// name made of signer and content, so that copies of one statement have the same name.
+// useful returns the function that [registry.Repository.AttachedIf] takes as its argument useful. That function returns
+// "" for a bundle whose signature is invalid, or whose statement is about another artifact. For any other bundle it
+// returns a name made of signer and content, so that copies of one statement have the same name.
 func useful(v statements, digest string) func([]byte) string {
 	return func(bundle []byte) string {
 		st, err := v.Statement(bundle)

@@ -155,7 +155,7 @@ const hintAgain = "run fetcher install to replace the damaged files"
 
 // checkedLayer is a layer that was compared with its signed diff id.
 type checkedLayer struct {
-	// files maps the layer's files to their digests.
+	// files has the digest of each file of the layer, by the file's name.
 	files map[string]string
 	// print is the result of [install.Store.LayerPrint] before the check.
 	print string

@@ -2,8 +2,8 @@
 // manifest that starts cos-gpu-installer then only needs another image. The package refuses flags that ask for
 // something that the fetcher does not do.
 //
-// The flags are those of cos/tools, src/cmd/cos_gpu_installer, v2.1.9, and those of later releases up to v2.5.10 that
-// their release notes and callers show.
+// The flags are those of cos/tools, src/cmd/cos_gpu_installer, v2.1.9. Flags of later releases up to v2.5.10 are those
+// in release notes and in the manifests of known callers.
 package cosinstaller
 
 import (

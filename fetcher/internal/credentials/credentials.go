@@ -26,7 +26,7 @@ func Keychain() authn.Keychain {
 	return authn.NewMultiKeychain(docker{authn.DefaultKeychain}, &Google{})
 }
 
-// docker adds the kind and a hint to errors of Docker's configuration.
+// docker is a keychain that adds the kind and a hint to errors of Docker's configuration.
 type docker struct{ authn.Keychain }
 
 func (d docker) Resolve(r authn.Resource) (authn.Authenticator, error) {
@@ -54,8 +54,8 @@ const metadataHost = "169.254.169.254"
 // documentation, "Access scopes and tokens". GKE's metadata server for workloads serves the same path.
 const tokenPath = "/computeMetadata/v1/instance/service-accounts/default/token"
 
-// Google logs in at Google's registries and Cloud Storage with the token of the machine's service account. A machine
-// without a service account can read public artifacts only.
+// Google is the keychain for Google's registries and Cloud Storage. It uses the token of the machine's service account.
+// A machine without a service account can read public artifacts only.
 type Google struct {
 	mu    sync.Mutex
 	token string

@@ -278,8 +278,8 @@ func (Linux) Make(dev *os.Root, n Node) error {
 	return nil
 }
 
-// link makes the link to a device file in /dev/char. It ignores errors, because a driver works without the link. If
-// another file than a link has the name, link leaves that file as it is.
+// link makes the link to a device file in /dev/char. It ignores errors, because a driver works without the link. If a
+// file that is not a link has that name, the file stays as it is.
 func link(dev *os.Root, n Node) {
 	name, to := fmt.Sprintf("%s/%d:%d", charFolder, n.Major, n.Minor), "../"+n.Name
 	have, err := dev.Readlink(name)

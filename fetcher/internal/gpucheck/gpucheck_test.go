@@ -260,7 +260,7 @@ func TestProbeCopies(t *testing.T) {
 				switch _, err := p.Probe(t.Context(), "x", false); {
 				case err == nil:
 					return errors.New("a program that is none ran")
-				case strings.Contains(err.Error(), "copy probe"):
+				case strings.Contains(err.Error(), "copy the probe"):
 					return err
 				}
 			}

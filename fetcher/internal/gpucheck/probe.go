@@ -38,7 +38,7 @@ type Prober struct {
 	ReadOnly bool
 
 	mu    sync.Mutex
-	since time.Time // when the running probe started; zero without one
+	since time.Time // when the running probe started; zero if none runs
 }
 
 var errNotThere = errors.New("ask NVML: the probe was not copied to this node yet")
@@ -145,16 +145,16 @@ func (p *Prober) ensureCopy() (err error) {
 	}
 	switch {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("copy probe: %w", err)
+		return fmt.Errorf("copy the probe to the node: %w", err)
 	case p.ReadOnly:
 		return fault.Wrap(fault.Unusable, errNotThere,
 			"run fetcher install, or run this command on the node itself with --host-root /")
 	case folder == nil:
-		return fmt.Errorf("copy probe: %w", err)
+		return fmt.Errorf("copy the probe to the node: %w", err)
 	}
 	tmp := "tmp-probe-" + rand.Text() // another fetcher may copy at the same time
 	if err := errors.Join(p.copy(folder, tmp), folder.RemoveAll(tmp)); err != nil {
-		return fault.Disk(fmt.Errorf("copy probe: %w", err), "make space on the disk of the install folder")
+		return fault.Disk(fmt.Errorf("copy the probe to the node: %w", err), "make space on the disk of the install folder")
 	}
 	return nil
 }
@@ -170,7 +170,7 @@ func (p *Prober) copy(folder *os.Root, tmp string) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(hostfile.Fill(out, in), folder.Chmod(tmp, 0o755)); err != nil { // the umask also applied
+	if err := errors.Join(hostfile.Fill(out, in), folder.Chmod(tmp, 0o755)); err != nil { // because the umask applies, too
 		return err
 	}
 	return folder.Rename(tmp, path.Base(p.Copy))

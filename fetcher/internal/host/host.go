@@ -25,7 +25,7 @@ const maxFile = 1 << 20
 // Facts describe a node, as its files report it.
 type Facts struct {
 	Kernel target.Kernel `json:"kernel"`
-	// OS is ID of os-release; on COS it is "cos".
+	// OS is the value of ID in os-release; on COS it is "cos".
 	OS     string `json:"os"`
 	Policy Policy `json:"policy"`
 	// GPUs are the NVIDIA display devices on the PCI bus, usable or not.
@@ -117,7 +117,7 @@ type Module struct {
 	Name string `json:"name"`
 	// Version is the module's own version; "" when it has none.
 	Version string `json:"version,omitempty"`
-	// BuildID identifies the loaded bytes; "" where the kernel does not report it.
+	// BuildID identifies the content of the loaded module; "" if the kernel does not report it.
 	BuildID string   `json:"buildId,omitempty"`
 	Refs    int      `json:"refs"`
 	UsedBy  []string `json:"usedBy,omitempty"`

@@ -94,7 +94,7 @@ func refused(text, hint string) error {
 }
 
 // Allows returns the reason why the kernel would refuse a module from the install folder; nil means that it would not.
-// signed says whether the module has a signature. Only the kernel can check the signature's key.
+// The argument signed is true if the module has a signature. Only the kernel can check the signature's key.
 func (p Policy) Allows(module string, signed bool) error {
 	if p.SignaturesEnforced && !signed {
 		return refused(

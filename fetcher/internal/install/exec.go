@@ -57,8 +57,8 @@ func (s *Store) RevokeExec() error {
 	return err
 }
 
-// inNode calls the function do in the node's mount namespace. It first checks that the path of the install folder leads
-// to the same folder there as the path here leads to in this container.
+// inNode calls the function do in the node's mount namespace. It first checks that the install folder's path leads to
+// the same folder there as in this container.
 func (s *Store) inNode(here string, do func() error) (inside bool, err error) {
 	ours, err := os.Stat(here)
 	if err != nil {
@@ -94,7 +94,7 @@ func allowExec(dir string, note func()) (bool, error) {
 		return true, allowExecOld(dir, st.Flags)
 	}
 	if err != nil {
-		return false, fmt.Errorf("copy mount: %w", err)
+		return false, fmt.Errorf("make a copy of the mount: %w", err)
 	}
 	err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_NOEXEC})
 	if err == nil {

@@ -127,7 +127,7 @@ func (s *Store) Close() error { return s.root.Close() }
 
 // hexOf returns the folder name for a digest. It checks the form, because the digest came over the network.
 func hexOf(digest string) (string, error) {
-	f, err := target.ParseFingerprint(digest) // fingerprints have the same form: sha256: and 64 lower-case hex digits
+	f, err := target.ParseFingerprint(digest) // a fingerprint has the same format: sha256: and 64 lower-case hex digits
 	if err != nil {
 		return "", fault.New(fault.Unverified, fmt.Sprintf("digest %q: want sha256: and 64 lower-case hex digits", digest),
 			"")
@@ -173,7 +173,7 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 				return s.root.RemoveAll(tmp)
 			}
 		}
-		return fmt.Errorf("name staged folder: %w", err)
+		return fmt.Errorf("rename staged folder: %w", err)
 	}
 	return nil
 }
@@ -239,7 +239,7 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 				err = s.replaceByLink(at, links[name])
 			}
 			if err != nil {
-				return fmt.Errorf("link layer: %w", err)
+				return fmt.Errorf("make link to layer: %w", err)
 			}
 		}
 		return errors.Join(s.WriteFile(path.Join(ownFolder, final, evidenceFile), proof),
@@ -248,14 +248,14 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 	return s.add(final, func(dst *os.Root) error {
 		for name, to := range links {
 			if err := dst.Symlink(to, name); err != nil {
-				return fmt.Errorf("link layer: %w", err)
+				return fmt.Errorf("make link to layer: %w", err)
 			}
 		}
 		return errors.Join(dst.WriteFile(evidenceFile, proof, 0o644), dst.WriteFile("set.json", raw, 0o644))
 	})
 }
 
-// replaceByLink replaces whatever has the name by a link.
+// replaceByLink makes a link, and first removes a file or folder that has the link's name.
 func (s *Store) replaceByLink(name, to string) error {
 	if info, err := s.root.Lstat(name); err == nil && info.Mode().Type() != fs.ModeSymlink {
 		if err := s.root.RemoveAll(name); err != nil {

@@ -252,7 +252,7 @@ func TestLockPlanted(t *testing.T) {
 			plant(filepath.Join(root, "tmp/lock"))); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := s.Lock("tmp/lock"); err == nil || !strings.Contains(err.Error(), "lock /tmp/lock") {
+		if _, err := s.Lock("tmp/lock"); err == nil || !strings.Contains(err.Error(), "lock file /tmp/lock") {
 			t.Errorf("%s: Lock = %v; want an error", name, err)
 		}
 		if _, err := os.Lstat(filepath.Join(root, "etc/made")); !errors.Is(err, os.ErrNotExist) {

@@ -54,8 +54,8 @@ func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 	})
 }
 
-// namesFile lists the files that were unpacked into a layer, to tell them from files that other programs added. It is
-// in the layer's folder, and no top-level link leads to it. Its content is never trusted.
+// namesFile is a file in a layer's folder. It lists the files that were unpacked into the layer, as opposed to files
+// that other programs added. No top-level link leads to it, and its content is never trusted.
 const namesFile = ".prebake-names"
 
 // maxNames is the largest allowed size of namesFile in bytes.
@@ -145,7 +145,7 @@ func (s *Store) keepAdded(l Layer, dst *os.Root, names []string) error {
 		for _, file := range s.addedFiles(digest, ours) {
 			if err := s.linkOrCopy(digest, file, dst); err != nil && !errors.Is(err, fs.ErrExist) &&
 				!errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("keep %s: %w", file, err)
+				return fmt.Errorf("keep added file %s: %w", file, err)
 			}
 		}
 	}

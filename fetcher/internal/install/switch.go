@@ -81,13 +81,13 @@ func (s *Store) Recover() error {
 	return s.withdraw()
 }
 
-// Pointers stores which sets are current and previous, as paths below ownFolder; "" means none.
+// Pointers has the current and the previous set, as paths below ownFolder; "" means none.
 type Pointers struct {
 	Current  string `json:"current,omitempty"`
 	Previous string `json:"previous,omitempty"`
 }
 
-// Pointers returns which sets are current and previous, for [Store.Restore].
+// Pointers returns the current and the previous set, for [Store.Restore].
 func (s *Store) Pointers() (p Pointers, err error) {
 	if p.Current, err = s.link("current"); err != nil {
 		return p, err
@@ -391,7 +391,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 	_, theirs := s.root.Lstat(path.Join(ownFolder, "adopted", "lib64"))
 	if have != nil && !slices.Contains(ours, string(have)) && (!bytes.Equal(have, text) || theirs == nil) {
 		if err := s.root.Rename(cacheFile, path.Join(ownFolder, "adopted", cacheFile)); err != nil {
-			return fmt.Errorf("keep %s: %w", cacheFile, err)
+			return fmt.Errorf("keep file %s: %w", cacheFile, err)
 		}
 		have = nil
 	}

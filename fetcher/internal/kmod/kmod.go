@@ -45,7 +45,7 @@ func (Linux) Log() ([]string, error) {
 	// syslog(2): 3 is SYSLOG_ACTION_READ_ALL, 10 is SYSLOG_ACTION_SIZE_BUFFER.
 	size, err := unix.Klogctl(10, nil)
 	if err != nil {
-		return nil, fmt.Errorf("measure kernel log: %w", err)
+		return nil, fmt.Errorf("read the size of the kernel log: %w", err)
 	}
 	buf := make([]byte, size)
 	n, err := unix.Klogctl(3, buf)
@@ -161,7 +161,7 @@ func (l *Loader) loadOne(img Image, image []byte) (was string, err error) {
 	mark := l.Mark()
 	err = l.System.InitModule(image, img.Params)
 	if errors.Is(err, syscall.EEXIST) {
-		// Another process loaded a module of this name first. That is fine only if it is the same version.
+		// Another process loaded a module of this name first. That is fine only if that module has the same version.
 		same, lookErr := l.isLoaded(img)
 		if lookErr != nil {
 			return "", lookErr
@@ -190,7 +190,7 @@ type refusal struct {
 func (r *refusal) Error() string { return r.text }
 func (r *refusal) Unwrap() error { return r.cause }
 
-// refusals maps the errnos of init_module(2), delete_module(2) and the kernel's module loader to faults.
+// refusals has a fault for each errno of init_module(2), delete_module(2) and the kernel's module loader.
 var refusals = []struct {
 	errno syscall.Errno
 	kind  fault.Kind

@@ -186,7 +186,7 @@ func (n *Node) write(ctx context.Context) error {
 	if err != nil {
 		if text := err.Error(); text != n.complain {
 			n.complain = text
-			n.log.WarnContext(ctx, "report to the cluster", "node", n.name, "err", err)
+			n.log.WarnContext(ctx, "could not report to the cluster", "node", n.name, "err", err)
 		}
 		return err
 	}

@@ -80,7 +80,7 @@ func (f failures) store(q resolve.Question, err error) error {
 		return merr
 	}
 	if werr := os.WriteFile(f.file, raw, 0o600); werr != nil {
-		return fmt.Errorf("record the failed compile: %w", werr)
+		return fmt.Errorf("store the error of the failed compile: %w", werr)
 	}
 	return nil
 }

@@ -189,7 +189,7 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 		return nil, fmt.Errorf("run %s: %w", b.Program, err)
 	}
 	if err := cmd.Start(); err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("run builder: %w", err),
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("run the builder: %w", err),
 			"set --builder to the path of the builder program, or turn compiling off: --builder never")
 	}
 	said := b.follow(stderr)
@@ -202,10 +202,10 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 		return nil, said.fault(exit.ExitCode())
 	}
 	if err != nil {
-		return nil, fmt.Errorf("run builder: %w", err)
+		return nil, fmt.Errorf("run the builder: %w", err)
 	}
 	if stdout.Len() > maxOutput {
-		return nil, fault.New(fault.Internal, "run builder: its output has more than 4 MiB",
+		return nil, fault.New(fault.Internal, "run the builder: its output has more than 4 MiB",
 			"use builder and fetcher of the same release")
 	}
 	return stdout.Bytes(), nil

@@ -40,7 +40,7 @@ type Server struct {
 	runs               *prometheus.CounterVec
 }
 
-// New returns a server that is not ready. now is the clock.
+// New returns a server that is not ready. The argument now is the clock.
 func New(now func() time.Time) *Server {
 	gauge := func(name, help string) prometheus.Gauge {
 		return prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: name, Help: help})

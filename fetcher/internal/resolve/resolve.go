@@ -236,7 +236,7 @@ func check(a Answer, q Question) error {
 			"check that --server is the URL of the right server",
 		)
 	}
-	if _, err := target.ParseFingerprint(a.Digest); err != nil { // digests have the same form
+	if _, err := target.ParseFingerprint(a.Digest); err != nil { // a digest has the same format
 		return fault.New(
 			fault.Unverified,
 			fmt.Sprintf("ask server: digest %.80q: want sha256: and 64 hex digits", a.Digest),
