@@ -30,13 +30,14 @@ func installCommand() *ucli.Command {
 				return err
 			}
 			defer func() { err = errors.Join(err, done()) }()
-			return traced(ctx, cmd, a.Run)
+			return runTraced(ctx, cmd, a.Run)
 		},
 	}
 }
 
-// traced starts a tracer, calls [runOnce] with it, and closes it. It serves the commands that do one run and then end.
-func traced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*agent.Report, error)) error {
+// runTraced starts a tracer, calls [runOnce] with it, and closes it. It is for the commands that do one run and then
+// end.
+func runTraced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*agent.Report, error)) error {
 	log, err := logger(cmd, false)
 	if err != nil {
 		return err

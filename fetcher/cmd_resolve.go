@@ -28,7 +28,7 @@ func resolveOnce(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	finder, err := newFinder(cmd, nil, false) // without trusted keys no list of supported GPUs counts
+	finder, err := newFinder(cmd, nil, false) // no verifier, because this command has no trusted keys
 	if err != nil {
 		return err
 	}

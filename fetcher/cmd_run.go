@@ -68,12 +68,12 @@ func checkTaint(cmd *ucli.Command) error {
 		"startup-taint")
 }
 
-// checkTimeout bounds one check of the driver. A check ends sooner in any case: either the driver answers, or the probe
-// times out.
+// checkTimeout is the longest expected time of one check of the driver. A check ends sooner in any case: either the
+// driver answers, or the probe times out.
 const checkTimeout = 3 * time.Minute
 
-// retryChecks is a number of checks. After so many checks the daemon runs the agent again, if the last run left the
-// node with another driver than the wanted one.
+// retryChecks is the number of checks after which the daemon runs the agent again. It does so only if the last run left
+// the node with another driver than the wanted one.
 const retryChecks = 10
 
 // runAndWatch installs the node's driver. While a driver is ready, it watches the driver until ctx ends.
@@ -167,13 +167,13 @@ type daemon struct {
 	every   time.Duration
 	once    bool
 	outside *listeners
-	// run does one run and prints its report.
+	// run is a function that does one run of the agent, and prints the report.
 	run func(func(context.Context) (*agent.Report, error)) error
 	// quickVerdict returns a verdict for the cluster after a run that ended without one; see [agent.Agent.QuickVerdict].
 	// The function is nil if no cluster is configured.
 	quickVerdict func(context.Context) (gpucheck.Verdict, bool)
-	// pending receives the reason why the node serves with another driver than the wanted one. It receives nil when the
-	// node has the wanted driver.
+	// pending is called after each run: with the reason why the node has another driver than the wanted one, or with nil
+	// if it has the wanted driver.
 	pending func(error)
 }
 

@@ -47,12 +47,12 @@ func rollbackCommand() *ucli.Command {
 				return err
 			}
 			defer func() { err = errors.Join(err, done()) }()
-			return traced(ctx, cmd, a.Rollback)
+			return runTraced(ctx, cmd, a.Rollback)
 		},
 	}
 }
 
-// localAgent wires an agent that asks no server and no registry.
+// localAgent makes an agent that asks no server and no registry.
 func localAgent(cmd *ucli.Command) (*agent.Agent, func() error, error) {
 	cfg, err := readHostConfig(cmd)
 	if err != nil {

@@ -30,7 +30,7 @@ On a node that compiled drivers, remove the folder of --state-dir yourself.`,
 				return err
 			}
 			defer func() { err = errors.Join(err, done()) }()
-			return traced(ctx, cmd, a.Uninstall)
+			return runTraced(ctx, cmd, a.Uninstall)
 		},
 	}
 }

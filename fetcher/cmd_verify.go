@@ -53,7 +53,7 @@ func explain(ctx context.Context, cmd *ucli.Command, a *agent.Agent) (*agent.Exp
 	if cmd.Args().Len() == 0 {
 		if cmd.IsSet("build-id") {
 			return nil, fault.New(fault.Usage, "--build-id has no effect on an installed driver",
-				"name an artifact, or leave --build-id out")
+				"give the artifact to verify as an argument, or remove --build-id")
 		}
 		return a.ExplainInstalled(ctx)
 	}
@@ -76,8 +76,8 @@ func explain(ctx context.Context, cmd *ucli.Command, a *agent.Agent) (*agent.Exp
 	if !found {
 		i := strings.LastIndex(ref, ":")
 		if i < 0 || strings.Contains(ref[i:], "/") || strings.HasPrefix(ref, "oci:") && i == len("oci") {
-			return nil, fault.New(fault.Usage, fmt.Sprintf("%q names no artifact in a repository", ref),
-				"name the artifact with its digest or its tag: HOST/NAME@sha256:...")
+			return nil, fault.New(fault.Usage, fmt.Sprintf("reference %q is not an artifact in a repository", ref),
+				"give the artifact's digest or its tag: HOST/NAME@sha256:... or HOST/NAME:TAG")
 		}
 		name, digest = ref[:i], ref[i+1:]
 	}

@@ -8,8 +8,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
-// TestConfigCheck checks that the example file has no mistake. Each planted mistake is found with its line and column,
-// before the program opens anything.
+// TestConfigCheck checks that the example file has no mistake. It also checks that each planted mistake is found with
+// its line and column, before the program opens anything.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
 	configcheck.Check(t, filepath.Join("..", "docs", "examples", "fetcher.yaml"), root, []configcheck.Row{
@@ -36,7 +36,7 @@ func TestConfigCheck(t *testing.T) {
 			`12:1: module-param: module parameter "nvidia": want MODULE.KEY=VALUE`},
 		{"taint without a node", "startup-taint: x\n", "", "LAST:1: startup-taint: --startup-taint needs the name of a node"},
 		{"report without a token", "", "token-file: /etc/prebake/token\n",
-			"14:1: report: --report needs a server, and a token that names this node"},
+			"14:1: report: --report needs a server, and a token of this node"},
 		{"policy and keys", "policy: /x.yaml\n", "",
 			"9:1: public-key: --policy and --public-key exclude each other; put the setting into the policy file"},
 		{"half of an identity", "trusted-root: /x.json\n", "",

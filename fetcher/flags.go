@@ -95,7 +95,7 @@ func changeFlags() []ucli.Flag {
 	)
 }
 
-// installFlags are the flags that install and run share.
+// installFlags are the flags of the commands install and run.
 func installFlags() []ucli.Flag {
 	builder := cli.String(
 		"builder",
@@ -121,8 +121,8 @@ func installFlags() []ucli.Flag {
 	)
 }
 
-// trustFlags are the flags that name the trusted signers. The fetcher loads no driver that none of them signed, except
-// drivers that this node compiled.
+// trustFlags are the flags for the trusted signers. The fetcher loads only drivers that one of these signers signed,
+// and drivers that this node compiled.
 func trustFlags() []ucli.Flag {
 	loadTest := cli.WasCalled(cli.String("load-test-policy", "any",
 		"accept artifacts by `MODE`: tested (only those that passed a load test) or any"), "load-test")
@@ -201,7 +201,7 @@ func readConfig(cmd *ucli.Command) (agent.Config, error) {
 	errs := []error{err}
 	if pin := cmd.String("driver"); strings.HasPrefix(pin, digestPrefix) {
 		cfg.Wish, cfg.Pin = target.Default, pin
-		if _, err := target.ParseFingerprint(pin); err != nil { // digests have the same form
+		if _, err := target.ParseFingerprint(pin); err != nil { // a digest has the same format
 			errs = append(errs, cli.About(fmt.Errorf("driver %q: want sha256: and 64 lower-case hex digits", pin), "driver"))
 		}
 	} else if cfg.Wish, err = target.ParseWish(pin); err != nil {
@@ -219,7 +219,7 @@ func usage(cmd *ucli.Command, errs []error) error {
 	return fault.Wrap(fault.Usage, errors.Join(errs...), "see "+cmd.FullName()+" --help")
 }
 
-// digestPrefix begins a value of --driver that is the digest of one artifact instead of a wish.
+// digestPrefix is the beginning of a value of --driver that is the digest of one artifact instead of a wish.
 const digestPrefix = "sha256:"
 
 // paramPattern permits no white space in a module parameter, because the kernel splits a parameter string at white

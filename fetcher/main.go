@@ -85,7 +85,7 @@ func root() *ucli.Command {
 	})
 }
 
-// exitCodes returns the help text about exit statuses. Package fault holds the list.
+// exitCodes returns the help text about exit statuses. Package fault has the list.
 func exitCodes() string {
 	var b strings.Builder
 	b.WriteString("Exit status:\n   0  done; the driver is ready, or staged by request\n")

@@ -177,7 +177,7 @@ func attach(t *testing.T, ref, digest string, signed ...[]byte) error {
 	return nil
 }
 
-// resolution answers as a server does. The version of the driver picks the state.
+// resolution answers as a server does. The state in the answer depends on the wanted version of the driver.
 func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repository, digest string) {
 	q := r.URL.Query()
 	answer := api.Resolution{Kernel: c.Kernel, Driver: c.Driver, State: api.Published, Repository: repository,
@@ -201,7 +201,7 @@ func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repositor
 	case "550.54.15":
 		answer = api.Resolution{State: api.Unknown, Reason: "not requested yet"}
 	case "500.1.6":
-		answer.Digest = "sha256:" + strings.Repeat("ab", 32) // the answer also names another driver than the wanted one
+		answer.Digest = "sha256:" + strings.Repeat("ab", 32) // the answer also has another driver than the wanted one
 	}
 	w.Header().Set("Content-Type", "application/json")
 	if err := json.NewEncoder(w).Encode(answer); err != nil {
@@ -209,8 +209,8 @@ func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repositor
 	}
 }
 
-// fakeBuilder replaces the builder. It has the builder's command line, and returns an artifact that was made before.
-// The environment variable FAIL holds the exit status of a failure.
+// fakeBuilder stands in for the builder. It accepts the builder's command line, and returns an artifact that was made
+// before. To make it fail, set the environment variable FAIL to the exit status.
 func fakeBuilder() {
 	args := map[string]string{}
 	for i := 2; i+1 < len(os.Args); i += 2 {
@@ -241,7 +241,7 @@ func fakeBuilder() {
 	}
 }
 
-// fakeProbe replaces nvmlprobe on a machine without the driver.
+// fakeProbe stands in for nvmlprobe on a machine without the driver.
 func fakeProbe() {
 	fmt.Println(`{"driverVersion":"","cudaVersion":"","devices":[],"error":"cannot open libnvidia-ml.so.1"}`)
 	os.Exit(1)

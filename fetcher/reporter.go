@@ -32,14 +32,14 @@ type reporter struct {
 	done chan struct{}
 }
 
-// checkReport refuses --report without a server, or without a token that names this node.
+// checkReport refuses --report without a server, or without a token of this node.
 func checkReport(cmd *ucli.Command) error {
 	if !cmd.Bool("report") || cmd.Bool("dry-run") || cmd.String("server") != "" && cmd.String("token-file") != "" {
 		return nil
 	}
 	return cli.About(fault.New(
 		fault.Usage,
-		"--report needs a server, and a token that names this node",
+		"--report needs a server, and a token of this node",
 		"give --server URL and --token-file FILE",
 	), "report", "token-file", "server")
 }
@@ -79,7 +79,7 @@ func (t *reporter) queue(r api.NodeReport) {
 	select {
 	case t.next <- r:
 	default:
-		t.log.Warn("dropped a report: earlier ones still wait", "digest", r.Digest, "outcome", r.Outcome)
+		t.log.Warn("dropped a report: earlier reports still wait", "digest", r.Digest, "outcome", r.Outcome)
 	}
 }
 

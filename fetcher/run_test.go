@@ -25,7 +25,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// watcher calls seen once, when the text appears in its output.
+// watcher is a writer that calls the function seen once, when the text appears in what is written.
 type watcher struct {
 	bytes.Buffer
 	text string
@@ -41,7 +41,7 @@ func (w *watcher) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// TestRunEnds stops fetcher run while it watches a driver, and before it has one. The last row gives the program an
+// TestRunEnds stops fetcher run while it watches a driver, and before it has one. In the last row, the program gets an
 // address that is in use.
 func TestRunEnds(t *testing.T) {
 	t.Parallel()
@@ -98,7 +98,7 @@ func TestRunEnds(t *testing.T) {
 	}
 }
 
-// busy is a node that wants another driver while the present one is in use for the first inUse runs.
+// busy is a node that wants another driver. During the first inUse runs, the present driver is in use.
 type busy struct {
 	runs, inUse int
 	state       gpucheck.State
@@ -176,7 +176,7 @@ func (c *countingContext) AfterFunc(func()) (stop func() bool) {
 	})
 }
 
-// TestPendingReleases checks that a node which waits for another driver for long keeps no context of its earlier tries.
+// TestPendingReleases checks that a node that waits long for another driver keeps no context of its earlier tries.
 func TestPendingReleases(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -198,7 +198,7 @@ func TestPendingReleases(t *testing.T) {
 	})
 }
 
-// TestHelp checks that the help fits a terminal, and each flag belongs to a group.
+// TestHelp checks that the help fits a terminal, and that each flag has a heading in it.
 func TestHelp(t *testing.T) {
 	t.Parallel()
 	if err := cli.CheckHelp(root); err != nil {

@@ -17,12 +17,12 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// soakRounds is the number of rounds. make soak sets a higher one with PREBAKE_SOAK.
+// soakRounds is the number of rounds. The command make soak sets a higher number with PREBAKE_SOAK.
 const soakRounds = 50
 
 // TestSoak kills the real program at random moments while it changes between three drivers, rolls back and uninstalls.
-// The next run must repair whatever the killed run left. The test installs the driver and does not load it; TestFaults
-// of package agent covers the kernel's part.
+// The next run must repair whatever the killed run left. This test installs the driver and does not load it. TestFaults
+// of package agent also loads it.
 func TestSoak(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
@@ -71,7 +71,7 @@ func TestSoak(t *testing.T) {
 		return install(versions[rng.IntN(len(versions))])
 	}
 	folder := filepath.Join(root, "home/kubernetes/bin/nvidia")
-	usual := 200 * time.Millisecond // of one run; updated with each complete run
+	usual := 200 * time.Millisecond // the time of one run; updated with each complete run
 	killed := 0
 	for round := range rounds {
 		// Two runs are killed one after the other, and a third one completes.
@@ -79,7 +79,7 @@ func TestSoak(t *testing.T) {
 			if kill(t, program, pick(), time.Duration(rng.Int64N(int64(usual)))) {
 				killed++
 			}
-			// At every moment a link leads to something, or does not exist.
+			// At every moment, a link has a target or does not exist.
 			for _, name := range []string{"lib64", "bin", "drivers", "firmware"} {
 				if _, err := os.Lstat(filepath.Join(folder, name)); err != nil {
 					continue
@@ -131,7 +131,7 @@ func kill(t *testing.T, program string, args []string, after time.Duration) bool
 	return errors.As(cmd.Wait(), &exit) && exit.Sys().(syscall.WaitStatus).Signaled()
 }
 
-// checkUp examines an installed driver as a program that uses it would.
+// checkUp examines an installed driver in the same way as a program that uses the driver.
 func checkUp(folder, version string) error {
 	lib, err := os.ReadFile(filepath.Join(folder, "lib64/libnvidia-ml.so.1"))
 	if err != nil {

@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// collector keeps the spans that it receives. OTLP's own types decode them.
+// collector keeps the spans that it receives. It decodes them with OTLP's own types.
 type collector struct {
 	mu    sync.Mutex
 	spans []*span.Span

@@ -56,7 +56,7 @@ func newListing(cmd *ucli.Command, p policy.Policy, node *noderoot.Root) (*liste
 }
 
 // trustPolicy reads the policy file, or else the trust flags. With trust flags, the default key file may be missing if
-// the flags name a certificate identity. A file that --public-key names must exist.
+// the flags have a certificate identity. A file that --public-key gives must exist.
 func trustPolicy(cmd *ucli.Command) (policy.Policy, error) {
 	if err := checkTrust(cmd); err != nil {
 		return policy.Policy{}, err

@@ -71,7 +71,7 @@ func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
 	return node, nil
 }
 
-// newAgent wires an agent that installs drivers. The argument long is true for a command that runs long and therefore
+// newAgent makes an agent that installs drivers. The argument long is true for a command that runs long and therefore
 // logs.
 func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, err error) {
 	cfg, err := readConfig(cmd)
@@ -143,7 +143,7 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 		return fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("find probe: %w", err),
-			"name the nvmlprobe program with --probe PATH, or load no module: --no-load",
+			"give the path of the nvmlprobe program with --probe PATH, or load no module: --no-load",
 		)
 	}
 	return nil
@@ -175,7 +175,7 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	return trust.Policy{MinVersions: p.MinVersions, Revoked: p.Revoked}, err
 }
 
-// identity returns the certificate identity that the flags name.
+// identity returns the certificate identity in the flags.
 func identity(cmd *ucli.Command) trust.Identity {
 	return trust.Identity{
 		Subject: cmd.String("certificate-identity"),
@@ -195,7 +195,7 @@ func serverURL(cmd *ucli.Command) (*url.URL, error) {
 		return nil, cli.About(fault.New(
 			fault.Usage,
 			fmt.Sprintf("server %q: want a URL", server),
-			"name the server as a URL, as in --server http://127.0.0.1:8440",
+			"set the server's URL, as in --server http://127.0.0.1:8440",
 		), "server")
 	}
 	return u, nil
@@ -223,8 +223,8 @@ func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 		return policy, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("read trusted keys: %w", err),
-			"name the file with the publisher's public key: --public-key FILE; for keyless signing, give --trusted-root "+
-				"FILE with --certificate-identity NAME and --certificate-oidc-issuer URL; without either no driver is installed",
+			"without a trusted key or identity, no driver is installed; give the publisher's public key with --public-key "+
+				"FILE, or for keyless signing --trusted-root FILE, --certificate-identity NAME and --certificate-oidc-issuer URL",
 		)
 	}
 	return policy, nil
@@ -293,7 +293,7 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, er
 		var err error
 		if program, err = exec.LookPath(program); err != nil {
 			return nil, fault.Wrap(fault.Usage, fmt.Errorf("find builder: %w", err),
-				"name the builder program, --builder PATH, or its image, --builder HOST/NAME@sha256:DIGEST; or turn "+
+				"give the builder program (--builder PATH) or its image (--builder HOST/NAME@sha256:DIGEST), or turn "+
 					"compiling off: --builder never")
 		}
 	}
@@ -311,18 +311,18 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, er
 	}, nil
 }
 
-// pinnedNowhere returns the error for a --driver that is a digest, while no --registry names its repository.
+// pinnedNowhere returns the error for a --driver that is a digest without a --registry for its repository.
 func pinnedNowhere() error {
 	return cli.About(fault.New(
 		fault.Usage,
 		"--driver with a digest needs the artifact's repository",
-		"name the repository with --registry HOST/NAME",
+		"set the artifact's repository: --registry HOST/NAME",
 	), "driver")
 }
 
 // newFinder returns a finder that asks the server first and then the registries. If neither is configured, the node can
-// only compile the driver itself; newFinder then returns an error if compiles is false. v verifies the lists of
-// supported GPUs. If v is nil, the finder reads no such list.
+// only compile the driver itself; if the argument compiles is false, that is an error. The verifier v is for the lists
+// of supported GPUs. If v is nil, the finder reads no such list.
 func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
 	var gpus resolve.Lister
 	if v != nil {
@@ -364,12 +364,12 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 	return nil, fault.New(
 		fault.Usage,
 		"no source for a driver",
-		"name a server (--server URL), a registry (--registry REF), or a builder (--builder PATH)",
+		"set a server (--server URL), a registry (--registry REF), or a builder (--builder PATH)",
 	)
 }
 
 // registryFinder returns a finder that asks one repository. The finder opens the repository again for each question,
-// because the credentials of an open repository expire while fetcher run still runs.
+// because the credentials of an open repository may expire during a long run.
 func registryFinder(ref string, open func() (*registry.Repository, error), gpus resolve.Lister) resolve.Registry {
 	return resolve.Registry{
 		Ref: ref, GPUs: gpus,

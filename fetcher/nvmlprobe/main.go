@@ -63,7 +63,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	}
 	if flags.NArg() > 0 {
-		fmt.Fprintf(stderr, "nvmlprobe: argument %q: want none; name the library with --lib\n", flags.Arg(0))
+		fmt.Fprintf(stderr, "nvmlprobe: argument %q: want none; give the library with --lib\n", flags.Arg(0))
 		return exitUsage
 	}
 	library := nvml.New(nvml.WithLibraryPath(*lib))
@@ -101,8 +101,8 @@ type asked interface {
 	LookupSymbol(string) error
 }
 
-// ask asks NVML, and fills the answer as far as NVML responds. If NVML does not find its library, why returns the
-// dynamic loader's error.
+// ask asks NVML, and fills the answer as far as NVML responds. If NVML does not find its library, the function why
+// returns the dynamic loader's error.
 func ask(lib asked, persist bool, why func() error) (a Answer) {
 	a.Devices = []Device{}
 	if ret := lib.Init(); ret != nvml.SUCCESS {
@@ -154,7 +154,7 @@ type facts interface {
 	GetMemoryInfo() (nvml.Memory, nvml.Return)
 }
 
-// describe reads the properties of a GPU. Error names the first property that NVML did not tell.
+// describe reads the properties of a GPU. Its field Error is about the first property that NVML did not report.
 func describe(d facts) (out Device) {
 	note := func(what string, ret nvml.Return) bool {
 		if ret != nvml.SUCCESS && out.Error == "" {
@@ -176,7 +176,7 @@ func describe(d facts) (out Device) {
 	return out
 }
 
-// persistence turns persistence mode on if on is set, and then returns the mode.
+// persistence turns persistence mode on if the argument on is true, and then returns the mode.
 func persistence(d interface {
 	SetPersistenceMode(nvml.EnableState) nvml.Return
 	GetPersistenceMode() (nvml.EnableState, nvml.Return)

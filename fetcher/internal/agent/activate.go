@@ -26,15 +26,15 @@ import (
 // special hardware, and the tools of that hardware load them.
 var loaded = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
 
-// optional are the loaded modules that CUDA programs do not need.
+// optional are the modules in the list loaded that CUDA programs do not need.
 var optional = []string{"nvidia-modeset", "nvidia-drm"}
 
 func isLoaded(module string) bool { return slices.Contains(loaded, module) }
 
-// activate carries out a decision: it puts the decision's driver in force, loads it and checks it. If the driver cannot
-// be loaded, or if fewer GPUs work with it than before, activate restores the former files and modules.
+// activate carries out a decision: it makes the decision's driver the active one, loads it and checks it. If the driver
+// cannot be loaded, or if fewer GPUs work with it than before, activate restores the former files and modules.
 func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s nodeState, d decision) error {
-	// An activation runs to its end even if ctx is cancelled. The kernel and the probe bound its time.
+	// An activation runs to its end even if ctx is cancelled. Only the kernel and the probe limit its time.
 	ctx = context.WithoutCancel(ctx)
 	before, set := s.current, d.set
 	pointers, err := store.Pointers()
@@ -66,7 +66,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		if err := a.begin(store, set.Digest, pointers, was, s.facts.FirmwarePath); err != nil && changed {
 			return err
 		} else if err != nil { // a full disk must not leave the node without a driver
-			a.parts.Log.WarnContext(ctx, "record attempt", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not record the attempt", "err", err)
 		}
 	}
 	err = a.parts.Line.Do("install", func() (string, error) {
@@ -74,7 +74,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		// made later.
 		did, err := store.EnsureExec(func() {
 			if err := store.WriteFile(execFile, []byte(a.bootID())); err != nil {
-				a.parts.Log.WarnContext(ctx, "record mount", "err", err)
+				a.parts.Log.WarnContext(ctx, "could not record the mount", "err", err)
 			}
 		})
 		if err != nil {
@@ -86,13 +86,13 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		if err := errors.Join(store.Switch(set.Digest), store.WriteCacheFile(*set)); err != nil && changed {
 			return "", errors.Join(err, restore(store, pointers, before))
 		} else if err != nil {
-			a.parts.Log.WarnContext(ctx, "correct the links of the installed driver", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not correct the links of the installed driver", "err", err)
 		}
 		if !changed {
-			return "already in force", nil
+			return "already active", nil
 		}
 		r.did("switch %s to %s", a.cfg.InstallDir, short(set.Digest))
-		return short(set.Digest) + " in force", nil
+		return short(set.Digest) + " is active", nil
 	})
 	if err != nil {
 		r.Changed = false
@@ -137,7 +137,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 }
 
 // verifyFor verifies the files of the driver that activate is about to switch to or to load. The result missing is true
-// if the driver already runs, and some of its modules are not loaded and do not verify. The driver works without these
+// if the driver already runs, but some of its modules are not loaded and do not verify. The driver works without these
 // modules, so activate does not load them.
 func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState, d decision,
 	changed bool) (set *install.Set, missing bool, err error) {
@@ -172,26 +172,26 @@ func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeStat
 		if err == nil {
 			return &foreignFiles{}
 		}
-		a.parts.Log.WarnContext(ctx, "the driver in force does not verify; looking for its files by build id", "err",
+		a.parts.Log.WarnContext(ctx, "the active driver does not verify; looking for its files by build id", "err",
 			err)
 	}
 	return a.findForeign(s.facts, s.facts.Driver.String(), s.facts.Modules)
 }
 
-// served reports whether more GPUs worked at the last check of the driver in set than work now. If not, a rollback to
-// that driver would not help.
+// served reports whether more GPUs worked at the last check of a driver than work now. If not, a rollback to that
+// driver would not help.
 func (a *Agent) served(set *install.Set, now gpucheck.Verdict) bool {
 	rec := a.lastRecord()
 	return rec != nil && rec.Verdict.Digest == set.Digest && rec.Verdict.UsableGPUs > now.UsableGPUs
 }
 
-// returnTo reports whether the agent can activate a driver again that was in force before an activation.
+// returnTo reports whether the agent can activate the former driver again.
 func (s nodeState) returnTo(before *install.Set) bool {
 	return before != nil && !s.noLoad && fitsNode(before, s.facts) == nil && s.refused(before) == nil
 }
 
-// restore puts the former driver in force again. The argument to has its pointers, and before describes it; nil means
-// that no driver was in force.
+// restore makes the former driver active again. The argument to has the pointers from before the activation. The
+// argument before is the former driver; nil means that no driver was active.
 func restore(store *install.Store, to install.Pointers, before *install.Set) error {
 	err := store.Restore(to)
 	if before != nil {
@@ -209,14 +209,15 @@ type revertPlan struct {
 }
 
 // revert restores files and modules after an activation that failed. If the modules of the failed driver cannot be
-// unloaded, that driver stays in force. The returned error is cause, together with the errors of the restoration.
+// unloaded, that driver stays active. The returned error consists of the argument cause and of the errors of the
+// restoration.
 func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s nodeState, t revertPlan,
 	cause error) error {
 	before := t.before
 	if fault.Is(cause, fault.NoDevice) {
 		// The driver found no device, although a GPU is on the PCI bus.
 		cause = fault.Wrap(fault.Unusable, fmt.Errorf("GPU present but not usable: %w", cause),
-			"check that this driver supports the GPU; choose another version or flavour with --driver, --flavour")
+			"check that this driver supports the GPU; if not, set another version or flavour: --driver, --flavour")
 	}
 	// The agent must not unload a foreign driver that it has only adopted (see nodeState.put).
 	may := len(s.facts.Modules) == 0 || s.ownLoaded() || s.replaceForeign
@@ -225,7 +226,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	if reload {
 		if err := a.unloadOf(ctx, r, t.set, before); err != nil {
 			return fmt.Errorf("%w; and then: %w", cause,
-				errors.Join(fmt.Errorf("driver %s stays in force: %w", t.set.Driver, err), a.end(store, t.set.Digest, cause)))
+				errors.Join(fmt.Errorf("driver %s stays active: %w", t.set.Driver, err), a.end(store, t.set.Digest, cause)))
 		}
 	}
 	if t.changed {
@@ -325,14 +326,14 @@ func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Se
 // nvmlLibrary is the path of NVML's library below the install folder.
 const nvmlLibrary = "lib64/libnvidia-ml.so.1"
 
-// xidWatch has the GPU errors in the kernel log since this program loaded the driver, or first checked it. mark is the
-// position up to which the log was read.
+// xidWatch has the GPU errors in the kernel log since this program loaded the driver, or first checked it. Its field
+// mark is the position up to which the log was read.
 type xidWatch struct {
 	mark  kmod.Mark
 	lines []string
 }
 
-// maxXids bounds the stored lines. A failing GPU writes many lines, and the first ones count.
+// maxXids is the highest number of stored lines. A failing GPU causes many lines, but only the first ones matter.
 const maxXids = 512
 
 // newXids reads the new lines of the kernel log and returns all stored lines.
@@ -416,7 +417,7 @@ type record struct {
 	Params map[string]string `json:"moduleParams,omitempty"`
 }
 
-// execFile stores the id of the boot in which the install folder was mounted with exec.
+// execFile has the id of the boot in which this program mounted the install folder with exec.
 const execFile = ".prebake/exec-mount"
 
 const recordFile = ".prebake/verdict.json"

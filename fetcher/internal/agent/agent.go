@@ -1,6 +1,6 @@
 // Package agent installs and loads the driver that a node should run, step by step: observe, resolve, verify, fetch,
 // stage, install, load, validate. It refuses to give unverified bytes a final name, and to touch a driver that is in
-// use. It refuses to leave a node in a worse state: when a step fails, it restores the driver that was in force.
+// use. It refuses to leave a node in a worse state: when a step fails, it restores the driver that was active before.
 //
 // In names and types of this package, a set is one driver on the node's disk, as [install.Set] describes it.
 package agent
@@ -33,12 +33,12 @@ type Agent struct {
 	node   fs.FS // the files of parts.Node
 	loader *kmod.Loader
 	xids   xidWatch
-	// watcher receives the driver's state while a run waits; nil means that there is none.
+	// watcher receives the driver's state while a run waits. It is nil if nobody watches.
 	watcher Watcher
-	// checked has the layers that this run compared with their signed content, and seen has those of earlier runs. Both
-	// map a digest to a checkedLayer.
+	// checked has the layers that this run compared with their signed content. seen has the layers that earlier runs
+	// compared. Both map a digest to a checkedLayer.
 	checked, seen sync.Map
-	// unverified maps the digest of each installed driver that this run could not verify to the error.
+	// unverified has the error of each installed driver that this run could not verify, by digest.
 	unverified sync.Map
 }
 
@@ -52,23 +52,23 @@ func New(cfg Config, parts Parts) *Agent {
 type Report struct {
 	Kernel target.Kernel  `json:"kernel"`
 	Answer resolve.Answer `json:"resolution"`
-	// SignedBy names the key or identity of the accepted signature. It is "" when the run kept an installed driver without
+	// SignedBy is the key or identity of the accepted signature. It is "" when the run kept an installed driver without
 	// asking a server or registry.
 	SignedBy string `json:"signedBy,omitempty"`
-	// Signatures are all signatures that counted, with signer and role.
+	// Signatures are all accepted signatures, with signer and role.
 	Signatures []trust.Signature `json:"signatures,omitempty"`
-	// Changed means that another artifact is in force than before the run.
+	// Changed means that the run has made another artifact the active one.
 	Changed bool `json:"changed"`
 	DryRun  bool `json:"dryRun,omitempty"`
 	// Plan lists the actions of the run, or with DryRun the actions of a real run.
 	Plan []string `json:"plan"`
-	// Pending is the reason why the wanted driver, which is on the disk, is not in force yet; "" means that no driver
+	// Pending is the reason why the wanted driver is not active yet although it is on the disk. It is "" if no driver
 	// waits.
 	Pending string `json:"pending,omitempty"`
-	// Waiting lists settings of the node's owner that have not taken effect, each with the reason.
+	// Waiting has the settings of the node's owner that have not taken effect yet, each with the reason.
 	Waiting []string `json:"waiting,omitempty"`
-	// FetchedBytes counts the bytes of the fetched layers and deltas. CachedBytes counts the bytes of the layers that were
-	// already on the node.
+	// FetchedBytes is the size of the fetched layers and deltas. CachedBytes is the size of the layers that were already
+	// on the node.
 	FetchedBytes int64            `json:"fetchedBytes"`
 	CachedBytes  int64            `json:"cachedBytes"`
 	Modules      []kmod.Outcome   `json:"modules"`
@@ -80,8 +80,8 @@ func (r *Report) did(format string, args ...any) {
 	r.Plan = append(r.Plan, fmt.Sprintf(format, args...))
 }
 
-// Run does all steps once. The report is never nil and shows how far the run came. If the verdict needs the operator,
-// the error has the verdict's kind (see [gpucheck.Verdict.Err]).
+// Run does all steps once. The report is never nil and shows how far the run came. If the operator must act on the
+// verdict, the error has the verdict's kind (see [gpucheck.Verdict.Err]).
 func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // a timeline for this run only
 	a.forget()
@@ -151,9 +151,9 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	}
 }
 
-// mayBuild reports whether this node should compile a driver that is not published. It should not if the owner wants
-// one artifact by its digest, if a foreign driver stays loaded, or if the driver in force serves the wish and verifies
-// or runs.
+// mayBuild reports whether this node should compile a driver that is not published. It should not in three cases: the
+// owner wants one artifact by its digest; a foreign driver stays loaded; or the active driver matches the wish, and it
+// verifies or is loaded.
 func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set) bool {
 	if a.parts.Local == nil || a.cfg.Pin != "" {
 		return false
@@ -168,7 +168,7 @@ func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.
 	return !serves(current, a.question(facts)) || !a.verifiable(store, current, facts) && !s.runs(current)
 }
 
-// locked calls do while it holds the lock against other installers.
+// locked calls the function do while it holds the lock that excludes other installers.
 func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 	unlock, err := store.Lock(googleLock)
 	if err != nil {
@@ -179,8 +179,9 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 }
 
 // start completes or undoes what an earlier run left unfinished. If no driver is loaded, it then loads an installed
-// driver of this COS build, so that a node becomes ready without the farm. It tries first the driver that waits for a
-// kernel without a driver, then the current driver, then the previous one. start returns the driver in force.
+// driver of this COS build, so that a node becomes ready without the farm. It first tries the driver that an earlier
+// run could not load because another driver was in use (attempt.Next), then the current driver, then the previous one.
+// It returns the active driver.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
 	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
@@ -212,14 +213,14 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 	}
 	if s, err := a.readState(ctx, store); err == nil && len(s.facts.Modules) == 0 {
 		if err := a.restoreForeign(ctx, r, store, s); err != nil {
-			a.parts.Log.WarnContext(ctx, "load the foreign driver again, which a killed run unloaded", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not load the foreign driver again, which a killed run unloaded", "err", err)
 		}
 	}
 	return store.Current()
 }
 
 // try activates an installed driver and reports whether the driver is loaded. It only logs an error, because the farm
-// may name a better driver. If the farm does not, applyDecision tries the same driver again and returns the error.
+// may offer a better driver. If the farm offers none, applyDecision tries the same driver again and returns the error.
 func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s nodeState, set *install.Set) bool {
 	d := s.put(set)
 	if d.set == nil {
@@ -227,13 +228,14 @@ func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s node
 	}
 	err := a.activate(ctx, r, store, s, d)
 	if err != nil {
-		a.parts.Log.WarnContext(ctx, "load installed driver", "driver", set.Driver, "digest", set.Digest, "err", err)
+		a.parts.Log.WarnContext(ctx, "could not load the installed driver", "driver", set.Driver, "digest", set.Digest,
+			"err", err)
 	}
 	return err == nil || r.Verdict.Digest == set.Digest
 }
 
-// applyDecision decides which driver must be in force, and activates it. The argument none is the reason why the farm
-// named no artifact. If it is nil, r.Answer names the artifact.
+// applyDecision decides which driver must be active, and activates it. The argument none is the reason why the farm
+// offers no artifact. If it is nil, r.Answer has the artifact.
 func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Store, none error) error {
 	s, err := a.readState(ctx, store) // again, because the wait for the answer may have been long
 	if err != nil {
@@ -258,11 +260,11 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	}
 	excused := a.upToDate(r.Answer, s, silent)
 	d := decide(s)
-	var waiting []string // digests of drivers that stay on the disk without being in force
+	var waiting []string // digests of inactive drivers that stay on the disk
 	if set := s.waiting(); set != nil {
 		waiting = append(waiting, set.Digest)
 		if serves(set, s.question) && (d.set == nil || d.set.Digest != set.Digest) {
-			r.Pending = fmt.Sprintf("driver %s (%s) waits for a kernel without a driver, or for an idle GPU", set.Driver,
+			r.Pending = fmt.Sprintf("driver %s (%s) waits until no driver is loaded, or until the GPU is idle", set.Driver,
 				short(set.Digest))
 		}
 	}
@@ -271,7 +273,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 			return a.addUnverified(s, d.err) // keep the fetched layers for the next run
 		}
 		d.err = a.addUnverified(s, d.err)
-		if s.wanted != nil { // keep it for the next run, even if it was refused often
+		if s.wanted != nil { // keep the wanted driver for the next run, even if it was refused
 			waiting = append(waiting, s.wanted.Digest)
 		}
 		return errors.Join(d.err, store.Sweep(waiting...))
@@ -282,7 +284,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 			waiting = append(waiting, s.wanted.Digest)
 			if fault.Is(reason, fault.Busy) && len(s.facts.Modules) > 0 {
 				if err := a.noteNext(store, s.wanted.Digest); err != nil {
-					a.parts.Log.WarnContext(ctx, "record waiting driver", "err", err)
+					a.parts.Log.WarnContext(ctx, "could not record the waiting driver", "err", err)
 				}
 			}
 		}
@@ -302,7 +304,8 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	return errors.Join(d.err, store.Sweep(waiting...))
 }
 
-// addUnverified adds to err the reason why the installed driver did not verify, because the operator must repair it.
+// addUnverified adds to err the reason why the installed driver did not verify, because the operator must repair that
+// driver.
 func (a *Agent) addUnverified(s nodeState, err error) error {
 	if s.current == nil {
 		return err
@@ -317,9 +320,9 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 		cmp.Or(fault.Hint(bad), hintAgain))
 }
 
-// upToDate reports whether the node already has a driver that serves its wish, so that the run needs no answer. It is
-// then no error if the farm names no artifact (silent) or does not answer. An answer that fails verification, and a
-// yanked driver, are always errors.
+// upToDate reports whether the node already has a driver that matches its wish, so that the run succeeds without an
+// artifact from the farm. The argument silent means that the farm offers none. An artifact that fails verification, and
+// a yanked driver, are always errors.
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
 	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked:
@@ -340,7 +343,7 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 	}
 	if s.facts.Open() {
 		if s.facts.Users, err = host.DeviceUsers(a.node); err != nil {
-			a.parts.Log.WarnContext(ctx, "find who uses the GPU", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not find out which processes use the GPU", "err", err)
 		}
 	}
 	s.verifiable = func(set *install.Set) bool { return a.verifiable(store, set, s.facts) }
@@ -353,21 +356,21 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 		s.attempts = attempts{}
 		return s, err
 	}
-	// An error in one of the following files is only logged, because it must not endanger the driver in force.
+	// An error in one of the following files is only logged, because it must not endanger the active driver.
 	if s.previous, err = store.Previous(); err != nil {
-		a.parts.Log.WarnContext(ctx, "read former driver", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the former driver", "err", err)
 	}
 	if s.staged, err = store.Sets(); err != nil {
-		a.parts.Log.WarnContext(ctx, "read staged drivers", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the staged drivers", "err", err)
 	}
 	if s.attempts, err = readAttempts(store); err != nil {
-		a.parts.Log.WarnContext(ctx, "read attempts", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the attempts", "err", err)
 		s.attempts = attempts{}
 	}
 	return s, nil
 }
 
-// waiting returns the driver on the disk that waits for a kernel without a driver; nil means none.
+// waiting returns the driver on the disk that is loaded as soon as no other driver is (attempt.Next); nil means none.
 func (s nodeState) waiting() *install.Set {
 	for _, set := range s.staged {
 		if at := s.attempts[set.Digest]; at != nil && at.Next {

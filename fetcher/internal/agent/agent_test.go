@@ -36,7 +36,7 @@ const (
 	installDir     = "home/kubernetes/bin/nvidia"
 )
 
-// nodes records the requested device files.
+// nodes has the names of the requested device files.
 type nodes struct{ made []string }
 
 func (n *nodes) Make(_ *os.Root, d devnode.Node) error {
@@ -64,7 +64,7 @@ func (p probe) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
 		Devices: make([]gpucheck.Device, p.devices)}, nil
 }
 
-// finder names one artifact, as a server does.
+// finder gives one answer for every question, as a server does.
 type finder struct {
 	answer resolve.Answer
 	err    error
@@ -110,14 +110,14 @@ func nodeAt(t testing.TB, root string, gpus int) *node {
 	return n
 }
 
-// run runs the agent once. The finder names ref and digest.
+// run runs the agent once. The finder's answer has the arguments ref and digest.
 func (n *node) run(t testing.TB, ref, digest string, d target.Driver) (*agent.Report, error) {
 	t.Helper()
 	n.answer(ref, digest, d)
 	return n.runAs(t)
 }
 
-// answer makes the finder name an artifact.
+// answer sets the artifact in the finder's answer.
 func (n *node) answer(ref, digest string, d target.Driver) {
 	n.parts.Finder = finder{answer: resolve.Answer{State: api.Published, Source: "server", Driver: d, Repository: ref,
 		Digest: digest}}
@@ -177,7 +177,7 @@ func (n *node) tree(t *testing.T) map[string]string {
 	return seen
 }
 
-// leftovers lists staging folders and layers that belong to no set.
+// leftovers returns the staging folders, and the layers that belong to no set.
 func (n *node) leftovers(t *testing.T) []string {
 	t.Helper()
 	left, err := filepath.Glob(filepath.Join(n.root, installDir, ".prebake", "tmp-*"))
@@ -353,7 +353,7 @@ func TestWithdraw(t *testing.T) {
 		}
 		r, err := rollback()
 		if err != nil || !r.Changed || r.Verdict.State != gpucheck.Absent {
-			t.Fatalf("Rollback = %+v, %v; want no driver in force", r, err)
+			t.Fatalf("Rollback = %+v, %v; want no active driver", r, err)
 		}
 		if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
 			t.Errorf("system calls (-want +got):\n%s", diff)

@@ -15,42 +15,44 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// attemptsFile records the drivers whose activation failed, or has not ended.
+// attemptsFile has a record of each driver whose activation failed, or has not ended.
 const attemptsFile = ".prebake/attempts.json"
 
 // maxTries is how often a driver may fail, or crash the node, before the agent refuses it.
 const maxTries = 2
 
-// maxAttempts bounds the entries of the file; the oldest ones are dropped.
+// maxAttempts is the highest number of records in the file. The oldest ones are dropped.
 const maxAttempts = 32
 
-// attempt is the record of the activations of one driver. The agent writes and flushes it before it switches, unloads
-// or loads anything. After a kill or a kernel panic, the next run therefore knows the former state.
+// attempt is the record of the activations of one driver. The agent writes the record, and flushes it to the disk,
+// before it switches, unloads or loads anything. After a kill or a kernel panic, the next run therefore knows the
+// former state.
 type attempt struct {
 	// Open means that the activation began and has not ended. Before has the pointers from before the activation. BootID
-	// is the boot in which the activation began.
+	// is the id of the boot in which the activation began.
 	Open   bool             `json:"open,omitempty"`
 	Before install.Pointers `json:"before"`
 	BootID string           `json:"bootId,omitempty"`
 	At     time.Time        `json:"at"`
-	// Crashes counts the boots that ended during an open activation. Failures counts the activations that ended with an
-	// error. Reason is the last error.
+	// Crashes is the number of boots that ended during an open activation. Failures is the number of activations that
+	// ended with an error. Reason is the last error.
 	Crashes  int    `json:"crashes,omitempty"`
 	Failures int    `json:"failures,omitempty"`
 	Reason   string `json:"why,omitempty"`
 	// ByHand means that an operator rolled the driver back.
 	ByHand bool `json:"byHand,omitempty"`
-	// Foreign are the modules of the foreign driver that the activation has to unload; ForeignDriver is its name. The
-	// agent loads these modules again if this driver fails.
+	// Foreign are the modules of the foreign driver that the activation has to unload. ForeignDriver is the name of that
+	// driver. The agent loads it again if the activation fails.
 	Foreign       []host.Module `json:"foreign,omitempty"`
 	ForeignDriver string        `json:"foreignDriver,omitempty"`
 	// Firmware is the kernel's firmware path before the activation.
 	Firmware string `json:"firmware,omitempty"`
-	// Next means that the driver waits for a kernel without a driver, because the loaded driver could not be unloaded.
+	// Next means that this driver is loaded as soon as no other driver is, for example after a reboot. It is set if the
+	// loaded driver could not be replaced.
 	Next bool `json:"next,omitempty"`
 }
 
-// attempts maps the digest of a driver's artifact to the record.
+// attempts has the record of each driver, by the digest of the driver's artifact.
 type attempts map[string]*attempt
 
 // refused returns the reason why the agent does not try a driver again without --retry. Failures and a rollback count
@@ -69,7 +71,7 @@ func (a *attempt) refused(d target.Driver, other bool) error {
 		return nil
 	}
 	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why),
-		"try this driver again with fetcher install --retry, or ask for another version with --driver")
+		"to get another version, set --driver; to try this driver again, run: fetcher install --retry")
 }
 
 // readAttempts reads attemptsFile. A damaged file counts as empty.
@@ -86,7 +88,7 @@ func readAttempts(store *install.Store) (attempts, error) {
 		return attempts{}, nil
 	}
 	for digest, a := range all {
-		if _, err := target.ParseFingerprint(digest); err != nil || a == nil { // digests have the same form
+		if _, err := target.ParseFingerprint(digest); err != nil || a == nil { // a digest has the same format
 			delete(all, digest)
 		}
 	}
@@ -109,14 +111,14 @@ func (all attempts) write(store *install.Store) error {
 	return store.WriteFile(attemptsFile, append(raw, '\n'))
 }
 
-// lacksForeign reports whether a run of this boot unloaded a foreign driver, and no driver is loaded now. It is false
-// if a driver of this program was in force before that run.
+// lacksForeign reports whether a run since the last boot unloaded a foreign driver, and no driver is loaded now. It is
+// false if a driver of this program was active before that run.
 func (a *attempt) lacksForeign(s nodeState, boot string) bool {
 	return len(s.facts.Modules) == 0 && len(a.Foreign) > 0 && a.BootID == boot && a.Before.Current == ""
 }
 
-// restoreForeign loads a foreign driver again that a killed run unloaded in this boot, if no driver of this program
-// replaced it.
+// restoreForeign loads a foreign driver again if a killed run unloaded it since the last boot, and if no driver of this
+// program replaced it.
 func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.Store, s nodeState) error {
 	for digest, at := range s.attempts {
 		if !at.lacksForeign(s, a.bootID()) {
@@ -138,7 +140,7 @@ func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.St
 	return nil
 }
 
-// begin records that the activation of a driver begins, and which foreign driver it unloads.
+// begin writes into the driver's record that its activation begins, and which foreign driver the activation unloads.
 func (a *Agent) begin(store *install.Store, digest string, before install.Pointers, was *foreignFiles,
 	firmware string) error {
 	err := a.note(store, digest, func(at *attempt) {
@@ -151,8 +153,9 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 	return store.Sync()
 }
 
-// end records the result of the activation: failed is its error. If failed is nil, end deletes the driver's record. If
-// it cannot write the file, for example to a full disk, it removes the whole file, so that no record stays open.
+// end writes the result of an activation into the driver's record. The argument failed is the activation's error. If it
+// is nil, end deletes the record. If the file then cannot be written, for example to a full disk, end removes the whole
+// file, because otherwise the record would stay open.
 func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	if failed == nil {
 		all, err := readAttempts(store)
@@ -171,7 +174,7 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	mods, err := host.LoadedModules(a.node)
 	empty := err != nil || len(mods) == 0
 	return a.note(store, digest, func(at *attempt) {
-		if at.Open, at.Next = false, false; !empty { // without a driver, the foreign one must be loaded again
+		if at.Open, at.Next = false, false; !empty { // if no driver is loaded, the foreign one must be loaded again
 			at.Foreign, at.ForeignDriver, at.Firmware = nil, "", ""
 		}
 		// Errors that say nothing about the driver do not count against it.
@@ -189,7 +192,7 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	})
 }
 
-// noteNext records that this driver, and no other, waits for a kernel without a driver.
+// noteNext sets Next in the record of this driver, and clears it in all other records.
 func (a *Agent) noteNext(store *install.Store, digest string) error {
 	all, err := readAttempts(store)
 	if err != nil {
@@ -224,8 +227,8 @@ func (a *Agent) note(store *install.Store, digest string, change func(*attempt))
 // in the present boot, the driver stays, and a later step checks it. Otherwise recover restores the former state.
 func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) error {
 	all, err := readAttempts(store)
-	if err != nil { // an unreadable record must not endanger the driver in force
-		a.parts.Log.WarnContext(ctx, "read attempts", "err", err)
+	if err != nil { // an unreadable record must not endanger the active driver
+		a.parts.Log.WarnContext(ctx, "could not read the attempts", "err", err)
 		return nil
 	}
 	var open []string
@@ -271,14 +274,14 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 	}
 	if len(open) > 0 {
 		if err := all.write(store); err != nil { // a full disk must not leave the node without a driver
-			a.parts.Log.WarnContext(ctx, "record attempts", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not record the attempts", "err", err)
 		}
 	}
 	return nil
 }
 
-// restorePointers puts the driver in force again that was in force before an activation. If that driver is no longer on
-// the disk, the present driver stays in force.
+// restorePointers makes the driver active again that was active before an activation. If that driver is no longer on
+// the disk, the present driver stays active.
 func restorePointers(store *install.Store, to install.Pointers) error {
 	if to.Current == "" {
 		return restore(store, install.Pointers{}, nil)

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// bootFile records how this program changed the node's boot configuration.
+// bootFile has a record of the changes that this program made to the node's boot configuration.
 const bootFile = ".prebake/boot.json"
 
 // maxEdits is how often this program changes the configuration before it asks the operator. Without a limit, a
@@ -23,12 +23,12 @@ const maxEdits = 2
 
 // bootEdits is the content of bootFile.
 type bootEdits struct {
-	// Edits counts the changes since the kernel last accepted modules.
+	// Edits is the number of changes since the kernel last accepted modules.
 	Edits int       `json:"edits"`
 	At    time.Time `json:"at"`
-	// BootID is the boot in which the last change was made or begun.
+	// BootID is the id of the boot in which the last change was made or begun.
 	BootID string `json:"bootId"`
-	// Applied means that the change was made, and not undone since.
+	// Applied means that the change was made, and has not been undone since.
 	Applied bool `json:"applied,omitempty"`
 }
 
@@ -50,8 +50,9 @@ type bootMaker interface {
 	Reboot() error
 }
 
-// editBoot changes the kernel command line if why says that the kernel refuses modules because of it, and if the owner
-// allows the change. It then asks for a reboot. The returned error is why, with a note on what editBoot did.
+// editBoot changes the kernel command line and asks for a reboot. It does so only if the error why says that the kernel
+// refuses modules because of the command line, and if the owner allows the change. It returns the error why, with a
+// note on what was done.
 func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, why error) error {
 	var want bootcfg.Want
 	want.Unsigned, want.Elsewhere = facts.Policy.Restricts()
@@ -117,7 +118,7 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	return a.reboot(r, fmt.Errorf("%w; the kernel command line is changed", why))
 }
 
-// reboot asks for a reboot. It always returns an error: why, with a note on the reboot.
+// reboot asks for a reboot. It always returns the error why, with a note on the reboot.
 func (a *Agent) reboot(r *Report, why error) error {
 	if err := a.parts.Boot.Reboot(); err != nil {
 		return fault.Wrap(fault.Rejected, fmt.Errorf("%w: %w", why, err), "reboot the node")
@@ -144,7 +145,7 @@ func (a *Agent) bootAllows(ctx context.Context, store *install.Store, facts *hos
 	if e, err := readEdits(store); err == nil && e.Edits > 0 {
 		e.Edits = 0 // Applied stays, because the uninstall needs it
 		if err := writeEdits(store, e); err != nil {
-			a.parts.Log.WarnContext(ctx, "reset the count of boot configuration changes", "err", err)
+			a.parts.Log.WarnContext(ctx, "could not reset the count of boot configuration changes", "err", err)
 		}
 	}
 }
@@ -181,7 +182,8 @@ func (a *Agent) secureBoot() (on, known bool) {
 	return bootcfg.SecureBoot(a.node, lines)
 }
 
-// Boot reports what the node's kernel allows. With undo it restores the boot configuration that this program changed.
+// Boot reports what the node's kernel allows. If undo is true, it also restores the boot configuration that this
+// program changed.
 func (a *Agent) Boot(undo bool) (r *BootReport, err error) {
 	facts, err := a.Observe()
 	if err != nil {

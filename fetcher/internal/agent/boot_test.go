@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// bootMaker records the requests to a boot configuration with five entries.
+// bootMaker is a boot configuration with five entries. It keeps a list of the requests to it.
 type bootMaker struct {
 	wants   []bootcfg.Want
 	reboots int
@@ -140,11 +140,11 @@ func TestLockdown(t *testing.T) {
 // refusal for another reason.
 func TestEditBootSpares(t *testing.T) {
 	t.Parallel()
-	n, ref, _, newer, po, pn := two(t, 1)
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
 	maker := &bootMaker{entries: 5}
 	n.parts.Boot, n.cfg.EditBoot = maker, true
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "Y\n")
-	// The loaded driver serves the node. The newer driver has no signature that the kernel accepts.
+	// The loaded driver works. The newer driver has no signature that the kernel accepts.
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest || len(maker.wants)+maker.reboots > 0 {
 		t.Errorf("Run = %+v, %v; %d edits, %d reboots; want no edit, and the loaded driver kept", r.Verdict, err,

@@ -15,11 +15,11 @@ import (
 // nodeState has all inputs of a decision. The decision reads nothing else.
 type nodeState struct {
 	facts *host.Facts
-	// current is the driver in force, and previous is the driver that was in force before it; nil means none. staged has
-	// all drivers on the disk, including these two.
+	// current is the active driver, and previous is the driver that was active before it; nil means none. staged has all
+	// drivers on the disk, including these two.
 	current, previous *install.Set
 	staged            []*install.Set
-	// wanted is the verified driver that the farm named. If wanted is nil, none is the reason.
+	// wanted is the verified driver that the farm offers. If it is nil, the error none is the reason.
 	wanted *install.Set
 	none   error
 	// question is the node's question to the farm.
@@ -37,26 +37,27 @@ type nodeState struct {
 type kernelAction string
 
 const (
-	// keep leaves the loaded modules, and loads those modules of the chosen driver that are missing.
+	// keep means that the loaded modules stay, and that missing modules of the chosen driver are loaded.
 	keep kernelAction = "keep"
-	// load loads the chosen driver into a kernel without a driver.
+	// load means that no driver is loaded yet, and that the chosen driver is loaded.
 	load kernelAction = "load"
-	// replace unloads the loaded driver, and then loads the chosen driver.
+	// replace means that the loaded driver is unloaded, and that then the chosen driver is loaded.
 	replace kernelAction = "replace"
-	// refuse changes nothing.
+	// refuse means that nothing is changed.
 	refuse kernelAction = "refuse"
 )
 
-// decision says what to do. The agent puts the driver in set in force, and does the kernel action do. If that is not
-// the wanted driver, err is the reason. If set is nil, the agent changes nothing, and err is the reason.
+// decision says what to do. The agent activates the driver in the field set; the field do is the action on the kernel's
+// modules. If set is not the wanted driver, err is the reason. If set is nil, the agent changes nothing, and err is the
+// reason.
 type decision struct {
 	do  kernelAction
 	set *install.Set
 	err error
 }
 
-// decide chooses the node's driver. Whatever the farm answers, a driver that fits this COS build stays in force, or is
-// put in force again, until another driver can replace it.
+// decide chooses the node's driver. Whatever the farm answers, a driver that fits this COS build stays active, or
+// becomes active again, until another driver can replace it.
 func decide(s nodeState) decision {
 	good := s.usableSet()
 	stay := func(why error) decision {
@@ -80,7 +81,7 @@ func decide(s nodeState) decision {
 		return stay(fault.New(fault.Mismatch,
 			fmt.Sprintf("driver %s, found for --driver %s, is older than the installed driver %s", s.wanted.Driver,
 				s.question.Wish, good.Driver),
-			"name the older version with --driver, or allow the downgrade with --allow-downgrade"))
+			"to install the older driver, set --driver to its version, or add --allow-downgrade"))
 	}
 	d := s.put(s.wanted)
 	if d.set == nil && good != nil && good.Digest != s.wanted.Digest {
@@ -89,8 +90,8 @@ func decide(s nodeState) decision {
 	return d
 }
 
-// usableSet returns the installed driver that may be in force: the current one, or else the previous one. It returns
-// nil if neither may.
+// usableSet returns the installed driver that may be active: the current one, or else the previous one. It returns nil
+// if neither of them may be active.
 func (s nodeState) usableSet() *install.Set {
 	for _, set := range []*install.Set{s.current, s.previous} {
 		if set != nil && fitsNode(set, s.facts) == nil && s.refused(set) == nil && s.acceptable(set) {
@@ -100,7 +101,7 @@ func (s nodeState) usableSet() *install.Set {
 	return nil
 }
 
-// acceptable reports whether the attestations of a driver on the disk permit that the driver is in force. A driver that
+// acceptable reports whether the attestations of a driver on the disk permit that the driver is active. A driver that
 // is loaded needs no check.
 func (s nodeState) acceptable(set *install.Set) bool {
 	return s.verifiable == nil || s.noLoad || s.verifiable(set) || s.runs(set)
@@ -111,8 +112,8 @@ func (s nodeState) keepsForeign() bool {
 	return len(s.facts.Modules) > 0 && !s.noLoad && !s.replaceForeign && !s.ownLoaded()
 }
 
-// put returns the decision that puts a driver in force. If that is not possible now, it returns a decision without a
-// driver, with the reason.
+// put returns the decision that makes a driver active. If that is not possible now, it returns a decision with the
+// reason and without a driver.
 func (s nodeState) put(set *install.Set) decision {
 	switch {
 	case s.noLoad:
@@ -141,8 +142,8 @@ func (s nodeState) put(set *install.Set) decision {
 	return s.allowed(set, replace)
 }
 
-// allowed returns the decision do for a driver, or a refusal if the kernel's policy forbids one of its modules. It is
-// called before anything is unloaded or switched.
+// allowed returns a decision with the action do for a driver, or a refusal if the kernel's policy forbids one of the
+// driver's modules. It is called before anything is unloaded or switched.
 func (s nodeState) allowed(set *install.Set, do kernelAction) decision {
 	for _, m := range set.Modules {
 		if !isLoaded(m.Name) {
@@ -155,9 +156,9 @@ func (s nodeState) allowed(set *install.Set, do kernelAction) decision {
 	return decision{do: do, set: set}
 }
 
-// runs reports whether the loaded modules are those of a driver on the disk. The modules' build ids decide; without
-// build ids, version and flavour decide. Two editions of a release have the same modules. Of two such editions, the one
-// in force counts as loaded.
+// runs reports whether the loaded modules are those of a driver on the disk. It compares version and flavour, and also
+// the modules' build ids where they are known. Two editions of a release have the same modules; the active edition then
+// counts as the loaded one.
 func (s nodeState) runs(set *install.Set) bool {
 	if !s.facts.Runs(set.Driver) || len(foreign(s.facts, set)) > 0 {
 		return false
@@ -182,7 +183,7 @@ func (s nodeState) refused(set *install.Set) error {
 }
 
 // another reports whether the node has a driver that it may run besides the driver with this digest. That can be a
-// loaded foreign driver, the driver in force, or the previous driver.
+// loaded foreign driver, the active driver, or the previous driver.
 func (s nodeState) another(digest string) bool {
 	if len(s.facts.Modules) > 0 && !s.ownLoaded() {
 		return true
@@ -196,8 +197,8 @@ func (s nodeState) another(digest string) bool {
 	})
 }
 
-// isDowngrade reports whether the wanted driver is older than the installed driver good, and the owner neither named an
-// exact version nor allowed a downgrade.
+// isDowngrade reports whether the wanted driver is older than the installed driver (good), although the owner neither
+// asked for an exact version nor allowed a downgrade.
 func (s nodeState) isDowngrade(good *install.Set) bool {
 	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || s.allowDowngrade ||
 		!serves(good, s.question) {

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestDecide lists the decisions about a node's driver. A set is named by its version. A letter after a plus sign means
-// other bytes of the same version.
+// TestDecide lists the decisions about a node's driver. The rows call each set by its version. A letter after a plus
+// sign means another build of the same version.
 func TestDecide(t *testing.T) {
 	t.Parallel()
 	const here, elsewhere = "17800.0.47", "17800.0.50"
@@ -113,7 +113,7 @@ func TestDecide(t *testing.T) {
 		{name: "took the node down twice, and there is nothing else", wanted: "535.3", do: refuse,
 			err:    "took the node down 2 times",
 			change: func(s *nodeState) { s.attempts["535.3"] = &attempt{Crashes: 2} }},
-		{name: "took the node down twice, and is in force", current: "535.3", none: away, do: refuse, err: "nobody answers",
+		{name: "took the node down twice, and is active", current: "535.3", none: away, do: refuse, err: "nobody answers",
 			change: func(s *nodeState) { s.attempts["535.3"] = &attempt{Crashes: 2} }},
 		{name: "rolled back by hand, and then the node was updated", current: "535.2", wanted: "535.3", do: load,
 			set:    "535.3",
@@ -123,7 +123,7 @@ func TestDecide(t *testing.T) {
 		{name: "the node went back to the former build, the farm is away", current: "535.3", previous: "535.2", none: away,
 			do: load, set: "535.2", err: "nobody answers",
 			change: func(s *nodeState) { s.current.Kernel.BuildID = elsewhere }},
-		{name: "ours, which is no longer in force, is loaded", loaded: "535.1", current: "535.2", wanted: "535.3",
+		{name: "ours, which is no longer active, is loaded", loaded: "535.1", current: "535.2", wanted: "535.3",
 			do: replace, set: "535.3",
 			change: func(s *nodeState) { s.staged = []*install.Set{set("535.1", here)} }},
 		{name: "nothing is to be loaded", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.3",

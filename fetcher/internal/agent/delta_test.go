@@ -38,11 +38,11 @@ func TestDelta(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
 	for name, tc := range map[string]struct {
-		// attach changes the delta before it is attached; nil means that no delta is attached.
+		// attach is a function that changes the delta before it is attached; nil means that no delta is attached.
 		attach func(delta []byte) []byte
-		// spoil changes the former layer on the disk; it may be nil.
+		// spoil is a function that changes the former layer on the disk; it may be nil.
 		spoil func(t *testing.T, n *node)
-		// tried: the node fetches a delta. whole: the node fetches the whole layer.
+		// tried means that the node fetches a delta. whole means that the node fetches the whole layer.
 		tried, whole bool
 	}{
 		"a delta is there": {attach: func(d []byte) []byte { return d }, tried: true},

@@ -48,17 +48,17 @@ const (
 
 var faults = []string{faultKill, faultDisk, faultNetwork, faultRead, faultDamage, faultClock, faultTwo}
 
-// order says what a child process does. The child reads it from the environment.
+// order is the work of a child process. The child reads it from the environment.
 type order struct {
 	Root, Layout, Keys string
 	Older, Newer       string // digests
-	// SetUp first makes the node, with the older driver in force.
+	// SetUp means that the child first makes the node, with the older driver active.
 	SetUp bool
 	// Boot means that the node was rebooted, so that no module is loaded.
 	Boot bool
 	// Rebooted means that the node was rebooted since the last order.
 	Rebooted bool
-	// Fault happens when Phase begins; "" means none.
+	// Fault is the fault that happens when the phase in Phase begins; "" means none.
 	Fault, Phase string
 }
 
@@ -120,7 +120,7 @@ func cells(t testing.TB) (older, newer sample.Cell) {
 	return older, newer
 }
 
-// setUp makes a node that has the older driver in force.
+// setUp makes a node on which the older driver is active.
 func (o order) setUp(t testing.TB) {
 	older, _ := cells(t)
 	sample.RootAt(t, o.Root, older, 1)
@@ -199,7 +199,8 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 	case faultKill:
 		return syscall.Kill(os.Getpid(), syscall.SIGKILL)
 	case faultPower:
-		// Do this only in a virtual machine that package vm booted. Otherwise the machine that runs the tests would reset.
+		// Do this only in a virtual machine that package vm booted. Otherwise this would reset the machine that runs the
+		// tests.
 		if line, err := os.ReadFile("/proc/cmdline"); err != nil || !bytes.Contains(line, []byte(" rdinit=/init")) ||
 			os.Args[0] != "/test" {
 			t.Fatal("this is no virtual machine of ours")
@@ -212,14 +213,14 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 		gone.Store(true)
 	case faultRead:
 		// Simulate a failing disk, on which files cannot be read. A link to itself is unreadable even for root.
-		return each(ours, func(path string) error {
+		return eachFile(ours, func(path string) error {
 			if err := os.Remove(path); err != nil {
 				return err
 			}
 			return os.Symlink(filepath.Base(path), path)
 		})
 	case faultDamage:
-		return each(ours, func(path string) error {
+		return eachFile(ours, func(path string) error {
 			raw, err := os.ReadFile(path)
 			if err != nil || len(raw) == 0 {
 				return err
@@ -237,8 +238,9 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 	return nil
 }
 
-// each calls do for every file of the unpacked layers in dir, which is the folder .prebake of an install folder.
-func each(dir string, do func(string) error) error {
+// eachFile calls the function do for every file of the unpacked layers. The argument dir is the folder .prebake of an
+// install folder.
+func eachFile(dir string, do func(string) error) error {
 	return filepath.WalkDir(filepath.Join(dir, "layers"), func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
@@ -304,7 +306,7 @@ func (n *node) problem() string {
 	return ""
 }
 
-// rows are the phases of a run that changes the driver, and the phases of a run after a reboot.
+// rows has the phases of a run that changes the driver, and the phases of a run after a reboot.
 var rows = []struct {
 	phase string
 	boot  bool
@@ -314,8 +316,8 @@ var rows = []struct {
 	{"install", true}, {"load", true}, {"validate", true},
 }
 
-// TestFaults combines each phase with each fault. After any of them, the next run must end with a verified driver in
-// force and loaded, and with a readable library.
+// TestFaults combines each phase with each fault. After any of them, the next run must end with a verified driver that
+// is active and loaded, and with a readable library.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("bwrap"); err != nil {
@@ -340,7 +342,7 @@ func TestFaults(t *testing.T) {
 				o.Phase, o.Boot, o.Fault = row.phase, row.boot, kind
 				t.Run(o.name()+" "+kind, func(t *testing.T) {
 					t.Parallel()
-					cell := o.struck(t)
+					cell := o.runWithFault(t)
 					mu.Lock()
 					defer mu.Unlock()
 					seen[o.name()+" "+kind] = cell
@@ -360,8 +362,8 @@ func (o order) name() string {
 	return o.Phase
 }
 
-// struck runs an order with its fault, and returns how the run ended.
-func (o order) struck(t *testing.T) string {
+// runWithFault runs an order with its fault, and returns how the run ended.
+func (o order) runWithFault(t *testing.T) string {
 	o.Root = filepath.Join(t.TempDir(), "root")
 	argv := []string{os.Args[0], "-test.run=^TestFaultProcess$"}
 	if o.Fault == faultDisk {

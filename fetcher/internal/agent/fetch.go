@@ -60,12 +60,12 @@ func (a *Agent) fetch(
 		return err
 	}
 	if len(missing) > 0 {
-		footprint.Trim() // free the memory of start and verification before the windows need it
+		footprint.Trim() // free memory for the decompression windows
 	}
 	var done atomic.Int64
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(atOnce)
-	// Start the largest first, so that it does not finish alone at the end.
+	// Start the largest layer first, so that it does not finish alone at the end.
 	slices.SortStableFunc(missing, func(x, y missingLayer) int { return cmp.Compare(y.Size, x.Size) })
 	for _, l := range missing {
 		if len(l.deltas) == 0 {
@@ -138,8 +138,8 @@ func (a *Agent) fetchDelta(
 	return a.fetchWhole(ctx, repo, store, l, id, facts, done)
 }
 
-// addLayer calls unpack to write a layer into the store, and checks the layer's modules. It keeps the layer's print in
-// memory, so that later checks of an unchanged layer need not read it again.
+// addLayer calls unpack to write a layer into the store, and checks the layer's modules. It keeps the layer's print
+// ([install.Store.LayerPrint]) in memory, so that a later check of the unchanged layer need not read the files again.
 func (a *Agent) addLayer(
 	store *install.Store,
 	l missingLayer,
@@ -166,8 +166,8 @@ func (a *Agent) addLayer(
 	return err
 }
 
-// missing returns the layers that must be fetched, and counts their bytes in the report. A damaged layer counts as
-// missing.
+// missing returns the layers that must be fetched, and adds the number of bytes to the report. A damaged layer counts
+// as missing.
 func (a *Agent) missing(
 	ctx context.Context,
 	r *Report,
@@ -221,7 +221,7 @@ func (a *Agent) missing(
 	return missing, nil
 }
 
-// maxDeltas is how many deltas are tried for a layer. Anybody may attach a useless delta.
+// maxDeltas is how many deltas are tried for a layer at most, because anybody may attach a useless delta.
 const maxDeltas = 3
 
 // deltasFor finds deltas for a layer of modules, the smallest first. It trusts a delta of anybody, because the layer
@@ -257,7 +257,7 @@ func (a *Agent) deltasFor(
 	}
 	found, err := repo.Payloads(ctx, set.Digest, bundle.ArtifactTypeDelta, l.Size/2, wanted...)
 	if err != nil {
-		a.parts.Log.DebugContext(ctx, "list deltas", "err", err)
+		a.parts.Log.DebugContext(ctx, "could not list deltas", "err", err)
 		return nil
 	}
 	for _, d := range found {
@@ -301,7 +301,7 @@ func unpack(ctx context.Context, repo Repository, l install.Layer, dst *os.Root)
 	if err != nil {
 		return err
 	}
-	defer footprint.Trim() // the window becomes free for the next layer
+	defer footprint.Trim() // free the decompression window before the next layer
 	defer func() { err = errors.Join(err, rc.Close()) }()
 	return bundle.Unpack(ctx, rc, l.Digest, l.DiffID, l.Size, dst)
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// foreignFiles are the open files of a foreign driver. They stay readable when their names change or disappear. A file
+// foreignFiles are the open files of a foreign driver. They stay readable if they are renamed or deleted. A file
 // belongs to a loaded module if both have the same build id, which the linker computes from the module's whole content.
 type foreignFiles struct {
 	driver string
@@ -23,7 +23,7 @@ type foreignFiles struct {
 	modules []host.Module
 	images  []kmod.Image
 	files   []fs.File
-	// unknown names the modules whose files were not found.
+	// unknown has the names of the modules whose files were not found.
 	unknown []string
 }
 
@@ -42,7 +42,7 @@ func (a *Agent) findForeign(facts *host.Facts, driver string, modules []host.Mod
 			byID[m.BuildID] = name
 		}
 	}
-	for _, m := range slices.Backward(modules) { // /proc/modules lists the youngest first
+	for _, m := range slices.Backward(modules) { // in /proc/modules, the module that was loaded last comes first
 		name, ok := byID[m.BuildID]
 		file, err := a.node.Open(name)
 		if m.BuildID == "" || !ok || err != nil {

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// foreignNode is a node on which Google's installer installed and loaded a driver. onDisk lists the modules whose files
-// are in that installer's folder.
+// foreignNode is a node on which Google's installer installed and loaded a driver. The argument onDisk has the names of
+// the modules whose files are in that installer's folder.
 func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, onDisk ...string) *node {
 	t.Helper()
 	n := newNode(t, c, 1, key)
@@ -73,8 +73,8 @@ func TestForeignPutBack(t *testing.T) {
 	}
 }
 
-// TestForeignKilled kills a run after it unloaded a foreign driver and before it loaded the new driver. The run left a
-// record, so the next run must restore the foreign driver when the new driver fails.
+// TestForeignKilled kills a run after it unloaded a foreign driver and before it loaded the new driver. The killed run
+// left a record. If the new driver fails, the next run must therefore restore the foreign driver.
 func TestForeignKilled(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -113,8 +113,8 @@ func TestForeignKilled(t *testing.T) {
 	}
 }
 
-// TestForeignNotPutBack checks the error if a foreign driver cannot be loaded again: it must name the modules whose
-// files are missing.
+// TestForeignNotPutBack checks the error if a foreign driver cannot be loaded again: it must have the names of the
+// modules whose files are missing.
 func TestForeignNotPutBack(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

@@ -18,12 +18,12 @@ import (
 
 const historyFile = ".prebake/history.json"
 
-// maxHistory bounds the events of the file; the oldest ones are dropped.
+// maxHistory is the highest number of events in the file. The oldest ones are dropped.
 const maxHistory = 200
 
 // These are the events in the life of a driver on this node.
 const (
-	eventInForce    = "in force"
+	eventInForce    = "activated"
 	eventReverted   = "taken back"
 	eventUnfinished = "unfinished"
 	eventRolledBack = "rolled back by hand"
@@ -51,7 +51,7 @@ func (a *Agent) addHistory(
 	verdict string,
 	why error,
 ) {
-	a.tried(what, set, verdict, why)
+	a.reportTried(what, set, verdict, why)
 	e := Event{
 		At:      a.parts.Now().UTC(),
 		BootID:  a.bootID(),
@@ -73,7 +73,7 @@ func (a *Agent) addHistory(
 		}
 	}
 	if err != nil {
-		a.parts.Log.WarnContext(ctx, "write history", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not write the history", "err", err)
 	}
 }
 
@@ -105,9 +105,9 @@ func (a *Agent) History() (all []Event, err error) {
 	return all, err
 }
 
-// Uninstall restores the node's state from before this program. It unloads the driver if this program installed it. A
-// driver in use is an error of kind Busy, and then nothing changes. Uninstall removes all files of this program, and
-// restores the files of another installer. If an uninstall is killed, the next one completes it.
+// Uninstall restores the node's state from before this program. It unloads the driver if this program installed it. If
+// the driver is in use, it changes nothing and returns an error of kind Busy. Uninstall removes all files of this
+// program, and restores the files of another installer. If an uninstall is killed, the next one completes it.
 func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.forget()
@@ -184,7 +184,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 		}
 	}
 	added := addedLibraries(store)
-	if added { // before store.Remove removes the record, so that the next run can repeat it if this one is killed
+	if added { // before store.Remove removes the record, so that after a kill the next run repeats this
 		a.hideLibraries(ctx, added)
 	}
 	a.describeGPUs(ctx, gpucheck.Verdict{})

@@ -12,15 +12,16 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// kernel replaces the module system calls and records them. It updates the fake /proc and /sys as a kernel does.
+// kernel stands in for the system calls of modules, and keeps a list of them. It updates the fake /proc and /sys as a
+// kernel does.
 type kernel struct {
 	root string
-	// refuse maps a module's name and version to the errno of its next insertions.
+	// refuse has the errno with which the kernel refuses a module, by the module's name and version.
 	refuse map[string]syscall.Errno
 	// die is a module and a version; the program is killed when the module is loaded. open is a module and a version; a
 	// program opens the module directly after the load.
 	die, open string
-	// ids makes the kernel report the modules' build ids.
+	// ids means that the kernel reports the modules' build ids.
 	ids bool
 
 	mu    sync.Mutex

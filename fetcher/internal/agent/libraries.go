@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/ldcache"
 )
 
-// ldFile records that this program added the library folder to the node's ld.so.conf.
+// ldFile exists if this program has added the library folder to the node's ld.so.conf.
 const ldFile = ".prebake/ld-so-conf"
 
 // exposeLibraries makes the libraries available to the node's own programs. Pods do not need this.
@@ -20,23 +20,23 @@ func (a *Agent) exposeLibraries(ctx context.Context, store *install.Store) {
 	note := func() error { return store.WriteFile(ldFile, nil) }
 	err := ldcache.Add(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"), note)
 	if err != nil && !errors.Is(err, ldcache.ErrNone) {
-		a.parts.Log.WarnContext(ctx, "register libraries with ldconfig", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not register the libraries with ldconfig", "err", err)
 	}
 }
 
-// hideLibraries undoes exposeLibraries for a driver that is no longer in force. The argument added is true if this
-// program added the folder.
+// hideLibraries undoes exposeLibraries for a driver that is no longer active. The argument added means that this
+// program added the library folder to ld.so.conf.
 func (a *Agent) hideLibraries(ctx context.Context, added bool) {
 	err := ldcache.Refresh(ctx, a.parts.Node)
 	if added {
 		err = ldcache.Remove(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"))
 	}
 	if err != nil && !errors.Is(err, ldcache.ErrNone) {
-		a.parts.Log.WarnContext(ctx, "remove libraries from ldconfig", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not remove the libraries from ldconfig", "err", err)
 	}
 }
 
-// addedLibraries reports whether this program added the folder.
+// addedLibraries reports whether this program added the library folder to ld.so.conf.
 func addedLibraries(store *install.Store) bool {
 	raw, err := store.ReadFile(ldFile)
 	return err == nil && raw != nil
@@ -69,6 +69,6 @@ func (a *Agent) describeGPUs(ctx context.Context, v gpucheck.Verdict) {
 		return err
 	}()
 	if err != nil {
-		a.parts.Log.WarnContext(ctx, "describe GPUs to container runtimes", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not describe the GPUs to container runtimes", "err", err)
 	}
 }

@@ -20,7 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// restoreFirmwarePath sets the kernel's firmware path to its value in before, the facts from before the activation.
+// restoreFirmwarePath sets the kernel's firmware path to its value from before the activation.
 func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 	now, err := host.Observe(a.node)
 	if err != nil || now.FirmwarePath == before.FirmwarePath {
@@ -29,7 +29,8 @@ func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 	return a.writeFirmwarePath(before.FirmwarePath)
 }
 
-// writeFirmware sets the kernel's firmware path if it differs from the path in now.
+// writeFirmware sets the kernel's firmware path. It does nothing if the facts in the argument now already have this
+// path.
 func (a *Agent) writeFirmware(path string, now *host.Facts) error {
 	if path == now.FirmwarePath {
 		return nil
@@ -92,7 +93,7 @@ func (a *Agent) loadHelper(ctx context.Context) {
 		return
 	}
 	if err := a.parts.Node.Run(ctx, time.Minute, program, "-q", drmHelper); err != nil {
-		a.parts.Log.InfoContext(ctx, "load what nvidia-drm needs", "err", err)
+		a.parts.Log.InfoContext(ctx, "could not load the kernel module that nvidia-drm needs", "err", err)
 	}
 }
 
@@ -100,7 +101,7 @@ func (a *Agent) loadHelper(ctx context.Context) {
 func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error {
 	a.describeGPUs(ctx, gpucheck.Verdict{}) // containers must not get GPUs that are about to disappear
 	var names []string
-	for _, m := range facts.Modules { // youngest first, so that users come before the modules that they use
+	for _, m := range facts.Modules { // last loaded first, so that a module comes before those that it uses
 		names = append(names, m.Name)
 	}
 	done, err := a.loader.Unload(ctx, names)
@@ -174,7 +175,7 @@ func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Fac
 	if have, err := store.ReadFile(firmwareBefore); facts.FirmwarePath != want &&
 		(err != nil || string(have) != facts.FirmwarePath) {
 		if err := store.WriteFile(firmwareBefore, []byte(facts.FirmwarePath)); err != nil {
-			a.parts.Log.Warn("record former firmware path", "err", err)
+			a.parts.Log.Warn("could not record the former firmware path", "err", err)
 		}
 	}
 	if err := a.writeFirmwarePath(want); err != nil {
@@ -207,7 +208,7 @@ func (a *Agent) makeNodes() error {
 	})
 }
 
-// inDev calls do with the node's folder of device files.
+// inDev calls the function do with the node's folder of device files.
 func (a *Agent) inDev(do func(dev *os.Root) error) error {
 	dev, err := a.parts.Node.Folder("dev")
 	if err != nil {

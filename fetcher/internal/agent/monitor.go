@@ -26,7 +26,7 @@ type Watcher interface {
 	Alive()
 }
 
-// Watch makes a run report the driver in force to w while it waits for an idle GPU.
+// Watch sets the watcher. A run that waits for an idle GPU reports the state of the active driver to it.
 func (a *Agent) Watch(w Watcher) { a.watcher = w }
 
 // Monitor checks the driver at intervals until the context ends, and reports to the watcher. A failed check gives no
@@ -63,7 +63,7 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 	}
 }
 
-// checkDriver judges the driver that is in force now.
+// checkDriver returns a verdict on the driver that is active now.
 func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error) {
 	store, err := a.openInstalled()
 	if err != nil {
@@ -83,7 +83,7 @@ func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error)
 // Status is the state of a node, as its disk, /proc and NVML report it.
 type Status struct {
 	Host *host.Facts `json:"host"`
-	// Installed is the driver in force, and Previous the driver before it; null means that there is none.
+	// Installed is the active driver, and Previous is the driver that was active before it; null means none.
 	Installed *install.Set     `json:"installed"`
 	Previous  *install.Set     `json:"previous"`
 	Verdict   gpucheck.Verdict `json:"verdict"`
@@ -95,7 +95,7 @@ type Status struct {
 // NVIDIA's container toolkit. If the library is in none of them, the dynamic loader searches for it.
 var nvmlFolders = []string{"/home/kubernetes/bin/nvidia", "/var/lib/nvidia", "/usr/local/nvidia"}
 
-// judgeForeign returns the verdict on a node where no driver of this program is in force. With ask it asks NVML.
+// judgeForeign returns the verdict on a node where no driver of this program is active. If ask is true, it asks NVML.
 func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string,
 	ask bool) gpucheck.Verdict {
 	if _, ok := modules["nvidia"]; !ok {
@@ -129,7 +129,7 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 // network.
 func (a *Agent) Status(ctx context.Context) (*Status, error) { return a.status(ctx, true) }
 
-// status reads the node's state. With ask it asks NVML about a foreign driver.
+// status reads the node's state. If ask is true, it asks NVML about a foreign driver.
 func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 	facts, err := host.Observe(a.node)
 	if err != nil {
@@ -180,7 +180,7 @@ func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) {
 	s, err := a.status(ctx, false)
 	if err != nil {
-		a.parts.Log.WarnContext(ctx, "read state of the node", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not read the state of the node", "err", err)
 		return v, false
 	}
 	return s.Verdict, s.Verdict.State != gpucheck.Ready
@@ -223,8 +223,8 @@ func (a *Agent) lastRecord() *record {
 	return &rec
 }
 
-// Rollback puts the previous driver in force again and loads it. Without a previous driver, it unloads the present one,
-// and restores the install folder from before this program.
+// Rollback makes the previous driver active again and loads it. If there is no previous driver, it unloads the present
+// one, and restores the install folder's content from before this program.
 func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.forget()
@@ -312,7 +312,7 @@ func nothingInstalled(err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return fault.New(fault.NoArtifact, "no driver that Prebake installed is in force", "run fetcher install")
+	return fault.New(fault.NoArtifact, "no driver that Prebake installed is active", "run fetcher install")
 }
 
 func keptAnswer(s *install.Set) resolve.Answer {

@@ -24,7 +24,7 @@ func (w watcher) Report(v gpucheck.Verdict) { w(v) }
 func (w watcher) Alive()                    {}
 
 // TestHeldInKernel checks that a driver stays completely loaded if the kernel cannot unload all its modules. In one
-// case another module uses the driver, in another case the kernel never unloads it.
+// case another module uses the driver; in another case the kernel never unloads a module of the driver.
 func TestHeldInKernel(t *testing.T) {
 	t.Parallel()
 	for name, modules := range map[string]string{
@@ -71,8 +71,9 @@ func (a answering) Probe(_ context.Context, library string, _ bool) (gpucheck.NV
 	return a.nvml, a.err
 }
 
-// TestForeignStatus checks the verdict on a foreign driver, with its version, its flavour and NVML's answer. A kernel
-// that cannot unload modules reports no reference counts, as on a machine with an H200 and the open 580.159.04.
+// TestForeignStatus checks the verdict on a foreign driver, with its version, its flavour and NVML's answer. One row
+// has a kernel that cannot unload modules and therefore reports no reference counts. It is from a machine with an H200
+// and the open 580.159.04.
 func TestForeignStatus(t *testing.T) {
 	t.Parallel()
 	const theirs = "580.159.04"
@@ -139,7 +140,7 @@ func TestHold(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.kernel.calls = nil
-	// Between the checks somebody replaces the module and later restores it.
+	// Between the checks, somebody replaces the module, and later restores the former one.
 	versions := []string{newVersion, oldVersion, newVersion}
 	want := []gpucheck.State{gpucheck.Ready, gpucheck.Drifted, gpucheck.Ready}
 	synctest.Test(t, func(t *testing.T) {

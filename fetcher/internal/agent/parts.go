@@ -27,16 +27,17 @@ type Repository interface {
 	// Small reads a whole blob, and compares it with its digest.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	// AttachedIf returns the signed statements that are attached to an artifact, and checks their digests. The function
-	// useful returns a name for a useful statement, else "". Of several statements with one name, only the first counts.
-	// Statements whose annotations match wanted come first (see registry.Repository.AttachedIf).
+	// useful returns a name for a useful statement, and "" for any other. Of several statements with the same name, only
+	// the first counts. Statements whose annotations match the argument wanted come first (see
+	// registry.Repository.AttachedIf).
 	AttachedIf(
 		ctx context.Context,
 		digest, artifactType string,
 		useful func([]byte) string,
 		wanted ...map[string]string,
 	) ([][]byte, error)
-	// Payloads returns the descriptors of attachments of a type, without reading the attachments. It leaves out those with
-	// more bytes than most.
+	// Payloads returns the descriptors of attachments of a type, without reading the attachments. It leaves out
+	// attachments with more bytes than the argument most.
 	Payloads(
 		ctx context.Context,
 		digest, artifactType string,
@@ -45,7 +46,7 @@ type Repository interface {
 	) ([]v1.Descriptor, error)
 }
 
-// Verifier judges signed statements. Package trust has the only real implementation.
+// Verifier verifies signed statements. Package trust has the only real implementation.
 type Verifier interface {
 	Verify(bundles [][]byte, e trust.Expect) (*trust.Verdict, error)
 	// Statement checks the signature of one statement.
@@ -55,7 +56,7 @@ type Verifier interface {
 }
 
 type prober interface {
-	// Probe asks the NVML library at this path inside the node's root. With persist it turns persistence mode on.
+	// Probe asks the NVML library at this path inside the node's root. If persist is true, it turns persistence mode on.
 	Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error)
 }
 
@@ -75,13 +76,13 @@ type Config struct {
 	Flavour string
 	// Wait is the longest time to wait for a build or a failing service.
 	Wait time.Duration
-	// ModuleParams maps a module's name to its parameter string.
+	// ModuleParams has the parameter string of each module, by the module's name.
 	ModuleParams map[string]string
-	// NoLoad puts the driver in force on the disk, but loads no module.
+	// NoLoad means that the driver becomes active on the disk, but that no module is loaded.
 	NoLoad bool
 	// ReplaceForeign permits the agent to unload a foreign driver; otherwise that driver stays. AllowDowngrade accepts an
-	// older driver than the installed one if the wish names no version. Retry tries drivers again that failed too often,
-	// crashed the node, or were rolled back by hand.
+	// older driver than the installed one if the wish is not for an exact version. Retry tries drivers again that failed
+	// too often, crashed the node, or were rolled back by hand.
 	ReplaceForeign, AllowDowngrade, Retry bool
 	// Maintenance is the time window for replacing a loaded driver. WaitIdle is how long to wait for programs that use the
 	// driver.
@@ -99,11 +100,12 @@ type Config struct {
 type Parts struct {
 	Finder resolve.Finder
 	Open   func(ref string) (Repository, error)
-	// Verifier judges published artifacts. NodeVerifier judges artifacts that this node compiled itself.
+	// Verifier is for published artifacts. NodeVerifier returns the verifier for artifacts that this node compiled itself.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
-	// Refresh fetches the signed list that Verifier reads. The agent calls it before it judges a published artifact. The
-	// agent only logs an error of Refresh, because Verifier decides what it means. nil means that there is no list.
+	// Refresh fetches the signed list that Verifier reads. The agent calls it before it verifies a published artifact. The
+	// agent only logs an error of Refresh, because Verifier decides whether a missing list matters. Refresh is nil if
+	// there is no list.
 	Refresh func(ctx context.Context) error
 	// Local is nil when the node must not compile.
 	Local localBuilder

@@ -25,8 +25,9 @@ import (
 // faultPower cuts the power of the virtual machine that executes the run.
 const faultPower = "power cut"
 
-// TestPowerCut cuts the power of a virtual machine at the start of each phase. Its disk is a real ext4, which loses
-// data that was not flushed. After the next boot, the next run must end with a verified driver in force.
+// TestPowerCut cuts the power of a virtual machine at the start of each phase. The machine's disk has a real ext4,
+// which loses data that was not flushed. After the next boot, the next run must end with a verified driver that is
+// active.
 func TestPowerCut(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")
@@ -106,7 +107,7 @@ func TestPowerCut(t *testing.T) {
 	}.Check(t)
 }
 
-// step returns a step of the virtual machine that executes the order.
+// step returns the step of the virtual machine that executes the order.
 func (o order) step(t *testing.T, name string) vm.Step {
 	t.Helper()
 	text, err := json.Marshal(o)
@@ -117,7 +118,7 @@ func (o order) step(t *testing.T, name string) vm.Step {
 		Env: []string{orderVariable + "=" + string(text)}, KeepGoing: true}
 }
 
-// judge returns which driver the next run had in force, or its error.
+// judge returns which driver was active after the next run, or the error of that run.
 func (o order) judge(t *testing.T, res *vm.Result) string {
 	t.Helper()
 	step, ok := res.Step("next run")

@@ -68,8 +68,8 @@ type outcome struct {
 }
 
 // race compiles on this node. If the owner lets the node wait for the farm, race also asks the farm repeatedly at the
-// same time; the compile then begins after grace, or earlier if the farm has no artifact. When one side has an
-// artifact, race stops the other side. It also stops the compile if the farm says that the artifact is yanked or
+// same time. The compile then begins when the time grace is over, or earlier if the farm has no artifact. When one side
+// has an artifact, race stops the other side. It also stops the compile if the farm says that the artifact is yanked or
 // quarantined. race returns when both sides have ended.
 func (a *Agent) race(
 	ctx context.Context,
@@ -141,7 +141,7 @@ func (a *Agent) race(
 	)
 }
 
-// findArtifact asks the farm until the farm names an artifact that verifies. It gives up after an error that is not of
+// findArtifact asks the farm until the farm offers an artifact that verifies. It gives up after an error that is not of
 // kind Transient, and when the time to wait is over.
 func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
 	say := func(text string) { a.parts.Line.Progress("build", "the farm: %s", text) }

@@ -32,7 +32,7 @@ type compiler struct {
 	takes  time.Duration
 	answer resolve.Answer
 	err    error
-	// late returns the artifact even after the compiler was told to stop.
+	// late means that the compiler returns the artifact even after it was told to stop.
 	late    bool
 	started atomic.Bool
 	stopped atomic.Bool
@@ -54,7 +54,7 @@ func (c *compiler) Build(ctx context.Context, _ resolve.Question) (resolve.Answe
 	}
 }
 
-// TestRace makes a node compile while it waits for the farm. It uses the clock of a synctest bubble.
+// TestRace checks a node that compiles while it waits for the farm. It uses the clock of a synctest bubble.
 func TestRace(t *testing.T) {
 	t.Parallel()
 	theirs, own := testkit.NewKey(t), testkit.NewKey(t)

@@ -62,7 +62,7 @@ func (l liar) AttachedIf(ctx context.Context, digest, artifactType string, usefu
 	return all, err
 }
 
-// flip returns data with one changed bit. share is the position of its byte, from 0 to 1.
+// flip returns data with one changed bit. The argument share is the position of the changed byte, from 0 to 1.
 func flip(data []byte, share float64) []byte {
 	data = bytes.Clone(data)
 	data[int(float64(len(data)-1)*share)] ^= 1
@@ -98,7 +98,7 @@ func spoil(predicate string) func([][]byte) [][]byte {
 }
 
 // TestRefuses checks the fetcher's promise. Whatever a registry or a server serves, wrong content never reaches the
-// install folder, and the installed driver stays in force. Each kind of error has its own message.
+// install folder, and the installed driver stays active. Each kind of error has its own message.
 func TestRefuses(t *testing.T) {
 	t.Parallel()
 	key, stranger := testkit.NewKey(t), testkit.NewKey(t)
@@ -114,7 +114,7 @@ func TestRefuses(t *testing.T) {
 	ps := sample.Publish(t, strangers, stranger, foreign)
 
 	// The sibling kernel has the same `uname -r`, but is of another COS build and has another fingerprint. The registry
-	// offers the artifact for it under the tag of this node's COS build.
+	// offers the artifact for the sibling kernel under the tag of this node's COS build.
 	sibling := sample.NewCell(t, buildB, newVersion)
 	sibling.Fingerprint = target.Fingerprint("sha256:" + strings.Repeat("0b", 32))
 	sibling.PointAt = newer.Kernel
@@ -186,7 +186,7 @@ func TestRefuses(t *testing.T) {
 		{"module of another version inside", insides, otherVersion, newer.Driver, liar{}, fault.Mismatch,
 			`version "` + oldVersion + `"`},
 		{"no module of that name inside", insides, noNvidia, newer.Driver, liar{}, fault.Mismatch,
-			"holds no drivers/nvidia.ko"},
+			"has no file drivers/nvidia.ko"},
 		{"server names another driver's artifact", ref, pn.Digest, other, liar{}, fault.Mismatch, newVersion},
 		{"digest that nobody has", ref, "sha256:" + strings.Repeat("ab", 32), newer.Driver, liar{}, fault.NoArtifact, ""},
 		{"digest that is a path", ref, "sha256:../../../../etc/passwd", newer.Driver, liar{}, fault.Usage, ""},
@@ -230,7 +230,7 @@ func TestRefuses(t *testing.T) {
 					t.Fatal(err)
 				}
 				for _, l := range layers {
-					// Valid layers may keep their names, because their content matches their digest.
+					// A valid layer may have its final name, because its content matches its digest.
 					if digest := "sha256:" + l.Name(); strings.Contains(row.words, digest) || digest == pw.Layers[0].Digest {
 						t.Errorf("refused layer %s got its final name", digest)
 					}

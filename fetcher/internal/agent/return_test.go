@@ -15,8 +15,8 @@ import (
 )
 
 // TestUnprovedComesBack starts with a loaded driver that does not verify: an older release installed it without
-// statements, or its files changed. When the next driver fails, the agent must load the former driver again from its
-// own files. It must stop trying the next driver after some failures.
+// statements, or its files changed. When the next driver fails, the agent must load the former driver again from that
+// driver's files. After some failures, the agent must no longer try the next driver.
 func TestUnprovedComesBack(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]func(t *testing.T, n *node){
@@ -57,7 +57,7 @@ func TestUnprovedComesBack(t *testing.T) {
 }
 
 // TestRefusedIsKept checks that a driver that must wait is fetched only once, even if the program is restarted often.
-// If a foreign driver stays, nothing is fetched.
+// If a foreign driver stays loaded, nothing is fetched.
 func TestRefusedIsKept(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -105,11 +105,11 @@ func TestForeignIsLeftAlone(t *testing.T) {
 	}
 }
 
-// TestMissingModuleIsProved checks that the agent verifies a module that is missing beside loaded ones. A module that
-// somebody replaced on the disk is not loaded.
+// TestMissingModuleIsProved checks a driver of which one module is not loaded. The agent must verify that module, and
+// must not load it if somebody replaced it on the disk.
 func TestMissingModuleIsProved(t *testing.T) {
 	t.Parallel()
-	n, _, _, _, _, _ := two(t, 1)
+	n, _, _, _, _, _ := publishTwo(t, 1)
 	if err := n.kernel.DeleteModule("nvidia_uvm"); err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +128,7 @@ func TestMissingModuleIsProved(t *testing.T) {
 // activated at a later boot.
 func TestNextIsOfTheWish(t *testing.T) {
 	t.Parallel()
-	n, ref, older, newer, po, pn := two(t, 1)
+	n, ref, older, newer, po, pn := publishTwo(t, 1)
 	n.inUse(t, "1")
 	if _, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Busy) {
 		t.Fatal(err)

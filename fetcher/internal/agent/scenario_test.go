@@ -39,7 +39,7 @@ func (n *node) reboot(t testing.TB) {
 	}
 }
 
-// rollback rolls back by hand.
+// rollback calls Rollback, as an operator does.
 func (n *node) rollback() (*agent.Report, error) {
 	n.parts.Line, n.kernel.calls = &timeline.Run{}, nil
 	return agent.New(n.cfg, n.parts).Rollback(n.t.Context())
@@ -74,7 +74,7 @@ func (linked) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
 	return gpucheck.NVML{Version: newVersion, CUDA: "12.2", Devices: make([]gpucheck.Device, 1)}, nil
 }
 
-// killed runs the agent once. The run dies during the load of a module, and undoes nothing.
+// killed runs the agent once. The run is killed during the load of a module, so that it undoes nothing.
 func (n *node) killed(t *testing.T, ref, digest string, c sample.Cell, module string) {
 	t.Helper()
 	n.kernel.die = module + " " + c.Driver.Version
@@ -103,8 +103,8 @@ func bare(t *testing.T) (n *node, ref string, c sample.Cell, p sample.Published)
 	return n, ref, c, p
 }
 
-// two publishes two drivers for one node. The older one is in force.
-func two(t *testing.T, usable int) (n *node, ref string, older, newer sample.Cell, po, pn sample.Published) {
+// publishTwo publishes two drivers for one node. The older driver is active.
+func publishTwo(t *testing.T, usable int) (n *node, ref string, older, newer sample.Cell, po, pn sample.Published) {
 	t.Helper()
 	key := testkit.NewKey(t)
 	ref = layout(t)
@@ -136,7 +136,7 @@ func TestBootWithoutFarm(t *testing.T) {
 		"yanked":               {answer: resolve.Answer{State: api.Yanked, Source: "server"}, kind: fault.NoArtifact},
 		"altered":              {err: fault.New(fault.Unverified, "bytes that are not signed", "x"), kind: fault.Unverified},
 	} {
-		n, _, _, _, po, _ := two(t, 1)
+		n, _, _, _, po, _ := publishTwo(t, 1)
 		n.reboot(t)
 		n.parts.Finder = finder{answer: row.answer, err: row.err}
 		r, err := n.runAs(t)
@@ -171,7 +171,7 @@ func TestLoadPinFirst(t *testing.T) {
 // failure it is not tried again without --retry.
 func TestUnusableGivesWay(t *testing.T) {
 	t.Parallel()
-	n, ref, older, newer, po, pn := two(t, 1)
+	n, ref, older, newer, po, pn := publishTwo(t, 1)
 	n.parts.Probe = byVersion{n.root, newVersion}
 	good := n.tree(t)
 	for i := range 3 {
@@ -202,7 +202,7 @@ func TestUnusableGivesWay(t *testing.T) {
 	}
 	if r, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Unusable) || r.Verdict.Digest != pn.Digest ||
 		!r.Changed {
-		t.Errorf("the new driver on a broken GPU: %+v, %v; want it in force, and unusable", r.Verdict, err)
+		t.Errorf("the new driver on a broken GPU: %+v, %v; want it active, and unusable", r.Verdict, err)
 	}
 	n.parts.Probe = probe{n.root, 1}
 	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.Digest != pn.Digest {
@@ -210,7 +210,7 @@ func TestUnusableGivesWay(t *testing.T) {
 	}
 }
 
-// byVersion is NVML on a node with a GPU that one driver version cannot use.
+// byVersion stands in for NVML on a node with a GPU that one driver version cannot use.
 type byVersion struct{ root, unfit string }
 
 func (p byVersion) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
@@ -221,12 +221,12 @@ func (p byVersion) Probe(ctx context.Context, library string, persist bool) (gpu
 	return n, err
 }
 
-// TestKilledWhileLoading kills a run during the load. The next run must complete or undo it without the farm.
+// TestKilledWhileLoading kills a run during the load. The next run must complete or undo that load without the farm.
 func TestKilledWhileLoading(t *testing.T) {
 	t.Parallel()
 	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
 	for module, begun := range map[string]bool{"nvidia": false, "nvidia_uvm": true} {
-		n, ref, _, newer, po, pn := two(t, 1)
+		n, ref, _, newer, po, pn := publishTwo(t, 1)
 		good := n.tree(t)
 		n.killed(t, ref, pn.Digest, newer, module)
 		n.parts.Finder = away
@@ -251,8 +251,8 @@ func TestKilledWhileLoading(t *testing.T) {
 // oops.
 func TestPanicWhileLoading(t *testing.T) {
 	t.Parallel()
-	n, ref, _, newer, po, pn := two(t, 1)
-	for range 2 { // each program start first loads the former driver
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
+	for range 2 { // each start of the program first loads the former driver
 		n.killed(t, ref, pn.Digest, newer, "nvidia")
 		n.reboot(t)
 	}
@@ -266,11 +266,11 @@ func TestPanicWhileLoading(t *testing.T) {
 	}
 }
 
-// TestPanicOfTheInstalled checks the case that the driver in force crashes the node when it is loaded after a reboot.
-// The previous driver must then be loaded.
+// TestPanicOfTheInstalled checks the case that the active driver crashes the node when it is loaded after a reboot. The
+// previous driver must then be loaded.
 func TestPanicOfTheInstalled(t *testing.T) {
 	t.Parallel()
-	n, ref, _, newer, po, pn := two(t, 1)
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
 	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
 		t.Fatal(err)
 	}
@@ -289,7 +289,7 @@ func TestPanicOfTheInstalled(t *testing.T) {
 // TestRollbackLasts checks that a later run does not undo a rollback by hand.
 func TestRollbackLasts(t *testing.T) {
 	t.Parallel()
-	n, ref, _, newer, po, pn := two(t, 1)
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
 	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
 		t.Fatal(err)
 	}
@@ -346,7 +346,7 @@ func TestForeignStays(t *testing.T) {
 // TestChangedParameters checks that a changed parameter is reported, and takes effect at the next load.
 func TestChangedParameters(t *testing.T) {
 	t.Parallel()
-	n, ref, older, _, po, _ := two(t, 1)
+	n, ref, older, _, po, _ := publishTwo(t, 1)
 	n.cfg.ModuleParams = map[string]string{"nvidia": "NVreg_Foo=1"}
 	for range 2 {
 		r, err := n.run(t, ref, po.Digest, older.Driver)
@@ -370,7 +370,7 @@ func TestChangedParameters(t *testing.T) {
 // TestRefusedLeavesNothing checks that a refused driver leaves the firmware path and the device files unchanged.
 func TestRefusedLeavesNothing(t *testing.T) {
 	t.Parallel()
-	n, ref, _, newer, _, pn := two(t, 1)
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
 	sample.Write(t, n.root, "sys/module/firmware_class/parameters/path", "/somebody/elses")
 	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
 	_, err := n.run(t, ref, pn.Digest, newer.Driver)
@@ -419,8 +419,8 @@ func TestUninstallKilled(t *testing.T) {
 	}
 }
 
-// TestHelperModule checks that the node's own modprobe loads the kernel module that nvidia-drm needs. This happens
-// before the load of nvidia-drm, and not if the module is already loaded.
+// TestHelperModule checks that the node's own modprobe loads the kernel module that nvidia-drm needs. The agent must
+// call modprobe before it loads nvidia-drm, and not if the module is already loaded.
 func TestHelperModule(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

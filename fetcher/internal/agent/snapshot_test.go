@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// asks gives the node a policy that demands a snapshot from the folder from. Each call makes new parts on the same
-// disk, as a restart of the program does.
+// asks gives the node a policy that demands a snapshot from a folder. Each call makes new parts on the same disk, as a
+// restart of the program does.
 func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from string, now func() time.Time) {
 	t.Helper()
 	root, err := os.ReadFile(filepath.Join(farm.Dir, "1.root.json"))
@@ -43,7 +43,7 @@ func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from s
 }
 
 // TestSnapshotKeepsOut checks a node whose policy demands a snapshot. The node installs what the snapshot lists. Each
-// attack on the snapshot blocks a new driver, but leaves the driver in force, even without a network.
+// attack on the snapshot blocks a new driver, but leaves the active driver as it is, even without a network.
 func TestSnapshotKeepsOut(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -77,7 +77,7 @@ func TestSnapshotKeepsOut(t *testing.T) {
 
 	for name, row := range map[string]struct {
 		// before is the folder of the snapshot that the node uses for the older driver. from is the folder of the snapshot
-		// that the node uses afterwards, when it should install the newer driver.
+		// that the node uses later, when it should install the newer driver.
 		before, from string
 		after        time.Duration
 		want         error // nil means that the driver is installed
@@ -195,7 +195,7 @@ func TestSnapshotTakesNothingAway(t *testing.T) {
 	}
 }
 
-// TestSnapshotDryRun checks that a dry run checks the snapshot and stores nothing.
+// TestSnapshotDryRun checks that a dry run reads and verifies the snapshot, but stores nothing.
 func TestSnapshotDryRun(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

@@ -26,11 +26,11 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// maxModule bounds the size of one module in bytes. The largest real module has 65 MB.
+// maxModule is the largest allowed size of one module in bytes. The largest real module has 65 MB.
 const maxModule = 512 << 20
 
 // fetchAndStage verifies the resolved artifact, fetches the layers that the node lacks, and stages the driver. It does
-// not put the driver in force.
+// not activate the driver.
 func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Store, facts *host.Facts,
 	current *install.Set) (*install.Set, error) {
 	var repo Repository
@@ -120,13 +120,13 @@ func (a *Agent) refresh(ctx context.Context) {
 		return
 	}
 	if err := a.parts.Refresh(ctx); err != nil {
-		a.parts.Log.WarnContext(ctx, "refresh snapshot", "err", err)
+		a.parts.Log.WarnContext(ctx, "could not refresh the snapshot", "err", err)
 	}
 }
 
 // since returns the time for the rules that apply only to artifacts that are new to the node, such as the highest age.
-// It is now for a new artifact. It is zero if the node has evidence of the artifact that still verifies, so that the
-// node can fetch damaged files again at any time.
+// For a new artifact, that is the present time. If the node has evidence of the artifact that still verifies, the
+// result is zero, so that the node can fetch damaged files again at any time.
 func (a *Agent) since(store *install.Store, origin install.Origin, answer resolve.Answer, facts *host.Facts) time.Time {
 	if store != nil {
 		if raw, err := store.Evidence(answer.Digest); err == nil && raw != nil {
@@ -141,13 +141,13 @@ func (a *Agent) since(store *install.Store, origin install.Origin, answer resolv
 	return a.parts.Now()
 }
 
-// maxBundles bounds the size of all statements of one artifact in bytes. Real ones have some hundred kilobytes
-// together.
+// maxBundles is the largest allowed size of all statements of one artifact together, in bytes. Real statements have
+// some hundred kilobytes.
 const maxBundles = 16 << 20
 
-// useful returns the function of this name for [registry.Repository.AttachedIf]. It returns "" for a bundle whose
-// signature is invalid, or whose statement is about another artifact. For any other bundle it returns a name made of
-// signer and content, so that copies of one statement have one name.
+// useful returns the function that [registry.Repository.AttachedIf] takes as its argument useful. That function returns
+// "" for a bundle whose signature is invalid, or whose statement is about another artifact. For any other bundle it
+// returns a name made of signer and content, so that copies of one statement have the same name.
 func useful(v statements, digest string) func([]byte) string {
 	return func(bundle []byte) string {
 		st, err := v.Statement(bundle)
@@ -168,7 +168,7 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 	if p.Manifest, err = repo.Manifest(ctx, digest); err != nil {
 		return p, err
 	}
-	if got := digestOf(p.Manifest); got != digest { // check the digest before anything that the manifest names is fetched
+	if got := digestOf(p.Manifest); got != digest { // check the digest before anything that the manifest lists is fetched
 		return p, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: its content has digest %s", digest, got),
 			"fetch the artifact from another registry: --registry REF")
 	}
@@ -180,7 +180,7 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 		return p, err
 	}
 	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful(v, digest), v.Wanted(facts.Kernel)...)
-	for i, size := 0, 0; i < len(p.Bundles); i++ { // bound the evidence, which is stored with the driver
+	for i, size := 0, 0; i < len(p.Bundles); i++ { // limit the evidence, because it is stored with the driver
 		if size += len(p.Bundles[i]); size > maxBundles {
 			p.Bundles = p.Bundles[:i]
 		}
@@ -195,9 +195,10 @@ func digestOf(data []byte) string {
 // loadOrder is the order in which modules are loaded. [install.Set] lists modules in this order.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 
-// inspect reads the modules of a layer, and checks that they fit this kernel and this driver. For a layer that was
-// already compared with its signed content, known maps the layer's files to their digests, or to "" if inspect must
-// compute the digest; inspect skips other files. If known is nil, inspect reads all modules and computes all digests.
+// inspect reads the modules of a layer, and checks that they fit this kernel and this driver. If the layer was already
+// compared with its signed content, the map known has the digest of each file, or "" if inspect must compute the
+// digest; inspect then skips files that are not in the map. If known is nil, inspect reads all modules and computes all
+// digests.
 func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[string]string) ([]install.Module, error) {
 	files, err := fs.Glob(layer, "drivers/*.ko")
 	if err != nil {
@@ -237,7 +238,7 @@ func fit(mods []install.Module, id bundle.Identity, facts *host.Facts) error {
 		}
 	}
 	if !slices.ContainsFunc(mods, func(m install.Module) bool { return m.Name == "nvidia" }) {
-		return fault.New(fault.Mismatch, "check modules: the modules layer holds no drivers/nvidia.ko",
+		return fault.New(fault.Mismatch, "check modules: the modules layer has no file drivers/nvidia.ko",
 			"build and publish the driver again: builder build")
 	}
 	return nil
@@ -296,7 +297,7 @@ func inspectOne(layer fs.FS, file, digest string) (_ install.Module, err error) 
 func openModule(layer fs.FS, file string) (fs.File, int64, error) {
 	check := func(info fs.FileInfo, err error) error {
 		if err == nil && (!info.Mode().IsRegular() || info.Size() > maxModule) {
-			err = fault.New(fault.Unverified, fmt.Sprintf("%s is no regular file of at most %d bytes", file, maxModule), "")
+			err = fault.New(fault.Unverified, fmt.Sprintf("%s is not a regular file of at most %d bytes", file, maxModule), "")
 		}
 		return err
 	}

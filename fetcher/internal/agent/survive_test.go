@@ -16,15 +16,15 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestUnusableAndOpen checks a new driver that fails and is already open in a program. Its files must stay in force,
-// because libraries and modules must be of one driver. A later run recognises the driver as ours and replaces it when
-// nobody uses it.
+// TestUnusableAndOpen checks a new driver that fails and is already open in a program. That driver must stay active,
+// because libraries and modules must be of one driver. When nobody uses the driver any more, a later run must recognise
+// it as installed by this program, and replace it.
 func TestUnusableAndOpen(t *testing.T) {
 	t.Parallel()
-	n, ref, older, newer, po, pn := two(t, 1)
+	n, ref, older, newer, po, pn := publishTwo(t, 1)
 	n.parts.Probe, n.kernel.open = byVersion{n.root, newVersion}, "nvidia_uvm "+newVersion
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
-	if !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "stays in force") ||
+	if !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "stays active") ||
 		r.Verdict.State == gpucheck.Ready {
 		t.Errorf("Run = %+v, %v; want unusable, and the reason why the driver stays", r.Verdict, err)
 	}
@@ -43,11 +43,10 @@ func TestUnusableAndOpen(t *testing.T) {
 	}
 }
 
-// TestKilledWhileLooking checks that the next run judges the driver of a run that was killed during the check of the
-// GPUs.
+// TestKilledWhileLooking kills a run during the check of the GPUs. The next run must check that run's driver.
 func TestKilledWhileLooking(t *testing.T) {
 	t.Parallel()
-	n, ref, _, newer, po, pn := two(t, 1)
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
 	n.parts.Probe = dying{}
 	func() {
 		defer func() {
@@ -72,7 +71,7 @@ func (dying) Probe(context.Context, string, bool) (gpucheck.NVML, error) { panic
 // after a reboot, even without the farm. Until then it is not fetched again, and the delay does not count as a failure.
 func TestNextAfterReboot(t *testing.T) {
 	t.Parallel()
-	n, ref, _, newer, po, pn := two(t, 1)
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
 	n.inUse(t, "1")
 	for i := range 3 {
 		r, err := n.run(t, ref, pn.Digest, newer.Driver)
@@ -98,7 +97,7 @@ func TestNextAfterReboot(t *testing.T) {
 // TestFullDiskAtBoot checks that a full disk does not prevent the load of an installed driver.
 func TestFullDiskAtBoot(t *testing.T) {
 	t.Parallel()
-	n, ref, older, _, po, _ := two(t, 1)
+	n, ref, older, _, po, _ := publishTwo(t, 1)
 	n.reboot(t)
 	// Every small file is first written under this name.
 	if err := os.Mkdir(filepath.Join(n.root, installDir, ".prebake/tmp-file"), 0o755); err != nil {
@@ -113,7 +112,7 @@ func TestFullDiskAtBoot(t *testing.T) {
 // TestHostileAttempts checks that damaged or wrong records do not cost the node its driver.
 func TestHostileAttempts(t *testing.T) {
 	t.Parallel()
-	n, _, _, _, po, _ := two(t, 1)
+	n, _, _, _, po, _ := publishTwo(t, 1)
 	file := filepath.Join(installDir, ".prebake/attempts.json")
 	for name, text := range map[string]string{
 		"no JSON": "{", "a list": "[]", "nothing": "", "null": `{"x":null}`,
@@ -127,7 +126,7 @@ func TestHostileAttempts(t *testing.T) {
 		sample.Write(t, n.root, file, text)
 		n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
 		if r, err := n.runAs(t); err != nil || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != po.Digest {
-			t.Errorf("%s: Run = %+v, %v; want the driver in force", name, r.Verdict, err)
+			t.Errorf("%s: Run = %+v, %v; want the driver active", name, r.Verdict, err)
 		}
 	}
 }

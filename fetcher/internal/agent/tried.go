@@ -13,9 +13,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// tried reports the result of an activation to Parts.Tried, if that is set. It leaves out results that say nothing
+// reportTried sends the result of an activation to Parts.Tried, if that is set. It leaves out results that say nothing
 // about the driver: those of a node without a GPU, or of a node whose NVLink fabric is still starting.
-func (a *Agent) tried(what string, set *install.Set, verdict string, why error) {
+func (a *Agent) reportTried(what string, set *install.Set, verdict string, why error) {
 	if a.parts.Tried == nil || a.cfg.NoLoad || verdict == string(gpucheck.Starting) || fault.Is(why, fault.NoDevice) {
 		return
 	}

@@ -21,7 +21,7 @@ func (n *node) uninstall() (*agent.Report, error) {
 	return agent.New(n.cfg, n.parts).Uninstall(n.t.Context())
 }
 
-// everything lists all files and links of the install folder, and the firmware path.
+// everything returns all files and links of the install folder, and the firmware path.
 func (n *node) everything(t *testing.T) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -48,8 +48,8 @@ func (n *node) everything(t *testing.T) map[string]string {
 	return all
 }
 
-// TestUninstall checks that an uninstall restores the node byte for byte: the folders of Google's installer, its cache
-// file, and the firmware path.
+// TestUninstall checks that an uninstall restores the node exactly as it was: the folders and the cache file of
+// Google's installer, and the firmware path.
 func TestUninstall(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -102,7 +102,7 @@ func TestUninstall(t *testing.T) {
 // TestHistory checks that the history has all events in their order.
 func TestHistory(t *testing.T) {
 	t.Parallel()
-	n, ref, older, newer, po, pn := two(t, 1)
+	n, ref, older, newer, po, pn := publishTwo(t, 1)
 	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
 	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err == nil {
 		t.Fatal("no error")
@@ -125,8 +125,8 @@ func TestHistory(t *testing.T) {
 		}
 		got = append(got, e.What+" "+e.Driver.Version)
 	}
-	want := []string{"in force " + oldVersion, "taken back " + newVersion, "unfinished " + newVersion,
-		"in force " + oldVersion}
+	want := []string{"activated " + oldVersion, "taken back " + newVersion, "unfinished " + newVersion,
+		"activated " + oldVersion}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("history (-want +got):\n%s", diff)
 	}
@@ -135,7 +135,7 @@ func TestHistory(t *testing.T) {
 	}
 }
 
-// TestLibraryCache checks that the node's own programs find the libraries while the driver is in force. It uses the
+// TestLibraryCache checks that the node's own programs find the libraries while the driver is active. It uses the
 // ldconfig of this machine.
 func TestLibraryCache(t *testing.T) {
 	t.Parallel()

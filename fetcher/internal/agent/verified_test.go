@@ -164,14 +164,14 @@ func (n *node) removeAll(t *testing.T, pattern string) {
 }
 
 // TestVerifiedNow checks that files on the disk are compared with the signed content before they reach the kernel. With
-// a farm, damaged files are fetched again. Without a farm, they are not loaded, and the error names the damage.
+// a farm, damaged files are fetched again. Without a farm, they are not loaded, and the error says what is damaged.
 func TestVerifiedNow(t *testing.T) {
 	t.Parallel()
 	for name, damage := range damages {
 		for _, farm := range []bool{true, false} {
 			t.Run(name+map[bool]string{true: ", farm answers", false: ", farm is away"}[farm], func(t *testing.T) {
 				t.Parallel()
-				n, ref, older, _, po, _ := two(t, 1)
+				n, ref, older, _, po, _ := publishTwo(t, 1)
 				good := n.tree(t)
 				n.reboot(t)
 				damage(t, n)
@@ -228,7 +228,7 @@ func answerOf(source resolve.Source, ref, digest string, d target.Driver) resolv
 // fetched again, and when another driver is activated.
 func TestAddedStays(t *testing.T) {
 	t.Parallel()
-	n, ref, older, newer, po, pn := two(t, 1)
+	n, ref, older, newer, po, pn := publishTwo(t, 1)
 	n.add(t, "layers/*/lib64", "libnccl-net.so")
 	n.add(t, "layers/*/bin", "nccl-test")
 	there := func() {
@@ -266,7 +266,7 @@ func errText(err error) string {
 // without a network. The owner decides whom to trust, and not the farm.
 func TestKeyNoLongerTrusted(t *testing.T) {
 	t.Parallel()
-	n, _, _, _, _, _ := two(t, 1)
+	n, _, _, _, _, _ := publishTwo(t, 1)
 	n.reboot(t)
 	n.parts.Verifier = testkit.NewKey(t).Verifier(t)
 	n.parts.Finder = finder{err: fault.New(fault.Transient, "connection refused", "")}
@@ -305,7 +305,7 @@ func TestNodesOwnAfterReboot(t *testing.T) {
 // TestRollbackVerifies checks that a driver is verified before a rollback unloads the running one.
 func TestRollbackVerifies(t *testing.T) {
 	t.Parallel()
-	n, ref, _, newer, _, pn := two(t, 1)
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
 	n.cfg.Wish = "535.261.03"
 	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
 		t.Fatal(err)
@@ -328,10 +328,10 @@ func TestRollbackVerifies(t *testing.T) {
 }
 
 // TestPendingIsNotReadAgain checks that the files of a waiting driver are read again only after a write to them. Before
-// the load they are always read again. The test asks inotify which files are read.
+// a load, the files are always read again. The test asks inotify which files are read.
 func TestPendingIsNotReadAgain(t *testing.T) {
 	t.Parallel()
-	n, ref, _, newer, _, pn := two(t, 1)
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
 	n.inUse(t, "1")
 	n.answer(ref, pn.Digest, newer.Driver)
 	a := agent.New(n.cfg, n.parts)

@@ -27,8 +27,8 @@ type evidence struct {
 	Bundles  [][]byte `json:"bundles"`
 }
 
-// verify judges evidence for this node. Each error has a hint. The argument now is zero for an artifact that is already
-// on the node, because its age must not invalidate it.
+// verify checks the evidence of an artifact for this node. Each error has a hint. For an artifact that is already on
+// the node, the argument now is zero, because the artifact's age must not invalidate it.
 func (a *Agent) verify(p evidence, origin install.Origin, digest string, d target.Driver, facts *host.Facts,
 	now time.Time) (bundle.Content, *trust.Verdict, error) {
 	none := bundle.Content{}
@@ -66,13 +66,13 @@ func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
 	}
 	if a.parts.Verifier == nil {
 		return nil, fault.New(fault.Usage, "no signer is trusted",
-			"name the publisher's public key: --public-key FILE; without a key no driver is loaded")
+			"without a key, no driver is loaded; give the publisher's public key: --public-key FILE")
 	}
 	return a.parts.Verifier, nil
 }
 
-// setOf describes an artifact as a driver on the disk, by its signed content. Modules stays empty, because the signed
-// content does not have the digests of the modules.
+// setOf describes an artifact as a driver on the disk, by its signed content. The field Modules stays empty, because
+// the signed content does not have the digests of the modules.
 func (a *Agent) setOf(origin install.Origin, digest, repository string, content bundle.Content,
 	facts *host.Facts) *install.Set {
 	set := &install.Set{
@@ -85,9 +85,9 @@ func (a *Agent) setOf(origin install.Origin, digest, repository string, content 
 	return set
 }
 
-// verifySet verifies a driver on the disk, now and for this kernel: its statements, and with them every byte of its
-// layers. If kinds are given, it reads only layers of these kinds. It returns the driver as the signed content
-// describes it. Of set.json, it trusts only where the files are.
+// verifySet verifies the statements of a driver on the disk for this kernel, and compares every byte of the driver's
+// layers with the signed content. If kinds are given, it reads only layers of these kinds. It returns a description of
+// the driver from the signed content. From set.json it takes only where the files are.
 func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts,
 	kinds ...bundle.LayerKind) (*install.Set, error) {
 	fail := func(err error) (*install.Set, error) {
@@ -129,7 +129,7 @@ func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host
 	var p evidence
 	if raw == nil {
 		return bundle.Content{}, fault.New(fault.Unverified, "its attestations are not on this node",
-			"run fetcher install while the registry can be reached: it stores the attestations")
+			"to store the attestations, run this while the registry can be reached: fetcher install")
 	}
 	if err := json.Unmarshal(raw, &p); err != nil {
 		return bundle.Content{}, fault.Wrap(fault.Unverified, fmt.Errorf("read statements: %w", err), hintAgain)
@@ -155,7 +155,7 @@ const hintAgain = "run fetcher install to replace the damaged files"
 
 // checkedLayer is a layer that was compared with its signed diff id.
 type checkedLayer struct {
-	// files maps the layer's files to their digests.
+	// files has the digest of each file of the layer, by the file's name.
 	files map[string]string
 	// print is the result of [install.Store.LayerPrint] before the check.
 	print string
@@ -163,9 +163,9 @@ type checkedLayer struct {
 	modules []install.Module
 }
 
-// unchanged reports whether a layer's inodes are the same as at its check in this or an earlier run. A driver that
-// waits on the disk is therefore not read again. Before a driver is put in force or loaded, the agent always reads it
-// ([Agent.verifySet]).
+// unchanged reports whether a layer's inodes are the same as at its check in this or an earlier run. A staged driver
+// that is not active yet is therefore not read again. Before a driver is activated or loaded, the agent always reads
+// its files ([Agent.verifySet]).
 func (a *Agent) unchanged(store *install.Store, l install.Layer) bool {
 	known, ok := a.layer(l.Digest)
 	if !ok || known.print == "" {
@@ -175,7 +175,7 @@ func (a *Agent) unchanged(store *install.Store, l install.Layer) bool {
 	return err == nil && print == known.print
 }
 
-// layer returns what this run, or else an earlier one, knows about a layer.
+// layer returns the result of a layer's check in this run, or else in an earlier run.
 func (a *Agent) layer(digest string) (checkedLayer, bool) {
 	found, ok := a.checked.Load(digest)
 	if !ok {
@@ -191,7 +191,7 @@ func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.
 	if err != nil {
 		return fault.Wrap(fault.Unverified, err, hintAgain)
 	}
-	// A run may take hours, so a layer that was written to since is read again.
+	// A run may take hours, so a layer is read again if it was written to since its check.
 	if known, ok := a.checked.Load(l.Digest); ok && known.(checkedLayer).print == print {
 		return nil
 	}

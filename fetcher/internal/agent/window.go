@@ -65,10 +65,10 @@ func (w Window) Closed(now time.Time) string {
 // idlePause is the time between two checks whether programs use the driver.
 const idlePause = 2 * time.Second
 
-// idleCheck is the time between two checks of the driver itself during the wait.
+// idleCheck is the time between two checks of the loaded driver during that wait.
 const idleCheck = time.Minute
 
-// reportWaiting reports the driver in force to the watcher while another one waits.
+// reportWaiting reports the state of the active driver to the watcher while another driver waits.
 func (a *Agent) reportWaiting(ctx context.Context) {
 	if a.watcher == nil {
 		return
@@ -81,9 +81,8 @@ func (a *Agent) reportWaiting(ctx context.Context) {
 	a.watcher.Report(v)
 }
 
-// waitIdle waits until no program uses the loaded driver, which must be replaced, but at most until end. It waits only
-// if why is of kind Busy. The result is true if the caller should try again. waitIdle holds no lock and changes
-// nothing.
+// waitIdle waits until no program uses the loaded driver, but at most until the time end. It waits only if the error
+// why is of kind Busy. The result is true if the caller should try again. waitIdle holds no lock and changes nothing.
 func (a *Agent) waitIdle(ctx context.Context, why error, end time.Time) bool {
 	if a.cfg.WaitIdle <= 0 || a.cfg.NoLoad || !fault.Is(why, fault.Busy) || a.cfg.Maintenance.Closed(a.parts.Now()) != "" {
 		return false

@@ -47,7 +47,7 @@ func TestWindow(t *testing.T) {
 // ignores the hours.
 func TestMaintenance(t *testing.T) {
 	t.Parallel()
-	n, ref, _, newer, po, pn := two(t, 1)
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
 	n.cfg.Maintenance = agent.Window{From: 2 * time.Hour, Until: 5 * time.Hour}
 	n.parts.Now = func() time.Time { return time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC) }
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
@@ -66,11 +66,11 @@ func TestMaintenance(t *testing.T) {
 	}
 }
 
-// TestWaitIdle checks that the agent names the program that uses the driver, and waits for its end. The agent then
-// replaces the driver.
+// TestWaitIdle checks that the agent reports which program uses the driver, and waits for the end of that program. The
+// agent then replaces the driver.
 func TestWaitIdle(t *testing.T) {
 	t.Parallel()
-	n, ref, _, newer, po, pn := two(t, 1)
+	n, ref, _, newer, po, pn := publishTwo(t, 1)
 	n.inUse(t, "1")
 	sample.Write(t, n.root, "proc/812/comm", "python3\n")
 	sample.Write(t, n.root, "proc/812/cgroup", "0::/kubepods/podaaaaaaaa-7d1c-4b0e-9a53-0d7f6b1c2e3f/0b\n")
@@ -94,11 +94,11 @@ func TestWaitIdle(t *testing.T) {
 		t.Errorf("Run = %+v, %v; want the new driver once the GPU is idle", r.Verdict, err)
 	}
 	if len(told) == 0 || told[0].State != gpucheck.Ready || told[0].Digest != po.Digest {
-		t.Errorf("while the agent waits, it reports %+v; want the driver in force", told)
+		t.Errorf("while the agent waits, it reports %+v; want the active driver", told)
 	}
 }
 
-// ending is a watcher that calls then after a report.
+// ending is a watcher that calls the function then after each report.
 type ending struct {
 	*told
 	then func()

@@ -22,7 +22,7 @@ const (
 	fresh  = file + ".new"
 )
 
-// maxConfig bounds the size of the file in bytes. A real file has about three kilobytes.
+// maxConfig is the largest allowed size of the file in bytes. A real file has about three kilobytes.
 const maxConfig = 1 << 20
 
 // Apply changes the configuration on an EFI partition and keeps a copy of the original. It returns the number of boot
@@ -83,7 +83,7 @@ func Undo(esp *os.Root) error {
 	return flush(esp)
 }
 
-// ours reports whether edited is a result that this program can make from the configuration before.
+// ours reports whether this program can have made the second configuration (edited) from the first one (before).
 func ours(before, edited []byte) bool {
 	for _, want := range []Want{{Unsigned: true}, {Elsewhere: true}, {Unsigned: true, Elsewhere: true}} {
 		if out, _, err := Edit(before, want); err == nil && bytes.Equal(out, edited) {

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// These are the words of a command line after the kernel's name, up to cros_efi, by age of the image. The older ones
-// are in the test file of Google's image analyzer (cos/tools, image1, COS 81). The newer ones are in /proc/cmdline of
+// These are the words of a command line after the kernel's name, up to cros_efi. The words of an older image are in the
+// test file of Google's image analyzer (cos/tools, image1, COS 81). The words of a newer image are in /proc/cmdline of
 // Cloud Shell's hosts (COS with 6.6.105+, September 2025).
 const (
 	words81 = "init=/usr/lib/systemd/systemd boot=local rootwait ro noresume noswap loglevel=7 noinitrd console=ttyS0 " +
@@ -32,7 +32,8 @@ const (
 	verity = `root=/dev/dm-0 dm="1 vroot none ro 1,0 2539520 verity payload=PARTUUID=E5822204-E5B9-2848-8A90-37790091EA3E module.sig_enforce=1 hashstart=2539520"`
 )
 
-// config returns a file in the form of COS's files: two local and two verified entries, and one for USB.
+// config returns a boot configuration with the same entries as on COS: two local entries, two verified entries, and one
+// for USB.
 func config(words string) string {
 	var b strings.Builder
 	b.WriteString("defaultA=2\ndefaultB=3\ngptpriority $grubdisk 2 prioA\n\nif [ $prioA -lt $prioB ]; then\n  set " +
@@ -164,7 +165,8 @@ func TestApplyAndUndo(t *testing.T) {
 	if err := bootcfg.Undo(esp); err != nil || have() != before || !cmp.Equal(names(), []string{"grub.cfg"}) {
 		t.Errorf("Undo = %v, and left are %v", err, names())
 	}
-	// Undo keeps somebody else's change. After an update of the operating system, the copy is the updated file.
+	// Undo keeps a change by somebody else. After an update of the operating system, the copy has the content of the
+	// updated file.
 	if _, err := bootcfg.Apply(esp, bootcfg.Want{Unsigned: true}); err != nil {
 		t.Fatal(err)
 	}

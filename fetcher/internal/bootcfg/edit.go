@@ -17,7 +17,7 @@ type Want struct {
 	// Unsigned allows modules that no key of the kernel signed. The parameter is module.sig_enforce=0.
 	Unsigned bool `json:"unsigned,omitempty"`
 	// Elsewhere allows modules and firmware from other file systems than the root. The parameter is
-	// loadpin.exclude=kernel-module,firmware. Newer COS images set it themselves.
+	// loadpin.exclude=kernel-module,firmware. Newer COS images set this parameter themselves.
 	Elsewhere bool `json:"elsewhere,omitempty"`
 }
 

@@ -19,8 +19,8 @@ import (
 // label is the name of COS's EFI partition in the partition table.
 const label = "EFI-SYSTEM"
 
-// Partition mounts the node's EFI partition for this program only. No other process sees the mount. The function closed
-// ends the mount.
+// Partition mounts the node's EFI partition for this program only. No other process sees the mount. The returned
+// function ends the mount.
 func Partition(node *noderoot.Root) (esp *os.Root, closed func() error, err error) {
 	device, err := find(node.FS())
 	if err != nil {

@@ -24,19 +24,19 @@ import (
 // Kind is the device name that containers ask for. NVIDIA's own tools use the same name.
 const Kind = "nvidia.com/gpu"
 
-// folder is where runtimes look for descriptions that are written at each boot. static is the folder for permanent ones
-// (CDI's SPEC.md, "CDI JSON Specification").
+// folder is where runtimes look for descriptions that are written at each boot. staticFolder is the folder for
+// permanent descriptions (CDI's SPEC.md, "CDI JSON Specification").
 const (
-	folder = "/var/run/cdi"
-	static = "/etc/cdi"
-	file   = "prebake-nvidia.json"
+	folder       = "/var/run/cdi"
+	staticFolder = "/etc/cdi"
+	file         = "prebake-nvidia.json"
 )
 
 // maxSpec is how many bytes this package reads at most of a description that another program wrote.
 const maxSpec = 1 << 20
 
-// inside is the driver's path in containers, the same as with GKE's device plugin.
-const inside = "/usr/local/nvidia"
+// containerFolder is the driver's path in containers, the same as with GKE's device plugin.
+const containerFolder = "/usr/local/nvidia"
 
 // GPU is one GPU that the driver drives.
 type GPU struct {
@@ -113,8 +113,8 @@ func Spec(gpus []GPU, installDir string, nodes []string) *specs.Spec {
 			spec.ContainerEdits.DeviceNodes = append(spec.ContainerEdits.DeviceNodes, &specs.DeviceNode{Path: "/dev/" + name})
 		}
 	}
-	// The mount has the whole folder, because bin, lib64 and the other names in it are links to files elsewhere in it.
-	spec.ContainerEdits.Mounts = []*specs.Mount{{HostPath: installDir, ContainerPath: inside,
+	// Mount the whole folder, because bin, lib64 and its other names are links to files elsewhere in the folder.
+	spec.ContainerEdits.Mounts = []*specs.Mount{{HostPath: installDir, ContainerPath: containerFolder,
 		Options: []string{"ro", "nosuid", "nodev", "rbind", "rprivate"}}}
 	// This value stops NVIDIA's container runtime, if the node has it, from adding devices to such a container.
 	spec.ContainerEdits.Env = []string{"NVIDIA_VISIBLE_DEVICES=void"}
@@ -122,9 +122,9 @@ func Spec(gpus []GPU, installDir string, nodes []string) *specs.Spec {
 }
 
 // Write writes the description for the runtimes. It reports whether the description changed. If another program
-// describes GPUs, Write writes none and removes its own, because two descriptions would conflict.
+// describes GPUs, Write removes the description of this program, because two descriptions would conflict.
 func Write(node *noderoot.Root, spec *specs.Spec) (changed bool, err error) {
-	other, err := others(node)
+	other, err := otherDescription(node)
 	if err != nil {
 		return false, err
 	}
@@ -180,9 +180,9 @@ func remove(node *noderoot.Root) (bool, error) {
 	return err == nil, errors.Join(err, dir.Close())
 }
 
-// others returns the file in which another program describes GPUs; "" means that there is none.
-func others(node *noderoot.Root) (string, error) {
-	for _, dir := range []string{static, folder} {
+// otherDescription returns the file in which another program describes GPUs; "" means that there is none.
+func otherDescription(node *noderoot.Root) (string, error) {
+	for _, dir := range []string{staticFolder, folder} {
 		entries, err := fs.ReadDir(node.FS(), dir[1:])
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -204,8 +204,8 @@ func others(node *noderoot.Root) (string, error) {
 				Kind string `yaml:"kind"`
 			}
 			// NVIDIA's device plugin writes descriptions of other kinds into these folders, so compare the kind. If this code
-			// cannot parse a file, runtimes cannot parse it either. Of a file longer than maxSpec, only the beginning is read;
-			// look for the kind in that text.
+			// cannot parse a file, runtimes cannot parse it either. If a file is longer than maxSpec, only its beginning was
+			// read; search that text for the kind.
 			if err == nil && (len(raw) >= maxSpec && bytes.Contains(raw, []byte(Kind)) || yaml.Unmarshal(raw, &spec) == nil &&
 				spec.Kind == Kind) {
 				return path.Join(dir, e.Name()), nil

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 )
 
-// h200 was read on a machine with an H200 and 580.159.04, on 2026-11-28.
+// h200 is a GPU's description by the driver, read on a machine with an H200 and 580.159.04, on 2026-11-28.
 const h200 = "Model: \t\t NVIDIA H200\nIRQ:   \t\t 41\nGPU UUID: \t GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a\nVideo " +
 	"BIOS: \t 96.00.a5.00.1a\n" +
 	"Bus Type: \t PCIe\nDMA Size: \t 52 bits\nDMA Mask: \t 0xfffffffffffff\nBus Location: \t 0000:00:06.0\nDevice " +

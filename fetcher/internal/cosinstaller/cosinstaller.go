@@ -2,8 +2,8 @@
 // manifest that starts cos-gpu-installer then only needs another image. The package refuses flags that ask for
 // something that the fetcher does not do.
 //
-// The flags are those of cos/tools, src/cmd/cos_gpu_installer, v2.1.9, and those of later releases up to v2.5.10 that
-// their release notes and callers show.
+// The flags are those of cos/tools, src/cmd/cos_gpu_installer, v2.1.9. Flags of later releases up to v2.5.10 are those
+// in release notes and in the manifests of known callers.
 package cosinstaller
 
 import (
@@ -21,9 +21,8 @@ import (
 // Name is the name of Google's program.
 const Name = "cos-gpu-installer"
 
-// own are flags of Google's program that the fetcher does not have. A command line with such a flag is for Google's
-// program.
-var own = []string{"version", "host-dir", "no-verify", "module-arg"}
+// ownFlags are flags that only Google's program has. A command line with such a flag is for that program.
+var ownFlags = []string{"version", "host-dir", "no-verify", "module-arg"}
 
 // Recognise reports whether a command line is for Google's program: by the program's name, or by flags that the fetcher
 // does not have.
@@ -42,9 +41,9 @@ func Recognise(args []string) bool {
 			return false
 		}
 		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
-		_, passed := ignored[name]
-		_, no := refused[name]
-		if strings.HasPrefix(arg, "-") && (passed || no || slices.Contains(own, name)) {
+		_, passed := ignoredFlags[name]
+		_, no := refusedFlags[name]
+		if strings.HasPrefix(arg, "-") && (passed || no || slices.Contains(ownFlags, name)) {
 			return true
 		}
 	}
@@ -60,29 +59,29 @@ func (m *many) Set(s string) error {
 	return nil
 }
 
-// ignored are flags of Google's program that the fetcher ignores. Each has the reason that is printed to the user.
-var ignored = map[string]string{
-	"allow-unsigned-driver":      "fetcher verifies each driver with the keys that its trust flags name",
-	"test":                       "fetcher verifies each driver with the keys that its trust flags name",
+// ignoredFlags are flags of Google's program that the fetcher ignores. Each has the reason that is printed to the user.
+var ignoredFlags = map[string]string{
+	"allow-unsigned-driver":      "fetcher verifies each driver with the keys in its trust flags",
+	"test":                       "fetcher verifies each driver with the keys in its trust flags",
 	"skip-nvidia-smi":            "NVML is asked instead of nvidia-smi",
-	"force-fallback":             "name a branch with --driver if the newest driver does not work",
+	"force-fallback":             "if the newest driver does not work, set --driver to a branch",
 	"target-gpu":                 "the GPUs of this node are read from the PCI bus",
 	"gcs-download-prefix":        "fetcher looks for COS builds below BUILD_ID/BOARD",
-	"gcs-download-bucket-nvidia": "name the bucket with runfiles with --driver-mirror",
-	"gcs-download-prefix-nvidia": "name the bucket with runfiles with --driver-mirror",
+	"gcs-download-bucket-nvidia": "set --driver-mirror to the bucket with the runfiles",
+	"gcs-download-prefix-nvidia": "set --driver-mirror to the bucket with the runfiles",
 }
 
-// refused are flags that ask for something that the fetcher does not do, each with a hint.
-var refused = map[string]string{
-	"nvidia-installer-url":      "name the version with -version, and publish the driver once: builder build --driver",
-	"nvidia-installer-url-open": "name the version with -version, and publish the driver once: builder build --driver",
+// refusedFlags are flags that ask for something that the fetcher does not do, each with a hint.
+var refusedFlags = map[string]string{
+	"nvidia-installer-url":      "set -version, and publish that driver once: builder build --driver VERSION",
+	"nvidia-installer-url-open": "set -version, and publish that driver once: builder build --driver VERSION",
 	"signature-url":             "set PREBAKE_PUBLIC_KEY to the file with the publisher's key",
 	"local-artifacts-dir":       "set PREBAKE_REGISTRY=oci:FOLDER to a folder with artifacts",
 	"prepare-build-tools":       "leave the flag out: fetcher gets compiled drivers and needs no build tools",
 }
 
 // Translate returns the fetcher's arguments for the arguments of Google's program, without the program's name. The
-// notes name the ignored flags.
+// notes list the ignored flags.
 func Translate(args []string, getenv func(string) string) (ours, notes []string, err error) {
 	usage := func(what, hint string) ([]string, []string, error) {
 		return nil, nil, fault.New(fault.Usage, "as "+Name+": "+what, hint)
@@ -125,11 +124,11 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 		if given.Value.String() == "false" {
 			return
 		}
-		if hint, ok := refused[given.Name]; ok {
+		if hint, ok := refusedFlags[given.Name]; ok {
 			wrong = append(wrong, fault.New(fault.Usage,
 				fmt.Sprintf("as %s: this program does not support -%s", Name, given.Name), hint))
 		}
-		if why, ok := ignored[given.Name]; ok {
+		if why, ok := ignoredFlags[given.Name]; ok {
 			notes = append(notes, fmt.Sprintf("-%s is ignored: %s", given.Name, why))
 		}
 	})

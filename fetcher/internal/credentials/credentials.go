@@ -1,5 +1,5 @@
-// Package credentials finds the credentials with which a node logs in to a registry. It reads Docker's configuration,
-// which is also the form of Kubernetes pull secrets. At Google's registries it uses the machine's service account. The
+// Package credentials finds the credentials with which a node logs in to a registry. It reads Docker's configuration;
+// Kubernetes pull secrets have the same format. At Google's registries it uses the machine's service account. The
 // package refuses to guess: if neither source has credentials for a registry, the node sends none.
 package credentials
 
@@ -26,7 +26,7 @@ func Keychain() authn.Keychain {
 	return authn.NewMultiKeychain(docker{authn.DefaultKeychain}, &Google{})
 }
 
-// docker adds the kind and a hint to errors of Docker's configuration.
+// docker is a keychain that adds the kind and a hint to errors of Docker's configuration.
 type docker struct{ authn.Keychain }
 
 func (d docker) Resolve(r authn.Resource) (authn.Authenticator, error) {
@@ -54,8 +54,8 @@ const metadataHost = "169.254.169.254"
 // documentation, "Access scopes and tokens". GKE's metadata server for workloads serves the same path.
 const tokenPath = "/computeMetadata/v1/instance/service-accounts/default/token"
 
-// Google logs in at Google's registries and Cloud Storage with the token of the machine's service account. A machine
-// without a service account can read public artifacts only.
+// Google is the keychain for Google's registries and Cloud Storage. It uses the token of the machine's service account.
+// A machine without a service account can read public artifacts only.
 type Google struct {
 	mu    sync.Mutex
 	token string
@@ -125,7 +125,8 @@ func (g *Google) get(ctx context.Context) (string, error) {
 	}
 	if err != nil {
 		return "", fault.Wrap(fault.Transient, fmt.Errorf("ask the metadata server for a token: %w", err),
-			"give this machine a service account with the scope devstorage.read_only, or remove its service account")
+			"to read private artifacts, give the machine's service account the scope devstorage.read_only; to read only "+
+				"public artifacts, run the machine without a service account")
 	}
 	g.token, g.until = answer.Token, time.Now().Add(time.Duration(answer.Seconds)*time.Second)
 	return g.token, nil

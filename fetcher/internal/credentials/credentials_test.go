@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// docker writes text as Docker's configuration, and sets DOCKER_CONFIG to its folder.
+// docker writes Docker's configuration, and sets DOCKER_CONFIG to the folder of that file.
 func docker(t *testing.T, text string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -108,7 +108,7 @@ func TestDocker(t *testing.T) {
 	}
 }
 
-// TestBroken checks that an error in the node's own configuration is not reported as bad bytes of a registry.
+// TestBroken checks that an error in the node's own configuration is not reported as a registry's wrong content.
 func TestBroken(t *testing.T) {
 	for text, want := range map[string]string{`{broken`: "config.json",
 		`{"credHelpers":{"127.0.0.1:1":"nowhere"}}`: "docker-credential-nowhere"} {

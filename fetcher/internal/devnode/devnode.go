@@ -231,9 +231,9 @@ func (Linux) Clear(dev *os.Root) error {
 // nodeName matches the names that Plan returns.
 var nodeName = regexp.MustCompile(`^nvidia([0-9]{1,3}|ctl|-modeset|-uvm|-uvm-tools|-caps/nvidia-cap[0-9]{1,7})$`)
 
-// charFolder is the folder below /dev with a link MAJOR:MINOR to each device file. runc names a container's devices to
-// systemd by these links. A container loses a device whose link is missing (NVIDIA's container toolkit, "nvidia-ctk
-// system create-dev-char-symlinks").
+// charFolder is the folder below /dev with a link MAJOR:MINOR to each device file. runc uses these links to tell
+// systemd which devices a container has. A container loses a device whose link is missing (NVIDIA's container toolkit,
+// "nvidia-ctk system create-dev-char-symlinks").
 const charFolder = "char"
 
 // Linux makes real device files.
@@ -278,8 +278,8 @@ func (Linux) Make(dev *os.Root, n Node) error {
 	return nil
 }
 
-// link makes the link to a device file in /dev/char. It ignores errors, because a driver works without the link. If
-// another file than a link has the name, link leaves that file as it is.
+// link makes the link to a device file in /dev/char. It ignores errors, because a driver works without the link. If a
+// file that is not a link has that name, the file stays as it is.
 func link(dev *os.Root, n Node) {
 	name, to := fmt.Sprintf("%s/%d:%d", charFolder, n.Major, n.Minor), "../"+n.Name
 	have, err := dev.Readlink(name)

@@ -41,10 +41,11 @@ type Verdict struct {
 	Digest string `json:"digest,omitempty"`
 	// Modules are the loaded NVIDIA modules, with their versions.
 	Modules map[string]string `json:"modules"`
-	// Foreign names the modules that were loaded from another file than the installed file, but have the same version.
+	// Foreign has the names of the modules that were loaded from another file than the installed one, but in the same
+	// version.
 	Foreign []string `json:"foreignModules,omitempty"`
 	NVML    NVML     `json:"nvml"`
-	// PCIGPUs counts the GPUs on the bus; UsableGPUs counts those that answered NVML.
+	// PCIGPUs is the number of GPUs on the bus. UsableGPUs is the number of GPUs that answered NVML.
 	PCIGPUs    int `json:"pciGPUs"`
 	UsableGPUs int `json:"usableGPUs"`
 	// NVRM has the driver's own lines in the kernel log.
@@ -88,8 +89,8 @@ type Facts struct {
 	Since []string
 }
 
-// required are the modules that every CUDA program needs.
-var required = []string{"nvidia", "nvidia_uvm"}
+// requiredModules are the modules that every CUDA program needs.
+var requiredModules = []string{"nvidia", "nvidia_uvm"}
 
 // JudgeForeign returns a verdict about a foreign driver.
 func JudgeForeign(f Facts) Verdict {
@@ -123,7 +124,7 @@ func Judge(f Facts) Verdict {
 	if v.PCIGPUs == 0 {
 		return is(NoDevice, "no NVIDIA GPU on the PCI bus")
 	}
-	for _, name := range required {
+	for _, name := range requiredModules {
 		got, ok := f.Modules[name]
 		if !ok {
 			return is(Unusable, "module %s is not loaded", name)
@@ -279,7 +280,7 @@ func (v Verdict) Print(w io.Writer) error {
 	return err
 }
 
-// Clip shortens a text to n characters and marks the cut with dots.
+// Clip shortens a text to n characters, the last of which are dots.
 func Clip(s string, n int) string {
 	if utf8.RuneCountInString(s) <= n {
 		return s

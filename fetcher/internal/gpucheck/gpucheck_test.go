@@ -69,7 +69,7 @@ func TestJudge(t *testing.T) {
 		{"another GPU in its place",
 			func(f *gpucheck.Facts) { f.NVML.Devices = []gpucheck.Device{{PCIBusID: "00000000:00:05.0"}} }, gpucheck.Unusable,
 			fault.Unusable},
-		// nvmlprobe writes these texts when DeviceGetHandleByIndex or a getter fails.
+		// nvmlprobe writes these errors when DeviceGetHandleByIndex or a getter fails.
 		{"a GPU that is lost", func(f *gpucheck.Facts) { f.NVML.Devices[0].Error = "open GPU 0: GPU is lost" },
 			gpucheck.Unusable, fault.Unusable},
 		{"a GPU that tells its address, and no more", func(f *gpucheck.Facts) {
@@ -123,7 +123,7 @@ func TestPrint(t *testing.T) {
 	}
 }
 
-// TestClipped checks that a cut splits no character, in a verdict and in a line of the kernel.
+// TestClipped checks that no character is split when a line of a verdict, or a line of the kernel, is shortened.
 func TestClipped(t *testing.T) {
 	t.Parallel()
 	for lead := range 4 { // so that a character lies across any place for the cut
@@ -148,8 +148,8 @@ func TestClipped(t *testing.T) {
 	}
 }
 
-// TestProbe runs the test binary as the probe. The answer is in the library's folder name, because the probe gets no
-// other environment variable.
+// TestProbe runs the test binary as the probe. The answer is in the name of the library's folder, because the probe
+// gets no other environment variable than LD_LIBRARY_PATH.
 func TestProbe(t *testing.T) {
 	t.Parallel()
 	self, err := os.Executable()
@@ -165,7 +165,7 @@ func TestProbe(t *testing.T) {
 			true},
 		{"NVML says no", `{"error":"driver not loaded"}`, "fail", gpucheck.NVML{Error: "driver not loaded"}, true},
 		{"fails without a reason", `{}`, "fail", gpucheck.NVML{Error: "exit status 1"}, true},
-		{"says nothing", `{}`, "x", gpucheck.NVML{Error: "the probe named no version"}, true},
+		{"says nothing", `{}`, "x", gpucheck.NVML{Error: "the probe's answer has no version"}, true},
 		{"is another program", `hello`, "x", gpucheck.NVML{}, false},
 	}
 	for _, row := range rows {
@@ -260,7 +260,7 @@ func TestProbeCopies(t *testing.T) {
 				switch _, err := p.Probe(t.Context(), "x", false); {
 				case err == nil:
 					return errors.New("a program that is none ran")
-				case strings.Contains(err.Error(), "copy probe"):
+				case strings.Contains(err.Error(), "copy the probe"):
 					return err
 				}
 			}

@@ -38,26 +38,26 @@ type Prober struct {
 	ReadOnly bool
 
 	mu    sync.Mutex
-	since time.Time // when the running probe started; zero without one
+	since time.Time // when the running probe started; zero if none runs
 }
 
 var errNotThere = errors.New("ask NVML: the probe was not copied to this node yet")
 
-// probeTime bounds one probe. NVML's first call initialises the GPUs. On large machines this takes some seconds for
-// each GPU.
+// probeTime is the longest allowed time of one probe. NVML's first call initialises the GPUs. On large machines this
+// takes some seconds for each GPU.
 const probeTime = 2 * time.Minute
 
 // killTime is how long the prober waits for a killed probe to end. A probe that sleeps inside the driver (state D of
 // ps) never ends.
 const killTime = 10 * time.Second
 
-// maxAnswer bounds the probe's output in bytes. A machine has at most 16 GPUs.
+// maxAnswer is the largest allowed output of the probe in bytes. A machine has at most 16 GPUs.
 const maxAnswer = 1 << 20
 
-// Probe asks an NVML library: a path inside the node's root, or a name that the dynamic loader finds. persist turns
-// persistence mode on. A failure of NVML is part of the answer. An error means that the probe itself did not run or did
-// not end. Probe always returns: if the driver blocks the probe's process, Probe leaves it behind, and further calls
-// return an error until that process has ended.
+// Probe asks an NVML library: a path inside the node's root, or a name that the dynamic loader finds. If persist is
+// true, the probe turns persistence mode on. A failure of NVML is part of the answer. An error means that the probe
+// itself did not run or did not end. Probe always returns: if the driver blocks the probe's process, Probe leaves it
+// behind, and further calls return an error until that process has ended.
 func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML, error) {
 	p.mu.Lock()
 	if !p.since.IsZero() {
@@ -103,7 +103,7 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 	program := p.Program
 	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if p.Node.Dir() != "/" {
-		if err := p.place(); err != nil {
+		if err := p.ensureCopy(); err != nil {
 			return NVML{}, err
 		}
 		program, attr.Chroot = p.Copy, p.Node.Dir()
@@ -128,11 +128,12 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 	return parseAnswer(stdout.Bytes(), stderr.String(), err)
 }
 
-// place copies the probe into the node's root, if no identical copy is there.
-func (p *Prober) place() (err error) {
+// ensureCopy copies the probe into the node's root, if no identical copy is there.
+func (p *Prober) ensureCopy() (err error) {
 	want, err := hostfile.Sum(p.Program)
 	if err != nil {
-		return fault.Wrap(fault.Unusable, fmt.Errorf("read probe: %w", err), "check that --probe names the nvmlprobe program")
+		return fault.Wrap(fault.Unusable, fmt.Errorf("read probe: %w", err),
+			"set --probe to the path of the nvmlprobe program")
 	}
 	folder, err := p.Node.Folder(path.Dir(p.Copy))
 	if err == nil {
@@ -144,16 +145,16 @@ func (p *Prober) place() (err error) {
 	}
 	switch {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("copy probe: %w", err)
+		return fmt.Errorf("copy the probe to the node: %w", err)
 	case p.ReadOnly:
 		return fault.Wrap(fault.Unusable, errNotThere,
 			"run fetcher install, or run this command on the node itself with --host-root /")
 	case folder == nil:
-		return fmt.Errorf("copy probe: %w", err)
+		return fmt.Errorf("copy the probe to the node: %w", err)
 	}
 	tmp := "tmp-probe-" + rand.Text() // another fetcher may copy at the same time
 	if err := errors.Join(p.copy(folder, tmp), folder.RemoveAll(tmp)); err != nil {
-		return fault.Disk(fmt.Errorf("copy probe: %w", err), "make space on the disk of the install folder")
+		return fault.Disk(fmt.Errorf("copy the probe to the node: %w", err), "make space on the disk of the install folder")
 	}
 	return nil
 }
@@ -169,7 +170,7 @@ func (p *Prober) copy(folder *os.Root, tmp string) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(hostfile.Fill(out, in), folder.Chmod(tmp, 0o755)); err != nil { // the umask also applied
+	if err := errors.Join(hostfile.Fill(out, in), folder.Chmod(tmp, 0o755)); err != nil { // because the umask applies, too
 		return err
 	}
 	return folder.Rename(tmp, path.Base(p.Copy))
@@ -201,13 +202,13 @@ func parseAnswer(stdout []byte, stderr string, runErr error) (NVML, error) {
 			cause = runErr
 		}
 		return NVML{}, fault.Wrap(fault.Unusable, fmt.Errorf("ask NVML: %w: %s", cause, Clip(strings.TrimSpace(stderr), 200)),
-			"check that --probe names the nvmlprobe program and that the node has a C library")
+			"check that --probe is the path of the nvmlprobe program, and that the node has a C library")
 	}
 	switch {
 	case a.Error == "" && runErr != nil:
 		a.Error = runErr.Error()
 	case a.Error == "" && a.DriverVersion == "":
-		a.Error = "the probe named no version"
+		a.Error = "the probe's answer has no version"
 	}
 	return NVML{Version: a.DriverVersion, CUDA: a.CUDAVersion, Devices: a.Devices, Error: a.Error}, nil
 }

@@ -13,15 +13,15 @@ import (
 // Errors that end only the program that caused them are not in the list.
 var fatalXids = []int{46, 48, 62, 64, 79, 95, 110, 119, 120, 140, 143}
 
-// recoveryXid is the error by which the driver names the recovery action that a GPU needs.
+// recoveryXid is the error by which the driver reports which recovery action a GPU needs.
 const recoveryXid = 154
 
 // xidLine matches the driver's lines, such as NVRM: Xid (PCI:0000:2b:00): 79, GPU has ...
 var xidLine = regexp.MustCompile(`NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): ([0-9]{1,4})\b[, ]*(.*)`)
 
-// recovery matches the recovery action in a line: a nvmlDeviceGpuRecoveryAction_t, where 0 means none and 3 means to
-// stop peer-to-peer traffic.
-var recovery = regexp.MustCompile(`to 0x([0-9a-fA-F]+)`)
+// recoveryAction matches the number of the recovery action in a line. It is a nvmlDeviceGpuRecoveryAction_t: 0 means
+// none, and 3 means to stop peer-to-peer traffic.
+var recoveryAction = regexp.MustCompile(`to 0x([0-9a-fA-F]+)`)
 
 // FatalXids returns the first fatal error of each GPU among the kernel's lines, in the driver's own text. A line that
 // says that the GPU needs no recovery action clears its error.
@@ -65,11 +65,11 @@ func Significant(line string) bool {
 }
 
 func wantsNothing(text string) bool {
-	m := recovery.FindStringSubmatch(text)
+	m := recoveryAction.FindStringSubmatch(text)
 	return m != nil && m[1] == "0"
 }
 
 func wantsReset(text string) bool {
-	m := recovery.FindStringSubmatch(text)
+	m := recoveryAction.FindStringSubmatch(text)
 	return m != nil && m[1] != "0" && m[1] != "3"
 }

@@ -18,14 +18,14 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxFile bounds every file that this package reads, in bytes. The largest real one is /proc/modules with some tens of
-// kilobytes.
+// maxFile is the largest allowed size of a file that this package reads, in bytes. The largest real file,
+// /proc/modules, has some tens of kilobytes.
 const maxFile = 1 << 20
 
 // Facts describe a node, as its files report it.
 type Facts struct {
 	Kernel target.Kernel `json:"kernel"`
-	// OS is ID of os-release; on COS it is "cos".
+	// OS is the value of ID in os-release; on COS it is "cos".
 	OS     string `json:"os"`
 	Policy Policy `json:"policy"`
 	// GPUs are the NVIDIA display devices on the PCI bus, usable or not.
@@ -117,12 +117,12 @@ type Module struct {
 	Name string `json:"name"`
 	// Version is the module's own version; "" when it has none.
 	Version string `json:"version,omitempty"`
-	// BuildID identifies the loaded bytes; "" where the kernel does not report it.
+	// BuildID identifies the content of the loaded module; "" if the kernel does not report it.
 	BuildID string   `json:"buildId,omitempty"`
 	Refs    int      `json:"refs"`
 	UsedBy  []string `json:"usedBy,omitempty"`
 	// Permanent means that the kernel never unloads the module: the module has no exit function, or the kernel was built
-	// without CONFIG_MODULE_UNLOAD. Such a kernel counts no references.
+	// without CONFIG_MODULE_UNLOAD. On such a kernel, Refs is always 0.
 	Permanent bool `json:"permanent,omitempty"`
 }
 
@@ -133,7 +133,7 @@ func Observe(root fs.FS) (*Facts, error) {
 	osRelease, err := readFirst(root, "etc/os-release", "usr/lib/os-release")
 	if err != nil {
 		return nil, fault.Wrap(fault.Unsupported, fmt.Errorf("read os-release: %w", err),
-			"run this on a Container-Optimized OS node, or name the folder where its root is mounted: --host-root /root")
+			"run this on a Container-Optimized OS node, or set the folder where its root is mounted: --host-root /root")
 	}
 	values := ParseKeyValues(osRelease)
 	lsb, err := readFirst(root, "etc/lsb-release")
@@ -144,7 +144,7 @@ func Observe(root fs.FS) (*Facts, error) {
 	kernel, err := target.ParseKernel(values["BUILD_ID"], board)
 	if err != nil {
 		return nil, fault.Wrap(fault.Unsupported, fmt.Errorf("identify node: %w", err),
-			"run this on a Container-Optimized OS node, or name the folder where its root is mounted: --host-root /root")
+			"run this on a Container-Optimized OS node, or set the folder where its root is mounted: --host-root /root")
 	}
 	f.OS = values["ID"]
 	kernel.Milestone, _ = strconv.Atoi(values["VERSION"])
@@ -170,8 +170,8 @@ func Observe(root fs.FS) (*Facts, error) {
 	}
 	f.Driver, err = loadedDriver(root)
 	if err != nil {
-		// A version text that is newer than this program must not cause an error. The module itself reports its version; only
-		// the flavour stays unknown.
+		// A version text of a form that this program does not know must not cause an error. The module itself also reports
+		// the version; only the flavour stays unknown.
 		f.unread(err)
 		for _, m := range f.Modules {
 			if m.Name == "nvidia" {
@@ -281,7 +281,7 @@ func ParseDriverVersion(text string) (target.Driver, error) {
 	line, _, _ := strings.Cut(text, "\n")
 	rest, ok := strings.CutPrefix(line, "NVRM version: NVIDIA UNIX ")
 	if !ok {
-		return target.Driver{}, fmt.Errorf("read loaded driver: first line %q does not name the NVIDIA driver", cut(line, 80))
+		return target.Driver{}, fmt.Errorf("read loaded driver: first line %q is not from the NVIDIA driver", cut(line, 80))
 	}
 	d := target.Driver{Flavour: target.Proprietary}
 	if strings.HasPrefix(rest, "Open Kernel Module") {

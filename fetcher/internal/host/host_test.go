@@ -19,7 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// recorded returns a node's recorded files. edits replace some files; "" removes one.
+// recorded returns the recorded files of a node. The argument edits has other contents for some files; "" removes a
+// file.
 func recorded(t *testing.T, edits map[string]string) fstest.MapFS {
 	t.Helper()
 	return recordedIn(t, "cos.txtar", edits)
@@ -95,8 +96,8 @@ func TestObserveOddNodes(t *testing.T) {
 		{"kernel overrides command line", map[string]string{"sys/module/module/parameters/sig_enforce": "N\n"},
 			fault.Internal,
 			func(f *host.Facts) bool { return !f.Policy.SignaturesEnforced }},
-		// The texts are those of print_unload_info in kernel/module/procfs.c. A kernel without CONFIG_MODULE_UNLOAD prints
-		// them, as on a machine with an H200.
+		// The lines are as print_unload_info in kernel/module/procfs.c prints them in a kernel without CONFIG_MODULE_UNLOAD.
+		// A machine with an H200 had such a kernel.
 		{"no unloading", map[string]string{"proc/modules": "nvidia_uvm 3493888 - - Live 0x0 (OE)\nnvidia 62631936 - - Live " +
 			"0x0 (OE)\n"}, fault.Internal,
 			func(f *host.Facts) bool {
@@ -140,7 +141,7 @@ func TestObserveOddNodes(t *testing.T) {
 	}
 }
 
-// TestObserveH200 reads a node with a foreign driver, whose kernel counts no references.
+// TestObserveH200 reads a node with a foreign driver, whose kernel does not count the references to modules.
 func TestObserveH200(t *testing.T) {
 	t.Parallel()
 	f, err := host.Observe(recordedIn(t, "h200.txtar", nil))

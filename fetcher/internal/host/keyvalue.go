@@ -7,7 +7,7 @@ import (
 
 // ParseKeyValues parses KEY=VALUE lines, as COS writes them in os-release and lsb-release. The first '=' separates key
 // and value. White space and quotes of both kinds around the value are removed. Blank lines, comments and lines without
-// '=' are skipped. The last line of a key wins.
+// '=' are skipped. If a key has several lines, the last one counts.
 func ParseKeyValues(text string) map[string]string {
 	values := map[string]string{}
 	for line := range strings.Lines(text) {

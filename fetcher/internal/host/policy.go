@@ -94,24 +94,24 @@ func refused(text, hint string) error {
 }
 
 // Allows returns the reason why the kernel would refuse a module from the install folder; nil means that it would not.
-// signed says whether the module has a signature. Only the kernel can check the signature's key.
+// The argument signed is true if the module has a signature. Only the kernel can check the signature's key.
 func (p Policy) Allows(module string, signed bool) error {
 	if p.SignaturesEnforced && !signed {
 		return refused(
-			fmt.Sprintf("load %s: the kernel enforces module signatures (module.sig_enforce=1) and this module has no signature",
+			fmt.Sprintf("load module %s: the kernel enforces module signatures (module.sig_enforce=1), and this module has none",
 				module),
 			"boot the node with module.sig_enforce=0 on the kernel command line (--edit-boot does that), or use a GKE GPU "+
 				"node pool, whose nodes load any module")
 	}
 	if p.Lockdown != "" && !signed {
 		return refused(
-			fmt.Sprintf("load %s: the kernel is locked down (%s) and this module has no signature", module, p.Lockdown),
+			fmt.Sprintf("load module %s: the kernel is locked down (%s) and this module has no signature", module, p.Lockdown),
 			"boot the node without Secure Boot and without lockdown= on the kernel command line, or sign the modules with a "+
 				"key that the kernel trusts")
 	}
 	if p.LoadPin && !slices.Contains(p.LoadPinExcludes, "kernel-module") {
 		return refused(
-			fmt.Sprintf("load %s: LoadPin allows only modules from the root filesystem", module),
+			fmt.Sprintf("load module %s: LoadPin allows only modules from the root filesystem", module),
 			"boot the node with loadpin.exclude=kernel-module,firmware on the kernel command line (--edit-boot does that)")
 	}
 	return nil

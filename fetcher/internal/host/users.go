@@ -26,7 +26,7 @@ func (u User) String() string {
 	return text + ")"
 }
 
-// maxUsers bounds the number of returned processes.
+// maxUsers is the highest number of returned processes.
 const maxUsers = 256
 
 // podUID matches a pod's uid in the path of a control group. kubelet's cgroupfs driver writes it with dashes, its

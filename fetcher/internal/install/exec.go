@@ -14,8 +14,9 @@ import (
 // EnsureExec mounts the install folder over itself with exec allowed, if the folder's file system forbids exec. COS
 // mounts its stateful partition without exec, and then neither the tools nor the libraries of a driver can be used.
 // EnsureExec mounts in the node's mount namespace, so that every program and pod on the node has the mount. If this
-// container does not see that mount, EnsureExec makes another mount in the container. It calls note before it mounts on
-// the node, so that the caller can record the mount. The result did is true if it mounted on the node.
+// container does not see that mount, EnsureExec makes another mount in the container. It calls the function note before
+// it makes the mount on the node, so that the caller can record this. The result did is true if it has made the mount
+// on the node.
 func (s *Store) EnsureExec(note func()) (did bool, err error) {
 	here, err := s.node.Path(s.dir)
 	if err != nil {
@@ -56,8 +57,8 @@ func (s *Store) RevokeExec() error {
 	return err
 }
 
-// inNode calls do in the node's mount namespace, after a check that the install folder's path names the same folder
-// there as here.
+// inNode calls the function do in the node's mount namespace. It first checks that the install folder's path leads to
+// the same folder there as in this container.
 func (s *Store) inNode(here string, do func() error) (inside bool, err error) {
 	ours, err := os.Stat(here)
 	if err != nil {
@@ -93,7 +94,7 @@ func allowExec(dir string, note func()) (bool, error) {
 		return true, allowExecOld(dir, st.Flags)
 	}
 	if err != nil {
-		return false, fmt.Errorf("copy mount: %w", err)
+		return false, fmt.Errorf("make a copy of the mount: %w", err)
 	}
 	err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_NOEXEC})
 	if err == nil {

@@ -63,7 +63,7 @@ type Module struct {
 	Signed   bool   `json:"signed,omitempty"`
 }
 
-// Origin says who made an artifact. This decides whose signature counts for it.
+// Origin says who made an artifact. This decides whose signature the artifact needs.
 type Origin string
 
 const (
@@ -74,9 +74,9 @@ const (
 	MadeHere Origin = "node"
 )
 
-// Set describes one artifact that is unpacked on this node, whether it is in force or not. The file set.json stores the
-// description and is not trusted: a caller that loads the modules must compare the description with the signed
-// statements (see [Store.Evidence]).
+// Set describes one artifact that is unpacked on this node, active or not. The file set.json stores the description and
+// is not trusted: a caller that loads the modules must compare the description with the signed statements (see
+// [Store.Evidence]).
 type Set struct {
 	// Digest is the artifact's manifest digest.
 	Digest string `json:"digest"`
@@ -100,7 +100,7 @@ type Store struct {
 	root *os.Root
 }
 
-// Open opens the install folder of a node. With create it makes the folder first.
+// Open opens the install folder of a node. If create is true, it first makes the folder.
 func Open(node *noderoot.Root, dir string, create bool) (*Store, error) {
 	if create {
 		if err := node.MakeFolder(path.Join(dir, ownFolder), 0o755); err != nil {
@@ -127,7 +127,7 @@ func (s *Store) Close() error { return s.root.Close() }
 
 // hexOf returns the folder name for a digest. It checks the form, because the digest came over the network.
 func hexOf(digest string) (string, error) {
-	f, err := target.ParseFingerprint(digest) // fingerprints have the same form: sha256: and 64 lower-case hex digits
+	f, err := target.ParseFingerprint(digest) // a fingerprint has the same format: sha256: and 64 lower-case hex digits
 	if err != nil {
 		return "", fault.New(fault.Unverified, fmt.Sprintf("digest %q: want sha256: and 64 lower-case hex digits", digest),
 			"")
@@ -173,7 +173,7 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 				return s.root.RemoveAll(tmp)
 			}
 		}
-		return fmt.Errorf("name staged folder: %w", err)
+		return fmt.Errorf("rename staged folder: %w", err)
 	}
 	return nil
 }
@@ -181,7 +181,7 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 // Sync flushes the file system, so that written files survive a crash.
 func (s *Store) Sync() error { return s.sync() }
 
-// sync flushes the file system, so that after a crash no name exists without its bytes.
+// sync flushes the file system, so that after a crash each existing file has its whole content.
 func (s *Store) sync() error { return s.flush(ownFolder) }
 
 func (s *Store) flush(name string) error {
@@ -199,7 +199,7 @@ func (s *Store) flush(name string) error {
 // evidenceFile stores the evidence with which a set is verified. It is in the set's folder, beside the links.
 const evidenceFile = "proof.json"
 
-// maxEvidence bounds the evidence in bytes: a manifest, a config, and all examined statements.
+// maxEvidence is the largest allowed size in bytes of the evidence: a manifest, a config, and all examined statements.
 const maxEvidence = 64 << 20
 
 // Evidence returns the evidence with which a set is verified, as [Store.AddSet] stored it. It returns nil if there is
@@ -212,8 +212,8 @@ func (s *Store) Evidence(digest string) ([]byte, error) {
 	return s.readFile(path.Join(ownFolder, "sets", name, evidenceFile), maxEvidence)
 }
 
-// AddSet writes a set and its evidence (proof). All layers of the set must be unpacked already. The set comes in force
-// only by [Store.Switch].
+// AddSet writes a set and its evidence (proof). All layers of the set must be unpacked already. Only [Store.Switch]
+// makes the set active.
 func (s *Store) AddSet(set Set, proof []byte) error {
 	name, err := hexOf(set.Digest)
 	if err != nil {
@@ -231,7 +231,7 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 	final := path.Join("sets", name)
 	if info, err := s.root.Lstat(path.Join(ownFolder, final)); err == nil && info.IsDir() {
 		// This artifact is already on the disk. It was installed for another COS build with the same fingerprint, or its
-		// layers were fetched again. The set may be in force, so replace its links one by one.
+		// layers were fetched again. The set may be active, so replace its links one by one.
 		for _, name := range names {
 			if at := path.Join(ownFolder, final, name); links[name] == "" {
 				err = s.root.RemoveAll(at)
@@ -239,7 +239,7 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 				err = s.replaceByLink(at, links[name])
 			}
 			if err != nil {
-				return fmt.Errorf("link layer: %w", err)
+				return fmt.Errorf("make link to layer: %w", err)
 			}
 		}
 		return errors.Join(s.WriteFile(path.Join(ownFolder, final, evidenceFile), proof),
@@ -248,14 +248,14 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 	return s.add(final, func(dst *os.Root) error {
 		for name, to := range links {
 			if err := dst.Symlink(to, name); err != nil {
-				return fmt.Errorf("link layer: %w", err)
+				return fmt.Errorf("make link to layer: %w", err)
 			}
 		}
 		return errors.Join(dst.WriteFile(evidenceFile, proof, 0o644), dst.WriteFile("set.json", raw, 0o644))
 	})
 }
 
-// replaceByLink replaces whatever has the name by a link.
+// replaceByLink makes a link, and first removes a file or folder that has the link's name.
 func (s *Store) replaceByLink(name, to string) error {
 	if info, err := s.root.Lstat(name); err == nil && info.Mode().Type() != fs.ModeSymlink {
 		if err := s.root.RemoveAll(name); err != nil {
@@ -311,10 +311,10 @@ func (s *Store) LinksHold(set Set) error {
 	return nil
 }
 
-// Current returns the set in force, or nil when there is none.
+// Current returns the active set, or nil if there is none.
 func (s *Store) Current() (*Set, error) { return s.readSet("current") }
 
-// Previous returns the set that was in force before, or nil.
+// Previous returns the set that was active before the current one, or nil.
 func (s *Store) Previous() (*Set, error) { return s.readSet("previous") }
 
 // Set returns the set with the artifact's digest, or nil if it is not staged.
@@ -355,11 +355,12 @@ func (s *Store) SetAt(pointer string) (*Set, error) {
 	return s.Set("sha256:" + digest)
 }
 
-// maxSet bounds set.json in bytes; a real one has a few kilobytes.
+// maxSet is the largest allowed size of set.json in bytes. A real file has a few kilobytes.
 const maxSet = 1 << 20
 
 // readSet reads the set at a path below ownFolder. If set.json cannot be read, the result has only the digest. Such a
-// set fits no node, so it is never loaded. The next run whose answer names this artifact writes set.json again.
+// set fits no node, so it is never loaded. If the farm's answer to a later run is this artifact, that run writes
+// set.json again.
 func (s *Store) readSet(link string) (*Set, error) {
 	raw, err := s.readFile(path.Join(ownFolder, link, "set.json"), maxSet)
 	if err == nil && raw == nil {
@@ -380,5 +381,5 @@ func (s *Store) readSet(link string) (*Set, error) {
 
 // diskFault gives an error of a full disk its kind and a hint.
 func diskFault(err error) error {
-	return fault.Disk(err, "make space on the disk of the install folder, or name another folder with --install-dir")
+	return fault.Disk(err, "make space on the disk of the install folder, or set --install-dir to another folder")
 }

@@ -47,7 +47,7 @@ func open(t *testing.T) *folder {
 	return s
 }
 
-// add stages a set. c names its user space layer.
+// add stages a set with one layer. The digests of both consist of the digit in the argument c.
 func add(t *testing.T, s *folder, c string, dirs ...string) install.Set {
 	t.Helper()
 	l := install.Layer{Kind: bundle.LayerUserspace, Digest: digest(c)}
@@ -252,7 +252,7 @@ func TestLockPlanted(t *testing.T) {
 			plant(filepath.Join(root, "tmp/lock"))); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := s.Lock("tmp/lock"); err == nil || !strings.Contains(err.Error(), "lock /tmp/lock") {
+		if _, err := s.Lock("tmp/lock"); err == nil || !strings.Contains(err.Error(), "lock file /tmp/lock") {
 			t.Errorf("%s: Lock = %v; want an error", name, err)
 		}
 		if _, err := os.Lstat(filepath.Join(root, "etc/made")); !errors.Is(err, os.ErrNotExist) {
@@ -280,7 +280,7 @@ func TestCorruptSet(t *testing.T) {
 	if err := os.WriteFile(s.Path("current/set.json"), []byte("{"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// Only the digest of a damaged set is known. Sweep must keep the layers that it may need.
+	// Only the digest of a damaged set is known. Sweep must keep all layers, because the set may need them.
 	if got, err := s.Current(); err != nil || got == nil || !got.Damaged || got.Digest != set.Digest {
 		t.Errorf("Current with a broken set.json = %+v, %v; want a damaged one", got, err)
 	}
@@ -315,7 +315,7 @@ func TestOddThings(t *testing.T) {
 }
 
 // TestSweepTakesNamesFirst checks that a layer under its final name is complete at every moment of a sweep. It is then
-// also complete if the sweeping program is killed.
+// also complete if the program is killed during the sweep.
 func TestSweepTakesNamesFirst(t *testing.T) {
 	t.Parallel()
 	s := open(t)
@@ -359,15 +359,15 @@ func TestSweepTakesNamesFirst(t *testing.T) {
 		}
 	}
 	if s.HasLayer(old.Digest) || !s.HasLayer(digest("1")) {
-		t.Errorf("after the sweep: old layer %t, the one in force %t", s.HasLayer(old.Digest), s.HasLayer(digest("1")))
+		t.Errorf("after the sweep: old layer %t, the active one %t", s.HasLayer(old.Digest), s.HasLayer(digest("1")))
 	}
 	if left, err := filepath.Glob(filepath.Join(s.Dir(), ".prebake/tmp-*")); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
 }
 
-// TestHeal kills the deactivation of a set at several points. Recover must complete it, and restore what another
-// installer had.
+// TestHeal checks a deactivation of a set that was killed, at several points. Recover must complete it, and restore
+// what another installer had.
 func TestHeal(t *testing.T) {
 	t.Parallel()
 	for name, kill := range map[string]func(s *folder) error{

@@ -50,15 +50,15 @@ func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 		if err := dst.WriteFile(namesFile, raw, 0o644); err != nil {
 			return err
 		}
-		return s.carryOver(l, dst, names)
+		return s.keepAdded(l, dst, names)
 	})
 }
 
-// namesFile lists the files that were unpacked into a layer, to tell them from files that other programs added. It is
-// in the layer's folder, and no top-level link leads to it. Its content is never trusted.
+// namesFile is a file in a layer's folder. It lists the files that were unpacked into the layer, as opposed to files
+// that other programs added. No top-level link leads to it, and its content is never trusted.
 const namesFile = ".prebake-names"
 
-// maxNames bounds namesFile in bytes.
+// maxNames is the largest allowed size of namesFile in bytes.
 const maxNames = 16 << 20
 
 // LayerPrint returns a digest over all inodes of an unpacked layer: names, numbers, sizes, modes and times of change.
@@ -100,13 +100,13 @@ func (s *Store) LayerNames(digest string) ([]string, error) {
 	raw, err := s.readFile(path.Join(ownFolder, "layers", name, namesFile), maxNames)
 	var names []string
 	if err != nil || raw == nil || json.Unmarshal(raw, &names) != nil {
-		return nil, nil // callers then count all files in the folder as the layer's
+		return nil, nil // callers then take all files in the folder for the layer's
 	}
 	return names, nil
 }
 
-// added lists the files of an unpacked layer that are not among names.
-func (s *Store) added(digest string, names []string) []string {
+// addedFiles returns the files of an unpacked layer that are not in the argument names.
+func (s *Store) addedFiles(digest string, names []string) []string {
 	name, err := hexOf(digest)
 	if err != nil {
 		return nil
@@ -127,9 +127,9 @@ func (s *Store) added(digest string, names []string) []string {
 	return added
 }
 
-// carryOver links into a new user-space layer the files that other programs added to user space. It takes these files
-// from an existing layer of the same digest, and from the user-space layer of the driver in force.
-func (s *Store) carryOver(l Layer, dst *os.Root, names []string) error {
+// keepAdded links the files that other programs added to user space into a new user-space layer. It takes these files
+// from an existing layer of the same digest, and from the user-space layer of the active driver.
+func (s *Store) keepAdded(l Layer, dst *os.Root, names []string) error {
 	if l.Kind != bundle.LayerUserspace {
 		return nil
 	}
@@ -142,10 +142,10 @@ func (s *Store) carryOver(l Layer, dst *os.Root, names []string) error {
 		}
 	}
 	for digest, ours := range from {
-		for _, file := range s.added(digest, ours) {
+		for _, file := range s.addedFiles(digest, ours) {
 			if err := s.linkOrCopy(digest, file, dst); err != nil && !errors.Is(err, fs.ErrExist) &&
 				!errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("keep %s: %w", file, err)
+				return fmt.Errorf("keep added file %s: %w", file, err)
 			}
 		}
 	}

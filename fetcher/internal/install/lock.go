@@ -19,14 +19,15 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 	unlock = func() error {
 		var errs []error
 		for _, f := range held {
-			// Close alone might not release the lock: a child process between fork and exec holds a copy of the file.
+			// Close alone might not release the lock: a child process may still have a copy of the file descriptor, between fork
+			// and exec.
 			errs = append(errs, unix.Flock(int(f.Fd()), unix.LOCK_UN), f.Close())
 		}
 		return errors.Join(errs...)
 	}
 	ours, err := s.root.OpenFile(path.Join(ownFolder, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return nil, diskFault(fmt.Errorf("open lock: %w", err))
+		return nil, diskFault(fmt.Errorf("open lock file: %w", err))
 	}
 	held = append(held, ours)
 	if s.node.Exists(path.Dir(google)) {
@@ -39,7 +40,7 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 	for _, f := range held {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = fault.New(fault.Busy, fmt.Sprintf("lock %s: another installer works on this node", f.Name()),
+			err = fault.New(fault.Busy, fmt.Sprintf("%s is locked: another installer works on this node", f.Name()),
 				"wait until the other installer has finished, then run fetcher again")
 		}
 		if err != nil {
@@ -50,20 +51,20 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 }
 
 // openLock opens the lock file of Google's installer, and refuses a link in its place. Everybody on the node may write
-// into the folder of this file. A link that somebody puts there would make this program open another file than Google's
-// installer locks.
+// into the folder of this file. If somebody put a link there, this program would lock another file than Google's
+// installer does.
 func (s *Store) openLock(name string) (*os.File, error) {
 	planted := func(what string) error {
-		return fault.New(fault.Busy, fmt.Sprintf("lock /%s: the file is %s", name, what),
+		return fault.New(fault.Busy, fmt.Sprintf("open lock file /%s: it is %s", name, what),
 			"remove /"+name+": Google's installer uses an empty file there")
 	}
 	folder, err := s.node.Folder(path.Dir(name))
 	if err != nil {
-		return nil, fmt.Errorf("open lock /%s: %w", name, err)
+		return nil, fmt.Errorf("open lock file /%s: %w", name, err)
 	}
 	dir, err := folder.Open(".")
 	if err := errors.Join(err, folder.Close()); err != nil {
-		return nil, fmt.Errorf("open lock /%s: %w", name, err)
+		return nil, fmt.Errorf("open lock file /%s: %w", name, err)
 	}
 	defer dir.Close()
 	// NONBLOCK and NOCTTY, because opening a device may have effects and opening a pipe may block.
@@ -91,7 +92,7 @@ func (s *Store) openLock(name string) (*os.File, error) {
 		f, err = open(0)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open lock /%s: %w", name, err)
+		return nil, fmt.Errorf("open lock file /%s: %w", name, err)
 	}
 	info, err := f.Stat()
 	if err == nil {

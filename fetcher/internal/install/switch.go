@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Switch activates a set. One rename of "current" moves all names at once. The set that was in force becomes the
+// Switch activates a set. One rename of "current" moves all names at once. The set that was active before becomes the
 // previous one.
 func (s *Store) Switch(digest string) error {
 	name, err := hexOf(digest)
@@ -44,9 +44,9 @@ func (s *Store) Switch(digest string) error {
 	return s.expose()
 }
 
-// Restore makes those sets current and previous again that before names. If before names no current set, Restore
-// removes the top-level links, and only then the pointer to the set. Thus a killed run leaves no link without a target,
-// and can be repeated.
+// Restore sets the pointers current and previous to the values in the argument before. If before has no current set,
+// Restore removes the top-level links, and only then the pointer to the set. Thus a killed run leaves no link without a
+// target, and can be repeated.
 func (s *Store) Restore(before Pointers) error {
 	if before.Current == "" {
 		if err := s.withdraw(); err != nil {
@@ -72,7 +72,7 @@ func (s *Store) Restore(before Pointers) error {
 // restores what another installer had there.
 func (s *Store) Recover() error {
 	if err := s.root.RemoveAll(removed); err != nil {
-		return fmt.Errorf("remove: %w", err)
+		return fmt.Errorf("remove the folder %s: %w", removed, err)
 	}
 	set, err := s.Current()
 	if err != nil || set != nil {
@@ -81,13 +81,13 @@ func (s *Store) Recover() error {
 	return s.withdraw()
 }
 
-// Pointers stores which sets are current and previous, as paths below ownFolder; "" means none.
+// Pointers has the current and the previous set, as paths below ownFolder; "" means none.
 type Pointers struct {
 	Current  string `json:"current,omitempty"`
 	Previous string `json:"previous,omitempty"`
 }
 
-// Pointers returns which sets are current and previous, for [Store.Restore].
+// Pointers returns the current and the previous set, for [Store.Restore].
 func (s *Store) Pointers() (p Pointers, err error) {
 	if p.Current, err = s.link("current"); err != nil {
 		return p, err
@@ -118,7 +118,7 @@ func (s *Store) point(name, to string) error {
 		return diskFault(fmt.Errorf("make link: %w", err))
 	}
 	if err := s.root.Rename(tmp, name); err != nil {
-		return fmt.Errorf("point %s: %w", name, err)
+		return fmt.Errorf("set link %s: %w", name, err)
 	}
 	return nil
 }
@@ -225,8 +225,8 @@ func (s *Store) withdraw() error {
 }
 
 // cacheFile is the file in which Google's installer notes what it installed. This program writes the same file, and
-// keeps the file of Google's installer in the folder adopted. savedCache stores the texts that this program wrote into
-// cacheFile, so that it knows its own file later.
+// keeps the file of Google's installer in the folder adopted. savedCache is a list of the contents that this program
+// wrote into cacheFile, so that it recognises its own file later.
 const (
 	cacheFile  = ".cache"
 	savedCache = ownFolder + "/cache"
@@ -257,14 +257,14 @@ func (s *Store) hideCache() error {
 	return s.RemoveFile(savedCache)
 }
 
-// caches returns the texts that this program wrote into cacheFile, the newest last.
+// caches returns the contents that this program wrote into cacheFile, the newest last.
 func (s *Store) caches() (ours []string, err error) {
 	raw, err := s.ReadFile(savedCache)
 	if err != nil || raw == nil {
 		return nil, err
 	}
 	if json.Unmarshal(raw, &ours) != nil {
-		return nil, nil // if the list is damaged, every text counts as another installer's
+		return nil, nil // if the list is damaged, every content counts as another installer's
 	}
 	return ours, nil
 }
@@ -286,28 +286,28 @@ func (s *Store) Remove() error {
 			return err
 		}
 		if err := s.root.RemoveAll(removed); err != nil { // left by a run that was killed
-			return fmt.Errorf("remove: %w", err)
+			return fmt.Errorf("remove the folder %s: %w", removed, err)
 		}
 		if err := s.root.Rename(ownFolder, removed); err != nil {
-			return fmt.Errorf("remove: %w", err)
+			return fmt.Errorf("remove the folder %s: %w", ownFolder, err)
 		}
 	}
 	if err := s.flush("."); err != nil { // otherwise a power cut might bring back the removed folder, or a part of it
 		return err
 	}
 	if err := s.root.RemoveAll(removed); err != nil {
-		return fmt.Errorf("remove: %w", err)
+		return fmt.Errorf("remove the folder %s: %w", removed, err)
 	}
 	return s.flush(".")
 }
 
-// Sweep removes the sets and layers that neither the current nor the previous set needs, and leftovers of an
-// interrupted run. also is a list of further sets to keep. Sweep renames each folder before it deletes it. A set
-// or a layer under its final name is therefore complete even if this program is killed.
-func (s *Store) Sweep(also ...string) error {
+// Sweep removes the sets and layers that neither the current nor the previous set needs, and the leftovers of an
+// interrupted run. It also keeps the sets with the digests in extra. Sweep renames each folder before it deletes it. A
+// set or a layer under its final name is therefore complete even if this program is killed.
+func (s *Store) Sweep(extra ...string) error {
 	keep := map[string]bool{}
 	layersKnown := true
-	for _, digest := range also {
+	for _, digest := range extra {
 		set, err := s.Set(digest)
 		if err != nil || set == nil {
 			continue
@@ -345,11 +345,11 @@ func (s *Store) Sweep(also ...string) error {
 		}
 		d, err := s.root.Open(path.Join(ownFolder, dir))
 		if err != nil {
-			return fmt.Errorf("sweep: %w", err)
+			return fmt.Errorf("delete unused drivers: %w", err)
 		}
 		entries, err := d.ReadDir(-1)
 		if err := errors.Join(err, d.Close()); err != nil {
-			return fmt.Errorf("sweep: %w", err)
+			return fmt.Errorf("delete unused drivers: %w", err)
 		}
 		for _, e := range entries {
 			name := path.Join(dir, e.Name())
@@ -360,11 +360,11 @@ func (s *Store) Sweep(also ...string) error {
 			if dir != "." {
 				gone = path.Join(ownFolder, "tmp-sweep-"+e.Name())
 				if err := errors.Join(s.root.RemoveAll(gone), s.root.Rename(path.Join(ownFolder, name), gone)); err != nil {
-					return fmt.Errorf("sweep: %w", err)
+					return fmt.Errorf("delete unused drivers: %w", err)
 				}
 			}
 			if err := s.root.RemoveAll(gone); err != nil {
-				return fmt.Errorf("sweep: %w", err)
+				return fmt.Errorf("delete unused drivers: %w", err)
 			}
 		}
 	}
@@ -387,15 +387,15 @@ func (s *Store) WriteCacheFile(set Set) error {
 	if err != nil {
 		return err
 	}
-	// A file with the same text may still be another installer's, if that installer's folders are adopted.
+	// Even a file with the same content belongs to another installer if that installer's folders are adopted.
 	_, theirs := s.root.Lstat(path.Join(ownFolder, "adopted", "lib64"))
 	if have != nil && !slices.Contains(ours, string(have)) && (!bytes.Equal(have, text) || theirs == nil) {
 		if err := s.root.Rename(cacheFile, path.Join(ownFolder, "adopted", cacheFile)); err != nil {
-			return fmt.Errorf("keep %s: %w", cacheFile, err)
+			return fmt.Errorf("keep file %s: %w", cacheFile, err)
 		}
 		have = nil
 	}
-	if !slices.Contains(ours, string(text)) { // first record the text, so that the file is known to be ours
+	if !slices.Contains(ours, string(text)) { // first record the content, so that the file is recognised as ours
 		ours = append(ours, string(text))
 		raw, err := json.Marshal(ours[max(0, len(ours)-maxCaches):])
 		if err != nil {
@@ -411,7 +411,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 	return s.WriteFile(cacheFile, text)
 }
 
-// maxCaches bounds the number of texts in savedCache.
+// maxCaches is the highest number of contents in savedCache.
 const maxCaches = 64
 
 // RemoveFile removes a small file of the install folder, if it exists.

@@ -1,6 +1,6 @@
-// Package kmod loads and unloads kernel modules by system calls. It loads from bytes that the caller has verified and
-// holds in memory, so that the kernel gets exactly the verified bytes. Each refusal of the kernel becomes a fault with
-// lines of the kernel log. The package refuses to search for modules, to resolve their dependencies, and to force
+// Package kmod loads and unloads kernel modules by system calls. It loads a module from memory, after the caller has
+// verified it there, so that the kernel gets exactly the verified bytes. Each refusal of the kernel becomes a fault
+// with lines of the kernel log. The package refuses to search for modules, to resolve their dependencies, and to force
 // anything.
 package kmod
 
@@ -45,7 +45,7 @@ func (Linux) Log() ([]string, error) {
 	// syslog(2): 3 is SYSLOG_ACTION_READ_ALL, 10 is SYSLOG_ACTION_SIZE_BUFFER.
 	size, err := unix.Klogctl(10, nil)
 	if err != nil {
-		return nil, fmt.Errorf("measure kernel log: %w", err)
+		return nil, fmt.Errorf("read the size of the kernel log: %w", err)
 	}
 	buf := make([]byte, size)
 	n, err := unix.Klogctl(3, buf)
@@ -92,8 +92,8 @@ type Loader struct {
 	Root fs.FS
 }
 
-// Load loads images in order. It skips a module that is already loaded in the same version. A module that is loaded in
-// another version causes a fault of kind Busy. On an error, Load unloads the modules that it loaded itself.
+// Load loads images in order. It skips a module that is already loaded in the same version. If a module is already
+// loaded in another version, the error is of kind Busy. On an error, Load unloads the modules that it loaded itself.
 func (l *Loader) Load(ctx context.Context, images []Image) (done []Outcome, err error) {
 	var mine []string
 	defer func() {
@@ -147,7 +147,8 @@ func (l *Loader) isLoaded(img Image) (bool, error) {
 		}
 		if m.Version != img.Version {
 			return false, fault.New(fault.Busy,
-				fmt.Sprintf("load %s %s: version %s of this module is loaded", img.Name, img.Version, orUnknown(m.Version)),
+				fmt.Sprintf("load module %s in version %s: it is already loaded in version %s", img.Name, img.Version,
+					orUnknown(m.Version)),
 				"stop the programs that use the GPU, then run fetcher again, or reboot the node")
 		}
 		return true, nil
@@ -160,7 +161,7 @@ func (l *Loader) loadOne(img Image, image []byte) (was string, err error) {
 	mark := l.Mark()
 	err = l.System.InitModule(image, img.Params)
 	if errors.Is(err, syscall.EEXIST) {
-		// Another process loaded a module of this name first. That is fine only if it is the same version.
+		// Another process loaded a module of this name first. That is fine only if that module has the same version.
 		same, lookErr := l.isLoaded(img)
 		if lookErr != nil {
 			return "", lookErr
@@ -173,7 +174,7 @@ func (l *Loader) loadOne(img Image, image []byte) (was string, err error) {
 		return Loaded, nil
 	}
 	kind, hint := classify(err)
-	text := fmt.Sprintf("load %s: %s", img.Name, explain(err))
+	text := fmt.Sprintf("load module %s: %s", img.Name, explain(err))
 	if lines := l.Since(mark); len(lines) > 0 {
 		text += "; the kernel says: " + strings.Join(tail(lines, 4), " | ")
 	}
@@ -189,7 +190,7 @@ type refusal struct {
 func (r *refusal) Error() string { return r.text }
 func (r *refusal) Unwrap() error { return r.cause }
 
-// refusals maps the errnos of init_module(2), delete_module(2) and the kernel's module loader to faults.
+// refusals has a fault for each errno of init_module(2), delete_module(2) and the kernel's module loader.
 var refusals = []struct {
 	errno syscall.Errno
 	kind  fault.Kind
@@ -243,8 +244,8 @@ func explain(err error) string {
 	return err.Error()
 }
 
-// Unload unloads modules in the given order and returns the unloaded ones. It skips a module that is not loaded. A
-// module in use causes a fault of kind Busy, and the modules after it stay loaded.
+// Unload unloads modules in the given order and returns the unloaded ones. It skips a module that is not loaded. If a
+// module is in use, the error is of kind Busy, and the modules after it stay loaded.
 func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err error) {
 	for _, name := range names {
 		if ctx.Err() != nil {
@@ -257,7 +258,7 @@ func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err
 		if err != nil {
 			kind, hint := classify(err)
 			return done, &fault.Error{Kind: kind, Hint: hint,
-				Err: &refusal{text: fmt.Sprintf("unload %s: %s", name, explain(err)), cause: err}}
+				Err: &refusal{text: fmt.Sprintf("unload module %s: %s", name, explain(err)), cause: err}}
 		}
 		done = append(done, name)
 	}

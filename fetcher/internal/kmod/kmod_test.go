@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// system records calls and answers with errnos.
+// system keeps a list of the calls, and answers them with errnos.
 type system struct {
 	insert, remove map[string]error // by the image's text, and by the module's name
 	log            []string

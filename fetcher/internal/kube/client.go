@@ -29,10 +29,11 @@ import (
 // documentation, "Accessing the Kubernetes API from a Pod").
 const AccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 
-// callTime bounds one call to the API server.
+// callTime is the longest allowed time of one call to the API server.
 const callTime = 20 * time.Second
 
-// maxAnswer bounds an answer of the API server in bytes. A node object with all its images has some hundred kilobytes.
+// maxAnswer is the largest allowed answer of the API server in bytes. A node object with all its images has some
+// hundred kilobytes.
 const maxAnswer = 8 << 20
 
 // client calls an API server as the service account of a pod.
@@ -48,7 +49,7 @@ func inCluster(dir string) (*client, error) {
 	token := filepath.Join(dir, "token")
 	if _, err := os.Stat(token); host == "" || port == "" || err != nil {
 		return nil, fault.New(fault.Usage, "--node-name needs a pod with a service account",
-			"set automountServiceAccountToken: true in the pod's spec; outside of a cluster leave --node-name out")
+			"set automountServiceAccountToken: true in the pod's spec; outside of a cluster, remove --node-name")
 	}
 	pem, err := os.ReadFile(filepath.Join(dir, "ca.crt"))
 	if err != nil {
@@ -76,14 +77,14 @@ func (e *statusError) Error() string {
 	return fmt.Sprintf("%s: HTTP %d: %s", e.what, e.code, e.message)
 }
 
-// denied reports whether the service account lacks the right for the call.
-func denied(err error) bool {
+// isDenied reports whether the service account lacks the right for the call.
+func isDenied(err error) bool {
 	var s *statusError
 	return errors.As(err, &s) && (s.code == http.StatusForbidden || s.code == http.StatusUnauthorized)
 }
 
-// conflict reports whether an object has changed since it was read.
-func conflict(err error) bool {
+// isConflict reports whether an object has changed since it was read.
+func isConflict(err error) bool {
 	var s *statusError
 	return errors.As(err, &s) && (s.code == http.StatusConflict || s.code == http.StatusUnprocessableEntity)
 }
@@ -99,7 +100,8 @@ const (
 // fieldManager is the name under which the API server records this program's changes.
 const fieldManager = "prebake-fetcher"
 
-// call sends in with the content type kind, if in is not nil. It decodes the answer into out, if out is not nil.
+// call sends a request to the API server. If the argument in is not nil, it is the request's body, in the content type
+// kind. If the argument out is not nil, call decodes the answer into it.
 func (c *client) call(ctx context.Context, method, path, kind string, in, out any) error {
 	what := strings.ToLower(method) + " " + path
 	token, err := os.ReadFile(c.token)

@@ -20,8 +20,8 @@ import (
 )
 
 // TestGPUOfThisMachine compares the reports to a cluster and to a metrics scraper with the loaded driver of this
-// machine. The test only reads. PREBAKE_PROBE names the nvmlprobe program. The test needs a machine with a GPU that
-// looks like a COS node; a bind mount over os-release is enough. It does not run in CI.
+// machine. The test only reads. PREBAKE_PROBE is the path of the nvmlprobe program. The test does not run in CI: it
+// needs a machine with a GPU that looks like a COS node. A bind mount over os-release is enough for that.
 func TestGPUOfThisMachine(t *testing.T) {
 	program := os.Getenv("PREBAKE_PROBE")
 	if program == "" {

@@ -66,15 +66,15 @@ type Node struct {
 type state struct {
 	verdict gpucheck.Verdict
 	pending string
-	// since is the time of the last verdict, if that verdict is older than stale; else it is zero.
+	// since is the time of the last verdict if that verdict is no longer valid (see maxVerdictAge). Otherwise it is zero.
 	since time.Time
 }
 
-// stale is how long a verdict counts while checks end without a verdict. It covers three checks at the default
-// interval, and the time of one check whose probe times out.
-const stale = 6 * time.Minute
+// maxVerdictAge is how long the last verdict stays valid while checks end without a verdict. That is the time of three
+// checks at the default interval, and of one check whose probe times out.
+const maxVerdictAge = 6 * time.Minute
 
-// same reports whether both states look the same in the cluster.
+// same reports whether two states look the same in the cluster.
 func (s state) same(o state) bool {
 	return s.pending == o.pending && s.since.Equal(o.since) && s.verdict.State == o.verdict.State &&
 		s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
@@ -90,7 +90,7 @@ func New(name, taint, account string, log *slog.Logger) (*Node, error) {
 	return &Node{name: name, taint: taint, api: api, log: log, now: time.Now, changed: make(chan struct{}, 1)}, nil
 }
 
-// Report records a verdict. It does not wait for the cluster.
+// Report stores a verdict for the next write to the cluster. It does not wait for that write.
 func (n *Node) Report(v gpucheck.Verdict) {
 	n.mu.Lock()
 	n.verdict, n.verdictAt = v, n.now()
@@ -98,18 +98,18 @@ func (n *Node) Report(v gpucheck.Verdict) {
 	n.wake()
 }
 
-// Alive records that a check ended, with any result. If the last verdict is too old, the cluster gets the state
-// unknown.
+// Alive tells the reporter that a check ended, with any result. If the last verdict is too old, the cluster gets the
+// state unknown.
 func (n *Node) Alive() {
 	n.mu.Lock()
-	old := !n.verdictAt.IsZero() && n.now().Sub(n.verdictAt) > stale
+	old := !n.verdictAt.IsZero() && n.now().Sub(n.verdictAt) > maxVerdictAge
 	n.mu.Unlock()
 	if old {
 		n.wake()
 	}
 }
 
-// Pending records why the node does not have the wanted driver; nil means that the node has it.
+// Pending stores the reason why the node does not have the wanted driver; nil means that the node has it.
 func (n *Node) Pending(why error) {
 	n.mu.Lock()
 	n.pending = ""
@@ -162,7 +162,7 @@ func (n *Node) Flush(ctx context.Context) {
 
 // write writes the last verdict to the node object.
 func (n *Node) write(ctx context.Context) error {
-	for !n.writing.TryLock() { // another write is running, and its own context bounds its time
+	for !n.writing.TryLock() { // another write is running, and its own context limits its time
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -172,7 +172,7 @@ func (n *Node) write(ctx context.Context) error {
 	defer n.writing.Unlock()
 	n.mu.Lock()
 	s := state{verdict: n.verdict, pending: n.pending}
-	if n.now().Sub(n.verdictAt) > stale {
+	if n.now().Sub(n.verdictAt) > maxVerdictAge {
 		s.since = n.verdictAt
 	}
 	n.mu.Unlock()
@@ -186,7 +186,7 @@ func (n *Node) write(ctx context.Context) error {
 	if err != nil {
 		if text := err.Error(); text != n.complain {
 			n.complain = text
-			n.log.WarnContext(ctx, "report to the cluster", "node", n.name, "err", err)
+			n.log.WarnContext(ctx, "could not report to the cluster", "node", n.name, "err", err)
 		}
 		return err
 	}
@@ -240,7 +240,7 @@ func (n *Node) patch(ctx context.Context, s state) error {
 		return nil
 	}
 	err := n.event(ctx, have.Metadata.UID, now, s)
-	if denied(err) { // the owner may withhold this right; labels and condition work without it
+	if isDenied(err) { // the owner may withhold this right; labels and condition work without it
 		n.log.InfoContext(ctx, "the service account may write no Events", "err", err)
 		return nil
 	}
@@ -330,7 +330,7 @@ func (n *Node) removeTaint(ctx context.Context, path string, have node) error {
 		{"op": "replace", "path": "/spec/taints", "value": rest},
 	}
 	err := n.api.call(ctx, http.MethodPatch, path, jsonPatch, patch, nil)
-	if conflict(err) {
+	if isConflict(err) {
 		return fmt.Errorf("remove taint %s: the node changed meanwhile: %w", n.taint, err) // the next try reads it again
 	}
 	return err

@@ -82,7 +82,7 @@ func farm(t *testing.T) *cluster.Cluster {
 	return c
 }
 
-// account writes the service account folder of a fetcher pod on a node.
+// account makes the service account folder of a fetcher pod on a node.
 func account(t *testing.T, c *cluster.Cluster, node string) (dir, token string) {
 	t.Helper()
 	dir, token = t.TempDir(), c.Account("prebake-privileged", "prebake-fetcher", node)
@@ -221,7 +221,7 @@ func TestFlush(t *testing.T) {
 	n.Flush(ctx) // Flush must return even if the cluster does not answer
 }
 
-// notMore checks actions that a stolen token must not allow.
+// notMore checks that the API server refuses actions that a stolen token must not allow.
 func notMore(t *testing.T, c *cluster.Cluster, token string) {
 	t.Helper()
 	try := c.As(token)
@@ -272,7 +272,8 @@ func notMore(t *testing.T, c *cluster.Cluster, token string) {
 	}
 }
 
-// TestRightsAreNeeded checks that the manifests grant no unnecessary right: without any one of them, a call is refused.
+// TestRightsAreNeeded checks that the manifests grant no unnecessary right. It removes one right after the other; each
+// time, a call must be refused.
 func TestRightsAreNeeded(t *testing.T) {
 	c := farm(t)
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
@@ -344,7 +345,7 @@ func overlay(t *testing.T, component string) string {
 	return dir
 }
 
-// TestOverlays checks that each overlay renders, and that the API server accepts all of it in its own types.
+// TestOverlays checks that each overlay can be rendered, and that the API server accepts every object in it.
 func TestOverlays(t *testing.T) {
 	c := cluster.Start(t)
 	without := overlay(t, "without-cluster")

@@ -18,18 +18,18 @@ import (
 
 const config = "etc/ld.so.conf"
 
-// timeout bounds the run of ldconfig. On some file systems ldconfig may hang (container-engine-accelerators, issues 57,
-// 71 and 80).
+// timeout is the longest allowed time of a run of ldconfig. On some file systems ldconfig may hang
+// (container-engine-accelerators, issues 57, 71 and 80).
 const timeout = time.Minute
 
-// maxConfig bounds ld.so.conf in bytes; a real file has a line or two.
+// maxConfig is the largest allowed size of ld.so.conf in bytes. A real file has a line or two.
 const maxConfig = 1 << 20
 
 // ErrNone means that the node has no ldconfig. Then no program of the node uses the cache.
 var ErrNone = errors.New("the node has no ldconfig")
 
-// Add adds a folder to ld.so.conf and lets ldconfig rewrite the cache. If the folder is not there yet, Add calls note
-// before it adds the folder.
+// Add adds a folder to ld.so.conf and lets ldconfig rewrite the cache. If the folder is not there yet, Add calls the
+// function note before it adds the folder.
 func Add(ctx context.Context, node *noderoot.Root, folder string, note func() error) error {
 	var failed error
 	err := change(ctx, node, func(lines []string) []string {

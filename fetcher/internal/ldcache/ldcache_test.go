@@ -109,7 +109,7 @@ func TestNoLdconfig(t *testing.T) {
 	}
 }
 
-// TestFails checks that the error of a failing ldconfig has its own message.
+// TestFails checks the error if the node's ldconfig cannot run.
 func TestFails(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {

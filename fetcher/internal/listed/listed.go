@@ -1,6 +1,6 @@
 // Package listed checks an artifact against a signed list (snapshot), by the rules of a node's owner. It refuses to
-// count an artifact as withdrawn because of its own failure: if the list is missing or expired, the node takes no new
-// artifact, but it may use the artifacts that it already has.
+// treat an artifact as withdrawn only because the list is missing or expired. The node then takes no new artifact, but
+// it may use the artifacts that it already has.
 package listed
 
 import (
@@ -31,8 +31,8 @@ type Rule struct {
 	Client *snapshot.Client
 
 	mu sync.Mutex
-	// last is the last valid list; nil means none. read is true once last was read from the disk or fetched. refreshErr is
-	// the error of the last attempt to read or fetch it.
+	// last is the last valid list; nil means none. The field read is true once the last list was read from the disk or
+	// fetched. refreshErr is the error of the last attempt to read or fetch it.
 	last       *list
 	read       bool
 	refreshErr error
@@ -96,8 +96,8 @@ func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	if now.IsZero() {
 		return "not withdrawn, as far as this node knows", nil
 	}
-	if err := r.usable(now); err != nil {
-		if r.Optional && absent(err) {
+	if err := r.checkUsable(now); err != nil {
+		if r.Optional && meansNoList(err) {
 			return "not withdrawn, as far as this node knows: " + err.Error(), nil
 		}
 		return "", err
@@ -132,9 +132,9 @@ func (r *Rule) withdrawn(a snapshot.Artifact) error {
 	return fault.Wrap(fault.Unverified, fmt.Errorf("snapshot %d says that %w", r.last.version, err), hint)
 }
 
-// absent reports whether an error says that there is no valid list, or that the source of the list did not answer. A
-// rule with Optional tolerates only these errors. It does not tolerate a list that fails verification.
-func absent(err error) bool {
+// meansNoList reports whether an error says that there is no valid list, or that the source of the list did not answer.
+// A rule with Optional tolerates only these errors. It does not tolerate a list that fails verification.
+func meansNoList(err error) bool {
 	return fault.Is(err, fault.Transient) || errors.Is(err, ErrNone) || errors.Is(err, ErrStale) ||
 		errors.Is(err, snapshot.ErrExpired)
 }
@@ -142,8 +142,8 @@ func absent(err error) bool {
 // skew is how far a list's time may be ahead of this machine's clock.
 const skew = 24 * time.Hour
 
-// usable returns the reason why the last list cannot decide about a new artifact; nil means that it can.
-func (r *Rule) usable(now time.Time) error {
+// checkUsable returns the reason why the last list cannot decide about a new artifact; nil means that it can.
+func (r *Rule) checkUsable(now time.Time) error {
 	kind, hint := fault.Unverified, ""
 	if r.refreshErr != nil {
 		// A list that fails verification is never ignored.
@@ -158,7 +158,8 @@ func (r *Rule) usable(now time.Time) error {
 		}
 		return fault.Wrap(kind, why, next)
 	}
-	const again = "run builder snapshot make, or builder snapshot refresh for an unchanged list; then run fetcher again"
+	const again = "make a new snapshot (builder snapshot make), or renew an unchanged one (builder snapshot refresh); " +
+		"then run fetcher again"
 	switch l := r.last; {
 	case l == nil:
 		return fail(ErrNone, again)

@@ -39,7 +39,7 @@ func TestCheck(t *testing.T) {
 	all := func(err error) [4]error { return [4]error{err, listed.ErrYanked, listed.ErrQuarantined, err} }
 	for name, row := range map[string]struct {
 		rule *listed.Rule // nil is the strictest rule
-		// seen is true if the node fetched the list before. from is the source that the node asks next; it may be
+		// seen is true if the node has fetched the list before. from is the source that the node asks next, which may be
 		// unreachable.
 		seen  bool
 		from  string

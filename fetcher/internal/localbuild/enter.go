@@ -40,7 +40,7 @@ func Enter(args []string) error {
 		return fmt.Errorf("%s: want ROOT FOLDER… -- PROGRAM ARGUMENT…", EnterCommand)
 	}
 	root, folders, program := args[0], args[1:end], args[end+1:]
-	if err := mounts(root, folders); err != nil {
+	if err := mountAll(root, folders); err != nil {
 		return fmt.Errorf("enter image: %w", err)
 	}
 	if err := pivot(root); err != nil {
@@ -58,8 +58,8 @@ func Enter(args []string) error {
 	return nil
 }
 
-// mounts mounts into an image the folders and files of this machine that its programs need.
-func mounts(root string, folders []string) error {
+// mountAll mounts the folders and files of this machine that an image's programs need into the image.
+func mountAll(root string, folders []string) error {
 	folders = outermost(append([]string{"/proc", "/dev"}, folders...))
 	files := slices.DeleteFunc(slices.Clone(hostFiles), func(file string) bool {
 		_, err := os.Stat(file)
@@ -77,11 +77,11 @@ func mounts(root string, folders []string) error {
 			return err
 		}
 	}
-	// No mount must be visible outside this process.
+	// The mounts must not be visible outside this process.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("keep mounts private: %w", err)
 	}
-	if err := bind(root, root); err != nil {
+	if err := bindMount(root, root); err != nil {
 		return err
 	}
 	if err := unix.Mount("tmpfs", filepath.Join(root, "tmp"), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV,
@@ -93,7 +93,7 @@ func mounts(root string, folders []string) error {
 		if err := os.MkdirAll(at, 0o755); err != nil { // for folders below /tmp, which is empty now
 			return err
 		}
-		if err := bind(dir, at); err != nil {
+		if err := bindMount(dir, at); err != nil {
 			return err
 		}
 	}
@@ -144,8 +144,8 @@ func makeMountPoint(root, path string, dir bool) error {
 	return f.Close()
 }
 
-// bind mounts a folder at another place and allows exec there, because COS mounts its stateful partition noexec.
-func bind(dir, at string) error {
+// bindMount mounts a folder at another place and allows exec there, because COS mounts its stateful partition noexec.
+func bindMount(dir, at string) error {
 	if err := unix.Mount(dir, at, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("mount %s: %w", dir, err)
 	}

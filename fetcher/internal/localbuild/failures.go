@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// failures stores the last failed compile of this node. A driver that does not support the kernel's interface will not
-// support it ten minutes later either. The file is only a help: a file that cannot be read counts as empty.
+// failures is the file with the last failed compile of this node. A driver that does not support the kernel's interface
+// will not support it ten minutes later either. The file only saves time: if it cannot be read, it counts as empty.
 type failures struct {
 	file    string
 	builder string // the builder that failed, and its mirrors
@@ -28,7 +28,7 @@ type failure struct {
 	At      time.Time  `json:"at"`
 }
 
-// failureAge is how long a failure counts. Mirrors and builders may change after that.
+// failureAge is how long a failure is remembered, because mirrors and builders change.
 const failureAge = 24 * time.Hour
 
 func (b Builder) failures() failures {
@@ -45,9 +45,9 @@ func cell(q resolve.Question) string {
 	return fmt.Sprintf("%s/%s %s %s", q.Kernel.BuildID, q.Kernel.Board, q.Wish, q.Flavour)
 }
 
-// known returns the error of the last failed compile, if that compile had the same cell and builder, and failed within
-// failureAge. Otherwise it returns nil.
-func (f failures) known(q resolve.Question) error {
+// lastError returns the error of the last failed compile, if that compile had the same cell and builder, and failed
+// within failureAge. Otherwise it returns nil.
+func (f failures) lastError(q resolve.Question) error {
 	raw, err := os.ReadFile(f.file)
 	var last failure
 	if err != nil || json.Unmarshal(raw, &last) != nil {
@@ -68,8 +68,8 @@ func (f failures) known(q resolve.Question) error {
 	)
 }
 
-// remember stores an error that the next compile would repeat.
-func (f failures) remember(q resolve.Question, err error) error {
+// store writes an error into the file, if the next compile would end with the same error.
+func (f failures) store(q resolve.Question, err error) error {
 	if !fault.Is(err, fault.APIBreak) && !fault.Is(err, fault.Unsupported) {
 		return nil
 	}
@@ -80,7 +80,7 @@ func (f failures) remember(q resolve.Question, err error) error {
 		return merr
 	}
 	if werr := os.WriteFile(f.file, raw, 0o600); werr != nil {
-		return fmt.Errorf("record the failed compile: %w", werr)
+		return fmt.Errorf("store the error of the failed compile: %w", werr)
 	}
 	return nil
 }

@@ -45,7 +45,8 @@ func Sweep(stateDir string) error {
 	return errors.Join(os.RemoveAll(filepath.Join(stateDir, imageFolder)), lock.Unlock())
 }
 
-// mayEnter returns an error early if this process lacks the capability to start an image.
+// mayEnter returns an error if this process lacks the capability to start an image. Without this check, the error would
+// come only after the image was pulled.
 func mayEnter() error {
 	var caps [2]unix.CapUserData
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
@@ -67,7 +68,7 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	}
 	lock := flock.New(filepath.Join(stateDir, imageLock))
 	if held, err := lock.TryLock(); err != nil {
-		return "", "", nil, fmt.Errorf("lock %s: %w", stateDir, err)
+		return "", "", nil, fmt.Errorf("lock the folder %s: %w", stateDir, err)
 	} else if !held {
 		return "", "", nil, fault.New(fault.Busy, "another fetcher compiles on this node",
 			"wait until the other fetcher is done, then run fetcher again")
@@ -100,7 +101,7 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 		return "", "", remove, fault.New(
 			fault.Usage,
 			fmt.Sprintf("the image's entry point is %q; want one program", config.Config.Entrypoint),
-			"name an image that Dockerfile.builder made: --builder HOST/NAME@sha256:DIGEST",
+			"set an image that was made from Dockerfile.builder: --builder HOST/NAME@sha256:DIGEST",
 		)
 	}
 	handle, err := os.OpenRoot(root)
@@ -115,6 +116,6 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	} else if err != nil {
 		return "", "", remove, err
 	}
-	// Some programs in the image run as other users, so these must be able to enter the root.
+	// Some programs in the image run as other users. These users must be able to enter the root.
 	return root, config.Config.Entrypoint[0], remove, errors.Join(os.Chmod(root, 0o755), os.RemoveAll(blobs))
 }

@@ -55,8 +55,8 @@ func PublicKey(stateDir string) ([]byte, error) {
 	pem, err := os.ReadFile(keyIn(stateDir) + ".pub")
 	if err != nil {
 		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read node key: %w", err),
-			"run fetcher install to compile the driver again, or publish the driver: without the key of this node, no "+
-				"driver that it compiled can be verified")
+			"without the key of this node, no driver that it compiled can be verified: publish the driver, or compile it "+
+				"again with fetcher install")
 	}
 	return pem, nil
 }
@@ -80,7 +80,7 @@ func keyIn(stateDir string) string {
 	return key
 }
 
-// key returns the path of the node's key. It makes a new pair if there is no complete one.
+// key returns the path of the node's key. It makes a new pair of keys if there is no complete pair.
 func (b Builder) key(ctx context.Context) (string, error) {
 	if key := keyIn(b.StateDir); completePEM(key) && completePEM(key+".pub") {
 		return key, nil
@@ -114,14 +114,14 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 	if err := os.MkdirAll(b.StateDir, 0o700); err != nil {
 		return resolve.Answer{}, fmt.Errorf("make state folder: %w", err)
 	}
-	if err := b.real(); err != nil {
+	if err := b.resolveLinks(); err != nil {
 		return resolve.Answer{}, err
 	}
 	failed := b.failures()
-	if err := failed.known(q); err != nil && !b.Retry {
+	if err := failed.lastError(q); err != nil && !b.Retry {
 		return resolve.Answer{}, err
 	}
-	defer func() { err = errors.Join(err, failed.remember(q, err)) }()
+	defer func() { err = errors.Join(err, failed.store(q, err)) }()
 	if b.Image != nil {
 		if b.Progress != nil {
 			b.Progress("fetching the builder's image")
@@ -164,14 +164,14 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 		Driver target.Driver `json:"driver"`
 	}
 	if err := json.Unmarshal(out, &res); err != nil || res.Digest == "" {
-		return resolve.Answer{}, fault.New(fault.Internal, "compile on this node: the builder's answer names no digest",
+		return resolve.Answer{}, fault.New(fault.Internal, "compile on this node: the builder's answer has no digest",
 			"use builder and fetcher of the same release")
 	}
 	return resolve.Answer{State: api.Published, Source: resolve.SourceNode, Driver: res.Driver, Repository: b.Layout(),
 		Digest: res.Digest}, nil
 }
 
-// maxOutput bounds the builder's result in bytes.
+// maxOutput is the largest allowed result of the builder in bytes.
 const maxOutput = 4 << 20
 
 // run runs the builder and returns its stdout.
@@ -189,8 +189,8 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 		return nil, fmt.Errorf("run %s: %w", b.Program, err)
 	}
 	if err := cmd.Start(); err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("run builder: %w", err),
-			"name the builder program with --builder PATH, or turn compiling off with --builder never")
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("run the builder: %w", err),
+			"set --builder to the path of the builder program, or turn compiling off: --builder never")
 	}
 	said := b.follow(stderr)
 	err = cmd.Wait()
@@ -202,18 +202,18 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 		return nil, said.fault(exit.ExitCode())
 	}
 	if err != nil {
-		return nil, fmt.Errorf("run builder: %w", err)
+		return nil, fmt.Errorf("run the builder: %w", err)
 	}
 	if stdout.Len() > maxOutput {
-		return nil, fault.New(fault.Internal, "run builder: its output has more than 4 MiB",
+		return nil, fault.New(fault.Internal, "run the builder: its output has more than 4 MiB",
 			"use builder and fetcher of the same release")
 	}
 	return stdout.Bytes(), nil
 }
 
-// real replaces the paths of b's folders by paths without symbolic links. A program in an image sees these folders at
-// their real paths, but not the links to them.
-func (b *Builder) real() error {
+// resolveLinks replaces the paths of b's folders by paths without symbolic links. A program in an image sees these
+// folders at their real paths, but not the links to them.
+func (b *Builder) resolveLinks() error {
 	if b.Image == nil {
 		return nil
 	}
@@ -237,7 +237,7 @@ func (b *Builder) real() error {
 			path, err := filepath.EvalSymlinks(folder)
 			if err != nil {
 				return fault.Wrap(fault.Usage, fmt.Errorf("find mirror: %w", err),
-					"name an existing folder with --kernel-mirror and --driver-mirror")
+					"set --kernel-mirror and --driver-mirror to existing folders")
 			}
 			mirrors[i] = "file://" + path
 		}

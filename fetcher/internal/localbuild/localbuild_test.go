@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// script returns a Builder that runs a shell script. The script records its calls.
+// script returns a Builder that runs a shell script. The script writes each call into the file calls beside itself.
 func script(t *testing.T, body string) localbuild.Builder {
 	t.Helper()
 	dir := t.TempDir()
@@ -76,8 +76,8 @@ func TestBuildFails(t *testing.T) {
 			fault.APIBreak, "too few arguments", "take another"},
 		{"no words", `exit 27`, fault.DiskFull, "status 27", ""},
 		{"unknown status", `exit 99`, fault.Internal, "status 99", ""},
-		{"no JSON", `echo done`, fault.Internal, "names no digest", "same release"},
-		{"no digest", `echo '{}'`, fault.Internal, "names no digest", "same release"},
+		{"no JSON", `echo done`, fault.Internal, "has no digest", "same release"},
+		{"no digest", `echo '{}'`, fault.Internal, "has no digest", "same release"},
 	}
 	for _, row := range rows {
 		_, err := script(t, row.body).Build(t.Context(), question)
@@ -96,7 +96,7 @@ func TestBuildFails(t *testing.T) {
 
 func TestBuildStops(t *testing.T) {
 	t.Parallel()
-	// The test stops the builder as soon as it prints that it runs.
+	// The test stops the builder as soon as the builder prints that it is running.
 	b := script(t, `trap 'exit 0' TERM; echo running >&2; while :; do sleep 0.05; done`)
 	ctx, cancel := context.WithCancel(t.Context())
 	b.Progress = func(string) { cancel() }

@@ -13,10 +13,11 @@ import (
 // ErrNamespace means that this program cannot enter the node's mount namespace.
 var ErrNamespace = errors.New("the node's mounts cannot be reached from this container")
 
-// Mounts calls do in the node's mount namespace. There, do sees and changes the node's own mounts, under the node's own
-// file names. Other programs on the node would not see a mount that do makes in this container's namespace. If this
-// program is already in the node's namespace, Mounts calls do directly, and inside is false. If Mounts cannot enter the
-// node's namespace, it does not call do, and returns [ErrNamespace].
+// Mounts calls a function in the node's mount namespace. The function then sees and changes the node's own mounts,
+// under the node's own file names. Other programs on the node would not see mounts that were made in this container's
+// namespace. If this program is already in the node's namespace, Mounts calls the function directly, and the result
+// inside is false. If Mounts cannot enter the node's namespace, it does not call the function, and returns
+// [ErrNamespace].
 func (r *Root) Mounts(do func() error) (inside bool, err error) {
 	theirs, err := r.namespace()
 	if err != nil {
@@ -39,7 +40,7 @@ func (r *Root) Mounts(do func() error) (inside bool, err error) {
 		// The goroutine ends while it is locked to its thread, so the Go runtime ends the thread, too. Otherwise another
 		// goroutine would later run on this thread, in the node's namespace.
 		runtime.LockOSThread()
-		done <- within(theirs, do)
+		done <- inNamespace(theirs, do)
 	}()
 	return true, <-done
 }
@@ -59,8 +60,8 @@ func (r *Root) namespace() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "proc/1/ns/mnt"), nil
 }
 
-// within calls do in another mount namespace, on this thread.
-func within(namespace *os.File, do func() error) error {
+// inNamespace calls the function do in another mount namespace, on this thread.
+func inNamespace(namespace *os.File, do func() error) error {
 	if err := unix.Unshare(unix.CLONE_FS); err != nil { // give this thread its own root and working directory
 		return fmt.Errorf("%w: unshare: %w", ErrNamespace, err)
 	}

@@ -42,7 +42,7 @@ func (r *Root) Path(name string) (string, error) {
 }
 
 // Folder opens a folder of the node.
-func (r *Root) Folder(name string) (*os.Root, error) { return through(r, name, r.root.OpenRoot) }
+func (r *Root) Folder(name string) (*os.Root, error) { return callWith(r, name, r.root.OpenRoot) }
 
 // MakeFolder makes a folder and its missing parents.
 func (r *Root) MakeFolder(name string, mode fs.FileMode) error {
@@ -55,13 +55,13 @@ func (r *Root) MakeFolder(name string, mode fs.FileMode) error {
 
 // Exists reports whether a file of that name exists. It follows links.
 func (r *Root) Exists(name string) bool {
-	_, err := through(r, name, r.root.Stat)
+	_, err := callWith(r, name, r.root.Stat)
 	return err == nil
 }
 
 // OpenFile opens or makes a file as [os.OpenFile] does.
 func (r *Root) OpenFile(name string, flag int, mode fs.FileMode) (*os.File, error) {
-	return through(r, name, func(at string) (*os.File, error) { return r.root.OpenFile(at, flag, mode) })
+	return callWith(r, name, func(at string) (*os.File, error) { return r.root.OpenFile(at, flag, mode) })
 }
 
 // Lstat examines a name itself. It does not follow a link of that name.
@@ -98,9 +98,10 @@ type links struct{ root *os.Root }
 func (l links) Lstat(name string) (fs.FileInfo, error) { return l.root.Lstat(clean(name)) }
 func (l links) Readlink(name string) (string, error)   { return l.root.Readlink(clean(name)) }
 
-// through calls do with a name. If that fails, for example on an absolute link, through follows all links itself, and
-// calls do with the resulting name. [os.Root] keeps both names below the node's root.
-func through[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
+// callWith calls a function with the name of a node's file. If that fails, for example on an absolute link, callWith
+// follows all links itself, and calls the function with the resulting name. [os.Root] keeps both names below the node's
+// root.
+func callWith[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
 	name = clean(name)
 	v, err := do(name)
 	if err == nil || errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
@@ -113,31 +114,32 @@ func through[T any](r *Root, name string, do func(string) (T, error)) (T, error)
 	return do(at)
 }
 
-// inParent calls do with a name. It follows links in the parent folders, but not in the last part.
+// inParent does the same as callWith, but it follows links in the parent folders only, not in the last part of the
+// name.
 func inParent[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
 	name = clean(name)
-	return through(r, path.Dir(name), func(dir string) (T, error) { return do(path.Join(dir, path.Base(name))) })
+	return callWith(r, path.Dir(name), func(dir string) (T, error) { return do(path.Join(dir, path.Base(name))) })
 }
 
 // files is an [fs.FS] that follows links as the node does.
 type files struct{ r *Root }
 
 func (f files) Open(name string) (fs.File, error) {
-	file, err := through(f.r, name, f.r.root.Open)
+	file, err := callWith(f.r, name, f.r.root.Open)
 	if err != nil {
 		return nil, err // a nil *os.File in an interface would not equal nil
 	}
 	return file, nil
 }
 
-func (f files) Stat(name string) (fs.FileInfo, error)  { return through(f.r, name, f.r.root.Stat) }
+func (f files) Stat(name string) (fs.FileInfo, error)  { return callWith(f.r, name, f.r.root.Stat) }
 func (f files) Lstat(name string) (fs.FileInfo, error) { return f.r.Lstat(name) }
-func (f files) ReadFile(name string) ([]byte, error)   { return through(f.r, name, f.r.root.ReadFile) }
+func (f files) ReadFile(name string) ([]byte, error)   { return callWith(f.r, name, f.r.root.ReadFile) }
 
 func (f files) ReadLink(name string) (string, error) { return inParent(f.r, name, f.r.root.Readlink) }
 
 func (f files) ReadDir(name string) ([]fs.DirEntry, error) {
-	return through(f.r, name, func(at string) ([]fs.DirEntry, error) { return fs.ReadDir(f.r.root.FS(), at) })
+	return callWith(f.r, name, func(at string) ([]fs.DirEntry, error) { return fs.ReadDir(f.r.root.FS(), at) })
 }
 
 var _ interface {

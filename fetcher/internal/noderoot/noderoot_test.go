@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 )
 
-// TestFollowsAsTheKernelDoes compares this package with the kernel's own way to read below another root, openat2 with
-// RESOLVE_IN_ROOT. With random folders and links, both must find the same file or none.
+// TestFollowsAsTheKernelDoes compares this package with openat2 and RESOLVE_IN_ROOT, the kernel's own way to read below
+// another root. With random folders and links, both must find the same file, or both must find none.
 func TestFollowsAsTheKernelDoes(t *testing.T) {
 	t.Parallel()
 	found := 0

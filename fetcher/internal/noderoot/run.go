@@ -21,7 +21,7 @@ func (r *Root) Program(names ...string) string {
 	return ""
 }
 
-// maxOutput bounds the stored output of a program in bytes.
+// maxOutput is the largest stored output of a program in bytes.
 const maxOutput = 500
 
 // killTime is how long Run waits for a killed program to end. A program that sleeps in the kernel (state D of ps) never
@@ -59,7 +59,7 @@ func (r *Root) Run(ctx context.Context, limit time.Duration, program string, arg
 	}
 }
 
-// first stores the first bytes that are written.
+// first is a writer that stores only the first bytes.
 type first struct {
 	w    io.Writer
 	left int

@@ -132,7 +132,7 @@ const (
 	maxFile = 1 << 20
 )
 
-// Policy is the content of a policy file, with the files that it names.
+// Policy is the content of a policy file, and of the files to which it refers.
 type Policy struct {
 	trust.Policy
 	// NodeBuilds lets the node compile drivers itself.
@@ -143,7 +143,7 @@ type Policy struct {
 	Root     []byte
 }
 
-// Read reads a policy file, and the files that it names.
+// Read reads a policy file, and the files to which it refers.
 func Read(name string) (Policy, error) {
 	p, err := read(name)
 	if err != nil {
@@ -156,7 +156,7 @@ func Read(name string) (Policy, error) {
 }
 
 func read(name string) (Policy, error) {
-	data, err := bounded(name)
+	data, err := readFile(name)
 	if err != nil {
 		return Policy{}, err
 	}
@@ -182,13 +182,13 @@ func (s *Snapshot) read(dir string) ([]byte, error) {
 		return nil, fmt.Errorf("snapshot: maxAgeHours %d: want 1 to 876000", s.MaxAgeHours)
 	}
 	if !strings.Contains(s.From, "://") {
-		abs, err := filepath.Abs(within(dir, s.From))
+		abs, err := filepath.Abs(resolvePath(dir, s.From))
 		if err != nil {
 			return nil, fmt.Errorf("snapshot: %w", err)
 		}
 		s.From = abs
 	}
-	root, err := bounded(within(dir, s.Root))
+	root, err := readFile(resolvePath(dir, s.Root))
 	if err == nil {
 		_, err = snapshot.New(snapshot.Config{From: s.From, Root: root})
 	}
@@ -198,7 +198,7 @@ func (s *Snapshot) read(dir string) ([]byte, error) {
 	return root, nil
 }
 
-func bounded(name string) ([]byte, error) {
+func readFile(name string) ([]byte, error) {
 	f, err := os.Open(name)
 	if err != nil {
 		return nil, err
@@ -213,7 +213,7 @@ func bounded(name string) ([]byte, error) {
 
 // Parse reads the text of a policy file. An unknown field is an error, because somebody may rely on it as a rule.
 func Parse(data []byte) (*File, error) {
-	if err := empties(data); err != nil {
+	if err := refuseEmpty(data); err != nil {
 		return nil, err
 	}
 	dec := yaml.NewDecoder(bytes.NewReader(data))
@@ -231,9 +231,9 @@ func Parse(data []byte) (*File, error) {
 	return &f, nil
 }
 
-// empties refuses fields without a value. Without this check, a list whose entries are all commented out would allow
-// everything.
-func empties(data []byte) error {
+// refuseEmpty returns an error if a field has no value. Without this check, a list whose entries are all commented out
+// would allow everything.
+func refuseEmpty(data []byte) error {
 	var fields map[string]yaml.Node
 	if err := yaml.Unmarshal(data, &fields); err != nil {
 		return nil // the parser reports this error
@@ -288,7 +288,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 		p.Roles = append(p.Roles, role)
 	}
 	if f.TrustedRoot != "" {
-		if p.Root, err = trust.ReadRoot(within(dir, f.TrustedRoot)); err != nil {
+		if p.Root, err = trust.ReadRoot(resolvePath(dir, f.TrustedRoot)); err != nil {
 			return p, err
 		}
 	}
@@ -342,7 +342,7 @@ func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	text := []byte(k.PEM)
 	if k.File != "" {
 		var err error
-		if text, err = bounded(within(dir, k.File)); err != nil {
+		if text, err = readFile(resolvePath(dir, k.File)); err != nil {
 			return nil, err
 		}
 	}
@@ -383,7 +383,7 @@ func parseTime(text string, add time.Duration) (time.Time, error) {
 	return at, nil
 }
 
-func within(dir, name string) string {
+func resolvePath(dir, name string) string {
 	if filepath.IsAbs(name) {
 		return name
 	}

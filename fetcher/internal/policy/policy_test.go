@@ -78,7 +78,7 @@ func TestExample(t *testing.T) {
 	if len(p.Roles) != 2 || len(p.Rules) != 3 || p.LoadTest != trust.LoadTestTested || p.MaxAge != 400*24*time.Hour {
 		t.Errorf("Read = %+v", p)
 	}
-	// The named day is the last valid one.
+	// The day in notAfter is the last day on which the key is valid.
 	if until := p.Roles[0].Keys[0].NotAfter; until != time.Date(2028, 1, 1, 0, 0, 0, 0, time.UTC) {
 		t.Errorf("notAfter = %v", until)
 	}

@@ -1,5 +1,5 @@
 // Package report serves the state of the node's driver over HTTP: liveness, readiness, the last verdict, and metrics.
-// It refuses to change anything, and listens only on an address that the caller names.
+// It refuses to change anything, and listens only on the address that the caller gives.
 package report
 
 import (
@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Server holds the newest verdict and serves it.
+// Server has the newest verdict and serves it.
 type Server struct {
 	mux *http.ServeMux
 
@@ -40,7 +40,7 @@ type Server struct {
 	runs               *prometheus.CounterVec
 }
 
-// New returns a server that is not ready. now is the clock.
+// New returns a server that is not ready. The argument now is the clock.
 func New(now func() time.Time) *Server {
 	gauge := func(name, help string) prometheus.Gauge {
 		return prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: name, Help: help})
@@ -80,7 +80,7 @@ func (s *Server) Watch(age time.Duration) {
 	s.age, s.alive = age, s.now()
 }
 
-// Alive records that a check ended, with any result.
+// Alive tells the server that a check ended, with any result.
 func (s *Server) Alive() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -102,7 +102,7 @@ func (s *Server) Report(v gpucheck.Verdict) {
 	s.info.WithLabelValues(v.Driver.Version, string(v.Driver.Flavour), v.Digest, string(v.State)).Set(1)
 }
 
-// ReportRun records the end of an installation: its error, if any, and the times of its steps.
+// ReportRun adds an installation that ended to the metrics: its error, if any, and the times of its steps.
 func (s *Server) ReportRun(phases []timeline.Phase, err error) {
 	class := "none"
 	if err != nil {
@@ -166,7 +166,7 @@ func (s *Server) Run(ctx context.Context, listen string) error {
 	}
 	if err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("serve status: %w", err),
-			"name a free address of this node with --listen, as in 127.0.0.1:8441")
+			"set a free address of this node, as in --listen 127.0.0.1:8441")
 	}
 	srv := &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second,
 		BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) }}

@@ -54,7 +54,7 @@ func TestServer(t *testing.T) {
 			t.Errorf("metrics lack %s:\n%s", want, metrics)
 		}
 	}
-	// A verdict counts only for a limited time.
+	// A verdict is valid only for a limited time.
 	s.Watch(time.Minute)
 	for _, row := range []struct {
 		after          time.Duration

@@ -13,12 +13,12 @@ import (
 // driver and what was yanked. Registries and folders follow, because they may answer when the server does not.
 type Chain []Finder
 
-// Find returns the first answer that names an artifact, or that forbids one (yanked, quarantined, unsupported). If no
+// Find returns the first answer that has an artifact, or that forbids one (yanked, quarantined, unsupported). If no
 // source gives such an answer, Find returns the first of these that exists: an answer about a running build, the errors
 // of sources that did not respond, the first other answer, the errors of sources that cannot resolve the wish.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
-	// After a server has named the driver, Find asks the other sources for that driver only. The newest driver in a
+	// After a server has chosen the driver, Find asks the other sources for that driver only. The newest driver in a
 	// registry may be yanked, or nobody may have chosen it.
 	var away, other error
 	var farm Server // the server that gave the answer "first"

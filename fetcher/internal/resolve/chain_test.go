@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// says always gives the same answer, and counts the questions.
+// says is a finder that always gives the same answer, and counts the questions.
 type says struct {
 	state api.State
 	err   error
@@ -72,7 +72,7 @@ func TestChain(t *testing.T) {
 	}
 }
 
-// asks answers with the driver in the question, and records the question.
+// asks is a finder that answers with the driver in the question, and stores the question.
 type asks struct{ got *resolve.Question }
 
 func (a asks) Find(_ context.Context, q resolve.Question) (resolve.Answer, error) {
@@ -80,7 +80,7 @@ func (a asks) Find(_ context.Context, q resolve.Question) (resolve.Answer, error
 	return resolve.Answer{State: api.Published}, nil
 }
 
-// named is a server that names the driver for a wish, and is building it.
+// named is a server that has chosen the driver for a wish, and is building it.
 type named struct{ d target.Driver }
 
 func (n named) Find(context.Context, resolve.Question) (resolve.Answer, error) {

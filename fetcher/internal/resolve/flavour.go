@@ -64,18 +64,18 @@ func (l Lister) list(ctx context.Context, a Answer) (*gpulist.List, error) {
 	return l(ctx, a.Repository, a.Digest, a.Driver)
 }
 
-// narrow replaces flavour auto by proprietary if the node has a GPU that is older than Turing. In every release, only
-// the proprietary modules drive such a GPU, so no list of supported GPUs is needed.
-func (q Question) narrow() Question {
+// narrowFlavour replaces flavour auto by proprietary if the node has a GPU that is older than Turing. Only the
+// proprietary modules of a release drive such a GPU. No list of supported GPUs is needed to know that.
+func (q Question) narrowFlavour() Question {
 	if _, err := gpulist.Choose(q.GPUs, []gpulist.Offer{{Flavour: target.Open}}); err != nil && q.Flavour == Auto {
 		q.Flavour = string(target.Proprietary)
 	}
 	return q
 }
 
-// none returns the answer if the published artifacts do not drive the node's GPUs. The answer names the proprietary
-// flavour, because a node that compiles for itself then builds this flavour.
-func none(a Answer, unfit error) Answer {
+// unfitAnswer returns the answer if the published artifacts do not drive the node's GPUs. Its driver has the
+// proprietary flavour, because a node that compiles for itself then builds this flavour.
+func unfitAnswer(a Answer, unfit error) Answer {
 	return Answer{
 		State: api.Unsupported, Driver: target.Driver{Version: a.Driver.Version, Flavour: target.Proprietary},
 		Source: a.Source,

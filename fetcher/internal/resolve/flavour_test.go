@@ -21,7 +21,7 @@ const (
 	kepler = "0x102d"
 )
 
-// release lists the GPUs that the driver of these tests supports. Only for these tests, it says that the L4 needs
+// release is the list of GPUs that the driver in these tests supports. In it, unlike in reality, the L4 needs
 // proprietary modules.
 var release = &gpulist.List{Version: "535.2.2", Chips: []gpulist.Chip{
 	{Device: turing, Features: []string{"kernelopen"}}, {Device: volta}, {Device: "0x27b8"},
@@ -35,7 +35,7 @@ func gpus(ids ...string) (all []gpulist.GPU) {
 	return all
 }
 
-// lists returns the same list for every digest, or err.
+// lists returns a Lister that returns the same list for every digest, or the error err.
 func lists(list *gpulist.List, err error) resolve.Lister {
 	return func(context.Context, string, string, target.Driver) (*gpulist.List, error) { return list, err }
 }
@@ -83,7 +83,7 @@ func TestAutoByRegistry(t *testing.T) {
 		a, err := r.Find(t.Context(), q)
 		judge(t, row.name, row.want, a, err)
 	}
-	// A node that names a flavour gets that flavour.
+	// A node that asks for a flavour gets that flavour.
 	r := resolve.Registry{Ref: "reg/x", GPUs: lists(release, nil),
 		Resolve: func(context.Context, string) (string, error) { return digest, nil }}
 	q := question

@@ -78,8 +78,8 @@ func TestServerRequest(t *testing.T) {
 	}
 }
 
-// TestServerRequestFlavour checks that a node with an old GPU asks for a build of the proprietary modules, even where
-// open ones are published. The old GPU cannot use open modules.
+// TestServerRequestFlavour checks that a node with an old GPU asks for a build of the proprietary modules, even if open
+// modules are published, because the old GPU cannot use them.
 func TestServerRequestFlavour(t *testing.T) {
 	t.Parallel()
 	volta, turing := gpulist.GPU{Device: "0x1db1"}, gpulist.GPU{Device: "0x1eb8"}

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Auto chooses the flavour by the node's GPUs and by what is published. It takes the open modules where they drive
-// every GPU of the node, else the proprietary ones.
+// Auto is the flavour that depends on the node's GPUs and on what is published: the open modules if they drive every
+// GPU of the node, else the proprietary ones.
 const Auto = "auto"
 
 // Question says which node wants which driver.
@@ -34,7 +34,7 @@ type Question struct {
 	GPUs []gpulist.GPU
 }
 
-// Source names where an answer comes from.
+// Source is where an answer comes from.
 type Source string
 
 // These are the sources of answers.
@@ -49,7 +49,7 @@ const (
 	SourceNone Source = "nobody"
 )
 
-// Answer names an artifact, or says why there is none.
+// Answer has an artifact, or the reason why there is none.
 type Answer struct {
 	State api.State `json:"state"`
 	// Driver has the version and the flavour as far as the source knows them.
@@ -108,7 +108,7 @@ type Server struct {
 	// Request asks the server for a build. A [Chain] calls it if none of its sources has the artifact and nobody has asked
 	// for the build yet. If Request is nil, the node asks for no build.
 	Request func(ctx context.Context, r api.BuildRequest) (api.Build, error)
-	// GPUs lists the supported GPUs; nil means that no lists are read.
+	// GPUs returns the list of supported GPUs; nil means that no list is read.
 	GPUs Lister
 }
 
@@ -116,7 +116,7 @@ type Server struct {
 // that do not drive the node's GPUs, Find asks again for the proprietary flavour.
 func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 	auto := q.Flavour == Auto
-	q = q.narrow()
+	q = q.narrowFlavour()
 	a, err := s.ask(ctx, q)
 	if err != nil || a.State != api.Published || !auto || len(q.GPUs) == 0 {
 		return a, err
@@ -141,7 +141,7 @@ func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 			}
 		}
 	}
-	return none(a, unfit), nil
+	return unfitAnswer(a, unfit), nil
 }
 
 // unsupported returns the reason why an artifact does not drive the node's GPUs; nil means that it does.
@@ -180,7 +180,7 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 	if a.State != api.Published {
 		return a, nil
 	}
-	if a.Repository, err = absolute(s.Client.Base(), r.Repository); err != nil {
+	if a.Repository, err = addHost(s.Client.Base(), r.Repository); err != nil {
 		return Answer{}, err
 	}
 	return a, check(a, q)
@@ -205,11 +205,11 @@ func (s Server) request(ctx context.Context, a *Answer) error {
 	return nil
 }
 
-// absolute puts the server's host before the name of a repository that the server itself holds. Such a name begins with
+// addHost puts the server's host before the name of a repository that is in the server itself. Such a name begins with
 // a slash. Any other name already has a host and stays as it is.
-func absolute(base, repository string) (string, error) {
+func addHost(base, repository string) (string, error) {
 	if repository == "" {
-		return "", fault.New(fault.Transient, "ask server: the answer names no repository", "update the server")
+		return "", fault.New(fault.Transient, "ask server: the answer has no repository", "update the server")
 	}
 	path, ok := strings.CutPrefix(repository, "/")
 	if !ok {
@@ -220,7 +220,7 @@ func absolute(base, repository string) (string, error) {
 		return "", fault.New(
 			fault.Usage,
 			fmt.Sprintf("server %q is not a URL with a host", base),
-			"name the server as a URL, as in --server http://127.0.0.1:8440",
+			"set the server's URL, as in --server http://127.0.0.1:8440",
 		)
 	}
 	return u.Host + "/" + path, nil
@@ -233,14 +233,14 @@ func check(a Answer, q Question) error {
 		return fault.New(
 			fault.Mismatch,
 			fmt.Sprintf("ask server: the answer is for another %s: want %s, got %s", what, want, got),
-			"check that --server names the right server",
+			"check that --server is the URL of the right server",
 		)
 	}
-	if _, err := target.ParseFingerprint(a.Digest); err != nil { // digests have the same form
+	if _, err := target.ParseFingerprint(a.Digest); err != nil { // a digest has the same format
 		return fault.New(
 			fault.Unverified,
 			fmt.Sprintf("ask server: digest %.80q: want sha256: and 64 hex digits", a.Digest),
-			"check that --server names the right server",
+			"check that --server is the URL of the right server",
 		)
 	}
 	if _, err := target.ParseDriver(a.Driver.Version, string(a.Driver.Flavour)); err != nil {
@@ -258,18 +258,17 @@ func check(a Answer, q Question) error {
 	return nil
 }
 
-// Registry finds artifacts by the tag that names a COS build.
+// Registry finds artifacts by the tag of a COS build.
 type Registry struct {
 	// Ref is the reference of the repository.
 	Ref string
-	// Resolve returns the digest of a tag; an error of kind NoArtifact when there is no such tag.
+	// Resolve returns the digest of a tag, or an error of kind NoArtifact if there is no such tag.
 	Resolve func(ctx context.Context, tag string) (digest string, err error)
 	// Tags lists all tags; nil where the registry cannot list them.
 	Tags func(ctx context.Context) ([]string, error)
-	// Driver returns the driver that an artifact names in its manifest; an error of kind NoArtifact when there is no such
-	// artifact.
+	// Driver returns the driver in an artifact's manifest, or an error of kind NoArtifact if there is no such artifact.
 	Driver func(ctx context.Context, digest string) (target.Driver, error)
-	// GPUs lists the supported GPUs; nil means that no lists are read.
+	// GPUs returns the list of supported GPUs; nil means that no list is read.
 	GPUs Lister
 }
 
@@ -277,15 +276,15 @@ type Registry struct {
 // the default is an error of kind Usage.
 func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	if q.Pin != "" {
-		return r.pinned(ctx, q.Pin)
+		return r.findDigest(ctx, q.Pin)
 	}
 	if version, exact := q.Wish.Exact(); exact {
-		return r.exact(ctx, q, version)
+		return r.findVersion(ctx, q, version)
 	}
 	branch, named := q.Wish.BranchName()
 	if (!named && q.Wish != target.Latest) || r.Tags == nil {
 		return Answer{}, fault.New(fault.Usage, fmt.Sprintf("driver %q: a registry alone cannot resolve it", q.Wish),
-			"name a version, a branch or latest, as in --driver 535.261.03, or a server with --server URL")
+			"set a version, a branch or latest, as in --driver 535.261.03, or a server: --server URL")
 	}
 	tags, err := r.Tags(ctx)
 	if err != nil {
@@ -300,7 +299,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 			continue
 		}
 		d, err := target.ParseDriver(name[:i], name[i+1:])
-		// A node gets an edition of a release, such as GRID, only if the wish names the edition.
+		// A node gets an edition of a release, such as GRID, only if the wish is for the edition.
 		if err == nil && d == d.Modules() && (!named || d.Branch() == branch) && !slices.Contains(versions, d.Version) {
 			versions = append(versions, d.Version)
 		}
@@ -312,16 +311,16 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 		Reason: fmt.Sprintf("%s has no tag %s* for %s", r.Ref, prefix, q.Wish),
 	}
 	for _, version := range versions {
-		if answer, err = r.exact(ctx, q, version); err != nil || answer.State == api.Published {
+		if answer, err = r.findVersion(ctx, q, version); err != nil || answer.State == api.Published {
 			return answer, err
 		}
 	}
 	return answer, nil
 }
 
-// pinned looks up the artifact with this digest. The answer's driver is what the artifact's manifest claims; the caller
-// must verify the claim.
-func (r Registry) pinned(ctx context.Context, digest string) (Answer, error) {
+// findDigest looks up the artifact with this digest. The answer's driver is what the artifact's manifest claims; the
+// caller must verify the claim.
+func (r Registry) findDigest(ctx context.Context, digest string) (Answer, error) {
 	d, err := r.Driver(ctx, digest)
 	if fault.Is(err, fault.NoArtifact) {
 		return Answer{
@@ -336,9 +335,9 @@ func (r Registry) pinned(ctx context.Context, digest string) (Answer, error) {
 	return Answer{State: api.Published, Source: SourceRegistry, Driver: d, Repository: r.Ref, Digest: digest}, nil
 }
 
-// exact looks up the tag of a version. With flavour auto it prefers the open flavour, as COS itself does, if the open
-// modules drive the node's GPUs.
-func (r Registry) exact(ctx context.Context, q Question, version string) (Answer, error) {
+// findVersion looks up the tag of a version. With flavour auto it prefers the open flavour, as COS itself does, if the
+// open modules drive the node's GPUs.
+func (r Registry) findVersion(ctx context.Context, q Question, version string) (Answer, error) {
 	flavours, gpus := []target.Flavour{target.Flavour(q.Flavour)}, q.GPUs
 	if q.Flavour == Auto {
 		flavours = []target.Flavour{target.Open, target.Proprietary}
@@ -379,7 +378,7 @@ func (r Registry) exact(ctx context.Context, q Question, version string) (Answer
 		unfit = err
 	}
 	if unfit != nil {
-		return none(answers[0], unfit), nil
+		return unfitAnswer(answers[0], unfit), nil
 	}
 	return unknown, nil
 }
@@ -397,9 +396,9 @@ type Finder interface {
 	Find(ctx context.Context, q Question) (Answer, error)
 }
 
-// WaitLimits bounds the wait for a build or for a service that fails.
+// WaitLimits are the limits of the wait for a build or for a service that fails.
 type WaitLimits struct {
-	// Wait is the longest total time; 0 asks once.
+	// Wait is the longest total time; 0 means to ask once.
 	Wait time.Duration
 	// Pause is the time between two questions; 0 means 3 seconds.
 	Pause time.Duration
@@ -407,8 +406,8 @@ type WaitLimits struct {
 	Progress func(text string)
 }
 
-// Find asks f until the answer is final or the time is over. A running build and an error of kind Transient are not
-// final. Find returns the last answer and error.
+// Find asks the finder f until the answer is final or the time is over. A running build and an error of kind Transient
+// are not final. Find returns the last answer and error.
 func (p WaitLimits) Find(ctx context.Context, f Finder, q Question) (Answer, error) {
 	if p.Pause <= 0 {
 		p.Pause = 3 * time.Second

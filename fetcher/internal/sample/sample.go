@@ -34,9 +34,9 @@ type Cell struct {
 	Vermagic string
 	// Attested are the kernels for which the artifact has a kernel match; nil means only Kernel.
 	Attested []target.Kernel
-	// Untagged omits the pointer tag.
+	// Untagged means that the artifact gets no pointer tag.
 	Untagged bool
-	// PointAt is the kernel whose pointer tag names the artifact; the zero value means Kernel.
+	// PointAt is the kernel whose pointer tag leads to the artifact; the zero value means Kernel.
 	PointAt target.Kernel
 	// Bulk is how many bytes are added to one file of each layer. Half of these bytes compress well.
 	Bulk int
