@@ -90,7 +90,7 @@ fetches or makes a removed entry again when it needs this entry.`,
 	}
 }
 
-// withCache opens the cache, runs do with it, and closes it.
+// withCache opens the cache, calls the function do with it, and closes the cache.
 func withCache(cmd *ucli.Command, do func(*cas.Cache) error) error {
 	cache, err := cas.Open(cmd.String("cache"))
 	if err != nil {

@@ -135,7 +135,7 @@ func TestTable(t *testing.T) {
 func TestScreen(t *testing.T) {
 	t.Parallel()
 	out := &safeBuffer{}
-	s := &screen{w: out, lines: map[int]*moving{},
+	s := &screen{w: out, lines: map[int]*movingLine{},
 		bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(columns), mpb.WithAutoRefresh())}
 	event := func(index int, kind batch.EventKind) batch.Event {
 		c := plan.Cell{Kernel: target.Kernel{BuildID: "1.0." + strconv.Itoa(index), Board: "lakitu"},

@@ -84,7 +84,7 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 		}
 	}
 	log.InfoContext(ctx, "wish list checked", args...)
-	return m.label(ctx, p, func(note string) { log.DebugContext(ctx, "label not set", "note", note) })
+	return m.setLabels(ctx, p, func(note string) { log.DebugContext(ctx, "label not set", "note", note) })
 }
 
 // logEvent logs events that change something. Cells that were published before are logged at debug level only. Cells

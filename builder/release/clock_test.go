@@ -25,8 +25,8 @@ var banned = map[string][]string{
 	"github.com/google/uuid": nil,
 }
 
-// varying returns the uses of a clock, a host name, a process number or a random number in a file.
-func varying(file *ast.File) (found []string) {
+// findVarying returns the uses of a clock, a host name, a process number or a random number in a file.
+func findVarying(file *ast.File) (found []string) {
 	paths := map[string]string{} // by the package's name in the file
 	for _, spec := range file.Imports {
 		of, err := strconv.Unquote(spec.Path.Value)
@@ -72,7 +72,7 @@ func TestAsksNoClock(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, use := range varying(parsed) {
+		for _, use := range findVarying(parsed) {
 			t.Errorf("%s uses %s: two releases of one commit would differ", file, use)
 		}
 	}
@@ -81,7 +81,7 @@ func TestAsksNoClock(t *testing.T) {
 	}
 }
 
-// TestFindsClocks checks that [varying] finds each way to a clock or a random number.
+// TestFindsClocks checks that [findVarying] finds each way to a clock or a random number.
 func TestFindsClocks(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ imports, use, want string }{
@@ -105,8 +105,8 @@ func TestFindsClocks(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := strings.Join(varying(parsed), " "); got != row.want {
-			t.Errorf("varying(%s in %s) = %q; want %q", row.use, row.imports, got, row.want)
+		if got := strings.Join(findVarying(parsed), " "); got != row.want {
+			t.Errorf("findVarying(%s in %s) = %q; want %q", row.use, row.imports, got, row.want)
 		}
 	}
 }
