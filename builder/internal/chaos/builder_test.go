@@ -178,7 +178,7 @@ func (b builder) publish(ctx context.Context, cell string) (digest string, err e
 		return "", err
 	}
 	for range 8 {
-		digest, err = published(ctx, ref)
+		digest, err = digestOf(ctx, ref)
 		if digest != "" {
 			return digest, nil
 		}
@@ -206,7 +206,7 @@ func tagOf(server, cell string) (name.Tag, error) {
 }
 
 // published returns the digest that a tag names, or "" if the tag does not exist.
-func published(ctx context.Context, ref name.Tag) (digest string, err error) {
+func digestOf(ctx context.Context, ref name.Tag) (digest string, err error) {
 	desc, err := remote.Head(ref, remote.WithContext(ctx))
 	var terr *transport.Error
 	switch {

@@ -31,7 +31,7 @@ type size struct {
 }
 
 // small is the size of the run among the other tests. `make chaos` sets the jobs of a long run.
-var small = size{jobs: 12, workers: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
+var shortRun = size{jobs: 12, workers: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
 
 // TestChaos kills the parts of a working farm at random, and fills their disks. At the end every cell must be published
 // exactly once, or must have failed with a reason.
@@ -40,7 +40,7 @@ func TestChaos(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it takes up to a minute")
 	}
-	run := small
+	run := shortRun
 	if text := os.Getenv("PREBAKE_CHAOS"); text != "" {
 		jobs, err := strconv.Atoi(text)
 		if err != nil {
@@ -111,13 +111,13 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	defer stop()
 	var asking sync.WaitGroup
 	asking.Go(func() { s.ask(ctx, t) })
-	blows := s.blows(rng)
+	blows := s.roundFaults(rng)
 	for first := true; ; first = false {
 		for _, n := range rng.Perm(len(blows)) {
 			time.Sleep(s.pause/2 + time.Duration(rng.Int64N(int64(s.pause))))
 			blows[n](t)
 		}
-		if open, err := s.open(ctx); (err == nil && open <= s.jobs/20) || (!s.long && first) {
+		if open, err := s.openCells(ctx); (err == nil && open <= s.jobs/20) || (!s.long && first) {
 			break
 		}
 		if ctx.Err() != nil {
@@ -127,7 +127,7 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	asking.Wait()
 	s.paused.Wait()
 	for ; ; time.Sleep(200 * time.Millisecond) {
-		open, err := s.open(ctx)
+		open, err := s.openCells(ctx)
 		if err == nil && open == 0 {
 			return
 		}
@@ -161,7 +161,7 @@ func (s *faultRun) ask(ctx context.Context, t *testing.T) {
 }
 
 // open counts the cells that are not finished.
-func (s *faultRun) open(ctx context.Context) (int, error) {
+func (s *faultRun) openCells(ctx context.Context) (int, error) {
 	all, err := s.client.Builds(ctx, "")
 	if err != nil {
 		return 0, err
@@ -182,7 +182,7 @@ func (s *faultRun) open(ctx context.Context) (int, error) {
 }
 
 // blows returns the faults of one round. Each function injects one fault.
-func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
+func (s *faultRun) roundFaults(rng *rand.Rand) (all []func(*testing.T)) {
 	count := func(what string) { s.kills[what]++ }
 	hit := func(p *process, sig syscall.Signal, what string) bool {
 		at := time.Now()

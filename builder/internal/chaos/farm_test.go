@@ -51,7 +51,7 @@ func newFarm(t *testing.T, server, database string, builders int, phase time.Dur
 		args = append(args, "--database", f.queue)
 	}
 	f.server = launch(t, f.dir, "server", func() *exec.Cmd { return exec.Command(server, args...) })
-	f.wait(t)
+	f.waitForServer(t)
 	for range builders {
 		f.startBuilder(t)
 	}
@@ -79,7 +79,7 @@ func (f *farm) disk(t *testing.T, name, size string) string {
 }
 
 // wait returns when the server answers.
-func (f *farm) wait(t *testing.T) {
+func (f *farm) waitForServer(t *testing.T) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		_, err := f.client.Builds(t.Context(), api.Queued)
@@ -132,7 +132,7 @@ func (f *farm) startPostgres(t *testing.T) string {
 	if smallDisk(t, disk, "192") {
 		f.disks = append(f.disks, disk)
 	}
-	as, err := unprivileged(socket, disk)
+	as, err := postgresUser(socket, disk)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -159,7 +159,7 @@ func (f *farm) startPostgres(t *testing.T) string {
 
 // unprivileged gives folders to the user of PostgreSQL's package if the test runs as root, because PostgreSQL refuses
 // to run as root. Otherwise PostgreSQL runs as the user of the test.
-func unprivileged(folders ...string) (*syscall.Credential, error) {
+func postgresUser(folders ...string) (*syscall.Credential, error) {
 	if os.Geteuid() != 0 {
 		return nil, nil
 	}

@@ -48,7 +48,7 @@ func (s *faultRun) judge(t *testing.T) *verdict {
 	for _, b := range all {
 		cells[b.Kernel.BuildID] = append(cells[b.Kernel.BuildID], b)
 	}
-	announced := s.announced(t)
+	announced := s.countAnnounced(t)
 	for n := range s.jobs {
 		name := cell(n)
 		times := 0
@@ -67,7 +67,7 @@ func (s *faultRun) judge(t *testing.T) *verdict {
 		case len(builds) == 0:
 			v.lost = append(v.lost, name+" has no build")
 		case builds[0].State == api.Published:
-			s.holds(t, builds[0], v)
+			s.countPublished(t, builds[0], v)
 		case builds[0].State == api.Failed && builds[0].Class != "" && builds[0].Error != "":
 			v.failed++
 			v.reasons[builds[0].Class]++
@@ -78,18 +78,18 @@ func (s *faultRun) judge(t *testing.T) *verdict {
 			v.lost = append(v.lost, fmt.Sprintf("%s is %s without a reason", name, builds[0].State))
 		}
 	}
-	s.resumes(t, v, cells)
+	s.findResumes(t, v, cells)
 	return v
 }
 
 // holds counts a published cell if the registry has the artifact that the catalogue names.
-func (s *faultRun) holds(t *testing.T, b api.Build, v *verdict) {
+func (s *faultRun) countPublished(t *testing.T, b api.Build, v *verdict) {
 	t.Helper()
 	ref, err := tagOf(s.url, b.Kernel.BuildID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	digest, err := published(t.Context(), ref)
+	digest, err := digestOf(t.Context(), ref)
 	if err != nil || digest != b.Digest {
 		v.lost = append(v.lost, fmt.Sprintf("%s is published as %s, the registry has %s, %v", ref, b.Digest, digest, err))
 		return
@@ -98,7 +98,7 @@ func (s *faultRun) holds(t *testing.T, b api.Build, v *verdict) {
 }
 
 // announced counts how often each build became published, according to the server's log.
-func (s *faultRun) announced(t *testing.T) map[int64]int {
+func (s *faultRun) countAnnounced(t *testing.T) map[int64]int {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "server.log"))
 	if err != nil {
@@ -114,13 +114,13 @@ func (s *faultRun) announced(t *testing.T) map[int64]int {
 		}
 	}
 	if len(times) == 0 {
-		t.Errorf("the server's log has no line \"build changed\" for a published build; adapt announced to the log")
+		t.Errorf("the server's log has no line \"build changed\" for a published build; adapt countAnnounced to the log")
 	}
 	return times
 }
 
 // resumes finds for each fault the attempts that were running, and when their cells continued.
-func (s *faultRun) resumes(t *testing.T, v *verdict, builds map[string][]api.Build) {
+func (s *faultRun) findResumes(t *testing.T, v *verdict, builds map[string][]api.Build) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "notes"))
 	if err != nil {

@@ -25,7 +25,7 @@ type process struct {
 }
 
 // again is the pause before a program is started again.
-const again = 500 * time.Millisecond
+const restartPause = 500 * time.Millisecond
 
 // launch starts a program and keeps it running until retire.
 func launch(t *testing.T, dir, name string, command func() *exec.Cmd) *process {
@@ -37,8 +37,8 @@ func launch(t *testing.T, dir, name string, command func() *exec.Cmd) *process {
 	p := &process{name: name, make: command, log: log, wanted: true, ended: make(chan struct{})}
 	go func() {
 		defer close(p.ended)
-		for p.once(t) {
-			time.Sleep(again)
+		for p.runOnce(t) {
+			time.Sleep(restartPause)
 		}
 	}()
 	t.Cleanup(func() {
@@ -56,7 +56,7 @@ func launch(t *testing.T, dir, name string, command func() *exec.Cmd) *process {
 }
 
 // once runs the program until it ends, and reports whether to start it again.
-func (p *process) once(t *testing.T) bool {
+func (p *process) runOnce(t *testing.T) bool {
 	cmd := p.make()
 	cmd.Stdout, cmd.Stderr = p.log, p.log
 	if cmd.SysProcAttr == nil {

@@ -77,7 +77,7 @@ const maxSum = 4 << 10
 const maxObject = 32 << 30
 
 // fetched is the kind of facts that map a checksum of a bucket's object to a blob in the cache.
-const fetched = "fetched-v1"
+const fetchedKind = "fetched-v1"
 
 // attempts limits how often [Fetcher.Blob] downloads an object whose stream breaks. The bucket client itself retries a
 // request that fails before the first byte.
@@ -191,9 +191,9 @@ func (f *Fetcher) key(name string, s Sum) string {
 }
 
 // known returns the fact about an object with this checksum if the cache still has the object's content.
-func (f *Fetcher) known(name string, s Sum) (fact, bool) {
+func (f *Fetcher) cachedFact(name string, s Sum) (fact, bool) {
 	var known fact
-	raw, ok := f.Cache.Fact(fetched, f.key(name, s))
+	raw, ok := f.Cache.Fact(fetchedKind, f.key(name, s))
 	if !ok || s.Hex == "" || json.Unmarshal(raw, &known) != nil {
 		return fact{}, false
 	}
@@ -206,7 +206,7 @@ func (f *Fetcher) known(name string, s Sum) (fact, bool) {
 // CRC32C in the metadata. If the object has neither a checksum file nor a checksum in the metadata, the material is
 // marked as unverified.
 func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, string, error) {
-	known, ok := f.known(name, sum)
+	known, ok := f.cachedFact(name, sum)
 	at, vouched := sum.Of, sum.Hex != ""
 	if ok {
 		f.Progressf("%s: unchanged, from the cache", path.Base(name))
@@ -265,7 +265,7 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbuc
 	switch told := sumPattern[MD5].MatchString(attrs.MD5); {
 	case told && sum.Hex == "":
 		sum = Sum{Algorithm: MD5, Hex: attrs.MD5}
-		if known, ok := f.known(name, sum); ok {
+		if known, ok := f.cachedFact(name, sum); ok {
 			f.Progressf("%s: unchanged, from the cache", path.Base(name))
 			return known, attrs, nil
 		}
@@ -298,7 +298,7 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbuc
 	if err != nil {
 		return fact{}, attrs, err
 	}
-	return known, attrs, f.Cache.PutFact(fetched, f.key(name, sum), raw)
+	return known, attrs, f.Cache.PutFact(fetchedKind, f.key(name, sum), raw)
 }
 
 func mismatch(name string, sum Sum, cause error) error {
@@ -364,9 +364,9 @@ func (s *stream) Read(b []byte) (int, error) {
 	case err == nil:
 		return n, nil
 	case !errors.Is(err, io.EOF):
-		return n, broken(s.name, err)
+		return n, streamError(s.name, err)
 	case s.size > 0 && s.n < s.size:
-		return n, broken(s.name, fmt.Errorf("%d of %d bytes: %w", s.n, s.size, io.ErrUnexpectedEOF))
+		return n, streamError(s.name, fmt.Errorf("%d of %d bytes: %w", s.n, s.size, io.ErrUnexpectedEOF))
 	}
 	if s.hash != nil {
 		if got := hex.EncodeToString(s.hash.Sum(nil)); got != s.sum.Hex {
@@ -378,7 +378,7 @@ func (s *stream) Read(b []byte) (int, error) {
 
 // broken marks the error of a stream that ended early as transient, because a new stream may succeed. Three errors are
 // returned unchanged: an error that has a kind already, an error of a local file, and an error of ctx.
-func broken(name string, err error) error {
+func streamError(name string, err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) || errors.Is(err, context.Canceled) ||
 		errors.Is(err, context.DeadlineExceeded) {

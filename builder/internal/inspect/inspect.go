@@ -67,7 +67,7 @@ func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.
 	l := &inspection{bucket: b, cache: cache, kernel: k}
 	l.objects(ctx)
 	l.drivers(ctx)
-	l.signed(ctx)
+	l.googleDrivers(ctx)
 	in, err := cossrc.Fetch(ctx, b, cache, k.BuildID, k.Board, c.Progress)
 	if err != nil {
 		l.fail("inputs", doctor.Fail, err)
@@ -173,7 +173,7 @@ func (l *inspection) drivers(ctx context.Context) {
 }
 
 // signed reports which drivers Google compiled or signed for the COS build.
-func (l *inspection) signed(ctx context.Context) {
+func (l *inspection) googleDrivers(ctx context.Context) {
 	var found []string
 	for _, name := range []string{"extensions/gpu/", "nvidia-drivers-"} {
 		for _, prefix := range cosbucket.Layouts(l.kernel, l.kernel.BuildID+"/"+l.kernel.Board+"/"+name) {

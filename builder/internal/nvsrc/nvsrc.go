@@ -94,11 +94,11 @@ type fetcher struct {
 func (f *fetcher) run(ctx context.Context) (*Release, error) {
 	name, sum, err := f.find(ctx)
 	if err != nil {
-		return nil, f.missing(ctx, err)
+		return nil, f.withHint(ctx, err)
 	}
 	m, file, err := f.Blob(ctx, name, sum)
 	if err != nil {
-		return nil, f.missing(ctx, err)
+		return nil, f.withHint(ctx, err)
 	}
 	dir, cached, err := f.Cache.Tree(ctx, driverKind, m.Digest, func(ctx context.Context, dir string) error {
 		if err := f.Recheck(ctx, name, sum, m); err != nil {
@@ -149,7 +149,7 @@ func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err err
 
 // missing adds a hint to the error for a missing object. The hint lists versions that the bucket has. If the bucket
 // cannot be listed, or has no versions, the hint says where to copy the runfile.
-func (f *fetcher) missing(ctx context.Context, err error) error {
+func (f *fetcher) withHint(ctx context.Context, err error) error {
 	if !fault.Is(err, fault.InputMissing) {
 		return err
 	}
@@ -164,7 +164,7 @@ func (f *fetcher) missing(ctx context.Context, err error) error {
 				names = append(names, found...)
 			}
 		}
-		if near := f.nearest(names); len(near) > 0 {
+		if near := f.nearestVersions(names); len(near) > 0 {
 			hint = "choose a version that the bucket has, such as " + strings.Join(near, ", ")
 		}
 	}
@@ -172,7 +172,7 @@ func (f *fetcher) missing(ctx context.Context, err error) error {
 }
 
 // nearest returns up to six versions of a listing. Versions of the same branch come first.
-func (f *fetcher) nearest(names []string) []string {
+func (f *fetcher) nearestVersions(names []string) []string {
 	var same, other []string
 	for _, n := range names {
 		v, arch, ok := cosbucket.ParseRunfile(n)

@@ -62,7 +62,7 @@ func vulkanFolder(base, subdir string) string {
 
 // desktop lists prefixes of the names of libraries that only a desktop session uses. The types in the manifest do not
 // distinguish these libraries from those that a compute node needs.
-var desktop = []string{
+var desktopPrefixes = []string{
 	"libnvidia-gtk", "libnvidia-wayland-client", "libnvidia-egl-wayland", "libnvidia-egl-xcb", "libnvidia-egl-xlib",
 	"libnvidia-fbc", "libvdpau", "libglxserver", "libnvidia-glxserver", "libnvidia-wfb", "libnvidia-vulkan-producer",
 }
@@ -121,7 +121,7 @@ func (r *Release) StageFirmware(dst string) error {
 // userspace decides the layout from the manifest, or from file names if there is no manifest.
 func (r *Release) userspace() (map[string]item, error) {
 	if r.Manifest == nil {
-		return r.byName()
+		return r.userspaceByName()
 	}
 	layout := map[string]item{}
 	for _, e := range r.Manifest.Entries {
@@ -150,7 +150,7 @@ func (r *Release) userspace() (map[string]item, error) {
 
 // byName decides the layout of a release whose manifest is missing or cannot be parsed. byName takes the libraries at
 // the top of the tree, known tools and known driver files.
-func (r *Release) byName() (map[string]item, error) {
+func (r *Release) userspaceByName() (map[string]item, error) {
 	entries, err := os.ReadDir(r.Dir)
 	if err != nil {
 		return nil, err
@@ -190,7 +190,7 @@ func wanted(to, base string) bool {
 	case binDir:
 		return slices.Contains(tools, base)
 	case libDir:
-		return !slices.ContainsFunc(desktop, func(prefix string) bool { return strings.HasPrefix(base, prefix) })
+		return !slices.ContainsFunc(desktopPrefixes, func(prefix string) bool { return strings.HasPrefix(base, prefix) })
 	}
 	return true
 }

@@ -129,22 +129,22 @@ func write(ctx context.Context, w io.Writer, c Config) (*Report, error) {
 		return nil, err
 	}
 	for _, cell := range cells {
-		if err := p.driver(ctx, c, cell); err != nil {
+		if err := p.addDriver(ctx, c, cell); err != nil {
 			return nil, err
 		}
 	}
 	for _, img := range c.Images {
-		if err := p.program(ctx, img); err != nil {
+		if err := p.addImage(ctx, img); err != nil {
 			return nil, err
 		}
 	}
 	if c.Snapshot != "" {
-		if p.report.Snapshot, err = p.folder(c.Snapshot); err != nil {
+		if p.report.Snapshot, err = p.addFolder(c.Snapshot); err != nil {
 			return nil, err
 		}
 	}
 	if len(c.Keys) > 0 {
-		if p.report.Keys, err = p.keys(c.Keys); err != nil {
+		if p.report.Keys, err = p.addKeys(c.Keys); err != nil {
 			return nil, err
 		}
 	}
@@ -169,8 +169,8 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 	covered := map[string]bool{}
 	for _, tag := range slices.Compact(tags) {
 		k, d, ok := parseTag(tag)
-		if !ok || !wanted(c.Kernels, k, target.Kernel.String) || !wanted(c.Drivers, d.Version, strings.Clone) ||
-			!wanted(c.Flavours, d.Flavour, func(f target.Flavour) string { return string(f) }) {
+		if !ok || !isSelected(c.Kernels, k, target.Kernel.String) || !isSelected(c.Drivers, d.Version, strings.Clone) ||
+			!isSelected(c.Flavours, d.Flavour, func(f target.Flavour) string { return string(f) }) {
 			continue
 		}
 		desc, err := c.From.Resolve(ctx, tag)
@@ -187,7 +187,7 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 		covered[k.String()] = true
 		covered[d.Version] = true
 	}
-	if lacks := lacking(c, covered); len(lacks) > 0 || len(found) == 0 {
+	if lacks := missingCells(c, covered); len(lacks) > 0 || len(found) == 0 {
 		return nil, fault.New(
 			fault.NoArtifact,
 			c.From.Name()+" has no artifact for "+
@@ -204,7 +204,7 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 }
 
 // lacking lists the requested cells, kernels and driver versions for which the repository has no artifact.
-func lacking(c Config, covered map[string]bool) (lacks []string) {
+func missingCells(c Config, covered map[string]bool) (lacks []string) {
 	for _, k := range c.Kernels {
 		for _, version := range c.Drivers {
 			if !covered[k.String()+" "+version] {
@@ -224,8 +224,8 @@ func lacking(c Config, covered map[string]bool) (lacks []string) {
 }
 
 // wanted reports whether list contains the value one. An empty list contains every value.
-func wanted[T any](list []T, one T, name func(T) string) bool {
-	return len(list) == 0 || slices.ContainsFunc(list, func(x T) bool { return name(x) == name(one) })
+func isSelected[T any](list []T, value T, name func(T) string) bool {
+	return len(list) == 0 || slices.ContainsFunc(list, func(x T) bool { return name(x) == name(value) })
 }
 
 // kernelTag matches the tags that [bundle.KernelTag] returns.
@@ -245,7 +245,7 @@ func parseTag(tag string) (target.Kernel, target.Driver, bool) {
 }
 
 // driver packs one artifact, its tags and its referrers. Referrers with debug symbols are left out.
-func (p *packer) driver(ctx context.Context, c Config, one cell) error {
+func (p *packer) addDriver(ctx context.Context, c Config, one cell) error {
 	content, err := publish.Content(ctx, c.From, one.digest)
 	if err != nil {
 		return err
@@ -273,7 +273,7 @@ func (p *packer) driver(ctx context.Context, c Config, one cell) error {
 		tags = append(tags, own)
 	}
 	for _, tag := range tags {
-		p.entry(desc, tag)
+		p.addEntry(desc, tag)
 	}
 	attached, err := c.From.Referrers(ctx, one.digest, "")
 	if err != nil {
@@ -296,7 +296,7 @@ func (p *packer) driver(ctx context.Context, c Config, one cell) error {
 	}
 	a.Attached = len(list)
 	p.report.Artifacts = append(p.report.Artifacts, a)
-	return p.referrers(desc, list)
+	return p.addReferrers(desc, list)
 }
 
 // verify returns an error if a node with this kernel would refuse the artifact.
@@ -314,7 +314,7 @@ func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k 
 
 // referrers adds a list of the referrers of subject. The list has the tag that OCI's referrers tag schema gives it.
 // Some programs find referrers in a layout by this tag. Other programs find them by the entries of the index.
-func (p *packer) referrers(subject v1.Descriptor, list []v1.Descriptor) error {
+func (p *packer) addReferrers(subject v1.Descriptor, list []v1.Descriptor) error {
 	if len(list) == 0 {
 		return nil
 	}
@@ -322,18 +322,18 @@ func (p *packer) referrers(subject v1.Descriptor, list []v1.Descriptor) error {
 	if err != nil {
 		return err
 	}
-	d, err := p.bytes(raw)
+	d, err := p.addBytes(raw)
 	if err != nil {
 		return err
 	}
 	d.MediaType = registry.ReferrersListType
-	p.entry(d, registry.ReferrersTag(subject.Digest.String()))
+	p.addEntry(d, registry.ReferrersTag(subject.Digest.String()))
 	return nil
 }
 
 // program packs a program's image. If the image is an index for several platforms, program packs the index and the
 // images of all platforms.
-func (p *packer) program(ctx context.Context, img Image) error {
+func (p *packer) addImage(ctx context.Context, img Image) error {
 	d, err := img.Repo.Resolve(ctx, img.Ref)
 	if err != nil {
 		return err
@@ -341,7 +341,7 @@ func (p *packer) program(ctx context.Context, img Image) error {
 	if d, err = p.tree(ctx, img.Repo, d.Digest.String(), 2); err != nil {
 		return err
 	}
-	p.entry(d, img.Name)
+	p.addEntry(d, img.Name)
 	p.report.Images = append(p.report.Images, img.Name)
 	return nil
 }
@@ -370,13 +370,13 @@ func (p *packer) tree(ctx context.Context, repo *registry.Repository, digest str
 			return v1.Descriptor{}, err
 		}
 	}
-	d, err := p.bytes(raw)
+	d, err := p.addBytes(raw)
 	d.MediaType = idx.MediaType
 	return d, err
 }
 
 // keys packs several files with public keys as one file.
-func (p *packer) keys(files []string) (int, error) {
+func (p *packer) addKeys(files []string) (int, error) {
 	var all bytes.Buffer
 	n := 0
 	for _, file := range files {
@@ -391,11 +391,11 @@ func (p *packer) keys(files []string) (int, error) {
 		n += len(keys)
 		all.Write(append(bytes.TrimSpace(text), '\n'))
 	}
-	d, err := p.bytes(all.Bytes())
+	d, err := p.addBytes(all.Bytes())
 	if err != nil {
 		return 0, err
 	}
-	return n, p.files(
+	return n, p.addFiles(
 		TypeKeys,
 		TagKeys,
 		[]v1.Descriptor{registry.FileDescriptor("keys.pem", "application/x-pem-file", d.Digest, d.Size)},

@@ -94,7 +94,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := sameRecipes(p.recipes); err != nil {
+	if err := checkRecipes(p.recipes); err != nil {
 		return nil, err
 	}
 	dir, cleanup, err := c.TempDir("reproduce-")
@@ -119,7 +119,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("build the artifact again: %w", err)
 	}
-	if err := sameInputs(p.Materials, made); err != nil {
+	if err := checkInputs(p.Materials, made); err != nil {
 		return nil, err
 	}
 	hash, err := made.Image.Digest()
@@ -186,7 +186,7 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 
 // sameRecipes returns an error if the published build had other recipes (see [pipeline.Recipes]) than this builder.
 // With other recipes, a difference in bytes proves nothing.
-func sameRecipes(theirs map[string]string) error {
+func checkRecipes(theirs map[string]string) error {
 	ours := pipeline.Recipes()
 	for _, name := range slices.Sorted(maps.Keys(ours)) {
 		if theirs[name] != ours[name] {
@@ -199,7 +199,7 @@ func sameRecipes(theirs map[string]string) error {
 }
 
 // sameInputs returns an error if this build was made from other inputs than the provenance names.
-func sameInputs(want []trust.Material, made *pipeline.Made) error {
+func checkInputs(want []trust.Material, made *pipeline.Made) error {
 	have := map[string]bool{}
 	for _, m := range made.Materials {
 		have[m.Digest] = true

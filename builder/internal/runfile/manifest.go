@@ -53,7 +53,7 @@ type Manifest struct {
 
 // shape says which fields follow name, mode and type in a line of the manifest. The source of the format is the
 // function parse_manifest in install-from-cwd.c of https://github.com/NVIDIA/nvidia-installer.
-type shape struct {
+type lineFormat struct {
 	class  bool // NATIVE or COMPAT32
 	subdir bool
 	place  bool // an optional subdir, which ends in a slash
@@ -62,17 +62,17 @@ type shape struct {
 }
 
 var (
-	lib       = shape{class: true}
-	libSub    = shape{class: true, subdir: true}
-	libGL     = shape{class: true, glvnd: true}
-	link      = shape{class: true, target: true}
-	linkSub   = shape{class: true, subdir: true, target: true}
-	linkGL    = shape{class: true, target: true, glvnd: true}
-	file      = shape{}
-	filePlace = shape{place: true}
-	fileSub   = shape{subdir: true}
-	fileLink  = shape{target: true}
-	shapes    = map[string]shape{
+	lib         = lineFormat{class: true}
+	libSub      = lineFormat{class: true, subdir: true}
+	libGL       = lineFormat{class: true, glvnd: true}
+	link        = lineFormat{class: true, target: true}
+	linkSub     = lineFormat{class: true, subdir: true, target: true}
+	linkGL      = lineFormat{class: true, target: true, glvnd: true}
+	file        = lineFormat{}
+	filePlace   = lineFormat{place: true}
+	fileSub     = lineFormat{subdir: true}
+	fileLink    = lineFormat{target: true}
+	lineFormats = map[string]lineFormat{
 		"OPENGL_LIB": lib, "GLVND_LIB": lib, "NVCUVID_LIB": lib, "ENCODEAPI_LIB": lib, "UTILITY_LIB": lib,
 		"CUDA_LIB": libSub, "OPENCL_LIB": libSub, "OPENCL_WRAPPER_LIB": libSub, "VDPAU_LIB": libSub, "TLS_LIB": libSub,
 		"GLX_CLIENT_LIB": libGL, "EGL_CLIENT_LIB": libGL,
@@ -140,7 +140,7 @@ func (m *Manifest) line(text string) error {
 		return fmt.Errorf("%.80q does not have name, mode and type", text)
 	}
 	e := Entry{Path: f[1], Type: f[3]}
-	s, ok := shapes[e.Type]
+	s, ok := lineFormats[e.Type]
 	if !ok {
 		m.Unknown[e.Type]++
 		return nil
@@ -150,7 +150,7 @@ func (m *Manifest) line(text string) error {
 		return fmt.Errorf("mode %.20q; want an octal number of at most 12 bits", f[2])
 	}
 	e.Mode = fs.FileMode(mode & 0o777)
-	if e.Path, err = inside(e.Path); err != nil {
+	if e.Path, err = cleanPath(e.Path); err != nil {
 		return err
 	}
 	if err := e.fill(s, strings.Fields(f[4])); err != nil {
@@ -163,7 +163,7 @@ func (m *Manifest) line(text string) error {
 // fill reads the fields after the type. KEY:VALUE fields come after the fields with a fixed position. The exception is
 // INHERIT_PATH_DEPTH:n, which stands in the position of the subdir. The subdir is then the folder of the file's own
 // path without its first n parts.
-func (e *Entry) fill(s shape, fields []string) error {
+func (e *Entry) fill(s lineFormat, fields []string) error {
 	next := func(what string) (string, error) {
 		if len(fields) == 0 {
 			return "", fmt.Errorf("no %s", what)
@@ -197,7 +197,7 @@ func (e *Entry) fill(s shape, fields []string) error {
 		if err != nil {
 			return err
 		}
-		if e.Target, err = inside(to); err != nil {
+		if e.Target, err = cleanPath(to); err != nil {
 			return err
 		}
 	}
@@ -220,7 +220,7 @@ func (e *Entry) subdir(field string) (string, error) {
 		if sub == "" || sub == "." {
 			return "", nil
 		}
-		return inside(sub)
+		return cleanPath(sub)
 	}
 	n, err := strconv.ParseUint(depth, 10, 6)
 	if err != nil {
@@ -234,7 +234,7 @@ func (e *Entry) subdir(field string) (string, error) {
 }
 
 // inside returns the clean form of a relative path. inside refuses a path that leads out of the archive.
-func inside(name string) (string, error) {
+func cleanPath(name string) (string, error) {
 	if len(name) > maxField || strings.HasPrefix(name, "/") || strings.ContainsRune(name, 0) {
 		return "", fmt.Errorf("path %.80q leads out of the archive", name)
 	}

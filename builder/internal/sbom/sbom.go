@@ -34,7 +34,7 @@ type Facts struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
-	// Materials are the build's inputs, as provenance names them.
+	// Materials are the build's inputs, as the provenance has them.
 	Materials []sign.Material
 	Layers    []bundle.Layer
 	// Modules maps the names of the modules, with or without .ko, to the paths of the module files on this machine.
@@ -107,8 +107,8 @@ const artifact = "Artifact"
 type document struct {
 	spdx.Document
 	facts Facts
-	// driver has the ids of the runfile, and kernel those of the kernel's headers. tools has the ids of all other inputs,
-	// which count as build tools.
+	// driver has the ids of the runfile, and kernel those of the kernel's headers. tools has the ids of all other inputs;
+	// the document lists these as build tools.
 	driver, kernel, tools []common.ElementID
 }
 
