@@ -102,8 +102,8 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	return text, errors.Join(err, zr.Close())
 }
 
-// buildID returns the GNU build id in hex, or "" if there is none. Type 3 (NT_GNU_BUILD_ID in elf.h) and the name GNU
-// mark the note with this id. In a kernel, the section .notes contains this note and other notes.
+// buildID returns the GNU build id in hex, or "" if there is none. The note with this id has type 3 (NT_GNU_BUILD_ID in
+// elf.h) and the name GNU. In a kernel, the section .notes contains this note and other notes.
 func buildID(file *elf.File) string {
 	s := file.Section(".note.gnu.build-id")
 	if s == nil {
@@ -156,7 +156,7 @@ func (f Facts) Check(headers string) error {
 		}
 	}
 	if said["UTS_RELEASE"] == "" {
-		return fault.New(fault.Unsupported, "compare vmlinux with the headers: the headers do not name the kernel's release",
+		return fault.New(fault.Unsupported, "compare vmlinux with the headers: the headers lack the kernel's release",
 			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
 	release := "Linux version " + said["UTS_RELEASE"] + " ("
@@ -200,8 +200,8 @@ func (f Facts) checkConfig(headers string) error {
 
 func foreign(why error) error {
 	return fault.Wrap(fault.Mismatch, fmt.Errorf("vmlinux is not the kernel of this COS build: %w", why),
-		"replace vmlinux in the bucket by the file from the run of make that produced kernel-headers.tgz; or publish "+
-			"without a load test: --load-test off")
+		"replace vmlinux in the bucket by the file from the run of make that produced kernel-headers.tgz; to publish "+
+			"without a load test, add --load-test off")
 }
 
 // readBounded reads a header of at most maxHeader bytes.

@@ -2,7 +2,7 @@
 // reports whether a vmlinux is the kernel to which a header tree belongs.
 //
 // The package refuses to guess. For a file with another layout, or with the version text of another COS build, the
-// package returns an error that names the difference.
+// package returns an error that says what differs.
 package bootimage
 
 import (
@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Recipe names the version of the image format. Recipe is part of cache keys. Raise the number with any change of the
-// bytes that Write makes.
+// Recipe is the version number of the code that makes images. It is part of cache keys. Raise the number whenever Write
+// makes another image from the same vmlinux.
 const Recipe = "bootimage-1"
 
 // entryCode is the assembled entry.S. A test assembles entry.S again and compares.
@@ -28,8 +28,8 @@ const Recipe = "bootimage-1"
 //go:embed entry.bin
 var entryCode []byte
 
-// The machine loads the entry code, boot_params and the page tables together at the address entryAt. They lie below the
-// segments of the kernel. All sizes are in bytes.
+// The machine loads the entry code, boot_params and the page tables together at the address entryAt. All three are
+// below the segments of the kernel. All sizes are in bytes.
 const (
 	page      = 0x1000
 	entryAt   = 1 << 20
@@ -50,9 +50,10 @@ func odd(format string, args ...any) error {
 }
 
 // Write writes an image that qemu's -kernel accepts. For amd64 the image is an ELF file with the kernel's own segments
-// and Prebake's entry code. The PVH note of the image names this entry code, so every kernel boots, with or without a
-// PVH entry of its own. For arm64 the image is the kernel's Image: the bytes that objcopy -O binary makes from vmlinux.
-// The error has the kind [fault.Unsupported] if vmlinux does not have the form of a kernel for arch.
+// and Prebake's entry code. The PVH note of the image has the address of this entry code, so every kernel boots, with
+// or without a PVH entry of its own. For arm64 the image is the kernel's Image: the same file that objcopy -O binary
+// makes from vmlinux. The error has the kind [fault.Unsupported] if vmlinux does not have the form of a kernel for
+// arch.
 func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	f, err := elf.NewFile(vmlinux)
 	if err != nil {
@@ -117,9 +118,9 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	return nil
 }
 
-// entry returns the content of the memory at entryAt. It has three parts: the entry code with kernel, the address of
-// the kernel's entry; the constants of boot_params (Documentation/x86/boot.rst); and page tables that map 4 GiB of
-// memory one to one.
+// entry returns the content of the memory at entryAt. It has three parts: the entry code; the constants of boot_params
+// (Documentation/x86/boot.rst); and page tables that map 4 GiB of memory one to one. The entry code contains kernel,
+// the address of the kernel's own entry.
 func entry(kernel uint64) []byte {
 	le, b := binary.LittleEndian, make([]byte, entrySize)
 	le.PutUint64(b[copy(b, entryCode)-8:], kernel)

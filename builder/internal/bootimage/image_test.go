@@ -49,7 +49,7 @@ func TestEntry(t *testing.T) {
 }
 
 // kernel makes an ELF file for this processor with the machine's compiler and linker. The file contains the banner, and
-// its first segment lies at the address at. A real x86 kernel lies at 0x1000000.
+// its first segment is at the address in the argument at. A real x86 kernel is at 0x1000000.
 func kernel(t testing.TB, banner string, at string) []byte {
 	t.Helper()
 	for _, tool := range []string{"gcc", "ld"} {
@@ -93,8 +93,8 @@ func image(t testing.TB, vmlinux []byte, arch target.Arch) (*os.File, error) {
 const banner = "Linux version 6.6.105+ (builder@2832f747b46d) (clang) #1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 " +
 	"UTC 2025"
 
-// TestWrite checks that the image has the kernel's segments unchanged, the entry code below them, and the note that
-// names the entry.
+// TestWrite checks that the image has the kernel's segments unchanged, the entry code below them, and the note with the
+// address of the entry code.
 func TestWrite(t *testing.T) {
 	t.Parallel()
 	vmlinux := kernel(t, banner, "0x1000000")

@@ -19,18 +19,19 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// size configures a run.
+// size is the configuration of a run.
 type size struct {
 	// workers is the number of builders.
 	jobs, workers int
 	// phase is the longest duration of one of a build's three phases. pause is the time between two faults.
 	phase, pause time.Duration
-	// long adds two kinds of faults: builders that end for good, and builders that stop for so long that the farm
-	// considers them dead. After each such fault, the farm needs up to a minute before it continues the builds.
+	// If long is true, there are two more kinds of faults: builders that end for good, and builders that stop for so long
+	// that the farm considers them dead. After each such fault, the farm needs up to a minute before it continues the
+	// builds.
 	long bool
 }
 
-// small is the size of the run among the other tests. `make chaos` sets the jobs of a long run.
+// shortRun is the size of the run among the other tests. `make chaos` sets the jobs of a long run.
 var shortRun = size{jobs: 12, workers: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
 
 // TestChaos kills the parts of a working farm at random, and fills their disks. At the end every cell must be published
@@ -83,9 +84,9 @@ type faultRun struct {
 
 	kills   map[string]int
 	faults  []injection
-	paused  sync.WaitGroup // waits until every frozen builder runs again
+	paused  sync.WaitGroup // to wait until every frozen builder runs again
 	cold    *process       // the builder that was frozen last; at most one is frozen at a time
-	resumed atomic.Bool    // the builder cold runs again
+	resumed atomic.Bool    // true if the builder in cold runs again
 }
 
 // cell returns the BUILD_ID of job n.
@@ -138,7 +139,7 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	}
 }
 
-// ask requests every cell, as a planner or a node would. ask repeats each request until the server accepts it.
+// ask requests every cell, as a planner or a node would. It repeats each request until the server accepts the request.
 func (s *faultRun) ask(ctx context.Context, t *testing.T) {
 	for n := range s.jobs {
 		for {
@@ -160,7 +161,7 @@ func (s *faultRun) ask(ctx context.Context, t *testing.T) {
 	}
 }
 
-// open counts the cells that are not finished.
+// openCells returns the number of cells that are not finished.
 func (s *faultRun) openCells(ctx context.Context) (int, error) {
 	all, err := s.client.Builds(ctx, "")
 	if err != nil {
@@ -181,7 +182,7 @@ func (s *faultRun) openCells(ctx context.Context) (int, error) {
 	return n, nil
 }
 
-// blows returns the faults of one round. Each function injects one fault.
+// roundFaults returns the faults of one round. Each of the returned functions injects one fault.
 func (s *faultRun) roundFaults(rng *rand.Rand) (all []func(*testing.T)) {
 	count := func(what string) { s.kills[what]++ }
 	hit := func(p *process, sig syscall.Signal, what string) bool {
@@ -255,8 +256,8 @@ func (s *faultRun) roundFaults(rng *rand.Rand) (all []func(*testing.T)) {
 	return all
 }
 
-// leftInQueue counts the jobs that the queue still offers. leftInQueue waits up to a minute, so that the server's sweep
-// can remove jobs of ended builds.
+// leftInQueue returns the number of jobs that the queue still offers. It waits up to a minute, so that the server's
+// sweep can remove the jobs of builds that have ended.
 func (s *faultRun) leftInQueue(t *testing.T) (n int) {
 	t.Helper()
 	q, err := queue.Open(t.Context(), s.queue)

@@ -21,14 +21,14 @@ import (
 // verdict is the result of a run.
 type verdict struct {
 	jobs, published, failed int
-	// doubled are cells that were published more than once. lost are cells that are neither published nor failed with a
-	// reason. left is the number of jobs in the queue.
+	// doubled has the cells that were published more than once. lost has the cells that are neither published nor failed
+	// with a reason. left is the number of jobs that are in the queue at the end.
 	doubled, lost []string
 	left          int
 	reasons       map[string]int // number of failures by class
-	// interrupted counts the attempts that were running in a builder when a fault hit that builder. resume is the
-	// longest time from such a fault until another attempt of the same cell began, or the cell finished. slowest names
-	// this cell and fault.
+	// interrupted is the number of attempts that were running in a builder when a fault hit that builder. resume is the
+	// longest time from such a fault until another attempt of the same cell began, or the cell finished. slowest is a text
+	// with the cell and the fault of this longest time.
 	interrupted int
 	resume      time.Duration
 	slowest     string
@@ -82,7 +82,8 @@ func (s *faultRun) judge(t *testing.T) *verdict {
 	return v
 }
 
-// holds counts a published cell if the registry has the artifact that the catalogue names.
+// countPublished counts a cell as published if the registry has the artifact that is in the catalogue. Otherwise it
+// counts the cell as lost.
 func (s *faultRun) countPublished(t *testing.T, b api.Build, v *verdict) {
 	t.Helper()
 	ref, err := tagOf(s.url, b.Kernel.BuildID)
@@ -97,7 +98,7 @@ func (s *faultRun) countPublished(t *testing.T, b api.Build, v *verdict) {
 	v.published++
 }
 
-// announced counts how often each build became published, according to the server's log.
+// countAnnounced returns how often each build became published, according to the server's log.
 func (s *faultRun) countAnnounced(t *testing.T) map[int64]int {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "server.log"))
@@ -119,7 +120,7 @@ func (s *faultRun) countAnnounced(t *testing.T) map[int64]int {
 	return times
 }
 
-// resumes finds for each fault the attempts that were running, and when their cells continued.
+// findResumes finds the attempts that were running at each fault, and the times at which their cells continued.
 func (s *faultRun) findResumes(t *testing.T, v *verdict, builds map[string][]api.Build) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "notes"))
@@ -142,7 +143,7 @@ func (s *faultRun) findResumes(t *testing.T, v *verdict, builds map[string][]api
 			slices.SortFunc(of, func(a, b note) int { return a.At.Compare(b.At) })
 			at, found := slices.BinarySearchFunc(of, blow.at,
 				func(n note, t time.Time) int { return cmp.Or(n.At.Compare(t), -1) })
-			_ = found // a note of the same moment counts as before the fault
+			_ = found // a note with the time of the fault counts as written before the fault
 			if at == 0 || of[at-1].Pid != blow.pid || of[at-1].What == broken {
 				// The attempt ran in another builder, or it had ended without an artifact.
 				continue

@@ -18,7 +18,7 @@ import (
 )
 
 // Read returns the list of supported GPUs of a release. dir is the folder with the extracted release, and version is
-// the driver's version. Old releases have no list; then Read returns nil.
+// the driver's version. If the release has no list, as old releases, Read returns nil.
 func Read(dir, version string) (*gpulist.List, error) {
 	f, err := os.OpenInRoot(dir, gpulist.File)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -39,7 +39,7 @@ func Read(dir, version string) (*gpulist.List, error) {
 // and for the envelope around it. The 1,008 products of 535.261.03 take 8 KB.
 const maxPredicate = 600 << 10
 
-// Statement states which GPUs the artifact with this manifest digest supports.
+// Statement returns a statement that says which GPUs the artifact with this manifest digest supports.
 func Statement(digest string, d target.Driver, l *gpulist.List) (sign.Statement, error) {
 	short := l.Short()
 	raw, err := json.Marshal(short)

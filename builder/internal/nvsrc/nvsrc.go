@@ -27,7 +27,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Material is one input of a build, in the form in which the provenance names it.
+// Material is one input of a build, as the provenance has it.
 type Material = input.Material
 
 // Release is one NVIDIA release in the cache. Nobody may write below Dir.
@@ -47,8 +47,8 @@ type Release struct {
 	Manifest *runfile.Manifest
 }
 
-// These constants name kinds of cached trees and facts. Change the number in a name whenever this package makes another
-// tree or another fact from the same runfile.
+// These constants are the names of kinds of cached trees and facts. Change the number in a name whenever this package
+// makes another tree or another fact from the same runfile.
 const (
 	driverKind = "driver-v1"
 	sourceKind = "driver-source-v1"
@@ -122,7 +122,7 @@ func (f *fetcher) run(ctx context.Context) (*Release, error) {
 		}
 	}
 	if len(r.Flavours) == 0 {
-		return nil, fault.New(fault.Unsupported, fmt.Sprintf("%s holds no kernel module sources", m.Name),
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("%s has no kernel module sources", m.Name),
 			"check that the object is NVIDIA's full driver runfile")
 	}
 	if r.SourceDigest, err = f.sourceDigest(ctx, dir, m.Digest); err != nil {
@@ -141,13 +141,13 @@ func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err err
 			return place.Runfile, sum, err
 		}
 		if none == nil {
-			none = err // no location has the release: the error names the first location, which is COS's own
+			none = err // if no location has the release, the error is about the first location, which is COS's own
 		}
 	}
 	return "", input.Sum{}, none
 }
 
-// missing adds a hint to the error for a missing object. The hint lists versions that the bucket has. If the bucket
+// withHint adds a hint to the error for a missing object. The hint lists versions that the bucket has. If the bucket
 // cannot be listed, or has no versions, the hint says where to copy the runfile.
 func (f *fetcher) withHint(ctx context.Context, err error) error {
 	if !fault.Is(err, fault.InputMissing) {
@@ -171,7 +171,7 @@ func (f *fetcher) withHint(ctx context.Context, err error) error {
 	return fault.Wrap(fault.InputMissing, fmt.Errorf("the driver bucket has no such release: %w", err), hint)
 }
 
-// nearest returns up to six versions of a listing. Versions of the same branch come first.
+// nearestVersions returns up to six versions of a listing. Versions of the same branch come first.
 func (f *fetcher) nearestVersions(names []string) []string {
 	var same, other []string
 	for _, n := range names {
@@ -214,8 +214,9 @@ func extract(ctx context.Context, file, dir string) error {
 	return err
 }
 
-// manifest reads .manifest. If the manifest is missing or cannot be parsed, manifest returns nil and no error, because
-// the names and SONAMEs of the files show what the files are. A manifest of another driver version is an error.
+// manifest reads .manifest. If the file is missing or cannot be parsed, manifest returns nil and no error, because the
+// names and SONAMEs of the release's files show what these files are. If the manifest is of another driver version,
+// that is an error.
 func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 	in, err := os.OpenInRoot(dir, ".manifest")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -235,8 +236,8 @@ func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 		return nil, nil
 	}
 	if target.ModuleVersion(m.Version) != target.ModuleVersion(f.version) {
-		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile holds version %.60q", m.Version),
-			"put the right file, the runfile of driver "+f.version+", at "+
+		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile has version %.60q", m.Version),
+			"put the runfile of driver "+f.version+" at "+
 				f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
 	}
 	if len(m.Unknown) > 0 {

@@ -299,7 +299,7 @@ func TestStageWithoutManifest(t *testing.T) {
 		if files[".manifest"] = text; text == "" {
 			delete(files, ".manifest")
 		}
-		delete(files, "libGL.so."+version) // a variant without libglvnd, which only the manifest marks as such
+		delete(files, "libGL.so."+version) // only the manifest says that this is the variant for systems without libglvnd
 		files["nvidia-modprobe*"] = files["nvidia-modprobe"]
 		delete(files, "nvidia-modprobe")
 		dir := t.TempDir()
@@ -333,7 +333,7 @@ func TestStageWithoutManifest(t *testing.T) {
 }
 
 // TestPlaces checks that Fetch finds a runfile and its SHA-256 at each location that buckets use. The material must
-// name the location.
+// have the URL of this location.
 func TestPlaces(t *testing.T) {
 	t.Parallel()
 	file := runfile(t, driverFiles(t), false)

@@ -41,15 +41,16 @@ const (
 type Config struct {
 	// From is the repository with the artifacts.
 	From *registry.Repository
-	// Kernels, Drivers (versions) and Flavours choose cells. An empty list chooses all. If both Kernels and Drivers are
-	// given, each kernel must have each driver in at least one of the flavours.
+	// Kernels, Drivers (versions) and Flavours choose cells. If a list is empty, it excludes nothing. If both Kernels and
+	// Drivers are given, each kernel must have each driver in at least one of the flavours.
 	Kernels  []target.Kernel
 	Drivers  []string
 	Flavours []target.Flavour
-	// Verifier must accept each artifact for each of its kernels. nil packs artifacts without verification.
+	// Verifier must accept each artifact for each of its kernels. If Verifier is nil, artifacts are packed without
+	// verification.
 	Verifier *trust.Verifier
-	// Keys are the paths of files with public keys. Snapshot is a folder with the signed files of a snapshot; with ""
-	// no snapshot is packed.
+	// Keys are the paths of files with public keys. Snapshot is a folder with the signed files of a snapshot. If Snapshot
+	// is "", no snapshot is packed.
 	Keys     []string
 	Snapshot string
 	// Images are container images of programs. Each image is packed for all its platforms.
@@ -57,7 +58,7 @@ type Config struct {
 	// Since is an earlier bundle. Write leaves out the blobs that Since has, so the new file is a delta. If Since is
 	// nil, the new bundle is complete.
 	Since *registry.Repository
-	// Now is the time at which Verifier judges signatures and certificates.
+	// Now is the time for which Verifier checks signatures and certificates.
 	Now time.Time
 }
 
@@ -158,7 +159,7 @@ type cell struct {
 	tags    []string
 }
 
-// choose finds the artifacts by their tags, which name kernel and driver.
+// choose finds the artifacts by their tags, which contain kernel and driver.
 func choose(ctx context.Context, c Config) ([]cell, error) {
 	tags, err := c.From.Tags(ctx)
 	if err != nil {
@@ -203,7 +204,7 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 	return cells, nil
 }
 
-// lacking lists the requested cells, kernels and driver versions for which the repository has no artifact.
+// missingCells returns the requested cells, kernels and driver versions for which the repository has no artifact.
 func missingCells(c Config, covered map[string]bool) (lacks []string) {
 	for _, k := range c.Kernels {
 		for _, version := range c.Drivers {
@@ -223,7 +224,7 @@ func missingCells(c Config, covered map[string]bool) (lacks []string) {
 	return lacks
 }
 
-// wanted reports whether list contains the value one. An empty list contains every value.
+// isSelected reports whether a list of Config selects a value. An empty list selects every value.
 func isSelected[T any](list []T, value T, name func(T) string) bool {
 	return len(list) == 0 || slices.ContainsFunc(list, func(x T) bool { return name(x) == name(value) })
 }
@@ -244,7 +245,7 @@ func parseTag(tag string) (target.Kernel, target.Driver, bool) {
 	return k, d, err == nil && bundle.KernelTag(k, d) == tag
 }
 
-// driver packs one artifact, its tags and its referrers. Referrers with debug symbols are left out.
+// addDriver packs one artifact, its tags and its referrers. Referrers with debug symbols are left out.
 func (p *packer) addDriver(ctx context.Context, c Config, one cell) error {
 	content, err := publish.Content(ctx, c.From, one.digest)
 	if err != nil {
@@ -312,8 +313,8 @@ func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k 
 	return err
 }
 
-// referrers adds a list of the referrers of subject. The list has the tag that OCI's referrers tag schema gives it.
-// Some programs find referrers in a layout by this tag. Other programs find them by the entries of the index.
+// addReferrers adds a list of the referrers of subject. The list gets its tag by OCI's referrers tag schema. Some
+// programs find referrers in a layout by this tag. Other programs find referrers by the entries of the index.
 func (p *packer) addReferrers(subject v1.Descriptor, list []v1.Descriptor) error {
 	if len(list) == 0 {
 		return nil
@@ -331,7 +332,7 @@ func (p *packer) addReferrers(subject v1.Descriptor, list []v1.Descriptor) error
 	return nil
 }
 
-// program packs a program's image. If the image is an index for several platforms, program packs the index and the
+// addImage packs a program's image. If the image is an index for several platforms, addImage packs the index and the
 // images of all platforms.
 func (p *packer) addImage(ctx context.Context, img Image) error {
 	d, err := img.Repo.Resolve(ctx, img.Ref)
@@ -375,7 +376,7 @@ func (p *packer) tree(ctx context.Context, repo *registry.Repository, digest str
 	return d, err
 }
 
-// keys packs several files with public keys as one file.
+// addKeys packs several files with public keys as one file.
 func (p *packer) addKeys(files []string) (int, error) {
 	var all bytes.Buffer
 	n := 0

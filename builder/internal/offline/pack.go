@@ -53,7 +53,7 @@ func (p *packer) add(d v1.Descriptor, open func(context.Context) (io.ReadCloser,
 	return nil
 }
 
-// bytes adds a small blob from memory.
+// addBytes adds a small blob from memory.
 func (p *packer) addBytes(raw []byte) (v1.Descriptor, error) {
 	digest, size, err := v1.SHA256(bytes.NewReader(raw))
 	if err != nil {
@@ -103,13 +103,13 @@ func (p *packer) manifestIf(
 	return d, &m, err
 }
 
-// entry adds a manifest to the index and gives it a name, such as a tag.
+// addEntry adds a manifest to the index and gives it a name, such as a tag.
 func (p *packer) addEntry(d v1.Descriptor, name string) {
 	d.Annotations = map[string]string{registry.AnnotationRefName: name}
 	p.index = append(p.index, d)
 }
 
-// files adds an artifact whose layers are files.
+// addFiles adds an artifact whose layers are files.
 func (p *packer) addFiles(artifactType, tag string, files []v1.Descriptor) error {
 	manifest, config, err := registry.FilesManifest(artifactType, files)
 	if err != nil {
@@ -127,7 +127,7 @@ func (p *packer) addFiles(artifactType, tag string, files []v1.Descriptor) error
 	return nil
 }
 
-// folder adds all files of a folder as the snapshot.
+// addFolder adds all files of a folder as the snapshot.
 func (p *packer) addFolder(dir string) (int, error) {
 	var files []v1.Descriptor
 	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
@@ -238,7 +238,7 @@ func header(t *tar.Writer, name string, size int64) error {
 	)
 }
 
-// copy writes a blob and compares its content with its digest.
+// copy writes the content of a blob and compares it with the blob's digest.
 func (b blob) copy(ctx context.Context, w io.Writer) error {
 	rc, err := b.open(ctx)
 	if err != nil {

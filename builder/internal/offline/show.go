@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// Listing lists the content of a bundle.
+// Listing is the content of a bundle.
 type Listing struct {
 	// Index is the digest of index.json in this bundle. Base is the digest of index.json in the earlier bundle that a
 	// delta needs. Base is "" for a complete bundle.
@@ -40,7 +40,8 @@ type Entry struct {
 // maxDepth limits how deeply indexes may be nested.
 const maxDepth = 3
 
-// Show lists a bundle. Show compares each blob that the index refers to, directly or not, with its digest.
+// Show returns the content of a bundle. It compares each blob that the index refers to, directly or not, with the
+// blob's digest.
 func Show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 	l, err := show(ctx, repo)
 	if err != nil {
@@ -94,8 +95,8 @@ type walker struct {
 	known map[string]Entry // by the manifest's digest
 }
 
-// manifest reads a manifest or an index, and everything that it refers to. manifest returns the size of the layers and
-// the kind of the entry.
+// manifest reads a manifest or an index, and everything that this refers to. It returns the size of the layers and the
+// kind of the entry.
 func (w *walker) manifest(ctx context.Context, d v1.Descriptor, depth int) (size int64, kind string, err error) {
 	if e, ok := w.known[d.Digest.String()]; ok {
 		return e.Size, e.Kind, nil

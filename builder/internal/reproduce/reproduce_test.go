@@ -211,7 +211,7 @@ func TestRefuses(t *testing.T) {
 		want    string
 	}{
 		{"another recipe", map[string]string{"compile": "compile-0", "builder": "v3"}, materials, nil, fault.Unsupported,
-			`recipe compile "compile-0"`},
+			`recipe compile of the artifact has version "compile-0"`},
 		{"another input", facts(), []sign.Material{materials[0], {Name: "x", Digest: "sha256:" + strings.Repeat("7", 64)}},
 			nil, fault.Mismatch, "NVIDIA-Linux-x86_64-535.261.03.run"},
 		{"one input more", facts(),

@@ -47,11 +47,11 @@ type Manifest struct {
 	// Settings are lines 3 to 8. NVIDIA's installer reads these lines, and Prebake does not use them.
 	Settings []string
 	Entries  []Entry
-	// Unknown counts the lines of each type that this package does not know.
+	// Unknown maps each type that this package does not know to the number of lines with this type.
 	Unknown map[string]int
 }
 
-// shape says which fields follow name, mode and type in a line of the manifest. The source of the format is the
+// lineFormat says which fields follow name, mode and type in a line of the manifest. The source of the format is the
 // function parse_manifest in install-from-cwd.c of https://github.com/NVIDIA/nvidia-installer.
 type lineFormat struct {
 	class  bool // NATIVE or COMPAT32
@@ -93,9 +93,8 @@ var (
 // (a word in capitals) after the name show where the name ends.
 var entryLine = regexp.MustCompile(`^\s*(\S.*?)\s+([0-9]+)\s+([A-Z][A-Z0-9_]*)(\s.*)?$`)
 
-// ParseManifest reads a .manifest. ParseManifest counts and skips lines of unknown types, because every new branch adds
-// types. If a line of a known type lacks a field, or has a path that leads out of the archive, the error is
-// [fault.Unverified].
+// ParseManifest reads a .manifest. It counts and skips lines of unknown types, because every new branch adds types. If
+// a line of a known type lacks a field, or has a path that leads out of the archive, the error is [fault.Unverified].
 func ParseManifest(r io.Reader) (*Manifest, error) {
 	lines := bufio.NewScanner(io.LimitReader(r, maxManifest+1))
 	lines.Buffer(make([]byte, 0, 4096), 8*maxField)
@@ -182,7 +181,7 @@ func (e *Entry) fill(s lineFormat, fields []string) error {
 		}
 		e.Compat32 = class == "COMPAT32"
 	}
-	// Newer branches name a folder for some files that had none before.
+	// In newer branches, some files have a folder that had none before.
 	if s.subdir || s.place && len(fields) > 0 && strings.HasSuffix(fields[0], "/") {
 		sub, err := next("subdir")
 		if err != nil {
@@ -233,7 +232,7 @@ func (e *Entry) subdir(field string) (string, error) {
 	return path.Join(parts[n:]...), nil
 }
 
-// inside returns the clean form of a relative path. inside refuses a path that leads out of the archive.
+// cleanPath returns the clean form of a relative path. It refuses a path that leads out of the archive.
 func cleanPath(name string) (string, error) {
 	if len(name) > maxField || strings.HasPrefix(name, "/") || strings.ContainsRune(name, 0) {
 		return "", fmt.Errorf("path %.80q leads out of the archive", name)
