@@ -229,8 +229,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	return m, nil
 }
 
-// openDestinations opens the destinations and loads the signing key, so that a mistake in them shows before the first
-// build begins. A cell counts as published only if this key signed the statements about its artifact.
+// openDestinations opens the destinations and loads the signing key. So a mistake in one of them gives an error before
+// the first build begins. A cell counts as published only if this key signed the statements about its artifact.
 func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinations, error) {
 	signer, err := sign.LoadSigner(ctx, cfg.Key, cfg.KeyOptions...)
 	if err != nil {

@@ -178,7 +178,7 @@ many as the threshold of the previous root says.`,
 	}
 }
 
-// rootKeys lists the root keys of a folder. For each root key it returns the file of the private key, or the file of
+// rootKeys returns the root keys of a folder. For each root key it returns the file of the private key, or the file of
 // the public key if the private one is missing.
 func rootKeys(dir string) ([]string, error) {
 	var refs []string

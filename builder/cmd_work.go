@@ -68,7 +68,8 @@ func workCommand() *ucli.Command {
 	}, cli.Config{Secrets: secretFlags(), Check: checkWork})
 }
 
-// secretFlags maps each flag that a configuration file must not contain to the setting that the operator uses instead.
+// secretFlags returns the flags that a configuration file must not contain. The value of each is the setting that the
+// operator uses instead.
 func secretFlags() map[string]string {
 	return map[string]string{
 		"token":    "token-file, or the variable PREBAKE_TOKEN",
@@ -76,7 +77,7 @@ func secretFlags() map[string]string {
 	}
 }
 
-// checkWork reports all settings of work that are missing or exclude each other.
+// checkWork returns an error for each setting of work that is missing, wrong, or excluded by another setting.
 func checkWork(cmd *ucli.Command) error {
 	_, err := serverURL(cmd)
 	return errors.Join(oneOf(cmd, "wish", "queue"), requireFlags(cmd, "to", "key"), oneSignature(cmd), checkKey(cmd), err)

@@ -13,9 +13,9 @@ import (
 	"testing"
 )
 
-// banned lists functions whose results differ from run to run, by import path. An entry without names bans the whole
-// package.
-var banned = map[string][]string{
+// bannedFunctions has the functions whose results differ from run to run, by import path. An entry without functions
+// bans the whole package.
+var bannedFunctions = map[string][]string{
 	"time":                   {"Now", "Since", "Until", "After", "AfterFunc", "NewTicker", "NewTimer", "Tick"},
 	"os":                     {"Hostname", "Getpid", "Getppid"},
 	"math/rand":              nil,
@@ -30,7 +30,7 @@ func findVarying(file *ast.File) (found []string) {
 	paths := map[string]string{} // by the package's name in the file
 	for _, spec := range file.Imports {
 		of, err := strconv.Unquote(spec.Path.Value)
-		names, listed := banned[of]
+		names, listed := bannedFunctions[of]
 		if err != nil || !listed {
 			continue
 		}
@@ -44,7 +44,7 @@ func findVarying(file *ast.File) (found []string) {
 	}
 	ast.Inspect(file, func(n ast.Node) bool {
 		if use, ok := n.(*ast.SelectorExpr); ok {
-			if of, ok := use.X.(*ast.Ident); ok && slices.Contains(banned[paths[of.Name]], use.Sel.Name) {
+			if of, ok := use.X.(*ast.Ident); ok && slices.Contains(bannedFunctions[paths[of.Name]], use.Sel.Name) {
 				found = append(found, of.Name+"."+use.Sel.Name)
 			}
 		}

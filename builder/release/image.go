@@ -30,7 +30,7 @@ type image struct {
 	// If debian is true, the image has all Debian packages. If debian is false, the image has only the CA certificates.
 	debian   bool
 	programs []string
-	// links maps the name of each symbolic link to its target.
+	// links has the targets of the symbolic links, by the link's name.
 	links map[string]string
 	user  string
 	port  string
@@ -54,7 +54,7 @@ const imagePath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 // madeImage describes an image that was written.
 type madeImage struct {
 	name string
-	// digest is the digest of the index over all architectures. arches maps each architecture to its image's digest.
+	// digest is the digest of the index over all architectures. arches has the digest of the image for each architecture.
 	digest string
 	arches map[string]string
 }

@@ -121,7 +121,7 @@ func (c *config) checkGo(ctx context.Context, running string) error {
 	return err
 }
 
-// triples maps each architecture to its GNU name, as in the names of Debian's compilers.
+// triples has the GNU name of each architecture, as in the names of Debian's compilers.
 var triples = map[string]string{"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 
 // programs are compiled for each architecture. All are static except nvmlprobe. nvmlprobe opens NVIDIA's libraries, so

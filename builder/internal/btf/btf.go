@@ -20,7 +20,8 @@ import (
 // Section is the name of the ELF section with the types of a kernel or a module.
 const Section = ".BTF"
 
-// maxSize limits the BTF of one file, in bytes. The BTF of a distribution's kernel with all built-in drivers has 6 MB.
+// maxSize is the largest size of the BTF in one file, in bytes. The BTF of a distribution's kernel with all built-in
+// drivers has 6 MB.
 const maxSize = 64 << 20
 
 // ErrNone means that a file has no BTF.
@@ -133,8 +134,8 @@ func formOf(kind uint32) (form, bool) {
 	return f, true
 }
 
-// parse reads BTF whose numbers continue where base ends. parse checks type numbers as strictly as the kernel does. It
-// checks names more strictly: a name must begin at the start of a string.
+// parse reads BTF whose numbers continue where the numbers of base end. It checks type numbers as strictly as the
+// kernel does. It checks names more strictly than the kernel: a name must begin at the start of a string.
 func parse(data []byte, base *Types) (*Types, error) {
 	le := binary.LittleEndian
 	if len(data) < headerSize || le.Uint16(data) != magic || data[2] != 1 {

@@ -99,7 +99,7 @@ type Machine struct {
 	MayGo func(ctx context.Context, name string, f target.Flavour) error
 }
 
-// networkTimeout limits one check that uses the network.
+// networkTimeout is the time limit of one check that uses the network.
 const networkTimeout = 20 * time.Second
 
 type examination struct {

@@ -145,7 +145,7 @@ func TestFindings(t *testing.T) {
 		{"no helper for arm64", lackingFile("/bin/guestinit-arm64"), "qemu arm64", doctor.Warn, "cannot be load-tested",
 			"compile guestinit-arm64 with make arm64-programs and put it beside guestinit", "", 0},
 		{"no probe for arm64", lackingFile("/bin/nvmlprobe-arm64"), "qemu arm64", doctor.Warn, "do not ask NVML",
-			"put nvmlprobe-arm64 beside nvmlprobe: make arm64-programs", "", 0},
+			"compile nvmlprobe-arm64 with make arm64-programs and put it beside nvmlprobe", "", 0},
 		{"old clock", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Now = func() time.Time { return time.Unix(0, 0) }
 		}, "clock", doctor.Fail, "1970-01-01", "set the clock", "", fault.Usage},

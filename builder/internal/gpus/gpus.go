@@ -35,8 +35,8 @@ func Read(dir, version string) (*gpulist.List, error) {
 	return gpulist.ParseFile(version, text)
 }
 
-// maxPredicate limits the statement's predicate, in bytes. A Sigstore bundle must have room for the predicate in base64
-// and for the envelope around it. The 1,008 products of 535.261.03 take 8 KB.
+// maxPredicate is the largest size of the statement's predicate, in bytes. A Sigstore bundle must have room for the
+// predicate in base64 and for the envelope around it. The 1,008 products of 535.261.03 take 8 KB.
 const maxPredicate = 600 << 10
 
 // Statement returns a statement that says which GPUs the artifact with this manifest digest supports.

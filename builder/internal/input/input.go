@@ -69,11 +69,11 @@ type Sum struct {
 	Of string
 }
 
-// maxSum limits the size of a checksum file in bytes. Such a file has one digest and a file name.
+// maxSum is the largest size of a checksum file in bytes. Such a file has one digest and a file name.
 const maxSum = 4 << 10
 
-// maxObject limits the size of a stored object in bytes. The largest objects of COS are the toolchain's archive and
-// vmlinux with its symbols, with 0.7 GB each.
+// maxObject is the largest size of an object in bytes. The largest objects of COS are the toolchain's archive and
+// vmlinux with its symbols, which have 0.7 GB each.
 const maxObject = 32 << 30
 
 // fetchedKind is the kind of the facts in the cache that map the checksum of an object in a bucket to a blob in the

@@ -103,7 +103,7 @@ func (r Rule) markedPrivate(name string) bool {
 	return false
 }
 
-// lookupTimeout limits the look-up of a host's addresses.
+// lookupTimeout is the time limit of the look-up of a host's addresses.
 const lookupTimeout = 10 * time.Second
 
 // hostNetwork classifies the addresses of a host. internal is true if the internet cannot reach any of them. local is

@@ -54,10 +54,10 @@ type Kernel struct {
 
 var machines = map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}
 
-// Check reads every module of a driver. modules maps the name of each module, without .ko, to the path of its file. If
-// the kernel would refuse a module, or crash with it, the error is of kind fault.CheckFailed. This error lists every
-// fault that one step of the check found; later steps do not run. If the header tree lacks .config or Module.symvers,
-// the error is of kind fault.InputMissing. The result vermagic is the vermagic of all modules.
+// Check reads every module of a driver. The argument modules has the path of each module's file, by the module's name
+// without .ko. If the kernel would refuse a module, or crash with it, the error is of kind fault.CheckFailed. This
+// error lists every fault that one step of the check found; later steps do not run. If the header tree lacks .config or
+// Module.symvers, the error is of kind fault.InputMissing. The result vermagic is the vermagic of all modules.
 func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 	rules, err := k.rules()
 	if err != nil {

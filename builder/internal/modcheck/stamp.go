@@ -23,7 +23,8 @@ const (
 // stampAlign is the alignment of a note in bytes.
 const stampAlign = 4
 
-// maxModule limits the size in bytes of a module that Stamp reads. The largest module has 250 MB before it is stripped.
+// maxModule is the largest size of a module that Stamp reads, in bytes. The largest module has 250 MB before it is
+// stripped.
 const maxModule = 1 << 30
 
 // Stamp copies a module from src to the new file dst and adds the stamp. The stamp is an ELF note with f, the ABI

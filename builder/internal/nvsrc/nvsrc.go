@@ -57,7 +57,7 @@ const (
 // limits are several times the size of a release of 2026 (1.5 GB, 2,500 files).
 var limits = archive.Options{Entries: 100_000, Bytes: 8 << 30}
 
-// folders maps each flavour to the folder of its module sources in a release.
+// folders has the folder of the module sources in a release, by flavour.
 var folders = map[target.Flavour]string{target.Proprietary: "kernel", target.Open: "kernel-open"}
 
 // lister is a bucket that can list its objects. A plain https bucket cannot.

@@ -32,8 +32,8 @@ const (
 	firmwareDir = "firmware/nvidia"
 )
 
-// destinations maps file types, as they are in the manifest, to folders of an installation. It has the types that a
-// compute node needs. Files of all other types are left out: X11, VDPAU, documentation, unit files and sources.
+// destinations has the folder in an installation for each type of file that a compute node needs. The types are those
+// in the manifest. Files of all other types are left out: X11, VDPAU, documentation, unit files and sources.
 // GLX_CLIENT_LIB is included, because Vulkan's driver file refers to libGLX_nvidia.
 var destinations = map[string]string{
 	"CUDA_LIB": libDir, "OPENCL_LIB": libDir, "OPENCL_WRAPPER_LIB": libDir, "NVCUVID_LIB": libDir, "ENCODEAPI_LIB": libDir,

@@ -75,7 +75,7 @@ type Report struct {
 	// bundle that a reader of the delta needs. Base is "" for a complete bundle.
 	Index string `json:"index"`
 	Base  string `json:"base,omitempty"`
-	// Artifacts lists the packed drivers.
+	// Artifacts are the packed drivers.
 	Artifacts []Artifact `json:"artifacts"`
 	Images    []string   `json:"images,omitempty"`
 	// Snapshot is the number of files in the snapshot. Keys is the number of public keys.

@@ -37,7 +37,7 @@ type Entry struct {
 	Size   int64    `json:"size"` // total size of the layers in bytes, for all platforms
 }
 
-// maxDepth limits how deeply indexes may be nested.
+// maxDepth is the largest depth of nested indexes.
 const maxDepth = 3
 
 // Show returns the content of a bundle. It compares each blob that the index refers to, directly or not, with the

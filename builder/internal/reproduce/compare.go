@@ -229,8 +229,8 @@ func elfDifference(published, made []byte) string {
 	}
 }
 
-// sections maps names of sections to contents. The contents of sections with the same name are joined. A section that
-// cannot be read counts as empty, because the files' bytes are compared anyway.
+// sections returns the contents of the sections by name. The contents of sections with the same name are joined. A
+// section that cannot be read counts as empty, because the files' bytes are compared anyway.
 func sections(f *elf.File) map[string][]byte {
 	all := map[string][]byte{}
 	for _, s := range f.Sections {

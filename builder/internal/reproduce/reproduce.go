@@ -60,7 +60,7 @@ type Report struct {
 	ModuleKey string `json:"moduleKey,omitempty"`
 	// Made is the digest of the new artifact.
 	Made string `json:"made"`
-	// Files is the number of files that were compared. Differences lists the files that differ, by name. Both cover
+	// Files is the number of files that were compared. Differences are the files that differ, sorted by name. Both cover
 	// only the layers whose digests differ.
 	Files       int          `json:"files"`
 	Differences []Difference `json:"differences,omitempty"`

@@ -47,7 +47,7 @@ type Manifest struct {
 	// Settings are lines 3 to 8. NVIDIA's installer reads these lines, and Prebake does not use them.
 	Settings []string
 	Entries  []Entry
-	// Unknown maps each type that this package does not know to the number of lines with this type.
+	// Unknown has the number of lines of each type that this package does not know.
 	Unknown map[string]int
 }
 

@@ -37,7 +37,7 @@ type Facts struct {
 	// Materials are the build's inputs, as the provenance has them.
 	Materials []sign.Material
 	Layers    []bundle.Layer
-	// Modules maps the names of the modules, with or without .ko, to the paths of the module files on this machine.
+	// Modules has the paths of the module files on this machine, by the module's name with or without .ko.
 	Modules map[string]string
 	// Created is the document's time. Zero means 1970, as in all other parts of an artifact. The time of a clock would
 	// make each document different.

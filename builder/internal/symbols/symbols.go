@@ -45,7 +45,7 @@ type Facts struct {
 	Artifact    string             `json:"artifact"`
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
-	// Modules maps the names of modules to their build ids.
+	// Modules has the build ids of the modules, by the module's name.
 	Modules map[string]string `json:"modules"`
 }
 

@@ -53,7 +53,7 @@ type Cell struct {
 	Attempt int
 }
 
-// flushTimeout limits the time for sending the last spans.
+// flushTimeout is the time limit for sending the last spans.
 const flushTimeout = 5 * time.Second
 
 // Start starts traces and metrics. The caller closes the result. If Cache is set, Start replaces its Count function.

@@ -28,7 +28,7 @@ var ErrKind = errors.New("not a regular file")
 // ErrLarge means that the size of a file, or the number of names in a folder, exceeds the limit.
 var ErrLarge = errors.New("larger than allowed")
 
-// maxNames limits how many names Files reads, and maxDepth how deeply the folders may be nested.
+// maxNames is the largest number of names that Files reads, and maxDepth is the largest depth of nested folders.
 const (
 	maxNames = 100_000
 	maxDepth = 32
@@ -149,7 +149,7 @@ func (d *Dir) Copy(to, name string, max int64) (sum string, err error) {
 	return hex.EncodeToString(h.Sum(nil)), err
 }
 
-// Files lists the regular files in the folder and below it, as sorted slash paths. It skips links and everything else
+// Files returns the regular files in the folder and below it, as sorted slash paths. It skips links and everything else
 // that is not a regular file.
 func (d *Dir) Files() ([]string, error) {
 	var files []string
