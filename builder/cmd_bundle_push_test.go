@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// destination runs the registry of the library go-containerregistry. If audience is not empty, the registry reports
+// destination starts the registry of the library go-containerregistry. If audience is not empty, the registry sends
 // audience in a header. If hidden is true, the registry lists tags only to clients with credentials. writes is the
 // number of requests that write.
 func destination(t *testing.T, audience string, hidden bool) (ref string, writes *atomic.Int64) {

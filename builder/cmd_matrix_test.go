@@ -67,7 +67,7 @@ func TestScript(t *testing.T) {
 	})
 }
 
-// await waits until a file exists. await stops waiting when the test's time is over.
+// await waits until a file exists, or until the test's time is over.
 func await(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 {
 		ts.Fatalf("usage: await FILE")

@@ -56,7 +56,8 @@ func TestRemovable(t *testing.T) {
 	}
 }
 
-// TestOfCommit checks that readCommit takes time and commit from git, not from a clock, and refuses uncommitted changes.
+// TestOfCommit checks that readCommit takes the time from git, not from a clock, and that it refuses uncommitted
+// changes.
 func TestOfCommit(t *testing.T) {
 	dir := t.TempDir()
 	git := func(args ...string) {
@@ -112,7 +113,8 @@ func TestOfCommit(t *testing.T) {
 	}
 }
 
-// TestSameGo checks that the assembler must run with the Go of go.mod, because its Go library compresses the layers.
+// TestSameGo checks that the release program must be compiled by the Go release in go.mod, because its standard library
+// compresses the layers.
 func TestSameGo(t *testing.T) {
 	t.Parallel()
 	c := config{source: "../.."}

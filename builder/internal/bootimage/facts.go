@@ -46,8 +46,8 @@ var (
 
 const hintHeaders = "check that kernel-headers.tgz is the header archive of a COS build"
 
-// ReadFacts reads the facts from a vmlinux. The error has the kind [fault.Unsupported] if the file does not have the
-// form of a vmlinux.
+// ReadFacts reads the facts from a vmlinux. If the file does not have the form of a vmlinux, the error has the kind
+// [fault.Unsupported].
 func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 	var f Facts
 	file, err := elf.NewFile(vmlinux)
@@ -218,8 +218,8 @@ func readBounded(file string) ([]byte, error) {
 	return text, err
 }
 
-// firstDifference returns the first option, by name, whose values in the two configurations differ. It returns "" if
-// the configurations are equal.
+// firstDifference returns the first option, by name, whose values in the two configurations differ. If the
+// configurations are equal, it returns "".
 func firstDifference(a, b kconfig.Config) string {
 	var differ []string
 	for _, pair := range [][2]kconfig.Config{{a, b}, {b, a}} {

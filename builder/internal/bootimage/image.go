@@ -52,8 +52,8 @@ func odd(format string, args ...any) error {
 // Write writes an image that qemu's -kernel accepts. For amd64 the image is an ELF file with the kernel's own segments
 // and Prebake's entry code. The PVH note of the image has the address of this entry code, so every kernel boots, with
 // or without a PVH entry of its own. For arm64 the image is the kernel's Image: the same file that objcopy -O binary
-// makes from vmlinux. The error has the kind [fault.Unsupported] if vmlinux does not have the form of a kernel for
-// arch.
+// makes from vmlinux. If vmlinux does not have the form of a kernel for arch, the error has the kind
+// [fault.Unsupported].
 func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	f, err := elf.NewFile(vmlinux)
 	if err != nil {
@@ -95,7 +95,7 @@ const (
 	atImageMagic = 56
 )
 
-// writeFlat writes each segment at its place in memory. writeFlat returns an error if a segment is incomplete, because
+// writeFlat writes each segment at its place in memory. If a segment is incomplete, writeFlat returns an error, because
 // such a kernel would start and then hang.
 func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	for _, p := range load {

@@ -78,7 +78,7 @@ type Machine struct {
 	Library func(name string) bool
 	// Executable returns an error if a path is not a program that this user may run.
 	Executable func(path string) error
-	// Sandbox runs an empty sandbox. Limits is [sandbox.SupportedLimits].
+	// Sandbox runs an empty sandbox. Limits says which limits the sandbox can set, as [sandbox.SupportedLimits] does.
 	Sandbox func(ctx context.Context) error
 	Limits  func() sandbox.LimitSupport
 	// Memory is the number of bytes of memory that this process may use. Processors is the number of processors that it
@@ -92,7 +92,8 @@ type Machine struct {
 	// Now returns the machine's time. Synchronised is true if the kernel considers its clock synchronised.
 	Now          func() time.Time
 	Synchronised bool
-	// Mirror tries one entry of Config.Mirrors, Destination one entry of Config.Destinations, and Key tries Config.Key.
+	// Mirror tries one entry of Config.Mirrors, Destination tries one entry of Config.Destinations, and Key tries
+	// Config.Key.
 	Mirror, Destination, Key func(ctx context.Context, name string) error
 	// MayGo asks the licence rule whether artifacts of a flavour may go to a destination. If the rule forbids it, the
 	// error is [fault.PublishRefused].
@@ -240,7 +241,7 @@ func (e *examination) machine() {
 	need := int64(jobs) << 30
 	if e.m.Memory < need {
 		f := Finding{Check: "memory", Level: Warn,
-			Text: fmt.Sprintf("%s for %d jobs; want 1 GiB for each job", size(e.m.Memory), jobs),
+			Text: fmt.Sprintf("there are %s for %d jobs; want 1 GiB for each job", size(e.m.Memory), jobs),
 			Next: fmt.Sprintf("run fewer jobs: --jobs %d", max(1, e.m.Memory>>30))}
 		if e.m.Memory < 1<<30 {
 			f.Level, f.Class, f.Next = Fail, fault.OutOfMemory.String(), "give the builder at least 1 GiB of memory"
@@ -387,7 +388,7 @@ func (r *Report) Err() error {
 	if err != nil {
 		return err
 	}
-	return fault.New(kind, fmt.Sprintf("this machine cannot build: %d of %d checks fail, the first is %s", n,
+	return fault.New(kind, fmt.Sprintf("this machine cannot build: %d of %d checks fail; the first of them is %s", n,
 		len(r.Findings), r.Findings[first].Check), r.Findings[first].Next)
 }
 

@@ -18,7 +18,7 @@ import (
 )
 
 // Read returns the list of supported GPUs of a release. dir is the folder with the extracted release, and version is
-// the driver's version. If the release has no list, as old releases, Read returns nil.
+// the driver's version. If the release is old and has no list, Read returns nil.
 func Read(dir, version string) (*gpulist.List, error) {
 	f, err := os.OpenInRoot(dir, gpulist.File)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -48,7 +48,7 @@ func Statement(digest string, d target.Driver, l *gpulist.List) (sign.Statement,
 	}
 	if len(raw) > maxPredicate {
 		return sign.Statement{}, fault.Errorf(fault.Unsupported,
-			"make list of supported GPUs: it has %d bytes; at most %d fit into a statement", len(raw), maxPredicate)
+			"make the list of supported GPUs: it has %d bytes; at most %d fit into a statement", len(raw), maxPredicate)
 	}
 	return sign.About("nvidia-"+d.String(), digest, gpulist.PredicateType, short)
 }

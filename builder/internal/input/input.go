@@ -172,7 +172,8 @@ func (f *Fetcher) read(ctx context.Context, name string, limit int64) ([]byte, c
 		return nil, attrs, fmt.Errorf("fetch %s: %w", attrs.URL, err)
 	}
 	if int64(len(data)) > limit {
-		return nil, attrs, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit),
+		return nil, attrs, fault.New(fault.Unsupported,
+			fmt.Sprintf("fetch %s: the object has more than %d bytes", attrs.URL, limit),
 			"put the original object into the bucket again: it is much smaller")
 	}
 	return data, attrs, nil
@@ -256,8 +257,8 @@ func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material)
 	return err
 }
 
-// fetch downloads the object once and compares it with sum. If sum is zero, fetch compares it with the MD5 in the
-// bucket's metadata. fetch also returns the bucket's attributes of the object.
+// fetch downloads the object once and compares it with sum. If sum is zero, fetch compares the object with the MD5 in
+// the bucket's metadata. It also returns the bucket's attributes of the object.
 func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbucket.Attrs, error) {
 	body, attrs, err := f.Source.Get(ctx, name)
 	if err != nil {

@@ -31,7 +31,7 @@ type Config struct {
 	// If VMLinux is true, Build fetches vmlinux and compares it with the headers. vmlinux is the linked kernel; it may
 	// have hundreds of megabytes.
 	VMLinux bool
-	// Progress receives progress, one line at a time. nil means no output.
+	// Progress is called with each line of progress. If nil, there is no such output.
 	Progress func(string)
 }
 

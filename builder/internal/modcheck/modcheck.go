@@ -160,7 +160,7 @@ func structSize(boot string) (uint64, error) {
 	for _, name := range files {
 		m, err := Read(filepath.Join(boot, name))
 		if err != nil {
-			return 0, fmt.Errorf("read the kernel's own module: %s: %w", name, err)
+			return 0, fmt.Errorf("read the kernel's own module %s: %w", name, err)
 		}
 		if m.StructSize != 0 {
 			return m.StructSize, nil

@@ -65,7 +65,7 @@ type lister interface {
 	List(ctx context.Context, prefix string) ([]string, error)
 }
 
-// Fetch fetches a release into the cache. say receives progress, one line at a time. say may be nil.
+// Fetch fetches a release into the cache. say is called with each line of progress. It may be nil.
 func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, version string, arch target.Arch,
 	say func(string)) (*Release, error) {
 	return fetch(ctx, b, cache, version, arch, say)

@@ -195,7 +195,8 @@ func wanted(to, base string) bool {
 	return true
 }
 
-// dropDangling removes links whose target is not in the layout. The function userspace has left out such a target.
+// dropDangling removes links whose target is not in the layout. Such a target is a file that the function userspace has
+// left out.
 func dropDangling(layout map[string]item) {
 	for again := true; again; {
 		again = false

@@ -12,8 +12,8 @@ import (
 	"strings"
 )
 
-// maxManifest and maxField limit the sizes of a manifest and of a path, in bytes. maxEntries limits the number of
-// entries. Real manifests have about 1,000 lines. headerLines is the number of lines before the first entry.
+// maxManifest and maxField are the largest sizes of a manifest and of a path, in bytes. maxEntries is the largest
+// number of entries. Real manifests have about 1,000 lines. headerLines is the number of lines before the first entry.
 const (
 	maxManifest = 4 << 20
 	maxEntries  = 50_000
@@ -103,7 +103,7 @@ func ParseManifest(r io.Reader) (*Manifest, error) {
 	for n := 1; lines.Scan(); n++ {
 		text := lines.Text()
 		if read += len(text) + 1; read > maxManifest || len(m.Entries) >= maxEntries {
-			return nil, damaged("manifest is longer than %d bytes or %d entries", maxManifest, maxEntries)
+			return nil, damaged("the manifest is longer than %d bytes or %d entries", maxManifest, maxEntries)
 		}
 		switch {
 		case n == 1:
@@ -120,12 +120,12 @@ func ParseManifest(r io.Reader) (*Manifest, error) {
 	}
 	if err := lines.Err(); err != nil {
 		if errors.Is(err, bufio.ErrTooLong) {
-			return nil, damaged("manifest has a line over %d bytes", 8*maxField)
+			return nil, damaged("the manifest has a line of more than %d bytes", 8*maxField)
 		}
 		return nil, fmt.Errorf("read manifest: %w", err)
 	}
 	if len(m.Settings) != headerLines-2 {
-		return nil, damaged("manifest ends inside its header")
+		return nil, damaged("the manifest ends inside its header")
 	}
 	return m, nil
 }
@@ -165,7 +165,7 @@ func (m *Manifest) line(text string) error {
 func (e *Entry) fill(s lineFormat, fields []string) error {
 	next := func(what string) (string, error) {
 		if len(fields) == 0 {
-			return "", fmt.Errorf("no %s", what)
+			return "", fmt.Errorf("the field %s is missing", what)
 		}
 		f := fields[0]
 		fields = fields[1:]

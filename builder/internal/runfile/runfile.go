@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// These constants limit the script: its lines, and its size in bytes. NVIDIA's script has about 1,100 lines and 40 KB.
-// The original makeself's script has 700 lines.
+// These constants are the largest number of lines of the script and the script's largest size in bytes. NVIDIA's script
+// has about 1,100 lines and 40 KB. The original makeself's script has 700 lines.
 const (
 	maxLines  = 20_000
 	maxScript = 4 << 20

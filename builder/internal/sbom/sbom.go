@@ -1,7 +1,7 @@
 // Package sbom writes the contents of an artifact as an SPDX 2.3 document: NVIDIA's runfile, the kernel's header tree,
 // the toolchain, and every module with the inputs that it was made from. The same facts give the same bytes. The
-// package refuses to guess licences: it names the licences of the runfile and of the kernel's headers, which a person
-// has read. All other inputs get NOASSERTION, SPDX's word for "no statement".
+// package refuses to guess licences: it gives only the licences of the runfile and of the kernel's headers, which a
+// person has read. All other inputs get NOASSERTION, SPDX's word for "no statement".
 package sbom
 
 import (

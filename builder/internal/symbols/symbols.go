@@ -29,7 +29,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// ArtifactType is the type of the referrer that holds a driver's symbols.
+// ArtifactType is the artifact type of the referrer with a driver's symbols.
 const ArtifactType = "application/vnd.prebake.debug-symbols.v1"
 
 // Folder is the folder of the files in the layer. gdb, crash, perf and drgn look for symbols by build id in this folder
@@ -233,7 +233,7 @@ func buildID(file string) (string, error) {
 	return m.BuildID, nil
 }
 
-// linkOrCopy makes a file available under another name. linkOrCopy copies the file only if a hard link is not possible.
+// linkOrCopy makes a file available under another name. It copies the file only if a hard link is not possible.
 func linkOrCopy(dst, src string) error {
 	if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
 		return err
