@@ -137,8 +137,8 @@ func requireFlags(cmd *ucli.Command, names ...string) error {
 	return fault.New(fault.Usage, "missing: "+strings.Join(none, ", "), "see "+cmd.FullName()+" --help")
 }
 
-// refuseFlags returns an error if any of the given flags is set. These flags have no effect together with setting,
-// which is a text for the error.
+// refuseFlags returns an error if any of the given flags is set. The argument setting is a text for the error. It says
+// together with which setting these flags have no effect.
 func refuseFlags(cmd *ucli.Command, setting string, names ...string) error {
 	for _, name := range names {
 		if cmd.IsSet(name) {

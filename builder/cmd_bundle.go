@@ -54,8 +54,8 @@ func openBundle(ref string) (*registry.Repository, error) {
 	return registry.Open(ref, registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()})
 }
 
-// openNamed opens a registry with the credentials in --username and --password.
-func openNamed(cmd *ucli.Command, ref string) (*registry.Repository, error) {
+// openWithLogin opens a registry with the credentials in --username and --password.
+func openWithLogin(cmd *ucli.Command, ref string) (*registry.Repository, error) {
 	return registry.Open(ref, registry.Options{
 		UserAgent: "prebake-builder/" + version, Keychain: login.Keychain(),
 		Username: cmd.String("username"), Password: cmd.String("password"),
@@ -177,7 +177,7 @@ func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
 	if err := requireFlags(cmd, "from"); err != nil {
 		return c, err
 	}
-	if c.From, err = openNamed(cmd, cmd.String("from")); err != nil {
+	if c.From, err = openWithLogin(cmd, cmd.String("from")); err != nil {
 		return c, err
 	}
 	var errs []error

@@ -48,7 +48,7 @@ Example:
 			if err != nil {
 				return err
 			}
-			to, err := openNamed(cmd, cmd.String("to"))
+			to, err := openWithLogin(cmd, cmd.String("to"))
 			if err != nil {
 				return err
 			}

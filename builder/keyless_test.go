@@ -34,7 +34,7 @@ func TestKeylessFlags(t *testing.T) {
 		t.Fatalf("keygen = %d %s%s", code, out, errs)
 	}
 
-	// try returns what doctor reports about the key. The other findings depend on the machine.
+	// try runs doctor and returns its finding about the key. The other findings depend on the machine.
 	try := func(args ...string) (level, text string) {
 		_, out, errs := run(t, append([]string{"doctor", "--cache", filepath.Join(dir, "cache"), "--output", "json", "--key",
 			ref, "--trusted-root", trusted}, args...)...)

@@ -139,10 +139,10 @@ func (c *config) fetch(ctx context.Context, all []debPackage) error {
 	return nil
 }
 
-// download fetches packages from one archive with apt's own client. missing has their indexes in all. download returns
-// the indexes of the packages that are still missing.
-func download(ctx context.Context, base string, all []debPackage, missing []int) (still []int, err error) {
-	for batch := range slices.Chunk(missing, 32) {
+// download fetches packages from one archive with apt's own client. The argument indexes says which packages of all it
+// fetches. The result failed has the indexes of those packages that the archive does not have with the right SHA-256.
+func download(ctx context.Context, base string, all []debPackage, indexes []int) (failed []int, err error) {
+	for batch := range slices.Chunk(indexes, 32) {
 		args := []string{"-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3", "download-file"}
 		for _, i := range batch {
 			if info, err := os.Stat(base); err == nil && info.IsDir() {
@@ -166,7 +166,7 @@ func download(ctx context.Context, base string, all []debPackage, missing []int)
 		for _, i := range batch {
 			part := all[i].file + ".part"
 			if checkFileSum(part, all[i].sum) != nil {
-				still = append(still, i)
+				failed = append(failed, i)
 				if err := os.Remove(part); err != nil && !errors.Is(err, os.ErrNotExist) {
 					return nil, err
 				}
@@ -175,7 +175,7 @@ func download(ctx context.Context, base string, all []debPackage, missing []int)
 			}
 		}
 	}
-	return still, nil
+	return failed, nil
 }
 
 func copyFile(from, to string) error {

@@ -52,15 +52,15 @@ func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 	var f Facts
 	file, err := elf.NewFile(vmlinux)
 	if err != nil {
-		return f, odd("%v", err)
+		return f, badVMLinux("%v", err)
 	}
 	s := file.Section(".rodata")
 	if s == nil || s.Type == elf.SHT_NOBITS || s.Size > maxSection {
-		return f, odd("its section .rodata is missing, or has more than %d MiB", maxSection>>20)
+		return f, badVMLinux("its section .rodata is missing, or has more than %d MiB", maxSection>>20)
 	}
 	text, err := s.Data()
 	if err != nil {
-		return f, odd("section .rodata: %v", err)
+		return f, badVMLinux("section .rodata: %v", err)
 	}
 	for rest := text; ; {
 		i := bytes.Index(rest, bannerBegins)
@@ -77,12 +77,12 @@ func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 		rest = rest[end:]
 	}
 	if len(f.Banners) == 0 {
-		return f, odd("its section .rodata has no text that begins with %q", bannerBegins)
+		return f, badVMLinux("its section .rodata has no text that begins with %q", bannerBegins)
 	}
 	if _, packed, ok := bytes.Cut(text, configBegins); ok {
 		if packed, _, ok = bytes.Cut(packed, configEnds); ok {
 			if f.Config, err = unpackConfig(packed); err != nil {
-				return f, odd("its configuration: %v", err)
+				return f, badVMLinux("its configuration: %v", err)
 			}
 		}
 	}
@@ -167,7 +167,7 @@ func (f Facts) Check(headers string) error {
 	words := fmt.Errorf("vmlinux says %.160q; the headers say %q … %q", f.Banners[len(f.Banners)-1], begins,
 		said["UTS_VERSION"])
 	if !slices.ContainsFunc(f.Banners, func(banner string) bool { return strings.HasPrefix(banner, release) }) {
-		return foreign(words)
+		return mismatch(words)
 	}
 	if err := f.checkConfig(headers); err != nil {
 		return err
@@ -175,7 +175,7 @@ func (f Facts) Check(headers string) error {
 	if !slices.ContainsFunc(f.Banners, func(banner string) bool {
 		return strings.HasPrefix(banner, begins) && strings.HasSuffix(banner, said["UTS_VERSION"])
 	}) {
-		return foreign(fmt.Errorf("%w: %w", ErrOtherRun, words))
+		return mismatch(fmt.Errorf("%w: %w", ErrOtherRun, words))
 	}
 	return nil
 }
@@ -186,19 +186,19 @@ func (f Facts) checkConfig(headers string) error {
 	}
 	inside, err := kconfig.Parse(f.Config)
 	if err != nil {
-		return foreign(err)
+		return mismatch(err)
 	}
 	outside, err := kconfig.ReadFile(filepath.Join(headers, ".config"))
 	if err != nil {
 		return err
 	}
 	if line := firstDifference(inside, outside); line != "" {
-		return foreign(errors.New("its configuration differs from the .config of the headers in " + line))
+		return mismatch(errors.New("its configuration differs from the .config of the headers in " + line))
 	}
 	return nil
 }
 
-func foreign(why error) error {
+func mismatch(why error) error {
 	return fault.Wrap(fault.Mismatch, fmt.Errorf("vmlinux is not the kernel of this COS build: %w", why),
 		"replace vmlinux in the bucket by the file from the run of make that produced kernel-headers.tgz; to publish "+
 			"without a load test, add --load-test off")

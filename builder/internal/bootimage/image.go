@@ -45,7 +45,7 @@ const (
 const hintImage = "check that vmlinux in the bucket is the unchanged output of the linker: an ELF file with program " +
 	"segments"
 
-func odd(format string, args ...any) error {
+func badVMLinux(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "read vmlinux: "+fmt.Sprintf(format, args...), hintImage)
 }
 
@@ -57,11 +57,11 @@ func odd(format string, args ...any) error {
 func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	f, err := elf.NewFile(vmlinux)
 	if err != nil {
-		return odd("%v", err)
+		return badVMLinux("%v", err)
 	}
 	want := map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}[arch]
 	if f.Class != elf.ELFCLASS64 || f.Machine != want {
-		return odd("it is an ELF file of %v for %v; want %v for %v", f.Class, f.Machine, elf.ELFCLASS64, want)
+		return badVMLinux("it is an ELF file of %v for %v; want %v for %v", f.Class, f.Machine, elf.ELFCLASS64, want)
 	}
 	var load []*elf.Prog
 	low, high := ^uint64(0), uint64(0)
@@ -70,19 +70,19 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 			continue
 		}
 		if p.Filesz > p.Memsz || p.Memsz > maxMemory || p.Paddr+p.Memsz < p.Paddr {
-			return odd("the segment at %#x has an impossible size: %d bytes, %d of them in the file", p.Paddr, p.Memsz, p.Filesz)
+			return badVMLinux("the segment at %#x has an impossible size: %d bytes, %d of them in the file", p.Paddr, p.Memsz, p.Filesz)
 		}
 		load, low, high = append(load, p), min(low, p.Paddr), max(high, p.Paddr+p.Memsz)
 	}
 	if len(load) == 0 || len(load) > maxSegments || high-low > maxMemory {
-		return odd("its %d segments take %d bytes of memory; want 1 to %d segments of at most %d bytes", len(load), high-low,
+		return badVMLinux("its %d segments take %d bytes of memory; want 1 to %d segments of at most %d bytes", len(load), high-low,
 			maxSegments, maxMemory)
 	}
 	if arch == target.ARM64 {
 		return writeFlat(out, load, low, high)
 	}
 	if low < entryAt+entrySize || high > lowMemory || f.Entry < low || f.Entry >= high {
-		return odd("its segments are from %#x to %#x, and its entry is at %#x; want segments from %#x to %#x with the entry "+
+		return badVMLinux("its segments are from %#x to %#x, and its entry is at %#x; want segments from %#x to %#x with the entry "+
 			"inside", low, high, f.Entry, entryAt+entrySize, lowMemory)
 	}
 	return writeELF(out, f.Entry, load)
@@ -104,16 +104,16 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 			return err
 		}
 		if uint64(n) != p.Filesz { //nolint:gosec // never negative
-			return odd("the file ends inside the segment for address %#x: it has %d of the segment's %d bytes", p.Paddr, n,
+			return badVMLinux("the file ends inside the segment for address %#x: it has %d of the segment's %d bytes", p.Paddr, n,
 				p.Filesz)
 		}
 	}
 	head := make([]byte, 64)
 	if _, err := out.ReadAt(head, 0); err != nil || string(head[atImageMagic:][:4]) != "ARM\x64" {
-		return odd("its first segment does not begin as an arm64 Image")
+		return badVMLinux("its first segment does not begin as an arm64 Image")
 	}
 	if size := binary.LittleEndian.Uint64(head[atImageSize:]); size < high-low || size > maxMemory {
-		return odd("its Image header says that the kernel takes %d bytes of memory; the segments take %d", size, high-low)
+		return badVMLinux("its Image header says that the kernel takes %d bytes of memory; the segments take %d", size, high-low)
 	}
 	return nil
 }

@@ -243,25 +243,25 @@ func (t *Types) checkID(id uint32) error {
 	return nil
 }
 
-// checkName returns an error if no string begins at the offset at. An offset below the size of the kernel's table of
+// checkName returns an error if no string begins at an offset. An offset below the size of the kernel's table of
 // strings (base) is in this table. Higher offsets continue in the table of t.
-func (t *Types) checkName(at uint32, base *Types) error {
-	table, i := base.strings, uint64(at)
+func (t *Types) checkName(offset uint32, base *Types) error {
+	table, i := base.strings, uint64(offset)
 	if i >= uint64(len(table)) {
 		table, i = t.strings, i-uint64(len(table))
 	}
 	switch {
 	case i >= uint64(len(table)):
-		return fmt.Errorf("check name at offset %d: it is after the end of the strings", at)
+		return fmt.Errorf("check name at offset %d: it is after the end of the strings", offset)
 	case i > 0 && table[i-1] != 0:
 		within := stringAt(table, int(i)) //nolint:gosec // within table
-		return fmt.Errorf("check name at offset %d: it begins inside another name, %q", at, within)
+		return fmt.Errorf("check name at offset %d: it begins inside another name, %q", offset, within)
 	}
 	return nil
 }
 
-// stringAt returns the string that contains the offset at.
-func stringAt(table []byte, at int) []byte {
-	from := bytes.LastIndexByte(table[:at], 0) + 1
+// stringAt returns the string that contains an offset.
+func stringAt(table []byte, offset int) []byte {
+	from := bytes.LastIndexByte(table[:offset], 0) + 1
 	return table[from : from+bytes.IndexByte(table[from:], 0)]
 }

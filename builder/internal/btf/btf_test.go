@@ -27,10 +27,10 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// edit returns a copy of data in which the 32-bit word with the index at has the given value.
-func edit(data []byte, at int, value uint32) []byte {
+// edit returns a copy of data in which the 32-bit word with the given index has the given value.
+func edit(data []byte, index int, value uint32) []byte {
 	out := bytes.Clone(data)
-	binary.LittleEndian.PutUint32(out[4*at:], value)
+	binary.LittleEndian.PutUint32(out[4*index:], value)
 	return out
 }
 

@@ -111,7 +111,7 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	ctx, stop := context.WithTimeout(t.Context(), 45*time.Minute)
 	defer stop()
 	var asking sync.WaitGroup
-	asking.Go(func() { s.ask(ctx, t) })
+	asking.Go(func() { s.requestCells(ctx, t) })
 	blows := s.roundFaults(rng)
 	for first := true; ; first = false {
 		for _, n := range rng.Perm(len(blows)) {
@@ -139,8 +139,9 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	}
 }
 
-// ask requests every cell, as a planner or a node would. It repeats each request until the server accepts the request.
-func (s *faultRun) ask(ctx context.Context, t *testing.T) {
+// requestCells requests every cell, as a planner or a node would. It repeats each request until the server accepts the
+// request.
+func (s *faultRun) requestCells(ctx context.Context, t *testing.T) {
 	for n := range s.jobs {
 		for {
 			_, err := s.client.RequestBuild(ctx,

@@ -140,7 +140,7 @@ func (e *examination) ok(check, format string, args ...any) {
 	e.add(Finding{Check: check, Level: OK, Text: fmt.Sprintf(format, args...)})
 }
 
-// fail adds a finding for an error, with the error's hint. If the error has no hint, the finding has next instead.
+// fail adds a finding for an error, with the error's hint. If the error has no hint, the argument next is used instead.
 func (e *examination) fail(check string, err error, next string) {
 	if hint := fault.Hint(err); hint != "" {
 		next = hint

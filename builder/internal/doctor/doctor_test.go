@@ -210,7 +210,7 @@ func TestFindings(t *testing.T) {
 	}
 }
 
-// TestNothingOutside checks that doctor does not try mirrors, destinations or keys that are not configured.
+// TestNothingOutside checks that, without mirrors, destinations and key in the configuration, doctor tries none.
 func TestNothingOutside(t *testing.T) {
 	t.Parallel()
 	m := healthyMachine()

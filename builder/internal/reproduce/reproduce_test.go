@@ -94,7 +94,7 @@ func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 }
 
 // rebuild returns a function for Config.Make that builds nothing. The function checks that the request is for the cell
-// of want, and returns this image with these layers and inputs.
+// of the sample want, and returns the given image with the given layers and inputs.
 func rebuild(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context,
 	pipeline.Request) (*pipeline.Made, error) {
 	return func(_ context.Context, req pipeline.Request) (*pipeline.Made, error) {
