@@ -70,20 +70,21 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 			continue
 		}
 		if p.Filesz > p.Memsz || p.Memsz > maxMemory || p.Paddr+p.Memsz < p.Paddr {
-			return badVMLinux("the segment at %#x has an impossible size: %d bytes, %d of them in the file", p.Paddr, p.Memsz, p.Filesz)
+			return badVMLinux("the segment at %#x has an impossible size: %d bytes, %d of them in the file",
+				p.Paddr, p.Memsz, p.Filesz)
 		}
 		load, low, high = append(load, p), min(low, p.Paddr), max(high, p.Paddr+p.Memsz)
 	}
 	if len(load) == 0 || len(load) > maxSegments || high-low > maxMemory {
-		return badVMLinux("its %d segments take %d bytes of memory; want 1 to %d segments of at most %d bytes", len(load), high-low,
-			maxSegments, maxMemory)
+		return badVMLinux("its %d segments take %d bytes of memory; want 1 to %d segments of at most %d bytes",
+			len(load), high-low, maxSegments, maxMemory)
 	}
 	if arch == target.ARM64 {
 		return writeFlat(out, load, low, high)
 	}
 	if low < entryAt+entrySize || high > lowMemory || f.Entry < low || f.Entry >= high {
-		return badVMLinux("its segments are from %#x to %#x, and its entry is at %#x; want segments from %#x to %#x with the entry "+
-			"inside", low, high, f.Entry, entryAt+entrySize, lowMemory)
+		return badVMLinux("its segments are from %#x to %#x, and its entry is at %#x; want segments from %#x to %#x with the "+
+			"entry inside", low, high, f.Entry, entryAt+entrySize, lowMemory)
 	}
 	return writeELF(out, f.Entry, load)
 }
@@ -104,8 +105,8 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 			return err
 		}
 		if uint64(n) != p.Filesz { //nolint:gosec // never negative
-			return badVMLinux("the file ends inside the segment for address %#x: it has %d of the segment's %d bytes", p.Paddr, n,
-				p.Filesz)
+			return badVMLinux("the file ends inside the segment for address %#x: it has %d of the segment's %d bytes",
+				p.Paddr, n, p.Filesz)
 		}
 	}
 	head := make([]byte, 64)
@@ -113,7 +114,8 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 		return badVMLinux("its first segment does not begin as an arm64 Image")
 	}
 	if size := binary.LittleEndian.Uint64(head[atImageSize:]); size < high-low || size > maxMemory {
-		return badVMLinux("its Image header says that the kernel takes %d bytes of memory; the segments take %d", size, high-low)
+		return badVMLinux("its Image header says that the kernel takes %d bytes of memory; the segments take %d",
+			size, high-low)
 	}
 	return nil
 }
