@@ -38,10 +38,10 @@ COPY bin/builder bin/fetcher bin/guestinit bin/nvmlprobe /usr/local/bin/
 USER 65532:65532
 ENTRYPOINT ["/usr/local/bin/builder"]
 
-# This stage adds qemu for Arm machines, and the programs that run in such a
-# machine. "make arm64-programs" cross-compiled these programs, so that the image
-# needs no compiler. The Debian package also has qemu-system-arm, which emulates
-# 32-bit machines. Load tests do not start it and it is large, so it is removed.
+# This stage adds qemu for Arm machines, and the programs that run in such a machine.
+# "make arm64-programs" cross-compiled these programs, so that the image needs no
+# compiler. The Debian package also has qemu-system-arm, which emulates 32-bit
+# machines. Load tests do not start this program, and it is large, so it is removed.
 FROM builder AS builder-arm64
 USER 0:0
 RUN apt-get update \
@@ -50,5 +50,5 @@ RUN apt-get update \
 COPY bin/guestinit-arm64 bin/nvmlprobe-arm64 /usr/local/bin/
 USER 65532:65532
 
-# The last stage is what docker build makes if no --target is given.
+# If docker build gets no --target, it makes the last stage.
 FROM builder

@@ -6,7 +6,8 @@ SHELL := /bin/bash
 GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
-# Tools are pinned here; those that tests use, in go.mod.
+# The versions of tools are set here. The versions of the tools that tests use
+# are in go.mod.
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 GOVULNDB ?= https://vuln.go.dev
@@ -162,10 +163,11 @@ images-arm64: build arm64-programs ## build the image that load-tests drivers fo
 	@deploy/setup.sh run images
 	@deploy/images.sh --arm64
 
-# ARGS passes flags: -version v1.2.3 names the release (default: git describe), -key FILE signs
-# with an existing key, and -archive URL is an archive that still has the Debian packages that
-# this machine's archive dropped. The release is made with exactly the Go version of go.mod,
-# because Go's standard library compresses the images and another version may write other bytes.
+# ARGS passes flags: -version v1.2.3 is the version of the release (default: git describe), -key
+# FILE signs with an existing key, and -archive URL is an archive that still has the Debian
+# packages that this machine's archive dropped. The release is made with exactly the Go version
+# of go.mod, because Go's standard library compresses the images and another version may write
+# other bytes.
 .PHONY: release
 release: ## make a release of this commit in release/: the same bytes wherever it is made
 	@deploy/setup.sh build run arm64
@@ -199,9 +201,9 @@ clean: ## remove what was built here; the user's cache folder stays
 	rm -rf bin release .release-* screenshots
 	rm -f builder/release/*.lock.new
 
-# clean-cache removes only the folders that it names, because users may keep other files beside
+# clean-cache removes only the folders in its list, because users may keep other files beside
 # them. The next run makes the folders again. The folder build is also the default of builder's
-# --cache. Trees in that cache have read-only folders, so chmod makes these writable first.
+# --cache. That cache has read-only folders, so chmod makes them writable first.
 .PHONY: clean-cache
 clean-cache: ## remove the downloads and caches (some GB) of demo, tests and, by default, builder
 	@state="$${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}"; \

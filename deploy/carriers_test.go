@@ -18,8 +18,8 @@ import (
 )
 
 // TestCarriers checks that containerd handles an artifact as any other image. It mounts the artifact, as kubelet does
-// for an image volume. It pulls the artifact through a mirror that hosts.toml names, as it does with peers such as
-// Spegel. The artifact's registry in this test, farm.example, does not exist: hosts.toml names a mirror in its place.
+// for an image volume. It pulls the artifact through a mirror, as containerd does with peers such as Spegel. The
+// artifact's registry in this test, farm.example, does not exist: the file hosts.toml gives the mirror in its place.
 func TestCarriers(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("containerd runs as root only; run the test as root")
@@ -33,7 +33,7 @@ func TestCarriers(t *testing.T) {
 	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"),
 		target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
 	s.Publish(t, repo)
-	want := tree(t, unpacked(t, repo, s))
+	want := tree(t, unpackArtifact(t, repo, s))
 	passing := distribution.StartMirror(t, r.URL)
 	for name, mirror := range map[string]string{"the server": r.Host, "a pull-through mirror": passing} {
 		t.Run(name, func(t *testing.T) {
@@ -67,8 +67,8 @@ func TestCarriers(t *testing.T) {
 	}
 }
 
-// hostsDir returns a folder that tells containerd to pull the images of a registry from a mirror. containerd's
-// docs/hosts.md describes its form.
+// hostsDir returns a folder with a file hosts.toml, which tells containerd to pull the images of a registry from a
+// mirror. The format of the file is in containerd's docs/hosts.md.
 func hostsDir(t *testing.T, registry, mirror string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -83,8 +83,8 @@ func hostsDir(t *testing.T, registry, mirror string) string {
 	return dir
 }
 
-// unpacked returns a folder with the artifact's files, as a node installs them.
-func unpacked(t *testing.T, repo *registry.Repository, s testkit.Sample) string {
+// unpackArtifact returns a folder with the artifact's files, as a node installs them.
+func unpackArtifact(t *testing.T, repo *registry.Repository, s testkit.Sample) string {
 	t.Helper()
 	dir := t.TempDir()
 	root, err := os.OpenRoot(dir)

@@ -21,7 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// script runs a script of deploy/ci with only env as its environment.
+// script runs a script of deploy/ci. The script's environment has the variables in env, and PATH, HOME and
+// PREBAKE_PAUSE.
 func script(t *testing.T, name string, env []string, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "ci/"+name, args...)
@@ -162,13 +163,14 @@ func TestPreflightWaits(t *testing.T) {
 	}
 }
 
-// TestCIScriptsRunAnImage checks that a script that runs an image passes server, token and network to the program in
-// it.
+// TestCIScriptsRunAnImage checks the scripts with PREBAKE_IMAGE. They must pass the server, the token and the network
+// to the program in the image.
 func TestCIScriptsRunAnImage(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)
 	bin := t.TempDir()
-	// This script replaces Docker. It runs the program with only the variables that the command line names.
+	// This script replaces Docker. It runs the program with only those variables for which the command line has an option
+	// -e.
 	docker := "#!/bin/bash\nset -eu\n[[ \"$1 $2 $3\" == 'run --rm --network=host' ]]\nshift 3\nwith=()\n" +
 		"while [[ $1 == -e ]]; do with+=(\"$2=${!2-}\"); shift 2; done\n[[ $1 == ghcr.io/prebake/server:1 ]]\nshift\nexec " +
 		"env -i \"${with[@]}\" " + r.Binary + " \"$@\"\n"
@@ -198,8 +200,8 @@ func variables(t *testing.T) map[string]bool {
 	return known
 }
 
-// TestCloudBuild checks that cloudbuild.yaml has only members that Cloud Build knows, by decoding it into the type of
-// Google's own client. It also checks that each step runs a script that exists, and sets only variables that a script
+// TestCloudBuild decodes cloudbuild.yaml into the type of Google's own client. The file must have only members that
+// this type has. The test also checks that each step runs a script that exists, and sets only variables that a script
 // reads.
 func TestCloudBuild(t *testing.T) {
 	t.Parallel()
@@ -244,8 +246,8 @@ func TestCloudBuild(t *testing.T) {
 	}
 }
 
-// TestGitHubFiles checks the workflow with actionlint, which reads the action as a local one. The test checks the
-// action's steps itself, because actionlint reads only the action's inputs.
+// TestGitHubFiles checks the workflow with actionlint. For that, the workflow uses the action from a local folder.
+// actionlint reads only the action's inputs, so the test itself checks the action's steps.
 func TestGitHubFiles(t *testing.T) {
 	t.Parallel()
 	action := read(t, "deploy/ci/action.yml")

@@ -35,7 +35,7 @@ type client struct {
 	host string
 }
 
-func newClient(t *testing.T, r running) client {
+func newClient(t *testing.T, r runningServer) client {
 	t.Helper()
 	for _, program := range stockClients {
 		if _, err := exec.LookPath(program); err != nil {
@@ -46,8 +46,8 @@ func newClient(t *testing.T, r running) client {
 	return client{t, t.TempDir(), r.Host}
 }
 
-// try runs a program for at most one minute. It returns what the program printed on stdout. The error of a program that
-// failed has all of its output.
+// try runs a program for at most one minute. It returns what the program printed on stdout. If the program fails, the
+// error has all that the program printed.
 func (c client) try(input, program string, args ...string) (stdout string, err error) {
 	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
@@ -80,17 +80,17 @@ func (c client) login(program string, args ...string) {
 	}
 }
 
-// refused runs a command that must fail.
-func (c client) refused(why, program string, args ...string) {
+// mustFail runs a command that must fail.
+func (c client) mustFail(why, program string, args ...string) {
 	c.t.Helper()
 	if out, err := c.try("", program, args...); err == nil {
 		c.t.Errorf("%s %s = %s; want an error: %s", program, strings.Join(args, " "), out, why)
 	}
 }
 
-// has compares the digest that the registry has under a name with want; "" means that there must be none. It uses a
-// library that none of the clients use, and no credentials.
-func (c client) has(ref, want string) {
+// checkDigest compares want with the digest that the registry has under a name; "" means that there must be none. It
+// uses a library that none of the clients use, and no credentials.
+func (c client) checkDigest(ref, want string) {
 	c.t.Helper()
 	parsed, err := name.ParseReference(c.host+"/"+ref, name.Insecure)
 	if err != nil {
@@ -163,12 +163,12 @@ func orasClient(c client) {
 	}
 	push := []string{"push", "--plain-http", "--artifact-type", "application/vnd.example.notes", repo + ":v1",
 		"notes.txt:text/plain"}
-	c.refused("nobody is logged in", "oras", push...)
-	c.refused("the password is wrong", "oras", append(push, "-u", "x", "-p", "wrong")...)
+	c.mustFail("nobody is logged in", "oras", push...)
+	c.mustFail("the password is wrong", "oras", append(push, "-u", "x", "-p", "wrong")...)
 	c.login("oras", "login", "--plain-http", "-u", "prebake", "--password-stdin", c.host)
 	c.must("oras", push...)
 	digest := c.must("oras", "resolve", "--plain-http", repo+":v1")
-	c.has("oras/files:v1", digest)
+	c.checkDigest("oras/files:v1", digest)
 	c.must("oras", "attach", "--plain-http", "--artifact-type", "application/vnd.example.signature", repo+":v1",
 		"--annotation", "is=signed")
 	if out := c.must("oras", "discover", "--plain-http", "--format", "json", repo+":v1"); strings.Count(out,
@@ -176,7 +176,7 @@ func orasClient(c client) {
 		t.Errorf("oras discover = %s; want what was attached", out)
 	}
 	c.must("oras", "cp", "--recursive", "--from-plain-http", "--to-plain-http", repo+":v1", other+":v1,v2")
-	c.has("oras/copy:v2", digest)
+	c.checkDigest("oras/copy:v2", digest)
 	if out := c.must("oras", "discover", "--plain-http", "--format", "json", other+":v2"); strings.Count(out,
 		"application/vnd.example.signature") != 1 {
 		t.Errorf("oras discover of the copy = %s; want what was attached", out)
@@ -193,11 +193,11 @@ func orasClient(c client) {
 		string(text) != "some notes\n" {
 		t.Errorf("oras pull left %q, %v; want the file", text, err)
 	}
-	c.refused("nobody is logged in", "oras", "manifest", "delete", "--plain-http", "--force", other+"@"+digest)
+	c.mustFail("nobody is logged in", "oras", "manifest", "delete", "--plain-http", "--force", other+"@"+digest)
 	c.login("oras", "login", "--plain-http", "-u", "prebake", "--password-stdin", c.host)
 	c.must("oras", "manifest", "delete", "--plain-http", "--force", other+"@"+digest)
-	c.has("oras/copy:v2", "")
-	c.has("oras/files:v1", digest)
+	c.checkDigest("oras/copy:v2", "")
+	c.checkDigest("oras/files:v1", digest)
 }
 
 func regctlClient(c client) {
@@ -206,13 +206,13 @@ func regctlClient(c client) {
 	digest := imageLayout(t, filepath.Join(c.home, "layout"))
 	c.must("regctl", "registry", "set", "--tls", "disabled", c.host)
 	push := []string{"image", "copy", "ocidir://layout:v1", repo + ":v1"}
-	c.refused("nobody is logged in", "regctl", push...)
+	c.mustFail("nobody is logged in", "regctl", push...)
 	c.login("regctl", "registry", "login", "-u", "prebake", "--pass-stdin", c.host)
 	c.must("regctl", push...)
-	c.has("regctl/image:v1", digest)
+	c.checkDigest("regctl/image:v1", digest)
 	c.must("regctl", "image", "copy", repo+":v1", other+":v1")
 	c.must("regctl", "image", "copy", repo+":v1", other+":v2")
-	c.has("regctl/copy:v1", digest)
+	c.checkDigest("regctl/copy:v1", digest)
 	c.must("regctl", "tag", "delete", other+":v1")
 	if got := c.must("regctl", "tag", "ls", other); got != "v2" {
 		t.Errorf("regctl tag ls = %q after a deletion; want v2", got)
@@ -224,8 +224,8 @@ func regctlClient(c client) {
 	}
 	c.login("regctl", "registry", "login", "-u", "prebake", "--pass-stdin", c.host)
 	c.must("regctl", "manifest", "delete", other+"@"+digest)
-	c.has("regctl/copy:v2", "")
-	c.has("regctl/image:v1", digest)
+	c.checkDigest("regctl/copy:v2", "")
+	c.checkDigest("regctl/image:v1", digest)
 }
 
 func skopeoClient(c client) {
@@ -236,7 +236,7 @@ func skopeoClient(c client) {
 		return []string{"--insecure-policy", "copy", "--all", "--digestfile", "digest", "--src-tls-verify=false",
 			"--dest-tls-verify=false", from, to}
 	}
-	c.refused("nobody is logged in", "skopeo", cp("oci:layout:v1", repo+":v1")...)
+	c.mustFail("nobody is logged in", "skopeo", cp("oci:layout:v1", repo+":v1")...)
 	c.login("skopeo", "login", "--tls-verify=false", "-u", "prebake", "--password-stdin", c.host)
 	c.must("skopeo", cp("oci:layout:v1", repo+":v1")...)
 	// Debian's skopeo encodes an index again, so its digest in the registry differs from its digest in the layout.
@@ -245,22 +245,22 @@ func skopeoClient(c client) {
 		t.Fatal(err)
 	}
 	digest := string(said)
-	c.has("skopeo/image:v1", digest)
+	c.checkDigest("skopeo/image:v1", digest)
 	c.must("skopeo", cp(repo+":v1", other+":v1")...)
 	c.must("skopeo", cp(repo+":v1", other+":v2")...)
-	c.has("skopeo/copy:v2", digest)
+	c.checkDigest("skopeo/copy:v2", digest)
 	if got := c.must("skopeo", "list-tags", "--tls-verify=false", other); !strings.Contains(got, `"v1"`) ||
 		!strings.Contains(got, `"v2"`) {
 		t.Errorf("skopeo list-tags = %s; want both", got)
 	}
 	c.must("skopeo", "logout", c.host)
 	c.must("skopeo", cp(other+":v1", "dir:pulled")...)
-	c.refused("nobody is logged in", "skopeo", "delete", "--tls-verify=false", other+":v1")
+	c.mustFail("nobody is logged in", "skopeo", "delete", "--tls-verify=false", other+":v1")
 	c.login("skopeo", "login", "--tls-verify=false", "-u", "prebake", "--password-stdin", c.host)
 	c.must("skopeo", "delete", "--tls-verify=false", other+":v1") // deletes by digest, so both tags disappear
-	c.has("skopeo/copy:v1", "")
-	c.has("skopeo/copy:v2", "")
-	c.has("skopeo/image:v1", digest)
+	c.checkDigest("skopeo/copy:v1", "")
+	c.checkDigest("skopeo/copy:v2", "")
+	c.checkDigest("skopeo/image:v1", digest)
 }
 
 // ctrClient tests ctr. ctr has no command that deletes from a registry, so regctl deletes, and ctr then finds nothing.
@@ -275,12 +275,12 @@ func ctrClient(c client) {
 	}
 	c.must("tar", "-C", "layout", "-cf", "layout.tar", ".")
 	c.must("ctr", ctr("import", "--all-platforms", "--no-unpack", "--base-name", repo, "layout.tar")...)
-	c.refused("there are no credentials", "ctr", push(repo+":v1")...)
+	c.mustFail("there are no credentials", "ctr", push(repo+":v1")...)
 	c.must("ctr", push(repo+":v1", "--user", "prebake:"+secret)...)
-	c.has("ctr/image:v1", digest)
+	c.checkDigest("ctr/image:v1", digest)
 	c.must("ctr", ctr("tag", repo+":v1", other+":v1")...)
 	c.must("ctr", push(other+":v1", "--user", "prebake:"+secret)...)
-	c.has("ctr/copy:v1", digest)
+	c.checkDigest("ctr/copy:v1", digest)
 	c.must("ctr", ctr("remove", "--sync", repo+":v1", other+":v1")...)
 	pull := ctr("pull", "--plain-http", "--all-platforms", "--snapshotter", "native", other+":v1")
 	c.must("ctr", pull...)
@@ -290,8 +290,8 @@ func ctrClient(c client) {
 	c.must("regctl", "registry", "set", "--tls", "disabled", c.host)
 	c.login("regctl", "registry", "login", "-u", "prebake", "--pass-stdin", c.host)
 	c.must("regctl", "manifest", "delete", other+"@"+digest)
-	c.has("ctr/copy:v1", "")
-	c.refused("it was deleted", "ctr", pull...)
+	c.checkDigest("ctr/copy:v1", "")
+	c.mustFail("it was deleted", "ctr", pull...)
 }
 
 // startContainerd runs a separate containerd until the test ends, and returns the path of its socket.

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/cluster"
 )
 
-// foreignKinds are the kinds of other projects that the components use. Each row names the Go module that publishes the
-// definition (CRD) of one kind, and the file in that module.
+// foreignKinds are the kinds of other projects that the components use. Each row has the Go module that publishes the
+// definition (CRD) of one kind, and the file of the definition in that module.
 var foreignKinds = []struct{ module, file string }{
 	{"github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"},
 	{"github.com/prometheus-operator/prometheus-operator@v0.85.0",
@@ -50,8 +50,9 @@ func moduleFile(t *testing.T, module, file string) string {
 	return string(text)
 }
 
-// whole writes an overlay of overlays/gke with components, as an operator would write it, and returns its folder.
-func whole(t *testing.T, components ...string) string {
+// writeOverlay writes an overlay, as an operator would write it: overlays/gke with components. It returns the folder of
+// the new overlay.
+func writeOverlay(t *testing.T, components ...string) string {
 	t.Helper()
 	base, err := filepath.Abs("kubernetes")
 	if err != nil {
@@ -85,7 +86,7 @@ func TestClusterTakesComponents(t *testing.T) {
 	if _, err := c.Kubectl("", "wait", "--for=condition=established", "--timeout=60s", "crd", "--all"); err != nil {
 		t.Fatal(err)
 	}
-	rendered, err := c.Kubectl("", "kustomize", whole(t, "podmonitor", "keda", "monitoring"))
+	rendered, err := c.Kubectl("", "kustomize", writeOverlay(t, "podmonitor", "keda", "monitoring"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,10 +108,10 @@ func TestClusterTakesComponents(t *testing.T) {
 				"--replicas=7"); err != nil {
 				t.Fatal(err)
 			}
-			first = applied(t, c, rendered)
+			first = readApplied(t, c, rendered)
 			continue
 		}
-		if diff := cmp.Diff(first, applied(t, c, rendered)); diff != "" {
+		if diff := cmp.Diff(first, readApplied(t, c, rendered)); diff != "" {
 			t.Errorf("the second apply changed (-first +second):\n%s", diff)
 		}
 	}
@@ -124,7 +125,7 @@ func TestClusterTakesComponents(t *testing.T) {
 			t.Errorf("the manifests with all components have no %s", want)
 		}
 	}
-	// The definitions must really be checked: a manifest with an unknown member is refused.
+	// The API server must really check manifests against the definitions, and so refuse a manifest with an unknown member.
 	for _, row := range []struct{ name, from, to string }{
 		{"KEDA", "pollingInterval:", "poolingInterval:"}, {"rules", "expr: absent", "query: absent"},
 		{"monitor", "scrapeTimeout:", "scrapeTimeOut:"},
@@ -141,8 +142,8 @@ func TestClusterTakesComponents(t *testing.T) {
 	}
 }
 
-// applied reads each applied object back, without the fields that the API server adds.
-func applied(t *testing.T, c *cluster.Cluster, rendered string) map[string]map[string]any {
+// readApplied reads each applied object back, without the fields that the API server adds.
+func readApplied(t *testing.T, c *cluster.Cluster, rendered string) map[string]map[string]any {
 	t.Helper()
 	raw, err := c.Kubectl(rendered, "get", "-o", "json", "-f", "-")
 	if err != nil {

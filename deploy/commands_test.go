@@ -15,7 +15,8 @@ import (
 
 var commandPrograms = []string{"builder", "server", "fetcher"}
 
-// otherValues lists flags whose values have several names in help, with the reason why the values are of one kind.
+// otherValues has the flags whose value has several names in help. The text is the reason: the value is the same kind
+// of thing under each name.
 var otherValues = map[string]string{
 	"--to": "where the result goes: a REF, or the FOLDER of a snapshot, which is published as files",
 }

@@ -27,11 +27,12 @@ func TestGeneratedExitCodes(t *testing.T) {
 		}
 		fmt.Fprintf(&table, "| %d | %s | %s | %s |\n", k.ExitCode(), k, k.What(), retry)
 	}
-	between(t, "docs/reference/exit-codes.md", "exit codes", table.String())
+	checkPart(t, "docs/reference/exit-codes.md", "exit codes", table.String())
 }
 
-// between compares the text between the two marker comments of a part with want. With -update it writes want there.
-func between(t *testing.T, name, part, want string) {
+// checkPart compares one part of a page with want. Two marker comments enclose the part. With -update, checkPart writes
+// want into the page.
+func checkPart(t *testing.T, name, part, want string) {
 	t.Helper()
 	begin := fmt.Sprintf("<!-- begin generated: %s (make generate) -->\n", part)
 	end := fmt.Sprintf("<!-- end generated: %s -->", part)

@@ -29,7 +29,7 @@ if [[ ${1:-} == --arm64 ]]; then
 fi
 out=${1:-bin/images}
 for program in "${programs[@]}"; do
-  [[ -x bin/$program ]] || { say "bin/$program is missing; run make build, and make arm64-programs for --arm64"; exit 1; }
+  [[ -x bin/$program ]] || { say "bin/$program is missing; run: make build (for --arm64 also: make arm64-programs)"; exit 1; }
 done
 
 mkdir -p "$cache/images" "$out"
@@ -43,9 +43,9 @@ debian_sources() {
     'Created-By: Packages' 'Origin: Debian' 'Component: main' | sort -u | grep -E " $suite(-security|-updates)? "
 }
 
-# base_tar sets base_file to a tar of the Debian root, from the cache if it is there. The name
-# of the tar has the version of Debian's package base-files, which changes with each Debian
-# point release.
+# base_tar sets base_file to the path of a tar of the Debian root. If the cache has no such
+# tar, base_tar makes it. The name of the tar has the version of Debian's package base-files,
+# which changes with each Debian point release.
 base_tar() {
   [[ -n $(debian_sources || true) ]] || apt-get -q update >/dev/null
   local version tar mirror start=$SECONDS
@@ -118,8 +118,8 @@ starts() {
     { tail -n 20 "$work/smoke.log" >&2; say "$image: $* does not run inside the image"; exit 1; }
   say "$image: $1: $(head -n 1 "$work/smoke.log" | tr -d '\r')"
 }
-# doctor_finds CHECK runs builder doctor with the image as the machine's root file system, and
-# requires that it reports CHECK as ok.
+# doctor_finds CHECK runs builder doctor with the image as the machine's root file system.
+# builder doctor must report CHECK as ok.
 doctor_finds() {
   local root report
   root=$(buildah_ mount "$container")
@@ -129,8 +129,8 @@ doctor_finds() {
   grep -q "^ok    $1 " <<<"$report" || { echo "$report" >&2; say "$image: doctor does not find $1"; exit 1; }
   say "$image: doctor finds $1"
 }
-# both_fetchers makes one index with the fetcher's image for each architecture, and writes it
-# to fetcher.tar, where otherwise the image for one architecture is.
+# both_fetchers makes one index with the fetcher's image for each architecture. It writes the
+# index to fetcher.tar, in place of the image for one architecture.
 both_fetchers() {
   local arch platforms
   build fetcher Dockerfile.fetcher
@@ -168,15 +168,15 @@ enter builder
 starts builder version
 starts fetcher version
 starts bwrap --version
-# This machine has a network card. qemu needs a boot ROM for the card, whose Debian package is
-# easily forgotten.
+# The machine that this command emulates has a network card. qemu needs a boot ROM for the
+# card. The Debian package with that ROM is easily forgotten.
 starts sh -c 'echo quit | timeout 60 qemu-system-x86_64 -accel tcg -machine q35 -display none -S \
   -netdev user,id=n -device virtio-net-pci,netdev=n -monitor stdio'
-# sandboxed checks that the sandbox, and programs that kbuild runs in it, run in the image as the
-# user of the pod. buildah would run them in a chroot, and the kernel lets no process in a chroot
-# make namespaces. Therefore bwrap makes the image the root of a mount namespace, as it is in a
-# pod.
-sandboxed() {
+# check_sandbox runs, in the image and as the user of the pod, the sandbox and programs that
+# kbuild runs in the sandbox. buildah would run them in a chroot, and the kernel lets no process
+# in a chroot make namespaces. Therefore bwrap makes the image the root of a mount namespace, as
+# it is in a pod.
+check_sandbox() {
   local root answer
   root=$(buildah_ mount "$container")
   # shellcheck disable=SC2016 # make's and awk's, not this shell's
@@ -189,10 +189,10 @@ sandboxed() {
   [[ $answer == 42 ]] || { say "$image: the sandbox does not run inside the image: $answer"; exit 1; }
   say "$image: sandbox with make, bc and awk runs as uid 65532"
 }
-sandboxed
-# same_digest builds one cell in the image, as the image's user and from empty caches, and builds
-# the same cell with bin/builder on this machine, where it may use caches. Both artifacts must
-# have the same digest.
+check_sandbox
+# same_digest builds one cell in the image, as the image's user and from empty caches. It builds
+# the same cell with bin/builder on this machine, where bin/builder may use caches. Both
+# artifacts must have the same digest.
 same_digest() {
   local root mirror=$cache/mirror start=$SECONDS here there cell
   bin/mirror --out "$mirror" --cache "$cache/packages" >"$work/mirror.log" 2>&1 ||
@@ -214,16 +214,16 @@ same_digest() {
     --cache /srv/cache --key /srv/key --to oci:/srv/out 2>"$work/there.log" | digest) || true
   if [[ -z $here || $here != "$there" ]]; then
     tail -n 5 "$work/here.log" "$work/there.log" >&2
-    say "$image: ${cell[1]} ${cell[3]} is ${here:-nothing} here and ${there:-nothing} in the image"
+    say "$image: COS build ${cell[1]}, driver ${cell[3]}: the artifact is ${here:-missing} here, and ${there:-missing} in the image"
     exit 1
   fi
-  say "$image: ${cell[1]} ${cell[3]} from empty caches as uid 65532 is $there, as it is here; $((SECONDS - start)) s"
+  say "$image: COS build ${cell[1]}, driver ${cell[3]}: the artifact is $there here, and in the image from empty caches as uid 65532; $((SECONDS - start)) s"
   node_compiles "$mirror" "$here"
   rm -rf "$work/here" "$work/there"
 }
 # node_compiles checks that a node for which nothing is published pulls this image, compiles the
-# driver with it, and gets the same artifact. The node uses the cache of the build in the image
-# that same_digest made: the keys of its object cache depend on the programs of the image.
+# driver with it, and gets the same artifact. The node uses the cache that the build in the
+# image filled: the keys of the object cache depend on the programs in the image.
 node_compiles() {
   local mirror=$1 want=$2 node=$work/node start=$SECONDS made kernel
   kernel=$(sed -n 's/.*"release": "\(.*\)".*/\1/p' "$mirror/mirror.json" | sed -n 2p)
@@ -241,11 +241,11 @@ node_compiles() {
     sed -n 's/^ *"digest": "\(sha256:[0-9a-f]*\)".*/\1/p' | head -n 1) || true
   if [[ $made != "$want" || ! -f $node/home/kubernetes/bin/nvidia/drivers/nvidia.ko ]]; then
     tail -n 20 "$work/made.log" >&2
-    say "a node that compiles with this image has ${made:-nothing}; want $want"
+    say "$image: a node that compiles with this image has the artifact ${made:-nothing}; want $want"
     exit 1
   fi
-  [[ ! -e $node/var/lib/prebake/builder-image ]] || { say "the node keeps the image"; exit 1; }
-  say "$image: a node compiled ${cell[3]} with it, and has $made; $((SECONDS - start)) s"
+  [[ ! -e $node/var/lib/prebake/builder-image ]] || { say "$image: the node did not remove the image after compiling"; exit 1; }
+  say "$image: a node compiled driver ${cell[3]} with this image, and has the artifact $made; $((SECONDS - start)) s"
   rm -rf "$node" "$work/layout"
 }
 same_digest

@@ -9,14 +9,14 @@ import (
 	"unicode/utf8"
 )
 
-// maxColumns is the longest line of Go and Markdown, in characters; a tab counts as one.
+// maxColumns is the length of the longest permitted line of Go and Markdown, in characters. A tab is one character.
 const maxColumns = 120
 
 // unbreakable matches a link or an address, which must not be broken.
 var unbreakable = regexp.MustCompile(`\S{80,}|://`)
 
 // TestLineLength refuses long lines. It ignores lines that a line break would change: raw strings, Markdown's tables
-// and code blocks, and addresses. It also ignores lines with a nolint directive, because the directive holds only for
+// and code blocks, and addresses. It also ignores lines with a nolint directive, because the directive applies only to
 // its own line.
 func TestLineLength(t *testing.T) {
 	t.Parallel()
@@ -39,7 +39,7 @@ func TestLineLength(t *testing.T) {
 	}
 }
 
-// TestLineLengthExceptions shows which lines count and which are ignored.
+// TestLineLengthExceptions checks which lines TestLineLength ignores.
 func TestLineLengthExceptions(t *testing.T) {
 	t.Parallel()
 	source := "package a\n\nvar a = `\nraw\n`\nvar b = 1 //nolint:x // why\nvar c = \"`\"\n"

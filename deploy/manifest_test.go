@@ -149,7 +149,7 @@ func TestServerManifest(t *testing.T) {
 	if p.HostPID || p.HostNetwork || len(hostPaths(p)) > 0 {
 		t.Errorf("server shares the host: pid %v, network %v, paths %v; want none", p.HostPID, p.HostNetwork, hostPaths(p))
 	}
-	unprivileged(t, c)
+	checkUnprivileged(t, c)
 }
 
 func TestBuilderManifest(t *testing.T) {
@@ -168,9 +168,9 @@ func TestBuilderManifest(t *testing.T) {
 		t.Errorf("builder: hostUsers %v, procMount %q; want false, Unmasked: the sandbox mounts a /proc of its own",
 			p.HostUsers, c.SecurityContext.ProcMount)
 	}
-	unprivileged(t, c)
-	// The builder sends its token only to the registry at --server. The server recognises its own repository by the same
-	// name.
+	checkUnprivileged(t, c)
+	// The builder sends its token only to the registry at --server, so the host in --to must be the same. The server also
+	// recognises its own repository by this host.
 	value := func(flag string) string {
 		for _, arg := range c.Args {
 			if v, ok := strings.CutPrefix(arg, "--"+flag+"="); ok {
@@ -184,8 +184,8 @@ func TestBuilderManifest(t *testing.T) {
 	}
 }
 
-// unprivileged checks that a container meets Kubernetes' restricted profile.
-func unprivileged(t *testing.T, c container) {
+// checkUnprivileged checks that a container meets Kubernetes' restricted profile.
+func checkUnprivileged(t *testing.T, c container) {
 	t.Helper()
 	s := c.SecurityContext
 	if s.Privileged || s.Escalation == nil || *s.Escalation || !s.ReadOnlyRoot ||

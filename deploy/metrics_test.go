@@ -43,26 +43,26 @@ func TestGeneratedMetrics(t *testing.T) {
 	for _, m := range all {
 		fmt.Fprintf(&table, "| %s | `%s` %s | %s | %s |\n", m.program, m.name, m.kind, strings.Join(m.labels, ", "), m.help)
 	}
-	between(t, "docs/reference/metrics.md", "metrics", table.String())
+	checkPart(t, "docs/reference/metrics.md", "metrics", table.String())
 }
 
 // metricsOf finds the metrics that a file declares. It reads calls such as
-// prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: …}, labels) and prometheus.NewDesc(name, help, labels, nil). It
-// also reads calls of a function in the file that wraps such a call for one namespace.
+// prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: …}, labels) and prometheus.NewDesc(name, help, labels, nil). If a
+// function in the file wraps such a call for one namespace, metricsOf also reads the calls of that function.
 func metricsOf(program string, file *ast.File) (all []metric) {
 	wrappers := map[string]metric{}
 	ast.Inspect(file, func(n ast.Node) bool {
 		if a, ok := n.(*ast.AssignStmt); ok && len(a.Lhs) == 1 {
 			if f, ok := a.Rhs[0].(*ast.FuncLit); ok {
 				ast.Inspect(f, func(n ast.Node) bool {
-					if m, ok := declared(n); ok && strings.HasSuffix(m.name, "_") {
+					if m, ok := parseMetric(n); ok && strings.HasSuffix(m.name, "_") {
 						wrappers[fmt.Sprint(a.Lhs[0])] = m
 					}
 					return true
 				})
 			}
 		}
-		if m, ok := declared(n); ok && !strings.HasSuffix(m.name, "_") {
+		if m, ok := parseMetric(n); ok && !strings.HasSuffix(m.name, "_") {
 			m.program = program
 			all = append(all, m)
 		}
@@ -80,8 +80,8 @@ func metricsOf(program string, file *ast.File) (all []metric) {
 	return all
 }
 
-// declared reads one call of the Prometheus library.
-func declared(n ast.Node) (m metric, ok bool) {
+// parseMetric reads one call of the Prometheus library. ok is false if the node is no such call.
+func parseMetric(n ast.Node) (m metric, ok bool) {
 	call, ok := n.(*ast.CallExpr)
 	if !ok || len(call.Args) == 0 {
 		return m, false
@@ -121,7 +121,7 @@ func declared(n ast.Node) (m metric, ok bool) {
 	return m, m.name != ""
 }
 
-// text returns the value of a string constant in the source; "" means that the expression is none.
+// text returns the value of a string constant in the source; "" means that the expression is no string constant.
 func text(e ast.Expr) string {
 	switch e := e.(type) {
 	case *ast.BasicLit:

@@ -54,9 +54,9 @@ func earlierFlags(t *testing.T, program string) map[string]string {
 	return earlier
 }
 
-// TestPageAliases checks that the page of a program uses the present names of its flags, also where a flag stands
-// alone. A former name is allowed if another command of the program has a flag of that name. TestPageCommands checks
-// whole commands on all pages.
+// TestPageAliases checks that the page of a program uses the present names of the program's flags, even where the page
+// has a flag without its command. A former name is allowed if another command of the program has a flag of that name.
+// TestPageCommands checks whole commands on all pages.
 func TestPageAliases(t *testing.T) {
 	t.Parallel()
 	all, found := pages(t), 0

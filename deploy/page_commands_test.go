@@ -16,8 +16,8 @@ import (
 // programsOfPages are the programs whose help is in docs/reference.
 var programsOfPages = []string{"builder", "server", "fetcher", "mirror"}
 
-// flagsOf returns the flags of each command, such as "builder build", as --help names them. TestReference of each
-// program checks that the pages equal --help.
+// flagsOf returns the flags of each command, such as "builder build". It reads them from the pages in docs/reference.
+// TestReference of each program checks that these pages equal --help.
 func flagsOf(t *testing.T) map[string]map[string]bool {
 	t.Helper()
 	flagNames := regexp.MustCompile(`(?m)^ +(--?[a-z0-9-]+(?:, --?[a-z0-9-]+)*)\b`)
@@ -40,8 +40,8 @@ func flagsOf(t *testing.T) map[string]map[string]bool {
 	return all
 }
 
-// checkShell parses a script and checks the calls of Prebake's programs in it. The mark "…" for an omission counts as a
-// word.
+// checkShell parses a script and checks the calls of Prebake's programs in it. On the pages "…" stands for an omission.
+// checkShell treats it as a word.
 func checkShell(script string, flags map[string]map[string]bool) (problems []string) {
 	file, err := syntax.NewParser().Parse(strings.NewReader(script), "")
 	if err != nil {
@@ -95,7 +95,7 @@ func checkCall(words []string, flags map[string]map[string]bool) (problems []str
 		name, words = name+" "+words[0], words[1:]
 	}
 	if len(words) > 0 && !slices.Contains(programsOfPages, name) {
-		// A command that has subcommands accepts only those and flags as its next word.
+		// If a command has subcommands, its next word must be one of the subcommands or a flag.
 	} else if len(words) > 0 && !strings.HasPrefix(words[0], "-") && words[0] != "…" && words[0] != "completion" {
 		problems = append(problems, name+" has no command "+words[0])
 	}

@@ -7,11 +7,11 @@
 set -euo pipefail
 
 bin=$(find /usr/lib/postgresql -maxdepth 2 -name bin 2>/dev/null | sort -V | tail -n 1)
-[[ -x $bin/initdb ]] || { echo "postgres: not installed; run make setup" >&2; exit 1; }
+[[ -x $bin/initdb ]] || { echo "postgres: PostgreSQL is not installed; run: make setup" >&2; exit 1; }
 
 dir=$(mktemp -d "${TMPDIR:-/tmp}/prebake-postgres-XXXXXX")
-# PostgreSQL refuses to run as root, so root runs it as the user postgres, which Debian's
-# package has made.
+# PostgreSQL refuses to run as root. Therefore root runs it as the user postgres, which
+# Debian's package has made.
 as=()
 if ((EUID == 0)); then
   as=(setpriv --reuid postgres --regid postgres --init-groups)

@@ -19,8 +19,8 @@ import (
 
 const monitoring = "deploy/kubernetes/components/monitoring/"
 
-// rules has the fields of a PrometheusRule that the tests check. TestClusterTakesComponents checks its form, on an API
-// server with the definition of the Prometheus operator.
+// rules has the fields of a PrometheusRule that the tests check. TestClusterTakesComponents checks all fields, on an
+// API server with the definition of the Prometheus operator.
 type rules struct {
 	Spec struct {
 		Groups []struct {
@@ -100,8 +100,8 @@ func scaledObject(t *testing.T) scaled {
 	return s
 }
 
-// TestScaledObject checks that KEDA's value location is a valid Prometheus selector, and that KEDA asks the address on
-// which the server listens.
+// TestScaledObject checks that valueLocation, a setting of KEDA, is a valid Prometheus selector. It also checks that
+// KEDA asks the address on which the server listens.
 func TestScaledObject(t *testing.T) {
 	t.Parallel()
 	s := scaledObject(t)
@@ -125,10 +125,10 @@ func TestScaledObject(t *testing.T) {
 	}
 }
 
-// up is Prometheus's own metric that says whether a target answered.
-const up = "up"
+// upMetric is a metric of Prometheus itself. It says whether Prometheus could read a program's metrics.
+const upMetric = "up"
 
-// nameLabel is the label that holds a metric's name ("Data model", prometheus.io/docs).
+// nameLabel is the label that has a metric's name ("Data model", prometheus.io/docs).
 const nameLabel = "__name__"
 
 // TestMetricsExist parses every expression as Prometheus does. It checks that a running server exports the metrics and
@@ -144,7 +144,7 @@ func TestMetricsExist(t *testing.T) {
 		}
 		parser.Inspect(tree, func(node parser.Node, _ []parser.Node) error {
 			selector, ok := node.(*parser.VectorSelector)
-			if !ok || selector.Name == up || strings.HasPrefix(selector.Name, "prebake_fetcher_") {
+			if !ok || selector.Name == upMetric || strings.HasPrefix(selector.Name, "prebake_fetcher_") {
 				return nil
 			}
 			has, ok := known[selector.Name]

@@ -92,8 +92,8 @@ func TestPackageComments(t *testing.T) {
 	}
 }
 
-// walls lists the banned imports of folders, with the reasons. All rows that match a file apply, not only the row of
-// the longest folder.
+// walls lists the banned imports of folders, with the reasons. If several rows match a file, all of them apply, not
+// only the row with the longest folder.
 var walls = []struct {
 	below, banned, why string
 }{
@@ -173,9 +173,9 @@ func TestFileLength(t *testing.T) {
 	}
 }
 
-// foreign are host names that must not be in the repository, because only a machine's own configuration may contain
-// them.
-var foreign = []string{
+// foreignHosts are host names that must not be in the repository, because only a machine's own configuration may
+// contain them.
+var foreignHosts = []string{
 	"deb." + "debian.org", "security." + "debian.org", "ftp." + "debian.org", "snapshot." + "debian.org",
 	"proxy." + "golang.org", "sum." + "golang.org", "registry." + "npmjs.org",
 }
@@ -187,7 +187,7 @@ func TestNoForeignHosts(t *testing.T) {
 			continue
 		}
 		text := read(t, name)
-		for _, word := range foreign {
+		for _, word := range foreignHosts {
 			if strings.Contains(text, word) {
 				t.Errorf("%s names %s: take it from the machine's configuration", name, word)
 			}
@@ -209,7 +209,7 @@ func TestMakeTargetsInDocumentsExist(t *testing.T) {
 	for _, name := range files(t, ".md") {
 		for _, match := range makeMention.FindAllStringSubmatch(read(t, name), -1) {
 			if !targets[match[1]] {
-				t.Errorf("%s names make %s: the Makefile has no such target", name, match[1])
+				t.Errorf("%s has the command make %s, but the Makefile has no such target", name, match[1])
 			}
 		}
 	}

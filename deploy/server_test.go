@@ -54,14 +54,14 @@ func TestMain(m *testing.M) {
 
 const secret = testserver.Token
 
-// running is a server process, with a mirror that has two COS builds.
-type running struct {
+// runningServer is a server process, with a mirror that has two COS builds.
+type runningServer struct {
 	Binary, URL, Host string
 	Client            *api.Client
 }
 
 // startServer runs the real server until the test ends.
-func startServer(t *testing.T) running {
+func startServer(t *testing.T) runningServer {
 	t.Helper()
 	built, err := program()
 	if err != nil {
@@ -85,11 +85,11 @@ func startServer(t *testing.T) running {
 	url := testserver.Start(t, built, filepath.Join(dir, "data"),
 		"--discover-interval", "1h", "--kernel-mirror", "file://"+filepath.Join(dir, "mirror"))
 	client := api.NewClient(url, secret, nil)
-	return running{Binary: built, URL: url, Host: strings.TrimPrefix(url, "http://"), Client: client}
+	return runningServer{Binary: built, URL: url, Host: strings.TrimPrefix(url, "http://"), Client: client}
 }
 
 // publish does the steps that a builder does at the end of a build of this cell.
-func (r running) publish(t *testing.T, buildID, driver string) {
+func (r runningServer) publish(t *testing.T, buildID, driver string) {
 	t.Helper()
 	b, err := r.Client.RequestBuild(t.Context(),
 		api.BuildRequest{BuildID: buildID, Board: "lakitu", Driver: driver, Flavour: "proprietary"})

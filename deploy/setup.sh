@@ -10,18 +10,19 @@ declare -A groups=(
   # The NVML probe is cgo; everything else is plain Go.
   [build]="gcc libc6-dev ca-certificates"
   # For builder: a sandbox (bubblewrap), programs that kbuild runs in it (make, bc,
-  # libelf1 for objtool, dwarves for --btf), and gcc-12 with binutils, which the
-  # COS-shaped mirror wraps as the toolchain of Debian's kernels. For mirror: makeself
-  # packs the driver, zstd and xz read packages, patchelf makes the wrapped compiler
-  # find its own libraries. For the load test and the demo's node: qemu; ipxe-qemu has
-  # the boot ROM without which qemu does not make the network card; mke2fs (e2fsprogs)
-  # makes the file system of the node's disk.
+  # libelf1 for objtool, dwarves for --btf), and gcc-12 with binutils, of which the
+  # COS-shaped mirror makes the toolchain for Debian's kernels. For mirror: makeself
+  # packs the driver, zstd and xz read packages, patchelf makes the compiler of this
+  # toolchain find its own libraries. For the load test and the demo's node: qemu;
+  # ipxe-qemu has the boot ROM without which qemu does not make the network card;
+  # mke2fs (e2fsprogs) makes the file system of the node's disk.
   [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu e2fsprogs"
   # postgresql: the second database that server and queue support; see deploy/postgres.sh.
   # docker-registry: a registry of another project. skopeo and containerd: clients of
   # registries. etcd-server: the store of a real kube-apiserver. fdisk, dosfstools and
   # mtools make an EFI partition. zsh and fish test the completion of commands. mandoc
-  # checks the manual pages. protoc and the binutils for arm64 make what tests compare with.
+  # checks the manual pages. protoc and the binutils for arm64 make files to which tests
+  # compare the results of our code.
   [test]="postgresql docker-registry skopeo containerd etcd-server fdisk dosfstools mtools zsh fish mandoc \
     protobuf-compiler binutils-aarch64-linux-gnu"
   # Chromium opens the server's pages, and draws text with fonts-dejavu-core. A program in
@@ -52,7 +53,7 @@ for group in "${@:-build run test browser images}"; do
 done
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
-  echo "setup: this is not a Debian machine; install what these Debian packages have: ${wanted[*]}" >&2
+  echo "setup: this is not a Debian machine; install the programs of these Debian packages by hand: ${wanted[*]}" >&2
   exit 0
 fi
 
@@ -73,15 +74,15 @@ fi
 
 sudo=()
 if ((EUID != 0)); then
-  command -v sudo >/dev/null || { echo "setup: missing ${missing[*]}; run as root: apt-get install ${missing[*]}" >&2; exit 1; }
+  command -v sudo >/dev/null || { echo "setup: these packages are missing: ${missing[*]}; there is no sudo, so run as root: apt-get install ${missing[*]}" >&2; exit 1; }
   sudo=(sudo)
 fi
 apt() { "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 "$@" </dev/null; }
 
 echo "setup: installing ${missing[*]}${sudo:+ (with sudo)}" >&2
 start=$SECONDS
-# An apt source that cannot be reached may have none of the packages. So an error of update
-# does not stop the script; an error of install does.
+# An apt source that cannot be reached may have none of the packages. So an error of
+# apt-get update does not stop the script. An error of apt-get install does.
 apt update >/dev/null || echo "setup: apt-get update failed; going on with the package lists of an earlier update" >&2
 if [[ " ${missing[*]} " == *" postgresql "* ]]; then
   # The tests need only PostgreSQL's programs. This setting keeps Debian's package from

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # This script prints the path of a Go tool in a pinned version. The first time, it
-# builds the tool. It keeps the program under the user's cache folder, by tool, tool
-# version and Go version, so that a fresh clone of the repository does not build it
-# again.
+# builds the tool. It keeps the program in the user's cache folder, in a folder for
+# this tool, tool version and Go version. A fresh clone of the repository then does
+# not build the tool again.
 #
 # usage: deploy/tool.sh MODULE@VERSION   (as for "go install")
 set -euo pipefail
@@ -19,7 +19,7 @@ if [[ ! -x $dir/$name ]]; then
   tmp=$(mktemp -d "$root/.new-XXXXXX")
   trap 'rm -rf "$tmp"' EXIT
   start=$SECONDS
-  # Run outside of this module, so that the tool gets its own dependencies, and not those of
+  # Run outside of this module, so that the tool gets its own dependencies, and not those in
   # our go.mod.
   (cd / && GOBIN=$tmp CGO_ENABLED=0 GOFLAGS= go install -trimpath -ldflags='-s -w' "$package" >&2)
   # If two runs build at the same time, the folder of the first one to end stays.

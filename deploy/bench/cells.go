@@ -46,7 +46,7 @@ func (k build) upstream() string {
 	return version
 }
 
-// cell is one kernel with one driver, and its role in the matrix.
+// cell is one kernel with one driver, and the role of this pair in the matrix.
 type cell struct {
 	kernel build
 	driver string
@@ -69,7 +69,7 @@ type bench struct {
 	dkms             string // path of the script
 
 	roles        map[string]*ratio // by name of the role
-	cells        []cell            // cells of the last run that compile
+	cells        []cell            // cells of the last run whose driver compiles
 	whole, small []float64
 	matrix       ratio
 	compile      ratio
@@ -79,9 +79,9 @@ type bench struct {
 	loadedPhases []timeline.Phase // phases of the last run
 }
 
-// once builds the whole matrix in order, beginning with an empty cache. It also measures the alternatives that the
-// builds are compared with.
-func (b *bench) once(ctx context.Context, n int) error {
+// measureOnce builds the whole matrix in order, beginning with an empty cache. It also measures the alternatives to
+// which the builds are compared.
+func (b *bench) measureOnce(ctx context.Context, n int) error {
 	cache := filepath.Join(b.Dir, fmt.Sprintf("cache-%d", n))
 	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
 	var ours, theirs, plain float64
@@ -101,7 +101,7 @@ func (b *bench) once(ctx context.Context, n int) error {
 			case len(done) == 0:
 				c.role = "cold"
 			}
-			if !b.wanted(c, n) {
+			if !b.inRun(c, n) {
 				continue
 			}
 			seconds, phases, err := b.build(ctx, c, cache, repo)
@@ -118,7 +118,7 @@ func (b *bench) once(ctx context.Context, n int) error {
 			fmt.Fprintf(b.Out, "%s: %.1f s %s\n", c, seconds, c.role)
 			if r := b.roles[c.role]; r != nil && b.only[c.role] && len(r.ours) == n {
 				if plain == 0 || !b.plainOnce {
-					if plain, err = b.plain(ctx, c); err != nil {
+					if plain, err = b.measurePlain(ctx, c); err != nil {
 						return err
 					}
 				}
@@ -134,7 +134,7 @@ func (b *bench) once(ctx context.Context, n int) error {
 			}
 			if b.only["matrix"] {
 				if byDKMS[c.driver] == 0 || !b.plainOnce {
-					if byDKMS[c.driver], err = b.byDKMS(ctx, c); err != nil {
+					if byDKMS[c.driver], err = b.dkmsSeconds(ctx, c); err != nil {
 						return err
 					}
 					fmt.Fprintf(b.Out, "%s: dkms %.1f s\n", c, byDKMS[c.driver])
@@ -149,11 +149,12 @@ func (b *bench) once(ctx context.Context, n int) error {
 	if !b.only["node"] || len(b.cells) == 0 {
 		return nil
 	}
-	return b.onNode(ctx, n, cache, repo)
+	return b.installOnNode(ctx, n, cache, repo)
 }
 
-// wanted reports whether a cell of a run is needed: because it is measured, or because a measured cell depends on it.
-func (b *bench) wanted(c cell, run int) bool {
+// inRun reports whether a run builds a cell. A run builds a cell if it measures the cell, or if a cell that it measures
+// depends on it.
+func (b *bench) inRun(c cell, run int) bool {
 	hasSibling := slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
 		return k.upstream() == c.kernel.upstream() && k.Release != c.kernel.Release
 	})
@@ -190,12 +191,12 @@ func (b *bench) build(ctx context.Context, c cell, cache, to string) (float64, [
 		return 0, nil, fault.New(fault.APIBreak, c.String(), "")
 	}
 	if res.Code != 0 {
-		return 0, nil, fmt.Errorf("build %s: exit status %d", c, res.Code)
+		return 0, nil, fmt.Errorf("build the cell %s: builder ended with exit status %d", c, res.Code)
 	}
 	seconds := time.Since(start).Seconds()
 	var r result
 	if err := json.Unmarshal(res.Stdout, &r); err != nil {
-		return 0, nil, fmt.Errorf("read builder's result: %w", err)
+		return 0, nil, fmt.Errorf("read the result of builder build: %w", err)
 	}
 	for _, p := range r.Phases {
 		fmt.Fprintf(b.Out, "  %-10s %6.1f s  %s\n", p.Name, p.Seconds, p.Note)
@@ -266,7 +267,7 @@ func (b *bench) command(ctx context.Context, name string, args ...string) error 
 	return nil
 }
 
-// makeFlags returns the arguments of make that name the folders and the compiler.
+// makeFlags returns the arguments that tell make the folders and the compiler.
 func makeFlags(headers string) []string {
 	return []string{"SYSSRC=" + headers, "SYSOUT=" + headers, "CC=x86_64-cros-linux-gnu-gcc",
 		"LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1"}
@@ -280,8 +281,8 @@ func clangFlags() []string {
 		"KCFLAGS=-Wno-error -Wno-error=strict-prototypes"}
 }
 
-// plain measures what people do by hand: make modules in unpacked sources.
-func (b *bench) plain(ctx context.Context, c cell) (float64, error) {
+// measurePlain measures what people do by hand: make modules in unpacked sources.
+func (b *bench) measurePlain(ctx context.Context, c cell) (float64, error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {
 		return 0, err
@@ -306,11 +307,11 @@ func (b *bench) plain(ctx context.Context, c cell) (float64, error) {
 	return time.Since(start).Seconds(), os.RemoveAll(tree)
 }
 
-// onNode builds the first cell again, and installs it on a folder that looks like the root of a COS node. It does not
-// load the modules, because the time for that is the same whoever made them.
-func (b *bench) onNode(ctx context.Context, n int, cache, repo string) error {
+// installOnNode builds the first cell again, and installs it on a folder that looks like the root of a COS node. It
+// does not load the modules, because the time for that does not depend on who made them.
+func (b *bench) installOnNode(ctx context.Context, n int, cache, repo string) error {
 	c := b.cells[0]
-	plain, err := b.plain(ctx, c)
+	plain, err := b.measurePlain(ctx, c)
 	if err != nil {
 		return err
 	}

@@ -11,11 +11,11 @@ import (
 	"time"
 )
 
-// byDKMS returns the seconds that Debian's dkms takes for a cell. The time begins when the driver's sources lie in the
-// source tree of dkms, and ends when dkms has written the stripped modules. dkms is a script. It runs from its unpacked
-// package, in a bubblewrap sandbox with a read-only view of the machine. It builds for the named kernel only, and
-// installs nothing. byDKMS removes the modules.
-func (b *bench) byDKMS(ctx context.Context, c cell) (seconds float64, err error) {
+// dkmsSeconds returns the seconds that Debian's dkms takes for a cell. The time begins when the driver's sources lie in
+// the source tree of dkms, and ends when dkms has written the stripped modules. dkms is a script. It runs from its
+// unpacked package, in a bubblewrap sandbox with a read-only view of the machine. It builds for the cell's kernel only,
+// and installs nothing. At the end, dkmsSeconds removes the modules.
+func (b *bench) dkmsSeconds(ctx context.Context, c cell) (seconds float64, err error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {
 		return 0, err
@@ -54,7 +54,7 @@ func (b *bench) byDKMS(ctx context.Context, c cell) (seconds float64, err error)
 	built, err := filepath.Glob(filepath.Join(dir, "tree", "nvidia", c.driver, c.kernel.Release, "x86_64", "module",
 		"*.ko*"))
 	if err == nil && len(built) != len(dkmsModules()) {
-		err = fmt.Errorf("dkms built %d modules for %s; want %d", len(built), c, len(dkmsModules()))
+		err = fmt.Errorf("build %s with dkms: it made %d modules; want %d", c, len(built), len(dkmsModules()))
 	}
 	return seconds, err
 }
@@ -75,8 +75,8 @@ func dkmsModules() []string {
 	return []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 }
 
-// dkmsConf returns the text of dkms.conf for a driver. It is the template in NVIDIA's runfile, filled in as NVIDIA's
-// installer does it, with the names of the compiler and of the header tree added.
+// dkmsConf returns the text of dkms.conf for a driver. The text is the template in NVIDIA's runfile, filled in as
+// NVIDIA's installer does it. dkmsConf adds the names of the compiler and of the header tree.
 func dkmsConf(version string) string {
 	var conf strings.Builder
 	fmt.Fprintf(&conf, "PACKAGE_NAME=nvidia\nPACKAGE_VERSION=%s\nAUTOINSTALL=yes\n", version)

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fetching has the measurements of a node's work with a published driver: fetch, verify and stage it from a registry on
-// loopback, and then again after an update of the node's OS.
+// fetching has the measurements of a node that gets a published driver. The node fetches, verifies and stages the
+// driver from a registry on loopback. It does so again after an update of its OS.
 type fetching struct {
 	curl, crane ratio
 	delta       ratio     // bytes, in kB
@@ -89,7 +89,7 @@ func (b *bench) publish(ctx context.Context, srv *testbed.Server, c cell) ([]bun
 
 // fetchOnce measures an install of the driver for the newer kernel, cells[1], on a fresh node, and fetches the same
 // layers by hand for comparison. It then installs the driver for the older kernel, cells[0], on another fresh node, and
-// updates that node to the newer kernel. For the update, it records how many bytes the node fetched.
+// updates that node to the newer kernel. It keeps the number of bytes that this node fetched for the update.
 func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell, layers []bundle.Layer) error {
 	root := filepath.Join(b.Dir, "fetch-node")
 	defer os.RemoveAll(root)
@@ -129,11 +129,11 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 		start := time.Now()
 		out, err := cmd.Output()
 		if err != nil {
-			return fmt.Errorf("install: %w", err)
+			return fmt.Errorf("install the driver: %w", err)
 		}
 		seconds := time.Since(start).Seconds()
 		if err := json.Unmarshal(out, &r); err != nil {
-			return fmt.Errorf("install: %w", err)
+			return fmt.Errorf("install the driver: %w", err)
 		}
 		switch i {
 		case 0:
@@ -147,7 +147,7 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 			if usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
 				b.fetching.peak = append(b.fetching.peak, float64(usage.Maxrss)/1024) // in KiB, see getrusage(2)
 			}
-			if err := b.byHand(ctx, srv, cells[1], layers); err != nil {
+			if err := b.fetchByHand(ctx, srv, cells[1], layers); err != nil {
 				return err
 			}
 		case 2:
@@ -158,9 +158,10 @@ func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell
 	return nil
 }
 
-// byHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar. If
-// crane is installed, byHand fetches and unpacks the artifact with it too. It records the seconds of both.
-func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
+// fetchByHand fetches, hashes and unpacks an artifact's three layers in parallel with curl, sha256sum, zstd and tar. If
+// crane is installed, fetchByHand also fetches and unpacks the artifact with crane. It keeps the seconds that each of
+// the two ways takes.
+func (b *bench) fetchByHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
 	dir := filepath.Join(b.Dir, "by-hand")
 	var script strings.Builder
 	script.WriteString("set -e -o pipefail\n")
@@ -176,18 +177,18 @@ func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers 
 		)
 	}
 	script.WriteString("for p in $p0 $p1 $p2; do wait $p; done\n")
-	seconds, err := b.timed(ctx, dir, "bash", "-c", script.String())
+	seconds, err := b.runTimed(ctx, dir, "bash", "-c", script.String())
 	if err != nil {
 		return err
 	}
 	b.fetching.curl.theirs = append(b.fetching.curl.theirs, seconds)
 	crane, err := exec.LookPath("crane")
 	if err != nil {
-		fmt.Fprintln(b.Out, "there is no crane: fetching is not compared with it")
+		fmt.Fprintln(b.Out, "crane is not installed: fetching is not compared with crane")
 		return nil
 	}
 	tag := bundle.KernelTag(c.kernel.Kernel, target.Driver{Version: c.driver, Flavour: target.Proprietary})
-	seconds, err = b.timed(
+	seconds, err = b.runTimed(
 		ctx,
 		dir,
 		"bash",
@@ -207,8 +208,8 @@ func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers 
 	return nil
 }
 
-// timed runs a command that fills a folder, and removes the folder. It returns the seconds that the command took.
-func (b *bench) timed(ctx context.Context, dir, name string, args ...string) (float64, error) {
+// runTimed runs a command that fills a folder, and removes the folder. It returns the seconds that the command took.
+func (b *bench) runTimed(ctx context.Context, dir, name string, args ...string) (float64, error) {
 	start := time.Now()
 	err := b.command(ctx, name, args...)
 	return time.Since(start).Seconds(), errors.Join(err, os.RemoveAll(dir))

@@ -1,6 +1,6 @@
-// Command bench measures Prebake's headline numbers. Each number is a ratio against a named alternative that is
-// measured in the same run, because only ratios are comparable on another machine. The program does not judge the
-// numbers, and no test depends on a time.
+// Command bench measures Prebake's headline numbers. Each number is the ratio of Prebake's result to that of an
+// alternative, which the same run measures. Only such ratios are comparable with those of another machine. The program
+// does not judge the numbers, and no test depends on a time.
 package main
 
 import (
@@ -59,11 +59,12 @@ func main() {
 			}
 			for _, name := range list {
 				if !slices.Contains(measurements(), name) {
-					return fault.New(fault.Usage, fmt.Sprintf("no measurement %q", name),
+					return fault.New(fault.Usage, fmt.Sprintf("measure %q: there is no such measurement", name),
 						"choose from "+strings.Join(measurements(), ", "))
 				}
 				if o.clang && !slices.Contains(clangMeasurements(), name) {
-					return fault.New(fault.Usage, fmt.Sprintf("measurement %s: it needs more kernels than --clang has", name),
+					return fault.New(fault.Usage,
+						fmt.Sprintf("measure %s: it needs several kernels, but --clang gives only one", name),
 						"choose from "+strings.Join(clangMeasurements(), ", "))
 				}
 				o.only[name] = true
@@ -147,7 +148,7 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 		if len(o.only) == 0 {
 			break // the other measurements compile nothing
 		}
-		if err := b.once(ctx, i); err != nil {
+		if err := b.measureOnce(ctx, i); err != nil {
 			return err
 		}
 	}
@@ -156,8 +157,8 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 }
 
 // makeMirror makes a mirror with four kernels and three drivers of one branch. The mirror program chooses the four
-// kernels: the two oldest, on which all drivers compile, and the two newest. With clang, the mirror has the only kernel
-// that clang compiled.
+// kernels: the two oldest, on which all drivers compile, and the two newest. With --clang, the mirror has one kernel
+// only, which clang has compiled.
 func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	m, kernels := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}, 2
 	args := []string{"--neighbour", "--cache", filepath.Join(b.State, "packages")}

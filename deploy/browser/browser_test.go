@@ -1,4 +1,4 @@
-// Package browser checks the server's pages as a reader sees them. It uses Chromium, which playwright-core drives, on a
+// Package browser checks the server's pages as a reader sees them. playwright-core opens the pages in Chromium: on a
 // desktop, on a phone, in dark mode and without JavaScript. The server's data is empty, small, or a farm with 60,000
 // cells. The package does not depend on how the pages are made.
 package browser
@@ -18,11 +18,11 @@ import (
 // root is the repository's top folder as seen from this package.
 const root = "../.."
 
-// heaviest is the largest permitted size of a page with all its resources, in bytes, uncompressed.
-const heaviest = 100_000
+// maxWeight is the largest permitted size of a page with all its resources, in bytes, uncompressed.
+const maxWeight = 100_000
 
-// seen reads the metadata of files and folders, so that Go's cache of test results depends on them.
-func seen(t *testing.T, names ...string) {
+// statFiles reads the metadata of files and folders. Go's cache of test results then depends on them.
+func statFiles(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
 		err := filepath.WalkDir(name, func(name string, d fs.DirEntry, err error) error {
@@ -39,8 +39,8 @@ func seen(t *testing.T, names ...string) {
 
 var variable = regexp.MustCompile(`\{([a-z]+)\}`)
 
-// at returns the URL of a page in a data set; ok is false if the set has no such page.
-func (r row) at(s *set) (url string, ok bool) {
+// urlIn returns the URL of a page in a data set; ok is false if the set has no such page.
+func (r row) urlIn(s *set) (url string, ok bool) {
 	ok = len(r.Sets) == 0 || slices.Contains(r.Sets, s.Name)
 	return s.URL + variable.ReplaceAllStringFunc(r.Path, func(v string) string {
 		value := s.Vars[strings.Trim(v, "{}")]
@@ -56,14 +56,14 @@ func TestPages(t *testing.T) {
 		t.Run(r.Name, func(t *testing.T) {
 			waiting, ran, all := map[string]bool{}, 0, 0
 			for _, s := range sets {
-				url, ok := r.at(s)
+				url, ok := r.urlIn(s)
 				if !ok {
 					continue
 				}
 				all++
 				t.Run(s.Name, func(t *testing.T) {
 					ran++
-					for _, f := range look(t, d, r, s, url, titles) {
+					for _, f := range checkPage(t, d, r, s, url, titles) {
 						if _, waits := r.Waits[f.Check]; waits {
 							waiting[f.Check] = true
 							continue
@@ -84,8 +84,8 @@ func TestPages(t *testing.T) {
 	}
 }
 
-// look returns the findings about a page. titles maps each title of a set to the page that has it.
-func look(t *testing.T, d *driver, r row, s *set, url string, titles map[string]string) []finding {
+// checkPage returns the findings about a page. titles maps each title of a set to the page that has it.
+func checkPage(t *testing.T, d *driver, r row, s *set, url string, titles map[string]string) []finding {
 	t.Helper()
 	if r.Missing {
 		if a := d.ask(t, question{Do: "status", URL: url}); a.Status != 404 {
@@ -103,8 +103,8 @@ func look(t *testing.T, d *driver, r row, s *set, url string, titles map[string]
 	}
 	a := d.ask(t, q)
 	t.Logf("%d bytes; title %q", a.Weight, a.Title)
-	if a.Weight > heaviest {
-		text := fmt.Sprintf("%d bytes; want %d at most", a.Weight, heaviest)
+	if a.Weight > maxWeight {
+		text := fmt.Sprintf("%d bytes; want %d at most", a.Weight, maxWeight)
 		a.Findings = append(a.Findings, finding{"desktop", "weight", text})
 	}
 	if q.Do == "page" && !r.SharesTitle {
@@ -119,7 +119,7 @@ func look(t *testing.T, d *driver, r row, s *set, url string, titles map[string]
 }
 
 // TestDraw makes screenshots of the pages in all sets, for desktop, phone and dark mode. It writes them to the folder
-// that PREBAKE_SCREENSHOTS names (make screenshots). If the variable is not set, it draws only one page, as a check
+// in PREBAKE_SCREENSHOTS, which make screenshots sets. If the variable is not set, it draws only one page, as a check
 // that drawing works.
 func TestDraw(t *testing.T) {
 	dir := os.Getenv("PREBAKE_SCREENSHOTS")
@@ -133,7 +133,7 @@ func TestDraw(t *testing.T) {
 	d := startDriver(t)
 	for _, s := range startSets(t, names...) {
 		for _, r := range draw {
-			url, ok := r.at(s)
+			url, ok := r.urlIn(s)
 			if !ok || !r.Draw || r.Missing {
 				continue
 			}

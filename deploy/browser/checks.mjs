@@ -1,11 +1,13 @@
 // The checks of one page. Each check returns a list of texts, one for each finding. The
 // test in Go decides what a finding means. Code inside page.evaluate runs in the page.
 
-// targets selects the elements that a user can press with a finger or a key.
+// targets is a selector for the elements that a user can press with a finger or a
+// key.
 const targets = 'a[href], button, input:not([type=hidden]), select, textarea, summary, [role=button], [role=link]';
 
-// place returns a name of an element for people. shown tells whether a user can see and
-// use the element. hits tells whether a finger at the point (x, y) hits the element.
+// place returns a name of an element for people. The function shown returns true if a
+// user can see and use an element. The function hits returns true if a finger at the
+// point (x, y) hits an element.
 const place = `window.place = (e) => {
   const name = e.id ? '#' + e.id : [...e.classList].map((c) => '.' + c).join('');
   const text = (e.innerText || e.value || e.ariaLabel || '').trim().replace(/\\s+/g, ' ');
@@ -18,12 +20,12 @@ window.hits = (e, x, y) => {
   return at && (e.contains(at) || at.closest('label')?.control === e);
 };`;
 
-// most is the highest number of texts that a check returns. If there are more, some()
-// replaces the rest by their number.
-const most = 5;
+// maxTexts is the highest number of texts that a check returns. If a check finds
+// more, limit() replaces the rest by their number.
+const maxTexts = 5;
 
-function some(all) {
-  return all.length > most ? [...all.slice(0, most), `and ${all.length - most} more like these`] : all;
+function limit(all) {
+  return all.length > maxTexts ? [...all.slice(0, maxTexts), `and ${all.length - maxTexts} more like these`] : all;
 }
 
 // width finds what makes the document wider than the screen.
@@ -42,14 +44,14 @@ export async function width(page) {
       e.getBoundingClientRect().right > most + 0.5 && !boxed(e));
     return ['the document is ' + document.documentElement.scrollWidth + ' px wide', ...guilty.map(place)];
   })()`);
-  return some(wide);
+  return limit(wide);
 }
 
 // sizes finds targets that are too small for a finger: less than 44 × 44 CSS px (WCAG
 // 2.5.5). Links in a sentence may be smaller, as in WCAG 2.5.8. If a pseudo-element makes
-// a target larger, the larger area counts.
+// a target larger, sizes measures the larger area.
 export async function sizes(page) {
-  return some(await page.evaluate(`${place} (() => {
+  return limit(await page.evaluate(`${place} (() => {
     const least = 44, slack = 0.5;
     const block = (e) => {
       while (e && getComputedStyle(e).display.startsWith('inline')) e = e.parentElement;
@@ -124,13 +126,13 @@ export async function keyboard(page) {
     })()`);
     if (over) break;
   }
-  return some(await page.evaluate(`(() => [...window.keyboard.found,
+  return limit(await page.evaluate(`(() => [...window.keyboard.found,
     ...[...window.keyboard.left.keys()].map((e) => place(e) + ' is not reached by Tab')])()`));
 }
 
 // sticky scrolls a table by half of its height, and checks that the table's head is still
-// on the screen. If there is no such table, or it is too short to scroll, sticky can check
-// nothing; with must set, it then returns a finding that says so.
+// on the screen. If there is no such table, or if the table is too short to scroll, sticky
+// can check nothing. If must is true, sticky then returns a finding that says so.
 export async function sticky(page, head, must) {
   const { width, height } = page.viewportSize();
   await page.setViewportSize({ width, height: 500 });
@@ -164,12 +166,13 @@ export async function axe(page, source) {
       `${v.id} (${v.impact}): ${v.help}: ${v.nodes.length} times, such as ${v.nodes[0].target.join(' ')}: ` +
       v.nodes[0].failureSummary.replace(/\s+/g, ' '));
   });
-  return some(bad);
+  return limit(bad);
 }
 
-// readable counts the headings, rows and links that a reader sees, so that withoutScript
-// can compare a page with and without JavaScript. dead has the buttons that the reader sees
-// and that are in no form: these do nothing without JavaScript.
+// readable returns the numbers of the headings, rows and links that a reader sees.
+// withoutScript compares these numbers with and without JavaScript. The field dead has the
+// buttons that the reader sees and that are in no form: these do nothing without
+// JavaScript.
 export async function readable(page) {
   return page.evaluate(`${place} (() => {
     const all = (s) => [...document.querySelectorAll(s)].filter(shown).length;
@@ -178,8 +181,9 @@ export async function readable(page) {
   })()`);
 }
 
-// withoutScript compares two results of readable for one page: withIt has the page with
-// JavaScript, without has it without JavaScript. The second must show no fewer rows and links.
+// withoutScript compares two results of readable for one page. The argument withIt is the
+// result with JavaScript, and the argument without is the result without JavaScript. Without
+// JavaScript, the page must show no fewer rows and links.
 export function withoutScript(withIt, without) {
   const found = without.dead.map((b) => `${b} does nothing without JavaScript; hide it`);
   if (without.heading !== 1) found.push(`${without.heading} headings h1 are shown; want one`);
@@ -187,5 +191,5 @@ export function withoutScript(withIt, without) {
     if (without[what] < withIt[what])
       found.push(`${without[what]} ${what} are shown; with JavaScript it is ${withIt[what]}`);
   }
-  return some(found);
+  return limit(found);
 }

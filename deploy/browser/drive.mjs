@@ -1,6 +1,6 @@
 // This program drives Chromium for the test in Go. It reads questions from stdin, one line
-// of JSON for each, and writes one line of JSON to stdout as the answer to each. It reports
-// findings; the test decides what they mean.
+// of JSON for each question. To each question it writes an answer to stdout, also one line
+// of JSON. An answer has findings; the test decides what they mean.
 //
 // usage: node drive.mjs NODE_MODULES CHROMIUM
 import { createRequire } from 'node:module';
@@ -27,8 +27,8 @@ const views = {
   noscript: { ...large, javaScriptEnabled: false },
 };
 
-// tabs keeps open pages of the browser, by view and options. Opening a new page takes
-// longer than checking one.
+// tabs has the open pages of the browser, by view and options, for later questions.
+// Opening a new page takes longer than checking one.
 const tabs = new Map();
 
 async function tab(view, options) {
@@ -41,8 +41,8 @@ async function tab(view, options) {
   const now = { page };
   page.on('console', (m) => {
     if (m.type() !== 'error') return;
-    // Chromium logs an error for a response whose status is an error. For the page itself,
-    // the status is checked elsewhere.
+    // If the status of a response is an error, Chromium logs an error. For the page
+    // itself, another check tests the status.
     if (m.location().url === now.url && /status of \d+/.test(m.text())) return;
     (/content security policy/i.test(m.text()) ? now.csp : now.console).push(m.text());
   });
@@ -56,9 +56,10 @@ async function tab(view, options) {
   return now;
 }
 
-// open goes to a page and calls f(page, said, response). said has the errors that the page
-// logged to the console, its violations of the content security policy, the URLs that it
-// asked on other hosts, and all responses that it got.
+// open goes to a page and calls f(page, said, response). The argument said has the errors
+// that the page logged to the console, the page's violations of its content security
+// policy, the URLs on other hosts that the page asked for, and all responses that the page
+// got.
 async function open(view, url, options, f) {
   const now = await tab(view, options);
   await now.page.goto('about:blank');
@@ -67,8 +68,8 @@ async function open(view, url, options, f) {
   return f(now.page, now, response);
 }
 
-// weigh returns the size of a page with all its resources, in bytes, uncompressed. A stream
-// of events does not count: it has no end, and begins when the page is complete.
+// weigh returns the size of a page with all its resources, in bytes, uncompressed. It
+// ignores a stream of events, which has no end, and begins when the page is complete.
 async function weigh(responses) {
   let bytes = 0;
   for (const r of responses) {
@@ -119,8 +120,8 @@ async function check({ url, status, sticky, large }) {
   return { findings, title, weight };
 }
 
-// other checks a feed or a badge. Neither is a page, so a blank page parses its text.
-async function other({ do: kind, url, status }) {
+// feedOrBadge checks a feed or a badge. Neither is a page, so a blank page parses the text.
+async function feedOrBadge({ do: kind, url, status }) {
   const response = await fetch(url);
   const findings = [];
   if (response.status !== status) findings.push({ check: 'status', text: `${response.status}; want ${status}` });
@@ -150,7 +151,7 @@ async function draw({ url, file }) {
   return {};
 }
 
-const actions = { page: check, feed: other, badge: other, status, draw };
+const actions = { page: check, feed: feedOrBadge, badge: feedOrBadge, status, draw };
 for await (const line of createInterface({ input: process.stdin })) {
   const ask = JSON.parse(line);
   let answer;

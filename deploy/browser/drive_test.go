@@ -20,7 +20,7 @@ type question struct {
 	URL    string `json:"url"`
 	Status int    `json:"status,omitempty"`
 	Sticky string `json:"sticky,omitempty"`
-	// Large says that the page's table must be long enough to scroll.
+	// Large is true if the page's table must be long enough to scroll.
 	Large bool `json:"large"`
 	// File is the path of the screenshot, without its ending.
 	File string `json:"file,omitempty"`
@@ -57,7 +57,7 @@ func startDriver(t *testing.T) *driver {
 	}
 	// Go's cache of test results does not notice the files that a node program reads.
 	for _, name := range []string{"drive.mjs", "checks.mjs", "feed.mjs", "package-lock.json"} {
-		seen(t, name)
+		statFiles(t, name)
 	}
 	modules, err := exec.Command("./modules.sh").Output()
 	if err != nil {
@@ -122,7 +122,7 @@ func stderr(err error) string {
 // build builds one of the repository's programs.
 func build(t *testing.T, dir, pkg string) string {
 	t.Helper()
-	seen(t, filepath.Join(root, "server"), filepath.Join(root, "pkg"))
+	statFiles(t, filepath.Join(root, "server"), filepath.Join(root, "pkg"))
 	built := filepath.Join(dir, strings.ReplaceAll(pkg, "/", "-"))
 	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", built, "./"+filepath.Join(root, pkg))
 	if out, err := cmd.CombinedOutput(); err != nil {

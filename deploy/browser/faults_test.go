@@ -14,7 +14,7 @@ import (
 // TestChecksFindFaults runs the checks on pages that have faults, and on some that have none. The checks must find
 // exactly the faults.
 func TestChecksFindFaults(t *testing.T) {
-	seen(t, "testdata")
+	statFiles(t, "testdata")
 	served := http.FileServer(http.Dir("testdata"))
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {

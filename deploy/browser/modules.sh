@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# This script prints the folder of the npm packages that package-lock.json names, and
-# installs the packages the first time. playwright-core drives Chromium; axe-core judges
+# This script prints the folder with the npm packages in package-lock.json. The first
+# time, it installs the packages. playwright-core drives Chromium; axe-core judges
 # accessibility. The folder is in the user's cache folder, and its name is the hash of
 # package-lock.json. The packages come from the registry that npm is configured with.
 #
@@ -17,7 +17,7 @@ if [[ ! -d $dir/node_modules ]]; then
     command -v "$program" >/dev/null ||
       { echo "modules: there is no $program; run: deploy/setup.sh browser" >&2; exit 1; }
   done
-  echo "modules: installing what package-lock.json names (once; kept in $dir)" >&2
+  echo "modules: installing the packages in package-lock.json (once; kept in $dir)" >&2
   mkdir -p "$root"
   tmp=$(mktemp -d "$root/.new-XXXXXX")
   trap 'rm -rf "$tmp"' EXIT

@@ -14,15 +14,15 @@ type row struct {
 	Kind string
 	// Sticky is the selector of the table head that must stay on the screen while the table is scrolled.
 	Sticky string
-	// SharesTitle says that the page is another page with a filter, and so has that page's title.
+	// SharesTitle is true if the page is another page with a filter. It then has the title of that page.
 	SharesTitle bool
-	// Draw says that make screenshots draws the page.
+	// Draw is true if make screenshots draws the page.
 	Draw bool
 
-	// Missing says that the server does not have the page yet, so that it must answer 404. If it answers anything else,
-	// the test fails until Missing is removed.
+	// Missing is true if the server does not have the page yet. The server must then answer 404. If it answers anything
+	// else, the test fails until Missing is removed.
 	Missing bool
-	// Waits names the checks that the page does not pass yet, with the reasons. If the page passes such a check in all of
+	// Waits has the checks that the page does not pass yet, with the reasons. If the page passes such a check in all of
 	// its data sets, the test fails until the check is removed from Waits.
 	Waits map[string]string
 }

@@ -74,7 +74,7 @@ func (s *set) start(t *testing.T, program, data string, args ...string) {
 	s.client = api.NewClient(s.URL, secret, nil)
 }
 
-// wait repeats a check until it is true. The test fails after a minute.
+// wait repeats a check until the check returns true. The test fails after a minute.
 func wait(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); !is(); time.Sleep(20 * time.Millisecond) {

@@ -99,7 +99,7 @@ func fillSmall(t *testing.T, s *set) {
 	for _, c := range stories {
 		play(t, s, c)
 	}
-	want(t, s)
+	storeWishList(t, s)
 	for _, c := range stories {
 		r := c.resolve(t, s)
 		if r.State != c.state {
@@ -113,8 +113,8 @@ func fillSmall(t *testing.T, s *set) {
 	s.Vars["unknown"] = "lakitu/18613.75.4/580.95.05/open"
 }
 
-// wished is a wish list of cells that are already published, so that it plans no build.
-const wished = `version: 1
+// wishText is a wish list of cells that are already published, so that it plans no build.
+const wishText = `version: 1
 kernels:
   - build: 17800.66.78
     board: lakitu
@@ -123,10 +123,10 @@ drivers:
 flavours: [proprietary, open]
 `
 
-// want stores the wish list, and waits until the server has planned it.
-func want(t *testing.T, s *set) {
+// storeWishList stores the wish list, and waits until the server has planned it.
+func storeWishList(t *testing.T, s *set) {
 	t.Helper()
-	if _, err := s.client.PutWishList(t.Context(), "production", api.NewWishList{Text: wished}); err != nil {
+	if _, err := s.client.PutWishList(t.Context(), "production", api.NewWishList{Text: wishText}); err != nil {
 		t.Fatal(err)
 	}
 	wait(t, "the wish list is planned", func() bool {
@@ -178,7 +178,7 @@ func play(t *testing.T, s *set, c story) {
 		if err := s.client.AppendBuildLog(t.Context(), b.ID, 0, []byte(log)); err != nil {
 			t.Fatal(err)
 		}
-		beat(t, s, b.ID)
+		keepReporting(t, s, b.ID)
 	case api.Failed:
 		failed := phases(begin, 3)
 		failed[2].Failed = true
@@ -244,8 +244,8 @@ func publish(t *testing.T, s *set, b api.Build, c story, begin time.Time) {
 	}
 }
 
-// report reports that an artifact did not load. Each node reports from a network of its own, because the reports of one
-// network alone put nothing in quarantine.
+// report reports that an artifact did not load. Each node reports from a network of its own, because reports from only
+// one network put no artifact in quarantine.
 func report(t *testing.T, s *set, c story, digest string, node int) {
 	t.Helper()
 	from := &net.TCPAddr{IP: net.IPv4(127, 0, byte(node+1), 1)}
@@ -261,9 +261,9 @@ func report(t *testing.T, s *set, c story, digest string, node int) {
 	}
 }
 
-// beat reports a build regularly until the test ends. Without reports, the server would give the build to another
-// builder.
-func beat(t *testing.T, s *set, id int64) {
+// keepReporting sends reports about a build until the test ends. Without reports, the server would give the build to
+// another builder.
+func keepReporting(t *testing.T, s *set, id int64) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	var beating sync.WaitGroup

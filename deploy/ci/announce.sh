@@ -21,7 +21,7 @@ done
 first=0
 for id in "${ids[@]}"; do
   status=0
-  patiently announce "$id" || status=$?
+  with_retries announce "$id" || status=$?
   ((first)) || first=$status
 done
 exit "$first"

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# announce.sh and preflight.sh source this file. It runs the command line of Prebake's server.
-# If PREBAKE_IMAGE is set, the command line runs in that container image, on docker's network
-# PREBAKE_NETWORK (default: host). Otherwise it is the program PREBAKE_PROGRAM (default:
-# "server", from PATH).
+# announce.sh and preflight.sh source this file. The function prebake runs the command line of
+# Prebake's server. If PREBAKE_IMAGE is set, the command line runs in that container image, on
+# docker's network PREBAKE_NETWORK (default: host). Otherwise it is the program PREBAKE_PROGRAM
+# (default: "server", from PATH).
 #
 # PREBAKE_SERVER is the server's URL. PREBAKE_TOKEN, the server's token, is passed in the
 # environment only, because everybody on a machine can read the command lines of programs.
@@ -31,9 +31,10 @@ prebake() {
   fi
 }
 
-# patiently runs prebake up to five times, while the exit status is transient: such a failure
-# may pass. It returns the status of the last run.
-patiently() {
+# with_retries runs prebake. While the exit status is transient, which means that the failure
+# may pass, it runs prebake again, up to five times in all. It returns the status of the last
+# run.
+with_retries() {
   local status try
   for try in 1 2 3 4 5; do
     status=0

@@ -7,11 +7,11 @@
 #   3      a pool may not move: the artifact that it needs is missing, and nobody builds it
 #   other  the server did not answer the question; the status is that of the command line
 #
-# PREBAKE_WAIT is a time in seconds (default: 0). Until it is over, the script asks again about
-# the pools that may not move yet.
+# PREBAKE_WAIT is a time in seconds (default: 0). Until this time is over, the script asks
+# again about the pools that may not move yet.
 #
 # usage: preflight.sh BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]…   (or the list in PREBAKE_POOLS;
-# lib.sh describes the other variables). In place of BUILD_ID a GKE version may stand.
+# lib.sh describes the other variables). A GKE version may be given in place of BUILD_ID.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -31,7 +31,7 @@ note() { [[ -z ${GITHUB_STEP_SUMMARY:-} ]] || printf '%s\n' "$1" >>"$GITHUB_STEP
 ask() {
   local id board driver flavour
   IFS=: read -r id board driver flavour <<<"$1"
-  patiently preflight --build-id="$id" --board="${board:-lakitu}" --driver="${driver:-default}" --flavour="${flavour:-auto}"
+  with_retries preflight --build-id="$id" --board="${board:-lakitu}" --driver="${driver:-default}" --flavour="${flavour:-auto}"
 }
 
 while true; do

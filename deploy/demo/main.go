@@ -223,9 +223,9 @@ func (d *demo) node(ctx context.Context) (err error) {
 	return errors.Join(d.bare.wantNoDevice(), d.gpu.wantGPU(d.version, d.build.Digest))
 }
 
-// kept returns the names of the phases in which a build used the result of an earlier build. The note of such a phase
-// contains "cached".
-func kept(b api.Build) (phases []string) {
+// reusedPhases returns the names of the phases in which a build used the result of an earlier build. The note of such a
+// phase contains "cached".
+func reusedPhases(b api.Build) (phases []string) {
 	for _, p := range b.Phases {
 		if p.Of == "" && strings.Contains(p.Note, "cached") {
 			phases = append(phases, p.Name)

@@ -78,8 +78,8 @@ func (d *disk) format(ctx context.Context) error {
 	return nil
 }
 
-// close releases the disk. If keep is false, because the run failed, close also empties the disk, so that the next run
-// makes a new file system.
+// close releases the disk. keep is false if the run failed. close then also empties the disk, and the next run makes a
+// new file system.
 func (d *disk) close(keep bool) error {
 	var err error
 	if !keep {
@@ -199,8 +199,8 @@ func (r *nodeRun) wantExit(kind fault.Kind) error {
 	return nil
 }
 
-// remembered matches the note of a phase in which the builder used stored results.
-var remembered = regexp.MustCompile(`^([0-9]+) [a-z]+, ([0-9]+) (?:remembered|reused)$`)
+// reuseNote matches the note of a phase in which the builder used stored results.
+var reuseNote = regexp.MustCompile(`^([0-9]+) [a-z]+, ([0-9]+) (?:remembered|reused)$`)
 
 // wantRemembered checks the phases of the build for the sibling kernel. At least nine tenths of conftest's answers and
 // of the object files must come from the caches that the build for the first kernel filled. If the demo ran before, the
@@ -220,7 +220,7 @@ func wantRemembered(phases []timeline.Phase) error {
 			continue
 		}
 		var kept, all int
-		if m := remembered.FindStringSubmatch(phases[i].Note); m != nil {
+		if m := reuseNote.FindStringSubmatch(phases[i].Note); m != nil {
 			all, _ = strconv.Atoi(m[1]) // the pattern allows only digits
 			kept, _ = strconv.Atoi(m[2])
 		}

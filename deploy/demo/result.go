@@ -19,7 +19,8 @@ import (
 // states are the folders below the cache folder that the demo uses.
 var states = []string{"mirror", "packages", "build", "demo"}
 
-// fail prints why the demo failed, keeps the logs of server and builder, and returns an error of the same kind.
+// fail prints why the demo failed, and keeps the logs of server and builder. The error that it returns is of the same
+// kind as err.
 func (d *demo) fail(ctx context.Context, err error, dir string) error {
 	if ctx.Err() != nil {
 		err = fault.New(fault.Cancelled, "interrupted", "")
@@ -85,7 +86,7 @@ func (d *demo) pass() error {
 		"machine that has one.", d.gpu.report.Verdict.State, d.gpu.code))
 
 	fmt.Fprintln(d.out, "\nReused from earlier runs")
-	for _, r := range d.reused() {
+	for _, r := range d.reusedRows() {
 		row(d.out, r[0], r[1])
 	}
 
@@ -99,13 +100,13 @@ func (d *demo) pass() error {
 	return nil
 }
 
-// reused returns what this run took from earlier runs, as pairs of a name and a text.
-func (d *demo) reused() (rows [][2]string) {
+// reusedRows returns what this run took from earlier runs, as pairs of a name and a text.
+func (d *demo) reusedRows() (rows [][2]string) {
 	if d.mirror.Cached > 0 {
 		all := d.mirror.Cached + d.mirror.Made
 		rows = append(rows, [2]string{"mirror", fmt.Sprintf("%d of its %d objects", d.mirror.Cached, all)})
 	}
-	if phases := kept(d.build); len(phases) > 0 {
+	if phases := reusedPhases(d.build); len(phases) > 0 {
 		rows = append(rows, [2]string{"builder", "results of the phases " + strings.Join(phases, ", ")})
 	}
 	if n := d.gpu.report.CachedBytes; n > 0 {
@@ -153,7 +154,7 @@ func row(w interface{ Write([]byte) (int, error) }, name, text string) {
 }
 
 // sizes returns the disk space of the demo's folders: a text with the size of each, and the sum in bytes. A file with
-// several hard links counts once.
+// several hard links is counted once.
 func sizes(state string) (text string, total int64, err error) {
 	type inode struct{ dev, ino uint64 }
 	seen := map[inode]bool{}
@@ -165,7 +166,7 @@ func sizes(state string) (text string, total int64, err error) {
 			if err == nil {
 				info, err = e.Info()
 			}
-			if errors.Is(err, fs.ErrNotExist) { // another builder removes files meanwhile that it no longer needs
+			if errors.Is(err, fs.ErrNotExist) { // meanwhile another builder may remove files that it no longer needs
 				return nil
 			}
 			if err != nil {
@@ -178,7 +179,7 @@ func sizes(state string) (text string, total int64, err error) {
 			return nil
 		})
 		if err != nil {
-			return "", 0, fmt.Errorf("measure %s: %w", filepath.Join(state, name), err)
+			return "", 0, fmt.Errorf("read the size of %s: %w", filepath.Join(state, name), err)
 		}
 		total += sum
 		parts = append(parts, name+" "+size(sum))

@@ -31,13 +31,14 @@ type offlineBundle struct {
 // TestAirGap installs a driver from a bundle on a node that never has a network. The builder makes the bundles on a
 // machine that reaches the farm. The test then puts them on the node's disk, as if somebody had carried them there.
 //
-// Then the node's OS is updated. A second bundle, a delta, has the driver for the new OS, and leaves out the parts that
-// the node has. A node without those parts gets an error that names the bundle that it needs.
+// Then the node's OS is updated. The second bundle is a delta. It has the driver for the new OS, but not the parts that
+// the node has already. On a node without these parts the install fails, and the error says which bundle the node
+// needs.
 func TestAirGap(t *testing.T) {
 	t.Parallel()
 	before, k := shared.kernel(0), shared.kernel(1)
-	first := published(t, shared.srv, before, shared.driver(), target.Proprietary)
-	second := published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	first := mustBuild(t, shared.srv, before, shared.driver(), target.Proprietary)
+	second := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 	dir := t.TempDir()
 	create := func(name string, k target.Kernel, more ...string) (made offlineBundle) {
 		t.Helper()
@@ -64,7 +65,7 @@ func TestAirGap(t *testing.T) {
 			delta, rest)
 	}
 
-	// The disk is mounted at the parent of the install folder.
+	// The disk is mounted at the parent folder of the install folder.
 	mount := filepath.Dir(testbed.InstallDir)
 	disk := diskWith(t, dir)
 	install := func(name, ref, folder string, more ...string) vm.Step {
@@ -90,15 +91,15 @@ func TestAirGap(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if step := named(t, res, "dial"); step.ExitCode == 0 {
+		if step := stepNamed(t, res, "dial"); step.ExitCode == 0 {
 			t.Fatal("the node reaches the farm; want it to have no network")
 		}
 		return res
 	}
 	baseRef, deltaRef := "oci-archive:"+mount+"/base.tar", "oci-archive:"+mount+"/delta.tar"
 	res := boot(before, install("install", baseRef, testbed.InstallDir), testbed.ModulesStep())
-	installed(t, res, "install", first.Digest)
-	if live := testbed.Live(named(t, res, testbed.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
+	checkInstalled(t, res, "install", first.Digest)
+	if live := testbed.Live(stepNamed(t, res, testbed.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
 		t.Errorf("live in the node: %v; want nvidia among them", live)
 	}
 
@@ -106,27 +107,28 @@ func TestAirGap(t *testing.T) {
 		install("nothing there", deltaRef, mount+"/new", "--no-load"),
 		install("both", baseRef+"+"+mount+"/delta.tar", mount+"/new", "--no-load"),
 		install("upgrade", deltaRef, testbed.InstallDir), testbed.ModulesStep())
-	alone := named(t, res, "nothing there")
+	alone := stepNamed(t, res, "nothing there")
 	if alone.ExitCode != fault.Usage.ExitCode() || !strings.Contains(string(alone.Stderr), base.Index) {
 		t.Errorf("install of the delta alone into a new folder = %d: %s\nwant %d, and the bundle that it needs: %s",
 			alone.ExitCode, alone.Stderr, fault.Usage.ExitCode(), base.Index)
 	}
-	if both := named(t, res, "both"); both.ExitCode != 0 {
+	if both := stepNamed(t, res, "both"); both.ExitCode != 0 {
 		t.Errorf("install of both bundles into a new folder = %d: %s; want 0", both.ExitCode, both.Stderr)
 	}
-	r := installed(t, res, "upgrade", second.Digest)
+	r := checkInstalled(t, res, "upgrade", second.Digest)
 	if most := layer(t, m, bundle.LayerModules).Size; r.FetchedBytes > most {
 		t.Errorf("the upgrade read %d bytes of the delta; want the modules at most, %d", r.FetchedBytes, most)
 	}
-	if live := testbed.Live(named(t, res, testbed.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
+	if live := testbed.Live(stepNamed(t, res, testbed.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
 		t.Errorf("live after the upgrade: %v; want nvidia among them", live)
 	}
 }
 
-// installed checks the result of an install: the artifact with this digest is active, and the emulated GPU is unusable.
-func installed(t *testing.T, res *vm.Result, name, digest string) (r testbed.Report) {
+// checkInstalled checks the result of an install: the artifact with this digest is active, and the emulated GPU is
+// unusable.
+func checkInstalled(t *testing.T, res *vm.Result, name, digest string) (r testbed.Report) {
 	t.Helper()
-	step := named(t, res, name)
+	step := stepNamed(t, res, name)
 	t.Logf("%s: exit %d, %.1f s\n%s%s", name, step.ExitCode, step.Seconds, step.Stdout, step.Stderr)
 	if err := testbed.Decode(step, &r); err != nil {
 		t.Fatal(err)
@@ -139,7 +141,7 @@ func installed(t *testing.T, res *vm.Result, name, digest string) (r testbed.Rep
 	return r
 }
 
-func named(t *testing.T, res *vm.Result, name string) vm.StepResult {
+func stepNamed(t *testing.T, res *vm.Result, name string) vm.StepResult {
 	t.Helper()
 	step, err := testbed.StepNamed(res, name)
 	if err != nil {

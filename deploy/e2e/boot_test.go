@@ -15,9 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// grubConfig returns a GRUB configuration in the form of COS: entries A and B, each once with a local root and once
-// with a verified root. An entry with a verified root has a quoted argument. The form is from the test data of
-// cos_image_analyzer in cos/tools. The kernel arguments are from /proc/cmdline on hosts of Cloud Shell.
+// grubConfig returns a GRUB configuration like that of COS. It has the entries A and B, each once with a local root and
+// once with a verified root. An entry with a verified root has a quoted argument. The model for the file is the test
+// data of cos_image_analyzer in cos/tools. The kernel arguments are from /proc/cmdline on hosts of Cloud Shell.
 func grubConfig() string {
 	const words = "init=/usr/lib/systemd/systemd rootwait ro noresume loglevel=7 security=apparmor csm.disabled=1 " +
 		"loadpin.exclude=kernel-module,firmware " +
@@ -40,7 +40,7 @@ func grubConfig() string {
 func TestNodeBootConfiguration(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)
-	published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)
 	if err != nil {
 		t.Fatal(err)

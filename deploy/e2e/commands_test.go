@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// shown matches a command on a page.
-var shown = regexp.MustCompile(`(?s)aria-label="Command: [^"]*">(.*?)</pre>`)
+// shownCommand matches a command on a page.
+var shownCommand = regexp.MustCompile(`(?s)aria-label="Command: [^"]*">(.*?)</pre>`)
 
 // commandsOf returns the commands on a cell's page, for a reader who reaches the server under the name host.
 func commandsOf(t *testing.T, srv *testbed.Server, host string, k target.Kernel, version string,
@@ -43,7 +43,7 @@ func commandsOf(t *testing.T, srv *testbed.Server, host string, k target.Kernel,
 		t.Fatalf("GET %s = %s, %v", url, resp.Status, err)
 	}
 	var all []string
-	for _, m := range shown.FindAllSubmatch(page, -1) {
+	for _, m := range shownCommand.FindAllSubmatch(page, -1) {
 		all = append(all, html.UnescapeString(string(m[1])))
 	}
 	return all
@@ -54,7 +54,7 @@ func commandsOf(t *testing.T, srv *testbed.Server, host string, k target.Kernel,
 func TestCommandsOfPages(t *testing.T) {
 	t.Parallel()
 	k, driver := shared.kernel(0), shared.driver()
-	published(t, shared.srv, k, driver, target.Open)
+	mustBuild(t, shared.srv, k, driver, target.Open)
 	dir := t.TempDir()
 	copyTo(t, filepath.Join(dir, "prebake.key.pub"), shared.key+".pub")
 	if err := os.WriteFile(filepath.Join(dir, "prebake.token"), []byte(shared.srv.Token), 0o600); err != nil {
@@ -88,7 +88,7 @@ func TestCommandsOfPages(t *testing.T) {
 	}
 
 	// Nobody has requested this cell before. After the commands, its build waits in the queue, or has failed because the
-	// driver does not exist. The test cancels it.
+	// driver does not exist. The test cancels the build.
 	for _, command := range commandsOf(t, shared.srv, shared.srv.Addr, k, "999.99.99", target.Open) {
 		run(command, 0)
 	}

@@ -2,7 +2,7 @@
 // drivers. It does not look inside the programs. It uses only their output, the API, the registry and the disk.
 //
 // The tests need the programs in bin/ and the Debian packages of `make setup`; run them with `make test`. With -short
-// they are left out.
+// they do not run.
 package e2e
 
 import (
@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// stage holds the parts that all tests share: one mirror, one server, one worker, one key.
+// stage has the parts that all tests share: one mirror, one server, one worker, one key.
 type stage struct {
 	*testbed.Scene
 	mirror *testbed.Mirror
@@ -92,7 +92,7 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	if st.worker, err = s.StartWorker(st.srv, st.mirror, st.key, s.BuildCache(), "--concurrency", "2"); err != nil {
 		return nil, errors.Join(err, st.srv.Stop())
 	}
-	if os.Getenv(scenarios) != "" { // TestNodeScenarios decides itself what is built, and in which order
+	if os.Getenv(scenariosEnv) != "" { // TestNodeScenarios decides itself what is built, and in which order
 		return st, nil
 	}
 	// The builds that most tests need are requested together. A load test leaves one processor idle, which another build
@@ -157,8 +157,8 @@ func build(t *testing.T, srv *testbed.Server, k target.Kernel, driver string, f 
 	return b
 }
 
-// published works as build does, and fails the test unless the cell is published.
-func published(t *testing.T, srv *testbed.Server, k target.Kernel, driver string, f target.Flavour) api.Build {
+// mustBuild works as build does, and fails the test unless the cell is published.
+func mustBuild(t *testing.T, srv *testbed.Server, k target.Kernel, driver string, f target.Flavour) api.Build {
 	t.Helper()
 	b := build(t, srv, k, driver, f)
 	if b.State != api.Published || b.Digest == "" {

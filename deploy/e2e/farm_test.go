@@ -57,7 +57,7 @@ func TestMatrixSharesUserspace(t *testing.T) {
 	user, firmware := map[string]bool{}, map[string]bool{}
 	for _, k := range []target.Kernel{shared.kernel(0), shared.kernel(1)} {
 		for _, f := range []target.Flavour{target.Proprietary, target.Open} {
-			b := published(t, shared.srv, k, shared.driver(), f)
+			b := mustBuild(t, shared.srv, k, shared.driver(), f)
 			m := manifest(t, shared.srv, b.Digest)
 			l := layer(t, m, bundle.LayerModules)
 			if other, ok := modules[l.Digest.String()]; ok {
@@ -73,12 +73,12 @@ func TestMatrixSharesUserspace(t *testing.T) {
 	}
 }
 
-// TestTwinBuildSharesArtifact checks that a second COS build with the same kernel gets the existing artifact and no
-// compile. The artifact gets a kernel match for the second COS build too.
+// TestTwinBuildSharesArtifact checks a second COS build with the same kernel. Nothing may be compiled for it: it must
+// get the existing artifact. The artifact must get a kernel match for the second COS build too.
 func TestTwinBuildSharesArtifact(t *testing.T) {
 	twin, of := shared.twin(t)
-	first := published(t, shared.srv, of, shared.driver(), target.Proprietary)
-	second := published(t, shared.srv, twin, shared.driver(), target.Proprietary)
+	first := mustBuild(t, shared.srv, of, shared.driver(), target.Proprietary)
+	second := mustBuild(t, shared.srv, twin, shared.driver(), target.Proprietary)
 	if first.Digest != second.Digest {
 		t.Errorf("%s got %s, and %s, with the same kernel, got %s; want one artifact", of, first.Digest, twin, second.Digest)
 	}
@@ -91,11 +91,12 @@ func TestTwinBuildSharesArtifact(t *testing.T) {
 	}
 }
 
-// TestKilledBuilderReproduces kills a builder in the middle of a compile, with empty caches in other folders. The
-// restarted builder must finish the build. The result must be one artifact, identical to the shared worker's.
+// TestKilledBuilderReproduces kills a builder in the middle of a compile. This builder has folders of its own with
+// empty caches. After a restart it must finish the build. The result must be one artifact, identical to the artifact of
+// the shared worker.
 func TestKilledBuilderReproduces(t *testing.T) {
 	k := shared.kernel(1)
-	want := published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	want := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 
 	dir := t.TempDir()
 	s, err := testbed.New(shared.Bin, dir, os.Stderr)
@@ -279,7 +280,7 @@ func corruptHeaders(t *testing.T, m *testbed.Mirror, k target.Kernel) *testbed.M
 		t.Fatal(err)
 	}
 	raw[len(raw)/2] ^= 1
-	if err := os.Remove(headers); err != nil { // removes the hard link, so that the original file is not changed
+	if err := os.Remove(headers); err != nil { // this removes the hard link only, so that the original file is not changed
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(headers, raw, 0o644); err != nil {
@@ -292,7 +293,7 @@ func corruptHeaders(t *testing.T, m *testbed.Mirror, k target.Kernel) *testbed.M
 // registry to which the same artifact was published.
 func TestStockCrane(t *testing.T) {
 	k := shared.kernel(1)
-	b := published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	b := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 	second := craneRegistry(t) + "/drivers/nvidia"
 	if _, err := shared.Must(t.Context(), "builder", "build", "--build-id", k.BuildID, "--board", k.Board, "--driver",
 		shared.driver(),

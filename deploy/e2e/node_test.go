@@ -22,8 +22,8 @@ func itoa(n int64) string { return strconv.FormatInt(n, 10) }
 func TestNodeWithGPU(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)
-	proprietary := published(t, shared.srv, k, shared.driver(), target.Proprietary)
-	open := published(t, shared.srv, k, shared.driver(), target.Open)
+	proprietary := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
+	open := mustBuild(t, shared.srv, k, shared.driver(), target.Open)
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)
 	if err != nil {
 		t.Fatal(err)
@@ -104,8 +104,8 @@ func nodeRoot(t *testing.T, k target.Kernel) string {
 // keep its former driver.
 func TestNodeRefusesFlippedByte(t *testing.T) {
 	k := shared.kernel(1)
-	good := published(t, shared.srv, k, shared.driver(), target.Proprietary)
-	bad := published(t, shared.srv, k, shared.driver(), target.Open)
+	good := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
+	bad := mustBuild(t, shared.srv, k, shared.driver(), target.Open)
 	root := nodeRoot(t, k)
 	install := func(flavour target.Flavour) *testbed.Result {
 		res, err := shared.Run(t.Context(), "fetcher", "install", "--server", "http://"+shared.srv.Addr, "--host-root", root,
@@ -192,7 +192,7 @@ func findFile(t *testing.T, dir, part string) string {
 // builder, and trusts its own result. The server of this test has no artifact.
 func TestNodeCompilesLocally(t *testing.T) {
 	k := shared.kernel(1)
-	published(t, shared.srv, k, shared.driver(), target.Proprietary) // fills the shared build cache with the modules
+	mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary) // fills the shared build cache with the modules
 	dir := t.TempDir()
 	s, err := testbed.New(shared.Bin, dir, os.Stderr)
 	if err != nil {

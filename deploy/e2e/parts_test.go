@@ -29,8 +29,8 @@ const (
 	regctl = "github.com/regclient/regclient/cmd/regctl@v0.11.7"
 )
 
-// oneProcessor names the parts that use only one processor: emulated machines, and programs that compress and
-// decompress. They run in parallel.
+// oneProcessor has the parts that use only one processor: emulated machines, and programs that compress and decompress.
+// These parts run in parallel.
 var oneProcessor = map[string]bool{
 	"mirror twice": true, "module signatures": true, "sandbox under control groups": true,
 	"virtual machine": true, "load test": true, "faults while a machine runs": true,
@@ -41,7 +41,7 @@ var oneProcessor = map[string]bool{
 // such tests are skipped if an input is missing. Here all inputs exist, so no test may be skipped.
 func TestPartsOnRealInputs(t *testing.T) {
 	k := shared.kernel(1)
-	published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)
 	if err != nil {
 		t.Fatal(err)
@@ -62,9 +62,9 @@ func TestPartsOnRealInputs(t *testing.T) {
 	tools := "PATH=" + stockTools(t) + ":" + os.Getenv("PATH")
 	emulator := gcs.Env + "=" + tool(t, gcs.Tool)
 	twin, of := shared.twin(t)
-	// TestRealSameBytes compares the modules that make alone compiles for a cell with those in the farm's cache, so the
-	// cache must have the cell.
-	published(t, shared.srv, twin, shared.driver(), target.Proprietary)
+	// TestRealSameBytes compiles the modules of a cell with make alone, and compares them with the modules in the farm's
+	// cache. So the cache must have the cell.
+	mustBuild(t, shared.srv, twin, shared.driver(), target.Proprietary)
 	cells := fmt.Sprintf("PREBAKE_CELLS=%s/%s =%s/%s", of.BuildID, shared.driver(), twin.BuildID, shared.driver())
 
 	filled := "PREBAKE_FILLED=" + shared.BuildCache()

@@ -18,10 +18,11 @@ import (
 
 // TestReproduce rebuilds a published artifact from its provenance, without using results in the builder's caches. A
 // second party signs that the result is the same. The test also publishes an artifact with one changed byte in a
-// module, signed with a trusted key. builder reproduce must detect the change, and name the file and the section.
+// module, signed with a trusted key. builder reproduce must detect the change, and report the file and the section that
+// changed.
 func TestReproduce(t *testing.T) {
 	k := shared.kernel(1)
-	digest := published(t, shared.srv, k, shared.driver(), target.Proprietary).Digest
+	digest := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary).Digest
 	insider := testkit.NewKey(t)
 	tampered := tamper(t, shared.srv.Repository(), digest, insider)
 
@@ -97,8 +98,8 @@ func verifier(t *testing.T, pem []byte) *trust.Verifier {
 	return v
 }
 
-// statements returns the statements attached to an artifact whose signatures v accepts. Several statements may have the
-// same type: an artifact that fits two COS builds has a kernel match for each.
+// statements returns those statements of an artifact whose signature v accepts. Several statements may have the same
+// type: an artifact that fits two COS builds has a kernel match for each.
 func statements(t *testing.T, repo *registry.Repository, digest string, v *trust.Verifier) (all []*trust.Statement) {
 	t.Helper()
 	attached, err := repo.Attached(t.Context(), digest, trust.ArtifactTypeBundle)
@@ -113,8 +114,9 @@ func statements(t *testing.T, repo *registry.Repository, digest string, v *trust
 	return all
 }
 
-// tamper makes an artifact that differs from a published one in one byte of one module. It publishes that artifact with
-// the provenance of the original, signed with another key, and returns its reference.
+// tamper makes an artifact that differs from a published one in one byte of one module. It signs the provenance of the
+// original with another key, and publishes the changed artifact with this provenance. It returns the reference of the
+// changed artifact.
 func tamper(t *testing.T, repository, digest string, insider *testkit.Key) string {
 	t.Helper()
 	ctx, repo := t.Context(), open(t, repository)

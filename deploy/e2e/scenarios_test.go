@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// scenarios is the environment variable that asks for TestNodeScenarios.
-const scenarios = "PREBAKE_SCENARIOS"
+// scenariosEnv is the environment variable that asks for TestNodeScenarios.
+const scenariosEnv = "PREBAKE_SCENARIOS"
 
 // TestNodeScenarios runs testdata/*.txtar. Each file runs on one virtual node, with the emulated GPU and NVIDIA's real
 // driver. Each section of a file is a scenario, and the state of the node is kept from one to the next. If the install
@@ -34,8 +34,8 @@ const scenarios = "PREBAKE_SCENARIOS"
 //	background NAME COMMAND         start a command that keeps running; stop NAME ends it
 //	stdout TEXT, stderr TEXT        the last command printed this; with ! before it, it did not
 //	loaded MODULE...                these NVIDIA modules are in the kernel, and no others
-//	boot [BUILD_ID]                 cut the power, unless the node has died already, and boot again, with another
-//	                                COS build if one is named
+//	boot [BUILD_ID]                 cut the power, unless the node has died already, and boot again; with BUILD_ID,
+//	                                boot that COS build
 //	=> dies                         in place of a status: the node dies during the command
 //
 // These variables are replaced: $SERVER, $AWAY (an address where nothing answers), $REPO, $OLD and $NEWER (driver
@@ -45,16 +45,16 @@ const scenarios = "PREBAKE_SCENARIOS"
 // The machine is emulated, and reads the whole driver for each load. A file takes minutes, so the test runs only if
 // PREBAKE_SCENARIOS is set (make scenarios). TestScenarioScripts always reads the files.
 func TestNodeScenarios(t *testing.T) {
-	if os.Getenv(scenarios) == "" {
+	if os.Getenv(scenariosEnv) == "" {
 		t.Skip("PREBAKE_SCENARIOS is not set; run make scenarios")
 	}
 	k := shared.kernel(1)
 	port := shared.srv.Addr[strings.LastIndex(shared.srv.Addr, ":")+1:]
 	repo := strings.Replace(shared.srv.Repository(), shared.srv.Addr, vm.HostAddress+":"+port, 1)
 	before := shared.kernel(0) // built first, because a build makes deltas from the builds before it
-	other := published(t, shared.srv, before, shared.driver(), target.Proprietary)
-	proprietary := published(t, shared.srv, k, shared.driver(), target.Proprietary)
-	open := published(t, shared.srv, k, shared.driver(), target.Open)
+	other := mustBuild(t, shared.srv, before, shared.driver(), target.Proprietary)
+	proprietary := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary)
+	open := mustBuild(t, shared.srv, k, shared.driver(), target.Open)
 	if b := build(t, shared.srv, k, "535.999.99", target.Proprietary); b.State != api.Failed { // no bucket has this driver
 		t.Fatalf("build %d is %s", b.ID, b.State)
 	}
@@ -152,11 +152,11 @@ type play struct {
 	builds []string // COS build of each boot
 	dies   map[string]bool
 	count  int
-	wants  []want
+	wants  []expectation
 }
 
-// want is one expectation about a step.
-type want struct {
+// expectation is a condition that the result of one step must meet.
+type expectation struct {
 	where, step string
 	check       func(vm.StepResult) string // returns "" if the expectation is met
 }
@@ -180,7 +180,7 @@ func (p *play) scenario(name, text string) {
 		if negated {
 			word, rest, _ = strings.Cut(rest, " ")
 		}
-		expect := func(check func(vm.StepResult) string) { p.wants = append(p.wants, want{where, last, check}) }
+		expect := func(check func(vm.StepResult) string) { p.wants = append(p.wants, expectation{where, last, check}) }
 		switch word {
 		case "", "#":
 		case "fetcher", "sh":

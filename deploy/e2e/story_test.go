@@ -21,8 +21,8 @@ import (
 )
 
 // TestReleaseToNode runs the way from a COS release to a node without manual steps. A COS build appears in the mirror
-// and is announced. The server plans both flavours, because a wish list wants them, and each of two builders builds
-// one. A node that asked before anything was published gets its driver. Nobody requests a build.
+// and is announced. The server plans both flavours, because a wish list wants them. Two builders build one flavour
+// each. A node that asked before anything was published gets its driver. Nobody requests a build.
 func TestReleaseToNode(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)
@@ -42,7 +42,7 @@ func TestReleaseToNode(t *testing.T) {
 	}
 	defer srv.Stop()
 
-	// The wish list names the COS build before the mirror has it, and asks for COS's default driver.
+	// The wish list has the COS build before the mirror does. It asks for COS's default driver.
 	text := fmt.Sprintf("version: 1\nkernels: [{build: %s, board: %s}]\ndrivers: [default]\nflavours: [proprietary, "+
 		"open]\n", k.BuildID, k.Board)
 	if _, err := srv.Client.PutWishList(t.Context(), "story", api.NewWishList{Text: text}); err != nil {
@@ -74,10 +74,10 @@ func TestReleaseToNode(t *testing.T) {
 		var err error
 		res, err = s.RunNode(ctx,
 			testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 20 * time.Minute},
-			[]vm.Step{waiting(srv), testbed.ModulesStep()})
+			[]vm.Step{waitStep(srv), testbed.ModulesStep()})
 		done <- err
 	}()
-	asked(t, srv, done)
+	waitAsked(t, srv, done)
 	for _, id := range []string{"first", "second"} {
 		own := *s
 		own.Dir = filepath.Join(dir, id)
@@ -125,18 +125,20 @@ func TestReleaseToNode(t *testing.T) {
 	t.Logf("from release to ready: %+v", release.Times)
 }
 
-// waiting returns a step that installs COS's default driver, and waits until somebody has built it.
-func waiting(srv *testbed.Server) vm.Step {
+// waitStep returns a step that installs COS's default driver, and waits until somebody has built it.
+func waitStep(srv *testbed.Server) vm.Step {
 	step := testbed.InstallStep(srv, "--wait", "15m", "--builder", "never")
 	step.Timeout = 16 * time.Minute
 	return step
 }
 
-// answered matches the metric of the server that counts the nodes' questions.
-var answered = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
+// answeredMetric matches a line of the server's metrics: the number of questions of nodes that the server has answered,
+// if there are any.
+var answeredMetric = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
 
-// asked returns when a node has asked the server. If done reports first that the node has ended, the test fails.
-func asked(t *testing.T, srv *testbed.Server, done <-chan error) {
+// waitAsked returns when a node has asked the server. The channel done receives the end of the node. If that comes
+// first, the test fails.
+func waitAsked(t *testing.T, srv *testbed.Server, done <-chan error) {
 	t.Helper()
 	for {
 		resp, err := http.Get("http://" + srv.Addr + "/metrics")
@@ -147,7 +149,7 @@ func asked(t *testing.T, srv *testbed.Server, done <-chan error) {
 		if cerr := resp.Body.Close(); err != nil || cerr != nil {
 			t.Fatal(err, cerr)
 		}
-		if answered.Match(raw) {
+		if answeredMetric.Match(raw) {
 			return
 		}
 		select {

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"crypto/md5" //nolint:gosec // the checksum that COS's buckets have
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"os"
@@ -15,8 +16,8 @@ import (
 )
 
 // TestLoadTestOnVMLinux uses a bucket as COS has it, with vmlinux and without a boot archive. The load test must boot
-// exactly that vmlinux, and its signed result must name it. The boot image starts with Prebake's own entry code, as for
-// a COS kernel, although Debian's kernels have an entry point for PVH, which qemu could start.
+// exactly that vmlinux, and the signed result must say so. The boot image starts with Prebake's own entry code, as for
+// a COS kernel. (qemu could also start Debian's kernels at their entry point for PVH.)
 func TestLoadTestOnVMLinux(t *testing.T) {
 	t.Parallel()
 	k, other := shared.kernel(1), shared.kernel(0)
@@ -59,8 +60,13 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 		got.LoadTest.NVMLVersion != shared.driver() {
 		t.Errorf("load test = %+v, %v; want it loaded, and NVML to answer %s", got.LoadTest, err, shared.driver())
 	}
-	if !strings.Contains(allBlobs(t, layout), "vmlinux") {
-		t.Error("no signed statement names vmlinux")
+	image, err := os.ReadFile(at(k.BuildID, "vmlinux"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest := sha256.Sum256(image)
+	if !strings.Contains(allBlobs(t, layout), hex.EncodeToString(digest[:])) {
+		t.Error("no signed statement has the digest of the vmlinux that was booted")
 	}
 
 	inspect := func() (*testbed.Result, error) {

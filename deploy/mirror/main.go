@@ -98,7 +98,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	if cache == "" {
 		user, err := os.UserCacheDir()
 		if err != nil {
-			return fault.Wrap(fault.Usage, err, "pass --cache FOLDER")
+			return fault.Wrap(fault.Usage, fmt.Errorf("find the user's cache folder: %w", err), "pass --cache FOLDER")
 		}
 		cache = filepath.Join(user, "prebake", "mirror")
 	}
@@ -106,7 +106,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	if gpu.builder == "" {
 		self, err := os.Executable()
 		if err != nil {
-			return fault.Wrap(fault.Usage, err, "pass --builder PROGRAM")
+			return fault.Wrap(fault.Usage, fmt.Errorf("find the program builder: %w", err), "pass --builder PROGRAM")
 		}
 		gpu.builder = filepath.Join(filepath.Dir(self), "builder")
 	}
@@ -163,7 +163,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	})
 }
 
-// emugpu runs the builder, which compiles the emulated GPU for boot archives.
+// emugpu compiles the emulated GPU for boot archives. It runs the program builder for that.
 type emugpu struct{ builder, work string }
 
 func (g emugpu) run(ctx context.Context, args ...string) (string, error) {
@@ -175,7 +175,8 @@ func (g emugpu) run(ctx context.Context, args ...string) (string, error) {
 	if err != nil {
 		return "", fault.Wrap(fault.Usage,
 			fmt.Errorf("run builder to compile the emulated GPU: %w: %.1000s", err, strings.TrimSpace(stderr.String())),
-			"run make build, or pass --builder PROGRAM; for a mirror without boot archives, pass --no-boot-archive")
+			"run make build; if the program builder is elsewhere, pass --builder PROGRAM; if you need no boot archives, pass "+
+				"--no-boot-archive")
 	}
 	return strings.TrimSpace(string(out)), nil
 }

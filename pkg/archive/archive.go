@@ -2,11 +2,11 @@
 // first bytes of the stream decide which.
 //
 // The package trusts no byte of the archive. It refuses:
-//   - names that are absolute, hold "..", or pass through a link
+//   - names that are absolute, contain "..", or pass through a link
 //   - links that could lead out of the folder
 //   - hard links to anything but an earlier file of the same archive
 //   - devices and pipes
-//   - a second entry under one name
+//   - a second entry with the same name
 //   - more entries, more bytes or longer names than its bounds allow
 //
 // The package restores only the executable bit of the mode: folders become 0755, files 0644 or 0755. It ignores owners,
@@ -28,7 +28,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Options bound an Unpack. Zero fields have the defaults named here.
+// Options are the limits and choices of an Unpack. If a field is zero, the default in its comment applies.
 type Options struct {
 	// Entries is the largest number of entries; 0 means 500,000.
 	Entries int
@@ -59,15 +59,15 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// Stats counts what was unpacked.
+// Stats has the numbers of what was unpacked.
 type Stats struct {
 	Format               Format
 	Files, Links, Folder int
 	Bytes                int64
 }
 
-// Unpack writes the tar in r below root, which should be empty. If it refuses the archive, the error is of kind
-// Unverified.
+// Unpack unpacks the tar in r into the folder root, which should be empty. If it refuses the archive, the error is of
+// kind Unverified.
 func Unpack(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stats, error) {
 	o = o.withDefaults()
 	src, format, err := Decompress(ctx, r, o.XZTool)
@@ -130,9 +130,9 @@ func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
 			return nil
 		}
 		if err != nil {
-			return foreign(ctx, fmt.Errorf("read tar: %w", err))
+			return readError(ctx, fmt.Errorf("read tar: %w", err))
 		}
-		if err := u.one(); err != nil {
+		if err := u.countEntry(); err != nil {
 			return err
 		}
 		if err := u.entry(ctx, h, tr); err != nil {
@@ -141,9 +141,9 @@ func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
 	}
 }
 
-// one counts one entry, or one folder that has no entry of its own because only the name of another entry contains it.
-// Both count, because both take space on the disk.
-func (u *unpacker) one() error {
+// countEntry counts an entry of the archive, or a folder that only the name of another entry contains. Both take space
+// on the disk, so both count for the limit.
+func (u *unpacker) countEntry() error {
 	if u.count++; u.count > u.o.Entries {
 		return refuse("read tar: more than %d entries, including folders that have no entry of their own", u.o.Entries)
 	}
@@ -159,7 +159,7 @@ func (u *unpacker) entry(ctx context.Context, h *tar.Header, body io.Reader) err
 		return err
 	}
 	if h.Size < 0 || h.Size > u.o.Bytes-u.stats.Bytes {
-		return refuse("unpack %q: archive holds more than %d bytes", name, u.o.Bytes)
+		return refuse("unpack %q: the archive contains more than %d bytes", name, u.o.Bytes)
 	}
 	if name == "." {
 		if h.Typeflag != tar.TypeDir {
@@ -188,28 +188,28 @@ func (u *unpacker) entry(ctx context.Context, h *tar.Header, body io.Reader) err
 // of the root.
 func cleanName(name string, limit int) (string, error) {
 	if len(name) > limit {
-		return "", refuse("unpack %.60q…: name is longer than %d bytes", name, limit)
+		return "", refuse("unpack %.60q…: the name is longer than %d bytes", name, limit)
 	}
 	if name == "" || strings.HasPrefix(name, "/") || strings.ContainsRune(name, 0) {
 		return "", refuse("unpack %q: not a path below the folder", name)
 	}
 	for part := range strings.SplitSeq(name, "/") {
 		if part == ".." {
-			return "", refuse("unpack %q: name holds ..", name)
+			return "", refuse("unpack %q: the name contains ..", name)
 		}
 		if len(part) > 255 {
-			return "", refuse("unpack %.60q…: part of the name is longer than 255 bytes", name)
+			return "", refuse("unpack %.60q…: a part of the name is longer than 255 bytes", name)
 		}
 	}
 	return path.Clean(name), nil
 }
 
-// folder makes the folder name and its parents. Each of them is a real folder, never a link.
+// folder makes the folder with this name, and its parents. Each of them is a real folder, never a link.
 func (u *unpacker) folder(name string) error {
 	if u.dirs[name] {
 		return nil
 	}
-	if err := u.implied(path.Dir(name)); err != nil {
+	if err := u.makeImplied(path.Dir(name)); err != nil {
 		return err
 	}
 	err := u.root.Mkdir(name, 0o755)
@@ -225,25 +225,25 @@ func (u *unpacker) folder(name string) error {
 		err = lerr
 	}
 	if err != nil {
-		return local(name, err)
+		return writeError(name, err)
 	}
 	u.dirs[name] = true
 	return nil
 }
 
-// implied makes a folder that the name of an entry contains, if no entry made it before.
-func (u *unpacker) implied(name string) error {
+// makeImplied makes a folder that the name of an entry contains, if no entry made it before.
+func (u *unpacker) makeImplied(name string) error {
 	if u.dirs[name] {
 		return nil
 	}
-	if err := u.one(); err != nil {
+	if err := u.countEntry(); err != nil {
 		return err
 	}
 	return u.folder(name)
 }
 
 func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io.Reader) error {
-	if err := u.implied(path.Dir(name)); err != nil {
+	if err := u.makeImplied(path.Dir(name)); err != nil {
 		return err
 	}
 	mode := fs.FileMode(0o644)
@@ -252,7 +252,7 @@ func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io
 	}
 	f, err := u.root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
 	if err != nil {
-		return local(name, err)
+		return writeError(name, err)
 	}
 	n, err := u.copy(ctx, f, body)
 	if err == nil && n != h.Size {
@@ -266,7 +266,7 @@ func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io
 		err = cerr
 	}
 	if err != nil {
-		return local(name, err)
+		return writeError(name, err)
 	}
 	u.files[name] = true
 	u.stats.Files++
@@ -291,7 +291,7 @@ func (u *unpacker) copy(ctx context.Context, w io.Writer, r io.Reader) (n int64,
 			return n, nil
 		}
 		if rerr != nil {
-			return n, foreign(ctx, rerr)
+			return n, readError(ctx, rerr)
 		}
 	}
 }
@@ -308,19 +308,19 @@ func (u *unpacker) symlink(name, target string) error {
 		u.o.Outside(name, target)
 		return nil
 	}
-	if err := u.implied(path.Dir(name)); err != nil {
+	if err := u.makeImplied(path.Dir(name)); err != nil {
 		return err
 	}
 	if err := u.root.Symlink(target, name); err != nil {
-		return local(name, err)
+		return writeError(name, err)
 	}
 	u.stats.Links++
 	return nil
 }
 
 // linkStays reports whether a link can never lead out of the folder, whatever other links exist. The folder that holds
-// the link is real (method folder ensures that), so the leading ".." of the target count real folders. A ".." after
-// another name could climb out through a link of that name, so linkStays refuses it.
+// the link is real (method folder ensures that), so each leading ".." of the target leads to the parent of a real
+// folder. A ".." after another name could climb out through a link of that name, so linkStays refuses it.
 func linkStays(name, target string, limit int) bool {
 	if target == "" || len(target) > limit || strings.HasPrefix(target, "/") || strings.ContainsRune(target, 0) {
 		return false
@@ -348,21 +348,21 @@ func (u *unpacker) hardlink(name, target string) error {
 	if !u.files[old] {
 		return refuse("unpack %q: hard link to %q, which is not an earlier file of the archive", name, old)
 	}
-	if err := u.implied(path.Dir(name)); err != nil {
+	if err := u.makeImplied(path.Dir(name)); err != nil {
 		return err
 	}
 	if err := u.root.Link(old, name); err != nil {
-		return local(name, err)
+		return writeError(name, err)
 	}
 	u.files[name] = true
 	u.stats.Files++
 	return nil
 }
 
-// foreign classifies an error that occurred while the archive was read. Damaged bytes get the kind Unverified. If ctx
-// has ended, foreign returns the cause of that. It does not change an error that has a kind already, or an error of a
-// file on the disk.
-func foreign(ctx context.Context, err error) error {
+// readError classifies an error that occurred while the archive was read. Damaged bytes get the kind Unverified. If ctx
+// has ended, readError returns the cause of that end. It does not change an error that has a kind already, or an error
+// of a file on the disk.
+func readError(ctx context.Context, err error) error {
 	var f *fault.Error
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
@@ -370,17 +370,17 @@ func foreign(ctx context.Context, err error) error {
 	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) {
 		return err
 	}
-	return fault.Wrap(fault.Unverified, err, replace)
+	return fault.Wrap(fault.Unverified, err, hintReplace)
 }
 
-// local classifies an error of the local file system. If the name exists already, the archive holds it twice, because
-// the folder was empty at the beginning.
-func local(name string, err error) error {
+// writeError classifies an error of the local file system. If the name exists already, the archive contains it twice,
+// because the folder was empty at the beginning.
+func writeError(name string, err error) error {
 	switch {
 	case fault.NoSpace(err):
 		return fault.CacheDisk(fmt.Errorf("unpack %q: %w", name, err))
 	case errors.Is(err, fs.ErrExist):
-		return refuse("unpack %q: the archive holds this name twice", name)
+		return refuse("unpack %q: the archive contains this name twice", name)
 	}
 	var f *fault.Error
 	if errors.As(err, &f) {

@@ -52,7 +52,7 @@ func Detect(head []byte) Format {
 }
 
 // Decompress returns the tar inside r. The first bytes of r decide which decoder it uses. The caller must close the
-// result, which ends the decoder or its process, and does not close r.
+// result. Close ends the decoder or its process, but does not close r.
 //
 // xzTool is the path of an xz program; "" means the decoder in Go. The program is several times faster, which matters
 // for an archive of gigabytes. If the program fails, the next Read returns the error.
@@ -103,9 +103,9 @@ const xzDict = 256 << 20
 // runs several threads.
 const xzMemory = "--memlimit-decompress=1GiB"
 
-// checkXZ bounds the dictionary size that the first block asks for. The block header follows the 12 bytes of the stream
-// header (.xz file format 1.2.1, sections 3.1 and 5.3.1). The block header holds its own size, flags, up to two
-// optional sizes, and then the filters. LZMA2 is filter 0x21, with one byte of properties.
+// checkXZ refuses a stream whose first block asks for a dictionary of more than xzDict bytes. The block header follows
+// the 12 bytes of the stream header (.xz file format 1.2.1, sections 3.1 and 5.3.1). The block header holds its own
+// size, flags, up to two optional sizes, and then the filters. LZMA2 is filter 0x21, with one byte of properties.
 func checkXZ(br *bufio.Reader) error {
 	head, _ := br.Peek(12 + 64) // a header with LZMA2 alone is far shorter
 	if len(head) < 14 || head[12] == 0 {
@@ -187,7 +187,7 @@ func (p *xzProcess) Close() error {
 
 // refuse returns an error of kind Unverified about bytes that this package does not accept.
 func refuse(format string, args ...any) error {
-	return fault.Wrap(fault.Unverified, fmt.Errorf(format, args...), replace)
+	return fault.Wrap(fault.Unverified, fmt.Errorf(format, args...), hintReplace)
 }
 
-const replace = "replace the archive at its source: it is damaged, or somebody changed it"
+const hintReplace = "replace the archive at its source: it is damaged, or somebody changed it"

@@ -219,10 +219,10 @@ func TestPackKeepsItsBytes(t *testing.T) {
 	}
 	got := pack(t, LayerModules,
 		map[string]string{"drivers/nvidia.ko": text.String(), "drivers/nvidia-uvm.ko": text.String()[1<<20:]})
-	want := Layer{Digest: "sha256:2bc114a93918b7497867a88ea9e0b0ba5276194c88404bb0c1af574a2601eb2f",
+	want := Layer{Digest: "sha256:8cb09a4ecaf7332b3837a7411db270f30a75d5cba4af38522b3b109490722aa8",
 		DiffID: "sha256:aad0381547f6cb7ea43043b8c2a0a14d09b019013c034682489f7e23b8a96ce1"}
-	if PackRecipe != "tar-zstd-1" || got.Digest != want.Digest || got.DiffID != want.DiffID {
-		t.Errorf("%s: PackLayer = digest %s, diff ID %s; want %s, %s for tar-zstd-1", PackRecipe, got.Digest, got.DiffID,
+	if PackRecipe != "tar-zstd-2" || got.Digest != want.Digest || got.DiffID != want.DiffID {
+		t.Errorf("%s: PackLayer = digest %s, diff ID %s; want %s, %s for tar-zstd-2", PackRecipe, got.Digest, got.DiffID,
 			want.Digest, want.DiffID)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -127,6 +128,32 @@ func TestUnpackEntries(t *testing.T) {
 				t.Errorf("something was written beside the folder: %v", entries)
 			}
 		})
+	}
+}
+
+// The compressor is the program zstd. Its option wlog is the binary logarithm of the window in bytes (zstd(1)).
+func TestUnpackBoundsTheWindow(t *testing.T) {
+	t.Parallel()
+	zstd, err := exec.LookPath("zstd")
+	if err != nil {
+		t.Skip("there is no zstd program (Debian package zstd)")
+	}
+	plain := archive(t, dir("drivers"), file("drivers/nvidia.ko"))
+	for wlog, ok := range map[string]bool{
+		"22": true, // 4 MiB, as PackLayer writes it
+		"23": true, // 8 MiB, as builders with the recipe tar-zstd-1 wrote it
+		"24": false,
+	} {
+		cmd := exec.CommandContext(t.Context(), zstd, "--zstd=wlog="+wlog, "-c")
+		cmd.Stdin = struct{ io.Reader }{bytes.NewReader(plain)} // a pipe, so that zstd does not fit the window to the size
+		packed, err := cmd.Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = unpackBytes(t, packed, plain, maxBytes)
+		if ok && err != nil || !ok && !fault.Is(err, fault.Unverified) {
+			t.Errorf("unpack a layer with a window of 2^%s bytes: %v; want success %t", wlog, err, ok)
+		}
 	}
 }
 

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// maxLinked bounds the size of an ELF kernel without its debug information.
+// maxLinked is the greatest size, in bytes, of an ELF kernel without its debug information.
 const maxLinked = 512 << 20
 
 // Offsets of the fields in a bzImage's setup header that locate the compressed kernel, from

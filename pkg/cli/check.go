@@ -16,9 +16,9 @@ import (
 // helpLines is the number of lines of two screens.
 const helpLines = 80
 
-// CheckHelp is for the tests of programs. It returns an error for each of these: a help page that is longer than two
-// screens or wider than a terminal; a command without an example; an example with a flag that its command does not
-// have; and a flag without a heading, if other flags of the same command have one.
+// CheckHelp is for the tests of programs. It returns one error for each of these mistakes: a help page that is longer
+// than two screens or wider than a terminal; a command without an example; an example with a flag that its command does
+// not have; and a flag without a heading, if other flags of the same command have one.
 func CheckHelp(program func() *ucli.Command) error {
 	var problems []error
 	eachCommand(program(), func(path []string, cmd *ucli.Command) {
@@ -87,7 +87,7 @@ func checkExamples(root *ucli.Command, name string, cmd *ucli.Command) (problems
 			continue
 		}
 		found = found || strings.HasPrefix(strings.Join(words, " ")+" ", name+" ")
-		t := &typed{cmd: root, flags: root.VisibleFlags(), given: map[string]string{}}
+		t := &parsedLine{cmd: root, flags: root.VisibleFlags(), given: map[string]string{}}
 		for _, word := range words[1:] {
 			if strings.ContainsAny(word[:1], "|>&") {
 				break // the shell interprets the rest of the line
@@ -97,7 +97,7 @@ func checkExamples(root *ucli.Command, name string, cmd *ucli.Command) (problems
 				problems = append(problems,
 					fmt.Errorf("%s: example %q has a flag that the command lacks: %s", name, strings.TrimSpace(line), word))
 			}
-			t.read(word)
+			t.readWord(word)
 		}
 		if t.pending != nil {
 			problems = append(problems,
@@ -151,16 +151,16 @@ func CompareDocs(folder string, program func() *ucli.Command, write bool) error 
 	return errors.Join(append(problems, err)...)
 }
 
-// use is one row of the page with all flags: a flag, and the commands that have it.
-type use struct {
+// flagUse is one row of the page with all flags: a flag, and the commands that have it.
+type flagUse struct {
 	names, value, text, def, kind string
 	commands                      []string
 }
 
-// uses returns the flags of a program in the order of their names. A flag that differs between commands in meaning,
+// flagUses returns the flags of a program in the order of their names. A flag that differs between commands in meaning,
 // value or default has one entry for each form.
-func uses(root *ucli.Command) []use {
-	var all []use
+func flagUses(root *ucli.Command) []flagUse {
+	var all []flagUse
 	eachCommand(root, func(path []string, cmd *ucli.Command) {
 		for _, f := range cmd.VisibleFlags() {
 			doc, ok := f.(ucli.DocGenerationFlag)
@@ -170,9 +170,9 @@ func uses(root *ucli.Command) []use {
 			row := flagRow(f)
 			text, def, _ := strings.Cut(row[1], " (default: ")
 			names, value, _ := strings.Cut(strings.ReplaceAll(row[0], ", ", ","), " ")
-			u := use{names: strings.ReplaceAll(names, ",", ", "), value: value, text: text, def: strings.TrimSuffix(def, ")"),
-				kind: strings.Trim(schemaType(doc.(ucli.Flag)), "[]")}
-			at := slices.IndexFunc(all, func(have use) bool {
+			u := flagUse{names: strings.ReplaceAll(names, ",", ", "), value: value, text: text,
+				def: strings.TrimSuffix(def, ")"), kind: strings.Trim(schemaType(doc.(ucli.Flag)), "[]")}
+			at := slices.IndexFunc(all, func(have flagUse) bool {
 				return have.names == u.names && have.value == u.value && have.text == u.text && have.def == u.def
 			})
 			if at < 0 {
@@ -181,7 +181,7 @@ func uses(root *ucli.Command) []use {
 			all[at].commands = append(all[at].commands, strings.Join(path[1:], " "))
 		}
 	})
-	slices.SortStableFunc(all, func(a, b use) int { return strings.Compare(a.names, b.names) })
+	slices.SortStableFunc(all, func(a, b flagUse) int { return strings.Compare(a.names, b.names) })
 	return all
 }
 
@@ -195,7 +195,7 @@ func flagTable(root *ucli.Command) string {
 		"the default.\n\n")
 	b.WriteString("| flag | value | meaning | default | commands |\n|---|---|---|---|---|\n")
 	cell := strings.NewReplacer("|", "\\|", "<", "&lt;", "\n", " ").Replace
-	for _, u := range uses(root) {
+	for _, u := range flagUses(root) {
 		commands := strings.Join(u.commands, ", ")
 		if len(u.commands) > 8 {
 			commands = fmt.Sprintf("%d commands", len(u.commands))

@@ -100,7 +100,7 @@ func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 	if err := level.UnmarshalText([]byte(cmd.String("log-level"))); err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "use --log-level debug, info, warn or error")
 	}
-	opts := &slog.HandlerOptions{Level: level, ReplaceAttr: readable}
+	opts := &slog.HandlerOptions{Level: level, ReplaceAttr: durationText}
 	switch cmd.String("log-format") {
 	case "json":
 		return slog.New(slog.NewJSONHandler(cmd.Root().ErrWriter, opts)), nil
@@ -111,8 +111,8 @@ func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 		"use --log-format text or json")
 }
 
-// readable writes durations as text, such as 1.5s. In JSON they would otherwise be numbers of nanoseconds.
-func readable(_ []string, a slog.Attr) slog.Attr {
+// durationText replaces durations by text, such as 1.5s. In JSON they would otherwise be numbers of nanoseconds.
+func durationText(_ []string, a slog.Attr) slog.Attr {
 	if a.Value.Kind() == slog.KindDuration {
 		a.Value = slog.StringValue(a.Value.Duration().String())
 	}

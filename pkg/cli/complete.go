@@ -42,7 +42,7 @@ const (
 	completeTime = 2 * time.Second
 )
 
-// Complete makes f complete the values of a program's flags and arguments.
+// Complete sets the function f, which completes the values of a program's flags and arguments.
 func Complete(root *ucli.Command, f Completer) *ucli.Command {
 	root.Metadata = map[string]any{completerKey: f}
 	return root
@@ -97,8 +97,8 @@ func completionCommands(root *ucli.Command) []*ucli.Command {
 	return []*ucli.Command{show, ask}
 }
 
-// typed is the parsed command line before the word that is being completed.
-type typed struct {
+// parsedLine is the parsed command line before the word that is being completed.
+type parsedLine struct {
 	cmd     *ucli.Command
 	path    []string
 	flags   []ucli.Flag
@@ -114,21 +114,21 @@ func candidates(ctx context.Context, root *ucli.Command, words []string) []Candi
 	if n := len(words); n > 0 {
 		current, words = words[n-1], words[:n-1]
 	}
-	t := &typed{cmd: root, flags: root.VisibleFlags(), given: map[string]string{}}
+	t := &parsedLine{cmd: root, flags: root.VisibleFlags(), given: map[string]string{}}
 	for _, word := range words {
-		t.read(word)
+		t.readWord(word)
 	}
 	name, value, assigned := strings.Cut(current, "=")
 	switch {
 	case t.pending != nil:
-		return starting(current, "", t.values(ctx, t.pending.Names()[0]))
+		return withPrefix(current, "", t.values(ctx, t.pending.Names()[0]))
 	case !t.ended && assigned && strings.HasPrefix(name, "-"):
 		if f := t.flag(name); f != nil {
-			return starting(value, name+"=", t.values(ctx, f.Names()[0]))
+			return withPrefix(value, name+"=", t.values(ctx, f.Names()[0]))
 		}
 		return nil
 	case !t.ended && strings.HasPrefix(current, "-"):
-		return starting(current, "", t.names())
+		return withPrefix(current, "", t.flagNames())
 	}
 	var all []Candidate
 	if len(t.args) == 0 {
@@ -138,20 +138,20 @@ func candidates(ctx context.Context, root *ucli.Command, words []string) []Candi
 			}
 		}
 	}
-	return starting(current, "", append(all, t.values(ctx, "")...))
+	return withPrefix(current, "", append(all, t.values(ctx, "")...))
 }
 
-// plain matches values that need no quotes in a shell. Other values are not offered, because bash inserts a completion
-// without quotes.
-var plain = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,~-]*$`)
+// plainValue matches values that need no quotes in a shell. Other values are not offered, because bash inserts a
+// completion without quotes.
+var plainValue = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,~-]*$`)
 
-// starting returns the candidates that begin with the typed text, with a prefix before each.
-func starting(typed, prefix string, all []Candidate) []Candidate {
+// withPrefix returns the candidates that begin with what the user has typed, and puts the argument prefix before each.
+func withPrefix(typed, prefix string, all []Candidate) []Candidate {
 	var out []Candidate
 	for _, c := range all {
 		// The output has one line for each candidate, with a tab between value and description, and a terminal prints it.
 		// So neither may contain a control character.
-		if strings.HasPrefix(c.Value, typed) && plain.MatchString(c.Value) &&
+		if strings.HasPrefix(c.Value, typed) && plainValue.MatchString(c.Value) &&
 			!strings.ContainsFunc(c.About, unicode.IsControl) {
 			out = append(out, Candidate{prefix + c.Value, c.About})
 		}
@@ -159,8 +159,8 @@ func starting(typed, prefix string, all []Candidate) []Candidate {
 	return out
 }
 
-// read parses one word of the command line.
-func (t *typed) read(word string) {
+// readWord parses one word of the command line.
+func (t *parsedLine) readWord(word string) {
 	switch {
 	case t.pending != nil:
 		t.given[t.pending.Names()[0]], t.pending = word, nil
@@ -197,7 +197,7 @@ func takesValue(f ucli.Flag) bool {
 
 // flag returns the flag with a name, which may begin with dashes. If several commands of the path have a flag of this
 // name, the flag of the innermost command wins.
-func (t *typed) flag(name string) ucli.Flag {
+func (t *parsedLine) flag(name string) ucli.Flag {
 	name = strings.TrimLeft(name, "-")
 	for _, f := range slices.Backward(t.flags) {
 		if slices.Contains(f.Names(), name) {
@@ -207,8 +207,8 @@ func (t *typed) flag(name string) ucli.Flag {
 	return nil
 }
 
-// names returns the flags that are not on the command line yet, or that may be repeated.
-func (t *typed) names() []Candidate {
+// flagNames returns the flags that are not on the command line yet, or that may be repeated.
+func (t *parsedLine) flagNames() []Candidate {
 	all, seen := []Candidate{}, map[string]bool{"help": true} // each command has --help, so it comes last
 	for _, f := range t.flags {
 		name := f.Names()[0]
@@ -229,7 +229,7 @@ func (t *typed) names() []Candidate {
 
 // values returns the possible values of a flag, or of the next argument if flag is "". If there are none, the shell
 // offers files.
-func (t *typed) values(ctx context.Context, flag string) []Candidate {
+func (t *parsedLine) values(ctx context.Context, flag string) []Candidate {
 	if flag == "output" {
 		return words(formats[:]...)
 	}
@@ -251,7 +251,7 @@ func words(all ...string) []Candidate {
 	return out
 }
 
-func (t *typed) value(flag string) string {
+func (t *parsedLine) value(flag string) string {
 	f := t.flag(flag)
 	if f == nil {
 		return ""

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// completed returns the program's completions of the last word.
-func completed(t *testing.T, words ...string) []string {
+// completions returns the program's completions of the last word.
+func completions(t *testing.T, words ...string) []string {
 	t.Helper()
 	nothing := func(context.Context, *ucli.Command) error { t.Error("completion ran the command"); return nil }
 	root := cli.Complete(&ucli.Command{Name: "tool", Commands: []*ucli.Command{
@@ -71,7 +71,7 @@ func TestComplete(t *testing.T) {
 		{"after --", []string{"make", "--", "-x", "value"}, []string{"value-make--1\t"}},
 		{"an argument of a name that a command has", []string{"lists", "x", "show", ""}, []string{"value-lists--2\t"}},
 	} {
-		if diff := cmp.Diff(row.want, completed(t, row.words...)); diff != "" {
+		if diff := cmp.Diff(row.want, completions(t, row.words...)); diff != "" {
 			t.Errorf("%s: completion of %q (-want +got):\n%s", row.name, row.words, diff)
 		}
 	}

@@ -16,16 +16,16 @@ import (
 	"github.com/prebake/prebake/pkg/yamlfile"
 )
 
-// maxConfig bounds a configuration file, in bytes.
+// maxConfig is the greatest size of a configuration file in bytes.
 const maxConfig = 1 << 20
 
-// configFlag is the flag that names the file. The file itself cannot contain it.
+// configFlag is the flag with the path of the file. The file itself cannot set this flag.
 const configFlag = "config"
 
 // Config describes how a command reads its settings from a file.
 type Config struct {
-	// Secrets has the flags whose values are not allowed in the file, because many people may read the file. It maps the
-	// name of a flag to what the file should have instead, such as "token-file".
+	// Secrets has the flags whose values are not allowed in the file, because many people may read the file. Each key is
+	// the name of a flag. The value is what the file should have instead, such as "token-file".
 	Secrets map[string]string
 	// Check returns the errors of settings that do not fit together, each made by [About]. It must not open files or
 	// connections, because "config check" also runs on other machines. nil checks nothing.
@@ -92,9 +92,9 @@ func (c *Config) load(cmd *ucli.Command) error {
 	f := &configFile{Reader: yamlfile.Reader{Name: name}, config: c, cmd: cmd, keys: map[string]yamlfile.At{}}
 	const want = "settings, such as log-level: info"
 	if top, ok := f.Document(data, maxConfig, want); ok {
-		f.Fields(top, "a mapping of "+want, f.known, f.set)
+		f.Fields(top, "a mapping of "+want, f.checkKey, f.setFlag)
 	}
-	rest := f.place(c.check(cmd))
+	rest := f.addErrors(c.check(cmd))
 	hint := fmt.Sprintf("correct the file; print its schema with: %s config schema", cmd.Root().Name)
 	return errors.Join(append([]error{f.Err("read configuration", hint)}, rest...)...)
 }
@@ -116,16 +116,17 @@ func readBounded(name string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, maxConfig+1)) // if the file is longer, Document reports that as a mistake
 }
 
-// settable returns the flags that may be in the file.
-func settable(flags []ucli.Flag) []ucli.Flag {
+// fileFlags returns the flags that may be in the file.
+func fileFlags(flags []ucli.Flag) []ucli.Flag {
 	return slices.DeleteFunc(slices.Clone(flags), func(f ucli.Flag) bool {
 		return slices.Contains([]string{"help", "version", configFlag}, f.Names()[0])
 	})
 }
 
-// known reports whether a key is the name of a flag. If it is not, known reports a mistake that names the nearest flag.
-func (f *configFile) known(key yamlfile.At) bool {
-	name, flags := key.Node.Value, settable(f.cmd.Flags)
+// checkKey reports whether a key is the name of a flag. If it is not, checkKey records a mistake with the name of the
+// nearest flag.
+func (f *configFile) checkKey(key yamlfile.At) bool {
+	name, flags := key.Node.Value, fileFlags(f.cmd.Flags)
 	if slices.ContainsFunc(flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name }) {
 		if _, twice := f.keys[name]; !twice {
 			f.keys[name] = yamlfile.At{Node: key.Node, Path: name}
@@ -146,9 +147,9 @@ func (f *configFile) known(key yamlfile.At) bool {
 	return false
 }
 
-// set checks the value of a setting. If the flag has no value from the command line or the environment, set then sets
-// the flag.
-func (f *configFile) set(name string, value yamlfile.At) {
+// setFlag checks the value of a setting. Then it sets the flag, unless the flag has a value from the command line or
+// the environment.
+func (f *configFile) setFlag(name string, value yamlfile.At) {
 	at := slices.IndexFunc(f.cmd.Flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name })
 	flag := f.cmd.Flags[at]
 	if instead, ok := f.config.Secrets[name]; ok {
@@ -174,8 +175,8 @@ func schemaType(flag ucli.Flag) string {
 	return ""
 }
 
-// text returns the text to set the flag to. It reports a mistake if the value has another type than the flag, or if the
-// flag's own parser refuses it.
+// text returns the text to which the flag is to be set. It records a mistake if the value has another type than the
+// flag, or if the flag's own parser refuses it.
 func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 	before := f.Mistakes()
 	text := value.Node.Value
@@ -192,24 +193,24 @@ func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 		}
 	case "array":
 		var items []string
-		f.List(value, "texts", func(item yamlfile.At) { items = append(items, f.word(item)) })
+		f.List(value, "texts", func(item yamlfile.At) { items = append(items, f.readText(item)) })
 		text = ucli.NewStringSlice(items...).Serialize() // keeps an item with a comma together
 	default:
-		text = f.word(value)
+		text = f.readText(value)
 	}
 	if f.Mistakes() > before {
 		return "", false
 	}
-	if err := try(flag, text); err != nil {
+	if err := tryValue(flag, text); err != nil {
 		f.Say(value, "%v", err)
 	}
 	return text, f.Mistakes() == before
 }
 
-// word reads one text. A secret in the text is a mistake.
-func (f *configFile) word(value yamlfile.At) string {
+// readText reads one text. A secret in the text is a mistake.
+func (f *configFile) readText(value yamlfile.At) string {
 	if value.Node.Tag == "!!bool" {
-		f.Want(value, "a text; put it in quotes if it is one")
+		f.Want(value, "a text; if the value is meant as a text, put it in quotes")
 		return ""
 	}
 	text, ok := f.Word(value, "a text")
@@ -222,13 +223,13 @@ func (f *configFile) word(value yamlfile.At) string {
 			envName(strings.SplitN(value.Path, "[", 2)[0]))
 	}
 	if strings.Contains(text, "PRIVATE KEY-----") {
-		f.Say(value, "found a private key; want the name of a file with it")
+		f.Say(value, "found a private key; want the path of a file that contains the key")
 	}
 	return text
 }
 
-// try checks a value with the flag's own parser, and does not change the flag.
-func try(flag ucli.Flag, text string) error {
+// tryValue checks a value with the flag's own parser, and does not change the flag.
+func tryValue(flag ucli.Flag, text string) error {
 	switch f := flag.(type) {
 	case *choiceFlag:
 		return trySet(f.StringFlag, text)
@@ -255,11 +256,11 @@ func trySet[T, C any, V ucli.ValueCreator[T, C]](flag *ucli.FlagBase[T, C, V], t
 	return f.Set(f.Name, text)
 }
 
-// place adds each error of [About] to the mistakes of the file, at the line that sets one of the error's flags. It
-// prefers a flag whose value comes from the file to a flag whose value in the file was refused. place returns the
+// addErrors adds each error of [About] to the mistakes of the file, at the line that sets one of the error's flags. It
+// prefers a flag whose value comes from the file to a flag whose value in the file was refused. addErrors returns the
 // errors for which the file has no such line.
-func (f *configFile) place(err error) (rest []error) {
-	for _, part := range parts(err) {
+func (f *configFile) addErrors(err error) (rest []error) {
+	for _, part := range splitError(err) {
 		var about *flagsError
 		if !errors.As(part, &about) {
 			rest = append(rest, part)
@@ -285,9 +286,9 @@ func (f *configFile) place(err error) (rest []error) {
 	return rest
 }
 
-// parts splits an error into the errors of [About] and all other errors. Each part gets the kind and the hint of the
-// error that wrapped it.
-func parts(err error) []error {
+// splitError splits an error into the errors of [About] and all other errors. Each part gets the kind and the hint of
+// the error that wrapped it.
+func splitError(err error) []error {
 	switch e := err.(type) { //nolint:errorlint // each layer by itself
 	case nil:
 		return nil
@@ -296,7 +297,7 @@ func parts(err error) []error {
 	case interface{ Unwrap() []error }:
 		var all []error
 		for _, part := range e.Unwrap() {
-			all = append(all, parts(part)...)
+			all = append(all, splitError(part)...)
 		}
 		return all
 	}
@@ -304,7 +305,7 @@ func parts(err error) []error {
 	if !errors.As(err, &about) {
 		return []error{err}
 	}
-	all := parts(errors.Unwrap(err))
+	all := splitError(errors.Unwrap(err))
 	if e, ok := err.(*fault.Error); ok { //nolint:errorlint // this layer, not one below
 		for i := range all {
 			all[i] = fault.Wrap(e.Kind, all[i], e.Hint)

@@ -15,7 +15,7 @@ import (
 )
 
 // ConfigCommand returns the command "config" for a command of [WithConfig]. It checks the configuration file, shows the
-// resulting settings, and prints the file's schema. of returns the command that reads the file.
+// resulting settings, and prints the file's schema. The function of returns the command that reads the file.
 func ConfigCommand(of func() *ucli.Command) *ucli.Command {
 	name := of().Name
 	return &ucli.Command{
@@ -31,7 +31,7 @@ mistake.
 Example:
   %[2]s config check FILE`, name, "PROGRAM"),
 				Action: func(ctx context.Context, cmd *ucli.Command) error {
-					return configured(ctx, cmd, of(), func(run *ucli.Command) error {
+					return readSettings(ctx, cmd, of(), func(run *ucli.Command) error {
 						_, err := fmt.Fprintf(cmd.Root().Writer, "%s: no mistake\n", run.String(configFlag))
 						return err
 					})
@@ -46,7 +46,7 @@ Example:
   PROGRAM config show FILE`,
 				Flags: Group(Advanced, OutputFlag()),
 				Action: func(ctx context.Context, cmd *ucli.Command) error {
-					return configured(ctx, cmd, of(), func(run *ucli.Command) error {
+					return readSettings(ctx, cmd, of(), func(run *ucli.Command) error {
 						all := settings(run, cmd.Args().Slice()[1:])
 						return Print(cmd, all, func(w io.Writer) error { return printSettings(w, all) })
 					})
@@ -69,11 +69,11 @@ Example:
 	}
 }
 
-// configured reads the settings of a command as a run of the command would, but calls then instead of the command's
-// action.
-func configured(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.Command) error) error {
+// readSettings reads the settings of a command as a run of the command would, but calls the function then instead of
+// the command's action.
+func readSettings(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.Command) error) error {
 	if cmd.Args().Len() == 0 {
-		return fault.New(fault.Usage, "read configuration: no file is named", "name the file: "+cmd.FullName()+" FILE")
+		return fault.New(fault.Usage, "read configuration: no file is given", "give the file: "+cmd.FullName()+" FILE")
 	}
 	args := []string{cmd.Root().Name, of.Name, "--" + configFlag, cmd.Args().First()}
 	of.Action = func(_ context.Context, run *ucli.Command) error {
@@ -87,14 +87,14 @@ func configured(ctx context.Context, cmd, of *ucli.Command, then func(run *ucli.
 	root.Writer, root.ErrWriter = cmd.Root().Writer, cmd.Root().ErrWriter
 	prepare(root)
 	// The context is detached, because the library would otherwise find the running command "config" in it.
-	return root.Run(detached{ctx}, slices.Concat(args, cmd.Args().Tail()))
+	return root.Run(detachedContext{ctx}, slices.Concat(args, cmd.Args().Tail()))
 }
 
-// detached is a context without the values of its parent.
-type detached struct{ context.Context }
+// detachedContext is a context without the values of its parent.
+type detachedContext struct{ context.Context }
 
 // Value returns nil for every key.
-func (detached) Value(any) any { return nil }
+func (detachedContext) Value(any) any { return nil }
 
 // setting is one line of "config show".
 type setting struct {
@@ -108,7 +108,7 @@ type setting struct {
 func settings(cmd *ucli.Command, args []string) []setting {
 	c, _ := cmd.Metadata[configFlag].(*Config) // never nil, because WithConfig made the command
 	var all []setting
-	for _, f := range settable(cmd.Flags) {
+	for _, f := range fileFlags(cmd.Flags) {
 		s := setting{Name: f.Names()[0], Value: f.Get(), From: "default"}
 		if d, ok := s.Value.(fmt.Stringer); ok { // in JSON, a duration would otherwise be a number of nanoseconds
 			s.Value = d.String()
@@ -116,11 +116,11 @@ func settings(cmd *ucli.Command, args []string) []setting {
 		_, secret := c.Secrets[s.Name]
 		switch value := s.Value.(type) {
 		case string:
-			s.Value = shown(value, secret)
+			s.Value = displayText(value, secret)
 		case []string:
 			texts := make([]string, len(value)) // a copy, since the flag keeps the original
 			for i := range value {
-				texts[i] = shown(value[i], secret)
+				texts[i] = displayText(value[i], secret)
 			}
 			s.Value = texts
 		}
@@ -147,8 +147,8 @@ func settings(cmd *ucli.Command, args []string) []setting {
 	return all
 }
 
-// shown returns the text of a setting, or a placeholder if the text is a secret.
-func shown(text string, secret bool) string {
+// displayText returns the text of a setting, or a placeholder if the text is a secret.
+func displayText(text string, secret bool) string {
 	if text != "" && (secret || secretURL(text)) {
 		return "(not shown)"
 	}
@@ -176,7 +176,7 @@ func configSchema(program string, cmd *ucli.Command) map[string]any {
 	c, _ := cmd.Metadata[configFlag].(*Config) // never nil, because WithConfig made the command
 	text := map[string]any{"type": []string{"string", "number"}}
 	properties := map[string]any{}
-	for _, f := range settable(cmd.Flags) {
+	for _, f := range fileFlags(cmd.Flags) {
 		name := f.Names()[0]
 		if _, secret := c.Secrets[name]; secret {
 			continue

@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// configured returns a program with a command that reads a file and prints its settings.
-func configured() *ucli.Command {
+// configuredProgram returns a program with a command that reads a file and prints its settings.
+func configuredProgram() *ucli.Command {
 	url := cli.String("url", "", "`URL` of things")
 	url.Validator = func(s string) error {
 		if !strings.HasPrefix(s, "http") {
@@ -67,7 +67,7 @@ func runConfigured(t *testing.T, text string, args ...string) (code int, stdout,
 		args[i] = strings.ReplaceAll(args[i], "FILE", file)
 	}
 	var out, errs strings.Builder
-	code = cli.Run(t.Context(), configured(), append([]string{"tool"}, args...), &out, &errs)
+	code = cli.Run(t.Context(), configuredProgram(), append([]string{"tool"}, args...), &out, &errs)
 	clean := strings.NewReplacer(file, "work.yaml").Replace
 	return code, clean(out.String()), clean(errs.String())
 }
@@ -138,7 +138,7 @@ func TestConfigMistakes(t *testing.T) {
 			"work.yaml:1:6: to[0]: found a password in a URL; want it in the environment: PGPASSFILE for a database, or " +
 				"PREBAKE_TO"},
 		{"private key", "name: |\n  -----BEGIN PRIVATE KEY-----\n",
-			"work.yaml:1:7: name: found a private key; want the name of a file with it"},
+			"work.yaml:1:7: name: found a private key; want the path of a file that contains the key"},
 		{"password in a query", "url: https://h/?SSLpassword=secret\n", "work.yaml:1:6: url: found a password in a URL"},
 		{"signed URL", "to: [\"https://h/o?X-Goog-Signature=abc\"]\n", "work.yaml:1:6: to[0]: found a password in a URL"},
 		{"presigned URL", "to: [\"https://h/o?X-Amz-Date=20261129T000000Z&X-Amz-Signature=abc\"]\n",

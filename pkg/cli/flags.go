@@ -17,8 +17,8 @@ func envName(flag string) string {
 	return "PREBAKE_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
-// String returns a flag with a text value, a default, and an environment variable. In usage, back quotes mark the name
-// of the value, such as `FILE`. The functions below treat usage in the same way.
+// String returns a flag with a text value, a default, and an environment variable. In the argument usage, the name of
+// the value is in back quotes, such as `FILE`. The same holds for usage in the functions below.
 func String(name, value, usage string) *ucli.StringFlag {
 	return &ucli.StringFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
 }
@@ -57,15 +57,15 @@ func Choice[T ~string](name string, value T, usage string, choices ...T) ucli.Fl
 	}
 	f.Validator = func(s string) error {
 		if !slices.Contains(f.choices, s) {
-			return fmt.Errorf("%s %q: want %s", name, s, either(f.choices))
+			return fmt.Errorf("%s %q: want %s", name, s, joinOr(f.choices))
 		}
 		return nil
 	}
 	return f
 }
 
-// either joins the possible words for an error or a usage text.
-func either(words []string) string {
+// joinOr returns the possible words as one text for an error, with "or" before the last word.
+func joinOr(words []string) string {
 	if len(words) == 1 {
 		return words[0]
 	}
@@ -103,8 +103,8 @@ func TrustedRootFlag() ucli.Flag {
 	return String("trusted-root", "", "Sigstore trusted_root.json `FILE`, for keyless signers")
 }
 
-// TrustFlags returns --trusted-root and the flags that name the trusted keyless signers, for commands that verify. The
-// flags have the names that cosign uses.
+// TrustFlags returns --trusted-root and the flags for the names of trusted keyless signers, for commands that verify.
+// The flags have the names that cosign uses.
 func TrustFlags() []ucli.Flag {
 	return append(IdentityFlags(),
 		String("certificate-identity-regexp", "", "trust each signer whose whole name matches `PATTERN`"))

@@ -11,8 +11,8 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
-// The headings under which help groups flags, in this order. A command uses only the headings that it needs, and none
-// if it has few flags.
+// The headings for flags in a help page, in this order. A command uses only the headings that it needs, and none if it
+// has few flags.
 const (
 	What      = "What"
 	From      = "Where from"
@@ -181,9 +181,9 @@ func defaultText(f ucli.DocGenerationFlag) string {
 	return text
 }
 
-// environment returns the sentence about the flags' environment variables; Env makes their names. The sentence has one
-// variable as an example. It prefers the shortest flag with a dash, because the example then shows what replaces the
-// dash in the name of the variable.
+// environment returns the sentence about the flags' environment variables. (The function Env makes the names of the
+// variables.) The sentence has one variable as an example. It prefers the shortest flag with a dash, because the
+// example then shows what replaces the dash in the name of the variable.
 func environment(flags []ucli.Flag) string {
 	var with, without, odd []string
 	var example string

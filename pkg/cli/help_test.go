@@ -81,7 +81,8 @@ variable.
 	}
 }
 
-// TestHelpEnvironment checks that help names the environment variables of flags, and names none that does not exist.
+// TestHelpEnvironment checks that the help lists the environment variables of flags, and no variable that does not
+// exist.
 func TestHelpEnvironment(t *testing.T) {
 	t.Parallel()
 	plain := func(name string) ucli.Flag { return &ucli.BoolFlag{Name: name} }

@@ -90,7 +90,7 @@ func eachSynopsis(root, cmd *ucli.Command, f func(words, rest string)) {
 	}
 }
 
-// manText writes a description. follows says that other text comes before, so that the description must begin a new
+// manText writes a description. If follows is true, other text comes before the description, which then begins a new
 // paragraph. The line breaks of indented lines, such as examples, stay as they are.
 func manText(b *strings.Builder, text string, follows bool) {
 	if text == "" {

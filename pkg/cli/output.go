@@ -29,7 +29,7 @@ func OutputFlag() ucli.Flag {
 }
 
 // Print writes a result to stdout. The value of --output decides the form: v as indented JSON, v as YAML, or the output
-// of text.
+// of the function text.
 func Print(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	w := cmd.Root().Writer
 	switch cmd.String("output") {
@@ -44,7 +44,7 @@ func Print(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 }
 
 // PrintOne writes one of several results that follow each other. The value of --output decides the form: v as one line
-// of JSON, v as one document of YAML, or the output of text.
+// of JSON, v as one document of YAML, or the output of the function text.
 func PrintOne(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	w := cmd.Root().Writer
 	switch cmd.String("output") {

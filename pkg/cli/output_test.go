@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// printed returns the output of a command that prints a value.
-func printed(t *testing.T, v any, args ...string) string {
+// printOutput returns the output of a command that prints a value.
+func printOutput(t *testing.T, v any, args ...string) string {
 	t.Helper()
 	root := &ucli.Command{Name: "tool", Commands: []*ucli.Command{
 		{Name: "show", Flags: []ucli.Flag{cli.OutputFlag()}, Action: func(_ context.Context, cmd *ucli.Command) error {
@@ -58,7 +58,7 @@ func TestYAML(t *testing.T) {
 		Texts: []string{"yes", "0x1f", "1:30", "null", "~", "", " lead", "tail ", "a: b", "- x", "line 1\nline 2\n",
 			"\x7f\x1b[0m", "ü <b> \u2028", "#no"},
 	}
-	got := printed(t, v, "show", "--output", "yaml")
+	got := printOutput(t, v, "show", "--output", "yaml")
 	if !strings.HasPrefix(got, "zone:\n  version: \"535.10\"\nalpha:\n  - version: \"1e3\"\nnone: []\n") {
 		t.Errorf("YAML = %s; want the keys in the order of JSON", got)
 	}
@@ -66,7 +66,7 @@ func TestYAML(t *testing.T) {
 	if err := yaml.Unmarshal([]byte(got), &fromYAML); err != nil {
 		t.Fatalf("Unmarshal(%s) = %v", got, err)
 	}
-	if err := json.Unmarshal([]byte(printed(t, v, "show", "-o", "json")), &fromJSON); err != nil {
+	if err := json.Unmarshal([]byte(printOutput(t, v, "show", "-o", "json")), &fromJSON); err != nil {
 		t.Fatal(err)
 	}
 	// JSON's numbers become floats here, so the test compares both values after encoding.
@@ -90,7 +90,7 @@ func TestPrintOne(t *testing.T) {
 	v := map[string]int{"n": 1}
 	for format, want := range map[string]string{"json": "{\"n\":1}\n{\"n\":1}\n", "yaml": "---\n\"n\": 1\n---\n\"n\": 1\n",
 		"text": ""} {
-		if got := printed(t, v, "follow", "--output", format); got != want {
+		if got := printOutput(t, v, "follow", "--output", format); got != want {
 			t.Errorf("PrintOne() as %s = %q; want %q", format, got, want)
 		}
 	}

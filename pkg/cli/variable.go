@@ -44,10 +44,10 @@ func (v *variable) IsFromEnv() bool { return true }
 // Key implements [ucli.EnvValueSource].
 func (v *variable) Key() string { return v.key }
 
-// asked returns the names of the set environment variables that could decide a flag's value. If the flag is on the
-// command line, the library has read no variable, and asked returns none. Otherwise asked returns every set variable
-// from the first one on that the library has read.
-func asked(flag ucli.Flag) (set []string) {
+// setVariables returns the names of the set environment variables that could decide a flag's value. If the flag is on
+// the command line, the library has read no variable, and setVariables returns none. Otherwise setVariables returns the
+// first variable that the library has read and every variable after it, if they are set.
+func setVariables(flag ucli.Flag) (set []string) {
 	asked := false
 	for _, source := range sources(flag).Chain {
 		v, ok := source.(*variable)
@@ -85,16 +85,16 @@ func sources(flag ucli.Flag) ucli.ValueSourceChain {
 
 // fromEmptyVariable reports whether the value of a flag comes from an empty variable.
 func fromEmptyVariable(flag ucli.Flag) bool {
-	set := asked(flag)
+	set := setVariables(flag)
 	return len(set) > 0 && os.Getenv(set[0]) == ""
 }
 
-// oneVariable refuses a flag if its variable and the variable's earlier name are both set and differ. Otherwise one of
-// them would be ignored without a notice.
+// oneVariable refuses a flag if its variable and the variable's earlier name are both set and differ. Otherwise the
+// program would silently ignore one of the two.
 func oneVariable(before ucli.BeforeFunc) ucli.BeforeFunc {
 	return func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
 		for _, flag := range cmd.Flags {
-			set := asked(flag)
+			set := setVariables(flag)
 			if !slices.ContainsFunc(set, func(key string) bool { return os.Getenv(key) != os.Getenv(set[0]) }) {
 				continue
 			}

@@ -102,7 +102,7 @@ func (k Kind) String() string { return k.row().name }
 // ExitCode returns the process exit status for an error of this kind.
 func (k Kind) ExitCode() int { return k.row().exit }
 
-// HTTPStatus returns the status of an API answer that carries this kind.
+// HTTPStatus returns the status of an API answer with an error of this kind.
 func (k Kind) HTTPStatus() int { return k.row().http }
 
 // Retryable reports whether the same call, without any change, may succeed later.
@@ -172,8 +172,8 @@ func Errorf(kind Kind, format string, args ...any) error {
 	return &Error{Kind: kind, Err: fmt.Errorf(format, args...)}
 }
 
-// Of returns the kind of the outermost classified error in err's chain. If the chain has no classified error, a
-// cancelled context counts as Cancelled, an expired one as TimedOut, and any other error as Internal.
+// Of returns the kind of the outermost classified error in err's chain. If the chain has no classified error, Of
+// returns Cancelled for a cancelled context, TimedOut for an expired context, and Internal for any other error.
 func Of(err error) Kind {
 	var e *Error
 	switch {
@@ -187,7 +187,7 @@ func Of(err error) Kind {
 	return Internal
 }
 
-// Hint returns the first non-empty hint in err's chain. It begins with the outermost error.
+// Hint returns the first non-empty hint in err's chain, from the outermost error inwards.
 func Hint(err error) string {
 	for err != nil {
 		var e *Error

@@ -1,6 +1,6 @@
 // Package gcs holds the code that readers and writers of Google Cloud Storage share: a handle for a bucket or a folder
-// in it, and the meaning of the library's errors. The package opens no client, because a reader needs no credentials
-// for a public bucket, and a writer always needs them.
+// in it, and the meaning of the library's errors. The package opens no client. Its callers do, because a reader needs
+// no credentials for a public bucket, but a writer always needs them.
 package gcs
 
 import (
@@ -23,7 +23,7 @@ type Bucket struct {
 	prefix string // "" or ending in a slash
 }
 
-// New returns a handle for a folder of a bucket; folder "" means the whole bucket. Close closes the client.
+// New returns a handle for a folder of a bucket; folder "" means the whole bucket. [Bucket.Close] closes the client.
 func New(client *storage.Client, name, folder string) Bucket {
 	b := Bucket{client.Bucket(name), client, strings.Trim(folder, "/")}
 	if b.prefix != "" {
@@ -32,8 +32,8 @@ func New(client *storage.Client, name, folder string) Bucket {
 	return b
 }
 
-// Path returns an object's full name in the bucket: the folder's path, and the object's name in the folder. Trim does
-// the reverse.
+// Path returns an object's full name in the bucket: the folder's path, and then name, which is the object's name in the
+// folder. [Bucket.Trim] does the reverse.
 func (b Bucket) Path(name string) string { return b.prefix + name }
 
 // Trim returns an object's name in the folder. path is the object's full name in the bucket.
@@ -61,12 +61,12 @@ func Status(err error) int {
 	return 0
 }
 
-// Refused reports whether a status is final, so that a repeated request would get the same answer.
+// Refused reports whether a status is final: a repeated request would get the same answer.
 func Refused(status int) bool {
 	return status != 0 && status < 500 && status != http.StatusTooManyRequests && status != http.StatusRequestTimeout
 }
 
-// TransientError returns an error of kind Transient. err is an error of the service that may be gone at a later call.
+// TransientError returns an error of kind Transient. err is an error of the service that may not occur at a later call.
 func TransientError(err error) error {
 	return fault.Wrap(fault.Transient, fmt.Errorf("ask Google Cloud Storage: %w", err),
 		"check the network, then try again")

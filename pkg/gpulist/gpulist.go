@@ -1,8 +1,8 @@
 // Package gpulist tells which GPUs a driver release supports, and which flavour of its kernel modules drives a given
 // GPU. The builder reads NVIDIA's supported-gpus.json. A node reads a short form of that file, from a signed statement.
 //
-// The package makes no guess about products. If a list does not name a GPU, the GPU's architecture decides, as it does
-// without a list.
+// The package makes no guess about products. If a list has no entry for a GPU, the GPU's architecture decides, as it
+// does without a list.
 package gpulist
 
 import (
@@ -18,13 +18,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// PredicateType is the predicate type of the statement that carries the [List] of an artifact.
+// PredicateType is the predicate type of the signed statement with the [List] of an artifact.
 const PredicateType = "https://prebake.dev/supported-gpus/v1"
 
 // File is the path of NVIDIA's list below a runfile's top folder.
 const File = "supported-gpus/supported-gpus.json"
 
-// Bounds of the input. A list of 2026 has some 1,300 products in 400 KB.
+// Upper limits for the input. A list of 2026 has some 1,300 products in 400 KB.
 const (
 	MaxFile     = 8 << 20
 	maxChips    = 20_000
@@ -54,7 +54,7 @@ type Chip struct {
 // Open reports whether the list says that the open modules drive the product.
 func (c Chip) Open() bool { return slices.Contains(c.Features, kernelOpen) }
 
-// List holds the products that one driver release supports.
+// List has the products that one driver release supports.
 type List struct {
 	Version string `json:"version"`
 	Chips   []Chip `json:"gpus"`
@@ -105,7 +105,7 @@ func parseFile(version string, text []byte) (*List, error) {
 			l.LeftOut = append(l.LeftOut, fmt.Sprintf("product %d: %v", i, err))
 		}
 	}
-	return l, l.settle()
+	return l, l.normalize()
 }
 
 func parseChip(raw []byte) (Chip, error) {
@@ -122,7 +122,7 @@ func parseChip(raw []byte) (Chip, error) {
 	}
 	chip := Chip{Device: c.DevID, SubVendor: c.SubVendorID, SubDevice: c.SubDevID, Name: c.Name, Features: c.Features,
 		Legacy: c.Legacy}
-	return chip, chip.settle()
+	return chip, chip.normalize()
 }
 
 // ParsePredicate reads the predicate of a statement. The caller must have verified the statement's signature before.
@@ -130,7 +130,7 @@ func ParsePredicate(text []byte) (*List, error) {
 	l := &List{}
 	err := json.Unmarshal(text, l)
 	if err == nil {
-		err = l.settle()
+		err = l.normalize()
 	}
 	if err != nil {
 		return nil, fault.Errorf(fault.Unverified, "read supported GPUs: %w", err)
@@ -138,8 +138,8 @@ func ParsePredicate(text []byte) (*List, error) {
 	return l, nil
 }
 
-// settle checks every field and sorts the list, so that a list has one form only.
-func (l *List) settle() error {
+// normalize checks every field and sorts the list, so that a list has one form only.
+func (l *List) normalize() error {
 	if !target.ValidVersion(l.Version) {
 		return fmt.Errorf("%.60q is not a driver version", l.Version)
 	}
@@ -147,7 +147,7 @@ func (l *List) settle() error {
 		return fmt.Errorf("%d products; want 1 to %d", len(l.Chips), maxChips)
 	}
 	for i := range l.Chips {
-		if err := l.Chips[i].settle(); err != nil {
+		if err := l.Chips[i].normalize(); err != nil {
 			return fmt.Errorf("product %d: %w", i, err)
 		}
 	}
@@ -155,8 +155,8 @@ func (l *List) settle() error {
 	return nil
 }
 
-// settle checks every field and writes the ids in lower case, so that an id has one form only.
-func (c *Chip) settle() error {
+// normalize checks every field and writes the ids in lower case, so that an id has one form only.
+func (c *Chip) normalize() error {
 	for _, id := range []*string{&c.Device, &c.SubVendor, &c.SubDevice} {
 		if *id == "" && id != &c.Device {
 			continue
@@ -186,8 +186,9 @@ func (c Chip) compare(d Chip) int {
 		strings.Compare(c.SubDevice, d.SubDevice), strings.Compare(c.Name, d.Name))
 }
 
-// Short returns only the facts by which a node chooses: ids, whether the open modules drive the product, and the legacy
-// branch. If the boards of a device agree in these facts, Short writes one entry for all of them.
+// Short returns a list with only the facts by which a node chooses a flavour: ids, whether the open modules drive the
+// product, and the legacy branch. If the boards of a device agree in these facts, Short writes one entry for all of
+// them.
 func (l *List) Short() *List {
 	short := &List{Version: l.Version}
 	rest := l.Chips
@@ -227,7 +228,7 @@ type GPU struct {
 	Device, SubVendor, SubDevice string
 }
 
-// String names the GPU as lspci does.
+// String returns the address of the GPU, and its ids as lspci prints them.
 func (g GPU) String() string {
 	id := "10de:" + strings.TrimPrefix(g.Device, "0x")
 	if g.Address == "" {
@@ -257,12 +258,12 @@ func (l *List) find(g GPU) (Chip, bool) {
 	return *found, true
 }
 
-// tellsOpen reports whether any entry of the list has the feature kernelopen. If none has it, the list says nothing
+// listsOpen reports whether any entry of the list has the feature kernelopen. If none has it, the list says nothing
 // about the open modules.
-func (l *List) tellsOpen() bool { return l != nil && slices.ContainsFunc(l.Chips, Chip.Open) }
+func (l *List) listsOpen() bool { return l != nil && slices.ContainsFunc(l.Chips, Chip.Open) }
 
-// firstTuring is a bound below the PCI device ids of all GPUs with a GSP (TU102, 0x1e02 and up). The open modules need
-// a GSP. NVIDIA assigns ids in ascending order: Volta, the generation before Turing, ends at 0x1df6.
+// firstTuring is lower than the PCI device id of every GPU with a GSP (TU102, 0x1e02 and up). The open modules need a
+// GSP. NVIDIA assigns ids in ascending order: Volta, the generation before Turing, ends at 0x1df6.
 const firstTuring = 0x1e00
 
 func turing(device string) bool {
@@ -270,8 +271,8 @@ func turing(device string) bool {
 	return err == nil && id >= firstTuring
 }
 
-// Serves reports whether modules of this flavour drive a GPU; if not, why gives the reason. If the list is nil or does
-// not name the GPU, the GPU's architecture decides: the open modules need Turing or newer.
+// Serves reports whether modules of this flavour drive a GPU; if not, the result why is the reason. If the list is nil
+// or has no entry for the GPU, the GPU's architecture decides: the open modules need Turing or newer.
 func (l *List) Serves(g GPU, f target.Flavour) (ok bool, why string) {
 	c, listed := l.find(g)
 	switch {
@@ -279,9 +280,9 @@ func (l *List) Serves(g GPU, f target.Flavour) (ok bool, why string) {
 		return false, fmt.Sprintf("driver %s no longer supports GPU %s, which needs branch %s", l.Version, g, c.Legacy)
 	case f != target.Open:
 		return true, ""
-	case listed && l.tellsOpen() && !c.Open():
+	case listed && l.listsOpen() && !c.Open():
 		return false, fmt.Sprintf("the open modules of driver %s do not drive GPU %s", l.Version, g)
-	case (!listed || !l.tellsOpen()) && !turing(g.Device):
+	case (!listed || !l.listsOpen()) && !turing(g.Device):
 		return false, fmt.Sprintf("the open modules drive Turing GPUs and newer ones, and GPU %s is older", g)
 	}
 	return true, ""
@@ -343,8 +344,8 @@ func Choose(gpus []GPU, offers []Offer) (int, error) {
 	}
 	hint := "ask for another driver version with --driver"
 	if len(offers) == 1 && offers[0].Flavour == target.Open {
-		hint = "build and publish the proprietary flavour with builder build --flavour proprietary, or ask for another " +
-			"version with --driver"
+		hint = "ask for another driver version with --driver; to publish the proprietary flavour of this one, run: " +
+			"builder build --flavour proprietary"
 	}
 	return 0, fault.New(fault.Unsupported, "choose flavour: "+strings.Join(whys, "; "), hint)
 }

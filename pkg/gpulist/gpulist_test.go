@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The text has the form of NVIDIA's file. The products are real, and the boards are invented.
+// The text has the format of NVIDIA's supported-gpus.json. The products are real, and the boards are invented.
 const file = `{
   "chips": [
     {"devid": "0x1EB8", "name": "Tesla T4", "features": ["runtimepm", "vdpaufeaturesetJ", "kernelopen"]},
@@ -36,8 +36,8 @@ func parse(t testing.TB, text string) *gpulist.List {
 	return l
 }
 
-// short writes the short form of a list as a statement does, and reads it again.
-func short(t testing.TB, l *gpulist.List) *gpulist.List {
+// shortForm returns the short form of a list after it was written into a statement and read again.
+func shortForm(t testing.TB, l *gpulist.List) *gpulist.List {
 	t.Helper()
 	raw, err := json.Marshal(l.Short())
 	if err != nil {
@@ -58,7 +58,7 @@ func TestShort(t *testing.T) {
 		{Device: "0x2330", Features: open},
 		{Device: "0x27b8", Features: open}, {Device: "0x27b8", SubVendor: "0x10de", SubDevice: "0x1733"},
 	}}
-	if diff := cmp.Diff(want, short(t, parse(t, file))); diff != "" {
+	if diff := cmp.Diff(want, shortForm(t, parse(t, file))); diff != "" {
 		t.Errorf("Short (-want +got):\n%s", diff)
 	}
 }
@@ -94,7 +94,7 @@ func TestServes(t *testing.T) {
 	for _, row := range rows {
 		lists := map[string]*gpulist.List{"": row.list}
 		if row.list != nil {
-			lists["short: "] = short(t, row.list)
+			lists["short: "] = shortForm(t, row.list)
 		}
 		for kind, l := range lists {
 			for f, want := range map[target.Flavour]bool{target.Open: row.open, target.Proprietary: row.proprietary} {
@@ -233,8 +233,8 @@ func FuzzParseFile(f *testing.F) {
 		}
 		// The full list and its short form must give the same answer about each product. Shortening a short form must
 		// change nothing.
-		s := short(t, l)
-		if diff := cmp.Diff(s, short(t, s)); diff != "" {
+		s := shortForm(t, l)
+		if diff := cmp.Diff(s, shortForm(t, s)); diff != "" {
 			t.Errorf("short form of the short form (-want +got):\n%s", diff)
 		}
 		for _, c := range l.Chips {

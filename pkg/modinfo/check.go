@@ -32,7 +32,7 @@ type Rules struct {
 	MadeFor string
 }
 
-// Problem is one reason why the kernel would refuse a module, or crash with it.
+// Problem is one reason why the kernel would refuse a module, or would crash after it loaded the module.
 type Problem struct {
 	Module string
 	// Symbol is the symbol that the problem is about. It may be empty.
@@ -61,13 +61,13 @@ const (
 // maxProblems is the greatest number of problems that Check reports for each module.
 const maxProblems = 8
 
-// Check reports every reason why this kernel would refuse the modules if they were loaded together. These modules are
-// called the set. The error is fault.CheckFailed and wraps a [Problem] for each reason.
+// Check reports every reason why this kernel would refuse the modules if they were loaded together. In the errors,
+// these modules are called the set. The error is of kind fault.CheckFailed, and wraps a [Problem] for each reason.
 func Check(mods []*Module, rules Rules) error {
 	c := checker{rules: rules, set: map[string]*Module{}, exporter: map[string]*Module{}, own: rules.Symvers.modules()}
 	var errs []error
 	if len(mods) == 0 {
-		errs = append(errs, &Problem{Module: "set", Text: "has no module", Remedy: remedySet})
+		errs = append(errs, &Problem{Module: "the set", Text: "has no module", Remedy: remedySet})
 	}
 	for _, m := range mods {
 		if c.set[m.Name] != nil {
@@ -121,7 +121,7 @@ func (c *checker) module(m *Module) {
 	release, _, _ := strings.Cut(m.Vermagic, " ")
 	switch {
 	case c.rules.Release != "" && release != c.rules.Release:
-		c.add(m, "", remedyKernel, "made for release %s; this kernel is %s", release, c.rules.Release)
+		c.add(m, "", remedyKernel, "made for release %s; this kernel has release %s", release, c.rules.Release)
 	case c.rules.Vermagic != "" && m.Vermagic != strings.TrimSpace(c.rules.Vermagic):
 		c.add(m, "", remedyKernel, "vermagic %q; this kernel wants %q", m.Vermagic, strings.TrimSpace(c.rules.Vermagic))
 	}
@@ -137,8 +137,8 @@ func (c *checker) module(m *Module) {
 	for _, s := range m.Imports {
 		c.symbol(m, s, needs)
 	}
-	// CRCs also has checksums of names that are not imported symbols, such as module_layout. The kernel compares them
-	// too.
+	// The field CRCs also has checksums of names that are not imported symbols, such as module_layout. The kernel compares
+	// them too.
 	if c.rules.ModVersions {
 		for _, name := range slices.Sorted(maps.Keys(m.CRCs)) {
 			if _, imported := slices.BinarySearchFunc(m.Imports, name,
@@ -232,9 +232,8 @@ func gplCompatible(license string) bool {
 	return false
 }
 
-// Order sorts the modules for loading. Each module comes after those of the given modules that it depends on. Modules
-// that do not depend on each other are sorted by name. Order fails if a module depends on itself, directly or through
-// others.
+// Order sorts the modules for loading. Each module comes after the given modules on which it depends. Modules that do
+// not depend on each other are sorted by name. Order fails if a module depends on itself, directly or through others.
 func Order(mods []*Module) ([]*Module, error) {
 	waiting := map[string]*Module{}
 	for _, m := range mods {

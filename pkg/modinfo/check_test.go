@@ -26,7 +26,7 @@ func TestCheck(t *testing.T) {
 	}{
 		{"fits", func(a, b *sample, r *modinfo.Rules) {}, ""},
 		{"another release", func(a, b *sample, r *modinfo.Rules) { r.Release = "6.1.0-47-cloud-amd64" },
-			"nvidia: made for release 6.1.0-50-cloud-amd64; this kernel is 6.1.0-47-cloud-amd64"},
+			"nvidia: made for release 6.1.0-50-cloud-amd64; this kernel has release 6.1.0-47-cloud-amd64"},
 		{"same release, other options", func(a, b *sample, r *modinfo.Rules) { r.Vermagic = release + " SMP mod_unload" },
 			"this kernel wants \"6.1.0-50-cloud-amd64 SMP mod_unload\""},
 		{"checksum differs", func(a, b *sample, r *modinfo.Rules) { a.versions["vmalloc"] = 0x99 },
@@ -93,7 +93,7 @@ func TestCheck(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			a, b := good(), sibling()
+			a, b := goodModule(), sibling()
 			rules := modinfo.Rules{Release: release, Vermagic: vermagic, Symvers: symvers, ModVersions: symvers.HasCRCs()}
 			row.edit(&a, &b, &rules)
 			err = modinfo.Check([]*modinfo.Module{read(t, b.bytes()), read(t, a.bytes())}, rules)
@@ -145,7 +145,7 @@ func TestOrder(t *testing.T) {
 func TestRealModules(t *testing.T) {
 	dir := os.Getenv("PREBAKE_MODULES")
 	if dir == "" {
-		t.Skip("PREBAKE_MODULES names no folder with *.ko and Module.symvers")
+		t.Skip("PREBAKE_MODULES is not set to a folder with *.ko and Module.symvers")
 	}
 	f, err := os.Open(filepath.Join(dir, "Module.symvers"))
 	if err != nil {

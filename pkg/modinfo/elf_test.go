@@ -15,22 +15,22 @@ import (
 type sample struct {
 	info     []string // .modinfo entries
 	versions map[string]uint32
-	extended map[string]uint32 // the two sections of Linux 6.14
+	extended map[string]uint32 // checksums in the two sections that Linux 6.14 added
 	imports  []string
 	weak     []string
-	exports  map[string]uint32 // with their checksums; in __kcrctab
+	exports  map[string]uint32 // exports with their checksums in __kcrctab
 	absolute map[string]uint32 // exports with their checksums in absolute symbols, as before Linux 5.19
 	this     string            // name in .gnu.linkonce.this_module
-	noTable  bool              // without a symbol table
-	note     string            // the section of the build id
-	linux    string            // the section of the kernel's own notes
-	stamp    string            // section of the builder's stamp
+	noTable  bool              // the file has no symbol table
+	note     string            // content of the section with the build ID
+	linux    string            // content of the section with the kernel's own notes
+	stamp    string            // content of the section with the builder's stamp
 
 	cutVersions int // number of bytes that are missing at the end of __versions
 }
 
-// good returns a module nvidia that exports one symbol.
-func good() sample {
+// goodModule returns a module nvidia that exports one symbol.
+func goodModule() sample {
 	return sample{
 		info: []string{"version=535.261.03", "license=NVIDIA", "depends=", "retpoline=Y", "name=nvidia",
 			"firmware=nvidia/535.261.03/gsp_tu10x.bin", "vermagic=6.1.0-50-cloud-amd64 SMP preempt mod_unload modversions "},
@@ -41,7 +41,7 @@ func good() sample {
 	}
 }
 
-// sibling returns a module nvidia-uvm that needs good's symbol.
+// sibling returns a module nvidia-uvm that needs the symbol of goodModule.
 func sibling() sample {
 	return sample{
 		info: []string{"license=Dual MIT/GPL", "depends=nvidia", "name=nvidia_uvm",
@@ -172,8 +172,8 @@ func (s sample) bytes() []byte {
 	return out.Bytes()
 }
 
-// signed appends a signature in the format that the kernel's sign-file writes.
-func signed(module []byte, signature string) []byte {
+// withSignature appends a signature in the format that the kernel's sign-file writes.
+func withSignature(module []byte, signature string) []byte {
 	out := append(bytes.Clone(module), signature...)
 	out = append(out, 0, 0, 2, 0, 0, 0, 0, 0)
 	out = binary.BigEndian.AppendUint32(out, uint32(len(signature)))

@@ -29,7 +29,7 @@ type Module struct {
 	Vermagic string
 	// License is MODULE_LICENSE, such as NVIDIA or GPL v2.
 	License string
-	// Depends are the modules that must be loaded before this one. Their names are as modpost writes them, with - or _;
+	// Depends are the modules that must be loaded before this module. Their names are as modpost writes them, with - or _;
 	// see [Canonical].
 	Depends []string
 	// Firmware has the names of firmware files that the module may request.
@@ -40,9 +40,9 @@ type Module struct {
 	Imports []Symbol
 	// Exports are the symbols that the module exports, sorted.
 	Exports []string
-	// ExportCRCs are the checksums of Exports. It is empty without MODVERSIONS.
+	// ExportCRCs has the checksums of Exports, by symbol. It is empty without MODVERSIONS.
 	ExportCRCs map[string]uint32
-	// CRCs are the checksums that the module expects of its imports and of some other names, such as module_layout. It is
+	// CRCs has the checksums that the module expects of its imports and of some other names, such as module_layout. It is
 	// empty without MODVERSIONS.
 	CRCs map[string]uint32
 	// BuildID is the build ID that the linker made from the module's content. It may be empty.
@@ -52,8 +52,8 @@ type Module struct {
 	// MadeFor is the ABI fingerprint that the builder stamped into the module (see [StampSection]). It is empty
 	// without a stamp.
 	MadeFor string
-	// StructSize is sizeof(struct module), in bytes, in the kernel that the module was built for. Linux compares it
-	// since 6.4.
+	// StructSize is sizeof(struct module), in bytes, in the kernel that the module was built for. Linux 6.4 and later
+	// versions compare it.
 	StructSize uint64
 	// Machine is the module's processor architecture.
 	Machine elf.Machine
@@ -72,8 +72,8 @@ type Symbol struct {
 // Canonical returns a module's name in the form that the kernel compares: with _ for each -.
 func Canonical(name string) string { return strings.ReplaceAll(name, "-", "_") }
 
-// Bounds on a module file, in bytes or symbols. The largest real module, nvidia.ko of the open flavour, has 250 MB as
-// built and 100,000 symbols. Each of its tables has less than a tenth of the bound for that table.
+// Upper limits for a module file, in bytes or symbols. The largest real module is nvidia.ko of the open flavour. It has
+// 250 MB as built, and 100,000 symbols. Each of its tables has less than a tenth of the limit for that table.
 const (
 	maxFile    = 2 << 30
 	maxSection = 64 << 20
@@ -81,7 +81,7 @@ const (
 	maxModinfo = 1 << 20
 )
 
-// Read reads the facts of a module file. size is the length of the file in bytes. The error is fault.CheckFailed.
+// Read reads the facts of a module file. size is the length of the file in bytes. Errors are of kind fault.CheckFailed.
 func Read(r io.ReaderAt, size int64) (*Module, error) {
 	m, err := read(r, size)
 	if err != nil {
@@ -231,7 +231,7 @@ func structName(f *elf.File) (string, error) {
 
 // readVersions reads the checksums that the module expects. They are in the section __versions. Each record has 64
 // bytes: a checksum in the first eight, and a name in the others. Since Linux 6.14, a module may have the checksums in
-// two other sections (CONFIG_EXTENDED_MODVERSIONS), because a name may be longer there.
+// two other sections instead (CONFIG_EXTENDED_MODVERSIONS). Names may be longer there.
 func (m *Module) readVersions(f *elf.File) error {
 	const record, nameAt = 64, 8
 	m.CRCs = map[string]uint32{}

@@ -35,36 +35,38 @@ func TestRead(t *testing.T) {
 		CRCs:       map[string]uint32{"_printk": 1, "vmalloc": 2, "module_layout": 3},
 		Machine:    elf.EM_X86_64,
 	}
-	plain := good().bytes()
+	plain := goodModule().bytes()
 	rows := []struct {
 		name string
 		data []byte
 		edit func(*modinfo.Module)
 	}{
 		{"plain", plain, func(m *modinfo.Module) {}},
-		{"signed", signed(plain, "signature"), func(m *modinfo.Module) { m.Signed = true }},
-		{"dash in the name", change(func(s *sample) { s.info[4] = "name=nvidia-x" }),
+		{"signed", withSignature(plain, "signature"), func(m *modinfo.Module) { m.Signed = true }},
+		{"dash in the name", goodBytes(func(s *sample) { s.info[4] = "name=nvidia-x" }),
 			func(m *modinfo.Module) { m.Name = "nvidia_x" }},
-		{"name in the struct only", change(func(s *sample) { s.info, s.this = slices.Delete(s.info, 4, 5), "nvidia" }),
+		{"name in the struct only", goodBytes(func(s *sample) { s.info, s.this = slices.Delete(s.info, 4, 5), "nvidia" }),
 			func(m *modinfo.Module) { m.StructSize = 0x380 }},
-		{"two dependencies", change(func(s *sample) { s.info[2] = "depends=drm,i2c-core" }),
+		{"two dependencies", goodBytes(func(s *sample) { s.info[2] = "depends=drm,i2c-core" }),
 			func(m *modinfo.Module) { m.Depends = []string{"drm", "i2c-core"} }},
-		{"namespaces", change(func(s *sample) { s.info = append(s.info, "import_ns=DMA_BUF", "import_ns=VFIO") }),
+		{"namespaces", goodBytes(func(s *sample) { s.info = append(s.info, "import_ns=DMA_BUF", "import_ns=VFIO") }),
 			func(m *modinfo.Module) { m.Namespaces = []string{"DMA_BUF", "VFIO"} }},
-		{"no MODVERSIONS", change(func(s *sample) { s.versions = nil }), func(m *modinfo.Module) { m.CRCs = nil }},
-		{"extended versions", change(func(s *sample) { s.extended, s.versions = s.versions, nil }),
+		{"no MODVERSIONS", goodBytes(func(s *sample) { s.versions = nil }), func(m *modinfo.Module) { m.CRCs = nil }},
+		{"extended versions", goodBytes(func(s *sample) { s.extended, s.versions = s.versions, nil }),
 			func(m *modinfo.Module) {}},
-		{"build id", change(func(s *sample) { s.note = "\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd" }),
+		{"build id", goodBytes(func(s *sample) {
+			s.note = "\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd"
+		}),
 			func(m *modinfo.Module) { m.BuildID = "abcd" }},
-		{"build id cut short", change(func(s *sample) {
+		{"build id cut short", goodBytes(func(s *sample) {
 			s.note = "\x04\x00\x00\x00\x03\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd"
 		}), func(m *modinfo.Module) {}},
-		{"stamp and salt", change(func(s *sample) {
+		{"stamp and salt", goodBytes(func(s *sample) {
 			s.linux = string(modinfo.AppendNote(modinfo.AppendNote(nil, "Linux", 0x101, make([]byte, 4)), "Linux", 0x100,
 				[]byte("6.1.0-50\x00")))
 			s.stamp = string(modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType, []byte("sha256:ab")))
 		}), func(m *modinfo.Module) { m.Salt, m.MadeFor = "6.1.0-50", "sha256:ab" }},
-		{"absolute checksums", change(func(s *sample) { s.absolute, s.exports = s.exports, nil }),
+		{"absolute checksums", goodBytes(func(s *sample) { s.absolute, s.exports = s.exports, nil }),
 			func(m *modinfo.Module) {}},
 	}
 	for _, row := range rows {
@@ -83,16 +85,16 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// change returns the bytes of the good module after one edit.
-func change(edit func(*sample)) []byte {
-	s := good()
+// goodBytes returns the file of goodModule after one edit.
+func goodBytes(edit func(*sample)) []byte {
+	s := goodModule()
 	edit(&s)
 	return s.bytes()
 }
 
 func TestReadRefuses(t *testing.T) {
 	t.Parallel()
-	plain := good().bytes()
+	plain := goodModule().bytes()
 	rows := []struct {
 		name, want string
 		data       []byte
@@ -102,21 +104,21 @@ func TestReadRefuses(t *testing.T) {
 		{"cut short", "", plain[:len(plain)/2]},
 		{"32 bits", "", append([]byte("\x7fELF\x01"), plain[5:]...)},
 		{"program, not module", "relocatable", slices.Concat(plain[:16], []byte{2}, plain[17:])},
-		{"no modinfo", "no .modinfo", change(func(s *sample) { s.info = nil })},
-		{"no name", "no name", change(func(s *sample) { s.info = slices.Delete(s.info, 4, 5) })},
-		{"no vermagic", "no vermagic", change(func(s *sample) { s.info = s.info[:5] })},
-		{"path as a name", "module name", change(func(s *sample) { s.info[4] = "name=../nvidia" })},
-		{"path as a dependency", "module name", change(func(s *sample) { s.info[2] = "depends=a,/b" })},
-		{"control characters", "printable", change(func(s *sample) { s.info[0] = "version=\x1b[2J" })},
-		{"no symbols", "no symbol table", change(func(s *sample) { s.noTable = true })},
-		{"versions of a wrong size", "no multiple", change(func(s *sample) { s.cutVersions = 1 })},
-		{"version without a name", "a name has no end", change(func(s *sample) { s.versions = map[string]uint32{"": 1} })},
+		{"no modinfo", "no .modinfo", goodBytes(func(s *sample) { s.info = nil })},
+		{"no name", "no name", goodBytes(func(s *sample) { s.info = slices.Delete(s.info, 4, 5) })},
+		{"no vermagic", "no vermagic", goodBytes(func(s *sample) { s.info = s.info[:5] })},
+		{"path as a name", "module name", goodBytes(func(s *sample) { s.info[4] = "name=../nvidia" })},
+		{"path as a dependency", "module name", goodBytes(func(s *sample) { s.info[2] = "depends=a,/b" })},
+		{"control characters", "printable", goodBytes(func(s *sample) { s.info[0] = "version=\x1b[2J" })},
+		{"no symbols", "no symbol table", goodBytes(func(s *sample) { s.noTable = true })},
+		{"versions of a wrong size", "no multiple", goodBytes(func(s *sample) { s.cutVersions = 1 })},
+		{"version without a name", "a name has no end", goodBytes(func(s *sample) { s.versions = map[string]uint32{"": 1} })},
 		{"version with a name too long", "a name has no end",
-			change(func(s *sample) { s.versions = map[string]uint32{strings.Repeat("x", 56): 1} })},
+			goodBytes(func(s *sample) { s.versions = map[string]uint32{strings.Repeat("x", 56): 1} })},
 		{"signature longer than the file", "signature",
 			[]byte("\x00\x00\x02\x00\x00\x00\x00\x00\x7f\xff\xff\xff" + modinfo.SignatureMagic)},
 		{"signature of another kind", "signature",
-			bytes.Replace(signed(plain, "s"), []byte{0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1},
+			bytes.Replace(withSignature(plain, "s"), []byte{0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1},
 				[]byte{0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1}, 1)},
 	}
 	for _, row := range rows {
@@ -164,10 +166,10 @@ func TestSymvers(t *testing.T) {
 }
 
 func FuzzRead(f *testing.F) {
-	f.Add(good().bytes())
+	f.Add(goodModule().bytes())
 	f.Add(sibling().bytes())
-	f.Add(signed(good().bytes(), "signature"))
-	f.Add(change(func(s *sample) { s.extended, s.absolute = s.versions, s.exports }))
+	f.Add(withSignature(goodModule().bytes(), "signature"))
+	f.Add(goodBytes(func(s *sample) { s.extended, s.absolute = s.versions, s.exports }))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		m, err := modinfo.Read(bytes.NewReader(data), int64(len(data)))
 		if err != nil {
@@ -228,7 +230,7 @@ func FuzzModinfoSection(f *testing.F) {
 	f.Add("name=nvidia\x00vermagic=6.1 SMP\x00depends=a,b")
 	f.Add("name=\x00=x\x00\x00vermagic")
 	f.Fuzz(func(t *testing.T, text string) {
-		data := change(func(s *sample) { s.info = []string{text} })
+		data := goodBytes(func(s *sample) { s.info = []string{text} })
 		m, err := modinfo.Read(bytes.NewReader(data), int64(len(data)))
 		if err == nil && (m.Name == "" || m.Vermagic == "" || slices.Contains(m.Depends, "")) {
 			t.Errorf("Read accepted %+v", m)

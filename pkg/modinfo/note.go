@@ -28,8 +28,8 @@ const (
 	saltType   = 0x100
 )
 
-// longest is the greatest length in bytes of a note's owner, and of its content.
-const longest = 256
+// maxNote is the greatest length in bytes of a note's owner, and of its content.
+const maxNote = 256
 
 // Note returns the content of the first note with this owner and type in a note section, or nil. A note has these
 // parts: the length of the owner, the length of the content, the type, the owner with a zero byte, and the content.
@@ -39,7 +39,7 @@ func Note(section []byte, owner string, kind uint32) []byte {
 	for len(section) >= head {
 		nameLen, size := binary.LittleEndian.Uint32(section), binary.LittleEndian.Uint32(section[4:])
 		found := binary.LittleEndian.Uint32(section[8:])
-		if nameLen > longest || size > longest {
+		if nameLen > maxNote || size > maxNote {
 			return nil
 		}
 		at := head + int(nameLen+3)&^3
@@ -66,7 +66,7 @@ func AppendNote(section []byte, owner string, kind uint32, content []byte) []byt
 }
 
 // BuildID returns the build ID in hexadecimal digits. note is the content of the section [BuildIDNote]. BuildID returns
-// "" if the section has no build ID, or one of more than 64 bytes.
+// "" if the section has no build ID, or if the build ID has more than 64 bytes.
 func BuildID(note []byte) string {
 	const most, gnuBuildID = 64, 3
 	id := Note(note, "GNU", gnuBuildID)

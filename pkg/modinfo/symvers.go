@@ -16,7 +16,7 @@ import (
 type Export struct {
 	// CRC is the checksum of the symbol's type. It is 0 without MODVERSIONS.
 	CRC uint32
-	// Module is vmlinux, or the path of the module that has the symbol.
+	// Module is vmlinux, or the path of the module that exports the symbol.
 	Module string
 	// GPL is true if only modules with a compatible licence may use the symbol.
 	GPL bool
@@ -24,7 +24,7 @@ type Export struct {
 	Namespace string
 }
 
-// Symvers is a kernel's Module.symvers, by symbol name.
+// Symvers has the exports in a kernel's Module.symvers, by symbol name.
 type Symvers map[string]Export
 
 // HasCRCs reports whether the kernel has MODVERSIONS. Without it, every checksum is 0.
@@ -37,7 +37,7 @@ func (s Symvers) HasCRCs() bool {
 	return false
 }
 
-// modules returns the names of all modules in the list, and of vmlinux.
+// modules returns the names of all modules that export symbols, and vmlinux.
 func (s Symvers) modules() map[string]bool {
 	names := map[string]bool{}
 	for _, e := range s {
@@ -48,7 +48,7 @@ func (s Symvers) modules() map[string]bool {
 
 func (e Export) provider() string { return Canonical(path.Base(e.Module)) }
 
-// Bounds on Module.symvers. A distribution's kernel has 25,000 lines.
+// Upper limits for Module.symvers. A distribution's kernel has 25,000 lines.
 const (
 	maxSymversLines = 1 << 20
 	maxSymversLine  = 4 << 10
@@ -110,8 +110,8 @@ func parseExport(line string) (string, Export, error) {
 	case "EXPORT_SYMBOL_GPL", "EXPORT_SYMBOL_GPL_FUTURE", "EXPORT_UNUSED_SYMBOL_GPL":
 		e.GPL = true
 	default:
-		// The first releases of Linux 5.4 and 5.5 wrote the namespace before the module, so another field stands here. No
-		// other kinds are known.
+		// The first releases of Linux 5.4 and 5.5 wrote the namespace before the module, so this field is then not the kind
+		// of export. No kinds are known but those above.
 		return "", Export{}, fmt.Errorf("kind of export %q: want EXPORT_SYMBOL or EXPORT_SYMBOL_GPL", kind)
 	}
 	if fields[1] == "" || fields[2] == "" {

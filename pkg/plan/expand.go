@@ -33,8 +33,8 @@ type Cell struct {
 	Labels []string `json:"labels,omitempty"`
 	// EarlyWarning says that a failure of the cell is reported but raises no alarm.
 	EarlyWarning bool `json:"earlyWarning,omitempty"`
-	// Listed says that the flavour comes from the wish list's general list of flavours. A release that does not have the
-	// flavour is then no failure.
+	// Listed says that the flavour comes from the wish list's general list of flavours. If it is true and the release does
+	// not have the flavour, that is no failure.
 	Listed bool `json:"-"`
 	// Problem says why the cell cannot be built; nil means that it can.
 	Problem *Problem `json:"problem,omitempty"`
@@ -48,7 +48,7 @@ func (c Cell) String() string {
 // Problem is the reason why a wish expands to no cell.
 type Problem struct {
 	Err error `json:"-"`
-	// Unavailable says that the problem is no failure, because COS offers a version for the same wish to other kernels.
+	// Unavailable says that the problem is no failure: for the same wish, COS offers a version to other kernels.
 	Unavailable bool `json:"unavailable,omitempty"`
 }
 
@@ -63,8 +63,8 @@ type Plan struct {
 	Notes []string `json:"notes,omitempty"`
 }
 
-// Labels returns the labels of the wish list for each kernel that has cells, and the driver version that has each
-// label. The version is "" if the bucket names no version for that driver and kernel.
+// Labels returns, for each kernel that has cells, the labels of the wish list and the driver version of each label. The
+// version is "" if the bucket has no version for that driver and kernel.
 func (p *Plan) Labels() map[target.Kernel]map[string]string {
 	all := map[target.Kernel]map[string]string{}
 	for _, c := range p.Cells {
@@ -81,18 +81,18 @@ func (p *Plan) Labels() map[target.Kernel]map[string]string {
 	return all
 }
 
-// parallel bounds the number of simultaneous requests to the bucket.
-const parallel = 8
+// maxRequests is the largest number of simultaneous requests to the bucket.
+const maxRequests = 8
 
 // Expand returns the cells of a wish list. If one kernel or one driver cannot be resolved, its cell has a Problem, and
-// the other cells are not affected. images is the image map, or nil if the wish list names none.
+// the other cells are not affected. The argument images is the image map, or nil if the wish list has none.
 func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, error) {
 	e := &expander{wish: w, bucket: b, images: images, unused: map[int]bool{}}
 	for i := range w.Exclude {
 		e.unused[i] = true
 	}
 	kernels := e.kernels(ctx)
-	lists := e.lists(ctx, kernels)
+	lists := e.readLists(ctx, kernels)
 	if err := context.Cause(ctx); err != nil {
 		return nil, fmt.Errorf("expand wish list: %w", err)
 	}
@@ -130,8 +130,9 @@ type expander struct {
 	unused map[int]bool // indexes of the exclude rules that have removed no cell so far
 }
 
-// wanted is one kernel that the wish list asks for. If no kernel was found for an entry, wanted has the error instead.
-type wanted struct {
+// wantedKernel is one kernel that the wish list asks for. If no kernel was found for an entry, the field err has the
+// error.
+type wantedKernel struct {
 	kernel target.Kernel
 	asked  string
 	early  bool
@@ -140,8 +141,8 @@ type wanted struct {
 
 // kernels resolves the wish list's entries for kernels. A kernel that several entries ask for appears once. It is an
 // early warning only if all these entries are early warnings.
-func (e *expander) kernels(ctx context.Context) []wanted {
-	var all []wanted
+func (e *expander) kernels(ctx context.Context) []wantedKernel {
+	var all []wantedKernel
 	var known *listing
 	for _, entry := range e.wish.Kernels {
 		boards := e.wish.boards()
@@ -150,12 +151,12 @@ func (e *expander) kernels(ctx context.Context) []wanted {
 		}
 		asked := entry.String()
 		if entry.Build == "" && known == nil {
-			known = e.list(ctx)
+			known = e.listBuilds(ctx)
 		}
 		for _, board := range boards {
 			add := func(k target.Kernel, err error) {
 				k.Milestone = e.images.milestone(k.BuildID)
-				all = merge(all, wanted{kernel: k, asked: asked, early: entry.EarlyWarning, err: err})
+				all = merge(all, wantedKernel{kernel: k, asked: asked, early: entry.EarlyWarning, err: err})
 			}
 			if entry.Build != "" {
 				k, err := target.ParseKernel(entry.Build, board)
@@ -163,7 +164,7 @@ func (e *expander) kernels(ctx context.Context) []wanted {
 				continue
 			}
 			none := target.Kernel{Board: board, Arch: target.BoardArch(board)}
-			found, err := e.newest(ctx, known, entry, board)
+			found, err := e.newestKernels(ctx, known, entry, board)
 			if err != nil {
 				add(none, err)
 				continue
@@ -171,7 +172,7 @@ func (e *expander) kernels(ctx context.Context) []wanted {
 			if len(found) == 0 {
 				add(none, fault.New(fault.InputMissing,
 					fmt.Sprintf("%s: the bucket has no such COS build for board %s", asked, board),
-					"correct milestone or board in the wish list; builder plan then prints its cells"))
+					"correct the milestone or the board in the wish list; to see its cells, run: builder plan"))
 			}
 			for _, k := range found {
 				add(k, nil)
@@ -198,7 +199,7 @@ func (k Kernel) String() string {
 	return s
 }
 
-func merge(all []wanted, w wanted) []wanted {
+func merge(all []wantedKernel, w wantedKernel) []wantedKernel {
 	for i, have := range all {
 		if have.kernel.String() == w.kernel.String() && have.kernel.BuildID != "" {
 			all[i].early = have.early && w.early
@@ -208,24 +209,24 @@ func merge(all []wanted, w wanted) []wanted {
 	return append(all, w)
 }
 
-// listing caches which COS builds the bucket has. A bucket has thousands of them, so newest asks for the boards of a
-// COS build only if a wish may want that build.
+// listing caches which COS builds the bucket has. A bucket has thousands of them, so newestKernels asks for the boards
+// of a COS build only if a wish may want that build.
 type listing struct {
 	ids    []string // newest first
 	boards map[string][]target.Kernel
 	err    error
 }
 
-// list returns the COS builds of the bucket. A bucket on a plain web server cannot be listed. The COS builds then come
-// from the image map.
-func (e *expander) list(ctx context.Context) *listing {
+// listBuilds returns the COS builds of the bucket. A bucket on a plain web server cannot be listed. The COS builds then
+// come from the image map.
+func (e *expander) listBuilds(ctx context.Context) *listing {
 	l := &listing{boards: map[string][]target.Kernel{}}
 	l.ids, l.err = e.bucket.BuildIDs(ctx)
 	switch {
 	case l.err == nil || !fault.Is(l.err, fault.Unsupported):
 	case e.images == nil:
 		l.err = fault.Wrap(fault.Unsupported, l.err,
-			"in the wish list, name exact COS builds, or set imageMap to the URL of a list of COS images")
+			"in the wish list, either give exact COS builds, or set imageMap to the URL of a list of COS images")
 	default:
 		l.ids, l.err = nil, nil
 		for _, k := range e.images.kernels {
@@ -238,11 +239,11 @@ func (e *expander) list(ctx context.Context) *listing {
 	return l
 }
 
-// atOnce is the number of COS builds whose boards one call of BuildsOf asks for.
-const atOnce = 8
+// buildsPerCall is the number of COS builds whose boards one call of BuildsOf asks for.
+const buildsPerCall = 8
 
-// newest returns the newest kernels of a board that match an entry, newest first.
-func (e *expander) newest(ctx context.Context, l *listing, entry Kernel, board string) (found []target.Kernel,
+// newestKernels returns the newest kernels of a board that match an entry, newest first.
+func (e *expander) newestKernels(ctx context.Context, l *listing, entry Kernel, board string) (found []target.Kernel,
 	err error) {
 	if l.err != nil {
 		return nil, l.err
@@ -256,7 +257,7 @@ func (e *expander) newest(ctx context.Context, l *listing, entry Kernel, board s
 			}
 		}
 	}
-	for some := range slices.Chunk(candidates, atOnce) {
+	for some := range slices.Chunk(candidates, buildsPerCall) {
 		unknown := slices.DeleteFunc(slices.Clone(some), func(id string) bool { _, ok := l.boards[id]; return ok })
 		if len(unknown) > 0 {
 			kernels, err := e.bucket.BuildsOf(ctx, unknown)
@@ -290,15 +291,15 @@ type answer struct {
 	err  error
 }
 
-// lists reads the bucket's driver list of each kernel. If every wish names an exact version, no list is needed and
-// lists reads none.
-func (e *expander) lists(ctx context.Context, kernels []wanted) []answer {
+// readLists reads the bucket's driver list of each kernel. If every wish is an exact version, no list is needed, and
+// readLists reads none.
+func (e *expander) readLists(ctx context.Context, kernels []wantedKernel) []answer {
 	all := make([]answer, len(kernels))
 	if !slices.ContainsFunc(e.wish.Drivers, func(d Driver) bool { _, exact := d.Wish.Exact(); return !exact }) {
 		return all
 	}
 	var group errgroup.Group
-	group.SetLimit(parallel)
+	group.SetLimit(maxRequests)
 	for i, k := range kernels {
 		if k.err != nil {
 			continue
@@ -313,11 +314,11 @@ func (e *expander) lists(ctx context.Context, kernels []wanted) []answer {
 }
 
 // cells combines every kernel with every driver and flavour.
-func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
+func (e *expander) cells(kernels []wantedKernel, lists []answer) []Cell {
 	var all []Cell
 	index := map[string]int{}
 	add := func(c Cell, asked string) {
-		if e.excluded(c, asked) {
+		if e.isExcluded(c, asked) {
 			return
 		}
 		key := c.String()
@@ -391,9 +392,9 @@ func choose(w target.Wish, a answer) (string, *Problem) {
 	return version, nil
 }
 
-// excluded reports whether an exclude rule removes a cell. If the cell has no version, the driver of a rule is compared
-// with the text of the wish.
-func (e *expander) excluded(c Cell, asked string) bool {
+// isExcluded reports whether an exclude rule removes a cell. If the cell has no version, the driver of a rule is
+// compared with the text of the wish.
+func (e *expander) isExcluded(c Cell, asked string) bool {
 	if c.Problem != nil && c.Kernel.BuildID == "" {
 		return false
 	}

@@ -92,8 +92,8 @@ func real109() world {
 	}
 }
 
-// show prints a plan, one line for each cell.
-func show(p *plan.Plan) string {
+// planText returns a plan as text, with one line for each cell.
+func planText(p *plan.Plan) string {
 	var lines []string
 	for _, c := range p.Cells {
 		s := fmt.Sprintf("%s %s", c.Kernel, c.Driver)
@@ -230,7 +230,7 @@ func TestExpand(t *testing.T) {
 			t.Errorf("%s: Expand: %v", row.name, err)
 			continue
 		}
-		if diff := cmp.Diff(row.want, strings.Split(show(p), "\n")); diff != "" {
+		if diff := cmp.Diff(row.want, strings.Split(planText(p), "\n")); diff != "" {
 			t.Errorf("%s: cells (-want +got):\n%s", row.name, diff)
 		}
 	}

@@ -16,7 +16,7 @@ const MaxGKE = 200
 // gkeVersion is the form of a GKE version, such as 1.33.5-gke.1080000.
 var gkeVersion = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,4}\.[0-9]{1,4}-gke\.[0-9]{1,9}$`)
 
-// ParseGKE reads a GKE version. It accepts a leading v, because kubelets print one.
+// ParseGKE reads a GKE version. It accepts a leading v, because kubelets print versions with it.
 func ParseGKE(s string) (string, error) {
 	if version := strings.TrimPrefix(s, "v"); gkeVersion.MatchString(version) {
 		return version, nil

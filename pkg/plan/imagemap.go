@@ -9,17 +9,18 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// MaxImageMap bounds an image map, in bytes. Google's image map has less than a megabyte.
+// MaxImageMap is the greatest size of an image map in bytes. Google's image map has less than a megabyte.
 const MaxImageMap = 32 << 20
 
 const maxImages = 200_000
 
 // imageName is the form of a COS image's name: the milestone and the three numbers of the BUILD_ID. GKE's own images
-// have longer names and do not match. Other entries of the list name the COS images that GKE's images are made from.
+// have longer names and do not match. Other entries of the list have the names of the COS images that GKE's images are
+// made from.
 var imageName = regexp.MustCompile(
 	`^cos-(arm64-)?(?:lm-)?(?:beta-|dev-|stable-)?([0-9]{2,4})-([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})$`)
 
-// ImageMap records which COS builds became images. The zero value has none.
+// ImageMap has the COS builds that became images. The zero value has none.
 type ImageMap struct {
 	milestones map[string]int
 	released   map[string]bool // BUILD_ID/board
@@ -27,10 +28,10 @@ type ImageMap struct {
 	gke        map[string][]string // GKE versions by BUILD_ID/board
 }
 
-// ParseImageMap reads a list of images in the form of gke-to-cos.json. It skips entries whose image is not a COS image.
-// A list without any COS image is an error of kind fault.Unsupported.
+// ParseImageMap reads a list of images in the format of Google's gke-to-cos.json. It skips entries whose image is not a
+// COS image. A list without any COS image is an error of kind fault.Unsupported.
 func ParseImageMap(data []byte) (*ImageMap, error) {
-	const hint = "set imageMap of the wish list, or --gke-map of the server, to the URL of a list in the form of " +
+	const hint = "set imageMap of the wish list, or --gke-map of the server, to the URL of a list in the format of " +
 		"https://www.gstatic.com/gke-image-maps/gke-to-cos.json"
 	if len(data) > MaxImageMap {
 		return nil, fault.New(fault.Unsupported, fmt.Sprintf("read image map: more than %d bytes", MaxImageMap), hint)
@@ -75,7 +76,7 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 		}
 	}
 	if len(m.kernels) == 0 {
-		return nil, fault.New(fault.Unsupported, "read image map: the list names no COS image", hint)
+		return nil, fault.New(fault.Unsupported, "read image map: the list has no COS image", hint)
 	}
 	return m, nil
 }

@@ -12,10 +12,11 @@ import (
 	"github.com/prebake/prebake/pkg/yamlfile"
 )
 
-const hintSchema = "correct the file as in docs/examples/wish.yaml; builder wish schema prints a schema for editors"
+const hintSchema = "correct the file as in docs/examples/wish.yaml; " +
+	"to print a schema for editors, run: builder wish schema"
 
-// Parse reads a wish list. name is the file's name in error messages. One error of kind fault.Usage lists all mistakes,
-// each with its line and column, what was found, and what is wanted.
+// Parse reads a wish list. The argument name is the file's name in error messages. One error of kind fault.Usage lists
+// all mistakes, each with its line and column, what was found, and what is wanted.
 func Parse(name string, data []byte) (*Wish, error) {
 	p := &parser{Reader: yamlfile.Reader{Name: name}}
 	w := &Wish{}
@@ -40,8 +41,8 @@ type labelAt struct {
 	driver Driver
 }
 
-// words reads a list of words. A repeated word is a mistake.
-func words[T ~string](p *parser, a yamlfile.At, what string, parse func(yamlfile.At) (T, bool)) []T {
+// readWords reads a list of words. A repeated word is a mistake.
+func readWords[T ~string](p *parser, a yamlfile.At, what string, parse func(yamlfile.At) (T, bool)) []T {
 	var all []T
 	p.List(a, what, func(e yamlfile.At) {
 		v, ok := parse(e)
@@ -65,13 +66,13 @@ func (p *parser) wish(a yamlfile.At) *Wish {
 			}
 		},
 		"imageMap":      func(a yamlfile.At) { w.ImageMap = p.url(a) },
-		"boards":        func(a yamlfile.At) { w.Boards = words(p, a, "boards, such as lakitu", p.board) },
-		"architectures": func(a yamlfile.At) { w.Architectures = words(p, a, "amd64 and arm64", p.arch) },
+		"boards":        func(a yamlfile.At) { w.Boards = readWords(p, a, "boards, such as lakitu", p.board) },
+		"architectures": func(a yamlfile.At) { w.Architectures = readWords(p, a, "amd64 and arm64", p.arch) },
 		"kernels": func(a yamlfile.At) {
 			p.List(a, "kernels", func(e yamlfile.At) { w.Kernels = append(w.Kernels, p.kernel(e)) })
 		},
 		"drivers":  func(a yamlfile.At) { p.List(a, "drivers", func(e yamlfile.At) { p.addDriver(w, e) }) },
-		"flavours": func(a yamlfile.At) { w.Flavours = words(p, a, "proprietary and open", p.flavour) },
+		"flavours": func(a yamlfile.At) { w.Flavours = readWords(p, a, "proprietary and open", p.flavour) },
 		"exclude": func(a yamlfile.At) {
 			p.List(a, "rules", func(e yamlfile.At) { w.Exclude = append(w.Exclude, p.exclude(e)) })
 		},
@@ -119,8 +120,8 @@ func (p *parser) checkLabels(w *Wish) {
 		case is && branch != of:
 			p.Say(l.At, "found label %s for driver %s; want the label of the driver's own branch", l.label, l.driver.Wish)
 		case !slices.Contains(flavours, target.Open):
-			p.Say(l.At, "found a label for a driver without the open flavour; want open among its flavours, since COS's "+
-				"installer takes no other flavour from a bucket")
+			p.Say(l.At, "found a label for a driver without the open flavour; want open among the driver's flavours, since "+
+				"COS's installer takes no other flavour from a bucket")
 		}
 		seen[l.label] = true
 	}
@@ -259,8 +260,8 @@ func (p *parser) driver(a yamlfile.At) (Driver, bool) {
 			}
 			d.Wish = target.Wish(text)
 		},
-		"flavours": func(a yamlfile.At) { d.Flavours = words(p, a, "proprietary and open", p.flavour) },
-		"labels":   func(a yamlfile.At) { d.Labels = words(p, a, "labels, such as DEFAULT", p.label) },
+		"flavours": func(a yamlfile.At) { d.Flavours = readWords(p, a, "proprietary and open", p.flavour) },
+		"labels":   func(a yamlfile.At) { d.Labels = readWords(p, a, "labels, such as DEFAULT", p.label) },
 	})
 	_, version := seen["version"]
 	_, branch := seen["branch"]

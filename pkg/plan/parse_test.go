@@ -156,8 +156,8 @@ func TestMistakes(t *testing.T) {
 		{"label without the open flavour",
 			"flavours: [proprietary]\n" + head +
 				"drivers: [{version: 535.1, labels: [R535]}, {version: 580.1, flavours: [open], labels: [R580]}]\n",
-			"w:4:37: drivers[0].labels[0]: found a label for a driver without the open flavour; want open among its flavours, " +
-				"since COS's installer takes no other flavour from a bucket"},
+			"w:4:37: drivers[0].labels[0]: found a label for a driver without the open flavour; want open among the " +
+				"driver's flavours, since COS's installer takes no other flavour from a bucket"},
 		{"several", "version: x\nkernels:\n- {latset: 1}\ndrivers: [R]\n", strings.Join([]string{
 			`w:1:10: version: found "x"; want a number from 1 to 1073741824, such as 1`,
 			"w:3:3: kernels[0]: found neither build nor latest; want {build: 17800.66.78}, {milestone: 109, latest: 3} or " +

@@ -1,4 +1,4 @@
-// Package plan turns a wish list into cells. A wish list is a YAML file that a person maintains; it names the wanted
+// Package plan turns a wish list into cells. A wish list is a YAML file that a person maintains. It lists the wanted
 // COS builds, drivers and flavours. Parse reads the file and reports every mistake, with its line. Expand asks a COS
 // release bucket which COS builds and drivers exist. It returns one cell for each combination of kernel, driver version
 // and flavour.
@@ -15,10 +15,10 @@ import (
 // FormatVersion is the version of the wish list's file format.
 const FormatVersion = 1
 
-// MaxFile bounds a wish list, in bytes.
+// MaxFile is the greatest size of a wish list in bytes.
 const MaxFile = 1 << 20
 
-// Bounds on the content of a wish list. They are far above what a farm can build in a day.
+// Upper limits for the content of a wish list. They are far above what a farm can build in a day.
 const (
 	maxLatest    = 1000   // COS builds that one entry may ask for
 	maxCells     = 20_000 // cells of one plan
@@ -113,7 +113,7 @@ type Exclude struct {
 	line int
 }
 
-// boards returns the boards that the wish list names, or the default.
+// boards returns the boards of the wish list, or the default board if the wish list has none.
 func (w *Wish) boards() []string {
 	switch {
 	case len(w.Boards) > 0:

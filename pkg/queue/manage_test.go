@@ -24,8 +24,8 @@ func insert(t *testing.T, q *queue.Queue, priorities map[int64]int) {
 	}
 }
 
-// worked runs one worker until it has got n builds. It returns the builds in the order in which the worker got them.
-func worked(t *testing.T, q *queue.Queue, n int) (order []int64) {
+// runWorker runs one worker until it has got n builds. It returns the builds in the order in which the worker got them.
+func runWorker(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), 30*time.Second)
 	defer stop()
@@ -48,7 +48,7 @@ func worked(t *testing.T, q *queue.Queue, n int) (order []int64) {
 // order of insertion does not matter, and the priority may be raised after the insertion.
 func TestPriorities(t *testing.T) {
 	t.Parallel()
-	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		q := open(t)
 		insert(t, q, map[int64]int{1: queue.PriorityWarning, 2: queue.PriorityWanted, 3: queue.PriorityWarning})
 		if err := q.SetPriority(t.Context(), 3, queue.PriorityAsked); err != nil {
@@ -60,17 +60,17 @@ func TestPriorities(t *testing.T) {
 		if err := q.SetPriority(t.Context(), 99, queue.PriorityAsked); err != nil {
 			t.Errorf("SetPriority(absent) = %v", err)
 		}
-		if got := worked(t, q, 3); !slices.Equal(got, []int64{3, 2, 1}) {
+		if got := runWorker(t, q, 3); !slices.Equal(got, []int64{3, 2, 1}) {
 			t.Errorf("worked in the order %v; want 3, 2, 1", got)
 		}
 	})
 }
 
-// TestCancel checks that a cancelled build is not worked. Cancelling a build that has ended or does not exist is no
+// TestCancel checks that no worker gets a cancelled build. Cancelling a build that has ended or does not exist is no
 // error.
 func TestCancel(t *testing.T) {
 	t.Parallel()
-	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		q := open(t)
 		insert(t, q, map[int64]int{1: 1, 2: 1})
 		for _, build := range []int64{1, 1, 99} {
@@ -82,7 +82,7 @@ func TestCancel(t *testing.T) {
 		if _, open := all[1]; err != nil || len(all) != 1 || open || !all[2].Found {
 			t.Errorf("Open() = %v, %v; want build 2 only", all, err)
 		}
-		if got := worked(t, q, 1); !slices.Equal(got, []int64{2}) {
+		if got := runWorker(t, q, 1); !slices.Equal(got, []int64{2}) {
 			t.Errorf("worked %v; want 2 only", got)
 		}
 		if all, err = q.Open(t.Context()); err != nil || len(all) != 0 {
@@ -95,7 +95,7 @@ func TestCancel(t *testing.T) {
 // job does not change.
 func TestRelease(t *testing.T) {
 	t.Parallel()
-	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		dead := open(t)
 		insert(t, dead, map[int64]int{1: 1})
 		started, gone := make(chan struct{}), make(chan struct{})
@@ -115,7 +115,7 @@ func TestRelease(t *testing.T) {
 			t.Fatal(err)
 		}
 		for build, want := range map[int64]queue.JobState{
-			1: {Found: true, State: "available", Attempt: 1, Priority: 1, Error: "the worker ended in mid-build"},
+			1: {Found: true, State: "available", Attempt: 1, Priority: 1, Error: "the worker ended during the build"},
 			2: {Found: true, State: "available", Priority: 1},
 		} {
 			// The only worker is busy, so it does not take the job again.
@@ -139,7 +139,7 @@ func TestReleasedWorkerComesBack(t *testing.T) {
 		"failure": fault.New(fault.APIBreak, "nv-pci.c:1: error", "")} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+			eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 				q, slow := open(t), open(t)
 				insert(t, q, map[int64]int{1: queue.PriorityWarning})
 				ctx, stop := context.WithTimeout(t.Context(), time.Minute)
@@ -192,7 +192,7 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 	for _, name := range []string{"release", "same name"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+			eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 				dead := open(t)
 				for build := range int64(3) {
 					// SQLite stores milliseconds, and builds of one millisecond have no order.
@@ -220,7 +220,7 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				if got := worked(t, q, 3); !slices.Equal(got, []int64{1, 2, 3}) {
+				if got := runWorker(t, q, 3); !slices.Equal(got, []int64{1, 2, 3}) {
 					t.Errorf("worked in the order %v; want 1, 2, 3", got)
 				}
 				stop()
@@ -236,7 +236,7 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 // TestEnd checks that End ends a job that waits, that runs with a dead worker, or that has ended already.
 func TestEnd(t *testing.T) {
 	t.Parallel()
-	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		dead := open(t)
 		insert(t, dead, map[int64]int{1: 1, 2: 1})
 		started, gone, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)

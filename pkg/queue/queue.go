@@ -36,9 +36,9 @@ import (
 // if the fault is retryable.
 const MaxAttempts = 5
 
-// JobTimeout bounds one attempt of one build. If a worker has not ended its job after RescueAfter, the queue gives the
-// job to another worker. RescueAfter is longer than JobTimeout, so that the queue takes no running build from its
-// worker.
+// JobTimeout is the time limit for one attempt of one build. If a worker has not ended its job after RescueAfter, the
+// queue gives the job to another worker. RescueAfter is longer than JobTimeout, so that the queue takes no running
+// build from its worker.
 const (
 	JobTimeout  = time.Hour
 	RescueAfter = JobTimeout + 15*time.Minute
@@ -57,7 +57,7 @@ type Queue struct {
 	exec   riverdriver.Executor
 	insert client
 	log    *slog.Logger
-	grace  time.Duration // for Work; 0 means the constant grace
+	grace  time.Duration // set by SetGrace; 0 means the constant grace
 }
 
 // client has the methods of River's generic client that are the same for SQLite and PostgreSQL.
@@ -193,10 +193,10 @@ func (q *Queue) Close() error {
 	return q.sqlite.Close()
 }
 
-// Ping reports whether the database answers.
+// Ping returns an error if the database does not answer.
 func (q *Queue) Ping(ctx context.Context) error {
 	if err := q.exec.Ping(ctx); err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("reach queue: %w", err), "")
+		return fault.Wrap(fault.Transient, fmt.Errorf("reach the queue's database: %w", err), "")
 	}
 	return nil
 }
@@ -211,7 +211,7 @@ const (
 // Insert adds a build to the queue. A second Insert of the same build changes nothing: the job and its priority stay.
 // Priority 0 means PriorityAsked.
 func (q *Queue) Insert(ctx context.Context, job api.BuildJob, priority int) error {
-	return q.own().insertBuild(ctx, job, priority)
+	return q.outsideTx().insertBuild(ctx, job, priority)
 }
 
 func (db database) insertBuild(ctx context.Context, job api.BuildJob, priority int) error {
@@ -222,7 +222,7 @@ func (db database) insertBuild(ctx context.Context, job api.BuildJob, priority i
 		UniqueOpts:  river.UniqueOpts{ByArgs: true},
 	})
 	if err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("queue build %d: %w", job.Build, err), "")
+		return fault.Wrap(fault.Transient, fmt.Errorf("insert build %d into the queue: %w", job.Build, err), "")
 	}
 	return nil
 }
@@ -231,7 +231,7 @@ func (db database) insertBuild(ctx context.Context, job api.BuildJob, priority i
 func (q *Queue) Depth(ctx context.Context) (map[string]int, error) {
 	counts, err := q.exec.JobCountByAllStates(ctx, &riverdriver.JobCountByAllStatesParams{})
 	if err != nil {
-		return nil, fault.Wrap(fault.Transient, fmt.Errorf("count jobs: %w", err), "")
+		return nil, fault.Wrap(fault.Transient, fmt.Errorf("count the jobs: %w", err), "")
 	}
 	depth := make(map[string]int, len(counts))
 	for state, n := range counts {
@@ -258,7 +258,7 @@ type JobState struct {
 
 // Lookup returns the state of a build's job.
 func (q *Queue) Lookup(ctx context.Context, build int64) (JobState, error) {
-	row, err := q.own().find(ctx, build)
+	row, err := q.outsideTx().find(ctx, build)
 	if err != nil || row == nil {
 		return JobState{}, err
 	}
@@ -285,7 +285,7 @@ func (db database) find(ctx context.Context, build int64) (*rivertype.JobRow, er
 		NamedArgs: map[string]any{"kind": api.BuildJob{}.Kind(), "build": build},
 	})
 	if err != nil {
-		return nil, fault.Wrap(fault.Transient, fmt.Errorf("look up job of build %d: %w", build, err), "")
+		return nil, fault.Wrap(fault.Transient, fmt.Errorf("look up the job of build %d: %w", build, err), "")
 	}
 	if len(rows) == 0 {
 		return nil, nil
@@ -293,8 +293,8 @@ func (db database) find(ctx context.Context, build int64) (*rivertype.JobRow, er
 	return rows[0], nil
 }
 
-// listed is the largest number of jobs that one query returns.
-const listed = 5000
+// jobsPerQuery is the largest number of jobs that one query returns.
+const jobsPerQuery = 5000
 
 // Open returns the states of all jobs that have not ended, by build number. A farm may have many jobs, so each query
 // reads a part of them.
@@ -302,12 +302,12 @@ func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 	all := map[int64]JobState{}
 	for last := int64(0); ; {
 		rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
-			Max: listed, OrderByClause: "id ASC",
+			Max: jobsPerQuery, OrderByClause: "id ASC",
 			WhereClause: "kind = @kind AND state NOT IN ('completed', 'cancelled', 'discarded') AND id > @last",
 			NamedArgs:   map[string]any{"kind": api.BuildJob{}.Kind(), "last": last},
 		})
 		if err != nil {
-			return nil, fault.Wrap(fault.Transient, fmt.Errorf("list open jobs: %w", err), "")
+			return nil, fault.Wrap(fault.Transient, fmt.Errorf("list the open jobs: %w", err), "")
 		}
 		for _, row := range rows {
 			var job api.BuildJob
@@ -316,7 +316,7 @@ func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 			}
 			all[job.Build], last = jobState(row), row.ID
 		}
-		if len(rows) < listed {
+		if len(rows) < jobsPerQuery {
 			return all, nil
 		}
 	}
@@ -325,7 +325,9 @@ func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 // Cancel cancels a build's job. If the job is running, Cancel does not interrupt the worker; the server tells the
 // worker in the reply to its next report. The job is cancelled whatever the worker reports. If the build has no job, or
 // its job has ended, Cancel changes nothing and returns nil.
-func (q *Queue) Cancel(ctx context.Context, build int64) error { return q.own().cancel(ctx, build) }
+func (q *Queue) Cancel(ctx context.Context, build int64) error {
+	return q.outsideTx().cancel(ctx, build)
+}
 
 func (db database) cancel(ctx context.Context, build int64) error {
 	row, err := db.find(ctx, build)
@@ -333,7 +335,7 @@ func (db database) cancel(ctx context.Context, build int64) error {
 		return err
 	}
 	if _, err := db.remove(ctx, row.ID); err != nil && !errors.Is(err, rivertype.ErrNotFound) {
-		return fault.Wrap(fault.Transient, fmt.Errorf("cancel job of build %d: %w", build, err), "")
+		return fault.Wrap(fault.Transient, fmt.Errorf("cancel the job of build %d: %w", build, err), "")
 	}
 	return nil
 }
@@ -341,7 +343,7 @@ func (db database) cancel(ctx context.Context, build int64) error {
 // SetPriority raises the priority of a build's waiting job. It never lowers a priority. River has no function that
 // changes a priority, so SetPriority writes to River's table.
 func (q *Queue) SetPriority(ctx context.Context, build int64, priority int) error {
-	return q.own().raise(ctx, build, priority)
+	return q.outsideTx().raise(ctx, build, priority)
 }
 
 func (db database) raise(ctx context.Context, build int64, priority int) error {
@@ -351,7 +353,7 @@ func (db database) raise(ctx context.Context, build int64, priority int) error {
 	}
 	text := `UPDATE river_job SET priority = $2 WHERE id = $1 AND state IN ('available', 'scheduled', 'retryable') AND priority > $2`
 	if err := db.exec.Exec(ctx, text, row.ID, priority); err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("raise priority of build %d: %w", build, err), "")
+		return fault.Wrap(fault.Transient, fmt.Errorf("raise the priority of build %d: %w", build, err), "")
 	}
 	return nil
 }

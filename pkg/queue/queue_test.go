@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// each runs a test with every available database. open returns a new queue.
-func each(t *testing.T, f func(t *testing.T, open func(t *testing.T) *queue.Queue)) {
+// eachDatabase runs a test with every available database. The test gets a function that opens a new queue.
+func eachDatabase(t *testing.T, f func(t *testing.T, open func(t *testing.T) *queue.Queue)) {
 	t.Helper()
 	t.Run("sqlite", func(t *testing.T) {
 		t.Parallel()
@@ -39,7 +39,7 @@ func freshSchema(t *testing.T) string {
 	t.Helper()
 	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
 	if raw == "" {
-		t.Skip("PREBAKE_TEST_POSTGRES names no database")
+		t.Skip("PREBAKE_TEST_POSTGRES is not set to the URL of a database")
 	}
 	conn, err := pgx.Connect(t.Context(), raw)
 	if err != nil {
@@ -91,7 +91,7 @@ func job(build int64) api.BuildJob {
 
 func TestWorkVerdicts(t *testing.T) {
 	t.Parallel()
-	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		q := open(t)
 		for n := range int64(6) {
 			for range 2 { // the second insert must not make a second job
@@ -159,7 +159,7 @@ func TestWorkVerdicts(t *testing.T) {
 // attempt.
 func TestStopHandsBack(t *testing.T) {
 	t.Parallel()
-	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		q := open(t)
 		if err := q.Insert(t.Context(), job(1), 0); err != nil {
 			t.Fatal(err)
@@ -173,17 +173,16 @@ func TestStopHandsBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		expect(t, q, 1, 1)
+		expectBuild(t, q, 1, 1)
 	})
 }
 
-// TestKilledWorker checks the running job of a killed worker. The next process of the same id works it again; a process
-// of another id does not.
+// TestKilledWorker checks the running job of a killed worker. The next process with the same id gets the job again; a
+// process with another id does not.
 func TestKilledWorker(t *testing.T) {
 	t.Parallel()
-	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
-		// The first process stands still in the build, and its database is closed. A killed process leaves the same state
-		// behind.
+	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+		// The first process hangs in the build, and its database is closed. A killed process leaves the same state behind.
 		dead := open(t)
 		if err := dead.Insert(t.Context(), job(1), 0); err != nil {
 			t.Fatal(err)
@@ -203,7 +202,7 @@ func TestKilledWorker(t *testing.T) {
 		if s, err := q.Lookup(t.Context(), 1); err != nil || s.State != "running" {
 			t.Fatalf("Lookup() = %+v, %v; want running", s, err)
 		}
-		expect(t, q, 1, 2)
+		expectBuild(t, q, 1, 2)
 		if s, err := q.Lookup(t.Context(), 1); err != nil || s.State != "completed" {
 			t.Errorf("Lookup() = %+v, %v; want completed", s, err)
 		}
@@ -215,8 +214,8 @@ func TestKilledWorker(t *testing.T) {
 	})
 }
 
-// expect runs a worker named w1 until it gets the build, and checks the number of the attempt.
-func expect(t *testing.T, q *queue.Queue, build int64, attempt int) {
+// expectBuild runs a worker named w1 until it gets the build, and checks the number of the attempt.
+func expectBuild(t *testing.T, q *queue.Queue, build int64, attempt int) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()
@@ -239,7 +238,7 @@ func expect(t *testing.T, q *queue.Queue, build int64, attempt int) {
 // TestOpenTogether checks that a server and builders may open a new queue at the same moment.
 func TestOpenTogether(t *testing.T) {
 	t.Parallel()
-	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		var wait sync.WaitGroup
 		for n := range int64(4) {
 			wait.Go(func() {

@@ -21,7 +21,7 @@ import (
 func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	var rows []*rivertype.JobRow
 	for _, build := range builds {
-		row, err := q.own().find(ctx, build)
+		row, err := q.outsideTx().find(ctx, build)
 		if err != nil {
 			return err
 		}
@@ -32,8 +32,8 @@ func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	if len(rows) == 0 {
 		return nil
 	}
-	if err := q.succeed(ctx, rows); err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("release jobs of workers that are gone: %w", err), "")
+	if err := q.replaceJobs(ctx, rows); err != nil {
+		return fault.Wrap(fault.Transient, fmt.Errorf("release the jobs of workers that are gone: %w", err), "")
 	}
 	return nil
 }
@@ -41,7 +41,7 @@ func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 // End ends the job of a build that has ended, even if the job's worker has died. No worker gets the job again. If the
 // build has no job, or its job has ended, End changes nothing and returns nil.
 func (q *Queue) End(ctx context.Context, build int64) error {
-	row, err := q.own().find(ctx, build)
+	row, err := q.outsideTx().find(ctx, build)
 	if err != nil {
 		return err
 	}
@@ -49,13 +49,13 @@ func (q *Queue) End(ctx context.Context, build int64) error {
 		return q.Cancel(ctx, build)
 	}
 	if err := rescue(ctx, q.exec, []*rivertype.JobRow{row}, rivertype.JobStateDiscarded); err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("end job of build %d: %w", build, err), "")
+		return fault.Wrap(fault.Transient, fmt.Errorf("end the job of build %d: %w", build, err), "")
 	}
 	return nil
 }
 
-// succeed ends jobs and inserts their successors, in one transaction.
-func (q *Queue) succeed(ctx context.Context, rows []*rivertype.JobRow) (err error) {
+// replaceJobs ends jobs and inserts their successors, in one transaction.
+func (q *Queue) replaceJobs(ctx context.Context, rows []*rivertype.JobRow) (err error) {
 	tx, err := q.exec.Begin(ctx)
 	if err != nil {
 		return err
@@ -79,9 +79,9 @@ func (q *Queue) succeed(ctx context.Context, rows []*rivertype.JobRow) (err erro
 	return tx.Commit(ctx)
 }
 
-// successor inserts a waiting copy of an ended job. River has no function for such a copy: a job that River inserts has
-// no former attempts. The statement copies neither a job that ended by itself meanwhile nor a job that another server
-// has copied.
+// successor is the SQL statement that inserts a waiting copy of an ended job. River has no function for such a copy: a
+// job that River inserts has no former attempts. The statement copies neither a job that ended by itself meanwhile nor
+// a job that another server has copied.
 const successor = `INSERT INTO river_job (args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
 	priority, queue, scheduled_at, state, tags, unique_key, unique_states)
 SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
@@ -89,8 +89,8 @@ SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, me
 FROM river_job WHERE id = $1 AND state = 'discarded' AND attempt = $2 AND attempt < max_attempts
 ON CONFLICT DO NOTHING`
 
-// adopt makes those jobs available again that the database shows as running under this worker's id. No process runs
-// them, because the id belongs to this process, which has just started. A job in its last attempt is discarded.
+// adopt makes jobs available again if the database shows them as running under this worker's id. No process runs them,
+// because the id belongs to this process, which has just started. A job in its last attempt is discarded.
 func (q *Queue) adopt(ctx context.Context, id string) error {
 	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
 		Max: 10000, OrderByClause: "id ASC",
@@ -129,7 +129,7 @@ func rescue(ctx context.Context, exec riverdriver.Executor, rows []*rivertype.Jo
 	params := &riverdriver.JobRescueManyParams{StuckHorizon: now.Add(time.Minute)}
 	for _, row := range rows {
 		text, err := json.Marshal(rivertype.AttemptError{At: now, Attempt: row.Attempt,
-			Error: "the worker ended in mid-build"})
+			Error: "the worker ended during the build"})
 		if err != nil {
 			return fmt.Errorf("describe lost attempt of job %d: %w", row.ID, err)
 		}

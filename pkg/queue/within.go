@@ -43,7 +43,7 @@ func (w Within) Cancel(ctx context.Context, build int64) error {
 	return w.do(func(db database) error { return db.cancel(ctx, build) })
 }
 
-// do calls f with River's functions for the transaction.
+// do calls the argument f with River's functions for the caller's transaction.
 func (w Within) do(f func(database) error) error {
 	if c, ok := w.q.insert.(*river.Client[*sql.Tx]); ok {
 		return f(inTx(c, w.tx))
@@ -63,7 +63,7 @@ func (w Within) do(f func(database) error) error {
 			return fault.New(fault.Internal,
 				fmt.Sprintf("write to queue: the connection is in no open transaction (status %q)", status), "")
 		}
-		return f(inTx[pgx.Tx](c, joined{under.Conn()}))
+		return f(inTx[pgx.Tx](c, borrowedConn{under.Conn()}))
 	})
 }
 
@@ -75,8 +75,8 @@ type database struct {
 	pg     bool
 }
 
-// own returns River's functions outside of any transaction.
-func (q *Queue) own() database {
+// outsideTx returns River's functions outside of any transaction.
+func (q *Queue) outsideTx() database {
 	return database{q.exec, q.insert.Insert, q.insert.JobCancel, q.pg != nil}
 }
 
@@ -92,19 +92,19 @@ func inTx[T any](c *river.Client[T], tx T) database {
 	}
 }
 
-// joined is a connection on which database/sql has begun a transaction. River may use the transaction, but only
+// borrowedConn is a connection on which database/sql has begun a transaction. River may use the transaction, but only
 // database/sql may end it.
-type joined struct{ *connection }
+type borrowedConn struct{ *connection }
 
-// connection is another name of pgx.Conn. A field that is embedded as Conn would hide the method Conn of joined.
+// connection is another name of pgx.Conn. A field that is embedded as Conn would hide the method Conn of borrowedConn.
 type connection = pgx.Conn
 
-var errJoined = errors.New("only the owner of the transaction may do this")
+var errNotOwner = errors.New("only the owner of the transaction may do this")
 
-func (j joined) Begin(context.Context) (pgx.Tx, error) { return nil, errJoined }
-func (j joined) Commit(context.Context) error          { return errJoined }
-func (j joined) Rollback(context.Context) error        { return errJoined }
-func (j joined) LargeObjects() pgx.LargeObjects        { return pgx.LargeObjects{} }
+func (j borrowedConn) Begin(context.Context) (pgx.Tx, error) { return nil, errNotOwner }
+func (j borrowedConn) Commit(context.Context) error          { return errNotOwner }
+func (j borrowedConn) Rollback(context.Context) error        { return errNotOwner }
+func (j borrowedConn) LargeObjects() pgx.LargeObjects        { return pgx.LargeObjects{} }
 
 // Conn returns the connection. River calls it to learn in which mode the connection sends a query's parameters.
-func (j joined) Conn() *pgx.Conn { return j.connection }
+func (j borrowedConn) Conn() *pgx.Conn { return j.connection }

@@ -12,16 +12,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Work takes builds from the queue and calls do for each, at most concurrency at a time, until ctx ends. Then it takes
-// no more builds, waits a grace period for the running builds (see [Queue.SetGrace]), and cancels those that still run.
-// It returns nil after all of them have ended.
+// Work takes builds from the queue and calls the function do for each build, until ctx ends. At most concurrency calls
+// run at a time. When ctx has ended, Work takes no more builds, waits a grace period for the running builds (see
+// [Queue.SetGrace]), and cancels those that still run. It returns nil after all of them have ended.
 //
 // id is the name of the worker. The caller ensures that only one process uses the name at a time, for example with a
 // lock file. If a killed process with the same id left jobs behind, they become available again at once.
 //
-// The error of do decides about the job. An error from [Requeue] gives the job back to the queue. An error that is not
-// retryable, or of kind Cancelled, ends the job. After any other error the job is tried again, with growing pauses,
-// until it has had MaxAttempts attempts.
+// The error of the function do decides what happens to the job. An error from [Requeue] gives the job back to the
+// queue. An error that is not retryable, or of kind Cancelled, ends the job. After any other error the job is tried
+// again, with growing pauses, until it has had MaxAttempts attempts.
 func (q *Queue) Work(
 	ctx context.Context,
 	id string,
@@ -53,13 +53,13 @@ func (q *Queue) Work(
 		Workers:           workers,
 	})
 	if err != nil {
-		return fmt.Errorf("work queue: %w", err)
+		return fmt.Errorf("take builds from the queue: %w", err)
 	}
 	if err := c.Start(ctx); err != nil {
 		if ctx.Err() != nil {
 			return nil
 		}
-		return fault.Wrap(fault.Transient, fmt.Errorf("work queue: %w", err),
+		return fault.Wrap(fault.Transient, fmt.Errorf("take builds from the queue: %w", err),
 			"check that the database of --queue is reachable")
 	}
 	<-c.Stopped()
@@ -80,7 +80,8 @@ func (h requeueError) Unwrap() error { return h.error }
 func Requeue(err error) error { return requeueError{err} }
 
 // riverError converts the error of a build to the error that River expects. Whether the job ends depends only on the
-// error and not on ctx, so that the queue agrees with what do reports to others. ctx decides only about the pause.
+// error and not on ctx. The function do may report the error to others, and they must come to the same result as the
+// queue. ctx decides only about the pause.
 func riverError(ctx context.Context, err error) error {
 	var back requeueError
 	switch {

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// edited changes the signed part of a JSON file and keeps its signatures.
-func edited(t testing.TB, data []byte, change func(signed map[string]any)) []byte {
+// editSigned changes the signed part of a JSON file, and keeps the file's signatures.
+func editSigned(t testing.TB, data []byte, change func(signed map[string]any)) []byte {
 	t.Helper()
 	var m map[string]any
 	check(t, json.Unmarshal(data, &m))
@@ -26,10 +26,10 @@ func edited(t testing.TB, data []byte, change func(signed map[string]any)) []byt
 	return out
 }
 
-// above is a version of the timestamp that is higher than any that the node has seen.
-var above = start.AddDate(0, 0, 1).Unix()
+// futureVersion is a version of the timestamp that is higher than any that the node has seen.
+var futureVersion = start.AddDate(0, 0, 1).Unix()
 
-// TestAttacks checks that a node which has seen list 2 refuses each attack with the error that names it. The node's
+// TestAttacks checks that a node which has seen list 2 refuses each attack with the error for this attack. The node's
 // state must not change. The attacker has every file that was ever published, and in some rows also keys.
 func TestAttacks(t *testing.T) {
 	t.Parallel()
@@ -52,7 +52,7 @@ func TestAttacks(t *testing.T) {
 			snapshot.ErrRollback},
 		"rollback: the snapshot, with the timestamp's key": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = above, &metadata.MetaFiles{Version: 1}
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = futureVersion, &metadata.MetaFiles{Version: 1}
 			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			write(t, read(t, old, "1.snapshot.json"), dir, "1.snapshot.json")
 			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
@@ -64,7 +64,7 @@ func TestAttacks(t *testing.T) {
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 1}
 			sign(t, snap, f.Snapshot, dir, "9.snapshot.json")
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = above, &metadata.MetaFiles{Version: 9}
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = futureVersion, &metadata.MetaFiles{Version: 9}
 			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
 			return dir
@@ -101,13 +101,15 @@ func TestAttacks(t *testing.T) {
 			return dir
 		}, 0, snapshot.ErrEndless},
 		"another length in the targets": {func(t *testing.T, f *snapshots.Farm, dir string) string {
-			write(t, edited(t, read(t, dir, "3.targets.json"), func(s map[string]any) {
+			write(t, editSigned(t, read(t, dir, "3.targets.json"), func(s map[string]any) {
 				s["targets"].(map[string]any)[snapshot.Name].(map[string]any)["length"] = 1
 			}), dir, "3.targets.json")
 			return dir
 		}, 0, snapshot.ErrAltered},
 		"a timestamp that lives longer": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
-			write(t, edited(t, read(t, dir, "timestamp.json"), func(s map[string]any) { s["expires"] = "2036-01-01T00:00:00Z" }),
+			write(t, editSigned(t, read(t, dir, "timestamp.json"), func(s map[string]any) {
+				s["expires"] = "2036-01-01T00:00:00Z"
+			}),
 				dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
@@ -121,7 +123,7 @@ func TestAttacks(t *testing.T) {
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 3}
 			sign(t, snap, f.Targets, dir, "9.snapshot.json")
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = above, &metadata.MetaFiles{Version: 9}
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = futureVersion, &metadata.MetaFiles{Version: 9}
 			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
@@ -162,11 +164,11 @@ func TestAttacks(t *testing.T) {
 			return dir
 		}, 0, snapshot.ErrMalformed},
 		"targets that are null": {func(t *testing.T, f *snapshots.Farm, dir string) string {
-			snap := metadata.Snapshot(start.AddDate(0, 1, 0)) // has no hashes, so that anybody can forge the files that it names
+			snap := metadata.Snapshot(start.AddDate(0, 1, 0)) // has no hashes, so that anybody can forge the files that it lists
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 9}
 			sign(t, snap, f.Snapshot, dir, "9.snapshot.json")
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = above, &metadata.MetaFiles{Version: 9}
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = futureVersion, &metadata.MetaFiles{Version: 9}
 			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			write(t, []byte(`{"signed":{"_type":"targets","version":9,"targets":{"x":null}},"signatures":[]}`), dir,
 				"9.targets.json")
@@ -192,7 +194,7 @@ func TestAttacks(t *testing.T) {
 			}
 			n.now = n.now.Add(row.later)
 			dir := row.attack(t, ahead, newest)
-			for kind, from := range map[string]string{"folder": dir, "web server": served(t, dir)} {
+			for kind, from := range map[string]string{"folder": dir, "web server": serve(t, dir)} {
 				s, err := n.client(t, from).Refresh(t.Context())
 				if !errors.Is(err, row.want) || !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
 					t.Errorf("Refresh from a %s = %v, %v (%v, hint %q); want %v", kind, s, err, fault.Of(err), fault.Hint(err),
@@ -209,7 +211,7 @@ func TestAttacks(t *testing.T) {
 	}
 }
 
-// list returns the path of the file that holds the list of a version.
+// list returns the path of the file with the list of this version.
 func list(t testing.TB, dir string, version int) string {
 	t.Helper()
 	targets, err := metadata.Targets().FromBytes(read(t, dir, string(rune('0'+version))+".targets.json"))

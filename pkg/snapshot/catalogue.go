@@ -4,7 +4,7 @@
 //
 // The client refuses a list in each of these cases: it is older than a list that the client has seen; it has expired;
 // it mixes parts of several lists; it is longer than its signed size; or too few of the trusted keys signed it. The
-// package does not sign, and does not decide about an artifact.
+// package does not sign, and does not decide whether a node may use an artifact.
 package snapshot
 
 import (
@@ -21,14 +21,15 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Schema is the version of the list's form. A client refuses any other version. A version may get new fields; clients
-// ignore fields that they do not know.
+// Schema is the version of the list's form. A client refuses any other version. New fields need no new version, because
+// clients ignore fields that they do not know.
 const Schema = 1
 
 // Name is the TUF target name of the list.
 const Name = "catalogue.json.zst"
 
-// Bounds of a list in bytes, compressed and decompressed. They allow for several times the artifacts of a large farm.
+// The greatest sizes of a list in bytes, compressed and decompressed. They leave room for several times the artifacts
+// of a large farm.
 const (
 	MaxFile = 64 << 20
 	MaxText = 256 << 20
@@ -58,7 +59,7 @@ type Artifact struct {
 	Digest string `json:"digest"`
 	State  State  `json:"state"`
 	// Reason says why a withdrawn artifact must not be used. Replacement is the digest of the artifact to use in its
-	// place; "" means that the operator named none.
+	// place; "" means that the operator gave none.
 	Reason      string             `json:"reason,omitempty"`
 	Replacement string             `json:"replacement,omitempty"`
 	Driver      target.Driver      `json:"driver"`
@@ -67,18 +68,18 @@ type Artifact struct {
 	Kernels []Kernel `json:"kernels,omitempty"`
 }
 
-// Kernel names a COS build.
+// Kernel identifies the kernel of a COS build.
 type Kernel struct {
 	BuildID string `json:"buildId"`
 	Board   string `json:"board"`
 }
 
-// Decode reads a list from its compressed file. It checks no signature; [Verify] compares the bytes with the signed
+// Decode reads a list from its compressed file. It checks no signature; [Verify] compares the file with the signed
 // digest.
 func Decode(file []byte) (*Catalogue, error) {
 	c, err := decode(file)
 	if err != nil {
-		return nil, refused(fmt.Errorf("read catalogue: %w: %w", ErrMalformed, err))
+		return nil, refusal(fmt.Errorf("read catalogue: %w: %w", ErrMalformed, err))
 	}
 	return c, nil
 }
@@ -107,7 +108,7 @@ func decode(file []byte) (*Catalogue, error) {
 // Check returns an error if clients would refuse the list because of its content.
 func (c Catalogue) Check() error {
 	if c.Schema != Schema {
-		return fmt.Errorf("schema %d; this program knows %d", c.Schema, Schema)
+		return fmt.Errorf("schema version %d; this program reads only version %d", c.Schema, Schema)
 	}
 	if c.MadeAt.IsZero() {
 		return errors.New("the catalogue does not say when it was made")
@@ -128,7 +129,7 @@ func (c Catalogue) Check() error {
 	return nil
 }
 
-// Find returns the entry of a digest, and false if the list has none.
+// Find returns the entry with this digest. It returns false if the list has no such entry.
 func (c Catalogue) Find(digest string) (Artifact, bool) {
 	i, ok := slices.BinarySearchFunc(
 		c.Artifacts,

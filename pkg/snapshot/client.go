@@ -24,8 +24,8 @@ import (
 type Config struct {
 	// From is the folder of the snapshot: an http or https URL, or an absolute path.
 	From string
-	// Root is the root metadata that the node's owner trusts, of any version. Newer roots come from the source. Enough
-	// keys of the root before must have signed each newer root.
+	// Root is the root metadata that the node's owner trusts, of any version. Newer roots come from the source. Each of
+	// them must be signed by enough keys of the root before it.
 	Root []byte
 	// State is the path of the file that keeps the last list. The client refuses lists that are older than the kept one.
 	// Until the kept list expires, it is valid without a network. If State is "", the client keeps no list.
@@ -61,7 +61,7 @@ func New(cfg Config) (*Client, error) {
 	return &Client{cfg, from}, nil
 }
 
-// Bounds of one refresh, in time, number of roots, and bytes.
+// Limits of one refresh: its time, the number of new roots, and the sizes of the files in bytes.
 const (
 	refreshTime  = 5 * time.Minute
 	maxRoots     = 256
@@ -76,9 +76,9 @@ type state struct {
 	// from Pinned.
 	Pinned []byte `json:"pinned"`
 	Files
-	// ListPinned and ListRoot are the configured root and the newest root at the time when the list was accepted. They
-	// are set only if they differ from Pinned and Files.Root. They may differ because a newer root can name keys that
-	// have not signed a list yet.
+	// ListPinned and ListRoot are the configured root and the newest root at the time when the list was accepted. They are
+	// set only if they differ from Pinned and Files.Root. They may differ because a newer root can list keys that have not
+	// signed a list yet.
 	ListPinned []byte `json:"listPinned,omitempty"`
 	ListRoot   []byte `json:"listRoot,omitempty"`
 }
@@ -88,7 +88,7 @@ type state struct {
 // expired. If the configured root has changed since then, Last returns only the withdrawn artifacts, and sets
 // [Snapshot.Former].
 func (c *Client) Last() (*Snapshot, error) {
-	st, err := c.remembered()
+	st, err := c.loadState()
 	if err != nil || st.Catalogue == nil {
 		return nil, err
 	}
@@ -109,17 +109,17 @@ func (c *Client) Last() (*Snapshot, error) {
 	return s, nil
 }
 
-// remembered reads the state file. If the configured root has changed, remembered drops the stored root, because the
+// loadState reads the state file. If the configured root has changed, loadState drops the stored root, because the
 // stored root follows from the former configured root. It keeps the stored list, because that list still tells which
 // lists are older and which artifacts were withdrawn.
-func (c *Client) remembered() (st state, err error) {
+func (c *Client) loadState() (st state, err error) {
 	if c.cfg.State == "" {
 		return st, nil
 	}
 	fail := func(err error) (state, error) {
 		return state{}, fault.Wrap(
 			fault.Unverified,
-			fmt.Errorf("read state of snapshot %s: %w", c.cfg.State, err),
+			fmt.Errorf("read state file %s of the snapshot: %w", c.cfg.State, err),
 			"remove the file; the next run fetches the snapshot again",
 		)
 	}
@@ -172,12 +172,12 @@ func (c *Client) Refresh(ctx context.Context) (*Snapshot, error) {
 }
 
 func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
-	st, err := c.remembered()
+	st, err := c.loadState()
 	if err != nil {
 		return nil, err
 	}
-	// The library writes files to a folder one by one. The state file then gets all of them together, so that half of a
-	// new list never replaces a complete one.
+	// The library writes the files of a list one by one, here into a work folder. Afterwards, the state file gets all of
+	// them at once. Half of a new list therefore never replaces a complete list.
 	work, err := c.workFolder()
 	if err != nil {
 		return nil, err
@@ -187,7 +187,7 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	if err != nil {
 		if next.Root != nil && !bytes.Equal(next.Root, st.Root) { // keeps the new root even though the list was refused
 			st.Pinned, st.Root = c.cfg.Root, next.Root
-			err = errors.Join(err, c.keep(st))
+			err = errors.Join(err, c.saveState(st))
 		}
 		return nil, err
 	}
@@ -195,7 +195,7 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return s, c.keep(state{Pinned: c.cfg.Root, Files: next})
+	return s, c.saveState(state{Pinned: c.cfg.Root, Files: next})
 }
 
 // workFolder makes an empty folder. The folder is beside the state file, because that disk is writable. If the client
@@ -210,7 +210,7 @@ func (c *Client) workFolder() (string, error) {
 	return work, c.disk(err)
 }
 
-// disk adds kind and hint to an error of the work folder if the disk is full. The hint names the disk of the folder.
+// disk adds a kind and a hint to an error of the work folder if the disk is full. The hint says which disk it is.
 func (c *Client) disk(err error) error {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		return fault.TempDisk(err)
@@ -271,8 +271,8 @@ func (c *Client) update(ctx context.Context, work string, st state) (next Files,
 	return next, nil
 }
 
-// keep writes the state file atomically.
-func (c *Client) keep(st state) (err error) {
+// saveState writes the state file atomically.
+func (c *Client) saveState(st state) (err error) {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		return nil
 	}

@@ -71,9 +71,9 @@ func (n *node) client(t testing.TB, from string) *snapshot.Client {
 	return c
 }
 
-// has checks that a restarted node knows list 1, in which artifact 2 is yanked. If the list comes from a former root,
-// the node knows only the withdrawn artifacts.
-func (n *node) has(t testing.TB, from string, former bool) {
+// checkList checks that a restarted node knows list 1, in which artifact 2 is yanked. If former is true, the list comes
+// from a former root, and the node knows only the withdrawn artifacts.
+func (n *node) checkList(t testing.TB, from string, former bool) {
 	t.Helper()
 	last, err := n.client(t, from).Last()
 	if err != nil || last == nil {
@@ -87,21 +87,21 @@ func (n *node) has(t testing.TB, from string, former bool) {
 	}
 }
 
-// served serves a folder over HTTP.
-func served(t testing.TB, dir string) string {
+// serve runs a web server for a folder until the test ends, and returns its URL.
+func serve(t testing.TB, dir string) string {
 	t.Helper()
 	server := httptest.NewServer(http.FileServer(http.Dir(dir)))
 	t.Cleanup(server.Close)
 	return server.URL
 }
 
-// TestRefresh reads a list from a folder and from a web server. The node then knows the stored list without either of
-// them.
+// TestRefresh reads a list from a folder and from a web server. Afterwards, the node knows the stored list even without
+// the folder and the web server.
 func TestRefresh(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
 	publish(t, f, start, snapshot.Yanked)
-	for name, from := range map[string]string{"folder": f.Dir, "web server": served(t, f.Dir)} {
+	for name, from := range map[string]string{"folder": f.Dir, "web server": serve(t, f.Dir)} {
 		n := newNode(t, f)
 		s, err := n.client(t, from).Refresh(t.Context())
 		if err != nil {
@@ -257,17 +257,17 @@ func TestRootStays(t *testing.T) {
 	if _, err := n.client(t, f.Dir).Refresh(t.Context()); !errors.Is(err, snapshot.ErrSignature) {
 		t.Errorf("Refresh = %v; want the signature refused", err)
 	}
-	n.has(t, f.Dir, false)
+	n.checkList(t, f.Dir, false)
 	// An attacker who has the old key hides the new root.
 	stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 	former, err := metadata.Timestamp().FromBytes(read(t, old, "timestamp.json"))
 	check(t, err)
-	stamp.Signed.Version, stamp.Signed.Meta = above, former.Signed.Meta
+	stamp.Signed.Version, stamp.Signed.Meta = futureVersion, former.Signed.Meta
 	sign(t, stamp, leaked, old, "timestamp.json")
 	if _, err := n.client(t, old).Refresh(t.Context()); !errors.Is(err, snapshot.ErrSignature) {
 		t.Errorf("Refresh by the leaked key = %v; want the signature refused", err)
 	}
-	n.has(t, old, false)
+	n.checkList(t, old, false)
 }
 
 // TestState checks that a node does not trust its own state file either.
@@ -295,17 +295,17 @@ func TestState(t *testing.T) {
 	publish(t, other, start, snapshot.Published)
 	first := n.root
 	n.root = string(read(t, other.Dir, "1.root.json"))
-	n.has(t, other.Dir, true)
+	n.checkList(t, other.Dir, true)
 	for _, from := range []string{"/nowhere", f.Dir} {
 		if _, err := n.client(t, from).Refresh(t.Context()); err == nil {
 			t.Errorf("Refresh from %s under another root = nil; want an error", from)
 		}
-		n.has(t, from, true)
+		n.checkList(t, from, true)
 	}
 	// The owner configures the first root again, and the whole list is valid again.
 	second := n.root
 	n.root = first
-	n.has(t, "/nowhere", false)
+	n.checkList(t, "/nowhere", false)
 	n.root = second
 	if s, err := n.client(t, other.Dir).Refresh(t.Context()); err != nil || s.Version != 1 {
 		t.Errorf("Refresh under another root = %v, %v", s, err)
@@ -332,7 +332,7 @@ func TestUsage(t *testing.T) {
 		"no root": {From: "/x"}, "a root of nobody": {From: "/x", Root: []byte("{}")}, "no source": {Root: root},
 		"a relative path":  {From: "x", Root: root},
 		"another protocol": {From: "ftp://x/y", Root: root}, "a query": {From: "https://x/?a=b", Root: root},
-		"a root that somebody changed": {From: "/x", Root: edited(t, root, func(s map[string]any) { s["version"] = 2 })},
+		"a root that somebody changed": {From: "/x", Root: editSigned(t, root, func(s map[string]any) { s["version"] = 2 })},
 	} {
 		if _, err := snapshot.New(cfg); !fault.Is(err, fault.Usage) || fault.Hint(err) == "" {
 			t.Errorf("New with %s = %v; want usage and a hint", name, err)

@@ -19,14 +19,14 @@ type bytesOf struct{ bytes.Buffer }
 func (b *bytesOf) Delete() error { b.Reset(); return nil }
 
 // TestForeignClient reads the folder with another implementation of a TUF client: the first generation of the Update
-// Framework's Go client (go-tuf 0.7). It shares only the encoder of canonical JSON with the library that writes the
-// folder.
+// Framework's Go client (go-tuf 0.7). This client shares only the encoder of canonical JSON with the library that
+// writes the folder.
 func TestForeignClient(t *testing.T) {
 	t.Parallel()
 	now := time.Now().UTC() // the foreign client always uses the system clock
 	f := snapshots.New(t, now)
 	publish(t, f, now, snapshot.Yanked)
-	store, err := foreign.HTTPRemoteStore(served(t, f.Dir), nil, nil)
+	store, err := foreign.HTTPRemoteStore(serve(t, f.Dir), nil, nil)
 	check(t, err)
 	c := foreign.NewClient(foreign.MemoryLocalStore(), store)
 	check(t, c.Init(read(t, f.Dir, "1.root.json")))
@@ -44,7 +44,7 @@ func TestForeignClient(t *testing.T) {
 	}
 	// The foreign client refuses a changed timestamp. The form of the file is valid, so the reason is the signature.
 	check(t, os.WriteFile(filepath.Join(f.Dir, "timestamp.json"),
-		edited(t, read(t, f.Dir, "timestamp.json"), func(s map[string]any) { s["version"] = now.Unix() + 8 }), 0o644))
+		editSigned(t, read(t, f.Dir, "timestamp.json"), func(s map[string]any) { s["version"] = now.Unix() + 8 }), 0o644))
 	if _, err := c.Update(); err == nil {
 		t.Error("Update of a changed timestamp = nil; want an error")
 	}

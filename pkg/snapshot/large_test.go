@@ -12,7 +12,7 @@ import (
 )
 
 // TestLargeFarm checks the list of a large farm: 60,000 artifacts, each with kernel-match attestations for ten COS
-// builds. The list must take at most half of the bounds, and a client must accept it.
+// builds. The list must have at most half of the allowed sizes, and a client must accept it.
 func TestLargeFarm(t *testing.T) {
 	t.Parallel()
 	all := make([]snapshot.Artifact, 60_000)

@@ -46,7 +46,7 @@ func openSource(from string, client *http.Client, agent string) (source, error) 
 		return nil, bad("want http://HOST/FOLDER or https://HOST/FOLDER")
 	}
 	if client == nil {
-		t := http.DefaultTransport.(*http.Transport).Clone() // net/http documents this type
+		t := http.DefaultTransport.(*http.Transport).Clone() // net/http documents that DefaultTransport has this type
 		t.DisableCompression = true                          // the signatures are over the bytes as they are stored
 		t.ResponseHeaderTimeout = idleTimeout
 		client = &http.Client{Transport: t}
@@ -115,12 +115,12 @@ func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 	root, err := os.OpenRoot(string(f))
 	if err != nil {
 		// The error is not wrapped, so that callers do not take a missing folder for a missing file in the folder.
-		return nil, fault.New(fault.Transient, "open folder: "+err.Error(), "check that the folder of the snapshot is there")
+		return nil, fault.New(fault.Transient, "open folder: "+err.Error(), "check that the folder of the snapshot exists")
 	}
 	defer root.Close()
 	info, err := root.Stat(name) // checked before Open, because opening a pipe blocks until its other end is open
 	if err == nil && !info.Mode().IsRegular() {
-		err = refused(fmt.Errorf("%w: %s is no regular file", ErrMalformed, filepath.Join(string(f), name)))
+		err = refusal(fmt.Errorf("%w: %s is no regular file", ErrMalformed, filepath.Join(string(f), name)))
 	}
 	if err != nil {
 		return nil, err
@@ -131,7 +131,8 @@ func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 // urlPrefix is the beginning of the URLs that the TUF library makes.
 const urlPrefix = "snapshot:/"
 
-// download reads one file of the source. most is the greatest size of the file in bytes.
+// download is a function that reads one file of the source. The argument most is the greatest size of the file in
+// bytes.
 type download func(name string, most int64) ([]byte, error)
 
 // DownloadFile implements the Fetcher of the TUF library.
@@ -139,12 +140,13 @@ func (d download) DownloadFile(address string, most int64, _ time.Duration) ([]b
 	return d(strings.TrimPrefix(address, urlPrefix), most)
 }
 
-// fetch returns the download function of one refresh. It holds ctx, because the library passes no context.
+// fetch returns the download function of one refresh. The function uses the ctx of this call, because the library
+// passes no context.
 func fetch(ctx context.Context, from source) download {
 	return func(name string, most int64) ([]byte, error) {
 		if most <= 0 || most > MaxFile {
 			return nil, &metadata.ErrDownloadLengthMismatch{
-				Msg: fmt.Sprintf("%s would have %d bytes; at most %d are read", name, most, MaxFile),
+				Msg: fmt.Sprintf("%s: its signed size is %d bytes; at most %d bytes are read", name, most, MaxFile),
 			}
 		}
 		rc, err := from.open(ctx, name)

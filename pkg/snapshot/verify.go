@@ -26,8 +26,8 @@ var (
 const hintSource = "check that the source serves all files of one " +
 	"run of builder snapshot; if it does, something on the network path changes the files"
 
-// refused wraps a reason in an error of kind Unverified.
-func refused(err error) error { return fault.Wrap(fault.Unverified, err, hintSource) }
+// refusal adds the kind Unverified and a hint to the reason why a list is refused.
+func refusal(err error) error { return fault.Wrap(fault.Unverified, err, hintSource) }
 
 // explain adds one of the reasons above to an error of the TUF library. The library's message stays in the text.
 func explain(err error) error {
@@ -45,10 +45,10 @@ func explain(err error) error {
 			return fault.Wrap(
 				fault.Unverified,
 				fmt.Errorf("%w: %w", ErrExpired, err),
-				"run builder snapshot refresh; if that was done, check that the source serves the newest files",
+				"check that the source serves the newest files; if it does, sign a new timestamp: builder snapshot refresh",
 			)
 		}
-		return refused(fmt.Errorf("%w: %w", known.reason, err))
+		return refusal(fmt.Errorf("%w: %w", known.reason, err))
 	}
 	var missing *metadata.ErrDownloadHTTP
 	switch {
@@ -61,7 +61,7 @@ func explain(err error) error {
 	case fault.Of(err) != fault.Internal:
 		return err // an error of the transfer
 	}
-	return refused(fmt.Errorf("%w: %w", ErrMalformed, err))
+	return refusal(fmt.Errorf("%w: %w", ErrMalformed, err))
 }
 
 // Files are the parts of a snapshot, as the source serves them.
@@ -76,13 +76,13 @@ type Files struct {
 // Snapshot is a list with valid signatures.
 type Snapshot struct {
 	Catalogue
-	// Version counts the lists. Refreshed is the version of the timestamp. Refreshed grows each time when the farm signs
+	// Version is the version of the list. Refreshed is the version of the timestamp: it grows each time the farm signs
 	// which list is the newest.
 	Version, Refreshed int64
 	// Expires is the time at which the first part of the snapshot expires.
 	Expires time.Time
-	// Former says that the list was accepted under a root that the owner does not trust any more. Such a list names
-	// only withdrawn artifacts. It says nothing about usable ones.
+	// Former says that the list was accepted under a root that the owner does not trust any more. Such a list has only the
+	// withdrawn artifacts. It does not say which artifacts are usable.
 	Former bool
 }
 
@@ -106,7 +106,7 @@ func verify(f Files) (*Snapshot, error) {
 		return nil, explain(err)
 	}
 	if trusted.Timestamp.Signed.Meta[metadata.SNAPSHOT+".json"] == nil { // the library would dereference it
-		return nil, refused(fmt.Errorf("%w: the timestamp names no snapshot", ErrMalformed))
+		return nil, refusal(fmt.Errorf("%w: the timestamp has no entry for a snapshot", ErrMalformed))
 	}
 	if _, err := trusted.UpdateSnapshot(f.Snapshot, false); err != nil {
 		return nil, explain(err)
@@ -117,7 +117,7 @@ func verify(f Files) (*Snapshot, error) {
 	}
 	info := targets.Signed.Targets[Name]
 	if info == nil {
-		return nil, refused(fmt.Errorf("%w: it has no %s", ErrMalformed, Name))
+		return nil, refusal(fmt.Errorf("%w: it has no %s", ErrMalformed, Name))
 	}
 	if err := info.VerifyLengthHashes(f.Catalogue); err != nil {
 		return nil, explain(err)
@@ -157,7 +157,7 @@ func checkRoot(text []byte) error {
 func recoverPanic[T any](do func() (T, error)) (_ T, err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = refused(fmt.Errorf("%w: %v", ErrMalformed, p))
+			err = refusal(fmt.Errorf("%w: %v", ErrMalformed, p))
 		}
 	}()
 	return do()

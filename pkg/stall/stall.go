@@ -23,8 +23,8 @@ type Reader struct {
 
 // Watch guards the stream of a download. A Read that takes longer than limit fails with an error of kind Transient.
 // Without the guard, a server that keeps the connection open and sends nothing would block its reader for ever. cancel
-// must cancel the context of the download; Watch calls it to end the Read. The argument what names the download in the
-// error.
+// must cancel the context of the download; Watch calls it to end the Read. The argument what is the name of the
+// download in the error.
 func Watch(r io.ReadCloser, what string, limit time.Duration, cancel context.CancelFunc) *Reader {
 	w := &Reader{ReadCloser: r, what: what, limit: limit, silent: new(atomic.Bool), cancel: cancel}
 	w.timer = time.AfterFunc(limit, func() {
@@ -44,7 +44,8 @@ func (w *Reader) Read(p []byte) (int, error) {
 		w.cancel() // no more data is expected, and not every caller closes the stream
 	}
 	if err != nil && w.silent.Load() {
-		// The stream returned the error of a cancelled context, which reads as if a person had cancelled. So replace it.
+		// The stream returned the error of a cancelled context. It reads as if a person had cancelled, so another error
+		// replaces it.
 		err = fault.New(fault.Transient, fmt.Sprintf("fetch %s: no data arrived for %v", w.what, w.limit),
 			"try again; check the network path to the server")
 	}

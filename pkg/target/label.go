@@ -17,14 +17,15 @@ func ParseLabel(s string) (Wish, error) {
 	return "", fmt.Errorf("label %.40q: want DEFAULT, LATEST or a branch such as R535", s)
 }
 
-// CheckLabel refuses a label that a version cannot have: a text that is no label, or the label of another branch.
+// CheckLabel returns an error if a driver version cannot have a label: the text is no label, or it is the label of
+// another branch.
 func CheckLabel(label, version string) error {
 	w, err := ParseLabel(label)
 	if err != nil {
 		return err
 	}
 	if branch, is := w.BranchName(); is && branch != Branch(version) {
-		return fmt.Errorf("label %s: version %.40q is of branch %.40s", label, version, Branch(version))
+		return fmt.Errorf("label %s: version %.40q belongs to branch %.40s", label, version, Branch(version))
 	}
 	return nil
 }

@@ -11,8 +11,8 @@ func TestLabel(t *testing.T) {
 	for _, row := range []struct {
 		label string
 		wish  target.Wish
-		fits  string // one version that may have the label, and one that may not
-		not   string
+		fits  string // a version that may have the label
+		not   string // a version that may not
 	}{
 		{"DEFAULT", target.Default, "535.261.03", ""},
 		{"LATEST", target.Latest, "580.1.1", ""},

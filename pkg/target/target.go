@@ -57,7 +57,7 @@ var (
 	branchPattern  = regexp.MustCompile(`^R[0-9]{3,4}$`)
 )
 
-// ParseKernel checks a BUILD_ID and a board, and returns the kernel that they name. The board's name decides the
+// ParseKernel checks a BUILD_ID and a board, and returns the kernel that they identify. The board's name decides the
 // architecture.
 func ParseKernel(buildID, board string) (Kernel, error) {
 	if !buildIDPattern.MatchString(buildID) {
@@ -89,7 +89,8 @@ func (k Kernel) Check() error {
 	case k.Version != "" && !unamePattern.MatchString(k.Version):
 		return fmt.Errorf("version %.50q of kernel %s: want what uname -v prints", k.Version, k)
 	case k.Arch != "" && k.Arch != BoardArch(k.Board):
-		return fmt.Errorf("architecture %.20q of kernel %s: its board has architecture %s", k.Arch, k, BoardArch(k.Board))
+		return fmt.Errorf("architecture %.20q of kernel %s: board %s has architecture %s", k.Arch, k, k.Board,
+			BoardArch(k.Board))
 	}
 	return nil
 }
@@ -147,12 +148,12 @@ func ParseDriver(version, flavour string) (Driver, error) {
 	return Driver{Version: version, Flavour: f}, nil
 }
 
-// Modules returns the driver as its own modules, libraries and firmware name it. A loaded driver does not contain the
-// suffix of its runfile.
+// Modules returns the driver without the suffix of its runfile. The modules, libraries and firmware of a driver do not
+// contain the suffix.
 func (d Driver) Modules() Driver { return Driver{ModuleVersion(d.Version), d.Flavour} }
 
 // ValidVersion reports whether s has the form of an NVIDIA driver version. The form is two to four numbers with dots,
-// then up to two words, each after a dash. The words name an edition of the release:
+// then up to two words, each after a dash. The words are the name of an edition of the release:
 // NVIDIA-Linux-x86_64-535.261.03-grid.run is the edition for guests of vGPU. A flavour's name is not allowed as such a
 // word, because tags have the flavour after the version.
 func ValidVersion(s string) bool {
@@ -211,8 +212,8 @@ func CompareVersions(a, b string) int {
 // Wish is a request for a driver before a version is chosen.
 type Wish string
 
-// The two named wishes, after COS's fields gpu_default_version and gpu_latest_version. The other wishes are a branch
-// (R535) and an exact version.
+// The two wishes that are words. Their names follow COS's fields gpu_default_version and gpu_latest_version. Every
+// other wish is a branch, such as R535, or an exact version.
 const (
 	Default Wish = "default"
 	Latest  Wish = "latest"
@@ -234,7 +235,7 @@ var gpuPattern = regexp.MustCompile(`^[A-Z0-9][A-Z0-9_]{0,63}$`)
 func ValidGPU(s string) bool { return gpuPattern.MatchString(s) }
 
 // ParseGPUWish reads every wish that ParseWish reads. It also reads default, latest or a branch for one GPU type, as in
-// default@NVIDIA_L4, because COS's lists name versions for each GPU type.
+// default@NVIDIA_L4, because COS's driver lists have versions for each GPU type.
 func ParseGPUWish(s string) (Wish, error) {
 	name, gpu, found := strings.Cut(s, "@")
 	w, err := ParseWish(name)
@@ -254,10 +255,10 @@ func (w Wish) GPU() (Wish, string) {
 	return Wish(name), gpu
 }
 
-// Exact returns the version, and true, if the wish names a version.
+// Exact returns the version, and true, if the wish is an exact version.
 func (w Wish) Exact() (string, bool) { return string(w), ValidVersion(string(w)) }
 
-// BranchName returns the branch, and true, if the wish names a branch.
+// BranchName returns the branch, and true, if the wish is a branch.
 func (w Wish) BranchName() (string, bool) { return string(w), branchPattern.MatchString(string(w)) }
 
 // Fingerprint is the ABI fingerprint of a kernel: "sha256:" and 64 hex digits. The hash covers the contents of the
@@ -273,17 +274,17 @@ func ParseFingerprint(s string) (Fingerprint, error) {
 	return Fingerprint(s), nil
 }
 
-// Short returns the first 16 hex digits. They are for names that people read, never for a decision.
+// Short returns the first 16 hex digits. They are for names that people read. Never decide by them.
 func (f Fingerprint) Short() string {
 	sum := strings.TrimPrefix(string(f), "sha256:")
 	return sum[:min(16, len(sum))]
 }
 
-// sortFields is the largest number of fields in a version; driver versions have four.
+// sortFields is the largest number of fields in a version. Driver versions have up to four fields, BUILD_IDs three.
 const sortFields = 4
 
-// SortKey returns a key for a driver version or a BUILD_ID. Keys compared by bytes have the order of [CompareVersions].
-// Databases need the key, because they cannot call that function.
+// SortKey returns a key for a driver version or a BUILD_ID. Compared byte by byte, keys have the order of
+// [CompareVersions]. Databases need such keys, because they cannot call that function.
 func SortKey(version string) string {
 	numbers, suffix, _ := strings.Cut(version, "-")
 	fields := strings.Split(numbers, ".")

@@ -146,13 +146,13 @@ func (a *Authority) Timestamp(t testing.TB, sum []byte, at time.Time) []byte {
 	return raw
 }
 
-// ServeCertificates starts a server that issues certificates as Fulcio does, and returns its URL. The server ends with
-// the test. It accepts every [Token] that is not expired, without a check of a signature. A real Fulcio with CA and
-// CAKey can replace it.
+// ServeCertificates starts a server that issues certificates as Fulcio does, and returns its URL. The server runs until
+// the test ends. It accepts every [Token] that is not expired, and checks no signature of a token. A real Fulcio with
+// CA and CAKey can replace this server.
 func (a *Authority) ServeCertificates(t testing.TB) string {
 	t.Helper()
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		pub, who, err := asked(r)
+		pub, who, err := readRequest(r)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
@@ -187,10 +187,10 @@ func Token(t testing.TB, issuer, email string, expires time.Time) []byte {
 	return []byte("e30." + base64.RawURLEncoding.EncodeToString(body) + ".e30")
 }
 
-// asked reads a request to Fulcio for a certificate that binds a public key to the holder of a token. The request has a
-// signature over the holder's mail address, which proves that the holder has the private key. asked verifies this
-// signature.
-func asked(r *http.Request) (crypto.PublicKey, trust.Identity, error) {
+// readRequest reads a request to Fulcio for a certificate that binds a public key to the holder of a token. The request
+// has a signature over the holder's mail address. The signature proves that the holder has the private key. readRequest
+// verifies this signature.
+func readRequest(r *http.Request) (crypto.PublicKey, trust.Identity, error) {
 	var in struct {
 		PublicKeyRequest struct {
 			PublicKey         struct{ Content string }
@@ -301,7 +301,7 @@ func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from 
 	return raw
 }
 
-// certifier gives the library that makes Sigstore bundles a certificate for a public key.
+// certifier returns a certificate for a public key. The library that makes Sigstore bundles calls it.
 type certifier func(crypto.PublicKey) []byte
 
 func (c certifier) GetCertificate(_ context.Context, k sign.Keypair, _ *sign.CertificateProviderOptions) ([]byte,

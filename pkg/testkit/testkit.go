@@ -31,8 +31,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Registry starts a registry, which ends with the test, and returns its host:port. referrers says whether it has the
-// referrers API.
+// Registry runs a registry until the test ends, and returns its host:port. The argument referrers says whether the
+// registry has the referrers API.
 func Registry(t testing.TB, referrers bool) string {
 	t.Helper()
 	s := httptest.NewServer(ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)),
@@ -67,7 +67,7 @@ func (k *Key) Public(t testing.TB) trust.PublicKey {
 	return pub
 }
 
-// PEM returns the public key in the form of a node's configuration.
+// PEM returns the public key in PEM, as a node's configuration contains it.
 func (k *Key) PEM(t testing.TB) []byte {
 	t.Helper()
 	text, err := cryptoutils.MarshalPublicKeyToPEM(k.private.Public())
@@ -193,7 +193,7 @@ type Sample struct {
 	Bundles [][]byte
 }
 
-// SampleKernel returns the COS build that [NewSample] uses. patch is the last number of its BUILD_ID.
+// SampleKernel returns the COS build that [NewSample] uses. The argument patch is the last number of its BUILD_ID.
 func SampleKernel(patch string) target.Kernel {
 	return target.Kernel{
 		BuildID: "17800.0." + patch, Board: "lakitu", Milestone: 109, Arch: target.AMD64,
@@ -213,7 +213,7 @@ func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt st
 // Vermagic returns the vermagic string that a sample's modules must have, as package modinfo reads it.
 func Vermagic(k target.Kernel) string { return k.Release + " SMP preempt mod_unload modversions" }
 
-// NewSampleOf works as [NewSample] does. modules has the contents of the modules, by their paths.
+// NewSampleOf works as [NewSample] does. The argument modules has the contents of the modules, by their paths.
 func NewSampleOf(t testing.TB, key *Key, k target.Kernel, d target.Driver, modules map[string]string) Sample {
 	t.Helper()
 	fp := sha256.Sum256([]byte("fingerprint of " + k.Release))

@@ -17,7 +17,8 @@ type Phase struct {
 	Seconds float64 `json:"seconds"`
 	// Note is a fact for the reader, such as "cached", a size or a count; may be empty.
 	Note string `json:"note,omitempty"`
-	// Of names the phase that contains this one; may be empty. The containing phase's time includes this phase's time.
+	// Of is the name of the phase that contains this one; may be empty. The containing phase's time includes this phase's
+	// time.
 	Of string `json:"of,omitempty"`
 	// Failed says that the phase ended in an error.
 	Failed bool `json:"failed,omitempty"`
@@ -32,7 +33,7 @@ type Event struct {
 	Text string
 }
 
-// Run records phases. The zero value is ready to use. It has no watcher, so it displays nothing.
+// Run collects the phases of one run. The zero value is ready to use. It has no watcher, so it displays nothing.
 type Run struct {
 	// Watch is called for every event, in order, never concurrently; may be nil.
 	Watch func(Event)
@@ -72,7 +73,7 @@ func (r *Run) Do(name string, f func() (note string, err error)) error {
 	return err
 }
 
-// Progress reports progress inside a running phase.
+// Progress tells the watcher about progress inside a running phase.
 func (r *Run) Progress(phase, format string, args ...any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -1,6 +1,6 @@
-// Package traces sends the work of a program as OpenTelemetry spans, by OTLP over HTTP, if the standard OTEL_*
-// environment variables name a collector. Each run has one span, and each phase of its timeline has a child span. If
-// the collector cannot be reached, the run does not fail: the spans are lost, and the log gets a line.
+// Package traces sends the work of a program as OpenTelemetry spans, by OTLP over HTTP. It does so only if the standard
+// OTEL_* environment variables contain the address of a collector. Each run has one span, and each phase of the run has
+// a child span. If the collector cannot be reached, the run does not fail: the spans are lost, and the log gets a line.
 package traces
 
 import (
@@ -32,17 +32,17 @@ type Tracer struct {
 	provider *trace.TracerProvider // nil if no collector is configured
 }
 
-// flushTimeout bounds the time for sending the last spans.
+// flushTimeout is the longest time for which Close sends the last spans.
 const flushTimeout = 5 * time.Second
 
 // Start reads the environment and returns a tracer. service is the name of this program, such as prebake-builder. The
 // caller closes the tracer.
 func Start(ctx context.Context, service, version string, log *slog.Logger) (*Tracer, error) {
 	t := &Tracer{tracer: noop.NewTracerProvider().Tracer("")}
-	if wanted, err := wanted(os.Getenv); err != nil || !wanted {
+	if wanted, err := tracesWanted(os.Getenv); err != nil || !wanted {
 		return t, err
 	}
-	exporter, err := otlptracehttp.New(ctx) // the environment sets endpoint, headers, certificates and timeout
+	exporter, err := otlptracehttp.New(ctx) // reads endpoint, headers, certificates and timeout from the environment
 	if err != nil {
 		return nil, fault.Wrap(
 			fault.Usage,
@@ -73,8 +73,9 @@ func Start(ctx context.Context, service, version string, log *slog.Logger) (*Tra
 	return t, nil
 }
 
-// wanted reads the environment variables that the SDK itself does not interpret.
-func wanted(env func(string) string) (bool, error) {
+// tracesWanted reports whether the environment asks for traces. It reads the variables that the SDK itself does not
+// interpret.
+func tracesWanted(env func(string) string) (bool, error) {
 	if strings.EqualFold(env("OTEL_SDK_DISABLED"), "true") {
 		return false, nil
 	}
@@ -96,7 +97,8 @@ func wanted(env func(string) string) (bool, error) {
 	protocol := cmp.Or(env("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"), env("OTEL_EXPORTER_OTLP_PROTOCOL"))
 	if protocol != "" && protocol != "http/protobuf" {
 		return false, fault.New(fault.Usage, fmt.Sprintf("OTEL_EXPORTER_OTLP_PROTOCOL is %q", protocol),
-			"set OTEL_EXPORTER_OTLP_PROTOCOL to http/protobuf, and the endpoint to the collector's HTTP port (usually 4318)")
+			"set OTEL_EXPORTER_OTLP_PROTOCOL to http/protobuf, and OTEL_EXPORTER_OTLP_ENDPOINT to the "+
+				"URL of the collector's HTTP port, which is usually 4318")
 	}
 	return true, nil
 }
@@ -116,13 +118,13 @@ func (t *Tracer) Close() {
 // Span is the span of one run.
 type Span struct {
 	t    *Tracer
-	ctx  context.Context // carries the run's span to callbacks that have no context
+	ctx  context.Context // has the run's span, for callbacks that have no context
 	span api.Span
 	open map[string]api.Span
 	once sync.Once
 }
 
-// Begin starts the span of a run, and returns a context that carries it. The value of an attribute is a string, an
+// Begin starts the span of a run, and returns a context with this span. The value of an attribute is a string, an
 // int64, an int or a bool.
 func (t *Tracer) Begin(ctx context.Context, name string, attributes map[string]any) (context.Context, *Span) {
 	if t == nil {
@@ -149,7 +151,8 @@ func keyValues(attributes map[string]any) []attribute.KeyValue {
 	return all
 }
 
-// End ends the span of a run, once. It records the result, and attributes that were not known at the beginning.
+// End ends the span of a run. Only the first call has an effect. End records the result, and attributes that were not
+// known at the beginning.
 func (s *Span) End(err error, attributes map[string]any) {
 	if s == nil {
 		return

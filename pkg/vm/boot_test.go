@@ -18,12 +18,13 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// bootFolder returns a folder with a real kernel, which PREBAKE_BOOT names. The end-to-end run sets PREBAKE_BOOT.
+// bootFolder returns a folder with a real kernel. The environment variable PREBAKE_BOOT has its path; the end-to-end
+// run sets it.
 func bootFolder(t *testing.T) string {
 	t.Helper()
 	dir := os.Getenv("PREBAKE_BOOT")
 	if dir == "" {
-		t.Skip("PREBAKE_BOOT names no folder with vmlinuz, modules/ and emugpu.ko")
+		t.Skip("PREBAKE_BOOT is not set to a folder with vmlinuz, modules/ and emugpu.ko")
 	}
 	return dir
 }

@@ -36,17 +36,17 @@ func bootArgs(boot string) (args []string, err error) {
 	}
 	if len(text) > maxBootArgs {
 		return nil, fault.New(fault.Usage,
-			fmt.Sprintf("boot folder %s: %s has more than %d bytes", boot, BootArgs, maxBootArgs), "")
+			fmt.Sprintf("read boot folder %s: %s has more than %d bytes", boot, BootArgs, maxBootArgs), "")
 	}
 	for _, arg := range strings.Fields(string(text)) {
 		if strings.ContainsFunc(arg, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
 			return nil, fault.New(fault.Usage,
-				fmt.Sprintf("boot folder %s: %s holds %q, which a kernel does not accept", boot, BootArgs, arg), "")
+				fmt.Sprintf("read boot folder %s: %s contains %q, which a kernel does not accept", boot, BootArgs, arg), "")
 		}
 		// The kernel passes everything after "--" to init. Arguments that this package adds later would then not reach the
 		// kernel.
 		if arg == "--" {
-			return nil, fault.New(fault.Usage, fmt.Sprintf("boot folder %s: %s holds --", boot, BootArgs),
+			return nil, fault.New(fault.Usage, fmt.Sprintf("read boot folder %s: %s contains --", boot, BootArgs),
 				"remove -- from the file")
 		}
 		args = append(args, arg)

@@ -26,9 +26,9 @@ var libraryFolders = map[elf.Machine][]string{
 var guestFolders = map[elf.Machine]string{elf.EM_X86_64: "/lib/x86_64-linux-gnu",
 	elf.EM_AARCH64: "/lib/aarch64-linux-gnu"}
 
-// dlopened are parts of glibc that NVIDIA's libraries need. A program that opens NVIDIA's libraries with dlopen need
-// not be linked with these parts, so GlibcFiles always adds them.
-var dlopened = []string{"libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6"}
+// dlopenLibraries are parts of glibc that NVIDIA's libraries need. A program that opens NVIDIA's libraries with dlopen
+// need not be linked with these parts, so GlibcFiles always adds them.
+var dlopenLibraries = []string{"libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6"}
 
 // GlibcFiles returns the files that dynamic programs and libraries need in a guest of their own architecture: the
 // loader, all libraries that they need directly or indirectly, and the parts of glibc that NVIDIA's libraries need.
@@ -61,7 +61,7 @@ func GlibcFiles(paths ...string) ([]File, error) {
 	if len(queue) == 0 {
 		return nil, nil // static programs need no libraries
 	}
-	queue = append(queue, dlopened...)
+	queue = append(queue, dlopenLibraries...)
 	for len(queue) > 0 {
 		name := queue[0]
 		queue = queue[1:]
@@ -136,11 +136,11 @@ func readDynamic(r io.ReaderAt) (d dynamic, err error) {
 			continue
 		}
 		if p.Filesz > maxInterpreter {
-			return d, fmt.Errorf("loader's path of %d bytes", p.Filesz)
+			return d, fmt.Errorf("the loader's path has %d bytes", p.Filesz)
 		}
 		text := make([]byte, p.Filesz)
 		if _, err := p.ReadAt(text, 0); err != nil {
-			return d, fmt.Errorf("read loader's path: %w", err)
+			return d, fmt.Errorf("read the loader's path: %w", err)
 		}
 		d.interpreter = strings.TrimRight(string(text), "\x00")
 		if !path.IsAbs(d.interpreter) || path.Clean(d.interpreter) != d.interpreter {

@@ -22,7 +22,8 @@ import (
 // folders are the folders that every guest has, in addition to the parent folders of its files.
 var folders = []string{"/dev", "/proc", "/sys", "/tmp", "/run", "/root", "/etc"}
 
-// Tree returns a [File] for every regular file, link and folder below dir. In the guest they are below name.
+// Tree returns a [File] for every regular file, link and folder below dir. In the guest, these files are below the path
+// name.
 func Tree(name, dir string) ([]File, error) {
 	var files []File
 	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
@@ -61,7 +62,7 @@ func writeInitramfs(w io.Writer, c Config) error {
 	if err != nil {
 		return err
 	}
-	files, err = arrange(files)
+	files, err = arrangeFiles(files)
 	if err != nil {
 		return err
 	}
@@ -112,8 +113,8 @@ func guestFiles(c Config) ([]File, error) {
 	return append(files, c.Files...), nil
 }
 
-// arrange checks the names, adds missing folders, and sorts the files. Every folder comes before its content.
-func arrange(files []File) ([]File, error) {
+// arrangeFiles checks the names, adds missing folders, and sorts the files. Every folder comes before its content.
+func arrangeFiles(files []File) ([]File, error) {
 	byName := map[string]File{}
 	var errs []error
 	for _, f := range files {
@@ -125,7 +126,7 @@ func arrange(files []File) ([]File, error) {
 			continue
 		}
 		if old, ok := byName[f.Name]; ok && !(old.isFolder() && f.isFolder()) {
-			errs = append(errs, fmt.Errorf("guest file %q: named twice", f.Name))
+			errs = append(errs, fmt.Errorf("guest file %q: given twice", f.Name))
 			continue
 		}
 		byName[f.Name] = f
@@ -138,7 +139,7 @@ func arrange(files []File) ([]File, error) {
 			} else if !above.isFolder() && above.Link == "" {
 				errs = append(errs, fmt.Errorf("guest file %q: %s is no folder", f.Name, dir))
 			} else if above.Link != "" {
-				errs = append(errs, fmt.Errorf("guest file %q: %s is a link; name the file by its target", f.Name, dir))
+				errs = append(errs, fmt.Errorf("guest file %q: %s is a link; give the path without the link", f.Name, dir))
 			}
 		}
 	}

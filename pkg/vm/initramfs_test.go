@@ -120,13 +120,13 @@ func TestArrangeRefuses(t *testing.T) {
 	}{
 		{"relative", []File{{Name: "etc/x", Data: data}}, "clean absolute path"},
 		{"up", []File{{Name: "/etc/../x", Data: data}}, "clean absolute path"},
-		{"twice", []File{{Name: "/x", Data: data}, {Name: "/x", Data: data}}, "named twice"},
+		{"twice", []File{{Name: "/x", Data: data}, {Name: "/x", Data: data}}, "given twice"},
 		{"below a file", []File{{Name: "/x", Data: data}, {Name: "/x/y", Data: data}}, "is no folder"},
 		{"below a link", []File{{Name: "/x", Link: "/y"}, {Name: "/x/y", Data: data}}, "is a link"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			_, err := arrange(row.files)
+			_, err := arrangeFiles(row.files)
 			if !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), row.want) {
 				t.Errorf("arrange() = %v; want usage with %q", err, row.want)
 			}

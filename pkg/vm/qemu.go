@@ -76,7 +76,11 @@ func (c Config) args() []string {
 		file := strings.ReplaceAll(c.Disk, ",", ",,") // qemu writes a comma in a value as two commas
 		disk = []string{"-drive", "if=none,id=disk,format=raw,file=" + file, "-device", "virtio-blk-pci,drive=disk"}
 	}
-	return slices.Concat(nic, disk, []string{
+	var clock []string
+	if c.CountInstructions { // qemu's manual: shift=N means 2^N ns for each instruction
+		clock = []string{"-icount", "shift=0,align=off,sleep=on"}
+	}
+	return slices.Concat(nic, disk, clock, []string{
 		"-nodefaults", "-no-user-config", "-machine", p.machine, "-accel", "tcg", "-cpu", p.cpu,
 		"-smp", strconv.Itoa(c.CPUs), "-m", strconv.Itoa(c.MemoryMiB),
 		"-display", "none", "-vga", "none", "-no-reboot",

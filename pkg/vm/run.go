@@ -22,8 +22,8 @@ import (
 const maxConsole = 4 << 20
 
 // Run boots the machine, runs its steps and waits for the machine's end. A failed step is not an error of Run: the
-// result has its exit code. If the guest's kernel crashes, the error is a [*CrashError], and the result has everything
-// that was received before.
+// result has the step's exit code. If the guest's kernel crashes, the error is a [*CrashError], and the result has
+// everything that was received before.
 func Run(ctx context.Context, c Config) (*Result, error) {
 	c = c.WithDefaults()
 	if err := c.Validate(); err != nil {
@@ -70,7 +70,8 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 
 var errOverran = errors.New("machine ran past its time limit")
 
-// ends has what each source of information says about the end of a run.
+// ends is what is known about the end of a run: the text of the console, the errors of qemu and of the event stream,
+// and what qemu printed.
 type ends struct {
 	console  string
 	exit     error
@@ -84,14 +85,14 @@ func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends)
 	if !seen.ended {
 		res.KernelLog = e.console
 		if res.Crash = crashLine(e.console); res.Crash != "" {
-			return &CrashError{Line: res.Crash, Step: seen.running()}
+			return &CrashError{Line: res.Crash, Step: seen.runningStep()}
 		}
 	}
 	switch cause := context.Cause(ctx); {
 	case seen.ended:
 	case errors.Is(cause, errOverran):
 		return fault.Wrap(fault.TimedOut, fmt.Errorf("run machine: it did not end within %v (%s)", c.Timeout, seen.place()),
-			"read the end of the machine's kernel log to see what it waits for")
+			"read the end of the machine's kernel log to see what the machine waits for")
 	case e.protocol != nil:
 		return fmt.Errorf("run machine: %w", e.protocol)
 	case cause != nil:
@@ -218,8 +219,8 @@ func (r *recorder) result() *Result {
 	return &Result{Steps: r.steps, KernelLog: r.log.String(), BootSeconds: r.ready}
 }
 
-// running returns the name of the step that began last, or "" if that step has ended.
-func (r *recorder) running() string {
+// runningStep returns the name of the step that began last, or "" if that step has ended.
+func (r *recorder) runningStep() string {
 	if len(r.steps) == 0 || r.steps[r.last].Ended {
 		return ""
 	}
@@ -227,7 +228,7 @@ func (r *recorder) running() string {
 }
 
 func (r *recorder) place() string {
-	switch name := r.running(); {
+	switch name := r.runningStep(); {
 	case name != "":
 		return fmt.Sprintf("in step %q", name)
 	case r.ready == 0:

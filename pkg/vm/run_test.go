@@ -97,7 +97,7 @@ func TestRecorder(t *testing.T) {
 	if diff := cmp.Diff(want, r.result(), cmpopts.IgnoreFields(Result{}, "BootSeconds")); diff != "" {
 		t.Errorf("result (-want +got):\n%s", diff)
 	}
-	if got := r.running(); got != "c" {
+	if got := r.runningStep(); got != "c" {
 		t.Errorf("running() = %q; want c", got)
 	}
 }
@@ -208,7 +208,7 @@ func TestArgs(t *testing.T) {
 	t.Parallel()
 	bare := strings.Join(Config{Boot: "/boot"}.WithDefaults().args(), " ")
 	full := strings.Join(Config{Boot: "/boot", GPU: true, Network: true,
-		KernelArgs: []string{"cros_debug"}}.WithDefaults().args(), " ")
+		KernelArgs: []string{"cros_debug"}, CountInstructions: true}.WithDefaults().args(), " ")
 	for _, want := range []string{"-nic none", "-m 3072", "-smp 1", "-kernel /boot/vmlinuz", "-no-reboot"} {
 		if !strings.Contains(bare, want) {
 			t.Errorf("args() = %s; want %q in it", bare, want)
@@ -217,7 +217,11 @@ func TestArgs(t *testing.T) {
 	if strings.Contains(bare, "memmap") {
 		t.Errorf("args() = %s; want no memory reserved without a GPU", bare)
 	}
-	for _, want := range []string{"memmap=96M$0x4f000000 cros_debug", "virtio-net-pci", "-netdev user,id=net"} {
+	if strings.Contains(bare, "-icount") {
+		t.Errorf("args() = %s; want a clock that follows the host's", bare)
+	}
+	for _, want := range []string{"memmap=96M$0x4f000000 cros_debug", "virtio-net-pci", "-netdev user,id=net",
+		"-icount shift=0,"} {
 		if !strings.Contains(full, want) {
 			t.Errorf("args() = %s; want %q in it", full, want)
 		}

@@ -94,6 +94,9 @@ type Config struct {
 	Disk string
 	// CPUs is the number of virtual processors; 0 means 1.
 	CPUs int
+	// CountInstructions makes the guest's clock advance by 1 ns for each instruction that the guest executes, and by the
+	// host's time while the guest is idle. The guest's time then does not depend on the emulator's speed.
+	CountInstructions bool
 	// KernelArgs are added to the kernel's command line, after the arguments in the boot folder's [BootArgs].
 	KernelArgs []string
 	// Console receives the text of the first serial port as it arrives. It may be nil.

@@ -1,5 +1,5 @@
 // Package yamlfile reads YAML files that people write. It reports every mistake with its line and column, what was
-// found, and what is wanted. It checks the nodes of the file itself, because the errors of the YAML library name Go
+// found, and what is wanted. It checks the nodes of the file itself, because the errors of the YAML library mention Go
 // types, have no column, and sometimes report only the first mistake. The package does not know the meaning of a file;
 // its callers do.
 package yamlfile
@@ -50,7 +50,7 @@ func (r *Reader) Say(a At, format string, args ...any) {
 	r.mistakes = append(r.mistakes, mistake{max(a.Node.Line, 1), max(a.Node.Column, 1), text})
 }
 
-// Want records the usual kind of mistake: it names the found node, and describes the wanted value.
+// Want records the usual kind of mistake. Its text describes the found node and the wanted value.
 func (r *Reader) Want(a At, format string, args ...any) {
 	r.Say(a, "found %s; want %s", Found(a.Node), fmt.Sprintf(format, args...))
 }
@@ -59,7 +59,7 @@ func (r *Reader) Want(a At, format string, args ...any) {
 func (r *Reader) Mistakes() int { return len(r.mistakes) }
 
 // Err returns all mistakes as one error of kind Usage, sorted by line and column. It returns nil if there are no
-// mistakes. doing begins the error's text, such as "read wish list".
+// mistakes. The argument doing is the beginning of the error's text, such as "read wish list".
 func (r *Reader) Err(doing, hint string) error {
 	n := len(r.mistakes)
 	if n == 0 {
@@ -105,9 +105,9 @@ func Found(n *yaml.Node) string {
 
 var syntaxLine = regexp.MustCompile(`^(?:yaml: )?line ([0-9]{1,9}): `)
 
-// Document returns the top node of a file. most is the greatest size of the file in bytes. The file must have exactly
-// one document. The argument want describes the expected content, for the error about an empty file. If the result is
-// false, Document has recorded a mistake and there is no node.
+// Document returns the top node of a file. The argument most is the greatest size of the file in bytes. The file must
+// have exactly one document. The argument want describes the expected content, for the error about an empty file. If
+// the result is false, Document has recorded a mistake and there is no node.
 func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	top := At{Node: &yaml.Node{}}
 	if len(data) > most {
@@ -139,11 +139,11 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	return At{Node: doc.Content[0]}, true
 }
 
-// Fields calls each for every field of a mapping, with the field's name and value. It skips a field, and records a
-// mistake, in each of these cases: the key is repeated; the key is no scalar; or key or value is an anchor or alias.
-// The function known reports whether a key is known, and itself records a mistake if not. Fields returns the known
-// fields. If the node is no mapping, Fields records a mistake and returns nil; what describes the wanted value in that
-// mistake.
+// Fields calls the function each for every field of a mapping, with the field's name and value. It skips a field, and
+// records a mistake, in each of these cases: the key is repeated; the key is no scalar; or key or value is an anchor or
+// alias. The function known reports whether a key is known, and records a mistake if it is not. Fields returns the
+// known fields. If the node is no mapping, Fields records a mistake and returns nil. The argument what describes the
+// wanted value in that mistake.
 func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(name string, value At)) map[string]At {
 	if a.Node.Kind != yaml.MappingNode {
 		r.Want(a, "%s", what)
@@ -153,7 +153,7 @@ func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(na
 	for i := 0; i+1 < len(a.Node.Content); i += 2 {
 		key, value := a.Node.Content[i], a.Node.Content[i+1]
 		field := At{value, strings.TrimPrefix(a.Path+"."+key.Value, ".")}
-		if !r.literal(At{key, a.Path}) {
+		if !r.checkLiteral(At{key, a.Path}) {
 			continue
 		}
 		if key.Kind != yaml.ScalarNode {
@@ -168,15 +168,15 @@ func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(na
 			continue
 		}
 		seen[key.Value] = field
-		if r.literal(field) {
+		if r.checkLiteral(field) {
 			each(key.Value, field)
 		}
 	}
 	return seen
 }
 
-// literal refuses aliases and anchors, because a reader easily overlooks a value that is written elsewhere.
-func (r *Reader) literal(a At) bool {
+// checkLiteral refuses aliases and anchors, because a reader easily overlooks a value that is written elsewhere.
+func (r *Reader) checkLiteral(a At) bool {
 	if a.Node.Kind == yaml.AliasNode || a.Node.Anchor != "" {
 		r.Say(a, "found an anchor or alias; want the value itself")
 		return false
@@ -208,14 +208,14 @@ func oneOf(fields map[string]func(At)) string {
 	return strings.Join(names[:len(names)-1], ", ") + " or " + names[len(names)-1]
 }
 
-// List calls item for each element of a list. An empty list is a mistake.
+// List calls the function item for each element of a list. An empty list is a mistake.
 func (r *Reader) List(a At, what string, item func(At)) {
 	if a.Node.Kind != yaml.SequenceNode || len(a.Node.Content) == 0 {
 		r.Want(a, "a list of %s", what)
 		return
 	}
 	for i, n := range a.Node.Content {
-		if e := (At{n, fmt.Sprintf("%s[%d]", a.Path, i)}); r.literal(e) {
+		if e := (At{n, fmt.Sprintf("%s[%d]", a.Path, i)}); r.checkLiteral(e) {
 			item(e)
 		}
 	}

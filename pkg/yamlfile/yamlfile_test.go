@@ -20,7 +20,7 @@ func read(text string) error {
 	return r.Err("read file", "")
 }
 
-// TestMistakes checks that one error names all mistakes of a file, each with its place.
+// TestMistakes checks that one error lists all mistakes of a file, each with its place.
 func TestMistakes(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ name, text, want string }{

@@ -1,15 +1,14 @@
-// Package batch makes the cells of a plan, several at a time. It fetches each kernel and each
-// driver once, and starts cells in the order that uses the caches best. It repeats attempts whose
-// failure may be temporary, and it writes the report. A failed cell does not block any other.
+// Package batch makes the cells of a plan, several at a time. It fetches each kernel and each driver once, and starts
+// cells in the order that uses the caches best. If an attempt fails for a reason that may be temporary, it tries the
+// cell again. It also writes the report. A failed cell does not block any other cell.
 //
-// Cells with the same fingerprint, driver and flavour lead to the same artifact. This package calls
-// them cells of the same build. Only one of these cells runs at a time. The first one compiles. The
-// others then reuse the result of the first one, or fail in the same way. While a cell unpacks the
-// user space of a driver into the cache, the cache locks that folder. A second cell of the same
-// driver would wait for the lock, so the runner starts another cell first if it can.
+// Cells with the same fingerprint, driver and flavour lead to the same artifact. This package calls them cells of the
+// same build. Only one of these cells runs at a time. The first one compiles. The others then reuse its result, or fail
+// in the same way. While a cell unpacks a driver's user space into the cache, the cache locks the folder of that user
+// space. A second cell of the same driver would wait for the lock, so the runner starts a cell of another driver first
+// if it can.
 //
-// The package does not know how a cell is made or where its artifact is published. Functions in its
-// Config do that.
+// The package does not know how a cell is made or where its artifact is published. The functions in Config know that.
 package batch
 
 import (
@@ -47,8 +46,8 @@ type Config struct {
 	// signed for the cell's COS build. It returns "" if one destination lacks the artifact. Run
 	// calls Published before it fetches anything. If Published is nil, no cell counts as published.
 	Published func(ctx context.Context, c plan.Cell) (digest string, err error)
-	// Failures stores permanent failures. A failure is permanent if the same inputs would fail in
-	// the same way again. Nil means no store.
+	// Failures stores permanent failures. A failure is permanent if the same inputs would fail in the same way again. With
+	// nil, Run stores and finds no failures.
 	Failures failureStore
 	// Parallel is the number of cells made at the same time; 0 means one.
 	Parallel int
@@ -77,7 +76,7 @@ type Failure struct {
 	Class fault.Kind `json:"class"`
 	Error string     `json:"error"`
 	Hint  string     `json:"hint,omitempty"`
-	// Lacking says that the driver's release does not have the flavour.
+	// Lacking is true if the driver's release does not have the flavour.
 	Lacking bool `json:"lacking,omitempty"`
 }
 
@@ -86,7 +85,7 @@ func FailureOf(err error) Failure {
 	f := Failure{Class: fault.Of(err), Error: err.Error(), Hint: fault.Hint(err)}
 	var e *fault.Error
 	if errors.As(err, &e) && e.Kind == fault.APIBreak {
-		f.Error = e.Error() // only the compiler's line, without the texts that callers added
+		f.Error = e.Error() // only the compiler's line, without the context that callers added
 	}
 	return f
 }
@@ -105,8 +104,8 @@ func Permanent(kind fault.Kind, res *pipeline.Result) bool {
 	return kind == fault.APIBreak || kind == fault.Unsupported || kind == fault.CheckFailed
 }
 
-// maxLookups limits how many cells are looked up at the same time. fetchers limits how many kernels
-// and drivers are fetched at the same time, in addition to the running cells.
+// maxLookups is the number of cells that are looked up at the same time. fetchers is the number of kernels and drivers
+// that are fetched at the same time, while cells are running.
 const (
 	maxLookups = 8
 	fetchers   = 2
@@ -155,8 +154,8 @@ func Status(ctx context.Context, cfg Config, p *plan.Plan) (*Report, error) {
 	return f.report(p), nil
 }
 
-// lookUp sets the state of the cells that Run need not make: cells that are published, cells whose
-// failure is stored, and cells for which the plan names a problem.
+// lookUp sets the state of the cells that Run need not make: cells that are published, cells whose failure is stored,
+// and cells that have a problem in the plan.
 func (f *runner) lookUp(ctx context.Context) {
 	var group errgroup.Group
 	group.SetLimit(maxLookups)
@@ -210,7 +209,7 @@ func (f *runner) check(ctx context.Context, j *job) {
 // its driver. So the first cell can start early. After the stop signal, fetch stops, because no
 // cell will use the inputs.
 func (f *runner) fetch(ctx context.Context) {
-	defer f.fetched()
+	defer f.endFetches()
 	ctx, cancel := context.WithCancel(ctx)
 	var watch sync.WaitGroup
 	watch.Go(func() {
@@ -232,7 +231,7 @@ func (f *runner) fetch(ctx context.Context) {
 			group.Go(func() error {
 				say := f.progress(j, "kernel "+j.Cell.Kernel.String())
 				fp, err := retry(ctx, f.cfg, func() (target.Fingerprint, error) { return f.cfg.Kernel(ctx, j.Cell.Kernel, say) })
-				f.arrived(ctx, in, func() { in.fingerprint = fp }, err)
+				f.endFetch(ctx, in, func() { in.fingerprint = fp }, err)
 				return nil
 			})
 		}
@@ -242,7 +241,7 @@ func (f *runner) fetch(ctx context.Context) {
 				flavours, err := retry(ctx, f.cfg, func() ([]target.Flavour, error) {
 					return f.cfg.Driver(ctx, j.Cell.Driver.Version, j.Cell.Kernel.Arch, say)
 				})
-				f.arrived(ctx, in, func() { in.flavours = flavours }, err)
+				f.endFetch(ctx, in, func() { in.flavours = flavours }, err)
 				return nil
 			})
 		}
@@ -287,15 +286,15 @@ func logName(c plan.Cell) string { return c.String() + ".log" }
 func (f *runner) make(ctx context.Context, j *job) {
 	f.emit(Event{Job: j.Job, Kind: Started})
 	begin := time.Now()
-	res, err := f.logged(ctx, j)
+	res, err := f.makeLogged(ctx, j)
 	if err != nil && ctx.Err() != nil {
 		err = fault.Wrap(fault.Cancelled, err, "")
 	}
-	f.made(ctx, j, res, err, time.Since(begin))
+	f.endAttempt(ctx, j, res, err, time.Since(begin))
 }
 
-// logged makes one cell, writes its log to a file and reports its phases.
-func (f *runner) logged(ctx context.Context, j *job) (res *pipeline.Result, err error) {
+// makeLogged makes one cell, writes its log to a file and reports its phases.
+func (f *runner) makeLogged(ctx context.Context, j *job) (res *pipeline.Result, err error) {
 	log, err := os.OpenFile(j.Log, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)
 	if errors.Is(err, os.ErrNotExist) {
 		if err = os.MkdirAll(filepath.Dir(j.Log), 0o755); err == nil {

@@ -56,8 +56,8 @@ type world struct {
 
 	// outcome returns the result of an attempt; the first attempt is 1. Nil means success.
 	outcome func(c plan.Cell, attempt int) error
-	// takes returns the duration of a cell.
-	takes     func(c plan.Cell) time.Duration
+	// duration returns how long an attempt at a cell runs.
+	duration  func(c plan.Cell) time.Duration
 	published map[string]string
 	memory    map[string]batch.Failure
 	arrive    func(name string) error
@@ -121,9 +121,9 @@ func (w *world) make(ctx context.Context, c plan.Cell, log io.Writer, line *time
 	}()
 	fmt.Fprintf(log, "log of %s\n", w.name(c))
 	err := line.Do("compile", func() (string, error) {
-		if w.takes != nil {
+		if w.duration != nil {
 			select {
-			case <-time.After(w.takes(c)):
+			case <-time.After(w.duration(c)):
 			case <-ctx.Done():
 				return "", ctx.Err()
 			}
@@ -170,16 +170,16 @@ func states(r *batch.Report) []string {
 	return lines
 }
 
-// slowly delays each input by a second, so that the plan's first cell is the first that can start.
-func slowly(string) error {
+// waitASecond delays each input by a second, so that the plan's first cell is the first that can start.
+func waitASecond(string) error {
 	time.Sleep(time.Second)
 	return nil
 }
 
 var errBreak = fault.New(fault.APIBreak, "nv-pci.c:1: error: too few arguments", "take a newer one")
 
-// A failed cell does not block any other. Cells of the same build fail and succeed together. A published cell, and
-// one whose failure is stored, does not start.
+// A failed cell does not block any other cell. Cells of the same build fail and succeed together. A cell does not start
+// if it is published, or if its failure is stored.
 func TestRun(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, testRun)
@@ -187,9 +187,9 @@ func TestRun(t *testing.T) {
 
 func testRun(t *testing.T) {
 	w := &world{
-		t:      t,
-		arrive: slowly,
-		takes:  func(plan.Cell) time.Duration { return time.Minute },
+		t:        t,
+		arrive:   waitASecond,
+		duration: func(plan.Cell) time.Duration { return time.Minute },
 		outcome: func(c plan.Cell, _ int) error {
 			if c.Driver.String() == "5.1-open" {
 				return errBreak
@@ -286,11 +286,11 @@ func TestUnknown(t *testing.T) {
 }
 
 // After a temporary failure of a cell, Run pauses and then tries the cell again. Other cells run during the pause. If a
-// cell ran out of memory, Run tries it again while no other cell runs.
+// cell ran out of memory, Run tries it again only when no other cell runs.
 func TestAgain(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, takes: func(plan.Cell) time.Duration { return time.Minute }}
+		w := &world{t: t, duration: func(plan.Cell) time.Duration { return time.Minute }}
 		w.outcome = func(c plan.Cell, attempt int) error {
 			switch c.Kernel.BuildID {
 			case "1.0.1": // in every attempt
@@ -357,12 +357,12 @@ func TestFetchTrouble(t *testing.T) {
 	})
 }
 
-// When the context ends, running cells are cancelled and the others do not start.
+// When the context ends, running cells are cancelled and no other cell starts.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
-		w := &world{t: t, arrive: slowly, takes: func(plan.Cell) time.Duration { return time.Hour }}
+		w := &world{t: t, arrive: waitASecond, duration: func(plan.Cell) time.Duration { return time.Hour }}
 		time.AfterFunc(90*time.Minute, cancel)
 		r := batch.Run(ctx, w.config(), cells("1.0.1 5.1-open", "2.0.1 5.1-open", "3.0.1 5.1-open"))
 		want := []string{"1.0.1 5.1-open published", "2.0.1 5.1-open cancelled cancelled",
@@ -381,7 +381,7 @@ func TestStopping(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		stopping := make(chan struct{})
-		w := &world{t: t, arrive: slowly, takes: func(plan.Cell) time.Duration { return time.Hour }}
+		w := &world{t: t, arrive: waitASecond, duration: func(plan.Cell) time.Duration { return time.Hour }}
 		time.AfterFunc(30*time.Minute, func() { close(stopping) })
 		cfg := w.config()
 		cfg.Stopping = stopping

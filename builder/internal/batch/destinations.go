@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Destinations are the places where artifacts are published, and the keys that are trusted there.
+// Destinations has the places where artifacts are published, and the keys that are trusted there.
 type Destinations struct {
 	Repositories []*registry.Repository
 	// Buckets hold the published tarballs of the artifacts in Repositories.
@@ -26,7 +26,7 @@ type Destinations struct {
 	Signer *sign.Signer
 
 	mu   sync.Mutex
-	seen map[string]bool // layers that were found in a repository, by repository and digest
+	seen map[string]bool // REPOSITORY@DIGEST of each layer that was found in its repository
 }
 
 // Published returns the digest of a cell's artifact if every destination has the artifact. Each
@@ -89,16 +89,16 @@ func (p *Destinations) has(ctx context.Context, repo *registry.Repository, diges
 		return err
 	}
 	for _, l := range content.Layers { // a registry may have lost a layer although it has the manifest
-		if err := p.layer(ctx, repo, l); err != nil {
+		if err := p.checkLayer(ctx, repo, l); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// layer returns an error if a repository does not have a layer. Many artifacts share a layer, so
-// layer asks a repository only once for each digest.
-func (p *Destinations) layer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
+// checkLayer returns an error if a repository does not have a layer. Many artifacts share a layer, so checkLayer asks a
+// repository only once for each digest.
+func (p *Destinations) checkLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
 	name := repo.Name() + "@" + l.Digest
 	p.mu.Lock()
 	seen := p.seen[name]

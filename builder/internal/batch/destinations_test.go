@@ -72,7 +72,7 @@ func TestPublished(t *testing.T) {
 		buckets []*tarball.Bucket
 		cell    plan.Cell
 		want    string
-		kind    fault.Kind // Usage means no error
+		kind    fault.Kind // kind of the error; Usage means that there is none
 	}{
 		{"one place", repos{mine}, nil, here, s.Digest, fault.Usage},
 		{"two places", repos{mine, layout}, nil, here, s.Digest, fault.Usage},
@@ -155,8 +155,8 @@ func (f facts) Fact(kind, key string) ([]byte, bool) {
 	return v, ok
 }
 
-// A stored failure is found for the same inputs under any BUILD_ID. It is not found if one of the
-// inputs changes.
+// Find finds a stored failure for the same inputs, whatever their BUILD_ID is. It does not find the failure if an input
+// has changed.
 func TestMemory(t *testing.T) {
 	t.Parallel()
 	cos := func(build string) files {
@@ -192,7 +192,7 @@ func TestMemory(t *testing.T) {
 		&batch.FailureStore{Facts: cache, Kernels: kernels, Drivers: drivers, Version: "2"}, c)
 	forgotten("other settings",
 		&batch.FailureStore{Facts: cache, Kernels: kernels, Drivers: drivers, Version: "1", Settings: "signed"}, c)
-	// New or other signatures lead to a new attempt.
+	// If the bucket has new or other signatures, Find does not find the failure.
 	signed := &batch.FailureStore{Facts: facts{}, Kernels: kernels, Drivers: drivers, Version: "1",
 		Signatures: func(k target.Kernel, version string) []string {
 			return []string{k.BuildID + "/" + version + ".tgz"}

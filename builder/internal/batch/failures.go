@@ -22,9 +22,8 @@ type facts interface {
 	Fact(kind, key string) ([]byte, bool)
 }
 
-// small is the part of a bucket that FailureStore needs. ReadSmall reads an object of at most limit
-// bytes.
-type small interface {
+// smallReader is the part of a bucket that FailureStore needs. ReadSmall reads an object of at most limit bytes.
+type smallReader interface {
 	ReadSmall(ctx context.Context, name string, limit int64) ([]byte, error)
 }
 
@@ -40,20 +39,20 @@ const (
 // if the builder's version, [compile.Recipe], a setting or an input has changed.
 type FailureStore struct {
 	Facts            facts
-	Kernels, Drivers small
+	Kernels, Drivers smallReader
 	// Version is the version of this program.
 	Version string
-	// BTF says that the modules get BTF. Then the key also covers vmlinux, because a build with BTF
-	// reads the kernel's types from vmlinux.
+	// BTF is true if the modules get BTF. Then the key also covers vmlinux, because a build with BTF reads the kernel's
+	// types from vmlinux.
 	BTF bool
 	// Settings is a text with all settings that can decide whether a build fails. The key covers
 	// Settings, because a failed cell may succeed with other settings.
 	Settings string
-	// Signatures names the objects in the kernel bucket that may hold signatures for a driver's
-	// modules; nil means none. These objects may appear later and may be replaced, so the key
-	// covers their checksums.
+	// Signatures returns the names of the objects in the kernel bucket that may have signatures for a driver's modules.
+	// With nil, there are no such objects. These objects may appear later and may be replaced, so the key covers their
+	// checksums.
 	Signatures func(k target.Kernel, version string) []string
-	// Forget makes Find return nothing. Remember still stores failures.
+	// If Forget is true, Find finds no failure. Remember still stores failures.
 	Forget bool
 }
 
@@ -63,7 +62,7 @@ func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
 	h := sha256.New()
 	fmt.Fprintf(h, "%s\n%s\n%q\n%s\n%s\n", m.Version, compile.Recipe, m.Settings, c.Driver, c.Kernel.Arch)
 	type object struct {
-		from small
+		from smallReader
 		name string
 	}
 	parts := []object{
@@ -113,8 +112,7 @@ func (m *FailureStore) Find(ctx context.Context, c plan.Cell) (Failure, bool) {
 	return f, true
 }
 
-// Remember stores a failure. If key finds no key for the cell, Remember stores nothing and returns
-// nil.
+// Remember stores a failure. If the cell has no key, Remember stores nothing and returns nil.
 func (m *FailureStore) Remember(ctx context.Context, c plan.Cell, f Failure) error {
 	key := m.key(ctx, c)
 	if key == "" {

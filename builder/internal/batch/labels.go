@@ -57,21 +57,21 @@ func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string,
 	_ = group.Wait() // no error: the functions above return nil
 	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
 	if len(errs) > 0 {
-		return fmt.Errorf("label drivers: %d of %d kernels have an error; the first error: %w", len(errs), len(kernels),
-			errs[0])
+		return fmt.Errorf("set the labels of drivers: %d of %d kernels have an error; the first error: %w", len(errs),
+			len(kernels), errs[0])
 	}
 	return nil
 }
 
 func (p *Destinations) label(ctx context.Context, k target.Kernel, declared map[string]string, builder string,
 	cos lister) (notes []string, err error) {
-	said, err := tarball.COSLabels(ctx, cos, k)
+	fromCOS, err := tarball.COSLabels(ctx, cos, k)
 	if err != nil {
-		return nil, fmt.Errorf("label drivers for %s: %w", k, err)
+		return nil, fmt.Errorf("set the labels of drivers for %s: %w", k, err)
 	}
 	for _, b := range p.Buckets {
 		got, err := tarball.SetLabels(ctx, b, tarball.Labelling{
-			Kernel: k, Builder: builder, Declared: declared, FromCOS: said, Complete: true, Signer: p.Signer,
+			Kernel: k, Builder: builder, Declared: declared, FromCOS: fromCOS, Complete: true, Signer: p.Signer,
 			Verifier: p.Verifier,
 		})
 		if err != nil {
@@ -79,7 +79,7 @@ func (p *Destinations) label(ctx context.Context, k target.Kernel, declared map[
 		}
 		for _, label := range got.Absent {
 			notes = append(notes, fmt.Sprintf("label %s for %s stays as it was: %s is not published in %s", label, k,
-				cmp.Or(declared[label], "the version that COS names"), got.URL))
+				cmp.Or(declared[label], "the version that has this label at COS"), got.URL))
 		}
 	}
 	return notes, nil

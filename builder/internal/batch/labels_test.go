@@ -19,11 +19,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// says is a fake COS release bucket. It maps a BUILD_ID to the driver version with the label DEFAULT. The version
+// fakeCOS is a fake COS release bucket. It maps a BUILD_ID to the driver version with the label DEFAULT. The version
 // "down" stands for a bucket that does not answer.
-type says map[string]string
+type fakeCOS map[string]string
 
-func (s says) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {
+func (s fakeCOS) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {
 	switch version := s[k.BuildID]; version {
 	case "":
 		return cosbucket.DriverList{}, fault.New(fault.InputMissing, "no list", "")
@@ -87,7 +87,7 @@ func TestLabel(t *testing.T) {
 		slices.Sort(all)
 		return all
 	}
-	cos := says{"17800.0.2": driver.Version, "17800.0.3": "down", "17800.0.4": driver.Version}
+	cos := fakeCOS{"17800.0.2": driver.Version, "17800.0.3": "down", "17800.0.4": driver.Version}
 	for _, row := range []struct {
 		name  string
 		cells []plan.Cell

@@ -13,9 +13,9 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestOrder checks the order in which several workers start cells. A cell waits while a running cell
-// is the first one with the same kernel or driver, as long as another cell can start. Each step
-// first ends the running cell that it names, if any, and then starts a cell.
+// TestOrder checks the order in which several workers start cells. A cell waits while a running cell is the first one
+// with the same kernel or driver, as long as another cell can start. Each step first ends the running cell in its field
+// end, if there is one, and then starts a cell.
 func TestOrder(t *testing.T) {
 	t.Parallel()
 	p := &plan.Plan{}
@@ -30,8 +30,8 @@ func TestOrder(t *testing.T) {
 	f := newRunner(Config{Attempts: 1}, p)
 	for _, j := range f.jobs {
 		family, _, _ := strings.Cut(j.Cell.Kernel.BuildID, ".") // 1.0.1 and 1.0.2 have one fingerprint
-		j.kernel.here, j.kernel.fingerprint = true, target.Fingerprint(family)
-		j.driver.here, j.driver.flavours = true, []target.Flavour{target.Open}
+		j.kernel.arrived, j.kernel.fingerprint = true, target.Fingerprint(family)
+		j.driver.arrived, j.driver.flavours = true, []target.Flavour{target.Open}
 	}
 	byName := map[string]*job{}
 	name := func(j *job) string { return j.Cell.Kernel.BuildID + " " + j.Cell.Driver.Version }
@@ -49,7 +49,7 @@ func TestOrder(t *testing.T) {
 		{"2.0.1 5.1", "1.0.2 6.1"},
 	} {
 		if j := byName[step.end]; j != nil {
-			f.made(t.Context(), j, &pipeline.Result{}, nil, time.Second)
+			f.endAttempt(t.Context(), j, &pipeline.Result{}, nil, time.Second)
 		}
 		got, _, _ := f.pick(time.Now())
 		if got == nil {
@@ -76,13 +76,13 @@ func TestLateTwin(t *testing.T) {
 	}
 	f := newRunner(Config{Attempts: 1}, &plan.Plan{Cells: []plan.Cell{cell("1.0.1"), cell("1.0.2")}})
 	first, twin := f.jobs[0], f.jobs[1]
-	f.arrived(t.Context(), first.driver, func() { first.driver.flavours = []target.Flavour{target.Open} }, nil)
-	f.arrived(t.Context(), first.kernel, func() { first.kernel.fingerprint = "1" }, nil)
+	f.endFetch(t.Context(), first.driver, func() { first.driver.flavours = []target.Flavour{target.Open} }, nil)
+	f.endFetch(t.Context(), first.kernel, func() { first.kernel.fingerprint = "1" }, nil)
 	if j, _, _ := f.pick(time.Now()); j != first {
 		t.Fatalf("pick = %v; want the first", j)
 	}
-	f.made(t.Context(), first, nil, errBreak, time.Second)
-	f.arrived(t.Context(), twin.kernel, func() { twin.kernel.fingerprint = "1" }, nil)
+	f.endAttempt(t.Context(), first, nil, errBreak, time.Second)
+	f.endFetch(t.Context(), twin.kernel, func() { twin.kernel.fingerprint = "1" }, nil)
 	if twin.State != Failed || twin.Like != "1.0.1/lakitu" || twin.Attempts != 0 {
 		t.Errorf("twin is %s, like %q, %d attempts; want it failed like the first", twin.State, twin.Like, twin.Attempts)
 	}
@@ -118,20 +118,20 @@ func TestNothingIsBegunMeanwhile(t *testing.T) {
 		}
 		f = newRunner(Config{Attempts: 1}, &plan.Plan{Cells: cells})
 		for _, j := range f.jobs {
-			j.kernel.here, j.kernel.fingerprint, j.driver.here, j.driver.flavours =
+			j.kernel.arrived, j.kernel.fingerprint, j.driver.arrived, j.driver.flavours =
 				true, "1", true, []target.Flavour{target.Open}
 		}
 		first, twin := f.jobs[0], f.jobs[1]
 		first.running = true
 		woken, looked := f.changed, make(chan struct{})
-		f.eventMu.Lock() // made cannot send its event before look has run
+		f.eventMu.Lock() // endAttempt cannot send its event before look has run
 		go func() {
 			defer close(looked)
 			<-woken
 			look()
 			f.eventMu.Unlock()
 		}()
-		f.made(t.Context(), first, &pipeline.Result{Digest: "sha256:1"}, row.err, time.Second)
+		f.endAttempt(t.Context(), first, &pipeline.Result{Digest: "sha256:1"}, row.err, time.Second)
 		<-looked
 		var want []string
 		if row.twin {

@@ -33,16 +33,16 @@ type Job struct {
 	Index int       `json:"-"`
 	Cell  plan.Cell `json:"cell"`
 	State State     `json:"state"`
-	// Digest names the artifact of a published cell.
+	// Digest is the manifest digest of the artifact, if the cell is published.
 	Digest   string   `json:"digest,omitempty"`
 	Attempts int      `json:"attempts,omitempty"`
 	Seconds  float64  `json:"seconds"`
 	Failure  *Failure `json:"failure,omitempty"`
-	// Known says that the failure comes from the FailureStore: an earlier run with the same inputs
-	// failed in this way.
+	// Known is true if the failure comes from the FailureStore: an earlier run with the same inputs failed in this way.
 	Known bool `json:"known,omitempty"`
-	// Like names the kernel whose cell failed first, if this cell failed without an attempt of its
-	// own. Both kernels have the same fingerprint, so this cell would fail in the same way.
+	// Like is set if this cell failed without an attempt of its own, because another cell of the same build failed before.
+	// Like is the kernel of that other cell. Both kernels have the same fingerprint, so this cell would fail in the same
+	// way.
 	Like   string           `json:"like,omitempty"`
 	Log    string           `json:"log,omitempty"`
 	Phases []timeline.Phase `json:"phases,omitempty"`
@@ -68,7 +68,7 @@ type Event struct {
 	Phase       timeline.Event // only for Phase
 	Failure     *Failure       // only for Again and Note
 	Text        string         // only for Fetch
-	Done, Total int            // the number of cells that have a state, and of all cells
+	Done, Total int            // the number of cells that have a state, and the number of all cells
 }
 
 // Count is the number of failed cells of one class.
@@ -81,7 +81,7 @@ type Count struct {
 // Report is the result of a run.
 type Report struct {
 	Jobs []*Job `json:"cells"`
-	// States counts the cells by state. Failures counts the failed ones by class.
+	// States has the number of cells in each state. Failures has the number of failed cells of each class.
 	States   map[State]int `json:"states"`
 	Failures []Count       `json:"failures,omitempty"`
 	Notes    []string      `json:"notes,omitempty"`
@@ -113,9 +113,6 @@ func (f *runner) report(p *plan.Plan) *Report {
 	slices.SortStableFunc(r.Failures, func(a, b Count) int { return a.Class.ExitCode() - b.Class.ExitCode() })
 	return r
 }
-
-// several is the class of a run whose cells failed with more than one class.
-const several = fault.Several
 
 // Err returns nil if no cell failed. Failed early warnings do not count. If all failures have one
 // class, the error has this class as its kind. If the classes differ, the kind is fault.Several. If
@@ -150,7 +147,8 @@ func (r *Report) Err() error {
 		}
 		text += k.String()
 	}
-	return fault.Wrap(several, fmt.Errorf("%d of %d cells failed in several ways: %s", failed, len(r.Jobs), text), hint)
+	return fault.Wrap(fault.Several,
+		fmt.Errorf("%d of %d cells failed in several ways: %s", failed, len(r.Jobs), text), hint)
 }
 
 // Early returns the number of failed early warnings.

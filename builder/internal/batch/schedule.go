@@ -18,10 +18,11 @@ import (
 
 // input is a kernel or a driver release that several cells need.
 type input struct {
-	claimed, here bool
-	err           error
-	fingerprint   target.Fingerprint // set for a kernel
-	flavours      []target.Flavour   // set for a driver
+	claimed     bool // a fetch of the input has started
+	arrived     bool // the fetch has ended; err is its error
+	err         error
+	fingerprint target.Fingerprint // set for a kernel
+	flavours    []target.Flavour   // set for a driver
 }
 
 // job is the runner's state of one cell.
@@ -46,7 +47,7 @@ func (j *job) buildKey() buildKey { return buildKey{j.kernel.fingerprint, j.Cell
 // ready reports whether the cell can be built: both inputs arrived without an error, and the driver
 // has the cell's flavour. The caller holds runner.mu.
 func (j *job) ready() bool {
-	return j.kernel.here && j.driver.here && j.kernel.err == nil && j.driver.err == nil &&
+	return j.kernel.arrived && j.driver.arrived && j.kernel.err == nil && j.driver.err == nil &&
 		slices.Contains(j.driver.flavours, j.Cell.Driver.Flavour)
 }
 
@@ -114,14 +115,14 @@ func (f *runner) claim(in *input) *input {
 	return in
 }
 
-// arrived records the end of a fetch. keep stores what the fetch returned. arrived also gives a
-// final state to the cells that now cannot be built: the fetch of their input failed, their driver
-// lacks the flavour, or another cell of the same build has failed.
-func (f *runner) arrived(ctx context.Context, in *input, keep func(), err error) {
+// endFetch records the end of a fetch. The function keep stores what the fetch returned. endFetch also gives a final
+// state to each cell that cannot be built any more. There are three reasons: the fetch of the cell's input failed, the
+// driver lacks the flavour, or another cell of the same build has failed.
+func (f *runner) endFetch(ctx context.Context, in *input, keep func(), err error) {
 	f.mu.Lock()
-	in.here, in.err = true, err
+	in.arrived, in.err = true, err
 	keep()
-	var lost, lacking, twins []*job
+	var lost, lacking, same []*job
 	for _, j := range f.jobs {
 		switch {
 		case j.State != "" || j.kernel != in && j.driver != in:
@@ -130,12 +131,12 @@ func (f *runner) arrived(ctx context.Context, in *input, keep func(), err error)
 		case j.driver == in && !slices.Contains(in.flavours, j.Cell.Driver.Flavour):
 			lacking = append(lacking, j)
 		case j.kernel == in && f.failed[j.buildKey()] != nil:
-			twins = append(twins, j)
+			same = append(same, j)
 		}
 	}
 	f.wake()
 	f.mu.Unlock()
-	for _, j := range twins {
+	for _, j := range same {
 		f.failAlike(ctx, j)
 	}
 	for _, j := range lost {
@@ -145,15 +146,15 @@ func (f *runner) arrived(ctx context.Context, in *input, keep func(), err error)
 		lack := Failure{
 			Class: fault.Unsupported,
 			Error: fmt.Sprintf("driver %s: the release has no %s modules", j.Cell.Driver.Version, j.Cell.Driver.Flavour),
-			Hint:  "name another flavour of this driver in the wish list or with --flavour", Lacking: true,
+			Hint:  "choose another flavour of this driver, in the wish list or with --flavour", Lacking: true,
 		}
 		f.remember(ctx, j, lack)
 		f.finish(j, stateOf(j.Cell, lack), &lack)
 	}
 }
 
-// fetched records that no further input will arrive.
-func (f *runner) fetched() {
+// endFetches records that no further input will arrive.
+func (f *runner) endFetches() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.ended = true
@@ -252,9 +253,9 @@ func (f *runner) cost(j *job, busy map[any]bool) int {
 	return cost
 }
 
-// made records the outcome of one attempt. It changes everything under one lock. Otherwise another
-// worker could start the cell again, or another cell of the same build.
-func (f *runner) made(ctx context.Context, j *job, res *pipeline.Result, err error, took time.Duration) {
+// endAttempt records the outcome of one attempt. It makes all changes under one lock. Otherwise another worker could
+// start the same cell again between two changes, or another cell of the same build.
+func (f *runner) endAttempt(ctx context.Context, j *job, res *pipeline.Result, err error, took time.Duration) {
 	f.mu.Lock()
 	j.running = false
 	j.Seconds += took.Seconds()
@@ -285,13 +286,13 @@ func (f *runner) made(ctx context.Context, j *job, res *pipeline.Result, err err
 		return
 	}
 	f.put(j, stateOf(j.Cell, known), &known)
-	var twins []*job
+	var same []*job
 	if Permanent(kind, res) {
 		key := j.buildKey()
 		f.failed[key] = j
 		for _, other := range f.jobs {
-			if other.State == "" && !other.running && other.kernel.here && other.buildKey() == key {
-				twins = append(twins, other)
+			if other.State == "" && !other.running && other.kernel.arrived && other.buildKey() == key {
+				same = append(same, other)
 			}
 		}
 	}
@@ -300,12 +301,12 @@ func (f *runner) made(ctx context.Context, j *job, res *pipeline.Result, err err
 	if Permanent(kind, res) {
 		f.remember(ctx, j, known)
 	}
-	for _, twin := range twins {
+	for _, twin := range same {
 		f.failAlike(ctx, twin)
 	}
 }
 
-// failAlike gives a cell the failure of another cell of the same build, the one that failed first.
+// failAlike gives a cell the failure of the cell of the same build that failed first.
 func (f *runner) failAlike(ctx context.Context, twin *job) {
 	f.mu.Lock()
 	first := f.failed[twin.buildKey()]
@@ -326,9 +327,9 @@ func (f *runner) remember(ctx context.Context, j *job, known Failure) {
 	}
 }
 
-// stateOf returns the state for a failure. If the release does not have the flavour, the state
-// depends on the place in the wish list that named the flavour. The cell is Failed if its own wish
-// named the flavour. The cell is Unavailable if the flavour comes from the general list of flavours.
+// stateOf returns the state of a cell that ended with this failure. If the driver's release does not have the flavour,
+// the state depends on the wish list. The cell is Failed if the flavour is in its own wish. The cell is Unavailable if
+// the flavour is only in the general list of flavours.
 func stateOf(c plan.Cell, known Failure) State {
 	switch {
 	case known.Class == fault.Cancelled:

@@ -88,7 +88,7 @@ func number(file string) (uint64, bool) {
 }
 
 // inactiveFile reads inactive_file of a control group's memory.stat, in bytes (cgroup-v2.rst of the kernel's
-// documentation). It returns 0 if the kernel does not report it.
+// documentation). If the kernel does not report this value, inactiveFile returns 0.
 func inactiveFile(file string) uint64 {
 	text, err := os.ReadFile(file)
 	if err != nil {

@@ -25,7 +25,7 @@ import (
 
 // insideAsk is the work folder of a conftest question inside the question's sandbox. A question is
 // one call of the driver's conftest.sh. Each question has its own work folder, its own /tmp and its
-// own folder of compiler faults (see guard.go). It can write to nothing else.
+// own folder of compiler faults (see guard.go). A question can write to nothing else.
 const insideAsk = "/prebake/ask"
 
 // Limits in bytes for an answer, for the plan and for one file of the folder conftest/.
@@ -35,16 +35,16 @@ const (
 	maxHeader = 4 << 20
 )
 
-// errUseMake says that this package cannot answer conftest's questions before make asks them. The
+// errUseMake means that this package cannot answer conftest's questions before make asks them. The
 // wrapping error gives the reason. The build continues without stored answers: make runs conftest
 // itself, which takes longer.
-var errUseMake = errors.New("conftest is left to make")
+var errUseMake = errors.New("make has to run conftest itself")
 
-// answers answers conftest's questions before make asks them. If the conftest cache has the answer
+// answerer answers conftest's questions before make asks them. If the conftest cache has the answer
 // to the same question for an equal view (see view.go), no test runs. Otherwise the test runs in its
 // own sandbox. The sandbox shows only files that the key of the answer covers, so a stored answer
 // cannot depend on anything else.
-type answers struct {
+type answerer struct {
 	*build
 	view   *view
 	box    sandbox.Config    // make's sandbox without the sources; the view's replacements cover the masked files
@@ -53,14 +53,14 @@ type answers struct {
 	plan   *conftest.Plan
 	keyer  *conftest.Keyer
 	stored conftest.Answers
-	// present is the text of conftest/headers.h; it is empty until the header questions are
-	// answered. wrapperDir holds the compiler wrapper that uses precompiled headers.
+	// present is the text of conftest/headers.h; it is empty until the questions about headers have
+	// answers. wrapperDir is the folder with the compiler wrapper that uses precompiled headers.
 	present, wrapperDir string
 }
 
-// answers writes conftest's answers into the staged sources. If the error wraps errUseMake, the
-// staged sources are unchanged.
-func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
+// answerQuestions writes conftest's answers into the staged sources. If it returns an error that
+// wraps errUseMake, it has not changed the staged sources.
+func (b *build) answerQuestions(ctx context.Context, v *view) (*answerer, error) {
 	text, err := readHost(filepath.Join(b.src, "conftest.sh"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w: the driver has no conftest.sh", errUseMake)
@@ -71,12 +71,12 @@ func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
-	// The mode patch_check of conftest.sh prints macros that patch files define. No cache key
+	// The mode patch_check of conftest.sh prints macros that are defined in patch files. No cache key
 	// covers the patch files.
 	if found, err := fs.Glob(hostFS(b.src), "patch-*.h"); err != nil || len(found) > 0 {
 		return nil, fmt.Errorf("%w: the sources contain patch files (patch-*.h)", errUseMake)
 	}
-	a := &answers{build: b, view: v, script: script, files: map[string]string{}}
+	a := &answerer{build: b, view: v, script: script, files: map[string]string{}}
 	a.box = b.box
 	a.box.Binds = slices.DeleteFunc(slices.Clone(b.box.Binds), func(bind sandbox.Bind) bool { return bind.Writable })
 	masks, err := v.binds(filepath.Join(b.r.WorkDir, "masks"))
@@ -108,10 +108,10 @@ func readStored(cache *cas.Cache, key string) (conftest.Answers, error) {
 }
 
 // findPlan returns the plan: the list of the questions that the driver's makefiles ask conftest. If
-// the cache has no plan, findPlan runs make. make runs the driver's sanity checks and writes the
-// plan. The cache key covers everything that decides the plan: the makefiles and scripts of the
-// driver and of the kernel.
-func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
+// the cache does not have the plan yet, findPlan runs make, which runs the driver's sanity checks
+// and writes the plan. The cache key covers everything that decides the plan: the makefiles and
+// scripts of the driver and of the kernel.
+func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	args := slices.Clone(a.args)
 	for i, arg := range args {
 		if strings.HasPrefix(arg, "KERNEL_UNAME=") {
@@ -174,15 +174,16 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	if plan.Sources != insideKernel || plan.Output != insideKernel {
-		return nil, fmt.Errorf("%w: conftest.sh reads headers in %s and %s; want only %s", errUseMake, plan.Sources,
-			plan.Output, insideKernel)
+		return nil, fmt.Errorf("%w: the plan has source folder %s and output folder %s of the kernel; want %s for both",
+			errUseMake, plan.Sources, plan.Output, insideKernel)
 	}
 	return plan, a.r.Cache.PutFact("conftest-plan-2", key, text)
 }
 
-// noPlan returns the error for a missing plan. If a sanity check failed, the driver refuses the
-// kernel, and noPlan returns the error of make. In any other case the error wraps errUseMake.
-func (a *answers) noPlan(err error, said string) error {
+// noPlan returns the error for a missing plan. If one of the driver's sanity checks failed, the
+// driver refuses the kernel, and noPlan returns make's error err unchanged. In any other case the
+// error wraps errUseMake.
+func (a *answerer) noPlan(err error, said string) error {
 	var f findings
 	for line := range strings.Lines(said) {
 		f.read(strings.TrimRight(line, "\r\n"))
@@ -191,7 +192,7 @@ func (a *answers) noPlan(err error, said string) error {
 		fmt.Fprint(a.watch, said)
 		return err // [diagnose] reads this error together with the findings of the watch
 	}
-	return fmt.Errorf("%w: make printed no plan: %s", errUseMake, f.lastLine)
+	return fmt.Errorf("%w: make wrote no plan; the last line of its output: %s", errUseMake, f.lastLine)
 }
 
 func appendTo(file, text string) error {
@@ -209,14 +210,14 @@ type question struct {
 	headers   string   // the part of conftest/headers.h that the test may see
 	// header is the precompiled header that the question's program begins with; nil means none.
 	// lines are the program's first lines after the lines that the script puts before every
-	// program. The last line includes the last file of the precompiled header.
+	// program. The last of them is the include line for the precompiled header's last file.
 	header *sharedHeader
 	lines  []string
 }
 
 // find returns the files of the folder conftest/. It runs the tests without a stored answer and
 // stores their answers.
-func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
+func (a *answerer) find(ctx context.Context) ([]conftest.File, error) {
 	known, flags := len(a.stored), a.keyer.Flags()
 	a.watch.expect.conftest = max(1, len(a.plan.Headers)) + len(a.plan.All())
 	var about []question
@@ -229,7 +230,7 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 	}
 	if len(a.plan.Headers) == 0 {
 		if a.script.OneHeader() {
-			return nil, fmt.Errorf("%w: the plan names no header", errUseMake)
+			return nil, fmt.Errorf("%w: the plan has no header", errUseMake)
 		}
 		about = []question{{key: a.keyer.HeaderKey(""), argv: []string{conftest.ModeHeaders, flags}}}
 	}
@@ -273,7 +274,7 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 
 // ask returns the answer to each question, by the question's name. If a question has no stored
 // answer, ask runs the question's test and adds the answer to a.stored.
-func (a *answers) ask(ctx context.Context, about []question) (map[string]string, error) {
+func (a *answerer) ask(ctx context.Context, about []question) (map[string]string, error) {
 	found, asked := map[string]string{}, map[string]bool{}
 	var open []question
 	for _, q := range about {
@@ -294,12 +295,12 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 	if err := a.writeWrapper(a.wrapperDir, headerScript); err != nil {
 		return nil, err
 	}
-	var mu sync.Mutex // guards the watch, both maps and sharedHeader.left
+	var mu sync.Mutex // guards the watch, the maps found and a.stored, and sharedHeader.left
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(a.r.Jobs)
 	answer := func(q question, dir string) error {
 		if q.header != nil {
-			if err := q.header.make(gctx, a); err != nil {
+			if err := q.header.ensure(gctx, a); err != nil {
 				return err
 			}
 		}
@@ -313,12 +314,12 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 			fmt.Fprintf(a.watch, " CONFTEST: %s\n", q.name)
 		}
 		found[q.name], a.stored[q.key] = text, text
-		return q.header.asked()
+		return q.header.countAnswer()
 	}
 	for i, next := range schedule(open) {
 		g.Go(func() error {
 			if next.header != nil {
-				return next.header.make(gctx, a)
+				return next.header.ensure(gctx, a)
 			}
 			return answer(next.question, filepath.Join(dir, strconv.Itoa(i)))
 		})
@@ -328,7 +329,7 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 
 // askOne runs the driver's conftest.sh for one question in its own sandbox and returns what the
 // script printed.
-func (a *answers) askOne(ctx context.Context, q question, dir string) (text string, err error) {
+func (a *answerer) askOne(ctx context.Context, q question, dir string) (text string, err error) {
 	script, err := a.script.Question(q.test)
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errUseMake, err)
@@ -358,20 +359,20 @@ func (a *answers) askOne(ctx context.Context, q question, dir string) (text stri
 	}
 	var exit *sandbox.ExitError
 	if errors.As(err, &exit) && !exit.Killed() {
-		return "", fmt.Errorf("%w: %s: %w: %.200q", errUseMake, q.name, err, said.String())
+		return "", fmt.Errorf("%w: run conftest.sh for %s: %w; its output: %.200q", errUseMake, q.name, err, said.String())
 	} else if err != nil {
 		return "", diagnose(err, findings{})
 	}
 	raw, err := untrusted.ReadFile(work, "answer", maxAnswer)
 	if err != nil {
-		return "", fmt.Errorf("%w: %s: %w", errUseMake, q.name, err)
+		return "", fmt.Errorf("%w: read the answer of conftest.sh for %s: %w", errUseMake, q.name, err)
 	}
 	return string(raw), os.RemoveAll(dir)
 }
 
-// release returns the answer to the question uts_release with the kernel's release in place of the
-// masked string.
-func (a *answers) release(answer string) (string, error) {
+// release puts the kernel's release into the answer to the question uts_release, in place of the
+// masked string. It returns the new answer.
+func (a *answerer) release(answer string) (string, error) {
 	text, err := readHost(filepath.Join(a.r.Headers, "include/generated/utsrelease.h"))
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errUseMake, err)
@@ -387,11 +388,11 @@ func (a *answers) release(answer string) (string, error) {
 //go:embed conftest.sh
 var answeredScript string
 
-// write writes the files of the folder conftest/. make compares file times, so write creates each
-// file after the files on which the makefiles let it depend. write also replaces the driver's
-// conftest.sh by a script that only prints the stored answers. So no code of the driver's conftest.sh
-// runs in make's sandbox.
-func (a *answers) write(files []conftest.File) error {
+// write writes the files of the folder conftest/. In the makefiles some of these files depend on
+// others, and make compares their times. So write creates each file after the files on which it
+// depends. It also replaces the driver's conftest.sh by a script that only prints the stored answers.
+// So no code of the driver's conftest.sh runs in make's sandbox.
+func (a *answerer) write(files []conftest.File) error {
 	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@",
 		insideSource+"/conftest/uts_release").Replace(answeredScript)
 	if err := os.WriteFile(filepath.Join(a.src, "conftest.sh"), []byte(script), 0o644); err != nil {
@@ -408,7 +409,7 @@ func (a *answers) write(files []conftest.File) error {
 
 // unchanged reports whether the files of the folder conftest/ still have the content that write gave
 // them.
-func (a *answers) unchanged(left *untrusted.Dir) bool {
+func (a *answerer) unchanged(left *untrusted.Dir) bool {
 	for name, text := range a.files {
 		if now, err := left.Read("conftest/"+name, maxHeader); err != nil || string(now) != text {
 			return false

@@ -1,9 +1,10 @@
 #!/bin/sh
 # begin.sh runs in place of the compiler while conftest runs a test. It uses the
-# precompiled header if the test's program begins with the headers in it, and the
-# compiler gets the flags with which it was made. It compiles every other program in the
-# normal way. It also does so if the compiler cannot read the precompiled header,
-# because that error says nothing about the program.
+# precompiled header on two conditions: the test's program begins with the headers in it,
+# and the compiler gets the same flags as when the precompiled header was made. It
+# compiles every other program in the normal way. If the compiler cannot read the
+# precompiled header, begin.sh compiles the program in the normal way too, because that
+# error says nothing about the program.
 src=
 for arg; do
 	case $arg in conftest*.c) src=$arg ;; esac

@@ -9,7 +9,8 @@ for arg; do
 done
 [ -n "$src" ] || exec @COMPILER@ "$@"
 printf '%s\n' "$@" | sed "s/^$src\$/conftest.c/" >@BEGIN@/flags
-# Each test has its own conftest/headers.h, so text.h gets its content, not the include.
+# Each test has its own conftest/headers.h, so text.h must not include that file: it gets
+# the file's content in place of the #include line.
 sed -e '/^[[:space:]]*#include "conftest\/headers.h"/{' -e 'r conftest/headers.h' -e 'd' -e '}' "$src" >@BEGIN@/text.h
 sed -e 's/^[[:space:]]*//' -e '/^$/d' "$src" >@BEGIN@/program
 left=$#

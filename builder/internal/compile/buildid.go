@@ -7,10 +7,11 @@ import (
 )
 
 // setBuildID replaces the build id of a stripped module by a digest of the module's own bytes. If
-// debug names a file, that file gets the same build id. A module without a build id stays unchanged.
+// debug is not "", it is the path of the unstripped module, which gets the same build id. A module
+// without a build id stays unchanged.
 //
-// The linker's build id would depend on the debug sections too. Then two builds of one module, with
-// and without debug information, would give stripped modules that differ in the build id only.
+// The linker's build id depends on the debug sections too. With it, a build with debug information
+// and a build without would give stripped modules that differ in the build id only.
 func setBuildID(stripped, debug string) error {
 	text, err := readHost(stripped)
 	if err != nil {
@@ -33,7 +34,8 @@ func setBuildID(stripped, debug string) error {
 		return err
 	}
 	if other != size {
-		return fmt.Errorf("%s: its build id has %d bytes; the build id of the stripped file has %d", debug, other, size)
+		return fmt.Errorf("set build id of %s: its build id has %d bytes; the build id of the stripped module has %d",
+			debug, other, size)
 	}
 	return writeAt(debug, id, at)
 }
@@ -46,8 +48,9 @@ func writeAt(path string, data []byte, at int64) error {
 }
 
 // findBuildID returns the offset and the size in bytes of the GNU build id in an ELF file. size is
-// 0 if the file has no build id. The note's layout is the one of the ELF specification: name size,
-// content size and type as 4-byte numbers, then the name; NT_GNU_BUILD_ID is type 3.
+// 0 if the file has no build id. The build id is in a note. The ELF specification gives a note's
+// layout: three numbers of 4 bytes (size of the name, size of the content, type), then the name, then
+// the content. NT_GNU_BUILD_ID is type 3.
 func findBuildID(path string) (at, size int64, err error) {
 	f, err := openHostELF(path)
 	if err != nil {

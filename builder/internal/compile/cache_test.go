@@ -17,9 +17,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// asking returns a request like toy's. Its driver has a conftest.sh with tests, and its kernel has
+// toyWithTests returns a request like toy's. Its driver has a conftest.sh with tests, and its kernel has
 // the headers that the tests read.
-func asking(t *testing.T) compile.Request {
+func toyWithTests(t *testing.T) compile.Request {
 	t.Helper()
 	r := toy(t)
 	if err := os.Symlink("/usr/bin/ld", filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-ld")); err != nil {
@@ -36,8 +36,8 @@ func headers(t *testing.T, dir, release, crc string) {
 	write(t, dir, testdriver.Headers(release, crc))
 }
 
-// made compiles, and returns the module's bytes and the notes of the phases.
-func made(t *testing.T, r compile.Request) ([]byte, string) {
+// compileModule compiles, and returns the module's bytes and the notes of the phases.
+func compileModule(t *testing.T, r compile.Request) ([]byte, string) {
 	t.Helper()
 	var log bytes.Buffer
 	r.WorkDir, r.Log = t.TempDir(), &log
@@ -61,10 +61,10 @@ func made(t *testing.T, r compile.Request) ([]byte, string) {
 	return data, strings.Join(notes, "; ")
 }
 
-// A build with a cache makes the same module as one without, and it uses the stored results.
+// A build with a cache makes the same module as a build without a cache, and it uses the stored results.
 func TestCache(t *testing.T) {
 	t.Parallel()
-	r := asking(t)
+	r := toyWithTests(t)
 	dir := t.TempDir()
 	cache, err := cas.Open(dir)
 	if err != nil {
@@ -75,10 +75,10 @@ func TestCache(t *testing.T) {
 		t.Helper()
 		plain := r
 		plain.Cache, plain.Debug = nil, true
-		want, _ := made(t, plain)
+		want, _ := compileModule(t, plain)
 		cached := r
 		cached.Cache = cache
-		got, said := made(t, cached)
+		got, said := compileModule(t, cached)
 		if !bytes.Equal(got, want) {
 			t.Errorf("%s: the module is not what make alone makes", what)
 		}
@@ -87,8 +87,8 @@ func TestCache(t *testing.T) {
 		}
 	}
 	step("empty cache", "6 tests; 2 files")
-	// Both files include the header with the release. version.c uses the release, so its object is
-	// never stored.
+	// Both source files include the header with the kernel's release. Only version.c uses the release,
+	// so the object of version.c is never stored.
 	const all, none = "6 tests, 6 remembered; 2 files, 1 reused", "6 tests; 2 files"
 	step("the same again", all)
 	headers(t, r.Headers, "6.1.0-56", "0x22222222")
@@ -101,7 +101,7 @@ func TestCache(t *testing.T) {
 	write(t, r.Source, map[string]string{"conftest.sh": strings.Replace(testdriver.Script, "return h->size",
 		"return h->length", 1)})
 	r.SourceDigest = "third source"
-	// nv.c does not name the macro whose question changed.
+	// nv.c does not contain the macro whose question changed.
 	step("driver with one other question", "6 tests, 5 remembered; 2 files, 1 reused")
 
 	write(t, r.Headers, map[string]string{"Module.symvers": "0x22222222\tb\tvmlinux\tEXPORT_SYMBOL\t\n"})
@@ -151,8 +151,8 @@ func TestCache(t *testing.T) {
 }
 
 // A compiler that is killed, or has no memory or disk space, says nothing about the kernel. Its
-// failure must not become an answer of conftest, whether this package or make asks the question. The
-// messages in the rows are the ones that gcc and clang print.
+// failure must not become an answer of conftest, neither if this package asks the question nor if make
+// does. gcc and clang print the messages in the rows.
 func TestTroubleIsNoAnswer(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
@@ -169,7 +169,7 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 		"crash":               {"kill -SEGV $$", fault.Internal},
 	} {
 		for _, remembers := range []bool{true, false} {
-			r := asking(t)
+			r := toyWithTests(t)
 			cache, err := cas.Open(t.TempDir())
 			if err != nil {
 				t.Fatal(err)
@@ -203,8 +203,8 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 // Several builds that share one cache folder do not disturb each other.
 func TestCacheShared(t *testing.T) {
 	t.Parallel()
-	r := asking(t)
-	want, _ := made(t, r)
+	r := toyWithTests(t)
+	want, _ := compileModule(t, r)
 	dir := t.TempDir()
 	g, ctx := errgroup.WithContext(t.Context())
 	for range 3 {
@@ -245,9 +245,9 @@ func TestOtherShapes(t *testing.T) {
 			"\nconftest/late.h: conftest/headers.h\n\t@$(NV_CONFTEST_CMD) compile_tests '$(NV_CONFTEST_CFLAGS)' symbol_late > "+
 				"$@\nnvidia.ko: $(OBJECTS) | conftest/late.h\n", 1)},
 	} {
-		r := asking(t)
+		r := toyWithTests(t)
 		write(t, r.Source, files)
-		want, _ := made(t, r)
+		want, _ := compileModule(t, r)
 		cache, err := cas.Open(t.TempDir())
 		if err != nil {
 			t.Fatal(err)
@@ -263,7 +263,7 @@ func TestOtherShapes(t *testing.T) {
 		if got, err := os.ReadFile(result.Modules["nvidia"]); err != nil || !bytes.Equal(got, want) {
 			t.Errorf("%s: another module than make's: %v", name, err)
 		}
-		if !strings.Contains(log.String(), "conftest is left to make") {
+		if !strings.Contains(log.String(), "make has to run conftest itself") {
 			t.Errorf("%s: the log does not say that make runs conftest\n%s", name, &log)
 		}
 	}
@@ -271,7 +271,7 @@ func TestOtherShapes(t *testing.T) {
 
 func TestCacheNeedsDigests(t *testing.T) {
 	t.Parallel()
-	r := asking(t)
+	r := toyWithTests(t)
 	cache, err := cas.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)

@@ -35,8 +35,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Recipe is the version of this package's way to make modules. Cache keys contain it. Raise the number with any
-// change that may change the bytes of a module.
+// Recipe is the version number of this package's code. Cache keys contain it. Raise the number with any change of the
+// code that may give a module other bytes.
 const Recipe = "compile-3"
 
 // Request describes one compilation. Source, Headers, Toolchain, Release, Arch and WorkDir are required.
@@ -47,9 +47,9 @@ type Request struct {
 	// Headers is the root of the kernel's header tree. Toolchain is the root of the unpacked toolchain archive. The
 	// sandbox shows both read-only.
 	Headers, Toolchain string
-	// Env is the content of COS's file toolchain_env: the names of CC, CXX and, optionally, LD, AR, NM, OBJCOPY,
-	// OBJDUMP and STRIP. If CC is missing, the toolchain's gcc compiles, or its clang if the kernel's configuration
-	// says CONFIG_CC_IS_CLANG.
+	// Env is the content of COS's file toolchain_env. It sets CC and CXX and may set LD, AR, NM, OBJCOPY, OBJDUMP and
+	// STRIP, each to a program's file name. If CC is missing, the toolchain's gcc compiles, or its clang if the kernel's
+	// configuration says CONFIG_CC_IS_CLANG.
 	Env map[string]string
 	// Release is `uname -r` of the kernel.
 	Release string
@@ -58,8 +58,8 @@ type Request struct {
 	Arch   target.Arch
 	// Jobs is make's -j; 0 means the number of CPUs. Jobs does not change the resulting bytes.
 	Jobs int
-	// Debug keeps the unstripped modules with debug information in Result.Debug. Debug does not change the stripped
-	// modules.
+	// If Debug is true, Result.Debug has the unstripped modules, with debug information. Debug does not change the
+	// stripped modules.
 	Debug bool
 	// BTF is the path of a file with the kernel's BTF, the description of its types. Each module gets BTF that
 	// extends the kernel's. "" means modules without BTF.
@@ -67,43 +67,43 @@ type Request struct {
 	// Cache stores conftest's answers and compiled objects, for this kernel and its sibling kernels. If Cache is nil,
 	// the build reuses nothing. Cache does not change the resulting bytes.
 	//
-	// A request with a Cache needs all four digests. HeaderDigest, ToolchainDigest and SourceDigest name the content
-	// of those folders; SourceDigest covers all flavours of Driver. HostDigest names the host's programs, see
-	// [sandbox.HostTools]. HeaderDigest need not cover compile.h and utsversion.h, because the sandbox hides the
-	// values in them.
+	// A request with a Cache needs all four digests. HeaderDigest is a digest of the content of Headers,
+	// ToolchainDigest of the content of Toolchain, and SourceDigest of the driver's sources in all flavours. HostDigest
+	// is a digest of the host's programs, see [sandbox.HostTools]. HeaderDigest need not cover compile.h and
+	// utsversion.h, because the sandbox hides the values in them.
 	Cache                                                   *cas.Cache
 	HeaderDigest, ToolchainDigest, SourceDigest, HostDigest string
-	// WorkDir is an empty folder on a disk with at least 1 GiB free. After the build it holds src/, out/, modules/
-	// and more. The caller removes it.
+	// WorkDir is an empty folder on a disk with at least 1 GiB free. After the build the folder contains src/, out/,
+	// modules/ and more. The caller removes the folder.
 	WorkDir string
 	// Log receives the whole output of the build; nil discards it.
 	Log io.Writer
-	// Progress receives counts while a phase runs; total is 0 if it is unknown. Progress may be nil. Calls never
-	// overlap.
+	// Progress is called while a phase runs. done and total are numbers of steps; total is 0 if it is unknown. Progress
+	// may be nil. Calls never overlap.
 	Progress func(phase string, done, total int)
 }
 
 // Result is the outcome of a compilation.
 type Result struct {
-	// Modules maps a module's file name without .ko to the path of the stripped module in WorkDir/modules. The files
-	// have mode 0644. No sandbox could write to that folder.
+	// Modules has the path of each stripped module, by the module's file name without .ko. The files are in
+	// WorkDir/modules and have mode 0644. No sandbox could write to that folder.
 	Modules map[string]string
-	// Debug maps the same names to the unstripped modules in WorkDir/debug, which have the same build ids. Without
-	// Request.Debug the map is empty.
+	// Debug has the path of each unstripped module in WorkDir/debug, by the same names. An unstripped module has the
+	// build id of the stripped one. If Request.Debug is false, the map is empty.
 	Debug map[string]string
 	// Phases are conftest, compile, link, types and strip. A phase that did not run is missing.
 	Phases []timeline.Phase
 }
 
-// Modules compiles NVIDIA's kernel modules. On an error the result holds the phases so far and no modules. If the
-// driver does not know the kernel's interfaces, the error is fault.APIBreak with the compiler's first error as its
-// text.
+// Modules compiles NVIDIA's kernel modules. If it returns an error, the result has the phases that ran, but no modules.
+// If the driver does not know the kernel's interfaces, the error is fault.APIBreak. Its text is then the compiler's
+// first error.
 func Modules(ctx context.Context, r Request) (*Result, error) {
 	result, err := run(ctx, r, func(t tools) []string {
 		args := []string{"make", "modules", "SYSSRC=" + insideKernel, "SYSOUT=" + insideKernel,
 			"KERNEL_UNAME=" + r.Release, "IGNORE_CC_MISMATCH=1"}
 		// Google's installer sets IGNORE_MISSING_MODULE_SYMVERS for kernels without MODVERSIONS, such as COS's kernels,
-		// because their Module.symvers has no checksums. Package cossrc checks that Module.symvers exists and names
+		// because their Module.symvers has no checksums. Package cossrc checks that Module.symvers exists and lists
 		// symbols.
 		if !t.modVersions {
 			args = append(args, "IGNORE_MISSING_MODULE_SYMVERS=1")
@@ -116,7 +116,8 @@ func Modules(ctx context.Context, r Request) (*Result, error) {
 	return result, err
 }
 
-// External compiles any other small out-of-tree module that has its own Kbuild file, in the same kind of sandbox.
+// External compiles an out-of-tree module that is not NVIDIA's, in the same kind of sandbox. The module must have a
+// Kbuild file.
 func External(ctx context.Context, r Request) (*Result, error) {
 	result, err := run(ctx, r, func(tools) []string {
 		return []string{"make", "-C", insideKernel, "M=" + insideSource, "modules"}
@@ -194,7 +195,7 @@ type build struct {
 // run stages the sources, compiles them with the given make command, and strips the modules.
 func run(ctx context.Context, r Request, command func(tools) []string) (result *Result, err error) {
 	result = &Result{Modules: map[string]string{}, Debug: map[string]string{}}
-	defer func() { err = stopped(ctx, err) }()
+	defer func() { err = contextFault(ctx, err) }()
 	r, err = r.withDefaults()
 	if err != nil {
 		return result, err
@@ -242,7 +243,7 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 	b.debug = debugInformation(r)
 	b.watch = newWatch(r.Log, r.Progress, countWork(b.src), time.Now)
 
-	err = b.make(ctx)
+	err = b.compileSources(ctx)
 	if cerr := b.watch.close(err != nil); cerr != nil && err == nil {
 		err = diskFull(fmt.Errorf("write log: %w", cerr))
 	}
@@ -265,10 +266,10 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 func (b *build) modulesDir() string { return filepath.Join(b.r.WorkDir, "modules") }
 func (b *build) debugDir() string   { return filepath.Join(b.r.WorkDir, "debug") }
 
-// make writes stored answers and stored objects into the staged sources and runs make. Until make runs, no sandbox can
-// write to the staged sources, so they equal Request.Source.
-func (b *build) make(ctx context.Context) error {
-	var a *answers
+// compileSources writes stored answers and stored objects into the staged sources. Then it runs make, and stores the
+// new objects. Before make runs, no sandbox can write to the staged sources, so until then they equal Request.Source.
+func (b *build) compileSources(ctx context.Context) error {
+	var a *answerer
 	var o *objects
 	restored := 0
 	if b.r.Cache != nil {
@@ -277,7 +278,7 @@ func (b *build) make(ctx context.Context) error {
 			err = b.flagTests(ctx, v)
 		}
 		if err == nil {
-			a, err = b.answers(ctx, v)
+			a, err = b.answerQuestions(ctx, v)
 		}
 		if errors.Is(err, errUseMake) {
 			fmt.Fprintf(b.watch, "prebake: %v\n", err)
@@ -302,7 +303,7 @@ func (b *build) make(ctx context.Context) error {
 	}
 	err := b.runMake(ctx, box, "trouble")
 	if a != nil && err != nil && b.watch.findings.unanswered {
-		fmt.Fprintf(b.watch, "prebake: %v: make asked a question that the plan does not name\n", errUseMake)
+		fmt.Fprintf(b.watch, "prebake: %v: make asked a question that is not in the plan\n", errUseMake)
 		b.watch.findings, o = findings{}, nil
 		if err := errors.Join(os.RemoveAll(b.src), stage(ctx, b.r.Source, b.src)); err != nil {
 			return diskFull(err)
@@ -330,8 +331,9 @@ func (b *build) make(ctx context.Context) error {
 // one precompiled header takes about as long as compiling three files.
 const minForPCH = 16
 
-// runMake runs make with the guard script in front of the compiler. If the guard noted a fault, runMake returns that
-// fault even if make succeeded: conftest may have taken the compiler's failure for an answer about the kernel.
+// runMake runs make with the guard script in front of the compiler. If the guard has written down a fault of the
+// compiler, runMake returns this fault even if make succeeded: conftest may have taken the fault for an answer about
+// the kernel. The guard's file is in the folder note of the work folder.
 func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
 	dir := filepath.Join(b.r.WorkDir, note)
 	box, err := withFaultFile(box, dir)
@@ -347,8 +349,8 @@ func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) er
 	return err
 }
 
-// flagVariables returns make variables. They add this package's compiler flags to the kernel's flags, and switch
-// kbuild's own BTF step off.
+// flagVariables returns make variables that add this package's compiler flags to the kernel's flags. If the kernel's
+// configuration asks for BTF in modules, one more variable switches kbuild's BTF step off.
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
 	if t.btf {
@@ -370,8 +372,8 @@ func flagVariables(r Request, t tools) []string {
 // time and most of a module's bytes. The step strip removes it, so only Request.Debug and the making of BTF need it.
 func debugInformation(r Request) bool { return r.Debug || r.BTF != "" }
 
-// built returns the file names of the modules that make left.
-func (b *build) built() ([]string, error) {
+// moduleFiles returns the file names of the modules that make left in the staged sources.
+func (b *build) moduleFiles() ([]string, error) {
 	left, err := untrusted.Open(b.src)
 	if err != nil {
 		return nil, err
@@ -382,14 +384,14 @@ func (b *build) built() ([]string, error) {
 		return nil, fault.Wrap(fault.Internal, fmt.Errorf("look for modules: %w", err), hintLog)
 	}
 	if len(files) == 0 {
-		return nil, fault.New(fault.Internal, "make succeeded, but left no module", "read the build's log")
+		return nil, fault.New(fault.Internal, "look for modules: make succeeded, but left no module", "read the build's log")
 	}
 	return files, nil
 }
 
 // strip writes each module without its debug sections to the modules folder, which no sandbox can write to.
 func (b *build) strip(ctx context.Context, result *Result) (err error) {
-	built, err := b.built()
+	built, err := b.moduleFiles()
 	if err != nil {
 		return err
 	}
@@ -464,7 +466,7 @@ func (b *build) stripOne(ctx context.Context, name, out string, mu *sync.Mutex) 
 	return module, setBuildID(module, debug)
 }
 
-// maxModule bounds a module with its debug information, in bytes. NVIDIA's largest has 400 MB.
+// maxModule is the largest size in bytes of a module with its debug information. NVIDIA's largest module has 400 MB.
 const maxModule = 2 << 30
 
 // take copies a module from a folder that a sandbox could write to. It refuses anything but a regular file.
@@ -477,7 +479,7 @@ func take(dir, name, to string) (err error) {
 	_, err = left.Copy(to, name, maxModule)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, untrusted.ErrKind), errors.Is(err, untrusted.ErrLarge):
-		return fault.Wrap(fault.Internal, fmt.Errorf("take %s out of the sandbox: %w", name, err), hintLog)
+		return fault.Wrap(fault.Internal, fmt.Errorf("copy %s out of the sandbox: %w", name, err), hintLog)
 	}
 	return diskFull(err)
 }

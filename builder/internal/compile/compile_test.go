@@ -236,7 +236,7 @@ func TestFailures(t *testing.T) {
 	}
 }
 
-// TestCancel cancels the build at the first line of output. The result still has the phases so far.
+// TestCancel cancels the build at the first line of output. The result must have the phases that ran.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	r := toy(t)

@@ -1,7 +1,7 @@
 #!/bin/sh
 # This script replaces the driver's conftest.sh while make runs. The answers are in
-# the folder conftest/ already. The driver's sanity checks passed before the answers
-# were made, so they succeed here without a test.
+# the folder conftest/ already. The driver's sanity checks passed before the builder
+# asked for the answers, so here each sanity check succeeds without a test.
 case $5 in
 build_cflags)
 	cat <<'END'

@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// findings holds the first line of each kind of error in a build's output.
+// findings has the first line of each kind of error in a build's output.
 type findings struct {
 	source  string // a compiler error with a place in a source file
 	modpost string // modpost's first ERROR
@@ -21,13 +21,13 @@ type findings struct {
 	memory  string // a message about missing memory or a killed program
 	disk    string // a message about a full disk
 	make    string // make's first *** line
-	// unanswered says that make asked conftest a question without a prepared answer.
+	// unanswered is true if make asked conftest a question that has no stored answer.
 	unanswered bool
 	lastLine   string // the last line before make's error that is neither a step nor a message of make
 }
 
 var (
-	// The form of gcc and of clang: file:line:column: error: text
+	// gcc and clang print an error in this form: file:line:column: error: text
 	sourceError  = regexp.MustCompile(`^([^\s:]+\.[chS]):(\d+):(?:\d+:)? (?:fatal )?error: (.*)$`)
 	modpostError = regexp.MustCompile(`^ERROR: modpost: (.*)$`)
 	makeError    = regexp.MustCompile(`^make(?:\[\d+\])?: \*\*\* (.*)$`)
@@ -41,7 +41,7 @@ var (
 		`(?i)Killed signal terminated program|Cannot allocate memory|virtual memory exhausted|out of memory allocating|unable to execute command: Killed|^Killed$|^make(\[\d+\])?: \*\*\* .*\bKilled$`)
 )
 
-// unanswered is the start of the message that this package's conftest.sh prints for a question
+// unanswered is the start of a message. This package's conftest.sh prints the message for a question
 // without an answer.
 const unanswered = "prebake: conftest has no answer: "
 
@@ -87,32 +87,32 @@ func (f *findings) read(line string) {
 	}
 }
 
-// paths shortens the sandbox's paths. A file of the driver is named relative to the driver's
-// sources, a kernel header as <kernel>/include/….
+// paths is the replacer that shortens the sandbox's paths. The path of a driver's file becomes
+// relative to the driver's sources, and the path of a kernel header becomes <kernel>/include/….
 var paths = strings.NewReplacer(insideSource+"/", "", insideKernel+"/", "<kernel>/", insideToolchain+"/",
 	"<toolchain>/")
 
 func relative(line string) string { return paths.Replace(line) }
 
 const (
-	hintDisk   = "free at least 1 GiB on the disk of the cache, or name a folder on another disk with --cache"
+	hintDisk   = "free at least 1 GiB on the disk of the cache, or set --cache to a folder on another disk"
 	hintMemory = "give the builder more memory (1 GiB for each job), or run fewer jobs with --jobs"
-	hintTime   = "raise --compile-timeout, or run more jobs with --jobs on a machine with more CPUs"
+	hintTime   = "set a longer --compile-timeout; or build on a machine with more CPUs, with more --jobs"
 	hintBreak  = "choose a newer driver of the same branch: this driver does not know the interfaces of this kernel"
 	hintImage  = "run the builder on a system with a newer C library, such as a newer Debian; to see the " +
-		"version of this machine's C library, run ldd --version"
+		"version of this machine's C library: ldd --version"
 	hintLog = "read the first error lines of the build's log"
 )
 
-// checks maps each of NVIDIA's sanity checks, which run before a build, to the error for a failed
-// check.
+// checks has the error for each of NVIDIA's sanity checks, by the check's name. The driver's makefiles
+// run these checks before a build.
 var checks = map[string]struct {
 	kind fault.Kind
 	text string
 	hint string
 }{
 	"cc_sanity_check": {fault.Internal, "the toolchain's compiler cannot make object files",
-		"check that CC in this kernel's toolchain_env names a compiler that runs, and that toolchain.tar.xz is complete"},
+		"check that CC in this kernel's toolchain_env is a compiler that runs, and that toolchain.tar.xz is complete"},
 	"cc_version_check": {fault.Internal, "the driver's makefiles refuse the compiler's version", hintLog},
 	"dom0_sanity_check": {fault.Unsupported, "the driver does not support a Xen host kernel",
 		"choose another kernel"},
@@ -126,9 +126,9 @@ var checks = map[string]struct {
 		"publish a kernel-headers.tgz that holds Module.symvers"},
 }
 
-// stopped gives a fault kind to an error that the end of the context caused. An error that has a
+// contextFault gives a fault kind to an error that the end of the context caused. An error that has a
 // kind already keeps it.
-func stopped(ctx context.Context, err error) error {
+func contextFault(ctx context.Context, err error) error {
 	var classified *fault.Error
 	switch {
 	case err == nil || ctx.Err() == nil || errors.As(err, &classified):
@@ -139,8 +139,8 @@ func stopped(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Cancelled, err, "")
 }
 
-// diagnose returns an error with a kind, a text and a hint for a failed run of a program. It derives
-// them from f, the findings in the program's output. An error of the sandbox or of the context stays
+// diagnose returns an error with a kind, a text and a hint for a program that failed. It derives all
+// three from f, the findings in the program's output. An error of the sandbox or of the context stays
 // unchanged, because such an error explains itself.
 func diagnose(err error, f findings) error {
 	var exit *sandbox.ExitError
@@ -164,10 +164,10 @@ func diagnose(err error, f findings) error {
 		return fault.New(check.kind, check.text, check.hint)
 	case f.missing != "":
 		return fault.New(fault.Internal, f.missing,
-			"install the missing program (make, perl and the C library's tools come with apt-get install build-essential), or "+
-				"publish a toolchain.tar.xz that contains it")
+			"publish a toolchain.tar.xz that contains the missing program; or install the program on this machine (for "+
+				"make, perl and the C library's tools: apt-get install build-essential)")
 	case f.make != "" && f.lastLine != "":
-		return fault.New(fault.Internal, fmt.Sprintf("make: %s, after: %s", f.make, f.lastLine), hintLog)
+		return fault.New(fault.Internal, fmt.Sprintf("make: %s; the line before: %s", f.make, f.lastLine), hintLog)
 	case f.make != "":
 		return fault.New(fault.Internal, "make: "+f.make, hintLog)
 	case f.lastLine != "":

@@ -74,7 +74,7 @@ make[2]: *** [/prebake/kernel/scripts/Makefile.modpost:126: /prebake/src/Module.
 		{
 			"wrong flag", "gcc: error: unrecognized command-line option '-mharden-sls=all'\nmake[2]: *** " +
 				"[/prebake/kernel/scripts/Makefile.build:250: /prebake/src/a.o] Error 1\n",
-			failed, fault.Internal, "make: [<kernel>/scripts/Makefile.build:250: a.o] Error 1, after: gcc: error: " +
+			failed, fault.Internal, "make: [<kernel>/scripts/Makefile.build:250: a.o] Error 1; the line before: gcc: error: " +
 				"unrecognized command-line option '-mharden-sls=all'",
 		},
 		{
@@ -154,7 +154,7 @@ const quietMake = `make[1]: Entering directory '/prebake/kernel'
   BTF [M] /prebake/src/nvidia.ko
 make[1]: Leaving directory '/prebake/kernel'`
 
-// The watch gives the same result for any sizes of the pieces in which output arrives.
+// The watch gives the same result, however large the pieces are in which output arrives.
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	for _, piece := range []int{1, 7, len(quietMake)} {
@@ -199,7 +199,7 @@ type fullDisk struct{}
 
 func (fullDisk) Write([]byte) (int, error) { return 0, errors.New("no more") }
 
-// An error of the log does not stop the build's output, and close reports it.
+// An error of the log does not stop the build's output. The method close returns this error.
 func TestWatchLogTrouble(t *testing.T) {
 	t.Parallel()
 	w := newWatch(fullDisk{}, func(string, int, int) {}, work{}, time.Now)

@@ -15,20 +15,20 @@ import (
 var hostTools = []string{"scripts/basic/fixdep", "scripts/mod/modpost", "scripts/genksyms/genksyms",
 	"tools/objtool/objtool"}
 
-// loaders maps a GOARCH to the path of glibc's dynamic loader. A machine with another C library does
-// not have this file. Scripts and static programs run without it.
+// loaders has the path of glibc's dynamic loader for each GOARCH. A machine with another C library
+// does not have this file. Scripts and static programs run without the loader.
 var loaders = map[string]string{"amd64": "/lib64/ld-linux-x86-64.so.2", "arm64": "/lib/ld-linux-aarch64.so.1"}
 
 // listNeeds is a shell script in which the dynamic loader lists each program's libraries without
-// running the program. The script ignores the loader's exit status, because it is 0 even if a
-// library version is missing.
+// running the program. The script ignores the loader's exit status, because the loader exits with 0
+// even if a library version is missing.
 const listNeeds = `for f in "$@"; do [ -x "$f" ] && "$LOADER" --list "$f" 2>&1; done; exit 0`
 
 var missingLibrary = regexp.MustCompile(`(?m)^\s*(\S+) => not found$`)
 
 // checkFit returns an error if the C library of this machine (or of the builder's image) is too old
-// for the programs in the header tree, or a library is missing. It runs before the compile, which
-// would fail only after minutes.
+// for the programs in the header tree, or if a library that they need is missing. Without this check,
+// the compile would fail only after minutes.
 func checkFit(ctx context.Context, r Request, t tools) error {
 	loader := loaders[runtime.GOARCH]
 	if _, err := os.Stat(loader); err != nil {

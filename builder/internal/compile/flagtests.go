@@ -18,23 +18,23 @@ import (
 
 // Kbuild tests some hundred compiler flags each time it starts. Each test compiles an empty file
 // (try-run in the kernel's scripts/Makefile.compiler). With clang these tests take longer than all
-// other work for a sibling kernel or the next driver. Moreover, make can start twice in one build.
+// other work for a sibling kernel or the next driver. Moreover, one build may start make twice.
 //
 // The compiler's answer depends on its arguments only. So this package runs the kernel's makefiles
-// once, in a sandbox without any source of a driver. The guard script records each answer. In later
-// sandboxes the guard returns the recorded answer if the arguments are exactly the same. A driver's
-// makefiles cannot write to the recorded answers.
+// once, in a sandbox without any source of a driver. There the guard script writes down each answer.
+// In later sandboxes the guard script returns the stored answer if the arguments are exactly the
+// same. A driver's makefiles cannot write to the stored answers.
 const (
 	insideFlagTests    = "/prebake/flag-tests"
 	insideNewFlagTests = "/prebake/flag-tests-new"
 
 	flagTestKind = "flag-tests-1"
-	maxFlagTests = 4096     // number of recorded answers
+	maxFlagTests = 4096     // number of stored answers
 	maxFlagTest  = 64 << 10 // bytes of one answer
 )
 
-// flagTests shows the recorded answers of the kernel's flag tests in all sandboxes of the build. For
-// a test without a recorded answer, the guard runs the compiler.
+// flagTests shows the stored answers of the kernel's flag tests in all sandboxes of the build. For a
+// test without a stored answer, the guard script runs the compiler.
 func (b *build) flagTests(ctx context.Context, v *view) error {
 	key := cas.NewKey(flagTestKind).Add("recipe", Recipe).Add("guard", guardScript).Add("kernel view",
 		v.Digest).Add("toolchain", b.r.ToolchainDigest).Add("host tools", b.r.HostDigest)
@@ -53,7 +53,7 @@ func (b *build) flagTests(ctx context.Context, v *view) error {
 }
 
 // testFlags runs the kernel's makefiles for a module without sources, so that they test their
-// flags. It copies the recorded answers to dir.
+// flags. It copies the answers to dir.
 func (b *build) testFlags(ctx context.Context, variables []string, dir string) error {
 	work := filepath.Join(b.r.WorkDir, "flag-tests")
 	src, told := filepath.Join(work, "src"), filepath.Join(work, "told")

@@ -26,10 +26,10 @@ modules: ; @echo "TESTED $(tested)"
 `
 
 // The compiler answers the kernel's flag tests once, in a sandbox without any file of a driver.
-// Later tests with equal arguments get the recorded answer.
+// Later tests with equal arguments get the stored answer.
 func TestFlagTests(t *testing.T) {
 	t.Parallel()
-	r := asking(t)
+	r := toyWithTests(t)
 	gcc, err := exec.LookPath("gcc")
 	if err != nil {
 		t.Fatal(err)
@@ -38,8 +38,8 @@ func TestFlagTests(t *testing.T) {
 	if err := os.Remove(compiler); err != nil {
 		t.Fatal(err)
 	}
-	// This compiler fails every flag test while a driver's files are in the sandbox, so a passed
-	// test shows a recorded answer.
+	// This compiler fails every flag test while a driver's files are in the sandbox, so if a
+	// test passes, its answer was stored.
 	write(t, r.Toolchain, map[string]string{"bin/x86_64-cros-linux-gnu-gcc": "#!/bin/sh\ncase \"$*\" in */dev/null*) [ " +
 		"! -e /prebake/src/conftest.sh ] || exit 1 ;; esac\nexec " + gcc + " \"$@\"\n"})
 	if err := os.Chmod(compiler, 0o755); err != nil {

@@ -36,8 +36,8 @@ func (b *build) newGuard() error {
 	return write(filepath.Join(dir, filepath.Base(b.t.compiler)), script, 0o755)
 }
 
-// withFaultFile gives a sandbox a new folder where the guard writes the compiler's faults.
-// [compilerFault] reads them.
+// withFaultFile adds the folder dir to a sandbox. In this folder the guard writes down the compiler's
+// faults, and [compilerFault] reads them.
 func withFaultFile(box sandbox.Config, dir string) (sandbox.Config, error) {
 	// The file gets its full size now, because the disk may be full when the guard has to write.
 	err := write(filepath.Join(dir, faultFile), strings.Repeat("\n", faultSize), 0o644)
@@ -50,13 +50,13 @@ var (
 	noMemory = regexp.MustCompile(`(?i)killed|status 137|memory|temporarily unavailable`)
 )
 
-// compilerFault returns the fault of a compiler that was killed, crashed, or had no memory or disk
-// space. Such a failure says nothing about the compiled program, so conftest must not use it as an
-// answer.
+// compilerFault returns the fault that the guard wrote to the folder dir, or nil. The guard writes a
+// fault if the compiler was killed, crashed, or had no memory or disk space. Such a fault says
+// nothing about the compiled program, so conftest must not use it as an answer.
 func compilerFault(dir string) error {
 	text, err := untrusted.ReadFile(dir, faultFile, 2*faultSize)
 	if err != nil {
-		return fault.Wrap(fault.Internal, fmt.Errorf("read the recorded faults of the compiler: %w", err), hintLog)
+		return fault.Wrap(fault.Internal, fmt.Errorf("read the faults of the compiler: %w", err), hintLog)
 	}
 	text = bytes.TrimSpace(text)
 	if len(text) == 0 {

@@ -47,8 +47,8 @@ func newCache(t *testing.T) *cas.Cache {
 	return cache
 }
 
-// A build may leave a link, a pipe or a folder in the place of a file that the builder reads,
-// copies or writes. The builder then neither opens a file of the host nor hangs.
+// A hostile build leaves a link, a pipe or a folder in the place of a file that the builder reads,
+// copies or writes. The builder must neither open a file of the host nor hang.
 func TestHostileFiles(t *testing.T) {
 	t.Parallel()
 	host := filepath.Join(t.TempDir(), "key")
@@ -103,7 +103,7 @@ func TestHostileFiles(t *testing.T) {
 			}
 			t.Run(place+" is "+kind, func(t *testing.T) {
 				t.Parallel()
-				r := asking(t)
+				r := toyWithTests(t)
 				kbuild, script := edit(testdriver.Kbuild, testdriver.Script, command)
 				if kbuild+script == testdriver.Kbuild+testdriver.Script {
 					t.Fatal("the row changes nothing")
@@ -136,10 +136,10 @@ func TestHostileFiles(t *testing.T) {
 // cache. It cannot change the answer of another test of its own driver either.
 func TestHostileAnswers(t *testing.T) {
 	t.Parallel()
-	r := asking(t)
-	want, _ := made(t, r)
+	r := toyWithTests(t)
+	want, _ := compileModule(t, r)
 	cache := newCache(t)
-	bad := asking(t)
+	bad := toyWithTests(t)
 	bad.Headers, bad.Toolchain = r.Headers, r.Toolchain
 	poison := `        has_old)
             for dir in . .. /prebake/ask /prebake/src /prebake/guard /prebake/trouble /tmp; do
@@ -156,7 +156,7 @@ func TestHostileAnswers(t *testing.T) {
 		t.Logf("the hostile driver fails: %s", told)
 	}
 	r.Cache = cache
-	if got, notes := made(t, r); !bytes.Equal(got, want) {
+	if got, notes := compileModule(t, r); !bytes.Equal(got, want) {
 		t.Errorf("the hostile driver changed the module of another driver (%s)", notes)
 	}
 }
@@ -165,10 +165,10 @@ func TestHostileAnswers(t *testing.T) {
 // such an object to another driver with the same sources.
 func TestHostileObjects(t *testing.T) {
 	t.Parallel()
-	r := asking(t)
-	want, _ := made(t, r)
+	r := toyWithTests(t)
+	want, _ := compileModule(t, r)
 	cache := newCache(t)
-	bad := asking(t)
+	bad := toyWithTests(t)
 	bad.Headers, bad.Toolchain = r.Headers, r.Toolchain
 	write(t, bad.Source, map[string]string{"Kbuild": testdriver.Kbuild +
 		"\t@echo 'int nv(void *h) { return 666; }' > /tmp/x.c; $(CC) -c -o nvidia/nv.o /tmp/x.c\n"})
@@ -177,7 +177,7 @@ func TestHostileObjects(t *testing.T) {
 		t.Fatal(told)
 	}
 	r.Cache = cache
-	if got, notes := made(t, r); !bytes.Equal(got, want) {
+	if got, notes := compileModule(t, r); !bytes.Equal(got, want) {
 		t.Errorf("the hostile driver changed the module of another driver (%s)", notes)
 	}
 }
@@ -186,7 +186,7 @@ func TestHostileObjects(t *testing.T) {
 // object: it must be compiled again for each kernel.
 func TestHiddenFileInObject(t *testing.T) {
 	t.Parallel()
-	r := asking(t)
+	r := toyWithTests(t)
 	write(t, r.Source, map[string]string{"nvidia/nv.c": "#include <linux/here.h>\nasm(\".section .rodata\\n.incbin " +
 		"\\\"/prebake/kernel/include/generated/utsrelease.h\\\"\\n.previous\");\n"})
 	cache := newCache(t)
@@ -194,9 +194,9 @@ func TestHiddenFileInObject(t *testing.T) {
 		headers(t, r.Headers, release, "0x11111111")
 		r.HeaderDigest = "headers " + release
 		plain, cached := r, r
-		want, _ := made(t, plain)
+		want, _ := compileModule(t, plain)
 		cached.Cache = cache
-		if got, notes := made(t, cached); !bytes.Equal(got, want) {
+		if got, notes := compileModule(t, cached); !bytes.Equal(got, want) {
 			t.Errorf("%s: another module than make's (%s)", release, notes)
 		}
 	}
@@ -206,7 +206,7 @@ func TestHiddenFileInObject(t *testing.T) {
 // fails at once.
 func TestChecksFirst(t *testing.T) {
 	t.Parallel()
-	r := asking(t)
+	r := toyWithTests(t)
 	write(t, r.Source, map[string]string{
 		"Kbuild": strings.Replace(testdriver.Kbuild, "BUILD_SANITY_CHECKS = cc_sanity_check",
 			"BUILD_SANITY_CHECKS = cc_sanity_check preempt_rt_sanity_check", 1),

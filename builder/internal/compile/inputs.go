@@ -16,9 +16,9 @@ import (
 // fileFacts are the facts about one file that the key of an object needs.
 type fileFacts struct {
 	digest string
-	named  map[string]bool // those of the scanner's names that the file contains
-	pastes map[string]bool // parts of names that the preprocessor joins with ##
-	hides  bool            // the file includes other files that no dependency list names
+	named  map[string]bool // the scanner's names that occur in the file
+	pastes map[string]bool // parts of names, which the preprocessor joins with ##
+	hides  bool            // true if the file includes files that are missing in every dependency list
 }
 
 // nameScanner looks for names in files. It reads each file once.
@@ -81,13 +81,13 @@ func inIdentifier(c byte) bool {
 	return c == '_' || c >= '0' && c <= '9' || c >= 'A' && c <= 'Z' || c >= 'a' && c <= 'z'
 }
 
-// recorder finds out from which inputs a finished build made its objects.
+// recorder finds the inputs of the objects that a finished build made, and stores the objects.
 type recorder struct {
 	*objects
 	output  *untrusted.Dir
-	hidden  map[string][]string
-	driver  *nameScanner // the driver's files after the build
-	headers *nameScanner // the kernel's headers
+	hidden  map[string][]string // the result of objects.hiddenMacros
+	driver  *nameScanner        // the driver's files after the build
+	headers *nameScanner        // the kernel's headers
 }
 
 func (k *recorder) readDriverFile(name string) *fileFacts {
@@ -99,11 +99,11 @@ func (k *recorder) readHeader(name string) *fileFacts {
 		func() ([]byte, error) { return readHost(filepath.Join(k.r.Headers, filepath.FromSlash(name))) })
 }
 
-// made returns the inputs of the object that command c compiled. If ok is false, the object must not be cached, because
-// it may depend on something that the cache key does not cover. For example, a view (see view.go) hides the value of
-// the macro UTS_RELEASE in a header. If the object includes this header, and another file of the object contains the
-// macro's name, even in a comment, ok is false.
-func (k *recorder) made(c command) (v variant, ok bool) {
+// inputsOf returns the inputs of the object that command c compiled. If ok is false, the object must not be cached,
+// because it may depend on something that the cache key does not cover. For example, a header defines the macro
+// UTS_RELEASE, and a view (see view.go) hides the macro's value. If the object includes this header, and another of its
+// files contains the name UTS_RELEASE, even in a comment, ok is false.
+func (k *recorder) inputsOf(c command) (v variant, ok bool) {
 	v = variant{Version: k.r.Driver.Modules().Version, Generated: map[string]string{}}
 	var hidden []string
 	var read []*fileFacts
@@ -151,9 +151,10 @@ func (k *recorder) made(c command) (v variant, ok bool) {
 	return v, true
 }
 
-// driverFile adds one of the driver's files to the inputs in v. The file is an original source, a file that the
-// driver's makefiles made, or a header of conftest. driverFile adds no header of conftest, because only some of its
-// lines are inputs: the lines about macros that the object's sources name. answersAbout finds these lines.
+// driverFile adds one of the driver's files to the inputs in v, and returns the facts about it. It returns nil if the
+// file cannot be an input. It adds an original source to v.Files, and a file that the driver's makefiles made to
+// v.Generated. It does not add a header with conftest's answers, because only some lines of that header are inputs:
+// those about macros whose names occur in the object's sources. answersAbout finds these lines.
 func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	w := k.readDriverFile(rel)
 	if w == nil {
@@ -174,9 +175,10 @@ func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	return w
 }
 
-// hidden returns the macros whose values a view hides, by header. A nil list means that names cannot describe what the
-// view hides, because the file has other lines than plain definitions. Then no object that includes the file is cached.
-func (o *objects) hidden() (map[string][]string, error) {
+// hiddenMacros returns the macros whose values a view hides, by header. A nil list means that names of macros do not
+// describe what the view hides, because the header has other lines than plain definitions. The cache stores no object
+// that includes such a header.
+func (o *objects) hiddenMacros() (map[string][]string, error) {
 	names := map[string][]string{}
 	for header := range o.view.masked {
 		if !strings.HasSuffix(header, ".h") {
@@ -223,7 +225,7 @@ var (
 	commandLine = regexp.MustCompile(`^(?:saved)?cmd_\S+ := (.*)$`)
 	sourceLine  = regexp.MustCompile(`^source_\S+ := (\S+)$`)
 	depsLine    = regexp.MustCompile(`^deps_\S+ := \\$`)
-	// Compiler options that read a file which no dependency list names.
+	// Compiler options that read a file which is missing in every dependency list.
 	unlisted = regexp.MustCompile(
 		`(^|\s)(-fplugin\S*|@\S+|-specs\S*|-fprofile-use\S*|-fprofile-\S*use=\S*|-fsanitize-ignorelist\S*|-fsanitize-blacklist\S*)`)
 )
@@ -242,7 +244,7 @@ func parseCommand(text string) (command, bool) {
 			name, more := strings.CutSuffix(strings.TrimSpace(line), `\`)
 			name = strings.TrimSpace(name)
 			// $(wildcard include/config/X) stands for a kernel option. The options are in
-			// autoconf.h, which made adds to the dependencies of every object.
+			// autoconf.h, which inputsOf adds to the dependencies of every object.
 			if name != "" && !strings.HasPrefix(name, "$(wildcard ") {
 				if strings.ContainsAny(name, " $") || len(c.deps) == maxDeps {
 					return command{}, false

@@ -24,12 +24,13 @@ import (
 // three kinds of inputs. The first is the content of the driver's files that the compiler read. The
 // second is the conftest answers about macros whose names these files or the kernel's headers
 // contain. The third is the driver's version, if the files contain the name of its macro. The key
-// [objects.base] covers everything else that decides an object. So a build of the next driver of a
-// branch, or for a sibling kernel, reuses an object if the object has the same inputs in that build.
+// [objects.base] covers everything else that decides the bytes of an object. So a build of the next
+// driver of a branch, or for a sibling kernel, reuses an object if the object has the same inputs in
+// that build.
 //
-// The cache stores the object and its .cmd file. make compares the .cmd file with the command that
-// it would run, and it compares file times. So make decides: if the command or a time differs, make
-// compiles the file again.
+// The cache stores the object and its .cmd file. Make decides whether to use a restored object: it
+// compares the .cmd file with the command that it would run, and the object's time with the times of
+// the sources. If the command or the time does not fit, make compiles the file again.
 //
 // A view (see view.go) hides what differs between sibling kernels. The cache keeps an object only if
 // the object contains nothing that the view hides. The object's .cmd file lists the files that the
@@ -55,7 +56,7 @@ type objects struct {
 	answers map[string]string // files of the folder conftest/, by name
 	base    *cas.Key          // what the cache keys of all objects of this build have in common
 	tree    *nameScanner      // scans the original sources
-	// restored holds the objects that came from the cache.
+	// restored has the paths of the objects that came from the cache.
 	restored map[string]bool
 }
 
@@ -65,16 +66,16 @@ type variant struct {
 	Files []string `json:"files"`
 	// Macros are the conftest macros whose names occur in the kernel's headers of this object.
 	Macros []string `json:"macros,omitempty"`
-	// Generated maps the path of each file that the driver's makefiles generated to its content.
+	// Generated has the content of each file that the driver's makefiles generated, by the file's path.
 	Generated map[string]string `json:"generated,omitempty"`
-	// Inputs is the digest of all inputs, see objects.inputs. Version is the version of the driver
-	// that the object was compiled for.
+	// Inputs is the digest of all inputs, see objects.inputs. Version is the version of the driver for
+	// which the object was compiled.
 	Inputs  string `json:"inputs"`
 	Version string `json:"version"`
 }
 
 // newObjects prepares the object cache for a build whose conftest answers are known.
-func (b *build) newObjects(v *view, a *answers) (*objects, error) {
+func (b *build) newObjects(v *view, a *answerer) (*objects, error) {
 	o := &objects{build: b, view: v, answers: a.files, tree: newNameScanner(answerNames(a.files)),
 		restored: map[string]bool{}}
 	makefiles, err := b.makefiles()
@@ -110,8 +111,8 @@ var (
 
 // makefiles returns a digest of all files of the driver that can influence the compile commands:
 // everything but sources, headers and NVIDIA's precompiled objects (.o_binary). It leaves out lines
-// that only list conftest questions and lines that only set the version. Objects have answers and
-// version among their own inputs.
+// that only list conftest questions and lines that only set the driver's version, because answers and
+// version are among the inputs of each object.
 func (b *build) makefiles() (string, error) {
 	key := cas.NewKey("makefiles")
 	err := walkHost(b.r.Source, func(file string, d fs.DirEntry, err error) error {
@@ -162,8 +163,9 @@ func answerNames(files map[string]string) map[string]bool {
 	return names
 }
 
-// answersAbout returns the lines of conftest's answers that define or undefine a named macro. It
-// also returns every line that defines and undefines no macro, because any file may depend on it.
+// answersAbout returns the lines of conftest's answers that define or undefine a macro whose name is
+// in the argument named. It also returns every line that is neither a definition nor an undefinition,
+// because any file may depend on such a line.
 func answersAbout(files map[string]string, named map[string]bool) string {
 	var b strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(files)) {
@@ -183,8 +185,8 @@ func answersAbout(files map[string]string, named map[string]bool) string {
 	return b.String()
 }
 
-// inputs returns the digest of a variant's inputs as they are in this build. ok is false if a file
-// is missing.
+// inputs returns the digest of a variant's inputs as they are in this build. It returns false if one
+// of the variant's files is missing.
 func (o *objects) inputs(v variant, read func(name string) *fileFacts) (string, bool) {
 	key := cas.NewKey("inputs")
 	named, pastes := map[string]bool{}, map[string]bool{}
@@ -200,7 +202,8 @@ func (o *objects) inputs(v variant, read func(name string) *fileFacts) (string, 
 		maps.Copy(named, w.named)
 		maps.Copy(pastes, w.pastes)
 	}
-	// A name that the preprocessor joins with ## counts as every macro that it may become.
+	// If the preprocessor joins a part of a name with ##, the file may use every macro whose name begins
+	// or ends with this part.
 	for part := range pastes {
 		for name := range o.tree.names {
 			if strings.HasPrefix(name, part) || strings.HasSuffix(name, part) {
@@ -301,7 +304,7 @@ func (o *objects) restoreOne(ctx context.Context, object string, v variant) (boo
 
 // store stores the objects of a finished build in the cache.
 func (o *objects) store(ctx context.Context, left *untrusted.Dir) error {
-	hidden, err := o.hidden()
+	hidden, err := o.hiddenMacros()
 	if err != nil {
 		return err
 	}
@@ -342,7 +345,7 @@ func (k *recorder) recordOne(ctx context.Context, cmdFile, object string) error 
 	if !ok {
 		return nil
 	}
-	v, ok := k.made(c)
+	v, ok := k.inputsOf(c)
 	if !ok {
 		return nil
 	}

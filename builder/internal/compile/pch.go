@@ -25,7 +25,7 @@ var pchScript string
 //
 // For gcc and for builds with debug information, precompile returns the sandbox unchanged, because
 // precompiled headers would change the objects. With gcc the order of instructions would differ.
-// Debug information would name the precompiled header among the files that the compiler read.
+// Debug information would list the precompiled header among the files that the compiler read.
 func (b *build) precompile(box sandbox.Config) (sandbox.Config, error) {
 	if !b.t.clang || b.debug {
 		return box, nil

@@ -40,9 +40,9 @@ fi
 echo "object of $last" >"$out"
 `
 
-// stand writes sources, precompiled headers and the wrapper script. It returns a function that
+// setUp writes sources, precompiled headers and the wrapper script. It returns a function that
 // calls the compiler as kbuild does.
-func stand(t *testing.T, preamble, source string) (compile func(name string, more ...string) (said string, err error),
+func setUp(t *testing.T, preamble, source string) (compile func(name string, more ...string) (said string, err error),
 	calls func() []string, dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -125,7 +125,7 @@ func TestPreambleScript(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			compile, calls, dir := stand(t, tc.preamble, tc.source)
+			compile, calls, dir := setUp(t, tc.preamble, tc.source)
 			for _, s := range tc.steps {
 				said, err := compile(s.name, s.more...)
 				if said != s.said || (err != nil) != s.fail {
@@ -173,7 +173,7 @@ func TestPreamblesLeftOut(t *testing.T) {
 // of a plain compilation.
 func TestPreambleDependencies(t *testing.T) {
 	t.Parallel()
-	compile, _, dir := stand(t, "", "int a;")
+	compile, _, dir := setUp(t, "", "int a;")
 	if said, err := compile("b", "-c"); err != nil {
 		t.Fatalf("%v: %s", err, said)
 	}

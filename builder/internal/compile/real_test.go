@@ -23,21 +23,22 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// onceMore marks a build whose results are all in the cache already.
+// onceMore is in the description of a build whose results are all in the cache already.
 const onceMore = " once more"
 
-// TestRealSameBytes compares modules of a real driver for a real kernel. make alone with debug
-// information, a build with an empty cache, and a build with a filled cache must give the same
-// bytes. Here "make alone" means a build in which this package reuses and precompiles nothing.
+// TestRealSameBytes compares modules of a real driver for a real kernel. Three builds must give the
+// same bytes: a plain build with debug information, a build with an empty cache, and a build with a
+// filled cache. In a plain build, this package reuses and precompiles nothing.
 //
 // PREBAKE_CELLS is a list of BUILD_ID/VERSION. The test compiles these cells in that order with one
-// cache. make alone also compiles each cell, and the modules must be equal. If a "=" stands before a
-// cell, make alone does not compile that cell, and its modules must equal those of the previous cell.
+// cache. It compares the modules of each cell with those of a plain build. If a "=" stands before a
+// cell, the test makes no plain build of that cell, and compares its modules with those of the
+// previous cell.
 //
-// PREBAKE_REFERENCES is a cache folder with the results of make alone for the same inputs, tools
-// and code of this package. PREBAKE_FILLED is a cache that contains these cells already; it
-// replaces the empty one. With PREBAKE_FILLED, another test must show that an empty cache gives the
-// same bytes, as TestReproduce of deploy/e2e does.
+// PREBAKE_REFERENCES is a cache folder with the results of plain builds, for the same inputs, tools
+// and code of this package. PREBAKE_FILLED is a cache folder that contains the cells already; the
+// test then uses it in place of an empty one. With PREBAKE_FILLED, another test must show that an
+// empty cache gives the same bytes, as TestReproduce of deploy/e2e does.
 func TestRealSameBytes(t *testing.T) {
 	mirror, cells := os.Getenv("PREBAKE_MIRROR"), os.Getenv("PREBAKE_CELLS")
 	if mirror == "" || cells == "" {
@@ -115,8 +116,9 @@ func TestRealSameBytes(t *testing.T) {
 	}
 }
 
-// byMakeAlone returns the result of compileReal for make without a cache of this package and with
-// debug information. The cache references keeps the result, so the same inputs are compiled once.
+// byMakeAlone returns the result of compileReal for a plain build: without a cache of this package,
+// and with debug information. The argument references is a cache that keeps the result, so the same
+// inputs are compiled only once.
 func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell string) (modules,
 	answers map[string]string) {
 	t.Helper()
@@ -182,9 +184,9 @@ func compileReal(t *testing.T, r compile.Request, what string) (modules, answers
 			t.Log(strings.TrimSpace(line))
 		}
 	}
-	// If make runs conftest, the modules are the same and the build is slower. Only this check notices that.
-	if r.Cache != nil && strings.Contains(log.String(), "conftest is left to make") {
-		t.Errorf("%s: conftest is left to make", what)
+	// If make runs conftest itself, the modules are the same, but the build is slower. No other check notices that.
+	if r.Cache != nil && strings.Contains(log.String(), "make has to run conftest itself") {
+		t.Errorf("%s: make has to run conftest itself", what)
 	}
 	if strings.HasSuffix(what, onceMore) {
 		checkReuse(t, what, result)

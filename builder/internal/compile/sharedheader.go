@@ -23,17 +23,18 @@ import (
 // For a conftest question, the compiler spends most of its time on reading the kernel's headers.
 // Questions whose programs begin with the same headers share one precompiled header.
 //
-// The driver's script makes the precompiled header in its own sandbox, without any of the script's
-// tests. The key of every answer covers all files in that sandbox. The tests see the precompiled
-// header read-only. Tokens, macros and flags are the same as without a precompiled header, so the
-// answers are the same too. TestRealSameBytes compares these answers with the answers of make alone.
+// The driver's conftest.sh makes the precompiled header in a sandbox for this one purpose, where the
+// script contains no tests of the driver. The key of every answer covers all files in that sandbox.
+// The tests see the precompiled header read-only. Tokens, macros and flags are the same as without a
+// precompiled header, so the answers are the same too. TestRealSameBytes compares these answers with
+// the answers of a build in which make runs conftest.
 const (
 	insideHeader  = "/prebake/begin"
 	insideWrapper = "/prebake/front"
 
-	// So many programs must begin with the same headers before a precompiled header is worth it.
-	// With gcc, making one precompiled header takes about as long as compiling three programs; with
-	// clang, about as long as one and a half.
+	// The number of programs that must begin with the same headers before a precompiled header is
+	// worth it. With gcc, making one precompiled header takes about as long as compiling three
+	// programs; with clang, about as long as compiling one and a half.
 	minForHeader      = 4
 	minForHeaderClang = 3
 
@@ -49,24 +50,24 @@ var headerMakeScript string
 // sharedHeader is one precompiled header that several questions share.
 type sharedHeader struct {
 	headers []string // the kernel's headers in it, in the order of their includes
-	// at is the work folder of this precompiled header. dir is the folder begin inside at. One
-	// sandbox writes dir, and later sandboxes show it read-only.
-	at  string
-	dir string
+	// workDir is the work folder of this precompiled header. dir is its folder workDir/begin, which
+	// one sandbox writes, and which later sandboxes show read-only.
+	workDir string
+	dir     string
 
-	made sync.Once
-	err  error
-	// prefix holds the lines that the script puts before every program. It is nil if the
-	// precompiled header could not be made.
+	once sync.Once
+	err  error // the result of makeOnce
+	// prefix has the lines that the script puts before every program. It is nil if the compiler could
+	// not make or use the precompiled header.
 	prefix []string
-	left   int // number of questions that are not answered yet
+	left   int // number of questions that have no answer yet
 }
 
 // assignHeaders gives one shared header to the questions whose programs begin with the same headers.
 // If several shared headers fit a question, the question gets the one with the most headers.
-func (a *answers) assignHeaders(open []question, dir string) {
+func (a *answerer) assignHeaders(open []question, dir string) {
 	if a.view.Macros {
-		return // the kernel's headers depend on the answers, so two questions may see different headers
+		return // the kernel's headers depend on answers, so two questions may see different headers
 	}
 	candidates := make([][]conftest.Prefix, len(open))
 	longest, made, least := 0, 0, minForHeader
@@ -92,7 +93,7 @@ func (a *answers) assignHeaders(open []question, dir string) {
 				continue
 			}
 			b := &sharedHeader{headers: candidates[same[name][0]][n-1].Headers, left: len(same[name]),
-				at: filepath.Join(dir, "begin-"+strconv.Itoa(made))}
+				workDir: filepath.Join(dir, "begin-"+strconv.Itoa(made))}
 			made++
 			for _, i := range same[name] {
 				open[i].header, open[i].lines = b, candidates[i][n-1].Lines
@@ -135,19 +136,20 @@ func schedule(open []question) []task {
 	return append(all, plain...)
 }
 
-// asked counts one answered question. After the last question it removes the precompiled header.
-func (b *sharedHeader) asked() error {
+// countAnswer counts one question that now has an answer. After the last question it removes the
+// precompiled header.
+func (b *sharedHeader) countAnswer() error {
 	if b == nil {
 		return nil
 	}
 	if b.left--; b.left > 0 {
 		return nil
 	}
-	return os.RemoveAll(b.at)
+	return os.RemoveAll(b.workDir)
 }
 
 // writeWrapper fills in the template of a compiler wrapper and writes it to dir.
-func (a *answers) writeWrapper(dir, script string) error {
+func (a *answerer) writeWrapper(dir, script string) error {
 	use, strict := "-include "+insideHeader+"/text.h", "-Winvalid-pch -Werror=invalid-pch"
 	if a.t.clang {
 		use, strict = "-include-pch "+insideHeader+"/text.h.gch", ""
@@ -158,7 +160,8 @@ func (a *answers) writeWrapper(dir, script string) error {
 	return write(filepath.Join(dir, name), text, 0o755)
 }
 
-// withWrapper returns the sandbox with the wrapper script in dir in front of the compiler.
+// withWrapper returns a copy of the sandbox in which the wrapper script in dir runs in place of the
+// compiler.
 func withWrapper(box sandbox.Config, dir string) sandbox.Config {
 	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: dir, Inside: insideWrapper})
 	box.Env = maps.Clone(box.Env)
@@ -166,14 +169,15 @@ func withWrapper(box sandbox.Config, dir string) sandbox.Config {
 	return box
 }
 
-// make makes the precompiled header once. It returns an error only for a fault of the machine. If
-// the compiler cannot make or use the precompiled header, make returns nil and prefix stays nil.
-func (b *sharedHeader) make(ctx context.Context, a *answers) error {
-	b.made.Do(func() { b.err = b.makeOnce(ctx, a, b.at) })
+// ensure makes the precompiled header if no earlier call has made it. It returns an error only for a
+// fault of the machine. If the compiler cannot make or use the precompiled header, ensure returns nil
+// and b.prefix stays nil.
+func (b *sharedHeader) ensure(ctx context.Context, a *answerer) error {
+	b.once.Do(func() { b.err = b.makeOnce(ctx, a, b.workDir) })
 	return b.err
 }
 
-func (b *sharedHeader) makeOnce(ctx context.Context, a *answers, dir string) error {
+func (b *sharedHeader) makeOnce(ctx context.Context, a *answerer, dir string) error {
 	script, test, err := a.script.OnlyHeaders(b.headers)
 	if err != nil {
 		return nil //nolint:nilerr // this script has another form: its questions get no precompiled header
@@ -230,8 +234,9 @@ func (b *sharedHeader) makeOnce(ctx context.Context, a *answers, dir string) err
 	return nil
 }
 
-// withHeader returns the sandbox of a question with its precompiled header, if there is one.
-func (a *answers) withHeader(box sandbox.Config, q question) sandbox.Config {
+// withHeader adds the precompiled header of a question to the question's sandbox. If the question has
+// none, the sandbox stays unchanged.
+func (a *answerer) withHeader(box sandbox.Config, q question) sandbox.Config {
 	if q.header == nil || q.header.prefix == nil {
 		return box
 	}
@@ -243,7 +248,7 @@ func (a *answers) withHeader(box sandbox.Config, q question) sandbox.Config {
 }
 
 // askArguments returns the command that runs the driver's script for a question.
-func (a *answers) askArguments(q question) []string {
+func (a *answerer) askArguments(q question) []string {
 	return append([]string{"sh", "-c", `exec /bin/sh ./conftest.sh "$@" > answer`, "sh", a.plan.CC, a.plan.Arch,
 		a.plan.Sources, a.plan.Output}, q.argv...)
 }

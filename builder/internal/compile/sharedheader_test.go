@@ -14,9 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// alike gives the driver six tests whose programs begin with the same header, in the forms that
+// addTests gives the driver six tests whose programs begin with the same header, in the forms that
 // NVIDIA's conftest.sh uses. A seventh test gives the compiler another flag.
-func alike(t *testing.T, r compile.Request, header string) {
+func addTests(t *testing.T, r compile.Request, header string) {
 	t.Helper()
 	const preamble = `
 CONFTEST_PREAMBLE="#include \"conftest/headers.h\"
@@ -55,8 +55,8 @@ compile_check_conftest() {
 	write(t, r.Headers, map[string]string{"include/linux/here.h": header})
 }
 
-// functions compiles the driver and returns conftest's answers about functions.
-func functions(t *testing.T, r compile.Request) string {
+// functionAnswers compiles the driver and returns conftest's answers about functions.
+func functionAnswers(t *testing.T, r compile.Request) string {
 	t.Helper()
 	cache, err := cas.Open(t.TempDir())
 	if err != nil {
@@ -66,7 +66,7 @@ func functions(t *testing.T, r compile.Request) string {
 	var log bytes.Buffer
 	r.Cache, r.WorkDir, r.Log = cache, t.TempDir(), &log
 	if _, err := compile.Modules(t.Context(), r); err != nil ||
-		strings.Contains(log.String(), "conftest is left to make") {
+		strings.Contains(log.String(), "make has to run conftest itself") {
 		t.Fatalf("Modules = %v\n%s", err, &log)
 	}
 	text, err := os.ReadFile(filepath.Join(r.WorkDir, "src/conftest/functions.h"))
@@ -79,8 +79,8 @@ func functions(t *testing.T, r compile.Request) string {
 	return string(text)
 }
 
-// compiler replaces the toolchain's compiler by a script.
-func compiler(t *testing.T, r compile.Request, script string) {
+// replaceCompiler replaces the toolchain's compiler by a script.
+func replaceCompiler(t *testing.T, r compile.Request, script string) {
 	t.Helper()
 	path := filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-gcc")
 	to, err := os.Readlink(path)
@@ -94,7 +94,7 @@ func compiler(t *testing.T, r compile.Request, script string) {
 }
 
 // Conftest programs that begin with the same headers share a precompiled header, unless the
-// compiler gets other flags. With a compiler that cannot make a precompiled header, the answers are
+// compiler gets other flags. If the compiler cannot make a precompiled header, the answers are still
 // the same.
 func TestBeginnings(t *testing.T) {
 	t.Parallel()
@@ -124,10 +124,10 @@ func TestBeginnings(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := asking(t)
-			alike(t, r, row.header)
-			compiler(t, r, row.script)
-			got := functions(t, r)
+			r := toyWithTests(t)
+			addTests(t, r, row.header)
+			replaceCompiler(t, r, row.script)
+			got := functionAnswers(t, r)
 			for _, line := range row.want {
 				if !strings.Contains(got, line+"\n") {
 					t.Errorf("conftest does not say %q:\n%s", line, got)

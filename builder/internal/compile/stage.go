@@ -11,9 +11,9 @@ import (
 )
 
 // stage copies a source tree, so that the build can write to the copy. The copied files belong to
-// the user that runs the builder. They have mode 0755 if the source is executable, else 0644, and
-// the present time. stage copies a link only if the link's target is inside the tree. It refuses
-// every other kind of file.
+// the user that runs the builder. Their time is the time of the copy. Their mode is 0755 if the
+// original is executable, else 0644. stage copies a link only if the link's target is inside the
+// tree. It refuses every other kind of file.
 func stage(ctx context.Context, src, dst string) error {
 	return filepath.WalkDir(src, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {

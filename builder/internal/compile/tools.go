@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Paths inside the sandbox. Debug information contains them, and the linker computes build ids over
-// it. So a change of one path changes every module.
+// Paths inside the sandbox. Debug information contains these paths, and the linker computes build
+// ids over the debug information. So if one path changes, every module changes.
 const (
 	insideToolchain = "/prebake/toolchain"
 	insideKernel    = "/prebake/kernel"
@@ -25,8 +25,8 @@ const (
 	insideOut       = "/prebake/out"
 )
 
-// kernelArch maps an architecture to kbuild's name for it, as `uname -m` prints it on x86. NVIDIA's
-// makefiles map x86_64 to x86 themselves.
+// kernelArch has the value of make's variable ARCH for each architecture. For amd64 this is x86_64, as
+// `uname -m` prints it; NVIDIA's makefiles turn it into x86.
 var kernelArch = map[target.Arch]string{target.AMD64: "x86_64", target.ARM64: "arm64"}
 
 // crossPrefix is the common start of the tools' names in COS's toolchain archives.
@@ -40,8 +40,8 @@ var crossPrefix = map[target.Arch]string{
 type tools struct {
 	variables []string // make variables such as CC=name
 	compiler  string   // path inside the sandbox
-	strip     string   // file name of strip
-	objcopy   string   // file name of objcopy; "" if the toolchain has none
+	strip     string   // file name of the toolchain's strip
+	objcopy   string   // file name of the toolchain's objcopy; "" if it has none
 	sysroot   string   // path inside the sandbox; may be empty
 	clang     bool
 
@@ -54,8 +54,8 @@ type tools struct {
 // folders only.
 var toolPattern = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._+-]{0,63}$`)
 
-// compilerPattern splits a compiler's name. The first part is the prefix, which the companion tools
-// share. The second part is the version at the end, as in Debian's names.
+// compilerPattern splits a compiler's name into two parts. The first part is a prefix, which the
+// other tools' names begin with too. The second part is the version at the end, as in Debian's names.
 var compilerPattern = regexp.MustCompile(`^(.*-)?(?:gcc|clang|cc)(-[0-9.]+)?$`)
 
 // hostClang is the compiler in COS's toolchains for programs that run during the build.
@@ -77,10 +77,10 @@ var clangFlags = []string{"-Wno-error", "-Wno-error=strict-prototypes"}
 // toolchain is the root of an unpacked toolchain archive; its methods look programs up.
 type toolchain string
 
-func (t toolchain) has(name string) bool { return t.inside(name) != "" }
+func (t toolchain) has(name string) bool { return t.pathOf(name) != "" }
 
-// inside returns the path of a program inside the sandbox, or "" if the toolchain does not have it.
-func (t toolchain) inside(name string) string {
+// pathOf returns the path of a program inside the sandbox, or "" if the toolchain does not have it.
+func (t toolchain) pathOf(name string) string {
 	for _, dir := range []string{"bin", "usr/bin"} {
 		// Lstat, because the target of a link may exist only inside the sandbox.
 		if info, err := os.Lstat(filepath.Join(string(t), dir, name)); err == nil && !info.IsDir() {
@@ -90,11 +90,11 @@ func (t toolchain) inside(name string) string {
 	return ""
 }
 
-// findTools chooses the compiler and the tools that go with it: linker, assembler and others.
-// toolchain_env names the compiler. The kernel's configuration decides the other tools, because it
-// names the tools that built the kernel. If clang and lld built the kernel, make ran with LLVM=1, so
+// findTools chooses the compiler and the tools that go with it: linker, assembler and others. The
+// compiler's name is in toolchain_env. The other tools depend on the kernel's configuration, because
+// it says which tools built the kernel. If clang and lld built the kernel, make ran with LLVM=1, so
 // the modules are built with LLVM=1 too. For any other kernel (gcc, or clang with another linker),
-// findTools chooses the binutils with the compiler's prefix.
+// findTools chooses the binutils whose names begin with the compiler's prefix.
 func findTools(r Request) (tools, error) {
 	var t tools
 	text, err := readConfig(filepath.Join(r.Headers, ".config"))
@@ -114,15 +114,16 @@ func findTools(r Request) (tools, error) {
 	}
 	t.clang = strings.Contains(cc, "clang")
 	t.variables = []string{"CC=" + cc}
-	t.compiler = chain.inside(cc)
+	t.compiler = chain.pathOf(cc)
 	llvm := t.clang && config["CONFIG_LD_IS_LLD"]
 	t.variables = append(t.variables, clangVariables(config, chain, t.clang, llvm, prefix)...)
 	for _, row := range companions(config, llvm, prefix, suffix) {
 		if named := r.Env[row.variable]; toolPattern.MatchString(named) {
 			row.candidates = append([]string{named}, row.candidates...)
 		}
-		// A missing tool keeps its name. A build that needs the tool then fails with this name, and
-		// does not use the host's tool unnoticed.
+		// If the toolchain has none of the candidates, make still gets the first one's name. A build
+		// that needs the tool then fails with an error about this name. Without a name, make would use
+		// the host's tool unnoticed.
 		name := row.candidates[0]
 		if i := slices.IndexFunc(row.candidates, chain.has); i >= 0 {
 			name = row.candidates[i]
@@ -148,8 +149,8 @@ func findTools(r Request) (tools, error) {
 	return t, nil
 }
 
-// findCompiler returns the compiler's name, and the prefix and suffix that its companions' names
-// share.
+// findCompiler returns the compiler's name, and the prefix and suffix that the names of its companion
+// tools have too.
 func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefix, suffix string, err error) {
 	cc, prefix = r.Env["CC"], crossPrefix[r.Arch]
 	if cc == "" {
@@ -170,9 +171,9 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	if m := compilerPattern.FindStringSubmatch(cc); m != nil {
 		prefix, suffix = m[1], m[2]
 	}
-	// Kbuild derives its flags from the compiler that it finds, and its options from the
-	// configuration. If compiler and configuration disagree, nobody has tested the modules that kbuild
-	// makes.
+	// Kbuild chooses some flags by the compiler that it finds, and others by the kernel's
+	// configuration. If the configuration is for another compiler, nobody has tested the modules that
+	// kbuild makes.
 	clang := strings.Contains(cc, "clang")
 	for option, other := range map[string]bool{"CONFIG_CC_IS_CLANG": !clang, "CONFIG_CC_IS_GCC": clang} {
 		if config[option] && other {
@@ -180,8 +181,8 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 				fmt.Sprintf("compiler %s: .config says %s=y, so another compiler built the kernel", cc, option), hint)
 		}
 	}
-	// One clang program compiles for all processors, and its file name selects the target. Kbuild
-	// would set the target itself, but the driver's conftest would not.
+	// One clang program compiles for all processors. If no flag selects a processor, the program's
+	// file name does. Kbuild sets such a flag, but the driver's conftest does not.
 	if clang && r.Arch == target.ARM64 && !strings.HasPrefix(prefix, "aarch64-") {
 		return "", "", "", fault.New(fault.Usage,
 			fmt.Sprintf("compiler %s: its name does not say that it compiles for arm64", cc),
@@ -204,8 +205,9 @@ func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, p
 		// Kbuild derives the assembler's path from this prefix.
 		all = append(all, "LLVM_IAS=0", "CROSS_COMPILE="+prefix)
 	case config["CONFIG_AS_IS_LLVM"], !assembler:
-		// The configuration of kernels before 5.13 names no assembler. Such a kernel uses the
-		// program as, or clang's own assembler if the toolchain has no as.
+		// LLVM_IAS=1 selects clang's own assembler. Before Linux 5.13, the configuration does not say
+		// which assembler built the kernel. For such a kernel, kbuild takes the toolchain's GNU
+		// assembler, or clang's own if the toolchain does not have a GNU assembler.
 		all = append(all, "LLVM_IAS=1")
 	}
 	if chain.has(hostClang) {
@@ -214,7 +216,7 @@ func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, p
 	return all
 }
 
-// companion is a make variable with the possible names of its tool, the best first.
+// companion is the make variable of a tool, with the names that the tool may have, the best first.
 type companion struct {
 	variable   string
 	candidates []string
@@ -244,9 +246,8 @@ func companions(config map[string]bool, llvm bool, prefix, suffix string) []comp
 	return all
 }
 
-// environment returns the complete environment of a build. It takes over no variable of the
-// builder's own environment. Everything that could reveal a time, a user or a host has a fixed
-// value.
+// environment returns the complete environment of a build. It contains no variable of the builder's
+// own environment. Everything that could reveal a time, a user or a host has a fixed value.
 func environment(t tools) map[string]string {
 	env := map[string]string{
 		"PATH":                   insideToolchain + "/bin:" + insideToolchain + "/usr/bin:/usr/bin:/bin",

@@ -24,19 +24,19 @@ const (
 	// pahole is the host's program that makes BTF from debug information. A pahole in the toolchain
 	// is never used, because the function Pahole reports the version of the host's pahole.
 	pahole       = "/usr/bin/pahole"
-	hintPahole   = "run apt-get install dwarves; or build without --btf"
+	hintPahole   = "build without --btf; or install pahole: apt-get install dwarves"
 	hintNoTypes  = "build without --btf"
 	paholeOutput = 16 << 10
 )
 
 var paholeVersion = regexp.MustCompile(`^v([0-9]{1,2})\.([0-9]{1,2})\n$`)
 
-// Pahole returns the version of the pahole that makes BTF, in pahole's own form, such as v1.24.
-// Another version may make other bytes.
+// Pahole returns the version of the host's pahole, which makes BTF, in the form that pahole prints,
+// such as v1.24. Another version may make other bytes.
 func Pahole(ctx context.Context) (string, error) {
 	said, err := ask(ctx, sandbox.Config{Dir: "/", Env: environment(tools{})}, pahole, "--version")
 	if err != nil {
-		return "", refused(fmt.Errorf("find pahole: %w", err), fault.Usage, hintPahole)
+		return "", programFault(fmt.Errorf("find pahole: %w", err), fault.Usage, hintPahole)
 	}
 	if !paholeVersion.MatchString(said) {
 		return "", fault.New(fault.Usage, fmt.Sprintf("find pahole: its version is %.40q; want one such as v1.24", said),
@@ -55,10 +55,10 @@ func ask(ctx context.Context, box sandbox.Config, argv ...string) (string, error
 	return said.String(), nil
 }
 
-// refused adds a kind and a hint to the error of a program that failed. A program that was killed
-// gets the kind fault.OutOfMemory. An error of the sandbox itself stays unchanged, because it has a
+// programFault adds a kind and a hint to the error of a program that failed. If the program was killed,
+// the kind is fault.OutOfMemory. An error of the sandbox itself stays unchanged, because it has a
 // kind already.
-func refused(err error, kind fault.Kind, hint string) error {
+func programFault(err error, kind fault.Kind, hint string) error {
 	var exit *sandbox.ExitError
 	switch {
 	case !errors.As(err, &exit):
@@ -69,8 +69,8 @@ func refused(err error, kind fault.Kind, hint string) error {
 	return fault.Wrap(kind, err, hint)
 }
 
-// checkTypes returns an error if BTF cannot be made. It runs before the compile, so that the build
-// fails at once.
+// checkTypes returns an error if the request wants BTF and it cannot be made. It runs before the
+// compile, so that such a build fails at once.
 func checkTypes(ctx context.Context, r Request, t tools) error {
 	if r.BTF == "" {
 		return nil
@@ -86,27 +86,28 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	if err != nil {
 		return err
 	}
-	// Since Linux 5.18 the configuration names the pahole version that made the kernel's BTF. The
-	// kernel's pahole flags are for that version, and an older pahole does not know them.
+	// Since Linux 5.18 the configuration contains the version of the pahole that made the kernel's
+	// BTF. The kernel's makefiles choose pahole's flags for that version, and an older pahole does not
+	// know these flags.
 	parts := paholeVersion.FindStringSubmatch(have + "\n")
 	major, _ := strconv.Atoi(parts[1]) // the pattern allows digits only
 	minor, _ := strconv.Atoi(parts[2])
 	if number := 100*major + minor; number < t.pahole {
 		return fault.New(fault.Usage,
-			fmt.Sprintf("make BTF: pahole has version %s; the kernel's BTF was made by v%d.%02d", have,
+			fmt.Sprintf("make BTF: this machine has pahole %s, but pahole v%d.%02d made the kernel's BTF", have,
 				t.pahole/100, t.pahole%100),
 			fmt.Sprintf("install dwarves %d.%02d or newer; or %s", t.pahole/100, t.pahole%100, hintNoTypes))
 	}
 	return nil
 }
 
-// types adds BTF to the modules that make left. Kbuild does this itself if the header tree contains
-// vmlinux; otherwise it prints a warning for each module. flagVariables switches off both, BTF and
-// warning, for two reasons. Header trees lack the program resolve_btfids, which kbuild would run.
-// And kbuild's flags let pahole work in parallel, which changes the order of the types from run to
-// run.
+// types adds BTF to the modules that make left. Kbuild has a step for this, but flagVariables switches
+// that step off. If the header tree has no vmlinux, the step only prints a warning for each module. If
+// the header tree has vmlinux, the step runs the program resolve_btfids, which header trees lack.
+// Moreover, kbuild's flags let pahole work in parallel, which changes the order of the types from run
+// to run.
 func (b *build) types(ctx context.Context, result *Result) (err error) {
-	built, err := b.built()
+	built, err := b.moduleFiles()
 	if err != nil {
 		return err
 	}
@@ -132,7 +133,7 @@ func (b *build) types(ctx context.Context, result *Result) (err error) {
 		argv := slices.Concat([]string{pahole, "-J"}, flags, []string{"--btf_base", insideBTF, insideSource + "/" + name})
 		said, err := ask(ctx, box, argv...)
 		if err != nil {
-			return refused(fmt.Errorf("make BTF of %s: %w", name, err), fault.Internal, hintNoTypes)
+			return programFault(fmt.Errorf("make BTF of %s: %w", name, err), fault.Internal, hintNoTypes)
 		}
 		fmt.Fprint(b.r.Log, said)
 	}
@@ -141,8 +142,8 @@ func (b *build) types(ctx context.Context, result *Result) (err error) {
 }
 
 // flagRules is makefile text that prints the flags that the kernel wants for pahole. Since Linux
-// 6.9 the kernel's makefiles contain the flags. Before 6.9 a script prints them. The oldest kernels
-// have neither.
+// 6.9 the kernel's makefiles contain the flags. Before 6.9 a script of the kernel prints them. The
+// oldest kernels have no such flags.
 const flagRules = `
 srctree := .
 -include include/config/auto.conf
@@ -164,8 +165,8 @@ func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 	box.Dir = insideKernel
 	said, err := ask(ctx, box, "make", "-s", "-f", "/dev/null", "--eval="+flagRules, "prebake-flags")
 	if err != nil {
-		return nil, refused(fmt.Errorf("ask the kernel's makefiles for the flags of pahole: %w", err), fault.Unsupported,
-			hintNoTypes)
+		return nil, programFault(fmt.Errorf("ask the kernel's makefiles for the flags of pahole: %w", err),
+			fault.Unsupported, hintNoTypes)
 	}
 	flags := strings.Fields(said)
 	for _, flag := range flags {

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
-// kernelTypes are the types of the toy kernel. int is one of them, so a module that uses int has to
+// kernelTypes are the types of the toy kernel. They include int, so a module that uses int has to
 // refer to the kernel's type.
 var kernelTypes = []string{"int", "task_struct"}
 
@@ -49,7 +49,7 @@ func typedToy(t *testing.T, config string) compile.Request {
 const takesBTF = "CONFIG_DEBUG_INFO_BTF_MODULES=y\n"
 
 // The BTF of a module extends the kernel's BTF. The module's BTF is the same each time, with and
-// without debug symbols. A module gets no BTF if the request names none.
+// without debug symbols. If Request.BTF is "", a module gets no BTF.
 func TestTypes(t *testing.T) {
 	t.Parallel()
 	var first []byte
@@ -123,7 +123,7 @@ func TestTypesRefused(t *testing.T) {
 		text         string
 	}{
 		{"kernel without", "", nil, "", false, fault.Usage, "configured without CONFIG_DEBUG_INFO_BTF_MODULES"},
-		{"newer pahole", takesBTF + "CONFIG_PAHOLE_VERSION=9901\n", nil, "", false, fault.Usage, "made by v99.01"},
+		{"newer pahole", takesBTF + "CONFIG_PAHOLE_VERSION=9901\n", nil, "", false, fault.Usage, "pahole v99.01 made"},
 		{"no objcopy", takesBTF, nil, "", true, fault.InputMissing, "no objcopy"},
 		{"flags that name a file", takesBTF, map[string]string{"scripts/pahole-flags.sh": "echo --btf_base=/etc/x\n"}, "",
 			false, fault.Unsupported, "--btf_base=/etc/x"},
@@ -159,7 +159,7 @@ func TestTypesRefused(t *testing.T) {
 	}
 }
 
-// A program that was killed counts as out of memory.
+// If a program is killed, the kind of the error is fault.OutOfMemory.
 func TestTypesOutOfMemory(t *testing.T) {
 	t.Parallel()
 	r := typedToy(t, takesBTF)

@@ -36,10 +36,10 @@ type view struct {
 // viewFact is the part of a view that takes long to compute. The cache stores it under the header
 // tree's digest.
 type viewFact struct {
-	// Digest covers every file. For a masked file it covers the replacement instead of the content.
-	// The Digest in the cache covers only the files that are not masked; newView adds the others.
+	// Digest covers every file of the header tree. For a masked file it covers the replacement. In
+	// the cache, Digest covers only the files that are not masked; newView adds the replacements.
 	Digest string `json:"digest"`
-	// Macros says that a kernel header contains a macro that NVIDIA's conftest defines, or the macro
+	// Macros is true if a kernel header contains a macro that NVIDIA's conftest defines, or the macro
 	// with the driver's version.
 	Macros bool `json:"macros"`
 }
@@ -64,7 +64,8 @@ func dropSalt(text []byte) []byte {
 
 func dropStrings(text []byte) []byte { return quoted.ReplaceAll(text, []byte(maskedString)) }
 
-// masks maps each file that a view shows only partly to the function that hides the rest.
+// masks returns a function for each file that a view shows only partly. The function turns the
+// file's content into its replacement.
 func masks() map[string]func([]byte) []byte {
 	return map[string]func([]byte) []byte{
 		".config":                        dropSalt,
@@ -112,7 +113,7 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 		if shown.Digest, err = cas.DigestTree(ctx, headers, skip); err != nil {
 			return nil, err
 		}
-		if shown.Macros, err = namesDriver(headers); err != nil {
+		if shown.Macros, err = mentionsDriver(headers); err != nil {
 			return nil, err
 		}
 		if raw, err = json.Marshal(shown); err != nil {
@@ -127,9 +128,9 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 	return v, nil
 }
 
-// namesDriver reports whether a kernel header mentions the driver's own macros. The meaning of such
-// a header depends on what the driver defines.
-func namesDriver(headers string) (found bool, err error) {
+// mentionsDriver reports whether a kernel header contains the name of one of the driver's own macros.
+// The meaning of such a header depends on what the driver defines.
+func mentionsDriver(headers string) (found bool, err error) {
 	err = walkHost(headers, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() || !strings.HasSuffix(path, ".h") {
 			return err
@@ -147,8 +148,8 @@ func namesDriver(headers string) (found bool, err error) {
 	return found, err
 }
 
-// binds writes the replacements of the masked files to dir. It returns binds that put them over the
-// header tree in a sandbox.
+// binds writes the replacements of the masked files to dir. It returns sandbox binds that put the
+// replacements over the header tree.
 func (v *view) binds(dir string) ([]sandbox.Bind, error) {
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err

@@ -243,7 +243,7 @@ func FuzzParseCommand(f *testing.F) {
 	})
 }
 
-// If every object comes from the cache, the compile phase still gets its record.
+// If every object comes from the cache, the compile phase is still in the list of phases.
 func TestWatchReuse(t *testing.T) {
 	t.Parallel()
 	var calls []string

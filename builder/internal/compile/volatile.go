@@ -16,8 +16,8 @@ import (
 
 // volatileHeaders are the headers that differ between two compilations of the same kernel. No
 // fingerprint covers these headers (see package cossrc). The compiler sees that the headers exist and
-// which strings they define, but not the values. With the values, NVIDIA's driver would put the
-// number and the time of the kernel's build into a module, on kernels before 6.1.
+// which string macros they define, but not the macros' values. With the values, for a kernel before
+// 6.1, NVIDIA's driver would put the number and the time of the kernel's build into a module.
 var volatileHeaders = []string{"include/generated/compile.h", "include/generated/utsversion.h"}
 
 var stringDefinition = regexp.MustCompile(`(?m)^#define[ \t]+([A-Za-z_][A-Za-z0-9_]*)[ \t]+"[^"\n]*"[ \t]*$`)
@@ -32,8 +32,8 @@ func hideStrings(text []byte) []byte {
 	return []byte(shown.String())
 }
 
-// hideVolatileHeaders writes replacements of the volatile headers to dir. It returns binds that put
-// them over the header tree.
+// hideVolatileHeaders writes replacements of the volatile headers to dir. It returns sandbox binds that
+// put the replacements over the header tree.
 func hideVolatileHeaders(headers, dir string) ([]sandbox.Bind, error) {
 	var binds []sandbox.Bind
 	for _, name := range volatileHeaders {

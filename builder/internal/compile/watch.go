@@ -43,7 +43,7 @@ var (
 
 // countWork reads the Kbuild files of the sources and counts the steps that make will take. It
 // knows the form of the lists in NVIDIA's Kbuild files. It counts each test and each file once, as
-// make does. A wrong count makes only the progress display less exact.
+// make does. If the count is wrong, only the progress display is less exact.
 func countWork(src string) work {
 	tests, sources, modules := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	_ = walkHost(src, func(path string, entry fs.DirEntry, err error) error {
@@ -54,7 +54,7 @@ func countWork(src string) work {
 		if err != nil {
 			return nil
 		}
-		list := "" // prefix for the words of a list that backslashes continue over several lines
+		list := "" // prefix for the words of a list; backslashes continue a list over several lines
 		for line := range strings.Lines(string(text)) {
 			line, more := strings.CutSuffix(strings.TrimRight(line, " \t\r\n"), `\`)
 			switch {
@@ -91,7 +91,8 @@ func countWork(src string) work {
 	return work{conftest: len(tests), compile: len(sources), link: 2 * len(modules)}
 }
 
-// maxLine limits the bytes of one line that are examined. The log gets the whole line.
+// maxLine is the number of bytes that a watch examines at the start of each line. The log gets the
+// whole line.
 const maxLine = 64 << 10
 
 // watch reads make's output while make runs. It passes every byte to the log. It counts steps for
@@ -117,7 +118,7 @@ func newWatch(log io.Writer, progress func(string, int, int), expect work, now f
 	return &watch{log: log, progress: progress, expect: expect, now: now, started: now(), reused: map[string]int{}}
 }
 
-// reuse counts steps of a phase whose results came from the cache.
+// reuse adds n to the number of a phase's steps whose results came from the cache.
 func (w *watch) reuse(phase string, n int) {
 	if n == 0 {
 		return
@@ -132,7 +133,8 @@ func (w *watch) reuse(phase string, n int) {
 	}
 }
 
-// note returns the note in the record of a phase, such as "6 tests, 5 remembered".
+// note returns the text for timeline.Phase.Note, such as "6 tests, 5 remembered". done is the number
+// of steps that make took.
 func (w *watch) note(phase string, done int) string {
 	what := map[string][2]string{phaseConftest: {"test", "remembered"}, phaseCompile: {"file", "reused"},
 		phaseLink: {"step", ""}}[phase]
@@ -144,8 +146,9 @@ func (w *watch) note(phase string, done int) string {
 }
 
 func (w *watch) Write(p []byte) (int, error) {
-	// After an error of the log, Write still accepts all output. A broken pipe would end the
-	// compiler with an error that hides the real reason. close reports the log's error.
+	// After an error of the log, Write still accepts all output. If it did not, a broken pipe would
+	// end the compiler with an error that hides the real reason. The method close returns the log's
+	// error.
 	if w.logErr == nil {
 		_, w.logErr = w.log.Write(p)
 	}
@@ -183,7 +186,7 @@ func (w *watch) end(failed bool) {
 	w.phase, w.started, w.done = "", now, 0
 }
 
-// stepLine matches the line that make prints for each step when it does not print whole commands.
+// stepLine matches the line that make prints for each step, if make does not print whole commands.
 var stepLine = regexp.MustCompile(`^ +(CONFTEST|CC \[M\]|AS \[M\]|LD \[M\]|MODPOST)[: ]? *(\S*)(.*)$`)
 
 func (w *watch) read(line string) {
@@ -212,8 +215,8 @@ func (w *watch) read(line string) {
 			return
 		}
 	}
-	// If every object came from the cache, make compiles nothing. The compile phase still gets its
-	// record.
+	// If every object came from the cache, make compiles nothing. The compile phase is still listed in
+	// w.phases.
 	if phase == phaseLink && w.phase != phaseCompile && w.phase != phaseLink && w.reused[phaseCompile] > 0 {
 		w.end(false)
 		w.phase = phaseCompile

@@ -6,21 +6,21 @@ import (
 	"strings"
 )
 
-// Basis has everything that decides a stored answer, except the script, its arguments and the question.
+// Basis has everything that decides a stored answer, except the script, the script's arguments and the question.
 type Basis struct {
 	// View is the digest of the kernel view (see the package comment). While a script runs, it may see only those kernel
 	// files that this digest covers.
 	View string
 	// Toolchain is the digest of the compiler's folder. Host is the digest of the host's programs
-	// ([sandbox.HostTools]). Recipe is the version of the code that runs the script (Recipe in
+	// ([sandbox.HostTools]). Recipe is the version number of the code that runs the script (Recipe in
 	// builder/internal/compile).
 	Toolchain, Host, Recipe string
-	// Macros is true if a kernel header names a presence macro (NV_..._PRESENT) or NV_VERSION_STRING, the macro of the
+	// Macros is true if a kernel header contains a presence macro (NV_..._PRESENT) or NV_VERSION_STRING, the macro of the
 	// driver's version. Then an answer may depend on the whole of headers.h, and on the driver's version.
 	Macros bool
 }
 
-// Answers maps the key of a question to its answer. [Keyer] makes the keys.
+// Answers has the answers to questions, by the question's key. [Keyer] makes the keys.
 type Answers map[string]string
 
 const maxAnswers = 1 << 20 // in bytes; pkg/cas stores no larger fact
@@ -60,13 +60,14 @@ var (
 
 // NewKeyer prepares keys for the questions of a plan.
 //
-// Two parts of the compiler's flags do not decide an answer, so no key covers them, and [Keyer.Flags] leaves them out.
-// The first part is the process number of the script, which the script puts into the macro KBUILD_BASENAME. The second
-// part is the driver's version, in the macro NV_VERSION_STRING. If the script names this macro, or [Basis.Macros] is
-// true, the version may decide an answer. Then the flags and the keys keep the version.
+// Two parts of the compiler's flags do not decide an answer. So no key covers these parts, and [Keyer.Flags] leaves
+// them out. The first part is the process number of the script, which the script puts into the macro KBUILD_BASENAME.
+// The second part is the driver's version, in the macro NV_VERSION_STRING. There is one exception: if the script
+// contains this macro, or [Basis.Macros] is true, the version may decide an answer. Then the flags and the keys keep
+// the version.
 func NewKeyer(s *Script, p *Plan, b Basis) *Keyer {
 	a := &Keyer{script: s, plan: p, basis: b, flags: selfName.ReplaceAllString(p.Flags, "#conftest")}
-	if !b.Macros && !s.names("NV_VERSION_STRING") {
+	if !b.Macros && !s.contains("NV_VERSION_STRING") {
 		a.flags = versionFlag.ReplaceAllString(a.flags, "")
 	}
 	return a
@@ -82,19 +83,20 @@ func (a *Keyer) CacheKey() string {
 		a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.frame())
 }
 
-// HeaderKey returns the key of the question whether a header exists. HeaderKey("") is the key of the question about all
-// headers in the script's own list.
+// HeaderKey returns the key of the question whether a header exists. With "" it returns the key of the question about
+// all headers in the script's own list.
 func (a *Keyer) HeaderKey(header string) string { return digest("header", header) }
 
-// TestKey returns the key of a compile test. headers is the content of headers.h. ok is false if the script does not
-// know the test.
+// TestKey returns the key of a compile test. The argument headers is the content of headers.h. If the script does not
+// know the test, TestKey returns false.
 func (a *Keyer) TestKey(test, headers string) (string, bool) {
 	text, ok := a.script.find(test)
 	return digest("test", test, text, a.Visible(test, headers)), ok
 }
 
-// Visible returns the part of headers.h on which a test's program may depend: the lines about those macros that the
-// test or the common text of the script names. If [Basis.Macros] is true, Visible returns the whole of headers.h.
+// Visible returns the part of headers.h on which a test's program may depend: the lines about those macros whose names
+// occur in the test or in the common text of the script. If [Basis.Macros] is true, Visible returns the whole of
+// headers.h.
 func (a *Keyer) Visible(test, headers string) string {
 	if a.basis.Macros {
 		return headers

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/conftest"
 )
 
-// script has the form of NVIDIA's conftest.sh and was written for this test.
+// script is written for this test. It has the form of NVIDIA's conftest.sh.
 const script = `#!/bin/sh
 CC="$1"
 test_header_presence() {
@@ -103,8 +103,8 @@ func parse(t *testing.T, scriptText, planText string) (*conftest.Script, *confte
 	return s, p
 }
 
-// TestPlanRules checks what make does with the rules: it runs the sanity checks, writes the text for ParsePlan, and
-// stops before the first question. The test's makefile is a short version of NVIDIA's Kbuild files. deploy/e2e tests
+// TestPlanRules checks what make does with the rules: it must run the sanity checks, write the text for ParsePlan, and
+// stop before the first question. The test's makefile is a short version of NVIDIA's Kbuild files. deploy/e2e tests
 // NVIDIA's own files.
 func TestPlanRules(t *testing.T) {
 	t.Parallel()
@@ -290,7 +290,7 @@ func TestScriptShapes(t *testing.T) {
 		}
 		got, err := conftest.ParseScript([]byte(text))
 		if row.name == "a stanza that does not end" {
-			// The stanza of the test one then includes the stanza symbol_*, so the key of the test one covers both.
+			// Then the stanza of the test "one" contains the stanza symbol_*, so the test's key covers both stanzas.
 			if err != nil || got.Knows("symbol_x") {
 				t.Errorf("%s: ParseScript = %v; want one test that swallows the next", row.name, err)
 			}
@@ -371,9 +371,9 @@ func TestKeys(t *testing.T) {
 	}
 }
 
-// TestKeyOfLinesInText compares two tests. The first test sees a line of headers.h. The second test sees no line of
-// headers.h, but its own text ends with the same line. The keys must differ: in a test's text the line is a comment of
-// the shell, so it defines no macro for the second test.
+// TestKeyOfLinesInText compares the keys of two tests. The first test sees a line of headers.h. The second test sees no
+// line of headers.h, but its own text ends with the same line. The keys must differ: in a test's text the shell takes
+// the line as a comment, so the line defines no macro for the second test.
 func TestKeyOfLinesInText(t *testing.T) {
 	t.Parallel()
 	const line = "#define NV_ASM_PAGE_H_PRESENT\n"

@@ -35,12 +35,12 @@ type Plan struct {
 	Flags, CFlags string
 	// Headers are the headers whose presence is tested, in the order of the Kbuild file. A header may occur twice.
 	Headers []string
-	// Tests maps each category to its compile tests, in the order of the Kbuild file. A test may occur twice.
+	// Tests has the compile tests of each category, in the order of the Kbuild file. A test may occur twice.
 	Tests map[string][]string
 }
 
-// planVariables are the lines of a plan, in order. A line has the name, a blank, and the value that make computes for
-// the expression.
+// planVariables are the lines of a plan, in order. A line consists of the name, a blank, and the value that make
+// computes for the expression.
 var planVariables = []struct{ name, expression string }{
 	{"cc", "$(strip $(CC))"},
 	{"arch", "$(ARCH)"},
@@ -57,10 +57,10 @@ var planVariables = []struct{ name, expression string }{
 }
 
 // PlanRules returns makefile text for the end of a driver's Kbuild file. With this text, make runs the driver's sanity
-// checks, writes the plan to file, and stops before the first question. make has to write the plan, because only make
-// knows the flags: the kernel's makefiles compose them. The rules add a prerequisite to conftest/uts_release, because
-// make makes that file before every header of answers. This holds for NVIDIA's releases from 515.43.04 to 595.45.04,
-// and for Debian's edition of these releases.
+// checks, writes the plan to file, and stops before the first question. Only make can write the plan, because the
+// kernel's makefiles compose the flags in it. The rules add a prerequisite to conftest/uts_release, because make makes
+// that file before every header with answers. NVIDIA's releases from 515.43.04 to 595.45.04 have this order, and
+// Debian's edition of these releases has it too.
 func PlanRules(file string) string {
 	var b strings.Builder
 	b.WriteString("\n$(obj)/conftest/uts_release: prebake-plan\n.PHONY: prebake-plan\nprebake-plan: " +
@@ -120,7 +120,7 @@ func ParsePlan(text string) (*Plan, error) {
 	}
 	for _, w := range []string{p.CC, p.Arch, p.Sources, p.Output} {
 		if !word.MatchString(w) {
-			return nil, fmt.Errorf("%w: the script's argument %q is not one plain word", ErrShape, w)
+			return nil, fmt.Errorf("%w: the plan has the argument %q for the script; want one plain word", ErrShape, w)
 		}
 	}
 	for _, h := range p.Headers {
@@ -149,7 +149,7 @@ func (p *Plan) All() []string {
 	return slices.Compact(all)
 }
 
-// unique removes repetitions. make does the same: its variable $^ names each prerequisite once.
+// unique removes repetitions. make does the same: its variable $^ contains each prerequisite once.
 func unique(list []string) []string {
 	seen := map[string]bool{}
 	return slices.DeleteFunc(slices.Clone(list), func(s string) bool {
@@ -162,9 +162,9 @@ func unique(list []string) []string {
 // Files returns the files that make would write to the folder conftest/. The caller must write them in this order, so
 // that each file is at least as new as the files from which make makes it.
 //
-// headers maps each header to its answer, and tests maps each compile test to its answer. patches is the script's
-// output for [ModePatches], and release is the script's output for the test uts_release. If the plan lists no headers,
-// headers[""] is the whole content of headers.h.
+// The argument headers has the answer for each header, and tests has the answer for each compile test. The argument
+// patches is the script's output for [ModePatches], and release is the script's output for the test uts_release. If the
+// plan has no headers, headers[""] is the whole content of headers.h.
 func (p *Plan) Files(headers, tests map[string]string, patches, release string) []File {
 	version := "// Kernel version: " + strings.TrimRight(release, "\n") + "\n"
 	files := []File{{"uts_release", version}, {"patches.h", patches}}

@@ -28,9 +28,9 @@ var (
 	defineLine   = regexp.MustCompile(`^#\s*define\s+(NV_\w+_PRESENT)\b`)
 )
 
-// Prefixes returns the beginnings of a test's first program: up to its first header, up to its second, and so on.
-// headers is the content of headers.h, which defines the presence macros (NV_..._PRESENT) for the program. Prefixes
-// evaluates conditions on these macros. Prefixes stops at the first line that is neither such a condition nor an
+// Prefixes returns the beginnings of a test's first program: up to its first header, up to its second one, and so on.
+// The argument headers is the content of headers.h, which defines the presence macros (NV_..._PRESENT) for the program.
+// Prefixes evaluates conditions on these macros. It stops at the first line that is neither such a condition nor an
 // include line.
 //
 // A test's text is shell code, but Prefixes reads the program in it as C. Callers must therefore compare the lines with
@@ -97,9 +97,9 @@ func (s *Script) Prefixes(test, headers string) []Prefix {
 
 const checkFunction = "\ncompile_check_conftest() {\n"
 
-// OnlyHeaders returns a script with a single test, and the name of that test. The test's program includes these headers
-// after the script's preamble, and has no other line. Callers run the test to make a precompiled header from the
-// program. If the script has no function compile_check_conftest, or a header has an unknown form, the error is
+// OnlyHeaders returns a script with a single test, and the name of that test. After the script's preamble, the test's
+// program consists of one include line for each of the headers. Callers run the test to make a precompiled header from
+// the program. If the script has no function compile_check_conftest, or a header has an unknown form, the error is
 // ErrShape.
 func (s *Script) OnlyHeaders(headers []string) (script []byte, test string, err error) {
 	if !strings.Contains(s.head, checkFunction) && !strings.Contains(s.tail, checkFunction) {

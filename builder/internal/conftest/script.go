@@ -32,7 +32,7 @@ var (
 	innerCase  = regexp.MustCompile(`^\s*case\s.*\sin\s*$`)
 )
 
-// These constants are text of conftest.sh in NVIDIA's releases. ParseScript finds the parts of a script by them.
+// These constants are text of conftest.sh in NVIDIA's releases. By this text ParseScript finds the parts of a script.
 const (
 	beginTests = "\ncompile_test() {\n    case \"$1\" in\n"
 	endTests   = "\n    esac\n}\n"
@@ -44,13 +44,13 @@ const (
 	answersAnother = "compile_test " // a test with this text calls another test
 )
 
-// ParseScript parses a conftest.sh. ParseScript returns ErrShape if it does not know the script's form.
+// ParseScript parses a conftest.sh. If it does not know the script's form, the error is ErrShape.
 func ParseScript(text []byte) (*Script, error) {
 	s := &Script{}
 	all := string(text)
 	for _, part := range []string{beginTests, testLoop, testMode} {
 		if strings.Count(all, part) != 1 {
-			return nil, fmt.Errorf("%w: the script does not have %q exactly once", ErrShape, strings.TrimSpace(part))
+			return nil, fmt.Errorf("%w: the script does not contain %q exactly once", ErrShape, strings.TrimSpace(part))
 		}
 	}
 	head, body, _ := strings.Cut(all, beginTests)
@@ -76,7 +76,7 @@ func ParseScript(text []byte) (*Script, error) {
 		case now == nil:
 			m := stanzaHead.FindStringSubmatch(line)
 			if m == nil {
-				return nil, fmt.Errorf("%w: %.80q does not begin a test", ErrShape, bare)
+				return nil, fmt.Errorf("%w: the line %.80q does not begin a test", ErrShape, bare)
 			}
 			now = &stanza{}
 			for p := range strings.SplitSeq(m[1], "|") {
@@ -119,7 +119,7 @@ func (s *Script) Knows(test string) bool {
 	return ok
 }
 
-// These constants are the modes of the script, its fifth argument.
+// These constants are the script's modes. The mode is the script's fifth argument.
 const (
 	ModeTest    = "compile_tests"       // the next arguments are the flags and the test's name
 	ModeHeader  = "test_kernel_header"  // the next arguments are the flags and the header's name
@@ -127,8 +127,8 @@ const (
 	ModePatches = "patch_check"         // no further arguments
 )
 
-// names reports whether a word occurs anywhere in the script.
-func (s *Script) names(word string) bool {
+// contains reports whether a word occurs anywhere in the script.
+func (s *Script) contains(word string) bool {
 	for _, st := range s.stanzas {
 		if strings.Contains(st.text, word) {
 			return true
@@ -141,10 +141,10 @@ func (s *Script) names(word string) bool {
 // own list.
 func (s *Script) OneHeader() bool { return s.oneHeader }
 
-// Question returns a script whose only compile test is test. With "" the returned script has no compile test, but its
-// other modes work. Callers run the returned script instead of the whole one, because [Keyer.CacheKey] and
-// [Keyer.TestKey] together cover its text. If the script lacks the test, or the test calls another test, the error is
-// ErrShape.
+// Question returns a script with only one compile test, the test whose name is in the argument. If the argument is "",
+// the returned script has no compile test, but its other modes work. Callers run the returned script instead of the
+// whole script, because [Keyer.CacheKey] and [Keyer.TestKey] together cover the returned script's text. If the script
+// lacks the test, or the test calls another test, the error is ErrShape.
 func (s *Script) Question(test string) ([]byte, error) {
 	text := ""
 	if test != "" {
@@ -160,8 +160,8 @@ func (s *Script) Question(test string) ([]byte, error) {
 	return []byte(s.head + beginTests + text + noOther + endTests + s.tail), nil
 }
 
-// noOther is the last stanza of the scripts that this package makes. It ends such a script with an error if a caller
-// asks for a test that the script does not have.
+// noOther is the last stanza of the scripts that this package makes. If a caller asks for a test that such a script
+// does not have, this stanza ends the script with an error.
 const noOther = "        *) exit 1\n        ;;"
 
 func digest(parts ...string) string {

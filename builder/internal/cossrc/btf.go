@@ -17,10 +17,10 @@ import (
 // typesFile is the only file in a cached tree of btfKind.
 const typesFile = "vmlinux.btf"
 
-// types extracts the kernel's BTF, the description of its types, from vmlinux. headers is the root of the header tree.
-// The cache keeps the BTF of each vmlinux. If the kernel is configured without BTF for modules, types returns an empty
-// part.
-func (f *fetcher) types(ctx context.Context, headers string) (p part, err error) {
+// kernelBTF extracts the kernel's BTF, the description of its types, from vmlinux. headers is the root of the header
+// tree. The cache keeps the BTF of each vmlinux. If the kernel is configured without BTF for modules, kernelBTF returns
+// an empty part.
+func (f *fetcher) kernelBTF(ctx context.Context, headers string) (p part, err error) {
 	text, err := readHead(headers, ".config", kconfig.Max+1)
 	if err != nil {
 		return p, err
@@ -33,7 +33,7 @@ func (f *fetcher) types(ctx context.Context, headers string) (p part, err error)
 		f.Progressf("this kernel is configured without BTF for modules")
 		return p, nil
 	}
-	err = f.either(cosbucket.VMLinuxName(f.kernel), func(at string) error {
+	err = f.tryLayouts(cosbucket.VMLinuxName(f.kernel), func(at string) error {
 		sum, err := f.ChecksumFile(ctx, at)
 		if err != nil {
 			return err

@@ -16,12 +16,14 @@
 // different modules, a node would load modules that do not fit its kernel.
 //
 // If the bucket has no toolchain.tar.xz, the package fetches the toolchain from another bucket. The object
-// toolchain.tar.xz.gcs names that bucket and the path in it; in old COS builds, the object is toolchain_path or
-// toolchain_url. [cosbucket.Bucket.Sibling] says where the package looks for the other bucket.
+// toolchain.tar.xz.gcs says which bucket that is, and under which path it has the toolchain. In old COS builds, this
+// object is called toolchain_path or toolchain_url. [cosbucket.Bucket.Sibling] says where the package looks for the
+// other bucket.
 //
-// BTF, the description of the kernel's types, is taken from vmlinux if the caller asks for it and the kernel's
-// configuration has BTF for modules. A module's BTF then depends on the kernel's BTF and fits no other kernel. So the
-// kernel's BTF is part of the fingerprint. The rest of vmlinux, with the build's number and time, is not part of it.
+// BTF is the description of the kernel's types. If the caller asks for BTF, and the kernel is configured with BTF for
+// modules, the package takes the kernel's BTF from vmlinux. A module's BTF depends on the kernel's BTF and fits no
+// other kernel. So the kernel's BTF is then part of the fingerprint. The rest of vmlinux, with the build's number and
+// time, is not part of it.
 //
 // The package refuses inputs that differ from their checksum, and never guesses a kernel's release.
 package cossrc
@@ -44,7 +46,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Material is one input in the form of the provenance.
+// Material is one input of a build, as the provenance lists it.
 type Material = input.Material
 
 // Inputs are the kernel inputs of one COS build. The folders are in the cache and must not be
@@ -95,7 +97,7 @@ const (
 	digestKind    = "tree-digest-v1"
 )
 
-// Bounds of the unpacked archives. They are several times the size of COS's archives (120 MB of headers, 2.2 GB of
+// Limits of the unpacked archives. They are several times the size of COS's archives (120 MB of headers, 2.2 GB of
 // toolchain).
 var (
 	headersLimits   = archive.Options{Entries: 200_000, Bytes: 2 << 30}
@@ -110,7 +112,7 @@ func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, 
 	kernel, err := target.ParseKernel(buildID, board)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err,
-			"name a COS build and a board, such as --build-id 17800.66.78 --board lakitu")
+			"give a COS build and a board, such as --build-id 17800.66.78 --board lakitu")
 	}
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}
 	for _, o := range options {
@@ -132,7 +134,7 @@ type fetcher struct {
 
 func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 	in := &Inputs{Kernel: f.kernel}
-	env, envMaterial, err := f.small(ctx, cosbucket.ToolchainEnvName(f.kernel), maxEnv)
+	env, envMaterial, err := f.readSmall(ctx, cosbucket.ToolchainEnvName(f.kernel), maxEnv)
 	if err != nil {
 		return nil, err
 	}
@@ -140,10 +142,10 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		return nil, err
 	}
 	var commitMaterial Material
-	if in.Kernel.Commit, commitMaterial, err = f.commit(ctx); err != nil {
+	if in.Kernel.Commit, commitMaterial, err = f.readCommit(ctx); err != nil {
 		return nil, err
 	}
-	if in.SourceURL, err = f.info(ctx); err != nil {
+	if in.SourceURL, err = f.readInfo(ctx); err != nil {
 		return nil, err
 	}
 
@@ -163,7 +165,7 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 			return err
 		}
 		if f.btf {
-			if types, err = f.types(gctx, headersDir); err != nil {
+			if types, err = f.kernelBTF(gctx, headersDir); err != nil {
 				return err
 			}
 		}
@@ -236,8 +238,8 @@ func headersRoot(dir string) (string, error) {
 		}
 		hint := "check that kernel-headers.tgz is the header archive of a COS build"
 		if must == "Module.symvers" {
-			hint = "put a kernel-headers.tgz with the kernel's Module.symvers into the bucket: modpost and the check of the " +
-				"modules look up every symbol in Module.symvers"
+			hint = "put a kernel-headers.tgz with the kernel's Module.symvers into the bucket, because modpost and the " +
+				"check of the modules look up every symbol in Module.symvers"
 		}
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("read kernel-headers.tgz: %s is missing or empty", path.Join(filepath.Base(found[0]), must)), hint)

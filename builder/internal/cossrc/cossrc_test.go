@@ -104,7 +104,7 @@ func txz(t testing.TB, data []byte) []byte {
 	return packed(t, w, err, &b, data)
 }
 
-// release returns the objects of one COS build, by name in its folder.
+// release returns the objects of one COS build, by their names in the build's folder.
 func release(t testing.TB, headers, toolchain map[string]string, when time.Time, uid int) map[string][]byte {
 	return map[string][]byte{
 		"kernel-headers.tgz": tgz(t, tarOf(t, headers, when, uid)),
@@ -116,8 +116,8 @@ func release(t testing.TB, headers, toolchain map[string]string, when time.Time,
 
 var day = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
-// lay writes the objects of a COS build, each with its .md5, into the bucket in folder dir.
-func lay(t testing.TB, dir, build string, objects map[string][]byte) {
+// writeObjects writes the objects of a COS build, each with its .md5, into the bucket in folder dir.
+func writeObjects(t testing.TB, dir, build string, objects map[string][]byte) {
 	t.Helper()
 	at := filepath.Join(dir, build, "lakitu")
 	errs := []error{os.MkdirAll(at, 0o755)}
@@ -170,7 +170,7 @@ func TestFetch(t *testing.T) {
 	objects := release(t, headerFiles(), toolchainFiles(), day, 0)
 	objects["prebake-boot.tgz"] = tgz(t,
 		tarOf(t, map[string]string{"vmlinuz": "kernel", "modules/order": "virtio.ko\n"}, day, 0))
-	lay(t, b.dir, "17800.0.9", objects)
+	writeObjects(t, b.dir, "17800.0.9", objects)
 	in, err := b.fetch(t, "17800.0.9")
 	if err != nil {
 		t.Fatal(err)
@@ -295,7 +295,7 @@ func TestFingerprint(t *testing.T) {
 			}
 			objects[name] = data
 		}
-		lay(t, b.dir, "17800.0.9", objects)
+		writeObjects(t, b.dir, "17800.0.9", objects)
 		in, err := b.fetch(t, "17800.0.9")
 		if err != nil {
 			t.Errorf("%s: %v", r.name, err)
@@ -395,7 +395,7 @@ func TestFetchRefuses(t *testing.T) {
 			if r.change != nil {
 				r.change(t, objects)
 			}
-			lay(t, b.dir, "17800.0.9", objects)
+			writeObjects(t, b.dir, "17800.0.9", objects)
 			if r.after != nil {
 				if err := r.after(filepath.Join(b.dir, "17800.0.9", "lakitu")); err != nil {
 					t.Fatal(err)
@@ -418,7 +418,7 @@ func TestFetchRefuses(t *testing.T) {
 func TestDamagedArchiveIsFetchedAgain(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
-	lay(t, b.dir, "17800.0.9", release(t, headerFiles(), toolchainFiles(), day, 0))
+	writeObjects(t, b.dir, "17800.0.9", release(t, headerFiles(), toolchainFiles(), day, 0))
 	first, err := b.fetch(t, "17800.0.9")
 	if err != nil {
 		t.Fatal(err)
@@ -447,7 +447,7 @@ func TestDamagedArchiveIsFetchedAgain(t *testing.T) {
 func TestFetchWithoutChecksums(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
-	lay(t, b.dir, "17800.0.9", release(t, headerFiles(), toolchainFiles(), day, 0))
+	writeObjects(t, b.dir, "17800.0.9", release(t, headerFiles(), toolchainFiles(), day, 0))
 	for _, name := range []string{"toolchain.tar.xz.md5", "kernel_commit", "kernel_commit.md5"} {
 		if err := os.Remove(filepath.Join(b.dir, "17800.0.9", "lakitu", name)); err != nil {
 			t.Fatal(err)

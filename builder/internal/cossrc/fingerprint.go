@@ -33,7 +33,7 @@ func Fingerprint(headersDir, toolchainTreeDigest string, env map[string]string) 
 func digestHeaders(ctx context.Context, dir string) (string, error) {
 	digest, err := cas.DigestTree(ctx, dir, volatile)
 	if err != nil {
-		return "", fmt.Errorf("fingerprint %s: %w", dir, err)
+		return "", fmt.Errorf("compute the digest of the headers %s: %w", dir, err)
 	}
 	return digest, nil
 }

@@ -155,7 +155,7 @@ func TestLayouts(t *testing.T) {
 }
 
 // TestEmulatorLayouts reads the layouts through Google's API from an emulator. The emulator's buckets have no checksum
-// files, so the checksums in the objects' metadata verify the objects.
+// files, so Fetch compares each object with the checksum in its metadata.
 func TestEmulatorLayouts(t *testing.T) {
 	for _, l := range layouts(t) {
 		t.Run(l.name, func(t *testing.T) {
@@ -205,8 +205,8 @@ func TestInfo(t *testing.T) {
 	}
 }
 
-// TestMissingObjects checks that an error about a missing object names the object and the places that Fetch tried, and
-// that the hint says what to do.
+// TestMissingObjects checks that an error about a missing object has the object's name and all places that Fetch tried,
+// and that the hint says what to do.
 func TestMissingObjects(t *testing.T) {
 	t.Parallel()
 	rows := []struct {

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// TestMirror reads every COS build of a mirror with real kernels. PREBAKE_MIRROR names the mirror.
+// TestMirror reads every COS build of a mirror with real kernels. The mirror's URL is in PREBAKE_MIRROR.
 func TestMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of the small text objects of a COS build, in bytes.
+// Largest sizes of the small text objects of a COS build, in bytes.
 const (
 	maxEnv    = 16 << 10
 	maxHeader = 64 << 10
@@ -33,7 +33,7 @@ var (
 	// A kernel release is also the name of a folder in /lib/modules, so it must not contain a slash. A release has at
 	// most 64 bytes (__NEW_UTS_LEN in linux/utsname.h), without the NUL byte at the end.
 	releasePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}$`)
-	// sourcePattern accepts a URL with any scheme, because the operator of a mirror may name another source than Google.
+	// sourcePattern accepts a URL with any scheme, because a mirror may have the source of another kernel than Google's.
 	sourcePattern  = regexp.MustCompile(`^[a-z][a-z0-9+.-]{0,31}:[!-~]{1,500}$`)
 	versionPattern = regexp.MustCompile(`^[ -~]{1,64}$`)
 )
@@ -87,7 +87,7 @@ func ParseInfo(text []byte) (string, error) {
 			continue
 		}
 		if found != "" || !sourcePattern.MatchString(value) {
-			return "", badInfo("%.100q does not name exactly one URL", text)
+			return "", badInfo("%.100q must have exactly one valid URL", text)
 		}
 		found = value
 	}
@@ -125,7 +125,7 @@ func readRelease(dir string) (release, version string, err error) {
 			fmt.Sprintf("read kernel headers: %.80q in utsrelease.h or kernel.release is not a kernel release", release),
 			hintHeaders)
 	}
-	// Newer kernels have UTS_VERSION in its own header, utsversion.h.
+	// Newer kernels have UTS_VERSION in a separate header, utsversion.h.
 	for _, name := range []string{"utsversion.h", "compile.h"} {
 		if version, err = readDefine(dir, generated+name, "UTS_VERSION"); err != nil {
 			return "", "", err

@@ -17,25 +17,26 @@ import (
 // part is one object of the COS build in the cache: an unpacked archive or a file.
 type part struct {
 	material Material
-	pointer  Material // the pointer object that named the place of this object; usually empty
-	at       string   // the cached tree or file
+	pointer  Material // the object that says where this object is (see pointers); usually empty
+	at       string   // path of the unpacked tree or of the file in the cache
 	digest   string   // digest of the tree's content; "" if not computed
 }
 
-// remedies holds the hints for an object that the bucket has in neither layout.
+// remedies has the hint for each object that may be missing from the bucket.
 var remedies = map[string]string{
-	"kernel-headers.tgz": "check BUILD_ID and board, or give --kernel-mirror a bucket that has this COS build",
-	"toolchain.tar.xz": "put toolchain.tar.xz into the bucket, or a toolchain.tar.xz.gcs that names the toolchain's " +
-		"bucket and path",
-	"toolchain_env": "check BUILD_ID and board, or give --kernel-mirror a bucket that has this COS build; " +
-		"for a COS build of your own, put a toolchain_env with the lines CC=… and CXX=… into the bucket",
+	"kernel-headers.tgz": "check BUILD_ID and board; if they are right, give --kernel-mirror a bucket that has this " +
+		"COS build",
+	"toolchain.tar.xz": "put toolchain.tar.xz into the bucket; or put a toolchain.tar.xz.gcs into the bucket that says " +
+		"in which other bucket, and under which path, the toolchain is",
+	"toolchain_env": "check BUILD_ID and board; if they are right, give --kernel-mirror a bucket that has this " +
+		"COS build; for a COS build of your own, put a toolchain_env with the lines CC=… and CXX=… into the bucket",
 	"vmlinux": "build without --btf, or put the kernel's vmlinux into the bucket",
 }
 
-// either calls ask with the object's name in each layout of a bucket, the likelier layout first. The first call whose
-// error is not fault.InputMissing is the last one, and either returns its error, which may be nil. If every call
-// returns fault.InputMissing, either returns fault.InputMissing with the hint from remedies.
-func (f *fetcher) either(name string, ask func(at string) error) error {
+// tryLayouts calls the function ask with the object's name in each layout that a bucket may have, the likelier layout
+// first. It stops at the first call that returns nil or another error than fault.InputMissing, and returns the same. If
+// every call returns fault.InputMissing, tryLayouts returns one fault.InputMissing with the hint from remedies.
+func (f *fetcher) tryLayouts(name string, ask func(at string) error) error {
 	var asked []string
 	for _, at := range cosbucket.Layouts(f.kernel, name) {
 		err := ask(at)
@@ -49,18 +50,18 @@ func (f *fetcher) either(name string, ask func(at string) error) error {
 		fmt.Sprintf("the bucket has no %s: there is no %s", base, strings.Join(asked, ", and no ")), remedies[base])
 }
 
-// small reads a small object.
-func (f *fetcher) small(ctx context.Context, name string, limit int64) (data []byte, m Material, err error) {
-	err = f.either(name, func(at string) error {
+// readSmall reads a small object. limit is its largest size in bytes.
+func (f *fetcher) readSmall(ctx context.Context, name string, limit int64) (data []byte, m Material, err error) {
+	err = f.tryLayouts(name, func(at string) error {
 		data, m, err = f.Small(ctx, at, limit)
 		return err
 	})
 	return data, m, err
 }
 
-// commit reads kernel_commit. It returns "" for old COS builds, which lack it.
-func (f *fetcher) commit(ctx context.Context) (string, Material, error) {
-	text, m, err := f.small(ctx, cosbucket.CommitName(f.kernel), maxCommit)
+// readCommit reads kernel_commit. Old COS builds have no kernel_commit; for them, readCommit returns "".
+func (f *fetcher) readCommit(ctx context.Context) (string, Material, error) {
+	text, m, err := f.readSmall(ctx, cosbucket.CommitName(f.kernel), maxCommit)
 	if fault.Is(err, fault.InputMissing) {
 		return "", Material{}, nil
 	}
@@ -76,9 +77,9 @@ func (f *fetcher) commit(ctx context.Context) (string, Material, error) {
 	return commit, m, nil
 }
 
-// info reads kernel_info and returns the source URL. It returns "" if the COS build has no kernel_info.
-func (f *fetcher) info(ctx context.Context) (string, error) {
-	text, _, err := f.small(ctx, cosbucket.KernelInfoName(f.kernel), maxInfo)
+// readInfo reads kernel_info and returns the source URL. If the COS build has no kernel_info, readInfo returns "".
+func (f *fetcher) readInfo(ctx context.Context) (string, error) {
+	text, _, err := f.readSmall(ctx, cosbucket.KernelInfoName(f.kernel), maxInfo)
 	if fault.Is(err, fault.InputMissing) {
 		return "", nil
 	}
@@ -91,7 +92,7 @@ func (f *fetcher) info(ctx context.Context) (string, error) {
 // unpack fetches an archive and unpacks it into the cache. If the cache has a tree of the same archive content, unpack
 // uses that tree.
 func (f *fetcher) unpack(ctx context.Context, name, kind string, o archive.Options) (p part, err error) {
-	err = f.either(name, func(at string) error {
+	err = f.tryLayouts(name, func(at string) error {
 		p, err = unpack(ctx, &f.Fetcher, at, kind, o)
 		return err
 	})
@@ -145,7 +146,8 @@ func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute fun
 	return digest, f.Cache.PutFact(digestKind, key, []byte(digest))
 }
 
-// pointers are the objects that name the toolchain's bucket and path. Newer COS builds have the first kind.
+// pointers are the objects that say in which bucket, and under which path, the toolchain is. Newer COS builds have the
+// first of them.
 var pointers = []struct {
 	name  func(target.Kernel) string
 	parse func([]byte) ([]cosbucket.Pointer, error)
@@ -162,15 +164,15 @@ func one(parse func([]byte) (cosbucket.Pointer, error)) func([]byte) ([]cosbucke
 	}
 }
 
-// toolchain fetches and unpacks the toolchain, from this bucket or from the place that a pointer
-// names.
+// toolchain fetches and unpacks the toolchain. It takes the toolchain from this bucket or, if this bucket does not have
+// it, from the place in one of the pointers.
 func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error) {
 	p, none := f.unpack(ctx, cosbucket.ToolchainName(f.kernel), toolchainKind, o)
 	if !fault.Is(none, fault.InputMissing) {
 		return p, none
 	}
 	for _, kind := range pointers {
-		text, m, err := f.small(ctx, kind.name(f.kernel), cosbucket.MaxPointer)
+		text, m, err := f.readSmall(ctx, kind.name(f.kernel), cosbucket.MaxPointer)
 		if fault.Is(err, fault.InputMissing) {
 			continue
 		}
@@ -188,26 +190,26 @@ func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error
 	return part{}, none
 }
 
-// follow fetches the toolchain from the first of places that has it. pointer is the object that names the places.
+// follow fetches the toolchain from the first of the places that has it. The places come from the object pointer.
 func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, o archive.Options) (part,
 	error) {
-	absent := fmt.Errorf("the toolchain is not at the place that %s names", pointer.URI)
+	absent := fmt.Errorf("the toolchain is not at the place that is written in %s", pointer.URI)
 	for _, at := range places {
 		f.Progressf("%s: the toolchain is expected at %s", pointer.Name, at)
-		p, err := f.from(ctx, at, o)
+		p, err := f.fetchAt(ctx, at, o)
 		if !fault.Is(err, fault.InputMissing) {
 			return p, err
 		}
 		absent = fmt.Errorf("%w; %w", absent, err)
 	}
 	return part{}, fault.Wrap(fault.InputMissing, absent,
-		fmt.Sprintf("put the toolchain at the place that %s names, in a bucket beside --kernel-mirror: on the same server "+
-			"or in the same parent folder; or put the toolchain at %s", pointer.Name,
-			f.bucket.URL(cosbucket.ToolchainName(f.kernel))))
+		fmt.Sprintf("put the toolchain at %s; or put it at the place that is written in %s, in a bucket beside "+
+			"--kernel-mirror: on the same server, or in the same parent folder",
+			f.bucket.URL(cosbucket.ToolchainName(f.kernel)), pointer.Name))
 }
 
-// from fetches the toolchain from one place in another bucket.
-func (f *fetcher) from(ctx context.Context, at cosbucket.Pointer, o archive.Options) (_ part, err error) {
+// fetchAt fetches the toolchain from one place in another bucket.
+func (f *fetcher) fetchAt(ctx context.Context, at cosbucket.Pointer, o archive.Options) (_ part, err error) {
 	b, err := f.bucket.Sibling(ctx, at)
 	if err != nil {
 		return part{}, err

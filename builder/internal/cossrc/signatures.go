@@ -24,7 +24,7 @@ type Signatures struct {
 	Materials []Material
 }
 
-// Bounds in bytes. A real archive has a few KB for each module and firmware image. Old archives also contain the
+// Limits in bytes. A real archive has a few KB for each module and firmware image. Old archives also contain the
 // program sign-file.
 const (
 	maxSignatures = 16 << 20
@@ -37,7 +37,7 @@ func FetchSignatures(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache,
 	version string) (*Signatures, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache}, bucket: b, kernel: kernel}
 	for _, name := range cosbucket.SignatureNames(kernel, version) {
-		archive, m, err := f.small(ctx, name, maxSignatures)
+		archive, m, err := f.readSmall(ctx, name, maxSignatures)
 		if fault.Is(err, fault.InputMissing) {
 			continue
 		}
@@ -71,7 +71,7 @@ type SignedDriver struct {
 func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, version string,
 	say func(string)) (*SignedDriver, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}
-	archive, err := f.file(ctx, cosbucket.SignedDriverName(kernel, version))
+	archive, err := f.fetchFile(ctx, cosbucket.SignedDriverName(kernel, version))
 	if fault.Is(err, fault.InputMissing) {
 		err = fault.Wrap(fault.InputMissing, err,
 			"choose a driver version that COS offers for this COS build, or build without --google-modules")
@@ -90,9 +90,9 @@ func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cach
 	return d, nil
 }
 
-// file fetches an object and does not unpack it.
-func (f *fetcher) file(ctx context.Context, name string) (p part, err error) {
-	err = f.either(name, func(at string) error {
+// fetchFile fetches an object into the cache without unpacking it.
+func (f *fetcher) fetchFile(ctx context.Context, name string) (p part, err error) {
+	err = f.tryLayouts(name, func(at string) error {
 		sum, err := f.ChecksumFile(ctx, at)
 		if err != nil {
 			return err
@@ -107,7 +107,7 @@ func (f *fetcher) file(ctx context.Context, name string) (p part, err error) {
 
 // trustedKey reads trusted_key.pem. It returns nil if the COS build has no trusted_key.pem.
 func (f *fetcher) trustedKey(ctx context.Context) ([]byte, Material, error) {
-	key, m, err := f.small(ctx, cosbucket.TrustedKeyName(f.kernel), maxTrustedKey)
+	key, m, err := f.readSmall(ctx, cosbucket.TrustedKeyName(f.kernel), maxTrustedKey)
 	if fault.Is(err, fault.InputMissing) {
 		return nil, Material{}, nil
 	}

@@ -14,7 +14,7 @@ import (
 // hasVMLinux asks whether the bucket has vmlinux. It does not read the object, because vmlinux has hundreds of
 // megabytes.
 func (f *fetcher) hasVMLinux(ctx context.Context) (bool, error) {
-	err := f.either(cosbucket.VMLinuxName(f.kernel), func(at string) error {
+	err := f.tryLayouts(cosbucket.VMLinuxName(f.kernel), func(at string) error {
 		r, _, err := f.bucket.Get(ctx, at)
 		if err != nil {
 			return err
@@ -32,7 +32,7 @@ func (f *fetcher) hasVMLinux(ctx context.Context) (bool, error) {
 func FetchVMLinux(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel,
 	say func(string)) (file string, m Material, err error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}
-	err = f.either(cosbucket.VMLinuxName(kernel), func(at string) error {
+	err = f.tryLayouts(cosbucket.VMLinuxName(kernel), func(at string) error {
 		sum, err := f.ChecksumFile(ctx, at)
 		if err != nil {
 			return err

@@ -42,10 +42,11 @@ func plainName(name string) string {
 	return strings.ReplaceAll(strings.TrimSuffix(name, ".ko"), "_", "-")
 }
 
-// choose returns the driver's modules that can be loaded, in load order. modules maps the names of the driver's modules
-// to files. present has the names of the kernel's own modules that the machine loads at boot. depends returns the names
-// of the modules that a module's file needs. skipped maps each other module of the driver to the reason why the test
-// does not load it. If nvidia itself cannot be loaded, the error wraps ErrLacking.
+// choose returns the driver's modules that can be loaded, in load order. The argument modules maps the names of the
+// driver's modules to files. The map present has the names of the kernel's own modules that the machine loads at boot.
+// The function depends returns the names of the modules that the module in a file needs. The result skipped maps each
+// other module of the driver to the reason why the test does not load it. If the module nvidia itself cannot be loaded,
+// the error wraps ErrLacking.
 func choose(modules map[string]string, present map[string]bool,
 	depends func(file string) ([]string, error)) (order []string, skipped map[string]string, err error) {
 	skipped = map[string]string{}
@@ -80,8 +81,8 @@ func choose(modules map[string]string, present map[string]bool,
 	}
 	if why, ok := skipped["nvidia"]; ok {
 		return nil, nil, fault.Wrap(fault.InputMissing, fmt.Errorf("%w: nvidia %s", ErrLacking, why),
-			"put a prebake-boot.tgz into the bucket that has these modules and lists them in modules/order; or build without "+
-				"a load test: --load-test off")
+			"put a prebake-boot.tgz into the bucket, with these modules and with a file modules/order that lists them; or "+
+				"build without a load test: --load-test off")
 	}
 	return order, skipped, nil
 }
@@ -100,7 +101,7 @@ func kernelModules(boot string) (map[string]bool, error) {
 	return present, nil
 }
 
-// dependencies returns the names of the modules that a module's file needs.
+// dependencies returns the names of the modules that the module in a file needs.
 func dependencies(file string) ([]string, error) {
 	m, err := readModule(file)
 	if err != nil {

@@ -73,7 +73,7 @@ func sinceLoad(res *vm.Result) string {
 }
 
 // examine checks the steps in the order in which they ran, and fills in the results of the modules. examine stops at
-// the first step with a wrong result. reason is "" if state is Loaded.
+// the first step with a wrong result. The result reason is "" if the result state is Loaded.
 func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	before, ok := res.Step(stepBefore)
 	if !ok || !before.Ended || before.ExitCode != 0 {
@@ -130,7 +130,7 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 		m.Unload = OK
 	}
 	if res.Crash != "" {
-		return Loaded, "" // judge reports the crash
+		return Loaded, "" // the function judge reports the crash
 	}
 	after, ok := res.Step(stepAfter)
 	if !ok || !after.Ended || after.ExitCode != 0 {
@@ -143,9 +143,9 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	return Loaded, ""
 }
 
-// taints are the taint flags of Documentation/admin-guide/tainted-kernels.rst that show damage. The flags for a module
-// that is proprietary, out of tree or not signed by the kernel's key are expected, so they are left out. The flag for a
-// soft lockup is left out, because a busy host causes lockups in an emulated machine.
+// taints has the flags in Documentation/admin-guide/tainted-kernels.rst that show damage to the kernel. The flags for a
+// module that is proprietary, out of tree or not signed by the kernel's key are expected, so they are left out. The
+// flag for a soft lockup is left out, because a busy host causes lockups in an emulated machine.
 var taints = []struct {
 	bit  uint
 	what string
@@ -154,8 +154,8 @@ var taints = []struct {
 	{9, "warning"},
 }
 
-// newTaint compares the contents that /proc/sys/kernel/tainted had before and after the modules were loaded. newTaint
-// returns the names of those flags in taints that only the second content has.
+// newTaint compares two contents of /proc/sys/kernel/tainted: one from before the modules were loaded, and one from
+// after that. newTaint returns the names of the flags in taints that are set only in the second content.
 func newTaint(before, after string) string {
 	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
 	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)
@@ -231,8 +231,8 @@ func cutOff(what string, res *vm.Result) string {
 	return what + ": the machine did not finish this step"
 }
 
-// refusal describes a failed step. The parameter what names the step. The text also has the errno or the exit status of
-// the step, and the kernel's own message if there is one.
+// refusal describes a failed step. The parameter what says which step it was. The text also has the errno or the exit
+// status of the step, and the kernel's own message if there is one.
 func refusal(what string, s vm.StepResult) string {
 	text := what + ": "
 	if name := unix.ErrnoName(syscall.Errno(s.ExitCode)); name != "" && s.ExitCode < 124 {
@@ -276,9 +276,9 @@ func reasonLine(log string) string {
 	return withoutStamp(lines[len(lines)-1])
 }
 
-// complaint matches the first line of each report of an internal problem. WARN's line is made by __warn in
-// kernel/panic.c: "WARNING: CPU: 0 PID: 1 at FILE:LINE FUNCTION", since Linux 6.19 "WARNING: FILE:LINE at FUNCTION,
-// CPU#0: COMMAND/PID", both also without FILE:LINE.
+// complaint matches the first line of each report of an internal problem. The first line of a report by the macro WARN
+// is made by __warn in kernel/panic.c. It is "WARNING: CPU: 0 PID: 1 at FILE:LINE FUNCTION"; since Linux 6.19 it is
+// "WARNING: FILE:LINE at FUNCTION, CPU#0: COMMAND/PID". In both forms, FILE:LINE may be missing.
 var complaint = regexp.MustCompile(`^(WARNING: (CPU: |.*\bat .*, CPU#)|UBSAN: |KASAN: |BUG: )`)
 
 // warnings returns the lines in which the kernel reports an internal problem but continues to run.
@@ -294,7 +294,7 @@ func warnings(log string) []string {
 	return all
 }
 
-// maxWarnings limits the number of lines that a verdict quotes.
+// maxWarnings is the largest number of lines in [Verdict.Warnings].
 const maxWarnings = 20
 
 // findLine returns the first line of the log that contains the first mark. If no line contains it, findLine tries the

@@ -2,8 +2,8 @@
 // modules there. Then it asks NVIDIA's management library (NVML) for the driver version, and unloads the modules. This
 // is the last check before a driver is published.
 //
-// The package refuses to publish and to repair. The package also refuses to call a driver good that it did not see
-// running. If the machine has no GPU, emulated or not, the verdict says so.
+// The package refuses to publish and to repair. The package also refuses to call a driver good if it did not see the
+// driver run. If the machine has no GPU, not even an emulated one, the verdict says so.
 package loadtest
 
 import (
@@ -21,11 +21,11 @@ import (
 
 // These constants are the states of a [Verdict].
 const (
-	// Loaded: every module loaded, NVML answered with the right version, and every module unloaded.
+	// Loaded means that every module was loaded, NVML answered with the right version, and every module was unloaded.
 	Loaded = "loaded"
-	// NoDevice: the kernel linked the module nvidia and ran it, but the module found no GPU.
+	// NoDevice means that the kernel linked the module nvidia and ran it, but the module found no GPU.
 	NoDevice = "loaded, no device"
-	// Rejected: the kernel or the driver reported an error.
+	// Rejected means that the kernel or the driver reported an error.
 	Rejected = "rejected"
 )
 
@@ -64,11 +64,11 @@ func Run(ctx context.Context, c Config, console io.Writer) (*Verdict, error) {
 	}
 	gpu, err := exists(filepath.Join(c.Boot, vm.BootGPU))
 	if err != nil {
-		return nil, fmt.Errorf("prepare load test: %w", err)
+		return nil, fmt.Errorf("prepare the load test: %w", err)
 	}
 	p, err := newPlan(c)
 	if err != nil {
-		return nil, fmt.Errorf("prepare load test: %w", err)
+		return nil, fmt.Errorf("prepare the load test: %w", err)
 	}
 	p.gpu = gpu
 	res, err := vm.Run(ctx, vm.Config{
@@ -99,7 +99,7 @@ func (c Config) validate() error {
 		errs = append(errs, errors.New("no nvmlprobe program"))
 	}
 	if len(errs) > 0 {
-		return fault.Wrap(fault.Usage, fmt.Errorf("prepare load test: %w", errors.Join(errs...)), "")
+		return fault.Wrap(fault.Usage, fmt.Errorf("prepare the load test: %w", errors.Join(errs...)), "")
 	}
 	return nil
 }

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// plan has the steps for the machine, and the facts with which judge checks the results of the steps.
+// plan has the steps for the machine, and the facts with which the function judge checks the results of the steps.
 type plan struct {
 	version string
 	arch    target.Arch
@@ -56,7 +56,7 @@ const (
 	sysStamp     = "/sys/module/nvidia/notes/" + modinfo.StampSection
 )
 
-// stepTimeout limits one step. Even a slow machine needs far less.
+// stepTimeout is the time limit of one step. Even a slow machine needs far less.
 const stepTimeout = 2 * time.Minute
 
 func newPlan(c Config) (*plan, error) {
@@ -120,8 +120,8 @@ func (p *plan) addFiles(c Config) error {
 	} else if !have {
 		return fault.New(fault.InputMissing,
 			fmt.Sprintf("driver %s lacks libnvidia-ml.so.1, which nodes need to check the driver", p.version),
-			"check that the object is NVIDIA's full driver runfile for this architecture; or publish without a load "+
-				"test: --load-test off")
+			"check that the runfile is NVIDIA's full driver for this architecture; or publish without a load test: "+
+				"--load-test off")
 	}
 	switch _, err := os.Stat(probe); {
 	case err == nil:
@@ -137,7 +137,7 @@ func (p *plan) addFiles(c Config) error {
 		p.notAsked = "this builder has no " + filepath.Base(probe)
 	default:
 		return fault.Wrap(fault.Usage, fmt.Errorf("find nvmlprobe: %w", err),
-			"compile nvmlprobe with make build, or name the program with --probe")
+			"give the path of nvmlprobe with --probe; or compile nvmlprobe with: make build")
 	}
 	if c.Firmware == "" {
 		return nil
@@ -165,7 +165,7 @@ func (p *plan) addSteps() {
 	}
 	add(false, stepNodes, "@nvidia-nodes")
 	if p.notAsked == "" {
-		// The modules must unload even if the probe fails.
+		// The modules must be unloaded even if the probe fails.
 		add(true, stepProbe, guestProbe, "--lib", guestLib)
 	}
 	for _, m := range slices.Backward(p.modules) {
@@ -174,7 +174,8 @@ func (p *plan) addSteps() {
 	add(false, stepAfter, "@cat", procTainted)
 }
 
-// readModule reads a module's file: its vermagic, symbols, dependencies and stamp.
+// readModule reads from a module's file the vermagic, the symbols, the dependencies and the kernel fingerprint in its
+// stamp.
 func readModule(file string) (m *modinfo.Module, err error) {
 	in, err := os.Open(file)
 	if err != nil {

@@ -2,8 +2,8 @@ package loadtest
 
 import "strings"
 
-// Recipe names the version of this package's load test. The key of a stored verdict contains Recipe. Raise the number
-// if a change of the package may give another verdict, so that stored verdicts are not used any more.
+// Recipe is the version of this package's load test. The key of a stored verdict contains Recipe. If a change of the
+// package may give another verdict, raise the number. Then stored verdicts are not used any more.
 const Recipe = "loadtest-3"
 
 // Verdict is the result of a load test. Its JSON is stored, printed and signed, so the names must not change.
@@ -58,8 +58,8 @@ const (
 	Skipped = "skipped" // the test did not load the module, or accepts that the module does not start; see Module.Note
 )
 
-// maxKernelLog limits the log in a verdict, in bytes, because a verdict is stored, signed and sent to others. The log
-// of a run without errors fills a fifth of this limit.
+// maxKernelLog is the largest size of the log in a verdict, in bytes. There is a limit, because a verdict is stored,
+// signed and sent to others. The log of a run without errors fills a fifth of it.
 const maxKernelLog = 32 << 10
 
 // String returns a line for people: "loaded", "loaded, no device: ..." or
@@ -93,11 +93,11 @@ func (v *Verdict) module(name string) *Module {
 	return &v.Modules[len(v.Modules)-1]
 }
 
-// lastBytes returns the end of a text: as many whole lines as fit into most bytes.
-func lastBytes(text string, most int) string {
-	if len(text) <= most {
+// lastBytes returns the end of a text: as many whole lines as fit into limit bytes.
+func lastBytes(text string, limit int) string {
+	if len(text) <= limit {
 		return text
 	}
-	_, whole, _ := strings.Cut(text[len(text)-most:], "\n")
+	_, whole, _ := strings.Cut(text[len(text)-limit:], "\n")
 	return whole
 }

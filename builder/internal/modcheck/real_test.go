@@ -142,7 +142,7 @@ func TestRealGate(t *testing.T) {
 	}{
 		{"good", good, nil},
 		{"sibling kernel", foreign,
-			[]string{"made for release " + other.Kernel.Release + "; this kernel is " + own.Kernel.Release}},
+			[]string{"made for release " + other.Kernel.Release + "; this kernel has release " + own.Kernel.Release}},
 		{"sibling kernel of the same release", sibling,
 			[]string{"checksum", "made for a kernel with build salt", "made for ABI fingerprint " + string(other.Fingerprint)}},
 		{"unresolved symbol", replaceText(t, good, exported, unknown),

@@ -15,8 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// AttachRecipe is the version of the bytes that [Detached.Attach] writes. The cache keys of modules with Google's
-// signatures contain AttachRecipe, and the digests of the signature archive and of trusted_key.pem.
+// AttachRecipe is the version of the files that [Detached.Attach] writes. Raise it if Attach would write another file
+// for the same module and signature. The cache keys of modules with Google's signatures contain AttachRecipe, and the
+// digests of the signature archive and of trusted_key.pem.
 const AttachRecipe = "attach-1"
 
 // ErrLeftOut means that Google's signatures cannot be used for a driver. [Detached.Attach] wraps ErrLeftOut and adds
@@ -113,7 +114,8 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	case err != nil:
 		return fault.Wrap(fault.CheckFailed, fmt.Errorf("verify Google's signature of %s: %w", name, err),
 			"replace the archive in the bucket, or build with --google-signatures off")
-	case len(d.roots) > 0 && !slices.ContainsFunc(d.roots, s.Signer.Equal) && !chains(s.Signer, d.certificates, d.roots):
+	case len(d.roots) > 0 && !slices.ContainsFunc(d.roots, s.Signer.Equal) &&
+		!isCertified(s.Signer, d.certificates, d.roots):
 		return fault.Errorf(fault.CheckFailed,
 			"%w: the signature for %s is by %.200q, which the kernel's root certificate did not certify",
 			ErrLeftOut, name, s.Signer.Subject.String())
@@ -121,7 +123,8 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	return writeNew(dst, module, signature, trailer(signature))
 }
 
-// UnpackRecipe is the version of what [UnpackSigned] writes. The cache keys of Google's modules contain it.
+// UnpackRecipe is the version of the files that [UnpackSigned] writes. The cache keys of Google's modules contain
+// UnpackRecipe.
 const UnpackRecipe = "unpack-signed-1"
 
 // UnpackSigned reads nvidia-drivers-<VERSION>.tgz from archive and writes its modules into the folder dir. Google
@@ -160,21 +163,21 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 }
 
 // eachFile calls do for every regular file of a gzip-compressed tar. eachFile returns an error if the tar has more than
-// maxEntries entries or unpacks to more than most bytes.
-func eachFile(r io.Reader, most int64, do func(h *tar.Header, body io.Reader) error) error {
+// maxEntries entries or unpacks to more than limit bytes.
+func eachFile(r io.Reader, limit int64, do func(h *tar.Header, body io.Reader) error) error {
 	z, err := gzip.NewReader(r)
 	if err != nil {
 		return err
 	}
 	defer z.Close()
-	left := &io.LimitedReader{R: z, N: most}
+	left := &io.LimitedReader{R: z, N: limit}
 	in := tar.NewReader(left)
 	for n := 0; ; n++ {
 		h, err := in.Next()
 		switch {
 		case errors.Is(err, io.EOF):
 			if left.N <= 0 {
-				return fmt.Errorf("the archive unpacks to more than %d bytes", most)
+				return fmt.Errorf("the archive unpacks to more than %d bytes", limit)
 			}
 			return nil
 		case err != nil:

@@ -63,7 +63,7 @@ func newGoogle(t testing.TB) google {
 	t.Helper()
 	root := newPair(t, rsaKey(t, 2048), nil, x509.KeyUsageCertSign)
 	g := google{root: root, driver: newPair(t, rsaKey(t, 2048), root, x509.KeyUsageDigitalSignature)}
-	_, signature, err := modsign.Split(signed(t, load(t, g.driver), module, "sha256"))
+	_, signature, err := modsign.Split(signModule(t, load(t, g.driver), module, "sha256"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +84,7 @@ func pemOf(c *x509.Certificate) []byte {
 func TestAttach(t *testing.T) {
 	t.Parallel()
 	g, stranger := newGoogle(t), rsaPair(t)
-	_, another, err := modsign.Split(signed(t, load(t, stranger), module, "sha256"))
+	_, another, err := modsign.Split(signModule(t, load(t, stranger), module, "sha256"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,7 +96,7 @@ func TestAttach(t *testing.T) {
 		name, file    string
 		archive, root []byte
 		module        []byte
-		leftOut       string // "" means that Attach attaches the signature or refuses it
+		leftOut       string // reason of ErrLeftOut; "" means that Attach returns another error or none
 		refused       error
 	}{
 		{name: "the very bytes, root known", root: pemOf(g.root.cert)},
@@ -152,7 +152,7 @@ func TestAttach(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	own := signed(t, load(t, stranger), module, "sha256")
+	own := signModule(t, load(t, stranger), module, "sha256")
 	if err := d.Attach(filepath.Join(t.TempDir(), "x"), "nvidia", own); !fault.Is(err, fault.CheckFailed) ||
 		errors.Is(err, modsign.ErrLeftOut) {
 		t.Errorf("Attach(signed already) = %v; want check failed", err)
@@ -209,13 +209,13 @@ func withCertificate(t *testing.T, p *pair) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return appended(module, signature)
+	return appendSignature(module, signature)
 }
 
 func TestUnpackSigned(t *testing.T) {
 	t.Parallel()
 	g, stranger := newGoogle(t), rsaPair(t)
-	good := signed(t, load(t, g.driver), module, "sha256")
+	good := signModule(t, load(t, g.driver), module, "sha256")
 	changed := append([]byte("x"), good...)
 	withCertificate := withCertificate(t, g.driver)
 	nvidia := entry{name: "drivers/nvidia.ko", data: string(good)}
@@ -266,7 +266,7 @@ func TestUnpackSigned(t *testing.T) {
 
 func FuzzUnpackSigned(f *testing.F) {
 	g := newGoogle(f)
-	f.Add(tgz(f, entry{name: "drivers/nvidia.ko", data: string(signed(f, load(f, g.driver), module, "sha256"))}))
+	f.Add(tgz(f, entry{name: "drivers/nvidia.ko", data: string(signModule(f, load(f, g.driver), module, "sha256"))}))
 	f.Add([]byte("\x1f\x8b\x08"))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		dir := t.TempDir()

@@ -15,8 +15,9 @@ import (
 )
 
 // TestLive loads modules into a real kernel that accepts only signed modules. PREBAKE_BOOT is the path of a boot
-// folder. If its modules are signed, the kernel must accept the module from the folder. It must refuse all others. The
-// tests of deploy/internal/mirror load a module that is signed with a key that the kernel trusts (make clang).
+// folder. If the modules in this folder are signed, the kernel must accept the test's module as it is in the folder.
+// The kernel must refuse all other variants of that module. The tests of deploy/internal/mirror load a module that is
+// signed with a key that the kernel trusts (make clang).
 func TestLive(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")
@@ -53,9 +54,9 @@ func TestLive(t *testing.T) {
 		want = append(want, expectation{name, errno, line})
 	}
 	try("unsigned", unsigned, syscall.EKEYREJECTED, "unsigned module is rejected")
-	try("signed with a key that the kernel does not know", signed(t, load(t, rsaPair(t)), unsigned, "sha256"),
+	try("signed with a key that the kernel does not know", signModule(t, load(t, rsaPair(t)), unsigned, "sha256"),
 		syscall.EKEYREJECTED, "module with unavailable key is rejected")
-	broken := signed(t, load(t, rsaPair(t)), unsigned, "sha256")
+	broken := signModule(t, load(t, rsaPair(t)), unsigned, "sha256")
 	// The first byte of the trailer must be 0. Split refuses another value, too.
 	broken[len(broken)-len("~Module signature appended~\n")-12] = 1
 	try("signed with a broken trailer", broken, syscall.EBADMSG, "unexpected non-zero params")

@@ -1,7 +1,7 @@
 // Package modsign signs kernel modules as the kernel's own program sign-file does, and verifies such signatures by the
-// kernel's rules. Google ships detached signatures with a COS build: the package attaches such a signature to a module
-// if the signature was made over exactly the module's bytes. The package also verifies the modules that Google compiled
-// and signed, and unpacks them without a change.
+// kernel's rules. Google ships detached signatures with a COS build. The package attaches such a signature to a module
+// if the signature was made over exactly the bytes of this module. The package also verifies the modules that Google
+// compiled and signed, and unpacks them without a change.
 //
 // The package refuses keys whose signatures differ from run to run, because equal inputs must give equal modules. The
 // package refuses a module that is signed already. The package never returns a signature that it has not verified
@@ -30,8 +30,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// Recipe is the version of the signatures that [Signer.Sign] makes. Recipe changes if Sign makes other bytes from the
-// same module, key and hash algorithm. The cache keys of signed modules contain Recipe and [Signer.Identity].
+// Recipe is the version of the signatures that [Signer.Sign] makes. Raise Recipe if Sign makes another signature from
+// the same module, key and hash algorithm. The cache keys of signed modules contain Recipe and [Signer.Identity].
 const Recipe = "modsign-1"
 
 // These constants are limits in bytes. The largest module of a driver has about 70 MB after it is stripped.
@@ -53,7 +53,7 @@ type Signer struct {
 func Load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	s, err := load(ctx, keyRef, certPath)
 	if err != nil {
-		return nil, fmt.Errorf("load module signing key: %w", err)
+		return nil, fmt.Errorf("load the module signing key: %w", err)
 	}
 	return s, nil
 }
@@ -77,8 +77,8 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 		return nil, fault.New(fault.Usage,
 			fmt.Sprintf("%s is a key of type %T; want an RSA key, whose signatures are the same each time",
 				keyRef, key.Public()),
-			"use an RSA key: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout modules.key -out "+
-				"modules.crt")
+			"make an RSA key with: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout "+
+				"modules.key -out modules.crt")
 	}
 	// rsa_check_key_length in the kernel's crypto/rsa.c refuses other lengths. The exceptions are 512, 1024 and 1536
 	// bits outside of FIPS mode, which are too short to be safe.
@@ -119,7 +119,7 @@ func ReadCertificates(path string) ([]*x509.Certificate, error) {
 // ParseCertificates parses certificates in PEM, or certificates in DER with nothing between them.
 func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	if len(text) > maxCertFile {
-		return nil, fmt.Errorf("more than %d bytes", maxCertFile)
+		return nil, fmt.Errorf("it has more than %d bytes", maxCertFile)
 	}
 	block, rest := pem.Decode(text)
 	if block == nil {
@@ -184,7 +184,7 @@ func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
 		return fault.New(fault.CheckFailed, "the module is signed already",
 			"sign the unsigned module that the compiler made")
 	}
-	signature, err := s.detached(module, digest)
+	signature, err := s.detachedSignature(module, digest)
 	if err != nil {
 		return err
 	}
@@ -210,9 +210,9 @@ func digestOf(hash string) (asn1.ObjectIdentifier, error) {
 		"build for this kernel without --module-key: Prebake signs modules only with sha256, sha384 or sha512")
 }
 
-// detached makes the same CMS structure as scripts/sign-file. The structure has no content, no certificates and no
-// signed attributes, because the kernel refuses signed attributes in modules.
-func (s *Signer) detached(module []byte, digest asn1.ObjectIdentifier) ([]byte, error) {
+// detachedSignature makes the same CMS structure as scripts/sign-file. The structure has no content, no certificates
+// and no signed attributes, because the kernel refuses signed attributes in modules.
+func (s *Signer) detachedSignature(module []byte, digest asn1.ObjectIdentifier) ([]byte, error) {
 	sd, err := pkcs7.NewSignedData(module)
 	if err != nil {
 		return nil, err

@@ -98,8 +98,8 @@ func load(t testing.TB, p *pair) *modsign.Signer {
 	return s
 }
 
-// signed signs a module and returns its bytes.
-func signed(t testing.TB, s *modsign.Signer, module []byte, hash string) []byte {
+// signModule signs a module and returns the signed module.
+func signModule(t testing.TB, s *modsign.Signer, module []byte, hash string) []byte {
 	t.Helper()
 	dst := filepath.Join(t.TempDir(), "signed.ko")
 	if err := s.Sign(t.Context(), write(t, filepath.Join(t.TempDir(), "x.ko"), module), dst, hash); err != nil {
@@ -119,7 +119,7 @@ func TestSign(t *testing.T) {
 	p, other := rsaPair(t), rsaPair(t)
 	s := load(t, p)
 	for _, hash := range []string{"sha256", "sha384", "sha512"} {
-		one, two := signed(t, s, module, hash), signed(t, load(t, p), module, hash)
+		one, two := signModule(t, s, module, hash), signModule(t, load(t, p), module, hash)
 		if !bytes.Equal(one, two) {
 			t.Errorf("%s: two signatures of the same module differ", hash)
 		}
@@ -179,7 +179,7 @@ func TestSignRefuses(t *testing.T) {
 			t.Errorf("Sign with hash %q = %v; want unsupported", hash, err)
 		}
 	}
-	again := write(t, filepath.Join(t.TempDir(), "x.ko"), signed(t, s, module, "sha256"))
+	again := write(t, filepath.Join(t.TempDir(), "x.ko"), signModule(t, s, module, "sha256"))
 	if err := s.Sign(t.Context(), again, dst, "sha256"); !fault.Is(err, fault.CheckFailed) {
 		t.Errorf("Sign(signed already) = %v; want check failed", err)
 	}
@@ -243,7 +243,8 @@ func TestKMS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := signed(t, s, module, "sha256"), signed(t, load(t, p), module, "sha256"); !bytes.Equal(got, want) {
+	got, want := signModule(t, s, module, "sha256"), signModule(t, load(t, p), module, "sha256")
+	if !bytes.Equal(got, want) {
 		t.Error("a key in a KMS and the same key in a file sign differently")
 	}
 }
@@ -261,7 +262,7 @@ func TestTrailer(t *testing.T) {
 	if err != nil || string(body) != "module" || string(signature) != "signature" {
 		t.Errorf("Split = %q, %q, %v; want module and signature", body, signature, err)
 	}
-	got := signed(t, load(t, rsaPair(t)), module, "sha256")
+	got := signModule(t, load(t, rsaPair(t)), module, "sha256")
 	_, signature, err = modsign.Split(got)
 	if err != nil {
 		t.Fatal(err)
@@ -308,7 +309,7 @@ func TestOpenSSL(t *testing.T) {
 	dir := t.TempDir()
 	src := write(t, filepath.Join(dir, "x.ko"), module)
 	for _, hash := range []string{"sha256", "sha512"} {
-		_, signature, err := modsign.Split(signed(t, load(t, p), module, hash))
+		_, signature, err := modsign.Split(signModule(t, load(t, p), module, hash))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -345,15 +346,15 @@ func TestOpenSSL(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = modsign.Verify(appended(module, signature), []*x509.Certificate{p.cert})
+		_, err = modsign.Verify(appendSignature(module, signature), []*x509.Certificate{p.cert})
 		if row.is == nil && err != nil || row.is != nil && !errors.Is(err, row.is) {
 			t.Errorf("%s: Verify = %v; want %v", name, err, row.is)
 		}
 	}
 }
 
-// appended appends a signature to a module in the kernel's format.
-func appended(module, signature []byte) []byte {
+// appendSignature appends a signature to a module in the kernel's format.
+func appendSignature(module, signature []byte) []byte {
 	out := append(bytes.Clone(module), signature...)
 	out = append(out, 0, 0, 2, 0, 0, 0, 0, 0, byte(len(signature)>>24), byte(len(signature)>>16), byte(len(signature)>>8),
 		byte(len(signature)))
@@ -375,7 +376,7 @@ func TestSignFile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if ours := signed(t, load(t, p), module, hash); !bytes.Equal(ours, theirs) {
+		if ours := signModule(t, load(t, p), module, hash); !bytes.Equal(ours, theirs) {
 			t.Errorf("%s: Sign = %x; sign-file makes %x", hash, ours, theirs)
 		}
 	}
@@ -435,11 +436,11 @@ func TestReadConfig(t *testing.T) {
 // FuzzVerify looks for crashes, and for a signed module that anybody could make without the key.
 func FuzzVerify(f *testing.F) {
 	p := rsaPair(f)
-	good := signed(f, load(f, p), module, "sha256")
+	good := signModule(f, load(f, p), module, "sha256")
 	f.Add(good)
 	f.Add(module)
-	f.Add(appended(module, []byte("signature")))
-	f.Add(appended(module, []byte("\x30\x80\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02\xa0\x80\x00\x00\x00\x00")))
+	f.Add(appendSignature(module, []byte("signature")))
+	f.Add(appendSignature(module, []byte("\x30\x80\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02\xa0\x80\x00\x00\x00\x00")))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		if _, err := modsign.Verify(raw, []*x509.Certificate{p.cert}); err != nil {
 			if !fault.Is(err, fault.CheckFailed) {

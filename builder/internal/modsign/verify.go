@@ -26,7 +26,7 @@ var (
 	// ErrUnknownKey: EKEYREJECTED, "Loading of module with unavailable key is rejected".
 	ErrUnknownKey = errors.New("module is signed with a key that is not trusted")
 	// ErrChanged: EKEYREJECTED without a message.
-	ErrChanged = errors.New("module signature does not hold: module or signature changed after signing")
+	ErrChanged = errors.New("module signature is not valid: the module or the signature changed after signing")
 )
 
 // Signature describes a valid signature.
@@ -107,7 +107,8 @@ func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, er
 				signer.IssuerAndSerialNumber.SerialNumber.String(), p7.Certificates, trusted)
 			if cert == nil {
 				reasons = append(reasons,
-					fmt.Errorf("%w: serial number %.80s", ErrUnknownKey, signer.IssuerAndSerialNumber.SerialNumber))
+					fmt.Errorf("%w: no trusted certificate has the serial number %.80s", ErrUnknownKey,
+						signer.IssuerAndSerialNumber.SerialNumber))
 				continue
 			}
 			one := *p7
@@ -128,10 +129,10 @@ func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, er
 	return s, nil
 }
 
-// These constants limit the parts of a signature, because each part costs a verification. maxSigners limits the
-// signers. maxSent limits the certificates in a signature or in a signature archive. maxChain limits the certificates
-// between a signer and a trusted certificate. A signature by the kernel's own program sign-file has one signer and no
-// certificates.
+// These constants limit the parts of a signature, because each part costs a verification. maxSigners is the largest
+// number of signers. maxSent is the largest number of certificates in a signature or in a signature archive. maxChain
+// is the largest number of certificates between a signer and a trusted certificate. A signature by the kernel's own
+// program sign-file has one signer and no certificates.
 const (
 	maxSigners = 16
 	maxSent    = 16
@@ -141,10 +142,10 @@ const (
 // parse parses a signature that the kernel would accept as a module's signature.
 func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	if len(signature) > maxSignature {
-		return nil, fmt.Errorf("%w: %d bytes", ErrMalformed, len(signature))
+		return nil, fmt.Errorf("%w: it has %d bytes; at most %d are read", ErrMalformed, len(signature), maxSignature)
 	}
-	// The library also accepts BER, and ignores some parts that it cannot read. So the signature must first have this
-	// outline in DER, with nothing after it.
+	// The library also accepts BER, and ignores some parts that it cannot read. So this function first checks that the
+	// signature has this outline in DER, with nothing after it.
 	var outline struct {
 		Type    asn1.ObjectIdentifier
 		Content struct {
@@ -166,27 +167,28 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	case len(rest) > 0:
 		return nil, fmt.Errorf("%w: there is data after its end", ErrMalformed)
 	case !outline.Type.Equal(pkcs7.OIDSignedData) || !outline.Content.Inner.Type.Equal(pkcs7.OIDData):
-		return nil, fmt.Errorf("%w: not signed data", ErrMalformed)
+		return nil, fmt.Errorf("%w: it does not contain signed data", ErrMalformed)
 	case len(outline.Content.Inner.Content.FullBytes) > 0:
-		return nil, fmt.Errorf("%w: it holds content itself; want a detached signature", ErrMalformed)
+		return nil, fmt.Errorf("%w: it has content of its own; want a detached signature", ErrMalformed)
 	}
 	if p7, err = pkcs7.Parse(signature); err != nil {
 		return nil, fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
 	}
 	if n := len(p7.Signers); n == 0 || n > maxSigners || n != len(outline.Content.Signers) {
-		return nil, fmt.Errorf("%w: %d signers", ErrMalformed, n)
+		return nil, fmt.Errorf("%w: it has %d signers; want 1 to %d, all of them readable", ErrMalformed, n, maxSigners)
 	}
 	if n := len(p7.Certificates); n > maxSent {
-		return nil, fmt.Errorf("%w: %d certificates", ErrMalformed, n)
+		return nil, fmt.Errorf("%w: it has %d certificates; at most %d are read", ErrMalformed, n, maxSent)
 	}
 	for _, s := range p7.Signers {
 		switch {
 		case len(s.AuthenticatedAttributes) > 0: // pkcs7_verify.c: "Invalid module sig (authattrs)"
 			return nil, fmt.Errorf("%w: it has signed attributes, which the kernel refuses in modules", ErrMalformed)
 		case s.IssuerAndSerialNumber.SerialNumber == nil:
-			return nil, fmt.Errorf("%w: a signer without a serial number", ErrMalformed)
+			return nil, fmt.Errorf("%w: a signer has no serial number", ErrMalformed)
 		case !strings.HasPrefix(s.DigestAlgorithm.Algorithm.String(), sha2):
-			return nil, fmt.Errorf("%w: digest algorithm %s", ErrMalformed, s.DigestAlgorithm.Algorithm)
+			return nil, fmt.Errorf("%w: its digest algorithm is %s; want one of the SHA-2 family", ErrMalformed,
+				s.DigestAlgorithm.Algorithm)
 		}
 	}
 	return p7, nil
@@ -208,15 +210,16 @@ func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certifica
 		}
 	}
 	for _, c := range sent {
-		if is(c) && chains(c, sent, trusted) {
+		if is(c) && isCertified(c, sent, trusted) {
 			return c
 		}
 	}
 	return nil
 }
 
-// chains reports whether a trusted certificate has certified c, directly or through the certificates in sent.
-func chains(c *x509.Certificate, sent, trusted []*x509.Certificate) bool {
+// isCertified reports whether a trusted certificate has certified c, either directly or through the certificates in
+// sent.
+func isCertified(c *x509.Certificate, sent, trusted []*x509.Certificate) bool {
 	certified := func(by *x509.Certificate) bool {
 		return bytes.Equal(by.RawSubject, c.RawIssuer) &&
 			by.CheckSignature(c.SignatureAlgorithm, c.RawTBSCertificate, c.Signature) == nil

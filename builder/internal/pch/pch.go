@@ -1,7 +1,7 @@
-// Package pch finds text with which several sources of a kernel module begin. This text includes the first headers, and
-// these headers are most of what a compiler reads for a source. A compiler that precompiles the text once does not read
-// it again for the other sources. The package decides by the text of the files alone. The package refuses text that it
-// does not understand: such a source is left out and compiled as usual.
+// Package pch finds the text with which several sources of a kernel module begin. This text includes the first headers,
+// and these headers are most of what a compiler reads for a source. If the compiler precompiles the text, it reads the
+// text only once for all these sources. The package looks only at the text of the files. It refuses text that it does
+// not understand: such a source is left out and compiled as usual.
 package pch
 
 import (
@@ -27,19 +27,19 @@ type Header struct {
 type Source struct {
 	// Path is the source's path in the tree.
 	Path string
-	// Through lists the headers between the source and the text of the precompiled header. The source includes the
-	// first of these headers, and each header includes the next one. Before that include, the source and the headers
-	// have only definitions and, in a header, the include guard.
+	// Through is the list of the headers between the source and the text of the precompiled header. The source includes
+	// the first of these headers, and each header includes the next one. Before that include line, the source and the
+	// headers have only definitions and, in a header, the include guard.
 	Through []string
-	// First is the path of the first header that the precompiled header includes. First is "" if that header is the
-	// kernel's and not the driver's own.
+	// First is the path of the first header that the precompiled header includes. If that header is the kernel's and not
+	// the driver's, First is "".
 	First string
 }
 
-// These constants choose the headers that are worth precompiling. A precompiled header takes as long to compile as
-// three sources take to read the same text, so at least minSources sources must begin with the text. A precompiled
-// header with only few of the kernel's headers saves nothing, so the text must include at least minWeight of them.
-// maxDepth limits the number of headers between a source and the text.
+// These constants decide which text is worth precompiling. To precompile a text takes as long as to read it for three
+// sources, so at least minSources sources must begin with the text. A text with only few of the kernel's headers saves
+// nothing, so the text must include at least minWeight of the kernel's headers. maxDepth is the largest number of
+// headers between a source and the text.
 const (
 	minSources = 4
 	minWeight  = 16
@@ -47,7 +47,7 @@ const (
 )
 
 // Find examines the .c files in the top-level folders of the tree. Each of these folders is one module with its own
-// flags. Paths in the texts begin with root, the path at which the compiler finds the tree. The result and its order
+// flags. Paths in Header.Text begin with root, the path at which the compiler finds the tree. The result and its order
 // depend only on the content of the tree. Find returns an error if it cannot read a file, or if a .c or .h file is
 // larger than maxFile.
 func Find(tree fs.FS, root string) ([]Header, error) {
@@ -70,8 +70,8 @@ func Find(tree fs.FS, root string) ([]Header, error) {
 	return all, nil
 }
 
-// choose returns the precompiled headers for the sources of one module. The first is the header that saves most. The
-// next ones are for the sources that have no precompiled header yet.
+// choose returns the precompiled headers for the sources of one module. First comes the header that saves most. Each
+// later header is for sources that no earlier one is for.
 func (t *tree) choose(sources []string) []Header {
 	begin := map[string][]Source{} // sources by text
 	for _, name := range sources {
@@ -109,11 +109,11 @@ func (t *tree) choose(sources []string) []Header {
 	}
 }
 
-// prefixes returns the texts with which a source begins: one text for each number of headers that a precompiled header
-// could include.
+// prefixes returns the texts with which a source begins. Each of these texts ends after an include line, and could be
+// the text of a precompiled header. Each value of the map is the entry for Header.Sources.
 func (t *tree) prefixes(name string) map[string]Source {
 	all := map[string]Source{}
-	var through, before []string // the headers between source and text; the definitions before them
+	var through, before []string // the headers between source and text; the definitions before these headers
 	for at := name; at != "" && len(through) < maxDepth; {
 		first, included := "", false
 		lines := slices.Clone(before)
@@ -133,42 +133,44 @@ func (t *tree) prefixes(name string) map[string]Source {
 				first, included = header, true
 			}
 			lines = append(lines, line)
-			if s := (Source{Path: name, First: t.inside(first)}); first != "" || len(through) == 0 {
+			if s := (Source{Path: name, First: t.pathOf(first)}); first != "" || len(through) == 0 {
 				for _, header := range through {
-					s.Through = append(s.Through, t.inside(header))
+					s.Through = append(s.Through, t.pathOf(header))
 				}
 				all[strings.Join(lines, "\n")+"\n"] = s
 			}
 		}
 		if t.files[first].guard == "" {
-			break // a header without a guard would be read twice
+			break // the compiler would read a header without a guard twice
 		}
 		through, at = append(through, first), first
 	}
 	return all
 }
 
-// include rewrites an include line of the file so that it means the same in another file. header is set if the line
-// includes a header of the driver. ok is false if the meaning depends on the compiler's flags.
+// include rewrites an include line of the file so that the line means the same in another file. If the line includes a
+// header of the driver, the result header is that header's path in the tree. ok is false if the meaning depends on the
+// compiler's flags.
 func (t *tree) include(file string, d directive) (line, header string, ok bool) {
 	if strings.HasPrefix(d.include, "<") {
-		return "#include " + d.include, "", len(t.named(strings.Trim(d.include, "<>"))) == 0
+		return "#include " + d.include, "", len(t.filesFor(strings.Trim(d.include, "<>"))) == 0
 	}
 	name := strings.Trim(d.include, `"`)
-	found := t.named(name)
+	found := t.filesFor(name)
 	if len(found) != 1 || path.Clean(name) != name || strings.HasPrefix(name, "../") {
 		return "", "", false
 	}
 	// The header is in the folder of the file, or in a folder where every module of the driver looks for headers.
 	for _, dir := range []string{path.Dir(file), "common/inc", "."} {
 		if path.Join(dir, name) == found[0] {
-			return fmt.Sprintf("#include %q", t.inside(found[0])), found[0], true
+			return fmt.Sprintf("#include %q", t.pathOf(found[0])), found[0], true
 		}
 	}
 	return "", "", false
 }
 
-func (t *tree) inside(name string) string {
+// pathOf returns the path at which the compiler finds a file of the tree. For "" it returns "".
+func (t *tree) pathOf(name string) string {
 	if name == "" {
 		return ""
 	}
@@ -176,12 +178,12 @@ func (t *tree) inside(name string) string {
 }
 
 // orderMatters reports whether a header may mean something else if the compiler reads it before the files. This is so
-// if the header may include one of the files, or has a condition on the include guard of one of the files. orderMatters
-// also returns true if a macro names a file that the header includes, because that file is unknown.
+// if the header may include one of the files, or has a condition on the include guard of one of the files. If the
+// header includes a file whose name is in a macro, that file is unknown, and orderMatters returns true too.
 func (t *tree) orderMatters(header string, files []string) bool {
 	for name := range t.closure(header) {
 		if t.files[name].computed {
-			return true // a macro names the included file, so it is unknown
+			return true // the name of the included file is in a macro, so the file is unknown
 		}
 		for _, f := range files {
 			if name == f || t.files[f].guard != "" && slices.Contains(t.files[name].conditions, t.files[f].guard) {
@@ -193,8 +195,8 @@ func (t *tree) orderMatters(header string, files []string) bool {
 }
 
 // weight estimates how much the compiler reads for a text. The estimate is the number of kernel headers that the text
-// includes. All kernel headers count the same: each of them, together with the headers that it includes, has about the
-// same size.
+// includes. It does not depend on which headers these are, because each kernel header, together with the headers that
+// it includes, has about the same size.
 func (t *tree) weight(text string) int {
 	kernel := map[string]bool{}
 	for line := range strings.Lines(text) {
@@ -217,9 +219,9 @@ func (t *tree) weight(text string) int {
 	return len(kernel)
 }
 
-// closure returns every file of the driver that a header may include, directly or not, and the header itself. closure
-// ignores the conditions around an include. If an include could mean several files of the driver, closure returns all
-// of them.
+// closure returns every file of the driver that a header may include, directly or not, and the header itself. It
+// ignores the conditions around an include line. If an include line could mean several files of the driver, closure
+// returns all of them.
 func (t *tree) closure(header string) map[string]bool {
 	if known := t.closures[header]; known != nil {
 		return known
@@ -234,15 +236,15 @@ func (t *tree) closure(header string) map[string]bool {
 		}
 		seen[file] = true
 		for _, name := range t.files[file].includes {
-			todo = append(todo, t.named(strings.Trim(name, `<>"`))...)
+			todo = append(todo, t.filesFor(strings.Trim(name, `<>"`))...)
 		}
 	}
 	t.closures[header] = seen
 	return seen
 }
 
-// named returns the files of the driver that an include with this name could mean.
-func (t *tree) named(name string) []string {
+// filesFor returns the files of the driver that an include line with this name could mean.
+func (t *tree) filesFor(name string) []string {
 	var found []string
 	for _, file := range t.byBase[path.Base(name)] {
 		if file == name || strings.HasSuffix(file, "/"+strings.TrimLeft(name, "./")) {

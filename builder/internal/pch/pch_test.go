@@ -9,7 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// kernel returns the include lines for minWeight kernel headers, the smallest number for which Find chooses a header.
+// kernel returns the include lines for minWeight kernel headers. With fewer, Find would choose no precompiled header.
 func kernel() string {
 	var b strings.Builder
 	for i := range minWeight {

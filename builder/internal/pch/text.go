@@ -11,10 +11,10 @@ import (
 
 // tree has the directives of a driver's sources.
 type tree struct {
-	root     string                     // the path of the tree for the compiler
+	root     string                     // the path at which the compiler finds the tree
 	files    map[string]file            // by path in the tree
-	byBase   map[string][]string        // the paths of all files with a base name
-	closures map[string]map[string]bool // the results of closure, by header
+	byBase   map[string][]string        // by base name, the paths of all files with this base name
+	closures map[string]map[string]bool // by header, the result of the method closure
 }
 
 type file struct {
@@ -22,7 +22,7 @@ type file struct {
 	head       []directive // the definitions and includes at the beginning of the file
 	includes   []string    // all includes of the file, with <> or ""
 	conditions []string    // the names in the file's conditions
-	computed   bool        // a macro names an included file
+	computed   bool        // true if the name of an included file is in a macro
 }
 
 // directive is a #define, or an #include with its <> or "".
@@ -82,8 +82,8 @@ func parseDirective(line string) (directive, bool) {
 
 // parseFile reads a file's directives.
 func parseFile(text string) file {
-	lines := code(text)
-	f := file{guard: guard(lines)}
+	lines := codeLines(text)
+	f := file{guard: findGuard(lines)}
 	if f.guard != "" {
 		lines = lines[2:]
 	}
@@ -106,8 +106,9 @@ func parseFile(text string) file {
 	return f
 }
 
-// guard returns NAME if #ifndef NAME and #define NAME begin the lines and the matching #endif ends them.
-func guard(lines []string) string {
+// findGuard returns the name of an include guard. If the lines have none, it returns "". With an include guard, the
+// first two lines are #ifndef NAME and #define NAME, and the last line is the matching #endif.
+func findGuard(lines []string) string {
 	if len(lines) < 3 {
 		return ""
 	}
@@ -130,9 +131,9 @@ func guard(lines []string) string {
 	return m[1]
 }
 
-// code removes comments and returns the remaining lines that are not blank. code does not change strings and character
-// constants.
-func code(text string) []string {
+// codeLines removes comments and returns the remaining lines that are not blank. It does not change strings and
+// character constants.
+func codeLines(text string) []string {
 	// In C, a backslash at the end of a line joins it with the next line. This happens before comments are removed.
 	text = strings.ReplaceAll(strings.ReplaceAll(text, "\r\n", "\n"), "\\\n", "")
 	var b strings.Builder

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// linkedKernel returns a vmlinux for amd64 with one segment, at the address of a kernel.
+// linkedKernel returns a vmlinux for amd64. It has one segment, at the address at which kernels have it.
 func linkedKernel(t *testing.T) []byte {
 	t.Helper()
 	const address, size = 0x1000000, 0x1000

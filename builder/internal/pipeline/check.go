@@ -10,7 +10,7 @@ import (
 
 // check compares every module with the kernel that it was made for.
 func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Identity, vermagic string, err error) {
-	if err := r.intact(ctx, m); err != nil {
+	if err := r.checkIntact(ctx, m); err != nil {
 		return id, "", err
 	}
 	kernel := modcheck.Kernel{
@@ -18,7 +18,7 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 		Fingerprint: in.kernel.Fingerprint, Version: in.driver.Modules().Version, BTF: in.kernel.BTF,
 		Open: in.driver.Flavour == target.Open,
 	}
-	if m.carries.byGoogle() {
+	if m.signer.byGoogle() {
 		kernel.Fingerprint = "" // modules that Google signed have no stamp
 	}
 	vermagic, err = modcheck.Check(m.files, kernel)
@@ -32,11 +32,11 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 	return id, vermagic, nil
 }
 
-// staticChecks returns the texts with which the signed test result lists the checks that passed
-// before the load test.
+// staticChecks returns the list of the checks that passed before the load test. The texts of the list
+// are part of the signed test result.
 func staticChecks(in *inputs, m *modules) []string {
 	origin := "stamp of the kernel's fingerprint"
-	if m.carries.byGoogle() {
+	if m.signer.byGoogle() {
 		origin = "Google's signature of every module, for this COS build and over these bytes"
 	}
 	all := []string{

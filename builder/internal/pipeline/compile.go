@@ -31,25 +31,24 @@ const sumsFile = "SHA256SUMS"
 
 // modules describes the modules of one driver in the cache.
 type modules struct {
-	files map[string]string // name to path
-	sums  map[string]string // name to SHA-256, in hex
-	// debug is the path of the folder with the unstripped modules. The folder exists only with
-	// Config.DebugSymbols.
+	files map[string]string // the paths of the modules, by name
+	sums  map[string]string // the SHA-256 of the modules in hex, by name
+	// debug is the path of the folder with the unstripped modules. The folder exists only if
+	// Config.DebugSymbols is true.
 	debug string
 	// madeOf lists the paths of the inputs from which this run compiled the modules. It is empty if
 	// the modules came from the cache.
 	madeOf []string
-	// carries says whose signatures the modules have. signedBy lists everything that decides the
-	// bytes of the signatures. The cache keys of everything that is made from the modules contain
-	// it.
-	carries  carries
+	// signer says who signed the modules. signedBy is a list of everything that decides the bytes of
+	// the signatures. If something is made from the modules, its cache key contains signedBy.
+	signer   moduleSigner
 	signedBy []string
 	// identity is the artifact's identity, which the check phase sets.
 	identity bundle.Identity
 }
 
-// key returns the cache key of a product that is made from the modules in their published form. The
-// key differs if anything differs that decides the modules' bytes, or if a text in more differs.
+// key returns the cache key of a product that is made from the modules with their signatures. The key
+// depends on everything that decides the modules' bytes, and on each text in the argument more.
 func (m *modules) key(in *inputs, more ...string) string {
 	return in.stampedKey(slices.Concat(more, m.signedBy)...)
 }
@@ -97,8 +96,8 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 				"together: %v\n", b.Reason)
 		}
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
-			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout),
-				"raise --compile-timeout"))
+			fault.New(fault.TimedOut, fmt.Sprintf("the modules took longer than %v to compile", r.cfg.CompileTimeout),
+				"set a longer --compile-timeout"))
 		defer cancel()
 		made, err := compile.Modules(ctx, compile.Request{
 			Source: source, Headers: in.kernel.Headers, Toolchain: in.kernel.Toolchain, Env: in.kernel.Env,
@@ -158,14 +157,14 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	case cached:
 		note += ", cached"
 	case why != "":
-		note += ", other " + why
+		note += ", changed: " + why
 	}
 	return m, note, nil
 }
 
 // modulesKey returns the cache key of the compiled modules. The key covers everything that decides
-// the modules' bytes. If a part of the key changed since the last build, the log shows the name of
-// this part.
+// the modules' bytes. If a part of the key has changed since the last build of the same cell, the log
+// shows the name of this part.
 func (r *run) modulesKey(in *inputs) *cas.Key {
 	key := cas.NewKey("modules").Add("kernel fingerprint", string(in.kernel.Fingerprint)).Add("driver sources",
 		in.release.SourceDigest).
@@ -199,23 +198,25 @@ func readModules(dir string) (*modules, error) {
 		sum, file, ok := strings.Cut(lines.Text(), "  ")
 		name, isModule := strings.CutSuffix(file, ".ko")
 		if !ok || !isModule {
-			return nil, fault.New(fault.Internal, fmt.Sprintf("read %s: line %q", sumsFile, lines.Text()), "")
+			return nil, fault.New(fault.Internal, fmt.Sprintf("read %s: line %q is not a checksum and the name of a module",
+				sumsFile, lines.Text()), "")
 		}
 		m.files[name], m.sums[name] = filepath.Join(dir, file), sum
 	}
 	return m, nil
 }
 
-// intact returns an error if a module no longer has the checksum from sumsFile. It also returns an
-// error if one of the folders, which are in the cache, changed since a build filled it.
-func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
+// checkIntact returns an error if a module no longer has the checksum from sumsFile. The argument
+// folders has the paths of folders in the cache. If one of them changed since a build filled it,
+// checkIntact returns an error too.
+func (r *run) checkIntact(ctx context.Context, m *modules, folders ...string) error {
 	for _, name := range slices.Sorted(maps.Keys(m.files)) {
 		sum, err := hostfile.Sum(m.files[name])
 		if err != nil {
 			return err
 		}
 		if sum != m.sums[name] {
-			return changed(name, r.products.Dir())
+			return changedError(name, r.products.Dir())
 		}
 	}
 	for _, dir := range folders {
@@ -226,8 +227,8 @@ func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
 	return nil
 }
 
-// changed returns the error for a module that changed in the cache since it was made.
-func changed(name, dir string) error {
+// changedError returns the error for a module that changed in the cache since it was made.
+func changedError(name, dir string) error {
 	return fault.New(fault.Transient, fmt.Sprintf("module %s changed in the cache during this build", name),
 		"check the disk of "+dir+"; then run the command again, which makes the module again")
 }

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// If only one cell may compile at a time, a second cell waits before its compile. After its compile
-// a cell lets the next cell begin, even if the compile failed.
+// If only one cell may compile at a time, a second cell waits before its compile phase. When a compile
+// ends, the next cell may begin, even if the compile failed.
 func TestCompiling(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -49,7 +49,7 @@ func TestCompiling(t *testing.T) {
 	if !cfg.Compiling.TryAcquire(1) {
 		t.Fatal("after the compile no other cell can begin")
 	}
-	// After a stop signal the cell stops waiting.
+	// If the context ends, the cell stops waiting.
 	cfg.Cache, cfg.Destinations = emptyCache(t), []string{"oci:" + filepath.Join(t.TempDir(), "another")}
 	ctx, stop := context.WithTimeoutCause(t.Context(), 3*time.Second, errors.New("told to stop"))
 	defer stop()

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// refusing starts a registry that is empty and answers every write with this status and body.
-func refusing(t *testing.T, status int, body string) string {
+// refusingRegistry starts an empty registry, which responds to every write with this status and body.
+func refusingRegistry(t *testing.T, status int, body string) string {
 	t.Helper()
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
@@ -65,12 +65,12 @@ func TestFailures(t *testing.T) {
 		}, fault.Transient, "127.0.0.1:1", whole[:2]},
 		{"registry that may only be read, told before the compile",
 			func(t *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) {
-				cfg.Destinations = []string{refusing(t, http.StatusForbidden,
+				cfg.Destinations = []string{refusingRegistry(t, http.StatusForbidden,
 					`{"errors":[{"code":"DENIED","message":"requested access to the resource is denied"}]}`) + "/prebake/driver"}
 			}, fault.PublishRefused, "denied", whole[:2]},
 		{"registry without the repository, told before the compile",
 			func(t *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) {
-				cfg.Destinations = []string{refusing(t, http.StatusNotFound,
+				cfg.Destinations = []string{refusingRegistry(t, http.StatusNotFound,
 					`{"errors":[{"code":"NAME_UNKNOWN","message":"The repository with name 'prebake/driver' does not exist"}]}`) +
 					"/prebake/driver"}
 			}, fault.PublishRefused, "NAME_UNKNOWN", whole[:2]},

@@ -45,16 +45,17 @@ const (
 
 var faults = []string{faultKill, faultDisk, faultNetwork, faultCache}
 
-// order describes one build that runs in its own process. The process reads it from the environment.
+// order describes one build that runs in its own process. The process reads the order from the
+// environment.
 type order struct {
 	Kernels, Drivers, Repo, Key, Cache string
-	// Fault happens when Phase begins, or when the console of the load test's virtual machine prints Text. "" means
-	// no fault.
+	// Fault is the fault that happens when Phase begins. If Text is not "", it happens when the console of the load
+	// test's virtual machine prints Text. If Fault is "", no fault happens.
 	Fault, Phase, Text string
-	// If Warm is not "", the process first fills the cache by a build for another destination. Warm is the mode of
-	// that build's load test.
+	// If Warm is not "", the process first fills the cache by a build for another destination, whose load test has
+	// the mode Warm.
 	Warm pipeline.LoadTest
-	// Parts are the folders of the cache that a fault damages; none means all.
+	// Parts are the folders of the cache that the fault damages. If Parts is empty, it damages all folders.
 	Parts []string
 	// Init and Probe are the programs for the load test.
 	Init, Probe string
@@ -75,8 +76,8 @@ type outcome struct {
 
 const orderVariable = "PREBAKE_TEST_ORDER"
 
-// TestFaultProcess is not a test. It is the process in which a build runs under a fault, and does nothing without an
-// order.
+// TestFaultProcess is not a test. It is the main function of the process in which a build with a fault runs. Without
+// an order it does nothing.
 func TestFaultProcess(t *testing.T) {
 	raw := os.Getenv(orderVariable)
 	if raw == "" {
@@ -171,8 +172,8 @@ func (o order) strike() error {
 	return nil
 }
 
-// damage flips a bit in every file that the cache stores for later use. With parts it damages only those folders,
-// which must exist.
+// damage flips a bit in every file that the cache stores for later use. If parts is not empty, it damages only these
+// folders of the cache, and at least one file must be in them.
 func damage(dir string, parts []string) error {
 	changed := 0
 	all := parts
@@ -211,8 +212,8 @@ func damage(dir string, parts []string) error {
 	return nil
 }
 
-// wire is the network between the build and its servers. It can be cut off, and it can run a function at one write to
-// the registry.
+// wire is the network between the build and its servers. A test can cut it off, and can have it call a function before
+// each write to the registry.
 type wire struct {
 	*httptest.Server
 	down    atomic.Bool
@@ -227,7 +228,7 @@ func newWire(t *testing.T, f *farm) *wire {
 		t.Fatal(err)
 	}
 	registry := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: repo.RegistryStr()})
-	registry.ErrorHandler = func(http.ResponseWriter, *http.Request, error) {} // errors come from killed clients
+	registry.ErrorHandler = func(http.ResponseWriter, *http.Request, error) {} // the errors of killed clients
 	files := http.FileServer(http.Dir(f.dir))
 	w := &wire{}
 	w.Server = httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
@@ -252,7 +253,8 @@ func newWire(t *testing.T, f *farm) *wire {
 	return w
 }
 
-// theatre is a build farm in which one test causes one fault. Each test has its own, so that tests can run in parallel.
+// theatre is a build farm in which one test causes one fault. Each test has its own theatre, so that tests can run in
+// parallel.
 type theatre struct {
 	f    *farm
 	wire *wire
@@ -290,16 +292,17 @@ func (th *theatre) process(t *testing.T, fault, phase string) *exec.Cmd {
 	return cmd
 }
 
-// killed stands for the class of the error if a build was killed before it could report a class.
+// killed is the class of a build that was killed before it could report the class of an error.
 const killed = "killed"
 
 func (th *theatre) run(t *testing.T, fault, phase string) *outcome {
 	t.Helper()
-	return read(t, th.process(t, fault, phase), func() {})
+	return runProcess(t, th.process(t, fault, phase), func() {})
 }
 
-// read starts a build, calls started, and waits until the build ends. It returns the outcome that the build printed.
-func read(t *testing.T, cmd *exec.Cmd, started func()) *outcome {
+// runProcess starts a build, calls the function started, and waits until the build ends. It returns the outcome that
+// the build printed.
+func runProcess(t *testing.T, cmd *exec.Cmd, started func()) *outcome {
 	t.Helper()
 	var buffer bytes.Buffer
 	cmd.Stdout = &buffer
@@ -347,13 +350,13 @@ func (th *theatre) tags(t *testing.T) map[string]string {
 	return all
 }
 
-// afterwards checks two things that must hold after every build: each tag names the right artifact, and the next
-// build succeeds.
-func (th *theatre) afterwards(t *testing.T, want string, again *outcome) {
+// checkAfterwards checks two things that must be true after every build: each tag points at the right artifact, and the
+// next build succeeds. The argument again is the outcome of the next build; nil means that there was none yet.
+func (th *theatre) checkAfterwards(t *testing.T, want string, again *outcome) {
 	t.Helper()
 	for tag, digest := range th.tags(t) {
 		if digest != want {
-			t.Errorf("after the fault, tag %s names %s; want %s or no tag", tag, digest, want)
+			t.Errorf("after the fault, tag %s points at %s; want %s or no tag", tag, digest, want)
 		}
 	}
 	th.wire.down.Store(false)
@@ -370,14 +373,14 @@ func (th *theatre) afterwards(t *testing.T, want string, again *outcome) {
 	}
 	for tag, digest := range tags {
 		if digest != want {
-			t.Errorf("after the restart, tag %s names %s; want %s", tag, digest, want)
+			t.Errorf("after the restart, tag %s points at %s; want %s", tag, digest, want)
 		}
 	}
 }
 
-// struck builds under a fault and then without it. It returns how the first build ended: the class of its error, or
-// "published". want is the digest of the right artifact.
-func (th *theatre) struck(t *testing.T, kind, phase, want string) string {
+// buildUnderFault builds with a fault and then without the fault. It returns how the first build ended: the class of
+// its error, or "published". The argument want is the digest of the right artifact.
+func (th *theatre) buildUnderFault(t *testing.T, kind, phase, want string) string {
 	t.Helper()
 	got := th.run(t, kind, phase)
 	if (got.Class == killed) != (kind == faultKill) {
@@ -395,14 +398,14 @@ func (th *theatre) struck(t *testing.T, kind, phase, want string) string {
 		t.Errorf("machines %v ran when it was killed", got.Machines)
 	}
 	for _, pid := range got.Machines {
-		ended(t, pid)
+		checkKilled(t, pid)
 	}
-	th.afterwards(t, want, got.Again)
+	th.checkAfterwards(t, want, got.Again)
 	return cell
 }
 
-// reference returns the cell's digest from a build without faults.
-func reference(t *testing.T) string {
+// referenceDigest returns the digest of the artifact from a build without faults.
+func referenceDigest(t *testing.T) string {
 	t.Helper()
 	got := newTheatre(t, newFarm(t)).run(t, "", "")
 	if got.Digest == "" {
@@ -415,7 +418,7 @@ func reference(t *testing.T) string {
 // right class, and the next build must succeed. The results are the table in docs/reference/faults.md.
 func TestFaults(t *testing.T) {
 	t.Parallel()
-	want := reference(t)
+	want := referenceDigest(t)
 	var mu sync.Mutex
 	seen := map[string]string{}
 	t.Run("strike", func(t *testing.T) {
@@ -424,7 +427,7 @@ func TestFaults(t *testing.T) {
 				t.Run(phase+" "+kind, func(t *testing.T) {
 					t.Parallel()
 					th := newTheatre(t, newFarm(t))
-					cell := th.struck(t, kind, phase, want)
+					cell := th.buildUnderFault(t, kind, phase, want)
 					mu.Lock()
 					defer mu.Unlock()
 					seen[phase+" "+kind] = cell
@@ -440,7 +443,7 @@ func TestFaults(t *testing.T) {
 // TestKilledWhilePublishing kills the build with kill -9 at every single write to the registry.
 func TestKilledWhilePublishing(t *testing.T) {
 	t.Parallel()
-	want := reference(t)
+	want := referenceDigest(t)
 	count := func() int64 {
 		th := newTheatre(t, newFarm(t))
 		th.run(t, "", "")
@@ -462,11 +465,11 @@ func TestKilledWhilePublishing(t *testing.T) {
 				}
 			}
 			th.wire.trigger.Store(&pull)
-			if got := read(t, cmd, func() { close(started) }); got.Class != killed && got.Digest != want {
+			if got := runProcess(t, cmd, func() { close(started) }); got.Class != killed && got.Digest != want {
 				t.Errorf("the build was not killed, and ended with %+v", got)
 			}
 			th.wire.trigger.Store(nil)
-			th.afterwards(t, want, nil)
+			th.checkAfterwards(t, want, nil)
 		})
 	}
 }

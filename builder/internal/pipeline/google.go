@@ -20,9 +20,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// GoogleSignatures says what to do with the module signatures that Google ships with a COS build. A
-// module with Google's signature has no stamp, because the stamp would change the bytes that Google
-// signed.
+// GoogleSignatures decides what a build does with the module signatures that Google ships with a COS
+// build. A module with Google's signature has no stamp of the kernel's fingerprint, because the stamp
+// would change the bytes that Google signed.
 type GoogleSignatures string
 
 // The modes of GoogleSignatures. With Config.ModuleKey, a build ignores Google's signatures.
@@ -35,18 +35,19 @@ const (
 	GoogleOff GoogleSignatures = "off"
 )
 
-// googleSignatures holds Google's signatures for this run's COS build and driver.
+// googleSignatures has Google's signatures for the COS build and the driver of this run.
 type googleSignatures struct {
 	*modsign.Detached
 	materials []cossrc.Material // the signature archive comes first
 }
 
-// Signing describes which signatures the modules get for the kernel. how is a text with the
-// settings that decide this. Other settings give another text, so that a failure stored with one
-// text does not stop a build with other settings. objects returns the names of the objects in the
-// kernel bucket from which the signatures or the signed modules come. objects is nil if none come
-// from the bucket.
-func (c Config) Signing() (how string, objects func(k target.Kernel, version string) []string) {
+// Signing describes which signatures the modules get for the kernel. The result settings is a text
+// with the settings that decide this. Other settings give another text. So a failure that is stored
+// with one text does not stop a build with other settings.
+//
+// The signatures or the signed modules may come from objects in the kernel bucket. The result objects
+// is a function that returns the names of these objects. It is nil if nothing comes from the bucket.
+func (c Config) Signing() (settings string, objects func(k target.Kernel, version string) []string) {
 	c = c.withDefaults(Request{})
 	switch {
 	case c.GoogleModules:
@@ -77,11 +78,12 @@ func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in
 		archive := cosbucket.SignatureNames(in.kernel.Kernel, in.driver.Version)[0]
 		return nil, fault.New(fault.InputMissing,
 			"the bucket does not have Google's signatures for this driver: "+kernels.URL(archive)+" is missing",
-			"give --kernel-mirror a bucket that has these signatures, or build with --google-signatures auto")
+			"set --kernel-mirror to a bucket that has these signatures; or publish the modules without them: "+
+				"--google-signatures auto")
 	}
 	detached, err := modsign.ReadDetached(bytes.NewReader(s.Archive), s.TrustedKey)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", s.Materials[0].URI, err)
+		return nil, fmt.Errorf("read %s: %w", s.Materials[0].URI, err)
 	}
 	return &googleSignatures{Detached: detached, materials: s.Materials}, nil
 }
@@ -113,7 +115,7 @@ func (r *run) attachSignatures(ctx context.Context, in *inputs, s signing, m *mo
 	case err != nil:
 		return nil, "", err
 	}
-	signed.carries = carries{google: in.google.materials[0].Digest}
+	signed.signer = moduleSigner{google: in.google.materials[0].Digest}
 	note := fmt.Sprintf("%d of Google's signatures", len(signed.files))
 	if cached {
 		note += ", cached"
@@ -121,16 +123,16 @@ func (r *run) attachSignatures(ctx context.Context, in *inputs, s signing, m *mo
 	return signed, note, nil
 }
 
-// googleModules holds the modules that Google compiled for this run's COS build.
+// googleModules has the modules that Google compiled for the COS build of this run.
 type googleModules struct {
 	*cossrc.SignedDriver
 	dir    string // the folder of the verified modules
 	cached bool
 }
 
-// fetchModules fetches Google's modules and verifies the signature of each one. It returns nil
-// without Config.GoogleModules. It runs in the source phase, so that a missing or unsigned module
-// ends the build early.
+// fetchModules fetches Google's modules and verifies the signature of each one. If
+// Config.GoogleModules is false, it returns nil. It runs in the source phase, so that a missing or
+// unsigned module ends the build early.
 func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleModules, error) {
 	switch {
 	case !r.cfg.GoogleModules:
@@ -146,7 +148,7 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 	if err != nil {
 		return nil, err
 	}
-	trusted, err := r.kernelTrusts(driver)
+	trusted, err := r.moduleCertificates(driver)
 	if err != nil {
 		return nil, err
 	}
@@ -162,7 +164,7 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 		defer func() { err = errors.Join(err, f.Close()) }()
 		names, err := modsign.UnpackSigned(f, dir, trusted)
 		if err != nil {
-			return fmt.Errorf("%s: %w", driver.Materials[0].URI, err)
+			return fmt.Errorf("unpack %s: %w", driver.Materials[0].URI, err)
 		}
 		sums := map[string]string{}
 		for _, name := range names {
@@ -178,9 +180,9 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 	return &googleModules{driver, dir, cached}, nil
 }
 
-// kernelTrusts returns the certificates with which this run verifies Google's modules: those of
-// Config.ModuleCert, or else trusted_key.pem in the bucket.
-func (r *run) kernelTrusts(driver *cossrc.SignedDriver) ([]*x509.Certificate, error) {
+// moduleCertificates returns the certificates with which this run verifies Google's modules: those in
+// the file Config.ModuleCert, or, if it is "", those in the bucket's trusted_key.pem.
+func (r *run) moduleCertificates(driver *cossrc.SignedDriver) ([]*x509.Certificate, error) {
 	switch {
 	case r.cfg.ModuleCert != "":
 		return modsign.ReadCertificates(r.cfg.ModuleCert)
@@ -204,7 +206,7 @@ func takeModules(in *inputs) (*modules, string, error) {
 		return nil, "", err
 	}
 	archive := in.prebuilt.Materials[0].Digest
-	m.carries, m.signedBy = carries{modules: archive}, []string{modsign.UnpackRecipe, archive}
+	m.signer, m.signedBy = moduleSigner{modules: archive}, []string{modsign.UnpackRecipe, archive}
 	note := fmt.Sprintf("%d modules, signed by Google", len(m.files))
 	if in.prebuilt.cached {
 		note += ", cached"
@@ -212,33 +214,33 @@ func takeModules(in *inputs) (*modules, string, error) {
 	return m, note, nil
 }
 
-// carries says whose signatures the modules of an artifact have. The provenance records the field
-// that is set, see fact. All fields are "" for unsigned modules.
-type carries struct {
+// moduleSigner says who signed the modules of an artifact. At most one field is set, and the
+// provenance contains its value (see the method fact). For unsigned modules all fields are "".
+type moduleSigner struct {
 	key     string // the fingerprint of the certificate of Config.ModuleKey
 	google  string // the digest of Google's signature archive
 	modules string // the digest of Google's archive of modules
 }
 
-// willCarry returns whose signatures the modules will have, as far as this is certain before a
-// build makes the modules. Google's signatures are not certain, because they may not fit the
-// compiled modules: for them, willCarry returns no signatures.
-func (s signing) willCarry(in *inputs) carries {
+// expectedSigner returns who will sign the modules, as far as this is certain before a build makes
+// them. If Google's signatures are to be attached, this is not certain, because they may not fit the
+// compiled modules. Then the result is the same as for unsigned modules.
+func (s signing) expectedSigner(in *inputs) moduleSigner {
 	switch {
 	case s.own != nil:
-		return carries{key: s.own.Identity()}
+		return moduleSigner{key: s.own.Identity()}
 	case in.prebuilt != nil:
-		return carries{modules: in.prebuilt.Materials[0].Digest}
+		return moduleSigner{modules: in.prebuilt.Materials[0].Digest}
 	}
-	return carries{}
+	return moduleSigner{}
 }
 
-// byGoogle reports whether the modules are the bytes that Google signed, without our stamp.
-func (c carries) byGoogle() bool { return c.google != "" || c.modules != "" }
+// byGoogle reports whether the modules have exactly the content that Google signed, without our stamp.
+func (c moduleSigner) byGoogle() bool { return c.google != "" || c.modules != "" }
 
-// fact returns the fact in the provenance that names the signatures; ok is false for unsigned
-// modules.
-func (c carries) fact() (name, value string, ok bool) {
+// fact returns the name and the value of the fact with which the provenance says who signed the
+// modules. For unsigned modules ok is false.
+func (c moduleSigner) fact() (name, value string, ok bool) {
 	switch {
 	case c.key != "":
 		return trust.FactModuleKey, c.key, true
@@ -250,15 +252,15 @@ func (c carries) fact() (name, value string, ok bool) {
 	return "", "", false
 }
 
-// takes reports whether this run can reuse an artifact whose modules have the signatures c and were
-// made of the inputs madeOf.
+// accepts reports whether this run can reuse an artifact. The argument c says who signed the
+// artifact's modules, and madeOf has the inputs that they were made of.
 //
-// The artifact may have been made for another COS build with the same fingerprint, with modules
-// that Google signed for that COS build. If this run requires no signatures, it can reuse this
-// artifact as if its modules were unsigned. If this run wants Google's modules, it can reuse an
-// artifact with Google's modules for the other COS build on one condition: both kernels were built
-// with the same root certificate.
-func (s signing) takes(c carries, in *inputs, madeOf []trust.Material) bool {
+// The artifact may have been made for another COS build with the same fingerprint, and Google may
+// have signed its modules for that COS build. If this run requires no signatures, it can reuse such
+// an artifact as if the modules were unsigned. If this run wants modules that Google compiled, it can
+// reuse an artifact with Google's modules for that COS build on one condition: both kernels were
+// built with the same root certificate.
+func (s signing) accepts(c moduleSigner, in *inputs, madeOf []trust.Material) bool {
 	among := func(wanted []cossrc.Material) bool {
 		return !slices.ContainsFunc(wanted, func(w cossrc.Material) bool {
 			return !slices.ContainsFunc(madeOf, func(m trust.Material) bool { return m.Digest == w.Digest })
@@ -266,16 +268,17 @@ func (s signing) takes(c carries, in *inputs, madeOf []trust.Material) bool {
 	}
 	switch {
 	case in.prebuilt != nil:
-		return c == s.willCarry(in) || c.modules != "" && in.prebuilt.TrustedKey != nil && among(in.prebuilt.Materials[1:])
+		return c == s.expectedSigner(in) ||
+			c.modules != "" && in.prebuilt.TrustedKey != nil && among(in.prebuilt.Materials[1:])
 	case s.own != nil || s.google == GoogleOff:
-		return c == s.willCarry(in)
+		return c == s.expectedSigner(in)
 	case s.google == GoogleRequire:
 		return c.google != "" && among(in.google.materials)
 	}
 	return c.key == "" && c.modules == ""
 }
 
-func (c carries) String() string {
+func (c moduleSigner) String() string {
 	if name, value, ok := c.fact(); ok {
 		return "signed: " + name + " " + value
 	}

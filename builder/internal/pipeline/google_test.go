@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// google has a key and its certificate. With them, a test signs modules in Google's place.
+// google has a key and its certificate, with which a test signs modules in Google's place.
 type google struct {
 	key, certPath string
 	certs         []*x509.Certificate
@@ -87,8 +87,8 @@ func tgz(t *testing.T, files map[string]string) []byte {
 	return out.Bytes()
 }
 
-// elsewhere returns a copy of the farm with another registry, which is empty.
-func (f farm) elsewhere(t *testing.T) *farm {
+// withEmptyRegistry returns a copy of the farm with a new, empty registry.
+func (f farm) withEmptyRegistry(t *testing.T) *farm {
 	t.Helper()
 	f.repo = testkit.Registry(t, true) + "/prebake/driver"
 	return &f
@@ -130,8 +130,8 @@ func (f *farm) materialsOf(t *testing.T, res *pipeline.Result) (names []string) 
 	return names
 }
 
-// unstamped returns the modules of an artifact without the stamp, as the compiler left them.
-func (f *farm) unstamped(t *testing.T, res *pipeline.Result) map[string][]byte {
+// unstampedModules returns the modules of an artifact without the stamp, as the compiler made them.
+func (f *farm) unstampedModules(t *testing.T, res *pipeline.Result) map[string][]byte {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(filepath.Dir(f.module(t, res)), "*.ko"))
 	if err != nil {
@@ -171,7 +171,7 @@ func TestGoogleSignatures(t *testing.T) {
 	f.driver(t, twoModules())
 	cfg := f.config(t, emptyCache(t))
 	plain := must(t, cfg, request("17800.0.9"))
-	modules := f.unstamped(t, plain)
+	modules := f.unstampedModules(t, plain)
 	if len(modules) != 2 {
 		t.Fatalf("the driver has modules %v; want two", slices.Collect(maps.Keys(modules)))
 	}
@@ -179,11 +179,12 @@ func TestGoogleSignatures(t *testing.T) {
 	f.put(t, lakitu9+"extensions/gpu/"+archiveName, tgz(t, g.files(t, modules)))
 	f.put(t, lakitu9+"trusted_key.pem", g.certs[0].Raw)
 
-	// An artifact that was published unsigned stays, because a tag never gets other bytes.
+	// If an artifact was published with unsigned modules, it stays published, because a tag never points
+	// at another artifact later.
 	if again := must(t, cfg, request("17800.0.9")); !again.Reused || again.Digest != plain.Digest {
 		t.Errorf("published before the signatures came: %+v; want it reused", again)
 	}
-	f = f.elsewhere(t)
+	f = f.withEmptyRegistry(t)
 	cfg.Destinations = []string{f.repo}
 	res := must(t, cfg, request("17800.0.9"))
 	if diff := cmp.Diff(wholeSigned, phases(res)); diff != "" || res.Digest == plain.Digest ||
@@ -191,7 +192,7 @@ func TestGoogleSignatures(t *testing.T) {
 		t.Errorf("the artifact with signatures is %s, without %s; note %q, phases (-want +got):\n%s", res.Digest,
 			plain.Digest, note(res, signPhase), diff)
 	}
-	f.verified(t, res, 4)
+	f.checkArtifact(t, res, 4)
 	for name, module := range modules {
 		path := filepath.Join(filepath.Dir(f.module(t, res)), name+".ko")
 		if _, err := modsign.VerifyFile(path, g.certs); err != nil {
@@ -206,10 +207,10 @@ func TestGoogleSignatures(t *testing.T) {
 		}
 	}
 	if got := f.materialsOf(t, res); !slices.Contains(got, archiveName) || !slices.Contains(got, "trusted_key.pem") {
-		t.Errorf("the provenance names inputs %q; want Google's signatures and root among them", got)
+		t.Errorf("the provenance has the inputs %q; want Google's signatures and root among them", got)
 	}
 
-	// Make makes both artifacts again, with the signatures and without, from an empty cache.
+	// From an empty cache, Make makes both artifacts again, the one with signatures and the one without.
 	for mode, want := range map[pipeline.GoogleSignatures]string{pipeline.GoogleRequire: res.Digest,
 		pipeline.GoogleOff: plain.Digest} {
 		req := request("17800.0.9")
@@ -223,12 +224,12 @@ func TestGoogleSignatures(t *testing.T) {
 		}
 		signed := slices.ContainsFunc(made.Materials, func(m sign.Material) bool { return m.Name == archiveName })
 		if signed != (mode == pipeline.GoogleRequire) {
-			t.Errorf("Make with Google's signatures %q names inputs %+v", mode, made.Materials)
+			t.Errorf("Make with Google's signatures %q has the inputs %+v", mode, made.Materials)
 		}
 	}
 
-	// Two sibling kernels have the same fingerprint. Google gave no signatures to the first one.
-	// The second one was built with another root certificate.
+	// Two sibling kernels have the same fingerprint as the first kernel. For 17800.0.10 Google
+	// publishes no signatures. 17800.0.11 was built with another root certificate.
 	f.kernel(t, "17800.0.10", headerFiles())
 	f.kernel(t, "17800.0.11", headerFiles())
 	f.put(t, "cos/17800.0.11/lakitu/extensions/gpu/"+archiveName, tgz(t, g.files(t, modules)))
@@ -252,14 +253,14 @@ func TestGoogleSignatures(t *testing.T) {
 	}
 }
 
-// With signatures that do not fit, the artifact is the same as without them.
+// If Google's signatures do not fit, the artifact is the same as without signatures.
 func TestGoogleSignaturesLeftOut(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
 	f.driver(t, twoModules())
 	cfg := f.config(t, emptyCache(t))
 	plain := must(t, cfg, request("17800.0.9"))
-	modules, g := f.unstamped(t, plain), newGoogle(t)
+	modules, g := f.unstampedModules(t, plain), newGoogle(t)
 	other := maps.Clone(modules)
 	other["nvidia-uvm"] = append(bytes.Clone(modules["nvidia-uvm"]), 0)
 	one := maps.Clone(modules)
@@ -280,7 +281,7 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 		if row.root != nil {
 			f.put(t, lakitu9+"trusted_key.pem", row.root)
 		}
-		there := f.elsewhere(t)
+		there := f.withEmptyRegistry(t)
 		cfg.Destinations, cfg.GoogleSignatures = []string{there.repo}, pipeline.GoogleAuto
 		res := must(t, cfg, request("17800.0.9"))
 		if diff := cmp.Diff(wholeSigned, phases(res)); diff != "" || res.Digest != plain.Digest ||
@@ -289,11 +290,11 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 				note(res, signPhase), plain.Digest, row.why, diff)
 		}
 		if got := there.materialsOf(t, res); slices.Contains(got, filepath.Base(row.object)) {
-			t.Errorf("%s: the provenance names inputs %q; want no signature archive, because no signature was attached",
+			t.Errorf("%s: the provenance has the inputs %q; want no signature archive, because no signature was attached",
 				row.name, got)
 		}
 		cfg.GoogleSignatures = pipeline.GoogleRequire
-		cfg.Destinations = []string{f.elsewhere(t).repo}
+		cfg.Destinations = []string{f.withEmptyRegistry(t).repo}
 		if res, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.CheckFailed) ||
 			!strings.Contains(fault.Hint(err), "--google-signatures auto") {
 			t.Errorf("%s, required: %+v, %v, hint %q; want check failed", row.name, res, err, fault.Hint(err))
@@ -311,7 +312,7 @@ func TestHostileGoogleSignatures(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
 	cfg := f.config(t, emptyCache(t))
-	modules, g := f.unstamped(t, must(t, cfg, request("17800.0.9"))), newGoogle(t)
+	modules, g := f.unstampedModules(t, must(t, cfg, request("17800.0.9"))), newGoogle(t)
 	good := g.files(t, modules)
 	with := func(name, content string) []byte {
 		files := maps.Clone(good)
@@ -331,7 +332,7 @@ func TestHostileGoogleSignatures(t *testing.T) {
 			fault.CheckFailed, wholeSigned[:4]},
 	} {
 		f.put(t, lakitu9+"extensions/gpu/"+archiveName, row.archive)
-		there := f.elsewhere(t)
+		there := f.withEmptyRegistry(t)
 		cfg.Destinations = []string{there.repo}
 		res, _, err := build(t, cfg, request("17800.0.9"))
 		if diff := cmp.Diff(row.phases, phases(res)); diff != "" || !fault.Is(err, row.kind) || fault.Hint(err) == "" {
@@ -356,8 +357,8 @@ func TestGoogleModules(t *testing.T) {
 	cfg := f.config(t, emptyCache(t))
 	plain := must(t, cfg, request("17800.0.9"))
 	g := newGoogle(t)
-	signed := g.sign(t, f.unstamped(t, plain))
-	f = f.elsewhere(t)
+	signed := g.sign(t, f.unstampedModules(t, plain))
+	f = f.withEmptyRegistry(t)
 	cfg.Destinations, cfg.GoogleModules = []string{f.repo}, true
 	refused := func(what string, r pipeline.Request, kind fault.Kind, hint string) {
 		t.Helper()
@@ -393,7 +394,7 @@ func TestGoogleModules(t *testing.T) {
 	}
 	if got := f.materialsOf(t, res); !slices.Contains(got, "nvidia-drivers-"+version+".tgz") ||
 		!slices.Contains(got, "trusted_key.pem") {
-		t.Errorf("the provenance names inputs %q; want Google's archive and root among them", got)
+		t.Errorf("the provenance has the inputs %q; want Google's archive and root among them", got)
 	}
 	req := request("17800.0.9")
 	req.GoogleModules = true
@@ -405,8 +406,8 @@ func TestGoogleModules(t *testing.T) {
 		t.Errorf("Make = %s, %v; want %s", got, err, res.Digest)
 	}
 
-	// A sibling kernel has the same fingerprint and another archive. It can use the published
-	// artifact if both kernels trust the same root certificate.
+	// A sibling kernel has the same fingerprint, but Google's archive for it is another one. The kernel
+	// can use the published artifact if both kernels trust the same root certificate.
 	files := map[string]string{"drivers/nvidia.ko": string(signed["nvidia"]), "README": "made for another build"}
 	f.put(t, "cos/17800.0.10/lakitu/nvidia-drivers-"+version+".tgz", tgz(t, files))
 	f.put(t, "cos/17800.0.10/lakitu/trusted_key.pem", g.certs[0].Raw)

@@ -15,9 +15,10 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// asking writes a driver whose conftest.sh compiles test programs against the kernel's headers, and
-// writes such a kernel. In one file of the driver, asking replaces the text from by the text to.
-func (f *farm) asking(t *testing.T, file, from, to string) {
+// putTestDriver writes a driver whose conftest.sh compiles test programs against the kernel's headers,
+// and a kernel with these headers. In one file of the driver, it replaces the text in the argument
+// from by the text in the argument to.
+func (f *farm) putTestDriver(t *testing.T, file, from, to string) {
 	t.Helper()
 	files := map[string]string{}
 	for name, text := range testdriver.Sources() {
@@ -37,9 +38,9 @@ func (f *farm) asking(t *testing.T, file, from, to string) {
 	f.kernel(t, "17800.0.9", tree)
 }
 
-// A hostile driver runs through the whole pipeline of `builder build`. Nothing that it does in its
-// sandbox may reach the signing key or the published log. It must not make the builder hang or
-// leave results that a later build uses. A killed compiler must have its own class of error.
+// `builder build` compiles a hostile driver. Nothing that the driver does in its sandbox may reach the
+// signing key or the published log. It must not make the builder hang, or leave results that a later
+// build uses. If the driver kills the compiler, the error must have its own class.
 func TestHostileDriver(t *testing.T) {
 	t.Parallel()
 	const question = "        has_size)\n"
@@ -67,7 +68,8 @@ func TestHostileDriver(t *testing.T) {
 				t.Fatal(err)
 			}
 			secret := strings.Split(string(key), "\n")[1]
-			f.asking(t, row.file, strings.ReplaceAll(row.from, "@KEY@", f.key), strings.ReplaceAll(row.to, "@KEY@", f.key))
+			f.putTestDriver(t, row.file, strings.ReplaceAll(row.from, "@KEY@", f.key),
+				strings.ReplaceAll(row.to, "@KEY@", f.key))
 			cache := emptyCache(t)
 			var log strings.Builder
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)

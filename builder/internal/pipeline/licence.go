@@ -6,9 +6,9 @@ import (
 	"github.com/prebake/prebake/builder/internal/tarball"
 )
 
-// mayPublish returns an error if the licence rule forbids the request's flavour in one of the
+// checkLicence returns an error if the licence rule forbids the request's flavour in one of the
 // destinations.
-func (r *run) mayPublish(ctx context.Context, to *publication) error {
+func (r *run) checkLicence(ctx context.Context, to *publication) error {
 	for _, p := range to.destinations {
 		if err := r.cfg.Licence.Check(ctx, p.name, p.repo, r.req.Flavour); err != nil {
 			return err
@@ -23,7 +23,8 @@ func (r *run) mayPublish(ctx context.Context, to *publication) error {
 }
 
 // checkStillPrivate checks after publishing that each destination is as private as the licence rule
-// requires. The reason: a registry may create a repository on the first push, and make it public.
+// requires. This is necessary because a registry may create a repository on the first push, and make
+// the repository public.
 func (r *run) checkStillPrivate(ctx context.Context, in *inputs, to *publication, a *artifact) error {
 	for _, p := range to.destinations {
 		if err := r.cfg.Licence.Published(ctx, p.name, p.repo, r.req.Flavour, a.digest); err != nil {

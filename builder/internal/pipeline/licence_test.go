@@ -14,9 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/distribution"
 )
 
-// onTheInternet returns a licence rule for which every registry has a public address, although the
+// publicRegistries returns a licence rule for which every registry has a public address, although the
 // registries of the test run on this machine.
-func onTheInternet(says bundle.Redistribution, private ...string) licence.Rule {
+func publicRegistries(says bundle.Redistribution, private ...string) licence.Rule {
 	return licence.Rule{Redistribute: says, Private: private,
 		Addresses: func(context.Context, string) ([]netip.Addr, error) {
 			return []netip.Addr{netip.MustParseAddr("203.0.113.9")}, nil // a documentation address of RFC 5737
@@ -24,7 +24,7 @@ func onTheInternet(says bundle.Redistribution, private ...string) licence.Rule {
 }
 
 // A flavour under NVIDIA's licence must not go to a registry that everybody can read. The build
-// must end before the compile, the registry must stay empty, and the hint must name the next step.
+// must end before the compile, the registry must stay empty, and the hint must give the next step.
 func TestLicenceRule(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -40,15 +40,16 @@ func TestLicenceRule(t *testing.T) {
 		name string
 		to   []string
 		rule licence.Rule
-		hint string // "" means that it is published
+		hint string // "" means that the build publishes
 	}{
-		{"public", []string{free}, onTheInternet(""), "--private " + free},
-		{"marked, and open to everybody", []string{free}, onTheInternet("", free),
+		{"public", []string{free}, publicRegistries(""), "--private " + free},
+		{"marked, and open to everybody", []string{free}, publicRegistries("", free),
 			"revoke public read access to the destination"},
-		{"one of two", []string{locked, free}, onTheInternet("", locked), "--private " + free},
-		{"not marked", []string{locked}, onTheInternet(""), "if only you can read the destination, add --private " + locked},
-		{"marked, and closed", []string{locked}, onTheInternet("", locked), ""},
-		{"the operator allows user space", []string{free}, onTheInternet(bundle.RedistributeUserspace), ""},
+		{"one of two", []string{locked, free}, publicRegistries("", locked), "--private " + free},
+		{"not marked", []string{locked}, publicRegistries(""),
+			"if only you can read the destination, add --private " + locked},
+		{"marked, and closed", []string{locked}, publicRegistries("", locked), ""},
+		{"the operator allows user space", []string{free}, publicRegistries(bundle.RedistributeUserspace), ""},
 	} {
 		cfg := f.config(t, cache)
 		cfg.Destinations, cfg.Licence, cfg.Registry = row.to, row.rule, login

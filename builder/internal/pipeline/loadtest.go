@@ -14,21 +14,21 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// loadTested is the outcome of the load test phase.
-type loadTested struct {
+// testOutcome is the outcome of the load test phase.
+type testOutcome struct {
 	verdict *loadtest.Verdict // nil if no load test ran
-	reason  string            // why no load test ran; "" if one ran, or with LoadTestOff
+	reason  string            // why no load test ran; "" if a load test ran, or if its mode is LoadTestOff
 	boot    boot
 }
 
-// testKey returns the cache key of a load test's verdict. The key differs if the modules, the boot
-// folder, or the runfile with user space and firmware differ.
+// testKey returns the cache key of a load test's verdict. The key depends on the modules, on the boot
+// folder, and on the runfile, from which user space and firmware come.
 func testKey(in *inputs, m *modules, b boot) string {
 	return m.key(in, loadtest.Recipe, b.key, nvsrc.StageRecipe, in.release.Digest)
 }
 
 // loadTest boots the kernel and loads the modules in it.
-func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTested, note string, err error) {
+func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t testOutcome, note string, err error) {
 	if r.cfg.LoadTest == LoadTestOff {
 		return t, "off: static checks only", nil
 	}
@@ -40,14 +40,14 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 		return t, "", fault.New(fault.LoadTestFailed, "no bootable kernel: "+why,
 			"put the vmlinux of the COS build into the bucket, or publish without a load test: --load-test auto")
 	case why != "":
-		return loadTested{reason: why}, "static checks only: " + why, nil
+		return testOutcome{reason: why}, "static checks only: " + why, nil
 	}
 	t.boot = b
-	user, err := r.staged(ctx, in, bundle.LayerUserspace)
+	user, err := r.stagedFolder(ctx, in, bundle.LayerUserspace)
 	if err != nil {
 		return t, "", err
 	}
-	firmware, err := r.staged(ctx, in, bundle.LayerFirmware)
+	firmware, err := r.stagedFolder(ctx, in, bundle.LayerFirmware)
 	if err != nil {
 		return t, "", err
 	}
@@ -56,9 +56,9 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 		t.verdict, r.res.LoadTest = verdict, verdict
 		return t, verdict.State + ", cached verdict", nil
 	}
-	// Check modules and boot folder before the load test: with a kernel image that was damaged in
-	// the cache, the virtual machine may hang until the time limit.
-	if err := r.intact(ctx, m, b.dir); err != nil {
+	// Check modules and boot folder before the load test: if the kernel image was damaged in the
+	// cache, the virtual machine may hang until the time limit.
+	if err := r.checkIntact(ctx, m, b.dir); err != nil {
 		return t, "", err
 	}
 	verdict, err := loadtest.Run(ctx, loadtest.Config{
@@ -67,11 +67,11 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 	}, r.log)
 	// Check the inputs before looking at err: if an input changed during the load test, this change
 	// explains any failure, and makes a success worthless.
-	if err := r.intact(ctx, m, b.dir, user, firmware); err != nil {
+	if err := r.checkIntact(ctx, m, b.dir, user, firmware); err != nil {
 		return t, "", err
 	}
 	if errors.Is(err, loadtest.ErrLacking) && r.cfg.LoadTest != LoadTestRequire {
-		return loadTested{reason: err.Error()}, "static checks only: " + err.Error(), nil
+		return testOutcome{reason: err.Error()}, "static checks only: " + err.Error(), nil
 	}
 	t.verdict, r.res.LoadTest = verdict, verdict
 	if err != nil {
@@ -84,9 +84,9 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 	return t, verdict.State, r.products.PutFact("loadtest", key, raw)
 }
 
-// cachedVerdict returns the stored verdict about these modules. It returns nil if there is no
-// stored verdict, or if a new load test could check more: the stored verdict may lack NVML's answer
-// because the NVML probe was missing.
+// cachedVerdict returns the stored verdict about these modules. It returns nil if there is no stored
+// verdict, or if a new load test would check more: the stored verdict lacks NVML's answer because the
+// NVML probe was missing, and this machine has the NVML probe now.
 func (r *run) cachedVerdict(in *inputs, key string) *loadtest.Verdict {
 	raw, ok := r.products.Fact("loadtest", key)
 	verdict := &loadtest.Verdict{}
@@ -101,9 +101,9 @@ func (r *run) cachedVerdict(in *inputs, key string) *loadtest.Verdict {
 	return verdict
 }
 
-// testFacts returns the results of the checks and of the load test in the form of the signed test
+// testFacts returns the results of the checks and of the load test as facts for the signed test
 // result.
-func testFacts(in *inputs, m *modules, t loadTested) sign.TestFacts {
+func testFacts(in *inputs, m *modules, t testOutcome) sign.TestFacts {
 	f := sign.TestFacts{Driver: in.driver, Static: staticChecks(in, m), LoadTest: trust.LoadTest{
 		Verdict: trust.VerdictStatic, Kernel: in.kernel.Kernel, Fingerprint: in.kernel.Fingerprint,
 	}}
@@ -113,7 +113,7 @@ func testFacts(in *inputs, m *modules, t loadTested) sign.TestFacts {
 		return f
 	}
 	f.Warnings = v.Warnings
-	f.Configuration = t.boot.from
+	f.Configuration = t.boot.materials
 	l := &f.LoadTest
 	l.Verdict, l.Reason, l.Release, l.NVMLVersion, l.KernelLog = v.State, v.Reason, v.Release, v.NVMLVersion, v.KernelLog
 	for _, m := range v.Modules {

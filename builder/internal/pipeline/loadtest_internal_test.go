@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A stored verdict may be reused only if everything that the load test uses is the same. So a
-// change of each input must change the key.
+// A stored verdict may be reused only if everything that the load test uses is the same. So if any
+// input changes, the key must change.
 func TestKeyOfVerdict(t *testing.T) {
 	t.Parallel()
 	key := func(change func(in *inputs, m *modules, b *boot)) string {
@@ -43,7 +43,7 @@ func TestKeyOfVerdict(t *testing.T) {
 	}
 }
 
-// A stored verdict without NVML's answer is valid only while the NVML probe is missing.
+// A stored verdict without NVML's answer is reused only while the NVML probe is missing.
 func TestVerdictWithoutNVML(t *testing.T) {
 	t.Parallel()
 	cache, err := cas.Open(t.TempDir())

@@ -35,8 +35,9 @@ func (c *logCopy) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// packed returns the log so far, compressed, and the digest that it will have in a registry.
-func (c *logCopy) packed() (log struct {
+// pack compresses the log so far. It returns the compressed log, and the digest that the compressed
+// log will have in a registry.
+func (c *logCopy) pack() (log struct {
 	bytes  []byte
 	digest string
 }, err error) {

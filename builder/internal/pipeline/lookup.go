@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// publication holds the destinations of an artifact, and the keys that sign it.
+// publication has the destinations of an artifact, and the keys with which the artifact is signed.
 type publication struct {
 	signer       *sign.Signer
 	verifier     *trust.Verifier
@@ -49,18 +49,18 @@ func (o *publication) close() error {
 	return errors.Join(errs...)
 }
 
-// lookUp asks every destination whether it has this cell already. If a destination lacks the cell,
-// lookUp checks that every destination can be written to. lookUp opens keys and destinations
-// already in this early phase, so that a wrong key or destination ends the build before the
-// compile.
+// lookUp asks every repository whether it has this cell already. If this run cannot reuse a
+// published artifact, lookUp also checks that it can push to every repository. This early phase opens
+// keys and destinations, so that a wrong key or destination ends the build before the compile.
 //
-// Even with an error, lookUp returns the publication, and the caller must close the publication.
+// lookUp returns the publication even if it returns an error. The caller must close the publication
+// in any case.
 func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note string, err error) {
 	to = &publication{}
 	if err := r.open(ctx, in, to); err != nil {
 		return to, "", err
 	}
-	if err := r.mayPublish(ctx, to); err != nil {
+	if err := r.checkLicence(ctx, to); err != nil {
 		return to, "", err
 	}
 	if note, err = r.findPublished(ctx, in, to); err != nil || to.found != nil {
@@ -92,7 +92,7 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 	case err != nil:
 		return err
 	case to.gpus != nil && len(to.gpus.LeftOut) > 0:
-		r.progress("look up")("left out of supported-gpus.json: " + strings.Join(to.gpus.LeftOut, "; "))
+		r.progress("look up")("cannot read these entries of supported-gpus.json: " + strings.Join(to.gpus.LeftOut, "; "))
 	}
 	for _, dest := range r.cfg.Destinations {
 		if tarball.Is(dest) {
@@ -112,8 +112,8 @@ func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error)
 	return nil
 }
 
-// findPublished asks every destination for the artifact. If all have the same artifact and this run
-// can reuse it, findPublished sets to.found.
+// findPublished asks every repository for the artifact. If all repositories have the same artifact
+// and this run can reuse it, findPublished sets to.found.
 func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (note string, err error) {
 	r.res.Tag = bundle.Tag(bundle.Identity{Fingerprint: in.kernel.Fingerprint, Driver: in.driver})
 	digest := ""
@@ -145,9 +145,9 @@ func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (n
 }
 
 // reuse decides whether this run can reuse the published artifact. The artifact must be complete in
-// every destination, signed with our key, and made for this fingerprint and driver from this
-// runfile. Then only one statement is missing: that the artifact fits this COS build. If reuse
-// refuses the artifact without an error, reason says why.
+// every repository, signed with our key, and made for this fingerprint and driver from this runfile.
+// Only one statement may be missing: that the artifact fits this COS build. If reuse refuses the
+// artifact and returns no error, the result reason says why.
 func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest string) (found *artifact, reason string,
 	err error) {
 	if r.cfg.LoadTest == LoadTestRequire {
@@ -172,8 +172,8 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 		if err != nil {
 			return nil, "", err
 		}
-		// No statement names this COS build yet. If the kernel of this COS build can be booted, the
-		// load test has to run on that kernel first.
+		// If no statement is published yet that the artifact fits this COS build, and the kernel of
+		// this COS build can be booted, a load test has to run on that kernel first.
 		if !attested && r.cfg.LoadTest != LoadTestOff && (in.kernel.Boot != "" || in.kernel.HasVMLinux) {
 			return nil, "not load-tested on this COS build yet", nil
 		}
@@ -185,10 +185,10 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 	return found, "", nil
 }
 
-// verifyPublished verifies the artifact with this digest in one destination. match is a kernel
-// match for this COS build, which this run has just signed: with it, a published artifact that
-// lacks only this statement verifies. attested says that the artifact already has a published
-// kernel match for this COS build.
+// verifyPublished verifies the artifact with this digest in one repository. The argument match is a
+// kernel match for this COS build, which this run has just signed. With this statement, an artifact
+// verifies if no other statement is missing. The result attested is true if a kernel match for this
+// COS build is published already.
 func verifyPublished(ctx context.Context, in *inputs, to *publication, p destination, digest string,
 	match []byte) (content bundle.Content, attested bool, err error) {
 	content, err = publish.Content(ctx, p.repo, digest)
@@ -205,17 +205,17 @@ func verifyPublished(ctx context.Context, in *inputs, to *publication, p destina
 		return content, false, err
 	}
 	if !slices.ContainsFunc(verdict.Materials, func(m trust.Material) bool { return m.Digest == in.release.Digest }) {
-		return content, false, fault.Errorf(fault.Mismatch, "%s was not made from runfile %s", digest, in.release.Digest)
+		return content, false, fault.Errorf(fault.Mismatch, "artifact %s was not made from runfile %s", digest,
+			in.release.Digest)
 	}
 	for _, st := range to.verifier.Statements(attached, digest, trust.PredicateProvenance) {
-		have, err := carriesOf(st)
+		have, err := moduleSignerOf(st)
 		if err != nil {
 			return content, false, err
 		}
-		if !to.signing.takes(have, in, verdict.Materials) {
+		if !to.signing.accepts(have, in, verdict.Materials) {
 			return content, false, fault.Errorf(fault.Mismatch,
-				"the modules of %s are %s; this build wants other signatures, or none",
-				digest, have)
+				"the modules of artifact %s are %s; this build wants other signatures, or none", digest, have)
 		}
 	}
 	for _, l := range content.Layers { // a registry may have lost a layer although it has the manifest

@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// The moments of a load test at which faults happen. bootText and driverText are what the virtual
-// machine's console prints at the second and the third moment.
+// The moments of a load test at which faults happen. At the second moment the virtual machine's
+// console prints bootText, and at the third moment it prints driverText.
 const (
 	momentStart  = "load test begins"
 	momentBoot   = "machine boots"
@@ -45,7 +45,7 @@ func TestMachineFaults(t *testing.T) {
 	if first.Digest == "" {
 		t.Fatalf("without a fault: %+v", first)
 	}
-	reference.tested(t, first.Digest)
+	reference.checkTestResult(t, first.Digest)
 
 	adoptOrphans(t)
 	var mu sync.Mutex
@@ -57,16 +57,16 @@ func TestMachineFaults(t *testing.T) {
 					t.Parallel()
 					th := newTheatre(t, s.farm(t))
 					s.equip(th)
-					// The cache holds all inputs of the virtual machine. So a full disk must show
-					// where the load test writes its own files.
+					// The cache has all inputs of the virtual machine already. So a full disk first
+					// shows when the load test writes its own files.
 					th.Warm, th.Text = pipeline.LoadTestOff, text
 					if text != "" {
-						// In a shared folder, the end of the virtual machine would free the space
-						// that the verdict needs.
+						// If the load test's files were on the same disk, the end of the virtual
+						// machine would free the space that the verdict needs.
 						th.tmp = t.TempDir()
 					}
-					cell := th.struck(t, kind, "load test", first.Digest)
-					th.tested(t, first.Digest)
+					cell := th.buildUnderFault(t, kind, "load test", first.Digest)
+					th.checkTestResult(t, first.Digest)
 					if left, err := os.ReadDir(th.tmp); text != "" && (err != nil || len(left) > 0) {
 						t.Errorf("left in %s: %v, %v", th.tmp, left, err)
 					}
@@ -82,9 +82,9 @@ func TestMachineFaults(t *testing.T) {
 	}
 }
 
-// Something damages an input of the load test in the cache, after a build made it and before the
-// load test uses it. The build must not rely on the damaged input, and the next build must publish
-// the right test result.
+// An input of the load test is damaged in the cache, after a build made the input and before the load
+// test uses it. The build must not rely on the damaged input, and the next build must publish the
+// right test result.
 func TestMachineInputsDamaged(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -114,12 +114,12 @@ func TestMachineInputsDamaged(t *testing.T) {
 			if again.Class != "" || got.Class == "" && again.Digest != got.Digest {
 				t.Fatalf("after the restart: %+v", again)
 			}
-			th.tested(t, again.Digest)
+			th.checkTestResult(t, again.Digest)
 		})
 	}
 }
 
-// stage has a real kernel, and a small module that this kernel loads in place of a driver.
+// stage has the files of a real kernel, and a small module that this kernel loads in place of a driver.
 type stage struct {
 	headers, release map[string]string
 	boot             []byte
@@ -139,7 +139,7 @@ func newStage(t *testing.T) *stage {
 	kernel := filepath.Dir(found[0])
 	s := &stage{init: goProgram(t, "pkg/vm/guestinit", "0"), probe: goProgram(t, "fetcher/nvmlprobe", "1")}
 
-	// The boot archive has the kernel only, because a virtual machine without a node's modules
+	// The boot archive contains only the kernel, because a virtual machine without a node's modules
 	// boots faster.
 	boot := unpacked(t, filepath.Join(kernel, "prebake-boot.tgz"))
 	var small bytes.Buffer
@@ -170,15 +170,15 @@ func (s *stage) farm(t *testing.T) *farm {
 	t.Helper()
 	f := newFarm(t)
 	f.kernel(t, "17800.0.9", s.headers)
-	f.checked(t, "cos/17800.0.9/lakitu/prebake-boot.tgz", s.boot)
+	f.putChecked(t, "cos/17800.0.9/lakitu/prebake-boot.tgz", s.boot)
 	f.driver(t, s.release)
 	return f
 }
 
 func (s *stage) equip(th *theatre) { th.Init, th.Probe = s.init, s.probe }
 
-// tested checks that exactly one test result is published and that its content is right.
-func (th *theatre) tested(t *testing.T, digest string) {
+// checkTestResult checks that exactly one test result is published and that its content is right.
+func (th *theatre) checkTestResult(t *testing.T, digest string) {
 	t.Helper()
 	repo, err := registry.Open(th.f.repo, registry.Options{})
 	if err != nil {
@@ -288,7 +288,7 @@ func write(t *testing.T, file, text string) {
 	}
 }
 
-// alarm is a writer that calls ring once, when the written bytes contain the text.
+// alarm is a writer. When the written bytes contain the text for the first time, it calls ring.
 type alarm struct {
 	text, last []byte
 	ring       func()
@@ -349,9 +349,9 @@ func adoptOrphans(t *testing.T) {
 	}
 }
 
-// ended checks that a virtual machine without its builder was killed and did not run to its own
-// end.
-func ended(t *testing.T, pid int) {
+// checkKilled checks that a virtual machine was killed when its builder died, and did not end by
+// itself.
+func checkKilled(t *testing.T, pid int) {
 	t.Helper()
 	var status unix.WaitStatus
 	_, err := unix.Wait4(pid, &status, 0, nil)

@@ -24,19 +24,19 @@ type Made struct {
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
 	Identity    bundle.Identity
-	// Layers are the artifact's layers. Their files are in the cache products that the caller
-	// passed to Make.
+	// Layers are the artifact's layers. Their files are in the cache that is Make's argument
+	// products.
 	Layers    []bundle.Layer
 	Image     v1.Image
 	Materials []sign.Material
 }
 
-// Make builds one cell again from its sources. Make stores modules, compiled objects and layers in
-// the cache products, and reuses what products already has. If the caller passes an empty cache,
-// Make uses no result of an earlier build.
+// Make builds one cell again from its sources. The argument products is a cache. In this cache Make
+// stores modules, compiled objects and layers, and it reuses those that the cache already has. If the
+// cache is empty, Make uses no result of an earlier build.
 //
 // From Config.Cache, Make takes only fetched inputs, and compares them with their digests. Make
-// needs no key. Make runs no load test, signs nothing with our keys and publishes nothing.
+// needs no key. It runs no load test, signs nothing with our keys and publishes nothing.
 func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log io.Writer, line *timeline.Run) (*Made,
 	error) {
 	cfg = cfg.withDefaults(req)
@@ -56,7 +56,7 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 	}
 	made := &Made{
 		Kernel: in.kernel.Kernel, Fingerprint: in.kernel.Fingerprint, Driver: in.driver,
-		Identity: m.identity, Layers: layers, Materials: in.materials(m.carries),
+		Identity: m.identity, Layers: layers, Materials: in.materials(m.signer),
 	}
 	if made.Image, err = bundle.Image(made.Identity, made.Layers); err != nil {
 		return nil, fmt.Errorf("package: %w", err)
@@ -65,8 +65,8 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 }
 
 // Recipes returns the recipe of each step that decides the bytes of an artifact, by the step's
-// name. A recipe is the version of what the step makes: it changes if the step makes other bytes
-// from the same inputs. The provenance records the recipes. A builder with the same recipes can
+// name. A recipe is the version number of the step's code: it changes if the code makes other bytes
+// from the same inputs. The provenance contains the recipes. A builder with the same recipes can
 // make the same artifact again.
 func Recipes() map[string]string {
 	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe,

@@ -19,22 +19,24 @@ import (
 const hintSigned = "sign the modules with a key that this kernel trusts: --module-key FILE --module-cert FILE; or " +
 	"publish the modules that Google signed: --google-modules"
 
-// signing says who signs the modules for the kernel.
+// signing describes the module signatures that a build makes for the kernel.
 type signing struct {
 	own  *modsign.Signer // nil without Config.ModuleKey
 	hash string          // the hash algorithm that the kernel requires in signatures by own
-	// google says what to do if Google's signatures do not fit.
+	// google decides what the build does with Google's signatures, if own is nil.
 	google GoogleSignatures
-	// forced says that the kernel loads signed modules only.
+	// forced is true if the kernel loads signed modules only.
 	forced bool
 }
 
 // openSigning opens the key for the modules, if one is configured. It returns an error if the
-// kernel loads signed modules only, but neither a key nor Google signs the modules of this build.
+// kernel loads signed modules only, but this build has neither a key for the modules nor Google's
+// signatures.
 func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error) {
 	f, err := os.Open(filepath.Join(in.kernel.Headers, ".config"))
 	if err != nil {
-		return s, fault.Wrap(fault.InputMissing, err, "publish a kernel-headers.tgz that holds the kernel's .config")
+		return s, fault.Wrap(fault.InputMissing, fmt.Errorf("read kernel configuration: %w", err),
+			"publish a kernel-headers.tgz that holds the kernel's .config")
 	}
 	defer f.Close()
 	config, err := modsign.ReadConfig(f)
@@ -75,7 +77,7 @@ func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules
 	if err != nil {
 		return nil, "", err
 	}
-	signed.carries = carries{key: s.own.Identity()}
+	signed.signer = moduleSigner{key: s.own.Identity()}
 	note := fmt.Sprintf("%s, %s", s.hash, s.own.Certificate().Subject)
 	if cached {
 		note += ", cached"
@@ -83,8 +85,8 @@ func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules
 	return signed, note, nil
 }
 
-// signEach makes a signed copy of each module. by lists everything that decides the signatures, for
-// the cache key.
+// signEach makes a signed copy of each module with the function sign. The argument by is a list of
+// everything that decides the signatures; the cache key contains it.
 func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 	sign func(src, dst, name string) error) (_ *modules, cached bool, err error) {
 	dir, cached, err := r.products.Tree(ctx, "signed", in.stampedKey(by...), func(_ context.Context, dir string) error {
@@ -94,7 +96,7 @@ func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 			case err != nil:
 				return fmt.Errorf("read module %s: %w", name, err)
 			case sum != m.sums[name]:
-				return changed(name, r.products.Dir())
+				return changedError(name, r.products.Dir())
 			}
 			path := filepath.Join(dir, name+".ko")
 			if err := sign(m.files[name], path, name); err != nil {
@@ -118,17 +120,17 @@ func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
 	return signed, cached, nil
 }
 
-// carriesOf reads from a provenance statement whose signatures the modules have.
-func carriesOf(st *trust.Statement) (carries, error) {
+// moduleSignerOf returns who signed the modules, according to a provenance statement.
+func moduleSignerOf(st *trust.Statement) (moduleSigner, error) {
 	var p struct {
 		BuildDefinition struct {
 			InternalParameters map[string]string `json:"internalParameters"`
 		} `json:"buildDefinition"`
 	}
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {
-		return carries{}, fault.Errorf(fault.Unverified, "read provenance: %w", err)
+		return moduleSigner{}, fault.Errorf(fault.Unverified, "read provenance: %w", err)
 	}
 	facts := p.BuildDefinition.InternalParameters
-	return carries{key: facts[trust.FactModuleKey], google: facts[trust.FactGoogleSignatures],
+	return moduleSigner{key: facts[trust.FactModuleKey], google: facts[trust.FactGoogleSignatures],
 		modules: facts[trust.FactGoogleModules]}, nil
 }

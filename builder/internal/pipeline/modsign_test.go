@@ -75,7 +75,7 @@ func TestSignedModules(t *testing.T) {
 		signed.Digest == plain.Digest {
 		t.Errorf("signed build is %s, unsigned %s; phases (-want +got):\n%s", signed.Digest, plain.Digest, diff)
 	}
-	f.verified(t, signed, 4)
+	f.checkArtifact(t, signed, 4)
 	certs, err := modsign.ReadCertificates(cfg.ModuleCert)
 	if err != nil {
 		t.Fatal(err)
@@ -85,7 +85,7 @@ func TestSignedModules(t *testing.T) {
 		t.Errorf("VerifyFile of the published module = %+v, %v; want a signature over sha512", got, err)
 	}
 
-	// Equal inputs with another cache give the same bytes, including the signature.
+	// The same inputs give the same bytes with another cache, including the signatures.
 	other := cfg
 	other.Cache, other.Destinations = emptyCache(t), []string{"oci:" + filepath.Join(t.TempDir(), "again")}
 	if again := must(t, other, request("17800.0.9")); again.Digest != signed.Digest {
@@ -99,7 +99,7 @@ func TestSignedModules(t *testing.T) {
 	if res, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.PublishRefused) {
 		t.Errorf("without the key: %+v, %v; want it refused", res, err)
 	}
-	// With a kernel that does not check signatures, the build ends before the compile.
+	// If the kernel does not check signatures, the build ends before the compile.
 	f.kernel(t, "17800.0.10", headerFiles())
 	cfg.ModuleKey, cfg.ModuleCert = moduleKey(t)
 	res, _, err := build(t, cfg, request("17800.0.10"))
@@ -150,7 +150,8 @@ func TestForcedSignatures(t *testing.T) {
 	must(t, cfg, request("17800.0.9"))
 }
 
-// A list of GPUs that cannot be read, or has an invalid entry, does not fail the build.
+// If the release's list of GPUs cannot be read, or has an invalid entry, the build succeeds all the
+// same.
 func TestOddListOfGPUs(t *testing.T) {
 	t.Parallel()
 	for text, attached := range map[string]int{"{": 4,
@@ -159,6 +160,6 @@ func TestOddListOfGPUs(t *testing.T) {
 		files := driverFiles()
 		files["supported-gpus/supported-gpus.json"] = text
 		f.driver(t, files)
-		f.verified(t, must(t, f.config(t, emptyCache(t)), request("17800.0.9")), attached)
+		f.checkArtifact(t, must(t, f.config(t, emptyCache(t)), request("17800.0.9")), attached)
 	}
 }

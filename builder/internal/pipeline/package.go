@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// staged returns the folder with a driver's user space or firmware.
-func (r *run) staged(ctx context.Context, in *inputs, kind bundle.LayerKind) (string, error) {
+// stagedFolder returns the folder with a driver's user space or firmware.
+func (r *run) stagedFolder(ctx context.Context, in *inputs, kind bundle.LayerKind) (string, error) {
 	stage := in.release.StageUserspace
 	if kind == bundle.LayerFirmware {
 		stage = in.release.StageFirmware
@@ -34,8 +34,8 @@ func (r *run) staged(ctx context.Context, in *inputs, kind bundle.LayerKind) (st
 	return dir, err
 }
 
-// packed returns the layer with the content of a folder. The cache keeps the compressed layer.
-func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string) (layer bundle.Layer, cached bool,
+// packLayer packs the content of the folder src into a layer. The cache keeps the compressed layer.
+func (r *run) packLayer(ctx context.Context, kind bundle.LayerKind, src, key string) (layer bundle.Layer, cached bool,
 	err error) {
 	dir, cached, err := r.products.Tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
 		layer, err := bundle.PackLayer(ctx, src, kind, filepath.Join(dir, "layer.tar.zst"))
@@ -65,21 +65,21 @@ func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string
 	return layer, cached, nil
 }
 
-// layer is a packed layer; cached says that an earlier build packed it.
+// layer is a packed layer, or the error of packing it.
 type layer struct {
 	bundle.Layer
-	cached bool
+	cached bool // true if an earlier build packed the layer
 	err    error
 }
 
 // driverLayer packs user space or firmware, which depend on the release only.
 func (r *run) driverLayer(ctx context.Context, in *inputs, kind bundle.LayerKind) (l layer) {
-	src, err := r.staged(ctx, in, kind)
+	src, err := r.stagedFolder(ctx, in, kind)
 	if err != nil {
 		return layer{err: err}
 	}
 	key := bundle.PackRecipe + "-" + nvsrc.StageRecipe + "-" + in.release.Digest[len("sha256:"):]
-	l.Layer, l.cached, l.err = r.packed(ctx, kind, src, key)
+	l.Layer, l.cached, l.err = r.packLayer(ctx, kind, src, key)
 	return l
 }
 
@@ -90,11 +90,11 @@ func (r *run) moduleLayer(ctx context.Context, in *inputs, m *modules) (l layer)
 		return layer{err: err}
 	}
 	defer func() { _ = cleanup() }() // a failure is ignored: the next Open of the cache removes the folder as well
-	l.Layer, l.cached, l.err = r.packed(ctx, bundle.LayerModules, src, m.key(in, bundle.PackRecipe))
+	l.Layer, l.cached, l.err = r.packLayer(ctx, bundle.LayerModules, src, m.key(in, bundle.PackRecipe))
 	return l
 }
 
-// earlyLayers are the layers of user space and firmware, packed while the modules compile.
+// earlyLayers are the layers of user space and firmware, which are packed while the modules compile.
 type earlyLayers struct {
 	group  sync.WaitGroup
 	stop   context.CancelFunc
@@ -115,8 +115,8 @@ func (r *run) packEarly(ctx context.Context, in *inputs) *earlyLayers {
 }
 
 // take waits until packEarly has packed the layers, and returns the layer of this kind. It returns
-// false if packEarly did not pack this kind or its packing failed: then the caller packs the layer
-// itself, and reports any error.
+// false if packEarly did not pack this kind or failed to do so. Then the caller has to pack the layer
+// itself, and finds out the error.
 func (a *earlyLayers) take(kind bundle.LayerKind) (layer, bool) {
 	if a == nil {
 		return layer{}, false
@@ -126,7 +126,7 @@ func (a *earlyLayers) take(kind bundle.LayerKind) (layer, bool) {
 	return l, ok && l.err == nil
 }
 
-// end stops the packing of early layers and waits until the packing has ended.
+// end stops the packing of layers, and waits until it has stopped.
 func (a *earlyLayers) end() {
 	if a != nil {
 		a.stop()
@@ -134,8 +134,8 @@ func (a *earlyLayers) end() {
 	}
 }
 
-// pack returns the three layers of the artifact. It packs the layer of the modules, and each layer
-// that early does not have.
+// pack returns the three layers of the artifact. It packs the layer of the modules, and each other
+// layer that is missing in the argument early.
 func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLayers) (_ []bundle.Layer, note string,
 	err error) {
 	reused := 0
@@ -168,7 +168,7 @@ func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLaye
 	return r.res.Layers, note, nil
 }
 
-// modulesFolder copies the modules into a new folder in the layout of their layer.
+// modulesFolder copies the modules into a new folder, with the paths that they have in their layer.
 func (r *run) modulesFolder(m *modules) (string, func() error, error) {
 	dir, cleanup, err := r.products.TempDir("modules-")
 	if err != nil {
@@ -192,7 +192,7 @@ func (r *run) copyModules(m *modules, dir string) error {
 			return fault.CacheDisk(err)
 		}
 		if sum != m.sums[name] {
-			return changed(name, r.products.Dir())
+			return changedError(name, r.products.Dir())
 		}
 	}
 	return nil

@@ -1,8 +1,9 @@
-// Package pipeline makes one cell of the matrix. It takes a COS build and a driver wish through the
-// phases source, look up, compile (or take modules), sign modules, check, load test, package, sign
-// and publish, and reports every phase. `builder build`, `builder work` and a node's local compile
-// all use this package. If every destination already has an artifact of the cell, signed with our
-// key, the pipeline compiles nothing: it only attests that the artifact fits the COS build.
+// Package pipeline makes the artifact of one cell, that is of one COS build with one driver, and
+// publishes it. It goes through these phases, and reports each of them: source, look up, compile (or
+// take modules), sign modules, check, load test, package, sign, publish. `builder build`, `builder
+// work` and a node's local compile all use this package. If every destination already has an artifact
+// of the cell, signed with our key, the pipeline compiles nothing: it only attests that the artifact
+// fits the COS build.
 //
 // run.go calls the phases in their order. The file of a phase has the phase's name. google.go deals
 // with modules that Google signed. Each phase returns a value that later phases use.
@@ -48,14 +49,14 @@ const (
 	defaultMinFree        = 1 << 30
 )
 
-// Config holds the settings of one machine for all its builds.
+// Config is the settings of one machine for all its builds.
 type Config struct {
 	// KernelMirror and DriverMirror are bucket URLs: gs://, https:// or file://.
 	KernelMirror, DriverMirror string
 	// Cache is the content-addressed cache that all builds share.
 	Cache *cas.Cache
-	// Destinations are registry references or oci: layout folders, which get the artifact, and
-	// gs:// or file:// buckets, which get the tarball.
+	// Destinations are where the build publishes. A registry reference, or an oci: layout folder,
+	// gets the artifact. A gs:// or file:// bucket gets the tarball.
 	Destinations []string
 	// Registry returns the settings for one of the Destinations. It is a function because one
 	// registry must never see the credentials for another. Nil means the Docker configuration for
@@ -63,29 +64,31 @@ type Config struct {
 	Registry func(destination string) registry.Options
 	// Licence is the rule that says which destination may get which flavour.
 	Licence licence.Rule
-	// Key names the signing key, in the form that [sign.LoadSigner] reads: a private key file, a
-	// KMS URI, or keyless: and a file. KeyOptions are the options for LoadSigner.
+	// Key says where the signing key is, in the form that [sign.LoadSigner] reads: the path of a
+	// private key file, a KMS URI, or keyless: with the path of a file. KeyOptions are the options
+	// for LoadSigner.
 	Key        string
 	KeyOptions []sign.Option
-	// ModuleKey is an RSA key file or a KMS URI. This key signs the modules for the kernel.
-	// ModuleCert is the file with its certificate. If ModuleKey is "", no own key signs the
-	// modules.
+	// ModuleKey is the path of an RSA key file or a KMS URI. This key signs the modules for the
+	// kernel. ModuleCert is the path of the file with the key's certificate. If ModuleKey is "", no
+	// own key signs the modules.
 	ModuleKey, ModuleCert string
-	// GoogleSignatures says what to do with Google's module signatures; "" means GoogleAuto.
+	// GoogleSignatures decides what the build does with Google's module signatures; "" means
+	// GoogleAuto.
 	GoogleSignatures GoogleSignatures
 	// GoogleModules publishes the open modules that Google compiled and signed for the COS build,
-	// unchanged. They are verified with ModuleCert. If ModuleCert is "", they are verified with the
-	// certificate with which the kernel was built, trusted_key.pem in the bucket.
+	// unchanged. The build verifies them with ModuleCert. If ModuleCert is "", it verifies them with
+	// trusted_key.pem in the bucket, the certificate with which the kernel was built.
 	GoogleModules bool
 	// DebugSymbols publishes the modules' debug information as a referrer of the artifact. The
 	// compile takes longer, and the artifact stays the same.
 	DebugSymbols bool
 	// BTF gives the modules BTF, a description of their types for tracers, if the kernel accepts
-	// it. BTF needs the bucket's vmlinux and the program pahole. The result is another artifact
-	// with a fingerprint of its own.
+	// it. BTF needs the bucket's vmlinux and the program pahole. An artifact with BTF has another
+	// fingerprint than the artifact without.
 	BTF bool
-	// WithRunfile copies NVIDIA's runfile into buckets, for installers that take user space from
-	// there.
+	// WithRunfile copies NVIDIA's runfile into buckets, for installers that take user space from a
+	// bucket.
 	WithRunfile bool
 	// Labels are set for the driver in buckets, in addition to the labels that COS gives it. Only
 	// the open flavour gets labels. If LabelsLater is true, the build sets no labels: the caller
@@ -95,8 +98,8 @@ type Config struct {
 	// Deltas is the largest number of deltas that an artifact gets, see [publish.Deltas]. 0 means
 	// none.
 	Deltas int
-	// BuilderID is a URI. The provenance names it as builder.id, and a bucket's index records it as
-	// the builder that set the labels. Version is the version of this program.
+	// BuilderID is a URI. It is the builder.id of the provenance, and the builder that set the labels
+	// in a bucket's index. Version is the version of this program.
 	BuilderID, Version string
 	// Jobs is make's -j; 0 means one for each processor.
 	Jobs     int
@@ -107,15 +110,15 @@ type Config struct {
 	// MinFree is the space in bytes that must be free on the cache's disk before a compile. 0 means
 	// 1 GiB, which is enough for sources, objects and modules of the largest driver.
 	MinFree int64
-	// CompileTimeout limits the compile phase; 0 means 45 minutes.
+	// CompileTimeout is the longest time that a compile may take; 0 means 45 minutes.
 	CompileTimeout time.Duration
-	// Compiling limits how many cells compile at the same time, each with Jobs compilers. Nil means
-	// no limit. Only the compile counts: the other phases keep about one processor busy and run
-	// next to another cell's compile.
+	// Compiling is the limit for the number of cells that compile at the same time, each with Jobs
+	// compilers. Nil means no limit. The limit is only for the compile phase: the other phases keep
+	// about one processor busy, so they may run next to another cell's compile.
 	Compiling *semaphore.Weighted
 }
 
-// Request names one cell.
+// Request is the request to make one cell.
 type Request struct {
 	BuildID, Board string
 	Driver         target.Wish
@@ -124,7 +127,7 @@ type Request struct {
 	// same name, if it is not "".
 	KernelMirror, DriverMirror string
 	GoogleSignatures           GoogleSignatures
-	// GoogleModules has the same meaning as Config.GoogleModules; one of the two is enough.
+	// GoogleModules has the same meaning as Config.GoogleModules. It is enough if one of the two is true.
 	GoogleModules bool
 	// BTF is a version of pahole. If BTF is not "", the modules get BTF as with Config.BTF, and the
 	// build fails if this machine has another version of pahole.
@@ -141,10 +144,10 @@ type Result struct {
 	// Config.Destinations. Destinations that are buckets are in Tarballs instead.
 	Repositories []string `json:"repositories"`
 	Tag          string   `json:"tag"`
-	// Existed says that every destination had this artifact before the build.
+	// Existed is true if every destination had this artifact before the build.
 	Existed bool `json:"existed"`
-	// Reused says that the build reused a published artifact, so nothing was compiled, tested or
-	// packed.
+	// Reused is true if the build reused a published artifact. Then the build compiled, tested and
+	// packed nothing.
 	Reused   bool              `json:"reused,omitempty"`
 	LoadTest *loadtest.Verdict `json:"loadTest,omitempty"`
 	Layers   []bundle.Layer    `json:"layers,omitempty"`

@@ -39,8 +39,8 @@ const (
 	headers = "usr/src/linux-headers-6.1.0-9-test/"
 )
 
-// headerFiles returns a header tree that is small enough to compile against in a moment. A name
-// that ends in * is executable.
+// headerFiles returns a small header tree, against which a module compiles in a moment. A file whose
+// name ends in * is executable.
 func headerFiles() map[string]string {
 	return map[string]string{
 		headers + "Makefile": "all:\n", headers + ".config": "CONFIG_64BIT=y\nCONFIG_SMP=y\nCONFIG_MODULE_UNLOAD=y\n",
@@ -89,7 +89,8 @@ func tarOf(t testing.TB, files map[string]string, out io.WriteCloser) {
 	}
 }
 
-// farm has two buckets below the folder dir, a signing key and a repository in a registry.
+// farm is a build farm: two buckets below the folder dir, a signing key, and a repository in a
+// registry.
 type farm struct {
 	dir, key string
 	repo     string
@@ -139,12 +140,12 @@ func (f *farm) kernel(t *testing.T, build string, files map[string]string) {
 		"kernel-headers.tgz": tree.Bytes(), "toolchain.tar.xz": tools.Bytes(),
 		"toolchain_env": []byte("CC=x86_64-cros-linux-gnu-gcc\n"), "kernel_commit": []byte(strings.Repeat("0a", 20) + "\n"),
 	} {
-		f.checked(t, "cos/"+build+"/lakitu/"+name, data)
+		f.putChecked(t, "cos/"+build+"/lakitu/"+name, data)
 	}
 }
 
-// checked writes a file and its MD5 checksum into the bucket.
-func (f *farm) checked(t *testing.T, name string, data []byte) {
+// putChecked writes a file and its MD5 checksum into the bucket.
+func (f *farm) putChecked(t *testing.T, name string, data []byte) {
 	t.Helper()
 	f.put(t, name, data)
 	f.put(t, name+".md5", fmt.Appendf(nil, "%x", md5.Sum(data)))
@@ -153,11 +154,11 @@ func (f *farm) checked(t *testing.T, name string, data []byte) {
 // driver writes an NVIDIA release into the bucket.
 func (f *farm) driver(t *testing.T, files map[string]string) {
 	t.Helper()
-	f.edition(t, version, files)
+	f.putEdition(t, version, files)
 }
 
-// edition writes an NVIDIA release into the bucket, under a version with a suffix.
-func (f *farm) edition(t *testing.T, version string, files map[string]string) {
+// putEdition writes an NVIDIA release into the bucket, under a version that may have a suffix.
+func (f *farm) putEdition(t *testing.T, version string, files map[string]string) {
 	t.Helper()
 	run := bytes.NewBufferString("#!/bin/sh\nskip=\"20\"\n" + strings.Repeat(":\n", 18))
 	zw, err := zstd.NewWriter(run)
@@ -235,9 +236,9 @@ func phases(res *pipeline.Result) (names []string) {
 	return names
 }
 
-// verified checks that a node of this COS build would accept the artifact, and that the artifact
-// has this number of attached statements.
-func (f *farm) verified(t *testing.T, res *pipeline.Result, attached int) {
+// checkArtifact checks that a node of this COS build would accept the artifact. The argument attached
+// is the number of statements that must be attached to the artifact.
+func (f *farm) checkArtifact(t *testing.T, res *pipeline.Result, attached int) {
 	t.Helper()
 	repo, err := registry.Open(f.repo, registry.Options{})
 	if err != nil {
@@ -245,7 +246,7 @@ func (f *farm) verified(t *testing.T, res *pipeline.Result, attached int) {
 	}
 	for _, tag := range []string{res.Tag, bundle.KernelTag(res.Kernel, res.Driver)} {
 		if d, ok, err := publish.Existing(t.Context(), repo, tag); err != nil || !ok || d != res.Digest {
-			t.Errorf("tag %s names %s, %v; want %s", tag, d, err, res.Digest)
+			t.Errorf("tag %s points at %s, %v; want %s", tag, d, err, res.Digest)
 		}
 	}
 	v := f.verifier(t)
@@ -308,7 +309,7 @@ func TestBuild(t *testing.T) {
 	if diff := cmp.Diff(whole, phases(first)); diff != "" || first.Existed || first.Reused {
 		t.Errorf("first build: existed %v, reused %v, phases (-want +got):\n%s", first.Existed, first.Reused, diff)
 	}
-	f.verified(t, first, 4)
+	f.checkArtifact(t, first, 4)
 
 	elsewhere := f.config(t, cache)
 	elsewhere.Destinations = []string{"oci:" + filepath.Join(t.TempDir(), "layout")}
@@ -320,20 +321,20 @@ func TestBuild(t *testing.T) {
 			first.Digest)
 	}
 
-	// A cell that has to be compiled again reports which input changed.
+	// If a cell has to be compiled again, the note of the compile phase says which input changed.
 	changed := headerFiles()
 	changed[headers+"include/linux/new.h"] = "#define NEW\n"
 	other := newFarm(t)
 	other.kernel(t, "17800.0.9", changed)
 	third := must(t, other.config(t, cache), request("17800.0.9"))
 	if !slices.ContainsFunc(third.Phases, func(p timeline.Phase) bool {
-		return p.Name == "compile" && p.Note == "1 modules, other kernel fingerprint"
+		return p.Name == "compile" && p.Note == "1 modules, changed: kernel fingerprint"
 	}) {
 		t.Errorf("with another header the phases are %+v; want the compile to say so", third.Phases)
 	}
 
-	// With empty caches, the registry alone serves this COS build and another one with the same
-	// kernel.
+	// With empty caches, the artifact in the registry serves both this COS build and another COS build
+	// with the same kernel.
 	twin := headerFiles()
 	twin[headers+"include/generated/compile.h"] = "#define LINUX_COMPILE_HOST \"b\"\n"
 	f.kernel(t, "17800.1.9", twin)
@@ -347,18 +348,18 @@ func TestBuild(t *testing.T) {
 		if res.Kernel.BuildID != id || len(res.Layers) != 3 || len(res.Repositories) != 1 {
 			t.Errorf("%s: result %+v lacks something", id, res)
 		}
-		f.verified(t, res, 4+i)
+		f.checkArtifact(t, res, 4+i)
 	}
 }
 
 // Google's buckets have editions of a release, such as the one for guests of vGPU. An edition is a
-// separate artifact, and its modules have the version of the plain release.
+// separate artifact, but its modules have the version of the plain release.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
 	files := driverFiles()
 	files["nvidia-gridd*"] = "ELF"
-	f.edition(t, version+"-grid", files)
+	f.putEdition(t, version+"-grid", files)
 	cfg := f.config(t, emptyCache(t))
 	plain := must(t, cfg, request("17800.0.9"))
 	r := request("17800.0.9")
@@ -368,7 +369,7 @@ func TestEdition(t *testing.T) {
 		!strings.HasPrefix(res.Tag, version+"-grid-open-") {
 		t.Errorf("the edition is %s %s, tag %s; the release %s", res.Digest, res.Driver, res.Tag, plain.Digest)
 	}
-	f.verified(t, res, 4)
+	f.checkArtifact(t, res, 4)
 }
 
 // A published artifact is reused only if a compile would certainly give the same bytes.

@@ -14,7 +14,7 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 	r.res.Existed = true
 	for _, p := range to.destinations {
 		existed, err := true, error(nil)
-		if a.there() {
+		if a.wasPublished() {
 			err = publish.Attest(ctx, p.repo, a.digest, all)
 		} else {
 			_, existed, err = publish.Publish(ctx, p.repo, all)
@@ -22,7 +22,7 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 		if err != nil {
 			// A destination compares the layers that it receives with their digests. If it refuses
 			// a layer, the cause may be a damaged file in the cache.
-			if damaged := r.layersIntact(ctx, a); damaged != nil {
+			if damaged := r.checkLayers(ctx, a); damaged != nil {
 				err = fmt.Errorf("%w; therefore: %w", damaged, err)
 			}
 			return "", fmt.Errorf("publish to %s: %w", p.name, err)
@@ -55,14 +55,14 @@ func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modul
 	return note, nil
 }
 
-// layersIntact returns an error if a layer in the cache changed since it was packed.
-func (r *run) layersIntact(ctx context.Context, a *artifact) error {
-	if a.there() {
+// checkLayers returns an error if a layer in the cache changed since it was packed.
+func (r *run) checkLayers(ctx context.Context, a *artifact) error {
+	if a.wasPublished() {
 		return nil
 	}
 	for _, l := range a.layers {
 		if err := r.products.Recheck(ctx, l.Path); err != nil {
-			return fmt.Errorf("%s layer: %w", l.Kind, err)
+			return fmt.Errorf("read the %s layer in the cache: %w", l.Kind, err)
 		}
 	}
 	return nil

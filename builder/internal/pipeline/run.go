@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// run is one build: its settings, its log and its result so far. Each phase returns a value, and
-// the methods all, make and makeModules pass the value to the phases that need it.
+// run is one build: its settings, its log and its result so far. Each phase returns a value. The
+// methods runPhases, makeArtifact and makeModules pass this value to the phases that need it.
 type run struct {
 	cfg     Config
 	req     Request
@@ -29,8 +29,8 @@ type run struct {
 	products *cas.Cache
 }
 
-// Run makes one cell. log gets the whole output of all tools. On an error, the Result holds
-// everything up to the failure.
+// Run makes one cell. The writer log gets the whole output of all tools. If Run returns an error, the
+// Result has everything up to the failure.
 func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *timeline.Run) (*Result, error) {
 	cfg = cfg.withDefaults(req)
 	if cfg.Registry == nil {
@@ -40,19 +40,19 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	defer cfg.Cache.Begin()() // the cache keeps everything that this build uses until the build ends
 	kept, err := newLogCopy(cfg.Cache)
 	if err != nil {
-		return &r.res, fault.CacheDisk(fmt.Errorf("keep the log: %w", err))
+		return &r.res, fault.CacheDisk(fmt.Errorf("make a file for the log: %w", err))
 	}
 	defer func() { _ = kept.close() }() // a failure is ignored: the next Open of the cache removes the file as well
 	r.kept, r.log = kept, io.MultiWriter(log, kept)
-	if err = r.all(ctx); err != nil {
+	if err = r.runPhases(ctx); err != nil {
 		fmt.Fprintf(log, "\nbuild failed (%v): %v\n", fault.Of(err), err)
 	}
 	r.res.Phases = line.Phases()
 	return &r.res, err
 }
 
-// all runs all phases, from the buckets to the published artifact.
-func (r *run) all(ctx context.Context) error {
+// runPhases runs all phases, from the buckets to the published artifact.
+func (r *run) runPhases(ctx context.Context) error {
 	in, err := phase(r, "source", func() (*inputs, string, error) { return r.source(ctx) })
 	if err != nil {
 		return err
@@ -64,7 +64,7 @@ func (r *run) all(ctx context.Context) error {
 	}
 	a, m := to.found, (*modules)(nil)
 	if a == nil {
-		if a, m, err = r.make(ctx, in, to); err != nil {
+		if a, m, err = r.makeArtifact(ctx, in, to); err != nil {
 			return err
 		}
 	}
@@ -75,8 +75,9 @@ func (r *run) all(ctx context.Context) error {
 	return err
 }
 
-// make makes and signs the artifact. It runs if there is no published artifact to reuse.
-func (r *run) make(ctx context.Context, in *inputs, to *publication) (*artifact, *modules, error) {
+// makeArtifact makes and signs the artifact. A build calls it if there is no published artifact to
+// reuse.
+func (r *run) makeArtifact(ctx context.Context, in *inputs, to *publication) (*artifact, *modules, error) {
 	var early *earlyLayers
 	if in.prebuilt == nil {
 		early = r.packEarly(ctx, in) // user space and firmware do not depend on the modules
@@ -86,7 +87,7 @@ func (r *run) make(ctx context.Context, in *inputs, to *publication) (*artifact,
 	if err != nil {
 		return nil, nil, err
 	}
-	tested, err := phase(r, "load test", func() (loadTested, string, error) { return r.loadTest(ctx, in, m) })
+	tested, err := phase(r, "load test", func() (testOutcome, string, error) { return r.loadTest(ctx, in, m) })
 	if err != nil {
 		return nil, nil, err
 	}
@@ -115,8 +116,9 @@ func (r *run) makeModules(ctx context.Context, in *inputs, s signing) (m *module
 	return m, err
 }
 
-// phase runs one phase of a build by calling do, and records the phase in the timeline. It returns
-// the value that do returns. The text that do returns is the phase's note in the timeline.
+// phase runs one phase of a build: it calls the function do, and enters the phase in the timeline. It
+// returns the value that do returns. The text that do returns becomes the phase's note in the
+// timeline.
 func phase[T any](r *run, name string, do func() (T, string, error)) (made T, err error) {
 	fmt.Fprintf(r.log, "\n== %s\n", name)
 	err = r.line.Do(name, func() (note string, err error) {

@@ -24,16 +24,16 @@ type artifact struct {
 	identity bundle.Identity
 	layers   []bundle.Layer
 	bundles  [][]byte // the signed statements, as Sigstore bundles
-	// image and log are nil if the destinations have the artifact already. log is the packed log.
+	// image and log are nil if the destinations have the artifact already. log is the compressed log.
 	image v1.Image
 	log   []byte
 }
 
-// there reports whether the destinations had the artifact before this build.
-func (a *artifact) there() bool { return a.image == nil }
+// wasPublished reports whether the destinations had the artifact before this build.
+func (a *artifact) wasPublished() bool { return a.image == nil }
 
 // sign makes the image and signs the statements about it.
-func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules, tested loadTested,
+func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules, tested testOutcome,
 	layers []bundle.Layer) (_ *artifact, note string, err error) {
 	a := &artifact{identity: m.identity, layers: layers}
 	if a.image, err = bundle.Image(m.identity, layers); err != nil {
@@ -45,7 +45,7 @@ func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules,
 	}
 	a.digest = digest.String()
 	r.res.Digest = a.digest
-	log, err := r.kept.packed()
+	log, err := r.kept.pack()
 	if err != nil {
 		return nil, "", err
 	}
@@ -54,10 +54,10 @@ func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules,
 	if err != nil {
 		return nil, "", err
 	}
-	if err := r.intact(ctx, m); err != nil { // the SBOM names the modules' checksums
+	if err := r.checkIntact(ctx, m); err != nil { // the SBOM contains the modules' checksums
 		return nil, "", err
 	}
-	for _, input := range m.madeOf { // the provenance names these inputs
+	for _, input := range m.madeOf { // the provenance lists these inputs
 		if err := r.cfg.Cache.Reread(ctx, input); err != nil {
 			return nil, "", err
 		}
@@ -74,18 +74,18 @@ func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules,
 
 // statements returns the statements about the image: how it was made, which COS build it fits, what
 // was tested, and what it contains.
-func (r *run) statements(in *inputs, to *publication, m *modules, tested loadTested, a *artifact,
+func (r *run) statements(in *inputs, to *publication, m *modules, tested testOutcome, a *artifact,
 	logDigest string) ([]sign.Statement, error) {
 	facts := Recipes()
 	facts["builder"], facts["vermagic"] = r.cfg.Version, m.identity.Vermagic
-	if name, value, ok := m.carries.fact(); ok {
+	if name, value, ok := m.signer.fact(); ok {
 		facts[name] = value
 	}
 	facts[factHost] = "sha256:" + in.host
 	if in.pahole != "" {
 		facts[FactBTF] = in.pahole
 	}
-	materials := in.materials(m.carries)
+	materials := in.materials(m.signer)
 	provenance, err := sign.Provenance(a.digest, sign.BuildFacts{
 		Kernel: in.kernel.Kernel, Fingerprint: in.kernel.Fingerprint, Driver: in.driver, Materials: materials,
 		BuilderID: r.cfg.BuilderID, InvocationID: "urn:uuid:" + uuid.NewString(), LogDigest: logDigest,

@@ -17,12 +17,12 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inputs holds everything that a cell is made of.
+// inputs has everything that a cell is made of.
 type inputs struct {
 	kernel   *cossrc.Inputs
 	release  *nvsrc.Release
 	driver   target.Driver
-	host     string            // digest of the host's programs that a build runs
+	host     string            // digest of the programs of this machine that a build runs
 	pahole   string            // version of pahole; "" if the modules get no BTF
 	google   *googleSignatures // nil if the bucket has no signatures or the build uses none
 	prebuilt *googleModules    // nil without GoogleModules
@@ -98,14 +98,14 @@ func (in *inputs) key(parts ...string) string {
 }
 
 // stampedKey returns the cache key of a product that is made from the compiled and stamped modules.
-// The key differs if a text in more differs.
+// The key also depends on each text in the argument more.
 func (in *inputs) stampedKey(more ...string) string {
 	return in.key(append(slices.Clone(more), compile.Recipe, modcheck.Recipe, string(in.kernel.Fingerprint))...)
 }
 
-// materials returns all inputs of a build whose modules have the signatures c, in the form in which
-// the provenance names them.
-func (in *inputs) materials(c carries) []sign.Material {
+// materials returns all inputs of a build, as a list for the provenance. The argument c says who
+// signed the modules.
+func (in *inputs) materials(c moduleSigner) []sign.Material {
 	var all []sign.Material
 	files := slices.Concat(in.kernel.Materials, in.release.Materials)
 	switch {

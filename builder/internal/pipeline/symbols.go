@@ -13,11 +13,11 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// debugFolder is the name of the folder next to the modules in the cache. The folder has the
-// unstripped modules.
+// debugFolder is the name of the folder with the unstripped modules. It is next to the modules in the
+// cache.
 const debugFolder = "debug"
 
-// keepDebug copies the unstripped modules into the tree that goes into the cache.
+// keepDebug copies the unstripped modules into dir, the folder of the modules that the cache keeps.
 func keepDebug(dir string, debug map[string]string) error {
 	if len(debug) == 0 {
 		return nil
@@ -33,7 +33,7 @@ func keepDebug(dir string, debug map[string]string) error {
 	return nil
 }
 
-// haveSymbols reports whether every destination has debug symbols of an artifact.
+// haveSymbols reports whether every repository has debug symbols of an artifact.
 func (o *publication) haveSymbols(ctx context.Context, digest string) (bool, error) {
 	for _, p := range o.destinations {
 		have, err := p.repo.Referrers(ctx, digest, symbols.ArtifactType)
@@ -44,9 +44,9 @@ func (o *publication) haveSymbols(ctx context.Context, digest string) (bool, err
 	return true, nil
 }
 
-// publishSymbols attaches the debug symbols to the artifact in every destination.
+// publishSymbols attaches the debug symbols to the artifact in every repository.
 func (r *run) publishSymbols(ctx context.Context, to *publication, m *modules, a *artifact) (err error) {
-	if !r.cfg.DebugSymbols || a.there() { // for a reused artifact, reuse has checked haveSymbols
+	if !r.cfg.DebugSymbols || a.wasPublished() { // for a reused artifact, reuse has checked haveSymbols
 		return nil
 	}
 	debug := map[string]string{}

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inBuckets reports whether every bucket lists the artifact's tarball for this COS build. COS
-// builds with the same fingerprint share an artifact, but each has its own tarball.
+// inBuckets reports whether every bucket lists the artifact's tarball for this COS build. COS builds
+// with the same fingerprint share an artifact, but each COS build has its own tarball.
 func (o *publication) inBuckets(ctx context.Context, in *inputs, digest string) (bool, error) {
 	for _, b := range o.buckets {
 		if has, err := tarball.Has(ctx, b, in.kernel.Kernel, in.driver, digest); err != nil || !has {
@@ -26,20 +26,20 @@ func (o *publication) inBuckets(ctx context.Context, in *inputs, digest string) 
 	return true, nil
 }
 
-// labels reports whether this run sets labels in buckets.
-func (r *run) labels() bool {
+// wantsLabels reports whether this run sets labels in buckets.
+func (r *run) wantsLabels() bool {
 	return r.req.Flavour == target.Open && !r.cfg.LabelsLater && slices.ContainsFunc(r.cfg.Destinations, tarball.Is)
 }
 
-// readLabels reads which labels COS gives to which drivers on this COS build. It returns nil if
-// this run sets no labels, and an error if the driver cannot have one of Config.Labels.
+// readLabels reads which labels COS gives to which drivers on this COS build. If this run sets no
+// labels, it returns nil. If the driver cannot have one of Config.Labels, it returns an error.
 func (r *run) readLabels(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (map[string]string, error) {
 	for _, label := range r.cfg.Labels {
 		if err := target.CheckLabel(label, in.driver.Version); err != nil {
 			return nil, fault.Wrap(fault.Usage, err, "give a driver the label DEFAULT, LATEST or the name of its own branch")
 		}
 	}
-	if !r.labels() {
+	if !r.wantsLabels() {
 		return nil, nil
 	}
 	return tarball.COSLabels(ctx, kernels, in.kernel.Kernel)
@@ -48,7 +48,7 @@ func (r *run) readLabels(ctx context.Context, kernels *cosbucket.Bucket, in *inp
 // setLabels sets the labels of this COS build's drivers in every bucket: those that COS gives, and
 // Config.Labels for the driver of this run.
 func (r *run) setLabels(ctx context.Context, in *inputs, to *publication) error {
-	if !r.labels() {
+	if !r.wantsLabels() {
 		return nil
 	}
 	l := tarball.Labelling{
@@ -74,7 +74,7 @@ func (r *run) publishTarballs(ctx context.Context, in *inputs, to *publication, 
 	if len(to.buckets) == 0 {
 		return nil
 	}
-	if a.there() {
+	if a.wasPublished() {
 		if all, err := to.inBuckets(ctx, in, a.digest); err != nil || all {
 			return err
 		}
@@ -119,13 +119,13 @@ func (r *run) tarballFiles(ctx context.Context, in *inputs, to *publication, m *
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return tarball.Release{}, fault.CacheDisk(err)
 	}
-	if a.there() {
+	if a.wasPublished() {
 		return tarball.FromArtifact(ctx, to.destinations[0].repo, a.digest, dir)
 	}
 	if err := r.copyModules(m, dir); err != nil {
 		return tarball.Release{}, err
 	}
-	firmware, err := r.staged(ctx, in, bundle.LayerFirmware)
+	firmware, err := r.stagedFolder(ctx, in, bundle.LayerFirmware)
 	if err != nil {
 		return tarball.Release{}, err
 	}

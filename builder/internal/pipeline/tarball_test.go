@@ -14,7 +14,7 @@ import (
 )
 
 // A bucket gets a tarball for each COS build, even if two COS builds share the artifact. If the
-// bucket already has other bytes under the tarball's name, the build fails and the bytes stay.
+// bucket already has another file with the tarball's name, the build fails and that file stays.
 func TestTarballTwins(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -44,7 +44,7 @@ func TestTarballTwins(t *testing.T) {
 		t.Errorf("another COS build with the same fingerprint: %+v; want %s with a tarball of its own", other, first.Digest)
 	}
 
-	// A file with the tarball's name and other bytes stays unchanged.
+	// If a file has the tarball's name and other content, it stays unchanged.
 	if err := os.RemoveAll(filepath.Join(folder, "17800.0.9")); err != nil {
 		t.Fatal(err)
 	}

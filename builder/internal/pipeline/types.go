@@ -21,9 +21,9 @@ func (c Config) KernelOptions() []cossrc.Option {
 	return nil
 }
 
-// findPahole returns the version of this machine's program pahole, which makes the modules' BTF. It
-// returns "" if the modules get no BTF. Another version of pahole may make other bytes. So
-// findPahole returns an error if the request names another version than this machine has.
+// findPahole returns the version of this machine's program pahole, which makes the modules' BTF. If
+// the modules get no BTF, it returns "". Another version of pahole may make other bytes. So
+// findPahole returns an error if the request asks for a version that this machine does not have.
 func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version string, err error) {
 	if kernel.BTF == "" {
 		return "", nil

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// If a COS build has its own boot image, the artifact must pass a load test on this kernel before
-// the artifact is attested for this COS build.
+// If a COS build has its own boot image, an artifact must pass a load test on the kernel of that image
+// before a build attests that the artifact fits this COS build.
 func TestNotReusedUntested(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -22,9 +22,9 @@ func TestNotReusedUntested(t *testing.T) {
 	f.kernel(t, "17800.1.9", headerFiles())
 	var boot bytes.Buffer
 	tarOf(t, map[string]string{"vmlinuz": "none"}, gzip.NewWriter(&boot))
-	f.checked(t, "cos/17800.1.9/lakitu/prebake-boot.tgz", boot.Bytes())
+	f.putChecked(t, "cos/17800.1.9/lakitu/prebake-boot.tgz", boot.Bytes())
 	cfg := f.config(t, emptyCache(t))
-	cfg.GuestInit = filepath.Join(t.TempDir(), "none") // a missing program, so that the virtual machine cannot start
+	cfg.GuestInit = filepath.Join(t.TempDir(), "none") // without this program, the virtual machine cannot start
 	res, _, err := build(t, cfg, request("17800.1.9"))
 	if err == nil || res.Reused {
 		t.Errorf("Run = %+v, %v; want the load test's failure", res, err)
@@ -38,8 +38,8 @@ func TestNotReusedUntested(t *testing.T) {
 	}
 }
 
-// A kernel may need modules for nvidia that no bucket has. Such a kernel cannot be load-tested, and
-// this fails a build only with LoadTestRequire.
+// The driver may need modules of the kernel that no bucket has. Then no load test can run. In the mode
+// LoadTestRequire the build fails, in any other mode it does not.
 func TestLackingModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
@@ -51,7 +51,7 @@ func TestLackingModules(t *testing.T) {
 	f.driver(t, files)
 	var boot bytes.Buffer
 	tarOf(t, map[string]string{"vmlinuz": "no kernel"}, gzip.NewWriter(&boot))
-	f.checked(t, "cos/17800.0.9/lakitu/prebake-boot.tgz", boot.Bytes())
+	f.putChecked(t, "cos/17800.0.9/lakitu/prebake-boot.tgz", boot.Bytes())
 	cfg := f.config(t, emptyCache(t))
 	cfg.GuestInit, cfg.NVMLProbe = "none", "none" // the load test ends before it needs them
 	res := must(t, cfg, request("17800.0.9"))

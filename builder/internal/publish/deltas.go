@@ -19,11 +19,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxDelta limits the size of a delta in bytes. Deltas keeps a delta in memory while it makes the delta. A larger delta
-// would save a node too little.
+// maxDelta is the largest size of a delta, in bytes. There is a limit for two reasons: a delta is in memory while it is
+// made, and a larger delta would save a node too little.
 const maxDelta = 16 << 20
 
-// maxBefore limits how many earlier COS builds Deltas examines for each wanted delta.
+// maxBefore is the largest number of earlier COS builds that Deltas examines for each wanted delta.
 const maxBefore = 4
 
 // Delta describes a delta that [Deltas] attached.
@@ -35,9 +35,9 @@ type Delta struct {
 
 // Deltas attaches up to count deltas to a published artifact. With a delta, a node makes the artifact's module layer
 // out of the module layer of an earlier COS build of the same board, milestone and driver. Deltas takes the newest of
-// these COS builds first, because a node whose OS was updated usually has the layer of a recent one. Deltas skips a
-// delta that is attached already. Deltas also skips a delta that saves too little, because it is larger than maxDelta
-// or than half of the new layer. made lists the deltas that Deltas attached, also if it returns an error.
+// these COS builds first, because a node whose OS was updated usually has the layer of a recent COS build. Deltas skips
+// a delta that is attached already. Deltas also skips a delta that saves too little, because it is larger than maxDelta
+// or than half of the new layer. The result made has the deltas that were attached, also if there is an error.
 func Deltas(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -140,8 +140,8 @@ func buildsBefore(tags []string, k target.Kernel, d target.Driver) []target.Kern
 	return before
 }
 
-// firstNumber returns the first number of a BUILD_ID. This number names the branch of COS from which all builds of a
-// milestone are made.
+// firstNumber returns the first number of a BUILD_ID. All COS builds of a milestone have the same first number, because
+// they are made from one branch of COS.
 func firstNumber(buildID string) string {
 	first, _, _ := strings.Cut(buildID, ".")
 	return first
@@ -181,7 +181,7 @@ func makeDelta(ctx context.Context, repo *registry.Repository, from, to bundle.C
 		return nil, err
 	}
 	defer b.Close()
-	w := &limited{most: int(min(maxDelta, to.Size/2))}
+	w := &limitedBuffer{limit: int(min(maxDelta, to.Size/2))}
 	if err := bundle.WriteDelta(ctx, a, b, w); err != nil {
 		return nil, err
 	}
@@ -213,12 +213,12 @@ func openLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentL
 // artifact's config.
 func (l *layerReader) check() error {
 	if _, err := io.Copy(io.Discard, l); err != nil {
-		return fmt.Errorf("read layer: %w", err)
+		return fmt.Errorf("read the layer: %w", err)
 	}
 	if got := ocidigest.NewDigest(ocidigest.SHA256, l.h).String(); got != l.want {
 		return fault.New(
 			fault.Unverified,
-			fmt.Sprintf("read layer: the layer has diff id %s, but the artifact's config says %s", got, l.want),
+			fmt.Sprintf("read the layer: the layer has diff id %s, but the artifact's config says %s", got, l.want),
 			"",
 		)
 	}
@@ -227,16 +227,16 @@ func (l *layerReader) check() error {
 
 func (l *layerReader) Close() error { return errors.Join(l.plain.Close(), l.blob.Close()) }
 
-// limited is a buffer that accepts at most a given number of bytes.
-type limited struct {
-	buf  bytes.Buffer
-	most int
+// limitedBuffer is a buffer that accepts at most limit bytes.
+type limitedBuffer struct {
+	buf   bytes.Buffer
+	limit int
 }
 
 var errLarge = errors.New("a delta of this size saves too little")
 
-func (l *limited) Write(p []byte) (int, error) {
-	if l.buf.Len()+len(p) > l.most {
+func (l *limitedBuffer) Write(p []byte) (int, error) {
+	if l.buf.Len()+len(p) > l.limit {
 		return 0, errLarge
 	}
 	return l.buf.Write(p)

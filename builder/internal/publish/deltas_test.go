@@ -70,7 +70,7 @@ func TestDeltas(t *testing.T) {
 			if diff := cmp.Diff([]string{id("49"), id("47")}, builds(t, repo, s, 2)); diff != "" {
 				t.Errorf("deltas (-want +got):\n%s", diff)
 			}
-			// Deltas does not make a delta again that exists, and does not make a delta that would save little.
+			// Deltas makes no delta that exists already, and no delta that would save little.
 			if diff := cmp.Diff([]string{id("9")}, builds(t, repo, s, 4)); diff != "" {
 				t.Errorf("deltas of a second call (-want +got):\n%s", diff)
 			}

@@ -63,9 +63,9 @@ func keyFile(t *testing.T, key crypto.Signer) string {
 	return path
 }
 
-// published signs a sample with a key file, as the builder does. published publishes the sample to a registry with or
-// without the referrers API.
-func published(t *testing.T, referrers bool, key string) (ref, digest, pub string, s testkit.Sample) {
+// publishSample signs a sample with a key file, as the builder does, and publishes it to a registry with or without the
+// referrers API.
+func publishSample(t *testing.T, referrers bool, key string) (ref, digest, pub string, s testkit.Sample) {
 	t.Helper()
 	signer, err := sign.LoadSigner(t.Context(), key)
 	if err != nil {
@@ -169,7 +169,7 @@ func TestCosignVerifies(t *testing.T) {
 	} {
 		// The registry is one without the referrers API, because the sample registry with that API reports no artifact
 		// types.
-		ref, digest, pub, _ := published(t, false, keyFile(t, row.key))
+		ref, digest, pub, _ := publishSample(t, false, keyFile(t, row.key))
 		for _, kind := range []string{"slsaprovenance1", trust.PredicateKernelMatch, trust.PredicateTestResult, "spdxjson"} {
 			verify := func(key string) (string, error) {
 				args := append([]string{"verify-attestation", "--key", key, "--insecure-ignore-tlog=true", "--allow-http-registry",
@@ -189,7 +189,7 @@ func TestCosignVerifies(t *testing.T) {
 func TestCranePulls(t *testing.T) {
 	t.Parallel()
 	crane := tool(t, "crane")
-	ref, digest, _, s := published(t, true, keyFile(t, testkit.NewKey(t).Private()))
+	ref, digest, _, s := publishSample(t, true, keyFile(t, testkit.NewKey(t).Private()))
 	tagged := ref + ":" + bundle.KernelTag(s.Kernel, driver)
 	if got, err := crane("digest", tagged); err != nil || strings.TrimSpace(got) != digest {
 		t.Errorf("crane digest = %q, %v; want %s", got, err, digest)
@@ -238,7 +238,7 @@ func TestVerifyPage(t *testing.T) {
 		t.Fatalf("no line of the page begins with %q", begin)
 	}
 	cosign := tool(t, "cosign")
-	ref, digest, pub, _ := published(t, false, keyFile(t, testkit.NewKey(t).Private()))
+	ref, digest, pub, _ := publishSample(t, false, keyFile(t, testkit.NewKey(t).Private()))
 	for _, args := range lines {
 		words := strings.Fields("verify-attestation --allow-http-registry --key " + args)
 		for i, w := range words {

@@ -35,7 +35,7 @@ func PackLog(log io.Reader) (packed []byte, digest string, err error) {
 		}
 	}
 	if err != nil {
-		return nil, "", fmt.Errorf("pack build log: %w", err)
+		return nil, "", fmt.Errorf("pack the build log: %w", err)
 	}
 	return packed, ocidigest.FromBytes(packed).String(), nil
 }
@@ -51,12 +51,12 @@ func UnpackLog(packed []byte) ([]byte, error) {
 		const most = maxLogHead + maxLogTail + 1<<10
 		text, err := io.ReadAll(io.LimitReader(d, most+1))
 		if err == nil && len(text) > most {
-			err = fmt.Errorf("more than %d bytes", most)
+			err = fmt.Errorf("it has more than %d bytes", most)
 		}
 		return text, err
 	}()
 	if err != nil {
-		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("unpack build log: %w", err), "")
+		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("unpack the build log: %w", err), "")
 	}
 	return text, nil
 }

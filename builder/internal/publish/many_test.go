@@ -51,7 +51,7 @@ func TestManyKernels(t *testing.T) {
 			if err != nil || len(list) != 1+all {
 				t.Errorf("%d statements attached, %v; want the provenance and %d matches, each once", len(list), err, all)
 			}
-			for i := 0; i < all; i += 8 { // this tries kernel matches of both kinds, attached before and with labels
+			for i := 0; i < all; i += 8 { // this tries kernel matches with labels, and those without
 				k := kernel(i)
 				bundles, err := repo.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle, trust.Wanted(k)...)
 				if err != nil {

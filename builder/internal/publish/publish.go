@@ -28,16 +28,16 @@ type Artifact struct {
 	// Bundles are the signed statements, each as a Sigstore bundle: provenance, the kernel match for Kernel, the test
 	// result and the contents.
 	Bundles [][]byte
-	// Verifier verifies the statements that the artifact already has in the repository. If one of them proves the same
-	// as a statement in Bundles, the statement in Bundles is not attached. If Verifier is nil, every statement is
-	// attached.
+	// Verifier verifies the statements that the artifact already has in the repository. If one of them proves the same as
+	// a statement in Bundles, the new statement is not attached. If Verifier is nil, every statement is attached.
 	Verifier *trust.Verifier
-	// Log is the build log as [PackLog] returns it, or nil. The log is attached together with the provenance that
-	// records its digest. If the repository already has a provenance of another run, neither is attached.
+	// Log is the build log as [PackLog] returns it, or nil. The log is attached together with the provenance, which has
+	// the log's digest. If the repository already has the provenance of another run, neither log nor provenance is
+	// attached.
 	Log []byte
 }
 
-// Existing returns the digest that a tag names in a repository. ok is false if the tag does not exist. Existing
+// Existing returns the digest to which a tag refers in a repository. ok is false if the tag does not exist. Existing
 // verifies nothing: the caller must verify the statements about the digest before it relies on the artifact.
 func Existing(ctx context.Context, repo *registry.Repository, tag string) (digest string, ok bool, err error) {
 	d, err := repo.Resolve(ctx, tag)
@@ -76,9 +76,9 @@ func Content(ctx context.Context, repo *registry.Repository, digest string) (bun
 	return bundle.ParseManifest(manifest, config)
 }
 
-// Publish stores an artifact and returns its digest. existed is true if the artifact's tag named this digest before. In
-// that case Publish adds only what is missing, such as the statement for another COS build with this fingerprint. If a
-// tag names another digest, the error is [fault.PublishRefused] and nothing is changed.
+// Publish stores an artifact and returns its digest. The result existed is true if the artifact's tag referred to this
+// digest before. In that case Publish adds only what is missing, such as the statement for another COS build with this
+// fingerprint. If a tag refers to another digest, the error is [fault.PublishRefused] and nothing is changed.
 func Publish(ctx context.Context, repo *registry.Repository, a Artifact) (digest string, existed bool, err error) {
 	digest, existed, err = publish(ctx, repo, a)
 	if err != nil {
@@ -93,7 +93,7 @@ func publish(ctx context.Context, repo *registry.Repository, a Artifact) (string
 		return "", false, err
 	}
 	digest := hash.String()
-	existed, err := checkNames(ctx, repo, digest, a)
+	existed, err := checkTags(ctx, repo, digest, a)
 	if err != nil {
 		return "", false, err
 	}
@@ -108,7 +108,7 @@ func publish(ctx context.Context, repo *registry.Repository, a Artifact) (string
 // statements and adds the tags by which nodes of this COS build find the artifact. Attest does not need Image.
 func Attest(ctx context.Context, repo *registry.Repository, digest string, a Artifact) error {
 	err := func() error {
-		if _, err := checkNames(ctx, repo, digest, a); err != nil {
+		if _, err := checkTags(ctx, repo, digest, a); err != nil {
 			return err
 		}
 		subject, err := repo.Resolve(ctx, digest)
@@ -127,8 +127,8 @@ func (a Artifact) tags() []string {
 	return []string{bundle.Tag(a.Identity), bundle.KernelTag(a.Kernel, a.Identity.Driver)}
 }
 
-// checkNames checks both tags before anything is sent. existed is true if the artifact's own tag exists.
-func checkNames(ctx context.Context, repo *registry.Repository, digest string, a Artifact) (existed bool, err error) {
+// checkTags checks both tags before anything is sent. The result existed is true if the artifact's own tag exists.
+func checkTags(ctx context.Context, repo *registry.Repository, digest string, a Artifact) (existed bool, err error) {
 	for i, tag := range a.tags() {
 		have, ok, err := Existing(ctx, repo, tag)
 		if err != nil {
@@ -136,9 +136,9 @@ func checkNames(ctx context.Context, repo *registry.Repository, digest string, a
 		}
 		if ok && have != digest {
 			return false, fault.New(fault.PublishRefused,
-				fmt.Sprintf("tag %s names %s already; this build made %s", tag, have, digest),
-				"run builder reproduce on the published artifact to see what differs, because equal inputs give equal "+
-					"digests; if the published artifact is wrong, remove the tag by hand")
+				fmt.Sprintf("tag %s refers to %s already; this build made %s", tag, have, digest),
+				"equal inputs give equal digests; to see what differs, run builder reproduce on the published artifact; "+
+					"if the published artifact is wrong, remove the tag by hand")
 		}
 		if i == 0 {
 			existed = ok
@@ -161,7 +161,7 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 }
 
 // attach adds the statements that the artifact lacks in the registry. It adds the build log before the provenance,
-// because the provenance records the log's digest and must never refer to a log that is missing.
+// because the provenance has the log's digest and must never refer to a log that is missing.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	digest := subject.Digest.String()
 	present := map[string]bool{}
@@ -177,7 +177,7 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 		for _, raw := range attached {
 			// A statement that a.Verifier cannot verify was signed by somebody else, and is ignored.
 			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
-				present[proves(st)] = true
+				present[proofKey(st)] = true
 			}
 		}
 	}
@@ -196,7 +196,7 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 				return fault.Errorf(fault.Internal, "verify the new statement of type %s: it is not about %s",
 					st.PredicateType, digest)
 			}
-			if present[proves(st)] {
+			if present[proofKey(st)] {
 				continue
 			}
 		}
@@ -207,8 +207,8 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// proves returns a key for what a statement proves. Of two statements with the same key, one is enough.
-func proves(st *trust.Statement) string {
+// proofKey returns a key for the fact that a statement proves. Of two statements with the same key, one is enough.
+func proofKey(st *trust.Statement) string {
 	if m, err := trust.ParseKernelMatch(st); err == nil {
 		return st.PredicateType + " " + m.Kernel.String() + " " + string(m.Fingerprint)
 	}

@@ -53,7 +53,7 @@ func signAgain(t testing.TB, key *testkit.Key, s testkit.Sample) testkit.Sample 
 	return s
 }
 
-// check reports differences if a repository does not hold exactly this sample.
+// check fails the test if a repository does not have exactly this sample.
 func check(t testing.TB, repo *registry.Repository, key *testkit.Key, s testkit.Sample, bundles int) {
 	t.Helper()
 	for _, tag := range []string{bundle.Tag(s.Identity), bundle.KernelTag(s.Kernel, driver)} {
@@ -189,7 +189,7 @@ func TestCutOffAnywhere(t *testing.T) {
 				if _, ok, err := publish.Existing(t.Context(), whole, bundle.Tag(s.Identity)); err != nil {
 					t.Errorf("n=%d: Existing = %v", n, err)
 				} else if ok {
-					// The tag is written last, so the artifact that it names must be complete.
+					// The tag is written last, so the artifact to which it refers must be complete.
 					attached, err := whole.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle)
 					if err != nil {
 						t.Errorf("n=%d: Attached = %v", n, err)

@@ -40,7 +40,7 @@ func Statement(ctx context.Context, repo *registry.Repository, digest string, si
 		return d.Digest.String(), err
 	}()
 	if err != nil {
-		return "", fmt.Errorf("attach %s: %w", s.PredicateType, err)
+		return "", fmt.Errorf("attach a statement of type %s: %w", s.PredicateType, err)
 	}
 	return attached, nil
 }

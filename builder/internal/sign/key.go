@@ -26,9 +26,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Signer signs statements in one of two ways. It signs with one lasting key in a file or a KMS, of a kind that
-// [trust.PublicKey] lists. Or it signs keyless: with short-lived keys, each with a certificate that names the person or
-// service that signs.
+// Signer signs statements in one of two ways. It signs with one lasting key, which is in a file or a KMS and of a kind
+// that [trust.PublicKey] supports. Or it signs keyless: with short-lived keys, each with a certificate for the person
+// or service that signs.
 type Signer struct {
 	sv      signature.Signer
 	pub     crypto.PublicKey
@@ -92,7 +92,7 @@ func privateFile(path string, l loading) (crypto.Signer, error) {
 	private, err := cryptoutils.UnmarshalPEMToPrivateKey(text, func(bool) ([]byte, error) { return l.password() })
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "give a PEM file of type PRIVATE KEY, as builder keygen writes it; "+
-			"decrypt an encrypted PKCS #8 key with: openssl pkey -in KEY -out DECRYPTED")
+			"if the file is an encrypted PKCS #8 key, decrypt it with: openssl pkey -in KEY -out DECRYPTED")
 	}
 	key, ok := private.(crypto.Signer)
 	if !ok {
@@ -106,7 +106,7 @@ func fromFile(path string, l loading) (*Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	// NewPublicKey comes before LoadDefaultSigner, because its error names the supported kinds of keys.
+	// NewPublicKey comes before LoadDefaultSigner, because its error lists the supported kinds of keys.
 	if _, err := trust.NewPublicKey(private.Public()); err != nil {
 		return nil, err
 	}
@@ -164,7 +164,8 @@ func GenerateKey(path string) error {
 	if err := generateKey(path); err != nil {
 		hint := ""
 		if errors.Is(err, os.ErrExist) {
-			hint = "use another name: a node that trusts the old key would not trust what you publish with the new one"
+			hint = "use another name for the new key: nodes that trust the old key would not trust what you publish " +
+				"with the new one"
 		}
 		return fault.Wrap(fault.Usage, fmt.Errorf("generate key: %w", err), hint)
 	}

@@ -20,33 +20,34 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// PrefixKeyless begins a reference that names a Sigstore signing configuration instead of a key. The configuration
-// names the certificate authority, and the timestamp authorities and logs that prove the time of a signature.
+// PrefixKeyless is the start of a reference to a Sigstore signing configuration, which takes the place of a key. The
+// configuration lists the certificate authority, and the timestamp authorities and logs that prove the time of a
+// signature.
 const PrefixKeyless = "keyless:"
 
-// WithIdentity is the option that keyless signing needs. LoadSigner and Bundle call token whenever they need a new
-// certificate; token returns an OpenID Connect token, which names the signer to the certificate authority. Signatures
-// and certificates must verify against root.
+// WithIdentity is the option that keyless signing needs. LoadSigner and Bundle call the function token whenever they
+// need a new certificate. The function returns an OpenID Connect token, which tells the certificate authority who
+// signs. Signatures and certificates must verify against the trusted root.
 func WithIdentity(root *trust.Root, token func() ([]byte, error)) Option {
 	return func(l *loading) { l.root, l.token = root, token }
 }
 
-// margin keeps a signature's time stamp within the lifetime of the certificate: a certificate that expires in less than
-// margin signs nothing more.
+// margin is the time for which a certificate must still be valid when it is used for a signature. So the time stamp of
+// the signature is certain to be within the validity of the certificate.
 const margin = time.Minute
 
 const (
 	maxSigningConfig = 1 << 20
-	tries            = 3 // how often sigstore-go repeats a request that a service answered with an HTTP 5xx status
+	maxRetries       = 3 // how often sigstore-go repeats a request that a service answered with an HTTP 5xx status
 )
 
-// keyless signs with short-lived keys. Each key signs until its certificate is about to expire (see margin).
+// keyless signs with short-lived keys. It uses each key until the key's certificate is about to expire (see margin).
 type keyless struct {
 	ca           *sgsign.Fulcio
 	timestampers []*sgsign.TimestampAuthority
 	logs         []sgsign.Transparency
 	token        func() ([]byte, error)
-	policy       trust.Policy // trusts the person or service that the first certificate named
+	policy       trust.Policy // trusts the subject of the first certificate, a person or a service
 
 	mu      sync.Mutex
 	keypair sgsign.Keypair
@@ -66,16 +67,16 @@ func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) 
 	k := &keyless{token: l.token}
 	if err := k.services(text, time.Now()); err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("signing configuration: %w", err),
-			"give a Sigstore signing_config.json that names a certificate authority, and a timestamp authority or a log; "+
+			"give a Sigstore signing_config.json that has a certificate authority, and also a timestamp authority or log; "+
 				"write one with: cosign signing-config create")
 	}
-	_, leaf, err := k.certified(ctx)
+	_, leaf, err := k.certifiedKey(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if err := l.root.Certified(leaf); err != nil {
 		return nil, fault.Wrap(fault.Usage, err,
-			"give --trusted-root the trusted_root.json of the Sigstore deployment that the signing configuration names")
+			"give --trusted-root the trusted_root.json of the Sigstore deployment in the signing configuration")
 	}
 	who, err := certificate.SummarizeCertificate(leaf)
 	if err != nil {
@@ -100,22 +101,22 @@ func (k *keyless) services(text []byte, now time.Time) error {
 	if err != nil {
 		return fmt.Errorf("certificate authority: %w", err)
 	}
-	k.ca = sgsign.NewFulcio(&sgsign.FulcioOptions{BaseURL: ca.URL, Retries: tries})
-	stamps, err := several("timestamp authority", raw.GetTsaConfig(), cfg.TimestampAuthorityURLs(),
+	k.ca = sgsign.NewFulcio(&sgsign.FulcioOptions{BaseURL: ca.URL, Retries: maxRetries})
+	stamps, err := selectServices("timestamp authority", raw.GetTsaConfig(), cfg.TimestampAuthorityURLs(),
 		sgsign.TimestampAuthorityAPIVersions, now)
 	if err != nil {
 		return err
 	}
 	for _, s := range stamps {
 		k.timestampers = append(k.timestampers,
-			sgsign.NewTimestampAuthority(&sgsign.TimestampAuthorityOptions{URL: s.URL, Retries: tries}))
+			sgsign.NewTimestampAuthority(&sgsign.TimestampAuthorityOptions{URL: s.URL, Retries: maxRetries}))
 	}
-	logs, err := several("log", raw.GetRekorTlogConfig(), cfg.RekorLogURLs(), sgsign.RekorAPIVersions, now)
+	logs, err := selectServices("log", raw.GetRekorTlogConfig(), cfg.RekorLogURLs(), sgsign.RekorAPIVersions, now)
 	if err != nil {
 		return err
 	}
 	for _, s := range logs {
-		k.logs = append(k.logs, sgsign.NewRekor(&sgsign.RekorOptions{BaseURL: s.URL, Retries: tries,
+		k.logs = append(k.logs, sgsign.NewRekor(&sgsign.RekorOptions{BaseURL: s.URL, Retries: maxRetries,
 			Version: s.MajorAPIVersion}))
 	}
 	if len(k.timestampers)+len(k.logs) == 0 {
@@ -124,9 +125,9 @@ func (k *keyless) services(text []byte, now time.Time) error {
 	return nil
 }
 
-// several selects as many services of one kind as the configuration requires. It returns nil if the configuration has
-// no service of this kind.
-func several(kind string, want *prototrust.ServiceConfiguration, all []root.Service, versions []uint32,
+// selectServices selects as many services of one kind as the configuration requires. If the configuration has no
+// service of this kind, selectServices returns nil.
+func selectServices(kind string, want *prototrust.ServiceConfiguration, all []root.Service, versions []uint32,
 	now time.Time) ([]root.Service, error) {
 	if len(all) == 0 {
 		return nil, nil
@@ -139,9 +140,9 @@ func several(kind string, want *prototrust.ServiceConfiguration, all []root.Serv
 	return some, nil
 }
 
-// certified returns a key and its certificate. If the present certificate expires within margin, certified gets a new
-// one.
-func (k *keyless) certified(ctx context.Context) (sgsign.Keypair, *x509.Certificate, error) {
+// certifiedKey returns a key and its certificate. If the present certificate expires within margin, certifiedKey makes
+// a new key and gets a certificate for it.
+func (k *keyless) certifiedKey(ctx context.Context) (sgsign.Keypair, *x509.Certificate, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if time.Now().Before(k.until) {
@@ -164,31 +165,32 @@ func (k *keyless) certified(ctx context.Context) (sgsign.Keypair, *x509.Certific
 	if err != nil {
 		return nil, nil, fmt.Errorf("certificate: %w", err)
 	}
-	// The end is computed from the local clock and the length of the certificate's validity, because the authority's
-	// clock may differ from the local clock.
+	// The time until which the key signs is computed from the local clock and the length of the certificate's validity,
+	// because the authority's clock may differ from the local clock.
 	k.keypair, k.leaf, k.until = fresh, leaf, asked.Add(leaf.NotAfter.Sub(leaf.NotBefore)-margin)
 	return fresh, leaf, nil
 }
 
-// options returns the key for the next signature. options also returns the certificate, which names the signer, and the
-// services that prove the time of the signature.
-func (k *keyless) options(ctx context.Context) (sgsign.Keypair, sgsign.BundleOptions, error) {
-	key, leaf, err := k.certified(ctx)
-	return key, sgsign.BundleOptions{Context: ctx, CertificateProvider: issued{leaf}, TimestampAuthorities: k.timestampers,
-		TransparencyLogs: k.logs}, err
+// bundleOptions returns the key for the next signature. The options that it also returns have the certificate of the
+// key, and the services that prove the time of the signature.
+func (k *keyless) bundleOptions(ctx context.Context) (sgsign.Keypair, sgsign.BundleOptions, error) {
+	key, leaf, err := k.certifiedKey(ctx)
+	return key, sgsign.BundleOptions{Context: ctx, CertificateProvider: issuedCertificate{leaf},
+		TimestampAuthorities: k.timestampers, TransparencyLogs: k.logs}, err
 }
 
-// issued gives the bundle library a certificate that the authority has issued already, so that the library asks for no
-// other one.
-type issued struct{ leaf *x509.Certificate }
+// issuedCertificate gives the bundle library a certificate that exists already, so that the library does not ask the
+// authority for a new one.
+type issuedCertificate struct{ leaf *x509.Certificate }
 
-func (i issued) GetCertificate(context.Context, sgsign.Keypair, *sgsign.CertificateProviderOptions) ([]byte, error) {
+func (i issuedCertificate) GetCertificate(context.Context, sgsign.Keypair, *sgsign.CertificateProviderOptions) ([]byte,
+	error) {
 	return i.leaf.Raw, nil
 }
 
-// explainService gives an error of a service its kind. The error is [fault.Usage] for a wrong token or setting, and
-// [fault.Transient] for a service that may work the next time. Like explain, explainService compares error texts,
-// because the libraries have no error types for this.
+// explainService gives an error of a service its kind and a hint. A wrong token or setting is [fault.Usage]. All other
+// errors are [fault.Transient], because the service may work the next time. The libraries have no error types for this,
+// so explainService compares error texts.
 func explainService(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -211,19 +213,19 @@ func explainService(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Transient, err, "check that the services in the signing configuration can be reached")
 }
 
-// readFile reads a file of at most most bytes.
-func readFile(path string, most int64, hint string) ([]byte, error) {
+// readFile reads a file of at most limit bytes. If the file cannot be opened, the error has the given hint.
+func readFile(path string, limit int64, hint string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, hint)
 	}
 	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, most+1))
+	text, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err != nil {
 		return nil, err
 	}
-	if int64(len(text)) > most {
-		return nil, fault.Errorf(fault.Usage, "the file has more than %d bytes", most)
+	if int64(len(text)) > limit {
+		return nil, fault.Errorf(fault.Usage, "the file has more than %d bytes", limit)
 	}
 	return text, nil
 }

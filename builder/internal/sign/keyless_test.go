@@ -171,7 +171,7 @@ func TestKeylessRefuses(t *testing.T) {
 		{"a token for nobody", keylessRef(t, url, stamps), []sign.Option{given(testkit.Token(t, issuer, "", time.Now()))},
 			fault.Usage, "fresh token"},
 		{"authority of another root", keylessRef(t, testkit.NewAuthority(t).ServeCertificates(t), stamps),
-			[]sign.Option{good}, fault.Usage, "that the signing configuration names"},
+			[]sign.Option{good}, fault.Usage, "deployment in the signing configuration"},
 		{"authority out of reach", keylessRef(t, gone.URL, stamps), []sign.Option{good}, fault.Transient, "can be reached"},
 	}
 	for _, row := range rows {

@@ -20,12 +20,13 @@ import (
 )
 
 // hintRefs shows the form of a key's name for each key manager.
-const hintRefs = "name the key gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V, " +
-	"hashivault://KEY with VAULT_ADDR and VAULT_TOKEN, " +
-	"or NAME://... with a plugin sigstore-kms-NAME on PATH"
+const hintRefs = "give the key in one of three forms: " +
+	"gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V; " +
+	"hashivault://KEY, with VAULT_ADDR and VAULT_TOKEN in the environment; " +
+	"or NAME://..., with the plugin sigstore-kms-NAME on PATH"
 
-const hintGoogle = "give Google credentials: GOOGLE_APPLICATION_CREDENTIALS, gcloud auth application-default login, " +
-	"or a service account of the machine"
+const hintGoogle = "give Google credentials in one of three ways: a service account of the machine, a key file " +
+	"whose path is in GOOGLE_APPLICATION_CREDENTIALS, or a login with: gcloud auth application-default login"
 
 func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerifier, crypto.PublicKey, error) {
 	sv, err := kms.Get(ctx, ref, hash)
@@ -44,10 +45,9 @@ func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerif
 	return sv, pub, nil
 }
 
-// explain gives an error of a KMS its kind. The error is [fault.Usage] for wrong arguments and credentials, which stay
-// wrong until somebody corrects them. It is [fault.Transient] for a service that may answer the next time. The
-// libraries have no error types for this, so explain compares error texts. Any unknown text counts as an error of the
-// service.
+// explain gives an error of a KMS its kind and a hint. Wrong arguments and credentials are [fault.Usage], because they
+// stay wrong until somebody corrects them. All other errors are [fault.Transient], because the KMS may answer the next
+// time. The libraries have no error types for this, so explain compares error texts.
 func explain(err error) error {
 	for _, known := range []struct{ text, hint string }{
 		{"kms specification", hintRefs},
@@ -109,7 +109,7 @@ func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, er
 		return key, nil
 	}()
 	if err != nil {
-		return nil, fmt.Errorf("open key %s: %w", ref, err)
+		return nil, fmt.Errorf("open the key %s: %w", ref, err)
 	}
 	return key, nil
 }

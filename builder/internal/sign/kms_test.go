@@ -58,9 +58,9 @@ func keyPEM(t testing.TB, key crypto.Signer) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
 }
 
-// accepted signs a sample with this signer. accepted checks that the signer's public key verifies the sample and that
+// checkSigner signs a sample with this signer. It checks that the signer's public key verifies the signature, and that
 // another key does not.
-func accepted(t *testing.T, name string, signer *sign.Signer) {
+func checkSigner(t *testing.T, name string, signer *sign.Signer) {
 	t.Helper()
 	public, err := signer.PublicPEM()
 	if err != nil {
@@ -96,13 +96,13 @@ func TestKindsOfKeys(t *testing.T) {
 			t.Errorf("%s: LoadSigner(file) = %v", name, err)
 			continue
 		}
-		accepted(t, name+" in a file", signer)
+		checkSigner(t, name+" in a file", signer)
 		signer, err = sign.LoadSigner(context.WithValue(t.Context(), fake.KmsCtxKey{}, key), "fakekms://key")
 		if err != nil {
 			t.Errorf("%s: LoadSigner(KMS) = %v", name, err)
 			continue
 		}
-		accepted(t, name+" in a KMS", signer)
+		checkSigner(t, name+" in a KMS", signer)
 	}
 }
 
@@ -167,7 +167,7 @@ func TestVault(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	accepted(t, "Vault", signer)
+	checkSigner(t, "Vault", signer)
 	if _, err := sign.LoadSigner(t.Context(), "hashivault://another"); !fault.Is(err, fault.Transient) {
 		t.Errorf("LoadSigner(key that Vault does not have) = %v; want transient", err)
 	}
@@ -221,7 +221,7 @@ func TestPlugin(t *testing.T) {
 			t.Errorf("%s: LoadSigner(plugin) = %v", name, err)
 			continue
 		}
-		accepted(t, name+" in a plugin", signer)
+		checkSigner(t, name+" in a plugin", signer)
 	}
 	if _, err := sign.LoadSigner(t.Context(), "filekey:///none"); !fault.Is(err, fault.Transient) ||
 		!strings.Contains(err.Error(), "no such file") {

@@ -22,13 +22,13 @@ type ReleaseFacts struct {
 	Commit string
 	// Toolchain is the Go version that compiled the release.
 	Toolchain string
-	// BuilderID is a URI that names who made the release.
+	// BuilderID is the URI of the builder that made the release.
 	BuilderID string
 	// Files are the release's files and images. Inputs are the inputs other than the source.
 	Files, Inputs []Material
 }
 
-// Release states in SLSA v1 provenance how the files of a release were made.
+// Release makes a statement about how the files of a release were made, in the form of SLSA v1 provenance.
 func Release(f ReleaseFacts) (Statement, error) {
 	s, err := newRelease(f)
 	if err != nil {

@@ -30,23 +30,23 @@ type Material struct {
 	Digest    string // sha256:...
 }
 
-// BuildFacts is everything that provenance says about a build. The caller sets times and ids, because this package
+// BuildFacts is everything that the provenance says about a build. The caller sets times and ids, because this package
 // reads no clock.
 type BuildFacts struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
 	Materials   []Material
-	// BuilderID is a URI that names the builder. A node's policy may accept certain builders only.
+	// BuilderID is the URI of the builder. A node's policy may accept only certain builders.
 	BuilderID string
-	// InvocationID names this run. If empty, it is left out.
+	// InvocationID is the ID of this run of the builder. If it is empty, the provenance has no such field.
 	InvocationID string
-	// Started and Finished are left out when zero.
+	// Started and Finished are the times of the build's start and end. If a time is zero, the provenance does not have it.
 	Started, Finished time.Time
-	// LogDigest is the digest of the build log. If empty, it is left out.
+	// LogDigest is the digest of the build log. If it is empty, the provenance does not refer to a log.
 	LogDigest string
-	// Facts are further facts about how the artifact was made, such as the vermagic and the versions of the build methods.
-	// They become the internal parameters of the provenance.
+	// Facts are further facts about how the artifact was made, such as the vermagic and the version of each build step's
+	// code. They become the internal parameters of the provenance.
 	Facts map[string]string
 }
 
@@ -59,7 +59,8 @@ type Statement struct {
 // JSON returns the statement as JSON.
 func (s Statement) JSON() []byte { return s.payload }
 
-// Provenance states in SLSA v1 provenance how the artifact with this manifest digest was built.
+// Provenance makes a statement about how the artifact with this manifest digest was built, in the form of SLSA v1
+// provenance.
 func Provenance(digest string, f BuildFacts) (Statement, error) {
 	s, err := newProvenance(digest, f)
 	if err != nil {
@@ -106,8 +107,8 @@ func newProvenance(digest string, f BuildFacts) (Statement, error) {
 	return newStatement(digest, f.Driver, trust.PredicateProvenance, p)
 }
 
-// KernelMatch states that the artifact with this manifest digest fits this COS build. fp is the ABI fingerprint of the
-// COS build's kernel.
+// KernelMatch makes the statement that the artifact with this manifest digest fits this COS build. fp is the ABI
+// fingerprint of the COS build's kernel.
 func KernelMatch(digest string, k target.Kernel, fp target.Fingerprint, d target.Driver) (Statement, error) {
 	predicate, err := toStruct(trust.KernelMatch{Kernel: k, Fingerprint: fp})
 	if err != nil {
@@ -170,14 +171,14 @@ func timestamp(t time.Time) *timestamppb.Timestamp {
 	return timestamppb.New(t.UTC())
 }
 
-// Bundle signs a statement into a Sigstore bundle v0.3: a DSSE envelope, and a hint that names the key. The bundle of a
-// signer with a key has no certificate, timestamp or log entry, so it can be verified offline for as long as the key is
-// trusted. The bundle of a keyless signer also has a certificate and a proof of the time. Before Bundle returns the
-// result, it verifies the result as a node does.
+// Bundle signs a statement into a Sigstore bundle v0.3: a DSSE envelope, and a hint about which key made the signature.
+// The bundle of a signer with a key has no certificate, timestamp or log entry, so it can be verified offline for as
+// long as the key is trusted. The bundle of a keyless signer also has a certificate and a proof of the time. Before
+// Bundle returns the result, it verifies the result as a node does.
 func Bundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 	raw, err := newBundle(ctx, s, st)
 	if err != nil {
-		return nil, fmt.Errorf("sign %s: %w", st.PredicateType, err)
+		return nil, fmt.Errorf("sign the statement of type %s: %w", st.PredicateType, err)
 	}
 	return raw, nil
 }
@@ -191,7 +192,7 @@ func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 	options, explain := sgsign.BundleOptions{Context: ctx}, explainKey
 	if s.keyless != nil {
 		explain = explainService
-		if key, options, err = s.keyless.options(ctx); err != nil {
+		if key, options, err = s.keyless.bundleOptions(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -207,8 +208,8 @@ func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 		// Somebody may have replaced the key in the KMS after it was loaded. The next try loads the new key.
 		kind := fault.Transient
 		if s.keyless != nil {
-			// The trusted root belongs to other services, or the new token names another signer. A retry would fail in
-			// the same way.
+			// The trusted root belongs to other services, or the new token is for another signer. A retry would fail in the same
+			// way.
 			kind = fault.Usage
 		}
 		return nil, fault.Wrap(kind, fmt.Errorf("verify the new signature: %w", err), "")

@@ -16,14 +16,14 @@ import (
 // TestFacts is the content of a test result.
 type TestFacts struct {
 	Driver target.Driver
-	// LoadTest is the verdict with the observations behind it. TestResult keeps only the last [MaxTestLog] bytes of the
-	// kernel's log.
+	// LoadTest is the verdict of the load test, with the observations that led to it. TestResult keeps only the last
+	// [MaxTestLog] bytes of the kernel's log.
 	LoadTest trust.LoadTest
-	// Static names the static checks that passed. An artifact that fails a static check is not load-tested.
+	// Static has the names of the static checks that passed. An artifact that fails a static check gets no load test.
 	Static []string
 	// Warnings are lines of the kernel's log that a person should read even if the test passed.
 	Warnings []string
-	// Configuration names the files that the test used, such as the boot image, with their digests. TestResult adds the
+	// Configuration lists the files that the test used, such as the boot image, with their digests. TestResult adds the
 	// kernel to this list.
 	Configuration []Material
 	// URL is the address of a page about the test, for people. URL may be empty.
@@ -42,7 +42,8 @@ const (
 // underscore, name.
 const fieldLoadTest = "prebake_loadTest"
 
-// TestResult states in in-toto's test-result v0.1 how the artifact with this manifest digest did in its tests.
+// TestResult makes a statement about the tests of the artifact with this manifest digest, in the form of in-toto's
+// test-result v0.1.
 func TestResult(digest string, f TestFacts) (Statement, error) {
 	s, err := newTestResult(digest, f)
 	if err != nil {
@@ -54,7 +55,7 @@ func TestResult(digest string, f TestFacts) (Statement, error) {
 func newTestResult(digest string, f TestFacts) (Statement, error) {
 	t := f.LoadTest
 	t.KernelLog, t.Reason = lastLines(t.KernelLog, MaxTestLog), oneLine(t.Reason)
-	p := &testresult.TestResult{Url: f.URL, PassedTests: lines(f.Static)}
+	p := &testresult.TestResult{Url: f.URL, PassedTests: shortLines(f.Static)}
 	for _, m := range t.Modules {
 		name := "load " + oneLine(m.Name)
 		switch m.Result {
@@ -68,7 +69,7 @@ func newTestResult(digest string, f TestFacts) (Statement, error) {
 			return Statement{}, fmt.Errorf("module %s: result %q: want loaded, skipped or rejected", m.Name, m.Result)
 		}
 	}
-	for _, w := range lines(f.Warnings) {
+	for _, w := range shortLines(f.Warnings) {
 		p.WarnedTests = append(p.WarnedTests, "kernel log: "+w)
 	}
 	summary := t.Verdict
@@ -123,7 +124,7 @@ func newTestResult(digest string, f TestFacts) (Statement, error) {
 	return newStatement(digest, f.Driver, trust.PredicateTestResult, body)
 }
 
-// SBOM states the contents of the artifact with this manifest digest. doc is an SPDX document in JSON.
+// SBOM makes a statement about the contents of the artifact with this manifest digest. doc is an SPDX document in JSON.
 func SBOM(digest string, d target.Driver, doc []byte) (Statement, error) {
 	s, err := func() (Statement, error) {
 		var head struct {
@@ -147,9 +148,9 @@ func SBOM(digest string, d target.Driver, doc []byte) (Statement, error) {
 	return s, nil
 }
 
-// lines shortens a list of lines that come from elsewhere, such as a kernel's log: at most maxTestLines lines, each cut
-// by oneLine. If lines are left out, the last line says how many.
-func lines(texts []string) []string {
+// shortLines shortens a list of texts that come from elsewhere, such as a kernel's log. It returns at most maxTestLines
+// lines, each shortened by oneLine. If it leaves lines out, one more line says how many.
+func shortLines(texts []string) []string {
 	var all []string
 	for i, text := range texts {
 		if i == maxTestLines {
@@ -166,10 +167,10 @@ func oneLine(text string) string {
 	return strings.ToValidUTF8(text[:min(len(text), maxTestLine)], "?")
 }
 
-// lastLines returns the end of a text: as many whole lines as fit into most bytes.
-func lastLines(text string, most int) string {
-	if len(text) > most {
-		_, text, _ = strings.Cut(text[len(text)-most:], "\n")
+// lastLines returns the end of a text: as many whole lines as fit into limit bytes.
+func lastLines(text string, limit int) string {
+	if len(text) > limit {
+		_, text, _ = strings.Cut(text[len(text)-limit:], "\n")
 	}
 	return strings.ToValidUTF8(text, "?")
 }

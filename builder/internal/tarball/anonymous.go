@@ -18,9 +18,9 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// absentObject is the name of an object that never exists. Cloud Storage reports its absence only
-// to callers that may list the bucket. All others get the status 403 (Cloud Storage documentation,
-// "HTTP status and error codes").
+// absentObject is the name of an object that never exists. Cloud Storage tells only callers that may list the bucket
+// that the object does not exist. All others get the status 403 (Cloud Storage documentation, "HTTP status and error
+// codes").
 const absentObject = ".prebake-outsider"
 
 // AnonymousAccess asks the bucket without credentials whether everybody can read the object. If object is "", it asks

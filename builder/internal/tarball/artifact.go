@@ -23,9 +23,9 @@ type repository interface {
 	Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
 }
 
-// FromArtifact unpacks the modules and the firmware of an OCI artifact into dir, which must be empty. FromArtifact
-// returns a release with the facts in the artifact, and the caller adds the COS build and the key. The caller must have
-// verified the artifact's signatures. FromArtifact compares all fetched bytes with their digests.
+// FromArtifact unpacks the modules and the firmware of an OCI artifact into dir, which must be empty. The returned
+// release has the facts that are in the artifact. The caller adds the COS build and the signing key. The caller must
+// have verified the artifact's signatures. FromArtifact compares all fetched bytes with their digests.
 func FromArtifact(ctx context.Context, repo repository, digest, dir string) (Release, error) {
 	r, err := fromArtifact(ctx, repo, digest, dir)
 	if err != nil {
@@ -81,7 +81,7 @@ func unpackLayer(ctx context.Context, repo repository, l bundle.ContentLayer, di
 	return bundle.Unpack(ctx, rc, l.Digest, l.DiffID, l.Size, root)
 }
 
-// verifyIndex verifies the signature of an index and parses the index. have has the bytes of the index. If the bucket
+// verifyIndex verifies the signature of an index and parses the index. have is the content of the index. If the bucket
 // has no index, have is nil and the result is an empty index.
 func (b *Bucket) verifyIndex(ctx context.Context, v *trust.Verifier, k target.Kernel, have []byte) (Index, error) {
 	name := IndexName(k)
@@ -89,7 +89,7 @@ func (b *Bucket) verifyIndex(ctx context.Context, v *trust.Verifier, k target.Ke
 		return Index{Format: indexFormat, BuildID: k.BuildID, Board: k.Board}, nil
 	}
 	digest := bytesObject(name, "", have).sha256
-	signature, _, err := b.small(ctx, stateSignatureName(name, digest), maxSignature)
+	signature, _, err := b.readSmall(ctx, stateSignatureName(name, digest), maxSignature)
 	if err != nil {
 		return Index{}, err
 	}

@@ -38,11 +38,11 @@ type store interface {
 	open(ctx context.Context, name string) (rc io.ReadCloser, token string, err error)
 	// create stores a whole object or nothing; the error is errExists if the name is taken.
 	create(ctx context.Context, u upload) error
-	// replace replaces the object if it is still in the token's state; the error is errChanged
-	// otherwise. The token "" stands for no object.
+	// replace replaces the object if it is still in the state of the token. Otherwise the error is errChanged. The token
+	// "" means that no object of this name may exist.
 	replace(ctx context.Context, u upload, token string) error
-	// remove removes the object if it is still in the token's state; the error is errChanged
-	// otherwise. An object that is already gone is no error.
+	// remove removes the object if it is still in the state of the token. Otherwise the error is errChanged. It is no
+	// error if the object is gone already.
 	remove(ctx context.Context, name, token string) error
 	url(name string) string
 	close() error
@@ -58,8 +58,8 @@ var (
 type Bucket struct{ s store }
 
 // Open returns the destination at gs://BUCKET/PREFIX or file:///FOLDER. The bucket must exist. If the folder does not
-// exist, Open creates it. If the environment variable STORAGE_EMULATOR_HOST names a server, Open uses that server for
-// gs://, as Google's own clients do.
+// exist, Open creates it. If the environment variable STORAGE_EMULATOR_HOST is set to a server's address, Open uses
+// that server for gs://, as Google's own clients do.
 func Open(ctx context.Context, dest string) (*Bucket, error) {
 	u, err := parse(dest)
 	if err != nil {
@@ -79,7 +79,7 @@ func Open(ctx context.Context, dest string) (*Bucket, error) {
 
 // parse returns the URL of a destination: gs:// or file://.
 func parse(dest string) (*url.URL, error) {
-	const hint = "name the destination gs://BUCKET/PREFIX or file:///FOLDER"
+	const hint = "give the destination as gs://BUCKET/PREFIX or file:///FOLDER"
 	u, err := url.Parse(dest)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open destination: %w", err), hint)
@@ -89,25 +89,27 @@ func parse(dest string) (*url.URL, error) {
 			fmt.Sprintf("open destination %s: want a URL without user, query and fragment", u.Redacted()), hint)
 	}
 	if u.Scheme != "gs" && u.Scheme != "file" {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("open destination %q: neither gs:// nor file://", dest), hint)
+		return nil, fault.New(fault.Usage,
+			fmt.Sprintf("open destination %q: the URL begins neither with gs:// nor with file://", dest), hint)
 	}
 	return u, nil
 }
 
-// Is reports whether a destination's name belongs to [Open]. Other names are OCI repositories.
+// Is reports whether dest is a destination for [Open], which is a gs:// or file:// URL. Any other destination is an OCI
+// repository.
 func Is(dest string) bool {
 	u, err := url.Parse(dest)
 	return err == nil && (u.Scheme == "gs" || u.Scheme == "file")
 }
 
-// Close closes connections and folders.
+// Close closes the connections or the folder of the destination.
 func (b *Bucket) Close() error { return b.s.close() }
 
 // URL returns an object's URL.
 func (b *Bucket) URL(name string) string { return b.s.url(name) }
 
-// small reads an object of at most limit bytes. data is nil if there is no object.
-func (b *Bucket) small(ctx context.Context, name string, limit int64) (data []byte, token string, err error) {
+// readSmall reads a whole object of at most limit bytes. If there is no object, data is nil.
+func (b *Bucket) readSmall(ctx context.Context, name string, limit int64) (data []byte, token string, err error) {
 	rc, token, err := b.s.open(ctx, name)
 	if errors.Is(err, errAbsent) {
 		return nil, "", nil
@@ -128,22 +130,22 @@ func (b *Bucket) small(ctx context.Context, name string, limit int64) (data []by
 	return data, token, nil
 }
 
-// tries limits the attempts to change one object. Only a change by another writer leads to a new
-// attempt.
-const tries = 256
+// maxTries is the largest number of attempts to change one object. A new attempt follows only if another writer changed
+// the object during the last one.
+const maxTries = 256
 
-// update changes an object. It calls change with the object's present bytes, or with nil if there is no object, and
-// writes what change returns. Before each write, update calls before with the new bytes. If another writer changes the
-// object in between, update starts again. If change returns the present bytes, update writes nothing and changed is
-// false. data are the object's bytes after the call.
+// update changes the content of an object. The function next gets the present content, or nil if there is no object,
+// and returns the new content. If both are equal, update writes nothing and changed is false. Before each write, update
+// calls the function prepare with the new content. If another writer changes the object between reading and writing,
+// update starts again. data is the object's content after the call.
 func (b *Bucket) update(ctx context.Context, name, contentType string, limit int64,
-	change func(have []byte) ([]byte, error), before func(data []byte) error) (changed bool, data []byte, err error) {
-	for range tries {
-		have, token, err := b.small(ctx, name, limit)
+	next func(have []byte) ([]byte, error), prepare func(data []byte) error) (changed bool, data []byte, err error) {
+	for range maxTries {
+		have, token, err := b.readSmall(ctx, name, limit)
 		if err != nil {
 			return false, nil, err
 		}
-		want, err := change(have)
+		want, err := next(have)
 		if err != nil {
 			return false, nil, fmt.Errorf("update %s: %w", b.URL(name), err)
 		}
@@ -154,7 +156,7 @@ func (b *Bucket) update(ctx context.Context, name, contentType string, limit int
 			return false, nil, fault.Errorf(fault.PublishRefused,
 				"update %s: the object would have %d bytes; readers accept at most %d", b.URL(name), len(want), limit)
 		}
-		if err := before(want); err != nil {
+		if err := prepare(want); err != nil {
 			return false, nil, err
 		}
 		err = b.s.replace(ctx, bytesObject(name, contentType, want).upload, token)
@@ -168,12 +170,12 @@ func (b *Bucket) update(ctx context.Context, name, contentType string, limit int
 	return false, nil, busy("update", b.URL(name))
 }
 
-// remove removes an object if such returns true for its bytes, and reports whether it removed the object. If another
-// writer changes the object in between, remove starts again.
-func (b *Bucket) remove(ctx context.Context, name string, limit int64, such func(have []byte) bool) (bool, error) {
-	for range tries {
-		have, token, err := b.small(ctx, name, limit)
-		if err != nil || have == nil || !such(have) {
+// remove removes an object if the function matches returns true for its content. It reports whether it removed the
+// object. If another writer changes the object between reading and removing, remove starts again.
+func (b *Bucket) remove(ctx context.Context, name string, limit int64, matches func(have []byte) bool) (bool, error) {
+	for range maxTries {
+		have, token, err := b.readSmall(ctx, name, limit)
+		if err != nil || have == nil || !matches(have) {
 			return false, err
 		}
 		switch err = b.s.remove(ctx, name, token); {
@@ -188,6 +190,6 @@ func (b *Bucket) remove(ctx context.Context, name string, limit int64, such func
 
 func busy(verb, url string) error {
 	return fault.New(fault.Transient,
-		fmt.Sprintf("%s %s: other writers changed the object during each of %d attempts", verb, url, tries),
+		fmt.Sprintf("%s %s: other writers changed the object during each of %d attempts", verb, url, maxTries),
 		"run the command again when fewer builders publish for this COS build")
 }

@@ -31,7 +31,7 @@ func (f Form) Add(have []byte, version string, serves func(string) bool) ([]byte
 	return f.edit(have, withVersion(version, serves))
 }
 
-// Relabel removes the labels in drop and sets those in give.
+// Relabel removes the labels in drop and sets the labels in give.
 func (f Form) Relabel(have []byte, drop, give []Label) ([]byte, error) {
 	return f.edit(have, withLabels(drop, give))
 }
@@ -51,7 +51,7 @@ func Pack(ctx context.Context, r Release, dst string, xattr func(*os.File, strin
 	return o.sha256, err
 }
 
-// OpenFolder opens a folder as a destination. flush stands in for (*os.File).Sync of folders.
+// OpenFolder opens a folder as a destination. The function flush takes the place of (*os.File).Sync for folders.
 func OpenFolder(dir string, flush func(*os.File) error) (*Bucket, error) {
 	f, err := openFolder(&url.URL{Scheme: "file", Path: dir}, flush)
 	if err != nil {
@@ -60,8 +60,9 @@ func OpenFolder(dir string, flush func(*os.File) error) (*Bucket, error) {
 	return &Bucket{f}, nil
 }
 
-// Breaking returns a destination whose calls can fail. Every call calls before at its start, and a call that writes
-// also calls after at its end. If before or after returns an error, the call returns this error.
+// Breaking returns a destination whose calls can fail. Every call runs the function before at its start. A call that
+// writes also runs the function after at its end. If one of these functions returns an error, the call returns that
+// error.
 func Breaking(b *Bucket, before, after func() error) *Bucket {
 	return &Bucket{&breaking{b.s, before, after}}
 }

@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// folder is a destination on a disk. A lock file lets only one writer work at a time, of all processes. Readers need no
-// lock, because objects appear only by link and rename.
+// folder is a destination on a disk. A lock file makes sure that only one writer of all processes works at a time.
+// Readers need no lock, because objects appear only by link and rename.
 type folder struct {
 	dir   string
 	root  *os.Root
@@ -34,13 +34,13 @@ const lockPause = 20 * time.Millisecond
 const (
 	ownFolder = ".prebake"
 	lockFile  = ownFolder + "/lock"
-	// partFile is the object that is being written. Only one writer works at a time, so a writer may overwrite the
+	// partFile has the object that is being written. Only one writer works at a time, so a writer may overwrite the
 	// partFile that a killed writer left.
 	partFile = ownFolder + "/part"
 )
 
-// openFolder opens a folder, and makes the folder if it does not exist. flush writes a folder's entries to the disk;
-// except in tests, flush is (*os.File).Sync.
+// openFolder opens a folder, and makes the folder if it does not exist. The function flush syncs an open folder to the
+// disk: it is (*os.File).Sync, except in tests.
 func openFolder(u *url.URL, flush func(*os.File) error) (*folder, error) {
 	dir, err := folderPath(u)
 	if err != nil {
@@ -63,8 +63,8 @@ func folderPath(u *url.URL) (string, error) {
 	return filepath.Clean(u.Path), nil
 }
 
-// makeFolder makes a folder and its missing parents. It flushes the folder above each new one, so
-// that the new name survives a crash.
+// makeFolder makes a folder and its missing parents. It syncs the parent of each new folder to the disk, so that the
+// new folder's name survives a crash.
 func makeFolder(dir string, flush func(*os.File) error) error {
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -96,7 +96,7 @@ func (f *folder) stat(_ context.Context, name string) (attrs, bool, error) {
 	return attrs{size: info.Size()}, true, nil
 }
 
-// open's token is the digest of the content, so it does not depend on clocks.
+// open returns the digest of the content as the token. Unlike a file's time, a digest does not depend on a clock.
 func (f *folder) open(_ context.Context, name string) (io.ReadCloser, string, error) {
 	token, err := f.digest(name)
 	if err != nil {
@@ -142,7 +142,7 @@ func (f *folder) create(ctx context.Context, u upload) error {
 
 func (f *folder) replace(ctx context.Context, u upload, token string) error {
 	return f.locked(ctx, func() error {
-		if err := f.still(u.name, token); err != nil {
+		if err := f.checkUnchanged(u.name, token); err != nil {
 			return err
 		}
 		if err := f.write(ctx, u); err != nil {
@@ -157,7 +157,7 @@ func (f *folder) replace(ctx context.Context, u upload, token string) error {
 
 func (f *folder) remove(ctx context.Context, name, token string) error {
 	return f.locked(ctx, func() error {
-		if err := f.still(name, token); err != nil {
+		if err := f.checkUnchanged(name, token); err != nil {
 			return err
 		}
 		if err := f.root.Remove(name); err != nil {
@@ -167,8 +167,8 @@ func (f *folder) remove(ctx context.Context, name, token string) error {
 	})
 }
 
-// still returns errChanged if a file is not in the token's state.
-func (f *folder) still(name, token string) error {
+// checkUnchanged returns errChanged if a file is not in the state of the token any more.
+func (f *folder) checkUnchanged(name, token string) error {
 	have, err := f.digest(name)
 	if err != nil && !errors.Is(err, errAbsent) {
 		return err
@@ -190,7 +190,7 @@ func (f *folder) locked(ctx context.Context, do func() error) error {
 	return errors.Join(do(), l.Unlock())
 }
 
-// write writes the object to partFile and syncs it to the disk.
+// write writes the object to partFile and syncs that file to the disk.
 func (f *folder) write(ctx context.Context, u upload) error {
 	if err := f.root.MkdirAll(path.Dir(u.name), 0o755); err != nil {
 		return onDisk(err)

@@ -9,9 +9,8 @@ import (
 	"github.com/prebake/prebake/builder/internal/tarball"
 )
 
-// After a crash, a folder has for certain only the names that it had when it was last flushed to
-// the disk. So after a publish, every folder must have been flushed with all its names, among them
-// the names of new folders.
+// After a crash, a folder may lack every name that was added to it after its last fsync. So Publish must sync a folder
+// after it has added the last name to it. The name may be that of a new folder.
 func TestNamesSurviveACrash(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)

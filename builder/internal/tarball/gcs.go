@@ -21,8 +21,8 @@ import (
 // googleBucket is a destination in Google Cloud Storage.
 type googleBucket struct{ gcs.Bucket }
 
-// maxAttempts limits the attempts of the library for one request. Every write here has a
-// precondition, so the library may repeat it.
+// maxAttempts is how often the library may send one request. It may also repeat a write, because every write here has a
+// precondition.
 const maxAttempts = 6
 
 func openGCS(ctx context.Context, u *url.URL) (*googleBucket, error) {
@@ -35,8 +35,8 @@ func openGCS(ctx context.Context, u *url.URL) (*googleBucket, error) {
 	}
 	client, err := storage.NewClient(ctx)
 	if err != nil {
-		// A bucket may still be writable without credentials, as in an emulator. Google itself
-		// refuses the write and names the missing credentials.
+		// A bucket may still be writable without credentials, as in an emulator. Google itself refuses such a write, and says
+		// in the error that the credentials are missing.
 		client, err = storage.NewClient(ctx, option.WithoutAuthentication())
 	}
 	if err != nil {
@@ -61,7 +61,7 @@ func (g *googleBucket) stat(ctx context.Context, name string) (attrs, bool, erro
 	return attrs{size: a.Size, md5: hex.EncodeToString(a.MD5)}, true, nil
 }
 
-// open's token is the object's generation.
+// open returns the object's generation as the token.
 func (g *googleBucket) open(ctx context.Context, name string) (io.ReadCloser, string, error) {
 	r, err := g.Object(name).ReadCompressed(true).NewReader(ctx)
 	if errors.Is(err, storage.ErrObjectNotExist) {
@@ -107,7 +107,7 @@ func (g *googleBucket) remove(ctx context.Context, name, token string) error {
 	return g.fault(ctx, err)
 }
 
-// state returns the condition that an object is still in the token's state.
+// state returns the precondition that an object is still in the state of the token.
 func state(token string) (storage.Conditions, error) {
 	generation, err := strconv.ParseInt(token, 10, 64)
 	if err != nil || generation == 0 {
@@ -165,7 +165,7 @@ func (g *googleBucket) fault(ctx context.Context, err error) error {
 		return fault.Wrap(fault.Usage, err, "make the bucket "+g.BucketName()+", or name another bucket")
 	case gcs.Status(err) == http.StatusUnauthorized, gcs.Status(err) == http.StatusForbidden:
 		return fault.Wrap(fault.PublishRefused, err,
-			"log in with gcloud auth application-default login as somebody who may create objects in "+g.BucketName())
+			"log in as somebody who may create objects in "+g.BucketName()+": gcloud auth application-default login")
 	case gcs.Refused(gcs.Status(err)):
 		return fault.Wrap(fault.PublishRefused, err, "")
 	}

@@ -10,7 +10,7 @@ import (
 // Has reports whether a COS build's [Index] lists a driver that was made from this OCI artifact. Callers use Has to
 // decide whether the driver must be published. Has verifies no signature; [Publish] examines every object itself.
 func Has(ctx context.Context, b *Bucket, k target.Kernel, d target.Driver, artifact string) (bool, error) {
-	text, _, err := b.small(ctx, IndexName(k), maxIndex)
+	text, _, err := b.readSmall(ctx, IndexName(k), maxIndex)
 	if err != nil || text == nil {
 		return false, err
 	}

@@ -17,7 +17,8 @@ import (
 // indexFormat is the only format that this program writes and reads.
 const indexFormat = 1
 
-// These constants limit the bytes, the drivers and the labels of an index. One entry has about 2 KB.
+// These constants limit the size of an index in bytes, and the numbers of its drivers and labels. One entry has about 2
+// KB.
 const (
 	maxIndex   = 4 << 20
 	maxEntries = 2000
@@ -25,16 +26,15 @@ const (
 )
 
 // Index lists the drivers that are published for one COS build, for programs to read. The index is one of the few
-// objects that change: builders add drivers and never alter them, and move labels to other versions. The index contains
-// no time, so equal content gives equal bytes.
+// objects that change. Builders add drivers to it, and never change or remove a driver. They also set, move and remove
+// labels. The index has no time in it, so that equal lists give equal files.
 type Index struct {
 	Format  int    `json:"format"`
 	BuildID string `json:"buildId"`
 	Board   string `json:"board"`
 	// Drivers are sorted by version and flavour.
 	Drivers []Entry `json:"drivers"`
-	// Labels are the labels that builders set. A label in gpu_driver_versions that is missing here
-	// was set by somebody else.
+	// Labels are the labels that builders set. If a label in gpu_driver_versions is missing here, somebody else set it.
 	Labels []Label `json:"labels,omitempty"`
 }
 
@@ -57,7 +57,7 @@ type Entry struct {
 	Files   []File        `json:"files"`
 }
 
-// RunfileEntry names NVIDIA's runfile.
+// RunfileEntry is the entry of NVIDIA's runfile in an index.
 type RunfileEntry struct {
 	Name   string `json:"name"`
 	SHA256 string `json:"sha256"`
@@ -127,7 +127,8 @@ func (e Entry) check(k target.Kernel) error {
 	}
 	name := TarballName(k, e.Driver)
 	if e.Object != name || e.Signature != signatureName(name) {
-		return fmt.Errorf("object %.200q with signature %.200q; want %q", e.Object, e.Signature, name)
+		return fmt.Errorf("object %.200q with signature %.200q; want object %q with signature %q", e.Object,
+			e.Signature, name, signatureName(name))
 	}
 	digests := []string{e.SHA256}
 	if e.Artifact != "" {
@@ -158,9 +159,9 @@ func (e Entry) compare(o Entry) int {
 		strings.Compare(string(e.Flavour), string(o.Flavour)))
 }
 
-// with returns the index with this entry added. If the index has an entry for the driver with other
-// content, with returns an error, because an entry is never altered.
-func (x Index) with(e Entry) (Index, error) {
+// withEntry returns the index with the entry e added. If the index has an entry of this driver for another tarball or
+// artifact, withEntry returns an error, because a published driver is never replaced.
+func (x Index) withEntry(e Entry) (Index, error) {
 	x.Drivers = slices.Clone(x.Drivers)
 	i, found := slices.BinarySearchFunc(x.Drivers, e, Entry.compare)
 	if !found {
@@ -170,10 +171,10 @@ func (x Index) with(e Entry) (Index, error) {
 	have := x.Drivers[i]
 	if have.SHA256 != e.SHA256 || have.Artifact != e.Artifact || have.Fingerprint != e.Fingerprint {
 		return x, fault.New(fault.PublishRefused,
-			fmt.Sprintf("the index has driver %s already, as tarball %s of artifact %s; the new tarball is %s of artifact %s",
+			fmt.Sprintf("the index already has driver %s: tarball %s from artifact %s; the new tarball is %s from artifact %s",
 				e.Driver, have.SHA256, have.Artifact, e.SHA256, e.Artifact),
-			"run builder reproduce on the artifact of the published tarball to see what differs, because equal inputs give "+
-				"equal digests; a published tarball is never replaced")
+			"a published tarball is never replaced, and equal inputs give equal digests; to see what differs, run builder "+
+				"reproduce on the artifact of the published tarball")
 	}
 	// A copy of the runfile may be added later than the driver.
 	if e.Runfile != nil && (have.Runfile == nil || have.Runfile.SHA256 == e.Runfile.SHA256 && have.Runfile.Object == "" &&

@@ -20,13 +20,14 @@ import (
 type Label struct {
 	// Label is DEFAULT, LATEST or a branch such as R535.
 	Label string `json:"label"`
-	// GPUType is the row of gpu_driver_versions in which the label is. "" stands for the label's own object, such as
-	// gpu_default_version: it holds only the label's version, and installers of older milestones read it.
+	// GPUType is the gpu_type of the row in gpu_driver_versions that has the label. "" stands for the label's own object,
+	// such as gpu_default_version. That object has only the label's version. The installers of older milestones read it.
 	GPUType string `json:"gpuType,omitempty"`
 	Version string `json:"version"`
 	// Builder is the URI of the builder that set the label. Only this builder may move or remove the label.
 	Builder string `json:"builder"`
-	// Declared says that an operator asked for the label. If false, the builder copied the label from COS's own list.
+	// Declared is true if an operator asked for the label. If Declared is false, the builder copied the label from COS's
+	// own list.
 	Declared bool `json:"declared,omitempty"`
 }
 
@@ -43,12 +44,13 @@ func (l Label) check(x Index) error {
 		return fmt.Errorf("version %.40q is not published", l.Version)
 	}
 	if l.Builder == "" {
-		return errors.New("the label names no builder")
+		return errors.New("the label has no builder")
 	}
 	return nil
 }
 
-// installable returns the entry of a version that Google's installer can use.
+// installable returns the entry of a version whose driver Google's installer can use. The second result is false if
+// there is none.
 func (x Index) installable(version string) (Entry, bool) {
 	i := slices.IndexFunc(x.Drivers, func(e Entry) bool { return e.Version == version && forInstaller(e.Driver) })
 	if i < 0 {
@@ -60,20 +62,20 @@ func (x Index) installable(version string) (Entry, bool) {
 // Labelling describes the wanted labels of one COS build's drivers.
 type Labelling struct {
 	Kernel target.Kernel
-	// Builder is the URI of the builder that sets the labels. Labels that other builders set stay.
+	// Builder is the URI of the builder that sets the labels. Labels of other builders stay as they are.
 	Builder string
-	// Declared maps each label that an operator declared to the version that gets the label. ""
-	// means that the version is unknown now: the label then stays as it is.
+	// Declared maps each label that an operator declared to the version that gets the label. The version "" means that the
+	// version is not known now; then the label stays as it is.
 	Declared map[string]string
 	// FromCOS maps each of COS's labels to the version that has the label at COS. If the operator
 	// declared the same label, the declared version has precedence.
 	FromCOS map[string]string
-	// Complete says that Declared and FromCOS have all labels that Builder wants. SetLabels then removes all other labels
-	// that Builder set before.
+	// Complete is true if Declared and FromCOS together have all labels that Builder wants. Then SetLabels removes every
+	// other label that Builder set before.
 	Complete bool
 	// Signer signs the index and the lists.
 	Signer *sign.Signer
-	// Verifier verifies what was published before; nil means that only Signer's key is trusted.
+	// Verifier verifies the signatures of what was published before. With nil, only Signer's key is trusted.
 	Verifier *trust.Verifier
 }
 
@@ -86,7 +88,7 @@ type Labelled struct {
 	// Absent lists the declared labels whose version is not published in this bucket. SetLabels does not change these
 	// labels.
 	Absent []string `json:"absent,omitempty"`
-	// Existed says that no change was necessary.
+	// Existed is true if nothing had to be changed.
 	Existed bool `json:"existed"`
 }
 
@@ -95,34 +97,34 @@ type lister interface {
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
 }
 
-// COSLabels returns the labels that a COS release bucket sets for a COS build. Each label maps to its version. If the
-// bucket has no list of drivers for the COS build, there are no labels.
+// COSLabels returns the labels that a COS release bucket sets for a COS build. The result maps each label to its
+// version. It is empty if the bucket has no list of drivers for the COS build.
 func COSLabels(ctx context.Context, b lister, k target.Kernel) (map[string]string, error) {
 	list, err := b.Drivers(ctx, k)
 	if err != nil && !fault.Is(err, fault.InputMissing) {
 		return nil, err
 	}
-	said := map[string]string{}
-	maps.Copy(said, list.Branches)
+	found := map[string]string{}
+	maps.Copy(found, list.Branches)
 	for label, version := range map[string]string{"DEFAULT": list.Default, "LATEST": list.Latest} {
 		if version != "" {
-			said[label] = version
+			found[label] = version
 		}
 	}
-	return said, nil
+	return found, nil
 }
 
-// SetLabels sets labels in gpu_driver_versions, for versions whose tarball in the bucket is
-// complete and signed. If somebody else set a declared label on another version, the error is
-// [fault.PublishRefused] and nothing changes.
+// SetLabels sets labels in gpu_driver_versions. A version gets a label only if its tarball in the bucket is complete
+// and signed. If somebody else set a declared label on another version, the error is [fault.PublishRefused] and nothing
+// changes.
 //
-// SetLabels first writes to the index which labels the builder is about to set, and removes dropped labels from the
-// index last. So the index names the builder of every label, even after an interruption. With the index, a builder
-// recognizes the labels of other builders.
+// The index lists every label with its builder, so that a builder recognizes the labels of other builders. This must be
+// true even if SetLabels is interrupted. So SetLabels writes new labels to the index before it sets them, and removes
+// old labels from the index after it has removed them everywhere else.
 func SetLabels(ctx context.Context, b *Bucket, l Labelling) (Labelled, error) {
 	got, err := setLabels(ctx, b, l)
 	if err != nil {
-		return Labelled{}, fmt.Errorf("label drivers for %s: %w", l.Kernel, err)
+		return Labelled{}, fmt.Errorf("set the labels of drivers for %s: %w", l.Kernel, err)
 	}
 	return got, nil
 }
@@ -139,7 +141,7 @@ func setLabels(ctx context.Context, b *Bucket, l Labelling) (_ Labelled, err err
 		}
 	}
 	url := b.URL(cosbucket.DriverVersionsBinName(l.Kernel))
-	have, _, err := b.small(ctx, IndexName(l.Kernel), maxIndex)
+	have, _, err := b.readSmall(ctx, IndexName(l.Kernel), maxIndex)
 	if err != nil {
 		return Labelled{}, err
 	}
@@ -147,7 +149,7 @@ func setLabels(ctx context.Context, b *Bucket, l Labelling) (_ Labelled, err err
 		return Labelled{URL: url, Absent: slices.Sorted(maps.Keys(l.Declared)), Existed: true}, nil
 	}
 	var c claims
-	if err := p.labels(ctx, func(x Index) (_ []Label, err error) {
+	if err := p.updateLabels(ctx, func(x Index) (_ []Label, err error) {
 		if c, err = p.claim(ctx, x, l); err != nil {
 			return nil, err
 		}
@@ -157,15 +159,15 @@ func setLabels(ctx context.Context, b *Bucket, l Labelling) (_ Labelled, err err
 		return Labelled{}, err
 	}
 	if len(c.want)+len(c.drop) > 0 {
-		if err := p.versions(ctx, withLabels(c.drop, c.want)); err != nil {
+		if err := p.updateVersions(ctx, withLabels(c.drop, c.want)); err != nil {
 			return Labelled{}, err
 		}
-		if err := p.versionObjects(ctx, c); err != nil {
+		if err := p.updateVersionObjects(ctx, c); err != nil {
 			return Labelled{}, err
 		}
 	}
 	if len(c.drop) > 0 {
-		if err := p.labels(ctx, func(x Index) ([]Label, error) {
+		if err := p.updateLabels(ctx, func(x Index) ([]Label, error) {
 			return slices.DeleteFunc(slices.Clone(x.Labels), func(have Label) bool { return isLabelled(c.drop, have) }), nil
 		}); err != nil {
 			return Labelled{}, err
@@ -179,10 +181,10 @@ func (l Labelling) check() error {
 		return fault.Wrap(fault.Usage, err, "")
 	}
 	if l.Signer == nil {
-		return fault.New(fault.Usage, "no signing key", "name a key with --key")
+		return fault.New(fault.Usage, "no signing key", "give a signing key with --key")
 	}
 	if l.Builder == "" {
-		return fault.New(fault.Usage, "the builder has no name", "name the builder with --builder-id URI")
+		return fault.New(fault.Usage, "the builder has no ID", "give the builder an ID, which is a URI, with --builder-id")
 	}
 	for label, version := range l.Declared {
 		if _, err := target.ParseLabel(label); err != nil {
@@ -198,34 +200,35 @@ func (l Labelling) check() error {
 	return nil
 }
 
-// labels replaces the labels in the index by those that change returns.
-func (p *publisher) labels(ctx context.Context, change func(Index) ([]Label, error)) error {
-	return p.change(ctx, listing{IndexName(p.Kernel), "application/json", maxIndex, func(have []byte) ([]byte, error) {
-		x, err := p.index(ctx, have)
+// updateLabels replaces the labels in the index by the labels that the function next returns.
+func (p *publisher) updateLabels(ctx context.Context, next func(Index) ([]Label, error)) error {
+	return p.update(ctx, listing{IndexName(p.Kernel), "application/json", maxIndex, func(have []byte) ([]byte, error) {
+		x, err := p.readIndex(ctx, have)
 		if err != nil {
 			return nil, err
 		}
-		if x.Labels, err = change(x); err != nil {
+		if x.Labels, err = next(x); err != nil {
 			return nil, err
 		}
 		slices.SortFunc(x.Labels, Label.compare)
 		if len(x.Labels) > maxLabels {
-			return nil, fault.Errorf(fault.PublishRefused, "%d labels; at most %d are read", len(x.Labels), maxLabels)
+			return nil, fault.Errorf(fault.PublishRefused, "the index would have %d labels; readers accept at most %d",
+				len(x.Labels), maxLabels)
 		}
 		return x.marshal()
 	}})
 }
 
-// isLabelled reports whether a label is in the list. The field Declared is not compared.
+// isLabelled reports whether the list has the label l. It does not compare the field Declared.
 func isLabelled(all []Label, l Label) bool {
 	return slices.ContainsFunc(all, func(have Label) bool { return have.compare(l) == 0 })
 }
 
-// claims holds the labels to set and to remove, computed from a labelling and the published state.
+// claims has the labels that a call of SetLabels sets and removes.
 type claims struct {
 	want, drop []Label
-	given      map[string]string // for Labelled.Labels
-	absent     []string          // for Labelled.Absent
+	given      map[string]string // becomes Labelled.Labels
+	absent     []string          // becomes Labelled.Absent
 	conflicts  []error           // one for each declared label that somebody else set on another version
 }
 
@@ -265,11 +268,12 @@ func (p *publisher) checkStored(ctx context.Context, e Entry) error {
 	case err != nil:
 		return err
 	case !ok:
-		return refuse("the object is not there")
+		return refuse("the object does not exist")
 	case a.size != e.Size || a.md5 != "" && a.md5 != e.MD5:
-		return refuse(fmt.Sprintf("it has %d bytes and md5 %q; the index says %d and %q", a.size, a.md5, e.Size, e.MD5))
+		return refuse(fmt.Sprintf("it has %d bytes and MD5 %q; the index says %d bytes and MD5 %q", a.size, a.md5,
+			e.Size, e.MD5))
 	}
-	signature, _, err := p.bucket.small(ctx, e.Signature, maxSignature)
+	signature, _, err := p.bucket.readSmall(ctx, e.Signature, maxSignature)
 	if err != nil {
 		return err
 	}
@@ -284,8 +288,8 @@ func (p *publisher) checkStored(ctx context.Context, e Entry) error {
 	return nil
 }
 
-// wanted returns the declared labels and COS's labels, with their versions.
-func (l Labelling) wanted() map[string]string {
+// wantedLabels returns the declared labels and COS's labels, with their versions.
+func (l Labelling) wantedLabels() map[string]string {
 	all := map[string]string{}
 	for label, version := range l.FromCOS {
 		if target.CheckLabel(label, version) == nil { // COS may add labels that this program does not know
@@ -306,7 +310,7 @@ func (l Labelling) claim(x Index, s labelState) claims {
 		}
 	}
 	settled := map[string]bool{}
-	wanted := l.wanted()
+	wanted := l.wantedLabels()
 	for _, label := range slices.Sorted(maps.Keys(wanted)) {
 		before := slices.DeleteFunc(slices.Clone(mine), func(have Label) bool { return have.Label != label })
 		_, declared := l.Declared[label]
@@ -333,16 +337,16 @@ func (l Labelling) claim(x Index, s labelState) claims {
 	return c
 }
 
-// assign adds a label to the claims: for each of these rows of gpu_driver_versions, and for the label's own object. A
-// label from COS goes only to the rows for no particular product. The reason: a list with rows for products was copied
-// from COS, and has COS's labels already.
+// assign adds the label l to the claims: once for each row of gpu_driver_versions in rows, and once for the label's own
+// object. A label from COS is added only for rows that are for no particular product (see isGeneral). The reason: a
+// list that has rows for products was copied from COS, and has COS's labels already.
 func (c *claims) assign(s labelState, x Index, mine []Label, rows []string, l Label) {
 	for _, row := range append(rows, "") {
-		if _, given := c.given[l.Label]; row == "" && !given || row != "" && !l.Declared && !general(row) {
+		if _, given := c.given[l.Label]; row == "" && !given || row != "" && !l.Declared && !isGeneral(row) {
 			continue
 		}
 		l.GPUType = row
-		version, by := s.foreign(x, mine, l)
+		version, by := s.foreignVersion(x, mine, l)
 		switch {
 		case version == "":
 			c.want = append(c.want, l)
@@ -352,7 +356,7 @@ func (c *claims) assign(s labelState, x Index, mine []Label, rows []string, l La
 		case version != l.Version:
 			continue
 		}
-		if general(row) {
+		if isGeneral(row) {
 			c.given[l.Label] = l.Version
 		}
 	}
@@ -364,13 +368,13 @@ func taken(l Label, version, by string) error {
 		where = "in the label's own object"
 	}
 	return fault.New(fault.PublishRefused,
-		fmt.Sprintf("label %s is not given to version %s: version %s has this label %s, set by %s", l.Label, l.Version,
+		fmt.Sprintf("set label %s on version %s: version %s has this label already, %s, set by %s", l.Label, l.Version,
 			version, where, by),
-		"ask for another label (--label, or labels in the wish list), or let the one who set this label remove it from the "+
-			"bucket; a builder never moves a label that it did not set")
+		"choose another label, with --label or in the wish list; or ask whoever set this label to remove it from the "+
+			"bucket, because a builder never moves a label of somebody else")
 }
 
-// versionObject returns the name of the label's own object, which holds only the label's version.
+// versionObject returns the name of the label's own object. That object has only the label's version.
 func versionObject(k target.Kernel, label string) string {
 	switch label {
 	case "DEFAULT":
@@ -381,13 +385,13 @@ func versionObject(k target.Kernel, label string) string {
 	return cosbucket.BranchVersionName(k, label)
 }
 
-// versionObjects writes and removes the labels' own objects, each of which holds one label's version.
-func (p *publisher) versionObjects(ctx context.Context, c claims) error {
+// updateVersionObjects writes and removes the labels' own objects. Each of them has the version of one label.
+func (p *publisher) updateVersionObjects(ctx context.Context, c claims) error {
 	for _, w := range c.want {
 		if w.GPUType != "" {
 			continue
 		}
-		if err := p.change(ctx, listing{versionObject(p.Kernel, w.Label), text, maxVersions,
+		if err := p.update(ctx, listing{versionObject(p.Kernel, w.Label), text, maxVersions,
 			func(have []byte) ([]byte, error) {
 				is := strings.TrimSpace(string(have))
 				if have != nil && is != w.Version && !hasVersion(c.drop, w.Label, is) {

@@ -46,9 +46,9 @@ func labelling(s *sign.Signer, declared, said labels) tarball.Labelling {
 		Complete: true, Signer: s}
 }
 
-// lasting returns the objects without the signatures of lists and index, because signatures of former states stay in
-// the bucket.
-func lasting(all map[string]string) map[string]string {
+// withoutStates returns the objects without the signatures of lists and index, because the signatures of their former
+// states stay in the bucket.
+func withoutStates(all map[string]string) map[string]string {
 	all = maps.Clone(all)
 	maps.DeleteFunc(all, func(name, _ string) bool {
 		return strings.Contains(name, ".sha256-") && strings.HasSuffix(name, ".sigstore.json")
@@ -56,7 +56,8 @@ func lasting(all map[string]string) map[string]string {
 	return all
 }
 
-// rowsOf returns one line for each label in the text form: row, label, version. The binary form must say the same.
+// rowsOf returns one line for each label in the text form of gpu_driver_versions, with row, label and version. The
+// binary form must have the same labels.
 func rowsOf(t testing.TB, all map[string]string) []string {
 	t.Helper()
 	var forms [2][]string
@@ -89,7 +90,7 @@ func rowsOf(t testing.TB, all map[string]string) []string {
 // The labels in a bucket follow the declared labels and COS's labels. A label that nobody wants any more disappears
 // completely.
 func TestLabels(t *testing.T) {
-	places(t, func(t *testing.T, dest string) {
+	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
 		v, err := s.Verifier()
 		if err != nil {
@@ -145,7 +146,7 @@ func TestLabels(t *testing.T) {
 					t.Fatalf("%s: labels (-want +got):\n%s", row.name, diff)
 				}
 				check(t, all, v)
-				signed(t, all, s)
+				checkSigned(t, all, s)
 			}
 			if row.name == "declared" {
 				b, err := cosbucket.Open(t.Context(), dest)
@@ -159,14 +160,14 @@ func TestLabels(t *testing.T) {
 				}
 			}
 		}
-		if diff := cmp.Diff(lasting(bare), lasting(content(t, dest))); diff != "" {
+		if diff := cmp.Diff(withoutStates(bare), withoutStates(content(t, dest))); diff != "" {
 			t.Errorf("after all labels were removed (-before any label +now):\n%s", diff)
 		}
 	})
 }
 
-// signed checks that each object that changes has a signature of its present state.
-func signed(t testing.TB, all map[string]string, s *sign.Signer) {
+// checkSigned checks that each object that changes has a signature of its present state.
+func checkSigned(t testing.TB, all map[string]string, s *sign.Signer) {
 	t.Helper()
 	v, err := s.Verifier()
 	if err != nil {
@@ -309,7 +310,7 @@ func TestLabelsNeedTarballs(t *testing.T) {
 }
 
 // TestLabelsCutOffAnywhere interrupts a change of labels at every call to the bucket, before and after the call took
-// effect. The index must name every label in the lists, so that a later run can remove all labels.
+// effect. The index must have every label that is in the lists, so that a later run can remove all labels.
 func TestLabelsCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -321,7 +322,7 @@ func TestLabelsCutOffAnywhere(t *testing.T) {
 		m := tarball.NewMemory()
 		b := m.Bucket()
 		publishAll(t, b, s, v261, v309)
-		bare := lasting(m.Content())
+		bare := withoutStates(m.Content())
 		if _, err := tarball.SetLabels(t.Context(), b,
 			labelling(s, labels{"DEFAULT": v261, "LATEST": v261}, nil)); err != nil {
 			t.Fatal(err)
@@ -342,7 +343,7 @@ func TestLabelsCutOffAnywhere(t *testing.T) {
 		if _, err := tarball.SetLabels(t.Context(), b, labelling(s, nil, nil)); err != nil {
 			t.Fatalf("n=%d: SetLabels of nothing = %v", n, err)
 		}
-		if diff := cmp.Diff(bare, lasting(m.Content())); diff != "" {
+		if diff := cmp.Diff(bare, withoutStates(m.Content())); diff != "" {
 			t.Fatalf("n=%d: after all labels were removed (-before any label +now):\n%s", n, diff)
 		}
 		if err == nil {
@@ -356,7 +357,7 @@ func TestLabelsCutOffAnywhere(t *testing.T) {
 
 // No entry and no label is lost if several builders publish and set labels at the same time.
 func TestLabelsSideBySide(t *testing.T) {
-	places(t, func(t *testing.T, dest string) {
+	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
 		versions := []string{"510.1.1", "520.1.1", "530.1.1", "540.1.1"}
 		var want []string
@@ -384,7 +385,7 @@ func TestLabelsSideBySide(t *testing.T) {
 		if err := g.Wait(); err != nil {
 			t.Fatal(err)
 		}
-		// All builders want the same label, and one gets it.
+		// All builders want the same label, and only one of them gets it.
 		won := 0
 		for i, err := range refused {
 			switch {
@@ -400,7 +401,7 @@ func TestLabelsSideBySide(t *testing.T) {
 		if diff := cmp.Diff(want, rowsOf(t, content(t, dest))); diff != "" || won != 1 {
 			t.Errorf("%d builders set DEFAULT; want 1. Labels (-want +got):\n%s", won, diff)
 		}
-		signed(t, content(t, dest), s)
+		checkSigned(t, content(t, dest), s)
 	})
 }
 
@@ -423,7 +424,8 @@ func TestLabellingRefuses(t *testing.T) {
 	}
 }
 
-// FuzzRelabel sets labels in an arbitrary list and removes them again. The list must then say the same as before.
+// FuzzRelabel sets labels in an arbitrary list and removes them again. Then the list must have the same entries as
+// before.
 func FuzzRelabel(f *testing.F) {
 	f.Add([]byte(cosText))
 	f.Add([]byte(`gpu_driver_version_info { gpu_device { gpu_type: "OTHERS" } supported_driver_versions { version: "535.261.03" } supported_driver_versions { label: "R535" version: "535.261.03" } }`))
@@ -470,8 +472,8 @@ func FuzzRelabel(f *testing.F) {
 			if err := row.form.Unmarshal(taken, &got); err != nil {
 				t.Fatal(err)
 			}
-			kept(t, &list, &got)
-			kept(t, &got, &list)
+			checkKept(t, &list, &got)
+			checkKept(t, &got, &list)
 		}
 	})
 }

@@ -14,8 +14,8 @@ import (
 
 // labelState has the labels of one COS build that are in a bucket, whoever set them.
 type labelState struct {
-	lists   [2]*gpuversions.GPUDriverVersionInfoList // gpu_driver_versions: the text form, then the binary form
-	objects map[string]string                        // the version in each label's own object, if there is one
+	lists   [2]*gpuversions.GPUDriverVersionInfoList // gpu_driver_versions in text form, then in binary form
+	objects map[string]string                        // maps a label to the version in its own object, if that exists
 }
 
 func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (labelState, error) {
@@ -25,16 +25,16 @@ func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (label
 		parse func([]byte, proto.Message) error
 	}{{cosbucket.DriverVersionsName(p.Kernel), prototext.Unmarshal},
 		{cosbucket.DriverVersionsBinName(p.Kernel), proto.Unmarshal}} {
-		data, _, err := p.bucket.small(ctx, form.name, maxVersions)
+		data, _, err := p.bucket.readSmall(ctx, form.name, maxVersions)
 		if err != nil {
 			return s, err
 		}
 		if err := form.parse(data, s.lists[i]); err != nil {
-			return s, newer(err)
+			return s, unreadable(err)
 		}
 	}
-	for label := range l.wanted() {
-		data, _, err := p.bucket.small(ctx, versionObject(p.Kernel, label), maxVersions)
+	for label := range l.wantedLabels() {
+		data, _, err := p.bucket.readSmall(ctx, versionObject(p.Kernel, label), maxVersions)
 		if err != nil {
 			return s, err
 		}
@@ -45,10 +45,11 @@ func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (label
 	return s, nil
 }
 
-// foreign returns a version that has the label l in l's row, or in the label's own object, because somebody other than
-// this builder set the label. by says who. The version "" means that nobody else set the label. If several versions
-// have the label, foreign returns one that differs from l.Version.
-func (s labelState) foreign(x Index, mine []Label, l Label) (version, by string) {
+// foreignVersion returns a version on which somebody other than this builder set the label l, either in l's row or in
+// the label's own object. The result by says who set the label. If nobody else set it, the version is "". If several
+// versions have the label, foreignVersion returns one that differs from l.Version. The argument mine has the labels
+// that this builder set.
+func (s labelState) foreignVersion(x Index, mine []Label, l Label) (version, by string) {
 	type holder struct{ version, by string }
 	var all []holder
 	for _, o := range x.Labels {
@@ -86,7 +87,7 @@ func (s labelState) versionsWith(l Label) []string {
 	return all
 }
 
-// rows returns the rows in which both forms of gpu_driver_versions list a version.
+// rows returns the gpu_type of each row that has the version in both forms of gpu_driver_versions.
 func (s labelState) rows(version string) []string {
 	binary := rows(s.lists[1], version)
 	both := slices.DeleteFunc(rows(s.lists[0], version), func(t string) bool { return !slices.Contains(binary, t) })

@@ -16,7 +16,7 @@ import (
 
 func none(string) bool { return false }
 
-// cosText has the form of COS's own file, as far as that is known.
+// cosText is a list in the form of COS's own gpu_driver_versions, as far as that form is known.
 const cosText = `gpu_driver_version_info {
   gpu_device { gpu_type: "NVIDIA_TESLA_V100" }
   supported_driver_versions { label: "DEFAULT" version: "535.1.1" }
@@ -140,7 +140,7 @@ func FuzzEditText(f *testing.F) {
 		if err := prototext.Unmarshal(got, &after); err != nil {
 			t.Fatalf("EditText(%q) = %q, which cannot be read: %v", have, got, err)
 		}
-		kept(t, &before, &after)
+		checkKept(t, &before, &after)
 		if again, err := tarball.Text.Add(got, "535.261.03", none); err != nil || !bytes.Equal(again, got) {
 			t.Errorf("EditText twice = %q, %v; want %q", again, err, got)
 		}
@@ -170,12 +170,12 @@ func FuzzEditBinary(f *testing.F) {
 		if err := proto.Unmarshal(got, &after); err != nil {
 			t.Fatalf("EditBinary(%q) = %q, which cannot be read: %v", have, got, err)
 		}
-		kept(t, &before, &after)
+		checkKept(t, &before, &after)
 	})
 }
 
-// kept checks that the list still has all its former entries.
-func kept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList) {
+// checkKept checks that the list after has all entries of the list before.
+func checkKept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList) {
 	t.Helper()
 	if len(after.GetGpuDriverVersionInfo()) < len(before.GetGpuDriverVersionInfo()) {
 		t.Fatalf("rows were lost: %v", after)
@@ -195,7 +195,7 @@ func kept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList) {
 	}
 }
 
-// indexText is an index with one driver and two labels, as it is published.
+// indexText is a published index with one driver and two labels.
 var indexText = `{
   "format": 1,
   "buildId": "17800.0.47",

@@ -57,7 +57,7 @@ func digestOf(data []byte) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// newRelease returns a driver whose modules contain the value of salt, so that another salt gives other bytes.
+// newRelease returns a driver whose modules contain the value of salt, so that another salt gives other modules.
 func newRelease(t testing.TB, s *sign.Signer, d target.Driver, salt string) tarball.Release {
 	t.Helper()
 	dir := t.TempDir()
@@ -85,7 +85,7 @@ func openBucket(t testing.TB, dest string) *tarball.Bucket {
 	return b
 }
 
-// content returns every object as a reader of COS buckets gets it.
+// content returns every object by name, as a reader of COS buckets gets it.
 func content(t testing.TB, dest string) map[string]string {
 	t.Helper()
 	b, err := cosbucket.Open(t.Context(), dest)
@@ -115,8 +115,8 @@ func content(t testing.TB, dest string) map[string]string {
 	return all
 }
 
-// places runs a test with a folder, and with a bucket of an emulator of Cloud Storage.
-func places(t *testing.T, test func(t *testing.T, dest string)) {
+// eachStore runs a test twice: with a folder, and with a bucket in an emulator of Cloud Storage.
+func eachStore(t *testing.T, test func(t *testing.T, dest string)) {
 	t.Run("folder", func(t *testing.T) { test(t, "file://"+filepath.Join(t.TempDir(), "bucket")) })
 	t.Run("bucket", func(t *testing.T) {
 		s := gcs.Start(t)
@@ -126,8 +126,8 @@ func places(t *testing.T, test func(t *testing.T, dest string)) {
 	})
 }
 
-// check checks a bucket with a complete index. Every object in the index must exist, have the
-// listed content and be signed for this COS build.
+// check verifies a bucket whose index is complete. Every object in the index must exist, have the listed content and be
+// signed for this COS build.
 func check(t testing.TB, all map[string]string, v *trust.Verifier, want ...target.Driver) {
 	t.Helper()
 	text, ok := all[tarball.IndexName(kernel)]
@@ -178,8 +178,7 @@ func check(t testing.TB, all map[string]string, v *trust.Verifier, want ...targe
 	}
 }
 
-// newReleaseAgain returns the same release as on another machine: with other folders, times and
-// modes.
+// newReleaseAgain returns the same release as another machine would make it: with other folders, times and modes.
 func newReleaseAgain(t testing.TB, r tarball.Release) tarball.Release {
 	t.Helper()
 	for _, dir := range []*string{&r.Modules, &r.Firmware} {
@@ -195,8 +194,8 @@ func newReleaseAgain(t testing.TB, r tarball.Release) tarball.Release {
 	return r
 }
 
-// readers reads the bucket as COS's installer, Prebake's builder and GNU tar do.
-func readers(t *testing.T, dest string) {
+// checkReaders reads the bucket in the same way as COS's installer, Prebake's builder and GNU tar.
+func checkReaders(t *testing.T, dest string) {
 	t.Helper()
 	b, err := cosbucket.Open(t.Context(), dest)
 	if err != nil {

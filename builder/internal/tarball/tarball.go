@@ -26,16 +26,17 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Recipe is the version of the packing method. Change it whenever equal input would give other bytes. A driver that was
-// packed with the old method can then not be published again, because the new tarball has other bytes and Publish
-// refuses to replace a published one.
+// Recipe is the version of the packing method. Change Recipe whenever the same files would give a different tarball.
+// After such a change, a driver that is published already cannot be published again: its new tarball differs from the
+// published tarball, which Publish never replaces.
 const Recipe = "tgz-1"
 
-// level is the gzip level. It is the library's default, fixed here because the bytes depend on it.
+// level is the compression level of gzip. It is the library's default, and is fixed here because the content of the
+// tarball depends on it.
 const level = 6
 
-// maxFiles limits the number of files in a tarball, and maxBytes their size in bytes before
-// compression. Both are several times the size of a release of 2026.
+// maxFiles is the largest number of files in a tarball. maxBytes is the largest size of all these files together, in
+// bytes before compression. Both are several times what a release of 2026 needs.
 const (
 	maxFiles = 1000
 	maxBytes = 4 << 30
@@ -54,7 +55,7 @@ type source struct {
 	info       fs.FileInfo
 }
 
-// sources returns the files that go into the tarball, in the order of their names in it.
+// sources returns the files that go into the tarball, sorted by their names in the tarball.
 func (r Release) sources() ([]source, error) {
 	var all []source
 	add := func(name, file string) error {
@@ -105,18 +106,18 @@ func (r Release) sources() ([]source, error) {
 	}
 	if len(all) > maxFiles || total > maxBytes {
 		return nil, fault.Errorf(fault.Usage,
-			"%d files of %d bytes in all; at most %d files of %d bytes fit", len(all), total, maxFiles,
-			int64(maxBytes))
+			"the tarball would have %d files with %d bytes in all; at most %d files with %d bytes are allowed", len(all), total,
+			maxFiles, int64(maxBytes))
 	}
 	slices.SortFunc(all, func(a, b source) int { return cmp.Compare(a.name, b.name) })
 	return all, nil
 }
 
-// keptXattrs are the extended attributes that go into the tarball. The kernel's integrity subsystem
-// (IMA) compares firmware with security.ima.
+// keptXattrs has the names of the extended attributes that go into the tarball. The attribute security.ima has the hash
+// or signature with which the kernel's integrity subsystem (IMA) checks a firmware file.
 var keptXattrs = []string{"security.ima"}
 
-// readXattr returns an extended attribute of a file; nil means that the file has none.
+// readXattr returns an extended attribute of a file. It returns nil if the file does not have the attribute.
 func readXattr(f *os.File, name string) ([]byte, error) {
 	value := make([]byte, 64<<10) // XATTR_SIZE_MAX of Linux
 	n, err := unix.Fgetxattr(int(f.Fd()), name, value)
@@ -129,9 +130,9 @@ func readXattr(f *os.File, name string) ([]byte, error) {
 	return value[:n], nil
 }
 
-// pack writes the tarball to dst. Equal files and attributes give equal bytes on any machine: names
-// are sorted, times are zero, owners are root, and modes are fixed. The compressor runs in one
-// thread, and its library's version is pinned.
+// pack writes the tarball to dst. The same files and attributes give the same tarball on any machine: names are sorted,
+// times are zero, owners are root, and modes are fixed. The compressor runs in one thread, and its library's version is
+// pinned.
 func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, string) ([]byte, error)) (_ object,
 	list []File, err error) {
 	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
@@ -168,7 +169,8 @@ func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, 
 	return o, list, nil
 }
 
-// folders writes the entries of a folder and of the folders above it, each once.
+// folders writes the tar entries of the folder dir and of its parent folders. The map made has the folders whose
+// entries are in the tar already.
 func folders(tw *tar.Writer, made map[string]bool, dir string) error {
 	if dir == "." || made[dir] {
 		return nil
@@ -209,7 +211,7 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 	return File{Name: s.name, Size: n, SHA256: ocidigest.NewDigest(ocidigest.SHA256, h).String()}, err
 }
 
-// sums is a writer that counts and hashes the bytes.
+// sums is a writer that counts the bytes written to it, and computes their checksums.
 type sums struct {
 	w    io.Writer
 	done func() object
@@ -252,7 +254,7 @@ func fileObject(ctx context.Context, file string) (object, error) {
 	return o, nil
 }
 
-// bytesObject returns an object with these bytes.
+// bytesObject returns an object whose content is data.
 func bytesObject(name, contentType string, data []byte) object {
 	s := newSums()
 	_, _ = s.Write(data) // a hash never returns an error

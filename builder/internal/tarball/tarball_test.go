@@ -26,8 +26,8 @@ func ima(f *os.File, name string) ([]byte, error) {
 	return []byte("\x03\x02\x04\x00signature of " + name), nil
 }
 
-// TestPackIsPinned compares the packed bytes with fixed digests. With other bytes, a published
-// driver could not be published again. Whoever changes the bytes must change [tarball.Recipe].
+// TestPackIsPinned compares tarballs with fixed digests. If the tarball of the same files changes, a published driver
+// cannot be published again. So whoever changes the packing must also change [tarball.Recipe].
 func TestPackIsPinned(t *testing.T) {
 	t.Parallel()
 	if tarball.Recipe != "tgz-1" {

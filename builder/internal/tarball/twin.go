@@ -1,11 +1,11 @@
 // Package tarball publishes a built driver into a bucket, as a tarball in the layout that COS's own installer reads.
-// The tarball has the modules and the firmware of an OCI artifact. It has the name that COS's installer looks for in a
-// COS release bucket. The package also publishes checksums, a signature and an index. A bucket is a bucket of Google
-// Cloud Storage, or a folder.
+// The tarball has the modules and the firmware of an OCI artifact. Its name is the one that COS's installer looks for
+// in a COS release bucket. The package also publishes checksums, a signature and an index. The bucket is either a
+// bucket of Google Cloud Storage or a folder.
 //
-// Objects are created and never replaced. Only the lists that grow (index.json and gpu_driver_versions) and the
-// labels in them change. Each such write requires that the object is still in the state that was read. Publishing may
-// be interrupted at any point and run again.
+// Most objects are created once and never change. The exceptions are the lists of drivers and labels (index.json and
+// gpu_driver_versions) and the object of each label. The package changes such an object only if it is still in the
+// state that was read before. Publishing may be interrupted at any point and run again.
 //
 // The package refuses four things: to publish different bytes under a name that exists already; to add to an index that
 // no trusted key signed; to list a driver that Google's installer could not install; and to point a label, such as
@@ -31,9 +31,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// PredicateObject is the predicate type of the statement next to each object. The statement says what the object is,
-// its name, and its COS build. A signature over the bytes alone would also be valid if somebody stored the file of
-// another COS build under this COS build's name.
+// PredicateObject is the predicate type of the signed statement about each object. The statement has the object's name
+// and its COS build. Without them, the signature would still be valid if somebody stored the object of one COS build
+// under the name of another.
 const PredicateObject = "https://prebake.dev/bucket-object/v1"
 
 // ObjectFacts is the predicate of type PredicateObject.
@@ -56,7 +56,7 @@ type Runfile struct {
 	SHA256 string
 	// URI is the source of the runfile.
 	URI string
-	// If Copy is true, Publish also copies the runfile into the bucket, unchanged, as NVIDIA's terms require.
+	// Copy is true if Publish also copies the runfile into the bucket. The copy is unchanged, as NVIDIA's terms require.
 	Copy bool
 }
 
@@ -74,12 +74,12 @@ type Release struct {
 	Artifact string
 	// Runfile may be nil.
 	Runfile *Runfile
-	// GPUs is the driver's list of supported GPUs. GPUs decides in which rows of gpu_driver_versions the version is
-	// listed. With nil, the version is listed only in the rows for no particular product.
+	// GPUs is the driver's list of supported GPUs. It decides which rows of gpu_driver_versions get the version. With nil,
+	// only the rows for no particular product get it.
 	GPUs *gpulist.List
 	// Signer signs everything that is written.
 	Signer *sign.Signer
-	// Verifier verifies what was published before; nil means that only Signer's key is trusted.
+	// Verifier verifies the signatures of what was published before. With nil, only Signer's key is trusted.
 	Verifier *trust.Verifier
 	// Scratch is a folder for temporary files; "" means the system's temporary folder.
 	Scratch string
@@ -90,7 +90,7 @@ type Stored struct {
 	Name   string `json:"name"`
 	Size   int64  `json:"size"`
 	SHA256 string `json:"sha256"`
-	// Existed says that the object existed before.
+	// Existed is true if the object existed before.
 	Existed bool `json:"existed"`
 }
 
@@ -99,7 +99,7 @@ type Report struct {
 	// URL is the tarball's URL, and SHA256 its digest.
 	URL    string `json:"url"`
 	SHA256 string `json:"sha256"`
-	// Existed says that everything existed before and nothing changed.
+	// Existed is true if all objects existed before and nothing changed.
 	Existed bool     `json:"existed"`
 	Objects []Stored `json:"objects"`
 }
@@ -114,8 +114,8 @@ const (
 func under(k target.Kernel, name string) string { return path.Join(k.BuildID, k.Board, name) }
 
 // TarballName returns the name of a driver's tarball. Google's installer expects open modules in
-// nvidia-drivers-VERSION.tgz. So a tarball of the proprietary flavour has the flavour in its name and lies in COS's
-// folder of extensions.
+// nvidia-drivers-VERSION.tgz. So a tarball with proprietary modules has the flavour in its name, and is in COS's folder
+// of extensions.
 func TarballName(k target.Kernel, d target.Driver) string {
 	if d.Flavour == target.Open {
 		return under(k, "nvidia-drivers-"+d.Version+".tgz")
@@ -126,11 +126,11 @@ func TarballName(k target.Kernel, d target.Driver) string {
 // IndexName returns the name of a COS build's [Index].
 func IndexName(k target.Kernel) string { return under(k, indexFile) }
 
-// signatureName returns the name of the signature of an object that never changes.
+// signatureName returns the name of the signature for an object that never changes.
 func signatureName(name string) string { return name + ".sigstore.json" }
 
-// stateSignatureName returns the name of the signature of one state of an object that changes. The signature is
-// written before its state becomes visible.
+// stateSignatureName returns the name of a signature for an object that changes. The signature is for the state of the
+// object that has this digest, and is written before the object gets into this state.
 func stateSignatureName(name, digest string) string {
 	return name + ".sha256-" + digest[len("sha256:"):] + ".sigstore.json"
 }
@@ -139,15 +139,16 @@ func stateSignatureName(name, digest string) string {
 type object struct {
 	upload
 	sha256 string
-	// sign makes a signature object at the time of its creation. Two signatures of the same content differ, so the
-	// object's bytes are unknown before that time.
+	// sign is set for a signature object. It makes the signature when the object is created, because two signatures of the
+	// same content differ.
 	sign func(ctx context.Context) (object, error)
-	// same checks the bytes of an existing object of this name. nil means that these bytes must equal the new ones.
-	same func(have []byte) error
+	// checkExisting checks the content of an existing object of this name. With nil, that content must equal the new
+	// content.
+	checkExisting func(have []byte) error
 }
 
 // Publish publishes a release into the bucket. Publish keeps an existing object that equals the new one. If an existing
-// object has other bytes, the error is [fault.PublishRefused] and nothing changes.
+// object has other content, the error is [fault.PublishRefused] and nothing changes.
 func Publish(ctx context.Context, b *Bucket, r Release) (Report, error) {
 	report, err := publish(ctx, b, r)
 	if err != nil {
@@ -184,13 +185,13 @@ func publish(ctx context.Context, b *Bucket, r Release) (_ Report, err error) {
 		return Report{}, err
 	}
 	// Check everything before the first write, so that a refusal changes nothing.
-	there := make([]bool, len(objects))
+	existed := make([]bool, len(objects))
 	for i, o := range objects {
-		if there[i], err = p.present(ctx, o); err != nil {
+		if existed[i], err = p.exists(ctx, o); err != nil {
 			return Report{}, err
 		}
 	}
-	have, _, err := b.small(ctx, IndexName(r.Kernel), maxIndex)
+	have, _, err := b.readSmall(ctx, IndexName(r.Kernel), maxIndex)
 	if err != nil {
 		return Report{}, err
 	}
@@ -198,11 +199,11 @@ func publish(ctx context.Context, b *Bucket, r Release) (_ Report, err error) {
 		return Report{}, err
 	}
 	for i, o := range objects {
-		if err := p.create(ctx, o, there[i]); err != nil {
+		if err := p.create(ctx, o, existed[i]); err != nil {
 			return Report{}, err
 		}
 	}
-	if err := p.lists(ctx, entry); err != nil {
+	if err := p.updateLists(ctx, entry); err != nil {
 		return Report{}, err
 	}
 	p.report.URL, p.report.SHA256 = b.URL(entry.Object), entry.SHA256
@@ -217,13 +218,13 @@ func (p *publisher) check() error {
 		return fault.Wrap(fault.Usage, err, "")
 	}
 	if p.Signer == nil {
-		return fault.New(fault.Usage, "no signing key", "name a key with --key")
+		return fault.New(fault.Usage, "no signing key", "give a signing key with --key")
 	}
 	return nil
 }
 
-// objects returns all objects to create, in the order of creation. An object that readers take as a sign that others
-// are complete, such as a signature, comes after the others.
+// objects returns all objects to create, in the order of creation, and the release's entry for the index. A signature
+// comes after all objects that readers expect once they see the signature.
 func (p *publisher) objects(ctx context.Context, tarball string) ([]object, Entry, error) {
 	var all []object
 	entry := Entry{Driver: p.Driver, Artifact: p.Artifact, Fingerprint: p.Fingerprint}
@@ -239,7 +240,7 @@ func (p *publisher) objects(ctx context.Context, tarball string) ([]object, Entr
 	}
 	tgz, list, err := pack(ctx, files, tarball, readXattr)
 	if err != nil {
-		return nil, Entry{}, fmt.Errorf("pack: %w", err)
+		return nil, Entry{}, fmt.Errorf("pack the tarball: %w", err)
 	}
 	tgz.name, tgz.contentType = TarballName(p.Kernel, p.Driver), "application/gzip"
 	sum := hex.EncodeToString(tgz.md5[:])
@@ -293,7 +294,7 @@ func (p *publisher) signature(name, digest string, facts ObjectFacts) object {
 		}
 		return bytesObject(name, trust.ArtifactTypeBundle, raw), nil
 	}
-	o.same = func(have []byte) error {
+	o.checkExisting = func(have []byte) error {
 		_, err := Verify(p.verifier, have, digest, facts)
 		return err
 	}
@@ -337,23 +338,23 @@ func driverText(d *target.Driver) string {
 	return d.String()
 }
 
-// maxSignature bounds a signature in bytes. A statement of this package has about 2 KB.
+// maxSignature is the largest size of a signature that is read, in bytes. A signature of this package has about 2 KB.
 const maxSignature = trust.MaxBundleSize
 
-// present reports whether an object exists. If an object of this name has other content, the error is
+// exists reports whether the object o is in the bucket. If an object of this name has other content, the error is
 // [fault.PublishRefused].
-func (p *publisher) present(ctx context.Context, o object) (bool, error) {
+func (p *publisher) exists(ctx context.Context, o object) (bool, error) {
 	refuse := func(why string) error {
 		return fault.New(fault.PublishRefused, fmt.Sprintf("%s exists already: %s", p.bucket.URL(o.name), why),
 			"compare the published object with the new one; if the published object is wrong, remove it by hand, "+
 				"because this program never replaces it")
 	}
-	if o.same != nil {
-		have, _, err := p.bucket.small(ctx, o.name, maxSignature)
+	if o.checkExisting != nil {
+		have, _, err := p.bucket.readSmall(ctx, o.name, maxSignature)
 		if err != nil || have == nil {
 			return false, err
 		}
-		if err := o.same(have); err != nil {
+		if err := o.checkExisting(have); err != nil {
 			return false, refuse(err.Error())
 		}
 		return true, nil
@@ -381,15 +382,15 @@ func (p *publisher) present(ctx context.Context, o object) (bool, error) {
 		return false, fmt.Errorf("read %s: %w", p.bucket.URL(o.name), err)
 	}
 	if have := s.object().sha256; have != o.sha256 {
-		return false, refuse(fmt.Sprintf("it has %s; the new object has %s", have, o.sha256))
+		return false, refuse(fmt.Sprintf("it has digest %s; the new object has %s", have, o.sha256))
 	}
 	return true, nil
 }
 
-// create stores an object, unless there is true: then the object existed at the check. create adds the object to the
-// report.
-func (p *publisher) create(ctx context.Context, o object, there bool) error {
-	if !there {
+// create stores the object o and adds it to the report. If existed is true, the object is in the bucket already, and
+// create only adds it to the report.
+func (p *publisher) create(ctx context.Context, o object, existed bool) error {
+	if !existed {
 		made := o
 		if o.sign != nil {
 			var err error
@@ -401,7 +402,7 @@ func (p *publisher) create(ctx context.Context, o object, there bool) error {
 		switch {
 		case errors.Is(err, errExists):
 			// Another publisher created the object, or the answer to our own write was lost.
-			if there, err = p.present(ctx, o); err == nil && !there {
+			if existed, err = p.exists(ctx, o); err == nil && !existed {
 				err = fault.New(fault.Transient, "somebody removed the object after it was created",
 					"find out who removes objects in the bucket, then publish again")
 			}
@@ -413,80 +414,80 @@ func (p *publisher) create(ctx context.Context, o object, there bool) error {
 		}
 		o.size, o.sha256 = made.size, made.sha256
 	}
-	p.stored(o.name, o.size, o.sha256, there)
+	p.reportObject(o.name, o.size, o.sha256, existed)
 	return nil
 }
 
-func (p *publisher) stored(name string, size int64, digest string, existed bool) {
+func (p *publisher) reportObject(name string, size int64, digest string, existed bool) {
 	p.report.Objects = append(p.report.Objects, Stored{Name: name, Size: size, SHA256: digest, Existed: existed})
 	p.report.Existed = p.report.Existed && existed
 }
 
-// listing is an object that changes.
+// listing is an object that changes: the index, a form of gpu_driver_versions, or the object of a label.
 type listing struct {
 	name, contentType string
 	limit             int64
-	// next returns the next state of the object. have is the present state, nil if there is no object.
+	// next returns the new content of the object. have is the present content, or nil if there is no object.
 	next func(have []byte) ([]byte, error)
 }
 
-// lists adds the release to the objects that change. The index comes last.
-func (p *publisher) lists(ctx context.Context, entry Entry) error {
+// updateLists adds the release to gpu_driver_versions, and after that to the index.
+func (p *publisher) updateLists(ctx context.Context, entry Entry) error {
 	if forInstaller(p.Driver) {
 		serves := func(gpuType string) bool { return p.GPUs.Drives(gpuType, p.Driver.Flavour) }
-		if err := p.versions(ctx, withVersion(p.Driver.Version, serves)); err != nil {
+		if err := p.updateVersions(ctx, withVersion(p.Driver.Version, serves)); err != nil {
 			return err
 		}
 	}
-	return p.change(ctx, listing{IndexName(p.Kernel), "application/json", maxIndex,
+	return p.update(ctx, listing{IndexName(p.Kernel), "application/json", maxIndex,
 		func(have []byte) ([]byte, error) { return p.indexWith(ctx, have, entry) }})
 }
 
-// versions changes both forms of gpu_driver_versions.
-func (p *publisher) versions(ctx context.Context, change edit) error {
-	if err := p.change(ctx, listing{cosbucket.DriverVersionsName(p.Kernel), text, maxVersions,
+// updateVersions changes both forms of gpu_driver_versions.
+func (p *publisher) updateVersions(ctx context.Context, change edit) error {
+	if err := p.update(ctx, listing{cosbucket.DriverVersionsName(p.Kernel), text, maxVersions,
 		func(have []byte) ([]byte, error) { return editText(have, change) }}); err != nil {
 		return err
 	}
-	return p.change(ctx, listing{cosbucket.DriverVersionsBinName(p.Kernel), "application/octet-stream", maxVersions,
+	return p.update(ctx, listing{cosbucket.DriverVersionsBinName(p.Kernel), "application/octet-stream", maxVersions,
 		func(have []byte) ([]byte, error) { return editBinary(have, change) }})
 }
 
-// change changes an object. change writes the signature of the new state first, so that readers always find the
-// signature of the state that they read.
-func (p *publisher) change(ctx context.Context, l listing) error {
+// update changes an object. It writes the signature of the new state first, so that a reader always finds the signature
+// of the state that the reader sees.
+func (p *publisher) update(ctx context.Context, l listing) error {
 	changed, data, err := p.bucket.update(ctx, l.name, l.contentType, l.limit, l.next, func(data []byte) error {
 		digest := bytesObject(l.name, "", data).sha256
 		o := p.signature(stateSignatureName(l.name, digest), digest, ObjectFacts{Object: l.name})
-		there, err := p.present(ctx, o)
+		existed, err := p.exists(ctx, o)
 		if err != nil {
 			return err
 		}
-		return p.create(ctx, o, there)
+		return p.create(ctx, o, existed)
 	})
 	if err != nil {
 		return err
 	}
 	o := bytesObject(l.name, "", data)
-	p.stored(l.name, o.size, o.sha256, !changed)
+	p.reportObject(l.name, o.size, o.sha256, !changed)
 	return nil
 }
 
-// indexWith returns the index with the entry added. have is nil if there is no index.
+// indexWith returns the index with the entry added. have is the published index, or nil if there is none.
 func (p *publisher) indexWith(ctx context.Context, have []byte, entry Entry) ([]byte, error) {
-	x, err := p.index(ctx, have)
+	x, err := p.readIndex(ctx, have)
 	if err != nil {
 		return nil, err
 	}
-	if x, err = x.with(entry); err != nil {
+	if x, err = x.withEntry(entry); err != nil {
 		return nil, err
 	}
 	return x.marshal()
 }
 
-// index reads the index to which an entry will be added. It returns an error if no trusted key signed the index: the
-// publisher signs the changed index as a whole, so it would also sign old entries that nobody verified.
-func (p *publisher) index(ctx context.Context, have []byte) (Index, error) {
+// readIndex verifies and parses have, the published index. If no trusted key signed it, readIndex returns an error,
+// because the publisher signs a changed index as a whole. So it would also sign old entries that nobody has verified.
+func (p *publisher) readIndex(ctx context.Context, have []byte) (Index, error) {
 	x, err := p.bucket.verifyIndex(ctx, p.verifier, p.Kernel, have)
 	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) {
 		return Index{}, fault.Wrap(fault.PublishRefused, fmt.Errorf("extend the index: %w", err),

@@ -27,7 +27,7 @@ import (
 )
 
 func TestPublish(t *testing.T) {
-	places(t, func(t *testing.T, dest string) {
+	eachStore(t, func(t *testing.T, dest string) {
 		ctx := t.Context()
 		s, pub := newSigner(t)
 		v, err := s.Verifier()
@@ -93,7 +93,7 @@ func TestPublish(t *testing.T) {
 		if _, ok := all["17800.0.47/lakitu/extensions/gpu/nvidia-drivers-535.261.03-proprietary.tgz"]; !ok {
 			t.Errorf("objects = %q; want the proprietary tarball under its own name", slices.Sorted(maps.Keys(all)))
 		}
-		readers(t, dest)
+		checkReaders(t, dest)
 		t.Run("cosign", func(t *testing.T) { cosign(t, all, pub) })
 	})
 }
@@ -149,7 +149,7 @@ func TestCutOffAnywhere(t *testing.T) {
 // TestSideBySide publishes many drivers of one COS build at the same time, each over its own
 // connection. No list may lose an entry.
 func TestSideBySide(t *testing.T) {
-	places(t, func(t *testing.T, dest string) {
+	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
 		v, err := s.Verifier()
 		if err != nil {
@@ -175,7 +175,7 @@ func TestSideBySide(t *testing.T) {
 
 // TestLarge publishes a tarball that the library sends in several parts.
 func TestLarge(t *testing.T) {
-	places(t, func(t *testing.T, dest string) {
+	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
 		v, err := s.Verifier()
 		if err != nil {
@@ -208,7 +208,7 @@ func TestLarge(t *testing.T) {
 
 // TestSameTwice lets two machines publish the same driver at the same time. Both must succeed.
 func TestSameTwice(t *testing.T) {
-	places(t, func(t *testing.T, dest string) {
+	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
 		v, err := s.Verifier()
 		if err != nil {

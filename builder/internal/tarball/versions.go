@@ -14,18 +14,19 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxVersions bounds both forms of gpu_driver_versions, in bytes. Real files have a few KiB.
+// maxVersions is the largest accepted size of each form of gpu_driver_versions, in bytes. Real files have a few KiB.
 const maxVersions = 1 << 20
 
-// anyGPU are the gpu_type rows for no particular product. COS's installer looks a version up in the
-// row of the node's GPU. A list that this package starts has these rows only.
+// anyGPU has the gpu_type of the rows that are for no particular product. COS's installer looks for a version in the
+// row of the node's GPU. If there is no list yet, this package makes a list with only these rows.
 var anyGPU = []string{"NO_GPU", "OTHERS"}
 
-// general reports whether a gpu_type row is for no particular product. OTHER is another name of such a row.
-func general(gpuType string) bool { return slices.Contains(anyGPU, gpuType) || gpuType == "OTHER" }
+// isGeneral reports whether the row with this gpu_type is for no particular product. Some lists have such a row under
+// the name OTHER.
+func isGeneral(gpuType string) bool { return slices.Contains(anyGPU, gpuType) || gpuType == "OTHER" }
 
-// withVersion returns an edit that adds a version, without a label, to the general rows and to each row for whose
-// gpu_type serves returns true. [SetLabels] sets labels.
+// withVersion returns an edit that adds a version to the rows for no particular product, and to each row for whose
+// gpu_type the function serves returns true. The version gets no label, because only [SetLabels] sets labels.
 func withVersion(version string, serves func(gpuType string) bool) edit {
 	return func(list *gpuversions.GPUDriverVersionInfoList) error {
 		addVersion(list, version, serves)
@@ -43,7 +44,7 @@ func addVersion(list *gpuversions.GPUDriverVersionInfoList, version string, serv
 	}
 	for _, info := range list.GetGpuDriverVersionInfo() {
 		t := info.GetGpuDevice().GetGpuType()
-		if !general(t) && !serves(t) {
+		if !isGeneral(t) && !serves(t) {
 			continue
 		}
 		if !slices.ContainsFunc(info.GetSupportedDriverVersions(),
@@ -79,8 +80,8 @@ func rows(list *gpuversions.GPUDriverVersionInfoList, version string) []string {
 	return all
 }
 
-// withLabels returns an edit that removes the labels in drop and sets those in give. As in COS's own lists, a version
-// has one entry for each of its labels. An entry without a label exists only if the version has no label.
+// withLabels returns an edit that removes the labels in drop and sets the labels in give. As in COS's own lists, a
+// version has one entry for each of its labels. An entry without a label exists only if the version has no label.
 func withLabels(drop, give []Label) edit {
 	return func(list *gpuversions.GPUDriverVersionInfoList) error {
 		for _, info := range list.GetGpuDriverVersionInfo() {
@@ -146,15 +147,15 @@ func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
 	return nil
 }
 
-// editText changes gpu_driver_versions.textproto. have has the file's bytes, or is nil if there is no file. If the list
+// editText changes gpu_driver_versions.textproto. have is the file's content, or nil if there is no file. If the list
 // stays the same, editText returns have.
 func editText(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
 	// Printing would lose an unknown field, so such a field is an error.
 	if err := prototext.Unmarshal(have, &list); err != nil {
-		return nil, newer(err)
+		return nil, unreadable(err)
 	}
-	if same, err := change.unchanged(have, &list); same || err != nil {
+	if same, err := change.apply(have, &list); same || err != nil {
 		return have, err
 	}
 	return printText(&list), nil
@@ -164,9 +165,9 @@ func editText(have []byte, change edit) ([]byte, error) {
 func editBinary(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
 	if err := proto.Unmarshal(have, &list); err != nil {
-		return nil, newer(err)
+		return nil, unreadable(err)
 	}
-	if same, err := change.unchanged(have, &list); same || err != nil {
+	if same, err := change.apply(have, &list); same || err != nil {
 		return have, err
 	}
 	return proto.MarshalOptions{Deterministic: true}.Marshal(&list)
@@ -175,8 +176,9 @@ func editBinary(have []byte, change edit) ([]byte, error) {
 // edit is a change of gpu_driver_versions.
 type edit func(*gpuversions.GPUDriverVersionInfoList) error
 
-// unchanged applies the edit to the list and reports whether the list stayed the same.
-func (change edit) unchanged(have []byte, list *gpuversions.GPUDriverVersionInfoList) (bool, error) {
+// apply applies the edit to the list, and reports whether the list stayed the same. have is the file with the list; if
+// it is nil, there was no list, and the result is false.
+func (change edit) apply(have []byte, list *gpuversions.GPUDriverVersionInfoList) (bool, error) {
 	before := proto.Clone(list)
 	if err := change(list); err != nil {
 		return false, err
@@ -184,11 +186,11 @@ func (change edit) unchanged(have []byte, list *gpuversions.GPUDriverVersionInfo
 	return have != nil && proto.Equal(before, list), nil
 }
 
-func newer(err error) error {
+func unreadable(err error) error {
 	text := strings.ReplaceAll(err.Error(), "\u00a0", " ") // protobuf varies white space in its messages
 	return fault.New(fault.PublishRefused, fmt.Sprintf("the published gpu_driver_versions cannot be read: %.300s", text),
-		"install a newer builder, because a newer version may have written the file; or, if the file is damaged, remove the "+
-			"file from the bucket by hand")
+		"if a newer builder wrote the file, install that version of the builder; if the file is damaged, remove it from the "+
+			"bucket by hand")
 }
 
 // printText prints the list in protobuf's text format. The library's own printer varies its white
@@ -212,6 +214,6 @@ func printText(list *gpuversions.GPUDriverVersionInfoList) []byte {
 	return []byte(b.String())
 }
 
-// forInstaller reports whether Google's installer can use the driver's tarball. From a tarball, that installer takes
-// modules of the open flavour only.
+// forInstaller reports whether Google's installer can use the driver's tarball. From a tarball, this installer takes
+// only modules of the open flavour.
 func forInstaller(d target.Driver) bool { return d.Flavour == target.Open }

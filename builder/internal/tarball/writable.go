@@ -37,26 +37,27 @@ func CheckWrite(ctx context.Context, dest string) (err error) {
 	return nil
 }
 
-// needed has the permissions that publishing uses. Publishing replaces lists, and for Google a replacement also deletes
-// the old object. Publishing asks for objects that may not exist, and only an account that may list the bucket gets the
-// answer "not found"; all others get "forbidden". The source of the names is
-// https://cloud.google.com/storage/docs/access-control/iam-permissions.
-var needed = []string{
+// permissions has the names of the permissions that publishing needs. Publishing needs "delete", because for Google the
+// replacement of a list also deletes the old object. Publishing needs "list", because it asks for objects that may not
+// exist: for such an object, Google answers "not found" only to an account that may list the bucket, and "forbidden" to
+// all others. The names are from https://cloud.google.com/storage/docs/access-control/iam-permissions.
+var permissions = []string{
 	"storage.objects.create", "storage.objects.delete", "storage.objects.get", "storage.objects.list",
 }
 
-// checkBucket asks Google for the account's permissions. Google answers for the whole bucket, so a permission that a
-// condition limits to some names, or that the account has in a managed folder, counts as missing.
+// checkBucket asks Google which permissions the account has in the bucket. Google answers for the bucket as a whole. So
+// a permission counts as missing if the account has it only for some object names, by a condition, or only in a managed
+// folder.
 func checkBucket(ctx context.Context, u *url.URL) (err error) {
 	g, err := openGCS(ctx, u)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, g.Close()) }()
-	granted, err := g.IAM().TestPermissions(ctx, needed)
+	granted, err := g.IAM().TestPermissions(ctx, permissions)
 	if gcs.Status(err) == http.StatusNotFound {
-		// Either the bucket does not exist, or the server is an emulator, which cannot answer questions about
-		// permissions. A bucket whose objects can be listed exists, so the server is an emulator.
+		// Either the bucket does not exist, or the server is an emulator, which cannot answer questions about permissions. If
+		// the objects can be listed, the bucket exists, so the server is an emulator.
 		_, err = g.Objects(ctx, &storage.Query{Prefix: g.Path("")}).Next()
 		if err == nil || errors.Is(err, iterator.Done) {
 			return nil
@@ -65,7 +66,7 @@ func checkBucket(ctx context.Context, u *url.URL) (err error) {
 	if err != nil {
 		return g.fault(ctx, err)
 	}
-	lacks := slices.DeleteFunc(slices.Clone(needed), func(p string) bool { return slices.Contains(granted, p) })
+	lacks := slices.DeleteFunc(slices.Clone(permissions), func(p string) bool { return slices.Contains(granted, p) })
 	if len(lacks) == 0 {
 		return nil
 	}

@@ -90,7 +90,8 @@ func TestCheckWriteFolder(t *testing.T) {
 		fault.Hint(err) == "" {
 		t.Errorf("CheckWrite() = %v, hint %q below a file; want a refusal", err, fault.Hint(err))
 	}
-	// Root may write into every folder, so a link to itself stands for what this user cannot write.
+	// Root may write into every folder. So the test replaces the folder or file by a link to itself, which nobody can
+	// write.
 	for _, closed := range []string{"", ".prebake", ".prebake/lock", ".prebake/part"} {
 		dest := filepath.Join(t.TempDir(), "bucket")
 		openBucket(t, "file://"+dest)

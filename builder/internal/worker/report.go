@@ -30,7 +30,7 @@ func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, u
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("report end of build %d: %w", build, err)
+		return fmt.Errorf("report the end of build %d: %w", build, err)
 	}
 	if err := w.dropLog(build); err != nil {
 		log.WarnContext(ctx, "log not removed", "err", err)
@@ -68,7 +68,7 @@ func (w *worker) sendLog(ctx context.Context, build int64) (err error) {
 		return nil // the disk was full before the log was created
 	}
 	if err != nil {
-		return fmt.Errorf("send log: %w", err)
+		return fmt.Errorf("send the log: %w", err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
@@ -79,14 +79,14 @@ func (w *worker) sendLog(ctx context.Context, build int64) (err error) {
 		err = w.Server.PutBuildLog(ctx, build, f)
 	}
 	if err != nil {
-		return fmt.Errorf("send log: %w", err)
+		return fmt.Errorf("send the log: %w", err)
 	}
 	return nil
 }
 
 func (w *worker) dropLog(build int64) error {
 	if err := os.Remove(w.logPath(build)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove log: %w", err)
+		return fmt.Errorf("remove the log: %w", err)
 	}
 	return nil
 }
@@ -104,7 +104,7 @@ func (w *worker) sendPendingLogs(ctx context.Context) {
 			continue // the file is not a log of this package
 		}
 		b, err := w.Server.Build(ctx, build)
-		// If another worker has had the build since then, that worker's log counts.
+		// If another worker has had the build since then, the server must keep that worker's log.
 		if err == nil && b.State == api.Building && b.Worker == w.ID {
 			err = w.sendLog(ctx, build)
 		}
@@ -117,15 +117,15 @@ func (w *worker) sendPendingLogs(ctx context.Context) {
 	}
 }
 
-// reporter sends a report to the server whenever a new phase begins, and at every [api.HeartbeatInterval] to show that
-// the build is still running. reporter does not delay the build. Only the newest phase matters, and a lost report does
-// no harm. The server's answer to a report may cancel the build.
+// reporter sends a report to the server whenever a new phase begins. It also sends a report after every
+// [Config.Heartbeat], to show that the build is still running. reporter does not delay the build. Only the newest phase
+// matters, and a lost report does no harm. The server's answer to a report may cancel the build.
 type reporter struct {
 	server *api.Client
 	build  int64
 	// heartbeat is the content of each report.
 	heartbeat api.BuildUpdate
-	// end cancels the build. Callers may call end several times.
+	// The function end cancels the build. It may be called several times.
 	end  context.CancelCauseFunc
 	log  *slog.Logger
 	next chan string
@@ -151,15 +151,15 @@ func (w *worker) newReporter(build int64, attempt int, end context.CancelCauseFu
 				r.heartbeat.Phase = phase
 			case <-tick.C:
 			}
-			r.report()
+			r.sendReport()
 		}
 	})
 	return r
 }
 
-// report sends one report. If the server answers that the build was cancelled or that another builder has it, report
-// cancels the build.
-func (r *reporter) report() {
+// sendReport sends one report. If the server answers that the build was cancelled or that another builder has it,
+// sendReport cancels the build.
+func (r *reporter) sendReport() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	b, err := r.server.UpdateBuild(ctx, r.build, r.heartbeat)
@@ -173,8 +173,8 @@ func (r *reporter) report() {
 	}
 }
 
-// follow sends a log while it grows, until stop is closed. If a part cannot be sent now, it is sent with the next part
-// or with the whole log at the end.
+// follow sends a log while it grows, until the channel stop is closed. If a part of the log cannot be sent now, it is
+// sent with the next part or with the whole log at the end.
 func (w *worker) follow(ctx context.Context, build int64, stop <-chan struct{}, log *slog.Logger) {
 	every := w.LogEvery
 	if every <= 0 {
@@ -230,8 +230,8 @@ func (w *worker) sendPart(ctx context.Context, build, offset int64, part []byte)
 	return w.Server.AppendBuildLog(ctx, build, offset, part)
 }
 
-// phase sets the phase for the next report. One timeline calls it, never concurrently.
-func (r *reporter) phase(name string) {
+// setPhase sets the phase for the next report. Only the timeline calls setPhase, and never concurrently.
+func (r *reporter) setPhase(name string) {
 	select {
 	case <-r.next: // drops an older phase that was not reported
 	default:

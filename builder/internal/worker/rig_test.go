@@ -108,8 +108,8 @@ func answer(w http.ResponseWriter, status int, v any) {
 	_ = json.NewEncoder(w).Encode(v) // if the answer is lost, the test fails later
 }
 
-// try replaces one call of the pipeline and returns its result.
-type try func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
+// makeFunc takes the place of the pipeline in one attempt at a build, and returns the result.
+type makeFunc func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 
 // rig is a worker with one build in its queue.
 type rig struct {
@@ -120,7 +120,7 @@ type rig struct {
 	tries  int
 }
 
-func newRig(t *testing.T, tries ...try) *rig {
+func newRig(t *testing.T, tries ...makeFunc) *rig {
 	t.Helper()
 	dir := t.TempDir()
 	queueURL := "sqlite://" + filepath.Join(dir, "queue.db")
@@ -195,16 +195,16 @@ func works(_ context.Context, log io.Writer, line *timeline.Run) (*pipeline.Resu
 	return &res, err
 }
 
-// fails returns a try that fails with err after it has found the kernel.
-func fails(err error) try {
+// fails returns a makeFunc that finds the kernel and then fails with err.
+func fails(err error) makeFunc {
 	return func(_ context.Context, log io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
 		fmt.Fprintln(log, "log of a failure")
 		return &pipeline.Result{Kernel: result.Kernel, Fingerprint: result.Fingerprint, Digest: result.Digest}, err
 	}
 }
 
-// standing checks the state of the build in the queue.
-func (r *rig) standing(t *testing.T, want queue.JobState) {
+// checkQueue checks the state of the build in the queue.
+func (r *rig) checkQueue(t *testing.T, want queue.JobState) {
 	t.Helper()
 	got, err := r.queue.Lookup(t.Context(), 7)
 	if err != nil {
@@ -216,8 +216,8 @@ func (r *rig) standing(t *testing.T, want queue.JobState) {
 	}
 }
 
-// noLogs checks that the worker has sent and removed all logs.
-func (r *rig) noLogs(t *testing.T) {
+// checkNoLogs checks that the worker has sent and removed all logs.
+func (r *rig) checkNoLogs(t *testing.T) {
 	t.Helper()
 	if left, err := filepath.Glob(filepath.Join(r.cfg.State, "*.log")); err != nil || len(left) > 0 {
 		t.Errorf("logs left in the state folder: %v, %v", left, err)

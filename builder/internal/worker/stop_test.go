@@ -27,9 +27,10 @@ func TestStopInMidBuild(t *testing.T) {
 		}
 		return &pipeline.Result{}, context.Cause(ctx)
 	}
-	// goesOn shows that a stop alone does not cancel the build. A phase begins after the stop. When the server has
-	// received the report of this phase, the build's context must still be valid.
-	goesOn := func(then try, heard <-chan struct{}) try {
+	// goesOn returns a makeFunc that fails if a stop alone cancels the build. It begins a phase after the stop. When the
+	// server has received the report of this phase, the build's context must still be valid. Then goesOn calls the
+	// function then.
+	goesOn := func(then makeFunc, heard <-chan struct{}) makeFunc {
 		return func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 			err := line.Do("goes on", func() (string, error) {
 				select {
@@ -51,7 +52,7 @@ func TestStopInMidBuild(t *testing.T) {
 		grace  time.Duration
 		second bool // whether a second stop signal arrives
 		goesOn bool
-		try    try
+		run    makeFunc
 		state  api.State
 		class  string
 		queue  queue.JobState
@@ -70,7 +71,7 @@ func TestStopInMidBuild(t *testing.T) {
 			ctx, stop := context.WithCancel(t.Context())
 			defer stop()
 			again, heard := make(chan struct{}), make(chan struct{})
-			do := row.try
+			do := row.run
 			if row.goesOn {
 				do = goesOn(do, heard)
 			}
@@ -101,11 +102,11 @@ func TestStopInMidBuild(t *testing.T) {
 			if last.State != row.state || last.Class != row.class || r.tries != 1 {
 				t.Errorf("after %d tries the server heard %+v; want %s %s", r.tries, last, row.state, row.class)
 			}
-			r.standing(t, row.queue)
+			r.checkQueue(t, row.queue)
 			if got, err := r.queue.Lookup(t.Context(), 8); err != nil || got.Attempt != 0 || got.Ended {
 				t.Errorf("the second build = %+v, %v; want it to wait in the queue", got, err)
 			}
-			r.noLogs(t)
+			r.checkNoLogs(t)
 		})
 	}
 }

@@ -1,6 +1,6 @@
 // Package worker takes builds from the queue, runs them, and reports their results to the server. Server and queue both
-// store the state of a build. So that both store the same state, the worker decides each result once and sends it to
-// both.
+// store the state of a build. The worker decides each result once and sends it to both, so that both store the same
+// state.
 //
 // The package refuses to know how a build is made. The package refuses to decide whether a failure is worth a retry,
 // because the kind of the fault decides that.
@@ -44,14 +44,15 @@ type Config struct {
 	// means one minute.
 	ServerTimeout time.Duration
 	Server        *api.Client
-	// Make runs one build. If the build fails, Make returns an error, and a Result with everything that it found before
+	// Make runs one build. If the build fails, Make returns an error, and a Result with everything that was found before
 	// the failure. log receives all output of tools.
 	Make func(ctx context.Context, r pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 	Log  *slog.Logger
 	// Grace is how long running builds may continue after the worker was told to stop. The worker cancels a build that
 	// runs longer and hands it back to the queue. With 0, the worker cancels builds at once.
 	Grace time.Duration
-	// When Cancel is closed, the grace period ends at once. With nil, the grace period always has its full length.
+	// Cancel ends the grace period at once when the caller closes it. With nil, the grace period always has its full
+	// length.
 	Cancel <-chan struct{}
 	// Heartbeat is the time between reports of a running build. 0 means [api.HeartbeatInterval].
 	Heartbeat time.Duration
@@ -71,10 +72,10 @@ const shutdownTimeout = 20 * time.Second
 
 type worker struct {
 	Config
-	// stopping is done when the worker must take no more builds. stop cancels stopping with a reason.
+	// The context stopping ends when the worker must take no more builds. The function stop ends it with a reason.
 	stopping context.Context
 	stop     context.CancelCauseFunc
-	// hard is done when running builds must end, too: at the end of the grace period.
+	// The context hard ends when running builds must end, too: at the end of the grace period.
 	hard context.Context
 }
 
@@ -88,16 +89,17 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err := os.MkdirAll(cfg.State, 0o755); err != nil {
 		return fault.Wrap(
 			fault.Usage,
-			fmt.Errorf("make state folder: %w", err),
+			fmt.Errorf("make the state folder: %w", err),
 			"give --state-dir a folder that this user may write",
 		)
 	}
 	lock := flock.New(filepath.Join(cfg.State, "worker.lock"))
 	switch locked, err := lock.TryLock(); {
 	case err != nil:
-		return fmt.Errorf("lock %s: %w", lock.Path(), err)
+		return fmt.Errorf("take the lock %s: %w", lock.Path(), err)
 	case !locked:
-		return fault.New(fault.Busy, "another worker uses "+cfg.State, "give each worker its own --state-dir folder")
+		return fault.New(fault.Busy, "another worker uses "+cfg.State,
+			"give each worker a folder of its own with --state-dir")
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
 	q, err := queue.Open(ctx, cfg.QueueURL)
@@ -156,7 +158,7 @@ func (w *worker) end(cancel context.CancelCauseFunc) {
 func (cfg Config) queueName() (string, error) {
 	state, err := filepath.Abs(cfg.State)
 	if err != nil {
-		return "", fmt.Errorf("name worker: %w", err)
+		return "", fmt.Errorf("choose the worker's name in the queue: %w", err)
 	}
 	sum := sha256.Sum256([]byte(state))
 	return fmt.Sprintf("%.80s-%x", cfg.ID, sum[:4]), nil
@@ -180,14 +182,14 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 		return err
 	}
 	log.InfoContext(ctx, "build started")
-	res, err := w.bounded(ctx, job, attempt, log)
+	res, err := w.runBuild(ctx, job, attempt, log)
 	// A build that fails after the grace period counts as stopped by the worker, whatever its error is.
 	stopped := err != nil && w.hard.Err() != nil
 	if stopped {
 		err = queue.Requeue(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was stopped: %w", err), ""))
 	}
 	update := outcome(res, err, stopped, attempt >= queue.MaxAttempts)
-	// Another builder may have the build by now. The number of the attempt makes sure that this update does not end the
+	// Another builder may have the build by now. Because the update has the number of the attempt, it does not end the
 	// other builder's attempt.
 	update.Attempt = attempt
 
@@ -217,7 +219,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 	return err
 }
 
-// reportStart reports the start of the build. The build begins only if the server accepts the report.
+// reportStart reports the start of the build. The build may begin only if the server accepts the report.
 func (w *worker) reportStart(ctx context.Context, build int64, attempt int) error {
 	patience, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
@@ -235,11 +237,11 @@ func (w *worker) reportStart(ctx context.Context, build int64, attempt int) erro
 		return nil
 	}
 	err = errors.Join(err, busy)
-	err = fmt.Errorf("report start of build %d: %w", build, err)
+	err = fmt.Errorf("report the start of build %d: %w", build, err)
 	switch kind := fault.Of(err); {
 	// With these errors, the start of every other build would fail in the same way. So the worker stops.
 	case kind == fault.Usage || kind == fault.Unauthorized || kind == fault.Forbidden:
-		err = fault.Wrap(kind, err, "check --server and --token, or the token in the file of --token-file")
+		err = fault.Wrap(kind, err, "check --server and --token; if you use --token-file, check the token in that file")
 		w.stop(err)
 		return queue.Requeue(err)
 	case kind != fault.Busy && mayPass(err):
@@ -254,8 +256,8 @@ func (w *worker) logPath(build int64) string {
 	return filepath.Join(w.State, fmt.Sprintf("build-%d.log", build))
 }
 
-// bounded runs the build, and cancels it when the grace period after a stop of the worker ends.
-func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log *slog.Logger) (*pipeline.Result,
+// runBuild runs the build. If the worker is stopped, runBuild cancels the build at the end of the grace period.
+func (w *worker) runBuild(ctx context.Context, job api.BuildJob, attempt int, log *slog.Logger) (*pipeline.Result,
 	error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -267,7 +269,8 @@ func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log
 	})()
 	res, err := w.make(ctx, job, attempt, cancel, log)
 	if cause := context.Cause(ctx); err != nil && fault.Is(cause, fault.Cancelled) && w.hard.Err() == nil {
-		// The server's answer to a report cancelled the build. This counts as the cause, whatever the build's error is.
+		// The server's answer to a report cancelled the build. So the cause of the build's end is that answer, whatever the
+		// build's error is.
 		err = fault.Wrap(fault.Cancelled, cause, "")
 	}
 	return res, err
@@ -299,7 +302,7 @@ func (w *worker) make(
 	defer close(stop)
 	line := &timeline.Run{Watch: func(e timeline.Event) {
 		if e.Done == nil && e.Text == "" {
-			reports.phase(e.Phase)
+			reports.setPhase(e.Phase)
 		}
 	}}
 	ctx, tell := w.Telemetry.Cell(ctx, telemetry.Cell{
@@ -312,8 +315,8 @@ func (w *worker) make(
 	}, out, line)
 }
 
-// outcome returns the update for the server. stopped means that the worker cancelled the build because the worker
-// stops. last means that the queue does not offer the build again after a failure.
+// outcome returns the update for the server. The argument stopped is true if the worker cancelled the build because the
+// worker itself was stopped. The argument last is true if the queue does not offer the build again after a failure.
 func outcome(res *pipeline.Result, err error, stopped, last bool) api.BuildUpdate {
 	update := api.BuildUpdate{Phases: res.Phases, Fingerprint: res.Fingerprint}
 	if res.Kernel.BuildID != "" {

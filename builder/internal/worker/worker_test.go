@@ -37,29 +37,29 @@ func TestOutcomes(t *testing.T) {
 	line := "nvidia/nv-pci.c:1:2: error: too few arguments"
 	rows := []struct {
 		name  string
-		tries []try
+		tries []makeFunc
 		want  []api.BuildUpdate
 		queue queue.JobState
 		log   string
 	}{
-		{"success", []try{works}, []api.BuildUpdate{begun(1), published},
+		{"success", []makeFunc{works}, []api.BuildUpdate{begun(1), published},
 			queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 1}, "all is well\n"},
 		{"API break shows the compiler's line",
-			[]try{fails(fmt.Errorf("compile: compile x for y: %w", fault.New(fault.APIBreak, line, "newer driver")))},
+			[]makeFunc{fails(fmt.Errorf("compile: compile x for y: %w", fault.New(fault.APIBreak, line, "newer driver")))},
 			[]api.BuildUpdate{begun(1), ended(api.Failed, fault.APIBreak, line, "newer driver")},
 			queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
-		{"a bug is final", []try{fails(errors.New("nil map"))},
+		{"a bug is final", []makeFunc{fails(errors.New("nil map"))},
 			[]api.BuildUpdate{begun(1), ended(api.Failed, fault.Internal, "nil map", "")},
 			queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
-		{"trouble passes", []try{fails(fault.New(fault.Transient, "mirror is away", "wait")), works},
+		{"trouble passes", []makeFunc{fails(fault.New(fault.Transient, "mirror is away", "wait")), works},
 			[]api.BuildUpdate{begun(1), ended(api.Queued, fault.Transient, "mirror is away", "wait"), begun(2), published},
 			queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 2}, "all is well\n"},
-		{"called off", []try{fails(fault.New(fault.Cancelled, "not needed", ""))},
+		{"called off", []makeFunc{fails(fault.New(fault.Cancelled, "not needed", ""))},
 			[]api.BuildUpdate{begun(1), ended(api.Cancelled, fault.Cancelled, "not needed", "")},
 			queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
 	}
 	for _, row := range rows {
-		for i := range row.want { // the final update names its attempt
+		for i := range row.want { // the final update has the number of its attempt
 			if i > 0 && row.want[i].State != api.Building {
 				row.want[i].Attempt = row.want[i-1].Attempt
 			}
@@ -79,8 +79,8 @@ func TestOutcomes(t *testing.T) {
 			if r.server.log != row.log {
 				t.Errorf("log = %q; want %q", r.server.log, row.log)
 			}
-			r.standing(t, row.queue)
-			r.noLogs(t)
+			r.checkQueue(t, row.queue)
+			r.checkNoLogs(t)
 		})
 	}
 }
@@ -101,7 +101,7 @@ func TestLastAttempt(t *testing.T) {
 	t.Parallel()
 	// The earlier attempts were lost together with their workers.
 	r := newRig(t, fails(fault.New(fault.OutOfMemory, "killed", "")))
-	lost(t, r, queue.MaxAttempts-1)
+	loseAttempts(t, r, queue.MaxAttempts-1)
 	if err := r.run(t, 2); err != nil {
 		t.Fatal(err)
 	}
@@ -109,12 +109,12 @@ func TestLastAttempt(t *testing.T) {
 		r.server.states[0].Attempt != queue.MaxAttempts {
 		t.Errorf("the server heard %+v; want the last attempt failed with out-of-memory", r.server.states)
 	}
-	r.standing(t, queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: queue.MaxAttempts})
+	r.checkQueue(t, queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: queue.MaxAttempts})
 }
 
-// lost uses up attempts of a build. For each attempt, a worker begins the build, and then loses its connection to the
-// queue's database.
-func lost(t *testing.T, r *rig, attempts int) {
+// loseAttempts uses up attempts of a build. For each attempt, a worker begins the build, and then loses its connection
+// to the queue's database.
+func loseAttempts(t *testing.T, r *rig, attempts int) {
 	t.Helper()
 	name, err := r.cfg.QueueName()
 	if err != nil {
@@ -164,8 +164,8 @@ func TestStopHandsBack(t *testing.T) {
 	if got := r.server.states[len(r.server.states)-1]; got.State != api.Queued || got.Class != fault.Cancelled.String() {
 		t.Errorf("the server heard %+v; want queued, cancelled", got)
 	}
-	r.standing(t, queue.JobState{Found: true, State: "available", Attempt: 0})
-	r.noLogs(t)
+	r.checkQueue(t, queue.JobState{Found: true, State: "available", Attempt: 0})
+	r.checkNoLogs(t)
 	r.server.states = nil
 	if err := r.run(t, 2); err != nil {
 		t.Fatal(err)
@@ -175,8 +175,9 @@ func TestStopHandsBack(t *testing.T) {
 	}
 }
 
-// TestServerAway checks a server that does not answer. If it does not answer before the build, the queue counts no
-// attempt. If it does not answer after the build, the build runs again, and the worker reports the result of that run.
+// TestServerAway checks a server that does not answer. If the server does not answer before the build, the queue does
+// not count an attempt. If the server does not answer after the build, the build runs again, and the worker reports the
+// result of the second run.
 func TestServerAway(t *testing.T) {
 	t.Parallel()
 	t.Run("at the start", func(t *testing.T) {
@@ -188,7 +189,7 @@ func TestServerAway(t *testing.T) {
 		if err := r.run(t, 1); err != nil {
 			t.Fatal(err)
 		}
-		r.standing(t, queue.JobState{Found: true, State: "available", Attempt: 0})
+		r.checkQueue(t, queue.JobState{Found: true, State: "available", Attempt: 0})
 		if r.tries != 0 {
 			t.Errorf("the pipeline ran %d times; want none", r.tries)
 		}
@@ -212,8 +213,8 @@ func TestServerAway(t *testing.T) {
 		if n := len(r.server.states); n != 3 || r.server.states[2].Class != fault.APIBreak.String() {
 			t.Errorf("the server heard %+v; want the failure at last", r.server.states)
 		}
-		r.standing(t, queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 2})
-		r.noLogs(t)
+		r.checkQueue(t, queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 2})
+		r.checkNoLogs(t)
 	})
 }
 
@@ -227,7 +228,7 @@ func TestServerRefusesBuild(t *testing.T) {
 	if err := r.run(t, 1); err != nil {
 		t.Fatal(err)
 	}
-	r.standing(t, queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1})
+	r.checkQueue(t, queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1})
 }
 
 // TestWrongTokenEndsWorker checks that a worker with a wrong token ends and uses up no attempt of a build.
@@ -241,7 +242,7 @@ func TestWrongTokenEndsWorker(t *testing.T) {
 	if !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "--token") {
 		t.Errorf("Run = %v, hint %q; want a usage error that names --token", err, fault.Hint(err))
 	}
-	r.standing(t, queue.JobState{Found: true, State: "available", Attempt: 0})
+	r.checkQueue(t, queue.JobState{Found: true, State: "available", Attempt: 0})
 }
 
 func TestSecondWorkerIsRefused(t *testing.T) {
@@ -260,8 +261,8 @@ func TestSecondWorkerIsRefused(t *testing.T) {
 	}
 }
 
-// TestSameIDElsewhere checks two workers with the same ID and different folders, as two workers with defaults on one
-// machine are. The second must not take over the running builds of the first.
+// TestSameIDElsewhere checks two workers with the same ID and different folders, as two workers with default settings
+// on one machine have them. The second must not take over the running builds of the first.
 func TestSameIDElsewhere(t *testing.T) {
 	t.Parallel()
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
@@ -273,7 +274,7 @@ func TestSameIDElsewhere(t *testing.T) {
 		ctx2, other := context.WithCancel(ctx)
 		defer other()
 		// The second worker is stopped after it has had time to ask the queue twice.
-		second.Log = slog.New(started{slog.DiscardHandler, func() { time.AfterFunc(time.Second, other) }})
+		second.Log = slog.New(onStart{slog.DiscardHandler, func() { time.AfterFunc(time.Second, other) }})
 		if err := worker.Run(ctx2, second); err != nil && ctx2.Err() == nil {
 			t.Errorf("second worker: %v", err)
 		}
@@ -293,15 +294,15 @@ func TestSameIDElsewhere(t *testing.T) {
 	}
 }
 
-// started calls f when a worker logs that it has started.
-type started struct {
+// onStart is a log handler that calls f when a worker logs that it has started.
+type onStart struct {
 	slog.Handler
 	f func()
 }
 
-func (started) Enabled(context.Context, slog.Level) bool { return true }
+func (onStart) Enabled(context.Context, slog.Level) bool { return true }
 
-func (s started) Handle(_ context.Context, r slog.Record) error {
+func (s onStart) Handle(_ context.Context, r slog.Record) error {
 	if r.Message == "worker started" {
 		s.f()
 	}
@@ -338,7 +339,7 @@ func TestLogOfKilledBuild(t *testing.T) {
 			if r.server.log != row.want {
 				t.Errorf("log = %q; want %q", r.server.log, row.want)
 			}
-			r.noLogs(t)
+			r.checkNoLogs(t)
 		})
 	}
 }
@@ -421,5 +422,5 @@ func TestServerStartsAgain(t *testing.T) {
 	if got := r.server.states; len(got) != 2 || got[0].Attempt != 1 || got[1].State != api.Published {
 		t.Errorf("the server heard %+v; want the build begun in attempt 1 and published", got)
 	}
-	r.standing(t, queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 1})
+	r.checkQueue(t, queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 1})
 }

@@ -44,7 +44,7 @@ type apt struct {
 	dir      string // for sources, lists, cache and packages
 	conf     string
 	progress func(string)
-	// fresh says that this run has fetched the index.
+	// fresh is true if this run has fetched the index.
 	fresh bool
 }
 
@@ -66,7 +66,7 @@ func openApt(ctx context.Context, dir string, p platform, next, refresh bool, sa
 		return nil, err
 	}
 	if next {
-		sources, codename = ofNext(sources, codename), nextCodename
+		sources, codename = nextSources(sources, codename), nextCodename
 	}
 	sources = addDebSrc(sources, codename)
 	sourcesFile := filepath.Join(dir, "prebake.sources")
@@ -76,7 +76,7 @@ func openApt(ctx context.Context, dir string, p platform, next, refresh bool, sa
 	}
 	me, err := user.Current()
 	if err != nil {
-		return nil, fmt.Errorf("find own user name: %w", err)
+		return nil, fmt.Errorf("find the name of this user: %w", err)
 	}
 	conf := fmt.Sprintf(`Dir::Etc::SourceList %q;
 Dir::Etc::SourceParts "/dev/null";
@@ -142,8 +142,8 @@ func firstLine(err error) string {
 	return line
 }
 
-// names returns the packages whose names begin with prefix.
-func (a *apt) names(ctx context.Context, prefix string) ([]string, error) {
+// packageNames returns the packages whose names begin with prefix.
+func (a *apt) packageNames(ctx context.Context, prefix string) ([]string, error) {
 	out, err := a.run(ctx, "", "apt-cache", "pkgnames", prefix)
 	if err != nil {
 		return nil, err
@@ -195,14 +195,24 @@ func (a *apt) file(p pkg) (string, bool) {
 	return "", false
 }
 
-// errDownload marks packages that the archive did not serve. An index of yesterday may name a package that Debian has
-// replaced since.
+// mustFile returns the file of a package that download fetched. Another process may have removed it since then.
+func (a *apt) mustFile(p pkg) (string, error) {
+	file, ok := a.file(p)
+	if !ok {
+		return "", fault.New(fault.InputMissing, fmt.Sprintf("open package %s: its file is not in %s", p.Name, a.dir),
+			"run the command again, which downloads the package again")
+	}
+	return file, nil
+}
+
+// errDownload means that the archive did not serve a package. Debian may have replaced the package since the index was
+// fetched.
 var errDownload = errors.New("download packages")
 
 // batch is the number of packages that are downloaded at once. A killed run has to download only the last batch again.
 const batch = 8
 
-// download downloads all missing packages. apt checks each file against the signed index. A file gets its name here
+// download downloads all missing packages. apt checks each file against the signed index. A file gets its final name
 // only when it is complete.
 func (a *apt) download(ctx context.Context, pkgs []pkg) error {
 	var missing []string
@@ -222,8 +232,9 @@ func (a *apt) download(ctx context.Context, pkgs []pkg) error {
 	}
 	for _, p := range pkgs {
 		if _, ok := a.file(p); !ok {
-			return fault.New(fault.InputMissing, fmt.Sprintf("download %s %s: apt wrote no such file", p.Name, p.Version),
-				"run again with --refresh")
+			return fault.New(fault.InputMissing,
+				fmt.Sprintf("download package %s %s: apt wrote no file with this name and version", p.Name, p.Version),
+				"fetch the current package index: run again with --refresh")
 		}
 	}
 	return nil
@@ -240,7 +251,7 @@ func (a *apt) downloadBatch(ctx context.Context, names []string) (err error) {
 			return context.Cause(ctx)
 		}
 		return fault.Wrap(fault.Transient, fmt.Errorf("%w: %w", errDownload, err),
-			"run again with --refresh, which asks for the present package versions")
+			"fetch the current package index: run again with --refresh")
 	}
 	files, err := os.ReadDir(tmp)
 	if err != nil {
@@ -258,12 +269,13 @@ func (a *apt) downloadBatch(ctx context.Context, names []string) (err error) {
 func osReleaseField(file, key string) (string, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
-		return "", fmt.Errorf("read release of this machine: %w", err)
+		return "", fmt.Errorf("read the Debian release of this machine: %w", err)
 	}
 	for line := range strings.Lines(string(text)) {
 		if v, ok := strings.CutPrefix(strings.TrimSpace(line), key+"="); ok {
 			return strings.Trim(v, `"'`), nil
 		}
 	}
-	return "", fault.New(fault.Unsupported, fmt.Sprintf("%s has no %s", file, key), "run on Debian 12")
+	return "", fault.New(fault.Unsupported,
+		fmt.Sprintf("read the Debian release of this machine: %s has no %s", file, key), "run on Debian 12, with the os-release of its package base-files")
 }

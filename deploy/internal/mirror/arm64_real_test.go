@@ -24,17 +24,17 @@ const crossCompiler = "aarch64-linux-gnu-gcc-12"
 // TestARM64 lets the builder on this machine cross-compile a driver for an Arm kernel. The builder checks the modules,
 // loads all of them in an emulated Arm machine, queries NVML, unloads the modules, and publishes the driver. The test
 // also runs the tests of package vm on this kernel, one of which boots without the driver of the serial port. At last
-// it builds the driver with vmlinux, and no boot archive, in the bucket.
+// it builds the driver from a bucket that has vmlinux and no boot archive.
 //
-// Downloading the packages and compiling take minutes, so the test runs only where PREBAKE_ARM64_CACHE names the cache
-// folder of `mirror` (make arm64 does).
+// Downloading the packages and compiling take minutes, so the test runs only if PREBAKE_ARM64_CACHE is set to the cache
+// folder of `mirror`. make arm64 sets it.
 func TestARM64(t *testing.T) {
 	cache := os.Getenv("PREBAKE_ARM64_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_ARM64_CACHE is not set: it names the cache folder of `mirror --arch arm64`; run make arm64")
+		t.Skip("PREBAKE_ARM64_CACHE is not set to the cache folder of `mirror --arch arm64`; run make arm64")
 	}
 	dir := t.TempDir()
-	builder := programs(t, target.ARM64)
+	builder := compilePrograms(t, target.ARM64)
 
 	mirror := filepath.Join(dir, "mirror")
 	var made Result
@@ -46,7 +46,7 @@ func TestARM64(t *testing.T) {
 
 	key := filepath.Join(dir, "key")
 	builder(nil, "keygen", key)
-	build := func(out, loadTest string) (done built) {
+	build := func(out, loadTest string) (done buildResult) {
 		builder(&done, "build", "--build-id", kernel.BuildID, "--board", "lakitu-arm64",
 			"--driver", "default", "--flavour", "proprietary",
 			"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
@@ -100,11 +100,12 @@ func TestARM64(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := publishText(filepath.Join(bucket, "vmlinux"), string(wrapped(image))); err != nil {
+	if err := publishText(filepath.Join(bucket, "vmlinux"), string(wrapImage(image))); err != nil {
 		t.Fatal(err)
 	}
-	// This nvidia.ko needs DRM, which is a module of this kernel and so is not in vmlinux. vmlinux passes every check, and
-	// the builder makes its boot image, but the driver cannot be loaded in it.
+	// nvidia.ko for this kernel needs DRM. DRM is a module of this kernel, so vmlinux does not contain it. vmlinux passes
+	// every check, and the builder makes a boot image of it. But the driver cannot be loaded in a machine that boots this
+	// image.
 	done = build("out-vmlinux", "auto")
 	i := slices.IndexFunc(done.Phases, func(p timeline.Phase) bool { return p.Name == "load test" })
 	if i < 0 || !strings.Contains(done.Phases[i].Note, "nvidia needs drm") {
@@ -112,17 +113,17 @@ func TestARM64(t *testing.T) {
 	}
 }
 
-// built has the fields of the output of builder build that the tests check.
-type built struct {
+// buildResult has the fields of the output of builder build that the tests check.
+type buildResult struct {
 	Kernel   target.Kernel
 	Driver   target.Driver
 	LoadTest verdict
 	Phases   []timeline.Phase
 }
 
-// wrapped makes a vmlinux from an arm64 Image. The whole image is one segment and the section .rodata. Debian's own
+// wrapImage makes a vmlinux from an arm64 Image. The whole image is one segment and the section .rodata. Debian's own
 // vmlinux is in a package of 800 MB, which is too large to download for a test.
-func wrapped(image []byte) []byte {
+func wrapImage(image []byte) []byte {
 	const base, head = 0xffff800008000000, 64 + 56
 	names := "\x00.rodata\x00.shstrtab\x00"
 	size, end := uint64(len(image)), uint64(head+len(image)+len(names))
@@ -147,7 +148,8 @@ func wrapped(image []byte) []byte {
 	return out.Bytes()
 }
 
-// verdict has the fields of the load test in the output of builder build --output json that the tests check.
+// verdict has those fields of the load test that the tests check. They are in the output of builder build --output
+// json.
 type verdict struct {
 	State, Reason, Release, Machine, NVMLVersion, KernelLog string
 
@@ -165,10 +167,10 @@ const (
 
 func (v *verdict) String() string { return strings.TrimSuffix(v.State+": "+v.Reason, ": ") }
 
-// programs compiles builder, mirror, and the programs that the load test of an architecture needs, into one folder. It
-// returns a function that runs builder, or mirror if the first argument is "mirror", and decodes the JSON output into
-// out.
-func programs(t *testing.T, arch target.Arch) func(out any, args ...string) {
+// compilePrograms compiles builder, mirror, and the programs that the load test of an architecture needs, into one
+// folder. It returns a function that runs builder, or mirror if the first argument is "mirror", and decodes the JSON
+// output into out.
+func compilePrograms(t *testing.T, arch target.Arch) func(out any, args ...string) {
 	t.Helper()
 	bin, suffix, cc := t.TempDir(), "", "gcc"
 	if arch != target.AMD64 {

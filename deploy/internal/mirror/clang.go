@@ -24,8 +24,8 @@ import (
 // which has a kernel of clangSeries, begin with this number.
 const clangMajorBuild = 18244
 
-// clangSeries is the series of the kernel that the mirror compiles. Debian's own kernels have the same series, so the
-// NVIDIA driver that Debian packages compiles for it.
+// clangSeries is the series of the kernel that the mirror compiles. Debian's own kernels are of the same series. The
+// NVIDIA driver in Debian's packages therefore compiles for the mirror's kernel.
 const clangSeries = "6.1"
 
 // File names of the key that signs modules, and of its certificate. Both files are in the mirror's folder of the COS
@@ -72,7 +72,7 @@ func (m *maker) planClang(ctx context.Context) (clangBuild, error) {
 	number := upstreamPattern.FindStringSubmatch(upstream)
 	if number == nil {
 		return b, fault.New(fault.Unsupported,
-			fmt.Sprintf("plan the clang-built kernel: version %q of %s is not of the form 6.1.n", b.source.Version, name), "")
+			fmt.Sprintf("plan the clang-built kernel: version %q of package %s is not 6.1.n", b.source.Version, name), "")
 	}
 	if b.patch, err = strconv.Atoi(number[1]); err != nil {
 		return b, err
@@ -83,8 +83,8 @@ func (m *maker) planClang(ctx context.Context) (clangBuild, error) {
 	return b, err
 }
 
-// checkClangTools returns an error that names the tools for compiling a kernel that this machine lacks. A mirror
-// without the clang-built kernel does not need these tools.
+// checkClangTools returns an error if this machine lacks tools for compiling a kernel. The error lists the missing
+// tools. A mirror without the clang-built kernel does not need these tools.
 func checkClangTools() error {
 	var missing []string
 	for _, t := range []struct{ name, pkg string }{
@@ -103,7 +103,7 @@ func checkClangTools() error {
 	if len(missing) == 0 {
 		return nil
 	}
-	return fault.New(fault.Usage, "compile a kernel: this machine lacks "+strings.Join(missing, ", "),
+	return fault.New(fault.Usage, "compile a kernel: these Debian packages are missing: "+strings.Join(missing, ", "),
 		"run apt-get install "+strings.Join(missing, " "))
 }
 
@@ -113,7 +113,7 @@ func (m *maker) makeClang(ctx context.Context, b clangBuild, releases []release)
 	if err != nil {
 		return Build{}, err
 	}
-	toolchain := &unpacked{object: archive}
+	toolchain := &toolchainFolder{object: archive}
 	defer func() { err = errors.Join(err, toolchain.remove()) }()
 	kernel, err := m.makeClangKernel(ctx, b, toolchain)
 	if err != nil {
@@ -122,7 +122,7 @@ func (m *maker) makeClang(ctx context.Context, b clangBuild, releases []release)
 	made := recipe{Params: []string{"kernel " + kernel.SHA256}}
 	made.Kind = "clang-kernel-headers.tgz"
 	headers, err := m.object(ctx, "headers of "+b.release, made, func(_ context.Context, w io.Writer) error {
-		t, err := readTgz(kernel.path, under(clangHeaders, "usr/src/linux-headers-"+b.release))
+		t, err := readTgz(kernel.path, pickFolder(clangHeaders, "usr/src/linux-headers-"+b.release))
 		if err != nil {
 			return err
 		}
@@ -140,7 +140,7 @@ func (m *maker) makeClang(ctx context.Context, b clangBuild, releases []release)
 	if m.VMLinux {
 		made.Kind = "clang-vmlinux"
 		objects["vmlinux"], err = m.object(ctx, "vmlinux of "+b.release, made, func(_ context.Context, w io.Writer) error {
-			t, err := readTgz(kernel.path, under("boot", "boot"))
+			t, err := readTgz(kernel.path, pickFolder("boot", "boot"))
 			if err != nil {
 				return err
 			}
@@ -183,7 +183,7 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 		}
 	}
 	source := build{Build: done, kernel: kernel{version: b.source.Version}}
-	texts := m.texts(k, source, m.forSource(releases))
+	texts := m.textFiles(k, source, m.clangReleases(releases))
 	texts[cosbucket.ToolchainEnvName(k)] = clangEnv
 	for name, text := range texts {
 		if err := publishText(at(name), text); err != nil {
@@ -198,10 +198,10 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 	return os.Chmod(filepath.Join(dir, signingKeyName), 0o600)
 }
 
-// forSource returns the driver releases for the kernel that the mirror compiles, the default one first. The default is
-// the newest release in the machine's own Debian release, because Debian packages it for the source of this kernel.
-// Older ones of that Debian release are left out.
-func (m *maker) forSource(releases []release) []release {
+// clangReleases returns the driver releases for the kernel that the mirror compiles, the default one first. The default
+// is the newest one that the machine's own Debian release has, because Debian makes that release fit the source of this
+// kernel. Older ones from this Debian release are left out.
+func (m *maker) clangReleases(releases []release) []release {
 	var own, others []release
 	for _, r := range releases {
 		if r.apt == m.apt {
@@ -221,15 +221,15 @@ const clangBootArgs = "loadpin.exclude=kernel-module,firmware\n"
 
 // makeClangBoot packs the boot archive: the kernel image and the emulated GPU. The module of the emulated GPU is
 // signed, because it must also load if the kernel enforces signatures.
-func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers object, toolchain *unpacked) (object,
-	error) {
+func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers object,
+	toolchain *toolchainFolder) (object, error) {
 	r := recipe{Kind: "clang-prebake-boot.tgz", Params: []string{"kernel " + kernel.SHA256, "arguments " + clangBootArgs}}
 	if m.EmuGPU != nil {
 		r.Packages = b.toolchain
 		r.Params = append(r.Params, "emugpu "+m.EmuGPURevision)
 	}
 	return m.object(ctx, "boot files of "+b.release, r, func(ctx context.Context, w io.Writer) error {
-		t, err := readTgz(kernel.path, under("boot", ""))
+		t, err := readTgz(kernel.path, pickFolder("boot", ""))
 		if err != nil {
 			return err
 		}
@@ -241,7 +241,7 @@ func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers
 					return signModule(ctx, tree, ko, b.pair)
 				})
 			if err != nil {
-				return fmt.Errorf("compile emulated GPU for %s: %w", b.release, err)
+				return fmt.Errorf("compile the emulated GPU for %s: %w", b.release, err)
 			}
 			t.add(vm.BootGPU, node{mode: 0o644, data: emu})
 		}

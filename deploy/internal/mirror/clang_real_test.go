@@ -20,18 +20,18 @@ import (
 )
 
 // TestClangKernel runs the builder on a kernel like COS's: compiled with clang and lld, without symbol versions, with
-// LoadPin. The builder compiles the driver with that toolchain, checks it, loads it in a machine that boots that
-// kernel, and publishes it.
+// LoadPin. The builder compiles the driver with clang, checks the modules, loads them in a machine that boots that
+// kernel, and publishes the driver.
 //
-// The kernel takes minutes to compile, once for each cache. The test therefore runs only where PREBAKE_CLANG_CACHE
-// names the cache folder of `mirror` (make clang does).
+// The kernel takes minutes to compile, once for each cache. The test therefore runs only if PREBAKE_CLANG_CACHE is set
+// to the cache folder of `mirror`. make clang sets it.
 func TestClangKernel(t *testing.T) {
 	cache := os.Getenv("PREBAKE_CLANG_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `mirror --only-clang`; run make clang")
+		t.Skip("PREBAKE_CLANG_CACHE is not set to the cache folder of `mirror --only-clang`; run make clang")
 	}
 	dir := t.TempDir()
-	builder := programs(t, target.AMD64)
+	builder := compilePrograms(t, target.AMD64)
 
 	mirror := filepath.Join(dir, "mirror")
 	var made Result
@@ -78,7 +78,7 @@ func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir
 	t.Helper()
 	key := filepath.Join(dir, "key")
 	builder(nil, "keygen", key)
-	var done built
+	var done buildResult
 	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "proprietary",
 		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
 		"--cache", cache, "--key", key, "--to", "oci:"+filepath.Join(dir, "out"),
@@ -100,10 +100,10 @@ func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir
 func TestClangCell(t *testing.T) {
 	cache := os.Getenv("PREBAKE_CLANG_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `mirror`; run make clang-cell")
+		t.Skip("PREBAKE_CLANG_CACHE is not set to the cache folder of `mirror`; run make clang-cell")
 	}
 	dir := t.TempDir()
-	builder := programs(t, target.AMD64)
+	builder := compilePrograms(t, target.AMD64)
 	mirror := filepath.Join(dir, "mirror")
 	var made Result
 	args := []string{"mirror", "--only-clang", "--vmlinux", "--no-boot-archive", "--out", mirror, "--cache", cache,
@@ -132,8 +132,8 @@ func TestClangCell(t *testing.T) {
 	if notes := linked.Section(".notes"); notes == nil {
 		t.Error("vmlinux has no notes")
 	}
-	// The cache keeps the modules of earlier runs with the same inputs. The test removes the verdicts from it, so that the
-	// load test always runs.
+	// The cache keeps the modules of earlier runs with the same inputs. The test removes the verdicts from the cache, so
+	// that the load test always runs.
 	builds := filepath.Join(cache, "clang-builds")
 	verdicts := filepath.Join(builds, "facts", "loadtest")
 	if err := os.RemoveAll(verdicts); err != nil {
@@ -199,7 +199,7 @@ func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if missing := unmet(configText(), string(config)); len(missing) > 0 {
+	if missing := missingLines(configText(), string(config)); len(missing) > 0 {
 		t.Errorf(".config lacks %v", missing)
 	}
 	gpu, err := os.ReadFile(filepath.Join(dir, "emugpu.ko"))

@@ -30,8 +30,8 @@ func TestUnmet(t *testing.T) {
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			if diff := cmp.Diff(row.want, unmet(want, row.got)); diff != "" {
-				t.Errorf("unmet differs (-want +got):\n%s", diff)
+			if diff := cmp.Diff(row.want, missingLines(want, row.got)); diff != "" {
+				t.Errorf("missingLines differs (-want +got):\n%s", diff)
 			}
 		})
 	}
@@ -72,7 +72,7 @@ func TestBuiltTree(t *testing.T) {
 		t.Fatal(err)
 	}
 	var files []string
-	for _, name := range got.names() {
+	for _, name := range got.paths() {
 		if n, ok := got[name]; ok && n.link == "" {
 			files = append(files, strings.TrimPrefix(name, "headers/")+map[bool]string{true: "*"}[n.mode == 0o755])
 		} else if ok {

@@ -36,8 +36,8 @@ const (
 	clangToolchain = "/prebake/toolchain"
 )
 
-// errNotCompiled means that the cache has no kernel of this version that clang compiled, and that Config.ClangCached
-// forbids to compile one.
+// errNotCompiled means that the cache has no clang-built kernel of this version. Config.ClangCached forbids to compile
+// one.
 var errNotCompiled = errors.New("no earlier run compiled this kernel with clang")
 
 // clangCert is the path of the trusted certificate in the kernel's source.
@@ -51,7 +51,7 @@ const (
 	clangTestModule = "boot/modules/test_module.ko"
 )
 
-// sourceLimits bound a kernel source archive. They are twice the size of the source of 6.12.
+// sourceLimits are the limits for unpacking a kernel's source archive: twice the size of the source of 6.12.
 var sourceLimits = archive.Options{Entries: 250_000, Bytes: 4 << 30}
 
 // configText returns the wanted configuration.
@@ -59,8 +59,9 @@ func configText() string {
 	return clangConfig + "CONFIG_SYSTEM_TRUSTED_KEYS=\"" + clangCert + "\"\n"
 }
 
-// makeClangKernel compiles the kernel. The result is cached by source package, compiler, configuration and certificate.
-func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *unpacked) (object, error) {
+// makeClangKernel compiles the kernel. The cache finds the result by source package, compiler, configuration and
+// certificate.
+func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *toolchainFolder) (object, error) {
 	sum := func(text []byte) string {
 		s := sha256.Sum256(text)
 		return hex.EncodeToString(s[:])
@@ -75,10 +76,10 @@ func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *un
 			return err
 		}
 		if m.ClangCached {
-			return fault.Wrap(fault.InputMissing, fmt.Errorf("%w: %s", errNotCompiled, b.release),
-				"run make clang, which takes a quarter of an hour and more")
+			return fault.Wrap(fault.InputMissing, fmt.Errorf("find kernel %s: %w", b.release, errNotCompiled),
+				"compile the kernel, which takes a quarter of an hour or more: make clang")
 		}
-		return m.work(func(dir string) error {
+		return m.inWorkDir(func(dir string) error {
 			m.Progress("compiling " + b.release + " with clang: this takes minutes, once")
 			src, err := m.unpackSource(ctx, b.source, dir)
 			if err != nil {
@@ -102,9 +103,9 @@ func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *un
 
 // unpackSource unpacks the kernel's source below dir, and returns its folder.
 func (m *maker) unpackSource(ctx context.Context, p pkg, dir string) (string, error) {
-	deb, ok := m.apt.file(p)
-	if !ok {
-		return "", fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
+	deb, err := m.apt.mustFile(p)
+	if err != nil {
+		return "", err
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -151,8 +152,8 @@ type kernelBuild struct {
 	progress       func(string)
 }
 
-// kernelVariables returns make variables that name every tool, so that no tool of the machine is used. They also give
-// the release the form x.y.z+, as COS's kernels have it.
+// kernelVariables returns variables for make. They set every tool, so that make uses no tool of the machine. They also
+// give the release the form x.y.z+, as COS's kernels have it.
 func kernelVariables() []string {
 	llvm := func(name string) string { return "llvm-" + name }
 	return []string{
@@ -210,15 +211,15 @@ func (k kernelBuild) configure(ctx context.Context, cert []byte) error {
 	if err != nil {
 		return err
 	}
-	if missing := unmet(want, string(got)); len(missing) > 0 {
-		return fault.New(fault.Unsupported, "configure kernel: these lines are not in the final .config: "+
+	if missing := missingLines(want, string(got)); len(missing) > 0 {
+		return fault.New(fault.Unsupported, "configure kernel: these lines are missing in the final .config: "+
 			strings.Join(missing, ", "), "correct deploy/internal/mirror/clang.config for this kernel's source")
 	}
 	return nil
 }
 
-// unmet returns the lines of a wanted configuration that the final configuration does not have.
-func unmet(want, got string) []string {
+// missingLines returns the lines of a wanted configuration that the final configuration does not have.
+func missingLines(want, got string) []string {
 	set := map[string]string{}
 	for line := range strings.Lines(got) {
 		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok && !strings.HasPrefix(name, "#") {
@@ -250,7 +251,8 @@ func builtTree(src, release string) (tree, error) {
 		return nil, err
 	}
 	if got := strings.TrimSpace(string(text)); got != release {
-		return nil, fault.New(fault.Internal, fmt.Sprintf("compile kernel: its release is %q; want %q", got, release), "")
+		return nil, fault.New(fault.Internal,
+			fmt.Sprintf("compile kernel: the kernel's release is %q; want %q", got, release), "")
 	}
 	t := tree{}
 	err = filepath.WalkDir(src, func(file string, d fs.DirEntry, err error) error {
@@ -278,7 +280,7 @@ func builtTree(src, release string) (tree, error) {
 	for _, must := range []string{"Makefile", ".config", "Module.symvers", "include/generated/autoconf.h",
 		"scripts/mod/modpost", "scripts/module.lds", "tools/objtool/objtool"} {
 		if _, ok := t[clangHeaders+"/"+must]; !ok {
-			return nil, fault.New(fault.Internal, "compile kernel: it left no "+must, "")
+			return nil, fault.New(fault.Internal, "compile kernel: make wrote no "+must, "")
 		}
 	}
 	for name, built := range map[string]string{clangImage: "arch/x86/boot/bzImage",
@@ -292,7 +294,7 @@ func builtTree(src, release string) (tree, error) {
 	return t, nil
 }
 
-// headerFolder reports whether the header tree contains anything from this folder of the source tree. The kernel's
+// headerFolder reports whether the header tree contains anything from a folder of the source tree. The kernel's
 // packaging scripts choose the same folders.
 func headerFolder(name string) bool {
 	top := []string{"arch", "arch/x86", "tools", "tools/objtool"}

@@ -18,13 +18,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// signingPair is the key whose certificate the clang-built kernel trusts for modules. Each cache has one. The key is
-// published, because users need it to try module signatures on that kernel. Nothing else may ever trust it.
+// signingPair is a private key and its certificate. Each cache has a pair of its own. The clang-built kernel trusts the
+// certificate for modules. The private key is published too, because users need it to try module signatures on that
+// kernel. Nothing else may ever trust the certificate.
 type signingPair struct {
 	key, cert []byte // in PEM
 }
 
-// signingFile is one file for both parts, so that a killed run never leaves only one of them.
+// signingFile is one file with both parts. A killed run therefore never leaves only one of them.
 const signingFile = "test-module-signing.pem"
 
 // signingKey returns the key pair of this cache. It makes the pair if there is none.
@@ -33,7 +34,7 @@ func (m *maker) signingKey() (signingPair, error) {
 	text, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		if text, err = newSigningPair(); err != nil {
-			return signingPair{}, fmt.Errorf("make key for module signatures: %w", err)
+			return signingPair{}, fmt.Errorf("make the key for module signatures: %w", err)
 		}
 		err = writeAtomic(path, func(w io.Writer) error {
 			_, err := w.Write(text)
@@ -75,7 +76,7 @@ func newSigningPair() ([]byte, error) {
 func parseSigningPair(text []byte, path string) (signingPair, error) {
 	bad := func(what string) (signingPair, error) {
 		return signingPair{}, fault.New(fault.Checksum, fmt.Sprintf("read %s: %s", path, what),
-			"remove the file: another run makes a new pair")
+			"remove the file, and run again: the next run makes a new pair")
 	}
 	key, rest := pem.Decode(text)
 	if key == nil || key.Type != "PRIVATE KEY" {

@@ -6,15 +6,13 @@ import (
 	"path"
 	"slices"
 	"strings"
-
-	"github.com/prebake/prebake/pkg/fault"
 )
 
 // clangMajor is the major version of clang for the clang-built kernel: the newest in Debian 12.
 const clangMajor = "16"
 
-// hostPrefix begins the name of the compiler for programs of the build machine, as in COS's SDK. prefix begins the name
-// of the compiler for kernels.
+// hostPrefix is the beginning of the name of the compiler for programs of the build machine, as in COS's SDK. The name
+// of the compiler for kernels begins with prefix.
 const hostPrefix = "x86_64-pc-linux-gnu-"
 
 // clangEnv is the content of toolchain_env.
@@ -32,8 +30,8 @@ var clangPackages = []string{
 // llvmDir is the folder where Debian has the programs without a version in their names.
 const llvmDir = "usr/lib/llvm-" + clangMajor
 
-// llvmTools are the binary tools in the archive. llvmLinks are tools that are another tool under a second name.
-// Debian's llvm-objdump is left out: it loads an HTTP client with many libraries, and no module needs it.
+// llvmTools are the binary tools in the archive. llvmLinks maps the second name of a tool to the tool. Debian's
+// llvm-objdump is left out: it loads an HTTP client with many libraries, and no module needs it.
 var (
 	llvmTools = []string{"llvm-ar", "llvm-nm", "llvm-objcopy", "llvm-readobj", "llvm-size", "llvm-strings"}
 	llvmLinks = map[string]string{"llvm-ranlib": "llvm-ar", "llvm-strip": "llvm-objcopy", "llvm-readelf": "llvm-readobj"}
@@ -47,7 +45,7 @@ func (m *maker) makeClangToolchain(ctx context.Context, pkgs []pkg) (object, err
 	}
 	r := recipe{Kind: "clang-toolchain.tar.xz", Packages: pkgs, Tools: versions}
 	return m.object(ctx, "clang toolchain", r, func(ctx context.Context, w io.Writer) error {
-		return m.work(func(dir string) error {
+		return m.inWorkDir(func(dir string) error {
 			t, err := clangTree(ctx, m.apt, pkgs, dir)
 			if err != nil {
 				return err
@@ -62,9 +60,9 @@ func (m *maker) makeClangToolchain(ctx context.Context, pkgs []pkg) (object, err
 func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, error) {
 	t := tree{}
 	for _, p := range pkgs {
-		file, ok := a.file(p)
-		if !ok {
-			return nil, fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
+		file, err := a.mustFile(p)
+		if err != nil {
+			return nil, err
 		}
 		if err := readDeb(ctx, t, file, clangPick); err != nil {
 			return nil, err

@@ -69,23 +69,22 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	return s.edits, nil
 }
 
-// debianEdition is the beginning of the list if a release keeps Debian's sources.
+// debianEdition is the beginning of the list of edits if a release keeps Debian's sources.
 const debianEdition = "Debian's edition: "
 
 // debianTree makes a tree from the packages of a release.
 func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 	t := tree{}
 	for _, need := range r.packages {
-		file, ok := r.apt.file(need)
-		if !ok {
-			return nil, fault.New(fault.InputMissing, "package "+need.Name+" was not downloaded", "")
+		file, err := r.apt.mustFile(need)
+		if err != nil {
+			return nil, err
 		}
-		var err error
 		switch strings.TrimSuffix(need.Name, p.foreign) {
-		case r.line.named(sourcePackage):
-			err = addSource(ctx, t, file, r.line.named("nvidia-kernel"), "kernel")
-		case r.line.named(openSourcePackage):
-			err = addSource(ctx, t, file, r.line.named("nvidia-open-kernel"), "kernel-open")
+		case r.line.packageName(sourcePackage):
+			err = addSource(ctx, t, file, r.line.packageName("nvidia-kernel"), "kernel")
+		case r.line.packageName(openSourcePackage):
+			err = addSource(ctx, t, file, r.line.packageName("nvidia-open-kernel"), "kernel-open")
 		default:
 			err = readDeb(ctx, t, file, func(name string) string { return p.runfileName(name, r.version) })
 		}
@@ -97,8 +96,8 @@ func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 }
 
 // finish completes the tree. It adds the links of the libraries, and the files that neither Debian's packages nor
-// NVIDIA's sources contain: nvidia-installer and .manifest. It removes manual pages, and sets the modes of the files. A
-// missing file that every runfile has is an error.
+// NVIDIA's sources contain: nvidia-installer and .manifest. It removes manual pages, and sets the modes of the files.
+// It returns an error if a file is missing that every runfile has.
 func finish(t tree, p platform, r release) error {
 	if err := t.addLibraryLinks(r.version); err != nil {
 		return err
@@ -126,7 +125,7 @@ func finish(t tree, p platform, r release) error {
 }
 
 // addSource adds the module sources from one of Debian's -source packages. It also adds NVIDIA's licence, and makes the
-// list of supported GPUs from the README. Every package has a copy of both.
+// list of supported GPUs from the README. Every -source package has a copy of the licence and of the README.
 func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 	outer := tree{}
 	err := readDeb(ctx, outer, deb, func(name string) string {
@@ -156,7 +155,7 @@ func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 		}
 	}
 	prefix := "modules/" + inside
-	move := under(prefix, to)
+	move := pickFolder(prefix, to)
 	return readXZ(ctx, t, outer["source"].data, func(name string) string {
 		// These files are Debian's additions to NVIDIA's files.
 		if name == prefix+"/debian" || strings.HasPrefix(name, prefix+"/debian/") || name == prefix+"/NVIDIA_Changelog" {
@@ -198,18 +197,18 @@ var (
 )
 
 // fixHeader changes the header that makeself wrote. It replaces the uncompressed size by the sum of the file sizes,
-// because makeself takes that size from du, whose result depends on the file system. It also gives the header the form
-// of NVIDIA's. The payload, the number of lines and all checksums stay the same.
+// because makeself takes that size from du, whose result depends on the file system. It also makes the header look like
+// that of NVIDIA's runfiles. The payload, the number of lines and all checksums stay the same.
 func fixHeader(file []byte, t tree) ([]byte, error) {
 	end := bytes.Index(file, headerEnds)
 	if end < 0 {
-		return nil, fault.New(fault.Internal, "read makeself header: its last line is not where it should be",
+		return nil, fault.New(fault.Internal, "read the header of makeself: its last line is not at the expected place",
 			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	head := file[:end]
 	m := usizeLine.FindSubmatch(head)
 	if m == nil {
-		return nil, fault.New(fault.Internal, "read makeself header: no uncompressed size",
+		return nil, fault.New(fault.Internal, "read the header of makeself: it has no uncompressed size",
 			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	var total int64
@@ -221,7 +220,7 @@ func fixHeader(file []byte, t tree) ([]byte, error) {
 	// NVIDIA's header has the option -x, with which callers unpack the runfile. It also has the line skip=NUMBER, the
 	// number of lines of the header, without quotes. makeself writes the number in quotes and has no -x.
 	if len(optionLine.FindAll(fixed, -1)) != 1 || !skipLine.Match(fixed) {
-		return nil, fault.New(fault.Internal, "read makeself header: no option --noexec or no skip line",
+		return nil, fault.New(fault.Internal, "read the header of makeself: it has no option --noexec, or no line skip=",
 			"report this and the output of makeself --version to the developers of Prebake")
 	}
 	fixed = optionLine.ReplaceAll(fixed, []byte("$1|-x|--extract-only)"))

@@ -74,10 +74,10 @@ func TestLine(t *testing.T) {
 		"libnvidia-ml1": "libnvidia-tesla-535-ml1",
 		"libnvcuvid1":   "libnvidia-tesla-535-nvcuvid1", "nvidia-modprobe": "nvidia-modprobe",
 	} {
-		if got := tesla.named(plain); got != want {
-			t.Errorf("%s.named(%s) = %s; want %s", tesla, plain, got, want)
+		if got := tesla.packageName(plain); got != want {
+			t.Errorf("%s.packageName(%s) = %s; want %s", tesla, plain, got, want)
 		}
-		if got := line("").named(plain); got != plain {
+		if got := line("").packageName(plain); got != plain {
 			t.Errorf("the plain line calls %s %s", plain, got)
 		}
 	}
@@ -92,14 +92,15 @@ func TestLine(t *testing.T) {
 		t.Fatalf("wholeReleases of %s = %+v; want 535.274.02, proprietary", tesla, got)
 	}
 	for i, p := range got[0].packages {
-		got[0].packages[i].Name = tesla.named(p.Name)
+		got[0].packages[i].Name = tesla.packageName(p.Name)
 	}
 	if v, only := got[0].sourceVersion(), got[0].onlySources(); v != "535.274.02-1~deb13u1" || len(only) != 1 {
 		t.Errorf("source version %q, sources %v; want 535.274.02-1~deb13u1 and one package", v, only)
 	}
 }
 
-// fakeApt replaces apt-cache. Each line of madison names an archive, "own" or "next", and a package with its version.
+// fakeApt replaces apt-cache. Each line of the argument madison has an archive, "own" or "next", and a package with its
+// version.
 func fakeApt(t *testing.T, madison string) (own, next *apt) {
 	t.Helper()
 	bin, dir := t.TempDir(), t.TempDir()
@@ -130,8 +131,8 @@ func TestFindDrivers(t *testing.T) {
 	var madison strings.Builder
 	add := func(where string, l line, version string, open bool) {
 		for _, name := range append([]string{sourcePackage}, driverPackages...) {
-			if !l.lacks(name) {
-				fmt.Fprintf(&madison, "%s %s=%s\n", where, l.named(name), version)
+			if !l.hasNo(name) {
+				fmt.Fprintf(&madison, "%s %s=%s\n", where, l.packageName(name), version)
 			}
 		}
 		if open {
@@ -182,7 +183,7 @@ func TestFindDrivers(t *testing.T) {
 			t.Errorf("%s: %v, latest %s, %v; want %s, %s", row.name, got, latestOf(releases).version, err, row.want, row.latest)
 		}
 		// The default driver for the clang-built kernel is from the machine's own Debian release, as the kernel's source is.
-		if clang := m.forSource(releases); len(row.branches) != 1 && clang[0].version != "535.309.01" {
+		if clang := m.clangReleases(releases); len(row.branches) != 1 && clang[0].version != "535.309.01" {
 			t.Errorf("%s: the default for the clang-built kernel is %s; want 535.309.01", row.name, clang[0].version)
 		}
 	}
@@ -360,7 +361,7 @@ func TestRebuilt(t *testing.T) {
 	in := tree{}
 	dir := "usr/src/linux-headers-" + k.release + "/include/generated/"
 	in.addFile(dir+"compile.h", "#define LINUX_COMPILE_BY\t\"debian-kernel\"\n#define LINUX_COMPILER\t\"gcc\"\n")
-	rebuilt(in, k, epoch)
+	changeCompileInfo(in, k, epoch)
 	if got, want := string(in[dir+
 		"compile.h"].data), "#define LINUX_COMPILE_BY\t\"rebuild\"\n#define LINUX_COMPILER\t\"gcc\"\n"; got != want {
 		t.Errorf("compile.h = %q; want %q", got, want)

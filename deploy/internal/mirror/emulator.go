@@ -78,9 +78,9 @@ func Emulator(ctx context.Context, cache string, progress func(string)) (bin str
 func (a *apt) unpackEmulator(ctx context.Context, pkgs []pkg, dir string) error {
 	all := tree{}
 	for _, p := range pkgs {
-		file, ok := a.file(p)
-		if !ok {
-			return fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
+		file, err := a.mustFile(p)
+		if err != nil {
+			return err
 		}
 		if err := readDeb(ctx, all, file, pickEmulator); err != nil {
 			return err
@@ -121,8 +121,9 @@ func (a *apt) closure(ctx context.Context, names ...string) ([]pkg, error) {
 	out, err := a.run(ctx, "", "apt-get", append([]string{"install", "-qq", "--print-uris", "--no-install-recommends",
 		"-o", "Dir::State::status=/dev/null"}, names...)...)
 	if err != nil {
-		return nil, fault.Wrap(fault.InputMissing, fmt.Errorf("ask apt what %s need: %w", strings.Join(names, " and "), err),
-			"run again later: Debian's archive lacks a package that these packages need")
+		return nil, fault.Wrap(fault.InputMissing,
+			fmt.Errorf("ask apt for the dependencies of %s: %w", strings.Join(names, " and "), err),
+			"wait until Debian's archive has the missing package, then run again")
 	}
 	return parseURIs(out)
 }

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// kernel is one Debian kernel. Its packages headers, common and image have the same version. The package kbuild, with
-// the build tools, may have another version.
+// kernel is one Debian kernel. Three of its packages have the same version: headers, common and image. The package
+// kbuild has the build tools, and may have another version.
 type kernel struct {
 	series  string // such as 6.1
 	abi     int    // such as 47 for 6.1.0-47, and 117 for 6.12.117+deb12
@@ -46,7 +46,7 @@ func (k kernel) buildMajor() int { return buildMajors[k.series] }
 // findKernels returns the kernels of the given series whose packages are all in the index. They are sorted by series
 // and then by age, oldest first.
 func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]kernel, error) {
-	names, err := a.names(ctx, "linux-headers-")
+	names, err := a.packageNames(ctx, "linux-headers-")
 	if err != nil {
 		return nil, err
 	}
@@ -72,7 +72,7 @@ func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]ke
 	}
 	whole := all[:0]
 	for _, k := range all {
-		if k.complete(versions) {
+		if k.setVersions(versions) {
 			whole = append(whole, k)
 		}
 	}
@@ -103,9 +103,9 @@ func (p platform) kernel(headers string) (kernel, bool) {
 	return k, true
 }
 
-// complete sets the version of each of the kernel's packages, and reports whether the index has all of them. versions
-// maps the names of packages to the versions in the index, newest first.
-func (k *kernel) complete(versions map[string][]string) bool {
+// setVersions sets the version of each of the kernel's packages, and reports whether the index has all of them. The
+// keys of the argument versions are package names. Its values are the versions in the index, newest first.
+func (k *kernel) setVersions(versions map[string][]string) bool {
 	if len(versions[k.headers.Name]) == 0 || len(versions[k.kbuild.Name]) == 0 {
 		return false
 	}
@@ -121,8 +121,9 @@ const defaultKernels = 4
 
 // selectKernels selects kernels by ABI number. Without numbers, it selects count kernels of Debian 12's own series:
 // half of them the oldest, and half the newest. If count is 0, it selects defaultKernels, or all if there are fewer.
-// The default driver compiles for the oldest kernels, and the newest kernel shows the API break. The two newest kernels
-// are often siblings. For any other series it selects the kernels that the numbers name, or else the newest kernel.
+// Both flavours of the default driver compile for the oldest kernels. The newest kernel is for tests of a driver that
+// does not compile. The two newest kernels are often siblings. Of any other series, it selects the kernels with these
+// numbers. If there is none, it selects the newest kernel of the series.
 func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
 	if len(abis) == 0 && p.oldest && len(all) > 0 {
 		return all[:1], nil
@@ -134,23 +135,23 @@ func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, 
 				have = append(have, strconv.Itoa(k.abi))
 			}
 			return nil, fault.New(fault.InputMissing,
-				fmt.Sprintf("select kernels: %d of %v is not in Debian's index", abi, abis),
+				fmt.Sprintf("select kernels: Debian's index has no kernel with the ABI number %d", abi),
 				"choose --kernel-abi from "+strings.Join(have, ", "))
 		}
 	}
 	var picked []kernel
 	for _, same := range bySeries(all) {
-		named := slices.DeleteFunc(slices.Clone(same), func(k kernel) bool { return !slices.Contains(abis, k.abi) })
+		chosen := slices.DeleteFunc(slices.Clone(same), func(k kernel) bool { return !slices.Contains(abis, k.abi) })
 		switch {
-		case len(named) > 0:
-			picked = append(picked, named...)
+		case len(chosen) > 0:
+			picked = append(picked, chosen...)
 		case same[0].series != ownSeries:
 			picked = append(picked, same[len(same)-1])
 		case len(abis) > 0:
 		case len(same) < count:
 			return nil, fault.New(fault.InputMissing,
-				fmt.Sprintf("select kernels: %d wanted, %d in Debian's index", count, len(same)),
-				"leave out --kernels, or pass a lower number")
+				fmt.Sprintf("select kernels: %d are wanted, but Debian's index has only %d", count, len(same)),
+				"pass a lower number with --kernels; for the default number, remove --kernels")
 		default:
 			n := count
 			if n == 0 {
@@ -162,7 +163,7 @@ func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, 
 	return picked, nil
 }
 
-// bySeries splits sorted kernels into groups, one for each series.
+// bySeries splits a sorted list of kernels into one list for each series.
 func bySeries(all []kernel) [][]kernel {
 	var groups [][]kernel
 	for i := range all {
@@ -183,20 +184,20 @@ func (k kernel) commit() string {
 
 func (k kernel) packages() []pkg { return []pkg{k.headers, k.common, k.kbuild, k.image} }
 
-// headerTree merges the packages common, headers and kbuild of a kernel into one tree in the form of COS's
+// headerTree merges the packages common, headers and kbuild of a kernel into one tree with the layout of COS's
 // kernel-headers.tgz.
 func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	root := "usr/src/linux-headers-" + k.release
 	t := tree{}
 	read := func(p pkg, where pick) error {
-		file, ok := a.file(p)
-		if !ok {
-			return fault.New(fault.InputMissing, "package "+p.Name+" was not downloaded", "")
+		file, err := a.mustFile(p)
+		if err != nil {
+			return err
 		}
 		return readDeb(ctx, t, file, where)
 	}
 	// The headers of other architectures are left out, as in COS's archive.
-	common := under("usr/src/"+k.common.Name, root)
+	common := pickFolder("usr/src/"+k.common.Name, root)
 	err := read(k.common, func(name string) string {
 		to := common(name)
 		if rest, ok := strings.CutPrefix(to, root+"/arch/"); ok && rest != k.arch && !strings.HasPrefix(rest, k.arch+"/") {
@@ -211,7 +212,7 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	own := under("usr/src/linux-headers-"+k.release, root)
+	own := pickFolder("usr/src/linux-headers-"+k.release, root)
 	err = read(k.headers, func(name string) string {
 		to := own(name)
 		switch rel := strings.TrimPrefix(to, root+"/"); {
@@ -225,12 +226,12 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	}
 	kbuild := "usr/lib/" + k.kbuild.Name
 	for _, sub := range []string{"scripts", "tools"} {
-		if err := read(k.kbuild, under(kbuild+"/"+sub, root+"/"+sub)); err != nil {
+		if err := read(k.kbuild, pickFolder(kbuild+"/"+sub, root+"/"+sub)); err != nil {
 			return nil, err
 		}
 	}
-	// Debian writes the kernel release to .kernelvariables, together with the name of Debian's compiler, and that file is
-	// left out above. COS's header tree has the kernel release in this file.
+	// Debian writes the kernel release to .kernelvariables, together with the name of Debian's compiler. That file is left
+	// out above. COS's header tree has the kernel release in the file kernel.release.
 	t.addFile(root+"/include/config/kernel.release", k.release+"\n")
 	for _, must := range []string{"Makefile", ".config", "Module.symvers", "include/generated/autoconf.h",
 		"include/generated/utsrelease.h", "scripts/mod/modpost"} {
@@ -242,9 +243,9 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	return t, nil
 }
 
-// rebuilt changes a header tree to that of a second compile of the same kernel. Only the user, the host and the time of
-// the compile differ.
-func rebuilt(t tree, k kernel, when time.Time) {
+// changeCompileInfo makes a header tree look like that of a second compile of the same kernel: the user, the host and
+// the time of the compile differ.
+func changeCompileInfo(t tree, k kernel, when time.Time) {
 	generated := "usr/src/linux-headers-" + k.release + "/include/generated/"
 	t.addFile(generated+"utsversion.h",
 		fmt.Sprintf("#define UTS_VERSION \"#2 SMP PREEMPT_DYNAMIC %s\"\n", when.Format("Mon Jan _2 15:04:05 MST 2006")))
@@ -254,24 +255,24 @@ func rebuilt(t tree, k kernel, when time.Time) {
 	}
 }
 
-// bootModules are the modules that a test machine loads at boot. loadOrder adds their dependencies, and leaves out
-// modules that are built into the kernel. They are for the network card, for the disk, and for the file systems ext4
-// and vfat, which request crc32c_generic and the nls modules by name. The last two are for nvidia-modeset and
-// nvidia-drm.
+// bootModules are the modules that a test machine loads at boot. The last two are for nvidia-modeset and nvidia-drm.
+// The others are for the network card, for the disk, and for the file systems ext4 and vfat, which request
+// crc32c_generic and the nls modules by name. loadOrder adds the dependencies of all, and leaves out modules that are
+// built into the kernel.
 var bootModules = []string{
 	"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "nls_cp437", "nls_ascii", "vfat", "drm_kms_helper",
 	"video",
 }
 
-// kernelImage returns the kernel image, vmlinuz. It also adds those files of the image's package to in for which more
-// returns true.
+// kernelImage returns the kernel image, vmlinuz. The function more selects other files of the image's package:
+// kernelImage adds them to the tree in.
 func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name string) bool) ([]byte, error) {
-	file, ok := a.file(k.image)
-	if !ok {
-		return nil, fault.New(fault.InputMissing, "package "+k.image.Name+" was not downloaded", "")
+	file, err := a.mustFile(k.image)
+	if err != nil {
+		return nil, err
 	}
 	boot := "boot/vmlinuz-" + k.release
-	err := readDeb(ctx, in, file, func(name string) string {
+	err = readDeb(ctx, in, file, func(name string) string {
 		if name == boot || more(name) {
 			return name
 		}
@@ -282,7 +283,7 @@ func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name 
 	}
 	image, ok := in[boot]
 	if !ok {
-		return nil, fault.New(fault.InputMissing, "find image of "+k.release+": not in "+k.image.Name, "")
+		return nil, fault.New(fault.InputMissing, "find the image of "+k.release+": it is not in package "+k.image.Name, "")
 	}
 	return image.data, nil
 }

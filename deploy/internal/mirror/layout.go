@@ -52,7 +52,7 @@ func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 		_, err = l.TryLockContext(ctx, 500*time.Millisecond)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("lock %s: %w", c.Cache, err)
+		return nil, fmt.Errorf("lock the cache folder %s: %w", c.Cache, err)
 	}
 	for _, pattern := range []string{"work-*", "debian*/download-*", "objects/.*.tmp-*", "emulators/.new-*"} {
 		stale, err := filepath.Glob(filepath.Join(c.Cache, pattern))
@@ -66,8 +66,8 @@ func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 	return l.Unlock, nil
 }
 
-// work makes a scratch folder in the cache, calls f, and removes the folder.
-func (m *maker) work(f func(dir string) error) (err error) {
+// inWorkDir makes a scratch folder in the cache, calls f, and removes the folder.
+func (m *maker) inWorkDir(f func(dir string) error) (err error) {
 	dir, err := os.MkdirTemp(m.Cache, "work-")
 	if err != nil {
 		return err
@@ -83,7 +83,7 @@ func (m *maker) makeToolchain(ctx context.Context) (object, error) {
 	}
 	r := recipe{Kind: "toolchain.tar.xz", Packages: m.toolchainPkgs, Tools: versions}
 	return m.object(ctx, "toolchain for "+string(m.platform.arch), r, func(ctx context.Context, w io.Writer) error {
-		return m.work(func(dir string) error {
+		return m.inWorkDir(func(dir string) error {
 			t, err := toolchainTree(ctx, m.apt, m.platform, m.toolchainPkgs, dir)
 			if err != nil {
 				return err
@@ -118,7 +118,7 @@ func (m *maker) makeDriver(ctx context.Context, r release, releases []release) e
 			if err := lay(); err != nil {
 				return err
 			}
-			return m.work(func(dir string) error { return packRunfile(ctx, t, name, r.version, dir, w) })
+			return m.inWorkDir(func(dir string) error { return packRunfile(ctx, t, name, r.version, dir, w) })
 		})
 	if err != nil {
 		return err
@@ -171,7 +171,7 @@ func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releas
 			return err
 		}
 		if b.second {
-			rebuilt(t, b.kernel, b.mtime)
+			changeCompileInfo(t, b.kernel, b.mtime)
 		}
 		return t.writeTgz(w, "./", b.mtime)
 	})
@@ -197,7 +197,7 @@ func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releas
 			return err
 		}
 	}
-	for name, text := range m.texts(k, b, releases) {
+	for name, text := range m.textFiles(k, b, releases) {
 		if err := publishText(at(name), text); err != nil {
 			return err
 		}
@@ -205,9 +205,9 @@ func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releas
 	return nil
 }
 
-// texts returns the small text files of a COS build, by their names in the bucket. The first of the releases is the
+// textFiles returns the small text files of a COS build, by their names in the bucket. The first of the releases is the
 // default driver.
-func (m *maker) texts(k target.Kernel, b build, releases []release) map[string]string {
+func (m *maker) textFiles(k target.Kernel, b build, releases []release) map[string]string {
 	stable, latest := releases[0], latestOf(releases)
 	all := map[string]string{
 		cosbucket.ToolchainEnvName(k):   m.platform.env(),
@@ -217,7 +217,7 @@ func (m *maker) texts(k target.Kernel, b build, releases []release) map[string]s
 		cosbucket.LatestVersionName(k):  latest.version + "\n",
 		cosbucket.DriverVersionsName(k): driverVersions(releases),
 	}
-	for branch, version := range branches(releases) {
+	for branch, version := range newestByBranch(releases) {
 		all[cosbucket.BranchVersionName(k, branch)] = version + "\n"
 	}
 	return all
@@ -228,8 +228,8 @@ func latestOf(releases []release) release {
 	return *newestRelease(releases, func(release) bool { return true })
 }
 
-// branches maps each branch to its newest release.
-func branches(releases []release) map[string]string {
+// newestByBranch maps each branch to its newest release.
+func newestByBranch(releases []release) map[string]string {
 	all := map[string]string{}
 	for _, r := range releases {
 		if b := target.Branch(r.version); target.CompareVersions(r.version, all[b]) > 0 {
@@ -249,7 +249,7 @@ func driverVersions(releases []release) string {
 		}
 		entry("DEFAULT", releases[0].version)
 		entry("LATEST", latestOf(releases).version)
-		newest := branches(releases)
+		newest := newestByBranch(releases)
 		for _, branch := range slices.Sorted(maps.Keys(newest)) {
 			entry(branch, newest[branch])
 		}
@@ -270,7 +270,7 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 		if m.EmuGPU != nil {
 			var err error
 			if emu, err = m.compileEmuGPU(ctx, k.release, m.platform.env(), headers, m.toolchain, nil); err != nil {
-				return fmt.Errorf("compile emulated GPU for %s: %w", k.release, err)
+				return fmt.Errorf("compile the emulated GPU for %s: %w", k.release, err)
 			}
 		}
 		t, err := bootTree(ctx, m.apt, k, emu)
@@ -281,15 +281,15 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 	})
 }
 
-// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. If finish is not nil, it may
-// change the module's file before, for example sign it.
-func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object, toolchain *unpacked,
-	finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
+// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. If finish is not nil,
+// compileEmuGPU calls it before reading the module's file. finish may change the file, for example sign the module.
+func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object,
+	toolchain *toolchainFolder, finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
 	tools, err := toolchain.dir(ctx, m.Cache)
 	if err != nil {
 		return nil, err
 	}
-	err = m.work(func(dir string) error {
+	err = m.inWorkDir(func(dir string) error {
 		if _, err := output(exec.CommandContext(ctx, "tar", "-xzf", headers.path, "-C", dir)); err != nil {
 			return err
 		}
@@ -314,15 +314,15 @@ func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string,
 	return ko, err
 }
 
-// unpacked is a toolchain archive as a folder. The first call of dir unpacks it.
-type unpacked struct {
+// toolchainFolder is a folder with an unpacked toolchain archive. The first call of dir unpacks it.
+type toolchainFolder struct {
 	object object
 	once   sync.Once
 	path   string
 	err    error
 }
 
-func (u *unpacked) dir(ctx context.Context, parent string) (string, error) {
+func (u *toolchainFolder) dir(ctx context.Context, parent string) (string, error) {
 	u.once.Do(func() {
 		if u.path, u.err = os.MkdirTemp(parent, "work-toolchain-"); u.err == nil {
 			_, u.err = output(exec.CommandContext(ctx, "tar", "-xJf", u.object.path, "-C", u.path))
@@ -331,7 +331,7 @@ func (u *unpacked) dir(ctx context.Context, parent string) (string, error) {
 	return u.path, u.err
 }
 
-func (u *unpacked) remove() error {
+func (u *toolchainFolder) remove() error {
 	if u.path == "" {
 		return nil
 	}

@@ -12,13 +12,13 @@ import (
 )
 
 // manifest returns the text of .manifest, which tells an installer the type of every file in the archive. Its lines
-// have the form of the .manifest in NVIDIA's runfiles.
+// look like those of .manifest in NVIDIA's runfiles.
 func manifest(t tree, arch, version string) string {
 	var out strings.Builder
 	fmt.Fprintf(&out, "NVIDIA Accelerated Graphics Driver for Linux-%s\n%s\n", arch, version)
 	out.WriteString("nvidia\nkernel\nnvidia nvidia-uvm nvidia-modeset nvidia-drm nvidia-peermem\n")
 	fmt.Fprintf(&out, "NVIDIA Linux %s Kernel Module\nnvidia-installer\n%s\n", arch, arch)
-	for _, name := range t.names() {
+	for _, name := range t.paths() {
 		if line := manifestLine(name, t[name]); line != "" {
 			out.WriteString(line + "\n")
 		}
@@ -27,7 +27,7 @@ func manifest(t tree, arch, version string) string {
 }
 
 // libraryTypes maps the stem of a library's name to the types of the library and of its links in the manifest. subdir
-// says that a line of the type has a field for the subdirectory.
+// is true if a line of the type has a field for the subdirectory.
 var libraryTypes = map[string]struct {
 	lib, link string
 	subdir    bool
@@ -81,7 +81,7 @@ func manifestLine(name string, n node) string {
 // addLibraryLinks adds a link with the SONAME of every library. It also adds the plain .so link if NVIDIA's archive has
 // one.
 func (t tree) addLibraryLinks(version string) error {
-	for _, name := range t.names() {
+	for _, name := range t.paths() {
 		if path.Dir(name) != "." || !strings.HasSuffix(name, ".so."+version) {
 			continue
 		}

@@ -36,11 +36,11 @@ type Config struct {
 	Cache string
 	// Board is the COS board of the builds for amd64; "" means lakitu. Builds for arm64 always have lakitu-arm64.
 	Board string
-	// Archs are the architectures; an empty list means amd64. For arm64 the mirror
-	// gets one kernel and one driver, unless ABIs names more kernels.
+	// Archs are the architectures; an empty list means amd64. For arm64 the mirror gets one kernel and one driver. If ABIs
+	// has numbers, it gets the kernels with these numbers.
 	Archs []target.Arch
-	// Series are the kernel series, 6.1 and 6.12; an empty list means 6.1, Debian
-	// 12's own. 6.12 is for amd64 only.
+	// Series are the kernel series, 6.1 and 6.12; an empty list means 6.1, the series of Debian 12 itself. 6.12 is for
+	// amd64 only.
 	Series []string
 	// Kernels is the number of kernels of 6.1 if ABIs is empty. Half of them are the oldest in Debian's index, and half
 	// the newest. 0 means four, or all if there are fewer. The mirror has only the newest kernel of any other series.
@@ -48,8 +48,8 @@ type Config struct {
 	// ABIs selects kernels by Debian's ABI number. If it is not empty, Kernels has no effect.
 	ABIs []int
 	// Branches are the driver branches, such as R535. The default driver is of the first branch. An empty list means the
-	// branches of Debian 12. A branch that Debian 12 does not have comes from Debian 13, with the sources as Debian edited
-	// them, and for amd64 only.
+	// branches of Debian 12. If Debian 12 does not have a branch, its releases come from Debian 13, with the sources as
+	// Debian edited them, and for amd64 only.
 	Branches []string
 	// Neighbour adds one more release of the default driver's branch, in the proprietary flavour only. Debian 13 has that
 	// release beside its own driver. Neighbour is for amd64 only.
@@ -68,9 +68,9 @@ type Config struct {
 	ClangCached bool
 	// Refresh fetches the current package index first. Without it, an index of the last day is used.
 	Refresh bool
-	// EmuGPU compiles the emulated GPU for a kernel, and returns the path of the module. nil leaves emugpu.ko out of
-	// prebake-boot.tgz. headersDir is the header tree, and env the content of toolchain_env. EmuGPU may be called for two
-	// kernels at once.
+	// EmuGPU compiles the emulated GPU for a kernel, and returns the path of the module. If EmuGPU is nil,
+	// prebake-boot.tgz has no emugpu.ko. headersDir is the header tree, and env the content of toolchain_env. EmuGPU may
+	// be called for two kernels at once.
 	EmuGPU func(ctx context.Context, arch target.Arch, headersDir, toolchainDir string, env map[string]string,
 		release string) (koPath string, err error)
 	// EmuGPURevision is the revision of the emulated GPU's source. With another revision, the module is compiled again.
@@ -101,18 +101,18 @@ func (c Config) WithDefaults() Config {
 func (c Config) Validate() error {
 	var errs []error
 	if c.Out == "" || c.Cache == "" {
-		errs = append(errs, fault.New(fault.Usage, "mirror needs an output folder and a cache folder",
+		errs = append(errs, fault.New(fault.Usage, "make a mirror: it needs an output folder and a cache folder",
 			"pass --out and --cache"))
 	}
 	if c.Kernels < 0 || c.Kernels == 1 {
-		errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("%d kernels: want 2 or more", c.Kernels),
+		errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("make a mirror with --kernels %d: want 2 or more", c.Kernels),
 			"pass --kernels 2, or a higher number"))
 	}
 	if _, err := target.ParseKernel("1.1.1", c.Board); err != nil {
 		errs = append(errs, fault.Wrap(fault.Usage, err, ""))
 	} else if target.BoardArch(c.Board) != target.AMD64 {
 		errs = append(errs, fault.New(fault.Usage, "board "+c.Board+": want one for amd64",
-			"use --board lakitu; --arch arm64 makes builds for lakitu-arm64"))
+			"for amd64, pass --board lakitu; for lakitu-arm64, pass no --board, but --arch arm64"))
 	}
 	for i, arch := range c.Archs {
 		if _, ok := platforms[arch]; !ok || slices.Contains(c.Archs[:i], arch) {
@@ -128,7 +128,7 @@ func (c Config) Validate() error {
 	}
 	if slices.Contains(c.Archs, target.ARM64) && !slices.Equal(c.Series, []string{ownSeries}) {
 		errs = append(errs, fault.New(fault.Usage, "kernel series other than "+ownSeries+" are for amd64 only",
-			"leave out --kernel-series, or --arch arm64"))
+			"remove one of --kernel-series and --arch arm64"))
 	}
 	for i, branch := range c.Branches {
 		if _, ok := target.Wish(branch).BranchName(); !ok || slices.Contains(c.Branches[:i], branch) {
@@ -138,11 +138,11 @@ func (c Config) Validate() error {
 	}
 	if slices.Contains(c.Archs, target.ARM64) && (len(c.Branches) > 0 || c.Neighbour) {
 		errs = append(errs, fault.New(fault.Usage, "other drivers than Debian 12's default are for amd64 only",
-			"leave out --driver-branch and --neighbour, or --arch arm64"))
+			"remove either --arch arm64, or both --driver-branch and --neighbour"))
 	}
 	if c.VMLinux && slices.Contains(c.Archs, target.ARM64) {
 		errs = append(errs, fault.New(fault.Usage, "vmlinux for arm64: the kernel image for arm64 contains no vmlinux",
-			"leave out --vmlinux, or --arch arm64"))
+			"remove one of --vmlinux and --arch arm64"))
 	}
 	return errors.Join(errs...)
 }
@@ -189,7 +189,7 @@ func checkTools() error {
 		}
 	}
 	if len(missing) > 0 {
-		return fault.New(fault.Usage, "programs are missing on this machine: "+strings.Join(missing, ", "),
+		return fault.New(fault.Usage, "make a mirror: these Debian packages are missing: "+strings.Join(missing, ", "),
 			"run apt-get install "+strings.Join(missing, " "))
 	}
 	return nil
@@ -205,7 +205,7 @@ type maker struct {
 	store    store
 	// toolchainPkgs are the packages of the toolchain archive.
 	toolchainPkgs []pkg
-	toolchain     *unpacked
+	toolchain     *toolchainFolder
 
 	mu     sync.Mutex
 	result Result
@@ -270,7 +270,7 @@ func makePart(ctx context.Context, c Config, p platform) (Result, error) {
 		if refresh || a.fresh && (m.next == nil || m.next.fresh) || !errors.Is(err, errDownload) {
 			return Result{}, err
 		}
-		c.Progress("Debian's archive no longer has a package that the stored index names: fetching the current index")
+		c.Progress("Debian's archive no longer has a package of the stored index: fetching the current index")
 	}
 }
 
@@ -403,7 +403,7 @@ func (m *maker) makeAll(ctx context.Context, builds []build, releases []release)
 			return err
 		}
 	}
-	m.toolchain = &unpacked{object: toolchain}
+	m.toolchain = &toolchainFolder{object: toolchain}
 	defer func() { err = errors.Join(err, m.toolchain.remove()) }()
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(2)
@@ -425,8 +425,8 @@ func (m *maker) makeAll(ctx context.Context, builds []build, releases []release)
 	return g.Wait()
 }
 
-// byKernel groups the COS builds that have the same kernel. The COS builds of a group share objects. They are made one
-// after the other, so that each object is made only once.
+// byKernel splits the COS builds into one list for each kernel. The COS builds of one kernel share objects, so they are
+// made one after the other. Each object is then made only once.
 func byKernel(builds []build) [][]build {
 	var groups [][]build
 	for i, b := range builds {

@@ -12,7 +12,7 @@ import (
 	"github.com/ulikunitz/xz"
 )
 
-// maxModule bounds one module of the kernel, in bytes. Real modules are far smaller.
+// maxModule is the largest permitted size of a module of the kernel, in bytes. Real modules are far smaller.
 const maxModule = 64 << 20
 
 // moduleFile reports whether a file is a kernel module. The modules of Debian's newer kernels are compressed.
@@ -20,7 +20,8 @@ func moduleFile(name string) bool {
 	return path.Ext(strings.TrimSuffix(name, ".xz")) == ".ko"
 }
 
-// decompress replaces the content of a module that is compressed with xz by the decompressed content. The name stays.
+// decompress replaces the content of a module by the decompressed content if the module is compressed with xz. The name
+// of the module stays.
 func (t tree) decompress(file string) error {
 	if path.Ext(file) != ".xz" {
 		return nil

@@ -11,20 +11,20 @@ import (
 )
 
 // TestNext lets the builder build a wish list with two driver branches, both flavours and two kernel series. Each cell
-// has a load test. Then it builds some cells again without any cache, and they must have the same digests. It also
-// builds them with make alone, and the modules must be the same.
+// has a load test. Then it builds some cells again without any cache: the artifacts must have the same digests. It also
+// compiles the modules of these cells with make alone: the modules must be the same.
 //
 // A driver may be too old for a kernel's interfaces. Such a cell must fail with the compiler's message; no other
-// failure is accepted. Packages and compiles take almost an hour, so the test runs only where PREBAKE_NEXT_CACHE names
-// the cache folder of `mirror` (make next does).
+// failure is accepted. Downloading the packages and compiling take almost an hour, so the test runs only if
+// PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. make next sets it.
 func TestNext(t *testing.T) {
 	cache := os.Getenv("PREBAKE_NEXT_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_NEXT_CACHE is not set: it names the cache folder of `mirror --kernel-series 6.1,6.12 " +
+		t.Skip("PREBAKE_NEXT_CACHE is not set to the cache folder of `mirror --kernel-series 6.1,6.12 " +
 			"--driver-branch R535,R550`; run make next")
 	}
 	dir := t.TempDir()
-	builder := programs(t, target.AMD64)
+	builder := compilePrograms(t, target.AMD64)
 
 	mirror := filepath.Join(dir, "mirror")
 	var made Result
@@ -41,7 +41,7 @@ func TestNext(t *testing.T) {
 		t.Fatalf("mirror made %+v; want kernels of 6.1 and 6.12", made.Builds)
 	}
 	wish := filepath.Join(dir, "wish.yaml")
-	// The wish list marks the newer kernel as an early warning, so that its failures do not change the exit status.
+	// In the wish list, the newer kernel is marked as an early warning, so its failures do not change the exit status.
 	text := "version: 1\nboards: [lakitu]\nkernels:\n  - build: " + kernels["6.1"] + "\n  - build: " + kernels["6.12"] +
 		"\n    earlyWarning: true\n" +
 		"drivers:\n  - default\n  - branch: R550\nflavours: [proprietary, open]\n"

@@ -15,11 +15,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// revision must change whenever the code makes other bytes from the same packages. Then the cache does not return
-// objects of older code.
+// revision is part of every recipe. It must change whenever the code makes other bytes from the same packages. The
+// cache then returns no objects of older code.
 const revision = 3
 
-// recipe has everything that the bytes of an object depend on.
+// recipe has everything that decides the content of an object. The cache finds an object by its recipe.
 type recipe struct {
 	Revision int      `json:"revision"`
 	Kind     string   `json:"kind"`
@@ -100,7 +100,7 @@ func (o object) publish(dst string) error {
 		if got := hex.EncodeToString(h.Sum(nil)); got != o.SHA256 {
 			bad = true
 			return fault.New(fault.Checksum, fmt.Sprintf("copy %s: its sha256 is %s; want %s", o.path, got, o.SHA256),
-				"run again, which makes the damaged file anew; check the disk for errors")
+				"check the disk for errors, then run again: the next run makes a new file")
 		}
 		return nil
 	})

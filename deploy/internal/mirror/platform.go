@@ -21,14 +21,15 @@ type platform struct {
 	foreign string
 	// runfile is NVIDIA's name of the architecture.
 	runfile string
-	// triplet is the GNU name of the architecture. prefix begins the names of the tools, as in COS's SDK.
+	// triplet is the GNU name of the architecture. prefix is the beginning of the tools' names, as in COS's SDK.
 	triplet, prefix string
 	// gccDir is the compiler's own folder. The compiler finds the folder, and from there as and ld, by relative paths, so
 	// no wrapper is needed.
 	gccDir string
 	// toolchain are the packages with the compiler and the binary tools.
 	toolchain []string
-	// oldest says that the mirror gets only the oldest kernel, if Config.ABIs names none, and only the default driver.
+	// oldest is true if the mirror gets only the default driver and, unless Config.ABIs has numbers, only the oldest
+	// kernel.
 	oldest bool
 }
 
@@ -67,15 +68,15 @@ func (p platform) board(amd64 string) string {
 // env returns the content of toolchain_env.
 func (p platform) env() string { return "CC=" + p.prefix + "gcc\nCXX=" + p.prefix + "gcc\n" }
 
-// headers matches the names of Debian's header packages. Its groups are 1 the version before the flavour, 2 the series,
-// and the ABI number: 3 if the version is like 6.1.0-47, and 4 if it is like 6.12.117+deb12.
+// headers matches the names of Debian's header packages. Group 1 is the version before the flavour, and group 2 the
+// series. The ABI number is group 3 in a version like 6.1.0-47, and group 4 in a version like 6.12.117+deb12.
 func (p platform) headers() *regexp.Regexp {
 	return regexp.MustCompile(`^linux-headers-(([0-9]+\.[0-9]+)\.(?:0-([0-9]{1,6})|([0-9]{1,6})\+deb[0-9]+))-` +
 		regexp.QuoteMeta(p.flavour) + `$`)
 }
 
-// named adds the suffix of the architecture to package names, as apt needs it.
-func (p platform) named(names ...string) []string {
+// aptNames returns package names with the suffix of the architecture, as apt needs it.
+func (p platform) aptNames(names ...string) []string {
 	var all []string
 	for _, name := range names {
 		all = append(all, name+p.foreign)
@@ -83,8 +84,8 @@ func (p platform) named(names ...string) []string {
 	return all
 }
 
-// plain removes the architecture's suffix from the package names in apt's answer.
-func (p platform) plain(versions map[string][]string) map[string][]string {
+// plainNames returns apt's answer without the architecture's suffix in the package names.
+func (p platform) plainNames(versions map[string][]string) map[string][]string {
 	all := map[string][]string{}
 	for name, v := range versions {
 		all[strings.TrimSuffix(name, p.foreign)] = v

@@ -24,7 +24,7 @@ func TestPlatform(t *testing.T) {
 		{"arm64 board", arm.board("lakitu-x"), "lakitu-arm64"},
 		{"amd64 env", amd.env(), toolchainEnv},
 		{"arm64 env", arm.env(), "CC=aarch64-cros-linux-gnu-gcc\nCXX=aarch64-cros-linux-gnu-gcc\n"},
-		{"packages", strings.Join(arm.named("libcuda1", "nvidia-smi"), " "), "libcuda1:arm64 nvidia-smi:arm64"},
+		{"packages", strings.Join(arm.aptNames("libcuda1", "nvidia-smi"), " "), "libcuda1:arm64 nvidia-smi:arm64"},
 		{"arm64 library", arm.runfileName("usr/lib/aarch64-linux-gnu/nvidia/current/libcuda.so.535.1.2", "535.1.2"),
 			"libcuda.so.535.1.2"},
 		{"library of the other", arm.runfileName("usr/lib/x86_64-linux-gnu/nvidia/current/libcuda.so.535.1.2", "535.1.2"),
@@ -38,9 +38,9 @@ func TestPlatform(t *testing.T) {
 			t.Errorf("%s = %q; want %q", row.what, row.got, row.want)
 		}
 	}
-	got := arm.plain(map[string][]string{"libcuda1:arm64": {"1"}})
+	got := arm.plainNames(map[string][]string{"libcuda1:arm64": {"1"}})
 	if diff := cmp.Diff(map[string][]string{"libcuda1": {"1"}}, got); diff != "" {
-		t.Errorf("plain() (-want +got):\n%s", diff)
+		t.Errorf("plainNames() (-want +got):\n%s", diff)
 	}
 	for name, want := range map[string]bool{
 		"linux-headers-6.1.0-47-arm64": true, "linux-headers-6.1.0-47-cloud-arm64": false,
@@ -78,8 +78,8 @@ func TestKernelNames(t *testing.T) {
 	}
 }
 
-// TestSelectKernelsARM64 checks that only one arm64 kernel is selected unless more are named. An ordinary mirror should
-// not grow by parts that nobody asked for.
+// TestSelectKernelsARM64 checks that only one arm64 kernel is selected if nobody asks for more. An ordinary mirror
+// should not grow by parts that nobody asked for.
 func TestSelectKernelsARM64(t *testing.T) {
 	t.Parallel()
 	all := []kernel{{abi: 47}, {abi: 50}, {abi: 56}}

@@ -15,11 +15,12 @@ import (
 
 // TestReal makes the kernels of a mirror twice from the same Debian packages, in two folders without a cache, and
 // compares every byte. Then it compiles with the toolchain archive in a sandbox that hides the machine's own compiler.
-// The test takes two minutes, so it runs only where PREBAKE_MIRROR_CACHE names the cache folder of an earlier `mirror`.
+// The test takes two minutes, so it runs only if PREBAKE_MIRROR_CACHE is set to the cache folder of an earlier
+// `mirror`.
 func TestReal(t *testing.T) {
 	cache := os.Getenv("PREBAKE_MIRROR_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_MIRROR_CACHE is not set: it names the folder with Debian packages that `mirror --cache` filled")
+		t.Skip("PREBAKE_MIRROR_CACHE is not set to the folder with Debian packages that `mirror --cache` filled")
 	}
 	packages, err := filepath.Glob(filepath.Join(cache, "debian/packages/*.deb"))
 	if err != nil || len(packages) == 0 {

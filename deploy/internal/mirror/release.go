@@ -24,16 +24,16 @@ var (
 	// driverTools are tools that Debian builds separately. Their version is of the release's branch, but it may differ
 	// from the release's version.
 	driverTools = []string{"nvidia-modprobe", "nvidia-persistenced"}
-	// notOfLine are the packages that exist only in the line "".
-	notOfLine = []string{"nvidia-cuda-mps"}
+	// onlyPlain are the packages that exist only in the line "".
+	onlyPlain = []string{"nvidia-cuda-mps"}
 )
 
-// line is one of Debian's sets of NVIDIA packages. "" are the plain packages, such as nvidia-smi. Beside these, Debian
-// keeps packages of older branches, such as nvidia-tesla-535-smi, whose line is "tesla-535".
+// line is one of Debian's sets of NVIDIA packages. The line "" has the plain packages, such as nvidia-smi. Debian also
+// has packages of older branches: nvidia-tesla-535-smi, for example, is in the line "tesla-535".
 type line string
 
-// named returns the name that a plain package has in the line.
-func (l line) named(plain string) string {
+// packageName returns the name that a plain package has in the line.
+func (l line) packageName(plain string) string {
 	if l == "" || slices.Contains(driverTools, plain) {
 		return plain
 	}
@@ -45,8 +45,8 @@ func (l line) named(plain string) string {
 	return "libnvidia-" + string(l) + "-" + strings.TrimPrefix(plain, "lib")
 }
 
-// lacks reports whether the line has no package for a plain package.
-func (l line) lacks(plain string) bool { return l != "" && slices.Contains(notOfLine, plain) }
+// hasNo reports whether the line has no package that corresponds to a plain package.
+func (l line) hasNo(plain string) bool { return l != "" && slices.Contains(onlyPlain, plain) }
 
 // release is one NVIDIA release in Debian.
 type release struct {
@@ -60,7 +60,7 @@ type release struct {
 // sourceVersion returns the version of the release's source packages.
 func (r release) sourceVersion() string {
 	for _, p := range r.packages {
-		if strings.HasPrefix(p.Name, r.line.named(sourcePackage)) {
+		if strings.HasPrefix(p.Name, r.line.packageName(sourcePackage)) {
 			return p.Version
 		}
 	}
@@ -70,8 +70,8 @@ func (r release) sourceVersion() string {
 // onlySources returns the packages with module sources.
 func (r release) onlySources() []pkg {
 	return slices.DeleteFunc(slices.Clone(r.packages), func(p pkg) bool {
-		return !strings.HasPrefix(p.Name, r.line.named(sourcePackage)) &&
-			!strings.HasPrefix(p.Name, r.line.named(openSourcePackage))
+		return !strings.HasPrefix(p.Name, r.line.packageName(sourcePackage)) &&
+			!strings.HasPrefix(p.Name, r.line.packageName(openSourcePackage))
 	})
 }
 
@@ -87,13 +87,13 @@ func findReleases(ctx context.Context, a *apt, p platform, l line) ([]release, e
 	var ask []string
 	plain := slices.Concat([]string{sourcePackage, openSourcePackage}, driverPackages, driverTools)
 	for _, name := range plain {
-		ask = append(ask, l.named(name))
+		ask = append(ask, l.packageName(name))
 	}
-	versions, err := a.versions(ctx, p.named(ask...)...)
+	versions, err := a.versions(ctx, p.aptNames(ask...)...)
 	if err != nil {
 		return nil, err
 	}
-	versions = p.plain(versions)
+	versions = p.plainNames(versions)
 	byPlain := map[string][]string{}
 	for i, name := range plain {
 		byPlain[name] = versions[ask[i]]
@@ -103,7 +103,7 @@ func findReleases(ctx context.Context, a *apt, p platform, l line) ([]release, e
 		r := &releases[i]
 		r.apt = a
 		for j := range r.packages {
-			r.packages[j].Name = l.named(r.packages[j].Name) + p.foreign
+			r.packages[j].Name = l.packageName(r.packages[j].Name) + p.foreign
 		}
 	}
 	return releases, nil
@@ -122,7 +122,7 @@ func wholeReleases(versions map[string][]string, l line) []release {
 			r.open = true
 			r.packages = append(r.packages, pkg{openSourcePackage, v})
 		}
-		if !r.complete(versions, v) {
+		if !r.addPackages(versions, v) {
 			continue
 		}
 		r.addTools(versions)
@@ -160,7 +160,7 @@ func (m *maker) findDrivers(ctx context.Context) (releases []release, err error)
 }
 
 // findBranches returns the driver releases of the branches in m.Branches. own are the driver releases of the machine's
-// own Debian release. A branch that own lacks is taken from the next Debian release.
+// own Debian release. If own has no driver release of a branch, the next Debian release must have one.
 func (m *maker) findBranches(ctx context.Context, own []release) (releases []release, err error) {
 	for _, branch := range m.Branches {
 		of := ofBranch(own, branch)
@@ -192,8 +192,8 @@ func (m *maker) findBranches(ctx context.Context, own []release) (releases []rel
 	return releases, nil
 }
 
-// findNeighbour returns one more release of the default driver's branch, which is not in releases. The next Debian
-// release has it in a line of its own.
+// findNeighbour returns a release of the default driver's branch that is not in releases. It comes from the next Debian
+// release, where this branch has a line of packages.
 func (m *maker) findNeighbour(ctx context.Context, releases []release) (release, error) {
 	a, err := m.openNext(ctx)
 	if err != nil {
@@ -211,7 +211,7 @@ func (m *maker) findNeighbour(ctx context.Context, releases []release) (release,
 	if newest == nil {
 		return release{}, fault.New(fault.InputMissing,
 			fmt.Sprintf("find drivers: Debian 13 has no other release of %s among its %s packages", branch, l),
-			"leave out --neighbour")
+			"remove --neighbour")
 	}
 	return *newest, nil
 }
@@ -233,8 +233,8 @@ func newestRelease(releases []release, wanted func(release) bool) *release {
 	return newest
 }
 
-// selectReleases returns the newest release that has both flavours, and then the newest of all. If these are the same
-// release, it returns only that one.
+// selectReleases returns the newest release that has both flavours, and then the newest release of all. If these are
+// the same release, it returns that release once.
 func selectReleases(whole []release) ([]release, error) {
 	both := newestRelease(whole, func(r release) bool { return r.open })
 	newest := newestRelease(whole, func(release) bool { return true })
@@ -249,10 +249,11 @@ func selectReleases(whole []release) ([]release, error) {
 	return []release{*both, *newest}, nil
 }
 
-// complete adds driverPackages to the release's packages. It reports whether all of them exist in exactly version v.
-func (r *release) complete(versions map[string][]string, v string) bool {
+// addPackages adds driverPackages in version v to the release's packages. It reports whether the index has all of them
+// in exactly this version.
+func (r *release) addPackages(versions map[string][]string, v string) bool {
 	for _, name := range driverPackages {
-		if r.line.lacks(name) {
+		if r.line.hasNo(name) {
 			continue
 		}
 		if !slices.Contains(versions[name], v) {
@@ -263,8 +264,8 @@ func (r *release) complete(versions map[string][]string, v string) bool {
 	return true
 }
 
-// addTools adds a version of each tool: the newest one of the branch that is not newer than the release. If all are
-// newer, it adds the oldest one of the branch.
+// addTools adds one version of each tool: the newest version of the branch that is not newer than the release. If all
+// versions are newer, it adds the oldest version of the branch.
 func (r *release) addTools(versions map[string][]string) {
 	for _, name := range driverTools {
 		var best string

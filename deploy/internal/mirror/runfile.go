@@ -43,8 +43,8 @@ func packRunfile(ctx context.Context, t tree, name, version, work string, w io.W
 	return err
 }
 
-// installer is the start-up script, which makeself requires. It replaces NVIDIA's installer program, which Debian does
-// not ship. It explains the file to a person who runs it by hand.
+// installer is the start-up script of the runfile, which makeself requires. It replaces NVIDIA's installer program,
+// which Debian does not ship. It tells a person who runs the runfile by hand what the runfile is.
 const installer = `#!/bin/sh
 echo "This archive was put together from Debian packages; it holds no installer." >&2
 echo "Use -x --target DIR to unpack it." >&2

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// components are the parts of Debian's archive that the mirror needs. main has the kernels, contrib NVIDIA's open
-// sources, and non-free the rest.
+// components are the parts of Debian's archive that the mirror needs. main has the kernels, contrib has NVIDIA's open
+// sources, and non-free has the rest.
 const components = "main contrib non-free non-free-firmware"
 
 // DeriveSources reads a machine's apt sources under etcApt (sources.list, sources.list.d/*.list and *.sources). It
@@ -63,9 +63,9 @@ func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 // installed.
 const nextCodename = "trixie"
 
-// ofNext changes derived sources of the Debian release codename to sources of the next Debian release. Archives and
-// keyrings stay the same, and the suites change.
-func ofNext(derived []byte, codename string) []byte {
+// nextSources returns sources of the next Debian release. The argument derived has sources of the Debian release
+// codename. The result has the same archives and keyrings, and other suites.
+func nextSources(derived []byte, codename string) []byte {
 	var out bytes.Buffer
 	for line := range strings.Lines(string(derived)) {
 		if suites, ok := strings.CutPrefix(line, "Suites: "); ok {

@@ -92,8 +92,8 @@ func TestOfNext(t *testing.T) {
 	const want = "Types: deb\nURIs: http://m.example/bookworm\nSuites: trixie trixie-updates\nComponents: " +
 		"main\nSigned-By: /usr/share/keyrings/bookworm.gpg\n\n" +
 		"Types: deb\nURIs: http://m.example/security\nSuites: trixie-security trixie-security\nComponents: main\n\n"
-	if diff := cmp.Diff(want, string(ofNext([]byte(in), "bookworm"))); diff != "" {
-		t.Errorf("ofNext (-want +got)\n%s", diff)
+	if diff := cmp.Diff(want, string(nextSources([]byte(in), "bookworm"))); diff != "" {
+		t.Errorf("nextSources (-want +got)\n%s", diff)
 	}
 }
 

@@ -19,7 +19,7 @@ import (
 // gccMajor is the major version of the compiler that Debian 12 builds its kernels with.
 const gccMajor = "12"
 
-// prefix is the beginning of the tools' names in COS's SDK. toolchain_env names the tools.
+// prefix is the beginning of the tools' names in COS's SDK. toolchain_env has the names of the tools.
 const prefix = "x86_64-cros-linux-gnu-"
 
 // toolchainEnv is the content of toolchain_env.
@@ -43,9 +43,9 @@ var machineLibs = []string{"libc.so.6", "libm.so.6", "libdl.so.2", "ld-linux-x86
 func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work string) (tree, error) {
 	t := tree{}
 	for _, need := range pkgs {
-		file, ok := a.file(need)
-		if !ok {
-			return nil, fault.New(fault.InputMissing, "package "+need.Name+" was not downloaded", "")
+		file, err := a.mustFile(need)
+		if err != nil {
+			return nil, err
 		}
 		if err := readDeb(ctx, t, file, p.toolchainPick); err != nil {
 			return nil, err
@@ -119,7 +119,7 @@ func relocate(ctx context.Context, t tree, work string) error {
 		return err
 	}
 	defer root.Close()
-	for _, name := range t.names() {
+	for _, name := range t.paths() {
 		n := t[name]
 		if n.link != "" || !bytes.HasPrefix(n.data, []byte(elf.ELFMAG)) || path.Ext(name) == ".o" {
 			continue
@@ -166,7 +166,7 @@ func (t tree) checkLibraries() error {
 		for _, lib := range needed {
 			if _, ok := t["lib/"+lib]; !ok && !slices.Contains(machineLibs, lib) {
 				return fault.New(fault.Internal,
-					fmt.Sprintf("lay out toolchain: %s needs %s, which no package in the list holds", name, lib),
+					fmt.Sprintf("lay out toolchain: %s needs %s, which no package in the list has", name, lib),
 					"add the library's package to libraryPackages or clangPackages in deploy/internal/mirror")
 			}
 		}

@@ -22,7 +22,7 @@ import (
 // which they are made.
 var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// maxEntry bounds one file of a package, in bytes. NVIDIA's largest file has less than 100 MiB.
+// maxEntry is the largest permitted size of a file of a package, in bytes. NVIDIA's largest file has less than 100 MiB.
 const maxEntry = 1 << 30
 
 // node is one file, folder or link of a tree.
@@ -43,8 +43,8 @@ func (t tree) add(name string, n node) { t[path.Clean(name)] = n }
 
 func (t tree) addFile(name, text string) { t.add(name, node{mode: 0o644, data: []byte(text)}) }
 
-// names returns all paths in order, parents before their children. It adds every missing parent folder.
-func (t tree) names() []string {
+// paths returns all paths in order, parents before their children. It adds every missing parent folder.
+func (t tree) paths() []string {
 	all := map[string]bool{}
 	for name := range t {
 		for p := name; p != "." && p != "/"; p = path.Dir(p) {
@@ -62,7 +62,7 @@ func (t tree) names() []string {
 // writeTar writes the tree as a tar. The bytes depend only on the tree, the prefix before every name, and mtime.
 func (t tree) writeTar(w io.Writer, prefix string, mtime time.Time) error {
 	tw := tar.NewWriter(w)
-	for _, name := range t.names() {
+	for _, name := range t.paths() {
 		n, ok := t[name]
 		hdr := &tar.Header{Name: prefix + name, ModTime: mtime, Mode: int64(n.mode.Perm()), Uname: "root", Gname: "root"}
 		switch {
@@ -101,7 +101,7 @@ func (t tree) writeDir(dir string) error {
 		return err
 	}
 	defer root.Close()
-	for _, name := range t.names() {
+	for _, name := range t.paths() {
 		n, ok := t[name]
 		switch {
 		case !ok || n.dir:
@@ -123,7 +123,7 @@ func (t tree) writeDir(dir string) error {
 	return nil
 }
 
-// pick returns the name in the tree for a file of an archive; "" leaves the file out.
+// A pick returns the name that a file of an archive gets in a tree; "" leaves the file out.
 type pick func(name string) string
 
 // readDeb adds the selected files of a Debian package to t.
@@ -200,8 +200,8 @@ func readTar(t tree, r io.Reader, where pick) error {
 	}
 }
 
-// under returns a pick that selects everything below the folder from, and moves it to the folder to.
-func under(from, to string) pick {
+// pickFolder returns a pick that selects everything below the folder from, and moves it to the folder to.
+func pickFolder(from, to string) pick {
 	return func(name string) string {
 		if rest, ok := strings.CutPrefix(name, from+"/"); ok {
 			return path.Join(to, rest)

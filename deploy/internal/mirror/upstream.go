@@ -16,19 +16,20 @@ import (
 )
 
 // Debian's -source packages are NVIDIA's trees with Debian's patches. Real runfiles have no such patches. Debian's
-// source package of the open flavour also contains NVIDIA's own release tree, and the mirror undoes the patches with
-// it.
+// source package of the open flavour also contains NVIDIA's own release tree. With that tree, the mirror undoes the
+// patches.
 const (
 	openOrigin = "nvidia-open-gpu-kernel-modules"
-	// undoRecipe is part of the recipes of runfiles. It must change whenever the result of undoing the patches changes.
+	// undoRecipe is the version of the code that undoes the patches. It is part of the recipe of a runfile. It must change
+	// whenever the code gives another result.
 	undoRecipe = "undo-1"
 )
 
 // edition is one folder of module sources in two editions: NVIDIA's own, and Debian's.
 type edition struct{ own, debian tree }
 
-// addDebSrc adds entries for source packages to derived sources. They cover only this suite and contrib, because
-// contrib has the only source package that the mirror needs.
+// addDebSrc adds entries for source packages to derived sources. The entries are only for the suite codename and for
+// contrib, because contrib has the only source package that the mirror needs.
 func addDebSrc(derived []byte, codename string) []byte {
 	out := bytes.NewBuffer(bytes.Clone(derived))
 	for _, s := range parseDeb822(derived) {
@@ -112,9 +113,9 @@ func (t tree) replace(dir string, with tree) {
 	}
 }
 
-// edited returns the names of the files that Debian changed. dpkg-source gives these files the time of the newest
+// editedFiles returns the names of the files that Debian changed. dpkg-source gives these files the time of the newest
 // changelog entry, which is later than the times of all other files.
-func (t tree) edited() []string {
+func (t tree) editedFiles() []string {
 	var newest int64
 	for _, n := range t {
 		newest = max(newest, n.changed)
@@ -139,9 +140,9 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	for name, n := range debian {
 		own[name] = n
 	}
-	for _, name := range debian.edited() {
+	for _, name := range debian.editedFiles() {
 		was, edited := pair.own[name], pair.debian[name]
-		// If the pair does not have both editions of the file, or they are equal, nothing tells what the file was before.
+		// If pair does not have both editions of the file, or if both are equal, the file's original cannot be known.
 		if was.data == nil || edited.data == nil || bytes.Equal(was.data, edited.data) {
 			return nil, nil, fault.New(fault.Unsupported, "undo Debian's edits: the original of "+name+" is not known", "")
 		}
@@ -165,8 +166,8 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	return own, edits, nil
 }
 
-// unpatch applies the difference between two texts backwards to a third text. It leaves out parts that do not fit,
-// because Debian's patches differ between flavours.
+// unpatch applies the difference between was and edited backwards to the argument text. It leaves out parts of the
+// difference that do not fit, because Debian's patches differ between flavours.
 func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte, error) {
 	file := func(name string) string { return filepath.Join(work, name) }
 	if err := errors.Join(os.WriteFile(file("was"), was, 0o644), os.WriteFile(file("edited"), edited, 0o644)); err != nil {
@@ -201,8 +202,8 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 	return best, nil
 }
 
-// remainingLines returns the lines of the text that only Debian's edition has. It ignores short lines, and #else and
-// #endif, because these prove nothing.
+// remainingLines returns the lines of the argument text that are in Debian's edition of the file, and not in NVIDIA's
+// own. It ignores short lines, and #else and #endif, because these prove nothing.
 func remainingLines(text, was, edited []byte) []string {
 	set := func(text []byte) map[string]bool {
 		lines := map[string]bool{}
@@ -243,7 +244,7 @@ func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, e
 			s.open[name] = n
 		}
 	}
-	err = m.work(func(dir string) error {
+	err = m.inWorkDir(func(dir string) error {
 		var err error
 		s.kernel, s.edits, err = undo(ctx, dir, t.sub("kernel"), pair)
 		return err
@@ -264,7 +265,7 @@ func (m *maker) likeSources(ctx context.Context, base release, t tree) (s source
 	if err != nil {
 		return s, err
 	}
-	err = m.work(func(dir string) error {
+	err = m.inWorkDir(func(dir string) error {
 		var err error
 		s.kernel, s.edits, err = undo(ctx, dir, t.sub("kernel"), edition{own: own.kernel, debian: debian.sub("kernel")})
 		return err

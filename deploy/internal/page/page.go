@@ -35,7 +35,7 @@ type Text struct {
 type Block struct {
 	// Language is the first word after the fence, such as sh; "" means none.
 	Language string
-	// Run says that a test runs the block, because the second word after the fence is "run".
+	// Run is true if the second word after the fence is "run". A test then runs the block.
 	Run bool
 	// Section is the anchor of the heading above the block.
 	Section string
@@ -62,7 +62,7 @@ func Parse(source []byte) *Page {
 		}
 		switch n := n.(type) {
 		case *ast.Heading:
-			section = anchor(plain(n, source), seen)
+			section = anchor(plainText(n, source), seen)
 			p.Anchors[section] = true
 		case *ast.Link:
 			p.Links = append(p.Links, Text{string(n.Destination), line})
@@ -73,7 +73,7 @@ func Parse(source []byte) *Page {
 			if first, ok := n.FirstChild().(*ast.Text); ok {
 				at = lineAt(source, first.Segment.Start)
 			}
-			p.Spans = append(p.Spans, Text{strings.Join(strings.Fields(plain(n, source)), " "), at})
+			p.Spans = append(p.Spans, Text{strings.Join(strings.Fields(plainText(n, source)), " "), at})
 		case *ast.FencedCodeBlock:
 			p.Blocks = append(p.Blocks, block(n, source, section))
 		}
@@ -101,8 +101,8 @@ func lineAt(source []byte, offset int) int {
 	return 1 + strings.Count(string(source[:offset]), "\n")
 }
 
-// plain returns the text of a node and its children, without markup.
-func plain(n ast.Node, source []byte) string {
+// plainText returns the text of a node and its children, without markup.
+func plainText(n ast.Node, source []byte) string {
 	var b strings.Builder
 	_ = ast.Walk(n, func(n ast.Node, entering bool) (ast.WalkStatus, error) {
 		switch n := n.(type) {
@@ -126,7 +126,8 @@ func plain(n ast.Node, source []byte) string {
 // anchor returns the fragment that GitHub gives to a heading, as "Section links" describes it:
 // https://docs.github.com/en/get-started/writing-on-github/getting-started-with-writing-and-formatting-on-github/basic-writing-and-formatting-syntax
 // Letters become lower case, spaces become hyphens, and punctuation is removed. If an earlier heading has the same
-// fragment, a number is added. seen counts the fragments of one page.
+// fragment, a number is added. The argument seen has the fragments of the page so far, each with the last number that
+// was added to it.
 func anchor(heading string, seen map[string]int) string {
 	name := strings.Map(func(r rune) rune {
 		switch {

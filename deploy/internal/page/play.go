@@ -59,8 +59,8 @@ func (p *Page) Script() []Command {
 }
 
 // Play runs the commands in one bash, in the folder dir, and compares their output with the page. It stops at the first
-// command that fails or prints something else; its error names the line of the page. At the end it kills background
-// jobs.
+// command that fails or prints something else. The error then has the command's line on the page. At the end it kills
+// background jobs.
 func Play(ctx context.Context, dir string, env []string, commands []Command) error {
 	var script strings.Builder
 	script.WriteString("exec 2>&1\n")
@@ -111,15 +111,15 @@ func judge(commands []Command, output string) error {
 		if status != "0" {
 			return fmt.Errorf("line %d: %s\nexit status %s:\n%s", c.Line, c.Text, status, got)
 		}
-		if c.Want != nil && !matches(c.Want, got) {
+		if c.Want != nil && !isMatch(c.Want, got) {
 			return fmt.Errorf("line %d: %s\nprinted:\n%s\nwant:\n%s", c.Line, c.Text, got, strings.Join(c.Want, "\n"))
 		}
 	}
 	return nil
 }
 
-// matches reports whether the output fits the output on the page.
-func matches(want []string, got string) bool {
+// isMatch reports whether the output of a command is what the page shows.
+func isMatch(want []string, got string) bool {
 	var b strings.Builder
 	b.WriteString("^")
 	for _, line := range want {

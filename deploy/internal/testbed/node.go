@@ -35,6 +35,8 @@ type Node struct {
 	Disk string
 	// KernelArgs are added to the kernel's command line.
 	KernelArgs []string
+	// CountInstructions makes the node's clock independent of the emulator's speed; see [vm.Config].
+	CountInstructions bool
 	// Timeout is the longest run of the machine; 0 means 10 minutes.
 	Timeout time.Duration
 }
@@ -105,7 +107,7 @@ func (s *Scene) RunNode(ctx context.Context, n Node, steps []vm.Step) (*vm.Resul
 	return vm.Run(ctx, vm.Config{
 		Boot: n.Boot, GPU: n.GPU, Init: s.Program("guestinit"), Files: files, Steps: steps,
 		Disk: n.Disk, KernelArgs: n.KernelArgs, Network: !n.Offline, MemoryMiB: 4096, Console: n.Console,
-		Timeout: cmp.Or(n.Timeout, 10*time.Minute),
+		CountInstructions: n.CountInstructions, Timeout: cmp.Or(n.Timeout, 10*time.Minute),
 	})
 }
 

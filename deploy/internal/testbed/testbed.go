@@ -35,14 +35,14 @@ type Scene struct {
 	Out io.Writer
 }
 
-// New returns a scene whose state is in the user's cache folder, in a folder named after the product. PREBAKE_STATE
-// names another folder.
+// New returns a scene. Its state is in the folder that PREBAKE_STATE gives; the default is the folder prebake in the
+// user's cache folder.
 func New(bin, dir string, out io.Writer) (*Scene, error) {
 	state := os.Getenv("PREBAKE_STATE")
 	if state == "" {
 		cache, err := os.UserCacheDir()
 		if err != nil {
-			return nil, fmt.Errorf("find cache folder: %w", err)
+			return nil, fmt.Errorf("find the user's cache folder: %w", err)
 		}
 		state = filepath.Join(cache, "prebake")
 	}
@@ -153,7 +153,7 @@ func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 		return nil, err
 	}
 	if err := json.Unmarshal(raw, m); err != nil {
-		return nil, fmt.Errorf("read what mirror printed: %w", err)
+		return nil, fmt.Errorf("read the output of mirror: %w", err)
 	}
 	if len(m.Builds) < 3 || len(m.Drivers) < 2 {
 		return nil, fmt.Errorf("the mirror has %d COS builds and %d drivers; want at least 3 and 2", len(m.Builds),
@@ -198,8 +198,8 @@ func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	return p, nil
 }
 
-// Stop asks the program to end, and waits. It kills the program after a minute. Server and builder give their running
-// work 20 seconds.
+// Stop asks the program to end, and waits. It kills the program after a minute. After that request, server and builder
+// let their running work go on for 20 seconds.
 func (p *Process) Stop() error {
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
@@ -208,7 +208,7 @@ func (p *Process) Stop() error {
 	case <-p.done:
 		return p.err
 	case <-time.After(time.Minute):
-		return errors.Join(errors.New("program did not end in a minute"), p.Kill())
+		return errors.Join(errors.New("stop the program: it did not end within a minute"), p.Kill())
 	}
 }
 
@@ -259,7 +259,7 @@ func (s *Scene) StartServer(ctx context.Context, data string, m *Mirror) (*Serve
 		srv.Addr, srv.Token = strings.TrimPrefix(strings.TrimSpace(string(addr)), "http://"), strings.TrimSpace(string(token))
 		return err == nil && srv.Addr != "", nil
 	}); err != nil {
-		return nil, errors.Join(fmt.Errorf("wait for server: %w", err), p.Kill())
+		return nil, errors.Join(fmt.Errorf("wait for the server: %w", err), p.Kill())
 	}
 	srv.Client = api.NewClient("http://"+srv.Addr, srv.Token, nil)
 	return srv, nil

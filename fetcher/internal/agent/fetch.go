@@ -19,8 +19,9 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// atOnce is the number of layers that are fetched at the same time. Each layer needs a decompression window of 8 MiB,
-// and has its own goroutines to fetch, unpack and write. Two layers therefore keep a small node busy.
+// atOnce is the number of layers that are fetched at the same time. Each layer needs a decompression window of 4 MiB
+// (8 MiB if an older builder packed it), and has its own goroutines to fetch, unpack and write. Two layers therefore
+// keep a small node busy.
 const atOnce = 2
 
 // missingLayer is a layer that this node must fetch.

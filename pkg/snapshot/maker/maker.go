@@ -39,7 +39,7 @@ func Open(dir string, now func() time.Time) (*Repository, error) {
 		return nil, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("open snapshot %s: %w", dir, err),
-			"name a folder that this user may write",
+			"give a folder in which this user may write",
 		)
 	}
 	if err := os.MkdirAll(filepath.Join(dir, "targets"), 0o755); err != nil {
@@ -88,7 +88,7 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 	if next.Threshold < 1 || next.Threshold > len(next.Keys) {
 		return "", fault.New(
 			fault.Usage,
-			fmt.Sprintf("threshold is %d, with %d root keys", next.Threshold, len(next.Keys)),
+			fmt.Sprintf("the threshold is %d, and there are %d root keys", next.Threshold, len(next.Keys)),
 			"give --threshold a number from 1 to the number of root keys",
 		)
 	}
@@ -109,7 +109,7 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 		}
 	}
 	if len(root.Signed.Roles[metadata.ROOT].KeyIDs) != len(next.Keys) {
-		return "", fault.New(fault.Usage, "a root key is named twice", "give each --root-key once")
+		return "", fault.New(fault.Usage, "a root key is given twice", "give each --root-key once")
 	}
 	former, err := r.newestRoot()
 	if err != nil {
@@ -134,8 +134,8 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 		return fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("the new root is signed by too few keys of the %s root: %w", whose, err),
-			"add private keys of the "+whose+" root until its threshold is met: with --root-key, or with --former-key if the "+
-				"new root does not list the key",
+			"give more private keys of the "+whose+" root: with --root-key if the new root lists the key, else with "+
+				"--former-key",
 		)
 	}
 	if former != nil {
@@ -198,8 +198,8 @@ type Signers struct{ Targets, Snapshot, Timestamp Signer }
 // Until has the times at which the three parts of a snapshot expire.
 type Until struct{ Targets, Snapshot, Timestamp time.Time }
 
-// Publish writes a list as the newest one. least is the lowest version that the list and its timestamp may have. If
-// least is 0, the list gets the version after the newest list in the folder.
+// Publish writes a list and makes it the newest. The argument least is the lowest version that the list and its
+// timestamp may have. If least is 0, the list gets the version after the newest list in the folder.
 func (r *Repository) Publish(
 	list snapshot.Catalogue,
 	by Signers,
@@ -226,12 +226,12 @@ func (r *Repository) publish(
 	if root == nil {
 		return nil, fault.New(fault.Usage, "there is no root yet", "make a root: builder snapshot root")
 	}
-	former, err := r.newest()
+	former, err := r.readPublished()
 	if err != nil {
 		return nil, err
 	}
 	version := max(former.version+1, least)
-	for r.has(version) { // skips a version of a run that ended before it replaced timestamp.json
+	for r.hasVersion(version) { // skips a version of a run that ended before it replaced timestamp.json
 		version++
 	}
 	file, err := Encode(list)
@@ -245,7 +245,7 @@ func (r *Repository) publish(
 	targets := metadata.Targets(tufTime(until.Targets))
 	targets.Signed.Version, targets.Signed.Targets[snapshot.Name] = version, info
 	files := snapshot.Files{Catalogue: file}
-	if files.Targets, err = signed(targets, by.Targets); err != nil {
+	if files.Targets, err = signMetadata(targets, by.Targets); err != nil {
 		return nil, err
 	}
 	snap := metadata.Snapshot(tufTime(until.Snapshot))
@@ -253,7 +253,7 @@ func (r *Repository) publish(
 	if snap.Signed.Meta["targets.json"], err = metaOf(files.Targets, version); err != nil {
 		return nil, err
 	}
-	if files.Snapshot, err = signed(snap, by.Snapshot); err != nil {
+	if files.Snapshot, err = signMetadata(snap, by.Snapshot); err != nil {
 		return nil, err
 	}
 	stamp := metadata.Timestamp(tufTime(until.Timestamp))
@@ -261,10 +261,10 @@ func (r *Repository) publish(
 	if stamp.Signed.Meta["snapshot.json"], err = metaOf(files.Snapshot, version); err != nil {
 		return nil, err
 	}
-	if files.Timestamp, err = signed(stamp, by.Timestamp); err != nil {
+	if files.Timestamp, err = signMetadata(stamp, by.Timestamp); err != nil {
 		return nil, err
 	}
-	s, err := r.verified(files, root.Signed.Version)
+	s, err := r.checkFiles(files, root.Signed.Version)
 	if err != nil {
 		return nil, err
 	}
@@ -279,13 +279,13 @@ func (r *Repository) publish(
 			return nil, err
 		}
 	}
-	if err := r.replace("timestamp.json", files.Timestamp); err != nil {
+	if err := r.writeAtomic("timestamp.json", files.Timestamp); err != nil {
 		return nil, err
 	}
 	return s, r.trim(version)
 }
 
-// Refresh signs a new timestamp. The timestamp says that the published list is still the newest, and expires at until.
+// Refresh signs a new timestamp: the published list is still the newest. The timestamp expires at the time until.
 func (r *Repository) Refresh(by signature.Signer, until time.Time) (*snapshot.Snapshot, error) {
 	s, err := r.refresh(by, until)
 	if err != nil {
@@ -299,7 +299,7 @@ func (r *Repository) refresh(by signature.Signer, until time.Time) (*snapshot.Sn
 	if err != nil {
 		return nil, err
 	}
-	at, err := r.newest()
+	at, err := r.readPublished()
 	if err != nil {
 		return nil, err
 	}
@@ -309,18 +309,18 @@ func (r *Repository) refresh(by signature.Signer, until time.Time) (*snapshot.Sn
 	stamp := metadata.Timestamp(tufTime(until))
 	stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = r.nextStamp(at), at.meta
 	files := at.files
-	if files.Timestamp, err = signed(stamp, by); err != nil {
+	if files.Timestamp, err = signMetadata(stamp, by); err != nil {
 		return nil, err
 	}
-	s, err := r.verified(files, root.Signed.Version)
+	s, err := r.checkFiles(files, root.Signed.Version)
 	if err != nil {
 		return nil, err
 	}
-	return s, r.replace("timestamp.json", files.Timestamp)
+	return s, r.writeAtomic("timestamp.json", files.Timestamp)
 }
 
-// verified checks that clients will accept the files before they are published.
-func (r *Repository) verified(files snapshot.Files, root int64) (_ *snapshot.Snapshot, err error) {
+// checkFiles checks that clients will accept the files before they are published.
+func (r *Repository) checkFiles(files snapshot.Files, root int64) (_ *snapshot.Snapshot, err error) {
 	if files.Root, err = r.read(rootName(root)); err != nil {
 		return nil, err
 	}
@@ -329,7 +329,7 @@ func (r *Repository) verified(files snapshot.Files, root int64) (_ *snapshot.Sna
 		return nil, fault.Wrap(
 			fault.Usage,
 			err,
-			"sign with the keys that the newest root names, or make a root that names your keys: builder snapshot root",
+			"sign with the keys that the newest root lists; to use other keys, make a root first: builder snapshot root",
 		)
 	}
 	return s, nil
@@ -343,15 +343,15 @@ func metaOf(data []byte, version int64) (*metadata.MetaFiles, error) {
 	return &metadata.MetaFiles{Version: version, Length: f.Length, Hashes: f.Hashes}, nil
 }
 
-func signed[T metadata.Roles](m *metadata.Metadata[T], by signature.Signer) ([]byte, error) {
+func signMetadata[T metadata.Roles](m *metadata.Metadata[T], by signature.Signer) ([]byte, error) {
 	if _, err := m.Sign(by); err != nil {
 		return nil, err
 	}
 	return m.ToBytes(true)
 }
 
-// newest is the published list with its version and the version of its timestamp.
-type newest struct {
+// publishedList is the newest list, with its version and the version of its timestamp.
+type publishedList struct {
 	version, stamp int64
 	meta           *metadata.MetaFiles // of the snapshot metadata
 	files          snapshot.Files      // all parts but the root
@@ -360,12 +360,14 @@ type newest struct {
 // nextStamp returns the version of the next timestamp. The version is the clock in seconds, or one more than the former
 // version if that is higher. If the folder was lost and is made again, new timestamps therefore get a higher version
 // than the nodes have seen, although the number of former refreshes is unknown.
-func (r *Repository) nextStamp(former newest) int64 { return max(former.stamp+1, r.now().Unix()) }
+func (r *Repository) nextStamp(former publishedList) int64 {
+	return max(former.stamp+1, r.now().Unix())
+}
 
-// newest reads the published list; version 0 means that there is none.
-func (r *Repository) newest() (at newest, err error) {
+// readPublished reads the published list. If there is none, the version is 0.
+func (r *Repository) readPublished() (at publishedList, err error) {
 	if at.files.Timestamp, err = r.read("timestamp.json"); errors.Is(err, fs.ErrNotExist) {
-		return newest{}, nil
+		return publishedList{}, nil
 	} else if err != nil {
 		return at, err
 	}
@@ -374,7 +376,7 @@ func (r *Repository) newest() (at newest, err error) {
 		return at, fmt.Errorf("read timestamp.json: %w", err)
 	}
 	if at.stamp, at.meta = stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"]; at.meta == nil {
-		return at, errors.New("read timestamp.json: it names no snapshot")
+		return at, errors.New("read timestamp.json: no entry for a snapshot")
 	}
 	at.version = at.meta.Version
 	v := strconv.FormatInt(at.version, 10)
@@ -390,14 +392,14 @@ func (r *Repository) newest() (at newest, err error) {
 	}
 	info := targets.Signed.Targets[snapshot.Name]
 	if info == nil {
-		return at, errors.New("read targets: they name no " + snapshot.Name)
+		return at, errors.New("read targets: no entry for " + snapshot.Name)
 	}
 	at.files.Catalogue, err = r.read(filepath.Join("targets", info.Hashes["sha256"].String()+"."+snapshot.Name))
 	return at, err
 }
 
-// has reports whether the folder has files of a version.
-func (r *Repository) has(version int64) bool {
+// hasVersion reports whether the folder has files of a version.
+func (r *Repository) hasVersion(version int64) bool {
 	v := strconv.FormatInt(version, 10)
 	for _, role := range []string{"targets", "snapshot"} {
 		if _, err := os.Lstat(filepath.Join(r.dir, v+"."+role+".json")); err == nil {
@@ -419,11 +421,11 @@ func (r *Repository) write(name string, data []byte) error {
 		}
 		return fault.New(fault.PublishRefused, fmt.Sprintf("write %s: the file exists with other content", name), "")
 	}
-	return r.replace(name, data)
+	return r.writeAtomic(name, data)
 }
 
-// replace writes a file atomically.
-func (r *Repository) replace(name string, data []byte) (err error) {
+// writeAtomic writes a file atomically.
+func (r *Repository) writeAtomic(name string, data []byte) (err error) {
 	path := filepath.Join(r.dir, name)
 	defer func() {
 		err = fault.Disk(err, "free space on the disk of the snapshot's folder")
@@ -449,7 +451,7 @@ func (r *Repository) replace(name string, data []byte) (err error) {
 // keptVersions is how many older lists stay in the folder, for clients that are still reading an older list.
 const keptVersions = 3
 
-// trim removes the files of lists that are older than the kept ones. version is the version of the newest list.
+// trim removes the files of lists that are more than keptVersions older than version, the version of the newest list.
 func (r *Repository) trim(version int64) error {
 	used := map[string]bool{}
 	names, err := filepath.Glob(filepath.Join(r.dir, "*.targets.json"))

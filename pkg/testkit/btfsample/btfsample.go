@@ -42,7 +42,7 @@ func describe(lastID, firstString uint32, names []string) []byte {
 	return out.Bytes()
 }
 
-// ELF returns an ELF file that has only sections. The arguments are names and contents in turn.
+// ELF returns an ELF file that has only sections. The arguments are, in turn, the name of a section and its content.
 func ELF(sections ...string) []byte {
 	names, body := []byte{0}, []byte{}
 	headers := []elf.Section64{{}}

@@ -1,6 +1,6 @@
-// Package cluster runs a real kube-apiserver with etcd for one test. This API server admits, forbids and stores objects
-// as the API server of a real cluster does. Only test files import the package. It cannot run pods, because it has no
-// kubelet, no scheduler and no controller.
+// Package cluster runs a real kube-apiserver with etcd for one test. As in a real cluster, this API server checks
+// permissions, runs admission and stores objects. Only test files import the package. It cannot run pods, because it
+// has no kubelet, no scheduler and no controller.
 package cluster
 
 import (
@@ -25,8 +25,8 @@ import (
 	"time"
 )
 
-// Env is the environment variable that names the folder with kube-apiserver and kubectl. deploy/kubernetes.sh prints
-// that folder. If the variable is not set, tests that need the programs are skipped.
+// Env is the environment variable with the path of the folder that has kube-apiserver and kubectl. deploy/kubernetes.sh
+// prints that path. If the variable is not set, tests that need the programs are skipped.
 const Env = "PREBAKE_KUBERNETES"
 
 // Cluster is a running API server.
@@ -41,7 +41,7 @@ type Cluster struct {
 	http            *http.Client
 }
 
-// Start runs an empty cluster, which ends with the test.
+// Start runs an empty cluster until the test ends.
 func Start(t testing.TB) *Cluster {
 	t.Helper()
 	bin := os.Getenv(Env)
@@ -73,7 +73,7 @@ func Start(t testing.TB) *Cluster {
 		filepath.Join(c.dir, "accounts.key"),
 		"--service-account-signing-key-file", filepath.Join(c.dir, "accounts.key"), "--service-cluster-ip-range",
 		"10.0.0.0/24", "--allow-privileged")
-	c.ready()
+	c.waitReady()
 	// In a real cluster, a controller makes this service account in each namespace. No controller runs here, so Start
 	// makes it.
 	c.Must(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts",
@@ -103,7 +103,8 @@ func freePorts(t testing.TB, n int) (ports []string) {
 	return ports
 }
 
-// run starts a program, which ends with the test. If the test failed, its log shows the end of the program's output.
+// run starts a program, and stops it at the end of the test. If the test failed, its log shows the end of the program's
+// output.
 func (c *Cluster) run(name string, argv ...string) {
 	c.t.Helper()
 	var said bytes.Buffer
@@ -124,8 +125,8 @@ func (c *Cluster) run(name string, argv ...string) {
 	})
 }
 
-// ready waits until the API server reports that it is ready.
-func (c *Cluster) ready() {
+// waitReady waits until the API server reports that it is ready.
+func (c *Cluster) waitReady() {
 	c.t.Helper()
 	end := time.Now().Add(3 * time.Minute)
 	for {

@@ -1,6 +1,7 @@
-// Package distribution runs Debian's package of the distribution project's registry for one test. Prebake did not write
-// that registry, so the test also checks the protocol. Only test files import the package. Version 2.8 of the registry
-// has no referrers API. Tests with it show how clients work without that API; the API itself needs another registry.
+// Package distribution runs Debian's package of the distribution project's registry for one test. The registry is not a
+// part of Prebake, so a test with it also checks the protocol. Only test files import the package. Version 2.8 of the
+// registry has no referrers API. Tests with it show how clients work without that API; the API itself needs another
+// registry.
 package distribution
 
 import (
@@ -53,7 +54,7 @@ func StartProtected(t testing.TB) string {
 	return start(t, fmt.Sprintf(protection, file))
 }
 
-// Start runs an empty registry, which ends with the test, and returns its host:port.
+// Start runs an empty registry until the test ends, and returns its host:port.
 func Start(t testing.TB) string {
 	t.Helper()
 	return start(t, "")

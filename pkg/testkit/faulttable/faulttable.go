@@ -44,7 +44,7 @@ type Table struct {
 	Rows    []string
 	// Seen has the results. Its key is the row, a space, and the column.
 	Seen map[string]string
-	// Hint is the command that writes the table again. If Update is true, Check writes the table.
+	// Hint is the command that writes the table again. If Update is true, Check writes the table instead of comparing it.
 	Hint   string
 	Update bool
 }

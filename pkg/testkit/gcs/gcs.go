@@ -34,7 +34,7 @@ type Server struct {
 // ports is how many ports Start tries. Another process may take a port that was free a moment ago.
 const ports = 5
 
-// Start runs an empty emulator, which ends with the test.
+// Start runs an empty emulator until the test ends.
 func Start(t testing.TB) *Server {
 	t.Helper()
 	program := os.Getenv(Env)

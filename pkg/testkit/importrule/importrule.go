@@ -17,9 +17,9 @@ func list(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// within reports whether a package belongs to a module or folder. A package of the standard library counts alone,
-// without the packages in folders below it.
-func within(pkg, folder string) bool {
+// belongsTo reports whether a package is in a module or in a folder. If folder is a package of the standard library,
+// packages in the folders below it do not belong to it.
+func belongsTo(pkg, folder string) bool {
 	return pkg == folder || strings.Contains(folder, ".") && strings.HasPrefix(pkg, folder+"/")
 }
 
@@ -32,14 +32,14 @@ func CheckBanned(t *testing.T, bans map[string]string) {
 			if why == "" {
 				t.Errorf("the ban of %s has no reason", ban)
 			}
-			if within(dep, ban) {
+			if belongsTo(dep, ban) {
 				t.Errorf("the program links %s: %s", dep, why)
 			}
 		}
 	}
 }
 
-// Owner names the only package that may import a heavy library.
+// Owner is a heavy library with the only package that may import it.
 type Owner struct {
 	// Lib is the library. Package is the path, below the current folder, of the package that may import it, such as
 	// /internal/store; "" means none.
@@ -47,15 +47,15 @@ type Owner struct {
 	Reason       string
 }
 
-// CheckOwners fails if a package below the current folder imports a library that another package owns. own is the
-// import path of the current folder.
+// CheckOwners fails if a package below the current folder imports a library that another package owns. The argument own
+// is the import path of the current folder.
 func CheckOwners(t *testing.T, own string, homes []Owner) {
 	t.Helper()
 	for line := range strings.Lines(list(t, "-f", `{{.ImportPath}} {{join .Imports " "}}`, "./...")) {
 		fields := strings.Fields(line)
 		for _, h := range homes {
 			for _, imported := range fields[1:] {
-				if within(imported, h.Lib) && (h.Package == "" || fields[0] != own+h.Package) {
+				if belongsTo(imported, h.Lib) && (h.Package == "" || fields[0] != own+h.Package) {
 					t.Errorf("%s imports %s: %s", fields[0], imported, h.Reason)
 				}
 			}

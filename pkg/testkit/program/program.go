@@ -27,8 +27,8 @@ func Build(t testing.TB, pkg, arch string) string {
 }
 
 // Write writes a program that everybody may run. A plain os.WriteFile is not enough if other tests start programs at
-// the same time. A child process that is forked meanwhile holds the open file for a moment, and as long as it does, the
-// kernel refuses to run the file ("text file busy", https://go.dev/issue/22315).
+// the same time. If another test forks a child process meanwhile, the child has the file open for a moment. During that
+// time the kernel refuses to run the file ("text file busy", https://go.dev/issue/22315).
 func Write(t testing.TB, path string, content []byte) {
 	t.Helper()
 	syscall.ForkLock.RLock()

@@ -54,7 +54,7 @@ func NewSigner(t testing.TB) signature.Signer {
 	return s
 }
 
-// WriteRoot writes the next root, which names the current keys of the farm.
+// WriteRoot writes the next root, which lists the current keys of the farm.
 func (f *Farm) WriteRoot(t testing.TB, at time.Time, by ...signature.Signer) {
 	t.Helper()
 	next := maker.Root{Threshold: 2, Signers: by, Expires: at.AddDate(1, 0, 0),

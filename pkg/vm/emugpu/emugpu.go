@@ -1,6 +1,6 @@
-// Package emugpu holds the source of a kernel module that emulates an NVIDIA GPU, for virtual machines without one.
-// The module's code is GPL-2.0-only, like the kernel that loads it. The module is compiled on its own, and no program
-// of Prebake links it. The package does not compile it.
+// Package emugpu holds the source of a kernel module that emulates an NVIDIA GPU, for virtual machines without a GPU.
+// The module's code is GPL-2.0-only, like the kernel that loads it. The module is compiled separately, and no program
+// of Prebake links it. The package does not compile the module.
 package emugpu
 
 import (

@@ -42,7 +42,7 @@ func network(wait time.Duration) error {
 	}
 	route := &netlink.Route{LinkIndex: eth.Attrs().Index, Gw: net.ParseIP(gateway)}
 	if err := netlink.RouteAdd(route); err != nil {
-		return fmt.Errorf("route by %s: %w", gateway, err)
+		return fmt.Errorf("add a route through %s: %w", gateway, err)
 	}
 	return nil
 }

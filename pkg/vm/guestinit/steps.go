@@ -86,7 +86,7 @@ func (r *runner) step(i int, s wire.Step) int {
 	select {
 	case <-j.done:
 		return end(j.exit, "")
-	case <-expired(timeout):
+	case <-timeoutChannel(timeout):
 		j.signal(unix.SIGKILL)
 		<-j.done
 		return end(exitTimeout, fmt.Sprintf("killed after %v", timeout))
@@ -114,7 +114,7 @@ func (r *runner) builtin(i int, argv []string, timeout time.Duration) (int, erro
 	select {
 	case err := <-result:
 		return exitOf(err), err
-	case <-expired(timeout):
+	case <-timeoutChannel(timeout):
 		return exitTimeout, fmt.Errorf("%s: it did not end within %v", argv[0], timeout)
 	}
 }
@@ -193,8 +193,8 @@ func exitOf(err error) int {
 	return 1
 }
 
-// expired returns a channel that fires after d. With 0 it never fires.
-func expired(d time.Duration) <-chan time.Time {
+// timeoutChannel returns a channel that fires after d. With 0 it never fires.
+func timeoutChannel(d time.Duration) <-chan time.Time {
 	if d <= 0 {
 		return nil
 	}

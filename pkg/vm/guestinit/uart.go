@@ -66,14 +66,14 @@ func findUART(devices string) (string, error) {
 	}
 	for _, vendor := range vendors {
 		dir := filepath.Dir(vendor)
-		if holds(vendor, uartVendor) && holds(filepath.Join(dir, "device"), uartDevice) {
+		if fileContains(vendor, uartVendor) && fileContains(filepath.Join(dir, "device"), uartDevice) {
 			return dir, nil
 		}
 	}
 	return "", fmt.Errorf("find serial port: none of %d PCI devices is %s:%s", len(vendors), uartVendor, uartDevice)
 }
 
-func holds(file, word string) bool {
+func fileContains(file, word string) bool {
 	text, err := os.ReadFile(file)
 	return err == nil && strings.TrimSpace(string(text)) == word
 }

@@ -89,8 +89,8 @@ func TestSweep(t *testing.T) {
 		{"between two attempts", api.Building, queue.JobState{Found: true, State: "retryable", Error: "x"}, nil},
 		{"job is gone", api.Building, queue.JobState{}, []string{"abandon: the queue lost the build's job"}},
 		{"worker died five times", api.Building,
-			queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: 5, Error: "the worker ended in mid-build"},
-			[]string{"abandon: the job ended as discarded after 5 attempts: the worker ended in mid-build"}},
+			queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: 5, Error: "the worker ended during the build"},
+			[]string{"abandon: the job ended as discarded after 5 attempts: the worker ended during the build"}},
 		{"ended without a report", api.Queued, queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 1},
 			[]string{"abandon: the job ended as completed after 1 attempts: the worker reported no outcome"}},
 	}

@@ -23,9 +23,9 @@
 #include <linux/spinlock.h>
 
 /*
- * The bus window lies strictly inside the reserved range: of two equal ranges
- * in the resource tree the later one becomes the parent, and then the BARs
- * cannot be claimed below the window.
+ * The bus window lies strictly inside the reserved range. If the two were equal,
+ * the range that comes later would become the parent in the resource tree, and
+ * the BARs could not be claimed below the window.
  */
 #ifdef CONFIG_ARM64
 /* The virt machine has its memory from 0x40000000 on; BARs are aligned to their sizes. */
@@ -146,8 +146,8 @@ static void fill_config(void)
 }
 
 /*
- * writable returns the bits of the aligned word at offset at that a write may
- * change. A BAR's size shows in the address bits that stay zero.
+ * writable returns the bits that a write may change in the aligned word at
+ * this offset. A BAR's size shows in the address bits that stay zero.
  */
 static u32 writable(int at)
 {

@@ -45,9 +45,9 @@ type Step struct {
 	Env  []string `json:"env,omitempty"`
 	// TimeoutMS is the time limit of the step in milliseconds; 0 means no limit.
 	TimeoutMS int64 `json:"timeoutMs,omitempty"`
-	// KeepGoing continues with the next step even if this one fails.
+	// KeepGoing makes the guest continue with the next step even if this one fails.
 	KeepGoing bool `json:"keepGoing,omitempty"`
-	// Background starts the step and continues with the next one at once.
+	// Background makes the guest start the next step at once, while this step still runs.
 	Background bool `json:"background,omitempty"`
 }
 
