@@ -83,8 +83,8 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 		return writeFlat(out, load, low, high)
 	}
 	if low < entryAt+entrySize || high > lowMemory || f.Entry < low || f.Entry >= high {
-		return badVMLinux("its segments are from %#x to %#x, and its entry is at %#x; want segments from %#x to %#x with the "+
-			"entry inside", low, high, f.Entry, entryAt+entrySize, lowMemory)
+		return badVMLinux("its segments are from %#x to %#x, and its entry is at %#x; want segments from %#x to %#x "+
+			"with the entry inside", low, high, f.Entry, entryAt+entrySize, lowMemory)
 	}
 	return writeELF(out, f.Entry, load)
 }
