@@ -42,7 +42,7 @@ const (
 	builderID    = "https://prebake.dev/builder/local"
 )
 
-// mirrorFlags returns the flags that name the buckets of kernels and drivers.
+// mirrorFlags returns the flags for the buckets of kernels and of drivers.
 func mirrorFlags() []ucli.Flag {
 	return cli.Group(groupFrom,
 		cli.String("kernel-mirror", kernelBucket,
@@ -105,8 +105,8 @@ func defaultCache() string {
 	return filepath.Join(dir, "prebake", "build")
 }
 
-// programFlags returns the flags that name the programs of the load test. By default these programs lie in the folder
-// of this program.
+// programFlags returns the flags for the programs of the load test. By default these programs are in the folder of this
+// program.
 func programFlags() []ucli.Flag {
 	guestinit := cli.String("guestinit", programBeside("guestinit"), "the load test's init `PROGRAM`")
 	probe := cli.String("probe", programBeside("nvmlprobe"), "the load test's `PROGRAM` that queries NVML")
@@ -123,8 +123,8 @@ func programBeside(name string) string {
 	return filepath.Join(filepath.Dir(self), name)
 }
 
-// missing returns an error that lists the named flags that have no value.
-func missing(cmd *ucli.Command, names ...string) error {
+// requireFlags returns an error that lists those of the given flags that have no value.
+func requireFlags(cmd *ucli.Command, names ...string) error {
 	var none []string
 	for _, name := range names {
 		if list, ok := cmd.Value(name).([]string); cmd.String(name) == "" && (!ok || len(list) == 0) {
@@ -137,12 +137,12 @@ func missing(cmd *ucli.Command, names ...string) error {
 	return fault.New(fault.Usage, "missing: "+strings.Join(none, ", "), "see "+cmd.FullName()+" --help")
 }
 
-// refuseFlags returns an error if any of the named flags is set. beside is the text for the setting with which these
-// flags have no effect.
-func refuseFlags(cmd *ucli.Command, beside string, names ...string) error {
+// refuseFlags returns an error if any of the given flags is set. The argument setting is a text for the error. It says
+// together with which setting these flags have no effect.
+func refuseFlags(cmd *ucli.Command, setting string, names ...string) error {
 	for _, name := range names {
 		if cmd.IsSet(name) {
-			return cli.About(fault.New(fault.Usage, fmt.Sprintf("--%s has no effect with %s", name, beside),
+			return cli.About(fault.New(fault.Usage, fmt.Sprintf("--%s has no effect with %s", name, setting),
 				"leave out --"+name+"; see "+cmd.FullName()+" --help"), name)
 		}
 	}
@@ -166,7 +166,7 @@ func oneSignature(cmd *ucli.Command) error {
 }
 
 func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
-	if err := missing(cmd, "to", "key"); err != nil {
+	if err := requireFlags(cmd, "to", "key"); err != nil {
 		return pipeline.Config{}, err
 	}
 	if err := oneSignature(cmd); err != nil {
@@ -195,13 +195,13 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	}, nil
 }
 
-// credentials returns a function that returns the registry options of a destination. --username and --password are for
-// the first registry in to; buckets and folders in to do not count.
-func credentials(cmd *ucli.Command, to []string) func(destination string) registry.Options {
-	first := slices.IndexFunc(to, func(destination string) bool { return !tarball.Is(destination) })
+// credentials returns a function that returns the registry options of a destination. --username and --password apply
+// only to the first destination that is not a bucket (see [tarball.Is]).
+func credentials(cmd *ucli.Command, destinations []string) func(destination string) registry.Options {
+	first := slices.IndexFunc(destinations, func(destination string) bool { return !tarball.Is(destination) })
 	return func(destination string) registry.Options {
 		o := registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()}
-		if first >= 0 && destination == to[first] {
+		if first >= 0 && destination == destinations[first] {
 			o.Username, o.Password = cmd.String("username"), cmd.String("password")
 		}
 		return o

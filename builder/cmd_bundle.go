@@ -32,8 +32,8 @@ func bundleCommand() *ucli.Command {
 	}
 }
 
-// registryFlags returns the flags of the commands that connect to a registry. flag is the flag that names the registry,
-// for the help text.
+// registryFlags returns the flags with the credentials for a registry. The argument flag is the flag in which the user
+// gives the registry; the help text refers to it.
 func registryFlags(flag string) []ucli.Flag {
 	return []ucli.Flag{
 		cli.String("username", "", "user `NAME` for the registry of "+flag+" (default: from Docker's configuration)"),
@@ -41,8 +41,8 @@ func registryFlags(flag string) []ucli.Flag {
 	}
 }
 
-// allUnless returns a flag that selects drivers. If the user does not set the flag, all drivers are selected.
-func allUnless(name, usage string) ucli.Flag {
+// selectFlag returns a flag that selects drivers. If the user does not set the flag, all drivers are selected.
+func selectFlag(name, usage string) ucli.Flag {
 	f := cli.Strings(name, usage)
 	f.DefaultText = "all"
 	return f
@@ -54,16 +54,16 @@ func openBundle(ref string) (*registry.Repository, error) {
 	return registry.Open(ref, registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()})
 }
 
-// openNamed opens the registry to which --username and --password belong.
-func openNamed(cmd *ucli.Command, ref string) (*registry.Repository, error) {
+// openWithLogin opens a registry with the credentials in --username and --password.
+func openWithLogin(cmd *ucli.Command, ref string) (*registry.Repository, error) {
 	return registry.Open(ref, registry.Options{
 		UserAgent: "prebake-builder/" + version, Keychain: login.Keychain(),
 		Username: cmd.String("username"), Password: cmd.String("password"),
 	})
 }
 
-// fileRef makes a reference from a file's name, or from several names with + between them. fileRef returns a name that
-// begins with oci: or oci-archive: unchanged, because such a name is a reference.
+// fileRef makes a reference from a file's name, or from several names with + between them. If the name begins with oci:
+// or oci-archive:, it is a reference already, and fileRef returns it unchanged.
 func fileRef(name string) string {
 	if strings.HasPrefix(name, "oci:") || strings.HasPrefix(name, "oci-archive:") {
 		return name
@@ -87,9 +87,9 @@ Example:
 			cli.Group(groupFrom, cli.String("from", "", "repository `REF` with the drivers, as host/name or oci:FOLDER")),
 			cli.Group(groupFrom, registryFlags("--from")...),
 			cli.Group(groupWhat,
-				allUnless("kernel", "pack only drivers for this COS build and board, `BUILD_ID/BOARD`"),
-				allUnless("driver", "pack only drivers of this `VERSION`"),
-				allUnless("flavour", "pack only drivers of this `FLAVOUR`, open or proprietary"),
+				selectFlag("kernel", "pack only drivers for this COS build and board, `BUILD_ID/BOARD`"),
+				selectFlag("driver", "pack only drivers of this `VERSION`"),
+				selectFlag("flavour", "pack only drivers of this `FLAVOUR`, open or proprietary"),
 				cli.String("snapshot", "", "also pack the signed snapshot in `FOLDER`, unchanged"),
 				cli.Strings("image",
 					"also pack the container image `REF` (HOST/NAME:TAG or HOST/NAME@DIGEST) with all platforms"),
@@ -130,7 +130,7 @@ func runBundleCreate(ctx context.Context, cmd *ucli.Command) error {
 	return cli.Print(cmd, report, func(w io.Writer) error { return printBundle(w, file, report) })
 }
 
-// oneArg returns the one argument of a command.
+// oneArg returns the only argument of a command. The argument what says in the error which argument the command needs.
 func oneArg(cmd *ucli.Command, what string) (string, error) {
 	if cmd.Args().Len() != 1 {
 		return "", fault.New(
@@ -142,12 +142,12 @@ func oneArg(cmd *ucli.Command, what string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// writeAtomically writes a file under a temporary name and renames the file at the end. So a file with the final name
-// is always complete.
+// writeAtomically writes a file under a temporary name, and renames the complete file to its final name. So a file with
+// the final name is always complete.
 func writeAtomically(file string, fill func(io.Writer) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
 	if err != nil {
-		return fault.Wrap(fault.Usage, err, "name a file in a folder that this user may write")
+		return fault.Wrap(fault.Usage, err, "give the name of a file in a folder that this user may write")
 	}
 	defer func() {
 		if err != nil {
@@ -174,10 +174,10 @@ func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
 		Snapshot: cmd.String("snapshot"),
 		Now:      time.Now(),
 	}
-	if err := missing(cmd, "from"); err != nil {
+	if err := requireFlags(cmd, "from"); err != nil {
 		return c, err
 	}
-	if c.From, err = openNamed(cmd, cmd.String("from")); err != nil {
+	if c.From, err = openWithLogin(cmd, cmd.String("from")); err != nil {
 		return c, err
 	}
 	var errs []error
@@ -214,17 +214,17 @@ func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
 			return c, err
 		}
 	}
-	c.Verifier, err = mayTrust(cmd)
+	c.Verifier, err = optionalVerifier(cmd)
 	return c, err
 }
 
-// mayTrust returns a verifier for the signers that the flags name, or nil if the flags name neither a public key nor a
-// trusted root.
-func mayTrust(cmd *ucli.Command) (*trust.Verifier, error) {
+// optionalVerifier returns a verifier for the signers in the flags. If neither --public-key nor --trusted-root is set,
+// it returns nil.
+func optionalVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
 	if len(cmd.StringSlice("public-key")) == 0 && cmd.String("trusted-root") == "" {
 		return nil, nil
 	}
-	return trusted(cmd)
+	return newVerifier(cmd)
 }
 
 func printBundle(w io.Writer, file string, r *offline.Report) error {

@@ -41,14 +41,14 @@ Example:
 			if err != nil {
 				return err
 			}
-			if err := missing(cmd, "to"); err != nil {
+			if err := requireFlags(cmd, "to"); err != nil {
 				return err
 			}
 			from, err := openBundle(fileRef(file))
 			if err != nil {
 				return err
 			}
-			to, err := openNamed(cmd, cmd.String("to"))
+			to, err := openWithLogin(cmd, cmd.String("to"))
 			if err != nil {
 				return err
 			}
@@ -77,8 +77,8 @@ Example:
 }
 
 // pushDrivers copies the drivers of a bundle to a registry. Before it sends anything, it checks that the licence rule
-// allows every flavour in the bundle at this destination. After the copy it checks again, because only then it can test
-// who can read the drivers (docs/decisions/0031).
+// allows every flavour in the bundle at this destination. After the copy it checks the destination again, because only
+// then it can try whether a client without credentials can read the drivers (docs/decisions/0031).
 func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licence.Rule) ([]registry.Tagged, error) {
 	flavours := map[string]target.Flavour{} // by digest
 	err := registry.EachTagged(ctx, from, func(_ string, d v1.Descriptor, m *v1.Manifest) error {

@@ -23,9 +23,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// destination runs the registry of the library go-containerregistry. If audience is not empty, the registry reports
-// audience in a header. If hidden is true, the registry lists tags only to clients with credentials. writes counts the
-// requests that write.
+// destination starts the registry of the library go-containerregistry. If audience is not empty, the registry sends
+// audience in a header. If hidden is true, the registry lists tags only to clients with credentials. writes is the
+// number of requests that write.
 func destination(t *testing.T, audience string, hidden bool) (ref string, writes *atomic.Int64) {
 	t.Helper()
 	writes = &atomic.Int64{}
@@ -47,8 +47,8 @@ func destination(t *testing.T, audience string, hidden bool) (ref string, writes
 	return strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver", writes
 }
 
-// flavoured makes a bundle in a folder with one driver of each flavour.
-func flavoured(t *testing.T, flavours ...target.Flavour) string {
+// bundleOf makes a bundle in a folder. The bundle has one driver of each given flavour.
+func bundleOf(t *testing.T, flavours ...target.Flavour) string {
 	t.Helper()
 	ref := "oci:" + filepath.Join(t.TempDir(), "bundle")
 	repo, err := registry.Open(ref, registry.Options{})
@@ -67,7 +67,7 @@ func flavoured(t *testing.T, flavours ...target.Flavour) string {
 // public destination.
 func TestBundlePushLicence(t *testing.T) {
 	t.Parallel()
-	open, both := flavoured(t, target.Open), flavoured(t, target.Open, target.Proprietary)
+	open, both := bundleOf(t, target.Open), bundleOf(t, target.Open, target.Proprietary)
 	for _, row := range []struct {
 		name, file, audience string
 		flags                []string
@@ -104,11 +104,11 @@ func TestBundlePushLicence(t *testing.T) {
 	}
 }
 
-// TestPushDriversOnTheInternet checks that pushDrivers accepts --private for a destination on the internet, and that it
-// fails if it finds after the copy that a client without credentials can read the drivers.
+// TestPushDriversOnTheInternet checks that pushDrivers accepts --private for a destination on the internet. If a client
+// without credentials can read the drivers after the copy, pushDrivers must fail.
 func TestPushDriversOnTheInternet(t *testing.T) {
 	t.Parallel()
-	from, err := registry.Open(flavoured(t, target.Proprietary), registry.Options{})
+	from, err := registry.Open(bundleOf(t, target.Proprietary), registry.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,7 +139,7 @@ func TestPushDriversOnTheInternet(t *testing.T) {
 // TestBundlePushOfAnUnknownFlavour checks that a driver of an unknown flavour is not pushed anywhere.
 func TestBundlePushOfAnUnknownFlavour(t *testing.T) {
 	t.Parallel()
-	ref := flavoured(t, target.Open)
+	ref := bundleOf(t, target.Open)
 	from, err := registry.Open(ref, registry.Options{})
 	if err != nil {
 		t.Fatal(err)

@@ -25,7 +25,8 @@ func cacheFlag() ucli.Flag {
 	return homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache"))
 }
 
-// homeDefault makes help show the user's home as ~ in a default folder.
+// homeDefault changes how help shows the default folder of a flag: if the folder is below the user's home, the home is
+// written as ~.
 func homeDefault(f *ucli.StringFlag) *ucli.StringFlag {
 	if home, err := os.UserHomeDir(); err == nil && home != "/" {
 		if rest, ok := strings.CutPrefix(f.Value, home+"/"); ok {
@@ -56,7 +57,8 @@ func parseSize(text string) (int64, error) {
 	return int64(n), nil
 }
 
-// trimCache keeps the cache within --cache-size. Callers call it after each build. Without the flag it does nothing.
+// trimCache removes entries until the cache is at most as large as --cache-size. Callers call it after each build.
+// Without the flag it does nothing.
 func trimCache(ctx context.Context, cmd *ucli.Command, cache *cas.Cache) (*cas.Trimmed, error) {
 	size, err := parseSize(cmd.String("cache-size"))
 	if err != nil || size == 0 {
@@ -90,7 +92,7 @@ fetches or makes a removed entry again when it needs this entry.`,
 	}
 }
 
-// withCache opens the cache, runs do with it, and closes it.
+// withCache opens the cache, calls the function do with it, and closes the cache.
 func withCache(cmd *ucli.Command, do func(*cas.Cache) error) error {
 	cache, err := cas.Open(cmd.String("cache"))
 	if err != nil {

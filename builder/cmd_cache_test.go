@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// runOne runs a single command, without the other commands of the program.
+// runOne executes a single command, without the other commands of the program.
 func runOne(t *testing.T, command *ucli.Command, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer

@@ -79,9 +79,9 @@ func reportTable(r *doctor.Report) string {
 	var out strings.Builder
 	for _, f := range r.Findings {
 		head := fmt.Sprintf("%-5s %-12s ", f.Level, f.Check)
-		hang(&out, head, f.Text)
+		writeIndented(&out, head, f.Text)
 		if f.Next != "" {
-			hang(&out, strings.Repeat(" ", 19)+"next: ", f.Next)
+			writeIndented(&out, strings.Repeat(" ", 19)+"next: ", f.Next)
 		}
 	}
 	if r.Install != "" {
@@ -90,9 +90,9 @@ func reportTable(r *doctor.Report) string {
 	return out.String()
 }
 
-// hang writes text after a head and indents the following lines. Lines have at most 80 columns, unless one word is
-// longer.
-func hang(out *strings.Builder, head, text string) {
+// writeIndented writes head and then text, in lines of at most 80 columns, unless one word is longer. Each line after
+// the first is indented by the length of head.
+func writeIndented(out *strings.Builder, head, text string) {
 	const width = 80
 	line := head
 	for i, word := range strings.Fields(text) {

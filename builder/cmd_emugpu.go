@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// emugpuCommand compiles the emulated GPU. deploy/mirror, which writes a bucket with boot archives, runs this command.
-// Load tests compile their own emulated GPU.
+// emugpuCommand compiles the emulated GPU. The program deploy/mirror runs this command when it writes a bucket with
+// boot archives. Load tests do not use this command; they compile the emulated GPU themselves.
 func emugpuCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:   "emugpu",
@@ -41,7 +41,7 @@ func emugpuCommand() *ucli.Command {
 				_, err := fmt.Fprintln(cmd.Root().Writer, revision)
 				return err
 			}
-			if err := missing(cmd, "headers", "toolchain", "release", "out"); err != nil {
+			if err := requireFlags(cmd, "headers", "toolchain", "release", "out"); err != nil {
 				return err
 			}
 			env := map[string]string{}

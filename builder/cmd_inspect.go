@@ -18,7 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// inspectCommand checks in about a minute whether a bucket has the files of a COS build that a driver's build needs.
+// inspectCommand checks whether a bucket has those files of a COS build that building a driver needs. The check takes
+// about a minute.
 func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",

@@ -124,7 +124,7 @@ func planCommand() *ucli.Command {
 		Usage: "print the cells of a wish list, and which of them are published",
 		Flags: append(flags, cli.Group(groupOutput, cli.OutputFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			if err := missing(cmd, "wish", "to", "key"); err != nil {
+			if err := requireFlags(cmd, "wish", "to", "key"); err != nil {
 				return err
 			}
 			return runPlan(ctx, cmd)
@@ -147,13 +147,13 @@ func readWish(file string) (*plan.Wish, error) {
 	return plan.Parse(file, text)
 }
 
-// matrix is a batch that is ready to run, together with the connections that it holds open.
+// matrix has the configuration of a batch that is ready to run, and the open connections that the batch uses.
 type matrix struct {
 	cfg              pipeline.Config
 	batch            batch.Config
 	kernels, drivers *cosbucket.Bucket
 	destinations     *batch.Destinations
-	telemetry        *telemetry.Telemetry // may be nil, and then records nothing
+	telemetry        *telemetry.Telemetry // if nil, nothing is recorded
 }
 
 func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
@@ -183,7 +183,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	m.batch.Attempts = cmd.Int("attempts")
 	m.batch.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
 	// Destinations.Published finds published cells fast, but does not check who signed the modules, or whether debug
-	// symbols and BTF exist. If a setting asks for any of these, the pipeline looks at every cell itself.
+	// symbols and BTF exist. If a setting asks for any of these, Published is not used, and the pipeline itself examines
+	// every cell.
 	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules &&
 		cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto &&
 		!m.cfg.DebugSymbols &&
@@ -193,8 +194,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	if m.batch.Failures, err = failureStore(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
 		return nil, err
 	}
-	// The pipeline sets no labels, because a label depends on all cells together. The method label sets the labels after
-	// all cells are built.
+	// The pipeline sets no labels, because a label depends on all cells together. The method setLabels sets the labels
+	// after all cells are built.
 	m.cfg.LabelsLater = true
 	m.batch.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{
@@ -204,7 +205,7 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 			BuildID: c.Kernel.BuildID, Board: c.Kernel.Board, Driver: target.Wish(c.Driver.Version), Flavour: c.Driver.Flavour,
 		}, log, line)
 		end(err)
-		// A cache that was not trimmed does not change the result of the build.
+		// An error of trimCache does not change the result of the build.
 		if _, terr := trimCache(ctx, cmd, m.cfg.Cache); terr != nil {
 			fmt.Fprintf(log, "cache not trimmed: %v\n", terr)
 		}
@@ -228,8 +229,8 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	return m, nil
 }
 
-// openDestinations opens the destinations and loads the signing key, so that a mistake in them shows before the first
-// build begins. A cell counts as published only if this key signed the statements about its artifact.
+// openDestinations opens the destinations and loads the signing key. So a mistake in one of them gives an error before
+// the first build begins. A cell counts as published only if this key signed the statements about its artifact.
 func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinations, error) {
 	signer, err := sign.LoadSigner(ctx, cfg.Key, cfg.KeyOptions...)
 	if err != nil {
@@ -275,7 +276,7 @@ func (m *matrix) close() error {
 	return errors.Join(append(errs, m.telemetry.Close(), m.cfg.Cache.Close())...)
 }
 
-// plan asks the buckets for the current cells of a wish list.
+// plan returns the current cells of a wish list. It asks the buckets which kernels and drivers they have.
 func (m *matrix) plan(ctx context.Context, w *plan.Wish) (*plan.Plan, error) {
 	images, err := plan.LoadImageMap(ctx, w.ImageMap)
 	if err != nil {
@@ -312,7 +313,7 @@ func runPlan(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	notes, err := m.refused(ctx, p)
+	notes, err := m.licenceNotes(ctx, p)
 	if err != nil {
 		return err
 	}
@@ -358,7 +359,7 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	if n := report.Early(); n > 0 {
 		fmt.Fprintf(stderr, "note:  early warning: %s failed; early warnings do not change the exit code\n", cellsOf(n))
 	}
-	return errors.Join(report.Err(), m.label(ctx, p, func(note string) { fmt.Fprintf(stderr, "note:  %s\n", note) }))
+	return errors.Join(report.Err(), m.setLabels(ctx, p, func(note string) { fmt.Fprintf(stderr, "note:  %s\n", note) }))
 }
 
 func show(cmd *ucli.Command, r *batch.Report, took time.Duration) error {

@@ -17,8 +17,8 @@ import (
 // columns is the width of all printed output.
 const columns = 80
 
-// names returns the text of the columns kernel, driver and flavour for a job.
-func names(j *batch.Job) (kernel, driver, flavour string) {
+// cellTexts returns the texts of the columns kernel, driver and flavour for a job.
+func cellTexts(j *batch.Job) (kernel, driver, flavour string) {
 	kernel, driver, flavour = j.Cell.Kernel.String(), j.Cell.Driver.Version, string(j.Cell.Driver.Flavour)
 	if j.Cell.Kernel.BuildID == "" {
 		kernel = strings.Join(j.Cell.Asked, ", ")
@@ -31,24 +31,24 @@ func names(j *batch.Job) (kernel, driver, flavour string) {
 }
 
 func title(j *batch.Job) string {
-	kernel, driver, flavour := names(j)
+	kernel, driver, flavour := cellTexts(j)
 	return strings.TrimSuffix(kernel+" "+driver+"-"+flavour, "--")
 }
 
-// cut shortens s to n characters.
-func cut(s string, n int) string {
+// shorten returns s, cut to n characters.
+func shorten(s string, n int) string {
 	if letters := []rune(s); len(letters) > n {
 		return string(letters[:n-1]) + "…"
 	}
 	return s
 }
 
-// printMatrix writes a table of 80 columns. Each cell has one row, and below it the reason of its failure, if it
-// failed.
+// printMatrix writes a table of at most 80 columns, with one row for each cell. If a cell failed, the reason follows
+// below its row.
 func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 	rows := [][4]string{{"KERNEL", "DRIVER", "FLAVOUR", "STATE"}}
 	for _, j := range r.Jobs {
-		kernel, driver, flavour := names(j)
+		kernel, driver, flavour := cellTexts(j)
 		rows = append(rows, [4]string{kernel, driver, flavour, string(j.State)})
 	}
 	limits := [4]int{24, 18, 11, 11}
@@ -62,7 +62,7 @@ func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 	before := ""
 	for i, row := range rows {
 		for c, s := range row {
-			fmt.Fprintf(out, "%-*s  ", widths[c], cut(s, widths[c]))
+			fmt.Fprintf(out, "%-*s  ", widths[c], shorten(s, widths[c]))
 		}
 		if i == 0 {
 			fmt.Fprintf(out, "%8s\n", "SECONDS")
@@ -81,13 +81,13 @@ func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 			if why == before {
 				text = "as above"
 			}
-			for _, line := range wrap(text, columns-4) {
+			for _, line := range wrapText(text, columns-4) {
 				fmt.Fprintf(out, "    %s\n", line)
 			}
 			// The log of a build has the hint of its failure. A cell that was not tried has no log, so this table shows
 			// the hint.
 			if hint := j.Failure.Hint; hint != "" && j.Attempts == 0 && text == why {
-				for _, line := range wrap("next: "+hint, columns-4) {
+				for _, line := range wrapText("next: "+hint, columns-4) {
 					fmt.Fprintf(out, "    %s\n", line)
 				}
 			}
@@ -135,14 +135,14 @@ func summary(r *batch.Report, took time.Duration) string {
 	return text
 }
 
-// maxReason is the number of characters that the table shows of an error. The log has the full text.
+// maxReason is the largest number of characters that the table shows of an error. The log has the full text.
 const maxReason = 600
 
-// wrap breaks a text into lines at its spaces. wrap breaks a word only if the word is longer than a line.
-func wrap(text string, width int) []string {
+// wrapText splits a text into lines at its spaces. It splits a word only if the word is longer than a line.
+func wrapText(text string, width int) []string {
 	var lines []string
 	line := []rune(nil)
-	for _, word := range strings.Fields(cut(text, maxReason)) {
+	for _, word := range strings.Fields(shorten(text, maxReason)) {
 		letters := []rune(word)
 		if len(line) > 0 && len(line)+1+len(letters) > width {
 			lines, line = append(lines, string(line)), nil
@@ -166,10 +166,10 @@ type screen struct {
 	bars *mpb.Progress // nil unless the output is a terminal
 
 	mu    sync.Mutex
-	lines map[int]*moving
+	lines map[int]*movingLine
 }
 
-type moving struct {
+type movingLine struct {
 	bar   *mpb.Bar
 	begin time.Time
 
@@ -178,7 +178,7 @@ type moving struct {
 }
 
 func newScreen(w io.Writer) *screen {
-	s := &screen{w: w, lines: map[int]*moving{}}
+	s := &screen{w: w, lines: map[int]*movingLine{}}
 	if cli.IsTerminal(w) {
 		s.bars = mpb.New(mpb.WithOutput(w), mpb.WithWidth(columns))
 	}
@@ -223,14 +223,14 @@ func (s *screen) watch(e batch.Event) {
 		s.end(e.Job.Index)
 		text := fmt.Sprintf("[%d/%d] %s: %s", e.Done, e.Total, name, e.Job.State)
 		if e.Job.Failure != nil {
-			text += " " + cut(reason(e.Job), 2*columns)
+			text += " " + shorten(reason(e.Job), 2*columns)
 		}
 		s.progress(text)
 	}
 }
 
 func (s *screen) begin(index int, name string) {
-	m := &moving{begin: time.Now(), text: name}
+	m := &movingLine{begin: time.Now(), text: name}
 	m.bar = s.bars.New(0, mpb.SpinnerStyle(), mpb.BarWidth(1), mpb.BarRemoveOnComplete(),
 		mpb.AppendDecorators(decor.Any(func(decor.Statistics) string {
 			m.mu.Lock()

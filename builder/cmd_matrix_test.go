@@ -67,7 +67,7 @@ func TestScript(t *testing.T) {
 	})
 }
 
-// await waits until a file exists. await stops waiting when the test's time is over.
+// await waits until a file exists, or until the test's time is over.
 func await(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 {
 		ts.Fatalf("usage: await FILE")
@@ -135,7 +135,7 @@ func TestTable(t *testing.T) {
 func TestScreen(t *testing.T) {
 	t.Parallel()
 	out := &safeBuffer{}
-	s := &screen{w: out, lines: map[int]*moving{},
+	s := &screen{w: out, lines: map[int]*movingLine{},
 		bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(columns), mpb.WithAutoRefresh())}
 	event := func(index int, kind batch.EventKind) batch.Event {
 		c := plan.Cell{Kernel: target.Kernel{BuildID: "1.0." + strconv.Itoa(index), Board: "lakitu"},

@@ -62,7 +62,8 @@ func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 }
 
-// runOnce builds what is missing now. If the list has a mistake, runOnce returns an error and builds nothing.
+// runOnce builds the cells that are not published now. If the wish list has a mistake, runOnce returns an error and
+// builds nothing.
 func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) error {
 	begin := time.Now()
 	w, err := readWish(file)
@@ -84,7 +85,7 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 		}
 	}
 	log.InfoContext(ctx, "wish list checked", args...)
-	return m.label(ctx, p, func(note string) { log.DebugContext(ctx, "label not set", "note", note) })
+	return m.setLabels(ctx, p, func(note string) { log.DebugContext(ctx, "label not set", "note", note) })
 }
 
 // logEvent logs events that change something. Cells that were published before are logged at debug level only. Cells

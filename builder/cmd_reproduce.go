@@ -73,7 +73,7 @@ func splitReference(ref string) (repository, name string, err error) {
 	}
 	colon := strings.LastIndex(ref, ":")
 	if colon <= strings.LastIndex(ref, "/") || strings.HasPrefix(ref, "oci:") && colon == len("oci") {
-		return "", "", fault.New(fault.Usage, fmt.Sprintf("reference %q: names no artifact in the repository", ref),
+		return "", "", fault.New(fault.Usage, fmt.Sprintf("reference %q has neither a digest nor a tag", ref),
 			"add @sha256:DIGEST or :TAG")
 	}
 	return ref[:colon], ref[colon+1:], nil
@@ -85,7 +85,7 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 		return fault.New(fault.Usage, "reproduce needs the reference of at least one artifact",
 			"run: builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
 	}
-	verifier, err := trusted(cmd)
+	verifier, err := newVerifier(cmd)
 	if err != nil {
 		return err
 	}
@@ -93,7 +93,7 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	if cmd.Bool("attest") {
 		if cmd.String("key") == "" {
 			return fault.New(fault.Usage, "--attest needs a key to sign with",
-				"add --key FILE; make one with: builder keygen FILE")
+				"add --key FILE; to make a key, run: builder keygen FILE")
 		}
 		keys, err := keyOptions(cmd)
 		if err != nil {
@@ -146,7 +146,7 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 }
 
 // reproduceAll rebuilds one artifact after the other. All rebuilds share one cache for build products. This cache is
-// empty at the start, so that every file is really compiled again, and is removed at the end of the call.
+// empty at the start, so that every file is compiled again. It is removed at the end of the call.
 func reproduceAll(ctx context.Context, cmd *ucli.Command, cache *cas.Cache,
 	all []reproduce.Config) (_ []*reproduce.Report, err error) {
 	dir, cleanup, err := cache.TempDir("products-")

@@ -42,10 +42,10 @@ web server can serve it. Example:
 // snapshotRoles are the roles of a snapshot that have a key of their own, in addition to the root.
 var snapshotRoles = []string{"targets", "snapshot", "timestamp"}
 
-// toFlag returns the flag that names the snapshot's folder.
+// toFlag returns the flag for the folder of the snapshot.
 func toFlag() ucli.Flag { return cli.String("to", "", "`FOLDER` of the snapshot") }
 
-// keyFlags returns --keys, and for each of these roles the flag that names the role's key.
+// keyFlags returns the flag --keys, and for each given role the flag for the key of this role.
 func keyFlags(roles ...string) []ucli.Flag {
 	flags := []ucli.Flag{
 		cli.String("keys", "", "`FOLDER` that builder snapshot keys made; it has the keys that no other flag names"),
@@ -56,8 +56,8 @@ func keyFlags(roles ...string) []ucli.Flag {
 	return flags
 }
 
-// keyRef returns the reference of a role's key: the value of the role's flag, or else the key's file in the --keys
-// folder.
+// keyRef returns the reference of a role's key. If the flag for this key is set, the reference is the value of the
+// flag. Otherwise it is the path of the key's file in the folder that --keys gives.
 func keyRef(cmd *ucli.Command, role string) (string, error) {
 	if ref := cmd.String(role + "-key"); ref != "" {
 		return ref, nil
@@ -81,10 +81,10 @@ func snapshotKeysCommand() *ucli.Command {
 			dir, count := cmd.Args().First(), cmd.Int("root-keys")
 			if dir == "" || cmd.Args().Len() != 1 || count < 1 || count > 9 {
 				return fault.New(fault.Usage, "make keys: want one folder, and 1 to 9 root keys",
-					"run: builder snapshot keys FOLDER, with --root-keys from 1 to 9")
+					"give one folder and at most 9 root keys: builder snapshot keys --root-keys 3 FOLDER")
 			}
 			if err := os.MkdirAll(dir, 0o700); err != nil {
-				return fault.Wrap(fault.Usage, fmt.Errorf("make folder of keys: %w", err), "")
+				return fault.Wrap(fault.Usage, fmt.Errorf("make the folder for the keys: %w", err), "")
 			}
 			names := slices.Clone(snapshotRoles)
 			for i := range count {
@@ -119,7 +119,7 @@ many as the threshold of the previous root says.`,
 			lifetimeFlag("life", 365*24*time.Hour, "`TIME` until the root expires"),
 		)...), cli.Group(groupTo, toFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			if err := missing(cmd, "to"); err != nil {
+			if err := requireFlags(cmd, "to"); err != nil {
 				return err
 			}
 			next := maker.Root{Threshold: cmd.Int("threshold"), Expires: time.Now().Add(cmd.Duration("life"))}
@@ -166,7 +166,7 @@ many as the threshold of the previous root says.`,
 					next.Timestamp = pub
 				}
 			}
-			return within(cmd, func(r *maker.Repository) error {
+			return withSnapshot(cmd, func(r *maker.Repository) error {
 				name, err := r.WriteRoot(next)
 				if err != nil {
 					return err
@@ -178,7 +178,7 @@ many as the threshold of the previous root says.`,
 	}
 }
 
-// rootKeys lists the root keys of a folder. For each root key it returns the file of the private key, or the file of
+// rootKeys returns the root keys of a folder. For each root key it returns the file of the private key, or the file of
 // the public key if the private one is missing.
 func rootKeys(dir string) ([]string, error) {
 	var refs []string
@@ -195,14 +195,14 @@ func rootKeys(dir string) ([]string, error) {
 		}
 	}
 	if len(refs) == 0 {
-		return nil, fault.New(fault.Usage, "neither root-1.key nor root-1.key.pub in "+dir,
+		return nil, fault.New(fault.Usage, "find root keys: neither root-1.key nor root-1.key.pub is in "+dir,
 			"make keys with: builder snapshot keys "+dir)
 	}
 	return refs, nil
 }
 
-// within opens the snapshot's folder and calls do with it.
-func within(cmd *ucli.Command, do func(*maker.Repository) error) error {
+// withSnapshot opens the folder of the snapshot, calls the function do with it, and closes the folder.
+func withSnapshot(cmd *ucli.Command, do func(*maker.Repository) error) error {
 	r, err := maker.Open(cmd.String("to"), time.Now)
 	if err != nil {
 		return err
@@ -241,7 +241,7 @@ func snapshotMakeCommand() *ucli.Command {
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			if err := errors.Join(missing(cmd, "to"), missing(cmd, "server")); err != nil {
+			if err := errors.Join(requireFlags(cmd, "to"), requireFlags(cmd, "server")); err != nil {
 				return err
 			}
 			var by maker.Signers
@@ -270,7 +270,7 @@ func snapshotMakeCommand() *ucli.Command {
 				Snapshot:  now.Add(cmd.Duration("list-life")),
 				Timestamp: now.Add(cmd.Duration("life")),
 			}
-			return within(cmd, func(r *maker.Repository) error {
+			return withSnapshot(cmd, func(r *maker.Repository) error {
 				s, err := r.Publish(list, by, until, int64(cmd.Int("least-version")))
 				if err != nil {
 					return err
@@ -288,13 +288,13 @@ func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.
 	}
 	_, by, err := sign.Metadata(ctx, ref)
 	if err == nil && by == nil {
-		err = fault.New(fault.Usage, ref+" is a public key, and cannot sign", "name the private key: --"+role+"-key KEY")
+		err = fault.New(fault.Usage, ref+" is a public key, and cannot sign", "give the private key: --"+role+"-key KEY")
 	}
 	return by, err
 }
 
 // listOf asks a server for all artifacts. The server's list comes in pages, and an artifact that changes meanwhile can
-// appear twice. If one of its two entries says yanked or quarantined, listOf keeps that entry.
+// appear twice. If one of these two entries says yanked or quarantined, listOf keeps that entry.
 func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Catalogue, error) {
 	c := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: now.UTC().Truncate(time.Second)}
 	all, err := server.Artifacts(ctx)
@@ -335,14 +335,14 @@ func snapshotRefreshCommand() *ucli.Command {
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			if err := missing(cmd, "to"); err != nil {
+			if err := requireFlags(cmd, "to"); err != nil {
 				return err
 			}
 			by, err := snapshotSigner(ctx, cmd, "timestamp")
 			if err != nil {
 				return err
 			}
-			return within(cmd, func(r *maker.Repository) error {
+			return withSnapshot(cmd, func(r *maker.Repository) error {
 				s, err := r.Refresh(by, time.Now().Add(cmd.Duration("life")))
 				if err != nil {
 					return err

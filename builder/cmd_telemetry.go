@@ -16,8 +16,8 @@ func metricsFlag() ucli.Flag {
 	return cli.String("metrics-address", "", "serve Prometheus metrics at http://`ADDR`/metrics")
 }
 
-// startTelemetry starts the metrics of --metrics-address and the traces of the OTEL_* environment variables. A command
-// without that flag has traces only.
+// startTelemetry serves metrics at --metrics-address, and sends the traces that the OTEL_* environment variables
+// configure. A command without the flag --metrics-address has no metrics.
 func startTelemetry(ctx context.Context, cmd *ucli.Command, cache *cas.Cache, log *slog.Logger) (*telemetry.Telemetry,
 	error) {
 	return telemetry.Start(ctx,

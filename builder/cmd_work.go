@@ -68,7 +68,8 @@ func workCommand() *ucli.Command {
 	}, cli.Config{Secrets: secretFlags(), Check: checkWork})
 }
 
-// secretFlags maps each flag that a configuration file must not contain to the setting that the operator uses instead.
+// secretFlags returns the flags that a configuration file must not contain. The value of each is the setting that the
+// operator uses instead.
 func secretFlags() map[string]string {
 	return map[string]string{
 		"token":    "token-file, or the variable PREBAKE_TOKEN",
@@ -76,10 +77,10 @@ func secretFlags() map[string]string {
 	}
 }
 
-// checkWork reports all settings of work that are missing or exclude each other.
+// checkWork returns an error for each setting of work that is missing, wrong, or excluded by another setting.
 func checkWork(cmd *ucli.Command) error {
 	_, err := serverURL(cmd)
-	return errors.Join(oneOf(cmd, "wish", "queue"), missing(cmd, "to", "key"), oneSignature(cmd), checkKey(cmd), err)
+	return errors.Join(oneOf(cmd, "wish", "queue"), requireFlags(cmd, "to", "key"), oneSignature(cmd), checkKey(cmd), err)
 }
 
 // serverURL returns the URL of the server from which work takes builds.
@@ -115,7 +116,7 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 		}
 		catalogue, token = catalogue.WithTokenFile(file), func() (string, error) { return api.ReadToken(file) }
 	}
-	cfg.Registry = embedded(server, token, cfg.Registry)
+	cfg.Registry = addServerToken(server, token, cfg.Registry)
 	tell, err := startTelemetry(ctx, cmd, cfg.Cache, log)
 	if err != nil {
 		return err
@@ -138,20 +139,21 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 	})
 }
 
-// embedded completes the options of a destination whose registry is part of the server. For such a registry, embedded
-// sets the protocol (http or https) of --server and the server's token, so that the operator need not set them twice.
-func embedded(
+// addServerToken returns a function that returns the registry options of a destination. The argument options returns
+// the configured ones. If the registry of a destination is part of the server, addServerToken adds the protocol (http
+// or https) of --server and the server's token, so that the operator need not set them twice.
+func addServerToken(
 	server *url.URL,
 	token func() (string, error),
-	configured func(string) registry.Options,
+	options func(string) registry.Options,
 ) func(string) registry.Options {
 	return func(destination string) registry.Options {
-		o := configured(destination)
+		o := options(destination)
 		if host, _, _ := strings.Cut(destination, "/"); host != server.Host {
 			return o
 		}
 		o.Plain = o.Plain || server.Scheme == "http"
-		// If the token cannot be read, the request goes without it, and the registry's error says what is missing.
+		// If the token cannot be read, the request is sent without a token. The registry's error then says what is missing.
 		if secret, err := token(); err == nil && o.Password == "" {
 			o.Username, o.Password = "token", secret
 		}

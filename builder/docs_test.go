@@ -12,7 +12,7 @@ var rewrite = flag.Bool("update", false, "write the pages in docs that come of t
 
 // TestDocs compares the pages in docs that are generated from the commands with these commands.
 func TestDocs(t *testing.T) {
-	t.Setenv("HOME", "/home/user") // defaults name folders below it
+	t.Setenv("HOME", "/home/user") // some defaults are folders below it
 	t.Setenv("XDG_CACHE_HOME", "")
 	if err := cli.CompareDocs(filepath.Join("..", "docs"), root, *rewrite); err != nil {
 		t.Error(err)

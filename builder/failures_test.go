@@ -15,7 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestKeepFailure checks that a wish list finds the failure of a single build, if the same inputs would fail again.
+// TestKeepFailure checks which failures of a single build are kept for wish lists: only those that the same inputs
+// would cause again.
 func TestKeepFailure(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

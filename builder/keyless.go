@@ -32,12 +32,12 @@ func isKeyless(cmd *ucli.Command) bool {
 // --identity-token is set.
 func checkKey(cmd *ucli.Command) error {
 	if isKeyless(cmd) {
-		return cli.About(missing(cmd, "trusted-root"), "key")
+		return cli.About(requireFlags(cmd, "trusted-root"), "key")
 	}
 	return refuseFlags(cmd, "a key file or a KMS key", "identity-token")
 }
 
-// keyOptions returns the options for loading the key that --key names.
+// keyOptions returns the options for loading the key in --key.
 func keyOptions(cmd *ucli.Command) ([]sign.Option, error) {
 	if err := checkKey(cmd); err != nil || !isKeyless(cmd) {
 		return nil, err
@@ -50,9 +50,9 @@ func keyOptions(cmd *ucli.Command) ([]sign.Option, error) {
 	return []sign.Option{sign.WithIdentity(root, func() ([]byte, error) { return identityToken(file) })}, nil
 }
 
-// trusted returns a verifier that trusts the public keys in the flags, and the keyless signer of the --certificate
-// flags.
-func trusted(cmd *ucli.Command) (*trust.Verifier, error) {
+// newVerifier returns a verifier that trusts the public keys in --public-key, and the keyless signer that the
+// --certificate flags describe.
+func newVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
 	var policy trust.Policy
 	for _, file := range cmd.StringSlice("public-key") {
 		text, err := os.ReadFile(file)
@@ -69,7 +69,7 @@ func trusted(cmd *ucli.Command) (*trust.Verifier, error) {
 	who := trust.Identity{Subject: cmd.String("certificate-identity"), Pattern: cmd.String("certificate-identity-regexp"),
 		Issuer: cmd.String("certificate-oidc-issuer")}
 	if who != (trust.Identity{}) {
-		if err := missing(cmd, "trusted-root"); err != nil {
+		if err := requireFlags(cmd, "trusted-root"); err != nil {
 			return nil, err
 		}
 		root, err := trust.ReadRoot(cmd.String("trusted-root"))
@@ -80,7 +80,8 @@ func trusted(cmd *ucli.Command) (*trust.Verifier, error) {
 	}
 	if len(policy.Keys)+len(policy.Identities) == 0 {
 		return nil, fault.New(fault.Usage, "no key is trusted for provenance",
-			"add --public-key FILE, or --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL")
+			"for a key, add --public-key FILE; for a keyless signer, add --trusted-root FILE, --certificate-identity NAME "+
+				"and --certificate-oidc-issuer URL")
 	}
 	return trust.NewVerifier(policy)
 }
@@ -95,7 +96,7 @@ func identityToken(file string) ([]byte, error) {
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read identity token: %w", err),
-			"name the file with an OpenID Connect token: --identity-token FILE, or set "+envToken)
+			"give the OpenID Connect token in a file, with --identity-token FILE, or in the variable "+envToken)
 	}
 	return token, nil
 }

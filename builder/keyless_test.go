@@ -34,7 +34,7 @@ func TestKeylessFlags(t *testing.T) {
 		t.Fatalf("keygen = %d %s%s", code, out, errs)
 	}
 
-	// try returns what doctor reports about the key. The other findings depend on the machine.
+	// try runs doctor and returns its finding about the key. The other findings depend on the machine.
 	try := func(args ...string) (level, text string) {
 		_, out, errs := run(t, append([]string{"doctor", "--cache", filepath.Join(dir, "cache"), "--output", "json", "--key",
 			ref, "--trusted-root", trusted}, args...)...)
@@ -82,9 +82,9 @@ func TestKeylessFlags(t *testing.T) {
 		{"no root", build("--key", ref), "missing: --trusted-root"},
 		{"another root", build("--key", ref, "--trusted-root", key), "hint:  give a Sigstore trusted_root.json"},
 		{"a token for a key", build("--key", key, "--identity-token", token), "--identity-token has no effect"},
-		{"nobody to believe", reproduce(), "hint:  add --public-key FILE, or --trusted-root FILE"},
+		{"nobody to believe", reproduce(), "hint:  for a key, add --public-key FILE; for a keyless"},
 		{"an identity, and no root", reproduce(someone...), "missing: --trusted-root"},
-		{"a root, and no identity", reproduce("--trusted-root", trusted), "hint:  add --public-key FILE, or"},
+		{"a root, and no identity", reproduce("--trusted-root", trusted), "hint:  for a key, add --public-key FILE; for a"},
 		{"an identity without issuer", reproduce("--trusted-root", trusted, "--certificate-identity", "x"),
 			"name the subject and the issuer"},
 		{"attesting without root", reproduce("--public-key", key+".pub", "--attest", "--key", ref),

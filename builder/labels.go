@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// labelsOf returns the labels that a build of one cell sets on its driver. labelsOf refuses labels that have no effect.
+// labelsOf returns the labels that a build of one cell sets on its driver. It refuses labels that have no effect.
 func labelsOf(cmd *ucli.Command, flavour target.Flavour) ([]string, error) {
 	labels := cmd.StringSlice("label")
 	for _, label := range labels {
@@ -32,9 +32,9 @@ func labelsOf(cmd *ucli.Command, flavour target.Flavour) ([]string, error) {
 	return labels, nil
 }
 
-// label sets the labels of a wish list after its cells are published.
-func (m *matrix) label(ctx context.Context, p *plan.Plan, note func(string)) error {
-	// After a stop signal, label sets no labels. The report says that the run was stopped.
+// setLabels sets the labels of a wish list after its cells are published.
+func (m *matrix) setLabels(ctx context.Context, p *plan.Plan, note func(string)) error {
+	// After a stop signal, no label is set. The report says that the run was stopped.
 	if ctx.Err() != nil {
 		return nil
 	}

@@ -32,9 +32,9 @@ func licenceRule(cmd *ucli.Command) licence.Rule {
 	}
 }
 
-// refused returns a note for each destination and flavour, if the plan has cells of this flavour and the licence rule
-// does not let this flavour go to this destination. A note has the reason and a hint.
-func (m *matrix) refused(ctx context.Context, p *plan.Plan) (notes []string, err error) {
+// licenceNotes returns a note for each flavour in the plan and each destination, if the licence rule does not let this
+// flavour go to this destination. A note has the reason and a hint.
+func (m *matrix) licenceNotes(ctx context.Context, p *plan.Plan) (notes []string, err error) {
 	var flavours []target.Flavour
 	for _, c := range p.Cells {
 		if c.Problem == nil && !slices.Contains(flavours, c.Driver.Flavour) {

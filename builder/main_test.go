@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// run runs one command and returns what it wrote.
+// run executes one command and returns its exit code and its output.
 func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
@@ -23,8 +23,8 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	return code, out.String(), errs.String()
 }
 
-// TestOperator runs the program with common mistakes of operators. For each mistake, the program must end with the exit
-// code of the mistake, and must name the next step.
+// TestOperator runs the program with common mistakes of operators. For each mistake, the program must end with the
+// right exit code and say what the operator must do next.
 func TestOperator(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -110,7 +110,7 @@ func TestEmbedded(t *testing.T) {
 		{"oci:/x", registry.Options{}, registry.Options{}},
 	}
 	for _, row := range rows {
-		got := embedded(server, func() (string, error) { return "secret", nil },
+		got := addServerToken(server, func() (string, error) { return "secret", nil },
 			func(string) registry.Options { return row.configured })(row.destination)
 		if diff := cmp.Diff(row.want, got); diff != "" {
 			t.Errorf("options of %s (-want +got):\n%s", row.destination, diff)

@@ -29,7 +29,7 @@ const (
 	signatureFile = signatureDir + "/provenance.sigstore.json"
 )
 
-// imageHost is the registry from which the manifests pull the images, unless an overlay names another one.
+// imageHost is the registry from which the manifests pull the images, unless an overlay sets another registry.
 const imageHost = "ghcr.io/prebake/"
 
 // assemble makes the release in a temporary folder beside out, and renames it to out when it is complete.
@@ -37,7 +37,7 @@ func assemble(ctx context.Context, c config, out string) (err error) {
 	if out, err = filepath.Abs(out); err != nil {
 		return err
 	}
-	if err := removable(out); err != nil {
+	if err := checkRemovable(out); err != nil {
 		return err
 	}
 	work, err := os.MkdirTemp(filepath.Dir(out), ".release-")
@@ -86,8 +86,9 @@ func assemble(ctx context.Context, c config, out string) (err error) {
 	return nil
 }
 
-// removable returns an error if out has content that is not a release. assemble would delete that content.
-func removable(out string) error {
+// checkRemovable returns an error if the folder out has content that is not a release, because assemble would delete
+// this content.
+func checkRemovable(out string) error {
 	entries, err := os.ReadDir(out)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
 		return nil
@@ -103,7 +104,7 @@ func removable(out string) error {
 	}
 	if err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("replace %s: it is not the folder of a release: %w", out, err),
-			"name another folder with -out")
+			"give another folder with -out")
 	}
 	return nil
 }
@@ -113,7 +114,7 @@ func (c *config) writeTexts(dir string) error {
 	if err != nil {
 		return err
 	}
-	text, err := notes(changes, c.version)
+	text, err := releaseNotes(changes, c.version)
 	if err != nil {
 		return err
 	}
@@ -133,7 +134,7 @@ func (c *config) writeManifests(ctx context.Context, dir string, made []madeImag
 	}
 	for _, folder := range []string{"kubernetes", "gce"} {
 		root := filepath.Join("deploy", folder)
-		names, err := c.tracked(ctx, root)
+		names, err := c.trackedFiles(ctx, root)
 		if err != nil {
 			return fmt.Errorf("write manifests: %w", err)
 		}
@@ -228,7 +229,7 @@ func writeDocument(dir string, whole sbom.Whole) error {
 	return os.WriteFile(filepath.Join(dir, whole.Name+".spdx.json"), text, 0o644)
 }
 
-// goModules lists the modules that are linked into a program, and the standard library.
+// goModules returns the standard library and the modules that are linked into a program.
 func goModules(file string) ([]sbom.Part, error) {
 	info, err := buildinfo.ReadFile(file)
 	if err != nil {
@@ -251,7 +252,7 @@ func (p debPackage) part(arch string) sbom.Part {
 	return sbom.Part{Name: p.name, Version: p.version, Digest: "sha256:" + p.sum, PURL: p.purl(arch)}
 }
 
-// purl returns the package's name as a purl of type deb: https://github.com/package-url/purl-spec.
+// purl returns the package URL of a Debian package, which has the type deb: https://github.com/package-url/purl-spec.
 func (p debPackage) purl(arch string) string {
 	if p.arch == "all" {
 		arch = "all"
@@ -275,7 +276,7 @@ func (c *config) signAll(ctx context.Context, dir, work string, made []madeImage
 			return err
 		}
 		fmt.Fprintf(&text, "%s  %s\n", sum, name)
-		// The provenance names each program and each image. The digest of the checksums file covers all other files.
+		// The provenance lists each program and each image. It covers all other files by the digest of the checksums file.
 		if strings.HasPrefix(name, "linux-") || strings.HasPrefix(name, "images/") {
 			facts.Files = append(facts.Files, sign.Material{Name: name, Digest: "sha256:" + sum})
 		}
@@ -311,7 +312,7 @@ func digestOf(text []byte) string {
 	return ocidigest.FromBytes(text).String()
 }
 
-// sign writes the signature and the public key. Without -key, sign makes a key pair and deletes the private key
+// sign writes the signature and the public key. Without -key, it makes a key pair, and assemble deletes the private key
 // afterwards. A user who got the release from elsewhere must not trust the public key of such a pair.
 func (c *config) sign(ctx context.Context, dir, work string, statement sign.Statement) error {
 	key, name := c.key, "release.pub"

@@ -13,9 +13,9 @@ import (
 	"testing"
 )
 
-// banned lists functions whose results differ from run to run, by import path. An entry without names bans the whole
-// package.
-var banned = map[string][]string{
+// bannedFunctions has the functions whose results differ from run to run, by import path. An entry without functions
+// bans the whole package.
+var bannedFunctions = map[string][]string{
 	"time":                   {"Now", "Since", "Until", "After", "AfterFunc", "NewTicker", "NewTimer", "Tick"},
 	"os":                     {"Hostname", "Getpid", "Getppid"},
 	"math/rand":              nil,
@@ -25,12 +25,12 @@ var banned = map[string][]string{
 	"github.com/google/uuid": nil,
 }
 
-// varying returns the uses of a clock, a host name, a process number or a random number in a file.
-func varying(file *ast.File) (found []string) {
+// findVarying returns the uses of a clock, a host name, a process number or a random number in a file.
+func findVarying(file *ast.File) (found []string) {
 	paths := map[string]string{} // by the package's name in the file
 	for _, spec := range file.Imports {
 		of, err := strconv.Unquote(spec.Path.Value)
-		names, listed := banned[of]
+		names, listed := bannedFunctions[of]
 		if err != nil || !listed {
 			continue
 		}
@@ -44,7 +44,7 @@ func varying(file *ast.File) (found []string) {
 	}
 	ast.Inspect(file, func(n ast.Node) bool {
 		if use, ok := n.(*ast.SelectorExpr); ok {
-			if of, ok := use.X.(*ast.Ident); ok && slices.Contains(banned[paths[of.Name]], use.Sel.Name) {
+			if of, ok := use.X.(*ast.Ident); ok && slices.Contains(bannedFunctions[paths[of.Name]], use.Sel.Name) {
 				found = append(found, of.Name+"."+use.Sel.Name)
 			}
 		}
@@ -72,7 +72,7 @@ func TestAsksNoClock(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, use := range varying(parsed) {
+		for _, use := range findVarying(parsed) {
 			t.Errorf("%s uses %s: two releases of one commit would differ", file, use)
 		}
 	}
@@ -81,7 +81,7 @@ func TestAsksNoClock(t *testing.T) {
 	}
 }
 
-// TestFindsClocks checks that [varying] finds each way to a clock or a random number.
+// TestFindsClocks checks that [findVarying] finds each way to a clock or a random number.
 func TestFindsClocks(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ imports, use, want string }{
@@ -105,8 +105,8 @@ func TestFindsClocks(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := strings.Join(varying(parsed), " "); got != row.want {
-			t.Errorf("varying(%s in %s) = %q; want %q", row.use, row.imports, got, row.want)
+		if got := strings.Join(findVarying(parsed), " "); got != row.want {
+			t.Errorf("findVarying(%s in %s) = %q; want %q", row.use, row.imports, got, row.want)
 		}
 	}
 }

@@ -90,7 +90,7 @@ func aptArchives(ctx context.Context) ([]string, error) {
 	slices.Sort(all)
 	if all = slices.Compact(all); len(all) == 0 {
 		return nil, fault.New(fault.InputMissing, "find Debian packages: apt has no index of Debian",
-			"run apt-get update, or name an archive with -archive URL")
+			"give an archive with -archive URL, or run: apt-get update")
 	}
 	return all, nil
 }
@@ -103,7 +103,7 @@ func (c *config) fetch(ctx context.Context, all []debPackage) error {
 	var missing []int
 	for i := range all {
 		all[i].file = filepath.Join(c.cache, all[i].sum+".deb")
-		if holds(all[i].file, all[i].sum) != nil {
+		if checkFileSum(all[i].file, all[i].sum) != nil {
 			missing = append(missing, i)
 		}
 	}
@@ -126,9 +126,9 @@ func (c *config) fetch(ctx context.Context, all []debPackage) error {
 	}
 	if len(missing) > 0 {
 		first := all[missing[0]].path
-		text := fmt.Sprintf("download %s: no archive has a file with the SHA-256 of packages.lock; %d packages are missing",
+		text := fmt.Sprintf("download %s: no archive has it with the SHA-256 in packages.lock; %d packages are missing",
 			first, len(missing))
-		return fault.New(fault.InputMissing, text, "name an archive that keeps old versions: -archive URL; or write "+
+		return fault.New(fault.InputMissing, text, "give an archive that keeps old versions with -archive URL, or write "+
 			"packages.lock again with present versions: make release-packages")
 	}
 	for i := range all {
@@ -139,10 +139,10 @@ func (c *config) fetch(ctx context.Context, all []debPackage) error {
 	return nil
 }
 
-// download fetches packages from one archive with apt's own client. download returns the packages that are still
-// missing.
-func download(ctx context.Context, base string, all []debPackage, missing []int) (still []int, err error) {
-	for batch := range slices.Chunk(missing, 32) {
+// download fetches packages from one archive with apt's own client. The argument indexes says which packages of all it
+// fetches. The result failed has the indexes of those packages that the archive does not have with the right SHA-256.
+func download(ctx context.Context, base string, all []debPackage, indexes []int) (failed []int, err error) {
+	for batch := range slices.Chunk(indexes, 32) {
 		args := []string{"-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3", "download-file"}
 		for _, i := range batch {
 			if info, err := os.Stat(base); err == nil && info.IsDir() {
@@ -165,8 +165,8 @@ func download(ctx context.Context, base string, all []debPackage, missing []int)
 		}
 		for _, i := range batch {
 			part := all[i].file + ".part"
-			if holds(part, all[i].sum) != nil {
-				still = append(still, i)
+			if checkFileSum(part, all[i].sum) != nil {
+				failed = append(failed, i)
 				if err := os.Remove(part); err != nil && !errors.Is(err, os.ErrNotExist) {
 					return nil, err
 				}
@@ -175,7 +175,7 @@ func download(ctx context.Context, base string, all []debPackage, missing []int)
 			}
 		}
 	}
-	return still, nil
+	return failed, nil
 }
 
 func copyFile(from, to string) error {
@@ -192,8 +192,8 @@ func copyFile(from, to string) error {
 	return errors.Join(err, out.Close())
 }
 
-// holds returns an error if a file does not have this SHA-256.
-func holds(file, sum string) error {
+// checkFileSum returns an error if a file does not have the SHA-256 sum.
+func checkFileSum(file, sum string) error {
 	got, _, err := fileSum(file)
 	if err == nil && got != sum {
 		err = fault.New(fault.Unverified, fmt.Sprintf("%s has SHA-256 %s; want %s", file, got, sum), "")
@@ -244,8 +244,8 @@ type rootFS struct {
 	tw *tar.Writer
 	// seen has an entry for each written name. The value is true for a folder.
 	seen map[string]bool
-	// certificates are the CA certificates, and masters are Debian's templates of passwd and group, both by path. finish
-	// makes other files from them.
+	// certificates has the CA certificates, and masters has Debian's templates of passwd and group. Both map a path to the
+	// file's content. finish makes other files from them.
 	certificates map[string][]byte
 	masters      map[string][]byte
 	status       bytes.Buffer
@@ -270,15 +270,16 @@ func writeRoot(ctx context.Context, w io.Writer, arch string, all []debPackage) 
 	return errors.Join(r.finish(), r.tw.Close())
 }
 
-// merged lists the top-level folders that are links into usr since Debian 12. debootstrap makes these links.
-var merged = map[string][]string{
+// usrLinks has, for each architecture, the top-level folders that are links into usr since Debian 12. On an installed
+// Debian, debootstrap makes these links.
+var usrLinks = map[string][]string{
 	"amd64": {"bin", "lib", "lib64", "sbin"},
 	"arm64": {"bin", "lib", "sbin"},
 }
 
 func (r *rootFS) begin(arch string) error {
 	err := r.folder("usr")
-	for _, name := range merged[arch] {
+	for _, name := range usrLinks[arch] {
 		err = errors.Join(err, r.folder("usr/"+name), r.link(name, "usr/"+name))
 	}
 	return err
@@ -315,9 +316,9 @@ func (r *rootFS) file(name string, text []byte, mode int64) error {
 	return err
 }
 
-// place returns the path in the root file system for a file of a package. Folders such as /bin are links into usr since
-// Debian 12, so place moves a file in /bin to usr/bin.
-func place(name string) string {
+// rootPath returns the path in the root file system for a file of a package. Since Debian 12, folders such as /bin are
+// links into usr. So the path of a file in /bin is in usr/bin.
+func rootPath(name string) string {
 	name = strings.TrimPrefix(path.Clean("/"+name), "/")
 	top, rest, _ := strings.Cut(name, "/")
 	switch top {
@@ -327,9 +328,9 @@ func place(name string) string {
 	return name
 }
 
-// leftOut reports whether a file is left out of the image, because it is documentation that nobody reads in a
-// container. Licences are kept.
-func leftOut(name string) bool {
+// isOmitted reports whether the image omits a file, because the file is documentation that nobody reads in a container.
+// Licences are not omitted.
+func isOmitted(name string) bool {
 	if rest, ok := strings.CutPrefix(name, "usr/share/doc/"); ok {
 		return strings.Contains(rest, "/") && path.Base(rest) != "copyright"
 	}
@@ -382,10 +383,10 @@ func (r *rootFS) copyAll(tr *tar.Reader) error {
 }
 
 func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
-	name := place(h.Name)
+	name := rootPath(h.Name)
 	folder, there := r.seen[name]
 	switch {
-	case name == "" || leftOut(name) || h.Typeflag == tar.TypeDir && folder:
+	case name == "" || isOmitted(name) || h.Typeflag == tar.TypeDir && folder:
 		return nil
 	case there:
 		return errors.New("another package has this file")
@@ -400,7 +401,7 @@ func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
 	case tar.TypeDir:
 		h.Name += "/"
 	case tar.TypeLink:
-		h.Linkname = place(h.Linkname)
+		h.Linkname = rootPath(h.Linkname)
 		if _, ok := r.seen[h.Linkname]; !ok {
 			return fmt.Errorf("hard link to %.200q, which does not exist yet", h.Linkname)
 		}

@@ -50,7 +50,7 @@ func entries(t *testing.T, text []byte) map[string]string {
 
 func TestRoot(t *testing.T) {
 	t.Parallel()
-	c := small(t)
+	c := smallConfig(t)
 	packages, err := readLock(c.lock)
 	if err != nil {
 		t.Fatal(err)
@@ -98,7 +98,7 @@ func TestRoot(t *testing.T) {
 
 func TestRootRefuses(t *testing.T) {
 	t.Parallel()
-	c := small(t)
+	c := smallConfig(t)
 	lock := debFile(t, c.archives[0], "one", "all", map[string]string{"bin/tool": "1"}, nil) +
 		debFile(t, c.archives[0], "two", "all", map[string]string{"usr/bin/tool": "2"}, nil)
 	if err := os.WriteFile(c.lock, []byte(lock), 0o600); err != nil {
@@ -115,13 +115,13 @@ func TestRootRefuses(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "usr/bin/tool") {
 		t.Errorf("writeRoot of two packages with the same file = %v; want an error that names it", err)
 	}
-	// The lock file and the package itself must name the same architecture.
+	// The lock file and the package itself must have the same architecture.
 	other := slices.Clone(packages)
 	other[0].arch = "arm64"
 	if err := c.fetch(t.Context(), other); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("fetch of a package for all as one for arm64 = %v; want %v", err, fault.Mismatch)
 	}
-	// If the file in an archive has other bytes than packages.lock says, the archive counts as one without the file.
+	// If the file in an archive does not have the SHA-256 in packages.lock, the file counts as missing in this archive.
 	c.cache = t.TempDir()
 	if err := os.WriteFile(filepath.Join(c.archives[0], packages[0].path), []byte("other"), 0o600); err != nil {
 		t.Fatal(err)

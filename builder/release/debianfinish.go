@@ -15,8 +15,8 @@ const (
 	masterDir       = "usr/share/base-passwd"
 )
 
-// keeper returns the map that keeps a file's content for [rootFS.finish]. keeper returns nil if finish does not need
-// the file.
+// keeper returns the map that keeps the content of a file for [rootFS.finish]. If finish does not need the file, keeper
+// returns nil.
 func (r *rootFS) keeper(name string) map[string][]byte {
 	switch path.Dir(name) {
 	case certificateDir:

@@ -24,17 +24,17 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// made is the small release that the first test of this file makes from this tree, for all tests of the file. With
+// smallRelease is the release that the tests of this file read. The first of these tests makes it from this tree. With
 // "make release-test", the tests read a complete release instead (see folder).
-var made = struct {
+var smallRelease = struct {
 	sync.Mutex
 	dir, all string
 }{}
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if made.all != "" {
-		if err := os.RemoveAll(made.all); err != nil {
+	if smallRelease.all != "" {
+		if err := os.RemoveAll(smallRelease.all); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
 		}
@@ -43,26 +43,26 @@ func TestMain(m *testing.M) {
 }
 
 // folder returns the folder of the release, and whether the release is complete. "make release-test" makes a complete
-// release and names its folder in the environment variable PREBAKE_RELEASE.
+// release and sets the environment variable PREBAKE_RELEASE to its folder.
 func folder(t *testing.T) (dir string, whole bool) {
 	t.Helper()
 	if dir := os.Getenv("PREBAKE_RELEASE"); dir != "" {
 		return dir, true
 	}
-	made.Lock()
-	defer made.Unlock()
-	if made.dir == "" {
+	smallRelease.Lock()
+	defer smallRelease.Unlock()
+	if smallRelease.dir == "" {
 		all, err := os.MkdirTemp("", "prebake-release-")
 		if err != nil {
 			t.Fatal(err)
 		}
-		made.all = all
-		if err := assemble(t.Context(), small(t), filepath.Join(all, "release")); err != nil {
+		smallRelease.all = all
+		if err := assemble(t.Context(), smallConfig(t), filepath.Join(all, "release")); err != nil {
 			t.Fatal(err)
 		}
-		made.dir = filepath.Join(all, "release")
+		smallRelease.dir = filepath.Join(all, "release")
 	}
-	return made.dir, false
+	return smallRelease.dir, false
 }
 
 // publicKey returns the public key in the release's folder. Tests may trust this key, because they made the release. A
@@ -98,11 +98,11 @@ func TestSigned(t *testing.T) {
 		t.Errorf("sha256sum: %v\n%s", err, out)
 	}
 	key := publicKey(t, dir)
-	if signer, err := check(dir, key); err != nil || signer == "" {
-		t.Errorf("check = %q, %v; want the key's id", signer, err)
+	if signer, err := verifyRelease(dir, key); err != nil || signer == "" {
+		t.Errorf("verifyRelease = %q, %v; want the key's id", signer, err)
 	}
-	if _, err := check(dir, testkit.NewKey(t).PEM(t)); !errors.Is(err, trust.ErrUnknownKey) {
-		t.Errorf("check with another key = %v; want %v", err, trust.ErrUnknownKey)
+	if _, err := verifyRelease(dir, testkit.NewKey(t).PEM(t)); !errors.Is(err, trust.ErrUnknownKey) {
+		t.Errorf("verifyRelease with another key = %v; want %v", err, trust.ErrUnknownKey)
 	}
 }
 
@@ -166,8 +166,8 @@ func TestCheckRefuses(t *testing.T) {
 		if err := change(copied); err != nil {
 			t.Fatal(err)
 		}
-		if signer, err := check(copied, key); !fault.Is(err, fault.Unverified) {
-			t.Errorf("%s: check = %q, %v; want %v", name, signer, err, fault.Unverified)
+		if signer, err := verifyRelease(copied, key); !fault.Is(err, fault.Unverified) {
+			t.Errorf("%s: verifyRelease = %q, %v; want %v", name, signer, err, fault.Unverified)
 		}
 	}
 }
@@ -313,9 +313,9 @@ func TestManifestsNameTheImages(t *testing.T) {
 	}
 }
 
-// inspectImage compares the image of one architecture with its description im. inspectImage also compares the programs
-// in the image with the programs in the release's folder. If the release is complete, inspectImage runs commands in the
-// builder's image, too.
+// inspectImage compares the image of one architecture with its description im. It also compares the programs in the
+// image with the programs in the release's folder. If the release is complete, it runs commands in the builder's image,
+// too.
 func inspectImage(t *testing.T, im image, dir, archive, arch string, whole bool) {
 	t.Helper()
 	to := filepath.Join(t.TempDir(), im.name+arch)
@@ -356,7 +356,7 @@ func inspectImage(t *testing.T, im image, dir, archive, arch string, whole bool)
 		}
 	}
 	if whole && im.debian && arch == runtime.GOARCH {
-		starts(t, to, m.Layers)
+		checkStarts(t, to, m.Layers)
 	}
 }
 
@@ -405,7 +405,7 @@ func TestContents(t *testing.T) {
 func TestImagesTwice(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)
-	c := small(t)
+	c := smallConfig(t)
 	packages, err := readLock(c.lock)
 	if err == nil {
 		err = c.fetch(t.Context(), packages)

@@ -23,15 +23,14 @@ import (
 )
 
 // image describes one container image of the release. Dockerfile.builder and Dockerfile.fetcher describe the same
-// images, for people who build only one of them. TestLock compares the list of Debian packages; nothing compares the
-// rest, so change both together.
+// images, for people who build only one of them. TestLock compares the lists of Debian packages. No test compares the
+// rest, so change images and Dockerfiles together.
 type image struct {
 	name string
-	// If debian is true, the image has all Debian packages; otherwise it has only the CA certificates of these
-	// packages.
+	// If debian is true, the image has all Debian packages. If debian is false, the image has only the CA certificates.
 	debian   bool
 	programs []string
-	// links maps the name of each symbolic link to its target.
+	// links has the targets of the symbolic links, by the link's name.
 	links map[string]string
 	user  string
 	port  string
@@ -55,13 +54,13 @@ const imagePath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 // madeImage describes an image that was written.
 type madeImage struct {
 	name string
-	// digest is the digest of the index over all architectures. arches maps each architecture to its image's digest.
+	// digest is the digest of the index over all architectures. arches has the digest of the image for each architecture.
 	digest string
 	arches map[string]string
 }
 
-// buildImages writes an OCI archive for each image, with an index over the architectures, below dir. buildImages takes
-// the programs from dir. work is a folder for temporary files, which nobody needs afterwards.
+// buildImages writes an OCI archive for each image below dir. An archive has an index over all architectures. The
+// programs in the images come from dir, too. work is a folder for temporary files.
 func (c *config) buildImages(ctx context.Context, dir, work string, packages []debPackage) ([]madeImage, error) {
 	type bases struct{ debian, certificates v1.Layer }
 	layers := map[string]bases{}
@@ -98,7 +97,7 @@ func (c *config) buildImages(ctx context.Context, dir, work string, packages []d
 			}
 			one, err := c.oneImage(im, arch, filepath.Join(dir, platform(arch)), base)
 			if err != nil {
-				return nil, fmt.Errorf("image %s for %s: %w", im.name, arch, err)
+				return nil, fmt.Errorf("make image %s for %s: %w", im.name, arch, err)
 			}
 			digest, err := one.Digest()
 			if err != nil {
@@ -210,7 +209,7 @@ func filesLayer(entries []entry) (v1.Layer, error) {
 	return tarball.LayerFromOpener(open, tarball.WithCompressedCaching, tarball.WithMediaType(types.OCILayer))
 }
 
-// writeArchive writes an index as an OCI image layout in a tar. writeArchive writes the layout to a folder first.
+// writeArchive writes an index as an OCI image layout in a tar. It first writes the layout to the folder dir.
 func writeArchive(file, dir string, index v1.ImageIndex, ref string) error {
 	path, err := layout.Write(dir, empty.Index)
 	if err != nil {

@@ -22,12 +22,12 @@ import (
 type config struct {
 	// source is the repository's folder.
 	source string
-	// version names the release. The programs print it. commit is the commit of the source.
+	// version is the version of the release, which the programs print. commit is the commit of the source.
 	version, commit string
 	// date is the commit's time, or SOURCE_DATE_EPOCH if that is set. Every file, layer and statement that has a time
 	// has this time.
 	date time.Time
-	// arches are the architectures, as GOARCH names them.
+	// arches are the architectures, with the names of GOARCH.
 	arches []string
 	// lock is the path of the file that lists the Debian packages of the builder's image (packages.lock).
 	lock string
@@ -36,12 +36,12 @@ type config struct {
 	archives []string
 	// cache keeps downloaded packages.
 	cache string
-	// key signs the release: a file or a KMS URI. If empty, the release is signed with a key that is then deleted.
+	// key is the signing key: a file or a KMS URI. If empty, the release is signed with a new key, which is then deleted.
 	key string
-	// builderID names in the provenance who made the release. builderID is a URI.
+	// builderID is the URI that says in the provenance who made the release.
 	builderID string
-	// check returns an error if the source has changed since the release began. It is called before the release is
-	// signed. With nil, nothing is checked.
+	// check is called before the release is signed. It returns an error if the source has changed since the release began.
+	// If check is nil, nothing is checked.
 	check func(context.Context) error
 	// say prints progress for a person.
 	say func(format string, args ...any)
@@ -82,7 +82,7 @@ func run(ctx context.Context, c config, out, archives, verify string) error {
 		if err != nil {
 			return err
 		}
-		signer, err := check(out, keys)
+		signer, err := verifyRelease(out, keys)
 		if err != nil {
 			return err
 		}
@@ -100,10 +100,10 @@ func run(ctx context.Context, c config, out, archives, verify string) error {
 		c.cache = dir + "/prebake/release"
 	}
 	c.arches = []string{"amd64", "arm64"}
-	if err := c.sameGo(ctx, runtime.Version()); err != nil {
+	if err := c.checkGo(ctx, runtime.Version()); err != nil {
 		return err
 	}
-	if err := c.ofCommit(ctx); err != nil {
+	if err := c.readCommit(ctx); err != nil {
 		return err
 	}
 	return assemble(ctx, c, out)

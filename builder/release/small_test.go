@@ -10,10 +10,10 @@ import (
 	"time"
 )
 
-// testCommit is the commit that test releases name. No such commit exists.
+// testCommit is the commit of test releases. No such commit exists.
 var testCommit = strings.Repeat("c", 40)
 
-// debFile makes a Debian package with dpkg-deb and puts it into an archive. debFile returns the package's line for
+// debFile makes a Debian package with dpkg-deb and puts it into an archive. It returns the package's line for
 // packages.lock.
 func debFile(t *testing.T, archive, name, arch string, files map[string]string, links map[string]string) string {
 	t.Helper()
@@ -62,9 +62,9 @@ func debFile(t *testing.T, archive, name, arch string, files map[string]string, 
 	return fmt.Sprintf("%s %s %d %s\n", arch, sum, size, pool)
 }
 
-// small configures a release of this tree for this machine's architecture. The release has a few packages that the test
-// makes.
-func small(t *testing.T) config {
+// smallConfig returns the configuration of a release of this tree for this machine's architecture. The release has only
+// a few Debian packages, which the test makes.
+func smallConfig(t *testing.T) config {
 	t.Helper()
 	dir := t.TempDir()
 	archive := filepath.Join(dir, "archive")

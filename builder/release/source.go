@@ -37,7 +37,7 @@ func (c *config) git(ctx context.Context, args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), err
 }
 
-// head returns the commit of the source. head refuses a source tree that differs from the commit.
+// head returns the commit of the source. It refuses a source tree that differs from the commit.
 func (c *config) head(ctx context.Context) (string, error) {
 	// The user's own git settings may hide new files, so the command ignores the user's list of ignored files.
 	changes, err := c.git(ctx, "-c", "core.excludesFile=/dev/null", "status", "--porcelain", "--untracked-files=all",
@@ -52,18 +52,18 @@ func (c *config) head(ctx context.Context) (string, error) {
 	return c.git(ctx, "rev-parse", "HEAD")
 }
 
-// unchanged returns an error if the source has changed since the release began.
-func (c *config) unchanged(ctx context.Context) error {
+// checkUnchanged returns an error if the source has changed since the release began.
+func (c *config) checkUnchanged(ctx context.Context) error {
 	commit, err := c.head(ctx)
 	if err == nil && commit != c.commit {
-		err = fault.New(fault.Usage, fmt.Sprintf("release: the source was commit %s and is %s now", c.commit, commit),
+		err = fault.New(fault.Usage, fmt.Sprintf("release: the source was commit %s, and is commit %s now", c.commit, commit),
 			"make the release again, and do not change the source meanwhile")
 	}
 	return err
 }
 
-// tracked returns the files that git tracks below a folder of the source. Their paths are relative to that folder.
-func (c *config) tracked(ctx context.Context, folder string) ([]string, error) {
+// trackedFiles returns the files that git tracks below a folder of the source. Their paths are relative to that folder.
+func (c *config) trackedFiles(ctx context.Context, folder string) ([]string, error) {
 	dir := filepath.Join(c.source, folder)
 	out, err := output(ctx, dir, nil, "git", "ls-files", "-z")
 	if err != nil {
@@ -72,16 +72,17 @@ func (c *config) tracked(ctx context.Context, folder string) ([]string, error) {
 	return strings.FieldsFunc(string(out), func(r rune) bool { return r == 0 }), nil
 }
 
-// ofCommit reads commit and date from git, and the version if none was given.
-func (c *config) ofCommit(ctx context.Context) error {
+// readCommit reads the commit and its date from git. If no version was given, it reads the version from git, too.
+func (c *config) readCommit(ctx context.Context) error {
 	git := func(args ...string) (string, error) { return c.git(ctx, args...) }
 	var err error
 	if c.commit, err = c.head(ctx); err != nil {
 		return err
 	}
-	c.check = c.unchanged
+	c.check = c.checkUnchanged
 	if c.version == "" {
-		// The length is fixed, because git's default depends on the number of objects in the clone.
+		// The length of the commit in the version is fixed, because git's default depends on the number of objects in the
+		// clone.
 		if c.version, err = git("describe", "--tags", "--always", "--abbrev=12"); err != nil {
 			return err
 		}
@@ -102,25 +103,25 @@ func (c *config) ofCommit(ctx context.Context) error {
 	return nil
 }
 
-// goVersion returns the Go release that go.mod names. That Go release compiles every program of a Prebake release.
+// goVersion returns the Go release in go.mod. This Go release compiles every program of a Prebake release.
 func (c *config) goVersion(ctx context.Context) (string, error) {
 	out, err := output(ctx, c.source, nil, "go", "list", "-m", "-f", "{{.GoVersion}}")
 	return "go" + strings.TrimSpace(string(out)), err
 }
 
-// sameGo returns an error if running, the Go release that compiled this program, is not the one that go.mod names. This
-// program compresses the images' layers with the standard library of that Go release, and another Go release may give
-// other bytes.
-func (c *config) sameGo(ctx context.Context, running string) error {
+// checkGo returns an error if this program was compiled by another Go release than the one in go.mod. The argument
+// running is the Go release that compiled this program. Its standard library compresses the images' layers, and another
+// Go release may give other bytes.
+func (c *config) checkGo(ctx context.Context, running string) error {
 	want, err := c.goVersion(ctx)
 	if err == nil && running != want {
-		err = fault.New(fault.Usage, fmt.Sprintf("release: this program is built with %s; go.mod names %s", running, want),
+		err = fault.New(fault.Usage, fmt.Sprintf("release: this program is built with %s; go.mod has %s", running, want),
 			"run GOTOOLCHAIN="+want+" make release, without GOEXPERIMENT")
 	}
 	return err
 }
 
-// triples maps each architecture to its GNU name, as in the names of Debian's compilers.
+// triples has the GNU name of each architecture, as in the names of Debian's compilers.
 var triples = map[string]string{"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 
 // programs are compiled for each architecture. All are static except nvmlprobe. nvmlprobe opens NVIDIA's libraries, so
@@ -153,7 +154,7 @@ func (c *config) buildPrograms(ctx context.Context, dir string) error {
 		}
 		for _, p := range programs {
 			c.say("building %s for %s", p.name, arch)
-			// These variables set everything that changes the bytes, so that the user's environment has no effect.
+			// These variables set everything that changes the compiled program, so that the user's environment has no effect.
 			env := []string{
 				"GOOS=linux", "GOARCH=" + arch, "GOAMD64=v1", "GOARM64=v8.0",
 				"GOEXPERIMENT=", "GOFIPS140=off", "GOWORK=off",
@@ -176,9 +177,9 @@ func (c *config) buildPrograms(ctx context.Context, dir string) error {
 	return nil
 }
 
-// notes returns the section of CHANGELOG.md for a version. If the version has no heading of its own, notes returns the
-// section of unreleased changes.
-func notes(changelog []byte, version string) ([]byte, error) {
+// releaseNotes returns the section of CHANGELOG.md for a version. If the version has no heading of its own, it returns
+// the section of unreleased changes.
+func releaseNotes(changelog []byte, version string) ([]byte, error) {
 	sections := map[string]string{}
 	heading := ""
 	for line := range strings.Lines(string(changelog)) {

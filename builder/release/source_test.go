@@ -17,12 +17,12 @@ func TestNotes(t *testing.T) {
 		"v1.1.0": "# Prebake v1.1.0\n\n- old\n",
 		"abc":    "# Prebake abc\n\n- next\n",
 	} {
-		if got, err := notes([]byte(changelog), version); err != nil || string(got) != want {
-			t.Errorf("notes(%s) = %q, %v; want %q", version, got, err, want)
+		if got, err := releaseNotes([]byte(changelog), version); err != nil || string(got) != want {
+			t.Errorf("releaseNotes(%s) = %q, %v; want %q", version, got, err, want)
 		}
 	}
-	if got, err := notes([]byte("# Changes\n"), "v1"); !fault.Is(err, fault.Usage) {
-		t.Errorf("notes of nothing = %q, %v; want %v", got, err, fault.Usage)
+	if got, err := releaseNotes([]byte("# Changes\n"), "v1"); !fault.Is(err, fault.Usage) {
+		t.Errorf("releaseNotes of nothing = %q, %v; want %v", got, err, fault.Usage)
 	}
 }
 
@@ -30,33 +30,34 @@ func TestNotes(t *testing.T) {
 func TestRemovable(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	if err := removable(dir); err != nil {
-		t.Errorf("removable(empty) = %v; want nil", err)
+	if err := checkRemovable(dir); err != nil {
+		t.Errorf("checkRemovable(empty) = %v; want nil", err)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "thesis.tex"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := removable(dir); !fault.Is(err, fault.Usage) {
-		t.Errorf("removable(something) = %v; want %v", err, fault.Usage)
+	if err := checkRemovable(dir); !fault.Is(err, fault.Usage) {
+		t.Errorf("checkRemovable(something) = %v; want %v", err, fault.Usage)
 	}
-	// Many folders have a file of checksums, so that file alone does not make a release.
+	// Many folders have a file of checksums. So a folder that has only this file is not a release.
 	for _, name := range []string{sumsFile, provenanceFile} {
 		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := removable(dir); !fault.Is(err, fault.Usage) {
-			t.Errorf("removable(with %s) = %v; want %v", name, err, fault.Usage)
+		if err := checkRemovable(dir); !fault.Is(err, fault.Usage) {
+			t.Errorf("checkRemovable(with %s) = %v; want %v", name, err, fault.Usage)
 		}
 	}
 	if err := os.Mkdir(filepath.Join(dir, signatureDir), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := removable(dir); err != nil {
-		t.Errorf("removable(release) = %v; want nil", err)
+	if err := checkRemovable(dir); err != nil {
+		t.Errorf("checkRemovable(release) = %v; want nil", err)
 	}
 }
 
-// TestOfCommit checks that ofCommit takes time and commit from git, not from a clock, and refuses uncommitted changes.
+// TestOfCommit checks that readCommit takes the time from git, not from a clock, and that it refuses uncommitted
+// changes.
 func TestOfCommit(t *testing.T) {
 	dir := t.TempDir()
 	git := func(args ...string) {
@@ -74,17 +75,17 @@ func TestOfCommit(t *testing.T) {
 	git("tag", "v9.9.9")
 	t.Setenv("SOURCE_DATE_EPOCH", "")
 	c := config{source: dir}
-	err := c.ofCommit(t.Context())
+	err := c.readCommit(t.Context())
 	if err != nil || c.version != "v9.9.9" || len(c.commit) != 40 || c.date.Unix() != 1_700_000_000 {
-		t.Errorf("ofCommit = %v, %+v; want v9.9.9 of 1700000000", err, c)
+		t.Errorf("readCommit = %v, %+v; want v9.9.9 of 1700000000", err, c)
 	}
 	t.Setenv("SOURCE_DATE_EPOCH", "1600000000")
-	if err := c.ofCommit(t.Context()); err != nil || c.date.Unix() != 1_600_000_000 {
-		t.Errorf("ofCommit with SOURCE_DATE_EPOCH = %v, %v; want 1600000000", err, c.date)
+	if err := c.readCommit(t.Context()); err != nil || c.date.Unix() != 1_600_000_000 {
+		t.Errorf("readCommit with SOURCE_DATE_EPOCH = %v, %v; want 1600000000", err, c.date)
 	}
 	t.Setenv("SOURCE_DATE_EPOCH", "soon")
-	if err := c.ofCommit(t.Context()); !fault.Is(err, fault.Usage) {
-		t.Errorf("ofCommit with SOURCE_DATE_EPOCH=soon = %v; want %v", err, fault.Usage)
+	if err := c.readCommit(t.Context()); !fault.Is(err, fault.Usage) {
+		t.Errorf("readCommit with SOURCE_DATE_EPOCH=soon = %v; want %v", err, fault.Usage)
 	}
 	t.Setenv("SOURCE_DATE_EPOCH", "")
 	if err := c.check(t.Context()); err != nil {
@@ -104,15 +105,16 @@ func TestOfCommit(t *testing.T) {
 	}
 	git("config", "status.showUntrackedFiles", "no")
 	git("config", "core.excludesFile", hide)
-	if err := c.ofCommit(t.Context()); !fault.Is(err, fault.Usage) {
-		t.Errorf("ofCommit with a change = %v; want %v", err, fault.Usage)
+	if err := c.readCommit(t.Context()); !fault.Is(err, fault.Usage) {
+		t.Errorf("readCommit with a change = %v; want %v", err, fault.Usage)
 	}
-	if got, err := c.tracked(t.Context(), "."); err != nil || len(got) != 0 {
-		t.Errorf("tracked = %q, %v; want nothing, since x is not committed", got, err)
+	if got, err := c.trackedFiles(t.Context(), "."); err != nil || len(got) != 0 {
+		t.Errorf("trackedFiles = %q, %v; want nothing, since x is not committed", got, err)
 	}
 }
 
-// TestSameGo checks that the assembler must run with the Go of go.mod, because its Go library compresses the layers.
+// TestSameGo checks that the release program must be compiled by the Go release in go.mod, because its standard library
+// compresses the layers.
 func TestSameGo(t *testing.T) {
 	t.Parallel()
 	c := config{source: "../.."}
@@ -120,13 +122,13 @@ func TestSameGo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.sameGo(t.Context(), want); err != nil {
-		t.Errorf("sameGo(%s) = %v; want nil", want, err)
+	if err := c.checkGo(t.Context(), want); err != nil {
+		t.Errorf("checkGo(%s) = %v; want nil", want, err)
 	}
 	for _, running := range []string{"go1.999.0", want + "1", want + " X:x", "devel"} {
-		err := c.sameGo(t.Context(), running)
+		err := c.checkGo(t.Context(), running)
 		if !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "GOTOOLCHAIN="+want+" make release") {
-			t.Errorf("sameGo(%s) = %v, hint %q; want %v with the command", running, err, fault.Hint(err), fault.Usage)
+			t.Errorf("checkGo(%s) = %v, hint %q; want %v with the command", running, err, fault.Hint(err), fault.Usage)
 		}
 	}
 }

@@ -9,18 +9,18 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// sandboxed is a command like the one with which a builder runs kbuild. sandboxed prints 42 if shell, make, bc and awk
+// sandboxCommand is a command like the one with which a builder runs kbuild. It prints 42 if shell, make, bc and awk
 // work.
-const sandboxed = `bwrap --unshare-all --unshare-user --disable-userns --uid 1000 --gid 1000 --cap-drop ALL ` +
+const sandboxCommand = `bwrap --unshare-all --unshare-user --disable-userns --uid 1000 --gid 1000 --cap-drop ALL ` +
 	`--new-session --die-with-parent --ro-bind /usr /usr --symlink usr/bin /bin ` +
 	`--symlink usr/lib /lib --symlink usr/lib64 /lib64 --ro-bind /etc/alternatives /etc/alternatives ` +
 	`--proc /proc --dev /dev --tmpfs /tmp --remount-ro / make -s -f - <<'END'
 all:; @echo 6*7 | bc | awk "{ print \$$1 }"
 END`
 
-// starts runs commands in the builder's image for this machine's architecture. The commands work only if no Debian
+// checkStarts runs commands in the builder's image for this machine's architecture. The commands work only if no Debian
 // package is missing. copied is a folder with skopeo's copy of the image.
-func starts(t *testing.T, copied string, layers []v1.Descriptor) {
+func checkStarts(t *testing.T, copied string, layers []v1.Descriptor) {
 	t.Helper()
 	root := filepath.Join(t.TempDir(), "root")
 	if err := os.Mkdir(root, 0o755); err != nil {
@@ -44,7 +44,7 @@ func starts(t *testing.T, copied string, layers []v1.Descriptor) {
 		script string
 		want   []string
 	}{
-		"sandbox": {sandboxed, []string{"42\n"}},
+		"sandbox": {sandboxCommand, []string{"42\n"}},
 		"doctor":  {"builder doctor --cache /tmp/cache 2>&1 || true", []string{"ok    qemu amd64 "}},
 		// With a network card, QEMU starts only if the card's boot ROM exists. The boot ROM is in a Debian package of its
 		// own, which somebody may forget in packages.lock.

@@ -13,17 +13,17 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// check compares every file of a release with its checksum. check also verifies that one of the given public keys (PEM)
-// signed the checksums, and returns the id of that key. If anything is wrong, the error is [fault.Unverified].
-func check(dir string, keys []byte) (signer string, err error) {
-	if signer, err = checkAll(dir, keys); err != nil {
+// verifyRelease compares every file of a release with its checksum. It also verifies that one of the given public keys
+// (PEM) signed the checksums, and returns the id of that key. If anything is wrong, the error is [fault.Unverified].
+func verifyRelease(dir string, keys []byte) (signer string, err error) {
+	if signer, err = verifyAll(dir, keys); err != nil {
 		err = fault.Wrap(fault.Unverified, fmt.Errorf("verify release %s: %w", dir, err),
 			"get the release again, and get the public key from the publisher of the release")
 	}
 	return signer, err
 }
 
-func checkAll(dir string, keys []byte) (string, error) {
+func verifyAll(dir string, keys []byte) (string, error) {
 	public, err := trust.ParsePublicKeys(keys)
 	if err != nil {
 		return "", err
@@ -74,7 +74,7 @@ func checkAll(dir string, keys []byte) (string, error) {
 		if !ok {
 			return "", fmt.Errorf("%s is not in %s", name, sumsFile)
 		}
-		if err := holds(filepath.Join(dir, name), sum); err != nil {
+		if err := checkFileSum(filepath.Join(dir, name), sum); err != nil {
 			return "", err
 		}
 	}
@@ -86,8 +86,8 @@ func checkAll(dir string, keys []byte) (string, error) {
 	return statement.KeyID, nil
 }
 
-// samePayload returns an error if a file does not have the bytes that were signed. signature is the Sigstore bundle,
-// which contains these bytes.
+// samePayload returns an error if the content of a file differs from the signed statement. signature is the Sigstore
+// bundle, which contains this statement.
 func samePayload(signature []byte, file string) error {
 	var bundle struct {
 		Envelope struct {

@@ -46,21 +46,21 @@ var (
 
 const hintHeaders = "check that kernel-headers.tgz is the header archive of a COS build"
 
-// ReadFacts reads the facts from a vmlinux. The error has the kind [fault.Unsupported] if the file does not have the
-// form of a vmlinux.
+// ReadFacts reads the facts from a vmlinux. If the file does not have the form of a vmlinux, the error has the kind
+// [fault.Unsupported].
 func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 	var f Facts
 	file, err := elf.NewFile(vmlinux)
 	if err != nil {
-		return f, odd("%v", err)
+		return f, badVMLinux("%v", err)
 	}
 	s := file.Section(".rodata")
 	if s == nil || s.Type == elf.SHT_NOBITS || s.Size > maxSection {
-		return f, odd("its section .rodata is missing, or has more than %d MiB", maxSection>>20)
+		return f, badVMLinux("its section .rodata is missing, or has more than %d MiB", maxSection>>20)
 	}
 	text, err := s.Data()
 	if err != nil {
-		return f, odd("section .rodata: %v", err)
+		return f, badVMLinux("section .rodata: %v", err)
 	}
 	for rest := text; ; {
 		i := bytes.Index(rest, bannerBegins)
@@ -77,12 +77,12 @@ func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 		rest = rest[end:]
 	}
 	if len(f.Banners) == 0 {
-		return f, odd("its section .rodata has no text that begins with %q", bannerBegins)
+		return f, badVMLinux("its section .rodata has no text that begins with %q", bannerBegins)
 	}
 	if _, packed, ok := bytes.Cut(text, configBegins); ok {
 		if packed, _, ok = bytes.Cut(packed, configEnds); ok {
 			if f.Config, err = unpackConfig(packed); err != nil {
-				return f, odd("its configuration: %v", err)
+				return f, badVMLinux("its configuration: %v", err)
 			}
 		}
 	}
@@ -102,8 +102,8 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	return text, errors.Join(err, zr.Close())
 }
 
-// buildID returns the GNU build id in hex, or "" if there is none. Type 3 (NT_GNU_BUILD_ID in elf.h) and the name GNU
-// mark the note with this id. In a kernel, the section .notes contains this note and other notes.
+// buildID returns the GNU build id in hex, or "" if there is none. The note with this id has type 3 (NT_GNU_BUILD_ID in
+// elf.h) and the name GNU. In a kernel, the section .notes contains this note and other notes.
 func buildID(file *elf.File) string {
 	s := file.Section(".note.gnu.build-id")
 	if s == nil {
@@ -156,7 +156,7 @@ func (f Facts) Check(headers string) error {
 		}
 	}
 	if said["UTS_RELEASE"] == "" {
-		return fault.New(fault.Unsupported, "compare vmlinux with the headers: the headers do not name the kernel's release",
+		return fault.New(fault.Unsupported, "compare vmlinux with the headers: the headers lack the kernel's release",
 			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
 	release := "Linux version " + said["UTS_RELEASE"] + " ("
@@ -167,7 +167,7 @@ func (f Facts) Check(headers string) error {
 	words := fmt.Errorf("vmlinux says %.160q; the headers say %q … %q", f.Banners[len(f.Banners)-1], begins,
 		said["UTS_VERSION"])
 	if !slices.ContainsFunc(f.Banners, func(banner string) bool { return strings.HasPrefix(banner, release) }) {
-		return foreign(words)
+		return mismatch(words)
 	}
 	if err := f.checkConfig(headers); err != nil {
 		return err
@@ -175,7 +175,7 @@ func (f Facts) Check(headers string) error {
 	if !slices.ContainsFunc(f.Banners, func(banner string) bool {
 		return strings.HasPrefix(banner, begins) && strings.HasSuffix(banner, said["UTS_VERSION"])
 	}) {
-		return foreign(fmt.Errorf("%w: %w", ErrOtherRun, words))
+		return mismatch(fmt.Errorf("%w: %w", ErrOtherRun, words))
 	}
 	return nil
 }
@@ -186,22 +186,22 @@ func (f Facts) checkConfig(headers string) error {
 	}
 	inside, err := kconfig.Parse(f.Config)
 	if err != nil {
-		return foreign(err)
+		return mismatch(err)
 	}
 	outside, err := kconfig.ReadFile(filepath.Join(headers, ".config"))
 	if err != nil {
 		return err
 	}
 	if line := firstDifference(inside, outside); line != "" {
-		return foreign(errors.New("its configuration differs from the .config of the headers in " + line))
+		return mismatch(errors.New("its configuration differs from the .config of the headers in " + line))
 	}
 	return nil
 }
 
-func foreign(why error) error {
+func mismatch(why error) error {
 	return fault.Wrap(fault.Mismatch, fmt.Errorf("vmlinux is not the kernel of this COS build: %w", why),
-		"replace vmlinux in the bucket by the file from the run of make that produced kernel-headers.tgz; or publish "+
-			"without a load test: --load-test off")
+		"replace vmlinux in the bucket by the file from the run of make that produced kernel-headers.tgz; to publish "+
+			"without a load test, add --load-test off")
 }
 
 // readBounded reads a header of at most maxHeader bytes.
@@ -218,8 +218,8 @@ func readBounded(file string) ([]byte, error) {
 	return text, err
 }
 
-// firstDifference returns the first option, by name, whose values in the two configurations differ. It returns "" if
-// the configurations are equal.
+// firstDifference returns the first option, by name, whose values in the two configurations differ. If the
+// configurations are equal, it returns "".
 func firstDifference(a, b kconfig.Config) string {
 	var differ []string
 	for _, pair := range [][2]kconfig.Config{{a, b}, {b, a}} {

@@ -2,7 +2,7 @@
 // reports whether a vmlinux is the kernel to which a header tree belongs.
 //
 // The package refuses to guess. For a file with another layout, or with the version text of another COS build, the
-// package returns an error that names the difference.
+// package returns an error that says what differs.
 package bootimage
 
 import (
@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Recipe names the version of the image format. Recipe is part of cache keys. Raise the number with any change of the
-// bytes that Write makes.
+// Recipe is the version number of the code that makes images. It is part of cache keys. Raise the number whenever Write
+// makes another image from the same vmlinux.
 const Recipe = "bootimage-1"
 
 // entryCode is the assembled entry.S. A test assembles entry.S again and compares.
@@ -28,8 +28,8 @@ const Recipe = "bootimage-1"
 //go:embed entry.bin
 var entryCode []byte
 
-// The machine loads the entry code, boot_params and the page tables together at the address entryAt. They lie below the
-// segments of the kernel. All sizes are in bytes.
+// The machine loads the entry code, boot_params and the page tables together at the address entryAt. All three are
+// below the segments of the kernel. All sizes are in bytes.
 const (
 	page      = 0x1000
 	entryAt   = 1 << 20
@@ -45,22 +45,23 @@ const (
 const hintImage = "check that vmlinux in the bucket is the unchanged output of the linker: an ELF file with program " +
 	"segments"
 
-func odd(format string, args ...any) error {
+func badVMLinux(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "read vmlinux: "+fmt.Sprintf(format, args...), hintImage)
 }
 
 // Write writes an image that qemu's -kernel accepts. For amd64 the image is an ELF file with the kernel's own segments
-// and Prebake's entry code. The PVH note of the image names this entry code, so every kernel boots, with or without a
-// PVH entry of its own. For arm64 the image is the kernel's Image: the bytes that objcopy -O binary makes from vmlinux.
-// The error has the kind [fault.Unsupported] if vmlinux does not have the form of a kernel for arch.
+// and Prebake's entry code. The PVH note of the image has the address of this entry code, so every kernel boots, with
+// or without a PVH entry of its own. For arm64 the image is the kernel's Image: the same file that objcopy -O binary
+// makes from vmlinux. If vmlinux does not have the form of a kernel for arch, the error has the kind
+// [fault.Unsupported].
 func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	f, err := elf.NewFile(vmlinux)
 	if err != nil {
-		return odd("%v", err)
+		return badVMLinux("%v", err)
 	}
 	want := map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}[arch]
 	if f.Class != elf.ELFCLASS64 || f.Machine != want {
-		return odd("it is an ELF file of %v for %v; want %v for %v", f.Class, f.Machine, elf.ELFCLASS64, want)
+		return badVMLinux("it is an ELF file of %v for %v; want %v for %v", f.Class, f.Machine, elf.ELFCLASS64, want)
 	}
 	var load []*elf.Prog
 	low, high := ^uint64(0), uint64(0)
@@ -69,20 +70,21 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 			continue
 		}
 		if p.Filesz > p.Memsz || p.Memsz > maxMemory || p.Paddr+p.Memsz < p.Paddr {
-			return odd("the segment at %#x has an impossible size: %d bytes, %d of them in the file", p.Paddr, p.Memsz, p.Filesz)
+			return badVMLinux("the segment at %#x has an impossible size: %d bytes, %d of them in the file",
+				p.Paddr, p.Memsz, p.Filesz)
 		}
 		load, low, high = append(load, p), min(low, p.Paddr), max(high, p.Paddr+p.Memsz)
 	}
 	if len(load) == 0 || len(load) > maxSegments || high-low > maxMemory {
-		return odd("its %d segments take %d bytes of memory; want 1 to %d segments of at most %d bytes", len(load), high-low,
-			maxSegments, maxMemory)
+		return badVMLinux("its %d segments take %d bytes of memory; want 1 to %d segments of at most %d bytes",
+			len(load), high-low, maxSegments, maxMemory)
 	}
 	if arch == target.ARM64 {
 		return writeFlat(out, load, low, high)
 	}
 	if low < entryAt+entrySize || high > lowMemory || f.Entry < low || f.Entry >= high {
-		return odd("its segments are from %#x to %#x, and its entry is at %#x; want segments from %#x to %#x with the entry "+
-			"inside", low, high, f.Entry, entryAt+entrySize, lowMemory)
+		return badVMLinux("its segments are from %#x to %#x, and its entry is at %#x; want segments from %#x to %#x "+
+			"with the entry inside", low, high, f.Entry, entryAt+entrySize, lowMemory)
 	}
 	return writeELF(out, f.Entry, load)
 }
@@ -94,7 +96,7 @@ const (
 	atImageMagic = 56
 )
 
-// writeFlat writes each segment at its place in memory. writeFlat returns an error if a segment is incomplete, because
+// writeFlat writes each segment at its place in memory. If a segment is incomplete, writeFlat returns an error, because
 // such a kernel would start and then hang.
 func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	for _, p := range load {
@@ -103,23 +105,24 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 			return err
 		}
 		if uint64(n) != p.Filesz { //nolint:gosec // never negative
-			return odd("the file ends inside the segment for address %#x: it has %d of the segment's %d bytes", p.Paddr, n,
-				p.Filesz)
+			return badVMLinux("the file ends inside the segment for address %#x: it has %d of the segment's %d bytes",
+				p.Paddr, n, p.Filesz)
 		}
 	}
 	head := make([]byte, 64)
 	if _, err := out.ReadAt(head, 0); err != nil || string(head[atImageMagic:][:4]) != "ARM\x64" {
-		return odd("its first segment does not begin as an arm64 Image")
+		return badVMLinux("its first segment does not begin as an arm64 Image")
 	}
 	if size := binary.LittleEndian.Uint64(head[atImageSize:]); size < high-low || size > maxMemory {
-		return odd("its Image header says that the kernel takes %d bytes of memory; the segments take %d", size, high-low)
+		return badVMLinux("its Image header says that the kernel takes %d bytes of memory; the segments take %d",
+			size, high-low)
 	}
 	return nil
 }
 
-// entry returns the content of the memory at entryAt. It has three parts: the entry code with kernel, the address of
-// the kernel's entry; the constants of boot_params (Documentation/x86/boot.rst); and page tables that map 4 GiB of
-// memory one to one.
+// entry returns the content of the memory at entryAt. It has three parts: the entry code; the constants of boot_params
+// (Documentation/x86/boot.rst); and page tables that map 4 GiB of memory one to one. The entry code contains kernel,
+// the address of the kernel's own entry.
 func entry(kernel uint64) []byte {
 	le, b := binary.LittleEndian, make([]byte, entrySize)
 	le.PutUint64(b[copy(b, entryCode)-8:], kernel)

@@ -49,7 +49,7 @@ func TestEntry(t *testing.T) {
 }
 
 // kernel makes an ELF file for this processor with the machine's compiler and linker. The file contains the banner, and
-// its first segment lies at the address at. A real x86 kernel lies at 0x1000000.
+// its first segment is at the address in the argument at. A real x86 kernel is at 0x1000000.
 func kernel(t testing.TB, banner string, at string) []byte {
 	t.Helper()
 	for _, tool := range []string{"gcc", "ld"} {
@@ -93,8 +93,8 @@ func image(t testing.TB, vmlinux []byte, arch target.Arch) (*os.File, error) {
 const banner = "Linux version 6.6.105+ (builder@2832f747b46d) (clang) #1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 " +
 	"UTC 2025"
 
-// TestWrite checks that the image has the kernel's segments unchanged, the entry code below them, and the note that
-// names the entry.
+// TestWrite checks that the image has the kernel's segments unchanged, the entry code below them, and the note with the
+// address of the entry code.
 func TestWrite(t *testing.T) {
 	t.Parallel()
 	vmlinux := kernel(t, banner, "0x1000000")
@@ -161,8 +161,8 @@ type part struct {
 	data       []byte
 }
 
-// linked returns an ELF file for arm64 with these segments, one after the other.
-func linked(parts ...part) []byte {
+// linkSegments returns an ELF file for arm64 with these segments, one after the other.
+func linkSegments(parts ...part) []byte {
 	var out bytes.Buffer
 	put := func(v any) { _ = binary.Write(&out, binary.LittleEndian, v) }
 	h := elf.Header64{
@@ -204,7 +204,7 @@ func TestWriteFlat(t *testing.T) {
 	t.Parallel()
 	text, data := arm64Head(0x9000), bytes.Repeat([]byte("data"), 100)
 	// The segments are not in the order of memory. The last one has no data in the file.
-	out, err := image(t, linked(part{arm64Base + 0x3000, 0x400, data}, part{arm64Base, 0x1000, text},
+	out, err := image(t, linkSegments(part{arm64Base + 0x3000, 0x400, data}, part{arm64Base, 0x1000, text},
 		part{arm64Base + 0x4000, 0x4000, nil}), target.ARM64)
 	if err != nil {
 		t.Fatal(err)
@@ -214,17 +214,17 @@ func TestWriteFlat(t *testing.T) {
 	if err != nil || !bytes.Equal(got, want) {
 		t.Errorf("Write made %d bytes, %v; want these %d", len(got), err, len(want))
 	}
-	whole := linked(part{arm64Base, 0x1000, text}, part{arm64Base + 0x3000, 0x400, data})
+	whole := linkSegments(part{arm64Base, 0x1000, text}, part{arm64Base + 0x3000, 0x400, data})
 	for name, vmlinux := range map[string][]byte{
-		"no magic":              linked(part{arm64Base, 0x1000, make([]byte, 0x1000)}),
-		"shorter than a header": linked(part{arm64Base, 0x1000, text[:60]}),
-		"something before it":   linked(part{arm64Base - 0x1000, 0x1000, data}, part{arm64Base, 0x1000, text}),
-		"takes less than it is": linked(part{arm64Base, 0x1000, arm64Head(0xfff)}),
-		"takes too much":        linked(part{arm64Base, 0x1000, arm64Head(1 << 40)}),
-		"too far apart":         linked(part{arm64Base, 0x1000, text}, part{arm64Base + 1<<30, 0x400, data}),
-		"past the end":          linked(part{^uint64(0) - 0xfff, 0x2000, text}),
-		"larger than memory":    linked(part{arm64Base, 0x800, text}),
-		"too many":              linked(slices.Repeat([]part{{arm64Base, 0x1000, text}}, 17)...),
+		"no magic":              linkSegments(part{arm64Base, 0x1000, make([]byte, 0x1000)}),
+		"shorter than a header": linkSegments(part{arm64Base, 0x1000, text[:60]}),
+		"something before it":   linkSegments(part{arm64Base - 0x1000, 0x1000, data}, part{arm64Base, 0x1000, text}),
+		"takes less than it is": linkSegments(part{arm64Base, 0x1000, arm64Head(0xfff)}),
+		"takes too much":        linkSegments(part{arm64Base, 0x1000, arm64Head(1 << 40)}),
+		"too far apart":         linkSegments(part{arm64Base, 0x1000, text}, part{arm64Base + 1<<30, 0x400, data}),
+		"past the end":          linkSegments(part{^uint64(0) - 0xfff, 0x2000, text}),
+		"larger than memory":    linkSegments(part{arm64Base, 0x800, text}),
+		"too many":              linkSegments(slices.Repeat([]part{{arm64Base, 0x1000, text}}, 17)...),
 		"ends early":            whole[:len(whole)-1],
 		"ends in the first":     whole[:0x800],
 	} {
@@ -312,9 +312,9 @@ SECTIONS {
 
 func FuzzWriteFlat(f *testing.F) {
 	text := arm64Head(0x9000)
-	f.Add(linked(part{arm64Base, 0x1000, text}, part{arm64Base + 0x3000, 0x400, []byte("data")}))
-	f.Add(linked(part{^uint64(0) - 0xfff, 0xfff, text}))
-	f.Add(linked(part{arm64Base, 0x800, text}, part{arm64Base, 0x1000, text}))
+	f.Add(linkSegments(part{arm64Base, 0x1000, text}, part{arm64Base + 0x3000, 0x400, []byte("data")}))
+	f.Add(linkSegments(part{^uint64(0) - 0xfff, 0xfff, text}))
+	f.Add(linkSegments(part{arm64Base, 0x800, text}, part{arm64Base, 0x1000, text}))
 	f.Fuzz(func(t *testing.T, vmlinux []byte) {
 		out, err := image(t, vmlinux, target.ARM64)
 		if err != nil {

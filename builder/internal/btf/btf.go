@@ -1,8 +1,8 @@
-// Package btf reads BTF, the description of types that a kernel and its modules carry for tracers. The package extracts
-// the BTF of a kernel from vmlinux and compares the BTF of a module with it. The BTF of a module is split: the numbers
-// of the module's types and strings continue where the kernel's numbers end. Under the BTF of another kernel, the same
-// numbers mean other types and strings. A kernel without CONFIG_MODULE_ALLOW_BTF_MISMATCH refuses such a module. A
-// kernel with this option loads the module and ignores the module's BTF.
+// Package btf reads BTF, the description of types that a kernel and its modules contain for tracers. The package
+// extracts the BTF of a kernel from vmlinux and compares the BTF of a module with it. The BTF of a module is split: the
+// numbers of the module's types and strings continue where the kernel's numbers end. Under the BTF of another kernel,
+// the same numbers mean other types and strings. A kernel without CONFIG_MODULE_ALLOW_BTF_MISMATCH refuses such a
+// module. A kernel with this option loads the module and ignores the module's BTF.
 //
 // The package refuses to interpret types. It visits each type once and follows no reference from one type to another,
 // so that no input causes deep recursion or long run times. Only kernel and tracers need the meaning of a type.
@@ -20,11 +20,12 @@ import (
 // Section is the name of the ELF section with the types of a kernel or a module.
 const Section = ".BTF"
 
-// maxSize limits the BTF of one file, in bytes. The BTF of a distribution's kernel with all built-in drivers has 6 MB.
+// maxSize is the largest size of the BTF in one file, in bytes. The BTF of a distribution's kernel with all built-in
+// drivers has 6 MB.
 const maxSize = 64 << 20
 
 // ErrNone means that a file has no BTF.
-var ErrNone = errors.New("it has no section " + Section)
+var ErrNone = errors.New("the file has no section " + Section)
 
 // Read returns the BTF of an ELF file. Read reads only the ELF headers and the section .BTF. If this section is
 // missing, the error is [ErrNone].
@@ -99,8 +100,8 @@ type form struct {
 	refers bool // the third word of the head is the number of a type
 	tail   int  // bytes after the head of a type that has no parts
 	each   int  // bytes after the head for each part of the type
-	// name is the position of a name within a part or within the tail, in words; -1 means none. types are the positions
-	// of type numbers there.
+	// name is the position of a name within a part or within the tail, in words; -1 means none. types has the positions of
+	// the type numbers within a part or within the tail, in words.
 	name  int
 	types []int
 }
@@ -133,12 +134,12 @@ func formOf(kind uint32) (form, bool) {
 	return f, true
 }
 
-// parse reads BTF whose numbers continue where base ends. parse checks type numbers as strictly as the kernel does. It
-// checks names more strictly: a name must begin at the start of a string.
+// parse reads BTF whose numbers continue where the numbers of base end. It checks type numbers as strictly as the
+// kernel does. It checks names more strictly than the kernel: a name must begin at the start of a string.
 func parse(data []byte, base *Types) (*Types, error) {
 	le := binary.LittleEndian
 	if len(data) < headerSize || le.Uint16(data) != magic || data[2] != 1 {
-		return nil, errors.New("it has no BTF of version 1 for a little-endian machine")
+		return nil, errors.New("the section has no BTF of version 1 for a little-endian machine")
 	}
 	size := le.Uint32(data[4:])
 	if size < headerSize || uint64(size) > uint64(len(data)) {
@@ -178,7 +179,7 @@ func parse(data []byte, base *Types) (*Types, error) {
 	return t, nil
 }
 
-// scan finds the offset of each type, and counts the types.
+// scan returns the offset of each type, and adds the number of types to t.count.
 func (t *Types) scan(types []byte) (starts []int, err error) {
 	for at := 0; at < len(types); t.count++ {
 		if len(types)-at < typeSize {
@@ -237,30 +238,30 @@ func (t *Types) checkType(typ []byte, base *Types) error {
 
 func (t *Types) checkID(id uint32) error {
 	if id > t.count {
-		return fmt.Errorf("it refers to type %d of %d", id, t.count)
+		return fmt.Errorf("it refers to type %d; the highest type is %d", id, t.count)
 	}
 	return nil
 }
 
-// checkName returns an error if no string begins at the offset at. Offsets count through the kernel's table of strings
-// (base) first. They continue in the table of t.
-func (t *Types) checkName(at uint32, base *Types) error {
-	table, i := base.strings, uint64(at)
+// checkName returns an error if no string begins at an offset. An offset below the size of the kernel's table of
+// strings (base) is in this table. Higher offsets continue in the table of t.
+func (t *Types) checkName(offset uint32, base *Types) error {
+	table, i := base.strings, uint64(offset)
 	if i >= uint64(len(table)) {
 		table, i = t.strings, i-uint64(len(table))
 	}
 	switch {
 	case i >= uint64(len(table)):
-		return fmt.Errorf("check name at offset %d: it is after the end of the strings", at)
+		return fmt.Errorf("check name at offset %d: it is after the end of the strings", offset)
 	case i > 0 && table[i-1] != 0:
-		within := whole(table, int(i)) //nolint:gosec // within table
-		return fmt.Errorf("check name at offset %d: it begins inside another name, %q", at, within)
+		within := stringAt(table, int(i)) //nolint:gosec // within table
+		return fmt.Errorf("check name at offset %d: it begins inside another name, %q", offset, within)
 	}
 	return nil
 }
 
-// whole returns the string that contains an offset.
-func whole(table []byte, at int) []byte {
-	from := bytes.LastIndexByte(table[:at], 0) + 1
+// stringAt returns the string that contains an offset.
+func stringAt(table []byte, offset int) []byte {
+	from := bytes.LastIndexByte(table[:offset], 0) + 1
 	return table[from : from+bytes.IndexByte(table[from:], 0)]
 }

@@ -27,10 +27,10 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// edit returns a copy of data in which the 32-bit word with the index at has the given value.
-func edit(data []byte, at int, value uint32) []byte {
+// edit returns a copy of data in which the 32-bit word with the given index has the given value.
+func edit(data []byte, index int, value uint32) []byte {
 	out := bytes.Clone(data)
-	binary.LittleEndian.PutUint32(out[4*at:], value)
+	binary.LittleEndian.PutUint32(out[4*index:], value)
 	return out
 }
 
@@ -71,7 +71,7 @@ func TestCheck(t *testing.T) {
 			"begins inside another name, \"task_struct\""},
 		{"for a kernel of longer names", btfsample.Module([]string{"int", "task_struct_of_another_kernel"}, "a"),
 			"after the end of the strings"},
-		{"a type beyond all", edit(good, pointer+2, 9), "type 6: it refers to type 9 of 8"},
+		{"a type beyond all", edit(good, pointer+2, 9), "type 6: it refers to type 9; the highest type is 8"},
 		{"struct", withKind(4, 2, 17, 1, 0, 26, 8, 32), ""},
 		{"struct whose member has no type", withKind(4, 2, 17, 1, 0, 26, 9, 32), "part 1: it refers to type 9"},
 		{"struct whose member has no name", withKind(4, 1, 18, 1, 0), "part 0: check name at offset "},

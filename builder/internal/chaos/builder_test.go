@@ -74,7 +74,7 @@ type note struct {
 	Cell string
 	Pid  int
 	At   time.Time
-	// What is begin, end or broken. broken means that the build ended without an artifact.
+	// What has one of the values begin, end and broken. The value broken means that the build ended without an artifact.
 	What string
 }
 
@@ -97,19 +97,19 @@ func (b builder) note(cell, what string) (err error) {
 	return errors.Join(err, f.Close())
 }
 
-// number returns the last part of a BUILD_ID, which numbers the cells: 7 for 18000.0.7.
+// number returns the last part of a BUILD_ID, which is the number of the cell: 7 for 18000.0.7.
 func number(buildID string) int {
 	n, _ := strconv.Atoi(buildID[strings.LastIndex(buildID, ".")+1:]) // an invalid number counts as 0
 	return n
 }
 
-// apiBreak chooses the cells that do not compile. trouble chooses the cells whose first attempt has a transient
-// failure. Each of the two functions chooses one cell in ten, by the cell's number.
+// apiBreak reports whether a cell does not compile. trouble reports whether the first attempt of a cell has a transient
+// failure. By the cell's number, each of the two is true for one cell in ten.
 func apiBreak(cell string) bool { return number(cell)%10 == 3 }
 func trouble(cell string) bool  { return number(cell)%10 == 7 }
 
-// build replaces the pipeline. build takes some time, writes a log and pushes an artifact. Each artifact has random
-// content. So a second artifact of the same cell has another digest, and the test notices it.
+// build replaces the pipeline. It takes some time, writes a log and pushes an artifact. Each artifact has random
+// content. So a second artifact of the same cell has another digest, by which the test notices it.
 func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer,
 	line *timeline.Run) (res *pipeline.Result, err error) {
 	cell := r.BuildID
@@ -166,8 +166,8 @@ func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer,
 	return res, err
 }
 
-// publish pushes an artifact under the cell's tag, or returns the artifact that has the tag already. publish retries
-// for some seconds if the registry does not answer, as the real publish does.
+// publish pushes an artifact under the cell's tag. If another artifact has the tag already, publish returns the digest
+// of this artifact. If the registry does not answer, publish retries for some seconds, as the package publish does.
 func (b builder) publish(ctx context.Context, cell string) (digest string, err error) {
 	ref, err := tagOf(b.Server, cell)
 	if err != nil {
@@ -178,7 +178,7 @@ func (b builder) publish(ctx context.Context, cell string) (digest string, err e
 		return "", err
 	}
 	for range 8 {
-		digest, err = published(ctx, ref)
+		digest, err = digestOf(ctx, ref)
 		if digest != "" {
 			return digest, nil
 		}
@@ -205,8 +205,8 @@ func tagOf(server, cell string) (name.Tag, error) {
 	return name.NewTag(strings.TrimPrefix(server, "http://")+"/prebake/driver:"+cell, name.Insecure)
 }
 
-// published returns the digest that a tag names, or "" if the tag does not exist.
-func published(ctx context.Context, ref name.Tag) (digest string, err error) {
+// digestOf returns the digest to which a tag points, or "" if the tag does not exist.
+func digestOf(ctx context.Context, ref name.Tag) (digest string, err error) {
 	desc, err := remote.Head(ref, remote.WithContext(ctx))
 	var terr *transport.Error
 	switch {

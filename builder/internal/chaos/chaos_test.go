@@ -19,19 +19,20 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// size configures a run.
+// size is the configuration of a run.
 type size struct {
 	// workers is the number of builders.
 	jobs, workers int
 	// phase is the longest duration of one of a build's three phases. pause is the time between two faults.
 	phase, pause time.Duration
-	// long adds two kinds of faults: builders that end for good, and builders that stop for so long that the farm
-	// considers them dead. After each such fault, the farm needs up to a minute before it continues the builds.
+	// If long is true, there are two more kinds of faults: builders that end for good, and builders that stop for so long
+	// that the farm considers them dead. After each such fault, the farm needs up to a minute before it continues the
+	// builds.
 	long bool
 }
 
-// small is the size of the run among the other tests. `make chaos` sets the jobs of a long run.
-var small = size{jobs: 12, workers: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
+// shortRun is the size of the run among the other tests. `make chaos` sets the jobs of a long run.
+var shortRun = size{jobs: 12, workers: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
 
 // TestChaos kills the parts of a working farm at random, and fills their disks. At the end every cell must be published
 // exactly once, or must have failed with a reason.
@@ -40,7 +41,7 @@ func TestChaos(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it takes up to a minute")
 	}
-	run := small
+	run := shortRun
 	if text := os.Getenv("PREBAKE_CHAOS"); text != "" {
 		jobs, err := strconv.Atoi(text)
 		if err != nil {
@@ -83,9 +84,9 @@ type faultRun struct {
 
 	kills   map[string]int
 	faults  []injection
-	paused  sync.WaitGroup // waits until every frozen builder runs again
+	paused  sync.WaitGroup // to wait until every frozen builder runs again
 	cold    *process       // the builder that was frozen last; at most one is frozen at a time
-	resumed atomic.Bool    // the builder cold runs again
+	resumed atomic.Bool    // true if the builder in cold runs again
 }
 
 // cell returns the BUILD_ID of job n.
@@ -110,14 +111,14 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	ctx, stop := context.WithTimeout(t.Context(), 45*time.Minute)
 	defer stop()
 	var asking sync.WaitGroup
-	asking.Go(func() { s.ask(ctx, t) })
-	blows := s.blows(rng)
+	asking.Go(func() { s.requestCells(ctx, t) })
+	blows := s.roundFaults(rng)
 	for first := true; ; first = false {
 		for _, n := range rng.Perm(len(blows)) {
 			time.Sleep(s.pause/2 + time.Duration(rng.Int64N(int64(s.pause))))
 			blows[n](t)
 		}
-		if open, err := s.open(ctx); (err == nil && open <= s.jobs/20) || (!s.long && first) {
+		if open, err := s.openCells(ctx); (err == nil && open <= s.jobs/20) || (!s.long && first) {
 			break
 		}
 		if ctx.Err() != nil {
@@ -127,7 +128,7 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	asking.Wait()
 	s.paused.Wait()
 	for ; ; time.Sleep(200 * time.Millisecond) {
-		open, err := s.open(ctx)
+		open, err := s.openCells(ctx)
 		if err == nil && open == 0 {
 			return
 		}
@@ -138,8 +139,9 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	}
 }
 
-// ask requests every cell, as a planner or a node would. ask repeats each request until the server accepts it.
-func (s *faultRun) ask(ctx context.Context, t *testing.T) {
+// requestCells requests every cell, as a planner or a node would. It repeats each request until the server accepts the
+// request.
+func (s *faultRun) requestCells(ctx context.Context, t *testing.T) {
 	for n := range s.jobs {
 		for {
 			_, err := s.client.RequestBuild(ctx,
@@ -160,8 +162,8 @@ func (s *faultRun) ask(ctx context.Context, t *testing.T) {
 	}
 }
 
-// open counts the cells that are not finished.
-func (s *faultRun) open(ctx context.Context) (int, error) {
+// openCells returns the number of cells that are not finished.
+func (s *faultRun) openCells(ctx context.Context) (int, error) {
 	all, err := s.client.Builds(ctx, "")
 	if err != nil {
 		return 0, err
@@ -181,8 +183,8 @@ func (s *faultRun) open(ctx context.Context) (int, error) {
 	return n, nil
 }
 
-// blows returns the faults of one round. Each function injects one fault.
-func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
+// roundFaults returns the faults of one round. Each of the returned functions injects one fault.
+func (s *faultRun) roundFaults(rng *rand.Rand) (all []func(*testing.T)) {
 	count := func(what string) { s.kills[what]++ }
 	hit := func(p *process, sig syscall.Signal, what string) bool {
 		at := time.Now()
@@ -255,8 +257,8 @@ func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 	return all
 }
 
-// leftInQueue counts the jobs that the queue still offers. leftInQueue waits up to a minute, so that the server's sweep
-// can remove jobs of ended builds.
+// leftInQueue returns the number of jobs that the queue still offers. It waits up to a minute, so that the server's
+// sweep can remove the jobs of builds that have ended.
 func (s *faultRun) leftInQueue(t *testing.T) (n int) {
 	t.Helper()
 	q, err := queue.Open(t.Context(), s.queue)

@@ -30,7 +30,7 @@ type farm struct {
 	server   *process
 	postgres *process // nil with SQLite
 	builders []*process
-	disks    []string // folders of small file systems; the last part of each path names its program, as in builder-3
+	disks    []string // folders of small file systems; the last part of each path is the program's name, such as builder-3
 	phase    time.Duration
 	started  int // number of builders started so far
 }
@@ -51,7 +51,7 @@ func newFarm(t *testing.T, server, database string, builders int, phase time.Dur
 		args = append(args, "--database", f.queue)
 	}
 	f.server = launch(t, f.dir, "server", func() *exec.Cmd { return exec.Command(server, args...) })
-	f.wait(t)
+	f.waitForServer(t)
 	for range builders {
 		f.startBuilder(t)
 	}
@@ -78,8 +78,8 @@ func (f *farm) disk(t *testing.T, name, size string) string {
 	return dir
 }
 
-// wait returns when the server answers.
-func (f *farm) wait(t *testing.T) {
+// waitForServer returns when the server answers.
+func (f *farm) waitForServer(t *testing.T) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		_, err := f.client.Builds(t.Context(), api.Queued)
@@ -132,7 +132,7 @@ func (f *farm) startPostgres(t *testing.T) string {
 	if smallDisk(t, disk, "192") {
 		f.disks = append(f.disks, disk)
 	}
-	as, err := unprivileged(socket, disk)
+	as, err := postgresUser(socket, disk)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -157,9 +157,10 @@ func (f *farm) startPostgres(t *testing.T) string {
 	return "postgres://prebake@/postgres?host=" + socket
 }
 
-// unprivileged gives folders to the user of PostgreSQL's package if the test runs as root, because PostgreSQL refuses
-// to run as root. Otherwise PostgreSQL runs as the user of the test.
-func unprivileged(folders ...string) (*syscall.Credential, error) {
+// postgresUser returns the user that runs PostgreSQL. If the test runs as root, this is the user of PostgreSQL's
+// package, because PostgreSQL refuses to run as root. The given folders then get this user as their owner. Otherwise
+// postgresUser returns nil, and PostgreSQL runs as the user of the test.
+func postgresUser(folders ...string) (*syscall.Credential, error) {
 	if os.Geteuid() != 0 {
 		return nil, nil
 	}
@@ -180,13 +181,13 @@ func unprivileged(folders ...string) (*syscall.Credential, error) {
 	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
 }
 
-// drop removes a builder from the list, so that nobody uses it any more.
+// drop removes a builder from the list, so that the test does not use this builder any more.
 func (f *farm) drop(p *process) {
 	f.builders = slices.DeleteFunc(f.builders, func(b *process) bool { return b == p })
 	f.disks = slices.DeleteFunc(f.disks, func(dir string) bool { return filepath.Base(dir) == p.name })
 }
 
-// disksOf returns the disks of a part that can be filled.
+// disksOf returns the disks that the test can fill, of one part of the farm.
 func (f *farm) disksOf(part string) (dirs []string) {
 	for _, dir := range f.disks {
 		if name, _, _ := strings.Cut(filepath.Base(dir), "-"); name == part {

@@ -21,14 +21,14 @@ import (
 // verdict is the result of a run.
 type verdict struct {
 	jobs, published, failed int
-	// doubled are cells that were published more than once. lost are cells that are neither published nor failed with a
-	// reason. left is the number of jobs in the queue.
+	// doubled has the cells that were published more than once. lost has the cells that are neither published nor failed
+	// with a reason. left is the number of jobs that are in the queue at the end.
 	doubled, lost []string
 	left          int
 	reasons       map[string]int // number of failures by class
-	// interrupted counts the attempts that were running in a builder when a fault hit that builder. resume is the
-	// longest time from such a fault until another attempt of the same cell began, or the cell finished. slowest names
-	// this cell and fault.
+	// interrupted is the number of attempts that were running in a builder when a fault hit that builder. resume is the
+	// longest time from such a fault until another attempt of the same cell began, or the cell finished. slowest is a text
+	// with the cell and the fault of this longest time.
 	interrupted int
 	resume      time.Duration
 	slowest     string
@@ -48,7 +48,7 @@ func (s *faultRun) judge(t *testing.T) *verdict {
 	for _, b := range all {
 		cells[b.Kernel.BuildID] = append(cells[b.Kernel.BuildID], b)
 	}
-	announced := s.announced(t)
+	announced := s.countAnnounced(t)
 	for n := range s.jobs {
 		name := cell(n)
 		times := 0
@@ -67,7 +67,7 @@ func (s *faultRun) judge(t *testing.T) *verdict {
 		case len(builds) == 0:
 			v.lost = append(v.lost, name+" has no build")
 		case builds[0].State == api.Published:
-			s.holds(t, builds[0], v)
+			s.countPublished(t, builds[0], v)
 		case builds[0].State == api.Failed && builds[0].Class != "" && builds[0].Error != "":
 			v.failed++
 			v.reasons[builds[0].Class]++
@@ -78,18 +78,19 @@ func (s *faultRun) judge(t *testing.T) *verdict {
 			v.lost = append(v.lost, fmt.Sprintf("%s is %s without a reason", name, builds[0].State))
 		}
 	}
-	s.resumes(t, v, cells)
+	s.findResumes(t, v, cells)
 	return v
 }
 
-// holds counts a published cell if the registry has the artifact that the catalogue names.
-func (s *faultRun) holds(t *testing.T, b api.Build, v *verdict) {
+// countPublished counts a cell as published if the registry has the artifact that is in the catalogue. Otherwise it
+// counts the cell as lost.
+func (s *faultRun) countPublished(t *testing.T, b api.Build, v *verdict) {
 	t.Helper()
 	ref, err := tagOf(s.url, b.Kernel.BuildID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	digest, err := published(t.Context(), ref)
+	digest, err := digestOf(t.Context(), ref)
 	if err != nil || digest != b.Digest {
 		v.lost = append(v.lost, fmt.Sprintf("%s is published as %s, the registry has %s, %v", ref, b.Digest, digest, err))
 		return
@@ -97,8 +98,8 @@ func (s *faultRun) holds(t *testing.T, b api.Build, v *verdict) {
 	v.published++
 }
 
-// announced counts how often each build became published, according to the server's log.
-func (s *faultRun) announced(t *testing.T) map[int64]int {
+// countAnnounced returns how often each build became published, according to the server's log.
+func (s *faultRun) countAnnounced(t *testing.T) map[int64]int {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "server.log"))
 	if err != nil {
@@ -114,13 +115,13 @@ func (s *faultRun) announced(t *testing.T) map[int64]int {
 		}
 	}
 	if len(times) == 0 {
-		t.Errorf("the server's log has no line \"build changed\" for a published build; adapt announced to the log")
+		t.Errorf("the server's log has no line \"build changed\" for a published build; adapt countAnnounced to the log")
 	}
 	return times
 }
 
-// resumes finds for each fault the attempts that were running, and when their cells continued.
-func (s *faultRun) resumes(t *testing.T, v *verdict, builds map[string][]api.Build) {
+// findResumes finds the attempts that were running at each fault, and the times at which their cells continued.
+func (s *faultRun) findResumes(t *testing.T, v *verdict, builds map[string][]api.Build) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "notes"))
 	if err != nil {
@@ -142,7 +143,7 @@ func (s *faultRun) resumes(t *testing.T, v *verdict, builds map[string][]api.Bui
 			slices.SortFunc(of, func(a, b note) int { return a.At.Compare(b.At) })
 			at, found := slices.BinarySearchFunc(of, blow.at,
 				func(n note, t time.Time) int { return cmp.Or(n.At.Compare(t), -1) })
-			_ = found // a note of the same moment counts as before the fault
+			_ = found // a note with the time of the fault counts as written before the fault
 			if at == 0 || of[at-1].Pid != blow.pid || of[at-1].What == broken {
 				// The attempt ran in another builder, or it had ended without an artifact.
 				continue

@@ -24,8 +24,8 @@ type process struct {
 	ended  chan struct{}
 }
 
-// again is the pause before a program is started again.
-const again = 500 * time.Millisecond
+// restartPause is the pause before a program is started again.
+const restartPause = 500 * time.Millisecond
 
 // launch starts a program and keeps it running until retire.
 func launch(t *testing.T, dir, name string, command func() *exec.Cmd) *process {
@@ -37,8 +37,8 @@ func launch(t *testing.T, dir, name string, command func() *exec.Cmd) *process {
 	p := &process{name: name, make: command, log: log, wanted: true, ended: make(chan struct{})}
 	go func() {
 		defer close(p.ended)
-		for p.once(t) {
-			time.Sleep(again)
+		for p.runOnce(t) {
+			time.Sleep(restartPause)
 		}
 	}()
 	t.Cleanup(func() {
@@ -47,7 +47,7 @@ func launch(t *testing.T, dir, name string, command func() *exec.Cmd) *process {
 			t.Error(err)
 		}
 		if t.Failed() {
-			raw, _ := os.ReadFile(log.Name()) // best effort: it is for the reader of a failure
+			raw, _ := os.ReadFile(log.Name()) // best effort: the text only helps the reader of a failure
 			lines := strings.Split(string(raw), "\n")
 			t.Logf("---- the end of %s\n%s", log.Name(), strings.Join(lines[max(0, len(lines)-40):], "\n"))
 		}
@@ -55,8 +55,8 @@ func launch(t *testing.T, dir, name string, command func() *exec.Cmd) *process {
 	return p
 }
 
-// once runs the program until it ends, and reports whether to start it again.
-func (p *process) once(t *testing.T) bool {
+// runOnce runs the program until it ends, and reports whether the program must be started again.
+func (p *process) runOnce(t *testing.T) bool {
 	cmd := p.make()
 	cmd.Stdout, cmd.Stderr = p.log, p.log
 	if cmd.SysProcAttr == nil {
@@ -84,7 +84,8 @@ func (p *process) once(t *testing.T) bool {
 	return p.wanted
 }
 
-// signal sends a signal to the running program and returns its process id. signal returns 0 if none runs.
+// signal sends a signal to the running program and returns the program's process id. If no program runs, signal returns
+// 0.
 func (p *process) signal(s syscall.Signal) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -94,7 +95,7 @@ func (p *process) signal(s syscall.Signal) int {
 	return p.pid
 }
 
-// retire kills the program, waits for its end and does not start it again. retire returns the process id.
+// retire kills the program, waits for its end and does not start it again. It returns the process id.
 func (p *process) retire() int {
 	p.mu.Lock()
 	p.wanted = false

@@ -55,7 +55,7 @@ type Report struct {
 type Config struct {
 	// Cache is the cache folder of the builds.
 	Cache string
-	// Need is the number of bytes that a build takes on the cache's disk. Jobs is the number of compilers that run at
+	// Need is the number of bytes that a build needs on the cache's disk. Jobs is the number of compilers that run at
 	// once; 0 means one for each processor.
 	Need int64
 	Jobs int
@@ -63,8 +63,8 @@ type Config struct {
 	BTF bool
 	// GuestInit and NVMLProbe are paths of the load test's programs.
 	GuestInit, NVMLProbe string
-	// Mirrors are the URLs of the buckets with kernels and with drivers. Destinations are the places where builds
-	// publish. Key names the signing key. Run tries each one that is set.
+	// Mirrors are the URLs of the buckets with kernels and with drivers. Destinations are the places where builds publish.
+	// Key is the reference of the signing key. Run tries each of them that is set.
 	Mirrors      []string
 	Destinations []string
 	Key          string
@@ -78,10 +78,11 @@ type Machine struct {
 	Library func(name string) bool
 	// Executable returns an error if a path is not a program that this user may run.
 	Executable func(path string) error
-	// Sandbox runs an empty sandbox. Limits is [sandbox.SupportedLimits].
+	// Sandbox runs an empty sandbox. Limits says which limits the sandbox can set, as [sandbox.SupportedLimits] does.
 	Sandbox func(ctx context.Context) error
 	Limits  func() sandbox.LimitSupport
-	// Memory (in bytes) and Processors are what this process may use.
+	// Memory is the number of bytes of memory that this process may use. Processors is the number of processors that it
+	// may use.
 	Memory     int64
 	Processors int
 	// Cache opens a cache and returns the number of free bytes on its disk.
@@ -91,14 +92,15 @@ type Machine struct {
 	// Now returns the machine's time. Synchronised is true if the kernel considers its clock synchronised.
 	Now          func() time.Time
 	Synchronised bool
-	// Mirror tries one entry of Config.Mirrors, Destination one entry of Config.Destinations, and Key tries Config.Key.
+	// Mirror tries one entry of Config.Mirrors, Destination tries one entry of Config.Destinations, and Key tries
+	// Config.Key.
 	Mirror, Destination, Key func(ctx context.Context, name string) error
 	// MayGo asks the licence rule whether artifacts of a flavour may go to a destination. If the rule forbids it, the
 	// error is [fault.PublishRefused].
 	MayGo func(ctx context.Context, name string, f target.Flavour) error
 }
 
-// networkTimeout limits one check that uses the network.
+// networkTimeout is the time limit of one check that uses the network.
 const networkTimeout = 20 * time.Second
 
 type examination struct {
@@ -120,7 +122,7 @@ func Run(ctx context.Context, c Config, m Machine) *Report {
 	e.cache()
 	e.loadTest()
 	e.clock()
-	e.outside(ctx)
+	e.checkConfigured(ctx)
 	var packages []string
 	for _, f := range e.r.Findings {
 		packages = append(packages, f.Packages...)
@@ -138,7 +140,7 @@ func (e *examination) ok(check, format string, args ...any) {
 	e.add(Finding{Check: check, Level: OK, Text: fmt.Sprintf(format, args...)})
 }
 
-// fail reports an error with the error's own hint. If the error has no hint, fail uses next.
+// fail adds a finding for an error, with the error's hint. If the error has no hint, the argument next is used instead.
 func (e *examination) fail(check string, err error, next string) {
 	if hint := fault.Hint(err); hint != "" {
 		next = hint
@@ -146,7 +148,7 @@ func (e *examination) fail(check string, err error, next string) {
 	e.add(Finding{Check: check, Level: Fail, Text: err.Error(), Next: next, Class: fault.Of(err).String()})
 }
 
-func missing(check string, level Level, text string, packages ...string) Finding {
+func missingPackages(check string, level Level, text string, packages ...string) Finding {
 	f := Finding{Check: check, Level: level, Text: text, Packages: packages,
 		Next: "on Debian: apt-get install " + strings.Join(packages,
 			" ") + "; on other systems install the packages that have the missing files"}
@@ -158,7 +160,7 @@ func missing(check string, level Level, text string, packages ...string) Finding
 
 func (e *examination) sandbox(ctx context.Context) {
 	if !e.m.Program("bwrap") {
-		e.add(missing("sandbox", Fail, "bubblewrap is missing: nothing can be compiled without it", "bubblewrap"))
+		e.add(missingPackages("sandbox", Fail, "bubblewrap is missing: nothing can be compiled without it", "bubblewrap"))
 		return
 	}
 	if err := e.m.Sandbox(ctx); err != nil {
@@ -168,7 +170,7 @@ func (e *examination) sandbox(ctx context.Context) {
 	e.ok("sandbox", "bubblewrap runs, and the kernel gives it namespaces")
 }
 
-// programs lists the programs that the makefiles of kernel and driver run, by their Debian package.
+// programs returns the programs that the makefiles of kernel and driver run, grouped by Debian package.
 func programs() []struct {
 	name string
 	of   []string
@@ -207,7 +209,7 @@ func (e *examination) tools() {
 	if len(lacks) > 0 {
 		packages = slices.Compact(packages)
 		text := strings.Join(lacks, ", ")
-		e.add(missing("build tools", Fail, "not found in the system folders, such as /usr/bin: "+text, packages...))
+		e.add(missingPackages("build tools", Fail, "not found in the system folders, such as /usr/bin: "+text, packages...))
 		return
 	}
 	e.ok("build tools", "make, bc, libelf and the shell's tools are installed")
@@ -215,7 +217,7 @@ func (e *examination) tools() {
 
 func (e *examination) types() {
 	if !e.m.Program("pahole") {
-		e.add(missing("types", Fail, "pahole is missing: no BTF can be made", "dwarves"))
+		e.add(missingPackages("types", Fail, "pahole is missing: no BTF can be made", "dwarves"))
 		return
 	}
 	e.ok("types", "pahole is installed, which makes BTF")
@@ -224,11 +226,11 @@ func (e *examination) types() {
 func (e *examination) limits() {
 	if b := e.m.Limits(); !b.ControlGroup {
 		e.add(Finding{Check: "limits", Level: Warn, Next: fault.Hint(b.Reason),
-			Text: fmt.Sprintf("builds get no control group (%v): the kernel bounds the memory of each process only, and a "+
-				"build that runs as root may start any number of processes", b.Reason)})
+			Text: fmt.Sprintf("builds get no control group (%v), so the kernel limits only the memory of each single process, "+
+				"and a build that runs as root may start any number of processes", b.Reason)})
 		return
 	}
-	e.ok("limits", "a control group bounds the memory and the number of processes of each build")
+	e.ok("limits", "each build gets a control group, which limits its memory and its number of processes")
 }
 
 func (e *examination) machine() {
@@ -239,7 +241,7 @@ func (e *examination) machine() {
 	need := int64(jobs) << 30
 	if e.m.Memory < need {
 		f := Finding{Check: "memory", Level: Warn,
-			Text: fmt.Sprintf("%s for %d jobs; want 1 GiB for each job", size(e.m.Memory), jobs),
+			Text: fmt.Sprintf("there are %s for %d jobs; want 1 GiB for each job", size(e.m.Memory), jobs),
 			Next: fmt.Sprintf("run fewer jobs: --jobs %d", max(1, e.m.Memory>>30))}
 		if e.m.Memory < 1<<30 {
 			f.Level, f.Class, f.Next = Fail, fault.OutOfMemory.String(), "give the builder at least 1 GiB of memory"
@@ -277,7 +279,7 @@ func (e *examination) loadTest() {
 	} {
 		check := "qemu " + string(emulator.arch)
 		if !e.m.Program(emulator.program) {
-			f := missing(check, Warn,
+			f := missingPackages(check, Warn,
 				fmt.Sprintf("%s is missing: drivers for %s cannot be load-tested", emulator.program, emulator.arch), emulator.name)
 			f.Next += "; or build with --load-test off"
 			e.add(f)
@@ -297,19 +299,19 @@ func (e *examination) loadTest() {
 		{"nvmlprobe", e.NVMLProbe, "--probe"}} {
 		if err := e.m.Executable(p.path); err != nil {
 			e.add(Finding{Check: p.check, Level: Warn, Text: fmt.Sprintf("load tests need this program: %v", err),
-				Next: fmt.Sprintf("put %s beside the builder program (make build makes it), or name it with %s; or build with "+
-					"--load-test off", filepath.Base(p.path), p.flag)})
+				Next: fmt.Sprintf("put %s into the folder of the builder program (make build makes it), or give its path with "+
+					"%s; or build with --load-test off", filepath.Base(p.path), p.flag)})
 			continue
 		}
 		e.ok(p.check, "%s", p.path)
 	}
 }
 
-// released returns a date before the release of this program. A clock that shows an earlier date is wrong.
-func released() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }
+// earliestDate returns a date before the release of this program. A clock that shows an earlier date is wrong.
+func earliestDate() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }
 
-// armHelpers looks for the programs that a load test of arm64 drivers needs beside the emulator. If one is missing,
-// armHelpers adds a finding and returns false. loadTest itself checks the programs for amd64.
+// armHelpers looks for the programs that a load test of arm64 drivers needs in addition to the emulator. If one is
+// missing, armHelpers adds a finding and returns false. loadTest itself checks the programs for amd64.
 func (e *examination) armHelpers(check string) bool {
 	for _, p := range []struct{ path, without string }{
 		{e.GuestInit, "drivers for arm64 cannot be load-tested"},
@@ -317,9 +319,9 @@ func (e *examination) armHelpers(check string) bool {
 	} {
 		path := loadtest.Helper(p.path, target.ARM64)
 		if err := e.m.Executable(path); err != nil {
-			e.add(Finding{Check: check, Level: Warn, Text: fmt.Sprintf("the emulator is there, but %s: %v", p.without, err),
-				Next: fmt.Sprintf("put %s beside %s: make arm64-programs compiles it; or use the image builder-arm64; or build no "+
-					"drivers for arm64", filepath.Base(path), filepath.Base(p.path))})
+			e.add(Finding{Check: check, Level: Warn, Text: fmt.Sprintf("the emulator is installed, but %s: %v", p.without, err),
+				Next: fmt.Sprintf("compile %s with make arm64-programs and put it beside %s, or use the image builder-arm64; or "+
+					"build no drivers for arm64", filepath.Base(path), filepath.Base(p.path))})
 			return false
 		}
 	}
@@ -327,9 +329,9 @@ func (e *examination) armHelpers(check string) bool {
 }
 
 func (e *examination) clock() {
-	const next = "set the clock, and keep it right: apt-get install systemd-timesyncd, or chrony"
+	const next = "set the clock, and install a time service, on Debian with: apt-get install systemd-timesyncd"
 	switch now := e.m.Now().UTC(); {
-	case now.Before(released()) || now.After(released().AddDate(30, 0, 0)):
+	case now.Before(earliestDate()) || now.After(earliestDate().AddDate(30, 0, 0)):
 		e.add(Finding{Check: "clock", Level: Fail, Class: fault.Usage.String(), Next: next,
 			Text: fmt.Sprintf("the clock shows %s: certificates will not verify, and provenance would have a wrong time",
 				now.Format(time.DateTime))})
@@ -341,8 +343,8 @@ func (e *examination) clock() {
 	}
 }
 
-// outside tries each mirror, destination and key that the configuration names. Each trial has a time limit.
-func (e *examination) outside(ctx context.Context) {
+// checkConfigured tries each mirror, destination and key in the configuration. Each trial has a time limit.
+func (e *examination) checkConfigured(ctx context.Context) {
 	try := func(check, name, good, next string, do func(context.Context, string) error) {
 		ctx, cancel := context.WithTimeout(ctx, networkTimeout)
 		defer cancel()
@@ -386,7 +388,7 @@ func (r *Report) Err() error {
 	if err != nil {
 		return err
 	}
-	return fault.New(kind, fmt.Sprintf("this machine cannot build: %d of %d checks fail, the first is %s", n,
+	return fault.New(kind, fmt.Sprintf("this machine cannot build: %d of %d checks fail; the first of them is %s", n,
 		len(r.Findings), r.Findings[first].Check), r.Findings[first].Next)
 }
 

@@ -23,12 +23,12 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// bare is the environment variable with which TestBareMachine starts this test program again, to run the checks and
-// print the report.
-const bare = "PREBAKE_TEST_BARE"
+// envBare is the environment variable with which TestBareMachine starts this test program again. The new process runs
+// the checks and prints the report.
+const envBare = "PREBAKE_TEST_BARE"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(bare) != "" {
+	if os.Getenv(envBare) != "" {
 		r := doctor.Run(context.Background(),
 			doctor.Config{Cache: "/tmp/cache", Need: 1 << 60, GuestInit: "/guestinit", NVMLProbe: "/nvmlprobe",
 				Destinations: []string{"oci:/usr/x"}, Key: "/key", Mirrors: []string{"file:///nowhere"}},
@@ -41,8 +41,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// healthy returns a machine on which no check fails.
-func healthy() doctor.Machine {
+// healthyMachine returns a machine on which no check fails.
+func healthyMachine() doctor.Machine {
 	fine := func(context.Context, string) error { return nil }
 	return doctor.Machine{
 		Program:    func(string) bool { return true },
@@ -65,7 +65,7 @@ func config() doctor.Config {
 
 func TestHealthy(t *testing.T) {
 	t.Parallel()
-	r := doctor.Run(t.Context(), config(), healthy())
+	r := doctor.Run(t.Context(), config(), healthyMachine())
 	for _, f := range r.Findings {
 		if f.Level != doctor.OK && f.Level != doctor.Note {
 			t.Errorf("on a healthy machine: %+v", f)
@@ -76,7 +76,8 @@ func TestHealthy(t *testing.T) {
 	}
 }
 
-// TestFindings checks that each lack of a machine gives a finding, with the missing package or with a remedy.
+// TestFindings checks that there is a finding for each thing that a machine lacks. The finding must have the missing
+// package or a remedy.
 func TestFindings(t *testing.T) {
 	t.Parallel()
 	lacking := func(names ...string) func(string) bool {
@@ -142,9 +143,9 @@ func TestFindings(t *testing.T) {
 			"qemu arm64", doctor.Warn, "arm64 cannot be load-tested", "qemu-system-arm; ", "apt-get install qemu-system-arm", 0},
 		{"no helper", lackingFile("/bin/nvmlprobe"), "nvmlprobe", doctor.Warn, "not exist", "--probe", "", 0},
 		{"no helper for arm64", lackingFile("/bin/guestinit-arm64"), "qemu arm64", doctor.Warn, "cannot be load-tested",
-			"put guestinit-arm64 beside guestinit: make arm64-programs", "", 0},
+			"compile guestinit-arm64 with make arm64-programs and put it beside guestinit", "", 0},
 		{"no probe for arm64", lackingFile("/bin/nvmlprobe-arm64"), "qemu arm64", doctor.Warn, "do not ask NVML",
-			"put nvmlprobe-arm64 beside nvmlprobe: make arm64-programs", "", 0},
+			"compile nvmlprobe-arm64 with make arm64-programs and put it beside nvmlprobe", "", 0},
 		{"old clock", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Now = func() time.Time { return time.Unix(0, 0) }
 		}, "clock", doctor.Fail, "1970-01-01", "set the clock", "", fault.Usage},
@@ -182,7 +183,7 @@ func TestFindings(t *testing.T) {
 		}, "key", doctor.Fail, "no such file", "builder keygen", "", fault.Internal},
 	}
 	for _, row := range rows {
-		m, c := healthy(), config()
+		m, c := healthyMachine(), config()
 		row.change(&m, &c)
 		r := doctor.Run(t.Context(), c, m)
 		i := slices.IndexFunc(r.Findings, func(f doctor.Finding) bool { return f.Check == row.check && f.Level == row.level })
@@ -209,10 +210,10 @@ func TestFindings(t *testing.T) {
 	}
 }
 
-// TestNothingOutside checks that doctor does not try mirrors, destinations or keys that are not configured.
+// TestNothingOutside checks that, without mirrors, destinations and key in the configuration, doctor tries none.
 func TestNothingOutside(t *testing.T) {
 	t.Parallel()
-	m := healthy()
+	m := healthyMachine()
 	m.Mirror = func(context.Context, string) error { return errors.New("was tried") }
 	m.Destination, m.Key = m.Mirror, m.Mirror
 	if err := doctor.Run(t.Context(), doctor.Config{Need: 1}, m).Err(); err != nil {
@@ -240,7 +241,7 @@ func TestBareMachine(t *testing.T) {
 		args = append(args, "--ro-bind", l.Path, l.Name)
 	}
 	cmd := exec.CommandContext(t.Context(), "bwrap",
-		append(args, "--clearenv", "--setenv", bare, "1", "--setenv", "PATH", "/usr/bin", "/doctor.test")...)
+		append(args, "--clearenv", "--setenv", envBare, "1", "--setenv", "PATH", "/usr/bin", "/doctor.test")...)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("in an empty root: %v\n%s", err, out)

@@ -21,7 +21,7 @@ func mayPublish(
 ) func(context.Context, string, target.Flavour) error {
 	return func(ctx context.Context, name string, f target.Flavour) (err error) {
 		if strings.HasPrefix(name, "file:") {
-			return nil // artifacts in a folder stay on this machine; to open the folder would make it
+			return nil // artifacts in a folder stay on this machine, and tarball.Open would create the folder
 		}
 		if tarball.Is(name) {
 			b, err := tarball.Open(ctx, name)

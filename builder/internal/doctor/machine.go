@@ -50,8 +50,8 @@ func Real(rule licence.Rule, options func(destination string) registry.Options, 
 		Cache:      openCache,
 		KVM:        unix.Access("/dev/kvm", unix.R_OK|unix.W_OK) == nil,
 		Now:        time.Now, Synchronised: synchronised(),
-		Mirror: reachable, MayGo: mayPublish(rule, options),
-		Destination: func(ctx context.Context, name string) error { return mayWrite(ctx, name, options) },
+		Mirror: checkReachable, MayGo: mayPublish(rule, options),
+		Destination: func(ctx context.Context, name string) error { return checkPublish(ctx, name, options) },
 		Key: func(ctx context.Context, ref string) error {
 			_, err := sign.LoadSigner(ctx, ref, keys...)
 			return err
@@ -59,8 +59,8 @@ func Real(rule licence.Rule, options func(destination string) registry.Options, 
 	}
 }
 
-// mayWrite returns an error if this user may not publish to a destination.
-func mayWrite(ctx context.Context, name string, options func(destination string) registry.Options) error {
+// checkPublish returns an error if this user may not publish to a destination.
+func checkPublish(ctx context.Context, name string, options func(destination string) registry.Options) error {
 	if tarball.Is(name) {
 		return tarball.CheckWrite(ctx, name)
 	}
@@ -96,9 +96,9 @@ func synchronised() bool {
 	return err == nil && state != unix.TIME_ERROR
 }
 
-// reachable returns an error if a bucket cannot be read. It asks the bucket for an object that does not exist. A bucket
-// that answers "missing" is reachable.
-func reachable(ctx context.Context, url string) (err error) {
+// checkReachable returns an error if a bucket cannot be read. It asks the bucket for an object that does not exist. If
+// the bucket answers that the object is missing, the bucket can be read.
+func checkReachable(ctx context.Context, url string) (err error) {
 	b, err := cosbucket.Open(ctx, url)
 	if err != nil {
 		return err

@@ -18,7 +18,7 @@ import (
 )
 
 // Read returns the list of supported GPUs of a release. dir is the folder with the extracted release, and version is
-// the driver's version. Old releases have no list; then Read returns nil.
+// the driver's version. If the release is old and has no list, Read returns nil.
 func Read(dir, version string) (*gpulist.List, error) {
 	f, err := os.OpenInRoot(dir, gpulist.File)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -35,11 +35,11 @@ func Read(dir, version string) (*gpulist.List, error) {
 	return gpulist.ParseFile(version, text)
 }
 
-// maxPredicate limits the statement's predicate, in bytes. A Sigstore bundle must have room for the predicate in base64
-// and for the envelope around it. The 1,008 products of 535.261.03 take 8 KB.
+// maxPredicate is the largest size of the statement's predicate, in bytes. A Sigstore bundle must have room for the
+// predicate in base64 and for the envelope around it. The 1,008 products of 535.261.03 take 8 KB.
 const maxPredicate = 600 << 10
 
-// Statement states which GPUs the artifact with this manifest digest supports.
+// Statement returns a statement that says which GPUs the artifact with this manifest digest supports.
 func Statement(digest string, d target.Driver, l *gpulist.List) (sign.Statement, error) {
 	short := l.Short()
 	raw, err := json.Marshal(short)
@@ -48,7 +48,7 @@ func Statement(digest string, d target.Driver, l *gpulist.List) (sign.Statement,
 	}
 	if len(raw) > maxPredicate {
 		return sign.Statement{}, fault.Errorf(fault.Unsupported,
-			"make list of supported GPUs: it has %d bytes; at most %d fit into a statement", len(raw), maxPredicate)
+			"make the list of supported GPUs: it has %d bytes; at most %d fit into a statement", len(raw), maxPredicate)
 	}
 	return sign.About("nvidia-"+d.String(), digest, gpulist.PredicateType, short)
 }

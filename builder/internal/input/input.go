@@ -34,7 +34,7 @@ type Source interface {
 	URL(name string) string
 }
 
-// Material is one input of a build, as provenance names it.
+// Material is one input of a build, as the provenance has it.
 type Material struct {
 	Name   string `json:"name"`
 	URI    string `json:"uri"`
@@ -69,18 +69,19 @@ type Sum struct {
 	Of string
 }
 
-// maxSum limits the size of a checksum file in bytes. Such a file has one digest and a file name.
+// maxSum is the largest size of a checksum file in bytes. Such a file has one digest and a file name.
 const maxSum = 4 << 10
 
-// maxObject limits the size of a stored object in bytes. The largest objects of COS are the toolchain's archive and
-// vmlinux with its symbols, with 0.7 GB each.
+// maxObject is the largest size of an object in bytes. The largest objects of COS are the toolchain's archive and
+// vmlinux with its symbols, which have 0.7 GB each.
 const maxObject = 32 << 30
 
-// fetched is the kind of facts that map a checksum of a bucket's object to a blob in the cache.
-const fetched = "fetched-v1"
+// fetchedKind is the kind of the facts in the cache that map the checksum of an object in a bucket to a blob in the
+// cache.
+const fetchedKind = "fetched-v1"
 
-// attempts limits how often [Fetcher.Blob] downloads an object whose stream breaks. The bucket client itself retries a
-// request that fails before the first byte.
+// attempts is the number of times that [Fetcher.Blob] tries to download an object whose stream breaks. The bucket
+// client itself retries a request that fails before the first byte.
 const attempts = 3
 
 // reportEvery is the number of bytes between two progress lines.
@@ -90,7 +91,7 @@ const reportEvery = 64 << 20
 type Fetcher struct {
 	Source Source
 	Cache  *cas.Cache
-	// Progress receives progress, one line at a time. Progress is never called concurrently. Progress may be nil.
+	// Progress is called with each line of progress, and never concurrently. It may be nil.
 	Progress func(string)
 
 	mu sync.Mutex
@@ -111,8 +112,9 @@ var sumPattern = map[Algorithm]*regexp.Regexp{
 	SHA256: regexp.MustCompile(`^[0-9a-f]{64}$`),
 }
 
-// ParseSum reads the checksum of object from text, the content of a checksum file. The file has a hex digest alone, or
-// `hex name` lines as md5sum writes them. ParseSum uses the first line that has a digest alone or names the object.
+// ParseSum reads the checksum of object from text, the content of a checksum file. The file has only a hex digest, or
+// `hex name` lines as md5sum writes them. ParseSum uses the first line that has only a digest, or a digest and the
+// object's name.
 func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 	base := path.Base(object)
 	for line := range bytes.Lines(text) {
@@ -127,7 +129,7 @@ func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 		}
 	}
 	return Sum{}, fault.New(fault.Checksum,
-		fmt.Sprintf("read %s of %s: no line has a %s checksum of this object", a, base, a),
+		fmt.Sprintf("read %s checksum of %s: no line of the checksum file has a %s checksum of this object", a, base, a),
 		"write the digest in hex, or the line that "+string(a)+"sum prints, into the checksum file")
 }
 
@@ -170,7 +172,8 @@ func (f *Fetcher) read(ctx context.Context, name string, limit int64) ([]byte, c
 		return nil, attrs, fmt.Errorf("fetch %s: %w", attrs.URL, err)
 	}
 	if int64(len(data)) > limit {
-		return nil, attrs, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit),
+		return nil, attrs, fault.New(fault.Unsupported,
+			fmt.Sprintf("fetch %s: the object has more than %d bytes", attrs.URL, limit),
 			"put the original object into the bucket again: it is much smaller")
 	}
 	return data, attrs, nil
@@ -190,10 +193,10 @@ func (f *Fetcher) key(name string, s Sum) string {
 	return strings.TrimSuffix(f.Source.URL(name), name) + "\n" + string(s.Algorithm) + ":" + s.Hex
 }
 
-// known returns the fact about an object with this checksum if the cache still has the object's content.
-func (f *Fetcher) known(name string, s Sum) (fact, bool) {
+// cachedFact returns the fact about an object with this checksum, if the cache still has the object's content.
+func (f *Fetcher) cachedFact(name string, s Sum) (fact, bool) {
 	var known fact
-	raw, ok := f.Cache.Fact(fetched, f.key(name, s))
+	raw, ok := f.Cache.Fact(fetchedKind, f.key(name, s))
 	if !ok || s.Hex == "" || json.Unmarshal(raw, &known) != nil {
 		return fact{}, false
 	}
@@ -201,12 +204,12 @@ func (f *Fetcher) known(name string, s Sum) (fact, bool) {
 	return known, ok
 }
 
-// Blob fetches an object into the cache. It returns the object's material and the path of the content in the cache. If
-// sum is zero, Blob checks the content against the MD5 in the bucket's own metadata. The bucket client checks the
-// CRC32C in the metadata. If the object has neither a checksum file nor a checksum in the metadata, the material is
-// marked as unverified.
+// Blob fetches an object into the cache. It returns the object's material and the path of the content in the cache.
+// Blob compares the content with sum. If sum is zero, Blob compares the content with the MD5 in the bucket's own
+// metadata. The bucket client checks the CRC32C in the metadata. If the object has neither a checksum file nor a
+// checksum in the metadata, the material is marked as unverified.
 func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, string, error) {
-	known, ok := f.known(name, sum)
+	known, ok := f.cachedFact(name, sum)
 	at, vouched := sum.Of, sum.Hex != ""
 	if ok {
 		f.Progressf("%s: unchanged, from the cache", path.Base(name))
@@ -254,8 +257,8 @@ func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material)
 	return err
 }
 
-// fetch downloads the object once. fetch checks the object against sum, or else against the MD5 that the bucket
-// reports. fetch also returns the bucket's attributes of the object.
+// fetch downloads the object once and compares it with sum. If sum is zero, fetch compares the object with the MD5 in
+// the bucket's metadata. It also returns the bucket's attributes of the object.
 func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbucket.Attrs, error) {
 	body, attrs, err := f.Source.Get(ctx, name)
 	if err != nil {
@@ -265,7 +268,7 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbuc
 	switch told := sumPattern[MD5].MatchString(attrs.MD5); {
 	case told && sum.Hex == "":
 		sum = Sum{Algorithm: MD5, Hex: attrs.MD5}
-		if known, ok := f.known(name, sum); ok {
+		if known, ok := f.cachedFact(name, sum); ok {
 			f.Progressf("%s: unchanged, from the cache", path.Base(name))
 			return known, attrs, nil
 		}
@@ -298,7 +301,7 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbuc
 	if err != nil {
 		return fact{}, attrs, err
 	}
-	return known, attrs, f.Cache.PutFact(fetched, f.key(name, sum), raw)
+	return known, attrs, f.Cache.PutFact(fetchedKind, f.key(name, sum), raw)
 }
 
 func mismatch(name string, sum Sum, cause error) error {
@@ -333,8 +336,8 @@ func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, 
 	return data, m, nil
 }
 
-// stream counts and hashes the bytes of a download and reports progress. If the size or the checksum is wrong, Read
-// returns an error and never io.EOF, so that the cache stores nothing.
+// stream is the reader of a download. It counts and hashes the bytes, and reports progress. If the size or the checksum
+// is wrong, Read returns an error and never io.EOF, so that the cache stores nothing.
 type stream struct {
 	r        io.Reader
 	progress func(string, ...any)
@@ -357,16 +360,16 @@ func (s *stream) Read(b []byte) (int, error) {
 	switch {
 	case s.n > maxObject:
 		return n, fault.New(fault.Unsupported, fmt.Sprintf("%s has more than %d GiB", s.name, maxObject>>30),
-			"put the file that the object's name says into the bucket: no file of COS or NVIDIA is so large")
+			"replace the object in the bucket by the right file: no file of COS or NVIDIA is so large")
 	case s.size > 0 && s.n > s.size:
 		return n, fault.New(fault.Checksum, fmt.Sprintf("%s has more bytes than the bucket reports: %d", s.name, s.size),
 			"run the command again; if the error stays, put the object into the bucket again, or name another mirror")
 	case err == nil:
 		return n, nil
 	case !errors.Is(err, io.EOF):
-		return n, broken(s.name, err)
+		return n, streamError(s.name, err)
 	case s.size > 0 && s.n < s.size:
-		return n, broken(s.name, fmt.Errorf("%d of %d bytes: %w", s.n, s.size, io.ErrUnexpectedEOF))
+		return n, streamError(s.name, fmt.Errorf("%d of %d bytes: %w", s.n, s.size, io.ErrUnexpectedEOF))
 	}
 	if s.hash != nil {
 		if got := hex.EncodeToString(s.hash.Sum(nil)); got != s.sum.Hex {
@@ -376,9 +379,9 @@ func (s *stream) Read(b []byte) (int, error) {
 	return n, io.EOF
 }
 
-// broken marks the error of a stream that ended early as transient, because a new stream may succeed. Three errors are
-// returned unchanged: an error that has a kind already, an error of a local file, and an error of ctx.
-func broken(name string, err error) error {
+// streamError makes the error of a stream that ended early transient, because a new stream may succeed. Three kinds of
+// errors are returned unchanged: an error that has a kind already, an error of a local file, and an error of ctx.
+func streamError(name string, err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) || errors.Is(err, context.Canceled) ||
 		errors.Is(err, context.DeadlineExceeded) {

@@ -28,10 +28,10 @@ import (
 
 // Config says what to examine.
 type Config struct {
-	// VMLinux makes Build fetch vmlinux, the linked kernel, which may have hundreds of megabytes, and compare it with
-	// the headers.
+	// If VMLinux is true, Build fetches vmlinux and compares it with the headers. vmlinux is the linked kernel; it may
+	// have hundreds of megabytes.
 	VMLinux bool
-	// Progress receives progress, one line at a time. nil means no output.
+	// Progress is called with each line of progress. If nil, there is no such output.
 	Progress func(string)
 }
 
@@ -59,7 +59,7 @@ func (l *inspection) fail(check string, level doctor.Level, err error) {
 		doctor.Finding{Check: check, Level: level, Text: err.Error(), Next: next, Class: fault.Of(err).String()})
 }
 
-// Build examines one COS build and returns the findings. It keeps the objects that it fetches in the cache.
+// Build examines one COS build and returns the findings. The objects that it fetches stay in the cache.
 func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.Kernel, c Config) *doctor.Report {
 	if c.Progress == nil {
 		c.Progress = func(string) {}
@@ -67,7 +67,7 @@ func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.
 	l := &inspection{bucket: b, cache: cache, kernel: k}
 	l.objects(ctx)
 	l.drivers(ctx)
-	l.signed(ctx)
+	l.googleDrivers(ctx)
 	in, err := cossrc.Fetch(ctx, b, cache, k.BuildID, k.Board, c.Progress)
 	if err != nil {
 		l.fail("inputs", doctor.Fail, err)
@@ -129,7 +129,7 @@ func (l *inspection) objects(ctx context.Context) {
 	}
 }
 
-// find returns the path of an object in the first layout that has it, and the object's size. find does not read the
+// find returns the path of an object in the first layout that has it, and the object's size. It does not read the
 // object.
 func (l *inspection) find(ctx context.Context, name string) (at string, size int64, err error) {
 	for _, at = range cosbucket.Layouts(l.kernel, name) {
@@ -172,8 +172,8 @@ func (l *inspection) drivers(ctx context.Context) {
 	}
 }
 
-// signed reports which drivers Google compiled or signed for the COS build.
-func (l *inspection) signed(ctx context.Context) {
+// googleDrivers reports which drivers Google compiled or signed for the COS build.
+func (l *inspection) googleDrivers(ctx context.Context) {
 	var found []string
 	for _, name := range []string{"extensions/gpu/", "nvidia-drivers-"} {
 		for _, prefix := range cosbucket.Layouts(l.kernel, l.kernel.BuildID+"/"+l.kernel.Board+"/"+name) {
@@ -229,7 +229,7 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 				"put the vmlinux of the COS build into the bucket"))
 		return
 	case !c.VMLinux:
-		l.note("load test", "boots vmlinux; --vmlinux fetches it and compares it with the headers")
+		l.note("load test", "boots vmlinux; to fetch vmlinux and compare it with the headers, add --vmlinux")
 		return
 	}
 	file, _, err := cossrc.FetchVMLinux(ctx, l.bucket, l.cache, in.Kernel, c.Progress)

@@ -12,11 +12,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Max limits the size of a configuration in bytes. A configuration with every option of a kernel has 300 KB.
+// Max is the largest size of a configuration in bytes. A configuration with every option of a kernel has 300 KB.
 const Max = 4 << 20
 
-// Config maps each option that is set to its value. The option's name begins with CONFIG_. The value is the text in
-// the file: y, m, a number, or a string with its quotes.
+// Config has the value of each option that is set. The key is the option's name, which begins with CONFIG_. The value
+// is the text in the file: y, m, a number, or a string with its quotes.
 type Config map[string]string
 
 const (

@@ -2,10 +2,10 @@
 // destinations. They may go to public destinations only if the operator allows it. docs/decisions/0031 explains what
 // NVIDIA's licence says.
 //
-// The package refuses to interpret the licence. The package refuses to believe --private for a destination if a request
-// without credentials proves the opposite. The package believes a Prebake server's own statement: a server that says
-// private counts as private, even if everybody who reaches it can read there, also over the internet. The operator of
-// such a server must keep others away from it.
+// The package refuses to interpret the licence. The package refuses to believe --private for a destination that a
+// request without credentials can read over the internet. But the package believes a Prebake server's own statement: if
+// the server says that it is private, it counts as private, even if everybody on the internet can read there. The
+// operator of such a server must keep others away from it.
 package licence
 
 import (
@@ -27,10 +27,10 @@ import (
 type Rule struct {
 	// Redistribute says which files may go to every destination. "" means [bundle.RedistributeNone].
 	Redistribute bundle.Redistribution
-	// Private lists destinations that the operator marks as private. An entry covers its own name, and every name that
-	// continues it after a slash.
+	// Private is a list of destinations that the operator marks as private. An entry covers the destination with this
+	// name, and every destination whose name is the entry, a slash and more.
 	Private []string
-	// Addresses looks up a host's addresses. nil uses the system's resolver.
+	// Addresses is the function that looks up a host's addresses. If nil, the system's resolver is used.
 	Addresses func(ctx context.Context, host string) ([]netip.Addr, error)
 }
 
@@ -48,8 +48,8 @@ type Audience struct {
 	Reason string
 	// marked is true if the destination is private only because the operator says so.
 	marked bool
-	// private tells how to make a public destination a private one.
-	private string
+	// hint says how to make a public destination private.
+	hint string
 }
 
 // String returns a text for people.
@@ -72,29 +72,29 @@ func (r Rule) Audience(ctx context.Context, name string, p Destination) (Audienc
 	case seen.Host == "":
 		return Audience{Reason: "it is a folder"}, nil
 	case seen.Visibility == registry.AudiencePublic:
-		return Audience{Public: true, Reason: "the server says so", private: "publish to a private destination"}, nil
+		return Audience{Public: true, Reason: "the server says so", hint: "publish to a private destination"}, nil
 	case seen.Visibility == registry.AudiencePrivate:
 		return Audience{Reason: "the server says so"}, nil
 	}
-	near, here := r.where(ctx, seen.Host)
+	internal, local := r.hostNetwork(ctx, seen.Host)
 	switch {
-	case here:
+	case local:
 		return Audience{Reason: "it is on this machine"}, nil
-	case !r.marks(name) && seen.Reads:
+	case !r.markedPrivate(name) && seen.Reads:
 		return Audience{Public: true, Reason: "it can be read without credentials",
-			private: "revoke public read access to the destination, and add --private " + name}, nil
-	case !r.marks(name):
+			hint: "revoke public read access to the destination, and add --private " + name}, nil
+	case !r.markedPrivate(name):
 		return Audience{Public: true, Reason: "it is not marked private",
-			private: "if only you can read the destination, add --private " + name}, nil
-	case seen.Reads && !near:
+			hint: "if only you can read the destination, add --private " + name}, nil
+	case seen.Reads && !internal:
 		return Audience{Public: true, Reason: "it can be read without credentials, so --private is wrong",
-			private: "revoke public read access to the destination"}, nil
+			hint: "revoke public read access to the destination"}, nil
 	}
 	return Audience{Reason: "--private says so", marked: true}, nil
 }
 
-// marks reports whether the operator marked a destination as private.
-func (r Rule) marks(name string) bool {
+// markedPrivate reports whether the operator marked a destination as private.
+func (r Rule) markedPrivate(name string) bool {
 	for _, p := range r.Private {
 		if p = strings.TrimSuffix(p, "/"); p != "" && (name == p || strings.HasPrefix(name, p+"/")) {
 			return true
@@ -103,13 +103,13 @@ func (r Rule) marks(name string) bool {
 	return false
 }
 
-// lookupTimeout limits the look-up of a host's addresses.
+// lookupTimeout is the time limit of the look-up of a host's addresses.
 const lookupTimeout = 10 * time.Second
 
-// where classifies the network of a host. near is true if the host has only addresses that the internet cannot reach.
-// here is true if the host has only addresses of this machine. Both are false for a host whose name cannot be resolved,
-// for example behind a proxy.
-func (r Rule) where(ctx context.Context, hostport string) (near, here bool) {
+// hostNetwork classifies the addresses of a host. internal is true if the internet cannot reach any of them. local is
+// true if all of them are addresses of this machine. Both are false for a host whose name cannot be resolved, for
+// example behind a proxy.
+func (r Rule) hostNetwork(ctx context.Context, hostport string) (internal, local bool) {
 	host := hostport
 	if h, _, err := net.SplitHostPort(hostport); err == nil {
 		host = h
@@ -123,14 +123,14 @@ func (r Rule) where(ctx context.Context, hostport string) (near, here bool) {
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
 	all, err := find(ctx, strings.Trim(host, "[]"))
-	near, here = err == nil && len(all) > 0, err == nil && len(all) > 0
+	internal, local = err == nil && len(all) > 0, err == nil && len(all) > 0
 	shared := netip.MustParsePrefix("100.64.0.0/10") // RFC 6598; the internet cannot reach these addresses
 	for _, a := range all {
 		a = a.Unmap()
-		here = here && a.IsLoopback()
-		near = near && (a.IsLoopback() || a.IsPrivate() || a.IsLinkLocalUnicast() || shared.Contains(a))
+		local = local && a.IsLoopback()
+		internal = internal && (a.IsLoopback() || a.IsPrivate() || a.IsLinkLocalUnicast() || shared.Contains(a))
 	}
-	return near, here
+	return internal, local
 }
 
 // Check returns a [fault.PublishRefused] error if an artifact with modules of this flavour may not go to a destination.
@@ -153,7 +153,7 @@ func (r Rule) Check(ctx context.Context, name string, p Destination, f target.Fl
 // operator's mark, nor destinations that are private for another reason too, such as a folder.
 func (r Rule) Published(ctx context.Context, name string, p Destination, f target.Flavour, what string) error {
 	need := bundle.LicenceOf(f).Redistribution
-	if r.Redistribute.Covers(need) || !r.marks(name) {
+	if r.Redistribute.Covers(need) || !r.markedPrivate(name) {
 		return nil
 	}
 	who, err := r.Audience(ctx, name, p)
@@ -164,7 +164,7 @@ func (r Rule) Published(ctx context.Context, name string, p Destination, f targe
 	if err != nil {
 		return fmt.Errorf("read %s in %s without credentials: %w", what, name, err)
 	}
-	if near, _ := r.where(ctx, seen.Host); seen.Reads && !near {
+	if internal, _ := r.hostNetwork(ctx, seen.Host); seen.Reads && !internal {
 		return fault.New(fault.PublishRefused,
 			fmt.Sprintf("%s is in %s now, and can be read without credentials", what, name),
 			"remove the artifact from the destination, or revoke public read access to the destination; then publish again")
@@ -186,6 +186,6 @@ func refuse(name string, f target.Flavour, who Audience, need bundle.Redistribut
 			what,
 			who,
 		),
-		who.private+fmt.Sprintf("; if you may pass on what NVIDIA's licence covers, add --redistribute %s", need),
+		who.hint+fmt.Sprintf("; if you may pass on what NVIDIA's licence covers, add --redistribute %s", need),
 	)
 }

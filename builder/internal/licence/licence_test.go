@@ -23,9 +23,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// at returns a look-up that returns these addresses for every host. The tests need it, because their real hosts all
-// have loopback addresses.
-func at(addresses ...string) func(context.Context, string) ([]netip.Addr, error) {
+// lookupOf returns a function for Rule.Addresses that returns these addresses for every host. The tests need it,
+// because their real hosts all have loopback addresses.
+func lookupOf(addresses ...string) func(context.Context, string) ([]netip.Addr, error) {
 	return func(context.Context, string) ([]netip.Addr, error) {
 		var all []netip.Addr
 		for _, a := range addresses {
@@ -62,9 +62,9 @@ func push(t *testing.T, repo *registry.Repository) string {
 	return d.Digest.String()
 }
 
-// inProcess runs the registry of the library go-containerregistry behind a gate. If the gate returns 0, the registry
-// answers the request. Otherwise the answer has the status that the gate returns.
-func inProcess(t *testing.T, gate func(*http.Request) int) string {
+// startRegistry starts the registry of the library go-containerregistry behind a gate. If the gate returns 0 for a
+// request, the registry answers it. Otherwise the answer has the HTTP status that the gate returns.
+func startRegistry(t *testing.T, gate func(*http.Request) int) string {
 	t.Helper()
 	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -93,7 +93,7 @@ func TestRegistries(t *testing.T) {
 	login := registry.Options{Username: distribution.User, Password: distribution.Password}
 	for _, kind := range []struct{ name, free, locked string }{
 		{"docker-registry", distribution.Start(t) + "/prebake/driver", distribution.StartProtected(t) + "/prebake/driver"},
-		{"in process", inProcess(t, func(*http.Request) int { return 0 }), inProcess(t, password)},
+		{"in process", startRegistry(t, func(*http.Request) int { return 0 }), startRegistry(t, password)},
 	} {
 		free, locked := open(t, kind.free, registry.Options{}), open(t, kind.locked, login)
 		host, _, _ := strings.Cut(kind.locked, "/")
@@ -105,26 +105,26 @@ func TestRegistries(t *testing.T) {
 			hint   string
 		}{
 			{"on this machine", free, licence.Rule{}, "", ""},
-			{"for everybody", free, licence.Rule{Addresses: at(internet)}, "it can be read without credentials",
+			{"for everybody", free, licence.Rule{Addresses: lookupOf(internet)}, "it can be read without credentials",
 				"--private " + kind.free},
-			{"for everybody, marked", free, licence.Rule{Addresses: at(internet), Private: []string{kind.free}},
+			{"for everybody, marked", free, licence.Rule{Addresses: lookupOf(internet), Private: []string{kind.free}},
 				"--private is wrong", "revoke public read"},
 			{"marked, and one address of two is far", free,
-				licence.Rule{Addresses: at(cluster, internet), Private: []string{kind.free}},
+				licence.Rule{Addresses: lookupOf(cluster, internet), Private: []string{kind.free}},
 				"--private is wrong", "revoke public read"},
-			{"for everybody in a cluster", free, licence.Rule{Addresses: at(cluster)}, "it can be read without credentials",
-				"--private"},
-			{"for everybody in a cluster, marked", free, licence.Rule{Addresses: at(cluster), Private: []string{kind.free}}, "",
-				""},
+			{"for everybody in a cluster", free, licence.Rule{Addresses: lookupOf(cluster)},
+				"it can be read without credentials", "--private"},
+			{"for everybody in a cluster, marked", free,
+				licence.Rule{Addresses: lookupOf(cluster), Private: []string{kind.free}}, "", ""},
 			{"for everybody, nobody knows where, marked", free, licence.Rule{Private: []string{kind.free},
 				Addresses: func(context.Context, string) ([]netip.Addr, error) { return nil, errors.New("no such host") }},
 				"--private is wrong", "revoke public read"},
-			{"for who has the password", locked, licence.Rule{Addresses: at(internet)}, "it is not marked private",
+			{"for who has the password", locked, licence.Rule{Addresses: lookupOf(internet)}, "it is not marked private",
 				"only you can read the destination, add --private " + kind.locked},
-			{"for who has the password, marked", locked, licence.Rule{Addresses: at(internet), Private: []string{kind.locked}},
-				"", ""},
-			{"the host marked", locked, licence.Rule{Addresses: at(internet), Private: []string{host + "/"}}, "", ""},
-			{"another mark", locked, licence.Rule{Addresses: at(internet),
+			{"for who has the password, marked", locked,
+				licence.Rule{Addresses: lookupOf(internet), Private: []string{kind.locked}}, "", ""},
+			{"the host marked", locked, licence.Rule{Addresses: lookupOf(internet), Private: []string{host + "/"}}, "", ""},
+			{"another mark", locked, licence.Rule{Addresses: lookupOf(internet),
 				Private: []string{kind.locked + "s", host + "/pre", ""}}, "it is not marked private", "--private"},
 		}
 		for _, row := range rows {
@@ -159,7 +159,7 @@ func TestWhatTheOperatorSays(t *testing.T) {
 		open, proprietary bool
 	}{{"", false, false}, {bundle.RedistributeNone, false, false}, {bundle.RedistributeUserspace, true, false},
 		{bundle.RedistributeAll, true, true}} {
-		rule := licence.Rule{Redistribute: row.says, Addresses: at(internet)}
+		rule := licence.Rule{Redistribute: row.says, Addresses: lookupOf(internet)}
 		for f, want := range map[target.Flavour]bool{target.Open: row.open, target.Proprietary: row.proprietary} {
 			if err := rule.Check(t.Context(), repo.Name(), repo, f); (err == nil) != want {
 				t.Errorf("--redistribute %q: Check(%s) = %v; want allowed %t", row.says, f, err, want)
@@ -169,7 +169,7 @@ func TestWhatTheOperatorSays(t *testing.T) {
 }
 
 // TestWhatTheServerSays checks that a Prebake server's own statement decides, even if everybody in the network can read
-// there.
+// the server's artifacts.
 func TestWhatTheServerSays(t *testing.T) {
 	t.Parallel()
 	for word, public := range map[string]bool{registry.AudiencePrivate: false, registry.AudiencePublic: true,
@@ -181,8 +181,8 @@ func TestWhatTheServerSays(t *testing.T) {
 		}))
 		t.Cleanup(srv.Close)
 		repo := open(t, strings.TrimPrefix(srv.URL, "http://")+"/prebake/driver", registry.Options{})
-		for _, rule := range []licence.Rule{{Addresses: at(internet)},
-			{Addresses: at(internet), Private: []string{repo.Name()}}} {
+		for _, rule := range []licence.Rule{{Addresses: lookupOf(internet)},
+			{Addresses: lookupOf(internet), Private: []string{repo.Name()}}} {
 			if got, err := rule.Audience(t.Context(), repo.Name(), repo); err != nil || got.Public != public {
 				t.Errorf("a server that says %q: Audience = %s, %v; want public %t", word, got, err, public)
 			}
@@ -195,7 +195,7 @@ func TestWhatTheServerSays(t *testing.T) {
 func TestPublishedForEverybody(t *testing.T) {
 	t.Parallel()
 	secret := false
-	ref := inProcess(t, func(r *http.Request) int {
+	ref := startRegistry(t, func(r *http.Request) int {
 		if (strings.HasSuffix(r.URL.Path, "/tags/list") || secret) && password(r) != 0 {
 			return http.StatusForbidden
 		}
@@ -203,7 +203,7 @@ func TestPublishedForEverybody(t *testing.T) {
 	})
 	repo := open(t, ref, registry.Options{})
 	digest := push(t, repo)
-	rule := licence.Rule{Addresses: at(internet), Private: []string{ref}}
+	rule := licence.Rule{Addresses: lookupOf(internet), Private: []string{ref}}
 	if err := rule.Check(t.Context(), ref, repo, target.Open); err != nil {
 		t.Fatalf("Check = %v; want none: outsiders may not list it", err)
 	}
@@ -212,8 +212,8 @@ func TestPublishedForEverybody(t *testing.T) {
 		t.Errorf("Published = %v, hint %q; want publish-refused with the digest, and what to do", err, fault.Hint(err))
 	}
 	for name, rule := range map[string]licence.Rule{
-		"in a cluster": {Addresses: at(cluster), Private: []string{ref}}, "here": {Private: []string{ref}},
-		"allowed": {Addresses: at(internet), Private: []string{ref}, Redistribute: bundle.RedistributeAll},
+		"in a cluster": {Addresses: lookupOf(cluster), Private: []string{ref}}, "here": {Private: []string{ref}},
+		"allowed": {Addresses: lookupOf(internet), Private: []string{ref}, Redistribute: bundle.RedistributeAll},
 	} {
 		if err := rule.Published(t.Context(), ref, repo, target.Open, digest); err != nil {
 			t.Errorf("Published(%s) = %v; want none", name, err)
@@ -229,8 +229,8 @@ func TestPublishedForEverybody(t *testing.T) {
 // a registry must not count as private.
 func TestNoAnswer(t *testing.T) {
 	t.Parallel()
-	ref := inProcess(t, func(*http.Request) int { return http.StatusMethodNotAllowed })
-	rule := licence.Rule{Addresses: at(internet)}
+	ref := startRegistry(t, func(*http.Request) int { return http.StatusMethodNotAllowed })
+	rule := licence.Rule{Addresses: lookupOf(internet)}
 	if err := rule.Check(t.Context(), ref, open(t, ref, registry.Options{}), target.Open); err == nil {
 		t.Error("Check(405 to everything) = nil; want an error")
 	}
@@ -284,10 +284,10 @@ func TestBuckets(t *testing.T) {
 		want string
 	}{
 		{"the emulator of this machine", b, licence.Rule{}, "private: it is on this machine"},
-		{"not marked", b, licence.Rule{Addresses: at(internet)}, "public: it can be read without credentials"},
-		{"marked", b, licence.Rule{Addresses: at(internet), Private: []string{"gs://drivers"}},
+		{"not marked", b, licence.Rule{Addresses: lookupOf(internet)}, "public: it can be read without credentials"},
+		{"marked", b, licence.Rule{Addresses: lookupOf(internet), Private: []string{"gs://drivers"}},
 			"public: it can be read without credentials, so --private is wrong"},
-		{"no bucket, marked", missing, licence.Rule{Addresses: at(internet), Private: []string{"gs://no-such-bucket"}},
+		{"no bucket, marked", missing, licence.Rule{Addresses: lookupOf(internet), Private: []string{"gs://no-such-bucket"}},
 			"private: --private says so"},
 	} {
 		if got, err := row.rule.Audience(t.Context(), row.b.URL(""), row.b); err != nil || got.String() != row.want {

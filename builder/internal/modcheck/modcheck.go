@@ -25,16 +25,16 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// Recipe is the version of the stamp's form. The cache keys of modules contain Recipe. If Recipe changes, a build
-// therefore does not take modules with an old stamp from the cache.
+// Recipe is the version number of the code that writes the stamp. The cache keys of modules contain Recipe. So if
+// Recipe changes, a build does not take modules with an old stamp from the cache.
 const Recipe = "stamp-1"
 
 // Kernel describes the kernel against which modules are checked.
 type Kernel struct {
 	// Headers is the root of the kernel's header tree.
 	Headers string
-	// Boot is the folder of a bootable kernel in the form that package vm reads. The kernel's own modules in it show
-	// the size of struct module in this kernel. "" means that there is no such folder: then the size is not checked.
+	// Boot is the folder of a bootable kernel that package vm can read. The kernel's own modules in this folder show the
+	// size of struct module in this kernel. If Boot is "", the size is not checked.
 	Boot string
 	// Release is the kernel release, as `uname -r` prints it.
 	Release string
@@ -47,18 +47,17 @@ type Kernel struct {
 	// Open means that the driver is of flavour open. Then every module must have a licence that does not taint the
 	// kernel.
 	Open bool
-	// BTF is the path of a file with the kernel's BTF. The BTF of the modules must continue this BTF. "" means that
-	// there is no such file: then modules that Prebake compiled must have no BTF.
+	// BTF is the path of a file with the kernel's BTF. The BTF of the modules must continue this BTF. If BTF is "",
+	// modules that Prebake compiled must have no BTF.
 	BTF string
 }
 
 var machines = map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}
 
-// Check reads every module of a driver and returns an error if the kernel would refuse a module, or crash with it.
-// modules maps the name of each module, without .ko, to the path of its file. Such an error is of kind
-// fault.CheckFailed and lists every fault that one step of the check found. Later steps do not run. If the header tree
-// lacks .config or Module.symvers, the error is of kind fault.InputMissing. vermagic is the vermagic, which all modules
-// share.
+// Check reads every module of a driver. The argument modules has the path of each module's file, by the module's name
+// without .ko. If the kernel would refuse a module, or crash with it, the error is of kind fault.CheckFailed. This
+// error lists every fault that one step of the check found; later steps do not run. If the header tree lacks .config or
+// Module.symvers, the error is of kind fault.InputMissing. The result vermagic is the vermagic of all modules.
 func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 	rules, err := k.rules()
 	if err != nil {
@@ -72,7 +71,7 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 			return "", fmt.Errorf("%s: %w", name, err)
 		}
 		if m.Name != modinfo.Canonical(name) {
-			errs = append(errs, &modinfo.Problem{Module: name, Text: "the file holds a module " + m.Name})
+			errs = append(errs, &modinfo.Problem{Module: name, Text: "the file has a module with another name: " + m.Name})
 		}
 		if k.Version != "" && m.Version != "" && m.Version != k.Version {
 			errs = append(
@@ -110,7 +109,7 @@ func openLicences() []string {
 	return []string{"GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL"}
 }
 
-// Read reads from a module file what [Check] needs to know about the module.
+// Read reads the facts about a module that [Check] needs. path is the path of the module's file.
 func Read(path string) (*modinfo.Module, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -133,7 +132,7 @@ func (k Kernel) rules() (modinfo.Rules, error) {
 	symvers, err := os.Open(filepath.Join(k.Headers, "Module.symvers"))
 	if err != nil {
 		return r, fault.Wrap(fault.InputMissing, fmt.Errorf("read the kernel's exports: %w", err),
-			"publish a kernel-headers.tgz that holds the kernel's Module.symvers")
+			"publish a kernel-headers.tgz that contains the kernel's Module.symvers")
 	}
 	defer symvers.Close() // the file is only read, so an error of Close loses nothing
 	if r.Symvers, err = modinfo.ReadSymvers(symvers); err != nil {
@@ -148,8 +147,8 @@ func (k Kernel) rules() (modinfo.Rules, error) {
 	return r, err
 }
 
-// structSize returns sizeof(struct module) in bytes, as one of the kernel's own modules in the boot folder shows it.
-// structSize returns 0 if no module shows it.
+// structSize returns sizeof(struct module) in bytes. It reads the size from the kernel's own modules in the boot
+// folder. If no module has the size, it returns 0.
 func structSize(boot string) (uint64, error) {
 	if boot == "" {
 		return 0, nil
@@ -161,7 +160,7 @@ func structSize(boot string) (uint64, error) {
 	for _, name := range files {
 		m, err := Read(filepath.Join(boot, name))
 		if err != nil {
-			return 0, fmt.Errorf("read the kernel's own module: %s: %w", name, err)
+			return 0, fmt.Errorf("read the kernel's own module %s: %w", name, err)
 		}
 		if m.StructSize != 0 {
 			return m.StructSize, nil

@@ -24,8 +24,8 @@ const (
 	magic   = release + " SMP mod_unload"
 )
 
-// module returns the smallest relocatable file that both the kernel's loader and this package accept as a module. more
-// lists further sections: the name of a section, then its content, then the next name.
+// module returns the smallest relocatable file that both the kernel's loader and this package accept as a module. The
+// argument more has further sections: the name of a section, then its content, then the next name.
 func module(vermagic string, more ...string) []byte {
 	names := []byte("\x00.modinfo\x00.symtab\x00.strtab\x00.gnu.linkonce.this_module\x00.shstrtab\x00")
 	for i := 0; i < len(more); i += 2 {
@@ -65,8 +65,8 @@ func module(vermagic string, more ...string) []byte {
 	return out.Bytes()
 }
 
-// kernel writes the files of a header tree that Check reads, with the content that COS's headers have. It returns the
-// Kernel for this header tree.
+// kernel writes the files of a header tree that Check reads, with the content that COS's headers have. kernel returns
+// the Kernel for this header tree.
 func kernel(t *testing.T) Kernel {
 	t.Helper()
 	dir := t.TempDir()
@@ -126,7 +126,8 @@ func TestStamp(t *testing.T) {
 	}
 }
 
-// sections returns the headers of all sections, except the section of names. Stamp moves and enlarges that section.
+// sections returns the headers of all sections except the one with the section names, because Stamp moves and enlarges
+// it.
 func sections(t *testing.T, data []byte) []elf.SectionHeader {
 	t.Helper()
 	f, err := elf.NewFile(bytes.NewReader(data))
@@ -158,7 +159,7 @@ func sameFile(t *testing.T, a, b string) bool {
 func TestStampRefuses(t *testing.T) {
 	t.Parallel()
 	plain := module(magic)
-	twice, err := stamped(plain, ours)
+	twice, err := addStamp(plain, ours)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,8 +179,8 @@ func TestStampRefuses(t *testing.T) {
 		"nothing":           {nil, ours, ""},
 		"too many sections": {append(append(bytes.Clone(plain[:atShnum]), 0xff, 0xfe), plain[atShnum+2:]...), ours, ""},
 	} {
-		if out, err := stamped(row.data, row.f); err == nil || !strings.Contains(err.Error(), row.want) {
-			t.Errorf("%s: stamped() = %d bytes, %v; want an error with %q", name, len(out), err, row.want)
+		if out, err := addStamp(row.data, row.f); err == nil || !strings.Contains(err.Error(), row.want) {
+			t.Errorf("%s: addStamp() = %d bytes, %v; want an error with %q", name, len(out), err, row.want)
 		}
 	}
 	err = Stamp(filepath.Join(t.TempDir(), "out"), filepath.Join(t.TempDir(), "in"), ours)
@@ -192,18 +193,18 @@ func FuzzStamped(f *testing.F) {
 	f.Add(module(magic))
 	f.Add([]byte("\x7fELF\x02\x01\x01"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		out, err := stamped(data, ours)
+		out, err := addStamp(data, ours)
 		if err != nil {
 			return
 		}
 		file, err := elf.NewFile(bytes.NewReader(out))
 		if err != nil {
-			t.Fatalf("stamped() made a file that is not ELF: %v", err)
+			t.Fatalf("addStamp() made a file that is not ELF: %v", err)
 		}
 		last := file.Sections[len(file.Sections)-1]
 		note, err := last.Data()
 		if err != nil || string(modinfo.Note(note, modinfo.StampOwner, modinfo.StampType)) != string(ours) {
-			t.Errorf("stamped() left the note %x, %v", note, err)
+			t.Errorf("addStamp() left the note %x, %v", note, err)
 		}
 	})
 }
@@ -266,7 +267,7 @@ func TestCheckRefusesWithoutFacts(t *testing.T) {
 		t.Errorf("Check of nothing = %v; want check-failed", err)
 	}
 	if _, err := Check(map[string]string{"nvidia-uvm": modules["nvidia"]}, k); !fault.Is(err, fault.CheckFailed) ||
-		!strings.Contains(err.Error(), "holds a module nvidia") {
+		!strings.Contains(err.Error(), "a module with another name: nvidia") {
 		t.Errorf("Check of a file under another name = %v; want check-failed", err)
 	}
 	for _, name := range []string{"Module.symvers", ".config"} {

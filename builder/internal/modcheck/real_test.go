@@ -63,7 +63,8 @@ func facts(in *cossrc.Inputs) modcheck.Kernel {
 		Fingerprint: in.Fingerprint, Version: "1.2.3"}
 }
 
-// standIn compiles a small replacement for a driver and stamps it. deed names what the module does when it is loaded.
+// standIn compiles a small replacement for a driver and stamps it. deed is the word in testdata/module for what the
+// module does when it is loaded.
 func standIn(t *testing.T, in *cossrc.Inputs, deed string) string {
 	t.Helper()
 	return typedStandIn(t, in, deed, "")
@@ -104,8 +105,8 @@ func typedStandIn(t *testing.T, in *cossrc.Inputs, deed, types string) string {
 	return out
 }
 
-// patched returns a copy of a module in which one text is replaced by another of the same length.
-func patched(t *testing.T, file, old, text string) string {
+// replaceText returns the path of a copy of a module, in which old is replaced by text. Both must have the same length.
+func replaceText(t *testing.T, file, old, text string) string {
 	t.Helper()
 	data, err := os.ReadFile(file)
 	if err != nil {
@@ -121,9 +122,9 @@ func patched(t *testing.T, file, old, text string) string {
 	return out
 }
 
-// needed is a symbol that the kernel exports and the test's module imports. missing is the name of a symbol that no
-// kernel exports. It differs from needed by one letter.
-const needed, missing = "proc_create_single_data", "proc_create_zingle_data"
+// exported is the name of a symbol that the kernel exports and the test's module imports. unknown is a name that no
+// kernel exports. The two names differ by one letter.
+const exported, unknown = "proc_create_single_data", "proc_create_zingle_data"
 
 // TestRealGate checks modules against real kernels. Modules with these faults must be refused, each for its own reason:
 // the module was compiled for a sibling kernel, it needs a symbol that the kernel lacks, it has a wrong vermagic, it
@@ -133,7 +134,7 @@ func TestRealGate(t *testing.T) {
 	own, other := kernels(t)
 	t.Logf("%s %s against %s %s", own.Kernel, own.Kernel.Release, other.Kernel, other.Kernel.Release)
 	good, foreign := standIn(t, own, "NOTHING"), standIn(t, other, "NOTHING")
-	sibling := patched(t, foreign, "vermagic="+other.Kernel.Release, "vermagic="+own.Kernel.Release)
+	sibling := replaceText(t, foreign, "vermagic="+other.Kernel.Release, "vermagic="+own.Kernel.Release)
 
 	for _, row := range []struct {
 		name, file string
@@ -144,9 +145,10 @@ func TestRealGate(t *testing.T) {
 			[]string{"made for release " + other.Kernel.Release + "; this kernel has release " + own.Kernel.Release}},
 		{"sibling kernel of the same release", sibling,
 			[]string{"checksum", "made for a kernel with build salt", "made for ABI fingerprint " + string(other.Fingerprint)}},
-		{"unresolved symbol", patched(t, good, needed, missing),
-			[]string{"symbol " + missing + ": is exported neither by this kernel nor by a module of the set"}},
-		{"wrong vermagic", patched(t, good, " SMP preempt", " XMP preempt"), []string{"XMP preempt", "this kernel wants"}},
+		{"unresolved symbol", replaceText(t, good, exported, unknown),
+			[]string{"symbol " + unknown + ": is exported neither by this kernel nor by a module of the set"}},
+		{"wrong vermagic", replaceText(t, good, " SMP preempt", " XMP preempt"),
+			[]string{"XMP preempt", "this kernel wants"}},
 	} {
 		t.Run("static/"+row.name, func(t *testing.T) {
 			t.Parallel()
@@ -176,7 +178,7 @@ func TestRealGate(t *testing.T) {
 	}{
 		{"good", good, nil},
 		{"sibling kernel of the same release", sibling, []string{"load nvidia", "disagrees about version of symbol"}},
-		{"unresolved symbol", patched(t, good, needed, missing), []string{"load nvidia", "Unknown symbol " + missing}},
+		{"unresolved symbol", replaceText(t, good, exported, unknown), []string{"load nvidia", "Unknown symbol " + unknown}},
 		{"oops", standIn(t, own, "OOPS"),
 			[]string{"load nvidia: kernel crashed: BUG: kernel NULL pointer dereference, address: 0000000000000010"}},
 		{"warning", standIn(t, own, "WARN"),

@@ -23,7 +23,8 @@ const (
 // stampAlign is the alignment of a note in bytes.
 const stampAlign = 4
 
-// maxModule limits the size in bytes of a module that Stamp reads. The largest module has 250 MB before it is stripped.
+// maxModule is the largest size of a module that Stamp reads, in bytes. The largest module has 250 MB before it is
+// stripped.
 const maxModule = 1 << 30
 
 // Stamp copies a module from src to the new file dst and adds the stamp. The stamp is an ELF note with f, the ABI
@@ -33,18 +34,18 @@ const maxModule = 1 << 30
 func Stamp(dst, src string, f target.Fingerprint) error {
 	data, err := readModule(src)
 	if err == nil {
-		data, err = stamped(data, f)
+		data, err = addStamp(data, f)
 	}
 	if err != nil {
-		return fault.Wrap(fault.CheckFailed, fmt.Errorf("stamp %s: %w", src, err), "compile the module again")
+		return fault.Wrap(fault.CheckFailed, fmt.Errorf("write the stamp into %s: %w", src, err), "compile the module again")
 	}
 	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if err != nil {
-		return fmt.Errorf("stamp module: %w", err)
+		return fmt.Errorf("create stamped module: %w", err)
 	}
 	_, err = out.Write(data)
 	if err = errors.Join(err, out.Close()); err != nil {
-		return fault.CacheDisk(fmt.Errorf("stamp module: %w", err))
+		return fault.CacheDisk(fmt.Errorf("write stamped module: %w", err))
 	}
 	return nil
 }
@@ -60,10 +61,10 @@ func readModule(path string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-// stamped returns a copy of a relocatable ELF64 file with three parts appended: the note, the section names with one
+// addStamp returns a copy of a relocatable ELF64 file with three parts appended: the note, the section names with one
 // more name, and the section headers with one more header. All existing sections stay where they are, so that no index
 // and no offset in them changes.
-func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
+func addStamp(data []byte, f target.Fingerprint) ([]byte, error) {
 	if _, err := target.ParseFingerprint(string(f)); err != nil {
 		return nil, err
 	}
@@ -119,7 +120,7 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 		return nil, err
 	}
 	table := place(headers, 8)
-	// Only now change the ELF header: place may have moved out to another array.
+	// Only now change the ELF header, because the function place may have moved the bytes of out to another array.
 	le.PutUint64(out[atShoff:], table)
 	le.PutUint16(out[atShnum:], uint16(n+1))
 	return out, nil

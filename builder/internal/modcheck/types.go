@@ -53,12 +53,12 @@ func fits(path string, kernel *btf.Types) error {
 	case kernel == nil && errors.Is(err, btf.ErrNone):
 		return nil
 	case err != nil:
-		return fmt.Errorf("read its types: %w", err)
+		return fmt.Errorf("read the module's types: %w", err)
 	case kernel == nil:
 		return errors.New("the module has BTF, but the kernel's BTF is missing: the two cannot be compared")
 	}
 	if err := kernel.Check(types); err != nil {
-		return fmt.Errorf("its types do not continue the kernel's types: %w", err)
+		return fmt.Errorf("the module's types do not continue the kernel's types: %w", err)
 	}
 	return nil
 }

@@ -60,7 +60,7 @@ func TestRealTypes(t *testing.T) {
 		t.Errorf("Check = %v; want it to pass", err)
 	}
 	if _, err := modcheck.Check(map[string]string{"nvidia": foreign}, k); !fault.Is(err, fault.CheckFailed) ||
-		!strings.Contains(err.Error(), "its types do not continue the kernel's types") {
+		!strings.Contains(err.Error(), "the module's types do not continue the kernel's types") {
 		t.Errorf("Check with a sibling's types = %v; want check-failed for that reason", err)
 	}
 

@@ -24,8 +24,8 @@ func TestTypes(t *testing.T) {
 		{"none", "", nil, ""},
 		{"own kernel's", string(btfsample.Kernel(own...)), with(own), ""},
 		{"another kernel's", string(btfsample.Kernel(own...)), with(other),
-			"nvidia: its types do not continue the kernel's types: type 5: check name at offset"},
-		{"missing", string(btfsample.Kernel(own...)), nil, "nvidia: read its types: it has no section .BTF"},
+			"nvidia: the module's types do not continue the kernel's types: type 5: check name at offset"},
+		{"missing", string(btfsample.Kernel(own...)), nil, "nvidia: read the module's types: the file has no section .BTF"},
 		{"unasked", "", with(own), "nvidia: the module has BTF, but the kernel's BTF is missing"},
 		{"damaged", string(btfsample.Kernel(own...)), []string{".BTF", "types"}, "no BTF of version 1"},
 	} {

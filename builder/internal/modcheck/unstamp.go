@@ -13,23 +13,24 @@ import (
 )
 
 // Unstamped returns the bytes that a module had before [Stamp]: the output of compiler, linker and strip. Google signs
-// modules without a stamp. So Google's signature fits these bytes if Google's compile made the same bytes.
+// modules without a stamp. So if Google's compile made the same bytes, Google's signature fits them.
 func Unstamped(path string) ([]byte, error) {
 	data, err := readModule(path)
 	if err == nil {
-		data, err = unstamped(data)
+		data, err = removeStamp(data)
 	}
 	if err != nil {
-		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("remove stamp of %s: %w", path, err), "compile the module again")
+		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("remove the stamp from %s: %w", path, err),
+			"compile the module again")
 	}
 	return data, nil
 }
 
-// unstamped undoes what stamped did. stamped changes two fields of the ELF header and otherwise only appends. One of
-// the two fields is the offset of the section table. Linkers and strip put that table at the end of the file, so the
-// old offset of the table is known. To prove that the module had this form, unstamped stamps its result again and
+// removeStamp undoes what addStamp did. addStamp changes two fields of the ELF header and otherwise only appends. One
+// of the two fields is the offset of the section table. Linkers and strip put that table at the end of the file, so the
+// old offset of the table is known. To prove that its result is right, removeStamp adds the stamp to it again and
 // compares the new module with the given one.
-func unstamped(data []byte) ([]byte, error) {
+func removeStamp(data []byte) ([]byte, error) {
 	file, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {
 		return nil, err
@@ -53,7 +54,7 @@ func unstamped(data []byte) ([]byte, error) {
 		plain := bytes.Clone(data[:size])
 		le.PutUint64(plain[atShoff:], size-uint64(n*sectionHeader))
 		le.PutUint16(plain[atShnum:], uint16(n))
-		if again, err := stamped(plain, f); err == nil && bytes.Equal(again, data) {
+		if again, err := addStamp(plain, f); err == nil && bytes.Equal(again, data) {
 			return plain, nil
 		}
 	}

@@ -56,7 +56,7 @@ func TestUnstamped(t *testing.T) {
 
 func stampedModule(t testing.TB) []byte {
 	t.Helper()
-	data, err := stamped(module(magic), ours)
+	data, err := addStamp(module(magic), ours)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,12 +67,12 @@ func FuzzUnstamped(f *testing.F) {
 	f.Add(stampedModule(f))
 	f.Add(module(magic))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		plain, err := unstamped(data)
+		plain, err := removeStamp(data)
 		if err != nil {
 			return
 		}
 		if len(plain) >= len(data) {
-			t.Errorf("unstamped() took nothing off %d bytes", len(data))
+			t.Errorf("removeStamp() took nothing off %d bytes", len(data))
 		}
 	})
 }

@@ -27,7 +27,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Material is one input of a build, in the form in which the provenance names it.
+// Material is one input of a build, as the provenance has it.
 type Material = input.Material
 
 // Release is one NVIDIA release in the cache. Nobody may write below Dir.
@@ -47,8 +47,8 @@ type Release struct {
 	Manifest *runfile.Manifest
 }
 
-// These constants name kinds of cached trees and facts. Change the number in a name whenever this package makes another
-// tree or another fact from the same runfile.
+// These constants are the names of kinds of cached trees and facts. Change the number in a name whenever this package
+// makes another tree or another fact from the same runfile.
 const (
 	driverKind = "driver-v1"
 	sourceKind = "driver-source-v1"
@@ -57,7 +57,7 @@ const (
 // limits are several times the size of a release of 2026 (1.5 GB, 2,500 files).
 var limits = archive.Options{Entries: 100_000, Bytes: 8 << 30}
 
-// folders maps each flavour to the folder of its module sources in a release.
+// folders has the folder of the module sources in a release, by flavour.
 var folders = map[target.Flavour]string{target.Proprietary: "kernel", target.Open: "kernel-open"}
 
 // lister is a bucket that can list its objects. A plain https bucket cannot.
@@ -65,7 +65,7 @@ type lister interface {
 	List(ctx context.Context, prefix string) ([]string, error)
 }
 
-// Fetch fetches a release into the cache. say receives progress, one line at a time. say may be nil.
+// Fetch fetches a release into the cache. say is called with each line of progress. It may be nil.
 func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, version string, arch target.Arch,
 	say func(string)) (*Release, error) {
 	return fetch(ctx, b, cache, version, arch, say)
@@ -94,11 +94,11 @@ type fetcher struct {
 func (f *fetcher) run(ctx context.Context) (*Release, error) {
 	name, sum, err := f.find(ctx)
 	if err != nil {
-		return nil, f.missing(ctx, err)
+		return nil, f.withHint(ctx, err)
 	}
 	m, file, err := f.Blob(ctx, name, sum)
 	if err != nil {
-		return nil, f.missing(ctx, err)
+		return nil, f.withHint(ctx, err)
 	}
 	dir, cached, err := f.Cache.Tree(ctx, driverKind, m.Digest, func(ctx context.Context, dir string) error {
 		if err := f.Recheck(ctx, name, sum, m); err != nil {
@@ -122,7 +122,7 @@ func (f *fetcher) run(ctx context.Context) (*Release, error) {
 		}
 	}
 	if len(r.Flavours) == 0 {
-		return nil, fault.New(fault.Unsupported, fmt.Sprintf("%s holds no kernel module sources", m.Name),
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("%s has no kernel module sources", m.Name),
 			"check that the object is NVIDIA's full driver runfile")
 	}
 	if r.SourceDigest, err = f.sourceDigest(ctx, dir, m.Digest); err != nil {
@@ -141,15 +141,15 @@ func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err err
 			return place.Runfile, sum, err
 		}
 		if none == nil {
-			none = err // no location has the release: the error names the first location, which is COS's own
+			none = err // if no location has the release, the error is about the first location, which is COS's own
 		}
 	}
 	return "", input.Sum{}, none
 }
 
-// missing adds a hint to the error for a missing object. The hint lists versions that the bucket has. If the bucket
+// withHint adds a hint to the error for a missing object. The hint lists versions that the bucket has. If the bucket
 // cannot be listed, or has no versions, the hint says where to copy the runfile.
-func (f *fetcher) missing(ctx context.Context, err error) error {
+func (f *fetcher) withHint(ctx context.Context, err error) error {
 	if !fault.Is(err, fault.InputMissing) {
 		return err
 	}
@@ -164,15 +164,15 @@ func (f *fetcher) missing(ctx context.Context, err error) error {
 				names = append(names, found...)
 			}
 		}
-		if near := f.nearest(names); len(near) > 0 {
+		if near := f.nearestVersions(names); len(near) > 0 {
 			hint = "choose a version that the bucket has, such as " + strings.Join(near, ", ")
 		}
 	}
 	return fault.Wrap(fault.InputMissing, fmt.Errorf("the driver bucket has no such release: %w", err), hint)
 }
 
-// nearest returns up to six versions of a listing. Versions of the same branch come first.
-func (f *fetcher) nearest(names []string) []string {
+// nearestVersions returns up to six versions of a listing. Versions of the same branch come first.
+func (f *fetcher) nearestVersions(names []string) []string {
 	var same, other []string
 	for _, n := range names {
 		v, arch, ok := cosbucket.ParseRunfile(n)
@@ -214,8 +214,9 @@ func extract(ctx context.Context, file, dir string) error {
 	return err
 }
 
-// manifest reads .manifest. If the manifest is missing or cannot be parsed, manifest returns nil and no error, because
-// the names and SONAMEs of the files show what the files are. A manifest of another driver version is an error.
+// manifest reads .manifest. If the file is missing or cannot be parsed, manifest returns nil and no error, because the
+// names and SONAMEs of the release's files show what these files are. If the manifest is of another driver version,
+// that is an error.
 func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 	in, err := os.OpenInRoot(dir, ".manifest")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -235,8 +236,8 @@ func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 		return nil, nil
 	}
 	if target.ModuleVersion(m.Version) != target.ModuleVersion(f.version) {
-		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile holds version %.60q", m.Version),
-			"put the right file, the runfile of driver "+f.version+", at "+
+		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile has version %.60q", m.Version),
+			"put the runfile of driver "+f.version+" at "+
 				f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
 	}
 	if len(m.Unknown) > 0 {

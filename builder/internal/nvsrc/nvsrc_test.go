@@ -155,9 +155,9 @@ func runfile(t testing.TB, files map[string]string, xzed bool) []byte {
 	return b.Bytes()
 }
 
-// lay writes a runfile and its SHA-256 file into dir, a folder that serves as a bucket. If sum is not "", it is the
-// content of the SHA-256 file, in place of the real SHA-256.
-func lay(t testing.TB, dir, version string, file []byte, sum string) {
+// writeRunfile writes a runfile and its SHA-256 file into dir, a folder that serves as a bucket. If sum is "", the
+// SHA-256 file has the real SHA-256. Otherwise sum is the content of the SHA-256 file.
+func writeRunfile(t testing.TB, dir, version string, file []byte, sum string) {
 	t.Helper()
 	name := "NVIDIA-Linux-x86_64-" + version + ".run"
 	if sum == "" {
@@ -232,7 +232,7 @@ func TestFetchAndStage(t *testing.T) {
 	}
 	for _, xzed := range []bool{false, true} {
 		dir := t.TempDir()
-		lay(t, dir, version, runfile(t, driverFiles(t), xzed), "")
+		writeRunfile(t, dir, version, runfile(t, driverFiles(t), xzed), "")
 		r, said, err := fetch(t, dir, version)
 		if err != nil {
 			t.Fatal(err)
@@ -271,7 +271,7 @@ func TestFetchAndStage(t *testing.T) {
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	lay(t, dir, version+"-grid", runfile(t, driverFiles(t), false), "")
+	writeRunfile(t, dir, version+"-grid", runfile(t, driverFiles(t), false), "")
 	r, _, err := fetch(t, dir, version+"-grid")
 	if err != nil {
 		t.Fatal(err)
@@ -299,11 +299,11 @@ func TestStageWithoutManifest(t *testing.T) {
 		if files[".manifest"] = text; text == "" {
 			delete(files, ".manifest")
 		}
-		delete(files, "libGL.so."+version) // a variant without libglvnd, which only the manifest marks as such
+		delete(files, "libGL.so."+version) // only the manifest says that this is the variant for systems without libglvnd
 		files["nvidia-modprobe*"] = files["nvidia-modprobe"]
 		delete(files, "nvidia-modprobe")
 		dir := t.TempDir()
-		lay(t, dir, version, runfile(t, files, false), "")
+		writeRunfile(t, dir, version, runfile(t, files, false), "")
 		r, _, err := fetch(t, dir, version)
 		if err != nil {
 			t.Fatal(err)
@@ -333,7 +333,7 @@ func TestStageWithoutManifest(t *testing.T) {
 }
 
 // TestPlaces checks that Fetch finds a runfile and its SHA-256 at each location that buckets use. The material must
-// name the location.
+// have the URL of this location.
 func TestPlaces(t *testing.T) {
 	t.Parallel()
 	file := runfile(t, driverFiles(t), false)
@@ -379,27 +379,29 @@ func TestFetchRefuses(t *testing.T) {
 		hint string
 	}{
 		{"unknown version", func(t *testing.T, dir string) {
-			lay(t, dir, "535.309.01", good, "")
-			lay(t, dir, "470.1.1", good, "")
+			writeRunfile(t, dir, "535.309.01", good, "")
+			writeRunfile(t, dir, "470.1.1", good, "")
 		}, version, fault.InputMissing, "535.309.01, 470.1.1"},
 		{"unknown version of a bucket with folders", func(t *testing.T, dir string) {
-			lay(t, filepath.Join(dir, "tesla", "535.309.01"), "535.309.01", good, "")
+			writeRunfile(t, filepath.Join(dir, "tesla", "535.309.01"), "535.309.01", good, "")
 		}, version, fault.InputMissing, "such as 535.309.01"},
 		{"empty bucket", func(*testing.T, string) {}, version, fault.InputMissing, "copy the runfile"},
 		{"not a version", func(*testing.T, string) {}, "../x", fault.Usage, "535"},
 		{"no sha256", func(t *testing.T, dir string) {
-			lay(t, dir, version, good, "")
+			writeRunfile(t, dir, version, good, "")
 			if err := os.RemoveAll(filepath.Join(dir, "sha256")); err != nil {
 				t.Fatal(err)
 			}
 		}, version, fault.InputMissing, "sha256"},
-		{"wrong sha256", func(t *testing.T, dir string) { lay(t, dir, version, good, strings.Repeat("0", 64)) }, version,
-			fault.Checksum, "replace"},
-		{"another version inside", func(t *testing.T, dir string) { lay(t, dir, version, runfile(t, other, false), "") },
-			version, fault.Mismatch, "right file"},
-		{"no sources", func(t *testing.T, dir string) { lay(t, dir, version, runfile(t, bare, false), "") }, version,
+		{"wrong sha256", func(t *testing.T, dir string) {
+			writeRunfile(t, dir, version, good, strings.Repeat("0", 64))
+		}, version, fault.Checksum, "replace"},
+		{"another version inside", func(t *testing.T, dir string) {
+			writeRunfile(t, dir, version, runfile(t, other, false), "")
+		}, version, fault.Mismatch, "put the runfile of driver"},
+		{"no sources", func(t *testing.T, dir string) { writeRunfile(t, dir, version, runfile(t, bare, false), "") }, version,
 			fault.Unsupported, "full driver"},
-		{"not a runfile", func(t *testing.T, dir string) { lay(t, dir, version, []byte("<html>"), "") }, version,
+		{"not a runfile", func(t *testing.T, dir string) { writeRunfile(t, dir, version, []byte("<html>"), "") }, version,
 			fault.Unverified, ".run file"},
 	}
 	for _, r := range rows {
@@ -419,7 +421,7 @@ func TestFetchRefuses(t *testing.T) {
 		files := driverFiles(t)
 		maps.DeleteFunc(files, func(name, _ string) bool { return strings.HasPrefix(name, "kernel-open/") })
 		dir := t.TempDir()
-		lay(t, dir, version, runfile(t, files, false), "")
+		writeRunfile(t, dir, version, runfile(t, files, false), "")
 		r, _, err := fetch(t, dir, version)
 		if err != nil {
 			t.Fatal(err)
@@ -432,7 +434,7 @@ func TestFetchRefuses(t *testing.T) {
 	t.Run("manifest names a file that is missing", func(t *testing.T) {
 		t.Parallel()
 		dir := t.TempDir()
-		lay(t, dir, version, runfile(t, hole, false), "")
+		writeRunfile(t, dir, version, runfile(t, hole, false), "")
 		r, _, err := fetch(t, dir, version)
 		if err != nil {
 			t.Fatal(err)
@@ -447,7 +449,7 @@ func TestFetchRefuses(t *testing.T) {
 		files := driverFiles(t)
 		files["libcuda.so."+version] = library(t, "../../etc/cron.d/x")
 		dir := t.TempDir()
-		lay(t, dir, version, runfile(t, files, false), "")
+		writeRunfile(t, dir, version, runfile(t, files, false), "")
 		r, _, err := fetch(t, dir, version)
 		if err != nil {
 			t.Fatal(err)
@@ -465,7 +467,7 @@ func TestStageIsTheSameForTheSameContent(t *testing.T) {
 	var digests, sources []string
 	for _, xzed := range []bool{false, true} {
 		dir := t.TempDir()
-		lay(t, dir, version, runfile(t, driverFiles(t), xzed), "")
+		writeRunfile(t, dir, version, runfile(t, driverFiles(t), xzed), "")
 		r, _, err := fetch(t, dir, version)
 		if err != nil {
 			t.Fatal(err)

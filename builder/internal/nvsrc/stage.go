@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// StageRecipe is the version of the Stage functions' result. StageRecipe changes whenever the same release would give
-// another layout.
+// StageRecipe is the version number of the Stage functions. It changes whenever the same release would give another
+// layout.
 const StageRecipe = "stage-2"
 
 // These constants are folders of an installation, relative to its root.
@@ -32,9 +32,9 @@ const (
 	firmwareDir = "firmware/nvidia"
 )
 
-// destinations maps file types, in the words of the manifest, to folders of an installation. It has the types that a
-// compute node needs. Files of all other types are left out: X11, VDPAU, documentation, unit files and sources.
-// GLX_CLIENT_LIB is included, because Vulkan's driver file names libGLX_nvidia.
+// destinations has the folder in an installation for each type of file that a compute node needs. The types are those
+// in the manifest. Files of all other types are left out: X11, VDPAU, documentation, unit files and sources.
+// GLX_CLIENT_LIB is included, because Vulkan's driver file refers to libGLX_nvidia.
 var destinations = map[string]string{
 	"CUDA_LIB": libDir, "OPENCL_LIB": libDir, "OPENCL_WRAPPER_LIB": libDir, "NVCUVID_LIB": libDir, "ENCODEAPI_LIB": libDir,
 	"UTILITY_LIB": libDir, "OPENGL_LIB": libDir, "GLVND_LIB": libDir, "TLS_LIB": libDir, "GLX_CLIENT_LIB": libDir,
@@ -48,8 +48,8 @@ var destinations = map[string]string{
 	"VULKAN_ICD_JSON": vulkanDir, "GLVND_EGL_ICD_JSON": eglDir, "CUDA_ICD": openCLDir,
 }
 
-// vulkanFolder returns the folder for the file base, one of Vulkan's files. subdir is the folder that the manifest
-// names for the file. Older manifests name none: then subdir is "", and the file's name decides.
+// vulkanFolder returns the folder for the file base, one of Vulkan's files. subdir is the file's folder in the
+// manifest. Older manifests have no such folder. Then subdir is "", and the file's name decides.
 func vulkanFolder(base, subdir string) string {
 	switch {
 	case subdir != "":
@@ -60,9 +60,9 @@ func vulkanFolder(base, subdir string) string {
 	return path.Join(vulkanDir, icdDir)
 }
 
-// desktop lists prefixes of the names of libraries that only a desktop session uses. The types in the manifest do not
-// distinguish these libraries from those that a compute node needs.
-var desktop = []string{
+// desktopPrefixes are prefixes of the names of libraries that only a desktop session uses. The types in the manifest do
+// not distinguish these libraries from those that a compute node needs.
+var desktopPrefixes = []string{
 	"libnvidia-gtk", "libnvidia-wayland-client", "libnvidia-egl-wayland", "libnvidia-egl-xcb", "libnvidia-egl-xlib",
 	"libnvidia-fbc", "libvdpau", "libglxserver", "libnvidia-glxserver", "libnvidia-wfb", "libnvidia-vulkan-producer",
 }
@@ -121,7 +121,7 @@ func (r *Release) StageFirmware(dst string) error {
 // userspace decides the layout from the manifest, or from file names if there is no manifest.
 func (r *Release) userspace() (map[string]item, error) {
 	if r.Manifest == nil {
-		return r.byName()
+		return r.userspaceByName()
 	}
 	layout := map[string]item{}
 	for _, e := range r.Manifest.Entries {
@@ -148,9 +148,9 @@ func (r *Release) userspace() (map[string]item, error) {
 	return layout, nil
 }
 
-// byName decides the layout of a release whose manifest is missing or cannot be parsed. byName takes the libraries at
-// the top of the tree, known tools and known driver files.
-func (r *Release) byName() (map[string]item, error) {
+// userspaceByName decides the layout of a release whose manifest is missing or cannot be parsed. It takes the libraries
+// at the top of the tree, known tools and known driver files.
+func (r *Release) userspaceByName() (map[string]item, error) {
 	entries, err := os.ReadDir(r.Dir)
 	if err != nil {
 		return nil, err
@@ -190,12 +190,13 @@ func wanted(to, base string) bool {
 	case binDir:
 		return slices.Contains(tools, base)
 	case libDir:
-		return !slices.ContainsFunc(desktop, func(prefix string) bool { return strings.HasPrefix(base, prefix) })
+		return !slices.ContainsFunc(desktopPrefixes, func(prefix string) bool { return strings.HasPrefix(base, prefix) })
 	}
 	return true
 }
 
-// dropDangling removes links whose target is not in the layout. Such a target is a file that userspace has left out.
+// dropDangling removes links whose target is not in the layout. Such a target is a file that the function userspace has
+// left out.
 func dropDangling(layout map[string]item) {
 	for again := true; again; {
 		again = false
@@ -234,7 +235,7 @@ func (r *Release) write(dst string, layout map[string]item) error {
 		}
 		if errors.Is(err, fs.ErrNotExist) {
 			return fault.Wrap(fault.Unverified,
-				fmt.Errorf("the manifest names %s, which the release does not have: %w", it.src, err),
+				fmt.Errorf("the manifest lists %s, which the release does not have: %w", it.src, err),
 				"check that the object is NVIDIA's .run file, whole and unchanged")
 		}
 		if err != nil {
@@ -315,7 +316,7 @@ func readSONAME(file string) (string, error) {
 	}
 	if names[0] != path.Base(names[0]) || names[0] == "." || names[0] == ".." || len(names[0]) > 255 {
 		return "", fault.New(fault.Unverified,
-			fmt.Sprintf("%s has the SONAME %.80q, which is no file name", filepath.Base(file), names[0]),
+			fmt.Sprintf("%s has the SONAME %.80q, which is not a file name", filepath.Base(file), names[0]),
 			"check that the object is NVIDIA's .run file, whole and unchanged")
 	}
 	return names[0], nil

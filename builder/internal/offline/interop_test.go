@@ -73,7 +73,7 @@ func TestStockTools(t *testing.T) {
 	}
 
 	must("skopeo", "--insecure-policy", "copy", "oci-archive:"+file+":"+tag, "dir:skopeo")
-	sameFolder(t, filepath.Join(dir, "skopeo"), s)
+	checkFolder(t, filepath.Join(dir, "skopeo"), s)
 	must("skopeo", "--insecure-policy", "copy", "oci-archive:"+file+":"+image, "dir:program")
 	if got := digest(t, filepath.Join(dir, "program", "manifest.json")); got != program.String() {
 		t.Errorf("skopeo copied the program's image as %s; want %s", got, program)
@@ -84,14 +84,14 @@ func TestStockTools(t *testing.T) {
 		t.Errorf("oras discover = %s; want both statements", out)
 	}
 	must("oras", "cp", "--recursive", "--from-oci-layout", file+":"+tag, "--to-oci-layout", "oras:"+tag)
-	sameLayout(t, "oci:"+filepath.Join(dir, "oras"), tag, f.key, s)
+	checkLayout(t, "oci:"+filepath.Join(dir, "oras"), tag, f.key, s)
 	must("oras", "pull", "--oci-layout", file+":"+offline.TagSnapshot, "-o", "snapshot")
 	if got := string(read(t, filepath.Join(dir, "snapshot", "root.json"))); got != "root" {
 		t.Errorf("oras pull wrote %q; want the snapshot's file", got)
 	}
 
 	must("regctl", "image", "copy", "--referrers", "ocidir://"+untar(t, file)+":"+tag, "ocidir://regctl:"+tag)
-	sameLayout(t, "oci:"+filepath.Join(dir, "regctl"), tag, f.key, s)
+	checkLayout(t, "oci:"+filepath.Join(dir, "regctl"), tag, f.key, s)
 
 	// The other direction: this package must read a tar that skopeo has written.
 	must("skopeo", "--insecure-policy", "copy", "oci:"+filepath.Join(dir, "oras")+":"+tag, "oci-archive:theirs.tar:"+tag)
@@ -107,8 +107,8 @@ func digest(t *testing.T, file string) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// sameFolder compares the folder that skopeo wrote with the sample.
-func sameFolder(t *testing.T, dir string, s testkit.Sample) {
+// checkFolder compares the folder that skopeo wrote with the sample.
+func checkFolder(t *testing.T, dir string, s testkit.Sample) {
 	t.Helper()
 	if got := digest(t, filepath.Join(dir, "manifest.json")); got != s.Digest {
 		t.Errorf("skopeo copied manifest %s; want %s", got, s.Digest)
@@ -121,8 +121,8 @@ func sameFolder(t *testing.T, dir string, s testkit.Sample) {
 	}
 }
 
-// sameLayout compares a layout with the sample and verifies its statements.
-func sameLayout(t *testing.T, ref, tag string, key *testkit.Key, s testkit.Sample) {
+// checkLayout compares a layout with the sample and verifies the statements in the layout.
+func checkLayout(t *testing.T, ref, tag string, key *testkit.Key, s testkit.Sample) {
 	t.Helper()
 	repo := open(t, ref)
 	if d, err := repo.Resolve(t.Context(), tag); err != nil || d.Digest.String() != s.Digest {

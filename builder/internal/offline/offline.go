@@ -41,15 +41,16 @@ const (
 type Config struct {
 	// From is the repository with the artifacts.
 	From *registry.Repository
-	// Kernels, Drivers (versions) and Flavours choose cells. An empty list chooses all. If both Kernels and Drivers are
-	// given, each kernel must have each driver in at least one of the flavours.
+	// Kernels, Drivers (versions) and Flavours choose cells. If a list is empty, it excludes nothing. If both Kernels and
+	// Drivers are given, each kernel must have each driver in at least one of the flavours.
 	Kernels  []target.Kernel
 	Drivers  []string
 	Flavours []target.Flavour
-	// Verifier must accept each artifact for each of its kernels. nil packs artifacts without verification.
+	// Verifier must accept each artifact for each of its kernels. If Verifier is nil, artifacts are packed without
+	// verification.
 	Verifier *trust.Verifier
-	// Keys are the paths of files with public keys. Snapshot is a folder with the signed files of a snapshot; with ""
-	// no snapshot is packed.
+	// Keys are the paths of files with public keys. Snapshot is a folder with the signed files of a snapshot. If Snapshot
+	// is "", no snapshot is packed.
 	Keys     []string
 	Snapshot string
 	// Images are container images of programs. Each image is packed for all its platforms.
@@ -57,7 +58,7 @@ type Config struct {
 	// Since is an earlier bundle. Write leaves out the blobs that Since has, so the new file is a delta. If Since is
 	// nil, the new bundle is complete.
 	Since *registry.Repository
-	// Now is the time at which Verifier judges signatures and certificates.
+	// Now is the time for which Verifier checks signatures and certificates.
 	Now time.Time
 }
 
@@ -74,7 +75,7 @@ type Report struct {
 	// bundle that a reader of the delta needs. Base is "" for a complete bundle.
 	Index string `json:"index"`
 	Base  string `json:"base,omitempty"`
-	// Artifacts lists the packed drivers.
+	// Artifacts are the packed drivers.
 	Artifacts []Artifact `json:"artifacts"`
 	Images    []string   `json:"images,omitempty"`
 	// Snapshot is the number of files in the snapshot. Keys is the number of public keys.
@@ -129,22 +130,22 @@ func write(ctx context.Context, w io.Writer, c Config) (*Report, error) {
 		return nil, err
 	}
 	for _, cell := range cells {
-		if err := p.driver(ctx, c, cell); err != nil {
+		if err := p.addDriver(ctx, c, cell); err != nil {
 			return nil, err
 		}
 	}
 	for _, img := range c.Images {
-		if err := p.program(ctx, img); err != nil {
+		if err := p.addImage(ctx, img); err != nil {
 			return nil, err
 		}
 	}
 	if c.Snapshot != "" {
-		if p.report.Snapshot, err = p.folder(c.Snapshot); err != nil {
+		if p.report.Snapshot, err = p.addFolder(c.Snapshot); err != nil {
 			return nil, err
 		}
 	}
 	if len(c.Keys) > 0 {
-		if p.report.Keys, err = p.keys(c.Keys); err != nil {
+		if p.report.Keys, err = p.addKeys(c.Keys); err != nil {
 			return nil, err
 		}
 	}
@@ -158,7 +159,7 @@ type cell struct {
 	tags    []string
 }
 
-// choose finds the artifacts by their tags, which name kernel and driver.
+// choose finds the artifacts by their tags, which contain kernel and driver.
 func choose(ctx context.Context, c Config) ([]cell, error) {
 	tags, err := c.From.Tags(ctx)
 	if err != nil {
@@ -169,8 +170,8 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 	covered := map[string]bool{}
 	for _, tag := range slices.Compact(tags) {
 		k, d, ok := parseTag(tag)
-		if !ok || !wanted(c.Kernels, k, target.Kernel.String) || !wanted(c.Drivers, d.Version, strings.Clone) ||
-			!wanted(c.Flavours, d.Flavour, func(f target.Flavour) string { return string(f) }) {
+		if !ok || !isSelected(c.Kernels, k, target.Kernel.String) || !isSelected(c.Drivers, d.Version, strings.Clone) ||
+			!isSelected(c.Flavours, d.Flavour, func(f target.Flavour) string { return string(f) }) {
 			continue
 		}
 		desc, err := c.From.Resolve(ctx, tag)
@@ -187,7 +188,7 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 		covered[k.String()] = true
 		covered[d.Version] = true
 	}
-	if lacks := lacking(c, covered); len(lacks) > 0 || len(found) == 0 {
+	if lacks := missingCells(c, covered); len(lacks) > 0 || len(found) == 0 {
 		return nil, fault.New(
 			fault.NoArtifact,
 			c.From.Name()+" has no artifact for "+
@@ -203,8 +204,8 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 	return cells, nil
 }
 
-// lacking lists the requested cells, kernels and driver versions for which the repository has no artifact.
-func lacking(c Config, covered map[string]bool) (lacks []string) {
+// missingCells returns the requested cells, kernels and driver versions for which the repository has no artifact.
+func missingCells(c Config, covered map[string]bool) (lacks []string) {
 	for _, k := range c.Kernels {
 		for _, version := range c.Drivers {
 			if !covered[k.String()+" "+version] {
@@ -223,9 +224,9 @@ func lacking(c Config, covered map[string]bool) (lacks []string) {
 	return lacks
 }
 
-// wanted reports whether list contains the value one. An empty list contains every value.
-func wanted[T any](list []T, one T, name func(T) string) bool {
-	return len(list) == 0 || slices.ContainsFunc(list, func(x T) bool { return name(x) == name(one) })
+// isSelected reports whether a list of Config selects a value. An empty list selects every value.
+func isSelected[T any](list []T, value T, name func(T) string) bool {
+	return len(list) == 0 || slices.ContainsFunc(list, func(x T) bool { return name(x) == name(value) })
 }
 
 // kernelTag matches the tags that [bundle.KernelTag] returns.
@@ -244,8 +245,8 @@ func parseTag(tag string) (target.Kernel, target.Driver, bool) {
 	return k, d, err == nil && bundle.KernelTag(k, d) == tag
 }
 
-// driver packs one artifact, its tags and its referrers. Referrers with debug symbols are left out.
-func (p *packer) driver(ctx context.Context, c Config, one cell) error {
+// addDriver packs one artifact, its tags and its referrers. Referrers with debug symbols are left out.
+func (p *packer) addDriver(ctx context.Context, c Config, one cell) error {
 	content, err := publish.Content(ctx, c.From, one.digest)
 	if err != nil {
 		return err
@@ -273,7 +274,7 @@ func (p *packer) driver(ctx context.Context, c Config, one cell) error {
 		tags = append(tags, own)
 	}
 	for _, tag := range tags {
-		p.entry(desc, tag)
+		p.addEntry(desc, tag)
 	}
 	attached, err := c.From.Referrers(ctx, one.digest, "")
 	if err != nil {
@@ -296,7 +297,7 @@ func (p *packer) driver(ctx context.Context, c Config, one cell) error {
 	}
 	a.Attached = len(list)
 	p.report.Artifacts = append(p.report.Artifacts, a)
-	return p.referrers(desc, list)
+	return p.addReferrers(desc, list)
 }
 
 // verify returns an error if a node with this kernel would refuse the artifact.
@@ -312,9 +313,9 @@ func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k 
 	return err
 }
 
-// referrers adds a list of the referrers of subject. The list has the tag that OCI's referrers tag schema gives it.
-// Some programs find referrers in a layout by this tag. Other programs find them by the entries of the index.
-func (p *packer) referrers(subject v1.Descriptor, list []v1.Descriptor) error {
+// addReferrers adds a list of the referrers of subject. The list gets its tag by OCI's referrers tag schema. Some
+// programs find referrers in a layout by this tag. Other programs find referrers by the entries of the index.
+func (p *packer) addReferrers(subject v1.Descriptor, list []v1.Descriptor) error {
 	if len(list) == 0 {
 		return nil
 	}
@@ -322,18 +323,18 @@ func (p *packer) referrers(subject v1.Descriptor, list []v1.Descriptor) error {
 	if err != nil {
 		return err
 	}
-	d, err := p.bytes(raw)
+	d, err := p.addBytes(raw)
 	if err != nil {
 		return err
 	}
 	d.MediaType = registry.ReferrersListType
-	p.entry(d, registry.ReferrersTag(subject.Digest.String()))
+	p.addEntry(d, registry.ReferrersTag(subject.Digest.String()))
 	return nil
 }
 
-// program packs a program's image. If the image is an index for several platforms, program packs the index and the
+// addImage packs a program's image. If the image is an index for several platforms, addImage packs the index and the
 // images of all platforms.
-func (p *packer) program(ctx context.Context, img Image) error {
+func (p *packer) addImage(ctx context.Context, img Image) error {
 	d, err := img.Repo.Resolve(ctx, img.Ref)
 	if err != nil {
 		return err
@@ -341,7 +342,7 @@ func (p *packer) program(ctx context.Context, img Image) error {
 	if d, err = p.tree(ctx, img.Repo, d.Digest.String(), 2); err != nil {
 		return err
 	}
-	p.entry(d, img.Name)
+	p.addEntry(d, img.Name)
 	p.report.Images = append(p.report.Images, img.Name)
 	return nil
 }
@@ -370,13 +371,13 @@ func (p *packer) tree(ctx context.Context, repo *registry.Repository, digest str
 			return v1.Descriptor{}, err
 		}
 	}
-	d, err := p.bytes(raw)
+	d, err := p.addBytes(raw)
 	d.MediaType = idx.MediaType
 	return d, err
 }
 
-// keys packs several files with public keys as one file.
-func (p *packer) keys(files []string) (int, error) {
+// addKeys packs several files with public keys as one file.
+func (p *packer) addKeys(files []string) (int, error) {
 	var all bytes.Buffer
 	n := 0
 	for _, file := range files {
@@ -391,11 +392,11 @@ func (p *packer) keys(files []string) (int, error) {
 		n += len(keys)
 		all.Write(append(bytes.TrimSpace(text), '\n'))
 	}
-	d, err := p.bytes(all.Bytes())
+	d, err := p.addBytes(all.Bytes())
 	if err != nil {
 		return 0, err
 	}
-	return n, p.files(
+	return n, p.addFiles(
 		TypeKeys,
 		TagKeys,
 		[]v1.Descriptor{registry.FileDescriptor("keys.pem", "application/x-pem-file", d.Digest, d.Size)},

@@ -53,8 +53,8 @@ func (p *packer) add(d v1.Descriptor, open func(context.Context) (io.ReadCloser,
 	return nil
 }
 
-// bytes adds a small blob from memory.
-func (p *packer) bytes(raw []byte) (v1.Descriptor, error) {
+// addBytes adds a small blob from memory.
+func (p *packer) addBytes(raw []byte) (v1.Descriptor, error) {
 	digest, size, err := v1.SHA256(bytes.NewReader(raw))
 	if err != nil {
 		return v1.Descriptor{}, err
@@ -96,39 +96,39 @@ func (p *packer) manifestIf(
 			return v1.Descriptor{}, nil, fmt.Errorf("manifest %s: %w", digest, err)
 		}
 	}
-	d, err := p.bytes(raw)
+	d, err := p.addBytes(raw)
 	if d.MediaType = m.MediaType; d.MediaType == "" {
 		d.MediaType = types.OCIManifestSchema1
 	}
 	return d, &m, err
 }
 
-// entry adds a manifest to the index and gives it a name, such as a tag.
-func (p *packer) entry(d v1.Descriptor, name string) {
+// addEntry adds a manifest to the index and gives it a name, such as a tag.
+func (p *packer) addEntry(d v1.Descriptor, name string) {
 	d.Annotations = map[string]string{registry.AnnotationRefName: name}
 	p.index = append(p.index, d)
 }
 
-// files adds an artifact whose layers are files.
-func (p *packer) files(artifactType, tag string, files []v1.Descriptor) error {
+// addFiles adds an artifact whose layers are files.
+func (p *packer) addFiles(artifactType, tag string, files []v1.Descriptor) error {
 	manifest, config, err := registry.FilesManifest(artifactType, files)
 	if err != nil {
 		return err
 	}
-	if _, err := p.bytes(config); err != nil {
+	if _, err := p.addBytes(config); err != nil {
 		return err
 	}
-	d, err := p.bytes(manifest)
+	d, err := p.addBytes(manifest)
 	if err != nil {
 		return err
 	}
 	d.MediaType, d.ArtifactType = types.OCIManifestSchema1, artifactType
-	p.entry(d, tag)
+	p.addEntry(d, tag)
 	return nil
 }
 
-// folder adds all files of a folder as the snapshot.
-func (p *packer) folder(dir string) (int, error) {
+// addFolder adds all files of a folder as the snapshot.
+func (p *packer) addFolder(dir string) (int, error) {
 	var files []v1.Descriptor
 	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
 		switch {
@@ -150,7 +150,7 @@ func (p *packer) folder(dir string) (int, error) {
 		if err != nil {
 			return err
 		}
-		d, err := p.bytes(raw)
+		d, err := p.addBytes(raw)
 		files = append(files, registry.FileDescriptor(filepath.ToSlash(name), "application/octet-stream", d.Digest, d.Size))
 		return err
 	})
@@ -160,7 +160,7 @@ func (p *packer) folder(dir string) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read snapshot %s: %w", dir, err)
 	}
-	return len(files), p.files(TypeSnapshot, TagSnapshot, files)
+	return len(files), p.addFiles(TypeSnapshot, TagSnapshot, files)
 }
 
 func readFile(path string) ([]byte, error) {
@@ -238,7 +238,7 @@ func header(t *tar.Writer, name string, size int64) error {
 	)
 }
 
-// copy writes a blob and compares its content with its digest.
+// copy writes the content of a blob and compares it with the blob's digest.
 func (b blob) copy(ctx context.Context, w io.Writer) error {
 	rc, err := b.open(ctx)
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// Listing lists the content of a bundle.
+// Listing is the content of a bundle.
 type Listing struct {
 	// Index is the digest of index.json in this bundle. Base is the digest of index.json in the earlier bundle that a
 	// delta needs. Base is "" for a complete bundle.
@@ -37,10 +37,11 @@ type Entry struct {
 	Size   int64    `json:"size"` // total size of the layers in bytes, for all platforms
 }
 
-// maxDepth limits how deeply indexes may be nested.
+// maxDepth is the largest depth of nested indexes.
 const maxDepth = 3
 
-// Show lists a bundle. Show compares each blob that the index refers to, directly or not, with its digest.
+// Show returns the content of a bundle. It compares each blob that the index refers to, directly or not, with the
+// blob's digest.
 func Show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 	l, err := show(ctx, repo)
 	if err != nil {
@@ -94,8 +95,8 @@ type walker struct {
 	known map[string]Entry // by the manifest's digest
 }
 
-// manifest reads a manifest or an index, and everything that it refers to. manifest returns the size of the layers and
-// the kind of the entry.
+// manifest reads a manifest or an index, and everything that this refers to. It returns the size of the layers and the
+// kind of the entry.
 func (w *walker) manifest(ctx context.Context, d v1.Descriptor, depth int) (size int64, kind string, err error) {
 	if e, ok := w.known[d.Digest.String()]; ok {
 		return e.Size, e.Kind, nil

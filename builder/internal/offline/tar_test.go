@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// untar unpacks all bundles with GNU tar into the same new folder, in this order, as a user would. It returns the
+// untar unpacks all bundles with GNU tar into the same new folder, in this order, as a user would. untar returns the
 // folder.
 func untar(t *testing.T, files ...string) string {
 	t.Helper()

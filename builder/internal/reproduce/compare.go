@@ -23,7 +23,7 @@ import (
 type Difference struct {
 	// Name is the file's path in the artifact.
 	Name string `json:"name"`
-	// What describes the difference. For an ELF file, such as a module, it names the sections that differ.
+	// What describes the difference. For an ELF file, such as a module, it lists the sections that differ.
 	What string `json:"what"`
 }
 
@@ -50,7 +50,7 @@ func (c Config) compare(ctx context.Context, content bundle.Content, made *pipel
 		}
 		err = unpack(ctx, blob, published.Digest, published.DiffID, published.Size, theirs)
 		if err := errors.Join(err, blob.Close()); err != nil {
-			return fmt.Errorf("published %s layer: %w", layer.Kind, err)
+			return fmt.Errorf("unpack the published %s layer: %w", layer.Kind, err)
 		}
 		file, err := os.Open(layer.Path)
 		if err != nil {
@@ -58,7 +58,7 @@ func (c Config) compare(ctx context.Context, content bundle.Content, made *pipel
 		}
 		err = unpack(ctx, file, layer.Digest, layer.DiffID, layer.Size, ours)
 		if err := errors.Join(err, file.Close()); err != nil {
-			return fmt.Errorf("%s layer: %w", layer.Kind, err)
+			return fmt.Errorf("unpack the new %s layer: %w", layer.Kind, err)
 		}
 	}
 	report.Files, report.Differences, err = compareTrees(theirs, ours, report.ModuleKey != "")
@@ -83,8 +83,8 @@ func unpack(ctx context.Context, r io.Reader, digest, diffID string, size int64,
 	return errors.Join(bundle.Unpack(ctx, r, digest, diffID, size, root), root.Close())
 }
 
-// compareTrees compares two folders by name, kind, exec bit, link target and content. If signed is true, compareTrees
-// ignores signatures at the end of published modules.
+// compareTrees compares two folders by name, kind, exec bit, link target and content. If the argument signed is true,
+// the signatures at the end of published modules are ignored.
 func compareTrees(published, made string, signed bool) (files int, all []Difference, err error) {
 	theirs, err := list(published)
 	if err != nil {
@@ -127,7 +127,7 @@ const (
 	program     = "program"
 )
 
-// list describes every entry below a folder, without the contents.
+// list returns the kind of every entry below a folder, by path.
 func list(dir string) (map[string]string, error) {
 	all := map[string]string{}
 	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
@@ -161,9 +161,9 @@ func list(dir string) (map[string]string, error) {
 	return all, err
 }
 
-// compareFiles returns "" if the contents are equal. Otherwise it returns a text that names the ELF sections that
-// differ, the two sizes, or the first byte that differs. If strip is true, compareFiles ignores the signature at the
-// end of the published module.
+// compareFiles returns "" if the contents are equal. Otherwise it returns a text with the ELF sections that differ,
+// with the two sizes, or with the position of the first byte that differs. If strip is true, compareFiles ignores the
+// signature at the end of the published module.
 func compareFiles(published, made string, strip bool) (string, error) {
 	a, err := os.ReadFile(published)
 	if err != nil {
@@ -196,8 +196,8 @@ func compareFiles(published, made string, strip bool) (string, error) {
 	return fmt.Sprintf("differs from byte %d on", at), nil
 }
 
-// elfDifference names the sections in which two ELF files differ. elfDifference returns "" if they are not ELF files or
-// differ only outside the sections.
+// elfDifference returns a text with the names of the sections in which two ELF files differ. If the files are not ELF
+// files, or differ only outside the sections, it returns "".
 func elfDifference(published, made []byte) string {
 	a, err := elf.NewFile(bytes.NewReader(published))
 	if err != nil {
@@ -229,8 +229,8 @@ func elfDifference(published, made []byte) string {
 	}
 }
 
-// sections maps names of sections to contents. The contents of sections with the same name are joined. A section that
-// cannot be read counts as empty, because the files' bytes are compared anyway.
+// sections returns the contents of the sections by name. The contents of sections with the same name are joined. A
+// section that cannot be read counts as empty, because the files' bytes are compared anyway.
 func sections(f *elf.File) map[string][]byte {
 	all := map[string][]byte{}
 	for _, s := range f.Sections {

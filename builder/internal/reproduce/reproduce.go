@@ -1,7 +1,7 @@
-// Package reproduce builds a published artifact again from the inputs that its provenance names. The package reports
-// file by file whether the result is the same. If the result is the same, a second party may sign a statement that says
-// so. The package refuses an artifact whose provenance does not verify. The package refuses inputs that the provenance
-// does not name. The package refuses to use anything that an earlier build left in a cache.
+// Package reproduce builds a published artifact again from the inputs in its provenance. The package reports file by
+// file whether the result is the same. If the result is the same, a second party may sign a statement that says so. The
+// package refuses an artifact whose provenance does not verify. The package refuses inputs that are not in the
+// provenance. The package refuses to use anything that an earlier build left in a cache.
 package reproduce
 
 import (
@@ -28,7 +28,7 @@ type Config struct {
 	Repo *registry.Repository
 	// Ref is a tag or a digest in Repo.
 	Ref string
-	// Verifier holds the keys whose provenance is trusted.
+	// Verifier has the keys whose provenance is trusted.
 	Verifier *trust.Verifier
 	// Make builds the cell: it calls pipeline.Make with this machine's mirrors and tools. The caller gives
 	// pipeline.Make a cache for products that was empty when the program began.
@@ -36,10 +36,10 @@ type Config struct {
 	// TempDir returns an empty folder and a function that removes it. The folder must have room for two unpacked copies
 	// of the artifact.
 	TempDir func(prefix string) (dir string, cleanup func() error, err error)
-	// Attest signs a statement that this builder made the same artifact, if Report.Identical is true. nil signs
-	// nothing.
+	// Attest is the signer of a statement that this builder made the same artifact. Run signs the statement only if
+	// Report.Identical is true. If Attest is nil, nothing is signed.
 	Attest *sign.Signer
-	// By is a URI that names who builds the artifact again. By goes into the signed statement.
+	// By is a URI that says in the signed statement who built the artifact again.
 	By string
 }
 
@@ -55,11 +55,12 @@ type Report struct {
 	// true if everything is the same except the signatures in the modules.
 	Identical bool `json:"identical"`
 	// ModuleKey is the fingerprint of a certificate. The key of this certificate signed the published modules. Run sets
-	// ModuleKey only if the digests differ. Nobody else can make the same signatures, so the comparison ignores them.
+	// ModuleKey only if the digests differ. Only the owner of the key can make these signatures, so the comparison ignores
+	// them.
 	ModuleKey string `json:"moduleKey,omitempty"`
 	// Made is the digest of the new artifact.
 	Made string `json:"made"`
-	// Files is the number of files that were compared. Differences lists the files that differ, by name. Both cover
+	// Files is the number of files that were compared. Differences are the files that differ, sorted by name. Both cover
 	// only the layers whose digests differ.
 	Files       int          `json:"files"`
 	Differences []Difference `json:"differences,omitempty"`
@@ -67,8 +68,9 @@ type Report struct {
 	Attested string `json:"attested,omitempty"`
 }
 
-// provenance has what Run needs to know from the published artifact's provenance. recipes are the recipes (see
-// [pipeline.Recipes]) and the other facts that the provenance records by name.
+// provenance has the facts from the published artifact's provenance that Run needs. recipes has the recipes, which are
+// the version numbers of the builder's code for each step (see [pipeline.Recipes]), and other facts of the build, all
+// by name.
 type provenance struct {
 	trust.Verdict
 	recipes map[string]string
@@ -94,7 +96,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := sameRecipes(p.recipes); err != nil {
+	if err := checkRecipes(p.recipes); err != nil {
 		return nil, err
 	}
 	dir, cleanup, err := c.TempDir("reproduce-")
@@ -119,7 +121,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("build the artifact again: %w", err)
 	}
-	if err := sameInputs(p.Materials, made); err != nil {
+	if err := checkInputs(p.Materials, made); err != nil {
 		return nil, err
 	}
 	hash, err := made.Image.Digest()
@@ -143,8 +145,8 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	return report, err
 }
 
-// provenance finds the artifact's provenance. It verifies the provenance as a node would that runs the kernel for which
-// the artifact was built.
+// provenance finds the artifact's provenance. It verifies the provenance in the same way as a node that runs the kernel
+// for which the artifact was built.
 func (c Config) provenance(ctx context.Context, digest string, content bundle.Content) (*provenance, error) {
 	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
 	if err != nil {
@@ -159,7 +161,7 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 	for _, raw := range attached {
 		st, err := c.Verifier.Statement(raw)
 		if err != nil || st.PredicateType != trust.PredicateProvenance || !st.About(digest) {
-			continue // Verify below reports what is wrong with the statements
+			continue // the call of Verify below reports what is wrong with the statements
 		}
 		if err := json.Unmarshal(st.Predicate, &said); err == nil {
 			break
@@ -167,8 +169,7 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 	}
 	built := said.BuildDefinition.ExternalParameters
 	if built.Kernel.BuildID == "" {
-		// No trusted provenance names a kernel. Verify needs a kernel before it can report what is wrong with the
-		// statements.
+		// No trusted provenance has a kernel. Verify needs one before it can report what is wrong with the statements.
 		built.Kernel = target.Kernel{BuildID: "0.0.0", Board: "none"}
 	}
 	if attached, err = c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(built.Kernel)...); err != nil {
@@ -184,22 +185,22 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 	return &provenance{*verdict, said.BuildDefinition.InternalParameters}, nil
 }
 
-// sameRecipes returns an error if the published build had other recipes (see [pipeline.Recipes]) than this builder.
-// With other recipes, a difference in bytes proves nothing.
-func sameRecipes(theirs map[string]string) error {
+// checkRecipes returns an error if the published build had other recipes (see [pipeline.Recipes]) than this builder.
+// With other recipes, a difference in the artifacts proves nothing.
+func checkRecipes(theirs map[string]string) error {
 	ours := pipeline.Recipes()
 	for _, name := range slices.Sorted(maps.Keys(ours)) {
 		if theirs[name] != ours[name] {
 			return fault.New(fault.Unsupported,
-				fmt.Sprintf("the artifact was built with recipe %s %q; this builder has %q", name, theirs[name], ours[name]),
-				fmt.Sprintf("run builder reproduce of version %s, the version that built the artifact", theirs["builder"]))
+				fmt.Sprintf("the recipe %s of the artifact has version %q; this builder has %q", name, theirs[name], ours[name]),
+				fmt.Sprintf("use version %s of the program builder, which built the artifact", theirs["builder"]))
 		}
 	}
 	return nil
 }
 
-// sameInputs returns an error if this build was made from other inputs than the provenance names.
-func sameInputs(want []trust.Material, made *pipeline.Made) error {
+// checkInputs returns an error if this build was made from other inputs than those in the provenance.
+func checkInputs(want []trust.Material, made *pipeline.Made) error {
 	have := map[string]bool{}
 	for _, m := range made.Materials {
 		have[m.Digest] = true
@@ -207,8 +208,9 @@ func sameInputs(want []trust.Material, made *pipeline.Made) error {
 	for _, m := range want {
 		if !have[m.Digest] {
 			return fault.New(fault.Mismatch,
-				fmt.Sprintf("input %s was %s in the published build; the mirrors now have another object", m.Name, m.Digest),
-				"give --kernel-mirror and --driver-mirror mirrors that have the published build's input: it came from "+m.URI)
+				fmt.Sprintf("input %s had digest %s in the published build; the mirrors now have another object", m.Name, m.Digest),
+				"give --kernel-mirror and --driver-mirror the URLs of mirrors that have this input; it came "+
+					"from "+m.URI)
 		}
 	}
 	if len(made.Materials) != len(want) {

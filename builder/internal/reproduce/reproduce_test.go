@@ -93,9 +93,9 @@ func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 	}}
 }
 
-// again returns a function for Config.Make that builds nothing. The function checks that the request is for the cell of
-// want, and returns this image with these layers and inputs.
-func again(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context,
+// rebuild returns a function for Config.Make that builds nothing. The function checks that the request is for the cell
+// of the sample want, and returns the given image with the given layers and inputs.
+func rebuild(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context,
 	pipeline.Request) (*pipeline.Made, error) {
 	return func(_ context.Context, req pipeline.Request) (*pipeline.Made, error) {
 		if diff := cmp.Diff(pipeline.Request{BuildID: want.Kernel.BuildID, Board: want.Kernel.Board,
@@ -123,7 +123,7 @@ func TestIdentical(t *testing.T) {
 	t.Parallel()
 	s := sample(t, "")
 	f := newFarm(t, s, facts())
-	f.cfg.Make, f.cfg.Attest = again(s, s.Image, s.Layers, materials), f.second
+	f.cfg.Make, f.cfg.Attest = rebuild(s, s.Image, s.Layers, materials), f.second
 	report, err := reproduce.Run(t.Context(), f.cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -156,8 +156,8 @@ func TestIdentical(t *testing.T) {
 	}
 }
 
-// TestGoogle checks what Run asks Make for. If the provenance records Google's signatures or Google's modules, the
-// request must ask for the same.
+// TestGoogle checks what Run asks Make for. If the provenance says that the artifact has Google's signatures or
+// Google's modules, the request must ask for the same.
 func TestGoogle(t *testing.T) {
 	t.Parallel()
 	for fact, want := range map[string]pipeline.Request{
@@ -171,7 +171,7 @@ func TestGoogle(t *testing.T) {
 		f.cfg.Make = func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error) {
 			asked = pipeline.Request{GoogleSignatures: req.GoogleSignatures, GoogleModules: req.GoogleModules}
 			req.GoogleSignatures, req.GoogleModules = pipeline.GoogleOff, false
-			return again(s, s.Image, s.Layers, materials)(ctx, req)
+			return rebuild(s, s.Image, s.Layers, materials)(ctx, req)
 		}
 		if report, err := reproduce.Run(t.Context(), f.cfg); err != nil || !report.Identical {
 			t.Errorf("%s: Run = %+v, %v; want identical", fact, report, err)
@@ -186,7 +186,7 @@ func TestDifferent(t *testing.T) {
 	t.Parallel()
 	published, made := sample(t, " with one changed object"), sample(t, "")
 	f := newFarm(t, published, facts())
-	f.cfg.Make, f.cfg.Attest = again(made, made.Image, made.Layers, materials), f.second
+	f.cfg.Make, f.cfg.Attest = rebuild(made, made.Image, made.Layers, materials), f.second
 	report, err := reproduce.Run(t.Context(), f.cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -211,7 +211,7 @@ func TestRefuses(t *testing.T) {
 		want    string
 	}{
 		{"another recipe", map[string]string{"compile": "compile-0", "builder": "v3"}, materials, nil, fault.Unsupported,
-			`recipe compile "compile-0"`},
+			`recipe compile of the artifact has version "compile-0"`},
 		{"another input", facts(), []sign.Material{materials[0], {Name: "x", Digest: "sha256:" + strings.Repeat("7", 64)}},
 			nil, fault.Mismatch, "NVIDIA-Linux-x86_64-535.261.03.run"},
 		{"one input more", facts(),
@@ -231,7 +231,7 @@ func TestRefuses(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			f := newFarm(t, s, row.recipes)
-			f.cfg.Make, f.cfg.Attest = again(s, s.Image, s.Layers, row.inputs), f.second
+			f.cfg.Make, f.cfg.Attest = rebuild(s, s.Image, s.Layers, row.inputs), f.second
 			if row.edit != nil {
 				row.edit(&f.cfg)
 			}

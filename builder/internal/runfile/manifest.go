@@ -12,8 +12,8 @@ import (
 	"strings"
 )
 
-// maxManifest and maxField limit the sizes of a manifest and of a path, in bytes. maxEntries limits the number of
-// entries. Real manifests have about 1,000 lines. headerLines is the number of lines before the first entry.
+// maxManifest and maxField are the largest sizes of a manifest and of a path, in bytes. maxEntries is the largest
+// number of entries. Real manifests have about 1,000 lines. headerLines is the number of lines before the first entry.
 const (
 	maxManifest = 4 << 20
 	maxEntries  = 50_000
@@ -47,13 +47,13 @@ type Manifest struct {
 	// Settings are lines 3 to 8. NVIDIA's installer reads these lines, and Prebake does not use them.
 	Settings []string
 	Entries  []Entry
-	// Unknown counts the lines of each type that this package does not know.
+	// Unknown has the number of lines of each type that this package does not know.
 	Unknown map[string]int
 }
 
-// shape says which fields follow name, mode and type in a line of the manifest. The source of the format is the
+// lineFormat says which fields follow name, mode and type in a line of the manifest. The source of the format is the
 // function parse_manifest in install-from-cwd.c of https://github.com/NVIDIA/nvidia-installer.
-type shape struct {
+type lineFormat struct {
 	class  bool // NATIVE or COMPAT32
 	subdir bool
 	place  bool // an optional subdir, which ends in a slash
@@ -62,17 +62,17 @@ type shape struct {
 }
 
 var (
-	lib       = shape{class: true}
-	libSub    = shape{class: true, subdir: true}
-	libGL     = shape{class: true, glvnd: true}
-	link      = shape{class: true, target: true}
-	linkSub   = shape{class: true, subdir: true, target: true}
-	linkGL    = shape{class: true, target: true, glvnd: true}
-	file      = shape{}
-	filePlace = shape{place: true}
-	fileSub   = shape{subdir: true}
-	fileLink  = shape{target: true}
-	shapes    = map[string]shape{
+	lib         = lineFormat{class: true}
+	libSub      = lineFormat{class: true, subdir: true}
+	libGL       = lineFormat{class: true, glvnd: true}
+	link        = lineFormat{class: true, target: true}
+	linkSub     = lineFormat{class: true, subdir: true, target: true}
+	linkGL      = lineFormat{class: true, target: true, glvnd: true}
+	file        = lineFormat{}
+	filePlace   = lineFormat{place: true}
+	fileSub     = lineFormat{subdir: true}
+	fileLink    = lineFormat{target: true}
+	lineFormats = map[string]lineFormat{
 		"OPENGL_LIB": lib, "GLVND_LIB": lib, "NVCUVID_LIB": lib, "ENCODEAPI_LIB": lib, "UTILITY_LIB": lib,
 		"CUDA_LIB": libSub, "OPENCL_LIB": libSub, "OPENCL_WRAPPER_LIB": libSub, "VDPAU_LIB": libSub, "TLS_LIB": libSub,
 		"GLX_CLIENT_LIB": libGL, "EGL_CLIENT_LIB": libGL,
@@ -93,9 +93,8 @@ var (
 // (a word in capitals) after the name show where the name ends.
 var entryLine = regexp.MustCompile(`^\s*(\S.*?)\s+([0-9]+)\s+([A-Z][A-Z0-9_]*)(\s.*)?$`)
 
-// ParseManifest reads a .manifest. ParseManifest counts and skips lines of unknown types, because every new branch adds
-// types. If a line of a known type lacks a field, or has a path that leads out of the archive, the error is
-// [fault.Unverified].
+// ParseManifest reads a .manifest. It counts and skips lines of unknown types, because every new branch adds types. If
+// a line of a known type lacks a field, or has a path that leads out of the archive, the error is [fault.Unverified].
 func ParseManifest(r io.Reader) (*Manifest, error) {
 	lines := bufio.NewScanner(io.LimitReader(r, maxManifest+1))
 	lines.Buffer(make([]byte, 0, 4096), 8*maxField)
@@ -104,7 +103,7 @@ func ParseManifest(r io.Reader) (*Manifest, error) {
 	for n := 1; lines.Scan(); n++ {
 		text := lines.Text()
 		if read += len(text) + 1; read > maxManifest || len(m.Entries) >= maxEntries {
-			return nil, damaged("manifest is longer than %d bytes or %d entries", maxManifest, maxEntries)
+			return nil, damaged("the manifest is longer than %d bytes or %d entries", maxManifest, maxEntries)
 		}
 		switch {
 		case n == 1:
@@ -121,12 +120,12 @@ func ParseManifest(r io.Reader) (*Manifest, error) {
 	}
 	if err := lines.Err(); err != nil {
 		if errors.Is(err, bufio.ErrTooLong) {
-			return nil, damaged("manifest has a line over %d bytes", 8*maxField)
+			return nil, damaged("the manifest has a line of more than %d bytes", 8*maxField)
 		}
 		return nil, fmt.Errorf("read manifest: %w", err)
 	}
 	if len(m.Settings) != headerLines-2 {
-		return nil, damaged("manifest ends inside its header")
+		return nil, damaged("the manifest ends inside its header")
 	}
 	return m, nil
 }
@@ -140,7 +139,7 @@ func (m *Manifest) line(text string) error {
 		return fmt.Errorf("%.80q does not have name, mode and type", text)
 	}
 	e := Entry{Path: f[1], Type: f[3]}
-	s, ok := shapes[e.Type]
+	s, ok := lineFormats[e.Type]
 	if !ok {
 		m.Unknown[e.Type]++
 		return nil
@@ -150,7 +149,7 @@ func (m *Manifest) line(text string) error {
 		return fmt.Errorf("mode %.20q; want an octal number of at most 12 bits", f[2])
 	}
 	e.Mode = fs.FileMode(mode & 0o777)
-	if e.Path, err = inside(e.Path); err != nil {
+	if e.Path, err = cleanPath(e.Path); err != nil {
 		return err
 	}
 	if err := e.fill(s, strings.Fields(f[4])); err != nil {
@@ -163,10 +162,10 @@ func (m *Manifest) line(text string) error {
 // fill reads the fields after the type. KEY:VALUE fields come after the fields with a fixed position. The exception is
 // INHERIT_PATH_DEPTH:n, which stands in the position of the subdir. The subdir is then the folder of the file's own
 // path without its first n parts.
-func (e *Entry) fill(s shape, fields []string) error {
+func (e *Entry) fill(s lineFormat, fields []string) error {
 	next := func(what string) (string, error) {
 		if len(fields) == 0 {
-			return "", fmt.Errorf("no %s", what)
+			return "", fmt.Errorf("the field %s is missing", what)
 		}
 		f := fields[0]
 		fields = fields[1:]
@@ -182,7 +181,7 @@ func (e *Entry) fill(s shape, fields []string) error {
 		}
 		e.Compat32 = class == "COMPAT32"
 	}
-	// Newer branches name a folder for some files that had none before.
+	// In newer branches, some files have a folder that had none before.
 	if s.subdir || s.place && len(fields) > 0 && strings.HasSuffix(fields[0], "/") {
 		sub, err := next("subdir")
 		if err != nil {
@@ -197,7 +196,7 @@ func (e *Entry) fill(s shape, fields []string) error {
 		if err != nil {
 			return err
 		}
-		if e.Target, err = inside(to); err != nil {
+		if e.Target, err = cleanPath(to); err != nil {
 			return err
 		}
 	}
@@ -220,7 +219,7 @@ func (e *Entry) subdir(field string) (string, error) {
 		if sub == "" || sub == "." {
 			return "", nil
 		}
-		return inside(sub)
+		return cleanPath(sub)
 	}
 	n, err := strconv.ParseUint(depth, 10, 6)
 	if err != nil {
@@ -233,8 +232,8 @@ func (e *Entry) subdir(field string) (string, error) {
 	return path.Join(parts[n:]...), nil
 }
 
-// inside returns the clean form of a relative path. inside refuses a path that leads out of the archive.
-func inside(name string) (string, error) {
+// cleanPath returns the clean form of a relative path. It refuses a path that leads out of the archive.
+func cleanPath(name string) (string, error) {
 	if len(name) > maxField || strings.HasPrefix(name, "/") || strings.ContainsRune(name, 0) {
 		return "", fmt.Errorf("path %.80q leads out of the archive", name)
 	}

@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// These constants limit the script: its lines, and its size in bytes. NVIDIA's script has about 1,100 lines and 40 KB.
-// The original makeself's script has 700 lines.
+// These constants are the largest number of lines of the script and the script's largest size in bytes. NVIDIA's script
+// has about 1,100 lines and 40 KB. The original makeself's script has 700 lines.
 const (
 	maxLines  = 20_000
 	maxScript = 4 << 20
@@ -40,14 +40,14 @@ type Header struct {
 // no such script or no such tar, the error is [fault.Unverified].
 //
 // The number in skip= has two meanings. In NVIDIA's files it is the line at which the payload begins. In files of the
-// original makeself it is the last line of the script. Payload tries both, and the bytes at each position decide.
+// original makeself it is the last line of the script. Payload looks for the compressed tar at both positions.
 func Payload(r io.Reader) (io.Reader, Header, error) {
 	br := bufio.NewReaderSize(r, 64<<10)
 	var h Header
 	line := 0
 	next := func() ([]byte, error) {
 		if line >= maxLines {
-			return nil, damaged("script is longer than %d lines", maxLines)
+			return nil, damaged("the script is longer than %d lines", maxLines)
 		}
 		text, err := readLine(br, maxScript-h.Offset)
 		h.Offset += int64(len(text))
@@ -67,7 +67,7 @@ func Payload(r io.Reader) (io.Reader, Header, error) {
 			continue
 		}
 		if h.Skip, err = strconv.Atoi(string(m[2])); err != nil || h.Skip < line {
-			return nil, h, damaged("skip=%s on line %d names an earlier line", m[2], line)
+			return nil, h, damaged("skip=%s on line %d refers to an earlier line", m[2], line)
 		}
 	}
 	for range 2 {
@@ -81,11 +81,11 @@ func Payload(r io.Reader) (io.Reader, Header, error) {
 			return nil, h, err
 		}
 	}
-	return nil, h, damaged("no compressed tar at or after line %d, which skip= names", h.Skip)
+	return nil, h, damaged("no compressed tar begins at or after line %d, the number in skip=", h.Skip)
 }
 
 func peekFormat(br *bufio.Reader) archive.Format {
-	head, _ := br.Peek(512) // if the payload is shorter, Peek returns the bytes that exist, and they decide
+	head, _ := br.Peek(512) // if the payload is shorter, Peek returns an error and the bytes that exist
 	return archive.Detect(head)
 }
 
@@ -95,7 +95,7 @@ func readLine(br *bufio.Reader, limit int64) ([]byte, error) {
 	for {
 		part, err := br.ReadSlice('\n')
 		if int64(len(whole)+len(part)) > limit {
-			return nil, damaged("script is longer than %d bytes", maxScript)
+			return nil, damaged("the script is longer than %d bytes", maxScript)
 		}
 		whole = append(whole, part...)
 		switch {

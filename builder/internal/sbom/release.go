@@ -18,7 +18,7 @@ type Whole struct {
 	Digest string
 	// Purpose is the primary package purpose of SPDX 2.3 (7.24): APPLICATION or CONTAINER.
 	Purpose string
-	// Created is the document's time. Created comes from the released commit, not from a clock.
+	// Created is the document's time. It comes from the released commit, not from a clock.
 	Created time.Time
 	Parts   []Part
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/builder/internal/sbom"
 )
 
-// TestRelease checks that a Go module that two programs of an image contain is listed once. TestRelease also checks
-// that a reader finds the module by its package URL.
+// TestRelease checks that a Go module is listed once if two programs of an image contain it, and that a reader finds
+// the module by its package URL.
 func TestRelease(t *testing.T) {
 	t.Parallel()
 	module := sbom.Part{Name: "golang.org/x/sys", Version: "v0.1.0", PURL: "pkg:golang/golang.org/x/sys@v0.1.0"}

@@ -1,7 +1,7 @@
 // Package sbom writes the contents of an artifact as an SPDX 2.3 document: NVIDIA's runfile, the kernel's header tree,
 // the toolchain, and every module with the inputs that it was made from. The same facts give the same bytes. The
-// package refuses to guess licences: it names the licences of the runfile and of the kernel's headers, which a person
-// has read. All other inputs get NOASSERTION, SPDX's word for "no statement".
+// package refuses to guess licences: it gives only the licences of the runfile and of the kernel's headers, which a
+// person has read. All other inputs get NOASSERTION, SPDX's word for "no statement".
 package sbom
 
 import (
@@ -34,10 +34,10 @@ type Facts struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
-	// Materials are the build's inputs, as provenance names them.
+	// Materials are the build's inputs, as the provenance has them.
 	Materials []sign.Material
 	Layers    []bundle.Layer
-	// Modules maps the names of the modules, with or without .ko, to the paths of the module files on this machine.
+	// Modules has the paths of the module files on this machine, by the module's name with or without .ko.
 	Modules map[string]string
 	// Created is the document's time. Zero means 1970, as in all other parts of an artifact. The time of a clock would
 	// make each document different.
@@ -107,8 +107,8 @@ const artifact = "Artifact"
 type document struct {
 	spdx.Document
 	facts Facts
-	// driver has the ids of the runfile, and kernel those of the kernel's headers. tools has the ids of all other inputs,
-	// which count as build tools.
+	// driver has the ids of the runfile, and kernel those of the kernel's headers. tools has the ids of all other inputs;
+	// the document lists these as build tools.
 	driver, kernel, tools []common.ElementID
 }
 

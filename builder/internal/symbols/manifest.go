@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// ParseManifest returns the only layer of a manifest that [Publish] wrote. raw is the manifest in JSON. ParseManifest
-// returns an error for any other manifest.
+// ParseManifest returns the only layer of a manifest that [Publish] wrote. raw is the manifest in JSON. For any other
+// manifest, it returns an error.
 func ParseManifest(raw []byte) (v1.Descriptor, error) {
 	var m v1.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil {

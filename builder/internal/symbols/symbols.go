@@ -29,7 +29,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// ArtifactType is the type of the referrer that holds a driver's symbols.
+// ArtifactType is the artifact type of the referrer with a driver's symbols.
 const ArtifactType = "application/vnd.prebake.debug-symbols.v1"
 
 // Folder is the folder of the files in the layer. gdb, crash, perf and drgn look for symbols by build id in this folder
@@ -45,19 +45,20 @@ type Facts struct {
 	Artifact    string             `json:"artifact"`
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
-	// Modules maps the names of modules to their build ids.
+	// Modules has the build ids of the modules, by the module's name.
 	Modules map[string]string `json:"modules"`
 }
 
 // Set has the symbols of one artifact.
 type Set struct {
 	Identity bundle.Identity
-	// Debug maps the names of modules to files with debug information. Published maps the names to the module files of
-	// the artifact. Each file in Debug must have the build id of the module's file in Published.
+	// Debug and Published have the name of the module as the key, and the path of a file as the value. Debug has files
+	// with debug information, and Published has the module files of the artifact. Each file in Debug must have the build
+	// id of the module's file in Published.
 	Debug, Published map[string]string
 	// Signer signs the statement about the symbols.
 	Signer *sign.Signer
-	// Verifier verifies statements that are attached already. nil trusts Signer's key only.
+	// Verifier verifies statements that are attached already. If Verifier is nil, only Signer's key is trusted.
 	Verifier *trust.Verifier
 	// Scratch is the folder in which the layer is made. "" means the system's temporary folder.
 	Scratch string
@@ -113,7 +114,7 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	if err != nil {
 		return d, false, err
 	}
-	if existed, err = s.signed(ctx, repo, d); err != nil || existed {
+	if existed, err = s.isSigned(ctx, repo, d); err != nil || existed {
 		return d, existed, err
 	}
 	statement, err := sign.About("debug symbols of nvidia-"+s.Identity.Driver.String(), d.Digest.String(), PredicateType,
@@ -129,8 +130,8 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	return d, false, err
 }
 
-// refuseOthers returns an error if the artifact has other symbols with a trusted signature. refuseOthers ignores
-// symbols without a trusted signature, because anybody who may write to the repository may attach such symbols.
+// refuseOthers returns an error if the artifact has other symbols with a trusted signature. It ignores symbols without
+// a trusted signature, because anybody who may write to the repository may attach such symbols.
 func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest string, layer v1.Descriptor) error {
 	have, err := repo.Referrers(ctx, digest, ArtifactType)
 	if err != nil {
@@ -144,7 +145,7 @@ func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest
 		if l, err := ParseManifest(raw); err == nil && l.Digest == layer.Digest {
 			continue
 		}
-		signed, err := s.signed(ctx, repo, h)
+		signed, err := s.isSigned(ctx, repo, h)
 		if err != nil {
 			return err
 		}
@@ -158,8 +159,8 @@ func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest
 	return nil
 }
 
-// signed reports whether the symbols with this manifest have a statement with a trusted signature.
-func (s Set) signed(ctx context.Context, repo *registry.Repository, d v1.Descriptor) (bool, error) {
+// isSigned reports whether the symbols with this manifest have a statement with a trusted signature.
+func (s Set) isSigned(ctx context.Context, repo *registry.Repository, d v1.Descriptor) (bool, error) {
 	attached, err := repo.Attached(ctx, d.Digest.String(), trust.ArtifactTypeBundle, trust.OfType(PredicateType))
 	if err != nil {
 		return false, err
@@ -227,12 +228,12 @@ func buildID(file string) (string, error) {
 		return "", fmt.Errorf("%s: %w", file, err)
 	}
 	if !idPattern.MatchString(m.BuildID) {
-		return "", fault.Errorf(fault.CheckFailed, "%s has no build id by which its symbols could be found", file)
+		return "", fault.Errorf(fault.CheckFailed, "%s has no build id, so a debugger cannot find its symbols", file)
 	}
 	return m.BuildID, nil
 }
 
-// linkOrCopy makes a file available under another name. linkOrCopy copies the file only if a hard link is not possible.
+// linkOrCopy makes a file available under another name. It copies the file only if a hard link is not possible.
 func linkOrCopy(dst, src string) error {
 	if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
 		return err

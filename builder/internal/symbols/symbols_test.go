@@ -30,9 +30,9 @@ __attribute__((section(".gnu.linkonce.this_module"))) char this_module[64];
 int answer(int x) { return x + %d; }
 `
 
-// compile makes an object with debug information and a build id. compile returns that object and a stripped copy, as
+// compileObject makes an object with debug information and a build id. It returns this object and a stripped copy, as
 // kbuild and package compile make them.
-func compile(t *testing.T, name string, salt int) (debug, published string) {
+func compileObject(t *testing.T, name string, salt int) (debug, published string) {
 	t.Helper()
 	dir := t.TempDir()
 	debug, published = filepath.Join(dir, name+".debug"), filepath.Join(dir, name+".ko")
@@ -72,10 +72,10 @@ func newSet(t *testing.T, id bundle.Identity, s *sign.Signer, salt int) symbols.
 	set := symbols.Set{Identity: id, Debug: map[string]string{}, Published: map[string]string{}, Signer: s,
 		Scratch: t.TempDir()}
 	for _, name := range []string{"nvidia", "nvidia-uvm"} {
-		set.Debug[name], set.Published[name] = compile(t, name, salt)
+		set.Debug[name], set.Published[name] = compileObject(t, name, salt)
 	}
 	// nvidia-drm has no symbols, because symbols may be missing for a published module.
-	_, set.Published["nvidia-drm"] = compile(t, "nvidia-drm", salt)
+	_, set.Published["nvidia-drm"] = compileObject(t, "nvidia-drm", salt)
 	return set
 }
 
@@ -222,7 +222,7 @@ func TestRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	signer := newSigner(t)
-	otherDebug, _ := compile(t, "nvidia", 7)
+	otherDebug, _ := compileObject(t, "nvidia", 7)
 	for name, row := range map[string]struct {
 		spoil  func(s *symbols.Set)
 		digest string

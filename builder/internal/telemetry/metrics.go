@@ -77,8 +77,8 @@ func (m *metrics) lookup(kind string, hit bool) {
 	m.lookups.WithLabelValues(kind, result).Inc()
 }
 
-// Queue sets the function that returns the number of jobs in the queue by state. Each scrape calls it. With nil, the
-// metric of the queue is left out.
+// Queue sets the function that returns the number of jobs in the queue by state. Each scrape calls it. If the function
+// is nil, the metric of the queue is left out.
 func (t *Telemetry) Queue(depth func(context.Context) (map[string]int, error)) {
 	if t == nil {
 		return
@@ -92,7 +92,7 @@ func queueDesc() *prometheus.Desc {
 	return prometheus.NewDesc("prebake_queue_jobs", "Jobs in the build queue by state.", []string{"state"}, nil)
 }
 
-// queueDepth asks the queue for its jobs at each scrape.
+// queueDepth asks the queue at each scrape how many jobs it has.
 type queueDepth struct {
 	mu    sync.Mutex
 	depth func(context.Context) (map[string]int, error)
@@ -125,7 +125,8 @@ func cacheDescs() (bytes, entries *prometheus.Desc) {
 		prometheus.NewDesc("prebake_cache_entries", "Entries of the cache by kind.", []string{"kind"}, nil)
 }
 
-// cacheSize measures the cache at a scrape, at most once a minute, because it walks the cache's folder.
+// cacheSize measures the cache at a scrape, but at most once a minute, because each measurement reads the whole folder
+// of the cache.
 type cacheSize struct {
 	cache *cas.Cache
 

@@ -1,9 +1,9 @@
-// Package telemetry reports the progress of builds. The package sends a trace for each cell, with a span for each
-// phase, by OTLP over HTTP, if the standard OTEL_* environment variables name a collector. The package serves metrics
-// for Prometheus if the operator chooses an address.
+// Package telemetry reports the progress of builds. If the standard OTEL_* environment variables give the address of a
+// collector, the package sends a trace for each cell, by OTLP over HTTP. A trace has a span for each phase. If the
+// operator chooses an address for metrics, the package serves metrics for Prometheus there.
 //
 // The package refuses to serve anything but metrics. The package refuses to fail a build: if the collector cannot be
-// reached, the spans are lost and the log has a line about it.
+// reached, the spans are lost, and one line in the log says so.
 package telemetry
 
 import (
@@ -28,12 +28,12 @@ type Config struct {
 	Version string
 	// MetricsAddress is the address that serves /metrics, such as 127.0.0.1:9440. "" serves none.
 	MetricsAddress string
-	// Cache is the cache whose hits and size are reported. nil leaves it out.
+	// Cache is the cache whose hits and size are reported. If nil, there are no such metrics.
 	Cache *cas.Cache
 	Log   *slog.Logger
 }
 
-// Telemetry reports traces and metrics until Close. A nil Telemetry accepts every call and does nothing.
+// Telemetry sends traces and serves metrics until Close is called. A nil Telemetry accepts every call and does nothing.
 type Telemetry struct {
 	tracer  *traces.Tracer
 	metrics *metrics
@@ -48,12 +48,12 @@ type Cell struct {
 	Kernel, Driver, Flavour string
 	// EarlyWarning means that a failure is worth knowing but must not raise an alarm.
 	EarlyWarning bool
-	// Build and Attempt are the numbers in the queue. They are 0 without a queue.
+	// Build is the number of the build in the queue, and Attempt is the number of the attempt. Both are 0 without a queue.
 	Build   int64
 	Attempt int
 }
 
-// flushTimeout limits the time for sending the last spans.
+// flushTimeout is the time limit for sending the last spans.
 const flushTimeout = 5 * time.Second
 
 // Start starts traces and metrics. The caller closes the result. If Cache is set, Start replaces its Count function.
@@ -84,7 +84,7 @@ func Start(ctx context.Context, c Config) (*Telemetry, error) {
 	return t, nil
 }
 
-// Address returns the address that serves metrics, or "" if none does.
+// Address returns the address at which metrics are served, or "" if they are not served.
 func (t *Telemetry) Address() string {
 	if t == nil {
 		return ""

@@ -58,7 +58,7 @@ func newReceiver(t *testing.T) *receiver {
 	return r
 }
 
-// all returns the spans by name, and the attributes of the resource.
+// all returns all received spans by name, and the attributes of the resource.
 func (r *receiver) all() (byName map[string]*spans.Span, about map[string]string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -88,7 +88,7 @@ func attributes(s *spans.Span) map[string]string {
 	return m
 }
 
-// build runs a build of three phases. If fail is set, the last phase fails with it.
+// build runs a build of three phases. If the argument fail is not nil, the last phase fails with this error.
 func build(t *testing.T, tel *telemetry.Telemetry, c telemetry.Cell, fail error) {
 	t.Helper()
 	clock := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -169,7 +169,7 @@ func TestSpans(t *testing.T) {
 	}
 }
 
-// TestCollectorAway checks that a collector that cannot be reached causes no error.
+// TestCollectorAway checks that there is no error if the collector cannot be reached.
 func TestCollectorAway(t *testing.T) {
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
 	t.Setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "100")
@@ -311,7 +311,7 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// TestEveryClassIsCounted checks that each class of failure has its counter.
+// TestEveryClassIsCounted checks that each class of failure has a counter of its own.
 func TestEveryClassIsCounted(t *testing.T) {
 	t.Parallel()
 	tel, err := telemetry.Start(t.Context(), telemetry.Config{MetricsAddress: "127.0.0.1:0", Log: discard})

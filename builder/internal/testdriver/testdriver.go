@@ -1,6 +1,6 @@
 // Package testdriver is a very small driver for tests, which compiles in a moment. Its makefiles and its conftest.sh
-// have the form of the files of NVIDIA and of kbuild: the same kinds of conftest questions, of make rules, of time
-// stamps and of .cmd files. The package refuses to be a proof that Prebake compiles NVIDIA's drivers: the tests in
+// are like those of NVIDIA's drivers and of kbuild: they have the same kinds of conftest questions, make rules, time
+// stamps and .cmd files. The package refuses to be a proof that Prebake compiles NVIDIA's drivers: the tests in
 // deploy/e2e compile real drivers for that.
 package testdriver
 
@@ -154,7 +154,7 @@ int nv(struct here *h) { return h->size + NV_symbol_a; }
 }
 
 // Headers returns the files of a kernel's header tree by path. release becomes UTS_RELEASE. crc is the checksum in
-// Module.symvers of a, the only symbol that this kernel exports.
+// Module.symvers of the symbol a. This kernel exports no other symbol.
 func Headers(release, crc string) map[string]string {
 	return map[string]string{
 		".config":                        "CONFIG_MODVERSIONS=y\nCONFIG_BUILD_SALT=\"" + release + "\"\n",

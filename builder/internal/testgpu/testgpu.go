@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm/emugpu"
 )
 
-// Revision returns a hash over the emulated GPU's source and over compile.Recipe, the version of the build method.
-// Cache keys contain this hash, so that a changed source or build method makes a new module.
+// Revision returns a hash over the emulated GPU's source and over compile.Recipe, the version number of the build
+// method. Cache keys contain this hash. So if the source or the build method changes, the module is compiled again.
 func Revision() (string, error) {
 	h := sha256.New()
 	fmt.Fprintln(h, compile.Recipe)

@@ -1,7 +1,7 @@
 // Package untrusted reads the files that a program left in a folder to which it could write, after the program ended.
 // Everything in such a folder is hostile: a name may be a link to a secret of the host, a pipe that never ends, or a
 // file of unlimited size. The package returns only regular files below the folder, follows no link, and limits each
-// read to a size that the reader gives.
+// read to a size that the caller gives.
 //
 // The package refuses to write into such a folder, and to return a path in it. Callers copy a file to a place that no
 // sandbox can reach before they work on it.
@@ -28,7 +28,7 @@ var ErrKind = errors.New("not a regular file")
 // ErrLarge means that the size of a file, or the number of names in a folder, exceeds the limit.
 var ErrLarge = errors.New("larger than allowed")
 
-// maxNames limits how many names Files reads, and maxDepth how deeply the folders may be nested.
+// maxNames is the largest number of names that Files reads, and maxDepth is the largest depth of nested folders.
 const (
 	maxNames = 100_000
 	maxDepth = 32
@@ -128,7 +128,7 @@ func (d *Dir) Read(name string, max int64) ([]byte, error) {
 	return text, err
 }
 
-// Copy copies a regular file of at most max bytes to a new file of the host with mode 0644. Copy returns the SHA-256 of
+// Copy copies a regular file of at most max bytes to a new file of the host with mode 0644. It returns the SHA-256 of
 // the copied bytes in hex.
 func (d *Dir) Copy(to, name string, max int64) (sum string, err error) {
 	in, err := d.Open(name, max)
@@ -149,8 +149,8 @@ func (d *Dir) Copy(to, name string, max int64) (sum string, err error) {
 	return hex.EncodeToString(h.Sum(nil)), err
 }
 
-// Files lists the regular files in the folder and below it, as sorted slash paths. Files skips links and everything
-// else that is not a regular file.
+// Files returns the regular files in the folder and below it, as sorted slash paths. It skips links and everything else
+// that is not a regular file.
 func (d *Dir) Files() ([]string, error) {
 	var files []string
 	seen := 0
@@ -194,7 +194,8 @@ func (d *Dir) Files() ([]string, error) {
 	return files, nil
 }
 
-// Named returns the regular files directly in the folder whose names end in suffix.
+// Named returns the names of those regular files whose names end in suffix. It looks only in the folder itself, not in
+// folders below it.
 func (d *Dir) Named(suffix string) ([]string, error) {
 	files, err := d.Files()
 	return slices.DeleteFunc(files, func(name string) bool {
