@@ -108,7 +108,9 @@ func (w *worker) sendPendingLogs(ctx context.Context) {
 		if err == nil && b.State == api.Building && b.Worker == w.ID {
 			err = w.sendLog(ctx, build)
 		}
-		if err == nil || !mayPass(err) {
+		// With another token, the server may accept the log at the next start.
+		keep := err != nil && (mayPass(err) || fault.Is(err, fault.Unauthorized) || fault.Is(err, fault.Forbidden))
+		if !keep {
 			err = errors.Join(err, w.dropLog(build))
 		}
 		if err != nil {

@@ -31,6 +31,8 @@ type server struct {
 	// refuse returns the error for an update, or nil to accept the update. Tests also use refuse to react to an update,
 	// for example to stop the worker.
 	refuse func(u api.BuildUpdate) *api.Problem
+	// noRead is the kind of error of each GET of the build, unless it is 0.
+	noRead fault.Kind
 
 	mu     sync.Mutex
 	states []api.BuildUpdate // updates with a state; their times are removed
@@ -47,6 +49,11 @@ func newServer(t *testing.T) *server {
 	mux.HandleFunc("GET /v1/builds/7", func(w http.ResponseWriter, _ *http.Request) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
+		if s.noRead != 0 {
+			w.Header().Set("Content-Type", "application/problem+json")
+			answer(w, s.noRead.HTTPStatus(), api.Problem{Kind: s.noRead, Status: s.noRead.HTTPStatus()})
+			return
+		}
 		answer(w, http.StatusOK, s.build)
 	})
 	mux.HandleFunc("PATCH /v1/builds/7", func(w http.ResponseWriter, r *http.Request) {

@@ -314,13 +314,18 @@ func (s onStart) Handle(_ context.Context, r slog.Record) error {
 func TestLogOfKilledBuild(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
-		name  string
-		build api.Build
-		want  string
+		name   string
+		build  api.Build
+		noRead fault.Kind
+		want   string
+		kept   bool // the worker keeps the log for its next start
 	}{
-		{"still ours", api.Build{ID: 7, State: api.Building, Worker: "w1"}, "last words"},
-		{"another's", api.Build{ID: 7, State: api.Building, Worker: "w2"}, ""},
-		{"over", api.Build{ID: 7, State: api.Published, Worker: "w1"}, ""},
+		{"still ours", api.Build{ID: 7, State: api.Building, Worker: "w1"}, 0, "last words", false},
+		{"another's", api.Build{ID: 7, State: api.Building, Worker: "w2"}, 0, "", false},
+		{"over", api.Build{ID: 7, State: api.Published, Worker: "w1"}, 0, "", false},
+		{"unknown", api.Build{}, fault.NotFound, "", false},
+		{"wrong token", api.Build{}, fault.Unauthorized, "", true},
+		{"token of another role", api.Build{}, fault.Forbidden, "", true},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
@@ -331,13 +336,19 @@ func TestLogOfKilledBuild(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(r.cfg.State, "build-7.log"), []byte("last words"), 0o644); err != nil {
 				t.Fatal(err)
 			}
-			r.server.build = row.build
+			r.server.build, r.server.noRead = row.build, row.noRead
 			r.server.refuse = func(api.BuildUpdate) *api.Problem { return &api.Problem{Kind: fault.Transient} }
 			if err := r.run(t, 1); err != nil {
 				t.Fatal(err)
 			}
 			if r.server.log != row.want {
 				t.Errorf("log = %q; want %q", r.server.log, row.want)
+			}
+			if row.kept {
+				if _, err := os.Stat(filepath.Join(r.cfg.State, "build-7.log")); err != nil {
+					t.Errorf("the log is not kept: %v", err)
+				}
+				return
 			}
 			r.checkNoLogs(t)
 		})

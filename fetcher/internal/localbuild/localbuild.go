@@ -182,7 +182,7 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 	}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = grace
-	var stdout bytes.Buffer
+	var stdout output
 	cmd.Stdout = &stdout
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
@@ -197,6 +197,10 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
+	if stdout.tooLong { // the builder then ended because nobody read its output
+		return nil, fault.New(fault.Internal, "run the builder: its output has more than 4 MiB",
+			"use builder and fetcher of the same release")
+	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		return nil, said.fault(exit.ExitCode())
@@ -204,11 +208,22 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("run the builder: %w", err)
 	}
-	if stdout.Len() > maxOutput {
-		return nil, fault.New(fault.Internal, "run the builder: its output has more than 4 MiB",
-			"use builder and fetcher of the same release")
+	return stdout.buffer.Bytes(), nil
+}
+
+// output is a buffer that refuses to grow beyond maxOutput. The pipe to the builder is closed after a refusal.
+type output struct {
+	buffer  bytes.Buffer // not embedded: its ReadFrom would read without a limit
+	tooLong bool
+}
+
+// Write implements [io.Writer].
+func (o *output) Write(p []byte) (int, error) {
+	if o.buffer.Len()+len(p) > maxOutput {
+		o.tooLong = true
+		return 0, errors.New("too much output")
 	}
-	return stdout.Bytes(), nil
+	return o.buffer.Write(p)
 }
 
 // resolveLinks replaces the paths of b's folders by paths without symbolic links. A program in an image sees these

@@ -78,6 +78,7 @@ func TestBuildFails(t *testing.T) {
 		{"unknown status", `exit 99`, fault.Internal, "status 99", ""},
 		{"no JSON", `echo done`, fault.Internal, "has no digest", "same release"},
 		{"no digest", `echo '{}'`, fault.Internal, "has no digest", "same release"},
+		{"output without end", `exec yes`, fault.Internal, "more than 4 MiB", "same release"},
 	}
 	for _, row := range rows {
 		_, err := script(t, row.body).Build(t.Context(), question)
