@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// annotationTitle is the annotation that holds a layer's file name (image-spec 1.1, annotations.md). The command oras
+// annotationTitle is the annotation with the file name of a layer (image-spec 1.1, annotations.md). The command oras
 // pull writes such layers as files.
 const annotationTitle = "org.opencontainers.image.title"
 
@@ -31,8 +31,8 @@ const (
 	MaxFile = 256 << 20
 )
 
-// FilesManifest returns the manifest and the config of an artifact whose layers are files. The caller makes each
-// descriptor with [FileDescriptor], which stores the file's name in it.
+// FilesManifest returns the manifest and the config of an artifact whose layers are files. The caller makes each file's
+// descriptor with [FileDescriptor].
 func FilesManifest(artifactType string, files []v1.Descriptor) (manifest, config []byte, err error) {
 	m := v1.Manifest{
 		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: artifactType, Layers: files,
@@ -45,7 +45,8 @@ func FilesManifest(artifactType string, files []v1.Descriptor) (manifest, config
 	return manifest, emptyConfig, err
 }
 
-// FileDescriptor returns the descriptor of a file. name is a relative path with slashes.
+// FileDescriptor returns the descriptor of a file. Its annotations have the file's name, which is a relative path with
+// slashes.
 func FileDescriptor(name, mediaType string, digest v1.Hash, size int64) v1.Descriptor {
 	return v1.Descriptor{
 		MediaType: types.MediaType(mediaType), Digest: digest, Size: size,
@@ -123,7 +124,7 @@ func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir str
 	return names, nil
 }
 
-const hintEmptyFolder = "name a folder that is new or empty"
+const hintEmptyFolder = "choose a folder that is new or empty"
 
 // mustBeAbsent returns an error if name exists, or if a file is in the place of one of its folders.
 func mustBeAbsent(root *os.Root, name string) error {

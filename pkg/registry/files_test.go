@@ -80,9 +80,9 @@ func TestSaveFilesInTheWay(t *testing.T) {
 	t.Parallel()
 	outside := t.TempDir()
 	for name, row := range map[string]struct {
-		last string // name of the last of three files
-		// there creates what the folder has before.
-		there func(dir string) error
+		last string // name of the last of the artifact's three files
+		// setUp creates what is in the folder before SaveFiles is called.
+		setUp func(dir string) error
 		kind  fault.Kind
 	}{
 		"the last file": {"z",
@@ -99,7 +99,7 @@ func TestSaveFilesInTheWay(t *testing.T) {
 	} {
 		repo, digest := filesLayout(t, "a", "sub/b", row.last)
 		dir := t.TempDir()
-		if err := row.there(dir); err != nil {
+		if err := row.setUp(dir); err != nil {
 			t.Fatal(err)
 		}
 		before := filesIn(t, dir)

@@ -71,7 +71,7 @@ func (r *Repository) ofArch(ctx context.Context, raw []byte, arch string) ([]byt
 			return r.Manifest(ctx, d.Digest.String())
 		}
 	}
-	return nil, fault.New(fault.Mismatch, "the index has no image for linux/"+arch, "name an image for this architecture")
+	return nil, fault.New(fault.Mismatch, "the index has no image for linux/"+arch, "use an image for this architecture")
 }
 
 // saveBlob writes a blob to a file.

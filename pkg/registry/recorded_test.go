@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Users of these registries recorded the responses in this file. The comment of each test names the issue that has the
+// Users of these registries recorded the responses in this file. The comment of each test refers to the issue with the
 // response. Fields that no client reads are left out.
 
 // inProcess is a registry without a network, for tests with a fake clock.

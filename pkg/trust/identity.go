@@ -59,7 +59,7 @@ func parseRoot(text []byte) (*Root, error) {
 	material, err := root.NewTrustedRootFromJSON(text)
 	switch {
 	case err != nil:
-		return nil, cut{err}
+		return nil, shortError{err}
 	case len(material.FulcioCertificateAuthorities()) == 0:
 		return nil, errors.New("no certificate authority")
 	case len(material.TimestampingAuthorities())+len(material.RekorLogs()) == 0:
@@ -174,7 +174,7 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 	if other := new(verify.ErrNoMatchingCertificateIdentity); errors.As(cause, &other) {
 		who, err := certificate.SummarizeCertificate(leaf)
 		if err != nil {
-			return fmt.Errorf("%w: %w", ErrMalformed, cut{err})
+			return fmt.Errorf("%w: %w", ErrMalformed, shortError{err})
 		}
 		return fmt.Errorf("%w: %.300q; trusted are %s", ErrUnknownIdentity, nameOf(who).String(), c.identities)
 	}
@@ -184,7 +184,7 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 	}
 	if c.logged {
 		if err := verify.VerifySignedCertificateTimestamp(issued, 1, c.root); err != nil {
-			return fmt.Errorf("%w: no trusted certificate log has the certificate: %w", ErrOtherRoot, cut{err})
+			return fmt.Errorf("%w: no trusted certificate log has the certificate: %w", ErrOtherRoot, shortError{err})
 		}
 	}
 	times, err := c.verifier.VerifyTransparencyLogInclusion(b)
@@ -192,7 +192,7 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 		times, err = c.verifier.VerifyObserverTimestamps(b, times)
 	}
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrNoTime, cut{err})
+		return fmt.Errorf("%w: %w", ErrNoTime, shortError{err})
 	}
 	for _, t := range times {
 		if at := t.Timestamp; at.Before(leaf.NotBefore) || at.After(leaf.NotAfter) {

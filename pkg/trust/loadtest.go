@@ -97,7 +97,7 @@ func ParseTestResult(st *Statement) (TestResult, error) {
 			st.PredicateType)
 	}
 	if err := json.Unmarshal(st.Predicate, &r); err != nil {
-		return r, fault.Errorf(fault.Unverified, "%w: test result: %w", ErrMalformed, cut{err})
+		return r, fault.Errorf(fault.Unverified, "%w: test result: %w", ErrMalformed, shortError{err})
 	}
 	verdicts := map[string][]string{
 		VerdictLoaded: {"PASSED", "WARNED"}, VerdictNoDevice: {"WARNED"}, VerdictStatic: {"WARNED"},
@@ -113,13 +113,13 @@ func ParseTestResult(st *Statement) (TestResult, error) {
 // loadTests collects the test results about an artifact. Results for the node's own COS build decide first. Results for
 // other COS builds with the same ABI fingerprint decide only if there are none for the node's own.
 type loadTests struct {
-	own, other tested
+	own, other testResults
 	static     bool
 }
 
 // tested has the results for the node's own COS build, or for other COS builds: the best pass of each signer, and the
 // rejections. A pass revokes only a rejection by the same signer.
-type tested struct {
+type testResults struct {
 	passed   map[string]string
 	rejected map[string]error
 }
@@ -127,7 +127,7 @@ type tested struct {
 // add adds one statement. An error means that the statement does not count. Every trusted signer may state that modules
 // were rejected. add calls counts to ask whether the signer may also state that modules were loaded. passed is true if
 // such a signer states that a kernel loaded the modules.
-func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bool, err error) {
+func (l *loadTests) add(st *Statement, e Expect, maySign func() error) (passed bool, err error) {
 	r, err := ParseTestResult(st)
 	if err != nil {
 		return false, err
@@ -153,7 +153,7 @@ func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bo
 		l.static = true
 		return false, nil
 	}
-	if err := counts(); err != nil {
+	if err := maySign(); err != nil {
 		return false, err
 	}
 	if to.passed[st.Signer()] != VerdictLoaded {
@@ -164,7 +164,7 @@ func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bo
 
 // verdict returns the best pass. If there is a rejection that its signer did not revoke by a pass, verdict returns the
 // rejection instead. Of several rejections it returns the one whose signer's name sorts first.
-func (t tested) verdict() (passed string, rejected error) {
+func (t testResults) verdict() (passed string, rejected error) {
 	for _, signer := range slices.Sorted(maps.Keys(t.rejected)) {
 		if t.passed[signer] == "" {
 			return "", t.rejected[signer]
@@ -181,7 +181,7 @@ func (t tested) verdict() (passed string, rejected error) {
 // decide returns the load test's verdict for an artifact, or "" if there is none. It returns an error if the modules
 // were rejected, or if the policy p demands a load test that the artifact lacks.
 func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
-	for _, of := range []tested{l.own, l.other} {
+	for _, of := range []testResults{l.own, l.other} {
 		if passed, rejected := of.verdict(); passed != "" || rejected != nil {
 			return passed, rejected
 		}

@@ -44,10 +44,10 @@ type provenance struct {
 }
 
 // provenance checks the content of one provenance statement.
-func (v *Verifier) provenance(st *Statement, e Expect) error {
+func (v *Verifier) checkProvenance(st *Statement, e Expect) error {
 	var p provenance
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {
-		return fault.Errorf(fault.Unverified, "%w: provenance: %w", ErrMalformed, cut{err})
+		return fault.Errorf(fault.Unverified, "%w: provenance: %w", ErrMalformed, shortError{err})
 	}
 	built, id := p.BuildDefinition.ExternalParameters, e.Identity
 	disagree := func(what, said, is any) error {

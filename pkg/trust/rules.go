@@ -111,15 +111,15 @@ func (p *Policy) settle() error {
 		case i < 0:
 			return bad("a rule names role %.60q, which is not defined", rule.Role)
 		case rule.Count < 1:
-			return bad("a rule about %s wants %d signatures; want 1 or more", short(rule.Statement), rule.Count)
+			return bad("a rule about %s wants %d signatures; want 1 or more", statementName(rule.Statement), rule.Count)
 		case rule.Count > len(p.Roles[i].Keys)+len(p.Roles[i].Identities):
-			return bad("a rule about %s wants %d signatures of role %s, which has %d keys and identities", short(rule.Statement),
+			return bad("a rule about %s wants %d signatures of role %s, which has %d keys and identities", statementName(rule.Statement),
 				rule.Count, rule.Role, len(p.Roles[i].Keys)+len(p.Roles[i].Identities))
 		}
 	}
 	for _, needed := range []string{PredicateProvenance, PredicateKernelMatch} {
 		if !slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Statement == needed }) {
-			return bad("no rule says who signs the %s", short(needed))
+			return bad("no rule says who signs the %s", statementName(needed))
 		}
 	}
 	for _, digest := range p.Revoked {
@@ -140,7 +140,7 @@ func (p *Policy) settle() error {
 }
 
 // short returns a readable name for a predicate type.
-func short(predicate string) string {
+func statementName(predicate string) string {
 	switch predicate {
 	case PredicateProvenance:
 		return "provenance"
@@ -161,7 +161,7 @@ func (s *Statement) Signer() string { return s.KeyID + s.Identity }
 
 // has returns the index of the role's key or certificate identity that signed a statement. The error says why the
 // signature does not count. If now is zero, has does not check the periods of keys.
-func (r Role) has(st *Statement, now time.Time) (entry int, err error) {
+func (r Role) signerIndex(st *Statement, now time.Time) (entry int, err error) {
 	for i, k := range r.Keys {
 		if st.KeyID == "" || k.Key.Hint() != st.hint {
 			continue
@@ -179,7 +179,7 @@ func (r Role) has(st *Statement, now time.Time) (entry int, err error) {
 		return i, nil
 	}
 	for i, id := range r.Identities {
-		if st.Identity != "" && id.names(st.signer) {
+		if st.Identity != "" && id.matches(st.signer) {
 			return len(r.Keys) + i, nil
 		}
 	}
@@ -187,7 +187,7 @@ func (r Role) has(st *Statement, now time.Time) (entry int, err error) {
 }
 
 // names reports whether this identity matches the name in a certificate.
-func (i Identity) names(who Identity) bool {
+func (i Identity) matches(who Identity) bool {
 	if i.Issuer != who.Issuer {
 		return false
 	}
@@ -201,7 +201,7 @@ func (i Identity) names(who Identity) bool {
 // counts returns nil if a statement counts for at least one rule, and records the signature for each such rule.
 // Otherwise it returns the reason. If the policy has no rule about the statement's type, the statement counts if its
 // signer may sign the provenance.
-func (x *evaluation) counts(st *Statement, p Policy, now time.Time) error {
+func (x *evaluation) countSignature(st *Statement, p Policy, now time.Time) error {
 	about := slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Statement == st.PredicateType })
 	var why error
 	counted := false
@@ -210,7 +210,7 @@ func (x *evaluation) counts(st *Statement, p Policy, now time.Time) error {
 			continue
 		}
 		role := p.Roles[slices.IndexFunc(p.Roles, func(r Role) bool { return r.Name == rule.Role })]
-		entry, err := role.has(st, now)
+		entry, err := role.signerIndex(st, now)
 		if err != nil {
 			why = err
 			continue
@@ -229,7 +229,7 @@ func (x *evaluation) counts(st *Statement, p Policy, now time.Time) error {
 
 // met returns an error if fewer signers have signed than a rule demands. Otherwise it returns how many have signed, and
 // who.
-func (x *evaluation) met(rule Rule) (string, error) {
+func (x *evaluation) checkRule(rule Rule) (string, error) {
 	var signers []string
 	entries := map[int]bool{}
 	for _, s := range x.verdict.Signatures {
@@ -242,7 +242,7 @@ func (x *evaluation) met(rule Rule) (string, error) {
 		detail += ": " + strings.Join(signers, ", ")
 	}
 	if len(entries) < rule.Count {
-		err := fmt.Errorf("%w under its %s: %s", ErrThreshold, short(rule.Statement), detail)
+		err := fmt.Errorf("%w under its %s: %s", ErrThreshold, statementName(rule.Statement), detail)
 		for _, other := range x.reasons[rule.Statement][:min(2, len(x.reasons[rule.Statement]))] {
 			err = fmt.Errorf("%w; %w", err, other)
 		}
@@ -253,14 +253,14 @@ func (x *evaluation) met(rule Rule) (string, error) {
 }
 
 // reproduced checks the content of a reproduction statement.
-func reproduced(st *Statement, e Expect) error {
+func checkReproduction(st *Statement, e Expect) error {
 	var p struct {
 		Result      string             `json:"result"`
 		Fingerprint target.Fingerprint `json:"fingerprint"`
 		Driver      target.Driver      `json:"driver"`
 	}
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {
-		return fault.Errorf(fault.Unverified, "%w: reproduction: %w", ErrMalformed, cut{err})
+		return fault.Errorf(fault.Unverified, "%w: reproduction: %w", ErrMalformed, shortError{err})
 	}
 	if p.Result != "identical" || p.Fingerprint != e.Identity.Fingerprint || p.Driver != e.Identity.Driver {
 		return fault.Errorf(fault.Mismatch, "%w: reproduction is of driver %s for ABI fingerprint %s, with result %.20q",
@@ -285,18 +285,18 @@ func (p Policy) minimum(d target.Driver) (string, error) {
 		return "any version will do", nil
 	}
 	have := d.Modules().Version
-	named := false
+	inList := false
 	for _, least := range p.MinVersions {
 		of := target.Driver{Version: least, Flavour: d.Flavour}
 		if of.Branch() != d.Branch() {
 			continue
 		}
-		if named = true; target.CompareVersions(have, least) < 0 {
+		if inList = true; target.CompareVersions(have, least) < 0 {
 			return "", p.tooOld(have, least)
 		}
 	}
 	for _, least := range p.MinVersions {
-		if !named && target.CompareVersions(have, least) < 0 {
+		if !inList && target.CompareVersions(have, least) < 0 {
 			return "", p.tooOld(have, least)
 		}
 	}

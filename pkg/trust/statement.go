@@ -189,7 +189,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	}
 	var b bundle.Bundle
 	if err := b.UnmarshalJSON(data); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrMalformed, cut{err})
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, shortError{err})
 	}
 	if b.MediaType != ArtifactTypeBundle {
 		return nil, fmt.Errorf("%w: media type %.80q; want %s", ErrMalformed, b.MediaType, ArtifactTypeBundle)
@@ -200,7 +200,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	}
 	content, err := b.VerificationContent()
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrMalformed, cut{err})
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, shortError{err})
 	}
 	pub := content.PublicKey()
 	if pub == nil {
@@ -212,7 +212,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	}
 	key, ok := v.keys[pub.Hint()]
 	if !ok {
-		return nil, fmt.Errorf("%w: key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()), v.trusted())
+		return nil, fmt.Errorf("%w: key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()), v.trustedSigners())
 	}
 	// The library does not compare the subject here. [Verifier.Verify] compares it later, because its error can name the
 	// subject. Nothing is returned before the signature is verified.
@@ -224,7 +224,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 }
 
 // trusted returns the trusted keys and certificate identities, for messages.
-func (v *Verifier) trusted() string {
+func (v *Verifier) trustedSigners() string {
 	all := ids(v.policy.Keys)
 	switch {
 	case v.certificates == nil:
@@ -255,15 +255,15 @@ func readStatement(st Statement, result *verify.VerificationResult) (*Statement,
 		return nil, fmt.Errorf("%w: statement without a predicate", ErrMalformed)
 	}
 	if st.Predicate, err = in.GetPredicate().MarshalJSON(); err != nil {
-		return nil, fmt.Errorf("%w: predicate: %w", ErrMalformed, cut{err})
+		return nil, fmt.Errorf("%w: predicate: %w", ErrMalformed, shortError{err})
 	}
 	return &st, nil
 }
 
 // cut limits the length of an error's text that may quote untrusted bytes.
-type cut struct{ err error }
+type shortError struct{ err error }
 
-func (c cut) Error() string {
+func (c shortError) Error() string {
 	text := strings.ReplaceAll(c.err.Error(), "\u00a0", " ") // protobuf varies its white space
 	if len(text) > 200 {
 		text = text[:200] + "..."
@@ -271,4 +271,4 @@ func (c cut) Error() string {
 	return fmt.Sprintf("%q", text)
 }
 
-func (c cut) Unwrap() error { return c.err }
+func (c shortError) Unwrap() error { return c.err }

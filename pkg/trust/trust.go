@@ -146,7 +146,7 @@ func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	x, checks := v.evaluate(bundles, e)
 	for _, c := range checks {
-		if _, err := c.do(); err != nil {
+		if _, err := c.run(); err != nil {
 			return nil, err
 		}
 	}
@@ -160,7 +160,7 @@ func (v *Verifier) Explain(bundles [][]byte, e Expect) (*Verdict, []Finding, err
 	var findings []Finding
 	var first error
 	for _, c := range checks {
-		detail, err := c.do()
+		detail, err := c.run()
 		if err != nil {
 			detail = err.Error()
 			if first == nil {
@@ -187,7 +187,7 @@ type evaluation struct {
 // check is one rule. do returns a detail if the rule holds, or an error that says why it does not.
 type check struct {
 	name string
-	do   func() (string, error)
+	run  func() (string, error)
 }
 
 func (x *evaluation) done() *Verdict {
@@ -235,8 +235,8 @@ func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 		}},
 	}
 	for _, rule := range p.Rules {
-		checks = append(checks, check{"signatures under the " + short(rule.Statement),
-			func() (string, error) { return x.met(rule) }})
+		checks = append(checks, check{"signatures under the " + statementName(rule.Statement),
+			func() (string, error) { return x.checkRule(rule) }})
 	}
 	checks = append(checks, check{"age", func() (string, error) { return p.age(x.verdict, e.Now) }})
 	if p.Listing != nil {
@@ -256,8 +256,8 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 	}()
 	switch st.PredicateType {
 	case PredicateProvenance:
-		if err = v.provenance(st, e); err == nil {
-			err = x.counts(st, v.policy, e.Now)
+		if err = v.checkProvenance(st, e); err == nil {
+			err = x.countSignature(st, v.policy, e.Now)
 		}
 		if err == nil {
 			fillProvenance(st, &x.verdict)
@@ -267,7 +267,7 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 	case PredicateKernelMatch:
 		var m KernelMatch
 		if m, err = kernelMatch(st, e); err == nil {
-			err = x.counts(st, v.policy, e.Now)
+			err = x.countSignature(st, v.policy, e.Now)
 		}
 		if err == nil && x.verdict.MatchedBy == "" {
 			x.verdict.Match, x.verdict.MatchedBy = m, st.Signer()
@@ -277,15 +277,15 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 	case PredicateTestResult:
 		// Every trusted signer may state that modules were rejected.
 		var passed bool
-		if passed, err = x.tests.add(st, e, func() error { return x.counts(st, v.policy, e.Now) }); err == nil && !passed {
+		if passed, err = x.tests.add(st, e, func() error { return x.countSignature(st, v.policy, e.Now) }); err == nil && !passed {
 			return
 		}
 	case PredicateReproduced:
-		if err = reproduced(st, e); err == nil {
-			err = x.counts(st, v.policy, e.Now)
+		if err = checkReproduction(st, e); err == nil {
+			err = x.countSignature(st, v.policy, e.Now)
 		}
 	case PredicateSBOM, gpulist.PredicateType: // Verify does not need their content
-		err = x.counts(st, v.policy, e.Now)
+		err = x.countSignature(st, v.policy, e.Now)
 	default:
 		err = fault.Errorf(fault.Unverified, "statement of unknown type %.80q", st.PredicateType)
 	}
@@ -322,7 +322,7 @@ func ParseKernelMatch(st *Statement) (KernelMatch, error) {
 			st.PredicateType)
 	}
 	if err := json.Unmarshal(st.Predicate, &m); err != nil {
-		return m, fault.Errorf(fault.Unverified, "%w: kernel match: %w", ErrMalformed, cut{err})
+		return m, fault.Errorf(fault.Unverified, "%w: kernel match: %w", ErrMalformed, shortError{err})
 	}
 	if _, err := target.ParseKernel(m.Kernel.BuildID, m.Kernel.Board); err != nil {
 		return m, fault.Errorf(fault.Unverified, "%w: kernel match: %w", ErrMalformed, err)
