@@ -69,7 +69,7 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 	if names == nil {
 		entries, err = listTree(root, kind)
 	} else {
-		entries, err = named(root, names)
+		entries, err = entriesByName(root, names)
 	}
 	if err != nil {
 		return nil, err
@@ -86,7 +86,7 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 			err = fmt.Errorf("%s is not a regular file any more", e.name)
 		}
 		if err == nil {
-			err = plain(e.name, info)
+			err = checkPlain(e.name, info)
 		}
 		if err != nil {
 			return nil, errors.Join(err, f.Close())
@@ -99,7 +99,7 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 }
 
 // named returns the entries below root that have these names. The names must be in the archive's order.
-func named(root *os.Root, names []string) ([]entry, error) {
+func entriesByName(root *os.Root, names []string) ([]entry, error) {
 	if len(names) > maxEntries {
 		return nil, fmt.Errorf("more than %d names", maxEntries)
 	}
@@ -121,7 +121,7 @@ func named(root *os.Root, names []string) ([]entry, error) {
 			}
 			total += e.size
 		case fs.ModeDir:
-			if err := plain(name, info); err != nil {
+			if err := checkPlain(name, info); err != nil {
 				return nil, err
 			}
 		case fs.ModeSymlink:
@@ -138,7 +138,7 @@ func named(root *os.Root, names []string) ([]entry, error) {
 
 // plain refuses a file that [Unpack] cannot have made, although an archive of it would be the same: a file of another
 // owner, a file that others may write, or a file with a setuid, setgid or sticky bit.
-func plain(name string, info fs.FileInfo) error {
+func checkPlain(name string, info fs.FileInfo) error {
 	if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 || info.Mode().Perm()&0o022 != 0 {
 		return fmt.Errorf("%s has mode %s; want a file that only its owner may write, without special bits", name,
 			info.Mode())

@@ -37,12 +37,12 @@ const (
 )
 
 // WriteDelta writes a delta that turns the archive from into the archive to. Equal input gives equal bytes.
-func WriteDelta(ctx context.Context, from, to io.Reader, w io.Writer) error {
-	win := &window{r: &ctxReader{ctx: ctx, r: from}}
-	to = &ctxReader{ctx: ctx, r: to}
+func WriteDelta(ctx context.Context, oldTar, newTar io.Reader, w io.Writer) error {
+	win := &window{r: &ctxReader{ctx: ctx, r: oldTar}}
+	newTar = &ctxReader{ctx: ctx, r: newTar}
 	chunk := make([]byte, deltaChunk)
 	for {
-		n, err := io.ReadFull(to, chunk)
+		n, err := io.ReadFull(newTar, chunk)
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
@@ -83,12 +83,12 @@ func UnpackDelta(
 	delta io.Reader,
 	wantDigest string,
 	size int64,
-	from io.Reader,
+	oldTar io.Reader,
 	wantDiffID string,
 	dst *os.Root,
 ) error {
 	packed := &meter{r: &ctxReader{ctx: ctx, r: delta}, h: sha256.New(), limit: size}
-	err := unpackPlain(&deltaReader{r: packed, win: &window{r: from}}, wantDiffID, dst, maxBytes)
+	err := unpackPlain(&deltaReader{r: packed, win: &window{r: oldTar}}, wantDiffID, dst, maxBytes)
 	if ctx.Err() != nil {
 		return fmt.Errorf("unpack delta: %w", context.Cause(ctx))
 	}

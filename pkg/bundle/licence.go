@@ -52,9 +52,9 @@ func redistributions() []Redistribution {
 
 // Covers reports whether the allowed level r includes the level need. An unknown r includes nothing, and no level
 // includes an unknown need.
-func (r Redistribution) Covers(need Redistribution) bool {
-	return slices.Contains(redistributions(), need) &&
-		slices.Index(redistributions(), r) >= slices.Index(redistributions(), need)
+func (r Redistribution) Covers(required Redistribution) bool {
+	return slices.Contains(redistributions(), required) &&
+		slices.Index(redistributions(), r) >= slices.Index(redistributions(), required)
 }
 
 // Licence has the licences of the parts of an artifact.

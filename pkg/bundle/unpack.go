@@ -216,13 +216,13 @@ func (x *extractor) write(name string, hdr *tar.Header, r io.Reader) error {
 	if x.buf == nil {
 		x.buf = make([]byte, 256<<10)
 	}
-	_, err = io.CopyBuffer(&early{f: f}, &archiveReader{r: r}, x.buf)
+	_, err = io.CopyBuffer(&earlyWriter{f: f}, &archiveReader{r: r}, x.buf)
 	return errors.Join(err, f.Chmod(mode), f.Close())
 }
 
 // early tells the kernel to write a large file to the disk while the rest of the file is still being unpacked. So the
 // sync after unpacking takes less time.
-type early struct {
+type earlyWriter struct {
 	f     *os.File
 	n, at int64 // bytes that were written, and bytes whose write to the disk was started
 }
@@ -230,7 +230,7 @@ type early struct {
 // earlyPiece is the number of bytes after which a write to the disk is started.
 const earlyPiece = 4 << 20
 
-func (e *early) Write(p []byte) (int, error) {
+func (e *earlyWriter) Write(p []byte) (int, error) {
 	n, err := e.f.Write(p)
 	if e.n += int64(n); e.n-e.at >= earlyPiece {
 		// An error does not matter: the file system then writes the bytes later.

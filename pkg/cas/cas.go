@@ -189,7 +189,7 @@ func (c *Cache) Close() error {
 // Dir returns the cache's folder as an absolute path.
 func (c *Cache) Dir() string { return c.dir }
 
-func (c *Cache) counted(kind string, hit bool) {
+func (c *Cache) countLookup(kind string, hit bool) {
 	if c.Count != nil {
 		c.Count(kind, hit)
 	}
@@ -243,7 +243,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	if want != "" && digest != want {
 		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: content has digest %s; want %s", digest, want), "")
 	}
-	err = c.use(useName(blobKind, strings.TrimPrefix(digest, "sha256:")))
+	err = c.markUsed(useName(blobKind, strings.TrimPrefix(digest, "sha256:")))
 	if err == nil {
 		err = os.Rename(f.Name(), c.blobPath(digest))
 	}
@@ -255,7 +255,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 
 // Blob returns the path of a stored blob. The blob stays at least until the piece of work ends; see Begin.
 func (c *Cache) Blob(digest string) (path string, ok bool) {
-	defer func() { c.counted(blobKind, ok) }()
+	defer func() { c.countLookup(blobKind, ok) }()
 	if !digestPattern.MatchString(digest) {
 		return "", false
 	}
@@ -263,7 +263,7 @@ func (c *Cache) Blob(digest string) (path string, ok bool) {
 	if fi, err := os.Lstat(path); err != nil || !fi.Mode().IsRegular() {
 		return path, false
 	}
-	if err := c.use(useName(blobKind, strings.TrimPrefix(digest, "sha256:"))); err != nil {
+	if err := c.markUsed(useName(blobKind, strings.TrimPrefix(digest, "sha256:"))); err != nil {
 		return path, false
 	}
 	fi, err := os.Lstat(path) // Trim may have removed the blob before the call of use
@@ -301,18 +301,18 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 // made again. Kind and key are file names of at most 200 characters. The prefix "sha256:" of a digest is removed from
 // the key.
 func (c *Cache) Tree(ctx context.Context, kind, key string,
-	make func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
+	fill func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
 	key = strings.TrimPrefix(key, "sha256:")
 	if !keyPattern.MatchString(kind) || !keyPattern.MatchString(key) {
 		return "", false, fault.New(fault.Internal, fmt.Sprintf("make tree: kind %q, key %q: not file names", kind, key), "")
 	}
 	defer func() {
 		if err == nil {
-			c.counted(kind, cached)
+			c.countLookup(kind, cached)
 		}
 	}()
 	path = filepath.Join(c.dir, treesDir, kind, key)
-	if err := c.use(useName(kind, key)); err != nil {
+	if err := c.markUsed(useName(kind, key)); err != nil {
 		if errors.Is(err, fs.ErrPermission) {
 			err = foreign(kind, key, err)
 		}
@@ -346,7 +346,7 @@ func (c *Cache) Tree(ctx context.Context, kind, key string,
 		return "", false, disk(fmt.Errorf("make tree: %w", err))
 	}
 	if err = os.Chmod(tmp, 0o755); err == nil {
-		err = make(ctx, tmp)
+		err = fill(ctx, tmp)
 	}
 	if err == nil {
 		err = c.seal(ctx, kind, key, tmp)
@@ -411,7 +411,7 @@ func (c *Cache) Fact(kind, key string) (value []byte, ok bool) {
 	if !keyPattern.MatchString(kind) {
 		return nil, false
 	}
-	defer func() { c.counted(factKind+kind, ok) }()
+	defer func() { c.countLookup(factKind+kind, ok) }()
 	path := c.factPath(kind, key)
 	text, err := os.ReadFile(path)
 	if err != nil {

@@ -60,8 +60,8 @@ const keyKind = "keys"
 // MissReason explains why the cache lacks an entry. It compares the entry's key with the key that [Cache.Used] stored
 // last for the same text about. It returns the name of the first part in which the keys differ. It returns "" if no key
 // was stored, or if the keys are equal because the entry was removed.
-func (c *Cache) MissReason(about string, key *Key) string {
-	raw, ok := c.Fact(keyKind, about)
+func (c *Cache) MissReason(purpose string, key *Key) string {
+	raw, ok := c.Fact(keyKind, purpose)
 	var last Key
 	if !ok || json.Unmarshal(raw, &last.parts) != nil {
 		return ""
@@ -72,8 +72,8 @@ func (c *Cache) MissReason(about string, key *Key) string {
 // Used stores the key of an entry that was made or found, for MissReason. The text about names what the entry is for.
 // Used ignores errors such as a full disk: they only make a later MissReason less exact, and the next entry that is
 // written to the full disk reports the error.
-func (c *Cache) Used(about string, key *Key) {
+func (c *Cache) Used(purpose string, key *Key) {
 	if raw, err := json.Marshal(key.parts); err == nil {
-		_ = c.PutFact(keyKind, about, raw)
+		_ = c.PutFact(keyKind, purpose, raw)
 	}
 }

@@ -77,7 +77,7 @@ func (e entry) rank() int {
 }
 
 // fresh is the minimum age of a removable file in another program's folder. A younger file may be incomplete.
-const fresh = time.Hour
+const minAge = time.Hour
 
 // Kinds describes the content of the cache, the largest kind first.
 func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
@@ -86,7 +86,7 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 		return nil, err
 	}
 	kinds := tally(entries, func(e entry) bool {
-		if !c.stamped(e) {
+		if !c.hasStamp(e) {
 			return false
 		}
 		f, err := lockUse(c.usePath(e.use), unix.LOCK_EX|unix.LOCK_NB)
@@ -109,7 +109,7 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 
 // stamped reports whether the entry has a stamp. An entry of an older version of the program has none. lockUse would
 // create the stamp with the current time, and the entry would then count as used now.
-func (c *Cache) stamped(e entry) bool {
+func (c *Cache) hasStamp(e entry) bool {
 	if e.use == "" {
 		return false
 	}
@@ -200,7 +200,7 @@ func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 
 // evict removes one entry, unless a process uses it, or has used it since the entries were listed.
 func (c *Cache) evict(e entry, dry bool) (err error) {
-	if e.use != "" && (!dry || c.stamped(e)) {
+	if e.use != "" && (!dry || c.hasStamp(e)) {
 		f, err := lockUse(c.usePath(e.use), unix.LOCK_EX|unix.LOCK_NB)
 		if err != nil {
 			return err
@@ -250,20 +250,20 @@ func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err erro
 		path := filepath.Join(c.dir, d.Name())
 		switch d.Name() {
 		case "blobs":
-			err = each(filepath.Join(c.dir, blobsDir), func(name, path string, info fs.FileInfo) {
+			err = eachEntry(filepath.Join(c.dir, blobsDir), func(name, path string, info fs.FileInfo) {
 				all = append(all, c.entry(blobKind, name, path, info))
 			})
 		case treesDir:
-			err = each(path, func(kind, path string, _ fs.FileInfo) {
-				_ = each(path, func(key, path string, info fs.FileInfo) { // an error means that the folder was removed meanwhile
+			err = eachEntry(path, func(kind, path string, _ fs.FileInfo) {
+				_ = eachEntry(path, func(key, path string, info fs.FileInfo) { // an error means that the folder was removed meanwhile
 					e := c.entry(kind, key, path, info)
 					e.seal = c.sealPath(kind, key)
 					all = append(all, e)
 				})
 			})
 		case factsDir:
-			err = each(path, func(kind, path string, _ fs.FileInfo) {
-				_ = each(path, func(_, path string, info fs.FileInfo) { // an error means that the folder was removed meanwhile
+			err = eachEntry(path, func(kind, path string, _ fs.FileInfo) {
+				_ = eachEntry(path, func(_, path string, info fs.FileInfo) { // an error means that the folder was removed meanwhile
 					all = append(all, entry{kind: factKind + kind, path: path, used: info.ModTime(), bytes: blocks(info)})
 				})
 			})
@@ -305,7 +305,7 @@ func (k *Kind) add(path string) {
 }
 
 // each calls f for every entry of a folder. It skips entries that were removed meanwhile.
-func each(dir string, f func(name, path string, info fs.FileInfo)) error {
+func eachEntry(dir string, f func(name, path string, info fs.FileInfo)) error {
 	list, err := os.ReadDir(dir)
 	if err != nil {
 		return ignoreAbsent(err)
@@ -326,7 +326,7 @@ func foreignFiles(kind, dir string) (all []entry) {
 			return nil //nolint:nilerr // the file was removed meanwhile, or this user cannot read it
 		}
 		info, err := d.Info()
-		if err != nil || !info.Mode().IsRegular() || strings.HasSuffix(path, ".lock") || time.Since(info.ModTime()) < fresh {
+		if err != nil || !info.Mode().IsRegular() || strings.HasSuffix(path, ".lock") || time.Since(info.ModTime()) < minAge {
 			return nil //nolint:nilerr // the file was removed meanwhile
 		}
 		all = append(all, entry{kind: kind, path: path, used: info.ModTime(), bytes: blocks(info)})

@@ -66,7 +66,7 @@ func (c *Cache) Begin() (end func()) {
 
 // use sets the time of an entry's stamp to the current time, and locks the entry against removal. The caller checks
 // afterwards whether the entry exists, because another process may remove it before use holds the lock.
-func (c *Cache) use(name string) error {
+func (c *Cache) markUsed(name string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.count++
