@@ -6,17 +6,17 @@ import (
 )
 
 const (
-	// aheadPiece is the size in bytes of one read of [aheadReader], because a block of zstd has at most 128 KiB (RFC 8878,
+	// aheadPiece is the number of bytes that [aheadReader] reads at once. A block of zstd has at most 128 KiB (RFC 8878,
 	// 3.1.1.2.4).
 	aheadPiece = 128 << 10
-	// aheadPieces is the number of pieces. One is being filled, one is being read, and one waits. So neither side
-	// waits for the other at each piece.
+	// aheadPieces is the number of pieces. One piece is being filled, one is being read, and one is full and waits. So
+	// the reader need not wait for each piece.
 	aheadPieces = 3
 )
 
-// aheadReader reads a stream in its own goroutine, at most [aheadPieces] pieces ahead of its reader. So a layer is
-// downloaded, decompressed and written at the same time. The caller must call Close, which waits until a running read
-// of the stream ends.
+// aheadReader reads a stream in its own goroutine, at most [aheadPieces] pieces before the caller needs them. So a
+// layer is downloaded, decompressed and written at the same time. The caller must call Close, which waits until a
+// running read of the stream ends.
 type aheadReader struct {
 	full chan piece  // filled pieces; the last one has the error
 	free chan []byte // empty pieces
@@ -87,7 +87,7 @@ func (a *aheadReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// Close ends the goroutine. Bytes that it read ahead are lost.
+// Close ends the goroutine. Bytes that the caller has not read are lost.
 func (a *aheadReader) Close() {
 	a.once.Do(func() { close(a.stop) })
 	<-a.done

@@ -64,7 +64,8 @@ func kinds(t *testing.T, c *cas.Cache) map[string]cas.Kind {
 	return m
 }
 
-// agedCache returns a cache with three trees and a blob that nobody uses. Tree 0 was unused for the longest time.
+// agedCache returns a cache with three trees and a blob, none of which is in use. Tree 0 was unused for the longest
+// time.
 func agedCache(t *testing.T) (c *cas.Cache, dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -137,8 +138,8 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// TestTrimLeavesWhatIsInUse checks that Trim does not remove an entry that another process, or another piece of work,
-// has obtained.
+// TestTrimLeavesWhatIsInUse checks that Trim does not remove an entry that another process or another piece of work has
+// obtained.
 func TestTrimLeavesWhatIsInUse(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
@@ -295,8 +296,8 @@ func TestTrimIsBusy(t *testing.T) {
 	}
 }
 
-// TestTrimForeign checks the folder of another program in the cache's folder. Kinds counts its files, and Trim removes
-// them one by one. Both leave out fresh files and lock files.
+// TestTrimForeign checks the folder of another program in the cache's folder. Kinds counts the files in that folder,
+// and Trim removes them one by one. Both leave out young files and lock files.
 func TestTrimForeign(t *testing.T) {
 	t.Parallel()
 	c, dir := agedCache(t)
