@@ -138,7 +138,7 @@ func entriesByName(root *os.Root, names []string) ([]entry, error) {
 }
 
 // checkPlain refuses a file that [Unpack] cannot have made: a file of another owner, a file that others may write, or a
-// file with a setuid, setgid or sticky bit. An archive of such a file would be the same.
+// file with a setuid, setgid or sticky bit. The diff ID does not show these differences.
 func checkPlain(name string, info fs.FileInfo) error {
 	if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 || info.Mode().Perm()&0o022 != 0 {
 		return fmt.Errorf("%s has mode %s; want a file that only its owner may write, without special bits", name,

@@ -121,7 +121,7 @@ func open(dir string) (*Cache, error) {
 	case err != nil:
 		return nil, fmt.Errorf("open cache %s: lock the owner file of this process: %w", dir, err)
 	case !locked: // the file is new, so only a process that locks every file can have locked it
-		return nil, fault.New(fault.Busy, fmt.Sprintf("open cache %s: another process holds %s", dir, f.Name()),
+		return nil, fault.New(fault.Busy, fmt.Sprintf("open cache %s: another process has locked %s", dir, f.Name()),
 			"start the program again")
 	}
 	for _, d := range []string{c.tmp(), c.work()} {

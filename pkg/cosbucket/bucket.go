@@ -1,9 +1,9 @@
 // Package cosbucket reads a COS release bucket or a bucket of NVIDIA runfiles. The bucket may be in Google Cloud
 // Storage (gs://), on any web server (https://, http://), or in a folder (file://). The object names are the same
-// everywhere. A bucket may have several mirrors, each of which can replace another.
+// everywhere. A bucket may have several mirrors. If one mirror cannot be reached, the package uses another one.
 //
-// If a download breaks, the package resumes it, provided that the object has not changed meanwhile. At the end it
-// compares the download with the size, md5 and crc32c that the bucket reports for the object.
+// If a download breaks, the package resumes it, provided that the object has not changed meanwhile. At the end, the
+// package compares the download with the size, md5 and crc32c that the bucket reports for the object.
 //
 // The package does not write. It sends credentials to Google only if they are configured for this account, and never to
 // other servers. Apart from the sums, it checks only the content of small text files. A caller that downloads an

@@ -38,7 +38,7 @@ type DriverList struct {
 }
 
 // Drivers reads these objects of a COS build: gpu_default_version, gpu_latest_version, the gpu_R*_version files, and
-// gpu_driver_versions as text or serialized. Each of them may be missing; if all are, the error is of kind
+// gpu_driver_versions as text or serialized. Each object may be missing; if all are missing, the error is of kind
 // InputMissing. If gpu_driver_versions disagrees with a file that has a single version, the single version wins,
 // because COS's own installer reads that file.
 func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, error) {
@@ -228,8 +228,8 @@ func (l *DriverList) add(info *gpuversions.GPUDriverVersionInfo) {
 	}
 }
 
-// rank is the order in which entries are added, because the first version of a label wins: the entry for all other
-// GPUs, then the entries for one GPU type, then the entry for machines without a GPU.
+// rank is the order in which entries are added: the entry for all other GPUs, then the entries for one GPU type, then
+// the entry for machines without a GPU. If a label has several versions, the first version wins.
 func rank(info *gpuversions.GPUDriverVersionInfo) int {
 	switch info.GetGpuDevice().GetGpuType() {
 	case "OTHERS", "OTHER":
@@ -251,7 +251,7 @@ func sortVersions(versions []string) []string {
 }
 
 // Choose returns the version for a wish. An exact version is always allowed, even if COS does not list it, because
-// driver buckets hold more versions than COS qualifies.
+// driver buckets have more versions than COS lists.
 func (l DriverList) Choose(w target.Wish) (string, error) {
 	if version, ok := w.Exact(); ok {
 		return version, nil

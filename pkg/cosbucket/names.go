@@ -115,8 +115,8 @@ func RunfileSumName(version string, arch target.Arch) string {
 	return "sha256/" + RunfileName(version, arch) + ".sha256"
 }
 
-// RunfileLocation has the name that a runfile may have in a bucket, and the name that the object with its sha256 has
-// then.
+// RunfileLocation is a name that a runfile may have in a bucket, with the name of the object that has the runfile's
+// sha256.
 type RunfileLocation struct{ Runfile, Sum string }
 
 // RunfileLocations returns the locations that the known buckets use for a driver version, in this order: COS's own

@@ -121,7 +121,7 @@ func (b *Bucket) Sibling(ctx context.Context, p Pointer) (*Bucket, error) {
 		if err != nil {
 			return nil, fmt.Errorf("open bucket %s: %w", p.Bucket, errors.Join(err, s.Close()))
 		}
-		// Several mirrors may have the same sibling: all buckets in Google Cloud Storage have, for example.
+		// Several mirrors may have the same sibling: mirrors in Google Cloud Storage always do.
 		if at := n.url(""); slices.Contains(known, at) {
 			err = n.close()
 		} else {

@@ -115,7 +115,6 @@ func matchSet(annotations map[string]string, wanted []map[string]string) (first 
 	return -1, possible
 }
 
-// search is one search for payloads.
 type search struct {
 	r                    *Repository
 	digest, artifactType string

@@ -84,7 +84,8 @@ func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir str
 	for _, l := range m.Layers {
 		name := l.Annotations[annotationTitle]
 		if !filepath.IsLocal(name) || path.Clean(name) != name || name == "." || l.Size < 0 || l.Size > MaxFile {
-			return nil, fault.Errorf(fault.Unverified, "a file has the name %.200q and %d bytes", name, l.Size)
+			return nil, fault.Errorf(fault.Unverified,
+				"file %.200q of %d bytes: want a clean relative path and at most %d bytes", name, l.Size, MaxFile)
 		}
 		if taken[name] {
 			return nil, fault.Errorf(fault.Unverified, "two files have the name %.200q", name)
@@ -157,7 +158,7 @@ func saveFile(ctx context.Context, r *Repository, root *os.Root, name string, l 
 	h := sha256.New()
 	_, err = io.Copy(io.MultiWriter(f, h), rc)
 	if err = errors.Join(err, f.Close()); err == nil && hex.EncodeToString(h.Sum(nil)) != l.Digest.Hex {
-		err = damaged(fmt.Errorf("digest is sha256:%x", h.Sum(nil)))
+		err = damaged(fmt.Errorf("the content has digest sha256:%x", h.Sum(nil)))
 	}
 	if err != nil {
 		return errors.Join(fault.Disk(err, "free space on the disk of the folder for the files"), root.Remove(name))

@@ -21,9 +21,9 @@ import (
 // maxImage is the greatest size in bytes of all layers of a pulled image together.
 const maxImage = 4 << 30
 
-// PullImage downloads an image into an empty folder. If the digest names an index, PullImage downloads the image for
-// the architecture arch. It compares every byte with its digest before it returns the image. The returned image reads
-// its layers from the folder.
+// PullImage downloads an image into an empty folder. If the digest is that of an index, PullImage downloads the image
+// for the architecture arch. It compares the content of every file with its digest before it returns the image. The
+// returned image reads its layers from the folder.
 func (r *Repository) PullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error) {
 	img, err := r.pullImage(ctx, digest, arch, dir)
 	if err != nil {
@@ -74,7 +74,6 @@ func (r *Repository) ofArch(ctx context.Context, raw []byte, arch string) ([]byt
 	return nil, fault.New(fault.Mismatch, "the index has no image for linux/"+arch, "use an image for this architecture")
 }
 
-// saveBlob writes a blob to a file.
 func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string) (err error) {
 	if _, err := os.Stat(file); err == nil {
 		return nil // the image has this layer twice
@@ -97,7 +96,7 @@ func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string)
 		return fault.Disk(fmt.Errorf("read blob %s: %w", d.Digest, err), "free space on the disk of the folder for the image")
 	}
 	if got := hex.EncodeToString(h.Sum(nil)); got != d.Digest.Hex {
-		return fmt.Errorf("read blob %s: %w", d.Digest, damaged(fmt.Errorf("digest is sha256:%s", got)))
+		return fmt.Errorf("read blob %s: %w", d.Digest, damaged(fmt.Errorf("the content has digest sha256:%s", got)))
 	}
 	return nil
 }
@@ -117,7 +116,7 @@ func Compare(ctx context.Context, r *Repository, d v1.Descriptor) error {
 	if got := hex.EncodeToString(h.Sum(nil)); got != d.Digest.Hex || n != d.Size {
 		return fault.New(
 			fault.Unverified,
-			fmt.Sprintf("blob %s has %d bytes with digest sha256:%s; want %d", d.Digest, n, got, d.Size),
+			fmt.Sprintf("blob %s: got %d bytes with digest sha256:%s; want %d bytes", d.Digest, n, got, d.Size),
 			"get the file again from its publisher",
 		)
 	}

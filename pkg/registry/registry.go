@@ -1,7 +1,7 @@
 // Package registry reads and writes artifacts in one repository. The repository is on a registry with the OCI
-// distribution API, or in an OCI image layout. The package bounds the size of everything that it returns by digest,
-// and compares each manifest with its digest. It never overwrites a tag, and never follows a tag where the caller
-// asked for a digest. It does not judge whether an artifact can be trusted.
+// distribution API, or in an OCI image layout. Everything that the package returns by digest has a bounded size, and
+// each manifest is compared with its digest. The package never overwrites a tag, and never follows a tag where the
+// caller asked for a digest. It does not decide whether an artifact can be trusted.
 package registry
 
 import (
@@ -249,18 +249,18 @@ func (r *Repository) Push(ctx context.Context, img v1.Image) (v1.Descriptor, err
 // Tag changes nothing, and the error is [fault.PublishRefused].
 func (r *Repository) Tag(ctx context.Context, d v1.Descriptor, tag string) error {
 	if !tagPattern.MatchString(tag) {
-		return fault.Errorf(fault.Usage, "tag %.100q in %s: not a valid tag", tag, r.name)
+		return fault.Errorf(fault.Usage, "set tag %.100q in %s: not a valid tag", tag, r.name)
 	}
 	if err := r.s.tag(ctx, d, tag); err != nil {
-		return fmt.Errorf("tag %s in %s: %w", tag, r.name, err)
+		return fmt.Errorf("set tag %s in %s: %w", tag, r.name, err)
 	}
 	return nil
 }
 
 // errTagTaken returns the error for a tag that another manifest has already.
 func errTagTaken(have v1.Hash, want v1.Hash) error {
-	return fault.New(fault.PublishRefused, fmt.Sprintf("the manifest with this tag is %s already; want %s", have, want),
-		"remove the tag by hand if it is wrong: builder never replaces a published artifact")
+	return fault.New(fault.PublishRefused, fmt.Sprintf("another manifest has this tag already: %s; want %s", have, want),
+		"if the tag is wrong, remove it by hand: builder never replaces a published artifact")
 }
 
 // Attach stores payload as a referrer of subject. If the same payload is attached again, there is still one referrer.
@@ -317,7 +317,7 @@ func sameDigest(raw []byte, digest string) error {
 		return err
 	}
 	if got.String() != digest {
-		return damaged(fmt.Errorf("digest is %s", got))
+		return damaged(fmt.Errorf("the content has digest %s", got))
 	}
 	return nil
 }

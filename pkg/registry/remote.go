@@ -182,8 +182,8 @@ func (s *remoteStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 	if err := p.Put(ctx, s.repo.Tag(tag), rawManifest{raw: raw, mediaType: d.MediaType}); err != nil {
 		return s.writeError(ctx, err)
 	}
-	// The API has no request that creates a tag only if it does not exist, so the last of two writers wins. So read the
-	// tag again.
+	// The API has no request that creates a tag only if it does not exist: the last of two writers wins. So read the tag
+	// again.
 	have, err := s.resolve(ctx, tag)
 	if err == nil && have.Digest != d.Digest {
 		err = errTagTaken(have.Digest, d.Digest)
@@ -233,7 +233,7 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 		}
 	}
 	return fault.New(fault.Transient, "the registry does not list the new attachment",
-		"try again; if it happens again, use a registry with the OCI referrers API")
+		"try again; if the registry does not list it then either, use a registry with the OCI referrers API")
 }
 
 // maxStale is how long a new entry may be missing from a list of referrers.

@@ -20,7 +20,7 @@ import (
 )
 
 // site reads an OCI image layout from a web server or from a Google Cloud Storage bucket. A builder wrote the layout as
-// oci:FOLDER, and an operator copied it there. site sends GET requests only.
+// oci:FOLDER, and an operator copied that folder to the server or the bucket. site sends GET requests only.
 type site struct {
 	base     *url.URL
 	keys     authn.Keychain
@@ -254,7 +254,7 @@ func readOnly() error {
 	return fault.New(
 		fault.Usage,
 		"write to repository: a web server or a tar can only be read",
-		"publish to oci:FOLDER, then copy that folder to the web server, or pack it into a tar with builder bundle create",
+		"publish to oci:FOLDER; then copy that folder to the web server, or pack it into a tar: builder bundle create",
 	)
 }
 

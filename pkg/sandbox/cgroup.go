@@ -236,7 +236,7 @@ func (g *group) set(l Limits) (err error) {
 // exit status does not tell who killed a program.
 func (g *group) brokenLimit(l Limits) error {
 	if n := g.count("memory.events", "oom_kill"); n > 0 {
-		// The counter "oom" counts the bounds of this group and its children, but not those of its parents.
+		// The counter "oom" is for the limits of this group and its children, and not for those of its parents.
 		if g.count("memory.events", "oom") == 0 {
 			return fault.New(fault.OutOfMemory,
 				fmt.Sprintf("all programs that ran at the same time needed more than %d MiB of memory, "+

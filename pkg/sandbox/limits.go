@@ -195,8 +195,8 @@ func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 	if len(w.folders) == 0 {
 		return
 	}
-	// The first measurement runs while the program starts, so that the program need not wait. So bytes that the program
-	// writes during that measurement may not count.
+	// The first measurement runs while the program starts, so that the program need not wait. Bytes that the program
+	// writes during that measurement may therefore not count.
 	began := w.measure(ctx)
 	pause := time.NewTimer(time.Second)
 	defer pause.Stop()

@@ -161,7 +161,8 @@ func (l *loadTests) add(st *Statement, e Expect, maySign func() error) (passed b
 }
 
 // verdict returns the best pass. If a signer rejected the modules and did not revoke the rejection by a pass, verdict
-// returns that rejection instead. Of several rejections it returns that of the signer whose name sorts first.
+// returns that rejection instead. If there are several such rejections, it returns that of the signer whose name sorts
+// first.
 func (t testResults) verdict() (passed string, rejected error) {
 	for _, signer := range slices.Sorted(maps.Keys(t.rejected)) {
 		if t.passed[signer] == "" {
@@ -194,8 +195,8 @@ func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
 			err = fmt.Errorf("%w: the artifact had %s", ErrNotTested, VerdictStatic)
 		}
 		return "", fault.Wrap(fault.Unverified, err,
-			"publish the artifact again with builder build --load-test require, or accept artifacts without a load test: "+
-				"fetcher --load-test-policy any, or loadTest: any in the policy")
+			"accept artifacts without a load test (fetcher --load-test-policy any, or loadTest: any in the policy), "+
+				"or publish the artifact again with a load test: builder build --load-test require")
 	}
 	return verdict, nil
 }

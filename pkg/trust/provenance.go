@@ -11,7 +11,7 @@ import (
 
 // Names of the internal parameters in the provenance that say who signed the modules. FactModuleKey is the certificate
 // of the farm's own key. FactGoogleSignatures is the archive with Google's signatures. FactGoogleModules is the archive
-// with Google's own modules. Without any of them the modules are not signed.
+// with Google's own modules. If the provenance has none of the three, the modules are not signed.
 const (
 	FactModuleKey        = "moduleKey"
 	FactGoogleSignatures = "googleSignatures"
@@ -51,8 +51,8 @@ func (v *Verifier) checkProvenance(st *Statement, e Expect) error {
 	}
 	built, id := p.BuildDefinition.ExternalParameters, e.Identity
 	disagree := func(what, said, is any) error {
-		return fault.Errorf(fault.Mismatch, "%w: provenance is for %s %v, but the artifact is for %v", ErrOtherIdentity, what,
-			said, is)
+		return fault.Errorf(fault.Mismatch, "%w: the provenance is for %s %v, but the artifact is for %v", ErrOtherIdentity,
+			what, said, is)
 	}
 	switch {
 	case p.BuildDefinition.BuildType != BuildType:

@@ -30,7 +30,7 @@ const (
 	// PredicateSBOM is the type of a statement about the artifact's contents: an SPDX document. Verify does not need such
 	// a statement.
 	PredicateSBOM = "https://spdx.dev/Document"
-	// BuildType defines the meaning of the provenance's parameters.
+	// BuildType is the build type in the provenance. It defines the meaning of the provenance's parameters.
 	BuildType = "https://prebake.dev/build/v1"
 	// ArtifactTypeBundle is the artifact type of attached Sigstore bundles.
 	ArtifactTypeBundle = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -362,8 +362,8 @@ func (m KernelMatch) fits(e Expect) error {
 	return nil
 }
 
-// tally collects the results of all statements of one type. ok is true if one of them is valid; errs has the reasons
-// why others are not.
+// tally collects the results of all statements of one type. The field ok is true if one of the statements is valid. The
+// field errs has the reasons why others are not valid.
 type tally struct {
 	ok   bool
 	errs []error
@@ -379,9 +379,9 @@ func (t *tally) judge(err error) {
 	t.add(err)
 }
 
-// explain returns nil if one of the statements is valid. Otherwise it returns the most useful error. These are the
-// errors of the statements of that type; if there are no such statements, the errors of bundles that could not be used;
-// if there are no bundles, the error none.
+// explain returns nil if one of the statements is valid. Otherwise it returns the errors of the statements of that
+// type. If there are no such statements, it returns the errors of the bundles that could not be used. If there are no
+// such bundles either, it returns the error none.
 func (t *tally) explain(none error, useless tally) error {
 	const shown = 3
 	var missing error
