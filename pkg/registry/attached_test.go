@@ -92,7 +92,7 @@ func TestAttachedOfMany(t *testing.T) {
 				t.Errorf("Attached(plan, match 7) (-want +got):\n%s", diff)
 			}
 
-			// Many attachments of one kind do not hide the others.
+			// Many attachments of one kind do not hide those of another kind.
 			got = attached(t, repo, digest, map[string]string{"kind": "match"}, plan)
 			if name != "lists no annotations" && !slices.Contains(got[:2], "plan") {
 				t.Errorf("Attached(every match, plan) begins with %q; want the plan in it", got[:2])

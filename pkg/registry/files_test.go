@@ -16,7 +16,8 @@ import (
 
 const kindFiles = "application/vnd.test.files"
 
-// filesLayout makes an artifact of files that hold "text", and returns its digest. The file named "lost" has no blob.
+// filesLayout makes an artifact of files with the content "text", and returns the artifact's digest. The file named
+// "lost" has no blob.
 func filesLayout(t testing.TB, names ...string) (*registry.Repository, string) {
 	t.Helper()
 	body := "text"

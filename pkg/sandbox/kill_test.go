@@ -49,8 +49,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// SIGKILL to the process that made the sandbox ends everything in it. So the kernel releases the lock of a program in
-// the sandbox.
+// If SIGKILL ends the process that made the sandbox, everything in the sandbox ends. So the kernel releases the lock of
+// a program in the sandbox.
 func TestDiesWithParent(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)

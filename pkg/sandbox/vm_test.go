@@ -19,8 +19,8 @@ import (
 
 // inGuest is an environment variable that makes this program prepare the virtual machine in which it runs, before it
 // runs its tests. Its value says in which control group the tests run. The value root means the root group of the
-// machine, and unit means a separate group, such as systemd makes for a service. The value user means such a group too,
-// delegated to an ordinary user.
+// machine. The value unit means a separate group, such as systemd makes for a service. The value user means a separate
+// group that is delegated to an ordinary user.
 const inGuest = "PREBAKE_TEST_GUEST"
 
 // TestInVirtualMachine tests the limits that need a control group, in a virtual machine that has control groups. The
