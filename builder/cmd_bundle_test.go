@@ -115,7 +115,7 @@ func TestBundle(t *testing.T) {
 		{fault.NoArtifact, "17800.0.99/lakitu", create("x.tar", "--kernel", "17800.0.99/lakitu")},
 		{fault.NotFound, "no such file", create("x.tar", "--since", at("none.tar"))},
 		{fault.Usage, "oci-archive:EARLIER.tar+" + at("two.tar"), []string{"show", at("two.tar")}},
-		{fault.Usage, "is complete", []string{"push", at("one.tar") + "+" + at("one.tar"), "--to", site}},
+		{fault.Usage, "is a complete bundle", []string{"push", at("one.tar") + "+" + at("one.tar"), "--to", site}},
 		{fault.Unverified, "no tar", []string{"show", at("farm.pub")}},
 		{fault.Usage, "nothing to extract", []string{"extract", at("one.tar")}},
 		{fault.NoArtifact, "snapshot", []string{"extract", both, "--snapshot", at("elsewhere")}},

@@ -107,7 +107,7 @@ func TestTable(t *testing.T) {
 	jobs[1].Like = "17800.0.55/lakitu"
 	jobs[1].Seconds = 61
 	jobs[2].Failure = &batch.Failure{Class: fault.Unsupported,
-		Error: "choose driver R535: COS names no such driver for this COS build"}
+		Error: "choose driver R535: COS lists no such driver for this COS build"}
 	jobs[3].Failure = &batch.Failure{Class: fault.Internal, Error: strings.Repeat("x", 200)}
 	jobs[3].Known = true
 	jobs[4].Failure = &batch.Failure{Class: fault.InputMissing, Error: "none"}

@@ -86,7 +86,7 @@ func TestKeylessFlags(t *testing.T) {
 		{"an identity, and no root", reproduce(someone...), "missing: --trusted-root"},
 		{"a root, and no identity", reproduce("--trusted-root", trusted), "hint:  for a key, add --public-key FILE; for a"},
 		{"an identity without issuer", reproduce("--trusted-root", trusted, "--certificate-identity", "x"),
-			"name the subject and the issuer"},
+			"give the subject and the issuer"},
 		{"attesting without root", reproduce("--public-key", key+".pub", "--attest", "--key", ref),
 			"missing: --trusted-root"},
 	} {

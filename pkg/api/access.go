@@ -30,7 +30,7 @@ type NewToken struct {
 	LifeSeconds int64 `json:"lifeSeconds,omitempty" doc:"lifetime in seconds; 0 is 90 days"`
 }
 
-// AuditEntry records one call that changed something, or that the server refused as forbidden.
+// AuditEntry is the record of one call that changed something, or that the server refused as forbidden.
 type AuditEntry struct {
 	At     time.Time `json:"at"`
 	Actor  string    `json:"actor"`
@@ -58,7 +58,7 @@ func (c *Client) RevokeToken(ctx context.Context, id string) error {
 	return c.sendOnly(ctx, http.MethodDelete, "/v1/tokens/"+url.PathEscape(id), nil)
 }
 
-// Audit lists the entries of the audit log, newest first; actor "" means any actor.
+// Audit lists the entries of the audit log with this actor, newest first. An empty actor means any actor.
 func (c *Client) Audit(ctx context.Context, actor string) ([]AuditEntry, error) {
 	return collect(c.EachAudit(ctx, Filter{Actor: actor}))
 }

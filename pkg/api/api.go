@@ -52,9 +52,9 @@ type Kernel struct {
 	FirstSeenAt time.Time `json:"firstSeenAt"`
 }
 
-// GPUDrivers are the driver versions that a COS build names for one GPU type.
+// GPUDrivers are the driver versions that a COS build lists for one GPU type.
 type GPUDrivers struct {
-	// Default and Latest are "" if COS names no version.
+	// Default and Latest are "" if COS lists no such version.
 	Default string `json:"default,omitempty"`
 	Latest  string `json:"latest,omitempty"`
 	// Branches maps a branch, such as R535, to its version.
@@ -102,17 +102,17 @@ type NewArtifact struct {
 	Kernels []target.Kernel `json:"kernels"`
 }
 
-// MaxBuildLog bounds the log of one build, in bytes. The server refuses a longer log. A builder therefore sends only
-// the last MaxBuildLog bytes of such a log.
+// MaxBuildLog is the greatest size in bytes of the log of one build. The server refuses a longer log. A builder
+// therefore sends only the last MaxBuildLog bytes of a longer log.
 const MaxBuildLog = 64 << 20
 
-// Bounds of the log of a running build, in bytes.
+// Bounds on the log of a running build, in bytes.
 const (
-	MaxLiveLog     = 8 << 20   // of the whole log that the server keeps
-	MaxLiveLogPart = 256 << 10 // of one part that a builder appends
+	MaxLiveLog     = 8 << 20   // greatest size of the log that the server keeps
+	MaxLiveLogPart = 256 << 10 // greatest size of one part that a builder appends
 )
 
-// HeartbeatInterval is the time between two reports of a builder that it works on a build. If several reports are
+// HeartbeatInterval is the time after which a builder reports again that it works on a build. If several reports are
 // missing, the server gives the build to another builder.
 const HeartbeatInterval = 10 * time.Second
 
@@ -167,14 +167,14 @@ type BuildUpdate struct {
 	Phases      []timeline.Phase   `json:"phases,omitempty"`
 }
 
-// Resolution answers "what should a node of this kernel run?".
+// Resolution is the answer to the question which driver a node with this kernel should run.
 type Resolution struct {
 	Kernel target.Kernel `json:"kernel"`
 	// Driver is the exact driver that the wish resolved to; empty if no driver fits.
 	Driver target.Driver `json:"driver"`
 	State  State         `json:"state"`
-	// Repository and Digest name the artifact if State is published. A Repository that starts with "/" has no host; it is
-	// on the server itself.
+	// Repository and Digest identify the artifact if State is published. A Repository that begins with "/" has no host:
+	// it is on the server itself.
 	Repository string `json:"repository,omitempty"`
 	Digest     string `json:"digest,omitempty"`
 	// Replacement is the digest of the artifact to use in place of the cell's yanked artifact.
@@ -197,11 +197,11 @@ type Resolution struct {
 type WishList struct {
 	Name string `json:"name"`
 	Text string `json:"text"`
-	// Version counts the changes of the text and starts at 1.
+	// Version is 1 for the first text. Each change of the text adds 1.
 	Version   int64     `json:"version"`
 	ChangedAt time.Time `json:"changedAt"`
 	// PlannedAt is the time at which the server last compared the list with the catalogue. Cells is the number of cells
-	// that the list expanded to. Problems says why some wishes expanded to no cell.
+	// that the wishes in the list stand for. Problems says why some wishes stand for no cell.
 	PlannedAt *time.Time `json:"plannedAt,omitempty"`
 	Cells     int        `json:"cells"`
 	Problems  []string   `json:"problems,omitempty"`
@@ -215,7 +215,7 @@ type NewWishList struct {
 	Version int64 `json:"version,omitempty"`
 }
 
-// ReleaseNote announces a COS build to the server.
+// ReleaseNote is the body of a request that announces a COS build to the server.
 type ReleaseNote struct {
 	BuildID string `json:"buildId"`
 }
@@ -233,8 +233,8 @@ type Release struct {
 	Times ReadyDuration `json:"times"`
 }
 
-// ReadyDuration summarises how long cells took from the first sight of their kernel until they were ready. Count is the
-// number of cells. P50, P90 and P99 are percentiles, and Max is the longest time, all in seconds.
+// ReadyDuration summarises how much time passed from the first sight of a cell's kernel until the cell was ready. Count
+// is the number of cells. P50, P90 and P99 are percentiles, and Max is the longest time, all in seconds.
 type ReadyDuration struct {
 	Count int     `json:"count"`
 	P50   float64 `json:"p50"`
@@ -246,8 +246,8 @@ type ReadyDuration struct {
 // Pool is a node pool that may move to another COS build; see [Client.Preflight].
 type Pool struct {
 	Name string `json:"name,omitempty"`
-	// BuildID or GKE names the COS build; the other field is empty. GKE is a GKE version, such as 1.33.5-gke.1080000. It
-	// stands for the COS build that the nodes of this GKE version boot.
+	// BuildID is the BUILD_ID of the COS build. GKE is a GKE version, such as 1.33.5-gke.1080000, and stands for the COS
+	// build that the nodes of this GKE version boot. One of the two is empty.
 	BuildID string `json:"buildId,omitempty"`
 	GKE     string `json:"gke,omitempty"`
 	Board   string `json:"board"`
@@ -256,8 +256,8 @@ type Pool struct {
 	Flavour string `json:"flavour,omitempty"`
 }
 
-// BuildOrGKE sorts a name of a COS build into one of two results. A name that contains "-gke." is a GKE version; any
-// other name is a BUILD_ID.
+// BuildOrGKE returns name as one of its two results; the other result is empty. A name with "-gke." in it is a GKE
+// version. Any other name is a BUILD_ID.
 func BuildOrGKE(name string) (buildID, gke string) {
 	if strings.Contains(name, "-gke.") {
 		return "", name
@@ -294,7 +294,7 @@ type Problem struct {
 	Hint   string     `json:"hint,omitempty"`
 }
 
-// BuildJob describes a build in the queue: it is the argument of a River job of the kind that [BuildJob.Kind] returns.
+// BuildJob is a build in the queue. It is the argument of a River job of the kind that [BuildJob.Kind] returns.
 type BuildJob struct {
 	Build   int64  `json:"build" river:"unique"`
 	BuildID string `json:"build_id"`

@@ -21,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of the answers that the client reads, in bytes. A list of all builds of a large farm has a few MiB. The log of
-// a build needs no bound here, because the server bounds it.
+// Bounds on the answers that the client reads, in bytes. A list of all builds of a large farm has a few MiB. The log of
+// a build needs no bound here, because the server has one: [MaxBuildLog].
 const (
 	maxAnswer  = 64 << 20 // of an answer in JSON
 	maxProblem = 1 << 20  // of an error answer, and of one event
@@ -35,25 +35,25 @@ type Client struct {
 	http  *http.Client
 }
 
-// Time limits. The transfer of a long log may take longer than callTime. So it has no limit in total, and ends only if
-// no data moves for idleTimeout.
+// Time limits. The transfer of a long log may take longer than callTime. So its total time is not limited; it ends with
+// an error only if no data moves for idleTimeout.
 const (
 	callTime    = time.Minute // of a call whose answer is JSON
 	idleTimeout = time.Minute
 )
 
 // NewClient returns a client of the server at base, such as http://127.0.0.1:8440. The token may be empty if the caller
-// only reads. If hc is nil, NewClient makes an HTTP client that waits at most one minute for an answer to begin.
+// only reads. If hc is nil, the client uses an HTTP client that waits at most idleTimeout for an answer to begin.
 func NewClient(base, token string, hc *http.Client) *Client {
 	if hc == nil {
 		transport := cleanhttp.DefaultPooledTransport()
-		transport.ResponseHeaderTimeout = idleTimeout // counts from the end of the request's body
+		transport.ResponseHeaderTimeout = idleTimeout // begins when the request's body is sent
 		hc = &http.Client{Transport: transport}
 	}
 	return &Client{base: strings.TrimRight(base, "/"), token: func() (string, error) { return token, nil }, http: hc}
 }
 
-// maxToken bounds a token, in bytes. Kubernetes' tokens have some 1,500.
+// maxToken is the greatest size of a token in bytes. A token of Kubernetes has about 1,500 bytes.
 const maxToken = 64 << 10
 
 // ReadToken reads a token from a file, without the white space around it. If the file cannot be opened or has no token,
@@ -102,15 +102,15 @@ func (c *Client) Artifacts(ctx context.Context) ([]Artifact, error) {
 	return collect(c.EachArtifact(ctx, Filter{}))
 }
 
-// Question is the input of Resolve. Flavour is auto, proprietary or open; "" means auto. Driver "" means default.
-// Release is what `uname -r` prints on the node. If it differs from the release of the kernel in the catalogue, the
-// answer has no artifact.
+// Question is the input of [Client.Resolve]. Driver is a wish, as in a [BuildRequest]; "" means default. Flavour is
+// auto, proprietary or open; "" means auto. Release is what `uname -r` prints on the node. If it differs from the
+// release of the kernel in the catalogue, the answer has no artifact.
 type Question struct {
 	BuildID, Board, Driver, Flavour, Release string
 }
 
-// Resolve asks which artifact a node with this kernel should run. Every valid question gets an answer. A State other
-// than published is not an error.
+// Resolve asks which artifact a node with this kernel should run. Every valid question gets an answer: if the State is
+// not published, that is not an error.
 func (c *Client) Resolve(ctx context.Context, q Question) (Resolution, error) {
 	values := url.Values{"buildId": {q.BuildID}, "board": {q.Board}}
 	for name, value := range map[string]string{"driver": q.Driver, "flavour": q.Flavour, "release": q.Release} {
@@ -129,7 +129,7 @@ func (c *Client) RequestBuild(ctx context.Context, r BuildRequest) (Build, error
 	return out, c.call(ctx, http.MethodPost, "/v1/builds", r, &out)
 }
 
-// Builds lists all builds, newest first; state "" means any state.
+// Builds lists the builds in this state, newest first. An empty state means any state.
 func (c *Client) Builds(ctx context.Context, state State) ([]Build, error) {
 	return collect(c.EachBuild(ctx, Filter{State: state}))
 }
@@ -153,11 +153,11 @@ func (c *Client) UpdateBuild(ctx context.Context, id int64, u BuildUpdate) (Buil
 }
 
 // Watch calls f with each new state of a build, until the build is over or f returns an error. If the stream breaks,
-// Watch returns an error of kind Transient, and the caller should watch again. Watch is a function and no method, for
-// the reason that [FollowLog] gives.
+// Watch returns an error of kind Transient, and the caller should watch again. Watch is a function and not a method for
+// the same reason as [FollowLog].
 func Watch(ctx context.Context, c *Client, id int64, f func(Build) error) error {
 	path := buildPath(id) + "/events"
-	resp, err := c.do(ctx, http.MethodGet, path, "", nil)
+	resp, err := c.request(ctx, http.MethodGet, path, "", nil)
 	if err != nil {
 		return err
 	}
@@ -204,7 +204,7 @@ func (c *Client) Yank(ctx context.Context, digest string, r YankRequest) (Artifa
 	)
 }
 
-// Unyank removes the mark of a yank.
+// Unyank undoes a yank: nodes may get the artifact again.
 func (c *Client) Unyank(ctx context.Context, digest string) (Artifact, error) {
 	var out Artifact
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts/"+url.PathEscape(digest)+"/unyank", nil, &out)
@@ -290,7 +290,7 @@ func (c *Client) answer(ctx context.Context, method, path string, in, out any) (
 		}
 		body, contentType = bytes.NewReader(raw), "application/json"
 	}
-	resp, err := c.do(ctx, method, path, contentType, body)
+	resp, err := c.request(ctx, method, path, contentType, body)
 	if err != nil {
 		return nil, err
 	}
@@ -314,21 +314,23 @@ func (c *Client) sendOnly(ctx context.Context, method, path string, in any) erro
 		}
 		body, contentType = bytes.NewReader(raw), "application/json"
 	}
-	resp, err := c.do(ctx, method, path, contentType, body)
+	resp, err := c.request(ctx, method, path, contentType, body)
 	if err != nil {
 		return err
 	}
 	return drain(resp)
 }
 
-// drain reads the rest of the body, so that the connection can be used again.
+// drain reads the rest of the body and closes it, so that the connection can be used again.
 func drain(resp *http.Response) error {
 	_, err := io.Copy(io.Discard, io.LimitReader(resp.Body, maxProblem))
 	return errors.Join(err, resp.Body.Close())
 }
 
-// do sends a request. It returns an error in place of an answer whose status is an error; see send for 416.
-func (c *Client) do(ctx context.Context, method, path, contentType string, body io.Reader) (*http.Response, error) {
+// request sends a request. If the status of the answer is an error, request returns that error and no answer; status
+// 416 is an exception, see send.
+func (c *Client) request(ctx context.Context, method, path, contentType string, body io.Reader) (*http.Response,
+	error) {
 	header := http.Header{}
 	if contentType != "" {
 		header.Set("Content-Type", contentType)
@@ -336,8 +338,8 @@ func (c *Client) do(ctx context.Context, method, path, contentType string, body 
 	return c.send(ctx, method, path, header, body)
 }
 
-// send works as do does, with more headers. An answer of status 416 is no error, because [FollowLog] asks for a range
-// of a log, and the log may be shorter than it was.
+// send works as request does, and adds these headers. For a request of a range, it returns an answer of status 416
+// without an error: [FollowLog] requests a range of a log, and the log may be shorter than it was.
 func (c *Client) send(
 	ctx context.Context,
 	method, path string,
@@ -365,14 +367,15 @@ func (c *Client) send(
 		}
 		return nil, fault.Wrap(fault.Transient, fail(err), "check that the server runs at "+c.base)
 	}
-	if resp.StatusCode/100 == 2 || resp.StatusCode == http.StatusRequestedRangeNotSatisfiable {
+	outside := header.Get("Range") != "" && resp.StatusCode == http.StatusRequestedRangeNotSatisfiable
+	if resp.StatusCode/100 == 2 || outside {
 		return resp, nil
 	}
 	return nil, errors.Join(problem(resp, fail), resp.Body.Close())
 }
 
-// problem makes a classified error from an error answer. If the answer is not the server's, such as the page of a
-// proxy, the status alone decides the kind, and the error names the URL.
+// problem returns an error with a fault kind for an error answer. If the answer does not come from the server, but for
+// example from a proxy, the status alone decides the kind, and the error has the URL.
 func problem(resp *http.Response, fail func(error) error) error {
 	var p Problem
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxProblem))
@@ -388,9 +391,9 @@ func problem(resp *http.Response, fail func(error) error) error {
 	kind, hint := fault.Internal, ""
 	switch {
 	case resp.StatusCode == http.StatusUnauthorized:
-		kind, hint = fault.Unauthorized, "name a file with a token of the server in --token-file"
+		kind, hint = fault.Unauthorized, "give a file with a token of the server: --token-file FILE"
 	case resp.StatusCode == http.StatusForbidden:
-		kind, hint = fault.Forbidden, "name a file with a token that allows this call in --token-file"
+		kind, hint = fault.Forbidden, "give a file with a token that allows this call: --token-file FILE"
 	case resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode >= 500:
 		kind = fault.Transient
 	case resp.StatusCode >= 400:

@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of a list that the client reads page by page. A page has at most pageLimit entries. A page of cells has the
+// Bounds on a list that the client reads page by page. A page has at most pageLimit entries. A page of cells has the
 // cells of at most cellLimit kernels. A list has at most maxPages pages.
 const (
 	pageLimit = 1000
@@ -20,7 +20,7 @@ const (
 )
 
 // Filter selects entries of a list. An empty field matches any entry. The server refuses a field that the list does not
-// support. The methods of [Client] name the fields that their lists support.
+// support. The comment of each method of [Client] says which fields its list supports.
 type Filter struct {
 	BuildID, Board string
 	Milestone      int
@@ -56,11 +56,11 @@ func (f Filter) query(largest int) url.Values {
 	return query
 }
 
-// nextLink is the only form of the Link header in which the server names the next page.
+// nextLink matches the only form in which the server's Link header has the next page.
 var nextLink = regexp.MustCompile(`^<(/v1/[^>]*)>; rel="next"$`)
 
-// each reads a list page by page, until the caller stops. After an error, each yields the error and stops.
-func each[T any](ctx context.Context, c *Client, path string, query url.Values) iter.Seq2[T, error] {
+// readPages reads a list page by page, until the caller stops. After an error, it yields the error and stops.
+func readPages[T any](ctx context.Context, c *Client, path string, query url.Values) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		var none T
 		at := path + "?" + query.Encode()
@@ -100,38 +100,38 @@ func collect[T any](entries iter.Seq2[T, error]) ([]T, error) {
 
 // EachKernel reads kernels, newest first. The filter may set BUILD_ID, board, milestone and GKE version.
 func (c *Client) EachKernel(ctx context.Context, f Filter) iter.Seq2[Kernel, error] {
-	return each[Kernel](ctx, c, "/v1/kernels", f.query(pageLimit))
+	return readPages[Kernel](ctx, c, "/v1/kernels", f.query(pageLimit))
 }
 
 // EachDriver reads driver versions, newest first. The filter may set only the page size.
 func (c *Client) EachDriver(ctx context.Context, f Filter) iter.Seq2[DriverRelease, error] {
-	return each[DriverRelease](ctx, c, "/v1/drivers", f.query(pageLimit))
+	return readPages[DriverRelease](ctx, c, "/v1/drivers", f.query(pageLimit))
 }
 
 // EachArtifact reads artifacts, newest first. The filter may set BUILD_ID, board, driver, flavour and state.
 func (c *Client) EachArtifact(ctx context.Context, f Filter) iter.Seq2[Artifact, error] {
-	return each[Artifact](ctx, c, "/v1/artifacts", f.query(pageLimit))
+	return readPages[Artifact](ctx, c, "/v1/artifacts", f.query(pageLimit))
 }
 
 // EachBuild reads builds, newest first. The filter may set BUILD_ID, board, milestone, driver, flavour and state.
 func (c *Client) EachBuild(ctx context.Context, f Filter) iter.Seq2[Build, error] {
-	return each[Build](ctx, c, "/v1/builds", f.query(pageLimit))
+	return readPages[Build](ctx, c, "/v1/builds", f.query(pageLimit))
 }
 
 // EachCell reads the states of cells. The cells of the newest kernel come first. The filter may set BUILD_ID, board,
 // milestone, GKE version and driver.
 func (c *Client) EachCell(ctx context.Context, f Filter) iter.Seq2[Resolution, error] {
-	return each[Resolution](ctx, c, "/v1/cells", f.query(cellLimit))
+	return readPages[Resolution](ctx, c, "/v1/cells", f.query(cellLimit))
 }
 
 // EachQuarantine reads the artifacts in quarantine, newest first. The filter may set only the page size.
 func (c *Client) EachQuarantine(ctx context.Context, f Filter) iter.Seq2[Quarantine, error] {
-	return each[Quarantine](ctx, c, "/v1/quarantine", f.query(pageLimit))
+	return readPages[Quarantine](ctx, c, "/v1/quarantine", f.query(pageLimit))
 }
 
 // EachAudit reads the audit log, newest first. The filter may set the actor.
 func (c *Client) EachAudit(ctx context.Context, f Filter) iter.Seq2[AuditEntry, error] {
-	return each[AuditEntry](ctx, c, "/v1/audit", f.query(pageLimit))
+	return readPages[AuditEntry](ctx, c, "/v1/audit", f.query(pageLimit))
 }
 
 // Artifact reads one artifact.
@@ -140,15 +140,15 @@ func (c *Client) Artifact(ctx context.Context, digest string) (Artifact, error) 
 	return out, c.call(ctx, http.MethodGet, "/v1/artifacts/"+url.PathEscape(digest), nil, &out)
 }
 
-// ReadyTimes summarises how long cells took from the first sight of their kernel until they were ready. It covers the
-// cells that became ready within this number of days before now.
+// ReadyTimes summarises how much time passed from the first sight of a cell's kernel until the cell was ready. It
+// covers the cells that became ready within this number of days before now.
 func (c *Client) ReadyTimes(ctx context.Context, days int) (ReadyDuration, error) {
 	var out ReadyDuration
 	return out, c.call(ctx, http.MethodGet, "/v1/ready-times?days="+strconv.Itoa(days), nil, &out)
 }
 
-// ReportsOf counts the nodes' reports about an artifact, or about all artifacts of a COS build and board. An empty
-// argument means any.
+// ReportsOf returns the counts of the nodes' reports about an artifact, or about all artifacts of a COS build and
+// board. An empty argument means any value.
 func (c *Client) ReportsOf(ctx context.Context, digest, buildID, board string) ([]ReportCounts, error) {
 	query := url.Values{}
 	for name, value := range map[string]string{"digest": digest, "buildId": buildID, "board": board} {

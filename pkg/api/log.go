@@ -14,10 +14,12 @@ import (
 	"github.com/prebake/prebake/pkg/stall"
 )
 
-// BuildLog opens the log of a build. For a running build, it reads the part that exists now. The caller closes the log.
+// BuildLog opens the log of a build. For a running build, it reads the part that exists now. The caller must close the
+// log.
 func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	resp, err := c.do(ctx, http.MethodGet, buildPath(id)+"/log", "", nil) //nolint:bodyclose // the caller closes the log
+	//nolint:bodyclose // the caller closes the log
+	resp, err := c.request(ctx, http.MethodGet, buildPath(id)+"/log", "", nil)
 	if err != nil {
 		cancel()
 		return nil, err
@@ -25,11 +27,11 @@ func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) 
 	return stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel), nil
 }
 
-// FollowLog writes a build's log while it grows, until the build has ended. It waits for pause between two requests,
-// and tries again if the server does not answer. If the log is shorter than before, a new attempt has begun, and
-// FollowLog writes the new log from its beginning. It cannot detect a new attempt whose log outgrows the old one within
-// one pause; it then continues at the old position. FollowLog is a function and not a method of [Client], so that only
-// programs that call it contain its code.
+// FollowLog writes a build's log while it grows, until the build has ended. The argument pause is the time between two
+// requests. If the server does not answer, FollowLog tries again. If the log is shorter than before, a new attempt has
+// begun, and FollowLog writes the new log from its beginning. If the log of a new attempt becomes longer than the
+// former log within one pause, FollowLog does not notice the new attempt, and continues at the former position.
+// FollowLog is a function and not a method of [Client], so that a program that does not call it does not link it.
 func FollowLog(ctx context.Context, c *Client, id int64, pause time.Duration, out io.Writer) error {
 	written := int64(0)
 	for {
@@ -54,7 +56,7 @@ func FollowLog(ctx context.Context, c *Client, id int64, pause time.Duration, ou
 	}
 }
 
-// copyLog writes the part of a log that was not written yet. It returns how many bytes are written now.
+// copyLog writes the part of a log that was not written yet. It returns how many bytes of the log are written now.
 func copyLog(ctx context.Context, c *Client, id, written int64, out io.Writer) (int64, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -91,18 +93,18 @@ func (c *Client) PutBuildLog(ctx context.Context, id int64, log io.Reader) error
 		cancel(fault.New(fault.Transient, "send build log: the server has stopped reading the log", ""))
 	})}
 	defer sent.timer.Stop()
-	resp, err := c.do(ctx, http.MethodPut, buildPath(id)+"/log", "text/plain; charset=utf-8", sent)
+	resp, err := c.request(ctx, http.MethodPut, buildPath(id)+"/log", "text/plain; charset=utf-8", sent)
 	if err != nil {
 		return err
 	}
 	return drain(resp)
 }
 
-// AppendBuildLog appends a part to the log of a running build. offset is the length of the log before this part, in
-// bytes. The error is of kind Mismatch if the server's log has another length, or if the build has ended.
+// AppendBuildLog appends a part to the log of a running build. The argument offset is the length in bytes of the log
+// before this part. The error is of kind Mismatch if the server's log has another length, or if the build has ended.
 func (c *Client) AppendBuildLog(ctx context.Context, id, offset int64, part []byte) error {
 	at := buildPath(id) + "/log?offset=" + strconv.FormatInt(offset, 10)
-	resp, err := c.do(ctx, http.MethodPatch, at, "text/plain; charset=utf-8", bytes.NewReader(part))
+	resp, err := c.request(ctx, http.MethodPatch, at, "text/plain; charset=utf-8", bytes.NewReader(part))
 	if err != nil {
 		return err
 	}

@@ -28,7 +28,8 @@ func (s *slow) Read(p []byte) (int, error) {
 	return copy(p, "line\n"), nil
 }
 
-// reader is a server that reads the whole request. If most is above 0, it stops reading after that number of bytes.
+// reader is a server that reads the whole request. If the field most is above 0, the server stops reading after that
+// number of bytes.
 type reader struct{ most int }
 
 func (r reader) RoundTrip(req *http.Request) (*http.Response, error) {

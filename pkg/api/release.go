@@ -13,14 +13,14 @@ type ReleaseSummary struct {
 	Milestone int       `json:"milestone,omitempty"`
 	Boards    []string  `json:"boards"`
 	SeenAt    time.Time `json:"seenAt"`
-	// Cells counts the cells that somebody asked for, by their state.
+	// Cells has, for each state, the number of cells that somebody asked for.
 	Cells map[State]int `json:"cells"`
-	// Times summarises how long the ready cells took from the first sight of their kernel.
+	// Times summarises how much time passed from the first sight of a cell's kernel until the cell was ready.
 	Times ReadyDuration `json:"times"`
 }
 
 // EachRelease reads COS builds, newest first. The filter may set board and milestone. Its page size is a number of
 // kernels, not of COS builds: a COS build has one kernel for each board.
 func (c *Client) EachRelease(ctx context.Context, f Filter) iter.Seq2[ReleaseSummary, error] {
-	return each[ReleaseSummary](ctx, c, "/v1/releases", f.query(cellLimit))
+	return readPages[ReleaseSummary](ctx, c, "/v1/releases", f.query(cellLimit))
 }

@@ -34,8 +34,8 @@ type NodeReport struct {
 	Node string `json:"node"`
 }
 
-// ReportCounts counts the nodes on which an artifact had each outcome on one kernel. It uses the last report of each
-// node within thirty days.
+// ReportCounts has, for an artifact on one kernel, the number of nodes with each outcome. Only the last report of each
+// node within thirty days counts.
 type ReportCounts struct {
 	BuildID  string    `json:"buildId"`
 	Board    string    `json:"board"`
@@ -46,7 +46,7 @@ type ReportCounts struct {
 	LastAt   time.Time `json:"lastAt"`
 }
 
-// Quarantine is an artifact that did not load on several nodes, with the counts of the nodes' reports.
+// Quarantine is an artifact that did not load on several nodes. Reports are the counts of the nodes' reports.
 type Quarantine struct {
 	Artifact Artifact       `json:"artifact"`
 	Reports  []ReportCounts `json:"reports"`
@@ -57,7 +57,7 @@ func (c *Client) Report(ctx context.Context, r NodeReport) error {
 	return c.sendOnly(ctx, http.MethodPost, "/v1/reports", r)
 }
 
-// Reports counts the nodes' reports about an artifact.
+// Reports returns the counts of the nodes' reports about an artifact.
 func (c *Client) Reports(ctx context.Context, digest string) ([]ReportCounts, error) {
 	return c.ReportsOf(ctx, digest, "", "")
 }

@@ -8,12 +8,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Warning is a failure that an early-warning entry of a wish list found: a cell whose builds fail. Such a cell mostly
-// belongs to a milestone that is not released yet.
+// Warning is a cell whose builds fail, and that an early-warning entry of a wish list asked for. Most such cells are of
+// a milestone that is not released yet.
 type Warning struct {
 	Kernel target.Kernel `json:"kernel"`
 	Driver target.Driver `json:"driver"`
-	// Class is the class of the failure, such as api-break. Error is the first line of the message that locates it.
+	// Class is the class of the failure, such as api-break. Error is the first line of the message that locates the
+	// failure.
 	Class string `json:"class"`
 	Error string `json:"error"`
 	Hint  string `json:"hint,omitempty"`
@@ -24,7 +25,7 @@ type Warning struct {
 	LastSeenAt time.Time `json:"lastSeenAt"`
 }
 
-// Warnings lists the failures that early-warning entries found, newest kernels first.
+// Warnings lists the failing cells of early-warning entries, newest kernels first.
 func (c *Client) Warnings(ctx context.Context) ([]Warning, error) {
 	var out []Warning
 	return out, c.call(ctx, http.MethodGet, "/v1/warnings", nil, &out)

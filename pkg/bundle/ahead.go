@@ -6,18 +6,18 @@ import (
 )
 
 const (
-	// aheadPiece is the size in bytes of one read of [ahead], because a block of zstd has at most 128 KiB (RFC 8878,
+	// aheadPiece is the number of bytes that [aheadReader] reads at once. A block of zstd has at most 128 KiB (RFC 8878,
 	// 3.1.1.2.4).
 	aheadPiece = 128 << 10
-	// aheadPieces is the number of pieces. One is being filled, one is being read, and one waits. So neither side
-	// waits for the other at each piece.
+	// aheadPieces is the number of pieces. One piece is being filled, one is being read, and one is full and waits. So
+	// the reader need not wait for each piece.
 	aheadPieces = 3
 )
 
-// ahead reads a stream in its own goroutine, at most [aheadPieces] pieces ahead of its reader. So a layer is
-// downloaded, decompressed and written at the same time. The caller must call Close, which waits until a running read
-// of the stream ends.
-type ahead struct {
+// aheadReader reads a stream in its own goroutine, at most [aheadPieces] pieces before the caller needs them. So a
+// layer is downloaded, decompressed and written at the same time. The caller must call Close, which waits until a
+// running read of the stream ends.
+type aheadReader struct {
 	full chan piece  // filled pieces; the last one has the error
 	free chan []byte // empty pieces
 	stop chan struct{}
@@ -34,8 +34,8 @@ type piece struct {
 	err error
 }
 
-func readAhead(r io.Reader) *ahead {
-	a := &ahead{
+func readAhead(r io.Reader) *aheadReader {
+	a := &aheadReader{
 		full: make(chan piece, aheadPieces), free: make(chan []byte, aheadPieces),
 		stop: make(chan struct{}), done: make(chan struct{}),
 	}
@@ -67,7 +67,7 @@ func readAhead(r io.Reader) *ahead {
 }
 
 // Read returns the stream's bytes, and after them the stream's error.
-func (a *ahead) Read(p []byte) (int, error) {
+func (a *aheadReader) Read(p []byte) (int, error) {
 	for len(a.rest) == 0 {
 		if a.now.err != nil {
 			return 0, a.now.err
@@ -87,8 +87,8 @@ func (a *ahead) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// Close ends the goroutine. Bytes that it read ahead are lost.
-func (a *ahead) Close() {
+// Close ends the goroutine. Bytes that the caller has not read are lost.
+func (a *aheadReader) Close() {
 	a.once.Do(func() { close(a.stop) })
 	<-a.done
 }

@@ -39,8 +39,8 @@ func TestReadAhead(t *testing.T) {
 	}
 }
 
-// TestReadAheadClose closes in the middle of an endless stream. The goroutine has ended when Close returns, so nothing
-// reads the stream any more.
+// TestReadAheadClose calls Close in the middle of an endless stream. When Close returns, the goroutine has ended, so
+// nothing reads the stream any more.
 func TestReadAheadClose(t *testing.T) {
 	t.Parallel()
 	var reads int // without a lock, so that the race detector reports a read after Close

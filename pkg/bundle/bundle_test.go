@@ -31,8 +31,8 @@ func sampleID() Identity {
 	}
 }
 
-// tree writes files from name to content. A content of "-> x" makes a link, a name with a trailing slash makes a
-// folder, and a leading "#!" makes the file executable.
+// tree writes files to a folder. The map has the content of each file by its name. A content of "-> x" makes a link, a
+// name with a trailing slash makes a folder, and a leading "#!" makes the file executable.
 func tree(t testing.TB, files map[string]string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -205,9 +205,10 @@ func TestPackIsDeterministic(t *testing.T) {
 	}
 }
 
-// Published bytes must not change. If this test fails, for example after an update of the compression library, then
-// old inputs get new digests. Publishing such an artifact again fails, because its tag names the old digest and is
-// never moved. If the new bytes are wanted, PackRecipe must change together with the digests below.
+// Published bytes must not change. If this test fails, for example after an update of the compression library, then old
+// inputs get new digests. It is then an error to publish such an artifact again, because its tag points to the old
+// digest, and a tag is never moved. If the new bytes are wanted, PackRecipe must change together with the digests
+// below.
 func TestPackKeepsItsBytes(t *testing.T) {
 	t.Parallel()
 	random := rand.New(rand.NewPCG(1, 2))
@@ -315,7 +316,7 @@ func sampleImage(t testing.TB) (v1.Image, []byte, []byte) {
 func TestImage(t *testing.T) {
 	t.Parallel()
 	img, manifest, config := sampleImage(t)
-	// The check is validate.Fast, because the library's full check can read only gzip layers.
+	// The check uses validate.Fast, because the library's full check can read only gzip layers.
 	if err := validate.Image(img, validate.Fast); err != nil {
 		t.Errorf("validate.Image = %v", err)
 	}

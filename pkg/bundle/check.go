@@ -18,7 +18,7 @@ import (
 )
 
 // Names returns the names of all files, folders and links below root, for [CheckTree]. It returns an error if one of
-// them does not belong to a layer of this kind.
+// the names does not belong to a layer of this kind.
 func Names(root *os.Root, kind LayerKind) ([]string, error) {
 	entries, err := listTree(root, kind)
 	if err != nil {
@@ -32,8 +32,9 @@ func Names(root *os.Root, kind LayerKind) ([]string, error) {
 }
 
 // CheckTree checks that an unpacked layer below root still matches the signed config. It packs the files again and
-// compares the diff ID, because equal trees give equal archives. It packs only the entries that names lists; nil means
-// all entries below root. The source of names need not be trusted, because other names give another archive.
+// compares the diff ID, because equal trees give equal archives. It packs only the entries in the list names; a nil
+// list means all entries below root. The source of that list need not be trusted, because other names give another
+// archive.
 //
 // For a layer of modules, CheckTree also returns a map from the name of each file to the SHA-256 digest of the bytes
 // that it read. If a file was changed or is missing, the error is of kind Unverified. If the machine has no more memory
@@ -69,7 +70,7 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 	if names == nil {
 		entries, err = listTree(root, kind)
 	} else {
-		entries, err = named(root, names)
+		entries, err = entriesByName(root, names)
 	}
 	if err != nil {
 		return nil, err
@@ -86,20 +87,20 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 			err = fmt.Errorf("%s is not a regular file any more", e.name)
 		}
 		if err == nil {
-			err = plain(e.name, info)
+			err = checkPlain(e.name, info)
 		}
 		if err != nil {
 			return nil, errors.Join(err, f.Close())
 		}
-		if kind != LayerModules { // no caller needs digests of the other layers, which have ten times as many bytes
+		if kind != LayerModules { // no caller needs digests of the files of other layers, which have ten times as many bytes
 			return f, nil
 		}
 		return &hashedFile{ReadCloser: f, h: sha256.New(), done: func(digest string) { files[e.name] = digest }}, nil
 	})
 }
 
-// named returns the entries below root that have these names. The names must be in the archive's order.
-func named(root *os.Root, names []string) ([]entry, error) {
+// entriesByName returns the entries below root that have these names. The names must be in the archive's order.
+func entriesByName(root *os.Root, names []string) ([]entry, error) {
 	if len(names) > maxEntries {
 		return nil, fmt.Errorf("more than %d names", maxEntries)
 	}
@@ -121,7 +122,7 @@ func named(root *os.Root, names []string) ([]entry, error) {
 			}
 			total += e.size
 		case fs.ModeDir:
-			if err := plain(name, info); err != nil {
+			if err := checkPlain(name, info); err != nil {
 				return nil, err
 			}
 		case fs.ModeSymlink:
@@ -136,9 +137,9 @@ func named(root *os.Root, names []string) ([]entry, error) {
 	return entries, nil
 }
 
-// plain refuses a file that [Unpack] cannot have made, although an archive of it would be the same: a file of another
-// owner, a file that others may write, or a file with a setuid, setgid or sticky bit.
-func plain(name string, info fs.FileInfo) error {
+// checkPlain refuses a file that [Unpack] cannot have made: a file of another owner, a file that others may write, or a
+// file with a setuid, setgid or sticky bit. The diff ID does not show these differences.
+func checkPlain(name string, info fs.FileInfo) error {
 	if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 || info.Mode().Perm()&0o022 != 0 {
 		return fmt.Errorf("%s has mode %s; want a file that only its owner may write, without special bits", name,
 			info.Mode())

@@ -14,11 +14,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A delta turns the archive of one layer, the former layer, into the archive of another layer. The new archive is
-// split into chunks of deltaChunk bytes. The delta has, for each chunk, the length of a zstd frame (4 bytes, little
-// endian) and the frame itself (RFC 8878). The frame's dictionary is raw content without an ID: the bytes of the former
-// archive around the chunk's position, as [window] defines. The command `zstd --patch-from` writes and reads such
-// frames. Neither the writer nor the reader of a delta needs a whole archive in memory or on the disk.
+// A delta turns the archive of one layer, the former layer, into the archive of another layer. The new archive is split
+// into chunks of deltaChunk bytes. The delta has, for each chunk, the length of a zstd frame (4 bytes, little endian)
+// and the frame itself (RFC 8878). The frame's dictionary is raw content without an ID: the bytes of the former archive
+// around the chunk's position, as [window] defines. The command `zstd --patch-from` writes and reads such frames. To
+// write or to read a delta, no whole archive is needed in memory or on the disk.
 const (
 	// ArtifactTypeDelta is the artifact type of a delta that is attached to an artifact. The delta makes one layer of
 	// that artifact.
@@ -30,19 +30,19 @@ const (
 	deltaMargin = 1 << 20
 	// maxFrame is the greatest size of a frame in bytes: the size for a chunk that zstd cannot compress.
 	maxFrame = deltaChunk + deltaChunk>>8 + 64
-	// deltaSlack bounds the result of a delta, in bytes: at most twice the former layer's size plus deltaSlack.
-	// Anybody may attach a delta, and its result is verified only at its end. Without the bound, the result of a hostile
-	// delta could fill the disk before that.
+	// deltaSlack is a number of bytes. The result of a delta may have at most twice the former layer's size plus
+	// deltaSlack. Anybody may attach a delta, and the result is verified only at its end. Without the bound, the result
+	// of a hostile delta could fill the disk before that.
 	deltaSlack = 16 << 20
 )
 
-// WriteDelta writes a delta that turns the archive from into the archive to. Equal input gives equal bytes.
-func WriteDelta(ctx context.Context, from, to io.Reader, w io.Writer) error {
-	win := &window{r: &ctxReader{ctx: ctx, r: from}}
-	to = &ctxReader{ctx: ctx, r: to}
+// WriteDelta writes to w a delta that turns the archive oldTar into the archive newTar. Equal input gives equal bytes.
+func WriteDelta(ctx context.Context, oldTar, newTar io.Reader, w io.Writer) error {
+	win := &window{r: &ctxReader{ctx: ctx, r: oldTar}}
+	newTar = &ctxReader{ctx: ctx, r: newTar}
 	chunk := make([]byte, deltaChunk)
 	for {
-		n, err := io.ReadFull(to, chunk)
+		n, err := io.ReadFull(newTar, chunk)
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
@@ -75,20 +75,20 @@ func WriteDelta(ctx context.Context, from, to io.Reader, w io.Writer) error {
 	}
 }
 
-// UnpackDelta works as [Unpack] does, but it makes the layer from a delta and from the former layer's archive. That
-// archive need not be verified, because the result is: UnpackDelta succeeds only if the delta has this size and digest,
-// and its result has the diff ID.
+// UnpackDelta works as [Unpack] does, but it makes the layer from a delta and from the former layer's archive oldTar.
+// That archive need not be verified, because the result is verified: UnpackDelta succeeds only if the delta has this
+// size and digest, and the result has this diff ID.
 func UnpackDelta(
 	ctx context.Context,
 	delta io.Reader,
 	wantDigest string,
 	size int64,
-	from io.Reader,
+	oldTar io.Reader,
 	wantDiffID string,
 	dst *os.Root,
 ) error {
 	packed := &meter{r: &ctxReader{ctx: ctx, r: delta}, h: sha256.New(), limit: size}
-	err := unpackPlain(&deltaReader{r: packed, win: &window{r: from}}, wantDiffID, dst, maxBytes)
+	err := unpackPlain(&deltaReader{r: packed, win: &window{r: oldTar}}, wantDiffID, dst, maxBytes)
 	if ctx.Err() != nil {
 		return fmt.Errorf("unpack delta: %w", context.Cause(ctx))
 	}
@@ -127,7 +127,7 @@ func (d *deltaReader) Read(p []byte) (int, error) {
 func (d *deltaReader) chunk() error {
 	var head [4]byte
 	if _, err := io.ReadFull(d.r, head[:]); err != nil {
-		return err // io.EOF: there are no more frames
+		return err // io.EOF if there are no more frames
 	}
 	n := binary.LittleEndian.Uint32(head[:])
 	if d.last || n == 0 || n > maxFrame {
@@ -186,7 +186,7 @@ type window struct {
 	ended bool
 }
 
-// next returns the dictionary of the next chunk. It is valid until the following call.
+// next returns the dictionary of the next chunk. The dictionary is valid until next is called again.
 func (w *window) next() ([]byte, error) {
 	if w.buf == nil {
 		w.buf, w.piece = make([]byte, 0, deltaChunk+2*deltaMargin), make([]byte, 256<<10)
@@ -206,7 +206,7 @@ func (w *window) next() ([]byte, error) {
 	return w.buf, nil
 }
 
-// size returns the size of the archive. It is valid after the archive has ended.
+// size returns the size of the archive. The result is right only after the archive has ended.
 func (w *window) size() int64 { return w.start + int64(len(w.buf)) }
 
 // push appends bytes to the buffer. If the buffer is full, push drops the oldest bytes.
@@ -225,7 +225,8 @@ func noEOF(err error) error {
 	return err
 }
 
-// OpenArchive decompresses a packed layer and returns its archive, for [WriteDelta]. The caller closes the result.
+// OpenArchive decompresses a packed layer and returns the layer's archive, for [WriteDelta]. The caller must close the
+// result.
 func OpenArchive(packed io.Reader) (io.ReadCloser, error) {
 	zr, err := newDecoder(packed)
 	if err != nil {
@@ -234,8 +235,8 @@ func OpenArchive(packed io.Reader) (io.ReadCloser, error) {
 	return zr.IOReadCloser(), nil
 }
 
-// TreeArchive packs an unpacked layer into the archive that [Unpack] read, for [UnpackDelta]. It packs the files with
-// these names; nil means all files. The caller closes the result.
+// TreeArchive packs an unpacked layer into the archive that [Unpack] read, for [UnpackDelta]. It packs the entries with
+// these names; nil means all entries. The caller must close the result.
 func TreeArchive(ctx context.Context, root *os.Root, kind LayerKind, names []string) io.ReadCloser {
 	ctx, cancel := context.WithCancel(ctx)
 	r, w := io.Pipe()

@@ -42,7 +42,8 @@ func applyDelta(delta, from []byte) ([]byte, error) {
 	return io.ReadAll(&deltaReader{r: bytes.NewReader(delta), win: &window{r: bytes.NewReader(from)}})
 }
 
-// deltaCases returns pairs of byte streams. most is the greatest length of the delta from one to the other, in bytes.
+// deltaCases returns pairs of byte streams. The field most is the greatest length in bytes that the delta of the pair
+// may have.
 func deltaCases() map[string]struct {
 	from, to []byte
 	most     int

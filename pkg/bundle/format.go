@@ -1,6 +1,5 @@
-// Package bundle defines the artifact's format. It makes one OCI image manifest from an identity, three layers and a
-// config, and it unpacks a layer into files. It does not download or sign, and it does not write outside the given
-// folder.
+// Package bundle defines the artifact's format. It makes an OCI image from an identity and three layers, and it unpacks
+// a layer into files. It does not download or sign, and it does not write outside the given folder.
 package bundle
 
 // MediaTypeLayer is the media type of every layer (OCI image-spec 1.1, layer.md).
@@ -10,8 +9,8 @@ const MediaTypeLayer = "application/vnd.oci.image.layer.v1.tar+zstd"
 const FormatVersion = "1"
 
 // Annotations of the manifest. Together they are the whole identity of an artifact. BUILD_IDs are not among them,
-// because one artifact fits every COS build with its fingerprint. A signed kernel-match statement names each of these
-// COS builds.
+// because one artifact fits every COS build with its fingerprint. For each of these COS builds there is a signed
+// kernel-match statement.
 const (
 	AnnotationFormat        = "dev.prebake.format"
 	AnnotationFingerprint   = "dev.prebake.kernel.fingerprint"
@@ -25,17 +24,19 @@ const (
 // AnnotationLayer is an annotation on each layer's descriptor. Its value is a [LayerKind].
 const AnnotationLayer = "dev.prebake.layer"
 
-// LayerKind says what a layer holds.
+// LayerKind is the kind of a layer's content.
 type LayerKind string
 
 // Kinds of layers, in manifest order. Paths in them are relative to the install folder that COS nodes and the GKE
 // device plugin expect.
 const (
-	// LayerModules has drivers/*.ko. It is small, and made for one fingerprint.
+	// LayerModules has drivers/*.ko. Each fingerprint needs its own layer.
 	LayerModules LayerKind = "modules"
-	// LayerUserspace has bin/, lib64/, share/ and vulkan/. There is one for each driver version.
+	// LayerUserspace has bin/, lib64/, share/ and vulkan/. For each driver version and architecture there is one such
+	// layer.
 	LayerUserspace LayerKind = "userspace"
-	// LayerFirmware has firmware/nvidia/<VERSION>/*.bin. There is one for each driver version.
+	// LayerFirmware has firmware/nvidia/<VERSION>/*.bin. For each driver version and architecture there is one such
+	// layer.
 	LayerFirmware LayerKind = "firmware"
 )
 
@@ -49,6 +50,6 @@ const annotationTitle = "org.opencontainers.image.title"
 // title returns the file name of a layer of this kind.
 func (k LayerKind) title() string { return string(k) + ".tar.zst" }
 
-// ImageRecipe is the version of the code that makes a manifest and a config from layers. Change it whenever equal
-// layers would give another manifest.
+// ImageRecipe is the version of the code that makes a manifest and a config from layers. If a change of that code gives
+// another manifest for equal layers, change ImageRecipe.
 const ImageRecipe = "image-3"

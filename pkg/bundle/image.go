@@ -16,8 +16,8 @@ import (
 )
 
 // Image returns the artifact as an OCI image with an image config, three layers and the identity as annotations. Any
-// registry can store it, and any runtime can unpack it. The result depends only on the arguments, and not on the time
-// or the host.
+// registry can store the image, and any runtime can unpack it. The result depends only on the arguments, and not on the
+// time or the host.
 func Image(id Identity, layers []Layer) (v1.Image, error) {
 	if err := id.validate(); err != nil {
 		return nil, fmt.Errorf("make image: %w", err)
@@ -73,7 +73,7 @@ func Image(id Identity, layers []Layer) (v1.Image, error) {
 	return partial.CompressedToImage(img)
 }
 
-// epoch returns the time stamp of everything in an artifact: 1970-01-01.
+// epoch returns the time of everything in an artifact: 1970-01-01.
 func epoch() v1.Time { return v1.Time{Time: time.Unix(0, 0).UTC()} }
 
 // image has the methods from which package partial makes a v1.Image.

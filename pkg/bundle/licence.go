@@ -10,21 +10,21 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Annotations of the manifest about the licences of the artifact's parts. The flavour alone decides their values, not
-// what an operator allows. So equal inputs give equal digests. Artifacts that were published before these annotations
-// existed do not have them.
+// Annotations of the manifest about the licences of the artifact's parts. Their values depend only on the flavour, and
+// not on what an operator allows. So equal inputs give equal digests. Artifacts from a time before these annotations do
+// not have them.
 const (
 	AnnotationModulesLicence   = "dev.prebake.licence.modules"
 	AnnotationUserspaceLicence = "dev.prebake.licence.userspace"
-	// AnnotationRedistribution has a [Redistribution]: the least that an operator must allow before the artifact is
+	// AnnotationRedistribution has a [Redistribution]: the least level that an operator must allow before the artifact is
 	// published where everybody can read it.
 	AnnotationRedistribution = "dev.prebake.redistribution"
 	// annotationLicenses is for tools of other projects (OCI image-spec, annotations.md).
 	annotationLicenses = "org.opencontainers.image.licenses"
 )
 
-// Licences as SPDX expressions. SPDX's list does not have NVIDIA's licence. Its text is share/LICENSE in the layer of
-// user space.
+// Licences as SPDX expressions. SPDX's list does not have NVIDIA's licence. The text of NVIDIA's licence is
+// share/LICENSE in the layer of user space.
 const (
 	// LicenceOpen is the meaning of "Dual MIT/GPL" in the open modules (Linux,
 	// Documentation/process/license-rules.rst).
@@ -39,8 +39,8 @@ type Redistribution string
 const (
 	// RedistributeNone allows no part under NVIDIA's licence.
 	RedistributeNone Redistribution = "none"
-	// RedistributeUserspace allows user space and firmware, which are unchanged files of NVIDIA. So it allows
-	// artifacts with open modules.
+	// RedistributeUserspace allows user space and firmware, which are unchanged files of NVIDIA. So artifacts with open
+	// modules may be published.
 	RedistributeUserspace Redistribution = "userspace"
 	// RedistributeAll also allows proprietary modules.
 	RedistributeAll Redistribution = "all"
@@ -50,11 +50,11 @@ func redistributions() []Redistribution {
 	return []Redistribution{RedistributeNone, RedistributeUserspace, RedistributeAll}
 }
 
-// Covers reports whether the allowed level r includes the level need. An unknown r includes nothing, and no level
-// includes an unknown need.
-func (r Redistribution) Covers(need Redistribution) bool {
-	return slices.Contains(redistributions(), need) &&
-		slices.Index(redistributions(), r) >= slices.Index(redistributions(), need)
+// Covers reports whether the allowed level r includes the required level. If one of the two is unknown, the result is
+// false.
+func (r Redistribution) Covers(required Redistribution) bool {
+	return slices.Contains(redistributions(), required) &&
+		slices.Index(redistributions(), r) >= slices.Index(redistributions(), required)
 }
 
 // Licence has the licences of the parts of an artifact.
@@ -87,8 +87,8 @@ func (l Licence) annotations() map[string]string {
 	}
 }
 
-// checkLicence returns an error if an annotation names another licence than the flavour has. An annotation may be
-// missing, because older artifacts have none.
+// checkLicence returns an error if an annotation has another licence than the flavour f. Annotations may be missing,
+// because older artifacts have none.
 func checkLicence(m *v1.Manifest, f target.Flavour) error {
 	for key, want := range LicenceOf(f).annotations() {
 		if have, ok := m.Annotations[key]; ok && have != want {
@@ -99,10 +99,10 @@ func checkLicence(m *v1.Manifest, f target.Flavour) error {
 }
 
 // RestrictionOf returns the level that an operator must allow before everybody may read the content of this manifest.
-// For an artifact of Prebake, the flavour in the annotations decides. This also holds for a manifest that is attached
-// to an artifact and has the same annotations, such as debug symbols. Every other manifest needs RedistributeNone.
-// Other content of the manifest, or its length, cannot lower the level. If the annotations or the flavour cannot be
-// parsed, the content is unknown, and RestrictionOf returns RedistributeAll.
+// For an artifact of Prebake, the flavour in the annotations decides. The same is true for a manifest that is attached
+// to an artifact and has the artifact's annotations, such as that of debug symbols. For every other manifest,
+// RestrictionOf returns RedistributeNone. Other content of the manifest, or its length, cannot lower the level. If the
+// annotations or the flavour cannot be parsed, the content is unknown, and RestrictionOf returns RedistributeAll.
 func RestrictionOf(manifest []byte) Redistribution {
 	var m struct {
 		Annotations map[string]any `json:"annotations"`

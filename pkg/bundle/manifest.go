@@ -14,7 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// MaxManifest is the greatest size in bytes of a manifest or a config. Those that Prebake makes have about 2 KB.
+// MaxManifest is the greatest size in bytes of a manifest or a config. The manifests and configs that Prebake makes
+// have about 2 KB.
 const MaxManifest = 1 << 20
 
 // ContentLayer describes one layer of a published artifact.
@@ -44,7 +45,7 @@ func (c Content) Layer(kind LayerKind) ContentLayer {
 	return ContentLayer{}
 }
 
-// ConfigDescriptor returns the descriptor of a manifest's config, for callers that download the config next.
+// ConfigDescriptor returns the descriptor of a manifest's config, by which a caller can download the config.
 func ConfigDescriptor(manifest []byte) (v1.Descriptor, error) {
 	m, err := decodeManifest(manifest)
 	if err != nil {
@@ -53,7 +54,7 @@ func ConfigDescriptor(manifest []byte) (v1.Descriptor, error) {
 	return m.Config, nil
 }
 
-// DriverOf returns the driver that a manifest's annotations name. It does not need the config.
+// DriverOf returns the driver in a manifest's annotations. It does not need the config.
 func DriverOf(manifest []byte) (target.Driver, error) {
 	m, err := decodeManifest(manifest)
 	if err != nil {
@@ -67,8 +68,8 @@ func DriverOf(manifest []byte) (target.Driver, error) {
 }
 
 // ParseManifest parses an artifact's manifest and config. It refuses everything that this package would not have
-// written: another kind of image, other layers, or a config that does not belong to the manifest. The caller must have
-// compared the manifest's bytes with its digest before.
+// written: another kind of image, other layers, or a config that does not belong to the manifest. Before the call, the
+// caller must have compared the manifest's bytes with the manifest's digest.
 func ParseManifest(manifest, config []byte) (Content, error) {
 	c, err := parseManifest(manifest, config)
 	if err != nil {
@@ -166,7 +167,7 @@ func checkHash(h v1.Hash) error {
 	return nil
 }
 
-// decode parses exactly one JSON value without unknown fields.
+// decode parses data, which must be exactly one JSON value without unknown fields.
 func decode(data []byte, v any) error {
 	if len(data) > MaxManifest {
 		return fmt.Errorf("%d bytes; want at most %d", len(data), MaxManifest)

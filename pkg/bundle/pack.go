@@ -23,8 +23,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of one layer. They are far above any driver so far: the user space of a release has about 600 MB in 300
-// entries. They are low enough to stop a hostile layer early.
+// Bounds on one layer. They are far above the size of any driver so far: the user space of a release has about 600 MB
+// in 300 entries. They are low enough to stop a hostile layer early.
 const (
 	maxEntries = 20_000
 	maxBytes   = 4 << 30 // uncompressed, tar headers included
@@ -33,8 +33,8 @@ const (
 	packWindow = 4 << 20 // zstd's window for packing: 8 MiB would save 1.5 % of a user-space layer
 )
 
-// PackRecipe is the version of the code that packs layers. Change it whenever equal input would give other bytes,
-// because caches of packed layers use it in their keys.
+// PackRecipe is the version of the code that packs layers. If a change of that code gives other bytes for equal input,
+// change PackRecipe, because the keys of cached layers contain it.
 const PackRecipe = "tar-zstd-2"
 
 // Layer is one packed layer on disk.
@@ -155,8 +155,8 @@ func listTree(src *os.Root, kind LayerKind) ([]entry, error) {
 	return entries, nil
 }
 
-// checkPlace checks that a name belongs to a kind of layer. So the three layers have no names in common, and can be
-// unpacked into one folder.
+// checkPlace returns an error if a name does not belong to this kind of layer. The three kinds have no names in common,
+// so all layers can be unpacked into one folder.
 func checkPlace(kind LayerKind, name string, dir bool) error {
 	top, rest, _ := strings.Cut(name, "/")
 	ok := false
@@ -175,15 +175,15 @@ func checkPlace(kind LayerKind, name string, dir bool) error {
 	return nil
 }
 
-// writeTar writes entries as an archive. open returns the content of a regular file.
+// writeTar writes entries as an archive. The function open returns the content of a regular file.
 func writeTar(ctx context.Context, w io.Writer, entries []entry, open func(entry) (io.ReadCloser, error)) error {
 	tw := tar.NewWriter(w)
 	for _, e := range entries {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
-		// Format is not set. So archive/tar writes USTAR, and adds PAX records only for values that do not fit into
-		// USTAR.
+		// The header's field Format is not set. So archive/tar writes USTAR, and adds PAX records only for values that do
+		// not fit into USTAR.
 		hdr := &tar.Header{Name: e.name, ModTime: time.Unix(0, 0), Mode: fileMode(e.mode)}
 		switch e.mode.Type() {
 		case fs.ModeDir:
@@ -268,7 +268,8 @@ func (c *countHash) Write(p []byte) (int, error) {
 
 func (c *countHash) digest() string { return ocidigest.NewDigest(ocidigest.SHA256, c.h).String() }
 
-// ctxReader stops reading when its context ends. It may hold a context, because it is used only during one call.
+// ctxReader stops reading when its context ends. It may have a context as a field, because it is used only during one
+// call.
 type ctxReader struct {
 	ctx context.Context
 	r   io.Reader

@@ -1,18 +1,19 @@
 // Package cas is a content-addressed cache in one folder. Any number of processes of one machine may share it.
 //
-// The cache has three kinds of entries. A blob is a file named by its SHA-256. A tree is a folder named by the inputs
-// that it was made from. A fact is a small value that was expensive to find out. Every entry appears complete, by
-// rename, or not at all. The next Open removes the incomplete files of a killed process.
+// The cache has three kinds of entries. A blob is a file; its name is its SHA-256. A tree is a folder; its name is a
+// kind and a key, which is computed from the inputs of the tree. A fact is a small value that was expensive to find
+// out. A rename makes each entry visible, after the entry is complete. The next Open removes the incomplete files of a
+// killed process.
 //
-// A blob is verified when it is stored, and not again when it is read; Verify does that on demand. A tree is read and
-// verified at its first use by a process. At each later use, only the metadata of its files is compared. A damaged tree
-// is made again. A fact is verified at each use, and a damaged fact counts as missing.
+// A blob is verified when it is stored, and not when it is used; Verify reads and verifies a stored blob. A tree is
+// read and verified at its first use by a process. At each later use, only the metadata of the tree's files is
+// compared. A damaged tree is made again. A fact is verified at each use, and a damaged fact counts as missing.
 //
 // A caller must not write to a path that the cache returned. Trim removes entries that were unused for a long time, but
-// none that a living process has obtained.
+// no entry that a living process has obtained.
 //
-// The package does not download, and does not decide what is worth keeping. Several machines may share the folder over
-// a network only if flock works on that file system.
+// The package does not download, and does not decide which entries are worth keeping. Several machines may share the
+// folder over a network only if flock works on its file system.
 package cas
 
 import (
@@ -41,16 +42,16 @@ import (
 const (
 	blobsDir  = "blobs/sha256"
 	treesDir  = "trees"
-	sealsDir  = "seals" // seals/<kind>/<key> holds the digest of the tree of that name
+	sealsDir  = "seals" // seals/<kind>/<key> has the digest of the tree of that name
 	factsDir  = "facts"
-	tmpDir    = "tmp"    // tmp/<owner>/… holds blobs and trees before their rename
-	workDir   = "work"   // work/<owner>/… holds the folders of TempDir
+	tmpDir    = "tmp"    // tmp/<owner>/… has blobs and trees before their rename
+	workDir   = "work"   // work/<owner>/… has the folders of TempDir
 	ownersDir = "owners" // <owner>.lock is locked by flock while the owner's process lives
 	locksDir  = "locks"  // one lock file for each tree that was ever made
-	usesDir   = "uses"   // <kind>@<key> records the last use of a blob or tree, and whether a process uses it now
+	usesDir   = "uses"   // <kind>@<key> is the stamp of a blob or tree; see use.go
 )
 
-// maxFact bounds the value of a fact, in bytes.
+// maxFact is the greatest size in bytes of the value of a fact.
 const maxFact = 1 << 20
 
 // lockPoll is the interval at which a process checks whether another process has finished a tree.
@@ -63,11 +64,12 @@ var (
 
 // Cache is an open cache. Its methods may be called concurrently.
 type Cache struct {
-	// Notify receives a line of text about each damaged tree that is made again. nil means no notice. Set it before the
-	// first use.
+	// Notify receives a line of text about each damaged tree that is made again. nil means no notice. Set Notify before
+	// the first use.
 	Notify func(text string)
-	// Count is called for each lookup. kind is "blob", a tree's kind, or "fact:" and a fact's kind. hit says whether the
-	// cache had the entry. nil means no call. Set it before the first use. Count may be called concurrently.
+	// Count is called for each lookup. The argument kind is "blob", a tree's kind, or "fact:" and a fact's kind. The
+	// argument hit says whether the cache had the entry. nil means no call. Set Count before the first use. It may be
+	// called concurrently.
 	Count func(kind string, hit bool)
 
 	dir   string
@@ -77,11 +79,12 @@ type Cache struct {
 	mu    sync.Mutex
 	count uint64            // number of pieces of work and uses of entries so far
 	read  map[string]string // trees that this process has verified, with the state of their inodes
-	works map[uint64]bool   // pieces of work that have not ended, by their count
+	works map[uint64]bool   // pieces of work that have not ended, by the value of count when they began
 	pins  map[string]*pin
 }
 
-// Open opens the cache in dir, and makes the folder if it is missing. It removes the unfinished work of dead processes.
+// Open opens the cache in dir, and makes the folder if it is missing. It removes the incomplete files of dead
+// processes.
 func Open(dir string) (*Cache, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -117,8 +120,8 @@ func open(dir string) (*Cache, error) {
 	switch locked, err := c.lock.TryLock(); {
 	case err != nil:
 		return nil, fmt.Errorf("open cache %s: lock the owner file of this process: %w", dir, err)
-	case !locked: // its name is new, so only a process that locks every file can have it
-		return nil, fault.New(fault.Busy, fmt.Sprintf("open cache %s: another process holds %s", dir, f.Name()),
+	case !locked: // the file is new, so only a process that locks every file can have locked it
+		return nil, fault.New(fault.Busy, fmt.Sprintf("open cache %s: another process has locked %s", dir, f.Name()),
 			"start the program again")
 	}
 	for _, d := range []string{c.tmp(), c.work()} {
@@ -129,7 +132,7 @@ func open(dir string) (*Cache, error) {
 	return c, nil
 }
 
-// sweep removes the unfinished work of owners whose lock no process holds.
+// sweep removes the incomplete files of each owner whose lock no process has.
 func sweep(dir string) error {
 	owners, err := os.ReadDir(filepath.Join(dir, ownersDir))
 	if err != nil {
@@ -170,7 +173,7 @@ func sweep(dir string) error {
 			}
 		}
 	}
-	// The owner files are removed last. If this process is killed before, the next sweep repeats the work.
+	// The owner files are removed last. If this process is killed before that, the next sweep removes the rest.
 	for _, file := range dead {
 		// An owner that closed the cache after ReadDir has removed its file itself.
 		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -189,7 +192,7 @@ func (c *Cache) Close() error {
 // Dir returns the cache's folder as an absolute path.
 func (c *Cache) Dir() string { return c.dir }
 
-func (c *Cache) counted(kind string, hit bool) {
+func (c *Cache) countLookup(kind string, hit bool) {
 	if c.Count != nil {
 		c.Count(kind, hit)
 	}
@@ -203,8 +206,8 @@ func (c *Cache) blobPath(digest string) string {
 }
 
 // PutBlob stores the bytes of r, and returns their digest and size. If want is not "" and the bytes have another
-// digest, the error is of kind Checksum, and nothing is stored. If the cache has the blob want already, PutBlob does
-// not read r.
+// digest, the error is of kind Checksum, and nothing is stored. If the cache already has a blob with the digest want,
+// PutBlob does not read r.
 func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest string, size int64, err error) {
 	if want != "" {
 		if !digestPattern.MatchString(want) {
@@ -243,7 +246,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	if want != "" && digest != want {
 		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: content has digest %s; want %s", digest, want), "")
 	}
-	err = c.use(useName(blobKind, strings.TrimPrefix(digest, "sha256:")))
+	err = c.markUsed(useName(blobKind, strings.TrimPrefix(digest, "sha256:")))
 	if err == nil {
 		err = os.Rename(f.Name(), c.blobPath(digest))
 	}
@@ -253,9 +256,10 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	return digest, size, nil
 }
 
-// Blob returns the path of a stored blob. The blob stays at least until the piece of work ends; see Begin.
+// Blob returns the path of a stored blob. Trim does not remove the blob before the present piece of work ends; see
+// Begin.
 func (c *Cache) Blob(digest string) (path string, ok bool) {
-	defer func() { c.counted(blobKind, ok) }()
+	defer func() { c.countLookup(blobKind, ok) }()
 	if !digestPattern.MatchString(digest) {
 		return "", false
 	}
@@ -263,15 +267,15 @@ func (c *Cache) Blob(digest string) (path string, ok bool) {
 	if fi, err := os.Lstat(path); err != nil || !fi.Mode().IsRegular() {
 		return path, false
 	}
-	if err := c.use(useName(blobKind, strings.TrimPrefix(digest, "sha256:"))); err != nil {
+	if err := c.markUsed(useName(blobKind, strings.TrimPrefix(digest, "sha256:"))); err != nil {
 		return path, false
 	}
-	fi, err := os.Lstat(path) // Trim may have removed the blob before the call of use
+	fi, err := os.Lstat(path) // Trim may have removed the blob before the call of markUsed
 	return path, err == nil && fi.Mode().IsRegular()
 }
 
-// Verify reads a stored blob again. If the digest does not match, it removes the blob and returns an error of kind
-// Checksum.
+// Verify reads a stored blob again. If the digest of its bytes is another one, Verify removes the blob and returns an
+// error of kind Checksum.
 func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 	path, ok := c.Blob(digest)
 	if !ok {
@@ -294,25 +298,26 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 	return nil
 }
 
-// Tree returns the folder of this kind and key. If there is none, Tree calls make with an empty folder, which then gets
-// the name. If several processes need the same tree at once, one makes it and the others wait.
+// Tree returns the folder of this kind and key. If there is none, Tree calls the function fill with an empty folder,
+// and then gives the folder its name. If several processes need the same tree at once, one process makes the tree, and
+// the others wait.
 //
-// cached is true if the tree existed, and its content had not changed since it was made. A tree with changed content is
-// made again. Kind and key are file names of at most 200 characters. The prefix "sha256:" of a digest is removed from
-// the key.
+// The result cached is true if the tree existed and its content had not changed since it was made. A tree with changed
+// content is made again. Kind and key are file names of at most 200 characters. The prefix "sha256:" of a digest is
+// removed from the key.
 func (c *Cache) Tree(ctx context.Context, kind, key string,
-	make func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
+	fill func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
 	key = strings.TrimPrefix(key, "sha256:")
 	if !keyPattern.MatchString(kind) || !keyPattern.MatchString(key) {
 		return "", false, fault.New(fault.Internal, fmt.Sprintf("make tree: kind %q, key %q: not file names", kind, key), "")
 	}
 	defer func() {
 		if err == nil {
-			c.counted(kind, cached)
+			c.countLookup(kind, cached)
 		}
 	}()
 	path = filepath.Join(c.dir, treesDir, kind, key)
-	if err := c.use(useName(kind, key)); err != nil {
+	if err := c.markUsed(useName(kind, key)); err != nil {
 		if errors.Is(err, fs.ErrPermission) {
 			err = foreign(kind, key, err)
 		}
@@ -346,7 +351,7 @@ func (c *Cache) Tree(ctx context.Context, kind, key string,
 		return "", false, disk(fmt.Errorf("make tree: %w", err))
 	}
 	if err = os.Chmod(tmp, 0o755); err == nil {
-		err = make(ctx, tmp)
+		err = fill(ctx, tmp)
 	}
 	if err == nil {
 		err = c.seal(ctx, kind, key, tmp)
@@ -411,7 +416,7 @@ func (c *Cache) Fact(kind, key string) (value []byte, ok bool) {
 	if !keyPattern.MatchString(kind) {
 		return nil, false
 	}
-	defer func() { c.counted(factKind+kind, ok) }()
+	defer func() { c.countLookup(factKind+kind, ok) }()
 	path := c.factPath(kind, key)
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -430,8 +435,8 @@ func (c *Cache) factPath(kind, key string) string {
 	return filepath.Join(c.dir, factsDir, kind, hex.EncodeToString(sum[:]))
 }
 
-// TempDir makes an empty folder on the cache's file system. The caller removes it with cleanup. Close also removes it,
-// and after a crash of this process the next Open does.
+// TempDir makes an empty folder on the cache's file system. The caller removes it with cleanup. Close also removes it.
+// After a crash of this process, the next Open removes it.
 func (c *Cache) TempDir(prefix string) (dir string, cleanup func() error, err error) {
 	dir, err = os.MkdirTemp(c.work(), strings.TrimSuffix(prefix, "-")+"-*")
 	if err != nil {
@@ -454,7 +459,7 @@ func disk(err error) error {
 	return fault.CacheDisk(err)
 }
 
-// ctxReader is a reader that fails once its context has ended, so that a copy stops.
+// ctxReader is a reader whose Read fails after its context has ended.
 type ctxReader struct {
 	ctx context.Context
 	r   io.Reader

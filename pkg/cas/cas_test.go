@@ -408,7 +408,7 @@ func TestOpenCleansUpAfterTheDeadOnly(t *testing.T) {
 	if half != 2 {
 		t.Fatalf("%d unfinished files before the kill; want a blob and a tree's file", half)
 	}
-	_ = open(t, dir) // the owner is alive, so its work stays
+	_ = open(t, dir) // the owner is alive, so its files stay
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}

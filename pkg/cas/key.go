@@ -8,7 +8,7 @@ import (
 	"slices"
 )
 
-// Key is the name of a tree or a fact. It is computed from everything that decides the content. Two keys are equal only
+// Key is the name of a tree or a fact. It is computed from the parts that decide the content. Two keys are equal only
 // if the same parts were added in the same order.
 type Key struct {
 	parts []Part
@@ -40,8 +40,8 @@ func (k *Key) String() string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// Differs returns the name of the first part in which two keys differ; "" means that they are equal. It explains why an
-// entry was not found although a similar one exists.
+// Differs returns the name of the first part in which two keys differ; "" means that they are equal. The name explains
+// why an entry was not found although a similar entry exists.
 func (k *Key) Differs(other *Key) string {
 	for i, p := range k.parts {
 		if i >= len(other.parts) || other.parts[i] != p {
@@ -58,10 +58,10 @@ func (k *Key) Differs(other *Key) string {
 const keyKind = "keys"
 
 // MissReason explains why the cache lacks an entry. It compares the entry's key with the key that [Cache.Used] stored
-// last for the same text about. It returns the name of the first part in which the keys differ. It returns "" if no key
-// was stored, or if the keys are equal because the entry was removed.
-func (c *Cache) MissReason(about string, key *Key) string {
-	raw, ok := c.Fact(keyKind, about)
+// last for the same purpose, and returns the name of the first part in which the two keys differ. It returns "" if no
+// key was stored, or if the keys are equal because the entry was removed.
+func (c *Cache) MissReason(purpose string, key *Key) string {
+	raw, ok := c.Fact(keyKind, purpose)
 	var last Key
 	if !ok || json.Unmarshal(raw, &last.parts) != nil {
 		return ""
@@ -69,11 +69,11 @@ func (c *Cache) MissReason(about string, key *Key) string {
 	return key.Differs(&last)
 }
 
-// Used stores the key of an entry that was made or found, for MissReason. The text about names what the entry is for.
-// Used ignores errors such as a full disk: they only make a later MissReason less exact, and the next entry that is
-// written to the full disk reports the error.
-func (c *Cache) Used(about string, key *Key) {
+// Used stores the key of an entry that was made or found, for MissReason. The argument purpose says what the entry is
+// for. Used ignores errors: they only make a later MissReason less exact. If the disk is full, the next entry that is
+// stored gives the error.
+func (c *Cache) Used(purpose string, key *Key) {
 	if raw, err := json.Marshal(key.parts); err == nil {
-		_ = c.PutFact(keyKind, about, raw)
+		_ = c.PutFact(keyKind, purpose, raw)
 	}
 }

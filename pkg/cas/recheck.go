@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Recheck compares the tree that contains path with its seal again. [Cache.Tree] compared the tree before a job began
-// to read it. A long job calls Recheck at its end, before it trusts its own output. If the tree was damaged meanwhile,
+// Recheck again compares the tree that contains path with its seal. [Cache.Tree] did so before a job began to read the
+// tree. A long job calls Recheck at its end, before it trusts its own output. If the tree was damaged meanwhile,
 // Recheck removes it and returns an error of kind Transient, because the same job may succeed the next time. A path
 // outside of all trees gives no error.
 func (c *Cache) Recheck(ctx context.Context, path string) error { return c.recheck(ctx, path, false) }

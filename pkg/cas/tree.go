@@ -19,8 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// treeScheme is the first text that is hashed for every tree digest. If the scheme of the digest changes, this text
-// must change, too, so that no digest of the new scheme equals a digest of the old one.
+// treeScheme is the first text that is hashed for every tree digest. If the digest of a tree is computed in another way
+// some day, this text must change, too. Otherwise a new digest could equal an old one.
 const treeScheme = "prebake tree 1\n"
 
 // maxWorkers is the largest number of files that are hashed in parallel. More workers would only wait for the disk.
@@ -34,8 +34,8 @@ type treeEntry struct {
 
 // DigestTree returns a digest of the folder's content. For each file and symbolic link, in the order of the paths, it
 // covers path, kind, executable bit, and content or target. It does not cover times, owners, other mode bits and empty
-// folders. It leaves out each entry for whose slash-separated path skip returns true. An entry that is no folder, file
-// or symbolic link is an error.
+// folders. It leaves out an entry if the function skip returns true for the entry's slash-separated path. An entry that
+// is no folder, file or symbolic link is an error.
 func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (string, error) {
 	var entries []treeEntry
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -86,7 +86,7 @@ func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (s
 	return ocidigest.NewDigest(ocidigest.SHA256, h).String(), nil
 }
 
-// hashFiles computes the content digests and executable bits of the entries.
+// hashFiles sets the content digest and the kind of each entry that is a file.
 func hashFiles(ctx context.Context, dir string, entries []treeEntry) error {
 	g, ctx := errgroup.WithContext(ctx)
 	workers := min(maxWorkers, runtime.GOMAXPROCS(0))
@@ -132,7 +132,7 @@ func hashFile(path string, e *treeEntry, buf []byte) error {
 }
 
 // syncTree makes a tree's content durable before the tree becomes visible. Otherwise, the rename could survive a power
-// cut that destroys the content. One syncfs is far cheaper than an fsync for each of thousands of files.
+// cut that destroys the content. One syncfs takes far less time than an fsync for each of thousands of files.
 func syncTree(dir string) (err error) {
 	f, err := os.Open(dir)
 	if err != nil {

@@ -21,19 +21,19 @@ import (
 
 // Kind describes all entries of one kind.
 type Kind struct {
-	// Name is "blob", a tree's kind, "fact:" and a fact's kind, or the name of a folder that another program keeps in the
-	// cache's folder. Two more names are for files that are no entries: "unfinished" (temporary files of running builds)
-	// and "records" (locks, seals and stamps).
+	// Name is "blob", a tree's kind, "fact:" and a fact's kind, or the name of another program's folder in the cache's
+	// folder. Two more names are for files that are no entries: "unfinished" (temporary files of running builds) and
+	// "records" (locks, seals and stamps).
 	Name    string `json:"kind"`
 	Entries int    `json:"entries"`
 	Bytes   int64  `json:"bytes"`
 	// InUse is the number of entries that a living process uses.
 	InUse int `json:"inUse"`
-	// LastUse is the newest time of use of any of the entries.
+	// LastUse is the time at which an entry of this kind was last used.
 	LastUse time.Time `json:"lastUse,omitzero"`
 }
 
-// Limit says what Trim should achieve. A zero field sets no limit.
+// Limit is what the cache must satisfy after Trim. A zero field sets no limit.
 type Limit struct {
 	// Bytes is the largest permitted size of the cache.
 	Bytes int64
@@ -51,15 +51,15 @@ type Trimmed struct {
 	Freed   int64 `json:"freedBytes"`
 	// Left is the size of the cache afterwards.
 	Left int64 `json:"leftBytes"`
-	// InUse is the number of entries that were not removed because they are in use.
+	// InUse is the number of entries that were not removed because a process uses them.
 	InUse int `json:"inUse"`
-	// Busy says that another process is trimming the cache, so that nothing was done.
+	// Busy is true if another process is trimming the cache. Trim has then done nothing.
 	Busy bool `json:"busy,omitempty"`
 	// Kinds describes the removed entries by kind.
 	Kinds []Kind `json:"kinds"`
 }
 
-// entry is something in the cache that can be removed alone.
+// entry is a file or a folder of the cache that can be removed alone.
 type entry struct {
 	kind, path string
 	use        string // name of the stamp in uses/; "" means no stamp: the entry's own modification time is its last use
@@ -76,8 +76,8 @@ func (e entry) rank() int {
 	return 0
 }
 
-// fresh is the minimum age of a removable file in another program's folder. A younger file may be incomplete.
-const fresh = time.Hour
+// minAge is the minimum age of a removable file in another program's folder. A younger file may be incomplete.
+const minAge = time.Hour
 
 // Kinds describes the content of the cache, the largest kind first.
 func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
@@ -86,7 +86,7 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 		return nil, err
 	}
 	kinds := tally(entries, func(e entry) bool {
-		if !c.stamped(e) {
+		if !c.hasStamp(e) {
 			return false
 		}
 		f, err := lockUse(c.usePath(e.use), unix.LOCK_EX|unix.LOCK_NB)
@@ -107,9 +107,9 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 	return kinds, nil
 }
 
-// stamped reports whether the entry has a stamp. An entry of an older version of the program has none. lockUse would
-// create the stamp with the current time, and the entry would then count as used now.
-func (c *Cache) stamped(e entry) bool {
+// hasStamp reports whether the entry has a stamp. An entry of an older version of the program has no stamp. For such an
+// entry, lockUse would create a stamp with the current time, and the entry would then count as used now.
+func (c *Cache) hasStamp(e entry) bool {
 	if e.use == "" {
 		return false
 	}
@@ -140,8 +140,9 @@ func tally(entries []entry, busy func(entry) bool) []Kind {
 	return kinds
 }
 
-// Trim removes the entries that were unused for the longest time, until the limit is reached. It never removes an entry
-// that a living process has obtained; see Begin. If the process is killed, each entry is either complete or gone.
+// Trim removes the entries that were unused for the longest time, until the cache is within the limit. It never removes
+// an entry that a living process has obtained; see Begin. If the process is killed, each entry is either complete or
+// gone.
 func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 	done = &Trimmed{Kinds: []Kind{}}
 	gate := flock.New(filepath.Join(c.dir, "trim.lock"))
@@ -200,7 +201,7 @@ func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 
 // evict removes one entry, unless a process uses it, or has used it since the entries were listed.
 func (c *Cache) evict(e entry, dry bool) (err error) {
-	if e.use != "" && (!dry || c.stamped(e)) {
+	if e.use != "" && (!dry || c.hasStamp(e)) {
 		f, err := lockUse(c.usePath(e.use), unix.LOCK_EX|unix.LOCK_NB)
 		if err != nil {
 			return err
@@ -236,7 +237,7 @@ func ignoreAbsent(err error) error {
 	return err
 }
 
-// entries lists the entries that can be removed. rest has the totals of all other files.
+// entries lists the entries that can be removed. The result rest has the totals of all other files.
 func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err error) {
 	unfinished, records := Kind{Name: "unfinished"}, Kind{Name: "records"}
 	top, err := os.ReadDir(c.dir)
@@ -250,20 +251,22 @@ func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err erro
 		path := filepath.Join(c.dir, d.Name())
 		switch d.Name() {
 		case "blobs":
-			err = each(filepath.Join(c.dir, blobsDir), func(name, path string, info fs.FileInfo) {
+			err = eachEntry(filepath.Join(c.dir, blobsDir), func(name, path string, info fs.FileInfo) {
 				all = append(all, c.entry(blobKind, name, path, info))
 			})
 		case treesDir:
-			err = each(path, func(kind, path string, _ fs.FileInfo) {
-				_ = each(path, func(key, path string, info fs.FileInfo) { // an error means that the folder was removed meanwhile
+			err = eachEntry(path, func(kind, path string, _ fs.FileInfo) {
+				// An error means that the folder was removed meanwhile.
+				_ = eachEntry(path, func(key, path string, info fs.FileInfo) {
 					e := c.entry(kind, key, path, info)
 					e.seal = c.sealPath(kind, key)
 					all = append(all, e)
 				})
 			})
 		case factsDir:
-			err = each(path, func(kind, path string, _ fs.FileInfo) {
-				_ = each(path, func(_, path string, info fs.FileInfo) { // an error means that the folder was removed meanwhile
+			err = eachEntry(path, func(kind, path string, _ fs.FileInfo) {
+				// An error means that the folder was removed meanwhile.
+				_ = eachEntry(path, func(_, path string, info fs.FileInfo) {
 					all = append(all, entry{kind: factKind + kind, path: path, used: info.ModTime(), bytes: blocks(info)})
 				})
 			})
@@ -304,8 +307,8 @@ func (k *Kind) add(path string) {
 	k.Entries += files
 }
 
-// each calls f for every entry of a folder. It skips entries that were removed meanwhile.
-func each(dir string, f func(name, path string, info fs.FileInfo)) error {
+// eachEntry calls f for every entry of a folder. It skips entries that were removed meanwhile.
+func eachEntry(dir string, f func(name, path string, info fs.FileInfo)) error {
 	list, err := os.ReadDir(dir)
 	if err != nil {
 		return ignoreAbsent(err)
@@ -319,14 +322,14 @@ func each(dir string, f func(name, path string, info fs.FileInfo)) error {
 }
 
 // foreignFiles returns the files in the folder of another program, such as a compiler cache. Each file can be removed
-// alone. Lock files and fresh files are left out.
+// alone. Lock files and files younger than minAge are left out.
 func foreignFiles(kind, dir string) (all []entry) {
 	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return nil //nolint:nilerr // the file was removed meanwhile, or this user cannot read it
 		}
 		info, err := d.Info()
-		if err != nil || !info.Mode().IsRegular() || strings.HasSuffix(path, ".lock") || time.Since(info.ModTime()) < fresh {
+		if err != nil || !info.Mode().IsRegular() || strings.HasSuffix(path, ".lock") || time.Since(info.ModTime()) < minAge {
 			return nil //nolint:nilerr // the file was removed meanwhile
 		}
 		all = append(all, entry{kind: kind, path: path, used: info.ModTime(), bytes: blocks(info)})
@@ -366,7 +369,7 @@ func (c *Cache) Free() (int64, error) {
 	return int64(s.Bavail) * s.Bsize, nil
 }
 
-// CheckFree returns an error of kind DiskFull if the cache's disk has fewer free bytes than needed. The error has both
+// CheckFree returns an error of kind DiskFull if the cache's disk has fewer than need free bytes. The error has both
 // numbers.
 func (c *Cache) CheckFree(need int64) error {
 	free, err := c.Free()
@@ -375,6 +378,5 @@ func (c *Cache) CheckFree(need int64) error {
 	}
 	return fault.New(fault.DiskFull,
 		fmt.Sprintf("the disk of %s has %d MiB free; want %d MiB", c.dir, free>>20, (need+1<<20-1)>>20),
-		"free space, for example with builder cache trim --max-size 5GiB --cache "+c.dir+
-			", or name another folder with --cache")
+		"use another folder (--cache FOLDER), or free space, for example: builder cache trim --max-size 5GiB --cache "+c.dir)
 }

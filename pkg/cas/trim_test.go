@@ -64,8 +64,9 @@ func kinds(t *testing.T, c *cas.Cache) map[string]cas.Kind {
 	return m
 }
 
-// aged returns a cache with three trees and a blob that nobody uses. Tree 0 was unused for the longest time.
-func aged(t *testing.T) (c *cas.Cache, dir string) {
+// agedCache returns a cache with three trees and a blob, none of which is in use. Tree 0 was unused for the longest
+// time.
+func agedCache(t *testing.T) (c *cas.Cache, dir string) {
 	t.Helper()
 	dir = t.TempDir()
 	c = open(t, dir)
@@ -104,7 +105,7 @@ func TestTrim(t *testing.T) {
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			c, dir := aged(t)
+			c, dir := agedCache(t)
 			size := mustTrim(t, c, cas.Limit{}).Left
 			done := mustTrim(t, c, row.limit(size))
 			var left []string
@@ -137,11 +138,11 @@ func TestTrim(t *testing.T) {
 	}
 }
 
-// TestTrimLeavesWhatIsInUse checks that Trim does not remove an entry that another process, or another piece of work,
-// has obtained.
+// TestTrimLeavesWhatIsInUse checks that Trim does not remove an entry that another process or another piece of work has
+// obtained.
 func TestTrimLeavesWhatIsInUse(t *testing.T) {
 	t.Parallel()
-	c, dir := aged(t)
+	c, dir := agedCache(t)
 	other, err := cas.Open(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -227,7 +228,7 @@ func TestTrimAgainstUse(t *testing.T) {
 // and a dry run of Trim create no stamps, so a later Trim still uses the modification times of the entries.
 func TestTrimWithoutStamps(t *testing.T) {
 	t.Parallel()
-	c, dir := aged(t)
+	c, dir := agedCache(t)
 	if err := os.RemoveAll(filepath.Join(dir, "uses")); err != nil {
 		t.Fatal(err)
 	}
@@ -255,7 +256,7 @@ func TestTrimWithoutStamps(t *testing.T) {
 // TestTrimFactsLast checks that facts are removed last, because they are small and took long to find out.
 func TestTrimFactsLast(t *testing.T) {
 	t.Parallel()
-	c, dir := aged(t)
+	c, dir := agedCache(t)
 	if err := c.PutFact("verdict", "k", []byte("v")); err != nil {
 		t.Fatal(err)
 	}
@@ -281,7 +282,7 @@ func TestTrimFactsLast(t *testing.T) {
 // TestTrimIsBusy checks that only one process trims at a time.
 func TestTrimIsBusy(t *testing.T) {
 	t.Parallel()
-	c, dir := aged(t)
+	c, dir := agedCache(t)
 	lock, err := os.OpenFile(filepath.Join(dir, "trim.lock"), os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
 		t.Fatal(err)
@@ -295,11 +296,11 @@ func TestTrimIsBusy(t *testing.T) {
 	}
 }
 
-// TestTrimForeign checks the folder of another program in the cache's folder. Kinds counts its files, and Trim removes
-// them one by one. Both leave out fresh files and lock files.
+// TestTrimForeign checks the folder of another program in the cache's folder. Kinds counts the files in that folder,
+// and Trim removes them one by one. Both leave out young files and lock files.
 func TestTrimForeign(t *testing.T) {
 	t.Parallel()
-	c, dir := aged(t)
+	c, dir := agedCache(t)
 	for name, ago := range map[string]time.Duration{"ccache/0/old": 30 * time.Hour, "ccache/0/new": 0,
 		"ccache/0/x.lock": 30 * time.Hour} {
 		path := filepath.Join(dir, name)
@@ -346,7 +347,7 @@ func TestRoom(t *testing.T) {
 
 func TestTrimEndsWithItsContext(t *testing.T) {
 	t.Parallel()
-	c, dir := aged(t)
+	c, dir := agedCache(t)
 	why := errors.New("told to stop")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(why)

@@ -13,12 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Each blob and each tree has a file in uses/, which is its stamp. The stamp records three things. Its modification
-// time is the time of the last use of the entry. Its content is the size of the entry. A shared flock on the stamp says
-// that a living process may be reading the entry. A process that removes the entry locks the stamp exclusively, and
-// removes the stamp last.
+// Each blob and each tree has a file in uses/: the stamp of this entry. A stamp says three things. Its modification
+// time is the time of the entry's last use. Its content is the entry's size. A shared flock on the stamp means that a
+// living process may be reading the entry. A process that removes the entry locks the stamp exclusively, and removes
+// the stamp last.
 
-// Names of kinds that are not kinds of trees.
+// Names of the kinds that are not kinds of trees.
 const (
 	blobKind = "blob"
 	factKind = "fact:" // followed by the fact's kind
@@ -32,9 +32,9 @@ type pin struct {
 	last uint64 // value of the cache's counter at the last use
 }
 
-// Begin marks the beginning of a piece of work, such as one build; end marks its end. When the cache returns an entry,
-// Trim cannot remove the entry until every piece of work that runs at this moment has ended. If none runs, the entry
-// stays until the next piece of work ends, or until Close.
+// Begin begins a piece of work, such as one build. The function end ends it. When the cache returns an entry, Trim
+// cannot remove the entry until every piece of work that runs at this moment has ended. If no piece of work runs at
+// this moment, the entry stays until the next piece of work ends, or until Close.
 func (c *Cache) Begin() (end func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -64,9 +64,10 @@ func (c *Cache) Begin() (end func()) {
 	}
 }
 
-// use sets the time of an entry's stamp to the current time, and locks the entry against removal. The caller checks
-// afterwards whether the entry exists, because another process may remove it before use holds the lock.
-func (c *Cache) use(name string) error {
+// markUsed sets the time of an entry's stamp to the current time, and locks the stamp, so that no process removes the
+// entry. After the call, the caller must check whether the entry exists, because another process may have removed it
+// before the stamp was locked.
+func (c *Cache) markUsed(name string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.count++
@@ -97,12 +98,13 @@ func (c *Cache) unpin() {
 	}
 }
 
-// errInUse means that a process uses the entry, so that it must not be removed now.
+// errInUse means that a process uses the entry, which therefore must not be removed now.
 var errInUse = errors.New("in use")
 
-// lockUse opens a stamp, which it creates if it is missing, and locks it. how is unix.LOCK_SH or unix.LOCK_EX, perhaps
-// with unix.LOCK_NB; then the error is errInUse if another process holds the lock. If another process removed the stamp
-// between the two steps, the lock protects nothing, and lockUse starts again.
+// lockUse opens a stamp and locks it. If the stamp is missing, lockUse creates it. The argument how is unix.LOCK_SH or
+// unix.LOCK_EX, perhaps with unix.LOCK_NB. With unix.LOCK_NB, the error is errInUse if another process has locked the
+// stamp. If another process has removed the stamp before it was locked, the lock protects nothing, and lockUse starts
+// again.
 func lockUse(path string, how int) (*os.File, error) {
 	for {
 		f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o644)
@@ -137,7 +139,7 @@ func flockRetry(fd, how int) error {
 	}
 }
 
-// size returns the disk space that an entry takes. It is measured only once, because entries do not change.
+// size returns the disk space that an entry takes. The space is measured only once, because entries do not change.
 func (c *Cache) size(name, path string) int64 {
 	use := c.usePath(name)
 	text, err := os.ReadFile(use)
@@ -149,7 +151,7 @@ func (c *Cache) size(name, path string) int64 {
 	if err != nil {
 		return n // an entry without a stamp: an older version of the program made it
 	}
-	// The stamp is written in place and not replaced, because other processes hold locks on this file. Then it gets its
+	// The stamp is written in place and not replaced, because other processes may have locked this file. Then it gets its
 	// old time again.
 	if err := os.WriteFile(use, []byte(strconv.FormatInt(n, 10)), 0o644); err == nil {
 		_ = os.Chtimes(use, info.ModTime(), info.ModTime()) // on failure, the entry only counts as used now

@@ -1,13 +1,13 @@
 // Package cosbucket reads a COS release bucket or a bucket of NVIDIA runfiles. The bucket may be in Google Cloud
 // Storage (gs://), on any web server (https://, http://), or in a folder (file://). The object names are the same
-// everywhere. A bucket may have several mirrors, each of which can replace another.
+// everywhere. A bucket may have several mirrors. If one mirror cannot be reached, the package uses another one.
 //
-// If a download breaks, the package resumes it, provided that the object has not changed meanwhile. At the end it
-// compares the download with the size, md5 and crc32c that the bucket reports for the object.
+// If a download breaks, the package resumes it, provided that the object has not changed meanwhile. At the end, the
+// package compares the download with the size, md5 and crc32c that the bucket reports for the object.
 //
-// The package does not write. It sends credentials to Google only if they are configured for this account, and to other
-// servers never. Beyond those sums it checks the content only of small text files. A caller that downloads an archive
-// must compare the archive with the checksum that the bucket has beside it.
+// The package does not write. It sends credentials to Google only if they are configured for this account, and never to
+// other servers. Apart from the sums, it checks only the content of small text files. A caller that downloads an
+// archive must compare the archive with the checksum that the bucket has beside it.
 package cosbucket
 
 import (
@@ -32,10 +32,11 @@ type Attrs struct {
 	Size int64
 	// MD5 and CRC32C are in hex; "" means unknown.
 	MD5, CRC32C string
-	// URL is where the object was read. With several mirrors it is on the mirror that had the object.
+	// URL is the URL from which the object was read. With several mirrors it is the URL on the mirror that had the
+	// object.
 	URL string
-	// pin identifies this version of the object, such as a generation or an ETag. "" means unknown; then the download
-	// cannot be resumed on this mirror.
+	// pin is the version of the object: a generation or an ETag. "" means unknown; then the download cannot be resumed on
+	// this mirror.
 	pin string
 }
 
@@ -64,8 +65,8 @@ func tooMany() error {
 // Bucket is an open bucket. It is safe for concurrent use.
 type Bucket struct {
 	mirrors []backend
-	// first is the index of the mirror that is asked first. After a mirror did not answer, it is the mirror that answered
-	// instead.
+	// first is the index of the mirror that is asked first. If that mirror did not answer, first becomes the index of the
+	// mirror that answered instead.
 	first atomic.Int32
 	wait  time.Duration // time before the first retry of a broken download
 }
@@ -74,9 +75,9 @@ type Bucket struct {
 // the path is a prefix of every object's name.
 //
 // Several URLs, separated by commas, are mirrors of one bucket. Each method asks the mirrors in this order. It asks the
-// next mirror only if a mirror cannot be reached; later calls then begin with the mirror that answered. If a mirror
+// next mirror only if a mirror cannot be reached. Later calls then begin with the mirror that answered. If a mirror
 // answers that an object does not exist, no other mirror is asked, and the error is of kind InputMissing. If a mirror
-// sends damaged bytes, no other mirror is asked, either.
+// sends damaged bytes, no other mirror is asked either.
 func Open(ctx context.Context, rawURL string) (*Bucket, error) {
 	return open(ctx, rawURL, retryWait)
 }
@@ -92,7 +93,7 @@ func open(ctx context.Context, rawURL string, wait time.Duration) (_ *Bucket, er
 		u, err := url.Parse(one)
 		if err != nil {
 			return nil, fault.Wrap(fault.Usage, fmt.Errorf("open bucket: %w", err),
-				"name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER")
+				"write the bucket as gs://NAME, https://HOST/PATH or file:///FOLDER")
 		}
 		if u.User != nil || u.RawQuery != "" || u.Fragment != "" {
 			return nil, fault.New(fault.Usage,
@@ -109,7 +110,7 @@ func open(ctx context.Context, rawURL string, wait time.Duration) (_ *Bucket, er
 			b, err = openFolder(u)
 		default:
 			return nil, fault.New(fault.Usage, fmt.Sprintf("open bucket %q: unknown kind of URL", one),
-				"name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER, and separate several mirrors of one bucket "+
+				"write the bucket as gs://NAME, https://HOST/PATH or file:///FOLDER, and separate several mirrors of one bucket "+
 					"with commas")
 		}
 		if err != nil {
@@ -122,7 +123,7 @@ func open(ctx context.Context, rawURL string, wait time.Duration) (_ *Bucket, er
 
 var beginsURL = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9+.-]*://`)
 
-// split splits a list of URLs at each comma that a new URL follows.
+// split splits a list of URLs at each comma before the beginning of a URL.
 func split(list string) []string {
 	var urls []string
 	for part := range strings.SplitSeq(list, ",") {
@@ -145,17 +146,18 @@ func (b *Bucket) Close() error {
 	return errors.Join(errs...)
 }
 
-// URL returns the object's URL, for messages and for provenance. With several mirrors it is the URL on the first one.
-// [Attrs] says which mirror an object was read from.
+// URL returns the object's URL, for messages and for provenance. With several mirrors it is the URL on the first
+// mirror. [Attrs] has the URL from which an object was read.
 func (b *Bucket) URL(name string) string { return b.mirrors[0].url(name) }
 
-// each calls ask for one mirror after the other until one answers. It skips a mirror that cannot list, if ask lists.
-func (b *Bucket) each(ctx context.Context, ask func(m backend) error) error {
+// tryMirrors calls the function f for one mirror after the other until a mirror answers. If f lists and a mirror cannot
+// list, tryMirrors goes on with the next mirror.
+func (b *Bucket) tryMirrors(ctx context.Context, f func(m backend) error) error {
 	var troubles, cannot []error
 	start := int(b.first.Load())
 	for i := range b.mirrors {
 		at := (start + i) % len(b.mirrors)
-		err := ask(b.mirrors[at])
+		err := f(b.mirrors[at])
 		switch {
 		case errors.Is(err, errCannotList):
 			cannot = append(cannot, err)
@@ -174,7 +176,7 @@ func (b *Bucket) each(ctx context.Context, ask func(m backend) error) error {
 	return inOneLine(append(troubles, cannot...))
 }
 
-// inOneLine joins errors as errors.Join does, but into one line.
+// inOneLine joins errors as errors.Join does, but in one line.
 func inOneLine(errs []error) error {
 	all := errs[0]
 	for _, err := range errs[1:] {
@@ -187,17 +189,17 @@ func (b *Bucket) prefer(at int) {
 	b.first.Store(int32(at % len(b.mirrors))) //nolint:gosec // a list of URLs is short
 }
 
-// Get opens an object. If the object does not exist, the error is fault.InputMissing. Get retries after a transient
-// error a few times, and then asks the next mirror. At the end of the stream, the reader compares the bytes with the
-// size and the sums that the bucket reported. If they differ, the last read returns fault.Checksum instead of io.EOF.
-// If no bytes arrive for stallLimit, the read returns a transient error.
+// Get opens an object. If the object does not exist, the error is fault.InputMissing. After a transient error, Get
+// tries again a few times, and then asks the next mirror. At the end of the stream, the reader compares the bytes with
+// the size and the sums that the bucket reported. If they differ, the last read returns fault.Checksum instead of
+// io.EOF. If no bytes arrive for stallLimit, the read returns a transient error.
 func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
 	if err := checkName(name); err != nil {
 		return nil, Attrs{}, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	s := &stream{ctx: ctx, bucket: b, name: name}
-	err := b.each(ctx, func(m backend) (err error) {
+	err := b.tryMirrors(ctx, func(m backend) (err error) {
 		s.from = m
 		if s.body, s.attrs, err = m.open(ctx, name, 0, ""); err != nil {
 			return fmt.Errorf("fetch %s: %w", m.url(name), err)

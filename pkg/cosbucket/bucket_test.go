@@ -47,7 +47,7 @@ var objects = map[string]string{
 	"17800.0.50/lakitu-arm64/kernel_commit":           "nonsense\n",
 	"17800.0.50/lakitu-arm64/big":                     strings.Repeat("x", 5000),
 	"notabuild/lakitu/kernel_commit":                  "x",
-	// This build has the older layout, and its list only in serialized form.
+	// This build has the former layout, and has its list of drivers only in serialized form.
 	"17412.0.9/kernel_commit":           strings.Repeat("cd", 20) + "\n",
 	"17412.0.9/gpu_driver_versions.bin": "\x0a\x1f\x0a\x08\x0a\x06OTHERS\x12\x13\x0a\x07DEFAULT\x12\x08470.82.1",
 	"17412.0.9/gpu_R470_version":        "470.256.02\n",
@@ -264,7 +264,7 @@ func TestWeb(t *testing.T) {
 	f := &flaky{dir: http.FileServer(http.Dir(folder(t))), calls: map[string]int{}}
 	server := httptest.NewServer(f)
 	t.Cleanup(server.Close)
-	b := quick(t, server.URL)
+	b := openQuick(t, server.URL)
 	conform(t, b, false)
 	if _, _, err := b.Get(t.Context(), "always-down"); !fault.Is(err, fault.Transient) {
 		t.Errorf("Get(always-down) = %v; want transient", err)
@@ -288,7 +288,7 @@ func TestWebBrokenFile(t *testing.T) {
 		panic(http.ErrAbortHandler)
 	}))
 	t.Cleanup(server.Close)
-	if _, err := quick(t, server.URL).ReadSmall(t.Context(), "x", 1<<20); !fault.Is(err, fault.Transient) {
+	if _, err := openQuick(t, server.URL).ReadSmall(t.Context(), "x", 1<<20); !fault.Is(err, fault.Transient) {
 		t.Errorf("ReadSmall = %v; want transient", err)
 	}
 }
@@ -301,7 +301,7 @@ func TestWebCancelled(t *testing.T) {
 		http.Error(w, "down", http.StatusBadGateway)
 	}))
 	t.Cleanup(server.Close)
-	if _, _, err := quick(t, server.URL).Get(ctx, "x"); !fault.Is(err, fault.Cancelled) {
+	if _, _, err := openQuick(t, server.URL).Get(ctx, "x"); !fault.Is(err, fault.Cancelled) {
 		t.Errorf("Get = %v; want cancelled", err)
 	}
 }

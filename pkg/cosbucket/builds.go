@@ -23,14 +23,14 @@ func (b *Bucket) List(ctx context.Context, prefix string) ([]string, error) {
 			return nil, err
 		}
 	}
-	return b.names(ctx, prefix, func(m backend) ([]string, error) { return m.list(ctx, prefix) })
+	return b.listNames(ctx, prefix, func(m backend) ([]string, error) { return m.list(ctx, prefix) })
 }
 
-// names asks the mirrors in turn until one can list, and returns the sorted names.
-func (b *Bucket) names(ctx context.Context, what string, ask func(m backend) ([]string, error)) (names []string,
+// listNames calls the function f for the mirrors in turn until one can list, and returns the sorted names.
+func (b *Bucket) listNames(ctx context.Context, what string, f func(m backend) ([]string, error)) (names []string,
 	err error) {
-	err = b.each(ctx, func(m backend) (err error) {
-		if names, err = ask(m); err != nil {
+	err = b.tryMirrors(ctx, func(m backend) (err error) {
+		if names, err = f(m); err != nil {
 			err = fmt.Errorf("list %s: %w", m.url(what), err)
 		}
 		return err
@@ -42,7 +42,7 @@ func (b *Bucket) names(ctx context.Context, what string, ask func(m backend) ([]
 // BuildIDs returns the BUILD_IDs for which a COS bucket has a folder, newest first. It lists only the top level, so
 // its cost does not depend on the number of objects.
 func (b *Bucket) BuildIDs(ctx context.Context) ([]string, error) {
-	names, err := b.names(ctx, "", func(m backend) ([]string, error) { return m.folders(ctx) })
+	names, err := b.listNames(ctx, "", func(m backend) ([]string, error) { return m.folders(ctx) })
 	if err != nil {
 		return nil, err
 	}
@@ -54,9 +54,10 @@ func (b *Bucket) BuildIDs(ctx context.Context) ([]string, error) {
 	return slices.Compact(ids), nil
 }
 
-// BuildsOf returns the kernels of these COS builds, in the order of ids. A COS build has one kernel for each board that
-// has an object kernel_commit, in either layout. BuildsOf does not read the commit; see [Bucket.Describe]. Each COS
-// build costs one listing, so a caller that needs only the newest COS builds should pass only their BUILD_IDs.
+// BuildsOf returns the kernels of these COS builds, in the order of ids. A COS build has one kernel for each board for
+// which the bucket has an object kernel_commit, in the current or in the former layout. BuildsOf does not read the
+// commit; see [Bucket.Describe]. Each COS build costs one listing. So a caller that needs only the newest COS builds
+// should pass only their BUILD_IDs.
 func (b *Bucket) BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, error) {
 	found := make([][]target.Kernel, len(ids))
 	g, gctx := errgroup.WithContext(ctx)
@@ -110,7 +111,7 @@ func (b *Bucket) Builds(ctx context.Context) ([]target.Kernel, error) {
 
 // Describe returns the kernel with its source commit.
 func (b *Bucket) Describe(ctx context.Context, k target.Kernel) (target.Kernel, error) {
-	text, url, err := b.small(ctx, k, CommitName(k), 1<<10)
+	text, url, err := b.readOfBuild(ctx, k, CommitName(k), 1<<10)
 	if err != nil {
 		return k, err
 	}
@@ -123,9 +124,9 @@ func (b *Bucket) Describe(ctx context.Context, k target.Kernel) (target.Kernel, 
 	return k, nil
 }
 
-// small reads a small object of a COS build, in whichever layout the bucket has it. It also returns the URL from which
-// the object was read.
-func (b *Bucket) small(ctx context.Context, k target.Kernel, name string, limit int64) (text []byte, url string,
+// readOfBuild reads a small object of a COS build, from the first of its [Layouts] that the bucket has. It also returns
+// the URL from which the object was read.
+func (b *Bucket) readOfBuild(ctx context.Context, k target.Kernel, name string, limit int64) (text []byte, url string,
 	err error) {
 	var absent []error
 	for _, at := range Layouts(k, name) {

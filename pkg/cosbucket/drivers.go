@@ -24,21 +24,21 @@ const (
 	maxGPUs        = 64
 )
 
-// DriverList has the driver versions that COS names for one COS build.
+// DriverList has the driver versions that COS lists for one COS build.
 type DriverList struct {
-	// Default and Latest are "" if COS names no such version.
+	// Default and Latest are "" if COS lists no such version.
 	Default, Latest string
 	// Branches maps a branch, such as R535, to its version.
 	Branches map[string]string
-	// Versions has all versions that any of the files names, lowest first.
+	// Versions has all versions in any of the files, lowest first.
 	Versions []string
-	// GPUs has a list for each GPU type for which COS names separate versions. The keys are COS's names of the types,
+	// GPUs has a list for each GPU type for which COS lists versions of its own. The keys are COS's names of the types,
 	// such as NVIDIA_L4.
 	GPUs map[string]DriverList
 }
 
 // Drivers reads these objects of a COS build: gpu_default_version, gpu_latest_version, the gpu_R*_version files, and
-// gpu_driver_versions as text or serialized. Each of them may be missing; if all are, the error is of kind
+// gpu_driver_versions as text or serialized. Each object may be missing; if all are missing, the error is of kind
 // InputMissing. If gpu_driver_versions disagrees with a file that has a single version, the single version wins,
 // because COS's own installer reads that file.
 func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, error) {
@@ -47,7 +47,7 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 		return DriverList{}, err
 	}
 	one := func(name string) (string, error) {
-		text, url, err := b.small(ctx, k, name, maxVersionFile)
+		text, url, err := b.readOfBuild(ctx, k, name, maxVersionFile)
 		if err != nil {
 			if fault.Is(err, fault.InputMissing) {
 				return "", nil
@@ -85,7 +85,7 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 	}
 	if len(l.Versions) == 0 {
 		return DriverList{}, fault.New(fault.InputMissing,
-			"list drivers of "+k.String()+": the bucket names no driver for this COS build",
+			"list drivers of "+k.String()+": the bucket lists no driver for this COS build",
 			"check BUILD_ID and board, or ask for an exact version")
 	}
 	l.Versions = sortVersions(l.Versions)
@@ -93,13 +93,13 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 }
 
 // versionList reads gpu_driver_versions of a COS build. If there is none, the result is empty. The text form and the
-// serialized form hold the same data, and the newest COS builds have only the serialized form.
+// serialized form have the same data. The newest COS builds have only the serialized form.
 func (b *Bucket) versionList(ctx context.Context, k target.Kernel) (DriverList, error) {
 	for _, form := range []struct {
 		name  string
 		parse func([]byte) (DriverList, error)
 	}{{DriverVersionsName(k), ParseDriverVersions}, {DriverVersionsBinName(k), ParseDriverVersionsBin}} {
-		text, url, err := b.small(ctx, k, form.name, maxVersionList)
+		text, url, err := b.readOfBuild(ctx, k, form.name, maxVersionList)
 		if fault.Is(err, fault.InputMissing) {
 			continue
 		}
@@ -228,8 +228,8 @@ func (l *DriverList) add(info *gpuversions.GPUDriverVersionInfo) {
 	}
 }
 
-// rank is the order in which entries are added, because the first version of a label wins: the entry for all other
-// GPUs, then the entries for one GPU type, then the entry for machines without a GPU.
+// rank is the order in which entries are added: the entry for all other GPUs, then the entries for one GPU type, then
+// the entry for machines without a GPU. If a label has several versions, the first version wins.
 func rank(info *gpuversions.GPUDriverVersionInfo) int {
 	switch info.GetGpuDevice().GetGpuType() {
 	case "OTHERS", "OTHER":
@@ -251,7 +251,7 @@ func sortVersions(versions []string) []string {
 }
 
 // Choose returns the version for a wish. An exact version is always allowed, even if COS does not list it, because
-// driver buckets hold more versions than COS qualifies.
+// driver buckets have more versions than COS lists.
 func (l DriverList) Choose(w target.Wish) (string, error) {
 	if version, ok := w.Exact(); ok {
 		return version, nil
@@ -279,7 +279,7 @@ func (l DriverList) Choose(w target.Wish) (string, error) {
 	}
 	if version == "" {
 		return "", fault.New(fault.Unsupported,
-			fmt.Sprintf("choose driver %s: COS names no such driver for this COS build", w), l.offer())
+			fmt.Sprintf("choose driver %s: COS lists no such driver for this COS build", w), l.offer())
 	}
 	return version, nil
 }
@@ -289,11 +289,13 @@ func (l DriverList) offerGPUs() string {
 	if len(l.GPUs) == 0 {
 		return "leave the GPU type out: this COS build has one list for all GPUs"
 	}
-	return "ask for one of " + strings.Join(slices.Sorted(maps.Keys(l.GPUs)), ", ") + ", or leave the GPU type out"
+	return "ask for one of the GPU types " + strings.Join(slices.Sorted(maps.Keys(l.GPUs)), ", ") +
+		"; or leave the GPU type out"
 }
 
-// Newest returns one version for each branch: the version that COS names for it, or else the highest version in the
-// list. A version with a suffix is not chosen from the list, because a user must ask for it by its exact name.
+// Newest returns one version for each branch: the version that COS lists for the branch, or else the highest version of
+// the branch in the list. Newest does not choose a version with a suffix from the list, because a user must ask for it
+// by its exact name.
 func (l DriverList) Newest() map[string]string {
 	newest := map[string]string{}
 	for _, v := range l.Versions {
@@ -322,5 +324,6 @@ func (l DriverList) offer() string {
 	if len(words) == 0 {
 		return "ask for an exact version"
 	}
-	return "ask for a driver that COS names for this COS build: " + strings.Join(words, ", ") + "; or for an exact version"
+	return "ask for one of the drivers that COS lists for this COS build: " + strings.Join(words, ", ") +
+		"; or ask for an exact version"
 }

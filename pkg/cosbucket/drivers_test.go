@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// quick opens a bucket with short waits between retries.
-func quick(t *testing.T, rawURL string) *cosbucket.Bucket {
+// openQuick opens a bucket with short waits between retries.
+func openQuick(t *testing.T, rawURL string) *cosbucket.Bucket {
 	t.Helper()
 	b, err := cosbucket.OpenWithWait(t.Context(), rawURL, time.Millisecond)
 	if err != nil {

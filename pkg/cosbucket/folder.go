@@ -36,14 +36,14 @@ func openFolder(u *url.URL) (*folder, error) {
 func (f *folder) open(_ context.Context, name string, offset int64, _ string) (io.ReadCloser, Attrs, error) {
 	info, err := f.root.Stat(name)
 	if err != nil {
-		return nil, Attrs{}, absent(err)
+		return nil, Attrs{}, fileError(err)
 	}
 	if !info.Mode().IsRegular() {
 		return nil, Attrs{}, missing(fmt.Errorf("%s is not a file", name))
 	}
 	r, err := f.root.Open(name)
 	if err != nil {
-		return nil, Attrs{}, absent(err)
+		return nil, Attrs{}, fileError(err)
 	}
 	if _, err := r.Seek(offset, io.SeekStart); err != nil {
 		return nil, Attrs{}, errors.Join(err, r.Close())
@@ -51,9 +51,9 @@ func (f *folder) open(_ context.Context, name string, offset int64, _ string) (i
 	return r, Attrs{Size: info.Size()}, nil
 }
 
-// absent distinguishes a missing file from a file that exists but cannot be opened. A checksum file of the second sort
-// must not count as missing.
-func absent(err error) error {
+// fileError adds a fault kind to an error of opening a file. It distinguishes a missing file from a file that exists
+// but cannot be opened, because a checksum file that cannot be opened must not be taken for missing.
+func fileError(err error) error {
 	var errno syscall.Errno
 	switch {
 	case errors.Is(err, fs.ErrPermission):

@@ -46,7 +46,8 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 		// has no access rights.
 		options = []option.ClientOption{option.WithoutAuthentication()}
 	}
-	const hint = "check the Google credentials of this account, or unset GOOGLE_APPLICATION_CREDENTIALS"
+	const hint = "check the Google credentials of this account; if the bucket is public, " +
+		"unset GOOGLE_APPLICATION_CREDENTIALS"
 	transport, _, err := htransport.NewClient(ctx, options...)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, hint)
@@ -64,7 +65,7 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 }
 
 // credentialsConfigured reports whether application default credentials are configured for this account, by a variable
-// or by a file. A metadata server does not count; openGCS says why.
+// or by a file. It does not ask a metadata server; openGCS says why.
 func credentialsConfigured(getenv func(string) string) bool {
 	if getenv("GOOGLE_APPLICATION_CREDENTIALS") != "" {
 		return true
@@ -77,8 +78,8 @@ func credentialsConfigured(getenv func(string) string) bool {
 	return err == nil
 }
 
-// bounded is a transport that limits the number of requests for one download. The library resumes a broken download by
-// itself, and never gives up on a server that breaks every response at once.
+// bounded is a transport that limits the number of requests for one download. The library itself resumes a broken
+// download. Without this limit, it would never give up on a server that breaks every response at once.
 type bounded struct{ http.RoundTripper }
 
 type budgetKey struct{}

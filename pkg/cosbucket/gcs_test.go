@@ -39,9 +39,9 @@ type proxy struct {
 	content  []string // requests for an object's bytes: range and generation
 	requests int
 	auth     bool
-	// spoil, if not nil, may replace the writer of the response to the nth request for an object's bytes.
+	// spoil may replace the writer of the response to the nth request for an object's bytes. It may be nil.
 	spoil func(n int, w http.ResponseWriter) http.ResponseWriter
-	// page, if not "", is the greatest number of entries in each page of a listing.
+	// page is the greatest number of entries in each page of a listing. "" means no limit.
 	page string
 }
 
@@ -126,15 +126,15 @@ func TestEmulator(t *testing.T) {
 	t.Cleanup(metadata.Close)
 	t.Setenv("GCE_METADATA_HOST", strings.TrimPrefix(metadata.URL, "http://"))
 
-	b := quick(t, "gs://cos-tools")
+	b := openQuick(t, "gs://cos-tools")
 	conform(t, b, true)
 	if got, want := b.URL("a/b"), "gs://cos-tools/a/b"; got != want {
 		t.Errorf("URL = %s; want %s", got, want)
 	}
-	t.Run("below a folder", func(t *testing.T) { conform(t, quick(t, "gs://cos-tools-eu/below"), true) })
+	t.Run("below a folder", func(t *testing.T) { conform(t, openQuick(t, "gs://cos-tools-eu/below"), true) })
 	t.Run("in pages", func(t *testing.T) {
 		p.paged("2")
-		conform(t, quick(t, "gs://cos-tools"), true)
+		conform(t, openQuick(t, "gs://cos-tools"), true)
 		p.paged("")
 	})
 	r, attrs, err := b.Get(t.Context(), cosbucket.DefaultVersionName(kernel47))
@@ -149,7 +149,7 @@ func TestEmulator(t *testing.T) {
 		attrs.CRC32C != fmt.Sprintf("%08x", crc) {
 		t.Errorf("Get(...) says %+v; want md5 %s and crc32c %08x", attrs, want, crc)
 	}
-	if _, _, err := quick(t, "gs://other-bucket").Get(t.Context(), "x"); !fault.Is(err, fault.InputMissing) {
+	if _, _, err := openQuick(t, "gs://other-bucket").Get(t.Context(), "x"); !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Get(other bucket) = %v; want input-missing", err)
 	}
 	if p.sentAuth() {
@@ -157,7 +157,7 @@ func TestEmulator(t *testing.T) {
 	}
 	// storage.googleapis.com serves the same objects by HTTPS, without the API.
 	t.Run("plain web", func(t *testing.T) {
-		web := quick(t, p.Endpoint+"/cos-tools")
+		web := openQuick(t, p.Endpoint+"/cos-tools")
 		conform(t, web, false)
 		r, plain, err := web.Get(t.Context(), cosbucket.DefaultVersionName(kernel47))
 		if err != nil {
@@ -173,7 +173,7 @@ func TestEmulator(t *testing.T) {
 }
 
 // Google's servers can decompress an object while they send it. The API delivers the stored bytes, which match the
-// sums. Plain HTTPS delivers the decompressed bytes, which the sums do not describe.
+// sums. Plain HTTPS delivers the decompressed bytes, which do not match the sums.
 func TestEmulatorStoredCompressed(t *testing.T) {
 	p := behind(t)
 	p.Bucket(t, "cos-tools")
@@ -186,11 +186,11 @@ func TestEmulatorStoredCompressed(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.PutGzip(t, "cos-tools", "x", stored.Bytes())
-	if text, err := quick(t, "gs://cos-tools").ReadSmall(t.Context(), "x", 1<<20); err != nil ||
+	if text, err := openQuick(t, "gs://cos-tools").ReadSmall(t.Context(), "x", 1<<20); err != nil ||
 		!bytes.Equal(text, stored.Bytes()) {
 		t.Errorf("by the API: %d bytes, %v; want the %d that are stored", len(text), err, stored.Len())
 	}
-	if text, err := quick(t, p.Endpoint+"/cos-tools").ReadSmall(t.Context(), "x", 1<<20); err != nil ||
+	if text, err := openQuick(t, p.Endpoint+"/cos-tools").ReadSmall(t.Context(), "x", 1<<20); err != nil ||
 		string(text) != long {
 		t.Errorf("over the web: %d bytes, %v; want %d", len(text), err, len(long))
 	}
@@ -226,7 +226,7 @@ func TestEmulatorCredentials(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", file)
-	if text, err := quick(t, "gs://cos-tools").ReadSmall(t.Context(), "x", 10); err != nil || string(text) != "x" {
+	if text, err := openQuick(t, "gs://cos-tools").ReadSmall(t.Context(), "x", 10); err != nil || string(text) != "x" {
 		t.Errorf("ReadSmall = %q, %v", text, err)
 	}
 	if !p.sentAuth() {
@@ -271,7 +271,7 @@ func TestEmulatorBrokenDownloads(t *testing.T) {
 	p.Bucket(t, "cos-tools")
 	text := []byte(strings.Repeat("0123456789abcdef", 8<<10)) // 128 KiB
 	p.Put(t, "cos-tools", "x", text)
-	b := quick(t, "gs://cos-tools")
+	b := openQuick(t, "gs://cos-tools")
 	rows := []struct {
 		name  string
 		spoil func(int, http.ResponseWriter) http.ResponseWriter
@@ -289,7 +289,7 @@ func TestEmulatorBrokenDownloads(t *testing.T) {
 			if n > 0 {
 				return w
 			}
-			return &replacing{cutter: cutter{w, 50_000},
+			return &replacingWriter{cutter: cutter{w, 50_000},
 				replace: func() { p.Put(t, "cos-tools", "x", append([]byte("new"), text...)) }}
 		}, kind: fault.Transient},
 	}
@@ -314,13 +314,13 @@ func TestEmulatorBrokenDownloads(t *testing.T) {
 	}
 }
 
-// replacing breaks a response and replaces the object at the same moment.
-type replacing struct {
+// replacingWriter breaks a response and replaces the object at the same moment.
+type replacingWriter struct {
 	cutter
 	replace func()
 }
 
-func (r *replacing) Write(p []byte) (int, error) {
+func (r *replacingWriter) Write(p []byte) (int, error) {
 	if len(p) >= r.left {
 		r.replace()
 	}
@@ -338,7 +338,7 @@ func TestEmulatorManyBuilds(t *testing.T) {
 		p.Put(t, "cos-tools", fmt.Sprintf("17800.%d.0/lakitu-arm64/kernel_commit", i), commit)
 	}
 	p.Put(t, "cos-tools", "extensions/kernel_commit", commit)
-	b := quick(t, "gs://cos-tools")
+	b := openQuick(t, "gs://cos-tools")
 	ids, err := b.BuildIDs(t.Context())
 	if err != nil || len(ids) != builds || ids[0] != "17800.149.0" || ids[builds-1] != "17800.0.0" {
 		t.Fatalf("BuildIDs = %d, %v; want %d, newest first", len(ids), err, builds)
@@ -370,7 +370,7 @@ func TestEmulatorMirrors(t *testing.T) {
 	p.Put(t, "cos-tools-eu", "x", []byte(long))
 	p.Put(t, "cos-tools", "x", []byte(long))
 	p.begin(cutAt((cosbucket.RetryMax+1)*(cosbucket.RetryMax+1), 3))
-	r, _, err := quick(t, "gs://cos-tools-eu,gs://cos-tools").Get(t.Context(), "x")
+	r, _, err := openQuick(t, "gs://cos-tools-eu,gs://cos-tools").Get(t.Context(), "x")
 	if err != nil {
 		t.Fatal(err)
 	}

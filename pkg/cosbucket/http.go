@@ -48,13 +48,14 @@ func openHTTP(u *url.URL, wait time.Duration) (*web, error) {
 
 func (w *web) url(name string) string { return w.base.JoinPath(name).String() }
 
-// fetch requests the object from offset on. If etag is not empty, the object must still have that ETag.
+// fetch requests an object's bytes from offset to the end. If etag is not empty, the object must still have that ETag.
 func (w *web) fetch(ctx context.Context, name string, offset int64, etag string) (*http.Response, error) {
 	req, err := retryablehttp.NewRequestWithContext(ctx, http.MethodGet, w.url(name), nil)
 	if err != nil {
 		return nil, err
 	}
-	// The sums in a bucket are over the stored bytes, so the server must not send the bytes in another encoding.
+	// The sums that a bucket reports are those of the stored bytes, so the server must not send the bytes in another
+	// encoding.
 	req.Header.Set("Accept-Encoding", "identity")
 	if offset > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
@@ -77,7 +78,7 @@ func (w *web) fetch(ctx context.Context, name string, offset int64, etag string)
 		return resp, nil
 	case resp.StatusCode == http.StatusOK:
 		err := fault.New(fault.Transient, "the server ignored the Range header: it sent the whole object instead of the rest",
-			"try again; if it happens again, name another mirror")
+			"try again; if it happens again, use another mirror")
 		return nil, errors.Join(err, resp.Body.Close())
 	}
 	return nil, errors.Join(statusError(resp.StatusCode), resp.Body.Close())
@@ -108,7 +109,7 @@ func (w *web) open(ctx context.Context, name string, offset int64, pin string) (
 			return nil, Attrs{}, errors.Join(err, resp.Body.Close())
 		}
 	}
-	// Google's sums are over the stored bytes. If Google's server decompresses an object, its sums and its length do
+	// Google's sums are those of the stored bytes. If Google's server decompresses an object, the sums and the length do
 	// not match the bytes that arrive.
 	if stored := resp.Header.Get("X-Goog-Stored-Content-Encoding"); stored == "" || stored == "identity" ||
 		resp.Header.Get("Content-Encoding") == stored {
@@ -127,7 +128,7 @@ func total(contentRange string, offset int64) (int64, error) {
 		first != offset || last < first || last != size-1 {
 		return 0, fault.New(fault.Transient,
 			fmt.Sprintf("server answered with range %.60q; want the bytes from %d to the end", contentRange, offset),
-			"try again; if it happens again, name another mirror")
+			"try again; if it happens again, use another mirror")
 	}
 	return size, nil
 }
@@ -159,7 +160,7 @@ var errCannotList = errors.New("a web server cannot list a bucket")
 
 func cannotList() error {
 	return fault.Wrap(fault.Unsupported, errCannotList,
-		"name COS builds by BUILD_ID and board, or use the bucket's gs:// URL")
+		"give the BUILD_ID and the board of each COS build, or use the bucket's gs:// URL")
 }
 
 // google is the host at which Google Cloud Storage serves objects by HTTPS. The bucket is the first element of the

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// mirror is a web server that sends the same sums as Google's. Its fields say in which way it fails.
+// mirror is a web server that sends the same sums as Google's. Its fields say how it fails.
 type mirror struct {
 	objects map[string]string
 	sums    map[string]string // bytes whose sums the mirror sends instead of the sums of the object's bytes
@@ -127,7 +127,7 @@ func TestMirrors(t *testing.T) {
 		t.Run(r.name, func(t *testing.T) {
 			t.Parallel()
 			one, two := r.first.start(t), r.second.start(t)
-			b := quick(t, one+","+two)
+			b := openQuick(t, one+","+two)
 			text, err := b.ReadSmall(t.Context(), "a", 1<<20)
 			if r.want != "" && (err != nil || string(text) != r.want) || r.want == "" && !fault.Is(err, r.kind) {
 				t.Errorf("ReadSmall = %d bytes, %v; want %d, %v", len(text), err, len(r.want), r.kind)
@@ -142,13 +142,13 @@ func TestMirrors(t *testing.T) {
 	}
 }
 
-// If a mirror does not answer, the mirror that answered is asked first from then on, and attributes name it as the
-// source.
+// If a mirror does not answer, the mirror that answered instead is asked first from then on, and the attributes of an
+// object have the URL on that mirror.
 func TestMirrorStays(t *testing.T) {
 	t.Parallel()
 	down, up := &mirror{down: true}, &mirror{objects: map[string]string{"a": "a\n", "b": "b\n"}}
 	one, two := down.start(t), up.start(t)
-	b := quick(t, one+", "+two)
+	b := openQuick(t, one+", "+two)
 	for _, name := range []string{"a", "b"} {
 		r, attrs, err := b.Get(t.Context(), name)
 		if err != nil {
@@ -169,7 +169,7 @@ func TestMirrorStays(t *testing.T) {
 	}
 }
 
-// An error about the content of an object names the mirror that had the object.
+// An error about the content of an object has the URL of the object on the mirror that had it.
 func TestMirrorInErrors(t *testing.T) {
 	t.Parallel()
 	commit, version := cosbucket.CommitName(kernel47), cosbucket.DefaultVersionName(kernel47)
@@ -179,7 +179,7 @@ func TestMirrorInErrors(t *testing.T) {
 		commit:  func(b *cosbucket.Bucket) error { _, err := b.Describe(t.Context(), kernel47); return err },
 		version: func(b *cosbucket.Bucket) error { _, err := b.Drivers(t.Context(), kernel47); return err },
 	} {
-		if err := read(quick(t, one+","+two)); err == nil || !strings.Contains(err.Error(), "read "+two+"/"+name) {
+		if err := read(openQuick(t, one+","+two)); err == nil || !strings.Contains(err.Error(), "read "+two+"/"+name) {
 			t.Errorf("error about %s is %v; want the URL below %s in it", name, err, two)
 		}
 	}
@@ -189,7 +189,7 @@ func TestMirrorInErrors(t *testing.T) {
 func TestResumption(t *testing.T) {
 	t.Parallel()
 	m := &mirror{objects: map[string]string{"a": long}, cut: 6000}
-	b := quick(t, m.start(t))
+	b := openQuick(t, m.start(t))
 	text, err := b.ReadSmall(t.Context(), "a", 1<<20)
 	if err != nil || !bytes.Equal(text, []byte(long)) {
 		t.Fatalf("ReadSmall = %d bytes, %v; want %d", len(text), err, len(long))
@@ -205,7 +205,7 @@ func TestMirrorThatLists(t *testing.T) {
 	t.Parallel()
 	web := &mirror{objects: objects}
 	server := web.start(t)
-	b := quick(t, server+",file://"+folder(t))
+	b := openQuick(t, server+",file://"+folder(t))
 	builds, err := b.Builds(t.Context())
 	if err != nil || len(builds) != 3 {
 		t.Errorf("Builds = %v, %v; want three", builds, err)

@@ -16,8 +16,8 @@ const (
 	commitFile  = "kernel_commit"
 )
 
-// Layouts returns the names that an object may have in either layout, the likelier one first. name is the object's
-// name in the current layout.
+// Layouts returns the names that an object may have: its name in the current layout and then, if the object can be in
+// the former layout, its name there. The argument name is the object's name in the current layout.
 func Layouts(k target.Kernel, name string) []string {
 	if rest, ok := strings.CutPrefix(name, k.BuildID+"/"+legacyBoard+"/"); ok && k.Board == legacyBoard {
 		return []string{name, k.BuildID + "/" + rest}
@@ -27,80 +27,81 @@ func Layouts(k target.Kernel, name string) []string {
 
 func under(k target.Kernel, name string) string { return path.Join(k.BuildID, k.Board, name) }
 
-// HeadersName returns the object that holds the kernel's header tree.
+// HeadersName returns the name of the object with the kernel's header tree.
 func HeadersName(k target.Kernel) string { return under(k, "kernel-headers.tgz") }
 
-// ToolchainName returns the object that holds the compiler.
+// ToolchainName returns the name of the object with the compiler.
 func ToolchainName(k target.Kernel) string { return under(k, "toolchain.tar.xz") }
 
-// ToolchainPointerName returns the object that points to the compiler if the compiler is in another bucket; see
-// [ParsePointer].
+// ToolchainPointerName returns the name of the object that points to the compiler if the compiler is in another bucket;
+// see [ParsePointer].
 func ToolchainPointerName(k target.Kernel) string { return under(k, "toolchain.tar.xz.gcs") }
 
-// ToolchainURLName returns the object with the compiler's URL. Only old COS builds have it; see [ParseToolchainURL].
+// ToolchainURLName returns the name of the object with the compiler's URL. Only old COS builds have it; see
+// [ParseToolchainURL].
 func ToolchainURLName(k target.Kernel) string { return under(k, "toolchain_url") }
 
-// ToolchainPathName returns the object with the compiler's path. The COS builds of COS's own test runs have it; see
-// [ParseToolchainPath].
+// ToolchainPathName returns the name of the object with the compiler's path. Only the COS builds of COS's own test runs
+// have it; see [ParseToolchainPath].
 func ToolchainPathName(k target.Kernel) string { return under(k, "toolchain_path") }
 
-// VMLinuxName returns the object that holds the kernel with its symbols and type information.
+// VMLinuxName returns the name of the object with the kernel, its symbols and its type information.
 func VMLinuxName(k target.Kernel) string { return under(k, "vmlinux") }
 
-// ToolchainEnvName returns the object that names the compiler to call.
+// ToolchainEnvName returns the name of the object that says which compiler to call.
 func ToolchainEnvName(k target.Kernel) string { return under(k, "toolchain_env") }
 
-// CommitName returns the object that holds the kernel's source commit.
+// CommitName returns the name of the object with the kernel's source commit.
 func CommitName(k target.Kernel) string { return under(k, commitFile) }
 
-// KernelInfoName returns the object that names the location of the kernel's source.
+// KernelInfoName returns the name of the object with the location of the kernel's source.
 func KernelInfoName(k target.Kernel) string { return under(k, "kernel_info") }
 
-// DriverVersionsName returns the object that lists the driver versions for each GPU type.
+// DriverVersionsName returns the name of the object with the driver versions for each GPU type.
 func DriverVersionsName(k target.Kernel) string { return under(k, "gpu_driver_versions.textproto") }
 
-// DriverVersionsBinName returns the object that holds the list of [DriverVersionsName] as a serialized protobuf
+// DriverVersionsBinName returns the name of the object with the list of [DriverVersionsName] as a serialized protobuf
 // message.
 func DriverVersionsBinName(k target.Kernel) string { return under(k, "gpu_driver_versions.bin") }
 
-// DefaultVersionName returns the object that holds the default driver version.
+// DefaultVersionName returns the name of the object with the default driver version.
 func DefaultVersionName(k target.Kernel) string { return under(k, "gpu_default_version") }
 
-// LatestVersionName returns the object that holds the latest driver version.
+// LatestVersionName returns the name of the object with the latest driver version.
 func LatestVersionName(k target.Kernel) string { return under(k, "gpu_latest_version") }
 
-// BranchVersionName returns the object that holds the version of a branch, such as R535.
+// BranchVersionName returns the name of the object with the version of a branch, such as R535.
 func BranchVersionName(k target.Kernel, branch string) string {
 	return under(k, "gpu_"+branch+"_version")
 }
 
-// SignatureNames returns the objects that may hold Google's signatures of a driver's modules. The object of newer COS
-// builds comes first.
+// SignatureNames returns the names that the object with Google's signatures of a driver's modules may have. The name in
+// newer COS builds comes first.
 func SignatureNames(k target.Kernel, version string) []string {
 	return []string{under(k, "extensions/gpu/nvidia-drivers-"+version+"-signature.tar.gz"),
 		under(k, "extensions/gpu/"+version+".signature.tar.gz")}
 }
 
-// TrustedKeyName returns the object with a copy of the root certificate that is built into the kernel. The kernel
-// verifies Google's module signatures with this certificate.
+// TrustedKeyName returns the name of the object with a copy of the root certificate that is built into the kernel. The
+// kernel verifies Google's module signatures with this certificate.
 func TrustedKeyName(k target.Kernel) string { return under(k, "trusted_key.pem") }
 
-// SignedDriverName returns the object with the open modules of a driver, which Google compiled and signed.
+// SignedDriverName returns the name of the object with the open modules of a driver, which Google compiled and signed.
 func SignedDriverName(k target.Kernel, version string) string {
 	return under(k, "nvidia-drivers-"+version+".tgz")
 }
 
-// BootName returns the object with the files that a virtual machine needs to boot this kernel. Only mirrors that
-// Prebake makes have it; COS's buckets do not.
+// BootName returns the name of the object with the files that a virtual machine needs to boot this kernel. Only mirrors
+// that Prebake makes have it; COS's buckets do not.
 func BootName(k target.Kernel) string { return under(k, "prebake-boot.tgz") }
 
-// MD5Name returns the object that holds another object's md5 in hex.
+// MD5Name returns the name of the object with another object's md5 in hex.
 func MD5Name(name string) string { return name + ".md5" }
 
-// SHA256Name returns the object that holds another object's sha256 in hex. Not every bucket has it.
+// SHA256Name returns the name of the object with another object's sha256 in hex. Not every bucket has it.
 func SHA256Name(name string) string { return name + ".sha256" }
 
-// RunfileName returns the driver bucket's object for a driver version.
+// RunfileName returns the name of the runfile of a driver version in a driver bucket.
 func RunfileName(version string, arch target.Arch) string {
 	machine := "x86_64"
 	if arch == target.ARM64 {
@@ -109,17 +110,18 @@ func RunfileName(version string, arch target.Arch) string {
 	return "NVIDIA-Linux-" + machine + "-" + version + ".run"
 }
 
-// RunfileSumName returns the object that holds the runfile's sha256.
+// RunfileSumName returns the name of the object with the runfile's sha256.
 func RunfileSumName(version string, arch target.Arch) string {
 	return "sha256/" + RunfileName(version, arch) + ".sha256"
 }
 
-// RunfileLocation has the names that a runfile and its sha256 may have in a bucket.
+// RunfileLocation is a name that a runfile may have in a bucket, with the name of the object that has the runfile's
+// sha256.
 type RunfileLocation struct{ Runfile, Sum string }
 
-// RunfileLocations returns the locations of a driver version in the buckets that are known, in this order: COS's own
-// layout; a plain folder; and a folder for each version with the checksum beside the file, as NVIDIA's download server
-// and Google's former buckets have it. A version with a suffix may be in the folder of its release.
+// RunfileLocations returns the locations that the known buckets use for a driver version, in this order: COS's own
+// layout; a plain folder; a folder for each version with the checksum beside the file. NVIDIA's download server and
+// Google's former buckets have such folders. A version with a suffix may be in the folder of its release.
 func RunfileLocations(version string, arch target.Arch) []RunfileLocation {
 	name := RunfileName(version, arch)
 	all := []RunfileLocation{{name, RunfileSumName(version, arch)}}

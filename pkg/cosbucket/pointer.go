@@ -13,18 +13,18 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxPointer is the greatest size in bytes of an object that holds a pointer.
+// MaxPointer is the greatest size in bytes of an object with a pointer.
 const MaxPointer = 4 << 10
 
-// Pointer names an object in another bucket. [Bucket.Sibling] opens that bucket by the protocol of the bucket that
-// holds the pointer.
+// Pointer is the location of an object in another bucket. [Bucket.Sibling] opens that bucket by the protocol of the
+// bucket that has the pointer.
 type Pointer struct{ Bucket, Path string }
 
 // String returns the object's gs:// URL.
 func (p Pointer) String() string { return "gs://" + p.Bucket + "/" + p.Path }
 
 var (
-	// bucketPattern is Google's rule for bucket names, but without dots. So a name cannot be the name of a host.
+	// bucketPattern is Google's rule for bucket names, but without dots. So a name with a domain does not match.
 	bucketPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{1,61}[a-z0-9]$`)
 	pathPattern   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+=@~/-]{0,999}$`)
 )
@@ -121,7 +121,7 @@ func (b *Bucket) Sibling(ctx context.Context, p Pointer) (*Bucket, error) {
 		if err != nil {
 			return nil, fmt.Errorf("open bucket %s: %w", p.Bucket, errors.Join(err, s.Close()))
 		}
-		// Several mirrors may have the same sibling: all buckets in Google Cloud Storage have, for example.
+		// Several mirrors may have the same sibling: mirrors in Google Cloud Storage always do.
 		if at := n.url(""); slices.Contains(known, at) {
 			err = n.close()
 		} else {

@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// progress is a number of bytes. If a download delivers so many bytes between two breaks, its retries are counted from
+// progress is the number of bytes that a download must deliver between two breaks so that its retries are counted from
 // 0 again.
 const progress = 1 << 20
 
@@ -113,11 +113,11 @@ func (s *stream) otherMirror(broken error) error {
 			broken = fmt.Errorf("%w; %w", broken, err)
 			continue
 		}
-		if same, told := s.attrs.same(attrs); !same {
+		if same, decided := s.attrs.same(attrs); !same {
 			_ = body.Close() // not used
-			if told {
+			if decided {
 				return fault.New(fault.Checksum, fmt.Sprintf("%s and %s have different bytes", s.attrs.URL, m.url(s.name)),
-					"name only mirrors of one bucket; if these are mirrors of one bucket, replace the damaged one of the two objects")
+					"use only mirrors of one bucket; if these are mirrors of one bucket, replace the damaged one of the two objects")
 			}
 			continue
 		}
@@ -133,15 +133,15 @@ func (s *stream) otherMirror(broken error) error {
 
 func (s *stream) Close() error { return s.body.Close() }
 
-// same reports whether two objects have the same bytes. told is false if the two buckets report too few sums and sizes
-// to decide that.
-func (a Attrs) same(b Attrs) (same, told bool) {
-	told = a.MD5 != "" && b.MD5 != "" || a.CRC32C != "" && b.CRC32C != "" && a.Size >= 0 && b.Size >= 0
+// same reports whether two objects have the same bytes. The result decided is false if the two buckets report too few
+// sums and sizes to decide that.
+func (a Attrs) same(b Attrs) (same, decided bool) {
+	decided = a.MD5 != "" && b.MD5 != "" || a.CRC32C != "" && b.CRC32C != "" && a.Size >= 0 && b.Size >= 0
 	differ := func(x, y string) bool { return x != "" && y != "" && x != y }
 	if differ(a.MD5, b.MD5) || differ(a.CRC32C, b.CRC32C) || a.Size >= 0 && b.Size >= 0 && a.Size != b.Size {
 		return false, true
 	}
-	return told, told
+	return decided, decided
 }
 
 func pause(ctx context.Context, d time.Duration) error {
@@ -189,7 +189,7 @@ func (c check) judge(size int64) error {
 	bad := func(what, want, got string) error {
 		return fault.New(fault.Checksum, fmt.Sprintf("download of %s has %s %s; the bucket says %s", c.attrs.URL, what, got,
 			want),
-			"try again; if it happens again, put the object into the bucket again, or name another mirror")
+			"try again; if it happens again, put the object into the bucket again, or use another mirror")
 	}
 	if c.attrs.Size >= 0 && size != c.attrs.Size {
 		return bad("size", fmt.Sprint(c.attrs.Size), fmt.Sprint(size))

@@ -11,8 +11,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
-// AudienceHeader is a header in every response of the registry of a Prebake server. Its value, [AudiencePrivate] or
-// [AudiencePublic], is what the operator configured.
+// AudienceHeader is a header in every response of the registry of a Prebake server. Its value is [AudiencePrivate] or
+// [AudiencePublic], as the operator has configured it.
 const AudienceHeader = "Prebake-Audience"
 
 // The values of [AudienceHeader].
@@ -33,8 +33,8 @@ type AnonymousAccess struct {
 }
 
 // AnonymousAccess asks the registry without credentials. If digest is not empty, Reads says whether that manifest can
-// be read. Otherwise Reads says whether the repository's tags can be listed. If the registry answers the request for
-// the tags with 404, the repository does not exist, and the registry shows that to everybody. Reads is then true,
+// be read. Otherwise Reads says whether the repository's tags can be listed. A response of 404 to the request for the
+// tags means that the repository does not exist, and that the registry says so to everybody. Reads is then true,
 // because everybody will be able to read what is pushed there.
 func (r *Repository) AnonymousAccess(ctx context.Context, digest string) (AnonymousAccess, error) {
 	s, ok := r.s.(*remoteStore)
@@ -42,9 +42,10 @@ func (r *Repository) AnonymousAccess(ctx context.Context, digest string) (Anonym
 		return AnonymousAccess{}, nil
 	}
 	out := AnonymousAccess{Host: s.repo.RegistryStr()}
-	said := &visibilityReader{next: steady{s.transport}}
+	said := &visibilityReader{next: stallTransport{s.transport}}
 	options := []remote.Option{
-		remote.WithTransport(retryAfterTransport{bounded{said}}), remote.WithAuth(authn.Anonymous), remote.WithPageSize(1),
+		remote.WithTransport(retryAfterTransport{boundTransport{said}}),
+		remote.WithAuth(authn.Anonymous), remote.WithPageSize(1),
 		remote.WithRetryStatusCodes(
 			http.StatusRequestTimeout,
 			http.StatusInternalServerError,
@@ -72,10 +73,10 @@ func (r *Repository) AnonymousAccess(ctx context.Context, digest string) (Anonym
 			out.Reads = digest == ""
 		case api.StatusCode == http.StatusTooManyRequests || api.StatusCode == http.StatusRequestTimeout ||
 			api.StatusCode >= 500:
-			return out, s.reading(ctx, err)
+			return out, s.readError(ctx, err)
 		}
 	default:
-		return out, s.reading(ctx, err)
+		return out, s.readError(ctx, err)
 	}
 	return out, nil
 }

@@ -47,8 +47,8 @@ type archives struct {
 type part struct {
 	path  string
 	files map[string]extent // files in a tar; nil for a folder
-	index string            // digest of index.json
-	base  string            // digest of the index that this part is a delta of; "" if this part is whole
+	index string            // digest of index.json in this part
+	base  string            // digest of the index.json of which this part is a delta; "" if this part is no delta
 }
 
 // extent is the position of a file's bytes in a tar.
@@ -63,8 +63,8 @@ func openArchives(ref string) (*layoutStore, error) {
 	return &layoutStore{files: &archives{paths: paths}}, nil
 }
 
-func (*archives) cheap() bool   { return true }
-func (*archives) settled() bool { return true }
+func (*archives) cheapReads() bool  { return true }
+func (*archives) allAttached() bool { return true }
 
 func (a *archives) read(ctx context.Context, name string, limit int64) ([]byte, error) {
 	parts, err := a.load(ctx)
@@ -97,8 +97,8 @@ func (a *archives) open(ctx context.Context, name string, size int64) (io.ReadCl
 	return nil, missing(parts, name)
 }
 
-// missing returns the error for a file that no part has. If the first part is a delta, the error names the bundle that
-// has to come before it.
+// missing returns the error for a file that no part has. If the first part is a delta, the error says which bundle must
+// come before it.
 func missing(parts []part, name string) error {
 	first := parts[0]
 	if first.base == "" {
@@ -112,7 +112,7 @@ func missing(parts []part, name string) error {
 			path.Base(name),
 			first.base,
 		),
-		"name the file of that bundle before the delta: "+archivePrefix+"EARLIER.tar"+partsBetween+first.path,
+		"write the file of that bundle before the delta: "+archivePrefix+"EARLIER.tar"+partsBetween+first.path,
 	)
 }
 
@@ -145,8 +145,8 @@ func notBasedOn(p, before part) error {
 	if p.base == "" {
 		return fault.New(
 			fault.Usage,
-			p.path+" is complete and no delta of "+before.path,
-			"name the complete bundle alone: "+archivePrefix+p.path,
+			p.path+" is a complete bundle and no delta of "+before.path,
+			"use the complete bundle alone: "+archivePrefix+p.path,
 		)
 	}
 	return fault.New(
@@ -158,7 +158,7 @@ func notBasedOn(p, before part) error {
 			before.path,
 			before.index,
 		),
-		"compare the indexes that builder bundle show FILE prints, and name the right bundle before the delta",
+		"write the bundle with that index before the delta; to see the index of a bundle: builder bundle show FILE",
 	)
 }
 
@@ -170,12 +170,11 @@ func readPart(ctx context.Context, file string) (part, error) {
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		// The error does not wrap fs.ErrNotExist. Callers take that error for an empty folder, and a missing archive must
-		// be an error.
+		// The error does not wrap fs.ErrNotExist, because callers would take a missing archive for an empty folder.
 		return p, fault.New(
 			fault.NotFound,
 			"there is no such file",
-			"name a file that builder bundle create made, or any tar of an OCI image layout",
+			"use a file that builder bundle create made, or any tar of an OCI image layout",
 		)
 	case err != nil:
 		return p, err
@@ -192,7 +191,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 		return p, fault.New(
 			fault.Unverified,
 			"it lacks "+markerFile+" or "+indexFile,
-			"name an uncompressed tar of an OCI image layout",
+			"use an uncompressed tar of an OCI image layout",
 		)
 	}
 	if err != nil {
@@ -273,13 +272,13 @@ func scan(r io.ReadSeeker) (map[string]extent, error) {
 		if h.Typeflag == tar.TypeDir || !layoutFile.MatchString(name) {
 			continue
 		}
-		// The tar reader has read only the header so far. The file's bytes therefore begin at the present position.
+		// The tar reader has read only the header so far, so the file's bytes begin at the present position.
 		at, err := r.Seek(0, io.SeekCurrent)
 		if err != nil {
 			return nil, err
 		}
 		if h.Size < 0 || h.Size > size-at {
-			return nil, refused(fmt.Sprintf("%s has %d bytes, but the archive ends before", name, h.Size))
+			return nil, refused(fmt.Sprintf("%s has %d bytes, but the archive ends before its last byte", name, h.Size))
 		}
 		if _, ok := files[name]; ok {
 			return nil, refused(name + " is in the archive twice")
@@ -375,9 +374,8 @@ func (l Layout) Index(ctx context.Context) (idx *v1.IndexManifest, digest string
 	return idx, hash.String(), err
 }
 
-// Has reports whether the layout has a blob with exactly the size that d says. A truncated blob therefore does not
-// count. Has does not compare the digest. If a delta was opened without the bundle before it, Has looks only in the
-// delta.
+// Has reports whether the layout has this blob with exactly this size. For a truncated blob it returns false. Has does
+// not compare the digest. If a delta was opened without the bundle before it, Has looks only in the delta.
 func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	places := []interface {
 		open(ctx context.Context, name string, size int64) (io.ReadCloser, error)

@@ -87,8 +87,8 @@ func folderEntries(t testing.TB, dir string) (all []entry) {
 	return all
 }
 
-// sampled publishes a sample in a new folder.
-func sampled(t testing.TB) (dir string, s testkit.Sample, key *testkit.Key) {
+// publishSample publishes a sample in a new folder.
+func publishSample(t testing.TB) (dir string, s testkit.Sample, key *testkit.Key) {
 	t.Helper()
 	key = testkit.NewKey(t)
 	s = testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
@@ -97,9 +97,50 @@ func sampled(t testing.TB) (dir string, s testkit.Sample, key *testkit.Key) {
 	return dir, s, key
 }
 
+// TestLayoutRepairsLayers checks that publishing again replaces layers that a disk fault damaged, whatever their size.
+func TestLayoutRepairsLayers(t *testing.T) {
+	t.Parallel()
+	dir, s, _ := publishSample(t)
+	blobs, err := filepath.Glob(filepath.Join(dir, "blobs", "sha256", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers := 0
+	for _, name := range blobs {
+		raw, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if raw[0] == '{' { // not a layer
+			continue
+		}
+		if raw[0] ^= 1; layers%2 == 1 {
+			raw = raw[1:]
+		}
+		layers++
+		if err := os.WriteFile(name, raw, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if layers < 2 {
+		t.Fatalf("%d layers; want one to change and one to cut", layers)
+	}
+	s.Publish(t, open(t, "oci:"+dir))
+	for _, name := range blobs {
+		raw, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, _, err := v1.SHA256(bytes.NewReader(raw)); err != nil || got.Hex != filepath.Base(name) {
+			t.Errorf("blob %s after publishing again: digest %s, %v", filepath.Base(name), got.Hex, err)
+		}
+	}
+	checkContent(t, open(t, "oci:"+dir), s)
+}
+
 func TestArchive(t *testing.T) {
 	t.Parallel()
-	dir, s, _ := sampled(t)
+	dir, s, _ := publishSample(t)
 	repo := open(t, "oci-archive:"+pack(t, folderEntries(t, dir)...))
 	checkContent(t, repo, s)
 	if d, err := repo.Resolve(t.Context(), bundle.KernelTag(s.Kernel, driver)); err != nil ||
@@ -161,14 +202,14 @@ func TestArchive(t *testing.T) {
 	}
 }
 
-// split makes a whole bundle and a delta from a folder. The delta has the index with the base annotation, and the
-// blobs that later selects.
-func split(t *testing.T, dir string, later func(name string) bool) (base, delta string, baseIndex string) {
+// split makes a whole bundle and a delta from a folder. The delta has the index with the base annotation, and the blobs
+// for which the function inDelta returns true.
+func split(t *testing.T, dir string, inDelta func(name string) bool) (base, delta string, baseIndex string) {
 	t.Helper()
 	var first, second []entry
 	for _, e := range folderEntries(t, dir) {
 		switch {
-		case later(e.Name):
+		case inDelta(e.Name):
 			second = append(second, e)
 		case strings.HasSuffix(e.Name, "index.json"):
 			first = append(first, e)
@@ -199,7 +240,7 @@ func digestOf(raw []byte) string {
 
 func TestArchiveDelta(t *testing.T) {
 	t.Parallel()
-	dir, s, _ := sampled(t)
+	dir, s, _ := publishSample(t)
 	modules := s.Layers[0]
 	base, delta, index := split(t, dir, func(name string) bool {
 		return strings.HasSuffix(name, strings.TrimPrefix(modules.Digest, "sha256:"))
@@ -221,11 +262,11 @@ func TestArchiveDelta(t *testing.T) {
 	if _, err := alone.Referrers(t.Context(), s.Digest, ""); !fault.Is(err, fault.Usage) {
 		t.Errorf("Referrers of a delta alone = %v; want kind usage, and not an empty list", err)
 	}
-	otherDir, _, _ := sampled(t)
+	otherDir, _, _ := publishSample(t)
 	other := pack(t, folderEntries(t, otherDir)...)
 	for ref, names := range map[string]string{
 		other + "+" + delta:              index, // the delta of another base
-		base + "+" + other:               "is complete",
+		base + "+" + other:               "is a complete bundle",
 		base + "+" + delta + "+" + delta: "is a delta of",
 	} {
 		if _, err := open(t, "oci-archive:"+ref).Resolve(t.Context(), s.Digest); !fault.Is(err, fault.Usage) ||
@@ -238,7 +279,7 @@ func TestArchiveDelta(t *testing.T) {
 // TestHostileArchives reads tars that are damaged or made to do harm.
 func TestHostileArchives(t *testing.T) {
 	t.Parallel()
-	dir, s, _ := sampled(t)
+	dir, s, _ := publishSample(t)
 	good := folderEntries(t, dir)
 	with := func(more ...entry) []entry { return append(slices.Clone(good), more...) }
 	link := func(kind byte, name, to string) entry {
@@ -354,7 +395,7 @@ func refusesArchive(t *testing.T, path string, s testkit.Sample) {
 // A reader refuses a blob whose bytes do not match its digest.
 func TestArchiveAlteredBlob(t *testing.T) {
 	t.Parallel()
-	dir, s, _ := sampled(t)
+	dir, s, _ := publishSample(t)
 	all := folderEntries(t, dir)
 	for i := range all {
 		if strings.HasSuffix(all[i].Name, strings.TrimPrefix(s.Layers[0].Digest, "sha256:")) {
@@ -379,7 +420,7 @@ func isDriver(_ v1.Descriptor, m *v1.Manifest) bool {
 // A copy has the same digests, tags and attachments as the source, in each kind of repository.
 func TestCopyTagged(t *testing.T) {
 	t.Parallel()
-	dir, s, key := sampled(t)
+	dir, s, key := publishSample(t)
 	from := open(t, "oci-archive:"+pack(t, folderEntries(t, dir)...))
 	for name, to := range places(t) {
 		t.Run(name, func(t *testing.T) {
@@ -431,7 +472,7 @@ func digests(list []v1.Descriptor) (all []string) {
 // An attached manifest cannot get a tag when it is copied into a layout.
 func TestCopyLetsNoReferrerNameTags(t *testing.T) {
 	t.Parallel()
-	_, s, _ := sampled(t)
+	_, s, _ := publishSample(t)
 	from := open(t, testkit.Registry(t, true)+"/prebake/driver")
 	s.Publish(t, from)
 	d, err := from.Resolve(t.Context(), s.Digest)

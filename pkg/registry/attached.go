@@ -13,8 +13,8 @@ import (
 
 // Bounds of [Repository.Attached].
 const (
-	// MaxAttachments is the greatest number of payloads that are read from attachments with all wanted annotations. As
-	// many more are read from attachments that lack some of these annotations.
+	// MaxAttachments is the greatest number of payloads that are read from attachments with all wanted annotations. Up to
+	// MaxAttachments more payloads are read from attachments that lack some of these annotations.
 	MaxAttachments = 64
 	// MaxAttachment is the greatest size of one payload in bytes.
 	MaxAttachment = 1 << 20
@@ -28,22 +28,24 @@ const (
 // Each element of wanted is a set of annotations. An attachment matches if it has all annotations of one set, or if
 // wanted is empty.
 //
-// Attachments that have all annotations of one set come first. They are taken from the sets in turns, so that many
-// attachments for one set do not hide those for another. After them come attachments that lack an annotation of a
-// set but contradict none, because a registry may list an attachment without its annotations.
+// Attachments that have all annotations of one set come first. They are taken from the sets in turns, so many
+// attachments for one set cannot hide those for another set. After them come attachments that lack an annotation of a
+// set but contradict none: a registry may list an attachment without its annotations.
 //
-// Attached reads at most [MaxAttachments] payloads of each group. It leaves out payloads of more than [MaxAttachment]
-// bytes and manifests of another shape, because anybody who may push can attach them.
+// Attached reads at most [MaxAttachments] payloads of attachments with all annotations of a set, and as many of the
+// others. Anybody who may push can attach anything. So Attached leaves out payloads of more than [MaxAttachment] bytes,
+// and manifests that do not have exactly one layer.
 func (r *Repository) Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte,
 	error) {
 	return r.attached(ctx, digest, artifactType, nil, wanted)
 }
 
-// AttachedIf is [Repository.Attached] for a caller that can tell a useful payload from a useless one, which anybody may
-// attach. The function useful returns a name for what the payload says, or "" if the payload is useless. Of several
-// payloads with the same name only the first counts. Many useless payloads, or many copies of one useful payload,
-// therefore cannot hide another useful payload. If a listed attachment is missing or damaged, the other attachments are
-// still returned. A few useless payloads come last, so that the caller can report what was wrong with them.
+// AttachedIf is [Repository.Attached] for a caller that can tell a useful payload from a useless one. Anybody who may
+// push can attach useless payloads. The function useful returns a name for what the payload says, or "" if the payload
+// is useless. Of several payloads with the same name, AttachedIf returns only the first. Many useless payloads, or many
+// copies of one useful payload, therefore cannot hide another useful payload. If a listed attachment is missing or
+// damaged, the other attachments are still returned. A few useless payloads come last, so that the caller can report
+// what was wrong with them.
 func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string,
 	useful func(payload []byte) (what string), wanted ...map[string]string) ([][]byte, error) {
 	return r.attached(ctx, digest, artifactType, useful, wanted)
@@ -56,48 +58,48 @@ func (r *Repository) attached(ctx context.Context, digest, artifactType string, 
 		return nil, err
 	}
 	s := search{r: r, digest: digest, artifactType: artifactType, useful: useful, wanted: wanted, known: map[string]bool{}}
-	asked, perhaps := sortOut(list, wanted)
-	all, err := s.payloads(ctx, asked)
+	complete, incomplete := sortOut(list, wanted)
+	all, err := s.payloads(ctx, complete)
 	if err != nil {
 		return nil, err
 	}
-	more, err := s.payloads(ctx, perhaps)
+	more, err := s.payloads(ctx, incomplete)
 	if err != nil {
 		return nil, err
 	}
 	return slices.Concat(all, more, s.others), nil
 }
 
-// sortOut returns two lists. asked has the attachments with all annotations of a set, taken from the sets in turns.
-// perhaps has the attachments that lack an annotation of a set, but do not contradict that set.
-func sortOut(list []v1.Descriptor, wanted []map[string]string) (asked, perhaps []v1.Descriptor) {
+// sortOut returns two lists. The first has the attachments with all annotations of a set, taken from the sets in turns.
+// The second has the attachments that lack an annotation of a set, but do not contradict that set.
+func sortOut(list []v1.Descriptor, wanted []map[string]string) (complete, incomplete []v1.Descriptor) {
 	if len(wanted) == 0 {
 		return list, nil
 	}
 	queues := make([][]v1.Descriptor, len(wanted))
 	longest := 0
 	for _, d := range list {
-		switch i, may := matchSet(d.Annotations, wanted); {
+		switch i, possible := matchSet(d.Annotations, wanted); {
 		case i >= 0:
 			queues[i] = append(queues[i], d)
 			longest = max(longest, len(queues[i]))
-		case may:
-			perhaps = append(perhaps, d)
+		case possible:
+			incomplete = append(incomplete, d)
 		}
 	}
 	for n := range longest {
 		for _, q := range queues {
 			if n < len(q) {
-				asked = append(asked, q[n])
+				complete = append(complete, q[n])
 			}
 		}
 	}
-	return asked, perhaps
+	return complete, incomplete
 }
 
-// matchSet returns the index of the first set whose elements are all among the annotations, or -1. may is false if the
-// annotations contradict every set.
-func matchSet(annotations map[string]string, wanted []map[string]string) (first int, may bool) {
+// matchSet returns the index of the first set whose elements are all among the annotations, or -1. The result possible
+// is false if the annotations contradict every set.
+func matchSet(annotations map[string]string, wanted []map[string]string) (first int, possible bool) {
 	for i, set := range wanted {
 		all, contradicts := true, false
 		for key, value := range set {
@@ -108,12 +110,11 @@ func matchSet(annotations map[string]string, wanted []map[string]string) (first 
 		if all {
 			return i, true
 		}
-		may = may || !contradicts
+		possible = possible || !contradicts
 	}
-	return -1, may
+	return -1, possible
 }
 
-// search is one search for payloads.
 type search struct {
 	r                    *Repository
 	digest, artifactType string
@@ -127,7 +128,7 @@ type search struct {
 
 // leftOut reports whether an attachment is skipped because of err. An attachment that is listed but does not exist is
 // always skipped. A damaged attachment is skipped if the caller has given the function useful. An error of the network
-// does not come from the attachment, so the attachment is not skipped and the search fails.
+// says nothing about the attachment: it is not skipped, and the search fails.
 func (s *search) leftOut(ctx context.Context, err error) bool {
 	if err == nil || ctx.Err() != nil {
 		return false
@@ -135,7 +136,7 @@ func (s *search) leftOut(ctx context.Context, err error) bool {
 	return fault.Is(err, fault.NoArtifact) || s.useful != nil && !fault.Is(err, fault.Transient)
 }
 
-// payloads reads the payloads that these manifests attach.
+// payloads returns the useful payloads of these attachments.
 func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]byte, err error) {
 	for _, d := range list {
 		if !mayBe(d, s.artifactType) {
@@ -165,7 +166,8 @@ func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]by
 	return all, nil
 }
 
-// payload reads one payload. It returns nil if the manifest does not have the form of a matching attachment.
+// payload returns the payload of one attachment. It returns nil if the manifest is not an attachment of the wanted type
+// and annotations.
 func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	layer, err := s.layer(ctx, d, MaxAttachment)
 	if err != nil || layer == nil {
@@ -178,9 +180,9 @@ func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	return payload, err
 }
 
-// layer returns the descriptor of a manifest's payload. It returns nil if the manifest does not have the form of a
-// matching attachment.
-func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.Descriptor, error) {
+// layer returns the descriptor of the payload of one attachment. It returns nil if the manifest is not an attachment of
+// the wanted type and annotations, or if the payload has more than maxSize bytes.
+func (s *search) layer(ctx context.Context, d v1.Descriptor, maxSize int64) (*v1.Descriptor, error) {
 	raw, err := s.r.Manifest(ctx, d.Digest.String())
 	if err != nil {
 		return nil, err
@@ -188,11 +190,11 @@ func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.De
 	var m v1.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil || m.ArtifactType != s.artifactType || len(m.Layers) != 1 ||
 		m.Subject == nil || m.Subject.Digest.String() != s.digest ||
-		m.Layers[0].Size < 0 || m.Layers[0].Size > most || checkDigest(m.Layers[0].Digest.String()) != nil {
+		m.Layers[0].Size < 0 || m.Layers[0].Size > maxSize || checkDigest(m.Layers[0].Digest.String()) != nil {
 		return nil, nil
 	}
 	// The list of referrers need not repeat the annotations of a manifest, so compare those in the manifest itself.
-	if _, may := matchSet(m.Annotations, s.wanted); !may && len(s.wanted) > 0 {
+	if _, possible := matchSet(m.Annotations, s.wanted); !possible && len(s.wanted) > 0 {
 		return nil, nil
 	}
 	layer := m.Layers[0]
@@ -204,9 +206,9 @@ func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.De
 const maxPayloads = 256
 
 // Payloads is [Repository.Attached] for payloads that are too large to be read whole. It returns the descriptors of the
-// payloads, the smallest first, each with the annotations of its attachment. It leaves out payloads whose size in bytes
-// exceeds most, and attachments that cannot be read.
-func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, most int64,
+// payloads, the smallest first, each with the annotations of its attachment. It leaves out payloads of more than
+// maxSize bytes, and attachments that cannot be read.
+func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, maxSize int64,
 	wanted ...map[string]string) ([]v1.Descriptor, error) {
 	list, err := r.list(ctx, digest)
 	if err != nil {
@@ -214,16 +216,16 @@ func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, 
 	}
 	s := search{r: r, digest: digest, artifactType: artifactType, useful: func([]byte) string { return "" },
 		wanted: wanted}
-	asked, perhaps := sortOut(list, wanted)
+	complete, incomplete := sortOut(list, wanted)
 	var payloads []v1.Descriptor
-	for _, d := range append(asked, perhaps...) {
+	for _, d := range append(complete, incomplete...) {
 		if !mayBe(d, artifactType) {
 			continue
 		}
 		if s.looks++; s.looks > maxPayloads {
 			break
 		}
-		layer, err := s.layer(ctx, d, most)
+		layer, err := s.layer(ctx, d, maxSize)
 		switch {
 		case err != nil && !s.leftOut(ctx, err):
 			return nil, err
@@ -237,8 +239,8 @@ func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, 
 	return payloads, nil
 }
 
-// mayBe reports whether a listed manifest may be of an artifact type. A registry that does not know artifact types
-// lists the media type of the config instead, or no type.
+// mayBe reports whether a listed manifest may be of an artifact type. If a registry does not know artifact types, its
+// list has the media type of the config instead, or no type.
 func mayBe(d v1.Descriptor, artifactType string) bool {
 	return d.ArtifactType == artifactType || d.ArtifactType == "" || d.ArtifactType == emptyType
 }

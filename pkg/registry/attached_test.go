@@ -70,7 +70,7 @@ func TestAttachedOfMany(t *testing.T) {
 	for name, ref := range map[string]string{
 		"with referrers": testkit.Registry(t, true) + "/many", "without": testkit.Registry(t, false) + "/many",
 		"layout": "oci:" + filepath.Join(t.TempDir(), "l"), "in pages": newPaged(t, nil) + "/many",
-		"lists no annotations": newPaged(t, bare) + "/many",
+		"lists no annotations": newPaged(t, removeAnnotations) + "/many",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -80,7 +80,7 @@ func TestAttachedOfMany(t *testing.T) {
 
 			got := attached(t, repo, digest, plan, match)
 			if name == "lists no annotations" {
-				slices.Sort(got) // without annotations any of them may match, so there is no order
+				slices.Sort(got) // without annotations any attachment may match, so there is no order
 			} else {
 				slices.Sort(got[2:])
 			}
@@ -92,7 +92,7 @@ func TestAttachedOfMany(t *testing.T) {
 				t.Errorf("Attached(plan, match 7) (-want +got):\n%s", diff)
 			}
 
-			// Many attachments of one kind do not hide the others.
+			// Many attachments of one kind do not hide those of another kind.
 			got = attached(t, repo, digest, map[string]string{"kind": "match"}, plan)
 			if name != "lists no annotations" && !slices.Contains(got[:2], "plan") {
 				t.Errorf("Attached(every match, plan) begins with %q; want the plan in it", got[:2])
@@ -107,14 +107,15 @@ func TestAttachedOfMany(t *testing.T) {
 	}
 }
 
-// bare removes the annotations from a list.
-func bare(page *v1.IndexManifest, _ http.Header) {
+// removeAnnotations removes the annotations from a list.
+func removeAnnotations(page *v1.IndexManifest, _ http.Header) {
 	for i := range page.Manifests {
 		page.Manifests[i].Annotations = nil
 	}
 }
 
-// newPaged starts a registry that lists 40 referrers per page, and returns its host:port. change may alter a page.
+// newPaged starts a registry that lists 40 referrers per page, and returns its host:port. The function change may alter
+// a page.
 func newPaged(t *testing.T, change func(page *v1.IndexManifest, h http.Header)) string {
 	t.Helper()
 	behind := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: testkit.Registry(t, true)})

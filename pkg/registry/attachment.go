@@ -18,14 +18,14 @@ const emptyType = "application/vnd.oci.empty.v1+json"
 
 var emptyConfig = []byte("{}")
 
-// attachment is a manifest that has another manifest as its subject, and that carries one payload.
+// attachment is a manifest with another manifest as its subject, and with one payload as its layer.
 type attachment struct {
 	open     func() (io.ReadCloser, error) // opens the payload
 	layer    v1.Descriptor
 	manifest []byte
 	desc     v1.Descriptor
 	subject  v1.Hash
-	whole    v1.Image // a finished manifest that is copied as it is; nil if there is none
+	whole    v1.Image // the attachment to copy unchanged; nil if open, layer and manifest describe a new one
 }
 
 // inMemory returns the descriptor of a payload in memory, and a function that opens the payload.

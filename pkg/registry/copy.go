@@ -22,9 +22,9 @@ type Copied struct {
 	Referrers int
 }
 
-// Copy copies the image with this digest, and the manifests that are attached to it, from one repository to another.
-// It copies byte for byte, so the digests stay the same. Copy does not send again what the target has already, and
-// copies no tags. want selects the attached manifests to copy; nil selects all.
+// Copy copies the image with this digest, and the manifests that are attached to it, from one repository to another. It
+// copies byte for byte, so the digests stay the same. Copy does not send again what the target has already, and copies
+// no tags. The function want selects the attached manifests to copy; a nil function selects all.
 //
 // Copy, [CopyTagged] and [Compare] are functions and not methods, so that a program that does not call them does not
 // link them.
@@ -115,7 +115,7 @@ func (r *Repository) Image(ctx context.Context, digest string) (v1.Image, error)
 		if err := checkDigest(d.Digest.String()); err != nil || d.Size < 0 {
 			return nil, fault.Errorf(
 				fault.Unverified,
-				"read manifest %s from %s: it names a blob %.100q of %d bytes",
+				"read manifest %s from %s: it has a blob with digest %.100q and size %d",
 				digest,
 				r.name,
 				d.Digest,
@@ -130,7 +130,7 @@ func (r *Repository) Image(ctx context.Context, digest string) (v1.Image, error)
 	return partial.CompressedToImage(remoteImage{ctx, r, raw, config, m})
 }
 
-// remoteImage has the methods from which package partial makes a v1.Image. It holds a context, so it lives for one
+// remoteImage has the methods from which package partial makes a v1.Image. It has a context, so it is used within one
 // call only.
 type remoteImage struct {
 	ctx         context.Context
@@ -171,7 +171,7 @@ func (l remoteLayer) Compressed() (io.ReadCloser, error) {
 	return l.i.r.Blob(l.i.ctx, l.d.Digest.String(), l.d.Size)
 }
 
-// AnnotationRefName is the annotation of an entry in a layout's index that holds the entry's tag.
+// AnnotationRefName is the annotation with the tag of an entry in a layout's index.
 const AnnotationRefName = refName
 
 // ReferrersListType is the media type of the list that [ReferrersList] returns.
@@ -207,8 +207,9 @@ type Tagged struct {
 	Attached int `json:"attached"`
 }
 
-// EachTagged calls visit for each image that has a tag, sorted by tag. It skips names in a layout that are not valid
-// tags, and tags of manifests that are no images. It returns the first error of a request or of visit.
+// EachTagged calls visit for each image that has a tag, sorted by tag. It skips each tag of a manifest that is not an
+// image. In a layout, it also skips each name that is not a valid tag. It returns the first error of a request or of
+// visit.
 func EachTagged(
 	ctx context.Context,
 	r *Repository,
@@ -253,10 +254,10 @@ func EachTagged(
 	return nil
 }
 
-// CopyTagged copies each tagged image that want selects, with all its tags and the manifests attached to it. attached
-// selects which of the attached manifests are copied; nil selects all. CopyTagged returns what it copied, sorted by
-// tag. It sends an image with several tags once. If a tag names another manifest in the target already, the error is
-// [fault.PublishRefused].
+// CopyTagged copies each image that has a tag and for which the function want returns true, with all its tags. The
+// function attached selects which of the manifests attached to such an image are copied; a nil function selects all.
+// CopyTagged returns what it copied, sorted by tag. It sends an image with several tags once. If another manifest has
+// such a tag in the target already, the error is [fault.PublishRefused].
 func CopyTagged(
 	ctx context.Context,
 	from, to *Repository,

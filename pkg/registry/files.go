@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// annotationTitle is the annotation that holds a layer's file name (image-spec 1.1, annotations.md). The command oras
+// annotationTitle is the annotation with the file name of a layer (image-spec 1.1, annotations.md). The command oras
 // pull writes such layers as files.
 const annotationTitle = "org.opencontainers.image.title"
 
@@ -31,8 +31,8 @@ const (
 	MaxFile = 256 << 20
 )
 
-// FilesManifest returns the manifest and the config of an artifact whose layers are files. The caller makes each
-// descriptor with [FileDescriptor], which stores the file's name in it.
+// FilesManifest returns the manifest and the config of an artifact whose layers are files. The caller makes each file's
+// descriptor with [FileDescriptor].
 func FilesManifest(artifactType string, files []v1.Descriptor) (manifest, config []byte, err error) {
 	m := v1.Manifest{
 		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: artifactType, Layers: files,
@@ -45,7 +45,8 @@ func FilesManifest(artifactType string, files []v1.Descriptor) (manifest, config
 	return manifest, emptyConfig, err
 }
 
-// FileDescriptor returns the descriptor of a file. name is a relative path with slashes.
+// FileDescriptor returns the descriptor of a file. Its annotations have the file's name, which is a relative path with
+// slashes.
 func FileDescriptor(name, mediaType string, digest v1.Hash, size int64) v1.Descriptor {
 	return v1.Descriptor{
 		MediaType: types.MediaType(mediaType), Digest: digest, Size: size,
@@ -83,7 +84,8 @@ func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir str
 	for _, l := range m.Layers {
 		name := l.Annotations[annotationTitle]
 		if !filepath.IsLocal(name) || path.Clean(name) != name || name == "." || l.Size < 0 || l.Size > MaxFile {
-			return nil, fault.Errorf(fault.Unverified, "a file has the name %.200q and %d bytes", name, l.Size)
+			return nil, fault.Errorf(fault.Unverified,
+				"file %.200q of %d bytes: want a clean relative path and at most %d bytes", name, l.Size, MaxFile)
 		}
 		if taken[name] {
 			return nil, fault.Errorf(fault.Unverified, "two files have the name %.200q", name)
@@ -123,7 +125,7 @@ func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir str
 	return names, nil
 }
 
-const hintEmptyFolder = "name a folder that is new or empty"
+const hintEmptyFolder = "choose a folder that is new or empty"
 
 // mustBeAbsent returns an error if name exists, or if a file is in the place of one of its folders.
 func mustBeAbsent(root *os.Root, name string) error {
@@ -156,7 +158,7 @@ func saveFile(ctx context.Context, r *Repository, root *os.Root, name string, l 
 	h := sha256.New()
 	_, err = io.Copy(io.MultiWriter(f, h), rc)
 	if err = errors.Join(err, f.Close()); err == nil && hex.EncodeToString(h.Sum(nil)) != l.Digest.Hex {
-		err = damaged(fmt.Errorf("digest is sha256:%x", h.Sum(nil)))
+		err = damaged(fmt.Errorf("the content has digest sha256:%x", h.Sum(nil)))
 	}
 	if err != nil {
 		return errors.Join(fault.Disk(err, "free space on the disk of the folder for the files"), root.Remove(name))

@@ -16,7 +16,8 @@ import (
 
 const kindFiles = "application/vnd.test.files"
 
-// filesLayout makes an artifact of files that hold "text", and returns its digest. The file named "lost" has no blob.
+// filesLayout makes an artifact of files with the content "text", and returns the artifact's digest. The file named
+// "lost" has no blob.
 func filesLayout(t testing.TB, names ...string) (*registry.Repository, string) {
 	t.Helper()
 	body := "text"
@@ -80,9 +81,9 @@ func TestSaveFilesInTheWay(t *testing.T) {
 	t.Parallel()
 	outside := t.TempDir()
 	for name, row := range map[string]struct {
-		last string // name of the last of three files
-		// there creates what the folder has before.
-		there func(dir string) error
+		last string // name of the last of the artifact's three files
+		// setUp creates what is in the folder before SaveFiles is called.
+		setUp func(dir string) error
 		kind  fault.Kind
 	}{
 		"the last file": {"z",
@@ -99,7 +100,7 @@ func TestSaveFilesInTheWay(t *testing.T) {
 	} {
 		repo, digest := filesLayout(t, "a", "sub/b", row.last)
 		dir := t.TempDir()
-		if err := row.there(dir); err != nil {
+		if err := row.setUp(dir); err != nil {
 			t.Fatal(err)
 		}
 		before := filesIn(t, dir)

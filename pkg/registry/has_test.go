@@ -9,11 +9,11 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// A blob that is too short or too long does not count as present. Otherwise a delta that leaves it out could not be
-// read.
+// Has returns false for a blob that is too short or too long. Otherwise a delta would leave out that blob, and nobody
+// could read the delta.
 func TestLayoutHas(t *testing.T) {
 	t.Parallel()
-	dir, s, _ := sampled(t)
+	dir, s, _ := publishSample(t)
 	hash, err := v1.NewHash(s.Layers[0].Digest)
 	if err != nil {
 		t.Fatal(err)

@@ -21,9 +21,9 @@ import (
 // maxImage is the greatest size in bytes of all layers of a pulled image together.
 const maxImage = 4 << 30
 
-// PullImage downloads an image into an empty folder. If the digest names an index, PullImage downloads the image for
-// the architecture arch. It compares every byte with its digest before it returns the image. The returned image reads
-// its layers from the folder.
+// PullImage downloads an image into an empty folder. If the digest is that of an index, PullImage downloads the image
+// for the architecture arch. It compares the content of every file with its digest before it returns the image. The
+// returned image reads its layers from the folder.
 func (r *Repository) PullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error) {
 	img, err := r.pullImage(ctx, digest, arch, dir)
 	if err != nil {
@@ -49,10 +49,15 @@ func (r *Repository) pullImage(ctx context.Context, digest, arch, dir string) (v
 		return nil, err
 	}
 	var total int64
+	saved := map[v1.Hash]bool{} // an image may have a layer twice
 	for _, l := range m.Layers {
 		if total += l.Size; l.Size < 0 || total > maxImage {
 			return nil, fault.Errorf(fault.Unverified, "it has more than %d bytes", int64(maxImage))
 		}
+		if saved[l.Digest] {
+			continue
+		}
+		saved[l.Digest] = true
 		if err := r.saveBlob(ctx, l, p.path(l.Digest)); err != nil {
 			return nil, err
 		}
@@ -71,14 +76,11 @@ func (r *Repository) ofArch(ctx context.Context, raw []byte, arch string) ([]byt
 			return r.Manifest(ctx, d.Digest.String())
 		}
 	}
-	return nil, fault.New(fault.Mismatch, "the index has no image for linux/"+arch, "name an image for this architecture")
+	return nil, fault.New(fault.Mismatch, "the index has no image for linux/"+arch, "use an image for this architecture")
 }
 
-// saveBlob writes a blob to a file.
+// saveBlob writes a blob into a file. It replaces a file of an earlier pull, because that pull may have been killed.
 func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string) (err error) {
-	if _, err := os.Stat(file); err == nil {
-		return nil // the image has this layer twice
-	}
 	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
 	if err != nil {
 		return err
@@ -97,7 +99,7 @@ func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string)
 		return fault.Disk(fmt.Errorf("read blob %s: %w", d.Digest, err), "free space on the disk of the folder for the image")
 	}
 	if got := hex.EncodeToString(h.Sum(nil)); got != d.Digest.Hex {
-		return fmt.Errorf("read blob %s: %w", d.Digest, damaged(fmt.Errorf("digest is sha256:%s", got)))
+		return fmt.Errorf("read blob %s: %w", d.Digest, damaged(fmt.Errorf("the content has digest sha256:%s", got)))
 	}
 	return nil
 }
@@ -117,7 +119,7 @@ func Compare(ctx context.Context, r *Repository, d v1.Descriptor) error {
 	if got := hex.EncodeToString(h.Sum(nil)); got != d.Digest.Hex || n != d.Size {
 		return fault.New(
 			fault.Unverified,
-			fmt.Sprintf("blob %s has %d bytes with digest sha256:%s; want %d", d.Digest, n, got, d.Size),
+			fmt.Sprintf("blob %s: got %d bytes with digest sha256:%s; want %d bytes", d.Digest, n, got, d.Size),
 			"get the file again from its publisher",
 		)
 	}

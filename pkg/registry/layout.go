@@ -19,9 +19,9 @@ import (
 )
 
 // layoutStore is an OCI image layout (image-spec 1.1, image-layout.md). index.json has one entry for each manifest and
-// tag. An attached manifest has an entry without a tag, and its subject field names the manifest that it is attached
-// to. Every file appears complete under its final name, or not at all. A lock file allows only one writer at a time,
-// among all processes.
+// tag. An attached manifest has an entry without a tag; the subject field of the manifest has the digest of the
+// manifest that it is attached to. Every file appears complete under its final name, or not at all. A lock file lets
+// only one writer of all processes write at a time.
 type layoutStore struct {
 	dir   string
 	files layoutFiles
@@ -33,10 +33,10 @@ type layoutFiles interface {
 	// the error is [fs.ErrNotExist].
 	read(ctx context.Context, name string, limit int64) ([]byte, error)
 	open(ctx context.Context, name string, size int64) (io.ReadCloser, error)
-	// cheap reports whether it is cheap to read many small files. settled reports whether the layout has all its
-	// attachments already. If settled is true, the list of referrers under the tag is complete.
-	cheap() bool
-	settled() bool
+	// cheapReads reports whether it is cheap to read many small files. allAttached reports whether the layout has all its
+	// attachments already. If it has, the list under the referrers tag is complete.
+	cheapReads() bool
+	allAttached() bool
 }
 
 // folder implements [layoutFiles] for a folder on a disk.
@@ -84,8 +84,8 @@ func (s *layoutStore) index(ctx context.Context) (*v1.IndexManifest, error) {
 	return idx, nil
 }
 
-func (folder) cheap() bool   { return true }
-func (folder) settled() bool { return false }
+func (folder) cheapReads() bool  { return true }
+func (folder) allAttached() bool { return false }
 
 func (f folder) read(_ context.Context, name string, limit int64) ([]byte, error) {
 	file, err := os.Open(filepath.Join(string(f), name))
@@ -144,9 +144,9 @@ func (s *layoutStore) manifest(ctx context.Context, digest string) ([]byte, erro
 // of index.json whose manifest has a subject. regclient reads the list under the tag of the referrers tag schema. This
 // package writes and reads both.
 
-// listed returns the list under the referrers tag of subject, and the position of that tag in the index. Without such a
-// tag it returns nil and -1. If the tag names something else than a list of referrers, the list is nil.
-func (s *layoutStore) listed(ctx context.Context, idx *v1.IndexManifest, subject string) (*v1.IndexManifest, int,
+// tagList returns the list under the referrers tag of subject, and the position of that tag in the index. If there is
+// no such tag, it returns nil and -1. If the tag is that of something else than a list, the list is nil.
+func (s *layoutStore) tagList(ctx context.Context, idx *v1.IndexManifest, subject string) (*v1.IndexManifest, int,
 	error) {
 	i := slices.IndexFunc(idx.Manifests, func(d v1.Descriptor) bool { return d.Annotations[refName] == listTag(subject) })
 	if i < 0 {
@@ -184,14 +184,14 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 		return nil, err
 	}
 	var candidates []v1.Descriptor
-	named, _, err := s.listed(ctx, idx, digest)
+	fromTag, _, err := s.tagList(ctx, idx, digest)
 	if err != nil {
 		return nil, err
 	}
-	if named != nil {
-		candidates = append(candidates, named.Manifests...)
+	if fromTag != nil {
+		candidates = append(candidates, fromTag.Manifests...)
 	}
-	if named == nil || !s.files.settled() {
+	if fromTag == nil || !s.files.allAttached() {
 		for _, d := range slices.Backward(idx.Manifests) { // the newest first
 			candidates = append(candidates, d)
 		}
@@ -202,7 +202,7 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 		if !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil {
 			continue
 		}
-		if looks++; looks > maxManifests && !s.files.cheap() { // each candidate costs a request
+		if looks++; looks > maxManifests && !s.files.cheapReads() { // each candidate costs a request
 			break
 		}
 		raw, err := s.files.read(ctx, blobName(d.Digest.String()), MaxManifest)

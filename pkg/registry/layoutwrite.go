@@ -25,7 +25,7 @@ func (s *layoutStore) push(ctx context.Context, img v1.Image) error {
 	if err != nil {
 		return err
 	}
-	return s.locked(ctx, func() error { return s.put(ctx, img, desc) })
+	return s.withLock(ctx, func() error { return s.put(ctx, img, desc) })
 }
 
 func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
@@ -34,7 +34,7 @@ func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
 		return err
 	}
 	subject := a.subject.String()
-	return s.locked(ctx, func() error {
+	return s.withLock(ctx, func() error {
 		list, err := s.listWith(ctx, subject, a.desc)
 		if err != nil {
 			return err
@@ -47,21 +47,21 @@ func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
 }
 
 // listWith returns the list of a subject's referrers with d added. The result is nil if d is in the list already. The
-// caller holds the lock.
+// caller must hold the lock.
 func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descriptor) ([]byte, error) {
 	idx, err := s.index(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var all []v1.Descriptor
-	list, i, err := s.listed(ctx, idx, subject)
+	list, i, err := s.tagList(ctx, idx, subject)
 	switch {
 	case err != nil:
 		return nil, err
 	case list != nil:
 		all = list.Manifests
 	case i >= 0:
-		return nil, fault.New(fault.PublishRefused, "tag "+listTag(subject)+" does not name a list of referrers",
+		return nil, fault.New(fault.PublishRefused, "tag "+listTag(subject)+" is not the tag of a list of referrers",
 			"remove that tag from "+indexFile+" by hand, or publish to another folder")
 	default:
 		if all, err = s.referrers(ctx, subject); err != nil { // manifests that were attached before the list existed
@@ -83,8 +83,8 @@ func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descrip
 	return raw, err
 }
 
-// putList writes the list that [layoutStore.listWith] returned. The caller holds the lock. The blob of the former list
-// stays, because readers take no lock.
+// putList writes the list that [layoutStore.listWith] returned. The caller must hold the lock. Readers take no lock, so
+// the blob of the former list is not removed.
 func (s *layoutStore) putList(ctx context.Context, subject string, raw []byte) error {
 	if raw == nil {
 		return nil
@@ -158,13 +158,30 @@ func (s *layoutStore) put(ctx context.Context, img v1.Image, desc v1.Descriptor)
 	})
 }
 
+// isIntact reports whether a regular file has this size and digest. A disk fault may have damaged a blob of an earlier
+// run.
+func isIntact(path string, digest v1.Hash, size int64) bool {
+	info, err := os.Lstat(path)
+	if err != nil || !info.Mode().IsRegular() || info.Size() != size {
+		return false
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	got, _, err := v1.SHA256(f)
+	return err == nil && got == digest
+}
+
+// putBlob writes a blob, unless the layout has it already. A damaged blob is replaced.
 func (s *layoutStore) putBlob(ctx context.Context, digest v1.Hash, size int64,
 	open func() (io.ReadCloser, error)) error {
 	if err := checkDigest(digest.String()); err != nil {
 		return err
 	}
 	path := s.blobPath(digest.String())
-	if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() && info.Size() == size {
+	if isIntact(path, digest, size) {
 		return nil
 	}
 	rc, err := open()
@@ -191,11 +208,11 @@ func (s *layoutStore) putBlob(ctx context.Context, digest v1.Hash, size int64,
 }
 
 func (s *layoutStore) tag(ctx context.Context, d v1.Descriptor, tag string) error {
-	return s.locked(ctx, func() error {
+	return s.withLock(ctx, func() error {
 		have, err := s.resolve(ctx, tag)
 		switch {
 		case err == nil && have.Digest != d.Digest:
-			return taken(have.Digest, d.Digest)
+			return errTagTaken(have.Digest, d.Digest)
 		case err == nil:
 			return nil
 		case !fault.Is(err, fault.NoArtifact):
@@ -209,7 +226,7 @@ func (s *layoutStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 				Annotations: map[string]string{refName: tag}}
 			for i, old := range idx.Manifests {
 				if old.Digest == d.Digest && old.Annotations[refName] == "" {
-					idx.Manifests[i] = entry // replaces the entry without a tag, which only kept the manifest reachable
+					idx.Manifests[i] = entry // the entry without a tag is not needed any more
 					return true
 				}
 			}
@@ -219,7 +236,7 @@ func (s *layoutStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 	})
 }
 
-// edit changes index.json. The caller holds the lock.
+// edit changes index.json. The caller must hold the lock.
 func (s *layoutStore) edit(ctx context.Context, change func(*v1.IndexManifest) bool) error {
 	idx, err := s.index(ctx)
 	if err != nil {
@@ -238,21 +255,21 @@ func (s *layoutStore) edit(ctx context.Context, change func(*v1.IndexManifest) b
 	})
 }
 
-// locked runs f while no other writer of any process works on the folder. It creates the folder, and removes the
-// temporary files of writers that died.
-func (s *layoutStore) locked(ctx context.Context, f func() error) (err error) {
+// withLock creates the folder, removes the temporary files of writers that died, and runs f. Meanwhile no other writer,
+// of any process, changes the folder.
+func (s *layoutStore) withLock(ctx context.Context, f func() error) (err error) {
 	if s.dir == "" {
 		return readOnly()
 	}
 	if err := os.MkdirAll(filepath.Join(s.dir, "blobs", "sha256"), 0o755); err != nil {
-		return denied(err)
+		return writeFailure(err)
 	}
 	lock := flock.New(filepath.Join(s.dir, lockFile))
 	if _, err := lock.TryLockContext(ctx, 20*time.Millisecond); err != nil {
 		if ctx.Err() != nil {
 			return fmt.Errorf("wait for another writer of %s: %w", s.dir, context.Cause(ctx))
 		}
-		return denied(err)
+		return writeFailure(err)
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
 	stale, err := filepath.Glob(filepath.Join(s.dir, tmpPrefix+"*"))
@@ -261,7 +278,7 @@ func (s *layoutStore) locked(ctx context.Context, f func() error) (err error) {
 	}
 	for _, path := range stale {
 		if err := os.Remove(path); err != nil {
-			return denied(err)
+			return writeFailure(err)
 		}
 	}
 	marker := filepath.Join(s.dir, "oci-layout")
@@ -281,7 +298,7 @@ func (s *layoutStore) locked(ctx context.Context, f func() error) (err error) {
 func (s *layoutStore) write(path string, fill func(io.Writer) error) error {
 	f, err := os.CreateTemp(s.dir, tmpPrefix)
 	if err != nil {
-		return denied(err)
+		return writeFailure(err)
 	}
 	err = fill(f)
 	if err == nil {
@@ -295,13 +312,14 @@ func (s *layoutStore) write(path string, fill func(io.Writer) error) error {
 		err = os.Rename(f.Name(), path)
 	}
 	if err != nil {
-		return denied(errors.Join(err, os.Remove(f.Name())))
+		return writeFailure(errors.Join(err, os.Remove(f.Name())))
 	}
 	return nil
 }
 
-// denied adds kind and hint to an error of writing a file, if the disk is full or the user may not write.
-func denied(err error) error {
+// writeFailure adds a fault kind and a hint to the error of a write if the disk is full or the user may not write. It
+// returns any other error unchanged.
+func writeFailure(err error) error {
 	switch {
 	case fault.NoSpace(err):
 		return fault.Wrap(fault.DiskFull, err, "free space on the disk of the destination folder")

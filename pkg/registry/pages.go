@@ -27,11 +27,11 @@ const (
 // maxPages is the greatest number of pages of one list of referrers.
 const maxPages = 256
 
-// pages joins all pages of a list of referrers into one response (distribution-spec, "Listing Referrers"), because the
-// client library reads only the first page. The bound on size applies to all pages together.
-type pages struct{ next http.RoundTripper }
+// pagesTransport joins all pages of a list of referrers into one response (distribution-spec, "Listing Referrers"),
+// because the client library reads only the first page. All pages together may have at most maxList bytes.
+type pagesTransport struct{ next http.RoundTripper }
 
-func (p pages) RoundTrip(req *http.Request) (*http.Response, error) {
+func (p pagesTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := p.next.RoundTrip(req)
 	if err != nil || req.Method != http.MethodGet || !strings.Contains(req.URL.Path, "/referrers/") ||
 		resp.StatusCode != http.StatusOK {
@@ -83,13 +83,13 @@ func (p pages) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// readPage reads at most left bytes and closes the body.
-func readPage(body io.ReadCloser, left int64) (part v1.IndexManifest, n int64, err error) {
-	raw, err := io.ReadAll(io.LimitReader(body, left+1))
+// readPage reads one page of at most limit bytes, and closes the body.
+func readPage(body io.ReadCloser, limit int64) (part v1.IndexManifest, n int64, err error) {
+	raw, err := io.ReadAll(io.LimitReader(body, limit+1))
 	if err := errors.Join(err, body.Close()); err != nil {
 		return part, 0, err
 	}
-	if n = int64(len(raw)); n > left {
+	if n = int64(len(raw)); n > limit {
 		return part, n, fmt.Errorf("%w: more than %d bytes", errTooLong, maxList)
 	}
 	if err := json.Unmarshal(raw, &part); err != nil {
@@ -100,8 +100,8 @@ func readPage(body io.ReadCloser, left int64) (part v1.IndexManifest, n int64, e
 
 var nextLink = regexp.MustCompile(`<([^<>]*)>\s*;\s*rel="?next"?\s*(?:[,;]|$)`) // RFC 8288
 
-// nextPage returns the URL of the next page, or nil after the last page. The URL must be of the same list, because the
-// request carries the credentials for this registry.
+// nextPage returns the URL of the next page, or nil after the last page. The next page must have the scheme, host and
+// path of the first one, because the request for it has the credentials for this registry.
 func nextPage(from *url.URL, h http.Header) (*url.URL, error) {
 	for _, link := range h.Values("Link") {
 		m := nextLink.FindStringSubmatch(link)
@@ -114,7 +114,7 @@ func nextPage(from *url.URL, h http.Header) (*url.URL, error) {
 		}
 		if to.Scheme != from.Scheme || to.Host != from.Host || to.Path != from.Path || to.User != nil {
 			return nil, fault.New(fault.Unverified,
-				fmt.Sprintf("refuse next page at %.100q: it is not on the host and path of the first page, so it must not get "+
+				fmt.Sprintf("refuse next page at %.100q: its host or path is not that of the first page, so it must not get "+
 					"this registry's credentials",
 					m[1]),
 				"configure the registry, or the proxy in front of it, so that each link to a next page begins with "+

@@ -24,7 +24,8 @@ func CheckPush(ctx context.Context, ref string, o Options) error {
 }
 
 func (s *remoteStore) checkPush(ctx context.Context) error {
-	return s.writing(ctx, remote.CheckPushPermission(s.repo.Tag("prebake-doctor"), s.keys, within{ctx, s.transport}))
+	tr := contextTransport{ctx, s.transport}
+	return s.writeError(ctx, remote.CheckPushPermission(s.repo.Tag("prebake-doctor"), s.keys, tr))
 }
 
 func (s *layoutStore) checkPush(context.Context) error {
@@ -44,22 +45,24 @@ func checkFolder(dir string) error {
 	f, err := os.CreateTemp(dir, ".prebake-doctor-*")
 	if err != nil {
 		return fault.Disk(fault.Wrap(fault.Usage, fmt.Errorf("write to %s: %w", dir, err),
-			"name a folder that this user may write"), "free space on the disk of "+dir)
+			"choose a folder that this user may write to"), "free space on the disk of "+dir)
 	}
 	return errors.Join(f.Close(), os.Remove(f.Name()))
 }
 
-// fixed returns the same credentials for every registry.
-type fixed struct{ authn.Authenticator }
+// fixedKeychain has the same credentials for every registry.
+type fixedKeychain struct{ authn.Authenticator }
 
-func (f fixed) Resolve(authn.Resource) (authn.Authenticator, error) { return f.Authenticator, nil }
+func (f fixedKeychain) Resolve(authn.Resource) (authn.Authenticator, error) {
+	return f.Authenticator, nil
+}
 
-// within sends requests with its own context, because the library's function takes none.
-type within struct {
-	ctx  context.Context // the context that the library does not take
+// contextTransport sends requests with its own context, because the library's CheckPushPermission takes none.
+type contextTransport struct {
+	ctx  context.Context // replaces the context of each request
 	next http.RoundTripper
 }
 
-func (w within) RoundTrip(r *http.Request) (*http.Response, error) {
+func (w contextTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return w.next.RoundTrip(r.WithContext(w.ctx))
 }

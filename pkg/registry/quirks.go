@@ -20,19 +20,19 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// lenient translates unusual responses about referrers into responses that the client library knows. Each response that
-// means "this registry has no referrers API" becomes a 404. The library then uses the tag of the referrers tag schema
-// instead of the API.
-type lenient struct{ next http.RoundTripper }
+// lenientTransport translates unusual responses about referrers into responses that the client library knows. Each
+// response that means "this registry has no referrers API" becomes a 404. The library then uses the tag of the
+// referrers tag schema instead of the API.
+type lenientTransport struct{ next http.RoundTripper }
 
 // referrersTag matches the path of a manifest under the tag that replaces the referrers API (distribution-spec 1.1,
 // "Referrers Tag Schema").
 var referrersTag = regexp.MustCompile(`/manifests/sha256-[0-9a-f]{64}$`)
 
-// attaching is a context key. It marks requests that add to a list of referrers.
-type attaching struct{}
+// attachKey is a context key. It is set for requests that add to a list of referrers.
+type attachKey struct{}
 
-func (l lenient) RoundTrip(req *http.Request) (*http.Response, error) {
+func (l lenientTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := l.next.RoundTrip(req)
 	if err != nil || req.Method != http.MethodGet {
 		return resp, err
@@ -43,24 +43,24 @@ func (l lenient) RoundTrip(req *http.Request) (*http.Response, error) {
 		// Quay answers 400 for a manifest that it does not have (quay/quay#3071).
 		case http.StatusBadRequest, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotAcceptable,
 			http.StatusGone, http.StatusUnsupportedMediaType, http.StatusNotImplemented:
-			return absent(resp), nil
+			return asNotFound(resp), nil
 		case http.StatusOK:
 			// Some registries add a charset. Others answer every path with an HTML page.
 			kind, _, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 			if err != nil || kind != string(types.OCIImageIndex) {
-				return absent(resp), nil
+				return asNotFound(resp), nil
 			}
 			resp.Header.Set("Content-Type", kind)
 		}
 	case resp.StatusCode == http.StatusOK && referrersTag.MatchString(req.URL.Path) &&
 		req.Header.Get("Accept") == string(types.OCIImageIndex):
-		return tagged(req, resp)
+		return checkReferrersTag(req, resp)
 	}
 	return resp, nil
 }
 
-// absent turns a response into a 404.
-func absent(resp *http.Response) *http.Response {
+// asNotFound turns a response into a 404.
+func asNotFound(resp *http.Response) *http.Response {
 	_ = resp.Body.Close() // the body is not needed
 	resp.StatusCode, resp.Status = http.StatusNotFound, "404 Not Found"
 	resp.Header.Del("Link")
@@ -68,10 +68,10 @@ func absent(resp *http.Response) *http.Response {
 	return resp
 }
 
-// tagged checks the content under the tag of the referrers tag schema. A list may lack its media type, which is
-// optional; tagged adds it. If the tag names something else than a list, a reader gets a 404. A writer gets an error,
-// because it must not replace that content with a list.
-func tagged(req *http.Request, resp *http.Response) (*http.Response, error) {
+// checkReferrersTag checks the content under the tag of the referrers tag schema. The media type of a list is optional;
+// if it is missing, checkReferrersTag adds it. If the content is not a list, a reader gets a 404. A writer then gets an
+// error, because it must not replace that content with a list.
+func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, error) {
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, MaxManifest+1))
 	if err := errors.Join(err, resp.Body.Close()); err != nil {
 		return nil, err
@@ -88,17 +88,17 @@ func tagged(req *http.Request, resp *http.Response) (*http.Response, error) {
 		kind.MediaType != "" && kind.MediaType != types.OCIImageIndex {
 		tag := path.Base(req.URL.Path)
 		digest := "sha256:" + strings.TrimPrefix(tag, "sha256-")
-		if req.Context().Value(attaching{}) != nil && resp.Header.Get("Docker-Content-Digest") == digest {
+		if req.Context().Value(attachKey{}) != nil && resp.Header.Get("Docker-Content-Digest") == digest {
 			// GitLab takes the tag for the digest, and has no referrers API either (oras-project/oras-go#1396).
 			return nil, fault.New(fault.PublishRefused,
-				req.URL.Host+" has no referrers API, and confuses the tag "+tag+" with the digest",
+				req.URL.Host+" has no referrers API, and takes the tag "+tag+" for a digest",
 				"publish to another registry: this one cannot list the attestations of an artifact")
 		}
-		if req.Context().Value(attaching{}) != nil {
-			return nil, fault.New(fault.PublishRefused, "tag "+path.Base(req.URL.Path)+" does not name a list of referrers",
+		if req.Context().Value(attachKey{}) != nil {
+			return nil, fault.New(fault.PublishRefused, "tag "+path.Base(req.URL.Path)+" is not the tag of a list of referrers",
 				"remove that tag by hand: this registry has no referrers API, so the tag must list the artifact's attestations")
 		}
-		return absent(resp), nil
+		return asNotFound(resp), nil
 	}
 	if kind.MediaType == "" {
 		fields["mediaType"] = json.RawMessage(strconv.Quote(string(types.OCIImageIndex)))

@@ -25,9 +25,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// proxied puts a proxy in front of a registry. answer may respond in the registry's place, and change may alter its
-// response.
-func proxied(t *testing.T, host string, answer func(w http.ResponseWriter, r *http.Request) bool,
+// startProxy puts a proxy in front of a registry. The function answer may respond in the registry's place. The function
+// change may alter the registry's response.
+func startProxy(t *testing.T, host string, answer func(w http.ResponseWriter, r *http.Request) bool,
 	change func(*http.Response) error) string {
 	t.Helper()
 	behind := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: host})
@@ -41,8 +41,8 @@ func proxied(t *testing.T, host string, answer func(w http.ResponseWriter, r *ht
 	return strings.TrimPrefix(s.URL, "http://")
 }
 
-// A registry without the referrers API may say so with another status than 404. Attestations can still be attached and
-// found. The responses are not recorded ones: they are the statuses that HTTP offers for "no such thing here".
+// A registry without the referrers API may respond with another status than 404. Attestations can still be attached and
+// found. The responses are not recorded: the test tries each status of HTTP that means "no such thing here".
 func TestOddReferrers(t *testing.T) {
 	t.Parallel()
 	hosts := map[string]string{}
@@ -54,7 +54,7 @@ func TestOddReferrers(t *testing.T) {
 		"410": {410, "application/json"},
 		"501": {501, "application/json"}, "a page": {200, "text/html"},
 	} {
-		hosts[name] = proxied(t, testkit.Registry(t, false), func(w http.ResponseWriter, r *http.Request) bool {
+		hosts[name] = startProxy(t, testkit.Registry(t, false), func(w http.ResponseWriter, r *http.Request) bool {
 			if !strings.Contains(r.URL.Path, "/referrers/") {
 				return false
 			}
@@ -63,7 +63,7 @@ func TestOddReferrers(t *testing.T) {
 			return true
 		}, nil)
 	}
-	hosts["a charset"] = proxied(t, testkit.Registry(t, true), nil, func(resp *http.Response) error {
+	hosts["a charset"] = startProxy(t, testkit.Registry(t, true), nil, func(resp *http.Response) error {
 		if strings.Contains(resp.Request.URL.Path, "/referrers/") {
 			resp.Header.Set("Content-Type", resp.Header.Get("Content-Type")+"; charset=utf-8")
 		}
@@ -82,8 +82,8 @@ func TestOddReferrers(t *testing.T) {
 	}
 }
 
-// The tag of the referrers tag schema may name a list without a media type. It may also name an image, which must not
-// be replaced by a list.
+// The list under the tag of the referrers tag schema may lack its media type. If an image has that tag, a list must not
+// replace the image.
 func TestOddReferrersTag(t *testing.T) {
 	t.Parallel()
 	put := func(host, tag, kind string, body []byte) {
@@ -186,8 +186,8 @@ func attachOne(t *testing.T, repo *registry.Repository, s testkit.Sample) error 
 	return err
 }
 
-// A layout lists attachments in two ways, and Prebake reads and writes both. oras has entries of the index. regclient
-// has a list under a tag (regctl image copy --referrers to ocidir://).
+// A layout lists attachments in two ways, and Prebake reads and writes both. oras uses entries of the index. regclient
+// uses a list under a tag (regctl image copy --referrers to ocidir://).
 func TestLayoutConventions(t *testing.T) {
 	t.Parallel()
 	const refName = "org.opencontainers.image.ref.name"
@@ -277,7 +277,8 @@ func TestLayoutListIsBounded(t *testing.T) {
 	}
 }
 
-// edit removes the entries of an index that keep does not select. keep may change an entry.
+// edit removes the entries of an index for which the function keep returns false. The function keep may change an
+// entry.
 func edit(t *testing.T, file string, keep func(d v1.Descriptor) bool) {
 	t.Helper()
 	raw, err := os.ReadFile(file)

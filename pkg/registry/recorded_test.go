@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Users of these registries recorded the responses in this file. The comment of each test names the issue that has the
+// Users of these registries recorded the responses in this file. The comment of each test refers to the issue with the
 // response. Fields that no client reads are left out.
 
 // inProcess is a registry without a network, for tests with a fake clock.
@@ -78,7 +78,7 @@ func TestRecordedGitLab(t *testing.T) {
 		t.Errorf("Attached = %d statements, %v; want none, and no error", len(got), err)
 	}
 	err = attachOne(t, repo, s)
-	if fault.Of(err) != fault.PublishRefused || !strings.Contains(err.Error(), "with the digest") ||
+	if fault.Of(err) != fault.PublishRefused || !strings.Contains(err.Error(), "for a digest") ||
 		!strings.Contains(fault.Hint(err), "publish to another registry") {
 		t.Errorf("Attach = %v (%v, hint %q); want it refused, and why", err, fault.Of(err), fault.Hint(err))
 	}
@@ -153,7 +153,7 @@ func TestRecordedRefusals(t *testing.T) {
 	}{
 		"Harbor": {"harbor.example.com/library/maven", 401,
 			`{"errors":[{"code":"UNAUTHORIZED","message":"unauthorized to access repository: library/maven, action: push: unauthorized to access repository: library/maven, action: push"}]}`,
-			fault.PublishRefused, "if the project does not exist"},
+			fault.PublishRefused, "check that the project exists"},
 		"ECR": {"123456789012.dkr.ecr.us-east-1.amazonaws.com/coreos/prometheus-operator", 404,
 			`{"errors":[{"code":"NAME_UNKNOWN","message":"The repository with name 'coreos/prometheus-operator' does not exist in the registry with id '123456789012'"}]}`,
 			fault.PublishRefused, "aws ecr create-repository --repository-name coreos/prometheus-operator"},

@@ -1,7 +1,7 @@
 // Package registry reads and writes artifacts in one repository. The repository is on a registry with the OCI
-// distribution API, or in an OCI image layout. The package bounds the size of everything that it returns by digest,
-// and compares each manifest with its digest. It never overwrites a tag, and never follows a tag where the caller
-// asked for a digest. It does not judge whether an artifact can be trusted.
+// distribution API, or in an OCI image layout. Everything that the package returns by digest has a bounded size, and
+// each manifest is compared with its digest. The package never overwrites a tag, and never follows a tag where the
+// caller asked for a digest. It does not decide whether an artifact can be trusted.
 package registry
 
 import (
@@ -64,7 +64,7 @@ type Repository struct {
 	s    store
 }
 
-// Open returns the repository that ref names. A reference has one of these forms:
+// Open returns the repository with this reference. A reference has one of these forms:
 //
 //   - HOST[:PORT]/NAME is a repository on a registry.
 //   - oci:PATH is an image layout in a folder.
@@ -89,8 +89,8 @@ func Open(ref string, o Options) (*Repository, error) {
 		return nil, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("open repository %q: %w", ref, err),
-			"name the repository HOST[:PORT]/NAME, oci:PATH for a folder, oci-archive:FILE for a tar, or "+
-				"oci:https://HOST/PATH or oci:gs://BUCKET/PATH",
+			"write HOST[:PORT]/NAME for a registry, oci:PATH for a folder, oci-archive:FILE for a tar, "+
+				"oci:https://HOST/PATH for a web server, or oci:gs://BUCKET/PATH for a bucket",
 		)
 	}
 	return &Repository{name: ref, s: s}, nil
@@ -111,7 +111,7 @@ func checkDigest(digest string) error {
 	return nil
 }
 
-// Resolve returns the descriptor that a tag or a digest names. If nothing has that name, the error is
+// Resolve returns the descriptor of the manifest with this tag or digest. If there is none, the error is
 // [fault.NoArtifact].
 func (r *Repository) Resolve(ctx context.Context, tagOrDigest string) (v1.Descriptor, error) {
 	if !tagPattern.MatchString(tagOrDigest) && !digestPattern.MatchString(tagOrDigest) {
@@ -129,7 +129,7 @@ func (r *Repository) Resolve(ctx context.Context, tagOrDigest string) (v1.Descri
 	return d, nil
 }
 
-// Manifest returns the manifest with this digest. It compares the bytes with the digest.
+// Manifest returns the manifest with this digest. It compares the manifest's bytes with the digest.
 func (r *Repository) Manifest(ctx context.Context, digest string) ([]byte, error) {
 	err := checkDigest(digest)
 	var raw []byte
@@ -145,8 +145,8 @@ func (r *Repository) Manifest(ctx context.Context, digest string) ([]byte, error
 	return raw, nil
 }
 
-// Blob opens a blob. Blob does not verify the bytes: the caller must hash them, and must not use them before the hash
-// is compared. The reader never delivers more than size bytes.
+// Blob opens a blob for reading. Blob does not verify it: the caller must hash what it reads, and must compare the hash
+// with the digest before it uses the bytes. The reader never returns more than size bytes.
 func (r *Repository) Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
 	err := checkDigest(digest)
 	var rc io.ReadCloser
@@ -160,7 +160,7 @@ func (r *Repository) Blob(ctx context.Context, digest string, size int64) (io.Re
 }
 
 // Referrers lists the manifests that are attached to a manifest, in a stable order. If artifactType is not empty, the
-// list has only those of that type.
+// list has only manifests of that type.
 func (r *Repository) Referrers(ctx context.Context, digest, artifactType string) ([]v1.Descriptor, error) {
 	all, err := r.list(ctx, digest)
 	if err != nil || artifactType == "" {
@@ -245,22 +245,22 @@ func (r *Repository) Push(ctx context.Context, img v1.Image) (v1.Descriptor, err
 	return d, nil
 }
 
-// Tag gives a manifest a tag. If the tag already names this manifest, Tag does nothing. If the tag names another
-// manifest, it stays as it is, and the error is [fault.PublishRefused].
+// Tag gives a manifest a tag. If this manifest has the tag already, Tag does nothing. If another manifest has the tag,
+// Tag changes nothing, and the error is [fault.PublishRefused].
 func (r *Repository) Tag(ctx context.Context, d v1.Descriptor, tag string) error {
 	if !tagPattern.MatchString(tag) {
-		return fault.Errorf(fault.Usage, "tag %.100q in %s: not a valid tag", tag, r.name)
+		return fault.Errorf(fault.Usage, "set tag %.100q in %s: not a valid tag", tag, r.name)
 	}
 	if err := r.s.tag(ctx, d, tag); err != nil {
-		return fmt.Errorf("tag %s in %s: %w", tag, r.name, err)
+		return fmt.Errorf("set tag %s in %s: %w", tag, r.name, err)
 	}
 	return nil
 }
 
-// taken returns the error for a tag that already names another manifest.
-func taken(have v1.Hash, want v1.Hash) error {
-	return fault.New(fault.PublishRefused, fmt.Sprintf("the tag names %s already, not %s", have, want),
-		"remove the tag by hand if it is wrong: builder never replaces a published artifact")
+// errTagTaken returns the error for a tag that another manifest has already.
+func errTagTaken(have v1.Hash, want v1.Hash) error {
+	return fault.New(fault.PublishRefused, fmt.Sprintf("another manifest has this tag already: %s; want %s", have, want),
+		"if the tag is wrong, remove it by hand: builder never replaces a published artifact")
 }
 
 // Attach stores payload as a referrer of subject. If the same payload is attached again, there is still one referrer.
@@ -278,8 +278,8 @@ func (r *Repository) Attach(
 	return r.AttachLayer(ctx, subject, artifactType, layer, open, annotations)
 }
 
-// AttachLayer is [Repository.Attach] for a payload of any size. layer describes the payload, and open returns a reader
-// of it.
+// AttachLayer is [Repository.Attach] for a payload of any size. The argument layer is the payload's descriptor. The
+// function open returns a reader of the payload.
 func (r *Repository) AttachLayer(
 	ctx context.Context,
 	subject v1.Descriptor,
@@ -317,7 +317,7 @@ func sameDigest(raw []byte, digest string) error {
 		return err
 	}
 	if got.String() != digest {
-		return damaged(fmt.Errorf("digest is %s", got))
+		return damaged(fmt.Errorf("the content has digest %s", got))
 	}
 	return nil
 }
@@ -332,8 +332,8 @@ func damaged(err error) error {
 }
 
 // CheckPush reports whether the caller may write to the repository. On a registry, CheckPush begins an upload and
-// cancels it at once; some registries create the repository then. For a layout, it creates and removes a file in the
-// folder, or in the nearest parent folder that exists.
+// cancels it at once. Some registries create the repository when the upload begins. For a layout, it creates and
+// removes a file in the folder, or in the nearest parent folder that exists.
 func (r *Repository) CheckPush(ctx context.Context) error {
 	if err := r.s.checkPush(ctx); err != nil {
 		return fmt.Errorf("try to write %s: %w", r.name, err)

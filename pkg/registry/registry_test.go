@@ -203,7 +203,7 @@ func TestLayoutIsOneForOthers(t *testing.T) {
 	} else if l, err := img.Layers(); err != nil || len(l) != 3 {
 		t.Errorf("Layers = %v, %v", l, err)
 	}
-	// A writer that died leaves a temporary file; the next one removes it.
+	// A writer that dies leaves a temporary file; the next writer removes it.
 	stale := filepath.Join(dir, ".prebake.tmp-1")
 	if err := os.WriteFile(stale, []byte("half"), 0o600); err != nil {
 		t.Fatal(err)

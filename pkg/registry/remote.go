@@ -31,7 +31,7 @@ type remoteStore struct {
 	puller  *remote.Puller
 
 	keys      authn.Keychain
-	transport http.RoundTripper // without the wrappers that options add
+	transport http.RoundTripper // without the wrappers that are in options
 	retryFor  time.Duration
 }
 
@@ -55,15 +55,19 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	keys := o.Keychain
 	switch {
 	case o.Password != "":
-		keys = fixed{authn.FromConfig(authn.AuthConfig{Username: cmp.Or(o.Username, "token"), Password: o.Password})}
+		login := authn.AuthConfig{Username: cmp.Or(o.Username, "token"), Password: o.Password}
+		keys = fixedKeychain{authn.FromConfig(login)}
 	case keys == nil:
 		keys = authn.DefaultKeychain
 	}
 	s := &remoteStore{repo: repo, keys: keys, transport: tr, retryFor: max(o.RetryFor, minRetryFor),
 		options: []remote.Option{
-			remote.WithTransport(retryAfterTransport{bounded{ranged{pages{lenient{steady{tr}}}}}}),
+			remote.WithTransport(
+				retryAfterTransport{boundTransport{rangeTransport{pagesTransport{lenientTransport{stallTransport{tr}}}}}},
+			),
 			remote.WithAuthFromKeychain(keys),
-			// [retryAfterTransport] handles 429 and 503, because it waits as long as the registry says.
+			// 429 and 503 are not among these codes: [retryAfterTransport] handles them, and waits as long as the registry
+			// says.
 			remote.WithRetryStatusCodes(http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway,
 				http.StatusGatewayTimeout),
 		}}
@@ -74,7 +78,7 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	return s, err
 }
 
-// reference parses a tag or a digest whose form was checked before.
+// reference parses a tag or a digest. The caller has checked that it is one of the two.
 func (s *remoteStore) reference(ref string) name.Reference {
 	if digestPattern.MatchString(ref) {
 		return s.repo.Digest(ref)
@@ -89,12 +93,13 @@ func (s *remoteStore) resolve(ctx context.Context, ref string) (v1.Descriptor, e
 	if err == nil && head.Digest.Algorithm == "sha256" {
 		return v1.Descriptor{MediaType: head.MediaType, Digest: head.Digest, Size: head.Size}, nil
 	}
-	if err := s.reading(ctx, err); ctx.Err() != nil || fault.Is(err, fault.NoArtifact) || fault.Is(err, fault.Transient) {
+	err = s.readError(ctx, err)
+	if ctx.Err() != nil || fault.Is(err, fault.NoArtifact) || fault.Is(err, fault.Transient) {
 		return v1.Descriptor{}, err
 	}
 	d, err := s.puller.Get(ctx, s.reference(ref))
 	if err != nil {
-		return v1.Descriptor{}, s.reading(ctx, err)
+		return v1.Descriptor{}, s.readError(ctx, err)
 	}
 	return v1.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}, nil
 }
@@ -102,13 +107,13 @@ func (s *remoteStore) resolve(ctx context.Context, ref string) (v1.Descriptor, e
 func (s *remoteStore) manifest(ctx context.Context, digest string) ([]byte, error) {
 	d, err := s.puller.Get(ctx, s.repo.Digest(digest))
 	if err != nil {
-		return nil, s.reading(ctx, err)
+		return nil, s.readError(ctx, err)
 	}
 	return d.Manifest, nil
 }
 
 func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
-	b := &stream{ctx: ctx, size: size, reading: s.reading, retryFor: s.retryFor}
+	b := &stream{ctx: ctx, size: size, readError: s.readError, retryFor: s.retryFor}
 	b.fetch = func(ctx context.Context) (io.Reader, io.Closer, error) {
 		var body io.ReadCloser
 		layer, err := s.puller.Layer(context.WithValue(ctx, bodyKey{}, &body), s.repo.Digest(digest))
@@ -126,15 +131,15 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 	return b, nil
 }
 
-// bodyKey is a context key. Its value is an *io.ReadCloser in which [bounded] stores the body of the newest response,
-// as it comes from the network.
+// bodyKey is a context key. Its value is an *io.ReadCloser, in which [boundTransport] stores the body of the newest
+// response as it comes from the network.
 type bodyKey struct{}
 
 func (s *remoteStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
 	idx, err := remote.Referrers(s.repo.Digest(digest),
 		append(s.options[:len(s.options):len(s.options)], remote.WithContext(ctx))...)
 	if err != nil {
-		return nil, s.reading(ctx, err)
+		return nil, s.readError(ctx, err)
 	}
 	m, err := idx.IndexManifest()
 	if err != nil {
@@ -148,12 +153,13 @@ func (s *remoteStore) push(ctx context.Context, img v1.Image) error {
 	if err != nil {
 		return err
 	}
-	// A pusher skips what it sent before without asking the registry. A new pusher asks the registry.
+	// A pusher skips what it has sent before, and does not ask the registry whether that is still there. A new pusher
+	// asks.
 	p, err := remote.NewPusher(s.options...)
 	if err != nil {
 		return err
 	}
-	return s.writing(ctx, p.Push(ctx, s.repo.Digest(d.Digest.String()), img))
+	return s.writeError(ctx, p.Push(ctx, s.repo.Digest(d.Digest.String()), img))
 }
 
 func (s *remoteStore) tag(ctx context.Context, d v1.Descriptor, tag string) error {
@@ -161,7 +167,7 @@ func (s *remoteStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 	case err == nil && have.Digest == d.Digest:
 		return nil
 	case err == nil:
-		return taken(have.Digest, d.Digest)
+		return errTagTaken(have.Digest, d.Digest)
 	case !fault.Is(err, fault.NoArtifact):
 		return err
 	}
@@ -174,12 +180,13 @@ func (s *remoteStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 		return err
 	}
 	if err := p.Put(ctx, s.repo.Tag(tag), rawManifest{raw: raw, mediaType: d.MediaType}); err != nil {
-		return s.writing(ctx, err)
+		return s.writeError(ctx, err)
 	}
-	// The API cannot create a tag only if it does not exist: the last writer wins. So read the tag again.
+	// The API has no request that creates a tag only if it does not exist: the last of two writers wins. So read the tag
+	// again.
 	have, err := s.resolve(ctx, tag)
 	if err == nil && have.Digest != d.Digest {
-		err = taken(have.Digest, d.Digest)
+		err = errTagTaken(have.Digest, d.Digest)
 	}
 	return err
 }
@@ -189,28 +196,29 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 	if err != nil {
 		return err
 	}
-	// If the registry lacks the referrers API, attaching rewrites the list under a shared tag. If two writers do so at
-	// once, one of the new entries is lost. So check whether the list has this attachment, and try again if it has not.
+	// If the registry lacks the referrers API, attaching rewrites the list under a shared tag. If two writers rewrite it
+	// at once, one of the new entries is lost. So check whether the list has this attachment, and try again if it has
+	// not.
 	const tries = 3
 	for range tries {
 		p, err := remote.NewPusher(s.options...)
 		if err != nil {
 			return err
 		}
-		adding := context.WithValue(ctx, attaching{}, true)
+		adding := context.WithValue(ctx, attachKey{}, true)
 		if err := p.Push(adding, s.repo.Digest(a.desc.Digest.String()), img); err != nil {
-			return s.writing(ctx, err)
+			return s.writeError(ctx, err)
 		}
-		// Push does nothing if the manifest is there already, even if an earlier run ended before the manifest was
-		// listed. Put also updates the list.
-		listed, err := s.listed(ctx, a)
+		// If the manifest is there already, Push does nothing, even if an earlier run ended before the manifest was listed.
+		// Put updates the list in any case.
+		listed, err := s.isListed(ctx, a)
 		if listed || err != nil {
 			return err
 		}
 		if err := p.Put(adding, s.repo.Digest(a.desc.Digest.String()), img); err != nil {
-			return s.writing(ctx, err)
+			return s.writeError(ctx, err)
 		}
-		if listed, err := s.listed(ctx, a); listed || err != nil {
+		if listed, err := s.isListed(ctx, a); listed || err != nil {
 			return err
 		}
 	}
@@ -220,18 +228,18 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 		if err := sleep(ctx, wait); err != nil {
 			return err
 		}
-		if listed, err := s.listed(ctx, a); listed || err != nil {
+		if listed, err := s.isListed(ctx, a); listed || err != nil {
 			return err
 		}
 	}
 	return fault.New(fault.Transient, "the registry does not list the new attachment",
-		"try again; if it happens again, use a registry with the OCI referrers API")
+		"try again; if the registry does not list it then either, use a registry with the OCI referrers API")
 }
 
 // maxStale is how long a new entry may be missing from a list of referrers.
 const maxStale = 75 * time.Second
 
-func (s *remoteStore) listed(ctx context.Context, a *attachment) (bool, error) {
+func (s *remoteStore) isListed(ctx context.Context, a *attachment) (bool, error) {
 	list, err := s.referrers(ctx, a.subject.String())
 	if err != nil {
 		return false, err
@@ -253,13 +261,13 @@ type rawManifest struct {
 func (m rawManifest) RawManifest() ([]byte, error)        { return m.raw, nil }
 func (m rawManifest) MediaType() (types.MediaType, error) { return m.mediaType, nil }
 
-// reading adds the fault kind to an error of a read.
-func (s *remoteStore) reading(ctx context.Context, err error) error {
+// readError adds the fault kind to an error of a read.
+func (s *remoteStore) readError(ctx context.Context, err error) error {
 	return s.classify(ctx, err, false)
 }
 
-// writing adds the fault kind to an error of a write.
-func (s *remoteStore) writing(ctx context.Context, err error) error {
+// writeError adds the fault kind to an error of a write.
+func (s *remoteStore) writeError(ctx context.Context, err error) error {
 	return s.classify(ctx, err, true)
 }
 
@@ -273,13 +281,13 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	host := s.repo.RegistryStr()
 	var api *transport.Error
 	if errors.As(err, &api) {
-		return answered(s.repo, api, err, write)
+		return responseError(s.repo, api, err, write)
 	}
-	if err, ok := onTheWay(err, host); ok {
+	if err, ok := transportError(err, host); ok {
 		return err
 	}
-	// net/http has no error type for a server that speaks plain HTTP. On loopback the client tries plain HTTP next, and
-	// the error of that second try counts.
+	// net/http has no error type for a server that speaks plain HTTP. On loopback the client then tries plain HTTP, and
+	// err is the error of that second try.
 	if text := err.Error(); strings.Contains(text, "server gave HTTP response to HTTPS client") &&
 		!strings.Contains(text, `Get "http://`) {
 		return fault.Wrap(fault.Usage, err,
@@ -300,9 +308,9 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	return damaged(err)
 }
 
-// onTheWay adds the fault kind to an error that comes from TLS or from a transport of this package, and not from the
-// server's response. For any other error the result is false.
-func onTheWay(err error, host string) (error, bool) {
+// transportError adds the fault kind to an error that comes from TLS or from a transport of this package, and not from
+// the server's response. For any other error it returns false.
+func transportError(err error, host string) (error, bool) {
 	var known *fault.Error
 	if errors.As(err, &known) { // from one of the transports between the library and the network
 		return err, true
@@ -344,26 +352,27 @@ func createECR(repo name.Repository) string {
 	return "aws ecr create-repository --repository-name " + repo.RepositoryStr()
 }
 
-// answered maps an error response of a registry to an error with a fault kind and a hint.
-func answered(repo name.Repository, api *transport.Error, err error, write bool) error {
+// responseError maps an error response of a registry to an error with a fault kind and a hint.
+func responseError(repo name.Repository, api *transport.Error, err error, write bool) error {
 	host, status := repo.RegistryStr(), api.StatusCode
-	login, flags := "log in with docker login "+host, "; builder also takes --username and --password"
+	login := "docker login " + host
+	const flags = ", or give builder --username and --password"
 	switch {
 	case status == http.StatusUnauthorized || status == http.StatusForbidden:
 		if write {
 			return fault.Wrap(fault.PublishRefused, err,
-				login+" as a user who may push"+flags+"; Harbor gives the same answer if the project does not exist")
+				"log in as a user who may push"+flags+"; on Harbor, also check that the project exists; to log in: "+login)
 		}
-		return fault.Wrap(fault.Usage, err, login+flags)
+		return fault.Wrap(fault.Usage, err, "log in"+flags+"; to log in: "+login)
 	case status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || status >= 500:
 		return fault.Wrap(fault.Transient, err, "try again later; "+host+" answered "+http.StatusText(status))
 	case write && unknownName(api):
 		return fault.Wrap(fault.PublishRefused, err,
-			"create the repository "+repo.RepositoryStr()+" first: "+host+" does not create it on push (Amazon ECR: "+
-				createECR(repo)+"; Harbor: create the project)")
+			"create the repository "+repo.RepositoryStr()+" first, because "+host+" does not create it on push; "+
+				"on Harbor, create the project; on Amazon ECR: "+createECR(repo))
 	case write:
 		return fault.Wrap(fault.PublishRefused, err,
-			"read the registry's answer; to test the registry without a build, run builder doctor --to "+repo.Name())
+			"read the registry's answer; to test the registry without a build: builder doctor --to "+repo.Name())
 	case status == http.StatusNotFound:
 		return fault.Wrap(fault.NoArtifact, err, "")
 	}
@@ -372,10 +381,10 @@ func answered(repo name.Repository, api *transport.Error, err error, write bool)
 
 var errTooLong = errors.New("response is too long")
 
-// bounded stops reading a manifest or list that is too long. The library's own bound of 100 MB is too high.
-type bounded struct{ next http.RoundTripper }
+// boundTransport stops reading a manifest or a list that is too long. The library's own bound of 100 MB is too high.
+type boundTransport struct{ next http.RoundTripper }
 
-func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {
+func (b boundTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := b.next.RoundTrip(req)
 	if err != nil || resp.Body == nil {
 		return resp, err

@@ -20,7 +20,7 @@ import (
 )
 
 // site reads an OCI image layout from a web server or from a Google Cloud Storage bucket. A builder wrote the layout as
-// oci:FOLDER, and an operator copied it there. site sends GET requests only.
+// oci:FOLDER, and an operator copied that folder to the server or the bucket. site sends GET requests only.
 type site struct {
 	base     *url.URL
 	keys     authn.Keychain
@@ -36,7 +36,7 @@ type site struct {
 // maxSiteIndex is the greatest size in bytes of a site's index, which is enough for about 30,000 entries.
 const maxSiteIndex = 16 << 20
 
-// indexAge is how long a site's index is reused, because one resolution reads it several times.
+// indexAge is how long a site's index is used after it was read. To resolve one tag, the index is needed several times.
 const indexAge = 30 * time.Second
 
 // storageHost is the host of Cloud Storage. The path of an object there is /BUCKET/OBJECT (Cloud Storage documentation,
@@ -72,14 +72,14 @@ func openSite(ref string, o Options) (store, error) {
 	}
 	s := &site{base: u, keys: o.Keychain, agent: o.UserAgent, retryFor: max(o.RetryFor, minRetryFor)}
 	s.client = &http.Client{
-		Transport: retryAfterTransport{ranged{steady{tr}}},
+		Transport: retryAfterTransport{rangeTransport{stallTransport{tr}}},
 		CheckRedirect: func(req *http.Request, via []*http.Request) error {
 			if len(via) >= 10 {
 				return errors.New("stopped after 10 redirects")
 			}
 			if from := via[0].URL; req.URL.Scheme != from.Scheme || req.URL.Host != from.Host {
-				// net/http copies the headers of the first request to each redirect. It keeps Authorization in some cases in
-				// which the server is another one.
+				// net/http copies the headers of the first request to the request after each redirect. In some cases it copies
+				// Authorization even if the next server is another one.
 				req.Header.Del("Authorization")
 			}
 			return nil
@@ -91,8 +91,8 @@ func openSite(ref string, o Options) (store, error) {
 	return &layoutStore{files: s}, nil
 }
 
-func (*site) cheap() bool   { return false }
-func (*site) settled() bool { return true }
+func (*site) cheapReads() bool  { return false }
+func (*site) allAttached() bool { return true }
 
 // resource is the host name for which [authn.Keychain] finds credentials.
 type resource string
@@ -149,8 +149,8 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 	return nil, fault.New(
 		fault.Usage,
 		"get "+at.String()+": access denied",
-		"let everybody, or this machine's service account, read this address (roles/storage.objectViewer); or log in with "+
-			"docker login "+at.Host,
+		"in Cloud Storage, give this machine's service account, or everybody, the role roles/storage.objectViewer on the "+
+			"bucket; on another server, log in: docker login "+at.Host,
 	)
 }
 
@@ -208,15 +208,15 @@ func (s *site) read(ctx context.Context, name string, limit int64) ([]byte, erro
 func (s *site) readOnce(ctx context.Context, name string, limit int64) ([]byte, error) {
 	resp, err := s.get(ctx, name)
 	if err != nil {
-		return nil, s.reading(ctx, err)
+		return nil, s.readError(ctx, err)
 	}
 	defer resp.Body.Close()
 	raw, err := readAll(resp.Body, name, limit)
-	return raw, s.reading(ctx, err)
+	return raw, s.readError(ctx, err)
 }
 
 func (s *site) open(ctx context.Context, name string, size int64) (io.ReadCloser, error) {
-	b := &stream{ctx: ctx, size: size, reading: s.reading, retryFor: s.retryFor}
+	b := &stream{ctx: ctx, size: size, readError: s.readError, retryFor: s.retryFor}
 	b.fetch = func(ctx context.Context) (io.Reader, io.Closer, error) {
 		resp, err := s.get(ctx, name)
 		if err != nil {
@@ -230,8 +230,8 @@ func (s *site) open(ctx context.Context, name string, size int64) (io.ReadCloser
 	return b, nil
 }
 
-// reading adds the fault kind to an error of a read.
-func (s *site) reading(ctx context.Context, err error) error {
+// readError adds the fault kind to an error of a read.
+func (s *site) readError(ctx context.Context, err error) error {
 	switch {
 	case err == nil:
 		return nil
@@ -240,7 +240,7 @@ func (s *site) reading(ctx context.Context, err error) error {
 	case errors.Is(err, fs.ErrNotExist):
 		return err
 	}
-	if err, ok := onTheWay(err, s.base.Host); ok {
+	if err, ok := transportError(err, s.base.Host); ok {
 		return err
 	}
 	if onNetwork(err) {
@@ -254,7 +254,7 @@ func readOnly() error {
 	return fault.New(
 		fault.Usage,
 		"write to repository: a web server or a tar can only be read",
-		"publish to oci:FOLDER, then copy that folder to the web server, or pack it into a tar with builder bundle create",
+		"publish to oci:FOLDER; then copy that folder to the web server, or pack it into a tar: builder bundle create",
 	)
 }
 

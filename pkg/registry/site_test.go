@@ -21,8 +21,9 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// published makes a layout with an image tagged v1 and two attachments. It returns the folder and the image's digest.
-func published(t *testing.T) (dir, digest string) {
+// publishLayout makes a layout with an image tagged v1 and two attachments. It returns the folder and the image's
+// digest.
+func publishLayout(t *testing.T) (dir, digest string) {
 	t.Helper()
 	dir = t.TempDir()
 	repo := openRef(t, "oci:"+dir, registry.Options{})
@@ -54,8 +55,8 @@ func openRef(t *testing.T, ref string, o registry.Options) *registry.Repository 
 	return repo
 }
 
-// reads checks that a repository has what [published] wrote.
-func reads(t *testing.T, repo *registry.Repository, digest string) {
+// checkLayout checks that a repository has the image and the attachments of [publishLayout].
+func checkLayout(t *testing.T, repo *registry.Repository, digest string) {
 	t.Helper()
 	if d, err := repo.Resolve(t.Context(), "v1"); err != nil || d.Digest.String() != digest {
 		t.Errorf("Resolve = %v, %v; want %s", d.Digest, err, digest)
@@ -81,7 +82,7 @@ func reads(t *testing.T, repo *registry.Repository, digest string) {
 
 func TestSite(t *testing.T) {
 	t.Parallel()
-	dir, digest := published(t)
+	dir, digest := publishLayout(t)
 	var asked, cut atomic.Int64
 	files := http.StripPrefix("/drivers", http.FileServer(http.Dir(dir)))
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -96,7 +97,7 @@ func TestSite(t *testing.T) {
 	}))
 	t.Cleanup(srv.Close)
 	repo := openRef(t, "oci:"+srv.URL+"/drivers/", registry.Options{})
-	reads(t, repo, digest)
+	checkLayout(t, repo, digest)
 	if n := asked.Load(); n > 25 {
 		t.Errorf("the server was asked %d times", n)
 	}
@@ -175,7 +176,7 @@ func (k token) Resolve(authn.Resource) (authn.Authenticator, error) {
 // Credentials go only to a server that asks for them, in the form that the server accepts.
 func TestSiteCredentials(t *testing.T) {
 	t.Parallel()
-	dir, digest := published(t)
+	dir, digest := publishLayout(t)
 	for name, tc := range map[string]struct {
 		keys   token
 		header string
@@ -198,7 +199,7 @@ func TestSiteCredentials(t *testing.T) {
 			t.Cleanup(srv.Close)
 			repo := openRef(t, "oci:"+srv.URL, registry.Options{Keychain: tc.keys})
 			if tc.ok {
-				reads(t, repo, digest)
+				checkLayout(t, repo, digest)
 			} else if _, err := repo.Resolve(t.Context(), "v1"); !fault.Is(err, fault.Usage) ||
 				!strings.Contains(fault.Hint(err), "service account") {
 				t.Errorf("Resolve = %v (hint %q)", err, fault.Hint(err))
@@ -212,7 +213,7 @@ func TestSiteGCS(t *testing.T) {
 	srv := gcs.Start(t)
 	srv.Use(t)
 	srv.Bucket(t, "drivers")
-	dir, digest := published(t)
+	dir, digest := publishLayout(t)
 	err := filepath.WalkDir(dir, func(file string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
@@ -224,7 +225,7 @@ func TestSiteGCS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	reads(t, openRef(t, "oci:gs://drivers/farm", registry.Options{}), digest)
+	checkLayout(t, openRef(t, "oci:gs://drivers/farm", registry.Options{}), digest)
 	if _, err := openRef(t, "oci:gs://drivers/other", registry.Options{}).Tags(t.Context()); !fault.Is(
 		err,
 		fault.NoArtifact,
@@ -245,7 +246,7 @@ func TestSiteNames(t *testing.T) {
 // Credentials are not sent over plain HTTP, and not after a redirect to another server or scheme.
 func TestSiteKeepsCredentials(t *testing.T) {
 	t.Parallel()
-	dir, _ := published(t)
+	dir, _ := publishLayout(t)
 	seen := make(chan string, 10)
 	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		seen <- r.Header.Get("Authorization")

@@ -17,30 +17,31 @@ import (
 
 const (
 	// idleTimeout is how long a response may pause before its connection is given up. firstByteTimeout is how long a
-	// response may take to begin. It is longer, because a registry that is a mirror first downloads the manifest itself.
+	// response may take to begin. It is longer than idleTimeout, because a registry that is a mirror first downloads the
+	// manifest itself.
 	idleTimeout      = 45 * time.Second
 	firstByteTimeout = 4 * time.Minute
-	// minRetryFor is the minimum time for which a broken blob is retried.
+	// minRetryFor is the minimum time for which a broken download is retried.
 	minRetryFor = 2 * time.Minute
-	// progress is how many bytes a connection has to deliver before it counts as working again.
+	// progress is how many bytes a connection has to deliver before the time for retries begins anew.
 	progress = 64 << 10
 )
 
-// stream reads a blob over one or several connections. It lives for one call. If a connection breaks or stops sending,
-// stream opens a new one and continues at the same offset.
+// stream reads one blob over one or several connections. If a connection breaks or sends nothing more, stream opens a
+// new connection and continues at the same offset.
 type stream struct {
 	ctx  context.Context
 	size int64
-	// fetch opens a connection, at the offset that the context has under [offsetKey]. reading adds the fault kind to
-	// an error of a connection. retryFor is how long a broken blob is retried.
-	fetch    func(context.Context) (body io.Reader, rc io.Closer, err error)
-	reading  func(context.Context, error) error
-	retryFor time.Duration
+	// fetch opens a connection. The context has the offset under [offsetKey]. readError adds the fault kind to an error
+	// of a connection. retryFor is how long a download is retried after it broke.
+	fetch     func(context.Context) (body io.Reader, rc io.Closer, err error)
+	readError func(context.Context, error) error
+	retryFor  time.Duration
 
 	done   int64     // bytes that were delivered to the caller
 	body   io.Reader // body of the open connection
 	rc     io.Closer
-	since  int64         // bytes that this connection delivered
+	since  int64         // bytes that the open connection delivered
 	broken time.Time     // time of the first error since the last progress; zero if the connection works
 	pause  time.Duration // before the next retry
 }
@@ -49,7 +50,7 @@ type stream struct {
 func (b *stream) open() error {
 	body, rc, err := b.fetch(context.WithValue(b.ctx, offsetKey{}, b.done))
 	if err != nil {
-		return b.reading(b.ctx, err)
+		return b.readError(b.ctx, err)
 	}
 	b.body, b.rc, b.since = body, rc, 0
 	return nil
@@ -72,24 +73,23 @@ func (b *stream) Read(p []byte) (int, error) {
 		case b.done == b.size: // complete, whatever error the connection ended with
 			return n, io.EOF
 		case errors.Is(err, io.EOF):
-			// A broken connection gives io.ErrUnexpectedEOF. So this is the end of the blob, and the blob is too
-			// short.
+			// A broken connection gives io.ErrUnexpectedEOF. io.EOF is the end of the blob, so the blob is too short.
 			return n, damaged(fmt.Errorf("blob has %d bytes; its descriptor says %d", b.done, b.size))
 		}
-		if err = b.reading(b.ctx, err); !fault.Is(err, fault.Transient) || b.ctx.Err() != nil {
+		if err = b.readError(b.ctx, err); !fault.Is(err, fault.Transient) || b.ctx.Err() != nil {
 			return n, err
 		}
 		if n > 0 {
 			return n, nil // the next call gets the error again, or more bytes
 		}
-		if err := b.again(err); err != nil {
+		if err := b.reconnect(err); err != nil {
 			return 0, err
 		}
 	}
 }
 
-// again opens a new connection, or returns the error that ends the retries.
-func (b *stream) again(cause error) error {
+// reconnect opens a new connection, or returns the error that ends the retries.
+func (b *stream) reconnect(cause error) error {
 	if b.broken.IsZero() {
 		b.broken = time.Now()
 	}
@@ -117,14 +117,14 @@ func (b *stream) Close() error { return b.rc.Close() }
 // offsetKey is a context key. Its value is an int64: the offset at which a blob continues.
 type offsetKey struct{}
 
-// ranged requests the rest of a blob by a Range header (RFC 9110, 14). If a registry ignores the header and sends the
-// whole blob, ranged discards the beginning.
-type ranged struct{ next http.RoundTripper }
+// rangeTransport requests the rest of a blob by a Range header (RFC 9110, 14). If a registry ignores the header and
+// sends the whole blob, rangeTransport discards the beginning.
+type rangeTransport struct{ next http.RoundTripper }
 
-func (r ranged) RoundTrip(req *http.Request) (*http.Response, error) {
+func (r rangeTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	from, _ := req.Context().Value(offsetKey{}).(int64)
 	// The library requests a token with the same context, and that request must have no range. The registry may redirect
-	// the request for a blob to a path without /blobs/; such a request has a Response.
+	// the request for a blob to a path without /blobs/. In such a request the field Response is not nil.
 	if from <= 0 || req.Method != http.MethodGet || !strings.Contains(req.URL.Path, "/blobs/") && req.Response == nil {
 		return r.next.RoundTrip(req)
 	}
@@ -144,7 +144,7 @@ func (r ranged) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		resp.StatusCode, resp.Status = http.StatusOK, "200 OK" // the library accepts only 200
 	case http.StatusOK:
-		resp.Body = &skipping{resp.Body, from}
+		resp.Body = &skipReader{resp.Body, from}
 		if resp.ContentLength >= 0 {
 			resp.ContentLength -= from
 		}
@@ -154,26 +154,26 @@ func (r ranged) RoundTrip(req *http.Request) (*http.Response, error) {
 
 var contentRange = regexp.MustCompile(`^bytes ([0-9]+)-[0-9]+/([0-9]+|\*)$`)
 
-// skipping discards the first left bytes. While it discards, each Read reads once and returns 0 bytes.
-type skipping struct {
+// skipReader discards the first bytes of a response. A Read that discards bytes reads once and returns 0 bytes.
+type skipReader struct {
 	io.ReadCloser
-	left int64
+	rest int64 // number of bytes still to discard
 }
 
-func (s *skipping) Read(p []byte) (int, error) {
-	if s.left == 0 {
+func (s *skipReader) Read(p []byte) (int, error) {
+	if s.rest == 0 {
 		return s.ReadCloser.Read(p)
 	}
-	n, err := s.ReadCloser.Read(p[:min(int64(len(p)), s.left)])
-	s.left -= int64(n)
+	n, err := s.ReadCloser.Read(p[:min(int64(len(p)), s.rest)])
+	s.rest -= int64(n)
 	return 0, err
 }
 
-// steady gives up on a response that does not begin or that stops in the middle, because no registry may block a node
-// for ever. An upload has no time limit.
-type steady struct{ next http.RoundTripper }
+// stallTransport gives up on a response that does not begin, or that stops in the middle. So no registry can block a
+// node for ever. An upload has no time limit.
+type stallTransport struct{ next http.RoundTripper }
 
-func (s steady) RoundTrip(req *http.Request) (*http.Response, error) {
+func (s stallTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	// The first condition checks the path and not the method POST, because requests for tokens are POST requests, too.
 	if strings.Contains(req.URL.Path, "/blobs/uploads/") || req.Method == http.MethodPut ||
 		req.Method == http.MethodPatch {

@@ -52,7 +52,7 @@ func noise(t *testing.T, host string) (data []byte, digest string) {
 	return data, fmt.Sprintf("sha256:%x", sha256.Sum256(data))
 }
 
-// cut is a proxy that breaks the connection of each response with a blob after this many bytes.
+// cut starts a proxy that breaks the connection of each response with a blob after this many bytes.
 func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.Int64, ranges *atomic.Int64) {
 	t.Helper()
 	asked, ranges = new(atomic.Int64), new(atomic.Int64)
@@ -68,7 +68,7 @@ func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.In
 			if r.StatusCode == http.StatusPartialContent {
 				ranges.Add(1)
 			}
-			r.Body = &breaking{r.Body, after}
+			r.Body = &breakingBody{r.Body, after}
 		}
 		return nil
 	}
@@ -80,13 +80,13 @@ func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.In
 	return strings.TrimPrefix(srv.URL, "http://"), asked, ranges
 }
 
-// breaking is a response body whose connection breaks after left bytes.
-type breaking struct {
+// breakingBody is a response body whose connection breaks after a number of bytes.
+type breakingBody struct {
 	io.ReadCloser
 	left int64
 }
 
-func (b *breaking) Read(p []byte) (int, error) {
+func (b *breakingBody) Read(p []byte) (int, error) {
 	if b.left == 0 {
 		return 0, net.ErrClosed
 	}
@@ -163,14 +163,14 @@ func TestResumeWithoutRanges(t *testing.T) {
 	}
 }
 
-// silent is a network on which a blob stops in the middle, once or always.
-type silent struct {
+// silentNetwork is a network on which a blob stops in the middle, once or always.
+type silentNetwork struct {
 	data  []byte
 	times int
 	asked int
 }
 
-func (s *silent) RoundTrip(r *http.Request) (*http.Response, error) {
+func (s *silentNetwork) RoundTrip(r *http.Request) (*http.Response, error) {
 	if !strings.Contains(r.URL.Path, "/blobs/") {
 		return reply(r, http.StatusOK, strings.NewReader(""), "text/plain"), nil
 	}
@@ -207,7 +207,8 @@ func TestSilentRegistry(t *testing.T) {
 	for _, times := range []int{0, 2} {
 		synctest.Test(t, func(t *testing.T) {
 			began := time.Now()
-			repo, err := registry.Open("registry.example/x", registry.Options{Transport: &silent{data: data, times: times}})
+			network := &silentNetwork{data: data, times: times}
+			repo, err := registry.Open("registry.example/x", registry.Options{Transport: network})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -241,7 +242,7 @@ func TestSilentRegistry(t *testing.T) {
 	})
 }
 
-// dead never responds.
+// dead is a network that never responds.
 type dead struct{}
 
 func (*dead) RoundTrip(r *http.Request) (*http.Response, error) {

@@ -11,7 +11,7 @@ const (
 	maxTagPages = 1 << 12
 )
 
-// Tags lists all tags of the repository, in no order.
+// Tags lists all tags of the repository, in no particular order.
 func (r *Repository) Tags(ctx context.Context) ([]string, error) {
 	tags, err := r.s.tags(ctx)
 	if err != nil {
@@ -23,7 +23,7 @@ func (r *Repository) Tags(ctx context.Context) ([]string, error) {
 func (s *remoteStore) tags(ctx context.Context) ([]string, error) {
 	pages, err := s.puller.Lister(ctx, s.repo)
 	if err != nil {
-		return nil, s.reading(ctx, err)
+		return nil, s.readError(ctx, err)
 	}
 	var all []string
 	for n := 0; pages.HasNext(); n++ {
@@ -32,7 +32,7 @@ func (s *remoteStore) tags(ctx context.Context) ([]string, error) {
 		}
 		page, err := pages.Next(ctx)
 		if err != nil {
-			return nil, s.reading(ctx, err)
+			return nil, s.readError(ctx, err)
 		}
 		if all = append(all, page.Tags...); len(all) > maxTags {
 			return nil, damaged(fmt.Errorf("more than %d tags", maxTags))

@@ -18,31 +18,31 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Names of control groups (version 2). Each run gets its own group, and the sandbox starts inside it, so that no
-// process of the run can be outside. The groups of all runs of one builder are children of one group next to the
-// builder's own. That group bounds the memory of all runs together.
+// Names of control groups (version 2). Each run gets its own group. The sandbox starts inside it, so no process of the
+// run can be outside. The groups of all runs of one builder are children of one group beside the builder's own group.
+// That parent group limits the memory of all runs together.
 const (
 	groupRoot = "/sys/fs/cgroup"
-	// selfGroup is the group into which the builder itself moves, because a group that delegates controllers to its
-	// children may not have processes.
+	// selfGroup is the group into which the builder itself moves: a group that delegates controllers to its children must
+	// not have processes.
 	selfGroup = "prebake-builder"
 	allGroup  = "prebake-all-" // followed by a process id, a dash and the bound in MiB
 	runGroup  = "prebake-run-" // followed by a process id, a dash and random characters
 )
 
-const hintGroup = "give the builder a control group of its own: systemd-run --user --scope -p Delegate=yes builder " +
-	"…, or set Delegate=yes in its systemd unit; in Kubernetes set the memory limit of the pod instead"
+const hintGroup = "in Kubernetes, set the memory limit of the pod; in a systemd unit, set Delegate=yes; " +
+	"elsewhere, give the builder a control group of its own: systemd-run --user --scope -p Delegate=yes builder …"
 
-// LimitSupport says how this machine enforces the bounds on memory and processes.
+// LimitSupport says how this machine enforces the limits on memory and processes.
 type LimitSupport struct {
-	// ControlGroup is true if a control group enforces the bounds for all processes together. Otherwise Reason says why
-	// not, with a hint. Without a control group, the kernel bounds the memory of each single process. It also bounds the
+	// ControlGroup is true if a control group enforces the limits for all processes together. If it is false, Reason says
+	// why, with a hint. Without a control group, the kernel limits the memory of each single process. It also limits the
 	// number of all processes of this user, but not if the user is root.
 	ControlGroup bool
 	Reason       error
 }
 
-// SupportedLimits finds out how this machine enforces the bounds.
+// SupportedLimits finds out how this machine enforces the limits.
 func SupportedLimits() LimitSupport {
 	g, err := newGroup(Limits{}.withDefaults())
 	if err == nil {
@@ -102,8 +102,8 @@ func groupMemory(dir string) int64 {
 }
 
 // parent returns the control group in which the groups of the runs are created, and enables the controllers that these
-// groups need. A group that has processes cannot delegate controllers. If the builder is the only process in its group,
-// it therefore moves into a child group. If there are other processes, parent returns an error.
+// groups need. A group that has processes cannot delegate controllers. So if this process is the only one in its group,
+// parent moves it into a child group. If there are other processes in the group, parent returns an error.
 func parent() (string, error) {
 	own, err := ownGroup()
 	if err != nil {
@@ -152,7 +152,7 @@ func delegate(dir string, self int) error {
 }
 
 func writeGroup(dir, file, value string) error {
-	// O_CREATE is not set, so a control that the kernel lacks is an error.
+	// O_CREATE is not set, so a file that the kernel does not have is an error.
 	f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0)
 	if err != nil {
 		return err
@@ -196,11 +196,12 @@ func newGroup(l Limits) (*group, error) {
 	}
 }
 
-// maxTries is how often newGroup retries because another run removed the parent group. The number is enough, because
-// each retry needs another run that begins and ends at that moment.
+// maxTries is how often newGroup retries after another run has removed the parent group. The number is enough: for each
+// retry, another run must begin and end at that moment.
 const maxTries = 100
 
-// groupOfAll creates or finds the group for all runs of this process that have the same bound.
+// groupOfAll creates or finds the group for all runs of this process with the same [Limits.Together], which is the
+// argument most.
 func groupOfAll(base string, most int64) (string, error) {
 	path := filepath.Join(base, fmt.Sprintf("%s%d-%d", allGroup, os.Getpid(), most>>20))
 	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -231,11 +232,11 @@ func (g *group) set(l Limits) (err error) {
 	return err
 }
 
-// brokenLimit returns an error for the bound that the run exceeded, or nil. It reads the kernel's counters, because
-// the exit status does not tell who killed a program.
+// brokenLimit returns an error for the limit that the run exceeded, or nil. It reads the kernel's counters, because the
+// exit status does not tell who killed a program.
 func (g *group) brokenLimit(l Limits) error {
 	if n := g.count("memory.events", "oom_kill"); n > 0 {
-		// The counter "oom" counts the bounds of this group and its children, but not those of its parents.
+		// The counter "oom" is for the limits of this group and its children, and not for those of its parents.
 		if g.count("memory.events", "oom") == 0 {
 			return fault.New(fault.OutOfMemory,
 				fmt.Sprintf("all programs that ran at the same time needed more than %d MiB of memory, "+
@@ -250,7 +251,7 @@ func (g *group) brokenLimit(l Limits) error {
 	return nil
 }
 
-// count reads one number from a flat keyed file, in which each line has a key and a value.
+// count returns the number with this key in a file in which each line has a key and a number.
 func (g *group) count(file, key string) int64 {
 	text, err := os.ReadFile(filepath.Join(g.path, file))
 	if err != nil {

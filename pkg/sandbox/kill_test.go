@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// holdLock is an environment variable. It names the folder whose lock file the helper process below holds inside a
-// sandbox.
+// holdLock is an environment variable. Its value is the folder with the lock file that the helper process below locks
+// inside a sandbox.
 const holdLock = "PREBAKE_TEST_HOLD_LOCK"
 
 func TestMain(m *testing.M) {
@@ -49,8 +49,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// SIGKILL to the process that made the sandbox ends everything in it. So the lock that a program inside holds is
-// released.
+// If SIGKILL ends the process that made the sandbox, everything in the sandbox ends. So the kernel releases the lock of
+// a program in the sandbox.
 func TestDiesWithParent(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
@@ -81,7 +81,7 @@ func TestDiesWithParent(t *testing.T) {
 	if err := helper.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	// Flock blocks while a process inside lives; the test's time limit ends it.
+	// Flock blocks while a process in the sandbox lives. If that never ends, the test's time limit does.
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		t.Errorf("flock: %v", err)
 	}
@@ -90,7 +90,7 @@ func TestDiesWithParent(t *testing.T) {
 	}
 }
 
-// A sandbox that is cancelled during its setup leaves no process behind.
+// If a sandbox is cancelled during its setup, no process of it is left.
 func TestCalledOffEarly(t *testing.T) {
 	t.Parallel()
 	needBubblewrap(t)
@@ -109,7 +109,7 @@ func TestCalledOffEarly(t *testing.T) {
 	look := time.NewTicker(50 * time.Millisecond)
 	defer look.Stop()
 	for {
-		left := running(t, mark)
+		left := findProcesses(t, mark)
 		if len(left) == 0 {
 			return
 		}
@@ -121,8 +121,8 @@ func TestCalledOffEarly(t *testing.T) {
 	}
 }
 
-// running returns the processes whose command line contains a word.
-func running(t *testing.T, word string) (found []string) {
+// findProcesses returns the processes whose command line contains a word.
+func findProcesses(t *testing.T, word string) (found []string) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {

@@ -14,19 +14,19 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Limits bound the resources of one program and all processes that it starts. A program that uses too much fails
-// alone, and the machine continues to work.
+// Limits are the limits on the resources of one program and all processes that it starts. If a program uses too much,
+// only this program fails, and the machine continues to work.
 type Limits struct {
-	// Memory is in bytes and includes /tmp; 0 means the same as Together. Without a control group (see
-	// [SupportedLimits]) it bounds each process, not all of them together.
+	// Memory is the greatest memory in bytes, including /tmp; 0 means the value of Together. Without a control group (see
+	// [SupportedLimits]), the limit applies to each process, and not to all processes together.
 	Memory int64
-	// Together bounds the memory in bytes of all runs that this process has at the same time. 0 means seven eighths of
-	// [AvailableMemory]. It needs a control group, and it covers all runs with the same value.
+	// Together is the greatest memory in bytes of all runs of this process that run at the same time with the same value
+	// of Together. 0 means seven eighths of [AvailableMemory]. Without a control group, this limit does not apply.
 	Together int64
-	// Processes is the greatest number of processes and threads; 0 means 16384. Without a control group, all processes
-	// of this user count, and root is not bounded.
+	// Processes is the greatest number of processes and threads; 0 means 16384. Without a control group, all processes of
+	// this user count, and root has no limit.
 	Processes int
-	// Disk is how many bytes the writable binds may grow by; 0 means 16 GiB. Run measures them every few seconds.
+	// Disk is how many bytes the writable binds may grow by; 0 means 16 GiB. Run measures the binds every few seconds.
 	Disk int64
 	// MinFree is how many bytes must stay free on the disks of the writable binds; 0 means 128 MiB.
 	MinFree int64
@@ -36,8 +36,8 @@ type Limits struct {
 
 // Usage is what a program used.
 type Usage struct {
-	// PeakMemory is the greatest memory use in bytes. It is 0 if it is unknown: without a control group, or on a
-	// kernel older than 5.19.
+	// PeakMemory is the greatest memory use in bytes. 0 means unknown: there is no control group, or the kernel is older
+	// than 5.19.
 	PeakMemory int64
 	// Disk is how many bytes the writable binds grew by, at the last measurement.
 	Disk int64
@@ -60,7 +60,7 @@ const prlimit = "/usr/bin/prlimit"
 const (
 	hintMemory    = "give the builder more memory (1 GiB for each job), or run fewer jobs (--jobs)"
 	hintTogether  = "run fewer builds or jobs side by side (--parallel, --jobs), or give the builder more memory"
-	hintDisk      = "free space on the disk of the cache folder, or name another folder: --cache"
+	hintDisk      = "free space on the disk of the cache folder, or use another folder: --cache FOLDER"
 	hintProcesses = "run fewer jobs (--jobs); if one job alone starts that many, read the end of the build's log"
 	hintTime      = "allow more time for a compile (--compile-timeout), or run more jobs (--jobs) on a machine with " +
 		"more processors"
@@ -102,9 +102,10 @@ func AvailableMemory() int64 {
 	return most
 }
 
-// command returns the command that runs a program within the limits. If this process has a lower limit itself, the
-// lower limit applies. each is true if there is no control group; the memory of each process is then bounded.
-func (l Limits) command(each bool) ([]string, error) {
+// command returns the command that runs a program within the limits. If this process itself has a lower limit, the
+// lower limit applies. The argument perProcess is true if there is no control group: the limit on memory then applies
+// to each process.
+func (l Limits) command(perProcess bool) ([]string, error) {
 	args := []string{prlimit, "--core=0"}
 	rows := []struct {
 		flag     string
@@ -114,9 +115,9 @@ func (l Limits) command(each bool) ([]string, error) {
 		{"--fsize", unix.RLIMIT_FSIZE, uint64(min(maxFile, l.Disk))},
 		{"--nproc", unix.RLIMIT_NPROC, uint64(l.Processes)},
 	}
-	if each {
-		// RLIMIT_DATA bounds private memory. RLIMIT_AS would bound address space, of which compilers map far more than
-		// they use.
+	if perProcess {
+		// RLIMIT_DATA limits private memory. RLIMIT_AS would limit address space, of which compilers map far more than they
+		// use.
 		rows = append(rows, struct {
 			flag     string
 			resource int
@@ -134,7 +135,7 @@ func (l Limits) command(each bool) ([]string, error) {
 }
 
 // diskWatch watches the disk space of the writable binds. A quota would be stricter, but it needs root and a file
-// system with quotas. RLIMIT_FSIZE only bounds single files.
+// system with quotas. RLIMIT_FSIZE only limits single files.
 type diskWatch struct {
 	limits  Limits
 	folders []string
@@ -188,13 +189,14 @@ func (w *diskWatch) measure(ctx context.Context) (bytes int64) {
 	return bytes
 }
 
-// run calls stop when a bound is exceeded, and ends with ctx. It spends at most a hundredth of the time on measuring.
+// run calls stop when a limit is exceeded, and ends when ctx ends. It spends at most a hundredth of the time on
+// measuring.
 func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 	if len(w.folders) == 0 {
 		return
 	}
-	// The first measurement runs while the program starts, so that the program does not wait. Bytes that the program
-	// writes during that time may not count.
+	// The first measurement runs while the program starts, so that the program need not wait. Bytes that the program
+	// writes during that measurement may therefore not count.
 	began := w.measure(ctx)
 	pause := time.NewTimer(time.Second)
 	defer pause.Stop()

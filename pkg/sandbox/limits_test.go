@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
-// limited runs a script within limits and returns what it printed.
-func limited(t *testing.T, l sandbox.Limits, script string, binds ...sandbox.Bind) (string, sandbox.Usage, error) {
+// runLimited runs a script within limits and returns what it printed.
+func runLimited(t *testing.T, l sandbox.Limits, script string, binds ...sandbox.Bind) (string, sandbox.Usage, error) {
 	t.Helper()
 	needBubblewrap(t)
 	var out bytes.Buffer
@@ -32,13 +32,13 @@ func limited(t *testing.T, l sandbox.Limits, script string, binds ...sandbox.Bin
 	return out.String(), usage, err
 }
 
-// grab uses 60 MB of memory, because tail must keep the last bytes until the input ends.
+// grab is a script that uses 60 MB of memory, because tail must keep the last bytes until the input ends.
 const grab = `head -c 60000000 /dev/zero | tail -c 60000000 | wc -c`
 
 // A program cannot get more memory than its limit, with or without a control group.
 func TestMemory(t *testing.T) {
 	t.Parallel()
-	out, _, err := limited(t, sandbox.Limits{Memory: 32 << 20}, grab)
+	out, _, err := runLimited(t, sandbox.Limits{Memory: 32 << 20}, grab)
 	if strings.Contains(out, "60000000") {
 		t.Errorf("%s printed %q; want it refused", grab, out)
 	}
@@ -47,23 +47,23 @@ func TestMemory(t *testing.T) {
 	if sandbox.SupportedLimits().ControlGroup && !fault.Is(err, fault.OutOfMemory) {
 		t.Errorf("Run = %v (%v); want out of memory", err, fault.Of(err))
 	}
-	if out, _, err := limited(t, sandbox.Limits{Memory: 2 << 30}, grab); err != nil ||
+	if out, _, err := runLimited(t, sandbox.Limits{Memory: 2 << 30}, grab); err != nil ||
 		strings.TrimSpace(out) != "60000000" {
 		t.Errorf("with memory enough, Run = %q, %v", out, err)
 	}
 }
 
-// Two runs that fit alone do not fit together. One of them ends, and its error says that the runs together exceeded
-// the limit.
+// Each of two runs is within the limit, but both together are not. One of them ends, and its error says that the runs
+// together exceeded the limit.
 func TestTogether(t *testing.T) {
 	t.Parallel()
 	if m := sandbox.SupportedLimits(); !m.ControlGroup {
 		t.Skip(m.Reason)
 	}
-	// /tmp is in memory. Each run keeps 24 MB there until the other run does so, too.
+	// /tmp is in memory. Each run keeps 24 MB in /tmp until the other run has 24 MB there, too.
 	hold := func(l sandbox.Limits, self, other int, meet string) error {
 		script := fmt.Sprintf(`head -c 24000000 /dev/zero >/tmp/x || exit 1; echo >/meet/%d; i=0; while [ $i -lt 100 ] && ! [ -e /meet/%d ]; do sleep 0.2; i=$((i+1)); done`, self, other)
-		_, _, err := limited(t, l, script, sandbox.Bind{Host: meet, Inside: "/meet", Writable: true})
+		_, _, err := runLimited(t, l, script, sandbox.Bind{Host: meet, Inside: "/meet", Writable: true})
 		return err
 	}
 	limits := sandbox.Limits{Memory: 40 << 20, Together: 40 << 20}
@@ -92,7 +92,7 @@ func TestDisk(t *testing.T) {
 	// The script writes until it is killed. Bytes that it writes before the first measurement, which may be late, do
 	// not count.
 	script := `i=0; while :; do head -c 4000000 /dev/zero >/b/$i; i=$((i+1)); [ $i -lt 30 ] || sleep 0.2; done`
-	_, usage, err := limited(t, sandbox.Limits{Disk: 32 << 20}, script,
+	_, usage, err := runLimited(t, sandbox.Limits{Disk: 32 << 20}, script,
 		sandbox.Bind{Host: dir, Inside: "/b", Writable: true})
 	if !fault.Is(err, fault.DiskFull) || fault.Hint(err) == "" || usage.Disk < 32<<20 {
 		t.Errorf("Run = %v (%v), hint %q, usage %+v; want disk full, a hint and what it wrote", err, fault.Of(err),
@@ -102,7 +102,7 @@ func TestDisk(t *testing.T) {
 
 func TestLargeFile(t *testing.T) {
 	t.Parallel()
-	_, _, err := limited(t, sandbox.Limits{Disk: 1 << 20}, `exec head -c 2000000 /dev/zero >/tmp/x`)
+	_, _, err := runLimited(t, sandbox.Limits{Disk: 1 << 20}, `exec head -c 2000000 /dev/zero >/tmp/x`)
 	if !fault.Is(err, fault.DiskFull) || !strings.Contains(err.Error(), "a file of more than 1 MiB") {
 		t.Errorf("Run = %v (%v); want disk full", err, fault.Of(err))
 	}
@@ -111,7 +111,7 @@ func TestLargeFile(t *testing.T) {
 // If a disk is nearly full, the run fails before the program starts.
 func TestMinFree(t *testing.T) {
 	t.Parallel()
-	out, _, err := limited(t, sandbox.Limits{MinFree: 1 << 60}, `echo begun`,
+	out, _, err := runLimited(t, sandbox.Limits{MinFree: 1 << 60}, `echo begun`,
 		sandbox.Bind{Host: t.TempDir(), Inside: "/b", Writable: true})
 	if !fault.Is(err, fault.DiskFull) || !strings.Contains(err.Error(), "MiB left") || out != "" {
 		t.Errorf("Run on a full disk = %v (%v), printed %q; want disk full and nothing begun", err, fault.Of(err), out)
@@ -120,20 +120,20 @@ func TestMinFree(t *testing.T) {
 
 func TestTime(t *testing.T) {
 	t.Parallel()
-	_, _, err := limited(t, sandbox.Limits{Time: 50 * time.Millisecond}, `sleep 600`)
+	_, _, err := runLimited(t, sandbox.Limits{Time: 50 * time.Millisecond}, `sleep 600`)
 	if !fault.Is(err, fault.TimedOut) || !strings.Contains(err.Error(), "longer than 50ms") {
 		t.Errorf("Run = %v (%v); want timed out", err, fault.Of(err))
 	}
 }
 
-// The bound on processes applies to an ordinary user. It applies to root only with a control group.
+// The limit on processes applies to an ordinary user. It applies to root only with a control group.
 func TestProcesses(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() == 0 && !sandbox.SupportedLimits().ControlGroup {
 		t.Skipf("RLIMIT_NPROC does not bind root, and %v", sandbox.SupportedLimits().Reason)
 	}
 	// Without a control group, other processes of this user count, too.
-	out, _, err := limited(t, sandbox.Limits{Processes: 16},
+	out, _, err := runLimited(t, sandbox.Limits{Processes: 16},
 		`i=0; while [ $i -lt 30 ]; do sleep 600 & i=$((i+1)); done; echo all`)
 	if err == nil || strings.Contains(out, "all") {
 		t.Errorf("Run = %q, %v; want it to fail at the sixteenth process", out, err)
@@ -143,7 +143,7 @@ func TestProcesses(t *testing.T) {
 	}
 }
 
-// Without a control group, SupportedLimits says what is missing and how to get it.
+// If there is no control group, SupportedLimits says what is missing and how to get it.
 func TestBoundsSayWhy(t *testing.T) {
 	t.Parallel()
 	m := sandbox.SupportedLimits()
@@ -152,7 +152,7 @@ func TestBoundsSayWhy(t *testing.T) {
 	}
 }
 
-// asUser is an environment variable. It names the test that this program runs as another user.
+// asUser is an environment variable. Its value is the name of the test that this program runs as another user.
 const asUser = "PREBAKE_TEST_AS_USER"
 
 // The sandbox does not need root: the tests of its isolation pass as an ordinary user.

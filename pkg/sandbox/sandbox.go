@@ -1,4 +1,4 @@
-// Package sandbox runs one program in a sandbox made by bubblewrap. The program has no network. Its environment and
+// Package sandbox runs one program in a sandbox that bubblewrap makes. The program has no network. Its environment and
 // paths are the same on every machine. It can write only to the folders that the caller gives it, and to /tmp. If
 // bubblewrap or namespaces are missing, Run returns an error. It never runs the program directly on the host.
 //
@@ -13,9 +13,9 @@
 //   - of /etc only the folder alternatives, for links in /usr/bin, and the loader's cache
 //
 // It runs as user and group 1000, without capabilities, and cannot create namespaces. A filter refuses system calls
-// that no build needs. Memory, processes, time, disk space, output and /tmp are bounded; see [Limits].
-// [SupportedLimits] says how strictly the bounds are enforced. /proc/self/mountinfo shows the host's paths of the bound
-// folders, because the kernel cannot hide them.
+// that no build needs. Memory, processes, time, disk space, output and /tmp are limited; see [Limits].
+// [SupportedLimits] says how strictly this machine enforces the limits. /proc/self/mountinfo shows the host's paths of
+// the bound folders, because the kernel cannot hide them.
 package sandbox
 
 import (
@@ -66,7 +66,7 @@ type Config struct {
 	MaxOutput int64
 	// Limits bound the program's resources. The zero value has safe defaults.
 	Limits Limits
-	// Usage, if not nil, receives the resources that the program used.
+	// Usage receives the resources that the program used. It may be nil.
 	Usage *Usage
 }
 
@@ -98,8 +98,8 @@ type ExitError struct{ Status int }
 
 func (e *ExitError) Error() string { return fmt.Sprintf("exit status %d", e.Status) }
 
-// Killed reports whether SIGKILL ended the program. If Run kills the program, Run returns another error. Killed
-// therefore means that the kernel's out-of-memory killer ended the program.
+// Killed reports whether SIGKILL ended the program. If Run itself kills the program, Run returns another error. So if
+// Killed returns true, the kernel's out-of-memory killer ended the program.
 func (e *ExitError) Killed() bool { return e.Status == 128+int(syscall.SIGKILL) }
 
 const (
@@ -107,15 +107,16 @@ const (
 	hintLimits  = "install util-linux: apt-get install util-linux"
 	hintOutput  = "read the end of the build's log to see which output repeats"
 	hintFile    = "read the end of the build's log to see which program wrote the file"
-	hintUserns  = "allow user namespaces: sysctl -w user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1 " +
-		"kernel.apparmor_restrict_unprivileged_userns=0 (only the settings that exist here); in a container, run it " +
-		"privileged or with a seccomp profile that permits unshare"
+	hintUserns  = "in a container, run the container privileged or with a seccomp profile that permits unshare; " +
+		"on a host, allow user namespaces, with those of these settings that exist: sysctl -w " +
+		"user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1 " +
+		"kernel.apparmor_restrict_unprivileged_userns=0"
 )
 
-// Run runs the program, and waits for it and all processes that it started. The sandbox ends when ctx ends and when
-// this process ends, even by SIGKILL. If the program fails, the error is an [ExitError]. If it exceeds a limit,
-// the error is fault.OutOfMemory, fault.DiskFull, fault.TimedOut or fault.Internal, whatever the program's exit status
-// is. If the sandbox cannot be created, the error is fault.Usage.
+// Run runs the program, and waits for it and for all processes that it started. The sandbox ends when ctx ends. It also
+// ends when this process ends, even if SIGKILL ends this process. If the program fails, the error is an [ExitError]. If
+// it exceeds a limit, the error is fault.OutOfMemory, fault.DiskFull, fault.TimedOut or fault.Internal, whatever the
+// program's exit status is. If the sandbox cannot be created, the error is fault.Usage.
 func Run(ctx context.Context, c Config) error {
 	if err := c.Validate(); err != nil {
 		return fmt.Errorf("run in sandbox: %w", err)
@@ -149,7 +150,7 @@ func Run(ctx context.Context, c Config) error {
 	}}
 	var watch sync.WaitGroup
 	watch.Go(func() { disk.run(ctx, stop) })
-	broke, err := c.start(ctx, bwrap, setup)
+	limitErr, err := c.start(ctx, bwrap, setup)
 	cause := context.Cause(ctx) // read before stop(nil) ends the watch
 	stop(nil)
 	watch.Wait()
@@ -162,8 +163,8 @@ func Run(ctx context.Context, c Config) error {
 	if err == nil {
 		return nil
 	}
-	if broke != nil {
-		return fmt.Errorf("run %s: %w", program, broke)
+	if limitErr != nil {
+		return fmt.Errorf("run %s: %w", program, limitErr)
 	}
 	if text := setup.text(); text != "" {
 		return fault.Wrap(fault.Usage, fmt.Errorf("make sandbox: %s", text), setupHint(text))
@@ -184,16 +185,16 @@ func Run(ctx context.Context, c Config) error {
 	return fmt.Errorf("run %s: %w", program, &ExitError{Status: status})
 }
 
-// start runs bubblewrap, in a control group if one can be created. broke is the error for the limit that was exceeded,
-// according to the control group.
-func (c Config) start(ctx context.Context, bwrap string, output io.Writer) (broke, err error) {
+// start runs bubblewrap, in a control group if one can be created. The result limitErr is the error for the limit that
+// was exceeded, according to the control group.
+func (c Config) start(ctx context.Context, bwrap string, output io.Writer) (limitErr, err error) {
 	g, gerr := newGroup(c.Limits)
 	if gerr == nil {
 		defer func() {
 			if c.Usage != nil {
 				c.Usage.PeakMemory = g.peak()
 			}
-			broke = g.brokenLimit(c.Limits)
+			limitErr = g.brokenLimit(c.Limits)
 			err = errors.Join(err, g.close())
 		}()
 		started, err := c.exec(ctx, bwrap, output, g)
@@ -207,8 +208,8 @@ func (c Config) start(ctx context.Context, bwrap string, output io.Writer) (brok
 	return nil, err
 }
 
-// exec runs bubblewrap in the control group g, or in no group of its own if g is nil. started is false if the process
-// could not be created; err then says why.
+// exec runs bubblewrap in the control group g, or in no group of its own if g is nil. If the process could not be
+// created, the result started is false, and err says why.
 func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *group) (started bool, err error) {
 	limit, err := c.Limits.command(g == nil)
 	if err != nil {
@@ -216,7 +217,7 @@ func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *gro
 	}
 	// The options are passed through file descriptors. If they were on the command line, the program could read the
 	// host's paths in /proc/1/cmdline.
-	calls, err := filter()
+	calls, err := seccompFilter()
 	if err != nil {
 		return true, fmt.Errorf("make sandbox: %w", err)
 	}
@@ -225,7 +226,7 @@ func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *gro
 	var files []*os.File
 	defer func() {
 		for _, f := range files {
-			_ = f.Close() // the file is only in memory, and was read to its end
+			_ = f.Close() // the file is only in memory, so an error does not matter
 		}
 	}()
 	for _, text := range []string{strings.Join(options, "\x00") + "\x00", string(calls)} {
@@ -247,8 +248,8 @@ func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *gro
 	// All processes end with the sandbox's first process. Wait needs the delay only if a pipe stays open longer.
 	cmd.WaitDelay = 10 * time.Second
 
-	// --die-with-parent depends on the thread that forked, not on the process. So that thread must live until the
-	// sandbox has ended.
+	// With --die-with-parent, the sandbox ends when the thread that forked ends, and not only with the process. So that
+	// thread must live until the sandbox has ended.
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
@@ -271,7 +272,7 @@ func setupHint(text string) string {
 			return hintUserns
 		}
 	}
-	return "check that bubblewrap 0.8 or newer is installed and that every bound folder exists: bwrap --version"
+	return "check that every bound folder exists, and that bubblewrap has version 0.8 or newer: bwrap --version"
 }
 
 // arguments returns bubblewrap's options.
@@ -282,7 +283,7 @@ func arguments(c Config) []string {
 		"--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv",
 		"--ro-bind", "/usr", "/usr",
 	}
-	// On systems with a merged /usr these are links, elsewhere they are folders.
+	// On systems with a merged /usr these paths are links. On other systems they are folders.
 	for _, dir := range []string{"/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"} {
 		if to, err := os.Readlink(dir); err == nil {
 			args = append(args, "--symlink", to, dir)
@@ -315,10 +316,10 @@ func arguments(c Config) []string {
 	return args
 }
 
-// memoryFile returns a file that exists only in memory, at offset 0.
+// memoryFile returns a file with this text that exists only in memory. The file's offset is 0.
 func memoryFile(text string) (*os.File, error) {
-	// The sysctl vm.memfd_noexec may require a flag that says the file is not executable. Kernels before 6.3 do not
-	// know the flag.
+	// The sysctl vm.memfd_noexec may require the flag MFD_NOEXEC_SEAL, by which the file is not executable. Kernels
+	// before 6.3 do not know this flag.
 	fd, err := unix.MemfdCreate("prebake", unix.MFD_CLOEXEC|unix.MFD_NOEXEC_SEAL)
 	if errors.Is(err, unix.EINVAL) {
 		fd, err = unix.MemfdCreate("prebake", unix.MFD_CLOEXEC)
@@ -339,7 +340,7 @@ func memoryFile(text string) (*os.File, error) {
 type outputFilter struct {
 	next io.Writer
 
-	tooMuch func() // called when left runs out
+	tooMuch func() // called when the bound is exceeded
 
 	mu    sync.Mutex
 	left  int64 // bytes that may still be printed; negative if the bound is exceeded

@@ -11,9 +11,9 @@ import (
 )
 
 // The filter of system calls. A build reads and writes files and starts programs. The filter refuses calls that reach
-// outside the sandbox's namespaces, and calls into parts of the kernel that few programs use and that have many bugs.
-// It also refuses every call that a newer kernel adds. Docker's and Flatpak's default filters refuse calls for the same
-// reasons.
+// outside the sandbox's namespaces. It also refuses calls into parts of the kernel that few programs use and that have
+// many bugs. And it refuses every call that a newer kernel adds. Docker's and Flatpak's default filters refuse calls
+// for the same reasons.
 //
 // Most refused calls return ENOSYS, because the C library then assumes an old kernel.
 
@@ -52,19 +52,19 @@ var refusedCalls = []uint32{
 	unix.SYS_VHANGUP,
 }
 
-// allowedFamilies are the socket families that a program may use. All others are refused, because a network namespace
-// does not confine them or because no build needs them.
+// allowedFamilies are the socket families that a program may use. All other families are refused, because a network
+// namespace does not confine them or because no build needs them.
 var allowedFamilies = []uint32{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK}
 
-// filter returns the filter in the format of bubblewrap's --seccomp: an array of struct sock_filter.
-func filter() ([]byte, error) {
+// seccompFilter returns the filter in the format of bubblewrap's --seccomp: an array of struct sock_filter.
+func seccompFilter() ([]byte, error) {
 	refuse := func(errno unix.Errno) bpf.Instruction {
 		return bpf.RetConstant{Val: unix.SECCOMP_RET_ERRNO | uint32(errno)}
 	}
 	allow := bpf.RetConstant{Val: unix.SECCOMP_RET_ALLOW}
 	p := []bpf.Instruction{
-		// A program may use the system call ABI of another architecture, in which the numbers mean other calls. Refuse all
-		// of them.
+		// A program may use the system call ABI of another architecture, in which the numbers mean other calls. All calls
+		// of such an ABI are refused.
 		bpf.LoadAbsolute{Off: dataArch, Size: 4},
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: auditArch, SkipTrue: 1},
 		refuse(unix.ENOSYS),

@@ -55,7 +55,7 @@ func TestFilter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Without a sandbox most of the calls have another result. So the refusals come from the filter and not from this
+	// Without a sandbox, most of the calls have another result. This shows that the filter refuses them, and not this
 	// machine's kernel.
 	cmd := exec.CommandContext(t.Context(), self)
 	cmd.Env = []string{inFilter + "=1"}

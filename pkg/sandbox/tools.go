@@ -27,12 +27,12 @@ var hostTools = []string{
 	"true", "truncate", "uname", "uniq", "wc", "xargs", "xz", "zstd",
 }
 
-// HostTools returns a digest of the host's programs that builds run, with their loader and the C library. The results
-// of a build depend on these programs as well as on its inputs. HostTools reads the files again each time, about 25
-// MB, because the host may be updated while a builder runs.
+// HostTools returns a digest of the host's programs that builds run, with the loader and the C library of these
+// programs. The results of a build depend on these programs as well as on the build's inputs. HostTools reads the files
+// again each time, about 25 MB, because the host may be updated while a builder runs.
 func HostTools() (string, error) { return digestTools("/usr/bin", hostTools) }
 
-// digestTools returns a digest of programs in a folder. A missing program is recorded as missing.
+// digestTools returns a digest of programs in a folder. The digest also covers which programs are missing.
 func digestTools(dir string, names []string) (string, error) {
 	h := sha256.New()
 	libraries := map[string]bool{}
@@ -49,7 +49,7 @@ func digestTools(dir string, names []string) (string, error) {
 			return "", fmt.Errorf("read host tools: %w", err)
 		}
 		fmt.Fprintf(h, "%s %s\n", name, sum)
-		needed, err := needs(file)
+		needed, err := neededFiles(file)
 		if err != nil {
 			return "", fmt.Errorf("read host tools: %s: %w", name, err)
 		}
@@ -72,10 +72,10 @@ func digestTools(dir string, names []string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// needs returns the files of a program's loader and libraries. It searches them where the loader of Debian and similar
-// distributions does. For a script it returns none. It does not follow the libraries' own dependencies: those are the
-// C library, or come in the same package.
-func needs(file string) (found []string, err error) {
+// neededFiles returns the files of a program's loader and libraries. It searches them where the loader of Debian and
+// similar distributions searches them. For a script it returns no files. It does not return the libraries' own
+// dependencies: these are the C library, or come in the same package.
+func neededFiles(file string) (found []string, err error) {
 	f, err := elf.Open(file)
 	var format *elf.FormatError
 	if errors.As(err, &format) || errors.Is(err, io.EOF) {

@@ -49,12 +49,12 @@ func TestHostTools(t *testing.T) {
 		t.Errorf("HostTools = %q, %v", d, err)
 	}
 	t.Logf("in %v", time.Since(start))
-	needed, err := needs("/proc/self/exe")
+	needed, err := neededFiles("/proc/self/exe")
 	if err != nil || len(needed) > 3 {
-		t.Errorf("needs(this program) = %v, %v", needed, err)
+		t.Errorf("neededFiles(this program) = %v, %v", needed, err)
 	}
-	libraries, err := needs("/usr/bin/env")
+	libraries, err := neededFiles("/usr/bin/env")
 	if err != nil || len(libraries) < 2 {
-		t.Errorf("needs(env) = %v, %v; want the loader and the C library", libraries, err)
+		t.Errorf("neededFiles(env) = %v, %v; want the loader and the C library", libraries, err)
 	}
 }

@@ -19,11 +19,11 @@ import (
 
 // inGuest is an environment variable that makes this program prepare the virtual machine in which it runs, before it
 // runs its tests. Its value says in which control group the tests run. The value root means the root group of the
-// machine, and unit means a separate group, such as systemd makes for a service. The value user means such a group too,
-// delegated to an ordinary user.
+// machine. The value unit means a separate group, such as systemd makes for a service. The value user means a separate
+// group that is delegated to an ordinary user.
 const inGuest = "PREBAKE_TEST_GUEST"
 
-// TestInVirtualMachine tests the bounds that need a control group, in a virtual machine that has control groups. The
+// TestInVirtualMachine tests the limits that need a control group, in a virtual machine that has control groups. The
 // same tests run there three times: in the root group, in a separate group, and as an ordinary user in a delegated
 // group.
 func TestInVirtualMachine(t *testing.T) {
@@ -89,7 +89,7 @@ func TestGroupsAreRemoved(t *testing.T) {
 	if m := sandbox.SupportedLimits(); !m.ControlGroup {
 		t.Skip(m.Reason)
 	}
-	_, usage, err := limited(t, sandbox.Limits{}, `head -c 20000000 /dev/zero | tail -c 20000000 >/dev/null`)
+	_, usage, err := runLimited(t, sandbox.Limits{}, `head -c 20000000 /dev/zero | tail -c 20000000 >/dev/null`)
 	if err != nil || usage.PeakMemory < 20_000_000 || usage.PeakMemory > 200_000_000 {
 		// Kernels before 5.19 do not report the peak.
 		if err != nil || usage.PeakMemory != 0 {

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Errors of a bundle that was signed with a short-lived certificate. Each error that is returned wraps one of them and
+// Errors of a bundle that was signed with a short-lived certificate. Each returned error wraps one of these errors and
 // adds details; compare with errors.Is.
 var (
 	ErrUnknownIdentity = errors.New("signed by an unknown certificate identity")
@@ -30,7 +30,7 @@ type Root struct{ material *root.TrustedRoot }
 
 const (
 	maxRootFile = 1 << 20
-	hintRoot    = "give a Sigstore trusted_root.json: cosign trusted-root create writes one"
+	hintRoot    = "give a Sigstore trusted_root.json; to make one: cosign trusted-root create"
 )
 
 // ParseRoot parses a trusted_root.json, in the format of Sigstore's root of trust. The command cosign trusted-root
@@ -59,7 +59,7 @@ func parseRoot(text []byte) (*Root, error) {
 	material, err := root.NewTrustedRootFromJSON(text)
 	switch {
 	case err != nil:
-		return nil, cut{err}
+		return nil, shortError{err}
 	case len(material.FulcioCertificateAuthorities()) == 0:
 		return nil, errors.New("no certificate authority")
 	case len(material.TimestampingAuthorities())+len(material.RekorLogs()) == 0:
@@ -68,8 +68,8 @@ func parseRoot(text []byte) (*Root, error) {
 	return &Root{material}, nil
 }
 
-// Certified returns nil if an authority of this root issued the certificate. It checks neither who used the certificate
-// nor when.
+// Certified returns nil if an authority of this root issued the certificate. It does not check who used the
+// certificate, and not when.
 func (r *Root) Certified(leaf *x509.Certificate) error {
 	if _, err := chains(r.material, leaf); err != nil {
 		return fault.Wrap(fault.Unverified, err, hintFor(err))
@@ -109,8 +109,8 @@ func (i Identity) matcher() (verify.CertificateIdentity, error) {
 	}
 	whole := ""
 	if i.Pattern != "" {
-		// The pattern is compiled alone first. Otherwise a pattern with an extra bracket could close the group below, and
-		// then match a part of a name.
+		// The pattern is first compiled without the brackets below. Otherwise a pattern with an extra bracket could close
+		// the group, and then match a part of a name.
 		if _, err := regexp.Compile(i.Pattern); err != nil {
 			return none, err
 		}
@@ -130,8 +130,9 @@ type certificates struct {
 
 func newCertificates(p Policy) (*certificates, error) {
 	c := &certificates{root: p.Root.material}
-	// A trusted time stamp is always required. If the root names a log, a proof from a log of that kind is required too.
-	// Otherwise somebody could sign in a publisher's name, and the publisher would not find the signature in the log.
+	// A trusted timestamp is always required. If the root has logs of signatures or of certificates, a proof from such a
+	// log is also required. Otherwise somebody could sign in a publisher's name without an entry in the log, and the
+	// publisher would not notice.
 	demanded := []verify.VerifierOption{verify.WithObserverTimestamps(1)}
 	if len(c.root.RekorLogs()) > 0 {
 		demanded = append(demanded, verify.WithTransparencyLog(1))
@@ -145,7 +146,7 @@ func newCertificates(p Policy) (*certificates, error) {
 		m, err := i.matcher()
 		if err != nil {
 			return nil, fault.Wrap(fault.Usage, fmt.Errorf("certificate identity %s: %w", i, err),
-				"name the subject and the issuer of the publisher's certificates")
+				"give the subject and the issuer of the publisher's certificates")
 		}
 		names, whom = append(names, i.String()), append(whom, verify.WithCertificateIdentity(m))
 	}
@@ -168,13 +169,13 @@ func nameOf(s certificate.Summary) Identity {
 	return Identity{Subject: s.SubjectAlternativeName, Issuer: s.Issuer}
 }
 
-// explain finds out why a bundle is refused, because most of the library's errors have no types. It only returns
-// errors, so it cannot accept a bundle.
+// explain finds out why a bundle is refused. The library's error does not say that, because most of its errors have no
+// types. Every result of explain is an error, so explain cannot accept a bundle.
 func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause error) error {
 	if other := new(verify.ErrNoMatchingCertificateIdentity); errors.As(cause, &other) {
 		who, err := certificate.SummarizeCertificate(leaf)
 		if err != nil {
-			return fmt.Errorf("%w: %w", ErrMalformed, cut{err})
+			return fmt.Errorf("%w: %w", ErrMalformed, shortError{err})
 		}
 		return fmt.Errorf("%w: %.300q; trusted are %s", ErrUnknownIdentity, nameOf(who).String(), c.identities)
 	}
@@ -184,7 +185,7 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 	}
 	if c.logged {
 		if err := verify.VerifySignedCertificateTimestamp(issued, 1, c.root); err != nil {
-			return fmt.Errorf("%w: no trusted certificate log has the certificate: %w", ErrOtherRoot, cut{err})
+			return fmt.Errorf("%w: no trusted certificate log has the certificate: %w", ErrOtherRoot, shortError{err})
 		}
 	}
 	times, err := c.verifier.VerifyTransparencyLogInclusion(b)
@@ -192,7 +193,7 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 		times, err = c.verifier.VerifyObserverTimestamps(b, times)
 	}
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrNoTime, cut{err})
+		return fmt.Errorf("%w: %w", ErrNoTime, shortError{err})
 	}
 	for _, t := range times {
 		if at := t.Timestamp; at.Before(leaf.NotBefore) || at.After(leaf.NotAfter) {

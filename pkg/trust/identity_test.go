@@ -107,7 +107,7 @@ func TestIdentitiesRefused(t *testing.T) {
 	trusting := func(root []byte, who ...trust.Identity) *trust.Verifier {
 		return verifier(t, trust.Policy{Root: parseRoot(t, root), Identities: who})
 	}
-	// The certificate is the farm's, and the timestamp belongs to another signer's bundle.
+	// The certificate is the farm's, and the timestamp is that of another signer's bundle.
 	stolen := func() []byte {
 		mine, theirs := map[string]any{}, map[string]any{}
 		for raw, into := range map[string]*map[string]any{string(signed): &mine,
@@ -312,7 +312,7 @@ func FuzzParseRoot(f *testing.F) {
 			}
 			return
 		}
-		// A root that parses must be usable in a verifier, whatever is in it.
+		// A root that ParseRoot accepts must be usable in a verifier, whatever is in it.
 		_, _ = verifier(t, trust.Policy{Root: r, Identities: []trust.Identity{someone()}}).Statement(signed)
 	})
 }

@@ -19,7 +19,7 @@ import (
 
 // PublicKey is a trusted key. It is ECDSA on P-256, which every KMS and cosign support; ECDSA on P-384 or P-521; RSA
 // (PKCS #1 v1.5) of 2048, 3072 or 4096 bits; or Ed25519. A signature by the key must use the hash that Sigstore's
-// algorithm registry names for that kind of key.
+// algorithm registry has for that kind of key.
 type PublicKey struct {
 	key crypto.PublicKey
 	sum [sha256.Size]byte // of the DER form (SubjectPublicKeyInfo)
@@ -35,7 +35,8 @@ func NewPublicKey(pub crypto.PublicKey) (PublicKey, error) {
 	if _, err := signature.GetDefaultPublicKeyDetails(pub); err != nil {
 		return PublicKey{}, fault.New(fault.Usage,
 			fmt.Sprintf("read public key: a key of type %T with this curve or length is not supported", pub),
-			"use ECDSA P-256, P-384 or P-521, RSA of 2048, 3072 or 4096 bits, or Ed25519; builder keygen FILE makes such a key")
+			"use ECDSA P-256, P-384 or P-521, RSA of 2048, 3072 or 4096 bits, or Ed25519; "+
+				"to make such a key: builder keygen FILE")
 	}
 	der, err := x509.MarshalPKIXPublicKey(pub)
 	if err != nil {
@@ -88,20 +89,20 @@ func parsePublicKeys(text []byte) ([]PublicKey, error) {
 	return keys, nil
 }
 
-// ID returns the first 16 hex digits of the SHA-256 of the key's DER form. A person can compare it with the output of:
+// ID returns the first 16 hex digits of the SHA-256 of the key's DER form. This command prints the whole SHA-256:
 // openssl pkey -pubin -outform DER | sha256sum.
 func (k PublicKey) ID() string { return hex.EncodeToString(k.sum[:8]) }
 
-// Hint returns the value by which a Sigstore bundle names the key that signed it: the whole SHA-256 of the key's DER
-// form in base64.
+// Hint returns the value by which a Sigstore bundle refers to the key that signed it: the whole SHA-256 of the key's
+// DER form, in base64.
 func (k PublicKey) Hint() string { return base64.StdEncoding.EncodeToString(k.sum[:]) }
 
 func (k PublicKey) verifier() (signature.Verifier, error) {
 	return signature.LoadDefaultVerifier(k.key)
 }
 
-// hintID returns the ID for a bundle's hint. If the hint does not have the usual form, hintID returns a quoted part of
-// it.
+// hintID returns the [PublicKey.ID] for a bundle's hint. If the hint is not a SHA-256 in base64, hintID returns its
+// beginning in quotes.
 func hintID(hint string) string {
 	if sum, err := base64.StdEncoding.DecodeString(hint); err == nil && len(sum) == sha256.Size {
 		return hex.EncodeToString(sum[:8])

@@ -2,9 +2,9 @@ package trust
 
 import "github.com/prebake/prebake/pkg/target"
 
-// Names of labels. A label is an annotation on an attached statement. Readers select statements by their labels, so
-// that they need not fetch all of them. Labels are not signed, so they prove nothing. The first two names come from the
-// Sigstore bundle specification, and cosign reads them.
+// Names of labels. A label is an annotation on an attached statement. Readers select statements by their labels, and so
+// need not fetch all statements. Labels are not signed, so they prove nothing. The first two names come from the
+// Sigstore bundle specification, and cosign reads these two labels.
 const (
 	LabelContent   = "dev.sigstore.bundle.content"
 	LabelPredicate = "dev.sigstore.bundle.predicateType"

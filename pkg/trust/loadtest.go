@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// PredicateTestResult is the predicate type of the load test's result: whether the artifact's modules were loaded
-// before publishing, and with what outcome.
+// PredicateTestResult is the predicate type of the load test's result. It says whether the artifact's modules were
+// loaded before the artifact was published, and what happened.
 const PredicateTestResult = "https://in-toto.io/attestation/test-result/v0.1"
 
 // Outcomes of a load test, as they are shown to users.
@@ -24,8 +24,7 @@ const (
 	VerdictStatic = "static checks only"
 )
 
-// LoadTest is Prebake's own field in a test result. It is needed because the standard fields of the predicate have only
-// names of tests.
+// LoadTest is Prebake's own field in a test result. The standard fields of the predicate have only names of tests.
 type LoadTest struct {
 	Verdict string `json:"verdict"`
 	// Reason says in one line why the verdict is not VerdictLoaded.
@@ -33,7 +32,7 @@ type LoadTest struct {
 	// Kernel is the COS build that was booted or checked.
 	Kernel      target.Kernel      `json:"kernel"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
-	// Modules has the modules in the order in which they were loaded.
+	// Modules has the result of each module, in the order of loading.
 	Modules []ModuleResult `json:"modules,omitempty"`
 	// Release is the kernel release that uname -r printed in the machine.
 	Release string `json:"release,omitempty"`
@@ -70,7 +69,7 @@ var (
 // LoadTestPolicy says which load test a verifier demands.
 type LoadTestPolicy string
 
-// Policies. Each of them refuses modules that failed their load test.
+// Policies for load tests. Each of them refuses an artifact whose load test failed.
 const (
 	// LoadTestAny also accepts artifacts that had only static checks, or no test result.
 	LoadTestAny LoadTestPolicy = ""
@@ -97,7 +96,7 @@ func ParseTestResult(st *Statement) (TestResult, error) {
 			st.PredicateType)
 	}
 	if err := json.Unmarshal(st.Predicate, &r); err != nil {
-		return r, fault.Errorf(fault.Unverified, "%w: test result: %w", ErrMalformed, cut{err})
+		return r, fault.Errorf(fault.Unverified, "%w: test result: %w", ErrMalformed, shortError{err})
 	}
 	verdicts := map[string][]string{
 		VerdictLoaded: {"PASSED", "WARNED"}, VerdictNoDevice: {"WARNED"}, VerdictStatic: {"WARNED"},
@@ -110,24 +109,23 @@ func ParseTestResult(st *Statement) (TestResult, error) {
 	return r, nil
 }
 
-// loadTests collects the test results about an artifact. Results for the node's own COS build decide first. Results for
-// other COS builds with the same ABI fingerprint decide only if there are none for the node's own.
+// loadTests collects the test results about an artifact. The results for the node's own COS build decide. If there are
+// none, the results for other COS builds with the same ABI fingerprint decide.
 type loadTests struct {
-	own, other tested
+	own, other testResults // for the node's own COS build, and for other COS builds
 	static     bool
 }
 
-// tested has the results for the node's own COS build, or for other COS builds: the best pass of each signer, and the
-// rejections. A pass revokes only a rejection by the same signer.
-type tested struct {
+// testResults has the best pass and the rejection of each signer. A pass revokes only a rejection by the same signer.
+type testResults struct {
 	passed   map[string]string
 	rejected map[string]error
 }
 
-// add adds one statement. An error means that the statement does not count. Every trusted signer may state that modules
-// were rejected. add calls counts to ask whether the signer may also state that modules were loaded. passed is true if
-// such a signer states that a kernel loaded the modules.
-func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bool, err error) {
+// add adds one statement. An error means that the statement does not count. Every trusted signer may say that modules
+// were rejected. The function maySign returns an error if the signer may not say that modules were loaded. The result
+// passed is true if a signer that may say so says that a kernel has loaded the modules.
+func (l *loadTests) add(st *Statement, e Expect, maySign func() error) (passed bool, err error) {
 	r, err := ParseTestResult(st)
 	if err != nil {
 		return false, err
@@ -153,7 +151,7 @@ func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bo
 		l.static = true
 		return false, nil
 	}
-	if err := counts(); err != nil {
+	if err := maySign(); err != nil {
 		return false, err
 	}
 	if to.passed[st.Signer()] != VerdictLoaded {
@@ -162,9 +160,10 @@ func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bo
 	return true, nil
 }
 
-// verdict returns the best pass. If there is a rejection that its signer did not revoke by a pass, verdict returns the
-// rejection instead. Of several rejections it returns the one whose signer's name sorts first.
-func (t tested) verdict() (passed string, rejected error) {
+// verdict returns the best pass. If a signer rejected the modules and did not revoke the rejection by a pass, verdict
+// returns that rejection instead. If there are several such rejections, it returns that of the signer whose name sorts
+// first.
+func (t testResults) verdict() (passed string, rejected error) {
 	for _, signer := range slices.Sorted(maps.Keys(t.rejected)) {
 		if t.passed[signer] == "" {
 			return "", t.rejected[signer]
@@ -181,7 +180,7 @@ func (t tested) verdict() (passed string, rejected error) {
 // decide returns the load test's verdict for an artifact, or "" if there is none. It returns an error if the modules
 // were rejected, or if the policy p demands a load test that the artifact lacks.
 func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
-	for _, of := range []tested{l.own, l.other} {
+	for _, of := range []testResults{l.own, l.other} {
 		if passed, rejected := of.verdict(); passed != "" || rejected != nil {
 			return passed, rejected
 		}
@@ -196,8 +195,8 @@ func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
 			err = fmt.Errorf("%w: the artifact had %s", ErrNotTested, VerdictStatic)
 		}
 		return "", fault.Wrap(fault.Unverified, err,
-			"publish the artifact again with builder build --load-test require, or accept artifacts without a load test: "+
-				"fetcher --load-test-policy any, or loadTest: any in the policy")
+			"accept artifacts without a load test (fetcher --load-test-policy any, or loadTest: any in the policy), "+
+				"or publish the artifact again with a load test: builder build --load-test require")
 	}
 	return verdict, nil
 }

@@ -85,7 +85,7 @@ func TestLoadTestDecides(t *testing.T) {
 	}
 }
 
-// Of several rejections always the same one is reported, whatever the order of the statements.
+// If there are several rejections, Verify reports always the same one, whatever the order of the statements.
 func TestLoadTestRejections(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

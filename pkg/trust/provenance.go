@@ -9,9 +9,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Names of internal parameters in the provenance that say who signed the modules. FactModuleKey is the certificate of
-// the farm's own key. FactGoogleSignatures is the archive with Google's signatures. FactGoogleModules is the archive
-// with Google's own modules. Without any of them the modules are not signed.
+// Names of the internal parameters in the provenance that say who signed the modules. FactModuleKey is the certificate
+// of the farm's own key. FactGoogleSignatures is the archive with Google's signatures. FactGoogleModules is the archive
+// with Google's own modules. If the provenance has none of the three, the modules are not signed.
 const (
 	FactModuleKey        = "moduleKey"
 	FactGoogleSignatures = "googleSignatures"
@@ -43,23 +43,23 @@ type provenance struct {
 	} `json:"runDetails"`
 }
 
-// provenance checks the content of one provenance statement.
-func (v *Verifier) provenance(st *Statement, e Expect) error {
+// checkProvenance checks the content of one provenance statement.
+func (v *Verifier) checkProvenance(st *Statement, e Expect) error {
 	var p provenance
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {
-		return fault.Errorf(fault.Unverified, "%w: provenance: %w", ErrMalformed, cut{err})
+		return fault.Errorf(fault.Unverified, "%w: provenance: %w", ErrMalformed, shortError{err})
 	}
 	built, id := p.BuildDefinition.ExternalParameters, e.Identity
 	disagree := func(what, said, is any) error {
-		return fault.Errorf(fault.Mismatch, "%w: provenance is for %s %v, but the artifact is for %v", ErrOtherIdentity, what,
-			said, is)
+		return fault.Errorf(fault.Mismatch, "%w: the provenance is for %s %v, but the artifact is for %v", ErrOtherIdentity,
+			what, said, is)
 	}
 	switch {
 	case p.BuildDefinition.BuildType != BuildType:
 		return fault.Errorf(fault.Unverified, "provenance has build type %.80q; want %s", p.BuildDefinition.BuildType,
 			BuildType)
 	case p.RunDetails.Builder.ID == "":
-		return fault.New(fault.Unverified, "provenance names no builder", "")
+		return fault.New(fault.Unverified, "the provenance has no builder ID", "")
 	case len(v.policy.Builders) > 0 && !slices.Contains(v.policy.Builders, p.RunDetails.Builder.ID):
 		return fault.Errorf(fault.Unverified, "built by builder %.120q; trusted builders are %s", p.RunDetails.Builder.ID,
 			strings.Join(v.policy.Builders, ", "))
@@ -87,16 +87,16 @@ func (v *Verifier) provenance(st *Statement, e Expect) error {
 		}
 	}
 	if placed == 0 {
-		return fault.Errorf(fault.Unverified, "%w: the provenance names no source of any input", ErrOtherInput)
+		return fault.Errorf(fault.Unverified, "%w: the provenance has no source for any input", ErrOtherInput)
 	}
 	return nil
 }
 
-// fillProvenance copies facts from a provenance that counts into the verdict.
+// fillProvenance copies facts into the verdict from a provenance that counts.
 func fillProvenance(st *Statement, verdict *Verdict) {
 	var p provenance
 	if json.Unmarshal(st.Predicate, &p) != nil {
-		return // cannot happen: Verifier.provenance has parsed the same bytes
+		return // cannot happen: checkProvenance has parsed the same bytes
 	}
 	run := p.RunDetails
 	// If several statements count, the oldest time decides. A statement without a time makes the time unknown (zero).

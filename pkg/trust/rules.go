@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// PredicateReproduced is the predicate type of a reproduction: the signer built the artifact again from the inputs in
-// its provenance, and got the same digest.
+// PredicateReproduced is the predicate type of a reproduction. The signer of a reproduction says: I have built the
+// artifact again from the inputs in its provenance, and my artifact has the same digest.
 const PredicateReproduced = "https://prebake.dev/reproduced/v1"
 
 // Reasons by which a policy refuses an artifact; compare with errors.Is.
@@ -36,14 +36,16 @@ type Role struct {
 	Identities []Identity
 }
 
-// RoleKey is a key with the period in which it counts. The key counts if the node accepts an artifact in that period,
-// by the node's clock. A zero time means no bound. An artifact that a node has accepted stays valid after the period.
+// RoleKey is a key with its validity period. A signature by the key counts if a node accepts the artifact in that
+// period, by the node's clock. A zero time means no bound. An artifact that a node has accepted stays valid after the
+// period.
 type RoleKey struct {
 	Key                 PublicKey
 	NotBefore, NotAfter time.Time
 }
 
-// Rule demands that Count different signers of a role have signed a statement of one predicate type.
+// Rule demands that enough signers of a role have signed a statement of one predicate type. Count is the least number
+// of different signers.
 type Rule struct {
 	Statement string
 	Role      string
@@ -53,7 +55,8 @@ type Rule struct {
 // publisher is the only role of a policy that defines no roles.
 const publisher = "publisher"
 
-// Signature is a signature that counted: its statement's predicate type, its signer and the signer's role.
+// Signature is a signature that counted for a rule. It has the predicate type of the signed statement, the signer, and
+// the signer's role.
 type Signature struct {
 	Statement string `json:"statement"`
 	Signer    string `json:"signer"`
@@ -109,17 +112,17 @@ func (p *Policy) settle() error {
 		i := slices.IndexFunc(p.Roles, func(r Role) bool { return r.Name == rule.Role })
 		switch {
 		case i < 0:
-			return bad("a rule names role %.60q, which is not defined", rule.Role)
+			return bad("a rule demands signatures of role %.60q, which is not defined", rule.Role)
 		case rule.Count < 1:
-			return bad("a rule about %s wants %d signatures; want 1 or more", short(rule.Statement), rule.Count)
+			return bad("a rule about %s wants %d signatures; want 1 or more", statementName(rule.Statement), rule.Count)
 		case rule.Count > len(p.Roles[i].Keys)+len(p.Roles[i].Identities):
-			return bad("a rule about %s wants %d signatures of role %s, which has %d keys and identities", short(rule.Statement),
-				rule.Count, rule.Role, len(p.Roles[i].Keys)+len(p.Roles[i].Identities))
+			return bad("a rule about %s wants %d signatures of role %s, which has %d keys and identities",
+				statementName(rule.Statement), rule.Count, rule.Role, len(p.Roles[i].Keys)+len(p.Roles[i].Identities))
 		}
 	}
 	for _, needed := range []string{PredicateProvenance, PredicateKernelMatch} {
 		if !slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Statement == needed }) {
-			return bad("no rule says who signs the %s", short(needed))
+			return bad("no rule says who signs the %s", statementName(needed))
 		}
 	}
 	for _, digest := range p.Revoked {
@@ -133,14 +136,15 @@ func (p *Policy) settle() error {
 			return bad("minimum version: %w", err)
 		}
 		if d != d.Modules() {
-			return bad("minimum version %s: want a release without a suffix; it counts for all editions of the release", version)
+			return bad("minimum version %s: want a version without a suffix; it then applies to all editions of the release",
+				version)
 		}
 	}
 	return nil
 }
 
-// short returns a readable name for a predicate type.
-func short(predicate string) string {
+// statementName returns a readable name for a predicate type.
+func statementName(predicate string) string {
 	switch predicate {
 	case PredicateProvenance:
 		return "provenance"
@@ -159,9 +163,9 @@ func short(predicate string) string {
 // Signer returns the ID of the key, or the certificate identity, that signed the statement.
 func (s *Statement) Signer() string { return s.KeyID + s.Identity }
 
-// has returns the index of the role's key or certificate identity that signed a statement. The error says why the
-// signature does not count. If now is zero, has does not check the periods of keys.
-func (r Role) has(st *Statement, now time.Time) (entry int, err error) {
+// signerIndex returns the index of the role's key or certificate identity that signed a statement. The error says why
+// the signature does not count. If now is zero, the validity periods of keys are not checked.
+func (r Role) signerIndex(st *Statement, now time.Time) (entry int, err error) {
 	for i, k := range r.Keys {
 		if st.KeyID == "" || k.Key.Hint() != st.hint {
 			continue
@@ -179,15 +183,15 @@ func (r Role) has(st *Statement, now time.Time) (entry int, err error) {
 		return i, nil
 	}
 	for i, id := range r.Identities {
-		if st.Identity != "" && id.names(st.signer) {
+		if st.Identity != "" && id.matches(st.signer) {
 			return len(r.Keys) + i, nil
 		}
 	}
 	return 0, fault.Errorf(fault.Unverified, "%w: %s is not of role %s", ErrOtherRole, st.Signer(), r.Name)
 }
 
-// names reports whether this identity matches the name in a certificate.
-func (i Identity) names(who Identity) bool {
+// matches reports whether the name in a certificate is one that this identity allows.
+func (i Identity) matches(who Identity) bool {
 	if i.Issuer != who.Issuer {
 		return false
 	}
@@ -198,10 +202,10 @@ func (i Identity) names(who Identity) bool {
 	return err == nil && whole.MatchString(who.Subject)
 }
 
-// counts returns nil if a statement counts for at least one rule, and records the signature for each such rule.
-// Otherwise it returns the reason. If the policy has no rule about the statement's type, the statement counts if its
-// signer may sign the provenance.
-func (x *evaluation) counts(st *Statement, p Policy, now time.Time) error {
+// countSignature adds a statement's signature to the verdict for each rule about the statement's type whose role has
+// the signer. If there is no such rule, it returns an error that says why. If the policy has no rule at all about the
+// statement's type, nothing is added, and the result is nil if the signer may sign the provenance.
+func (x *evaluation) countSignature(st *Statement, p Policy, now time.Time) error {
 	about := slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Statement == st.PredicateType })
 	var why error
 	counted := false
@@ -210,7 +214,7 @@ func (x *evaluation) counts(st *Statement, p Policy, now time.Time) error {
 			continue
 		}
 		role := p.Roles[slices.IndexFunc(p.Roles, func(r Role) bool { return r.Name == rule.Role })]
-		entry, err := role.has(st, now)
+		entry, err := role.signerIndex(st, now)
 		if err != nil {
 			why = err
 			continue
@@ -227,9 +231,9 @@ func (x *evaluation) counts(st *Statement, p Policy, now time.Time) error {
 	return why
 }
 
-// met returns an error if fewer signers have signed than a rule demands. Otherwise it returns how many have signed, and
-// who.
-func (x *evaluation) met(rule Rule) (string, error) {
+// checkRule returns an error if fewer signers have signed than a rule demands. Otherwise it returns how many have
+// signed, and which.
+func (x *evaluation) checkRule(rule Rule) (string, error) {
 	var signers []string
 	entries := map[int]bool{}
 	for _, s := range x.verdict.Signatures {
@@ -242,7 +246,7 @@ func (x *evaluation) met(rule Rule) (string, error) {
 		detail += ": " + strings.Join(signers, ", ")
 	}
 	if len(entries) < rule.Count {
-		err := fmt.Errorf("%w under its %s: %s", ErrThreshold, short(rule.Statement), detail)
+		err := fmt.Errorf("%w under its %s: %s", ErrThreshold, statementName(rule.Statement), detail)
 		for _, other := range x.reasons[rule.Statement][:min(2, len(x.reasons[rule.Statement]))] {
 			err = fmt.Errorf("%w; %w", err, other)
 		}
@@ -252,15 +256,15 @@ func (x *evaluation) met(rule Rule) (string, error) {
 	return detail, nil
 }
 
-// reproduced checks the content of a reproduction statement.
-func reproduced(st *Statement, e Expect) error {
+// checkReproduction checks the content of a reproduction.
+func checkReproduction(st *Statement, e Expect) error {
 	var p struct {
 		Result      string             `json:"result"`
 		Fingerprint target.Fingerprint `json:"fingerprint"`
 		Driver      target.Driver      `json:"driver"`
 	}
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {
-		return fault.Errorf(fault.Unverified, "%w: reproduction: %w", ErrMalformed, cut{err})
+		return fault.Errorf(fault.Unverified, "%w: reproduction: %w", ErrMalformed, shortError{err})
 	}
 	if p.Result != "identical" || p.Fingerprint != e.Identity.Fingerprint || p.Driver != e.Identity.Driver {
 		return fault.Errorf(fault.Mismatch, "%w: reproduction is of driver %s for ABI fingerprint %s, with result %.20q",
@@ -278,25 +282,25 @@ func (p Policy) revoked(digest string) (string, error) {
 }
 
 // minimum checks the driver's version. If MinVersions has a version of the driver's branch, the driver must not be
-// older. A driver of any other branch must not be older than any version in the list, because a policy that lists the
-// maintained branches means that older branches are not maintained.
+// older than that version. If it has none, the driver must not be older than any version in the list: the list has the
+// maintained branches, and older branches are not maintained.
 func (p Policy) minimum(d target.Driver) (string, error) {
 	if len(p.MinVersions) == 0 {
 		return "any version will do", nil
 	}
 	have := d.Modules().Version
-	named := false
+	inList := false
 	for _, least := range p.MinVersions {
 		of := target.Driver{Version: least, Flavour: d.Flavour}
 		if of.Branch() != d.Branch() {
 			continue
 		}
-		if named = true; target.CompareVersions(have, least) < 0 {
+		if inList = true; target.CompareVersions(have, least) < 0 {
 			return "", p.tooOld(have, least)
 		}
 	}
 	for _, least := range p.MinVersions {
-		if !named && target.CompareVersions(have, least) < 0 {
+		if !inList && target.CompareVersions(have, least) < 0 {
 			return "", p.tooOld(have, least)
 		}
 	}
@@ -308,7 +312,7 @@ func (p Policy) tooOld(have, least string) error {
 		"ask for a newer driver version")
 }
 
-// age checks that the build of the artifact is not older than MaxAge. The time of the build is in the provenance.
+// age checks that the artifact's build, whose time is in the provenance, is not older than MaxAge.
 func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	switch {
 	case p.MaxAge == 0:

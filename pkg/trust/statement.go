@@ -14,15 +14,15 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Errors of a bundle itself. Each error that is returned wraps one of them and adds details; compare with errors.Is.
+// Errors of a bundle itself. Each returned error wraps one of these errors and adds details; compare with errors.Is.
 var (
 	ErrMalformed  = errors.New("malformed attestation")
 	ErrUnknownKey = errors.New("signed by an unknown key")
 	ErrChanged    = errors.New("signature does not hold: payload or signature changed after signing")
 )
 
-// Bounds on the Sigstore bundles that are read. A registry may let anybody attach bundles, so neither the number nor
-// the size of bundles may cost much time.
+// Bounds on the Sigstore bundles that are read. A registry may let anybody attach bundles, so neither many nor large
+// bundles may cost much time.
 const (
 	// MaxBundles has room for the bundles that match [Wanted], for as many bundles without labels, and for the
 	// caller's own bundles.
@@ -48,15 +48,15 @@ type Verifier struct {
 type Policy struct {
 	// Keys are the public keys of the publishers.
 	Keys []PublicKey
-	// Root verifies certificates, and Identities are the names that the certificates may have. Either both are set, or
+	// Root verifies certificates. Identities are the names that the certificates may have. Either both are set, or
 	// neither.
 	Root       *Root
 	Identities []Identity
-	// Roles and Rules replace Keys and Identities if several parties have to sign. There must be rules for provenance
-	// and kernel match, and there may be rules for other types.
+	// Roles and Rules replace Keys and Identities if several parties must sign. There must be rules for provenance and
+	// kernel match, and there may be rules for other types of statements.
 	Roles []Role
 	Rules []Rule
-	// Builders are the builder IDs that the provenance may name. Sources are the prefixes that the URIs of the build's
+	// Builders are the builder IDs that the provenance may have. Sources are the prefixes that the URIs of the build's
 	// inputs may have. An empty list allows any value.
 	Builders, Sources []string
 	// MaxAge is the greatest age of an artifact's build at the time when a node first accepts the artifact. Zero allows
@@ -74,8 +74,8 @@ type Policy struct {
 
 // Listing decides about an artifact by a list that is not part of the policy, such as a snapshot.
 type Listing interface {
-	// Check returns why the artifact with this digest must not be used, or nil. now is the time at which a new
-	// artifact is accepted. now is zero for an artifact that was accepted before.
+	// Check returns an error if the artifact with this digest must not be used. The argument now is the time at which a
+	// new artifact is accepted. It is zero for an artifact that was accepted before.
 	Check(digest string, now time.Time) (detail string, err error)
 }
 
@@ -121,8 +121,8 @@ func NewVerifier(p Policy) (*Verifier, error) {
 
 // Statement is an in-toto statement with a valid signature.
 type Statement struct {
-	// KeyID is the [PublicKey.ID] of the signer. Identity is the name in the signer's certificate. KeyID or Identity is
-	// empty.
+	// KeyID is the [PublicKey.ID] of the signer's key. Identity is the name in the signer's certificate. One of the two
+	// is empty.
 	KeyID    string
 	Identity string
 	// Subjects are the digests that the statement is about, as sha256:HEX.
@@ -131,8 +131,8 @@ type Statement struct {
 	// Predicate is JSON.
 	Predicate []byte
 
-	signer Identity // Identity before formatting
-	hint   string   // [PublicKey.Hint] of the key
+	signer Identity // of which the field Identity is the formatted text
+	hint   string   // [PublicKey.Hint] of the signer's key
 }
 
 // About reports whether the statement is about this digest.
@@ -146,7 +146,7 @@ func (s *Statement) About(digest string) bool {
 }
 
 // Statements returns the statements that have a valid signature, this digest as a subject, and this predicate type. It
-// is for callers that need a statement whose content [Verifier.Verify] does not read. It examines only the first
+// is for callers that need the content of statements that [Verifier.Verify] does not read. It examines only the first
 // [MaxBundles] bundles.
 func (v *Verifier) Statements(bundles [][]byte, digest, predicateType string) []*Statement {
 	var all []*Statement
@@ -178,7 +178,7 @@ func hintFor(err error) string {
 		return "configure the trusted root of the Sigstore deployment that issued the certificate, if you trust that " +
 			"deployment"
 	case errors.Is(err, ErrNoTime):
-		return "sign the artifact again with a timestamp authority or a log that the trusted root names"
+		return "sign the artifact again, with a timestamp authority or a log that is in the trusted root"
 	}
 	return ""
 }
@@ -189,7 +189,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	}
 	var b bundle.Bundle
 	if err := b.UnmarshalJSON(data); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrMalformed, cut{err})
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, shortError{err})
 	}
 	if b.MediaType != ArtifactTypeBundle {
 		return nil, fmt.Errorf("%w: media type %.80q; want %s", ErrMalformed, b.MediaType, ArtifactTypeBundle)
@@ -200,7 +200,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	}
 	content, err := b.VerificationContent()
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrMalformed, cut{err})
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, shortError{err})
 	}
 	pub := content.PublicKey()
 	if pub == nil {
@@ -212,9 +212,9 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	}
 	key, ok := v.keys[pub.Hint()]
 	if !ok {
-		return nil, fmt.Errorf("%w: key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()), v.trusted())
+		return nil, fmt.Errorf("%w: key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()), v.trustedSigners())
 	}
-	// The library does not compare the subject here. [Verifier.Verify] compares it later, because its error can name the
+	// The library does not compare the subject here. [Verifier.Verify] does so later, because its error then has the
 	// subject. Nothing is returned before the signature is verified.
 	result, err := v.verifier.Verify(&b, verify.NewPolicy(verify.WithoutArtifactUnsafe(), verify.WithKey()))
 	if err != nil {
@@ -223,8 +223,8 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	return readStatement(Statement{KeyID: key.ID(), hint: key.Hint()}, result)
 }
 
-// trusted returns the trusted keys and certificate identities, for messages.
-func (v *Verifier) trusted() string {
+// trustedSigners returns the trusted keys and certificate identities, for messages.
+func (v *Verifier) trustedSigners() string {
 	all := ids(v.policy.Keys)
 	switch {
 	case v.certificates == nil:
@@ -255,15 +255,15 @@ func readStatement(st Statement, result *verify.VerificationResult) (*Statement,
 		return nil, fmt.Errorf("%w: statement without a predicate", ErrMalformed)
 	}
 	if st.Predicate, err = in.GetPredicate().MarshalJSON(); err != nil {
-		return nil, fmt.Errorf("%w: predicate: %w", ErrMalformed, cut{err})
+		return nil, fmt.Errorf("%w: predicate: %w", ErrMalformed, shortError{err})
 	}
 	return &st, nil
 }
 
-// cut limits the length of an error's text that may quote untrusted bytes.
-type cut struct{ err error }
+// shortError is an error whose text is quoted and cut to a bounded length, because it may have untrusted bytes.
+type shortError struct{ err error }
 
-func (c cut) Error() string {
+func (c shortError) Error() string {
 	text := strings.ReplaceAll(c.err.Error(), "\u00a0", " ") // protobuf varies its white space
 	if len(text) > 200 {
 		text = text[:200] + "..."
@@ -271,4 +271,4 @@ func (c cut) Error() string {
 	return fmt.Sprintf("%q", text)
 }
 
-func (c cut) Unwrap() error { return c.err }
+func (c shortError) Unwrap() error { return c.err }

@@ -1,8 +1,8 @@
 // Package trust decides whether an artifact can be trusted. A trusted signer must have stated how the artifact was
-// built, and that it fits this kernel and driver. The policy names the trusted signers, by public keys or by
-// certificate identities. A bundle is a Sigstore bundle here: one signed statement with the proof of its signature. The
-// package works offline and holds no secrets. It does not sign or fetch, and it uses nothing from a statement before
-// the signature is verified.
+// built, and that it fits this kernel and driver. The policy lists the trusted signers, as public keys or as
+// certificate identities. In this package, a bundle is a Sigstore bundle: one signed statement with the proof of its
+// signature. The package works offline and holds no secrets. It does not sign or fetch. It uses nothing from a
+// statement before it has verified the statement's signature.
 package trust
 
 import (
@@ -27,16 +27,16 @@ const (
 	// PredicateKernelMatch is the type of a statement that an artifact fits one COS build. There is one such statement
 	// for each COS build with the artifact's fingerprint.
 	PredicateKernelMatch = "https://prebake.dev/kernel-match/v1"
-	// PredicateSBOM is the type of a statement about the artifact's contents, an SPDX document. Verify does not need
-	// it.
+	// PredicateSBOM is the type of a statement about the artifact's contents: an SPDX document. Verify does not need such
+	// a statement.
 	PredicateSBOM = "https://spdx.dev/Document"
-	// BuildType defines the meaning of the provenance's parameters.
+	// BuildType is the build type in the provenance. It defines the meaning of the provenance's parameters.
 	BuildType = "https://prebake.dev/build/v1"
 	// ArtifactTypeBundle is the artifact type of attached Sigstore bundles.
 	ArtifactTypeBundle = "application/vnd.dev.sigstore.bundle.v0.3+json"
 )
 
-// Errors of an artifact whose bundles could be read. Each error that is returned wraps one of them and adds details;
+// Errors of an artifact whose bundles could be read. Each returned error wraps one of these errors and adds details;
 // compare with errors.Is.
 var (
 	ErrOtherDigest   = errors.New("statement is about another artifact")
@@ -49,19 +49,18 @@ var (
 
 // Expect describes the artifact that the caller expects.
 type Expect struct {
-	// Digest is the digest of the manifest. The caller has compared the manifest's bytes with it.
+	// Digest is the digest of the manifest. The caller must have compared the manifest's bytes with it.
 	Digest string
 	// Kernel is the node's kernel. BuildID and Board are required. Release, Commit and Arch are compared if both sides
-	// know them. Version is not compared: it has a build counter and a time, and they may differ between the
-	// headers and the image. COS itself matches by BUILD_ID.
+	// know them. Version is not compared: it has a build counter and a time, which may differ between the headers and the
+	// image. COS itself matches by BUILD_ID.
 	Kernel target.Kernel
 	// Driver is the driver that was asked for.
 	Driver target.Driver
 	// Identity is what the manifest's annotations say about the artifact, such as its driver and its ABI fingerprint.
 	Identity bundle.Identity
 	// Now is the time at which a new artifact is accepted. The policy's periods and ages are checked against this time.
-	// Zero skips these checks. It is for an artifact that was accepted before, because an artifact does not become worse
-	// with time.
+	// Zero skips these checks, and is for an artifact that was accepted before: such an artifact stays acceptable.
 	Now time.Time
 }
 
@@ -78,7 +77,7 @@ type Parameters struct {
 	Driver      target.Driver      `json:"driver"`
 }
 
-// Material is one input that the provenance names.
+// Material is one input in the provenance's list of inputs.
 type Material struct {
 	Name   string `json:"name"`
 	URI    string `json:"uri,omitempty"`
@@ -87,14 +86,14 @@ type Material struct {
 
 // Verdict has the facts that were verified about an artifact.
 type Verdict struct {
-	// KeyID is the key that signed the provenance. Identity is the name in the certificate that signed it. KeyID or
-	// Identity is empty.
+	// KeyID is the ID of the key that signed the provenance. Identity is the name in the certificate if a certificate
+	// signed it. One of the two is empty.
 	KeyID    string `json:"keyId,omitempty"`
 	Identity string `json:"identity,omitempty"`
-	// BuilderID names the builder, and InvocationID the run of the builder.
+	// BuilderID is the ID of the builder. InvocationID is the ID of the builder's run.
 	BuilderID    string `json:"builderId"`
 	InvocationID string `json:"invocationId,omitempty"`
-	// Built has the driver, and the COS build whose kernel it was compiled for.
+	// Built has the driver, and the COS build for whose kernel the driver was compiled.
 	Built Parameters `json:"built"`
 	// Match is the kernel match for the node's COS build. MatchedBy is the key or the certificate identity that signed
 	// the kernel match. It may differ from the signer of the provenance.
@@ -102,21 +101,21 @@ type Verdict struct {
 	MatchedBy string      `json:"matchedBy"`
 	// Materials are the inputs of the build.
 	Materials []Material `json:"materials"`
-	// ModulesSigned is true if, according to the provenance, the modules carry signatures for the kernel, by the
-	// farm's key or by Google's.
+	// ModulesSigned is true if, according to the provenance, the modules have signatures that a kernel can check: by the
+	// farm's key or by Google's key.
 	ModulesSigned bool `json:"modulesSigned,omitempty"`
 	// LoadTest is the load test's verdict. It is empty if no statement has one.
 	LoadTest string `json:"loadTest,omitempty"`
 	// BuiltOn is the time at which the build ended, according to the provenance. Zero means unknown.
 	BuiltOn time.Time `json:"builtOn,omitzero"`
-	// Signatures are all signatures that counted.
+	// Signatures are all signatures that counted for a rule.
 	Signatures []Signature `json:"signatures,omitempty"`
-	// Ignored has the reasons why other attached bundles were not used.
+	// Ignored has a reason for each attached bundle that was not used.
 	Ignored []string `json:"ignored,omitempty"`
 }
 
 // SignedBy returns the key or the certificate identity that signed the provenance. If another signer signed the kernel
-// match, SignedBy adds that signer.
+// match, SignedBy also returns that signer.
 func (v *Verdict) SignedBy() string {
 	by := v.KeyID + v.Identity
 	if v.MatchedBy != "" && v.MatchedBy != by {
@@ -131,10 +130,10 @@ func (v *Verdict) String() string {
 		v.Built.Driver, v.Match.Kernel, v.SignedBy(), v.BuilderID, len(v.Materials))
 }
 
-// Verify decides whether an artifact may be used. There must be a valid provenance and a valid kernel match for e's
-// COS build, both about e's digest. If the policy demands a load test, there must be a passed one. A failed load test
-// always refuses the artifact. Verify ignores bundles that prove nothing if other bundles prove enough, because
-// anybody may attach bundles to an artifact. It examines only the first [MaxBundles] bundles.
+// Verify decides whether an artifact may be used. There must be a valid provenance and a valid kernel match for e's COS
+// build, both about e's digest. If the policy demands a load test, there must be a passed load test. If a load test
+// failed, Verify always refuses the artifact. Anybody may attach bundles to an artifact; so if some bundles prove
+// enough, Verify ignores the bundles that prove nothing. It examines only the first [MaxBundles] bundles.
 func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	verdict, err := v.verify(bundles, e)
 	if err != nil {
@@ -146,7 +145,7 @@ func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	x, checks := v.evaluate(bundles, e)
 	for _, c := range checks {
-		if _, err := c.do(); err != nil {
+		if _, err := c.run(); err != nil {
 			return nil, err
 		}
 	}
@@ -160,7 +159,7 @@ func (v *Verifier) Explain(bundles [][]byte, e Expect) (*Verdict, []Finding, err
 	var findings []Finding
 	var first error
 	for _, c := range checks {
-		detail, err := c.do()
+		detail, err := c.run()
 		if err != nil {
 			detail = err.Error()
 			if first == nil {
@@ -184,10 +183,11 @@ type evaluation struct {
 	reasons map[string][]error
 }
 
-// check is one rule. do returns a detail if the rule holds, or an error that says why it does not.
+// check is one rule. The function run returns a detail if the artifact satisfies the rule, or an error that says why it
+// does not.
 type check struct {
 	name string
-	do   func() (string, error)
+	run  func() (string, error)
 }
 
 func (x *evaluation) done() *Verdict {
@@ -235,8 +235,8 @@ func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 		}},
 	}
 	for _, rule := range p.Rules {
-		checks = append(checks, check{"signatures under the " + short(rule.Statement),
-			func() (string, error) { return x.met(rule) }})
+		checks = append(checks, check{"signatures under the " + statementName(rule.Statement),
+			func() (string, error) { return x.checkRule(rule) }})
 	}
 	checks = append(checks, check{"age", func() (string, error) { return p.age(x.verdict, e.Now) }})
 	if p.Listing != nil {
@@ -247,7 +247,7 @@ func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 
 // read evaluates one statement whose signature is valid.
 func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
-	// The content is checked first, because a statement with wrong content must not count for any rule.
+	// The content is checked before the signer, because a statement with wrong content must not count for any rule.
 	var err error
 	defer func() {
 		if err != nil {
@@ -256,8 +256,8 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 	}()
 	switch st.PredicateType {
 	case PredicateProvenance:
-		if err = v.provenance(st, e); err == nil {
-			err = x.counts(st, v.policy, e.Now)
+		if err = v.checkProvenance(st, e); err == nil {
+			err = x.countSignature(st, v.policy, e.Now)
 		}
 		if err == nil {
 			fillProvenance(st, &x.verdict)
@@ -267,7 +267,7 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 	case PredicateKernelMatch:
 		var m KernelMatch
 		if m, err = kernelMatch(st, e); err == nil {
-			err = x.counts(st, v.policy, e.Now)
+			err = x.countSignature(st, v.policy, e.Now)
 		}
 		if err == nil && x.verdict.MatchedBy == "" {
 			x.verdict.Match, x.verdict.MatchedBy = m, st.Signer()
@@ -275,17 +275,18 @@ func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 		x.match.judge(err)
 		return
 	case PredicateTestResult:
-		// Every trusted signer may state that modules were rejected.
+		// Every trusted signer may say that modules were rejected.
 		var passed bool
-		if passed, err = x.tests.add(st, e, func() error { return x.counts(st, v.policy, e.Now) }); err == nil && !passed {
+		passed, err = x.tests.add(st, e, func() error { return x.countSignature(st, v.policy, e.Now) })
+		if err == nil && !passed {
 			return
 		}
 	case PredicateReproduced:
-		if err = reproduced(st, e); err == nil {
-			err = x.counts(st, v.policy, e.Now)
+		if err = checkReproduction(st, e); err == nil {
+			err = x.countSignature(st, v.policy, e.Now)
 		}
 	case PredicateSBOM, gpulist.PredicateType: // Verify does not need their content
-		err = x.counts(st, v.policy, e.Now)
+		err = x.countSignature(st, v.policy, e.Now)
 	default:
 		err = fault.Errorf(fault.Unverified, "statement of unknown type %.80q", st.PredicateType)
 	}
@@ -322,7 +323,7 @@ func ParseKernelMatch(st *Statement) (KernelMatch, error) {
 			st.PredicateType)
 	}
 	if err := json.Unmarshal(st.Predicate, &m); err != nil {
-		return m, fault.Errorf(fault.Unverified, "%w: kernel match: %w", ErrMalformed, cut{err})
+		return m, fault.Errorf(fault.Unverified, "%w: kernel match: %w", ErrMalformed, shortError{err})
 	}
 	if _, err := target.ParseKernel(m.Kernel.BuildID, m.Kernel.Board); err != nil {
 		return m, fault.Errorf(fault.Unverified, "%w: kernel match: %w", ErrMalformed, err)
@@ -361,8 +362,8 @@ func (m KernelMatch) fits(e Expect) error {
 	return nil
 }
 
-// tally collects the results of all statements of one type. ok is true if one of them is valid; errs has the reasons
-// why others are not.
+// tally collects the results of all statements of one type. The field ok is true if one of the statements is valid. The
+// field errs has the reasons why others are not valid.
 type tally struct {
 	ok   bool
 	errs []error
@@ -378,8 +379,9 @@ func (t *tally) judge(err error) {
 	t.add(err)
 }
 
-// explain returns nil if the statement was found. Otherwise it returns the most useful reason: the errors of
-// statements of that type, or the errors of bundles that could not be used, or that nothing is attached.
+// explain returns nil if one of the statements is valid. Otherwise it returns the errors of the statements of that
+// type. If there are no such statements, it returns the errors of the bundles that could not be used. If there are no
+// such bundles either, it returns the error none.
 func (t *tally) explain(none error, useless tally) error {
 	const shown = 3
 	var missing error

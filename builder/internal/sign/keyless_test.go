@@ -194,7 +194,7 @@ func TestKeylessRefuses(t *testing.T) {
 		{"time out of reach", keylessRef(t, url, gone.URL), fault.Transient, "can be reached"},
 		{"no timestamp authority", keylessRef(t, url, refusing.URL), fault.Usage, "timestamp authority's URL"},
 		{"time of another root", keylessRef(t, url, testkit.NewAuthority(t).ServeTime(t)), fault.Usage,
-			"that the trusted root names"},
+			"that is in the trusted root"},
 		{"log out of reach", withLog(t, keylessRef(t, url, stamps), gone.URL), fault.Transient, "can be reached"},
 	} {
 		signer, err := sign.LoadSigner(t.Context(), row.ref, good)

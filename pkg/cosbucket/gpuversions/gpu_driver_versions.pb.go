@@ -78,7 +78,7 @@ func (x *DriverVersion) GetVersion() string {
 	return ""
 }
 
-// GPUDevice names a kind of GPU, such as NVIDIA_L4, NO_GPU or OTHERS.
+// GPUDevice is a kind of GPU, such as NVIDIA_L4, NO_GPU or OTHERS.
 type GPUDevice struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	GpuType       string                 `protobuf:"bytes,1,opt,name=gpu_type,json=gpuType,proto3" json:"gpu_type,omitempty"`
