@@ -86,7 +86,7 @@ func TestReindexBucket(t *testing.T) {
 			others[f.Difference]++
 			continue
 		}
-		lostFor[f.Digest] = slices.Sorted(maps.Keys(named(f.Kernels)))
+		lostFor[f.Digest] = slices.Sorted(maps.Keys(kernelSet(f.Kernels)))
 	}
 	wantLost := map[string][]string{
 		foreign.Digest: {"17800.0.48/lakitu"},

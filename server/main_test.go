@@ -118,7 +118,7 @@ func TestOperator(t *testing.T) {
 		{"no token", []string{"request", "--build-id", "17800.0.47", "--driver", "535.261.03"}, fault.Unauthorized.ExitCode(),
 			"", "this call needs a token"},
 		{"bad wish", []string{"resolve", "--build-id", "17800.0.47", "--driver", "new"}, 2, "", "hint:"},
-		{"no such build", []string{"build", "99"}, fault.NotFound.ExitCode(), "", "list builds"},
+		{"no such build", []string{"build", "99"}, fault.NotFound.ExitCode(), "", "the list of builds"},
 		{"no log yet", []string{"build", "1", "--log"}, fault.NotFound.ExitCode(), "", "no log yet"},
 		{"stray argument", []string{"kernels", "x"}, 2, "", "takes no argument"},
 		{"bad number", []string{"build", "x"}, 2, "", "needs the number of one build"},

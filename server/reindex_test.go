@@ -157,7 +157,7 @@ func TestReindex(t *testing.T) {
 	if diff := cmp.Diff(wantStates, states); diff != "" {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}
-	if got, wanted := named(all[lacking.Digest].Kernels), named(want); !maps.Equal(got, wanted) {
+	if got, wanted := kernelSet(all[lacking.Digest].Kernels), kernelSet(want); !maps.Equal(got, wanted) {
 		t.Errorf("reindex finds %d kernels; want %d: those that the farm attests\n%s", len(got), len(wanted),
 			cmp.Diff(wanted, got))
 	}
@@ -201,7 +201,7 @@ func TestReindex(t *testing.T) {
 	got := stored[lacking.Digest]
 	if id := lacking.Identity; got.Repository != r.name || got.Fingerprint != id.Fingerprint || got.Driver != id.Driver ||
 		got.Release != id.Release ||
-		!maps.Equal(named(got.Kernels), named(want)) {
+		!maps.Equal(kernelSet(got.Kernels), kernelSet(want)) {
 		t.Errorf("reindex --apply recorded %+v; want what is signed", got)
 	}
 	all = read(fault.Unverified.ExitCode())
@@ -314,7 +314,7 @@ func attach(t *testing.T, repo *registry.Repository, s testkit.Sample, key *test
 	}
 }
 
-func named(kernels []target.Kernel) map[string]bool {
+func kernelSet(kernels []target.Kernel) map[string]bool {
 	all := map[string]bool{}
 	for _, k := range kernels {
 		all[k.String()] = true
