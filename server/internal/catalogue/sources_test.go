@@ -137,7 +137,7 @@ func TestPreflightOfGKE(t *testing.T) {
 	}
 	v, err = ask(pool)
 	if r := v.Resolution; err != nil || v.May || r.State != api.Unknown || !strings.Contains(r.Reason, first) ||
-		!strings.Contains(r.Reason, "17800.0.46") || !strings.Contains(r.Hint, "name BUILD_ID") {
+		!strings.Contains(r.Reason, "17800.0.46") || !strings.Contains(r.Hint, "ask with BUILD_ID") {
 		t.Errorf("Preflight(GKE of two builds) = %+v, %v; want unknown that names both", v, err)
 	}
 	for _, bad := range []api.Pool{
