@@ -11,7 +11,7 @@ import (
 
 // beside shows that readers do not wait for writers. When readers and writers used one connection, a builder's report
 // or an endless list blocked every readiness check and every node's question.
-func beside(t *testing.T, s *store.Store, id string) {
+func testReadDuringWrite(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()
 	err := s.Write(ctx, func(tx *store.Tx) error {
@@ -35,7 +35,7 @@ func beside(t *testing.T, s *store.Store, id string) {
 }
 
 // panicked shows that the only connection for writing is free again after a write that panics.
-func panicked(t *testing.T, s *store.Store, id string) {
+func testWriteThatPanics(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()
 	put := func(then func()) func(*store.Tx) error {

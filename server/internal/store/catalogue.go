@@ -47,7 +47,7 @@ func (s *Store) Drivers(ctx context.Context, p Page) (all []api.DriverRelease, n
 	return all, next, classify("list drivers", err)
 }
 
-// Driver reads one driver version. An unknown version is no error; it has no flavours.
+// Driver reads one driver version. If the version is not known, it returns no error, and a driver without flavours.
 func (s *Store) Driver(ctx context.Context, version string) (api.DriverRelease, error) {
 	return remember(s.cache, s.cache.drivers, version, func() (api.DriverRelease, bool, error) {
 		d, err := scanDriver(
@@ -92,7 +92,7 @@ type ArtifactFilter struct {
 	Digest, Driver string
 	Flavour        target.Flavour
 	State          api.State
-	// BuildID and Board name a kernel that the artifact is attested for.
+	// BuildID and Board are those of a kernel that the artifact is attested for.
 	BuildID, Board string
 }
 
@@ -108,19 +108,19 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 		return nil, "", err
 	}
 	w := &where{}
-	equal(w, "a.digest", f.Digest)
-	equal(w, "a.driver", f.Driver)
-	equal(w, "a.flavour", string(f.Flavour))
-	equal(w, "a.state", string(f.State))
+	addEqual(w, "a.digest", f.Digest)
+	addEqual(w, "a.driver", f.Driver)
+	addEqual(w, "a.flavour", string(f.Flavour))
+	addEqual(w, "a.state", string(f.State))
 	if f.BuildID != "" || f.Board != "" {
 		k := &where{args: w.args}
-		equal(k, "build_id", f.BuildID)
-		equal(k, "board", f.Board)
+		addEqual(k, "build_id", f.BuildID)
+		addEqual(k, "board", f.Board)
 		w.args = k.args
 		w.and("a.digest IN (SELECT digest FROM artifact_kernels" + k.String() + ")")
 	}
 	if after != nil {
-		// The cursor has the time as text, and the table as a number.
+		// The time is a text in the cursor, and a number in the table.
 		w.and(
 			"a.published_at <= CAST(? AS BIGINT) AND (a.published_at < CAST(? AS BIGINT) OR a.digest > ?)",
 			after[0],
@@ -132,7 +132,7 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 	all, at := make([]api.Artifact, 0, p.Limit+1), make(map[string]int, p.Limit+1)
 	err = query(ctx, q, func(row func(...any) error) error {
 		a, err := scanArtifact(row)
-		a.Kernels = make([]target.Kernel, 0, 4) // often some consecutive COS builds share a kernel
+		a.Kernels = make([]target.Kernel, 0, 4) // an artifact often fits some consecutive COS builds
 		at[a.Digest] = len(all)
 		all = append(all, a)
 		return err
@@ -140,7 +140,7 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 	if err != nil {
 		return nil, "", err
 	}
-	known := map[string]target.Kernel{} // artifacts of one kernel have the same text, which is parsed once
+	known := map[string]target.Kernel{} // each kernel's text occurs for many artifacts and is parsed once
 	err = query(ctx, q, func(row func(...any) error) error {
 		var digest, raw string
 		if err := row(&digest, &raw); err != nil {
@@ -153,7 +153,7 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 			}
 			known[raw] = k
 		}
-		if i, ok := at[digest]; ok { // not ok if the artifact was stored between the two reads
+		if i, ok := at[digest]; ok { // if not ok, the artifact was stored between the two reads
 			all[i].Kernels = append(all[i].Kernels, k)
 		}
 		return nil
@@ -190,14 +190,14 @@ func artifact(ctx context.Context, q querier, digest string) (api.Artifact, erro
 		return api.Artifact{}, fault.New(
 			fault.NotFound,
 			"artifact "+digest+" is not in the catalogue",
-			"list artifacts: server artifacts",
+			"take the digest from the list of artifacts: server artifacts",
 		)
 	}
 	return all[0], nil
 }
 
-// PutArtifact adds an artifact, or adds kernels to a known one. It never changes the digest, driver, fingerprint or
-// state of a stored artifact. [Tx.SetArtifactState] changes the state.
+// PutArtifact adds an artifact. If the artifact is stored already, it only adds kernels. It never changes the digest,
+// driver, fingerprint or state of a stored artifact; [Tx.SetArtifactState] changes the state.
 func (tx *Tx) PutArtifact(ctx context.Context, a api.Artifact) error {
 	err := func() error {
 		_, err := tx.ExecContext(ctx, `
@@ -213,8 +213,8 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (digest) DO NOTHING
 			if err != nil {
 				return err
 			}
-			// Cached facts of other kernels with this fingerprint stay. Such a kernel can use the artifact only after a builder
-			// has attested it for that kernel. The builder finds the artifact without the cache.
+			// The cached facts about other kernels with this fingerprint are not dropped. Such a kernel can use the artifact
+			// only after a builder has attested the artifact for it, and the builder finds the artifact without the cache.
 			tx.touch(k.String())
 			_, err = tx.ExecContext(ctx, `
 INSERT INTO artifact_kernels (digest, build_id, board, kernel, attested_at) VALUES ($1, $2, $3, $4, $5)
@@ -229,7 +229,7 @@ ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
 	return classify("store artifact "+a.Digest, err)
 }
 
-// Withdrawn lists the n artifacts that were yanked or quarantined last, without their kernels.
+// Withdrawn lists the n artifacts that were yanked or quarantined last. They have no list of kernels.
 func (s *Store) Withdrawn(ctx context.Context, n int) (all []api.Artifact, err error) {
 	err = query(ctx, s.readers, func(row func(...any) error) error {
 		a, err := scanArtifact(row)
@@ -247,7 +247,7 @@ type KernelGroup struct {
 	Kernels   int
 }
 
-// KernelGroups counts kernels by milestone and board, newest milestone first.
+// KernelGroups returns the number of kernels for each milestone and board, newest milestone first.
 func (s *Store) KernelGroups(ctx context.Context) (all []KernelGroup, err error) {
 	err = query(ctx, s.readers, func(row func(...any) error) error {
 		var g KernelGroup
@@ -258,8 +258,8 @@ func (s *Store) KernelGroups(ctx context.Context) (all []KernelGroup, err error)
 	return all, classify("count kernels", err)
 }
 
-// SetArtifactState sets the state of an artifact and the reason. at is the time of the withdrawal. The replacement is
-// cleared.
+// SetArtifactState sets the state of an artifact, the reason for it, and the time at of the withdrawal. It removes the
+// replacement, if there is one.
 func (tx *Tx) SetArtifactState(
 	ctx context.Context,
 	digest string,
@@ -289,18 +289,19 @@ func (tx *Tx) SetReplacement(ctx context.Context, digest, replacement string) er
 	return classify("store replacement of "+digest, err)
 }
 
-// DropArtifact removes an artifact of this repository whose content was deleted.
+// DropArtifact removes an artifact of a repository, because the repository's manifest was deleted. The result dropped
+// is false if the catalogue did not have the artifact.
 func (tx *Tx) DropArtifact(ctx context.Context, repository, digest string) (dropped bool, err error) {
 	tx.touch("")
 	done, err := tx.ExecContext(ctx, `DELETE FROM artifacts WHERE digest = $1 AND repository = $2`, digest, repository)
 	if err != nil {
-		return false, classify("forget artifact "+digest, err)
+		return false, classify("remove artifact "+digest, err)
 	}
 	n, err := done.RowsAffected()
-	return n > 0, classify("forget artifact "+digest, err)
+	return n > 0, classify("remove artifact "+digest, err)
 }
 
-// CountArtifacts counts artifacts by state.
+// CountArtifacts returns the number of artifacts in each state.
 func (s *Store) CountArtifacts(ctx context.Context) (map[api.State]int, error) {
 	counts, err := s.count(ctx, "artifacts")
 	return counts, classify("count artifacts", err)

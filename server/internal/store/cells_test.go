@@ -17,7 +17,7 @@ import (
 )
 
 // pages reads each list page by page, and wants each entry exactly once.
-func pages(t *testing.T, s *store.Store, id string) {
+func testPages(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	major, _, _ := strings.Cut(id, ".")
 	board := "pages" + major
@@ -115,7 +115,7 @@ func pages(t *testing.T, s *store.Store, id string) {
 }
 
 // cells checks the facts that decide one cell.
-func cells(t *testing.T, s *store.Store, id string) {
+func testCells(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	known, sibling := kernelOf(id), kernelOf(id+"1")
 	finger := target.Fingerprint("sha256:" + strings.Repeat("c", 64-len(id)) + strings.ReplaceAll(id, ".", "0"))
@@ -183,7 +183,7 @@ func cells(t *testing.T, s *store.Store, id string) {
 
 // remembered writes in every possible way. With PostgreSQL, another process writes. A reader who asked before must
 // see each change.
-func remembered(t *testing.T, s *store.Store, id string) {
+func testCache(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	other := s
 	if second := os.Getenv("PREBAKE_TEST_POSTGRES"); second != "" && strings.HasSuffix(t.Name(), "postgres/remembered") {

@@ -13,7 +13,7 @@ import (
 
 // measured counts wanted cells. A cell does not count any more after its wish list dropped it, or after the wish list
 // was removed. A cell that two lists want counts once.
-func measured(t *testing.T, s *store.Store, id string) {
+func testWantedCells(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	const milestone = 4242 // no other test uses it
 	k := kernelOf(id)

@@ -9,7 +9,7 @@ import (
 )
 
 // waiting counts differences, because other tests have builds in the same database.
-func waiting(t *testing.T, s *store.Store, id string) {
+func testQueueMetrics(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	before, err := s.CountFailures(ctx)
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 )
 
 // reported stores reports of nodes, counts them and removes them.
-func reported(t *testing.T, s *store.Store, id string) {
+func testReports(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	digest, k := "sha256:said"+id, kernelOf(id)
 	write := func(f func(tx *store.Tx) error) error { return s.Write(ctx, f) }

@@ -12,7 +12,7 @@ import (
 
 // sources shows that a later record of a kernel without GPUs and GKE versions leaves the stored ones. It also filters
 // kernels by a whole GKE version and by the beginning of a GKE version.
-func sources(t *testing.T, s *store.Store, id string) {
+func testGPUsAndGKE(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	full := api.Kernel{Kernel: kernelOf(id), SeenAt: noon, GPUs: map[string]api.GPUDrivers{
 		"NVIDIA_L4": {Default: "535.261.03", Latest: "570.172.08", Branches: map[string]string{"R570": "570.172.08"}}}}

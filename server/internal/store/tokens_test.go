@@ -12,7 +12,7 @@ import (
 )
 
 // tokens stores a token, reads the same values back, and shows that a revoked token stays revoked.
-func tokens(t *testing.T, s *store.Store, id string) {
+func testTokens(t *testing.T, s *store.Store, id string) {
 	at := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 	want := api.Token{ID: "id-" + id, Name: "node-pool-a", Scopes: []string{"ask", "push"}, CreatedAt: at,
 		CreatedBy: "first", ExpiresAt: at.Add(time.Hour)}
@@ -46,7 +46,7 @@ func tokens(t *testing.T, s *store.Store, id string) {
 }
 
 // audit lists the audit log newest first, in pages, for one actor and for all.
-func audit(t *testing.T, s *store.Store, id string) {
+func testAudit(t *testing.T, s *store.Store, id string) {
 	at := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 	var want []api.AuditEntry
 	for i := range 5 {

@@ -15,7 +15,7 @@ import (
 
 // warned stores an early warning in a database with cells of other tests. The warning is listed and counted nowhere
 // else. It ends when the cell is published, or when an entry that is no early warning wants the cell.
-func warned(t *testing.T, s *store.Store, id string) {
+func testWarnings(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	const milestone = 4343 // no other test uses it
 	k := kernelOf(id)
