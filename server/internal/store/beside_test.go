@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// beside shows that readers do not wait for writers. When readers and writers used one connection, a builder's report
-// or an endless list blocked every readiness check and every node's question.
+// testReadDuringWrite shows that readers do not wait for writers. When readers and writers shared one connection, a
+// builder's report or an endless list blocked all readiness checks and all questions of nodes.
 func testReadDuringWrite(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()
@@ -34,7 +34,7 @@ func testReadDuringWrite(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// panicked shows that the only connection for writing is free again after a write that panics.
+// testWriteThatPanics shows that the only connection for writing can be used again after a write has panicked.
 func testWriteThatPanics(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()

@@ -38,7 +38,7 @@ func TestConformance(t *testing.T) {
 		"beside":  testReadDuringWrite, "panicked": testWriteThatPanics,
 	}
 	run := func(t *testing.T, url string) {
-		// A second Open finds all migrations done.
+		// When the database is opened again, all migrations have been made.
 		for range 2 {
 			s := open(t, url)
 			if err := s.Ping(t.Context()); err != nil {
@@ -84,7 +84,7 @@ func open(t *testing.T, url string) *store.Store {
 	return s
 }
 
-// page is large enough for everything that the suite stores.
+// page has a limit that is large enough for everything that the suite stores.
 var page = store.Page{Limit: 1000}
 
 var (
@@ -383,8 +383,8 @@ func TestLogs(t *testing.T) {
 	}
 }
 
-// TestLogsGrow appends to a log part by part. The next attempt starts the log again. At the end, the complete log
-// replaces the parts.
+// TestLogsGrow appends to a log part by part. With the next attempt, the log starts again. At the end of the build, the
+// complete log replaces the parts.
 func TestLogsGrow(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// tokens stores a token, reads the same values back, and shows that a revoked token stays revoked.
+// testTokens stores a token and reads it back. It also shows that a revoked token stays revoked.
 func testTokens(t *testing.T, s *store.Store, id string) {
 	at := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 	want := api.Token{ID: "id-" + id, Name: "node-pool-a", Scopes: []string{"ask", "push"}, CreatedAt: at,
@@ -45,7 +45,7 @@ func testTokens(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// audit lists the audit log newest first, in pages, for one actor and for all.
+// testAudit lists the audit log page by page, newest first, for one actor and for all.
 func testAudit(t *testing.T, s *store.Store, id string) {
 	at := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 	var want []api.AuditEntry
