@@ -180,8 +180,8 @@ func (p *process) stop() error {
 	return p.cmd.Wait()
 }
 
-// usage has the processor time that the server and this program have used up to the time at. The field ok is false if
-// the kernel does not report processor times.
+// usage has the processor time that the server and this program have used up to the moment in the field at. The field
+// ok is false if the kernel does not report processor times.
 type usage struct {
 	at           time.Time
 	server, load time.Duration

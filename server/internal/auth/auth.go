@@ -151,9 +151,8 @@ func equalSecrets(given, secret string) bool {
 	return subtle.ConstantTimeCompare(a[:], b[:]) == 1 && secret != ""
 }
 
-// Secret returns the secret that a request carries as a Bearer token, or as the password of HTTP Basic authentication.
-// Clients of registries send a password; their user name does not matter. The result given is false if the request has
-// no secret.
+// Secret returns the secret of a request: its Bearer token, or the password of HTTP Basic authentication. Clients of
+// registries send a password; their user name does not matter. The result given is false if the request has no secret.
 func Secret(r *http.Request) (secret string, given bool) {
 	if _, password, ok := r.BasicAuth(); ok {
 		return password, true

@@ -166,8 +166,9 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// addForecast adds to a cell that is queued or building the time when it may be ready. To a queued cell it also adds
-// the place in the queue. It reads no database: it uses the last measurement, which is some seconds old.
+// addForecast adds a forecast to a cell that is queued or building: the time when the cell may be ready. If the cell is
+// queued, addForecast also adds its place in the queue. It reads no database: it uses the last measurement, which is
+// some seconds old.
 func (c *Catalogue) addForecast(r *api.Resolution) {
 	f := c.figures.Load()
 	if f == nil || !isOpen(r.Build) || r.State != r.Build.State {

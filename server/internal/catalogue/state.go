@@ -38,8 +38,8 @@ var allowedStates = map[event][]api.State{
 	cancel:  {api.Queued, api.Building, api.Cancelled},
 }
 
-// tooLateStates has, for each event, the states in which it comes too late and changes nothing. It is not an error,
-// because the builder could not know. The answer has the build's state, so that the builder stops.
+// tooLateStates has, for each event, the states in which it comes too late and changes nothing. Such an event is not an
+// error, because the builder could not know. The answer has the build's state, so that the builder stops.
 var tooLateStates = map[event][]api.State{
 	progress: {api.Queued, api.Published, api.Failed, api.Cancelled},
 	fail:     {api.Cancelled},

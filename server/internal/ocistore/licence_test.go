@@ -103,7 +103,7 @@ func TestPublicRegistryReadsAllManifests(t *testing.T) {
 		t.Fatal(err)
 	}
 	foreign := image(t)
-	if _, err := repo.Push(t.Context(), foreign); err != nil { // pushes the blobs that the manifests name
+	if _, err := repo.Push(t.Context(), foreign); err != nil { // pushes the blobs that the manifests need
 		t.Fatal(err)
 	}
 	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"),

@@ -11,8 +11,8 @@
 //	blobs/<algorithm>/<aa>/<hex>               every blob and manifest, once
 //	repos/<name>/_manifests/<hex>              descriptor: the manifest is in this repository
 //	repos/<name>/_referrers/<subject>/<hex>    descriptor: the manifest has this subject
-//	repos/<name>/_tags/<tag>                   descriptor of the manifest that the tag names
-//	repos/<name>/_retired/<tag>                descriptor of the deleted manifest that a create-only tag named
+//	repos/<name>/_tags/<tag>                   descriptor of the tag's manifest
+//	repos/<name>/_retired/<tag>                descriptor of the deleted manifest of a create-only tag
 //	uploads/<id>                               content of a running upload
 //	tmp/                                       files that are renamed to their final name
 package ocistore

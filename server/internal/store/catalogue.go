@@ -258,8 +258,8 @@ func (s *Store) KernelGroups(ctx context.Context) (all []KernelGroup, err error)
 	return all, classify("count kernels", err)
 }
 
-// SetArtifactState sets the state of an artifact, the reason for it, and the time at of the withdrawal. It removes the
-// replacement, if there is one.
+// SetArtifactState sets the state of an artifact and the reason for it. If the state is a withdrawal, the argument at
+// is its time. SetArtifactState removes the replacement, if there is one.
 func (tx *Tx) SetArtifactState(
 	ctx context.Context,
 	digest string,

@@ -46,7 +46,7 @@ type OutcomeCount struct {
 }
 
 // OutcomeCounts returns how many nodes of each network reported each outcome for an artifact. It leaves out reports
-// from before the time since, and those that [Tx.IgnoreReportsBefore] excludes.
+// that are older than the argument since, and reports that [Tx.IgnoreReportsBefore] excludes.
 func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since time.Time) ([]OutcomeCount, error) {
 	if tx.postgres { // with the lock, the second of two reports at the same time sees the first
 		_, err := tx.ExecContext(ctx, `SELECT 1 FROM artifacts WHERE digest = $1 FOR NO KEY UPDATE`, digest)
@@ -98,7 +98,7 @@ FROM reports`+w.String()+fmt.Sprintf(` GROUP BY build_id, board, digest ORDER BY
 // forgottenAtOnce is the most reports that one transaction removes.
 const forgottenAtOnce = 5000
 
-// ForgetReports removes the reports that are older than the time before.
+// ForgetReports removes all reports that are older than the given time.
 func (s *Store) ForgetReports(ctx context.Context, before time.Time) error {
 	for {
 		var n int64

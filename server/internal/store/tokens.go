@@ -132,7 +132,7 @@ func (s *Store) Audit(ctx context.Context, actor string, p Page) (all []api.Audi
 	return all, next, nil
 }
 
-// TrimAudit removes the entries of the audit log that are older than the time before.
+// TrimAudit removes all entries of the audit log that are older than the given time.
 func (s *Store) TrimAudit(ctx context.Context, before time.Time) error {
 	return s.Write(ctx, func(tx *Tx) error {
 		_, err := tx.ExecContext(ctx, `DELETE FROM audit WHERE at < $1`, micros(before))

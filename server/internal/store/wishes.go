@@ -105,8 +105,8 @@ func (tx *Tx) PlannedWishList(ctx context.Context, l api.WishList) error {
 }
 
 // ReadyTimes returns the times from the discovery of a kernel until a cell of it was published, shortest first. It has
-// those of the cells that were published after the time since. It leaves out cells whose artifact is older than the
-// record of their kernel.
+// the times of the cells that were published after the argument since. It leaves out cells whose artifact is older than
+// the record of their kernel.
 func (s *Store) ReadyTimes(ctx context.Context, since time.Time) ([]time.Duration, error) {
 	var all []time.Duration
 	err := query(ctx, s.readers, func(row func(...any) error) error {
