@@ -169,7 +169,7 @@ Example:
 func pools(base cell, args []string) ([]cell, error) {
 	if len(args) == 0 {
 		if base.BuildID == "" {
-			return nil, fault.New(fault.Usage, "preflight needs a COS build",
+			return nil, fault.New(fault.Usage, "server preflight needs a COS build",
 				"for one pool, add --build-id 17800.66.78; for several, add an argument for each: 17800.66.78:lakitu:R535")
 		}
 		return []cell{base}, nil

@@ -77,7 +77,7 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 			err = goes.addDriver(ctx, a.digest)
 		}
 		if err != nil {
-			return fmt.Errorf("import artifact %s: nothing was copied to the server: %w", a.digest, err)
+			return fmt.Errorf("import the artifact %s: nothing was copied to the server: %w", a.digest, err)
 		}
 		f, _ := compareArtifact(a, api.Artifact{}, false, name)
 		found.Findings = append(found.Findings, f)

@@ -332,7 +332,7 @@ func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 				break
 			}
 			if err != nil {
-				return fmt.Errorf("record artifact %s: %w", f.Digest, err)
+				return fmt.Errorf("record the artifact %s: %w", f.Digest, err)
 			}
 			f.Applied = from+maxCall >= len(f.Kernels)
 		}

@@ -22,7 +22,7 @@ func snapshotFiles(dir string) (http.Handler, error) {
 	if err != nil {
 		return nil, fault.Wrap(
 			fault.Usage,
-			fmt.Errorf("open snapshot: %w", err),
+			fmt.Errorf("open the snapshot: %w", err),
 			"give --snapshot the folder that the command builder snapshot wrote",
 		)
 	}

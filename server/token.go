@@ -36,11 +36,11 @@ func loadToken(s settings, log *slog.Logger) (string, error) {
 	token = rand.Text()
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
-		return "", fmt.Errorf("make token: %w", err)
+		return "", fmt.Errorf("make the first token: %w", err)
 	}
 	_, err = f.WriteString(token + "\n")
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return "", fmt.Errorf("make token: %w", err)
+		return "", fmt.Errorf("make the first token: %w", err)
 	}
 	log.Info("token made", "file", name)
 	return token, nil

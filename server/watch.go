@@ -200,12 +200,12 @@ func buildToWatch(ctx context.Context, c *api.Client, cmd *ucli.Command) (api.Bu
 		id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 		if err != nil {
 			return api.Build{}, fault.New(fault.Usage,
-				fmt.Sprintf("watch needs the number of a build, got %q", cmd.Args().First()),
+				fmt.Sprintf("%s needs the number of a build, got %q", cmd.FullName(), cmd.Args().First()),
 				"take the number from the list of builds: server builds")
 		}
 		return c.Build(ctx, id)
 	case cmd.Args().Len() > 1 || asked.BuildID == "":
-		return api.Build{}, fault.New(fault.Usage, "watch needs the number of one build, or a cell",
+		return api.Build{}, fault.New(fault.Usage, cmd.FullName()+" needs the number of one build, or a cell",
 			"for a build: server watch ID; for a cell: server watch --build-id 17800.66.78; to list the builds: server builds")
 	}
 	r, err := c.Resolve(ctx, asked.question())

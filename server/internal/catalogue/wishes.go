@@ -116,7 +116,7 @@ func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 		added, err := c.planList(ctx, &l, known)
 		n += added
 		if err != nil {
-			errs = append(errs, fmt.Errorf("plan wish list %s: %w", l.Name, err))
+			errs = append(errs, fmt.Errorf("plan the wish list %s: %w", l.Name, err))
 			l.Problems = append(l.Problems, firstLine(err.Error()))
 		}
 		now := c.Now()

@@ -18,12 +18,12 @@ func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) 
 	if reason == "" || len(reason) > 1000 {
 		return api.Artifact{}, fault.New(
 			fault.Usage,
-			"yank artifact "+digest+": want a reason of 1 to 1000 bytes",
+			"yank the artifact "+digest+": want a reason of 1 to 1000 bytes",
 			"give the reason that nodes will show: --reason WHY",
 		)
 	}
 	if err := checkLine("reason", reason); err != nil {
-		return api.Artifact{}, fault.Wrap(fault.Usage, fmt.Errorf("yank artifact %s: %w", digest, err), "")
+		return api.Artifact{}, fault.Wrap(fault.Usage, fmt.Errorf("yank the artifact %s: %w", digest, err), "")
 	}
 	if y.Replacement != "" && !digestPattern.MatchString(y.Replacement) {
 		return api.Artifact{}, badDigest(y.Replacement)
@@ -33,7 +33,7 @@ func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) 
 			return nil
 		}
 		if err := checkReplacement(ctx, tx, a, y.Replacement); err != nil {
-			return fmt.Errorf("yank artifact %s: %w", digest, err)
+			return fmt.Errorf("yank the artifact %s: %w", digest, err)
 		}
 		return tx.SetReplacement(ctx, digest, y.Replacement)
 	})

@@ -88,7 +88,7 @@ type Store struct {
 func Open(dir string, o Options) (*Store, error) {
 	s, err := open(dir, o)
 	if err != nil {
-		return nil, fmt.Errorf("open registry: %w", err)
+		return nil, fmt.Errorf("open the registry: %w", err)
 	}
 	return s, nil
 }

@@ -43,7 +43,7 @@ func (s *Store) PushBlob(
 	count := &counter{}
 	name, err := s.writeTemp(io.TeeReader(io.LimitReader(r, MaxBlob+1), io.MultiWriter(seen.Hash(), count)))
 	if err != nil {
-		return desc, fmt.Errorf("store blob: %w", err)
+		return desc, fmt.Errorf("store the blob: %w", err)
 	}
 	switch {
 	case count.n > MaxBlob || (desc.Size >= 0 && count.n != desc.Size):
@@ -292,7 +292,7 @@ func (s *Store) pushManifest(
 		}
 	}
 	if err := s.putBytes(d, content); err != nil {
-		return desc, fmt.Errorf("store manifest: %w", err)
+		return desc, fmt.Errorf("store the manifest: %w", err)
 	}
 	if m.Subject != nil {
 		subject, err := hexOf(m.Subject.Digest)
@@ -304,7 +304,7 @@ func (s *Store) pushManifest(
 			return desc, err
 		}
 		if err := s.writeJSON(name, full); err != nil {
-			return desc, fmt.Errorf("store referrer: %w", err)
+			return desc, fmt.Errorf("store the referrer: %w", err)
 		}
 	}
 	name, err := repoPath(repo, "_manifests", desc.Digest.Encoded())
@@ -312,7 +312,7 @@ func (s *Store) pushManifest(
 		return desc, err
 	}
 	if err := s.writeJSON(name, full); err != nil {
-		return desc, fmt.Errorf("store manifest: %w", err)
+		return desc, fmt.Errorf("store the manifest: %w", err)
 	}
 	if tagFile == "" {
 		return desc, nil

@@ -15,7 +15,7 @@ import (
 // copy. CopySQLite calls fsync before it returns.
 func CopySQLite(ctx context.Context, from, to string) error {
 	if err := copySQLite(ctx, from, to); err != nil {
-		return fmt.Errorf("copy database %s: %w", from, err)
+		return fmt.Errorf("copy the database %s: %w", from, err)
 	}
 	return nil
 }
@@ -39,7 +39,7 @@ func copySQLite(ctx context.Context, from, to string) (err error) {
 	// SQLite reads the source in one transaction. The transaction blocks no writer, because all our databases have a
 	// write-ahead log.
 	if _, err := db.ExecContext(ctx, `VACUUM INTO $1`, to); err != nil {
-		return classify("vacuum", err)
+		return classify("write the copy", err)
 	}
 	return f.Sync()
 }

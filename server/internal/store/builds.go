@@ -61,7 +61,7 @@ func builds(ctx context.Context, q querier, tail string, args ...any) ([]api.Bui
 		all = append(all, b)
 		return err
 	}, `SELECT `+buildColumns+` FROM builds`+tail, args...)
-	return all, classify("list builds", err)
+	return all, classify("list the builds", err)
 }
 
 // BuildFilter chooses the builds to list. An empty field allows any value.
@@ -163,7 +163,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNIN
 			return b, true, nil
 		}
 		if !errors.Is(err, sql.ErrNoRows) {
-			return b, false, classify("store build", err)
+			return b, false, classify("store the build", err)
 		}
 		open, found, err := tx.openBuild(ctx, b)
 		if err != nil || found {
@@ -215,7 +215,7 @@ func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 		if found && open.ID != b.ID {
 			return fault.New(
 				fault.Busy,
-				fmt.Sprintf("store build %d: build %d of the same cell has not ended yet", b.ID, open.ID),
+				fmt.Sprintf("store the record of build %d: build %d of the same cell has not ended yet", b.ID, open.ID),
 				"",
 			)
 		}
@@ -226,11 +226,11 @@ UPDATE builds SET kernel = $2, state = $3, phase = $4, worker = $5, attempt = $6
     digest = $10, phases = $11, started_at = $12, finished_at = $13, beat_at = $14, priority = $15 WHERE id = $1`,
 		b.ID, string(kernel), string(b.State), b.Phase, b.Worker, b.Attempt, b.Class, b.Error, b.Hint, b.Digest,
 		string(phases), ptrMicros(b.StartedAt), ptrMicros(b.FinishedAt), ptrMicros(b.HeartbeatAt), b.Priority)
-	return classify(fmt.Sprintf("store build %d", b.ID), err)
+	return classify(fmt.Sprintf("store the record of build %d", b.ID), err)
 }
 
 // CountBuilds returns the number of builds in each state.
 func (s *Store) CountBuilds(ctx context.Context) (map[api.State]int, error) {
 	counts, err := s.count(ctx, "builds")
-	return counts, classify("count builds", err)
+	return counts, classify("count the builds", err)
 }

@@ -126,7 +126,7 @@ func (s *Store) RememberedCells(
 		return err
 	}, text, args...)
 	if err != nil {
-		return nil, "", classify("list cells", err)
+		return nil, "", classify("list the cells", err)
 	}
 	names, next = cut(names, p.Limit, func(n [2]string) []string { return []string{target.SortKey(n[0]), n[1]} })
 	all = make([]*KernelCells, len(names))

@@ -44,7 +44,7 @@ func (s *Store) Drivers(ctx context.Context, p Page) (all []api.DriverRelease, n
 		return err
 	}, `SELECT version, flavours, seen_at FROM drivers`+w.String()+` ORDER BY sort_key DESC`+w.limit(p.Limit), w.args...)
 	all, next = cut(all, p.Limit, func(d api.DriverRelease) []string { return []string{target.SortKey(d.Version)} })
-	return all, next, classify("list drivers", err)
+	return all, next, classify("list the drivers", err)
 }
 
 // Driver reads one driver version. If the version is not known, it returns no error, and a driver without flavours.
@@ -73,7 +73,7 @@ ON CONFLICT (version) DO UPDATE SET
     flavours = CASE WHEN excluded.flavours = '[]' THEN drivers.flavours ELSE excluded.flavours END,
     seen_at  = excluded.seen_at`,
 		d.Version, string(flavours), micros(d.SeenAt), target.SortKey(d.Version))
-	return classify("store driver "+d.Version, err)
+	return classify("store the driver "+d.Version, err)
 }
 
 const artifactColumns = `a.digest, a.repository, a.fingerprint, a.driver, a.flavour, a.arch, a.release, a.state, a.reason, a.published_at, a.replacement, a.withdrawn_at`
@@ -99,7 +99,7 @@ type ArtifactFilter struct {
 // Artifacts lists a page of artifacts, newest first. Each artifact has the kernels that it is attested for.
 func (s *Store) Artifacts(ctx context.Context, f ArtifactFilter, p Page) (all []api.Artifact, next string, err error) {
 	all, next, err = artifacts(ctx, s.readers, f, p)
-	return all, next, classify("list artifacts", err)
+	return all, next, classify("list the artifacts", err)
 }
 
 func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []api.Artifact, next string, err error) {
@@ -226,7 +226,7 @@ ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
 		}
 		return nil
 	}()
-	return classify("store artifact "+a.Digest, err)
+	return classify("store the artifact "+a.Digest, err)
 }
 
 // Withdrawn lists the n artifacts that were yanked or quarantined last. They have no list of kernels.
@@ -237,7 +237,7 @@ func (s *Store) Withdrawn(ctx context.Context, n int) (all []api.Artifact, err e
 		return err
 	}, `SELECT `+artifactColumns+` FROM artifacts a WHERE a.state IN ('yanked', 'quarantined')
 ORDER BY a.withdrawn_at DESC, a.digest LIMIT $1`, n)
-	return all, classify("list withdrawn artifacts", err)
+	return all, classify("list the withdrawn artifacts", err)
 }
 
 // KernelGroup is the number of kernels of one board and milestone.
@@ -255,7 +255,7 @@ func (s *Store) KernelGroups(ctx context.Context) (all []KernelGroup, err error)
 		all = append(all, g)
 		return err
 	}, `SELECT board, milestone, COUNT(*) FROM kernels GROUP BY board, milestone ORDER BY milestone DESC, board`)
-	return all, classify("count kernels", err)
+	return all, classify("count the kernels", err)
 }
 
 // SetArtifactState sets the state of an artifact and the reason for it. If the state is a withdrawal, the argument at
@@ -279,14 +279,14 @@ func (tx *Tx) SetArtifactState(
 		reason,
 		micros(at),
 	)
-	return classify("mark artifact "+digest, err)
+	return classify("mark the artifact "+digest, err)
 }
 
 // SetReplacement stores which artifact replaces a yanked one.
 func (tx *Tx) SetReplacement(ctx context.Context, digest, replacement string) error {
 	tx.touch("")
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET replacement = $2 WHERE digest = $1`, digest, replacement)
-	return classify("store replacement of "+digest, err)
+	return classify("store the replacement of "+digest, err)
 }
 
 // DropArtifact removes an artifact of a repository, because the repository's manifest was deleted. The result dropped
@@ -304,7 +304,7 @@ func (tx *Tx) DropArtifact(ctx context.Context, repository, digest string) (drop
 // CountArtifacts returns the number of artifacts in each state.
 func (s *Store) CountArtifacts(ctx context.Context) (map[api.State]int, error) {
 	counts, err := s.count(ctx, "artifacts")
-	return counts, classify("count artifacts", err)
+	return counts, classify("count the artifacts", err)
 }
 
 func (s *Store) count(ctx context.Context, table string) (map[api.State]int, error) {

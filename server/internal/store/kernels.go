@@ -129,7 +129,7 @@ func kernels(ctx context.Context, q querier, f KernelFilter, p Page) (all []api.
 // Kernels lists a page of kernels, newest BUILD_ID first.
 func (s *Store) Kernels(ctx context.Context, f KernelFilter, p Page) (all []api.Kernel, next string, err error) {
 	all, next, err = kernels(ctx, s.readers, f, p)
-	return all, next, classify("list kernels", err)
+	return all, next, classify("list the kernels", err)
 }
 
 // Kernel reads one kernel. The result known is false if the catalogue lacks the kernel.
@@ -179,7 +179,7 @@ ON CONFLICT (build_id, board) DO UPDATE SET
     seen_at        = excluded.seen_at`,
 		k.BuildID, k.Board, k.Milestone, k.Commit, k.Release, k.Version, string(k.Arch), string(k.Fingerprint),
 		k.Default, k.Latest, branches, micros(k.SeenAt), target.SortKey(k.BuildID), gpus)
-	return classify("store kernel "+k.String(), err)
+	return classify("store the kernel "+k.String(), err)
 }
 
 func encodeMap[T any](m map[string]T) (string, error) {
@@ -200,5 +200,5 @@ func (tx *Tx) PutGKE(ctx context.Context, buildID, board string, versions []stri
 	tx.touch(buildID + "/" + board)
 	_, err = tx.ExecContext(ctx, `UPDATE kernels SET gke = $1 WHERE build_id = $2 AND board = $3`, string(text), buildID,
 		board)
-	return classify("store GKE versions of "+buildID+"/"+board, err)
+	return classify("store the GKE versions of "+buildID+"/"+board, err)
 }

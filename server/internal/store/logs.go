@@ -21,20 +21,20 @@ type Logs struct{ root *os.Root }
 // OpenLogs opens the folder, and makes it if it is missing. It removes the remains of interrupted uploads.
 func OpenLogs(dir string) (*Logs, error) {
 	if err := os.MkdirAll(dir, 0o750); err != nil {
-		return nil, fmt.Errorf("open logs: %w", err)
+		return nil, fmt.Errorf("open the logs: %w", err)
 	}
 	stale, err := filepath.Glob(filepath.Join(dir, "*.part"))
 	if err != nil {
-		return nil, fmt.Errorf("open logs: %w", err)
+		return nil, fmt.Errorf("open the logs: %w", err)
 	}
 	for _, name := range stale {
 		if err := os.Remove(name); err != nil {
-			return nil, fmt.Errorf("open logs: %w", err)
+			return nil, fmt.Errorf("open the logs: %w", err)
 		}
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
-		return nil, fmt.Errorf("open logs: %w", err)
+		return nil, fmt.Errorf("open the logs: %w", err)
 	}
 	return &Logs{root}, nil
 }
@@ -59,12 +59,13 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 			"send the log again from offset 0")
 	}
 	if err != nil {
-		return fmt.Errorf("store log of build %d: %w", build, fault.Disk(err, "free space on the disk of the data folder"))
+		return fmt.Errorf("store the log of build %d: %w", build,
+			fault.Disk(err, "free space on the disk of the data folder"))
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	info, err := f.Stat()
 	if err != nil {
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	if size := info.Size(); size != offset {
 		return fault.New(
@@ -74,7 +75,7 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 		)
 	}
 	if _, err := f.Seek(offset, io.SeekStart); err != nil {
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	n, err := io.Copy(f, io.LimitReader(r, api.MaxLiveLog-offset+1))
 	if err == nil && offset+n > api.MaxLiveLog {
@@ -84,7 +85,7 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 	}
 	if err != nil { // half a part must not stay in the log
 		err = errors.Join(fault.Disk(err, "free space on the disk of the data folder"), f.Truncate(offset))
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	return nil
 }
@@ -94,7 +95,7 @@ func (l *Logs) Put(build int64, r io.Reader) (err error) {
 	name := logName(build)
 	part, err := os.CreateTemp(l.root.Name(), name+".*.part")
 	if err != nil {
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	defer func() {
 		if err != nil {
@@ -111,11 +112,11 @@ func (l *Logs) Put(build int64, r io.Reader) (err error) {
 	}
 	if err = errors.Join(err, part.Close()); err != nil {
 		err = fault.Disk(err, "free space on the disk of the data folder")
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	err = l.root.Rename(filepath.Base(part.Name()), name)
 	if err = errors.Join(err, ignoreGone(l.root.Remove(liveName(build)))); err != nil {
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	return nil
 }

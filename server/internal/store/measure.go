@@ -94,7 +94,7 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) 
 			return nil
 		})
 		if err != nil {
-			return classify("store cells of wish list "+list, err)
+			return classify("store the cells of wish list "+list, err)
 		}
 	}
 	return nil
@@ -170,7 +170,7 @@ SELECT milestone, CASE
     WHEN build IN ('failed', 'unsupported', 'cancelled') THEN build
     ELSE 'unknown' END AS state, COUNT(*)
 FROM facts GROUP BY 1, 2`)
-	return counts, classify("count wanted cells", err)
+	return counts, classify("count the wanted cells", err)
 }
 
 // Waiting is a queued build.
@@ -192,7 +192,7 @@ func (s *Store) WaitingBuilds(ctx context.Context) ([]Waiting, error) {
 		all = append(all, w)
 		return err
 	}, `SELECT id, priority, flavour FROM builds WHERE state = 'queued' ORDER BY priority, id LIMIT $1`, maxWaiting)
-	return all, classify("list waiting builds", err)
+	return all, classify("list the waiting builds", err)
 }
 
 // Working has the times of a build that is running or was published by a builder.
@@ -212,7 +212,7 @@ func (s *Store) listWorking(ctx context.Context, tail string, args ...any) ([]Wo
 		all = append(all, w)
 		return err
 	}, `SELECT worker, flavour, started_at, beat_at, finished_at FROM builds WHERE state = `+tail, args...)
-	return all, classify("list builds under way", err)
+	return all, classify("list the builds under way", err)
 }
 
 // RunningBuilds lists the builds that are running.

@@ -22,7 +22,7 @@ SELECT class, COUNT(*) FROM builds b WHERE state = 'failed' AND (priority <> $1 
     SELECT 1 FROM wanted w WHERE w.build_id = b.build_id AND w.board = b.board
     AND w.driver = b.driver AND w.flavour = b.flavour AND w.early = 0
 )) GROUP BY class`, queue.PriorityWarning)
-	return counts, classify("count failed builds", err)
+	return counts, classify("count the failed builds", err)
 }
 
 // OldestQueued returns the creation time of the build that has waited longest. If no build waits, it returns the zero

@@ -16,7 +16,7 @@ const MaxReports = 1000
 // PutReport stores a node's report about an artifact. It replaces the earlier report of that node. The argument source
 // is the network of the node.
 func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at time.Time) error {
-	what := "store report on " + r.Digest
+	what := "store the report on " + r.Digest
 	var others int
 	err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM (
     SELECT 1 FROM reports WHERE digest = $1 AND source = $2 AND node <> $3 LIMIT $4) c`,
@@ -70,7 +70,7 @@ GROUP BY source, outcome, class ORDER BY source, outcome, class`, digest, micros
 // IgnoreReportsBefore excludes the reports on an artifact up to this time from the results of [Tx.OutcomeCounts].
 func (tx *Tx) IgnoreReportsBefore(ctx context.Context, digest string, at time.Time) error {
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET judged_from = $2 WHERE digest = $1`, digest, micros(at))
-	return classify("mark artifact "+digest, err)
+	return classify("mark the artifact "+digest, err)
 }
 
 // Reports returns how often each outcome was reported, for each pair of a kernel and an artifact. Only the pairs with
@@ -92,7 +92,7 @@ func (s *Store) Reports(ctx context.Context, digest, buildID, board string, limi
     SUM(CASE outcome WHEN 'failed' THEN 1 ELSE 0 END), SUM(CASE outcome WHEN 'fell-back' THEN 1 ELSE 0 END), MAX(at)
 FROM reports`+w.String()+fmt.Sprintf(` GROUP BY build_id, board, digest ORDER BY MAX(at) DESC, build_id, board, digest LIMIT %d`, limit),
 		w.args...)
-	return all, classify("count reports", err)
+	return all, classify("count the reports", err)
 }
 
 // forgottenAtOnce is the most reports that one transaction removes.

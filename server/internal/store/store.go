@@ -55,7 +55,7 @@ const readers = 8
 func Open(ctx context.Context, rawURL string) (*Store, error) {
 	s, err := open(rawURL)
 	if err != nil {
-		return nil, fmt.Errorf("open catalogue: %w", err)
+		return nil, fmt.Errorf("open the catalogue: %w", err)
 	}
 	if err := s.migrate(ctx); err != nil {
 		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("migrate catalogue: %w", err),

@@ -49,7 +49,7 @@ func (s *Store) Tokens(ctx context.Context) ([]api.Token, error) {
 		all = append(all, t)
 		return err
 	}, `SELECT `+tokenColumns+` FROM tokens ORDER BY name, created_at, id`)
-	return all, classify("list tokens", err)
+	return all, classify("list the tokens", err)
 }
 
 // CreateToken stores a token with its hash. The secret is not stored.
@@ -62,7 +62,7 @@ func (s *Store) CreateToken(ctx context.Context, t api.Token, hash []byte) error
 		_, err := tx.ExecContext(ctx,
 			`INSERT INTO tokens (id, name, hash, scopes, created_at, created_by, expires_at) VALUES ($1, $2, $3, $4, $5, $6, $7)`,
 			t.ID, t.Name, hex.EncodeToString(hash), string(scopes), micros(t.CreatedAt), t.CreatedBy, micros(t.ExpiresAt))
-		return classify("store token "+t.Name, err)
+		return classify("store the token "+t.Name, err)
 	})
 }
 

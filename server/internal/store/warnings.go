@@ -59,7 +59,7 @@ WHERE b.state = 'failed' AND NOT EXISTS (
     AND a.state = 'published'
 )
 ORDER BY b.id DESC LIMIT $1`, maxWarnings)
-	return all, classify("list early warnings", err)
+	return all, classify("list the early warnings", err)
 }
 
 func firstLineOf(text string) string {

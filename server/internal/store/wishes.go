@@ -33,7 +33,7 @@ func (s *Store) WishLists(ctx context.Context) ([]api.WishList, error) {
 		all = append(all, l)
 		return err
 	}, `SELECT `+wishColumns+` FROM wish_lists ORDER BY name`)
-	return all, classify("list wish lists", err)
+	return all, classify("list the wish lists", err)
 }
 
 // WishList reads one wish list.
@@ -71,7 +71,7 @@ func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64,
 INSERT INTO wish_lists (name, text, version, changed_at) VALUES ($1, $2, 1, $3)
 ON CONFLICT (name) DO UPDATE SET text = excluded.text, version = wish_lists.version + 1, changed_at = excluded.changed_at,
     planned_at = 0, problems = '[]'`, name, text, micros(at))
-	return classify("store wish list "+name, err)
+	return classify("store the wish list "+name, err)
 }
 
 // DropWishList removes a wish list. Artifacts that were built for it stay.
@@ -101,7 +101,7 @@ func (tx *Tx) PlannedWishList(ctx context.Context, l api.WishList) error {
 		l.Cells,
 		string(problems),
 	)
-	return classify("store plan of wish list "+l.Name, err)
+	return classify("store the plan of wish list "+l.Name, err)
 }
 
 // ReadyTimes returns the times from the discovery of a kernel until a cell of it was published, shortest first. It has
