@@ -37,7 +37,7 @@ and print tables, or JSON or YAML with --output.`,
 	}, examples), complete)
 }
 
-// version is the version of the program. The linker sets it.
+// version is set by the linker.
 var version = "devel"
 
 func versionCommand() *ucli.Command {

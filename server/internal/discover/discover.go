@@ -23,7 +23,7 @@ type catalogue interface {
 	SawGKE(ctx context.Context, versions map[string][]string) error
 }
 
-// Source is something that lists kernels, drivers or GKE versions, such as a bucket.
+// Source is a place that lists kernels, drivers or GKE versions.
 type Source interface {
 	// Name returns a word for what the source lists. It is a key in the log.
 	Name() string

@@ -97,7 +97,7 @@ type bufferedResponse struct {
 	body   *bytes.Buffer
 }
 
-// buffers has buffers that were used and can be used again.
+// buffers has buffers for reuse.
 var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // maxPooledBuffer is the size in bytes up to which a buffer is reused.

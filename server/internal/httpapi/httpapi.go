@@ -50,7 +50,7 @@ type Config struct {
 	Disk checker
 	// Free returns the free bytes of the data folder's disk. nil leaves out the metric.
 	Free func() (uint64, error)
-	// Registry serves /v2/. It checks the scope of callers itself.
+	// Registry serves /v2/ and checks access itself.
 	Registry http.Handler
 	// Pages serves the paths in PageRoutes, and the page for unknown addresses.
 	Pages      http.Handler

@@ -66,7 +66,7 @@ func recoverPanics(log *slog.Logger) func(http.Handler) http.Handler {
 	}
 }
 
-// secureHeaders is a middleware that sets security headers for browsers. Only the pages need them.
+// secureHeaders sets headers for browsers. Only the pages need them.
 func secureHeaders(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
@@ -275,7 +275,7 @@ func putLog(c Config) http.HandlerFunc {
 	}
 }
 
-// appendLog returns a handler that adds a part to the log of a running build.
+// appendLog adds a part to the log of a running build.
 func appendLog(c Config) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		id, err := pathID(r)

@@ -97,7 +97,7 @@ var ownErrors = sync.OnceFunc(func() {
 		}
 		p := problemOf(fault.New(kind, strings.Join(detail, "; "), "find the fields of this request in /openapi.json"))
 		if kind == fault.TimedOut {
-			p.Status = status // with 504, the server would look guilty
+			p.Status = status // 504 would blame the server
 		}
 		return &problem{Problem: p}
 	}

@@ -229,7 +229,7 @@ UPDATE builds SET kernel = $2, state = $3, phase = $4, worker = $5, attempt = $6
 	return classify(fmt.Sprintf("store the record of build %d", b.ID), err)
 }
 
-// CountBuilds returns the number of builds in each state.
+// CountBuilds counts builds by state.
 func (s *Store) CountBuilds(ctx context.Context) (map[api.State]int, error) {
 	counts, err := s.count(ctx, "builds")
 	return counts, classify("count the builds", err)

@@ -301,7 +301,7 @@ func (tx *Tx) DropArtifact(ctx context.Context, repository, digest string) (drop
 	return n > 0, classify("remove artifact "+digest, err)
 }
 
-// CountArtifacts returns the number of artifacts in each state.
+// CountArtifacts counts artifacts by state.
 func (s *Store) CountArtifacts(ctx context.Context) (map[api.State]int, error) {
 	counts, err := s.count(ctx, "artifacts")
 	return counts, classify("count the artifacts", err)

@@ -25,7 +25,7 @@ func scanWishList(row func(...any) error) (api.WishList, error) {
 	return l, json.Unmarshal([]byte(problems), &l.Problems)
 }
 
-// WishLists lists all wish lists, sorted by name. It has no pages, because there are only a few wish lists.
+// WishLists lists all wish lists, sorted by name. It has no pages, because there are few.
 func (s *Store) WishLists(ctx context.Context) ([]api.WishList, error) {
 	all := []api.WishList{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {

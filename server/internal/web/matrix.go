@@ -74,10 +74,10 @@ type milestoneShare struct {
 	api.CoverageCounts
 }
 
-// maxRows is the most kernels on a page of the matrix.
+// maxRows is the most kernels on a page.
 const maxRows = 20
 
-// parse reads what the reader searches for from the query of the request.
+// parse returns what the reader searches for.
 func parse(query url.Values) (Query, error) {
 	q := Query{
 		Text:   strings.TrimSpace(query.Get("q")),

@@ -115,7 +115,7 @@ func cached(next http.Handler) http.HandlerFunc {
 
 // head has the fields that every page needs.
 type head struct {
-	// Title is the title of the browser's window. Here is the path of the page that the menu shows as the current one.
+	// Title is the title of the window. Here is the path of the page that the menu shows as the current one.
 	Title, Here string
 	// Live is the address of a stream of server-sent events about changes of what the page shows. If Refresh is true, the
 	// browser loads the page again every 15 seconds, unless the script reads that stream.
