@@ -42,7 +42,7 @@ func createTokenCommand() *ucli.Command {
 			cli.Duration("life", 90*24*time.Hour, "`TIME` for which the token is valid, at most two years"),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			name, err := oneArg(cmd, "NAME", "name the token for its holder, such as node-pool-a")
+			name, err := oneArg(cmd, "NAME", "give the token the name of its holder, such as node-pool-a")
 			if err != nil {
 				return err
 			}
@@ -64,7 +64,8 @@ func createTokenCommand() *ucli.Command {
 }
 
 func revokeTokenCommand() *ucli.Command {
-	return act("revoke", "revoke a token at once", "ID", "list tokens: server tokens list",
+	return quietCommand("revoke", "revoke a token at once", "ID",
+		"take the id from the list of tokens: server tokens list",
 		func(ctx context.Context, c *api.Client, id string) error { return c.RevokeToken(ctx, id) })
 }
 

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// groupWhat, groupServer and groupOutput are the headings under which --help lists the flags that several commands
-// share.
+// The constants groupWhat, groupServer and groupOutput are the headings under which --help lists the flags that several
+// commands share.
 const (
 	groupWhat   = cli.What
 	groupServer = cli.From
@@ -65,7 +65,7 @@ func noArgs(cmd *ucli.Command) error {
 	return nil
 }
 
-// list makes a command that prints a list of the API as a table.
+// list returns a command that prints one of the API's lists as a table.
 func list[T any](
 	name, usage string,
 	flags []ucli.Flag,
@@ -101,7 +101,8 @@ func buildCommand() *ucli.Command {
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 			if err != nil || cmd.Args().Len() != 1 {
-				return fault.New(fault.Usage, "build needs the number of one build", "list builds: server builds")
+				return fault.New(fault.Usage, cmd.FullName()+" needs the number of one build",
+					"take the number from the list of builds: server builds")
 			}
 			c, err := client(cmd)
 			if err != nil {
@@ -161,21 +162,21 @@ Example:
 				return err
 			}
 			if cmd.Bool("wait") {
-				if b, err = wait(ctx, c, b, cmd.Root().ErrWriter); err != nil {
+				if b, err = waitForBuild(ctx, c, b, cmd.Root().ErrWriter); err != nil {
 					return err
 				}
 			}
 			if err := cli.Print(cmd, b, func(w io.Writer) error { return printBuild(w, b) }); err != nil {
 				return err
 			}
-			return ended(cmd.Bool("wait"), b)
+			return errUnlessPublished(cmd.Bool("wait"), b)
 		},
 	}
 }
 
-// ended returns an error if the caller waited for a build and the build was not published. The error has the class of
-// the build's failure. A build without a class was cancelled.
-func ended(waited bool, b api.Build) error {
+// errUnlessPublished returns an error if the caller waited for a build and the build was not published. The kind of the
+// error is the class of the build's failure. A build that has ended without a class was cancelled.
+func errUnlessPublished(waited bool, b api.Build) error {
 	if !waited || b.State == api.Published {
 		return nil
 	}
@@ -192,7 +193,8 @@ func cancelCommand() *ucli.Command {
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 			if err != nil || cmd.Args().Len() != 1 {
-				return fault.New(fault.Usage, "cancel needs the number of one build", "list builds: server builds")
+				return fault.New(fault.Usage, cmd.FullName()+" needs the number of one build",
+					"take the number from the list of builds: server builds")
 			}
 			c, err := client(cmd)
 			if err != nil {
@@ -234,7 +236,8 @@ func unyankCommand() *ucli.Command {
 
 func markArtifact(cmd *ucli.Command, call func(*api.Client, string) (api.Artifact, error)) error {
 	if cmd.Args().Len() != 1 {
-		return fault.New(fault.Usage, cmd.Name+" needs one digest", "list artifacts: server artifacts")
+		return fault.New(fault.Usage, cmd.FullName()+" needs one digest",
+			"take the digest from the list of artifacts: server artifacts")
 	}
 	c, err := client(cmd)
 	if err != nil {

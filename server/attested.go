@@ -19,25 +19,25 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// reader reads the artifacts of a registry. The reader does not trust the registry, so it accepts only statements with
-// a trusted signature.
+// reader reads the artifacts of a registry. It does not trust the registry: it accepts only statements with a trusted
+// signature.
 type reader struct {
 	repo     *registry.Repository
 	verifier *trust.Verifier
 	now      time.Time
 }
 
-// artifact is one artifact of a registry, named by its digest.
+// artifact is one artifact of a registry.
 type artifact struct {
 	digest   string
 	identity bundle.Identity
-	// kernels are the kernels that the artifact is verified for. If kernels is empty, err says why.
+	// kernels has the kernels that the artifact is verified for. If there are none, err says why.
 	kernels []target.Kernel
 	err     error
 }
 
-// readAtOnce is how many requests to the registry run at a time. maxAttestations is the most kernels that the
-// statements of one artifact may name.
+// readAtOnce is how many requests to the registry run at the same time. maxAttestations is the most kernels that the
+// statements about one artifact may be for.
 const (
 	readAtOnce      = 8
 	maxAttestations = 5000
@@ -46,8 +46,8 @@ const (
 // listTag matches the tag under which clients without the referrers API keep the list of an image's referrers.
 var listTag = regexp.MustCompile(`^sha(256|512)-[0-9a-f]{64,}`)
 
-// all reads every tagged artifact. The result is sorted by digest and has each digest once.
-func (r *reader) all(ctx context.Context) ([]artifact, error) {
+// readAll returns all tagged artifacts, sorted by digest. An artifact with several tags is in the result once.
+func (r *reader) readAll(ctx context.Context) ([]artifact, error) {
 	tags, err := r.repo.Tags(ctx)
 	if fault.Is(err, fault.NoArtifact) {
 		return nil, nil // nothing was ever published
@@ -57,7 +57,7 @@ func (r *reader) all(ctx context.Context) ([]artifact, error) {
 	}
 	tags = slices.DeleteFunc(tags, listTag.MatchString)
 	digests := make([]string, len(tags))
-	if err := r.each(ctx, len(tags), func(ctx context.Context, i int) error {
+	if err := r.forEach(ctx, len(tags), func(ctx context.Context, i int) error {
 		d, err := r.repo.Resolve(ctx, tags[i])
 		switch {
 		case fault.Is(err, fault.NoArtifact), fault.Is(err, fault.Usage): // the tag was removed since, or is not valid
@@ -73,14 +73,14 @@ func (r *reader) all(ctx context.Context) ([]artifact, error) {
 	slices.Sort(digests)
 	digests = slices.DeleteFunc(slices.Compact(digests), func(d string) bool { return d == "" })
 	held := make([]artifact, len(digests))
-	err = r.each(ctx, len(digests), func(ctx context.Context, i int) (err error) {
-		held[i], err = r.one(ctx, digests[i])
+	err = r.forEach(ctx, len(digests), func(ctx context.Context, i int) (err error) {
+		held[i], err = r.readOne(ctx, digests[i])
 		return err
 	})
 	return held, err
 }
 
-func (r *reader) each(ctx context.Context, n int, do func(context.Context, int) error) error {
+func (r *reader) forEach(ctx context.Context, n int, do func(context.Context, int) error) error {
 	group, running := errgroup.WithContext(ctx)
 	group.SetLimit(readAtOnce)
 	for i := range n {
@@ -95,9 +95,9 @@ func (r *reader) each(ctx context.Context, n int, do func(context.Context, int) 
 	return context.Cause(ctx)
 }
 
-// itsOwn reports whether err is about the artifact itself. A false result means that reading the artifact failed, for
+// isArtifactError reports whether err is about the artifact itself. If it is not, the artifact could not be read, for
 // example because of the network.
-func itsOwn(ctx context.Context, err error) bool {
+func isArtifactError(ctx context.Context, err error) bool {
 	if ctx.Err() != nil {
 		return false
 	}
@@ -108,12 +108,12 @@ func itsOwn(ctx context.Context, err error) bool {
 	return false
 }
 
-// one reads an artifact. It returns an error only if the registry failed. An error about the artifact itself is in the
-// err field of the result.
-func (r *reader) one(ctx context.Context, digest string) (artifact, error) {
+// readOne reads an artifact. It returns an error only if the registry failed. An error about the artifact itself is in
+// the field err of the result.
+func (r *reader) readOne(ctx context.Context, digest string) (artifact, error) {
 	a := artifact{digest: digest}
 	err := r.read(ctx, &a)
-	if err != nil && !itsOwn(ctx, err) {
+	if err != nil && !isArtifactError(ctx, err) {
 		return a, err
 	}
 	a.err = err
@@ -148,14 +148,14 @@ func (r *reader) read(ctx context.Context, a *artifact) error {
 		switch {
 		case err == nil:
 			a.kernels = append(a.kernels, m.Kernel)
-		case !itsOwn(ctx, err):
+		case !isArtifactError(ctx, err):
 			return err
 		case refusal == nil:
 			refusal = err
 		}
 	}
 	if len(a.kernels) > 0 {
-		return nil // other candidates do not count: anybody can write a label
+		return nil // a candidate that was refused does not matter: anybody can write a label
 	}
 	if refusal == nil {
 		refusal = fault.Wrap(fault.Unverified, trust.ErrNoKernelMatch, "")
@@ -163,8 +163,9 @@ func (r *reader) read(ctx context.Context, a *artifact) error {
 	return refusal
 }
 
-// candidates returns the kernels that a statement of the artifact may be about. Some are named by labels, which prove
-// nothing. The others are named by statements without a label.
+// candidates returns the kernels that the artifact's statements may be about. Most of these kernels come from the
+// labels of statements. The others come from the text of statements without a label. A label proves nothing, so the
+// caller has to verify each kernel.
 func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel, error) {
 	attached, err := r.repo.Referrers(ctx, digest, "")
 	if err != nil {
@@ -184,7 +185,7 @@ func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel
 		ctx,
 		digest,
 		trust.ArtifactTypeBundle,
-		r.useful(digest),
+		r.statementKey(digest),
 		trust.OfType(trust.PredicateKernelMatch),
 	)
 	if err != nil {
@@ -201,7 +202,7 @@ func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel
 	if len(found) > maxAttestations {
 		return nil, fault.Errorf(
 			fault.Unverified,
-			"the attached statements name %d kernels; at most %d are read",
+			"the artifact has statements for %d kernels; this program reads at most %d",
 			len(found),
 			maxAttestations,
 		)
@@ -214,10 +215,16 @@ func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel
 	return all, nil
 }
 
-// verify makes the same checks as a node with kernel k. The result is the signed kernel match, which has more facts
-// about the kernel than k.
+// verify makes the checks that a node with kernel k makes. It returns the signed kernel match, which has more facts
+// about the kernel than k has.
 func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trust.KernelMatch, error) {
-	bundles, err := r.repo.AttachedIf(ctx, a.digest, trust.ArtifactTypeBundle, r.useful(a.digest), r.verifier.Wanted(k)...)
+	bundles, err := r.repo.AttachedIf(
+		ctx,
+		a.digest,
+		trust.ArtifactTypeBundle,
+		r.statementKey(a.digest),
+		r.verifier.Wanted(k)...,
+	)
 	if err != nil {
 		return trust.KernelMatch{}, err
 	}
@@ -234,10 +241,10 @@ func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trus
 	return verdict.Match, nil
 }
 
-// useful returns a function for [registry.Repository.AttachedIf], which keeps only one of several bundles with the same
-// statement. The function returns a text that identifies the signer, the type and the content of a bundle's statement.
-// The text is empty if the signature is not valid or the statement is about another artifact.
-func (r *reader) useful(digest string) func([]byte) string {
+// statementKey returns a function that returns a key for a bundle. [registry.Repository.AttachedIf] keeps only one of
+// several bundles with the same key. The key identifies the signer, the type and the content of the bundle's statement.
+// If the signature is not valid, or if the statement is about another artifact, the key is empty.
+func (r *reader) statementKey(digest string) func([]byte) string {
 	return func(raw []byte) string {
 		st, err := r.verifier.Statement(raw)
 		if err != nil || !st.About(digest) {

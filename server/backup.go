@@ -17,11 +17,11 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// copied is the result of a backup, as the command prints it.
-type copied struct {
+// backupResult is what the command prints.
+type backupResult struct {
 	Folder string   `json:"folder"`
 	Files  []string `json:"files"`
-	// Left are the files and folders of the data folder that the operator has to copy by other means, in this order.
+	// Left has the paths in the data folder that the operator still has to copy, in this order.
 	Left []string `json:"left"`
 }
 
@@ -47,7 +47,7 @@ Example:
 			defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "token in --data"),
 		), cli.Group(groupOutput, cli.OutputFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			folder, err := oneArg(cmd, "FOLDER", "name a folder that does not exist yet")
+			folder, err := oneArg(cmd, "FOLDER", "give the path of a folder that does not exist yet")
 			if err != nil {
 				return err
 			}
@@ -69,26 +69,27 @@ Example:
 	}
 }
 
-// backup copies the databases in a fixed order, so that each copy has everything that the copies before it refer to:
+// backup copies the databases in a fixed order, so that everything that one copy refers to is also in the next copy:
 //
-//   - The queue goes first. The catalogue may then have a queued build that the copied queue lacks. The sweep puts such
-//     a build into the queue again. A build that a builder took in that moment ends as failed, and the next request
-//     tries it again. In the opposite order, the queue would have jobs of builds that the older catalogue does not
-//     know, and the catalogue would give the numbers of those builds to other builds.
+//   - The queue goes first. The catalogue may then have a queued build that the copied queue lacks. The sweep queues
+//     such a build again. A build that a builder took in that moment ends as failed, and the next request tries it
+//     again. In the opposite order, the queue would have jobs of builds that the older catalogue does not know. The
+//     catalogue would then give the numbers of those builds to other builds.
 //   - The catalogue goes before the registry, which the operator copies. Builders push an artifact first and tell the
-//     catalogue afterwards. All artifacts that the copied catalogue names are therefore in the later copy of the
-//     registry. That copy may have more artifacts; server reindex finds them. In the opposite order, the catalogue
-//     would name artifacts that the copied registry lacks, and would send nodes to them.
+//     catalogue afterwards. All artifacts of the copied catalogue are therefore in the later copy of the registry. That
+//     copy may have more artifacts; the command server reindex finds them. In the opposite order, the catalogue would
+//     send nodes to artifacts that the copied registry lacks.
 //
-// One case remains: an artifact that is deleted between the two copies. The catalogue still names it, and server
-// reindex lists it.
-func backup(ctx context.Context, s settings, folder string) (done copied, err error) {
+// One case remains: an artifact may be deleted between the last two copies. The copied catalogue then still has it, and
+// the command server reindex reports it as absent.
+func backup(ctx context.Context, s settings, folder string) (done backupResult, err error) {
 	folder, err = filepath.Abs(folder)
 	if err != nil {
 		return done, err
 	}
 	if _, err := os.Lstat(folder); !errors.Is(err, fs.ErrNotExist) {
-		return done, fault.New(fault.Usage, "the folder exists already", "name a folder that does not exist yet")
+		return done, fault.New(fault.Usage, "the folder exists already",
+			"give the path of a folder that does not exist yet")
 	}
 	type database struct{ url, flag, name string }
 	databases := []database{{s.Queue, "queue", "queue.db"}, {s.Database, "database", "catalogue.db"}}
@@ -100,21 +101,21 @@ func backup(ctx context.Context, s settings, folder string) (done copied, err er
 			return done, fault.New(
 				fault.Usage,
 				"--"+d.flag+" is not an SQLite file",
-				"copy a PostgreSQL database with pg_dump --format=custom",
+				"back up a PostgreSQL database with its own program: pg_dump --format=custom",
 			)
 		}
 	}
 	// The backup gets its final name only when it is complete.
 	part, err := os.MkdirTemp(filepath.Dir(folder), "."+filepath.Base(folder)+".part-") // mode 0700
 	if err != nil {
-		return done, fault.Wrap(fault.Usage, err, "name a folder whose parent folder this user may write")
+		return done, fault.Wrap(fault.Usage, err, "choose a path whose parent folder this user may write to")
 	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, os.RemoveAll(part))
 		}
 	}()
-	done = copied{Folder: folder}
+	done = backupResult{Folder: folder}
 	for _, d := range databases {
 		if err := store.CopySQLite(ctx, strings.TrimPrefix(d.url, "sqlite://"), filepath.Join(part, d.name)); err != nil {
 			return done, err
@@ -136,8 +137,8 @@ func backup(ctx context.Context, s settings, folder string) (done copied, err er
 	return done, syncFolder(filepath.Dir(folder))
 }
 
-// copyToken copies the file with the first token, and reports whether there is one. The data folder has no such file if
-// the server gets its token by --token, or from a file elsewhere, such as a secret of the platform.
+// copyToken copies the file with the first token, and reports whether there is such a file. There is none in the data
+// folder if the server gets its token by --token, or from a file elsewhere, such as a secret of the platform.
 func copyToken(s settings, to string) (bool, error) {
 	from := s.TokenFile
 	if from == "" {
@@ -161,7 +162,7 @@ func copyToken(s settings, to string) (bool, error) {
 	return true, syncFolder(filepath.Dir(to))
 }
 
-// syncFolder writes a folder's entries to the disk, so that its file names survive a crash.
+// syncFolder calls fsync on a folder, so that the names of its files survive a crash.
 func syncFolder(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
@@ -170,7 +171,7 @@ func syncFolder(dir string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-func printCopied(w io.Writer, c copied) error {
+func printCopied(w io.Writer, c backupResult) error {
 	_, err := fmt.Fprintf(
 		w,
 		"copied to %s: %s\nnow copy, in this order:\n  %s\n",

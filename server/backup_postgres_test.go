@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// TestBackupPostgres backs up with PostgreSQL's own programs, as docs/how-to/back-up.md says.
+// TestBackupPostgres backs up databases of PostgreSQL with PostgreSQL's own programs, as docs/how-to/back-up.md says.
 func TestBackupPostgres(t *testing.T) {
 	t.Parallel()
 	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
@@ -22,7 +22,7 @@ func TestBackupPostgres(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The test has a database of its own, because it drops that database.
+	// The test makes a database for itself, because it will drop it.
 	name := "prebake_lost_" + strconv.Itoa(os.Getpid())
 	admin, err := sql.Open("pgx", raw)
 	if err != nil {
@@ -44,7 +44,7 @@ func TestBackupPostgres(t *testing.T) {
 		}
 	})
 	u.Path = "/" + name
-	comesBack(t, []string{"--database", u.String()}, copies{
+	backUpAndRestore(t, []string{"--database", u.String()}, copies{
 		backup: func(t *testing.T, dir, folder string) {
 			t.Helper()
 			token, err := os.ReadFile(filepath.Join(dir, "token"))

@@ -19,16 +19,17 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// copies are the two steps of an operator: back up a database and the token, and restore them.
+// copies has the two functions that stand for an operator: one backs up a database and the token, the other restores
+// them.
 type copies struct {
 	backup  func(t *testing.T, dir, folder string)
 	restore func(t *testing.T, folder, dir string)
 }
 
-// TestBackup does with SQLite what "server backup --help" says.
+// TestBackup backs up and restores SQLite databases as "server backup --help" says.
 func TestBackup(t *testing.T) {
 	t.Parallel()
-	comesBack(t, nil, copies{
+	backUpAndRestore(t, nil, copies{
 		backup: func(t *testing.T, dir, folder string) {
 			t.Helper()
 			code, out, errs := run(t, "backup", "--data", dir, folder)
@@ -44,8 +45,8 @@ func TestBackup(t *testing.T) {
 				!strings.Contains(errs, "exists already") {
 				t.Errorf("backup over a backup = %d %s; want usage", code, errs)
 			}
-			intact(t, filepath.Join(folder, "catalogue.db"))
-			intact(t, filepath.Join(folder, "queue.db"))
+			checkIntact(t, filepath.Join(folder, "catalogue.db"))
+			checkIntact(t, filepath.Join(folder, "queue.db"))
 		},
 		restore: copyFolder,
 	})
@@ -56,7 +57,7 @@ func TestBackupOfOneFile(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "both.db")
 	flags := []string{"--database", "sqlite://" + file, "--queue", "sqlite://" + file}
-	comesBack(t, flags, copies{
+	backUpAndRestore(t, flags, copies{
 		backup: func(t *testing.T, dir, folder string) {
 			t.Helper()
 			code, out, errs := run(t, append([]string{"backup", "--data", dir, folder}, flags...)...)
@@ -79,9 +80,9 @@ func TestBackupOfOneFile(t *testing.T) {
 	})
 }
 
-// comesBack backs up a server while it works, loses it and restores it. The restored server has to know the artifacts
-// that were published after the backup, too.
-func comesBack(t *testing.T, flags []string, copies copies) {
+// backUpAndRestore backs up a server while it works, deletes its data, and restores it. The restored server must also
+// have the artifacts that were published after the backup.
+func backUpAndRestore(t *testing.T, flags []string, copies copies) {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "state")
 	url, stop, _ := start(t, dir, flags...)
@@ -190,7 +191,7 @@ func comesBack(t *testing.T, flags []string, copies copies) {
 	}
 }
 
-// TestBackupRefuses shows that a backup that fails leaves no folder.
+// TestBackupRefuses shows that no folder is left if a backup fails.
 func TestBackupRefuses(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -255,8 +256,8 @@ func resolved(t *testing.T, c *api.Client, s testkit.Sample) api.Resolution {
 	return r
 }
 
-// intact lets SQLite check a database.
-func intact(t *testing.T, file string) {
+// checkIntact lets SQLite check that a database is not damaged.
+func checkIntact(t *testing.T, file string) {
 	t.Helper()
 	db, err := sql.Open("sqlite", "file:"+file+"?mode=ro")
 	if err != nil {

@@ -21,15 +21,15 @@ import (
 )
 
 // Builders publish tarballs in a bucket, beside the registry: docs/decisions/0014-tarball-twins.md. The bucket has a
-// signed index for each COS build. The index names the artifact that each tarball was made of. The server compares
-// those artifacts with the registry, to find what the registry has lost. It records nothing about the bucket, because
-// it never sends nodes there.
+// signed index for each COS build and board. For each tarball, the index has the digest of the artifact that the
+// tarball was made of. The command reindex looks for those artifacts in the registry, to find what the registry has
+// lost. The catalogue records nothing about the bucket, because the server never sends nodes there.
 
 // bucketObject is the predicate type of a statement about an object of a bucket.
 const bucketObject = "https://prebake.dev/bucket-object/v1"
 
-// maxIndex is the largest size of an index, in bytes. maxEntries is the most drivers of an index. Builders have the
-// same limits.
+// maxIndex is the largest size of an index, in bytes. maxEntries is the most drivers that an index may have. Builders
+// have the same limits.
 const (
 	indexFile  = "index.json"
 	maxIndex   = 4 << 20
@@ -48,21 +48,21 @@ type tarballIndex struct {
 type tarball struct {
 	target.Driver
 	Object string `json:"object"`
-	// Artifact is the digest of the artifact with the same modules. Builders may leave it out.
+	// Artifact is the digest of the artifact with the same modules; "" if the builder left it out.
 	Artifact string `json:"artifact"`
 
 	kernel target.Kernel
 }
 
-// bucket is a bucket of tarballs. The server does not trust the bucket, but only what a trusted key signed.
+// bucket is a bucket of tarballs. It is not trusted: only what a trusted key signed is believed.
 type bucket struct {
 	b        *cosbucket.Bucket
 	verifier *trust.Verifier
 }
 
-// tarballs reads all indexes. all has the tarballs that the bucket has. bad has a finding for each index that cannot be
-// trusted, and for each tarball that an index names and the bucket lacks. An error means that reading the bucket
-// failed.
+// tarballs reads all indexes. The result all has the tarballs that are in an index and in the bucket. The result bad
+// has a finding for each index that cannot be trusted, and for each tarball that is in an index but not in the bucket.
+// If the bucket cannot be read, tarballs returns an error.
 func (b *bucket) tarballs(ctx context.Context) (all []tarball, bad []finding, err error) {
 	ids, err := b.b.BuildIDs(ctx)
 	if err != nil {
@@ -73,7 +73,7 @@ func (b *bucket) tarballs(ctx context.Context) (all []tarball, bad []finding, er
 	group.SetLimit(readAtOnce)
 	for _, id := range ids {
 		group.Go(func() error {
-			some, wrong, err := b.build(running, id)
+			some, wrong, err := b.readIndexes(running, id)
 			mu.Lock()
 			defer mu.Unlock()
 			all, bad = append(all, some...), append(bad, wrong...)
@@ -88,8 +88,8 @@ func (b *bucket) tarballs(ctx context.Context) (all []tarball, bad []finding, er
 	return all, bad, nil
 }
 
-// build reads the indexes of one COS build, one for each board.
-func (b *bucket) build(ctx context.Context, id string) (all []tarball, bad []finding, err error) {
+// readIndexes reads the indexes of one COS build, one for each board. Its results are those of [bucket.tarballs].
+func (b *bucket) readIndexes(ctx context.Context, id string) (all []tarball, bad []finding, err error) {
 	names, err := b.b.List(ctx, id+"/")
 	if err != nil {
 		return nil, nil, err
@@ -103,7 +103,7 @@ func (b *bucket) build(ctx context.Context, id string) (all []tarball, bad []fin
 		if err != nil {
 			continue
 		}
-		index, err := b.index(ctx, name, k)
+		index, err := b.readIndex(ctx, name, k)
 		if believable := fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch); err != nil && believable {
 			bad = append(bad, finding{Difference: unverified, Note: name + ": " + err.Error()})
 			continue
@@ -113,7 +113,7 @@ func (b *bucket) build(ctx context.Context, id string) (all []tarball, bad []fin
 		}
 		for _, t := range index.Drivers {
 			t.kernel = k
-			there, err := b.has(ctx, names, t.Object)
+			there, err := b.hasObject(ctx, names, t.Object)
 			switch {
 			case err != nil:
 				return nil, nil, err
@@ -121,16 +121,17 @@ func (b *bucket) build(ctx context.Context, id string) (all []tarball, bad []fin
 				all = append(all, t)
 			default:
 				bad = append(bad, finding{Digest: t.Artifact, Difference: absent, Driver: t.Driver,
-					Note: "the bucket's index names " + t.Object + ", but the bucket does not have it"})
+					Note: t.Object + " is in the bucket's index, but not in the bucket"})
 			}
 		}
 	}
 	return all, bad, nil
 }
 
-// has reports whether the bucket has an object. listed was read before the index, so a newer object may be missing in
-// it. has therefore asks the bucket for an object that is not in listed.
-func (b *bucket) has(ctx context.Context, listed []string, name string) (bool, error) {
+// hasObject reports whether the bucket has an object. The argument listed is a sorted list of the bucket's objects. It
+// was read before the index, so it may lack a newer object. If an object is not in the list, hasObject asks the bucket
+// for it.
+func (b *bucket) hasObject(ctx context.Context, listed []string, name string) (bool, error) {
 	if _, ok := slices.BinarySearch(listed, name); ok {
 		return true, nil
 	}
@@ -144,13 +145,13 @@ func (b *bucket) has(ctx context.Context, listed []string, name string) (bool, e
 	return true, body.Close()
 }
 
-// index reads an index and checks its signature before it uses the content. Each version of an index has a signature of
-// its own. The name of the signature has the digest of that version. Builders write the signature before the index, so
-// each version that can be read has its signature.
-func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tarballIndex, err error) {
+// readIndex reads an index, and checks its signature before it uses the content. Each version of an index has its own
+// signature, in a file whose name contains the digest of that version. Builders write this file before the index, so
+// each version that can be read has a signature.
+func (b *bucket) readIndex(ctx context.Context, name string, k target.Kernel) (x tarballIndex, err error) {
 	text, err := b.b.ReadSmall(ctx, name, maxIndex)
 	if err != nil {
-		return x, foreign(err)
+		return x, asUnverified(err)
 	}
 	sum := sha256.Sum256(text)
 	digest := hex.EncodeToString(sum[:])
@@ -159,7 +160,7 @@ func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tar
 		return x, fault.New(fault.Unverified, "the index has no signature", "")
 	}
 	if err != nil {
-		return x, foreign(err)
+		return x, asUnverified(err)
 	}
 	st, err := b.verifier.Statement(signature)
 	if err != nil {
@@ -176,8 +177,7 @@ func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tar
 	if st.PredicateType != bucketObject || !st.About("sha256:"+digest) {
 		return x, fault.New(fault.Unverified, "the signed statement is not about this index", "")
 	}
-	// Somebody may put the signed index of one COS build in the place of another COS build's index. Such an index is not
-	// trusted.
+	// Somebody may copy the signed index of one COS build over the index of another. The copy is not trusted.
 	if facts.Object != name || facts.BuildID != k.BuildID || facts.Board != k.Board {
 		return x, fault.New(fault.Mismatch,
 			fmt.Sprintf("the signature is for the index %.200q of kernel %.40q/%.40q, not for this index",
@@ -192,9 +192,9 @@ func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tar
 	return x, nil
 }
 
-// foreign gives kind Unverified to the errors of a file that cannot be an index: one that is too long, or whose
-// checksum is wrong.
-func foreign(err error) error {
+// asUnverified changes the kind of an error to Unverified if the file cannot be an index: if the file is too long, or
+// if its checksum is wrong.
+func asUnverified(err error) error {
 	if fault.Is(err, fault.Unsupported) || fault.Is(err, fault.Checksum) {
 		return fault.Wrap(fault.Unverified, err, "")
 	}
@@ -226,8 +226,8 @@ func (x tarballIndex) check(k target.Kernel) error {
 	return nil
 }
 
-// addBucket adds findings about artifacts that only the bucket has. It adds nothing about an artifact of the registry,
-// because [compare] has compared that artifact with the catalogue already.
+// addBucket adds findings about artifacts that only the bucket has. It adds none about artifacts that the registry has,
+// because [compare] has compared those with the catalogue already.
 func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.Verifier) (err error) {
 	opened, err := cosbucket.Open(ctx, url)
 	if err != nil {
@@ -255,12 +255,13 @@ func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.
 		}
 		f := &c.Findings[i]
 		f.Kernels = append(f.Kernels, t.kernel)
-		f.Note = "for " + names(f.Kernels)
+		f.Note = "for " + kernelNames(f.Kernels)
 	}
 	return nil
 }
 
-// serves reports whether the registry has the artifact that a tarball was made of, verified for the tarball's kernel.
+// serves reports whether the registry has the artifact that a tarball was made of, and whether this artifact is
+// verified for the tarball's kernel.
 func (c *comparison) serves(t tarball) bool {
 	return slices.ContainsFunc(c.held, func(a artifact) bool {
 		if a.err != nil || a.identity.Driver != t.Driver || t.Artifact != "" && a.digest != t.Artifact {

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestReindexBucket examines a bucket with three kinds of tarballs: those that the registry has, those that it lost,
-// and planted ones.
+// TestReindexBucket compares a bucket with a registry. The bucket has tarballs of artifacts that the registry has,
+// tarballs of artifacts that the registry has lost, and tarballs that a stranger put there.
 func TestReindexBucket(t *testing.T) {
 	t.Parallel()
 	r := newReindexed(t)
@@ -57,14 +57,14 @@ func TestReindexBucket(t *testing.T) {
 	index("17800.0.48", farm, "17800.0.48", entry("17800.0.48", foreign.Digest))
 	index("17800.0.51", farm, "17800.0.51", entry("17800.0.51", gone))
 	index("17800.0.52", farm, "17800.0.52", entry("17800.0.52", gone))
-	// The registry has this artifact, but no statement that it fits this COS build. The bucket has its tarball for this
-	// COS build.
+	// The bucket has a tarball of this artifact for this COS build. The registry has the artifact, but no statement that
+	// it fits this COS build.
 	index("17800.0.53", farm, "17800.0.53", entry("17800.0.53", held.Digest))
 	index("17800.0.54", farm, "17800.0.54", entry("17800.0.54", ""))
 	removed := entry("17800.0.55", held.Digest)
 	removed.Object = "17800.0.55/lakitu/extensions/gpu/x.tgz"
 	index("17800.0.55", farm, "17800.0.55", removed)
-	// The server trusts none of the following indexes.
+	// The following indexes are not trusted.
 	index("17800.0.61", stranger, "17800.0.61", entry("17800.0.61", gone))
 	index("17800.0.62", nil, "", entry("17800.0.62", gone))
 	index("17800.0.63", farm, "17800.0.64", entry("17800.0.63", gone))
@@ -86,7 +86,7 @@ func TestReindexBucket(t *testing.T) {
 			others[f.Difference]++
 			continue
 		}
-		lostFor[f.Digest] = slices.Sorted(maps.Keys(named(f.Kernels)))
+		lostFor[f.Digest] = slices.Sorted(maps.Keys(kernelSet(f.Kernels)))
 	}
 	wantLost := map[string][]string{
 		foreign.Digest: {"17800.0.48/lakitu"},
@@ -97,7 +97,7 @@ func TestReindexBucket(t *testing.T) {
 	if diff := cmp.Diff(wantLost, lostFor); diff != "" {
 		t.Errorf("reindex finds lost (-want +got):\n%s", diff)
 	}
-	// Five indexes and the foreign artifact are unverified. The tarball that was removed is absent.
+	// Five indexes and the stranger's artifact are unverified. The tarball that was removed is absent.
 	if diff := cmp.Diff(map[difference]int{unverified: 6, absent: 1}, others); diff != "" {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}
@@ -114,8 +114,8 @@ func TestReindexBucket(t *testing.T) {
 	}
 }
 
-// TestReindexBuildersBucket reads a bucket that builder/internal/tarball wrote. That package's test keeps the bucket
-// up to date.
+// TestReindexBuildersBucket reads a bucket that package builder/internal/tarball wrote. A test of that package keeps
+// the bucket up to date.
 func TestReindexBuildersBucket(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")

@@ -16,13 +16,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// cell has the values of the flags that name a cell on a command line.
+// cell has the values of the flags that select a cell.
 type cell struct {
 	BuildID, Board, Driver, Flavour string
 }
 
-// cellFlags returns the flags that name a cell. required is false for a command that has another way to name a cell;
-// that command checks its arguments itself.
+// cellFlags returns the flags that select a cell. The argument required is false for a command that can also select a
+// cell in another way. Such a command checks its arguments itself.
 func cellFlags(required bool) []ucli.Flag {
 	return []ucli.Flag{
 		&ucli.StringFlag{
@@ -43,14 +43,14 @@ func cellOf(cmd *ucli.Command) cell {
 		Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}
 }
 
-// command returns a command of the server that takes the flags of [cellFlags], such as watch, for the cell.
+// command returns the text of a command that has the flags of [cellFlags], such as watch, with the values of this cell.
 func (c cell) command(name string) string {
 	return fmt.Sprintf("server %s --build-id %s --board %s --driver %s --flavour %s",
 		name, c.BuildID, c.Board, c.Driver, c.Flavour)
 }
 
-// cellError returns the error for a cell that has no published artifact, and nil for a published cell. The kind of the
-// error is Pending if a build is queued or running, so that a pipeline can wait. Otherwise the kind is NoArtifact.
+// cellError returns nil for a published cell, and otherwise an error. If a build of the cell is queued or running, the
+// error has kind Pending, so that a pipeline can wait. Otherwise it has kind NoArtifact.
 func cellError(asked cell, r api.Resolution) error {
 	of := "COS build"
 	if _, gke := api.BuildOrGKE(asked.BuildID); gke != "" {
@@ -77,7 +77,7 @@ func cellError(asked cell, r api.Resolution) error {
 	return fault.New(fault.NoArtifact, what, hint)
 }
 
-// exitsOfCells is the part of the help that tells pipelines how to read the exit status.
+// exitsOfCells is the part of the help that explains the exit status, for authors of pipelines.
 const exitsOfCells = `The exit status is
   0   published: nodes find their driver
   16  pending: the driver is queued, or being built
@@ -165,12 +165,12 @@ Example:
 	}
 }
 
-// pools reads the arguments of preflight. base supplies the parts that an argument leaves out.
+// pools returns the cells that the arguments of preflight select. The parts that an argument leaves out come from base.
 func pools(base cell, args []string) ([]cell, error) {
 	if len(args) == 0 {
 		if base.BuildID == "" {
-			return nil, fault.New(fault.Usage, "preflight needs a COS build",
-				"name the COS build: --build-id 17800.66.78; or name each pool as an argument: 17800.66.78:lakitu:R535")
+			return nil, fault.New(fault.Usage, "server preflight needs a COS build",
+				"for one pool, add --build-id 17800.66.78; for several, add an argument for each: 17800.66.78:lakitu:R535")
 		}
 		return []cell{base}, nil
 	}
@@ -198,7 +198,7 @@ func verdict(asked []cell, answer api.Preflight) error {
 	waiting, missing := 0, 0
 	for i, v := range answer.Pools {
 		cell := asked[i]
-		if v.Resolution.Kernel.BuildID != "" { // the question named a GKE version; the answer has its BUILD_ID
+		if v.Resolution.Kernel.BuildID != "" { // if the question has a GKE version, only the answer has the BUILD_ID
 			cell.BuildID = v.Resolution.Kernel.BuildID
 		}
 		err := cellError(cell, v.Resolution)
@@ -244,7 +244,8 @@ func printPreflight(w io.Writer, base string, answer api.Preflight) error {
 	return printTable(w, []string{"MAY", "KERNEL", "DRIVER", "STATE", "NOTE"}, rows, "no pool was asked for")
 }
 
-// kernelOf names the kernel of an answer. If the kernel is not known, it repeats the GKE version of the question.
+// kernelOf returns the name of the kernel in an answer. If the answer has no kernel, it returns the GKE version and the
+// board of the question.
 func kernelOf(v api.PoolVerdict) string {
 	if v.Resolution.Kernel.BuildID == "" {
 		return v.Pool.GKE + "/" + v.Pool.Board
@@ -252,7 +253,7 @@ func kernelOf(v api.PoolVerdict) string {
 	return v.Resolution.Kernel.String()
 }
 
-// note returns a short text with what a reader needs to know about a cell besides its state.
+// note returns a short text with what a reader needs to know about a cell apart from its state.
 func note(r api.Resolution) string {
 	var parts []string
 	if r.Position > 0 {

@@ -12,12 +12,12 @@ import (
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
-// maxCandidates is how many values completion reads from the server. The newest entries of a list are enough on a
+// maxCandidates is how many entries of a list completion reads from the server. The newest entries are enough on a
 // command line.
 const maxCandidates = 200
 
-// complete finds values for a flag or an argument. Some values are fixed words, others come from the server. If the
-// server does not answer, complete offers nothing.
+// complete returns the possible values of a flag or of an argument. Some values are fixed words; others come from the
+// server. If the server does not answer, those are left out.
 func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 	switch at.Flag {
 	case "flavour":
@@ -56,7 +56,7 @@ func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 	return nil
 }
 
-// arguments completes the next argument of a command. All commands but preflight take only one argument.
+// arguments returns the possible values of a command's next argument. Only preflight takes more than one argument.
 func arguments(ctx context.Context, at cli.Place) []cli.Candidate {
 	if at.Command == "preflight" {
 		return buildIDs(ctx, at)
@@ -100,7 +100,7 @@ func fixed(all ...string) []cli.Candidate {
 	return out
 }
 
-// candidatesOf makes candidates of the first entries of a list. Each value appears once.
+// candidatesOf returns a candidate for each of the first entries of a list, and leaves out repeated values.
 func candidatesOf[T any](entries iter.Seq2[T, error], of func(T) cli.Candidate) []cli.Candidate {
 	var out []cli.Candidate
 	seen, n := map[string]bool{}, 0
@@ -130,8 +130,8 @@ func buildIDs(ctx context.Context, at cli.Place) []cli.Candidate {
 	})
 }
 
-// driversOf offers versions. For commands whose --driver may be a wish, it also offers default, latest and the
-// branches.
+// driversOf returns driver versions as candidates. For commands whose --driver may also be a wish, it adds default,
+// latest and the branches.
 func driversOf(ctx context.Context, at cli.Place) []cli.Candidate {
 	var words, branches []cli.Candidate
 	seen := map[string]bool{}

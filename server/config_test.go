@@ -7,8 +7,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
-// TestConfigCheck shows that the example has no mistake, and that each planted mistake is reported with its line and
-// column before the server opens anything.
+// TestConfigCheck shows that the example has no mistake. It also shows that each mistake is reported with its line and
+// column, before the server opens anything.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
 	configcheck.Check(t, filepath.Join("..", "docs", "examples", "server.yaml"), program, []configcheck.Row{

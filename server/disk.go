@@ -11,9 +11,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// disk watches the free space of the data folder. If less than the reserve is free, the server refuses uploads and
-// build logs, and reports that it is not ready. The reserve keeps space for the databases, which must not meet a full
-// disk.
+// disk measures the free space on the disk of the data folder. If less than the reserve is free, the server refuses
+// uploads and build logs, and reports that it is not ready. The reserve keeps space for the databases, which must not
+// meet a full disk.
 type disk struct {
 	dir     string
 	reserve uint64 // bytes
@@ -24,14 +24,15 @@ type disk struct {
 	err  error
 }
 
-// fresh is how long one measurement of the disk is used again, because uploads ask often.
-const fresh = time.Second
+// measurementLife is how long the result of one measurement is used. Uploads ask so often that they must not all
+// measure.
+const measurementLife = time.Second
 
 // Free returns how many bytes this program may still write.
 func (d *disk) Free() (uint64, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if time.Since(d.at) < fresh {
+	if time.Since(d.at) < measurementLife {
 		return d.free, d.err
 	}
 	var s unix.Statfs_t
@@ -46,7 +47,7 @@ func (d *disk) Free() (uint64, error) {
 func (d *disk) CheckFree() error {
 	free, err := d.Free()
 	if err != nil {
-		return fmt.Errorf("measure data folder's disk: %w", err)
+		return fmt.Errorf("measure the free space of the data folder's disk: %w", err)
 	}
 	if free < d.reserve {
 		return fault.New(
@@ -58,5 +59,5 @@ func (d *disk) CheckFree() error {
 	return nil
 }
 
-// Ping is [disk.CheckFree] under the name that the readiness check calls.
+// Ping does what [disk.CheckFree] does. The readiness check calls it by this name.
 func (d *disk) Ping(context.Context) error { return d.CheckFree() }

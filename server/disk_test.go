@@ -8,13 +8,13 @@ import (
 	"testing"
 )
 
-// TestFullDisk gives a server less free space than its reserve. The server is not ready, refuses uploads and logs,
-// and its answers show no path of its machine.
+// TestFullDisk starts a server whose reserve is larger than the free space. The server must not be ready. It must
+// refuse uploads and logs, and its answers must not contain a path of its machine.
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
 	const token = "0123456789abcdef"
-	url, _, _ := start(t, dir, "--token", token, "--reserve", "1000000000") // MiB, about a petabyte
+	url, _, _ := start(t, dir, "--token", token, "--reserve", "1000000000") // in MiB; about a petabyte
 	for _, row := range []struct {
 		method, path string
 		status       int
@@ -43,8 +43,8 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// TestCreateOnlyPatterns shows that the operator chooses the repositories whose tags never move. The tags under which
-// older clients keep lists of referrers move in every repository.
+// TestCreateOnlyPatterns shows that the operator chooses the repositories in which no tag can be moved. The tags under
+// which older clients keep lists of referrers can be moved in all repositories.
 func TestCreateOnlyPatterns(t *testing.T) {
 	t.Parallel()
 	s := settings{CreateOnly: []string{"prebake/*", "mine/a"}}

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// gpu has the drivers that a COS build names for one type of GPU.
+// gpu has the drivers that a COS build's driver lists have for one type of GPU.
 type gpu struct {
 	// Kernel is written as BUILD_ID/board.
 	Kernel string `json:"kernel"`
@@ -28,8 +28,8 @@ func gpusCommand() *ucli.Command {
 		func(ctx context.Context, c *api.Client, cmd *ucli.Command) ([]gpu, error) {
 			f := filter(cmd)
 			if f.BuildID == "" && f.Milestone == 0 && f.GKE == "" && cmd.String("gpu") == "" {
-				return nil, fault.New(fault.Usage, "list types of GPU: no flag selects COS builds",
-					"add --build-id, --milestone, --gke or --gpu")
+				return nil, fault.New(fault.Usage, "list the types of GPU: no flag says for which COS builds",
+					"add at least one of the flags --build-id, --milestone, --gke and --gpu")
 			}
 			all := []gpu{}
 			for k, err := range c.EachKernel(ctx, f) {

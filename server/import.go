@@ -18,9 +18,9 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// importCommand pushes a bundle to the server and records its drivers in the catalogue, as reindex does. Before the
-// first byte is sent, the command verifies all that it will send, layers included. [importSet] says which attachments
-// of a driver are sent.
+// importCommand returns the command that pushes a bundle to the server, and then records its drivers in the catalogue
+// as reindex does. The command sends nothing before it has verified all that it will send, layers included. [importSet]
+// says which attachments of a driver are sent.
 func importCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "import", Usage: "copy the drivers of an offline bundle to the registry and the catalogue",
@@ -46,7 +46,7 @@ Example:
 func runImport(ctx context.Context, cmd *ucli.Command) error {
 	if cmd.Args().Len() != 1 {
 		return fault.New(fault.Usage, cmd.FullName()+" takes one argument, the bundle",
-			"name the file of the bundle: "+cmd.FullName()+" FILE")
+			"give the path of the bundle: "+cmd.FullName()+" FILE")
 	}
 	ref := cmd.Args().First()
 	if !strings.HasPrefix(ref, "oci:") {
@@ -60,7 +60,7 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 	if err != nil {
 		return err
 	}
-	verifier, err := publishers(cmd)
+	verifier, err := publisherVerifier(cmd)
 	if err != nil {
 		return err
 	}
@@ -74,10 +74,10 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 	for _, a := range found.held {
 		err := a.err
 		if err == nil {
-			err = goes.add(ctx, a.digest)
+			err = goes.addDriver(ctx, a.digest)
 		}
 		if err != nil {
-			return fmt.Errorf("import %s: nothing was copied to the server: %w", a.digest, err)
+			return fmt.Errorf("import the artifact %s: nothing was copied to the server: %w", a.digest, err)
 		}
 		f, _ := compareArtifact(a, api.Artifact{}, false, name)
 		found.Findings = append(found.Findings, f)
@@ -96,12 +96,12 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 	if err := cli.Print(cmd, found, func(w io.Writer) error { return printImport(w, found) }); err != nil {
 		return err
 	}
-	return found.left()
+	return found.remainingError()
 }
 
 func isDriver(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" }
 
-// drivers reads the tagged artifacts that are drivers. The error has kind NoArtifact if there are none.
+// drivers returns the tagged artifacts that are drivers. If there are none, the error has kind NoArtifact.
 func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 	tags, err := r.repo.Tags(ctx)
 	if err != nil {
@@ -129,7 +129,7 @@ func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 		if json.Unmarshal(raw, &m) != nil || !isDriver(&m) {
 			continue
 		}
-		a, err := r.one(ctx, digest)
+		a, err := r.readOne(ctx, digest)
 		if err != nil {
 			return nil, err
 		}
@@ -147,7 +147,7 @@ func pushTo(cmd *ucli.Command, base, name string) (*registry.Repository, error) 
 	if !strings.HasPrefix(name, "/") {
 		return nil, fault.New(fault.Usage,
 			fmt.Sprintf("repository %q: want a repository of this server, such as /prebake/driver", name),
-			"copy the bundle to another registry with builder bundle push, and then run server reindex --apply")
+			"to use another registry, copy the bundle there with builder bundle push, and then run: server reindex --apply")
 	}
 	token := cmd.String("token")
 	if file := cmd.String("token-file"); token == "" && file != "" {
@@ -178,6 +178,6 @@ func printImport(w io.Writer, c *comparison) error {
 	if err := printTable(w, []string{"DIGEST", "STATE", "DRIVER", "NOTE"}, rows, "nothing"); err != nil || c.LeftOut == 0 {
 		return err
 	}
-	_, err := fmt.Fprintf(w, "left out %d attached manifests: no trusted signature names them\n", c.LeftOut)
+	_, err := fmt.Fprintf(w, "left out %d attached manifests: no trusted statement refers to them\n", c.LeftOut)
 	return err
 }

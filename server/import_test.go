@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// bundled packs the content of an image layout's folder into a tar.
-func bundled(t *testing.T, dir string) string {
+// packBundle packs the folder of an image layout into a tar, and returns the path of the tar.
+func packBundle(t *testing.T, dir string) string {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
@@ -78,7 +78,7 @@ func TestImport(t *testing.T) {
 		return []string{"import", file, "--server", url, "--key", pem, "--token-file", filepath.Join(dir, "token")}
 	}
 	for range 2 {
-		code, out, errs := run(t, args(bundled(t, layout))...)
+		code, out, errs := run(t, args(packBundle(t, layout))...)
 		if code != 0 || !strings.Contains(out, "imported") {
 			t.Fatalf("import = %d\n%s%s\nwant 0, and what was imported", code, out, errs)
 		}
@@ -103,7 +103,7 @@ func TestImport(t *testing.T) {
 
 	foreign := testkit.NewSample(t, stranger, testkit.SampleKernel("2"), driver, "")
 	foreign.Publish(t, repo)
-	code, out, errs := run(t, args(bundled(t, layout))...)
+	code, out, errs := run(t, args(packBundle(t, layout))...)
 	if code != fault.Unverified.ExitCode() || !strings.Contains(errs, foreign.Digest) {
 		t.Errorf("import of a stranger's driver = %d\n%s%s\nwant 4, and the driver named", code, out, errs)
 	}
@@ -116,7 +116,7 @@ func TestImport(t *testing.T) {
 	if code, _, errs := run(t, args(filepath.Join(t.TempDir(), "none.tar"))...); code != fault.NotFound.ExitCode() {
 		t.Errorf("import of no file = %d %s; want 11", code, errs)
 	}
-	if code, _, errs := run(t, append(args(bundled(t, layout)), "--repository", "elsewhere.example/x")...); code == 0 {
+	if code, _, errs := run(t, append(args(packBundle(t, layout)), "--repository", "elsewhere.example/x")...); code == 0 {
 		t.Errorf("import into another registry = %d %s; want an error", code, errs)
 	}
 }

@@ -12,19 +12,19 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// importSet is the part of a bundle that goes to a server. It is complete before anything is sent. It has the
-// drivers, and three kinds of attachments to them:
+// importSet is the part of a bundle that is sent to a server. It is complete before anything is sent. It has the
+// drivers of the bundle, and three kinds of attachments to drivers:
 //
 //   - signed statements about the driver;
-//   - what the driver's signed provenance names by digest, such as the build's log;
-//   - deltas. A delta needs no signature, because its result must have the diff id that the signed config names
+//   - byproducts whose digests are in the driver's signed provenance, such as the build's log;
+//   - deltas. A delta needs no signature, because its result must have the diff id that is in the signed config
 //     (docs/decisions/0025). A delta that no node can use is left out.
 type importSet struct {
 	r        *reader
 	drivers  map[v1.Hash]bool
 	attached map[v1.Hash]bool
-	compared map[sized]bool // blobs whose content matches their digest
-	leftOut  int            // attached manifests
+	compared map[sized]bool // blobs whose content is known to match their digest
+	leftOut  int            // number of attached manifests that are not sent
 }
 
 type sized struct {
@@ -40,9 +40,9 @@ func newImportSet(r *reader) *importSet {
 	return &importSet{r, map[v1.Hash]bool{}, map[v1.Hash]bool{}, map[sized]bool{}, 0}
 }
 
-// add verifies every byte of a driver and of its attachments that will be sent. The caller has verified the driver's
-// statements.
-func (v *importSet) add(ctx context.Context, digest string) error {
+// addDriver adds a driver and its attachments to the set. It verifies every byte of them that will be sent. The caller
+// has verified that the driver has the statements it needs.
+func (v *importSet) addDriver(ctx context.Context, digest string) error {
 	img, err := v.r.repo.Image(ctx, digest)
 	if err != nil {
 		return err
@@ -60,8 +60,8 @@ func (v *importSet) add(ctx context.Context, digest string) error {
 	if err != nil {
 		return err
 	}
-	// Statements come first, because they name what else is signed.
-	named := map[string]bool{}
+	// Statements come first, because they say which other attachments can be trusted.
+	byproducts := map[string]bool{}
 	rest := map[v1.Hash]*v1.Manifest{}
 	for _, d := range list {
 		a, err := v.attachment(ctx, digest, d)
@@ -70,7 +70,7 @@ func (v *importSet) add(ctx context.Context, digest string) error {
 		}
 		ok := a != nil && registry.ArtifactType(a) == trust.ArtifactTypeBundle
 		if ok {
-			if ok, err = v.statement(ctx, digest, a.Layers[0], named); err != nil {
+			if ok, err = v.isTrustedStatement(ctx, digest, a.Layers[0], byproducts); err != nil {
 				return err
 			}
 		}
@@ -87,7 +87,7 @@ func (v *importSet) add(ctx context.Context, digest string) error {
 		switch {
 		case a == nil:
 			continue
-		case named[a.Layers[0].Digest.Hex]:
+		case byproducts[a.Layers[0].Digest.Hex]:
 		case deltas < maxDeltas && isDelta(a, m):
 			deltas++
 		default:
@@ -113,7 +113,7 @@ func (v *importSet) add(ctx context.Context, digest string) error {
 }
 
 // compare verifies that the content of a blob matches its digest. It reads each blob once, even if several manifests
-// name it.
+// refer to it.
 func (v *importSet) compare(ctx context.Context, d v1.Descriptor) error {
 	blob := sized{d.Digest, d.Size}
 	if v.compared[blob] {
@@ -126,8 +126,8 @@ func (v *importSet) compare(ctx context.Context, d v1.Descriptor) error {
 	return nil
 }
 
-// attachment reads the manifest of an attachment. It returns nil if the manifest is listed but missing. It also returns
-// nil if the manifest has another number of layers than one, or another subject.
+// attachment returns the manifest of an attachment. It returns nil if the bundle lists the manifest but does not have
+// it, if the manifest does not have exactly one layer, and if its subject is not the driver.
 func (v *importSet) attachment(ctx context.Context, subject string, d v1.Descriptor) (*v1.Manifest, error) {
 	raw, err := v.r.repo.Manifest(ctx, d.Digest.String())
 	if fault.Is(err, fault.NoArtifact) {
@@ -144,13 +144,13 @@ func (v *importSet) attachment(ctx context.Context, subject string, d v1.Descrip
 	return &m, nil
 }
 
-// statement reports whether a payload is a statement about this driver with a trusted signature. From a provenance
-// statement it adds the SHA-256 of each byproduct of the build to named.
-func (v *importSet) statement(
+// isTrustedStatement reports whether a payload is a statement about this driver with a trusted signature. If the
+// statement is the provenance, isTrustedStatement adds the SHA-256 of each of the build's byproducts to the map.
+func (v *importSet) isTrustedStatement(
 	ctx context.Context,
 	subject string,
 	payload v1.Descriptor,
-	named map[string]bool,
+	byproducts map[string]bool,
 ) (bool, error) {
 	if payload.Size > registry.MaxAttachment {
 		return false, nil
@@ -178,14 +178,14 @@ func (v *importSet) statement(
 			return false, nil
 		}
 		for _, b := range p.RunDetails.Byproducts {
-			named[b.Digest["sha256"]] = true
+			byproducts[b.Digest["sha256"]] = true
 		}
 	}
 	return true, nil
 }
 
-// isDelta reports whether nodes would take an attachment as a delta. The delta must name the layer that it starts
-// from, and may have at most half the size of the layer of modules.
+// isDelta reports whether nodes would use an attachment as a delta. A delta has an annotation with the layer that it
+// starts from. It is at most half as large as the driver's layer of modules.
 func isDelta(a, driver *v1.Manifest) bool {
 	if registry.ArtifactType(a) != bundle.ArtifactTypeDelta {
 		return false
@@ -201,6 +201,7 @@ func isDelta(a, driver *v1.Manifest) bool {
 	return false
 }
 
-// isDriver and isAttached tell [registry.Repository.CopyTagged] what to copy.
+// isDriver and isAttached are callbacks of [registry.CopyTagged]. They report whether to copy an image, or an
+// attachment.
 func (v *importSet) isDriver(d v1.Descriptor, _ *v1.Manifest) bool { return v.drivers[d.Digest] }
 func (v *importSet) isAttached(d v1.Descriptor) bool               { return v.attached[d.Digest] }

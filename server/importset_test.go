@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// site is a server without any artifact, and a bundle that its operator brought there.
+// site is a server that has no artifacts, and a bundle that its operator has brought to the site.
 type site struct {
 	url, layout string
 	client      *api.Client
@@ -62,11 +62,11 @@ func (s site) sample(t *testing.T, build string) testkit.Sample {
 
 func (s site) imports(t *testing.T) (code int, stdout, stderr string) {
 	t.Helper()
-	return run(t, append([]string{"import", bundled(t, s.layout)}, s.flags...)...)
+	return run(t, append([]string{"import", packBundle(t, s.layout)}, s.flags...)...)
 }
 
-// TestImportOfADamagedLayer damages a layer of the last driver. The import reports the damage before it sends anything
-// of the first driver.
+// TestImportOfADamagedLayer damages a layer of the bundle's last driver. The import must report the damage before it
+// sends anything, even of the first driver.
 func TestImportOfADamagedLayer(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -104,8 +104,8 @@ func TestImportOfADamagedLayer(t *testing.T) {
 	}
 }
 
-// TestImportOfAttachments shows which attachments an import sends: those that a trusted key vouches for, and deltas
-// of a size that nodes take.
+// TestImportOfAttachments shows which attachments an import sends: those that a trusted key has signed or refers to,
+// and deltas that are small enough for nodes.
 func TestImportOfAttachments(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

@@ -15,31 +15,31 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// largestPage is the most entries that the server sends in one page. For lists that count kernels, the server allows
-// fewer entries. [api.Client] then asks for as many as the server allows.
+// largestPage is the most entries that the server sends in one page. Lists whose pages are counted in kernels have a
+// lower limit. [api.Client] then asks for as many kernels as the server allows.
 const largestPage = 1000
 
-// paged is a command that prints a list, up to a limit.
-type paged[T any] struct {
+// pagedList describes a command that prints the first entries of a list, up to a limit.
+type pagedList[T any] struct {
 	name, usage, description string
 	flags                    []ucli.Flag
 	// token is true if only administrators may read the list.
 	token bool
-	// what names the things that --limit counts. most is the default of --limit.
+	// what is the plural noun for the things that --limit counts. most is the default of --limit.
 	what string
 	most int
-	// of begins the text of --limit if key is set.
+	// of stands before "at most" in the help of --limit; it is set if key is set.
 	of string
-	// key is set if --limit counts groups of entries. It returns the group that an entry belongs to.
+	// key returns the group that an entry belongs to. It is set if --limit counts groups instead of entries.
 	key func(T) string
 	get func(*api.Client, context.Context, api.Filter) iter.Seq2[T, error]
 	// table prints the entries.
 	table func(io.Writer, []T) error
-	// tableGKE prints the entries if --gke is given. If it is nil, table does so.
+	// tableGKE prints the entries if --gke is given; nil means that table prints them in that case, too.
 	tableGKE func(io.Writer, []T) error
 }
 
-func (p paged[T]) command() *ucli.Command {
+func (p pagedList[T]) command() *ucli.Command {
 	own := append(slices.Clone(p.flags),
 		&ucli.IntFlag{Name: "limit", Value: p.most, Usage: "list " + p.of + "at most `COUNT` " + p.what,
 			Validator: func(n int) error {
@@ -70,7 +70,7 @@ func (p paged[T]) command() *ucli.Command {
 			if cmd.Bool("all") {
 				most, f.Page = 0, 0
 			}
-			all, more, err := first(p.get(c, ctx, f), most, p.key)
+			all, more, err := readFirst(p.get(c, ctx, f), most, p.key)
 			if err != nil {
 				return err
 			}
@@ -92,9 +92,9 @@ func (p paged[T]) command() *ucli.Command {
 	}
 }
 
-// first reads as many entries as most says. If key is set, most counts groups of entries. If most is 0, first reads all
-// entries. more reports whether there are further entries.
-func first[T any](entries iter.Seq2[T, error], most int, key func(T) string) (all []T, more bool, err error) {
+// readFirst reads at most as many entries as the argument most says, or all entries if most is 0. If key is not nil,
+// most is a number of groups of entries. The result more is true if there are further entries.
+func readFirst[T any](entries iter.Seq2[T, error], most int, key func(T) string) (all []T, more bool, err error) {
 	all = []T{}
 	count, last := 0, ""
 	for entry, err := range entries {
@@ -114,7 +114,8 @@ func first[T any](entries iter.Seq2[T, error], most int, key func(T) string) (al
 	return all, false, nil
 }
 
-// filter reads the flags that narrow a list. Flags that the command does not have stay empty.
+// filter returns the values of the flags that restrict a list. The value of a flag that the command does not have is
+// empty.
 func filter(cmd *ucli.Command) api.Filter {
 	return api.Filter{
 		BuildID: cmd.String(
@@ -125,9 +126,8 @@ func filter(cmd *ucli.Command) api.Filter {
 	}
 }
 
-// kernelFilters returns flags that read no environment variable: a variable that names a node's kernel must not
-// narrow a list.
-
+// kernelFilters returns the flags that select kernels in a list. They have no environment variables, because a variable
+// with a node's own kernel must not restrict a list.
 func kernelFilters() []ucli.Flag {
 	return []ucli.Flag{
 		&ucli.StringFlag{Name: "build-id", Usage: "show only entries for the COS build `BUILD_ID`"},
@@ -152,7 +152,7 @@ func flavourFilter() ucli.Flag {
 }
 
 func kernelsCommand() *ucli.Command {
-	return paged[api.Kernel]{
+	return pagedList[api.Kernel]{
 		name: "kernels", usage: "list the known COS kernels, newest first", what: "kernels", most: 100,
 		flags: append(kernelFilters(), milestoneFilter(), gkeFilter()), get: (*api.Client).EachKernel, table: printKernels,
 		tableGKE: printGKE,
@@ -160,14 +160,14 @@ func kernelsCommand() *ucli.Command {
 }
 
 func driversCommand() *ucli.Command {
-	return paged[api.DriverRelease]{
+	return pagedList[api.DriverRelease]{
 		name: "drivers", usage: "list the known driver versions, newest first", what: "drivers", most: 100,
 		get: (*api.Client).EachDriver, table: printDrivers,
 	}.command()
 }
 
 func artifactsCommand() *ucli.Command {
-	return paged[api.Artifact]{
+	return pagedList[api.Artifact]{
 		name: "artifacts", usage: "list published and yanked artifacts, newest first", what: "artifacts", most: 100,
 		flags: append(kernelFilters(), driverFilter(), flavourFilter(),
 			&ucli.StringFlag{Name: "state", Usage: "show only artifacts in this `STATE`: published, yanked or quarantined"}),
@@ -176,7 +176,7 @@ func artifactsCommand() *ucli.Command {
 }
 
 func buildsCommand() *ucli.Command {
-	return paged[api.Build]{
+	return pagedList[api.Build]{
 		name: "builds", usage: "list builds, newest first", what: "builds", most: 100,
 		flags: append(kernelFilters(), milestoneFilter(), driverFilter(), flavourFilter(),
 			&ucli.StringFlag{Name: "state",
@@ -186,7 +186,7 @@ func buildsCommand() *ucli.Command {
 }
 
 func cellsCommand() *ucli.Command {
-	return paged[api.Resolution]{
+	return pagedList[api.Resolution]{
 		name: "cells", usage: "list cells and their states, newest kernel first",
 		description: `A cell is a kernel with a driver. The list has the cells that were built or
 requested.`,
@@ -197,7 +197,7 @@ requested.`,
 }
 
 func quarantineCommand() *ucli.Command {
-	return paged[api.Quarantine]{
+	return pagedList[api.Quarantine]{
 		name: "quarantine", usage: "list artifacts in quarantine, which failed on several nodes",
 		what: "artifacts", most: 100,
 		get: (*api.Client).EachQuarantine, table: printQuarantine,
@@ -205,7 +205,7 @@ func quarantineCommand() *ucli.Command {
 }
 
 func auditCommand() *ucli.Command {
-	return paged[api.AuditEntry]{
+	return pagedList[api.AuditEntry]{
 		name: "audit", usage: "list who changed what, newest first", what: "changes", most: 100, token: true,
 		flags: []ucli.Flag{
 			&ucli.StringFlag{Name: "actor", Usage: "show only changes by this `CALLER`, such as token:node-pool-a"},
@@ -215,7 +215,8 @@ func auditCommand() *ucli.Command {
 }
 
 func artifactCommand() *ucli.Command {
-	return about("artifact", "show one artifact", "DIGEST", "list artifacts: server artifacts", clientFlags(),
+	return answerCommand("artifact", "show one artifact", "DIGEST",
+		"take the digest from the list of artifacts: server artifacts", clientFlags(),
 		func(ctx context.Context, c *api.Client, digest string) (api.Artifact, error) {
 			return c.Artifact(ctx, digest)
 		},
@@ -233,8 +234,8 @@ func reportsCommand() *ucli.Command {
 				return err
 			}
 			if cmd.String("digest") == "" && cmd.String("build-id") == "" {
-				return fault.New(fault.Usage, "count reports: no artifact and no COS build is named",
-					"name an artifact with --digest, or a COS build with --build-id")
+				return fault.New(fault.Usage, "count the reports: no artifact and no COS build is given",
+					"add --digest for one artifact, or --build-id for all artifacts of a COS build")
 			}
 			c, err := client(cmd)
 			if err != nil {

@@ -118,7 +118,7 @@ func TestOperator(t *testing.T) {
 		{"no token", []string{"request", "--build-id", "17800.0.47", "--driver", "535.261.03"}, fault.Unauthorized.ExitCode(),
 			"", "this call needs a token"},
 		{"bad wish", []string{"resolve", "--build-id", "17800.0.47", "--driver", "new"}, 2, "", "hint:"},
-		{"no such build", []string{"build", "99"}, fault.NotFound.ExitCode(), "", "list builds"},
+		{"no such build", []string{"build", "99"}, fault.NotFound.ExitCode(), "", "the list of builds"},
 		{"no log yet", []string{"build", "1", "--log"}, fault.NotFound.ExitCode(), "", "no log yet"},
 		{"stray argument", []string{"kernels", "x"}, 2, "", "takes no argument"},
 		{"bad number", []string{"build", "x"}, 2, "", "needs the number of one build"},
@@ -158,7 +158,7 @@ func TestOperator(t *testing.T) {
 		t.Errorf("the address file is still there: %v", err)
 	}
 
-	// A builder takes the job directly from the queue while the server is stopped.
+	// While the server is stopped, a builder takes the job from the queue's database.
 	work(t, dir, func(job api.BuildJob) {
 		if job.Build != 1 || job.BuildID != "17800.0.47" || job.Driver != "535.261.03" || job.Flavour != "open" {
 			t.Errorf("the queue has %+v; want build 1", job)
@@ -175,8 +175,8 @@ func TestOperator(t *testing.T) {
 	}
 	digest = push(t, url, string(secret), "first")
 	published.Digest = digest
-	// The sweep of the new process may have failed the build first, because its job ended without a report. A report of
-	// the published artifact counts all the same.
+	// The job ended without a report, so the new process's sweep may have marked the build as failed by now. The server
+	// must accept the report that the artifact is published even then.
 	if _, err := c.UpdateBuild(t.Context(), 1, published); err != nil {
 		t.Fatal(err)
 	}
@@ -247,7 +247,7 @@ func push(t *testing.T, url, secret, tag string) (digest string) {
 	return d.String()
 }
 
-// work takes one job from the queue of a stopped server.
+// work takes one job from the queue of a server that is stopped.
 func work(t *testing.T, dir string, see func(api.BuildJob)) {
 	t.Helper()
 	q, err := queue.Open(t.Context(), "sqlite://"+filepath.Join(dir, "queue.db"))
@@ -268,7 +268,7 @@ func work(t *testing.T, dir string, see func(api.BuildJob)) {
 	}
 }
 
-// TestWait shows that --wait ends with the status of the failure's class.
+// TestWait shows that a command with --wait ends with the exit status of the failure's class.
 func TestWait(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -296,7 +296,7 @@ func TestWait(t *testing.T) {
 		api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv-pci.c:1: error", Hint: "newer"}); err != nil {
 		t.Fatal(err)
 	}
-	// The request after the failure made build 2. This loop ends that build, too.
+	// The request after the failure added build 2. This loop ends that build, too.
 	for {
 		all, err := c.Builds(t.Context(), api.Queued)
 		if err != nil {

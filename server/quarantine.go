@@ -12,11 +12,11 @@ import (
 )
 
 func liftCommand() *ucli.Command {
-	return about(
+	return answerCommand(
 		"lift",
 		"take an artifact out of quarantine: nodes get it again",
 		"DIGEST",
-		"list artifacts in quarantine: server quarantine",
+		"take the digest from the list of quarantined artifacts: server quarantine",
 		writeFlags(),
 		func(ctx context.Context, c *api.Client, digest string) (api.Artifact, error) {
 			return c.Lift(ctx, digest)
@@ -40,7 +40,8 @@ func printQuarantine(w io.Writer, all []api.Quarantine) error {
 			fields = append(fields, [2]string{n.BuildID, fmt.Sprintf("%s: %d loaded, %d failed, %d fell back",
 				n.Board, n.Loaded, n.Failed, n.FellBack)})
 		}
-		fields = append(fields, [2]string{"hint", "lift it: server lift DIGEST; or yank it: server yank DIGEST --reason WHY"})
+		fields = append(fields, [2]string{"hint",
+			"to allow it again: server lift DIGEST; to withdraw it: server yank DIGEST --reason WHY"})
 		if err := printFields(w, fields); err != nil {
 			return err
 		}

@@ -24,55 +24,55 @@ import (
 // difference is one way in which registry and catalogue differ.
 type difference string
 
-// Each comment says what the difference means, and what --apply does about it.
+// Each comment says what the difference means. With --apply, reindex records the artifacts where the comment says so.
 const (
-	missing    difference = "missing"    // a verified artifact is not in the catalogue; --apply records it
-	attested   difference = "attested"   // a verified artifact has more kernels than the catalogue; --apply records them
-	differs    difference = "differs"    // the catalogue contradicts the registry; a person has to decide
-	absent     difference = "absent"     // an artifact of the catalogue is not in the registry
-	unverified difference = "unverified" // no trusted signer says what the artifact is; it is never recorded
+	missing    difference = "missing"    // a verified artifact is not in the catalogue; recorded by --apply
+	attested   difference = "attested"   // a verified artifact has kernels that its record lacks; recorded by --apply
+	differs    difference = "differs"    // the artifact contradicts its record; a person has to decide
+	absent     difference = "absent"     // the catalogue has an artifact that is not in the registry
+	unverified difference = "unverified" // no trusted signer says what the artifact is; never recorded
 	lost       difference = "lost"       // only the bucket has the driver, as a tarball; it has to be built again
 )
 
 // finding is a difference of one artifact.
 type finding struct {
-	Digest     string          `json:"digest,omitempty"` // empty for an index of a bucket
+	Digest     string          `json:"digest,omitempty"` // empty if the finding is about a bucket's index
 	Difference difference      `json:"difference"`
 	Driver     target.Driver   `json:"driver,omitzero"`
 	Kernels    []target.Kernel `json:"kernels,omitempty"` // the kernels to record, or to build for
 	Note       string          `json:"note,omitempty"`
 	Applied    bool            `json:"applied,omitempty"`
 
-	add *api.NewArtifact // the record that --apply adds; nil means none
+	add *api.NewArtifact // what --apply adds to the catalogue; nil means nothing
 }
 
 // comparison is the result that reindex prints.
 type comparison struct {
 	Repository string `json:"repository"`
-	// InRegistry and InCatalogue count the artifacts of this repository on each side.
+	// InRegistry and InCatalogue are the numbers of artifacts of this repository in the registry and in the catalogue.
 	InRegistry  int `json:"inRegistry"`
 	InCatalogue int `json:"inCatalogue"`
-	// Bucket is the URL of the bucket that was compared too. InBucket counts its tarballs.
+	// Bucket is the URL of a bucket that was compared too; "" means none. InBucket is the number of its tarballs.
 	Bucket   string    `json:"bucket,omitempty"`
 	InBucket int       `json:"inBucket,omitempty"`
 	Findings []finding `json:"findings"`
-	// LeftOut counts the attached manifests that an import did not send.
+	// LeftOut is the number of attached manifests that an import did not send.
 	LeftOut int `json:"leftOut,omitempty"`
 
 	held []artifact
 }
 
-// signerFlags returns the flags that name the trusted signers.
+// signerFlags returns the flags that say which signers are trusted.
 func signerFlags() []ucli.Flag {
 	keys := cli.WasCalled(cli.Strings("public-key", "`FILE` with public keys of trusted publishers"), "key")
 	return append(cli.Group(cli.Trust, keys), cli.Group(cli.Trust, cli.IdentityFlags()...)...)
 }
 
-// reindexCommand asks a running server and writes through its API. An operator who lost the database starts the server
-// on the remaining data folder, or on a new one. The server then makes empty tables and serves its own registry. Nodes
-// need not wait, because they load what they have installed. One command therefore serves every case: the server's own
-// registry and any other, SQLite and PostgreSQL. The API checks each record like a record of any other caller, and the
-// audit log names the caller.
+// reindexCommand returns the command that compares the catalogue with a registry. It asks a running server and writes
+// through its API. An operator who lost the database first starts the server on the remaining data folder, or on a new
+// one. The server then makes empty tables and serves its own registry. Meanwhile nodes load what they have installed.
+// The same command therefore works for the server's own registry and for any other, with SQLite and with PostgreSQL.
+// The API checks each record as it checks those of other callers, and the audit log has the caller.
 func reindexCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "reindex", Usage: "compare the catalogue with a registry, and record what the catalogue lacks",
@@ -113,7 +113,7 @@ Example:
 			if err != nil {
 				return err
 			}
-			verifier, err := publishers(cmd)
+			verifier, err := publisherVerifier(cmd)
 			if err != nil {
 				return err
 			}
@@ -138,13 +138,13 @@ Example:
 			if err := cli.Print(cmd, found, func(w io.Writer) error { return printComparison(w, found) }); err != nil {
 				return err
 			}
-			return errors.Join(failed, found.left())
+			return errors.Join(failed, found.remainingError())
 		},
 	}
 }
 
-// publishers makes the verifier that the flags describe.
-func publishers(cmd *ucli.Command) (*trust.Verifier, error) {
+// publisherVerifier returns a verifier that trusts the signers of [signerFlags].
+func publisherVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
 	var p trust.Policy
 	for _, file := range cmd.StringSlice("public-key") {
 		text, err := os.ReadFile(file)
@@ -152,7 +152,7 @@ func publishers(cmd *ucli.Command) (*trust.Verifier, error) {
 			return nil, fault.Wrap(
 				fault.Usage,
 				fmt.Errorf("read trusted keys: %w", err),
-				"name the file with the publisher's public key: --public-key FILE",
+				"give the file with the publisher's public key: --public-key FILE",
 			)
 		}
 		keys, err := trust.ParsePublicKeys(text)
@@ -174,8 +174,8 @@ func publishers(cmd *ucli.Command) (*trust.Verifier, error) {
 	return trust.NewVerifier(p)
 }
 
-// openRepository opens a repository by the name that it has in the catalogue. It sends the server's token to no
-// registry. The server's own registry can be read without a token.
+// openRepository opens a repository by its name in the catalogue. It sends no token, because the server's own registry
+// can be read without one, and no other registry may see the server's token.
 func openRepository(base, repository string) (*registry.Repository, error) {
 	if !strings.HasPrefix(repository, "/") {
 		return registry.Open(repository, registry.Options{UserAgent: "prebake-server/" + version})
@@ -185,11 +185,11 @@ func openRepository(base, repository string) (*registry.Repository, error) {
 		registry.Options{Plain: scheme == "http", UserAgent: "prebake-server/" + version})
 }
 
-// compare reads the registry before the catalogue. A builder that publishes meanwhile writes to the registry first,
-// so the list of the registry may lack an artifact of the catalogue. compare looks for such an artifact once more
-// before it counts as absent.
+// compare reads the registry first, and then the catalogue. A builder may publish an artifact in between. The artifact
+// is then in the catalogue's list and not in the registry's. Therefore compare asks the registry once more for each
+// artifact that seems to be absent.
 func compare(ctx context.Context, c *api.Client, r *reader, repository string) (*comparison, error) {
-	held, err := r.all(ctx)
+	held, err := r.readAll(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -220,7 +220,7 @@ func compare(ctx context.Context, c *api.Client, r *reader, repository string) (
 		case err != nil:
 			return nil, err
 		default: // the artifact is there, without a tag
-			a, err := r.one(ctx, k.Digest)
+			a, err := r.readOne(ctx, k.Digest)
 			if err != nil {
 				return nil, err
 			}
@@ -251,7 +251,7 @@ func compareArtifact(a artifact, k api.Artifact, known bool, repository string) 
 	f.add = &api.NewArtifact{Digest: a.digest, Repository: repository, Fingerprint: a.identity.Fingerprint,
 		Driver: a.identity.Driver, Release: a.identity.Release}
 	if !known {
-		f.Difference, f.Kernels, f.Note = missing, a.kernels, "for "+names(a.kernels)
+		f.Difference, f.Kernels, f.Note = missing, a.kernels, "for "+kernelNames(a.kernels)
 		return f, false
 	}
 	if notes := contradictions(a, k, repository); len(notes) > 0 {
@@ -259,13 +259,13 @@ func compareArtifact(a artifact, k api.Artifact, known bool, repository string) 
 		return f, false
 	}
 	if f.Kernels = without(a.kernels, k.Kernels); len(f.Kernels) > 0 {
-		f.Difference, f.Note = attested, "also fits "+names(f.Kernels)
+		f.Difference, f.Note = attested, "also fits "+kernelNames(f.Kernels)
 		return f, false
 	}
 	return f, true
 }
 
-// contradictions lists the facts in which the catalogue's record and the artifact differ.
+// contradictions returns a note for each fact in which the artifact and its record in the catalogue differ.
 func contradictions(a artifact, k api.Artifact, repository string) (notes []string) {
 	if id := a.identity; k.Fingerprint != id.Fingerprint {
 		notes = append(
@@ -283,10 +283,10 @@ func contradictions(a artifact, k api.Artifact, repository string) (notes []stri
 		notes = append(notes, fmt.Sprintf("its kernel release is %s, the catalogue has %s", a.identity.Release, k.Release))
 	}
 	if k.Repository != repository {
-		notes = append(notes, "the catalogue names the repository "+k.Repository)
+		notes = append(notes, "the catalogue has it in the repository "+k.Repository)
 	}
 	if more := without(k.Kernels, a.kernels); len(more) > 0 {
-		notes = append(notes, "it has no kernel match for "+names(more))
+		notes = append(notes, "it has no kernel match for "+kernelNames(more))
 	}
 	return notes
 }
@@ -305,18 +305,18 @@ func without(all, others []target.Kernel) (rest []target.Kernel) {
 	return rest
 }
 
-func names(kernels []target.Kernel) string {
+func kernelNames(kernels []target.Kernel) string {
 	if len(kernels) > 1 {
 		return kernels[0].String() + " and " + strconv.Itoa(len(kernels)-1) + " more"
 	}
 	return kernels[0].String()
 }
 
-// maxCall is how many kernels the server accepts for an artifact in one call.
+// maxCall is how many kernels of an artifact the server accepts in one call.
 const maxCall = 1000
 
-// apply records what can be recorded. A record that the server refuses stays a difference, and apply goes on with the
-// next. It stops if the server does not answer any more.
+// apply adds to the catalogue what can be added. If the server refuses an artifact, the difference remains, and apply
+// goes on with the next artifact. If the server does not answer any more, apply stops.
 func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 	for i := range c.Findings {
 		f := &c.Findings[i]
@@ -332,7 +332,7 @@ func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 				break
 			}
 			if err != nil {
-				return fmt.Errorf("record %s: %w", f.Digest, err)
+				return fmt.Errorf("record the artifact %s: %w", f.Digest, err)
 			}
 			f.Applied = from+maxCall >= len(f.Kernels)
 		}
@@ -340,8 +340,8 @@ func (c *comparison) apply(ctx context.Context, to *api.Client) error {
 	return nil
 }
 
-// left returns the remaining differences as an error.
-func (c *comparison) left() error {
+// remainingError returns an error if differences remain. Its hint says what to do about them.
+func (c *comparison) remainingError() error {
 	count := map[difference]int{}
 	rest := 0
 	for _, f := range c.Findings {
@@ -353,22 +353,22 @@ func (c *comparison) left() error {
 	switch {
 	case count[unverified] > 0:
 		return fault.New(fault.Unverified, fmt.Sprintf("%d published artifacts are unverified", count[unverified]),
-			"name the publisher's key with --public-key FILE; remove artifacts that no trusted signer published")
+			"if you trust their publisher, give its public key with --public-key FILE; otherwise delete them from the registry")
 	case rest > 0:
-		hint := "publish again each artifact that differs or is absent; or yank it: server yank DIGEST --reason WHY"
+		hint := "for each artifact that differs or is absent: publish it again, or yank it: server yank DIGEST --reason WHY"
 		if count[missing]+count[attested] > 0 {
-			hint = "run the command again with --apply to record the missing artifacts and kernel matches"
+			hint = "to record the missing artifacts and kernel matches, run the same command with --apply"
 		}
 		if count[lost] == rest {
-			hint = "request a build of each artifact that only the bucket has: server request"
+			hint = "for each artifact that only the bucket has, request a build: server request"
 		}
 		return fault.New(fault.Mismatch, fmt.Sprintf("%s and the catalogue differ in %d artifacts", c.Repository, rest), hint)
 	}
 	return nil
 }
 
-// printable replaces everything but printable characters. Errors may quote text of a registry, which must not send
-// control sequences to a terminal.
+// printable returns the text with a ? in place of each character that is not printable. Errors may quote text from a
+// registry, and such text must not send control sequences to a terminal.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsGraphic(r) {

@@ -22,7 +22,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// reindexed is a server, and a registry elsewhere. The server's catalogue may lack artifacts of that registry.
+// reindexed is a server and another registry. The server's catalogue may lack artifacts of that registry.
 type reindexed struct {
 	dir, url, name string // the server's folder and address, and the repository
 	client         *api.Client
@@ -61,14 +61,14 @@ func (r *reindexed) add(t *testing.T, s testkit.Sample, d target.Driver, kernels
 	}
 }
 
-// args returns the command that compares catalogue and registry.
+// args returns the arguments of the command that compares catalogue and registry.
 func (r *reindexed) args() []string {
 	token := filepath.Join(r.dir, "token")
 	return []string{"reindex", "--server", r.url, "--repository", r.name, "--key", r.pem, "--token-file", token}
 }
 
-// TestReindex compares a catalogue with a registry elsewhere. The registry has one artifact for each kind of
-// difference, and some planted ones.
+// TestReindex compares a catalogue with another registry. The registry has one artifact for each kind of difference,
+// and some artifacts of a stranger.
 func TestReindex(t *testing.T) {
 	t.Parallel()
 	r := newReindexed(t)
@@ -85,7 +85,7 @@ func TestReindex(t *testing.T) {
 	same.Publish(t, repo)
 	add(same, driver, same.Kernel)
 
-	// Most statements carry labels. There are more statements than one call reads.
+	// Most statements have labels. There are more statements than one request returns.
 	lacking := sample("2", farm)
 	lacking.Publish(t, repo)
 	want := []target.Kernel{lacking.Kernel}
@@ -157,7 +157,7 @@ func TestReindex(t *testing.T) {
 	if diff := cmp.Diff(wantStates, states); diff != "" {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}
-	if got, wanted := named(all[lacking.Digest].Kernels), named(want); !maps.Equal(got, wanted) {
+	if got, wanted := kernelSet(all[lacking.Digest].Kernels), kernelSet(want); !maps.Equal(got, wanted) {
 		t.Errorf("reindex finds %d kernels; want %d: those that the farm attests\n%s", len(got), len(wanted),
 			cmp.Diff(wanted, got))
 	}
@@ -178,7 +178,7 @@ func TestReindex(t *testing.T) {
 		}
 	}
 
-	// With --apply, too, an artifact without a trusted signature is not recorded.
+	// Even with --apply, an artifact without a trusted signature is not recorded.
 	all = read(fault.Unverified.ExitCode(), "--apply")
 	for digest := range wantStates {
 		if applied := digest == lacking.Digest || digest == more.Digest; all[digest].Applied != applied {
@@ -201,7 +201,7 @@ func TestReindex(t *testing.T) {
 	got := stored[lacking.Digest]
 	if id := lacking.Identity; got.Repository != r.name || got.Fingerprint != id.Fingerprint || got.Driver != id.Driver ||
 		got.Release != id.Release ||
-		!maps.Equal(named(got.Kernels), named(want)) {
+		!maps.Equal(kernelSet(got.Kernels), kernelSet(want)) {
 		t.Errorf("reindex --apply recorded %+v; want what is signed", got)
 	}
 	all = read(fault.Unverified.ExitCode())
@@ -226,7 +226,7 @@ func TestReindex(t *testing.T) {
 	}
 }
 
-// TestReindexEmptyDatabase loses the databases and has no backup. Only the registry is left.
+// TestReindexEmptyDatabase deletes the databases of a server without a backup, and keeps only its registry.
 func TestReindexEmptyDatabase(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -293,8 +293,8 @@ func TestReindexEmptyDatabase(t *testing.T) {
 	}
 }
 
-// attach signs a kernel match of a sample with a key, and attaches it. labels are added to the labels that builders
-// write.
+// attach signs a kernel match of a sample with a key, and attaches it. Its labels are those that builders write, and
+// the argument labels.
 func attach(t *testing.T, repo *registry.Repository, s testkit.Sample, key *testkit.Key, k target.Kernel,
 	labels map[string]string) {
 	t.Helper()
@@ -314,7 +314,7 @@ func attach(t *testing.T, repo *registry.Repository, s testkit.Sample, key *test
 	}
 }
 
-func named(kernels []target.Kernel) map[string]bool {
+func kernelSet(kernels []target.Kernel) map[string]bool {
 	all := map[string]bool{}
 	for _, k := range kernels {
 		all[k.String()] = true

@@ -25,8 +25,9 @@ func oneArg(cmd *ucli.Command, what, hint string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// about makes a command whose only argument names a thing. The command prints the server's answer about it.
-func about[T any](name, usage, what, hint string, flags []ucli.Flag,
+// answerCommand returns a command with one argument, such as a digest. The command calls the API with the argument and
+// prints the answer. The texts what and hint are the argument's name, and what to do if it is missing.
+func answerCommand[T any](name, usage, what, hint string, flags []ucli.Flag,
 	call func(context.Context, *api.Client, string) (T, error), show func(io.Writer, T) error) *ucli.Command {
 	return &ucli.Command{
 		Name: name, Usage: usage, ArgsUsage: what, Flags: flags,
@@ -48,8 +49,9 @@ func about[T any](name, usage, what, hint string, flags []ucli.Flag,
 	}
 }
 
-// act makes a command whose only argument names a thing. The command changes that thing and prints nothing.
-func act(name, usage, what, hint string, call func(context.Context, *api.Client, string) error) *ucli.Command {
+// quietCommand returns a command with one argument, such as a token's id. The command calls the API with the argument
+// and prints nothing. The texts what and hint are those of [answerCommand].
+func quietCommand(name, usage, what, hint string, call func(context.Context, *api.Client, string) error) *ucli.Command {
 	return &ucli.Command{
 		Name: name, Usage: usage, ArgsUsage: what, Flags: writeFlags(),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
@@ -66,15 +68,15 @@ func act(name, usage, what, hint string, call func(context.Context, *api.Client,
 	}
 }
 
-const hintBuildID = "name a COS build such as 17800.66.78; list COS builds: server kernels"
+const hintBuildID = "give a COS build such as 17800.66.78; to list the COS builds, run: server kernels"
 
 func releaseCommand() *ucli.Command {
-	return about("release", "show the states of a COS build's cells", "BUILD_ID", hintBuildID, clientFlags(),
+	return answerCommand("release", "show the states of a COS build's cells", "BUILD_ID", hintBuildID, clientFlags(),
 		func(ctx context.Context, c *api.Client, id string) (api.Release, error) { return c.Release(ctx, id) }, printRelease)
 }
 
 func announceCommand() *ucli.Command {
-	return about(
+	return answerCommand(
 		"announce",
 		"announce a COS build: the server looks it up and queues builds for it at once",
 		"BUILD_ID",
@@ -156,10 +158,10 @@ func printWishList(w io.Writer, l api.WishList) error {
 	return err
 }
 
-const hintWishLists = "list wish lists: server wish-lists"
+const hintWishLists = "take the name from the list of wish lists: server wish-lists"
 
 func showWishListCommand() *ucli.Command {
-	return about("show", "print a wish list, with its problems as comments", "NAME", hintWishLists, clientFlags(),
+	return answerCommand("show", "print a wish list, with its problems as comments", "NAME", hintWishLists, clientFlags(),
 		func(ctx context.Context, c *api.Client, name string) (api.WishList, error) {
 			return c.WishList(ctx, name)
 		}, printWishList)
@@ -175,14 +177,14 @@ func putWishListCommand() *ucli.Command {
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if cmd.Args().Len() != 2 {
 				return fault.New(fault.Usage, cmd.FullName()+" needs a name and a file",
-					"name the wish list and its file: "+cmd.FullName()+" production wish.yaml")
+					"give a name for the wish list, and its file: "+cmd.FullName()+" production wish.yaml")
 			}
 			name, file := cmd.Args().Get(0), cmd.Args().Get(1)
 			text, err := os.ReadFile(file)
 			if err != nil {
 				return fault.Wrap(fault.Usage, fmt.Errorf("read wish list: %w", err), "")
 			}
-			if _, err := plan.Parse(file, text); err != nil { // errors show the file name that the reader gave
+			if _, err := plan.Parse(file, text); err != nil { // the error shows the file's name on this machine
 				return err
 			}
 			c, err := client(cmd)
@@ -199,6 +201,6 @@ func putWishListCommand() *ucli.Command {
 }
 
 func dropWishListCommand() *ucli.Command {
-	return act("remove", "remove a wish list; artifacts that were built for it stay", "NAME", hintWishLists,
+	return quietCommand("remove", "remove a wish list; artifacts that were built for it stay", "NAME", hintWishLists,
 		func(ctx context.Context, c *api.Client, name string) error { return c.DropWishList(ctx, name) })
 }

@@ -12,9 +12,9 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// releases summarizes the newest COS builds.
+// releases is a summary of the newest COS builds.
 type releases struct {
-	// Times covers the cells that became ready within the last Days days.
+	// Times has the percentiles of the cells that became ready within the last Days days.
 	Days     int                  `json:"days"`
 	Times    api.ReadyDuration    `json:"times"`
 	Releases []api.ReleaseSummary `json:"releases"`
@@ -64,9 +64,8 @@ func between(least, most int) func(int) error {
 
 func readReleases(ctx context.Context, c *api.Client, milestone, limit, days int) (out releases, err error) {
 	out.Days = days
-	// The field Page counts kernels. Two kernels are read for each COS build, because a COS build has a kernel for each
-	// board.
-	out.Releases, _, err = first(c.EachRelease(ctx, api.Filter{Milestone: milestone, Page: 2 * limit}), limit,
+	// The field Page is a number of kernels. A COS build has a kernel for each of its boards, which are usually two.
+	out.Releases, _, err = readFirst(c.EachRelease(ctx, api.Filter{Milestone: milestone, Page: 2 * limit}), limit,
 		func(r api.ReleaseSummary) string { return r.BuildID })
 	if err == nil {
 		out.Times, err = c.ReadyTimes(ctx, days)

@@ -35,7 +35,7 @@ import (
 	"github.com/prebake/prebake/server/internal/web"
 )
 
-// settings are the values of serve's flags.
+// settings has the values of serve's flags.
 type settings struct {
 	Listen, Data, Database, Queue, KernelMirror, DriverMirror, GKEMap, PublicRepository string
 	Token, TokenFile                                                                    string
@@ -58,7 +58,7 @@ func (s *settings) dataPaths() error {
 	}
 	var err error
 	if s.Data, err = filepath.Abs(s.Data); err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("find data folder: %w", err), "give --data as an absolute path")
+		return fault.Wrap(fault.Usage, fmt.Errorf("find the data folder: %w", err), "give --data as an absolute path")
 	}
 	if s.Database == "" {
 		s.Database = "sqlite://" + filepath.Join(s.Data, "catalogue.db")
@@ -66,7 +66,7 @@ func (s *settings) dataPaths() error {
 	if s.Queue == "" {
 		s.Queue = s.Database
 		if strings.HasPrefix(s.Database, "sqlite://") {
-			// The queue has a file of its own, because builders write to it all the time and the catalogue must not wait for
+			// The queue has a file of its own. Builders write to the queue all the time, and the catalogue must not wait for
 			// them.
 			s.Queue = "sqlite://" + filepath.Join(s.Data, "queue.db")
 		}
@@ -89,7 +89,7 @@ func (s *settings) complete() error {
 		}
 	}
 	if s.GKEMap != "" && s.KernelMirror == "" {
-		add("gke-map", "--gke-map is given without --kernel-mirror, in which the server looks up the kernels of GKE",
+		add("gke-map", "--gke-map is given without --kernel-mirror, but the server looks up GKE's kernels in that mirror",
 			"give --kernel-mirror URL too", "kernel-mirror")
 	}
 	if (s.TLSCert == "") != (s.TLSKey == "") {
@@ -98,7 +98,7 @@ func (s *settings) complete() error {
 	}
 	if s.PublicRepository == "" {
 		add("public-repository", "--public-repository is empty",
-			"use --public-repository /prebake/driver, or a repository of your registry")
+			"give --public-repository a path on this server such as /prebake/driver, or a repository of another registry")
 	}
 	return errors.Join(wrong...)
 }
@@ -112,7 +112,7 @@ func stateDir() (string, error) {
 	}
 	home, err := os.UserHomeDir()
 	if err != nil {
-		return "", fault.Wrap(fault.Usage, fmt.Errorf("choose data folder: %w", err), "give --data FOLDER")
+		return "", fault.Wrap(fault.Usage, fmt.Errorf("choose the data folder: %w", err), "give --data FOLDER")
 	}
 	return filepath.Join(home, ".local/state/prebake"), nil
 }
@@ -125,27 +125,27 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		}
 	}
 	if os.Getenv("GOGC") == "" {
-		// A call that runs beside a collection of garbage takes some milliseconds longer. The heap is small, even for a
-		// catalogue of 60,000 cells, so it may triple before the next collection (Go's default: double).
+		// A call that runs at the same time as a garbage collection takes some milliseconds longer. Even for a catalogue of
+		// 60,000 cells the heap is small. It may therefore triple before the next collection; by Go's default it may double.
 		debug.SetGCPercent(200)
 	}
 	if err := os.MkdirAll(s.Data, 0o750); err != nil {
 		return fault.Wrap(
 			fault.Usage,
-			fmt.Errorf("make data folder: %w", err),
-			"give --data a folder that this user may write",
+			fmt.Errorf("make the data folder: %w", err),
+			"give --data a folder that this user may write to",
 		)
 	}
 	lock := flock.New(filepath.Join(s.Data, "lock"))
 	locked, err := lock.TryLock()
 	if err != nil {
-		return fmt.Errorf("lock data folder: %w", err)
+		return fmt.Errorf("lock the data folder: %w", err)
 	}
 	if !locked {
 		return fault.New(
 			fault.Busy,
 			"data folder "+s.Data+" is in use by another server",
-			"stop the other server, or give --data another folder",
+			"stop that server, or give --data another folder",
 		)
 	}
 	defer closing("lock", lock.Close)
@@ -209,7 +209,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Quarantine: s.Quarantine, Log: log,
 		Public: s.Public, Redistribute: s.Redistribute,
 	})
-	cat.PlanSoon() // the last server may have stopped before it planned
+	cat.PlanSoon() // the former process may have stopped before it planned
 	if s.KernelMirror != "" {
 		cat.Mirror = discover.Mirror{URL: s.KernelMirror}
 	}
@@ -220,7 +220,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	listener, err := net.Listen("tcp", s.Listen)
 	if err != nil {
 		return fault.Wrap(fault.Busy, fmt.Errorf("listen: %w", err),
-			"give --listen a free address, or port 0 to take any free port")
+			"give --listen a free address; with port 0, the server takes any free port")
 	}
 	address := listener.Addr().String()
 	_, port, err := net.SplitHostPort(address)
@@ -234,7 +234,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		Auth:     who, Access: db, BuildsPerHour: s.BuildsPerHour, CallsPerMinute: s.CallsPerMinute,
 		Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes, Snapshot: list,
 	})
-	// The file is written and renamed: a program that waits for it must not read half of it.
+	// The file gets its name only when it is complete: a program that waits for the file must not read half of it.
 	addressFile := filepath.Join(s.Data, "address")
 	scheme := "http"
 	if secure != nil {
@@ -280,7 +280,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	group.Go(func() error { return collect(running, registry, log) })
 	group.Go(func() error {
 		<-running.Done()
-		// The shutdown has two steps: the server accepts no new requests, and after the grace period it closes the
+		// The shutdown has two steps. First the server accepts no new requests. After the grace period it closes the
 		// connections of the requests that still run.
 		log.Info("server stopping", "grace", s.Grace)
 		patience, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.Grace)
@@ -309,12 +309,12 @@ func (s settings) sources() (all []discover.Source) {
 	return all
 }
 
-// fallbackTag matches the tag under which clients without the referrers API keep the list of referrers. Such a tag
-// must be able to move.
+// fallbackTag matches a tag under which a client without the referrers API keeps an image's list of referrers. The
+// client moves the tag each time it adds a referrer.
 var fallbackTag = regexp.MustCompile(`^sha256-[0-9a-f]{64}`)
 
-// createOnly reports whether a tag is protected: once created, it names the same digest for ever. The operator
-// chooses the repositories.
+// createOnly reports whether a tag is protected. A protected tag refers to the same digest for ever. The operator
+// chooses the repositories with protected tags.
 func (s settings) createOnly(repo, tag string) bool {
 	chosen := slices.ContainsFunc(s.CreateOnly, func(pattern string) bool {
 		ok, err := path.Match(pattern, repo)
@@ -323,10 +323,10 @@ func (s settings) createOnly(repo, tag string) bool {
 	return chosen && !fallbackTag.MatchString(tag)
 }
 
-// collectEvery is the pause between two runs that delete unreferenced content.
+// collectEvery is the pause between two collections.
 const collectEvery = 6 * time.Hour
 
-// collect deletes unreferenced content of the registry at intervals, until ctx is done.
+// collect runs a collection at intervals, until ctx is done. A collection deletes unreferenced content of the registry.
 func collect(ctx context.Context, r *ocistore.Store, log *slog.Logger) error {
 	tick := time.NewTicker(collectEvery)
 	defer tick.Stop()

@@ -114,10 +114,11 @@ func databaseFlag(name, usage string) *ucli.StringFlag {
 				return nil
 			}
 		}
-		if s == "" { // an empty environment variable
+		if s == "" { // the environment variable is set and empty
 			return nil
 		}
-		return fmt.Errorf("%s: want sqlite:///PATH or postgres://…", name) // without the value, which may contain a password
+		// The error does not quote the value, which may contain a password.
+		return fmt.Errorf("%s: want sqlite:///PATH or postgres://…", name)
 	}
 	return f
 }

@@ -10,20 +10,20 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// snapshotFile matches the files that builder snapshot writes, and no other file.
+// snapshotFile matches the paths of the files that the command builder snapshot writes.
 var snapshotFile = regexp.MustCompile(
 	`^(timestamp\.json|[1-9][0-9]*\.(root|targets|snapshot)\.json|targets/[0-9a-f]{64}\.catalogue\.json\.zst)$`,
 )
 
-// snapshotFiles serves the folder of a snapshot. The builder may write to the folder meanwhile. The server verifies
-// nothing, because nodes verify each file.
+// snapshotFiles returns a handler that serves the files of a snapshot from a folder. The builder may write to the
+// folder at the same time. The server does not verify the files, because each node verifies them.
 func snapshotFiles(dir string) (http.Handler, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return nil, fault.Wrap(
 			fault.Usage,
-			fmt.Errorf("open snapshot: %w", err),
-			"give --snapshot the folder that builder snapshot wrote",
+			fmt.Errorf("open the snapshot: %w", err),
+			"give --snapshot the folder that the command builder snapshot wrote",
 		)
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

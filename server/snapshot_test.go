@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// TestSnapshots shows that a node gets its list from the server, and that the server gives out no other file of the
+// TestSnapshots shows that a node gets the signed list from the server, and that the server serves no other file of the
 // folder.
 func TestSnapshots(t *testing.T) {
 	t.Parallel()

@@ -11,14 +11,15 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// columns is the greatest width of a table: that of the usual terminal.
+// columns is the greatest width of a table, in characters. It is the width of the usual terminal.
 const columns = 80
 
-// narrow is the smallest width of the last column of a table, unless its texts are shorter.
-const narrow = 12
+// minLastColumn is the least width of a table's last column, in characters, unless the texts in it are shorter.
+const minLastColumn = 12
 
-// printTable aligns rows under a head. The last column takes the remaining width and is cut to fit. The other columns
-// are usually short. If they are long, the widest column is cut until the last column has its least width.
+// printTable prints rows as a table with a head. Without rows, it prints the text none. The last column has the width
+// that the others leave, and its texts are cut to fit. If the others leave too little, the widest of them is made
+// narrower until the last column has its least width.
 func printTable(w io.Writer, head []string, rows [][]string, none string) error {
 	if len(rows) == 0 {
 		_, err := fmt.Fprintln(w, none)
@@ -31,7 +32,7 @@ func printTable(w io.Writer, head []string, rows [][]string, none string) error 
 		}
 	}
 	last := len(width) - 1
-	for over := 2*last + min(width[last], narrow) - columns; ; {
+	for over := 2*last + min(width[last], minLastColumn) - columns; ; {
 		sum, widest := 0, 0
 		for i, n := range width[:last] {
 			sum += n
@@ -72,7 +73,7 @@ func cut(text string, n int) string {
 	return string([]rune(text)[:max(n-3, 0)]) + "..."
 }
 
-// printFields writes pairs of name and value, and leaves out empty values.
+// printFields prints a line for each pair of a name and a value, and leaves out pairs with an empty value.
 func printFields(w io.Writer, fields [][2]string) error {
 	for _, f := range fields {
 		if f[1] == "" {
@@ -92,7 +93,7 @@ func milestone(k api.Kernel) string {
 	return strconv.Itoa(k.Milestone)
 }
 
-// printGKE prints kernels for a reader who asked by GKE version.
+// printGKE prints kernels with their GKE versions, for a reader who asked for a GKE version.
 func printGKE(w io.Writer, all []api.Kernel) error {
 	var rows [][]string
 	for _, k := range all {

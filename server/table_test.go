@@ -24,8 +24,8 @@ func TestTableFits(t *testing.T) {
 				t.Errorf("printTable(%q) has a line of %d columns: %s", rows, n, line)
 			}
 		}
-		if last := rows[0][3]; last != "" && !strings.Contains(out.String(), "  "+last[:min(len(last), narrow-3)]) {
-			t.Errorf("printTable(%q) = %s; want %d columns of the last entry at least", rows, out.String(), narrow)
+		if last := rows[0][3]; last != "" && !strings.Contains(out.String(), "  "+last[:min(len(last), minLastColumn-3)]) {
+			t.Errorf("printTable(%q) = %s; want %d columns of the last entry at least", rows, out.String(), minLastColumn)
 		}
 	}
 }

@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// certificate is the server's TLS certificate. It is read again after its file changed, so a renewal, such as by
-// cert-manager, needs no restart.
+// certificate is the server's TLS certificate. If its file changes, it is read again. The server therefore needs no
+// restart after a renewal, for example by cert-manager.
 type certificate struct {
 	certFile, keyFile string
 	log               *slog.Logger
@@ -23,7 +23,7 @@ type certificate struct {
 	loaded  *tls.Certificate
 }
 
-// reloadInterval is the shortest time between two checks of the file.
+// reloadInterval is the shortest time between two checks whether the file has changed.
 const reloadInterval = time.Second
 
 // openCertificate reads the certificate and its key from PEM files.
@@ -55,8 +55,8 @@ func (c *certificate) read() error {
 	return nil
 }
 
-// get is the callback of crypto/tls. If the pair cannot be read, for example because only half of it is written, the
-// previous pair stays in use.
+// get returns the certificate for a new connection; crypto/tls calls it. Certificate and key are read as a pair. If
+// they cannot be read, for example because only one of the two files is written, the former pair stays in use.
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

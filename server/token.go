@@ -14,8 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// loadToken returns the token of the flag, of the file, or of DATA/token. The first start makes DATA/token with a
-// random value. The value is never logged.
+// loadToken returns the first token. It comes from --token, or else from the file that --token-file gives, or else from
+// the file token in the data folder. If the last file is missing, loadToken makes it, with a random value. The value is
+// never logged.
 func loadToken(s settings, log *slog.Logger) (string, error) {
 	if s.Token != "" {
 		return s.Token, checkToken(s.Token, "--token")
@@ -35,17 +36,17 @@ func loadToken(s settings, log *slog.Logger) (string, error) {
 	token = rand.Text()
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
-		return "", fmt.Errorf("make token: %w", err)
+		return "", fmt.Errorf("make the first token: %w", err)
 	}
 	_, err = f.WriteString(token + "\n")
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return "", fmt.Errorf("make token: %w", err)
+		return "", fmt.Errorf("make the first token: %w", err)
 	}
 	log.Info("token made", "file", name)
 	return token, nil
 }
 
-// readToken reads a token and checks it.
+// readToken reads a token from a file and checks it.
 func readToken(name string) (string, error) {
 	token, err := api.ReadToken(name)
 	if err != nil {
@@ -59,7 +60,7 @@ func checkToken(token, where string) error {
 		return fault.New(
 			fault.Usage,
 			"token in "+where+" is not one word of at least 16 characters",
-			"make a token: openssl rand -hex 16",
+			"make a token with this command: openssl rand -hex 16",
 		)
 	}
 	return nil

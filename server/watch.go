@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// clock formats a time in the local zone. A time more than 12 hours away has its date.
+// clock formats a time in the local zone. If the time is more than 12 hours away, the text has the date, too.
 func clock(t time.Time) string {
 	if time.Until(t) > 12*time.Hour {
 		return t.Local().Format("2006-01-02 15:04")
@@ -24,24 +24,25 @@ func clock(t time.Time) string {
 	return t.Local().Format("15:04")
 }
 
-// positionInterval is the pause between two questions for a build's place in the queue. againAfter is the pause
-// before the next attempt to reach a server that does not answer.
+// positionInterval is the pause between two questions about a build's place in the queue. againAfter is the pause
+// before the next attempt, if the server does not answer.
 const (
 	positionInterval = 10 * time.Second
 	againAfter       = time.Second
 )
 
-// progress is a build, with its queue position while it is open.
+// progress is a build, and its place in the queue while the build is open.
 type progress struct {
 	api.Build
-	// Position and ETA have the meaning of the same fields of [api.Resolution].
+	// Position and ETA are those of [api.Resolution].
 	Position int        `json:"position,omitempty"`
 	ETA      *time.Time `json:"eta,omitempty"`
 }
 
 func (p progress) ended() bool { return p.State != api.Queued && p.State != api.Building }
 
-// text returns the message for a person. If a new state has the same text as the last one, [follow] does not call say.
+// text returns the line that a person reads. [follow] reports a state only if its text differs from that of the former
+// state.
 func (p progress) text() string {
 	parts := []string{strings.TrimSpace(string(p.State) + " " + p.Phase)}
 	if p.ended() {
@@ -59,8 +60,8 @@ func (p progress) text() string {
 	return strings.Join(parts, ", ")
 }
 
-// follow calls say for each change of a build that a person would notice, until the build ends. If the server does not
-// answer, follow calls away once, and waits until the server answers.
+// follow waits until a build ends. It calls the function say for each change that a person would notice. If the server
+// does not answer, follow calls the function away once, and waits until the server answers again.
 func follow(
 	ctx context.Context, c *api.Client, b api.Build, away func(error), say func(progress) error,
 ) (api.Build, error) {
@@ -118,8 +119,8 @@ func follow(
 	}
 }
 
-// queuePosition adds the place in the queue to an open build. The place is only a convenience. If the server does not
-// tell it, the last known value stays, and the watch reports the error.
+// queuePosition updates the place in the queue of an open build. If it cannot ask the server, the last known place
+// stays. It returns no error, because the watch of the build reports the same trouble.
 func queuePosition(ctx context.Context, c *api.Client, now progress) progress {
 	if now.State != api.Queued {
 		now.Position = 0
@@ -135,15 +136,15 @@ func queuePosition(ctx context.Context, c *api.Client, now progress) progress {
 	}
 	was := now.ETA
 	now.Position, now.ETA = r.Position, r.ETA
-	// A change of less than a minute does not count, so that it causes no new line.
+	// If the time changes by less than a minute, the former time stays, so that no new line is printed.
 	if was != nil && now.ETA != nil && now.ETA.Sub(*was).Abs() < time.Minute {
 		now.ETA = was
 	}
 	return now
 }
 
-// wait follows a build and prints a line for each change.
-func wait(ctx context.Context, c *api.Client, b api.Build, w io.Writer) (api.Build, error) {
+// waitForBuild waits until a build ends, and prints a line for each change.
+func waitForBuild(ctx context.Context, c *api.Client, b api.Build, w io.Writer) (api.Build, error) {
 	return follow(ctx, c, b, reportUnreachable(w), func(p progress) error {
 		fmt.Fprintf(w, "build %d: %s\n", p.ID, p.text())
 		return nil
@@ -173,7 +174,7 @@ Example:
 			if err != nil {
 				return err
 			}
-			b, err := watched(ctx, c, cmd)
+			b, err := buildToWatch(ctx, c, cmd)
 			if err != nil {
 				return err
 			}
@@ -186,34 +187,34 @@ Example:
 			if err != nil {
 				return err
 			}
-			return ended(true, b)
+			return errUnlessPublished(true, b)
 		},
 	}
 }
 
-// watched finds the build that the command names.
-func watched(ctx context.Context, c *api.Client, cmd *ucli.Command) (api.Build, error) {
+// buildToWatch returns the build that the arguments and flags of the command select.
+func buildToWatch(ctx context.Context, c *api.Client, cmd *ucli.Command) (api.Build, error) {
 	asked := cellOf(cmd)
 	switch {
 	case cmd.Args().Len() == 1:
 		id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 		if err != nil {
 			return api.Build{}, fault.New(fault.Usage,
-				fmt.Sprintf("watch needs the number of a build, got %q", cmd.Args().First()),
-				"list builds: server builds")
+				fmt.Sprintf("%s needs the number of a build, got %q", cmd.FullName(), cmd.Args().First()),
+				"take the number from the list of builds: server builds")
 		}
 		return c.Build(ctx, id)
 	case cmd.Args().Len() > 1 || asked.BuildID == "":
-		return api.Build{}, fault.New(fault.Usage, "watch needs the number of one build, or a cell",
-			"name a build: server watch ID; or a cell: server watch --build-id 17800.66.78; list builds: server builds")
+		return api.Build{}, fault.New(fault.Usage, cmd.FullName()+" needs the number of one build, or a cell",
+			"for a build: server watch ID; for a cell: server watch --build-id 17800.66.78; to list the builds: server builds")
 	}
 	r, err := c.Resolve(ctx, asked.question())
 	if err != nil {
 		return api.Build{}, err
 	}
 	if r.Build == nil || r.State.Withdrawn() {
-		// An artifact that was published elsewhere has no build here. An artifact that was withdrawn may have a build that
-		// succeeded.
+		// There is nothing to wait for in two cases. An artifact that was published elsewhere has no build here. A withdrawn
+		// artifact may have a build, but that build was published.
 		if err := cellError(asked, r); err != nil {
 			return api.Build{}, err
 		}

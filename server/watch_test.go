@@ -35,8 +35,8 @@ func TestProgressText(t *testing.T) {
 	}
 }
 
-// TestFollowWaitsForTheServer stops a server in the middle. The client waits for it, reports the trouble once, and
-// then reports what happened meanwhile.
+// TestFollowWaitsForTheServer stops a server while a client follows a build. The client must report the trouble once,
+// wait for the server, and then report what happened meanwhile.
 func TestFollowWaitsForTheServer(t *testing.T) {
 	t.Parallel()
 	server, _, _ := start(t, t.TempDir(), "--token", scriptToken)

@@ -12,8 +12,8 @@ import (
 // answerWithin limits the time of one call.
 const answerWithin = 30 * time.Second
 
-// connection is a connection that is kept open for one caller at a time. The load runs on the server's own cores, so
-// a call has to be cheap: it starts no goroutine and reuses its request.
+// connection is an HTTP connection that stays open. Only one caller uses it at a time. The callers run on the same
+// cores as the server, so a call has to be cheap: it starts no goroutine and reuses its request.
 type connection struct {
 	host string // includes the port
 	net  net.Conn

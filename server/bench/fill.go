@@ -15,20 +15,20 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// world has the kernels and drivers that the load asks about.
+// world has the kernels and drivers that the measured calls ask about.
 type world struct {
 	kernels  []target.Kernel
 	versions []string
 }
 
-// cursor returns the cursor of a random page in a list of kernels, in the form of the store's cursors.
+// cursor returns the cursor of a random page in a list of kernels. It is encoded as package store encodes its cursors.
 func (w world) cursor() string {
 	k := w.kernels[rand.IntN(len(w.kernels))]
 	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "[%q,%q]", target.SortKey(k.BuildID), k.Board))
 }
 
-// perFingerprint is how many COS builds share one ABI fingerprint. COS's milestones show about this number, because
-// releases are more frequent than changes of the kernel.
+// perFingerprint is how many COS builds share one ABI fingerprint. The number is about that of real milestones, in
+// which most releases do not change the kernel.
 const perFingerprint = 4
 
 var branches = []int{19999, 19506, 19216, 18867, 18613, 18244, 17800}

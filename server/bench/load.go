@@ -12,7 +12,8 @@ import (
 	"time"
 )
 
-// row has the measurements of one load: one line of the table that the command prints.
+// A load is a series of calls of one kind. row has the measurements of one load, which are one line of the printed
+// table.
 type row struct {
 	name   string
 	took   []time.Duration
@@ -24,8 +25,8 @@ type row struct {
 	server, load float64
 }
 
-// at returns a percentile of the durations; 100 is the maximum.
-func (r *row) at(percent int) time.Duration {
+// percentile returns a percentile of the durations; 100 is the maximum.
+func (r *row) percentile(percent int) time.Duration {
 	if len(r.took) == 0 {
 		return 0
 	}
@@ -71,13 +72,14 @@ func get(ctx context.Context, c *connection, path string) bool {
 	return err == nil
 }
 
-// callers is the largest number of calls that run at the same time. A fleet behind one proxy has about as many
-// connections.
+// callers is the largest number of calls that run at the same time. One proxy in front of a fleet of nodes opens about
+// as many connections.
 const callers = 128
 
-// paced makes calls at a fixed rate, however long the answers take. The time of a call counts from the moment when the
-// call was due. A server that falls behind therefore shows long times. With fresh, each call opens a new connection.
-func paced(ctx context.Context, host string, rate int, length time.Duration, fresh bool, path func() string) *row {
+// callAtRate makes calls at a fixed rate, however long the answers take. It measures the time of a call from the moment
+// when the call was due. A server that falls behind therefore shows long times. If the argument fresh is true, each
+// call opens a new connection.
+func callAtRate(ctx context.Context, host string, rate int, length time.Duration, fresh bool, path func() string) *row {
 	var wait sync.WaitGroup
 	var next atomic.Int64
 	begin, total := time.Now(), int64(length.Seconds()*float64(rate))
@@ -107,8 +109,8 @@ func paced(ctx context.Context, host string, rate int, length time.Duration, fre
 	return r
 }
 
-// measure runs all loads, one after the other. The first row measures /healthz, which takes the least time of all
-// calls. The table compares the other rows with the first.
+// measure runs all loads, one after the other. The first row is for /healthz, the call that takes the least time. The
+// table compares all other rows with it.
 func measure(ctx context.Context, p *process, w world, s settings) ([]*row, error) {
 	host := strings.TrimPrefix(p.url, "http://")
 	question := func() string {
@@ -139,9 +141,9 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 		rows = append(rows, r)
 	}
 	fixed := func(path string) func() string { return func() string { return path } }
-	add("healthz", func() *row { return paced(ctx, host, 200, 5*time.Second, false, fixed("/healthz")) })
+	add("healthz", func() *row { return callAtRate(ctx, host, 200, 5*time.Second, false, fixed("/healthz")) })
 
-	// The readiness check runs during all loads, as a kubelet's does, only more often.
+	// During all loads, these calls check the server's readiness, as a kubelet does, but more often.
 	var ready tally
 	probing, stop := context.WithCancel(ctx)
 	var probes sync.WaitGroup
@@ -154,8 +156,10 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 			time.Sleep(100 * time.Millisecond)
 		}
 	})
-	add("resolve, the first about each kernel", func() *row { return first(ctx, host, w) })
-	add(fmt.Sprintf("resolve, %d/s", s.rate), func() *row { return paced(ctx, host, s.rate, s.length, false, question) })
+	add("resolve, the first about each kernel", func() *row { return askOnce(ctx, host, w) })
+	add(fmt.Sprintf("resolve, %d/s", s.rate), func() *row {
+		return callAtRate(ctx, host, s.rate, s.length, false, question)
+	})
 	for _, l := range []struct{ name, path string }{
 		{"healthz, 20/s as the lists", "/healthz"}, {"kernels", "/v1/kernels"},
 		{"kernels of a milestone", "/v1/kernels?milestone=109"}, {"artifacts", "/v1/artifacts"},
@@ -183,11 +187,13 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 				return "/preflight?board=" + k.Board + "&build=" + k.BuildID
 			}
 		}
-		add(l.name, func() *row { return paced(ctx, host, 20, s.length*2/3, false, path) })
+		add(l.name, func() *row { return callAtRate(ctx, host, 20, s.length*2/3, false, path) })
 	}
-	add("resolve, 300/s, beside 50 that ask for the largest pages", func() *row { return crowd(ctx, host, s, question) })
+	add("resolve, 300/s, beside 50 that ask for the largest pages", func() *row {
+		return measureBesideCrowd(ctx, host, s, question)
+	})
 	add(fmt.Sprintf("boot storm of %d nodes", s.storm), func() *row {
-		return paced(ctx, host, s.storm/max(1, int(s.stormLength.Seconds())), s.stormLength, true, question)
+		return callAtRate(ctx, host, s.storm/max(1, int(s.stormLength.Seconds())), s.stormLength, true, question)
 	})
 	stop()
 	probes.Wait()
@@ -196,9 +202,9 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 	return append(rows, all), ctx.Err()
 }
 
-// first asks about each kernel once, with two calls at a time. The server has to read these answers from the
-// database, and keeps them in its cache.
-func first(ctx context.Context, host string, w world) *row {
+// askOnce asks about each kernel once, with two calls at a time. The server has to read the answers from the database.
+// Afterwards they are in its cache.
+func askOnce(ctx context.Context, host string, w world) *row {
 	next := make(chan string)
 	all := make([]tally, 2)
 	var wait sync.WaitGroup
@@ -222,8 +228,8 @@ func first(ctx context.Context, host string, w world) *row {
 	return r
 }
 
-// crowd measures nodes' questions while fifty clients request the largest pages without a pause.
-func crowd(ctx context.Context, host string, s settings, question func() string) *row {
+// measureBesideCrowd measures the questions of nodes while fifty clients request the largest pages without a pause.
+func measureBesideCrowd(ctx context.Context, host string, s settings, question func() string) *row {
 	const clients = 50
 	asking, stop := context.WithCancel(ctx)
 	var wait sync.WaitGroup
@@ -238,7 +244,7 @@ func crowd(ctx context.Context, host string, s settings, question func() string)
 			}
 		})
 	}
-	r := paced(ctx, host, 300, s.length, false, question)
+	r := callAtRate(ctx, host, 300, s.length, false, question)
 	stop()
 	wait.Wait()
 	return r

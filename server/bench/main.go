@@ -1,7 +1,7 @@
-// Command bench measures the server with the catalogue of a large farm: 5,000 kernels, 60,000 cells, a year of
-// builds. It fills a database, runs the server's program with it, makes calls from the same machine and prints a
-// table. Each row says what was measured and what it is compared to. The command checks no limits, because machines
-// differ.
+// Command bench measures the server with the catalogue of a large farm: 5,000 kernels, 60,000 cells, a year of builds.
+// It fills a database, runs the server's program with it, makes calls from the same machine and prints a table. Each
+// row says what was measured and what the result is compared with. The command has no limits that a result must keep,
+// because machines differ.
 package main
 
 import (
@@ -102,7 +102,7 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "WHAT\tCALLS\tERRORS\tP50\tP99\tMAX\tP50 / HEALTHZ\tSERVER\tLOAD\tLARGEST")
-	floor := rows[0].at(50)
+	floor := rows[0].percentile(50)
 	for _, r := range rows {
 		fmt.Fprintf(
 			w,
@@ -110,10 +110,10 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 			r.name,
 			len(r.took),
 			r.failed,
-			short(r.at(50)),
-			short(r.at(99)),
-			short(r.at(100)),
-			float64(r.at(50))/float64(max(floor, 1)),
+			short(r.percentile(50)),
+			short(r.percentile(99)),
+			short(r.percentile(100)),
+			float64(r.percentile(50))/float64(max(floor, 1)),
 			cores(r.server),
 			cores(r.load),
 			size(r.largest),
@@ -180,8 +180,8 @@ func (p *process) stop() error {
 	return p.cmd.Wait()
 }
 
-// usage is the processor time that the server and this program have used up to a moment. ok is false if the kernel
-// does not report it.
+// usage has the processor time that the server and this program have used up to the moment in the field at. The field
+// ok is false if the kernel does not report processor times.
 type usage struct {
 	at           time.Time
 	server, load time.Duration
@@ -210,7 +210,7 @@ func (p *process) cpu() usage {
 	return u
 }
 
-// peak reads the greatest memory use of the process, in bytes (proc(5), VmHWM).
+// peak returns the greatest memory use of the process so far, in bytes (proc(5), VmHWM).
 func (p *process) peak() (int64, error) {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 	if err != nil {

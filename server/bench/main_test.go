@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// BenchmarkResolve asks what a node should run, without a network.
+// BenchmarkResolve measures the question what a node should run, without a network.
 func BenchmarkResolve(b *testing.B) {
 	w, h := handler(b)
 	for i := 0; b.Loop(); i++ {
@@ -25,7 +25,7 @@ func BenchmarkResolve(b *testing.B) {
 	}
 }
 
-// BenchmarkArtifacts makes the first page of the list of artifacts, compressed as for a client.
+// BenchmarkArtifacts measures the first page of the list of artifacts, compressed as for a client.
 func BenchmarkArtifacts(b *testing.B) {
 	_, h := handler(b)
 	for b.Loop() {
@@ -33,10 +33,10 @@ func BenchmarkArtifacts(b *testing.B) {
 	}
 }
 
-// handler returns a handler for a catalogue of 500 kernels, 6 drivers and 10,000 builds.
+// handler returns a handler for a catalogue with 500 kernels, 6 drivers and 10,000 builds.
 func handler(b *testing.B) (world, http.Handler) {
 	b.Helper()
-	w, db := filled(b)
+	w, db := openFilled(b)
 	q, err := queue.Open(b.Context(), "sqlite://"+filepath.Join(b.TempDir(), "queue.db"))
 	if err != nil {
 		b.Fatal(err)
@@ -61,10 +61,10 @@ func ask(b *testing.B, h http.Handler, path string) {
 	}
 }
 
-// BenchmarkCells reads the facts of all cells of one kernel from the database, as the first question about the kernel
-// does.
+// BenchmarkCells measures how long it takes to read the facts about all cells of one kernel from the database, as for
+// the first question about the kernel.
 func BenchmarkCells(b *testing.B) {
-	w, db := filled(b)
+	w, db := openFilled(b)
 	for i := 0; b.Loop(); i++ {
 		k := w.kernels[i%len(w.kernels)]
 		_, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board}, store.Page{Limit: 1})
@@ -74,10 +74,10 @@ func BenchmarkCells(b *testing.B) {
 	}
 }
 
-// BenchmarkRemembered reads the facts of all cells of one kernel from the cache. It reports how many times as long
-// the database takes.
+// BenchmarkRemembered measures how long it takes to read the facts about all cells of one kernel from the cache. It
+// also reports how many times as long the database takes.
 func BenchmarkRemembered(b *testing.B) {
-	w, db := filled(b)
+	w, db := openFilled(b)
 	begin := time.Now()
 	for _, k := range w.kernels {
 		if _, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board},
@@ -106,8 +106,8 @@ func BenchmarkRemembered(b *testing.B) {
 	b.ReportMetric(float64(database)/(float64(b.Elapsed())/float64(b.N)), "database/remembered")
 }
 
-// filled opens a catalogue of 500 kernels, 6 drivers and 10,000 builds.
-func filled(b *testing.B) (world, *store.Store) {
+// openFilled opens a catalogue with 500 kernels, 6 drivers and 10,000 builds.
+func openFilled(b *testing.B) (world, *store.Store) {
 	b.Helper()
 	url := "sqlite://" + filepath.Join(b.TempDir(), "catalogue.db")
 	w, err := fill(b.Context(), url, settings{kernels: 500, drivers: 6, builds: 10000, queue: 100})

@@ -1,6 +1,6 @@
-// Package auth identifies callers and decides what they may do. It knows three kinds of secrets: the server's first
-// token, tokens that an administrator made and whose hashes are in the database, and OpenID Connect tokens of issuers
-// that a file trusts. It knows no routes: the packages that serve routes say which scope each route needs.
+// Package auth identifies callers and decides what they may do. It accepts three kinds of secrets: the server's first
+// token; tokens that an administrator made, whose hashes are in the database; and OpenID Connect tokens of the issuers
+// in a file of rules. It knows no routes: the packages that serve routes say which scope each route needs.
 package auth
 
 import (
@@ -23,12 +23,12 @@ type Scope string
 
 // These are all scopes.
 const (
-	// Ask is for nodes. They may request builds of kernels that the catalogue knows, up to a number per hour, and report
-	// what happened to a driver.
+	// Ask is for nodes. They may request builds for kernels that the catalogue knows, with a limit per hour. They may also
+	// report what happened to a driver.
 	Ask Scope = "ask"
 	// Announce is for release pipelines. They may announce a COS build and request any build.
 	Announce Scope = "announce"
-	// Build is for builders. They may report a build's progress and its log, and record an artifact.
+	// Build is for builders. They may report the progress of a build, send its log, and record an artifact.
 	Build Scope = "build"
 	// Push is for writing to the registry.
 	Push Scope = "push"
@@ -82,8 +82,8 @@ func hintScopes() string {
 
 // Principal is a caller that sent a valid secret.
 type Principal struct {
-	// Name is the caller's name in the audit log: first, token:NAME, or the name that an issuer's rule makes of the
-	// caller's claims.
+	// Name is the caller's name in the audit log. It is "first" for the first token, token:NAME for a token that an
+	// administrator made, and otherwise what an issuer's rule makes of the token's claims.
 	Name   string
 	Scopes []Scope
 }
@@ -101,11 +101,11 @@ type tokenStore interface {
 	TokenUsed(ctx context.Context, id string, at time.Time) error
 }
 
-// Config has the secrets that an authenticator accepts.
+// Config says which secrets an authenticator accepts.
 type Config struct {
-	// First is the token with all scopes; "" means none.
+	// First is the server's first token, which has all scopes; "" means that there is none.
 	First string
-	// Tokens has the tokens that administrators made; nil means none.
+	// Tokens stores the tokens that administrators made; nil means that there are none.
 	Tokens tokenStore
 	// Issuers are the issuers whose OpenID Connect tokens are accepted; see [ReadIssuers].
 	Issuers *Issuers
@@ -124,9 +124,9 @@ func New(c Config) *Authenticator {
 	return &Authenticator{c}
 }
 
-// Authenticate returns the caller that a secret belongs to. The error has kind Unauthorized if the secret belongs to no
-// caller. The error has kind Transient if the secret cannot be checked now, for example because the issuer of a token
-// does not answer.
+// Authenticate returns the caller that a secret belongs to. If the secret belongs to no caller, the error has kind
+// Unauthorized. If it cannot be checked now, for example because the issuer of a token does not answer, the error has
+// kind Transient.
 func (a *Authenticator) Authenticate(ctx context.Context, secret string) (Principal, error) {
 	switch {
 	case equalSecrets(secret, a.First):
@@ -141,17 +141,18 @@ func (a *Authenticator) Authenticate(ctx context.Context, secret string) (Princi
 
 func unknown(why string) error {
 	return fault.New(fault.Unauthorized, why,
-		"ask an administrator of the server for a token; the administrator runs server tokens create NAME --scope SCOPE")
+		"ask an administrator for a token; administrators make one with: server tokens create NAME --scope SCOPE")
 }
 
-// equalSecrets compares secrets in constant time. An empty secret equals nothing.
+// equalSecrets reports whether two secrets are equal. It compares them in constant time. An empty secret is not equal
+// to another empty secret.
 func equalSecrets(given, secret string) bool {
 	a, b := sha256.Sum256([]byte(given)), sha256.Sum256([]byte(secret))
 	return subtle.ConstantTimeCompare(a[:], b[:]) == 1 && secret != ""
 }
 
-// Secret returns the secret of a request: a Bearer token, or the password of HTTP Basic authentication with any user
-// name. Registry clients send such a password.
+// Secret returns the secret of a request: its Bearer token, or the password of HTTP Basic authentication. Clients of
+// registries send a password; their user name does not matter. The result given is false if the request has no secret.
 func Secret(r *http.Request) (secret string, given bool) {
 	if _, password, ok := r.BasicAuth(); ok {
 		return password, true
@@ -166,13 +167,13 @@ func Need(p Principal, s Scope) error {
 		return nil
 	}
 	return fault.New(fault.Forbidden, fmt.Sprintf("%s has no scope %q", cmp.Or(p.Name, "the caller"), s),
-		fmt.Sprintf("use a token that has this scope; make such a token: server tokens create NAME --scope %s", s))
+		fmt.Sprintf("use a token that has this scope; to make one, run: server tokens create NAME --scope %s", s))
 }
 
 type contextKey struct{}
 
-// Note adds a place for the caller to a context. An inner handler fills it with [Write], and an outer one reads it
-// with [Noted].
+// Note returns a context with a place for the caller. The handler that identifies the caller stores it there with
+// [Write]. A handler around that one reads it with [Noted].
 func Note(ctx context.Context) context.Context {
 	return context.WithValue(ctx, contextKey{}, new(Principal))
 }
@@ -184,7 +185,7 @@ func Write(ctx context.Context, p Principal) {
 	}
 }
 
-// Noted returns the stored caller. An unknown caller has an empty name.
+// Noted returns the caller that [Write] stored. If there is none, the name is empty.
 func Noted(ctx context.Context) Principal {
 	if at, ok := ctx.Value(contextKey{}).(*Principal); ok {
 		return *at

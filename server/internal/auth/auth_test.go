@@ -50,7 +50,7 @@ func (m *memory) TokenUsed(_ context.Context, _ string, at time.Time) error {
 	return nil
 }
 
-// TestToken shows that a token gives its scopes until it expires, and that similar secrets give nothing.
+// TestToken shows that a token is accepted until it expires, and that similar secrets are not accepted.
 func TestToken(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
@@ -133,8 +133,8 @@ func sign(t *testing.T, alg jose.SignatureAlgorithm, k crypto.PrivateKey, claims
 
 const issuer = "https://token.actions.githubusercontent.com"
 
-// TestIssuer uses the claims that GitHub documents for its tokens ("OpenID Connect reference", docs.github.com). The
-// server accepts a token with these claims. Each row changes one thing, and the server refuses its token.
+// TestIssuer uses the claims that GitHub documents for its tokens ("OpenID Connect reference", docs.github.com). A
+// token with these claims must be accepted. Each row changes one thing, after which the token must be refused.
 func TestIssuer(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -232,8 +232,8 @@ func TestReadIssuersRefuses(t *testing.T) {
 	}
 }
 
-// TestKubernetesToken shows that a pod's token from a real kube-apiserver is accepted. The rule's keys are those that
-// the kube-apiserver publishes.
+// TestKubernetesToken shows that a token of a pod is accepted. The token is from a real kube-apiserver, and the keys of
+// the rule are those that this kube-apiserver publishes.
 func TestKubernetesToken(t *testing.T) {
 	c := cluster.Start(t)
 	dir := t.TempDir()

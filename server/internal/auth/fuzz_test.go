@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// FuzzWho sends arbitrary secrets to a server that knows a first token, a made token and an issuer. Only those two
-// tokens give access.
+// FuzzWho sends arbitrary secrets to a server that accepts a first token, a token of an administrator, and tokens of an
+// issuer. Of the secrets, only the first two tokens may be accepted.
 func FuzzWho(f *testing.F) {
 	const first = "0123456789abcdef"
 	dir := f.TempDir()

@@ -28,31 +28,33 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// These are the limits of input from outside, in bytes, and the times of requests to an issuer.
+// The first three constants are the largest sizes of input from outside, in bytes. The others are about requests to an
+// issuer.
 const (
 	maxIssuers  = 1 << 20          // of the rules file
 	maxJWT      = 16 << 10         // of a token
 	maxKeys     = 1 << 20          // of a file with keys
-	askIssuer   = 10 * time.Second // for one request
-	retryIssuer = 10 * time.Second // from a failed request to the next
+	askIssuer   = 10 * time.Second // time limit of one request
+	retryIssuer = 10 * time.Second // pause after a failed request
 )
 
-// Rule trusts some of an issuer's tokens.
+// Rule says which tokens of an issuer are trusted.
 type Rule struct {
 	// Issuer is the value of the claim iss, an https URL.
 	Issuer string `yaml:"issuer"`
 	// Audience is the value that the claim aud must contain.
 	Audience string `yaml:"audience"`
-	// Claims has a pattern for each claim that is checked. The value of the claim must match the pattern by [path.Match]:
-	// a * stands for any characters except /. At least one claim is needed, because an issuer such as GitHub's signs
-	// tokens for everybody.
+	// Claims has a pattern for each claim that is checked. [path.Match] compares the claim's value with the pattern: a *
+	// stands for any characters except /. A rule needs at least one claim, because an issuer such as GitHub's signs tokens
+	// for everybody.
 	Claims map[string]string `yaml:"claims"`
 	// Scopes are the scopes of a caller whose token fits the rule.
 	Scopes []string `yaml:"scopes"`
-	// Name is the caller's name in the audit log. {claim} is replaced by a claim. "" means the claim sub.
+	// Name is the caller's name in the audit log. In it, {claim} is replaced by the value of that claim. "" means the
+	// value of the claim sub.
 	Name string `yaml:"name"`
-	// Keys is a file with the issuer's keys (a JWK set). A relative path starts at the folder of the rules file. ""
-	// reads the keys from the issuer, by OpenID Connect Discovery.
+	// Keys is a file with the issuer's keys, as a JWK set. A relative path starts at the folder of the rules file. ""
+	// means that the server asks the issuer for its keys, by OpenID Connect Discovery.
 	Keys string `yaml:"keys"`
 	// CA is a file with certificates in PEM. The issuer's certificate must chain to one of these certificates. "" means
 	// the system's certificates.
@@ -71,7 +73,7 @@ func ReadIssuers(file string) (*Issuers, error) {
 		return fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("read issuers from %s: %w", file, err),
-			"see docs/examples/issuers.yaml, which explains the file",
+			"compare the file with the example docs/examples/issuers.yaml, which explains each field",
 		)
 	}
 	info, err := os.Stat(file)
@@ -102,7 +104,7 @@ func ReadIssuers(file string) (*Issuers, error) {
 	return all, nil
 }
 
-// prepare checks a rule and makes its verifier, without a request to the issuer.
+// prepare checks a rule and makes its verifier. It sends no request to the issuer.
 func (r *Rule) prepare(dir string) error {
 	u, err := url.Parse(r.Issuer)
 	switch {
@@ -111,7 +113,7 @@ func (r *Rule) prepare(dir string) error {
 	case r.Audience == "":
 		return errors.New("audience is missing: without an audience, the server would accept tokens for other services")
 	case len(r.Claims) == 0:
-		return errors.New("claims are missing: name at least one, such as sub or repository")
+		return errors.New("claims are missing: a rule needs at least one, such as sub or repository")
 	}
 	for name, want := range r.Claims {
 		if _, err := path.Match(want, ""); err != nil || want == "" {
@@ -176,7 +178,8 @@ func readKeys(file string) (*oidc.StaticKeySet, error) {
 	return out, nil
 }
 
-// verifierConfig leaves the check of the audience to the rules, because several rules may have the same issuer.
+// verifierConfig returns a configuration that does not check the audience. Several rules may have the same issuer, and
+// each rule checks the audience itself.
 func verifierConfig() *oidc.Config {
 	return &oidc.Config{SkipClientIDCheck: true, SupportedSigningAlgs: []string{
 		oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512,
@@ -184,8 +187,8 @@ func verifierConfig() *oidc.Config {
 	}}
 }
 
-// lazyVerifier reads an issuer's keys when the first token of that issuer arrives. The server can therefore start while
-// the issuer does not answer.
+// lazyVerifier asks an issuer for its keys only when the first token of that issuer arrives. The server can therefore
+// start even if the issuer does not answer.
 type lazyVerifier struct {
 	issuer string
 	client *http.Client
@@ -202,7 +205,7 @@ func (l *lazyVerifier) get(now time.Time) (*oidc.IDTokenVerifier, error) {
 	if l.verifier != nil || now.Sub(l.failed) < retryIssuer && l.err != nil {
 		return l.verifier, l.err
 	}
-	// The key set keeps this context and sends all later requests with it, so it must not be the context of one call.
+	// The provider's key set keeps this context for all later requests. It must therefore not be the context of one call.
 	provider, err := oidc.NewProvider(oidc.ClientContext(context.Background(), l.client), l.issuer)
 	if err != nil {
 		l.failed, l.err = now, fault.Wrap(fault.Transient, fmt.Errorf("ask issuer %s for its keys: %w", l.issuer, err), "")
@@ -231,7 +234,7 @@ func (all *Issuers) authenticate(ctx context.Context, raw string, now time.Time)
 		if err != nil {
 			return Principal{}, unknown("the token is not valid: " + err.Error())
 		}
-		p, err := r.judge(token)
+		p, err := r.callerOf(token)
 		if err == nil {
 			return p, nil
 		}
@@ -240,10 +243,10 @@ func (all *Issuers) authenticate(ctx context.Context, raw string, now time.Time)
 	if refusal != nil {
 		return Principal{}, unknown("no rule of the server accepts this token: " + refusal.Error())
 	}
-	return Principal{}, unknown("no rule of the server names the issuer of this token")
+	return Principal{}, unknown("no rule of the server is about the issuer of this token")
 }
 
-// issuerOf reads the issuer of a token that is not verified yet, to choose the keys.
+// issuerOf returns the issuer of a token that is not verified yet. The caller needs it to choose the keys.
 func issuerOf(raw string) (string, error) {
 	if len(raw) > maxJWT {
 		return "", fmt.Errorf("it has more than %d bytes", maxJWT)
@@ -265,8 +268,8 @@ func issuerOf(raw string) (string, error) {
 	return claims.Issuer, nil
 }
 
-// judge compares a verified token with the rule.
-func (r *Rule) judge(token *oidc.IDToken) (Principal, error) {
+// callerOf returns the caller of a verified token. If the rule does not accept the token, the error says why.
+func (r *Rule) callerOf(token *oidc.IDToken) (Principal, error) {
 	if !slices.Contains(token.Audience, r.Audience) {
 		return Principal{}, errors.New("it is for another audience")
 	}
@@ -287,7 +290,7 @@ func (r *Rule) judge(token *oidc.IDToken) (Principal, error) {
 			return text
 		})
 	}
-	return Principal{Name: "oidc:" + printable(name), Scopes: r.scopes}, nil
+	return Principal{Name: "oidc:" + printableName(name), Scopes: r.scopes}, nil
 }
 
 var claimInName = regexp.MustCompile(`\{[A-Za-z0-9_.-]+\}`)
@@ -302,8 +305,9 @@ func claimText(v any) (string, bool) {
 	return "", false
 }
 
-// printable limits a name from outside to 128 printable characters, for logs and tables.
-func printable(name string) string {
+// printableName makes a name from outside safe for logs and tables. It returns at most 128 characters, with a ? in
+// place of each character that is not printable ASCII.
+func printableName(name string) string {
 	const most = 128
 	clean := strings.Map(func(c rune) rune {
 		if c < ' ' || c > '~' {

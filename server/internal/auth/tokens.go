@@ -14,9 +14,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A token has the form prebake_ID_SECRET. Scanners for leaked secrets recognize the prefix. The store finds the token's
-// row by ID. ID and SECRET have 26 letters and digits each, with 128 random bits. A plain SHA-256 of the token is
-// therefore safe in the database: nobody can guess the secret from the hash.
+// A token has the form prebake_ID_SECRET. Programs that search for leaked secrets can recognize the prefix. The
+// database has a row for each ID. ID and SECRET are 26 letters and digits each, with 128 random bits. The database may
+// therefore store a plain SHA-256 of the token: nobody can guess the secret from the hash.
 const tokenPrefix = "prebake_"
 
 // DefaultLifetime and MaxLifetime are the default and the longest lifetime of a token.
@@ -25,25 +25,25 @@ const (
 	MaxLifetime     = 2 * 365 * 24 * time.Hour
 )
 
-// usedEvery is the shortest time between two records of a token's use.
+// usedEvery is the shortest time after which the use of a token is recorded again.
 const usedEvery = time.Hour
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
-// NewToken makes a token and the hash to store. The field Secret of the token is the only copy of the secret.
+// NewToken makes a token, and the hash that the database stores. The secret is only in the token's field Secret.
 func NewToken(n api.NewToken, by string, now time.Time) (api.Token, []byte, error) {
 	fail := func(text, hint string) (api.Token, []byte, error) {
-		return api.Token{}, nil, fault.New(fault.Usage, "make token: "+text, hint)
+		return api.Token{}, nil, fault.New(fault.Usage, "make a token: "+text, hint)
 	}
 	if !namePattern.MatchString(n.Name) {
 		return fail(
 			fmt.Sprintf("name %.80q: want letters a-z, digits and . _ -", n.Name),
-			"name the token for its holder, such as node-pool-a",
+			"give the token the name of its holder, such as node-pool-a",
 		)
 	}
 	scopes, err := parseScopes(n.Scopes)
 	if err != nil {
-		return api.Token{}, nil, fmt.Errorf("make token: %w", err)
+		return api.Token{}, nil, fmt.Errorf("make a token: %w", err)
 	}
 	life := DefaultLifetime
 	if n.LifeSeconds != 0 {
@@ -61,7 +61,7 @@ func NewToken(n api.NewToken, by string, now time.Time) (api.Token, []byte, erro
 	return t, hash[:], nil
 }
 
-// ofToken identifies the caller by a token that an administrator made.
+// ofToken returns the caller of a token that an administrator made.
 func (a *Authenticator) ofToken(ctx context.Context, secret string) (Principal, error) {
 	id, _, _ := strings.Cut(strings.TrimPrefix(secret, tokenPrefix), "_")
 	t, hash, err := a.Tokens.Token(ctx, id)
@@ -69,7 +69,7 @@ func (a *Authenticator) ofToken(ctx context.Context, secret string) (Principal, 
 		return Principal{}, unknown("the token is not known")
 	}
 	if err != nil {
-		return Principal{}, fmt.Errorf("look token up: %w", err)
+		return Principal{}, fmt.Errorf("look up the token: %w", err)
 	}
 	given := sha256.Sum256([]byte(secret))
 	if subtle.ConstantTimeCompare(given[:], hash) != 1 {
@@ -88,7 +88,7 @@ func (a *Authenticator) ofToken(ctx context.Context, secret string) (Principal, 
 	}
 	if t.UsedAt == nil || now.Sub(*t.UsedAt) >= usedEvery {
 		if err := a.Tokens.TokenUsed(ctx, id, now); err != nil {
-			return Principal{}, fmt.Errorf("record use of token: %w", err)
+			return Principal{}, fmt.Errorf("record the use of the token: %w", err)
 		}
 	}
 	return Principal{Name: "token:" + t.Name, Scopes: scopes}, nil

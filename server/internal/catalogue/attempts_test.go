@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestRetryTellsWhy shows that a build that waits for its next attempt has the reason of the last failure. The build
-// keeps that reason when no attempt follows.
+// TestRetryTellsWhy shows that a build that waits for its next attempt has the error of the last one. If no attempt
+// follows, the build keeps that error.
 func TestRetryTellsWhy(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -45,7 +45,7 @@ func TestRetryTellsWhy(t *testing.T) {
 	}
 }
 
-// TestAbandonComesLate abandons builds whose end was reported just before. The report stays as it is.
+// TestAbandonComesLate abandons builds whose end was reported just before. The reported end must not change.
 func TestAbandonComesLate(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -72,8 +72,8 @@ func TestAbandonComesLate(t *testing.T) {
 	}
 }
 
-// TestSecondAttemptStartsAfresh shows that the attempt after a killed one starts without a phase and without an
-// error.
+// TestSecondAttemptStartsAfresh shows that an attempt starts without a phase and without an error, even if the former
+// attempt was killed.
 func TestSecondAttemptStartsAfresh(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)
@@ -119,9 +119,8 @@ func TestUpdateTeachesKernel(t *testing.T) {
 	}
 }
 
-// TestPhasesOfBuilders sends phases whose times and texts are at the ends of what a request can hold. Every answer
-// about the build must still be JSON. RFC 3339 has the years 0 to 9999, so these times can be read, but not written in
-// UTC.
+// TestPhasesOfBuilders reports phases with extreme times and texts. Every answer about the build must still be valid
+// JSON. In RFC 3339 a year is 0 to 9999. The times here can be read, but in UTC their years are outside of that.
 func TestPhasesOfBuilders(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)

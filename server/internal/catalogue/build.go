@@ -14,54 +14,54 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Caller limits what a caller may request. The zero value has no limit.
+// Caller says which requests of a caller are refused. The zero value refuses none.
 type Caller struct {
-	// KnownOnly refuses kernels that are not in the catalogue.
+	// KnownOnly is true if requests for kernels that are not in the catalogue are refused.
 	KnownOnly bool
-	// Allow is called before a build is added. An error from it refuses the request. A request for a build that exists
-	// does not call it. nil means no limit.
+	// Allow is called before a build is added. If it returns an error, the request is refused. It is not called if the
+	// requested build exists already. nil means that there is no limit.
 	Allow func() error
 }
 
-// Request asks for a build of a cell. For a published cell it returns the finished build. For a cell that is queued or
-// building it returns that build. A failed cell gets a new build.
+// Request requests a build of a cell. For a published cell, it returns the finished build. If a build of the cell is
+// queued or running, it returns that build. Otherwise, also after a failure, it adds a new build.
 func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build, error) {
 	return c.RequestAs(ctx, r, Caller{})
 }
 
-// RequestAs is Request for a caller with limits.
+// RequestAs does what [Catalogue.Request] does, for a caller with limits.
 func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller) (api.Build, error) {
 	w, err := parseWish(r.BuildID, r.Board, r.Driver, r.Flavour)
 	if err != nil {
-		return api.Build{}, fmt.Errorf("request build: %w", err)
+		return api.Build{}, fmt.Errorf("request a build: %w", err)
 	}
 	cells, known, err := c.find(ctx, w.kernel)
 	if err != nil {
-		return api.Build{}, fmt.Errorf("request build: %w", err)
+		return api.Build{}, fmt.Errorf("request a build: %w", err)
 	}
 	k := cells.Kernel
 	if by.KnownOnly && !known {
 		return api.Build{}, fault.New(
 			fault.Forbidden,
-			"request build: the catalogue does not know kernel "+w.kernel.String()+" yet",
+			"request a build: the catalogue does not know kernel "+w.kernel.String()+" yet",
 			"ask the holder of a token with scope announce to run: server announce "+w.kernel.BuildID,
 		)
 	}
 	version, reason, hint := w.version(k, known)
 	if version == "" {
-		return api.Build{}, fault.New(fault.InputMissing, "request build: "+reason, hint)
+		return api.Build{}, fault.New(fault.InputMissing, "request a build: "+reason, hint)
 	}
 	rel, err := c.Store.Driver(ctx, version)
 	if err != nil {
 		return api.Build{}, err
 	}
-	// Among the flavours that the wish allows, a cell that is published, building or queued is chosen. If there is none,
-	// the preferred flavour is chosen among those that can be built.
+	// Of the flavours that the request allows, one whose cell is published, building or queued is chosen. If there is
+	// none, the first flavour that can be built is chosen. The preferred flavour comes first.
 	var chosen *api.Resolution
 	var refusal string
 	for _, f := range w.candidates(version) {
 		d := target.Driver{Version: version, Flavour: f}
-		if why := never(rel, d); why != "" {
+		if why := whyUnsupported(rel, d); why != "" {
 			refusal = orText(refusal, why)
 			continue
 		}
@@ -74,35 +74,36 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 	if chosen == nil {
 		return api.Build{}, fault.New(
 			fault.Unsupported,
-			"request build: "+refusal,
+			"request a build: "+refusal,
 			"choose another flavour or another driver version",
 		)
 	}
 	live := chosen.State == api.Published || chosen.State == api.Building || chosen.State == api.Queued
 	if by.Allow != nil && !live {
 		if err := by.Allow(); err != nil {
-			return api.Build{}, fmt.Errorf("request build: %w", err)
+			return api.Build{}, fmt.Errorf("request a build: %w", err)
 		}
 	}
 	return c.openCell(ctx, k, *chosen, queue.PriorityAsked)
 }
 
-// openCell adds and queues a build for a cell that has none. If a build of the cell waits with a lower priority,
-// openCell raises the priority of that build. A withdrawn artifact is an error of kind Unsupported.
+// openCell adds and queues a build of a cell, unless the cell has a build that is published or open. If that build
+// waits with a lower priority, openCell raises its priority. If the cell's artifact is withdrawn, the error has kind
+// Unsupported.
 func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolution, priority int) (api.Build, error) {
 	now := c.Now()
 	b := api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, Priority: priority, CreatedAt: now}
 	switch cell.State {
 	case api.Yanked:
-		return b, fault.New(fault.Unsupported, "request build: the artifact was yanked: "+cell.Reason,
-			"choose another driver version, or undo the yank: server unyank DIGEST")
+		return b, fault.New(fault.Unsupported, "request a build: the artifact was yanked: "+cell.Reason,
+			"choose another driver version; if this artifact is good after all, run: server unyank DIGEST")
 	case api.Quarantined:
-		return b, fault.New(fault.Unsupported, "request build: the artifact is in quarantine: "+cell.Reason, cell.Hint)
+		return b, fault.New(fault.Unsupported, "request a build: the artifact is in quarantine: "+cell.Reason, cell.Hint)
 	case api.Published:
 		if cell.Build != nil && cell.Build.State == api.Published && cell.Build.Digest == cell.Digest {
 			return *cell.Build, nil
 		}
-		// No build of this server published the artifact. A new build in state published records where it is.
+		// The artifact was not published by a build of this server. A new build in state published stands for it.
 		b.State, b.Digest, b.FinishedAt = api.Published, cell.Digest, &now
 		b, _, err := c.add(ctx, b, cell.Build)
 		return b, err
@@ -122,23 +123,23 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 		return b, nil
 	}
 	c.Log.InfoContext(ctx, "build requested", "build", b.ID, "kernel", b.Kernel.String(), "driver", b.Driver.String())
-	c.after(ctx, "build not queued yet", b.ID, func(q Enqueuer) error { return c.enqueue(ctx, q, b) })
+	c.changeQueueAfterTx(ctx, "build not queued yet", b.ID, func(q Enqueuer) error { return c.enqueue(ctx, q, b) })
 	return b, nil
 }
 
-// within changes the queue in the transaction that changes a build, if both are in one database. Otherwise it does
-// nothing.
-func (c *Catalogue) within(tx *store.Tx, change func(Enqueuer) error) error {
+// changeQueueInTx changes the queue in the transaction that changes a build, if queue and catalogue are in one
+// database. If they are not, it does nothing, and [Catalogue.changeQueueAfterTx] changes the queue.
+func (c *Catalogue) changeQueueInTx(tx *store.Tx, change func(Enqueuer) error) error {
 	if c.Within == nil {
 		return nil
 	}
 	return change(c.Within(tx))
 }
 
-// after changes the queue after the transaction of [Catalogue.within], if the queue has a database of its own. The
-// build is stored already, so the sweep of package jobs repeats a change that fails here. trouble is the log message
-// for such a failure.
-func (c *Catalogue) after(ctx context.Context, trouble string, id int64, change func(Enqueuer) error) {
+// changeQueueAfterTx changes the queue after the transaction, if the queue has a database of its own. If the change
+// fails, the log gets the message trouble. The build is stored already, so the sweep of package jobs repeats the
+// change.
+func (c *Catalogue) changeQueueAfterTx(ctx context.Context, trouble string, id int64, change func(Enqueuer) error) {
 	if c.Within != nil {
 		return
 	}
@@ -147,8 +148,9 @@ func (c *Catalogue) after(ctx context.Context, trouble string, id int64, change 
 	}
 }
 
-// find reads a kernel. A kernel that the catalogue lacks is looked up in the mirror at once. Without a mirror, find
-// returns the kernel with known as false, because nobody can say that it does not exist.
+// find returns a kernel with its cells. If the catalogue lacks the kernel, find looks it up in the mirror at once.
+// Without a mirror, nobody can say whether the kernel exists: find returns it without cells, and the result known is
+// false.
 func (c *Catalogue) find(ctx context.Context, k target.Kernel) (cells *store.KernelCells, known bool, err error) {
 	none := &store.KernelCells{Kernel: api.Kernel{Kernel: k}}
 	cells, err = c.Store.KernelCells(ctx, k.BuildID, k.Board)
@@ -172,7 +174,7 @@ func (c *Catalogue) find(ctx context.Context, k target.Kernel) (cells *store.Ker
 	return cells, err == nil, err
 }
 
-// lookUp reads a COS build from the mirror and records its kernels of all boards.
+// lookUp reads a COS build from the mirror, and records its kernels for all boards.
 func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, error) {
 	all, err := c.Mirror.Build(ctx, buildID)
 	if err != nil {
@@ -186,19 +188,22 @@ func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, e
 	return all, nil
 }
 
-// errPublished makes the transaction remove an added build, because the cell was published after its state was read.
+// errPublished makes a transaction roll back, and so removes the build that it added. It is returned if the cell was
+// published after the caller read the cell's state.
 var errPublished = errors.New("the cell was published meanwhile")
 
-// add stores a new build. It returns the open build of the same cell instead, if there is one. seen is the newest build
-// of the cell when its state was read, or nil. If a build of the cell was published since then, add returns the
-// published build: a node that asks while the builder reports must not start a second build.
+// add stores a new build. If the cell has an open build, add returns that one instead. The argument seen is the cell's
+// newest build at the time when the caller read the cell's state; nil means that there was none. If a build of the cell
+// was published since then, add returns the published build: a node that asks while the builder reports must not start
+// a second build.
 func (c *Catalogue) add(ctx context.Context, b api.Build, seen *api.Build) (stored api.Build, added bool, err error) {
 	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
 		if stored, added, err = tx.AddBuild(ctx, b); err != nil || !added || stored.State != api.Queued {
 			return err
 		}
-		// The build before is read after the insert, because the insert succeeds only if no build of the cell is open. A
-		// read before it could miss a build that another transaction of PostgreSQL ends between the two statements.
+		// The cell's former build is read after the insert, because the insert succeeds only if no build of the cell is open.
+		// With PostgreSQL, another transaction may end a build at any time. If the former build were read before the insert,
+		// such an end could be missed.
 		before, found, err := tx.BuildBefore(ctx, stored)
 		if err != nil {
 			return err
@@ -208,7 +213,7 @@ func (c *Catalogue) add(ctx context.Context, b api.Build, seen *api.Build) (stor
 			stored, added = before, false
 			return errPublished
 		}
-		return c.within(tx, func(q Enqueuer) error { return c.enqueue(ctx, q, stored) })
+		return c.changeQueueInTx(tx, func(q Enqueuer) error { return c.enqueue(ctx, q, stored) })
 	})
 	if errors.Is(err, errPublished) {
 		err = nil
@@ -227,22 +232,22 @@ func (c *Catalogue) raisePriority(ctx context.Context, b api.Build, priority int
 		if err := tx.SetBuild(ctx, b); err != nil {
 			return err
 		}
-		return c.within(tx, up)
+		return c.changeQueueInTx(tx, up)
 	})
 	if err == nil {
-		c.after(ctx, "build not raised", b.ID, up) // the build runs all the same, only later
+		c.changeQueueAfterTx(ctx, "build not raised", b.ID, up) // the build runs all the same, only later
 	}
 	return b, err
 }
 
-// Cancel ends a build. A waiting build leaves the queue. The builder of a running one gets the answer "cancelled" to
+// Cancel ends a build. If the build waits, it leaves the queue. If it runs, its builder gets the answer "cancelled" to
 // its next report, and stops.
 func (c *Catalogue) Cancel(ctx context.Context, id int64) (api.Build, error) {
 	out := func(q Enqueuer) error { return q.Cancel(ctx, id) }
 	b, err := c.update(ctx, id, api.BuildUpdate{State: api.Cancelled},
-		func(tx *store.Tx) error { return c.within(tx, out) })
+		func(tx *store.Tx) error { return c.changeQueueInTx(tx, out) })
 	if err == nil {
-		c.after(ctx, "job not cancelled yet", id, out)
+		c.changeQueueAfterTx(ctx, "job not cancelled yet", id, out)
 	}
 	return b, err
 }
@@ -265,14 +270,14 @@ func (c *Catalogue) OpenBuilds(ctx context.Context) ([]api.Build, error) {
 	return c.Store.OpenBuilds(ctx)
 }
 
-// Abandon marks an open build as failed, because no worker will work on it again. If the last attempt reported an
-// error, the build keeps that error, because it says more than the parameter why.
+// Abandon marks an open build as failed, because no builder will work on it again. The argument why becomes the build's
+// error. If the last attempt reported an error, the build keeps that one, which says more.
 func (c *Catalogue) Abandon(ctx context.Context, id int64, why string) error {
 	b, err := c.Store.Build(ctx, id)
 	if err != nil {
 		return err
 	}
-	if !open(&b) {
+	if !isOpen(&b) {
 		return nil // the end of the build was reported meanwhile
 	}
 	u := api.BuildUpdate{State: api.Failed, Class: fault.Internal.String(), Error: why,
@@ -289,22 +294,22 @@ func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (ap
 	return c.update(ctx, id, u, func(*store.Tx) error { return nil })
 }
 
-// update is [Catalogue.Update]. It also calls the function more in the same transaction.
+// update does what [Catalogue.Update] does. It also calls the function more in the same transaction.
 func (c *Catalogue) update(
 	ctx context.Context, id int64, u api.BuildUpdate, more func(*store.Tx) error,
 ) (api.Build, error) {
-	// The builder's log has the whole text. The catalogue keeps the part that fits a table.
+	// The catalogue keeps only the first line, which fits a table. The build's log has the whole text.
 	u.Error, u.Hint = firstLine(u.Error), firstLine(u.Hint)
 	for i := range u.Phases {
 		p := &u.Phases[i]
 		p.Name, p.Note, p.Of = firstLine(p.Name), firstLine(p.Note), firstLine(p.Of)
 	}
 	if err := checkUpdate(u); err != nil {
-		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("update build %d: %w", id, err), "")
+		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("update the state of build %d: %w", id, err), "")
 	}
 	e, err := eventOf(u)
 	if err != nil {
-		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("update build %d: %w", id, err), "")
+		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("update the state of build %d: %w", id, err), "")
 	}
 	var before, after api.Build
 	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
@@ -328,7 +333,7 @@ func (c *Catalogue) update(
 		return more(tx)
 	})
 	if err != nil {
-		return after, fmt.Errorf("update build %d: %w", id, err)
+		return after, fmt.Errorf("update the state of build %d: %w", id, err)
 	}
 	if after.State != before.State {
 		c.Log.InfoContext(ctx, "build changed", "build", id, "state", after.State, "class", after.Class, "digest",
@@ -399,8 +404,8 @@ func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build,
 		return err
 	}
 	if known && old.Fingerprint != "" && k.Fingerprint != "" && old.Fingerprint != k.Fingerprint {
-		// COS builds do not change, so the mirror has changed. The newest fingerprint counts. Artifacts with the old
-		// fingerprint do not match any more.
+		// A COS build never changes, so the mirror must have changed. The new fingerprint replaces the old one. Artifacts
+		// with the old fingerprint then do not fit the kernel any more.
 		c.Log.WarnContext(
 			ctx,
 			"kernel fingerprint changed",
@@ -416,7 +421,7 @@ func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build,
 	return tx.PutKernel(ctx, k)
 }
 
-// recordArtifact stores the artifact of a build that is being published.
+// recordArtifact stores the artifact of a build that its builder reports as published.
 func (c *Catalogue) recordArtifact(ctx context.Context, tx *store.Tx, b api.Build, u api.BuildUpdate) error {
 	k, _, err := tx.Kernel(ctx, b.Kernel.BuildID, b.Kernel.Board)
 	if err != nil {
@@ -429,7 +434,7 @@ func (c *Catalogue) recordArtifact(ctx context.Context, tx *store.Tx, b api.Buil
 	if fingerprint == "" {
 		return fault.New(
 			fault.Usage,
-			fmt.Sprintf("publish build %d: no builder reported the kernel's fingerprint", b.ID),
+			fmt.Sprintf("record the artifact of build %d: no builder reported the kernel's fingerprint", b.ID),
 			"send the field fingerprint in the update of the build",
 		)
 	}

@@ -1,6 +1,6 @@
-// Package catalogue holds the server's use-cases and rules. It says which kernels and drivers exist, what a node with a
-// given kernel should run, which cell is built, and which states a build may enter. The package has no HTTP and no SQL.
-// It never matches artifacts by kernel release, because several COS builds share one kernel release.
+// Package catalogue has the server's use-cases and rules. It decides which kernels and drivers exist, what a node with
+// a given kernel should run, which cell is built, and which states a build may enter. The package has no HTTP and no
+// SQL. It never finds an artifact by the kernel release, because several COS builds share one kernel release.
 package catalogue
 
 import (
@@ -40,14 +40,14 @@ type resolver interface {
 	RememberedCells(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string, error)
 }
 
-// writer reads single records and changes them. Each use-case runs in one transaction.
+// writer reads and changes single records. Each use-case makes its changes in one transaction.
 type writer interface {
 	Artifact(ctx context.Context, digest string) (api.Artifact, error)
 	Build(ctx context.Context, id int64) (api.Build, error)
 	Write(ctx context.Context, f func(*store.Tx) error) error
 }
 
-// wishListReader reads wish lists and how long their cells took to become ready.
+// wishListReader reads wish lists, and how long their cells took to become ready.
 type wishListReader interface {
 	WishLists(ctx context.Context) ([]api.WishList, error)
 	WishList(ctx context.Context, name string) (api.WishList, error)
@@ -56,7 +56,7 @@ type wishListReader interface {
 
 // mirror looks up COS builds that the catalogue lacks.
 type mirror interface {
-	// Build reads a COS build with all of its boards. The error has kind InputMissing if the mirror lacks the build.
+	// Build reads a COS build with all of its boards. If the mirror lacks the build, the error has kind InputMissing.
 	Build(ctx context.Context, buildID string) ([]api.Kernel, error)
 }
 
@@ -87,26 +87,27 @@ type Config struct {
 	}
 	Logs  Logs
 	Queue Enqueuer
-	// Within returns the queue inside a transaction of the store, if both are in one database. A build and its job are
-	// then written together. nil means two databases; the sweep of package jobs keeps them in agreement.
+	// Within is set if catalogue and queue are in one database. It returns the queue inside a transaction of the store, so
+	// that a build and its job are written together. nil means that there are two databases, which the sweep of package
+	// jobs keeps in agreement.
 	Within func(*store.Tx) Enqueuer
 	// Mirror is asked for kernels that the catalogue lacks. nil means that there is no mirror.
 	Mirror mirror
-	// Repository is where builders publish when they name no repository. It is a path on this server
-	// ("/prebake/driver"), or a repository of another registry.
+	// Repository is the repository of artifacts whose builder reported none. It is a path on this server, such as
+	// /prebake/driver, or a repository of another registry.
 	Repository string
-	// HasManifest reports whether a repository of this server (prebake/driver) has a manifest. The catalogue records no
-	// artifact that the registry lacks. nil skips the check.
+	// HasManifest reports whether a repository of this server, such as prebake/driver, has a manifest. The catalogue calls
+	// it before it records an artifact in such a repository; nil means no check.
 	HasManifest func(ctx context.Context, repository, digest string) (bool, error)
 	// Public is true if the operator says, by --public, that everybody can read this server's registry. The catalogue then
-	// records only those artifacts in this registry that Redistribute allows.
+	// records an artifact in this registry only if Redistribute allows it.
 	Public       bool
 	Redistribute bundle.Redistribution
-	// KernelMirror and DriverMirror are the URLs of the buckets that builders read. Each job carries both. If one is "",
-	// the builder uses its own setting.
+	// KernelMirror and DriverMirror are the URLs of the buckets that builders read. Each job in the queue has both. If a
+	// URL is "", the builder uses its own setting instead.
 	KernelMirror, DriverMirror string
-	// Quarantine is how many nodes have to report within a day that an artifact does not load, before it goes into
-	// quarantine. 0 switches quarantine off.
+	// Quarantine is a number of nodes. If that many nodes report within a day that an artifact does not load, the artifact
+	// goes into quarantine. 0 means that there is no quarantine.
 	Quarantine int
 	Log        *slog.Logger
 	// Now returns the current time. nil means time.Now.
@@ -117,7 +118,7 @@ type Config struct {
 type Catalogue struct {
 	Config
 	unknown  chan target.Kernel
-	planning chan struct{} // holds one request; see Planner
+	planning chan struct{} // has room for one request; see Planner
 	figures  atomic.Pointer[figures]
 }
 
@@ -130,8 +131,8 @@ func New(c Config) *Catalogue {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	clock := c.Now
-	// Times are cut to microseconds, because databases store no more. A time in an answer then equals the time that is
-	// read later.
+	// Times are cut to microseconds, as databases store them. A time in an answer is then equal to the time that a later
+	// call reads.
 	c.Now = func() time.Time { return clock().UTC().Truncate(time.Microsecond) }
 	return &Catalogue{Config: c, unknown: make(chan target.Kernel, maxUnknown), planning: make(chan struct{}, 1)}
 }
@@ -142,8 +143,8 @@ const (
 	MaxLimit     = 1000
 )
 
-// page checks the page that a client asks for. A limit of 0 means DefaultLimit.
-func page(p store.Page) (store.Page, error) {
+// checkPage returns the page to read. If the client gave the limit 0, the page gets DefaultLimit.
+func checkPage(p store.Page) (store.Page, error) {
 	if p.Limit == 0 {
 		p.Limit = DefaultLimit
 	}
@@ -157,22 +158,22 @@ func page(p store.Page) (store.Page, error) {
 	return p, nil
 }
 
-// listed checks the page and then calls list.
-func listed[F, T any](
+// listPage checks the page that a client asks for, and then calls the function list.
+func listPage[F, T any](
 	ctx context.Context,
 	list func(context.Context, F, store.Page) ([]T, string, error),
 	f F,
 	p store.Page,
 ) ([]T, string, error) {
-	p, err := page(p)
+	p, err := checkPage(p)
 	if err != nil {
 		return nil, "", err
 	}
 	return list(ctx, f, p)
 }
 
-// Kernels lists a page of the known kernels, newest first. next is where the following page begins; "" means that
-// there is none.
+// Kernels lists a page of the known kernels, newest first. The result next is the cursor of the following page; ""
+// means that there is none.
 func (c *Catalogue) Kernels(
 	ctx context.Context,
 	f store.KernelFilter,
@@ -181,12 +182,12 @@ func (c *Catalogue) Kernels(
 	if err := checkFilter(f); err != nil {
 		return nil, "", err
 	}
-	return listed(ctx, c.Store.Kernels, f, p)
+	return listPage(ctx, c.Store.Kernels, f, p)
 }
 
 // Drivers lists a page of the known driver versions, newest first.
 func (c *Catalogue) Drivers(ctx context.Context, p store.Page) (all []api.DriverRelease, next string, err error) {
-	p, err = page(p)
+	p, err = checkPage(p)
 	if err != nil {
 		return nil, "", err
 	}
@@ -206,7 +207,7 @@ func (c *Catalogue) Artifacts(
 			"use published, yanked or quarantined",
 		)
 	}
-	return listed(ctx, c.Store.Artifacts, f, p)
+	return listPage(ctx, c.Store.Artifacts, f, p)
 }
 
 // Artifact reads one artifact.
@@ -225,7 +226,7 @@ func (c *Catalogue) Builds(
 ) (all []api.Build, next string, err error) {
 	switch f.State {
 	case "", api.Queued, api.Building, api.Published, api.Failed, api.Cancelled:
-		return listed(ctx, c.Store.Builds, f, p)
+		return listPage(ctx, c.Store.Builds, f, p)
 	}
 	return nil, "", fault.New(
 		fault.Usage,
@@ -263,7 +264,7 @@ func (c *Catalogue) AppendLog(ctx context.Context, id, offset int64, r io.Reader
 		return err
 	}
 	if b.State != api.Building {
-		return fault.New(fault.Mismatch, fmt.Sprintf("append to log: build %d is %s, not building", id, b.State), "")
+		return fault.New(fault.Mismatch, fmt.Sprintf("append to the log: build %d is %s, not building", id, b.State), "")
 	}
 	return c.Logs.Append(id, offset, r)
 }
@@ -271,7 +272,7 @@ func (c *Catalogue) AppendLog(ctx context.Context, id, offset int64, r io.Reader
 // RecordKernel records a discovered kernel.
 func (c *Catalogue) RecordKernel(ctx context.Context, k api.Kernel) error {
 	if err := k.Check(); err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("record kernel: %w", err), "")
+		return fault.Wrap(fault.Usage, fmt.Errorf("record the kernel: %w", err), "")
 	}
 	k.SeenAt = c.Now()
 	return c.Store.Write(ctx, func(tx *store.Tx) error { return tx.PutKernel(ctx, k) })
@@ -290,14 +291,14 @@ func (c *Catalogue) RecordDrivers(ctx context.Context, all []api.DriverRelease) 
 	})
 }
 
-// AddArtifact records a published artifact. For a known artifact, it records further kernels that the artifact is
-// attested for.
+// AddArtifact records a published artifact. If the catalogue has the artifact already, AddArtifact adds the kernels
+// that the artifact is newly attested for.
 func (c *Catalogue) AddArtifact(ctx context.Context, n api.NewArtifact) (stored api.Artifact, err error) {
 	a := api.Artifact{Digest: n.Digest, Repository: n.Repository, Fingerprint: n.Fingerprint, Driver: n.Driver,
 		Release: n.Release, Kernels: n.Kernels}
 	err = c.Store.Write(ctx, func(tx *store.Tx) error {
 		if err := c.addArtifact(ctx, tx, a); err != nil {
-			return fmt.Errorf("add artifact: %w", err)
+			return fmt.Errorf("add the artifact: %w", err)
 		}
 		stored, err = tx.Artifact(ctx, a.Digest)
 		return err
@@ -372,8 +373,8 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	return tx.PutArtifact(ctx, a)
 }
 
-// Forget removes an artifact whose manifest was deleted from a repository of this server. Nodes are then not sent to
-// a missing artifact, and the cell can be built again.
+// Forget removes an artifact whose manifest was deleted from a repository of this server. The server then sends no node
+// to it, and its cells can be built again.
 func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error {
 	dropped := false
 	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {
@@ -386,7 +387,7 @@ func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error
 	return err
 }
 
-// major returns the number of a driver's branch, or 0 if there is none.
+// major returns the number of a driver's branch, such as 535. If the version has no branch, it returns 0.
 func major(version string) int {
 	n, _ := strconv.Atoi(strings.TrimPrefix(target.Branch(version), "R"))
 	return n

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// fakeQueue is a queue that only stores what was put in.
+// fakeQueue is a queue that only stores the jobs that are put in.
 type fakeQueue struct {
 	jobs      []api.BuildJob
 	cancelled []int64
@@ -138,8 +138,8 @@ func TestResolve(t *testing.T) {
 	cancelled := request(t, c, second, "550.1", "open")
 	update(t, c, cancelled.ID, api.BuildUpdate{State: api.Cancelled})
 
-	// The lists of this COS build have a default of branch R535 but no entry for R535. The default then serves as the
-	// branch's version, as in builder plan.
+	// The driver lists of this COS build have a default of branch R535, but no entry for R535. The default is then used
+	// for the branch, too, as the command builder plan does.
 	bare := "17800.2.1"
 	if err := c.RecordKernel(t.Context(),
 		api.Kernel{Kernel: target.Kernel{BuildID: bare, Board: "lakitu"}, Default: "535.104.05"}); err != nil {
@@ -168,7 +168,7 @@ func TestResolve(t *testing.T) {
 		{"never asked for", first, "550.2", "open", "", api.Unknown, "550.2", "not requested"},
 		{"a branch that no label names, by the default's", bare, "R535", "auto", "", api.Unknown, "535.104.05",
 			"not requested"},
-		{"unknown branch", first, "R999", "auto", "", api.Unknown, "", "names no driver"},
+		{"unknown branch", first, "R999", "auto", "", api.Unknown, "", "has no driver for"},
 		{"unknown kernel, default", "1.2.3", "default", "auto", "", api.Unknown, "", "does not know COS build"},
 		{"unknown kernel, exact", "1.2.3", v261, "open", "", api.Unknown, v261, "not requested"},
 		{"node runs another kernel", first, v261, "proprietary", "6.6.6", api.Unsupported, "",
@@ -199,7 +199,7 @@ func TestResolve(t *testing.T) {
 		}
 	}
 
-	// A sibling's artifact counts once it is attested for this COS build.
+	// The artifact of a sibling kernel can be used as soon as it is attested for this COS build.
 	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest("1"), Fingerprint: fingerA,
 		Driver:  target.Driver{Version: v261, Flavour: target.Proprietary},
 		Kernels: []target.Kernel{{BuildID: second, Board: "lakitu"}}}); err != nil {
@@ -210,7 +210,7 @@ func TestResolve(t *testing.T) {
 		t.Errorf("Resolve(attested sibling) = %s %s, %v; want published", got.State, got.Digest, err)
 	}
 
-	// An artifact does not count any more after the kernel's fingerprint changed.
+	// After the kernel's fingerprint has changed, the artifact cannot be used any more.
 	if err := c.RecordKernel(t.Context(),
 		api.Kernel{Kernel: target.Kernel{BuildID: second, Board: "lakitu"}, Fingerprint: fingerB}); err != nil {
 		t.Fatal(err)
@@ -274,7 +274,7 @@ func TestRequest(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// No build of this server published this artifact. The request records a published build for it.
+	// This artifact was not published by a build of this server. The request adds a published build for it.
 	if _, err := c.AddArtifact(t.Context(),
 		api.NewArtifact{Digest: digest("3"), Fingerprint: fingerB, Repository: "ghcr.io/x/y",
 			Driver:  target.Driver{Version: v261, Flavour: target.Open},
@@ -307,7 +307,8 @@ func TestRequest(t *testing.T) {
 			t.Errorf("%s: Request() = %v; want %v", row.name, err, row.want)
 		}
 	}
-	// The server queues an unknown version. The builder has to refuse it, and the failed build says why.
+	// The server queues a build even if the driver version is not known. The builder will refuse it, and the failed build
+	// will say why.
 	if b := request(t, c, first, "999.1", "open"); b.State != api.Queued {
 		t.Errorf("an unknown version = %s; want queued", b.State)
 	}

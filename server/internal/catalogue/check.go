@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Input of token holders is checked like any other input, because it appears in answers, on pages and in commands
-// that people copy.
+// Input from callers with a token is checked like any other input. It appears in answers, on pages and in commands that
+// people copy.
 
 // Limits of one artifact and one update.
 const (
@@ -27,10 +27,10 @@ var digestPattern = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
 
 func badDigest(digest string) error {
 	return fault.New(fault.Usage, fmt.Sprintf("digest %.80q: want sha256: and 64 lower-case hex digits", digest),
-		"list artifacts: server artifacts")
+		"take the digest from the list of artifacts: server artifacts")
 }
 
-// checkLine refuses a text that does not fit one line of a table.
+// checkLine returns an error if a text is longer than maxLine, or has a control character such as a line break.
 func checkLine(what, text string) error {
 	if len(text) > maxLine {
 		return fmt.Errorf("%s is longer than %d bytes", what, maxLine)
@@ -41,16 +41,15 @@ func checkLine(what, text string) error {
 	return nil
 }
 
-// pathPattern matches a repository's name. The form comes from the OCI distribution specification, "Pulling
-// manifests".
+// pathPattern matches a repository's name, as the OCI distribution specification defines it ("Pulling manifests").
 var pathPattern = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
 
 // hostPattern matches a registry's host: a name or an address, and a port. The check is strict, because the host
 // appears in commands that people paste.
 var hostPattern = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?$`)
 
-// checkRepository accepts a path on this server (/prebake/driver) and a repository of another registry
-// (registry.example.com/prebake/driver).
+// checkRepository returns an error unless the repository is a path on this server, such as /prebake/driver, or a
+// repository of another registry, such as registry.example.com/prebake/driver.
 func checkRepository(repository string) error {
 	host, path, _ := strings.Cut(repository, "/")
 	if host == "" {
@@ -79,7 +78,7 @@ func checkArtifact(a *api.Artifact) error {
 		return err
 	}
 	if n := len(a.Kernels); n == 0 || n > maxKernels {
-		return fmt.Errorf("the artifact names %d kernels; want 1 to %d", n, maxKernels)
+		return fmt.Errorf("the artifact is for %d kernels; want 1 to %d", n, maxKernels)
 	}
 	if err := (target.Kernel{BuildID: a.Kernels[0].BuildID, Board: a.Kernels[0].Board,
 		Release: a.Release}).Check(); err != nil {

@@ -10,9 +10,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestNamesOnlyWhatTheRegistryHas shows that the catalogue names no artifact that the server's registry lacks. The
-// catalogue refuses an artifact that was never in the registry, whoever reports the artifact. It removes an artifact
-// that was deleted from the registry.
+// TestNamesOnlyWhatTheRegistryHas shows that the catalogue has no artifact that the server's registry lacks. If an
+// artifact was never in the registry, the catalogue refuses it, whoever reports it. If an artifact is deleted from the
+// registry, the catalogue removes it.
 func TestNamesOnlyWhatTheRegistryHas(t *testing.T) {
 	t.Parallel()
 	c, _ := world(t)

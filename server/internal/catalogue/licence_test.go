@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestRecordsOfAPublicServer shows that a public server records no artifact in its own registry that it may not
-// redistribute. It accepts artifacts in other registries, because it does not serve those.
+// TestRecordsOfAPublicServer shows which artifacts a public server records. It refuses an artifact in its own registry
+// that it may not redistribute. It accepts artifacts in other registries, because it does not serve them.
 func TestRecordsOfAPublicServer(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

@@ -33,10 +33,10 @@ const (
 	// measureAnyway is the greatest age of a measurement while nothing is written. It is limited because a builder can
 	// stop without a report.
 	measureAnyway = time.Minute
-	// recentBuilds is how many of the newest published builds of a flavour the median duration is computed from.
+	// recentBuilds is how many published builds of each flavour are measured, newest first, for the median duration.
 	recentBuilds = 51
-	// A running build whose builder reported nothing for aliveFor does not count. A builder without work reports
-	// nothing, so it counts until idleFor after its last build.
+	// If the builder of a running build has reported nothing for aliveFor, it is not counted as a builder. A builder
+	// without work reports nothing, so it is counted until idleFor after its last build.
 	aliveFor, idleFor = 45 * time.Second, 10 * time.Minute
 )
 
@@ -44,13 +44,13 @@ const (
 type figures struct {
 	coverage api.Coverage
 	waiting  []store.Waiting
-	// before[i] is the expected duration of the first i waiting builds together. running is the expected remaining time
-	// of the running builds together.
+	// The slice before has expected durations: element i is that of the first i waiting builds together. The field running
+	// is the expected remaining time of the running builds together.
 	before  []time.Duration
 	running time.Duration
-	// takes is the median duration of a build by flavour. A flavour that was never built has no entry.
+	// The map takes has the median duration of a build for each flavour. A flavour that was never built has no entry.
 	takes map[target.Flavour]time.Duration
-	// builders is how many builds run at the same time. heard are the builders that reported lately, sorted by name.
+	// builders is how many builds run at the same time. heard has the builders that reported lately, sorted by name.
 	builders int
 	heard    []Builder
 	groups   []store.KernelGroup
@@ -136,20 +136,20 @@ func (c *Catalogue) Measure(ctx context.Context) error {
 			f.builders++
 			heard(b, at).Running++
 		}
-		f.running += max(0, f.take(b.Flavour)-now.Sub(b.StartedAt))
+		f.running += max(0, f.buildTime(b.Flavour)-now.Sub(b.StartedAt))
 	}
 	f.builders, f.heard = max(f.builders, len(workers)), listBuilders(workers)
 	f.before = make([]time.Duration, len(f.waiting)+1)
 	for i, w := range f.waiting {
-		f.before[i+1] = f.before[i] + f.take(w.Flavour)
+		f.before[i+1] = f.before[i] + f.buildTime(w.Flavour)
 	}
 	c.figures.Store(f)
 	return nil
 }
 
-// take returns how long a build of a flavour takes. For a flavour that was never built, it returns the duration of the
-// other flavour. It returns 0 if nothing was ever built.
-func (f *figures) take(flavour target.Flavour) time.Duration {
+// buildTime returns how long a build of a flavour takes. If that flavour was never built, it returns the time of the
+// other flavour. If nothing was ever built, it returns 0.
+func (f *figures) buildTime(flavour target.Flavour) time.Duration {
 	if d, ok := f.takes[flavour]; ok {
 		return d
 	}
@@ -166,16 +166,17 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// expect adds to an open cell its place in the queue and the time when it may be ready. It uses the last measurement,
-// which is some seconds old, and reads no database.
-func (c *Catalogue) expect(r *api.Resolution) {
+// addForecast adds a forecast to a cell that is queued or building: the time when the cell may be ready. If the cell is
+// queued, addForecast also adds its place in the queue. It reads no database: it uses the last measurement, which is
+// some seconds old.
+func (c *Catalogue) addForecast(r *api.Resolution) {
 	f := c.figures.Load()
-	if f == nil || !open(r.Build) || r.State != r.Build.State {
+	if f == nil || !isOpen(r.Build) || r.State != r.Build.State {
 		return
 	}
 	now := c.Now()
 	var ready time.Time
-	takes := f.take(r.Driver.Flavour)
+	takes := f.buildTime(r.Driver.Flavour)
 	if r.State == api.Building {
 		if r.Build.StartedAt != nil {
 			ready = r.Build.StartedAt.Add(takes)
@@ -196,7 +197,8 @@ func (c *Catalogue) expect(r *api.Resolution) {
 	}
 }
 
-// Coverage returns how much of the desired matrix is published, as of the last measurement some seconds ago.
+// Coverage returns how much of the desired matrix is published. The numbers are those of the last measurement, which is
+// some seconds old.
 func (c *Catalogue) Coverage(ctx context.Context) (api.Coverage, error) {
 	f, err := c.measured(ctx)
 	if err != nil {

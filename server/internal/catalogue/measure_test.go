@@ -17,7 +17,7 @@ import (
 )
 
 // TestCoverageIsWhatResolveSays compares two ways to the same result: Coverage counts states in the database, and
-// resolution computes the state of single cells.
+// Resolve computes the state of one cell.
 func TestCoverageIsWhatResolveSays(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)
@@ -66,8 +66,8 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 			}
 		}
 	}
-	// The first artifact is for a kernel whose fingerprint is not known. The second artifact does not match its kernel any
-	// more, because the fingerprint of that kernel changes afterwards.
+	// The first artifact is for a kernel whose fingerprint is not known. The fingerprint of the second artifact's kernel
+	// changes afterwards, so that the artifact does not fit any more.
 	publish(t, c, digest("e"), "17800.0.3", fingerA, target.Driver{Version: "535.6", Flavour: target.Proprietary})
 	publish(t, c, digest("f"), "17800.0.4", fingerB, target.Driver{Version: "535.5", Flavour: target.Proprietary})
 	if err := c.RecordKernel(ctx,
@@ -109,8 +109,8 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 	}
 }
 
-// clocked returns a catalogue whose clock the test sets.
-func clocked(t *testing.T) (*catalogue.Catalogue, *time.Time) {
+// withClock returns a catalogue, and its clock, which the test sets.
+func withClock(t *testing.T) (*catalogue.Catalogue, *time.Time) {
 	t.Helper()
 	s, err := store.Open(t.Context(), "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
 	if err != nil {
@@ -132,7 +132,7 @@ func clocked(t *testing.T) (*catalogue.Catalogue, *time.Time) {
 
 func TestPositionAndETA(t *testing.T) {
 	t.Parallel()
-	c, now := clocked(t)
+	c, now := withClock(t)
 	ctx := t.Context()
 	resolve := func(driver string) api.Resolution {
 		t.Helper()
@@ -158,7 +158,7 @@ func TestPositionAndETA(t *testing.T) {
 		*now = now.Add(minutes * time.Minute)
 		update(t, c, id, api.BuildUpdate{State: api.Published, Digest: digest(fmt.Sprint(i)), Fingerprint: fingerA})
 	}
-	*now = now.Add(time.Hour) // those builders do not count any more
+	*now = now.Add(time.Hour) // these builders are not counted any more
 	running := ask("535.20")
 	for i := range 4 {
 		ask(fmt.Sprintf("535.3%d", i))
@@ -183,7 +183,7 @@ func TestPositionAndETA(t *testing.T) {
 			t.Errorf("Resolve(%s) = position %d, ETA %v; want %d, %v", row.driver, r.Position, r.ETA, row.position, row.eta)
 		}
 	}
-	// A second builder halves the wait. A build that is late gets no estimate.
+	// With a second builder, the wait is half as long. For a build that is late, there is no estimate.
 	second := ask("535.21")
 	update(t, c, second, api.BuildUpdate{State: api.Building, Worker: "w8", Attempt: 1})
 	*now = now.Add(2 * time.Minute)

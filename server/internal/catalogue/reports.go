@@ -15,10 +15,10 @@ import (
 )
 
 // Nodes may report what happened to an artifact. An artifact that does not load on several nodes goes into quarantine:
-// no node gets it until an operator has examined it. Nodes may lie, so failures also count by the network that they
-// come from (/24, or /64 with IPv6). The failures of one network count at most as one node less than a quarantine
-// needs. If a quarantine needs two nodes or more, an attacker with one network cannot withdraw an artifact. Such an
-// attacker may keep a bad artifact in use, but that is no worse than without reports.
+// no node gets it until an operator has examined it. Nodes may lie. Of one network (/24, or /64 with IPv6), the server
+// therefore counts at most one failed node less than a quarantine needs. If a quarantine needs two nodes or more, an
+// attacker with only one network cannot withdraw an artifact. Such an attacker can report that a bad artifact loads,
+// and so keep it in use. That is no worse than without reports.
 
 // reporter reads and removes the reports of nodes.
 type reporter interface {
@@ -28,9 +28,9 @@ type reporter interface {
 
 const (
 	keepReports = 30 * 24 * time.Hour
-	// reportWindow is the age up to which reports count against an artifact.
+	// reportWindow is the age up to which a report is counted against an artifact.
 	reportWindow = 24 * time.Hour
-	// maxCounts is the most entries of one answer about reports.
+	// maxCounts is the most entries in an answer about reports.
 	maxCounts = 1000
 	// maxMessage is the greatest length of a node's message, in bytes.
 	maxMessage = 500
@@ -38,7 +38,8 @@ const (
 
 var nodePattern = regexp.MustCompile(`^[0-9a-f]{32,64}$`)
 
-// Network returns the network that a node's report comes from, which is a prefix of the node's address.
+// Network returns the network of a node's address: the first 24 bits of an IPv4 address, or the first 64 bits of an
+// IPv6 address.
 func Network(a netip.Addr) string {
 	if !a.IsValid() {
 		return "unknown"
@@ -51,10 +52,10 @@ func Network(a netip.Addr) string {
 	return netip.PrefixFrom(a, bits).Masked().String()
 }
 
-// Report records a node's report about an artifact that it tried. from is the node's [Network].
+// Report records what a node reports about an artifact that it tried. The argument from is the node's [Network].
 func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) error {
 	if err := checkReport(&r); err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("record report: %w", err), "")
+		return fault.Wrap(fault.Usage, fmt.Errorf("record the report: %w", err), "")
 	}
 	a, err := c.Store.Artifact(ctx, r.Digest)
 	if err != nil {
@@ -66,7 +67,7 @@ func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) e
 	)
 	if a.Driver != r.Driver || !isFor {
 		return fault.New(fault.Mismatch,
-			fmt.Sprintf("record report: artifact %s is not driver %s for COS build %s and board %s",
+			fmt.Sprintf("record the report: artifact %s is not driver %s for COS build %s and board %s",
 				r.Digest, r.Driver, r.BuildID, r.Board), "")
 	}
 	reason, now := "", c.Now()
@@ -129,17 +130,17 @@ func checkReport(r *api.NodeReport) error {
 	return checkLine("message", r.Message)
 }
 
-// artifactFaults are the classes of failures that the artifact may have caused. The node causes other failures, such
-// as a GPU in use or a full disk.
+// artifactFaults are the classes of failures that may be the artifact's fault. Failures of other classes are the node's
+// fault, such as a GPU in use or a full disk.
 var artifactFaults = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Unusable, fault.Internal, fault.TimedOut}
 
-// quarantineReason returns why an artifact has to go into quarantine, or "" if it stays in use. said are the outcomes
-// that nodes reported within a day. The artifact goes into quarantine if it failed on at least limit nodes, and on
+// quarantineReason returns why an artifact has to go into quarantine, or "" if it stays in use. The argument outcomes
+// has what nodes reported within a day. The artifact goes into quarantine if it failed on at least limit nodes, and on
 // more nodes than it loaded on.
-func quarantineReason(said []store.OutcomeCount, limit int) string {
-	most := max(1, limit-1) // the most nodes that count for one network
+func quarantineReason(outcomes []store.OutcomeCount, limit int) string {
+	most := max(1, limit-1) // the most failed nodes of one network that are counted
 	of, loaded, nodes := map[string]int{}, 0, 0
-	for _, s := range said {
+	for _, s := range outcomes {
 		kind, err := fault.Parse(s.Class)
 		switch {
 		case s.Outcome == api.Loaded:
@@ -163,8 +164,8 @@ func quarantineReason(said []store.OutcomeCount, limit int) string {
 func (c *Catalogue) Reports(ctx context.Context, digest, buildID, board string) ([]api.ReportCounts, error) {
 	switch {
 	case digest == "" && buildID == "":
-		return nil, fault.New(fault.Usage, "count reports: no artifact and no COS build is named",
-			"name an artifact with ?digest=, or a COS build with ?buildId=")
+		return nil, fault.New(fault.Usage, "count the reports: no artifact and no COS build is given",
+			"add digest=DIGEST to the query for one artifact, or buildId=BUILD_ID for all artifacts of a COS build")
 	case digest != "" && !digestPattern.MatchString(digest):
 		return nil, badDigest(digest)
 	}
@@ -177,7 +178,7 @@ const maxQuarantine = 100
 
 // Quarantined lists a page of the quarantined artifacts, newest first.
 func (c *Catalogue) Quarantined(ctx context.Context, p store.Page) (all []api.Quarantine, next string, err error) {
-	if p, err = page(p); err != nil {
+	if p, err = checkPage(p); err != nil {
 		return nil, "", err
 	}
 	p.Limit = min(p.Limit, maxQuarantine)

@@ -18,8 +18,8 @@ import (
 
 var openDriver = target.Driver{Version: v261, Flavour: target.Open}
 
-// said returns the report of one node.
-func said(node int, outcome api.Outcome, class fault.Kind) api.NodeReport {
+// reportOf returns the report of one node.
+func reportOf(node int, outcome api.Outcome, class fault.Kind) api.NodeReport {
 	r := api.NodeReport{BuildID: first, Board: "lakitu", Driver: openDriver, Digest: digest("1"), Outcome: outcome,
 		Node: fmt.Sprintf("%064x", node)}
 	if outcome != api.Loaded {
@@ -37,10 +37,11 @@ func report(t *testing.T, c *catalogue.Catalogue, from string, all ...api.NodeRe
 	}
 }
 
-// published returns a catalogue with one artifact, whose quarantine needs n nodes. The test sets the clock.
-func published(t *testing.T, n int) (*catalogue.Catalogue, *time.Time) {
+// withArtifact returns a catalogue with one artifact, and the catalogue's clock, which the test sets. A quarantine
+// needs n nodes.
+func withArtifact(t *testing.T, n int) (*catalogue.Catalogue, *time.Time) {
 	t.Helper()
-	c, now := clocked(t)
+	c, now := withClock(t)
 	c.Quarantine = n
 	publish(t, c, digest("1"), first, fingerA, openDriver)
 	return c, now
@@ -54,7 +55,7 @@ func TestQuarantine(t *testing.T) {
 		node    int
 		outcome api.Outcome
 		class   fault.Kind
-		later   time.Duration // time since the step before
+		later   time.Duration // time since the former step
 	}
 	rows := []struct {
 		name  string
@@ -94,10 +95,10 @@ func TestQuarantine(t *testing.T) {
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			c, now := published(t, row.limit)
+			c, now := withArtifact(t, row.limit)
 			for _, s := range row.steps {
 				*now = now.Add(s.later)
-				report(t, c, s.from, said(s.node, s.outcome, s.class))
+				report(t, c, s.from, reportOf(s.node, s.outcome, s.class))
 			}
 			r, err := c.Resolve(t.Context(), first, "lakitu", v261, "open", "")
 			if err != nil || r.State != row.want {
@@ -107,22 +108,22 @@ func TestQuarantine(t *testing.T) {
 	}
 }
 
-// TestLift shows that a quarantined artifact is offered to no node and not built again. After an operator lifts it,
-// nodes get it again, and earlier reports do not count.
+// TestLift shows that no node gets a quarantined artifact, and that its cell is not built again. After an operator has
+// lifted it, nodes get it again, and earlier reports are not counted any more.
 func TestLift(t *testing.T) {
 	t.Parallel()
-	c, now := published(t, 3)
+	c, now := withArtifact(t, 3)
 	ctx := t.Context()
 	fails := func() {
 		t.Helper()
 		for i, from := range []string{"a", "b", "c"} {
-			report(t, c, from, said(i, api.FellBack, fault.Rejected))
+			report(t, c, from, reportOf(i, api.FellBack, fault.Rejected))
 		}
 	}
 	if _, err := c.Lift(ctx, digest("1")); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("Lift(published) = %v; want mismatch", err)
 	}
-	report(t, c, "a", said(9, api.Loaded, 0))
+	report(t, c, "a", reportOf(9, api.Loaded, 0))
 	fails()
 	r, err := c.Resolve(ctx, first, "lakitu", v261, "open", "")
 	want := "it did not load on 3 of 4 nodes within a day; the last report says: unknown symbol"
@@ -157,7 +158,7 @@ func TestLift(t *testing.T) {
 		t.Errorf("Lift() = %+v, %v; want published", a, err)
 	}
 	*now = now.Add(time.Minute)
-	report(t, c, "d", said(4, api.FellBack, fault.Rejected))
+	report(t, c, "d", reportOf(4, api.FellBack, fault.Rejected))
 	if r, err := c.Resolve(ctx, first, "lakitu", v261, "open", ""); err != nil || r.State != api.Published {
 		t.Errorf("Resolve() after one more failure = %s, %v; want published", r.State, err)
 	}
@@ -172,7 +173,7 @@ func TestLift(t *testing.T) {
 
 func TestReportIsChecked(t *testing.T) {
 	t.Parallel()
-	c, _ := published(t, 3)
+	c, _ := withArtifact(t, 3)
 	publish(t, c, digest("2"), other, fingerB, openDriver)
 	rows := map[string]struct {
 		change func(r *api.NodeReport)
@@ -190,13 +191,13 @@ func TestReportIsChecked(t *testing.T) {
 		"another kernel":   {func(r *api.NodeReport) { r.Digest = digest("2") }, fault.Mismatch},
 	}
 	for name, row := range rows {
-		r := said(1, api.NotLoad, fault.Rejected)
+		r := reportOf(1, api.NotLoad, fault.Rejected)
 		row.change(&r)
 		if err := c.Report(t.Context(), r, "a"); !fault.Is(err, row.want) {
 			t.Errorf("Report(%s) = %v; want %v", name, err, row.want)
 		}
 	}
-	long := said(1, api.NotLoad, fault.Rejected)
+	long := reportOf(1, api.NotLoad, fault.Rejected)
 	long.Message = strings.Repeat("ä", 4000) + "\nsecond line"
 	report(t, c, "a", long)
 	if all, err := c.Reports(t.Context(), digest("1"), "", ""); err != nil || len(all) != 1 || all[0].Failed != 1 {

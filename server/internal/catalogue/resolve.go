@@ -13,8 +13,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Auto is the flavour that lets the server choose. The server takes a published artifact of either flavour. Without
-// one, it takes the flavour that NVIDIA recommends: open from branch R560 on, proprietary before.
+// Auto is the flavour of a request that lets the server choose. If either flavour is published, the server chooses that
+// one. If not, it chooses the flavour that NVIDIA recommends: open from branch R560 on, and proprietary for older
+// branches.
 const Auto = "auto"
 
 // NVIDIA chose these two branches: it recommends the open modules from R560 on, and releases no proprietary modules
@@ -24,7 +25,7 @@ const (
 	firstOpenOnly      = 620
 )
 
-// checkedRequest is a request whose form is valid.
+// checkedRequest is a request whose texts were checked and parsed.
 type checkedRequest struct {
 	kernel   target.Kernel
 	driver   target.Wish
@@ -35,14 +36,14 @@ func parseWish(buildID, board, driver, flavour string) (checkedRequest, error) {
 	k, err := target.ParseKernel(buildID, board)
 	if err != nil {
 		return checkedRequest{}, fault.Wrap(fault.Usage, err,
-			"take BUILD_ID from /etc/os-release, and the board from /etc/lsb-release")
+			"take BUILD_ID from the node's /etc/os-release, and the board from its /etc/lsb-release")
 	}
 	if driver == "" {
 		driver = string(target.Default)
 	}
 	d, err := target.ParseGPUWish(driver)
 	if err != nil {
-		return checkedRequest{}, fault.Wrap(fault.Usage, err, "list the known drivers: server drivers")
+		return checkedRequest{}, fault.Wrap(fault.Usage, err, "take a version from the list of known drivers: server drivers")
 	}
 	w := checkedRequest{kernel: k, driver: d}
 	if flavour == "" || flavour == Auto {
@@ -60,7 +61,7 @@ func parseWish(buildID, board, driver, flavour string) (checkedRequest, error) {
 	return w, nil
 }
 
-// candidates returns the flavours to examine. The preferred flavour is first.
+// candidates returns the flavours that the request allows. The preferred flavour is first.
 func (w checkedRequest) candidates(version string) []target.Flavour {
 	switch {
 	case w.flavours != nil:
@@ -71,25 +72,28 @@ func (w checkedRequest) candidates(version string) []target.Flavour {
 	return []target.Flavour{target.Proprietary, target.Open}
 }
 
-// version turns a wish into a version by the driver lists of the kernel. If there is no version, reason says why and
-// hint says what to do.
+// version returns the driver version that the request asks for. If the request has a wish instead of a version, the
+// kernel's driver lists decide. If there is no version, the result reason says why, and the result hint says what to
+// do.
 func (w checkedRequest) version(k api.Kernel, known bool) (version, reason, hint string) {
 	if v, ok := w.driver.Exact(); ok {
 		return v, "", ""
 	}
 	if !known {
 		return "", "this server does not know COS build " + w.kernel.String() + " yet",
-			"ask again in a minute: a server with --kernel-mirror looks up the COS build; or name an exact driver version"
+			"if the server has --kernel-mirror, ask again in a minute, when it has looked up the COS build; " +
+				"otherwise ask for an exact driver version"
 	}
 	version, err := lists(k).Choose(w.driver)
 	if err != nil {
-		return "", fmt.Sprintf("COS build %s names no driver for %q", w.kernel, w.driver), fault.Hint(err)
+		return "", fmt.Sprintf("COS build %s has no driver for %q in its lists", w.kernel, w.driver), fault.Hint(err)
 	}
 	return version, "", ""
 }
 
-// Resolve answers what a node should run. It returns an error only for a question with a wrong form and for a failure
-// of the store. Every other answer is a state with a reason.
+// Resolve returns the state of the cell that a node asks for, and the artifact that the node should run if there is
+// one. It returns an error only if the question is malformed or the store fails. In all other cases, the state has a
+// reason.
 func (c *Catalogue) Resolve(
 	ctx context.Context,
 	buildID, board, driver, flavour, release string,
@@ -129,11 +133,12 @@ func (c *Catalogue) Resolve(
 			best = r
 		}
 	}
-	c.expect(&best)
+	c.addForecast(&best)
 	return best, nil
 }
 
-// rank orders the states of the two flavours of a wish. A lower rank is nearer to a usable artifact.
+// rank returns a number by which the states of the two flavours are compared. A lower number is nearer to a usable
+// artifact.
 func rank(s api.State) int {
 	return slices.Index(
 		[]api.State{
@@ -151,8 +156,8 @@ func rank(s api.State) int {
 	)
 }
 
-// never returns why a cell can never be built, or "" if it can.
-func never(rel api.DriverRelease, d target.Driver) string {
+// whyUnsupported returns why a cell can never be built, or "" if it can be built.
+func whyUnsupported(rel api.DriverRelease, d target.Driver) string {
 	switch {
 	case d.Flavour == target.Proprietary && major(d.Version) >= firstOpenOnly:
 		return fmt.Sprintf("branch %s has open modules only", d.Branch())
@@ -162,8 +167,8 @@ func never(rel api.DriverRelease, d target.Driver) string {
 	return ""
 }
 
-// resolution computes the state of a cell from all facts about it. An artifact counts for a kernel only if it is
-// attested for that COS build. If the kernel's fingerprint is known, the artifact must have the same fingerprint.
+// resolution computes the state of a cell from all facts about it. An artifact fits a kernel only if it is attested for
+// that kernel's COS build. If the kernel's fingerprint is known, the artifact must also have the same fingerprint.
 func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Facts) api.Resolution {
 	newest := facts.Newest
 	r := api.Resolution{Kernel: k.Kernel, Driver: d, Build: newest}
@@ -187,13 +192,13 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 		}
 	}
 	switch {
-	case open(newest) && newest.State == api.Building:
+	case isOpen(newest) && newest.State == api.Building:
 		r.State, r.Reason, r.Hint = api.Building, fmt.Sprintf(
 			"build %d is in phase %s",
 			newest.ID,
 			orText(newest.Phase, "start"),
 		), "ask again in a minute"
-	case open(newest):
+	case isOpen(newest):
 		r.State, r.Reason, r.Hint = api.Queued, fmt.Sprintf(
 			"build %d waits for a builder",
 			newest.ID,
@@ -203,9 +208,10 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 				newest.ID, newest.Class, newest.Error)
 		}
 	case yanked != nil:
-		withdrawn(&r, yanked)
-	case never(rel, d) != "":
-		r.State, r.Reason, r.Hint = api.Unsupported, never(rel, d), "choose another flavour or another driver version"
+		setWithdrawn(&r, yanked)
+	case whyUnsupported(rel, d) != "":
+		r.State, r.Reason = api.Unsupported, whyUnsupported(rel, d)
+		r.Hint = "choose another flavour or another driver version"
 	case newest != nil && newest.State == api.Failed && newest.Class == fault.Unsupported.String():
 		r.State, r.Reason, r.Hint = api.Unsupported, newest.Error, orText(
 			newest.Hint,
@@ -228,14 +234,14 @@ func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts stor
 	return r
 }
 
-// requestHint tells how to request a build of the cell.
+// requestHint returns the hint how to request a build of the cell.
 func requestHint(k api.Kernel, d target.Driver) string {
 	return fmt.Sprintf("request a build: server request --build-id %s --board %s --driver %s --flavour %s",
 		k.BuildID, k.Board, d.Version, d.Flavour)
 }
 
-// lookUpLater requests the lookup of an unknown kernel. Nobody waits for the result, because nodes ask again. The
-// number of stored requests is limited, because anybody can ask.
+// lookUpLater stores an unknown kernel for [Catalogue.LookUpUnknown]. Nobody waits for the lookup, because nodes ask
+// again. The number of stored kernels is limited, because anybody can ask.
 func (c *Catalogue) lookUpLater(k target.Kernel) {
 	if c.Mirror == nil {
 		return
@@ -246,8 +252,8 @@ func (c *Catalogue) lookUpLater(k target.Kernel) {
 	}
 }
 
-// LookUpUnknown looks up the unknown kernels that nodes asked for, one after the other, until ctx is done. It does
-// not look up the same kernel again within missedFor.
+// LookUpUnknown looks up the unknown kernels that nodes asked for, one after the other, until ctx is done. If a kernel
+// is not found, it is not looked up again within missedFor.
 func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 	missed := map[string]time.Time{}
 	for {
@@ -258,7 +264,7 @@ func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 			if c.Now().Sub(missed[k.String()]) < missedFor {
 				continue
 			}
-			if len(missed) >= maxMissed { // an attacker may ask for many
+			if len(missed) >= maxMissed { // an attacker may ask for many kernels
 				clear(missed)
 			}
 			missed[k.String()] = c.Now()
@@ -269,35 +275,36 @@ func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 	}
 }
 
-// maxUnknown is how many lookups may wait. maxMissed is how many looked-up kernels are remembered. missedFor is the
-// pause before the same kernel is looked up again.
+// maxUnknown is how many kernels may wait for their lookup. maxMissed is how many kernels that were not found are
+// remembered. missedFor is the pause before such a kernel is looked up again.
 const (
 	maxUnknown = 64
 	maxMissed  = 10000
 	missedFor  = 2 * time.Minute
 )
 
-// Matrix is a page of kernels, with a column for each driver version. Cells[i][j] has the cells of both flavours.
+// Matrix is a page of kernels, with a column for each driver version. Cells[i][j] has the cells of kernel i and driver
+// version j, one for each flavour.
 type Matrix struct {
 	Kernels []api.Kernel
 	Drivers []api.DriverRelease
 	Cells   [][][]api.Resolution
-	// Folded are the drivers without a column: nobody requested them for these kernels, or there are maxColumns columns
-	// already.
+	// Folded has the drivers without a column. Nobody requested them for these kernels, or the matrix has maxColumns
+	// columns already.
 	Folded []api.DriverRelease
-	// Next is where the next page of kernels begins; "" means that there is none.
+	// Next is the cursor of the next page of kernels; "" means that there is none.
 	Next string
 }
 
-// maxColumns is the most driver versions of a matrix. A reader cannot compare more.
+// maxColumns is the most driver versions in a matrix. A reader cannot compare more.
 const maxColumns = 16
 
-// DriverFilter chooses the drivers of a matrix. The zero value chooses the drivers that somebody asked for on the
-// kernels of the page.
+// DriverFilter says which drivers a matrix has. With the zero value, it has those that somebody asked for, for a kernel
+// of the page.
 type DriverFilter struct {
 	// Text is a branch (R535, 535), or the beginning of a version; "" means any driver.
 	Text string
-	// All includes drivers that nobody asked for.
+	// All is true if drivers that nobody asked for are included, too.
 	All bool
 }
 
@@ -308,7 +315,7 @@ func (f DriverFilter) matches(d api.DriverRelease) bool {
 
 // Matrix computes the state of every cell for a page of kernels.
 func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, d DriverFilter, p store.Page) (*Matrix, error) {
-	cells, next, err := c.page(ctx, f, p)
+	cells, next, err := c.readPage(ctx, f, p)
 	if err != nil {
 		return nil, err
 	}
@@ -333,7 +340,7 @@ func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, d DriverFi
 	return m, nil
 }
 
-// columns chooses the drivers of a matrix, newest first. folded are the other known drivers.
+// columns returns the drivers of a matrix, newest first. The result folded has the other drivers that match the filter.
 func (c *Catalogue) columns(
 	ctx context.Context,
 	cells []*store.KernelCells,
@@ -386,12 +393,12 @@ func (c *Catalogue) columns(
 	return shown, folded, nil
 }
 
-// MaxLimitCells is the most kernels on a page of cells. Each kernel has some dozen cells.
+// MaxLimitCells is the most kernels on a page of cells. The limit is low because each kernel has some dozen cells.
 const MaxLimitCells = 100
 
-// page checks the page that a client asks for. It then reads the kernels with the facts that decide their cells. A
-// limit of 0 means a fifth of MaxLimitCells.
-func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string,
+// readPage reads a page of kernels with the facts that decide the states of their cells. It first checks the page that
+// the client asks for. If the client gave the limit 0, the page has a fifth of MaxLimitCells.
+func (c *Catalogue) readPage(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string,
 	error) {
 	if p.Limit == 0 {
 		p.Limit = MaxLimitCells / 5
@@ -409,15 +416,15 @@ func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page
 	return c.Store.RememberedCells(ctx, f, p)
 }
 
-// Cells lists the states of cells for a page of kernels. version chooses one driver version. If version is empty, the
-// list has all versions that somebody built or published for these kernels.
+// Cells lists the states of the cells of a page of kernels. With a version, it lists the cells of that driver version.
+// Without one, it lists those of all versions that somebody built or published for these kernels.
 func (c *Catalogue) Cells(
 	ctx context.Context,
 	f store.KernelFilter,
 	version string,
 	p store.Page,
 ) ([]api.Resolution, string, error) {
-	cells, next, err := c.page(ctx, f, p)
+	cells, next, err := c.readPage(ctx, f, p)
 	if err != nil {
 		return nil, "", err
 	}
@@ -426,7 +433,7 @@ func (c *Catalogue) Cells(
 		for d, facts := range kc.All() {
 			if version == "" || version == d.Version {
 				r := resolution(kc.Kernel, api.DriverRelease{Version: d.Version}, d, facts)
-				c.expect(&r)
+				c.addForecast(&r)
 				all = append(all, r)
 			}
 		}

@@ -17,16 +17,16 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// labelsAtOnce is how many kernels one transaction changes. It is small because other writers wait meanwhile.
+// labelsAtOnce is how many kernels one transaction changes. It is small because other writers wait for the transaction.
 const labelsAtOnce = 200
 
-// SawGKE records which GKE versions boot which kernels. The keys are BUILD_ID/board. An empty list removes the
-// versions of a kernel. Kernels that the catalogue lacks are left out.
+// SawGKE records which GKE versions boot which kernels. The keys of versions are BUILD_ID/board. If the list of a
+// kernel is empty, the stored versions of the kernel are removed. Kernels that the catalogue lacks are ignored.
 func (c *Catalogue) SawGKE(ctx context.Context, versions map[string][]string) error {
 	for _, all := range versions {
 		for _, v := range all {
 			if parsed, err := plan.ParseGKE(v); err != nil || parsed != v {
-				return fault.New(fault.Usage, fmt.Sprintf("record GKE versions: %.40q is not a GKE version", v), "")
+				return fault.New(fault.Usage, fmt.Sprintf("record the GKE versions of kernels: %.40q is not a GKE version", v), "")
 			}
 		}
 	}
@@ -59,20 +59,21 @@ func checkGKE(version string) error {
 	return nil
 }
 
-// named sets the COS build of a pool that is named by its GKE version. If the catalogue has no kernel or several
-// kernels for that version, named returns a resolution that says so. Otherwise it returns nil.
-func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution, error) {
+// fillBuildID sets the BUILD_ID of a pool that has a GKE version instead. If the catalogue has no kernel or several
+// kernels for the version, the BUILD_ID is not known: fillBuildID then returns a resolution that says so. Otherwise it
+// returns nil.
+func (c *Catalogue) fillBuildID(ctx context.Context, pool *api.Pool) (*api.Resolution, error) {
 	if pool.GKE == "" {
 		return nil, nil
 	}
 	if pool.BuildID != "" {
-		return nil, fault.New(fault.Usage, "pool names both a COS build and a GKE version",
-			"name either the COS build or the GKE version")
+		return nil, fault.New(fault.Usage, "the pool has both a COS build and a GKE version",
+			"remove one of the pool's fields buildId and gke")
 	}
 	version, err := plan.ParseGKE(pool.GKE)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err,
-			"write a GKE version such as 1.33; list the kernels of a GKE version: server kernels --gke 1.33")
+			"write a GKE version such as 1.33; to list the kernels of a version, run: server kernels --gke 1.33")
 	}
 	if _, err := target.ParseKernel("1.0.0", pool.Board); err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "write a board such as lakitu")
@@ -85,9 +86,9 @@ func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution,
 	if len(found) == 0 {
 		return &api.Resolution{
 			Kernel: target.Kernel{Board: pool.Board, Arch: target.BoardArch(pool.Board)}, State: api.Unknown,
-			Reason: fmt.Sprintf("this server knows no kernel of board %s that nodes of GKE %s boot", pool.Board, version),
-			Hint: "check the GKE version; check that the server has --gke-map, and that its --kernel-mirror has the COS " +
-				"build; or name BUILD_ID instead of the GKE version",
+			Reason: fmt.Sprintf("this server knows no kernel for board %s that nodes of GKE %s boot", pool.Board, version),
+			Hint: "check that the GKE version is right, that the server has --gke-map, and that its --kernel-mirror has the " +
+				"COS build; or ask with BUILD_ID instead of the GKE version",
 		}, nil
 	}
 	if len(found) > 1 {
@@ -95,16 +96,16 @@ func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution,
 			Kernel: target.Kernel{Board: pool.Board, Arch: target.BoardArch(pool.Board)}, State: api.Unknown,
 			Reason: fmt.Sprintf("nodes of GKE %s on board %s boot several COS builds, such as %s and %s", version,
 				pool.Board, found[0].BuildID, found[1].BuildID),
-			Hint: "name BUILD_ID instead of the GKE version; list these COS builds: server kernels --gke " + version +
-				" --board " + pool.Board,
+			Hint: "ask with BUILD_ID instead of the GKE version; to list these COS builds, run: server kernels --gke " +
+				version + " --board " + pool.Board,
 		}, nil
 	}
 	pool.BuildID = found[0].BuildID
 	return nil, nil
 }
 
-// lists returns a kernel's driver lists as a [cosbucket.DriverList]. That type interprets wishes, so builder and
-// server choose by the same rule.
+// lists returns a kernel's driver lists as a [cosbucket.DriverList]. That type chooses the driver version for a wish.
+// Builder and server both use it, so they follow the same rule.
 func lists(k api.Kernel) cosbucket.DriverList {
 	l := driverList(k.Default, k.Latest, k.Branches)
 	for gpu, own := range k.GPUs {
@@ -125,7 +126,7 @@ func driverList(first, latest string, branches map[string]string) cosbucket.Driv
 type GPULabel struct {
 	// GPU is COS's name of the type, such as NVIDIA_L4.
 	GPU string
-	// Labels are the labels that stand for the version: default, latest, or a branch.
+	// Labels has the labels for the version: default, latest, or a branch such as R535.
 	Labels []string
 }
 

@@ -77,8 +77,8 @@ func mustKernel(t *testing.T, c *catalogue.Catalogue) api.Kernel {
 	return all[0]
 }
 
-// TestPlanForAGPU shows that wish lists of the server can name types of GPU, like wish lists of the builder. One of the
-// kernels has driver lists for types of GPU only.
+// TestPlanForAGPU shows that wish lists on the server can have types of GPU, as those of the builder can. One of the
+// kernels has driver lists only for types of GPU.
 func TestPlanForAGPU(t *testing.T) {
 	t.Parallel()
 	c, q := withGPUs(t)
@@ -117,7 +117,8 @@ func TestPreflightOfGKE(t *testing.T) {
 		v.Pool != pool {
 		t.Errorf("Preflight(%+v) = %+v, %v; want COS build %s with driver %s, not published", pool, v, err, first, v309)
 	}
-	for _, gke := range []string{"1.31.0-gke.7", "1.1.1-gke.1"} { // not in the list; in list, not in mirror
+	// The first version is not in the list. The second is, but its COS build is not in the mirror.
+	for _, gke := range []string{"1.31.0-gke.7", "1.1.1-gke.1"} {
 		v, err = ask(api.Pool{GKE: gke, Board: "lakitu"})
 		if err != nil || v.May || v.Resolution.State != api.Unknown || v.Resolution.Reason == "" || v.Resolution.Hint == "" {
 			t.Errorf("Preflight(GKE %s) = %+v, %v; want unknown with reason and hint", gke, v, err)
@@ -127,7 +128,7 @@ func TestPreflightOfGKE(t *testing.T) {
 		v.Resolution.State != api.Unknown {
 		t.Errorf("Preflight(another board) = %+v, %v; want unknown", v, err)
 	}
-	// The server cannot know which of two COS builds a node boots.
+	// If a GKE version has two COS builds, the server cannot know which of them a node boots.
 	second := api.Kernel{Kernel: target.Kernel{BuildID: "17800.0.46", Board: "lakitu", Milestone: 109}, Default: v261}
 	if err := c.RecordKernel(t.Context(), second); err != nil {
 		t.Fatal(err)
@@ -137,7 +138,7 @@ func TestPreflightOfGKE(t *testing.T) {
 	}
 	v, err = ask(pool)
 	if r := v.Resolution; err != nil || v.May || r.State != api.Unknown || !strings.Contains(r.Reason, first) ||
-		!strings.Contains(r.Reason, "17800.0.46") || !strings.Contains(r.Hint, "name BUILD_ID") {
+		!strings.Contains(r.Reason, "17800.0.46") || !strings.Contains(r.Hint, "ask with BUILD_ID") {
 		t.Errorf("Preflight(GKE of two builds) = %+v, %v; want unknown that names both", v, err)
 	}
 	for _, bad := range []api.Pool{
@@ -151,8 +152,8 @@ func TestPreflightOfGKE(t *testing.T) {
 	}
 }
 
-// TestSawGKE shows that the catalogue records only GKE versions of the form 1.33.5-gke.1. It also records more kernels
-// than one transaction changes.
+// TestSawGKE shows that the catalogue records only GKE versions like 1.33.5-gke.1. It also shows that the catalogue
+// records the versions of more kernels than fit one transaction.
 func TestSawGKE(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)

@@ -14,37 +14,37 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// The web pages show more than the answers of the API. This file has what only the pages need.
+// This file has what only the web pages show. The API's answers do not have it.
 
 // CellView has everything that the catalogue knows about one kernel and one driver version.
 type CellView struct {
 	Kernel  api.Kernel
 	Release api.DriverRelease
-	// Flavours are the cells of both flavours: proprietary, then open.
+	// Flavours has the cells of both flavours: first proprietary, then open.
 	Flavours []FlavourView
 }
 
 // FlavourView is one cell with its artifact and its builds.
 type FlavourView struct {
 	api.Resolution
-	// Artifact is the published or the withdrawn artifact; nil means that there is none.
+	// Artifact is the artifact of the cell, published or withdrawn; nil means that there is none.
 	Artifact *api.Artifact
-	// Builds are the newest builds of the cell, newest first.
+	// Builds has the cell's last builds, newest first.
 	Builds []api.Build
 }
 
 // maxHistory is the most builds of one cell that are shown.
 const maxHistory = 20
 
-// View reads everything about one kernel and one driver version. The error has kind NotFound if the catalogue lacks
-// the kernel.
+// View returns everything about one kernel and one driver version. If the catalogue lacks the kernel, the error has
+// kind NotFound.
 func (c *Catalogue) View(ctx context.Context, buildID, board, version string) (*CellView, error) {
 	k, err := target.ParseKernel(buildID, board)
 	if err == nil {
 		_, err = target.ParseDriver(version, string(target.Open))
 	}
 	if err != nil {
-		return nil, fault.Wrap(fault.NotFound, err, "choose a cell of the matrix")
+		return nil, fault.Wrap(fault.NotFound, err, "find the cell in the matrix, and follow its link")
 	}
 	cells, err := c.Store.KernelCells(ctx, buildID, board)
 	if err != nil {
@@ -63,10 +63,10 @@ func (c *Catalogue) View(ctx context.Context, buildID, board, version string) (*
 		d := target.Driver{Version: version, Flavour: f}
 		facts := cells.Facts(d)
 		one := FlavourView{Resolution: resolution(cells.Kernel, rel, d, facts)}
-		c.expect(&one.Resolution)
+		c.addForecast(&one.Resolution)
 		for _, a := range facts.Artifacts {
-			named := a.Digest == one.Digest || one.Digest == "" && a.Attested && a.State == one.State
-			if named && one.Artifact == nil {
+			current := a.Digest == one.Digest || one.Digest == "" && a.Attested && a.State == one.State
+			if current && one.Artifact == nil {
 				whole, err := c.Store.Artifact(ctx, a.Digest)
 				if err != nil && !fault.Is(err, fault.NotFound) {
 					return nil, err
@@ -87,15 +87,15 @@ func (c *Catalogue) View(ctx context.Context, buildID, board, version string) (*
 	return v, nil
 }
 
-// Workload has the builders with their work, and the builds that wait for them.
+// Workload has the builders, the running builds and the waiting builds.
 type Workload struct {
-	// Waiting is how many builds wait. Next are the first of them, in the order in which they will start.
+	// Waiting is how many builds wait. Next has the first of them, in the order in which they will start.
 	Waiting int
 	Next    []api.Resolution
 	Running []api.Build
-	// Builders are the builders that reported lately, sorted by name.
+	// Builders has the builders that reported lately, sorted by name.
 	Builders []Builder
-	// Takes is the median duration of the newest builds, by flavour.
+	// Takes has, for each flavour, the median duration of its newest builds.
 	Takes map[target.Flavour]time.Duration
 }
 
@@ -103,8 +103,8 @@ type Workload struct {
 type Builder struct {
 	Name   string
 	SeenAt time.Time
-	// Running is how many builds the builder works on. Published is how many builds it published within idleFor. Only the
-	// recentBuilds newest builds of each flavour are counted.
+	// Running is how many builds the builder works on. Published is how many builds it published within idleFor. Of each
+	// flavour, only the newest recentBuilds builds are counted as published.
 	Running, Published int
 }
 
@@ -128,21 +128,20 @@ func (c *Catalogue) Workload(ctx context.Context) (*Workload, error) {
 	}
 	for _, b := range next {
 		r := api.Resolution{Kernel: b.Kernel, Driver: b.Driver, State: b.State, Build: &b}
-		c.expect(&r)
+		c.addForecast(&r)
 		v.Next = append(v.Next, r)
 	}
 	return v, nil
 }
 
-// Releases lists a page of COS builds, newest first. The limit counts kernels, and a COS build has one kernel for
-// each board. A page has all boards of each of its COS builds. Only a COS build with more boards than a page holds is
-// split.
+// Releases lists a page of COS builds, newest first. The limit of the page is a number of kernels; a COS build has one
+// kernel for each board. A COS build is not split between two pages, unless it has more boards than the limit.
 func (c *Catalogue) Releases(
 	ctx context.Context,
 	f store.KernelFilter,
 	p store.Page,
 ) ([]api.ReleaseSummary, string, error) {
-	cells, next, err := c.page(ctx, f, p)
+	cells, next, err := c.readPage(ctx, f, p)
 	if err != nil {
 		return nil, "", err
 	}
@@ -183,8 +182,8 @@ func (c *Catalogue) Releases(
 // readyDays is the period of the percentiles on the page of releases, in days.
 const readyDays = 30
 
-// RecentReadyTimes returns percentiles of the time from the discovery of a kernel until a cell of it was published.
-// They cover the cells that were published within the last 30 days, as of the last measurement.
+// RecentReadyTimes returns percentiles of the time from the discovery of a kernel until a cell of it was published. The
+// last measurement computed them from the cells that were published within 30 days.
 func (c *Catalogue) RecentReadyTimes(ctx context.Context) (api.ReadyDuration, error) {
 	f, err := c.measured(ctx)
 	if err != nil {
@@ -193,7 +192,7 @@ func (c *Catalogue) RecentReadyTimes(ctx context.Context) (api.ReadyDuration, er
 	return f.ready, nil
 }
 
-// Groups counts kernels by milestone and board, as of the last measurement.
+// Groups returns the numbers of kernels by milestone and board, from the last measurement.
 func (c *Catalogue) Groups(ctx context.Context) ([]store.KernelGroup, error) {
 	f, err := c.measured(ctx)
 	if err != nil {
@@ -205,7 +204,7 @@ func (c *Catalogue) Groups(ctx context.Context) ([]store.KernelGroup, error) {
 // News is an outcome of a cell: a build that was published or failed, or an artifact that was withdrawn.
 type News struct {
 	At time.Time
-	// One of Build and Artifact is set: the build that ended, or the withdrawn artifact.
+	// Either Build is set, the build that ended, or Artifact, the artifact that was withdrawn.
 	Build    *api.Build
 	Artifact *api.Artifact
 }
@@ -241,7 +240,7 @@ func (c *Catalogue) Newest(ctx context.Context, n int) ([]News, error) {
 	return all[:min(n, len(all))], nil
 }
 
-// measured returns the last measurement. Without one, it measures.
+// measured returns the last measurement. If there is none yet, it makes one.
 func (c *Catalogue) measured(ctx context.Context) (*figures, error) {
 	if f := c.figures.Load(); f != nil {
 		return f, nil
@@ -252,15 +251,15 @@ func (c *Catalogue) measured(ctx context.Context) (*figures, error) {
 	return c.figures.Load(), nil
 }
 
-// textPattern matches a text to search kernels for. It allows the characters of BUILD_IDs and kernel releases, and no
-// character with a meaning in an SQL pattern.
+// textPattern matches the texts for which kernels can be searched. It allows the characters of BUILD_IDs and kernel
+// releases. None of them has a meaning in an SQL pattern.
 var textPattern = regexp.MustCompile(`^[A-Za-z0-9.+~-]{0,64}$`)
 
 // filterStates are the states that kernels can be filtered by. Published is left out, because nearly all kernels have a
 // published cell. Unknown is left out, because the catalogue stores nothing about such cells.
 var filterStates = []api.State{api.Building, api.Queued, api.Failed, api.Yanked, api.Quarantined, api.Cancelled}
 
-// checkFilter refuses a filter that no kernel can match.
+// checkFilter returns an error if no kernel can match the filter.
 func checkFilter(f store.KernelFilter) error {
 	switch {
 	case !textPattern.MatchString(f.Text):
@@ -273,7 +272,7 @@ func checkFilter(f store.KernelFilter) error {
 	return checkGKE(f.GKE)
 }
 
-// listBuilders lists builders by name.
+// listBuilders returns the builders sorted by name.
 func listBuilders(all map[string]*Builder) []Builder {
 	out := make([]Builder, 0, len(all))
 	for _, b := range all {

@@ -11,7 +11,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestReleasesByPage has three COS builds with two boards each. No page splits a COS build.
+// TestReleasesByPage reads three COS builds, which have two boards each, page by page. No COS build may be split
+// between two pages.
 func TestReleasesByPage(t *testing.T) {
 	t.Parallel()
 	c, _ := open(t)

@@ -9,13 +9,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// warner reads the findings of early-warning entries of wish lists.
+// warner reads the failures of cells that only early-warning entries of wish lists want.
 type warner interface {
 	Warnings(ctx context.Context) ([]api.Warning, error)
 }
 
-// Warnings lists the breaks that early-warning entries of wish lists found and that still exist, newest kernels
-// first. Such breaks raise no alarm.
+// Warnings lists the cells that only early-warning entries of wish lists want and whose last build failed, newest
+// kernels first. Such failures raise no alarm.
 func (c *Catalogue) Warnings(ctx context.Context) ([]api.Warning, error) {
 	all, err := c.Store.Warnings(ctx)
 	slices.SortStableFunc(all, func(a, b api.Warning) int {

@@ -21,7 +21,7 @@ import (
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
 
-// maxProblems is the most problems that are kept of one wish list.
+// maxProblems is the most problems of one wish list that are stored.
 const maxProblems = 50
 
 // WishLists lists all wish lists.
@@ -34,8 +34,8 @@ func (c *Catalogue) WishList(ctx context.Context, name string) (api.WishList, er
 	return c.Store.WishList(ctx, name)
 }
 
-// PutWishList checks and stores the text of a wish list, and asks [Catalogue.Planner] for a plan. version is the
-// version of the stored text that the caller wants to replace; 0 replaces any version.
+// PutWishList checks and stores the text of a wish list, and asks [Catalogue.Planner] for a plan. The argument version
+// is the version of the stored text that the caller wants to replace; 0 means any version.
 func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version int64) (api.WishList, error) {
 	if !namePattern.MatchString(name) {
 		return api.WishList{}, fault.New(
@@ -51,7 +51,7 @@ func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version 
 	if strings.HasPrefix(w.ImageMap, "file:") && !strings.HasPrefix(c.KernelMirror, "file:") {
 		return api.WishList{}, fault.New(
 			fault.Usage,
-			"store wish list: its imageMap is a file on the server's machine, which this server does not read",
+			"store the wish list: its imageMap is a file on the server's machine, which this server does not read",
 			"put the image map on a web server or into a bucket, and write its URL into the wish list",
 		)
 	}
@@ -77,11 +77,11 @@ func (c *Catalogue) DropWishList(ctx context.Context, name string) error {
 func (c *Catalogue) PlanSoon() {
 	select {
 	case c.planning <- struct{}{}:
-	default: // a request waits already
+	default: // the planner will start anyway
 	}
 }
 
-// Planner plans after each call of [Catalogue.PlanSoon], until ctx is done.
+// Planner plans the wish lists after each call of [Catalogue.PlanSoon], until ctx is done.
 func (c *Catalogue) Planner(ctx context.Context) error {
 	for {
 		select {
@@ -97,8 +97,8 @@ func (c *Catalogue) Planner(ctx context.Context) error {
 	}
 }
 
-// Plan queues the wanted cells that have no build yet, newest kernels first. It returns how many builds it queued.
-// Failed and cancelled cells stay as they are until somebody requests them.
+// Plan queues a build of each wanted cell that has no build yet, newest kernels first. It returns how many builds it
+// queued. Failed and cancelled cells are not queued again until somebody requests them.
 func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 	lists, err := c.Store.WishLists(ctx)
 	if err != nil || len(lists) == 0 {
@@ -116,7 +116,7 @@ func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 		added, err := c.planList(ctx, &l, known)
 		n += added
 		if err != nil {
-			errs = append(errs, fmt.Errorf("plan wish list %s: %w", l.Name, err))
+			errs = append(errs, fmt.Errorf("plan the wish list %s: %w", l.Name, err))
 			l.Problems = append(l.Problems, firstLine(err.Error()))
 		}
 		now := c.Now()
@@ -157,7 +157,7 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 			continue
 		}
 		l.Cells++
-		if never(known.drivers[cell.Driver.Version], cell.Driver) == "" {
+		if whyUnsupported(known.drivers[cell.Driver.Version], cell.Driver) == "" {
 			key := store.CellKey{BuildID: cell.Kernel.BuildID, Board: cell.Kernel.Board, Driver: cell.Driver}
 			wanted = append(wanted, store.WantedCell{CellKey: key, Early: cell.EarlyWarning})
 		}
@@ -175,11 +175,11 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 	return n, c.Store.SetWanted(ctx, l.Name, wanted)
 }
 
-// queueCell queues a build of one cell, and reports whether it did. A cell that has a build or an artifact, or that can
-// never be built, gets no build.
+// queueCell queues a build of one cell. It queues none if the cell has a build or an artifact, or can never be built.
+// It reports whether it queued a build.
 func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planView) (bool, error) {
 	k, ok := known.kernels[cell.Kernel.String()]
-	if !ok { // a COS build that the wish list names and the catalogue lacks
+	if !ok { // the wish list has a COS build that the catalogue lacks
 		cells, exists, err := c.find(ctx, cell.Kernel)
 		if err != nil {
 			return false, err
@@ -208,8 +208,7 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	return true, nil
 }
 
-// planView has the content of the catalogue, with the methods of a bucket that [plan.Expand] calls to expand a wish
-// list.
+// planView has the content of the catalogue. [plan.Expand] reads it through the methods that it calls on a bucket.
 type planView struct {
 	ids     []string // newest first
 	kernels map[string]api.Kernel
@@ -243,7 +242,7 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 			k := cells.Kernel
 			s.add(k)
 			for d, f := range cells.All() {
-				// The texts share memory with all facts about the kernel, which must not stay in memory.
+				// Without the copies, these short texts would keep all facts about the kernel in memory.
 				own := target.Driver{Version: unique.Make(d.Version).Value(), Flavour: unique.Make(d.Flavour).Value()}
 				key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: own}
 				s.states[key] = unique.Make(resolution(k, api.DriverRelease{}, d, f).State).Value()
@@ -302,15 +301,15 @@ func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, 
 	if c.Mirror == nil {
 		return api.Release{}, fault.New(
 			fault.Unsupported,
-			"look up COS build "+buildID+": this server has no mirror of COS releases",
-			"start the server with --kernel-mirror URL",
+			"look up COS build "+buildID+": this server has no --kernel-mirror",
+			"start the server with the URL of a bucket of COS releases: --kernel-mirror URL",
 		)
 	}
 	if _, err := c.lookUp(ctx, buildID); err != nil {
 		return api.Release{}, err
 	}
 	if _, err := c.Plan(ctx); err != nil {
-		// Planned cells stay planned. The other cells are tried again at the next plan.
+		// The cells that were queued stay queued. The next plan tries the other cells again.
 		c.Log.WarnContext(ctx, "plan incomplete", "err", err)
 		c.PlanSoon()
 	}
@@ -359,8 +358,8 @@ func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, e
 	return r, nil
 }
 
-// ReadyTimes returns percentiles of the time from the discovery of a kernel until a cell of it was published. They
-// cover the cells that were published within the given number of days.
+// ReadyTimes returns percentiles of the time from the discovery of a kernel until a cell of it was published. They are
+// computed from the cells that were published within the given number of days.
 func (c *Catalogue) ReadyTimes(ctx context.Context, days int) (api.ReadyDuration, error) {
 	took, err := c.Store.ReadyTimes(ctx, c.Now().AddDate(0, 0, -days))
 	return durations(took), err
@@ -379,11 +378,12 @@ func durations(took []time.Duration) api.ReadyDuration {
 // maxPools is the most pools of one preflight.
 const maxPools = 100
 
-// Preflight says whether node pools may be upgraded to COS builds: whether each of their nodes would find its driver.
+// Preflight says, for each node pool, whether it may be upgraded to a COS build. It may if its nodes would find their
+// driver.
 func (c *Catalogue) Preflight(ctx context.Context, q api.PreflightRequest) (api.Preflight, error) {
 	if n := len(q.Pools); n == 0 || n > maxPools {
 		return api.Preflight{}, fault.New(fault.Usage,
-			fmt.Sprintf("the request names %d pools; want 1 to %d", n, maxPools), "")
+			fmt.Sprintf("the request has %d pools; want 1 to %d", n, maxPools), "")
 	}
 	out := api.Preflight{May: true}
 	for _, pool := range q.Pools {
@@ -391,7 +391,7 @@ func (c *Catalogue) Preflight(ctx context.Context, q api.PreflightRequest) (api.
 			return out, fault.Wrap(fault.Usage, err, "")
 		}
 		asked := pool
-		none, err := c.named(ctx, &pool)
+		none, err := c.fillBuildID(ctx, &pool)
 		if err != nil {
 			return out, err
 		}

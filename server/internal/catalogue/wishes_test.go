@@ -19,7 +19,7 @@ drivers: [default]
 flavours: [open]
 `
 
-// jobs names the queued jobs, in their order.
+// jobs returns a text for each queued job, in the order of the queue.
 func jobs(q *fakeQueue) []string {
 	var all []string
 	for i, j := range q.jobs {
@@ -28,8 +28,8 @@ func jobs(q *fakeQueue) []string {
 	return all
 }
 
-// TestPlan stores a wish list. From then on each new COS build is queued once and without another request, newest
-// first.
+// TestPlan stores a wish list. From then on, the server must queue the cells of each new COS build by itself, only
+// once, and newest first.
 func TestPlan(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)
@@ -63,7 +63,7 @@ func TestPlan(t *testing.T) {
 	see("17800.0.11")
 	plan("17800.0.11 " + v261 + " open !!")
 
-	// A request for a cell that a wish list already queued raises its priority.
+	// If somebody requests a cell that a wish list has queued already, the build gets a higher priority.
 	b := request(t, c, "17800.0.2", v261, "open")
 	if b.Priority != 1 || !cmp.Equal(q.raised, []string{"2 to 1"}) {
 		t.Errorf("Request(planned cell) = priority %d, raised %v; want 1, and build 2 raised", b.Priority, q.raised)
@@ -73,7 +73,7 @@ func TestPlan(t *testing.T) {
 	if err != nil || l.Version != 1 || l.Cells != 2 || l.PlannedAt == nil || len(l.Problems) != 0 {
 		t.Errorf("WishList() = %+v, %v; want version 1 with 2 cells, planned", l, err)
 	}
-	// A wish that cannot be met appears as a problem, and does not stop the other wishes.
+	// If a wish cannot be met, it is listed as a problem. The other wishes are still planned.
 	text := strings.Replace(wishes, "[default]", "[default, R999]", 1)
 	if l, err = c.PutWishList(ctx, "production", text, 1); err != nil || l.Version != 2 {
 		t.Fatalf("PutWishList() = %+v, %v; want version 2", l, err)
@@ -104,7 +104,8 @@ func TestPlan(t *testing.T) {
 
 func errOf[T any](_ T, err error) error { return err }
 
-// TestAnnounce announces a COS build. The build is looked up, planned and, after it is built, timed.
+// TestAnnounce announces a COS build. The server must look it up and plan it. When its cells are built, the server must
+// say how long that took.
 func TestAnnounce(t *testing.T) {
 	t.Parallel()
 	c, q := open(t)

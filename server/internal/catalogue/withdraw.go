@@ -11,19 +11,19 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Yank marks an artifact, so that no node gets it any more. It also stores the replacement, if y names one.
+// Yank marks an artifact, so that no node gets it any more. If y has a replacement, Yank stores it, too.
 // [Catalogue.Unyank] removes the mark.
 func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) (api.Artifact, error) {
 	reason := strings.TrimSpace(y.Reason)
 	if reason == "" || len(reason) > 1000 {
 		return api.Artifact{}, fault.New(
 			fault.Usage,
-			"yank "+digest+": want a reason of 1 to 1000 bytes",
-			"give a reason, which nodes show: --reason WHY",
+			"yank the artifact "+digest+": want a reason of 1 to 1000 bytes",
+			"give the reason that nodes will show: --reason WHY",
 		)
 	}
 	if err := checkLine("reason", reason); err != nil {
-		return api.Artifact{}, fault.Wrap(fault.Usage, fmt.Errorf("yank %s: %w", digest, err), "")
+		return api.Artifact{}, fault.Wrap(fault.Usage, fmt.Errorf("yank the artifact %s: %w", digest, err), "")
 	}
 	if y.Replacement != "" && !digestPattern.MatchString(y.Replacement) {
 		return api.Artifact{}, badDigest(y.Replacement)
@@ -32,15 +32,15 @@ func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) 
 		if y.Replacement == "" {
 			return nil
 		}
-		if err := replaces(ctx, tx, a, y.Replacement); err != nil {
-			return fmt.Errorf("yank %s: %w", digest, err)
+		if err := checkReplacement(ctx, tx, a, y.Replacement); err != nil {
+			return fmt.Errorf("yank the artifact %s: %w", digest, err)
 		}
 		return tx.SetReplacement(ctx, digest, y.Replacement)
 	})
 }
 
-// replaces checks that the artifact with a digest may replace another one.
-func replaces(ctx context.Context, tx *store.Tx, old api.Artifact, digest string) error {
+// checkReplacement returns an error unless the artifact with this digest may replace the artifact old.
+func checkReplacement(ctx context.Context, tx *store.Tx, old api.Artifact, digest string) error {
 	a, err := tx.Artifact(ctx, digest)
 	if err != nil {
 		return err
@@ -64,7 +64,7 @@ func replaces(ctx context.Context, tx *store.Tx, old api.Artifact, digest string
 	return fault.New(
 		fault.Mismatch,
 		fmt.Sprintf("replacement %s does not fit: %s", digest, why),
-		"name a published artifact for the same kernels, with the same driver or a newer driver",
+		"give a published artifact for the same kernels, with the same or a newer version of the driver",
 	)
 }
 
@@ -75,26 +75,26 @@ func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, er
 			return fault.New(
 				fault.Mismatch,
 				"artifact "+digest+" is not yanked, it is in quarantine",
-				"lift the quarantine: server lift "+digest,
+				"to end the quarantine, run: server lift "+digest,
 			)
 		}
 		return tx.IgnoreReportsBefore(ctx, digest, c.Now())
 	})
 }
 
-// Lift makes a quarantined artifact usable again. Earlier reports do not count any more.
+// Lift makes a quarantined artifact usable again. Earlier reports about it are not counted any more.
 func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, error) {
 	return c.setState(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State != api.Quarantined {
 			return fault.New(fault.Mismatch, fmt.Sprintf("artifact %s is not in quarantine, it is %s", digest, old.State),
-				"list artifacts in quarantine: server quarantine")
+				"take the digest from the list of quarantined artifacts: server quarantine")
 		}
 		return tx.IgnoreReportsBefore(ctx, digest, c.Now())
 	})
 }
 
-// setState sets the state of an artifact. more runs in the same transaction and gets the artifact as it was before;
-// nil means that there is nothing more to do.
+// setState sets the state of an artifact. In the same transaction it calls the function more with the artifact as it
+// was before; nil means no call.
 func (c *Catalogue) setState(
 	ctx context.Context, digest string, state api.State, reason string, more func(*store.Tx, api.Artifact) error,
 ) (a api.Artifact, err error) {
@@ -124,11 +124,11 @@ func (c *Catalogue) setState(
 	return a, err
 }
 
-// withdrawn writes into a resolution that its artifact must not be used.
-func withdrawn(r *api.Resolution, a *store.Candidate) {
+// setWithdrawn changes a resolution so that it says that the artifact a must not be used.
+func setWithdrawn(r *api.Resolution, a *store.Candidate) {
 	r.State, r.Reason, r.Hint = a.State, a.Reason, "choose another driver version"
 	if a.State == api.Quarantined {
-		r.Hint += ", or lift the quarantine: server lift " + a.Digest
+		r.Hint += "; if this artifact is good after all, run: server lift " + a.Digest
 	}
 	if r.Replacement = a.Replacement; a.Replacement != "" {
 		r.Reason += "; artifact " + a.Replacement + " replaces it"

@@ -18,29 +18,30 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// breaking is a queue that fails after it has done its work. A database that is lost in the middle of a transaction
-// has the same effect.
-type breaking struct {
+// failingQueue is a queue whose calls return an error after they have done their work. The effect is that of a database
+// that is lost during a transaction.
+type failingQueue struct {
 	queue.Within
 	broken *bool
 }
 
-func (b breaking) err(err error) error {
+func (b failingQueue) err(err error) error {
 	if err == nil && *b.broken {
 		err = errors.New("the database went away")
 	}
 	return err
 }
 
-func (b breaking) Insert(ctx context.Context, job api.BuildJob, priority int) error {
+func (b failingQueue) Insert(ctx context.Context, job api.BuildJob, priority int) error {
 	return b.err(b.Within.Insert(ctx, job, priority))
 }
 
-func (b breaking) Cancel(ctx context.Context, build int64) error {
+func (b failingQueue) Cancel(ctx context.Context, build int64) error {
 	return b.err(b.Within.Cancel(ctx, build))
 }
 
-// TestBuildAndJobAreOne shows that, in one database, a build and its job are written together or not at all.
+// TestBuildAndJobAreOne shows that a build and its job are written either both or not at all, if catalogue and queue
+// are in one database.
 func TestBuildAndJobAreOne(t *testing.T) {
 	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) {
@@ -101,7 +102,7 @@ func areOne(t *testing.T, url string) {
 	})
 	broken := true
 	c := catalogue.New(catalogue.Config{Store: s, Queue: q, Repository: "/prebake/driver",
-		Within: func(tx *store.Tx) catalogue.Enqueuer { return breaking{q.Within(tx.Conn, tx.Tx), &broken} }})
+		Within: func(tx *store.Tx) catalogue.Enqueuer { return failingQueue{q.Within(tx.Conn, tx.Tx), &broken} }})
 	k := target.Kernel{BuildID: first, Board: "lakitu", Release: "6.1.0", Arch: target.AMD64}
 	if err := c.RecordKernel(t.Context(), api.Kernel{Kernel: k}); err != nil {
 		t.Fatal(err)

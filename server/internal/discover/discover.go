@@ -1,7 +1,7 @@
-// Package discover reads upstream sources and records what exists: COS builds with their driver lists, the GKE
-// versions whose nodes boot them, and NVIDIA's releases. An error of a source is logged and tried again, and does not
-// stop the other sources. A server without sources still serves what it has. The package requests no builds and
-// removes no kernels and drivers.
+// Package discover reads upstream sources and records what exists: COS builds with their driver lists, the GKE versions
+// whose nodes boot them, and NVIDIA's releases. If a source fails, the error is logged, the other sources are still
+// read, and the source is read again at the next interval. A server without sources serves what it has. The package
+// requests no builds, and removes no kernels and no drivers.
 package discover
 
 import (
@@ -25,18 +25,18 @@ type catalogue interface {
 
 // Source is a place that lists kernels, drivers or GKE versions.
 type Source interface {
-	// Name says what the source finds, in one word for the log.
+	// Name returns a word for what the source lists. It is a key in the log.
 	Name() string
-	// Look reads the source once, records its entries and returns their number. It records what it could read, even if
-	// something else failed.
+	// Look reads the source once, records its entries and returns their number. If part of the source cannot be read, it
+	// records the rest and returns an error.
 	Look(ctx context.Context, to catalogue) (n int, err error)
 }
 
-// Config has the sources and when to read them.
+// Config says which sources are read, and how often.
 type Config struct {
-	// Sources are read in this order.
+	// Sources has the sources in the order in which they are read.
 	Sources []Source
-	// Every is the pause between two readings; 0 means 15 minutes.
+	// Every is the pause between two readings of all sources; 0 means 15 minutes.
 	Every     time.Duration
 	Catalogue catalogue
 	// Found is called after each reading of the sources, even an incomplete one; nil means no call.

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// notes is a catalogue that keeps what was recorded.
+// notes is a catalogue that stores what was recorded in it.
 type notes struct {
 	known   []api.Kernel
 	mu      sync.Mutex
@@ -75,7 +75,7 @@ func TestLook(t *testing.T) {
 		"17800.0.47/lakitu/kernel_commit":       commit + "\n",
 		"17800.0.47/lakitu/gpu_default_version": "535.261.03\n",
 		"17800.0.47/lakitu/gpu_latest_version":  "535.309.01\n",
-		// The list has the form of gpu_driver_versions.proto of cos/tools. It has 580.95.05 for one type of GPU only.
+		// The list is like gpu_driver_versions.proto of cos/tools. It has 580.95.05 for only one type of GPU.
 		"17800.0.47/lakitu/gpu_driver_versions.textproto": `
 gpu_driver_version_info { gpu_device { gpu_type: "OTHERS" } supported_driver_versions { label: "DEFAULT" version: "535.104.05" } }
 gpu_driver_version_info { gpu_device { gpu_type: "NVIDIA_H100_80GB" }
@@ -91,11 +91,11 @@ gpu_driver_version_info { gpu_device { gpu_type: "NVIDIA_H100_80GB" }
 		"NVIDIA-Linux-x86_64-535.261.03.run":               "x",
 		"sha256/NVIDIA-Linux-x86_64-535.261.03.run.sha256": "x",
 		"NVIDIA-Linux-aarch64-535.261.03.run":              "x",
-		// Google's former buckets have this form.
+		// Google's former buckets have such paths.
 		"tesla/535.309.01/NVIDIA-Linux-x86_64-535.309.01.run":      "x",
 		"NVIDIA-Linux-x86_64-.run":                                 "x",
 		"tesla/535.261.03/NVIDIA-Linux-x86_64-535.261.03-grid.run": "x",
-		"GRID/NVIDIA-Linux-x86_64-535.54.03-grid.run":              "x", // builds do not look there
+		"GRID/NVIDIA-Linux-x86_64-535.54.03-grid.run":              "x", // builders do not look for runfiles there
 		"NVIDIA-Linux-x86_64-535.261.03-open.run":                  "x", // its open flavour would have no name
 		"README": "x",
 	})
@@ -143,8 +143,8 @@ func TestTroubleIsNotFatal(t *testing.T) {
 	}
 }
 
-// TestEachMilestoneIsFollowed shows that an LTS milestone is followed however many builds newer milestones have. Of the
-// known COS builds, only the newest of each milestone are read again each time.
+// TestEachMilestoneIsFollowed shows that COS builds of an LTS milestone are read, however many builds newer milestones
+// have. It also shows that, of the known COS builds, only the newest of each milestone are read again each time.
 func TestEachMilestoneIsFollowed(t *testing.T) {
 	t.Parallel()
 	commit := strings.Repeat("a", 40) + "\n"

@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Drivers is a bucket of NVIDIA's runfiles. It lists the releases in it.
+// Drivers is a bucket of NVIDIA's runfiles. It is a source of driver versions.
 type Drivers struct {
 	// URL is the address of the bucket.
 	URL string

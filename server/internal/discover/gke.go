@@ -14,29 +14,30 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxGKE is the most kernels that are taken from a list, newest first.
+// maxGKE is the most kernels that are read from a list, newest first.
 const maxGKE = 4000
 
-// missedFor is the pause before a kernel that the bucket lacks is looked up there again.
+// missedFor is the pause before a kernel that was missing in the bucket is looked up there again.
 const missedFor = 24 * time.Hour
 
 // GKE is a list of GKE versions and the COS images that their nodes boot. It finds COS builds that [Kernels] does not
 // find: those older than the newest builds of their milestone, and those in a mirror that cannot list its content.
 type GKE struct {
-	// Map is the URL of a list with the form of gke-to-cos.json.
+	// Map is the URL of the list, a file like gke-to-cos.json.
 	Map string
 	// URL is the address of the bucket with the builds.
 	URL string
 
-	// missed has the time when the bucket lacked a listed kernel. The keys are BUILD_ID/board.
+	// missed has the listed kernels that were missing in the bucket, with the time of the lookup. The keys are
+	// BUILD_ID/board.
 	missed map[string]time.Time
 }
 
 // Name is "gke".
 func (*GKE) Name() string { return "gke" }
 
-// Look reads the list. First it looks up the listed kernels that the catalogue lacks, if the bucket has them. Then it
-// records the GKE versions of each known kernel. It returns how many kernels have a GKE version.
+// Look reads the list. It first reads from the bucket the listed kernels that the catalogue lacks. It then records the
+// GKE versions of each known kernel, and returns how many kernels have one.
 func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	images, err := plan.LoadImageMap(ctx, s.Map)
 	if err != nil {
@@ -44,13 +45,13 @@ func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	}
 	kernels, versions := images.GKE()
 	if len(kernels) == 0 {
-		return 0, fault.New(fault.Unsupported, "discover GKE versions: "+s.Map+" names no GKE version",
-			"give --gke-map a list in the form of https://www.gstatic.com/gke-image-maps/gke-to-cos.json")
+		return 0, fault.New(fault.Unsupported, "discover GKE versions: there is no GKE version in "+s.Map,
+			"give --gke-map a file like this one: https://www.gstatic.com/gke-image-maps/gke-to-cos.json")
 	}
 	kernels = kernels[:min(len(kernels), maxGKE)]
 	trouble := s.lookUp(ctx, to, kernels)
 	labels := map[string][]string{} // only changed labels
-	old, err := known(ctx, to)
+	old, err := knownKernels(ctx, to)
 	if err != nil {
 		return 0, errors.Join(trouble, fmt.Errorf("discover GKE versions: %w", err))
 	}
@@ -71,7 +72,7 @@ func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	return n, trouble
 }
 
-// lookUp reads the kernels that were never read, if the bucket has them.
+// lookUp reads those of the kernels from the bucket that were never read, and records them.
 func (s *GKE) lookUp(ctx context.Context, to catalogue, kernels []target.Kernel) (err error) {
 	now := time.Now()
 	listed := map[string]bool{}
@@ -80,7 +81,7 @@ func (s *GKE) lookUp(ctx context.Context, to catalogue, kernels []target.Kernel)
 	}
 	// Only listed kernels stay in missed, so it has at most maxGKE entries.
 	maps.DeleteFunc(s.missed, func(k string, at time.Time) bool { return !listed[k] || now.Sub(at) >= missedFor })
-	old, err := known(ctx, to)
+	old, err := knownKernels(ctx, to)
 	if err != nil {
 		return fmt.Errorf("discover kernels of GKE: %w", err)
 	}
@@ -108,10 +109,10 @@ func (s *GKE) lookUp(ctx context.Context, to catalogue, kernels []target.Kernel)
 			has[id] = true
 		}
 		kernels = slices.DeleteFunc(kernels, func(k target.Kernel) bool { return !has[k.BuildID] })
-	case !fault.Is(err, fault.Unsupported): // a bucket that cannot list is asked for each kernel
+	case !fault.Is(err, fault.Unsupported): // if the bucket cannot list its content, it is asked for each kernel
 		return fmt.Errorf("discover kernels of GKE: %w", err)
 	}
-	_, lacks, err := record(ctx, b, to, kernels)
+	_, lacks, err := readAndRecord(ctx, b, to, kernels)
 	for _, k := range lacks {
 		if s.missed == nil {
 			s.missed = map[string]time.Time{}

@@ -20,10 +20,10 @@ import (
 	"github.com/prebake/prebake/server/internal/discover"
 )
 
-// gkeMap has the form of https://www.gstatic.com/gke-image-maps/gke-to-cos.json. Three things come from
-// tools/gke-gpu-driver-version of GoogleCloudPlatform/professional-services: the fields, the form of creation_time, and
-// that the last three numbers of an image are the BUILD_ID. The README of that tool has the first GKE version. The
-// names of images come from gVisor's test/gpu/cos_gpu_compatibility_test.go.
+// gkeMap is like https://www.gstatic.com/gke-image-maps/gke-to-cos.json. The following is known from
+// tools/gke-gpu-driver-version of GoogleCloudPlatform/professional-services: the fields, how creation_time is written,
+// and that the last three numbers of an image's name are its BUILD_ID. The first GKE version is from the README of that
+// tool. The names of images are from gVisor's test/gpu/cos_gpu_compatibility_test.go.
 const gkeMap = `{"creation_time": "2026-11-01T08:00:00.123456Z", "entries": [
 	{"gke_version": "1.33.5-gke.1080000", "image": "cos-121-18867-199-52"},
 	{"gke_version": "1.33.5-gke.200", "image": "cos-121-18867-199-52"},
@@ -44,8 +44,8 @@ func names(kernels []api.Kernel) (all []string) {
 }
 
 // TestGKE shows what discovery does with the list. It finds COS builds that are not among the newest of their
-// milestone. It labels known kernels, and removes labels that are no longer in the list. It writes nothing if nothing
-// changed.
+// milestone. It records the GKE versions of known kernels, and removes versions that are no longer in the list. If
+// nothing has changed, it writes nothing.
 func TestGKE(t *testing.T) {
 	t.Parallel()
 	commit := strings.Repeat("a", 40)
@@ -91,8 +91,8 @@ func TestGKE(t *testing.T) {
 	}
 }
 
-// TestGKEOfAMirrorWithoutListing has a web server that cannot list its content. The list of images says which builds
-// to look up.
+// TestGKEOfAMirrorWithoutListing has a mirror that is a web server and cannot list its content. The list of images says
+// which COS builds to look up there.
 func TestGKEOfAMirrorWithoutListing(t *testing.T) {
 	t.Parallel()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -116,8 +116,8 @@ func TestGKEOfAMirrorWithoutListing(t *testing.T) {
 	}
 }
 
-// TestGKERemembersMisses shows that a kernel that the bucket lacks is looked up again a day later, and not at every
-// reading.
+// TestGKERemembersMisses shows that a kernel that was missing in the bucket is looked up there again only a day later,
+// and not at every reading.
 func TestGKERemembersMisses(t *testing.T) {
 	t.Parallel()
 	text := []byte(strings.Repeat("a", 40) + "\n")
@@ -151,7 +151,7 @@ func TestGKERemembersMisses(t *testing.T) {
 	})
 }
 
-// TestGKERefusesOtherLists shows that a file with another form removes no label.
+// TestGKERefusesOtherLists shows that no GKE version is removed if the list is another kind of file.
 func TestGKERefusesOtherLists(t *testing.T) {
 	t.Parallel()
 	maps := lay(t, map[string]string{

@@ -17,32 +17,34 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// parallel is how many requests to one bucket run at a time.
-const parallel = 8
+// requestsAtOnce is how many requests to one bucket run at the same time.
+const requestsAtOnce = 8
 
 // Google adds drivers to the driver lists of a milestone's newest builds after their release, and seldom to the lists
-// of older builds. The newest builds of each milestone are therefore read again each time, and other known kernels
-// after readAgain.
+// of older builds. Each reading therefore reads the newest builds of each milestone again. Other known kernels are read
+// again after the time readAgain.
 const (
 	newest     = 3
 	readAgain  = 24 * time.Hour
 	pageLength = 1000
 )
 
-// Kernels is a bucket of COS releases. It finds the newest COS builds of each milestone, and their driver lists.
+// Kernels is a bucket of COS releases. It is a source of the newest COS builds of each milestone, and of their driver
+// lists.
 type Kernels struct {
 	// URL is the address of the bucket.
 	URL string
-	// PerMilestone is how many builds of each COS milestone are followed, newest first; 0 means 40. The number is limited
-	// because Google's bucket keeps thousands of builds. It is per milestone because an LTS milestone has releases for two
-	// years, while newer milestones are developed.
+	// PerMilestone is how many COS builds of each milestone are read, newest first; 0 means 40. There is a limit because
+	// Google's bucket keeps thousands of builds. It is a limit for each milestone because an LTS milestone has releases
+	// for two years, while newer milestones are developed.
 	PerMilestone int
 }
 
 // Name is "kernels".
 func (Kernels) Name() string { return "kernels" }
 
-// Look reads the builds that the catalogue lacks. It also reads again those known builds that may change.
+// Look reads the COS builds that the catalogue lacks. It also reads those known kernels again whose driver lists may
+// have changed.
 func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	b, err := cosbucket.Open(ctx, s.URL)
 	if err != nil {
@@ -53,7 +55,7 @@ func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("discover kernels: %w", err)
 	}
-	old, err := known(ctx, to)
+	old, err := knownKernels(ctx, to)
 	if err != nil {
 		return 0, fmt.Errorf("discover kernels: %w", err)
 	}
@@ -62,13 +64,13 @@ func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("discover kernels: %w", err)
 	}
-	n, _, err = record(ctx, b, to, append(found, again...))
+	n, _, err = readAndRecord(ctx, b, to, append(found, again...))
 	return n, err
 }
 
-// record reads kernels in a bucket and records them. n is how many it recorded. lacks has the kernels that the bucket
-// lacks, because lists may name kernels that are not there.
-func record(
+// readAndRecord reads kernels from a bucket and records them. The result n is how many it recorded. The result lacks
+// has the kernels that the bucket does not have, because a list may have more kernels than the bucket.
+func readAndRecord(
 	ctx context.Context,
 	b *cosbucket.Bucket,
 	to catalogue,
@@ -76,10 +78,10 @@ func record(
 ) (n int, lacks []target.Kernel, err error) {
 	troubles := make([]error, len(found))
 	var group errgroup.Group
-	group.SetLimit(parallel)
+	group.SetLimit(requestsAtOnce)
 	for i, k := range found {
 		group.Go(func() error {
-			entry, err := read(ctx, b, k)
+			entry, err := readKernel(ctx, b, k)
 			if err == nil {
 				err = to.RecordKernel(ctx, entry)
 			}
@@ -99,8 +101,8 @@ func record(
 	return n, lacks, errors.Join(troubles...)
 }
 
-// known returns the kernels in the catalogue by BUILD_ID.
-func known(ctx context.Context, c catalogue) (map[string][]api.Kernel, error) {
+// knownKernels returns the kernels in the catalogue. The keys are BUILD_IDs.
+func knownKernels(ctx context.Context, c catalogue) (map[string][]api.Kernel, error) {
 	all := map[string][]api.Kernel{}
 	for after := ""; ; {
 		some, next, err := c.Kernels(ctx, store.KernelFilter{}, store.Page{After: after, Limit: pageLength})
@@ -116,8 +118,8 @@ func known(ctx context.Context, c catalogue) (map[string][]api.Kernel, error) {
 	}
 }
 
-// choose returns the builds to read that the catalogue lacks, and the known kernels to read again. The newest build is
-// first in ids. All builds of a milestone have the same first number in their BUILD_IDs.
+// choose returns the COS builds to read because the catalogue lacks them, and the known kernels to read again. The
+// argument ids is sorted, newest first. All builds of a milestone have the same first number in their BUILD_IDs.
 func (s Kernels) choose(
 	ids []string,
 	old map[string][]api.Kernel,
@@ -148,12 +150,12 @@ func (s Kernels) choose(
 }
 
 // incomplete reports whether a kernel was never read from a bucket. Such a kernel is in the catalogue only because a
-// build or an artifact named it.
+// build or an artifact is for it.
 func incomplete(k api.Kernel) bool { return k.Commit == "" }
 
-// read reads the facts about a kernel from a bucket. It reads the commit only if k has none, because the commit does
-// not change. It reads the driver lists each time.
-func read(ctx context.Context, b *cosbucket.Bucket, k target.Kernel) (api.Kernel, error) {
+// readKernel reads the facts about a kernel from a bucket. It always reads the driver lists. It reads the commit only
+// if k has none, because the commit does not change.
+func readKernel(ctx context.Context, b *cosbucket.Bucket, k target.Kernel) (api.Kernel, error) {
 	if err := ctx.Err(); err != nil {
 		return api.Kernel{}, err
 	}

@@ -10,13 +10,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Mirror looks up single builds, for callers that cannot wait for the next reading.
+// Mirror looks up single COS builds, for callers that cannot wait until the sources are read again.
 type Mirror struct {
 	// URL is the address of the bucket of COS releases.
 	URL string
 }
 
-// Build reads one COS build with all of its boards. The error has kind InputMissing if the mirror lacks the build.
+// Build reads one COS build with all of its boards. If the mirror lacks the build, the error has kind InputMissing.
 func (m Mirror) Build(ctx context.Context, buildID string) (all []api.Kernel, err error) {
 	b, err := cosbucket.Open(ctx, m.URL)
 	if err != nil {
@@ -28,7 +28,7 @@ func (m Mirror) Build(ctx context.Context, buildID string) (all []api.Kernel, er
 		return nil, fmt.Errorf("look up COS build %s: %w", buildID, err)
 	}
 	for _, k := range kernels {
-		entry, err := read(ctx, b, k)
+		entry, err := readKernel(ctx, b, k)
 		if err != nil {
 			return nil, err
 		}
@@ -38,7 +38,7 @@ func (m Mirror) Build(ctx context.Context, buildID string) (all []api.Kernel, er
 		return nil, fault.New(
 			fault.InputMissing,
 			"the mirror has no COS build "+buildID,
-			"check BUILD_ID, and check that the server's --kernel-mirror has that COS build",
+			"check that BUILD_ID is right, and that the server's --kernel-mirror has this COS build",
 		)
 	}
 	return all, nil

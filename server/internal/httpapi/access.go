@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// schemeName is the name of the bearer token in the API's description.
+// schemeName is the name of the security scheme in the API's description: the bearer token.
 const schemeName = "token"
 
 // scopeOf returns the scope that an operation needs; "" means none.
@@ -36,12 +36,13 @@ func scopeOf(op *huma.Operation) auth.Scope {
 	return ""
 }
 
-// access returns nil if the sender of this header has the scope. It notes the caller in the context, for the logs.
+// access returns nil if the sender of this header has the scope, and otherwise an error. It stores the caller in the
+// context, for the logs.
 func access(ctx context.Context, who *auth.Authenticator, authorization string, s auth.Scope) error {
 	scheme, secret, _ := strings.Cut(authorization, " ")
 	if !strings.EqualFold(scheme, "Bearer") || strings.TrimSpace(secret) == "" {
 		return fault.New(fault.Unauthorized, "this call needs a token",
-			"send the header Authorization: Bearer TOKEN; make a token: server tokens create NAME --scope "+string(s))
+			"send the header Authorization: Bearer TOKEN; to make a token, run: server tokens create NAME --scope "+string(s))
 	}
 	p, err := who.Authenticate(ctx, strings.TrimSpace(secret))
 	if err != nil {
@@ -53,7 +54,8 @@ func access(ctx context.Context, who *auth.Authenticator, authorization string, 
 
 const challenge = `Bearer realm="prebake"`
 
-// checkSecurity protects the routes of the table that need a scope.
+// checkSecurity is a middleware for the routes of the [table]. If a route needs a scope, it refuses callers without
+// that scope.
 func checkSecurity(a huma.API, c Config) func(huma.Context, func(huma.Context)) {
 	return func(ctx huma.Context, next func(huma.Context)) {
 		if scope := scopeOf(ctx.Operation()); scope != "" {
@@ -70,7 +72,7 @@ func checkSecurity(a huma.API, c Config) func(huma.Context, func(huma.Context)) 
 	}
 }
 
-// needScope protects a route outside of the table.
+// needScope returns a middleware for a route that is not in the [table]. It refuses callers without the scope.
 func needScope(c Config, s auth.Scope) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -87,7 +89,7 @@ func needScope(c Config, s auth.Scope) func(http.Handler) http.Handler {
 	}
 }
 
-// logOwn logs an error inside the server, because the answer does not contain it.
+// logOwn logs an error if it is the server's own. The answer does not contain the text of such an error.
 func logOwn(ctx context.Context, c Config, err error) {
 	if fault.Of(err).HTTPStatus() >= http.StatusInternalServerError {
 		c.Log.ErrorContext(ctx, "caller not identified", "err", err)
@@ -106,9 +108,9 @@ type tokenStore interface {
 // maxAuditPath is the most bytes of a path in the audit log.
 const maxAuditPath = 512
 
-// audit notes the caller in the context. It adds an entry to the audit log for each call of a known caller that would
-// change something, even if the call was refused. The frequent reports of builders and nodes are left out. Of a push,
-// only the manifest is logged.
+// audit returns a middleware that writes the audit log. A call gets an entry if its caller is known and if it would
+// change something, even if it was refused. There is no entry for the frequent reports of builders and nodes. Of the
+// calls of a push, only the one with the manifest gets an entry.
 func audit(c Config) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -162,27 +164,27 @@ func audited(r *http.Request) bool {
 	return true
 }
 
-// limitClients answers 429 with Retry-After to an address with more than perMinute calls in a minute; 0 means no
-// limit.
+// limitClients returns a middleware that limits the calls of each address. After perMinute calls within a minute, it
+// answers 429 with Retry-After. If perMinute is 0, there is no limit.
 func limitClients(perMinute int) func(http.Handler) http.Handler {
 	if perMinute == 0 {
 		return func(next http.Handler) http.Handler { return next }
 	}
 	return httprate.LimitBy(perMinute, time.Minute, peer, httprate.WithLimitHandler(
 		func(w http.ResponseWriter, _ *http.Request) {
-			writeProblem(w, problemOf(fault.New(fault.TooMany, "this IP address sends too many requests",
-				"wait as many seconds as the header Retry-After says")))
+			writeProblem(w, problemOf(fault.New(fault.TooMany, "this IP address sent too many requests within a minute",
+				"wait as many seconds as the answer's header Retry-After says")))
 		}))
 }
 
-// peer returns the address that the connection comes from, or for IPv6 its /64 network. It ignores headers with
-// another address, because anybody can write them.
+// peer returns the address that the connection comes from; for IPv6 it returns the /64 network of the address. It
+// ignores headers that say that the client has another address, because anybody can write such headers.
 func peer(r *http.Request) (string, error) {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	return httprate.CanonicalizeIP(host), err
 }
 
-// callers limits how many builds a caller with only the scope ask may add within an hour.
+// callers has a limit for each caller with only the scope ask: how many builds the caller may add within an hour.
 type callers struct {
 	perHour int
 
@@ -190,11 +192,11 @@ type callers struct {
 	of map[string]*rate.Limiter
 }
 
-// maxCallers is the most callers that are stored. The number is limited, because the tokens of issuers can name any
-// number of callers.
+// maxCallers is the most callers that are remembered. There is a limit because an issuer can make tokens for any number
+// of callers.
 const maxCallers = 10_000
 
-// caller returns the limits of the caller.
+// caller returns the limits of the caller in the context.
 func (a *callers) caller(ctx context.Context) catalogue.Caller {
 	who := auth.Noted(ctx)
 	if who.May(auth.Announce) {
@@ -213,7 +215,7 @@ func (a *callers) caller(ctx context.Context) catalogue.Caller {
 		}
 		if !l.Allow() {
 			return fault.New(fault.TooMany, fmt.Sprintf("%s requested %d new builds within an hour", who.Name, a.perHour),
-				"request the build later, or start the server with a higher --ask-rate")
+				"request the build again in some minutes; for a higher limit, start the server with a higher --ask-rate")
 		}
 		return nil
 	}}
@@ -277,7 +279,7 @@ func (t table) access() {
 				in.Actor,
 				store.Page{After: in.After, Limit: cmp.Or(in.Limit, catalogue.DefaultLimit)},
 			)
-			return listed(&in.PageQuery, all, next, err)
+			return pageAnswer(&in.PageQuery, all, next, err)
 		},
 	)
 }

@@ -23,9 +23,9 @@ import (
 	"github.com/prebake/prebake/server/internal/web"
 )
 
-// needed is the authorization table: each route with the scope that it needs. It is written by hand. A new route, or
-// a route with a changed scope, therefore fails the test until somebody confirms the change here.
-var needed = map[string]auth.Scope{
+// neededScopes is the authorization table: each route with the scope that it needs. It is written by hand. If a route
+// is new, or needs another scope than before, the test fails until somebody confirms the change here.
+var neededScopes = map[string]auth.Scope{
 	"GET /":                               "",
 	"GET /assets/{name}":                  "",
 	"GET /badge.svg":                      "",
@@ -97,8 +97,8 @@ var needed = map[string]auth.Scope{
 	"PUT /v2/x/manifests/sha256-y.referrer": auth.Push,
 }
 
-// opens has the scopes that satisfy each needed scope.
-var opens = map[auth.Scope][]auth.Scope{
+// satisfyingScopes has, for each scope that a route may need, the scopes that satisfy it.
+var satisfyingScopes = map[auth.Scope][]auth.Scope{
 	auth.Ask:      {auth.Ask, auth.Announce, auth.Operate, auth.Admin},
 	auth.Announce: {auth.Announce, auth.Operate, auth.Admin},
 	auth.Build:    {auth.Build, auth.Admin},
@@ -133,7 +133,7 @@ func TestAuthorization(t *testing.T) {
 	secrets["revoked"] = revoked.Secret
 	secrets["half"] = strings.TrimRight(secrets["admin"], "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") // only its id
 
-	for route, scope := range needed {
+	for route, scope := range neededScopes {
 		method, pattern, _ := strings.Cut(route, " ")
 		path := strings.NewReplacer("{id}", "1", "{buildId}", "17800.66.78", "{name}", "x", "{digest}", digest, "DIGEST",
 			digest,
@@ -148,9 +148,9 @@ func TestAuthorization(t *testing.T) {
 				t.Errorf("%s by %s = %d; it is open", route, caller, status)
 			case scope != "" && !known && status != http.StatusUnauthorized:
 				t.Errorf("%s by %s = %d; want 401", route, caller, status)
-			case scope != "" && known && !slices.Contains(opens[scope], has) && status != http.StatusForbidden:
+			case scope != "" && known && !slices.Contains(satisfyingScopes[scope], has) && status != http.StatusForbidden:
 				t.Errorf("%s by %s = %d; want 403", route, caller, status)
-			case scope != "" && known && slices.Contains(opens[scope], has) && refused:
+			case scope != "" && known && slices.Contains(satisfyingScopes[scope], has) && refused:
 				t.Errorf("%s by %s = %d; it has the scope", route, caller, status)
 			}
 		}
@@ -162,14 +162,14 @@ func TestAuthorization(t *testing.T) {
 		t.Fatal("the handler does not list its routes")
 	}
 	check(t, chi.Walk(routes, func(method, route string, _ http.Handler, _ ...func(http.Handler) http.Handler) error {
-		if _, listed := needed[method+" "+route]; !listed {
+		if _, listed := neededScopes[method+" "+route]; !listed {
 			t.Errorf("route %s %s is not in the authorization table", method, route)
 		}
 		return nil
 	}))
 }
 
-// ask sends a request whose body is too short to change anything. It returns the status.
+// ask sends a request and returns the status of the answer. The body of the request is too short to change anything.
 func ask(t *testing.T, method, url, secret string) int {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader("{"))
@@ -185,8 +185,8 @@ func ask(t *testing.T, method, url, secret string) int {
 	return resp.StatusCode
 }
 
-// TestNodeAsks shows that a node may request builds of known kernels only, up to a number per hour. Requests for
-// builds that exist do not count.
+// TestNodeAsks shows that a node may request builds only of known kernels, and only up to a number per hour. If the
+// build exists already, the request is not counted.
 func TestNodeAsks(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -212,8 +212,8 @@ func TestNodeAsks(t *testing.T) {
 	check(t, request(pipeline, 79, "550.54.30"))
 }
 
-// TestAudit shows that the audit log has who changed what and who was refused. Builders' frequent reports are not in
-// it.
+// TestAudit shows that the audit log says who changed what, and who was refused. It has no entries for the frequent
+// reports of builders.
 func TestAudit(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
@@ -272,8 +272,8 @@ func TestAudit(t *testing.T) {
 	}
 }
 
-// TestPush shows that a message of Cloud Pub/Sub about a COS build makes the server ask its mirror. Any other message
-// is answered with 204, so that Pub/Sub does not send it again.
+// TestPush shows that the server looks up a COS build in its mirror after a message of Cloud Pub/Sub about that COS
+// build. To any other message it answers 204, so that Pub/Sub does not send the message again.
 func TestPush(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -298,7 +298,8 @@ func TestPush(t *testing.T) {
 	}
 }
 
-// TestClientRate shows that an address with too many calls is told how long to wait. Another address is served.
+// TestClientRate shows that the answer after too many calls from one address says how long to wait. Calls from another
+// address are answered.
 func TestClientRate(t *testing.T) {
 	t.Parallel()
 	h := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), CallsPerMinute: 3, Log: slog.New(slog.DiscardHandler),

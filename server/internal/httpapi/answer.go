@@ -14,15 +14,16 @@ import (
 	"github.com/klauspost/compress/gzip"
 )
 
-// compression is the level of gzip. It gives most of the reduction for little time.
+// compression is the level of gzip. This level takes little time, and gives most of the reduction of higher levels.
 const compression = 4
 
-// compressFrom is the size in bytes from which an answer is compressed. A smaller answer fits one Ethernet packet.
-// For such an answer, starting the compressor would cost more than the rest of a node's question.
+// compressFrom is the size in bytes from which an answer is compressed. A smaller answer fits one Ethernet packet. To
+// start the compressor for it would take longer than everything else that a node's question takes.
 const compressFrom = 1400
 
-// etags adds an ETag to answers to reads. It answers 304 to a client that has the answer. The server makes the body
-// in both cases, so only the transfer is saved. Large answers are compressed for clients that accept gzip.
+// etags is a middleware that adds an ETag to the answers to reads. If the client has the same answer already, it gets
+// 304 instead. That saves only the transfer, because the server has to make the answer first. Clients that accept gzip
+// get large answers compressed.
 func etags(next http.Handler) http.Handler {
 	compressor := middleware.NewCompressor(
 		compression,
@@ -31,7 +32,7 @@ func etags(next http.Handler) http.Handler {
 		"text/html",
 		"text/css",
 	)
-	// For a list of artifacts, this gzip package needs a third of the time that the standard library needs.
+	// This gzip package compresses a list of artifacts in a third of the time that the standard library takes.
 	compressor.SetEncoder("gzip", func(w io.Writer, level int) io.Writer {
 		out, err := gzip.NewWriterLevel(w, level)
 		if err != nil {
@@ -50,7 +51,7 @@ func etags(next http.Handler) http.Handler {
 		next.ServeHTTP(held, r)
 		if held.status == http.StatusOK {
 			sum := sha256.Sum256(held.body.Bytes())
-			tag := fmt.Sprintf(`W/"%x"`, sum[:]) // weak: the body may be compressed or not
+			tag := fmt.Sprintf(`W/"%x"`, sum[:]) // a weak tag, because the body may be compressed or not
 			w.Header().Set("Etag", tag)
 			if matches(r.Header.Get("If-None-Match"), tag) {
 				w.Header().Del("Content-Type")
@@ -79,7 +80,7 @@ func matches(header, tag string) bool {
 	return false
 }
 
-// bufferResponse sends an answer only when the handler has written the whole answer.
+// bufferResponse is a middleware that sends an answer only when the handler has written all of it.
 func bufferResponse(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		held := newBufferedResponse(w)

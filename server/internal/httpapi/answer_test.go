@@ -9,14 +9,14 @@ import (
 	"testing"
 )
 
-// stuck is a client that reads nothing until the test allows it.
-type stuck struct {
+// stuckClient is a client that reads nothing until the test allows it.
+type stuckClient struct {
 	http.ResponseWriter
 	writing *sync.WaitGroup
 	let     chan struct{}
 }
 
-func (s *stuck) Write(p []byte) (int, error) {
+func (s *stuckClient) Write(p []byte) (int, error) {
 	s.writing.Done()
 	<-s.let
 	return s.ResponseWriter.Write(p)
@@ -33,7 +33,7 @@ func TestSlowReadersHoldUpNobody(t *testing.T) {
 	let := make(chan struct{})
 	for range listsMade() {
 		writing.Add(1)
-		done.Go(func() { ask(&stuck{httptest.NewRecorder(), &writing, let}) })
+		done.Go(func() { ask(&stuckClient{httptest.NewRecorder(), &writing, let}) })
 	}
 	writing.Wait()
 	w := httptest.NewRecorder()

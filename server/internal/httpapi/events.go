@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// Limits of watching a build. A check reads one row of the database. An idle connection gets a comment at intervals,
-// so that no proxy closes it.
+// pollInterval is the pause between two checks of a watched build; a check reads one row of the database.
+// keepAliveInterval is the pause after which an idle connection gets a comment, so that no proxy closes it.
 const (
 	pollInterval      = time.Second
 	keepAliveInterval = 15 * time.Second
@@ -25,10 +25,10 @@ const (
 	watchersAtAll     = 512
 )
 
-// events sends the states of a build as server-sent events
-// (https://html.spec.whatwg.org/multipage/server-sent-events.html). Each event is named "build" and has the build as
-// in the API. The stream ends after the last state, when the server stops, and after an hour. Browsers then connect
-// again by themselves.
+// events returns a handler that sends the states of a build as server-sent events
+// (https://html.spec.whatwg.org/multipage/server-sent-events.html). Each event has the name "build", and the build in
+// the form of the API. The stream ends when the build ends, when the server stops, and after an hour. If it ends too
+// early, browsers connect again by themselves.
 func events(c Config) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		ctx := r.Context()
@@ -39,8 +39,8 @@ func events(c Config) http.HandlerFunc {
 		}
 		control := http.NewResponseController(w)
 		if err == nil {
-			// The client sends nothing more, so the server reads only to notice that the client has gone. The read deadline is
-			// removed, because the stream is long.
+			// After its request, the client sends nothing. The server still reads, to notice when the client goes away. It
+			// removes the read deadline, because the stream is long.
 			err = control.SetReadDeadline(time.Time{})
 			if errors.Is(err, http.ErrNotSupported) {
 				err = nil // the recorder of a test has no deadlines
@@ -99,7 +99,7 @@ func events(c Config) http.HandlerFunc {
 	}
 }
 
-// watchers limits how many clients watch at the same time.
+// watchers returns a middleware that limits how many clients watch builds at the same time.
 func watchers() func(http.Handler) http.Handler {
 	return middleware.ThrottleWithOpts(middleware.ThrottleOpts{
 		Limit: watchersAtAll, StatusCode: http.StatusServiceUnavailable,

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/server/internal/httpapi"
 )
 
-// TestWatch shows that a client that watches a build gets each state and the end.
+// TestWatch shows that a client that watches a build gets each state of the build, including the last.
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	url := serve(t)

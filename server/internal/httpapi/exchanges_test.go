@@ -13,14 +13,14 @@ import (
 	"github.com/prebake/prebake/server/internal/discover"
 )
 
-// cannotFail are the operations whose input cannot be wrong.
+// cannotFail has the operations whose input cannot be wrong.
 var cannotFail = map[string]bool{"list-wish-lists": true, "read-coverage": true, "list-warnings": true}
 
-// elsewhere are the operations whose successful call needs clients in several networks. A test of package catalogue
-// makes that call.
-var elsewhere = map[string]bool{"lift": true}
+// testedElsewhere has the operations that can only succeed with clients in several networks. Tests of package catalogue
+// call these use-cases.
+var testedElsewhere = map[string]bool{"lift": true}
 
-// serveMirrored is [serve] with a mirror that has two COS builds.
+// serveMirrored does what [serve] does. Its server has a mirror with two COS builds.
 func serveMirrored(t testing.TB) string {
 	t.Helper()
 	mirror := t.TempDir()
@@ -45,7 +45,7 @@ func remember(made map[string]string, e exchange, body []byte) {
 	}
 }
 
-// exchanges are calls of every operation. The order makes sure that each call finds what it needs.
+// exchanges returns calls of every operation. They are in an order in which each call finds what it needs.
 func exchanges() []exchange {
 	nobody, text := map[string]string{"Authorization": ""}, map[string]string{"Content-Type": "text/plain"}
 	kernel := `{"buildId": "17800.0.47", "board": "lakitu", "release": "6.1.0-47", "arch": "amd64"}`

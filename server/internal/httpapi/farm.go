@@ -11,20 +11,20 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// farmSource reads the numbers for alerts and autoscaling.
+// farmSource reads the numbers for the metrics that alerts and autoscaling use.
 type farmSource interface {
 	CountFailures(ctx context.Context) (map[string]int, error)
 	OldestQueued(ctx context.Context) (time.Time, error)
 }
 
-// The times to ready cover cells that became ready within the last readyDays days. They are read at most once in
-// readyPause, because reading them costs one row for each cell.
+// readyDays is the age in days up to which a cell is counted in the metrics of times to ready. readyPause is the
+// shortest time between two readings of these times, because a reading reads a row for each cell.
 const (
 	readyDays  = 7
 	readyPause = time.Minute
 )
 
-// openStates are River's states of jobs that a builder works on or will take.
+// openStates has the states of jobs, in the words of the library River, that a builder works on or will take.
 var openStates = []string{"available", "pending", "retryable", "running", "scheduled"}
 
 var (
@@ -48,12 +48,12 @@ var (
 		"Cells that became ready within the last 7 days.", nil, nil)
 )
 
-// farmCollector reads the farm's metrics when Prometheus collects them.
+// farmCollector is a collector of the farm's metrics. It reads them when Prometheus asks.
 type farmCollector struct {
 	c Config
 
 	mu    sync.Mutex
-	at    time.Time // when ready was read
+	at    time.Time // when the field ready was read
 	ready api.ReadyDuration
 }
 
@@ -88,12 +88,12 @@ func (f *farmCollector) Collect(out chan<- prometheus.Metric) {
 	if failed, err := f.c.Store.CountFailures(ctx); err != nil {
 		out <- prometheus.NewInvalidMetric(failedDesc, err)
 	} else {
-		// Every class has a value from the start, so that alerts see the first failure as a change.
+		// Each class has a value from the start, 0 if there is no failure. Alerts then see the first failure as a change.
 		for _, kind := range fault.Kinds() {
 			gauge(failedDesc, float64(failed[kind.String()]), kind.String())
 		}
 	}
-	ready, err := f.times(ctx)
+	ready, err := f.readyTimes(ctx)
 	if err != nil {
 		out <- prometheus.NewInvalidMetric(readyDesc, err)
 		return
@@ -108,8 +108,9 @@ func (f *farmCollector) Collect(out chan<- prometheus.Metric) {
 	gauge(readyDesc, ready.Max, "100")
 }
 
-// times returns the durations. It reads them again if the last reading is older than readyPause.
-func (f *farmCollector) times(ctx context.Context) (api.ReadyDuration, error) {
+// readyTimes returns the percentiles of the times to ready. If they were read longer than readyPause ago, it reads them
+// again.
+func (f *farmCollector) readyTimes(ctx context.Context) (api.ReadyDuration, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if !f.at.IsZero() && time.Since(f.at) < readyPause {

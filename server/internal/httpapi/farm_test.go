@@ -41,7 +41,8 @@ func gauges(t *testing.T, url string) map[string]float64 {
 	return all
 }
 
-// TestFarmMetrics shows that the metrics for alerts and autoscaling follow the builds.
+// TestFarmMetrics shows that the metrics for alerts and autoscaling have the right values while builds wait, run and
+// end.
 func TestFarmMetrics(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))

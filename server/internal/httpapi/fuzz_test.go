@@ -12,16 +12,16 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// bodied are the exchanges with a body.
-func bodied() []exchange {
+// exchangesWithBody returns the exchanges whose request has a body.
+func exchangesWithBody() []exchange {
 	return slices.DeleteFunc(exchanges(), func(e exchange) bool { return e.body == "" || e.header["Authorization"] != "" })
 }
 
-// FuzzBodies sends bodies to every operation that takes one. The server must accept the body or say what is wrong
-// with it. No body may cause an error of the server.
+// FuzzBodies sends arbitrary bodies to every operation that takes a body. The server must either accept a body or say
+// what is wrong with it. No body may cause an error that is the server's own.
 func FuzzBodies(f *testing.F) {
 	url := serveMirrored(f)
-	all := bodied()
+	all := exchangesWithBody()
 	for i, e := range all {
 		f.Add(i, []byte(e.body))
 	}

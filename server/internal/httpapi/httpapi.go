@@ -1,5 +1,5 @@
-// Package httpapi is the server's HTTP interface. It has the route table with the access rule of each route, decodes
-// requests, and maps faults to problem+json. It makes no decision about the catalogue and has no SQL.
+// Package httpapi is the server's HTTP interface. It has the route table with the scope that each route needs. It
+// decodes requests, and turns errors into problem+json. It decides nothing about the catalogue and has no SQL.
 package httpapi
 
 import (
@@ -17,18 +17,18 @@ import (
 	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
-// checker is a part that the server needs to be ready.
+// checker is a part without which the server is not ready.
 type checker interface {
 	Ping(ctx context.Context) error
 }
 
-// counter counts builds and artifacts for the metrics.
+// counter returns the numbers of builds and artifacts for each state.
 type counter interface {
 	CountBuilds(ctx context.Context) (map[api.State]int, error)
 	CountArtifacts(ctx context.Context) (map[api.State]int, error)
 }
 
-// depther counts the jobs in the queue by state.
+// depther returns the number of jobs in the queue for each state.
 type depther interface {
 	Depth(ctx context.Context) (map[string]int, error)
 }
@@ -52,10 +52,10 @@ type Config struct {
 	Free func() (uint64, error)
 	// Registry serves /v2/ and checks access itself.
 	Registry http.Handler
-	// Pages serves PageRoutes, and the page for unknown addresses.
+	// Pages serves the paths in PageRoutes, and the page for unknown addresses.
 	Pages      http.Handler
 	PageRoutes []string
-	// Snapshot serves the files of a signed list below /snapshot/. nil means that there is none.
+	// Snapshot serves the files of a signed list, with paths below /snapshot/. nil means that there is no such list.
 	Snapshot http.Handler
 	// Auth identifies the caller.
 	Auth *auth.Authenticator
@@ -63,26 +63,27 @@ type Config struct {
 	Access tokenStore
 	// BuildsPerHour is how many builds a caller with only the scope ask may add within an hour; 0 means 120.
 	BuildsPerHour int
-	// CallsPerMinute limits the calls of each address; 0 means no limit.
+	// CallsPerMinute is how many calls each address may make in a minute; 0 means no limit.
 	CallsPerMinute int
-	// Stopping is closed when the server stops, to end the streams of watched builds. nil means never.
+	// Stopping is a channel that is closed when the server stops. The streams of watched builds then end. nil means that
+	// it is never closed.
 	Stopping <-chan struct{}
-	// Port is the port that the server listens on; see [relative].
+	// Port is the port that the server listens on; see [withoutOwnHost].
 	Port string
 	// Version appears in the API's description.
 	Version string
 	Log     *slog.Logger
 }
 
-// shortCall and longCall limit the time of one request. longCall is for blobs and logs, because they may be large and
-// connections may be slow.
+// shortCall and longCall are time limits of one request. longCall is for requests with blobs and logs, because these
+// may be large and connections may be slow.
 const (
 	shortCall = 30 * time.Second
 	longCall  = 30 * time.Minute
 )
 
-// defaultAsk is how many builds a caller with only the scope ask may add within an hour. That is enough for the cells
-// of some COS releases, and too little for a whole matrix.
+// defaultAsk is the default of BuildsPerHour. It is enough for the cells of some COS builds, and too little for a whole
+// matrix.
 const defaultAsk = 120
 
 // New returns the handler of the whole HTTP interface.
@@ -90,8 +91,8 @@ func New(c Config) http.Handler {
 	ownErrors()
 	m := newMetrics(c)
 	root := chi.NewRouter()
-	// Every request sets its deadlines, even a refused one. Otherwise the deadlines of the previous request would end
-	// the connection.
+	// Each request sets new deadlines for its connection, even a request that is refused. Otherwise the deadlines of the
+	// former request would end the connection.
 	root.Use(
 		boundRequestID,
 		middleware.RequestID,

@@ -115,7 +115,7 @@ func TestFollowLog(t *testing.T) {
 	out.wait(t, "one\ntwo\na\nb\n")
 }
 
-// lines collects what was written, for a reader that waits for it.
+// lines collects what was written. A test can wait until a text is written.
 type lines struct {
 	mu   sync.Mutex
 	text string
@@ -253,7 +253,7 @@ func TestClient(t *testing.T) {
 	}
 }
 
-// TestFailuresAreLogged shows that an error inside the server is logged, for routes of the table and for others.
+// TestFailuresAreLogged shows that the server's own errors are logged, for routes of the table and for others.
 func TestFailuresAreLogged(t *testing.T) {
 	t.Parallel()
 	var said bytes.Buffer
@@ -358,9 +358,9 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
-// TestManners checks what clients expect of an HTTP server. A browser gets a page for an unknown address. A wrong
-// method gets the list of allowed methods. A client with the current ETag gets 304. Large answers are compressed on
-// request. A request id of the client is returned, unless it is too long.
+// TestManners checks what clients expect of an HTTP server. For an unknown address, a browser gets a page. For a wrong
+// method, the answer lists the allowed methods. For a request with the current ETag, the answer is 304. Large answers
+// are compressed if the client accepts that. The answer has the client's request id, unless the id is too long.
 func TestManners(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -431,7 +431,8 @@ func TestPages(t *testing.T) {
 	}
 }
 
-// TestTroubleTellsNoSecrets shows that, without its database, the server does not tell the database's user and host.
+// TestTroubleTellsNoSecrets closes the database. The answers of the server must not contain the database's error,
+// because it may contain a user and a host.
 func TestTroubleTellsNoSecrets(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))

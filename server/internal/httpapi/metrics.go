@@ -17,7 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// metrics has a registry of its own, because all linked packages share the global registry of the library.
+// metrics has the metrics of the server, in a registry of its own. The library's global registry would have the metrics
+// of all linked packages, too.
 type metrics struct {
 	registry *prometheus.Registry
 	took     *prometheus.HistogramVec
@@ -59,8 +60,8 @@ func (m *metrics) handler() http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError})
 }
 
-// measure records each request under the pattern of its route. The pattern limits the number of series, whatever
-// clients ask for.
+// measure is a middleware that measures the duration of each request. The label route has the pattern of the route and
+// not the path, so that clients cannot make any number of series.
 func (m *metrics) measure(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		begin, seen := time.Now(), middleware.NewWrapResponseWriter(w, r.ProtoMajor)
@@ -85,7 +86,7 @@ func (m *metrics) measure(next http.Handler) http.Handler {
 	})
 }
 
-// inventory counts builds, artifacts and jobs when Prometheus collects them.
+// inventory is a collector of the numbers of builds, artifacts and jobs. It reads them when Prometheus asks.
 type inventory struct{ c Config }
 
 func coverageDesc() *prometheus.Desc {

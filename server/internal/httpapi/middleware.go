@@ -22,13 +22,13 @@ import (
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
-// deadline limits a request by the deadlines of its connection, so that a client that stops reading or sending cannot
-// block a handler for ever.
+// deadline returns a middleware that sets the read and write deadlines of a request's connection. Without them, a
+// client that stops reading or sending could block a handler for ever.
 func deadline(d time.Duration) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			control, until := http.NewResponseController(w), time.Now().Add(d)
-			// Only the recorder of a test has no deadlines.
+			// The errors are ignored: only the recorder of a test has no deadlines.
 			_ = control.SetReadDeadline(until)
 			_ = control.SetWriteDeadline(until)
 			next.ServeHTTP(w, r)
@@ -81,8 +81,8 @@ func secureHeaders(next http.Handler) http.Handler {
 	})
 }
 
-// boundRequestID removes a client's request id that is too long or has other characters than a word. chi then makes a
-// new id.
+// boundRequestID is a middleware that removes the request id of a client if it is too long, or if it is not one word.
+// chi then makes a new id.
 func boundRequestID(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !requestIDPattern.MatchString(r.Header.Get(middleware.RequestIDHeader)) {
@@ -94,8 +94,8 @@ func boundRequestID(next http.Handler) http.Handler {
 
 var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9_./-]{1,64}$`)
 
-// logRequests logs each request after its answer. Requests that change something are logged at level info, and others
-// at level debug. The answer has the request id, too.
+// logRequests returns a middleware that logs each request after its answer. The level is info for requests that change
+// something, and debug for others. The middleware also adds the request id to the answer.
 func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -136,8 +136,9 @@ func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 	}
 }
 
-// Limits of concurrent answers. A page of a list costs some milliseconds of a core, and a node's question costs a
-// fraction of a millisecond. A client that asks for the largest pages must not delay the nodes.
+// These are limits for answers that are made or sent at the same time. A page of a list takes some milliseconds of a
+// core; the answer to a node takes a fraction of a millisecond. A client that asks for the largest pages must not delay
+// the nodes.
 const (
 	listsAtOnce, listsWaiting = 32, 256 // includes pages that clients read slowly
 	callsAtOnce, callsWaiting = 64, 8192
@@ -147,8 +148,9 @@ const (
 // listsMade is how many pages are made at the same time. With two cores or more, one core remains for the nodes.
 func listsMade() int { return max(1, runtime.GOMAXPROCS(0)/2) }
 
-// throttle answers 503 with Retry-After to requests beyond the server's capacity. A page is complete before it is
-// sent, so that a client that reads slowly does not delay the next page.
+// throttle returns a middleware that limits how many requests are answered at the same time. If too many wait already,
+// it answers 503 with Retry-After. A page of a list is made completely before it is sent. A client that reads slowly
+// then does not delay the next page.
 func throttle() func(http.Handler) http.Handler {
 	of := func(limit, backlog int) func(http.Handler) http.Handler {
 		return middleware.ThrottleWithOpts(middleware.ThrottleOpts{
@@ -169,7 +171,7 @@ func throttle() func(http.Handler) http.Handler {
 	}
 }
 
-// isList reports whether a request is for a page of a list, or for a web page that reads as much.
+// isList reports whether a request is for a page of a list, or for a web page that reads as much from the database.
 func isList(r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return false
@@ -194,7 +196,7 @@ func isList(r *http.Request) bool {
 	return strings.HasPrefix(r.URL.Path, "/cells/")
 }
 
-// notFound answers a browser with a page and other clients with a problem.
+// notFound returns a handler for unknown paths. Browsers get a page, other clients get problem+json.
 func notFound(pages http.Handler) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if pages != nil && strings.Contains(r.Header.Get("Accept"), "text/html") {
@@ -208,7 +210,8 @@ func notFound(pages http.Handler) http.HandlerFunc {
 	}
 }
 
-// methodNotAllowed answers with the methods that the path has (RFC 9110, 15.5.6).
+// methodNotAllowed returns a handler for requests with a method that the path does not accept. The answer lists the
+// methods that it accepts (RFC 9110, 15.5.6).
 func methodNotAllowed(routes chi.Routes) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		var has []string
@@ -233,7 +236,7 @@ func pathID(r *http.Request) (int64, error) {
 		return 0, fault.New(
 			fault.Usage,
 			fmt.Sprintf("build %q is not a number", chi.URLParam(r, "id")),
-			"list builds: server builds",
+			"take the number from the list of builds: server builds",
 		)
 	}
 	return id, nil
@@ -278,8 +281,8 @@ func appendLog(c Config) http.HandlerFunc {
 		id, err := pathID(r)
 		offset, perr := strconv.ParseInt(r.URL.Query().Get("offset"), 10, 64)
 		if err == nil && (perr != nil || offset < 0) {
-			err = fault.New(fault.Usage, "append to log: offset is not a number of bytes",
-				"give the offset of this part in the log, in bytes: ?offset=0")
+			err = fault.New(fault.Usage, "append to the log: offset is not a number of bytes",
+				"add the offset of this part in the log, in bytes, to the query, such as ?offset=0")
 		}
 		if err == nil {
 			err = c.Catalogue.AppendLog(r.Context(), id, offset, http.MaxBytesReader(w, r.Body, api.MaxLiveLogPart))
@@ -287,7 +290,7 @@ func appendLog(c Config) http.HandlerFunc {
 		if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
 			err = fault.New(
 				fault.TooLarge,
-				fmt.Sprintf("append to log: this part has more than %d kB", api.MaxLiveLogPart>>10),
+				fmt.Sprintf("append to the log: this part has more than %d kB", api.MaxLiveLogPart>>10),
 				"send the log in smaller parts",
 			)
 		}

@@ -49,7 +49,7 @@ var undescribed = map[string]string{
 	"GET /openapi-3.0.yaml": "the description itself, for older tools",
 }
 
-// bare returns the handler without the parts that need a store.
+// bare returns a handler that has only the parts that need no database.
 func bare() http.Handler {
 	return httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler),
 		Pages: http.NotFoundHandler(), PageRoutes: web.Routes, Version: "devel"})
@@ -66,8 +66,8 @@ func description(t *testing.T) []byte {
 	return w.Body.Bytes()
 }
 
-// document parses the description with libopenapi-validator. The validator uses the JSON schema of OpenAPI 3.1 that
-// the OpenAPI initiative publishes.
+// document parses the description with libopenapi-validator, and checks it. For the check, the validator uses the JSON
+// schema that the OpenAPI initiative publishes for OpenAPI 3.1.
 func document(t *testing.T, raw []byte) (validator.Validator, *v3.Document) {
 	t.Helper()
 	doc, err := libopenapi.NewDocument(raw)
@@ -160,13 +160,13 @@ type exchange struct {
 	body      string
 	header    map[string]string
 	status    int
-	// foreign is true for a request that the description forbids. The validator must report it, and the server must
-	// refuse it.
+	// foreign is true if the description does not allow the request. The validator must then report the request, and the
+	// server must refuse it.
 	foreign bool
 }
 
 // TestDescriptionIsTrue calls each operation with good and bad input. The validator compares both sides of each
-// exchange with the description. A request must fit the description, unless the table marks it as foreign. Every answer
+// exchange with the description. Each request must fit the description, unless its field foreign is true. Every answer
 // must have a described status, media type and body.
 func TestDescriptionIsTrue(t *testing.T) {
 	t.Parallel()
@@ -200,7 +200,8 @@ func TestDescriptionIsTrue(t *testing.T) {
 	}
 	for path, item := range model.Paths.PathItems.FromOldest() {
 		for method, op := range item.GetOperations().FromOldest() {
-			if (!good[op.OperationId] && !elsewhere[op.OperationId]) || (!bad[op.OperationId] && !cannotFail[op.OperationId]) {
+			if !good[op.OperationId] && !testedElsewhere[op.OperationId] ||
+				!bad[op.OperationId] && !cannotFail[op.OperationId] {
 				t.Errorf("%s %s (%s) has no good and bad call in the table of exchanges; add them", strings.ToUpper(method), path,
 					op.OperationId)
 			}

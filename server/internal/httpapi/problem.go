@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// problem is an error answer in the form that the router needs: a status, a media type and the fields of
-// [api.Problem].
+// problem is an answer with an error. It has the fields of [api.Problem], and the methods that the router calls for the
+// status and the media type.
 type problem struct {
 	api.Problem
 	cause error // for the server's log
@@ -28,8 +28,9 @@ func (p *problem) Error() string             { return p.Detail }
 func (p *problem) GetStatus() int            { return p.Status }
 func (p *problem) ContentType(string) string { return "application/problem+json" }
 
-// problemOf maps a fault by its kind. It hides errors inside the server from clients. Such an error may name, for
-// example, the host and the user of the database.
+// problemOf returns the answer for an error. The error's kind decides the status. If the error is the server's own, the
+// answer has a general text instead of the error's, which may contain, for example, the host and the user of the
+// database.
 func problemOf(err error) api.Problem {
 	kind := fault.Of(err)
 	p := api.Problem{Title: kind.What(), Status: kind.HTTPStatus(), Kind: kind, Detail: err.Error(), Hint: fault.Hint(err)}
@@ -39,7 +40,7 @@ func problemOf(err error) api.Problem {
 	return p
 }
 
-// PublicText returns the text that clients get about an internal failure.
+// PublicText returns the text that clients get if the server itself failed.
 func PublicText(kind fault.Kind) string {
 	switch kind {
 	case fault.DiskFull:
@@ -52,7 +53,7 @@ func PublicText(kind fault.Kind) string {
 
 func asProblem(err error) huma.StatusError { return &problem{problemOf(err), err} }
 
-// fail answers with an error. It logs an error inside the server.
+// fail answers a request with an error. If the error is the server's own, fail also logs it.
 func fail(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
 	p := problemOf(err)
 	if p.Status >= http.StatusInternalServerError {
@@ -61,7 +62,7 @@ func fail(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
 	writeProblem(w, p)
 }
 
-// logFailures logs errors inside the server, because the answer does not always contain them.
+// logFailures logs the errors that are the server's own. The answers do not contain their texts.
 func logFailures(log *slog.Logger) huma.Transformer {
 	return func(ctx huma.Context, _ string, v any) (any, error) {
 		if p, ok := v.(*problem); ok && p.cause != nil && p.Status >= http.StatusInternalServerError {
@@ -71,9 +72,9 @@ func logFailures(log *slog.Logger) huma.Transformer {
 	}
 }
 
-// ownErrors replaces the errors of the router, such as for invalid JSON or a missing member, by errors of this package.
-// Clients then see one kind of error, and each mistake has one status. It sets a package variable, because the library
-// has no other way.
+// ownErrors makes the router answer with errors of this package, for example if a request has invalid JSON or lacks a
+// member. All errors then have the same form, and each mistake has one status. The library has only a package variable
+// for this.
 var ownErrors = sync.OnceFunc(func() {
 	huma.NewError = func(status int, text string, errs ...error) huma.StatusError {
 		var detail []string
@@ -102,8 +103,8 @@ var ownErrors = sync.OnceFunc(func() {
 	}
 })
 
-// refuseUnknown refuses query parameters that a route does not have. Without the check, a misspelled filter would
-// list everything.
+// refuseUnknown is a middleware that refuses requests with a query parameter that the route does not have. Without it,
+// a list with a misspelled filter would have all entries.
 func refuseUnknown(a huma.API) func(huma.Context, func(huma.Context)) {
 	return func(ctx huma.Context, next func(huma.Context)) {
 		u := ctx.URL()
@@ -149,8 +150,8 @@ func writeText(w http.ResponseWriter, status int, text string) {
 	_, _ = w.Write([]byte(text)) // an error means that the client is gone
 }
 
-// apiConfig configures the API's description. The router's default would add $schema members to answers, and a
-// documentation page that loads scripts from other hosts.
+// apiConfig returns the configuration of the router and of the API's description. The router's default would add a
+// member $schema to answers. It would also serve a documentation page that loads scripts from other hosts.
 func apiConfig(version string, log *slog.Logger) huma.Config {
 	names := func(t reflect.Type, hint string) string {
 		name := huma.DefaultSchemaNamer(t, hint)

@@ -26,16 +26,16 @@ type PushedMessage struct {
 	} `json:"message"`
 }
 
-// buildID returns the COS build that a message is about, or "" if there is none. A bucket's notification
-// (https://cloud.google.com/storage/docs/pubsub-notifications) counts if it reports that the headers of a kernel were
-// written. Each release has that object once for each board.
+// buildID returns the COS build that a message is about, or "" if there is none. The message may be a bucket's
+// notification (https://cloud.google.com/storage/docs/pubsub-notifications) that the headers of a kernel were written.
+// Each release has such an object for each of its boards.
 func (m PushedMessage) buildID() string {
 	at := m.Message.Attributes
 	id := at["buildId"]
 	object := at["objectId"]
 	if board := path.Base(path.Dir(object)); id == "" && at["eventType"] == "OBJECT_FINALIZE" {
 		k, err := target.ParseKernel(path.Base(path.Dir(path.Dir(object))), board)
-		if err == nil && strings.HasSuffix("/"+object, "/"+cosbucket.HeadersName(k)) { // a mirror may have a folder before it
+		if err == nil && strings.HasSuffix("/"+object, "/"+cosbucket.HeadersName(k)) { // a mirror may add a folder
 			id = k.BuildID
 		}
 	}
@@ -46,8 +46,8 @@ func (m PushedMessage) buildID() string {
 	return id
 }
 
-// pushes registers the routes that other services call to report an event.
-func (t table) pushes() {
+// eventRoutes registers the routes that other services call to report an event.
+func (t table) eventRoutes() {
 	huma.Register(
 		t,
 		t.write(
@@ -61,10 +61,10 @@ func (t table) pushes() {
 		func(ctx context.Context, in *body[PushedMessage]) (*struct{}, error) {
 			id := in.Body.buildID()
 			if id == "" {
-				t.Log.DebugContext(ctx, "message dropped: it names no COS build")
+				t.Log.DebugContext(ctx, "message dropped: it is about no COS build")
 				return nil, nil
 			}
-			// Announce fails if the release is not completely uploaded yet. After an error, Pub/Sub sends the message again,
+			// If the release is not completely uploaded yet, Announce returns an error. Pub/Sub then sends the message again,
 			// with growing pauses.
 			if _, err := t.Catalogue.Announce(ctx, id); err != nil {
 				return nil, asProblem(err)

@@ -16,8 +16,8 @@ func TestRelative(t *testing.T) {
 		{"nohost", "nohost", "nohost"},
 	}
 	for _, row := range rows {
-		if got := relative(row.repository, row.asked, "8440"); got != row.want {
-			t.Errorf("relative(%q, asked as %q) = %q; want %q", row.repository, row.asked, got, row.want)
+		if got := withoutOwnHost(row.repository, row.asked, "8440"); got != row.want {
+			t.Errorf("withoutOwnHost(%q, asked as %q) = %q; want %q", row.repository, row.asked, got, row.want)
 		}
 	}
 }

@@ -35,7 +35,7 @@ func (t table) releases() {
 			Milestone int    `query:"milestone" minimum:"0" doc:"COS milestone, such as 109"`
 		}) (*list[api.ReleaseSummary], error) {
 			all, next, err := cat.Releases(ctx, store.KernelFilter{Board: in.Board, Milestone: in.Milestone}, in.page())
-			return listed(&in.PageQuery, all, next, err)
+			return pageAnswer(&in.PageQuery, all, next, err)
 		},
 	)
 	huma.Register(
@@ -60,7 +60,7 @@ func (t table) releases() {
 			return answer(cat.ReadyTimes(ctx, in.Days))
 		},
 	)
-	// Preflight changes nothing, although it is a POST with a body. It needs no token.
+	// Preflight is a POST, because its question is in the body. It changes nothing, so it needs no token.
 	ask := t.read("preflight", "/v1/preflight", "Ask whether node pools may move to COS builds")
 	ask.Method, ask.MaxBodyBytes = http.MethodPost, 1<<20
 	huma.Register(t, ask, func(ctx context.Context, in *body[api.PreflightRequest]) (*body[api.Preflight], error) {

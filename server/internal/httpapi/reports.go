@@ -23,7 +23,7 @@ func (t table) coverage() {
 	)
 }
 
-// From finds the network of the client.
+// From has the network of the client.
 type From struct{ network string }
 
 // Resolve is called by the router for input that is not a parameter.
@@ -71,7 +71,7 @@ func (t table) reports() {
 		t.read("list-quarantine", "/v1/quarantine", "List the artifacts that did not load on several nodes, newest first"),
 		func(ctx context.Context, in *struct{ PageQuery }) (*list[api.Quarantine], error) {
 			all, next, err := cat.Quarantined(ctx, in.page())
-			return listed(&in.PageQuery, all, next, err)
+			return pageAnswer(&in.PageQuery, all, next, err)
 		},
 	)
 	huma.Register(

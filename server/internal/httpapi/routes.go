@@ -21,10 +21,10 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Types that routes embed are exported. The router fills embedded structs by reflection, and ignores unexported ones
-// without an error.
+// The types that inputs of routes embed are exported. The router fills embedded structs by reflection, and it silently
+// ignores unexported ones.
 
-// body wraps the answer of a route in the form that the router's generics need.
+// body is an answer or an input whose body is a T. The router needs this form.
 type body[T any] struct{ Body T }
 
 func answer[T any](v T, err error) (*body[T], error) {
@@ -34,13 +34,13 @@ func answer[T any](v T, err error) (*body[T], error) {
 	return &body[T]{v}, nil
 }
 
-// list is a page of a list.
+// list is an answer with a page of a list.
 type list[T any] struct {
 	Link string `header:"Link" doc:"with rel=next the next page, where there is one (RFC 8288)"`
 	Body []T
 }
 
-// PageQuery chooses the page of a list.
+// PageQuery is the input that says which page of a list to return.
 type PageQuery struct {
 	Limit int    `query:"limit" minimum:"0" maximum:"1000" doc:"most entries of the page (kernels, for cells and matrices); 0 is 100"`
 	After string `query:"after" maxLength:"1024" doc:"cursor of the page before, from its Link header"`
@@ -56,8 +56,8 @@ func (p *PageQuery) Resolve(ctx huma.Context) []error {
 
 func (p *PageQuery) page() store.Page { return store.Page{After: p.After, Limit: p.Limit} }
 
-// listed answers with a page and a link to the next page, which begins at next.
-func listed[T any](p *PageQuery, all []T, next string, err error) (*list[T], error) {
+// pageAnswer returns the answer with a page of a list. The answer has a link to the next page, whose cursor is next.
+func pageAnswer[T any](p *PageQuery, all []T, next string, err error) (*list[T], error) {
 	if err != nil {
 		return nil, asProblem(err)
 	}
@@ -70,7 +70,7 @@ func listed[T any](p *PageQuery, all []T, next string, err error) (*list[T], err
 	return out, nil
 }
 
-// KernelQuery chooses kernels.
+// KernelQuery is the input that says which kernels to return.
 type KernelQuery struct {
 	BuildID   string `query:"buildId" doc:"BUILD_ID of /etc/os-release"`
 	Board     string `query:"board" doc:"CHROMEOS_RELEASE_BOARD of /etc/lsb-release"`
@@ -93,17 +93,17 @@ func (k *GKEQuery) filter() store.KernelFilter {
 	return f
 }
 
-// BuildPath names a build.
+// BuildPath is the input of routes with the number of a build in their path.
 type BuildPath struct {
 	ID int64 `path:"id" minimum:"1" doc:"number of the build"`
 }
 
-// DigestPath names an artifact.
+// DigestPath is the input of routes with the digest of an artifact in their path.
 type DigestPath struct {
 	Digest string `path:"digest" doc:"digest of the artifact, sha256:…"`
 }
 
-// Asked finds the host name by which the client reached the server.
+// Asked has the host name by which the client reached the server.
 type Asked struct{ host string }
 
 // Resolve is called by the router for input that is not a parameter.
@@ -112,9 +112,10 @@ func (a *Asked) Resolve(ctx huma.Context) []error {
 	return nil
 }
 
-// relative removes the host from a repository on this server, because other clients reach the server by other names.
-// A builder on the same machine uses 127.0.0.1, which would be another machine for a node.
-func relative(repository, asked, port string) string {
+// withoutOwnHost removes the host from a repository if the host is this server. Clients reach the server by different
+// names: a builder on the same machine may use 127.0.0.1, which for a node is the node itself. The argument asked is
+// the host name that the client used.
+func withoutOwnHost(repository, asked, port string) string {
 	host, rest, ok := strings.Cut(repository, "/")
 	if !ok || host == "" {
 		return repository
@@ -127,7 +128,7 @@ func relative(repository, asked, port string) string {
 	return repository
 }
 
-// table registers the routes.
+// table is the route table. Its methods register the routes.
 type table struct {
 	huma.API
 	Config
@@ -144,7 +145,7 @@ func (table) read(id, path, what string) huma.Operation {
 	}
 }
 
-// adminRead describes a read that only administrators may make.
+// adminRead returns an operation that reads and that needs the scope admin.
 func (t table) adminRead(id, path, what string) huma.Operation {
 	op := t.read(id, path, what)
 	op.Security = []map[string][]string{{schemeName: {string(auth.Admin)}}}
@@ -152,7 +153,7 @@ func (t table) adminRead(id, path, what string) huma.Operation {
 	return op
 }
 
-// write describes a route that needs a scope.
+// write returns an operation that changes something and needs a scope.
 func (table) write(id string, scope auth.Scope, method, path, what string, status int) huma.Operation {
 	return huma.Operation{OperationID: id, Method: method, Path: path, Summary: what, DefaultStatus: status,
 		MaxBodyBytes: 1 << 20, Security: []map[string][]string{{schemeName: {string(scope)}}},
@@ -166,7 +167,7 @@ func (table) write(id string, scope auth.Scope, method, path, what string, statu
 		}}
 }
 
-// mountAPI registers the whole API.
+// mountAPI registers all routes of the API.
 func mountAPI(r chi.Router, c Config) {
 	t := table{
 		humachi.New(r, apiConfig(c.Version, c.Log)),
@@ -181,7 +182,7 @@ func mountAPI(r chi.Router, c Config) {
 	t.releases()
 	t.wishLists()
 	t.access()
-	t.pushes()
+	t.eventRoutes()
 	t.coverage()
 	t.warnings()
 	t.reports()
@@ -197,7 +198,7 @@ func (t table) lists() {
 			GKEQuery
 		}) (*list[api.Kernel], error) {
 			all, next, err := cat.Kernels(ctx, in.filter(), in.page())
-			return listed(&in.PageQuery, all, next, err)
+			return pageAnswer(&in.PageQuery, all, next, err)
 		},
 	)
 	huma.Register(
@@ -207,7 +208,7 @@ func (t table) lists() {
 			PageQuery
 		}) (*list[api.DriverRelease], error) {
 			all, next, err := cat.Drivers(ctx, in.page())
-			return listed(&in.PageQuery, all, next, err)
+			return pageAnswer(&in.PageQuery, all, next, err)
 		},
 	)
 	huma.Register(
@@ -222,7 +223,7 @@ func (t table) lists() {
 		}) (*list[api.Build], error) {
 			all, next, err := cat.Builds(ctx, store.BuildFilter{State: api.State(in.State), BuildID: in.BuildID, Board: in.Board,
 				Milestone: in.Milestone, Driver: in.Driver, Flavour: target.Flavour(in.Flavour)}, in.page())
-			return listed(&in.PageQuery, all, next, err)
+			return pageAnswer(&in.PageQuery, all, next, err)
 		},
 	)
 	huma.Register(
@@ -242,7 +243,7 @@ func (t table) lists() {
 					Driver: in.Driver, Flavour: target.Flavour(in.Flavour)},
 				in.page(),
 			)
-			return listed(&in.PageQuery, all, next, err)
+			return pageAnswer(&in.PageQuery, all, next, err)
 		},
 	)
 }
@@ -267,7 +268,7 @@ func (t table) cells() {
 			Driver string `query:"driver" doc:"only of this driver version"`
 		}) (*list[api.Resolution], error) {
 			all, next, err := cat.Cells(ctx, in.filter(), in.Driver, in.page())
-			return listed(&in.PageQuery, all, next, err)
+			return pageAnswer(&in.PageQuery, all, next, err)
 		},
 	)
 }
@@ -296,7 +297,7 @@ func (t table) builds() {
 			Asked
 			Body api.BuildUpdate
 		}) (*body[api.Build], error) {
-			in.Body.Repository = relative(in.Body.Repository, in.host, t.Port)
+			in.Body.Repository = withoutOwnHost(in.Body.Repository, in.host, t.Port)
 			return answer(cat.Update(ctx, in.ID, in.Body))
 		},
 	)
@@ -307,8 +308,8 @@ func (t table) builds() {
 			return answer(cat.Cancel(ctx, in.ID))
 		},
 	)
-	// [New] registers the handlers of logs, because they stream and the router's handlers cannot. Here the routes of logs
-	// are only described.
+	// Logs are streamed, which the router's handlers cannot do, so [New] registers their handlers. Here the routes of logs
+	// are only added to the description.
 	text := map[string]*huma.MediaType{"text/plain": {Schema: &huma.Schema{Type: huma.TypeString}}}
 	id := &huma.Param{
 		Name:        "id",
@@ -380,7 +381,7 @@ func (t table) artifacts() {
 			Asked
 			Body api.NewArtifact
 		}) (*body[api.Artifact], error) {
-			in.Body.Repository = relative(in.Body.Repository, in.host, t.Port)
+			in.Body.Repository = withoutOwnHost(in.Body.Repository, in.host, t.Port)
 			return answer(cat.AddArtifact(ctx, in.Body))
 		},
 	)
@@ -410,7 +411,7 @@ func (t table) artifacts() {
 	)
 }
 
-// WishListPath names a wish list.
+// WishListPath is the input of routes with the name of a wish list in their path.
 type WishListPath struct {
 	Name string `path:"name" doc:"name of the wish list"`
 }

@@ -1,14 +1,14 @@
-// Package jobs keeps the catalogue and the queue consistent. The two may be separate databases; with SQLite, each is a
-// file of its own. After a crash between the write to one and the write to the other, they differ. The sweep repairs
-// that:
+// Package jobs keeps the catalogue and the queue in agreement. They may be two databases; with SQLite, each is a file
+// of its own. If the server crashes after it has written to one of them and before it writes to the other, they differ.
+// The sweep repairs that:
 //
 //   - It queues stored builds that the queue lacks.
-//   - It marks builds as failed if their job has ended.
+//   - It marks an open build as failed if its job has ended.
 //   - It removes jobs of cancelled builds from the queue.
 //   - It raises the priority of jobs to the priority of their builds.
-//   - It gives the builds of a dead builder to other builders.
+//   - It gives the jobs of a dead builder to other builders.
 //
-// The package runs no builds: builders do that, through package queue.
+// The package runs no builds: builders take their jobs from the queue by themselves.
 package jobs
 
 import (
@@ -42,17 +42,17 @@ type jobQueue interface {
 	Release(ctx context.Context, builds ...int64) error
 }
 
-// A builder reports every [api.HeartbeatInterval]. A builder that has not reported for deadAfter is dead. The sweep
-// runs every sweepEvery, so the builds of a dead builder continue on another builder within a minute. Reports may be
-// lost while the server or its database is down. Builders then get settleTime to report again. settleTime is shorter
-// than deadAfter, so builds continue within a minute even then.
+// A builder reports every [api.HeartbeatInterval]. If it has not reported for deadAfter, it is dead. There is a sweep
+// every sweepEvery, so the builds of a dead builder continue on another builder within a minute. While the server or
+// its database is down, reports may be lost. Afterwards the server gives builders settleTime to report again. That time
+// is shorter than deadAfter, so builds continue within a minute even then.
 const (
 	deadAfter  = 30 * time.Second
 	settleTime = 15 * time.Second
 	sweepEvery = 5 * time.Second
-	// idle is the shortest pause after a sweep, as a multiple of the sweep's duration. A queue of any length then costs
-	// some hundredths of a core.
-	idle = 25
+	// idleFactor is the shortest pause after a sweep, as a multiple of the sweep's duration. However long the queue is,
+	// sweeps then use at most some hundredths of a core.
+	idleFactor = 25
 )
 
 // Sweeper compares open builds with the queue.
@@ -65,12 +65,12 @@ type Sweeper struct {
 	// Now returns the current time. nil means time.Now.
 	Now func() time.Time
 
-	// listening is the time since which builders can report without interruption. A builder that was silent while the
-	// server was down is not dead.
+	// listening is the time since which builders have been able to report without interruption. If a builder was silent
+	// because the server was down, it is not dead.
 	listening time.Time
 }
 
-// Run sweeps until ctx is done. It logs an error and tries again.
+// Run sweeps at intervals until ctx is done. If a sweep fails, Run logs the error and goes on.
 func (s *Sweeper) Run(ctx context.Context) error {
 	every := s.Every
 	if every <= 0 {
@@ -84,7 +84,7 @@ func (s *Sweeper) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(max(every, idle*time.Since(begin))):
+		case <-time.After(max(every, idleFactor*time.Since(begin))):
 		}
 	}
 }
@@ -118,15 +118,15 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 		delete(jobs, b.ID)
 		switch {
 		case !found:
-			note(b.ID, s.lost(ctx, b))
+			note(b.ID, s.repairLost(ctx, b))
 		case b.State == api.Building && s.dead(b, now()):
-			note(b.ID, s.release(ctx, b, at))
+			note(b.ID, s.releaseJob(ctx, b, at))
 		case b.State == api.Queued && b.Priority > 0 && at.Priority > b.Priority:
 			note(b.ID, s.Queue.SetPriority(ctx, b.ID, b.Priority))
 		}
 	}
 	for id := range jobs { // these jobs have no open build
-		note(id, s.leftOver(ctx, id, now()))
+		note(id, s.endLeftOver(ctx, id, now()))
 	}
 	return errors.Join(errs...)
 }
@@ -137,9 +137,9 @@ func (s *Sweeper) dead(b api.Build, now time.Time) bool {
 	return silent && now.Sub(s.listening) > settleTime
 }
 
-// release gives a dead builder's job to other builders. It changes the queue first. If the change of the build then
-// fails, the next sweep repeats it, unless a new attempt has begun by then.
-func (s *Sweeper) release(ctx context.Context, b api.Build, at queue.JobState) error {
+// releaseJob gives a dead builder's job to other builders. It changes the queue first, and then the build. If the
+// second change fails, the next sweep repeats it, unless a new attempt has begun by then.
+func (s *Sweeper) releaseJob(ctx context.Context, b api.Build, at queue.JobState) error {
 	s.Log.WarnContext(ctx, "builder gone", "build", b.ID, "worker", b.Worker, "state", at.State)
 	if err := s.Queue.Release(ctx, b.ID); err != nil {
 		return err
@@ -149,8 +149,8 @@ func (s *Sweeper) release(ctx context.Context, b api.Build, at queue.JobState) e
 	return err
 }
 
-// lost queues or ends a build that has no open job.
-func (s *Sweeper) lost(ctx context.Context, b api.Build) error {
+// repairLost handles an open build that has no open job. It queues the build again, or marks it as failed.
+func (s *Sweeper) repairLost(ctx context.Context, b api.Build) error {
 	at, err := s.Queue.Lookup(ctx, b.ID)
 	switch {
 	case err != nil:
@@ -175,9 +175,10 @@ func (s *Sweeper) lost(ctx context.Context, b api.Build) error {
 	return nil
 }
 
-// leftOver cancels the job of a cancelled build. The jobs of other ended builds usually end by themselves. If a
-// builder died between its report and the end of its job, leftOver ends the job.
-func (s *Sweeper) leftOver(ctx context.Context, id int64, now time.Time) error {
+// endLeftOver ends a job that has no open build. It cancels the job of a cancelled build. The jobs of other ended
+// builds usually end by themselves. If such a job is still there after deadAfter, because its builder died before it
+// ended the job, endLeftOver ends it.
+func (s *Sweeper) endLeftOver(ctx context.Context, id int64, now time.Time) error {
 	b, err := s.Catalogue.Build(ctx, id)
 	switch {
 	case err != nil:

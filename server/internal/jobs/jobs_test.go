@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/server/internal/jobs"
 )
 
-// world is the catalogue and the queue of a sweep, and records what the sweep did.
+// world is both the catalogue and the queue of a sweep. It records what the sweep does.
 type world struct {
 	open     []api.Build
 	standing map[int64]queue.JobState
@@ -131,8 +131,9 @@ func TestRunEndsWithContext(t *testing.T) {
 	}
 }
 
-// TestSweepNoticesDeadBuilders shows that a builder that misses some reports counts as dead. Its build continues on
-// another builder within a minute. No builder counts as dead only because the server was down.
+// TestSweepNoticesDeadBuilders shows that the sweep treats a builder as dead after some missing reports, so that its
+// build continues on another builder within a minute. If reports are missing because the server was down, no builder is
+// treated as dead.
 func TestSweepNoticesDeadBuilders(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -161,8 +162,8 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 	sweep(11*time.Minute, "release", "put back: transient")
 }
 
-// TestSweepNoticesAfterRestart starts a server again after a builder died. The server gives builders the time for one
-// report, and no more, so that it notices the death within the minute.
+// TestSweepNoticesAfterRestart restarts a server after a builder died. The server must give builders the time for one
+// report. It must not give them more time, so that it notices the dead builder within a minute.
 func TestSweepNoticesAfterRestart(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
@@ -203,8 +204,8 @@ func TestSweepNoticesBesideTrouble(t *testing.T) {
 	}
 }
 
-// TestSweepRaises shows that waiting builds start in the order of the catalogue, even after the server died between
-// its writes to the two databases.
+// TestSweepRaises shows that waiting builds start in the order of the catalogue's priorities, even if the server
+// crashed after it had written to only one of the two databases.
 func TestSweepRaises(t *testing.T) {
 	t.Parallel()
 	waits := func(priority int) queue.JobState {
@@ -233,8 +234,8 @@ func TestSweepTakesOutCancelled(t *testing.T) {
 	}
 }
 
-// TestSweepEndsJobsOfFinishedBuilds has a builder that died between its report and the end of its job. The job would
-// run for ever, so the sweep ends it some time after its build.
+// TestSweepEndsJobsOfFinishedBuilds has a builder that died after its last report and before it ended its job. The job
+// would never end, so the sweep ends it some time after the build.
 func TestSweepEndsJobsOfFinishedBuilds(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)

@@ -11,28 +11,28 @@ import (
 	"github.com/prebake/prebake/server/internal/jobs"
 )
 
-// counted is a world that counts the questions about single builds.
-type counted struct {
+// countingWorld is a world that counts the questions about single builds.
+type countingWorld struct {
 	*world
 	asked int
 }
 
-func (c *counted) Lookup(ctx context.Context, id int64) (queue.JobState, error) {
+func (c *countingWorld) Lookup(ctx context.Context, id int64) (queue.JobState, error) {
 	c.asked++
 	return c.world.Lookup(ctx, id)
 }
 
-func (c *counted) Build(ctx context.Context, id int64) (api.Build, error) {
+func (c *countingWorld) Build(ctx context.Context, id int64) (api.Build, error) {
 	c.asked++
 	return c.world.Build(ctx, id)
 }
 
-// TestSweepAsksOnce shows that a sweep reads all open builds with one question, however many wait. One question for
-// each of 2,000 builds took a large part of a core on an idle server.
+// TestSweepAsksOnce shows that a sweep reads all open builds with one question, however many builds wait. When a sweep
+// asked about each of 2,000 builds, an idle server used a large part of a core.
 func TestSweepAsksOnce(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
-	w := &counted{world: &world{standing: map[int64]queue.JobState{}}}
+	w := &countingWorld{world: &world{standing: map[int64]queue.JobState{}}}
 	for id := range int64(2000) {
 		b := api.Build{ID: id, State: api.Queued}
 		w.standing[id] = queue.JobState{Found: true, State: "available"}

@@ -17,11 +17,11 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// The library differs from the distribution specification (v1.1) and from what clients expect in some points. This
-// file corrects requests and answers in those points. The quoted titles are sections of the specification.
+// In some points the library differs from the distribution specification (v1.1), and from what clients expect. This
+// file corrects requests and answers there. The quoted titles are those of the specification's sections.
 
-// kindOf splits a path of the API into the repository, the kind of object and its name. A repository's name may
-// contain the words for the kinds, so the last one counts.
+// kindOf splits a path of the API into the repository, the kind of object, and the object's name. A repository's name
+// may contain a word for a kind, so kindOf splits at the last such word.
 func kindOf(p string) (repo, kind, ref string) {
 	p = strings.TrimPrefix(p, "/v2/")
 	last := -1
@@ -33,14 +33,14 @@ func kindOf(p string) (repo, kind, ref string) {
 	return repo, kind, ref
 }
 
-// adapt answers some requests itself and returns true. It changes other requests so that the library answers them
-// correctly.
+// adapt corrects a request. It returns true if it has answered the request itself. If not, the library answers the
+// request, which adapt may have changed.
 func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 	repo, kind, ref := kindOf(r.URL.Path)
 	refuse := func(err error) bool { h.writeError(w, r, err); return true }
 	switch {
 	case kind == "manifests" && strings.Contains(ref, ":"):
-		// "Errors": a malformed digest gets an error of its own, not "manifest unknown".
+		// "Errors": the error for a malformed digest is not "manifest unknown".
 		if err := digest.Digest(ref).Validate(); err != nil {
 			return refuse(fmt.Errorf("%w: %w", ociregistry.ErrDigestInvalid, err))
 		}
@@ -51,7 +51,7 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 			w,
 			http.StatusMethodNotAllowed,
 			"UNSUPPORTED",
-			"repositories share blobs; the server deletes a blob by itself when no manifest names it any more",
+			"repositories share blobs; the server deletes a blob by itself when no manifest needs it any more",
 		)
 		return true
 	case kind == "blobs/uploads" && r.Method == http.MethodDelete:
@@ -65,12 +65,12 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 		w.WriteHeader(http.StatusNoContent)
 		return true
 	case kind == "blobs/uploads" && r.Method == http.MethodPost && r.URL.Query().Has("mount"):
-		// "Mounting a blob from another repository": if the blob is missing, the answer starts an upload, and the client
-		// continues with it.
+		// "Mounting a blob from another repository": if the blob is missing, the server starts an upload instead, and the
+		// client continues with it.
 		if _, err := h.store.ResolveBlob(r.Context(), repo, ociregistry.Digest(r.URL.Query().Get("mount"))); err != nil {
 			r.URL.RawQuery = ""
 		} else if query := r.URL.Query(); !query.Has("from") {
-			query.Set("from", repo) // "Mounting a blob": a registry may find the source itself
+			query.Set("from", repo) // "Mounting a blob": without "from", the registry chooses the source
 			r.URL.RawQuery = query.Encode()
 		}
 	}
@@ -80,15 +80,16 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		return false
 	case kind == "blobs" || kind == "manifests":
-		return h.cached(w, r, kind, ref)
+		return h.setCaching(w, r, kind, ref)
 	case kind == "referrers" || kind == "tags":
-		h.withoutNull(w, r)
+		h.serveWithoutNull(w, r)
 		return true
 	}
 	return false
 }
 
-// readManifest reads a manifest before the library does, so that a wrong manifest counts as the client's mistake.
+// readManifest reads a manifest before the library does, so that the answer to a wrong manifest says that the mistake
+// is the client's. It returns true if it has answered the request.
 func (h *handler) readManifest(w http.ResponseWriter, r *http.Request, repo, ref string) (done bool) {
 	content, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxManifest))
 	var large *http.MaxBytesError
@@ -110,7 +111,7 @@ func (h *handler) readManifest(w http.ResponseWriter, r *http.Request, repo, ref
 		h.writeError(w, r, err)
 		return true
 	}
-	if why := h.store.restricted(content); why != "" {
+	if why := h.store.whyRestricted(content); why != "" {
 		writeStatus(w, http.StatusForbidden, "DENIED", why)
 		return true
 	}
@@ -134,7 +135,7 @@ func (h *handler) putSHA512(w http.ResponseWriter, r *http.Request, repo string,
 		return
 	}
 	var m manifest
-	if json.Unmarshal(content, &m) == nil && m.Subject != nil { // the manifest was parsed before
+	if json.Unmarshal(content, &m) == nil && m.Subject != nil { // pushManifest has parsed it, so this cannot fail
 		w.Header().Set("OCI-Subject", string(m.Subject.Digest))
 	}
 	w.Header().Set("Location", "/v2/"+repo+"/manifests/"+string(d))
@@ -142,8 +143,8 @@ func (h *handler) putSHA512(w http.ResponseWriter, r *http.Request, repo string,
 	w.WriteHeader(http.StatusCreated)
 }
 
-// writeStatus writes an error in the specification's form. The status may differ from the usual status of the error
-// code.
+// writeStatus writes an error in the form of the specification, with a status of its own instead of the error code's
+// usual one.
 func writeStatus(w http.ResponseWriter, status int, code, message string) {
 	type one struct {
 		Code    string `json:"code"`
@@ -154,16 +155,16 @@ func writeStatus(w http.ResponseWriter, status int, code, message string) {
 	_ = json.NewEncoder(w).Encode(map[string][]one{"errors": {{code, message}}}) // an error means that the client is gone
 }
 
-// cached allows clients and proxies to keep content that is named by its digest for ever. It answers 304 to a client
-// that has the blob. The library does not support a range that counts from the end of a blob, so cached turns it into a
-// range that counts from the start.
-func (h *handler) cached(w http.ResponseWriter, r *http.Request, kind, ref string) (done bool) {
+// setCaching sets headers that say how long clients and proxies may keep the answer: for ever, if the path has a
+// digest. If the client has the blob already, setCaching answers 304 and returns true. The library does not support a
+// range that is counted from the end of a blob, so setCaching changes it into a range from the start.
+func (h *handler) setCaching(w http.ResponseWriter, r *http.Request, kind, ref string) (done bool) {
 	d := ociregistry.Digest(ref)
 	if digest.Digest(ref).Validate() != nil {
 		w.Header().Set("Cache-Control", "no-cache") // a tag may move
 		return false
 	}
-	size, err := h.store.has(d)
+	size, err := h.store.statBlob(d)
 	if err != nil {
 		return false // the library answers with the reason
 	}
@@ -182,8 +183,9 @@ func (h *handler) cached(w http.ResponseWriter, r *http.Request, kind, ref strin
 	return false
 }
 
-// withoutNull replaces null by an empty list, because the library writes null for an empty list.
-func (h *handler) withoutNull(w http.ResponseWriter, r *http.Request) {
+// serveWithoutNull answers a request for a list through the library. The library writes null for an empty list, so
+// serveWithoutNull replaces null by an empty list.
+func (h *handler) serveWithoutNull(w http.ResponseWriter, r *http.Request) {
 	held := &bufferedBody{ResponseWriter: w, status: http.StatusOK}
 	h.api.ServeHTTP(held, r)
 	body := held.body.Bytes()
@@ -209,15 +211,15 @@ func (h *bufferedBody) Write(p []byte) (int, error) { return h.body.Write(p) }
 
 type rangeKey struct{}
 
-// withRange notes in the context whether a chunk has a Content-Range header. The library passes the offset 0 if the
-// header is missing.
+// withRange returns a context that says whether a chunk has a Content-Range header. If the header is missing, the
+// library passes the offset 0, as if the header said so.
 func withRange(r *http.Request) context.Context {
 	return context.WithValue(r.Context(), rangeKey{}, r.Header.Get("Content-Range") != "")
 }
 
-// saysWhere reports whether the offset of a chunk is known. It is unknown only if [withRange] found no header.
-// Callers without HTTP always give the offset.
-func saysWhere(ctx context.Context) bool {
+// offsetKnown reports whether the client gave the offset of a chunk. It did not if [withRange] found no header. Callers
+// without HTTP always give the offset.
+func offsetKnown(ctx context.Context) bool {
 	given, told := ctx.Value(rangeKey{}).(bool)
 	return given || !told
 }

@@ -12,16 +12,15 @@ import (
 	"cuelabs.dev/go/oci/ociregistry"
 )
 
-// Collected counts what one collection removed.
+// Collected is what one collection removed.
 type Collected struct {
 	Blobs int
 	Bytes int64
 }
 
-// Collect removes abandoned uploads and unreferenced blobs. A blob is removed if no manifest of any repository names
-// it and it is older than a day. Pushes may safely run at the same time, for two reasons. A blob that was requested
-// lately counts as new. A manifest is stored only if all of its blobs exist, and no collection removes a blob in
-// between.
+// Collect removes abandoned uploads and unreferenced blobs. A blob is removed if it is older than a day and no manifest
+// of any repository refers to it. Pushes may run at the same time, for two reasons. If a client asks for a blob, the
+// blob becomes new again. While a manifest is checked and stored, no blob is removed.
 func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err error) {
 	if err := s.dropUploads(now); err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
@@ -43,12 +42,12 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 	if err != nil || len(old) == 0 {
 		return out, err
 	}
-	named, err := s.named(ctx)
+	referenced, err := s.referencedBlobs(ctx)
 	if err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
 	}
 	for _, p := range old {
-		if named[path.Base(p)] {
+		if referenced[path.Base(p)] {
 			continue
 		}
 		n, err := s.collect(p, now)
@@ -63,9 +62,9 @@ func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err 
 	return out, ctx.Err()
 }
 
-// collect removes one blob, and returns its size. It returns -1 if the blob is gone or was requested lately. A manifest
-// that was stored after the list of old blobs was made may name the blob. The check of that manifest has requested the
-// blob, so collect keeps it.
+// collect removes one blob, and returns its size. If the blob is gone, or has become new again, collect returns -1. The
+// latter protects blobs of a manifest that was stored after the list of old blobs was made: the check of that manifest
+// asked for its blobs.
 func (s *Store) collect(p string, now time.Time) (int64, error) {
 	s.collecting.Lock()
 	defer s.collecting.Unlock()
@@ -82,9 +81,9 @@ func (s *Store) collect(p string, now time.Time) (int64, error) {
 	return info.Size(), s.root.Remove(p)
 }
 
-// named returns the digests of all manifests and of all blobs that they name. The digests are hex digits without the
-// name of the algorithm.
-func (s *Store) named(ctx context.Context) (map[string]bool, error) {
+// referencedBlobs returns the digests of all manifests, and of all blobs that they refer to. The digests are hex digits
+// without the name of the algorithm.
+func (s *Store) referencedBlobs(ctx context.Context) (map[string]bool, error) {
 	all := map[string]bool{}
 	err := fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
 		if err != nil || ctx.Err() != nil {
@@ -120,12 +119,12 @@ func orNone(d *ociregistry.Descriptor) []ociregistry.Descriptor {
 	return []ociregistry.Descriptor{*d}
 }
 
-// touched is the shortest time between two updates of the time of a blob, to save writes.
-const touched = time.Hour
+// touchEvery is the shortest time between two changes of a blob's time. It saves writes.
+const touchEvery = time.Hour
 
-// touch sets the time of a blob to now, because a client is about to name the blob.
+// touch sets the time of a blob to now, because a client will probably push a manifest that refers to the blob.
 func (s *Store) touch(name string, info fs.FileInfo) error {
-	if time.Since(info.ModTime()) < touched {
+	if time.Since(info.ModTime()) < touchEvery {
 		return nil
 	}
 	now := time.Now()

@@ -16,24 +16,25 @@ import (
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
-// TokenPath is where clients of the registry token protocol get a token.
+// TokenPath is the path where clients get a token, by the token protocol of registries.
 const TokenPath = "/v2/token"
 
-// anonymous is the bearer token of clients that only read. It gives no additional right.
-const anonymous = "anonymous"
+// anonymousToken is the bearer token of clients that only read. It gives no rights.
+const anonymousToken = "anonymous"
 
-// access identifies the caller.
+// access finds the caller that a secret belongs to.
 type access interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 }
 
-// Handler serves the distribution API. Everybody who reaches the server may read. A write needs a token with the scope
-// push, and a deletion needs a token with the scope operate. The client sends the token as a Bearer token, or as the
-// password of HTTP Basic authentication with any user name.
+// Handler returns the handler of the distribution API. Everybody who reaches the server may read. A write needs a token
+// with the scope push, and a deletion needs a token with the scope operate. The client sends the token as a Bearer
+// token, or as the password of HTTP Basic authentication with any user name.
 //
-// Most clients ask GET /v2/ first, and send credentials later only if that answered 401. Some clients refuse to read
-// anonymously from a registry that asks for Basic. The challenge is therefore Bearer, and its token endpoint also gives
-// out an anonymous token. docker, containerd, crane and cosign then all read without credentials and push with them.
+// Most clients send GET /v2/ first, and they send credentials later only if the answer was 401. If the challenge in
+// that answer is Basic, some clients refuse to read without credentials. The challenge is therefore Bearer, and the
+// path of its token protocol also gives out an anonymous token. So docker, containerd, crane and cosign all read
+// without credentials, and push with them.
 func Handler(s *Store, who access, log *slog.Logger) http.Handler {
 	h := &handler{store: s, access: who, log: log}
 	h.api = ociserver.New(s, &ociserver.Options{
@@ -56,7 +57,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	secret, asked := auth.Secret(r)
 	var who auth.Principal
 	known := false
-	if asked && secret != anonymous {
+	if asked && secret != anonymousToken {
 		var err error
 		who, err = h.Authenticate(r.Context(), secret)
 		if err != nil && !fault.Is(err, fault.Unauthorized) {
@@ -70,7 +71,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	switch {
 	case r.URL.Path == TokenPath:
-		h.serveToken(w, r, secret, asked && secret != anonymous, known)
+		h.serveToken(w, r, secret, asked && secret != anonymousToken, known)
 		return
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		if !known {
@@ -82,7 +83,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	case r.URL.Path == "/v2/" || r.URL.Path == "/v2":
-		if !known && secret != anonymous {
+		if !known && secret != anonymousToken {
 			h.challenge(w, r)
 			return
 		}
@@ -93,7 +94,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.api.ServeHTTP(w, r.WithContext(withRange(r)))
 }
 
-// scopeOf returns the scope that a write needs. Cancelling an upload is part of a push.
+// scopeOf returns the scope that a write needs. The deletion of an upload is part of a push, and needs no other scope.
 func scopeOf(r *http.Request) auth.Scope {
 	if r.Method == http.MethodDelete && !strings.Contains(r.URL.Path, "/blobs/uploads/") {
 		return auth.Operate
@@ -110,15 +111,15 @@ func (h *handler) challenge(w http.ResponseWriter, r *http.Request) {
 	h.writeError(w, r, ociregistry.ErrUnauthorized)
 }
 
-// serveToken returns the secret of a known caller as its token. A caller without credentials gets the anonymous
-// token.
+// serveToken answers a request for a token. A known caller gets its own secret as the token. A caller without
+// credentials gets the anonymous token.
 func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret string, asked, known bool) {
 	if r.Method != http.MethodGet {
-		// Clients use GET after a 404, which says that the OAuth2 form of the protocol is missing.
+		// The answer 404 says that the registry does not support the protocol's OAuth2 form. Clients then use GET.
 		w.WriteHeader(http.StatusNotFound)
 		return
 	}
-	grant := anonymous
+	grant := anonymousToken
 	switch {
 	case known:
 		grant = secret
@@ -135,9 +136,9 @@ func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret stri
 	}
 }
 
-// writeError answers with an error. Errors inside the server contain paths, so only the log gets their text.
+// writeError answers with an error. The texts of the server's own errors contain paths, so they are only in the log.
 func (h *handler) writeError(w http.ResponseWriter, r *http.Request, err error) {
-	for _, name := range []string{"Etag", "Cache-Control"} { // these headers belong to the intended answer
+	for _, name := range []string{"Etag", "Cache-Control"} { // these headers are about the answer without an error
 		w.Header().Del(name)
 	}
 	_, status := ociregistry.MarshalError(err)

@@ -7,7 +7,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// audience returns the value of the header by which the registry tells each client who can read it.
+// audience returns the value of a header that tells clients who can read this registry.
 func (s *Store) audience() string {
 	if s.public {
 		return registry.AudiencePublic
@@ -15,8 +15,8 @@ func (s *Store) audience() string {
 	return registry.AudiencePrivate
 }
 
-// restricted returns why a public registry refuses a manifest, or "" if the registry accepts the manifest.
-func (s *Store) restricted(manifest []byte) string {
+// whyRestricted returns why a public registry refuses a manifest, or "" if the registry accepts it.
+func (s *Store) whyRestricted(manifest []byte) string {
 	need := bundle.RestrictionOf(manifest)
 	if !s.public || s.redistribute.Covers(need) || need == bundle.RedistributeNone {
 		return ""

@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestPublicRegistry pushes with an ordinary client. A public registry says that it is public, and accepts only
-// NVIDIA content that its operator allows.
+// TestPublicRegistry pushes with an ordinary client. A public registry must say that it is public. It must accept only
+// that content of NVIDIA's that its operator allows.
 func TestPublicRegistry(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -74,7 +74,7 @@ func TestPublicRegistry(t *testing.T) {
 					t.Errorf("Resolve(%s) after the push = %v; want there %t", f, err, want)
 				}
 			}
-			// The registry accepts images that are not Prebake's.
+			// The registry accepts images that do not come from Prebake.
 			if _, err := repo.Push(t.Context(), image(t)); err != nil {
 				t.Errorf("Push(somebody's image) = %v; want none", err)
 			}
@@ -82,8 +82,8 @@ func TestPublicRegistry(t *testing.T) {
 	}
 }
 
-// TestPublicRegistryReadsAllManifests shows that a public registry refuses restricted content whatever other fields a
-// manifest has and however long it is. Other programs may accept fields that our parser does not know.
+// TestPublicRegistryReadsAllManifests shows that a public registry refuses restricted content, whatever other fields
+// the manifest has, and however long it is. Other programs may understand fields that our parser does not know.
 func TestPublicRegistryReadsAllManifests(t *testing.T) {
 	t.Parallel()
 	s, err := ocistore.Open(t.TempDir(), ocistore.Options{Public: true})
@@ -103,7 +103,7 @@ func TestPublicRegistryReadsAllManifests(t *testing.T) {
 		t.Fatal(err)
 	}
 	foreign := image(t)
-	if _, err := repo.Push(t.Context(), foreign); err != nil { // pushes the blobs that the manifests name
+	if _, err := repo.Push(t.Context(), foreign); err != nil { // pushes the blobs that the manifests need
 		t.Fatal(err)
 	}
 	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"),

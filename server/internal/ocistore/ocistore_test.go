@@ -31,7 +31,7 @@ import (
 
 const token = "s3cret"
 
-// createOnly is similar to the server's rule.
+// createOnly is a rule like that of the server.
 func createOnly(repo, _ string) bool { return strings.HasPrefix(repo, "prebake/") }
 
 func open(t *testing.T, dir string) *ocistore.Store {
@@ -48,7 +48,7 @@ func open(t *testing.T, dir string) *ocistore.Store {
 	return s
 }
 
-// serve starts a registry with the folder dir and returns its host:port.
+// serve starts a registry in the folder dir and returns its host and port.
 func serve(t *testing.T, dir string) string {
 	t.Helper()
 	s := httptest.NewServer(ocistore.Handler(open(t, dir), auth.New(auth.Config{First: token}),
@@ -371,7 +371,8 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// FuzzManifest gives clients' manifests to the store. The store must answer, and must not write outside its folders.
+// FuzzManifest pushes arbitrary manifests to the store. The store must return, and must not write outside of its
+// folders.
 func FuzzManifest(f *testing.F) {
 	s, err := ocistore.Open(f.TempDir(), ocistore.Options{})
 	if err != nil {

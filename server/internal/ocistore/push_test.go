@@ -18,7 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// TestCrashLeftovers shows that the remains of a killed process are removed or do no harm.
+// TestCrashLeftovers shows that what a killed process left behind is removed or does no harm.
 func TestCrashLeftovers(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -27,7 +27,7 @@ func TestCrashLeftovers(t *testing.T) {
 	if err := remote.Write(reference(t, host, "prebake/driver:one"), img, options(t)...); err != nil {
 		t.Fatal(err)
 	}
-	// The process was killed after it wrote the referrers entry and before it wrote the manifest.
+	// The process was killed after it had written the entry among the referrers and before it wrote the manifest.
 	subject := digestOf(t, img).Hex
 	ghost := strings.Repeat("1", 64)
 	entry, err := json.Marshal(ociregistry.Descriptor{MediaType: "x", Digest: digest.Digest("sha256:" + ghost), Size: 1})
@@ -73,7 +73,7 @@ func TestConcurrentPushes(t *testing.T) {
 			}
 		})
 	}
-	// Different images also race for one create-only tag. One of them wins.
+	// Different images are also pushed to one create-only tag at the same time. One of them gets the tag.
 	var mu sync.Mutex
 	won := 0
 	for range 4 {
@@ -100,7 +100,7 @@ func TestConcurrentPushes(t *testing.T) {
 		}
 		return err
 	})
-	if want := 5 + 4*5; err != nil || blobs > want { // 3 layers, config, manifest; losers may have pushed blobs
+	if want := 5 + 4*5; err != nil || blobs > want { // 3 layers, config, manifest; the other images may have left blobs
 		t.Errorf("%d blobs, %v; want at most %d", blobs, err, want)
 	}
 }

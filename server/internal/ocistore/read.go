@@ -17,10 +17,10 @@ import (
 	"cuelabs.dev/go/oci/ociregistry/ociref"
 )
 
-// mediaTypeBlob is the media type of all blobs, because the protocol tells the registry no other.
+// mediaTypeBlob is the media type of all blobs, because the protocol does not tell a registry their real media types.
 const mediaTypeBlob = "application/octet-stream"
 
-// file serves a part of a file as an [ociregistry.BlobReader].
+// file is a part of a file, as an [ociregistry.BlobReader].
 type file struct {
 	io.Reader
 	f    *os.File
@@ -30,15 +30,16 @@ type file struct {
 func (f *file) Close() error                       { return f.f.Close() }
 func (f *file) Descriptor() ociregistry.Descriptor { return f.desc }
 
-// gone replaces the error of a missing file by the protocol's error.
-func gone(err, unknown error) error {
+// replaceNotExist returns the error unknown, which is one of the protocol, if err says that a file is missing.
+// Otherwise it returns err.
+func replaceNotExist(err, unknown error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return unknown
 	}
 	return err
 }
 
-// open opens stored content from offset0 up to offset1, which is exclusive. An offset1 of -1 means the end.
+// open opens stored content, from the byte offset0 to the byte before offset1. An offset1 of -1 means the end.
 func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknown error) (ociregistry.BlobReader,
 	error) {
 	sum, err := hexOf(desc.Digest)
@@ -47,7 +48,7 @@ func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknow
 	}
 	f, err := s.root.Open(blobPath(sum))
 	if err != nil {
-		return nil, gone(err, unknown)
+		return nil, replaceNotExist(err, unknown)
 	}
 	info, err := f.Stat()
 	if err != nil {
@@ -59,7 +60,7 @@ func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknow
 	}
 	if offset0 < 0 || offset0 > offset1 {
 		return nil, errors.Join(
-			fmt.Errorf("%w: the request is for bytes %d to %d, and the blob has %d bytes", ociregistry.ErrRangeInvalid,
+			fmt.Errorf("%w: the request is for bytes %d to %d, but the blob has %d bytes", ociregistry.ErrRangeInvalid,
 				offset0, offset1, desc.Size),
 			f.Close(),
 		)
@@ -86,9 +87,9 @@ func (s *Store) GetBlobRange(
 
 // ResolveBlob implements [ociregistry.Reader].
 func (s *Store) ResolveBlob(_ context.Context, _ string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
-	size, err := s.has(d)
+	size, err := s.statBlob(d)
 	if err != nil {
-		return ociregistry.Descriptor{}, gone(err, ociregistry.ErrBlobUnknown)
+		return ociregistry.Descriptor{}, replaceNotExist(err, ociregistry.ErrBlobUnknown)
 	}
 	return ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: size}, nil
 }
@@ -104,7 +105,7 @@ func (s *Store) ResolveManifest(_ context.Context, repo string, d ociregistry.Di
 		return ociregistry.Descriptor{}, err
 	}
 	desc, err := s.readDescriptor(name)
-	return plain(desc), gone(err, ociregistry.ErrManifestUnknown)
+	return basicDescriptor(desc), replaceNotExist(err, ociregistry.ErrManifestUnknown)
 }
 
 // HasManifest reports whether a repository has a manifest.
@@ -117,8 +118,8 @@ func (s *Store) HasManifest(ctx context.Context, repo, d string) (bool, error) {
 	return err == nil, err
 }
 
-// plain keeps the three fields that the protocol's resolve methods return.
-func plain(d ociregistry.Descriptor) ociregistry.Descriptor {
+// basicDescriptor returns a descriptor with only the three fields that the protocol's resolve methods return.
+func basicDescriptor(d ociregistry.Descriptor) ociregistry.Descriptor {
 	return ociregistry.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
 }
 
@@ -130,7 +131,7 @@ func (s *Store) ResolveTag(ctx context.Context, repo, tag string) (ociregistry.D
 	}
 	desc, err := s.readDescriptor(name)
 	if err != nil {
-		return ociregistry.Descriptor{}, gone(err, ociregistry.ErrManifestUnknown)
+		return ociregistry.Descriptor{}, replaceNotExist(err, ociregistry.ErrManifestUnknown)
 	}
 	return s.ResolveManifest(ctx, repo, desc.Digest)
 }
@@ -182,7 +183,7 @@ func (s *Store) Tags(_ context.Context, repo, startAfter string) iter.Seq2[strin
 		_, err = s.root.Stat(manifests)
 	}
 	if err != nil {
-		return ociregistry.ErrorSeq[string](gone(err, ociregistry.ErrNameUnknown))
+		return ociregistry.ErrorSeq[string](replaceNotExist(err, ociregistry.ErrNameUnknown))
 	}
 	entries, err := fs.ReadDir(s.root.FS(), path.Join(path.Dir(manifests), "_tags"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -190,7 +191,7 @@ func (s *Store) Tags(_ context.Context, repo, startAfter string) iter.Seq2[strin
 	}
 	names := []string{}
 	for _, e := range entries { // ReadDir returns sorted names
-		// A file with another name is no tag. It must not stop a caller that goes through all tags.
+		// A file whose name is not valid as a tag is ignored. It must not stop a caller that goes through all tags.
 		if e.Name() > startAfter && ociref.IsValidTag(e.Name()) {
 			names = append(names, e.Name())
 		}
@@ -208,8 +209,8 @@ func (s *Store) Labels(ctx context.Context, repo, d string, n int) ([]map[string
 	return labels, err
 }
 
-// Referrers implements [ociregistry.Lister]. A missing subject has no referrers, and the protocol does not treat that
-// as an error.
+// Referrers implements [ociregistry.Lister]. If the subject is missing, it has no referrers; in the protocol that is
+// not an error.
 func (s *Store) Referrers(
 	ctx context.Context,
 	repo string,
@@ -257,8 +258,8 @@ func (s *Store) referrers(
 		if artifactType != "" && desc.ArtifactType != artifactType {
 			continue
 		}
-		// The entry is written before the manifest. A process that was killed in between leaves an entry without a
-		// manifest, which must not be listed.
+		// The entry is written before the manifest. If the process is killed in between, an entry without a manifest remains.
+		// It must not be listed.
 		if _, err := s.ResolveManifest(ctx, repo, desc.Digest); errors.Is(err, ociregistry.ErrManifestUnknown) {
 			continue
 		} else if err != nil {

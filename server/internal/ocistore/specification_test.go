@@ -29,9 +29,9 @@ import (
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
-// TestSpecification runs the conformance program of the distribution specification with everything that version 1.1
-// has. The program is github.com/opencontainers/distribution-spec/conformance, a tool in go.mod. No test may fail.
-// The code below names the tests that may be skipped.
+// TestSpecification runs the conformance tests of the distribution specification, with everything that is in version
+// 1.1. Their program is github.com/opencontainers/distribution-spec/conformance, a tool in go.mod. No test may fail.
+// The code below has a list of the tests that may be skipped.
 func TestSpecification(t *testing.T) {
 	t.Parallel()
 	host := serve(t, t.TempDir())
@@ -67,8 +67,8 @@ func TestSpecification(t *testing.T) {
 	}
 }
 
-// TestCreateOnlyOutlivesDelete shows that a create-only tag names the same content for ever. Other content cannot
-// take the tag after the tag or the manifest was deleted.
+// TestCreateOnlyOutlivesDelete shows that a create-only tag refers to the same content for ever. Even after the tag's
+// manifest was deleted, other content cannot get the tag.
 func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -113,8 +113,8 @@ func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	}
 }
 
-// TestDeleteBesideBadTags shows that a manifest is not deleted while a tag cannot be read, because the tag may name the
-// manifest. A damaged tag does not prevent the deletion, and stays as it is.
+// TestDeleteBesideBadTags shows that a manifest is not deleted if a tag cannot be read, because the tag may refer to
+// the manifest. A tag with damaged content does not prevent the deletion, and it is not removed.
 func TestDeleteBesideBadTags(t *testing.T) {
 	t.Parallel()
 	for _, repo := range []string{"prebake/driver", "scratch/x"} { // the first is create-only
@@ -151,8 +151,8 @@ func TestDeleteBesideBadTags(t *testing.T) {
 	}
 }
 
-// TestCollect shows that a collection removes unreferenced blobs after a day and nothing else. It keeps the blobs of
-// a running push, and blobs that were requested lately.
+// TestCollect shows that a collection removes unreferenced blobs after a day and nothing else. It keeps the blobs of a
+// push that has not ended, and blobs that clients asked for lately.
 func TestCollect(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -182,7 +182,7 @@ func TestCollect(t *testing.T) {
 	if out, err := s.Collect(t.Context(), now); err != nil || out.Blobs != 0 {
 		t.Errorf("Collect(now) = %+v, %v; want nothing: all blobs are new", out, err)
 	}
-	age(t, dir, now.Add(-25*time.Hour))
+	setAge(t, dir, now.Add(-25*time.Hour))
 	layers, err := gone.Layers()
 	if err != nil {
 		t.Fatal(err)
@@ -214,8 +214,8 @@ func TestCollect(t *testing.T) {
 	}
 }
 
-// age sets the time of all files.
-func age(t *testing.T, dir string, at time.Time) {
+// setAge sets the time of all files in a folder.
+func setAge(t *testing.T, dir string, at time.Time) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -228,8 +228,8 @@ func age(t *testing.T, dir string, at time.Time) {
 	}
 }
 
-// TestCollectBesidePushes pushes old, unreferenced blobs while collections run without a pause. A stored manifest
-// must never lack a blob.
+// TestCollectBesidePushes pushes images whose blobs are old and unreferenced, while collections run without a pause. If
+// a manifest was stored, none of its blobs may be missing.
 func TestCollectBesidePushes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -1,17 +1,18 @@
 // Package ocistore is the embedded registry: the OCI distribution API over a folder. CUE's ociserver handles the
 // protocol. This package stores the content, see docs/decisions/0003-embedded-registry.md.
 //
-// Content becomes visible only when it is complete, verified and synced. A process that is killed at any moment leaves
-// the store as it was before or after a push. The package refuses digests other than SHA-256 and SHA-512, manifests
-// with missing blobs, and a second meaning for a tag of a create-only repository.
+// Content becomes visible only when it is complete and verified, and after fsync. If the process is killed during a
+// push, the store is as it was before the push or as it is after it. The package refuses digests other than SHA-256 and
+// SHA-512, and manifests with missing blobs. In a create-only repository, it also refuses to move a tag to another
+// manifest.
 //
 // Layout of the folder:
 //
 //	blobs/<algorithm>/<aa>/<hex>               every blob and manifest, once
 //	repos/<name>/_manifests/<hex>              descriptor: the manifest is in this repository
 //	repos/<name>/_referrers/<subject>/<hex>    descriptor: the manifest has this subject
-//	repos/<name>/_tags/<tag>                   descriptor of the manifest that the tag names
-//	repos/<name>/_retired/<tag>                descriptor of the deleted manifest that a create-only tag named
+//	repos/<name>/_tags/<tag>                   descriptor of the tag's manifest
+//	repos/<name>/_retired/<tag>                descriptor of the deleted manifest of a create-only tag
 //	uploads/<id>                               content of a running upload
 //	tmp/                                       files that are renamed to their final name
 package ocistore
@@ -37,13 +38,14 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// MaxManifest and MaxBlob are the largest sizes in bytes. The largest real layer, with firmware and user space of one
-// driver, has some hundred MB.
+// MaxManifest and MaxBlob are the largest sizes of a manifest and of a blob, in bytes. The largest real blob, a layer
+// of a driver, has some hundred MB.
 const (
 	MaxManifest = 4 << 20
 	MaxBlob     = 8 << 30
-	// uploadMaxAge is how long an upload without a request is kept. blobMinAge is how long an unreferenced blob is kept.
-	// It must be longer than a push takes, because clients push the blobs before the manifest that names them.
+	// uploadMaxAge is how long an upload is kept after its last request. blobMinAge is how long an unreferenced blob is
+	// kept. The latter must be longer than a push takes, because clients push blobs before the manifest that refers to
+	// them.
 	uploadMaxAge = 6 * time.Hour
 	blobMinAge   = 24 * time.Hour
 	maxName      = 255
@@ -51,21 +53,21 @@ const (
 
 // Options has the settings that differ between registries.
 type Options struct {
-	// CreateOnly reports whether a tag must keep its first meaning. nil means that no tag must.
+	// CreateOnly reports whether a tag must refer to the same manifest for ever. nil means that no tag must.
 	CreateOnly func(repo, tag string) bool
-	// Deleted is called with each deleted manifest. It may be nil.
+	// Deleted is called after a manifest was deleted. nil means no call.
 	Deleted func(repo string, d ociregistry.Digest)
 	// Public is true if the operator says, by --public, that everybody can read this registry. The registry then refuses
-	// content under NVIDIA's licence, except what Redistribute allows; "" allows nothing.
+	// content under NVIDIA's licence that Redistribute does not allow. If Redistribute is "", it allows none.
 	Public       bool
 	Redistribute bundle.Redistribution
 	// CheckFree returns an error if there is no room to write. nil means no check.
 	CheckFree func() error
 }
 
-// Store is a registry backend with a folder. Only one process may use a folder.
+// Store is the storage of a registry, in a folder. Only one process may use the folder.
 type Store struct {
-	*ociregistry.Funcs // refuses the methods that Store does not define as unsupported
+	*ociregistry.Funcs // methods that Store does not define return the error "unsupported"
 
 	root       *os.Root
 	createOnly func(repo, tag string) bool
@@ -78,7 +80,7 @@ type Store struct {
 	mu   sync.Mutex
 	busy map[string]bool // uploads that a request writes to at this moment
 
-	// collecting is locked to delete a blob, and read-locked to store a manifest.
+	// collecting is held for writing while a blob is deleted, and for reading while a manifest is checked and stored.
 	collecting sync.RWMutex
 }
 
@@ -86,7 +88,7 @@ type Store struct {
 func Open(dir string, o Options) (*Store, error) {
 	s, err := open(dir, o)
 	if err != nil {
-		return nil, fmt.Errorf("open registry: %w", err)
+		return nil, fmt.Errorf("open the registry: %w", err)
 	}
 	return s, nil
 }
@@ -116,14 +118,14 @@ func open(dir string, o Options) (*Store, error) {
 		public:       o.Public,
 		redistribute: o.Redistribute,
 	}
-	if err := s.clean(); err != nil {
+	if err := s.removeRemains(); err != nil {
 		return nil, errors.Join(err, root.Close())
 	}
 	return s, nil
 }
 
-// clean empties tmp and removes abandoned uploads.
-func (s *Store) clean() error {
+// removeRemains removes all files in the folder tmp, and abandoned uploads.
+func (s *Store) removeRemains() error {
 	if err := s.root.RemoveAll("tmp"); err != nil {
 		return err
 	}
@@ -158,8 +160,8 @@ func (s *Store) dropUploads(now time.Time) error {
 // Close closes the folder.
 func (s *Store) Close() error { return s.root.Close() }
 
-// hexOf returns the hex digits of a digest. The number of digits tells the algorithm, because SHA-256 and SHA-512 have
-// different numbers.
+// hexOf returns the hex digits of a digest. The algorithm follows from their number, which differs between SHA-256 and
+// SHA-512.
 func hexOf(d ociregistry.Digest) (string, error) {
 	if err := digest.Digest(d).Validate(); err != nil {
 		return "", fmt.Errorf("%w: %q: %w", ociregistry.ErrDigestInvalid, d, err)
@@ -171,7 +173,7 @@ func hexOf(d ociregistry.Digest) (string, error) {
 	return "", fmt.Errorf("%w: %q is neither a sha256 nor a sha512 digest", ociregistry.ErrDigestInvalid, d)
 }
 
-// algorithm returns the algorithm of a digest by the number of its hex digits.
+// algorithm returns the algorithm of a digest, which follows from the number of its hex digits.
 func algorithm(sum string) digest.Algorithm {
 	if len(sum) == 2*digest.SHA512.Size() {
 		return digest.SHA512
@@ -183,8 +185,8 @@ func blobPath(sum string) string {
 	return "blobs/" + string(algorithm(sum)) + "/" + sum[:2] + "/" + sum
 }
 
-// repoPath returns a path inside a repository's folder. Names of the protocol cannot begin with an underscore, so our
-// own folders cannot have the name of a repository.
+// repoPath returns a path in the folder of a repository. The names of our own folders there begin with an underscore,
+// so none can be part of a repository's name.
 func repoPath(repo string, parts ...string) (string, error) {
 	if len(repo) > maxName || !ociref.IsValidRepository(repo) {
 		return "", fmt.Errorf("%w: %q", ociregistry.ErrNameInvalid, repo)
@@ -205,7 +207,7 @@ func randomID() string {
 	return hex.EncodeToString(id)
 }
 
-// syncDir writes a folder's entries to the disk.
+// syncDir calls fsync on a folder, so that the names of its files survive a crash.
 func (s *Store) syncDir(dir string) error {
 	f, err := s.root.Open(dir)
 	if err != nil {
@@ -214,9 +216,9 @@ func (s *Store) syncDir(dir string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// adopt moves a complete file to its final path. If the path is that of a digest, an existing file there has the same
-// content, so replacing it changes nothing.
-func (s *Store) adopt(from, to string) error {
+// moveToFinal moves a complete file to its final path. If a file exists there, it is replaced. Where the path has a
+// digest, both files have the same content.
+func (s *Store) moveToFinal(from, to string) error {
 	if err := s.mkdirs(path.Dir(to)); err != nil {
 		return err
 	}
@@ -226,7 +228,7 @@ func (s *Store) adopt(from, to string) error {
 	return s.syncDir(path.Dir(to))
 }
 
-// mkdirs makes a folder and its parents, and writes each to the disk.
+// mkdirs makes a folder and its parents, and calls fsync for each of them.
 func (s *Store) mkdirs(dir string) error {
 	if _, err := s.root.Stat(dir); err == nil || dir == "." {
 		return err
@@ -240,8 +242,8 @@ func (s *Store) mkdirs(dir string) error {
 	return s.syncDir(path.Dir(dir))
 }
 
-// temp writes r to a synced file in tmp and returns its name.
-func (s *Store) temp(r io.Reader) (name string, err error) {
+// writeTemp writes r to a new file in the folder tmp, calls fsync, and returns the file's path.
+func (s *Store) writeTemp(r io.Reader) (name string, err error) {
 	if err := s.checkFree(); err != nil {
 		return "", err
 	}
@@ -266,20 +268,20 @@ func (s *Store) writeJSON(to string, v any) error {
 	if err != nil {
 		return err
 	}
-	name, err := s.temp(bytes.NewReader(raw))
+	name, err := s.writeTemp(bytes.NewReader(raw))
 	if err != nil {
 		return err
 	}
-	return s.adopt(name, to)
+	return s.moveToFinal(name, to)
 }
 
-// createJSON stores a small file. It returns fs.ErrExist if the file exists.
+// createJSON stores a small file, unless a file exists there: then it returns fs.ErrExist.
 func (s *Store) createJSON(to string, v any) error {
 	raw, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	name, err := s.temp(bytes.NewReader(raw))
+	name, err := s.writeTemp(bytes.NewReader(raw))
 	if err != nil {
 		return err
 	}
@@ -292,10 +294,10 @@ func (s *Store) createJSON(to string, v any) error {
 	return s.syncDir(path.Dir(to))
 }
 
-// errDamaged means that a file of the store has content that the store cannot have written.
+// errDamaged is the error if a file has content that the store cannot have written.
 var errDamaged = errors.New("damaged")
 
-// readDescriptor reads a file that holds a descriptor. If the file holds something else, the error is errDamaged.
+// readDescriptor reads a descriptor from a file. If the file has something else, the error is errDamaged.
 func (s *Store) readDescriptor(name string) (ociregistry.Descriptor, error) {
 	var d ociregistry.Descriptor
 	raw, err := s.root.ReadFile(name)
@@ -308,9 +310,10 @@ func (s *Store) readDescriptor(name string) (ociregistry.Descriptor, error) {
 	return d, nil
 }
 
-// has returns the size of a stored blob, or fs.ErrNotExist if it is missing. The caller is about to name the blob, so
-// has marks the blob as new. [Store.Collect] then keeps it for at least a day.
-func (s *Store) has(d ociregistry.Digest) (int64, error) {
+// statBlob returns the size of a stored blob, or fs.ErrNotExist if it is missing. A client that asks will probably push
+// a manifest that refers to the blob, so statBlob makes the blob new again. [Store.Collect] then keeps it for at least
+// a day.
+func (s *Store) statBlob(d ociregistry.Digest) (int64, error) {
 	sum, err := hexOf(d)
 	if err != nil {
 		return 0, err
@@ -322,14 +325,14 @@ func (s *Store) has(d ociregistry.Digest) (int64, error) {
 	return info.Size(), s.touch(blobPath(sum), info)
 }
 
-// putBytes stores content from memory under its digest d.
+// putBytes stores content as the blob with the digest d.
 func (s *Store) putBytes(d digest.Digest, content []byte) error {
-	if _, err := s.has(d); err == nil {
+	if _, err := s.statBlob(d); err == nil {
 		return nil
 	}
-	name, err := s.temp(bytes.NewReader(content))
+	name, err := s.writeTemp(bytes.NewReader(content))
 	if err != nil {
 		return err
 	}
-	return s.adopt(name, blobPath(d.Encoded()))
+	return s.moveToFinal(name, blobPath(d.Encoded()))
 }

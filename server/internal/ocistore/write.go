@@ -41,9 +41,9 @@ func (s *Store) PushBlob(
 	}
 	seen := algorithm(sum).Digester()
 	count := &counter{}
-	name, err := s.temp(io.TeeReader(io.LimitReader(r, MaxBlob+1), io.MultiWriter(seen.Hash(), count)))
+	name, err := s.writeTemp(io.TeeReader(io.LimitReader(r, MaxBlob+1), io.MultiWriter(seen.Hash(), count)))
 	if err != nil {
-		return desc, fmt.Errorf("store blob: %w", err)
+		return desc, fmt.Errorf("store the blob: %w", err)
 	}
 	switch {
 	case count.n > MaxBlob || (desc.Size >= 0 && count.n != desc.Size):
@@ -55,7 +55,7 @@ func (s *Store) PushBlob(
 		return desc, errors.Join(err, s.root.Remove(name))
 	}
 	desc.Size = count.n
-	return desc, s.adopt(name, blobPath(sum))
+	return desc, s.moveToFinal(name, blobPath(sum))
 }
 
 type counter struct{ n int64 }
@@ -88,8 +88,8 @@ func (s *Store) PushBlobChunked(_ context.Context, repo string, _ int) (ociregis
 
 var idPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
 
-// PushBlobChunkedResume implements [ociregistry.Writer]. The length of its file is the only state of an upload, so
-// the upload survives a restart.
+// PushBlobChunkedResume implements [ociregistry.Writer]. An upload has no state but the length of its file, so it
+// survives a restart.
 func (s *Store) PushBlobChunkedResume(
 	ctx context.Context,
 	repo, id string,
@@ -104,14 +104,14 @@ func (s *Store) PushBlobChunkedResume(
 	}
 	f, err := s.root.OpenFile("uploads/"+id, os.O_WRONLY|os.O_APPEND, 0)
 	if err != nil {
-		return nil, gone(err, ociregistry.ErrBlobUploadUnknown)
+		return nil, replaceNotExist(err, ociregistry.ErrBlobUploadUnknown)
 	}
 	info, err := f.Stat()
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	switch {
-	case !saysWhere(ctx):
+	case !offsetKnown(ctx):
 		offset = -1 // without an offset, the chunk is appended
 	case offset > 0 && offset != info.Size():
 		return nil, errors.Join(outOfOrder(offset, info.Size()), f.Close())
@@ -134,7 +134,7 @@ func (s *Store) CancelUpload(id string) error {
 	if s.busy[id] {
 		return fmt.Errorf("%w: another request writes to this upload", ociregistry.ErrBlobUploadInvalid)
 	}
-	return gone(s.root.Remove("uploads/"+id), ociregistry.ErrBlobUploadUnknown)
+	return replaceNotExist(s.root.Remove("uploads/"+id), ociregistry.ErrBlobUploadUnknown)
 }
 
 func (s *Store) upload(id string, f *os.File, size, offset int64) (ociregistry.BlobWriter, error) {
@@ -154,15 +154,16 @@ type upload struct {
 	id     string
 	f      *os.File // nil after Close
 	size   int64
-	offset int64 // the size that the client expects; -1 if it is unknown or checked
+	offset int64 // the size that the client expects; -1 if it gave none, or if it was checked
 }
 
 func (u *upload) ID() string     { return u.id }
 func (u *upload) Size() int64    { return u.size }
 func (u *upload) ChunkSize() int { return 64 << 10 }
 
-// Write appends p. It compares the client's offset with the size only when the first bytes arrive. A last request
-// without content has offset 0, whatever was sent before, and must not be refused.
+// Write appends p. It compares the client's offset with the upload's size only when the first bytes of a request
+// arrive. The last request of an upload may have no content. Its offset is then 0, whatever was sent before, and it
+// must not be refused.
 func (u *upload) Write(p []byte) (int, error) {
 	if u.offset >= 0 && u.offset != u.size {
 		return 0, outOfOrder(u.offset, u.size)
@@ -198,7 +199,7 @@ func (u *upload) Cancel() error {
 	return errors.Join(u.Close(), err)
 }
 
-// Commit compares the upload with the digest and makes it a blob. It removes content with another digest.
+// Commit makes the upload a blob, if the content has this digest. If it has another digest, Commit removes the upload.
 func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err error) {
 	sum, err := hexOf(d)
 	if err != nil {
@@ -221,13 +222,13 @@ func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err 
 		err := fmt.Errorf("%w: the content has digest %s", ociregistry.ErrDigestInvalid, seen.Digest())
 		return desc, errors.Join(err, u.Cancel())
 	}
-	if err := u.s.adopt(name, blobPath(sum)); err != nil {
+	if err := u.s.moveToFinal(name, blobPath(sum)); err != nil {
 		return desc, err
 	}
 	return ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: n}, u.Close()
 }
 
-// manifest has the fields that a registry must read, of all kinds of manifests.
+// manifest has the fields that a registry must read. They are those of all kinds of manifests.
 type manifest struct {
 	MediaType    string                   `json:"mediaType"`
 	ArtifactType string                   `json:"artifactType"`
@@ -238,8 +239,8 @@ type manifest struct {
 	Annotations  map[string]string        `json:"annotations"`
 }
 
-// PushManifest implements [ociregistry.Writer]. It writes the content, the referrers entry, the manifest and the tag,
-// in this order. Each of them becomes visible only after everything that it needs.
+// PushManifest implements [ociregistry.Writer]. It writes the content, the entry among the referrers, the manifest and
+// the tag, in this order. What each of them needs is then visible before it.
 func (s *Store) PushManifest(
 	ctx context.Context,
 	repo, tag string,
@@ -266,10 +267,11 @@ func (s *Store) pushManifest(
 			return desc, err
 		}
 	}
-	// The lock keeps the checked blobs until the manifest is stored: no collection can run in between.
+	// While the lock is held, no collection removes a blob. The checked blobs are therefore still there when the manifest
+	// is stored.
 	s.collecting.RLock()
 	defer s.collecting.RUnlock()
-	m, err := s.check(ctx, repo, content, mediaType)
+	m, err := s.parseAndCheck(ctx, repo, content, mediaType)
 	if err != nil {
 		return desc, err
 	}
@@ -285,12 +287,12 @@ func (s *Store) pushManifest(
 		}
 	}
 	if tagFile != "" {
-		if old, err := s.retired(repo, tag); err == nil && old.Digest != desc.Digest {
+		if old, err := s.retiredTag(repo, tag); err == nil && old.Digest != desc.Digest {
 			return desc, denied(repo, tag, old.Digest)
 		}
 	}
 	if err := s.putBytes(d, content); err != nil {
-		return desc, fmt.Errorf("store manifest: %w", err)
+		return desc, fmt.Errorf("store the manifest: %w", err)
 	}
 	if m.Subject != nil {
 		subject, err := hexOf(m.Subject.Digest)
@@ -302,7 +304,7 @@ func (s *Store) pushManifest(
 			return desc, err
 		}
 		if err := s.writeJSON(name, full); err != nil {
-			return desc, fmt.Errorf("store referrer: %w", err)
+			return desc, fmt.Errorf("store the referrer: %w", err)
 		}
 	}
 	name, err := repoPath(repo, "_manifests", desc.Digest.Encoded())
@@ -310,7 +312,7 @@ func (s *Store) pushManifest(
 		return desc, err
 	}
 	if err := s.writeJSON(name, full); err != nil {
-		return desc, fmt.Errorf("store manifest: %w", err)
+		return desc, fmt.Errorf("store the manifest: %w", err)
 	}
 	if tagFile == "" {
 		return desc, nil
@@ -319,7 +321,7 @@ func (s *Store) pushManifest(
 }
 
 func denied(repo, tag string, is ociregistry.Digest) error {
-	return fmt.Errorf("%w: tag %s of repository %s is create-only and already names %s", ociregistry.ErrDenied, tag,
+	return fmt.Errorf("%w: tag %s of repository %s is create-only, and it refers to %s", ociregistry.ErrDenied, tag,
 		repo, is)
 }
 
@@ -341,9 +343,9 @@ func (s *Store) setTag(repo, tag, name string, desc ociregistry.Descriptor) erro
 	return nil
 }
 
-// check parses a manifest and verifies that everything it names is stored. Its subject may be missing, because the
-// protocol allows referrers to arrive first.
-func (s *Store) check(ctx context.Context, repo string, content []byte, mediaType string) (manifest, error) {
+// parseAndCheck parses a manifest, and returns an error if something that it refers to is not stored. Only the subject
+// may be missing, because the protocol allows clients to push a referrer before its subject.
+func (s *Store) parseAndCheck(ctx context.Context, repo string, content []byte, mediaType string) (manifest, error) {
 	var m manifest
 	invalid := func(format string, args ...any) error {
 		return fmt.Errorf("%w: "+format, append([]any{ociregistry.ErrManifestInvalid}, args...)...)
@@ -374,7 +376,7 @@ func (s *Store) check(ctx context.Context, repo string, content []byte, mediaTyp
 		return m, invalid("an image manifest must have a config and no manifests")
 	}
 	for _, d := range append([]ociregistry.Descriptor{*m.Config}, m.Layers...) {
-		size, err := s.has(d.Digest)
+		size, err := s.statBlob(d.Digest)
 		if errors.Is(err, fs.ErrNotExist) && nondistributable(d.MediaType) {
 			continue // image specification, "Non-Distributable Layers": such a layer may never be pushed
 		}
@@ -400,8 +402,8 @@ func missing(what string, d ociregistry.Digest, err error) error {
 	return err
 }
 
-// DeleteTag implements [ociregistry.Deleter]. The manifest stays. A create-only tag cannot be deleted, because it
-// could then name other content later.
+// DeleteTag implements [ociregistry.Deleter]. It does not delete the manifest. It refuses to delete a create-only tag,
+// because the tag could then be made again for other content.
 func (s *Store) DeleteTag(_ context.Context, repo, tag string) error {
 	name, err := tagPath(repo, tag)
 	if err != nil {
@@ -409,16 +411,16 @@ func (s *Store) DeleteTag(_ context.Context, repo, tag string) error {
 	}
 	old, err := s.readDescriptor(name)
 	if err != nil {
-		return gone(err, ociregistry.ErrManifestUnknown)
+		return replaceNotExist(err, ociregistry.ErrManifestUnknown)
 	}
 	if s.createOnly(repo, tag) {
 		return fmt.Errorf("%w; delete the manifest %s instead", denied(repo, tag, old.Digest), old.Digest)
 	}
-	return gone(cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))), ociregistry.ErrManifestUnknown)
+	return replaceNotExist(cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))), ociregistry.ErrManifestUnknown)
 }
 
-// retired reads which deleted manifest a create-only tag named.
-func (s *Store) retired(repo, tag string) (ociregistry.Descriptor, error) {
+// retiredTag returns the deleted manifest that a create-only tag referred to.
+func (s *Store) retiredTag(repo, tag string) (ociregistry.Descriptor, error) {
 	name, err := repoPath(repo, "_retired", tag)
 	if err != nil {
 		return ociregistry.Descriptor{}, err
@@ -426,13 +428,13 @@ func (s *Store) retired(repo, tag string) (ociregistry.Descriptor, error) {
 	return s.readDescriptor(name)
 }
 
-// DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest first, and then the manifest. It
-// remembers which manifest a create-only tag named, so that such a tag can only return with the same content. The
-// content stays until it is collected, because another repository may have it.
+// DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest first, and then the manifest. If
+// a tag is create-only, the store remembers its manifest, so that the tag can only be made again for the same content.
+// The content itself is left to [Store.Collect], because another repository may have it.
 //
-// If a tag cannot be read, it may name the manifest. DeleteManifest then returns an error, and the manifest stays. A
-// damaged tag names nothing and stays as it is: it must not block the deletion, and a damaged create-only tag must not
-// become free for other content.
+// If a tag cannot be read, it may refer to the manifest. DeleteManifest then returns an error and deletes no manifest.
+// A tag with damaged content refers to no manifest. It does not prevent the deletion. It is not removed, because a
+// create-only tag must not become free for other content.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
 	desc, err := s.ResolveManifest(ctx, repo, d)
 	if err != nil {
@@ -453,7 +455,7 @@ func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.D
 		case err == nil && s.createOnly(repo, tag):
 			var kept string
 			if kept, err = repoPath(repo, "_retired", tag); err == nil {
-				err = s.adopt(name, kept)
+				err = s.moveToFinal(name, kept)
 			}
 		case err == nil:
 			err = s.root.Remove(name)
@@ -467,7 +469,7 @@ func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.D
 		return err
 	}
 	if err := cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))); err != nil {
-		return gone(err, ociregistry.ErrManifestUnknown)
+		return replaceNotExist(err, ociregistry.ErrManifestUnknown)
 	}
 	if s.deleted != nil {
 		s.deleted(repo, d)

@@ -10,22 +10,22 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// CopySQLite copies an SQLite database, the catalogue or another, to a new file. It refuses a file that exists. The
-// copy has the state of one moment: another writer's transaction is in it as a whole or not at all. No writer waits
-// for the copy. The copy is on the disk when CopySQLite returns.
+// CopySQLite copies an SQLite database, such as the catalogue, to a new file. If the file exists, it returns an error.
+// The copy has the state of one moment: of another writer's transaction, it has all or nothing. No writer waits for the
+// copy. CopySQLite calls fsync before it returns.
 func CopySQLite(ctx context.Context, from, to string) error {
 	if err := copySQLite(ctx, from, to); err != nil {
-		return fmt.Errorf("copy database %s: %w", from, err)
+		return fmt.Errorf("copy the database %s: %w", from, err)
 	}
 	return nil
 }
 
 func copySQLite(ctx context.Context, from, to string) (err error) {
-	// Without this check, SQLite would make a missing database.
+	// If the database is missing, SQLite would make an empty one.
 	if _, err := os.Stat(from); err != nil {
-		return fault.Wrap(fault.NotFound, err, "name the data folder of the server: --data FOLDER")
+		return fault.Wrap(fault.NotFound, err, "give the data folder of the server: --data FOLDER")
 	}
-	// The file is made first, so that the copy is private from its first byte. SQLite accepts an empty file as target.
+	// The file is made first, with a mode that lets only this user read it. SQLite accepts an empty file as target.
 	f, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
 	if err != nil {
 		return err
@@ -36,10 +36,10 @@ func copySQLite(ctx context.Context, from, to string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
-	// SQLite reads the source in one transaction. All our databases have a write-ahead log, so the transaction blocks no
-	// writer.
+	// SQLite reads the source in one transaction. The transaction blocks no writer, because all our databases have a
+	// write-ahead log.
 	if _, err := db.ExecContext(ctx, `VACUUM INTO $1`, to); err != nil {
-		return classify("vacuum", err)
+		return classify("write the copy", err)
 	}
 	return f.Sync()
 }

@@ -9,9 +9,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// beside shows that readers do not wait for writers. When readers and writers used one connection, a builder's report
-// or an endless list blocked every readiness check and every node's question.
-func beside(t *testing.T, s *store.Store, id string) {
+// testReadDuringWrite shows that readers do not wait for writers. When readers and writers shared one connection, a
+// builder's report or an endless list blocked all readiness checks and all questions of nodes.
+func testReadDuringWrite(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()
 	err := s.Write(ctx, func(tx *store.Tx) error {
@@ -34,8 +34,8 @@ func beside(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// panicked shows that the only connection for writing is free again after a write that panics.
-func panicked(t *testing.T, s *store.Store, id string) {
+// testWriteThatPanics shows that the only connection for writing can be used again after a write has panicked.
+func testWriteThatPanics(t *testing.T, s *store.Store, id string) {
 	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()
 	put := func(then func()) func(*store.Tx) error {

@@ -32,15 +32,16 @@ func scanBuild(row func(...any) error) (api.Build, error) {
 	if phases != "[]" {
 		err = json.Unmarshal([]byte(phases), &b.Phases)
 	}
-	for i := range b.Phases { // the only times that a builder sends
-		b.Phases[i].Start = encodable(b.Phases[i].Start)
+	for i := range b.Phases { // phases have the only times that come from a builder
+		b.Phases[i].Start = encodableTime(b.Phases[i].Start)
 	}
 	return b, errors.Join(err, json.Unmarshal([]byte(kernel), &b.Kernel))
 }
 
-// encodable returns a time in UTC. A time whose year JSON cannot hold (RFC 3339: 0 to 9999) becomes zero: near the
-// ends, a text with an offset can be read, but the same time in UTC cannot be written.
-func encodable(t time.Time) time.Time {
+// encodableTime returns a time in UTC. In JSON a year must be 0 to 9999 (RFC 3339). If the year is outside of these,
+// encodableTime returns the zero time. Such times exist: a text with an offset may be read, although the same time in
+// UTC has another year.
+func encodableTime(t time.Time) time.Time {
 	t = t.UTC()
 	if year := t.Year(); year < 0 || year > 9999 {
 		return time.Time{}
@@ -48,8 +49,8 @@ func encodable(t time.Time) time.Time {
 	return t
 }
 
-// prefixed writes a table's name before each column of a list.
-func prefixed(table, columns string) string {
+// withPrefix returns a list of columns with a table's name before each column.
+func withPrefix(table, columns string) string {
 	return table + "." + strings.ReplaceAll(columns, ", ", ", "+table+".")
 }
 
@@ -60,14 +61,14 @@ func builds(ctx context.Context, q querier, tail string, args ...any) ([]api.Bui
 		all = append(all, b)
 		return err
 	}, `SELECT `+buildColumns+` FROM builds`+tail, args...)
-	return all, classify("list builds", err)
+	return all, classify("list the builds", err)
 }
 
 // BuildFilter chooses the builds to list. An empty field allows any value.
 type BuildFilter struct {
 	State          api.State
 	BuildID, Board string
-	Milestone      int // of the build's kernel; kernels that the catalogue lacks never match
+	Milestone      int // the milestone of the build's kernel; if the catalogue lacks the kernel, no milestone matches
 	Driver         string
 	Flavour        target.Flavour
 }
@@ -84,11 +85,11 @@ func (s *Store) Builds(ctx context.Context, f BuildFilter, p Page) (all []api.Bu
 		return nil, "", err
 	}
 	w := &where{}
-	equal(w, "state", string(f.State))
-	equal(w, "build_id", f.BuildID)
-	equal(w, "board", f.Board)
-	equal(w, "driver", f.Driver)
-	equal(w, "flavour", string(f.Flavour))
+	addEqual(w, "state", string(f.State))
+	addEqual(w, "build_id", f.BuildID)
+	addEqual(w, "board", f.Board)
+	addEqual(w, "driver", f.Driver)
+	addEqual(w, "flavour", string(f.Flavour))
 	if f.Milestone != 0 {
 		w.and(
 			"EXISTS (SELECT 1 FROM kernels k WHERE k.build_id = builds.build_id AND k.board = builds.board AND k.milestone = ?)",
@@ -113,11 +114,11 @@ func (s *Store) Build(ctx context.Context, id int64) (api.Build, error) {
 	return build(ctx, s.readers, id, "")
 }
 
-// Build reads one build and locks it, so that no other transaction changes it.
+// Build reads one build and locks its row, so that no other transaction changes it.
 func (tx *Tx) Build(ctx context.Context, id int64) (api.Build, error) {
 	lock := ""
 	if tx.postgres {
-		lock = " FOR UPDATE" // SQLite's immediate transaction has the lock already
+		lock = " FOR UPDATE" // with SQLite, each transaction that writes has a lock already
 	}
 	return build(ctx, tx, id, lock)
 }
@@ -125,20 +126,22 @@ func (tx *Tx) Build(ctx context.Context, id int64) (api.Build, error) {
 func build(ctx context.Context, q querier, id int64, lock string) (api.Build, error) {
 	b, err := scanBuild(q.QueryRowContext(ctx, `SELECT `+buildColumns+` FROM builds WHERE id = $1`+lock, id).Scan)
 	if errors.Is(err, sql.ErrNoRows) {
-		return b, fault.New(fault.NotFound, fmt.Sprintf("build %d does not exist", id), "list builds: server builds")
+		return b, fault.New(fault.NotFound, fmt.Sprintf("build %d does not exist", id),
+			"take the number from the list of builds: server builds")
 	}
 	return b, classify(fmt.Sprintf("read build %d", id), err)
 }
 
-// AddBuild stores a new build and returns it with its number. If the cell has an open build, AddBuild returns that
-// build, and added is false.
+// AddBuild stores a new build and returns it with its number. If the cell has an open build, it stores nothing and
+// returns that build, and the result added is false.
 func (tx *Tx) AddBuild(ctx context.Context, b api.Build) (stored api.Build, added bool, err error) {
 	kernel, err := json.Marshal(b.Kernel)
 	if err != nil {
 		return b, false, fmt.Errorf("encode kernel %s: %w", b.Kernel, err)
 	}
 	tx.touch(b.Kernel.String())
-	// The database has a unique index over open builds. If another transaction was first, the INSERT returns no row.
+	// The database has a unique index over open builds. If another transaction has added one for this cell, the INSERT
+	// returns no row.
 	for range 3 {
 		err = tx.QueryRowContext(
 			ctx,
@@ -160,7 +163,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNIN
 			return b, true, nil
 		}
 		if !errors.Is(err, sql.ErrNoRows) {
-			return b, false, classify("store build", err)
+			return b, false, classify("store the build", err)
 		}
 		open, found, err := tx.openBuild(ctx, b)
 		if err != nil || found {
@@ -168,11 +171,11 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNIN
 		}
 		// The open build ended between the two statements, so the loop tries again.
 	}
-	return b, false, fault.New(fault.Busy, "store build: the cell's open build keeps changing",
+	return b, false, fault.New(fault.Busy, "store the build: the cell's open build keeps changing",
 		"send the request again")
 }
 
-// BuildBefore finds the newest build of b's cell that is older than b.
+// BuildBefore returns the newest of the builds of b's cell that are older than b.
 func (tx *Tx) BuildBefore(ctx context.Context, b api.Build) (before api.Build, found bool, err error) {
 	all, err := builds(ctx, tx, ` WHERE build_id = $1 AND board = $2 AND driver = $3 AND flavour = $4
         AND id < $5 ORDER BY id DESC LIMIT 1`,
@@ -183,7 +186,7 @@ func (tx *Tx) BuildBefore(ctx context.Context, b api.Build) (before api.Build, f
 	return all[0], true, nil
 }
 
-// openBuild finds the open build of the same cell as b.
+// openBuild returns the open build of b's cell.
 func (tx *Tx) openBuild(ctx context.Context, b api.Build) (api.Build, bool, error) {
 	open, err := builds(ctx, tx, ` WHERE build_id = $1 AND board = $2 AND driver = $3 AND flavour = $4
         AND state IN ('queued', 'building')`, b.Kernel.BuildID, b.Kernel.Board, b.Driver.Version, string(b.Driver.Flavour))
@@ -193,8 +196,8 @@ func (tx *Tx) openBuild(ctx context.Context, b api.Build) (api.Build, bool, erro
 	return open[0], true, nil
 }
 
-// SetBuild stores the current state of a build. The cell, the number and the creation time of a build never change.
-// The error has kind Busy if b is open and another build of its cell is open, too.
+// SetBuild stores the state of a build. It does not change the build's cell, number and creation time. If b is open and
+// another build of its cell is open, too, the error has kind Busy.
 func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 	kernel, err := json.Marshal(b.Kernel)
 	if err != nil {
@@ -212,7 +215,7 @@ func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 		if found && open.ID != b.ID {
 			return fault.New(
 				fault.Busy,
-				fmt.Sprintf("store build %d: build %d of the same cell has not ended yet", b.ID, open.ID),
+				fmt.Sprintf("store the record of build %d: build %d of the same cell has not ended yet", b.ID, open.ID),
 				"",
 			)
 		}
@@ -223,11 +226,11 @@ UPDATE builds SET kernel = $2, state = $3, phase = $4, worker = $5, attempt = $6
     digest = $10, phases = $11, started_at = $12, finished_at = $13, beat_at = $14, priority = $15 WHERE id = $1`,
 		b.ID, string(kernel), string(b.State), b.Phase, b.Worker, b.Attempt, b.Class, b.Error, b.Hint, b.Digest,
 		string(phases), ptrMicros(b.StartedAt), ptrMicros(b.FinishedAt), ptrMicros(b.HeartbeatAt), b.Priority)
-	return classify(fmt.Sprintf("store build %d", b.ID), err)
+	return classify(fmt.Sprintf("store the record of build %d", b.ID), err)
 }
 
 // CountBuilds counts builds by state.
 func (s *Store) CountBuilds(ctx context.Context) (map[api.State]int, error) {
 	counts, err := s.count(ctx, "builds")
-	return counts, classify("count builds", err)
+	return counts, classify("count the builds", err)
 }

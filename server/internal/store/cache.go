@@ -15,17 +15,17 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Nodes ask the same few questions again and again, and each question costs a database some hundred microseconds. The
-// cache therefore keeps the facts of a kernel's cells until somebody writes about that kernel. With SQLite, this
-// process is the only writer. With PostgreSQL, each writer notifies the others by NOTIFY, in the transaction that
-// writes. A process that receives no notifications caches nothing.
+// Nodes ask the same few questions again and again, and for each the database needs some hundred microseconds. The
+// cache therefore keeps the facts about a kernel's cells until somebody changes them. With SQLite, this process is the
+// only writer. With PostgreSQL, each writer sends a NOTIFY to the others in the transaction that writes. As long as a
+// process cannot receive notifications, it caches nothing.
 
-// Limits of the cache.
+// rememberedKernels and rememberedDrivers are how many entries the cache has at most.
 const (
 	rememberedKernels = 8192
 	rememberedDrivers = 4096
-	// maxNotes is the most keys that one transaction announces. A transaction that changes more announces that
-	// everything changed.
+	// maxNotes is how many changed keys a transaction sends to other processes at most. If more have changed, it sends one
+	// notification that everything has changed.
 	maxNotes = 50
 	channel  = "prebake_catalogue"
 )
@@ -35,8 +35,8 @@ type cache struct {
 	drivers *lru.Cache[string, api.DriverRelease]
 
 	mu        sync.Mutex
-	listening bool   // notifications of other writers arrive
-	dropped   uint64 // how often entries were dropped
+	listening bool   // true if notifications of other writers arrive
+	dropped   uint64 // number of calls of forget
 }
 
 func newCache() *cache {
@@ -48,8 +48,9 @@ func newCache() *cache {
 	return &cache{kernels: kernels, drivers: drivers}
 }
 
-// remember returns a cached value, or calls read and caches its result. It caches nothing if read says so. It also
-// caches nothing if entries were dropped during the read, because the value may be older than the change.
+// remember returns a cached value. If there is none, it calls the function read and caches the result. The second
+// result of read is false if the value must not be cached. If entries were dropped during the call, the value is not
+// cached either, because it may be older than the change.
 func remember[T any](c *cache, in *lru.Cache[string, T], key string, read func() (T, bool, error)) (T, error) {
 	if v, ok := in.Get(key); ok {
 		return v, nil
@@ -69,7 +70,7 @@ func remember[T any](c *cache, in *lru.Cache[string, T], key string, read func()
 	return v, nil
 }
 
-// forget drops the entries of the kernels and drivers with these keys. The key "" drops everything.
+// forget drops the entries of the kernels and drivers with these keys. The key "" stands for all entries.
 func (c *cache) forget(keys ...string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -85,8 +86,8 @@ func (c *cache) forget(keys ...string) {
 	}
 }
 
-// listens sets whether notifications of other writers arrive. It also drops everything.
-func (c *cache) listens(yes bool) {
+// setListening stores whether notifications of other writers arrive. It also drops all entries.
+func (c *cache) setListening(yes bool) {
 	c.mu.Lock()
 	c.listening = yes
 	c.mu.Unlock()
@@ -105,9 +106,9 @@ func (s *Store) KernelCells(ctx context.Context, buildID, board string) (*Kernel
 	})
 }
 
-// RememberedCells lists a page of kernels with the facts about their cells, newest BUILD_ID first. It uses the cache if
-// all of the page is cached. The facts about one kernel then come from one state of the database. The facts about two
-// kernels may come from different states.
+// RememberedCells lists a page of kernels with the facts about their cells, newest BUILD_ID first. If all kernels of
+// the page are cached, it takes the facts from the cache. The facts about one kernel are always those of one moment.
+// The facts about two kernels may then be of different moments.
 func (s *Store) RememberedCells(
 	ctx context.Context,
 	f KernelFilter,
@@ -125,7 +126,7 @@ func (s *Store) RememberedCells(
 		return err
 	}, text, args...)
 	if err != nil {
-		return nil, "", classify("list cells", err)
+		return nil, "", classify("list the cells", err)
 	}
 	names, next = cut(names, p.Limit, func(n [2]string) []string { return []string{target.SortKey(n[0]), n[1]} })
 	all = make([]*KernelCells, len(names))
@@ -164,7 +165,7 @@ func (s *Store) listen(ctx context.Context, url string) {
 	pause.MaxInterval = 10 * time.Second
 	for ctx.Err() == nil {
 		err := s.listenOnce(ctx, url, pause.Reset)
-		s.cache.listens(false)
+		s.cache.setListening(false)
 		if err == nil || ctx.Err() != nil {
 			return
 		}
@@ -175,7 +176,8 @@ func (s *Store) listen(ctx context.Context, url string) {
 	}
 }
 
-// listenOnce listens on one connection until it breaks.
+// listenOnce receives notifications on one connection, until the connection breaks. It calls the function begun when it
+// listens.
 func (s *Store) listenOnce(ctx context.Context, url string, begun func()) error {
 	conn, err := pgx.Connect(ctx, url)
 	if err != nil {
@@ -185,7 +187,7 @@ func (s *Store) listenOnce(ctx context.Context, url string, begun func()) error 
 	if _, err := conn.Exec(ctx, "LISTEN "+channel); err != nil {
 		return err
 	}
-	s.cache.listens(true)
+	s.cache.setListening(true)
 	begun()
 	for {
 		note, err := conn.WaitForNotification(ctx)
@@ -196,7 +198,8 @@ func (s *Store) listenOnce(ctx context.Context, url string, begun func()) error 
 	}
 }
 
-// touch notes that the transaction changes a kernel (BUILD_ID/BOARD) or a driver version. "" stands for everything.
+// touch records that the transaction changes a kernel or a driver version. The key is BUILD_ID/BOARD or the version; ""
+// stands for everything.
 func (tx *Tx) touch(key string) {
 	if tx.touched == nil {
 		tx.touched = map[string]bool{}
@@ -204,7 +207,7 @@ func (tx *Tx) touch(key string) {
 	tx.touched[key] = true
 }
 
-// notes returns the keys that every cache has to drop after the transaction.
+// notes returns the keys of the entries that every cache has to drop after the transaction.
 func (tx *Tx) notes() []string {
 	if tx.touched[""] || len(tx.touched) > maxNotes {
 		return []string{""}

@@ -44,10 +44,10 @@ func (s *Store) Drivers(ctx context.Context, p Page) (all []api.DriverRelease, n
 		return err
 	}, `SELECT version, flavours, seen_at FROM drivers`+w.String()+` ORDER BY sort_key DESC`+w.limit(p.Limit), w.args...)
 	all, next = cut(all, p.Limit, func(d api.DriverRelease) []string { return []string{target.SortKey(d.Version)} })
-	return all, next, classify("list drivers", err)
+	return all, next, classify("list the drivers", err)
 }
 
-// Driver reads one driver version. An unknown version is no error; it has no flavours.
+// Driver reads one driver version. If the version is not known, it returns no error, and a driver without flavours.
 func (s *Store) Driver(ctx context.Context, version string) (api.DriverRelease, error) {
 	return remember(s.cache, s.cache.drivers, version, func() (api.DriverRelease, bool, error) {
 		d, err := scanDriver(
@@ -73,7 +73,7 @@ ON CONFLICT (version) DO UPDATE SET
     flavours = CASE WHEN excluded.flavours = '[]' THEN drivers.flavours ELSE excluded.flavours END,
     seen_at  = excluded.seen_at`,
 		d.Version, string(flavours), micros(d.SeenAt), target.SortKey(d.Version))
-	return classify("store driver "+d.Version, err)
+	return classify("store the driver "+d.Version, err)
 }
 
 const artifactColumns = `a.digest, a.repository, a.fingerprint, a.driver, a.flavour, a.arch, a.release, a.state, a.reason, a.published_at, a.replacement, a.withdrawn_at`
@@ -92,14 +92,14 @@ type ArtifactFilter struct {
 	Digest, Driver string
 	Flavour        target.Flavour
 	State          api.State
-	// BuildID and Board name a kernel that the artifact is attested for.
+	// BuildID and Board are those of a kernel that the artifact is attested for.
 	BuildID, Board string
 }
 
 // Artifacts lists a page of artifacts, newest first. Each artifact has the kernels that it is attested for.
 func (s *Store) Artifacts(ctx context.Context, f ArtifactFilter, p Page) (all []api.Artifact, next string, err error) {
 	all, next, err = artifacts(ctx, s.readers, f, p)
-	return all, next, classify("list artifacts", err)
+	return all, next, classify("list the artifacts", err)
 }
 
 func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []api.Artifact, next string, err error) {
@@ -108,19 +108,19 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 		return nil, "", err
 	}
 	w := &where{}
-	equal(w, "a.digest", f.Digest)
-	equal(w, "a.driver", f.Driver)
-	equal(w, "a.flavour", string(f.Flavour))
-	equal(w, "a.state", string(f.State))
+	addEqual(w, "a.digest", f.Digest)
+	addEqual(w, "a.driver", f.Driver)
+	addEqual(w, "a.flavour", string(f.Flavour))
+	addEqual(w, "a.state", string(f.State))
 	if f.BuildID != "" || f.Board != "" {
 		k := &where{args: w.args}
-		equal(k, "build_id", f.BuildID)
-		equal(k, "board", f.Board)
+		addEqual(k, "build_id", f.BuildID)
+		addEqual(k, "board", f.Board)
 		w.args = k.args
 		w.and("a.digest IN (SELECT digest FROM artifact_kernels" + k.String() + ")")
 	}
 	if after != nil {
-		// The cursor has the time as text, and the table as a number.
+		// The time is a text in the cursor, and a number in the table.
 		w.and(
 			"a.published_at <= CAST(? AS BIGINT) AND (a.published_at < CAST(? AS BIGINT) OR a.digest > ?)",
 			after[0],
@@ -132,7 +132,7 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 	all, at := make([]api.Artifact, 0, p.Limit+1), make(map[string]int, p.Limit+1)
 	err = query(ctx, q, func(row func(...any) error) error {
 		a, err := scanArtifact(row)
-		a.Kernels = make([]target.Kernel, 0, 4) // often some consecutive COS builds share a kernel
+		a.Kernels = make([]target.Kernel, 0, 4) // an artifact often fits some consecutive COS builds
 		at[a.Digest] = len(all)
 		all = append(all, a)
 		return err
@@ -140,7 +140,7 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 	if err != nil {
 		return nil, "", err
 	}
-	known := map[string]target.Kernel{} // artifacts of one kernel have the same text, which is parsed once
+	known := map[string]target.Kernel{} // each kernel's text occurs for many artifacts and is parsed once
 	err = query(ctx, q, func(row func(...any) error) error {
 		var digest, raw string
 		if err := row(&digest, &raw); err != nil {
@@ -153,7 +153,7 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 			}
 			known[raw] = k
 		}
-		if i, ok := at[digest]; ok { // not ok if the artifact was stored between the two reads
+		if i, ok := at[digest]; ok { // if not ok, the artifact was stored between the two reads
 			all[i].Kernels = append(all[i].Kernels, k)
 		}
 		return nil
@@ -190,14 +190,14 @@ func artifact(ctx context.Context, q querier, digest string) (api.Artifact, erro
 		return api.Artifact{}, fault.New(
 			fault.NotFound,
 			"artifact "+digest+" is not in the catalogue",
-			"list artifacts: server artifacts",
+			"take the digest from the list of artifacts: server artifacts",
 		)
 	}
 	return all[0], nil
 }
 
-// PutArtifact adds an artifact, or adds kernels to a known one. It never changes the digest, driver, fingerprint or
-// state of a stored artifact. [Tx.SetArtifactState] changes the state.
+// PutArtifact adds an artifact. If the artifact is stored already, it only adds kernels. It never changes the digest,
+// driver, fingerprint or state of a stored artifact; [Tx.SetArtifactState] changes the state.
 func (tx *Tx) PutArtifact(ctx context.Context, a api.Artifact) error {
 	err := func() error {
 		_, err := tx.ExecContext(ctx, `
@@ -213,8 +213,8 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (digest) DO NOTHING
 			if err != nil {
 				return err
 			}
-			// Cached facts of other kernels with this fingerprint stay. Such a kernel can use the artifact only after a builder
-			// has attested it for that kernel. The builder finds the artifact without the cache.
+			// The cached facts about other kernels with this fingerprint are not dropped. Such a kernel can use the artifact
+			// only after a builder has attested the artifact for it, and the builder finds the artifact without the cache.
 			tx.touch(k.String())
 			_, err = tx.ExecContext(ctx, `
 INSERT INTO artifact_kernels (digest, build_id, board, kernel, attested_at) VALUES ($1, $2, $3, $4, $5)
@@ -226,10 +226,10 @@ ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
 		}
 		return nil
 	}()
-	return classify("store artifact "+a.Digest, err)
+	return classify("store the artifact "+a.Digest, err)
 }
 
-// Withdrawn lists the n artifacts that were yanked or quarantined last, without their kernels.
+// Withdrawn lists the n artifacts that were yanked or quarantined last. They have no list of kernels.
 func (s *Store) Withdrawn(ctx context.Context, n int) (all []api.Artifact, err error) {
 	err = query(ctx, s.readers, func(row func(...any) error) error {
 		a, err := scanArtifact(row)
@@ -237,7 +237,7 @@ func (s *Store) Withdrawn(ctx context.Context, n int) (all []api.Artifact, err e
 		return err
 	}, `SELECT `+artifactColumns+` FROM artifacts a WHERE a.state IN ('yanked', 'quarantined')
 ORDER BY a.withdrawn_at DESC, a.digest LIMIT $1`, n)
-	return all, classify("list withdrawn artifacts", err)
+	return all, classify("list the withdrawn artifacts", err)
 }
 
 // KernelGroup is the number of kernels of one board and milestone.
@@ -247,7 +247,7 @@ type KernelGroup struct {
 	Kernels   int
 }
 
-// KernelGroups counts kernels by milestone and board, newest milestone first.
+// KernelGroups returns the number of kernels for each milestone and board, newest milestone first.
 func (s *Store) KernelGroups(ctx context.Context) (all []KernelGroup, err error) {
 	err = query(ctx, s.readers, func(row func(...any) error) error {
 		var g KernelGroup
@@ -255,11 +255,11 @@ func (s *Store) KernelGroups(ctx context.Context) (all []KernelGroup, err error)
 		all = append(all, g)
 		return err
 	}, `SELECT board, milestone, COUNT(*) FROM kernels GROUP BY board, milestone ORDER BY milestone DESC, board`)
-	return all, classify("count kernels", err)
+	return all, classify("count the kernels", err)
 }
 
-// SetArtifactState sets the state of an artifact and the reason. at is the time of the withdrawal. The replacement is
-// cleared.
+// SetArtifactState sets the state of an artifact and the reason for it. If the state is a withdrawal, the argument at
+// is its time. SetArtifactState removes the replacement, if there is one.
 func (tx *Tx) SetArtifactState(
 	ctx context.Context,
 	digest string,
@@ -279,31 +279,32 @@ func (tx *Tx) SetArtifactState(
 		reason,
 		micros(at),
 	)
-	return classify("mark artifact "+digest, err)
+	return classify("mark the artifact "+digest, err)
 }
 
 // SetReplacement stores which artifact replaces a yanked one.
 func (tx *Tx) SetReplacement(ctx context.Context, digest, replacement string) error {
 	tx.touch("")
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET replacement = $2 WHERE digest = $1`, digest, replacement)
-	return classify("store replacement of "+digest, err)
+	return classify("store the replacement of "+digest, err)
 }
 
-// DropArtifact removes an artifact of this repository whose content was deleted.
+// DropArtifact removes an artifact of a repository, because the repository's manifest was deleted. The result dropped
+// is false if the catalogue did not have the artifact.
 func (tx *Tx) DropArtifact(ctx context.Context, repository, digest string) (dropped bool, err error) {
 	tx.touch("")
 	done, err := tx.ExecContext(ctx, `DELETE FROM artifacts WHERE digest = $1 AND repository = $2`, digest, repository)
 	if err != nil {
-		return false, classify("forget artifact "+digest, err)
+		return false, classify("remove artifact "+digest, err)
 	}
 	n, err := done.RowsAffected()
-	return n > 0, classify("forget artifact "+digest, err)
+	return n > 0, classify("remove artifact "+digest, err)
 }
 
 // CountArtifacts counts artifacts by state.
 func (s *Store) CountArtifacts(ctx context.Context) (map[api.State]int, error) {
 	counts, err := s.count(ctx, "artifacts")
-	return counts, classify("count artifacts", err)
+	return counts, classify("count the artifacts", err)
 }
 
 func (s *Store) count(ctx context.Context, table string) (map[api.State]int, error) {

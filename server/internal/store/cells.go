@@ -8,31 +8,31 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// CellKey names a cell.
+// CellKey identifies a cell.
 type CellKey struct {
 	BuildID, Board string
 	Driver         target.Driver
 }
 
-// Facts are everything that decides the state of a cell.
+// Facts has everything that decides the state of a cell.
 type Facts struct {
-	// Artifacts are the artifacts of the driver that may fit the kernel. They have the kernel's fingerprint. If the
-	// fingerprint is not known, they are the artifacts that are attested for the kernel.
+	// Artifacts has the driver's artifacts that may fit the kernel: those with the kernel's fingerprint. If that
+	// fingerprint is not known, it has the artifacts that are attested for the kernel.
 	Artifacts []Candidate
-	// Newest is the newest build of the cell; nil when there is none.
+	// Newest is the newest build of the cell; nil means that there is none.
 	Newest *api.Build
 }
 
-// Candidate is an artifact, without the list of its kernels.
+// Candidate is an artifact that may fit a kernel. It has no list of kernels.
 type Candidate struct {
 	api.Artifact
-	// Attested means that the artifact is attested for this kernel.
+	// Attested is true if the artifact is attested for this kernel.
 	Attested bool
-	// AttestedAt is when the artifact was attested. It is zero if the artifact is not attested or the time is not known.
+	// AttestedAt is the time of that attestation. It is zero if there is none, or if its time is not known.
 	AttestedAt time.Time
 }
 
-// Cells reads a page of kernels with the facts about all of their cells. It reads them in one state of the database.
+// Cells reads a page of kernels with the facts about all of their cells. All facts are those of one moment.
 func (s *Store) Cells(ctx context.Context, f KernelFilter, p Page) (all []*KernelCells, next string, err error) {
 	text, args, err := f.page("build_id, board, fingerprint", p)
 	if err != nil {
@@ -57,10 +57,10 @@ func (s *Store) Cells(ctx context.Context, f KernelFilter, p Page) (all []*Kerne
 	return all, next, nil
 }
 
-// facts reads the facts about the cells of some kernels. The keys of the result are BUILD_ID/BOARD. from is a query for
-// build_id, board and fingerprint of those kernels. The order of the CROSS JOINs is the order of the lookups. SQLite
-// keeps that order and PostgreSQL may change it. The order is written down because SQLite has no statistics here and
-// would start with the wrong table.
+// facts returns the facts about the cells of some kernels. The keys of the result are BUILD_ID/BOARD. The argument from
+// is a query for the columns build_id, board and fingerprint of those kernels. SQLite reads the tables in the order of
+// the CROSS JOINs; PostgreSQL may choose another order. Without a fixed order, SQLite would start with the wrong table,
+// because it has no statistics here.
 func facts(ctx context.Context, q querier, from string, args []any) (map[string]map[target.Driver]Facts, error) {
 	all := map[string]map[target.Driver]Facts{}
 	of := func(k target.Kernel) map[target.Driver]Facts {
@@ -98,7 +98,7 @@ ORDER BY 10 DESC, 1`, args...)
 		of(b.Kernel)[b.Driver] = f
 		return err
 	}, `
-SELECT `+prefixed("b", buildColumns)+` FROM (`+from+`) k CROSS JOIN builds b
+SELECT `+withPrefix("b", buildColumns)+` FROM (`+from+`) k CROSS JOIN builds b
 WHERE b.build_id = k.build_id AND b.board = k.board AND b.id = (SELECT MAX(n.id) FROM builds n
     WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver AND n.flavour = b.flavour)`, args...)
 	return all, err

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// pages reads each list page by page, and wants each entry exactly once.
-func pages(t *testing.T, s *store.Store, id string) {
+// testPages reads each list page by page. Each entry must be on exactly one page.
+func testPages(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	major, _, _ := strings.Cut(id, ".")
 	board := "pages" + major
@@ -114,8 +114,8 @@ func pages(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// cells checks the facts that decide one cell.
-func cells(t *testing.T, s *store.Store, id string) {
+// testCells checks the facts that decide the state of one cell.
+func testCells(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	known, sibling := kernelOf(id), kernelOf(id+"1")
 	finger := target.Fingerprint("sha256:" + strings.Repeat("c", 64-len(id)) + strings.ReplaceAll(id, ".", "0"))
@@ -181,9 +181,9 @@ func cells(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// remembered writes in every possible way. With PostgreSQL, another process writes. A reader who asked before must
-// see each change.
-func remembered(t *testing.T, s *store.Store, id string) {
+// testCache changes the catalogue in every possible way. With PostgreSQL, another process makes the changes. A reader
+// whose last answer was cached must see each change.
+func testCache(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	other := s
 	if second := os.Getenv("PREBAKE_TEST_POSTGRES"); second != "" && strings.HasSuffix(t.Name(), "postgres/remembered") {
@@ -205,7 +205,7 @@ func remembered(t *testing.T, s *store.Store, id string) {
 		}
 		return text
 	}
-	state := func(listFirst bool) string { // the second call may use what the first one cached
+	state := func(listFirst bool) string { // the second call may use what the first call cached
 		var cells *store.KernelCells
 		var page []*store.KernelCells
 		one := func() (err error) { cells, err = s.KernelCells(ctx, id, "lakitu"); return err }

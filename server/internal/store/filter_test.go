@@ -12,9 +12,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// filtered searches kernels as the matrix does, and lists what the pages show. It uses boards of its own, because the
-// database has rows of other tests, too.
-func filtered(t *testing.T, s *store.Store, id string) {
+// testFilters searches for kernels as the matrix does, and lists what the pages show. It uses boards of its own,
+// because the database also has the rows of other tests.
+func testFilters(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	noon := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	d := target.Driver{Version: "999.1", Flavour: target.Open}

@@ -36,7 +36,7 @@ func scanKernel(row func(...any) error, more ...any) (api.Kernel, error) {
 	return k, err
 }
 
-// noMap and noList are the stored forms of a map and of a list without entries.
+// noMap and noList are what the database has for an empty map and for an empty list.
 const (
 	noMap  = "{}"
 	noList = "[]"
@@ -46,18 +46,18 @@ const (
 type KernelFilter struct {
 	BuildID, Board string
 	Milestone      int
-	// State keeps kernels that have a cell in this state. It is the state of the cell's newest build, or yanked or
-	// quarantined for an artifact that is attested for the kernel. Published is not possible.
+	// State is the state that a cell of the kernel must have. If it is yanked or quarantined, an artifact that is attested
+	// for the kernel must have it; otherwise the newest build of the cell must have it. It must not be published.
 	State api.State
-	// Text is the beginning of a BUILD_ID or a kernel release. It becomes part of a pattern, so it may have only
-	// letters, digits and ".+~-".
+	// Text is the beginning of a BUILD_ID or of a kernel release. It may have only letters, digits and ".+~-", because it
+	// becomes part of an SQL pattern.
 	Text string
-	// GKE is a GKE version whose nodes boot the kernel, or the beginning of such a version: 1.33 or 1.33.5. It becomes
-	// part of a pattern, so it may have only digits, dots and "-gke.".
+	// GKE is a GKE version whose nodes boot the kernel, or the beginning of such a version: 1.33 or 1.33.5. It may have
+	// only digits, dots and "-gke.", because it becomes part of an SQL pattern.
 	GKE string
 }
 
-// gke adds the condition that nodes of a GKE version boot the kernel.
+// gke adds to a query the condition that nodes of the GKE version boot the kernel.
 func (f KernelFilter) gke(w *where) {
 	switch dots := strings.Count(f.GKE, "."); {
 	case f.GKE == "":
@@ -70,7 +70,7 @@ func (f KernelFilter) gke(w *where) {
 	}
 }
 
-// state adds the condition that the kernel has a cell in the wanted state.
+// state adds to a query the condition that the kernel has a cell in the state.
 func (f KernelFilter) state(w *where) {
 	switch f.State {
 	case "":
@@ -84,16 +84,16 @@ AND n.flavour = b.flavour AND n.id > b.id))`, string(f.State))
 	}
 }
 
-// page makes the query for a page of kernels, newest BUILD_ID first.
+// page returns the query for a page of kernels, newest BUILD_ID first, and its arguments.
 func (f KernelFilter) page(columns string, p Page) (text string, args []any, err error) {
 	after, err := p.parse(2)
 	if err != nil {
 		return "", nil, err
 	}
 	w := &where{}
-	equal(w, "build_id", f.BuildID)
-	equal(w, "board", f.Board)
-	equal(w, "milestone", f.Milestone)
+	addEqual(w, "build_id", f.BuildID)
+	addEqual(w, "board", f.Board)
+	addEqual(w, "milestone", f.Milestone)
 	if f.Text != "" {
 		w.and("(build_id LIKE ? OR release LIKE ?)", f.Text+"%", f.Text+"%")
 	}
@@ -106,7 +106,7 @@ func (f KernelFilter) page(columns string, p Page) (text string, args []any, err
 	return text, w.args, nil
 }
 
-// AfterKernel returns the cursor of the page that starts after a kernel, in the order newest first.
+// AfterKernel returns the cursor of the page that starts after this kernel in lists of kernels.
 func AfterKernel(k api.Kernel) string { return cursor(kernelKey(k)...) }
 
 func kernelKey(k api.Kernel) []string { return []string{target.SortKey(k.BuildID), k.Board} }
@@ -129,15 +129,15 @@ func kernels(ctx context.Context, q querier, f KernelFilter, p Page) (all []api.
 // Kernels lists a page of kernels, newest BUILD_ID first.
 func (s *Store) Kernels(ctx context.Context, f KernelFilter, p Page) (all []api.Kernel, next string, err error) {
 	all, next, err = kernels(ctx, s.readers, f, p)
-	return all, next, classify("list kernels", err)
+	return all, next, classify("list the kernels", err)
 }
 
-// Kernel reads one kernel. known is false if the catalogue lacks the kernel.
+// Kernel reads one kernel. The result known is false if the catalogue lacks the kernel.
 func (s *Store) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
 	return kernel(ctx, s.readers, buildID, board)
 }
 
-// Kernel reads one kernel inside the transaction. known is false if the catalogue lacks the kernel.
+// Kernel reads one kernel inside the transaction. The result known is false if the catalogue lacks the kernel.
 func (tx *Tx) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
 	return kernel(ctx, tx, buildID, board)
 }
@@ -151,13 +151,13 @@ func kernel(ctx context.Context, q querier, buildID, board string) (k api.Kernel
 	return k, err == nil, classify("read kernel "+buildID+"/"+board, err)
 }
 
-// PutKernel adds a kernel, or adds facts to a known one. Empty fields leave the stored values.
+// PutKernel adds a kernel, or changes a stored one. The empty fields of k do not change the stored values.
 func (tx *Tx) PutKernel(ctx context.Context, k api.Kernel) error {
-	branches, err := encoded(k.Branches)
+	branches, err := encodeMap(k.Branches)
 	if err != nil {
 		return fmt.Errorf("encode branches of %s: %w", k, err)
 	}
-	gpus, err := encoded(k.GPUs)
+	gpus, err := encodeMap(k.GPUs)
 	if err != nil {
 		return fmt.Errorf("encode GPUs of %s: %w", k, err)
 	}
@@ -179,10 +179,10 @@ ON CONFLICT (build_id, board) DO UPDATE SET
     seen_at        = excluded.seen_at`,
 		k.BuildID, k.Board, k.Milestone, k.Commit, k.Release, k.Version, string(k.Arch), string(k.Fingerprint),
 		k.Default, k.Latest, branches, micros(k.SeenAt), target.SortKey(k.BuildID), gpus)
-	return classify("store kernel "+k.String(), err)
+	return classify("store the kernel "+k.String(), err)
 }
 
-func encoded[T any](m map[string]T) (string, error) {
+func encodeMap[T any](m map[string]T) (string, error) {
 	if len(m) == 0 {
 		return noMap, nil
 	}
@@ -200,5 +200,5 @@ func (tx *Tx) PutGKE(ctx context.Context, buildID, board string, versions []stri
 	tx.touch(buildID + "/" + board)
 	_, err = tx.ExecContext(ctx, `UPDATE kernels SET gke = $1 WHERE build_id = $2 AND board = $3`, string(text), buildID,
 		board)
-	return classify("store GKE versions of "+buildID+"/"+board, err)
+	return classify("store the GKE versions of "+buildID+"/"+board, err)
 }

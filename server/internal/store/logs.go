@@ -14,27 +14,27 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Logs stores build logs as files. <dir>/<build>.log is the complete log that a builder sent at the end.
-// <dir>/<build>.live is the part of the log that a builder has sent while the build runs.
+// Logs stores build logs as files. <dir>/<build>.log is the complete log, which a builder sends at the end of a build.
+// <dir>/<build>.live is the log so far, which the builder sends in parts while the build runs.
 type Logs struct{ root *os.Root }
 
 // OpenLogs opens the folder, and makes it if it is missing. It removes the remains of interrupted uploads.
 func OpenLogs(dir string) (*Logs, error) {
 	if err := os.MkdirAll(dir, 0o750); err != nil {
-		return nil, fmt.Errorf("open logs: %w", err)
+		return nil, fmt.Errorf("open the logs: %w", err)
 	}
 	stale, err := filepath.Glob(filepath.Join(dir, "*.part"))
 	if err != nil {
-		return nil, fmt.Errorf("open logs: %w", err)
+		return nil, fmt.Errorf("open the logs: %w", err)
 	}
 	for _, name := range stale {
 		if err := os.Remove(name); err != nil {
-			return nil, fmt.Errorf("open logs: %w", err)
+			return nil, fmt.Errorf("open the logs: %w", err)
 		}
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
-		return nil, fmt.Errorf("open logs: %w", err)
+		return nil, fmt.Errorf("open the logs: %w", err)
 	}
 	return &Logs{root}, nil
 }
@@ -45,9 +45,9 @@ func (l *Logs) Close() error { return l.root.Close() }
 func logName(build int64) string  { return strconv.FormatInt(build, 10) + ".log" }
 func liveName(build int64) string { return strconv.FormatInt(build, 10) + ".live" }
 
-// Append adds to the log of a running build. offset is the position of the text, in bytes. An offset of 0 starts the
-// log again. Any other offset has to be the current end of the log, or the error has kind Mismatch. The log may have
-// at most api.MaxLiveLog bytes.
+// Append adds text to the log of a running build. The argument offset is the position of the text in the log, in bytes.
+// If it is 0, the log starts again. If it is another number, it must be the current length of the log; otherwise the
+// error has kind Mismatch. The log may have at most api.MaxLiveLog bytes.
 func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 	flags := os.O_WRONLY
 	if offset == 0 {
@@ -59,12 +59,13 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 			"send the log again from offset 0")
 	}
 	if err != nil {
-		return fmt.Errorf("store log of build %d: %w", build, fault.Disk(err, "free space on the disk of the data folder"))
+		return fmt.Errorf("store the log of build %d: %w", build,
+			fault.Disk(err, "free space on the disk of the data folder"))
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	info, err := f.Stat()
 	if err != nil {
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	if size := info.Size(); size != offset {
 		return fault.New(
@@ -74,7 +75,7 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 		)
 	}
 	if _, err := f.Seek(offset, io.SeekStart); err != nil {
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	n, err := io.Copy(f, io.LimitReader(r, api.MaxLiveLog-offset+1))
 	if err == nil && offset+n > api.MaxLiveLog {
@@ -82,19 +83,19 @@ func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 			fmt.Sprintf("the log is larger than %d MiB, and the build still runs", api.MaxLiveLog>>20),
 			"send the whole log when the build has ended")
 	}
-	if err != nil { // a part is stored whole or not at all
+	if err != nil { // half a part must not stay in the log
 		err = errors.Join(fault.Disk(err, "free space on the disk of the data folder"), f.Truncate(offset))
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	return nil
 }
 
-// Put replaces the log of a build. Readers see the old log or the new one, and never a mixture.
+// Put stores the complete log of a build. It replaces an earlier one; readers see either the old log or the new one.
 func (l *Logs) Put(build int64, r io.Reader) (err error) {
 	name := logName(build)
 	part, err := os.CreateTemp(l.root.Name(), name+".*.part")
 	if err != nil {
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	defer func() {
 		if err != nil {
@@ -111,11 +112,11 @@ func (l *Logs) Put(build int64, r io.Reader) (err error) {
 	}
 	if err = errors.Join(err, part.Close()); err != nil {
 		err = fault.Disk(err, "free space on the disk of the data folder")
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	err = l.root.Rename(filepath.Base(part.Name()), name)
 	if err = errors.Join(err, ignoreGone(l.root.Remove(liveName(build)))); err != nil {
-		return fmt.Errorf("store log of build %d: %w", build, err)
+		return fmt.Errorf("store the log of build %d: %w", build, err)
 	}
 	return nil
 }
@@ -127,9 +128,9 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// Get opens the log of a build; size is its current length in bytes. live means that the build is running. The log of
-// the running attempt then takes precedence over the complete log of an earlier one. For an ended build, the complete
-// log takes precedence over the parts, because a part may arrive late.
+// Get opens the log of a build. The result size is its current length in bytes. The argument live is true if the build
+// is running. Get then prefers the log so far to a complete log, which is from an earlier attempt. If the build has
+// ended, it prefers the complete log, because a part of the other may arrive late.
 func (l *Logs) Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error) {
 	names := []string{logName(build), liveName(build)}
 	if live {

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Changes returns a counter of the writes that this process knows of. While the counter stays the same, a measurement
-// stays valid.
+// Changes returns the number of writes that this process knows of. As long as the number is the same, nothing that was
+// measured has changed.
 func (s *Store) Changes() uint64 {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
@@ -25,14 +25,14 @@ const (
 	wantedRows   = 100
 )
 
-// WantedCell is a cell that a wish list wants.
+// WantedCell is a cell that a wish list asks for.
 type WantedCell struct {
 	CellKey
-	// Early means that an early-warning entry wants the cell.
+	// Early is true if an early-warning entry asks for the cell.
 	Early bool
 }
 
-// early returns the value of the column early.
+// early returns the value for the database's column of the same name.
 func (w WantedCell) early() int {
 	if w.Early {
 		return 1
@@ -40,8 +40,8 @@ func (w WantedCell) early() int {
 	return 0
 }
 
-// SetWanted replaces the wanted cells of a wish list. It writes only the differences, in several transactions, so
-// that a long list blocks no other writer.
+// SetWanted replaces the wanted cells of a wish list. It writes only what has changed. A long list is written in
+// several transactions, so that it blocks no other writer.
 func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) error {
 	stored := map[WantedCell]bool{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -94,7 +94,7 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) 
 			return nil
 		})
 		if err != nil {
-			return classify("store cells of wish list "+list, err)
+			return classify("store the cells of wish list "+list, err)
 		}
 	}
 	return nil
@@ -118,17 +118,17 @@ func (tx *Tx) addWanted(ctx context.Context, list string, cells []WantedCell) er
 	) +
 		`) c WHERE EXISTS (SELECT 1 FROM wish_lists WHERE name = $1) ON CONFLICT (list, build_id, board, driver, flavour)
 DO UPDATE SET early = excluded.early`
-	if tx.postgres { // without a table, PostgreSQL cannot tell the types of the parameters
+	if tx.postgres { // PostgreSQL does not know the types of these parameters
 		text = strings.ReplaceAll(text, "SELECT $1,", "SELECT CAST($1 AS TEXT),")
 	}
 	_, err := tx.ExecContext(ctx, text, args...)
 	return err
 }
 
-// Coverage counts the wanted cells by milestone and by state. Cells that only early-warning entries want are left out.
-// Milestone 0 means that the milestone is not known. A cell's state is decided by the same rules as in package
-// catalogue. State Unknown means that the cell has no artifact and no build. Coverage takes some ten microseconds for
-// each cell.
+// Coverage returns the number of wanted cells for each milestone and state. It leaves out cells that only early-warning
+// entries ask for. Milestone 0 means that the milestone is not known. The rules for the state of a cell are those of
+// package catalogue. State Unknown means that the cell has no artifact and no build. Coverage takes some ten
+// microseconds for each cell.
 func (s *Store) Coverage(ctx context.Context) (map[int]map[api.State]int, error) {
 	counts := map[int]map[api.State]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -170,7 +170,7 @@ SELECT milestone, CASE
     WHEN build IN ('failed', 'unsupported', 'cancelled') THEN build
     ELSE 'unknown' END AS state, COUNT(*)
 FROM facts GROUP BY 1, 2`)
-	return counts, classify("count wanted cells", err)
+	return counts, classify("count the wanted cells", err)
 }
 
 // Waiting is a queued build.
@@ -180,7 +180,7 @@ type Waiting struct {
 	Flavour  target.Flavour
 }
 
-// maxWaiting is the most builds of the queue that are read.
+// maxWaiting is the most waiting builds, and the most running builds, that are read.
 const maxWaiting = 100_000
 
 // WaitingBuilds lists the queued builds in the order in which they will start.
@@ -192,17 +192,17 @@ func (s *Store) WaitingBuilds(ctx context.Context) ([]Waiting, error) {
 		all = append(all, w)
 		return err
 	}, `SELECT id, priority, flavour FROM builds WHERE state = 'queued' ORDER BY priority, id LIMIT $1`, maxWaiting)
-	return all, classify("list waiting builds", err)
+	return all, classify("list the waiting builds", err)
 }
 
-// Working has the times of a build that runs or that a builder has published.
+// Working has the times of a build that is running or was published by a builder.
 type Working struct {
 	Worker                             string
 	Flavour                            target.Flavour
 	StartedAt, HeartbeatAt, FinishedAt time.Time
 }
 
-func (s *Store) working(ctx context.Context, tail string, args ...any) ([]Working, error) {
+func (s *Store) listWorking(ctx context.Context, tail string, args ...any) ([]Working, error) {
 	var all []Working
 	err := query(ctx, s.readers, func(row func(...any) error) error {
 		var w Working
@@ -212,15 +212,15 @@ func (s *Store) working(ctx context.Context, tail string, args ...any) ([]Workin
 		all = append(all, w)
 		return err
 	}, `SELECT worker, flavour, started_at, beat_at, finished_at FROM builds WHERE state = `+tail, args...)
-	return all, classify("list builds under way", err)
+	return all, classify("list the builds under way", err)
 }
 
 // RunningBuilds lists the builds that are running.
 func (s *Store) RunningBuilds(ctx context.Context) ([]Working, error) {
-	return s.working(ctx, `'building' ORDER BY id LIMIT $1`, maxWaiting)
+	return s.listWorking(ctx, `'building' ORDER BY id LIMIT $1`, maxWaiting)
 }
 
-// PublishedBuilds lists the n newest builds of a flavour that a builder published.
+// PublishedBuilds lists the n newest builds of a flavour that were published by a builder.
 func (s *Store) PublishedBuilds(ctx context.Context, f target.Flavour, n int) ([]Working, error) {
-	return s.working(ctx, `'published' AND flavour = $1 AND started_at > 0 ORDER BY id DESC LIMIT $2`, string(f), n)
+	return s.listWorking(ctx, `'published' AND flavour = $1 AND started_at > 0 ORDER BY id DESC LIMIT $2`, string(f), n)
 }

@@ -11,9 +11,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// measured counts wanted cells. A cell does not count any more after its wish list dropped it, or after the wish list
-// was removed. A cell that two lists want counts once.
-func measured(t *testing.T, s *store.Store, id string) {
+// testWantedCells counts wanted cells. A cell is not counted any more after its wish list dropped it, or after the wish
+// list was removed. A cell that two lists ask for is counted once.
+func testWantedCells(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	const milestone = 4242 // no other test uses it
 	k := kernelOf(id)

@@ -7,8 +7,8 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// CountFailures counts the failed builds by class. It leaves out builds that only an early-warning entry of a wish
-// list asked for.
+// CountFailures returns the number of failed builds for each class. It leaves out builds that only an early-warning
+// entry of a wish list asked for.
 func (s *Store) CountFailures(ctx context.Context) (map[string]int, error) {
 	counts := map[string]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -22,10 +22,11 @@ SELECT class, COUNT(*) FROM builds b WHERE state = 'failed' AND (priority <> $1 
     SELECT 1 FROM wanted w WHERE w.build_id = b.build_id AND w.board = b.board
     AND w.driver = b.driver AND w.flavour = b.flavour AND w.early = 0
 )) GROUP BY class`, queue.PriorityWarning)
-	return counts, classify("count failed builds", err)
+	return counts, classify("count the failed builds", err)
 }
 
-// OldestQueued returns the creation time of the build that has waited longest, or the zero time if none waits.
+// OldestQueued returns the creation time of the build that has waited longest. If no build waits, it returns the zero
+// time.
 func (s *Store) OldestQueued(ctx context.Context) (time.Time, error) {
 	var oldest int64
 	err := s.readers.QueryRowContext(

@@ -8,8 +8,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// waiting counts differences, because other tests have builds in the same database.
-func waiting(t *testing.T, s *store.Store, id string) {
+// testQueueMetrics checks the numbers for the metrics. It looks at changes of the numbers only, because other tests
+// have builds in the same database.
+func testQueueMetrics(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	before, err := s.CountFailures(ctx)
 	if err != nil {

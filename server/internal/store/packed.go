@@ -21,19 +21,19 @@ import (
 //
 // A server keeps the facts about tens of thousands of cells for days. As Go values, these facts are several hundred
 // thousand objects with pointers, and the garbage collector reads all of them again and again. KernelCells therefore
-// has the facts in packed form: all texts of a kernel's cells in one string, and everything else as numbers. Reading
+// stores the facts as bytes: all texts of a kernel's cells are in one string, and everything else is numbers. To read
 // the facts about a cell takes less than a microsecond.
 type KernelCells struct {
 	Kernel api.Kernel
-	// text has each text of the cells once.
+	// text has all texts of the cells, each once.
 	text string
-	// cells has the place of each cell in facts, newest driver version first.
+	// cells says where the facts about each cell are in the field facts. The newest driver version is first.
 	cells []packedCell
 	facts []byte
 }
 
-// packedCell is the driver of a cell, and the place of the cell's facts. facts is an offset into KernelCells.facts. The
-// other numbers are offsets into KernelCells.text.
+// packedCell says which driver a cell has, and where the facts about the cell are. The field facts is an offset into
+// KernelCells.facts. The other fields are offsets into KernelCells.text.
 type packedCell struct{ version, versionEnd, flavour, flavourEnd, facts int }
 
 // NewKernelCells packs the facts about the cells of a kernel.
@@ -50,7 +50,8 @@ func NewKernelCells(k api.Kernel, facts map[target.Driver]Facts) *KernelCells {
 	return &KernelCells{Kernel: k, text: w.text(), cells: cells, facts: bytes.Clone(w.stream)}
 }
 
-// newestFirst is the order of the cells. Two texts of one version, such as 535.1 and 535.01, are two cells.
+// newestFirst compares two drivers for the order of the cells. Versions that are equal but written differently, such as
+// 535.1 and 535.01, have two cells.
 func newestFirst(a, b target.Driver) int {
 	return cmp.Or(
 		target.CompareVersions(b.Version, a.Version),
@@ -105,22 +106,22 @@ func (k *KernelCells) unpack(c packedCell) (f Facts) {
 	return f
 }
 
-// packer writes values to a stream, or reads them from a stream. Each method does both, so that writing and reading
-// cannot differ. A text is written as its place among the texts and its length. A text that is read shares memory with
-// the string of all texts.
+// packer either writes values to a stream of bytes, or reads them from one. Each method can do both, so that writing
+// and reading cannot differ. For a text, the stream has its offset in the string of all texts, and its length. A text
+// that is read shares memory with that string.
 type packer struct {
 	stream []byte
 	reads  bool
 
-	from string // the texts of the values that are read
+	from string // for reading: all texts
 
-	texts  strings.Builder // the texts of the values that are written
+	texts  strings.Builder // for writing: all texts so far
 	places map[string]int
 }
 
 func (p *packer) text() string { return strings.Clone(p.texts.String()) }
 
-// place stores a text, unless the text is stored already. It returns the offset of the text.
+// place returns the offset of a text among the texts. If the text is new, place stores it first.
 func (p *packer) place(s string) int {
 	at, ok := p.places[s]
 	if !ok {
@@ -131,7 +132,7 @@ func (p *packer) place(s string) int {
 	return at
 }
 
-// uint packs an unsigned number.
+// uint writes or reads an unsigned number.
 func (p *packer) uint(n *uint64) {
 	if !p.reads {
 		p.stream = binary.AppendUvarint(p.stream, *n)
@@ -142,8 +143,8 @@ func (p *packer) uint(n *uint64) {
 	p.stream = p.stream[size:]
 }
 
-// number packs a number that may be negative.
-func number[T int | int64](p *packer, n *T) {
+// packNumber writes or reads a number that may be negative.
+func packNumber[T int | int64](p *packer, n *T) {
 	if !p.reads {
 		p.stream = binary.AppendVarint(p.stream, int64(*n))
 		return
@@ -152,7 +153,7 @@ func number[T int | int64](p *packer, n *T) {
 	*n, p.stream = T(got), p.stream[size:]
 }
 
-// packText packs a text.
+// packText writes or reads a text.
 func packText[T ~string](p *packer, s *T) {
 	var at, size uint64
 	if !p.reads {
@@ -176,18 +177,18 @@ func (p *packer) bool(b *bool) {
 	}
 }
 
-// time packs a time. A time that is read is in UTC.
+// time writes or reads a time. The time that it reads is in UTC.
 func (p *packer) time(t *time.Time) {
 	seconds, nanos := t.Unix(), t.Nanosecond()
-	number(p, &seconds)
-	number(p, &nanos)
+	packNumber(p, &seconds)
+	packNumber(p, &nanos)
 	if p.reads {
 		*t = time.Unix(seconds, int64(nanos)).UTC()
 	}
 }
 
-// maybe packs a value that may be absent.
-func maybe[T any](p *packer, v **T, pack func(*T)) {
+// packOptional writes or reads a value that may be nil.
+func packOptional[T any](p *packer, v **T, pack func(*T)) {
 	present := *v != nil
 	p.bool(&present)
 	if !present {
@@ -199,8 +200,8 @@ func maybe[T any](p *packer, v **T, pack func(*T)) {
 	pack(*v)
 }
 
-// list packs a list. An empty list is read as nil.
-func list[T any](p *packer, all *[]T, pack func(*T)) {
+// packList writes or reads a list. If the list is empty, the result of reading it is nil.
+func packList[T any](p *packer, all *[]T, pack func(*T)) {
 	size := uint64(len(*all))
 	p.uint(&size)
 	if p.reads && size > 0 {
@@ -212,8 +213,8 @@ func list[T any](p *packer, all *[]T, pack func(*T)) {
 }
 
 func (p *packer) facts(f *Facts) {
-	list(p, &f.Artifacts, p.candidate)
-	maybe(p, &f.Newest, p.build)
+	packList(p, &f.Artifacts, p.candidate)
+	packOptional(p, &f.Newest, p.build)
 }
 
 func (p *packer) candidate(c *Candidate) {
@@ -222,7 +223,7 @@ func (p *packer) candidate(c *Candidate) {
 	p.time(&c.AttestedAt)
 }
 
-// artifact packs an artifact without the list of its kernels.
+// artifact writes or reads an artifact, without the list of its kernels.
 func (p *packer) artifact(a *api.Artifact) {
 	packText(p, &a.Digest)
 	packText(p, &a.Repository)
@@ -234,7 +235,7 @@ func (p *packer) artifact(a *api.Artifact) {
 	packText(p, &a.Reason)
 	packText(p, &a.Replacement)
 	p.time(&a.PublishedAt)
-	maybe(p, &a.WithdrawnAt, p.time)
+	packOptional(p, &a.WithdrawnAt, p.time)
 }
 
 func (p *packer) driver(d *target.Driver) {
@@ -243,29 +244,29 @@ func (p *packer) driver(d *target.Driver) {
 }
 
 func (p *packer) build(b *api.Build) {
-	number(p, &b.ID)
+	packNumber(p, &b.ID)
 	p.kernel(&b.Kernel)
 	p.driver(&b.Driver)
 	packText(p, &b.State)
 	packText(p, &b.Phase)
 	packText(p, &b.Worker)
-	number(p, &b.Attempt)
+	packNumber(p, &b.Attempt)
 	packText(p, &b.Class)
 	packText(p, &b.Error)
 	packText(p, &b.Hint)
 	packText(p, &b.Digest)
-	list(p, &b.Phases, p.phase)
-	number(p, &b.Priority)
+	packList(p, &b.Phases, p.phase)
+	packNumber(p, &b.Priority)
 	p.time(&b.CreatedAt)
-	maybe(p, &b.StartedAt, p.time)
-	maybe(p, &b.FinishedAt, p.time)
-	maybe(p, &b.HeartbeatAt, p.time)
+	packOptional(p, &b.StartedAt, p.time)
+	packOptional(p, &b.FinishedAt, p.time)
+	packOptional(p, &b.HeartbeatAt, p.time)
 }
 
 func (p *packer) kernel(k *target.Kernel) {
 	packText(p, &k.BuildID)
 	packText(p, &k.Board)
-	number(p, &k.Milestone)
+	packNumber(p, &k.Milestone)
 	packText(p, &k.Commit)
 	packText(p, &k.Release)
 	packText(p, &k.Version)

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fillFields gives each field below v a value that is not its zero value. No two texts or numbers are equal. The
-// function reads the types by reflection, so it also fills a field that somebody adds later.
+// fillFields sets v and all fields in it to values other than zero. No two texts or numbers are equal. The function
+// finds the fields by reflection, so it also sets a field that somebody adds later.
 func fillFields(t *testing.T, v reflect.Value, next *int) {
 	*next++
 	switch v.Kind() {
@@ -47,7 +47,7 @@ func fillFields(t *testing.T, v reflect.Value, next *int) {
 	}
 }
 
-// TestPackedFactsKeepEveryField packs facts in which every field has a value of its own.
+// TestPackedFactsKeepEveryField packs facts in which each field has another value, and reads them back.
 func TestPackedFactsKeepEveryField(t *testing.T) {
 	var whole Facts
 	fillFields(t, reflect.ValueOf(&whole).Elem(), new(int))

@@ -9,24 +9,25 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Page limits a list and says where it continues.
+// Page says which part of a list to return.
 type Page struct {
-	// After is the cursor that the previous page returned; "" starts the list.
+	// After is the cursor that came with the former page; "" means the first page.
 	After string
-	// Limit is the most entries. The caller makes sure that it is at least 1.
+	// Limit is how many entries the page has at most. The caller makes sure that it is at least 1.
 	Limit int
 }
 
 // maxCursor is the most bytes of a cursor. Cursors of this package have some hundred bytes.
 const maxCursor = 1 << 10
 
-// cursor encodes the sort key of an entry. Clients send the cursor back without reading it.
+// cursor returns the cursor of the page after an entry, which is the entry's encoded sort key. Clients send it back
+// without reading it.
 func cursor(key ...string) string {
 	raw, _ := json.Marshal(key) // encoding strings never fails
 	return base64.RawURLEncoding.EncodeToString(raw)
 }
 
-// parse returns the n fields of the cursor, or nil at the start of the list.
+// parse returns the n fields of the cursor. For the first page, it returns nil.
 func (p Page) parse(n int) ([]string, error) {
 	if p.After == "" {
 		return nil, nil
@@ -40,14 +41,14 @@ func (p Page) parse(n int) ([]string, error) {
 		return nil, fault.New(
 			fault.Usage,
 			"the cursor is not from this list",
-			"take the cursor from the Link header of the previous page",
+			"take the cursor from the Link header of the former page of the same list",
 		)
 	}
 	return key, nil
 }
 
-// cut takes limit+1 entries and returns the first limit of them. It also returns the cursor of the next page, or ""
-// if there is none.
+// cut returns at most limit entries, and the cursor of the next page. If all has no more entries than that, there is no
+// next page, and the cursor is "".
 func cut[T any](all []T, limit int, key func(T) []string) ([]T, string) {
 	if len(all) <= limit {
 		return all, ""
@@ -56,8 +57,8 @@ func cut[T any](all []T, limit int, key func(T) []string) ([]T, string) {
 	return all, cursor(key(all[limit-1])...)
 }
 
-// where collects the conditions of a query. Each ? of a condition becomes the next numbered parameter, so both
-// databases get the same text.
+// where has the conditions of a query and their arguments. Each ? in a condition is replaced by the number of its
+// parameter, in a form that both databases understand.
 type where struct {
 	conditions []string
 	args       []any
@@ -71,8 +72,8 @@ func (w *where) and(condition string, args ...any) {
 	w.conditions = append(w.conditions, condition)
 }
 
-// equal adds a condition, unless the value is the zero value, which means any.
-func equal[T comparable](w *where, column string, value T) {
+// addEqual adds the condition that a column has a value. The zero value means any value: then addEqual adds nothing.
+func addEqual[T comparable](w *where, column string, value T) {
 	var zero T
 	if value != zero {
 		w.and(column+" = ?", value)
@@ -86,7 +87,7 @@ func (w *where) String() string {
 	return " WHERE " + strings.Join(w.conditions, " AND ")
 }
 
-// limit adds a LIMIT of n+1 entries. The additional entry shows that another page follows.
+// limit returns a LIMIT of n+1 entries. The additional entry shows that there is a next page.
 func (w *where) limit(n int) string {
 	w.args = append(w.args, n+1)
 	return fmt.Sprintf(" LIMIT $%d", len(w.args))

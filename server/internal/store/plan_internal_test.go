@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// recorder keeps the queries that go through it.
+// recorder runs queries and stores their texts.
 type recorder struct {
 	reader
 	texts []string
@@ -20,9 +20,9 @@ func (r *recorder) QueryContext(ctx context.Context, text string, args ...any) (
 	return r.reader.QueryContext(ctx, text, args...)
 }
 
-// TestCellsAreLookedUp checks SQLite's query plans for the questions that every node and every page asks. They have
-// to use an index, and must not scan a whole table. The database has no statistics, as in production. A scan over all
-// artifacts once made the cost of one answer grow with the catalogue.
+// TestCellsAreLookedUp checks SQLite's query plans for the questions that every node and every page asks. Each plan
+// must use an index, and must not scan a whole table. The database has no statistics, as in production. In an earlier
+// version, a scan over all artifacts made one answer slower the larger the catalogue was.
 func TestCellsAreLookedUp(t *testing.T) {
 	t.Parallel()
 	s, err := Open(t.Context(), "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
@@ -67,8 +67,8 @@ func TestCellsAreLookedUp(t *testing.T) {
 			if err := rows.Scan(&id, &parent, &unused, &step); err != nil {
 				t.Fatal(err)
 			}
-			// A scan of k is allowed: k is the page from the inner query. A scan in the order of an index is allowed, too,
-			// because it ends with the page.
+			// A scan of k is allowed, because k is only the page that the inner query returns. A scan in the order of an index
+			// is allowed, too, because it ends at the end of the page.
 			if strings.HasPrefix(step, "SCAN") && !strings.HasPrefix(step, "SCAN k") && !strings.Contains(step, "USING") {
 				t.Errorf("%q of\n%s\nwant a look-up by an index", step, text)
 			}

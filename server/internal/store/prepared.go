@@ -7,16 +7,16 @@ import (
 	"sync"
 )
 
-// prepared reads an SQLite database with statements that it prepares once, because preparing costs more than most of
-// these queries. PostgreSQL's driver does the same by itself. All texts come from this package, so the number of
-// statements is bounded.
-type prepared struct {
+// preparedDB is an SQLite database that keeps its prepared statements. To prepare a statement takes longer than most of
+// the queries here. PostgreSQL's driver keeps its statements by itself. The texts of the statements are all from this
+// package, so there cannot be too many.
+type preparedDB struct {
 	*sql.DB
 	mu    sync.Mutex
 	stmts map[string]*sql.Stmt
 }
 
-func (p *prepared) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
+func (p *preparedDB) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if s, ok := p.stmts[text]; ok {
@@ -29,7 +29,7 @@ func (p *prepared) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
 	return s, err
 }
 
-func (p *prepared) QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error) {
+func (p *preparedDB) QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error) {
 	s, err := p.stmt(ctx, text)
 	if err != nil {
 		return nil, err
@@ -37,7 +37,7 @@ func (p *prepared) QueryContext(ctx context.Context, text string, args ...any) (
 	return s.QueryContext(ctx, args...)
 }
 
-func (p *prepared) QueryRowContext(ctx context.Context, text string, args ...any) *sql.Row {
+func (p *preparedDB) QueryRowContext(ctx context.Context, text string, args ...any) *sql.Row {
 	s, err := p.stmt(ctx, text)
 	if err != nil {
 		return p.DB.QueryRowContext(ctx, text, args...) // fails the same way, and the row returns the error
@@ -45,10 +45,10 @@ func (p *prepared) QueryRowContext(ctx context.Context, text string, args ...any
 	return s.QueryRowContext(ctx, args...)
 }
 
-// preparedTx is a transaction that uses the prepared statements.
+// preparedTx is a transaction that uses the statements of a [preparedDB].
 type preparedTx struct {
 	*sql.Tx
-	p *prepared
+	p *preparedDB
 }
 
 func (t preparedTx) QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error) {
@@ -68,7 +68,7 @@ func (t preparedTx) QueryRowContext(ctx context.Context, text string, args ...an
 }
 
 // Close closes the statements and the database.
-func (p *prepared) Close() error {
+func (p *preparedDB) Close() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var errs []error

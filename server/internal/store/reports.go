@@ -9,14 +9,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxReports is the most nodes of one network that may report on an artifact. The limit keeps a client that invents
-// nodes from filling the disk.
+// MaxReports is how many nodes of one network may report on an artifact. Without a limit, a client that invents nodes
+// could fill the disk.
 const MaxReports = 1000
 
-// PutReport stores a node's report about an artifact. It replaces the earlier report of that node. source is the
-// network that the report came from.
+// PutReport stores a node's report about an artifact. It replaces the earlier report of that node. The argument source
+// is the network of the node.
 func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at time.Time) error {
-	what := "store report on " + r.Digest
+	what := "store the report on " + r.Digest
 	var others int
 	err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM (
     SELECT 1 FROM reports WHERE digest = $1 AND source = $2 AND node <> $3 LIMIT $4) c`,
@@ -45,10 +45,10 @@ type OutcomeCount struct {
 	Nodes   int
 }
 
-// OutcomeCounts counts reports on an artifact. It leaves out reports before since and before the time of
-// [Tx.IgnoreReportsBefore].
+// OutcomeCounts returns how many nodes of each network reported each outcome for an artifact. It leaves out reports
+// that are older than the argument since, and reports that [Tx.IgnoreReportsBefore] excludes.
 func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since time.Time) ([]OutcomeCount, error) {
-	if tx.postgres { // the lock makes the second of two concurrent reports count the first
+	if tx.postgres { // with the lock, the second of two reports at the same time sees the first
 		_, err := tx.ExecContext(ctx, `SELECT 1 FROM artifacts WHERE digest = $1 FOR NO KEY UPDATE`, digest)
 		if err != nil {
 			return nil, classify("read reports on "+digest, err)
@@ -67,19 +67,19 @@ GROUP BY source, outcome, class ORDER BY source, outcome, class`, digest, micros
 	return all, classify("read reports on "+digest, err)
 }
 
-// IgnoreReportsBefore makes [Tx.OutcomeCounts] leave out the reports on an artifact up to this time.
+// IgnoreReportsBefore excludes the reports on an artifact up to this time from the results of [Tx.OutcomeCounts].
 func (tx *Tx) IgnoreReportsBefore(ctx context.Context, digest string, at time.Time) error {
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET judged_from = $2 WHERE digest = $1`, digest, micros(at))
-	return classify("mark artifact "+digest, err)
+	return classify("mark the artifact "+digest, err)
 }
 
-// Reports counts reports by kernel and artifact, for one artifact or for one kernel. It returns at most limit counts,
-// newest first.
+// Reports returns how often each outcome was reported, for each pair of a kernel and an artifact. Only the pairs with
+// the given artifact or kernel are in the result. It has at most limit pairs, newest first.
 func (s *Store) Reports(ctx context.Context, digest, buildID, board string, limit int) ([]api.ReportCounts, error) {
 	w := &where{}
-	equal(w, "digest", digest)
-	equal(w, "build_id", buildID)
-	equal(w, "board", board)
+	addEqual(w, "digest", digest)
+	addEqual(w, "build_id", buildID)
+	addEqual(w, "board", board)
 	all := []api.ReportCounts{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
 		var c api.ReportCounts
@@ -92,13 +92,13 @@ func (s *Store) Reports(ctx context.Context, digest, buildID, board string, limi
     SUM(CASE outcome WHEN 'failed' THEN 1 ELSE 0 END), SUM(CASE outcome WHEN 'fell-back' THEN 1 ELSE 0 END), MAX(at)
 FROM reports`+w.String()+fmt.Sprintf(` GROUP BY build_id, board, digest ORDER BY MAX(at) DESC, build_id, board, digest LIMIT %d`, limit),
 		w.args...)
-	return all, classify("count reports", err)
+	return all, classify("count the reports", err)
 }
 
 // forgottenAtOnce is the most reports that one transaction removes.
 const forgottenAtOnce = 5000
 
-// ForgetReports removes the reports from before a time.
+// ForgetReports removes all reports that are older than the given time.
 func (s *Store) ForgetReports(ctx context.Context, before time.Time) error {
 	for {
 		var n int64

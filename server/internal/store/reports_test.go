@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// reported stores reports of nodes, counts them and removes them.
-func reported(t *testing.T, s *store.Store, id string) {
+// testReports stores reports of nodes, counts them and removes them.
+func testReports(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	digest, k := "sha256:said"+id, kernelOf(id)
 	write := func(f func(tx *store.Tx) error) error { return s.Write(ctx, f) }
@@ -66,7 +66,7 @@ func reported(t *testing.T, s *store.Store, id string) {
 			t.Errorf("Reports(%v) (-want +got):\n%s", ask, d)
 		}
 	}
-	// A client that invents nodes cannot fill the disk. Reports of other sources are still stored.
+	// A client that invents nodes cannot fill the disk. Reports from other networks are still stored.
 	check(write(func(tx *store.Tx) error {
 		for i := range store.MaxReports - 2 {
 			r := api.NodeReport{BuildID: id, Board: "lakitu", Digest: digest, Outcome: api.Loaded,

@@ -10,9 +10,9 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// sources shows that a later record of a kernel without GPUs and GKE versions leaves the stored ones. It also filters
-// kernels by a whole GKE version and by the beginning of a GKE version.
-func sources(t *testing.T, s *store.Store, id string) {
+// testGPUsAndGKE stores a kernel, and then stores it again without GPUs and GKE versions. The stored GPUs and versions
+// must stay. It also filters kernels by a whole GKE version, and by the beginning of one.
+func testGPUsAndGKE(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	full := api.Kernel{Kernel: kernelOf(id), SeenAt: noon, GPUs: map[string]api.GPUDrivers{
 		"NVIDIA_L4": {Default: "535.261.03", Latest: "570.172.08", Branches: map[string]string{"R570": "570.172.08"}}}}

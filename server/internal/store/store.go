@@ -1,7 +1,6 @@
-// Package store keeps the catalogue in a database: SQLite in one file, or PostgreSQL. It is the only package with
-// SQL. Methods of [Store] read. Methods of [Tx] write, so that a use-case can write everything in one transaction.
-// The package decides nothing: package catalogue decides which transitions are allowed and which artifact fits which
-// kernel.
+// Package store keeps the catalogue in a database: SQLite in one file, or PostgreSQL. It is the only package with SQL.
+// Methods of [Store] read. Methods of [Tx] write, so that a use-case can write everything in one transaction. The
+// package has no rules: package catalogue decides which state may follow which, and which artifact fits which kernel.
 package store
 
 import (
@@ -41,30 +40,30 @@ type Store struct {
 	stop     func() // ends the listener; nil without one
 }
 
-// reader is a database that is used for reading only.
+// reader is a database that is only read.
 type reader interface {
 	querier
 	BeginTx(ctx context.Context, opts *sql.TxOptions) (*sql.Tx, error)
 	Close() error
 }
 
-// readers is how many SQLite connections read at the same time. A write delays none of them, because SQLite has a
-// write-ahead log.
+// readers is how many connections to SQLite read at the same time. Because of the write-ahead log, they do not wait for
+// a write.
 const readers = 8
 
 // Open opens the database sqlite:///abs/path or postgres://… and updates its tables.
 func Open(ctx context.Context, rawURL string) (*Store, error) {
 	s, err := open(rawURL)
 	if err != nil {
-		return nil, fmt.Errorf("open catalogue: %w", err)
+		return nil, fmt.Errorf("open the catalogue: %w", err)
 	}
 	if err := s.migrate(ctx); err != nil {
 		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("migrate catalogue: %w", err),
-			"check that the server can reach the database and write to it, and that no newer server version has used it"),
+			"check that the server can reach the database and may write to it, and that no newer server has used it"),
 			s.Close())
 	}
 	if !s.postgres {
-		s.cache.listens(true) // no other process writes
+		s.cache.setListening(true) // no other process writes
 		return s, nil
 	}
 	listening, cancel := context.WithCancel(context.WithoutCancel(ctx))
@@ -94,7 +93,7 @@ func open(rawURL string) (*Store, error) {
 		if err != nil {
 			return nil, errors.Join(err, db.Close())
 		}
-		return &Store{db: db, readers: &prepared{DB: reading, stmts: map[string]*sql.Stmt{}}, cache: newCache()}, nil
+		return &Store{db: db, readers: &preparedDB{DB: reading, stmts: map[string]*sql.Stmt{}}, cache: newCache()}, nil
 	}
 	if strings.HasPrefix(rawURL, "postgres://") || strings.HasPrefix(rawURL, "postgresql://") {
 		db, err := sql.Open("pgx", rawURL)
@@ -107,7 +106,7 @@ func open(rawURL string) (*Store, error) {
 		return &Store{db: db, readers: db, postgres: true, cache: newCache()}, nil
 	}
 	return nil, fault.New(fault.Usage, "the URL is neither sqlite:///PATH nor postgres://…",
-		"use --database sqlite:///abs/path/catalogue.db or --database postgres://user@host/name")
+		"for SQLite, give --database sqlite:///abs/path/catalogue.db; for PostgreSQL, --database postgres://user@host/name")
 }
 
 // sqlite opens a pool of at most n connections to an SQLite file.
@@ -122,10 +121,10 @@ func sqlite(file string, query url.Values, n int) (*sql.DB, error) {
 	return db, nil
 }
 
-// after has the parts of migrations that need Go code, by the number of the migration.
-var after = map[int64]func(context.Context, *sql.Tx) error{2: fillSortKeys}
+// goMigrations has the parts of migrations that need Go code. The keys are the numbers of the migrations.
+var goMigrations = map[int64]func(context.Context, *sql.Tx) error{2: fillSortKeys}
 
-// fillSortKeys fills the sort keys of rows that are older than the column.
+// fillSortKeys sets the sort keys of rows that were stored before the column for sort keys was added.
 func fillSortKeys(ctx context.Context, tx *sql.Tx) error {
 	for _, column := range []struct{ table, version string }{{"kernels", "build_id"}, {"drivers", "version"}} {
 		var versions []string
@@ -184,10 +183,10 @@ func (s *Store) migrate(ctx context.Context) error {
 		statements := strings.NewReplacer("{{id}}", id, "{{sorted}}", sorted).Replace(string(text))
 		steps = append(steps, goose.NewGoMigration(version, &goose.GoFunc{
 			RunTx: func(ctx context.Context, tx *sql.Tx) error {
-				if _, err := tx.ExecContext(ctx, statements); err != nil || after[version] == nil {
+				if _, err := tx.ExecContext(ctx, statements); err != nil || goMigrations[version] == nil {
 					return err
 				}
-				return after[version](ctx, tx)
+				return goMigrations[version](ctx, tx)
 			},
 		}, nil))
 	}
@@ -210,15 +209,16 @@ func (s *Store) Close() error {
 	return errors.Join(s.readers.Close(), s.db.Close())
 }
 
-// Ping reports whether the database answers. It uses the readers, so a server that writes a lot counts as ready.
+// Ping returns an error if the database does not answer. It uses a connection for reading, so it does not wait for
+// writers.
 func (s *Store) Ping(ctx context.Context) error {
 	var one int
 	err := s.readers.QueryRowContext(ctx, `SELECT 1`).Scan(&one)
 	return classify("reach catalogue", err)
 }
 
-// classify gives a database error the kind Transient, because a later attempt may succeed. A full disk gets its own
-// kind. An error that has a kind already, such as a refusal, keeps it.
+// classify returns a database error with a kind. If the disk is full, the kind is DiskFull. Otherwise it is Transient,
+// because a later attempt may succeed. An error that has a kind already keeps it.
 func classify(what string, err error) error {
 	var classified *fault.Error
 	if err == nil || errors.As(err, &classified) {
@@ -257,17 +257,18 @@ func query(
 	return rows.Err()
 }
 
-// Tx is a transaction that writes. With SQLite, no other transaction writes at the same time. With PostgreSQL, other
-// transactions may change rows that this one has read. A method that must prevent that locks the rows.
+// Tx is a transaction that writes. With SQLite, no other transaction writes at the same time. With PostgreSQL, another
+// transaction may change rows that this one has read; a method that must prevent that locks the rows.
 type Tx struct {
 	*sql.Tx
 	// Conn is the connection of the transaction.
 	Conn     *sql.Conn
 	postgres bool
-	touched  map[string]bool // see touch
+	touched  map[string]bool // keys of what the transaction changes; see touch
 }
 
-// Write runs f in one transaction and commits it. If f returns an error, Write rolls back and returns that error.
+// Write calls f in one transaction and commits the transaction. If f returns an error, Write rolls back and returns
+// that error.
 func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 	conn, err := s.db.Conn(ctx)
 	if err != nil {
@@ -278,8 +279,8 @@ func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 	if err != nil {
 		return classify("write to catalogue", err)
 	}
-	// If f panics, this ends the transaction, because closing the connection would wait for an open transaction. In all
-	// other cases the transaction has ended already, and Rollback does nothing.
+	// If f panics, the transaction is still open, and to close the connection would wait for it for ever. In all other
+	// cases the transaction has ended already, and Rollback does nothing.
 	defer func() { _ = tx.Rollback() }()
 	t := &Tx{Tx: tx, Conn: conn, postgres: s.postgres}
 	err = f(t)
@@ -295,7 +296,7 @@ func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 	return classify("write to catalogue", err)
 }
 
-// snapshot runs f on one state of the database, whatever others write meanwhile.
+// snapshot calls f with a transaction that reads the state of one moment, whatever others write meanwhile.
 func (s *Store) snapshot(ctx context.Context, f func(querier) error) error {
 	options := &sql.TxOptions{ReadOnly: true}
 	if s.postgres {
@@ -306,7 +307,7 @@ func (s *Store) snapshot(ctx context.Context, f func(querier) error) error {
 		return err
 	}
 	var q querier = tx
-	if p, ok := s.readers.(*prepared); ok {
+	if p, ok := s.readers.(*preparedDB); ok {
 		q = preparedTx{tx, p}
 	}
 	return errors.Join(f(q), tx.Rollback())

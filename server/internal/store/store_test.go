@@ -28,15 +28,17 @@ import (
 func TestConformance(t *testing.T) {
 	t.Parallel()
 	suite := map[string]func(t *testing.T, s *store.Store, buildID string){
-		"kernels": kernels, "drivers": drivers, "artifacts": artifacts, "builds": builds,
-		"one open build": oneOpen, "waiting and failed": waiting, "change": change, "pages": pages, "cells": cells,
-		"remembered": remembered,
-		"tokens":     tokens, "audit": audit,
-		"measured": measured, "reported": reported, "filtered": filtered, "warned": warned, "sources": sources,
-		"beside": beside, "panicked": panicked,
+		"kernels": testKernels, "drivers": testDrivers, "artifacts": testArtifacts, "builds": testBuilds,
+		"one open build": testOneOpenBuild, "waiting and failed": testQueueMetrics, "change": testChange,
+		"pages": testPages, "cells": testCells,
+		"remembered": testCache,
+		"tokens":     testTokens, "audit": testAudit,
+		"measured": testWantedCells, "reported": testReports, "filtered": testFilters, "warned": testWarnings,
+		"sources": testGPUsAndGKE,
+		"beside":  testReadDuringWrite, "panicked": testWriteThatPanics,
 	}
 	run := func(t *testing.T, url string) {
-		// A second Open finds all migrations done.
+		// When the database is opened again, all migrations have been made.
 		for range 2 {
 			s := open(t, url)
 			if err := s.Ping(t.Context()); err != nil {
@@ -82,7 +84,7 @@ func open(t *testing.T, url string) *store.Store {
 	return s
 }
 
-// page is large enough for everything that the suite stores.
+// page has a limit that is large enough for everything that the suite stores.
 var page = store.Page{Limit: 1000}
 
 var (
@@ -94,7 +96,7 @@ func kernelOf(buildID string) target.Kernel {
 	return target.Kernel{BuildID: buildID, Board: "lakitu", Milestone: 109, Arch: target.AMD64}
 }
 
-func kernels(t *testing.T, s *store.Store, id string) {
+func testKernels(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	if _, known, err := s.Kernel(ctx, id, "lakitu"); known || err != nil {
 		t.Fatalf("Kernel(absent) = %v, %v", known, err)
@@ -123,7 +125,7 @@ func kernels(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-func drivers(t *testing.T, s *store.Store, _ string) {
+func testDrivers(t *testing.T, s *store.Store, _ string) {
 	ctx := t.Context()
 	want := api.DriverRelease{Version: "535.261.03", Branch: "R535", Flavours: []target.Flavour{target.Open}, SeenAt: noon}
 	for _, d := range []api.DriverRelease{want, {Version: want.Version, SeenAt: noon}} {
@@ -140,7 +142,7 @@ func drivers(t *testing.T, s *store.Store, _ string) {
 	}
 }
 
-func artifacts(t *testing.T, s *store.Store, id string) {
+func testArtifacts(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	digest := "sha256:" + id
 	d := target.Driver{Version: "999." + id, Flavour: target.Open} // no other test uses this driver
@@ -226,7 +228,7 @@ func add(t *testing.T, s *store.Store, id string) api.Build {
 	return b
 }
 
-func builds(t *testing.T, s *store.Store, id string) {
+func testBuilds(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	b := add(t, s, id)
 	got, err := s.Build(ctx, b.ID)
@@ -267,7 +269,7 @@ func builds(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-func oneOpen(t *testing.T, s *store.Store, id string) {
+func testOneOpenBuild(t *testing.T, s *store.Store, id string) {
 	const askers = 8
 	ids, added := make([]int64, askers), make([]bool, askers)
 	var wait sync.WaitGroup
@@ -308,7 +310,7 @@ func oneOpen(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-func change(t *testing.T, s *store.Store, id string) {
+func testChange(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	b := add(t, s, id)
 	started := noon.Add(time.Minute)
@@ -381,8 +383,8 @@ func TestLogs(t *testing.T) {
 	}
 }
 
-// TestLogsGrow appends to a log part by part. The next attempt starts the log again. At the end, the complete log
-// replaces the parts.
+// TestLogsGrow appends to a log part by part. With the next attempt, the log starts again. At the end of the build, the
+// complete log replaces the parts.
 func TestLogsGrow(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

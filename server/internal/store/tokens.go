@@ -27,7 +27,7 @@ func scanToken(row func(...any) error) (t api.Token, hash []byte, err error) {
 	return t, hash, errors.Join(err, json.Unmarshal([]byte(scopes), &t.Scopes))
 }
 
-// Token reads a token and the hash of its secret. The error has kind NotFound if there is no such token.
+// Token reads a token and its hash. If there is no such token, the error has kind NotFound.
 func (s *Store) Token(ctx context.Context, id string) (api.Token, []byte, error) {
 	t, hash, err := scanToken(s.readers.QueryRowContext(ctx, `SELECT `+tokenColumns+` FROM tokens WHERE id = $1`, id).Scan)
 	if errors.Is(err, sql.ErrNoRows) {
@@ -37,7 +37,8 @@ func (s *Store) Token(ctx context.Context, id string) (api.Token, []byte, error)
 }
 
 func noToken(id string) error {
-	return fault.New(fault.NotFound, fmt.Sprintf("token %.40q does not exist", id), "list tokens: server tokens list")
+	return fault.New(fault.NotFound, fmt.Sprintf("token %.40q does not exist", id),
+		"take the id from the list of tokens: server tokens list")
 }
 
 // Tokens lists all tokens without their secrets, sorted by name.
@@ -48,10 +49,10 @@ func (s *Store) Tokens(ctx context.Context) ([]api.Token, error) {
 		all = append(all, t)
 		return err
 	}, `SELECT `+tokenColumns+` FROM tokens ORDER BY name, created_at, id`)
-	return all, classify("list tokens", err)
+	return all, classify("list the tokens", err)
 }
 
-// CreateToken stores a token with the hash of its secret. The secret itself is not stored.
+// CreateToken stores a token with its hash. The secret is not stored.
 func (s *Store) CreateToken(ctx context.Context, t api.Token, hash []byte) error {
 	scopes, err := json.Marshal(t.Scopes)
 	if err != nil {
@@ -61,12 +62,12 @@ func (s *Store) CreateToken(ctx context.Context, t api.Token, hash []byte) error
 		_, err := tx.ExecContext(ctx,
 			`INSERT INTO tokens (id, name, hash, scopes, created_at, created_by, expires_at) VALUES ($1, $2, $3, $4, $5, $6, $7)`,
 			t.ID, t.Name, hex.EncodeToString(hash), string(scopes), micros(t.CreatedAt), t.CreatedBy, micros(t.ExpiresAt))
-		return classify("store token "+t.Name, err)
+		return classify("store the token "+t.Name, err)
 	})
 }
 
-// RevokeToken makes a token invalid from now on. The row stays, because the audit log refers to it. A revoked token
-// keeps the time of its first revocation.
+// RevokeToken makes a token invalid from now on. Its row is not deleted, because the audit log refers to the token. If
+// the token was revoked before, the time of the first revocation is kept.
 func (s *Store) RevokeToken(ctx context.Context, id string, at time.Time) error {
 	return s.Write(ctx, func(tx *Tx) error {
 		done, err := tx.ExecContext(ctx,
@@ -86,7 +87,7 @@ func (s *Store) RevokeToken(ctx context.Context, id string, at time.Time) error 
 func (s *Store) TokenUsed(ctx context.Context, id string, at time.Time) error {
 	return s.Write(ctx, func(tx *Tx) error {
 		_, err := tx.ExecContext(ctx, `UPDATE tokens SET used_at = $2 WHERE id = $1`, id, micros(at))
-		return classify("record use of token", err)
+		return classify("record the use of a token", err)
 	})
 }
 
@@ -107,7 +108,7 @@ func (s *Store) Audit(ctx context.Context, actor string, p Page) (all []api.Audi
 		return nil, "", err
 	}
 	w := &where{}
-	equal(w, "actor", actor)
+	addEqual(w, "actor", actor)
 	if after != nil {
 		w.and("id < CAST(? AS BIGINT)", after[0])
 	}
@@ -131,7 +132,7 @@ func (s *Store) Audit(ctx context.Context, actor string, p Page) (all []api.Audi
 	return all, next, nil
 }
 
-// TrimAudit removes the entries of the audit log from before a time.
+// TrimAudit removes all entries of the audit log that are older than the given time.
 func (s *Store) TrimAudit(ctx context.Context, before time.Time) error {
 	return s.Write(ctx, func(tx *Tx) error {
 		_, err := tx.ExecContext(ctx, `DELETE FROM audit WHERE at < $1`, micros(before))

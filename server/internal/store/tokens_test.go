@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// tokens stores a token, reads the same values back, and shows that a revoked token stays revoked.
-func tokens(t *testing.T, s *store.Store, id string) {
+// testTokens stores a token and reads it back. It also shows that a revoked token stays revoked.
+func testTokens(t *testing.T, s *store.Store, id string) {
 	at := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 	want := api.Token{ID: "id-" + id, Name: "node-pool-a", Scopes: []string{"ask", "push"}, CreatedAt: at,
 		CreatedBy: "first", ExpiresAt: at.Add(time.Hour)}
@@ -45,8 +45,8 @@ func tokens(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// audit lists the audit log newest first, in pages, for one actor and for all.
-func audit(t *testing.T, s *store.Store, id string) {
+// testAudit lists the audit log page by page, newest first, for one actor and for all.
+func testAudit(t *testing.T, s *store.Store, id string) {
 	at := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 	var want []api.AuditEntry
 	for i := range 5 {

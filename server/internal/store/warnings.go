@@ -7,12 +7,12 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// maxWarnings is the most entries of one answer. If more cells of unreleased milestones are broken, they have one
-// common cause, which these entries show already.
+// maxWarnings is the most entries of one answer. If even more cells fail, they have the same cause, which these entries
+// show already.
 const maxWarnings = 1000
 
-// Warnings lists broken cells, newest builds first. Only early-warning entries of wish lists want these cells, and
-// their last ended build failed. Since is the time when the first failed build after the last published build ended.
+// Warnings lists the cells that only early-warning entries of wish lists ask for and whose last ended build failed,
+// newest builds first. The field Since of an entry is the end of the first failed build after the last published one.
 func (s *Store) Warnings(ctx context.Context) ([]api.Warning, error) {
 	all := []api.Warning{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -39,7 +39,7 @@ func (s *Store) Warnings(ctx context.Context) ([]api.Warning, error) {
 WITH early AS (
     SELECT build_id, board, driver, flavour FROM wanted GROUP BY build_id, board, driver, flavour HAVING MIN(early) = 1
 )
-SELECT `+prefixed("b", buildColumns)+`, (
+SELECT `+withPrefix("b", buildColumns)+`, (
     SELECT MIN(f.finished_at) FROM builds f
     WHERE f.build_id = e.build_id AND f.board = e.board AND f.driver = e.driver AND f.flavour = e.flavour
     AND f.state = 'failed' AND f.id > COALESCE((
@@ -59,7 +59,7 @@ WHERE b.state = 'failed' AND NOT EXISTS (
     AND a.state = 'published'
 )
 ORDER BY b.id DESC LIMIT $1`, maxWarnings)
-	return all, classify("list early warnings", err)
+	return all, classify("list the early warnings", err)
 }
 
 func firstLineOf(text string) string {

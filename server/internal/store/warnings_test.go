@@ -13,9 +13,10 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// warned stores an early warning in a database with cells of other tests. The warning is listed and counted nowhere
-// else. It ends when the cell is published, or when an entry that is no early warning wants the cell.
-func warned(t *testing.T, s *store.Store, id string) {
+// testWarnings makes a build fail that only an early-warning entry asked for. The failure must be listed as a warning,
+// and must be counted nowhere else. The warning must end when the cell is published, or when another kind of entry asks
+// for the cell, too.
+func testWarnings(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	const milestone = 4343 // no other test uses it
 	k := kernelOf(id)

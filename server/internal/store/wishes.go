@@ -25,7 +25,7 @@ func scanWishList(row func(...any) error) (api.WishList, error) {
 	return l, json.Unmarshal([]byte(problems), &l.Problems)
 }
 
-// WishLists lists all wish lists by name. It has no pages, because there are few.
+// WishLists lists all wish lists, sorted by name. It has no pages, because there are few.
 func (s *Store) WishLists(ctx context.Context) ([]api.WishList, error) {
 	all := []api.WishList{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -33,7 +33,7 @@ func (s *Store) WishLists(ctx context.Context) ([]api.WishList, error) {
 		all = append(all, l)
 		return err
 	}, `SELECT `+wishColumns+` FROM wish_lists ORDER BY name`)
-	return all, classify("list wish lists", err)
+	return all, classify("list the wish lists", err)
 }
 
 // WishList reads one wish list.
@@ -49,11 +49,11 @@ func (s *Store) WishList(ctx context.Context, name string) (api.WishList, error)
 
 func noWishList(name string) error {
 	return fault.New(fault.NotFound, fmt.Sprintf("wish list %q does not exist", name),
-		"list wish lists: server wish-lists")
+		"take the name from the list of wish lists: server wish-lists")
 }
 
-// PutWishList stores a text as the newest version of a wish list. Version 0 replaces any stored text. Any other version
-// must be the version of the stored text, so that two people who edit a list do not overwrite each other.
+// PutWishList stores a text as the newest version of a wish list. If version is not 0, it must be the version of the
+// stored text. Two people who edit a list then do not overwrite each other's changes.
 func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64, at time.Time) error {
 	var stored int64
 	err := tx.QueryRowContext(ctx, `SELECT version FROM wish_lists WHERE name = $1`, name).Scan(&stored)
@@ -71,7 +71,7 @@ func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64,
 INSERT INTO wish_lists (name, text, version, changed_at) VALUES ($1, $2, 1, $3)
 ON CONFLICT (name) DO UPDATE SET text = excluded.text, version = wish_lists.version + 1, changed_at = excluded.changed_at,
     planned_at = 0, problems = '[]'`, name, text, micros(at))
-	return classify("store wish list "+name, err)
+	return classify("store the wish list "+name, err)
 }
 
 // DropWishList removes a wish list. Artifacts that were built for it stay.
@@ -86,7 +86,7 @@ func (tx *Tx) DropWishList(ctx context.Context, name string) error {
 	return nil
 }
 
-// PlannedWishList stores the result of a plan for one version of a wish list.
+// PlannedWishList stores the result of planning one version of a wish list.
 func (tx *Tx) PlannedWishList(ctx context.Context, l api.WishList) error {
 	problems, err := json.Marshal(append([]string{}, l.Problems...))
 	if err != nil {
@@ -101,12 +101,12 @@ func (tx *Tx) PlannedWishList(ctx context.Context, l api.WishList) error {
 		l.Cells,
 		string(problems),
 	)
-	return classify("store plan of wish list "+l.Name, err)
+	return classify("store the plan of wish list "+l.Name, err)
 }
 
-// ReadyTimes returns the times from the discovery of a kernel until a cell of it had an artifact, shortest first. It
-// covers the cells that got their artifact after since. It leaves out cells whose artifact is older than the record of
-// their kernel.
+// ReadyTimes returns the times from the discovery of a kernel until a cell of it was published, shortest first. It has
+// the times of the cells that were published after the argument since. It leaves out cells whose artifact is older than
+// the record of their kernel.
 func (s *Store) ReadyTimes(ctx context.Context, since time.Time) ([]time.Duration, error) {
 	var all []time.Duration
 	err := query(ctx, s.readers, func(row func(...any) error) error {

@@ -23,31 +23,31 @@ type cellPage struct {
 	head
 	Kernel  api.Kernel
 	Release api.DriverRelease
-	// GPUs are the types of GPU for which the COS build lists this driver.
+	// GPUs has the types of GPU for which the COS build lists this driver.
 	GPUs []catalogue.GPULabel
-	// Both is the path of the page with both flavours. It is "" on the page with both flavours itself.
+	// Both is the path of the page with both flavours; "" on that page itself.
 	Both     string
 	Flavours []flavourCell
 }
 
-// flavourCell is a cell in the form that its page shows.
+// flavourCell is what the page shows about a cell.
 type flavourCell struct {
 	catalogue.FlavourView
 	// Path is the path of the cell's own page.
 	Path     string
 	Commands []command
-	// Signed describes in plain words what is attached to the artifact.
+	// Signed has a sentence about each statement that is attached to the artifact.
 	Signed  []string
-	History []try
+	History []historyEntry
 }
 
-// command is a command that the reader can paste.
+// command is a command that the reader can copy, with the text above it.
 type command struct{ What, Text string }
 
-// try is a build in a cell's history.
-type try struct {
+// historyEntry is a build in a cell's history.
+type historyEntry struct {
 	api.Build
-	Took string // "" while it runs
+	Took string // "" while the build is open
 	Bar  template.HTML
 }
 
@@ -72,10 +72,11 @@ func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
 			page.Refresh = true
 			page.Live = fmt.Sprintf("/v1/builds/%d/events", f.Build.ID)
 		}
-		c := flavourCell{FlavourView: f, Path: cellPath(v.Kernel.Kernel, version, f.Driver.Flavour), History: tries(f.Builds)}
-		c.Commands = p.ask(r, f)
+		c := flavourCell{FlavourView: f, History: historyOf(f.Builds)}
+		c.Path = cellPath(v.Kernel.Kernel, version, f.Driver.Flavour)
+		c.Commands = p.commandsFor(r, f)
 		if a := f.Artifact; a != nil && a.State == api.Published {
-			if c.Signed, err = p.signed(r.Context(), a, v.Kernel.Kernel); err != nil {
+			if c.Signed, err = p.describeAttachments(r.Context(), a, v.Kernel.Kernel); err != nil {
 				p.fail(w, r, err)
 				return
 			}
@@ -93,25 +94,25 @@ func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, http.StatusOK, "cell.html", page)
 }
 
-// bare matches a word that a shell takes without quotes.
-var bare = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,-]+$`)
+// shellSafe matches a word that a shell takes without quotes.
+var shellSafe = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,-]+$`)
 
-// quoted quotes a word for a shell. The server's name in a command needs that: it comes from the reader's request,
-// and so from anybody who gave the reader a link.
-func quoted(word string) string {
-	if bare.MatchString(word) {
+// shellQuote quotes a word for a shell. The server's name in a command needs quotes: it comes from the reader's
+// request, and anybody may have given the reader a link with another name.
+func shellQuote(word string) string {
+	if shellSafe.MatchString(word) {
 		return word
 	}
 	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
 }
 
-// ask returns the commands for a cell. They install, verify and download the artifact of the cell. If there is no
-// artifact, the commands request one, or show the state of its build.
-func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
-	server, k, d := quoted(base(r)), f.Kernel, f.Driver
+// commandsFor returns the commands that the page shows for a cell. If the cell is published, they install, verify and
+// download its artifact. If a build is open, they show its state. If the cell can be built, they request a build.
+func (p *pages) commandsFor(r *http.Request, f catalogue.FlavourView) []command {
+	server, k, d := shellQuote(base(r)), f.Kernel, f.Driver
 	cell := fmt.Sprintf("--build-id %s --board %s --driver %s --flavour %s", k.BuildID, k.Board, d.Version, d.Flavour)
 	if a := f.Artifact; a != nil && a.State == api.Published {
-		ref, crane, cosign := quoted(reference(r.Host, a.Repository, a.Digest)), "", ""
+		ref, crane, cosign := shellQuote(reference(r.Host, a.Repository, a.Digest)), "", ""
 		if strings.HasPrefix(a.Repository, "/") && plain(r) {
 			crane, cosign = " --insecure", " --allow-http-registry"
 		}
@@ -129,25 +130,25 @@ func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 	}
 	switch f.State {
 	case api.Building, api.Queued:
-		return []command{{"Ask for its state", "server resolve --server " + server + " " + cell}}
+		return []command{{"Show the state of its build", "server resolve --server " + server + " " + cell}}
 	case api.Unsupported, api.Yanked, api.Quarantined:
 		return nil
 	}
 	return []command{
 		{
-			"Ask for it, with a token that may ask",
+			"Request a build, with a token that has the scope ask",
 			"server request --server " + server + " --token-file prebake.token " + cell,
 		},
 	}
 }
 
-// maxReferrers is how many statements of an artifact are examined. An artifact may have statements for each of hundreds
-// of kernels.
+// maxReferrers is how many statements of an artifact are examined. An artifact may have hundreds of kernels, with
+// statements for each.
 const maxReferrers = 200
 
-// signed describes what is attached to an artifact on this server. It reads labels, which anybody who may push can
-// write. A node verifies the statements themselves.
-func (p *pages) signed(ctx context.Context, a *api.Artifact, k target.Kernel) ([]string, error) {
+// describeAttachments describes the statements that are attached to an artifact on this server. It reads only their
+// labels. Anybody who may push can write labels, so a node verifies the statements themselves.
+func (p *pages) describeAttachments(ctx context.Context, a *api.Artifact, k target.Kernel) ([]string, error) {
 	repository, local := strings.CutPrefix(a.Repository, "/")
 	if !local || p.Registry == nil {
 		return nil, nil
@@ -191,9 +192,9 @@ func (p *pages) signed(ctx context.Context, a *api.Artifact, k target.Kernel) ([
 	return out, nil
 }
 
-// tries makes the history of a cell from its builds.
-func tries(builds []api.Build) []try {
-	var all []try
+// historyOf returns the history of a cell with these builds.
+func historyOf(builds []api.Build) []historyEntry {
+	var all []historyEntry
 	seconds := make([]float64, len(builds))
 	greatest := 0.0
 	for i, b := range builds {
@@ -203,9 +204,9 @@ func tries(builds []api.Build) []try {
 		greatest = max(greatest, seconds[i])
 	}
 	for i, b := range builds {
-		t := try{Build: b}
+		t := historyEntry{Build: b}
 		if seconds[i] > 0 {
-			t.Took, t.Bar = took(seconds[i]), bar(seconds[i], greatest, b.State)
+			t.Took, t.Bar = formatSeconds(seconds[i]), bar(seconds[i], greatest, b.State)
 		}
 		all = append(all, t)
 	}
@@ -215,7 +216,7 @@ func tries(builds []api.Build) []try {
 type buildPage struct {
 	head
 	api.Build
-	// Cell is the path of the cell's page. Ref is the reference that OCI clients pull.
+	// Cell is the path of the cell's page. Ref is the reference by which OCI clients pull the artifact.
 	Cell, Ref, Total string
 	Phases           []phase
 	HasLog, Open     bool
@@ -252,7 +253,7 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 		p.fail(w, r, err)
 		return
 	}
-	page.Total = took(timeline.Total(b.Phases))
+	page.Total = formatSeconds(timeline.Total(b.Phases))
 	greatest := 0.0
 	for _, one := range b.Phases {
 		greatest = max(greatest, one.Seconds)
@@ -262,7 +263,7 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 		if one.Failed {
 			state = api.Failed
 		}
-		page.Phases = append(page.Phases, phase{one, took(one.Seconds), bar(one.Seconds, greatest, state)})
+		page.Phases = append(page.Phases, phase{one, formatSeconds(one.Seconds), bar(one.Seconds, greatest, state)})
 	}
 	if b.Digest != "" {
 		a, err := p.Catalogue.Artifact(r.Context(), b.Digest)
@@ -280,7 +281,7 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 // maxLogEnd is the most bytes of a log that a page shows.
 const maxLogEnd = 8 << 10
 
-// logEnd reads the last complete lines of a build's log. there is false if the build has no log.
+// logEnd returns the last complete lines of a build's log. The result there is false if the build has no log.
 func (p *pages) logEnd(ctx context.Context, id int64) (text string, there bool, err error) {
 	log, size, err := p.Catalogue.OpenLog(ctx, id)
 	if fault.Is(err, fault.NotFound) {

@@ -8,16 +8,17 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// This file draws charts as SVG in the page. The page has the same values as text, so screen readers skip the bars.
+// This file draws the charts of the pages as SVG. The pages have the same values as text, so screen readers skip the
+// bars.
 
-// part is a section of a bar. The state is its CSS class.
+// part is a section of a bar. The state is the section's CSS class.
 type part struct {
 	State api.State
 	N     int
 }
 
-// stacked draws the parts of a whole as one bar.
-func stacked(parts []part) template.HTML {
+// stackedBar draws the parts of a whole as one bar.
+func stackedBar(parts []part) template.HTML {
 	total := 0
 	for _, p := range parts {
 		total += p.N
@@ -39,7 +40,7 @@ func stacked(parts []part) template.HTML {
 
 func number(x float64) string { return strconv.FormatFloat(x, 'f', 1, 64) }
 
-// bar draws a bar for one value. The greatest value of the list has the full width.
+// bar draws a bar for one value of a list. The bar of the greatest value has the full width.
 func bar(value, greatest float64, state api.State) template.HTML {
 	if greatest <= 0 {
 		greatest = 1
@@ -62,15 +63,15 @@ const (
 	chartLeft, chartBottom  = 8, 24
 )
 
-// column is a release in the chart. P50 is the median of the times that its cells took to become ready, and Max is the
-// longest. Both are in seconds.
+// column is a release in the chart. P50 and Max are the median and the longest of the times that its cells took to
+// become ready, in seconds.
 type column struct {
 	Name     string
 	P50, Max float64
 }
 
-// freshness draws how long each release took until its cells were ready, oldest first from the left. Each release has
-// a column for its slowest cell, and in front of it a column for the median.
+// freshness draws how long it took until the cells of each release were ready. The oldest release is on the left. Each
+// release has a column for its slowest cell, and in front of that a column for the median.
 func freshness(all []column) template.HTML {
 	greatest := 0.0
 	for _, c := range all {
@@ -107,7 +108,7 @@ func freshness(all []column) template.HTML {
 	out.put(`<line x1="8" x2="`, strconv.Itoa(chartWidth-chartLeft), `" y1="`, y, `" y2="`, y, `"/>`)
 	out.put(
 		`<text x="8" y="12">`,
-		took(greatest),
+		formatSeconds(greatest),
 		`</text><text x="8" y="`,
 		strconv.Itoa(chartHeight-6),
 		`">`,

@@ -20,7 +20,7 @@ func parseID(text string) (int64, error) {
 	id, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || id < 1 {
 		return 0, fault.New(fault.NotFound, "there is no such build",
-			"find the build in the queue, or on the page of its cell")
+			"look for the build on the page of the queue, or on the page of its cell")
 	}
 	return id, nil
 }
@@ -28,13 +28,13 @@ func parseID(text string) (int64, error) {
 type queuePage struct {
 	head
 	*catalogue.Workload
-	Takes []takes
+	Takes []medianTime
 	// More is how many waiting builds are not listed.
 	More int
 }
 
-// takes is the median duration of the builds of one flavour.
-type takes struct {
+// medianTime is the median duration of the builds of one flavour.
+type medianTime struct {
 	Flavour target.Flavour
 	Time    string
 }
@@ -49,7 +49,7 @@ func (p *pages) queue(w http.ResponseWriter, r *http.Request) {
 		More: max(0, load.Waiting-len(load.Next))}
 	for _, f := range []target.Flavour{target.Proprietary, target.Open} {
 		if d, ok := load.Takes[f]; ok {
-			page.Takes = append(page.Takes, takes{f, took(d.Seconds())})
+			page.Takes = append(page.Takes, medianTime{f, formatSeconds(d.Seconds())})
 		}
 	}
 	p.render(w, r, http.StatusOK, "queue.html", page)
@@ -64,7 +64,7 @@ type releasesPage struct {
 	Newest   string
 }
 
-// release is a COS build in the form that the list shows.
+// release is what the list of releases shows about a COS build.
 type release struct {
 	api.ReleaseSummary
 	Asked int
@@ -106,7 +106,7 @@ func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
 			for _, l := range legends {
 				parts = append(parts, part{l.State, v.Cells[l.State]})
 			}
-			one.Bar = stacked(parts)
+			one.Bar = stackedBar(parts)
 		}
 		page.Releases = append(page.Releases, one)
 		if v.Times.Count > 0 {
@@ -145,11 +145,11 @@ func (p *pages) warnings(w http.ResponseWriter, r *http.Request) {
 type preflightPage struct {
 	head
 	api.Pool
-	// Build is the reader's input: a BUILD_ID or a GKE version.
+	// Build is what the reader entered: a BUILD_ID or a GKE version.
 	Build   string
 	Boards  []string
 	Verdict *api.PoolVerdict
-	// Cell is the path of the page of the cell that the answer is about; "" means that there is none.
+	// Cell is the path of the page about the answer's cell; "" means that there is none.
 	Cell string
 	// Wrong says what is wrong with the question.
 	Wrong, Hint string
@@ -192,8 +192,8 @@ func (p *pages) preflight(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, status, "preflight.html", page)
 }
 
-// badge draws how much of the desired matrix is published, in total or for one milestone. With a build in the query,
-// it draws the state of a cell instead. Its form is the usual one of badges on project pages.
+// badge answers with a badge like those on project pages. The badge shows how much of the desired matrix is published,
+// in total or for one milestone. If the query has a build, the badge shows the state of a cell instead.
 func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	text, state := "nothing wanted", api.Unknown
@@ -230,7 +230,7 @@ func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write([]byte(drawBadge("prebake", text, state))) // an error means that the client is gone
 }
 
-// badgeLife is how long a page that shows a badge may keep it.
+// badgeLife is how long browsers and proxies may keep a badge.
 const badgeLife = time.Minute
 
 // drawBadge draws a label and a value. A character is about seven units wide.

@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// atomFeed is an Atom feed (RFC 4287).
+// The types in this file are those of an Atom feed (RFC 4287).
 
 type atomFeed struct {
 	XMLName xml.Name    `xml:"http://www.w3.org/2005/Atom feed"`
@@ -83,7 +83,7 @@ func (p *pages) feed(w http.ResponseWriter, r *http.Request) {
 	_, _ = out.WriteTo(w)                                  // an error means that the client is gone
 }
 
-// entry describes a build that ended, or an artifact that was withdrawn.
+// entry returns the entry for a build that ended, or for an artifact that was withdrawn.
 func entry(server string, at time.Time, b *api.Build, a *api.Artifact) atomEntry {
 	e := atomEntry{Updated: date(at)}
 	if b != nil {

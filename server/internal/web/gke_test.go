@@ -8,8 +8,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// TestPagesOfGKE shows that pages name the GKE versions whose nodes boot a kernel, and the types of GPU for which COS
-// lists a driver.
+// TestPagesOfGKE shows that the pages have the GKE versions whose nodes boot a kernel, and the types of GPU for which
+// COS lists a driver.
 func TestPagesOfGKE(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)

@@ -9,8 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestMatrixIsOnePage shows that the matrix has one page of kernels, however large the catalogue is. An earlier
-// version showed all builds of all kernels to anybody who asked.
+// TestMatrixIsOnePage shows that an answer with the matrix has only one page of kernels, however large the catalogue
+// is. In an earlier version, each answer had all builds of all kernels.
 func TestMatrixIsOnePage(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)

@@ -11,13 +11,13 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// This file makes HTML that occurs hundreds of times on a page of the matrix, because a template takes ten times as
-// long.
+// This file makes the HTML that a page of the matrix has hundreds of times. A template would take ten times as long.
 
 // markup collects HTML.
 type markup struct{ strings.Builder }
 
-// put adds pieces in turn: the first is HTML, the second a text, and so on. It escapes the texts.
+// put adds pieces that are HTML and text in turn: the first is HTML, the second is text, and so on. It escapes the
+// text.
 func (m *markup) put(pieces ...string) {
 	for i, p := range pieces {
 		if i%2 == 1 {
@@ -30,7 +30,8 @@ func (m *markup) put(pieces ...string) {
 // safe returns the collected HTML. Every text in it is escaped.
 func (m *markup) safe() template.HTML { return template.HTML(m.String()) }
 
-// cellPath returns the path of a cell's page. Without a flavour, it is the page of both cells of a driver version.
+// cellPath returns the path of a cell's page. Without a flavour, it returns the path of the page about both cells of a
+// driver version.
 func cellPath(k target.Kernel, version string, flavour target.Flavour) string {
 	path := "/cells/" + url.PathEscape(k.Board) + "/" + url.PathEscape(k.BuildID) + "/" + url.PathEscape(version)
 	if flavour != "" {
@@ -39,7 +40,7 @@ func cellPath(k target.Kernel, version string, flavour target.Flavour) string {
 	return path
 }
 
-// cells makes the cells of a kernel's row. Each driver has one cell for both flavours.
+// cells returns the table cells in a kernel's row. There is one for each driver version, with both flavours.
 func cells(k api.Kernel, drivers []api.DriverRelease, all [][]api.Resolution) template.HTML {
 	var out markup
 	for i, both := range all {
@@ -48,8 +49,8 @@ func cells(k api.Kernel, drivers []api.DriverRelease, all [][]api.Resolution) te
 	return out.safe()
 }
 
-// pill makes the cell for both flavours. It leaves out a flavour that can never be built. It also leaves out a flavour
-// that nobody asked for, if somebody asked for the other flavour.
+// pill adds the table cell of a driver version. The table cell shows the flavours that somebody asked for. If there are
+// none, it shows the flavours that can be built. If none can be built, it shows both.
 func pill(out *markup, k target.Kernel, version string, both []api.Resolution) {
 	shown := both[:0:0]
 	for _, least := range []func(api.State) bool{
@@ -82,7 +83,7 @@ func pill(out *markup, k target.Kernel, version string, both []api.Resolution) {
 	out.put("</a></td>\n")
 }
 
-// half makes the part of a pill for one flavour. The style sheet adds the symbol of the state.
+// half adds the part of a table cell that shows one flavour. The style sheet adds the symbol of the state.
 func half(out *markup, s api.State, flavour string) {
 	out.put(`<span class="`, string(s), `">`)
 	if flavour != "" {
@@ -91,7 +92,7 @@ func half(out *markup, s api.State, flavour string) {
 	out.put(`<em>`, label(s), `</em></span>`)
 }
 
-// kernelHead makes the head of a kernel's row.
+// kernelHead returns the head of a kernel's row.
 func kernelHead(k api.Kernel) template.HTML {
 	var out markup
 	out.put(`<th scope="row">`, k.BuildID, `<small>`, k.Board)
@@ -108,7 +109,7 @@ func kernelHead(k api.Kernel) template.HTML {
 	return out.safe()
 }
 
-// share returns a part of a whole in percent. It rounds to 100 % only if the part is the whole.
+// share returns a part of a whole in percent. The result is 100 % only if the part is the whole.
 func share(part, whole int) string {
 	if part == whole {
 		return "100 %"

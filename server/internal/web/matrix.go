@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// legend is the explanation of a state.
+// legend explains a state.
 type legend struct {
 	State api.State
 	Text  string
@@ -42,14 +42,14 @@ type matrixPage struct {
 	Drivers    []api.DriverRelease
 	Folded     int
 	Groups     []group
-	Coverage   []covered
+	Coverage   []milestoneShare
 	Legend     []legend
 	// Unfolded is the address of this page with a column for each driver. Older is the address of the next page, and
-	// Newest is the address of the first page. "" means that the page needs no such link.
+	// Newest that of the first page. An address is "" if the page does not need that link.
 	Unfolded, Older, Newest string
 }
 
-// Query is the reader's search, with the fields of the page's form.
+// Query is what the reader searches for. It has the fields of the page's form.
 type Query struct {
 	Text, Board, Driver string
 	State               api.State
@@ -57,17 +57,17 @@ type Query struct {
 	All                 bool
 }
 
-// group has the kernels of one milestone.
+// group is the part of a page with the kernels of one milestone.
 type group struct {
 	Milestone int
-	Covered   string // the published share of the wanted cells; "" if none is wanted
+	Covered   string // how many of the wanted cells are published, in percent; "" if none is wanted
 	Rows      []row
 }
 
 type row struct{ Head, Cells template.HTML }
 
-// covered is how much of the desired matrix is published, for one milestone.
-type covered struct {
+// milestoneShare says how much of the desired matrix is published for one milestone.
+type milestoneShare struct {
 	Milestone int
 	Share     string
 	Bar       template.HTML
@@ -77,7 +77,7 @@ type covered struct {
 // maxRows is the most kernels on a page.
 const maxRows = 20
 
-// parse reads the reader's search from the query.
+// parse returns what the reader searches for.
 func parse(query url.Values) (Query, error) {
 	q := Query{
 		Text:   strings.TrimSpace(query.Get("q")),
@@ -96,8 +96,9 @@ func parse(query url.Values) (Query, error) {
 	return q, nil
 }
 
-// filters turns the search into filters. A text such as 535 or R535.104 is taken as a driver. No kernel begins like
-// that: a BUILD_ID begins with five digits and a kernel release with one (COS 113 is 18244.x, Linux is 6.x).
+// filters returns the filters for a search. A text such as 535 or R535.104 is the beginning of a driver version,
+// because nothing of a kernel begins like that: a BUILD_ID begins with five digits (COS 113 is 18244.x), and a kernel
+// release with one (Linux 6.x).
 func (q Query) filters() (store.KernelFilter, catalogue.DriverFilter) {
 	k := store.KernelFilter{Board: q.Board, Milestone: q.Milestone, State: q.State, Text: q.Text}
 	d := catalogue.DriverFilter{Text: q.Driver, All: q.All}
@@ -186,12 +187,12 @@ func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, http.StatusOK, "matrix.html", page)
 }
 
-// coverages returns the coverage of each milestone with wanted cells.
-func coverages(c api.Coverage) []covered {
-	var all []covered
+// coverages returns the share of each milestone that has wanted cells.
+func coverages(c api.Coverage) []milestoneShare {
+	var all []milestoneShare
 	for _, m := range c.Milestones {
 		if m.Wanted > 0 {
-			all = append(all, covered{m.Milestone, share(m.Published, m.Wanted), stacked([]part{
+			all = append(all, milestoneShare{m.Milestone, share(m.Published, m.Wanted), stackedBar([]part{
 				{api.Published, m.Published}, {api.Building, m.Building}, {api.Queued, m.Queued}, {api.Failed, m.Failed},
 				{api.Yanked, m.Withdrawn}, {api.Unsupported, m.Unsupported}, {api.Unknown, m.Missing},
 			}), m.CoverageCounts})

@@ -1,7 +1,6 @@
-// Package web has the server's web pages: the matrix of kernels and drivers, a page for each cell and build, the
-// queue, the releases, preflight, a feed and a badge. The pages are made of templates, one style sheet and one
-// script, which are all embedded. Every page can be read without the script. The pages load nothing from other hosts,
-// and they change nothing.
+// Package web has the server's web pages: the matrix of kernels and drivers, a page for each cell and build, the queue,
+// the releases, preflight, a feed and a badge. Templates, one style sheet and one script are embedded. Every page can
+// be read without the script. The pages load nothing from other hosts, and they change nothing.
 package web
 
 import (
@@ -45,7 +44,7 @@ type reader interface {
 	Warnings(ctx context.Context) ([]api.Warning, error)
 }
 
-// labeller returns the labels of at most n attachments of an artifact in this server's registry.
+// labeller is this server's registry. Labels returns the labels of at most n attachments of an artifact.
 type labeller interface {
 	Labels(ctx context.Context, repo, digest string, n int) ([]map[string]string, error)
 }
@@ -53,7 +52,7 @@ type labeller interface {
 // Config has the parts and settings of the pages.
 type Config struct {
 	Catalogue reader
-	// Registry returns the labels of an artifact's attachments. nil leaves them out of the page.
+	// Registry returns the labels of an artifact's attachments. If it is nil, the pages do not describe attachments.
 	Registry labeller
 	Log      *slog.Logger
 	// Now returns the current time. nil means time.Now.
@@ -65,7 +64,7 @@ type pages struct {
 	tmpl *template.Template
 }
 
-// Routes are the paths of the pages, in the syntax of chi and [http.ServeMux].
+// Routes has the paths of the pages, as patterns for chi and [http.ServeMux].
 var Routes = []string{
 	"/", "/cells/{board}/{build}/{driver}", "/cells/{board}/{build}/{driver}/{flavour}", "/builds/{id}", "/queue",
 	"/releases", "/preflight", "/warnings", "/feed.atom", "/badge.svg", "/assets/{name}",
@@ -79,8 +78,8 @@ func New(c Config) (http.Handler, error) {
 	p := &pages{Config: c}
 	var err error
 	p.tmpl, err = template.New("").Funcs(template.FuncMap{
-		"mark": mark, "label": label, "short": short, "when": when, "date": date, "took": took, "ago": p.ago, "dict": dict,
-		"inc": func(n int) int { return n + 1 }, "add": func(a, b int) int { return a + b },
+		"mark": mark, "label": label, "short": short, "when": when, "date": date, "took": formatSeconds, "ago": p.ago,
+		"dict": dict, "inc": func(n int) int { return n + 1 }, "add": func(a, b int) int { return a + b },
 	}).ParseFS(files, "pages/*.html")
 	if err != nil {
 		return nil, fmt.Errorf("parse pages: %w", err)
@@ -116,15 +115,15 @@ func cached(next http.Handler) http.HandlerFunc {
 
 // head has the fields that every page needs.
 type head struct {
-	// Title is the title of the window. Here is the path of the page that the menu marks.
+	// Title is the title of the window. Here is the path of the page that the menu shows as the current one.
 	Title, Here string
-	// Live is the address of server-sent events about changes of the page. If Refresh is set, the browser loads the page
-	// again every 15 seconds, unless the script follows Live.
+	// Live is the address of a stream of server-sent events about changes of what the page shows. If Refresh is true, the
+	// browser loads the page again every 15 seconds, unless the script reads that stream.
 	Live    string
 	Refresh bool
 }
 
-// dict makes the data that one template passes to another. Its arguments are names and values in turn.
+// dict returns the data that one template passes to another. Its arguments are names and values in turn.
 func dict(pairs ...any) map[any]any {
 	out := map[any]any{}
 	for i := 0; i+1 < len(pairs); i += 2 {
@@ -152,7 +151,7 @@ func mark(s api.State) string {
 	return "·"
 }
 
-// label returns the word for a state on the pages.
+// label returns the word that the pages show for a state.
 func label(s api.State) string {
 	if s == api.Unknown {
 		return "not built"
@@ -163,8 +162,8 @@ func label(s api.State) string {
 func when(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 UTC") }
 func date(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
-// took formats a duration in seconds for a person.
-func took(s float64) string {
+// formatSeconds formats a duration in seconds for a person.
+func formatSeconds(s float64) string {
 	d := time.Duration(s * float64(time.Second))
 	switch {
 	case d < 10*time.Second:
@@ -179,16 +178,16 @@ func took(s float64) string {
 	return strconv.Itoa(int(d.Hours()/24+.5)) + " days"
 }
 
-// ago returns how far a time is from now.
+// ago returns how long ago a time was, or how far in the future it is.
 func (p *pages) ago(t time.Time) string {
 	d := p.Now().Sub(t)
 	switch {
 	case d < 0:
-		return "in " + took((-d).Seconds())
+		return "in " + formatSeconds((-d).Seconds())
 	case d < time.Second:
 		return "now"
 	}
-	return took(d.Seconds()) + " ago"
+	return formatSeconds(d.Seconds()) + " ago"
 }
 
 // short shortens a digest or fingerprint to the part that people compare.
@@ -206,8 +205,8 @@ func base(r *http.Request) string {
 	return scheme + "://" + r.Host
 }
 
-// plain reports whether OCI clients need a flag that says that an address has no TLS. They need no such flag for a
-// loopback address.
+// plain reports whether OCI clients need a flag because this server has no TLS. For a loopback address they do not need
+// the flag.
 func plain(r *http.Request) bool {
 	if strings.HasPrefix(base(r), "https:") {
 		return false
@@ -219,8 +218,8 @@ func plain(r *http.Request) bool {
 	return host != "localhost" && !net.ParseIP(strings.Trim(host, "[]")).IsLoopback()
 }
 
-// reference returns the reference that an OCI client pulls. A repository without a host is on this server. The
-// reference then has the host name that the reader used.
+// reference returns the reference by which an OCI client pulls an artifact. A repository without a host is on this
+// server. For such a repository, the reference gets the host name that the reader used.
 func reference(host, repository, digest string) string {
 	if strings.HasPrefix(repository, "/") {
 		repository = host + repository
@@ -245,7 +244,8 @@ func (p *pages) fail(w http.ResponseWriter, r *http.Request, err error) {
 	p.render(w, r, page.Status, "fail.html", page)
 }
 
-// render completes the page before it sends anything, because half a page would look like a complete answer.
+// render answers with a page. It sends nothing before the whole page is made, because half a page would look like a
+// complete answer.
 func (p *pages) render(w http.ResponseWriter, r *http.Request, status int, name string, data any) {
 	var out bytes.Buffer
 	if err := p.tmpl.ExecuteTemplate(&out, name, data); err != nil {

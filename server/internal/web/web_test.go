@@ -27,7 +27,7 @@ import (
 	"github.com/prebake/prebake/server/internal/web"
 )
 
-// labels are the labels of every artifact's attachments.
+// labels is a registry in which the attachments of every artifact have these labels.
 type labels []map[string]string
 
 func (l labels) Labels(context.Context, string, string, int) ([]map[string]string, error) {
@@ -43,7 +43,8 @@ var (
 	noon   = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 )
 
-// farm makes a catalogue with a real database, and its pages. Each call of the clock moves it on by a second.
+// farm returns a catalogue with a real database, and the handler of its pages. Each call of the clock returns a time
+// that is a second later.
 func farm(t *testing.T) (*catalogue.Catalogue, http.Handler) {
 	t.Helper()
 	dir := t.TempDir()
@@ -277,7 +278,7 @@ func TestLinks(t *testing.T) {
 	}
 }
 
-// TestCommandsAreQuoted uses a server name with characters that a shell interprets.
+// TestCommandsAreQuoted asks for a page by a server name with characters that a shell interprets.
 func TestCommandsAreQuoted(t *testing.T) {
 	t.Parallel()
 	cat, pages := farm(t)
@@ -337,7 +338,7 @@ func TestFeed(t *testing.T) {
 	}
 }
 
-// trouble is a catalogue whose answers are errors.
+// trouble is a catalogue that returns only errors.
 type trouble struct {
 	*catalogue.Catalogue
 	err error
@@ -369,7 +370,8 @@ func TestTrouble(t *testing.T) {
 	}
 }
 
-// TestHostile has a catalogue whose texts are markup. Such texts could come from a builder, a mirror or a list.
+// TestHostile has a catalogue with texts that are HTML. Such texts could come from a builder, a mirror or a wish list.
+// The pages must show them as text.
 func TestHostile(t *testing.T) {
 	t.Parallel()
 	const bad = `<i>"'&`
