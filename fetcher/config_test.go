@@ -31,7 +31,7 @@ func TestConfigCheck(t *testing.T) {
 			`5:1: server: server "prebake": want a URL`},
 		{"driver", "driver: newest", "driver: R535", "6:1: driver: "},
 		{"digest without a place", "driver: sha256:" + strings.Repeat("0", 64), "driver: R535",
-			"6:1: driver: --driver with a digest needs the artifact's repository; name"},
+			"6:1: driver: --driver with a digest needs the artifact's repository; set"},
 		{"parameter", "  - nvidia", "  - nvidia.NVreg_EnableGpuFirmware=0",
 			`12:1: module-param: module parameter "nvidia": want MODULE.KEY=VALUE`},
 		{"taint without a node", "startup-taint: x\n", "", "LAST:1: startup-taint: --startup-taint needs the name of a node"},

@@ -71,7 +71,7 @@ func TestGKEAndGPUs(t *testing.T) {
 		{[]string{"gpus", "--gke", "1.33"}, 0, "18867.199.52/lakitu  NVIDIA_H100_80GB  580.95.05  -       R580 580.95.05",
 			""},
 		{[]string{"gpus", "--gpu", "NVIDIA_L4"}, 0, "no such COS build has a driver list", ""},
-		{[]string{"gpus"}, 2, "", "add --build-id"},
+		{[]string{"gpus"}, 2, "", "--build-id, --milestone, --gke and --gpu"},
 		{[]string{"preflight", "1.33.5-gke.1080000:lakitu:default@NVIDIA_H100_80GB"}, fault.NoArtifact.ExitCode(),
 			"580.95.05", "server request --build-id 18867.199.52"},
 		{[]string{"preflight", "1.33.5-gke.1080000", "1.34.0-gke.1"}, fault.NoArtifact.ExitCode(), "1.34.0-gke.1/lakitu",

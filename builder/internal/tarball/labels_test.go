@@ -257,7 +257,7 @@ func TestLabelsOfOthers(t *testing.T) {
 			t.Errorf("labels (-want +got):\n%s", diff)
 		}
 	}
-	refused(labelling(s, labels{"DEFAULT": v261}, nil), "535.1.1 has this label for OTHERS, set by somebody else")
+	refused(labelling(s, labels{"DEFAULT": v261}, nil), "535.1.1 has this label already, for OTHERS, set by somebody else")
 	// A label from COS is set unless somebody else set this label on another version.
 	give(labelling(s, nil, labels{"DEFAULT": v261}), "NO_GPU DEFAULT "+v261, "gpu_default_version "+v261)
 	give(labelling(s, nil, nil))
@@ -275,7 +275,7 @@ func TestLabelsOfOthers(t *testing.T) {
 	give(labelling(s, nil, nil))
 	write(t, filepath.Join(dir, "gpu_R535_version"), "535.1.1\n")
 	cos = append(cos, "gpu_R535_version 535.1.1")
-	refused(other(labels{"R535": v309}), "535.1.1 has this label in the label's own object")
+	refused(other(labels{"R535": v309}), "535.1.1 has this label already, in the label's own object")
 }
 
 // A version gets a label only if its tarball is complete and signed.

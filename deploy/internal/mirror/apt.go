@@ -277,5 +277,6 @@ func osReleaseField(file, key string) (string, error) {
 		}
 	}
 	return "", fault.New(fault.Unsupported,
-		fmt.Sprintf("read the Debian release of this machine: %s has no %s", file, key), "run on Debian 12, with the os-release of its package base-files")
+		fmt.Sprintf("read the Debian release of this machine: %s has no %s", file, key),
+		"run on Debian 12, with the os-release of its package base-files")
 }

@@ -138,7 +138,12 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	}
 	// The lock is not held during the wait for the farm, so that other installers can work.
 	mayBuild := a.mayBuild(ctx, store, facts, current)
-	answer, none := a.resolve(ctx, facts, mayBuild)
+	if a.watcher != nil && r.Verdict.State != "" { // start checked the driver
+		a.watcher.Report(r.Verdict)
+	}
+	var answer resolve.Answer
+	var none error
+	a.whileWatching(ctx, current, func() { answer, none = a.resolve(ctx, facts, mayBuild) })
 	r.Answer = answer
 	end := a.parts.Now().Add(a.cfg.WaitIdle)
 	for {
@@ -251,7 +256,9 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		none = s.put(&install.Set{Driver: r.Answer.Driver}).err
 	}
 	if s.none = none; none == nil {
-		s.wanted, s.none = a.fetchAndStage(ctx, r, store, s.facts, s.current)
+		a.whileWatching(ctx, s.current, func() {
+			s.wanted, s.none = a.fetchAndStage(ctx, r, store, s.facts, s.current)
+		})
 		wanted, none := s.wanted, s.none
 		if s, err = a.readState(ctx, store); err != nil { // again, because the download may have been long
 			return err

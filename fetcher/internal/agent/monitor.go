@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"sync"
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
@@ -26,12 +27,23 @@ type Watcher interface {
 	Alive()
 }
 
-// Watch sets the watcher. A run that waits for an idle GPU reports the state of the active driver to it.
+// Watch sets the watcher. During a run, it receives the state of the active driver.
 func (a *Agent) Watch(w Watcher) { a.watcher = w }
 
-// Monitor checks the driver at intervals until the context ends, and reports to the watcher. A failed check gives no
-// verdict, so the last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes. It
-// leaves the modules loaded when it ends, because programs that use the GPU must not notice its end.
+// ErrNotLoaded is the error of [Agent.Monitor] when the active driver is no longer loaded.
+var ErrNotLoaded = errors.New("the active driver is no longer loaded")
+
+// The active driver counts as no longer loaded after this number of checks in a row and this time. Until then, another
+// process may be replacing it.
+const (
+	notLoadedChecks = 3
+	notLoadedTime   = 2 * time.Minute
+)
+
+// Monitor checks the driver at intervals until the context ends, and reports to the watcher. After a failed check, the
+// last verdict ages. Monitor changes nothing but the description of GPUs for container runtimes. The modules stay
+// loaded when it ends. If another process unloaded the modules and does not load them again, Monitor returns
+// [ErrNotLoaded].
 func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -39,6 +51,7 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 	if a.cfg.NoLoad {
 		last = gpucheck.Staged
 	}
+	missing, since := 0, time.Time{} // checks in a row that found the driver not loaded, and the time of the first
 	for {
 		select {
 		case <-ctx.Done():
@@ -49,8 +62,8 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 		if ctx.Err() != nil {
 			return nil
 		}
-		w.Alive()
 		if err != nil {
+			w.Alive()
 			a.parts.Log.WarnContext(ctx, "check failed", "err", err, "verdict", last)
 			continue
 		}
@@ -60,7 +73,48 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 		last = v.State
 		a.describeGPUs(ctx, v)
 		w.Report(v)
+		w.Alive() // after the report, because Alive compares the age of the last verdict
+		now := a.parts.Now()
+		if !v.NotLoaded() {
+			missing = 0
+			continue
+		}
+		if missing++; missing == 1 {
+			since = now
+		}
+		if missing >= notLoadedChecks && now.Sub(since) >= notLoadedTime {
+			return ErrNotLoaded
+		}
 	}
+}
+
+// firstCheck is the time until the first check of the active driver during a step of a run. Most steps end before.
+const firstCheck = 10 * time.Second
+
+// whileWatching calls step, which may wait long for the network. Meanwhile it reports the state of the active driver
+// to the watcher.
+func (a *Agent) whileWatching(ctx context.Context, current *install.Set, step func()) {
+	if a.watcher == nil || current == nil || a.cfg.NoLoad {
+		step()
+		return
+	}
+	inner, cancel := context.WithCancel(ctx)
+	var checks sync.WaitGroup
+	checks.Go(func() {
+		for pause := firstCheck; ; pause = idleCheck {
+			select {
+			case <-inner.Done():
+				return
+			case <-time.After(pause):
+			}
+			if mods, err := host.LoadedModules(a.node); err == nil && len(mods) > 0 {
+				a.reportWaiting(inner)
+			}
+		}
+	})
+	step()
+	cancel()
+	checks.Wait() // the step that follows may unload the driver, so the check must be over
 }
 
 // checkDriver returns a verdict on the driver that is active now.

@@ -74,11 +74,15 @@ func (a *Agent) reportWaiting(ctx context.Context) {
 		return
 	}
 	v, err := a.checkDriver(ctx)
-	if err != nil {
-		a.parts.Log.WarnContext(ctx, "check failed", "err", err)
+	if ctx.Err() != nil {
 		return
 	}
-	a.watcher.Report(v)
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "check failed", "err", err)
+	} else {
+		a.watcher.Report(v)
+	}
+	a.watcher.Alive()
 }
 
 // waitIdle waits until no program uses the loaded driver, but at most until the time end. It waits only if the error

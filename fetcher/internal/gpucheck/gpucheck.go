@@ -92,6 +92,14 @@ type Facts struct {
 // requiredModules are the modules that every CUDA program needs.
 var requiredModules = []string{"nvidia", "nvidia_uvm"}
 
+// NotLoaded reports whether the node has GPUs, but a required module is not loaded.
+func (v Verdict) NotLoaded() bool {
+	return v.State == Unusable && slices.ContainsFunc(requiredModules, func(name string) bool {
+		_, loaded := v.Modules[name]
+		return !loaded
+	})
+}
+
 // JudgeForeign returns a verdict about a foreign driver.
 func JudgeForeign(f Facts) Verdict {
 	v := Judge(f)

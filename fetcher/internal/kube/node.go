@@ -52,7 +52,8 @@ type Node struct {
 
 	mu        sync.Mutex
 	verdict   gpucheck.Verdict
-	verdictAt time.Time // when the verdict was reported
+	verdictAt time.Time     // when the verdict was reported
+	maxAge    time.Duration // how long a verdict is valid; 0 means without end
 	pending   string
 	changed   chan struct{}
 
@@ -66,13 +67,12 @@ type Node struct {
 type state struct {
 	verdict gpucheck.Verdict
 	pending string
-	// since is the time of the last verdict if that verdict is no longer valid (see maxVerdictAge). Otherwise it is zero.
+	// since is the time of the last verdict if that verdict is no longer valid (see [Node.Watch]). Otherwise it is zero.
 	since time.Time
 }
 
-// maxVerdictAge is how long the last verdict stays valid while checks end without a verdict. That is the time of three
-// checks at the default interval, and of one check whose probe times out.
-const maxVerdictAge = 6 * time.Minute
+// ageCheck is the time between two comparisons of the last verdict's age.
+const ageCheck = time.Minute
 
 // same reports whether two states look the same in the cluster.
 func (s state) same(o state) bool {
@@ -90,6 +90,19 @@ func New(name, taint, account string, log *slog.Logger) (*Node, error) {
 	return &Node{name: name, taint: taint, api: api, log: log, now: time.Now, changed: make(chan struct{}, 1)}, nil
 }
 
+// Watch sets how long a verdict stays valid. When the last verdict is older, the cluster gets the state unknown. With
+// age 0, a verdict stays valid.
+func (n *Node) Watch(age time.Duration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.maxAge = age
+}
+
+// isOld reports whether the last verdict is no longer valid. The caller holds mu.
+func (n *Node) isOld() bool {
+	return n.maxAge > 0 && !n.verdictAt.IsZero() && n.now().Sub(n.verdictAt) > n.maxAge
+}
+
 // Report stores a verdict for the next write to the cluster. It does not wait for that write.
 func (n *Node) Report(v gpucheck.Verdict) {
 	n.mu.Lock()
@@ -102,7 +115,7 @@ func (n *Node) Report(v gpucheck.Verdict) {
 // state unknown.
 func (n *Node) Alive() {
 	n.mu.Lock()
-	old := !n.verdictAt.IsZero() && n.now().Sub(n.verdictAt) > maxVerdictAge
+	old := n.isOld()
 	n.mu.Unlock()
 	if old {
 		n.wake()
@@ -132,10 +145,15 @@ func (n *Node) wake() {
 func (n *Node) Run(ctx context.Context) error {
 	pause := backoff.NewExponentialBackOff()
 	pause.InitialInterval, pause.MaxInterval = 2*time.Second, 2*time.Minute
+	tick := time.NewTicker(ageCheck)
+	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-tick.C: // a check that hangs wakes nobody
+			n.Alive()
+			continue
 		case <-n.changed:
 		}
 		for n.write(ctx) != nil {
@@ -172,7 +190,7 @@ func (n *Node) write(ctx context.Context) error {
 	defer n.writing.Unlock()
 	n.mu.Lock()
 	s := state{verdict: n.verdict, pending: n.pending}
-	if n.now().Sub(n.verdictAt) > maxVerdictAge {
+	if n.isOld() {
 		s.since = n.verdictAt
 	}
 	n.mu.Unlock()

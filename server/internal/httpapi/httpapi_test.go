@@ -323,7 +323,7 @@ func TestRoutes(t *testing.T) {
 		{"coverage as a metric", "GET", "/metrics", "", "", 200, "", `prebake_coverage_cells{state="missing"} 0`},
 		{"lift without token", "POST", "/v1/artifacts/sha256:0/lift", "", "", 401, problem, "token"},
 		{"report without token", "POST", "/v1/reports", "", "{}", 401, problem, "token"},
-		{"reports on nothing", "GET", "/v1/reports", "", "", 400, problem, "name an artifact"},
+		{"reports on nothing", "GET", "/v1/reports", "", "", 400, problem, "no artifact and no COS build is given"},
 		{"quarantine", "GET", "/v1/quarantine", "", "", 200, "application/json", "[]"},
 		{"head of a list", "HEAD", "/v1/kernels", "", "", 200, "application/json", ""},
 		{"head of a page", "HEAD", "/", "", "", 200, html, ""},

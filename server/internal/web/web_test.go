@@ -195,7 +195,7 @@ func TestPages(t *testing.T) {
 		{"cell that is withdrawn", full, cell + "525.60.13/open", 200, []string{"panics &lt;i&gt;", yanked, "Withdrawn"},
 			[]string{"crane pull", "<i>;"}},
 		{"cell of no flavour", full, cell + "535.261.03/shut", 404, []string{"flavour"}, nil},
-		{"cell of no driver", full, cell + "x", 404, []string{"choose a cell"}, nil},
+		{"cell of no driver", full, cell + "x", 404, []string{"find the cell in the matrix"}, nil},
 		{"cell of no kernel", full, "/cells/lakitu/1.2.3/535.261.03", 404,
 			[]string{"is not in the catalogue", "server announce 1.2.3"}, nil},
 		{"failed build", full, "/builds/2", 200,
