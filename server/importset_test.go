@@ -65,8 +65,7 @@ func (s site) imports(t *testing.T) (code int, stdout, stderr string) {
 	return run(t, append([]string{"import", packBundle(t, s.layout)}, s.flags...)...)
 }
 
-// TestImportOfADamagedLayer damages a layer of the bundle's last driver. The import must report the damage before it
-// sends anything, even of the first driver.
+// TestImportOfADamagedLayer damages the bundle's last driver. The import must fail before it sends anything.
 func TestImportOfADamagedLayer(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -104,8 +103,8 @@ func TestImportOfADamagedLayer(t *testing.T) {
 	}
 }
 
-// TestImportOfAttachments shows which attachments an import sends: those that a trusted key has signed or refers to,
-// and deltas that are small enough for nodes.
+// TestImportOfAttachments checks which attachments an import sends: trusted statements, what they refer to, and small
+// deltas.
 func TestImportOfAttachments(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
