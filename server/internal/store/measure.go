@@ -10,8 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Changes returns the number of writes that this process knows of. As long as the number is the same, nothing that was
-// measured has changed.
+// Changes returns the number of writes that this process knows of. While it is the same, measurements stay valid.
 func (s *Store) Changes() uint64 {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
@@ -40,8 +39,8 @@ func (w WantedCell) early() int {
 	return 0
 }
 
-// SetWanted replaces the wanted cells of a wish list. It writes only what has changed. A long list is written in
-// several transactions, so that it blocks no other writer.
+// SetWanted replaces the wanted cells of a wish list. It uses several transactions for a long list, so that other
+// writers need not wait.
 func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) error {
 	stored := map[WantedCell]bool{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -100,7 +99,7 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) 
 	return nil
 }
 
-// addWanted stores wanted cells of a wish list. It stores nothing for a list that was removed meanwhile.
+// addWanted stores wanted cells of a wish list, unless the list was removed meanwhile.
 func (tx *Tx) addWanted(ctx context.Context, list string, cells []WantedCell) error {
 	if len(cells) == 0 {
 		return nil
@@ -125,10 +124,9 @@ DO UPDATE SET early = excluded.early`
 	return err
 }
 
-// Coverage returns the number of wanted cells for each milestone and state. It leaves out cells that only early-warning
-// entries ask for. Milestone 0 means that the milestone is not known. The rules for the state of a cell are those of
-// package catalogue. State Unknown means that the cell has no artifact and no build. Coverage takes some ten
-// microseconds for each cell.
+// Coverage counts wanted cells by milestone and state, without cells that only early-warning entries want. Milestone 0
+// means unknown. State Unknown means no artifact and no build. The rules for the other states are those of package
+// catalogue. Coverage takes some ten microseconds for each cell.
 func (s *Store) Coverage(ctx context.Context) (map[int]map[api.State]int, error) {
 	counts := map[int]map[api.State]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
