@@ -192,8 +192,8 @@ func (p *pages) preflight(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, status, "preflight.html", page)
 }
 
-// badge answers with a badge like those on project pages. The badge shows how much of the desired matrix is published,
-// in total or for one milestone. If the query has a build, the badge shows the state of a cell instead.
+// badge answers with a badge for project pages. It shows how much of the desired matrix, or of a milestone, is
+// published. If the query has a build, it shows the state of a cell.
 func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	text, state := "nothing wanted", api.Unknown
@@ -233,7 +233,7 @@ func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 // badgeLife is how long browsers and proxies may keep a badge.
 const badgeLife = time.Minute
 
-// drawBadge draws a label and a value. A character is about seven units wide.
+// drawBadge draws a label and a value, at about seven units for each character.
 func drawBadge(name, value string, s api.State) string {
 	colours := map[api.State]string{
 		api.Published:   "#14602c",
