@@ -23,7 +23,7 @@ const (
 	groupOutput = cli.Advanced
 )
 
-// clientFlags returns a command's own flags and the flags that every client command has, such as the server's URL.
+// clientFlags returns a command's own flags and the flags of all client commands, such as the server's URL.
 func clientFlags(own ...ucli.Flag) []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat, own...),
@@ -51,7 +51,7 @@ func client(cmd *ucli.Command) (*api.Client, error) {
 	return api.NewClient(cmd.String("server"), token, nil), nil
 }
 
-// noArgs refuses arguments of a command that takes none, because the command would ignore them.
+// noArgs returns an error if a command without arguments gets one.
 func noArgs(cmd *ucli.Command) error {
 	if first := cmd.Args().First(); first != "" {
 		return fault.New(

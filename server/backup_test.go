@@ -19,8 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// copies has the two functions that stand for an operator: one backs up a database and the token, the other restores
-// them.
+// copies are the operator's two steps: back up a database and the token, and restore them.
 type copies struct {
 	backup  func(t *testing.T, dir, folder string)
 	restore func(t *testing.T, folder, dir string)

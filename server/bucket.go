@@ -210,7 +210,7 @@ func (x tarballIndex) check(k target.Kernel) error {
 		if _, err := target.ParseDriver(t.Version, string(t.Flavour)); err != nil {
 			return err
 		}
-		// A digest has the same form as a fingerprint, so one parser serves both.
+		// A digest has the format of a fingerprint, so the same parser checks both.
 		if _, err := target.ParseFingerprint(t.Artifact); t.Artifact != "" && err != nil {
 			return fmt.Errorf("artifact %.80q: want sha256: and 64 hex digits", t.Artifact)
 		}
@@ -234,7 +234,7 @@ func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.
 	}
 	c.Bucket, c.InBucket = url, len(all)
 	c.Findings = append(c.Findings, bad...)
-	// Each artifact gets one finding, with all kernels for which the bucket has a tarball of it.
+	// Each artifact gets one finding, with the kernels of all its tarballs.
 	at := map[string]int{}
 	for _, t := range all {
 		if c.serves(t) {

@@ -42,7 +42,7 @@ func cellOf(cmd *ucli.Command) cell {
 		Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}
 }
 
-// command returns the text of a command that has the flags of [cellFlags], such as watch, with the values of this cell.
+// command returns the text of a command, such as watch, with flags that select this cell.
 func (c cell) command(name string) string {
 	return fmt.Sprintf("server %s --build-id %s --board %s --driver %s --flavour %s",
 		name, c.BuildID, c.Board, c.Driver, c.Flavour)

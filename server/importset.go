@@ -126,7 +126,7 @@ func (v *importSet) compare(ctx context.Context, d v1.Descriptor) error {
 }
 
 // attachment returns the manifest of an attachment. It returns nil if the bundle lacks the manifest, if the manifest
-// does not have one layer, or if its subject is not the driver.
+// does not have exactly one layer, or if its subject is not the driver.
 func (v *importSet) attachment(ctx context.Context, subject string, d v1.Descriptor) (*v1.Manifest, error) {
 	raw, err := v.r.repo.Manifest(ctx, d.Digest.String())
 	if fault.Is(err, fault.NoArtifact) {

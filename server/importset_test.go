@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// site is a server that has no artifacts, and a bundle that its operator has brought to the site.
+// site is a server without artifacts, and a bundle to import.
 type site struct {
 	url, layout string
 	client      *api.Client

@@ -19,13 +19,13 @@ import (
 // kernels.
 const largestPage = 1000
 
-// pagedList describes a command that prints the first entries of a list, up to a limit.
+// pagedList describes a command that prints the first entries of a list.
 type pagedList[T any] struct {
 	name, usage, description string
 	flags                    []ucli.Flag
 	// token is true if only administrators may read the list.
 	token bool
-	// what is the plural noun for the things that --limit counts. most is the default of --limit.
+	// what is the plural noun for what --limit counts. most is the default of --limit.
 	what string
 	most int
 	// of stands before "at most" in the help of --limit; it is set if key is set.
@@ -35,7 +35,7 @@ type pagedList[T any] struct {
 	get func(*api.Client, context.Context, api.Filter) iter.Seq2[T, error]
 	// table prints the entries.
 	table func(io.Writer, []T) error
-	// tableGKE prints the entries if --gke is given; nil means that table prints them in that case, too.
+	// tableGKE prints the entries if --gke is given; nil means table.
 	tableGKE func(io.Writer, []T) error
 }
 

@@ -288,7 +288,7 @@ func contradictions(a artifact, k api.Artifact, repository string) (notes []stri
 	return notes
 }
 
-// without returns the kernels in all that are not in others.
+// without returns the kernels of the first list that the second lacks.
 func without(all, others []target.Kernel) (rest []target.Kernel) {
 	have := map[string]bool{}
 	for _, k := range others {
@@ -309,7 +309,7 @@ func kernelNames(kernels []target.Kernel) string {
 	return kernels[0].String()
 }
 
-// maxCall is how many kernels of an artifact the server accepts in one call.
+// maxCall is the maximum number of kernels of an artifact in one call.
 const maxCall = 1000
 
 // apply adds the missing records to the catalogue. It continues after a refused artifact, and stops if the server does

@@ -14,7 +14,7 @@ import (
 
 // releases is a summary of the newest COS builds.
 type releases struct {
-	// Times has the percentiles of the cells that became ready within the last Days days.
+	// Times are percentiles of the cells that became ready within the last Days days.
 	Days     int                  `json:"days"`
 	Times    api.ReadyDuration    `json:"times"`
 	Releases []api.ReleaseSummary `json:"releases"`

@@ -14,7 +14,7 @@ import (
 // columns is the maximum width of a table, in characters: the width of the usual terminal.
 const columns = 80
 
-// minLastColumn is the least width of a table's last column, in characters, unless the texts in it are shorter.
+// minLastColumn is the minimum width of the last column, in characters, unless its texts are shorter.
 const minLastColumn = 12
 
 // printTable prints rows as a table with a head. Without rows, it prints the given text. The last column is cut to fit.

@@ -22,7 +22,7 @@ type certificate struct {
 	loaded  *tls.Certificate
 }
 
-// reloadInterval is the shortest time between two checks whether the file has changed.
+// reloadInterval is the minimum pause between two checks for a changed file.
 const reloadInterval = time.Second
 
 // openCertificate reads the certificate and its key from PEM files.

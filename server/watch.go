@@ -34,7 +34,7 @@ const (
 // progress is a build, and its place in the queue while the build is open.
 type progress struct {
 	api.Build
-	// Position and ETA are those of [api.Resolution].
+	// Position and ETA are copied from [api.Resolution].
 	Position int        `json:"position,omitempty"`
 	ETA      *time.Time `json:"eta,omitempty"`
 }

@@ -12,15 +12,15 @@ import (
 	"time"
 )
 
-// A load is a series of calls of one kind. row has the measurements of one load, which are one line of the printed
-// table.
+// row is the measurements of one load: a series of calls of one kind.
 type row struct {
 	name   string
 	took   []time.Duration
 	failed int
 	// largest is the size of the largest answer, in bytes on the wire; 0 means not measured.
 	largest int64
-	// server and load are the processor times of server and load, in cores. A negative value means not measured.
+	// server and load are the processor time of the server and of this program, in cores. A negative value means not
+	// measured.
 	server, load float64
 }
 
@@ -71,7 +71,7 @@ func get(ctx context.Context, c *connection, path string) bool {
 	return err == nil
 }
 
-// callers is the maximum number of simultaneous calls. A proxy in front of many nodes opens about as many connections.
+// callers is the maximum number of simultaneous calls. A proxy in front of many nodes opens about as many.
 const callers = 128
 
 // callAtRate makes calls at a fixed rate. It measures each call from the moment when it was due, so a slow server shows

@@ -179,7 +179,8 @@ func (p *process) stop() error {
 	return p.cmd.Wait()
 }
 
-// usage is the processor time of server and load until a moment. ok is false if the kernel does not report it.
+// usage is the processor time of the server and of this program until the time at. ok is false if the kernel does not
+// report it.
 type usage struct {
 	at           time.Time
 	server, load time.Duration

@@ -19,13 +19,13 @@ import (
 // database is safe.
 const tokenPrefix = "prebake_"
 
-// DefaultLifetime and MaxLifetime are the default and the longest lifetime of a token.
+// DefaultLifetime and MaxLifetime are the default and the maximum lifetime of a token.
 const (
 	DefaultLifetime = 90 * 24 * time.Hour
 	MaxLifetime     = 2 * 365 * 24 * time.Hour
 )
 
-// usedEvery is the shortest time after which the use of a token is recorded again.
+// usedEvery is the minimum pause between two records of a token's use.
 const usedEvery = time.Hour
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)

@@ -105,8 +105,8 @@ type Config struct {
 	// KernelMirror and DriverMirror are the URLs of the buckets that builders read. If a URL is "", builders use their
 	// own setting.
 	KernelMirror, DriverMirror string
-	// Quarantine is the number of nodes that must report within a day that an artifact does not load, before it is
-	// quarantined. 0 means that there is no quarantine.
+	// Quarantine is the number of failed nodes within a day that puts an artifact into quarantine. 0 means that there
+	// is no quarantine.
 	Quarantine int
 	Log        *slog.Logger
 	// Now returns the current time. nil means time.Now.
@@ -156,7 +156,7 @@ func checkPage(p store.Page) (store.Page, error) {
 	return p, nil
 }
 
-// listPage checks the page that a client asks for, and then calls the function list.
+// listPage checks the requested page and then reads it.
 func listPage[F, T any](
 	ctx context.Context,
 	list func(context.Context, F, store.Page) ([]T, string, error),

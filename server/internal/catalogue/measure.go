@@ -27,11 +27,11 @@ type measurer interface {
 
 const (
 	measureEvery = 10 * time.Second
-	// measureIdle is the shortest pause after a measurement, as a multiple of the time that the measurement took.
+	// measureIdle is the minimum pause after a measurement, as a multiple of its duration.
 	measureIdle = 25
 	// measureAnyway is the maximum age of a measurement. It is limited because a builder can stop without a report.
 	measureAnyway = time.Minute
-	// recentBuilds is how many published builds of each flavour are measured, newest first, for the median duration.
+	// recentBuilds is the number of published builds of each flavour, newest first, for the median duration.
 	recentBuilds = 51
 	// A builder at work is counted until aliveFor after its last report. A builder without work reports nothing. It is
 	// counted until idleFor after its last build.
@@ -48,7 +48,8 @@ type figures struct {
 	running time.Duration
 	// takes is the median duration of a build for each flavour that was ever built.
 	takes map[target.Flavour]time.Duration
-	// builders is how many builds run at the same time. heard has the builders that reported lately, sorted by name.
+	// builders is the number of builds that run at the same time. heard are the builders that reported lately, sorted
+	// by name.
 	builders int
 	heard    []Builder
 	groups   []store.KernelGroup

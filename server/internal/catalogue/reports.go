@@ -26,11 +26,11 @@ type reporter interface {
 
 const (
 	keepReports = 30 * 24 * time.Hour
-	// reportWindow is the age up to which a report is counted against an artifact.
+	// reportWindow is the maximum age of a report that counts against an artifact.
 	reportWindow = 24 * time.Hour
-	// maxCounts is the most entries in an answer about reports.
+	// maxCounts is the maximum number of entries in an answer about reports.
 	maxCounts = 1000
-	// maxMessage is the greatest length of a node's message, in bytes.
+	// maxMessage is the maximum length of a node's message, in bytes.
 	maxMessage = 500
 )
 
@@ -156,7 +156,7 @@ func quarantineReason(outcomes []store.OutcomeCount, limit int) string {
 	return fmt.Sprintf("it did not load on %d of %d nodes within a day", nodes, nodes+loaded)
 }
 
-// Reports returns how often nodes reported each outcome, for one artifact or for all artifacts of one kernel.
+// Reports counts the reported outcomes for one artifact, or for all artifacts of one kernel.
 func (c *Catalogue) Reports(ctx context.Context, digest, buildID, board string) ([]api.ReportCounts, error) {
 	switch {
 	case digest == "" && buildID == "":

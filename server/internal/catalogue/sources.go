@@ -121,11 +121,11 @@ func driverList(first, latest string, branches map[string]string) cosbucket.Driv
 		Versions: slices.DeleteFunc([]string{first, latest}, func(v string) bool { return v == "" })}
 }
 
-// GPULabel has the labels under which a COS build lists a driver version for one type of GPU.
+// GPULabel is a type of GPU for which a COS build lists a driver version.
 type GPULabel struct {
 	// GPU is COS's name of the type, such as NVIDIA_L4.
 	GPU string
-	// Labels has the labels for the version: default, latest, or a branch such as R535.
+	// Labels are the labels of the version there: default, latest, or a branch such as R535.
 	Labels []string
 }
 

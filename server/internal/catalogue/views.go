@@ -33,7 +33,7 @@ type FlavourView struct {
 	Builds []api.Build
 }
 
-// maxHistory is the most builds of one cell that are shown.
+// maxHistory is the maximum number of builds of one cell on a page.
 const maxHistory = 20
 
 // View returns everything about one kernel and one driver version. For an unknown kernel, the error has kind NotFound.
@@ -94,7 +94,7 @@ type Workload struct {
 	Running []api.Build
 	// Builders has the builders that reported lately, sorted by name.
 	Builders []Builder
-	// Takes has, for each flavour, the median duration of its newest builds.
+	// Takes is the median duration of the newest builds of each flavour.
 	Takes map[target.Flavour]time.Duration
 }
 
@@ -107,7 +107,7 @@ type Builder struct {
 	Running, Published int
 }
 
-// maxShown is the most builds in each list of the page of the queue.
+// maxShown is the maximum number of builds in each list on the page of the queue.
 const maxShown = 50
 
 // Workload reads the builders and the waiting builds.
@@ -203,7 +203,7 @@ func (c *Catalogue) Groups(ctx context.Context) ([]store.KernelGroup, error) {
 // News is an outcome of a cell: a build that was published or failed, or an artifact that was withdrawn.
 type News struct {
 	At time.Time
-	// Either Build is set, the build that ended, or Artifact, the artifact that was withdrawn.
+	// Build is a build that ended. Artifact is a withdrawn artifact. Only one of them is set.
 	Build    *api.Build
 	Artifact *api.Artifact
 }

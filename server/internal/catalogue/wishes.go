@@ -21,7 +21,7 @@ import (
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
 
-// maxProblems is the most problems of one wish list that are stored.
+// maxProblems is the maximum number of stored problems of one wish list.
 const maxProblems = 50
 
 // WishLists lists all wish lists.
@@ -208,7 +208,7 @@ func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planVi
 	return true, nil
 }
 
-// planView has the content of the catalogue. [plan.Expand] reads it through the methods that it calls on a bucket.
+// planView gives [plan.Expand] the content of the catalogue instead of a bucket.
 type planView struct {
 	ids     []string // newest first
 	kernels map[string]api.Kernel
@@ -374,7 +374,7 @@ func durations(took []time.Duration) api.ReadyDuration {
 	return api.ReadyDuration{Count: n, P50: at(50), P90: at(90), P99: at(99), Max: took[n-1].Seconds()}
 }
 
-// maxPools is the most pools of one preflight.
+// maxPools is the maximum number of pools of one preflight.
 const maxPools = 100
 
 // Preflight says for each node pool whether an upgrade to a COS build is safe: its nodes must find their driver there.

@@ -38,7 +38,7 @@ func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) 
 	})
 }
 
-// checkReplacement returns an error unless the artifact with this digest may replace the artifact old.
+// checkReplacement returns an error unless the artifact with the given digest can replace the old one.
 func checkReplacement(ctx context.Context, tx *store.Tx, old api.Artifact, digest string) error {
 	a, err := tx.Artifact(ctx, digest)
 	if err != nil {
@@ -123,7 +123,7 @@ func (c *Catalogue) setState(
 	return a, err
 }
 
-// setWithdrawn changes a resolution so that it says that the artifact a must not be used.
+// setWithdrawn sets the state, reason and hint of a withdrawn artifact.
 func setWithdrawn(r *api.Resolution, a *store.Candidate) {
 	r.State, r.Reason, r.Hint = a.State, a.Reason, "choose another driver version"
 	if a.State == api.Quarantined {

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// maxGKE is the most kernels that are read from a list, newest first.
+// maxGKE is the maximum number of kernels that are read from a list, newest first.
 const maxGKE = 4000
 
 // missedFor is the pause before a kernel that was missing in the bucket is looked up there again.
@@ -28,7 +28,7 @@ type GKE struct {
 	// URL is the address of the bucket with the builds.
 	URL string
 
-	// missed is when a listed kernel was missing in the bucket, by BUILD_ID/board.
+	// missed is the time when a listed kernel was missing in the bucket, by BUILD_ID/board.
 	missed map[string]time.Time
 }
 
@@ -71,7 +71,7 @@ func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	return n, trouble
 }
 
-// lookUp reads those of the kernels from the bucket that were never read, and records them.
+// lookUp reads from the bucket the kernels that were never read, and records them.
 func (s *GKE) lookUp(ctx context.Context, to catalogue, kernels []target.Kernel) (err error) {
 	now := time.Now()
 	listed := map[string]bool{}

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// requestsAtOnce is how many requests to one bucket run at the same time.
+// requestsAtOnce is the maximum number of simultaneous requests to one bucket.
 const requestsAtOnce = 8
 
 // Google adds drivers mostly to the lists of a milestone's newest builds, so these are read each time. Other known

@@ -104,7 +104,7 @@ type tokenStore interface {
 	Audited(ctx context.Context, e api.AuditEntry) error
 }
 
-// maxAuditPath is the most bytes of a path in the audit log.
+// maxAuditPath is the maximum length of a path in the audit log, in bytes.
 const maxAuditPath = 512
 
 // audit returns a middleware that writes the audit log. It records calls of known callers that would change something,
@@ -182,7 +182,7 @@ func peer(r *http.Request) (string, error) {
 	return httprate.CanonicalizeIP(host), err
 }
 
-// callers has a limit for each caller with only the scope ask: how many builds the caller may add within an hour.
+// callers limits the builds that each caller with only the scope ask may add within an hour.
 type callers struct {
 	perHour int
 

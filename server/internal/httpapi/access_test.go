@@ -96,7 +96,7 @@ var neededScopes = map[string]auth.Scope{
 	"PUT /v2/x/manifests/sha256-y.referrer": auth.Push,
 }
 
-// satisfyingScopes has, for each scope that a route may need, the scopes that satisfy it.
+// satisfyingScopes are the scopes that satisfy each needed scope.
 var satisfyingScopes = map[auth.Scope][]auth.Scope{
 	auth.Ask:      {auth.Ask, auth.Announce, auth.Operate, auth.Admin},
 	auth.Announce: {auth.Announce, auth.Operate, auth.Admin},

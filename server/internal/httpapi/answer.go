@@ -99,7 +99,7 @@ type bufferedResponse struct {
 // buffers has buffers for reuse.
 var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
-// maxPooledBuffer is the size in bytes up to which a buffer is reused.
+// maxPooledBuffer is the maximum size of a reused buffer, in bytes.
 const maxPooledBuffer = 256 << 10
 
 func newBufferedResponse(w http.ResponseWriter) *bufferedResponse {

@@ -24,7 +24,7 @@ const (
 	readyPause = time.Minute
 )
 
-// openStates has the states of jobs, in the words of the library River, that a builder works on or will take.
+// openStates are River's states of jobs that a builder works on or will take.
 var openStates = []string{"available", "pending", "retryable", "running", "scheduled"}
 
 var (

@@ -61,9 +61,10 @@ type Config struct {
 	Auth *auth.Authenticator
 	// Access stores the tokens and the audit log.
 	Access tokenStore
-	// BuildsPerHour is how many builds a caller with only the scope ask may add within an hour; 0 means 120.
+	// BuildsPerHour is the maximum number of builds that a caller with only the scope ask may add within an hour; 0
+	// means 120.
 	BuildsPerHour int
-	// CallsPerMinute is how many calls each address may make in a minute; 0 means no limit.
+	// CallsPerMinute is the maximum number of calls of each address in a minute; 0 means no limit.
 	CallsPerMinute int
 	// Stopping is closed when the server stops. Streams of watched builds then end. nil means never.
 	Stopping <-chan struct{}

@@ -27,9 +27,8 @@ type access interface {
 	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 }
 
-// Handler returns the handler of the distribution API. Reading is open to everybody. A write needs a token with the
-// scope push, and a deletion one with the scope operate. The token is a Bearer token, or the password of HTTP Basic
-// authentication.
+// Handler returns the handler of the distribution API. Everybody may read. A write needs the scope push, and a deletion
+// the scope operate. The token is a Bearer token, or the password of HTTP Basic authentication.
 //
 // Most clients send credentials only after a 401 to GET /v2/. With a Basic challenge, some clients would not read
 // without credentials. The challenge is therefore Bearer, and the token path also gives out an anonymous token. With

@@ -181,8 +181,8 @@ func blobPath(sum string) string {
 	return "blobs/" + string(algorithm(sum)) + "/" + sum[:2] + "/" + sum
 }
 
-// repoPath returns a path in a repository's folder. Our folders there begin with an underscore, which no repository's
-// name does.
+// repoPath returns a path in a repository's folder. Our own folders there begin with an underscore, so that they cannot
+// be parts of a repository's name.
 func repoPath(repo string, parts ...string) (string, error) {
 	if len(repo) > maxName || !ociref.IsValidRepository(repo) {
 		return "", fmt.Errorf("%w: %q", ociregistry.ErrNameInvalid, repo)

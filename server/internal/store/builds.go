@@ -139,8 +139,7 @@ func (tx *Tx) AddBuild(ctx context.Context, b api.Build) (stored api.Build, adde
 		return b, false, fmt.Errorf("encode kernel %s: %w", b.Kernel, err)
 	}
 	tx.touch(b.Kernel.String())
-	// If another transaction has added an open build of this cell, a unique index prevents the INSERT, which then
-	// returns no row.
+	// A unique index allows one open build of a cell. If another transaction has added one, the INSERT returns no row.
 	for range 3 {
 		err = tx.QueryRowContext(
 			ctx,
@@ -174,7 +173,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNIN
 		"send the request again")
 }
 
-// BuildBefore returns the newest of the builds of b's cell that are older than b.
+// BuildBefore returns the newest build of b's cell that is older than b.
 func (tx *Tx) BuildBefore(ctx context.Context, b api.Build) (before api.Build, found bool, err error) {
 	all, err := builds(ctx, tx, ` WHERE build_id = $1 AND board = $2 AND driver = $3 AND flavour = $4
         AND id < $5 ORDER BY id DESC LIMIT 1`,

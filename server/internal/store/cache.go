@@ -19,7 +19,7 @@ import (
 // writer. With PostgreSQL, each writing transaction sends a NOTIFY to the other processes. A process that cannot
 // receive notifications caches nothing.
 
-// rememberedKernels and rememberedDrivers are how many entries the cache has at most.
+// rememberedKernels and rememberedDrivers are the maximum numbers of cached entries.
 const (
 	rememberedKernels = 8192
 	rememberedDrivers = 4096
@@ -47,8 +47,8 @@ func newCache() *cache {
 	return &cache{kernels: kernels, drivers: drivers}
 }
 
-// remember returns a cached value. If there is none, it calls read and caches the result. It does not cache the result
-// if read forbids it, or if entries were dropped meanwhile: the result may be out of date.
+// remember returns a cached value. If there is none, it calls the callback and caches the result. It does not cache the
+// result if the callback forbids it, or if entries were dropped meanwhile: the result may be out of date.
 func remember[T any](c *cache, in *lru.Cache[string, T], key string, read func() (T, bool, error)) (T, error) {
 	if v, ok := in.Get(key); ok {
 		return v, nil

@@ -92,7 +92,7 @@ type ArtifactFilter struct {
 	Digest, Driver string
 	Flavour        target.Flavour
 	State          api.State
-	// BuildID and Board are those of a kernel that the artifact is attested for.
+	// BuildID and Board choose the artifacts that are attested for this kernel.
 	BuildID, Board string
 }
 

@@ -36,7 +36,7 @@ func scanKernel(row func(...any) error, more ...any) (api.Kernel, error) {
 	return k, err
 }
 
-// noMap and noList are what the database has for an empty map and for an empty list.
+// noMap and noList are an empty map and an empty list in the database.
 const (
 	noMap  = "{}"
 	noList = "[]"

@@ -17,8 +17,7 @@ func (s *Store) Changes() uint64 {
 	return s.cache.dropped
 }
 
-// wantedAtOnce is how many wanted cells one transaction stores. wantedRows is how many wanted cells one statement
-// stores.
+// wantedAtOnce is the number of wanted cells in one transaction, and wantedRows in one statement.
 const (
 	wantedAtOnce = 1000
 	wantedRows   = 100
@@ -178,7 +177,7 @@ type Waiting struct {
 	Flavour  target.Flavour
 }
 
-// maxWaiting is the most waiting builds, and the most running builds, that are read.
+// maxWaiting is the maximum number of waiting builds, and of running builds, that are read.
 const maxWaiting = 100_000
 
 // WaitingBuilds lists the queued builds in the order in which they will start.

@@ -55,7 +55,7 @@ func cut[T any](all []T, limit int, key func(T) []string) ([]T, string) {
 	return all, cursor(key(all[limit-1])...)
 }
 
-// where is the conditions of a query with their arguments. Each ? becomes a numbered parameter, which both databases
+// where holds the conditions of a query and their arguments. Each ? becomes a numbered parameter, which both databases
 // understand.
 type where struct {
 	conditions []string

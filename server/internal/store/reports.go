@@ -73,8 +73,8 @@ func (tx *Tx) IgnoreReportsBefore(ctx context.Context, digest string, at time.Ti
 	return classify("mark the artifact "+digest, err)
 }
 
-// Reports counts the reported outcomes of an artifact or a kernel, for each pair of both, newest first. It returns at
-// most limit pairs.
+// Reports counts the reported outcomes for each pair of kernel and artifact, newest first. Empty arguments match any.
+// It returns at most limit pairs.
 func (s *Store) Reports(ctx context.Context, digest, buildID, board string, limit int) ([]api.ReportCounts, error) {
 	w := &where{}
 	addEqual(w, "digest", digest)
@@ -95,7 +95,7 @@ FROM reports`+w.String()+fmt.Sprintf(` GROUP BY build_id, board, digest ORDER BY
 	return all, classify("count the reports", err)
 }
 
-// forgottenAtOnce is the most reports that one transaction removes.
+// forgottenAtOnce is the maximum number of reports that one transaction removes.
 const forgottenAtOnce = 5000
 
 // ForgetReports removes all reports that are older than the given time.

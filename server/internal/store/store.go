@@ -1,5 +1,5 @@
 // Package store keeps the catalogue in SQLite or PostgreSQL. It is the only package with SQL. Methods of [Store] read.
-// Methods of [Tx] write in one transaction. The package has no rules; package catalogue does.
+// Methods of [Tx] write in one transaction. The rules are in package catalogue.
 package store
 
 import (

@@ -23,7 +23,7 @@ type cellPage struct {
 	head
 	Kernel  api.Kernel
 	Release api.DriverRelease
-	// GPUs has the types of GPU for which the COS build lists this driver.
+	// GPUs are the types of GPU for which the COS build lists this driver.
 	GPUs []catalogue.GPULabel
 	// Both is the path of the page with both flavours; "" on that page itself.
 	Both     string
@@ -142,7 +142,8 @@ func (p *pages) commandsFor(r *http.Request, f catalogue.FlavourView) []command 
 	}
 }
 
-// maxReferrers is the maximum number of an artifact's statements that are read. There are some for each of its kernels.
+// maxReferrers is the maximum number of statements about an artifact that are read. An artifact has some for each
+// kernel.
 const maxReferrers = 200
 
 // describeAttachments describes the statements about an artifact on this server by their labels. Labels are not
@@ -277,7 +278,7 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, http.StatusOK, "build.html", page)
 }
 
-// maxLogEnd is the most bytes of a log that a page shows.
+// maxLogEnd is the maximum size of a log on a page, in bytes.
 const maxLogEnd = 8 << 10
 
 // logEnd returns the last complete lines of a build's log, and reports whether there is a log.

@@ -29,7 +29,7 @@ type queuePage struct {
 	head
 	*catalogue.Workload
 	Takes []medianTime
-	// More is how many waiting builds are not listed.
+	// More is the number of waiting builds that are not listed.
 	More int
 }
 
@@ -72,7 +72,7 @@ type release struct {
 	Bar   template.HTML
 }
 
-// maxReleases is the most kernels on the page of releases.
+// maxReleases is the maximum number of kernels on the page of releases.
 const maxReleases = 30
 
 func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
@@ -121,11 +121,11 @@ func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
 type warningsPage struct {
 	head
 	Warnings []api.Warning
-	// More is how many warnings are not shown.
+	// More is the number of warnings that are not shown.
 	More int
 }
 
-// maxWarnings is the most warnings on the page of early warnings.
+// maxWarnings is the maximum number of warnings on the page of early warnings.
 const maxWarnings = 100
 
 func (p *pages) warnings(w http.ResponseWriter, r *http.Request) {

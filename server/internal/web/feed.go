@@ -45,7 +45,7 @@ type atomCategory struct {
 	Term string `xml:"term,attr"`
 }
 
-// maxEntries is the most entries of the feed.
+// maxEntries is the maximum number of entries of the feed.
 const maxEntries = 30
 
 func (p *pages) feed(w http.ResponseWriter, r *http.Request) {

@@ -74,7 +74,7 @@ type milestoneShare struct {
 	api.CoverageCounts
 }
 
-// maxRows is the most kernels on a page.
+// maxRows is the maximum number of kernels on a page.
 const maxRows = 20
 
 // parse returns what the reader searches for.
