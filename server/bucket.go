@@ -20,9 +20,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Builders can publish tarballs in a bucket: docs/decisions/0014-tarball-twins.md. For each COS build and board, the
-// bucket has a signed index. The index has the digest of each tarball's artifact. The command reindex looks for these
-// artifacts in the registry.
+// Builders can publish tarballs in a bucket: docs/decisions/0014-tarball-twins.md. A signed index for each COS build
+// and board contains the digest of each tarball's artifact. The command reindex looks for these artifacts in the
+// registry.
 
 // bucketObject is the predicate type of a statement about an object of a bucket.
 const bucketObject = "https://prebake.dev/bucket-object/v1"

@@ -125,8 +125,8 @@ func (v *importSet) compare(ctx context.Context, d v1.Descriptor) error {
 	return nil
 }
 
-// attachment returns the manifest of an attachment. It returns nil if the bundle lacks the manifest, if the manifest
-// does not have exactly one layer, or if its subject is not the driver.
+// attachment returns the manifest of an attachment, or nil if the bundle lacks the manifest. It also returns nil if the
+// manifest does not have exactly one layer, or is not attached to the driver.
 func (v *importSet) attachment(ctx context.Context, subject string, d v1.Descriptor) (*v1.Manifest, error) {
 	raw, err := v.r.repo.Manifest(ctx, d.Digest.String())
 	if fault.Is(err, fault.NoArtifact) {

@@ -233,7 +233,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		Auth:     who, Access: db, BuildsPerHour: s.BuildsPerHour, CallsPerMinute: s.CallsPerMinute,
 		Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes, Snapshot: list,
 	})
-	// The file gets its name only when it is complete: a program that waits for the file must not read half of it.
+	// The file gets its name only when it is complete, because a program may wait for it.
 	addressFile := filepath.Join(s.Data, "address")
 	scheme := "http"
 	if secure != nil {

@@ -18,7 +18,7 @@ const columns = 80
 const minLastColumn = 12
 
 // printTable prints rows as a table with a head. Without rows, it prints the given text. The last column is cut to fit.
-// If less than minLastColumn is left for it, the widest other columns are cut.
+// If less than minLastColumn is left for it, the widest other columns are cut, too.
 func printTable(w io.Writer, head []string, rows [][]string, none string) error {
 	if len(rows) == 0 {
 		_, err := fmt.Fprintln(w, none)

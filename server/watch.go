@@ -135,7 +135,7 @@ func queuePosition(ctx context.Context, c *api.Client, now progress) progress {
 	}
 	was := now.ETA
 	now.Position, now.ETA = r.Position, r.ETA
-	// If the time changes by less than a minute, the former time stays, so that no new line is printed.
+	// Keep the former time if it changes by less than a minute, so that no new line is printed.
 	if was != nil && now.ETA != nil && now.ETA.Sub(*was).Abs() < time.Minute {
 		now.ETA = was
 	}

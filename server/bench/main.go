@@ -1,6 +1,5 @@
 // Command bench measures the server with the catalogue of a large farm: 5,000 kernels, 60,000 cells, a year of builds.
-// It fills a database, runs the server, calls it from the same machine and prints a table. It has no limits for
-// results, because machines differ.
+// It fills a database, runs the server, calls it from the same machine and prints a table.
 package main
 
 import (

@@ -1,5 +1,5 @@
-// Package auth identifies callers and decides what they may do. It accepts the server's first token, tokens that an
-// administrator made, and OpenID Connect tokens of the issuers in a file of rules. It knows no routes.
+// Package auth identifies callers and decides what they may do. It accepts the server's first token, administrators'
+// tokens, and OpenID Connect tokens of the issuers in a file of rules. It knows no routes.
 package auth
 
 import (
@@ -80,8 +80,8 @@ func hintScopes() string {
 
 // Principal is a caller that sent a valid secret.
 type Principal struct {
-	// Name is the caller's name in the audit log: "first" for the first token, token:NAME for an administrator's token,
-	// or what an issuer's rule makes of the claims.
+	// Name is the caller's name in the audit log: "first" for the first token, and token:NAME for an administrator's
+	// token. For an issuer's token, the rule says how to make the name.
 	Name   string
 	Scopes []Scope
 }

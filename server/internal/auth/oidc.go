@@ -301,8 +301,8 @@ func claimText(v any) (string, bool) {
 	return "", false
 }
 
-// printableName makes a foreign name safe for logs and tables: at most 128 characters, with a ? for each that is not
-// printable ASCII.
+// printableName makes a foreign name safe for logs and tables. It cuts the name to 128 characters, and replaces each
+// that is not printable ASCII by a ?.
 func printableName(name string) string {
 	const most = 128
 	clean := strings.Map(func(c rune) rune {

@@ -14,9 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// A token is prebake_ID_SECRET. Programs that search for leaked secrets can recognize the prefix. ID and SECRET are 26
-// letters and digits each, with 128 random bits. That is too much to guess, so a plain SHA-256 of the token in the
-// database is safe.
+// A token is prebake_ID_SECRET. Scanners for leaked secrets can recognize the prefix. ID and SECRET have 128 random
+// bits each. Nobody can guess these, so a plain SHA-256 of the token in the database is safe.
 const tokenPrefix = "prebake_"
 
 // DefaultLifetime and MaxLifetime are the default and the maximum lifetime of a token.

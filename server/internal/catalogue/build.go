@@ -188,15 +188,15 @@ func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, e
 // errPublished makes a transaction roll back if the cell was published meanwhile.
 var errPublished = errors.New("the cell was published meanwhile")
 
-// add stores a new build. If the cell has an open build, add returns that one. seen is the newest build that the caller
-// read, or nil. If a build was published since then, add returns it, so that no second build starts.
+// add stores a new build, unless the cell has an open build, which add returns instead. seen is the newest build that
+// the caller read, or nil. If a build was published since then, add returns that build.
 func (c *Catalogue) add(ctx context.Context, b api.Build, seen *api.Build) (stored api.Build, added bool, err error) {
 	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
 		if stored, added, err = tx.AddBuild(ctx, b); err != nil || !added || stored.State != api.Queued {
 			return err
 		}
-		// Read the former build after the insert, which succeeds only if no build of the cell is open. Before the
-		// insert, another PostgreSQL transaction could still end a build unseen.
+		// Read the former build after the insert: the insert shows that no build of the cell is open any more. Before
+		// it, another PostgreSQL transaction could still end a build unseen.
 		before, found, err := tx.BuildBefore(ctx, stored)
 		if err != nil {
 			return err

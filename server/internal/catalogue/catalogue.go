@@ -1,6 +1,6 @@
-// Package catalogue has the server's use-cases and rules: which kernels and drivers exist, what a node should run, and
-// which cells are built. It has no HTTP and no SQL. It never finds an artifact by kernel release, because several COS
-// builds share one.
+// Package catalogue has the server's rules: which kernels and drivers exist, what a node should run, and which cells
+// are built. It has no HTTP and no SQL. It never finds an artifact by kernel release, because several COS builds share
+// one.
 package catalogue
 
 import (

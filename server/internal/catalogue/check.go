@@ -46,8 +46,8 @@ var pathPattern = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-
 // hostPattern matches a registry's host and port. It is strict, because the host appears in commands that people paste.
 var hostPattern = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?$`)
 
-// checkRepository returns an error unless the repository is a path on this server, such as /prebake/driver, or a
-// repository of another registry.
+// checkRepository returns an error unless the repository is a path on this server (/prebake/driver), or a repository of
+// another registry.
 func checkRepository(repository string) error {
 	host, path, _ := strings.Cut(repository, "/")
 	if host == "" {

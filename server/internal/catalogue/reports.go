@@ -15,8 +15,8 @@ import (
 )
 
 // Nodes report what happened to an artifact. If it does not load on several nodes, it goes into quarantine until an
-// operator has examined it. Nodes may lie. If a quarantine needs two nodes or more, the reports of one network (/24, or
-// /64 with IPv6) are never enough. A network can still prevent a quarantine by reporting success.
+// operator has examined it. Nodes may lie, so the reports of one network (/24, or /64 with IPv6) are not enough if a
+// quarantine needs two nodes or more. A network can still prevent a quarantine by reporting success.
 
 // reporter reads and removes the reports of nodes.
 type reporter interface {

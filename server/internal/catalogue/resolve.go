@@ -293,8 +293,8 @@ type Matrix struct {
 // maxColumns is the maximum number of driver versions in a matrix. A reader cannot compare more.
 const maxColumns = 16
 
-// DriverFilter chooses the drivers of a matrix. The zero value means those that were requested for a kernel of the
-// page.
+// DriverFilter chooses the drivers of a matrix. The zero value chooses the drivers that were requested for a kernel of
+// the page.
 type DriverFilter struct {
 	// Text is a branch (R535, 535), or the beginning of a version; "" means any driver.
 	Text string
@@ -410,8 +410,7 @@ func (c *Catalogue) readPage(ctx context.Context, f store.KernelFilter, p store.
 	return c.Store.RememberedCells(ctx, f, p)
 }
 
-// Cells lists the cells of a page of kernels. Without a version, it lists those that were built or published in any
-// version.
+// Cells lists the cells of a page of kernels. Without a version, it lists the cells with a build or an artifact.
 func (c *Catalogue) Cells(
 	ctx context.Context,
 	f store.KernelFilter,

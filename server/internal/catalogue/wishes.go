@@ -377,7 +377,7 @@ func durations(took []time.Duration) api.ReadyDuration {
 // maxPools is the maximum number of pools of one preflight.
 const maxPools = 100
 
-// Preflight says for each node pool whether an upgrade to a COS build is safe: its nodes must find their driver there.
+// Preflight says for each node pool whether its nodes would find their driver after an upgrade to a COS build.
 func (c *Catalogue) Preflight(ctx context.Context, q api.PreflightRequest) (api.Preflight, error) {
 	if n := len(q.Pools); n == 0 || n > maxPools {
 		return api.Preflight{}, fault.New(fault.Usage,

@@ -1,6 +1,6 @@
 // Package discover reads upstream sources and records what exists: COS builds with their driver lists, GKE versions,
-// and NVIDIA's releases. If a source fails, the others are still read, and the source is tried again at the next
-// interval. The package requests no builds, and removes no kernels and no drivers.
+// and NVIDIA's releases. A source that fails is tried again at the next interval. The package requests no builds, and
+// removes no kernels and no drivers.
 package discover
 
 import (

@@ -108,7 +108,7 @@ type tokenStore interface {
 const maxAuditPath = 512
 
 // audit returns a middleware that writes the audit log. It records calls of known callers that would change something,
-// even refused ones. It leaves out frequent reports of builders and nodes. Of a push, it records only the manifest.
+// even refused ones. It leaves out builders' and nodes' reports, and all of a push except the manifest.
 func audit(c Config) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

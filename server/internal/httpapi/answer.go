@@ -21,8 +21,8 @@ const compression = 4
 // starting the compressor would take longer than answering a node.
 const compressFrom = 1400
 
-// etags is a middleware that adds an ETag to the answers to reads, and answers 304 if the client has the same answer
-// already. It also compresses large answers for clients that accept gzip.
+// etags is a middleware that adds an ETag to answers to reads. If the client has the same answer already, it answers
+// 304. It also compresses large answers for clients that accept gzip.
 func etags(next http.Handler) http.Handler {
 	compressor := middleware.NewCompressor(
 		compression,

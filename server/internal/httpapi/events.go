@@ -27,7 +27,7 @@ const (
 
 // events returns a handler that sends the states of a build as server-sent events
 // (https://html.spec.whatwg.org/multipage/server-sent-events.html). Each event is named "build" and contains the build
-// as in the API. The stream ends with the build, with the server, or after an hour. Browsers reconnect by themselves.
+// as in the API. The stream ends with the build, with the server, or after an hour.
 func events(c Config) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		ctx := r.Context()

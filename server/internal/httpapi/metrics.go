@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// metrics are the server's metrics, in their own registry. The library's global registry also contains those of linked
-// packages.
+// metrics are the server's metrics, in their own registry. The library's global registry also contains metrics of
+// linked packages.
 type metrics struct {
 	registry *prometheus.Registry
 	took     *prometheus.HistogramVec

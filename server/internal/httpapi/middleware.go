@@ -169,7 +169,7 @@ func throttle() func(http.Handler) http.Handler {
 	}
 }
 
-// isList reports whether a request is for a page of a list, or for a web page that reads as much from the database.
+// isList reports whether a request is for a page of a list, or for a web page that costs as much.
 func isList(r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return false

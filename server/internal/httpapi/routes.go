@@ -111,8 +111,8 @@ func (a *Asked) Resolve(ctx huma.Context) []error {
 	return nil
 }
 
-// withoutOwnHost removes the host from a repository if it is this server's, by the name that the client used or by a
-// loopback address. For a node, a builder's 127.0.0.1 would be the node itself.
+// withoutOwnHost removes this server's host from a repository: the name that the client used, or a loopback address.
+// For a node, a builder's 127.0.0.1 would be the node itself.
 func withoutOwnHost(repository, asked, port string) string {
 	host, rest, ok := strings.Cut(repository, "/")
 	if !ok || host == "" {

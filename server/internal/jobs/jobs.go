@@ -41,8 +41,8 @@ type jobQueue interface {
 	Release(ctx context.Context, builds ...int64) error
 }
 
-// A builder reports every [api.HeartbeatInterval], and is dead if it has not reported for deadAfter. After the server
-// was down, builders have settleTime to report again. A dead builder's builds continue within a minute in both cases.
+// A builder reports every [api.HeartbeatInterval]. Without a report for deadAfter, it is dead. After the server was
+// down, builders have settleTime to report again. A dead builder's builds continue within a minute in both cases.
 const (
 	deadAfter  = 30 * time.Second
 	settleTime = 15 * time.Second

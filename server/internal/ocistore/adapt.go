@@ -152,9 +152,9 @@ func writeStatus(w http.ResponseWriter, status int, code, message string) {
 	_ = json.NewEncoder(w).Encode(map[string][]one{"errors": {{code, message}}}) // an error means that the client is gone
 }
 
-// setCaching sets the headers for caches: an answer to a path with a digest is valid for ever. If the client has the
-// blob, it answers 304 and returns true. It changes a range from the end, which the library does not support, to one
-// from the start.
+// setCaching sets headers for caches: an answer to a path with a digest never changes. If the client has the blob, it
+// answers 304 and returns true. It changes a range from the end, which the library does not support, to one from the
+// start.
 func (h *handler) setCaching(w http.ResponseWriter, r *http.Request, kind, ref string) (done bool) {
 	d := ociregistry.Digest(ref)
 	if digest.Digest(ref).Validate() != nil {

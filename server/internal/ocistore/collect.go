@@ -18,8 +18,8 @@ type Collected struct {
 	Bytes int64
 }
 
-// Collect removes abandoned uploads, and blobs older than a day without a manifest. Pushes may run at the same time: a
-// blob that a client asks for counts as new, and no blob is removed while a manifest is stored.
+// Collect removes abandoned uploads, and unreferenced blobs that are older than a day. Pushes may run at the same time.
+// A blob that a client asks for counts as new, and no blob is removed while a manifest is stored.
 func (s *Store) Collect(ctx context.Context, now time.Time) (out Collected, err error) {
 	if err := s.dropUploads(now); err != nil {
 		return out, fmt.Errorf("collect blobs: %w", err)
@@ -119,7 +119,7 @@ func orNone(d *ociregistry.Descriptor) []ociregistry.Descriptor {
 // touchEvery is the minimum pause between two changes of a blob's time. It saves writes.
 const touchEvery = time.Hour
 
-// touch sets the time of a blob to now, because a client will probably push a manifest that refers to the blob.
+// touch makes a blob new again, because a client will probably push a manifest that refers to it.
 func (s *Store) touch(name string, info fs.FileInfo) error {
 	if time.Since(info.ModTime()) < touchEvery {
 		return nil

@@ -160,8 +160,8 @@ func (u *upload) ID() string     { return u.id }
 func (u *upload) Size() int64    { return u.size }
 func (u *upload) ChunkSize() int { return 64 << 10 }
 
-// Write appends p. It checks the client's offset only when the first bytes arrive: a last request without content has
-// offset 0 and must not be refused.
+// Write appends p. It checks the client's offset when the first bytes arrive. A last request without content has offset
+// 0 and must not be refused.
 func (u *upload) Write(p []byte) (int, error) {
 	if u.offset >= 0 && u.offset != u.size {
 		return 0, outOfOrder(u.offset, u.size)
@@ -425,12 +425,12 @@ func (s *Store) retiredTag(repo, tag string) (ociregistry.Descriptor, error) {
 	return s.readDescriptor(name)
 }
 
-// DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest, and then the manifest. It keeps
-// the content for [Store.Collect], because another repository may have it.
+// DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest, and then the manifest. The
+// content stays for [Store.Collect], because another repository may have it.
 //
-// A create-only tag can be made again only for the same content. An unreadable tag may refer to the manifest, so
-// DeleteManifest returns an error and keeps the manifest. A tag with damaged content does not prevent the deletion. It
-// stays, because it may be create-only.
+// A create-only tag can be made again only for the same content. A tag with damaged content stays, because it may be
+// create-only. If a tag cannot be read, DeleteManifest returns an error and keeps the manifest, which may have this
+// tag.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
 	desc, err := s.ResolveManifest(ctx, repo, d)
 	if err != nil {

@@ -58,8 +58,7 @@ func (s *Store) Cells(ctx context.Context, f KernelFilter, p Page) (all []*Kerne
 }
 
 // facts returns the facts about the cells of some kernels, by BUILD_ID/BOARD. The given query returns build_id, board
-// and fingerprint of these kernels. Keep the CROSS JOINs: they fix the order in which SQLite reads the tables. Without
-// statistics, SQLite would start with the wrong table.
+// and fingerprint of these kernels. Keep the CROSS JOINs: without statistics, SQLite would start with the wrong table.
 func facts(ctx context.Context, q querier, from string, args []any) (map[string]map[target.Driver]Facts, error) {
 	all := map[string]map[target.Driver]Facts{}
 	of := func(k target.Kernel) map[target.Driver]Facts {

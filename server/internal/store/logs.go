@@ -45,8 +45,8 @@ func (l *Logs) Close() error { return l.root.Close() }
 func logName(build int64) string  { return strconv.FormatInt(build, 10) + ".log" }
 func liveName(build int64) string { return strconv.FormatInt(build, 10) + ".live" }
 
-// Append adds text to the log of a running build, at an offset in bytes. Offset 0 starts the log again. Any other
-// offset must be the log's length; otherwise the error has kind Mismatch. The log is limited to api.MaxLiveLog bytes.
+// Append adds text to the log of a running build, at an offset in bytes. Offset 0 starts the log again. If another
+// offset is not the log's length, the error has kind Mismatch. The log is limited to api.MaxLiveLog bytes.
 func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
 	flags := os.O_WRONLY
 	if offset == 0 {

@@ -124,8 +124,7 @@ DO UPDATE SET early = excluded.early`
 }
 
 // Coverage counts wanted cells by milestone and state, without cells that only early-warning entries want. Milestone 0
-// means unknown. State Unknown means no artifact and no build. The rules for the other states are those of package
-// catalogue. Coverage takes some ten microseconds for each cell.
+// means unknown. State Unknown means no artifact and no build. For other states, package catalogue has the rules.
 func (s *Store) Coverage(ctx context.Context) (map[int]map[api.State]int, error) {
 	counts := map[int]map[api.State]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {

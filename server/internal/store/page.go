@@ -11,7 +11,7 @@ import (
 
 // Page says which part of a list to return.
 type Page struct {
-	// After is the cursor that came with the former page; "" means the first page.
+	// After is the cursor from the former page; "" means the first page.
 	After string
 	// Limit is the maximum number of entries of the page. It must be at least 1.
 	Limit int

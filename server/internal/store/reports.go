@@ -37,7 +37,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (digest, node) DO UPDATE
 	return classify(what, err)
 }
 
-// OutcomeCount is how many nodes of one network reported the same outcome for an artifact.
+// OutcomeCount is the number of nodes of one network that reported the same outcome for an artifact.
 type OutcomeCount struct {
 	Source  string
 	Outcome api.Outcome

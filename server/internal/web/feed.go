@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// The types in this file are those of an Atom feed (RFC 4287).
+// The types in this file are an Atom feed (RFC 4287).
 
 type atomFeed struct {
 	XMLName xml.Name    `xml:"http://www.w3.org/2005/Atom feed"`

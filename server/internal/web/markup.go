@@ -47,8 +47,8 @@ func cells(k api.Kernel, drivers []api.DriverRelease, all [][]api.Resolution) te
 	return out.safe()
 }
 
-// pill adds the table cell of a driver version. It shows the requested flavours, otherwise those that can be built,
-// otherwise both.
+// pill adds the table cell of a driver version. It shows the requested flavours. If there are none, it shows the
+// flavours that can be built, or else both.
 func pill(out *markup, k target.Kernel, version string, both []api.Resolution) {
 	shown := both[:0:0]
 	for _, least := range []func(api.State) bool{
