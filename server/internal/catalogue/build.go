@@ -88,7 +88,7 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller
 }
 
 // openCell adds and queues a build of a cell, or returns its published or open build. It raises the priority of a
-// waiting build. For a withdrawn artifact, the error has kind Unsupported.
+// waiting build if necessary. For a withdrawn artifact, the error has kind Unsupported.
 func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolution, priority int) (api.Build, error) {
 	now := c.Now()
 	b := api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, Priority: priority, CreatedAt: now}

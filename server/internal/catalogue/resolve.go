@@ -247,8 +247,8 @@ func (c *Catalogue) lookUpLater(k target.Kernel) {
 	}
 }
 
-// LookUpUnknown looks up the unknown kernels that nodes asked for, until ctx is done. After a miss, it pauses for
-// missedFor.
+// LookUpUnknown looks up the unknown kernels that nodes asked for, until ctx is done. A kernel that was not found is
+// looked up again only after missedFor.
 func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 	missed := map[string]time.Time{}
 	for {

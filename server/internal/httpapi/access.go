@@ -162,8 +162,8 @@ func audited(r *http.Request) bool {
 	return true
 }
 
-// limitClients returns a middleware that answers 429 with Retry-After if an address makes too many calls. 0 means no
-// limit.
+// limitClients returns a middleware that answers 429 with Retry-After if an address makes too many calls within a
+// minute. 0 means no limit.
 func limitClients(perMinute int) func(http.Handler) http.Handler {
 	if perMinute == 0 {
 		return func(next http.Handler) http.Handler { return next }

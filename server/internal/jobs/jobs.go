@@ -62,7 +62,7 @@ type Sweeper struct {
 	// Now returns the current time. nil means time.Now.
 	Now func() time.Time
 
-	// listening is the time since when builders can report without interruption. Earlier silence does not make a
+	// listening is the time since which builders can report without interruption. Earlier silence does not make a
 	// builder dead.
 	listening time.Time
 }

@@ -109,7 +109,7 @@ func (h *handler) challenge(w http.ResponseWriter, r *http.Request) {
 	h.writeError(w, r, ociregistry.ErrUnauthorized)
 }
 
-// serveToken answers a request for a token: with the caller's own secret, or with the anonymous token.
+// serveToken gives a known caller its own secret as the token, and a caller without credentials the anonymous token.
 func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret string, asked, known bool) {
 	if r.Method != http.MethodGet {
 		// The registry does not support the protocol's OAuth2 form. After a 404, clients use GET.
