@@ -13,9 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestGKEAndGPUs runs a server that reads Google's list of images. The server must store the GKE versions of kernels,
-// and answer questions with a GKE version or a type of GPU. The list is like gke-to-cos.json (see package discover).
-// The driver lists are like gpu_driver_versions.proto of cos/tools.
+// TestGKEAndGPUs asks a server for GKE versions and types of GPUs. The list of images is like gke-to-cos.json (see
+// package discover). The driver lists are like gpu_driver_versions.proto of cos/tools.
 func TestGKEAndGPUs(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
