@@ -90,8 +90,8 @@ func reportTable(r *doctor.Report) string {
 	return out.String()
 }
 
-// writeIndented writes head and then text, in lines of at most 80 columns, unless one word is longer. Each line after
-// the first is indented by the length of head.
+// writeIndented writes the head and the text in lines of at most 80 columns. Later lines are indented by the length of
+// the head.
 func writeIndented(out *strings.Builder, head, text string) {
 	const width = 80
 	line := head
