@@ -138,9 +138,9 @@ var ErrOtherRun = errors.New("it comes from another run of make than the headers
 
 // Check returns an error of kind [fault.Mismatch] if the kernel does not belong to a header tree. It compares:
 //
-//  - the releases;
-//  - the configurations, if the kernel contains its own;
-//  - who built the kernel, when, and under which build number, if the tree says so.
+//   - the releases;
+//   - the configurations, if the kernel contains its own;
+//   - who built the kernel, when, and under which build number, if the tree says so.
 //
 // If only the last facts differ, the error also wraps [ErrOtherRun].
 func (f Facts) Check(headers string) error {

@@ -1,5 +1,5 @@
-// Package bootimage makes a bootable image for a virtual machine from the vmlinux of a COS build. It also reports whether
-// a vmlinux is the kernel of a header tree.
+// Package bootimage makes a bootable image for a virtual machine from the vmlinux of a COS build. It also reports
+// whether a vmlinux is the kernel of a header tree.
 //
 // The package never guesses. An unknown layout, or the version text of another COS build, is an error.
 package bootimage
@@ -49,9 +49,9 @@ func badVMLinux(format string, args ...any) error {
 
 // Write writes an image that qemu's -kernel accepts:
 //
-//  - for amd64 an ELF file with the kernel's segments and Prebake's entry code, whose address is in the PVH note. So every
-//    kernel boots, with or without a PVH entry of its own;
-//  - for arm64 the kernel's Image, as objcopy -O binary makes it from vmlinux.
+//   - for amd64 an ELF file with the kernel's segments and Prebake's entry code, whose address is in the PVH note. So
+//     every kernel boots, with or without a PVH entry of its own;
+//   - for arm64 the kernel's Image, as objcopy -O binary makes it from vmlinux.
 //
 // If vmlinux is not a kernel for the architecture, the error has the kind [fault.Unsupported].
 func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {

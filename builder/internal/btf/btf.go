@@ -1,5 +1,5 @@
-// Package btf reads BTF, the description of types that kernels and modules contain for tracers. It extracts the BTF of a
-// kernel from vmlinux and compares a module's BTF with it.
+// Package btf reads BTF, the description of types that kernels and modules contain for tracers. It extracts the BTF of
+// a kernel from vmlinux and compares a module's BTF with it.
 //
 // The BTF of a module is split: the numbers of its types and strings continue where the kernel's numbers end. Under the
 // BTF of another kernel, these numbers mean other types. A kernel with CONFIG_MODULE_ALLOW_BTF_MISMATCH ignores the BTF
@@ -21,8 +21,7 @@ import (
 // Section is the name of the ELF section with the types of a kernel or a module.
 const Section = ".BTF"
 
-// maxSize is the maximum size of the BTF in one file, in bytes. A distribution's kernel with all built-in drivers has 6
-// MB.
+// maxSize is the maximum size of the BTF in one file, in bytes. A distribution's kernel has 6 MB.
 const maxSize = 64 << 20
 
 // ErrNone means that a file has no BTF.

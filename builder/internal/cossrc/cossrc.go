@@ -1,14 +1,14 @@
-// Package cossrc fetches the kernel inputs of one COS build into the cache: the header tree, the toolchain, toolchain_env
-// and, if there is one, the boot archive for the load test. It reads the kernel's release and version from the header tree
-// and computes the kernel's ABI fingerprint.
+// Package cossrc fetches the kernel inputs of one COS build into the cache: the header tree, the toolchain,
+// toolchain_env and, if there is one, the boot archive for the load test. It reads the kernel's release and version
+// from the header tree and computes the kernel's ABI fingerprint.
 //
 // The fingerprint covers everything that decides whether a module fits the kernel: the content of the header tree (with
 // Module.symvers, .config and the prebuilt host tools), the content of the toolchain, and toolchain_env. It leaves out
 // three things that differ between two compilations of the same kernel:
 //
-//  - times, owners and mode bits (the executable bit is covered);
-//  - include/generated/compile.h, which says who compiled the kernel, where and when;
-//  - include/generated/utsversion.h, which has the build's number and time, as `uname -v` prints them.
+//   - times, owners and mode bits (the executable bit is covered);
+//   - include/generated/compile.h, which says who compiled the kernel, where and when;
+//   - include/generated/utsversion.h, which has the build's number and time, as `uname -v` prints them.
 //
 // No module can print the content of these two files, because package compile hides them from the compiler.
 //
@@ -18,8 +18,8 @@
 // If the bucket has no toolchain.tar.xz, the object toolchain.tar.xz.gcs (in old COS builds toolchain_path or
 // toolchain_url) says where the toolchain is. [cosbucket.Bucket.Sibling] finds that other bucket.
 //
-// If the caller asks for BTF, the description of the kernel's types, the package takes it from vmlinux. A module's BTF fits
-// only one kernel's BTF. So the kernel's BTF is then part of the fingerprint; the rest of vmlinux is not.
+// If the caller asks for BTF, the description of the kernel's types, the package takes it from vmlinux. A module's BTF
+// fits only one kernel's BTF. So the kernel's BTF is then part of the fingerprint; the rest of vmlinux is not.
 //
 // The package refuses inputs that differ from their checksum, and never guesses a kernel's release.
 package cossrc

@@ -1,5 +1,5 @@
-// Package input fetches objects of a bucket into the cache. It compares each object with its checksum file and describes
-// it for the provenance. Content with the published checksum that is in the cache is not fetched again.
+// Package input fetches objects of a bucket into the cache. It compares each object with its checksum file and
+// describes it for the provenance. Content with the published checksum that is in the cache is not fetched again.
 //
 // The package never keeps bytes that differ from their checksum. It streams objects and holds only small ones, such as
 // toolchain_env, in memory.
