@@ -122,7 +122,7 @@ func programBeside(name string) string {
 	return filepath.Join(filepath.Dir(self), name)
 }
 
-// requireFlags returns an error that lists those of the given flags that have no value.
+// requireFlags returns an error that lists the given flags without a value.
 func requireFlags(cmd *ucli.Command, names ...string) error {
 	var none []string
 	for _, name := range names {

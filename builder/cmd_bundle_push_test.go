@@ -62,8 +62,7 @@ func bundleOf(t *testing.T, flavours ...target.Flavour) string {
 	return ref
 }
 
-// TestBundlePushLicence checks that a driver which may not go to a public destination is refused before anything is
-// sent.
+// TestBundlePushLicence checks that a forbidden driver is refused before anything is sent.
 func TestBundlePushLicence(t *testing.T) {
 	t.Parallel()
 	open, both := bundleOf(t, target.Open), bundleOf(t, target.Open, target.Proprietary)

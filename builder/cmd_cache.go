@@ -24,7 +24,7 @@ func cacheFlag() ucli.Flag {
 	return homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache"))
 }
 
-// homeDefault writes the user's home as ~ in a flag's default, as the help shows it.
+// homeDefault makes help write the user's home as ~ in a flag's default.
 func homeDefault(f *ucli.StringFlag) *ucli.StringFlag {
 	if home, err := os.UserHomeDir(); err == nil && home != "/" {
 		if rest, ok := strings.CutPrefix(f.Value, home+"/"); ok {
@@ -89,7 +89,7 @@ fetches or makes a removed entry again when it needs this entry.`,
 	}
 }
 
-// withCache opens the cache, calls the function do with it, and closes the cache.
+// withCache opens the cache, passes it to the callback, and closes it afterwards.
 func withCache(cmd *ucli.Command, do func(*cas.Cache) error) error {
 	cache, err := cas.Open(cmd.String("cache"))
 	if err != nil {

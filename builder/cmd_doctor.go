@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// doctorCommand accepts those settings of build and work that doctor can check, and requires none of them.
+// doctorCommand accepts the settings of build and work that doctor can check. It requires none.
 func doctorCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "doctor",

@@ -95,7 +95,7 @@ func wishCommand() *ucli.Command {
 	}
 }
 
-// planCommand accepts those settings of build that a plan uses.
+// planCommand accepts the settings of build that a plan uses.
 func planCommand() *ucli.Command {
 	flags := cli.Group(groupWhat, wishFlag())
 	for _, f := range pipelineFlags() {

@@ -83,7 +83,7 @@ func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 			for _, line := range wrapText(text, columns-4) {
 				fmt.Fprintf(out, "    %s\n", line)
 			}
-			// A cell that was not tried has no log with the hint.
+			// A cell that was not tried has no log, so show the hint here.
 			if hint := j.Failure.Hint; hint != "" && j.Attempts == 0 && text == why {
 				for _, line := range wrapText("next: "+hint, columns-4) {
 					fmt.Fprintf(out, "    %s\n", line)

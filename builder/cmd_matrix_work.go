@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// defaultGrace is how long running cells of a wish list may continue after a stop signal. Without a queue, no other
-// builder takes these cells.
+// defaultGrace is how long running cells of a wish list may continue after a stop signal. It is long, because without a
+// queue no other builder takes these cells.
 const defaultGrace = 10 * time.Minute
 
 // runWorkWish keeps a wish list published. After a stop signal it starts no more builds. A second signal cancels the

@@ -200,7 +200,7 @@ func rootKeys(dir string) ([]string, error) {
 	return refs, nil
 }
 
-// withSnapshot opens the folder of the snapshot, calls the function do with it, and closes the folder.
+// withSnapshot opens the folder of the snapshot, passes it to the callback, and closes it afterwards.
 func withSnapshot(cmd *ucli.Command, do func(*maker.Repository) error) error {
 	r, err := maker.Open(cmd.String("to"), time.Now)
 	if err != nil {

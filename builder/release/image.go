@@ -26,7 +26,7 @@ import (
 // images. TestLock compares only their Debian packages, so change images and Dockerfiles together.
 type image struct {
 	name string
-	// With debian, the image has all Debian packages. Otherwise it has only the CA certificates.
+	// If debian is true, the image has all Debian packages. Otherwise it has only the CA certificates.
 	debian   bool
 	programs []string
 	// links has the targets of the symbolic links, by the link's name.

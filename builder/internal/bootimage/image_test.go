@@ -195,8 +195,8 @@ func arm64Head(memory uint64) []byte {
 // arm64Base is an address to which arm64 kernels are linked.
 const arm64Base = 0xffff800008000000
 
-// TestWriteFlat checks that an Image has each segment at its place, with zeros between. The Image must end before
-// memory without data in the file, because the kernel clears it.
+// TestWriteFlat checks that an Image has each segment at its place, with zeros between. Memory without data in the file
+// is not part of the Image, because the kernel clears it.
 func TestWriteFlat(t *testing.T) {
 	t.Parallel()
 	text, data := arm64Head(0x9000), bytes.Repeat([]byte("data"), 100)
@@ -405,8 +405,8 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestConfigInside reads the configuration inside a vmlinux. A too large one is refused, because its first part alone
-// would look like another kernel's configuration.
+// TestConfigInside reads the configuration inside a vmlinux. A configuration that is too large is refused, because its
+// first part alone would look like another kernel's configuration.
 func TestConfigInside(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {

@@ -68,7 +68,7 @@ func runBuilder(text string) error {
 	return err
 }
 
-// note is one line of the file of notes, about the begin or end of a build.
+// note is one line of the file of notes: a builder began or ended a build.
 type note struct {
 	Cell string
 	Pid  int

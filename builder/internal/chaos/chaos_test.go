@@ -25,8 +25,8 @@ type size struct {
 	jobs, workers int
 	// phase is the maximum duration of one of a build's three phases. pause is the time between two faults.
 	phase, pause time.Duration
-	// With long, some builders end for good, and others stop until the farm considers them dead. After these faults the
-	// farm needs up to a minute.
+	// If long is true, some builders end for good, and others stop until the farm considers them dead. After these faults
+	// the farm needs up to a minute.
 	long bool
 }
 

@@ -16,7 +16,7 @@
 // build. With one fingerprint for two different kernels, a node would load modules that do not fit.
 //
 // If the bucket has no toolchain.tar.xz, the object toolchain.tar.xz.gcs (in old COS builds toolchain_path or
-// toolchain_url) says where the toolchain is. [cosbucket.Bucket.Sibling] finds that other bucket.
+// toolchain_url) says in which other bucket the toolchain is. [cosbucket.Bucket.Sibling] finds that bucket.
 //
 // If the caller asks for BTF, the description of the kernel's types, the package takes it from vmlinux. A module's BTF
 // fits only one kernel's BTF. So the kernel's BTF is then part of the fingerprint; the rest of vmlinux is not.
@@ -57,8 +57,8 @@ type Inputs struct {
 	Toolchain, ToolchainDigest string
 	// Env is the content of toolchain_env: CC and CXX.
 	Env map[string]string
-	// BTF is the path of a file with the kernel's BTF. Both are "" without [WithBTF], or if the kernel is configured
-	// without BTF for modules.
+	// BTF is the path of a file with the kernel's BTF, and BTFDigest is its digest. Both are "" without [WithBTF], or if
+	// the kernel is configured without BTF for modules.
 	BTF, BTFDigest string
 	// Boot is the folder of the unpacked boot archive, prebake-boot.tgz. BootDigest is the archive's digest. Both are ""
 	// if the bucket has none.

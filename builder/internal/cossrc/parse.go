@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Largest sizes of the small text objects of a COS build, in bytes.
+// Maximum sizes of the small text objects of a COS build, in bytes.
 const (
 	maxEnv    = 16 << 10
 	maxHeader = 64 << 10

@@ -33,7 +33,7 @@ type Source interface {
 	URL(name string) string
 }
 
-// Material is one input of a build, as the provenance has it.
+// Material is one input of a build, as the provenance lists it.
 type Material struct {
 	Name   string `json:"name"`
 	URI    string `json:"uri"`

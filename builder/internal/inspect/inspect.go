@@ -27,7 +27,7 @@ import (
 
 // Config says what to examine.
 type Config struct {
-	// With VMLinux, Build fetches vmlinux, the linked kernel, and compares it with the headers. It may have hundreds of
+	// VMLinux makes Build fetch vmlinux, the linked kernel, and compare it with the headers. vmlinux may have hundreds of
 	// megabytes.
 	VMLinux bool
 	// Progress receives one line at a time. It may be nil.

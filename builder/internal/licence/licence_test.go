@@ -62,8 +62,8 @@ func push(t *testing.T, repo *registry.Repository) string {
 	return d.Digest.String()
 }
 
-// startRegistry starts a registry of the library go-containerregistry behind a gate. The gate returns an HTTP status
-// that replaces the answer, or 0.
+// startRegistry starts a registry of the library go-containerregistry behind a gate. The gate returns the HTTP status
+// of the answer, or 0 to let the registry answer.
 func startRegistry(t *testing.T, gate func(*http.Request) int) string {
 	t.Helper()
 	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))

@@ -20,7 +20,7 @@ const drm = "nvidia-drm"
 // links it, but its own start code returns EINVAL.
 const peermem = "nvidia-peermem"
 
-// loadOrder is the order in which a node loads the modules. peermem is the last one, because most nodes do not need it.
+// loadOrder is the order in which a node loads the modules. peermem is last, because most nodes do not need it.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", drm, peermem}
 
 // ErrLacking means that the module nvidia needs modules of the kernel that the machine lacks. A machine that boots

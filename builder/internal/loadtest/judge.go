@@ -291,7 +291,7 @@ func warnings(log string) []string {
 	return all
 }
 
-// maxWarnings is the largest number of lines in [Verdict.Warnings].
+// maxWarnings is the maximum number of lines in [Verdict.Warnings].
 const maxWarnings = 20
 
 // findLine returns the first line of the log that contains the first mark, or else the next mark. Without any mark it

@@ -2,7 +2,7 @@
 // loads the modules, asks NVIDIA's management library (NVML) for the driver version, and unloads the modules.
 //
 // The package does not publish and does not repair. If the machine has no GPU, not even an emulated one, the verdict
-// says so: the driver was then not seen running.
+// says so. The test has then not seen the driver run.
 package loadtest
 
 import (
@@ -32,7 +32,7 @@ const (
 type Config struct {
 	// Boot is a folder with the kernel, as for [vm.Config.Boot]. With emugpu.ko in it, the machine has an emulated GPU.
 	Boot string
-	// Modules maps module names, such as nvidia-uvm, to files. Their architecture is that of the machine.
+	// Modules maps module names, such as nvidia-uvm, to files. The machine has the architecture of these files.
 	Modules map[string]string
 	// Userspace is the folder of the driver's user space, with lib64/libnvidia-ml.so.1 (NVML).
 	Userspace string

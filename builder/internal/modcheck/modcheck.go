@@ -50,9 +50,9 @@ type Kernel struct {
 
 var machines = map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}
 
-// Check checks the modules of a driver, given by name without .ko and path. It returns the vermagic of all modules. If
-// the kernel would refuse a module or crash with it, the error is fault.CheckFailed and lists every fault of the first
-// failed step. If the header tree lacks .config or Module.symvers, the error is fault.InputMissing.
+// Check checks the modules of a driver, a map from names without .ko to files, and returns their vermagic. If the
+// kernel would refuse a module, or crash with it, the error is fault.CheckFailed. The error lists every fault of the
+// first failed step. If the header tree lacks .config or Module.symvers, the error is fault.InputMissing.
 func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 	rules, err := k.rules()
 	if err != nil {

@@ -125,7 +125,7 @@ func TestStamp(t *testing.T) {
 	}
 }
 
-// sections returns all section headers except the one of the section names, which Stamp moves and enlarges.
+// sections returns all section headers except the header of .shstrtab, which Stamp moves and enlarges.
 func sections(t *testing.T, data []byte) []elf.SectionHeader {
 	t.Helper()
 	f, err := elf.NewFile(bytes.NewReader(data))

@@ -116,7 +116,7 @@ func addStamp(data []byte, f target.Fingerprint) ([]byte, error) {
 		return nil, err
 	}
 	table := place(headers, 8)
-	// Change the header last: place may have moved the bytes of out to another array.
+	// Change the header last, because the function place may have moved the bytes of out to another array.
 	le.PutUint64(out[atShoff:], table)
 	le.PutUint16(out[atShnum:], uint16(n+1))
 	return out, nil

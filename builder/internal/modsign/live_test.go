@@ -14,9 +14,10 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// TestLive loads variants of a module into a real kernel that accepts only signed modules. The kernel must refuse all
-// except the module as the boot folder PREBAKE_BOOT has it, if that is signed. The tests of deploy/internal/mirror load
-// a module that is signed with a key that the kernel trusts (make clang).
+// TestLive loads variants of a module into a real kernel that accepts only signed modules. The module comes from the
+// boot folder PREBAKE_BOOT. If it is signed, the kernel must accept it unchanged. The kernel must refuse all other
+// variants. The tests of deploy/internal/mirror load a module that is signed with a key that the kernel trusts (make
+// clang).
 func TestLive(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")

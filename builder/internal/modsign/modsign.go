@@ -95,7 +95,7 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	return &Signer{key: key, cert: cert, identity: Fingerprint(cert)}, nil
 }
 
-// ReadCertificates reads a file with certificates, in the form that [ParseCertificates] reads.
+// ReadCertificates reads a file with certificates in a format of [ParseCertificates].
 func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	f, err := os.Open(path)
 	if err != nil {

@@ -288,8 +288,8 @@ func TestTrailer(t *testing.T) {
 	}
 }
 
-// TestOpenSSL verifies signatures of this package with openssl. Verify must refuse those of openssl that the kernel
-// refuses.
+// TestOpenSSL verifies signatures of this package with openssl. Verify must refuse the signatures by openssl that the
+// kernel refuses.
 func TestOpenSSL(t *testing.T) {
 	t.Parallel()
 	openssl, err := exec.LookPath("openssl")

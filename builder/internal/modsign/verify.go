@@ -67,9 +67,9 @@ func Split(module []byte) (body, signature []byte, err error) {
 	return rest[:at], rest[at:], nil
 }
 
-// Verify checks by the kernel's rules that a module has a valid signature. A trusted certificate, or one that a trusted
-// one has certified, must be the signer's. Like the kernel, Verify ignores validity periods, because the kernel has no
-// clock that it trusts.
+// Verify checks by the kernel's rules that a module has a valid signature. The signer's certificate must be trusted, or
+// certified by a trusted certificate. Like the kernel, Verify ignores validity periods, because the kernel has no clock
+// that it trusts.
 func Verify(module []byte, trusted []*x509.Certificate) (*Signature, error) {
 	body, signature, err := Split(module)
 	if err != nil {
@@ -194,8 +194,8 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 // sha2 is the prefix of the object identifiers of the SHA-2 family.
 const sha2 = "2.16.840.1.101.3.4.2."
 
-// trustedSigner returns the certificate of the signer with this issuer and serial number: a trusted one, or one in the
-// signature that a trusted one has certified. It returns nil if there is none.
+// trustedSigner returns the certificate of the signer with this issuer and serial number, or nil. The certificate is
+// trusted, or was sent with the signature and is certified by a trusted certificate.
 func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certificate) *x509.Certificate {
 	is := func(c *x509.Certificate) bool {
 		return bytes.Equal(c.RawIssuer, issuer) && c.SerialNumber.String() == serial
@@ -213,7 +213,7 @@ func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certifica
 	return nil
 }
 
-// isCertified reports whether a trusted certificate has certified a certificate, directly or through the sent ones.
+// isCertified reports whether a trusted certificate has certified c, directly or through the certificates in sent.
 func isCertified(c *x509.Certificate, sent, trusted []*x509.Certificate) bool {
 	certified := func(by *x509.Certificate) bool {
 		return bytes.Equal(by.RawSubject, c.RawIssuer) &&

@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Material is one input of a build, as the provenance has it.
+// Material is one input of a build, as the provenance lists it.
 type Material = input.Material
 
 // Release is one NVIDIA release in the cache. Nobody may write below Dir.

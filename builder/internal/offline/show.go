@@ -22,7 +22,7 @@ type Listing struct {
 	Base    string  `json:"base,omitempty"`
 	Entries []Entry `json:"entries"`
 	// Attached is the number of manifests that are attached to drivers. Blobs and Bytes are the number and total size of
-	// the compared blobs, for a delta with those of its base.
+	// the compared blobs. For a delta, they include the blobs of its base.
 	Attached int   `json:"attached"`
 	Blobs    int   `json:"blobs"`
 	Bytes    int64 `json:"bytes"`
@@ -36,7 +36,7 @@ type Entry struct {
 	Size   int64    `json:"size"` // total size of the layers in bytes, for all platforms
 }
 
-// maxDepth is the largest depth of nested indexes.
+// maxDepth is the maximum depth of nested indexes.
 const maxDepth = 3
 
 // Show returns the content of a bundle. It compares every blob below the index with its digest.

@@ -23,7 +23,7 @@ import (
 // little.
 const maxDelta = 16 << 20
 
-// maxBefore is the largest number of earlier COS builds that Deltas examines for each wanted delta.
+// maxBefore is the maximum number of earlier COS builds that Deltas examines for each wanted delta.
 const maxBefore = 4
 
 // Delta describes a delta that [Deltas] attached.

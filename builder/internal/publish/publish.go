@@ -30,8 +30,8 @@ type Artifact struct {
 	// Verifier verifies statements that the repository already has. A new statement that proves the same is not attached.
 	// If Verifier is nil, every statement is attached.
 	Verifier *trust.Verifier
-	// Log is the output of [PackLog], or nil. The provenance has the log's digest, so both are attached together, or
-	// neither if the repository has another run's provenance.
+	// Log is the output of [PackLog], or nil. It is attached together with the provenance, which has its digest. If the
+	// repository has another run's provenance, neither is attached.
 	Log []byte
 }
 
@@ -39,8 +39,8 @@ type Artifact struct {
 // the statements about the digest before it relies on the artifact.
 func Existing(ctx context.Context, repo *registry.Repository, tag string) (digest string, ok bool, err error) {
 	d, err := repo.Resolve(ctx, tag)
-	// A registry such as Quay creates a repository on the first push, and denies reading until then. A client that may
-	// push but not read therefore sees a repository that does not exist yet.
+	// A registry such as Quay creates a repository on the first push, and denies reading until then. If this client may
+	// push but cannot read, the repository does not exist yet.
 	if registry.Denied(err) && repo.CheckPush(ctx) == nil {
 		if d, err = repo.Resolve(ctx, tag); registry.Denied(err) {
 			return "", false, nil
@@ -72,9 +72,9 @@ func Content(ctx context.Context, repo *registry.Repository, digest string) (bun
 	return bundle.ParseManifest(manifest, config)
 }
 
-// Publish stores an artifact. It returns the digest, and whether the artifact's tag referred to this digest before;
-// then only missing parts are added. If a tag refers to another digest, the error is [fault.PublishRefused] and nothing
-// is changed.
+// Publish stores an artifact. It returns the digest, and whether the artifact's tag referred to this digest before. In
+// that case, only missing parts are added. If a tag refers to another digest, the error is [fault.PublishRefused] and
+// nothing is changed.
 func Publish(ctx context.Context, repo *registry.Repository, a Artifact) (digest string, existed bool, err error) {
 	digest, existed, err = publish(ctx, repo, a)
 	if err != nil {

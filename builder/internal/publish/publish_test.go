@@ -138,8 +138,8 @@ func TestPublishRefusesForeignStatements(t *testing.T) {
 
 var errCut = errors.New("the machine lost its network")
 
-// cutter passes n requests and fails all others. Only the answer of the first failed request is lost. So all values of
-// n cover every state in which the registry can be left.
+// cutter passes n requests and fails all others. The first failed request still reaches the registry; only its answer
+// is lost. So all values of n cover every state in which the registry can be left.
 type cutter struct{ n atomic.Int64 }
 
 func (c *cutter) RoundTrip(r *http.Request) (*http.Response, error) {

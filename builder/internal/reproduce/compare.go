@@ -64,8 +64,8 @@ func (c Config) compare(ctx context.Context, content bundle.Content, made *pipel
 	if err != nil {
 		return err
 	}
-	// With a key's signatures, the digests differ even if all files are the same. Only the facts in the configs must be
-	// equal.
+	// If a key signed the published modules, the digests differ even if all files are the same. Then only the facts in the
+	// two configs must be equal.
 	if len(report.Differences) == 0 && (report.ModuleKey == "" || content.Identity != made.Identity) {
 		// All files are equal, but the digests of the artifacts differ.
 		report.Differences = []Difference{{"(manifest)",
@@ -82,8 +82,8 @@ func unpack(ctx context.Context, r io.Reader, digest, diffID string, size int64,
 	return errors.Join(bundle.Unpack(ctx, r, digest, diffID, size, root), root.Close())
 }
 
-// compareTrees compares two folders by name, kind, exec bit, link target and content. For signed modules, the
-// signatures at the end of the published ones are ignored.
+// compareTrees compares two folders by name, kind, exec bit, link target and content. If the published modules are
+// signed, their signatures are ignored.
 func compareTrees(published, made string, signed bool) (files int, all []Difference, err error) {
 	theirs, err := list(published)
 	if err != nil {

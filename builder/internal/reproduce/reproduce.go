@@ -49,7 +49,8 @@ type Report struct {
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
 	BuilderID   string             `json:"builderId"`
-	// Identical is true if the new artifact has the same digest. With ModuleKey, signatures in the modules may differ.
+	// Identical is true if the new artifact has the same digest. If ModuleKey is set, the signatures in the modules may
+	// differ.
 	Identical bool `json:"identical"`
 	// ModuleKey is the fingerprint of the certificate whose key signed the published modules. It is set only if the
 	// digests differ. The comparison ignores these signatures, because only the key's owner can make them.
@@ -140,7 +141,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	return report, err
 }
 
-// provenance finds and verifies the artifact's provenance, as a node of the kernel in it does.
+// provenance finds the artifact's provenance, and verifies it as a node with the provenance's kernel does.
 func (c Config) provenance(ctx context.Context, digest string, content bundle.Content) (*provenance, error) {
 	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
 	if err != nil {

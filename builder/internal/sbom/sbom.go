@@ -34,7 +34,7 @@ type Facts struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
-	// Materials are the build's inputs, as the provenance has them.
+	// Materials are the build's inputs, as the provenance lists them.
 	Materials []sign.Material
 	Layers    []bundle.Layer
 	// Modules has the paths of the module files on this machine, by the module's name with or without .ko.

@@ -25,8 +25,8 @@ import (
 const PrefixKeyless = "keyless:"
 
 // WithIdentity is the option that keyless signing needs. The callback returns an OpenID Connect token, which tells the
-// certificate authority who signs; each new certificate needs one. Signatures and certificates must verify against the
-// trusted root.
+// certificate authority who signs. LoadSigner and Bundle call it for each new certificate. Signatures and certificates
+// must verify against the trusted root.
 func WithIdentity(root *trust.Root, token func() ([]byte, error)) Option {
 	return func(l *loading) { l.root, l.token = root, token }
 }

@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// hintRefs shows the form of a key's name for each key manager.
+// hintRefs shows the format of a key's name for each key manager.
 const hintRefs = "give the key in one of three forms: " +
 	"gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V; " +
 	"hashivault://KEY, with VAULT_ADDR and VAULT_TOKEN in the environment; " +

@@ -27,7 +27,7 @@ type ReleaseFacts struct {
 	Files, Inputs []Material
 }
 
-// Release makes a statement about how the files of a release were made, in the form of SLSA v1 provenance.
+// Release makes the SLSA v1 provenance of a release's files.
 func Release(f ReleaseFacts) (Statement, error) {
 	s, err := newRelease(f)
 	if err != nil {

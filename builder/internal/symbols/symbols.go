@@ -51,8 +51,8 @@ type Facts struct {
 // Set has the symbols of one artifact.
 type Set struct {
 	Identity bundle.Identity
-	// Debug and Published map module names to files: with debug information, and as in the artifact. Both files of a
-	// module must have the same build id.
+	// Debug and Published map module names to files. Debug has files with debug information, and Published has the
+	// artifact's modules. Both files of a module must have the same build id.
 	Debug, Published map[string]string
 	// Signer signs the statement about the symbols.
 	Signer *sign.Signer

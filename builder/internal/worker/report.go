@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// reportEnd sends the log and then the outcome, so the log of an ended build is there. If the server refuses the log,
-// the outcome is still sent.
+// reportEnd sends the log first and then the outcome: when a build has ended, its log is there. If the server refuses
+// the log, the outcome is still sent.
 func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, update api.BuildUpdate) error {
 	err := retryUntilDone(ctx, func() error { return w.sendLog(ctx, build) })
 	switch {

@@ -158,8 +158,8 @@ func (cfg Config) queueName() (string, error) {
 	return fmt.Sprintf("%.80s-%x", cfg.ID, sum[:4]), nil
 }
 
-// build runs one build and reports its result to the server. By the returned error the queue decides whether to run it
-// again.
+// build runs one build and reports its result to the server. The queue decides by the returned error whether to run the
+// build again.
 func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error {
 	log := w.Log.With(
 		"build",
@@ -183,7 +183,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 		err = queue.Requeue(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was stopped: %w", err), ""))
 	}
 	update := outcome(res, err, stopped, attempt >= queue.MaxAttempts)
-	// Another builder may have the build by now. With the attempt's number, the update does not end the other attempt.
+	// Another builder may have the build by now. The attempt's number keeps this update from ending the other attempt.
 	update.Attempt = attempt
 
 	patience := w.ServerTimeout
