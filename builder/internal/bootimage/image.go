@@ -120,8 +120,11 @@ func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	return nil
 }
 
-// entry returns the content of the memory at entryAt: the entry code with the address of the kernel's own entry, the
-// constants of boot_params (Documentation/x86/boot.rst), and page tables that map 4 GiB one to one.
+// entry returns the content of the memory at entryAt:
+//
+//   - the entry code, with the address of the kernel's own entry;
+//   - the constants of boot_params (Documentation/x86/boot.rst);
+//   - page tables that map 4 GiB one to one.
 func entry(kernel uint64) []byte {
 	le, b := binary.LittleEndian, make([]byte, entrySize)
 	le.PutUint64(b[copy(b, entryCode)-8:], kernel)

@@ -1,6 +1,6 @@
-// Package gpus reads the list of supported GPUs from an NVIDIA release, and makes a statement that attaches the list to
-// an artifact. A node can then choose a flavour by the PCI ids of its GPUs. The package never invents a list: without
-// one in the release there is no statement.
+// Package gpus reads the list of supported GPUs from an NVIDIA release, and makes a statement with this list about an
+// artifact. A node can then choose a flavour by the PCI ids of its GPUs. The package never invents a list: if the
+// release has none, there is no statement.
 package gpus
 
 import (

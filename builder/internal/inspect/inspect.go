@@ -1,6 +1,11 @@
-// Package inspect examines one COS build in a bucket: which objects exist, what the kernel's configuration says,
-// whether compiler and kernel fit each other and this machine, and whether a load test can boot the kernel. After a
-// failure it continues where it can. The package never compiles and never writes to the bucket.
+// Package inspect examines one COS build in a bucket:
+//
+//   - which objects exist;
+//   - what the kernel's configuration says;
+//   - whether compiler and kernel fit each other and this machine;
+//   - whether a load test can boot the kernel.
+//
+// After a failure it continues where it can. The package never compiles and never writes to the bucket.
 package inspect
 
 import (

@@ -41,9 +41,9 @@ func plainName(name string) string {
 	return strings.ReplaceAll(strings.TrimSuffix(name, ".ko"), "_", "-")
 }
 
-// choose returns the driver's modules that can be loaded, in load order. It gets the files of the driver's modules by
-// name, the names of the kernel's modules that the machine loads at boot, and a callback for a module's dependencies.
-// The second result has the reason for each module that is not loaded.
+// choose returns the driver's modules that can be loaded, in load order. The second result has the reason for each
+// other module. The map present has the kernel's modules that the machine loads at boot. The callback returns the
+// modules that a module's file needs.
 //
 // If the module nvidia itself cannot be loaded, the error wraps ErrLacking.
 func choose(modules map[string]string, present map[string]bool,

@@ -126,9 +126,13 @@ func replaceText(t *testing.T, file, old, text string) string {
 // by one letter.
 const exported, unknown = "proc_create_single_data", "proc_create_zingle_data"
 
-// TestRealGate checks modules against real kernels. A module must be refused if it was compiled for a sibling kernel,
-// needs a missing symbol, has a wrong vermagic, crashes the kernel or causes a warning. Without that fault it must
-// pass.
+// TestRealGate checks modules against real kernels. A module without a fault must pass. A module must be refused if it
+//
+//   - was compiled for a sibling kernel,
+//   - needs a symbol that the kernel lacks,
+//   - has a wrong vermagic,
+//   - crashes the kernel, or
+//   - causes a warning of the kernel.
 func TestRealGate(t *testing.T) {
 	t.Parallel()
 	own, other := kernels(t)

@@ -1,8 +1,8 @@
 // Package nvsrc fetches one NVIDIA release into the cache. It checks the runfile against its SHA-256 and unpacks it
 // without running any part of it. The Stage functions copy the unpacked files into the folders of an installation.
 //
-// The package refuses a runfile without a published SHA-256 or with another version than in its name, and a flavour
-// that the release does not have.
+// The package refuses a runfile without a published SHA-256, and a runfile with another version than in its name. It
+// refuses a flavour that the release does not have.
 package nvsrc
 
 import (

@@ -87,8 +87,8 @@ func kernel(patch string) target.Kernel {
 	return target.Kernel{BuildID: k.BuildID, Board: k.Board, Arch: k.Arch}
 }
 
-// TestBundleAndDelta checks that a bundle and its delta together have everything in the registry, and that the delta
-// has only what the bundle lacks.
+// TestBundleAndDelta checks that a bundle and its delta together have everything in the registry. The delta must have
+// only what the bundle lacks.
 func TestBundleAndDelta(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

@@ -33,8 +33,8 @@ type Delta struct {
 	Size int64         `json:"size"`
 }
 
-// Deltas attaches up to count deltas to a published artifact. With a delta, a node makes the artifact's module layer
-// from the layer of an earlier COS build of the same board, milestone and driver. The newest COS builds come first,
+// Deltas attaches up to count deltas to a published artifact. With a delta, a node makes the module layer from the
+// layer of an earlier COS build. Both builds have the same board, milestone and driver. The newest builds come first,
 // because an updated node usually has their layer.
 //
 // Deltas skips a delta that is attached already, or is larger than maxDelta or than half of the new layer. It returns

@@ -1,4 +1,4 @@
-// Package reproduce builds a published artifact again from the inputs in its provenance, and reports file by file
+// Package reproduce builds a published artifact again from the inputs in its provenance. It reports file by file
 // whether the result is the same. If it is, a second party may sign a statement that says so. The package refuses an
 // artifact whose provenance does not verify. It uses no other inputs, and nothing that an earlier build left in a
 // cache.

@@ -1,6 +1,6 @@
 // Package telemetry reports the progress of builds. If the OTEL_* environment variables give a collector, it sends a
-// trace for each cell, by OTLP over HTTP, with a span for each phase. At the operator's address it serves metrics for
-// Prometheus.
+// trace for each cell by OTLP over HTTP. A trace has a span for each phase. At the operator's address the package
+// serves metrics for Prometheus.
 //
 // The package serves nothing but metrics and never fails a build. If the collector cannot be reached, the spans are
 // lost, and one line in the log says so.

@@ -1,6 +1,7 @@
 // Package testdriver is a very small driver for tests, which compiles in a moment. Its makefiles and its conftest.sh
-// have the same kinds of conftest questions, make rules, time stamps and .cmd files as NVIDIA's drivers and kbuild. It
-// does not prove that Prebake compiles NVIDIA's drivers; deploy/e2e compiles real ones.
+// resemble those of NVIDIA's drivers and of kbuild. They have the same kinds of conftest questions, make rules, time
+// stamps and .cmd files. The package does not prove that Prebake compiles NVIDIA's drivers; deploy/e2e compiles real
+// drivers.
 package testdriver
 
 // Kbuild and Script are the driver's makefile and its conftest.sh, with questions about two headers and three compile

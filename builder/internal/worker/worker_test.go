@@ -307,8 +307,8 @@ func (s onStart) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// TestLogOfKilledBuild checks that the log of a build that killed its worker is sent at the next start, unless another
-// worker has had the build since then.
+// TestLogOfKilledBuild checks that the log of a build that killed its worker is sent at the next start. It is not sent
+// if another worker has had the build since then.
 func TestLogOfKilledBuild(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
@@ -374,8 +374,8 @@ func TestLongLog(t *testing.T) {
 	}
 }
 
-// TestLogWhileUnderWay checks that the log of a running build is sent, and sent again in full to a server that lost its
-// copy.
+// TestLogWhileUnderWay checks that the log of a running build is sent. A server that lost its copy gets the whole log
+// again.
 func TestLogWhileUnderWay(t *testing.T) {
 	t.Parallel()
 	var r *rig
