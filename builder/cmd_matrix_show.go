@@ -157,8 +157,8 @@ func wrapText(text string, width int) []string {
 	return append(lines, string(line))
 }
 
-// screen shows the progress of many cells. A terminal gets a moving line for each running cell and a permanent line for
-// each finished one. Other outputs get a line for each finished phase.
+// screen shows the progress of many cells: a line for each cell on a terminal, elsewhere a line for each finished
+// phase.
 type screen struct {
 	w    io.Writer
 	bars *mpb.Progress // nil unless the output is a terminal

@@ -178,7 +178,8 @@ many as the threshold of the previous root says.`,
 	}
 }
 
-// rootKeys returns the files of the root keys in a folder. If a private key is missing, its public key is returned.
+// rootKeys returns the files of the root keys in a folder. If a private key is missing, it returns the public key's
+// file.
 func rootKeys(dir string) ([]string, error) {
 	var refs []string
 	for i := 1; ; i++ {
@@ -292,8 +293,8 @@ func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.
 	return by, err
 }
 
-// listOf asks a server for all artifacts. An artifact that changes between two pages can appear twice. Then an entry
-// that says yanked or quarantined wins.
+// listOf asks a server for all artifacts. An artifact that changes meanwhile can appear twice. An entry that says
+// yanked or quarantined then wins.
 func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Catalogue, error) {
 	c := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: now.UTC().Truncate(time.Second)}
 	all, err := server.Artifacts(ctx)

@@ -236,8 +236,8 @@ func (p *debPackage) readControl(ctx context.Context) (err error) {
 	return nil
 }
 
-// rootFS writes a root file system of Debian packages as a tar. No maintainer script runs, because packages of another
-// architecture are unpacked, too. [rootFS.finish] writes what these scripts would write.
+// rootFS writes a root file system of Debian packages as a tar, for any architecture. So no maintainer script runs, and
+// [rootFS.finish] writes what the scripts would write.
 type rootFS struct {
 	tw *tar.Writer
 	// seen has an entry for each written name. The value is true for a folder.
@@ -387,7 +387,7 @@ func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
 	case there:
 		return errors.New("another package has this file")
 	}
-	// The new header has only these fields: no capabilities, no setuid and no setgid bit. So no file makes its user root.
+	// The new header has no capabilities, no setuid and no setgid bit, so no file makes its user root.
 	h = &tar.Header{
 		Typeflag: h.Typeflag, Name: name, Linkname: h.Linkname, Size: h.Size, Mode: h.Mode & 0o1777,
 		Uid: h.Uid, Gid: h.Gid, ModTime: h.ModTime,

@@ -58,8 +58,8 @@ type madeImage struct {
 	arches map[string]string
 }
 
-// buildImages writes an OCI archive for each image into the release's folder. Each archive has all architectures. The
-// programs in the images come from the same folder.
+// buildImages writes an OCI archive with all architectures for each image into the release's folder. The programs come
+// from the same folder.
 func (c *config) buildImages(ctx context.Context, dir, work string, packages []debPackage) ([]madeImage, error) {
 	type bases struct{ debian, certificates v1.Layer }
 	layers := map[string]bases{}

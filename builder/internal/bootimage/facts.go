@@ -101,8 +101,7 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	return text, errors.Join(err, zr.Close())
 }
 
-// buildID returns the GNU build id in hex, or "". Its note has type 3 (NT_GNU_BUILD_ID in elf.h) and the name GNU. The
-// section .notes of a kernel has other notes, too.
+// buildID returns the GNU build id in hex, or "". The note has type 3 (NT_GNU_BUILD_ID in elf.h) and the name GNU.
 func buildID(file *elf.File) string {
 	s := file.Section(".note.gnu.build-id")
 	if s == nil {

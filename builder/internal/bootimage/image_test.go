@@ -47,8 +47,8 @@ func TestEntry(t *testing.T) {
 	}
 }
 
-// kernel makes an ELF file with the machine's compiler and linker. It contains the banner, and its first segment is at
-// the given address. A real x86 kernel is at 0x1000000.
+// kernel makes an ELF file with the banner, and its first segment at the given address. A real x86 kernel is at
+// 0x1000000.
 func kernel(t testing.TB, banner string, at string) []byte {
 	t.Helper()
 	for _, tool := range []string{"gcc", "ld"} {

@@ -242,8 +242,7 @@ func (t *Types) checkID(id uint32) error {
 	return nil
 }
 
-// checkName returns an error if no string begins at an offset. An offset below the size of base's strings is in base.
-// Higher offsets continue in t.
+// checkName returns an error if no string begins at an offset. The strings of t continue after the strings of base.
 func (t *Types) checkName(offset uint32, base *Types) error {
 	table, i := base.strings, uint64(offset)
 	if i >= uint64(len(table)) {

@@ -93,8 +93,8 @@ func cell(n int) string { return fmt.Sprintf("18000.0.%d", n) }
 
 const driver = "535.261.03"
 
-// injectFaults requests all cells and injects faults in rounds. A long run has rounds until at most one cell in twenty
-// is open. At the end injectFaults waits for the remaining cells.
+// injectFaults requests all cells, injects faults in rounds, and waits for the remaining cells. A long run has rounds
+// until at most one cell in twenty is open.
 func (s *faultRun) injectFaults(t *testing.T) {
 	t.Helper()
 	seed := uint64(time.Now().UnixNano())

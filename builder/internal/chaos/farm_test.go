@@ -157,8 +157,8 @@ func (f *farm) startPostgres(t *testing.T) string {
 	return "postgres://prebake@/postgres?host=" + socket
 }
 
-// postgresUser returns the user that runs PostgreSQL, and makes it the owner of the given folders. PostgreSQL refuses
-// to run as root. If the test does not run as root, postgresUser returns nil.
+// postgresUser returns a user for PostgreSQL, which refuses to run as root, and makes it the owner of the given
+// folders. If the test does not run as root, postgresUser returns nil.
 func postgresUser(folders ...string) (*syscall.Credential, error) {
 	if os.Geteuid() != 0 {
 		return nil, nil

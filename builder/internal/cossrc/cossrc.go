@@ -167,7 +167,7 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		return err
 	})
 	g.Go(func() (err error) {
-		// For a toolchain of gigabytes, xz in Go takes more than a minute. The program xz is faster.
+		// xz in Go takes more than a minute for a toolchain of gigabytes. The program xz is faster.
 		limits := toolchainLimits
 		if limits.XZTool, err = exec.LookPath("xz"); err != nil {
 			limits.XZTool = ""
@@ -215,7 +215,7 @@ func headersRoot(dir string) (string, error) {
 			fmt.Sprintf("read kernel-headers.tgz: it has %d folders usr/src/linux-headers-*; want one", len(found)),
 			"check that kernel-headers.tgz is the header archive of a COS build")
 	}
-	// Refuse a link, because the fingerprint would not cover its target. Lstat does not follow it.
+	// Lstat does not follow a link. Refuse it, because the fingerprint would not cover its target.
 	if fi, err := os.Lstat(found[0]); err != nil || !fi.IsDir() {
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("read kernel-headers.tgz: %s is no folder", filepath.Base(found[0])),

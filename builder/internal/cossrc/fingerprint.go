@@ -14,7 +14,7 @@ import (
 )
 
 // fingerprintScheme is the first line of the text that combine hashes. Raise the number if the format of the text
-// changes. After that, nodes do not find the artifacts that were published before.
+// changes. Nodes then do not find the artifacts that were published before.
 const fingerprintScheme = "prebake fingerprint 1\n"
 
 // Fingerprint returns the ABI fingerprint of a header tree, a toolchain and toolchain_env, for modules without BTF. The

@@ -33,9 +33,8 @@ var remedies = map[string]string{
 	"vmlinux": "build without --btf, or put the kernel's vmlinux into the bucket",
 }
 
-// tryLayouts asks for an object under its name in each layout, the likelier layout first. It stops at the first
-// success, and at any error except fault.InputMissing. If every layout lacks the object, the error has a hint from
-// remedies.
+// tryLayouts asks for an object in each layout, the likelier layout first, until the answer is not fault.InputMissing.
+// If every layout lacks the object, the error has a hint from remedies.
 func (f *fetcher) tryLayouts(name string, ask func(at string) error) error {
 	var asked []string
 	for _, at := range cosbucket.Layouts(f.kernel, name) {

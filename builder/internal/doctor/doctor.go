@@ -87,7 +87,7 @@ type Machine struct {
 	Cache func(dir string) (free int64, err error)
 	// KVM is true if virtual machines can use the processor's virtualisation.
 	KVM bool
-	// Synchronised is true if the kernel considers its clock synchronised.
+	// Now returns the machine's time. Synchronised is true if the kernel considers its clock synchronised.
 	Now          func() time.Time
 	Synchronised bool
 	// Mirror, Destination and Key each try one such entry of Config.

@@ -96,8 +96,8 @@ func synchronised() bool {
 	return err == nil && state != unix.TIME_ERROR
 }
 
-// checkReachable returns an error if a bucket cannot be read. It asks for an object that does not exist. If the bucket
-// answers that the object is missing, it can be read.
+// checkReachable returns an error if a bucket cannot be read. If the bucket answers that an object is missing, it can
+// be read.
 func checkReachable(ctx context.Context, url string) (err error) {
 	b, err := cosbucket.Open(ctx, url)
 	if err != nil {

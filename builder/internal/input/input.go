@@ -328,8 +328,8 @@ func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, 
 	return data, m, nil
 }
 
-// stream is the reader of a download. It hashes the bytes and reports progress. If size or checksum is wrong, Read
-// returns an error and never io.EOF, so the cache stores nothing.
+// stream hashes a download and reports progress. If size or checksum is wrong, Read returns an error and never io.EOF,
+// so the cache stores nothing.
 type stream struct {
 	r        io.Reader
 	progress func(string, ...any)

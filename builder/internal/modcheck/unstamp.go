@@ -25,9 +25,8 @@ func Unstamped(path string) ([]byte, error) {
 	return data, nil
 }
 
-// removeStamp undoes addStamp, which changes two fields of the ELF header and otherwise appends. The old offset of the
-// section table is known, because linkers and strip put the table at the end of the file. At the end, removeStamp adds
-// the stamp again and compares, to prove its result.
+// removeStamp undoes addStamp. The old offset of the section table is known, because linkers and strip put the table at
+// the end of the file. To prove the result, removeStamp adds the stamp again and compares.
 func removeStamp(data []byte) ([]byte, error) {
 	file, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {

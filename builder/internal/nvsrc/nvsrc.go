@@ -210,8 +210,8 @@ func extract(ctx context.Context, file, dir string) error {
 	return err
 }
 
-// manifest reads .manifest. If it is missing or cannot be parsed, manifest returns nil, because names and SONAMEs tell
-// what the files are. A manifest of another driver version is an error.
+// manifest reads .manifest. It returns nil if the file is missing or cannot be parsed: names and SONAMEs also tell what
+// the files are. A manifest of another driver version is an error.
 func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 	in, err := os.OpenInRoot(dir, ".manifest")
 	if errors.Is(err, fs.ErrNotExist) {

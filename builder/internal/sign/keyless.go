@@ -124,8 +124,7 @@ func (k *keyless) services(text []byte, now time.Time) error {
 	return nil
 }
 
-// selectServices selects the services of one kind that the configuration requires. Without any of this kind, it returns
-// nil.
+// selectServices selects the required number of services of one kind. If the configuration has none, it returns nil.
 func selectServices(kind string, want *prototrust.ServiceConfiguration, all []root.Service, versions []uint32,
 	now time.Time) ([]root.Service, error) {
 	if len(all) == 0 {
@@ -184,8 +183,8 @@ func (i issuedCertificate) GetCertificate(context.Context, sgsign.Keypair, *sgsi
 	return i.leaf.Raw, nil
 }
 
-// explainService gives an error of a service its kind and a hint. A wrong token or setting is [fault.Usage]. All others
-// are [fault.Transient]. The libraries have no error types, so texts are compared.
+// explainService gives an error of a service its kind and a hint: [fault.Usage] for a wrong token or setting,
+// [fault.Transient] otherwise. It compares texts, because the libraries have no error types.
 func explainService(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)

@@ -45,8 +45,8 @@ func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerif
 	return sv, pub, nil
 }
 
-// explain gives an error of a KMS its kind and a hint. Wrong arguments and credentials are [fault.Usage]. All others
-// are [fault.Transient]. The libraries have no error types, so texts are compared.
+// explain gives an error of a KMS its kind and a hint: [fault.Usage] for wrong arguments or credentials,
+// [fault.Transient] otherwise. It compares texts, because the libraries have no error types.
 func explain(err error) error {
 	for _, known := range []struct{ text, hint string }{
 		{"kms specification", hintRefs},

@@ -102,8 +102,7 @@ func (q *queueDepth) Describe(out chan<- *prometheus.Desc) { out <- queueDesc() 
 
 func (q *queueDepth) Collect(out chan<- prometheus.Metric) {
 	q.mu.Lock()
-	// Queue(nil) waits for this lock. A caller that calls it before closing the queue keeps the queue open during the
-	// count.
+	// Queue(nil) waits for this lock, so a caller can close the queue after Queue(nil) returned.
 	defer q.mu.Unlock()
 	if q.depth == nil {
 		return

@@ -120,8 +120,7 @@ func (w *worker) sendPendingLogs(ctx context.Context) {
 }
 
 // reporter tells the server of each new phase, and after every [Config.Heartbeat] that the build is still running. It
-// does not delay the build. Only the newest phase matters, so a lost report does no harm. The server's answer may
-// cancel the build.
+// does not delay the build: a lost report does no harm. The server's answer may cancel the build.
 type reporter struct {
 	server *api.Client
 	build  int64
