@@ -19,9 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// atOnce is the number of layers that are fetched at the same time. Each layer needs a decompression window of 4 MiB
-// (8 MiB if an older builder packed it), and has its own goroutines to fetch, unpack and write. Two layers therefore
-// keep a small node busy.
+// atOnce is the number of layers that are fetched at the same time. Two keep a small node busy. Each needs a
+// decompression window of 4 MiB, or 8 MiB if an older builder packed the layer.
 const atOnce = 2
 
 // missingLayer is a layer that this node must fetch.
@@ -105,7 +104,7 @@ func (a *Agent) fetchWhole(
 	return nil
 }
 
-// fetchDelta makes a layer from the first of its deltas that works. If no delta works, it fetches the whole layer.
+// fetchDelta makes a layer from the first delta that works. If none works, it fetches the whole layer.
 func (a *Agent) fetchDelta(
 	ctx context.Context,
 	r *Report,
@@ -138,8 +137,8 @@ func (a *Agent) fetchDelta(
 	return a.fetchWhole(ctx, repo, store, l, id, facts, done)
 }
 
-// addLayer calls unpack to write a layer into the store, and checks the layer's modules. It keeps the layer's print
-// ([install.Store.LayerPrint]) in memory, so that a later check of the unchanged layer need not read the files again.
+// addLayer unpacks a layer into the store and checks its modules. It keeps the layer's print
+// ([install.Store.LayerPrint]), so a later check of the unchanged layer reads no files.
 func (a *Agent) addLayer(
 	store *install.Store,
 	l missingLayer,
@@ -166,8 +165,8 @@ func (a *Agent) addLayer(
 	return err
 }
 
-// missing returns the layers that must be fetched, and adds the number of bytes to the report. A damaged layer counts
-// as missing.
+// missing returns the layers that must be fetched, and adds their bytes to the report. A damaged layer counts as
+// missing.
 func (a *Agent) missing(
 	ctx context.Context,
 	r *Report,
@@ -224,8 +223,8 @@ func (a *Agent) missing(
 // maxDeltas is how many deltas are tried for a layer at most, because anybody may attach a useless delta.
 const maxDeltas = 3
 
-// deltasFor finds deltas for a layer of modules, the smallest first. It trusts a delta of anybody, because the layer
-// that the delta makes must match the signed content anyway.
+// deltasFor finds deltas for a layer of modules, the smallest first. A delta may come from an untrusted source, because
+// the resulting layer must match the signed content.
 func (a *Agent) deltasFor(
 	ctx context.Context,
 	repo Repository,

@@ -16,10 +16,10 @@ import (
 )
 
 // foreignFiles are the open files of a foreign driver. They stay readable if they are renamed or deleted. A file
-// belongs to a loaded module if both have the same build id, which the linker computes from the module's whole content.
+// belongs to a loaded module if both have the same build id.
 type foreignFiles struct {
 	driver string
-	// modules are the modules that an activation unloads; the list is empty if it unloads no foreign driver.
+	// modules are the modules that an activation unloads. The list is empty if it unloads no foreign driver.
 	modules []host.Module
 	images  []kmod.Image
 	files   []fs.File
@@ -58,8 +58,8 @@ func (a *Agent) findForeign(facts *host.Facts, driver string, modules []host.Mod
 	return f
 }
 
-// moduleFiles lists the files that may contain a driver's modules. It looks into the folders of installers on COS
-// nodes, into this program's folder for adopted content, and into the kernel's own module folder.
+// moduleFiles lists the files that may contain a driver's modules. It searches the folders of other installers, of
+// adopted content, and of the kernel.
 func (a *Agent) moduleFiles(facts *host.Facts) []string {
 	var all []string
 	dirs := []string{path.Join(a.cfg.InstallDir, "drivers"), path.Join(a.cfg.InstallDir, ".prebake/adopted/drivers")}

@@ -48,8 +48,8 @@ func (n *node) everything(t *testing.T) map[string]string {
 	return all
 }
 
-// TestUninstall checks that an uninstall restores the node exactly as it was: the folders and the cache file of
-// Google's installer, and the firmware path.
+// TestUninstall checks that an uninstall restores the folders, the cache file of Google's installer, and the firmware
+// path.
 func TestUninstall(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -135,8 +135,7 @@ func TestHistory(t *testing.T) {
 	}
 }
 
-// TestLibraryCache checks that the node's own programs find the libraries while the driver is active. It uses the
-// ldconfig of this machine.
+// TestLibraryCache checks that the node's own programs find the libraries while the driver is active.
 func TestLibraryCache(t *testing.T) {
 	t.Parallel()
 	program, err := os.ReadFile("/sbin/ldconfig")

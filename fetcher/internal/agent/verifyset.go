@@ -19,16 +19,16 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// evidence has everything that is needed to verify an artifact. It comes from a registry, or from the disk, where it is
-// stored with the driver. It must not be trusted before [Agent.verify].
+// evidence has everything that is needed to verify an artifact. It may come from a registry or from the disk. Do not
+// trust it before [Agent.verify].
 type evidence struct {
 	Manifest []byte   `json:"manifest"`
 	Config   []byte   `json:"config"`
 	Bundles  [][]byte `json:"bundles"`
 }
 
-// verify checks the evidence of an artifact for this node. Each error has a hint. For an artifact that is already on
-// the node, the argument now is zero, because the artifact's age must not invalidate it.
+// verify checks the evidence of an artifact for this node. Each error has a hint. Pass a zero time for an artifact on
+// the node, because its age must not invalidate it.
 func (a *Agent) verify(p evidence, origin install.Origin, digest string, d target.Driver, facts *host.Facts,
 	now time.Time) (bundle.Content, *trust.Verdict, error) {
 	none := bundle.Content{}
@@ -58,8 +58,8 @@ func (a *Agent) verify(p evidence, origin install.Origin, digest string, d targe
 	return content, verdict, err
 }
 
-// verifierFor returns the verifier for an artifact. The node's own key counts only for artifacts that the node compiled
-// itself.
+// verifierFor returns the verifier for an artifact. The node's own key counts only for artifacts that the node
+// compiled.
 func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
 	if origin == install.MadeHere && a.parts.NodeVerifier != nil {
 		return a.parts.NodeVerifier()
@@ -71,8 +71,8 @@ func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
 	return a.parts.Verifier, nil
 }
 
-// setOf describes an artifact as a driver on the disk, by its signed content. The field Modules stays empty, because
-// the signed content does not have the digests of the modules.
+// setOf describes an artifact as a driver on the disk, by its signed content. Modules stays empty, because the signed
+// content has no digests of modules.
 func (a *Agent) setOf(origin install.Origin, digest, repository string, content bundle.Content,
 	facts *host.Facts) *install.Set {
 	set := &install.Set{
@@ -85,9 +85,9 @@ func (a *Agent) setOf(origin install.Origin, digest, repository string, content 
 	return set
 }
 
-// verifySet verifies the statements of a driver on the disk for this kernel, and compares every byte of the driver's
-// layers with the signed content. If kinds are given, it reads only layers of these kinds. It returns a description of
-// the driver from the signed content. From set.json it takes only where the files are.
+// verifySet verifies the statements of a driver on the disk, and compares every byte of its layers with the signed
+// content. Given kinds limit the layers that it reads. The result comes from the signed content; set.json only says
+// where the files are.
 func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts,
 	kinds ...bundle.LayerKind) (*install.Set, error) {
 	fail := func(err error) (*install.Set, error) {
@@ -138,8 +138,8 @@ func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host
 	return content, err
 }
 
-// verifiable reports whether the attestations of a driver on the disk verify, and no verification of its files has
-// failed in this run.
+// verifiable reports whether the attestations of a driver on the disk verify. It is false if its files failed
+// verification in this run.
 func (a *Agent) verifiable(store *install.Store, set *install.Set, facts *host.Facts) bool {
 	if set == nil || set.Damaged {
 		return false
@@ -159,13 +159,12 @@ type checkedLayer struct {
 	files map[string]string
 	// print is the result of [install.Store.LayerPrint] before the check.
 	print string
-	// modules describes the layer's modules; nil means that they were not read.
+	// modules describes the layer's modules. nil means that they were not read.
 	modules []install.Module
 }
 
-// unchanged reports whether a layer's inodes are the same as at its check in this or an earlier run. A staged driver
-// that is not active yet is therefore not read again. Before a driver is activated or loaded, the agent always reads
-// its files ([Agent.verifySet]).
+// unchanged reports whether a layer's inodes are the same as at its last check. It saves reading a staged driver again.
+// Before an activation or load, call [Agent.verifySet] instead.
 func (a *Agent) unchanged(store *install.Store, l install.Layer) bool {
 	known, ok := a.layer(l.Digest)
 	if !ok || known.print == "" {
@@ -214,9 +213,8 @@ func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.
 	return nil
 }
 
-// modules describes the modules of the modules layer, which was checked before. If the layer's inodes have not changed
-// since, it does not compute the digests again. When a module is loaded, its bytes in memory are compared with the
-// digest.
+// modules describes the modules of a checked modules layer. If the inodes have not changed, it computes no digests. The
+// bytes are compared with the digests when a module is loaded.
 func (a *Agent) modules(store *install.Store, content bundle.Content, facts *host.Facts) ([]install.Module, error) {
 	l := content.Layer(bundle.LayerModules)
 	layer, err := store.LayerFS(l.Digest)
