@@ -68,12 +68,11 @@ func checkTaint(cmd *ucli.Command) error {
 		"startup-taint")
 }
 
-// checkTimeout is the longest expected time of one check of the driver. A check ends sooner in any case: either the
-// driver answers, or the probe times out.
+// checkTimeout is an upper bound for one check of the driver. The probe times out earlier.
 const checkTimeout = 3 * time.Minute
 
-// retryChecks is the number of checks after which the daemon runs the agent again. It does so only if the last run left
-// the node with another driver than the wanted one.
+// retryChecks is the number of checks after which the daemon tries again to replace a driver that is not the wanted
+// one.
 const retryChecks = 10
 
 // runAndWatch installs the node's driver. While a driver is ready, it watches the driver until ctx ends.
@@ -122,8 +121,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 		}
 		err := k.stay(gctx)
 		if outside.cluster != nil && ctx.Err() == nil {
-			// The program ends because no driver is ready. Operators look for the reason in the cluster, so write it there
-			// first.
+			// Operators look into the cluster for the reason why the program ends.
 			last, done := context.WithTimeout(context.WithoutCancel(ctx), flushTime)
 			defer done()
 			outside.cluster.Flush(last)
@@ -136,7 +134,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 // flushTime is how long a failing program waits at most until the cluster has stored the reason.
 const flushTime = 10 * time.Second
 
-// listeners receive the state of the driver: the fetcher's own HTTP server, and optionally a cluster.
+// listeners receive the driver's state. The cluster is optional.
 type listeners struct {
 	server  *report.Server
 	cluster *kube.Node
@@ -169,11 +167,10 @@ type daemon struct {
 	outside *listeners
 	// run is a function that does one run of the agent, and prints the report.
 	run func(func(context.Context) (*agent.Report, error)) error
-	// quickVerdict returns a verdict for the cluster after a run that ended without one; see [agent.Agent.QuickVerdict].
-	// The function is nil if no cluster is configured.
+	// quickVerdict returns a verdict for the cluster after a run without one (see [agent.Agent.QuickVerdict]). It is nil
+	// without a cluster.
 	quickVerdict func(context.Context) (gpucheck.Verdict, bool)
-	// pending is called after each run: with the reason why the node has another driver than the wanted one, or with nil
-	// if it has the wanted driver.
+	// pending is called after each run. Its argument says why the node has another driver than the wanted one, or is nil.
 	pending func(error)
 }
 
@@ -202,8 +199,7 @@ func (k daemon) stay(ctx context.Context) error {
 			}
 			if r.Verdict.State != "" { // without a verdict, the verdict of the last check stays
 				k.outside.Report(r.Verdict)
-				// With Starting, only NVLink's fabric manager is missing. It starts after the driver, so the daemon must not
-				// end.
+				// In state Starting, NVLink's fabric manager is missing. It starts only after the driver.
 				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
 			} else if err != nil && !ready {
 				k.reportFailure(ctx, err)
@@ -220,8 +216,7 @@ func (k daemon) stay(ctx context.Context) error {
 		k.pending(pending)
 		watch, stop := ctx, func() {}
 		if pending != nil {
-			// The loaded driver works, but the node wants another driver. If this program ended here, kubelet or systemd would
-			// only start it again and again.
+			// The loaded driver works, so keep running: kubelet or systemd would only restart this program again and again.
 			watch, stop = context.WithTimeout(ctx, retryChecks*k.every)
 		}
 		footprint.Trim() // give the node the memory that only the run needed

@@ -121,8 +121,8 @@ func installFlags() []ucli.Flag {
 	)
 }
 
-// trustFlags are the flags for the trusted signers. The fetcher loads only drivers that one of these signers signed,
-// and drivers that this node compiled.
+// trustFlags are the flags for the trusted signers. The fetcher loads only drivers that they signed, or that this node
+// compiled.
 func trustFlags() []ucli.Flag {
 	loadTest := cli.WasCalled(cli.String("load-test-policy", "any",
 		"accept artifacts by `MODE`: tested (only those that passed a load test) or any"), "load-test")
@@ -195,7 +195,7 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	return cfg, usage(cmd, errs)
 }
 
-// readConfig reads the settings of [readHostConfig] and which driver the node wants. It reports all mistakes at once.
+// readConfig reads the settings of [readHostConfig] and the wish for a driver. It reports all mistakes at once.
 func readConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg, err := readHostConfig(cmd)
 	errs := []error{err}
@@ -239,8 +239,7 @@ func readParams(list []string) (map[string]string, error) {
 	return params, nil
 }
 
-// logger returns the logger of a program that runs long. Short commands do not log; they report by progress lines and
-// errors.
+// logger returns the logger of a long-running program. Short commands do not log.
 func logger(cmd *ucli.Command, long bool) (*slog.Logger, error) {
 	if !long {
 		return slog.New(slog.NewTextHandler(io.Discard, nil)), nil

@@ -41,8 +41,8 @@ func (w *watcher) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// TestRunEnds stops fetcher run while it watches a driver, and before it has one. In the last row, the program gets an
-// address that is in use.
+// TestRunEnds stops fetcher run while it watches a driver, and before it has one. In the last row, its address is in
+// use.
 func TestRunEnds(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -98,7 +98,7 @@ func TestRunEnds(t *testing.T) {
 	}
 }
 
-// busy is a node that wants another driver. During the first inUse runs, the present driver is in use.
+// busy is a node that wants another driver. The present driver is in use during the first inUse runs.
 type busy struct {
 	runs, inUse int
 	state       gpucheck.State
@@ -124,8 +124,8 @@ func (b *busy) Monitor(ctx context.Context, _ time.Duration, _ agent.Watcher) er
 	return nil
 }
 
-// TestPending checks that a node with a ready driver keeps running while the wanted driver cannot replace it. The node
-// gets the wanted driver as soon as possible. A node without a ready driver ends.
+// TestPending checks that a node with a ready driver keeps running, and gets the wanted driver as soon as possible. A
+// node without a ready driver ends.
 func TestPending(t *testing.T) {
 	t.Parallel()
 	for state, want := range map[gpucheck.State]struct {
@@ -158,8 +158,8 @@ func TestPending(t *testing.T) {
 	}
 }
 
-// countingContext counts the contexts that are derived from it and not released yet. Package context registers a
-// derived context by AfterFunc, because it does not know this type.
+// countingContext counts the derived contexts that are not released yet. Package context registers them by AfterFunc,
+// because it does not know this type.
 type countingContext struct {
 	context.Context
 	done    chan struct{}

@@ -54,8 +54,8 @@ func node(t *testing.T) (*noderoot.Root, string) {
 	return n, dir
 }
 
-// TestRuntime reads the file with the library that containerd and podman use, and checks what a container gets. The
-// library examines the device files of the machine that runs the test.
+// TestRuntime checks what a container gets, with the library of containerd and podman. The device files are this
+// machine's.
 func TestRuntime(t *testing.T) {
 	t.Parallel()
 	n, dir := node(t)
@@ -134,8 +134,7 @@ func TestThisMachine(t *testing.T) {
 	}
 }
 
-// TestBesideDevicePlugin checks that a description of another kind, by NVIDIA's device plugin, does not prevent the
-// description of this package.
+// TestBesideDevicePlugin checks that a description of another kind does not prevent ours.
 func TestBesideDevicePlugin(t *testing.T) {
 	t.Parallel()
 	n, dir := node(t)

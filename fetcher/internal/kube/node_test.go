@@ -272,8 +272,7 @@ func notMore(t *testing.T, c *cluster.Cluster, token string) {
 	}
 }
 
-// TestRightsAreNeeded checks that the manifests grant no unnecessary right. It removes one right after the other; each
-// time, a call must be refused.
+// TestRightsAreNeeded checks that the manifests grant no unnecessary right. Without any one of them, a call must fail.
 func TestRightsAreNeeded(t *testing.T) {
 	c := farm(t)
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)

@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 }
 
 // imageBuilder stands in for the builder in a test's image. It prints the folders, files and environment variables that
-// it can read there, so that a test can check what the image shows and what it hides.
+// it sees.
 func imageBuilder() {
 	if os.Args[1] == "keygen" {
 		for _, name := range []string{os.Args[2], os.Args[2] + ".pub"} {
@@ -182,8 +182,7 @@ func TestBuildInImage(t *testing.T) {
 	})
 }
 
-// buildInImage compiles below a folder. Its cache is a link to another place, as on a machine with a separate disk for
-// the cache.
+// buildInImage compiles below a folder. Its cache is a link, as on a machine with a separate disk for the cache.
 func buildInImage(t *testing.T, repo *registry.Repository, digest, dir string) {
 	mirror := filepath.Join(dir, "mirror")
 	if err := os.Mkdir(mirror, 0o755); err != nil {

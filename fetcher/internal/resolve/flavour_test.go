@@ -21,8 +21,7 @@ const (
 	kepler = "0x102d"
 )
 
-// release is the list of GPUs that the driver in these tests supports. In it, unlike in reality, the L4 needs
-// proprietary modules.
+// release is the list of GPUs that the driver supports. Unlike in reality, the L4 needs proprietary modules.
 var release = &gpulist.List{Version: "535.2.2", Chips: []gpulist.Chip{
 	{Device: turing, Features: []string{"kernelopen"}}, {Device: volta}, {Device: "0x27b8"},
 	{Device: kepler, Legacy: "470.xx"},
