@@ -35,7 +35,7 @@ func installCommand() *ucli.Command {
 	}
 }
 
-// runTraced calls [runOnce] with a tracer and closes the tracer. It is for commands that do one run.
+// runTraced calls [runOnce] with a tracer, and closes the tracer.
 func runTraced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*agent.Report, error)) error {
 	log, err := logger(cmd, false)
 	if err != nil {
@@ -57,7 +57,7 @@ func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *trac
 	return tracer
 }
 
-// runOnce calls a run, traces it, and prints its report even after an error. It returns the error of the run.
+// runOnce traces a run and prints its report, even after an error.
 func runOnce(ctx context.Context, cmd *ucli.Command, tracer *traces.Tracer,
 	run func(context.Context) (*agent.Report, error)) error {
 	ctx, span := tracer.Begin(ctx, cmd.Name, nil)

@@ -121,8 +121,7 @@ func installFlags() []ucli.Flag {
 	)
 }
 
-// trustFlags are the flags for the trusted signers. The fetcher loads only drivers that they signed, or that this node
-// compiled.
+// trustFlags are the flags for the trusted signers.
 func trustFlags() []ucli.Flag {
 	loadTest := cli.WasCalled(cli.String("load-test-policy", "any",
 		"accept artifacts by `MODE`: tested (only those that passed a load test) or any"), "load-test")

@@ -22,8 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// loaded are the modules that the agent loads on every node. Other modules, such as nvidia-peermem, are for special
-// hardware. The tools of that hardware load them.
+// loaded are the modules that the agent loads on every node. Tools of special hardware load others, such as
+// nvidia-peermem.
 var loaded = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
 
 // optional are the modules in the list loaded that CUDA programs do not need.

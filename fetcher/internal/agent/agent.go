@@ -240,8 +240,8 @@ func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s node
 	return err == nil || r.Verdict.Digest == set.Digest
 }
 
-// applyDecision decides which driver must be active, and activates it. If none is nil, r.Answer has the farm's
-// artifact. Otherwise none says why the farm offers no artifact.
+// applyDecision decides which driver must be active, and activates it. The given error says why the farm offers no
+// artifact. If it is nil, r.Answer has the artifact.
 func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Store, none error) error {
 	s, err := a.readState(ctx, store) // again, because the wait for the answer may have been long
 	if err != nil {
@@ -310,7 +310,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	return errors.Join(d.err, store.Sweep(waiting...))
 }
 
-// addUnverified adds to err the reason why the installed driver did not verify. The operator must repair that driver.
+// addUnverified adds the reason why the installed driver did not verify to the given error.
 func (a *Agent) addUnverified(s nodeState, err error) error {
 	if s.current == nil {
 		return err

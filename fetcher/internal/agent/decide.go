@@ -109,8 +109,7 @@ func (s nodeState) keepsForeign() bool {
 	return len(s.facts.Modules) > 0 && !s.noLoad && !s.replaceForeign && !s.ownLoaded()
 }
 
-// put returns the decision that makes a driver active. If that is not possible now, the decision has no driver, but the
-// reason.
+// put returns the decision that makes a driver active. If that is not possible now, the decision has only the reason.
 func (s nodeState) put(set *install.Set) decision {
 	switch {
 	case s.noLoad:
@@ -178,8 +177,8 @@ func (s nodeState) refused(set *install.Set) error {
 	return a.refused(set.Driver, s.another(set.Digest))
 }
 
-// another reports whether the node may run another driver than this digest: a loaded foreign driver, the active or the
-// previous driver.
+// another reports whether the node may run a driver with another digest: the active, the previous or a loaded foreign
+// driver.
 func (s nodeState) another(digest string) bool {
 	if len(s.facts.Modules) > 0 && !s.ownLoaded() {
 		return true

@@ -24,7 +24,7 @@ type Explanation struct {
 	Verdict *trust.Verdict `json:"verdict"`
 }
 
-// explainer is a verifier that returns the finding of each trust rule. Package trust has the only implementation.
+// explainer is a verifier that returns the finding of each trust rule.
 type explainer interface {
 	Explain(bundles [][]byte, e trust.Expect) (*trust.Verdict, []trust.Finding, error)
 }

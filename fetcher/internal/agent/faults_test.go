@@ -285,7 +285,7 @@ func (c cuttable) Blob(ctx context.Context, digest string, size int64) (io.ReadC
 	return rc, nil
 }
 
-// problem returns what is wrong with a node. The library must be readable by its name, and belong to the driver of the
+// problem returns what is wrong with a node: a library that cannot be read, or that belongs to another driver than the
 // modules.
 func (n *node) problem() string {
 	lib, err := os.ReadFile(filepath.Join(n.root, installDir, "lib64/libnvidia-ml.so.1"))

@@ -58,8 +58,7 @@ func (a *Agent) findForeign(facts *host.Facts, driver string, modules []host.Mod
 	return f
 }
 
-// moduleFiles lists the files that may contain a driver's modules. It searches the folders of other installers, of
-// adopted content, and of the kernel.
+// moduleFiles lists the files that may contain a driver's modules.
 func (a *Agent) moduleFiles(facts *host.Facts) []string {
 	var all []string
 	dirs := []string{path.Join(a.cfg.InstallDir, "drivers"), path.Join(a.cfg.InstallDir, ".prebake/adopted/drivers")}

@@ -17,8 +17,8 @@ type kernel struct {
 	root string
 	// refuse has the errno with which the kernel refuses a module, by the module's name and version.
 	refuse map[string]syscall.Errno
-	// die and open each name a module and its version. The load of die kills the program. A program opens the module open
-	// after its load.
+	// die is the module and version whose load kills the program. open is the module and version that a program opens
+	// after the load.
 	die, open string
 	// ids means that the kernel reports the modules' build ids.
 	ids bool

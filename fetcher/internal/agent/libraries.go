@@ -15,7 +15,7 @@ import (
 // ldFile exists if this program has added the library folder to the node's ld.so.conf.
 const ldFile = ".prebake/ld-so-conf"
 
-// exposeLibraries makes the libraries available to the node's own programs. Pods do not need it.
+// exposeLibraries makes the libraries available to the node's own programs.
 func (a *Agent) exposeLibraries(ctx context.Context, store *install.Store) {
 	note := func() error { return store.WriteFile(ldFile, nil) }
 	err := ldcache.Add(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"), note)

@@ -26,9 +26,9 @@ type Repository interface {
 	Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
 	// Small reads a whole blob, and compares it with its digest.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
-	// AttachedIf returns the signed statements that are attached to an artifact, and checks their digests (see
-	// registry.Repository.AttachedIf). The useful callback names a statement, or returns "" for a useless one. Of
-	// statements with one name, only the first counts. Statements with the wanted annotations come first.
+	// AttachedIf returns the signed statements of an artifact, and checks their digests (see
+	// registry.Repository.AttachedIf). The callback returns a statement's name, or "" for a useless statement. Only the
+	// first statement of a name counts. Statements with the wanted annotations come first.
 	AttachedIf(
 		ctx context.Context,
 		digest, artifactType string,

@@ -167,8 +167,8 @@ func TestLoadPinFirst(t *testing.T) {
 	}
 }
 
-// TestUnusableGivesWay checks that the previous driver replaces one that drives no GPU. After a second failure, the
-// driver needs --retry.
+// TestUnusableGivesWay checks that the previous driver replaces a driver that drives no GPU. After a second failure,
+// that driver needs --retry.
 func TestUnusableGivesWay(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)

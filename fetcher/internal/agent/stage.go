@@ -29,7 +29,7 @@ import (
 // maxModule is the maximum size of one module in bytes. The largest real module has 65 MB.
 const maxModule = 512 << 20
 
-// fetchAndStage verifies the resolved artifact, fetches the missing layers, and stages the driver. It does not activate
+// fetchAndStage verifies the resolved artifact, fetches the missing layers, and stages the driver without activating
 // it.
 func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Store, facts *host.Facts,
 	current *install.Set) (*install.Set, error) {

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestUnusableAndOpen checks a new driver that fails while a program has it open. It must stay active, because
+// TestUnusableAndOpen checks a new driver that fails while a program has it open. The driver must stay active, because
 // libraries and modules must be of one driver. A later run must replace it when it is idle.
 func TestUnusableAndOpen(t *testing.T) {
 	t.Parallel()

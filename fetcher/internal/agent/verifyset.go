@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// evidence has everything that is needed to verify an artifact. It may come from a registry or from the disk. Do not
-// trust it before [Agent.verify].
+// evidence has everything that is needed to verify an artifact. It is not trusted before [Agent.verify], whether it
+// comes from a registry or from the disk.
 type evidence struct {
 	Manifest []byte   `json:"manifest"`
 	Config   []byte   `json:"config"`

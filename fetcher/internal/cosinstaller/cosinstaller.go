@@ -78,7 +78,7 @@ var refusedFlags = map[string]string{
 	"prepare-build-tools":       "leave the flag out: fetcher gets compiled drivers and needs no build tools",
 }
 
-// Translate returns the fetcher's arguments for those of Google's program. Program names are left out. The notes list
+// Translate returns the fetcher's arguments for those of Google's program, both without a program name. The notes list
 // the ignored flags.
 func Translate(args []string, getenv func(string) string) (ours, notes []string, err error) {
 	usage := func(what, hint string) ([]string, []string, error) {

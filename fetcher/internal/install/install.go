@@ -7,8 +7,8 @@
 //	.prebake/adopted/<name>     the file or folder that was at <name> before
 //	<name> -> .prebake/current/<name>, for bin, lib64, share, vulkan, drivers, firmware
 //
-// All links are relative, so the tree works wherever it is mounted. The package refuses to give a layer or a set its
-// final name before the caller says that it is verified. It refuses to verify anything itself.
+// All links are relative, so the tree works wherever it is mounted. The package verifies nothing. It gives a layer or a
+// set its final name when the caller says that it is verified.
 package install
 
 import (
@@ -210,7 +210,7 @@ func (s *Store) Evidence(digest string) ([]byte, error) {
 	return s.readFile(path.Join(ownFolder, "sets", name, evidenceFile), maxEvidence)
 }
 
-// AddSet writes a set and its evidence. All layers must be unpacked already. [Store.Switch] makes the set active.
+// AddSet writes a set and its evidence, without making the set active. All layers must be unpacked already.
 func (s *Store) AddSet(set Set, proof []byte) error {
 	name, err := hexOf(set.Digest)
 	if err != nil {

@@ -54,8 +54,8 @@ func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 	})
 }
 
-// namesFile lists the files that were unpacked into a layer. Other files in the layer are from other programs. Never
-// trust its content.
+// namesFile lists the files that were unpacked into a layer. Other files there are from other programs. The list is not
+// trusted.
 const namesFile = ".prebake-names"
 
 // maxNames is the largest allowed size of namesFile in bytes.

@@ -98,8 +98,8 @@ const (
 // fieldManager is the name under which the API server records this program's changes.
 const fieldManager = "prebake-fetcher"
 
-// call sends a request to the API server. A nil in means no body; kind is the body's content type. If out is not nil,
-// the answer is decoded into it.
+// call sends a request to the API server, with an optional body of the given content type (kind). It decodes the answer
+// into out, unless that is nil.
 func (c *client) call(ctx context.Context, method, path, kind string, in, out any) error {
 	what := strings.ToLower(method) + " " + path
 	token, err := os.ReadFile(c.token)

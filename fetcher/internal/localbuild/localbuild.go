@@ -1,5 +1,5 @@
 // Package localbuild compiles a driver on the node itself, by running the builder. A key that only this node has signs
-// the artifact. It is trusted only for the node's own artifacts.
+// the artifact. That key is trusted only for the node's own artifacts.
 package localbuild
 
 import (
@@ -60,8 +60,8 @@ func PublicKey(stateDir string) ([]byte, error) {
 	return pem, nil
 }
 
-// Both halves of the node's key are in one folder, which gets its final name only when both exist. A killed run leaves
-// no half or mixed pair.
+// Both halves of the node's key are in one folder. The folder gets its final name only when both exist, so a killed run
+// leaves no half or mixed pair.
 const (
 	keyFolder = "node-key"
 	keyFile   = "local.key"

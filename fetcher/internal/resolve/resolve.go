@@ -204,8 +204,7 @@ func (s Server) request(ctx context.Context, a *Answer) error {
 	return nil
 }
 
-// addHost adds the server's host to a repository in the server itself, whose name begins with a slash. Other names
-// stay.
+// addHost adds the server's host to a repository name that begins with a slash. Other names stay.
 func addHost(base, repository string) (string, error) {
 	if repository == "" {
 		return "", fault.New(fault.Transient, "ask server: the answer has no repository", "update the server")
@@ -225,8 +224,7 @@ func addHost(base, repository string) (string, error) {
 	return u.Host + "/" + path, nil
 }
 
-// check compares the answer with the question. The signed statements, which would also reveal a wrong answer, are
-// fetched later.
+// check compares the answer with the question, because the signed statements are fetched only later.
 func check(a Answer, q Question) error {
 	mismatch := func(what, got, want string) error {
 		return fault.New(
