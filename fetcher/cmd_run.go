@@ -71,8 +71,7 @@ func checkTaint(cmd *ucli.Command) error {
 // checkTimeout is an upper bound for one check of the driver. The probe times out earlier.
 const checkTimeout = 3 * time.Minute
 
-// retryChecks is the number of checks after which the daemon tries again to replace a driver that is not the wanted
-// one.
+// retryChecks is the number of checks before the daemon tries again to install the wanted driver.
 const retryChecks = 10
 
 // runAndWatch installs the node's driver. While a driver is ready, it watches the driver until ctx ends.
@@ -165,7 +164,7 @@ type daemon struct {
 	every   time.Duration
 	once    bool
 	outside *listeners
-	// run is a function that does one run of the agent, and prints the report.
+	// run does one run of the agent, and prints the report.
 	run func(func(context.Context) (*agent.Report, error)) error
 	// quickVerdict returns a verdict for the cluster after a run without one (see [agent.Agent.QuickVerdict]). It is nil
 	// without a cluster.
@@ -174,7 +173,7 @@ type daemon struct {
 	pending func(error)
 }
 
-// reportFailure reports to the cluster why no driver is ready, after a run that failed before its check of the driver.
+// reportFailure reports to the cluster why a run failed before its check of the driver.
 func (k daemon) reportFailure(ctx context.Context, why error) {
 	if k.quickVerdict == nil {
 		return

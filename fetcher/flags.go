@@ -218,11 +218,10 @@ func usage(cmd *ucli.Command, errs []error) error {
 	return fault.Wrap(fault.Usage, errors.Join(errs...), "see "+cmd.FullName()+" --help")
 }
 
-// digestPrefix is the beginning of a value of --driver that is the digest of one artifact instead of a wish.
+// digestPrefix begins a --driver that is an artifact's digest instead of a wish.
 const digestPrefix = "sha256:"
 
-// paramPattern permits no white space in a module parameter, because the kernel splits a parameter string at white
-// space.
+// paramPattern permits no white space, because the kernel splits a parameter string there.
 var paramPattern = regexp.MustCompile(`^([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,128}=[!-~]*)$`)
 
 func readParams(list []string) (map[string]string, error) {

@@ -17,7 +17,7 @@ func reportFlag() []ucli.Flag {
 	return cli.Group(groupTo, cli.Bool("report", "report to the server whether the driver loads"))
 }
 
-// These are the time limits for one report, and for the remaining reports when the program ends.
+// These are the time limits for one report, and for the last reports at the end.
 const (
 	reportTimeout = 10 * time.Second
 	leaveTime     = 3 * time.Second

@@ -25,7 +25,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// watcher is a writer that calls the function seen once, when the text appears in what is written.
+// watcher is a writer that calls a function once, as soon as the given text is written.
 type watcher struct {
 	bytes.Buffer
 	text string

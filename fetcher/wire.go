@@ -173,7 +173,6 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	return trust.Policy{MinVersions: p.MinVersions, Revoked: p.Revoked}, err
 }
 
-// identity returns the certificate identity in the flags.
 func identity(cmd *ucli.Command) trust.Identity {
 	return trust.Identity{
 		Subject: cmd.String("certificate-identity"),
@@ -255,14 +254,14 @@ func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error)
 		RetryFor:  cmd.Duration("wait-build"),
 		Keychain:  credentials.Keychain(),
 	}
-	// A server that is reached over plain HTTP serves its own registry over plain HTTP, too.
+	// The registry of a server on plain HTTP uses plain HTTP, too.
 	if u, err := url.Parse(cmd.String("server")); err == nil && u.Scheme == "http" && strings.HasPrefix(ref, u.Host+"/") {
 		o.Plain = true
 	}
 	return registry.Open(ref, o)
 }
 
-// newBuilder returns nil if this node must not compile, or if --builder is not set and no builder is beside fetcher.
+// newBuilder returns nil if this node must not compile, or if no builder is set or beside fetcher.
 func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, error) {
 	program := cmd.String("builder")
 	if program == "never" {

@@ -175,7 +175,7 @@ func describe(d facts) (out Device) {
 	return out
 }
 
-// persistence turns persistence mode on if the argument on is true, and then returns the mode.
+// persistence returns whether persistence mode is on. If on is true, it first turns the mode on.
 func persistence(d interface {
 	SetPersistenceMode(nvml.EnableState) nvml.Return
 	GetPersistenceMode() (nvml.EnableState, nvml.Return)

@@ -153,8 +153,8 @@ func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState
 	return d.set, true, nil
 }
 
-// findBefore ensures that the driver to be unloaded can be loaded again. A verified driver of this program needs
-// nothing. For any other driver, findBefore opens the files of the modules.
+// findBefore ensures that the driver to be unloaded can be loaded again. Unless this program can verify the driver, it
+// opens the files of the modules.
 func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeState, d decision,
 	before *install.Set) *foreignFiles {
 	if d.do != replace {
@@ -305,8 +305,7 @@ func (s nodeState) lacks(set *install.Set) bool {
 	})
 }
 
-// unloadOf unloads a driver whose activation failed. It does nothing if the driver is not loaded, or is also the former
-// driver.
+// unloadOf unloads a driver whose activation failed, unless it is also the former driver.
 func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set) error {
 	facts, err := host.Observe(a.node)
 	if err != nil || len(facts.Modules) == 0 || before.Digest == set.Digest || !(nodeState{facts: facts}).runs(set) {
@@ -321,8 +320,7 @@ func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Se
 // nvmlLibrary is the path of NVML's library below the install folder.
 const nvmlLibrary = "lib64/libnvidia-ml.so.1"
 
-// xidWatch holds the GPU errors in the kernel log since the driver was loaded or first checked. The log was read up to
-// mark.
+// xidWatch holds the GPU errors in the kernel log up to a mark, since the driver was loaded or first checked.
 type xidWatch struct {
 	mark  kmod.Mark
 	lines []string

@@ -43,7 +43,7 @@ type Agent struct {
 	// checked holds the layers that this run compared with their signed content; seen holds those of earlier runs. Both
 	// map a digest to a checkedLayer.
 	checked, seen sync.Map
-	// unverified has the error of each installed driver that this run could not verify, by digest.
+	// unverified maps digests of installed drivers to their errors in this run's verification.
 	unverified sync.Map
 }
 
@@ -69,7 +69,7 @@ type Report struct {
 	Plan []string `json:"plan"`
 	// Pending is the reason why a driver on the disk is not active yet. It is "" if no driver waits.
 	Pending string `json:"pending,omitempty"`
-	// Waiting has the settings of the node's owner that have not taken effect yet, each with the reason.
+	// Waiting has the owner's settings that have not taken effect yet, each with the reason.
 	Waiting []string `json:"waiting,omitempty"`
 	// FetchedBytes is the size of the fetched layers and deltas. CachedBytes is the size of the layers that the node had.
 	FetchedBytes int64            `json:"fetchedBytes"`
@@ -138,7 +138,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	}); err != nil {
 		return err
 	}
-	// The lock is not held during the wait for the farm, so that other installers can work.
+	// Other installers can work during the wait for the farm, because the lock is not held.
 	mayBuild := a.mayBuild(ctx, store, facts, current)
 	answer, none := a.resolve(ctx, facts, mayBuild)
 	r.Answer = answer
@@ -172,7 +172,7 @@ func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.
 	return !serves(current, a.question(facts)) || !a.verifiable(store, current, facts) && !s.runs(current)
 }
 
-// locked calls the function do while it holds the lock that excludes other installers.
+// locked takes the lock that excludes other installers, calls the callback, and releases the lock.
 func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 	unlock, err := store.Lock(googleLock)
 	if err != nil {
@@ -225,8 +225,8 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 	return store.Current()
 }
 
-// try activates an installed driver and reports whether the driver is loaded. It only logs an error, because the farm
-// may offer a better driver.
+// try activates an installed driver and reports whether it is loaded. Errors are only logged, because the farm may
+// offer a better driver.
 func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s nodeState, set *install.Set) bool {
 	d := s.put(set)
 	if d.set == nil {
@@ -338,7 +338,6 @@ func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 		!fault.Is(s.none, fault.Unsupported)
 }
 
-// readState reads the inputs of a decision.
 func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeState, err error) {
 	s = nodeState{replaceForeign: a.cfg.ReplaceForeign, allowDowngrade: a.cfg.AllowDowngrade, retry: a.cfg.Retry,
 		noLoad: a.cfg.NoLoad}
@@ -360,7 +359,7 @@ func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeStat
 		s.attempts = attempts{}
 		return s, err
 	}
-	// An error in one of the following files is only logged, because it must not endanger the active driver.
+	// Errors in the following files are only logged: they must not endanger the active driver.
 	if s.previous, err = store.Previous(); err != nil {
 		a.parts.Log.WarnContext(ctx, "could not read the former driver", "err", err)
 	}
@@ -424,7 +423,6 @@ func (a *Agent) openStore() (*install.Store, error) {
 	return store, err
 }
 
-// openInstalled opens an existing install folder.
 func (a *Agent) openInstalled() (*install.Store, error) {
 	return install.Open(a.parts.Node, a.cfg.InstallDir, false)
 }

@@ -117,7 +117,6 @@ func (n *node) run(t testing.TB, ref, digest string, d target.Driver) (*agent.Re
 	return n.runAs(t)
 }
 
-// answer sets the artifact in the finder's answer.
 func (n *node) answer(ref, digest string, d target.Driver) {
 	n.parts.Finder = finder{answer: resolve.Answer{State: api.Published, Source: "server", Driver: d, Repository: ref,
 		Digest: digest}}

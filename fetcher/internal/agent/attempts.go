@@ -15,10 +15,10 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// attemptsFile has a record of each driver whose activation failed, or has not ended.
+// attemptsFile has a record of each driver with a failed or unfinished activation.
 const attemptsFile = ".prebake/attempts.json"
 
-// maxTries is how often a driver may fail, or crash the node, before the agent refuses it.
+// maxTries is how often a driver may fail or crash the node before it is refused.
 const maxTries = 2
 
 // maxAttempts is the maximum number of records in the file. The oldest records are dropped.
@@ -137,7 +137,7 @@ func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.St
 	return nil
 }
 
-// begin writes into the driver's record that its activation begins, and which foreign driver the activation unloads.
+// begin records that a driver's activation begins, and which foreign driver it unloads.
 func (a *Agent) begin(store *install.Store, digest string, before install.Pointers, was *foreignFiles,
 	firmware string) error {
 	err := a.note(store, digest, func(at *attempt) {

@@ -21,7 +21,6 @@ const bootFile = ".prebake/boot.json"
 // loader ignores would cause endless reboots.
 const maxEdits = 2
 
-// bootEdits is the content of bootFile.
 type bootEdits struct {
 	// Edits is the number of changes since the kernel last accepted modules.
 	Edits int       `json:"edits"`

@@ -36,11 +36,11 @@ type nodeState struct {
 type kernelAction string
 
 const (
-	// keep means that the loaded modules stay, and that missing modules of the chosen driver are loaded.
+	// keep means that the loaded modules stay, and missing modules are loaded.
 	keep kernelAction = "keep"
-	// load means that no driver is loaded yet, and that the chosen driver is loaded.
+	// load means that no driver is loaded yet, and the chosen one will be.
 	load kernelAction = "load"
-	// replace means that the loaded driver is unloaded, and that then the chosen driver is loaded.
+	// replace means that the chosen driver replaces the loaded one.
 	replace kernelAction = "replace"
 	// refuse means that nothing is changed.
 	refuse kernelAction = "refuse"

@@ -112,7 +112,6 @@ func TestFaultProcess(t *testing.T) {
 	fmt.Printf("OUTCOME %s\n", text)
 }
 
-// cells returns the two drivers.
 func cells(t testing.TB) (older, newer sample.Cell) {
 	older, newer = sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
 	older.Bulk, newer.Bulk = 64<<10, 64<<10

@@ -26,11 +26,10 @@ const atOnce = 2
 // missingLayer is a layer that this node must fetch.
 type missingLayer struct {
 	install.Layer
-	// deltas are published deltas that make this layer from a layer on the disk, the smallest first.
+	// deltas make this layer from a layer on the disk. The smallest is the first.
 	deltas []delta
 }
 
-// bytes returns the number of bytes to fetch for the layer.
 func (l missingLayer) bytes() int64 {
 	if len(l.deltas) > 0 {
 		return l.deltas[0].Size
@@ -71,7 +70,7 @@ func (a *Agent) fetch(
 			g.Go(func() error { return a.fetchWhole(gctx, repo, store, l, id, facts, &done) })
 		}
 	}
-	// Apply deltas after the whole layers are stored, so that a delta that fills the disk cannot harm these layers.
+	// Apply deltas last: a delta that fills the disk must not harm the whole layers.
 	err = g.Wait()
 	for _, l := range missing {
 		if err == nil && len(l.deltas) > 0 {
@@ -84,7 +83,6 @@ func (a *Agent) fetch(
 	return err
 }
 
-// fetchWhole fetches a whole layer, without a delta.
 func (a *Agent) fetchWhole(
 	ctx context.Context,
 	repo Repository,
@@ -220,7 +218,7 @@ func (a *Agent) missing(
 	return missing, nil
 }
 
-// maxDeltas is how many deltas are tried for a layer at most, because anybody may attach a useless delta.
+// maxDeltas is the maximum number of tried deltas for a layer. Anybody may attach a useless delta.
 const maxDeltas = 3
 
 // deltasFor finds deltas for a layer of modules, the smallest first. A delta may come from an untrusted source, because

@@ -95,7 +95,6 @@ func readInfo(root fs.FS, name string) (*modinfo.Module, error) {
 	return modinfo.Read(at, info.Size())
 }
 
-// readAll reads an open file from its beginning.
 func readAll(file fs.File) ([]byte, error) {
 	at, ok := file.(io.ReaderAt)
 	if !ok {

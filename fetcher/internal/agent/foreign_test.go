@@ -62,7 +62,7 @@ func TestForeignPutBack(t *testing.T) {
 	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
 		t.Errorf("tree (-want +got):\n%s", diff)
 	}
-	// When this program's driver works, the node's additional module is loaded with it.
+	// The node's additional module is loaded with this program's driver, too.
 	delete(n.kernel.refuse, "nvidia_uvm "+newVersion)
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 		t.Fatal(err)

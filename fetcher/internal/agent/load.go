@@ -95,7 +95,6 @@ func (a *Agent) loadHelper(ctx context.Context) {
 	}
 }
 
-// unload unloads the loaded driver.
 func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error {
 	a.describeGPUs(ctx, gpucheck.Verdict{}) // containers must not get GPUs that are about to disappear
 	var names []string
@@ -205,7 +204,7 @@ func (a *Agent) makeNodes() error {
 	})
 }
 
-// inDev calls the function do with the node's folder of device files.
+// inDev opens the node's folder of device files, passes it to the callback, and closes it.
 func (a *Agent) inDev(do func(dev *os.Root) error) error {
 	dev, err := a.parts.Node.Folder("dev")
 	if err != nil {

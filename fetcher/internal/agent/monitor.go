@@ -185,7 +185,7 @@ func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) 
 	return s.Verdict, s.Verdict.State != gpucheck.Ready
 }
 
-// judgeStatus judges the facts, and then compares the installed driver with the running kernel and the loaded driver.
+// judgeStatus judges the facts, and compares the installed driver with the kernel and the loaded driver.
 func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged bool) gpucheck.Verdict {
 	v := gpucheck.Judge(f)
 	switch {

@@ -17,7 +17,6 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// watcher receives verdicts.
 type watcher func(v gpucheck.Verdict)
 
 func (w watcher) Report(v gpucheck.Verdict) { w(v) }
@@ -214,7 +213,7 @@ func TestXidWhileWatched(t *testing.T) {
 	}
 }
 
-// TestRollbackTimeline checks that the report of a rollback has its phases, however the rollback ends.
+// TestRollbackTimeline checks that each rollback reports its phases.
 func TestRollbackTimeline(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

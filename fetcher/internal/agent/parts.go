@@ -50,7 +50,7 @@ type Verifier interface {
 	Verify(bundles [][]byte, e trust.Expect) (*trust.Verdict, error)
 	// Statement checks the signature of one statement.
 	Statement(bundle []byte) (*trust.Statement, error)
-	// Wanted returns annotations by which a registry can find the statements that the verifier needs for a kernel.
+	// Wanted returns the annotations of the statements that the verifier needs for a kernel.
 	Wanted(k target.Kernel) []map[string]string
 }
 
@@ -88,7 +88,7 @@ type Config struct {
 	WaitIdle    time.Duration
 	// Persistence keeps GPUs initialised while no program uses them.
 	Persistence bool
-	// EditBoot changes a kernel command line that prevents the load of modules, and reboots the node.
+	// EditBoot permits a change of the kernel command line and a reboot, if the kernel refuses modules.
 	EditBoot bool
 	// DryRun changes nothing and reports the planned actions.
 	DryRun bool

@@ -39,7 +39,6 @@ func (n *node) reboot(t testing.TB) {
 	}
 }
 
-// rollback calls Rollback, as an operator does.
 func (n *node) rollback() (*agent.Report, error) {
 	n.parts.Line, n.kernel.calls = &timeline.Run{}, nil
 	return agent.New(n.cfg, n.parts).Rollback(n.t.Context())
@@ -365,7 +364,7 @@ func TestChangedParameters(t *testing.T) {
 	}
 }
 
-// TestRefusedLeavesNothing checks that a refused driver leaves the firmware path and the device files unchanged.
+// TestRefusedLeavesNothing checks that a refused driver changes neither firmware path nor device files.
 func TestRefusedLeavesNothing(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, _, pn := publishTwo(t, 1)

@@ -195,7 +195,7 @@ func TestSnapshotTakesNothingAway(t *testing.T) {
 	}
 }
 
-// TestSnapshotDryRun checks that a dry run reads and verifies the snapshot, but stores nothing.
+// TestSnapshotDryRun checks that a dry run verifies the snapshot, but stores nothing.
 func TestSnapshotDryRun(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

@@ -52,7 +52,7 @@ func (a *Agent) nodeID() string {
 	if err != nil || id == "" {
 		return ""
 	}
-	// machine-id(5) says that the id itself is confidential, and recommends to publish a hash of it instead.
+	// machine-id(5) says that the id is confidential, and recommends to publish a hash instead.
 	sum := sha256.Sum256([]byte("prebake node report\n" + id))
 	return hex.EncodeToString(sum[:])
 }

@@ -176,7 +176,7 @@ func TestLibraryCache(t *testing.T) {
 	}
 }
 
-// TestGPUsDescribed checks that container runtimes have a description of the GPUs while the driver is loaded.
+// TestGPUsDescribed checks that the GPUs are described for container runtimes while the driver is loaded.
 func TestGPUsDescribed(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

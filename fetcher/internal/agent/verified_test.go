@@ -274,7 +274,7 @@ func TestKeyNoLongerTrusted(t *testing.T) {
 	}
 }
 
-// TestNodesOwnAfterReboot checks that an artifact that a node compiled itself is accepted with the node's own key only.
+// TestNodesOwnAfterReboot checks that an artifact of this node needs the node's own key.
 func TestNodesOwnAfterReboot(t *testing.T) {
 	t.Parallel()
 	farm, own := testkit.NewKey(t), testkit.NewKey(t)

@@ -184,13 +184,13 @@ func (a *Agent) layer(digest string) (checkedLayer, bool) {
 	return known, ok
 }
 
-// checkLayer compares an unpacked layer with its signed diff id, once in each run and again after each change.
+// checkLayer compares an unpacked layer with its signed diff id, once in each run and after each change.
 func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.Layer) error {
 	print, err := store.LayerPrint(l.Digest) // before the check, so that a write during the check is noticed
 	if err != nil {
 		return fault.Wrap(fault.Unverified, err, hintAgain)
 	}
-	// A run may take hours, so a layer is read again if it was written to since its check.
+	// A run may take hours, so a changed layer is read again.
 	if known, ok := a.checked.Load(l.Digest); ok && known.(checkedLayer).print == print {
 		return nil
 	}
@@ -246,7 +246,7 @@ func (a *Agent) modules(store *install.Store, content bundle.Content, facts *hos
 	return mods, nil
 }
 
-// originOf returns the origin of an answer, which decides whose signature it needs.
+// originOf returns the origin of an answer.
 func originOf(answer resolve.Answer) install.Origin {
 	if answer.Source == resolve.SourceNode {
 		return install.MadeHere

@@ -98,7 +98,7 @@ func TestWaitIdle(t *testing.T) {
 	}
 }
 
-// ending is a watcher that calls the function then after each report.
+// ending is a watcher that calls a function after each report.
 type ending struct {
 	*told
 	then func()
@@ -109,7 +109,6 @@ func (e *ending) Report(v gpucheck.Verdict) {
 	e.then()
 }
 
-// told are the verdicts that a watcher received.
 type told []gpucheck.Verdict
 
 func (l *told) Report(v gpucheck.Verdict) { *l = append(*l, v) }

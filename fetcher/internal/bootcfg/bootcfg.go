@@ -83,7 +83,7 @@ func Undo(esp *os.Root) error {
 	return flush(esp)
 }
 
-// ours reports whether this program can have made the second configuration (edited) from the first one (before).
+// ours reports whether this program may have made the edited configuration from the former one.
 func ours(before, edited []byte) bool {
 	for _, want := range []Want{{Unsigned: true}, {Elsewhere: true}, {Unsigned: true, Elsewhere: true}} {
 		if out, _, err := Edit(before, want); err == nil && bytes.Equal(out, edited) {
@@ -109,7 +109,7 @@ func read(esp *os.Root, name string) ([]byte, error) {
 	return raw, nil
 }
 
-// write writes a file under a temporary name, syncs it to disk, renames it, and reads it back to compare.
+// write writes a file under a temporary name, syncs it, renames it, and compares it.
 func write(esp *os.Root, name string, data []byte) error {
 	f, err := esp.OpenFile(fresh, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o755)
 	if err != nil {

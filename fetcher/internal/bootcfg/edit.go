@@ -56,7 +56,6 @@ func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 	return edited, entries, nil
 }
 
-// word is the position of a word in a line.
 type word struct{ from, to int }
 
 func (w word) of(line []byte) string { return string(line[w.from:w.to]) }

@@ -32,7 +32,7 @@ const (
 	file         = "prebake-nvidia.json"
 )
 
-// maxSpec is how many bytes this package reads at most of a description that another program wrote.
+// maxSpec is the maximum number of bytes to read of another program's description.
 const maxSpec = 1 << 20
 
 // containerFolder is the driver's path in containers, the same as with GKE's device plugin.
@@ -112,10 +112,10 @@ func Spec(gpus []GPU, installDir string, nodes []string) *specs.Spec {
 			spec.ContainerEdits.DeviceNodes = append(spec.ContainerEdits.DeviceNodes, &specs.DeviceNode{Path: "/dev/" + name})
 		}
 	}
-	// Mount the whole folder, because bin, lib64 and its other names are links to files elsewhere in the folder.
+	// Mount the whole folder, because bin and lib64 are links to files elsewhere in it.
 	spec.ContainerEdits.Mounts = []*specs.Mount{{HostPath: installDir, ContainerPath: containerFolder,
 		Options: []string{"ro", "nosuid", "nodev", "rbind", "rprivate"}}}
-	// This value stops NVIDIA's container runtime, if the node has it, from adding devices to such a container.
+	// This value stops NVIDIA's container runtime from adding devices to the container.
 	spec.ContainerEdits.Env = []string{"NVIDIA_VISIBLE_DEVICES=void"}
 	return spec
 }

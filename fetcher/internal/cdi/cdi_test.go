@@ -103,7 +103,7 @@ func TestRuntime(t *testing.T) {
 	}
 }
 
-// TestThisMachine checks on a machine with a GPU that the runtimes' library gives a container its device files.
+// TestThisMachine checks on a machine with a GPU that a container gets its device files.
 func TestThisMachine(t *testing.T) {
 	t.Parallel()
 	gpus, err := cdi.GPUs(os.DirFS("/"))
@@ -149,7 +149,7 @@ func TestBesideDevicePlugin(t *testing.T) {
 	}
 }
 
-// TestOthers checks that another program's description stays the only one, even if that program wrote it later.
+// TestOthers checks that another program's description stays the only one, even if it is newer.
 func TestOthers(t *testing.T) {
 	t.Parallel()
 	for _, theirs := range []string{"run/cdi/nvidia.yaml", "etc/cdi/nvidia.json"} {

@@ -127,7 +127,7 @@ func TestMake(t *testing.T) {
 	}
 }
 
-// TestClear checks that Clear removes the driver's device files, but not other files with such a name.
+// TestClear checks that Clear removes device files, but no other files with the same names.
 func TestClear(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

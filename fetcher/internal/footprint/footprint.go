@@ -30,7 +30,6 @@ func Trim() {
 	}
 }
 
-// mapping is a range of addresses.
 type mapping struct{ start, end uintptr }
 
 // fileMappings returns the ranges that the caller can unmap safely, because all their pages can be read again from the

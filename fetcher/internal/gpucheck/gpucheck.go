@@ -40,8 +40,7 @@ type Verdict struct {
 	Digest string `json:"digest,omitempty"`
 	// Modules are the loaded NVIDIA modules, with their versions.
 	Modules map[string]string `json:"modules"`
-	// Foreign has the names of the modules that were loaded from another file than the installed one, but in the same
-	// version.
+	// Foreign lists modules of the right version that were not loaded from the installed file.
 	Foreign []string `json:"foreignModules,omitempty"`
 	NVML    NVML     `json:"nvml"`
 	// PCIGPUs counts the GPUs on the bus. UsableGPUs counts the GPUs that answered NVML.

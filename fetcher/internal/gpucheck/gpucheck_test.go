@@ -123,7 +123,7 @@ func TestPrint(t *testing.T) {
 	}
 }
 
-// TestClipped checks that no character is split when a line of a verdict, or a line of the kernel, is shortened.
+// TestClipped checks that shortening a line splits no character.
 func TestClipped(t *testing.T) {
 	t.Parallel()
 	for lead := range 4 { // so that a character lies across any place for the cut

@@ -126,7 +126,7 @@ func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, e
 	return parseAnswer(stdout.Bytes(), stderr.String(), err)
 }
 
-// ensureCopy copies the probe into the node's root, if no identical copy is there.
+// ensureCopy copies the probe into the node's root, unless an identical copy exists.
 func (p *Prober) ensureCopy() (err error) {
 	want, err := hostfile.Sum(p.Program)
 	if err != nil {

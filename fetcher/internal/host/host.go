@@ -90,7 +90,7 @@ type GPU struct {
 	SubDevice string `json:"subDevice,omitempty"`
 	// Driver is the kernel driver that is bound to the device, such as nvidia or vfio-pci; "" means none.
 	Driver string `json:"driver,omitempty"`
-	// VirtualFunction means that this is a virtual function of another device of the node, intended for a virtual machine.
+	// VirtualFunction means that this is a virtual function of another device.
 	VirtualFunction bool `json:"virtualFunction,omitempty"`
 }
 
@@ -100,7 +100,7 @@ func (g GPU) Managed() bool {
 	return !g.VirtualFunction && !strings.Contains(g.Driver, "vfio") && g.Driver != "pci-stub"
 }
 
-// Listed returns the managed GPUs in the type that package gpulist compares with lists of supported GPUs.
+// Listed returns the managed GPUs in the type of package gpulist.
 func (f *Facts) Listed() []gpulist.GPU {
 	own := f.ManagedGPUs()
 	all := make([]gpulist.GPU, len(own))
@@ -235,8 +235,7 @@ func ParseModules(text string) []Module {
 			continue
 		}
 		m := Module{Name: field[0]}
-		// Without CONFIG_MODULE_UNLOAD the kernel writes "- -" for count and users
-		// (print_unload_info in kernel/module/procfs.c).
+		// Without CONFIG_MODULE_UNLOAD, the kernel writes "- -" here (print_unload_info in kernel/module/procfs.c).
 		if m.Permanent = field[2] == "-"; !m.Permanent {
 			refs, err := strconv.Atoi(field[2])
 			if err != nil {

@@ -140,7 +140,7 @@ func TestObserveOddNodes(t *testing.T) {
 	}
 }
 
-// TestObserveH200 reads a node with a foreign driver, whose kernel does not count the references to modules.
+// TestObserveH200 reads a node with a foreign driver and a kernel without reference counts.
 func TestObserveH200(t *testing.T) {
 	t.Parallel()
 	f, err := host.Observe(recordedIn(t, "h200.txtar", nil))

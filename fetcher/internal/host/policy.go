@@ -13,7 +13,7 @@ import (
 
 // Policy describes how the running kernel restricts the loading of modules.
 type Policy struct {
-	// SignaturesEnforced means that the kernel loads only modules that one of its own keys signed.
+	// SignaturesEnforced means that the kernel loads only modules that its own keys signed.
 	SignaturesEnforced bool `json:"signaturesEnforced"`
 	// LoadPin means that the LoadPin security module is active and enforcing.
 	LoadPin bool `json:"loadPin"`

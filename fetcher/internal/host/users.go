@@ -26,7 +26,7 @@ func (u User) String() string {
 	return text + ")"
 }
 
-// maxUsers is the highest number of returned processes.
+// maxUsers is the maximum number of returned processes.
 const maxUsers = 256
 
 // podUID matches a pod's uid in the path of a control group. The cgroupfs driver writes dashes, the systemd driver

@@ -39,7 +39,7 @@ var roots = map[bundle.LayerKind][]string{
 	bundle.LayerFirmware:  {"firmware"},
 }
 
-// names are all top-level names that this program makes in the install folder, libraries before modules.
+// names are the top-level names in the install folder, libraries before modules.
 var names = []string{"lib64", "bin", "share", "vulkan", "firmware", "drivers"}
 
 // Layer is one layer of a set.
@@ -179,7 +179,7 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 // Sync flushes the file system, so that written files survive a crash.
 func (s *Store) Sync() error { return s.sync() }
 
-// sync flushes the file system, so that after a crash each existing file has its whole content.
+// sync flushes the file system: after a crash, each existing file has its whole content.
 func (s *Store) sync() error { return s.flush(ownFolder) }
 
 func (s *Store) flush(name string) error {
@@ -283,7 +283,7 @@ func (s *Store) links(set Set) (map[string]string, error) {
 	return links, nil
 }
 
-// LinksHold returns an error of kind Unverified if a link of a set does not lead into the set's own layers.
+// LinksHold returns an error of kind Unverified if a link of a set leads elsewhere than into the set's layers.
 func (s *Store) LinksHold(set Set) error {
 	hex, err := hexOf(set.Digest)
 	if err != nil {

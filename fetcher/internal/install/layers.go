@@ -58,7 +58,7 @@ func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 // trusted.
 const namesFile = ".prebake-names"
 
-// maxNames is the largest allowed size of namesFile in bytes.
+// maxNames is the maximum size of namesFile in bytes.
 const maxNames = 16 << 20
 
 // LayerPrint returns a digest over all inodes of an unpacked layer: names, numbers, sizes, modes and times of change.
@@ -105,7 +105,7 @@ func (s *Store) LayerNames(digest string) ([]string, error) {
 	return names, nil
 }
 
-// addedFiles returns the files of an unpacked layer that are not in the argument names.
+// addedFiles returns the files of an unpacked layer that are not among the given names.
 func (s *Store) addedFiles(digest string, names []string) []string {
 	name, err := hexOf(digest)
 	if err != nil {

@@ -65,7 +65,7 @@ func (s *Store) openLock(name string) (*os.File, error) {
 		return nil, fmt.Errorf("open lock file /%s: %w", name, err)
 	}
 	defer dir.Close()
-	// NONBLOCK and NOCTTY, because opening a device may have effects and opening a pipe may block.
+	// Opening a device may have effects, and opening a pipe may block: NONBLOCK and NOCTTY.
 	open := func(flags int) (*os.File, error) {
 		fd, err := unix.Openat(int(dir.Fd()), path.Base(name),
 			flags|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0o600)

@@ -384,7 +384,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 	if err != nil {
 		return err
 	}
-	// Even a file with the same content belongs to another installer if that installer's folders are adopted.
+	// A file with the same content is also foreign if the other installer's folders are adopted.
 	_, theirs := s.root.Lstat(path.Join(ownFolder, "adopted", "lib64"))
 	if have != nil && !slices.Contains(ours, string(have)) && (!bytes.Equal(have, text) || theirs == nil) {
 		if err := s.root.Rename(cacheFile, path.Join(ownFolder, "adopted", cacheFile)); err != nil {
@@ -408,7 +408,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 	return s.WriteFile(cacheFile, text)
 }
 
-// maxCaches is the highest number of contents in savedCache.
+// maxCaches is the maximum number of contents in savedCache.
 const maxCaches = 64
 
 // RemoveFile removes a small file of the install folder, if it exists.

@@ -188,7 +188,7 @@ type refusal struct {
 func (r *refusal) Error() string { return r.text }
 func (r *refusal) Unwrap() error { return r.cause }
 
-// refusals has a fault for each errno of init_module(2), delete_module(2) and the kernel's module loader.
+// refusals maps the errnos of init_module(2), delete_module(2) and the module loader to faults.
 var refusals = []struct {
 	errno syscall.Errno
 	kind  fault.Kind

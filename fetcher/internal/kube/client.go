@@ -28,7 +28,7 @@ import (
 // documentation, "Accessing the Kubernetes API from a Pod").
 const AccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 
-// callTime is the longest allowed time of one call to the API server.
+// callTime is the maximum time of one call to the API server.
 const callTime = 20 * time.Second
 
 // maxAnswer is the maximum answer of the API server in bytes. A node object has some hundred kilobytes.

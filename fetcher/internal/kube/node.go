@@ -306,7 +306,7 @@ func (n *Node) condition(s state, have []condition) condition {
 	return c
 }
 
-// maxMessage is the longest allowed message of an Event in bytes (validation of core/v1 Events).
+// maxMessage is the maximum length of an Event's message in bytes (validation of core/v1 Events).
 const maxMessage = 1000
 
 // cut shortens a foreign text. All annotations of a node together may have 256 KiB.

@@ -344,7 +344,7 @@ func overlay(t *testing.T, component string) string {
 	return dir
 }
 
-// TestOverlays checks that each overlay can be rendered, and that the API server accepts every object in it.
+// TestOverlays checks that the API server accepts every object of each overlay.
 func TestOverlays(t *testing.T) {
 	c := cluster.Start(t)
 	without := overlay(t, "without-cluster")

@@ -21,7 +21,7 @@ import (
 // The program finds each FOLDER of this machine at the same path in the image. See [Enter].
 const EnterCommand = "in-image"
 
-// keptVariables are the environment variables of this process that a program in an image gets.
+// keptVariables are the environment variables that a program in an image gets.
 var keptVariables = []string{"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"}
 
 // hostFiles replace files of an image: the name resolution, and the owner's certificate authorities.
@@ -56,7 +56,7 @@ func Enter(args []string) error {
 	return nil
 }
 
-// mountAll mounts the folders and files of this machine that an image's programs need into the image.
+// mountAll mounts this machine's folders and files into the image.
 func mountAll(root string, folders []string) error {
 	folders = outermost(append([]string{"/proc", "/dev"}, folders...))
 	files := slices.DeleteFunc(slices.Clone(hostFiles), func(file string) bool {
@@ -102,7 +102,7 @@ func mountAll(root string, folders []string) error {
 	return nil
 }
 
-// outermost returns the folders without those that are below others.
+// outermost returns the folders that are not below another one.
 func outermost(folders []string) []string {
 	var all []string
 	for _, f := range folders {
@@ -141,7 +141,7 @@ func makeMountPoint(root, path string, dir bool) error {
 	return f.Close()
 }
 
-// bindMount mounts a folder at another place and allows exec there, because COS mounts its stateful partition noexec.
+// bindMount mounts a folder at another place with exec, because COS mounts its stateful partition noexec.
 func bindMount(dir, at string) error {
 	if err := unix.Mount(dir, at, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("mount %s: %w", dir, err)

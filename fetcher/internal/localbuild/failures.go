@@ -18,7 +18,6 @@ type failures struct {
 	builder string // the builder that failed, and its mirrors
 }
 
-// failure is one failed compile.
 type failure struct {
 	Cell    string     `json:"cell"`
 	Builder string     `json:"builder"`
@@ -68,7 +67,7 @@ func (f failures) lastError(q resolve.Question) error {
 	)
 }
 
-// store writes an error into the file, if the next compile would end with the same error.
+// store writes an error into the file, unless the next compile may succeed.
 func (f failures) store(q resolve.Question, err error) error {
 	if !fault.Is(err, fault.APIBreak) && !fault.Is(err, fault.Unsupported) {
 		return nil

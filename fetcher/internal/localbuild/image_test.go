@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestMain lets the test binary act as the program that enters an image, and as the builder in the image.
+// TestMain lets the test binary enter an image, and act as the builder there.
 func TestMain(m *testing.M) {
 	switch {
 	case len(os.Args) > 1 && os.Args[1] == localbuild.EnterCommand:
@@ -271,8 +271,7 @@ func TestImageRefused(t *testing.T) {
 	}
 }
 
-// TestSweep checks that the next start removes the image that a killed run left, but not the image of a running
-// compile.
+// TestSweep checks that the next start removes the image of a killed run, but not of a running compile.
 func TestSweep(t *testing.T) {
 	t.Parallel()
 	state := t.TempDir()

@@ -169,7 +169,7 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 		Digest: res.Digest}, nil
 }
 
-// maxOutput is the largest allowed result of the builder in bytes.
+// maxOutput is the maximum size of the builder's result in bytes.
 const maxOutput = 4 << 20
 
 // run runs the builder and returns its stdout.

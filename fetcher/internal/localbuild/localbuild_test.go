@@ -97,7 +97,7 @@ func TestBuildFails(t *testing.T) {
 
 func TestBuildStops(t *testing.T) {
 	t.Parallel()
-	// The test stops the builder as soon as the builder prints that it is running.
+	// Stop the builder when it prints that it is running.
 	b := script(t, `trap 'exit 0' TERM; echo running >&2; while :; do sleep 0.05; done`)
 	ctx, cancel := context.WithCancel(t.Context())
 	b.Progress = func(string) { cancel() }

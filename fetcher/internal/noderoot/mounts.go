@@ -58,7 +58,7 @@ func (r *Root) namespace() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "proc/1/ns/mnt"), nil
 }
 
-// inNamespace calls the function do in another mount namespace, on this thread.
+// inNamespace runs the callback in another mount namespace, on this thread.
 func inNamespace(namespace *os.File, do func() error) error {
 	if err := unix.Unshare(unix.CLONE_FS); err != nil { // give this thread its own root and working directory
 		return fmt.Errorf("%w: unshare: %w", ErrNamespace, err)

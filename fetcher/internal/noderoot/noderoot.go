@@ -113,8 +113,7 @@ func callWith[T any](r *Root, name string, do func(string) (T, error)) (T, error
 	return do(at)
 }
 
-// inParent does the same as callWith, but it follows links in the parent folders only, not in the last part of the
-// name.
+// inParent is callWith for the last name itself: it follows links in the parent folders only.
 func inParent[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
 	name = clean(name)
 	return callWith(r, path.Dir(name), func(dir string) (T, error) { return do(path.Join(dir, path.Base(name))) })

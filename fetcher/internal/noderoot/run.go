@@ -21,7 +21,7 @@ func (r *Root) Program(names ...string) string {
 	return ""
 }
 
-// maxOutput is the largest stored output of a program in bytes.
+// maxOutput is the maximum size of a program's stored output in bytes.
 const maxOutput = 500
 
 // killTime is how long Run waits for a killed program. A program that sleeps in the kernel (state D of ps) never ends.

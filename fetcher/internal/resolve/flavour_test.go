@@ -136,7 +136,7 @@ func TestAutoByServer(t *testing.T) {
 		a, err := resolve.Server{Client: farm{row.published}, GPUs: lists(row.list, nil)}.Find(t.Context(), q)
 		judge(t, row.name, row.want, a, err)
 	}
-	// If only the proprietary flavour fits and is not published, the server's own answer about it is returned.
+	// The server's own answer is returned if only the proprietary flavour fits and is not published.
 	q := question
 	q.GPUs = gpus(volta)
 	if a, err := (resolve.Server{Client: farm{"open"}}).Find(t.Context(), q); err != nil || a.State != api.Unknown ||

@@ -259,11 +259,11 @@ func check(a Answer, q Question) error {
 type Registry struct {
 	// Ref is the reference of the repository.
 	Ref string
-	// Resolve returns the digest of a tag, or an error of kind NoArtifact if there is no such tag.
+	// Resolve returns the digest of a tag, or an error of kind NoArtifact.
 	Resolve func(ctx context.Context, tag string) (digest string, err error)
 	// Tags lists all tags; nil where the registry cannot list them.
 	Tags func(ctx context.Context) ([]string, error)
-	// Driver returns the driver in an artifact's manifest, or an error of kind NoArtifact if there is no such artifact.
+	// Driver returns the driver in an artifact's manifest, or an error of kind NoArtifact.
 	Driver func(ctx context.Context, digest string) (target.Driver, error)
 	// GPUs returns the list of supported GPUs. If it is nil, no list is read.
 	GPUs Lister
@@ -296,7 +296,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 			continue
 		}
 		d, err := target.ParseDriver(name[:i], name[i+1:])
-		// A node gets an edition of a release, such as GRID, only if the wish is for the edition.
+		// An edition, such as GRID, must be wished for by its full version.
 		if err == nil && d == d.Modules() && (!named || d.Branch() == branch) && !slices.Contains(versions, d.Version) {
 			versions = append(versions, d.Version)
 		}
