@@ -47,7 +47,7 @@ func runTraced(ctx context.Context, cmd *ucli.Command, run func(context.Context)
 }
 
 // startTraces starts the tracer that the OTEL_* environment variables configure. If they are wrong, it prints the error
-// and returns nil, because the node must get its driver without traces, too.
+// and returns nil: the node must get its driver anyway.
 func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *traces.Tracer {
 	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
 	if err != nil {

@@ -20,8 +20,8 @@ import (
 // soakRounds is the number of rounds. PREBAKE_SOAK sets another number.
 const soakRounds = 50
 
-// TestSoak kills the real program at random moments while it changes drivers, rolls back and uninstalls. The next run
-// must repair what remains. Drivers are installed, but not loaded.
+// TestSoak kills the real program at random moments of installs, rollbacks and uninstalls. The next run must repair
+// what remains. No driver is loaded.
 func TestSoak(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// newVerifier returns a verifier that trusts the keys and identities of the flags or the policy. The returned function
-// refreshes the signed list; it is nil without one.
+// newVerifier returns a verifier that trusts the signers in the flags or the policy. The returned function refreshes
+// the signed list, and is nil without a list.
 func newVerifier(
 	cmd *ucli.Command,
 	p policy.Policy,

@@ -148,8 +148,8 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 	return nil
 }
 
-// nodeBuilds returns the part of the owner's policy that applies to artifacts compiled on this node. The error is of
-// kind Unverified if the policy file refuses them, or if there is none and --builder is never.
+// nodeBuilds returns the part of the owner's policy for artifacts compiled on this node. If the policy file refuses
+// them, or without a file --builder is never, the error is of kind Unverified.
 func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	file := cmd.String("policy")
 	if file == "" {
@@ -317,8 +317,8 @@ func pinnedNowhere() error {
 	), "driver")
 }
 
-// newFinder returns a finder that asks the server first and then the registries. Without both, it returns an error
-// unless the node compiles drivers itself. The verifier is for the lists of supported GPUs; without one, no list is
+// newFinder returns a finder that asks the server first and then the registries. Without both, the node must compile
+// drivers itself, or the result is an error. The verifier is for the lists of supported GPUs; nil means that no list is
 // read.
 func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
 	var gpus resolve.Lister

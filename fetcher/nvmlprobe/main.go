@@ -1,6 +1,6 @@
-// Command nvmlprobe asks NVML, NVIDIA's management library, for the driver's version and the GPUs. It prints the answer
-// as one JSON object. It is a separate program, because NVML needs cgo and dlopen, and the fetcher is static. It does
-// not judge the answer. It changes nothing on a GPU except, with --persist, persistence mode.
+// Command nvmlprobe asks NVML, NVIDIA's management library, for the driver's version and the GPUs, and prints a JSON
+// object. It is a separate program, because NVML needs cgo and dlopen, and the fetcher is static. It does not judge the
+// answer. It changes nothing on a GPU except, with --persist, persistence mode.
 package main
 
 import (
@@ -42,8 +42,8 @@ type Device struct {
 	// Fabric is the GPU's progress in joining its NVLink fabric: not started, in progress or completed. It is "" without a
 	// fabric, or if the library does not report one.
 	Fabric string `json:"fabric,omitempty"`
-	// Persistence is on, off, or the reason why it could not be turned on. It is "" if the GPU does not report it. In this
-	// mode, the driver keeps an unused GPU initialised.
+	// Persistence is on, off, or the reason why it could not be turned on. It is "" if the GPU does not report it. With
+	// it, the driver keeps an unused GPU initialised.
 	Persistence string `json:"persistence,omitempty"`
 	// Error is the reason why NVML cannot use or describe this GPU.
 	Error string `json:"error,omitempty"`

@@ -135,8 +135,8 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	return err
 }
 
-// verifyFor verifies the files of the driver that activate will switch to or load. The result missing is true if the
-// driver runs, but some unloaded modules do not verify. They must not be loaded; the driver works without them.
+// verifyFor verifies the driver's files before activate switches to the driver or loads modules. The result missing
+// means that the driver runs, but that its unloaded modules do not verify and must not be loaded.
 func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState, d decision,
 	changed bool) (set *install.Set, missing bool, err error) {
 	if changed || d.do != keep {
@@ -204,8 +204,8 @@ type revertPlan struct {
 	foreign     *foreignFiles // the foreign driver that was unloaded
 }
 
-// revert restores files and modules after a failed activation. The failed driver stays active if its modules cannot be
-// unloaded. The returned error joins the given cause with errors of the restoration.
+// revert restores files and modules after a failed activation. If the failed driver cannot be unloaded, it stays
+// active. The returned error includes the given cause.
 func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s nodeState, t revertPlan,
 	cause error) error {
 	before := t.before

@@ -183,9 +183,9 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 }
 
 // start repairs what an earlier run left unfinished, and returns the active driver. If no driver is loaded, it loads an
-// installed one, because a node must become ready without the farm. It tries them in this order:
+// installed one, so the node needs no farm. It tries in this order:
 //
-//  1. the driver that waits for its load (attempt.Next);
+//  1. the driver that waits (attempt.Next);
 //  2. the current driver;
 //  3. the previous driver.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
@@ -325,8 +325,8 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 		cmp.Or(fault.Hint(bad), hintAgain))
 }
 
-// upToDate reports whether the run succeeds without an artifact from the farm, because the installed driver matches the
-// wish. If silent is true, the farm offers no artifact. A yanked driver or a failed verification is always an error.
+// upToDate reports whether the installed driver matches the wish, so that the run succeeds without an artifact. If
+// silent is true, the farm offers none. A yanked driver or a failed verification is always an error.
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
 	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked:

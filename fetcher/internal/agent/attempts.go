@@ -24,8 +24,8 @@ const maxTries = 2
 // maxAttempts is the maximum number of records in the file. The oldest records are dropped.
 const maxAttempts = 32
 
-// attempt is the record of the activations of one driver. It must be on the disk before the agent switches, unloads or
-// loads anything: after a crash, the next run needs it.
+// attempt is the record of the activations of one driver. Write it before anything is switched, unloaded or loaded:
+// after a crash, the next run needs it.
 type attempt struct {
 	// Open is true until the activation ends. Before has the pointers from before it. BootID is the boot in which it
 	// began.
@@ -150,8 +150,8 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 	return store.Sync()
 }
 
-// end writes the result of an activation into the driver's record. After a success, it deletes the record, or the whole
-// file on a full disk, because the record must not stay open.
+// end records the result of an activation. After a success, it deletes the record. If the disk is full, it deletes the
+// whole file, because the record must not stay open.
 func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	if failed == nil {
 		all, err := readAttempts(store)

@@ -49,8 +49,8 @@ type bootMaker interface {
 	Reboot() error
 }
 
-// editBoot changes the kernel command line and asks for a reboot. It does nothing unless the owner allows the change
-// and the given error is a [host.PolicyError]. It returns the given error with a note on what was done.
+// editBoot changes the kernel command line and asks for a reboot, if the owner allows it and the given error is a
+// [host.PolicyError]. It returns the given error with a note on what was done.
 func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, why error) error {
 	var want bootcfg.Want
 	want.Unsigned, want.Elsewhere = facts.Policy.Restricts()

@@ -46,8 +46,8 @@ const (
 	refuse kernelAction = "refuse"
 )
 
-// decision holds the driver to activate, and the action on the kernel's modules. err is the reason why the set is not
-// the wanted driver. A nil set means that nothing changes.
+// decision holds the driver to activate, and the action on the kernel's modules. A nil set means no change. err says
+// why the set is not the wanted driver.
 type decision struct {
 	do  kernelAction
 	set *install.Set
@@ -152,8 +152,8 @@ func (s nodeState) allowed(set *install.Set, do kernelAction) decision {
 	return decision{do: do, set: set}
 }
 
-// runs reports whether the loaded modules are those of a driver on the disk. It compares version, flavour and known
-// build ids. Two editions of a release have the same modules: the active edition counts as loaded.
+// runs reports whether the loaded modules are those of a driver on the disk, by version, flavour and known build ids.
+// Of two editions with the same modules, the active edition counts as loaded.
 func (s nodeState) runs(set *install.Set) bool {
 	if !s.facts.Runs(set.Driver) || len(foreign(s.facts, set)) > 0 {
 		return false

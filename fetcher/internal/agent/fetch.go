@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// atOnce is the number of layers that are fetched at the same time. Two keep a small node busy. Each needs a
-// decompression window of 4 MiB, or 8 MiB if an older builder packed the layer.
+// atOnce is the number of layers that are fetched at the same time. Each needs a decompression window of 4 MiB, or 8
+// MiB if an older builder packed it.
 const atOnce = 2
 
 // missingLayer is a layer that this node must fetch.
@@ -135,8 +135,8 @@ func (a *Agent) fetchDelta(
 	return a.fetchWhole(ctx, repo, store, l, id, facts, done)
 }
 
-// addLayer unpacks a layer into the store and checks its modules. It keeps the layer's print
-// ([install.Store.LayerPrint]), so a later check of the unchanged layer reads no files.
+// addLayer unpacks a layer into the store and checks its modules. It remembers the layer's print
+// ([install.Store.LayerPrint]) for later checks.
 func (a *Agent) addLayer(
 	store *install.Store,
 	l missingLayer,
@@ -221,8 +221,8 @@ func (a *Agent) missing(
 // maxDeltas is the maximum number of tried deltas for a layer. Anybody may attach a useless delta.
 const maxDeltas = 3
 
-// deltasFor finds deltas for a layer of modules, the smallest first. A delta may come from an untrusted source, because
-// the resulting layer must match the signed content.
+// deltasFor finds deltas for a layer of modules, the smallest first. Their source may be untrusted: the resulting layer
+// must match the signed content.
 func (a *Agent) deltasFor(
 	ctx context.Context,
 	repo Repository,

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// foreignFiles are the open files of a foreign driver. They stay readable if they are renamed or deleted. A file
-// belongs to a loaded module if both have the same build id.
+// foreignFiles are the open files of a foreign driver. They stay readable after a rename or removal. A file belongs to
+// a loaded module if the build ids are the same.
 type foreignFiles struct {
 	driver string
 	// modules are the modules that an activation unloads. The list is empty if it unloads no foreign driver.

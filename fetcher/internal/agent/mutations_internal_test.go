@@ -65,8 +65,8 @@ func mutate(rng *rand.Rand, data []byte, others ...[]byte) []byte {
 	return out
 }
 
-// TestMutations makes ten thousand changes to all input from outside. None may crash the program or be trusted, unless
-// the content is the same. Each refusal needs a kind and a message.
+// TestMutations makes ten thousand changes to all input from outside. The program must refuse each real change with a
+// kind and a message, and never crash.
 func TestMutations(t *testing.T) {
 	t.Parallel()
 	rounds := 10_000

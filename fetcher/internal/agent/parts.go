@@ -26,9 +26,9 @@ type Repository interface {
 	Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
 	// Small reads a whole blob, and compares it with its digest.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
-	// AttachedIf returns the signed statements of an artifact, and checks their digests (see
-	// registry.Repository.AttachedIf). The callback returns a statement's name, or "" for a useless statement. Only the
-	// first statement of a name counts. Statements with the wanted annotations come first.
+	// AttachedIf returns the signed statements of an artifact, after a check of their digests (see
+	// registry.Repository.AttachedIf). The callback names a statement, or returns "" for a useless one. Only the first
+	// statement of a name counts. Statements with the wanted annotations come first.
 	AttachedIf(
 		ctx context.Context,
 		digest, artifactType string,
@@ -101,8 +101,8 @@ type Parts struct {
 	// Verifier is for published artifacts. NodeVerifier returns the verifier for artifacts that this node compiled.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
-	// Refresh fetches the signed list that Verifier reads; nil means that there is no list. Errors are only logged,
-	// because Verifier decides whether a missing list matters.
+	// Refresh fetches the signed list that Verifier reads; nil means no list. Its errors are only logged, because Verifier
+	// decides whether a missing list matters.
 	Refresh func(ctx context.Context) error
 	// Local is nil when the node must not compile.
 	Local localBuilder

@@ -25,8 +25,8 @@ import (
 // faultPower cuts the power of the virtual machine that executes the run.
 const faultPower = "power cut"
 
-// TestPowerCut cuts the power of a virtual machine at the start of each phase. Its ext4 loses data that was not
-// flushed. The next run must end with a verified, active driver.
+// TestPowerCut cuts the power of a virtual machine at the start of each phase; unflushed data is lost. The next run
+// must end with a verified, active driver.
 func TestPowerCut(t *testing.T) {
 	t.Parallel()
 	boot := os.Getenv("PREBAKE_BOOT")

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestUnprovedComesBack starts with a loaded driver that does not verify. When the next driver fails, the agent must
-// load the former driver again from its own files. After some failures, it must stop trying the next driver.
+// TestUnprovedComesBack starts with a loaded driver that does not verify. After a failure of the next driver, it must
+// be loaded again from its own files. The next driver must not be tried endlessly.
 func TestUnprovedComesBack(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]func(t *testing.T, n *node){

@@ -124,8 +124,8 @@ func (a *Agent) refresh(ctx context.Context) {
 	}
 }
 
-// since returns the time for rules that apply only to new artifacts, such as the maximum age. It returns zero if the
-// node's own evidence of the artifact still verifies. Damaged files can then be fetched again at any time.
+// since returns the time for rules about new artifacts, such as the maximum age. It returns zero if the node's own
+// evidence still verifies, so damaged files can be fetched again.
 func (a *Agent) since(store *install.Store, origin install.Origin, answer resolve.Answer, facts *host.Facts) time.Time {
 	if store != nil {
 		if raw, err := store.Evidence(answer.Digest); err == nil && raw != nil {
@@ -144,9 +144,8 @@ func (a *Agent) since(store *install.Store, origin install.Origin, answer resolv
 // kilobytes.
 const maxBundles = 16 << 20
 
-// useful returns the callback for [registry.Repository.AttachedIf]. The callback returns "" for a bundle with an
-// invalid signature or about another artifact. Otherwise it returns a name made of signer and content, so copies of one
-// statement have the same name.
+// useful returns the callback for [registry.Repository.AttachedIf]. It returns "" for a bundle with an invalid
+// signature or about another artifact. Other bundles are named by signer and content, so copies have the same name.
 func useful(v statements, digest string) func([]byte) string {
 	return func(bundle []byte) string {
 		st, err := v.Statement(bundle)
@@ -194,9 +193,8 @@ func digestOf(data []byte) string {
 // loadOrder is the order in which modules are loaded and listed.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 
-// inspect reads the modules of a layer, and checks that they fit this kernel and this driver. If known is nil, it reads
-// all modules and computes all digests. Otherwise it reads only the modules that known contains, and computes a digest
-// only where known has "".
+// inspect reads the modules of a layer, and checks that they fit this kernel and this driver. A non-nil map limits it
+// to known files; it then computes a digest only where the map has "".
 func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[string]string) ([]install.Module, error) {
 	files, err := fs.Glob(layer, "drivers/*.ko")
 	if err != nil {

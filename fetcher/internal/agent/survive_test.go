@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestUnusableAndOpen checks a new driver that fails while a program has it open. The driver must stay active, because
-// libraries and modules must be of one driver. A later run must replace it when it is idle.
+// TestUnusableAndOpen checks a new driver that fails while a program has it open. It must stay active, as libraries and
+// modules must match. A later run must replace the idle driver.
 func TestUnusableAndOpen(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)

@@ -223,8 +223,8 @@ func answerOf(source resolve.Source, ref, digest string, d target.Driver) resolv
 	return resolve.Answer{State: api.Published, Source: source, Driver: d, Repository: ref, Digest: digest}
 }
 
-// TestAddedStays checks that foreign files in lib64 are not damage, and survive loads, fetches and activations. On
-// GKE's H100 and H200 nodes, Google's installers write NCCL plugins there.
+// TestAddedStays checks that foreign files in lib64 are no damage, and survive all changes. Google's installers write
+// NCCL plugins there on GKE's H100 and H200 nodes.
 func TestAddedStays(t *testing.T) {
 	t.Parallel()
 	n, ref, older, newer, po, pn := publishTwo(t, 1)

@@ -85,9 +85,9 @@ func (a *Agent) setOf(origin install.Origin, digest, repository string, content 
 	return set
 }
 
-// verifySet verifies the statements of a driver on the disk, and compares every byte of its layers with the signed
-// content. Given kinds limit the layers that it reads. The result comes from the signed content; set.json only says
-// where the files are.
+// verifySet verifies the statements of a driver on the disk, and compares its layers, or those of the given kinds, with
+// the signed content. It returns a description from the signed content. It trusts set.json only for where the files
+// are.
 func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts,
 	kinds ...bundle.LayerKind) (*install.Set, error) {
 	fail := func(err error) (*install.Set, error) {
@@ -163,8 +163,8 @@ type checkedLayer struct {
 	modules []install.Module
 }
 
-// unchanged reports whether a layer's inodes are the same as at its last check. It saves reading a staged driver again.
-// Before an activation or load, call [Agent.verifySet] instead.
+// unchanged reports whether a layer's inodes are the same as at its last check. Before an activation or load, this is
+// not enough: call [Agent.verifySet].
 func (a *Agent) unchanged(store *install.Store, l install.Layer) bool {
 	known, ok := a.layer(l.Digest)
 	if !ok || known.print == "" {
@@ -213,8 +213,8 @@ func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.
 	return nil
 }
 
-// modules describes the modules of a checked modules layer. If the inodes have not changed, it computes no digests. The
-// bytes are compared with the digests when a module is loaded.
+// modules describes the modules of a checked modules layer. It computes no digests if the inodes are unchanged: the
+// load compares the bytes with the digests.
 func (a *Agent) modules(store *install.Store, content bundle.Content, facts *host.Facts) ([]install.Module, error) {
 	l := content.Layer(bundle.LayerModules)
 	layer, err := store.LayerFS(l.Digest)

@@ -80,8 +80,8 @@ func (a *Agent) reportWaiting(ctx context.Context) {
 	a.watcher.Report(v)
 }
 
-// waitIdle waits until no program uses the loaded driver, or until the given end. It does nothing unless the given
-// error is of kind Busy. The result is true if the caller should try again.
+// waitIdle waits until no program uses the loaded driver, at most until the given end. It waits only after an error of
+// kind Busy. The result is true if the caller should try again.
 func (a *Agent) waitIdle(ctx context.Context, why error, end time.Time) bool {
 	if a.cfg.WaitIdle <= 0 || a.cfg.NoLoad || !fault.Is(why, fault.Busy) || a.cfg.Maintenance.Closed(a.parts.Now()) != "" {
 		return false

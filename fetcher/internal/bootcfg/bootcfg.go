@@ -39,8 +39,8 @@ func Apply(esp *os.Root, want Want) (entries int, err error) {
 	if bytes.Equal(edited, have) {
 		return 0, nil
 	}
-	// An update of the operating system writes a new configuration. It replaces the old copy, because Undo must restore
-	// it. A configuration that this program edited must not replace the copy.
+	// Undo must restore the configuration of an updated operating system, so that becomes the copy. A configuration that
+	// this program edited must not.
 	kept, err := read(esp, backup)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, err

@@ -1,6 +1,6 @@
 // Package bootcfg changes the kernel command line in the boot configuration of a COS node. The next boot then loads
-// modules that the kernel's maker did not sign. The package never changes anything else in the file, and writes no file
-// without a copy of it. It does nothing where Secure Boot is on.
+// modules that the kernel's maker did not sign. The package changes nothing else in the file, and never writes without
+// a copy. With Secure Boot on, it does nothing.
 package bootcfg
 
 import (
@@ -25,8 +25,8 @@ type Want struct {
 // the terminating zero.
 const maxCommandLine = 2047
 
-// Edit adds the wanted parameters to each boot entry of a GRUB configuration. It returns the new configuration and the
-// number of boot entries. A boot entry of COS is one line "linux FILE WORD…"; the words are the command line.
+// Edit adds the wanted parameters to each boot entry of a GRUB configuration, and returns the number of entries. A boot
+// entry of COS is one line "linux FILE WORD…"; the words are the command line.
 func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 	for line := range bytes.Lines(config) {
 		words := split(line)

@@ -202,8 +202,8 @@ func otherDescription(node *noderoot.Root) (string, error) {
 			var spec struct {
 				Kind string `yaml:"kind"`
 			}
-			// NVIDIA's device plugin writes other kinds here, so compare the kind. A file above maxSpec is cut, so search its
-			// text for the kind. A file that does not parse is useless to runtimes, too.
+			// NVIDIA's device plugin writes other kinds here, so compare the kind. Search the text of a file above maxSpec,
+			// which is cut. Runtimes cannot use a file that does not parse.
 			if err == nil && (len(raw) >= maxSpec && bytes.Contains(raw, []byte(Kind)) || yaml.Unmarshal(raw, &spec) == nil &&
 				spec.Kind == Kind) {
 				return path.Join(dir, e.Name()), nil

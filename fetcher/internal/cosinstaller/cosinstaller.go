@@ -1,5 +1,5 @@
-// Package cosinstaller translates the command line of Google's cos-gpu-installer into the fetcher's arguments. A
-// manifest for cos-gpu-installer then only needs another image. Flags that ask for something else are errors.
+// Package cosinstaller translates the command line of Google's cos-gpu-installer into the fetcher's arguments. Flags
+// that the fetcher cannot honour are errors.
 //
 // Source of the flags: cos/tools, src/cmd/cos_gpu_installer, v2.1.9. Later flags, up to v2.5.10, are from release notes
 // and from the manifests of known callers.

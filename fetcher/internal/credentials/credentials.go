@@ -1,6 +1,6 @@
-// Package credentials finds the credentials of a node for a registry. It reads Docker's configuration, which is also
-// the format of Kubernetes pull secrets. At Google's registries it uses the machine's service account. A registry in
-// neither source gets no credentials.
+// Package credentials finds the credentials of a node for a registry: in Docker's configuration, whose format
+// Kubernetes pull secrets share, or at Google's registries in the machine's service account. It never guesses
+// credentials.
 package credentials
 
 import (

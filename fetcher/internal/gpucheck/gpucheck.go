@@ -156,8 +156,8 @@ func Judge(f Facts) Verdict {
 	return v
 }
 
-// missing returns the GPUs that NVML does not list as healthy. The result reasons has the errors of devices without a
-// PCI address. A healthy device without an address counts for one GPU that is not listed.
+// missing returns the GPUs that NVML does not list as healthy. A healthy device without a PCI address counts for one of
+// them. The errors of other devices without an address are in reasons.
 func (f Facts) missing() (missing, reasons []string) {
 	nameless := 0
 	listed := map[string]string{} // from address to error

@@ -54,8 +54,8 @@ const killTime = 10 * time.Second
 const maxAnswer = 1 << 20
 
 // Probe asks an NVML library: a path inside the node's root, or a name for the dynamic loader. If persist is true, it
-// turns persistence mode on. A failure of NVML is part of the answer. An error means that the probe did not run or did
-// not end. If the driver blocks the probe's process, Probe still returns, and later calls fail until the process ends.
+// turns persistence mode on. NVML's failures are part of the answer; an error means that the probe did not run or end.
+// A stuck probe does not block Probe, but later calls fail until it ends.
 func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML, error) {
 	p.mu.Lock()
 	if !p.since.IsZero() {

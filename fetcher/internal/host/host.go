@@ -1,6 +1,6 @@
 // Package host reads the facts of a node: COS build, kernel, the kernel's rules for modules, NVIDIA devices and the
-// loaded driver. It reads only below one root folder, which may be recorded. It changes nothing. A fact that the node
-// does not report stays empty.
+// loaded driver. It reads only below one root folder and changes nothing. Facts that the node does not report stay
+// empty.
 package host
 
 import (
@@ -41,8 +41,8 @@ type Facts struct {
 	Unread []string `json:"unread,omitempty"`
 }
 
-// Runs reports whether d is the loaded driver. It ignores the suffix of an edition, such as -grid, because modules do
-// not report it. It ignores the flavour if the loaded driver's flavour is not known.
+// Runs reports whether d is the loaded driver. It ignores an edition's suffix, such as -grid, which modules do not
+// report, and a flavour that is not known.
 func (f *Facts) Runs(d target.Driver) bool {
 	d = d.Modules()
 	return f.Driver.Version != "" && f.Driver.Version == d.Version &&

@@ -91,8 +91,8 @@ func refused(text, hint string) error {
 	return fault.Wrap(fault.Rejected, &PolicyError{text}, hint)
 }
 
-// Allows returns the reason why the kernel would refuse a module from the install folder, or nil. If signed is true,
-// the module has a signature, whose key only the kernel can check.
+// Allows returns the reason why the kernel would refuse a module from the install folder, or nil. Only the kernel can
+// check the key of a signed module.
 func (p Policy) Allows(module string, signed bool) error {
 	if p.SignaturesEnforced && !signed {
 		return refused(

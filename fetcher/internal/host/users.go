@@ -34,7 +34,7 @@ const maxUsers = 256
 var podUID = regexp.MustCompile(`pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12})`)
 
 // DeviceUsers returns the processes that have a device of the driver open, by the links in /proc/PID/fd (proc(5)). It
-// finds only processes that this program may inspect. It needs root and the node's /proc to find all.
+// needs root and the node's /proc to find all.
 func DeviceUsers(root fs.FS) ([]User, error) {
 	entries, err := fs.ReadDir(root, "proc")
 	if err != nil {
@@ -86,7 +86,7 @@ func DeviceUsers(root fs.FS) ([]User, error) {
 	return users, nil
 }
 
-// podNames returns the names of this node's pods by uid. The names of log folders contain them: NAMESPACE_NAME_UID
+// podNames returns the names of this node's pods by uid. Log folders are named NAMESPACE_NAME_UID
 // (BuildPodLogsDirectory in pkg/kubelet/kuberuntime/helpers.go).
 func podNames(root fs.FS) map[string]string {
 	names := map[string]string{}

@@ -12,9 +12,8 @@ import (
 )
 
 // EnsureExec mounts the install folder over itself with exec, because COS mounts its stateful partition without exec.
-// It does nothing if exec is allowed already. The mount is made in the node's mount namespace, for all its programs and
-// pods, and also in this container if necessary. The callback is called before the mount. The result did is true if the
-// mount on the node was made.
+// The mount is made in the node's mount namespace, and in this container if necessary. Before the node's mount, the
+// callback is called. The result did is true if the node's mount was made.
 func (s *Store) EnsureExec(note func()) (did bool, err error) {
 	here, err := s.node.Path(s.dir)
 	if err != nil {

@@ -73,8 +73,8 @@ const (
 	MadeHere Origin = "node"
 )
 
-// Set describes one unpacked artifact, active or not. It is stored in set.json, which is not trusted. Before you load
-// its modules, compare it with the signed statements (see [Store.Evidence]).
+// Set describes one unpacked artifact, active or not. It comes from set.json, which is not trusted: before a load,
+// compare it with the signed statements (see [Store.Evidence]).
 type Set struct {
 	// Digest is the artifact's manifest digest.
 	Digest string `json:"digest"`

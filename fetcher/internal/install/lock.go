@@ -12,8 +12,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Lock takes this program's lock. On a node with Google's lock folder, it also takes that lock, because both installers
-// must never work at the same time. Lock does not wait: a held lock is a fault of kind Busy.
+// Lock takes this program's lock, and also the lock of Google's installer if its folder exists. Both installers must
+// never work at the same time. Lock does not wait: a held lock is a fault of kind Busy.
 func (s *Store) Lock(google string) (unlock func() error, err error) {
 	var held []*os.File
 	unlock = func() error {

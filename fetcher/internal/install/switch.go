@@ -222,8 +222,8 @@ func (s *Store) withdraw() error {
 	return s.sync()
 }
 
-// cacheFile is the file in which Google's installer notes what it installed. This program also writes it. savedCache
-// lists the contents that this program wrote, by which it recognises its own file.
+// cacheFile is the file in which Google's installer notes what it installed. This program writes it, too, and keeps its
+// own contents in savedCache to recognise them.
 const (
 	cacheFile  = ".cache"
 	savedCache = ownFolder + "/cache"
@@ -298,9 +298,8 @@ func (s *Store) Remove() error {
 	return s.flush(".")
 }
 
-// Sweep removes the leftovers of interrupted runs, and the sets and layers that nobody needs. It keeps the current, the
-// previous and the given sets. It renames each folder before the removal, because a final name must never have
-// incomplete content.
+// Sweep removes the leftovers of interrupted runs, and all sets and layers except those of the current, the previous
+// and the given sets. It first renames each folder: a final name must never have incomplete content.
 func (s *Store) Sweep(extra ...string) error {
 	keep := map[string]bool{}
 	layersKnown := true

@@ -1,6 +1,6 @@
-// Package kmod loads and unloads kernel modules by system calls. It loads a module from memory: the kernel gets exactly
-// the verified bytes. Each refusal of the kernel becomes a fault with lines of the kernel log. The package never
-// searches for modules, resolves no dependencies, and forces nothing.
+// Package kmod loads and unloads kernel modules by system calls. The kernel gets a module's verified bytes from memory.
+// Each refusal becomes a fault with lines of the kernel log. The package searches for no modules, resolves no
+// dependencies, and forces nothing.
 package kmod
 
 import (

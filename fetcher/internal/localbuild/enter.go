@@ -13,12 +13,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// EnterCommand is the first argument with which this program starts itself, to run another program with an unpacked
-// image as its root. The command line is:
+// EnterCommand is the first argument with which this program starts itself to call [Enter]. The command line is:
 //
 //	EnterCommand ROOT FOLDER… -- PROGRAM ARGUMENT…
 //
-// The program finds each FOLDER of this machine at the same path in the image. See [Enter].
+// The program finds each FOLDER of this machine at the same path in the image ROOT.
 const EnterCommand = "in-image"
 
 // keptVariables are the environment variables that a program in an image gets.
@@ -28,10 +27,9 @@ var keptVariables = []string{"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_prox
 var hostFiles = []string{"/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt"}
 
 // Enter makes an image the root of this process and executes the program. It returns only on an error. Call it in a
-// mount namespace of its own: the mounts then end with the process. ROOT and the folders must have no symbolic links.
+// mount namespace of its own, with which the mounts end. ROOT and the folders must have no symbolic links.
 //
-// A chroot is not enough: the kernel permits no user namespaces in it (user_namespaces(7)), and the builder's sandbox
-// needs one.
+// A chroot is not enough: it permits no user namespaces (user_namespaces(7)), and the builder's sandbox needs one.
 func Enter(args []string) error {
 	end := slices.Index(args, "--")
 	if end < 1 || end+1 >= len(args) {

@@ -13,9 +13,8 @@ import (
 // ErrNamespace means that this program cannot enter the node's mount namespace.
 var ErrNamespace = errors.New("the node's mounts cannot be reached from this container")
 
-// Mounts calls a function in the node's mount namespace, where it sees and changes the node's own mounts. If this
-// program is already there, the result inside is false. If the namespace cannot be entered, Mounts returns
-// [ErrNamespace] without the call.
+// Mounts calls a function in the node's mount namespace. If this program is already there, the result inside is false.
+// If the namespace cannot be entered, Mounts returns [ErrNamespace] without the call.
 func (r *Root) Mounts(do func() error) (inside bool, err error) {
 	theirs, err := r.namespace()
 	if err != nil {

@@ -1,6 +1,5 @@
-// Package noderoot gives access to a node's file system, which is mounted in this program's container. It uses the
-// node's file names, and follows absolute links from the node's root. It never leaves that root, even if somebody
-// changes a link meanwhile.
+// Package noderoot gives access to a node's file system, which is mounted in this program's container. Absolute links
+// are followed from the node's root. The package never leaves that root, even if links change meanwhile.
 package noderoot
 
 import (
@@ -98,8 +97,8 @@ type links struct{ root *os.Root }
 func (l links) Lstat(name string) (fs.FileInfo, error) { return l.root.Lstat(clean(name)) }
 func (l links) Readlink(name string) (string, error)   { return l.root.Readlink(clean(name)) }
 
-// callWith calls a function with the name of a node's file. If that fails, for example on an absolute link, it follows
-// all links itself and tries again. [os.Root] keeps both names below the node's root.
+// callWith calls a function with the name of a node's file. After a failure, for example on an absolute link, it
+// follows all links itself and tries again.
 func callWith[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
 	name = clean(name)
 	v, err := do(name)

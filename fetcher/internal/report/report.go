@@ -72,8 +72,8 @@ func New(now func() time.Time) *Server {
 // ServeHTTP implements [http.Handler].
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
-// Watch tells the server that periodic checks begin. After age without a new verdict, /readyz fails; after age without
-// the end of a check, /healthz fails. Age 0 means no deadlines.
+// Watch tells the server that periodic checks begin. Without a new verdict within age, /readyz fails. Without the end
+// of a check within age, /healthz fails. Age 0 means no deadlines.
 func (s *Server) Watch(age time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
