@@ -169,7 +169,7 @@ type daemon struct {
 	// quickVerdict returns a verdict for the cluster after a run without one (see [agent.Agent.QuickVerdict]). It is nil
 	// without a cluster.
 	quickVerdict func(context.Context) (gpucheck.Verdict, bool)
-	// pending is called after each run. Its argument says why the node has another driver than the wanted one, or is nil.
+	// pending is called after each run, with the reason why the node lacks the wanted driver, or nil.
 	pending func(error)
 }
 

@@ -320,7 +320,7 @@ func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Se
 // nvmlLibrary is the path of NVML's library below the install folder.
 const nvmlLibrary = "lib64/libnvidia-ml.so.1"
 
-// xidWatch holds the GPU errors in the kernel log up to a mark, since the driver was loaded or first checked.
+// xidWatch holds the GPU errors since the driver's load or first check. The kernel log was read up to mark.
 type xidWatch struct {
 	mark  kmod.Mark
 	lines []string

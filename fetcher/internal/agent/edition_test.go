@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestEdition checks that a loaded edition is recognised. Its version has a suffix that modules, NVML and kernel do not
-// report.
+// TestEdition checks that a loaded edition is recognised, although modules, NVML and kernel do not report the version's
+// suffix.
 func TestEdition(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

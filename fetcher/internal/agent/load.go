@@ -166,8 +166,7 @@ func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Fac
 		return nil // this kernel loads no firmware from files
 	}
 	want := path.Join(a.cfg.InstallDir, "firmware")
-	// An uninstall needs the former path. A full disk must not leave the node without a driver, so an error is only
-	// logged.
+	// An uninstall needs the former path. An error is only logged: a full disk must not cost the node its driver.
 	if have, err := store.ReadFile(firmwareBefore); facts.FirmwarePath != want &&
 		(err != nil || string(have) != facts.FirmwarePath) {
 		if err := store.WriteFile(firmwareBefore, []byte(facts.FirmwarePath)); err != nil {

@@ -246,7 +246,7 @@ func TestKilledWhileLoading(t *testing.T) {
 	}
 }
 
-// TestPanicWhileLoading checks that a driver that crashes the node is tried only twice. COS reboots after an oops.
+// TestPanicWhileLoading checks that a driver that crashes the node is tried only twice.
 func TestPanicWhileLoading(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := publishTwo(t, 1)

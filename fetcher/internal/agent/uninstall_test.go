@@ -48,8 +48,7 @@ func (n *node) everything(t *testing.T) map[string]string {
 	return all
 }
 
-// TestUninstall checks that an uninstall restores the folders, the cache file of Google's installer, and the firmware
-// path.
+// TestUninstall checks that an uninstall restores folders, the cache file of Google's installer, and the firmware path.
 func TestUninstall(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

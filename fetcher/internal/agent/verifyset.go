@@ -138,8 +138,7 @@ func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host
 	return content, err
 }
 
-// verifiable reports whether the attestations of a driver on the disk verify. It is false if its files failed
-// verification in this run.
+// verifiable reports whether the attestations of a driver on the disk verify, and its files did not fail in this run.
 func (a *Agent) verifiable(store *install.Store, set *install.Set, facts *host.Facts) bool {
 	if set == nil || set.Damaged {
 		return false

@@ -15,7 +15,7 @@ import (
 type Window struct {
 	// Never means that no loaded driver is replaced. A new driver waits for a reboot.
 	Never bool
-	// From and Until are times since midnight, UTC. Equal values mean the whole day. A window may include midnight.
+	// From and Until are times since midnight, UTC. Equal values mean the whole day. The window may include midnight.
 	From, Until time.Duration
 }
 

@@ -39,8 +39,8 @@ func Apply(esp *os.Root, want Want) (entries int, err error) {
 	if bytes.Equal(edited, have) {
 		return 0, nil
 	}
-	// Undo must restore the configuration of an updated operating system, so that becomes the copy. A configuration that
-	// this program edited must not.
+	// Keep the configuration of an updated operating system as the copy, for Undo. Never keep a configuration that this
+	// program edited.
 	kept, err := read(esp, backup)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, err

@@ -283,7 +283,7 @@ func (s *Store) links(set Set) (map[string]string, error) {
 	return links, nil
 }
 
-// LinksHold returns an error of kind Unverified if a link of a set leads elsewhere than into the set's layers.
+// LinksHold returns an error of kind Unverified if a link of a set does not lead into the set's layers.
 func (s *Store) LinksHold(set Set) error {
 	hex, err := hexOf(set.Digest)
 	if err != nil {

@@ -66,8 +66,8 @@ func (s *Store) Restore(before Pointers) error {
 	return s.expose()
 }
 
-// Recover completes a deactivation that was killed. It removes top-level links that lead to no set, and restores what
-// another installer had there.
+// Recover completes a deactivation that was killed: it removes dangling top-level links, and restores what another
+// installer had.
 func (s *Store) Recover() error {
 	if err := s.root.RemoveAll(removed); err != nil {
 		return fmt.Errorf("remove the folder %s: %w", removed, err)
@@ -367,8 +367,7 @@ func (s *Store) Sweep(extra ...string) error {
 	return nil
 }
 
-// WriteCacheFile writes the file in which Google's installer notes what it installed. Its readers then see the real
-// driver.
+// WriteCacheFile writes the file in which Google's installer notes what it installed.
 func (s *Store) WriteCacheFile(set Set) error {
 	values := map[string]string{"BUILD_ID": set.Kernel.BuildID, "DRIVER_VERSION": set.Driver.Version}
 	if set.Driver.Flavour == "open" {

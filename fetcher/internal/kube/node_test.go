@@ -272,7 +272,8 @@ func notMore(t *testing.T, c *cluster.Cluster, token string) {
 	}
 }
 
-// TestRightsAreNeeded checks that the manifests grant no unnecessary right. Without any one of them, a call must fail.
+// TestRightsAreNeeded checks that the manifests grant no unnecessary right. It removes each right in turn; a call must
+// then fail.
 func TestRightsAreNeeded(t *testing.T) {
 	c := farm(t)
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
