@@ -240,8 +240,8 @@ func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s node
 	return err == nil || r.Verdict.Digest == set.Digest
 }
 
-// applyDecision decides which driver must be active, and activates it. A nil error means that r.Answer has an artifact
-// of the farm.
+// applyDecision decides which driver must be active, and activates it. If the given error is nil, r.Answer has an
+// artifact of the farm.
 func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Store, none error) error {
 	s, err := a.readState(ctx, store) // again, because the wait for the answer may have been long
 	if err != nil {
