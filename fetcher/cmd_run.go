@@ -68,8 +68,7 @@ func checkTaint(cmd *ucli.Command) error {
 		"startup-taint")
 }
 
-// checkTimeout is the longest expected time of one check of the driver. A check ends sooner in any case: either the
-// driver answers, or the probe times out.
+// checkTimeout is an upper bound for one check of the driver. The probe times out earlier.
 const checkTimeout = 3 * time.Minute
 
 // runTimeout is the longest expected time between two verdicts during a run. A run checks the active driver each minute
@@ -126,8 +125,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 		}
 		err := k.stay(gctx)
 		if outside.cluster != nil && ctx.Err() == nil {
-			// The program ends because no driver is ready. Operators look for the reason in the cluster, so write it there
-			// first.
+			// Operators look into the cluster for the reason why the program ends.
 			last, done := context.WithTimeout(context.WithoutCancel(ctx), flushTime)
 			defer done()
 			outside.cluster.Flush(last)
@@ -140,7 +138,7 @@ func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 // flushTime is how long a failing program waits at most until the cluster has stored the reason.
 const flushTime = 10 * time.Second
 
-// listeners receive the state of the driver: the fetcher's own HTTP server, and optionally a cluster.
+// listeners receive the driver's state. The cluster is optional.
 type listeners struct {
 	server  *report.Server
 	cluster *kube.Node
@@ -184,12 +182,11 @@ type daemon struct {
 	every   time.Duration
 	once    bool
 	outside *listeners
-	// run is a function that does one run of the agent, and prints the report.
+	// run does one run of the agent, and prints the report.
 	run func(func(context.Context) (*agent.Report, error)) error
 	// quickVerdict returns a verdict after a run that ended without one; see [agent.Agent.QuickVerdict].
 	quickVerdict func(context.Context) (gpucheck.Verdict, bool)
-	// pending is called after each run: with the reason why the node has another driver than the wanted one, or with nil
-	// if it has the wanted driver.
+	// pending is called after each run, with the reason why the node lacks the wanted driver, or nil.
 	pending func(error)
 }
 
@@ -215,8 +212,7 @@ func (k daemon) stay(ctx context.Context) error {
 			}
 			if r.Verdict.State != "" { // without a verdict, the verdict of the last check stays
 				k.outside.Report(r.Verdict)
-				// With Starting, only NVLink's fabric manager is missing. It starts after the driver, so the daemon must not
-				// end.
+				// In state Starting, NVLink's fabric manager is missing. It starts only after the driver.
 				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
 			} else if err != nil {
 				// Another driver than a ready one may be active still. A run that unloaded the ready driver and could not load
@@ -238,8 +234,7 @@ func (k daemon) stay(ctx context.Context) error {
 		k.pending(pending)
 		watch, stop := ctx, func() {}
 		if pending != nil {
-			// The loaded driver works, but the node wants another driver. If this program ended here, kubelet or systemd would
-			// only start it again and again.
+			// The loaded driver works, so keep running: kubelet or systemd would only restart this program again and again.
 			watch, stop = context.WithTimeout(ctx, retryChecks*k.every)
 		}
 		footprint.Trim() // give the node the memory that only the run needed

@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// watcher is a writer that calls the function seen once, when the text appears in what is written.
+// watcher is a writer that calls a function once, as soon as the given text is written.
 type watcher struct {
 	bytes.Buffer
 	text string
@@ -42,8 +42,8 @@ func (w *watcher) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// TestRunEnds stops fetcher run while it watches a driver, and before it has one. In the last row, the program gets an
-// address that is in use.
+// TestRunEnds stops fetcher run while it watches a driver, and before it has one. In the last row, its address is in
+// use.
 func TestRunEnds(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -99,7 +99,7 @@ func TestRunEnds(t *testing.T) {
 	}
 }
 
-// busy is a node that wants another driver. During the first inUse runs, the present driver is in use.
+// busy is a node that wants another driver. The present driver is in use during the first inUse runs.
 type busy struct {
 	runs, inUse int
 	state       gpucheck.State
@@ -125,8 +125,8 @@ func (b *busy) Monitor(ctx context.Context, _ time.Duration, _ agent.Watcher) er
 	return nil
 }
 
-// TestPending checks that a node with a ready driver keeps running while the wanted driver cannot replace it. The node
-// gets the wanted driver as soon as possible. A node without a ready driver ends.
+// TestPending checks that a node with a ready driver keeps running, and gets the wanted driver as soon as possible. A
+// node without a ready driver ends.
 func TestPending(t *testing.T) {
 	t.Parallel()
 	for state, want := range map[gpucheck.State]struct {

@@ -71,8 +71,7 @@ func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
 	return node, nil
 }
 
-// newAgent makes an agent that installs drivers. The argument long is true for a command that runs long and therefore
-// logs.
+// newAgent makes an agent that installs drivers. A command that runs long also logs.
 func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, err error) {
 	cfg, err := readConfig(cmd)
 	if err != nil {
@@ -149,9 +148,8 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 	return nil
 }
 
-// nodeBuilds returns the part of the owner's policy that applies to artifacts compiled on this node. It returns an
-// error of kind Unverified if the node must not use such artifacts: the policy file refuses them, or there is no policy
-// file and --builder is never.
+// nodeBuilds returns the part of the owner's policy for artifacts compiled on this node. If the policy file refuses
+// them, or without a file --builder is never, the error is of kind Unverified.
 func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	file := cmd.String("policy")
 	if file == "" {
@@ -175,7 +173,6 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	return trust.Policy{MinVersions: p.MinVersions, Revoked: p.Revoked}, err
 }
 
-// identity returns the certificate identity in the flags.
 func identity(cmd *ucli.Command) trust.Identity {
 	return trust.Identity{
 		Subject: cmd.String("certificate-identity"),
@@ -184,7 +181,7 @@ func identity(cmd *ucli.Command) trust.Identity {
 	}
 }
 
-// serverURL returns the URL of the Prebake server to ask; nil means none.
+// serverURL returns the URL of the Prebake server to ask, or nil.
 func serverURL(cmd *ucli.Command) (*url.URL, error) {
 	server := cmd.String("server")
 	if server == "" {
@@ -230,8 +227,8 @@ func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 	return policy, nil
 }
 
-// nodeVerifier returns a verifier that trusts this node's own key, which is in the state folder. The verifier demands
-// no load test: the node is about to load the artifact that it compiled, and sees then whether the modules load.
+// nodeVerifier returns a verifier that trusts this node's own key. It demands no load test, because the node itself
+// will load the modules next.
 func nodeVerifier(cmd *ucli.Command, stateDir string) (agent.Verifier, error) {
 	p, err := nodeBuilds(cmd)
 	if err != nil {
@@ -257,14 +254,14 @@ func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error)
 		RetryFor:  cmd.Duration("wait-build"),
 		Keychain:  credentials.Keychain(),
 	}
-	// A server that is reached over plain HTTP serves its own registry over plain HTTP, too.
+	// The registry of a server on plain HTTP uses plain HTTP, too.
 	if u, err := url.Parse(cmd.String("server")); err == nil && u.Scheme == "http" && strings.HasPrefix(ref, u.Host+"/") {
 		o.Plain = true
 	}
 	return registry.Open(ref, o)
 }
 
-// newBuilder returns nil if this node must not compile, or if --builder is not set and no builder is beside fetcher.
+// newBuilder returns nil if this node must not compile, or if no builder is set or beside fetcher.
 func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, error) {
 	program := cmd.String("builder")
 	if program == "never" {
@@ -320,9 +317,9 @@ func pinnedNowhere() error {
 	), "driver")
 }
 
-// newFinder returns a finder that asks the server first and then the registries. If neither is configured, the node can
-// only compile the driver itself; if the argument compiles is false, that is an error. The verifier v is for the lists
-// of supported GPUs. If v is nil, the finder reads no such list.
+// newFinder returns a finder that asks the server first and then the registries. Without both, the node must compile
+// drivers itself, or the result is an error. The verifier is for the lists of supported GPUs; nil means that no list is
+// read.
 func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
 	var gpus resolve.Lister
 	if v != nil {
@@ -368,8 +365,8 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 	)
 }
 
-// registryFinder returns a finder that asks one repository. The finder opens the repository again for each question,
-// because the credentials of an open repository may expire during a long run.
+// registryFinder returns a finder that asks one repository. It opens the repository again for each question, because
+// credentials expire.
 func registryFinder(ref string, open func() (*registry.Repository, error), gpus resolve.Lister) resolve.Registry {
 	return resolve.Registry{
 		Ref: ref, GPUs: gpus,

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestDecide lists the decisions about a node's driver. The rows call each set by its version. A letter after a plus
-// sign means another build of the same version.
+// TestDecide lists the decisions about a node's driver. In the rows, a letter after a plus sign means another build of
+// the version.
 func TestDecide(t *testing.T) {
 	t.Parallel()
 	const here, elsewhere = "17800.0.47", "17800.0.50"

@@ -22,7 +22,7 @@ import (
 
 // Watcher receives the results of [Agent.Monitor].
 type Watcher interface {
-	// Report is called with each verdict. Alive is called when a check ended, with or without a verdict.
+	// Report receives each verdict. Alive is called at the end of each check, even without a verdict.
 	Report(v gpucheck.Verdict)
 	Alive()
 }
@@ -137,19 +137,20 @@ func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error)
 // Status is the state of a node, as its disk, /proc and NVML report it.
 type Status struct {
 	Host *host.Facts `json:"host"`
-	// Installed is the active driver, and Previous is the driver that was active before it; null means none.
+	// Installed is the active driver. Previous was active before it. null means none.
 	Installed *install.Set     `json:"installed"`
 	Previous  *install.Set     `json:"previous"`
 	Verdict   gpucheck.Verdict `json:"verdict"`
-	// CheckedAt is the time at which a run last asked NVML; null means never in this boot.
+	// CheckedAt is when a run last asked NVML; null means never in this boot.
 	CheckedAt *time.Time `json:"checkedAt"`
 }
 
-// nvmlFolders are the folders in which other installers on COS nodes put NVML's library: Google's installer, and
-// NVIDIA's container toolkit. If the library is in none of them, the dynamic loader searches for it.
+// nvmlFolders are the folders in which Google's installer and NVIDIA's container toolkit put NVML's library. Elsewhere,
+// the dynamic loader searches for it.
 var nvmlFolders = []string{"/home/kubernetes/bin/nvidia", "/var/lib/nvidia", "/usr/local/nvidia"}
 
-// judgeForeign returns the verdict on a node where no driver of this program is active. If ask is true, it asks NVML.
+// judgeForeign returns the verdict on a node without an active driver of this program. It asks NVML only if ask is
+// true.
 func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string,
 	ask bool) gpucheck.Verdict {
 	if _, ok := modules["nvidia"]; !ok {
@@ -179,11 +180,10 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 	return gpucheck.JudgeForeign(f)
 }
 
-// Status reads the disk and /proc, and asks NVML about a foreign driver. It changes nothing and does not use the
-// network.
+// Status reads the disk and /proc, and asks NVML about a foreign driver. It changes nothing and uses no network.
 func (a *Agent) Status(ctx context.Context) (*Status, error) { return a.status(ctx, true) }
 
-// status reads the node's state. If ask is true, it asks NVML about a foreign driver.
+// status reads the node's state. It asks NVML about a foreign driver only if ask is true.
 func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 	facts, err := host.Observe(a.node)
 	if err != nil {
@@ -229,8 +229,8 @@ func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 	return s, nil
 }
 
-// QuickVerdict returns the verdict to report before a run, or after a run without a verdict. It uses only the disk and
-// the kernel. The result ok is false for a ready driver, because NVML was not asked.
+// QuickVerdict returns a verdict from the disk and the kernel alone. The result ok is false for a ready driver, because
+// NVML was not asked.
 func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) {
 	s, err := a.status(ctx, false)
 	if err != nil {
@@ -240,7 +240,7 @@ func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) 
 	return s.Verdict, s.Verdict.State != gpucheck.Ready
 }
 
-// judgeStatus judges the facts, and then compares the installed driver with the running kernel and the loaded driver.
+// judgeStatus judges the facts, and compares the installed driver with the kernel and the loaded driver.
 func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged bool) gpucheck.Verdict {
 	v := gpucheck.Judge(f)
 	switch {
@@ -255,7 +255,7 @@ func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged b
 	return v
 }
 
-// readRecord returns the record of the last run in this boot; nil when there was none.
+// readRecord returns the record of the last run in this boot, or nil.
 func (a *Agent) readRecord() *record {
 	rec := a.lastRecord()
 	if rec == nil || rec.BootID != a.bootID() {
@@ -264,7 +264,7 @@ func (a *Agent) readRecord() *record {
 	return rec
 }
 
-// lastRecord returns the record of the last run in any boot; nil when there was none.
+// lastRecord returns the record of the last run in any boot, or nil.
 func (a *Agent) lastRecord() *record {
 	raw, err := fs.ReadFile(a.node, path.Join(a.cfg.InstallDir, recordFile)[1:])
 	if err != nil {
@@ -277,8 +277,8 @@ func (a *Agent) lastRecord() *record {
 	return &rec
 }
 
-// Rollback makes the previous driver active again and loads it. If there is no previous driver, it unloads the present
-// one, and restores the install folder's content from before this program.
+// Rollback makes the previous driver active and loads it. Without a previous driver, it unloads the present one, and
+// restores the content from before this program.
 func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.forget()
@@ -333,7 +333,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		return r, nil
 	}
 	err = a.activate(ctx, r, store, s, d)
-	// The rollback is permanent: the agent does not activate the former driver again before an operator asks for it.
+	// The agent must not activate the former driver again until an operator asks for it.
 	if now, cerr := store.Current(); cerr == nil && now != nil && now.Digest == previous.Digest {
 		err = errors.Join(err, a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }))
 		a.addHistory(ctx, store, eventRolledBack, current, "", nil)

@@ -21,14 +21,12 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// watcher receives verdicts.
 type watcher func(v gpucheck.Verdict)
 
 func (w watcher) Report(v gpucheck.Verdict) { w(v) }
 func (w watcher) Alive()                    {}
 
-// TestHeldInKernel checks that a driver stays completely loaded if the kernel cannot unload all its modules. In one
-// case another module uses the driver; in another case the kernel never unloads a module of the driver.
+// TestHeldInKernel checks that a driver stays completely loaded if the kernel cannot unload one of its modules.
 func TestHeldInKernel(t *testing.T) {
 	t.Parallel()
 	for name, modules := range map[string]string{
@@ -75,9 +73,8 @@ func (a answering) Probe(_ context.Context, library string, _ bool) (gpucheck.NV
 	return a.nvml, a.err
 }
 
-// TestForeignStatus checks the verdict on a foreign driver, with its version, its flavour and NVML's answer. One row
-// has a kernel that cannot unload modules and therefore reports no reference counts. It is from a machine with an H200
-// and the open 580.159.04.
+// TestForeignStatus checks the verdict on a foreign driver. The row without reference counts is from a machine with an
+// H200 and the open 580.159.04, whose kernel cannot unload modules.
 func TestForeignStatus(t *testing.T) {
 	t.Parallel()
 	const theirs = "580.159.04"
@@ -305,7 +302,7 @@ func TestXidWhileWatched(t *testing.T) {
 	}
 }
 
-// TestRollbackTimeline checks that the report of a rollback has its phases, however the rollback ends.
+// TestRollbackTimeline checks that each rollback reports its phases.
 func TestRollbackTimeline(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// resolve finds the artifact. If none is published and the node may compile, the node compiles while it waits for the
-// farm. The first verified artifact wins.
+// resolve finds the artifact. If none is published, the node may compile while it waits for the farm. The first
+// verified artifact wins.
 func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (resolve.Answer, error) {
 	q := a.question(facts)
 	compiles := mayBuild && a.parts.Local != nil && q.Pin == ""
@@ -56,21 +56,24 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 	return answer, err
 }
 
-// maxGrace is how long a node waits for a farm that does not answer before it compiles. A restart of the server must
-// not make all its nodes compile.
+// maxGrace is how long a node waits for a silent farm before it compiles. A restart of the server must not make all
+// nodes compile.
 const maxGrace = 2 * time.Minute
 
-// outcome is the result of one side of the race: of the compile on this node (local), or of the farm.
+// outcome is the result of the compile on this node (local), or of the farm.
 type outcome struct {
 	answer resolve.Answer
 	err    error
 	local  bool
 }
 
-// race compiles on this node. If the owner lets the node wait for the farm, race also asks the farm repeatedly at the
-// same time. The compile then begins when the time grace is over, or earlier if the farm has no artifact. When one side
-// has an artifact, race stops the other side. It also stops the compile if the farm says that the artifact is yanked or
-// quarantined. race returns when both sides have ended.
+// race compiles on this node, and asks the farm at the same time if the owner lets the node wait.
+//
+//   - The compile begins after the grace time, or when the farm has no artifact.
+//   - The first artifact stops the other side.
+//   - A yanked or quarantined artifact stops the compile.
+//
+// race returns when both sides have ended.
 func (a *Agent) race(
 	ctx context.Context,
 	q resolve.Question,
@@ -141,8 +144,8 @@ func (a *Agent) race(
 	)
 }
 
-// findArtifact asks the farm until the farm offers an artifact that verifies. It gives up after an error that is not of
-// kind Transient, and when the time to wait is over.
+// findArtifact asks the farm until it offers an artifact that verifies. It gives up when the wait is over, or after an
+// error that is not of kind Transient.
 func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
 	say := func(text string) { a.parts.Line.Progress("build", "the farm: %s", text) }
 	until := time.Now().Add(a.cfg.Wait)

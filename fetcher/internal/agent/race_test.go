@@ -54,7 +54,7 @@ func (c *compiler) Build(ctx context.Context, _ resolve.Question) (resolve.Answe
 	}
 }
 
-// TestRace checks a node that compiles while it waits for the farm. It uses the clock of a synctest bubble.
+// TestRace checks a node that compiles while it waits for the farm.
 func TestRace(t *testing.T) {
 	t.Parallel()
 	theirs, own := testkit.NewKey(t), testkit.NewKey(t)

@@ -8,23 +8,22 @@ import (
 	"strings"
 )
 
-// fatalXids are the errors after which a GPU is useless until a GPU reset or a reboot of the node. NVIDIA's health
-// checks call them critical (docs.nvidia.com/health-validation, Xid checks, and docs.nvidia.com/deploy/xid-errors).
-// Errors that end only the program that caused them are not in the list.
+// fatalXids are the errors after which a GPU needs a reset, or the node a reboot. NVIDIA's health checks call them
+// critical (docs.nvidia.com/health-validation, Xid checks, and docs.nvidia.com/deploy/xid-errors).
 var fatalXids = []int{46, 48, 62, 64, 79, 95, 110, 119, 120, 140, 143}
 
 // recoveryXid is the error by which the driver reports which recovery action a GPU needs.
 const recoveryXid = 154
 
-// xidLine matches the driver's lines, such as NVRM: Xid (PCI:0000:2b:00): 79, GPU has ...
+// xidLine matches lines such as NVRM: Xid (PCI:0000:2b:00): 79, GPU has ...
 var xidLine = regexp.MustCompile(`NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): ([0-9]{1,4})\b[, ]*(.*)`)
 
-// recoveryAction matches the number of the recovery action in a line. It is a nvmlDeviceGpuRecoveryAction_t: 0 means
-// none, and 3 means to stop peer-to-peer traffic.
+// recoveryAction matches the number of the recovery action in a line (nvmlDeviceGpuRecoveryAction_t). 0 means none; 3
+// means to stop peer-to-peer traffic.
 var recoveryAction = regexp.MustCompile(`to 0x([0-9a-fA-F]+)`)
 
-// FatalXids returns the first fatal error of each GPU among the kernel's lines, in the driver's own text. A line that
-// says that the GPU needs no recovery action clears its error.
+// FatalXids returns the first fatal error of each GPU, in the driver's own text. A line that demands no recovery action
+// clears the error.
 func FatalXids(lines []string) (fatal []string) {
 	var order []string
 	found := map[string]string{}
@@ -53,8 +52,8 @@ func FatalXids(lines []string) (fatal []string) {
 	return fatal
 }
 
-// Significant reports whether [FatalXids] uses a line of the kernel log. Callers can drop other lines, because programs
-// may cause any number of other errors.
+// Significant reports whether [FatalXids] uses a line of the kernel log. Drop other lines, because programs may cause
+// any number of them.
 func Significant(line string) bool {
 	m := xidLine.FindStringSubmatch(line)
 	if m == nil {

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 )
 
-// TestConditionReason checks the status and the reason of the condition. Operators' scripts and alerts select by them.
+// TestConditionReason checks status and reason of the condition, because alerts select by them.
 func TestConditionReason(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)

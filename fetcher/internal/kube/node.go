@@ -18,7 +18,6 @@ import (
 )
 
 // These are the labels and annotations of a node. Labels have few different values, because selectors use them.
-// Annotations have the other values.
 const (
 	labelVersion = "prebake.dev/driver-version"
 	labelFlavour = "prebake.dev/driver-flavour"
@@ -28,16 +27,15 @@ const (
 	annotationReason  = "prebake.dev/driver-reason"
 	annotationPending = "prebake.dev/driver-pending"
 
-	// annotationGoogle is the prefix of the annotations with the parts of the driver's version. GKE's device plugin writes
-	// the same annotations if it has the flag -publish-driver-version (container-engine-accelerators, cmd/nvidia_gpu).
+	// annotationGoogle is the prefix of the annotations with the driver's version. GKE's device plugin writes them with
+	// the flag -publish-driver-version (container-engine-accelerators, cmd/nvidia_gpu).
 	annotationGoogle = "cloud.google.com/cuda.driver-version."
 
 	// Condition is the type of the condition on the node object.
 	Condition = "GPUDriverReady"
 )
 
-// heartbeat is the longest time between two writes of the condition. With 15,000 nodes this makes some 25 writes per
-// second.
+// heartbeat is the longest time between two writes of the condition. 15,000 nodes make some 25 writes per second.
 const heartbeat = 10 * time.Minute
 
 // eventNamespace is the namespace for Events about objects without a namespace, such as nodes.
@@ -80,8 +78,8 @@ func (s state) same(o state) bool {
 		s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
 }
 
-// New returns a reporter for the node with this name. account is the folder of the service account ([AccountDir]).
-// taint is the key of the taint that the node has until its driver is ready; "" means none.
+// New returns a reporter for a node. account is the folder of the service account ([AccountDir]). taint is the key of
+// the startup taint, or "".
 func New(name, taint, account string, log *slog.Logger) (*Node, error) {
 	api, err := inCluster(account)
 	if err != nil {
@@ -122,7 +120,7 @@ func (n *Node) Alive() {
 	}
 }
 
-// Pending stores the reason why the node does not have the wanted driver; nil means that the node has it.
+// Pending stores the reason why the node does not have the wanted driver, or nil if it has.
 func (n *Node) Pending(why error) {
 	n.mu.Lock()
 	n.pending = ""
@@ -140,8 +138,7 @@ func (n *Node) wake() {
 	}
 }
 
-// Run writes each change to the cluster until the context ends. If the cluster does not answer, Run tries again with
-// growing pauses.
+// Run writes each change to the cluster until the context ends. After an error it tries again with growing pauses.
 func (n *Node) Run(ctx context.Context) error {
 	pause := backoff.NewExponentialBackOff()
 	pause.InitialInterval, pause.MaxInterval = 2*time.Second, 2*time.Minute
@@ -265,7 +262,7 @@ func (n *Node) patch(ctx context.Context, s state) error {
 	return err
 }
 
-// metadata returns the labels and annotations. A null value removes the label or annotation.
+// metadata returns the labels and annotations. A null value removes an entry.
 func (s state) metadata() map[string]any {
 	v := s.verdict
 	labels := map[string]any{labelState: string(v.State), labelVersion: nil, labelFlavour: nil}
@@ -327,14 +324,14 @@ func (n *Node) condition(s state, have []condition) condition {
 	return c
 }
 
-// maxMessage is the longest allowed message of an Event in bytes (validation of core/v1 Events).
+// maxMessage is the maximum length of an Event's message in bytes (validation of core/v1 Events).
 const maxMessage = 1000
 
-// cut shortens a text of foreign origin. All annotations of a node together may have 256 KiB.
+// cut shortens a foreign text. All annotations of a node together may have 256 KiB.
 func cut(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxMessage)], "") }
 
-// removeTaint removes the startup taint. The API server first compares the node's taints with those that were read, so
-// that no other taint is lost.
+// removeTaint removes the startup taint. The API server compares the taints first, because a concurrent change must not
+// be lost.
 func (n *Node) removeTaint(ctx context.Context, path string, have node) error {
 	if n.taint == "" {
 		return nil

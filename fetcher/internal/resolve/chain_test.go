@@ -87,8 +87,7 @@ func (n named) Find(context.Context, resolve.Question) (resolve.Answer, error) {
 	return resolve.Answer{State: api.Building, Driver: n.d, Source: resolve.SourceServer}, nil
 }
 
-// TestChainKeepsToTheServersChoice checks that a registry does not choose another driver than the server that was asked
-// before.
+// TestChainKeepsToTheServersChoice checks that a registry does not override the driver that the server chose.
 func TestChainKeepsToTheServersChoice(t *testing.T) {
 	t.Parallel()
 	var got resolve.Question

@@ -21,8 +21,7 @@ const (
 	kepler = "0x102d"
 )
 
-// release is the list of GPUs that the driver in these tests supports. In it, unlike in reality, the L4 needs
-// proprietary modules.
+// release is the list of GPUs that the driver supports. Unlike in reality, the L4 needs proprietary modules.
 var release = &gpulist.List{Version: "535.2.2", Chips: []gpulist.Chip{
 	{Device: turing, Features: []string{"kernelopen"}}, {Device: volta}, {Device: "0x27b8"},
 	{Device: kepler, Legacy: "470.xx"},
@@ -137,7 +136,7 @@ func TestAutoByServer(t *testing.T) {
 		a, err := resolve.Server{Client: farm{row.published}, GPUs: lists(row.list, nil)}.Find(t.Context(), q)
 		judge(t, row.name, row.want, a, err)
 	}
-	// If only the proprietary flavour fits and is not published, the server's own answer about it is returned.
+	// The server's own answer is returned if only the proprietary flavour fits and is not published.
 	q := question
 	q.GPUs = gpus(volta)
 	if a, err := (resolve.Server{Client: farm{"open"}}).Find(t.Context(), q); err != nil || a.State != api.Unknown ||
