@@ -21,21 +21,21 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// AnnotationBase is the annotation that makes the index of a layout a delta: the layout leaves out the blobs of an
-// earlier layout. The value is the digest of the earlier layout's index.json.
+// AnnotationBase marks the index of a layout as a delta, which leaves out the blobs of an earlier layout. The value is
+// the digest of the earlier layout's index.json.
 const AnnotationBase = "dev.prebake.bundle.base"
 
 const (
 	archivePrefix = "oci-archive:" // the same prefix as in skopeo and podman
 	partsBetween  = "+"
-	// maxEntries is the greatest number of entries of an archive: about 5,000 artifacts with their attestations.
+	// maxEntries is the maximum number of entries of an archive: about 5,000 artifacts with their attestations.
 	maxEntries = 1 << 18
 	maxMarker  = 4 << 10
 	markerFile = "oci-layout"
 )
 
-// archives reads an image layout from a sequence of tar files or folders. The last part has the index. Blobs that the
-// last part leaves out are in the parts before it.
+// archives reads an image layout from a sequence of tar files or folders. The last part has the index. Any part may
+// have the blobs.
 type archives struct {
 	paths []string
 
@@ -170,7 +170,7 @@ func readPart(ctx context.Context, file string) (part, error) {
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		// The error does not wrap fs.ErrNotExist, because callers would take a missing archive for an empty folder.
+		// Do not wrap fs.ErrNotExist: callers would take a missing archive for an empty folder.
 		return p, fault.New(
 			fault.NotFound,
 			"there is no such file",
@@ -242,8 +242,8 @@ func scanFile(file string) (map[string]extent, error) {
 // layoutFile matches the names of a layout's files. An archive may have other files, which are ignored.
 var layoutFile = regexp.MustCompile(`^(oci-layout|index\.json|blobs/sha256/[0-9a-f]{64})$`)
 
-// scan returns the position of each file of a layout in a tar. It accepts only folders and regular files, and each
-// file once. It does not read the bytes of the files.
+// scan returns the position of each file of a layout in a tar. It accepts only folders and regular files, and each file
+// once.
 func scan(r io.ReadSeeker) (map[string]extent, error) {
 	size, err := r.Seek(0, io.SeekEnd)
 	if err == nil {
@@ -272,7 +272,7 @@ func scan(r io.ReadSeeker) (map[string]extent, error) {
 		if h.Typeflag == tar.TypeDir || !layoutFile.MatchString(name) {
 			continue
 		}
-		// The tar reader has read only the header so far, so the file's bytes begin at the present position.
+		// The tar reader has read only the header, so the file's bytes begin here.
 		at, err := r.Seek(0, io.SeekCurrent)
 		if err != nil {
 			return nil, err
@@ -374,8 +374,8 @@ func (l Layout) Index(ctx context.Context) (idx *v1.IndexManifest, digest string
 	return idx, hash.String(), err
 }
 
-// Has reports whether the layout has this blob with exactly this size. For a truncated blob it returns false. Has does
-// not compare the digest. If a delta was opened without the bundle before it, Has looks only in the delta.
+// Has reports whether the layout has this blob with exactly this size. It does not compare the digest. In a delta that
+// was opened alone, Has looks only in the delta.
 func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	places := []interface {
 		open(ctx context.Context, name string, size int64) (io.ReadCloser, error)

@@ -18,12 +18,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// maxImage is the greatest size in bytes of all layers of a pulled image together.
+// maxImage is the maximum size in bytes of all layers of a pulled image together.
 const maxImage = 4 << 30
 
-// PullImage downloads an image into an empty folder. If the digest is that of an index, PullImage downloads the image
-// for the architecture arch. It compares the content of every file with its digest before it returns the image. The
-// returned image reads its layers from the folder.
+// PullImage downloads an image into an empty folder. From an index, it takes the image for the given architecture. It
+// compares each file with its digest. The returned image reads its layers from the folder.
 func (r *Repository) PullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error) {
 	img, err := r.pullImage(ctx, digest, arch, dir)
 	if err != nil {
