@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds on retries. A request is sent at most five times, within about eight seconds. A download that makes no
-// progress is resumed at most four times.
+// Bounds on retries. A request is sent at most five times, within about eight seconds. A download without progress is
+// resumed at most four times.
 const (
 	retryMax  = 4
 	retryWait = 500 * time.Millisecond
@@ -48,7 +48,8 @@ func openHTTP(u *url.URL, wait time.Duration) (*web, error) {
 
 func (w *web) url(name string) string { return w.base.JoinPath(name).String() }
 
-// fetch requests an object's bytes from offset to the end. If etag is not empty, the object must still have that ETag.
+// fetch requests an object's bytes from an offset to the end. If etag is not empty, the object must still have that
+// ETag.
 func (w *web) fetch(ctx context.Context, name string, offset int64, etag string) (*http.Response, error) {
 	req, err := retryablehttp.NewRequestWithContext(ctx, http.MethodGet, w.url(name), nil)
 	if err != nil {
@@ -109,8 +110,7 @@ func (w *web) open(ctx context.Context, name string, offset int64, pin string) (
 			return nil, Attrs{}, errors.Join(err, resp.Body.Close())
 		}
 	}
-	// Google's sums are those of the stored bytes. If Google's server decompresses an object, the sums and the length do
-	// not match the bytes that arrive.
+	// If Google's server decompresses an object, its sums and length are still those of the stored bytes.
 	if stored := resp.Header.Get("X-Goog-Stored-Content-Encoding"); stored == "" || stored == "identity" ||
 		resp.Header.Get("Content-Encoding") == stored {
 		a.MD5, a.CRC32C = googHash(resp.Header)
@@ -133,8 +133,7 @@ func total(contentRange string, offset int64) (int64, error) {
 	return size, nil
 }
 
-// googHash returns the md5 and the crc32c that Google Cloud Storage sends with an object, in hex. "" means that there
-// is none.
+// googHash returns the md5 and the crc32c that Google Cloud Storage sends with an object, in hex. "" means none.
 func googHash(h http.Header) (md5, crc32c string) {
 	for _, line := range h.Values("X-Goog-Hash") {
 		for part := range strings.SplitSeq(line, ",") {
@@ -163,8 +162,8 @@ func cannotList() error {
 		"give the BUILD_ID and the board of each COS build, or use the bucket's gs:// URL")
 }
 
-// google is the host at which Google Cloud Storage serves objects by HTTPS. The bucket is the first element of the
-// path or of the host name.
+// google is the host at which Google Cloud Storage serves objects by HTTPS. The bucket is the first element of the path
+// or of the host name.
 const google = "storage.googleapis.com"
 
 func (w *web) sibling(_ context.Context, bucket string) (backend, error) {

@@ -95,8 +95,8 @@ func sortOut(list []v1.Descriptor, wanted []map[string]string) (complete, incomp
 	return complete, incomplete
 }
 
-// matchSet returns the index of the first set whose elements are all among the annotations, or -1. It also reports
-// whether the annotations leave at least one set uncontradicted.
+// matchSet returns the index of the first set whose elements are all among the annotations, or -1. The second result is
+// false if the annotations contradict every set.
 func matchSet(annotations map[string]string, wanted []map[string]string) (first int, possible bool) {
 	for i, set := range wanted {
 		all, contradicts := true, false
