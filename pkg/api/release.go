@@ -19,8 +19,8 @@ type ReleaseSummary struct {
 	Times ReadyDuration `json:"times"`
 }
 
-// EachRelease reads COS builds, newest first. The filter may set board and milestone. Its page size is a number of
-// kernels, not of COS builds: a COS build has one kernel for each board.
+// EachRelease reads COS builds, newest first. The filter may set board and milestone. Its page size counts kernels: a
+// COS build has one kernel for each board.
 func (c *Client) EachRelease(ctx context.Context, f Filter) iter.Seq2[ReleaseSummary, error] {
 	return readPages[ReleaseSummary](ctx, c, "/v1/releases", f.query(cellLimit))
 }

@@ -154,8 +154,8 @@ func ParseVersionFile(text []byte) (string, error) {
 	return version, nil
 }
 
-// ParseDriverVersions parses gpu_driver_versions.textproto. It ignores unknown fields, and versions and GPU types with
-// a name in another format. If several entries give one label to different versions, the entry for all other GPUs wins.
+// ParseDriverVersions parses gpu_driver_versions.textproto. It ignores unknown fields, and malformed
+// versions and GPU types. If several entries give one label to different versions, the entry for all other GPUs wins.
 func ParseDriverVersions(text []byte) (DriverList, error) {
 	return parseVersions(text, prototext.UnmarshalOptions{DiscardUnknown: true}.Unmarshal)
 }

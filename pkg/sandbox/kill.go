@@ -9,9 +9,8 @@ import (
 )
 
 // killWithChildren kills bubblewrap and its child. The child is the first process of a PID namespace, so everything in
-// the sandbox ends with it. While bubblewrap sets up the sandbox, it is not enough to kill bubblewrap. The child may
-// still wait for its user ids, or may not have told the kernel yet to kill it when its parent dies. Without bubblewrap,
-// the child would wait for ever.
+// the sandbox ends with it. During set-up, it is not enough to kill bubblewrap: the child would wait for bubblewrap for
+// ever.
 func killWithChildren(pid int) error {
 	// A stopped process starts no more children.
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
