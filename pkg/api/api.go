@@ -133,7 +133,7 @@ type Build struct {
 	Phase   string        `json:"phase,omitempty"`
 	Worker  string        `json:"worker,omitempty"`
 	Attempt int           `json:"attempt"`
-	// Class is the kind of the failure if State is failed. If State is queued, Class is the kind of the previous attempt's
+	// Class is the kind of the failure if State is failed. If State is queued, it is the kind of the previous attempt's
 	// failure, or "".
 	Class string `json:"class,omitempty"`
 	// Error is the first error line.

@@ -118,8 +118,8 @@ func (c *Client) Resolve(ctx context.Context, q Question) (Resolution, error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/resolve?"+values.Encode(), nil, &out)
 }
 
-// RequestBuild asks for the build of a cell. If the cell has a build that is queued, running or published, RequestBuild
-// returns that build and starts no other.
+// RequestBuild asks for the build of a cell. If a build is queued, running or published, it returns that build and
+// starts no other.
 func (c *Client) RequestBuild(ctx context.Context, r BuildRequest) (Build, error) {
 	var out Build
 	return out, c.call(ctx, http.MethodPost, "/v1/builds", r, &out)
@@ -149,8 +149,8 @@ func (c *Client) UpdateBuild(ctx context.Context, id int64, u BuildUpdate) (Buil
 }
 
 // Watch passes each new state of a build to the callback, until the build is over or the callback returns an error. If
-// the stream breaks, the error is of kind Transient, and the caller should watch again. Watch is a function for the
-// same reason as [FollowLog].
+// the stream breaks, the error is of kind Transient: watch again. Watch is a function for the same reason as
+// [FollowLog].
 func Watch(ctx context.Context, c *Client, id int64, f func(Build) error) error {
 	path := buildPath(id) + "/events"
 	resp, err := c.request(ctx, http.MethodGet, path, "", nil)

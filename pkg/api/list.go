@@ -20,7 +20,7 @@ const (
 )
 
 // Filter selects entries of a list. An empty field matches any entry. Each method of [Client] says which fields it
-// supports; the server refuses the others.
+// supports.
 type Filter struct {
 	BuildID, Board string
 	Milestone      int

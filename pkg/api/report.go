@@ -29,8 +29,8 @@ type NodeReport struct {
 	// Class is the kind of the error, and Message is its first line. Both are empty if the outcome is Loaded.
 	Class   string `json:"class,omitempty"`
 	Message string `json:"message,omitempty"`
-	// Node is a text of 32 to 64 lower-case hex digits, such as a hash of the machine id. A node sends the same text in
-	// each report. The text must not reveal which node it is.
+	// Node identifies the node by 32 to 64 lower-case hex digits, such as a hash of the machine id. A node sends the same
+	// text in each report. Nobody can tell from the text which node it is.
 	Node string `json:"node"`
 }
 

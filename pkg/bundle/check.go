@@ -32,12 +32,11 @@ func Names(root *os.Root, kind LayerKind) ([]string, error) {
 }
 
 // CheckTree checks that an unpacked layer below root still matches the signed config. It packs the named entries again
-// and compares the diff ID; nil means all entries. The list of names may come from an untrusted source: with wrong
-// names the diff ID does not match.
+// and compares the diff ID; nil means all entries. The names may come from an untrusted source: with wrong names the
+// diff ID does not match.
 //
-// For a layer of modules, CheckTree also returns the SHA-256 digest of each file that it read, by name. If a file was
-// changed or is missing, the error is of kind Unverified. If memory or file handles ran out, the error is of kind
-// Transient.
+// For a layer of modules, CheckTree also returns the SHA-256 digest of each file, by name. If a file was changed or is
+// missing, the error is of kind Unverified. If memory or file handles ran out, the error is of kind Transient.
 func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID string,
 	names []string) (map[string]string, error) {
 	files, got, err := digestTree(ctx, root, kind, names)

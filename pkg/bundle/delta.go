@@ -170,8 +170,8 @@ func (d *deltaReader) chunk() error {
 	return nil
 }
 
-// window provides the dictionary of each chunk: the former archive's bytes from deltaMargin before the chunk to
-// deltaMargin after it. If the archive ends earlier, the dictionary is its last deltaChunk+2*deltaMargin bytes.
+// window provides the dictionary of each chunk: the former archive from deltaMargin before the chunk to deltaMargin
+// after it. If the archive ends earlier, the dictionary is its last deltaChunk+2*deltaMargin bytes.
 type window struct {
 	r     io.Reader
 	buf   []byte

@@ -97,9 +97,9 @@ func checkLicence(m *v1.Manifest, f target.Flavour) error {
 }
 
 // RestrictionOf returns the level that an operator must allow before everybody may read the content of this manifest.
-// The flavour in the annotations of an artifact decides. The same holds for an attached manifest with the artifact's
-// annotations, such as one with debug symbols. Every other manifest is RedistributeNone. If the annotations or the
-// flavour cannot be parsed, the result is RedistributeAll.
+// In an artifact and in what is attached with the artifact's annotations, the flavour decides. Nothing else in the
+// manifest can lower the level. Every other manifest is RedistributeNone. If the annotations or the flavour cannot be
+// parsed, the result is RedistributeAll.
 func RestrictionOf(manifest []byte) Redistribution {
 	var m struct {
 		Annotations map[string]any `json:"annotations"`

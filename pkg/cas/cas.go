@@ -53,7 +53,7 @@ const (
 	usesDir   = "uses"   // <kind>@<key> is the stamp of a blob or tree; see use.go
 )
 
-// maxFact is the greatest size in bytes of the value of a fact.
+// maxFact is the maximum size in bytes of the value of a fact.
 const maxFact = 1 << 20
 
 // lockPoll is the interval at which a process checks whether another process has finished a tree.
@@ -206,9 +206,8 @@ func (c *Cache) blobPath(digest string) string {
 	return filepath.Join(c.dir, blobsDir, strings.TrimPrefix(digest, "sha256:"))
 }
 
-// PutBlob stores the bytes of r, and returns their digest and size. If the bytes do not have the wanted digest, nothing
-// is stored, and the error is of kind Checksum. An empty want allows any digest. If the cache has the wanted blob,
-// PutBlob does not read r.
+// PutBlob stores the bytes of r, and returns their digest and size. If want is not empty and the digest is another one,
+// nothing is stored, and the error is of kind Checksum. If the cache has the wanted blob, PutBlob does not read r.
 func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest string, size int64, err error) {
 	if want != "" {
 		if !digestPattern.MatchString(want) {

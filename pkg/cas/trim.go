@@ -141,8 +141,8 @@ func tally(entries []entry, busy func(entry) bool) []Kind {
 }
 
 // Trim removes the entries that were unused for the longest time, until the cache is within the limit. It never removes
-// an entry that a living process has obtained; see Begin. Even if the process is killed, each entry is either complete
-// or gone.
+// an entry that a living process has obtained; see Begin. It never leaves an incomplete entry, even if the process is
+// killed.
 func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 	done = &Trimmed{Kinds: []Kind{}}
 	gate := flock.New(filepath.Join(c.dir, "trim.lock"))

@@ -35,9 +35,9 @@ type pin struct {
 	last uint64 // value of the cache's counter at the last use
 }
 
-// Begin begins a piece of work, such as one build. The returned function ends it. Trim cannot remove an entry that the
-// cache returned before all pieces of work that ran at that moment have ended. If none ran, the entry stays until the
-// next piece of work ends, or until Close.
+// Begin begins a piece of work, such as one build. The returned function ends it. After the cache has returned an
+// entry, Trim cannot remove it until all pieces of work that run at that moment have ended. If none runs, the entry
+// stays until the next one ends, or until Close.
 func (c *Cache) Begin() (end func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

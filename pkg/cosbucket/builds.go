@@ -12,11 +12,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// parallel is the greatest number of listings that run at once.
+// parallel is the maximum number of listings that run at once.
 const parallel = 16
 
 // List returns the sorted names of all objects that begin with prefix. If no mirror can list, the error is of kind
-// Unsupported. Web servers cannot list.
+// Unsupported.
 func (b *Bucket) List(ctx context.Context, prefix string) ([]string, error) {
 	if prefix != "" {
 		if err := checkName(strings.TrimSuffix(prefix, "/")); err != nil {
@@ -26,7 +26,7 @@ func (b *Bucket) List(ctx context.Context, prefix string) ([]string, error) {
 	return b.listNames(ctx, prefix, func(m backend) ([]string, error) { return m.list(ctx, prefix) })
 }
 
-// listNames calls the function f for the mirrors in turn until one can list, and returns the sorted names.
+// listNames asks the mirrors in turn until one can list, and returns the sorted names.
 func (b *Bucket) listNames(ctx context.Context, what string, f func(m backend) ([]string, error)) (names []string,
 	err error) {
 	err = b.tryMirrors(ctx, func(m backend) (err error) {
@@ -54,9 +54,8 @@ func (b *Bucket) BuildIDs(ctx context.Context) ([]string, error) {
 	return slices.Compact(ids), nil
 }
 
-// BuildsOf returns the kernels of these COS builds, in the order of ids. A COS build has one kernel for each board with
-// an object kernel_commit, in the current or in the former layout. BuildsOf costs one listing for each COS build. It
-// does not read the commit; see [Bucket.Describe].
+// BuildsOf returns the kernels of these COS builds, in the order of ids: one for each board with an object
+// kernel_commit. It costs one listing for each COS build. It does not read the commit; see [Bucket.Describe].
 func (b *Bucket) BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, error) {
 	found := make([][]target.Kernel, len(ids))
 	g, gctx := errgroup.WithContext(ctx)

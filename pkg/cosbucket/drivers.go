@@ -154,8 +154,8 @@ func ParseVersionFile(text []byte) (string, error) {
 	return version, nil
 }
 
-// ParseDriverVersions parses gpu_driver_versions.textproto. It ignores unknown fields, and malformed
-// versions and GPU types. If several entries give one label to different versions, the entry for all other GPUs wins.
+// ParseDriverVersions parses gpu_driver_versions.textproto. It ignores unknown fields, and malformed versions and GPU
+// types. If several entries give one label to different versions, the entry for all other GPUs wins.
 func ParseDriverVersions(text []byte) (DriverList, error) {
 	return parseVersions(text, prototext.UnmarshalOptions{DiscardUnknown: true}.Unmarshal)
 }
@@ -291,8 +291,8 @@ func (l DriverList) offerGPUs() string {
 		"; or leave the GPU type out"
 }
 
-// Newest returns one version for each branch: the version that COS lists for the branch, or else the highest version of
-// the branch. Newest leaves out versions with a suffix: a user must ask for them by their exact names.
+// Newest returns one version for each branch: the version that COS lists for the branch, or else the highest one
+// without a suffix.
 func (l DriverList) Newest() map[string]string {
 	newest := map[string]string{}
 	for _, v := range l.Versions {

@@ -63,7 +63,7 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 }
 
 // credentialsConfigured reports whether application default credentials are configured for this account, by a variable
-// or by a file. It does not ask a metadata server; openGCS says why.
+// or by a file. It does not ask a metadata server.
 func credentialsConfigured(getenv func(string) string) bool {
 	if getenv("GOOGLE_APPLICATION_CREDENTIALS") != "" {
 		return true

@@ -16,8 +16,8 @@ const (
 	commitFile  = "kernel_commit"
 )
 
-// Layouts returns the names that an object may have: its name in the current layout and then, if there is one, its name
-// in the former layout. The given name is that in the current layout.
+// Layouts returns the names that an object may have: the given name in the current layout, and then its name in the
+// former layout, if there is one.
 func Layouts(k target.Kernel, name string) []string {
 	if rest, ok := strings.CutPrefix(name, k.BuildID+"/"+legacyBoard+"/"); ok && k.Board == legacyBoard {
 		return []string{name, k.BuildID + "/" + rest}

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxPointer is the greatest size in bytes of an object with a pointer.
+// MaxPointer is the maximum size in bytes of an object with a pointer.
 const MaxPointer = 4 << 10
 
 // Pointer is the location of an object in another bucket; see [Bucket.Sibling].

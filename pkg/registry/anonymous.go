@@ -32,9 +32,9 @@ type AnonymousAccess struct {
 	Reads bool
 }
 
-// AnonymousAccess asks the registry without credentials. If a digest is given, Reads says whether that manifest can be
-// read. Otherwise Reads says whether the tags can be listed. If the registry answers 404 for the tags, Reads is true:
-// everybody will be able to read what is pushed there.
+// AnonymousAccess asks the registry without credentials. If a digest is given, Reads is true if that manifest can be
+// read. Otherwise Reads is true if the tags can be listed, or if the answer is 404: then everybody will be able to read
+// what is pushed there.
 func (r *Repository) AnonymousAccess(ctx context.Context, digest string) (AnonymousAccess, error) {
 	s, ok := r.s.(*remoteStore)
 	if !ok {

@@ -34,8 +34,7 @@ const (
 	markerFile = "oci-layout"
 )
 
-// archives reads an image layout from a sequence of tar files or folders. The last part has the index. Any part may
-// have the blobs.
+// archives reads an image layout from a sequence of tar files or folders. The last one has the index.
 type archives struct {
 	paths []string
 
@@ -97,8 +96,7 @@ func (a *archives) open(ctx context.Context, name string, size int64) (io.ReadCl
 	return nil, missing(parts, name)
 }
 
-// missing returns the error for a file that no part has. If the first part is a delta, the error says which bundle must
-// come before it.
+// missing returns the error for a file that no part has. For a delta, it names the bundle that must come first.
 func missing(parts []part, name string) error {
 	first := parts[0]
 	if first.base == "" {
@@ -375,7 +373,7 @@ func (l Layout) Index(ctx context.Context) (idx *v1.IndexManifest, digest string
 }
 
 // Has reports whether the layout has this blob with exactly this size. It does not compare the digest. In a delta that
-// was opened alone, Has looks only in the delta.
+// was opened alone, it looks only in the delta.
 func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	places := []interface {
 		open(ctx context.Context, name string, size int64) (io.ReadCloser, error)
@@ -405,7 +403,7 @@ func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	return false, nil
 }
 
-// length returns the size of a blob in bytes. Only a blob on a web server is read to its end for that.
+// length returns the size of a blob in bytes. It reads a blob on a web server to its end.
 func length(rc io.Reader) (int64, error) {
 	switch r := rc.(type) {
 	case *os.File:

@@ -13,8 +13,8 @@ import (
 
 // Bounds of [Repository.Attached].
 const (
-	// MaxAttachments is the maximum number of payloads that are read from attachments with all wanted annotations. The
-	// same maximum applies to payloads from attachments that lack some of them.
+	// MaxAttachments is the maximum number of payloads with all wanted annotations. It is also the maximum number of
+	// payloads that lack some of them.
 	MaxAttachments = 64
 	// MaxAttachment is the maximum size of one payload in bytes.
 	MaxAttachment = 1 << 20
@@ -28,22 +28,21 @@ const (
 // Each element of wanted is a set of annotations. An attachment matches if it has all annotations of one set, or if
 // there are no sets.
 //
-// Matching attachments come first. They are taken from the sets in turns, so that many attachments for one set cannot
-// hide those for another. After them come attachments that lack an annotation but contradict none. A registry may list
-// attachments without their annotations.
+// Matching attachments come first, from the sets in turns. So attachments for one set cannot hide those for another.
+// Then come attachments that lack an annotation but contradict none, because a registry may list attachments without
+// annotations.
 //
-// Attached reads at most [MaxAttachments] payloads of each of these two groups. Anybody who may push can attach
-// anything. So Attached skips payloads of more than [MaxAttachment] bytes, and manifests that do not have exactly one
-// layer.
+// Attached reads at most [MaxAttachments] payloads of each group. Anybody who may push can attach anything. So it skips
+// payloads of more than [MaxAttachment] bytes, and manifests that do not have exactly one layer.
 func (r *Repository) Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte,
 	error) {
 	return r.attached(ctx, digest, artifactType, nil, wanted)
 }
 
 // AttachedIf is [Repository.Attached] for a caller that can recognise useful payloads. The callback returns a name for
-// what a payload says, or "" for a useless payload. AttachedIf returns only the first payload of each name. So neither
-// useless payloads nor copies can hide a useful one. AttachedIf skips missing and damaged attachments. A few useless
-// payloads come last, for error messages.
+// what a payload says, or "" for a useless payload. Only the first payload of each name is returned, so neither useless
+// payloads nor copies hide a useful one. Missing and damaged attachments are skipped. A few useless payloads come last,
+// for error messages.
 func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string,
 	useful func(payload []byte) (what string), wanted ...map[string]string) ([][]byte, error) {
 	return r.attached(ctx, digest, artifactType, useful, wanted)

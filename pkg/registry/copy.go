@@ -207,8 +207,8 @@ type Tagged struct {
 	Attached int `json:"attached"`
 }
 
-// EachTagged passes each tagged image to the callback, sorted by tag. It skips tags of other manifests, and names that
-// are not valid tags. It returns the first error of a request or of the callback.
+// EachTagged passes each tagged image to the callback, sorted by tag. It skips names that are not valid tags. It
+// returns the first error of a request or of the callback.
 func EachTagged(
 	ctx context.Context,
 	r *Repository,

@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// annotationTitle is the annotation with the file name of a layer (image-spec 1.1, annotations.md). `oras pull` writes
-// such layers as files.
+// annotationTitle is the annotation with the file name of a layer (image-spec 1.1, annotations.md). `oras pull` uses
+// it.
 const annotationTitle = "org.opencontainers.image.title"
 
 // Bounds of an artifact whose layers are files.

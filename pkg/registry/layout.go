@@ -19,8 +19,8 @@ import (
 )
 
 // layoutStore is an OCI image layout (image-spec 1.1, image-layout.md). index.json has one entry for each manifest and
-// tag. An attached manifest has an entry without a tag, and names its subject itself. Every file appears complete under
-// its final name, or not at all. A lock file lets only one process write at a time.
+// tag, and one without a tag for each attached manifest. Every file appears complete under its final name, or not at
+// all. A lock file lets only one process write at a time.
 type layoutStore struct {
 	dir   string
 	files layoutFiles

@@ -100,8 +100,8 @@ func readPage(body io.ReadCloser, limit int64) (part v1.IndexManifest, n int64, 
 
 var nextLink = regexp.MustCompile(`<([^<>]*)>\s*;\s*rel="?next"?\s*(?:[,;]|$)`) // RFC 8288
 
-// nextPage returns the URL of the next page, or nil after the last page. The next page must have the scheme, host and
-// path of the first one, because its request carries credentials.
+// nextPage returns the URL of the next page, or nil after the last page. The URL must have the scheme, host and path of
+// the first page, because the request carries credentials.
 func nextPage(from *url.URL, h http.Header) (*url.URL, error) {
 	for _, link := range h.Values("Link") {
 		m := nextLink.FindStringSubmatch(link)

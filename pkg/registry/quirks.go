@@ -20,8 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// lenientTransport translates unusual responses about referrers into responses that the client library knows. A
-// response that means "no referrers API" becomes a 404. The library then uses the referrers tag schema.
+// lenientTransport translates unusual responses about referrers for the client library. A response that means "no
+// referrers API" becomes a 404, after which the library uses the referrers tag schema.
 type lenientTransport struct{ next http.RoundTripper }
 
 // referrersTag matches the path of a manifest under the tag that replaces the referrers API (distribution-spec 1.1,
@@ -67,9 +67,9 @@ func asNotFound(resp *http.Response) *http.Response {
 	return resp
 }
 
-// checkReferrersTag checks the content under the tag of the referrers tag schema. It adds the media type of a list,
-// which is optional. If the content is not a list, a reader gets a 404. A writer gets an error, because it must not
-// replace the content.
+// checkReferrersTag checks the content under the tag of the referrers tag schema. It adds the optional media type of a
+// list. If the content is not a list, a reader gets a 404, and a writer gets an error, because it must not replace the
+// content.
 func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, error) {
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, MaxManifest+1))
 	if err := errors.Join(err, resp.Body.Close()); err != nil {

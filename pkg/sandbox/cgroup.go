@@ -35,8 +35,7 @@ const hintGroup = "in Kubernetes, set the memory limit of the pod; in a systemd 
 // LimitSupport says how this machine enforces the limits on memory and processes.
 type LimitSupport struct {
 	// ControlGroup is true if a control group enforces the limits for all processes together. If it is false, Reason says
-	// why, with a hint. The limits are then weaker: memory is limited for each process, and root may start any number of
-	// processes.
+	// why, with a hint. Then memory is limited for each process, and root may start any number of processes.
 	ControlGroup bool
 	Reason       error
 }

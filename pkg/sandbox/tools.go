@@ -111,7 +111,7 @@ func neededFiles(file string) (found []string, err error) {
 	return found, nil
 }
 
-// maxLoader is the greatest length of a loader's path in bytes.
+// maxLoader is the maximum length of a loader's path in bytes.
 const maxLoader = 4096
 
 func digestFile(name string) (sum string, err error) {

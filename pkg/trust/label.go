@@ -3,8 +3,7 @@ package trust
 import "github.com/prebake/prebake/pkg/target"
 
 // Names of labels. A label is an annotation on an attached statement, by which readers select statements. Labels are
-// not signed, so they prove nothing. The first two names come from the Sigstore bundle specification, and cosign reads
-// them.
+// not signed, so they prove nothing. The first two are from the Sigstore bundle specification, and cosign reads them.
 const (
 	LabelContent   = "dev.sigstore.bundle.content"
 	LabelPredicate = "dev.sigstore.bundle.predicateType"

@@ -9,9 +9,11 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Names of the internal parameters that say who signed the modules. If the provenance has none of them, the modules are
-// not signed. FactModuleKey is the certificate of the farm's own key. FactGoogleSignatures is the archive with Google's
-// signatures. FactGoogleModules is the archive with Google's own modules.
+// Names of the internal parameters that say who signed the modules. If there are none, the modules are not signed.
+//
+//   - FactModuleKey is the certificate of the farm's own key.
+//   - FactGoogleSignatures is the archive with Google's signatures.
+//   - FactGoogleModules is the archive with Google's own modules.
 const (
 	FactModuleKey        = "moduleKey"
 	FactGoogleSignatures = "googleSignatures"

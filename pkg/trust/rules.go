@@ -36,7 +36,7 @@ type Role struct {
 }
 
 // RoleKey is a key with its validity period. A signature counts if a node accepts the artifact in that period, by the
-// node's clock. An accepted artifact stays valid after the period. A zero time means no bound.
+// node's clock. A zero time means no bound.
 type RoleKey struct {
 	Key                 PublicKey
 	NotBefore, NotAfter time.Time
@@ -62,8 +62,7 @@ type Signature struct {
 	Entry int `json:"entry"`
 }
 
-// Finding is the result of one rule of a policy for an artifact. Detail says why the artifact satisfies the rule or
-// not.
+// Finding is the result of one rule of a policy for an artifact. Detail gives the reason.
 type Finding struct {
 	Rule   string `json:"rule"`
 	OK     bool   `json:"ok"`
@@ -199,8 +198,8 @@ func (i Identity) matches(who Identity) bool {
 }
 
 // countSignature adds a statement's signature to the verdict, once for each rule that the signer may sign for. If there
-// is no such rule, the error says why. If no rule is about the statement's type, nothing is added, but the signer must
-// be allowed to sign the provenance.
+// is no such rule, the error says why. If no rule is about the statement's type, the signer must be allowed to sign the
+// provenance, and nothing is added.
 func (x *evaluation) countSignature(st *Statement, p Policy, now time.Time) error {
 	about := slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Statement == st.PredicateType })
 	var why error
@@ -278,8 +277,7 @@ func (p Policy) revoked(digest string) (string, error) {
 }
 
 // minimum checks the driver's version. If MinVersions has a version of the driver's branch, the driver must not be
-// older than that version. Otherwise it must not be older than any version in the list, which has the maintained
-// branches.
+// older. Otherwise it must not be older than any version in the list: an older branch is not maintained.
 func (p Policy) minimum(d target.Driver) (string, error) {
 	if len(p.MinVersions) == 0 {
 		return "any version will do", nil

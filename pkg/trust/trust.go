@@ -127,9 +127,9 @@ func (v *Verdict) String() string {
 		v.Built.Driver, v.Match.Kernel, v.SignedBy(), v.BuilderID, len(v.Materials))
 }
 
-// Verify decides whether an artifact may be used. A valid provenance and a valid kernel match for the node's COS build
-// are required. A failed load test always refuses the artifact; the policy may also demand a passed one. Verify ignores
-// bundles that prove nothing, because anybody may attach them. It examines only the first [MaxBundles] bundles.
+// Verify decides whether an artifact may be used. It requires a valid provenance, and a valid kernel match for the
+// node's COS build. It refuses an artifact whose load test failed. It ignores bundles that prove nothing, because
+// anybody may attach them. It examines only the first [MaxBundles] bundles.
 func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	verdict, err := v.verify(bundles, e)
 	if err != nil {
@@ -374,8 +374,8 @@ func (t *tally) judge(err error) {
 	t.add(err)
 }
 
-// explain returns nil if one of the statements is valid. Otherwise it returns the errors of these statements, or of the
-// unusable bundles, or else the given error.
+// explain returns nil if one of the statements is valid. Otherwise it returns their errors, or the errors of unusable
+// bundles, or else the given error.
 func (t *tally) explain(none error, useless tally) error {
 	const shown = 3
 	var missing error
