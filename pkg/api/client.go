@@ -265,7 +265,7 @@ func (c *Client) call(ctx context.Context, method, path string, in, out any) err
 	return err
 }
 
-// answer works as call does, and returns the header of the answer.
+// answer is like call, and also returns the header of the answer.
 func (c *Client) answer(ctx context.Context, method, path string, in, out any) (http.Header, error) {
 	ctx, cancel := context.WithTimeoutCause(
 		ctx,
@@ -333,7 +333,7 @@ func (c *Client) request(ctx context.Context, method, path, contentType string, 
 	return c.send(ctx, method, path, header, body)
 }
 
-// send is request with these headers. If the request is for a range, an answer of status 416 is not an error: the log
+// send is like request, with these headers. If the request is for a range, an answer of status 416 is not an error: the log
 // that [FollowLog] reads may have become shorter.
 func (c *Client) send(
 	ctx context.Context,

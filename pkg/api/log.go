@@ -14,7 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/stall"
 )
 
-// BuildLog opens the log of a build. The log of a running build ends where it ends now. The caller must close the log.
+// BuildLog opens the log of a build. For a running build, it has the part that exists now. The caller must close the
+// log.
 func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	//nolint:bodyclose // the caller closes the log

@@ -97,9 +97,9 @@ func checkLicence(m *v1.Manifest, f target.Flavour) error {
 }
 
 // RestrictionOf returns the level that an operator must allow before everybody may read the content of this manifest.
-// In an artifact and in what is attached with the artifact's annotations, the flavour decides. Nothing else in the
-// manifest can lower the level. Every other manifest is RedistributeNone. If the annotations or the flavour cannot be
-// parsed, the result is RedistributeAll.
+// For an artifact, or a manifest attached with its annotations, the flavour in the annotations decides. Every other
+// manifest is RedistributeNone. Nothing else in the manifest can lower the level. If the annotations or the flavour
+// cannot be parsed, the result is RedistributeAll.
 func RestrictionOf(manifest []byte) Redistribution {
 	var m struct {
 		Annotations map[string]any `json:"annotations"`

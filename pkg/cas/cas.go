@@ -133,7 +133,7 @@ func open(dir string) (*Cache, error) {
 	return c, nil
 }
 
-// sweep removes the incomplete files of each owner whose lock no process has.
+// sweep removes the incomplete files of dead owners: no process has locked their files.
 func sweep(dir string) error {
 	owners, err := os.ReadDir(filepath.Join(dir, ownersDir))
 	if err != nil {

@@ -34,8 +34,8 @@ type treeEntry struct {
 
 // DigestTree returns a digest of the folder's content. For each file and symbolic link, in the order of the paths, it
 // covers path, kind, executable bit, and content or target. It does not cover times, owners, other mode bits and empty
-// folders. The callback gets slash-separated paths, and returns true to leave an entry out. Any other kind of entry is
-// an error.
+// folders. The callback gets each slash-separated path, and returns true to leave the entry out. An entry that is no
+// folder, file or symbolic link is an error.
 func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (string, error) {
 	var entries []treeEntry
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {

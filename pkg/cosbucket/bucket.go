@@ -218,7 +218,7 @@ func (b *Bucket) ReadSmall(ctx context.Context, name string, limit int64) ([]byt
 	return text, err
 }
 
-// readSmall works as [Bucket.ReadSmall] does, and also returns the URL from which the object was read.
+// readSmall is like [Bucket.ReadSmall], and also returns the URL from which the object was read.
 func (b *Bucket) readSmall(ctx context.Context, name string, limit int64) (text []byte, from string, err error) {
 	r, attrs, err := b.Get(ctx, name)
 	if err != nil {

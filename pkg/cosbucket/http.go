@@ -55,8 +55,7 @@ func (w *web) fetch(ctx context.Context, name string, offset int64, etag string)
 	if err != nil {
 		return nil, err
 	}
-	// The sums that a bucket reports are those of the stored bytes, so the server must not send the bytes in another
-	// encoding.
+	// The sums that a bucket reports are those of the stored bytes. So ask for the bytes without another encoding.
 	req.Header.Set("Accept-Encoding", "identity")
 	if offset > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))

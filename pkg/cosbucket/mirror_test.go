@@ -142,7 +142,7 @@ func TestMirrors(t *testing.T) {
 	}
 }
 
-// TestMirrorStays checks that a mirror that answered instead of another is asked first from then on.
+// TestMirrorStays checks that after a failure, the mirror that answered is asked first.
 func TestMirrorStays(t *testing.T) {
 	t.Parallel()
 	down, up := &mirror{down: true}, &mirror{objects: map[string]string{"a": "a\n", "b": "b\n"}}

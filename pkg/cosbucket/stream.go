@@ -97,7 +97,7 @@ func (s *stream) resume(cause error) error {
 func (s *stream) otherMirror(broken error) error {
 	for i, m := range s.bucket.mirrors {
 		if m == s.from {
-			// The next download asks the next mirror first, even if it is a download of this object again.
+			// Ask the next mirror first from now on, even for this object.
 			s.bucket.prefer(i + 1)
 			continue
 		}

@@ -125,7 +125,7 @@ func TestTime(t *testing.T) {
 	}
 }
 
-// The limit on processes applies to an ordinary user. It applies to root only with a control group.
+// TestProcesses checks the limit on processes for an ordinary user, and for root with a control group.
 func TestProcesses(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() == 0 && !sandbox.SupportedLimits().ControlGroup {

@@ -96,7 +96,7 @@ socket 17 EAFNOSUPPORT`
 	}
 }
 
-// A program that uses the 32-bit system call ABI is refused, too, because its numbers mean other calls.
+// TestOtherABI checks that a program with the 32-bit system call ABI is refused.
 func TestOtherABI(t *testing.T) {
 	t.Parallel()
 	if runtime.GOARCH != "amd64" {

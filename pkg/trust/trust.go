@@ -22,7 +22,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Predicate types of the statements that an artifact needs or may have, and the types under which they are stored.
+// Predicate types of the statements about an artifact, and the types under which they are stored.
 const (
 	// PredicateProvenance is the type of a statement about how, and from which inputs, an artifact was built.
 	PredicateProvenance = "https://slsa.dev/provenance/v1"

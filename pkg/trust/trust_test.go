@@ -304,7 +304,7 @@ func FuzzParsePublicKeys(f *testing.F) {
 	})
 }
 
-// FuzzVerify checks that no bundle verifies that was made without the key or the identity.
+// FuzzVerify checks that only bundles verify that were made with the key or the identity.
 func FuzzVerify(f *testing.F) {
 	key, farm := testkit.NewKey(f), testkit.NewAuthority(f)
 	s := testkit.NewSample(f, key, testkit.SampleKernel("47"), driver, "")
