@@ -101,8 +101,7 @@ type NewArtifact struct {
 	Kernels []target.Kernel `json:"kernels"`
 }
 
-// MaxBuildLog is the maximum size in bytes of the log of one build. The server refuses a longer log. Builders send the
-// last MaxBuildLog bytes.
+// MaxBuildLog is the maximum size in bytes of the log of one build. Builders send only the end of a longer log.
 const MaxBuildLog = 64 << 20
 
 // Bounds on the log of a running build, in bytes.
@@ -111,8 +110,8 @@ const (
 	MaxLiveLogPart = 256 << 10 // greatest size of one part that a builder appends
 )
 
-// HeartbeatInterval is the time after which a builder reports again that it works on a build. If several reports are
-// missing, the server gives the build to another builder.
+// HeartbeatInterval is the time between two reports of a builder on a build. If several reports are missing, the server
+// gives the build to another builder.
 const HeartbeatInterval = 10 * time.Second
 
 // BuildRequest asks the server to build a cell.

@@ -333,8 +333,8 @@ func (c *Client) request(ctx context.Context, method, path, contentType string, 
 	return c.send(ctx, method, path, header, body)
 }
 
-// send is like request, with these headers. If the request is for a range, an answer of status 416 is not an error: the log
-// that [FollowLog] reads may have become shorter.
+// send is like request, with these headers. For a request of a range, status 416 is not an error: a log that
+// [FollowLog] reads may have become shorter.
 func (c *Client) send(
 	ctx context.Context,
 	method, path string,

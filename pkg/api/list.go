@@ -86,7 +86,6 @@ func readPages[T any](ctx context.Context, c *Client, path string, query url.Val
 	}
 }
 
-// collect reads a whole list.
 func collect[T any](entries iter.Seq2[T, error]) ([]T, error) {
 	all := []T{}
 	for entry, err := range entries {

@@ -72,8 +72,8 @@ func WriteDelta(ctx context.Context, oldTar, newTar io.Reader, w io.Writer) erro
 	}
 }
 
-// UnpackDelta is like [Unpack], for a layer that is made of a delta and the former layer's archive. It succeeds only if the
-// delta has this size and digest, and the result has this diff ID. So the former archive need not be verified.
+// UnpackDelta is like [Unpack], for a layer that is made of a delta and the former layer's archive. It succeeds only if
+// the delta has this size and digest, and the result has this diff ID. So the former archive need not be verified.
 func UnpackDelta(
 	ctx context.Context,
 	delta io.Reader,

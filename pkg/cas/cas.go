@@ -84,8 +84,7 @@ type Cache struct {
 	pins  map[string]*pin
 }
 
-// Open opens the cache in dir, and makes the folder if it is missing. It removes the incomplete files of dead
-// processes.
+// Open opens the cache in dir, and makes the folder if it is missing.
 func Open(dir string) (*Cache, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -433,8 +432,7 @@ func (c *Cache) factPath(kind, key string) string {
 	return filepath.Join(c.dir, factsDir, kind, hex.EncodeToString(sum[:]))
 }
 
-// TempDir makes an empty folder on the cache's file system. The caller removes it with cleanup. After a crash, the next
-// Open removes it.
+// TempDir makes an empty folder on the cache's file system. The caller removes it with cleanup.
 func (c *Cache) TempDir(prefix string) (dir string, cleanup func() error, err error) {
 	dir, err = os.MkdirTemp(c.work(), strings.TrimSuffix(prefix, "-")+"-*")
 	if err != nil {

@@ -14,8 +14,8 @@ import (
 // all trees gives no error.
 func (c *Cache) Recheck(ctx context.Context, path string) error { return c.recheck(ctx, path, false) }
 
-// Reread is like [Cache.Recheck], but reads every byte again. It finds errors of the disk that change no metadata. Call it before a
-// step that cannot be undone, such as a signature.
+// Reread is like [Cache.Recheck], but reads every byte again. It finds errors of the disk that change no metadata. Call
+// it before a step that cannot be undone, such as a signature.
 func (c *Cache) Reread(ctx context.Context, path string) error { return c.recheck(ctx, path, true) }
 
 func (c *Cache) recheck(ctx context.Context, path string, whole bool) error {

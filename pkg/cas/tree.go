@@ -23,7 +23,7 @@ import (
 // digest must not equal an old one.
 const treeScheme = "prebake tree 1\n"
 
-// maxWorkers is the maximum number of files that are hashed in parallel. More workers would only wait for the disk.
+// maxWorkers is the maximum number of files that are hashed in parallel.
 const maxWorkers = 8
 
 type treeEntry struct {

@@ -1,6 +1,6 @@
 // Package cosbucket reads a COS release bucket or a bucket of NVIDIA runfiles. The bucket may be in Google Cloud
 // Storage (gs://), on any web server (https://, http://), or in a folder (file://). The object names are the same
-// everywhere. A bucket may have several mirrors. If one mirror cannot be reached, the package uses another one.
+// everywhere. If one mirror of a bucket cannot be reached, the package uses another one.
 //
 // The package resumes a broken download if the object has not changed. At the end, it compares the download with the
 // size, md5 and crc32c that the bucket reports.
@@ -141,8 +141,7 @@ func (b *Bucket) Close() error {
 	return errors.Join(errs...)
 }
 
-// URL returns the object's URL on the first mirror, for messages and for provenance. [Attrs] has the URL from which an
-// object was read.
+// URL returns the object's URL on the first mirror, for messages and for provenance.
 func (b *Bucket) URL(name string) string { return b.mirrors[0].url(name) }
 
 // tryMirrors passes one mirror after the other to the callback, until a mirror answers. A mirror that cannot list is

@@ -91,8 +91,7 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 	return l, nil
 }
 
-// versionList reads gpu_driver_versions of a COS build, as text or serialized. The newest COS builds have only the
-// serialized form. If there is none, the result is empty.
+// versionList reads gpu_driver_versions of a COS build, as text or serialized. If there is none, the result is empty.
 func (b *Bucket) versionList(ctx context.Context, k target.Kernel) (DriverList, error) {
 	for _, form := range []struct {
 		name  string
@@ -206,7 +205,7 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 	return l, nil
 }
 
-// add adds the versions and labels of one entry. It does not replace a label that the list has already.
+// add adds the versions and labels of one entry. It never replaces a label.
 func (l *DriverList) add(info *gpuversions.GPUDriverVersionInfo) {
 	for _, v := range info.GetSupportedDriverVersions() {
 		if !target.ValidVersion(v.GetVersion()) {
@@ -226,8 +225,7 @@ func (l *DriverList) add(info *gpuversions.GPUDriverVersionInfo) {
 	}
 }
 
-// rank is the order in which entries are added: the entry for all other GPUs, the entries for one GPU type, the entry
-// for machines without a GPU. If a label has several versions, the first wins.
+// rank is the order in which entries are added. If a label has several versions, the first wins.
 func rank(info *gpuversions.GPUDriverVersionInfo) int {
 	switch info.GetGpuDevice().GetGpuType() {
 	case "OTHERS", "OTHER":
@@ -248,8 +246,7 @@ func sortVersions(versions []string) []string {
 	return slices.Compact(versions)
 }
 
-// Choose returns the version for a wish. An exact version need not be in COS's list, because driver buckets have more
-// versions.
+// Choose returns the version for a wish. An exact version need not be in COS's list.
 func (l DriverList) Choose(w target.Wish) (string, error) {
 	if version, ok := w.Exact(); ok {
 		return version, nil

@@ -79,8 +79,8 @@ func SignatureNames(k target.Kernel, version string) []string {
 		under(k, "extensions/gpu/"+version+".signature.tar.gz")}
 }
 
-// TrustedKeyName returns the name of the object with the root certificate that is built into the kernel. The kernel
-// verifies Google's module signatures with it.
+// TrustedKeyName returns the name of the object with the kernel's built-in root certificate for Google's module
+// signatures.
 func TrustedKeyName(k target.Kernel) string { return under(k, "trusted_key.pem") }
 
 // SignedDriverName returns the name of the object with the open modules of a driver, which Google compiled and signed.

@@ -11,8 +11,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
-// AudienceHeader is a header in every response of a Prebake server's registry. Its value is [AudiencePrivate] or
-// [AudiencePublic].
+// AudienceHeader is a header in every response of a Prebake server's registry.
 const AudienceHeader = "Prebake-Audience"
 
 // The values of [AudienceHeader].
@@ -23,8 +22,7 @@ const (
 
 // AnonymousAccess is what a client without credentials learns about a repository.
 type AnonymousAccess struct {
-	// Host is the registry's host, with the port if the reference has one. It is empty if the repository is not on a
-	// registry.
+	// Host is the registry's host, with the port if the reference has one, or "" without a registry.
 	Host string
 	// Visibility is the registry's own answer: "private", "public", or "" if it gives none.
 	Visibility string

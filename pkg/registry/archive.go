@@ -53,7 +53,7 @@ type part struct {
 // extent is the position of a file's bytes in a tar.
 type extent struct{ at, size int64 }
 
-// openArchives parses FILE[+FILE…]. It opens no file; the first read opens all of them.
+// openArchives parses FILE[+FILE…] and opens no file.
 func openArchives(ref string) (*layoutStore, error) {
 	paths := strings.Split(ref, partsBetween)
 	if slices.Contains(paths, "") {
@@ -114,7 +114,7 @@ func missing(parts []part, name string) error {
 	)
 }
 
-// load reads the index and the file table of each part, once. It checks that each delta belongs to the part before it.
+// load reads all parts once, and checks that each delta belongs to the part before it.
 func (a *archives) load(ctx context.Context) ([]part, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

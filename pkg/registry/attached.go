@@ -123,8 +123,8 @@ type search struct {
 	looks  int
 }
 
-// leftOut reports whether to skip an attachment after this error. A missing attachment is always skipped. A damaged one
-// is skipped if the search has a callback. After a network error, the search fails.
+// leftOut reports whether to skip an attachment after this error. A missing attachment is always skipped, a damaged one
+// only if the search has a callback. A network error ends the search.
 func (s *search) leftOut(ctx context.Context, err error) bool {
 	if err == nil || ctx.Err() != nil {
 		return false

@@ -95,7 +95,7 @@ func ArtifactType(m *v1.Manifest) string {
 }
 
 // Image returns the image with this digest. It compares the manifest and the config with their digests, but not the
-// layers. The layers are read from the repository later.
+// layers, which are read later.
 func (r *Repository) Image(ctx context.Context, digest string) (v1.Image, error) {
 	raw, err := r.Manifest(ctx, digest)
 	if err != nil {

@@ -31,8 +31,7 @@ const (
 	MaxFile = 256 << 20
 )
 
-// FilesManifest returns the manifest and the config of an artifact whose layers are files. [FileDescriptor] makes the
-// layers' descriptors.
+// FilesManifest returns the manifest and the config of an artifact whose layers are files.
 func FilesManifest(artifactType string, files []v1.Descriptor) (manifest, config []byte, err error) {
 	m := v1.Manifest{
 		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: artifactType, Layers: files,

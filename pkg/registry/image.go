@@ -78,7 +78,7 @@ func (r *Repository) ofArch(ctx context.Context, raw []byte, arch string) ([]byt
 	return nil, fault.New(fault.Mismatch, "the index has no image for linux/"+arch, "use an image for this architecture")
 }
 
-// saveBlob writes a blob into a file. It replaces a file of an earlier pull, because that pull may have been killed.
+// saveBlob writes a blob into a file. It replaces the file of an earlier pull.
 func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string) (err error) {
 	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
 	if err != nil {
@@ -103,8 +103,7 @@ func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string)
 	return nil
 }
 
-// Compare reads a blob to its end, and compares it with its digest and size. If they differ, the error is
-// [fault.Unverified].
+// Compare compares a blob with its digest and size. If they differ, the error is [fault.Unverified].
 func Compare(ctx context.Context, r *Repository, d v1.Descriptor) error {
 	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
 	if err != nil {

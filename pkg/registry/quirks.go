@@ -58,7 +58,6 @@ func (l lenientTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// asNotFound turns a response into a 404.
 func asNotFound(resp *http.Response) *http.Response {
 	_ = resp.Body.Close() // the body is not needed
 	resp.StatusCode, resp.Status = http.StatusNotFound, "404 Not Found"
@@ -111,8 +110,7 @@ func checkReferrersTag(req *http.Request, resp *http.Response) (*http.Response, 
 	return resp, nil
 }
 
-// retryAfterTransport waits as long as the registry's Retry-After header says, up to maxWait. The library alone would
-// wait one second and then three.
+// retryAfterTransport waits as long as the registry's Retry-After header says, up to maxWait.
 type retryAfterTransport struct{ next http.RoundTripper }
 
 const (

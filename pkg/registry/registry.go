@@ -330,9 +330,9 @@ func damaged(err error) error {
 	)
 }
 
-// CheckPush reports whether the caller may write to the repository. On a registry, it begins an upload and cancels it.
-// Some registries then create the repository. For a layout, it creates and removes a file in the folder, or in the
-// nearest parent folder that exists.
+// CheckPush reports whether the caller may write to the repository. On a registry, it begins an upload and cancels it;
+// some registries then create the repository. For a layout, it creates and removes a file in the nearest folder that
+// exists.
 func (r *Repository) CheckPush(ctx context.Context) error {
 	if err := r.s.checkPush(ctx); err != nil {
 		return fmt.Errorf("try to write %s: %w", r.name, err)

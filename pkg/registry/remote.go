@@ -340,7 +340,6 @@ func unknownName(api *transport.Error) bool {
 		func(d transport.Diagnostic) bool { return d.Code == transport.NameUnknownErrorCode })
 }
 
-// createECR returns the command that creates a repository on Amazon ECR.
 func createECR(repo name.Repository) string {
 	return "aws ecr create-repository --repository-name " + repo.RepositoryStr()
 }

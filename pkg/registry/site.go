@@ -255,7 +255,6 @@ func readOnly() error {
 	)
 }
 
-// isSite reports whether a layout is on a web server.
 func isSite(name string) bool {
 	scheme, _, ok := strings.Cut(name, "://")
 	return ok && (scheme == "https" || scheme == "http" || scheme == "gs")

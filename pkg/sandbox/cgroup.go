@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Names of control groups (version 2). Each run gets its own group, and the sandbox starts inside it. The groups of all
-// runs are children of one group beside the builder's own. That parent group limits the memory of all runs together.
+// Names of control groups (version 2). Each run gets its own group, and the sandbox starts inside it. All these groups
+// are in one parent group, which limits the memory of all runs together.
 const (
 	groupRoot = "/sys/fs/cgroup"
 	// selfGroup is the group into which the builder itself moves. A group that delegates controllers must have no

@@ -131,8 +131,7 @@ func (l Limits) command(perProcess bool) ([]string, error) {
 	return args, nil
 }
 
-// diskWatch watches the disk space of the writable binds. A quota would be stricter, but it needs root and a file
-// system with quotas.
+// diskWatch watches the disk space of the writable binds. A quota would need root.
 type diskWatch struct {
 	limits  Limits
 	folders []string

@@ -189,8 +189,8 @@ func Run(ctx context.Context, c Config) error {
 	return fmt.Errorf("run %s: %w", program, &ExitError{Status: status})
 }
 
-// start runs bubblewrap, in a control group if one can be created. limitErr is the error for a limit that was exceeded,
-// according to the control group.
+// start runs bubblewrap, in a control group if one can be created. limitErr says which limit was exceeded, according to
+// the control group.
 func (c Config) start(ctx context.Context, bwrap string, output io.Writer) (limitErr, err error) {
 	g, gerr := newGroup(c.Limits)
 	if gerr == nil {
@@ -276,7 +276,6 @@ func setupHint(text string) string {
 	return "check that every bound folder exists, and that bubblewrap has version 0.8 or newer: bwrap --version"
 }
 
-// arguments returns bubblewrap's options.
 func arguments(c Config) []string {
 	args := []string{
 		"--unshare-all", "--unshare-user", "--disable-userns",

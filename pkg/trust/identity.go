@@ -23,8 +23,7 @@ var (
 	ErrNoTime          = errors.New("no trusted timestamp shows that the certificate was valid at the time of signing")
 )
 
-// Root is the root of trust of a Sigstore deployment, public or private: its certificate authorities, timestamp
-// authorities and logs.
+// Root is the root of trust of a Sigstore deployment: its certificate authorities, timestamp authorities and logs.
 type Root struct{ material *root.TrustedRoot }
 
 const (

@@ -23,7 +23,7 @@ const (
 	VerdictStatic = "static checks only"
 )
 
-// LoadTest is Prebake's own field in a test result. The standard fields of the predicate have only names of tests.
+// LoadTest is Prebake's own field in a test result.
 type LoadTest struct {
 	Verdict string `json:"verdict"`
 	// Reason says in one line why the verdict is not VerdictLoaded.
@@ -115,7 +115,7 @@ type loadTests struct {
 	static     bool
 }
 
-// testResults has the best pass and the rejection of each signer. A pass revokes only a rejection by the same signer.
+// testResults has the best pass and the rejection of each signer. A pass revokes only the signer's own rejection.
 type testResults struct {
 	passed   map[string]string
 	rejected map[string]error

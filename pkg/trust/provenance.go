@@ -44,7 +44,6 @@ type provenance struct {
 	} `json:"runDetails"`
 }
 
-// checkProvenance checks the content of one provenance statement.
 func (v *Verifier) checkProvenance(st *Statement, e Expect) error {
 	var p provenance
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// PredicateReproduced is the predicate type of a reproduction. Its signer says: I have built the artifact again from
-// the inputs in its provenance, and got the same digest.
+// PredicateReproduced is the predicate type of a reproduction. Its signer has built the artifact again from the same
+// inputs, with the same digest.
 const PredicateReproduced = "https://prebake.dev/reproduced/v1"
 
 // Reasons by which a policy refuses an artifact; compare with errors.Is.
@@ -27,7 +27,7 @@ var (
 	ErrOtherInput = errors.New("built from inputs of an untrusted source")
 )
 
-// Role is a group of signers, such as the builders of a farm. A role's signatures count for some types of statements.
+// Role is a group of signers, such as the builders of a farm. Rules name roles.
 type Role struct {
 	Name string
 	Keys []RoleKey
@@ -138,7 +138,6 @@ func (p *Policy) settle() error {
 	return nil
 }
 
-// statementName returns a readable name for a predicate type.
 func statementName(predicate string) string {
 	switch predicate {
 	case PredicateProvenance:
@@ -251,7 +250,6 @@ func (x *evaluation) checkRule(rule Rule) (string, error) {
 	return detail, nil
 }
 
-// checkReproduction checks the content of a reproduction.
 func checkReproduction(st *Statement, e Expect) error {
 	var p struct {
 		Result      string             `json:"result"`

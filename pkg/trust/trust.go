@@ -28,7 +28,7 @@ const (
 	PredicateProvenance = "https://slsa.dev/provenance/v1"
 	// PredicateKernelMatch is the type of a statement that an artifact fits one COS build.
 	PredicateKernelMatch = "https://prebake.dev/kernel-match/v1"
-	// PredicateSBOM is the type of a statement about the artifact's contents: an SPDX document. Verify does not need it.
+	// PredicateSBOM is the type of a statement about the artifact's contents: an SPDX document.
 	PredicateSBOM = "https://spdx.dev/Document"
 	// BuildType is the build type in the provenance. It defines the meaning of the parameters.
 	BuildType = "https://prebake.dev/build/v1"
@@ -111,8 +111,7 @@ type Verdict struct {
 	Ignored []string `json:"ignored,omitempty"`
 }
 
-// SignedBy returns the key or the certificate identity that signed the provenance, and the signer of the kernel match
-// if it is another one.
+// SignedBy returns the signer of the provenance, and the signer of the kernel match if it is another one.
 func (v *Verdict) SignedBy() string {
 	by := v.KeyID + v.Identity
 	if v.MatchedBy != "" && v.MatchedBy != by {
@@ -148,8 +147,8 @@ func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	return x.done(), nil
 }
 
-// Explain is [Verifier.Verify] for messages to a person. It returns the result of each rule, even after a rule has
-// refused the artifact. If the error is not nil, the verdict is nil.
+// Explain is [Verifier.Verify] for messages to a person. It also returns the result of each rule. If the error is not
+// nil, the verdict is nil.
 func (v *Verifier) Explain(bundles [][]byte, e Expect) (*Verdict, []Finding, error) {
 	x, checks := v.evaluate(bundles, e)
 	var findings []Finding
@@ -179,8 +178,7 @@ type evaluation struct {
 	reasons map[string][]error
 }
 
-// check is one rule. The callback returns a detail if the artifact satisfies the rule. Otherwise its error says why
-// not.
+// check is one rule. The callback returns a detail, or an error if the artifact does not satisfy the rule.
 type check struct {
 	name string
 	run  func() (string, error)
