@@ -300,7 +300,7 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 // folder to the callback, and then gives the folder its name. If several processes need the same tree at once, one
 // makes it, and the others wait.
 //
-// cached is true if the tree was not made now. Kind and key are file names of at most 200 characters. The prefix
+// cached is true if this call did not make the tree. Kind and key are file names of at most 200 characters. The prefix
 // "sha256:" is removed from the key.
 func (c *Cache) Tree(ctx context.Context, kind, key string,
 	fill func(ctx context.Context, dir string) error) (path string, cached bool, err error) {

@@ -39,7 +39,7 @@ func ToolchainPointerName(k target.Kernel) string { return under(k, "toolchain.t
 // ToolchainURLName returns the name of the object with the compiler's URL, in old COS builds; see [ParseToolchainURL].
 func ToolchainURLName(k target.Kernel) string { return under(k, "toolchain_url") }
 
-// ToolchainPathName returns the name of the object with the compiler's path, in COS's own test runs; see
+// ToolchainPathName returns the name of the object with the compiler's path, in COS builds of COS's own test runs; see
 // [ParseToolchainPath].
 func ToolchainPathName(k target.Kernel) string { return under(k, "toolchain_path") }
 
