@@ -99,8 +99,8 @@ type failing struct{}
 
 func (failing) Read([]byte) (int, error) { return 0, net.ErrClosed }
 
-// A download that breaks continues at the same offset. The test uses the registry of the distribution project, because
-// it is independent of Prebake's code.
+// TestResume checks that a broken download continues at the same offset. It uses the registry of the distribution
+// project, because that is independent of Prebake's code.
 func TestResume(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)
@@ -123,8 +123,7 @@ func TestResume(t *testing.T) {
 	}
 }
 
-// A registry without support for ranges sends the blob from the beginning again, and the client discards the bytes that
-// it has already.
+// TestResumeWithoutRanges checks that the client discards the bytes that a registry without ranges sends again.
 func TestResumeWithoutRanges(t *testing.T) {
 	t.Parallel()
 	host := testkit.Registry(t, true)
@@ -250,8 +249,8 @@ func (*dead) RoundTrip(r *http.Request) (*http.Response, error) {
 	return nil, r.Context().Err()
 }
 
-// Large registries redirect the reader of a blob to a bucket. The client requests the rest of the blob from the
-// bucket, too. It does not send the registry's credentials there.
+// TestResumeBehindRedirect checks that the client requests the rest of a redirected blob from the bucket. It does not
+// send the registry's credentials there.
 func TestResumeBehindRedirect(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)
