@@ -38,8 +38,8 @@ type boot struct {
 const cosArguments = "loadpin.exclude=kernel-module,firmware csm.disabled=1 ima_appraise=off hung_task_panic=0\n"
 
 // findBoot chooses the boot folder for the load test: the bucket's own boot archive, or a folder made of the bucket's
-// vmlinux. If there is no boot folder and no error, why is the reason. If the vmlinux cannot be booted, or comes from
-// another run of make than the headers, findBoot returns an error only in the mode LoadTestRequire.
+// vmlinux. Without a boot folder and without an error, the result why is the reason. If the vmlinux cannot be booted,
+// or comes from another run of make than the headers, findBoot returns an error only in the mode LoadTestRequire.
 func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err error) {
 	switch {
 	case in.kernel.Boot != "":

@@ -104,7 +104,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			Progress: func(phase string, done, total int) { r.line.Progress("compile", "%s %d/%d", phase, done, total) },
 		})
 		release() // the rest compiles nothing
-		// Check the inputs before err: a change during the compile explains any error, and makes a success worthless.
+		// Check the inputs before the error: a change during the compile explains any error, and makes a success worthless.
 		madeOf = []string{in.kernel.Headers, in.kernel.Toolchain, source}
 		if in.kernel.BTF != "" {
 			madeOf = append(madeOf, in.kernel.BTF)

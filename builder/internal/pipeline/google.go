@@ -40,11 +40,11 @@ type googleSignatures struct {
 	materials []cossrc.Material // the signature archive comes first
 }
 
-// Signing describes which signatures the modules get for the kernel. The text settings contains everything that decides
-// this, so a failure stored with one text does not stop a build with other settings.
+// Signing describes which signatures the modules get for the kernel. The first result is a text with everything that
+// decides this. So a failure stored with one text does not stop a build with other settings.
 //
-// objects returns the names of the objects in the kernel bucket that have the signatures or the signed modules. It is
-// nil if nothing comes from the bucket.
+// The second result returns the names of the objects in the kernel bucket that have the signatures or the signed
+// modules. It is nil if nothing comes from the bucket.
 func (c Config) Signing() (settings string, objects func(k target.Kernel, version string) []string) {
 	c = c.withDefaults(Request{})
 	switch {

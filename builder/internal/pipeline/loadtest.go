@@ -63,7 +63,8 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t testOutco
 		Boot: b.dir, Modules: m.files, Userspace: user, Firmware: firmware,
 		Version: in.driver.Modules().Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
 	}, r.log)
-	// Check the inputs before err: a change during the load test explains any failure, and makes a success worthless.
+	// Check the inputs before the error: a change during the load test explains any failure, and makes a success
+	// worthless.
 	if err := r.checkIntact(ctx, m, b.dir, user, firmware); err != nil {
 		return t, "", err
 	}

@@ -164,7 +164,7 @@ func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (n
 
 // reuse decides whether this run can reuse the published artifact. In every repository, the artifact must be complete,
 // signed with our key, and made for this fingerprint and driver from this runfile. Only the statement that it fits this
-// COS build may be missing. If the artifact cannot be reused and there is no error, reason says why.
+// COS build may be missing. Without an artifact and without an error, the result reason is set.
 func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest string) (found *artifact, reason string,
 	err error) {
 	if r.cfg.LoadTest == LoadTestRequire {
@@ -202,8 +202,8 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 	return found, "", nil
 }
 
-// verifyPublished verifies the artifact with this digest in one repository. match is a kernel match for this COS build
-// that this run has just signed, so the published kernel match may be missing. attested is true if it is not missing.
+// verifyPublished verifies the artifact with this digest in one repository. This run has just signed the given kernel
+// match for this COS build, so the published one may be missing. attested is true if it is not missing.
 func verifyPublished(ctx context.Context, in *inputs, to *publication, p destination, digest string,
 	match []byte) (content bundle.Content, attested bool, err error) {
 	content, err = publish.Content(ctx, p.repo, digest)

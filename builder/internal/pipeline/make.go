@@ -24,14 +24,14 @@ type Made struct {
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
 	Identity    bundle.Identity
-	// Layers are the artifact's layers. Their files are in the cache of products.
+	// Layers are the artifact's layers. Their files are in the cache that Make was given.
 	Layers    []bundle.Layer
 	Image     v1.Image
 	Materials []sign.Material
 }
 
-// Make builds one cell again from its sources. Modules, compiled objects and layers go to, and may come from, the cache
-// of products. If that cache is empty, Make uses no result of an earlier build.
+// Make builds one cell again from its sources. Modules, compiled objects and layers go to the given cache, and may come
+// from it. If it is empty, Make uses no result of an earlier build.
 //
 // From Config.Cache, Make takes only fetched inputs, and compares them with their digests. Make needs no key. It runs
 // no load test, signs nothing with our keys and publishes nothing.

@@ -24,7 +24,7 @@ func (r *run) stagedFolder(ctx context.Context, in *inputs, kind bundle.LayerKin
 	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+in.release.Digest[len("sha256:"):],
 		func(ctx context.Context, dir string) error {
 			err := stage(dir)
-			// Check the release before err: if it changed during the copy, the copy must not get into the cache.
+			// Check the release before the error: if it changed during the copy, the copy must not get into the cache.
 			if damaged := r.cfg.Cache.Recheck(ctx, in.release.Dir); damaged != nil {
 				return damaged
 			}

@@ -109,8 +109,7 @@ gpu_driver_version_info {
 			t.Errorf("protoc --encode = %q, %v; want %q", out, err, bin)
 		}
 	})
-	// In the binary form, this program keeps fields that it does not know. In the text form it cannot, so it refuses to
-	// change such a file.
+	// This program keeps unknown fields in the binary format. In the text format it cannot, so it refuses the change.
 	newer := protoBytes(bin, "\x9a\x06\x03new") // field 99
 	if got, err := tarball.Binary.Add(newer, "580.1.1", none); err != nil || !bytes.Contains(got, []byte("new")) ||
 		!bytes.Contains(got, []byte("580.1.1")) {

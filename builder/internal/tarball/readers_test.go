@@ -15,7 +15,7 @@ import (
 
 var update = flag.Bool("update", false, "write the sample bucket that the server's test reads")
 
-// sampleBucket is a bucket that a test of the server reads. That test must not import this package.
+// sampleBucket is a bucket that a test of the server reads, which must not import this package.
 const sampleBucket = "../../../server/testdata/bucket"
 
 // TestSampleBucket checks that sampleBucket has the form that this package writes.
