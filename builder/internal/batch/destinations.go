@@ -29,10 +29,10 @@ type Destinations struct {
 	seen map[string]bool // REPOSITORY@DIGEST of each layer that was found in its repository
 }
 
-// Published returns the digest of a cell's artifact, or "" if a destination lacks it:
-//   - Each repository must have the tag of the cell's COS build and the complete artifact.
-//   - A trusted key must have signed the provenance and the kernel match.
-//   - Each bucket must have the artifact's tarball.
+// Published returns the digest of a cell's artifact if every destination has the artifact, otherwise "". This means:
+//   - Each repository has the tag of the cell's COS build and the complete artifact.
+//   - A trusted key signed the provenance and the kernel match.
+//   - Each bucket has the artifact's tarball.
 //
 // Published does not compare the artifact's inputs with the input buckets, because the inputs of a BUILD_ID and of a
 // driver version never change.

@@ -33,8 +33,8 @@ const (
 
 // FailureStore stores permanent failures in the cache, so that a later run does not compile a cell that must fail
 // again. The key covers the checksums that the buckets publish for headers, toolchain and runfile, so Find does not
-// fetch these files. Without these checksums, every run tries the cell again. So does a run with another builder
-// version, [compile.Recipe], setting or input.
+// fetch these files. Without these checksums, every run tries the cell again. A run with another builder version,
+// [compile.Recipe], setting or input also tries the cell again.
 type FailureStore struct {
 	Facts            facts
 	Kernels, Drivers smallReader

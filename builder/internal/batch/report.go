@@ -112,8 +112,8 @@ func (f *runner) report(p *plan.Plan) *Report {
 	return r
 }
 
-// Err returns nil if no cell failed; early warnings do not count. If all failures have one class, it is the error's
-// kind. Otherwise the kind is fault.Several. If the run was stopped, the kind is always fault.Cancelled.
+// Err returns nil if no cell failed; early warnings do not count. If all failures have one class, the error has this
+// class as its kind. Otherwise the kind is fault.Several. If the run was stopped, the kind is always fault.Cancelled.
 func (r *Report) Err() error {
 	failed, kinds := 0, []fault.Kind{}
 	for _, c := range r.Failures {

@@ -229,9 +229,9 @@ func (f *runner) pick(now time.Time) (best *job, wait time.Duration, open bool) 
 	return best, wait, open
 }
 
-// cost returns the rank of a cell that may start; the lowest starts first, and equal ones in the plan's order. The cost
-// is high if a running cell is the first with the same kernel or driver: both would do the same work. The cost is low
-// if kernel and driver are warm: a finished cell left results in the cache.
+// cost returns the rank of a cell that may start. The lowest cost starts first; cells with equal cost start in the
+// plan's order. The cost is high if a running cell is the first with the same kernel or driver: both would do the same
+// work. The cost is low if kernel and driver are warm: a finished cell left results in the cache.
 func (f *runner) cost(j *job, busy map[any]bool) int {
 	cost := 0
 	for weight, key := range []any{j.Cell.Driver.Version, j.kernel.fingerprint} {
@@ -250,7 +250,7 @@ func (f *runner) cost(j *job, busy map[any]bool) int {
 }
 
 // endAttempt records the outcome of one attempt. All changes are under one lock. Otherwise another worker could start
-// the same cell, or another cell of the same build, in between.
+// the same cell, or another cell of the same build, between two changes.
 func (f *runner) endAttempt(ctx context.Context, j *job, res *pipeline.Result, err error, took time.Duration) {
 	f.mu.Lock()
 	j.running = false

@@ -174,8 +174,8 @@ func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	return plan, a.r.Cache.PutFact("conftest-plan-2", key, text)
 }
 
-// noPlan returns the error for a missing plan. If a sanity check of the driver failed, this is the given error of make.
-// Otherwise the error wraps errUseMake.
+// noPlan returns the error for a missing plan. If a sanity check of the driver failed, noPlan returns the given error
+// of `make` unchanged. Otherwise the error wraps errUseMake.
 func (a *answerer) noPlan(err error, said string) error {
 	var f findings
 	for line := range strings.Lines(said) {
@@ -375,9 +375,9 @@ func (a *answerer) release(answer string) (string, error) {
 //go:embed conftest.sh
 var answeredScript string
 
-// write writes the files of the folder conftest/, each one after the files that it depends on, because make compares
-// their times. It replaces the driver's conftest.sh by a script that only prints the stored answers, so no conftest
-// code of the driver runs in make's sandbox.
+// write writes the files of the folder conftest/. A file comes after the files that it depends on, because `make`
+// compares their times. write also replaces the driver's conftest.sh by a script that only prints the stored answers.
+// So no conftest code of the driver runs in the sandbox of `make`.
 func (a *answerer) write(files []conftest.File) error {
 	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@",
 		insideSource+"/conftest/uts_release").Replace(answeredScript)

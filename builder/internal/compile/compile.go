@@ -60,8 +60,8 @@ type Request struct {
 	// Debug asks for the unstripped modules, with debug information, in Result.Debug. It does not change the stripped
 	// modules.
 	Debug bool
-	// BTF is the path of a file with the kernel's BTF, the description of its types. Each module gets BTF that extends it.
-	// "" means modules without BTF.
+	// BTF is the path of a file with the kernel's BTF, the description of its types. Each module gets BTF that extends the
+	// kernel's. "" means modules without BTF.
 	BTF string
 	// Cache stores conftest's answers and compiled objects. If Cache is nil, the build reuses nothing. Cache does not
 	// change the resulting bytes.
@@ -85,8 +85,8 @@ type Result struct {
 	// Modules has the path of each stripped module, by the module's file name without .ko. The files have mode 0644. No
 	// sandbox could write to them.
 	Modules map[string]string
-	// Debug has the path of each unstripped module, by the same names. Its build id is the build id of the stripped
-	// module. If Request.Debug is false, the map is empty.
+	// Debug has the path of each unstripped module, by the same names. Each has the build id of the stripped module. If
+	// Request.Debug is false, the map is empty.
 	Debug map[string]string
 	// Phases are conftest, compile, link, types and strip. A phase that did not run is missing.
 	Phases []timeline.Phase
@@ -321,8 +321,8 @@ func (b *build) compileSources(ctx context.Context) error {
 	return nil
 }
 
-// minForPCH is the number of files to compile from which precompiled headers (PCH) are worth it. Making one takes about
-// as long as compiling three files.
+// With fewer files to compile than minForPCH, precompiled headers (PCH) are not worth it. Making one takes about as
+// long as compiling three files.
 const minForPCH = 16
 
 // runMake runs make with the guard script in front of the compiler. If the guard recorded a fault of the compiler,

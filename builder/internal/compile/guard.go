@@ -35,7 +35,7 @@ func (b *build) newGuard() error {
 	return write(filepath.Join(dir, filepath.Base(b.t.compiler)), script, 0o755)
 }
 
-// withFaultFile adds a folder to a sandbox in which the guard records the compiler's faults. [compilerFault] reads
+// withFaultFile adds a folder to a sandbox. The guard records the compiler's faults there, and [compilerFault] reads
 // them.
 func withFaultFile(box sandbox.Config, dir string) (sandbox.Config, error) {
 	// The file gets its full size now, because the disk may be full when the guard writes.
@@ -49,9 +49,9 @@ var (
 	noMemory = regexp.MustCompile(`(?i)killed|status 137|memory|temporarily unavailable`)
 )
 
-// compilerFault returns the fault that the guard recorded in a folder, or nil. The guard records it if the compiler was
-// killed, crashed, or had no memory or disk space. This says nothing about the compiled program, so conftest must not
-// use it as an answer.
+// compilerFault returns the fault that the guard recorded in a folder, or nil. The guard records a fault if the
+// compiler was killed, crashed, or had no memory or disk space. A fault says nothing about the compiled program, so
+// conftest must not use it as an answer.
 func compilerFault(dir string) error {
 	text, err := untrusted.ReadFile(dir, faultFile, 2*faultSize)
 	if err != nil {

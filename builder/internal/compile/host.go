@@ -8,8 +8,8 @@ import (
 	"path/filepath"
 )
 
-// The functions of this file open files by path. Use them only for folders that no sandbox can or could write to: the
-// inputs, the staged sources before make runs, and files copied out of a sandbox. Package untrusted reads the files
+// The functions of this file open files by path. Use them only for folders that no sandbox could ever write to: the
+// inputs, the staged sources before `make` runs, and files copied out of a sandbox. Package untrusted reads the files
 // that a sandbox left. The linter forbids every other way in this package to open a file by path.
 
 func readHost(path string) ([]byte, error)            { return os.ReadFile(path) }

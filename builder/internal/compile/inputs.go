@@ -100,8 +100,8 @@ func (k *recorder) readHeader(name string) *fileFacts {
 }
 
 // inputsOf returns the inputs of the object that the given command compiled. If ok is false, the cache must not keep
-// the object, because its inputs are not all known. One reason is a hidden macro, such as UTS_RELEASE: the object
-// includes the macro's header, and another of its files contains the macro's name.
+// the object, because its inputs are not all known. For example, the object includes the header of a hidden macro, such
+// as UTS_RELEASE, and another of its files contains the macro's name.
 func (k *recorder) inputsOf(c command) (v variant, ok bool) {
 	v = variant{Version: k.r.Driver.Modules().Version, Generated: map[string]string{}}
 	var hidden []string

@@ -278,8 +278,9 @@ func (o *objects) restoreOne(ctx context.Context, object string, v variant) (boo
 	if err != nil {
 		return false, err
 	}
-	// kbuild's command defines the driver's version for every file. An object that depends on the version has it among its
-	// inputs. So the stored command can get the version of this build, and make finds no difference.
+	// kbuild's command defines the driver's version for every file. The stored command gets the version of this build, so
+	// that `make` finds no difference. This is safe: if the object depends on the version, the version is among its
+	// inputs.
 	command = bytes.ReplaceAll(command, []byte(`-DNV_VERSION_STRING=\"`+v.Version+`\"`),
 		[]byte(`-DNV_VERSION_STRING=\"`+o.r.Driver.Modules().Version+`\"`))
 	file := filepath.Join(o.src, filepath.FromSlash(object))

@@ -114,7 +114,7 @@ func TestRealSameBytes(t *testing.T) {
 }
 
 // byMakeAlone returns the result of compileReal for a plain build: without a cache of this package, and with debug
-// information. The cache of references keeps the result.
+// information. The given cache keeps the result.
 func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell string) (modules,
 	answers map[string]string) {
 	t.Helper()

@@ -30,8 +30,8 @@ const (
 	insideHeader  = "/prebake/begin"
 	insideWrapper = "/prebake/front"
 
-	// The number of programs with the same headers from which a precompiled header is worth it. Making one takes as long
-	// as compiling three programs with gcc, or one and a half with clang.
+	// The minimum number of programs for which a shared precompiled header is made. Making it takes as long as compiling
+	// three programs with gcc, or one and a half with clang.
 	minForHeader      = 4
 	minForHeaderClang = 3
 

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Paths inside the sandbox. If one path changes, every module changes: debug information contains the paths, and the
-// linker computes build ids over it.
+// Paths inside the sandbox. Debug information contains these paths, and the linker computes build ids over debug
+// information. So if one path changes, every module changes.
 const (
 	insideToolchain = "/prebake/toolchain"
 	insideKernel    = "/prebake/kernel"
@@ -169,8 +169,8 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 				fmt.Sprintf("compiler %s: .config says %s=y, so another compiler built the kernel", cc, option), hint)
 		}
 	}
-	// One clang program compiles for all processors. Without a flag for the processor, clang derives it from its own file
-	// name. Kbuild sets this flag, but the driver's conftest does not.
+	// One clang program compiles for all processors. Without a flag for the processor, clang derives the processor from
+	// its own file name. Kbuild sets a flag, but the driver's conftest does not.
 	if clang && r.Arch == target.ARM64 && !strings.HasPrefix(prefix, "aarch64-") {
 		return "", "", "", fault.New(fault.Usage,
 			fmt.Sprintf("compiler %s: its name does not say that it compiles for arm64", cc),

@@ -83,8 +83,8 @@ func (a *Keyer) CacheKey() string {
 // list.
 func (a *Keyer) HeaderKey(header string) string { return digest("header", header) }
 
-// TestKey returns the key of a compile test. headers is the content of headers.h. If the script does not know the test,
-// TestKey returns false.
+// TestKey returns the key of a compile test. Its second argument is the content of headers.h. If the script does not
+// know the test, TestKey returns false.
 func (a *Keyer) TestKey(test, headers string) (string, bool) {
 	text, ok := a.script.find(test)
 	return digest("test", test, text, a.Visible(test, headers)), ok

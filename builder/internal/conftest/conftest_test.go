@@ -103,7 +103,7 @@ func parse(t *testing.T, scriptText, planText string) (*conftest.Script, *confte
 	return s, p
 }
 
-// TestPlanRules checks that with the rules make runs the sanity checks, writes the plan, and stops before the first
+// TestPlanRules runs `make` with the rules. It must run the sanity checks, write the plan, and stop before the first
 // question. The makefile is a short version of NVIDIA's Kbuild files; deploy/e2e tests NVIDIA's own.
 func TestPlanRules(t *testing.T) {
 	t.Parallel()

@@ -171,8 +171,8 @@ func (t *tree) pathOf(name string) string {
 	return t.root + "/" + name
 }
 
-// orderMatters reports whether a header may mean something else if the compiler reads it before the files. This is so
-// if the header may include one of the files, or has a condition on the include guard of one.
+// orderMatters reports whether a header may mean something else if the compiler reads it before the given files. This
+// is so if the header may include one of the files, or has a condition on the include guard of one of them.
 func (t *tree) orderMatters(header string, files []string) bool {
 	for name := range t.closure(header) {
 		if t.files[name].computed {

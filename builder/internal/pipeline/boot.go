@@ -38,8 +38,8 @@ type boot struct {
 const cosArguments = "loadpin.exclude=kernel-module,firmware csm.disabled=1 ima_appraise=off hung_task_panic=0\n"
 
 // findBoot chooses the boot folder for the load test: the bucket's own boot archive, or a folder made of the bucket's
-// vmlinux. Without a boot folder and without an error, the result why is the reason. If the vmlinux cannot be booted,
-// or comes from another run of make than the headers, findBoot returns an error only in the mode LoadTestRequire.
+// vmlinux. If there is no boot folder and no error, the second result is the reason. If the vmlinux cannot be booted,
+// or comes from another run of `make` than the headers, findBoot returns an error only in the mode LoadTestRequire.
 func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err error) {
 	switch {
 	case in.kernel.Boot != "":
@@ -157,8 +157,8 @@ func writeImage(vmlinux, to string, arch target.Arch) (err error) {
 	return fault.CacheDisk(bootimage.Write(out, in, arch))
 }
 
-// addGPU compiles the emulated GPU and copies it into a boot folder. If its source does not know the interfaces of this
-// kernel, that is an error only if the load test is required: modules can be loaded without it.
+// addGPU compiles the emulated GPU and copies it into a boot folder. The GPU's source may not know the interfaces of
+// this kernel. That is an error only if the load test is required. Otherwise the folder gets no emulated GPU.
 func (r *run) addGPU(ctx context.Context, in *inputs, dir string) (err error) {
 	work, cleanup, err := r.products.TempDir("emugpu-")
 	if err != nil {

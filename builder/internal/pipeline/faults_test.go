@@ -343,8 +343,8 @@ func (th *theatre) tags(t *testing.T) map[string]string {
 	return all
 }
 
-// checkAfterwards checks that each tag points at the right artifact, and that the next build succeeds. again is the
-// outcome of the next build, if there was one already.
+// checkAfterwards checks that each tag points at the right artifact, and that the next build succeeds. If the next
+// build has run already, the caller gives its outcome.
 func (th *theatre) checkAfterwards(t *testing.T, want string, again *outcome) {
 	t.Helper()
 	for tag, digest := range th.tags(t) {
@@ -372,7 +372,7 @@ func (th *theatre) checkAfterwards(t *testing.T, want string, again *outcome) {
 }
 
 // buildUnderFault builds with a fault and then without. It returns the first build's class of error, or "published".
-// want is the digest of the right artifact.
+// The given digest is the right artifact's.
 func (th *theatre) buildUnderFault(t *testing.T, kind, phase, want string) string {
 	t.Helper()
 	got := th.run(t, kind, phase)

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/distribution"
 )
 
-// publicRegistries returns a licence rule for which every registry has a public address. The test's registries have
-// none.
+// publicRegistries returns a licence rule for which every registry has a public address. The test's registries run on
+// this machine.
 func publicRegistries(says bundle.Redistribution, private ...string) licence.Rule {
 	return licence.Rule{Redistribute: says, Private: private,
 		Addresses: func(context.Context, string) ([]netip.Addr, error) {

@@ -73,8 +73,8 @@ func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note str
 }
 
 // checkBuckets checks that this run can publish to every bucket and folder. If Google says that the account lacks a
-// permission, it only warns: Google answers for the whole bucket, and the account may have the permission for some
-// names.
+// permission, checkBuckets only warns. Google answers for the whole bucket, and the account may have the permission for
+// some names.
 func (r *run) checkBuckets(ctx context.Context) error {
 	for _, dest := range r.cfg.Destinations {
 		if !tarball.Is(dest) {
@@ -164,7 +164,7 @@ func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (n
 
 // reuse decides whether this run can reuse the published artifact. In every repository, the artifact must be complete,
 // signed with our key, and made for this fingerprint and driver from this runfile. Only the statement that it fits this
-// COS build may be missing. Without an artifact and without an error, the result reason is set.
+// COS build may be missing. If reuse returns neither an artifact nor an error, the second result is the reason.
 func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest string) (found *artifact, reason string,
 	err error) {
 	if r.cfg.LoadTest == LoadTestRequire {
@@ -189,8 +189,7 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 		if err != nil {
 			return nil, "", err
 		}
-		// An artifact without a published kernel match for this COS build needs a load test on this kernel first, if the
-		// kernel can be booted.
+		// If no kernel match for this COS build is published, and its kernel can be booted, a load test has to run first.
 		if !attested && r.cfg.LoadTest != LoadTestOff && (in.kernel.Boot != "" || in.kernel.HasVMLinux) {
 			return nil, "not load-tested on this COS build yet", nil
 		}
@@ -202,8 +201,8 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 	return found, "", nil
 }
 
-// verifyPublished verifies the artifact with this digest in one repository. This run has just signed the given kernel
-// match for this COS build, so the published one may be missing. attested is true if it is not missing.
+// verifyPublished verifies the artifact with this digest in one repository. The given kernel match for this COS build
+// counts as published. attested is true if a kernel match for this COS build is published already.
 func verifyPublished(ctx context.Context, in *inputs, to *publication, p destination, digest string,
 	match []byte) (content bundle.Content, attested bool, err error) {
 	content, err = publish.Content(ctx, p.repo, digest)

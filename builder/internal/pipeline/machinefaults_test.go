@@ -22,7 +22,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// The moments of a load test at which faults happen. At the second, the console prints bootText; at the third,
+// The moments of a load test at which faults happen. At the second moment the console prints bootText, at the third
 // driverText.
 const (
 	momentStart  = "load test begins"

@@ -113,8 +113,8 @@ func (r *run) packEarly(ctx context.Context, in *inputs) *earlyLayers {
 	return a
 }
 
-// take waits for packEarly and returns the layer of this kind. If packEarly did not pack it, take returns false, and
-// the caller packs the layer.
+// take waits for packEarly and returns the layer of this kind. If packEarly did not pack the layer, take returns false,
+// and the caller packs it.
 func (a *earlyLayers) take(kind bundle.LayerKind) (layer, bool) {
 	if a == nil {
 		return layer{}, false

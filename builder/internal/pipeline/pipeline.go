@@ -70,8 +70,8 @@ type Config struct {
 	// GoogleSignatures decides about Google's module signatures; "" means GoogleAuto.
 	GoogleSignatures GoogleSignatures
 	// GoogleModules publishes the open modules that Google compiled and signed for the COS build, unchanged. The build
-	// verifies them with ModuleCert. If ModuleCert is "", it uses trusted_key.pem in the bucket, the certificate with
-	// which the kernel was built.
+	// verifies them with ModuleCert. If ModuleCert is "", the build uses trusted_key.pem in the bucket, the certificate
+	// with which the kernel was built.
 	GoogleModules bool
 	// DebugSymbols publishes the modules' debug information as a referrer of the artifact. The artifact stays the same.
 	DebugSymbols bool

@@ -113,8 +113,8 @@ func (r *run) makeModules(ctx context.Context, in *inputs, s signing) (m *module
 	return m, err
 }
 
-// phase runs one phase of a build and records it in the timeline. The callback returns the phase's value, which phase
-// returns, and the note for the timeline.
+// phase runs one phase of a build and records it in the timeline. The callback returns the value that phase returns,
+// and the note for the timeline.
 func phase[T any](r *run, name string, do func() (T, string, error)) (made T, err error) {
 	fmt.Fprintf(r.log, "\n== %s\n", name)
 	err = r.line.Do(name, func() (note string, err error) {

@@ -22,7 +22,7 @@ func (c Config) KernelOptions() []cossrc.Option {
 }
 
 // findPahole returns the version of this machine's program pahole, or "" if the modules get no BTF. Another version may
-// make other bytes, so it returns an error if the request asks for a version that this machine does not have.
+// make other bytes. So findPahole returns an error if the request asks for a version that this machine does not have.
 func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version string, err error) {
 	if kernel.BTF == "" {
 		return "", nil

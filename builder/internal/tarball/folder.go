@@ -19,8 +19,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// folder is a destination on a disk. A lock file admits one writer of all processes. Readers need no lock, because
-// objects appear only by link and rename.
+// folder is a destination on a disk. A lock file allows one writer at a time, across all processes. Readers need no
+// lock, because objects appear only by link and rename.
 type folder struct {
 	dir   string
 	root  *os.Root

@@ -62,8 +62,8 @@ type Labelling struct {
 	Kernel target.Kernel
 	// Builder is the URI of the builder that sets the labels. Labels of other builders stay.
 	Builder string
-	// Declared maps each label that an operator declared to its version. If the version is "", it is not known now, and
-	// the label stays as it is.
+	// Declared maps each label that an operator declared to its version. "" means that the version is not known now; the
+	// label stays as it is.
 	Declared map[string]string
 	// FromCOS maps each of COS's labels to its version at COS. Declared has precedence.
 	FromCOS map[string]string

@@ -1,6 +1,7 @@
 // Package tarball publishes a built driver into a bucket, as a tarball in the layout that COS's own installer reads.
-// The tarball has the modules and the firmware of an OCI artifact, and its name in a COS release bucket. The package
-// also publishes checksums, a signature and an index. The bucket is a bucket of Google Cloud Storage or a folder.
+// The tarball has the modules and the firmware of an OCI artifact. Its name is the name in a COS release bucket. The
+// package also publishes checksums, a signature and an index. The bucket is a bucket of Google Cloud Storage or a
+// folder.
 //
 // Most objects are created once and never change. The exceptions are index.json, gpu_driver_versions and the object of
 // each label. The package changes them only if they are still in the state that it read. Publishing may be interrupted
@@ -114,7 +115,8 @@ const (
 func under(k target.Kernel, name string) string { return path.Join(k.BuildID, k.Board, name) }
 
 // TarballName returns the name of a driver's tarball. Google's installer expects open modules in
-// nvidia-drivers-VERSION.tgz. So the name for proprietary modules contains the flavour, in COS's folder of extensions.
+// nvidia-drivers-VERSION.tgz. A tarball with proprietary modules has the flavour in its name, and is in COS's folder of
+// extensions.
 func TarballName(k target.Kernel, d target.Driver) string {
 	if d.Flavour == target.Open {
 		return under(k, "nvidia-drivers-"+d.Version+".tgz")

@@ -79,7 +79,7 @@ func rows(list *gpuversions.GPUDriverVersionInfoList, version string) []string {
 }
 
 // withLabels returns an edit that removes and sets labels. As in COS's own lists, a version has one entry for each of
-// its labels, and one without a label only if it has none.
+// its labels. An entry without a label exists only if the version has no label.
 func withLabels(drop, give []Label) edit {
 	return func(list *gpuversions.GPUDriverVersionInfoList) error {
 		for _, info := range list.GetGpuDriverVersionInfo() {
