@@ -18,8 +18,8 @@ const CellMemory = 3584 << 20
 // (link, pack, load test).
 const jobsPerCell = 4
 
-// Size returns how many cells to make at the same time, and the number of compilers (make -j) for each. If parallel or
-// jobs is 0, Size chooses. memory is in bytes; 0 means unknown.
+// Size returns how many cells to make at the same time, and the number of compilers (make -j) for each. If parallel
+// or jobs is 0, Size chooses. memory is in bytes; 0 means unknown.
 func Size(parallel, jobs, cores int, memory uint64) (cells, each int) {
 	cores = max(cores, 1)
 	if parallel <= 0 {

@@ -35,16 +35,16 @@ const (
 	maxHeader = 4 << 20
 )
 
-// errUseMake means that this package cannot answer conftest's questions before make asks them. The build continues, and
-// make runs conftest itself, which takes longer.
+// errUseMake means that this package cannot answer conftest's questions before `make` asks them. The build continues,
+// and `make` runs conftest itself, which takes longer.
 var errUseMake = errors.New("make has to run conftest itself")
 
-// answerer answers conftest's questions before make asks them. It uses a stored answer if the question and the view
+// answerer answers conftest's questions before `make` asks them. It uses a stored answer if the question and the view
 // (see view.go) are equal. Otherwise it runs the test in a sandbox that shows only files that the answer's key covers.
 type answerer struct {
 	*build
 	view   *view
-	box    sandbox.Config    // make's sandbox without the sources; the view's replacements cover the masked files
+	box    sandbox.Config    // `make`'s sandbox without the sources; the view's replacements cover the masked files
 	files  map[string]string // files of the folder conftest/, by name
 	script *conftest.Script
 	plan   *conftest.Plan
@@ -104,7 +104,7 @@ func readStored(cache *cas.Cache, key string) (conftest.Answers, error) {
 }
 
 // findPlan returns the plan: the list of the questions that the driver's makefiles ask conftest. If the plan is not in
-// the cache, make runs the driver's sanity checks and writes the plan. The cache key covers the makefiles and scripts
+// the cache, `make` runs the driver's sanity checks and writes the plan. The cache key covers the makefiles and scripts
 // of the driver and of the kernel.
 func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	args := slices.Clone(a.args)
@@ -120,7 +120,7 @@ func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 			return plan, nil
 		}
 	}
-	// Here make gets its own copy of the sources. It sees masked headers, so its changes must not get into the build.
+	// Here `make` gets its own copy of the sources. It sees masked headers, so its changes must not get into the build.
 	dir := filepath.Join(a.r.WorkDir, "plan")
 	src, told := filepath.Join(dir, "src"), filepath.Join(dir, "told")
 	if err := os.MkdirAll(told, 0o755); err != nil {
@@ -145,7 +145,7 @@ func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	box.Binds = append(box.Binds,
 		sandbox.Bind{Host: src, Inside: insideSource, Writable: true},
 		sandbox.Bind{Host: told, Inside: insideAsk, Writable: true})
-	err = sandbox.Run(ctx, box) // an exit error is normal: make fails after it has written the plan
+	err = sandbox.Run(ctx, box) // an exit error is normal: `make` fails after it has written the plan
 	if cause := context.Cause(ctx); cause != nil {
 		return nil, cause
 	}

@@ -228,7 +228,7 @@ func TestCacheShared(t *testing.T) {
 	}
 }
 
-// If a driver's makefiles have an unknown format, make itself runs conftest, and the module is the same.
+// If a driver's makefiles have an unknown format, `make` itself runs conftest, and the module is the same.
 func TestOtherShapes(t *testing.T) {
 	t.Parallel()
 	for name, files := range map[string]map[string]string{

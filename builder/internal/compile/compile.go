@@ -55,7 +55,7 @@ type Request struct {
 	// Driver is the driver in Source. Modules needs it; External does not.
 	Driver target.Driver
 	Arch   target.Arch
-	// Jobs is make's -j; 0 means the number of CPUs. It does not change the resulting bytes.
+	// Jobs is `make`'s -j; 0 means the number of CPUs. It does not change the resulting bytes.
 	Jobs int
 	// Debug asks for the unstripped modules, with debug information, in Result.Debug. It does not change the stripped
 	// modules.
@@ -180,8 +180,8 @@ type build struct {
 	r        Request
 	t        tools
 	src, out string
-	box      sandbox.Config // make's sandbox, without arguments and output
-	args     []string       // make's command line without -j
+	box      sandbox.Config // `make`'s sandbox, without arguments and output
+	args     []string       // `make`'s command line without -j
 	debug    bool           // compile with debug information
 	watch    *watch
 }
@@ -260,8 +260,8 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 func (b *build) modulesDir() string { return filepath.Join(b.r.WorkDir, "modules") }
 func (b *build) debugDir() string   { return filepath.Join(b.r.WorkDir, "debug") }
 
-// compileSources puts stored answers and objects into the staged sources, runs make, and stores the new objects. Before
-// make runs, no sandbox can write to the staged sources.
+// compileSources puts stored answers and objects into the staged sources, runs `make`, and stores the new objects.
+// Until `make` runs, no sandbox can write to the staged sources.
 func (b *build) compileSources(ctx context.Context) error {
 	var a *answerer
 	var o *objects
@@ -313,7 +313,7 @@ func (b *build) compileSources(ctx context.Context) error {
 	}
 	defer left.Close()
 	if !a.unchanged(left) {
-		return nil // make changed conftest's answers, so the keys of the objects may be wrong
+		return nil // `make` changed conftest's answers, so the keys of the objects may be wrong
 	}
 	if err := o.store(ctx, left); err != nil {
 		return diskFull(fmt.Errorf("store objects: %w", err))
@@ -325,8 +325,8 @@ func (b *build) compileSources(ctx context.Context) error {
 // long as compiling three files.
 const minForPCH = 16
 
-// runMake runs make with the guard script in front of the compiler. If the guard recorded a fault of the compiler,
-// runMake returns the fault even if make succeeded. Conftest may have taken the fault for an answer about the kernel.
+// runMake runs `make` with the guard script in front of the compiler. If the guard recorded a fault of the compiler,
+// runMake returns the fault even if `make` succeeded. Conftest may have taken the fault for an answer about the kernel.
 func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
 	dir := filepath.Join(b.r.WorkDir, note)
 	box, err := withFaultFile(box, dir)
@@ -347,7 +347,7 @@ func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) er
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
 	if t.btf {
-		all = append(all, "CONFIG_DEBUG_INFO_BTF_MODULES=") // kbuild makes no BTF; build.types does it after make
+		all = append(all, "CONFIG_DEBUG_INFO_BTF_MODULES=") // kbuild makes no BTF; build.types does it after `make`
 	}
 	if t.clang {
 		cflags = append(cflags, clangFlags...)
@@ -365,7 +365,7 @@ func flagVariables(r Request, t tools) []string {
 // time.
 func debugInformation(r Request) bool { return r.Debug || r.BTF != "" }
 
-// moduleFiles returns the file names of the modules that make left in the staged sources.
+// moduleFiles returns the file names of the modules that `make` left in the staged sources.
 func (b *build) moduleFiles() ([]string, error) {
 	left, err := untrusted.Open(b.src)
 	if err != nil {

@@ -20,10 +20,10 @@ type findings struct {
 	library string // the loader's message about a program whose library is missing on this machine
 	memory  string // a message about missing memory or a killed program
 	disk    string // a message about a full disk
-	make    string // make's first *** line
-	// unanswered is true if make asked conftest a question that has no stored answer.
+	make    string // `make`'s first *** line
+	// unanswered is true if `make` asked conftest a question that has no stored answer.
 	unanswered bool
-	lastLine   string // the last line before make's error that is neither a step nor a message of make
+	lastLine   string // the last line before `make`'s error that is neither a step nor a message of `make`
 }
 
 var (

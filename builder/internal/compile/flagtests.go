@@ -38,7 +38,7 @@ const (
 func (b *build) flagTests(ctx context.Context, v *view) error {
 	key := cas.NewKey(flagTestKind).Add("recipe", Recipe).Add("guard", guardScript).Add("kernel view",
 		v.Digest).Add("toolchain", b.r.ToolchainDigest).Add("host tools", b.r.HostDigest)
-	// Variables on make's command line decide which flags a test uses.
+	// Variables on `make`'s command line decide which flags a test uses.
 	variables := slices.DeleteFunc(slices.Clone(b.args),
 		func(arg string) bool { return !strings.Contains(arg, "=") || strings.HasPrefix(arg, "KERNEL_UNAME=") })
 	key.Add("variables", strings.Join(variables, "\n"))
@@ -80,7 +80,7 @@ func (b *build) testFlags(ctx context.Context, variables []string, dir string) e
 		return cause
 	}
 	var exit *sandbox.ExitError
-	if err != nil && !errors.As(err, &exit) { // the build of the driver reports a failure of make
+	if err != nil && !errors.As(err, &exit) { // the build of the driver reports a failure of `make`
 		return err
 	}
 	if err := compilerFault(filepath.Join(work, "trouble")); err != nil {

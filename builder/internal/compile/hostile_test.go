@@ -98,7 +98,7 @@ func TestHostileFiles(t *testing.T) {
 	for place, edit := range places {
 		for kind, command := range links {
 			if place == "the plan" && kind == "a pipe" {
-				continue // make itself would wait for the pipe until the sandbox's time limit
+				continue // `make` itself would wait for the pipe until the sandbox's time limit
 			}
 			t.Run(place+" is "+kind, func(t *testing.T) {
 				t.Parallel()
@@ -159,8 +159,8 @@ func TestHostileAnswers(t *testing.T) {
 	}
 }
 
-// A hostile driver's makefiles may compile something else than its sources. Another driver with the same sources must
-// not get this object.
+// A hostile driver's makefiles may compile other files than the driver's sources. Another driver with the same sources
+// must not get this object.
 func TestHostileObjects(t *testing.T) {
 	t.Parallel()
 	r := toyWithTests(t)

@@ -184,7 +184,7 @@ func (o *objects) hiddenMacros() (map[string][]string, error) {
 			continue
 		}
 		if slices.Contains(volatileHeaders, header) {
-			names[header] = []string{} // make's sandbox hides the same values
+			names[header] = []string{} // `make`'s sandbox hides the same values
 			continue
 		}
 		text, err := readHost(filepath.Join(o.r.Headers, header))

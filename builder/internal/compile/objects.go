@@ -28,12 +28,12 @@ import (
 // The key [objects.base] covers everything else that decides the bytes of an object. So the next driver of a branch, or
 // a sibling kernel, reuses an object with the same inputs.
 //
-// Make decides whether to use a restored object. It compares the command in the object's .cmd file and the object's
-// time. If one of them does not fit, make compiles the file again.
+// The program `make` decides whether to use a restored object. It compares the command in the object's .cmd file and
+// the object's time. If one of them does not fit, `make` compiles the file again.
 //
 // A view (see view.go) hides what differs between sibling kernels. The cache keeps only objects that contain nothing
-// hidden. To find out, the recorder searches the files in the object's .cmd file for the hidden names. Objects of
-// .mod.c files are never kept, because they contain the kernel's release and build salt.
+// hidden: the recorder searches the files in the object's .cmd file for the hidden names. The cache never keeps objects
+// of .mod.c files, because they contain the kernel's release and build salt.
 const (
 	objectKind = "object-1" // trees with the two files object and command
 	inputsKind = "object-inputs-1"
@@ -99,7 +99,7 @@ var (
 	versionMacro = regexp.MustCompile(`(^| )-DNV_VERSION_STRING=\S+`)
 	versionLine  = regexp.MustCompile(
 		`^\s*ccflags-y \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$|^\s*EXTRA_CFLAGS \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$`)
-	// Lists of conftest questions. The patterns allow only plain words, which neither the shell nor make expands.
+	// Lists of conftest questions. The patterns allow only plain words, which neither the shell nor `make` expands.
 	listLine = regexp.MustCompile(`^NV_CONFTEST_[A-Z]+_COMPILE_TESTS \+= \w+$|^ +\w[\w./-]*\.h( \\)?$`)
 )
 
@@ -118,7 +118,7 @@ func (b *build) makefiles() (string, error) {
 		}
 		if slices.Contains([]string{".c", ".h", ".o_binary"}, filepath.Ext(name)) ||
 			slices.Contains([]string{"conftest.sh", "dkms.conf"}, name) {
-			return nil // sources are inputs of single objects; make does not read the other two
+			return nil // sources are inputs of single objects; `make` does not read the other two
 		}
 		if d.Type() == fs.ModeSymlink {
 			to, err := os.Readlink(file)
@@ -162,7 +162,7 @@ func answersAbout(files map[string]string, named map[string]bool) string {
 	var b strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		if path.Ext(name) != ".h" || strings.Contains(name, "/") {
-			continue // no compiler reads this file: make builds the headers from it
+			continue // no compiler reads this file: `make` builds the headers from it
 		}
 		fmt.Fprintf(&b, "%s\n", name)
 		for line := range strings.Lines(files[name]) {
@@ -355,7 +355,7 @@ func (k *recorder) recordOne(ctx context.Context, cmdFile, object string) error 
 	}
 	all := k.variants(object)
 	if slices.ContainsFunc(all, func(have variant) bool { return have.Inputs == v.Inputs }) {
-		return nil // make did not accept the stored object, or the object was damaged
+		return nil // `make` did not accept the stored object, or the object was damaged
 	}
 	all = append([]variant{v}, all...)
 	raw, err := json.Marshal(all[:min(len(all), maxVariants)])

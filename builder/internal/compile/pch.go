@@ -20,7 +20,7 @@ const insidePCH = "/prebake/preambles"
 var pchScript string
 
 // precompile finds the headers that many sources of a module include first, so that the compiler reads them only once.
-// It returns make's sandbox with a wrapper script in place of the compiler.
+// It returns `make`'s sandbox with a wrapper script in place of the compiler.
 //
 // For gcc and for builds with debug information, precompile returns the sandbox unchanged. There precompiled headers
 // would change the objects: the order of gcc's instructions, or the list of files in the debug information.
@@ -29,7 +29,7 @@ func (b *build) precompile(box sandbox.Config) (sandbox.Config, error) {
 		return box, nil
 	}
 	found, err := pch.Find(hostFS(b.src), insideSource)
-	if err != nil { // make may succeed with sources that Find cannot read
+	if err != nil { // `make` may succeed with sources that Find cannot read
 		fmt.Fprintf(b.watch, "prebake: no precompiled headers: %v\n", err)
 		return box, nil
 	}

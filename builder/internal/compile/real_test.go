@@ -180,7 +180,7 @@ func compileReal(t *testing.T, r compile.Request, what string) (modules, answers
 			t.Log(strings.TrimSpace(line))
 		}
 	}
-	// No other check notices that make runs conftest itself: the modules are the same.
+	// No other check notices that `make` runs conftest itself: the modules are the same.
 	if r.Cache != nil && strings.Contains(log.String(), "make has to run conftest itself") {
 		t.Errorf("%s: make has to run conftest itself", what)
 	}
@@ -194,7 +194,7 @@ func compileReal(t *testing.T, r compile.Request, what string) (modules, answers
 	return result.Modules, readAnswers(t, filepath.Join(r.WorkDir, "src/conftest"))
 }
 
-// readAnswers reads the headers with conftest's answers. It sorts the lines, because make runs the tests in no fixed
+// readAnswers reads the headers with conftest's answers. It sorts the lines, because `make` runs the tests in no fixed
 // order.
 func readAnswers(t *testing.T, dir string) map[string]string {
 	t.Helper()

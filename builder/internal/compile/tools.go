@@ -25,7 +25,7 @@ const (
 	insideOut       = "/prebake/out"
 )
 
-// kernelArch has the value of make's variable ARCH for each architecture. NVIDIA's makefiles turn x86_64 into x86.
+// kernelArch has the value of `make`'s variable ARCH for each architecture. NVIDIA's makefiles turn x86_64 into x86.
 var kernelArch = map[target.Arch]string{target.AMD64: "x86_64", target.ARM64: "arm64"}
 
 // crossPrefix is the common start of the tools' names in COS's toolchain archives.
@@ -84,7 +84,7 @@ func (t toolchain) pathOf(name string) string {
 }
 
 // findTools chooses the compiler and its companion tools: linker, assembler and others. If clang and lld built the
-// kernel, make ran with LLVM=1, so the modules are built with LLVM=1 too. For any other kernel, findTools chooses the
+// kernel, `make` ran with LLVM=1, so the modules are built with LLVM=1 too. For any other kernel, findTools chooses the
 // binutils whose names begin with the compiler's prefix.
 func findTools(r Request) (tools, error) {
 	var t tools
@@ -112,8 +112,8 @@ func findTools(r Request) (tools, error) {
 		if named := r.Env[row.variable]; toolPattern.MatchString(named) {
 			row.candidates = append([]string{named}, row.candidates...)
 		}
-		// If the toolchain has none of the candidates, make gets the first name. A build that needs the tool then fails.
-		// Without a name, make would use the host's tool unnoticed.
+		// If the toolchain has none of the candidates, `make` gets the first name. A build that needs the tool then fails.
+		// Without a name, `make` would use the host's tool unnoticed.
 		name := row.candidates[0]
 		if i := slices.IndexFunc(row.candidates, chain.has); i >= 0 {
 			name = row.candidates[i]

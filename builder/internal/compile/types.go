@@ -97,7 +97,7 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	return nil
 }
 
-// types adds BTF to the modules that make left. Kbuild's own step for this is switched off:
+// types adds BTF to the modules that `make` left. Kbuild's own step for this is switched off:
 //   - Without vmlinux in the header tree, it only prints a warning.
 //   - With vmlinux, it runs resolve_btfids, which header trees lack.
 //   - It runs pahole in parallel, which changes the order of the types from run to run.

@@ -27,8 +27,8 @@ import (
 // Conftest's answers and compiled objects are stored under a view's digest, so sibling kernels share them. No stored
 // result may contain a hidden part:
 //   - The sandboxes of conftest's questions show only the replacements.
-//   - make's sandbox shows the real files, but the recorder (see inputs.go) stores no object that may contain a hidden
-//     part.
+//   - `make`'s sandbox shows the real files, but the recorder (see inputs.go) stores no object that may contain a
+//     hidden part.
 type view struct {
 	viewFact
 	masked map[string][]byte // the replacement of each masked file, by slash path in the tree

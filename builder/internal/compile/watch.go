@@ -41,8 +41,8 @@ var (
 	objectList   = regexp.MustCompile(`^\s*obj-m\s*[+:]?=\s*(.*)$`)
 )
 
-// countWork counts the steps that make will take, from the lists in NVIDIA's Kbuild files. If the count is wrong, only
-// the progress display is less exact.
+// countWork counts the steps that `make` will take, from the lists in NVIDIA's Kbuild files. If the count is wrong,
+// only the progress display is less exact.
 func countWork(src string) work {
 	tests, sources, modules := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	_ = walkHost(src, func(path string, entry fs.DirEntry, err error) error {
@@ -93,8 +93,8 @@ func countWork(src string) work {
 // maxLine is the number of bytes that a watch examines at the start of each line.
 const maxLine = 64 << 10
 
-// watch reads make's output while make runs, and passes every byte to the log. It counts steps, measures the phases,
-// and keeps the lines for a diagnosis. Only one goroutine may write to it at a time.
+// watch reads `make`'s output while `make` runs, and passes every byte to the log. It counts steps, measures the
+// phases, and keeps the lines for a diagnosis. Only one goroutine may write to it at a time.
 type watch struct {
 	log      io.Writer
 	logErr   error
@@ -130,7 +130,8 @@ func (w *watch) reuse(phase string, n int) {
 	}
 }
 
-// note returns the text for timeline.Phase.Note, such as "6 tests, 5 remembered". done counts the steps that make took.
+// note returns the text for timeline.Phase.Note, such as "6 tests, 5 remembered". done counts the steps that `make`
+// took.
 func (w *watch) note(phase string, done int) string {
 	what := map[string][2]string{phaseConftest: {"test", "remembered"}, phaseCompile: {"file", "reused"},
 		phaseLink: {"step", ""}}[phase]
@@ -181,7 +182,7 @@ func (w *watch) end(failed bool) {
 	w.phase, w.started, w.done = "", now, 0
 }
 
-// stepLine matches the line that make prints for each step.
+// stepLine matches the line that `make` prints for each step.
 var stepLine = regexp.MustCompile(`^ +(CONFTEST|CC \[M\]|AS \[M\]|LD \[M\]|MODPOST)[: ]? *(\S*)(.*)$`)
 
 func (w *watch) read(line string) {
@@ -199,17 +200,17 @@ func (w *watch) read(line string) {
 		}
 		phase = phaseConftest
 	case "CC [M]", "AS [M]":
-		if phase != phaseLink { // make compiles the .mod.c files in the link phase
+		if phase != phaseLink { // `make` compiles the .mod.c files in the link phase
 			phase = phaseCompile
 		}
 	case "MODPOST":
 		phase = phaseLink
 	default:
-		if phase != phaseLink { // make links parts of a module while it still compiles other files
+		if phase != phaseLink { // `make` links parts of a module while it still compiles other files
 			return
 		}
 	}
-	// If every object came from the cache, make compiles nothing. w.phases still lists the compile phase.
+	// If every object came from the cache, `make` compiles nothing. w.phases still lists the compile phase.
 	if phase == phaseLink && w.phase != phaseCompile && w.phase != phaseLink && w.reused[phaseCompile] > 0 {
 		w.end(false)
 		w.phase = phaseCompile

@@ -147,7 +147,7 @@ $(HEADERS): $(obj)/conftest/uts_release
 	} {
 		file := filepath.Join(t.TempDir(), "plan")
 		cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
-		// If make runs this test, the environment has variables that the test's own make must not see.
+		// If `make` runs this test, the environment has variables that the test's own `make` must not see.
 		cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 		cmd.Stdin = strings.NewReader(row.text + conftest.PlanRules(file))
 		out, err := cmd.Output()
@@ -164,7 +164,7 @@ $(HEADERS): $(obj)/conftest/uts_release
 			t.Errorf("%s: plan differs (-want +got):\n%s", name, diff)
 		}
 	}
-	// If a sanity check fails, make must end before it writes a plan.
+	// If a sanity check fails, `make` must end before it writes a plan.
 	file := filepath.Join(t.TempDir(), "plan")
 	cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
 	cmd.Stdin = strings.NewReader(strings.Replace(text, "@echo checked $@", "@exit 1", 1) + conftest.PlanRules(file))
@@ -394,7 +394,7 @@ func TestKeyOfLinesInText(t *testing.T) {
 	}
 }
 
-// TestFiles checks that Files returns what make's rules would write.
+// TestFiles checks that Files returns what `make`'s rules would write.
 func TestFiles(t *testing.T) {
 	t.Parallel()
 	_, p := parse(t, script, plan)

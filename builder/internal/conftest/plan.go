@@ -2,14 +2,14 @@
 // exist?". The answer is the text that the script prints for the test: #define and #undef lines. The package knows:
 //   - which questions a driver asks about a kernel,
 //   - what decides each answer,
-//   - in which files make expects the answers.
+//   - in which files `make` expects the answers.
 //
 // The builder stores answers in the conftest cache by kernel view and compiler. A kernel view is a kernel's header tree
 // without the parts that differ between sibling kernels (see builder/internal/compile/view.go). So a sibling kernel,
 // and the next driver of a branch, reuse the answers.
 //
 // The package never guesses. If the format of a script or a plan is unknown, it returns [ErrShape], and its caller lets
-// make ask the questions. The package runs no program; builder/internal/compile does that.
+// `make` ask the questions. The package runs no program; builder/internal/compile does that.
 package conftest
 
 import (
@@ -23,8 +23,8 @@ import (
 // ErrShape means that a script or a plan has a format that this package does not know.
 var ErrShape = errors.New("conftest.sh has an unknown form")
 
-// categories returns the categories of compile tests. For each category, make concatenates the answers into one header,
-// such as functions.h.
+// categories returns the categories of compile tests. For each category, `make` concatenates the answers into one
+// header, such as functions.h.
 func categories() []string { return []string{"functions", "generic", "macros", "symbols", "types"} }
 
 // Plan has the questions that a driver's Kbuild file asks conftest.sh, and the arguments of the script.
@@ -55,9 +55,9 @@ var planVariables = []struct{ name, expression string }{
 	{"types", "$(NV_CONFTEST_TYPE_COMPILE_TESTS)"},
 }
 
-// PlanRules returns makefile text for the end of a driver's Kbuild file. With it, make runs the driver's sanity checks,
-// writes the plan to the given file, and stops before the first question. The rules add a prerequisite to
-// conftest/uts_release, which make makes before every header with answers. This order is in NVIDIA's releases from
+// PlanRules returns makefile text for the end of a driver's Kbuild file. With it, `make` runs the driver's sanity
+// checks, writes the plan to the given file, and stops before the first question. The rules add a prerequisite to
+// conftest/uts_release, which `make` makes before every header with answers. This order is in NVIDIA's releases from
 // 515.43.04 to 595.45.04, and in Debian's edition of them.
 func PlanRules(file string) string {
 	var b strings.Builder
@@ -80,7 +80,7 @@ var (
 	word       = regexp.MustCompile(`^[A-Za-z0-9_./+-]+$`)
 )
 
-// ParsePlan parses the text that make wrote with [PlanRules]. If its format is unknown, the error is ErrShape.
+// ParsePlan parses the text that `make` wrote with [PlanRules]. If its format is unknown, the error is ErrShape.
 func ParsePlan(text string) (*Plan, error) {
 	p := &Plan{Tests: map[string][]string{}}
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
@@ -102,7 +102,7 @@ func ParsePlan(text string) (*Plan, error) {
 		case "output":
 			p.Output = value
 		case "flags":
-			// make puts the flags between quotes for the shell.
+			// `make` puts the flags between quotes for the shell.
 			if strings.ContainsAny(value, "'\x00") {
 				return nil, fmt.Errorf("%w: the compiler flags contain a quote", ErrShape)
 			}
@@ -146,7 +146,7 @@ func (p *Plan) All() []string {
 	return slices.Compact(all)
 }
 
-// unique removes repetitions, as make's variable $^ does.
+// unique removes repetitions, as `make`'s variable $^ does.
 func unique(list []string) []string {
 	seen := map[string]bool{}
 	return slices.DeleteFunc(slices.Clone(list), func(s string) bool {
@@ -156,8 +156,8 @@ func unique(list []string) []string {
 	})
 }
 
-// Files returns the files that make would write to the folder conftest/. The caller must write them in this order: no
-// file may be older than the files from which make makes it.
+// Files returns the files that `make` would write to the folder conftest/. The caller must write them in this order: no
+// file may be older than the files from which `make` makes it.
 //
 // The two maps have the answers by name. If the plan has no headers, headers[""] is the whole content of headers.h. The
 // other arguments are the script's output for [ModePatches] and for the test uts_release.

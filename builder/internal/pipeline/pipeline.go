@@ -89,7 +89,7 @@ type Config struct {
 	// BuilderID is the URI that names the builder in the provenance and in a bucket's index. Version is the version of
 	// this program.
 	BuilderID, Version string
-	// Jobs is make's -j; 0 means one for each processor.
+	// Jobs is `make`'s -j; 0 means one for each processor.
 	Jobs     int
 	LoadTest LoadTest
 	// GuestInit and NVMLProbe are paths of programs for the load test's virtual machine.
