@@ -52,7 +52,7 @@ type world struct {
 	began   []string // started cells, in order
 	fetched []string // fetched kernels and drivers, in order
 	running map[string]bool
-	most    int // the largest number of cells that ran at the same time
+	most    int // the maximum number of cells that ran at the same time
 
 	// outcome returns the result of an attempt, counted from 1. Nil means success.
 	outcome func(c plan.Cell, attempt int) error

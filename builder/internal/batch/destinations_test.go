@@ -155,7 +155,7 @@ func (f facts) Fact(kind, key string) ([]byte, bool) {
 	return v, ok
 }
 
-// Find finds a stored failure for the same inputs, whatever the BUILD_ID, and not for changed inputs.
+// Find finds a stored failure for the same inputs, even with another BUILD_ID. It does not find it for changed inputs.
 func TestMemory(t *testing.T) {
 	t.Parallel()
 	cos := func(build string) files {

@@ -34,7 +34,8 @@ func (s fakeCOS) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverLi
 	}
 }
 
-// The labels of a wish list are set for every COS build in every bucket. Labels that it no longer contains are removed.
+// The labels of a wish list are set for every COS build in every bucket. Labels that the wish list no longer contains
+// are removed.
 func TestLabel(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

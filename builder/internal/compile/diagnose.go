@@ -27,7 +27,7 @@ type findings struct {
 }
 
 var (
-	// gcc and clang print an error in this form: file:line:column: error: text
+	// gcc and clang print an error in this format: file:line:column: error: text
 	sourceError  = regexp.MustCompile(`^([^\s:]+\.[chS]):(\d+):(?:\d+:)? (?:fatal )?error: (.*)$`)
 	modpostError = regexp.MustCompile(`^ERROR: modpost: (.*)$`)
 	makeError    = regexp.MustCompile(`^make(?:\[\d+\])?: \*\*\* (.*)$`)

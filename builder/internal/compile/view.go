@@ -63,7 +63,7 @@ func dropSalt(text []byte) []byte {
 
 func dropStrings(text []byte) []byte { return quoted.ReplaceAll(text, []byte(maskedString)) }
 
-// masks returns, for each masked file, the function that turns the content into the replacement.
+// masks returns a function for each masked file. The function turns the file's content into the replacement.
 func masks() map[string]func([]byte) []byte {
 	return map[string]func([]byte) []byte{
 		".config":                        dropSalt,

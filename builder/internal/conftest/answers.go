@@ -6,7 +6,7 @@ import (
 	"strings"
 )
 
-// Basis has everything that decides a stored answer, except the script and the question.
+// Basis has everything that decides a stored answer, except the script, the script's arguments and the question.
 type Basis struct {
 	// View is the digest of the kernel view (see the package comment). A running script may see only kernel files that
 	// this digest covers.

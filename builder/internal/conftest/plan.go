@@ -31,7 +31,8 @@ func categories() []string { return []string{"functions", "generic", "macros", "
 type Plan struct {
 	// CC, Arch, Sources and Output are the script's first four arguments.
 	CC, Arch, Sources, Output string
-	// Flags is the expanded value of NV_CONFTEST_CFLAGS. CFlags is NV_CFLAGS_FROM_CONFTEST, the script's own part of it.
+	// Flags is the expanded value of NV_CONFTEST_CFLAGS. CFlags is NV_CFLAGS_FROM_CONFTEST, the part of Flags that the
+	// script adds itself.
 	Flags, CFlags string
 	// Headers are the headers whose presence is tested, in the order of the Kbuild file. A header may occur twice.
 	Headers []string

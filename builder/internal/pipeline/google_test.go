@@ -208,7 +208,7 @@ func TestGoogleSignatures(t *testing.T) {
 		t.Errorf("the provenance has the inputs %q; want Google's signatures and root among them", got)
 	}
 
-	// From an empty cache, Make makes both artifacts again, the one with signatures and the one without.
+	// From an empty cache, Make makes both artifacts again, with and without signatures.
 	for mode, want := range map[pipeline.GoogleSignatures]string{pipeline.GoogleRequire: res.Digest,
 		pipeline.GoogleOff: plain.Digest} {
 		req := request("17800.0.9")

@@ -189,7 +189,7 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 		if err != nil {
 			return nil, "", err
 		}
-		// If no kernel match for this COS build is published, and its kernel can be booted, a load test has to run first.
+		// If no kernel match for this COS build is published, and the kernel can be booted, a load test has to run first.
 		if !attested && r.cfg.LoadTest != LoadTestOff && (in.kernel.Boot != "" || in.kernel.HasVMLinux) {
 			return nil, "not load-tested on this COS build yet", nil
 		}

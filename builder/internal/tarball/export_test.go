@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Form is one of the two file forms of gpu_driver_versions.
+// Form is one of the two file formats of gpu_driver_versions.
 type Form struct {
 	Name      string
 	edit      func(have []byte, change edit) ([]byte, error)
@@ -20,7 +20,7 @@ type Form struct {
 	Marshal   func(proto.Message) ([]byte, error)
 }
 
-// Text and Binary are the two forms.
+// Text and Binary are the two formats.
 var (
 	Text   = Form{"textproto", editText, prototext.Unmarshal, prototext.Marshal}
 	Binary = Form{"bin", editBinary, proto.Unmarshal, proto.Marshal}

@@ -61,7 +61,8 @@ func folderPath(u *url.URL) (string, error) {
 	return filepath.Clean(u.Path), nil
 }
 
-// makeFolder makes a folder and its missing parents. It syncs the parent of each, so that the names survive a crash.
+// makeFolder makes a folder and its missing parents. It syncs each new folder's parent, so that the names survive a
+// crash.
 func makeFolder(dir string, flush func(*os.File) error) error {
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return err

@@ -46,7 +46,8 @@ func labelling(s *sign.Signer, declared, said labels) tarball.Labelling {
 		Complete: true, Signer: s}
 }
 
-// withoutStates returns the objects without the signatures of lists and index, because those of old states stay.
+// withoutStates returns the objects without the signatures of lists and index. The signatures of old states stay in the
+// bucket.
 func withoutStates(all map[string]string) map[string]string {
 	all = maps.Clone(all)
 	maps.DeleteFunc(all, func(name, _ string) bool {

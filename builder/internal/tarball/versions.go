@@ -149,7 +149,7 @@ func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
 // returns have.
 func editText(have []byte, change edit) ([]byte, error) {
 	var list gpuversions.GPUDriverVersionInfoList
-	// Printing would lose an unknown field, so such a field is an error.
+	// Printing would lose an unknown field, so it is an error.
 	if err := prototext.Unmarshal(have, &list); err != nil {
 		return nil, unreadable(err)
 	}
@@ -212,5 +212,6 @@ func printText(list *gpuversions.GPUDriverVersionInfoList) []byte {
 	return []byte(b.String())
 }
 
-// forInstaller reports whether Google's installer can use the driver's tarball. It accepts only open modules there.
+// forInstaller reports whether Google's installer can use the driver's tarball. From a tarball, the installer takes
+// only open modules.
 func forInstaller(d target.Driver) bool { return d.Flavour == target.Open }
