@@ -50,8 +50,8 @@ type answerer struct {
 	plan   *conftest.Plan
 	keyer  *conftest.Keyer
 	stored conftest.Answers
-	// present is the text of conftest/headers.h, once the questions about headers have answers. wrapperDir is the folder
-	// of the compiler wrapper that uses precompiled headers.
+	// present is the text of conftest/headers.h. wrapperDir is the folder of the compiler wrapper that uses precompiled
+	// headers.
 	present, wrapperDir string
 }
 
@@ -104,8 +104,7 @@ func readStored(cache *cas.Cache, key string) (conftest.Answers, error) {
 }
 
 // findPlan returns the plan: the list of the questions that the driver's makefiles ask conftest. If the plan is not in
-// the cache, `make` runs the driver's sanity checks and writes the plan. The cache key covers the makefiles and scripts
-// of the driver and of the kernel.
+// the cache, `make` runs the driver's sanity checks and writes the plan.
 func (a *answerer) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	args := slices.Clone(a.args)
 	for i, arg := range args {

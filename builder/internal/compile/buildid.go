@@ -46,9 +46,9 @@ func writeAt(path string, data []byte, at int64) error {
 	})
 }
 
-// findBuildID returns the offset and the size in bytes of the GNU build id in an ELF file. size is 0 if the file has no
-// build id. The build id is an ELF note: three numbers of 4 bytes (size of the name, size of the content, type), the
-// name, and the content. NT_GNU_BUILD_ID is type 3.
+// findBuildID returns the offset and the size in bytes of the GNU build id in an ELF file. size is 0 if there is none.
+// The ELF specification gives the layout of a note: three numbers of 4 bytes (size of the name, size of the content,
+// type), the name, and the content. NT_GNU_BUILD_ID is type 3.
 func findBuildID(path string) (at, size int64, err error) {
 	f, err := openHostELF(path)
 	if err != nil {

@@ -361,8 +361,7 @@ func flagVariables(r Request, t tools) []string {
 	return all
 }
 
-// debugInformation reports whether to compile with debug information. Debug information takes a fifth of the compile
-// time.
+// debugInformation reports whether to compile with debug information, which takes a fifth of the compile time.
 func debugInformation(r Request) bool { return r.Debug || r.BTF != "" }
 
 // moduleFiles returns the file names of the modules that `make` left in the staged sources.

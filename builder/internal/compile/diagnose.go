@@ -137,8 +137,8 @@ func contextFault(ctx context.Context, err error) error {
 	return fault.Wrap(fault.Cancelled, err, "")
 }
 
-// diagnose returns an error with a kind, a text and a hint for a failed program, from the findings in its output. An
-// error of the sandbox or of the context stays unchanged.
+// diagnose returns an error with a kind, a text and a hint for a failed program. An error of the sandbox or of the
+// context stays unchanged.
 func diagnose(err error, f findings) error {
 	var exit *sandbox.ExitError
 	if !errors.As(err, &exit) {

@@ -151,9 +151,8 @@ func (k *recorder) inputsOf(c command) (v variant, ok bool) {
 }
 
 // driverFile adds one of the driver's files to the variant and returns the file's facts. It returns nil if the file
-// cannot be an input. An original source goes to v.Files. A file that the driver's makefiles made goes to v.Generated.
-// A header with conftest's answers is not added, because only some of its lines are inputs; answersAbout finds these
-// lines.
+// cannot be an input. It does not add a header with conftest's answers, because only some lines are inputs (see
+// answersAbout).
 func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
 	w := k.readDriverFile(rel)
 	if w == nil {

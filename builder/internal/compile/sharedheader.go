@@ -105,8 +105,7 @@ type task struct {
 	question question
 }
 
-// schedule orders the tasks. Each precompiled header is made while the questions of the previous one run, so only few
-// are on the disk at a time.
+// schedule orders the tasks so that only few precompiled headers are on the disk at a time.
 func schedule(open []question) []task {
 	var plain, all []task
 	of := map[*sharedHeader][]task{}

@@ -10,8 +10,8 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// stage copies a source tree for a build. The copies get the present time, the builder's user, and mode 0755 or 0644.
-// stage copies a link only if its target is inside the tree, and refuses every other kind of file.
+// stage copies a source tree for a build. It copies a link only if the link's target is inside the tree, and refuses
+// every other kind of file.
 func stage(ctx context.Context, src, dst string) error {
 	return filepath.WalkDir(src, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {

@@ -153,8 +153,7 @@ endif
 prebake-flags: ; @echo $(PAHOLE_FLAGS)
 `
 
-// paholeFlags returns the kernel's pahole flags, which select the kinds of types that the kernel understands. It
-// removes the flags for parallel work.
+// paholeFlags returns the kernel's pahole flags without the flags for parallel work.
 func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 	box.Dir = insideKernel
 	said, err := ask(ctx, box, "make", "-s", "-f", "/dev/null", "--eval="+flagRules, "prebake-flags")

@@ -41,8 +41,7 @@ var (
 	objectList   = regexp.MustCompile(`^\s*obj-m\s*[+:]?=\s*(.*)$`)
 )
 
-// countWork counts the steps that `make` will take, from the lists in NVIDIA's Kbuild files. If the count is wrong,
-// only the progress display is less exact.
+// countWork counts the steps that `make` will take, for the progress display only.
 func countWork(src string) work {
 	tests, sources, modules := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	_ = walkHost(src, func(path string, entry fs.DirEntry, err error) error {
@@ -93,8 +92,8 @@ func countWork(src string) work {
 // maxLine is the number of bytes that a watch examines at the start of each line.
 const maxLine = 64 << 10
 
-// watch reads `make`'s output while `make` runs, and passes every byte to the log. It counts steps, measures the
-// phases, and keeps the lines for a diagnosis. Only one goroutine may write to it at a time.
+// watch reads the output of `make` and passes every byte to the log. It counts steps, measures the phases, and keeps
+// the lines for a diagnosis. Only one goroutine may write to it at a time.
 type watch struct {
 	log      io.Writer
 	logErr   error

@@ -65,8 +65,7 @@ func Find(tree fs.FS, root string) ([]Header, error) {
 	return all, nil
 }
 
-// choose returns the precompiled headers for the sources of one module, the most useful first. A source gets at most
-// one.
+// choose returns the precompiled headers for the sources of one module. A source gets at most one.
 func (t *tree) choose(sources []string) []Header {
 	begin := map[string][]Source{} // sources by text
 	for _, name := range sources {

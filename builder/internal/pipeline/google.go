@@ -216,8 +216,8 @@ type moduleSigner struct {
 	modules string // the digest of Google's archive of modules
 }
 
-// expectedSigner returns who will sign the modules, as far as this is certain before a build makes them. With Google's
-// signatures it is not certain, because they may not fit. Then the result is the same as for unsigned modules.
+// expectedSigner returns who will sign the modules, as far as this is certain before a build makes them. Google's
+// signatures are not certain, because they may not fit: the result is then the same as for unsigned modules.
 func (s signing) expectedSigner(in *inputs) moduleSigner {
 	switch {
 	case s.own != nil:

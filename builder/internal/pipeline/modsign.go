@@ -29,8 +29,8 @@ type signing struct {
 	forced bool
 }
 
-// openSigning opens the key for the modules, if one is configured. It returns an error if the kernel loads signed
-// modules only, but this build has neither a key nor Google's signatures.
+// openSigning opens the key for the modules, if one is configured. If the kernel loads signed modules only, and this
+// build cannot sign them, openSigning returns an error.
 func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error) {
 	f, err := os.Open(filepath.Join(in.kernel.Headers, ".config"))
 	if err != nil {

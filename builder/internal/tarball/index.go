@@ -25,7 +25,7 @@ const (
 )
 
 // Index lists the drivers that are published for one COS build. Builders add drivers, and never change or remove them.
-// They also set, move and remove labels. The index contains no time, so equal lists give equal files.
+// The index contains no time, so equal lists give equal files.
 type Index struct {
 	Format  int    `json:"format"`
 	BuildID string `json:"buildId"`
