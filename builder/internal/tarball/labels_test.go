@@ -46,8 +46,8 @@ func labelling(s *sign.Signer, declared, said labels) tarball.Labelling {
 		Complete: true, Signer: s}
 }
 
-// withoutStates returns the objects without the signatures of lists and index, because the signatures of their former
-// states stay in the bucket.
+// withoutStates returns the objects without the signatures of lists and index. The signatures of old states stay in the
+// bucket.
 func withoutStates(all map[string]string) map[string]string {
 	all = maps.Clone(all)
 	maps.DeleteFunc(all, func(name, _ string) bool {
@@ -56,8 +56,7 @@ func withoutStates(all map[string]string) map[string]string {
 	return all
 }
 
-// rowsOf returns one line for each label in the text form of gpu_driver_versions, with row, label and version. The
-// binary form must have the same labels.
+// rowsOf returns one line for each label in gpu_driver_versions: row, label and version. Both formats must agree.
 func rowsOf(t testing.TB, all map[string]string) []string {
 	t.Helper()
 	var forms [2][]string
@@ -87,8 +86,7 @@ func rowsOf(t testing.TB, all map[string]string) []string {
 	return forms[0]
 }
 
-// The labels in a bucket follow the declared labels and COS's labels. A label that nobody wants any more disappears
-// completely.
+// The labels in a bucket follow the declared labels and COS's labels. An unwanted label disappears completely.
 func TestLabels(t *testing.T) {
 	eachStore(t, func(t *testing.T, dest string) {
 		s, _ := newSigner(t)
@@ -186,7 +184,7 @@ func checkSigned(t testing.TB, all map[string]string, s *sign.Signer) {
 	}
 }
 
-// A build that sets labels itself moves only the labels that it wants. Labels that were declared in another run stay.
+// A build that sets labels itself moves only the labels that it wants.
 func TestLabelsOfOneBuild(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -309,8 +307,8 @@ func TestLabelsNeedTarballs(t *testing.T) {
 	}
 }
 
-// TestLabelsCutOffAnywhere interrupts a change of labels at every call to the bucket, before and after the call took
-// effect. The index must have every label that is in the lists, so that a later run can remove all labels.
+// TestLabelsCutOffAnywhere interrupts a change of labels at every call to the bucket. The index must have every label
+// that is in the lists.
 func TestLabelsCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	s, _ := newSigner(t)
@@ -424,8 +422,7 @@ func TestLabellingRefuses(t *testing.T) {
 	}
 }
 
-// FuzzRelabel sets labels in an arbitrary list and removes them again. Then the list must have the same entries as
-// before.
+// FuzzRelabel sets labels in an arbitrary list and removes them again. The entries must be as before.
 func FuzzRelabel(f *testing.F) {
 	f.Add([]byte(cosText))
 	f.Add([]byte(`gpu_driver_version_info { gpu_device { gpu_type: "OTHERS" } supported_driver_versions { version: "535.261.03" } supported_driver_versions { label: "R535" version: "535.261.03" } }`))
