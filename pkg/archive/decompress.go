@@ -31,12 +31,11 @@ const (
 // sniffLen is the number of bytes that Detect needs. The longest signature is "ustar" at offset 257 of a tar header.
 const sniffLen = 262
 
-// zstdWindow is the largest window that a zstd frame may ask for. The zstd modes --ultra and --long stay at or below
-// 128 MiB.
+// zstdWindow is the largest window that a zstd frame may ask for. zstd itself asks for 128 MiB at most.
 const zstdWindow = 128 << 20
 
-// Detect returns the format of a stream that begins with head; "" means that the format is not known. Detect needs 262
-// bytes to recognise a plain tar, and 6 bytes for the other formats.
+// Detect returns the format of a stream that begins with head, or "". A plain tar needs 262 bytes of head; the other
+// formats need 6.
 func Detect(head []byte) Format {
 	switch {
 	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
@@ -51,11 +50,10 @@ func Detect(head []byte) Format {
 	return ""
 }
 
-// Decompress returns the tar inside r. The first bytes of r decide which decoder it uses. The caller must close the
-// result. Close ends the decoder or its process, but does not close r.
+// Decompress returns the tar inside r. The caller must close the result, which does not close r.
 //
-// xzTool is the path of an xz program; "" means the decoder in Go. The program is several times faster, which matters
-// for an archive of gigabytes. If the program fails, the next Read returns the error.
+// xzTool is the path of an xz program; "" means the decoder in Go, which is several times slower. If the program fails,
+// the next Read returns the error.
 func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser, Format, error) {
 	br := bufio.NewReaderSize(r, 256<<10)
 	head, err := br.Peek(sniffLen)
@@ -95,12 +93,12 @@ func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser,
 	return nil, "", refuse("read archive: neither a tar nor a tar that is compressed with gzip, xz or zstd")
 }
 
-// xzDict is the largest dictionary that an xz stream may ask for. xz -9 asks for 64 MiB. The decoder allocates the
+// xzDict is the largest dictionary that an xz stream may ask for; xz -9 asks for 64 MiB. The decoder allocates the
 // dictionary before it reads any data, so the bound is checked first.
 const xzDict = 256 << 20
 
-// xzMemory is the flag that limits the memory of an xz program. The limit is higher than xzDict, because the program
-// runs several threads.
+// xzMemory limits the memory of an xz program. The limit is higher than xzDict because the program runs several
+// threads.
 const xzMemory = "--memlimit-decompress=1GiB"
 
 // checkXZ refuses a stream whose first block asks for a dictionary of more than xzDict bytes. The block header follows

@@ -29,8 +29,8 @@ const (
 	endOfHeader     = 0x250
 )
 
-// Linked returns the kernel inside a bzImage as the linker wrote it: an ELF file without debug information. Debian
-// compresses the kernel with LZ4, and from 6.12 on with zstd. The kernel that this repository compiles uses gzip.
+// Linked returns the ELF file inside a bzImage, without debug information. The kernel may be compressed with LZ4, zstd
+// or gzip.
 func Linked(image []byte) ([]byte, error) {
 	bad := func(format string, args ...any) error {
 		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...),

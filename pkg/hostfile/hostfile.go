@@ -1,5 +1,5 @@
-// Package hostfile copies files and computes their checksums, by path. It refuses to overwrite an existing file. It is
-// not for paths that somebody else chose: open those through an os.Root, and pass the open files to Fill.
+// Package hostfile copies files by path and computes their checksums. It never overwrites a file. For paths that
+// somebody else chose, use an os.Root, and pass the open files to Fill.
 package hostfile
 
 import (

@@ -32,7 +32,7 @@ type Rules struct {
 	MadeFor string
 }
 
-// Problem is one reason why the kernel would refuse a module, or would crash after it loaded the module.
+// Problem is one reason why the kernel would refuse a module or crash after loading it.
 type Problem struct {
 	Module string
 	// Symbol is the symbol that the problem is about. It may be empty.
@@ -61,8 +61,8 @@ const (
 // maxProblems is the greatest number of problems that Check reports for each module.
 const maxProblems = 8
 
-// Check reports every reason why this kernel would refuse the modules if they were loaded together. In the errors,
-// these modules are called the set. The error is of kind fault.CheckFailed, and wraps a [Problem] for each reason.
+// Check reports every reason why this kernel would refuse the modules, loaded together. The error is of kind
+// fault.CheckFailed, and wraps a [Problem] for each reason. The texts call these modules the set.
 func Check(mods []*Module, rules Rules) error {
 	c := checker{rules: rules, set: map[string]*Module{}, exporter: map[string]*Module{}, own: rules.Symvers.modules()}
 	var errs []error
@@ -137,8 +137,7 @@ func (c *checker) module(m *Module) {
 	for _, s := range m.Imports {
 		c.symbol(m, s, needs)
 	}
-	// The field CRCs also has checksums of names that are not imported symbols, such as module_layout. The kernel compares
-	// them too.
+	// CRCs also has checksums of names that are not imported, such as module_layout. The kernel compares them too.
 	if c.rules.ModVersions {
 		for _, name := range slices.Sorted(maps.Keys(m.CRCs)) {
 			if _, imported := slices.BinarySearchFunc(m.Imports, name,
@@ -152,9 +151,8 @@ func (c *checker) module(m *Module) {
 	}
 }
 
-// origin checks that a module was built with the source tree of this kernel. It compares processor, build salt, size of
-// struct module and ABI fingerprint. If two sibling kernels have the same release and compare no checksums, only these
-// facts tell a module for one kernel from a module for the other.
+// origin checks that a module was built with the source tree of this kernel. Only these facts tell two sibling kernels
+// apart if they have the same release and compare no checksums.
 func (c *checker) origin(m *Module) {
 	if c.rules.Machine != elf.EM_NONE && m.Machine != c.rules.Machine {
 		c.add(m, "", remedyKernel, "made for processor %v; this kernel is for processor %v", m.Machine, c.rules.Machine)
