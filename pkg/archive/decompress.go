@@ -102,8 +102,8 @@ const xzDict = 256 << 20
 const xzMemory = "--memlimit-decompress=1GiB"
 
 // checkXZ refuses a stream whose first block asks for a dictionary of more than xzDict bytes. The block header follows
-// the 12 bytes of the stream header (.xz file format 1.2.1, sections 3.1 and 5.3.1). The block header holds its own
-// size, flags, up to two optional sizes, and then the filters. LZMA2 is filter 0x21, with one byte of properties.
+// the 12 bytes of the stream header (.xz file format 1.2.1, sections 3.1 and 5.3.1). It holds its own size, flags, up
+// to two optional sizes, and the filters. LZMA2 is filter 0x21, with one byte of properties.
 func checkXZ(br *bufio.Reader) error {
 	head, _ := br.Peek(12 + 64) // a header with LZMA2 alone is far shorter
 	if len(head) < 14 || head[12] == 0 {
@@ -172,8 +172,7 @@ func (p *xzProcess) Read(b []byte) (int, error) {
 	return n, p.err
 }
 
-// Close stops the program. A tar ends before its padding is read, so Close often meets a program that still runs;
-// stopping it is no error.
+// Close stops the program, which often still runs: a tar ends before its padding is read. That is no error.
 func (p *xzProcess) Close() error {
 	p.cancel()
 	if !p.done {

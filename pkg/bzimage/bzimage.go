@@ -18,8 +18,8 @@ import (
 // maxLinked is the greatest size, in bytes, of an ELF kernel without its debug information.
 const maxLinked = 512 << 20
 
-// Offsets of the fields in a bzImage's setup header that locate the compressed kernel, from
-// Documentation/arch/x86/boot.rst. Version 2.08 of the boot protocol and later versions have all of them.
+// Offsets in a bzImage's setup header of the fields that locate the compressed kernel, from
+// Documentation/arch/x86/boot.rst. Version 2.08 of the boot protocol added the last of them.
 const (
 	atSetupSects    = 0x1f1
 	atHeaderMagic   = 0x202

@@ -143,7 +143,7 @@ func candidates(ctx context.Context, root *ucli.Command, words []string) []Candi
 // are not offered.
 var plainValue = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,~-]*$`)
 
-// withPrefix returns the candidates that begin with what the user has typed, and puts the argument prefix before each.
+// withPrefix returns the candidates that begin with the typed text. It puts the prefix before each of them.
 func withPrefix(typed, prefix string, all []Candidate) []Candidate {
 	var out []Candidate
 	for _, c := range all {

@@ -151,8 +151,8 @@ func (c *checker) module(m *Module) {
 	}
 }
 
-// origin checks that a module was built with the source tree of this kernel. Only these facts tell two sibling kernels
-// apart if they have the same release and compare no checksums.
+// origin checks that a module was built with the source tree of this kernel. Sibling kernels may have the same release
+// and compare no checksums, and only these facts tell their modules apart.
 func (c *checker) origin(m *Module) {
 	if c.rules.Machine != elf.EM_NONE && m.Machine != c.rules.Machine {
 		c.add(m, "", remedyKernel, "made for processor %v; this kernel is for processor %v", m.Machine, c.rules.Machine)
@@ -220,8 +220,8 @@ func (c *checker) crc(m *Module, symbol string, want uint32, whose string) {
 	}
 }
 
-// gplCompatible reports whether the kernel treats a licence as compatible with the GPL. The list is that of
-// license_is_gpl_compatible in the kernel's include/linux/license.h.
+// gplCompatible reports whether the kernel treats a licence as compatible with the GPL, as license_is_gpl_compatible in
+// include/linux/license.h does.
 func gplCompatible(license string) bool {
 	switch license {
 	case "GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL":
@@ -230,8 +230,8 @@ func gplCompatible(license string) bool {
 	return false
 }
 
-// Order sorts the modules for loading. Each module comes after the given modules on which it depends. Modules that do
-// not depend on each other are sorted by name. Order fails if a module depends on itself, directly or through others.
+// Order sorts the modules for loading: each after the modules on which it depends, otherwise by name. It fails if a
+// module depends on itself, directly or through others.
 func Order(mods []*Module) ([]*Module, error) {
 	waiting := map[string]*Module{}
 	for _, m := range mods {

@@ -1,6 +1,6 @@
-// Package modinfo reads the facts of a compiled kernel module (.ko) and of a kernel's Module.symvers. It checks
-// whether the kernel would load the modules. It does not load or change a module, and it trusts no file: every size in
-// a file is bounded, because the file may be hostile.
+// Package modinfo reads the facts of a compiled kernel module (.ko) and of a kernel's Module.symvers, and checks
+// whether the kernel would load the modules. It never loads or changes a module. The files may be hostile, so every
+// size in them is bounded.
 package modinfo
 
 import (
@@ -72,8 +72,8 @@ type Symbol struct {
 // Canonical returns a module's name in the form that the kernel compares: with _ for each -.
 func Canonical(name string) string { return strings.ReplaceAll(name, "-", "_") }
 
-// Upper limits for a module file, in bytes or symbols. The largest real module is nvidia.ko of the open flavour. It has
-// 250 MB as built, and 100,000 symbols. Each of its tables has less than a tenth of the limit for that table.
+// Upper limits for a module file, in bytes or symbols. The largest real module is nvidia.ko of the open flavour: 250 MB
+// as built, with 100,000 symbols.
 const (
 	maxFile    = 2 << 30
 	maxSection = 64 << 20
@@ -217,7 +217,7 @@ func first(values []string) string {
 	return values[0]
 }
 
-// structName reads the name in struct module, for modules without name= (before Linux 4.13). The name comes after the
+// structName reads the name in struct module, for modules without name= (before Linux 4.13). Before the name are the
 // state (an int with padding) and a list head.
 func structName(f *elf.File) (string, error) {
 	const offset, length = 24, 56
@@ -229,9 +229,9 @@ func structName(f *elf.File) (string, error) {
 	return Canonical(string(name)), nil
 }
 
-// readVersions reads the checksums that the module expects. They are in the section __versions. Each record has 64
-// bytes: a checksum in the first eight, and a name in the others. Since Linux 6.14, a module may have the checksums in
-// two other sections instead (CONFIG_EXTENDED_MODVERSIONS). Names may be longer there.
+// readVersions reads the checksums that the module expects. A record of the section __versions is a checksum of eight
+// bytes and a name of 56. Since Linux 6.14, two other sections may hold the checksums, with longer names
+// (CONFIG_EXTENDED_MODVERSIONS).
 func (m *Module) readVersions(f *elf.File) error {
 	const record, nameAt = 64, 8
 	m.CRCs = map[string]uint32{}
@@ -325,8 +325,8 @@ func (m *Module) readSymbols(f *elf.File) error {
 }
 
 // SignatureMagic is the end of a signed module. The twelve bytes before it are the kernel's struct module_signature.
-// The third of these bytes is the kind of signature (2 is PKCS #7). The last four are the signature's length in bytes,
-// with the most significant byte first.
+// The third of them is the kind of signature (2 is PKCS #7). The last four are the signature's length in bytes,
+// big-endian.
 const SignatureMagic = "~Module signature appended~\n"
 
 // signatureSize returns the number of bytes of the appended signature with its trailer, or 0 if there is none.

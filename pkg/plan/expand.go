@@ -33,8 +33,8 @@ type Cell struct {
 	Labels []string `json:"labels,omitempty"`
 	// EarlyWarning says that a failure of the cell is reported but raises no alarm.
 	EarlyWarning bool `json:"earlyWarning,omitempty"`
-	// Listed says that the flavour comes from the wish list's general list of flavours. If it is true and the release does
-	// not have the flavour, that is no failure.
+	// Listed says that the flavour comes from the wish list's general list of flavours. It is then no failure if the
+	// release lacks the flavour.
 	Listed bool `json:"-"`
 	// Problem says why the cell cannot be built; nil means that it can.
 	Problem *Problem `json:"problem,omitempty"`
@@ -63,8 +63,8 @@ type Plan struct {
 	Notes []string `json:"notes,omitempty"`
 }
 
-// Labels returns, for each kernel that has cells, the labels of the wish list and the driver version of each label. The
-// version is "" if the bucket has no version for that driver and kernel.
+// Labels returns the driver version of each label in the wish list, for each kernel with cells. A version is "" if the
+// bucket has none for that driver and kernel.
 func (p *Plan) Labels() map[target.Kernel]map[string]string {
 	all := map[target.Kernel]map[string]string{}
 	for _, c := range p.Cells {
@@ -84,8 +84,8 @@ func (p *Plan) Labels() map[target.Kernel]map[string]string {
 // maxRequests is the largest number of simultaneous requests to the bucket.
 const maxRequests = 8
 
-// Expand returns the cells of a wish list. If one kernel or one driver cannot be resolved, its cell has a Problem, and
-// the other cells are not affected. The argument images is the image map, or nil if the wish list has none.
+// Expand returns the cells of a wish list. If a kernel or a driver cannot be resolved, only its cell has a Problem.
+// images may be nil.
 func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, error) {
 	e := &expander{wish: w, bucket: b, images: images, unused: map[int]bool{}}
 	for i := range w.Exclude {
@@ -139,8 +139,8 @@ type wantedKernel struct {
 	err    error
 }
 
-// kernels resolves the wish list's entries for kernels. A kernel that several entries ask for appears once. It is an
-// early warning only if all these entries are early warnings.
+// kernels resolves the wish list's entries for kernels. A kernel of several entries appears once, and is an early
+// warning only if all its entries are.
 func (e *expander) kernels(ctx context.Context) []wantedKernel {
 	var all []wantedKernel
 	var known *listing
@@ -209,16 +209,16 @@ func merge(all []wantedKernel, w wantedKernel) []wantedKernel {
 	return append(all, w)
 }
 
-// listing caches which COS builds the bucket has. A bucket has thousands of them, so newestKernels asks for the boards
-// of a COS build only if a wish may want that build.
+// listing caches which COS builds the bucket has. Boards are read only when a wish needs them, because a bucket has
+// thousands of COS builds.
 type listing struct {
 	ids    []string // newest first
 	boards map[string][]target.Kernel
 	err    error
 }
 
-// listBuilds returns the COS builds of the bucket. A bucket on a plain web server cannot be listed. The COS builds then
-// come from the image map.
+// listBuilds returns the COS builds of the bucket, or of the image map if the bucket is a plain web server, which has
+// no listing.
 func (e *expander) listBuilds(ctx context.Context) *listing {
 	l := &listing{boards: map[string][]target.Kernel{}}
 	l.ids, l.err = e.bucket.BuildIDs(ctx)
@@ -291,8 +291,7 @@ type answer struct {
 	err  error
 }
 
-// readLists reads the bucket's driver list of each kernel. If every wish is an exact version, no list is needed, and
-// readLists reads none.
+// readLists reads the bucket's driver list of each kernel, unless every wish is an exact version.
 func (e *expander) readLists(ctx context.Context, kernels []wantedKernel) []answer {
 	all := make([]answer, len(kernels))
 	if !slices.ContainsFunc(e.wish.Drivers, func(d Driver) bool { _, exact := d.Wish.Exact(); return !exact }) {
@@ -392,8 +391,8 @@ func choose(w target.Wish, a answer) (string, *Problem) {
 	return version, nil
 }
 
-// isExcluded reports whether an exclude rule removes a cell. If the cell has no version, the driver of a rule is
-// compared with the text of the wish.
+// isExcluded reports whether an exclude rule removes a cell. A cell without a version is compared by the text of its
+// wish.
 func (e *expander) isExcluded(c Cell, asked string) bool {
 	if c.Problem != nil && c.Kernel.BuildID == "" {
 		return false

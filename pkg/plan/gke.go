@@ -29,8 +29,8 @@ func CompareGKE(a, b string) int {
 	return target.CompareVersions(strings.Replace(a, "-gke.", ".", 1), strings.Replace(b, "-gke.", ".", 1))
 }
 
-// GKE returns the kernels of the image map that GKE's nodes boot, newest BUILD_ID first. It also returns the GKE
-// versions of each kernel, newest first, by the key BUILD_ID/board.
+// GKE returns the image map's kernels that GKE's nodes boot, newest BUILD_ID first. It also returns each kernel's GKE
+// versions, newest first, by the key BUILD_ID/board.
 func (m *ImageMap) GKE() (kernels []target.Kernel, versions map[string][]string) {
 	if m == nil {
 		return nil, nil

@@ -18,8 +18,7 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the generated schema")
 
-// versionPattern is the form of a driver version. [target.ValidVersion] accepts the same texts, except that it refuses
-// a flavour's name as a suffix.
+// versionPattern matches a driver version. Unlike [target.ValidVersion], it accepts a flavour's name as a suffix.
 const versionPattern = `[0-9]{1,5}(\.[0-9]{1,5}){1,3}(-[a-z][a-z0-9]{0,15}){0,2}`
 
 func TestVersionPattern(t *testing.T) {

@@ -44,8 +44,8 @@ func runWorker(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	return order
 }
 
-// TestPriorities checks that a build that somebody waits for comes before a build that only a wish list wants. The
-// order of insertion does not matter, and the priority may be raised after the insertion.
+// TestPriorities checks that a build that somebody waits for comes before a build of a wish list, in any order of
+// insertion and after a change of priority.
 func TestPriorities(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -91,8 +91,8 @@ func TestCancel(t *testing.T) {
 	})
 }
 
-// TestRelease checks that Release makes the running job of a dead worker available to a worker of any name. A waiting
-// job does not change.
+// TestRelease checks that Release makes a dead worker's running job available to any worker, and changes no waiting
+// job.
 func TestRelease(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -131,8 +131,8 @@ func TestRelease(t *testing.T) {
 	})
 }
 
-// TestReleasedWorkerComesBack checks a worker that returns after its job was released, while the successor works on the
-// build. Neither its success nor its failure ends the successor's job.
+// TestReleasedWorkerComesBack checks a worker that returns after its job was released. It must not end the successor's
+// job.
 func TestReleasedWorkerComesBack(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]error{"success": nil,
@@ -185,8 +185,8 @@ func TestReleasedWorkerComesBack(t *testing.T) {
 	}
 }
 
-// TestDeadWorkersBuildIsNext checks that the build of a dead worker is the next one, however many builds wait. This
-// holds after a release, and after a process of the same name has started again.
+// TestDeadWorkersBuildIsNext checks that the build of a dead worker comes before all waiting builds. This holds after a
+// release, and after a process of the same name has started.
 func TestDeadWorkersBuildIsNext(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"release", "same name"} {

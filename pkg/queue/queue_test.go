@@ -177,8 +177,8 @@ func TestStopHandsBack(t *testing.T) {
 	})
 }
 
-// TestKilledWorker checks the running job of a killed worker. The next process with the same id gets the job again; a
-// process with another id does not.
+// TestKilledWorker checks the running job of a killed worker. Only the next process with the same id gets the job
+// again.
 func TestKilledWorker(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {

@@ -16,16 +16,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Within writes to the queue inside a transaction of the caller. The writes take effect when that transaction is
-// committed, together with all its other writes.
+// Within writes to the queue inside a transaction of the caller. The writes take effect when the transaction is
+// committed.
 type Within struct {
 	q    *Queue
 	conn *sql.Conn
 	tx   *sql.Tx
 }
 
-// Within returns the queue for writes in tx, a transaction on conn. Both must belong to the queue's own database. For
-// PostgreSQL they must come from the database/sql driver "pgx".
+// Within returns the queue for writes in a transaction on a connection. Both must belong to the queue's own database.
+// For PostgreSQL they must come from the database/sql driver "pgx".
 func (q *Queue) Within(conn *sql.Conn, tx *sql.Tx) Within { return Within{q, conn, tx} }
 
 // Insert works as [Queue.Insert] does.
@@ -92,8 +92,7 @@ func inTx[T any](c *river.Client[T], tx T) database {
 	}
 }
 
-// borrowedConn is a connection on which database/sql has begun a transaction. River may use the transaction, but only
-// database/sql may end it.
+// borrowedConn is a connection with a transaction of database/sql. River may use the transaction, but must not end it.
 type borrowedConn struct{ *connection }
 
 // connection is another name of pgx.Conn. A field that is embedded as Conn would hide the method Conn of borrowedConn.

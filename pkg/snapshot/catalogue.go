@@ -1,10 +1,15 @@
-// Package snapshot handles snapshots: signed lists of the artifacts that a farm has published and withdrawn. A node
-// checks a snapshot without a connection to the farm. The package defines the form of the list. Its client reads the
-// list from any web server or folder, by the rules of TUF (The Update Framework, 1.0).
+// Package snapshot handles snapshots: signed lists of the artifacts that a farm has published and withdrawn. It defines
+// the format of the list. Its client reads the list from any web server or folder, by the rules of TUF (The Update
+// Framework, 1.0). A node checks the list without a connection to the farm.
 //
-// The client refuses a list in each of these cases: it is older than a list that the client has seen; it has expired;
-// it mixes parts of several lists; it is longer than its signed size; or too few of the trusted keys signed it. The
-// package does not sign, and does not decide whether a node may use an artifact.
+// The client refuses a list in each of these cases:
+//   - It is older than a list that the client has seen.
+//   - It has expired.
+//   - It mixes parts of several lists.
+//   - It is longer than its signed size.
+//   - Too few of the trusted keys signed it.
+//
+// The package does not sign, and does not decide whether a node may use an artifact.
 package snapshot
 
 import (
@@ -21,8 +26,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Schema is the version of the list's form. A client refuses any other version. New fields need no new version, because
-// clients ignore fields that they do not know.
+// Schema is the version of the list's format. A client refuses any other version. New fields need no new version,
+// because clients ignore unknown fields.
 const Schema = 1
 
 // Name is the TUF target name of the list.
@@ -58,8 +63,8 @@ type Catalogue struct {
 type Artifact struct {
 	Digest string `json:"digest"`
 	State  State  `json:"state"`
-	// Reason says why a withdrawn artifact must not be used. Replacement is the digest of the artifact to use in its
-	// place; "" means that the operator gave none.
+	// Reason says why a withdrawn artifact must not be used. Replacement is the digest of the artifact to use instead; it
+	// may be "".
 	Reason      string             `json:"reason,omitempty"`
 	Replacement string             `json:"replacement,omitempty"`
 	Driver      target.Driver      `json:"driver"`

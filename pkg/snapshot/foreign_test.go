@@ -18,9 +18,8 @@ type bytesOf struct{ bytes.Buffer }
 
 func (b *bytesOf) Delete() error { b.Reset(); return nil }
 
-// TestForeignClient reads the folder with another implementation of a TUF client: the first generation of the Update
-// Framework's Go client (go-tuf 0.7). This client shares only the encoder of canonical JSON with the library that
-// writes the folder.
+// TestForeignClient reads the folder with another implementation of a TUF client, go-tuf 0.7. It shares only the
+// encoder of canonical JSON with the library that writes the folder.
 func TestForeignClient(t *testing.T) {
 	t.Parallel()
 	now := time.Now().UTC() // the foreign client always uses the system clock

@@ -9,9 +9,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
-// TestLostFolder checks the recovery of a lost folder, as docs/how-to/snapshot.md describes it. Nodes accept a new
-// folder that has the old roots and a list version above the last one. Nobody needs to know how often the timestamp was
-// refreshed.
+// TestLostFolder checks the recovery of a lost folder, as docs/how-to/snapshot.md describes it. The new folder needs
+// only the old roots and a list version above the last one.
 func TestLostFolder(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)

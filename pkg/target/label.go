@@ -5,8 +5,7 @@ import (
 	"strings"
 )
 
-// ParseLabel reads a label of COS's driver lists in its exact spelling: DEFAULT, LATEST, or a branch such as R535. It
-// returns the wish of the same meaning.
+// ParseLabel reads a label of COS's driver lists in its exact spelling: DEFAULT, LATEST, or a branch such as R535.
 func ParseLabel(s string) (Wish, error) {
 	switch w := Wish(strings.ToLower(s)); {
 	case s == strings.ToUpper(s) && (w == Default || w == Latest):

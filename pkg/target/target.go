@@ -95,8 +95,7 @@ func (k Kernel) Check() error {
 	return nil
 }
 
-// BoardArch returns the architecture of a COS board. The names of Arm boards end in -arm64, as lakitu-arm64 does; all
-// other boards are x86.
+// BoardArch returns the architecture of a COS board. The names of Arm boards end in -arm64, as in lakitu-arm64.
 func BoardArch(board string) Arch {
 	if strings.HasSuffix(board, "-arm64") {
 		return ARM64
@@ -127,8 +126,8 @@ func ParseFlavour(s string) (Flavour, error) {
 
 // Driver is one NVIDIA release in one flavour.
 type Driver struct {
-	// Version is NVIDIA's version, such as 535.261.03. If the runfile's name has a suffix, so has the version, as in
-	// 535.261.03-grid; see [ModuleVersion].
+	// Version is NVIDIA's version, such as 535.261.03, with the suffix in the runfile's name, as in 535.261.03-grid; see
+	// [ModuleVersion].
 	Version string  `json:"version"`
 	Flavour Flavour `json:"flavour"`
 }
@@ -148,14 +147,12 @@ func ParseDriver(version, flavour string) (Driver, error) {
 	return Driver{Version: version, Flavour: f}, nil
 }
 
-// Modules returns the driver without the suffix of its runfile. The modules, libraries and firmware of a driver do not
-// contain the suffix.
+// Modules returns the driver without the suffix of its runfile, which modules, libraries and firmware do not contain.
 func (d Driver) Modules() Driver { return Driver{ModuleVersion(d.Version), d.Flavour} }
 
-// ValidVersion reports whether s has the form of an NVIDIA driver version. The form is two to four numbers with dots,
-// then up to two words, each after a dash. The words are the name of an edition of the release:
-// NVIDIA-Linux-x86_64-535.261.03-grid.run is the edition for guests of vGPU. A flavour's name is not allowed as such a
-// word, because tags have the flavour after the version.
+// ValidVersion reports whether s has the format of an NVIDIA driver version: two to four numbers with dots, then up to
+// two words, each after a dash. The words name an edition of the release: NVIDIA-Linux-x86_64-535.261.03-grid.run is
+// for guests of vGPU. A flavour's name is no such word, because tags have the flavour after the version.
 func ValidVersion(s string) bool {
 	m := versionPattern.FindStringSubmatch(s)
 	if m == nil {
@@ -212,8 +209,8 @@ func CompareVersions(a, b string) int {
 // Wish is a request for a driver before a version is chosen.
 type Wish string
 
-// The two wishes that are words. Their names follow COS's fields gpu_default_version and gpu_latest_version. Every
-// other wish is a branch, such as R535, or an exact version.
+// The two wishes that are words, named like COS's fields gpu_default_version and gpu_latest_version. Every other wish
+// is a branch, such as R535, or an exact version.
 const (
 	Default Wish = "default"
 	Latest  Wish = "latest"
@@ -234,8 +231,8 @@ var gpuPattern = regexp.MustCompile(`^[A-Z0-9][A-Z0-9_]{0,63}$`)
 // ValidGPU reports whether a text has the form of a gpu_type of COS.
 func ValidGPU(s string) bool { return gpuPattern.MatchString(s) }
 
-// ParseGPUWish reads every wish that ParseWish reads. It also reads default, latest or a branch for one GPU type, as in
-// default@NVIDIA_L4, because COS's driver lists have versions for each GPU type.
+// ParseGPUWish reads every wish that ParseWish reads, and also default, latest or a branch for one GPU type, as in
+// default@NVIDIA_L4.
 func ParseGPUWish(s string) (Wish, error) {
 	name, gpu, found := strings.Cut(s, "@")
 	w, err := ParseWish(name)
@@ -261,8 +258,8 @@ func (w Wish) Exact() (string, bool) { return string(w), ValidVersion(string(w))
 // BranchName returns the branch, and true, if the wish is a branch.
 func (w Wish) BranchName() (string, bool) { return string(w), branchPattern.MatchString(string(w)) }
 
-// Fingerprint is the ABI fingerprint of a kernel: "sha256:" and 64 hex digits. The hash covers the contents of the
-// header tree (without timestamps), the configuration, Module.symvers and the toolchain.
+// Fingerprint is the ABI fingerprint of a kernel: "sha256:" and 64 hex digits. The hash covers the header tree (without
+// timestamps), the configuration, Module.symvers and the toolchain.
 type Fingerprint string
 
 // ParseFingerprint checks the form of a fingerprint.
@@ -283,8 +280,8 @@ func (f Fingerprint) Short() string {
 // sortFields is the largest number of fields in a version. Driver versions have up to four fields, BUILD_IDs three.
 const sortFields = 4
 
-// SortKey returns a key for a driver version or a BUILD_ID. Compared byte by byte, keys have the order of
-// [CompareVersions]. Databases need such keys, because they cannot call that function.
+// SortKey returns a key for a driver version or a BUILD_ID. Compared byte by byte, as databases do, keys have the order
+// of [CompareVersions].
 func SortKey(version string) string {
 	numbers, suffix, _ := strings.Cut(version, "-")
 	fields := strings.Split(numbers, ".")

@@ -1,5 +1,5 @@
 // Package testkit holds small real parts for tests: a registry in this process, a key pair, and a signed sample
-// artifact. Only test files import it. It replaces nothing that a test could use for real.
+// artifact. Only test files import it.
 package testkit
 
 import (
@@ -31,8 +31,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Registry runs a registry until the test ends, and returns its host:port. The argument referrers says whether the
-// registry has the referrers API.
+// Registry runs a registry until the test ends, with or without the referrers API. It returns the registry's host:port.
 func Registry(t testing.TB, referrers bool) string {
 	t.Helper()
 	s := httptest.NewServer(ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)),
@@ -201,7 +200,7 @@ func SampleKernel(patch string) target.Kernel {
 	}
 }
 
-// NewSample makes an artifact for a kernel and driver, signed with key. Its module files are not real modules. Another
+// NewSample makes an artifact for a kernel and driver, signed with key. Its module files are not real modules. Each
 // salt gives another artifact with the same [bundle.Identity].
 func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt string) Sample {
 	t.Helper()

@@ -123,8 +123,7 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 	}
 }
 
-// A disk stays after its machine's end. Flushed data is there at the next boot, and data that was not flushed is lost
-// when the power is cut.
+// TestBootWithDisk checks that a disk outlives its machine. Only data that was flushed is there at the next boot.
 func TestBootWithDisk(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
@@ -168,9 +167,9 @@ func TestBootWithDisk(t *testing.T) {
 	}
 }
 
-// COS's kernels for Arm have no driver for the serial port of the events. The kernel of this test has the driver, but
-// an argument on its command line keeps the driver from starting. On amd64 the machine gets the same PCI serial port as
-// on arm64.
+// TestBootWithoutSerialDriver checks the events on a kernel without a driver for their serial port, such as COS's
+// kernels for Arm. An argument on the kernel's command line disables the driver. On amd64 the machine gets the PCI
+// serial port of arm64.
 func TestBootWithoutSerialDriver(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)

@@ -32,11 +32,11 @@ type platform struct {
 // platforms has the machine of each architecture.
 //
 // On amd64 the processor has everything that the emulator supports, except AVX2. Under emulation, Go's AVX2 code for
-// SHA-256 is slower than its plain code, and a node hashes much data.
+// SHA-256 is slower than its plain code.
 //
-// On arm64 the processor is the processor of COS's Arm nodes. With qemu's processor "max", the emulation of pointer
-// authentication would take most of the time. The machine's only built-in serial port is the console, so the events use
-// a serial port on PCI.
+// On arm64 the processor is that of COS's Arm nodes: with qemu's processor "max", the emulation of pointer
+// authentication would take most of the time. The only built-in serial port is the console, so the events use a serial
+// port on PCI.
 var platforms = map[target.Arch]platform{
 	target.AMD64: {
 		qemu: "qemu-system-x86_64", pkg: "qemu-system-x86", machine: "q35", cpu: "max,avx2=off",

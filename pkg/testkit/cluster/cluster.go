@@ -1,6 +1,6 @@
-// Package cluster runs a real kube-apiserver with etcd for one test. As in a real cluster, this API server checks
-// permissions, runs admission and stores objects. Only test files import the package. It cannot run pods, because it
-// has no kubelet, no scheduler and no controller.
+// Package cluster runs a real kube-apiserver with etcd for one test. The server checks permissions, runs admission and
+// stores objects. It cannot run pods: it has no kubelet, no scheduler and no controller. Only test files import the
+// package.
 package cluster
 
 import (
@@ -25,8 +25,8 @@ import (
 	"time"
 )
 
-// Env is the environment variable with the path of the folder that has kube-apiserver and kubectl. deploy/kubernetes.sh
-// prints that path. If the variable is not set, tests that need the programs are skipped.
+// Env is the environment variable with the folder of kube-apiserver and kubectl, which deploy/kubernetes.sh prints.
+// Without it, tests that need the programs are skipped.
 const Env = "PREBAKE_KUBERNETES"
 
 // Cluster is a running API server.
@@ -223,8 +223,8 @@ func (c *Cluster) Kubectl(stdin string, args ...string) (string, error) {
 	return stdout.String() + stderr.String(), nil
 }
 
-// Account makes a pod of a service account on a node. It returns a token for the pod, as kubelet gives it to pods. The
-// node must exist.
+// Account makes a pod of a service account on a node, which must exist. It returns a token as kubelet gives it to the
+// pod.
 func (c *Cluster) Account(namespace, account, node string) string {
 	c.t.Helper()
 	pod := "pod-" + strings.ToLower(rand.Text())

@@ -1,5 +1,5 @@
 // Package gcs runs fake-gcs-server, an emulator of Google Cloud Storage, for one test. Only test files import it. The
-// emulator allows everything to everybody, so tests with it say nothing about Google's permissions.
+// emulator allows everything, so tests say nothing about Google's permissions.
 package gcs
 
 import (
@@ -102,8 +102,8 @@ func start(t testing.TB, program string) (address string, err error) {
 	return "", errors.Join(fmt.Errorf("it ended and said %q", said), stop())
 }
 
-// Use makes the Google Cloud Storage clients of this process use the emulator, without credentials, until the test
-// ends. A test that calls it cannot be parallel.
+// Use makes this process's Google Cloud Storage clients use the emulator, without credentials, until the test ends. The
+// test cannot be parallel.
 func (s *Server) Use(t testing.TB) {
 	t.Helper()
 	t.Setenv("STORAGE_EMULATOR_HOST", s.Endpoint)

@@ -69,8 +69,7 @@ func formatRecord(record string) (string, bool) {
 	return fmt.Sprintf("[%5d.%06d] %s", us/1e6, us%1e6, unescape(text)), true
 }
 
-// unescape decodes \xHH, which the kernel writes for each unprintable byte. Control characters become spaces, so that
-// the text stays on one line.
+// unescape decodes \xHH, which the kernel writes for each unprintable byte. Control characters become spaces.
 func unescape(text string) string {
 	var out strings.Builder
 	for i := 0; i < len(text); i++ {

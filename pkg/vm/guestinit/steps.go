@@ -93,8 +93,8 @@ func (r *runner) step(i int, s wire.Step) int {
 	}
 }
 
-// builtin runs a built-in. A built-in that blocks in the kernel cannot be killed. After its time limit its goroutine
-// stays, and the script continues.
+// builtin runs a built-in. A built-in that blocks in the kernel cannot be killed: after its time limit the script
+// continues, and the goroutine stays.
 func (r *runner) builtin(i int, argv []string, timeout time.Duration) (int, error) {
 	stdout := &output{host: r.host, step: i, stream: "stdout"}
 	f, ok := r.builtins[argv[0]]
