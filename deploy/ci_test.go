@@ -125,8 +125,8 @@ func TestCIScripts(t *testing.T) {
 	}
 }
 
-// TestPreflightWaits checks that preflight.sh waits until the artifact of a pool is published, and then lets the pool
-// move. The summary for GitHub lists the pool.
+// TestPreflightWaits checks that preflight.sh waits until the artifact of a pool is published, and lists the pool in
+// the summary for GitHub.
 func TestPreflightWaits(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)
@@ -163,8 +163,7 @@ func TestPreflightWaits(t *testing.T) {
 	}
 }
 
-// TestCIScriptsRunAnImage checks the scripts with PREBAKE_IMAGE. They must pass the server, the token and the network
-// to the program in the image.
+// TestCIScriptsRunAnImage checks that the scripts pass server, token and network to a program in PREBAKE_IMAGE.
 func TestCIScriptsRunAnImage(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)
@@ -200,9 +199,8 @@ func variables(t *testing.T) map[string]bool {
 	return known
 }
 
-// TestCloudBuild decodes cloudbuild.yaml into the type of Google's own client. The file must have only members that
-// this type has. The test also checks that each step runs a script that exists, and sets only variables that a script
-// reads.
+// TestCloudBuild checks cloudbuild.yaml against the type of Google's own client: it may have only members of this type.
+// Each step must run an existing script, and set only variables that a script reads.
 func TestCloudBuild(t *testing.T) {
 	t.Parallel()
 	strict := func(text string) (b cloudbuild.Build, err error) {
@@ -246,8 +244,8 @@ func TestCloudBuild(t *testing.T) {
 	}
 }
 
-// TestGitHubFiles checks the workflow with actionlint. For that, the workflow uses the action from a local folder.
-// actionlint reads only the action's inputs, so the test itself checks the action's steps.
+// TestGitHubFiles checks the workflow with actionlint. actionlint reads only the action's inputs, so the test itself
+// checks the action's steps.
 func TestGitHubFiles(t *testing.T) {
 	t.Parallel()
 	action := read(t, "deploy/ci/action.yml")

@@ -24,8 +24,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// stockClients are the programs of other projects that the tests use with the registry. deploy/tool.sh builds oras and
-// regctl; the other programs come from Debian packages.
+// stockClients are other projects' programs that the tests use with the registry. deploy/tool.sh builds oras and
+// regctl; the others are Debian packages.
 var stockClients = []string{"oras", "regctl", "skopeo", "containerd", "ctr"}
 
 // client runs stock programs against a server. Each client has a home folder of its own.
@@ -46,8 +46,7 @@ func newClient(t *testing.T, r runningServer) client {
 	return client{t, t.TempDir(), r.Host}
 }
 
-// try runs a program for at most one minute. It returns what the program printed on stdout. If the program fails, the
-// error has all that the program printed.
+// try runs a program for at most one minute, and returns its stdout. The error of a failed program has all its output.
 func (c client) try(input, program string, args ...string) (stdout string, err error) {
 	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
@@ -88,8 +87,8 @@ func (c client) mustFail(why, program string, args ...string) {
 	}
 }
 
-// checkDigest compares want with the digest that the registry has under a name; "" means that there must be none. It
-// uses a library that none of the clients use, and no credentials.
+// checkDigest compares the digest that the registry has under a name; "" means that there must be none. It uses a
+// library that none of the clients use, and no credentials.
 func (c client) checkDigest(ref, want string) {
 	c.t.Helper()
 	parsed, err := name.ParseReference(c.host+"/"+ref, name.Insecure)
@@ -143,8 +142,8 @@ func imageLayout(t *testing.T, dir string) string {
 	return digest.String()
 }
 
-// TestStockClients checks that common clients work with the registry. They log in with the token as the password, push,
-// copy within the registry, read without a login, and delete.
+// TestStockClients checks that common clients can log in with the token as the password, push, copy within the
+// registry, read without a login, and delete.
 func TestStockClients(t *testing.T) {
 	r := startServer(t)
 	t.Run("oras", func(t *testing.T) { orasClient(newClient(t, r)) })

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/cluster"
 )
 
-// foreignKinds are the kinds of other projects that the components use. Each row has the Go module that publishes the
-// definition (CRD) of one kind, and the file of the definition in that module.
+// foreignKinds are other projects' kinds that the components use: the Go module that publishes the definition (CRD),
+// and its file in that module.
 var foreignKinds = []struct{ module, file string }{
 	{"github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"},
 	{"github.com/prometheus-operator/prometheus-operator@v0.85.0",
@@ -74,8 +74,8 @@ func writeOverlay(t *testing.T, components ...string) string {
 	return dir
 }
 
-// TestClusterTakesComponents checks that a real API server accepts the manifests with all components that need
-// definitions of other projects. A second apply must change nothing.
+// TestClusterTakesComponents checks that a real API server accepts the manifests with all components that need other
+// projects' definitions. A second apply must change nothing.
 func TestClusterTakesComponents(t *testing.T) {
 	c := cluster.Start(t)
 	for _, kind := range foreignKinds {

@@ -169,8 +169,8 @@ func TestBuilderManifest(t *testing.T) {
 			p.HostUsers, c.SecurityContext.ProcMount)
 	}
 	checkUnprivileged(t, c)
-	// The builder sends its token only to the registry at --server, so the host in --to must be the same. The server also
-	// recognises its own repository by this host.
+	// The host in --to must be that of --server: the builder sends its token only to that host, and the server recognises
+	// its own repository by it.
 	value := func(flag string) string {
 		for _, arg := range c.Args {
 			if v, ok := strings.CutPrefix(arg, "--"+flag+"="); ok {

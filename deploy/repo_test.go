@@ -92,8 +92,7 @@ func TestPackageComments(t *testing.T) {
 	}
 }
 
-// walls lists the banned imports of folders, with the reasons. If several rows match a file, all of them apply, not
-// only the row with the longest folder.
+// walls lists the banned imports of folders, with the reasons. All rows that match a file apply.
 var walls = []struct {
 	below, banned, why string
 }{

@@ -1,6 +1,6 @@
 // Package browser checks the server's pages as a reader sees them. playwright-core opens the pages in Chromium: on a
-// desktop, on a phone, in dark mode and without JavaScript. The server's data is empty, small, or a farm with 60,000
-// cells. The package does not depend on how the pages are made.
+// desktop, on a phone, in dark mode and without JavaScript. The tests run with three data sets: an empty one, a small
+// one, and one with 60,000 cells. The package does not depend on how the pages are made.
 package browser
 
 import (
@@ -118,9 +118,8 @@ func checkPage(t *testing.T, d *driver, r row, s *set, url string, titles map[st
 	return a.Findings
 }
 
-// TestDraw makes screenshots of the pages in all sets, for desktop, phone and dark mode. It writes them to the folder
-// in PREBAKE_SCREENSHOTS, which make screenshots sets. If the variable is not set, it draws only one page, as a check
-// that drawing works.
+// TestDraw makes screenshots of the pages in all sets, for desktop, phone and dark mode. PREBAKE_SCREENSHOTS is their
+// folder. Without it, the test draws only one page, to check that drawing works.
 func TestDraw(t *testing.T) {
 	dir := os.Getenv("PREBAKE_SCREENSHOTS")
 	draw, names := pages, []string{"empty", "small", "large"}

@@ -19,11 +19,11 @@ type row struct {
 	// Draw is true if make screenshots draws the page.
 	Draw bool
 
-	// Missing is true if the server does not have the page yet. The server must then answer 404. If it answers anything
-	// else, the test fails until Missing is removed.
+	// Missing is true if the server does not have the page yet and answers 404. Any other answer fails, until Missing is
+	// removed.
 	Missing bool
-	// Waits has the checks that the page does not pass yet, with the reasons. If the page passes such a check in all of
-	// its data sets, the test fails until the check is removed from Waits.
+	// Waits has the checks that the page does not pass yet, with the reasons. A check that passes in all data sets fails
+	// the test, until it is removed from Waits.
 	Waits map[string]string
 }
 

@@ -153,8 +153,8 @@ func row(w interface{ Write([]byte) (int, error) }, name, text string) {
 	}
 }
 
-// sizes returns the disk space of the demo's folders: a text with the size of each, and the sum in bytes. A file with
-// several hard links is counted once.
+// sizes returns the disk space of the demo's folders: a text with each size, and the sum in bytes. A file with several
+// hard links counts once.
 func sizes(state string) (text string, total int64, err error) {
 	type inode struct{ dev, ino uint64 }
 	seen := map[inode]bool{}

@@ -28,12 +28,11 @@ type offlineBundle struct {
 	LeftOutBytes int64  `json:"leftOutBytes"`
 }
 
-// TestAirGap installs a driver from a bundle on a node that never has a network. The builder makes the bundles on a
-// machine that reaches the farm. The test then puts them on the node's disk, as if somebody had carried them there.
+// TestAirGap installs a driver from a bundle on a node that never has a network. A machine that reaches the farm makes
+// the bundles, and the test puts them on the node's disk.
 //
-// Then the node's OS is updated. The second bundle is a delta. It has the driver for the new OS, but not the parts that
-// the node has already. On a node without these parts the install fails, and the error says which bundle the node
-// needs.
+// Then the node's OS is updated. The second bundle is a delta: it lacks the parts that the node has already. On a node
+// without these parts the install fails, and the error names the missing bundle.
 func TestAirGap(t *testing.T) {
 	t.Parallel()
 	before, k := shared.kernel(0), shared.kernel(1)

@@ -25,9 +25,8 @@ func demoProgram(t *testing.T) string {
 	return program
 }
 
-// TestDemo checks that the demo with --stay passes, prints what the run proved, and keeps running. All commands that it
-// suggests must work, and Ctrl-C must end it. The node has an empty disk, as in the first demo on a machine. In
-// contrast, `make demo` uses the disk that an earlier demo left.
+// TestDemo checks that the demo with --stay passes, prints what the run proved, and keeps running until Ctrl-C. All
+// commands that it suggests must work. The node has an empty disk, as in the first demo on a machine.
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	if err := os.RemoveAll(filepath.Join(shared.State, "demo", "node.img")); err != nil {

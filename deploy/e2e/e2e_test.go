@@ -1,5 +1,5 @@
 // Package e2e runs Prebake's main job as an operator would, with the real programs, real kernels and real NVIDIA
-// drivers. It does not look inside the programs. It uses only their output, the API, the registry and the disk.
+// drivers. It uses only the programs' output, the API, the registry and the disk.
 //
 // The tests need the programs in bin/ and the Debian packages of `make setup`; run them with `make test`. With -short
 // they do not run.
@@ -109,8 +109,8 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	return st, nil
 }
 
-// kernel returns the kernel of COS build n in the mirror. COS builds 0 and 1 have the two oldest kernels. Both flavours
-// of the older driver compile for these, but its open flavour does not compile for the newest kernel.
+// kernel returns the kernel of COS build n in the mirror. COS builds 0 and 1 have the two oldest kernels, for which
+// both flavours of the older driver compile. Its open flavour does not compile for the newest kernel.
 func (s *stage) kernel(n int) target.Kernel { return s.mirror.Builds[n].Kernel }
 
 // driver returns the older driver version, which has both flavours.

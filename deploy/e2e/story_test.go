@@ -21,8 +21,8 @@ import (
 )
 
 // TestReleaseToNode runs the way from a COS release to a node without manual steps. A COS build appears in the mirror
-// and is announced. The server plans both flavours, because a wish list wants them. Two builders build one flavour
-// each. A node that asked before anything was published gets its driver. Nobody requests a build.
+// and is announced. The server plans both flavours of a wish list, and two builders build one flavour each. A node that
+// asked before anything was published gets its driver.
 func TestReleaseToNode(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)
@@ -136,8 +136,8 @@ func waitStep(srv *testbed.Server) vm.Step {
 // if there are any.
 var answeredMetric = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
 
-// waitAsked returns when a node has asked the server. The channel done receives the end of the node. If that comes
-// first, the test fails.
+// waitAsked returns when a node has asked the server. It fails the test if the node ends first, which the channel
+// reports.
 func waitAsked(t *testing.T, srv *testbed.Server, done <-chan error) {
 	t.Helper()
 	for {

@@ -38,8 +38,7 @@ func (p pkg) upstream() string {
 	return v
 }
 
-// apt queries and downloads with the machine's apt program. It uses sources, lists and caches of its own, so that those
-// of the machine stay unchanged.
+// apt queries and downloads with the machine's apt program, but with sources, lists and caches of its own.
 type apt struct {
 	dir      string // for sources, lists, cache and packages
 	conf     string
@@ -49,7 +48,7 @@ type apt struct {
 }
 
 // openApt prepares apt's own folders under dir. It fetches the package index if the index is missing or old, or if
-// refresh is true. The index is that of the machine's Debian release, or of the next release if next is true.
+// refresh is true. The index is for the machine's Debian release, or for the next release if next is true.
 func openApt(ctx context.Context, dir string, p platform, next, refresh bool, say func(string)) (*apt, error) {
 	a := &apt{dir: dir, conf: filepath.Join(dir, "apt.conf"), progress: say}
 	for _, sub := range []string{"lists/partial", "cache/archives/partial", "packages", "state"} {
@@ -212,8 +211,8 @@ var errDownload = errors.New("download packages")
 // batch is the number of packages that are downloaded at once. A killed run has to download only the last batch again.
 const batch = 8
 
-// download downloads all missing packages. apt checks each file against the signed index. A file gets its final name
-// only when it is complete.
+// download downloads all missing packages. apt checks each file against the signed index. Only a complete file gets its
+// final name.
 func (a *apt) download(ctx context.Context, pkgs []pkg) error {
 	var missing []string
 	for _, p := range pkgs {

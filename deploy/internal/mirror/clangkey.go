@@ -18,9 +18,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// signingPair is a private key and its certificate. Each cache has a pair of its own. The clang-built kernel trusts the
-// certificate for modules. The private key is published too, because users need it to try module signatures on that
-// kernel. Nothing else may ever trust the certificate.
+// signingPair is a private key and its certificate, new for each cache. The clang-built kernel trusts the certificate
+// for modules. The private key is published too: users need it to try module signatures on that kernel. Nothing else
+// may ever trust the certificate.
 type signingPair struct {
 	key, cert []byte // in PEM
 }

@@ -20,8 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// toolVersion returns the version of a program that packs objects. Another version may write other bytes, so the
-// version is part of an object's recipe.
+// toolVersion returns the version of a program that packs objects, which is part of an object's recipe: another version
+// may write other bytes.
 func toolVersion(ctx context.Context, name string) (string, error) {
 	out, err := output(exec.CommandContext(ctx, name, "--version"))
 	if err != nil {
@@ -281,8 +281,8 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 	})
 }
 
-// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. If finish is not nil,
-// compileEmuGPU calls it before reading the module's file. finish may change the file, for example sign the module.
+// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. Before it reads the module's
+// file, the callback may change the file, for example sign it. The callback may be nil.
 func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object,
 	toolchain *toolchainFolder, finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
 	tools, err := toolchain.dir(ctx, m.Cache)

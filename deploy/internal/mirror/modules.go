@@ -20,8 +20,7 @@ func moduleFile(name string) bool {
 	return path.Ext(strings.TrimSuffix(name, ".xz")) == ".ko"
 }
 
-// decompress replaces the content of a module by the decompressed content if the module is compressed with xz. The name
-// of the module stays.
+// decompress decompresses a module that is compressed with xz. The name of the module stays.
 func (t tree) decompress(file string) error {
 	if path.Ext(file) != ".xz" {
 		return nil
@@ -41,8 +40,8 @@ func (t tree) decompress(file string) error {
 	return nil
 }
 
-// loadOrder returns the files of the wanted modules and of their dependencies in t, in load order, and decompresses
-// them. A wanted module that has no file is built into the kernel, so it is left out. A missing dependency is an error.
+// loadOrder decompresses the wanted modules and their dependencies, and returns their files in load order. A wanted
+// module without a file is built into the kernel, and is left out. A missing dependency is an error.
 func loadOrder(t tree, wanted ...string) ([]string, error) {
 	files := map[string]string{}
 	for name := range t {

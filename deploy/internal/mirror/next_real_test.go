@@ -10,13 +10,12 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestNext lets the builder build a wish list with two driver branches, both flavours and two kernel series. Each cell
-// has a load test. Then it builds some cells again without any cache: the artifacts must have the same digests. It also
-// compiles the modules of these cells with make alone: the modules must be the same.
+// TestNext lets the builder build a wish list with two driver branches, both flavours and two kernel series, with load
+// tests. Some cells are built again without any cache, and must have the same digests. Their modules must be the same
+// as those that `make` alone compiles.
 //
-// A driver may be too old for a kernel's interfaces. Such a cell must fail with the compiler's message; no other
-// failure is accepted. Downloading the packages and compiling take almost an hour, so the test runs only if
-// PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. make next sets it.
+// A driver that is too old for a kernel's interfaces must fail with the compiler's message. The test takes almost an
+// hour, so it runs only if PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. `make next` sets it.
 func TestNext(t *testing.T) {
 	cache := os.Getenv("PREBAKE_NEXT_CACHE")
 	if cache == "" {

@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// epoch is the modification time of all files that the mirror packs, so that the archives do not depend on the day on
-// which they are made.
+// epoch is the modification time of all files that the mirror packs. The bytes of an archive must not depend on the
+// day.
 var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // maxEntry is the largest permitted size of a file of a package, in bytes. NVIDIA's largest file has less than 100 MiB.

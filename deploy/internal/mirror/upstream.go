@@ -15,21 +15,20 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Debian's -source packages are NVIDIA's trees with Debian's patches. Real runfiles have no such patches. Debian's
-// source package of the open flavour also contains NVIDIA's own release tree. With that tree, the mirror undoes the
-// patches.
+// Debian's -source packages are NVIDIA's trees with Debian's patches; real runfiles have none. The mirror undoes the
+// patches with NVIDIA's own release tree, which Debian's source package of the open flavour contains.
 const (
 	openOrigin = "nvidia-open-gpu-kernel-modules"
-	// undoRecipe is the version of the code that undoes the patches. It is part of the recipe of a runfile. It must change
-	// whenever the code gives another result.
+	// undoRecipe is the version of the code that undoes the patches, a part of a runfile's recipe. It must change whenever
+	// the code gives another result.
 	undoRecipe = "undo-1"
 )
 
 // edition is one folder of module sources in two editions: NVIDIA's own, and Debian's.
 type edition struct{ own, debian tree }
 
-// addDebSrc adds entries for source packages to derived sources. The entries are only for the suite codename and for
-// contrib, because contrib has the only source package that the mirror needs.
+// addDebSrc adds entries for source packages to derived sources: only for the given suite, and for contrib, which has
+// the only source package that the mirror needs.
 func addDebSrc(derived []byte, codename string) []byte {
 	out := bytes.NewBuffer(bytes.Clone(derived))
 	for _, s := range parseDeb822(derived) {
@@ -113,7 +112,7 @@ func (t tree) replace(dir string, with tree) {
 	}
 }
 
-// editedFiles returns the names of the files that Debian changed. dpkg-source gives these files the time of the newest
+// editedFiles returns the names of the files that Debian changed. dpkg-source gives them the time of the newest
 // changelog entry, which is later than the times of all other files.
 func (t tree) editedFiles() []string {
 	var newest int64
@@ -130,9 +129,9 @@ func (t tree) editedFiles() []string {
 	return names
 }
 
-// undo undoes Debian's edits of the sources debian. pair is a folder of sources in both editions. It may be of another
-// flavour or release than debian. If a changed file equals the file of the same name in pair.debian, undo replaces it
-// by the file in pair.own. To any other changed file, undo applies the difference between these two files backwards.
+// undo undoes Debian's edits in a tree of sources. pair is a folder of sources in both editions, maybe of another
+// flavour or release. A changed file that equals its namesake in pair.debian is replaced by the file in pair.own. To
+// any other changed file, undo applies the difference between these two files backwards.
 //
 // edits has a line for each changed file. undo returns an error if a line that Debian added is still in a file.
 func undo(ctx context.Context, work string, debian tree, pair edition) (own tree, edits []string, err error) {
@@ -166,8 +165,8 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	return own, edits, nil
 }
 
-// unpatch applies the difference between was and edited backwards to the argument text. It leaves out parts of the
-// difference that do not fit, because Debian's patches differ between flavours.
+// unpatch applies the difference between was and edited backwards to a text. It leaves out parts that do not fit,
+// because Debian's patches differ between flavours.
 func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte, error) {
 	file := func(name string) string { return filepath.Join(work, name) }
 	if err := errors.Join(os.WriteFile(file("was"), was, 0o644), os.WriteFile(file("edited"), edited, 0o644)); err != nil {
@@ -202,8 +201,8 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 	return best, nil
 }
 
-// remainingLines returns the lines of the argument text that are in Debian's edition of the file, and not in NVIDIA's
-// own. It ignores short lines, and #else and #endif, because these prove nothing.
+// remainingLines returns the lines of a text that are in Debian's edition of the file, but not in NVIDIA's own. It
+// ignores short lines, and #else and #endif, because these prove nothing.
 func remainingLines(text, was, edited []byte) []string {
 	set := func(text []byte) map[string]bool {
 		lines := map[string]bool{}
@@ -252,8 +251,8 @@ func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, e
 	return s, err
 }
 
-// likeSources undoes Debian's edits of a release that has only one flavour. base is a release of the same branch that
-// has both flavours, and so shows what Debian edited.
+// likeSources undoes Debian's edits of a release with only one flavour. base is a release of the same branch with both
+// flavours, which shows what Debian edited.
 func (m *maker) likeSources(ctx context.Context, base release, t tree) (s sources, err error) {
 	only := base
 	only.packages = base.onlySources()

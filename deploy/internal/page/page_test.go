@@ -6,9 +6,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// The first four rows are the examples on GitHub's own page about section links. The others are from the fixtures of
-// github-slugger (github.com/Flet/github-slugger, test/fixtures.json). That project compares them with GitHub's
-// rendering.
+// TestAnchor checks the fragments of headings. The first four rows are the examples on GitHub's own page about section
+// links. The others are from the fixtures of github-slugger (github.com/Flet/github-slugger, test/fixtures.json), which
+// are compared with GitHub's rendering.
 func TestAnchor(t *testing.T) {
 	t.Parallel()
 	seen := map[string]int{}

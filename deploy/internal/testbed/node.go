@@ -111,8 +111,7 @@ func (s *Scene) RunNode(ctx context.Context, n Node, steps []vm.Step) (*vm.Resul
 	})
 }
 
-// InstallStep returns the step in which the node installs a driver, from resolving to validating. extra are additional
-// flags of fetcher install.
+// InstallStep returns the step in which the node installs a driver. extra are additional flags of `fetcher install`.
 func InstallStep(srv *Server, extra ...string) vm.Step {
 	return vm.Step{Name: "install", KeepGoing: true, Timeout: 8 * time.Minute, Argv: append([]string{
 		"/usr/bin/fetcher", "install", "--server", "http://10.0.2.2:" + srv.Addr[strings.LastIndex(srv.Addr, ":")+1:],

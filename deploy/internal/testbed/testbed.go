@@ -1,8 +1,6 @@
 // Package testbed runs the whole product on one machine: a COS-shaped mirror, a server, a builder that takes builds
-// from the server's queue, and a virtual node that boots one of the mirror's kernels. The demo and the end-to-end tests
-// use it.
-//
-// The package runs the real programs from the bin folder, and does not use their internals.
+// from the server's queue, and a virtual node that boots one of the mirror's kernels. It runs the real programs from
+// the bin folder, and does not use their internals. The demo and the end-to-end tests use it.
 package testbed
 
 import (
@@ -130,8 +128,7 @@ func (m *Mirror) KernelURL() string { return "file://" + filepath.Join(m.Dir, "c
 // DriverURL returns the URL of the mirror's bucket of runfiles.
 func (m *Mirror) DriverURL() string { return "file://" + filepath.Join(m.Dir, "drivers") }
 
-// Siblings returns the first two kernels that Debian compiled from one upstream version. At times Debian's archive has
-// none; then ok is false.
+// Siblings returns the first two kernels that Debian compiled from one upstream version. ok is false if there are none.
 func (m *Mirror) Siblings() (older, newer target.Kernel, ok bool) {
 	for i, a := range m.Builds {
 		for _, b := range m.Builds[i+1:] {
@@ -177,8 +174,8 @@ type Process struct {
 	err  error         // error of the program; read it only after done is closed
 }
 
-// Start starts a program. Its output goes to the file log in Dir. The program has a process group of its own, so Ctrl-C
-// at the terminal reaches only the caller. The caller stops the program.
+// Start starts a program with its output in the file log in Dir. It has a process group of its own, so Ctrl-C at the
+// terminal reaches only the caller, who stops it.
 func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	out, err := os.OpenFile(filepath.Join(s.Dir, log), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -198,8 +195,8 @@ func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	return p, nil
 }
 
-// Stop asks the program to end, and waits. It kills the program after a minute. After that request, server and builder
-// let their running work go on for 20 seconds.
+// Stop asks the program to end, and kills it after a minute. Server and builder let their running work go on for 20
+// seconds.
 func (p *Process) Stop() error {
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
