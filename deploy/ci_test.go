@@ -21,8 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// script runs a script of deploy/ci. The script's environment has the variables in env, and PATH, HOME and
-// PREBAKE_PAUSE.
+// script runs a script of deploy/ci with the given environment, PATH, HOME and PREBAKE_PAUSE.
 func script(t *testing.T, name string, env []string, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "ci/"+name, args...)
@@ -168,8 +167,7 @@ func TestCIScriptsRunAnImage(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)
 	bin := t.TempDir()
-	// This script replaces Docker. It runs the program with only those variables for which the command line has an option
-	// -e.
+	// This script replaces Docker. The program gets only the variables of the options -e.
 	docker := "#!/bin/bash\nset -eu\n[[ \"$1 $2 $3\" == 'run --rm --network=host' ]]\nshift 3\nwith=()\n" +
 		"while [[ $1 == -e ]]; do with+=(\"$2=${!2-}\"); shift 2; done\n[[ $1 == ghcr.io/prebake/server:1 ]]\nshift\nexec " +
 		"env -i \"${with[@]}\" " + r.Binary + " \"$@\"\n"
@@ -298,7 +296,7 @@ func TestGitHubFiles(t *testing.T) {
 	known := variables(t)
 	input := regexp.MustCompile(`inputs\.([a-z-]+)`)
 	for _, step := range a.Runs.Steps {
-		// An input inside the text of a script could inject commands, so the steps must pass inputs in the environment.
+		// An input in the text of a script could inject commands, so steps must pass inputs in the environment.
 		if strings.Contains(step.Run, "${{") || step.Shell != "bash" {
 			t.Errorf("step %q with shell %q; want bash, and inputs by the environment", step.Run, step.Shell)
 		}

@@ -238,7 +238,7 @@ func skopeoClient(c client) {
 	c.mustFail("nobody is logged in", "skopeo", cp("oci:layout:v1", repo+":v1")...)
 	c.login("skopeo", "login", "--tls-verify=false", "-u", "prebake", "--password-stdin", c.host)
 	c.must("skopeo", cp("oci:layout:v1", repo+":v1")...)
-	// Debian's skopeo encodes an index again, so its digest in the registry differs from its digest in the layout.
+	// Debian's skopeo encodes an index again, which changes its digest.
 	said, err := os.ReadFile(filepath.Join(c.home, "digest"))
 	if err != nil {
 		t.Fatal(err)
@@ -262,7 +262,7 @@ func skopeoClient(c client) {
 	c.checkDigest("skopeo/image:v1", digest)
 }
 
-// ctrClient tests ctr. ctr has no command that deletes from a registry, so regctl deletes, and ctr then finds nothing.
+// ctrClient tests ctr. ctr cannot delete from a registry, so regctl deletes, and ctr then finds nothing.
 func ctrClient(c client) {
 	t := c.t
 	repo, other := c.host+"/ctr/image", c.host+"/ctr/copy"
@@ -305,7 +305,7 @@ func startContainerd(c client) string {
 	t.Cleanup(func() { _ = os.RemoveAll(dir) }) // a folder in the system's temporary folder
 	socket := filepath.Join(dir, "s")
 	file := filepath.Join(dir, "config.toml")
-	// The test runs no container, so the CRI plugin is disabled. It would need a network and /opt.
+	// The CRI plugin would need a network and /opt, and the test runs no container.
 	text := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", "+
 		"\"io.containerd.internal.v1.opt\"]\n[grpc]\naddress = %q\n",
 		filepath.Join(dir, "root"), filepath.Join(dir, "state"), socket)

@@ -50,8 +50,7 @@ func moduleFile(t *testing.T, module, file string) string {
 	return string(text)
 }
 
-// writeOverlay writes an overlay, as an operator would write it: overlays/gke with components. It returns the folder of
-// the new overlay.
+// writeOverlay writes an operator's overlay, overlays/gke with components, and returns its folder.
 func writeOverlay(t *testing.T, components ...string) string {
 	t.Helper()
 	base, err := filepath.Abs("kubernetes")
@@ -103,7 +102,7 @@ func TestClusterTakesComponents(t *testing.T) {
 			}
 		}
 		if i == 0 {
-			// KEDA sets the number of replicas in this way. The next apply must not change it back.
+			// KEDA sets the number of replicas so. The next apply must not change it back.
 			if _, err := c.Kubectl("", "-n", "prebake-privileged", "scale", "deployment", "prebake-builder",
 				"--replicas=7"); err != nil {
 				t.Fatal(err)
@@ -125,7 +124,7 @@ func TestClusterTakesComponents(t *testing.T) {
 			t.Errorf("the manifests with all components have no %s", want)
 		}
 	}
-	// The API server must really check manifests against the definitions, and so refuse a manifest with an unknown member.
+	// The API server must check manifests against the definitions, and refuse an unknown member.
 	for _, row := range []struct{ name, from, to string }{
 		{"KEDA", "pollingInterval:", "poolingInterval:"}, {"rules", "expr: absent", "query: absent"},
 		{"monitor", "scrapeTimeout:", "scrapeTimeOut:"},

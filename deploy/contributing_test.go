@@ -29,7 +29,7 @@ func TestContributingNamesFunctions(t *testing.T) {
 	}
 }
 
-// functions returns the functions that a file declares. A method has the form Type.Method.
+// functions returns the functions that a file declares. A method is named Type.Method.
 func functions(name string) (all []string, err error) {
 	file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
 	if err != nil {

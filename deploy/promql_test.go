@@ -161,7 +161,7 @@ func TestMetricsExist(t *testing.T) {
 	}
 }
 
-// TestDashboard checks the dashboard with Grafana's own schema. Grafana generates its types from that schema.
+// TestDashboard checks the dashboard with the types that Grafana generates from its own schema.
 func TestDashboard(t *testing.T) {
 	t.Parallel()
 	runtime := cog.NewRuntime()

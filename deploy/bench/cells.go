@@ -154,8 +154,7 @@ func (b *bench) measureOnce(ctx context.Context, n int) error {
 	return b.installOnNode(ctx, n, cache, repo)
 }
 
-// inRun reports whether a run builds a cell. A run builds a cell if it measures the cell, or if a cell that it measures
-// depends on it.
+// inRun reports whether a run builds a cell: it measures the cell, or a cell that depends on it.
 func (b *bench) inRun(c cell, run int) bool {
 	hasSibling := slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
 		return k.upstream() == c.kernel.upstream() && k.Release != c.kernel.Release
@@ -283,7 +282,7 @@ func clangFlags() []string {
 		"KCFLAGS=-Wno-error -Wno-error=strict-prototypes"}
 }
 
-// measurePlain measures what people do by hand: make modules in unpacked sources.
+// measurePlain measures what people do by hand: `make modules` in unpacked sources.
 func (b *bench) measurePlain(ctx context.Context, c cell) (float64, error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {

@@ -21,7 +21,7 @@ const root = "../.."
 // maxWeight is the largest permitted size of a page with all its resources, in bytes, uncompressed.
 const maxWeight = 100_000
 
-// statFiles reads the metadata of files and folders. Go's cache of test results then depends on them.
+// statFiles reads the metadata of files and folders, so that Go's cache of test results depends on them.
 func statFiles(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {

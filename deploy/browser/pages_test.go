@@ -4,7 +4,7 @@ package browser
 type row struct {
 	// Name is the name of the subtest and of the screenshots.
 	Name string
-	// Path may contain {names}, for which a data set has values. A set without a value for one of them has no such page.
+	// Path may contain {names} with a value in each data set. A set without such a value has no such page.
 	Path string
 	// Sets are the data sets in which the page is checked; empty means all three.
 	Sets []string
@@ -14,7 +14,7 @@ type row struct {
 	Kind string
 	// Sticky is the selector of the table head that must stay on the screen while the table is scrolled.
 	Sticky string
-	// SharesTitle is true if the page is another page with a filter. It then has the title of that page.
+	// SharesTitle is true if the page is another page with a filter, and has its title.
 	SharesTitle bool
 	// Draw is true if make screenshots draws the page.
 	Draw bool

@@ -200,8 +200,7 @@ func play(t *testing.T, s *set, c story) {
 	}
 }
 
-// publish publishes a build's artifact as a builder does. Then it makes the calls that bring the artifact into its
-// state.
+// publish publishes a build's artifact as a builder does, and brings it into its state.
 func publish(t *testing.T, s *set, b api.Build, c story, begin time.Time) {
 	t.Helper()
 	host := strings.TrimPrefix(s.URL, "http://")
@@ -260,8 +259,7 @@ func report(t *testing.T, s *set, c story, digest string, node int) {
 	}
 }
 
-// keepReporting sends reports about a build until the test ends. Without reports, the server would give the build to
-// another builder.
+// keepReporting sends reports about a build until the test ends. Otherwise another builder would get the build.
 func keepReporting(t *testing.T, s *set, id int64) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())

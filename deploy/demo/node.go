@@ -132,8 +132,7 @@ func (d *demo) boot(ctx context.Context, boot string, disk *disk) error {
 	return nil
 }
 
-// readRun reads the output of the fetcher in one step. It prints the result with the modules that were in the kernel at
-// the end.
+// readRun reads the fetcher's output in one step. It prints the result and the modules in the kernel at the end.
 func (d *demo) readRun(res *vm.Result, name string) (*nodeRun, error) {
 	step, err := testbed.StepNamed(res, name)
 	if err != nil {
@@ -212,7 +211,7 @@ func wantRemembered(phases []timeline.Phase) error {
 	}
 	var problems []error
 	for _, name := range []string{"conftest", "compile"} {
-		// Both phases are parts of a phase that is also called "compile", so the search looks only at parts.
+		// Both phases are parts of a phase that is also called "compile".
 		i := slices.IndexFunc(phases, func(p timeline.Phase) bool { return p.Name == name && p.Of != "" })
 		if i < 0 {
 			problems = append(problems, fmt.Errorf("the build for the sibling kernel has no phase %s", name))

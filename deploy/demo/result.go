@@ -19,8 +19,7 @@ import (
 // states are the folders below the cache folder that the demo uses.
 var states = []string{"mirror", "packages", "build", "demo"}
 
-// fail prints why the demo failed, and keeps the logs of server and builder. The error that it returns is of the same
-// kind as err.
+// fail prints why the demo failed, and keeps the logs of server and builder. The returned error has the kind of err.
 func (d *demo) fail(ctx context.Context, err error, dir string) error {
 	if ctx.Err() != nil {
 		err = fault.New(fault.Cancelled, "interrupted", "")

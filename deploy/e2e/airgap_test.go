@@ -123,8 +123,7 @@ func TestAirGap(t *testing.T) {
 	}
 }
 
-// checkInstalled checks the result of an install: the artifact with this digest is active, and the emulated GPU is
-// unusable.
+// checkInstalled checks an install: this artifact is active, and the emulated GPU is unusable.
 func checkInstalled(t *testing.T, res *vm.Result, name, digest string) (r testbed.Report) {
 	t.Helper()
 	step := stepNamed(t, res, name)

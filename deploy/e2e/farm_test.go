@@ -176,8 +176,7 @@ func objects(dir string) (n int) {
 	return n
 }
 
-// TestHonestFailures checks that a failed build reports its class, first error line and log, through the API and the
-// command line.
+// TestHonestFailures checks that API and command line report a failed build's class, first error line and log.
 func TestHonestFailures(t *testing.T) {
 	broken := corruptHeaders(t, shared.mirror, shared.kernel(0))
 	dir := t.TempDir()

@@ -42,7 +42,7 @@ func TestReleaseToNode(t *testing.T) {
 	}
 	defer srv.Stop()
 
-	// The wish list has the COS build before the mirror does. It asks for COS's default driver.
+	// The wish list has the COS build before the mirror does.
 	text := fmt.Sprintf("version: 1\nkernels: [{build: %s, board: %s}]\ndrivers: [default]\nflavours: [proprietary, "+
 		"open]\n", k.BuildID, k.Board)
 	if _, err := srv.Client.PutWishList(t.Context(), "story", api.NewWishList{Text: text}); err != nil {
@@ -132,8 +132,7 @@ func waitStep(srv *testbed.Server) vm.Step {
 	return step
 }
 
-// answeredMetric matches a line of the server's metrics: the number of questions of nodes that the server has answered,
-// if there are any.
+// answeredMetric matches the server's metric of answered questions of nodes, if it is not 0.
 var answeredMetric = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
 
 // waitAsked returns when a node has asked the server. It fails the test if the node ends first, which the channel
@@ -181,7 +180,7 @@ func node(t *testing.T, res *vm.Result, digests map[string]target.Flavour) {
 	}
 }
 
-// link copies a folder with hard links. A test can then add files to the copy.
+// link copies a folder with hard links. The copy can then get more files.
 func link(t *testing.T, from, to string) {
 	t.Helper()
 	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {

@@ -163,7 +163,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	})
 }
 
-// emugpu compiles the emulated GPU for boot archives. It runs the program builder for that.
+// emugpu compiles the emulated GPU for boot archives, with the program builder.
 type emugpu struct{ builder, work string }
 
 func (g emugpu) run(ctx context.Context, args ...string) (string, error) {

@@ -383,7 +383,7 @@ func FuzzUnpack(f *testing.F) {
 		if entries, rerr := os.ReadDir(dir); rerr != nil || len(entries) != 1 {
 			t.Fatalf("Unpack left %v beside its folder, %v", entries, rerr)
 		}
-		// No link leads out of the folder. A link that resolves has its target inside; any other target is missing.
+		// A link that resolves has its target inside the folder; any other target is missing.
 		real, rerr := filepath.EvalSymlinks(inner)
 		if rerr != nil {
 			t.Fatal(rerr)

@@ -1,5 +1,4 @@
-// Package bzimage extracts the ELF kernel from a bzImage, the image that boots on amd64. It does not boot or change an
-// image.
+// Package bzimage extracts the ELF kernel from a bzImage, the image that boots on amd64. It never changes an image.
 package bzimage
 
 import (

@@ -153,7 +153,7 @@ func CompareDocs(folder string, program func() *ucli.Command, write bool) error 
 	return errors.Join(append(problems, err)...)
 }
 
-// flagUse is one row of the page with all flags: a flag, and the commands that have it.
+// flagUse is one row of the page with all flags: a flag and its commands.
 type flagUse struct {
 	names, value, text, def, kind string
 	commands                      []string

@@ -164,7 +164,7 @@ func (f *configFile) setFlag(name string, value yamlfile.At) {
 	f.config.places[name] = fmt.Sprintf("%s:%d", f.Name, value.Node.Line)
 }
 
-// schemaType returns boolean, integer, duration, array or string; "" for a flag of another type.
+// schemaType returns boolean, integer, duration, array or string, or "" for a flag of another type.
 func schemaType(flag ucli.Flag) string {
 	if f, ok := flag.(interface{ SchemaType() string }); ok {
 		return f.SchemaType()

@@ -14,7 +14,7 @@ import (
 	"syscall"
 )
 
-// Kind is one way to fail. The zero value is Internal, because an error that nobody classified counts as a bug.
+// Kind is one way to fail. The zero value is Internal: an unclassified error counts as a bug.
 type Kind int
 
 // The closed list of kinds. A new kind needs a row in the table below.

@@ -233,7 +233,7 @@ func (g GPU) String() string {
 	return g.Address + " (" + id + ")"
 }
 
-// find returns the entry for a GPU's board. If there is none, it returns the entry for the GPU's device.
+// find returns the entry for a GPU's board, or else the entry for the GPU's device.
 func (l *List) find(g GPU) (Chip, bool) {
 	if l == nil {
 		return Chip{}, false

@@ -175,7 +175,7 @@ func (c *checker) origin(m *Module) {
 }
 
 func (c *checker) symbol(m *Module, s Symbol, needs map[string]bool) {
-	// The assemblers for x86 and Arm add this symbol. The kernel ignores it when it loads a module.
+	// The assemblers for x86 and Arm add this symbol, and the kernel ignores it.
 	if s.Name == "_GLOBAL_OFFSET_TABLE_" {
 		return
 	}
@@ -251,7 +251,7 @@ func Order(mods []*Module) ([]*Module, error) {
 				&Problem{Module: names[0], Text: "depends on itself through " + strings.Join(names, ", "), Remedy: remedySet},
 				remedySet)
 		}
-		// Each round takes only one module. An additional module therefore does not change the order of the others.
+		// With one module a round, an additional module does not change the order of the others.
 		next := slices.Min(ready)
 		ordered = append(ordered, waiting[next])
 		delete(waiting, next)

@@ -29,8 +29,8 @@ type Module struct {
 	Vermagic string
 	// License is MODULE_LICENSE, such as NVIDIA or GPL v2.
 	License string
-	// Depends are the modules that must be loaded before this module. Their names are as modpost writes them, with - or _;
-	// see [Canonical].
+	// Depends are the modules that must be loaded first. Their names are as modpost writes them, with - or _; see
+	// [Canonical].
 	Depends []string
 	// Firmware has the names of firmware files that the module may request.
 	Firmware []string
@@ -49,11 +49,10 @@ type Module struct {
 	BuildID string
 	// Salt is CONFIG_BUILD_SALT of the kernel that the module was built for. It may be empty.
 	Salt string
-	// MadeFor is the ABI fingerprint that the builder stamped into the module (see [StampSection]). It is empty
-	// without a stamp.
+	// MadeFor is the ABI fingerprint in the builder's stamp (see [StampSection]). It is empty without a stamp.
 	MadeFor string
-	// StructSize is sizeof(struct module), in bytes, in the kernel that the module was built for. Linux 6.4 and later
-	// versions compare it.
+	// StructSize is sizeof(struct module), in bytes, in the kernel that the module was built for. Linux compares it since
+	// 6.4.
 	StructSize uint64
 	// Machine is the module's processor architecture.
 	Machine elf.Machine
@@ -63,13 +62,13 @@ type Module struct {
 	Size int64
 }
 
-// Symbol is an undefined symbol. If it is weak, the kernel loads the module even if nothing exports the symbol.
+// Symbol is an undefined symbol. The kernel loads a module even if nothing exports a weak symbol.
 type Symbol struct {
 	Name string
 	Weak bool
 }
 
-// Canonical returns a module's name in the form that the kernel compares: with _ for each -.
+// Canonical returns a module's name as the kernel compares it: with _ for each -.
 func Canonical(name string) string { return strings.ReplaceAll(name, "-", "_") }
 
 // Upper limits for a module file, in bytes or symbols. The largest real module is nvidia.ko of the open flavour: 250 MB
@@ -81,7 +80,7 @@ const (
 	maxModinfo = 1 << 20
 )
 
-// Read reads the facts of a module file. size is the length of the file in bytes. Errors are of kind fault.CheckFailed.
+// Read reads the facts of a module file of size bytes. Errors are of kind fault.CheckFailed.
 func Read(r io.ReaderAt, size int64) (*Module, error) {
 	m, err := read(r, size)
 	if err != nil {

@@ -14,8 +14,8 @@ import (
 
 // bucket has the functions of a COS release bucket that Expand needs.
 type bucket interface {
-	// BuildIDs returns the BUILD_IDs, newest first, from one listing of the bucket. BuildsOf needs one more listing for
-	// each BUILD_ID.
+	// BuildIDs returns the BUILD_IDs, newest first, from one listing of the bucket. BuildsOf lists once more for each
+	// BUILD_ID.
 	BuildIDs(ctx context.Context) ([]string, error)
 	BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, error)
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
@@ -130,8 +130,7 @@ type expander struct {
 	unused map[int]bool // indexes of the exclude rules that have removed no cell so far
 }
 
-// wantedKernel is one kernel that the wish list asks for. If no kernel was found for an entry, the field err has the
-// error.
+// wantedKernel is one kernel of the wish list, or the error if no kernel was found for an entry.
 type wantedKernel struct {
 	kernel target.Kernel
 	asked  string
@@ -365,7 +364,7 @@ func (e *expander) cells(kernels []wantedKernel, lists []answer) []Cell {
 			}
 		}
 	}
-	// If a wish has a version for no kernel at all, the wish is probably a mistake in the file. It counts as a failure.
+	// A wish without a version for any kernel is probably a mistake in the file, so it counts as a failure.
 	for i := range all {
 		if p := all[i].Problem; p != nil && p.Unavailable &&
 			!slices.ContainsFunc(all[i].Asked, func(w string) bool { return met[target.Wish(w)] }) {

@@ -24,7 +24,7 @@ func insert(t *testing.T, q *queue.Queue, priorities map[int64]int) {
 	}
 }
 
-// runWorker runs one worker until it has got n builds. It returns the builds in the order in which the worker got them.
+// runWorker runs one worker until it has got n builds, and returns them in this order.
 func runWorker(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	t.Helper()
 	ctx, stop := context.WithTimeout(t.Context(), 30*time.Second)
@@ -66,8 +66,7 @@ func TestPriorities(t *testing.T) {
 	})
 }
 
-// TestCancel checks that no worker gets a cancelled build. Cancelling a build that has ended or does not exist is no
-// error.
+// TestCancel checks that no worker gets a cancelled build. An ended or unknown build can be cancelled without an error.
 func TestCancel(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {

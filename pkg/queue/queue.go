@@ -91,10 +91,10 @@ func Open(ctx context.Context, rawURL string) (*Queue, error) {
 	return q, nil
 }
 
-// SetLogger sets the logger for River's own messages. Without a logger, these messages are dropped.
+// SetLogger sets the logger for River's own messages, which are dropped by default.
 func (q *Queue) SetLogger(log *slog.Logger) { q.log = log }
 
-// SetGrace sets how long Work lets running builds continue after it was told to stop. The default is five seconds.
+// SetGrace sets how long running builds may continue after Work was told to stop. The default is five seconds.
 func (q *Queue) SetGrace(d time.Duration) { q.grace = d }
 
 func (q *Queue) openSQLite(path string) error {
@@ -204,8 +204,7 @@ const (
 	PriorityWarning = 4 // the build is for a milestone that is not released yet
 )
 
-// Insert adds a build to the queue. A second Insert of the same build changes nothing: the job and its priority stay.
-// Priority 0 means PriorityAsked.
+// Insert adds a build to the queue. Priority 0 means PriorityAsked. A second Insert of the same build changes nothing.
 func (q *Queue) Insert(ctx context.Context, job api.BuildJob, priority int) error {
 	return q.outsideTx().insertBuild(ctx, job, priority)
 }
@@ -246,7 +245,7 @@ type JobState struct {
 	State string
 	// Attempt is the number of attempts so far.
 	Attempt int
-	// Priority is the current priority: the one at insertion, or the one that it was raised to.
+	// Priority is the current priority, which may have been raised after the insertion.
 	Priority int
 	// Error is the newest error; "" means none.
 	Error string

@@ -67,7 +67,7 @@ func (w Within) do(f func(database) error) error {
 	})
 }
 
-// database has River's functions. They work on the database itself or in one transaction.
+// database has River's functions, for the database itself or for one transaction.
 type database struct {
 	exec   riverdriver.Executor
 	insert func(context.Context, river.JobArgs, *river.InsertOpts) (*rivertype.JobInsertResult, error)
@@ -95,7 +95,7 @@ func inTx[T any](c *river.Client[T], tx T) database {
 // borrowedConn is a connection with a transaction of database/sql. River may use the transaction, but must not end it.
 type borrowedConn struct{ *connection }
 
-// connection is another name of pgx.Conn. A field that is embedded as Conn would hide the method Conn of borrowedConn.
+// connection is another name of pgx.Conn. An embedded field Conn would hide the method Conn of borrowedConn.
 type connection = pgx.Conn
 
 var errNotOwner = errors.New("only the owner of the transaction may do this")
@@ -105,5 +105,5 @@ func (j borrowedConn) Commit(context.Context) error          { return errNotOwne
 func (j borrowedConn) Rollback(context.Context) error        { return errNotOwner }
 func (j borrowedConn) LargeObjects() pgx.LargeObjects        { return pgx.LargeObjects{} }
 
-// Conn returns the connection. River calls it to learn in which mode the connection sends a query's parameters.
+// Conn returns the connection, which tells River how it sends a query's parameters.
 func (j borrowedConn) Conn() *pgx.Conn { return j.connection }

@@ -67,8 +67,7 @@ func (q *Queue) Work(
 	return nil
 }
 
-// handBackPause is the pause before the next attempt of a job that a worker gave back while the worker was not
-// stopping.
+// handBackPause is the pause before the next attempt of a job that a running worker gave back.
 const handBackPause = 15 * time.Second
 
 // requeueError is the error that [Requeue] returns.

@@ -33,8 +33,7 @@ const Schema = 1
 // Name is the TUF target name of the list.
 const Name = "catalogue.json.zst"
 
-// The greatest sizes of a list in bytes, compressed and decompressed. They leave room for several times the artifacts
-// of a large farm.
+// The maximum sizes of a list in bytes, compressed and decompressed: several times those of a large farm.
 const (
 	MaxFile = 64 << 20
 	MaxText = 256 << 20
@@ -79,8 +78,7 @@ type Kernel struct {
 	Board   string `json:"board"`
 }
 
-// Decode reads a list from its compressed file. It checks no signature; [Verify] compares the file with the signed
-// digest.
+// Decode reads a list from its compressed file. It checks no signature; [Verify] does.
 func Decode(file []byte) (*Catalogue, error) {
 	c, err := decode(file)
 	if err != nil {
@@ -134,7 +132,7 @@ func (c Catalogue) Check() error {
 	return nil
 }
 
-// Find returns the entry with this digest. It returns false if the list has no such entry.
+// Find returns the entry with this digest, if there is one.
 func (c Catalogue) Find(digest string) (Artifact, bool) {
 	i, ok := slices.BinarySearchFunc(
 		c.Artifacts,

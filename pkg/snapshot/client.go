@@ -72,8 +72,7 @@ const (
 
 // state is the content of the state file.
 type state struct {
-	// Pinned is the configured root at the time when Files.Root was accepted. Files.Root is the newest root that follows
-	// from Pinned.
+	// Pinned is the configured root from which Files.Root, the newest root, follows.
 	Pinned []byte `json:"pinned"`
 	Files
 	// ListPinned and ListRoot are the configured and the newest root at the time when the list was accepted. They are set
@@ -207,7 +206,7 @@ func (c *Client) workFolder() (string, error) {
 	return work, c.disk(err)
 }
 
-// disk adds a kind and a hint to an error of the work folder if the disk is full. The hint says which disk it is.
+// disk adds a kind and a hint to the error of a full disk. The hint says which disk it is.
 func (c *Client) disk(err error) error {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		return fault.TempDisk(err)

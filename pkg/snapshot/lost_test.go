@@ -42,8 +42,8 @@ func TestLostFolder(t *testing.T) {
 	if err != nil || s.Refreshed != n.now.Unix()+1 {
 		t.Errorf("Refresh after the clock went back = %+v, %v; want timestamp %d", s, err, n.now.Unix()+1)
 	}
-	// The requested version also applies to the timestamp, because the version of the last timestamp may come from a clock
-	// that is ahead.
+	// The requested version also applies to the timestamp. The last timestamp's version may come from a clock that is
+	// ahead.
 	f.Least = n.now.Unix() + 100
 	publish(t, f, n.now, snapshot.Yanked)
 	s, err = n.client(t, f.Dir).Refresh(t.Context())

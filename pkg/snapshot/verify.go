@@ -19,7 +19,7 @@ var (
 	ErrAltered   = errors.New("a file differs from the signed file, or belongs to another snapshot")
 	ErrSignature = errors.New("it is not signed by enough of the trusted keys")
 	ErrMalformed = errors.New("it is malformed")
-	// ErrEndless is a special case of ErrAltered. The client stops reading a file that is longer than the signed length.
+	// ErrEndless is a special case of ErrAltered: a file is longer than its signed length.
 	ErrEndless = fmt.Errorf("%w: the file has more bytes than its signed size", ErrAltered)
 )
 

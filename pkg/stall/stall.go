@@ -43,8 +43,7 @@ func (w *Reader) Read(p []byte) (int, error) {
 		w.cancel() // no more data is expected, and not every caller closes the stream
 	}
 	if err != nil && w.silent.Load() {
-		// The stream returned the error of a cancelled context. It reads as if a person had cancelled, so another error
-		// replaces it.
+		// The error of a cancelled context would read as if a person had cancelled.
 		err = fault.New(fault.Transient, fmt.Sprintf("fetch %s: no data arrived for %v", w.what, w.limit),
 			"try again; check the network path to the server")
 	}

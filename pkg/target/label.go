@@ -16,8 +16,7 @@ func ParseLabel(s string) (Wish, error) {
 	return "", fmt.Errorf("label %.40q: want DEFAULT, LATEST or a branch such as R535", s)
 }
 
-// CheckLabel returns an error if a driver version cannot have a label: the text is no label, or it is the label of
-// another branch.
+// CheckLabel returns an error if a driver version cannot have a label: it is no label, or another branch's label.
 func CheckLabel(label, version string) error {
 	w, err := ParseLabel(label)
 	if err != nil {

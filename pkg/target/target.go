@@ -57,8 +57,7 @@ var (
 	branchPattern  = regexp.MustCompile(`^R[0-9]{3,4}$`)
 )
 
-// ParseKernel checks a BUILD_ID and a board, and returns the kernel that they identify. The board's name decides the
-// architecture.
+// ParseKernel checks a BUILD_ID and a board, and returns their kernel. The board's name decides the architecture.
 func ParseKernel(buildID, board string) (Kernel, error) {
 	if !buildIDPattern.MatchString(buildID) {
 		return Kernel{}, fmt.Errorf("BUILD_ID %q: want three numbers with dots, as in 17800.66.78", buildID)
@@ -224,7 +223,7 @@ func ParseWish(s string) (Wish, error) {
 	return "", fmt.Errorf("driver %q: want default, latest, a branch such as R535, or a version such as 535.261.03", s)
 }
 
-// gpuPattern is the form of COS's gpu_type values, such as NVIDIA_L4 and NVIDIA_H100_80GB (gpu_driver_versions.proto of
+// gpuPattern matches COS's gpu_type values, such as NVIDIA_L4 and NVIDIA_H100_80GB (gpu_driver_versions.proto of
 // cos/tools).
 var gpuPattern = regexp.MustCompile(`^[A-Z0-9][A-Z0-9_]{0,63}$`)
 
@@ -271,7 +270,7 @@ func ParseFingerprint(s string) (Fingerprint, error) {
 	return Fingerprint(s), nil
 }
 
-// Short returns the first 16 hex digits. They are for names that people read. Never decide by them.
+// Short returns the first 16 hex digits, for names that people read. Never decide by them.
 func (f Fingerprint) Short() string {
 	sum := strings.TrimPrefix(string(f), "sha256:")
 	return sum[:min(16, len(sum))]

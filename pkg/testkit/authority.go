@@ -114,8 +114,7 @@ func (a *Authority) Certificate(t testing.TB, pub crypto.PublicKey, who trust.Id
 	}, a.CA, pub, a.CAKey)
 }
 
-// Root returns the trusted root as trusted_root.json. The root lists the given logs, but the authority writes nothing
-// to them.
+// Root returns the trusted root as trusted_root.json. It lists the given logs; the authority writes nothing to them.
 func (a *Authority) Root(t testing.TB, certificateLogs, logs map[string]*root.TransparencyLog) []byte {
 	t.Helper()
 	from := a.CA.NotBefore
@@ -300,7 +299,7 @@ func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from 
 	return raw
 }
 
-// certifier returns a certificate for a public key. The library that makes Sigstore bundles calls it.
+// certifier returns a certificate for a public key, for the library that makes Sigstore bundles.
 type certifier func(crypto.PublicKey) []byte
 
 func (c certifier) GetCertificate(_ context.Context, k sign.Keypair, _ *sign.CertificateProviderOptions) ([]byte,

@@ -17,8 +17,7 @@ type Phase struct {
 	Seconds float64 `json:"seconds"`
 	// Note is a fact for the reader, such as "cached", a size or a count; may be empty.
 	Note string `json:"note,omitempty"`
-	// Of is the name of the phase that contains this one; may be empty. The containing phase's time includes this phase's
-	// time.
+	// Of is the name of the phase that contains this one, and whose time includes it; may be empty.
 	Of string `json:"of,omitempty"`
 	// Failed says that the phase ended in an error.
 	Failed bool `json:"failed,omitempty"`
@@ -95,7 +94,7 @@ func (r *Run) Phases() []Phase {
 	return append([]Phase(nil), r.phases...)
 }
 
-// Total returns the time of all phases in seconds. It does not count phases that are part of another phase.
+// Total returns the time of all phases in seconds, without phases that are part of another phase.
 func Total(phases []Phase) (seconds float64) {
 	for _, p := range phases {
 		if p.Of == "" {

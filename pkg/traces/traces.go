@@ -73,8 +73,7 @@ func Start(ctx context.Context, service, version string, log *slog.Logger) (*Tra
 	return t, nil
 }
 
-// tracesWanted reports whether the environment asks for traces. It reads the variables that the SDK itself does not
-// interpret.
+// tracesWanted reports whether the environment asks for traces, by variables that the SDK itself does not interpret.
 func tracesWanted(env func(string) string) (bool, error) {
 	if strings.EqualFold(env("OTEL_SDK_DISABLED"), "true") {
 		return false, nil
@@ -183,8 +182,7 @@ func (s *Span) Phase(p timeline.Phase) {
 	}
 	span := s.open[p.Name]
 	if p.Of != "" || span == nil {
-		// The phase has no open span. Either it was measured elsewhere as a part of a running phase, or no event announced
-		// its beginning.
+		// The phase was measured elsewhere as a part of a running phase, or no event announced its beginning.
 		ctx := s.ctx
 		if whole := s.open[p.Of]; whole != nil {
 			ctx = api.ContextWithSpan(ctx, whole)

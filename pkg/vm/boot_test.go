@@ -18,8 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// bootFolder returns a folder with a real kernel. The environment variable PREBAKE_BOOT has its path; the end-to-end
-// run sets it.
+// bootFolder returns the folder with a real kernel in PREBAKE_BOOT, which the end-to-end run sets.
 func bootFolder(t *testing.T) string {
 	t.Helper()
 	dir := os.Getenv("PREBAKE_BOOT")

@@ -42,8 +42,7 @@ func bootArgs(boot string) (args []string, err error) {
 			return nil, fault.New(fault.Usage,
 				fmt.Sprintf("read boot folder %s: %s contains %q, which a kernel does not accept", boot, BootArgs, arg), "")
 		}
-		// The kernel passes everything after "--" to init. Arguments that this package adds later would then not reach the
-		// kernel.
+		// The kernel passes everything after "--" to init, also the arguments that this package adds later.
 		if arg == "--" {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("read boot folder %s: %s contains --", boot, BootArgs),
 				"remove -- from the file")

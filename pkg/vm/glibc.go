@@ -21,8 +21,7 @@ var libraryFolders = map[elf.Machine][]string{
 		"/usr/aarch64-linux-gnu/lib"},
 }
 
-// guestFolders are the folders of the guest in which all libraries are placed, because the guest's loader searches
-// there.
+// guestFolders are the guest's folders for all libraries, which the guest's loader searches.
 var guestFolders = map[elf.Machine]string{elf.EM_X86_64: "/lib/x86_64-linux-gnu",
 	elf.EM_AARCH64: "/lib/aarch64-linux-gnu"}
 
@@ -109,7 +108,7 @@ func findLibrary(machine elf.Machine, name string) (string, error) {
 // maxInterpreter is the greatest length of a loader's path in bytes.
 const maxInterpreter = 4096
 
-// dynamic has the loader and the libraries that a program or library needs, according to its ELF headers.
+// dynamic has the loader and the libraries that a program or library needs.
 type dynamic struct {
 	machine     elf.Machine
 	interpreter string

@@ -17,8 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
-// maxConsole is how many bytes of the console are kept. These are the last bytes, because they show why the machine
-// ended.
+// maxConsole is the number of bytes at the console's end that are kept. They show why the machine ended.
 const maxConsole = 4 << 20
 
 // Run boots the machine, runs its steps and waits for its end. A failed step is not an error of Run: the result has its
@@ -78,8 +77,7 @@ type ends struct {
 	stderr   string
 }
 
-// verdict returns why a run failed, or nil. If there are several causes, it returns the one that explains the failure
-// best.
+// verdict returns the best explanation why a run failed, or nil.
 func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends) error {
 	if !seen.ended {
 		res.KernelLog = e.console

@@ -194,7 +194,7 @@ func (a *apt) file(p pkg) (string, bool) {
 	return "", false
 }
 
-// mustFile returns the file of a package that download fetched. Another process may have removed it since then.
+// mustFile returns the file of a downloaded package. Another process may have removed it since.
 func (a *apt) mustFile(p pkg) (string, error) {
 	file, ok := a.file(p)
 	if !ok {
@@ -204,11 +204,10 @@ func (a *apt) mustFile(p pkg) (string, error) {
 	return file, nil
 }
 
-// errDownload means that the archive did not serve a package. Debian may have replaced the package since the index was
-// fetched.
+// errDownload means that the archive did not serve a package, perhaps because the index is out of date.
 var errDownload = errors.New("download packages")
 
-// batch is the number of packages that are downloaded at once. A killed run has to download only the last batch again.
+// batch is the number of packages in one download. A killed run has to repeat only its last batch.
 const batch = 8
 
 // download downloads all missing packages. apt checks each file against the signed index. Only a complete file gets its

@@ -146,8 +146,7 @@ func wrapImage(image []byte) []byte {
 	return out.Bytes()
 }
 
-// verdict has those fields of the load test that the tests check. They are in the output of builder build --output
-// json.
+// verdict has the fields of the load test, in `builder build --output json`, that the tests check.
 type verdict struct {
 	State, Reason, Release, Machine, NVMLVersion, KernelLog string
 

@@ -181,8 +181,7 @@ func checkAnswers(t *testing.T, cache string) {
 	}
 }
 
-// checkClangBuild checks the published COS build as a builder would. It returns a folder with the unpacked header and
-// boot archives.
+// checkClangBuild checks the published COS build as a builder would. It returns the folder with the unpacked archives.
 func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()

@@ -36,8 +36,7 @@ const (
 	clangToolchain = "/prebake/toolchain"
 )
 
-// errNotCompiled means that the cache has no clang-built kernel of this version. Config.ClangCached forbids to compile
-// one.
+// errNotCompiled means that the cache has no clang-built kernel of this version, and Config.ClangCached is set.
 var errNotCompiled = errors.New("no earlier run compiled this kernel with clang")
 
 // clangCert is the path of the trusted certificate in the kernel's source.
@@ -59,7 +58,7 @@ func configText() string {
 	return clangConfig + "CONFIG_SYSTEM_TRUSTED_KEYS=\"" + clangCert + "\"\n"
 }
 
-// makeClangKernel compiles the kernel. The cache finds the result by source package, compiler, configuration and
+// makeClangKernel compiles the kernel, unless the cache has it for this source, compiler, configuration and
 // certificate.
 func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *toolchainFolder) (object, error) {
 	sum := func(text []byte) string {

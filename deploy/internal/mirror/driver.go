@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// runfileTree lays out a release as NVIDIA's runfile does. It also returns the list of Debian's edits that it undid.
+// runfileTree lays out a release as NVIDIA's runfile does. It also returns the list of undone edits of Debian.
 func (m *maker) runfileTree(ctx context.Context, r release, releases []release) (tree, []string, error) {
 	t, err := debianTree(ctx, m.platform, r)
 	if err != nil {
@@ -48,7 +48,7 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	}
 	switch {
 	case errors.Is(err, errNoOrigin):
-		// apt's message is about this machine's archive, so it is only logged. It must not become a part of the mirror.
+		// apt's message is about this machine's archive, so it must not become a part of the mirror.
 		m.Progress(fmt.Sprintf("driver %s stays as Debian edited it: %v", r.version, err))
 		return []string{debianEdition + errNoOrigin.Error()}, nil
 	case fault.Is(err, fault.Unsupported):

@@ -19,7 +19,7 @@ import (
 // emulatorProgram is the name of the program in Debian's package qemu-system-x86.
 const emulatorProgram = "qemu-system-x86_64"
 
-// emulatorPackages are qemu and the boot ROM of its network card. qemu does not start without the ROM.
+// emulatorPackages are qemu and the boot ROM of its network card, which qemu needs to start.
 var emulatorPackages = []string{"qemu-system-x86", "ipxe-qemu"}
 
 // Emulator unpacks the qemu of the next Debian release below cache, once for each version. It returns the folder with

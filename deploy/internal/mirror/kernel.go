@@ -115,8 +115,7 @@ func (k *kernel) setVersions(versions map[string][]string) bool {
 	return slices.Contains(versions[k.common.Name], k.version) && slices.Contains(versions[k.image.Name], k.version)
 }
 
-// defaultKernels is the default number of kernels. It is enough for two old kernels that differ, and two new ones that
-// are siblings.
+// defaultKernels is enough for two old kernels that differ, and two new ones that are siblings.
 const defaultKernels = 4
 
 // selectKernels selects kernels by ABI number. Without numbers, it selects count kernels of Debian 12's own series:
@@ -184,8 +183,7 @@ func (k kernel) commit() string {
 
 func (k kernel) packages() []pkg { return []pkg{k.headers, k.common, k.kbuild, k.image} }
 
-// headerTree merges the packages common, headers and kbuild of a kernel into one tree with the layout of COS's
-// kernel-headers.tgz.
+// headerTree merges a kernel's packages common, headers and kbuild into the layout of COS's kernel-headers.tgz.
 func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	root := "usr/src/linux-headers-" + k.release
 	t := tree{}

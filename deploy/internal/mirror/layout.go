@@ -43,7 +43,7 @@ func toolVersions(ctx context.Context, names ...string) ([]string, error) {
 	return all, nil
 }
 
-// lock prevents other runs from using the cache folder until unlock. It removes the files that a killed run left there.
+// lock keeps other runs from the cache folder until unlock. It removes the files that a killed run left there.
 func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 	l := flock.New(filepath.Join(c.Cache, "lock"))
 	locked, err := l.TryLock()
@@ -205,8 +205,8 @@ func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releas
 	return nil
 }
 
-// textFiles returns the small text files of a COS build, by their names in the bucket. The first of the releases is the
-// default driver.
+// textFiles returns the small text files of a COS build, by their names in the bucket. The first release is the
+// default.
 func (m *maker) textFiles(k target.Kernel, b build, releases []release) map[string]string {
 	stable, latest := releases[0], latestOf(releases)
 	all := map[string]string{

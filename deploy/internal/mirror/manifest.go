@@ -77,8 +77,7 @@ func manifestLine(name string, n node) string {
 	return name + " 0644 DOCUMENTATION ./"
 }
 
-// addLibraryLinks adds a link with the SONAME of every library. It also adds the plain .so link if NVIDIA's archive has
-// one.
+// addLibraryLinks adds a link with the SONAME of every library, and the plain .so link if NVIDIA's archive has one.
 func (t tree) addLibraryLinks(version string) error {
 	for _, name := range t.paths() {
 		if path.Dir(name) != "." || !strings.HasSuffix(name, ".so."+version) {

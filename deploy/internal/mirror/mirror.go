@@ -272,7 +272,7 @@ func makePart(ctx context.Context, c Config, p platform) (Result, error) {
 	}
 }
 
-// openNext returns the apt for the next Debian release. The first call prepares it.
+// openNext returns the apt for the next Debian release, which the first call prepares.
 func (m *maker) openNext(ctx context.Context) (_ *apt, err error) {
 	if m.next == nil {
 		m.next, err = openApt(ctx, filepath.Join(m.Cache, m.platform.aptDir()+"-"+nextCodename), m.platform, true, m.refresh,
@@ -392,8 +392,7 @@ func (m *maker) plan(kernels []kernel) []build {
 	return builds
 }
 
-// makeAll makes the toolchain first, because the emulated GPU is compiled with it. Then it makes everything else, two
-// objects at a time.
+// makeAll makes the toolchain first, which compiles the emulated GPU. Then it makes all else, two objects at a time.
 func (m *maker) makeAll(ctx context.Context, builds []build, releases []release) (err error) {
 	var toolchain object
 	if len(builds) > 0 {

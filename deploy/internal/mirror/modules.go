@@ -90,8 +90,7 @@ func loadOrder(t tree, wanted ...string) ([]string, error) {
 	return order, nil
 }
 
-// moduleName returns the name that the kernel uses for the module in a file: without suffixes, and with _ in place of
-// -.
+// moduleName returns the kernel's name for the module in a file: without suffixes, and with _ for -.
 func moduleName(file string) string {
 	return strings.ReplaceAll(strings.TrimSuffix(path.Base(strings.TrimSuffix(file, ".xz")), ".ko"), "-", "_")
 }

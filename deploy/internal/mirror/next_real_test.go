@@ -40,7 +40,7 @@ func TestNext(t *testing.T) {
 		t.Fatalf("mirror made %+v; want kernels of 6.1 and 6.12", made.Builds)
 	}
 	wish := filepath.Join(dir, "wish.yaml")
-	// In the wish list, the newer kernel is marked as an early warning, so its failures do not change the exit status.
+	// The newer kernel is an early warning, so its failures do not change the exit status.
 	text := "version: 1\nboards: [lakitu]\nkernels:\n  - build: " + kernels["6.1"] + "\n  - build: " + kernels["6.12"] +
 		"\n    earlyWarning: true\n" +
 		"drivers:\n  - default\n  - branch: R550\nflavours: [proprietary, open]\n"

@@ -27,12 +27,11 @@ type platform struct {
 	gccDir string
 	// toolchain are the packages with the compiler and the binary tools.
 	toolchain []string
-	// oldest is true if the mirror gets only the default driver and, unless Config.ABIs has numbers, only the oldest
-	// kernel.
+	// oldest says that the mirror gets only the default driver, and only the oldest kernel unless Config.ABIs has numbers.
 	oldest bool
 }
 
-// libraryPackages contain all libraries that the tools load, except libc. libc comes from the machine.
+// libraryPackages contain all libraries of the tools, except libc, which comes from the machine.
 var libraryPackages = []string{
 	"libbinutils", "libctf0", "libctf-nobfd0",
 	"libisl23", "libmpc3", "libmpfr6", "libgmp10", "libjansson4", "libzstd1", "zlib1g",

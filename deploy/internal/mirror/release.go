@@ -283,7 +283,7 @@ func (r *release) addTools(versions map[string][]string) {
 
 func cleanVersion(v string) string { return pkg{Version: v}.upstream() }
 
-// baseOf returns a release of the same branch that has both flavours. It is the base for undoing Debian's edits of r.
+// baseOf returns a release of the same branch that has both flavours, for undoing Debian's edits.
 func baseOf(r release, releases []release) (release, bool) {
 	if r.open {
 		return r, true

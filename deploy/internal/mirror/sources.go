@@ -58,8 +58,7 @@ func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// nextCodename is the Debian release after the one that the mirror runs on. Its packages are unpacked and never
-// installed.
+// nextCodename is the Debian release after the machine's. Its packages are unpacked and never installed.
 const nextCodename = "trixie"
 
 // nextSources turns sources of a Debian release into sources of the next one, with the same archives and keyrings.

@@ -19,14 +19,14 @@ import (
 // gccMajor is the major version of the compiler that Debian 12 builds its kernels with.
 const gccMajor = "12"
 
-// prefix is the beginning of the tools' names in COS's SDK. toolchain_env has the names of the tools.
+// prefix is the beginning of the tools' names in COS's SDK, which toolchain_env contains.
 const prefix = "x86_64-cros-linux-gnu-"
 
 // toolchainEnv is the content of toolchain_env.
 const toolchainEnv = "CC=" + prefix + "gcc\nCXX=" + prefix + "gcc\n"
 
-// toolchainPackages contain the compiler, the binary tools, and all libraries that they load except libc. libc comes
-// from the machine.
+// toolchainPackages contain the compiler, the binary tools, and all their libraries except libc, which comes from the
+// machine.
 var toolchainPackages = append([]string{
 	"gcc-" + gccMajor, "cpp-" + gccMajor, "libgcc-" + gccMajor + "-dev", "binutils-x86-64-linux-gnu",
 }, libraryPackages...)

@@ -49,7 +49,7 @@ func addDebSrc(derived []byte, codename string) []byte {
 // errNoOrigin means that Debian's archive does not serve NVIDIA's own tree.
 var errNoOrigin = errors.New("NVIDIA's own tree is not served")
 
-// origin returns the path of the file with NVIDIA's own release tree of the open flavour. It downloads a missing file.
+// origin returns the path of NVIDIA's own release archive of the open flavour. It downloads a missing file.
 func (a *apt) origin(ctx context.Context, version string) (file string, err error) {
 	file = filepath.Join(a.dir, "packages", openOrigin+"_"+pkg{Version: version}.upstream()+".orig.tar.xz")
 	if info, err := os.Stat(file); err == nil && info.Size() > 0 {
@@ -141,7 +141,7 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	}
 	for _, name := range debian.editedFiles() {
 		was, edited := pair.own[name], pair.debian[name]
-		// If pair does not have both editions of the file, or if both are equal, the file's original cannot be known.
+		// The original cannot be known if an edition lacks the file, or if both are equal.
 		if was.data == nil || edited.data == nil || bytes.Equal(was.data, edited.data) {
 			return nil, nil, fault.New(fault.Unsupported, "undo Debian's edits: the original of "+name+" is not known", "")
 		}

@@ -33,8 +33,7 @@ type Scene struct {
 	Out io.Writer
 }
 
-// New returns a scene. Its state is in the folder that PREBAKE_STATE gives; the default is the folder prebake in the
-// user's cache folder.
+// New returns a scene. PREBAKE_STATE is the folder of its state; the default is prebake in the user's cache folder.
 func New(bin, dir string, out io.Writer) (*Scene, error) {
 	state := os.Getenv("PREBAKE_STATE")
 	if state == "" {
@@ -275,7 +274,7 @@ func (s *Scene) StartWorker(srv *Server, m *Mirror, key, cache string, extra ...
 	}, extra...)...)
 }
 
-// WaitBuild polls a build until it has ended. It calls watch at every change of the build's phase.
+// WaitBuild polls a build until it has ended. It calls the callback at every change of the build's phase.
 func WaitBuild(ctx context.Context, c *api.Client, id int64, watch func(api.Build)) (api.Build, error) {
 	var last api.Build
 	err := waitFor(ctx, time.Hour, func() (bool, error) {

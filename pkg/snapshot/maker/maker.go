@@ -173,7 +173,7 @@ func (r *Repository) newestRoot() (*metadata.Metadata[metadata.RootType], error)
 	}
 }
 
-// keyOf converts a public key. It accepts only ECDSA P-256, because every TUF client and every KMS knows it.
+// keyOf converts a public key. It accepts only ECDSA P-256, which every TUF client and every KMS supports.
 func keyOf(pub crypto.PublicKey) (*metadata.Key, error) {
 	key, ok := pub.(*ecdsa.PublicKey)
 	if !ok || key.Curve != elliptic.P256() {
@@ -285,7 +285,7 @@ func (r *Repository) publish(
 	return s, r.trim(version)
 }
 
-// Refresh signs a new timestamp: the published list is still the newest. The timestamp expires at the time until.
+// Refresh signs a new timestamp, which says that the published list is still the newest.
 func (r *Repository) Refresh(by signature.Signer, until time.Time) (*snapshot.Snapshot, error) {
 	s, err := r.refresh(by, until)
 	if err != nil {
@@ -447,10 +447,10 @@ func (r *Repository) writeAtomic(name string, data []byte) (err error) {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// keptVersions is how many older lists stay in the folder, for clients that are still reading an older list.
+// keptVersions is the number of older lists that stay in the folder, for clients that still read them.
 const keptVersions = 3
 
-// trim removes the files of lists that are more than keptVersions older than version, the version of the newest list.
+// trim removes the files of lists that are more than keptVersions older than the newest version.
 func (r *Repository) trim(version int64) error {
 	used := map[string]bool{}
 	names, err := filepath.Glob(filepath.Join(r.dir, "*.targets.json"))

@@ -74,8 +74,7 @@ func Start(t testing.TB) *Cluster {
 		"--service-account-signing-key-file", filepath.Join(c.dir, "accounts.key"), "--service-cluster-ip-range",
 		"10.0.0.0/24", "--allow-privileged")
 	c.waitReady()
-	// In a real cluster, a controller makes this service account in each namespace. No controller runs here, so Start
-	// makes it.
+	// In a real cluster, a controller makes this service account in each namespace.
 	c.Must(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts",
 		map[string]any{"metadata": map[string]any{"name": "default"}}, nil)
 	return c
@@ -103,8 +102,7 @@ func freePorts(t testing.TB, n int) (ports []string) {
 	return ports
 }
 
-// run starts a program, and stops it at the end of the test. If the test failed, its log shows the end of the program's
-// output.
+// run starts a program, and stops it at the end of the test. A failed test logs the end of the program's output.
 func (c *Cluster) run(name string, argv ...string) {
 	c.t.Helper()
 	var said bytes.Buffer

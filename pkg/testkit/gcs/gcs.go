@@ -21,8 +21,7 @@ import (
 // Tool is the pinned version of the emulator, for deploy/tool.sh.
 const Tool = "github.com/fsouza/fake-gcs-server@v1.56.1"
 
-// Env is the environment variable with the path of the emulator. If it is not set, tests that need the emulator are
-// skipped.
+// Env is the environment variable with the path of the emulator. Without it, tests that need the emulator are skipped.
 const Env = "PREBAKE_FAKE_GCS"
 
 // Server is a running emulator.
@@ -127,8 +126,7 @@ func (s *Server) Put(t testing.TB, bucket, name string, data []byte) {
 	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}})
 }
 
-// PutGzip stores an object in compressed form that clients should read in plain form: gzip data with a
-// Content-Encoding.
+// PutGzip stores gzip data with a Content-Encoding, which clients should read in plain form.
 func (s *Server) PutGzip(t testing.TB, bucket, name string, data []byte) {
 	t.Helper()
 	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}, "contentEncoding": {"gzip"}})

@@ -13,8 +13,7 @@ import (
 // maxKernelLog is about the greatest size in bytes of one read's text, well below wire.MaxLine.
 const maxKernelLog = 1 << 20
 
-// kernelLog reads /dev/kmsg. Each read of that file returns one record (Documentation/ABI/testing/dev-kmsg in the
-// kernel's source).
+// kernelLog reads /dev/kmsg. Each read returns one record (Documentation/ABI/testing/dev-kmsg in the kernel's source).
 type kernelLog struct {
 	mu sync.Mutex
 	fd int
