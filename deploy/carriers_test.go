@@ -52,8 +52,8 @@ func TestCarriers(t *testing.T) {
 			}
 		})
 	}
-	// The mirror passes on manifests and layers, but no attestations. A node therefore accepts nothing that comes only
-	// from such a mirror (docs/how-to/carriers.md).
+	// The mirror passes on manifests and layers, but no attestations. A node therefore accepts nothing from the mirror
+	// alone (docs/how-to/carriers.md).
 	through, err := registry.Open(passing+"/prebake/driver", registry.Options{Plain: true})
 	if err != nil {
 		t.Fatal(err)

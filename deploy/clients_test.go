@@ -142,8 +142,8 @@ func imageLayout(t *testing.T, dir string) string {
 	return digest.String()
 }
 
-// TestStockClients checks that common clients can log in with the token as the password, push, copy within the
-// registry, read without a login, and delete.
+// TestStockClients checks common clients with the registry. They log in with the token as the password, push, copy
+// within the registry, read without a login, and delete.
 func TestStockClients(t *testing.T) {
 	r := startServer(t)
 	t.Run("oras", func(t *testing.T) { orasClient(newClient(t, r)) })

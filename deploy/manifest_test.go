@@ -169,8 +169,8 @@ func TestBuilderManifest(t *testing.T) {
 			p.HostUsers, c.SecurityContext.ProcMount)
 	}
 	checkUnprivileged(t, c)
-	// The host in --to must be that of --server: the builder sends its token only to that host, and the server recognises
-	// its own repository by it.
+	// --to and --server must have the same host. The builder sends its token only to the host of --server, and the server
+	// recognises its own repository by this host.
 	value := func(flag string) string {
 		for _, arg := range c.Args {
 			if v, ok := strings.CutPrefix(arg, "--"+flag+"="); ok {

@@ -54,8 +54,8 @@ func earlierFlags(t *testing.T, program string) map[string]string {
 	return earlier
 }
 
-// TestPageAliases checks that the page of a program uses the present names of its flags, even where the page has a flag
-// without its command. A former name is allowed if another command has a flag of that name.
+// TestPageAliases checks that the page of a program uses the present names of its flags, even outside of commands. A
+// former name is allowed if another command has a flag of that name.
 func TestPageAliases(t *testing.T) {
 	t.Parallel()
 	all, found := pages(t), 0

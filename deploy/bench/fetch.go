@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// fetching has the measurements of a node that fetches, verifies and stages a published driver from a registry on
-// loopback, and again after an update of its OS.
+// fetching has the measurements of a node that fetches, verifies and stages a published driver. The registry is on
+// loopback. The node fetches again after an update of its OS.
 type fetching struct {
 	curl, crane ratio
 	delta       ratio     // bytes, in kB

@@ -4,7 +4,7 @@ package browser
 type row struct {
 	// Name is the name of the subtest and of the screenshots.
 	Name string
-	// Path may contain {names} with a value in each data set. A set without such a value has no such page.
+	// Path may contain {names}, which each data set replaces. A data set that lacks one of them does not have the page.
 	Path string
 	// Sets are the data sets in which the page is checked; empty means all three.
 	Sets []string

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// grubConfig returns a GRUB configuration like that of COS: the entries A and B, each with a local root and with a
-// verified root, which has a quoted argument. The model for the file is the test data of cos_image_analyzer in
+// grubConfig returns a GRUB configuration as on COS: the entries A and B, each with a local root and with a verified
+// root. A verified root has a quoted argument. The model for the file is the test data of cos_image_analyzer in
 // cos/tools. The kernel arguments are from /proc/cmdline on hosts of Cloud Shell.
 func grubConfig() string {
 	const words = "init=/usr/lib/systemd/systemd rootwait ro noresume loglevel=7 security=apparmor csm.disabled=1 " +

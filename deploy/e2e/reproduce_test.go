@@ -16,9 +16,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestReproduce rebuilds a published artifact from its provenance, without results in the builder's caches, and a
-// second party signs that the result is the same. Of an artifact with one changed byte in a module, signed with a
-// trusted key, `builder reproduce` must report the file and the section that changed.
+// TestReproduce rebuilds a published artifact from its provenance, without results in the builder's caches. A second
+// party signs that the result is the same. `builder reproduce` must also find one changed byte in an artifact that a
+// trusted key has signed, and report the file and the section.
 func TestReproduce(t *testing.T) {
 	k := shared.kernel(1)
 	digest := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary).Digest

@@ -36,7 +36,7 @@ type Options struct {
 	// Name is the longest path in bytes; 0 means 1024.
 	Name int
 	// Outside is called for each symbolic link that could lead out of the folder, and the link is left out. If Outside is
-	// nil, such a link is an error.
+	// nil, the link is an error.
 	Outside func(name, target string)
 	// Root says that the archive is a root file system. Absolute links then become relative to the archive's root, and
 	// devices and pipes are left out.
@@ -312,7 +312,7 @@ func (u *unpacker) symlink(name, target string) error {
 	return nil
 }
 
-// linkStays reports whether a link can never lead out of the folder, whatever other links exist. Each leading ".." of
+// linkStays reports whether a link can never lead out of the folder, even with any other links. Each leading ".." of
 // the target leads to the parent of a real folder. A ".." after another name could climb out through a link of that
 // name, so linkStays refuses it.
 func linkStays(name, target string, limit int) bool {

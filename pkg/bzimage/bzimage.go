@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// maxLinked is the greatest size, in bytes, of an ELF kernel without its debug information.
+// maxLinked is the maximum size, in bytes, of an ELF kernel without its debug information.
 const maxLinked = 512 << 20
 
 // Offsets in a bzImage's setup header of the fields that locate the compressed kernel, from

@@ -84,7 +84,7 @@ func walk(cmd *ucli.Command, f func(*ucli.Command)) {
 	}
 }
 
-// PrintError writes an error and its hint in the form that every program uses.
+// PrintError writes an error and its hint, in the same format for all programs.
 func PrintError(w io.Writer, err error) {
 	fmt.Fprintf(w, "error: %s\n", strings.ReplaceAll(err.Error(), "\n", "\n       "))
 	if hint := fault.Hint(err); hint != "" {

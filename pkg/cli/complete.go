@@ -41,7 +41,7 @@ const (
 	completeTime = 2 * time.Second
 )
 
-// Complete sets the function f, which completes the values of a program's flags and arguments.
+// Complete sets the callback that completes the values of a program's flags and arguments.
 func Complete(root *ucli.Command, f Completer) *ucli.Command {
 	root.Metadata = map[string]any{completerKey: f}
 	return root

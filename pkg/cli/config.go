@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/yamlfile"
 )
 
-// maxConfig is the greatest size of a configuration file in bytes.
+// maxConfig is the maximum size of a configuration file in bytes.
 const maxConfig = 1 << 20
 
 // configFlag is the flag for the path of the file. The file itself cannot set it.

@@ -15,7 +15,7 @@ import (
 )
 
 // ConfigCommand returns the command "config" for a command of [WithConfig]. It checks the configuration file, shows the
-// resulting settings, and prints the file's schema. The argument makes a new copy of the command that reads the file.
+// resulting settings, and prints the file's schema. The callback returns a new copy of the command that reads the file.
 func ConfigCommand(of func() *ucli.Command) *ucli.Command {
 	name := of().Name
 	return &ucli.Command{
@@ -167,7 +167,7 @@ func printSettings(w io.Writer, all []setting) error {
 	return nil
 }
 
-// durationPattern is the form of a duration without a sign, as Go's time.ParseDuration reads it.
+// durationPattern matches a duration without a sign, as Go's time.ParseDuration reads it.
 const durationPattern = `^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$`
 
 // configSchema returns the JSON schema of a command's configuration file.

@@ -103,8 +103,7 @@ func TrustedRootFlag() ucli.Flag {
 	return String("trusted-root", "", "Sigstore trusted_root.json `FILE`, for keyless signers")
 }
 
-// TrustFlags returns --trusted-root and the flags for the names of trusted keyless signers. The names are those of
-// cosign.
+// TrustFlags returns --trusted-root and the flags for trusted keyless signers, named as in cosign.
 func TrustFlags() []ucli.Flag {
 	return append(IdentityFlags(),
 		String("certificate-identity-regexp", "", "trust each signer whose whole name matches `PATTERN`"))

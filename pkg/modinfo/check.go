@@ -58,7 +58,7 @@ const (
 	remedyLicense = "choose the open flavour, or a driver release that supports this kernel"
 )
 
-// maxProblems is the greatest number of problems that Check reports for each module.
+// maxProblems is the maximum number of problems that Check reports for each module.
 const maxProblems = 8
 
 // Check reports every reason why this kernel would refuse the modules, loaded together. The error is of kind

@@ -1,6 +1,6 @@
-// Package modinfo reads the facts of a compiled kernel module (.ko) and of a kernel's Module.symvers, and checks
-// whether the kernel would load the modules. It never loads or changes a module. The files may be hostile, so every
-// size in them is bounded.
+// Package modinfo reads the facts of a compiled kernel module (.ko) and of a kernel's Module.symvers. It checks whether
+// the kernel would load the modules, but never loads or changes one. The files may be hostile, so every size in them is
+// bounded.
 package modinfo
 
 import (

@@ -27,7 +27,7 @@ const (
 	saltType   = 0x100
 )
 
-// maxNote is the greatest length in bytes of a note's owner, and of its content.
+// maxNote is the maximum length in bytes of a note's owner, and of its content.
 const maxNote = 256
 
 // Note returns the content of the first note with this owner and type in a note section, or nil. A note consists of:

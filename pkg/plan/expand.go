@@ -216,8 +216,8 @@ type listing struct {
 	err    error
 }
 
-// listBuilds returns the COS builds of the bucket, or of the image map if the bucket is a plain web server, which has
-// no listing.
+// listBuilds returns the COS builds of the bucket. A plain web server has no listing; its COS builds come from the
+// image map.
 func (e *expander) listBuilds(ctx context.Context) *listing {
 	l := &listing{boards: map[string][]target.Kernel{}}
 	l.ids, l.err = e.bucket.BuildIDs(ctx)

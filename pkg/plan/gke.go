@@ -13,7 +13,7 @@ import (
 // MaxGKE is the largest number of GKE versions of one kernel. If there are more, the newest are kept.
 const MaxGKE = 200
 
-// gkeVersion is the form of a GKE version, such as 1.33.5-gke.1080000.
+// gkeVersion matches a GKE version, such as 1.33.5-gke.1080000.
 var gkeVersion = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,4}\.[0-9]{1,4}-gke\.[0-9]{1,9}$`)
 
 // ParseGKE reads a GKE version. It accepts a leading v, because kubelets print versions with it.

@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// MaxImageMap is the greatest size of an image map in bytes. Google's image map has less than a megabyte.
+// MaxImageMap is the maximum size of an image map in bytes. Google's image map has less than a megabyte.
 const MaxImageMap = 32 << 20
 
 const maxImages = 200_000

@@ -76,7 +76,7 @@ func generate(t *testing.T) []byte {
 	return append(out, '\n')
 }
 
-// TestSchema checks that the embedded schema and the one in docs match the types.
+// TestSchema checks that the embedded schema and the schema in docs match the types.
 func TestSchema(t *testing.T) {
 	t.Parallel()
 	want := generate(t)

@@ -13,7 +13,7 @@ import (
 // FormatVersion is the version of the wish list's file format.
 const FormatVersion = 1
 
-// MaxFile is the greatest size of a wish list in bytes.
+// MaxFile is the maximum size of a wish list in bytes.
 const MaxFile = 1 << 20
 
 // Upper limits for the content of a wish list. They are far above what a farm can build in a day.

@@ -43,7 +43,7 @@ func (w Within) Cancel(ctx context.Context, build int64) error {
 	return w.do(func(db database) error { return db.cancel(ctx, build) })
 }
 
-// do calls the argument f with River's functions for the caller's transaction.
+// do passes River's functions for the caller's transaction to the callback.
 func (w Within) do(f func(database) error) error {
 	if c, ok := w.q.insert.(*river.Client[*sql.Tx]); ok {
 		return f(inTx(c, w.tx))

@@ -337,7 +337,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// TestDecode checks that malformed lists are refused, also one that decompresses to more than [snapshot.MaxText] bytes.
+// TestDecode checks that malformed lists are refused, and a list that decompresses to more than [snapshot.MaxText]
+// bytes.
 func TestDecode(t *testing.T) {
 	t.Parallel()
 	good, err := maker.Encode(snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: start,

@@ -227,7 +227,7 @@ func ParseWish(s string) (Wish, error) {
 // cos/tools).
 var gpuPattern = regexp.MustCompile(`^[A-Z0-9][A-Z0-9_]{0,63}$`)
 
-// ValidGPU reports whether a text has the form of a gpu_type of COS.
+// ValidGPU reports whether a text is formatted as a gpu_type of COS.
 func ValidGPU(s string) bool { return gpuPattern.MatchString(s) }
 
 // ParseGPUWish reads every wish that ParseWish reads, and also default, latest or a branch for one GPU type, as in
@@ -261,7 +261,7 @@ func (w Wish) BranchName() (string, bool) { return string(w), branchPattern.Matc
 // timestamps), the configuration, Module.symvers and the toolchain.
 type Fingerprint string
 
-// ParseFingerprint checks the form of a fingerprint.
+// ParseFingerprint checks the format of a fingerprint.
 func ParseFingerprint(s string) (Fingerprint, error) {
 	sum, ok := strings.CutPrefix(s, "sha256:")
 	if raw, err := hex.DecodeString(sum); !ok || err != nil || len(raw) != 32 || strings.ToLower(sum) != sum {

@@ -105,7 +105,7 @@ func findLibrary(machine elf.Machine, name string) (string, error) {
 		fmt.Sprintf("find library %s for %v: not in %s", name, machine, strings.Join(libraryFolders[machine], ", ")), hint)
 }
 
-// maxInterpreter is the greatest length of a loader's path in bytes.
+// maxInterpreter is the maximum length of a loader's path in bytes.
 const maxInterpreter = 4096
 
 // dynamic has the loader and the libraries that a program or library needs.

@@ -34,7 +34,7 @@ type platform struct {
 // On amd64 the processor has everything that the emulator supports, except AVX2. Under emulation, Go's AVX2 code for
 // SHA-256 is slower than its plain code.
 //
-// On arm64 the processor is that of COS's Arm nodes: with qemu's processor "max", the emulation of pointer
+// On arm64 the processor is a Neoverse N1, as in COS's Arm nodes. With qemu's processor "max", the emulation of pointer
 // authentication would take most of the time. The only built-in serial port is the console, so the events use a serial
 // port on PCI.
 var platforms = map[target.Arch]platform{

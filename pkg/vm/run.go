@@ -256,7 +256,7 @@ func copyConsole(from io.Reader, keep *tail, show io.Writer) error {
 	}
 }
 
-// tail keeps at least the last max bytes, and at most twice as many.
+// tail keeps the last bytes of a text: at least max, and at most 2*max.
 type tail struct {
 	buf bytes.Buffer
 	max int

@@ -126,8 +126,12 @@ type Progress struct {
 // StepResult is the result of one step.
 type StepResult struct {
 	Name string
-	// ExitCode of a program is its exit status, 128 + the signal that killed it, 127 if it could not start, or 124 if it
-	// exceeded its time limit. ExitCode of a built-in is the errno, or 0 for success.
+	// ExitCode of a program is its exit status, or:
+	//   - 128 + the signal that killed it
+	//   - 127 if it could not start
+	//   - 124 if it exceeded its time limit
+	//
+	// ExitCode of a built-in is the errno, or 0 for success.
 	ExitCode       int
 	Stdout, Stderr []byte
 	// Error says why a step could not run or was ended. For a built-in it is the error text.

@@ -40,7 +40,7 @@ type Reader struct {
 	mistakes []mistake
 }
 
-// Say records a mistake at a node. The text is in the form "found X; want Y".
+// Say records a mistake at a node. Its text is "found X; want Y".
 func (r *Reader) Say(a At, format string, args ...any) {
 	text := fmt.Sprintf(format, args...)
 	if a.Path != "" {
@@ -141,9 +141,9 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 // Fields passes the name and value of every field of a mapping to the second callback, and returns the known fields.
 // The first callback reports whether a key is known, and records a mistake if not.
 //
-// Fields skips a field and records a mistake if the key is repeated or no scalar, or if key or value is an anchor or
-// alias. If the node is no mapping, Fields returns nil and records a mistake with the given description of the wanted
-// value.
+// Fields skips a field and records a mistake if the key is repeated or no scalar. It does the same if key or value is
+// an anchor or alias. If the node is no mapping, Fields returns nil and records a mistake with the given description of
+// the wanted value.
 func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(name string, value At)) map[string]At {
 	if a.Node.Kind != yaml.MappingNode {
 		r.Want(a, "%s", what)
@@ -208,7 +208,7 @@ func oneOf(fields map[string]func(At)) string {
 	return strings.Join(names[:len(names)-1], ", ") + " or " + names[len(names)-1]
 }
 
-// List calls the function item for each element of a list. An empty list is a mistake.
+// List passes each element of a list to the callback. An empty list is a mistake.
 func (r *Reader) List(a At, what string, item func(At)) {
 	if a.Node.Kind != yaml.SequenceNode || len(a.Node.Content) == 0 {
 		r.Want(a, "a list of %s", what)

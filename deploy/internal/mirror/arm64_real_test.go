@@ -22,8 +22,8 @@ import (
 const crossCompiler = "aarch64-linux-gnu-gcc-12"
 
 // TestARM64 lets the builder on this machine cross-compile, check, load and publish a driver for an Arm kernel. The
-// load test runs NVML in an emulated Arm machine. The test also runs the tests of package vm on this kernel, and builds
-// the driver from a bucket with vmlinux and no boot archive.
+// load test queries NVML in an emulated Arm machine. The tests of package vm run on this kernel too. At last the
+// builder uses a bucket with vmlinux and no boot archive.
 //
 // It takes minutes, so it runs only if PREBAKE_ARM64_CACHE is set to the cache folder of `mirror`. `make arm64` sets
 // it.

@@ -20,8 +20,8 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// clangMajorBuild is the first number of the BUILD_ID of the clang-built kernel. It is that of COS's milestone 113,
-// which has a kernel of clangSeries.
+// clangMajorBuild is the first number of the BUILD_ID of the clang-built kernel. BUILD_IDs of COS's milestone 113,
+// which has a kernel of clangSeries, begin with this number.
 const clangMajorBuild = 18244
 
 // clangSeries is the series of the kernel that the mirror compiles. Debian's own kernels are of this series, so the

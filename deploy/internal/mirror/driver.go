@@ -195,9 +195,9 @@ var (
 	headerEnds = []byte("\neval $finish; exit $res\n")
 )
 
-// fixHeader makes makeself's header look like that of NVIDIA's runfiles. It also replaces the uncompressed size by the
-// sum of the file sizes: makeself asks du, whose result depends on the file system. The payload, the number of lines
-// and all checksums stay the same.
+// fixHeader edits makeself's header so that it looks like the header of NVIDIA's runfiles. It also replaces the
+// uncompressed size by the sum of the file sizes: makeself asks du, whose result depends on the file system. The
+// payload, the number of lines and all checksums stay the same.
 func fixHeader(file []byte, t tree) ([]byte, error) {
 	end := bytes.Index(file, headerEnds)
 	if end < 0 {

@@ -25,8 +25,8 @@ var emulatorPackages = []string{"qemu-system-x86", "ipxe-qemu"}
 // Emulator unpacks the qemu of the next Debian release below cache, once for each version. It returns the folder with
 // the program qemu-system-x86_64. If Debian's archive cannot be reached, the error is Transient.
 //
-// Unlike qemu 7.2 of Debian 12, this qemu emulates the processor's instructions for SHA-256. A virtual node hashes all
-// that it fetches, and takes half the time (TestNodeWithGPU on 2026-11-29: 47 s in place of 100 s). The libraries of
+// Unlike qemu 7.2 of Debian 12, this qemu emulates the processor's instructions for SHA-256. A virtual node hashes
+// every fetched byte, and takes half the time (TestNodeWithGPU on 2026-11-29: 47 s in place of 100 s). The libraries of
 // Debian 12 are too old for it, so its own libraries are unpacked too.
 func Emulator(ctx context.Context, cache string, progress func(string)) (bin string, err error) {
 	c := Config{Cache: cache, Progress: progress}
@@ -87,7 +87,7 @@ func (a *apt) unpackEmulator(ctx context.Context, pkgs []pkg, dir string) error 
 			return err
 		}
 	}
-	// The program needs the loader and the libraries of its own packages, not those of this machine.
+	// The program needs the loader and the libraries of its own packages.
 	all.add("bin/"+emulatorProgram, node{mode: 0o755, data: []byte(`#!/bin/sh
 root=${0%/*}/../usr
 lib=$root/lib/x86_64-linux-gnu

@@ -35,9 +35,9 @@ type kernel struct {
 // ownSeries is the kernel series of Debian 12 itself.
 const ownSeries = "6.1"
 
-// buildMajors maps the kernel series of Debian 12 to the first number of the mirror's BUILD_IDs: those of COS's
-// milestones 109 and 125, which have kernels of these series. A BUILD_ID is <major>.0.<abi>, or <major>.1.<abi> for a
-// second COS build with the same kernel.
+// buildMajors maps the kernel series of Debian 12 to the first number of the mirror's BUILD_IDs. COS's milestones 109
+// and 125 have kernels of these series and BUILD_IDs with these numbers. A BUILD_ID is <major>.0.<abi>, or
+// <major>.1.<abi> for a second COS build with the same kernel.
 var buildMajors = map[string]int{ownSeries: 17800, "6.12": 19216}
 
 // buildMajor returns the first number of the kernel's BUILD_IDs.
@@ -115,7 +115,7 @@ func (k *kernel) setVersions(versions map[string][]string) bool {
 	return slices.Contains(versions[k.common.Name], k.version) && slices.Contains(versions[k.image.Name], k.version)
 }
 
-// defaultKernels is enough for two old kernels that differ, and two new ones that are siblings.
+// defaultKernels is enough for two different old kernels, and two new siblings.
 const defaultKernels = 4
 
 // selectKernels selects kernels by ABI number. Without numbers, it selects count kernels of Debian 12's own series:
@@ -253,9 +253,9 @@ func changeCompileInfo(t tree, k kernel, when time.Time) {
 	}
 }
 
-// bootModules are the modules that a test machine loads at boot: for the network card, for the disk, for ext4 and vfat
-// (which request crc32c_generic and the nls modules by name), and for nvidia-modeset and nvidia-drm. loadOrder adds
-// their dependencies, and leaves out modules that are built into the kernel.
+// bootModules are the modules that a test machine loads at boot. The last two are for nvidia-modeset and nvidia-drm.
+// The others are for the network card, the disk, and ext4 and vfat, which request crc32c_generic and the nls modules by
+// name. loadOrder adds the dependencies, and leaves out modules that are built into the kernel.
 var bootModules = []string{
 	"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "nls_cp437", "nls_ascii", "vfat", "drm_kms_helper",
 	"video",

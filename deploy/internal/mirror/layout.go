@@ -66,7 +66,7 @@ func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 	return l.Unlock, nil
 }
 
-// inWorkDir makes a scratch folder in the cache, calls f, and removes the folder.
+// inWorkDir makes a scratch folder in the cache, passes it to the callback, and removes it afterwards.
 func (m *maker) inWorkDir(f func(dir string) error) (err error) {
 	dir, err := os.MkdirTemp(m.Cache, "work-")
 	if err != nil {

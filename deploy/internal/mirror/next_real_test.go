@@ -11,8 +11,8 @@ import (
 )
 
 // TestNext lets the builder build a wish list with two driver branches, both flavours and two kernel series, with load
-// tests. Some cells are built again without any cache, and must have the same digests. Their modules must be the same
-// as those that `make` alone compiles.
+// tests. Some cells are built again without any cache, and must have the same digests. `make` alone must compile the
+// same modules.
 //
 // A driver that is too old for a kernel's interfaces must fail with the compiler's message. The test takes almost an
 // hour, so it runs only if PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. `make next` sets it.

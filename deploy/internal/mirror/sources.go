@@ -19,7 +19,7 @@ const components = "main contrib non-free non-free-firmware"
 
 // DeriveSources reads a machine's apt sources under etcApt (sources.list, sources.list.d/*.list and *.sources). It
 // returns one deb822 sources file with the machine's archives, suites and keyrings for the given Debian release, and
-// with all components. It leaves out other suites, such as those of third-party archives.
+// with all components. It leaves out other suites, such as third-party archives.
 func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 	names, err := fs.Glob(etcApt, "sources.list.d/*")
 	if err != nil {

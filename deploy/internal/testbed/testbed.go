@@ -141,7 +141,7 @@ func (m *Mirror) Siblings() (older, newer target.Kernel, ok bool) {
 	return target.Kernel{}, target.Kernel{}, false
 }
 
-// Mirror makes the COS-shaped mirror, or uses the one that exists.
+// Mirror makes the COS-shaped mirror, unless it exists.
 func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 	m := &Mirror{Dir: filepath.Join(s.State, "mirror")}
 	raw, err := s.Must(ctx, "mirror", "--out", m.Dir, "--cache", filepath.Join(s.State, "packages"), "--output", "json")

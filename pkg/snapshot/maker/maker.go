@@ -68,8 +68,8 @@ type Root struct {
 	// Targets is the key that signs the content of a list. Snapshot is the key that signs which list is the newest.
 	// Timestamp is the key that signs, again and again, that this list is still the newest.
 	Targets, Snapshot, Timestamp crypto.PublicKey
-	// Signers sign the new root. They need at least Threshold of Keys, and of the former root's keys as many as the former
-	// threshold says.
+	// Signers sign the new root. Among them must be Threshold of Keys, and enough keys of the former root for its
+	// threshold.
 	Signers []signature.Signer
 	// Expires is the time after which clients refuse the root.
 	Expires time.Time

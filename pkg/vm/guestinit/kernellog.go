@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxKernelLog is about the greatest size in bytes of one read's text, well below wire.MaxLine.
+// maxKernelLog is about the maximum size in bytes of one read's text, well below wire.MaxLine.
 const maxKernelLog = 1 << 20
 
 // kernelLog reads /dev/kmsg. Each read returns one record (Documentation/ABI/testing/dev-kmsg in the kernel's source).
@@ -49,8 +49,7 @@ func (k *kernelLog) read() string {
 	return text.String()
 }
 
-// formatRecord turns "6,339,5140900,-;text" and its continuation lines into
-// the form that dmesg prints: "[    5.140900] text".
+// formatRecord turns "6,339,5140900,-;text" and its continuation lines into dmesg's format: "[    5.140900] text".
 func formatRecord(record string) (string, bool) {
 	head, body, ok := strings.Cut(record, ";")
 	if !ok {

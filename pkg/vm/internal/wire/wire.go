@@ -81,13 +81,13 @@ type Event struct {
 	Kernel string `json:"kernel,omitempty"`
 }
 
-// MaxLine is the greatest length of one event in bytes. The guest cuts output and kernel log so that they fit.
+// MaxLine is the maximum length of one event in bytes. The guest cuts output and kernel log so that they fit.
 const MaxLine = 4 << 20
 
-// MaxChunk is the greatest number of output bytes in one event.
+// MaxChunk is the maximum number of output bytes in one event.
 const MaxChunk = 16 << 10
 
-// MaxOutput is the greatest number of bytes of one stream of one step. Further bytes are dropped.
+// MaxOutput is the maximum number of bytes of one stream of one step. Further bytes are dropped.
 const MaxOutput = 4 << 20
 
 // Write writes one event as one line.
