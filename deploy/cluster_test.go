@@ -73,8 +73,8 @@ func writeOverlay(t *testing.T, components ...string) string {
 	return dir
 }
 
-// TestClusterTakesComponents checks that a real API server accepts the manifests with all components that need other
-// projects' definitions. A second apply must change nothing.
+// TestClusterTakesComponents checks that a real API server accepts the manifests with all components that need foreign
+// definitions. A second apply must change nothing.
 func TestClusterTakesComponents(t *testing.T) {
 	c := cluster.Start(t)
 	for _, kind := range foreignKinds {

@@ -131,7 +131,7 @@ const upMetric = "up"
 const nameLabel = "__name__"
 
 // TestMetricsExist parses every expression as Prometheus does, and checks that a running server exports its metrics and
-// labels. TestMetricsOfDeploy of fetcher/internal/report checks the fetcher's metrics.
+// labels. A test of fetcher/internal/report checks the fetcher's metrics.
 func TestMetricsExist(t *testing.T) {
 	t.Parallel()
 	known := serverMetrics(t)

@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// dkmsSeconds returns the seconds that Debian's dkms takes for a cell: from the driver's sources in the source tree of
-// dkms to the stripped modules. dkms is a script, and runs from its unpacked package in a bubblewrap sandbox with a
-// read-only view of the machine. It installs nothing. At the end, dkmsSeconds removes the modules.
+// dkmsSeconds returns the seconds in which Debian's dkms makes a cell's stripped modules from sources in its source
+// tree. dkms runs from its unpacked package, in a bubblewrap sandbox with a read-only view of the machine. It installs
+// nothing. At the end, dkmsSeconds removes the modules.
 func (b *bench) dkmsSeconds(ctx context.Context, c cell) (seconds float64, err error) {
 	headers, err := b.headerTree(ctx, c.kernel)
 	if err != nil {

@@ -87,9 +87,11 @@ func (b *bench) publish(ctx context.Context, srv *testbed.Server, c cell) ([]bun
 	return r.Layers, json.Unmarshal(out, &r)
 }
 
-// fetchOnce measures two nodes. The first, fresh node installs the driver for the newer kernel, cells[1]; the same
-// layers are also fetched by hand. The second installs it for the older kernel, cells[0], and is then updated to the
-// newer kernel. fetchOnce keeps the number of bytes that the update fetched.
+// fetchOnce measures two fresh nodes:
+//   - One installs the driver for the newer kernel, cells[1]. The same layers are also fetched by hand.
+//   - The other installs the driver for the older kernel, cells[0], and is then updated to the newer kernel.
+//
+// It keeps the number of bytes that the update fetched.
 func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell, layers []bundle.Layer) error {
 	root := filepath.Join(b.Dir, "fetch-node")
 	defer os.RemoveAll(root)

@@ -15,9 +15,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// guest measures, in the virtual node, the time from the start of the fetcher until the modules are loaded. It compares
-// that with the time for loading files that are already on the node. Both are seconds of the guest's clock, which does
-// not depend on the emulator's speed (see CountInstructions of package vm).
+// guest measures how long the virtual node takes from the start of the fetcher until the modules are loaded. For
+// comparison it loads files that are already on the node. Both times are of the guest's clock, which does not depend on
+// the emulator's speed (CountInstructions of package vm).
 func (b *bench) guest(ctx context.Context) (err error) {
 	if err := b.UseFastEmulator(ctx); err != nil {
 		return err

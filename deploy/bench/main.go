@@ -1,6 +1,5 @@
 // Command bench measures Prebake's headline numbers. Each number is the ratio of Prebake's result to an alternative's
-// result in the same run. Only such ratios are comparable between machines. The program does not judge the numbers, and
-// no test depends on a time.
+// result in the same run, because only ratios are comparable between machines. No test depends on a time.
 package main
 
 import (
@@ -156,8 +155,8 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	return nil
 }
 
-// makeMirror makes a mirror with four kernels and three drivers of one branch. All drivers compile on the two oldest
-// kernels; the others are the two newest. With --clang, the mirror has one kernel, which clang has compiled.
+// makeMirror makes a mirror with three drivers of one branch and four kernels: the two oldest, on which all drivers
+// compile, and the two newest. With --clang, the mirror has one kernel, compiled by clang.
 func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	m, kernels := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}, 2
 	args := []string{"--neighbour", "--cache", filepath.Join(b.State, "packages")}

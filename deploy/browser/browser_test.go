@@ -1,6 +1,6 @@
 // Package browser checks the server's pages as a reader sees them. playwright-core opens the pages in Chromium: on a
 // desktop, on a phone, in dark mode and without JavaScript. The tests run with three data sets: an empty one, a small
-// one, and one with 60,000 cells. The package does not depend on how the pages are made.
+// one, and one with 60,000 cells.
 package browser
 
 import (

@@ -16,7 +16,7 @@ type row struct {
 	Sticky string
 	// SharesTitle is true if the page is another page with a filter, and has its title.
 	SharesTitle bool
-	// Draw is true if make screenshots draws the page.
+	// Draw is true if `make screenshots` draws the page.
 	Draw bool
 
 	// Missing is true if the server does not have the page yet and answers 404. Any other answer fails, until Missing is

@@ -25,8 +25,7 @@ import (
 // diskBytes is the size of the node's disk. The image is sparse, and the driver takes less than a GiB of it.
 const diskBytes = 3 << 30
 
-// disk is the node's disk, with the install folder. It is kept between runs of the demo, as a real node keeps its disk
-// between boots: the fetcher does not download a layer that the disk has.
+// disk is the node's disk, with the install folder. Like a real node's disk, it is kept between runs.
 type disk struct {
 	path string
 	file *os.File // locked while the disk is in use
@@ -158,7 +157,7 @@ func (r *nodeRun) phases() []timeline.Phase {
 }
 
 // wantGPU checks the report of the node with the emulated GPU. The modules must be in the kernel, and NVML must answer
-// with the built version. The driver cannot start the emulated GPU, so the correct verdict is "unusable".
+// with the built version. The verdict must be "unusable", because the driver cannot start the emulated GPU.
 func (r *nodeRun) wantGPU(version, digest string) error {
 	var problems []error
 	for _, m := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {
@@ -200,9 +199,9 @@ func (r *nodeRun) wantExit(kind fault.Kind) error {
 // reuseNote matches the note of a phase in which the builder used stored results.
 var reuseNote = regexp.MustCompile(`^([0-9]+) [a-z]+, ([0-9]+) (?:remembered|reused)$`)
 
-// wantRemembered checks the build for the sibling kernel. At least nine tenths of conftest's answers and of the object
-// files must come from the caches that the first build filled. After an earlier demo the finished modules are in the
-// cache, and there is nothing to check.
+// wantRemembered checks the build for the sibling kernel. The first build's caches must supply nine tenths of
+// conftest's answers and of the object files. After an earlier demo the finished modules are cached, and there is
+// nothing to check.
 func wantRemembered(phases []timeline.Phase) error {
 	if slices.ContainsFunc(phases, func(p timeline.Phase) bool {
 		return p.Name == "compile" && strings.HasSuffix(p.Note, "cached")

@@ -28,8 +28,7 @@ type offlineBundle struct {
 	LeftOutBytes int64  `json:"leftOutBytes"`
 }
 
-// TestAirGap installs a driver from a bundle on a node that never has a network. A machine that reaches the farm makes
-// the bundles, and the test puts them on the node's disk.
+// TestAirGap installs a driver from a bundle on a node that never has a network.
 //
 // Then the node's OS is updated. The second bundle is a delta: it lacks the parts that the node has already. On a node
 // without these parts the install fails, and the error names the missing bundle.

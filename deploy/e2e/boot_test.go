@@ -35,7 +35,7 @@ func grubConfig() string {
 }
 
 // TestNodeBootConfiguration checks a node whose kernel loads only signed modules. The fetcher changes the boot
-// configuration on a real EFI partition, and the node then boots and loads unsigned modules. One command restores the
+// configuration on a real EFI partition. After a boot, the node loads unsigned modules. One command restores the
 // configuration.
 func TestNodeBootConfiguration(t *testing.T) {
 	t.Parallel()

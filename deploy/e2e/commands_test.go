@@ -49,8 +49,8 @@ func commandsOf(t *testing.T, srv *testbed.Server, host string, k target.Kernel,
 	return all
 }
 
-// TestCommandsOfPages checks that the commands on a cell's page work when they are pasted into a shell. Most of them
-// need the public key and a token in the current folder. The command for nodes runs on a node.
+// TestCommandsOfPages checks that the commands on a cell's page work when they are pasted into a shell. One of them is
+// for a node. The others need the public key and a token in the current folder.
 func TestCommandsOfPages(t *testing.T) {
 	t.Parallel()
 	k, driver := shared.kernel(0), shared.driver()

@@ -26,7 +26,7 @@ func demoProgram(t *testing.T) string {
 }
 
 // TestDemo checks that the demo with --stay passes, prints what the run proved, and keeps running until Ctrl-C. All
-// commands that it suggests must work. The node has an empty disk, as in the first demo on a machine.
+// commands that it suggests must work. The node's disk is empty, as in a first demo.
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	if err := os.RemoveAll(filepath.Join(shared.State, "demo", "node.img")); err != nil {

@@ -109,8 +109,8 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	return st, nil
 }
 
-// kernel returns the kernel of COS build n in the mirror. COS builds 0 and 1 have the two oldest kernels, for which
-// both flavours of the older driver compile. Its open flavour does not compile for the newest kernel.
+// kernel returns the kernel of COS build n in the mirror. COS builds 0 and 1 have the two oldest kernels. Both flavours
+// of the older driver compile for them.
 func (s *stage) kernel(n int) target.Kernel { return s.mirror.Builds[n].Kernel }
 
 // driver returns the older driver version, which has both flavours.

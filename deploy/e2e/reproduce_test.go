@@ -17,8 +17,8 @@ import (
 )
 
 // TestReproduce rebuilds a published artifact from its provenance, without results in the builder's caches. A second
-// party signs that the result is the same. `builder reproduce` must also find one changed byte in an artifact that a
-// trusted key has signed, and report the file and the section.
+// party signs that the result is the same. `builder reproduce` must also find a changed byte in an artifact that a
+// trusted key has signed.
 func TestReproduce(t *testing.T) {
 	k := shared.kernel(1)
 	digest := mustBuild(t, shared.srv, k, shared.driver(), target.Proprietary).Digest

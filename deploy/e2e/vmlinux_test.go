@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// TestLoadTestOnVMLinux uses a bucket as COS has it, with vmlinux and without a boot archive. The load test must boot
+// TestLoadTestOnVMLinux uses a bucket with vmlinux and without a boot archive, like COS's. The load test must boot
 // exactly that vmlinux, with Prebake's own entry code, and the signed result must say so.
 func TestLoadTestOnVMLinux(t *testing.T) {
 	t.Parallel()

@@ -50,10 +50,10 @@ func Detect(head []byte) Format {
 	return ""
 }
 
-// Decompress returns the tar inside r. The caller must close the result, which does not close r.
+// Decompress returns the tar inside r. The caller must close the result, which does not close r. If a decoding program
+// fails, the next Read returns the error.
 //
-// xzTool is the path of an xz program; "" means the decoder in Go, which is several times slower. If the program fails,
-// the next Read returns the error.
+// xzTool is the path of an xz program; "" means the decoder in Go, which is several times slower.
 func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser, Format, error) {
 	br := bufio.NewReaderSize(r, 256<<10)
 	head, err := br.Peek(sniffLen)

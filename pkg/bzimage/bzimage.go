@@ -17,8 +17,8 @@ import (
 // maxLinked is the maximum size, in bytes, of an ELF kernel without its debug information.
 const maxLinked = 512 << 20
 
-// Offsets in a bzImage's setup header of the fields that locate the compressed kernel, from
-// Documentation/arch/x86/boot.rst. Version 2.08 of the boot protocol added the last of them.
+// Offsets of the fields in a bzImage's setup header that locate the compressed kernel
+// (Documentation/arch/x86/boot.rst). Version 2.08 of the boot protocol added the last of them.
 const (
 	atSetupSects    = 0x1f1
 	atHeaderMagic   = 0x202

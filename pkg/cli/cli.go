@@ -53,7 +53,7 @@ func Run(ctx context.Context, root *ucli.Command, args []string, stdout, stderr 
 }
 
 // prepare makes every command report a usage error as one line and a hint, not as the library's whole help text. It
-// also adds the checks of [oneVariable], and puts the program's name into descriptions.
+// also adds the checks of [oneVariable], and sets the program's name in descriptions.
 func prepare(root *ucli.Command) {
 	root.ExitErrHandler = func(context.Context, *ucli.Command, error) {}
 	usage := func(_ context.Context, cmd *ucli.Command, err error, _ bool) error {

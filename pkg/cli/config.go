@@ -27,8 +27,8 @@ type Config struct {
 	// Secrets are the flags that the file must not set, because many people may read it. Each value is the flag to use
 	// instead, such as "token-file".
 	Secrets map[string]string
-	// Check returns errors of settings that do not fit together, each made by [About]. It must not open files or
-	// connections, because "config check" also runs on other machines. nil checks nothing.
+	// Check returns errors of settings that do not fit together, each made by [About]; nil checks nothing. It must not
+	// open files or connections, because "config check" also runs on other machines.
 	Check func(*ucli.Command) error
 
 	// places maps each setting whose value comes from the file to its place there, as FILE:LINE.

@@ -14,8 +14,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// ConfigCommand returns the command "config" for a command of [WithConfig]. It checks the configuration file, shows the
-// resulting settings, and prints the file's schema. The callback returns a new copy of the command that reads the file.
+// ConfigCommand returns the command "config", which checks a configuration file, shows the resulting settings, and
+// prints the file's schema. The callback returns a new copy of the command, made by [WithConfig], that reads the file.
 func ConfigCommand(of func() *ucli.Command) *ucli.Command {
 	name := of().Name
 	return &ucli.Command{

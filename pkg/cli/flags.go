@@ -17,8 +17,8 @@ func envName(flag string) string {
 	return "PREBAKE_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
-// String returns a flag with a text value, a default, and an environment variable. As in the functions below, the usage
-// text contains the name of the value in back quotes, such as `FILE`.
+// String returns a flag with a text value, a default, and an environment variable. In every usage text, the name of the
+// value is in back quotes, such as `FILE`.
 func String(name, value, usage string) *ucli.StringFlag {
 	return &ucli.StringFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
 }

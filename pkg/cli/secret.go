@@ -19,8 +19,8 @@ var secretQueries = []string{
 	"x-amz-security-token", // the session token in a presigned URL of AWS
 }
 
-// secretURL reports whether a text is a URL with a secret: a password before the host, or a parameter of the query. It
-// returns true for a URL that cannot be parsed and contains an @.
+// secretURL reports whether a text is a URL with a password before the host, or with a secret in its query. It also
+// returns true for a URL that contains an @ and cannot be parsed.
 func secretURL(text string) bool {
 	u, err := url.Parse(text)
 	if err != nil {

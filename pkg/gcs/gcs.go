@@ -1,5 +1,5 @@
-// Package gcs is shared by readers and writers of Google Cloud Storage: a handle for a bucket or a folder in it, and
-// the meaning of the library's errors. The caller opens the client, because only some clients need credentials.
+// Package gcs is shared by readers and writers of Google Cloud Storage. It has a handle for a bucket or a folder in it,
+// and the meaning of the library's errors. The caller opens the client, because only some clients need credentials.
 package gcs
 
 import (

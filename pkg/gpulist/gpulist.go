@@ -257,8 +257,8 @@ func (l *List) find(g GPU) (Chip, bool) {
 // listsOpen reports whether any entry has the feature kernelopen. If not, the list says nothing about the open modules.
 func (l *List) listsOpen() bool { return l != nil && slices.ContainsFunc(l.Chips, Chip.Open) }
 
-// firstTuring is lower than the PCI device id of every GPU with a GSP (TU102, 0x1e02 and up), which the open modules
-// need. NVIDIA assigns ids in ascending order: Volta, the generation before Turing, ends at 0x1df6.
+// firstTuring is lower than the PCI device id of every GPU with a GSP (TU102, 0x1e02 and up). The open modules need a
+// GSP. NVIDIA assigns ids in ascending order: Volta, the generation before Turing, ends at 0x1df6.
 const firstTuring = 0x1e00
 
 func turing(device string) bool {

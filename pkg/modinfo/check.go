@@ -62,7 +62,7 @@ const (
 const maxProblems = 8
 
 // Check reports every reason why this kernel would refuse the modules, loaded together. The error is of kind
-// fault.CheckFailed, and wraps a [Problem] for each reason. The texts call these modules the set.
+// fault.CheckFailed, and wraps a [Problem] for each reason. In the errors, "the set" means these modules.
 func Check(mods []*Module, rules Rules) error {
 	c := checker{rules: rules, set: map[string]*Module{}, exporter: map[string]*Module{}, own: rules.Symvers.modules()}
 	var errs []error
@@ -152,7 +152,7 @@ func (c *checker) module(m *Module) {
 }
 
 // origin checks that a module was built with the source tree of this kernel. Sibling kernels may have the same release
-// and compare no checksums, and only these facts tell their modules apart.
+// and no checksums. Only these facts then tell their modules apart.
 func (c *checker) origin(m *Module) {
 	if c.rules.Machine != elf.EM_NONE && m.Machine != c.rules.Machine {
 		c.add(m, "", remedyKernel, "made for processor %v; this kernel is for processor %v", m.Machine, c.rules.Machine)

@@ -324,7 +324,7 @@ func (m *Module) readSymbols(f *elf.File) error {
 }
 
 // SignatureMagic is the end of a signed module. The twelve bytes before it are the kernel's struct module_signature.
-// The third of them is the kind of signature (2 is PKCS #7). The last four are the signature's length in bytes,
+// Its third byte is the kind of signature (2 is PKCS #7). Its last four bytes are the signature's length in bytes,
 // big-endian.
 const SignatureMagic = "~Module signature appended~\n"
 

@@ -2,8 +2,8 @@
 // drivers and flavours. Parse reads the file and reports every mistake, with its line. Expand asks a COS release bucket
 // what exists, and returns a cell for each combination of kernel, driver version and flavour.
 //
-// The package never skips silently: it reports unknown fields, milestones without COS builds, and drivers that COS does
-// not offer. It opens a connection only in LoadImageMap.
+// The package reports unknown fields, milestones without COS builds, and drivers that COS does not offer; it never
+// skips them silently. It opens a connection only in LoadImageMap.
 package plan
 
 import (

@@ -184,8 +184,8 @@ func TestReleasedWorkerComesBack(t *testing.T) {
 	}
 }
 
-// TestDeadWorkersBuildIsNext checks that the build of a dead worker comes before all waiting builds. This holds after a
-// release, and after a process of the same name has started.
+// TestDeadWorkersBuildIsNext checks that a dead worker's build comes before all waiting builds, after a release and
+// after a restart of the worker.
 func TestDeadWorkersBuildIsNext(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"release", "same name"} {

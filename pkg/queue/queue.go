@@ -36,7 +36,7 @@ import (
 const MaxAttempts = 5
 
 // JobTimeout is the time limit for one attempt of a build. After RescueAfter, the queue gives the job to another
-// worker. RescueAfter must be longer than JobTimeout: otherwise the queue would take running builds from their workers.
+// worker. RescueAfter must be longer than JobTimeout: otherwise a second worker would get a running build.
 const (
 	JobTimeout  = time.Hour
 	RescueAfter = JobTimeout + 15*time.Minute
@@ -102,8 +102,8 @@ func (q *Queue) openSQLite(path string) error {
 		return fault.New(fault.Usage, fmt.Sprintf("sqlite path %q is not absolute", path),
 			"write sqlite:///abs/path/queue.db")
 	}
-	// Server and builder share the file. SQLite allows one writer at a time, and a deferred transaction that begins to
-	// write later fails at once. An immediate transaction waits.
+	// Server and builder share the file, and SQLite allows one writer at a time. An immediate transaction waits for its
+	// turn. A deferred transaction that begins to write later fails at once.
 	dsn := url.URL{Scheme: "file", Path: path, RawQuery: url.Values{
 		"_pragma": {"busy_timeout(10000)", "journal_mode(WAL)", "synchronous(NORMAL)", "foreign_keys(1)"},
 		"_txlock": {"immediate"},
@@ -132,8 +132,8 @@ func (q *Queue) openPostgres(ctx context.Context, rawURL string) error {
 	return nil
 }
 
-// migrationLock is the key of PostgreSQL's advisory lock around migrations, because River's migrations take no lock.
-// The number is arbitrary. With SQLite, a lock file beside the database has the same purpose.
+// migrationLock is the key of PostgreSQL's advisory lock around migrations, an arbitrary number. River's migrations
+// take no lock. With SQLite, a lock file beside the database has the same purpose.
 const migrationLock = 0x70726562616b65
 
 // migrate runs River's migrations. Only one process runs them at a time.

@@ -15,8 +15,8 @@ import (
 )
 
 // Release gives the running jobs of these builds to other workers, because the present workers seem to be dead. It ends
-// each job and inserts a successor, which continues with the next attempt. A worker that is alive after all ends only
-// the first job.
+// each job and inserts a successor, which continues with the next attempt. A worker that is alive after all can then
+// end only the first job.
 func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	var rows []*rivertype.JobRow
 	for _, build := range builds {
@@ -37,8 +37,8 @@ func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	return nil
 }
 
-// End ends the job of a build that has ended, so that no worker gets it again. The job's worker may be dead. If the
-// build has no job, or its job has ended, End changes nothing and returns nil.
+// End ends the job of a build that has ended, even if its worker is dead. If the build has no job, or its job has
+// ended, End changes nothing and returns nil.
 func (q *Queue) End(ctx context.Context, build int64) error {
 	row, err := q.outsideTx().find(ctx, build)
 	if err != nil {
@@ -78,8 +78,8 @@ func (q *Queue) replaceJobs(ctx context.Context, rows []*rivertype.JobRow) (err 
 	return tx.Commit(ctx)
 }
 
-// successor inserts a waiting copy of an ended job, with its former attempts. River has no function for that. It copies
-// no job that ended by itself meanwhile, and none that another server has copied.
+// successor inserts a waiting copy of an ended job, with its former attempts. River has no function for that. It leaves
+// out a job that ended by itself meanwhile, or that another server has copied.
 const successor = `INSERT INTO river_job (args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
 	priority, queue, scheduled_at, state, tags, unique_key, unique_states)
 SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,

@@ -1,6 +1,6 @@
 // Package snapshot handles snapshots: signed lists of the artifacts that a farm has published and withdrawn. It defines
-// the format of the list. Its client reads the list from any web server or folder, by the rules of TUF (The Update
-// Framework, 1.0). A node checks the list without a connection to the farm.
+// the format of the list, and a client that reads the list from any web server or folder. The client follows TUF (The
+// Update Framework, 1.0), and needs no connection to the farm.
 //
 // The client refuses a list in each of these cases:
 //   - It is older than a list that the client has seen.

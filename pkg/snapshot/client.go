@@ -82,8 +82,8 @@ type state struct {
 }
 
 // Last returns the last list that this node accepted, or nil. It opens no connection, and checks the signatures again.
-// The caller checks whether the list has expired. If the configured root has changed since then, Last returns only the
-// withdrawn artifacts, and sets [Snapshot.Former].
+// The caller checks whether the list has expired. If the configured root has changed, Last returns only the withdrawn
+// artifacts, and sets [Snapshot.Former].
 func (c *Client) Last() (*Snapshot, error) {
 	st, err := c.loadState()
 	if err != nil || st.Catalogue == nil {
@@ -106,9 +106,8 @@ func (c *Client) Last() (*Snapshot, error) {
 	return s, nil
 }
 
-// loadState reads the state file. If the configured root has changed, loadState drops the stored root, which follows
-// from the former one. It keeps the stored list, which still tells which lists are older and which artifacts were
-// withdrawn.
+// loadState reads the state file. If the configured root has changed, it drops the stored root, which follows from the
+// former one. It keeps the stored list for the versions and the withdrawn artifacts in it.
 func (c *Client) loadState() (st state, err error) {
 	if c.cfg.State == "" {
 		return st, nil

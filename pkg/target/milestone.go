@@ -9,8 +9,8 @@ import "strings"
 // numbers, but the name of an image has both numbers (cos-109-17800-570-40). The table comes from the release notes of
 // each milestone. For milestones out of support it comes from endoflife.date's list of last releases.
 //
-// Development images have many branch numbers for one milestone: 133 had 19672, 19700 and 19879 before 19999. The table
-// leaves them out. A guess from the intervals could take an unknown milestone for a known one.
+// The table leaves out development images, which have many branch numbers for one milestone: 133 had 19672, 19700 and
+// 19879 before 19999. Do not guess from the intervals: an unknown milestone would pass for a known one.
 func Milestone(buildID string) (int, bool) {
 	if !buildIDPattern.MatchString(buildID) {
 		return 0, false

@@ -150,8 +150,8 @@ func ParseDriver(version, flavour string) (Driver, error) {
 func (d Driver) Modules() Driver { return Driver{ModuleVersion(d.Version), d.Flavour} }
 
 // ValidVersion reports whether s has the format of an NVIDIA driver version: two to four numbers with dots, then up to
-// two words, each after a dash. The words name an edition of the release: NVIDIA-Linux-x86_64-535.261.03-grid.run is
-// for guests of vGPU. A flavour's name is no such word, because tags have the flavour after the version.
+// two words, each after a dash. The words name an edition: NVIDIA-Linux-x86_64-535.261.03-grid.run is for guests of
+// vGPU. A flavour's name is not such a word, because tags have the flavour after the version.
 func ValidVersion(s string) bool {
 	m := versionPattern.FindStringSubmatch(s)
 	if m == nil {

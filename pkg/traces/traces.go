@@ -1,6 +1,6 @@
 // Package traces sends the work of a program as OpenTelemetry spans, by OTLP over HTTP, if the standard OTEL_*
-// environment variables name a collector. Each run has one span, and each phase of the run has a child span. Without
-// its collector a run does not fail: the spans are lost, and the log gets a line.
+// environment variables name a collector. Each run has a span, with a child span for each phase. If the collector
+// cannot be reached, the spans are lost, and the log gets a line.
 package traces
 
 import (

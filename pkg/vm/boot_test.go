@@ -166,9 +166,8 @@ func TestBootWithDisk(t *testing.T) {
 	}
 }
 
-// TestBootWithoutSerialDriver checks the events on a kernel without a driver for their serial port, such as COS's
-// kernels for Arm. An argument on the kernel's command line disables the driver. On amd64 the machine gets the PCI
-// serial port of arm64.
+// TestBootWithoutSerialDriver checks the events on a kernel that has no driver for their serial port, as COS's kernels
+// for Arm. A kernel argument disables the driver. On amd64 the machine gets the PCI serial port of arm64.
 func TestBootWithoutSerialDriver(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)

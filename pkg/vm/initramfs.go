@@ -54,8 +54,8 @@ func Tree(name, dir string) ([]File, error) {
 	return files, nil
 }
 
-// writeInitramfs writes the guest's whole root as a cpio archive. Under emulation, decompressing takes longer than
-// reading, so the archive is not compressed. The same config gives the same bytes.
+// writeInitramfs writes the guest's whole root as a cpio archive. It does not compress, because decompressing is slow
+// under emulation. The same config gives the same bytes.
 func writeInitramfs(w io.Writer, c Config) error {
 	files, err := guestFiles(c)
 	if err != nil {

@@ -1,6 +1,6 @@
-// Package vm boots a kernel in a qemu machine, runs a list of steps in it, and returns the output of the steps and of
-// the kernel. The machine runs in emulation, without hardware virtualisation. The guest sees only an initramfs, made
-// for this run, and an optional disk. With an emulated GPU (package emugpu), NVIDIA's real driver loads in the guest.
+// Package vm boots a kernel in a qemu machine, runs a list of steps in it, and returns the output of steps and kernel.
+// The machine runs in emulation, without hardware virtualisation. The guest sees only an initramfs, made for this run,
+// and an optional disk. With an emulated GPU (package emugpu), NVIDIA's real driver loads in the guest.
 //
 // The package does not decide whether a step's result is good. It never leaves a machine running after its caller has
 // ended.

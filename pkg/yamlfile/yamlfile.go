@@ -1,6 +1,6 @@
 // Package yamlfile reads YAML files that people write. It reports every mistake with its line and column, what was
-// found, and what is wanted. The errors of the YAML library mention Go types and have no column, so the package checks
-// the nodes itself. It does not know the meaning of a file; its callers do.
+// found, and what is wanted. It checks the nodes itself, because the YAML library's errors mention Go types and have no
+// column. It does not know the meaning of a file.
 package yamlfile
 
 import (
@@ -104,9 +104,8 @@ func Found(n *yaml.Node) string {
 
 var syntaxLine = regexp.MustCompile(`^(?:yaml: )?line ([0-9]{1,9}): `)
 
-// Document returns the top node of a file, which must have exactly one document. most is the maximum size in bytes. The
-// error about an empty file contains the description of the wanted content. If the result is false, Document has
-// recorded a mistake.
+// Document returns the top node of a file, which must have exactly one document and at most the given number of bytes.
+// The error about an empty file says what is wanted. If the result is false, Document has recorded a mistake.
 func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	top := At{Node: &yaml.Node{}}
 	if len(data) > most {

@@ -47,8 +47,8 @@ type apt struct {
 	fresh bool
 }
 
-// openApt prepares apt's own folders under dir. It fetches the package index if the index is missing or old, or if
-// refresh is true. The index is for the machine's Debian release, or for the next release if next is true.
+// openApt prepares apt's own folders under dir, for the machine's Debian release or the next one. It fetches the
+// package index if it is missing or old, or if refresh is true.
 func openApt(ctx context.Context, dir string, p platform, next, refresh bool, say func(string)) (*apt, error) {
 	a := &apt{dir: dir, conf: filepath.Join(dir, "apt.conf"), progress: say}
 	for _, sub := range []string{"lists/partial", "cache/archives/partial", "packages", "state"} {

@@ -22,8 +22,7 @@ import (
 const crossCompiler = "aarch64-linux-gnu-gcc-12"
 
 // TestARM64 lets the builder on this machine cross-compile, check, load and publish a driver for an Arm kernel. The
-// load test queries NVML in an emulated Arm machine. The tests of package vm run on this kernel too. At last the
-// builder uses a bucket with vmlinux and no boot archive.
+// tests of package vm run on this kernel too. At last the builder uses a bucket with vmlinux and no boot archive.
 //
 // It takes minutes, so it runs only if PREBAKE_ARM64_CACHE is set to the cache folder of `mirror`. `make arm64` sets
 // it.
@@ -102,8 +101,8 @@ func TestARM64(t *testing.T) {
 	if err := publishText(filepath.Join(bucket, "vmlinux"), string(wrapImage(image))); err != nil {
 		t.Fatal(err)
 	}
-	// nvidia.ko for this kernel needs DRM, a module that vmlinux does not contain. The builder makes a boot image of
-	// vmlinux, but the driver cannot be loaded in a machine that boots it.
+	// nvidia.ko for this kernel needs DRM, which vmlinux does not contain. A machine that boots vmlinux cannot load the
+	// driver.
 	done = build("out-vmlinux", "auto")
 	i := slices.IndexFunc(done.Phases, func(p timeline.Phase) bool { return p.Name == "load test" })
 	if i < 0 || !strings.Contains(done.Phases[i].Note, "nvidia needs drm") {
@@ -119,8 +118,8 @@ type buildResult struct {
 	Phases   []timeline.Phase
 }
 
-// wrapImage makes a vmlinux from an arm64 Image: the whole image is one segment and the section .rodata. Debian's own
-// vmlinux is in a package of 800 MB, too large for a test.
+// wrapImage makes a vmlinux from an arm64 Image, as one segment and the section .rodata. Debian's own vmlinux is in a
+// package of 800 MB.
 func wrapImage(image []byte) []byte {
 	const base, head = 0xffff800008000000, 64 + 56
 	names := "\x00.rodata\x00.shstrtab\x00"
@@ -164,8 +163,8 @@ const (
 
 func (v *verdict) String() string { return strings.TrimSuffix(v.State+": "+v.Reason, ": ") }
 
-// compilePrograms compiles builder, mirror, and the programs for the load test of an architecture into one folder. It
-// returns a function that runs builder, or mirror if the first argument is "mirror", and decodes the JSON output.
+// compilePrograms compiles builder, mirror, and the programs for an architecture's load test. It returns a function
+// that runs builder, or mirror if the first argument is "mirror", and decodes the JSON output.
 func compilePrograms(t *testing.T, arch target.Arch) func(out any, args ...string) {
 	t.Helper()
 	bin, suffix, cc := t.TempDir(), "", "gcc"

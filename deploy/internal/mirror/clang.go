@@ -197,9 +197,9 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 	return os.Chmod(filepath.Join(dir, signingKeyName), 0o600)
 }
 
-// clangReleases returns the driver releases for the kernel that the mirror compiles, the default one first. The default
-// is the newest one of the machine's own Debian release, because Debian makes it fit the source of this kernel. Older
-// ones from this Debian release are left out.
+// clangReleases returns the driver releases for the kernel that the mirror compiles, the default first. The default is
+// the newest one of the machine's own Debian release: Debian makes it fit the source of this kernel. Older ones of this
+// Debian release are left out.
 func (m *maker) clangReleases(releases []release) []release {
 	var own, others []release
 	for _, r := range releases {

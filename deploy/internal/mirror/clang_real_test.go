@@ -20,11 +20,10 @@ import (
 )
 
 // TestClangKernel runs the builder on a kernel like COS's: compiled with clang and lld, without symbol versions, with
-// LoadPin. The builder compiles the driver with clang, checks it, loads it in a machine that boots that kernel, and
-// publishes it.
+// LoadPin. The builder compiles the driver with clang, loads it in a machine that boots that kernel, and publishes it.
 //
-// The kernel takes minutes to compile, once for each cache. The test therefore runs only if PREBAKE_CLANG_CACHE is set
-// to the cache folder of `mirror`. `make clang` sets it.
+// The kernel takes minutes to compile, so the test runs only if PREBAKE_CLANG_CACHE is set to the cache folder of
+// `mirror`. `make clang` sets it.
 func TestClangKernel(t *testing.T) {
 	cache := os.Getenv("PREBAKE_CLANG_CACHE")
 	if cache == "" {

@@ -43,7 +43,7 @@ var errNotCompiled = errors.New("no earlier run compiled this kernel with clang"
 const clangCert = "certs/test-module-signing.crt"
 
 // Names in the archive in which a finished kernel is cached. clangTestModule is an unsigned module, with which tests
-// check what the kernel refuses. No machine loads it at boot.
+// check what the kernel refuses.
 const (
 	clangHeaders    = "headers"
 	clangImage      = "boot/vmlinuz"

@@ -19,8 +19,8 @@ import (
 )
 
 // signingPair is a private key and its certificate, new for each cache. The clang-built kernel trusts the certificate
-// for modules. The private key is published too: users need it to try module signatures on that kernel. Nothing else
-// may ever trust the certificate.
+// for modules. The private key is published too, for trying module signatures on that kernel. Nothing else may ever
+// trust the certificate.
 type signingPair struct {
 	key, cert []byte // in PEM
 }

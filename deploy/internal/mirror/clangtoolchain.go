@@ -30,8 +30,8 @@ var clangPackages = []string{
 // llvmDir is the folder where Debian has the programs without a version in their names.
 const llvmDir = "usr/lib/llvm-" + clangMajor
 
-// llvmTools are the binary tools in the archive. llvmLinks maps the second name of a tool to the tool. llvm-objdump is
-// left out: Debian's loads an HTTP client with many libraries, and no module needs it.
+// llvmTools are the binary tools in the archive. llvmLinks maps the second name of a tool to the tool. Debian's
+// llvm-objdump is left out: it loads an HTTP client with many libraries.
 var (
 	llvmTools = []string{"llvm-ar", "llvm-nm", "llvm-objcopy", "llvm-readobj", "llvm-size", "llvm-strings"}
 	llvmLinks = map[string]string{"llvm-ranlib": "llvm-ar", "llvm-strip": "llvm-objcopy", "llvm-readelf": "llvm-readobj"}
@@ -86,8 +86,8 @@ func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, erro
 	return t, t.checkLibraries()
 }
 
-// clangPick returns the path in the archive for a file of Debian's packages. It returns "" for a file that the compile
-// of a kernel does not need: static libraries, sanitizers, headers of C++ and of accelerators, and optimiser plugins.
+// clangPick returns the path in the archive for a file of Debian's packages; "" leaves the file out. The compile of a
+// kernel needs no static libraries, sanitizers, headers of C++ and of accelerators, or optimiser plugins.
 func clangPick(name string) string {
 	if tool, ok := strings.CutPrefix(name, llvmDir+"/bin/"); ok {
 		switch {

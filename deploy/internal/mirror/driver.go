@@ -31,8 +31,8 @@ func (m *maker) runfileTree(ctx context.Context, r release, releases []release) 
 	return t, edits, nil
 }
 
-// makeOwn replaces Debian's edition of the module sources with NVIDIA's own, and returns the list of Debian's edits
-// that it undid. If NVIDIA's sources are not available, Debian's edition stays, and the list says so.
+// makeOwn replaces Debian's edition of the module sources with NVIDIA's own, and returns the list of undone edits. If
+// NVIDIA's sources are not available, Debian's edition stays, and the list says so.
 func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []release) (edits []string, err error) {
 	var s sources
 	base, ok := baseOf(r, releases)
@@ -95,8 +95,8 @@ func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 	return t, nil
 }
 
-// finish adds the links of the libraries, nvidia-installer and .manifest, removes manual pages, and sets the modes of
-// the files. It returns an error if a file is missing that every runfile has.
+// finish completes the tree: it adds the links of the libraries, nvidia-installer and .manifest, removes manual pages,
+// and sets modes. A missing file that every runfile has is an error.
 func finish(t tree, p platform, r release) error {
 	if err := t.addLibraryLinks(r.version); err != nil {
 		return err
@@ -195,9 +195,9 @@ var (
 	headerEnds = []byte("\neval $finish; exit $res\n")
 )
 
-// fixHeader edits makeself's header so that it looks like the header of NVIDIA's runfiles. It also replaces the
-// uncompressed size by the sum of the file sizes: makeself asks du, whose result depends on the file system. The
-// payload, the number of lines and all checksums stay the same.
+// fixHeader makes makeself's header look like the header of NVIDIA's runfiles. It also sets the uncompressed size to
+// the sum of the file sizes: makeself asks du, whose result depends on the file system. The payload, the number of
+// lines and all checksums stay the same.
 func fixHeader(file []byte, t tree) ([]byte, error) {
 	end := bytes.Index(file, headerEnds)
 	if end < 0 {
@@ -216,8 +216,8 @@ func fixHeader(file []byte, t tree) ([]byte, error) {
 	}
 	size := regexp.MustCompile(`\b` + string(m[1]) + `( KB|; then)`)
 	fixed := size.ReplaceAll(head, fmt.Appendf(nil, "%d$1", (total+1023)/1024))
-	// NVIDIA's header has the option -x, with which callers unpack the runfile, and the line skip=NUMBER, the number of
-	// lines of the header. makeself writes that number in quotes and has no -x.
+	// NVIDIA's header has the option -x, with which callers unpack the runfile. It has the line skip=NUMBER without quotes
+	// around the number. makeself has no -x, and writes the quotes.
 	if len(optionLine.FindAll(fixed, -1)) != 1 || !skipLine.Match(fixed) {
 		return nil, fault.New(fault.Internal, "read the header of makeself: it has no option --noexec, or no line skip=",
 			"report this and the output of makeself --version to the developers of Prebake")

@@ -85,9 +85,9 @@ func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]ke
 	return whole, nil
 }
 
-// kernel parses the name of a header package, such as linux-headers-6.1.0-47-cloud-amd64. A series that Debian took
-// from a later release has names such as linux-headers-6.12.117+deb12-cloud-amd64. Each of its kernels has build tools
-// of its own.
+// kernel parses the name of a header package, such as linux-headers-6.1.0-47-cloud-amd64. In a series that Debian took
+// from a later release, names look like linux-headers-6.12.117+deb12-cloud-amd64, and each kernel has its own build
+// tools.
 func (p platform) kernel(headers string) (kernel, bool) {
 	m := p.headers().FindStringSubmatch(headers)
 	if m == nil {
@@ -103,8 +103,8 @@ func (p platform) kernel(headers string) (kernel, bool) {
 	return k, true
 }
 
-// setVersions sets the version of each of the kernel's packages, and reports whether the index has all of them. The map
-// has the versions in the index, newest first, by package name.
+// setVersions sets the versions of the kernel's packages, and reports whether the index has them. The map has the
+// index's versions by package name, newest first.
 func (k *kernel) setVersions(versions map[string][]string) bool {
 	if len(versions[k.headers.Name]) == 0 || len(versions[k.kbuild.Name]) == 0 {
 		return false
@@ -122,8 +122,8 @@ const defaultKernels = 4
 // half of them the oldest, and half the newest. If count is 0, it selects defaultKernels, or all if there are fewer. Of
 // any other series without a matching number, it selects the newest kernel.
 //
-// Both flavours of the default driver compile for the oldest kernels. The newest kernel is for tests of a driver that
-// does not compile. The two newest kernels are often siblings.
+// Both flavours of the default driver compile for the oldest kernels. On the newest kernel, one does not compile. The
+// two newest kernels are often siblings.
 func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
 	if len(abis) == 0 && p.oldest && len(all) > 0 {
 		return all[:1], nil

@@ -281,8 +281,8 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 	})
 }
 
-// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. Before it reads the module's
-// file, the callback may change the file, for example sign it. The callback may be nil.
+// compileEmuGPU compiles the emulated GPU with a header archive, and returns the module. The callback may change the
+// module's file before, for example sign it; nil changes nothing.
 func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object,
 	toolchain *toolchainFolder, finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
 	tools, err := toolchain.dir(ctx, m.Cache)

@@ -1,10 +1,10 @@
 // Package mirror makes folders from Debian's packages that look exactly like a COS release bucket and COS's bucket of
-// NVIDIA drivers. With them, Prebake can be tried with real kernels and a real driver on a machine that reaches only
-// Debian's archive.
+// NVIDIA drivers. With them, Prebake can be tried with real kernels and a real driver where only Debian's archive can
+// be reached.
 //
-// The package does not change the machine: apt uses sources, lists and caches of its own, nothing is installed, and no
-// root rights are needed. It pins no versions, but the same package versions give the same bytes. What Debian 12 does
-// not have comes from packages of Debian 13.
+// The package does not change the machine: apt uses sources, lists and caches of its own, and nothing is installed. It
+// pins no versions, but the same package versions give the same bytes. Packages of Debian 13 supply what Debian 12
+// lacks.
 package mirror
 
 import (
@@ -66,9 +66,9 @@ type Config struct {
 	ClangCached bool
 	// Refresh fetches the current package index first. Without it, an index of the last day is used.
 	Refresh bool
-	// EmuGPU compiles the emulated GPU for a kernel, and returns the path of the module. If EmuGPU is nil,
-	// prebake-boot.tgz has no emugpu.ko. headersDir is the header tree, and env the content of toolchain_env. EmuGPU may
-	// be called for two kernels at once.
+	// EmuGPU compiles the emulated GPU for a kernel, and returns the path of the module. headersDir is the header tree,
+	// and env the content of toolchain_env. EmuGPU may be called for two kernels at once. If it is nil, prebake-boot.tgz
+	// has no emugpu.ko.
 	EmuGPU func(ctx context.Context, arch target.Arch, headersDir, toolchainDir string, env map[string]string,
 		release string) (koPath string, err error)
 	// EmuGPURevision is the revision of the emulated GPU's source. With another revision, the module is compiled again.
@@ -422,8 +422,8 @@ func (m *maker) makeAll(ctx context.Context, builds []build, releases []release)
 	return g.Wait()
 }
 
-// byKernel splits the COS builds into one list for each kernel. The COS builds of a list are made one after the other,
-// so that each object that they share is made only once.
+// byKernel splits the COS builds into one list for each kernel. Making a list in order makes each shared object only
+// once.
 func byKernel(builds []build) [][]build {
 	var groups [][]build
 	for i, b := range builds {

@@ -40,8 +40,8 @@ func (t tree) decompress(file string) error {
 	return nil
 }
 
-// loadOrder decompresses the wanted modules and their dependencies, and returns their files in load order. A wanted
-// module without a file is built into the kernel, and is left out. A missing dependency is an error.
+// loadOrder decompresses the wanted modules and their dependencies, and returns their files in load order. It leaves
+// out a wanted module without a file, which is built into the kernel. A missing dependency is an error.
 func loadOrder(t tree, wanted ...string) ([]string, error) {
 	files := map[string]string{}
 	for name := range t {

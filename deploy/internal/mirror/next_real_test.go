@@ -10,12 +10,12 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestNext lets the builder build a wish list with two driver branches, both flavours and two kernel series, with load
-// tests. Some cells are built again without any cache, and must have the same digests. `make` alone must compile the
-// same modules.
+// TestNext lets the builder build and load-test two driver branches, both flavours, for two kernel series. Some cells
+// are built again without any cache, and must have the same digests. `make` alone must compile the same modules. A
+// driver that is too old for a kernel must fail with the compiler's message.
 //
-// A driver that is too old for a kernel's interfaces must fail with the compiler's message. The test takes almost an
-// hour, so it runs only if PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. `make next` sets it.
+// It takes almost an hour, so it runs only if PREBAKE_NEXT_CACHE is set to the cache folder of `mirror`. `make next`
+// sets it.
 func TestNext(t *testing.T) {
 	cache := os.Getenv("PREBAKE_NEXT_CACHE")
 	if cache == "" {

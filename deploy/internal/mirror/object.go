@@ -83,8 +83,8 @@ func (s store) make(ctx context.Context, r recipe, write func(ctx context.Contex
 	})
 }
 
-// publish copies the object to dst. A link would let a test that damages a mirror damage the cache. If the object is
-// damaged in the cache, publish removes it there, and returns an error.
+// publish copies the object to dst. It makes no link: a test that damages a mirror must not damage the cache. If the
+// object is damaged in the cache, publish removes it there, and returns an error.
 func (o object) publish(dst string) error {
 	bad := false
 	err := writeAtomic(dst, func(w io.Writer) error {

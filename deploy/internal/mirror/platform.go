@@ -9,11 +9,11 @@ import (
 )
 
 // platform has everything that differs between the mirror's architectures. Modules for a foreign architecture are
-// cross-compiled, with Debian's kbuild programs and compilers that run on the machine.
+// cross-compiled, with Debian's programs for the machine's own architecture.
 type platform struct {
 	arch target.Arch
 	// flavour is Debian's kernel flavour. For amd64 it is the smallest one, for virtual machines. For arm64 it is the
-	// plain one, whose kernel has DRM: at least one kernel of the mirror must be able to load nvidia-drm.
+	// plain one, which has DRM: at least one kernel of the mirror must be able to load nvidia-drm.
 	flavour string
 	// kernelArch is the name of the kernel's folder below arch/.
 	kernelArch string

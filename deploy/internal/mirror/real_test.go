@@ -73,8 +73,8 @@ func digests(t *testing.T, dir string) map[string]string {
 	return all
 }
 
-// compileHidden checks that the compiler, the assembler, the linker and all their libraries except libc come from the
-// archive. It unpacks the archive at another path than the archive was made for.
+// compileHidden checks that the compiler, the assembler, the linker and their libraries except libc come from the
+// archive. It unpacks the archive at a path for which it was not made.
 func compileHidden(t *testing.T, archive string) {
 	t.Helper()
 	dir := t.TempDir()

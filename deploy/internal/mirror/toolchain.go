@@ -64,8 +64,7 @@ func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work str
 }
 
 // toolchainPick returns the path in the archive for a file of Debian's packages; "" leaves the file out. It leaves out
-// the compiler for link-time optimisation (lto1), sanitizers and gcc's plugins: two thirds of the packages, which no
-// kernel module needs.
+// lto1, sanitizers and gcc's plugins: two thirds of the packages, which no kernel module needs.
 func (p platform) toolchainPick(name string) string {
 	base := path.Base(name)
 	if tool, ok := strings.CutPrefix(name, "usr/bin/"+p.triplet+"-"); ok {
@@ -110,8 +109,8 @@ func (t tree) checkLinks() error {
 	return nil
 }
 
-// relocate makes every program and library search for its libraries in the archive's folder lib first. The search path
-// is relative, so the archive works wherever it is unpacked. work is a scratch folder.
+// relocate makes every program and library search the archive's folder lib first. The search path is relative, so the
+// archive works in any folder. work is a scratch folder.
 func relocate(ctx context.Context, t tree, work string) error {
 	root, err := os.OpenRoot(work)
 	if err != nil {

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Debian's -source packages are NVIDIA's trees with Debian's patches; real runfiles have none. The mirror undoes the
-// patches with NVIDIA's own release tree, which Debian's source package of the open flavour contains.
+// Debian's -source packages contain Debian's patches, which real runfiles lack. The mirror undoes them with NVIDIA's
+// own release tree, from Debian's source package of the open flavour.
 const (
 	openOrigin = "nvidia-open-gpu-kernel-modules"
 	// undoRecipe is the version of the code that undoes the patches, a part of a runfile's recipe. It must change whenever
@@ -112,8 +112,7 @@ func (t tree) replace(dir string, with tree) {
 	}
 }
 
-// editedFiles returns the names of the files that Debian changed. dpkg-source gives them the time of the newest
-// changelog entry, which is later than the times of all other files.
+// editedFiles returns the names of the files that Debian changed: dpkg-source gives them the latest time of all files.
 func (t tree) editedFiles() []string {
 	var newest int64
 	for _, n := range t {
@@ -130,8 +129,8 @@ func (t tree) editedFiles() []string {
 }
 
 // undo undoes Debian's edits in a tree of sources. pair is a folder of sources in both editions, maybe of another
-// flavour or release. A changed file that equals its namesake in pair.debian is replaced by the file in pair.own. To
-// any other changed file, undo applies the difference between these two files backwards.
+// flavour or release. If a changed file equals its namesake in pair.debian, pair.own supplies the original. Otherwise
+// undo applies the difference between the two files backwards.
 //
 // edits has a line for each changed file. undo returns an error if a line that Debian added is still in a file.
 func undo(ctx context.Context, work string, debian tree, pair edition) (own tree, edits []string, err error) {
@@ -202,7 +201,7 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 }
 
 // remainingLines returns the lines of a text that are in Debian's edition of the file, but not in NVIDIA's own. It
-// ignores short lines, and #else and #endif, because these prove nothing.
+// ignores short lines, and #else and #endif.
 func remainingLines(text, was, edited []byte) []string {
 	set := func(text []byte) map[string]bool {
 		lines := map[string]bool{}

@@ -1,5 +1,5 @@
 // Package page reads the repository's Markdown pages: their headings, links, code spans and code blocks. Tests use it
-// to check links, and to run the commands on a page. It does not render pages, and never follows a link.
+// to check links, and to run the commands on a page. It never follows a link.
 package page
 
 import (

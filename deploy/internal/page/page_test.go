@@ -6,9 +6,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestAnchor checks the fragments of headings. The first four rows are the examples on GitHub's own page about section
-// links. The others are from the fixtures of github-slugger (github.com/Flet/github-slugger, test/fixtures.json), which
-// are compared with GitHub's rendering.
+// The first four rows are the examples on GitHub's own page about section links. The others are from the fixtures of
+// github-slugger (github.com/Flet/github-slugger, test/fixtures.json).
 func TestAnchor(t *testing.T) {
 	t.Parallel()
 	seen := map[string]int{}

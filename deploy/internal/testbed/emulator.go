@@ -11,7 +11,7 @@ import (
 )
 
 // UseFastEmulator puts the qemu of the next Debian release first in PATH, for this process and its programs. If
-// Debian's archive cannot be reached, the machine's own qemu stays, and a virtual node takes about twice the time.
+// Debian's archive cannot be reached, the machine's own, slower qemu stays.
 func (s *Scene) UseFastEmulator(ctx context.Context) error {
 	bin, err := mirror.Emulator(ctx, filepath.Join(s.State, "packages"), func(line string) { fmt.Fprintln(s.Out, line) })
 	if fault.Is(err, fault.Transient) {

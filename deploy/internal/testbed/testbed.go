@@ -1,6 +1,6 @@
-// Package testbed runs the whole product on one machine: a COS-shaped mirror, a server, a builder that takes builds
-// from the server's queue, and a virtual node that boots one of the mirror's kernels. It runs the real programs from
-// the bin folder, and does not use their internals. The demo and the end-to-end tests use it.
+// Package testbed runs the whole product on one machine, for the demo and the end-to-end tests: a COS-shaped mirror, a
+// server, a builder on the server's queue, and a virtual node. It runs the real programs, and does not use their
+// internals.
 package testbed
 
 import (

@@ -358,7 +358,7 @@ type publishedList struct {
 }
 
 // nextStamp returns the version of the next timestamp: the clock in seconds, or one more than the former version if
-// that is higher. After a lost folder, new timestamps therefore get a higher version than the nodes have seen.
+// that is higher. Even after the folder was lost, nodes have therefore seen only lower versions.
 func (r *Repository) nextStamp(former publishedList) int64 {
 	return max(former.stamp+1, r.now().Unix())
 }

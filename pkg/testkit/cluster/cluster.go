@@ -1,6 +1,5 @@
-// Package cluster runs a real kube-apiserver with etcd for one test. The server checks permissions, runs admission and
-// stores objects. It cannot run pods: it has no kubelet, no scheduler and no controller. Only test files import the
-// package.
+// Package cluster runs a real kube-apiserver with etcd for one test. It cannot run pods: it has no kubelet, no
+// scheduler and no controller. Only test files import the package.
 package cluster
 
 import (

@@ -15,8 +15,8 @@ import (
 )
 
 // Row is one mistake. The test writes the text Put in place of the text Instead, or at the end if Instead is "". Want
-// is the text after the file's name in the error; "" means that the row is no mistake. In Want, LAST stands for the
-// number of the first line after the example, and LAST+1 for the next.
+// follows the file's name in the error; "" means that there must be no error. In Want, LAST is the number of the first
+// line after the example, and LAST+1 of the next.
 type Row = struct{ Name, Put, Instead, Want string }
 
 // Check runs the program's "config check" on the example, once with each mistake. The callback returns a new command

@@ -1,6 +1,5 @@
-// Package distribution runs Debian's package of the distribution project's registry for one test. As a foreign
-// registry, it also checks the protocol. Its version 2.8 has no referrers API, so tests show how clients work without
-// it. Only test files import the package.
+// Package distribution runs Debian's package of the distribution project's registry, for tests with a foreign registry.
+// Its version 2.8 has no referrers API. Only test files import the package.
 package distribution
 
 import (

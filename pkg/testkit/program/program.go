@@ -25,8 +25,8 @@ func Build(t testing.TB, pkg, arch string) string {
 	return out
 }
 
-// Write writes a program that everybody may run. After a plain os.WriteFile, a child that another test forks meanwhile
-// may still hold the file open. The kernel then refuses to run the file ("text file busy", https://go.dev/issue/22315).
+// Write writes a program that everybody may run. After a plain os.WriteFile, a child that another test forks may hold
+// the file open, and the kernel does not run the file ("text file busy", https://go.dev/issue/22315).
 func Write(t testing.TB, path string, content []byte) {
 	t.Helper()
 	syscall.ForkLock.RLock()

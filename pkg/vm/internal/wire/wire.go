@@ -102,8 +102,9 @@ func Write(w io.Writer, e Event) error {
 	return nil
 }
 
-// Read passes every event to the callback until the stream ends or the callback returns an error. It skips blank lines,
-// and a last line without a newline, which a loss of power may leave. Any other line that is not an event is an error.
+// Read passes every event to the callback until the stream ends or the callback returns an error. It skips blank lines.
+// It skips a last line without a newline, which a loss of power may leave. Any other line that is not an event is an
+// error.
 func Read(r io.Reader, f func(Event) error) error {
 	in := bufio.NewReaderSize(r, 64<<10)
 	for {
