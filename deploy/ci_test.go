@@ -124,8 +124,8 @@ func TestCIScripts(t *testing.T) {
 	}
 }
 
-// TestPreflightWaits checks that preflight.sh waits until the artifact of a pool is published, and lists the pool in
-// the summary for GitHub.
+// TestPreflightWaits checks that preflight.sh waits until a pool's artifact is published, and lists the pool in
+// GitHub's summary.
 func TestPreflightWaits(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)

@@ -24,8 +24,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// stockClients are other projects' programs that the tests use with the registry. deploy/tool.sh builds oras and
-// regctl; the others are Debian packages.
+// stockClients are other projects' programs for the registry. deploy/tool.sh builds oras and regctl; the others are
+// Debian packages.
 var stockClients = []string{"oras", "regctl", "skopeo", "containerd", "ctr"}
 
 // client runs stock programs against a server. Each client has a home folder of its own.
@@ -87,8 +87,8 @@ func (c client) mustFail(why, program string, args ...string) {
 	}
 }
 
-// checkDigest compares the digest that the registry has under a name; "" means that there must be none. It uses a
-// library that none of the clients use, and no credentials.
+// checkDigest compares the digest of a name in the registry; "" means that there must be none. It uses another library
+// than the clients, and no credentials.
 func (c client) checkDigest(ref, want string) {
 	c.t.Helper()
 	parsed, err := name.ParseReference(c.host+"/"+ref, name.Insecure)

@@ -16,8 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/cluster"
 )
 
-// foreignKinds are other projects' kinds that the components use: the Go module that publishes the definition (CRD),
-// and its file in that module.
+// foreignKinds are other projects' kinds that the components use. Each definition (CRD) is a file of a Go module.
 var foreignKinds = []struct{ module, file string }{
 	{"github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"},
 	{"github.com/prometheus-operator/prometheus-operator@v0.85.0",

@@ -15,8 +15,7 @@ import (
 
 var commandPrograms = []string{"builder", "server", "fetcher"}
 
-// otherValues has the flags whose value has several names in help, with the reason: the value is the same kind of
-// thing.
+// otherValues has the flags whose value has several names in help, with the common meaning of the names.
 var otherValues = map[string]string{
 	"--to": "where the result goes: a REF, or the FOLDER of a snapshot, which is published as files",
 }

@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// earlierFlags maps the former names of a program's flags to the present ones, from the calls of cli.WasCalled in its
-// source.
+// earlierFlags maps the former names of a program's flags to the present ones. It reads the calls of cli.WasCalled in
+// the program's source.
 func earlierFlags(t *testing.T, program string) map[string]string {
 	t.Helper()
 	text := func(e ast.Expr) string {

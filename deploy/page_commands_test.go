@@ -16,8 +16,7 @@ import (
 // programsOfPages are the programs whose help is in docs/reference.
 var programsOfPages = []string{"builder", "server", "fetcher", "mirror"}
 
-// flagsOf returns the flags of each command, such as "builder build", from the pages in docs/reference. TestReference
-// of each program checks that these pages equal --help.
+// flagsOf returns the flags of each command, such as "builder build", from the pages in docs/reference.
 func flagsOf(t *testing.T) map[string]map[string]bool {
 	t.Helper()
 	flagNames := regexp.MustCompile(`(?m)^ +(--?[a-z0-9-]+(?:, --?[a-z0-9-]+)*)\b`)

@@ -100,7 +100,7 @@ func scaledObject(t *testing.T) scaled {
 }
 
 // TestScaledObject checks that KEDA's setting valueLocation is a valid Prometheus selector, and that KEDA asks the
-// address on which the server listens.
+// server's address.
 func TestScaledObject(t *testing.T) {
 	t.Parallel()
 	s := scaledObject(t)

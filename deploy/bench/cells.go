@@ -308,8 +308,8 @@ func (b *bench) measurePlain(ctx context.Context, c cell) (float64, error) {
 	return time.Since(start).Seconds(), os.RemoveAll(tree)
 }
 
-// installOnNode builds the first cell again, and installs it on a folder that looks like the root of a COS node. It
-// does not load the modules.
+// installOnNode builds the first cell again, and installs it on a folder like the root of a COS node. It loads no
+// modules.
 func (b *bench) installOnNode(ctx context.Context, n int, cache, repo string) error {
 	c := b.cells[0]
 	plain, err := b.measurePlain(ctx, c)

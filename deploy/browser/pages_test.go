@@ -19,11 +19,10 @@ type row struct {
 	// Draw is true if `make screenshots` draws the page.
 	Draw bool
 
-	// Missing is true if the server does not have the page yet and answers 404. Any other answer fails, until Missing is
-	// removed.
+	// Missing says that the server does not have the page yet. The page must then answer 404.
 	Missing bool
-	// Waits has the checks that the page does not pass yet, with the reasons. A check that passes in all data sets fails
-	// the test, until it is removed from Waits.
+	// Waits has the checks that the page does not pass yet, with the reasons. A check that passes in all data sets must be
+	// removed from Waits.
 	Waits map[string]string
 }
 

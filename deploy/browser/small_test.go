@@ -242,8 +242,8 @@ func publish(t *testing.T, s *set, b api.Build, c story, begin time.Time) {
 	}
 }
 
-// report reports that an artifact did not load. Each node reports from its own network, because one network's reports
-// put no artifact in quarantine.
+// report sends a node's report that an artifact did not load. Each node reports from its own network, because one
+// network's reports put no artifact in quarantine.
 func report(t *testing.T, s *set, c story, digest string, node int) {
 	t.Helper()
 	from := &net.TCPAddr{IP: net.IPv4(127, 0, byte(node+1), 1)}

@@ -95,7 +95,7 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	if os.Getenv(scenariosEnv) != "" { // TestNodeScenarios decides itself what is built, and in which order
 		return st, nil
 	}
-	// The builds that most tests need are requested together: while one is load-tested, another can use the idle
+	// The builds that most tests need are requested together. During one build's load test, another can use the idle
 	// processor.
 	for _, k := range []target.Kernel{st.kernel(0), st.kernel(1)} {
 		for _, f := range []target.Flavour{target.Proprietary, target.Open} {

@@ -327,7 +327,7 @@ func crane(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// craneRegistry starts crane's own registry on loopback. The registry chooses its port, because another test could take
+// craneRegistry starts crane's own registry on loopback. The registry chooses its port itself: another test could take
 // a port that was free a moment ago.
 func craneRegistry(t *testing.T) string {
 	t.Helper()

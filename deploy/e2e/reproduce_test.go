@@ -97,8 +97,8 @@ func verifier(t *testing.T, pem []byte) *trust.Verifier {
 	return v
 }
 
-// statements returns the statements of an artifact whose signature the verifier accepts. Several may have one type:
-// each COS build has a kernel match.
+// statements returns an artifact's statements whose signature the verifier accepts. An artifact has a kernel match for
+// each COS build.
 func statements(t *testing.T, repo *registry.Repository, digest string, v *trust.Verifier) (all []*trust.Statement) {
 	t.Helper()
 	attached, err := repo.Attached(t.Context(), digest, trust.ArtifactTypeBundle)
@@ -113,8 +113,8 @@ func statements(t *testing.T, repo *registry.Repository, digest string, v *trust
 	return all
 }
 
-// tamper publishes an artifact that differs from a published one in one byte of one module, and returns its reference.
-// Another key signs the original's provenance for it.
+// tamper publishes a copy of an artifact with one changed byte in a module, and returns its reference. Another key
+// signs the original's provenance for it.
 func tamper(t *testing.T, repository, digest string, insider *testkit.Key) string {
 	t.Helper()
 	ctx, repo := t.Context(), open(t, repository)

@@ -135,8 +135,7 @@ func waitStep(srv *testbed.Server) vm.Step {
 // answeredMetric matches the server's metric of answered questions of nodes, if it is not 0.
 var answeredMetric = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
 
-// waitAsked returns when a node has asked the server. It fails the test if the node ends first, which the channel
-// reports.
+// waitAsked returns when a node has asked the server. The test fails if the channel reports the node's end first.
 func waitAsked(t *testing.T, srv *testbed.Server, done <-chan error) {
 	t.Helper()
 	for {

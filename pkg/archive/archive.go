@@ -353,8 +353,8 @@ func (u *unpacker) hardlink(name, target string) error {
 	return nil
 }
 
-// readError gives damaged bytes the kind Unverified. It does not change an error with a kind, or of a file on the disk.
-// If ctx has ended, it returns the cause.
+// readError gives damaged bytes the kind Unverified. It does not change an error that has a kind, or an error of a file
+// on the disk. If ctx has ended, it returns the cause.
 func readError(ctx context.Context, err error) error {
 	var f *fault.Error
 	if cause := context.Cause(ctx); cause != nil {

@@ -352,8 +352,8 @@ func TestUnpackCancelled(t *testing.T) {
 	}
 }
 
-// FuzzUnpack needs -fuzzminimizetime=1x. The zstd decoder's goroutines make the coverage differ between runs, so the
-// engine would minimise inputs for minutes.
+// FuzzUnpack needs -fuzzminimizetime=1x: the zstd decoder's goroutines change the coverage between runs, and the engine
+// would minimise inputs for minutes.
 func FuzzUnpack(f *testing.F) {
 	plain := makeTar(f,
 		entry{"d/", tar.TypeDir, 0o755, ""}, entry{"d/a", tar.TypeReg, 0o755, "a"},

@@ -139,8 +139,7 @@ func candidates(ctx context.Context, root *ucli.Command, words []string) []Candi
 	return withPrefix(current, "", append(all, t.values(ctx, "")...))
 }
 
-// plainValue matches values that need no quotes in a shell. Bash inserts completions without quotes, so other values
-// are not offered.
+// plainValue matches values that need no quotes in a shell, because bash inserts completions without quotes.
 var plainValue = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,~-]*$`)
 
 // withPrefix returns the candidates that begin with the typed text. It puts the prefix before each of them.

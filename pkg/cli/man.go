@@ -89,8 +89,8 @@ func eachSynopsis(root, cmd *ucli.Command, f func(words, rest string)) {
 	}
 }
 
-// manText writes a description. If other text comes before it, the description begins a new paragraph. Indented lines,
-// such as examples, keep their line breaks.
+// manText writes a description, in a new paragraph if other text comes before it. Indented lines, such as examples,
+// keep their line breaks.
 func manText(b *strings.Builder, text string, follows bool) {
 	if text == "" {
 		return

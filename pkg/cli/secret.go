@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// secretQueries are parameters of a URL's query that hold a secret, in lower case. A signature is a secret too, because
-// a signed URL gives access to everybody.
+// secretQueries are the secret parameters of a URL's query, in lower case. A signature is a secret too: a signed URL
+// gives access to everybody.
 var secretQueries = []string{
 	"password", "token",
 	"sslpassword",          // PostgreSQL's connection URIs

@@ -183,8 +183,8 @@ func (c Chip) compare(d Chip) int {
 		strings.Compare(c.SubDevice, d.SubDevice), strings.Compare(c.Name, d.Name))
 }
 
-// Short returns a list with only the facts by which a node chooses a flavour. Equal boards of a device become one
-// entry.
+// Short returns a list with only the facts by which a node chooses a flavour. If they are equal for all boards of a
+// device, the boards become one entry.
 func (l *List) Short() *List {
 	short := &List{Version: l.Version}
 	rest := l.Chips

@@ -220,8 +220,8 @@ func (c *checker) crc(m *Module, symbol string, want uint32, whose string) {
 	}
 }
 
-// gplCompatible reports whether the kernel treats a licence as compatible with the GPL, as license_is_gpl_compatible in
-// include/linux/license.h does.
+// gplCompatible reports whether the kernel treats a licence as compatible with the GPL (license_is_gpl_compatible in
+// include/linux/license.h).
 func gplCompatible(license string) bool {
 	switch license {
 	case "GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL":

@@ -216,8 +216,8 @@ func first(values []string) string {
 	return values[0]
 }
 
-// structName reads the name in struct module, for modules without name= (before Linux 4.13). Before the name are the
-// state (an int with padding) and a list head.
+// structName reads the name in struct module, for modules without name= (before Linux 4.13). The name follows the state
+// (an int with padding) and a list head.
 func structName(f *elf.File) (string, error) {
 	const offset, length = 24, 56
 	data, err := section(f, ".gnu.linkonce.this_module", maxModinfo)

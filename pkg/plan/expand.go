@@ -33,8 +33,8 @@ type Cell struct {
 	Labels []string `json:"labels,omitempty"`
 	// EarlyWarning says that a failure of the cell is reported but raises no alarm.
 	EarlyWarning bool `json:"earlyWarning,omitempty"`
-	// Listed says that the flavour comes from the wish list's general list of flavours. It is then no failure if the
-	// release lacks the flavour.
+	// Listed says that the flavour comes from the wish list's general list of flavours. The release may then lack it
+	// without a failure.
 	Listed bool `json:"-"`
 	// Problem says why the cell cannot be built; nil means that it can.
 	Problem *Problem `json:"problem,omitempty"`
@@ -138,7 +138,7 @@ type wantedKernel struct {
 	err    error
 }
 
-// kernels resolves the wish list's entries for kernels. A kernel of several entries appears once, and is an early
+// kernels resolves the wish list's entries for kernels. A kernel of several entries appears once. It is an early
 // warning only if all its entries are.
 func (e *expander) kernels(ctx context.Context) []wantedKernel {
 	var all []wantedKernel
@@ -208,7 +208,7 @@ func merge(all []wantedKernel, w wantedKernel) []wantedKernel {
 	return append(all, w)
 }
 
-// listing caches which COS builds the bucket has. Boards are read only when a wish needs them, because a bucket has
+// listing caches the bucket's COS builds. It reads boards only for a build that a wish may want, because a bucket has
 // thousands of COS builds.
 type listing struct {
 	ids    []string // newest first

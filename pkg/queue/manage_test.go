@@ -44,8 +44,8 @@ func runWorker(t *testing.T, q *queue.Queue, n int) (order []int64) {
 	return order
 }
 
-// TestPriorities checks that a build that somebody waits for comes before a build of a wish list. The order of
-// insertion must not matter, and the priority may change later.
+// TestPriorities checks that a build that somebody waits for comes before a build of a wish list, in any order of
+// insertion.
 func TestPriorities(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {

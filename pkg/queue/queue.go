@@ -42,8 +42,8 @@ const (
 	RescueAfter = JobTimeout + 15*time.Minute
 )
 
-// grace is how long running builds may continue after Work was told to stop: long enough to finish publishing, and too
-// short for Kubernetes to kill the process.
+// grace is how long running builds may continue after Work was told to stop. A build can finish publishing in that
+// time. A process manager such as Kubernetes does not kill the process so early.
 const grace = 5 * time.Second
 
 // Queue is an open queue. The caller closes it.

@@ -193,8 +193,7 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	return s, c.saveState(state{Pinned: c.cfg.Root, Files: next})
 }
 
-// workFolder makes an empty folder beside the state file, or in the folder for temporary files if the client writes no
-// state.
+// workFolder makes an empty folder beside the state file. Without a state file to write, the folder is temporary.
 func (c *Client) workFolder() (string, error) {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		work, err := os.MkdirTemp("", "prebake-snapshot-")

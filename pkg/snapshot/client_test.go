@@ -71,8 +71,8 @@ func (n *node) client(t testing.TB, from string) *snapshot.Client {
 	return c
 }
 
-// checkList checks that a restarted node knows list 1, in which artifact 2 is yanked. After a change of root (former),
-// it knows only the withdrawn artifacts.
+// checkList checks that a restarted node knows list 1, in which artifact 2 is yanked. If former is true, it knows only
+// the withdrawn artifacts.
 func (n *node) checkList(t testing.TB, from string, former bool) {
 	t.Helper()
 	last, err := n.client(t, from).Last()

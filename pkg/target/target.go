@@ -208,8 +208,7 @@ func CompareVersions(a, b string) int {
 // Wish is a request for a driver before a version is chosen.
 type Wish string
 
-// The two wishes that are words, named like COS's fields gpu_default_version and gpu_latest_version. Every other wish
-// is a branch, such as R535, or an exact version.
+// The two wishes that are words, named like COS's fields gpu_default_version and gpu_latest_version.
 const (
 	Default Wish = "default"
 	Latest  Wish = "latest"

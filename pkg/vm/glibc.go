@@ -25,8 +25,8 @@ var libraryFolders = map[elf.Machine][]string{
 var guestFolders = map[elf.Machine]string{elf.EM_X86_64: "/lib/x86_64-linux-gnu",
 	elf.EM_AARCH64: "/lib/aarch64-linux-gnu"}
 
-// dlopenLibraries are parts of glibc that NVIDIA's libraries need. A program that opens these libraries with dlopen may
-// lack them, so GlibcFiles always adds them.
+// dlopenLibraries are parts of glibc that NVIDIA's libraries need. A program that opens NVIDIA's libraries with dlopen
+// may not be linked with them.
 var dlopenLibraries = []string{"libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6"}
 
 // GlibcFiles returns the files that dynamic programs need in a guest of their own architecture: the loader, all needed

@@ -148,7 +148,7 @@ type Result struct {
 	// Steps has the steps that started, in order.
 	Steps []StepResult
 	// KernelLog is the kernel's log from boot to end, in dmesg's format. If the machine crashed or ended early, it is the
-	// console's text instead, which shows the crash.
+	// console's text, which shows the crash.
 	KernelLog string
 	// BootSeconds is the time from qemu's start until the first step could run.
 	BootSeconds float64

@@ -28,8 +28,8 @@ const clangMajorBuild = 18244
 // NVIDIA driver in Debian's packages compiles for it.
 const clangSeries = "6.1"
 
-// Files of the key that signs modules, and of its certificate, in the mirror's folder of the COS build that trusts the
-// certificate.
+// Files of the key that signs modules, and of its certificate. They are in the mirror's folder of the COS build that
+// trusts the certificate.
 const (
 	signingKeyName  = "test-module-signing.key"
 	signingCertName = "test-module-signing.crt"
@@ -218,8 +218,8 @@ func (m *maker) clangReleases(releases []release) []release {
 // clangBootArgs is the part of COS's command line that excludes modules and firmware from LoadPin.
 const clangBootArgs = "loadpin.exclude=kernel-module,firmware\n"
 
-// makeClangBoot packs the boot archive: the kernel image and the emulated GPU. Its module is signed, because it must
-// also load if the kernel enforces signatures.
+// makeClangBoot packs the boot archive: the kernel image and the emulated GPU. The module is signed: it must also load
+// if the kernel enforces signatures.
 func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers object,
 	toolchain *toolchainFolder) (object, error) {
 	r := recipe{Kind: "clang-prebake-boot.tgz", Params: []string{"kernel " + kernel.SHA256, "arguments " + clangBootArgs}}

@@ -71,8 +71,8 @@ func TestClangKernel(t *testing.T) {
 	}
 }
 
-// buildClang builds the newest driver for the kernel, with all folders but the builder's cache below dir. It returns
-// the verdict of the load test, which must be "loaded".
+// buildClang builds the newest driver for the kernel, and returns the verdict of the load test, which must be "loaded".
+// Only the builder's cache is outside of dir.
 func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir, cache string, kernel Build) verdict {
 	t.Helper()
 	key := filepath.Join(dir, "key")
@@ -214,8 +214,8 @@ func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	return dir
 }
 
-// checkSignatures boots the kernel, and checks that it loads only modules that the published key has signed. By
-// default, LoadPin allows modules from only one file system.
+// checkSignatures boots the kernel, and checks that it loads only modules signed with the published key. By default,
+// LoadPin allows modules from only one file system.
 func checkSignatures(t *testing.T, build, unpacked, release string) {
 	t.Helper()
 	init := filepath.Join(t.TempDir(), "guestinit")

@@ -11,8 +11,7 @@ import (
 // clangMajor is the major version of clang for the clang-built kernel: the newest in Debian 12.
 const clangMajor = "16"
 
-// hostPrefix begins the name of the compiler for programs of the build machine, as in COS's SDK; prefix begins the
-// kernel compiler's name.
+// hostPrefix begins the name of the compiler for programs of the build machine, as in COS's SDK.
 const hostPrefix = "x86_64-pc-linux-gnu-"
 
 // clangEnv is the content of toolchain_env.

@@ -123,7 +123,7 @@ func finish(t tree, p platform, r release) error {
 	return nil
 }
 
-// addSource adds the module sources from one of Debian's -source packages, with NVIDIA's licence. It makes the list of
+// addSource adds the module sources and NVIDIA's licence from one of Debian's -source packages. It makes the list of
 // supported GPUs from the package's README.
 func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 	outer := tree{}

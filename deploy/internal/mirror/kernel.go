@@ -261,8 +261,8 @@ var bootModules = []string{
 	"video",
 }
 
-// kernelImage returns the kernel image, vmlinuz. It also adds the files of the image's package that the callback
-// selects to the given tree.
+// kernelImage returns the kernel image, vmlinuz. The callback selects more files of the image's package for the given
+// tree.
 func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name string) bool) ([]byte, error) {
 	file, err := a.mustFile(k.image)
 	if err != nil {
@@ -285,8 +285,8 @@ func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name 
 	return image.data, nil
 }
 
-// bootTree packs the files for starting this kernel in a test machine: the image, the bootModules in load order, and
-// the emulated GPU unless it is nil.
+// bootTree packs the files for starting this kernel in a test machine: image, bootModules in load order, and the
+// emulated GPU unless it is nil.
 func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error) {
 	in := tree{}
 	modules := "lib/modules/" + k.release

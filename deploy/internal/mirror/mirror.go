@@ -392,7 +392,7 @@ func (m *maker) plan(kernels []kernel) []build {
 	return builds
 }
 
-// makeAll makes the toolchain first, which compiles the emulated GPU. Then it makes all else, two objects at a time.
+// makeAll makes the toolchain first, because the emulated GPU needs it. Then it makes all else, two objects at a time.
 func (m *maker) makeAll(ctx context.Context, builds []build, releases []release) (err error) {
 	var toolchain object
 	if len(builds) > 0 {
@@ -422,8 +422,8 @@ func (m *maker) makeAll(ctx context.Context, builds []build, releases []release)
 	return g.Wait()
 }
 
-// byKernel splits the COS builds into one list for each kernel. Making a list in order makes each shared object only
-// once.
+// byKernel splits the COS builds into one list for each kernel. A list is made in order, so each shared object is made
+// only once.
 func byKernel(builds []build) [][]build {
 	var groups [][]build
 	for i, b := range builds {

@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// revision is part of every recipe. It must change whenever the code makes other bytes from the same packages:
-// otherwise the cache returns objects of older code.
+// revision is part of every recipe. Change it whenever the code makes other bytes from the same packages: otherwise the
+// cache returns objects of older code.
 const revision = 3
 
 // recipe has everything that decides the content of an object. The cache finds an object by its recipe.
@@ -50,8 +50,8 @@ type object struct {
 // store keeps finished objects in a folder, by their recipes.
 type store struct{ dir string }
 
-// make returns the object of this recipe, which the callback writes if the store does not have it. A file in the store
-// is always complete.
+// make returns the object of this recipe. If the store lacks it, the callback writes it. A file in the store is always
+// complete.
 func (s store) make(ctx context.Context, r recipe, write func(ctx context.Context, w io.Writer) error) (object, error) {
 	key, err := r.key()
 	if err != nil {

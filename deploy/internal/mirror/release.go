@@ -157,8 +157,8 @@ func (m *maker) findDrivers(ctx context.Context) (releases []release, err error)
 	return releases, nil
 }
 
-// findBranches returns the driver releases of the branches in m.Branches: from own, the machine's own Debian release,
-// or else from the next Debian release.
+// findBranches returns the driver releases of the branches in m.Branches. A branch comes from the machine's own Debian
+// release if possible, else from the next one.
 func (m *maker) findBranches(ctx context.Context, own []release) (releases []release, err error) {
 	for _, branch := range m.Branches {
 		of := ofBranch(own, branch)

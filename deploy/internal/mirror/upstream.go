@@ -19,16 +19,16 @@ import (
 // own release tree, from Debian's source package of the open flavour.
 const (
 	openOrigin = "nvidia-open-gpu-kernel-modules"
-	// undoRecipe is the version of the code that undoes the patches, a part of a runfile's recipe. It must change whenever
-	// the code gives another result.
+	// undoRecipe is the version of the code that undoes the patches, a part of a runfile's recipe. Change it whenever the
+	// code gives another result.
 	undoRecipe = "undo-1"
 )
 
 // edition is one folder of module sources in two editions: NVIDIA's own, and Debian's.
 type edition struct{ own, debian tree }
 
-// addDebSrc adds entries for source packages to derived sources: only for the given suite, and for contrib, which has
-// the only source package that the mirror needs.
+// addDebSrc adds entries for source packages to derived sources: only for the given suite, and for contrib, where the
+// mirror's only source package is.
 func addDebSrc(derived []byte, codename string) []byte {
 	out := bytes.NewBuffer(bytes.Clone(derived))
 	for _, s := range parseDeb822(derived) {
@@ -251,7 +251,7 @@ func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, e
 }
 
 // likeSources undoes Debian's edits of a release with only one flavour. base is a release of the same branch with both
-// flavours, which shows what Debian edited.
+// flavours: it shows Debian's edits.
 func (m *maker) likeSources(ctx context.Context, base release, t tree) (s sources, err error) {
 	only := base
 	only.packages = base.onlySources()

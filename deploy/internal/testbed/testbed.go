@@ -106,7 +106,7 @@ func lastLines(b []byte, n int) string {
 // Mirror is the output of the mirror command.
 type Mirror struct {
 	Dir string
-	// Made is the number of objects that this run of the command made. Cached is the number that it took from its cache.
+	// Made is the number of objects that this run made. Cached is the number from the cache.
 	Made   int `json:"made"`
 	Cached int `json:"cached"`
 	Builds []struct {
@@ -173,8 +173,8 @@ type Process struct {
 	err  error         // error of the program; read it only after done is closed
 }
 
-// Start starts a program with its output in the file log in Dir. It has a process group of its own, so Ctrl-C at the
-// terminal reaches only the caller, who stops it.
+// Start starts a program with its output in the file log in Dir. The caller stops it: it has its own process group, so
+// Ctrl-C at the terminal does not reach it.
 func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	out, err := os.OpenFile(filepath.Join(s.Dir, log), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -194,8 +194,8 @@ func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	return p, nil
 }
 
-// Stop asks the program to end, and kills it after a minute. Server and builder let their running work go on for 20
-// seconds.
+// Stop asks the program to end, and kills it after a minute. Server and builder may need 20 seconds for their running
+// work.
 func (p *Process) Stop() error {
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err

@@ -24,8 +24,8 @@ import (
 	"time"
 )
 
-// Env is the environment variable with the folder of kube-apiserver and kubectl, which deploy/kubernetes.sh prints.
-// Without it, tests that need the programs are skipped.
+// Env is the environment variable with the folder of kube-apiserver and kubectl. deploy/kubernetes.sh prints that
+// folder. Without it, tests that need the programs are skipped.
 const Env = "PREBAKE_KUBERNETES"
 
 // Cluster is a running API server.
