@@ -24,7 +24,7 @@ const configFlag = "config"
 
 // Config describes how a command reads its settings from a file.
 type Config struct {
-	// Secrets are the flags that the file must not set, because many people may read it. Each value is the flag to use
+	// Secrets are the flags that the file must not set, because many people may read it. Each value says what to use
 	// instead, such as "token-file".
 	Secrets map[string]string
 	// Check returns errors of settings that do not fit together, each made by [About]; nil checks nothing. It must not

@@ -87,7 +87,7 @@ func (a *apt) unpackEmulator(ctx context.Context, pkgs []pkg, dir string) error 
 			return err
 		}
 	}
-	// The program needs the loader and the libraries of its own packages.
+	// The script starts the program with the loader and the libraries of its own packages, not with this machine's.
 	all.add("bin/"+emulatorProgram, node{mode: 0o755, data: []byte(`#!/bin/sh
 root=${0%/*}/../usr
 lib=$root/lib/x86_64-linux-gnu
