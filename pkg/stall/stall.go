@@ -21,10 +21,9 @@ type Reader struct {
 	cancel context.CancelFunc
 }
 
-// Watch guards the stream of a download. A Read that takes longer than limit fails with an error of kind Transient.
-// Without the guard, a server that keeps the connection open and sends nothing would block its reader for ever. cancel
-// must cancel the context of the download; Watch calls it to end the Read. The argument what is the name of the
-// download in the error.
+// Watch guards a download against a server that keeps the connection open and sends nothing. A Read that takes longer
+// than limit fails with an error of kind Transient. To end the Read, Watch calls cancel, which must cancel the context
+// of the download. The error contains the given name of the download.
 func Watch(r io.ReadCloser, what string, limit time.Duration, cancel context.CancelFunc) *Reader {
 	w := &Reader{ReadCloser: r, what: what, limit: limit, silent: new(atomic.Bool), cancel: cancel}
 	w.timer = time.AfterFunc(limit, func() {
@@ -44,8 +43,7 @@ func (w *Reader) Read(p []byte) (int, error) {
 		w.cancel() // no more data is expected, and not every caller closes the stream
 	}
 	if err != nil && w.silent.Load() {
-		// The stream returned the error of a cancelled context. It reads as if a person had cancelled, so another error
-		// replaces it.
+		// The error of a cancelled context would read as if a person had cancelled.
 		err = fault.New(fault.Transient, fmt.Sprintf("fetch %s: no data arrived for %v", w.what, w.limit),
 			"try again; check the network path to the server")
 	}
