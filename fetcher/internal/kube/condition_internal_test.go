@@ -40,7 +40,9 @@ type apiServer struct{ reasons []string }
 
 func (a *apiServer) RoundTrip(r *http.Request) (*http.Response, error) {
 	if strings.HasSuffix(r.URL.Path, "/status") {
-		var in struct{ Status struct{ Conditions []condition } }
+		var in struct {
+			Status struct{ Conditions []condition }
+		}
 		if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
 			return nil, err
 		}
