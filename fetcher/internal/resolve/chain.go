@@ -15,7 +15,7 @@ type Chain []Finder
 
 // Find returns the first answer that has an artifact, or that forbids one (yanked, quarantined, unsupported). If no
 // source gives such an answer, Find returns the first of these that exists: an answer about a running build, the errors
-// of sources that did not respond, the first other answer, the errors of sources that cannot resolve the wish.
+// of sources that did not respond or were asked too often, the first other answer, the errors of sources that cannot resolve the wish.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
 	// After a server has chosen the driver, Find asks the other sources for that driver only. The newest driver in a
@@ -29,7 +29,7 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			return a, err
 		case err == nil && (a.State == api.Published || a.State.Withdrawn() || a.State == api.Unsupported):
 			return a, nil
-		case fault.Is(err, fault.Transient):
+		case Passing(err):
 			away = errors.Join(away, err)
 		case fault.Is(err, fault.Usage): // for example a registry that is asked for the default
 			other = errors.Join(other, err)
