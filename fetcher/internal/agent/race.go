@@ -145,9 +145,9 @@ func (a *Agent) race(
 // does not pass, and when the time to wait is over.
 func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
 	say := func(text string) { a.parts.Line.Progress("build", "the farm: %s", text) }
-	until := time.Now().Add(a.cfg.Wait)
+	until := a.parts.Now().Add(a.cfg.Wait)
 	for pauses := resolve.Pauses(); ; {
-		left := time.Until(until)
+		left := until.Sub(a.parts.Now())
 		answer, err := resolve.WaitLimits{Wait: left, Progress: say}.Find(ctx, a.parts.Finder, q)
 		if err == nil {
 			err = answer.Err()
@@ -158,7 +158,7 @@ func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *hos
 		if _, _, _, _, err = a.judge(ctx, nil, answer, facts); err == nil {
 			return answer, nil
 		}
-		if !resolve.Passing(err) || time.Now().After(until) {
+		if !resolve.Passing(err) || a.parts.Now().After(until) {
 			a.parts.Log.WarnContext(ctx, "artifact of the farm not verified", "digest", answer.Digest, "err", err)
 			return answer, err
 		}
