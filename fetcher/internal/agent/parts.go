@@ -96,10 +96,14 @@ type Config struct {
 	DryRun bool
 }
 
-// Parts are the interfaces and services that the agent uses. All are required except Refresh, Local, Boot and Tried.
+// Parts are the interfaces and services that the agent uses. All are required except Registries, Refresh, Local, Boot
+// and Tried.
 type Parts struct {
 	Finder resolve.Finder
 	Open   func(ref string) (Repository, error)
+	// Registries are references of repositories. If the repository in an answer fails, the agent reads the same artifact
+	// from one of these.
+	Registries []string
 	// Verifier is for published artifacts. NodeVerifier returns the verifier for artifacts that this node compiled itself.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)

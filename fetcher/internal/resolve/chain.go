@@ -15,7 +15,8 @@ type Chain []Finder
 
 // Find returns the first answer that has an artifact, or that forbids one (yanked, quarantined, unsupported). If no
 // source gives such an answer, Find returns the first of these that exists: an answer about a running build, the errors
-// of sources that did not respond or were asked too often, the first other answer, the errors of sources that cannot resolve the wish.
+// of sources that did not respond or were asked too often, the first other answer, the errors of sources that cannot
+// resolve the wish.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
 	// After a server has chosen the driver, Find asks the other sources for that driver only. The newest driver in a
