@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/v1/types"
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
@@ -115,7 +116,7 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 	if err != nil {
 		return nil, nil, err
 	}
-	parts.Finder, parts.Verifier = finder, verifier
+	parts.Finder, parts.Verifier, parts.Registries = finder, verifier, cmd.StringSlice("registry")
 	parts.Open = func(ref string) (agent.Repository, error) { return openRepository(cmd, ref) }
 	tell, err := newReporter(cmd, log)
 	if err != nil {
@@ -321,12 +322,13 @@ func pinnedNowhere() error {
 // drivers itself, or the result is an error. The verifier is for the lists of supported GPUs; nil means that no list is
 // read.
 func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
+	registries := cmd.StringSlice("registry")
 	var gpus resolve.Lister
 	if v != nil {
-		gpus = resolve.Signed(v, func(ref string) (resolve.Attachments, error) { return openRepository(cmd, ref) })
+		open := func(ref string) (resolve.Attachments, error) { return openRepository(cmd, ref) }
+		gpus = resolve.Signed(v, open, registries...)
 	}
 	pinned := strings.HasPrefix(cmd.String("driver"), digestPrefix)
-	registries := cmd.StringSlice("registry")
 	if pinned && len(registries) == 0 {
 		return nil, pinnedNowhere()
 	}
@@ -375,18 +377,15 @@ func registryFinder(ref string, open func() (*registry.Repository, error), gpus 
 			if err != nil {
 				return nil, err
 			}
-			return repo.Tags(ctx)
+			tags, err := repo.Tags(ctx)
+			return tags, notRegistry(err)
 		},
 		Resolve: func(ctx context.Context, tag string) (string, error) {
 			repo, err := open()
 			if err != nil {
 				return "", err
 			}
-			d, err := repo.Resolve(ctx, tag)
-			if err != nil {
-				return "", err
-			}
-			return d.Digest.String(), nil
+			return artifactOf(ctx, repo, tag)
 		},
 		Driver: func(ctx context.Context, digest string) (target.Driver, error) {
 			repo, err := open()
@@ -395,9 +394,39 @@ func registryFinder(ref string, open func() (*registry.Repository, error), gpus 
 			}
 			raw, err := repo.Manifest(ctx, digest)
 			if err != nil {
-				return target.Driver{}, err
+				return target.Driver{}, notRegistry(err)
 			}
 			return bundle.DriverOf(raw)
 		},
 	}
+}
+
+// artifactOf returns the digest of the artifact with a tag. A media type that an artifact does not have is no answer
+// yet: artifactOf then reads the manifest, because some registries name another type.
+func artifactOf(ctx context.Context, repo *registry.Repository, tag string) (string, error) {
+	d, err := repo.Resolve(ctx, tag)
+	if err != nil {
+		return "", notRegistry(err)
+	}
+	if d.MediaType == types.OCIManifestSchema1 {
+		return d.Digest.String(), nil
+	}
+	raw, err := repo.Manifest(ctx, d.Digest.String())
+	if err == nil {
+		_, err = bundle.DriverOf(raw)
+	}
+	if err != nil {
+		return "", notRegistry(fmt.Errorf("tag %s in %s has media type %.80q: %w", tag, repo.Name(), d.MediaType, err))
+	}
+	return d.Digest.String(), nil
+}
+
+// notRegistry makes an error of kind Unverified a passing one, so that the next source is asked. Something else than
+// the registry responds, such as the login page of a network or the error page of a proxy.
+func notRegistry(err error) error {
+	if !fault.Is(err, fault.Unverified) {
+		return err
+	}
+	return fault.Wrap(fault.Transient, err,
+		"check that --registry names a repository with drivers, and that no proxy or login page answers in its place")
 }

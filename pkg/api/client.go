@@ -381,7 +381,7 @@ func problem(resp *http.Response, fail func(error) error) error {
 		if text == "" {
 			text = p.Title
 		}
-		return fault.New(p.Kind, text, p.Hint)
+		return withRetryAfter(fault.New(p.Kind, text, p.Hint), resp)
 	}
 	kind, hint := fault.Internal, ""
 	switch {
@@ -394,5 +394,5 @@ func problem(resp *http.Response, fail func(error) error) error {
 	case resp.StatusCode >= 400:
 		kind = fault.Usage
 	}
-	return fault.Wrap(kind, fail(errors.New("the server answered "+resp.Status)), hint)
+	return withRetryAfter(fault.Wrap(kind, fail(errors.New("the server answered "+resp.Status)), hint), resp)
 }

@@ -24,7 +24,7 @@ func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) 
 		cancel()
 		return nil, err
 	}
-	return stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel), nil
+	return stall.WatchSparse(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel), nil
 }
 
 // FollowLog writes a build's log while it grows, until the build has ended. It pauses between two requests, and retries
@@ -71,7 +71,7 @@ func copyLog(ctx context.Context, c *Client, id, written int64, out io.Writer) (
 	if resp.StatusCode == http.StatusRequestedRangeNotSatisfiable { // a new attempt has begun
 		return 0, drain(resp)
 	}
-	body := stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel)
+	body := stall.WatchSparse(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel)
 	if resp.StatusCode == http.StatusPartialContent && written > 0 {
 		_, err = io.CopyN(io.Discard, body, 1)
 	} else {

@@ -184,8 +184,9 @@ func (b *Bucket) prefer(at int) {
 }
 
 // Get opens an object. If the object does not exist, the error is fault.InputMissing. After a transient error, Get
-// retries, and then asks the next mirror. At the end of the stream, the reader checks the size and the sums that the
-// bucket reported. If they differ, the last read returns fault.Checksum instead of io.EOF.
+// tries again a few times, and then asks the next mirror. At the end of the stream, the reader compares the bytes with
+// the size and the sums that the bucket reported. If they differ, the last read returns fault.Checksum instead of
+// io.EOF. If less than 64 KiB arrive within stallLimit, the read returns a transient error.
 func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
 	if err := checkName(name); err != nil {
 		return nil, Attrs{}, err
@@ -208,7 +209,7 @@ func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, er
 	return stall.Watch(s, s.attrs.URL, stallLimit, cancel), s.attrs, nil
 }
 
-// stallLimit is the longest time that one read of a download may take, including retries.
+// stallLimit is the longest time that reads of 64 KiB may take together, including retries.
 const stallLimit = 5 * time.Minute
 
 // ReadSmall returns the content of an object of at most limit bytes.

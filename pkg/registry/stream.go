@@ -16,8 +16,9 @@ import (
 )
 
 const (
-	// idleTimeout is how long a response may pause. firstByteTimeout is how long a response may take to begin: a mirror
-	// first downloads the manifest itself.
+	// idleTimeout is how long a response may pause, or take for 64 KiB, before its connection is given up.
+	// firstByteTimeout is how long a response may take to begin. It is longer than idleTimeout, because a registry that is
+	// a mirror first downloads the manifest itself.
 	idleTimeout      = 45 * time.Second
 	firstByteTimeout = 4 * time.Minute
 	// minRetryFor is the minimum time for which a broken download is retried.
@@ -167,7 +168,8 @@ func (s *skipReader) Read(p []byte) (int, error) {
 	return 0, err
 }
 
-// stallTransport gives up on a response that does not begin, or that stops in the middle. An upload has no time limit.
+// stallTransport gives up on a response that does not begin, that stops in the middle, or that only trickles. So no
+// registry can block a node for ever. An upload has no time limit.
 type stallTransport struct{ next http.RoundTripper }
 
 func (s stallTransport) RoundTrip(req *http.Request) (*http.Response, error) {

@@ -249,8 +249,56 @@ func (*dead) RoundTrip(r *http.Request) (*http.Response, error) {
 	return nil, r.Context().Err()
 }
 
-// TestResumeBehindRedirect checks that the client requests the rest of a redirected blob from the bucket. It does not
-// send the registry's credentials there.
+// tricklingNetwork sends one byte of a blob every 40 seconds.
+type tricklingNetwork struct{ silentNetwork }
+
+func (n *tricklingNetwork) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := n.silentNetwork.RoundTrip(r)
+	if err == nil {
+		resp.Body = io.NopCloser(trickle{resp.Body, r.Context().Done()})
+	}
+	return resp, err
+}
+
+type trickle struct {
+	io.Reader
+	until <-chan struct{}
+}
+
+func (s trickle) Read(p []byte) (int, error) {
+	select {
+	case <-s.until:
+		return 0, net.ErrClosed
+	case <-time.After(40 * time.Second):
+	}
+	return s.Reader.Read(p[:min(len(p), 1)])
+}
+
+// A registry that sends a byte now and then is given up like a silent one.
+func TestTricklingRegistry(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		data := bytes.Repeat([]byte("x"), 8<<10)
+		network := &tricklingNetwork{silentNetwork{data: data}}
+		repo, err := registry.Open("registry.example/x", registry.Options{Transport: network})
+		if err != nil {
+			t.Fatal(err)
+		}
+		rc, err := repo.Blob(t.Context(), fmt.Sprintf("sha256:%x", sha256.Sum256(data)), int64(len(data)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, err := io.Copy(io.Discard, rc); !fault.Is(err, fault.Transient) {
+			t.Errorf("Read = %d bytes, %v; want transient", n, err)
+		}
+		if err := rc.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Large registries redirect the reader of a blob to a bucket. The client requests the rest of the blob from the
+// bucket, too. It does not send the registry's credentials there.
 func TestResumeBehindRedirect(t *testing.T) {
 	t.Parallel()
 	host := distribution.Start(t)

@@ -54,7 +54,7 @@ func openSource(from string, client *http.Client, agent string) (source, error) 
 	return &web{base: strings.TrimSuffix(u.String(), "/") + "/", client: client, agent: agent}, nil
 }
 
-// idleTimeout is the longest time for which a server may send nothing.
+// idleTimeout is the longest time for which a server may send nothing, or less than 64 KiB of a longer file.
 const idleTimeout = 30 * time.Second
 
 type web struct {

@@ -282,7 +282,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		}
 	}
 	if d.set == nil {
-		if fault.Is(d.err, fault.Transient) {
+		if resolve.Passing(d.err) {
 			return a.addUnverified(s, d.err) // keep the fetched layers for the next run
 		}
 		d.err = a.addUnverified(s, d.err)
@@ -311,7 +311,7 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	if err := a.activate(ctx, r, store, s, d); err != nil {
 		return errors.Join(err, d.err)
 	}
-	if fault.Is(d.err, fault.Transient) {
+	if resolve.Passing(d.err) {
 		return d.err // keep the fetched layers for the next run
 	}
 	return errors.Join(d.err, store.Sweep(waiting...))
@@ -338,7 +338,7 @@ func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
 	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked:
 		return false
-	case fault.Is(s.none, fault.Transient):
+	case resolve.Passing(s.none):
 		return true
 	}
 	return silent && !fault.Is(s.none, fault.Unverified) && !fault.Is(s.none, fault.Mismatch) &&

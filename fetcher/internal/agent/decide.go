@@ -250,18 +250,15 @@ func idle(facts *host.Facts) error {
 	for _, m := range facts.Modules {
 		if m.Refs > len(m.UsedBy) {
 			by := plural(m.Refs-len(m.UsedBy), "open device")
-			if len(facts.Users) > 0 {
-				var names []string
-				for _, u := range facts.Users {
-					names = append(names, u.String())
-				}
+			if names := host.Programs(facts.Users); len(names) > 0 {
 				by = strings.Join(names[:min(len(names), 4)], ", ")
 				if more := len(names) - 4; more > 0 {
-					by += fmt.Sprintf(" and %d more", more)
+					by += " and " + plural(more, "more program")
 				}
 			}
 			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: module %s is in use by %s", facts.Driver, m.Name, by),
-				"stop the programs that use the GPU, then run fetcher again; until then the loaded driver stays in use")
+				"stop the programs that use the GPU (fetcher status lists their processes), then run fetcher again; until then "+
+					"the loaded driver stays in use")
 		}
 	}
 	return nil

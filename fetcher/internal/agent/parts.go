@@ -94,11 +94,15 @@ type Config struct {
 	DryRun bool
 }
 
-// Parts are the interfaces and services that the agent uses. All are required except Refresh, Local, Boot and Tried.
+// Parts are the interfaces and services that the agent uses. All are required except Registries, Refresh, Local, Boot
+// and Tried.
 type Parts struct {
 	Finder resolve.Finder
 	Open   func(ref string) (Repository, error)
-	// Verifier is for published artifacts. NodeVerifier returns the verifier for artifacts that this node compiled.
+	// Registries are references of repositories. If the repository in an answer fails, the agent reads the same artifact
+	// from one of these.
+	Registries []string
+	// Verifier is for published artifacts. NodeVerifier returns the verifier for artifacts that this node compiled itself.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
 	// Refresh fetches the signed list that Verifier reads; nil means no list. Its errors are only logged, because Verifier

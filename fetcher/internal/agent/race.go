@@ -26,7 +26,7 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 		var err error
 		answer, err = patience.Find(ctx, a.parts.Finder, q)
 		switch {
-		case err != nil && compiles && a.cfg.Wait > 0 && !a.cfg.DryRun && fault.Is(err, fault.Transient):
+		case err != nil && compiles && a.cfg.Wait > 0 && !a.cfg.DryRun && resolve.Passing(err):
 			grace = min(a.cfg.Wait/2, maxGrace)
 			return fmt.Sprintf("%v; compiling on this node if this error lasts for %v", err, grace), nil
 		case err != nil:
@@ -144,13 +144,14 @@ func (a *Agent) race(
 	)
 }
 
-// findArtifact asks the farm until it offers an artifact that verifies. It gives up when the wait is over, or after an
-// error that is not of kind Transient.
+// findArtifact asks the farm until the farm offers an artifact that verifies. It gives up after an error that
+// does not pass, and when the time to wait is over.
 func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
 	say := func(text string) { a.parts.Line.Progress("build", "the farm: %s", text) }
-	until := time.Now().Add(a.cfg.Wait)
-	for {
-		answer, err := resolve.WaitLimits{Wait: time.Until(until), Progress: say}.Find(ctx, a.parts.Finder, q)
+	until := a.parts.Now().Add(a.cfg.Wait)
+	for pauses := resolve.Pauses(); ; {
+		left := until.Sub(a.parts.Now())
+		answer, err := resolve.WaitLimits{Wait: left, Progress: say}.Find(ctx, a.parts.Finder, q)
 		if err == nil {
 			err = answer.Err()
 		}
@@ -160,7 +161,7 @@ func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *hos
 		if _, _, _, _, err = a.judge(ctx, nil, answer, facts); err == nil {
 			return answer, nil
 		}
-		if !fault.Is(err, fault.Transient) || time.Now().After(until) {
+		if !resolve.Passing(err) || a.parts.Now().After(until) {
 			a.parts.Log.WarnContext(ctx, "artifact of the farm not verified", "digest", answer.Digest, "err", err)
 			return answer, err
 		}
@@ -168,7 +169,7 @@ func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *hos
 		select {
 		case <-ctx.Done():
 			return answer, context.Cause(ctx)
-		case <-time.After(3 * time.Second):
+		case <-time.After(pauses.NextBackOff()):
 		}
 	}
 }

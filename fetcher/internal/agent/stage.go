@@ -59,7 +59,7 @@ func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Sto
 		return set, nil
 	}
 	err = a.parts.Line.Do("fetch", func() (string, error) {
-		if err := a.fetch(ctx, r, repo, store, set, content.Identity, facts); err != nil {
+		if err := a.fetchFromAny(ctx, r, repo, store, set, content.Identity, facts); err != nil {
 			return "", err
 		}
 		return fmt.Sprintf("%s, cached %s", size(r.FetchedBytes), size(r.CachedBytes)), nil
@@ -93,28 +93,7 @@ func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Sto
 	return set, nil
 }
 
-// judge reads the signed statements of an artifact and verifies them. It reads no layer.
-func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.Answer,
-	facts *host.Facts) (repo Repository, p evidence, content bundle.Content, verdict *trust.Verdict, err error) {
-	origin := originOf(answer)
-	v, err := a.verifierFor(origin)
-	if err != nil {
-		return nil, p, content, nil, err
-	}
-	if repo, err = a.parts.Open(answer.Repository); err != nil {
-		return nil, p, content, nil, err
-	}
-	if p, err = readEvidence(ctx, repo, v, answer.Digest, facts); err != nil {
-		return nil, p, content, nil, err
-	}
-	if origin != install.MadeHere {
-		a.refresh(ctx)
-	}
-	content, verdict, err = a.verify(p, origin, answer.Digest, answer.Driver, facts, a.since(store, origin, answer, facts))
-	return repo, p, content, verdict, err
-}
-
-// refresh fetches the signed list. It only logs an error, because the verifier decides whether a missing list matters.
+// refresh fetches the signed list that the verifier reads. If that fails, the verifier decides whether this matters.
 func (a *Agent) refresh(ctx context.Context) {
 	if a.parts.Refresh == nil {
 		return
@@ -178,12 +157,19 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 		return p, err
 	}
 	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful(v, digest), v.Wanted(facts.Kernel)...)
-	for i, size := 0, 0; i < len(p.Bundles); i++ { // limit the evidence, because it is stored with the driver
-		if size += len(p.Bundles[i]); size > maxBundles {
-			p.Bundles = p.Bundles[:i]
+	p.Bundles = bounded(p.Bundles)
+	return p, err
+}
+
+// bounded limits the evidence, because it is stored with the driver.
+func bounded(bundles [][]byte) [][]byte {
+	size := 0
+	for i, b := range bundles {
+		if size += len(b); size > maxBundles {
+			return bundles[:i]
 		}
 	}
-	return p, err
+	return bundles
 }
 
 func digestOf(data []byte) string {

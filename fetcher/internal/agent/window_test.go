@@ -82,7 +82,7 @@ func TestWaitIdle(t *testing.T) {
 		t.Fatal(err)
 	}
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
-	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "in use by python3 (pid 812, pod ml/train-0)") ||
+	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "in use by python3 (pod ml/train-0)") ||
 		r.Verdict.Digest != po.Digest {
 		t.Errorf("Run = %v; want busy, and the name of the program", err)
 	}

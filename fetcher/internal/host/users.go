@@ -26,7 +26,34 @@ func (u User) String() string {
 	return text + ")"
 }
 
-// maxUsers is the maximum number of returned processes.
+// Programs returns the names of the programs of these processes, each with its pod and the number of its processes. The
+// result is sorted and has no process ids, so that it stays the same while the same programs run.
+func Programs(users []User) []string {
+	type program struct{ command, pod string }
+	processes := map[program]int{}
+	for _, u := range users {
+		processes[program{u.Command, u.Pod}]++
+	}
+	var names []string
+	for p, n := range processes {
+		var more []string
+		if p.pod != "" {
+			more = append(more, "pod "+p.pod)
+		}
+		if n > 1 {
+			more = append(more, fmt.Sprintf("%d processes", n))
+		}
+		name := p.command
+		if len(more) > 0 {
+			name += " (" + strings.Join(more, ", ") + ")"
+		}
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// maxUsers is the highest number of returned processes.
 const maxUsers = 256
 
 // podUID matches a pod's uid in the path of a control group. The cgroupfs driver writes dashes, the systemd driver

@@ -13,13 +13,10 @@ import (
 // default driver and what was yanked.
 type Chain []Finder
 
-// Find returns the first answer that has an artifact, or that forbids one (yanked, quarantined, unsupported). Otherwise
-// it returns the first of these that exists:
-//
-//  1. an answer about a running build;
-//  2. the errors of sources that did not respond;
-//  3. the first other answer;
-//  4. the errors of sources that cannot resolve the wish.
+// Find returns the first answer that has an artifact, or that forbids one (yanked, quarantined, unsupported). If no
+// source gives such an answer, Find returns the first of these that exists: an answer about a running build, the errors
+// of sources that did not respond or were asked too often, the first other answer, the errors of sources that cannot
+// resolve the wish.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
 	// After a server has chosen the driver, ask the other sources for that driver only: their newest driver may be yanked.
@@ -32,7 +29,7 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			return a, err
 		case err == nil && (a.State == api.Published || a.State.Withdrawn() || a.State == api.Unsupported):
 			return a, nil
-		case fault.Is(err, fault.Transient):
+		case Passing(err):
 			away = errors.Join(away, err)
 		case fault.Is(err, fault.Usage): // for example a registry that is asked for the default
 			other = errors.Join(other, err)

@@ -24,14 +24,11 @@ type Attachments interface {
 		wanted ...map[string]string) ([][]byte, error)
 }
 
-// Signed returns a Lister that reads the signed statements of an artifact. It ignores statements that do not verify,
-// because anybody with write access to the registry may attach one.
-func Signed(v statements, open func(repository string) (Attachments, error)) Lister {
+// Signed returns a Lister that reads the signed statements that are attached to an artifact. It ignores statements that
+// do not verify, because anybody who may write to the registry may attach one. If the artifact's repository fails, the
+// Lister reads the statements from the others.
+func Signed(v statements, open func(repository string) (Attachments, error), others ...string) Lister {
 	return func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error) {
-		repo, err := open(repository)
-		if err != nil {
-			return nil, err
-		}
 		var lists []*gpulist.List
 		useful := func(raw []byte) string {
 			st, err := v.Statement(raw)
@@ -45,8 +42,14 @@ func Signed(v statements, open func(repository string) (Attachments, error)) Lis
 			lists = append(lists, l)
 			return st.Signer() + string(st.Predicate)
 		}
-		if _, err := repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful,
-			trust.OfType(gpulist.PredicateType)); err != nil {
+		read := func(ref string) error {
+			repo, err := open(ref)
+			if err == nil {
+				_, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful, trust.OfType(gpulist.PredicateType))
+			}
+			return err
+		}
+		if err := TryEach(ctx, Repositories(repository, others), read, func(string, error) {}); err != nil {
 			return nil, fmt.Errorf("read supported GPUs: %w", err)
 		}
 		if len(lists) > 0 {

@@ -198,3 +198,26 @@ func TestSigned(t *testing.T) {
 		}
 	}
 }
+
+// TestSignedElsewhere checks that the list is read from a configured registry if the artifact's repository fails.
+func TestSignedElsewhere(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	d := target.Driver{Version: "535.2.2", Flavour: target.Open}
+	good := key.Statement(t, digest, gpulist.PredicateType, release)
+	open := func(ref string) (resolve.Attachments, error) {
+		if ref == "mirror/x" {
+			return attached([][]byte{good}), nil
+		}
+		return nil, fault.New(fault.Transient, ref+" is away", "")
+	}
+	list, err := resolve.Signed(key.Verifier(t), open, "other/x", "mirror/x")(t.Context(), "reg/x", digest, d)
+	if err != nil || list == nil {
+		t.Errorf("list = %v, %v; want that of the mirror", list, err)
+	}
+	_, err = resolve.Signed(key.Verifier(t), open, "reg/x", "other/x")(t.Context(), "reg/x", digest, d)
+	if !fault.Is(err, fault.Transient) || strings.Count(err.Error(), "reg/x is away") != 1 ||
+		!strings.Contains(err.Error(), "other/x is away") {
+		t.Errorf("list of repositories that are away: %v; want transient, and each named once", err)
+	}
+}

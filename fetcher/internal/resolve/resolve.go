@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cenkalti/backoff/v5"
+
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -185,12 +187,12 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 	return a, check(a, q)
 }
 
-// request asks the farm for a build and writes the result into the answer. Errors are of kind Transient, except for a
-// canceled context.
+// request asks the farm for a build and writes the result into the answer. Errors other than a canceled context are
+// passing.
 func (s Server) request(ctx context.Context, a *Answer) error {
 	b, err := s.Request(ctx, *a.Missing)
 	switch {
-	case ctx.Err() != nil || fault.Is(err, fault.Transient):
+	case ctx.Err() != nil || Passing(err):
 		return fmt.Errorf("ask for a build: %w", err)
 	case err != nil:
 		a.Reason = strings.TrimPrefix(a.Reason+"; asked for a build: "+err.Error(), "; ")
@@ -396,22 +398,22 @@ type Finder interface {
 type WaitLimits struct {
 	// Wait is the longest total time; 0 means to ask once.
 	Wait time.Duration
-	// Pause is the time between two questions; 0 means 3 seconds.
-	Pause time.Duration
+	// Pauses are the pauses between two questions; nil means those of the function [Pauses].
+	Pauses backoff.BackOff
 	// Progress receives a text about the current wait; it may be nil.
 	Progress func(text string)
 }
 
-// Find asks the finder until the answer is final or the time is over. A running build and an error of kind Transient
-// are not final. It returns the last answer and error.
+// Find asks the finder f until the answer is final or the time is over. A running build and a passing error (see
+// [Passing]) are not final. Find returns the last answer and error.
 func (p WaitLimits) Find(ctx context.Context, f Finder, q Question) (Answer, error) {
-	if p.Pause <= 0 {
-		p.Pause = 3 * time.Second
+	if p.Pauses == nil {
+		p.Pauses = Pauses()
 	}
 	over := time.After(p.Wait)
 	for {
 		a, err := f.Find(ctx, q)
-		if err == nil && !a.Pending() || err != nil && !fault.Is(err, fault.Transient) {
+		if err == nil && !a.Pending() || err != nil && !Passing(err) {
 			return a, err
 		}
 		if p.Progress != nil {
@@ -429,7 +431,7 @@ func (p WaitLimits) Find(ctx context.Context, f Finder, q Question) (Answer, err
 			return a, errors.Join(context.Cause(ctx), err)
 		case <-over:
 			return a, err
-		case <-time.After(p.Pause):
+		case <-time.After(nextPause(p.Pauses, err)):
 		}
 	}
 }
