@@ -380,9 +380,12 @@ func (s nodeState) waiting() *install.Set {
 	return nil
 }
 
+// required are the modules that CUDA programs need.
+var required = []string{"nvidia", "nvidia_uvm"}
+
 // incomplete reports whether a module that CUDA programs need is not loaded.
 func (s nodeState) incomplete() bool {
-	for _, name := range []string{"nvidia", "nvidia_uvm"} {
+	for _, name := range required {
 		if !slices.ContainsFunc(s.facts.Modules, func(m host.Module) bool { return m.Name == name }) {
 			return true
 		}

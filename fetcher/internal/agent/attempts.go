@@ -154,8 +154,10 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 }
 
 // end writes the result of an activation into the driver's record. The argument failed is the activation's error. If it
-// is nil, end deletes the record. If the file then cannot be written, for example to a full disk, end removes the whole
-// file, because otherwise the record would stay open.
+// is nil, end deletes the record.
+//
+// If the file cannot be written, for example to a full disk, end removes the whole file, because an open record would
+// count as a crash after the next boot. The file stays if it names a foreign driver that must be loaded again.
 func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	if failed == nil {
 		all, err := readAttempts(store)
@@ -173,10 +175,12 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	}
 	mods, err := host.LoadedModules(a.node)
 	empty := err != nil || len(mods) == 0
-	return a.note(store, digest, func(at *attempt) {
+	foreign := false
+	err = a.note(store, digest, func(at *attempt) {
 		if at.Open, at.Next = false, false; !empty { // if no driver is loaded, the foreign one must be loaded again
 			at.Foreign, at.ForeignDriver, at.Firmware = nil, "", ""
 		}
+		foreign = len(at.Foreign) > 0
 		// Errors that say nothing about the driver do not count against it.
 		for _, kind := range []fault.Kind{fault.Busy, fault.Transient, fault.DiskFull} {
 			if fault.Is(failed, kind) {
@@ -190,6 +194,10 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 		at.Reason = strings.ToValidUTF8(failed.Error(), "?")
 		at.Reason = at.Reason[:min(len(at.Reason), 2000)]
 	})
+	if err != nil && !foreign {
+		err = errors.Join(err, store.RemoveFile(attemptsFile))
+	}
+	return err
 }
 
 // noteNext sets Next in the record of this driver, and clears it in all other records.

@@ -124,6 +124,8 @@ type Module struct {
 	// Permanent means that the kernel never unloads the module: the module has no exit function, or the kernel was built
 	// without CONFIG_MODULE_UNLOAD. On such a kernel, Refs is always 0.
 	Permanent bool `json:"permanent,omitempty"`
+	// Changing means that the kernel is still loading or unloading the module.
+	Changing bool `json:"changing,omitempty"`
 }
 
 // Observe reads the facts below a node's root folder. The error is of kind Unsupported when the node does not report
@@ -256,6 +258,7 @@ func ParseModules(text string) []Module {
 				m.UsedBy = append(m.UsedBy, user)
 			}
 		}
+		m.Changing = len(field) > 4 && (field[4] == "Loading" || field[4] == "Unloading")
 		mods = append(mods, m)
 	}
 	return mods
