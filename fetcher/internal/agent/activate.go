@@ -108,7 +108,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
 		if d.do != keep { // GPU errors from before the load no longer count
-			a.xids = xidWatch{mark: mark}
+			a.xids = xidWatch{load: mark, mark: mark}
 		}
 		if r.Verdict, err = a.validate(ctx, set, mark, a.newXids()); err != nil {
 			return "", err
@@ -261,7 +261,7 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 		} else {
 			r.did("loaded %s again", before.Driver)
 			errs = append(errs, a.makeNodes())
-			a.xids = xidWatch{mark: mark}
+			a.xids = xidWatch{load: mark, mark: mark}
 			if v, err := a.validate(ctx, before, mark, a.newXids()); err != nil {
 				errs = append(errs, err)
 			} else {
@@ -325,28 +325,6 @@ func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Se
 
 // nvmlLibrary is the path of NVML's library below the install folder.
 const nvmlLibrary = "lib64/libnvidia-ml.so.1"
-
-// xidWatch has the GPU errors in the kernel log since this program loaded the driver, or first checked it. Its field
-// mark is the position up to which the log was read.
-type xidWatch struct {
-	mark  kmod.Mark
-	lines []string
-}
-
-// maxXids is the highest number of stored lines. A failing GPU causes many lines, but only the first ones matter.
-const maxXids = 512
-
-// newXids reads the new lines of the kernel log and returns all stored lines.
-func (a *Agent) newXids() []string {
-	lines, end := a.loader.Follow(a.xids.mark)
-	a.xids.mark = end
-	for _, line := range lines {
-		if gpucheck.Significant(line) && len(a.xids.lines) < maxXids {
-			a.xids.lines = append(a.xids.lines, line)
-		}
-	}
-	return a.xids.lines
-}
 
 // validate checks the loaded driver and returns the verdict. The mark is the end of the kernel log before the load.
 // xids are the lines with GPU errors that count against the driver.
@@ -415,6 +393,9 @@ type record struct {
 	BootID  string           `json:"bootId"`
 	// Params are the module parameters with which the driver was loaded.
 	Params map[string]string `json:"moduleParams,omitempty"`
+	// Log is the position in the kernel log before the load of the driver, or before its first check. It is valid only in
+	// the boot with the id BootID.
+	Log kmod.Mark `json:"kernelLog,omitzero"`
 }
 
 // execFile has the id of the boot in which this program mounted the install folder with exec.
@@ -423,7 +404,8 @@ const execFile = ".prebake/exec-mount"
 const recordFile = ".prebake/verdict.json"
 
 func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) error {
-	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams}
+	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams,
+		Log: a.xids.load}
 	// Parameters take effect when a module is loaded. A module that was already loaded keeps its parameters.
 	fresh := slices.ContainsFunc(r.Modules,
 		func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
