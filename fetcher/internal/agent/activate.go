@@ -53,6 +53,8 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		s.facts = &facts
 	}
 	changed := before == nil || before.Digest != set.Digest
+	// If the driver was loaded before this activation, an error says nothing about the driver.
+	loadedBefore := d.do == keep && !changed && !begun
 	r.Changed, r.Verdict = changed, gpucheck.Verdict{}
 	set, missing, err := a.verifyFor(ctx, store, s, d, changed)
 	if err != nil {
@@ -96,9 +98,9 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	})
 	if err != nil {
 		r.Changed = false
-		return errors.Join(err, a.end(store, set.Digest, err))
+		return errors.Join(err, a.end(store, set.Digest, err, !loadedBefore))
 	}
-	undo := revertPlan{set: set, before: before, to: pointers, changed: changed, foreign: was}
+	undo := revertPlan{set: set, before: before, to: pointers, changed: changed, foreign: was, blame: !loadedBefore}
 	mark := a.loader.Mark()
 	if !a.cfg.NoLoad && !missing {
 		err = a.parts.Line.Do("load", func() (string, error) { return a.load(ctx, r, store, s.facts, d) })
@@ -121,15 +123,15 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if err != nil && changed {
 		return a.revert(ctx, r, store, s, undo, err)
 	}
-	if err != nil {
-		return errors.Join(err, a.end(store, set.Digest, err))
+	if err != nil { // the probe did not answer, which says nothing about a driver that was active before
+		return errors.Join(err, a.end(store, set.Digest, err, false))
 	}
 	a.describeGPUs(ctx, r.Verdict)
 	a.notePersistence(r)
 	if changed || d.do != keep {
 		a.addHistory(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
 	}
-	err = errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(r, store, r.Verdict))
+	err = errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil, false), a.remember(r, store, r.Verdict))
 	if changed || d.do != keep { // last, because no other step needs the node's ld.so cache
 		a.exposeLibraries(ctx, store)
 	}
@@ -206,6 +208,7 @@ type revertPlan struct {
 	to          install.Pointers
 	changed     bool
 	foreign     *foreignFiles // the foreign driver that was unloaded
+	blame       bool          // whether the failure counts against the driver
 }
 
 // revert restores files and modules after an activation that failed. If the modules of the failed driver cannot be
@@ -226,7 +229,8 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 	if reload {
 		if err := a.unloadOf(ctx, r, t.set, before); err != nil {
 			return fmt.Errorf("%w; and then: %w", cause,
-				errors.Join(fmt.Errorf("driver %s stays active: %w", t.set.Driver, err), a.end(store, t.set.Digest, cause)))
+				errors.Join(fmt.Errorf("driver %s stays active: %w", t.set.Driver, err),
+					a.end(store, t.set.Digest, cause, t.blame)))
 		}
 	}
 	if t.changed {
@@ -271,8 +275,10 @@ func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s n
 		}
 	}
 	a.describeGPUs(ctx, r.Verdict)
-	errs = append(errs, a.end(store, t.set.Digest, cause))
-	a.addHistory(ctx, store, eventReverted, t.set, string(r.Verdict.State), cause)
+	errs = append(errs, a.end(store, t.set.Digest, cause, t.blame))
+	if t.blame {
+		a.addHistory(ctx, store, eventReverted, t.set, string(r.Verdict.State), cause)
+	}
 	if lost := errors.Join(errs...); lost != nil {
 		return fmt.Errorf("%w; and then: %w", cause, lost)
 	}

@@ -154,11 +154,12 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 }
 
 // end writes the result of an activation into the driver's record. The argument failed is the activation's error. If it
-// is nil, end deletes the record.
+// is nil, end deletes the record. The error counts against the driver only if blame is true. Even then, errors that say
+// nothing about the driver do not count.
 //
 // If the file cannot be written, for example to a full disk, end removes the whole file, because an open record would
 // count as a crash after the next boot. The file stays if it names a foreign driver that must be loaded again.
-func (a *Agent) end(store *install.Store, digest string, failed error) error {
+func (a *Agent) end(store *install.Store, digest string, failed error, blame bool) error {
 	if failed == nil {
 		all, err := readAttempts(store)
 		if err != nil || all[digest] == nil {
@@ -181,7 +182,9 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 			at.Foreign, at.ForeignDriver, at.Firmware = nil, "", ""
 		}
 		foreign = len(at.Foreign) > 0
-		// Errors that say nothing about the driver do not count against it.
+		if !blame {
+			return
+		}
 		for _, kind := range []fault.Kind{fault.Busy, fault.Transient, fault.DiskFull} {
 			if fault.Is(failed, kind) {
 				return

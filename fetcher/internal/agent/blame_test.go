@@ -1,16 +1,87 @@
 package agent_test
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/fault"
 )
+
+// silent stands in for a probe that does not answer.
+type silent struct{}
+
+func (silent) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
+	return gpucheck.NVML{}, fault.New(fault.Unusable, "ask NVML: no answer in 2m0s", "read the kernel log")
+}
+
+// TestSilentProbe checks that a probe that does not answer does not count against the active driver: neither while the
+// driver is loaded, nor after a reboot.
+func TestSilentProbe(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	works := n.parts.Probe
+	n.parts.Probe = silent{}
+	for range 3 {
+		if _, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Unusable) || len(n.kernel.calls) > 0 {
+			t.Errorf("Run = %v, calls %v; want unusable and nothing loaded", err, n.kernel.calls)
+		}
+	}
+	for range 3 {
+		n.reboot(t)
+		_, err := n.run(t, ref, pn.Digest, newer.Driver)
+		if diff := cmp.Diff(loads(newVersion), n.kernel.calls); !fault.Is(err, fault.Unusable) || diff != "" {
+			t.Errorf("after a reboot: Run = %v; want unusable; system calls (-want +got):\n%s", err, diff)
+		}
+	}
+	n.parts.Probe = works
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if err != nil || r.Verdict.Digest != pn.Digest || len(n.kernel.calls) > 0 {
+		t.Errorf("then: Run = %s, %v, calls %v; want the same driver", r.Verdict.Digest, err, n.kernel.calls)
+	}
+}
+
+// TestSilentProbeOfNew checks that a new driver that silences the probe is not tried without end: the working driver
+// would be unloaded for each try.
+func TestSilentProbeOfNew(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := publishTwo(t, 1)
+	n.parts.Probe = silentOf{n.root, newVersion}
+	tries := 0
+	for range 4 {
+		if _, err := n.run(t, ref, pn.Digest, newer.Driver); err == nil {
+			t.Error("Run = nil; want an error")
+		}
+		if len(n.kernel.calls) > 0 {
+			tries++
+		}
+	}
+	if tries != 2 {
+		t.Errorf("%d runs loaded the new driver; want 2", tries)
+	}
+}
+
+// silentOf does not answer for one version.
+type silentOf struct{ root, version string }
+
+func (p silentOf) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
+	n, err := probe{p.root, 1}.Probe(ctx, library, persist)
+	if n.Version == p.version {
+		return silent{}.Probe(ctx, library, persist)
+	}
+	return n, err
+}
 
 // filling is a kernel that refuses all modules. From the first refusal on, no small file can be written.
 type filling struct {
