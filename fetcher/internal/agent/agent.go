@@ -295,13 +295,14 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		r.Answer.Reason = reason.Error()
 		a.parts.Log.WarnContext(ctx, "kept installed driver", "driver", d.set.Driver, "digest", d.set.Digest, "err", reason)
 	}
-	if err := a.activate(ctx, r, store, s, d); err != nil {
+	err = a.activate(ctx, r, store, s, d)
+	if err != nil && r.Verdict.Digest != d.set.Digest { // the driver is not active: keep its layers for the next run
 		return errors.Join(err, d.err)
 	}
 	if fault.Is(d.err, fault.Transient) {
-		return d.err // keep the fetched layers for the next run
+		return errors.Join(err, d.err) // keep the fetched layers for the next run
 	}
-	return errors.Join(d.err, store.Sweep(waiting...))
+	return errors.Join(err, d.err, store.Sweep(waiting...))
 }
 
 // addUnverified adds to err the reason why the installed driver did not verify, because the operator must repair that

@@ -14,6 +14,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit"
 )
 
 // silent stands in for a probe that does not answer.
@@ -81,6 +82,30 @@ func (p silentOf) Probe(ctx context.Context, library string, persist bool) (gpuc
 		return silent{}.Probe(ctx, library, persist)
 	}
 	return n, err
+}
+
+// TestSweepBesideBrokenGPU checks that upgrades leave no layers behind on a node with a broken GPU.
+func TestSweepBesideBrokenGPU(t *testing.T) {
+	t.Parallel()
+	key, ref := testkit.NewKey(t), layout(t)
+	var n *node
+	for _, version := range []string{oldVersion, "535.183.01", newVersion} {
+		c := sample.NewCell(t, buildA, version)
+		p := sample.Publish(t, ref, key, c)
+		if n == nil {
+			n = newNode(t, c, 2, key)
+			n.parts.Probe = probe{n.root, 1}
+		}
+		if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Unusable) {
+			t.Fatalf("Run = %v; want unusable", err)
+		}
+	}
+	for _, pattern := range []string{"sets/*", "layers/*/drivers"} {
+		all, err := filepath.Glob(filepath.Join(n.root, installDir, ".prebake", pattern))
+		if err != nil || len(all) != 2 {
+			t.Errorf("%s: %v, %v; want those of the current and the previous driver", pattern, all, err)
+		}
+	}
 }
 
 // filling is a kernel that refuses all modules. From the first refusal on, no small file can be written.
