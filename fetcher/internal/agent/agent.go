@@ -74,6 +74,8 @@ type Report struct {
 	Modules      []kmod.Outcome   `json:"modules"`
 	Verdict      gpucheck.Verdict `json:"verdict"`
 	Phases       []timeline.Phase `json:"phases"`
+
+	layers []install.Layer // the layers of the verified artifact
 }
 
 func (r *Report) did(format string, args ...any) {
@@ -260,7 +262,12 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 	}
 	excused := a.upToDate(r.Answer, s, silent)
 	d := decide(s)
-	var waiting []string // digests of inactive drivers that stay on the disk
+	var waiting []string // digests of inactive drivers and layers that stay on the disk
+	if fault.Is(s.none, fault.DiskFull) {
+		for _, l := range r.layers { // the next run need not fetch the complete layers again
+			waiting = append(waiting, l.Digest)
+		}
+	}
 	if set := s.waiting(); set != nil {
 		waiting = append(waiting, set.Digest)
 		if serves(set, s.question) && (d.set == nil || d.set.Digest != set.Digest) {

@@ -302,12 +302,15 @@ func (s *Store) Remove() error {
 }
 
 // Sweep removes the sets and layers that neither the current nor the previous set needs, and the leftovers of an
-// interrupted run. It also keeps the sets with the digests in extra. Sweep renames each folder before it deletes it. A
-// set or a layer under its final name is therefore complete even if this program is killed.
+// interrupted run. It also keeps the sets and the layers with the digests in extra. Sweep renames each folder before it
+// deletes it. A set or a layer under its final name is therefore complete even if this program is killed.
 func (s *Store) Sweep(extra ...string) error {
 	keep := map[string]bool{}
 	layersKnown := true
 	for _, digest := range extra {
+		if name, err := hexOf(digest); err == nil {
+			keep[path.Join("layers", name)] = true
+		}
 		set, err := s.Set(digest)
 		if err != nil || set == nil {
 			continue
