@@ -139,8 +139,8 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		return err
 	}
 	// The lock is not held during the wait for the farm, so that other installers can work.
-	mayBuild := a.mayBuild(ctx, store, facts, current)
-	answer, none := a.resolve(ctx, facts, mayBuild)
+	mayBuild, made := a.mayBuild(ctx, store, facts, current)
+	answer, none := a.resolve(ctx, facts, mayBuild, made)
 	r.Answer = answer
 	end := a.parts.Now().Add(a.cfg.WaitIdle)
 	for {
@@ -151,23 +151,6 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		}
 		r.Plan, r.Answer, r.FetchedBytes, r.CachedBytes = r.Plan[:plan], answer, 0, 0
 	}
-}
-
-// mayBuild reports whether this node should compile a driver that is not published. It should not in three cases: the
-// owner wants one artifact by its digest; a foreign driver stays loaded; or the active driver matches the wish, and it
-// verifies or is loaded.
-func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set) bool {
-	if a.parts.Local == nil || a.cfg.Pin != "" {
-		return false
-	}
-	s, err := a.readState(ctx, store)
-	if err != nil {
-		return false
-	}
-	if s.keepsForeign() {
-		return false
-	}
-	return !serves(current, a.question(facts)) || !a.verifiable(store, current, facts) && !s.runs(current)
 }
 
 // locked calls the function do while it holds the lock that excludes other installers.
@@ -267,6 +250,9 @@ func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Sto
 		for _, l := range r.layers { // the next run need not fetch the complete layers again
 			waiting = append(waiting, l.Digest)
 		}
+	}
+	if r.Answer.Source == resolve.SourceNode { // even if it is refused: otherwise this node would compile it again
+		waiting = append(waiting, r.Answer.Digest)
 	}
 	if set := s.waiting(); set != nil {
 		waiting = append(waiting, set.Digest)

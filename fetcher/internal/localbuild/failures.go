@@ -68,9 +68,9 @@ func (f failures) lastError(q resolve.Question) error {
 	)
 }
 
-// store writes an error into the file, if the next compile would end with the same error.
+// store writes the error of a compile into the file, unless the same compile may succeed later.
 func (f failures) store(q resolve.Question, err error) error {
-	if !fault.Is(err, fault.APIBreak) && !fault.Is(err, fault.Unsupported) {
+	if err == nil || fault.Of(err).Retryable() {
 		return nil
 	}
 	raw, merr := json.Marshal(
